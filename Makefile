@@ -1,0 +1,49 @@
+# Everything a person runs. `make` alone lists the targets.
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO_DIR ?= data/demo
+DEMO_ARGS ?=
+BENCH_DIR ?= data/bench
+PACKAGES := featurestore pipeline trainer jobs benchmarks
+# The tests bring their own processes; threads of BLAS on top of them only fight for the cores.
+TEST_ENV := PATH="$(abspath $(BIN)):$$PATH"
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint format bench clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED) ## Make the virtual environment; builds Horovod once per machine (about four minutes)
+
+$(INSTALLED): setup.cfg pyproject.toml tools/install.sh tools/build_horovod.sh
+	tools/install.sh $(VENV)
+
+demo: $(INSTALLED) ## Draw images, extract, build samples, train four models under horovodrun -np 2, print a table
+	$(TEST_ENV) $(BIN)/python -m tools.demo --dir $(DEMO_DIR) $(DEMO_ARGS)
+
+test: $(INSTALLED) ## Run the tests, multi-rank ones under horovodrun included
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED) ## Run the tests that take minutes (eight ranks)
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED) ## Check style, types and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(addprefix -p ,$(PACKAGES)) -p tools
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## Rewrite the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## Run the benchmarks; the figures go to data/bench/*.json
+	mkdir -p $(BENCH_DIR)
+	$(TEST_ENV) $(BIN)/python -m benchmarks.store --json $(BENCH_DIR)/store.json
+	$(TEST_ENV) $(BIN)/python -m benchmarks.extract --json $(BENCH_DIR)/extract.json
+
+clean: ## Remove the virtual environment, the caches and the demo; features and runs of your own stay
+	rm -rf $(VENV) $(DEMO_DIR) $(BENCH_DIR) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

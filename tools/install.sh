@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Makes the virtual environment and installs everything that the project needs, Horovod included.
+#
+#   tools/install.sh VENV
+set -euo pipefail
+
+venv=$1
+cd "$(dirname "$0")/.."
+
+find_python() {
+  for candidate in "${PYTHON:-}" python3.11 python3 python; do
+    [ -n "$candidate" ] && command -v "$candidate" >/dev/null || continue
+    "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || continue
+    echo "$candidate"
+    return
+  done
+  echo "Python 3.11 was not found. Install it, or name it: make install PYTHON=/path/to/python3.11" >&2
+  return 1
+}
+
+if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  python=$(find_python)
+  rm -rf "$venv"
+  "$python" -m venv "$venv" || {
+    echo "No virtual environment could be made. On Debian and Ubuntu: apt-get install python3-venv" >&2
+    exit 1
+  }
+fi
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[dev,bench]"
+tools/build_horovod.sh "$venv/bin/python"
+touch "$venv/.installed"
