@@ -21,7 +21,7 @@ $(INSTALLED): setup.cfg pyproject.toml tools/install.sh tools/build_horovod.sh
 	tools/install.sh $(VENV)
 
 demo: $(INSTALLED) ## Draw images, extract, build samples, train four models under horovodrun -np 2, print a table
-	$(TEST_ENV) $(BIN)/python -m tools.demo --dir $(DEMO_DIR) $(DEMO_ARGS)
+	$(TEST_ENV) $(BIN)/python tools/demo.py --dir $(DEMO_DIR) $(DEMO_ARGS)
 
 test: $(INSTALLED) ## Run the tests, multi-rank ones under horovodrun included
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow"
@@ -32,7 +32,8 @@ test-slow: $(INSTALLED) ## Run the tests that take minutes (eight ranks)
 lint: $(INSTALLED) ## Check style, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy $(addprefix -p ,$(PACKAGES)) -p tools
+	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
+	$(BIN)/mypy tools
 	$(BIN)/lint-imports
 
 format: $(INSTALLED) ## Rewrite the sources in the project's style

@@ -1,0 +1,143 @@
+"""The whole chain on drawn clothes or your own photographs: data, features, samples, four trainings, one table.
+
+Every step is a command that a person could type; it is printed before it runs. What a step has finished is kept,
+so a second call goes on where the first one stopped.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+VARIANTS = {"none": "IDs only", "ad": "+ ad image", "behavior": "+ behaviour images", "both": "+ both"}
+METRICS = {"auc": "AUC", "gauc": "GAUC", "new_ad_auc": "AUC, new ads", "logloss": "log loss"}
+EXAMPLES = """
+Examples:
+
+    python tools/demo.py
+
+    python tools/demo.py --small --dir /tmp/demo
+
+    python tools/demo.py --images ~/photos --labels ~/photos.csv --dir data/demo-photos
+"""
+
+console = Console(highlight=False)
+
+
+def run_step(title: str, command: Sequence[str | Path]) -> None:
+    """Runs one command, its output shown as it comes; ends the demo with the command's exit code if it fails."""
+    words = [str(word) for word in command]
+    console.rule(f"[bold]{title}", align="left")
+    console.print(f"$ {shlex.join(words)}", style="cyan", soft_wrap=True)
+    started = time.monotonic()
+    code = subprocess.run(words, check=False).returncode
+    if code != 0:
+        console.print(f"{title}: the command above ended with exit code {code}", style="red")
+        raise typer.Exit(code)
+    console.print(f"({time.monotonic() - started:.0f} s)", style="dim")
+
+
+def run_jobs(place: Path, seed: int, small: bool, images: Path | None, labels: Path | None) -> None:
+    """Makes the demo data, the feature store and the samples under `place`."""
+    data: list[str | Path] = ["jobs/make_demo_data.py", "--out", place, "--seed", str(seed)]
+    if small:
+        data.append("--small")
+    if images:
+        data += ["--images", images]
+    if labels:
+        data += ["--labels", labels]
+    run_step("Demo data", [sys.executable, *data])
+    extract: list[str | Path] = [
+        "jobs/extract_features.py",
+        "--images",
+        images or place / "images",
+        "--store",
+        place / "features",
+    ]
+    run_step(
+        "Features: frozen VGG16 once per image", ["dask-submit", "-n", "1", *extract, "--weights", f"random:{seed}"]
+    )
+    samples: list[str | Path] = ["jobs/build_samples.py", "--logs", place / "logs", "--samples", place / "samples"]
+    run_step("Samples: image keys only", ["dask-submit", "-n", "1", *samples])
+
+
+def train(place: Path, variant: str, seed: int, ranks: int) -> dict[str, Any]:
+    """Trains one variant from scratch under horovodrun and returns its report."""
+    settings = {
+        "data.samples": place / "samples",
+        "data.store": place / "features",
+        "run.dir": place / "runs",
+        "run.name": variant,
+        "run.resume": "never",
+        "train.seed": seed,
+        "model.images": variant,
+    }
+    overrides = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    trainer = ["horovodrun", "-np", str(ranks), sys.executable, "-m", "trainer.main", *overrides]
+    run_step(f"Training: {VARIANTS[variant]}", trainer)
+    report: dict[str, Any] = json.loads((place / "runs" / variant / "report.json").read_text())
+    return report
+
+
+def summarise(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The report of the demo: the metrics of each variant, and the exchange's figures of the run with both images."""
+    summary: dict[str, Any] = {
+        variant: {metric: report["metrics"][metric] for metric in METRICS} for variant, report in reports.items()
+    }
+    figures = ("unique_ratio", "bytes_sent_per_step", "samples_per_s")
+    return summary | {figure: reports["both"][figure] for figure in figures}
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Prints the table, the gain over IDs only beside each figure."""
+    table = Table(title="Test day: the same IDs in all four rows, image ids among them")
+    table.add_column("model")
+    for title in METRICS.values():
+        table.add_column(title, justify="right")
+    for variant, title in VARIANTS.items():
+        cells = []
+        for metric in METRICS:
+            value, base = summary[variant][metric], summary["none"][metric]
+            if value is None or base is None:
+                cells.append("-")
+            else:
+                cells.append(f"{value:.4f}" + (f" ({value - base:+.4f})" if variant != "none" else ""))
+        table.add_row(title, *cells)
+    console.print(table)
+    console.print(
+        f"with both images: {summary['unique_ratio']:.3f} unique images per image reference, "
+        f"{summary['bytes_sent_per_step'] / 1e6:.2f} MB sent per step, {summary['samples_per_s']:,.0f} samples/s"
+    )
+
+
+def main(
+    place: Annotated[Path, typer.Option("--dir", help="Where everything goes.")] = Path("data/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the data, of VGG16's random weights and of the trainings.")] = 0,
+    ranks: Annotated[int, typer.Option("-np", "--ranks", min=1, help="Ranks of horovodrun.")] = 2,
+    small: Annotated[bool, typer.Option("--small", help="A few hundred images: minutes, and noisy metrics.")] = False,
+    images: Annotated[Path | None, typer.Option(help="Your photographs, in place of drawn clothes.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="CSV with a label for each photograph.")] = None,
+) -> None:
+    """Show what images add to IDs, end to end, on this machine."""
+    started = time.monotonic()
+    run_jobs(place, seed, small, images, labels)
+    summary = summarise({variant: train(place, variant, seed, ranks) for variant in VARIANTS})
+    report = place / "report.json"
+    report.write_text(json.dumps(summary, indent=2) + "\n")
+    show(summary)
+    console.print(f"written to {report}; {(time.monotonic() - started) / 60:.1f} minutes in all")
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+app.command(epilog=EXAMPLES)(main)
+
+if __name__ == "__main__":
+    app()
