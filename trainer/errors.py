@@ -1,0 +1,41 @@
+"""The trainer's errors, one small tree.
+
+TrainerError
+├── ConfigError       a setting is unknown, out of range, or does not fit another
+├── SchemaError       the schema of the samples contradicts itself or the model
+├── DataError         a sample file or a value in it cannot be used
+├── CheckpointError   a checkpoint is missing, damaged, or of another run
+└── RemoteRankError   another rank failed; the text is its error
+"""
+
+
+class TrainerError(Exception):
+    """Root of every error that trainer raises by itself."""
+
+
+class ConfigError(TrainerError):
+    """A setting is unknown, out of range, or does not fit another."""
+
+
+class SchemaError(TrainerError):
+    """The schema of the samples contradicts itself or the model."""
+
+
+class DataError(TrainerError):
+    """A sample file or a value in it cannot be used."""
+
+
+class CheckpointError(TrainerError):
+    """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class RemoteRankError(TrainerError):
+    """Rank `rank` failed with `text`; this rank stops because of it, not because of an error of its own."""
+
+    def __init__(self, rank: int, text: str) -> None:
+        super().__init__(rank, text)
+        self.rank = rank
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} failed: {self.text}"

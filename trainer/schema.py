@@ -1,0 +1,98 @@
+"""Which fields a sample has: the schema that the reader, the exchange and the model share."""
+
+from collections.abc import Iterator
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+
+Side = Literal["user", "ad"]
+Kind = Literal["id", "multi_id", "dense", "content"]
+
+
+class Field(BaseModel):
+    """One field of a sample.
+
+    kind id: one integer a row; multi_id: a list of them, their vectors are summed; dense: `width` real numbers;
+    content: keys of a feature store, a list a row on the user side and one a row on the ad side.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    side: Side
+    kind: Kind
+    table: str | None = None
+    """ID kinds: the table that holds the vectors; fields may share one. Default: the field's name."""
+    store: str | None = None
+    """Content: the name of the feature store. Default: "images"."""
+    width: PositiveInt | None = None
+    """ID kinds: width of the vector, default the model's `id_width`. Dense: numbers a row, default 1."""
+    column: str | None = None
+    """Column of the sample files. Default: the field's name."""
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        is_id = self.kind in ("id", "multi_id")
+        if self.table is not None and not is_id:
+            raise ValueError(f"field {self.name}: table={self.table} is for kinds id and multi_id, not {self.kind}")
+        if self.store is not None and self.kind != "content":
+            raise ValueError(f"field {self.name}: store={self.store} is for kind content, not {self.kind}")
+        if self.width is not None and self.kind == "content":
+            raise ValueError(
+                f"field {self.name}: width={self.width} does not apply to kind content; set model.visual_width"
+            )
+        return self
+
+    @property
+    def is_id(self) -> bool:
+        """Whether the field's values are looked up in an ID table."""
+        return self.kind in ("id", "multi_id")
+
+    @property
+    def table_name(self) -> str:
+        """The table that holds the vectors of an ID field."""
+        return self.table or self.name
+
+    @property
+    def store_name(self) -> str:
+        """The feature store that a content field's keys belong to."""
+        return self.store or "images"
+
+    @property
+    def column_name(self) -> str:
+        """The column of the sample files that holds the field."""
+        return self.column or self.name
+
+
+class Schema(BaseModel):
+    """The fields of a sample and the roles of a few columns."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fields: tuple[Field, ...]
+    label: str = "label"
+    group: str = "user"
+    """Column whose value groups samples for GAUC."""
+    new_ad_field: str = "ad_item"
+    """Ad-side field: an impression is of a new ad when its value was never in training."""
+
+    @model_validator(mode="after")
+    def _names_and_widths_agree(self) -> Self:
+        seen: set[str] = set()
+        width_of_table: dict[str, Field] = {}
+        for field in self.fields:
+            if field.name in seen:
+                raise ValueError(f"field {field.name} is named twice")
+            seen.add(field.name)
+            if field.is_id:
+                first = width_of_table.setdefault(field.table_name, field)
+                if first.width != field.width:
+                    raise ValueError(
+                        f"fields {first.name} and {field.name} share table {field.table_name} "
+                        f"but have width={first.width} and width={field.width}"
+                    )
+        return self
+
+    def of_kind(self, *kinds: Kind, side: Side | None = None) -> Iterator[Field]:
+        """Fields of these kinds, on one side or both, in the schema's order."""
+        return (f for f in self.fields if f.kind in kinds and side in (None, f.side))
