@@ -6,8 +6,15 @@ PipelineError
 ├── WeightsError       the network's weights cannot be had or do not fit
 ├── ExtractionError    the extraction as a whole failed
 ├── ClusterError       no usable Dask cluster
+│   ├── SchedulerUnreachableError   nobody answers at the address
+│   ├── InsecureSchedulerError      beyond this machine and without TLS
+│   ├── MissingWorkersError         too few workers in the time
+│   ├── VersionMismatchError        client, scheduler and workers differ
+│   └── MissingPackagesError        workers that cannot import this project
 └── SampleError        the logs cannot be made into samples
 """
+
+from collections.abc import Mapping, Sequence
 
 
 class PipelineError(Exception):
@@ -32,6 +39,77 @@ class ExtractionError(PipelineError):
 
 class ClusterError(PipelineError):
     """There is no usable Dask cluster."""
+
+
+class SchedulerUnreachableError(ClusterError):
+    """No scheduler answers at the address."""
+
+    def __init__(self, address: str, timeout_s: float, reason: str):
+        super().__init__(address, timeout_s, reason)
+        self.address, self.timeout_s, self.reason = address, timeout_s, reason
+
+    def __str__(self) -> str:
+        return (
+            f"no Dask scheduler answers at {self.address} within {self.timeout_s:g} s ({self.reason}); "
+            "check the address and that `dask scheduler` runs there, or unset DASK_SCHEDULER_ADDRESS and "
+            "DASK_SCHEDULER_FILE to work on a local cluster"
+        )
+
+
+class InsecureSchedulerError(ClusterError):
+    """A scheduler beyond this machine without TLS."""
+
+    def __init__(self, address: str):
+        super().__init__(address)
+        self.address = address
+
+    def __str__(self) -> str:
+        return (
+            f"the scheduler {self.address} is beyond this machine and without TLS: Dask sends pickles, so whoever "
+            "reaches that port can run code on every worker. Use tls:// with certificates in Dask's configuration "
+            "(distributed.comm.tls), or pass --insecure on a network that you trust"
+        )
+
+
+class MissingWorkersError(ClusterError):
+    """Fewer workers than asked for within the time."""
+
+    def __init__(self, address: str, wanted: int, found: int, timeout_s: float):
+        super().__init__(address, wanted, found, timeout_s)
+        self.address, self.wanted, self.found, self.timeout_s = address, wanted, found, timeout_s
+
+    def __str__(self) -> str:
+        return (
+            f"{self.found} of {self.wanted} workers are at {self.address} after {self.timeout_s:g} s; "
+            f"start more with `dask worker {self.address}`, or lower --wait-workers, or raise --timeout"
+        )
+
+
+class VersionMismatchError(ClusterError):
+    """Client, scheduler and workers run versions that do not work together."""
+
+    def __init__(self, differences: Sequence[str]):
+        super().__init__(differences)
+        self.differences = list(differences)
+
+    def __str__(self) -> str:
+        differences = "; ".join(self.differences)
+        return f"versions on the cluster differ from those here: {differences}. Install the same ones on every machine"
+
+
+class MissingPackagesError(ClusterError):
+    """Workers that cannot import this project."""
+
+    def __init__(self, failures: Mapping[str, str]):
+        super().__init__(failures)
+        self.failures = dict(failures)
+
+    def __str__(self) -> str:
+        shown = "; ".join(f"{worker}: {reason}" for worker, reason in list(self.failures.items())[:3])
+        return (
+            f"{len(self.failures)} workers cannot import this project ({shown}). Install it on every worker's "
+            "machine, in the environment that runs `dask worker`: `pip install .` in the project's folder"
+        )
 
 
 class SampleError(PipelineError):

@@ -1,0 +1,119 @@
+"""A Dask cluster for a job: the one that is configured, else a local one that lives as long as the job."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from pathlib import Path
+
+import dask
+import dask.system
+from distributed import Client, LocalCluster
+
+from pipeline.errors import SchedulerUnreachableError
+
+CONNECT_TIMEOUT_S = 10.0
+
+
+@contextlib.contextmanager
+def connect(
+    workers: int | None = None,
+    threads_per_worker: int | None = None,
+    memory_limit: str | int | None = None,
+    timeout_s: float = CONNECT_TIMEOUT_S,
+) -> Iterator[Client]:
+    """A client of the configured scheduler, else of a local cluster, closed at the end with all that was started.
+
+    A scheduler is configured by DASK_SCHEDULER_ADDRESS (dask-submit sets it for its script), DASK_SCHEDULER_FILE,
+    or the same names in Dask's configuration; it stays running, and `workers`, `threads_per_worker` and
+    `memory_limit` do not count then. Raises SchedulerUnreachableError.
+    """
+    address = configured_address(timeout_s)
+    if address is not None:
+        with open_client(address, timeout_s) as client:
+            yield client
+        return
+    with local_cluster(workers, threads_per_worker, memory_limit) as cluster, Client(cluster) as client:
+        yield client
+
+
+def configured_address(timeout_s: float = CONNECT_TIMEOUT_S) -> str | None:
+    """The scheduler's address from the environment or Dask's configuration; an address goes before a file."""
+    address = os.environ.get("DASK_SCHEDULER_ADDRESS") or dask.config.get("scheduler-address", None)
+    if address:
+        return str(address)
+    file = os.environ.get("DASK_SCHEDULER_FILE") or dask.config.get("scheduler-file", None)
+    return address_in_file(Path(file), timeout_s) if file else None
+
+
+def address_in_file(path: Path, timeout_s: float) -> str:
+    """The address that `dask scheduler --scheduler-file PATH` writes; waits for it, as it may be starting too.
+
+    Raises SchedulerUnreachableError when the file has no address after `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return str(json.loads(path.read_text())["address"])
+        except FileNotFoundError:
+            reason = "there is no such file"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"not a scheduler file: {error!r}"
+        if time.monotonic() > deadline:
+            raise SchedulerUnreachableError(f"scheduler file {path}", timeout_s, reason)
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def open_client(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator[Client]:
+    """A client of the running scheduler at `address`, which stays running. Raises SchedulerUnreachableError."""
+    try:
+        client = Client(address, timeout=timeout_s)
+    except (OSError, ValueError, TypeError) as error:  # ValueError: an unknown protocol; TypeError: no certificates
+        raise SchedulerUnreachableError(address, timeout_s, str(error) or type(error).__name__) from error
+    with client:
+        yield client
+
+
+@contextlib.contextmanager
+def local_cluster(
+    workers: int | None = None, threads_per_worker: int | None = None, memory_limit: str | int | None = None
+) -> Iterator[LocalCluster]:
+    """A scheduler and worker processes on loopback, closed at the end; the dashboard has a free port.
+
+    Without numbers it is one worker with all cores as threads, which suits torch: one copy of a network, batches
+    that share it. `threads_per_worker` is by default an equal part of the cores; `memory_limit` is per worker.
+    """
+    num_workers = workers or 1
+    limits = {} if memory_limit is None else {"memory_limit": memory_limit}
+    with _interrupt_blocked():
+        cluster = LocalCluster(
+            n_workers=num_workers,
+            threads_per_worker=threads_per_worker or max(1, dask.system.CPU_COUNT // num_workers),
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.ERROR,
+            **limits,
+        )
+    with cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def _interrupt_blocked() -> Iterator[None]:
+    """Threads and processes that start in here never see SIGINT.
+
+    A terminal's ctrl-C goes to every process of the group. The workers must outlive it, so that the job can end in
+    its own way. The mask is inherited by the cluster's thread and by all workers that it starts, later ones too.
+    """
+    resource_tracker.ensure_running()  # multiprocessing would start it with the first worker, and unblock SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
