@@ -1,0 +1,65 @@
+"""What can go wrong with a store.
+
+FeatureStoreError
+├── StoreNotFoundError      no store at the address
+├── StoreExistsError        a store is there already
+├── SnapshotNotFoundError   the version was never committed, or has expired
+├── FormatVersionError      written by a newer format than this code reads
+├── SpecMismatchError       features of another network, dtype or width
+├── InvalidRowsError        rows that no store may hold (NaN, wrong shape)
+│   └── KeyCollisionError   two uris under one key
+├── MissingKeysError        keys without a feature
+├── CommitConflictError     another writer was in the way: read again and retry
+├── CorruptFileError        a file is not what was written
+└── StorageError            the disk or the object store refused
+
+Every class takes its message alone, so that each survives pickling between processes.
+"""
+
+
+class FeatureStoreError(Exception):
+    """Root of all errors of the feature store."""
+
+
+class StoreNotFoundError(FeatureStoreError):
+    """No store at the address."""
+
+
+class StoreExistsError(FeatureStoreError):
+    """A store is at the address already."""
+
+
+class SnapshotNotFoundError(FeatureStoreError):
+    """The version was never committed, or its manifest has been removed."""
+
+
+class FormatVersionError(FeatureStoreError):
+    """The files were written by a newer format than this code reads."""
+
+
+class SpecMismatchError(FeatureStoreError):
+    """Features of another network, dtype or width than those of the store."""
+
+
+class InvalidRowsError(FeatureStoreError):
+    """Rows that no store may hold: not finite, wrong shape or dtype."""
+
+
+class KeyCollisionError(InvalidRowsError):
+    """Two different uris under one key."""
+
+
+class MissingKeysError(FeatureStoreError):
+    """Keys without a feature where one is needed."""
+
+
+class CommitConflictError(FeatureStoreError):
+    """Another writer was in the way: read the newest snapshot and retry."""
+
+
+class CorruptFileError(FeatureStoreError):
+    """A file is not what was written: damaged, truncated or replaced."""
+
+
+class StorageError(FeatureStoreError):
+    """The disk or the object store refused; the cause is kept."""

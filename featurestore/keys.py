@@ -1,0 +1,64 @@
+"""From an image's uri to its key, from the key to its shard, from the shard to the rank that owns it.
+
+These functions exist once: writer, partition and exchange all use them.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+Int64Array = npt.NDArray[np.int64]
+UInt64Array = npt.NDArray[np.uint64]
+
+
+def key_of_uri(uri: str) -> int:
+    """The key of an image: xxh3-64 of its uri in UTF-8, as a signed 64-bit number."""
+    unsigned = xxhash.xxh3_64_intdigest(uri.encode())
+    return unsigned - (1 << 64) if unsigned >= 1 << 63 else unsigned
+
+
+def keys_of_uris(uris: Sequence[str]) -> Int64Array:
+    """The keys of `uris`, (N,) int64, in their order."""
+    return np.fromiter((key_of_uri(uri) for uri in uris), dtype=np.int64, count=len(uris))
+
+
+def splitmix64(keys_N: npt.ArrayLike) -> UInt64Array:
+    """The order of rows: the splitmix64 hash of each key, (N,) uint64.
+
+    A one-to-one map of 64-bit numbers, so equal hashes mean equal keys. Source: Steele, Lea and Flood, "Fast splittable
+    pseudorandom number generators", 2014.
+    """
+    hash_N = np.array(keys_N, dtype=np.int64, ndmin=1).view(np.uint64)  # a copy, changed in place below
+    hash_N += np.uint64(0x9E3779B97F4A7C15)
+    hash_N ^= hash_N >> np.uint64(30)
+    hash_N *= np.uint64(0xBF58476D1CE4E5B9)
+    hash_N ^= hash_N >> np.uint64(27)
+    hash_N *= np.uint64(0x94D049BB133111EB)
+    hash_N ^= hash_N >> np.uint64(31)
+    return hash_N
+
+
+def shard_of_hash(hash_N: UInt64Array, num_shards: int) -> Int64Array:
+    """The shard of each splitmix64 hash: its top bits, (N,) int64. `num_shards` is a power of two."""
+    if num_shards < 1 or num_shards & (num_shards - 1):
+        raise ValueError(f"num_shards={num_shards} is not a power of two")
+    if num_shards == 1:  # a shift by all 64 bits is undefined
+        return np.zeros(len(hash_N), dtype=np.int64)
+    return (hash_N >> np.uint64(65 - num_shards.bit_length())).astype(np.int64)
+
+
+def shard_of(keys_N: npt.ArrayLike, num_shards: int) -> Int64Array:
+    """The shard of each key, (N,) int64 in [0, num_shards). `num_shards` is a power of two."""
+    return shard_of_hash(splitmix64(keys_N), num_shards)
+
+
+def owner_of(shards_N: npt.ArrayLike, num_ranks: int) -> Int64Array:
+    """The rank that serves each shard, (N,) int64 in [0, num_ranks)."""
+    return np.asarray(shards_N, dtype=np.int64) % num_ranks
+
+
+def owned_shards(num_shards: int, rank: int, num_ranks: int) -> list[int]:
+    """The shards that `rank` serves, ascending; empty where there are more ranks than shards."""
+    return list(range(rank, num_shards, num_ranks))

@@ -1,0 +1,164 @@
+"""What a store holds (store.json) and what a snapshot is made of (the manifest)."""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from featurestore.errors import CorruptFileError, FormatVersionError, SpecMismatchError
+
+FORMAT_VERSION = 1
+
+DType = Literal["bfloat16", "float16", "float32"]
+FileKind = Literal["base", "delta"]
+
+# numpy has no bfloat16: its 16 bits are carried as uint16.
+STORAGE_DTYPES: dict[DType, npt.DTypeLike] = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ExtractorSpec(_Frozen):
+    """Which network made the features; features of two of them never mix in one store."""
+
+    backbone: str
+    layer: str
+    weights_digest: str
+    preprocessing: str
+    compute_dtype: str
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all fields, hexadecimal."""
+        return _digest(self)
+
+
+class StoreInfo(_Frozen):
+    """store.json: written once, when the store is made."""
+
+    format_version: int = FORMAT_VERSION
+    num_shards: Annotated[int, Field(ge=1, le=1 << 16)] = 64
+    name: str = "feature"
+    dim: Annotated[int, Field(ge=1)]
+    dtype: DType = "bfloat16"
+    extractor: ExtractorSpec
+
+    @field_validator("num_shards")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError(f"num_shards={value} is not a power of two")
+        return value
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all fields, hexadecimal; stands in every data file."""
+        return _digest(self)
+
+    @property
+    def storage_dtype(self) -> np.dtype[Any]:
+        """numpy's dtype of the rows: uint16 bits for bfloat16, else the dtype itself."""
+        return np.dtype(STORAGE_DTYPES[self.dtype])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one feature."""
+        return self.dim * self.storage_dtype.itemsize
+
+    def check_same(self, other: "StoreInfo", where: str) -> None:
+        """Raise SpecMismatchError, naming every field in which `other` (found at `where`) differs."""
+        mine, theirs = _flat(self), _flat(other)
+        differing = [name for name in mine if mine[name] != theirs[name]]
+        if differing:
+            fields = "; ".join(f"{name} is {theirs[name]!r} instead of {mine[name]!r}" for name in differing)
+            raise SpecMismatchError(f"{where}: {fields}. Features of different kinds do not mix: use another store.")
+
+
+class FileEntry(_Frozen):
+    """One immutable data file of one shard."""
+
+    path: str
+    bytes: int
+    rows: int
+    num_deleted: int
+    sha256: str
+    kind: FileKind
+    info_digest: str
+    based_on: int = 0  # the snapshot against which its keys were checked for collisions
+    statistics_path: str
+    statistics_sha256: str
+
+    @property
+    def num_live(self) -> int:
+        """Rows that are not tombstones."""
+        return self.rows - self.num_deleted
+
+
+class Manifest(_Frozen):
+    """One snapshot: the files of every shard, oldest first. Its creation is the commit."""
+
+    format_version: int = FORMAT_VERSION
+    version: int
+    parent: str | None
+    commit_id: str
+    writer: str
+    time_s: float  # for people; order comes from the version alone
+    operation: str
+    num_quarantined: int = 0
+    num_files: int
+    file_rows: int
+    file_bytes: int
+    shards: dict[int, tuple[FileEntry, ...]]
+
+    def files(self, shard: int) -> tuple[FileEntry, ...]:
+        """The files of `shard`, newest last; empty where nothing was ever written."""
+        return self.shards.get(shard, ())
+
+
+def seal(model: BaseModel) -> bytes:
+    """`model` as JSON with the sha256 of its own content in it, so that a flipped bit is found."""
+    return _encode({**model.model_dump(mode="json"), "digest": _digest(model)})
+
+
+def unseal(data: bytes, model_class: type[ModelT], path: str) -> ModelT:
+    """The model that `seal` wrote. Raises FormatVersionError for a newer format, CorruptFileError for changed bytes."""
+    try:
+        fields = json.loads(data)
+        format_version = fields["format_version"]
+        digest = fields.pop("digest")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptFileError(f"{path} is damaged: {error}") from error
+    if isinstance(format_version, int) and format_version > FORMAT_VERSION and digest == _sha256(_encode(fields)):
+        raise FormatVersionError(f"{path} has format {format_version}, this code reads up to {FORMAT_VERSION}: update")
+    try:
+        model = model_class.model_validate(fields)
+    except ValidationError as error:
+        raise CorruptFileError(f"{path} is damaged: {error}") from error
+    if seal(model) != data:
+        raise CorruptFileError(f"{path} is damaged: its digest does not fit its content")
+    return model
+
+
+def _flat(info: StoreInfo) -> dict[str, Any]:
+    fields = info.model_dump(mode="json")
+    extractor = fields.pop("extractor")
+    return {**fields, **{f"extractor.{name}": value for name, value in extractor.items()}}
+
+
+def _encode(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields, indent=1, ensure_ascii=True).encode()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _digest(model: BaseModel) -> str:
+    return _sha256(_encode(model.model_dump(mode="json")))
