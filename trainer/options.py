@@ -1,16 +1,18 @@
-"""Settings of the model and its optimisers: sections of the run's configuration, without torch, so quick to import."""
+"""Settings of the model and its optimisers: types and limits, without torch, so quick to import."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 ComputeDType = Literal["bfloat16", "float32", "float64"]
+Count = Annotated[int, Field(ge=1)]
+Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
 class ModelConfig(BaseModel):
-    """The DICM."""
+    """The DICM: which images, how they are pooled, the widths, the rows of each ID table."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
     images: Literal["none", "ad", "behavior", "both"] = "both"
     """Which images the model sees; their ids are ID fields in all four."""
@@ -18,35 +20,38 @@ class ModelConfig(BaseModel):
     """How the vectors of the behaviour images become one."""
     shared_image_model: bool = True
     """One E for behaviour and ad images, or one each."""
-    visual_width: PositiveInt = 12
-    id_width: PositiveInt = 12
+    visual_width: Width = 12
+    id_width: Width = 12
     """Width of an ID field's vector where the schema names none."""
-    hidden: tuple[PositiveInt, ...] = (200, 80)
-    """The MLP's hidden layers."""
-    image_hidden: tuple[PositiveInt, ...] = (256, 64)
+    embed_hidden: list[Width] = [256, 64]
     """E's hidden layers."""
-    attention_hidden: PositiveInt = 16
+    mlp: Annotated[list[Width], Field(min_length=1)] = [200, 80]
+    """Hidden layers of the MLP."""
+    attention_hidden: Width = 16
+    """Hidden units that weigh a behaviour image against the ad."""
     compute_dtype: ComputeDType = "bfloat16"
     """Type of E's matrix products; its weights are float32 all the same."""
-    table_rows: PositiveInt = 1 << 18
-    """Rows of an ID table; ids are hashed into them."""
-    rows_of_table: dict[str, PositiveInt] = Field(default_factory=dict)
-    """Rows of single tables, by table name, in place of `table_rows`."""
-    table_shards: PositiveInt = 64
-    """Shards of every ID table, a power of two. A checkpoint loads at any number of ranks, but not at another one of shards."""
+    table_shards: Count = 64
+    """Shards of every ID table. A checkpoint loads at any number of ranks, but only at its own number of shards."""
+    tables: dict[str, Count] = {}
+    """Rows of each ID table, by name; ids are hashed into them, so the number is rounded up to fill every shard."""
+
+    @field_validator("table_shards")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError("it has to be a power of two, as 64")
+        return value
 
 
 class OptimConfig(BaseModel):
-    """Adam, for dense parameters and, row-wise, for ID tables."""
+    """Adam, for dense parameters and, row-wise, for ID tables; `lr` is multiplied by `lr_gamma` every `lr_every` steps."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
-    learning_rate: PositiveFloat = 0.001
-    id_learning_rate: PositiveFloat | None = None
-    """Of the ID tables. Default: `learning_rate`."""
-    decay: PositiveFloat = 0.9
-    decay_every: PositiveInt = 24_000
-    """Both rates are multiplied by `decay` after every so many steps."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: PositiveFloat = 1e-8
+    lr: Annotated[float, Field(gt=0, le=10)] = 0.001
+    lr_gamma: Annotated[float, Field(gt=0, le=1)] = 0.9
+    lr_every: Count = 24_000
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
