@@ -81,13 +81,15 @@ class FeatureRows:
         )
 
     def validate(self, info: StoreInfo) -> None:
-        """Raise InvalidRowsError unless a store of `info` may hold these rows, KeyCollisionError for two uris of a key."""
+        """Raise InvalidRowsError unless a store of `info` may hold these rows (KeyCollisionError: two uris, one key)."""
         count = len(self.keys_N)
         lengths = {name: len(value) for name, value in self.__dict__.items()}
         if set(lengths.values()) != {count}:
             raise InvalidRowsError(f"columns of different lengths: {lengths}")
         if self.features_ND.shape != (count, info.dim):
-            raise InvalidRowsError(f"features have shape {self.features_ND.shape}, the store wants ({count}, {info.dim})")
+            raise InvalidRowsError(
+                f"features have shape {self.features_ND.shape}, the store wants ({count}, {info.dim})"
+            )
         if self.features_ND.dtype != info.storage_dtype:
             raise InvalidRowsError(
                 f"features are {self.features_ND.dtype}, the store holds {info.dtype}"
@@ -100,7 +102,8 @@ class FeatureRows:
                 f"{count - int(finite_N.sum())} of {count} features are not finite; the first is that of"
                 f" key {self.keys_N[first]} ({self.uris[first]!r})"
             )
-        check_collisions(self.keys_N[~self.deleted_N], [u for u, d in zip(self.uris, self.deleted_N, strict=True) if not d])
+        live_M = np.flatnonzero(~self.deleted_N)
+        check_collisions(self.keys_N[live_M], [self.uris[i] for i in live_M])
 
 
 def digest_array(digests: Sequence[bytes]) -> npt.NDArray[np.void]:
@@ -122,13 +125,14 @@ def check_collisions(keys_N: Int64Array, uris: Sequence[str]) -> None:
 
 
 def to_bits(values: npt.NDArray[np.floating[Any]], dtype: DType) -> npt.NDArray[Any]:
-    """`values` as a store of `dtype` keeps them: uint16 bits for bfloat16 (rounded to nearest even), else that dtype."""
+    """`values` as a store of `dtype` keeps them: for bfloat16 its bits as uint16, rounded to nearest even."""
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):  # an overflow becomes inf, which validate refuses
             return values.astype(STORAGE_DTYPES[dtype], copy=False)
     single = np.ascontiguousarray(values, dtype=np.float32)
     bits = single.view(np.uint32)
-    rounded = ((bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)).astype(np.uint16)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
     is_nan = np.isnan(single)
     if is_nan.any():  # adding to the bits of a NaN may carry into the sign
         rounded[is_nan] = 0x7FC0
@@ -145,8 +149,6 @@ def to_float32(bits: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.float32]:
 def finite_rows(features_ND: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.bool_]:
     """Which rows are free of NaN and infinity, (N,)."""
     if dtype == "bfloat16":  # not finite: all bits of the exponent are set
-        finite_ND = (features_ND & np.uint16(0x7F80)) != np.uint16(0x7F80)
-    else:
-        finite_ND = np.isfinite(features_ND)
-    finite_N: npt.NDArray[np.bool_] = finite_ND.all(axis=1)
-    return finite_N
+        exponent = np.uint16(0x7F80)
+        return np.asarray(((features_ND & exponent) != exponent).all(axis=1))
+    return np.asarray(np.isfinite(features_ND).all(axis=1))
