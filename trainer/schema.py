@@ -1,9 +1,16 @@
 """Which fields a sample has: the schema that the reader, the exchange and the model share."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal, Self
 
+import yaml
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+
+from trainer.errors import SchemaError
+from trainer.validate import near_match, validated
+
+DEFAULT_SCHEMA = Path(__file__).parent / "presets" / "schema.yaml"
 
 Side = Literal["user", "ad"]
 Kind = Literal["id", "multi_id", "dense", "content"]
@@ -96,3 +103,24 @@ class Schema(BaseModel):
     def of_kind(self, *kinds: Kind, side: Side | None = None) -> Iterator[Field]:
         """Fields of these kinds, on one side or both, in the schema's order."""
         return (f for f in self.fields if f.kind in kinds and side in (None, f.side))
+
+
+def load_schema(path: Path | None = None) -> Schema:
+    """The schema in a YAML file, by default the packaged one. Raises SchemaError naming the file, the field and the way out."""
+    path = path or DEFAULT_SCHEMA
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as failure:
+        raise SchemaError(f"data.schema_file={path}: there is no such file") from failure
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as failure:
+        raise SchemaError(f"{path} is not a readable YAML file: {failure}") from failure
+    if not isinstance(values, dict):
+        raise SchemaError(f"{path} has to be a mapping with the name fields, found {type(values).__name__}")
+    schema = validated(Schema, values, str(path), SchemaError)
+    ad_ids = [field.name for field in schema.of_kind("id", side="ad")]
+    if schema.new_ad_field not in ad_ids:
+        near = near_match(schema.new_ad_field, ad_ids) if ad_ids else "the schema has none"
+        raise SchemaError(
+            f"{path}: new_ad_field={schema.new_ad_field} has to be a field of side ad and kind id; {near}"
+        )
+    return schema

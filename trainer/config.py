@@ -1,0 +1,146 @@
+"""The configuration of a run: preset < file < `--set`, merged by OmegaConf, checked by pydantic before anything is loaded.
+
+Every value has its default, and its explanation, in `presets/dicm.yaml`; here and in
+`options.py` stand the types and the limits.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, field_validator, model_validator
+from yaml import YAMLError
+
+from trainer.errors import ConfigError
+from trainer.options import ModelConfig, OptimConfig
+from trainer.validate import Section, validated
+
+PRESETS = Path(__file__).parent / "presets"
+DEFAULT_PRESET = PRESETS / "dicm.yaml"
+
+Count = Annotated[int, Field(ge=1)]
+MissingPolicy = Literal["error", "zeros", "learned"]
+Place = Annotated[str, Field(min_length=1)]
+
+
+class DataConfig(Section):
+    """What is read, in which order, and how much of it makes one step."""
+
+    samples: Place
+    store: Place
+    store_version: Annotated[int, Field(ge=0)] | None
+    cache_dir: Place | None
+    schema_file: Place | None
+    global_batch_size: Count
+    shuffle: bool
+    shuffle_window_groups: Count
+    prefetch_batches: Annotated[int, Field(ge=0, le=16)]
+    missing: MissingPolicy
+
+
+class TrainConfig(Section):
+    """Length of the run, and what happens every so many steps."""
+
+    epochs: Count
+    max_steps: Count | None
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    log_every: Count
+    eval_every: Count | None
+    eval_batch_size: Count
+    checkpoint_every: Count | None
+    keep_checkpoints: Count
+
+
+class RunConfig(Section):
+    """Where the run is written, and whether it goes on from an earlier one."""
+
+    dir: Place
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None
+    resume: Place | None
+    overwrite: bool
+    threads: Count | None
+
+    @field_validator("dir")
+    @classmethod
+    def _local(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError("runs are written to a local or shared disk; give a folder, as data/runs")
+        return value
+
+
+class Config(Section):
+    """A whole, checked configuration."""
+
+    data: DataConfig
+    model: ModelConfig
+    optim: OptimConfig
+    train: TrainConfig
+    run: RunConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if self.run.resume and self.run.overwrite:
+            raise ValueError("run.resume and run.overwrite=true exclude each other; set one of them")
+        if self.run.resume == "latest" and self.run.name is None:
+            raise ValueError("run.resume=latest needs the run's name; add run.name=NAME")
+        return self
+
+
+def load_config(file: Path | None = None, settings: Sequence[str] = ()) -> Config:
+    """The preset, over it `file`, over that `settings` (each `section.field=value`). Raises ConfigError."""
+    merged = _read(DEFAULT_PRESET)
+    if file is not None:
+        merged = _merge(merged, _read(file), str(file))
+    for setting in settings:
+        merged = _merge(merged, _parse_setting(setting), "--set")
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as failure:
+        raise ConfigError(f"the configuration has an interpolation that leads nowhere: {failure}") from failure
+    assert isinstance(values, dict)
+    return validated(Config, {str(name): value for name, value in values.items()}, "configuration", ConfigError)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the resolved configuration as YAML; `load_config(path)` gives an equal one."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))), encoding="utf-8")
+
+
+def config_digest(values: dict[str, Any]) -> str:
+    """sha256 of a configuration (or a section of it) in canonical JSON."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError as failure:
+        raise ConfigError(f"--config {path}: there is no such file") from failure
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as failure:
+        raise ConfigError(f"{path} is not a readable YAML file: {failure}") from failure
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path} has to be a mapping of sections (data, model, optim, train, run), found a list")
+    return loaded
+
+
+def _parse_setting(setting: str) -> DictConfig:
+    name, equals, _ = setting.partition("=")
+    if not equals or "." not in name:
+        raise ConfigError(f"--set {setting}: it has to be section.field=value, as train.epochs=1")
+    try:
+        return OmegaConf.from_dotlist([setting])
+    except (YAMLError, OmegaConfBaseException) as failure:
+        raise ConfigError(f"--set {setting}: the value is not readable as YAML: {failure}") from failure
+
+
+def _merge(below: DictConfig, above: DictConfig, source: str) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(below, above)
+    except OmegaConfBaseException as failure:
+        raise ConfigError(f"{source}: {failure}") from failure
+    assert isinstance(merged, DictConfig)
+    return merged
