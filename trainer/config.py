@@ -1,7 +1,7 @@
-"""The configuration of a run: preset < file < `--set`, merged by OmegaConf, checked by pydantic before anything is loaded.
+"""The configuration of a run: preset < file < `--set`, merged by OmegaConf, checked by pydantic before all else.
 
-Every value has its default, and its explanation, in `presets/dicm.yaml`; here and in
-`options.py` stand the types and the limits.
+Every value has its default, and its explanation, in `presets/dicm.yaml`; here and in `options.py`
+stand the types and the limits.
 """
 
 import hashlib
@@ -43,16 +43,23 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    """Length of the run, and what happens every so many steps."""
+    """Optimiser, length of the run, and what happens every so many steps."""
 
     epochs: Count
     max_steps: Count | None
+    lr: Annotated[float, Field(gt=0, le=10)]
+    lr_gamma: Annotated[float, Field(gt=0, le=1)]
+    lr_every: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     log_every: Count
     eval_every: Count | None
     eval_batch_size: Count
     checkpoint_every: Count | None
     keep_checkpoints: Count
+
+    def optim(self) -> OptimConfig:
+        """What the engine takes of this section."""
+        return OptimConfig(lr=self.lr, lr_gamma=self.lr_gamma, lr_every=self.lr_every)
 
 
 class RunConfig(Section):
@@ -77,7 +84,6 @@ class Config(Section):
 
     data: DataConfig
     model: ModelConfig
-    optim: OptimConfig
     train: TrainConfig
     run: RunConfig
 
@@ -123,7 +129,7 @@ def _read(path: Path) -> DictConfig:
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as failure:
         raise ConfigError(f"{path} is not a readable YAML file: {failure}") from failure
     if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path} has to be a mapping of sections (data, model, optim, train, run), found a list")
+        raise ConfigError(f"{path} has to be a mapping of sections (data, model, train, run), found a list")
     return loaded
 
 

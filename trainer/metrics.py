@@ -1,8 +1,8 @@
 """Log loss, AUC and GAUC, exact and in float64.
 
-AUC of a set of impressions = (sum of the positives' mid-ranks - p (p + 1) / 2) / (p n), the Mann-Whitney form; mid-ranks give tied
-scores half a win. GAUC (Zhou et al., and "Image Matters", section 5) = sum over users of impressions x AUC of that user / sum of
-impressions, users with one class left out. AUC is that with all impressions in one group, so both share one sort.
+AUC of a set of impressions = (sum of the positives' mid-ranks - p (p + 1) / 2) / (p n), the Mann-Whitney form; they
+give tied scores half a win. GAUC ("Image Matters", arXiv 1711.06505) = sum over users of impressions x AUC of that user
+/ sum of impressions, users with one class left out. AUC is that with all impressions in one group, so one code serves.
 A metric that is not defined (no impression, or one class only) is None, JSON's null: never 0, 0.5 or NaN.
 """
 
@@ -19,7 +19,7 @@ Bool = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Metrics:
-    """What is known of N scored impressions. `gauc_impressions`: those of users with both classes, the ones that GAUC counts."""
+    """What is known of N scored impressions. `gauc_impressions`: those of users with both classes (GAUC counts them)."""
 
     impressions: int
     clicks: int
@@ -47,7 +47,7 @@ def measure(logit_N: Float, label_N: Float, group_N: Int) -> Metrics:
 
 
 def log_loss(logit_N: Float, label_N: Float) -> float | None:
-    """Mean binary cross entropy in nats, from logits: exact where a probability would round to 0 or 1. None when empty."""
+    """Mean binary cross entropy in nats, from logits: exact where a probability rounds to 0 or 1. None if empty."""
     if len(label_N) == 0:
         return None
     logit, label = torch.from_numpy(np.asarray(logit_N, np.float64)), torch.from_numpy(np.asarray(label_N, np.float64))

@@ -106,7 +106,7 @@ class Schema(BaseModel):
 
 
 def load_schema(path: Path | None = None) -> Schema:
-    """The schema in a YAML file, by default the packaged one. Raises SchemaError naming the file, the field and the way out."""
+    """The schema in a YAML file, by default the packaged one. Raises SchemaError naming the file and the field."""
     path = path or DEFAULT_SCHEMA
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

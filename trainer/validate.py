@@ -1,4 +1,4 @@
-"""From a mapping that a person wrote (YAML, --set) to a checked model, with messages that name the field and the way out."""
+"""From a mapping that a person wrote (YAML, --set) to a checked model, with messages that name field and way out."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ def near_match(name: str, known: Sequence[str], prefix: str = "") -> str:
 
 
 def validated(model: type[Model], values: Mapping[str, Any], source: str, error: type[TrainerError]) -> Model:
-    """`values` as `model`. Raises `error`, one line per mistake, each with the field, the value, the limit and the way out."""
+    """`values` as `model`. Raises `error`, one line per mistake: the field, the value, the limit, the way out."""
     try:
         return model.model_validate(values)
     except ValidationError as failure:

@@ -18,22 +18,22 @@ def test_preset_names_every_setting() -> None:
 
 def test_preset_has_the_papers_values() -> None:
     config = load_config()
-    assert (config.optim.learning_rate, config.optim.decay, config.optim.decay_every) == (0.001, 0.9, 24_000)
-    assert (config.train.epochs, config.model.hidden, config.model.image_hidden) == (2, (200, 80), (256, 64))
+    assert (config.train.lr, config.train.lr_gamma, config.train.lr_every) == (0.001, 0.9, 24_000)
+    assert (config.train.epochs, config.model.mlp, config.model.embed_hidden) == (2, [200, 80], [256, 64])
     assert (config.model.id_width, config.model.visual_width, config.model.images) == (12, 12, "both")
 
 
 def test_set_wins_over_file_and_file_over_preset(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
-    file.write_text("train: {epochs: 5, seed: 7}\nmodel: {hidden: [10]}\n")
-    config = load_config(file, ["train.epochs=3", "optim.learning_rate=1e-2", "model.rows_of_table.user=99"])
-    assert (config.train.epochs, config.train.seed, config.model.hidden) == (3, 7, (10,))
-    assert (config.optim.learning_rate, config.model.rows_of_table) == (0.01, {"user": 99})
+    file.write_text("train: {epochs: 5, seed: 7}\nmodel: {mlp: [10]}\n")
+    config = load_config(file, ["train.epochs=3", "train.lr=1e-2", "model.tables.user=99"])
+    assert (config.train.epochs, config.train.seed, config.model.mlp) == (3, 7, [10])
+    assert (config.train.lr, config.model.tables["user"], config.model.tables["item"]) == (0.01, 99, 65_536)
     assert config.data == load_config().data
 
 
 def test_saved_configuration_loads_as_the_same(tmp_path: Path) -> None:
-    config = load_config(settings=["model.image_hidden=[8,4]", "run.name=x", "data.missing=learned"])
+    config = load_config(settings=["model.embed_hidden=[8,4]", "run.name=x", "data.missing=learned"])
     save_config(config, tmp_path / "config.yaml")
     again = load_config(tmp_path / "config.yaml")
     assert again == config
@@ -46,13 +46,13 @@ def test_saved_configuration_loads_as_the_same(tmp_path: Path) -> None:
     [
         ("train.epoch=1", "train.epoch is unknown; did you mean train.epochs?"),
         ("modell.images=ad", "modell is unknown; did you mean model?"),
-        ("optim.learning_rte=1", "optim.learning_rte is unknown; did you mean optim.learning_rate?"),
+        ("train.learn_every=1", "train.learn_every is unknown; did you mean train.lr_every?"),
         ("train.zzz=1", "train.zzz is unknown; known: train.checkpoint_every, train.epochs,"),
         ("train.epochs=0", "train.epochs=0: it should be greater than or equal to 1"),
         ("train.epochs=many", "train.epochs='many': it should be a valid integer"),
         ("model.images=all", "model.images='all': it should be 'none', 'ad', 'behavior' or 'both'"),
         ("data.global_batch_size=-4", "data.global_batch_size=-4"),
-        ("model.rows_of_table={user: -2}", "model.rows_of_table.user=-2"),
+        ("model.tables={user: -2}", "model.tables.user=-2"),
         ("run.name=../x", "run.name='../x'"),
         ("run.dir=s3://bucket/runs", "runs are written to a local or shared disk"),
         ("run.resume=latest", "run.resume=latest needs the run's name"),
@@ -94,4 +94,4 @@ def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None
 def test_configuration_is_immutable() -> None:
     config: Config = load_config()
     with pytest.raises(ValueError, match="frozen"):
-        config.train.epochs = 3  # type: ignore[misc]
+        config.train.epochs = 3

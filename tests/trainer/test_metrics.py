@@ -43,7 +43,7 @@ def test_gauc_equals_a_loop_over_users(levels: int) -> None:
 
 
 def test_values_by_hand() -> None:
-    # User 1: the click beats one of two and ties with the other: 0.75. User 2: one class, left out. User 3: 0 of 1 pairs.
+    # User 1: the click beats one of two, ties with the other: 0.75. User 2: one class, left out. User 3: 0 of 1 pairs.
     score = np.array([0.5, 0.5, 0.1, 0.9, 0.2, 0.8])
     label = np.array([1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
     user = np.array([1, 1, 1, 2, 3, 3])

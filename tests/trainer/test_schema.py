@@ -42,7 +42,7 @@ def test_own_schema(tmp_path: Path) -> None:
         (
             "new_ad_field: ad",
             "new_ad_field: adx",
-            "new_ad_field=adx has to be a field of side ad and kind id; did you mean ad?",
+            "has to be a field of side ad and kind id; did you mean ad?",
         ),
         ("new_ad_field: ad", "new_ad_field: user", "new_ad_field=user has to be a field of side ad"),
         ("name: ad,", "name: user,", "field user is named twice"),
