@@ -4,6 +4,7 @@
 #   tools/build_horovod.sh PYTHON [CACHE_DIR]
 #
 # Horovod 0.28.1 asks for C++14 and torch's headers need C++20, so the compiler is wrapped: the last -std flag wins.
+# With CUDA and NCCL on the machine: HOROVOD_GPU_OPERATIONS=NCCL make install (not tried by the authors).
 set -euo pipefail
 
 python=$1
@@ -13,7 +14,7 @@ version=0.28.1
 installed=$("$python" -m pip list --format=freeze 2>/dev/null | sed -n 's/^horovod==//p')
 tag=$("$python" -c 'import platform, sys, torch
 print(f"torch{torch.__version__}-cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
-wheels=$cache_root/horovod-$version-$tag
+wheels=$cache_root/horovod-$version-$tag${HOROVOD_GPU_OPERATIONS:+-$HOROVOD_GPU_OPERATIONS}
 
 if [ "$installed" = "$version" ] && "$python" -c 'import horovod.torch' 2>/dev/null; then
   echo "horovod $version is installed"

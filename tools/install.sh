@@ -27,5 +27,6 @@ if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -m pip --version >/dev/nu
   }
 fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[dev,bench]"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r tools/requirements-s3-server.txt
 tools/build_horovod.sh "$venv/bin/python"
 touch "$venv/.installed"
