@@ -1,7 +1,7 @@
 """Log loss, AUC and GAUC, exact and in float64.
 
-AUC of a set of impressions = (sum of the positives' mid-ranks - p (p + 1) / 2) / (p n), the Mann-Whitney form; they
-give tied scores half a win. GAUC ("Image Matters", arXiv 1711.06505) = sum over users of impressions x AUC of that user
+AUC of a set of impressions = (sum of the positives' mid-ranks - p (p + 1) / 2) / (p n), the Mann-Whitney form, with
+mid-ranks for ties. GAUC ("Image Matters", arXiv 1711.06505) = sum over users of impressions x AUC of that user
 / sum of impressions, users with one class left out. AUC is that with all impressions in one group, so one code serves.
 A metric that is not defined (no impression, or one class only) is None, JSON's null: never 0, 0.5 or NaN.
 """
@@ -19,7 +19,7 @@ Bool = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Metrics:
-    """What is known of N scored impressions. `gauc_impressions`: those of users with both classes (GAUC counts them)."""
+    """What is known of N scored impressions. `gauc_impressions`: of users with both classes (GAUC uses them)."""
 
     impressions: int
     clicks: int
