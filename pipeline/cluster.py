@@ -64,7 +64,7 @@ def address_in_file(path: Path, timeout_s: float) -> str:
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"not a scheduler file: {error!r}"
         if time.monotonic() > deadline:
-            raise SchedulerUnreachableError(f"scheduler file {path}", timeout_s, reason)
+            raise SchedulerUnreachableError(f"the one of {path}", f"{reason}, after {timeout_s:g} s")
         time.sleep(0.05)
 
 
@@ -74,7 +74,7 @@ def open_client(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator[
     try:
         client = Client(address, timeout=timeout_s)
     except (OSError, ValueError, TypeError) as error:  # ValueError: an unknown protocol; TypeError: no certificates
-        raise SchedulerUnreachableError(address, timeout_s, str(error) or type(error).__name__) from error
+        raise SchedulerUnreachableError(address, str(error) or type(error).__name__) from error
     with client:
         yield client
 

@@ -7,7 +7,7 @@ PipelineError
 ├── ExtractionError    the extraction as a whole failed
 ├── ClusterError       no usable Dask cluster
 │   ├── SchedulerUnreachableError   nobody answers at the address
-│   ├── InsecureSchedulerError      beyond this machine and without TLS
+│   ├── InsecureSchedulerError      beyond loopback and without TLS
 │   ├── MissingWorkersError         too few workers in the time
 │   ├── VersionMismatchError        client, scheduler and workers differ
 │   └── MissingPackagesError        workers that cannot import this project
@@ -44,20 +44,20 @@ class ClusterError(PipelineError):
 class SchedulerUnreachableError(ClusterError):
     """No scheduler answers at the address."""
 
-    def __init__(self, address: str, timeout_s: float, reason: str):
-        super().__init__(address, timeout_s, reason)
-        self.address, self.timeout_s, self.reason = address, timeout_s, reason
+    def __init__(self, address: str, reason: str):
+        super().__init__(address, reason)
+        self.address, self.reason = address, reason
 
     def __str__(self) -> str:
         return (
-            f"no Dask scheduler answers at {self.address} within {self.timeout_s:g} s ({self.reason}); "
-            "check the address and that `dask scheduler` runs there, or unset DASK_SCHEDULER_ADDRESS and "
-            "DASK_SCHEDULER_FILE to work on a local cluster"
+            f"no Dask scheduler answers at {self.address} ({self.reason}); check the address and that "
+            "`dask scheduler` runs there, or unset DASK_SCHEDULER_ADDRESS and DASK_SCHEDULER_FILE to work on a local "
+            "cluster"
         )
 
 
 class InsecureSchedulerError(ClusterError):
-    """A scheduler beyond this machine without TLS."""
+    """A scheduler beyond loopback without TLS."""
 
     def __init__(self, address: str):
         super().__init__(address)
@@ -65,7 +65,7 @@ class InsecureSchedulerError(ClusterError):
 
     def __str__(self) -> str:
         return (
-            f"the scheduler {self.address} is beyond this machine and without TLS: Dask sends pickles, so whoever "
+            f"the scheduler {self.address} is beyond loopback and without TLS: Dask sends pickles, so whoever "
             "reaches that port can run code on every worker. Use tls:// with certificates in Dask's configuration "
             "(distributed.comm.tls), or pass --insecure on a network that you trust"
         )

@@ -1,0 +1,84 @@
+"""What dask-submit makes sure of before a script runs: a safe address, enough workers, equal versions, our packages."""
+
+import ipaddress
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from distributed import Client
+from distributed.comm.addressing import parse_address, parse_host_port
+from distributed.comm.registry import backends
+
+from pipeline.errors import (
+    InsecureSchedulerError,
+    MissingPackagesError,
+    MissingWorkersError,
+    SchedulerUnreachableError,
+    VersionMismatchError,
+)
+
+ENCRYPTED_PROTOCOLS = ("tls", "wss")
+OUR_PACKAGES = ("featurestore", "pipeline")
+COMPARED_PACKAGES = ("python", "dask", "distributed")
+IMPORT_OURS = "\n".join(f"import {package}" for package in OUR_PACKAGES)
+
+
+def check_address(address: str) -> None:
+    """Raises InsecureSchedulerError unless `address` is encrypted, or every IP of its host is loopback.
+
+    Raises SchedulerUnreachableError when the host's name has no IP, or the address no meaning.
+    """
+    try:
+        protocol, location = parse_address(address)
+        if protocol in ENCRYPTED_PROTOCOLS:
+            return
+        if protocol not in backends:
+            raise ValueError(f"{protocol}:// is none of {', '.join(sorted(backends))}")
+        host, _ = parse_host_port(location, 0)
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, ValueError) as error:
+        raise SchedulerUnreachableError(address, str(error)) from error
+    if not all(ipaddress.ip_address(sockaddr[0]).is_loopback for *_, sockaddr in found):
+        raise InsecureSchedulerError(address)
+
+
+def wait_for_workers(client: Client, address: str, count: int, timeout_s: float) -> None:
+    """Returns once `count` workers are there. Raises MissingWorkersError after `timeout_s`."""
+    if count == 0:
+        return
+    try:
+        client.wait_for_workers(count, timeout=timeout_s)
+    except TimeoutError as error:
+        raise MissingWorkersError(address, count, len(client.nthreads()), timeout_s) from error
+
+
+def check_versions(versions: Mapping[str, Any]) -> None:
+    """Raises VersionMismatchError where major.minor of Python, dask or distributed differ from the client's.
+
+    `versions` is what `Client.get_versions()` gives. A patch version may differ: Dask's protocol does not.
+    """
+    here = versions["client"]["packages"]
+    nodes = {"the scheduler": versions["scheduler"]} | {f"worker {a}": node for a, node in versions["workers"].items()}
+    differences = [
+        f"{package} is {theirs} on {name} and {here[package]} here"
+        for name, node in nodes.items()
+        for package in COMPARED_PACKAGES
+        if _major_minor(theirs := node["packages"].get(package)) != _major_minor(here[package])
+    ]
+    if differences:
+        raise VersionMismatchError(differences)
+
+
+def _major_minor(version: str | None) -> list[str] | None:
+    return version.split(".")[:2] if version else None
+
+
+def check_packages(client: Client) -> None:
+    """Raises MissingPackagesError, with the reason, for workers that cannot import our packages.
+
+    `exec` and not a function of ours is sent: to read that, the worker would have to import us.
+    """
+    answers = client.run(exec, IMPORT_OURS, {}, on_error="return")
+    failures = {worker: repr(answer) for worker, answer in answers.items() if isinstance(answer, Exception)}
+    if failures:
+        raise MissingPackagesError(failures)
