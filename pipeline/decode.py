@@ -1,0 +1,163 @@
+"""From the bytes of an image file to the 224 x 224 pixels that the network sees.
+
+The steps and sizes are torchvision's own (`VGG16_Weights.IMAGENET1K_V1.transforms()`): short side to 256, bilinear with
+antialiasing, centre crop of 224. What torchvision leaves open is fixed here:
+- EXIF orientation is applied; the first frame of an animation counts; colour profiles are ignored;
+- transparent pixels lie on white; 16-bit grey is scaled to 8 bits; CMYK, palette and grey become RGB;
+- a JPEG whose short side is at least 2,048 pixels is decoded at 1/2, 1/4 or 1/8 (libjpeg's scaled decoding), with at
+  least 1,024 pixels left: three to ten times faster, and memory stays small whatever the size of the image;
+- other images, and progressive JPEGs, are held in full while they are decoded, so more than MAX_PIXELS are refused;
+- of an image more than MAX_ASPECT times longer than wide only the middle is scaled: the crop sees no more of it.
+"""
+
+import functools
+import io
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from torchvision.models import VGG16_Weights
+from torchvision.transforms import functional
+
+from pipeline.errors import BadImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+MAX_PIXELS = 8192 * 8192  # every baseline JPEG, up to 65,535 x 65,535, is below this at 1/8
+MIN_SCALED_SIDE = 1024  # pixels
+MAX_ASPECT = 8
+JPEG_START = b"\xff\xd8\xff"
+PIXELS_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+TURNED_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+PIXELS_WITHOUT_WHITE = ("I", "F")  # 32 bits per pixel: nothing says which number is white
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """An image ready for the network, and the size that it had."""
+
+    pixels_HWC: npt.NDArray[np.uint8]
+    width: int
+    height: int
+
+
+@functools.cache
+def preset() -> Any:
+    """torchvision's own preprocessing of VGG16: its sizes, mean and standard deviation are used, not copied."""
+    return VGG16_Weights.IMAGENET1K_V1.transforms()
+
+
+def preprocessing_record() -> str:
+    """All that decides which pixels the network sees, as it stands in the ExtractorSpec: JSON."""
+    own = preset()
+    record = {
+        "preset": "torchvision VGG16_Weights.IMAGENET1K_V1",
+        "resize": own.resize_size,
+        "interpolation": own.interpolation.value,
+        "antialias": own.antialias,
+        "crop": own.crop_size,
+        "mean": own.mean,
+        "std": own.std,
+        "exif_orientation": True,
+        "alpha": "on white",
+        "jpeg_scaled_to_at_least": MIN_SCALED_SIDE,
+    }
+    return json.dumps(record, separators=(",", ":"))
+
+
+def prepare(data: bytes) -> Pixels:
+    """The resized and cropped image in the file `data`, (224, 224, 3) uint8, and the size of the whole image.
+
+    Raises BadImageError with the reason. The decoders run without the GIL, so threads share the work.
+    """
+    image, (width, height) = decode(data)
+    own = preset()
+    resized = functional.resize(
+        _middle(image), own.resize_size, interpolation=own.interpolation, antialias=own.antialias
+    )
+    cropped = functional.center_crop(resized, own.crop_size)
+    return Pixels(np.asarray(cropped, dtype=np.uint8), width, height)
+
+
+def decode(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
+    """The image in the file `data`, RGB and upright, and the width and height of the whole image in pixels.
+
+    A large JPEG is smaller than its full size (see above). Raises BadImageError with the reason.
+    """
+    if not data:
+        raise BadImageError("empty file")
+    try:
+        image, full_size = _open(data)
+        image.load()
+        orientation = _orientation(image)
+        rgb = _as_rgb(ImageOps.exif_transpose(image) if orientation > 1 else image)
+    except BadImageError:
+        raise
+    except Exception as error:  # on malicious bytes Pillow's decoders raise nearly everything there is
+        raise BadImageError(f"cannot be decoded: {error or type(error).__name__}") from error
+    return rgb, full_size[::-1] if orientation in TURNED_SIDEWAYS else full_size
+
+
+def _open(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
+    """The image, not yet decoded, and its full size. Raises BadImageError."""
+    if data.startswith(JPEG_START):
+        # Image.open refuses what is large before it can be scaled down, so the plug-in is called by itself.
+        jpeg = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+        full_size = jpeg.size
+        if not jpeg.info.get("progressive"):
+            jpeg.draft(None, (MIN_SCALED_SIDE, MIN_SCALED_SIDE))
+        _check_pixels(jpeg.size)
+        return jpeg, full_size
+    try:
+        image = Image.open(io.BytesIO(data), formats=_formats())
+    except UnidentifiedImageError as error:
+        raise BadImageError(f"not an image of a known format ({', '.join(_formats())})") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImageError(f"more than the limit of {MAX_PIXELS:,} pixels") from error
+    _check_pixels(image.size)
+    return image, image.size
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """FORMATS that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _check_pixels(size: tuple[int, int]) -> None:
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise BadImageError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS:,}")
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8; 1 when the EXIF cannot be read."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # the pixels are loaded and good: a damaged EXIF is no reason to lose them
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in PIXELS_WITHOUT_WHITE:
+        raise BadImageError(f"32-bit pixels (mode {image.mode}) have no defined white")
+    if image.mode in PIXELS_16_BIT:
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """The middle of an image that is very long: else 1 x 20,000 pixels would be scaled to 256 x 5,120,000."""
+    width, height = image.size
+    short, long = sorted(image.size)
+    if long <= MAX_ASPECT * short:
+        return image
+    margin = (long - MAX_ASPECT * short) // 2
+    return image.crop((margin, 0, width - margin, height) if width > height else (0, margin, width, height - margin))
