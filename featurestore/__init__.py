@@ -1,0 +1,29 @@
+"""Sharded, versioned features of images: the store, and one rank's partition of it.
+
+Letters of shapes, as suffixes of array names: P ranks, N rows, M live rows, U unique keys asked, D feature width.
+The service that turns features into visual vectors is in `featurestore.embedding`; it alone imports torch.
+"""
+
+from featurestore.keys import key_of_uri, keys_of_uris, owner_of, shard_of
+from featurestore.quarantine import QuarantineRow
+from featurestore.rows import FeatureRows, to_bits, to_float32
+from featurestore.snapshot import Snapshot
+from featurestore.spec import ExtractorSpec, StoreInfo
+from featurestore.statistics import FeatureStatistics
+from featurestore.store import FeatureStore
+
+__all__ = [
+    "ExtractorSpec",
+    "FeatureRows",
+    "FeatureStatistics",
+    "FeatureStore",
+    "QuarantineRow",
+    "Snapshot",
+    "StoreInfo",
+    "key_of_uri",
+    "keys_of_uris",
+    "owner_of",
+    "shard_of",
+    "to_bits",
+    "to_float32",
+]

@@ -81,7 +81,7 @@ class FeatureRows:
         )
 
     def validate(self, info: StoreInfo) -> None:
-        """Raise InvalidRowsError unless a store of `info` may hold these rows (KeyCollisionError: two uris, one key)."""
+        """Raise InvalidRowsError unless a store of `info` may hold these rows; KeyCollisionError: two uris, one key."""
         count = len(self.keys_N)
         lengths = {name: len(value) for name, value in self.__dict__.items()}
         if set(lengths.values()) != {count}:

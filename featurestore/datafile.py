@@ -1,0 +1,213 @@
+"""Parquet files of rows: columns, checksums, and the way between Arrow tables and `FeatureRows`.
+
+The feature is one FIXED_LEN_BYTE_ARRAY column: an Arrow buffer of it is the matrix, and it reads many times faster than
+a list column. Every page has a checksum, and every read verifies it.
+"""
+
+import contextlib
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from featurestore.errors import CorruptFileError, FeatureStoreError
+from featurestore.rows import DIGEST_DTYPE, FeatureRows
+from featurestore.spec import FileEntry, StoreInfo
+from featurestore.storage import Storage
+
+KEY, URI, DELETED, FEATURE = "key", "uri", "deleted", "feature"
+METADATA_COLUMNS = [KEY, URI, "content_digest", "source_tag", "width", "height"]
+ROW_GROUP_BYTES = 8 << 20
+_INFO = b"featurestore.info"
+
+
+def schema_of(info: StoreInfo) -> pa.Schema:
+    """The columns of a data file; dtype and shape of the feature stand in its field's metadata."""
+    feature = pa.field(FEATURE, pa.binary(info.row_bytes), nullable=False)
+    fields: list[Any] = [
+        pa.field(KEY, pa.int64(), nullable=False),
+        pa.field(URI, pa.string(), nullable=False),
+        pa.field("content_digest", pa.binary(16), nullable=False),
+        pa.field("source_tag", pa.string(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field(DELETED, pa.bool_(), nullable=False),
+        feature.with_metadata({"dtype": info.dtype, "shape": f"[{info.dim}]"}),
+    ]
+    return pa.schema(fields, metadata={_INFO: info.model_dump_json()})
+
+
+def table_of(rows: FeatureRows, info: StoreInfo) -> pa.Table:
+    """`rows` as an Arrow table; the numbers are not copied."""
+    columns: list[Any] = [
+        pa.array(rows.keys_N),
+        pa.array(rows.uris, pa.string()),
+        _fixed_binary(rows.content_digest_N, 16),
+        pa.array(rows.source_tag, pa.string()),
+        pa.array(rows.width_N),
+        pa.array(rows.height_N),
+        pa.array(rows.deleted_N),
+        _fixed_binary(rows.features_ND, info.row_bytes),
+    ]
+    return pa.Table.from_arrays(columns, schema=schema_of(info))
+
+
+def rows_of(table: pa.Table, info: StoreInfo) -> FeatureRows:
+    """The rows of a table that has every column."""
+    return FeatureRows(
+        keys_N=numpy_column(table, KEY),
+        uris=text_column(table, URI),
+        features_ND=matrix_of(table, info),
+        content_digest_N=np.frombuffer(_fixed_buffer(table, "content_digest"), dtype=DIGEST_DTYPE),
+        source_tag=text_column(table, "source_tag"),
+        width_N=numpy_column(table, "width"),
+        height_N=numpy_column(table, "height"),
+        deleted_N=numpy_column(table, DELETED),
+    )
+
+
+def numpy_column(table: pa.Table, name: str) -> npt.NDArray[Any]:
+    """A column of numbers or booleans as one array."""
+    return np.asarray(table[name].combine_chunks().to_numpy(zero_copy_only=False))
+
+
+def text_column(table: pa.Table, name: str) -> list[str]:
+    """A column of texts."""
+    texts: list[Any] = table[name].to_pylist()
+    return texts
+
+
+def matrix_of(table: pa.Table, info: StoreInfo) -> npt.NDArray[Any]:
+    """The features, (N, D) in the storage dtype; a view of the table's memory where that is one piece."""
+    return np.frombuffer(_fixed_buffer(table, FEATURE), dtype=info.storage_dtype).reshape(-1, info.dim)
+
+
+def tensor_column(table: pa.Table, info: StoreInfo) -> "pa.ExtensionArray[Any]":
+    """The features as Arrow's fixed-shape tensor, for tools that know it; bfloat16 as its bits in uint16."""
+    values = pa.array(matrix_of(table, info).reshape(-1))
+    storage = pa.FixedSizeListArray.from_arrays(values, info.dim)
+    tensor = pa.fixed_shape_tensor(values.type, [info.dim])
+    return pa.ExtensionArray.from_storage(tensor, storage)
+
+
+def encode(table: pa.Table, info: StoreInfo, group_bytes: int = ROW_GROUP_BYTES) -> pa.Buffer:
+    """The bytes of a Parquet file with the rows of `table`."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table.cast(schema_of(info)) if table.schema != schema_of(info) else table,
+        sink,
+        row_group_size=max(1, group_bytes // info.row_bytes),
+        compression="lz4",
+        use_dictionary=False,
+        write_statistics=[KEY],
+        write_page_checksum=True,
+        store_schema=True,
+    )
+    return sink.getvalue()
+
+
+class DataFile:
+    """One Parquet file of a store, open for reading; every page's checksum is verified."""
+
+    def __init__(self, source: IO[bytes] | pa.NativeFile, info: StoreInfo, path: str) -> None:
+        """`path` is for messages. Raises CorruptFileError, SpecMismatchError."""
+        self.path = path
+        with self._translated():
+            self._parquet = pq.ParquetFile(source, page_checksum_verification=True)
+            schema = self._parquet.schema_arrow
+            found = StoreInfo.model_validate_json((schema.metadata or {})[_INFO])
+        info.check_same(found, path)
+        if not schema.equals(schema_of(info)):
+            raise CorruptFileError(f"{path} has the columns {schema.names} or other types than a store writes")
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, tombstones included."""
+        return int(self._parquet.metadata.num_rows)
+
+    @property
+    def group_starts(self) -> list[int]:
+        """The first row of each row group, and the number of rows at the end."""
+        starts = [0]
+        for group in range(self._parquet.num_row_groups):
+            starts.append(starts[-1] + self._parquet.metadata.row_group(group).num_rows)
+        return starts
+
+    def read(self, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None) -> pa.Table:
+        """Columns (all by default) of row groups (all by default)."""
+        with self._translated():
+            names = list(columns) if columns is not None else None
+            if groups is None:
+                return self._parquet.read(names, use_threads=False)
+            return self._parquet.read_row_groups(list(groups), names, use_threads=False)
+
+    def blocks(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Columns of one row group after the other, so that memory stays at one of them."""
+        for group in range(self._parquet.num_row_groups):
+            yield self.read(columns, [group])
+
+    def close(self) -> None:
+        """Close the source."""
+        self._parquet.close(force=True)
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except FeatureStoreError:
+            raise
+        except (pa.ArrowException, OSError, MemoryError, ValidationError, KeyError) as error:
+            raise CorruptFileError(f"{self.path} is damaged: {error}") from error
+
+
+@contextlib.contextmanager
+def open_entry(storage: Storage, info: StoreInfo, entry: FileEntry, *, whole: bool = False) -> Iterator[DataFile]:
+    """The file of `entry`. `whole` reads it in one go and checks its sha256; else only what is asked for is read.
+
+    Raises CorruptFileError where size, sha256, row count or content differ from what was committed.
+    """
+    path = storage.full(entry.path)
+    source: IO[bytes] | pa.NativeFile
+    try:
+        if whole:
+            source = pa.BufferReader(read_verified(storage, entry.path, entry.sha256))
+        else:
+            source = storage.open_input(entry.path)
+    except FileNotFoundError as error:
+        raise CorruptFileError(f"{path} is missing") from error
+    with source:
+        source.seek(0, io.SEEK_END)
+        if source.tell() != entry.bytes:
+            raise CorruptFileError(f"{path} has {source.tell()} bytes instead of {entry.bytes}")
+        source.seek(0)
+        file = DataFile(source, info, path)
+        if file.num_rows != entry.rows:
+            raise CorruptFileError(f"{path} has {file.num_rows} rows instead of {entry.rows}")
+        yield file
+
+
+def read_verified(storage: Storage, path: str, sha256: str) -> bytes:
+    """A whole file whose sha256 is known. Raises CorruptFileError where it differs, FileNotFoundError."""
+    data = storage.read_bytes(path)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CorruptFileError(f"{storage.full(path)} is damaged: its sha256 is not the one in the manifest")
+    return data
+
+
+def _fixed_binary(array: npt.NDArray[Any], width: int) -> "pa.Array[Any]":
+    flat = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(array), [None, pa.py_buffer(flat.data)])
+
+
+def _fixed_buffer(table: pa.Table, name: str) -> memoryview:
+    column = table[name].combine_chunks()
+    width = column.type.byte_width
+    values = column.buffers()[1]
+    assert values is not None
+    return memoryview(values)[column.offset * width : (column.offset + len(column)) * width]

@@ -1,0 +1,204 @@
+"""One shard: writing a file of it, and reading its files merged, the newest row of each key first.
+
+Letters of shapes: N rows of all files, M live rows, D feature width.
+"""
+
+import hashlib
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from featurestore.datafile import (
+    DELETED,
+    FEATURE,
+    KEY,
+    URI,
+    DataFile,
+    encode,
+    matrix_of,
+    numpy_column,
+    open_entry,
+    read_verified,
+    text_column,
+)
+from featurestore.errors import CorruptFileError, InvalidRowsError
+from featurestore.keys import Int64Array, shard_of, splitmix64
+from featurestore.rows import check_collisions
+from featurestore.spec import FileEntry, FileKind, StoreInfo
+from featurestore.statistics import Moments
+from featurestore.storage import Storage
+
+
+def newest_rows(keys_N: Int64Array) -> Int64Array:
+    """Of rows in order of age, the last of each key, in the order of a shard: by splitmix64."""
+    hash_N = splitmix64(keys_N)
+    order_N = np.argsort(hash_N, kind="stable")
+    sorted_N = hash_N[order_N]
+    is_last_N = np.ones(len(sorted_N), np.bool_)
+    is_last_N[:-1] = sorted_N[1:] != sorted_N[:-1]
+    return order_N[is_last_N]
+
+
+def take_rows(table: pa.Table, index_M: npt.NDArray[Any]) -> pa.Table:
+    """The rows at `index_M`; the table itself where that is all of them in order."""
+    if len(index_M) == len(table) and np.array_equal(index_M, np.arange(len(table))):
+        return table
+    return table.take(pa.array(index_M))
+
+
+def write_shard_file(
+    storage: Storage, info: StoreInfo, shard: int, table: pa.Table, kind: FileKind, based_on: int
+) -> FileEntry:
+    """Write rows of one shard (sorted, each key once) as a new immutable file, and its statistics beside it.
+
+    Both are read back and compared before the entry is returned. Nothing is visible before a commit names the entry.
+    """
+    keys_N = numpy_column(table, KEY)
+    strays = keys_N[shard_of(keys_N, info.num_shards) != shard]
+    if len(strays):
+        raise InvalidRowsError(f"key {strays[0]} and {len(strays) - 1} more do not belong to shard {shard}")
+    name = f"data/{shard:04d}/{uuid.uuid4().hex}"
+    deleted_N = numpy_column(table, DELETED)
+    features_ND = matrix_of(table, info)
+    moments = Moments.of(features_ND[~deleted_N] if deleted_N.any() else features_ND, info.dtype)
+    data, statistics = encode(table, info), moments.to_bytes()
+    return FileEntry(
+        path=f"{name}.parquet",
+        bytes=data.size,
+        rows=len(table),
+        num_deleted=int(deleted_N.sum()),
+        sha256=_write_checked(storage, f"{name}.parquet", data),
+        kind=kind,
+        info_digest=info.digest,
+        based_on=based_on,
+        statistics_path=f"{name}.stats.npy",
+        statistics_sha256=_write_checked(storage, f"{name}.stats.npy", statistics),
+    )
+
+
+def read_moments(storage: Storage, entry: FileEntry) -> Moments:
+    """The moments of a file's live rows. Raises CorruptFileError."""
+    try:
+        data = read_verified(storage, entry.statistics_path, entry.statistics_sha256)
+    except FileNotFoundError as error:
+        raise CorruptFileError(f"{storage.full(entry.statistics_path)} is missing") from error
+    return Moments.from_bytes(data, entry.num_live, storage.full(entry.statistics_path))
+
+
+@dataclass(frozen=True)
+class ShardReader:
+    """The live rows of one shard, by splitmix64: for each key its newest row, unless that is a tombstone."""
+
+    storage: Storage
+    info: StoreInfo
+    shard: int
+    entries: Sequence[FileEntry]  # oldest first
+
+    @cached_property
+    def _live(self) -> tuple[Int64Array, Int64Array]:
+        """Keys of the live rows, and their row numbers in the concatenation of all files, both (M,)."""
+        if not self.entries:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        table = self._concatenated([KEY, DELETED])
+        keys_N, deleted_N = numpy_column(table, KEY), numpy_column(table, DELETED)
+        index_M = newest_rows(keys_N)
+        index_M = index_M[~deleted_N[index_M]]
+        return keys_N[index_M], index_M
+
+    def keys(self) -> Int64Array:
+        """Keys of the live rows (M,). Reads two small columns."""
+        return self._live[0]
+
+    @property
+    def num_rows(self) -> int:
+        """Live rows; without any read where there is one file without tombstones."""
+        if self.is_plain:
+            return sum(entry.rows for entry in self.entries)
+        return len(self._live[0])
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Columns (all by default) of the live rows."""
+        if not self.entries:
+            raise AssertionError(f"shard {self.shard} has no files")
+        return take_rows(self._concatenated(columns), self._live[1])
+
+    def features(self, keys_U: Int64Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+        """Features of some keys, (U, D) in the storage dtype, and which of the keys are there. Reads whole row groups
+        around the rows asked for, and no more."""
+        features_UD = np.zeros((len(keys_U), self.info.dim), self.info.storage_dtype)
+        keys_M, index_M = self._live
+        hash_M, hash_U = splitmix64(keys_M), splitmix64(keys_U)
+        place_U = np.searchsorted(hash_M, hash_U)
+        found_U = np.zeros(len(keys_U), np.bool_)
+        inside_U = place_U < len(hash_M)
+        found_U[inside_U] = hash_M[place_U[inside_U]] == hash_U[inside_U]
+        asked_K, row_K = np.flatnonzero(found_U), index_M[place_U[found_U]]
+        file_start = 0
+        for entry in self.entries:
+            here_K = (row_K >= file_start) & (row_K < file_start + entry.rows)
+            if here_K.any():
+                with open_entry(self.storage, self.info, entry) as file:
+                    features_UD[asked_K[here_K]] = _rows_of_groups(file, self.info, row_K[here_K] - file_start)
+            file_start += entry.rows
+        return features_UD, found_U
+
+    def verified_blocks(self) -> Iterator[tuple[Int64Array, npt.NDArray[Any]]]:
+        """Keys (M,) and features (M, D) of the live rows, block by block in order; every file's sha256 is checked."""
+        if self.is_plain:
+            for entry in self.entries:
+                with open_entry(self.storage, self.info, entry, whole=True) as file:
+                    for block in file.blocks([KEY, FEATURE]):
+                        yield numpy_column(block, KEY), matrix_of(block, self.info)
+        elif self.entries:
+            tables = []
+            for entry in self.entries:
+                with open_entry(self.storage, self.info, entry, whole=True) as file:
+                    tables.append(file.read([KEY, DELETED, FEATURE]))
+            table = pa.concat_tables(tables)
+            index_M = newest_rows(numpy_column(table, KEY))
+            table = take_rows(table, index_M[~numpy_column(table, DELETED)[index_M]])
+            yield numpy_column(table, KEY), matrix_of(table, self.info)
+
+    def check_uris(self, keys_N: Int64Array, uris: Sequence[str]) -> None:
+        """Raise KeyCollisionError where one of the keys lives here under another uri."""
+        keys_M = self.keys()
+        wanted_M = np.isin(keys_M, keys_N)
+        if wanted_M.any():
+            mine = text_column(self.read([URI]).filter(pa.array(wanted_M)), URI)
+            check_collisions(np.concatenate([keys_M[wanted_M], keys_N]), [*mine, *uris])
+
+    @property
+    def is_plain(self) -> bool:
+        return len(self.entries) == 0 or (len(self.entries) == 1 and self.entries[0].num_deleted == 0)
+
+    def _concatenated(self, columns: Sequence[str] | None) -> pa.Table:
+        tables = []
+        for entry in self.entries:
+            with open_entry(self.storage, self.info, entry) as file:
+                tables.append(file.read(columns))
+        return pa.concat_tables(tables)
+
+
+def _rows_of_groups(file: DataFile, info: StoreInfo, rows_K: Int64Array) -> npt.NDArray[Any]:
+    starts = np.asarray(file.group_starts)
+    group_K = np.searchsorted(starts, rows_K, side="right") - 1
+    features_KD = np.empty((len(rows_K), info.dim), info.storage_dtype)
+    for group in np.unique(group_K):
+        here_K = group_K == group
+        features_KD[here_K] = matrix_of(file.read([FEATURE], [int(group)]), info)[rows_K[here_K] - starts[group]]
+    return features_KD
+
+
+def _write_checked(storage: Storage, path: str, data: Any) -> str:
+    """Write, read back, compare; the sha256."""
+    digest = hashlib.sha256(data).hexdigest()
+    with storage.open_output(path) as file:
+        file.write(data)
+    read_verified(storage, path, digest)
+    return digest

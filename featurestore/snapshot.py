@@ -1,0 +1,105 @@
+"""One published state of a store. It holds its manifest, so later commits never change what it reads."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from featurestore.datafile import METADATA_COLUMNS, rows_of, schema_of
+from featurestore.errors import MissingKeysError
+from featurestore.keys import Int64Array, shard_of
+from featurestore.rows import FeatureRows
+from featurestore.shard import ShardReader, read_moments
+from featurestore.spec import Manifest, StoreInfo
+from featurestore.statistics import FeatureStatistics, Moments
+from featurestore.storage import Storage
+
+_THREADS = 4
+ResultT = TypeVar("ResultT")
+
+
+class Snapshot:
+    """The rows of a store as of one commit. Letters of shapes: M live rows, U keys asked, D feature width."""
+
+    def __init__(self, storage: Storage, info: StoreInfo, manifest: Manifest) -> None:
+        self.storage = storage
+        self.info = info
+        self.manifest = manifest
+
+    @property
+    def version(self) -> int:
+        """Number of the commit; 0 is the empty store."""
+        return self.manifest.version
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Live rows. Reads the keys of shards that have delta files."""
+        return sum(self._each_shard(lambda reader: reader.num_rows))
+
+    def shard_reader(self, shard: int) -> ShardReader:
+        """The merged view of one shard."""
+        return ShardReader(self.storage, self.info, shard, self.manifest.files(shard))
+
+    def read_shard(self, shard: int) -> FeatureRows:
+        """The live rows of one shard in the order of splitmix64; tombstones are gone."""
+        reader = self.shard_reader(shard)
+        return rows_of(reader.read() if reader.entries else schema_of(self.info).empty_table(), self.info)
+
+    def keys(self) -> Int64Array:
+        """Keys of all live rows, ascending (M,)."""
+        return np.sort(np.concatenate([np.empty(0, np.int64), *self._each_shard(lambda reader: reader.keys())]))
+
+    def metadata_table(self) -> pa.Table:
+        """Key, uri, content_digest, source_tag, width and height of all live rows; no features are read."""
+        empty = schema_of(self.info).empty_table().select(METADATA_COLUMNS)
+        return pa.concat_tables([empty, *self._each_shard(lambda reader: reader.read(METADATA_COLUMNS))])
+
+    def get(self, keys: Sequence[int] | Int64Array) -> npt.NDArray[Any]:
+        """Features in the order asked, (U, D); bfloat16 as its bits in uint16. Raises MissingKeysError.
+
+        For a few keys; `FeaturePartition` is made for many.
+        """
+        keys_U = np.asarray(keys, dtype=np.int64)
+        shard_U = shard_of(keys_U, self.info.num_shards)
+        features_UD = np.zeros((len(keys_U), self.info.dim), self.info.storage_dtype)
+        found_U = np.zeros(len(keys_U), np.bool_)
+        for shard in np.unique(shard_U):
+            here_U = shard_U == shard
+            features_UD[here_U], found_U[here_U] = self.shard_reader(int(shard)).features(keys_U[here_U])
+        if not found_U.all():
+            raise MissingKeysError(missing_message(keys_U[~found_U], f"snapshot {self.version} of {self.storage.url}"))
+        return features_UD
+
+    def statistics(self) -> FeatureStatistics:
+        """Mean and standard deviation of each dimension over the live rows.
+
+        From the files' own statistics; shards with delta files are read.
+        """
+        moments = Moments.empty(self.info.dim)
+        for part in self._each_shard(self._shard_moments):
+            moments = moments.merged(part)
+        return moments.statistics()
+
+    def _shard_moments(self, reader: ShardReader) -> Moments:
+        if reader.is_plain:
+            return read_moments(self.storage, reader.entries[0])
+        moments = Moments.empty(self.info.dim)
+        for _, features_MD in reader.verified_blocks():
+            moments = moments.merged(Moments.of(features_MD, self.info.dtype))
+        return moments
+
+    def _each_shard(self, work: Callable[[ShardReader], ResultT]) -> list[ResultT]:
+        """`work` on every shard that has files, in the order of shards."""
+        readers = [self.shard_reader(shard) for shard in sorted(self.manifest.shards)]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return list(pool.map(work, readers))
+
+
+def missing_message(keys: Int64Array, where: str) -> str:
+    """Up to five of the missing keys, and how many there are."""
+    shown = ", ".join(str(key) for key in keys[:5])
+    return f"{len(keys)} keys have no feature in {where}: {shown}{', …' if len(keys) > 5 else ''}"

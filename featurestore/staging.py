@@ -1,0 +1,79 @@
+"""Parts: rows that distributed writers leave in the store until shards are built of them.
+
+A part is sorted as shards are, by splitmix64, so the rows of one shard are neighbours and a few row groups hold them.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from featurestore.datafile import KEY, DataFile, encode, numpy_column, table_of
+from featurestore.errors import InvalidRowsError
+from featurestore.keys import shard_of
+from featurestore.rows import FeatureRows
+from featurestore.shard import newest_rows, take_rows
+from featurestore.spec import StoreInfo
+from featurestore.storage import Storage
+
+STAGING = "staging"
+_GROUP_BYTES = 1 << 20
+_SUFFIX = ".parquet"
+
+
+def sorted_table(rows: FeatureRows, info: StoreInfo) -> pa.Table:
+    """Checked rows as a table in the order of splitmix64; of one key's rows the last stays."""
+    rows.validate(info)
+    return take_rows(table_of(rows, info), newest_rows(rows.keys_N))
+
+
+def stage_part(storage: Storage, info: StoreInfo, run_id: str, part: str, rows: FeatureRows) -> None:
+    """Write a part, whole or not at all; the same part again replaces it."""
+    data = encode(sorted_table(rows, info), info, _GROUP_BYTES)
+    with storage.open_output(_part_path(run_id, part)) as file:
+        file.write(memoryview(data))
+
+
+def staged_parts(storage: Storage, run_id: str) -> list[str]:
+    """Names of the complete parts of a run, sorted."""
+    names = storage.list(f"{STAGING}/{_checked(run_id)}")
+    return [name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)]
+
+
+def discard(storage: Storage, run_id: str) -> None:
+    """Remove all parts of a run."""
+    storage.delete(f"{STAGING}/{_checked(run_id)}")
+
+
+def read_shard_of_parts(
+    storage: Storage, info: StoreInfo, run_id: str, parts: Sequence[str], shard: int
+) -> pa.Table | None:
+    """The rows of one shard in all `parts`, in their order; None where there are none."""
+    tables = [_read_part(storage, info, _part_path(run_id, part), shard) for part in parts]
+    found = [table for table in tables if len(table)]
+    return pa.concat_tables(found) if found else None
+
+
+def _read_part(storage: Storage, info: StoreInfo, path: str, shard: int) -> pa.Table:
+    try:
+        source = storage.open_input(path)
+    except FileNotFoundError as error:
+        raise InvalidRowsError(f"{storage.full(path)} was never staged, or has been discarded") from error
+    with source:
+        file = DataFile(source, info, storage.full(path))
+        shard_N = shard_of(numpy_column(file.read([KEY]), KEY), info.num_shards)
+        start, end = (int(np.searchsorted(shard_N, s)) for s in (shard, shard + 1))
+        starts = file.group_starts
+        groups = [g for g in range(len(starts) - 1) if starts[g] < end and starts[g + 1] > start]
+        table = file.read(groups=groups)
+        return table.slice(start - (starts[groups[0]] if groups else 0), end - start)
+
+
+def _part_path(run_id: str, part: str) -> str:
+    return f"{STAGING}/{_checked(run_id)}/{_checked(part)}{_SUFFIX}"
+
+
+def _checked(name: str) -> str:
+    if not name or "/" in name or name.startswith("."):
+        raise InvalidRowsError(f"{name!r} is no name for a run or a part: no slash, no leading dot, not empty")
+    return name

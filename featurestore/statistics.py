@@ -1,0 +1,88 @@
+"""Mean and standard deviation of each dimension, in float64, merged over files.
+
+Source of the merge: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm", 1979.
+"""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featurestore.errors import CorruptFileError
+from featurestore.rows import to_float32
+from featurestore.spec import DType
+
+_BLOCK_ROWS = 512
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Mean and standard deviation (of the population) of each dimension over `count` live rows, float32 (D,).
+
+    A dimension that never changes has a deviation of 0; so has every dimension of an empty snapshot.
+    """
+
+    count: int
+    mean_D: npt.NDArray[np.float32]
+    std_D: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and sum of squared distances from the mean: what can be merged."""
+
+    count: int
+    mean_D: npt.NDArray[np.float64]
+    m2_D: npt.NDArray[np.float64]
+
+    @classmethod
+    def empty(cls, dim: int) -> "Moments":
+        """Of no rows."""
+        return cls(0, np.zeros(dim), np.zeros(dim))
+
+    @classmethod
+    def of(cls, features_ND: npt.NDArray[Any], dtype: DType) -> "Moments":
+        """Of stored rows, (N, D) in the storage dtype; a block of rows at a time."""
+        moments = cls.empty(features_ND.shape[1])
+        for start in range(0, len(features_ND), _BLOCK_ROWS):
+            block_ND = to_float32(features_ND[start : start + _BLOCK_ROWS], dtype)
+            mean_D = block_ND.mean(axis=0, dtype=np.float64)
+            centred_ND = block_ND - mean_D.astype(np.float32)
+            # Distances from the rounded mean: take the rounding back out of the sum of squares.
+            rounding_D = mean_D - mean_D.astype(np.float32)
+            squares_D = np.einsum("nd,nd->d", centred_ND, centred_ND, dtype=np.float64)
+            m2_D = np.maximum(squares_D - len(block_ND) * rounding_D**2, 0.0)
+            moments = moments.merged(cls(len(block_ND), mean_D, m2_D))
+        return moments
+
+    def merged(self, other: "Moments") -> "Moments":
+        """Of the rows of both."""
+        count = self.count + other.count
+        if count == 0:
+            return self
+        delta_D = other.mean_D - self.mean_D
+        mean_D = self.mean_D + delta_D * (other.count / count)
+        m2_D = self.m2_D + other.m2_D + delta_D**2 * (self.count * other.count / count)
+        return Moments(count, mean_D, m2_D)
+
+    def statistics(self) -> FeatureStatistics:
+        """Mean and deviation."""
+        std_D = np.sqrt(self.m2_D / max(self.count, 1))
+        return FeatureStatistics(self.count, self.mean_D.astype(np.float32), std_D.astype(np.float32))
+
+    def to_bytes(self) -> bytes:
+        """As a .npy file of float64 (2, D); the count stands in the manifest."""
+        buffer = io.BytesIO()
+        np.save(buffer, np.stack([self.mean_D, self.m2_D]))
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, count: int, path: str) -> "Moments":
+        """What `to_bytes` wrote. Raises CorruptFileError."""
+        try:
+            mean_D, m2_D = np.load(io.BytesIO(data), allow_pickle=False)
+        except ValueError as error:
+            raise CorruptFileError(f"{path} is damaged: {error}") from error
+        return cls(count, mean_D, m2_D)

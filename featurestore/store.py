@@ -1,0 +1,197 @@
+"""The store: open, write, commit."""
+
+import os
+import platform
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from featurestore import log, quarantine, staging
+from featurestore.datafile import DELETED, KEY, URI, numpy_column, open_entry, text_column
+from featurestore.errors import InvalidRowsError, SnapshotNotFoundError, StoreExistsError, StoreNotFoundError
+from featurestore.keys import shard_of
+from featurestore.quarantine import QuarantineRow
+from featurestore.rows import FeatureRows, check_collisions
+from featurestore.shard import ShardReader, newest_rows, take_rows, write_shard_file
+from featurestore.snapshot import Snapshot
+from featurestore.spec import FileEntry, FileKind, Manifest, StoreInfo, seal, unseal
+from featurestore.storage import Storage
+
+INFO_PATH = "store.json"
+_THREADS = 4
+
+
+class FeatureStore:
+    """Features of images by key, in immutable files under one address; each commit makes a new snapshot.
+
+    Any number of processes may read and write at once. Pickles as its address and `info`.
+    """
+
+    def __init__(self, storage: Storage, info: StoreInfo) -> None:
+        self.storage = storage
+        self.info = info
+
+    @property
+    def url(self) -> str:
+        """The store's address."""
+        return self.storage.url
+
+    @classmethod
+    def create(cls, url: str | os.PathLike[str], info: StoreInfo) -> "FeatureStore":
+        """Make an empty store. Raises StoreExistsError."""
+        storage = Storage(url)
+        if not storage.create_exclusive(INFO_PATH, seal(info)):
+            raise StoreExistsError(f"{storage.url} is a store already")
+        return cls(storage, info)
+
+    @classmethod
+    def open(cls, url: str | os.PathLike[str]) -> "FeatureStore":
+        """Open a store. Raises StoreNotFoundError, FormatVersionError, CorruptFileError."""
+        storage = Storage(url)
+        try:
+            data = storage.read_bytes(INFO_PATH)
+        except FileNotFoundError:
+            raise StoreNotFoundError(f"no store at {storage.url}: {INFO_PATH} is not there") from None
+        return cls(storage, unseal(data, StoreInfo, storage.full(INFO_PATH)))
+
+    @classmethod
+    def open_or_create(cls, url: str | os.PathLike[str], info: StoreInfo) -> "FeatureStore":
+        """Open the store, made first where none is there. Raises SpecMismatchError where it differs from `info`."""
+        try:
+            store = cls.open(url)
+        except StoreNotFoundError:
+            Storage(url).create_exclusive(INFO_PATH, seal(info))  # whoever was first, the check below decides
+            store = cls.open(url)
+        info.check_same(store.info, f"the store at {store.url}")
+        return store
+
+    def snapshot(self, version: int | None = None) -> Snapshot:
+        """The newest snapshot, or that of `version`. Raises SnapshotNotFoundError."""
+        if version is not None and version < 0:
+            raise SnapshotNotFoundError(f"{version} is no version: they count from 0, the empty store")
+        return Snapshot(self.storage, self.info, log.read_manifest(self.storage, version))
+
+    def stage_part(self, run_id: str, part: str, rows: FeatureRows) -> None:
+        """Keep `rows` as one part of a run, until shards are built. Whole or not at all; again replaces it."""
+        staging.stage_part(self.storage, self.info, run_id, part, rows)
+
+    def staged_parts(self, run_id: str) -> list[str]:
+        """Names of the run's complete parts, sorted."""
+        return staging.staged_parts(self.storage, run_id)
+
+    def discard_staging(self, run_id: str) -> None:
+        """Remove the run's parts."""
+        staging.discard(self.storage, run_id)
+
+    def build_shard(self, run_id: str, shard: int, parts: Sequence[str], kind: FileKind = "delta") -> FileEntry | None:
+        """One data file of the rows of `shard` in `parts`; of one key's rows that of the last part stays.
+
+        None where the parts have no row of it. The file is invisible until a commit names it; the commit decides anew
+        whether it is base or delta. Raises KeyCollisionError, against the store's rows too.
+        """
+        table = staging.read_shard_of_parts(self.storage, self.info, run_id, parts, shard)
+        return None if table is None else self._build(shard, table, self.snapshot(), kind)
+
+    def put(self, rows: FeatureRows, operation: str = "put") -> Snapshot:
+        """Add or replace rows; one commit. Raises InvalidRowsError, KeyCollisionError."""
+        return self.commit(self._entries(rows), operation)
+
+    def delete(self, keys: Sequence[int] | npt.NDArray[np.int64], operation: str = "delete") -> Snapshot:
+        """Remove keys, by tombstones; keys that are not there are no error."""
+        return self.commit(self._entries(FeatureRows.tombstones(keys, self.info)), operation)
+
+    def commit(self, entries: Mapping[int, FileEntry], operation: str, *, num_quarantined: int = 0) -> Snapshot:
+        """Publish built files, at most one for each shard, as the next snapshot; all of them or none.
+
+        Rebases onto commits of other writers; only a key that they gave another uri refuses it (KeyCollisionError).
+        """
+        for shard, entry in entries.items():
+            self._check_entry(shard, entry)
+        commit_id = uuid.uuid4().hex
+
+        def following(parent: Manifest) -> Manifest:
+            for shard, entry in entries.items():
+                self._check_rebase(shard, entry, parent)
+            return _next_manifest(parent, entries, operation, commit_id, num_quarantined)
+
+        return Snapshot(self.storage, self.info, log.publish(self.storage, commit_id, following))
+
+    def add_quarantine(self, rows: Iterable[QuarantineRow]) -> None:
+        """Keep images that have no feature, with the reason."""
+        quarantine.add(self.storage, list(rows))
+
+    def quarantine_rows(self) -> list[QuarantineRow]:
+        """The newest row of each key ever quarantined, by time."""
+        return quarantine.read(self.storage)
+
+    def _entries(self, rows: FeatureRows) -> dict[int, FileEntry]:
+        table = staging.sorted_table(rows, self.info)
+        shard_N = shard_of(numpy_column(table, KEY), self.info.num_shards)  # ascending, as the rows are
+        shards, starts = np.unique(shard_N, return_index=True)
+        ends = [*starts[1:], len(shard_N)]
+        snapshot = self.snapshot()
+        with ThreadPoolExecutor(_THREADS) as pool:
+            futures = {
+                int(shard): pool.submit(self._build, int(shard), table.slice(start, end - start), snapshot, "delta")
+                for shard, start, end in zip(shards, starts, ends, strict=True)
+            }
+            return {shard: future.result() for shard, future in futures.items()}
+
+    def _build(self, shard: int, table: pa.Table, snapshot: Snapshot, kind: FileKind) -> FileEntry:
+        keys_N, uris = _live_uris(table)
+        check_collisions(keys_N, uris)
+        snapshot.shard_reader(shard).check_uris(keys_N, uris)
+        newest = take_rows(table, newest_rows(numpy_column(table, KEY)))
+        return write_shard_file(self.storage, self.info, shard, newest, kind, snapshot.version)
+
+    def _check_entry(self, shard: int, entry: FileEntry) -> None:
+        if not 0 <= shard < self.info.num_shards or not entry.path.startswith(f"data/{shard:04d}/"):
+            raise InvalidRowsError(f"{entry.path} is no file of shard {shard} of {self.info.num_shards}")
+        if entry.info_digest != self.info.digest or self.storage.size(entry.path) != entry.bytes:
+            with open_entry(self.storage, self.info, entry):
+                pass  # names what differs
+
+    def _check_rebase(self, shard: int, entry: FileEntry, parent: Manifest) -> None:
+        """Files that other writers added since the entry was built must not hold its keys under other uris."""
+        known = set()
+        if entry.based_on:
+            known = {file.path for file in self.snapshot(entry.based_on).manifest.files(shard)}
+        added = [file for file in parent.files(shard) if file.path not in known]
+        if added:
+            with open_entry(self.storage, self.info, entry) as file:
+                keys_N, uris = _live_uris(file.read([KEY, URI, DELETED]))
+            ShardReader(self.storage, self.info, shard, added).check_uris(keys_N, uris)
+
+
+def _live_uris(table: pa.Table) -> tuple[npt.NDArray[np.int64], list[str]]:
+    live = table.select([KEY, URI]).filter(pa.array(~numpy_column(table, DELETED)))
+    return numpy_column(live, KEY), text_column(live, URI)
+
+
+def _next_manifest(
+    parent: Manifest, entries: Mapping[int, FileEntry], operation: str, commit_id: str, num_quarantined: int
+) -> Manifest:
+    shards = dict(parent.shards)
+    for shard, entry in entries.items():
+        older = parent.files(shard)
+        kind: FileKind = "delta" if older else "base"
+        shards[shard] = (*older, entry.model_copy(update={"kind": kind}))
+    files = [file for shard_files in shards.values() for file in shard_files]
+    return Manifest(
+        version=parent.version + 1,
+        parent=parent.commit_id or None,
+        commit_id=commit_id,
+        writer=f"{platform.node()}:{os.getpid()}",
+        time_s=time.time(),
+        operation=operation,
+        num_quarantined=num_quarantined,
+        num_files=len(files),
+        file_rows=sum(file.rows for file in files),
+        file_bytes=sum(file.bytes for file in files),
+        shards=dict(sorted(shards.items())),
+    )
