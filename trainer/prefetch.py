@@ -1,0 +1,53 @@
+"""Reading batches ahead of their use, in a thread; numpy and Arrow let go of the interpreter for most of it."""
+
+import queue
+import threading
+from collections.abc import Iterator
+
+from trainer.batch import Batch
+
+
+def read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch | Exception]:
+    """The same batches, read by a thread up to `depth` ahead (0: none). An error comes as the last item, not raised.
+
+    So the caller can bring it to all ranks before it raises. Closing the iterator ends the thread.
+    """
+    if depth == 0:
+        yield from _guarded(batches)
+        return
+    ready: queue.Queue[Batch | Exception | None] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def read() -> None:
+        for item in _guarded(batches):
+            if not _put(ready, item, stopped):
+                return
+        _put(ready, None, stopped)
+
+    thread = threading.Thread(target=read, name="read-samples", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _guarded(batches: Iterator[Batch]) -> Iterator[Batch | Exception]:
+    try:
+        yield from batches
+    except Exception as failure:  # handed on as an item: the caller raises it on all ranks
+        yield failure
+
+
+def _put(
+    ready: "queue.Queue[Batch | Exception | None]", item: Batch | Exception | None, stopped: threading.Event
+) -> bool:
+    while not stopped.is_set():
+        try:
+            ready.put(item, timeout=0.1)
+        except queue.Full:
+            continue
+        return True
+    return False
