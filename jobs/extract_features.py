@@ -1,0 +1,86 @@
+"""Compute the feature of every image once, into the feature store."""
+
+from typing import Annotated, Literal
+
+import typer
+
+from featurestore.errors import FeatureStoreError
+from pipeline.cluster import connect
+from pipeline.errors import PipelineError, WeightsError
+from pipeline.extract import ExtractOptions, ExtractSummary, describe_bad, extract
+
+EXAMPLES = """Examples:
+
+\b
+python jobs/extract_features.py --images photos --weights imagenet
+dask-submit -n 4 jobs/extract_features.py --images s3://shop/photos --store s3://shop/features
+python jobs/extract_features.py --images catalogue.parquet --weights random:0
+"""
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+
+@app.command(epilog=EXAMPLES)
+def main(
+    images: Annotated[
+        str, typer.Option(help="Folder or fsspec address of images, or a .parquet or .csv with key or id, and uri.")
+    ] = "data/images",
+    store: Annotated[str, typer.Option(help="Folder or address of the feature store; made when it is new.")] = (
+        "data/features"
+    ),
+    weights: Annotated[
+        str, typer.Option(help="imagenet (downloaded once), a file with a vgg16 state dict, or random:SEED.")
+    ] = "imagenet",
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="In which the store keeps features.")
+    ] = "bfloat16",
+    compute_dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"],
+        typer.Option(help="In which the network computes; auto is bfloat16 where all workers have it in hardware."),
+    ] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Images per pass of the network.")] = 16,
+    part_size: Annotated[
+        int, typer.Option(min=1, max=65536, help="Images per task; what is in flight is repeated after a kill.")
+    ] = 256,
+    num_shards: Annotated[
+        int | None, typer.Option(min=1, max=65536, help="Of a new store, a power of two.  [default: 64]")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the feature, in a new store.  [default: feature]")] = None,
+) -> None:
+    """Compute the feature of every image once, into the feature store.
+
+    Images that cannot be read or decoded are kept in the store's quarantine with the reason. A killed run goes on where
+    it was when the same command runs again; images that are unchanged in the store are not computed again.
+    """
+    options = ExtractOptions(
+        images, store, weights, dtype, compute_dtype, batch_size, part_size, num_shards=num_shards, name=name
+    )
+    try:
+        # One process with all cores for the network: copies of the network would share the same cores.
+        with connect(workers=1, threads_per_worker=1) as client:
+            summary = extract(options, client)
+    except (PipelineError, FeatureStoreError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, WeightsError) else 1) from error
+    typer.echo(describe(summary))
+
+
+def describe(summary: ExtractSummary) -> str:
+    """The summary that the job prints."""
+    if summary.num_present == summary.num_images:
+        return f"{summary.store}: snapshot {summary.snapshot} has all {summary.num_images:,} images, nothing to compute"
+    lines = [
+        f"images       {summary.num_images:,} ({summary.num_ignored:,} other files ignored)",
+        f"unchanged    {summary.num_present:,}",
+        f"computed     {summary.num_computed:,}",
+        f"duplicates   {summary.num_duplicates:,}",
+        f"resumed      {summary.num_resumed:,} (staged by an earlier run)",
+        f"quarantined  {len(summary.bad):,}{': ' + describe_bad(summary.bad) if summary.bad else ''}",
+        f"time         {summary.seconds:.1f} s, {summary.images_per_s:.1f} images/s",
+        f"store        {summary.store}, snapshot {summary.snapshot}",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    app()
