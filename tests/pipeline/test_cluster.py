@@ -1,0 +1,128 @@
+"""connect(): the configured scheduler where there is one, else a local cluster that leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import dask.system
+import psutil
+import pytest
+from distributed import Client, LocalCluster
+
+from pipeline.cluster import connect
+from pipeline.errors import SchedulerUnreachableError
+
+
+@pytest.fixture(autouse=True)
+def nothing_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DASK_SCHEDULER_ADDRESS", raising=False)
+    monkeypatch.delenv("DASK_SCHEDULER_FILE", raising=False)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster of this process, in threads: cheap, and an outside one for connect()."""
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=":0"
+    ) as cluster:
+        yield cluster
+
+
+def worker_pids(client: Client) -> list[int]:
+
+    return list(client.run(os.getpid).values())
+
+
+def test_local_cluster_has_the_size_asked_for_and_leaves_no_process():
+    with connect(workers=2, threads_per_worker=3, memory_limit="1GB") as client:
+        info = client.scheduler_info()["workers"].values()
+        assert [worker["nthreads"] for worker in info] == [3, 3]
+        assert {worker["memory_limit"] for worker in info} == {1_000_000_000}
+        assert client.scheduler.address.startswith("tcp://127.0.0.1:")
+        assert client.dashboard_link.startswith("http://127.0.0.1:")
+        assert client.submit(sum, [1, 2]).result() == 3
+        pids = worker_pids(client)
+        assert len(set(pids)) == 2
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_local_cluster_is_closed_when_the_job_fails():
+    pids: list[int] = []
+    with pytest.raises(ZeroDivisionError), connect() as client:
+        pids += worker_pids(client)
+        _ = 1 / 0
+    assert pids
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_default_is_one_worker_with_all_cores():
+
+    with connect() as client:
+        assert list(client.nthreads().values()) == [dask.system.CPU_COUNT]
+
+
+@pytest.mark.parametrize("variable", ["DASK_SCHEDULER_ADDRESS", "DASK_SCHEDULER_FILE"])
+def test_configured_scheduler_is_used_and_stays(variable, cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "scheduler.json"
+    file.write_text(json.dumps({"address": cluster.scheduler_address}))
+    monkeypatch.setenv(variable, cluster.scheduler_address if variable.endswith("ADDRESS") else str(file))
+    for _ in range(2):  # the second time shows that the first did not close it
+        with connect(workers=5) as client:
+            assert client.scheduler.address == cluster.scheduler_address
+            assert client.submit(max, 1, 2, pure=False).result(timeout=10) == 2
+
+
+def test_silent_scheduler_is_named_quickly(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "tcp://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(SchedulerUnreachableError, match=r"tcp://127\.0\.0\.1:9 .*DASK_SCHEDULER_ADDRESS"):
+        connect(timeout_s=0.5).__enter__()
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}"])
+def test_scheduler_file_without_an_address_is_named(content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "scheduler.json"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setenv("DASK_SCHEDULER_FILE", str(file))
+    with pytest.raises(SchedulerUnreachableError, match=r"scheduler\.json"):
+        connect(timeout_s=0.1).__enter__()
+
+
+def test_wrong_protocol_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "gopher://127.0.0.1:8786")
+    with pytest.raises(SchedulerUnreachableError, match="gopher"):
+        connect(timeout_s=0.5).__enter__()
+
+
+INTERRUPTED_JOB = """
+import os, time
+from pipeline.cluster import connect
+if __name__ == "__main__":
+    with connect(workers=1) as client:
+        try:
+            print(*client.run(os.getpid).values(), flush=True)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            print("still working:", client.submit(sum, [1, 2]).result(timeout=10), flush=True)
+"""
+
+
+def test_ctrl_c_reaches_the_job_and_not_its_workers(tmp_path: Path):
+    script = tmp_path / "job.py"
+    script.write_text(INTERRUPTED_JOB)
+    job = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+    )
+    worker = int(job.stdout.readline())
+
+    os.killpg(job.pid, signal.SIGINT)  # what a terminal does
+    out, err = job.communicate(timeout=20)
+    assert (job.returncode, out) == (0, "still working: 3\n"), err
+    assert "Traceback" not in err
+    assert not psutil.pid_exists(worker)
