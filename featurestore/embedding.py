@@ -1,0 +1,163 @@
+"""The server role of the paper's Advanced Model Server: from image keys to visual vectors, once per unique key.
+
+Knows nothing of ranks or transport. Letters of shapes: Q unique keys, D feature width, H width of the first hidden
+layer, V visual width. This is the only module of the package that imports torch.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from featurestore.partition import FeaturePartition, MissingPolicy
+
+ComputeDType = Literal["bfloat16", "float32", "float64"]
+
+# A dimension that hardly varies (a unit that fires for one image in thousands) would be blown up by its own deviation.
+_LEAST_RELATIVE_STD = 0.1
+
+
+class EmbeddingModel(nn.Module):
+    """E: fully connected, PReLU between layers, from features (Q, D) to visual vectors (Q, V).
+
+    Weights and everything between two products are of the module's dtype (float32); the products themselves run in
+    `compute_dtype`. The features get no gradient.
+
+    Standardisation is part of the first layer: with the mean and deviation of each dimension set, its effective weight
+    is W / std and its effective bias b - (W / std) mean. The large product is the same as without; only the (H, D)
+    weight is scaled once per step. Adam moves W, which is as well conditioned for one backbone as for another.
+    """
+
+    mean_D: Tensor
+    inverse_std_D: Tensor
+
+    def __init__(
+        self, dim: int, hidden: Sequence[int] = (256, 64), out: int = 12, compute_dtype: ComputeDType = "bfloat16"
+    ) -> None:
+        super().__init__()
+        widths = [dim, *hidden, out]
+        self.dim, self.out = dim, out
+        self.compute_dtype: torch.dtype = getattr(torch, compute_dtype)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        self.activations = nn.ModuleList(nn.PReLU() for _ in hidden)
+        self.register_buffer("mean_D", torch.zeros(dim))
+        self.register_buffer("inverse_std_D", torch.ones(dim))
+
+    @torch.no_grad()
+    def fold_standardization_(self, mean_D: NDArray[np.float32], std_D: NDArray[np.float32]) -> None:
+        """Standardises features by `mean_D` and `std_D` inside the first layer.
+
+        Deviations below a tenth of their mean are raised to it.
+        """
+        std = torch.as_tensor(np.asarray(std_D, dtype=np.float64))
+        floor = _LEAST_RELATIVE_STD * float(std.mean()) if len(std) else 0.0
+        self.mean_D.copy_(torch.as_tensor(np.asarray(mean_D, dtype=np.float64)))
+        self.inverse_std_D.copy_(1.0 / std.clamp_min(floor if floor > 0 else 1.0))
+
+    def forward(self, features_QD: Tensor) -> Tensor:
+        """Visual vectors (Q, V) of features in any float dtype; Q may be zero."""
+        first = self.layers[0]
+        assert isinstance(first, nn.Linear)
+        weight_HD = first.weight * self.inverse_std_D
+        hidden_QH = self._product(features_QD, weight_HD, first.bias - weight_HD @ self.mean_D)
+        for activation, layer in zip(self.activations, self.layers[1:], strict=True):
+            assert isinstance(layer, nn.Linear)
+            hidden_QH = self._product(activation(hidden_QH), layer.weight, layer.bias)
+        return hidden_QH
+
+    def _product(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        dtype = self.compute_dtype
+        return functional.linear(rows.to(dtype), weight.to(dtype), bias.to(dtype)).to(weight.dtype)
+
+
+@dataclass
+class Gathered:
+    """Features of Q keys as they lie in the store, and which keys had none (their rows are zero)."""
+
+    features_QD: Tensor
+    missing_Q: Tensor | None
+    """Bool (Q,), or None when no key was missing."""
+    _buffer: NDArray[np.generic] | None = field(default=None, repr=False)
+
+
+class EmbeddingService(nn.Module):
+    """One rank's partition of a store and the E networks that look at it.
+
+    missing="zeros": a key without a feature has the zero vector. "learned": it has a trained vector, one per network.
+    "error": `gather` raises MissingKeysError.
+    """
+
+    def __init__(
+        self, partition: "FeaturePartition", models: Mapping[str, EmbeddingModel], missing: "MissingPolicy" = "error"
+    ) -> None:
+        super().__init__()
+        self.partition = partition
+        self.models = nn.ModuleDict(models)
+        self.missing = missing
+        self.no_image = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(model.out)) for name, model in models.items()}
+            if missing == "learned"
+            else {}
+        )
+        self._free_buffers: list[NDArray[np.generic]] = []
+
+    def width(self, name: str) -> int:
+        """V of the network `name`."""
+        model = self.models[name]
+        assert isinstance(model, EmbeddingModel)
+        return model.out
+
+    def gather(self, keys_Q: NDArray[np.int64]) -> Gathered:
+        """Features of `keys_Q` in the order asked. Independent of all weights, so it may run ahead of them.
+
+        Raises MissingKeysError under policy error.
+        """
+        buffer = self._take_buffer(len(keys_Q))
+        lookup = self.partition.lookup(keys_Q, out=buffer[: len(keys_Q)])
+        missing_Q = torch.from_numpy(lookup.missing_U) if lookup.missing_U.any() else None
+        return Gathered(_as_tensor(buffer[: len(keys_Q)]), missing_Q, buffer)
+
+    def embed(self, name: str, gathered: Gathered) -> Tensor:
+        """Visual vectors (Q, V) by the network `name`, with autograd attached."""
+        model = self.models[name]
+        device = next(model.parameters()).device
+        visual_QV: Tensor = model(gathered.features_QD.to(device, non_blocking=True))
+        if gathered.missing_Q is None or self.missing == "error":
+            return visual_QV
+        missing_Q1 = gathered.missing_Q.to(device).unsqueeze(1)
+        instead = self.no_image[name] if self.missing == "learned" else visual_QV.new_zeros(())
+        return torch.where(missing_Q1, instead, visual_QV)
+
+    def release(self, gathered: Gathered) -> None:
+        """Lets the memory of `gathered` serve a later gather; its features must not be used any more.
+
+        Pages that are already mapped make a gather a third faster. Not calling this is safe.
+        """
+        if gathered._buffer is not None:
+            self._free_buffers.append(gathered._buffer)
+            gathered._buffer = None
+
+    def _take_buffer(self, num_rows: int) -> NDArray[np.generic]:
+        while self._free_buffers:
+            buffer = self._free_buffers.pop()
+            if len(buffer) >= num_rows:
+                return buffer
+        return np.empty((num_rows + num_rows // 8, self.partition.dim), dtype=_array_dtype(self.partition.dtype))
+
+
+def _array_dtype(dtype: str) -> np.dtype[np.generic]:
+    """The numpy type that carries a store's dtype: bfloat16 travels as its bits."""
+    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+
+
+def _as_tensor(features: NDArray[np.generic]) -> Tensor:
+    """The same memory as a tensor; 16 unsigned bits are a bfloat16."""
+    tensor = torch.from_numpy(features)
+    return tensor.view(torch.bfloat16) if features.dtype == np.uint16 else tensor

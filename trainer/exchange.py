@@ -1,0 +1,306 @@
+"""The exchange: keys to their owners, vectors back, gradients home; two collectives forward and one backward a step.
+
+A *source* is what has vectors for keys: one E over one store, or one ID table. Fields of one source share its keys, so
+a key in several fields is asked for once. All sources ride in one alltoall of keys; those of one width in one alltoall
+of vectors. See trainer/batch.py for the letters of shapes; here also S sources.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featurestore.embedding import EmbeddingService, Gathered
+from featurestore.keys import owner_of, shard_of
+from trainer.batch import Jagged
+from trainer.comm import Comm
+from trainer.routing import (
+    FAILED,
+    OK,
+    Bucketized,
+    Int64,
+    answer_slices,
+    bucketize_by_owner,
+    pack_key_blocks,
+    reply_rows,
+    unique,
+    unpack_key_blocks,
+)
+
+
+class Served(Protocol):
+    """What a source keeps of a request: for each of R keys received, its row among the Q unique ones."""
+
+    inverse_R: Int64
+    num_unique: int
+
+
+class Source(Protocol):
+    """One E over one store, or one ID table. `serve` runs ahead of the weights, `vectors` reads them."""
+
+    width: int
+
+    def owner_of(self, keys_U: Int64) -> Int64:
+        """The rank that answers for each key."""
+
+    def serve(self, keys_R: Int64) -> Any:
+        """A `Served` for keys that this rank owns; the same key may come several times."""
+
+    def vectors(self, served: Any) -> Tensor:
+        """The vectors (Q, V) of the unique keys, with autograd attached."""
+
+    def release(self, served: Any) -> None:
+        """The request is over; its memory may be used again."""
+
+
+@dataclass
+class ContentRequest:
+    """Gathered features of the unique keys."""
+
+    gathered: Gathered
+    inverse_R: Int64
+    num_unique: int
+
+
+class ContentSource:
+    """One E of an embedding service."""
+
+    def __init__(self, service: EmbeddingService, model: str, num_ranks: int) -> None:
+        self._service, self._model, self._num_ranks = service, model, num_ranks
+        self._num_shards = service.partition.info.num_shards
+        self.width = service.width(model)
+
+    def owner_of(self, keys_U: Int64) -> Int64:
+        return owner_of(shard_of(keys_U, self._num_shards), self._num_ranks)
+
+    def serve(self, keys_R: Int64) -> ContentRequest:
+        keys_Q, inverse_R = unique(keys_R)
+        return ContentRequest(self._service.gather(keys_Q), inverse_R, len(keys_Q))
+
+    def vectors(self, served: ContentRequest) -> Tensor:
+        return self._service.embed(self._model, served.gathered)
+
+    def release(self, served: ContentRequest) -> None:
+        self._service.release(served.gathered)
+
+
+@dataclass
+class FieldVectors:
+    """The vectors of one field: value n of the field has `vectors_UV[index_N[n]]`; row m has `lengths_M[m]` values."""
+
+    vectors_UV: Tensor
+    index_N: Tensor
+    lengths_M: Tensor
+
+
+@dataclass
+class WidthPlan:
+    """How an owner puts the answers of one width together, and an asker takes them apart."""
+
+    width: int
+    sources: list[int]
+    reply_rows: Tensor
+    """For each row to send, its row in [status row, unique rows of the sources]."""
+    reply_splits_P: Tensor
+    answer_splits_P: Tensor
+    status_rows_P: Tensor
+    """Where each owner's status row lies in the answers."""
+    slices_SP: list[list[slice]]
+    """Where each source's vectors lie in the answers, owner by owner."""
+
+
+@dataclass
+class Request:
+    """Keys asked and received for one batch."""
+
+    asked_S: list[Bucketized]
+    served_S: list[Any]
+    plans: list[WidthPlan]
+    index_of_field: dict[str, Tensor]
+    lengths_of_field: dict[str, Tensor]
+    bytes_sent: int
+    bytes_received: int
+    """Bytes of the keys, to and from other ranks."""
+    error: Exception | None = field(default=None)
+    """What went wrong on this rank while it served; agreed on together with the vectors."""
+
+    @property
+    def num_references(self) -> int:
+        """Keys in the batch."""
+        return sum(len(asked.inverse_N) for asked in self.asked_S)
+
+    @property
+    def num_unique(self) -> int:
+        """Keys asked for."""
+        return sum(len(asked.keys_U) for asked in self.asked_S)
+
+
+class Exchange:
+    """Asks the owners for the vectors of a batch's keys, and answers the other ranks at the same time.
+
+    `source_of_field` says which source each field belongs to; sources and fields are the same, in the same order, on
+    every rank.
+    """
+
+    def __init__(
+        self,
+        comm: Comm,
+        sources: Mapping[str, Source],
+        source_of_field: Mapping[str, str],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._comm, self._device, self._dtype = comm, torch.device(device), dtype
+        self._sources = list(sources.values())
+        self._fields_S = [[f for f, source in source_of_field.items() if source == name] for name in sources]
+        self._widths = sorted({source.width for source in self._sources})
+
+    def request(self, fields: Mapping[str, Jagged] | Exception) -> Request:
+        """Asks for the keys of `fields` in one alltoall; owners find unique keys and gather what needs no weights.
+
+        An exception in place of fields is agreed on: this rank raises it, the others RemoteRankError. What goes wrong
+        while an owner serves (a missing key) is kept and agreed on by `vectors`.
+        """
+        sent, got = self._comm.bytes_sent, self._comm.bytes_received
+        error = fields if isinstance(fields, Exception) else None
+        fields = {} if isinstance(fields, Exception) else fields
+        asked_S = [self._bucketize(source, fields) for source in range(len(self._sources))]
+        payload, lengths_P = pack_key_blocks(OK if error is None else FAILED, asked_S, self._comm.size)
+        received, recv_lengths_P = self._comm.alltoall(torch.from_numpy(payload), _splits(lengths_P), name="keys")
+        sent, got = self._comm.bytes_sent - sent, self._comm.bytes_received - got
+        blocks = unpack_key_blocks(received.numpy(), recv_lengths_P.numpy().astype(np.int64), len(self._sources))
+        if (blocks.status_P != OK).any():
+            self._comm.agree(error)
+        served_S: list[Any] = []
+        try:
+            for source, keys_R in zip(self._sources, blocks.keys_SR, strict=True):
+                served_S.append(source.serve(keys_R))
+        except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
+            error = failure
+        plans = [self._plan(w, asked_S, None if error else served_S, blocks.counts_PS) for w in self._widths]
+        index, lengths = self._fields_of(asked_S, fields)
+        return Request(asked_S, served_S, plans, index, lengths, sent, got, error)
+
+    def vectors(self, request: Request) -> dict[str, FieldVectors]:
+        """The vectors of every field, with autograd attached: one alltoall per width, and in backward one per width.
+
+        If one rank runs backward, all have to. Raises this rank's error, or RemoteRankError, on all ranks.
+        """
+        unique_S: list[Tensor] = []
+        try:
+            if request.error is None:
+                unique_S = [s.vectors(served) for s, served in zip(self._sources, request.served_S, strict=True)]
+        except Exception as failure:  # as above
+            request.error = failure
+        if request.error is not None:
+            unique_S = [torch.zeros(0, s.width, dtype=self._dtype, device=self._device) for s in self._sources]
+        failed = request.error is not None
+        *vectors_S, failures = _Answers.apply(self._comm, request.plans, failed, *unique_S)  # type: ignore[no-untyped-call]
+        if int(failures):
+            self._comm.agree(request.error)
+        return {
+            name: FieldVectors(vectors_UV, request.index_of_field[name], request.lengths_of_field[name])
+            for vectors_UV, names in zip(vectors_S, self._fields_S, strict=True)
+            for name in names
+        }
+
+    def release(self, request: Request) -> None:
+        """The step is over: lets the sources use the request's memory again."""
+        for source, served in zip(self._sources, request.served_S, strict=False):
+            source.release(served)
+        request.served_S = []
+
+    def _bucketize(self, source: int, fields: Mapping[str, Jagged]) -> Bucketized:
+        values = [fields[name].values_N for name in self._fields_S[source] if name in fields]
+        keys_U, inverse_N = unique(np.concatenate([np.empty(0, dtype=np.int64), *values]))
+        return bucketize_by_owner(keys_U, inverse_N, self._sources[source].owner_of(keys_U), self._comm.size)
+
+    def _plan(
+        self, width: int, asked_S: list[Bucketized], served_S: list[Served] | None, counts_PS: Int64
+    ) -> WidthPlan:
+        sources = [s for s, source in enumerate(self._sources) if source.width == width]
+        recv_counts_PS = counts_PS[:, sources]
+        send_counts_PS = np.stack([asked_S[s].send_counts_P for s in sources], axis=1)
+        status_rows_P, slices_SP = answer_slices(send_counts_PS)
+        reply_splits_P = recv_counts_PS.sum(axis=1) + 1
+        if served_S is None:  # nothing but status rows
+            rows = np.zeros(reply_splits_P.sum(), dtype=np.int64)
+        else:
+            rows = reply_rows(
+                recv_counts_PS, [served_S[s].inverse_R for s in sources], [served_S[s].num_unique for s in sources]
+            )
+        return WidthPlan(
+            width,
+            sources,
+            torch.from_numpy(rows).to(self._device),
+            _splits(reply_splits_P),
+            _splits(send_counts_PS.sum(axis=1) + 1),
+            torch.from_numpy(status_rows_P).to(self._device),
+            slices_SP,
+        )
+
+    def _fields_of(
+        self, asked_S: list[Bucketized], fields: Mapping[str, Jagged]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        index: dict[str, Tensor] = {}
+        lengths: dict[str, Tensor] = {}
+        for asked, names in zip(asked_S, self._fields_S, strict=True):
+            start = 0
+            for name in names:
+                end = start + len(fields[name].values_N)
+                index[name] = torch.from_numpy(asked.inverse_N[start:end]).to(self._device)
+                lengths[name] = torch.from_numpy(fields[name].lengths_M.astype(np.int64)).to(self._device)
+                start = end
+        return index, lengths
+
+
+class _Answers(torch.autograd.Function):
+    """Unique vectors of all sources at their owners -> vectors of the unique keys asked, at the asker.
+
+    One function for all widths, so that backward has its collectives in one order on every rank. Backward sends each
+    key's gradient to its owner, which sums those of equal keys in the order of ranks: the same bits in every run.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, comm: Comm, plans: list[WidthPlan], failed: bool, *unique_S: Tensor) -> tuple[Tensor, ...]:
+        ctx.comm, ctx.plans = comm, plans
+        ctx.num_unique_S = [len(unique_QV) for unique_QV in unique_S]
+        vectors_S = list(unique_S)
+        failures = torch.zeros((), dtype=torch.int64, device=unique_S[0].device)
+        for plan in plans:
+            status = unique_S[plan.sources[0]].new_full((1, plan.width), FAILED if failed else OK)
+            table = torch.cat([status, *(unique_S[s] for s in plan.sources)])
+            rows = torch.zeros_like(plan.reply_rows) if failed else plan.reply_rows
+            answers, _ = comm.alltoall(table.index_select(0, rows), plan.reply_splits_P, name=f"vectors.{plan.width}")
+            failures += (answers[plan.status_rows_P, 0] != OK).sum()
+            for source, slices_P in zip(plan.sources, plan.slices_SP, strict=True):
+                vectors_S[source] = torch.cat([answers[rows] for rows in slices_P])
+        ctx.mark_non_differentiable(failures)
+        return (*vectors_S, failures)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient_S: Tensor) -> tuple[Tensor | None, ...]:
+        unique_S: list[Tensor] = list(gradient_S[:-1])
+        for plan in ctx.plans:
+            like = gradient_S[plan.sources[0]]
+            answers = like.new_zeros(int(plan.answer_splits_P.sum()), plan.width)
+            for source, slices_P in zip(plan.sources, plan.slices_SP, strict=True):
+                start = 0
+                for rows in slices_P:
+                    end = start + rows.stop - rows.start
+                    answers[rows] = gradient_S[source][start:end]
+                    start = end
+            received, _ = ctx.comm.alltoall(answers, plan.answer_splits_P, name=f"gradients.{plan.width}")
+            counts = [1, *(ctx.num_unique_S[s] for s in plan.sources)]
+            table = like.new_zeros(sum(counts), plan.width).index_add_(0, plan.reply_rows, received)
+            for source, summed_QV in zip(plan.sources, table.split(counts)[1:], strict=True):
+                unique_S[source] = summed_QV
+        return (None, None, None, *unique_S)
+
+
+def _splits(counts_P: Int64) -> Tensor:
+    """Counts as Horovod wants them."""
+    return torch.from_numpy(counts_P.astype(np.int32))

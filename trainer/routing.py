@@ -1,0 +1,106 @@
+"""Pure functions of the exchange: which key goes to which rank, and where the answers lie in what comes back.
+
+A rank that asks has, for each of S sources (an image model over a store, an ID table), unique keys in the order of
+their owners. A block for one owner is [status, number of keys of each source, keys of source 0, keys of source 1, ..]; the
+answer to it, for one width, is [status row, vectors of the sources of that width in the same order].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64 = NDArray[np.int64]
+
+OK, FAILED = 0, 1
+
+
+@dataclass(frozen=True)
+class Bucketized:
+    """Unique keys in the order of their owners, how many go to each, and the way back to the N keys they came from."""
+
+    keys_U: Int64
+    send_counts_P: Int64
+    inverse_N: Int64
+
+
+@dataclass(frozen=True)
+class KeyBlocks:
+    """What P askers want: their status, how many keys of each source, and each source's keys in the order of askers."""
+
+    status_P: Int64
+    counts_PS: Int64
+    keys_SR: list[Int64]
+
+
+def unique(keys_N: Int64) -> tuple[Int64, Int64]:
+    """Unique keys, ascending, and for each of `keys_N` its place among them."""
+    keys_U, inverse_N = np.unique(keys_N, return_inverse=True)
+    return keys_U, inverse_N
+
+
+def bucketize_by_owner(keys_U: Int64, inverse_N: Int64, owner_U: Int64, num_ranks: int) -> Bucketized:
+    """Sorts unique keys by owner, keeping their order within one, and lets the inverse follow."""
+    if num_ranks == 1:
+        return Bucketized(keys_U, np.array([len(keys_U)]), inverse_N)
+    order_U = np.argsort(owner_U, kind="stable")
+    place_U = np.empty_like(order_U)
+    place_U[order_U] = np.arange(len(order_U))
+    return Bucketized(keys_U[order_U], np.bincount(owner_U, minlength=num_ranks), place_U[inverse_N])
+
+
+def pack_key_blocks(status: int, asked_S: Sequence[Bucketized], num_ranks: int) -> tuple[Int64, Int64]:
+    """One block per owner, and the blocks' lengths (P,)."""
+    counts_PS = np.stack([asked.send_counts_P for asked in asked_S], axis=1)
+    starts_S = [_starts(asked.send_counts_P) for asked in asked_S]
+    pieces: list[Int64] = []
+    for rank in range(num_ranks):
+        pieces += [np.array([status]), counts_PS[rank]]
+        pieces += [a.keys_U[s[rank] : s[rank + 1]] for a, s in zip(asked_S, starts_S, strict=True)]
+    return np.concatenate(pieces), counts_PS.sum(axis=1) + 1 + len(asked_S)
+
+
+def unpack_key_blocks(payload: Int64, lengths_P: Int64, num_sources: int) -> KeyBlocks:
+    """Undoes `pack_key_blocks` on what arrived: one block from each asker."""
+    starts_P = _starts(lengths_P)
+    status_P = payload[starts_P[:-1]]
+    counts_PS = np.stack([payload[s + 1 : s + 1 + num_sources] for s in starts_P[:-1]])
+    pieces_SR: list[list[Int64]] = [[] for _ in range(num_sources)]
+    for start, counts_S in zip(starts_P[:-1], counts_PS, strict=True):
+        inner_S = start + 1 + num_sources + _starts(counts_S)
+        for source in range(num_sources):
+            pieces_SR[source].append(payload[inner_S[source] : inner_S[source + 1]])
+    return KeyBlocks(status_P, counts_PS, [np.concatenate(pieces) for pieces in pieces_SR])
+
+
+def reply_rows(counts_PS: Int64, inverse_SR: Sequence[Int64], num_unique_S: Sequence[int]) -> Int64:
+    """For one width, which row of [status row, unique rows of source 0, of source 1, ..] each row of the answer is.
+
+    `counts_PS`: keys that each asker wants of each source of this width; `inverse_SR`: for each key received its row
+    among the source's unique ones.
+    """
+    starts_SP = [_starts(counts_PS[:, source]) for source in range(counts_PS.shape[1])]
+    offset_S = 1 + _starts(np.array(num_unique_S))
+    pieces: list[Int64] = []
+    for rank in range(len(counts_PS)):
+        pieces.append(np.zeros(1, dtype=np.int64))
+        for source, inverse_R in enumerate(inverse_SR):
+            begin, end = starts_SP[source][rank], starts_SP[source][rank + 1]
+            pieces.append(inverse_R[begin:end] + offset_S[source])
+    return np.concatenate(pieces)
+
+
+def answer_slices(counts_PS: Int64) -> tuple[Int64, list[list[slice]]]:
+    """For one width, where the status rows (P,) and each source's vectors (S lists of P slices) lie in the answers."""
+    starts_P = _starts(counts_PS.sum(axis=1) + 1)
+    inner_PS = [start + 1 + _starts(counts_S) for start, counts_S in zip(starts_P, counts_PS, strict=False)]
+    slices_SP = [[slice(int(i[s]), int(i[s + 1])) for i in inner_PS] for s in range(counts_PS.shape[1])]
+    return starts_P[:-1], slices_SP
+
+
+def _starts(counts: Int64) -> Int64:
+    """[0, c0, c0 + c1, ..]: one longer than `counts`."""
+    starts = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=starts[1:])
+    return starts

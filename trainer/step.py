@@ -1,0 +1,246 @@
+"""The engine of a run: everything that one step needs, and the step itself. The loop and the tests drive this alone."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from featurestore.partition import FeaturePartition, MissingPolicy
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from featurestore.embedding import EmbeddingModel, EmbeddingService
+from featurestore.statistics import FeatureStatistics
+from trainer.batch import Batch
+from trainer.comm import Comm
+from trainer.errors import ConfigError
+from trainer.exchange import ContentSource, Exchange, Request, Source
+from trainer.models.dicm import Dicm
+from trainer.optim import DenseOptimizer, check_names, rates_at
+from trainer.options import ModelConfig, OptimConfig
+from trainer.schema import Field, Schema
+from trainer.tables import IdTable, TableShape
+
+# Standard deviation of an ID vector's first elements.
+_ID_SCALE = 0.05
+
+
+@dataclass
+class Prepared:
+    """A batch whose keys have been exchanged."""
+
+    batch: Batch
+    request: Request
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one training step did; `loss` is the mean over the global batch, the rest is of this rank."""
+
+    loss: float
+    num_samples: int
+    num_references: int
+    num_unique: int
+    bytes_sent: int
+    bytes_received: int
+    learning_rate: float
+
+
+class Engine:
+    """Model, tables, services, optimisers and exchange of one rank.
+
+    Raises ConfigError where schema, configuration and stores do not fit. Every rank builds the same dense parameters
+    from `seed`; that they are the same is checked here.
+    """
+
+    def __init__(
+        self,
+        comm: Comm,
+        schema: Schema,
+        partitions: Mapping[str, FeaturePartition],
+        model: ModelConfig,
+        optim: OptimConfig,
+        *,
+        seed: int,
+        missing: MissingPolicy = "error",
+        statistics: Mapping[str, FeatureStatistics] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.num_steps = 0
+        self._comm, self._optim = comm, optim
+        self._device, self._dtype = torch.device(device), dtype
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = Dicm(schema, model)
+            self.services = _services(self.model.fields, partitions, model, missing, statistics or {})
+        self._modules = nn.ModuleDict({"model": self.model, "stores": nn.ModuleDict(self.services)})
+        self._modules.to(device=self._device, dtype=dtype)
+        self.tables = {
+            shape.name: IdTable(shape, comm.rank, comm.size, seed=seed, scale=_ID_SCALE, device=device, dtype=dtype)
+            for shape in table_shapes(self.model.fields, model)
+        }
+        self._dense = DenseOptimizer(dict(self._modules.named_parameters()), optim)
+        sources: dict[str, Source] = dict(self.tables)
+        source_of_field = {field.name: field.table_name for field in self.fields if field.is_id}
+        for field in self.fields:
+            if field.kind == "content":
+                name = f"{field.store_name}:{model_name(field, model)}"
+                source_of_field[field.name] = name
+                service = self.services[field.store_name]
+                sources[name] = ContentSource(service, model_name(field, model), comm.size)
+        self._exchange = Exchange(comm, sources, source_of_field, device, dtype)
+        self._check_same_on_all_ranks()
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """The fields that the model uses; a batch may hold more."""
+        return self.model.fields
+
+    def prepare(self, batch: Batch | Exception) -> Prepared:
+        """Exchanges the keys of a batch; independent of weights, so it may run a step ahead.
+
+        All ranks call it. An exception in place of the batch stops all: this rank raises it, others RemoteRankError.
+        """
+        if isinstance(batch, Exception):
+            self._exchange.request(batch)
+            raise AssertionError("an exception handed to the exchange is raised by it")
+        return Prepared(batch, self._exchange.request(batch.fields))
+
+    def train_step(self, prepared: Prepared) -> StepResult:
+        """Forward, backward, one allreduce, and one step of both optimisers. All ranks call it."""
+        sent, received = self._comm.bytes_sent, self._comm.bytes_received
+        batch, request = prepared.batch, prepared.request
+        rates = rates_at(self._optim, self.num_steps)
+        self._modules.train()
+        self._dense.zero_grad()
+        logit_B = self._logits(prepared)
+        label_B = torch.from_numpy(batch.label_B).to(device=self._device, dtype=self._dtype)
+        loss = functional.binary_cross_entropy_with_logits(logit_B, label_B, reduction="sum") / batch.global_samples
+        loss.backward()  # type: ignore[no-untyped-call]
+        global_loss = self._dense.step(self._comm, rates, loss)
+        for table in self.tables.values():
+            table.apply_gradients(rates)
+        self._exchange.release(request)
+        self.num_steps += 1
+        return StepResult(
+            loss=global_loss,
+            num_samples=batch.num_samples,
+            num_references=request.num_references,
+            num_unique=request.num_unique,
+            bytes_sent=self._comm.bytes_sent - sent + request.bytes_sent,
+            bytes_received=self._comm.bytes_received - received + request.bytes_received,
+            learning_rate=rates.lr,
+        )
+
+    @torch.no_grad()
+    def predict(self, prepared: Prepared) -> NDArray[np.float64]:
+        """Logits (B,) in float64. All ranks call it equally often."""
+        self._modules.eval()
+        logit_B = self._logits(prepared).double().cpu().numpy()
+        self._exchange.release(prepared.request)
+        return logit_B
+
+    def dense_state(self) -> dict[str, Tensor]:
+        """What is the same on every rank: parameters, standardisation, Adam's state, the number of steps."""
+        state = self._dense.state()
+        state.update(self._modules.named_buffers())
+        state["num_steps"] = torch.tensor(self.num_steps)
+        return state
+
+    def load_dense_state(self, state: Mapping[str, Tensor]) -> None:
+        """Undoes `dense_state`, on every rank. Raises CheckpointError naming what does not fit."""
+        mine = self.dense_state()
+        check_names(mine, state)
+        with torch.no_grad():
+            for name, value in mine.items():
+                value.copy_(state[name])
+        self.num_steps = int(mine["num_steps"])
+
+    def shard_names(self) -> list[str]:
+        """Names that `load_shard_state` reads on this rank."""
+        return [name for table in self.tables.values() for name in table.names()]
+
+    def shard_state(self) -> dict[str, Tensor]:
+        """ID rows and their Adam state that this rank owns, <table>/<shard>/<part>: views, to be written at once."""
+        return {name: rows for table in self.tables.values() for name, rows in table.export_shards().items()}
+
+    def load_shard_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes this rank's shards out of `state`, written by any number of ranks. Raises CheckpointError."""
+        for table in self.tables.values():
+            table.import_shards(state)
+
+    def _logits(self, prepared: Prepared) -> Tensor:
+        batch = prepared.batch
+        dense = {
+            field.name: torch.from_numpy(batch.dense[field.name]).to(device=self._device, dtype=self._dtype)
+            for field in self.fields
+            if field.kind == "dense"
+        }
+        group_of_sample_B = torch.from_numpy(batch.group_of_sample_B).to(self._device)
+        logit_B: Tensor = self.model(self._exchange.vectors(prepared.request), dense, group_of_sample_B)
+        return logit_B
+
+    def _check_same_on_all_ranks(self) -> None:
+        digest = hashlib.sha256()
+        for name, value in self.dense_state().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        digests = self._comm.allgather_object(digest.hexdigest(), name="digest")
+        if len(set(digests)) > 1:
+            raise ConfigError(
+                f"the ranks built different models ({', '.join(d[:8] for d in digests)}); "
+                "start all with one configuration, one seed and one version of the store"
+            )
+
+
+def model_name(field: Field, config: ModelConfig) -> str:
+    """Which E of its store a content field uses."""
+    return "shared" if config.shared_image_model else field.name
+
+
+def table_shapes(fields: tuple[Field, ...], config: ModelConfig) -> list[TableShape]:
+    """The ID tables of the fields. Raises ConfigError for one without a number of rows."""
+    shapes: dict[str, TableShape] = {}
+    for field in fields:
+        name = field.table_name
+        if not field.is_id or name in shapes:
+            continue
+        if name not in config.tables:
+            raise ConfigError(
+                f"field {field.name} needs table {name}, which has no number of rows; set model.tables.{name}"
+            )
+        shapes[name] = TableShape(name, field.width or config.id_width, config.tables[name], config.table_shards)
+    return list(shapes.values())
+
+
+def _services(
+    fields: tuple[Field, ...],
+    partitions: Mapping[str, FeaturePartition],
+    config: ModelConfig,
+    missing: MissingPolicy,
+    statistics: Mapping[str, FeatureStatistics],
+) -> dict[str, EmbeddingService]:
+    names_of_store: dict[str, list[str]] = {}
+    for field in fields:
+        if field.kind == "content":
+            names = names_of_store.setdefault(field.store_name, [])
+            if model_name(field, config) not in names:
+                names.append(model_name(field, config))
+    services: dict[str, EmbeddingService] = {}
+    for store, names in names_of_store.items():
+        if store not in partitions:
+            raise ConfigError(
+                f"the schema's content fields need store {store}; open are {sorted(partitions) or 'none'}"
+            )
+        models: dict[str, EmbeddingModel] = {}
+        for name in names:
+            models[name] = EmbeddingModel(
+                partitions[store].dim, config.embed_hidden, config.visual_width, config.compute_dtype
+            )
+            if store in statistics:
+                models[name].fold_standardization_(statistics[store].mean_D, statistics[store].std_D)
+        services[store] = EmbeddingService(partitions[store], models, missing)
+    return services

@@ -1,0 +1,173 @@
+"""ID tables: hashed rows, cut into shards, each shard on the rank that owns it, with a sparse row-wise Adam beside.
+
+A row's place depends on the id and the table's shape alone, its initial value on (seed, table, shard, row, column)
+alone: neither on the number of ranks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from featurestore.keys import key_of_uri, owned_shards, owner_of, shard_of, splitmix64
+from trainer.errors import CheckpointError
+from trainer.optim import AdamRates
+from trainer.routing import Int64, unique
+
+_PARTS = ("weight", "momentum", "variance", "steps")
+
+
+@dataclass(frozen=True)
+class TableShape:
+    """What every rank knows of a table: `num_rows` is rounded up so that every shard has equally many."""
+
+    name: str
+    width: int
+    num_rows: int
+    num_shards: int
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of each shard, at least one."""
+        return -(-self.num_rows // self.num_shards)
+
+    def place_of(self, ids_N: Int64) -> tuple[Int64, Int64]:
+        """Shard and row in the shard of each id. Top bits of the hash choose the shard, low bits the row."""
+        low_bits_N = splitmix64(ids_N) & np.uint64(0xFFFFFFFF)
+        return shard_of(ids_N, self.num_shards), (low_bits_N % np.uint64(self.rows_per_shard)).astype(np.int64)
+
+
+@dataclass
+class RowRequest:
+    """Unique local rows (Q,), ascending, and for each of R ids asked its place among them."""
+
+    rows_Q: Tensor
+    inverse_R: Int64
+    num_unique: int
+
+
+class IdTable:
+    """The shards of one table that this rank owns; a rank beyond the number of shards owns none."""
+
+    def __init__(
+        self,
+        shape: TableShape,
+        rank: int,
+        num_ranks: int,
+        *,
+        seed: int,
+        scale: float,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.shape, self.width = shape, shape.width
+        self.shards = owned_shards(shape.num_shards, rank, num_ranks)
+        self._num_ranks = num_ranks
+        self._slot_of_shard = np.full(shape.num_shards, -1, dtype=np.int64)
+        self._slot_of_shard[self.shards] = np.arange(len(self.shards))
+        num_rows = len(self.shards) * shape.rows_per_shard
+        self.weight = torch.empty(num_rows, shape.width, dtype=dtype)
+        for slot, shard in enumerate(self.shards):
+            self._of_slot(self.weight, slot).copy_(torch.from_numpy(initial_rows(shape, shard, seed, scale)))
+        self.weight = self.weight.to(device)
+        self.momentum = torch.zeros_like(self.weight)
+        self.variance = torch.zeros(num_rows, dtype=dtype, device=device)
+        self.steps = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        self._touched: tuple[Tensor, Tensor] | None = None
+
+    def owner_of(self, ids_U: Int64) -> Int64:
+        """The rank that has the row of each id."""
+        return owner_of(shard_of(ids_U, self.shape.num_shards), self._num_ranks)
+
+    def serve(self, ids_R: Int64) -> RowRequest:
+        """The unique rows behind ids that this rank owns; two ids of one row get the same. Reads no weight."""
+        shard_R, row_R = self.shape.place_of(ids_R)
+        slot_R = self._slot_of_shard[shard_R]
+        assert (slot_R >= 0).all(), f"table {self.shape.name}: asked for rows that another rank owns"
+        rows_Q, inverse_R = unique(slot_R * self.shape.rows_per_shard + row_R)
+        return RowRequest(torch.from_numpy(rows_Q).to(self.weight.device), inverse_R, len(rows_Q))
+
+    def vectors(self, request: RowRequest) -> Tensor:
+        """The rows (Q, V) as an autograd leaf; `apply_gradients` takes what has gathered in its `.grad`."""
+        rows_QV = self.weight.index_select(0, request.rows_Q)
+        if torch.is_grad_enabled():
+            rows_QV.requires_grad_()
+            self._touched = (request.rows_Q, rows_QV)
+        return rows_QV
+
+    def release(self, request: RowRequest) -> None:
+        """Nothing to give back."""
+
+    @torch.no_grad()
+    def apply_gradients(self, rates: AdamRates) -> None:
+        """One row-wise Adam step on the rows of the last `vectors`, and on no others.
+
+        m is kept per element; v is one number a row, the running mean of the squared gradient over the row
+        (FBGEMM's PARTIAL_ROWWISE_ADAM); bias is corrected by the number of steps that touched the row.
+        """
+        if self._touched is None:
+            return
+        rows_Q, leaf_QV = self._touched
+        self._touched = None
+        gradient_QV = leaf_QV.grad
+        if gradient_QV is None or len(rows_Q) == 0:
+            return
+        steps_Q = self.steps.index_select(0, rows_Q) + 1
+        momentum_QV = self.momentum.index_select(0, rows_Q).lerp_(gradient_QV, 1 - rates.beta1)
+        variance_Q = self.variance.index_select(0, rows_Q).lerp_(gradient_QV.square().mean(1), 1 - rates.beta2)
+        self.steps.index_copy_(0, rows_Q, steps_Q)
+        self.momentum.index_copy_(0, rows_Q, momentum_QV)
+        self.variance.index_copy_(0, rows_Q, variance_Q)
+        count_Q = steps_Q.to(variance_Q.dtype)
+        deviation_Q = (variance_Q / (1 - rates.beta2**count_Q)).sqrt_().add_(rates.eps)
+        step_Q = rates.lr / (1 - rates.beta1**count_Q) / deviation_Q
+        self.weight.index_copy_(0, rows_Q, leaf_QV - momentum_QV * step_Q.unsqueeze(1))
+
+    def names(self) -> list[str]:
+        """Names of this rank's tensors in a checkpoint: <table>/<shard>/<part>."""
+        return [self._name(shard, part) for shard in self.shards for part in _PARTS]
+
+    def export_shards(self) -> dict[str, Tensor]:
+        """Rows and Adam state of the owned shards under `names()`: views, to be written before the next step."""
+        return {
+            self._name(shard, part): self._of_slot(getattr(self, part), slot)
+            for slot, shard in enumerate(self.shards)
+            for part in _PARTS
+        }
+
+    def import_shards(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the owned shards out of `state`, which may hold others. Raises CheckpointError."""
+        for name, mine in self.export_shards().items():
+            if name not in state:
+                raise CheckpointError(
+                    f"{name} is not in the checkpoint; was it written with another model.table_shards?"
+                )
+            theirs = state[name]
+            if theirs.shape != mine.shape:
+                raise CheckpointError(
+                    f"{name} has shape {tuple(theirs.shape)} in the checkpoint and {tuple(mine.shape)} in this run; "
+                    f"set model.tables.{self.shape.name}, the table's width and model.table_shards as they were"
+                )
+            mine.copy_(theirs)
+
+    def _name(self, shard: int, part: str) -> str:
+        return f"{self.shape.name}/{shard:04d}/{part}"
+
+    def _of_slot(self, values: Tensor, slot: int) -> Tensor:
+        return values.narrow(0, slot * self.shape.rows_per_shard, self.shape.rows_per_shard)
+
+
+def initial_rows(shape: TableShape, shard: int, seed: int, scale: float) -> NDArray[np.float64]:
+    """The first values of one shard, (rows_per_shard, width): uniform with mean 0 and standard deviation `scale`.
+
+    Counter based: splitmix64 of a stream start, drawn from (seed, table, shard), plus row x width + column.
+    """
+    start = np.uint64(key_of_uri(f"{seed}/{shape.name}/{shard}") & 0xFFFFFFFFFFFFFFFF)
+    counter = np.arange(shape.rows_per_shard * shape.width, dtype=np.uint64) + start
+    unit = (splitmix64(counter.view(np.int64)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    unit -= 0.5
+    unit *= scale * 12**0.5
+    return unit.reshape(shape.rows_per_shard, shape.width)
