@@ -89,7 +89,8 @@ def open_index(comm: Comm, samples: str, split: str, schema: Schema) -> SampleIn
 
 
 class SampleReader:
-    """Batches of one split for one rank. `seed` None: the files' order, each rank having one contiguous part of it."""
+    """Batches of one split for one rank. `seed` None: in the files' order. `by_part`: each rank has one contiguous part
+    of the split, cut into equally many batches; else a slice of each global batch."""
 
     def __init__(
         self,
@@ -101,16 +102,17 @@ class SampleReader:
         batch_size: int,
         seed: int | None = None,
         window_groups: int = 1,
+        by_part: bool = False,
     ) -> None:
         self._index, self._schema, self._rules = index, schema, rules_of(schema)
         self._rank, self._num_ranks, self._batch_size = rank, num_ranks, batch_size
-        self._seed, self._window_groups = seed, window_groups
+        self._seed, self._window_groups, self._by_part = seed, window_groups, by_part
         self.num_samples = index.num_samples
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches of an epoch, the same on every rank."""
-        if self._seed is not None:
+        if not self._by_part:
             return -(-self.num_samples // self._batch_size)
         return -(-max(len(self._part(rank)) for rank in range(self._num_ranks)) // self._part_size)
 
@@ -131,7 +133,7 @@ class SampleReader:
 
     def _span(self, step: int) -> tuple[range, int]:
         """Positions of this rank's samples of a step in the epoch's order, and the samples of all ranks."""
-        if self._seed is None:
+        if self._by_part:
             here = slice(step * self._part_size, (step + 1) * self._part_size)
             return self._part(self._rank)[here], sum(len(self._part(rank)[here]) for rank in range(self._num_ranks))
         start = step * self._batch_size

@@ -2,12 +2,12 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from trainer.batch import Batch
 
 
-def read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch | Exception]:
+def read_ahead(batches: Iterator[Batch], depth: int) -> Generator[Batch | Exception, None, None]:
     """The same batches, read by a thread up to `depth` ahead (0: none). An error comes as the last item, not raised.
 
     So the caller can bring it to all ranks before it raises. Closing the iterator ends the thread.

@@ -1,0 +1,252 @@
+"""Checkpoints: a folder of safetensors and one JSON file, published by one rename, readable at any number of ranks.
+
+    checkpoints/step-00000050/
+      state.json                         position, seed, what data, model and store they belong to, digest of each file
+      dense.safetensors                  rank 0: parameters that are the same on every rank, and their Adam state
+      rows-00000-of-00002.safetensors    one per rank: its ID rows and their Adam state, by table and shard
+
+Parts are written into a hidden folder and synced; when all are there, rank 0 writes state.json and renames the folder.
+So a folder of that name is whole, and a killed run leaves at most a hidden one, removed by the next save. All ranks
+write to one place: with several machines it has to be a shared disk.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import xxhash
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer.batch import BatchPosition
+from trainer.comm import Comm
+from trainer.errors import CheckpointError
+from trainer.validate import Section
+
+FORMAT_VERSION = 1
+_NAME = re.compile(r"step-(\d{8,})")
+_DENSE = "dense.safetensors"
+
+
+class Trained(Protocol):
+    """What of the engine a checkpoint holds."""
+
+    def dense_state(self) -> dict[str, Tensor]: ...
+    def load_dense_state(self, state: Mapping[str, Tensor]) -> None: ...
+    def shard_state(self) -> dict[str, Tensor]: ...
+    def shard_names(self) -> list[str]: ...
+    def load_shard_state(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+class Origin(Section):
+    """What a checkpoint belongs to; it is refused where one of these values is another."""
+
+    data: dict[str, Any]
+    """What a position in the data means: batch size, order, digest of the samples."""
+    train: dict[str, Any]
+    """The seed."""
+    model: dict[str, Any]
+    """Section model of the configuration, and the fields of the schema."""
+    store: dict[str, Any]
+    """ExtractorSpec, dimension and dtype of the feature store; empty where the model has no images."""
+
+    def check_same(self, recorded: "Origin", path: Path) -> None:
+        """Raises CheckpointError naming every value that `recorded`, of the checkpoint at `path`, has otherwise."""
+        mine, theirs = dict(_flat(self.model_dump())), dict(_flat(recorded.model_dump()))
+        differing = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
+        if differing:
+            lines = [f"{name} is {mine.get(name)!r} here, {theirs.get(name)!r} in the checkpoint" for name in differing]
+            raise CheckpointError(
+                f"{path} belongs to another run; start a new one, or set back:\n  " + "\n  ".join(lines)
+            )
+
+
+class CheckpointState(Section):
+    """state.json."""
+
+    format_version: int
+    step: int
+    epoch: int
+    step_in_epoch: int
+    num_ranks: int
+    origin: Origin
+    store_url: str | None
+    store_version: int | None
+    config_digest: str
+    history: list[dict[str, Any]]
+    files: dict[str, str]
+    """xxh3-128 of each file's bytes."""
+
+    @property
+    def position(self) -> BatchPosition:
+        """The batch that comes next."""
+        return BatchPosition(self.epoch, self.step_in_epoch)
+
+
+def save(comm: Comm, folder: Path, trained: Trained, state: CheckpointState, keep: int) -> Path:
+    """Writes `folder`/step-N on all ranks together and removes all but the newest `keep`; `state.files` is filled in.
+
+    Does nothing where that step is there already. Raises CheckpointError on all ranks where one cannot write.
+    """
+    final, parts = folder / f"step-{state.step:08}", folder / f".step-{state.step:08}"
+    if comm.broadcast_object(final.exists()):
+        return final
+    with _agreed(comm, f"cannot write {parts}"):
+        if comm.rank == 0:
+            for leftover in folder.glob(".step-*"):
+                shutil.rmtree(leftover)
+            parts.mkdir(parents=True)
+    own: dict[str, str] = {}
+    with _agreed(comm, f"cannot write {parts}"):
+        name = f"rows-{comm.rank:05}-of-{comm.size:05}.safetensors"
+        own[name] = _write(parts / name, trained.shard_state())
+        if comm.rank == 0:
+            own[_DENSE] = _write(parts / _DENSE, trained.dense_state())
+    files = {name: digest for part in comm.allgather_object(own) for name, digest in part.items()}
+    with _agreed(comm, f"cannot write {final}"):
+        if comm.rank == 0:
+            _write_state(parts / "state.json", state.model_copy(update={"files": files}))
+            parts.rename(final)
+            _sync(folder)
+            for old in _finished(folder)[:-keep]:
+                shutil.rmtree(old)
+    return final
+
+
+def find(folder: Path, resume: str) -> Path:
+    """The checkpoint that run.resume names: `latest` in `folder`, or a path. Raises CheckpointError."""
+    if resume != "latest":
+        path = Path(resume)
+        if not (path / "state.json").is_file():
+            raise CheckpointError(
+                f"run.resume={resume}: there is no state.json in it; give a folder named step-N, or latest"
+            )
+        return path
+    finished = _finished(folder)
+    if not finished:
+        raise CheckpointError(f"run.resume=latest: no checkpoint in {folder}; leave run.resume out to start afresh")
+    return finished[-1]
+
+
+def read_state(path: Path) -> CheckpointState:
+    """state.json of the checkpoint at `path`, its own digest verified. Raises CheckpointError."""
+    file = path / "state.json"
+    try:
+        values = json.loads(file.read_bytes())
+        digest = values.pop("digest")
+        version = values["format_version"]
+        if version > FORMAT_VERSION:
+            raise CheckpointError(f"{file} has format {version}, this code reads up to {FORMAT_VERSION}; update it")
+        if digest != _json_digest(values):
+            raise CheckpointError(f"{file} is damaged: its digest does not fit; resume from another checkpoint")
+        return CheckpointState.model_validate(values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as failure:
+        raise CheckpointError(f"{file} is damaged: {failure}; resume from another checkpoint") from failure
+
+
+def load(comm: Comm, path: Path, state: CheckpointState, trained: Trained) -> None:
+    """Puts the checkpoint into `trained`; each rank reads the shards that it owns now, whoever wrote them.
+
+    Raises CheckpointError on all ranks, naming the file, where one is missing, damaged or does not fit.
+    """
+    with _agreed(comm, f"cannot read {path}"):
+        for name in sorted(state.files)[comm.rank :: comm.size]:
+            _verify(path / name, state.files[name])
+    with _agreed(comm, f"cannot read {path}"):
+        trained.load_dense_state(_read_all(path / _DENSE))
+        rows = [path / name for name in sorted(state.files) if name != _DENSE]
+        trained.load_shard_state(_read_named(rows, set(trained.shard_names())))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+@contextmanager
+def _agreed(comm: Comm, what: str) -> Iterator[None]:
+    """Runs the block on every rank and then raises on all if one failed: CheckpointError, disk errors translated."""
+    error: Exception | None = None
+    try:
+        yield
+    except CheckpointError as failure:
+        error = failure
+    except (OSError, SafetensorError) as failure:
+        error = CheckpointError(f"{what}: {failure}")
+        error.__cause__ = failure
+    except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
+        error = failure
+    comm.agree(error)
+
+
+def _finished(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Writes and syncs the file; returns the digest of what the disk gives back."""
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    _sync(path)
+    return _digest(path)
+
+
+def _write_state(path: Path, state: CheckpointState) -> None:
+    values = state.model_dump(mode="json")
+    path.write_text(json.dumps({**values, "digest": _json_digest(values)}, indent=1), encoding="utf-8")
+    _sync(path)
+    _sync(path.parent)
+
+
+def _verify(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; resume from another checkpoint")
+    if _digest(path) != expected:
+        raise CheckpointError(
+            f"{path} is damaged: its digest is not the one in state.json; resume from another checkpoint"
+        )
+
+
+def _read_all(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
+
+
+def _read_named(paths: Iterable[Path], names: set[str]) -> dict[str, Tensor]:
+    """Those tensors, from whichever files hold them; nothing else is read."""
+    found: dict[str, Tensor] = {}
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            found.update({name: file.get_tensor(name) for name in names.intersection(file.keys())})
+    return found
+
+
+def _digest(path: Path) -> str:
+    hashed = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            hashed.update(block)
+    return hashed.hexdigest()
+
+
+def _json_digest(values: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,135 @@
+"""The trainer's command line: parse, connect, open, train, report, always close.
+
+`python -m trainer.main` is one rank; `horovodrun -np P python -m trainer.main` is P of them.
+"""
+
+import contextlib
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trainer.config import Config, load_config
+from trainer.errors import ConfigError, RemoteRankError, SchemaError, TrainerError
+
+if TYPE_CHECKING:
+    from trainer.comm import Comm
+
+OK, FAILED, USAGE, STOPPED = 0, 1, 2, 130
+EXAMPLES = """
+Examples:
+
+    python -m trainer.main                                  (one rank, on data/samples and data/features)
+
+    horovodrun -np 8 python -m trainer.main --set data.global_batch_size=60000
+
+    horovodrun -np 2 python -m trainer.main --set model.images=none --set run.name=ids-only
+
+    horovodrun -np 2 python -m trainer.main --config own.yaml --set run.name=first --set run.resume=latest
+
+Settings and their defaults: trainer/presets/dicm.yaml. Exit codes: 0 done, 1 failed, 2 wrong settings, 130 stopped by a
+signal after a checkpoint.
+"""
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command(epilog=EXAMPLES)
+def main(
+    file: Annotated[Path | None, typer.Option("--config", help="YAML file over the default preset.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="More settings.")] = None,
+) -> None:
+    """Train DICM on sample groups and stored image features, and evaluate it on the test samples."""
+    try:
+        loaded: Config | ConfigError = load_config(file, [*(settings or []), *(more or [])])
+    except ConfigError as failure:
+        loaded = failure
+    # Torch and Horovod take seconds to load: not for --help.
+    from trainer.comm import connect
+
+    try:
+        comm = connect()
+    except TrainerError as failure:
+        _tell(failure)
+        raise typer.Exit(FAILED) from failure
+    with contextlib.closing(comm):
+        raise typer.Exit(_guarded(loaded, comm))
+
+
+def train(config: Config, comm: "Comm") -> None:
+    """One run from opening to report. Every rank calls it. Raises TrainerError or FeatureStoreError, StoppedError on a signal."""
+    from trainer import summary
+    from trainer.config import config_digest, save_config
+    from trainer.progress import Progression
+    from trainer.run import claim_folder, open_run
+    from trainer.signals import StopSignals
+    from trainer.train import Training, total_steps
+
+    started = time.time()
+    with contextlib.closing(open_run(config, comm)) as run, StopSignals() as signals:
+        claim_folder(run)
+        root = comm.rank == 0
+        if root:
+            save_config(config, run.folder / "config.yaml")
+        with Progression(run.folder if root else None, run.engine.num_steps, total_steps(run)) as progress:
+            readers = f"{run.train_reader.num_samples:,} training and {run.test_reader.num_samples:,} test samples"
+            progress.say(
+                f"{run.folder}: {readers}, {comm.size} ranks, step {run.engine.num_steps} of {total_steps(run)}"
+            )
+            training = Training(run, progress, signals)
+            training.fit()
+            training.totals.missing_images = run.partition.missing_count if run.partition else 0
+            figures = summary.gather(comm, training.totals)
+            report = {
+                "name": run.folder.name,
+                "folder": str(run.folder),
+                "metrics": training.metrics,
+                **figures,
+                "global_step": run.engine.num_steps,
+                "history": run.history,
+                "store_version": run.partition.snapshot_version if run.partition else None,
+                "config_digest": config_digest(config.model_dump(mode="json")),
+                "wall_s": time.time() - started,
+            }
+            if root:
+                summary.write_report(run.folder / "report.json", report)
+                summary.show(progress.console, report)
+
+
+def _guarded(loaded: "Config | ConfigError", comm: "Comm") -> int:
+    """Trains, and turns what goes wrong into one message of rank 0 and an exit code."""
+    from featurestore.errors import FeatureStoreError
+    from trainer.signals import StoppedError
+
+    try:
+        if isinstance(loaded, ConfigError):
+            raise loaded
+        train(loaded, comm)
+    except StoppedError:
+        return STOPPED
+    except (TrainerError, FeatureStoreError) as failure:
+        if comm.rank == 0:
+            _tell(failure)
+        else:
+            time.sleep(_GRACE_S)
+        return USAGE if isinstance(failure, ConfigError | SchemaError) else FAILED
+    return OK
+
+
+# horovodrun ends the other ranks when the first one fails: rank 0 has to be given the time to say why.
+_GRACE_S = 1.0
+
+
+def _tell(failure: Exception) -> None:
+    text = failure.text if isinstance(failure, RemoteRankError) else str(failure)
+    where = f"rank {failure.rank}: " if isinstance(failure, RemoteRankError) else ""
+    print(f"error: {where}{text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    app()

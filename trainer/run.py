@@ -1,0 +1,270 @@
+"""Opening a run: samples, feature store, engine and, on resumption, a checkpoint; each checked before the next one.
+
+Every rank calls the same functions; what can go wrong on one of them is agreed on, so that all raise together.
+"""
+
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import torch
+
+from featurestore.errors import FeatureStoreError, StoreNotFoundError
+from featurestore.partition import FeaturePartition
+from featurestore.storage import Storage
+from featurestore.store import FeatureStore
+from trainer import checkpoint
+from trainer.batch import BatchPosition
+from trainer.checkpoint import CheckpointState, Origin
+from trainer.columns import Index, rules_of
+from trainer.comm import Comm
+from trainer.config import Config
+from trainer.data import SampleIndex, SampleReader, distinct_values, open_index
+from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.schema import Schema, load_schema
+from trainer.step import Engine
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Run:
+    """All state of a run; `position` is the batch that comes next."""
+
+    config: Config
+    comm: Comm
+    schema: Schema
+    folder: Path
+    engine: Engine
+    partition: FeaturePartition | None
+    train_reader: SampleReader
+    test_reader: SampleReader
+    known_ads: Index
+    origin: Origin
+    position: BatchPosition
+    history: list[dict[str, Any]]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.folder / "checkpoints"
+
+    def close(self) -> None:
+        """Lets go of the store's rows."""
+        if self.partition is not None:
+            self.partition.close()
+
+
+def open_run(config: Config, comm: Comm) -> Run:
+    """Everything but the folder's content, which `claim_folder` writes. Raises TrainerError or FeatureStoreError."""
+    schema = load_schema(Path(config.data.schema_file) if config.data.schema_file else None)
+    store_name = _store_name(config, schema)
+    folder = Path(config.run.dir) / comm.broadcast_object(config.run.name or time.strftime("run-%Y%m%d-%H%M%S"))
+    _on_all(comm, lambda: _check_folder(config, folder))
+    _on_rank_0(comm, lambda: _check_places(config, store_name is not None))
+    resumed = _on_all(comm, lambda: _resumed(config, folder))
+    device = _share_machine(config, comm)
+    train, test = (open_index(comm, config.data.samples, split, schema) for split in ("train", "test"))
+    partitions, statistics = {}, {}
+    if store_name is not None:
+        version, values = _on_rank_0(comm, lambda: _snapshot(config, resumed[1] if resumed else None))
+        partitions[store_name] = _on_all(comm, lambda: _partition(config, comm, version))
+        statistics[store_name] = values
+    partition = partitions.get(store_name or "")
+    origin = _origin(config, schema, train, partition)
+    if resumed:
+        origin.check_same(resumed[1].origin, resumed[0])
+    engine = Engine(
+        comm,
+        schema,
+        partitions,
+        config.model,
+        config.train.optim(),
+        seed=config.train.seed,
+        missing=config.data.missing,
+        statistics=statistics,
+        device=device,
+    )
+    if resumed:
+        checkpoint.load(comm, *resumed, engine)
+    new_ad_column = next(field.column_name for field in schema.fields if field.name == schema.new_ad_field)
+    return Run(
+        config=config,
+        comm=comm,
+        schema=schema,
+        folder=folder,
+        engine=engine,
+        partition=partition,
+        train_reader=_train_reader(config, comm, train, schema),
+        test_reader=_test_reader(config, comm, test, schema),
+        known_ads=distinct_values(comm, train, new_ad_column, rules_of(schema)[new_ad_column]),
+        origin=origin,
+        position=resumed[1].position if resumed else BatchPosition(0, 0),
+        history=resumed[1].history if resumed else [],
+    )
+
+
+def claim_folder(run: Run) -> None:
+    """Makes the run's folder, emptied of an earlier run where run.overwrite says so. Called when all else is open."""
+
+    def claim() -> None:
+        if run.config.run.overwrite:
+            for name in ("checkpoints", "tensorboard"):
+                shutil.rmtree(run.folder / name, ignore_errors=True)
+            for name in ("config.yaml", "report.json"):
+                (run.folder / name).unlink(missing_ok=True)
+        run.folder.mkdir(parents=True, exist_ok=True)
+
+    _on_rank_0(run.comm, claim)
+
+
+def _on_all(comm: Comm, work: Callable[[], Result]) -> Result:
+    """The result of `work` on this rank, once it is known that no rank failed."""
+    error: Exception | None = None
+    try:
+        result = work()
+    except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
+        error = failure
+    comm.agree(error)
+    return result
+
+
+def _on_rank_0(comm: Comm, work: Callable[[], Result]) -> Result:
+    """The result of `work` on rank 0, on every rank."""
+    return comm.broadcast_object(_on_all(comm, work if comm.rank == 0 else lambda: None))  # type: ignore[return-value]
+
+
+def _store_name(config: Config, schema: Schema) -> str | None:
+    """The one store that the schema's content fields name; None where the model uses no image."""
+    names = sorted({field.store_name for field in schema.of_kind("content")})
+    if config.model.images == "none":
+        return None
+    if len(names) != 1:
+        raise ConfigError(
+            f"model.images={config.model.images} needs content fields of one store, the schema has {names or 'none'}; "
+            "give them one name, or set model.images=none"
+        )
+    return names[0]
+
+
+def _check_folder(config: Config, folder: Path) -> None:
+    taken = [name for name in ("config.yaml", "checkpoints") if (folder / name).exists()]
+    if taken and not config.run.overwrite and config.run.resume is None:
+        raise ConfigError(
+            f"{folder} holds a run already; go on with it by run.resume=latest, choose another run.name, "
+            "or replace it by run.overwrite=true"
+        )
+
+
+def _check_places(config: Config, needs_store: bool) -> None:
+    """Says which job to run where a place is empty, for all of them at once."""
+    samples, problems = Storage(config.data.samples), []
+    if needs_store:
+        try:
+            FeatureStore.open(config.data.store)
+        except StoreNotFoundError:
+            job = f"python jobs/extract_features.py --store {config.data.store} --weights imagenet"
+            problems.append(f"data.store={config.data.store} is no feature store; make it with: {job}")
+    empty = [s for s in ("train", "test") if not any(name.endswith(".parquet") for name in samples.list(s))]
+    if empty:
+        job = f"python jobs/build_samples.py --samples {config.data.samples}"
+        problems.append(
+            f"data.samples={config.data.samples} has no {' and no '.join(empty)} samples; make them with: {job}"
+        )
+    if problems:
+        if len(problems) == 2:
+            problems.append("without images and logs of your own, draw some first with: python jobs/make_demo_data.py")
+        raise DataError("\n".join(problems))
+
+
+def _resumed(config: Config, folder: Path) -> tuple[Path, CheckpointState] | None:
+    if config.run.resume is None:
+        return None
+    path = checkpoint.find(folder / "checkpoints", config.run.resume)
+    return path, checkpoint.read_state(path)
+
+
+def _share_machine(config: Config, comm: Comm) -> torch.device:
+    """Gives each rank of a machine its part of the cores (threads of torch and Arrow); returns its GPU or the CPU."""
+    hosts = comm.allgather_object(socket.gethostname(), name="hosts")
+    here = [rank for rank, host in enumerate(hosts) if host == hosts[comm.rank]]
+    threads = config.run.threads or max(1, len(os.sched_getaffinity(0)) // len(here))
+    torch.set_num_threads(threads)
+    pa.set_cpu_count(threads)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", here.index(comm.rank) % torch.cuda.device_count())
+
+
+def _snapshot(config: Config, resumed: CheckpointState | None) -> tuple[int, Any]:
+    """Version and statistics of the snapshot to train on: the one asked for, else the checkpoint's, else the newest."""
+    version = config.data.store_version
+    recorded = resumed.store_version if resumed and version is None else None
+    try:
+        snapshot = FeatureStore.open(config.data.store).snapshot(version if recorded is None else recorded)
+    except FeatureStoreError as failure:
+        if recorded is None:
+            raise
+        raise CheckpointError(
+            f"the checkpoint was trained on snapshot {recorded} of {config.data.store}: {failure}; "
+            "data.store_version=N goes on with another one"
+        ) from failure
+    if snapshot.num_rows == 0:
+        job = f"python jobs/extract_features.py --store {config.data.store} --weights imagenet"
+        raise DataError(
+            f"data.store={config.data.store} has no features in snapshot {snapshot.version}; add them with: {job}"
+        )
+    return snapshot.version, snapshot.statistics()
+
+
+def _partition(config: Config, comm: Comm, version: int) -> FeaturePartition:
+    return FeaturePartition.load(
+        config.data.store,
+        rank=comm.rank,
+        num_ranks=comm.size,
+        cache_dir=config.data.cache_dir,
+        missing=config.data.missing,
+        threads=torch.get_num_threads(),
+        version=version,
+    )
+
+
+def _origin(config: Config, schema: Schema, train: SampleIndex, partition: FeaturePartition | None) -> Origin:
+    fields = {field.name: field.model_dump(exclude={"name"}, exclude_none=True) for field in schema.fields}
+    info = partition.info if partition else None
+    return Origin(
+        data={
+            "samples_digest": train.digest,
+            "global_batch_size": config.data.global_batch_size,
+            "shuffle": config.data.shuffle,
+            "shuffle_window_groups": config.data.shuffle_window_groups,
+        },
+        train={"seed": config.train.seed},
+        model={**config.model.model_dump(), "fields": fields, "label": schema.label},
+        store={"dim": info.dim, "dtype": info.dtype, "extractor": info.extractor.model_dump()} if info else {},
+    )
+
+
+def _train_reader(config: Config, comm: Comm, index: SampleIndex, schema: Schema) -> SampleReader:
+    data = config.data
+    seed, window_groups = (config.train.seed, data.shuffle_window_groups) if data.shuffle else (None, 1)
+    return SampleReader(
+        index,
+        schema,
+        rank=comm.rank,
+        num_ranks=comm.size,
+        batch_size=data.global_batch_size,
+        seed=seed,
+        window_groups=window_groups,
+    )
+
+
+def _test_reader(config: Config, comm: Comm, index: SampleIndex, schema: Schema) -> SampleReader:
+    batch_size = config.train.eval_batch_size
+    return SampleReader(index, schema, rank=comm.rank, num_ranks=comm.size, batch_size=batch_size, by_part=True)

@@ -1,0 +1,123 @@
+"""What a run did: throughput, bytes, unique images, time by phase; summed over ranks, written as report.json."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer.comm import Comm
+from trainer.step import StepResult
+
+Phase = Literal["data", "exchange", "compute", "evaluate", "checkpoint"]
+STEP_PHASES: tuple[Phase, ...] = ("data", "exchange", "compute")
+
+
+@dataclass
+class Totals:
+    """Sums over the training steps of one rank since the run, or its resumption, began.
+
+    `num_image_references`: image keys in this rank's batches. `num_images`: unique images that this rank, as the owner,
+    computed a vector of; over all ranks it is the number of unique images of the global batches.
+    """
+
+    steps: int = 0
+    samples: int = 0
+    references: int = 0
+    image_references: int = 0
+    images: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    missing_images: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, phase: Phase) -> Iterator[None]:
+        """Adds the block's wall time to the phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def add(self, result: StepResult, image_references: int, images: int) -> None:
+        """Counts one training step."""
+        self.steps += 1
+        self.samples += result.num_samples
+        self.references += result.num_references
+        self.image_references += image_references
+        self.images += images
+        self.bytes_sent += result.bytes_sent
+        self.bytes_received += result.bytes_received
+
+    @property
+    def step_seconds(self) -> float:
+        """Wall time of training alone, without evaluation and checkpoints."""
+        return sum(self.seconds.get(phase, 0.0) for phase in STEP_PHASES)
+
+
+def gather(comm: Comm, own: Totals) -> dict[str, Any]:
+    """The run's figures over all ranks, the same on each; called by every rank.
+
+    Bytes are those that ranks sent to others (keys, vectors, gradients, dense gradients), summed over ranks. Times are
+    the mean over ranks. A ratio without a denominator is None.
+    """
+    ranks = [Totals(**values) for values in comm.allgather_object(asdict(own), name="totals")]
+    steps = own.steps
+    samples, slowest_s = sum(each.samples for each in ranks), max(each.step_seconds for each in ranks)
+    references, images = sum(each.image_references for each in ranks), sum(each.images for each in ranks)
+
+    def per_step(total: float) -> float | None:
+        return total / steps if steps else None
+
+    return {
+        "num_ranks": comm.size,
+        "steps": steps,
+        "samples": samples,
+        "samples_per_s": samples / slowest_s if slowest_s else None,
+        "unique_ratio": images / references if references else None,
+        "images_per_step": per_step(images),
+        "image_references_per_step": per_step(references),
+        "id_and_image_references_per_step": per_step(sum(each.references for each in ranks)),
+        "bytes_sent_per_step": per_step(sum(each.bytes_sent for each in ranks)),
+        "bytes_received_per_step": per_step(sum(each.bytes_received for each in ranks)),
+        "missing_images": sum(each.missing_images for each in ranks),
+        "seconds": {
+            phase: sum(each.seconds.get(phase, 0.0) for each in ranks) / len(ranks)
+            for phase in ("data", "exchange", "compute", "evaluate", "checkpoint")
+        },
+    }
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """JSON; a metric that is not defined is null."""
+    path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def show(console: Console, report: Mapping[str, Any]) -> None:
+    """The final table."""
+    table = Table(
+        title=f"{report['name']}: {report['global_step']:,} steps, {report['num_ranks']} ranks", title_justify="left"
+    )
+    table.add_column("test samples")
+    table.add_column("value", justify="right")
+    for name, value in report["metrics"].items():
+        table.add_row(name.replace("_", " "), _text(value, "not defined: no impression, or one class only"))
+    table.add_section()
+    for name in ("samples_per_s", "unique_ratio", "bytes_sent_per_step", "bytes_received_per_step", "missing_images"):
+        table.add_row(name.replace("_", " "), _text(report[name], "-"))
+    seconds = report["seconds"]
+    table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
+    console.print(table)
+    console.print(f"written to {report['folder']}", soft_wrap=True)
+
+
+def _text(value: float | int | None, undefined: str) -> str:
+    if value is None:
+        return undefined
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if abs(value) < 100 else f"{value:,.0f}"
