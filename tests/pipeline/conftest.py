@@ -1,0 +1,63 @@
+"""Images drawn for the tests, real photographs where there are some, and a Dask cluster inside this process."""
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distributed import Client, LocalCluster
+from PIL import Image
+
+
+def draw_photo(seed: int, width: int = 300, height: int = 260) -> Image.Image:
+    """Soft random shapes in colour, with a little grain: it compresses and scales as a photograph does."""
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 256, (7, 8, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.int16)
+    grain = generator.integers(-6, 7, (height, width, 3), dtype=np.int16)
+    return Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8))
+
+
+def encode_image(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
+    """The bytes of an image file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[..., Image.Image]:
+    return draw_photo
+
+
+@pytest.fixture(scope="session")
+def encode() -> Callable[..., bytes]:
+    return encode_image
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of four JPEGs: from $CROSSMEDIA_PHOTOS where it is set, else drawn."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    real = sorted(Path(os.environ["CROSSMEDIA_PHOTOS"]).glob("*.jpg"))[:4] if "CROSSMEDIA_PHOTOS" in os.environ else []
+    for number in range(4):
+        data = real[number].read_bytes() if real else encode_image(draw_photo(number))
+        (folder / f"{number}.jpg").write_bytes(data)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[Client]:
+    """A Dask client whose one worker is a thread of this process, so that tests can look at the network it uses."""
+    num_torch_threads = torch.get_num_threads()
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+    torch.set_num_threads(num_torch_threads)
