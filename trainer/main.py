@@ -62,7 +62,7 @@ def main(
 
 
 def train(config: Config, comm: "Comm") -> None:
-    """One run from opening to report. Every rank calls it. Raises TrainerError or FeatureStoreError, StoppedError on a signal."""
+    """One run from opening to report; every rank calls it. Raises TrainerError, FeatureStoreError."""
     from trainer import summary
     from trainer.config import config_digest, save_config
     from trainer.progress import Progression
