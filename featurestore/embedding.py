@@ -110,9 +110,12 @@ class EmbeddingService(nn.Module):
 
     def width(self, name: str) -> int:
         """V of the network `name`."""
-        model = self.models[name]
-        assert isinstance(model, EmbeddingModel)
-        return model.out
+        return self._model(name).out
+
+    def fold_standardization_(self, mean_D: NDArray[np.float32], std_D: NDArray[np.float32]) -> None:
+        """Standardises features inside the first layer of every network."""
+        for name in self.models:
+            self._model(name).fold_standardization_(mean_D, std_D)
 
     def gather(self, keys_Q: NDArray[np.int64]) -> Gathered:
         """Features of `keys_Q` in the order asked. Independent of all weights, so it may run ahead of them.
@@ -126,8 +129,8 @@ class EmbeddingService(nn.Module):
 
     def embed(self, name: str, gathered: Gathered) -> Tensor:
         """Visual vectors (Q, V) by the network `name`, with autograd attached."""
-        model = self.models[name]
-        device = next(model.parameters()).device
+        model = self._model(name)
+        device = model.mean_D.device
         visual_QV: Tensor = model(gathered.features_QD.to(device, non_blocking=True))
         if gathered.missing_Q is None or self.missing == "error":
             return visual_QV
@@ -143,6 +146,11 @@ class EmbeddingService(nn.Module):
         if gathered._buffer is not None:
             self._free_buffers.append(gathered._buffer)
             gathered._buffer = None
+
+    def _model(self, name: str) -> EmbeddingModel:
+        model = self.models[name]
+        assert isinstance(model, EmbeddingModel)
+        return model
 
     def _take_buffer(self, num_rows: int) -> NDArray[np.generic]:
         while self._free_buffers:

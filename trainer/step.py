@@ -75,9 +75,12 @@ class Engine:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = Dicm(schema, model)
-            self.services = _services(self.model.fields, partitions, model, missing, statistics or {})
+            self.services = _services(self.model.fields, partitions, model, missing)
         self._modules = nn.ModuleDict({"model": self.model, "stores": nn.ModuleDict(self.services)})
         self._modules.to(device=self._device, dtype=dtype)
+        for store, service in self.services.items():
+            if statistics and store in statistics:
+                service.fold_standardization_(statistics[store].mean_D, statistics[store].std_D)
         self.tables = {
             shape.name: IdTable(shape, comm.rank, comm.size, seed=seed, scale=_ID_SCALE, device=device, dtype=dtype)
             for shape in table_shapes(self.model.fields, model)
@@ -142,6 +145,10 @@ class Engine:
         logit_B = self._logits(prepared).double().cpu().numpy()
         self._exchange.release(prepared.request)
         return logit_B
+
+    def dense_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that every rank holds, by the names of `dense_state`; after a step, `.grad` is that of all ranks."""
+        return self._dense.parameters
 
     def dense_state(self) -> dict[str, Tensor]:
         """What is the same on every rank: parameters, standardisation, Adam's state, the number of steps."""
@@ -221,7 +228,6 @@ def _services(
     partitions: Mapping[str, FeaturePartition],
     config: ModelConfig,
     missing: MissingPolicy,
-    statistics: Mapping[str, FeatureStatistics],
 ) -> dict[str, EmbeddingService]:
     names_of_store: dict[str, list[str]] = {}
     for field in fields:
@@ -235,12 +241,7 @@ def _services(
             raise ConfigError(
                 f"the schema's content fields need store {store}; open are {sorted(partitions) or 'none'}"
             )
-        models: dict[str, EmbeddingModel] = {}
-        for name in names:
-            models[name] = EmbeddingModel(
-                partitions[store].dim, config.embed_hidden, config.visual_width, config.compute_dtype
-            )
-            if store in statistics:
-                models[name].fold_standardization_(statistics[store].mean_D, statistics[store].std_D)
+        dim, width = partitions[store].dim, config.visual_width
+        models = {name: EmbeddingModel(dim, config.embed_hidden, width, config.compute_dtype) for name in names}
         services[store] = EmbeddingService(partitions[store], models, missing)
     return services

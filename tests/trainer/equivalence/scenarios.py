@@ -1,0 +1,188 @@
+"""Small worlds on which a run of P ranks has to equal one process: data, settings, and who gets which samples."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
+from featurestore.keys import shard_of
+from trainer.batch import Batch, Jagged
+from trainer.options import ModelConfig, OptimConfig
+from trainer.schema import Field, Schema
+
+DIM, NUM_SHARDS, STEPS, SEED = 16, 8, 20, 7
+# eps lies above the rounding of float32: below it, Adam makes whole steps of the noise around a gradient of zero.
+OPTIM = OptimConfig(lr=0.01, lr_gamma=0.5, lr_every=8, eps=1e-6)
+
+SCHEMA = Schema(
+    fields=(
+        Field(name="user", side="user", kind="id"),
+        Field(name="age", side="user", kind="dense"),
+        Field(name="behavior_item", side="user", kind="multi_id", table="item"),
+        Field(name="behavior_image_id", side="user", kind="multi_id", table="image"),
+        Field(name="behavior_image", side="user", kind="content"),
+        Field(name="ad_item", side="ad", kind="id", table="item"),
+        Field(name="ad_image_id", side="ad", kind="id", table="image"),
+        Field(name="ad_price", side="ad", kind="dense", width=2),
+        Field(name="ad_image", side="ad", kind="content"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One impression; samples of one session share `session` and its user side."""
+
+    session: int
+    user: int
+    age: float
+    behavior_item: tuple[int, ...]
+    behavior_image: tuple[int, ...]
+    ad_item: int
+    ad_image: int
+    ad_price: tuple[float, float]
+    label: int
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """`uneven`: how samples are dealt to ranks: "even" slices, or in turn all to the last or to the first rank."""
+
+    model: dict[str, object]
+    missing: str = "error"
+    lacking: bool = False
+    deal: str = "even"
+    one_shard: bool = False
+    standardized: bool = False
+    dtypes: tuple[str, ...] = ("float64",)
+    tables: dict[str, int] = field(default_factory=lambda: {"user": 40, "item": 96, "image": 200})
+
+    def config(self, dtype: str) -> ModelConfig:
+        """The model's settings; products in the same type as the weights."""
+        small = {"mlp": [10, 6], "embed_hidden": [8, 6], "visual_width": 5, "id_width": 5, "attention_hidden": 4}
+        shards = 1 if self.one_shard else NUM_SHARDS
+        return ModelConfig(
+            **{**small, "table_shards": shards, "tables": self.tables, **self.model}, compute_dtype=dtype
+        )
+
+
+SCENARIOS = {
+    # Keys shared by ranks, a key many times in one sample, samples that no number of ranks divides.
+    "both_attentive": Scenario({"images": "both"}, standardized=True, dtypes=("float64", "float32")),
+    # Vectors of two widths: two alltoalls of vectors in one step.
+    "two_widths_two_models": Scenario(
+        {"images": "both", "visual_width": 3, "shared_image_model": False}, deal="starve"
+    ),
+    "sum_rank_without_data": Scenario(
+        {"images": "both", "pooling": "sum"}, deal="starve", dtypes=("float64", "float32")
+    ),
+    # Every image and every ID row belongs to rank 0.
+    "one_owner": Scenario({"images": "behavior"}, one_shard=True),
+    "behavior_sum": Scenario({"images": "behavior", "pooling": "sum"}),
+    # 3 rows for 30 items: many ids share one.
+    "ad_colliding_ids": Scenario({"images": "ad"}, tables={"user": 8, "item": 3, "image": 200}),
+    "ids_only": Scenario({"images": "none"}, deal="starve"),
+    "missing_zeros": Scenario({"images": "both"}, missing="zeros", lacking=True),
+    "missing_learned": Scenario({"images": "both", "shared_image_model": False}, missing="learned", lacking=True),
+}
+
+
+def features() -> dict[int, np.ndarray]:
+    """Key -> feature; like fc6 after ReLU: not centred, many zeros."""
+    draw = np.random.default_rng(SEED)
+    keys = draw.integers(-(2**63), 2**63 - 1, 400)
+    values = np.maximum(draw.normal(0.5, 1.0, (400, DIM)), 0).astype(np.float32)
+    return {int(key): value for key, value in zip(keys, values, strict=True)}
+
+
+def keys_in_one_shard() -> list[int]:
+    """Keys of images in shard 0, which rank 0 owns whatever the number of ranks."""
+    keys = np.array(list(features()))
+    return keys[shard_of(keys, NUM_SHARDS) == 0].tolist()
+
+
+def make_store(path: Path) -> None:
+    """A store of `features`."""
+    spec = ExtractorSpec(
+        backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
+    )
+    store = FeatureStore.create(
+        str(path), StoreInfo(num_shards=NUM_SHARDS, name="images", dim=DIM, dtype="float32", extractor=spec)
+    )
+    table = features()
+    rows = FeatureRows.of([f"image-{key}" for key in table], np.stack(list(table.values())), keys=list(table))
+    store.put(rows)
+
+
+def steps(scenario: Scenario) -> list[list[Sample]]:
+    """The global batches, the same for any number of ranks."""
+    draw = np.random.default_rng(SEED + 1)
+    images = keys_in_one_shard() if scenario.one_shard else list(features())[:90]
+    if scenario.lacking:
+        images = [*images[:20], 11, 12, 13, 14]  # keys without a feature
+    session, result = 0, []
+    for _ in range(STEPS):
+        samples: list[Sample] = []
+        size = int(draw.integers(5, 24))
+        while len(samples) < size:
+            session += 1
+            count = int(draw.integers(0, 7)) if session % 5 else 0
+            behaviors = draw.integers(0, len(images), count)
+            if count and session % 3 == 0:
+                behaviors[:] = behaviors[0]
+            for _ in range(min(int(draw.integers(1, 6)), size - len(samples))):
+                ad = int(draw.integers(0, len(images)))
+                samples.append(
+                    Sample(
+                        session,
+                        user=session % 30,
+                        age=float(session % 7) / 7,
+                        behavior_item=tuple(int(b) % 30 - 15 for b in behaviors),
+                        behavior_image=tuple(images[b] for b in behaviors),
+                        ad_item=ad % 30 - 15,
+                        ad_image=images[ad],
+                        ad_price=(float(draw.normal()), float(draw.normal())),
+                        label=int(draw.integers(0, 2)),
+                    )
+                )
+        result.append(samples)
+    return result
+
+
+def slice_of_rank(samples: list[Sample], deal: str, step: int, rank: int, num_ranks: int) -> list[Sample]:
+    """The samples of one rank."""
+    if deal == "starve":
+        chosen = (num_ranks - 1, 0)[step % 2]
+        return samples if rank == chosen else []
+    return samples[rank * len(samples) // num_ranks : (rank + 1) * len(samples) // num_ranks]
+
+
+def batch_of(samples: list[Sample], global_samples: int) -> Batch:
+    """Samples of one rank as the arrays that the engine takes."""
+    sessions = list(dict.fromkeys(s.session for s in samples))
+    groups = [next(s for s in samples if s.session == session) for session in sessions]
+    return Batch(
+        fields={
+            "user": _jagged([[g.user] for g in groups]),
+            "behavior_item": _jagged([g.behavior_item for g in groups]),
+            "behavior_image_id": _jagged([g.behavior_image for g in groups]),
+            "behavior_image": _jagged([g.behavior_image for g in groups]),
+            "ad_item": _jagged([[s.ad_item] for s in samples]),
+            "ad_image_id": _jagged([[s.ad_image] for s in samples]),
+            "ad_image": _jagged([[s.ad_image] for s in samples]),
+        },
+        dense={
+            "age": np.array([g.age for g in groups], np.float32).reshape(-1, 1),
+            "ad_price": np.array([s.ad_price for s in samples], np.float32).reshape(-1, 2),
+        },
+        group_of_sample_B=np.array([sessions.index(s.session) for s in samples], np.int64),
+        label_B=np.array([s.label for s in samples], np.float32),
+        group_id_B=np.array([s.user for s in samples], np.int64),
+        global_samples=global_samples,
+    )
+
+
+def _jagged(rows: list) -> Jagged:
+    values = np.array([value for row in rows for value in row], np.int64)
+    return Jagged(values, np.array([len(row) for row in rows], np.int32))

@@ -1,0 +1,140 @@
+"""Every scenario on the ranks that horovodrun starts, or alone:  python worker.py STORE OUT
+
+Rank 0 writes to OUT what the engine did: losses on every rank, collectives of a step, first gradients, final state; and
+how each rank ended where one fails.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from featurestore.partition import FeaturePartition
+from scenarios import OPTIM, SCENARIOS, SCHEMA, SEED, Scenario, batch_of, slice_of_rank, steps
+
+from featurestore import FeatureStore
+from trainer.comm import Comm, connect
+from trainer.errors import DataError
+from trainer.step import Engine
+
+
+def engine_of(comm: Comm, store: FeatureStore, scenario: Scenario, dtype: str) -> Engine:
+    """An engine over this rank's part of the store."""
+    partition = FeaturePartition.load(
+        store, comm.rank, comm.size, cache_dir=f"{store.url}-cache-{comm.size}", missing=scenario.missing
+    )
+    statistics = {"images": store.snapshot().statistics()} if scenario.standardized else None
+    return Engine(
+        comm,
+        SCHEMA,
+        {"images": partition},
+        scenario.config(dtype),
+        OPTIM,
+        seed=SEED,
+        missing=scenario.missing,
+        statistics=statistics,
+        dtype=getattr(torch, dtype),
+    )
+
+
+def run(comm: Comm, store: FeatureStore, scenario: Scenario, dtype: str) -> dict[str, object]:
+    """20 steps; keys of a step are exchanged while the one before has not run yet."""
+    engine = engine_of(comm, store, scenario, dtype)
+    initial = {name: parameter.detach().clone() for name, parameter in engine.dense_parameters().items()}
+    statistics = store.snapshot().statistics()
+    batches = []
+    for number, samples in enumerate(steps(scenario)):
+        mine = slice_of_rank(samples, scenario.deal, number, comm.rank, comm.size)
+        batches.append(batch_of(mine, len(samples)))
+    losses, calls, gradients = [], [], {}
+    prepared = engine.prepare(batches[0])
+    for number in range(len(batches)):
+        CALLS.clear()
+        ahead = engine.prepare(batches[number + 1]) if number + 1 < len(batches) else None
+        losses.append(engine.train_step(prepared).loss)
+        calls.append(list(CALLS))
+        if number == 0:
+            gradients = first_gradients(comm, engine)
+        prepared = ahead
+    trained = dict(engine.dense_state())
+    for shards in comm.allgather_object(engine.shard_state()):
+        trained |= shards
+    return {
+        "initial": initial,
+        "mean_and_std": [torch.from_numpy(np.array(v)) for v in (statistics.mean_D, statistics.std_D)],
+        "losses_P": comm.allgather_object(losses),
+        "calls": calls[1:-1],
+        "gradients": gradients,
+        "trained": trained,
+    }
+
+
+def first_gradients(comm: Comm, engine: Engine) -> dict[str, torch.Tensor]:
+    """Gradients of the first step: dense ones as the optimiser saw them, those of rows out of the first momentum."""
+    gradients = {name: p.grad.clone() for name, p in engine.dense_parameters().items()}
+    for name, table in engine.tables.items():
+        shards = {}
+        for part in comm.allgather_object(table.export_shards()):
+            shards |= {n: v / (1 - OPTIM.beta1) for n, v in part.items() if n.endswith("/momentum")}
+        gradients[name] = torch.cat([shards[n] for n in sorted(shards)])
+    return gradients
+
+
+def endings(comm: Comm, store: FeatureStore) -> dict[str, list[str]]:
+    """How every rank ends where a key has no feature, and where the last rank cannot read its samples."""
+    missing = Scenario({"images": "both"}, lacking=True)
+    engine, result = engine_of(comm, store, missing, "float64"), {}
+    samples = steps(missing)[0]
+    batch = batch_of(slice_of_rank(samples, "even", 0, comm.rank, comm.size), len(samples))
+    for name, given in {
+        "missing_key": batch,
+        "reader": DataError("day=1.parquet: label=7 is not 0 or 1") if comm.rank == comm.size - 1 else batch,
+    }.items():
+        started = time.monotonic()
+        try:
+            engine.train_step(engine.prepare(given))
+            ending = "no error"
+        except Exception as error:
+            ending = f"{type(error).__name__}: {error}"
+        assert time.monotonic() - started < 20
+        result[name] = comm.allgather_object(ending)
+    return result
+
+
+CALLS: list[str] = []
+
+
+def count_collectives(comm: Comm) -> None:
+    """Notes the name of every collective of tensors in CALLS."""
+
+    def noted(method):
+        def call(*args, name, **kwargs):
+            CALLS.append(name)
+            return method(*args, name=name, **kwargs)
+
+        return call
+
+    for method in ("alltoall", "allreduce_sum_", "allgather"):
+        setattr(comm, method, noted(getattr(comm, method)))
+
+
+def main(store_url: str, out: Path) -> None:
+    """All scenarios, one after the other, in one job: ranks take seconds to start."""
+    comm = connect()
+    count_collectives(comm)
+    store = FeatureStore.open(store_url)
+    results: dict[str, object] = {
+        f"{name}/{dtype}": run(comm, store, scenario, dtype)
+        for name, scenario in SCENARIOS.items()
+        for dtype in scenario.dtypes
+    }
+    results["endings"] = endings(comm, store)
+    if comm.rank == 0:
+        torch.save(results, out)
+    comm.close()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1], Path(sys.argv[2]))
