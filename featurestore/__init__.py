@@ -5,6 +5,7 @@ The service that turns features into visual vectors is in `featurestore.embeddin
 """
 
 from featurestore.keys import key_of_uri, keys_of_uris, owner_of, shard_of
+from featurestore.partition import FeaturePartition, Lookup
 from featurestore.quarantine import QuarantineRow
 from featurestore.rows import FeatureRows, to_bits, to_float32
 from featurestore.snapshot import Snapshot
@@ -14,9 +15,11 @@ from featurestore.store import FeatureStore
 
 __all__ = [
     "ExtractorSpec",
+    "FeaturePartition",
     "FeatureRows",
     "FeatureStatistics",
     "FeatureStore",
+    "Lookup",
     "QuarantineRow",
     "Snapshot",
     "StoreInfo",

@@ -1,0 +1,97 @@
+"""Several files side by side in one range of addresses, so that their rows are one matrix.
+
+numpy gathers from one matrix at the speed of memory; from one array per file it would need a copy more. The kernel maps
+each file at its own place in a reserved range; nothing is read until a row is touched.
+"""
+
+import ctypes
+import mmap
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_HUGE_PAGE = 2 << 20  # files that begin on one can be mapped with few entries
+_LARGEST_STEP = 64 << 20
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_PROT_NONE = 0
+_MADV_HUGEPAGE = 14
+_MADV_POPULATE_READ = 22  # Linux 5.14; older kernels refuse it, and the pages are mapped at first touch
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+@dataclass(frozen=True)
+class MappedRows:
+    """A read-only matrix over files of rows. File i begins at row `first_rows[i]`; the rows between files are unmapped.
+
+    The range is released when the last array that looks into it is gone.
+    """
+
+    matrix: npt.NDArray[Any]  # (all rows and gaps, dim)
+    first_rows: list[int]
+
+
+def map_rows(paths: Sequence[Path], num_rows: Sequence[int], dim: int, dtype: np.dtype[Any]) -> MappedRows:
+    """Map files of `num_rows[i]` rows of `dim` numbers each. Raises OSError.
+
+    The sizes must have been checked: touching a row beyond the end of a file ends the process.
+    """
+    row_bytes = dim * dtype.itemsize
+    step = lcm(row_bytes, _HUGE_PAGE)  # a file begins on a page and on a row
+    if step > _LARGEST_STEP:  # odd widths would leave gaps of gigabytes
+        step = lcm(row_bytes, mmap.PAGESIZE)
+    starts = [0]
+    for rows in num_rows:
+        starts.append(starts[-1] + -(-rows * row_bytes // step) * step)
+    if starts[-1] == 0:
+        return MappedRows(np.empty((0, dim), dtype), [0] * len(paths))
+    reserved = starts[-1] + _HUGE_PAGE
+    base = _mmap(None, reserved, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
+    address = -(-base // _HUGE_PAGE) * _HUGE_PAGE
+    memory = (ctypes.c_char * starts[-1]).from_address(address)
+    weakref.finalize(memory, _munmap, base, reserved)
+    for path, rows, start in zip(paths, num_rows, starts, strict=False):
+        if rows:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                _mmap(address + start, rows * row_bytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
+            finally:
+                os.close(descriptor)
+    matrix = np.frombuffer(memoryview(memory), dtype=dtype).reshape(-1, dim)
+    matrix.flags.writeable = False
+    return MappedRows(matrix, [start // row_bytes for start in starts[:-1]])
+
+
+def populate(matrix: npt.NDArray[Any]) -> None:
+    """Enter the pages of a stretch of rows that lies in one file, so that later reads do not stop for each of them."""
+    address = matrix.ctypes.data
+    begin = address // mmap.PAGESIZE * mmap.PAGESIZE
+    size = address + matrix.nbytes - begin
+    for advice in (_MADV_HUGEPAGE, _MADV_POPULATE_READ):  # hints: what the kernel does not know it refuses
+        _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), advice)
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    return libc
+
+
+def _mmap(address: int | None, size: int, protection: int, flags: int, descriptor: int) -> int:
+    result = _libc().mmap(address, size, protection, flags, descriptor, 0)
+    if result is None or result == _MAP_FAILED:
+        error = ctypes.get_errno()
+        raise OSError(error, f"mmap of {size} bytes: {os.strerror(error)}")
+    return int(result)
+
+
+def _munmap(address: int, size: int) -> None:
+    _libc().munmap(ctypes.c_void_p(address), ctypes.c_size_t(size))

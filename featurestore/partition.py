@@ -1,0 +1,219 @@
+"""One rank's share of a snapshot, mapped into memory for fast lookups by key.
+
+Letters of shapes: M rows held, U keys asked, D feature width.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from featurestore.cache import CachedShard, default_cache_dir, open_or_build
+from featurestore.errors import FeatureStoreError, MissingKeysError, StorageError
+from featurestore.keys import Int64Array, UInt64Array, owned_shards, owner_of, shard_of_hash, splitmix64
+from featurestore.mapping import map_rows, populate
+from featurestore.snapshot import Snapshot, missing_message
+from featurestore.spec import DType, StoreInfo
+from featurestore.store import FeatureStore
+
+MissingPolicy = Literal["error", "zeros", "learned"]
+Progress = Callable[[int, int], None]  # shards ready, shards in all
+
+_MAX_THREADS = 4
+_PAGE_BYTES = 4096
+_GATHER_ROWS = 1024
+_SMALL_BYTES = 1 << 20  # below this a second thread costs more than it gives
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Features in the order asked, (U, D) in numpy's dtype of the store, and which keys have none, (U,) bool."""
+
+    features_UD: npt.NDArray[Any]
+    missing_U: npt.NDArray[np.bool_]
+
+
+class FeaturePartition:
+    """The rows of the shards that one rank owns. Lookups may run in several threads at once."""
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        rank: int,
+        num_ranks: int,
+        cached: Sequence[CachedShard],
+        missing: MissingPolicy,
+        threads: int,
+    ) -> None:
+        """Use `load`. `cached` are the owned shards, ascending."""
+        self.info: StoreInfo = snapshot.info
+        self.snapshot_version = snapshot.version
+        self.missing_policy = missing
+        self.missing_count = 0
+        self._rank, self._num_ranks = rank, num_ranks
+        self._where = f"snapshot {snapshot.version} of {snapshot.storage.url}"
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lookup")
+        self._lock = threading.Lock()
+        self._closed = False
+        counts = [len(shard.hash_M) for shard in cached]
+        # Shards are the top bits of the hash, so the hashes of ascending shards, one after the other, are in order.
+        self._hash_M: UInt64Array = np.concatenate([np.empty(0, np.uint64), *(shard.hash_M for shard in cached)])
+        mapped = map_rows([shard.rows_path for shard in cached], counts, self.dim, self.info.storage_dtype)
+        self._matrix = mapped.matrix
+        starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64) if counts else np.empty(0, np.int64)
+        self._gap_S = np.zeros(self.info.num_shards, np.int64)  # from the place of a hash to the row in the matrix
+        self._gap_S[owned_shards(self.info.num_shards, rank, num_ranks)] = np.asarray(mapped.first_rows) - starts
+        list(self._pool.map(lambda i: populate(self._matrix[mapped.first_rows[i] :][: counts[i]]), range(len(counts))))
+
+    @classmethod
+    def load(
+        cls,
+        store_or_url: FeatureStore | str | os.PathLike[str],
+        rank: int = 0,
+        num_ranks: int = 1,
+        cache_dir: str | os.PathLike[str] | None = None,
+        missing: MissingPolicy = "error",
+        threads: int | None = None,
+        version: int | None = None,
+        progress: Progress | None = None,
+    ) -> "FeaturePartition":
+        """The shards of `rank`, of the newest snapshot or of `version`; local files are built where they are not there.
+
+        A build needs the memory of about one data file per thread. Raises what opening a store raises, and
+        CorruptFileError for a damaged data file.
+        """
+        if not 0 <= rank < num_ranks:
+            raise ValueError(f"rank={rank} is not in [0, num_ranks={num_ranks})")
+        if missing not in ("error", "zeros", "learned"):
+            raise ValueError(f"missing={missing!r} is none of error, zeros, learned")
+        store = store_or_url if isinstance(store_or_url, FeatureStore) else FeatureStore.open(store_or_url)
+        snapshot = store.snapshot(version)
+        folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+        threads = threads or min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+        readers = [snapshot.shard_reader(shard) for shard in owned_shards(store.info.num_shards, rank, num_ranks)]
+        cached = []
+        with ThreadPoolExecutor(threads) as pool:
+            for shard in pool.map(lambda reader: open_or_build(reader, folder), readers):
+                cached.append(shard)
+                if progress is not None:
+                    progress(len(cached), len(readers))
+        try:
+            return cls(snapshot, rank, num_ranks, cached, missing, threads)
+        except OSError as error:
+            raise StorageError(f"cannot map the cache files in {folder}: {error}") from error
+
+    @property
+    def dim(self) -> int:
+        """Width of a feature."""
+        return self.info.dim
+
+    @property
+    def dtype(self) -> DType:
+        """The store's dtype; bfloat16 rows come as their bits in uint16."""
+        return self.info.dtype
+
+    @property
+    def num_rows(self) -> int:
+        """Rows held."""
+        return len(self._hash_M)
+
+    def __enter__(self) -> "FeaturePartition":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads and let go of the files."""
+        self._closed = True
+        self._pool.shutdown()
+        self._matrix = np.empty((0, self.dim), self.info.storage_dtype)
+
+    def lookup(self, keys_U: npt.ArrayLike, out: npt.NDArray[Any] | None = None) -> Lookup:
+        """Features of `keys_U` in the order asked, written into `out` (U, D) where it is given.
+
+        A key without a feature: the policy `error` raises MissingKeysError; `zeros` and `learned` give a row of zeros
+        and a mask, and add to `missing_count`. A key of a shard that this rank does not own raises MissingKeysError.
+        """
+        if self._closed:
+            raise FeatureStoreError("the partition is closed")
+        hash_U = splitmix64(keys_U)
+        features_UD = self._output(len(hash_U), out)
+        shard_U = shard_of_hash(hash_U, self.info.num_shards)
+        if self._num_ranks > 1:
+            self._check_owned(np.asarray(keys_U), shard_U)
+        if self.num_rows == 0:
+            missing_U = np.ones(len(hash_U), np.bool_)
+            features_UD[:] = 0
+        else:
+            place_U = self._search(hash_U)
+            missing_U = self._hash_M[place_U] != hash_U
+            self._gather(place_U + self._gap_S[shard_U], missing_U, features_UD)
+        if missing_U.any():
+            self._note_missing(np.asarray(keys_U), missing_U)
+        return Lookup(features_UD, missing_U)
+
+    def _search(self, hash_U: UInt64Array) -> Int64Array:
+        """The only place where each hash may be, inside [0, M). Sorted first: neighbours then share cache lines."""
+        order_U = np.argsort(hash_U)
+        place_U = np.empty(len(hash_U), np.int64)
+        place_U[order_U] = np.searchsorted(self._hash_M, hash_U[order_U])
+        return np.minimum(place_U, self.num_rows - 1, out=place_U)
+
+    def _gather(self, row_U: Int64Array, missing_U: npt.NDArray[np.bool_], out_UD: npt.NDArray[Any]) -> None:
+        if missing_U.any():  # any mapped row will do; it is zeroed below
+            row_U = np.where(missing_U, 0, row_U)
+        pieces = self._threads if out_UD.nbytes > _SMALL_BYTES else 1
+        size = -(-len(row_U) // pieces) if len(row_U) else 1
+        spans = [slice(start, start + size) for start in range(0, len(row_U), size)]
+        work = [(self._matrix, row_U[span], out_UD[span]) for span in spans]
+        if len(work) > 1:
+            list(self._pool.map(lambda arguments: _take(*arguments), work))
+        elif work:
+            _take(*work[0])
+        if missing_U.any():
+            out_UD[missing_U] = 0
+
+    def _output(self, count: int, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+        if out is None:
+            return np.empty((count, self.dim), self.info.storage_dtype)
+        if out.shape != (count, self.dim) or out.dtype != self.info.storage_dtype or not out.flags.carray:
+            wanted = f"({count}, {self.dim}) {self.info.storage_dtype}, contiguous and writable"
+            raise ValueError(f"out is {out.shape} {out.dtype}, it must be {wanted}")
+        return out
+
+    def _check_owned(self, keys_U: Int64Array, shard_U: Int64Array) -> None:
+        owner_U = owner_of(shard_U, self._num_ranks)
+        strange_U = owner_U != self._rank
+        if strange_U.any():
+            key, owner = keys_U.reshape(-1)[strange_U][0], owner_U[strange_U][0]
+            raise MissingKeysError(
+                f"{int(strange_U.sum())} of the keys asked belong to shards that rank {self._rank} of {self._num_ranks}"
+                f" does not own: key {key} belongs to rank {owner}. Ask the owner (featurestore.keys.owner_of)."
+            )
+
+    def _note_missing(self, keys_U: Int64Array, missing_U: npt.NDArray[np.bool_]) -> None:
+        if self.missing_policy == "error":
+            raise MissingKeysError(missing_message(keys_U.reshape(-1)[missing_U], self._where))
+        with self._lock:
+            self.missing_count += int(missing_U.sum())
+
+
+def _take(matrix: npt.NDArray[Any], row_U: Int64Array, out_UD: npt.NDArray[Any]) -> None:
+    """Copy rows. One number of each page is read first, for many rows at once: the processor then waits for the address
+    translations of many pages together instead of one after the other (a fifth to a half faster on mapped files)."""
+    flat, dim = matrix.reshape(-1), matrix.shape[1]
+    for start in range(0, len(row_U), _GATHER_ROWS):
+        row_C = row_U[start : start + _GATHER_ROWS]
+        first_C = row_C * dim
+        for offset in range(0, dim, max(1, _PAGE_BYTES // matrix.itemsize)):
+            flat.take(first_C + offset, mode="clip")
+        # mode="raise" would gather into a buffer first; the rows are inside by construction.
+        np.take(matrix, row_C, axis=0, out=out_UD[start : start + _GATHER_ROWS], mode="clip")
