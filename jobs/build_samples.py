@@ -1,0 +1,99 @@
+"""Make sample groups, the trainer's input, from impression and behaviour logs."""
+
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.cluster import connect
+from pipeline.errors import PipelineError
+from pipeline.samples import SampleOptions, build_samples
+
+EXAMPLES = """Examples:
+
+\b
+python jobs/build_samples.py --logs logs --samples samples
+python jobs/build_samples.py --window-days 7 --min-dwell-s 10 --max-behaviors 100 --test-days 2
+dask-submit -n 8 --threads-per-worker 1 jobs/build_samples.py --logs s3://shop/logs --samples /shared/samples
+"""
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+
+@app.command(epilog=EXAMPLES)
+def main(
+    logs: Annotated[
+        str, typer.Option(help="Folder or address with impressions/*.parquet and behaviors/*.parquet.")
+    ] = "data/logs",
+    samples: Annotated[
+        str, typer.Option(help="Folder to write, on a disk that all workers see; samples in it are replaced.")
+    ] = "data/samples",
+    window_days: Annotated[float, typer.Option(min=0, help="How far before an impression behaviours count.")] = 14,
+    min_dwell_s: Annotated[float, typer.Option(min=0, help="Seconds that a behaviour has to last.")] = 5,
+    max_behaviors: Annotated[int, typer.Option(min=1, help="The newest so many per group.")] = 50,
+    test_days: Annotated[int, typer.Option(min=0, help="The last so many days are for testing.")] = 1,
+    user_columns: Annotated[
+        str | None,
+        typer.Option(help="Columns of users to keep, with commas.  [default: user_age and user_gender if there]"),
+    ] = None,
+    partitions: Annotated[
+        int | None, typer.Option(min=1, help="Buckets of users, one task each; the samples do not change with it.")
+    ] = None,
+) -> None:
+    """Make sample groups, the trainer's input, from impression and behaviour logs.
+
+    Rows that are null where they must not be, have labels beside 0 and 1, or lie in the future are counted and kept in
+    SAMPLES/quarantine.parquet; counts of everything are in SAMPLES/summary.json.
+    """
+    options = SampleOptions(
+        logs,
+        samples,
+        window_days,
+        min_dwell_s,
+        max_behaviors,
+        test_days,
+        None if user_columns is None else tuple(name.strip() for name in user_columns.split(",") if name.strip()),
+        partitions,
+    )
+    try:
+        with connect() as client:
+            summary = build_samples(options, client)
+    except PipelineError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(describe(summary))
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The summary that the job prints."""
+    shown, done = summary["impressions"], summary["behaviors"]
+    new = summary["new_ads"]
+    lines = [
+        f"impressions  {shown['kept']:,} of {shown['rows']:,} kept; {shown['duplicates']:,} duplicates, {_bad(shown)}",
+        f"behaviours   {done['used']:,} of {done['rows']:,} used; {done['unused']:,} in no window, "
+        f"{done['short_dwell']:,} too short, {done['duplicates']:,} duplicates, {_bad(done)}",
+        f"groups       {summary['groups']:,} of {summary['users']:,} users, with "
+        f"{summary['behaviors_in_groups'] / summary['groups']:.1f} behaviours each; "
+        f"{summary['groups_without_behaviors']:,} without",
+        *(_split(name, summary[name]) for name in ("train", "test")),
+        f"new ads      {new['ads']:,} in test that are not in train",
+        f"samples      {summary['options']['samples']}",
+    ]
+    return "\n".join(lines)
+
+
+def _bad(log: dict[str, Any]) -> str:
+    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in log["quarantined"].items())
+    return f"{sum(log['quarantined'].values()):,} quarantined" + (f" ({reasons})" if reasons else "")
+
+
+def _split(name: str, split: dict[str, Any]) -> str:
+    if not split["files"]:
+        return f"{name:<12} nothing"
+    return (
+        f"{name:<12} {split['first_day']} to {split['last_day']}, {split['groups']:,} groups, "
+        f"{split['impressions']:,} impressions, {split['positive_rate']:.2%} clicks"
+    )
+
+
+if __name__ == "__main__":
+    app()

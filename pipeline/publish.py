@@ -1,0 +1,71 @@
+"""A folder that is made aside and takes its place as a whole."""
+
+import contextlib
+import fcntl
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.errors import SampleError
+
+MARK = "summary.json"  # a folder without it was not made here, and is not replaced
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """Gives an empty folder beside `target` that takes its place when the block ends, and goes when the block raises.
+
+    What killed runs left beside `target` goes as well. Raises SampleError when `target` is there and is not ours.
+    """
+    _check_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name}.building-"
+    for left in target.parent.glob(f"{prefix}*"):
+        _remove_unless_in_use(left)
+    building = target.with_name(f"{prefix}{uuid.uuid4().hex}")
+    building.mkdir()
+    try:
+        with (building / LOCK).open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield building
+            (building / LOCK).unlink()
+            _check_replaceable(target)
+            _swap(building, target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise SampleError(f"{target} is a file; name a folder for the samples")
+    if any(target.iterdir()) and not (target / MARK).is_file():
+        raise SampleError(
+            f"{target} has files that are no samples (it has no {MARK}), and its content would be replaced; "
+            "name another folder or empty it"
+        )
+
+
+def _swap(building: Path, target: Path) -> None:
+    """Two renames; should the second fail, the old folder goes back."""
+    old = target.with_name(f".{target.name}.building-{uuid.uuid4().hex}")
+    if not target.exists():
+        building.rename(target)
+        return
+    target.rename(old)
+    try:
+        building.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
+
+
+def _remove_unless_in_use(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        with (folder / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)

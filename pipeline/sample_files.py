@@ -1,0 +1,165 @@
+"""Sample groups as Parquet: groups of a bucket of users by hour, then all groups of some hours in one sorted file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.groups import GroupRules, Groups, make_groups
+from pipeline.logs import BEHAVIORS, IMPRESSIONS, MICROSECONDS
+from pipeline.shuffle import read_batch, read_bucket, write_batches
+
+HOUR_S = 3_600
+HOURS_PER_DAY = 24
+ROW_GROUP_SIZE = 2_048
+FORMAT = "crossmedia samples 1"
+SORT: list[tuple[str, Literal["ascending", "descending"]]] = [
+    ("timestamp", "ascending"),
+    ("user", "ascending"),
+    ("session", "ascending"),
+]
+BEHAVIOR_LISTS = ("item", "image", "category")
+AD_LISTS = ("item", "image", "category", "scene")
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """The groups of one bucket: where those of each hour (since 1970) are, and counts."""
+
+    path: str
+    batch_of_hour: dict[int, int]
+    groups_of_hour: dict[int, int]
+    num_users: int
+    num_impressions: int  # distinct ones
+    num_behaviors: int  # distinct ones
+    num_used: int  # behaviours in at least one group
+    num_references: int  # behaviours in groups
+    num_over_limit: int  # behaviours that did not fit into their group
+    num_without: int  # groups without behaviours
+
+
+def group_bucket(
+    bucket: int, folder: str, num_pieces: tuple[int, int], rules: GroupRules, user_columns: Sequence[str]
+) -> Grouped:
+    """Makes the groups of one bucket of users from the shuffled logs in `folder`, and writes them there by hour.
+
+    `num_pieces` is how many pieces the impressions and the behaviours have.
+    """
+    impressions = read_bucket(folder, IMPRESSIONS, num_pieces[0], bucket)
+    groups = make_groups(impressions, read_bucket(folder, BEHAVIORS, num_pieces[1], bucket), rules)
+    table = _table(groups, user_columns).sort_by(SORT)
+    hour_G = table.column("timestamp").to_numpy() // HOUR_S
+    hours, starts = np.unique(hour_G, return_index=True)
+    sizes = np.diff(starts, append=len(hour_G))
+    path = Path(folder, f"groups-{bucket:06d}.arrow")
+    batches = [
+        table.slice(start, size).combine_chunks().to_batches()[0] for start, size in zip(starts, sizes, strict=True)
+    ]
+    write_batches(path, batches or [pa.RecordBatch.from_pylist([], schema=table.schema)])
+    return Grouped(
+        str(path),
+        {int(hour): index for index, hour in enumerate(hours)},
+        {int(hour): int(size) for hour, size in zip(hours, sizes, strict=True)},
+        len(np.unique(groups.impressions["user"])),
+        len(groups.impressions["user"]),
+        groups.num_behaviors,
+        groups.num_used,
+        int(groups.take_G.sum()),
+        int(groups.over_limit_G.sum()),
+        int(np.count_nonzero(groups.take_G == 0)),
+    )
+
+
+def _table(groups: Groups, user_columns: Sequence[str]) -> pa.Table:
+    """One row per group, in the order of the samples' columns; timestamp in seconds, day in UTC."""
+    impressions, first_G = groups.impressions, groups.start_G
+    columns: dict[str, Any] = {name: impressions[name][first_G] for name in ("user", "session")}
+    columns["timestamp"] = impressions["timestamp"][first_G] // MICROSECONDS
+    columns["day"] = pc.strftime(pa.array(columns["timestamp"]).cast(pa.timestamp("s")), format="%Y-%m-%d")
+    columns |= {name: impressions[name][first_G] for name in user_columns}
+    columns |= {f"behavior_{name}": _lists(groups.behaviors[name], groups.take_G) for name in BEHAVIOR_LISTS}
+    columns |= {f"ad_{name}": _lists(impressions[name], groups.size_G) for name in AD_LISTS}
+    columns["label"] = _lists(impressions["label"].astype(np.int8), groups.size_G)
+    return pa.table(columns)
+
+
+def _lists(values_N: npt.NDArray[Any], sizes_G: npt.NDArray[np.int64]) -> Any:
+    """Lists of the given sizes, one per group, as an Arrow array."""
+    offsets: Any = pa.array(np.concatenate([[0], np.cumsum(sizes_G)]), pa.int32())
+    return pa.ListArray.from_arrays(offsets, pa.array(values_N))
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One file to write, and what it has."""
+
+    day: str  # as 2026-01-31
+    number: int  # of the file in the day
+    split: str
+    hours: tuple[int, ...]  # since 1970
+
+    @property
+    def name(self) -> str:
+        return f"day={self.day}-{self.number:03d}.parquet"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is in a file of samples."""
+
+    plan: FilePlan
+    num_groups: int
+    num_impressions: int
+    num_clicks: int
+    items: npt.NDArray[np.int64]  # ads' items, distinct
+    impressions_of_item: npt.NDArray[np.int64]
+
+
+def plan_files(groups_of_hour: Mapping[int, int], test_days: int, groups_per_file: int) -> list[FilePlan]:
+    """Files by day, a long day in several of whole hours; the last `test_days` days that the calendar has are test.
+
+    The plan hangs on the hours' counts alone, so not on the number of buckets.
+    """
+    days: dict[int, list[list[int]]] = {}
+    room = 0
+    for hour in sorted(groups_of_hour):
+        files = days.setdefault(hour // HOURS_PER_DAY, [])
+        if not files or groups_of_hour[hour] > room:
+            files.append([])
+            room = groups_per_file
+        files[-1].append(hour)
+        room -= groups_of_hour[hour]
+    first_test_day = max(days) - test_days + 1
+    return [
+        FilePlan(
+            f"{datetime.fromtimestamp(day * HOURS_PER_DAY * HOUR_S, UTC):%Y-%m-%d}",
+            number,
+            "test" if day >= first_test_day else "train",
+            tuple(hours),
+        )
+        for day, files in days.items()
+        for number, hours in enumerate(files)
+    ]
+
+
+def write_file(plan: FilePlan, parts: Sequence[tuple[str, int]], folder: str) -> Written:
+    """Writes one file of samples from (file, batch) `parts` of group_bucket, sorted by time, user and session."""
+    table = pa.Table.from_batches([read_batch(path, batch) for path, batch in parts]).combine_chunks().sort_by(SORT)
+    table = table.replace_schema_metadata({"format": FORMAT})
+    pq.write_table(
+        table,
+        Path(folder, plan.split, plan.name),
+        row_group_size=ROW_GROUP_SIZE,
+        compression="zstd",
+        write_page_checksum=True,
+    )
+    items, counts = np.unique(pc.list_flatten(table.column("ad_item")).to_numpy(), return_counts=True)
+    clicks = pc.list_flatten(table.column("label")).to_numpy()
+    return Written(plan, len(table), len(clicks), int(clicks.sum()), items, counts)

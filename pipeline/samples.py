@@ -1,0 +1,158 @@
+"""From impression and behaviour logs to sample groups, over Dask.
+
+Three steps, each a task per part: the logs are shuffled by user into buckets (pipeline.shuffle), each bucket's groups
+are made (pipeline.groups), and the groups of some hours of all buckets become one sorted file (pipeline.sample_files).
+All of it happens in a folder beside the samples, which takes their place in the end (pipeline.publish).
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from distributed import Client, KilledWorker, as_completed
+
+from pipeline.errors import SampleError
+from pipeline.groups import GroupRules
+from pipeline.logs import BEHAVIORS, IMPRESSIONS, PIECE_ROWS, Piece, find_pieces
+from pipeline.progress import progress
+from pipeline.publish import MARK, replaced_folder
+from pipeline.sample_files import Grouped, Written, group_bucket, plan_files, write_file
+from pipeline.sample_summary import summarise
+from pipeline.shuffle import Shuffled, shuffle_piece, write_quarantine
+
+Result = TypeVar("Result")
+
+DAY_S = 86_400
+SHUFFLE_FOLDER = "shuffle"
+QUARANTINE_FILE = "quarantine.parquet"
+RETRIES = 1  # of a task whose worker's disk or memory had a bad moment
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+    """What build_samples does. Times are in UTC."""
+
+    logs: str = "data/logs"
+    samples: str = "data/samples"
+    window_days: float = 14
+    min_dwell_s: float = 5
+    max_behaviors: int = 50
+    test_days: int = 1
+    user_columns: tuple[str, ...] | None = None  # None: those of user_age and user_gender that are there
+    partitions: int | None = None  # buckets of users; None: from the number of rows. The result is the same
+    midnight_pause_s: int = 3_600
+    latest_s: int | None = None  # rows later than this are refused; None: a day from now
+    groups_per_file: int = 131_072
+
+
+def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
+    """Makes `options.samples` anew and returns its summary, which stands in its summary.json as well.
+
+    Reads `impressions/*.parquet` and `behaviors/*.parquet` below `options.logs`, a folder or an address; the samples'
+    folder must be on a disk that all workers see. A row per group of pipeline.groups.make_groups, in the files
+    `train/day=*.parquet` and `test/day=*.parquet` by the day (UTC) of the group's first impression, sorted by
+    timestamp, user and session; equal logs give equal files, whatever the cluster and `partitions`. Bad rows are
+    counted and kept in quarantine.parquet. Raises SampleError when there is nothing to make samples from.
+    """
+    if "://" in options.samples:
+        raise SampleError(f"samples={options.samples}: not a folder on disk; write to one and copy it from there")
+    impressions = find_pieces(options.logs, IMPRESSIONS, options.user_columns)
+    behaviors = find_pieces(options.logs, BEHAVIORS, ())
+    num_buckets = options.partitions or _num_buckets(impressions + behaviors, client)
+    user_columns = impressions[0].user_columns
+    with replaced_folder(Path(options.samples)) as folder:
+        scratch = folder / SHUFFLE_FOLDER
+        for made in (scratch, folder / "train", folder / "test"):
+            made.mkdir()
+        shown = _shuffle(client, impressions, scratch, num_buckets, options)
+        done = _shuffle(client, behaviors, scratch, num_buckets, options)
+        write_quarantine(folder / QUARANTINE_FILE, (*shown, *done))
+        _check_rows_left(options.logs, shown)
+        grouped = _group(client, (len(shown), len(done)), scratch, num_buckets, options, user_columns)
+        written = _write(client, grouped, folder, options)
+        summary = summarise(dataclasses.asdict(options) | {"user_columns": user_columns}, shown, done, grouped, written)
+        (folder / MARK).write_text(json.dumps(summary, indent=2) + "\n")
+        shutil.rmtree(scratch)
+    return summary
+
+
+def _check_rows_left(logs: str, shown: Sequence[Shuffled]) -> None:
+    reasons = sum((part.quarantined for part in shown), Counter[str]())
+    if reasons.total() == sum(part.num_rows for part in shown):
+        listed = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common(3))
+        raise SampleError(f"{logs}/{IMPRESSIONS}: all {reasons.total():,} rows are bad ({listed})")
+
+
+def _num_buckets(pieces: Sequence[Piece], client: Client) -> int:
+    """Buckets of about PIECE_ROWS rows, and work for all threads where there are rows enough to share."""
+    rows = sum(piece.num_rows for piece in pieces)
+    threads: int = sum(client.nthreads().values())
+    return max(1, math.ceil(rows / PIECE_ROWS), min(threads, rows // 10_000))
+
+
+def _shuffle(
+    client: Client, pieces: Sequence[Piece], scratch: Path, num_buckets: int, options: SampleOptions
+) -> list[Shuffled]:
+    latest_s = int(time.time()) + DAY_S if options.latest_s is None else options.latest_s
+    folder = str(scratch.absolute())
+    tasks = [(piece, index, folder, num_buckets, options.min_dwell_s, latest_s) for index, piece in enumerate(pieces)]
+    return _run(client, f"read {pieces[0].log}", shuffle_piece, tasks)
+
+
+def _group(
+    client: Client,
+    num_pieces: tuple[int, int],
+    scratch: Path,
+    num_buckets: int,
+    options: SampleOptions,
+    user_columns: tuple[str, ...],
+) -> list[Grouped]:
+    rules = GroupRules(round(options.window_days * DAY_S), options.max_behaviors, options.midnight_pause_s)
+    folder = str(scratch.absolute())
+    tasks = [(bucket, folder, num_pieces, rules, user_columns) for bucket in range(num_buckets)]
+    return _run(client, "make groups", group_bucket, tasks)
+
+
+def _write(client: Client, grouped: Sequence[Grouped], folder: Path, options: SampleOptions) -> list[Written]:
+    groups_of_hour: Counter[int] = Counter()
+    for part in grouped:
+        groups_of_hour.update(part.groups_of_hour)
+    plans = plan_files(groups_of_hour, options.test_days, options.groups_per_file)
+    if all(plan.split == "test" for plan in plans):
+        raise SampleError(
+            f"all impressions lie in the last {options.test_days} days, which are for testing: nothing is left to "
+            "train on; give a longer log or a smaller --test-days"
+        )
+    tasks = []
+    for plan in plans:
+        hours = set(plan.hours)
+        parts = [
+            (part.path, part.batch_of_hour[hour]) for part in grouped for hour in hours & part.batch_of_hour.keys()
+        ]
+        tasks.append((plan, parts, str(folder.absolute())))
+    return _run(client, "write samples", write_file, tasks)
+
+
+def _run(client: Client, title: str, function: Callable[..., Result], tasks: Sequence[tuple[Any, ...]]) -> list[Result]:
+    """`function` of each task's arguments on the cluster, in order."""
+    futures = [client.submit(function, *task, pure=False, retries=RETRIES) for task in tasks]
+    results: dict[Any, Result] = {}
+    try:
+        with progress(title, len(futures)) as advance:
+            for future in as_completed(futures):
+                results[future.key] = future.result()
+                advance(1)
+    except KilledWorker as error:
+        raise SampleError(
+            f"{title}: a worker died again and again, most likely of too little memory; raise --partitions, or give "
+            f"workers more memory ({error})"
+        ) from error
+    finally:
+        client.cancel(futures)
+    return [results[future.key] for future in futures]

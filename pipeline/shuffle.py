@@ -1,0 +1,113 @@
+"""Rows of the logs brought together by user: each piece of a log becomes one file with a batch per bucket of users.
+
+The files are Arrow IPC files in a folder that all workers see; batch b is bucket b, so a bucket is read without the
+rest.
+"""
+
+import itertools
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from featurestore.keys import splitmix64
+from pipeline.logs import BEHAVIORS, Columns, Piece, read_piece
+
+_QUARANTINE_TYPES: dict[str, pa.DataType] = {
+    "log": pa.string(),
+    "file": pa.string(),
+    "row": pa.int64(),  # in the file, the first is 0
+    "reason": pa.string(),
+}
+QUARANTINE = pa.schema(_QUARANTINE_TYPES)
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """What became of a piece."""
+
+    num_rows: int
+    num_short: int  # behaviours below the least dwell time
+    quarantined: Counter[str]  # rows for each reason
+    quarantine_path: str | None
+
+
+def shuffle_piece(
+    piece: Piece, index: int, folder: str, num_buckets: int, min_dwell_s: float, latest_s: int
+) -> Shuffled:
+    """Reads one piece and writes its good rows by bucket, and the bad ones beside. Raises SampleError."""
+    rows = read_piece(piece, latest_s)
+    columns = rows.good
+    num_short = 0
+    if piece.log == BEHAVIORS:
+        is_long_N = columns.pop("dwell_s") >= min_dwell_s
+        num_short = int(np.count_nonzero(~is_long_N))
+        columns = {name: values_N[is_long_N] for name, values_N in columns.items()}
+    path = _path(folder, piece.log, index)
+    write_batches(path, _buckets(columns, num_buckets))
+    quarantine_path = None
+    if rows.bad_reason:
+        quarantine_path = path.with_suffix(".bad")
+        bad = [
+            {"log": piece.log, "file": piece.path, "row": row, "reason": reason}
+            for row, reason in zip(rows.bad_row.tolist(), rows.bad_reason, strict=True)
+        ]
+        write_batches(quarantine_path, [pa.RecordBatch.from_pylist(bad, schema=QUARANTINE)])
+    return Shuffled(
+        piece.num_rows,
+        num_short,
+        Counter(rows.bad_reason),
+        None if quarantine_path is None else str(quarantine_path),
+    )
+
+
+def read_bucket(folder: str, log: str, num_pieces: int, bucket: int) -> Columns:
+    """All rows of a bucket from the pieces 0 to `num_pieces` of a log, in no order."""
+    batches = [read_batch(str(_path(folder, log, index)), bucket) for index in range(num_pieces)]
+    return {
+        name: np.concatenate([batch.column(name).to_numpy() for batch in batches]) for name in batches[0].schema.names
+    }
+
+
+def write_quarantine(path: Path, parts: Sequence[Shuffled]) -> None:
+    """All bad rows of the logs as one Parquet file, in the order of the parts; empty where there are none."""
+    with pq.ParquetWriter(path, QUARANTINE) as writer:
+        for part in parts:
+            if part.quarantine_path is not None:
+                writer.write_batch(read_batch(part.quarantine_path, 0))
+
+
+def _path(folder: str, log: str, index: int) -> Path:
+    return Path(folder, f"{log}-{index:06d}.arrow")
+
+
+def _buckets(columns: Columns, num_buckets: int) -> Iterable[pa.RecordBatch]:
+    bucket_N = splitmix64(columns["user"]) % np.uint64(num_buckets)
+    order_N = np.argsort(bucket_N, kind="stable")
+    table = pa.record_batch({name: pa.array(values_N[order_N]) for name, values_N in columns.items()})
+    edges = np.searchsorted(bucket_N[order_N], np.arange(num_buckets + 1, dtype=np.uint64))
+    return [table.slice(low, high - low) for low, high in itertools.pairwise(edges.tolist())]
+
+
+def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
+    """One Arrow file of `batches` (at least one), under its name only once it is whole: a task may run twice."""
+    iterator = iter(batches)
+    first = next(iterator)
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, first.schema, options=options) as writer:
+        writer.write_batch(first)
+        for batch in iterator:
+            writer.write_batch(batch)
+    temporary.replace(path)
+
+
+def read_batch(path: str, index: int) -> pa.RecordBatch:
+    """Batch `index` of a file of write_batches, without reading the others."""
+    with pa.memory_map(path) as file:
+        return pa.ipc.open_file(file).get_batch(index)
