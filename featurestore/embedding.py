@@ -7,7 +7,7 @@ layer, V visual width. This is the only module of the package that imports torch
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    from featurestore.partition import FeaturePartition, MissingPolicy
+from featurestore.partition import FeaturePartition, MissingPolicy
 
 ComputeDType = Literal["bfloat16", "float32", "float64"]
 
@@ -95,7 +94,7 @@ class EmbeddingService(nn.Module):
     """
 
     def __init__(
-        self, partition: "FeaturePartition", models: Mapping[str, EmbeddingModel], missing: "MissingPolicy" = "error"
+        self, partition: FeaturePartition, models: Mapping[str, EmbeddingModel], missing: MissingPolicy = "error"
     ) -> None:
         super().__init__()
         self.partition = partition

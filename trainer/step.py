@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from featurestore.partition import FeaturePartition, MissingPolicy
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from featurestore.embedding import EmbeddingModel, EmbeddingService
+from featurestore.partition import FeaturePartition, MissingPolicy
 from featurestore.statistics import FeatureStatistics
 from trainer.batch import Batch
 from trainer.comm import Comm
@@ -147,7 +147,7 @@ class Engine:
         return logit_B
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters that every rank holds, by the names of `dense_state`; after a step, `.grad` is that of all ranks."""
+        """Parameters that every rank holds, named as in `dense_state`; after a step, `.grad` is that of all ranks."""
         return self._dense.parameters
 
     def dense_state(self) -> dict[str, Tensor]:
