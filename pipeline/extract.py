@@ -81,6 +81,9 @@ def extract(options: ExtractOptions, client: Client) -> ExtractSummary:
     then stays for the next run.
     """
     start_s = time.monotonic()
+    num_shards = options.num_shards
+    if num_shards is not None and (num_shards < 1 or num_shards & (num_shards - 1)):
+        raise ExtractionError(f"num_shards={num_shards} is not a power of two; try 64 or 128")
     weights = check_weights_name(options.weights)
     listing = list_images(options.images)
     wait_for_workers(client, str(client.scheduler_info()["address"]), 1, WORKERS_TIMEOUT_S)

@@ -54,10 +54,19 @@ def photos(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def client() -> Iterator[Client]:
     """A Dask client whose one worker is a thread of this process, so that tests can look at the network it uses."""
-    num_torch_threads = torch.get_num_threads()
     with (
+        pytest.MonkeyPatch.context() as patch,
         LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
+        patch.setattr("pipeline.parts.torch_threads", lambda workers_per_host: 1)
         yield client
-    torch.set_num_threads(num_torch_threads)
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """On a busy machine, threads that wait for each other are many times slower than one."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
