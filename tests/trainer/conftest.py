@@ -1,6 +1,7 @@
-"""Synthetic sample groups in Parquet, in the form that the samples job writes."""
+"""Synthetic sample groups in Parquet, in the form that the samples job writes, and a feature store for them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from featurestore.rows import FeatureRows
+from featurestore.spec import ExtractorSpec, StoreInfo
+from featurestore.store import FeatureStore
 
 SampleTable = Callable[..., pa.Table]
 
@@ -49,19 +54,72 @@ def _sample_table() -> SampleTable:
     return sample_table
 
 
+def _write_samples(folder: Path, groups_of_file: list[int], row_group: int = 7, **options: Any) -> list[pa.Table]:
+    folder.mkdir(parents=True)
+    tables: list[pa.Table] = []
+    serial, seed = options.pop("first_serial", 0), options.pop("seed", 0)
+    for number, groups in enumerate(groups_of_file):
+        tables.append(sample_table(groups, seed + number, first_serial=serial, **options))
+        serial += len(tables[-1].column("label").combine_chunks().flatten())
+        pq.write_table(tables[-1], folder / f"day=2026-01-{number + 1:02}.parquet", row_group_size=row_group)
+    return tables
+
+
 @pytest.fixture(scope="session")
 def write_samples() -> Callable[..., list[pa.Table]]:
     """Writes files of sample groups below a folder and returns their tables."""
+    return _write_samples
 
-    def write(folder: Path, groups_of_file: list[int], row_group: int = 7, **options: Any) -> list[pa.Table]:
-        folder.mkdir(parents=True)
-        tables: list[pa.Table] = []
-        serial = options.pop("first_serial", 0)
-        seed = options.pop("seed", 0)
-        for number, groups in enumerate(groups_of_file):
-            tables.append(sample_table(groups, seed + number, first_serial=serial, **options))
-            serial += len(tables[-1].column("label").combine_chunks().flatten())
-            pq.write_table(tables[-1], folder / f"day=2026-01-{number + 1:02}.parquet", row_group_size=row_group)
-        return tables
 
-    return write
+@dataclass(frozen=True)
+class Places:
+    """Samples and a feature store below one folder, and the settings of a small, quick run on them."""
+
+    folder: Path
+
+    def settings(self, **changes: Any) -> list[str]:
+        """`section.field=value` of every setting; a change is written `section__field`."""
+        settings: dict[str, Any] = {
+            "data.samples": self.folder / "samples",
+            "data.store": self.folder / "features",
+            "data.cache_dir": self.folder / "cache",
+            "data.global_batch_size": 32,
+            "data.shuffle_window_groups": 3,
+            "model.embed_hidden": [8, 4],
+            "model.mlp": [8, 4],
+            "model.compute_dtype": "float32",
+            "model.tables": "{user: 64, item: 64, image: 64, category: 16, scene: 16}",
+            "model.table_shards": 4,
+            "train.epochs": 2,
+            "train.lr": 0.01,
+            "train.eval_batch_size": 64,
+            "run.dir": self.folder / "runs",
+            "run.threads": 1,
+        }
+        settings |= {name.replace("__", "."): value for name, value in changes.items()}
+        return [f"{name}={value}" for name, value in settings.items()]
+
+
+def make_places(folder: Path) -> Places:
+    """200 training groups (items 0 to 39) and 60 test groups (items 0 to 49, the last ten new), features 16 wide."""
+    _write_samples(folder / "samples" / "train", [90, 60, 50])
+    _write_samples(folder / "samples" / "test", [60], seed=90, items=50)
+    extractor = ExtractorSpec(
+        backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
+    )
+    info = StoreInfo(num_shards=4, dim=16, dtype="float32", extractor=extractor)
+    store = FeatureStore.create(folder / "features", info)
+    features_ND = np.random.default_rng(5).normal(size=(50, 16)).astype(np.float32)
+    store.put(FeatureRows.of([f"item/{n}" for n in range(50)], features_ND, keys=np.arange(1_000, 1_050)))
+    return Places(folder)
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """One set of samples and features for all tests that only read them."""
+    return make_places(tmp_path_factory.mktemp("places"))
+
+
+@pytest.fixture(name="make_places", scope="session")
+def _make_places() -> Callable[[Path], Places]:
+    return make_places
