@@ -112,7 +112,7 @@ def _parquet_files(storage: Storage, folder: str) -> list[str]:
             path = storage.join(folder, name)
             if name.endswith(".parquet") and not name.startswith((".", "_")):
                 found.append(path)
-            elif "=" in name and not name.startswith("."):
+            elif "=" in name and "." not in name:
                 found += _parquet_files(storage, path)
     except StorageError as error:
         raise SampleError(str(error)) from error
@@ -139,6 +139,8 @@ def _check_columns(schema: pa.Schema, piece: Piece) -> None:
     for name, kind in piece.columns.items():
         if name not in schema.names:
             raise SampleError(f"{where} {name!r} is missing; there are {', '.join(schema.names)}")
+        if schema.names.count(name) > 1:
+            raise SampleError(f"{where} {name!r} stands {schema.names.count(name)} times in it")
         found = schema.field(name).type
         if not _fits(found, kind):
             raise SampleError(f"{where} {name!r} is {found}, wanted is {WANTED[kind]}")

@@ -1,0 +1,90 @@
+"""The job as a person runs it: plain, under dask-submit, and with a mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from jobs.build_samples import app
+
+PROJECT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+JOB = PROJECT / "jobs" / "build_samples.py"
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("DASK_SCHEDULER")}
+DAY_S = 86_400
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with logs of two days where the job looks for them by default: 20 users, one of them without a past."""
+    for log in ("impressions", "behaviors"):
+        (tmp_path / "data" / "logs" / log).mkdir(parents=True)
+    users = list(range(20))
+    common = {"item": users, "image": [f"{user}.jpg" for user in users], "category": users, "user": users}
+    for day in (1, 2):
+        shown = common | {"timestamp": [day * DAY_S + 100] * 20, "session": [day] * 20, "scene": users}
+        shown |= {"label": pa.array([user % 2 for user in users], pa.int8())}
+        pq.write_table(pa.table(shown), tmp_path / f"data/logs/impressions/day={day}.parquet")
+    done = pa.table(common | {"timestamp": [DAY_S] * 20, "dwell_s": [float(user) for user in users]})
+    pq.write_table(done, tmp_path / "data/logs/behaviors/day=1.parquet")
+    return tmp_path
+
+
+def run(place: Path, *command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(map(str, command)), cwd=place, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("runner", [[sys.executable], [BIN / "dask-submit", "-n", 2]])
+def test_defaults_make_samples_of_both_splits(runner, place):
+    done = run(place, *runner, JOB)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (place / "data/samples/train").iterdir()] == ["day=1970-01-02-000.parquet"]
+    assert [path.name for path in (place / "data/samples/test").iterdir()] == ["day=1970-01-03-000.parquet"]
+    summary = json.loads((place / "data/samples/summary.json").read_text())
+    assert summary["train"]["groups"] == summary["test"]["groups"] == 20
+    assert summary["behaviors"]["short_dwell"] == 5
+    assert "groups       40 of 20 users, with 0.8 behaviours each; 10 without" in done.stdout
+    assert "20 impressions, 50.00% clicks" in done.stdout
+
+
+def test_options_reach_the_samples(place):
+    options = "--logs data/logs --samples out --min-dwell-s 10 --window-days 0.5 --max-behaviors 7 --test-days 0"
+    done = run(place, sys.executable, JOB, *options.split(), "--user-columns", "", "--partitions", 3)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((place / "out/summary.json").read_text())
+    assert summary["behaviors"]["short_dwell"] == 10
+    assert summary["behaviors_in_groups"] == 10  # of the first day alone: the second is beyond the window
+    assert summary["test"]["files"] == 0
+    assert summary["options"]["max_behaviors"] == 7
+    assert summary["options"]["partitions"] == 3
+
+
+def test_mistake_is_one_message(place):
+    done = run(place, sys.executable, JOB, "--logs", "nowhere")
+    assert done.returncode == 1
+    assert "error: " in done.stderr
+    assert "nowhere/impressions: no .parquet files in it" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (place / "data/samples").exists()
+
+
+@pytest.mark.parametrize("options", [["--max-behaviors", "0"], ["--test-days", "-1"], ["--window-days", "two"], ["-x"]])
+def test_wrong_option_is_a_usage_error(options):
+    done = CliRunner().invoke(app, options)
+    assert done.exit_code == 2
+    assert options[0] in done.stderr
+
+
+def test_help_has_examples():
+    done = CliRunner().invoke(app, ["--help"])
+    assert done.exit_code == 0
+    assert "dask-submit -n 8 --threads-per-worker 1 jobs/build_samples.py" in done.stdout
