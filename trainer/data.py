@@ -284,7 +284,7 @@ def _read(storage: Storage, row_group: RowGroup, columns: list[str]) -> pa.Table
             return parquet.read_row_group(row_group.number, columns=columns)
         except (pa.ArrowException, OSError) as failure:
             where = f"{storage.full(row_group.file)}, row group {row_group.number}"
-            raise DataError(f"{where} is damaged: {failure}; write the file again") from failure
+            raise DataError(f"{where} is damaged: {str(failure).strip()}; write the file again") from failure
 
 
 def _opened(storage: Storage, file: str) -> pq.ParquetFile:
@@ -293,7 +293,9 @@ def _opened(storage: Storage, file: str) -> pq.ParquetFile:
     except FileNotFoundError as failure:
         raise DataError(f"{storage.full(file)} is gone; it was there when the run began") from failure
     except (pa.ArrowException, OSError) as failure:
-        raise DataError(f"{storage.full(file)} is not a readable Parquet file: {failure}; write it again") from failure
+        raise DataError(
+            f"{storage.full(file)} is not a readable Parquet file: {str(failure).strip()}; write it again"
+        ) from failure
 
 
 def _dense(rows: Jagged, field: Field) -> Any:

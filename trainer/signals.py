@@ -11,9 +11,10 @@ class StoppedError(TrainerError):
     """A signal asked for the run to end. It travels to the other ranks as any error does, instead of a batch."""
 
     @classmethod
-    def sent_by(cls, failure: RemoteRankError) -> bool:
-        """Whether another rank's failure is its wish to stop."""
-        return failure.text.startswith(f"{cls.__name__}:")
+    def sent_by(cls, failure: RemoteRankError) -> "StoppedError | None":
+        """What another rank raised, if that was its wish to stop."""
+        mark = f"{cls.__name__}: "
+        return cls(failure.text.removeprefix(mark)) if failure.text.startswith(mark) else None
 
 
 class StopSignals:

@@ -88,9 +88,7 @@ class Training:
         try:
             return self._engine.prepare(item)
         except RemoteRankError as failure:
-            if StoppedError.sent_by(failure):
-                raise StoppedError(failure.text) from failure
-            raise
+            raise StoppedError.sent_by(failure) or failure from None
 
     def _count_images(self, prepared: Prepared) -> tuple[int, int]:
         """Image keys in this rank's batch, and unique images that this rank computes for all."""
