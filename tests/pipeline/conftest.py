@@ -12,6 +12,8 @@ import torch
 from distributed import Client, LocalCluster
 from PIL import Image
 
+from pipeline.backbone import backbone
+
 
 def draw_photo(seed: int, width: int = 300, height: int = 260) -> Image.Image:
     """Soft random shapes in colour, with a little grain: it compresses and scales as a photograph does."""
@@ -56,11 +58,22 @@ def client() -> Iterator[Client]:
     """A Dask client whose one worker is a thread of this process, so that tests can look at the network it uses."""
     with (
         pytest.MonkeyPatch.context() as patch,
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,
     ):
         patch.setattr("pipeline.parts.torch_threads", lambda workers_per_host: 1)
         yield client
+
+
+@pytest.fixture
+def counted(client: Client) -> Iterator[list[int]]:
+    """Images of each pass through the network of this process, as the network itself sees them."""
+    rows: list[int] = []
+    hook = backbone("random:0", "float32").network.register_forward_hook(
+        lambda network, inputs, output: rows.append(len(output))
+    )
+    yield rows
+    hook.remove()
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def torchvision_features(network, images):
 
 @pytest.mark.filterwarnings("ignore:weights random")
 def test_features_are_those_of_torchvisions_own_forward(full_network, photos):
-    paths = sorted(photos.iterdir())
+    paths = sorted(photos.iterdir())[:2]
     expected_BD = torchvision_features(full_network, [Image.open(path).convert("RGB") for path in paths])
     pixels_BHWC = np.stack([prepare(path.read_bytes()).pixels_HWC for path in paths])
     assert (expected_BD > 0).mean() > 0.1
@@ -108,6 +108,7 @@ class Payload:
         return os.mkdir, ("/tmp/crossmedia-pickle-ran",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_pickle_is_not_run(tmp_path):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Payload()))
     with pytest.raises(WeightsError, match="not a state dict that torch can load safely"):

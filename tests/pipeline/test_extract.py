@@ -22,17 +22,6 @@ pytestmark = [pytest.mark.filterwarnings("ignore:weights random"), pytest.mark.u
 
 
 @pytest.fixture
-def counted(client):
-    """How many images went through the network: counted by the network itself, not by the code under test."""
-    rows = []
-    hook = backbone("random:0", "float32").network.register_forward_hook(
-        lambda network, inputs, output: rows.append(len(output))
-    )
-    yield rows
-    hook.remove()
-
-
-@pytest.fixture
 def run(client, tmp_path):
     """Extracts a folder into a store beside it, in float32."""
 

@@ -1,0 +1,101 @@
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from featurestore.store import FeatureStore
+from jobs import extract_features
+from pipeline.errors import PipelineError
+from pipeline.extract import ExtractSummary
+from pipeline.parts import BadImage
+
+JOB = Path(extract_features.__file__)
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """Runs the job without a cluster: what is refused before the work."""
+
+    def run(*args):
+        return CliRunner().invoke(extract_features.app, args)
+
+    class NoScheduler:
+        def scheduler_info(self):
+            return {"address": "nowhere"}
+
+        def wait_for_workers(self, count, timeout):
+            raise TimeoutError
+
+        def nthreads(self):
+            return {}
+
+    monkeypatch.setattr(extract_features, "connect", lambda **kwargs: contextlib.nullcontext(NoScheduler()))
+    monkeypatch.chdir(tmp_path)
+    return run
+
+
+def assert_message(result, code, text):
+    assert result.exit_code == code
+    assert text in " ".join(result.stderr.split())
+    assert isinstance(result.exception, SystemExit)  # no traceback
+    assert not result.stdout
+
+
+def test_mistakes_are_one_message(job, tmp_path):
+    assert_message(job(), 1, "error: there is no folder data/images: give the folder (or table) of your images")
+    (tmp_path / "data/images").mkdir(parents=True)
+    assert_message(job(), 1, "error: no images in data/images")
+    Image.new("RGB", (9, 9)).save(tmp_path / "data/images/a.jpg")
+    assert_message(job(), 1, "nowhere")
+    assert_message(job("--weights", "random:x"), 2, "error: weights 'random:x': the seed of random weights is a number")
+    assert_message(job("--weights", "none.pth"), 2, "error: weights 'none.pth': neither imagenet")
+    assert_message(job("--num-shards", "12"), 1, "error: num_shards=12 is not a power of two")
+    assert_message(job("--dtype", "int4"), 2, "'int4' is not one of")
+    assert_message(job("--batch-size", "0"), 2, "greater than or equal to 1")
+
+
+def test_the_help_has_examples(job):
+    result = job("--help")
+    assert result.exit_code == 0
+    assert "dask-submit -n 4 jobs/extract_features.py" in result.stdout
+
+
+def test_the_summary_names_what_was_bad():
+    bad = (BadImage(1, "a.jpg", "empty file"), BadImage(2, "b.jpg", "no such file"), BadImage(3, "c.jpg", "empty file"))
+    text = extract_features.describe(ExtractSummary(9, 1, 2, 3, 4, 1, bad, 2.0, "/features", 7))
+    for part in (
+        "images       9 (1 other files ignored)", "unchanged    2", "computed     4", "duplicates   1",
+        "resumed      3",
+        "quarantined  3: 2 empty file (a.jpg, c.jpg); 1 no such file (b.jpg)", "2.0 s, 2.0 images/s",
+        "/features, snapshot 7",
+    ):  # fmt: skip
+        assert part in text
+
+
+def test_under_dask_submit_with_the_default_places(tmp_path):
+    images = tmp_path / "data/images"
+    images.mkdir(parents=True)
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{number}.jpg")
+    (images / "text.jpg").write_text("a text")
+    command = [Path(sys.executable).with_name("dask-submit"), "-n", "1", JOB, "--weights", "random:0"]
+    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr
+    assert "computed     3" in first.stdout
+    assert "(text.jpg)" in first.stdout
+    assert "NOT pretrained" in first.stderr
+    assert FeatureStore.open(tmp_path / "data/features").snapshot().num_rows == 3
+
+
+def test_errors_of_the_pipeline_survive_the_wire():
+    import pickle
+
+    for kind in PipelineError.__subclasses__():
+        if not kind.__subclasses__():
+            assert str(pickle.loads(pickle.dumps(kind("message")))) == "message"
