@@ -10,7 +10,6 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import keys_of_uris
@@ -52,10 +51,8 @@ def info(url: Url, version: Version = None) -> None:
             "quarantined": f"{len(store.quarantine_rows()):,}",
             **{f"extractor {name}": value for name, value in extractor.items()},
         }
-    table = Table.grid(padding=(0, 2))
     for name, value in lines.items():
-        table.add_row(name, value)
-    Console(soft_wrap=True).print(table, markup=False, highlight=False)
+        sys.stdout.write(f"{name:<24} {value}\n")
 
 
 @app.command(
@@ -109,7 +106,8 @@ def _write_npy(path: Path, values_UD: "np.ndarray[tuple[int, ...], np.dtype[np.f
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None]]:
     columns = TextColumn("shards"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("shards")
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

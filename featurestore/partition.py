@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from featurestore.cache import CachedShard, default_cache_dir, open_or_build
 from featurestore.errors import FeatureStoreError, MissingKeysError, StorageError
-from featurestore.keys import Int64Array, UInt64Array, owned_shards, owner_of, shard_of_hash, splitmix64
+from featurestore.keys import Int64Array, UInt64Array, owned_shards, owner_of, shard_of, shard_of_hash, splitmix64
 from featurestore.mapping import map_rows, populate
 from featurestore.snapshot import Snapshot, missing_message
 from featurestore.spec import DType, StoreInfo
@@ -123,6 +123,10 @@ class FeaturePartition:
     def num_rows(self) -> int:
         """Rows held."""
         return len(self._hash_M)
+
+    def owns(self, keys_U: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Which keys belong to the shards of this rank, whether they have a feature or not, (U,)."""
+        return np.asarray(owner_of(shard_of(keys_U, self.info.num_shards), self._num_ranks) == self._rank)
 
     def __enter__(self) -> "FeaturePartition":
         return self

@@ -133,7 +133,7 @@ class FeatureStore:
         table = staging.sorted_table(rows, self.info)
         shard_N = shard_of(numpy_column(table, KEY), self.info.num_shards)  # ascending, as the rows are
         shards, starts = np.unique(shard_N, return_index=True)
-        ends = [*starts[1:], len(shard_N)]
+        ends = np.append(starts, len(shard_N))[1:]
         snapshot = self.snapshot()
         with ThreadPoolExecutor(_THREADS) as pool:
             futures = {

@@ -1,0 +1,87 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from featurestore import FeatureStore, QuarantineRow, to_float32
+from featurestore.__main__ import app
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def filled(store: FeatureStore, make_rows) -> FeatureStore:
+    store.put(make_rows(40, store.info), "extract")
+    store.add_quarantine([QuarantineRow(1, "bad.jpg", "truncated", 0.0)])
+    return store
+
+
+def test_info_shows_what_a_store_holds(filled: FeatureStore) -> None:
+    result = run("info", filled.url)
+    assert result.exit_code == 0, result.output
+    shown = dict(line.split(maxsplit=1) for line in result.output.splitlines() if not line.startswith("extractor"))
+    assert shown["dim"] == "8" and shown["dtype"] == "bfloat16" and shown["rows"] == "40"
+    assert shown["quarantined"] == "1" and shown["snapshot"] == "1 (extract)" and shown["store"] == filled.url
+    assert "extractor backbone       vgg16\n" in result.output
+
+
+def test_get_prints_or_writes_float32(filled: FeatureStore, make_rows, tmp_path: Path) -> None:
+    rows = make_rows(40, filled.info)
+    negative = int(rows.keys_N[rows.keys_N < 0][0])
+    expected = to_float32(filled.snapshot().get([negative]), "bfloat16")[0]
+    for arguments in ([negative], ["--", negative], ["--uri", rows.uris[rows.keys_N.tolist().index(negative)]]):
+        result = run("get", filled.url, *arguments)
+        key, values = result.output.split(": ")
+        assert int(key) == negative
+        np.testing.assert_allclose([float(v) for v in values.split()], expected, rtol=1e-5)
+    out = tmp_path / "x.npy"
+    assert run("get", filled.url, negative, "--uri", rows.uris[0], "--out", out).exit_code == 0
+    written = np.load(out)
+    assert written.dtype == np.float32 and written.shape == (2, 8)
+    assert np.array_equal(written[0], expected)
+
+
+def test_verify_names_the_broken_file_and_exits_1(filled: FeatureStore) -> None:
+    assert run("verify", filled.url).exit_code == 0
+    entry = filled.snapshot().manifest.files(3)[0]
+    path = Path(filled.url) / entry.path
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    result = run("verify", filled.url)
+    assert result.exit_code == 1
+    assert entry.path in result.stderr and "1 problems" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["info", "{nothing}"], 1, "no store at"),
+        (["verify", "{nothing}"], 1, "no store at"),
+        (["get", "{store}", "5"], 1, "1 keys have no feature"),
+        (["get", "{store}", "--version", "9", "5"], 1, "no snapshot 9; the newest is 1"),
+        (["get", "{store}", "--uri", "images/0.jpg", "--out", "{nothing}/x.npy"], 1, "cannot write"),
+        (["get", "{store}"], 2, "name a KEY or --uri"),
+        (["get", "{store}", "shirt"], 2, "valid integer"),
+        (["look", "{store}"], 2, "No such command"),
+    ],
+)
+def test_mistakes_get_one_message_and_no_traceback(
+    filled: FeatureStore, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    result = run(*[a.format(store=filled.url, nothing=tmp_path / "nothing") for a in arguments])
+    assert result.exit_code == code
+    assert message in result.stderr and "Traceback" not in result.output
+
+
+def test_it_runs_as_a_module(filled: FeatureStore) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "featurestore", "verify", filled.url], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("0 problems in 1 manifests")

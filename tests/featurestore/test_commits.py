@@ -1,0 +1,190 @@
+"""Writers that race, die, or never hear the answer."""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from featurestore import FeatureStore, StoreInfo, log, shard_of
+from featurestore.errors import CommitConflictError, StorageError
+from featurestore.spec import Manifest
+from featurestore.storage import Storage
+
+WRITER = """
+import sys
+import numpy as np
+from featurestore import FeatureRows, FeatureStore
+url, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+store = FeatureStore.open(url)
+for step in range(count):
+    operation = f"{name}-{step}"
+    rows = FeatureRows.of([operation], np.full((1, 8), step, np.uint16))
+    snapshot = store.put(rows, operation)
+    print(snapshot.version, operation, flush=True)
+"""
+
+
+def start_writer(url: str, name: str, count: int) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, "-c", WRITER, url, name, str(count)], stdout=subprocess.PIPE, text=True)
+
+
+def history(store: FeatureStore) -> list[Manifest]:
+    versions = log.versions(store.storage)
+    assert versions == list(range(1, len(versions) + 1)), "versions have a gap"
+    return [log.read_manifest(store.storage, version) for version in versions]
+
+
+def test_commits_of_racing_processes_are_all_there_once_and_in_a_row(store: FeatureStore) -> None:
+    writers = [start_writer(store.url, f"w{i}", 12) for i in range(4)]
+    acknowledged = [line.split() for writer in writers for line in writer.communicate(timeout=100)[0].splitlines()]
+    assert [writer.returncode for writer in writers] == [0] * 4
+    manifests = history(store)
+    assert {(str(m.version), m.operation) for m in manifests} == {tuple(line) for line in acknowledged}
+    assert len(manifests) == len(acknowledged) == 48
+    for before, after in itertools.pairwise(manifests):
+        assert after.parent == before.commit_id
+    assert store.snapshot().num_rows == 48
+
+
+def test_killed_writers_leave_nothing_half_visible(store: FeatureStore) -> None:
+    chance = random.Random(0)
+    acknowledged: list[tuple[str, str]] = []
+    for round_ in range(6):
+        writers = [start_writer(store.url, f"k{round_}.{i}", 1000) for i in range(2)]
+        for writer in writers:
+            assert writer.stdout is not None
+            line = writer.stdout.readline().split()  # it is at work now
+            acknowledged.append((line[0], line[1]))
+        time.sleep(chance.uniform(0, 0.08))
+        for writer in writers:
+            os.kill(writer.pid, signal.SIGKILL)
+            rest = writer.communicate()[0].splitlines(keepends=True)
+            lines = [line.split() for line in rest if line.endswith("\n")]
+            acknowledged += [(line[0], line[1]) for line in lines]
+    operations = {(str(m.version), m.operation) for m in history(store)}
+    assert operations >= set(acknowledged)
+    assert max(Counter(m.operation for m in history(store)).values()) == 1
+    snapshot = store.snapshot()
+    assert snapshot.num_rows == snapshot.version  # one row for each commit, and each of them readable
+    assert len(snapshot.get(snapshot.keys())) == snapshot.num_rows
+
+
+def test_a_writer_that_dies_before_its_commit_leaves_nothing_visible(store: FeatureStore, make_rows) -> None:
+    rows = make_rows(20, store.info)
+    store.stage_part("run", "p", rows)
+    assert store.build_shard("run", int(shard_of(rows.keys_N, 8)[0]), ["p"]) is not None
+    (Path(store.url) / "log").mkdir()
+    (Path(store.url) / "log" / ".tmp-dead").write_bytes(b"half a manif")
+    assert store.snapshot().version == 0
+    assert store.put(rows).version == 1
+
+
+def test_a_commit_whose_answer_was_lost_is_made_once(
+    store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = Storage.create_exclusive
+
+    def made_but_denied(self: Storage, path: str, data: bytes) -> bool:
+        create(self, path, data)
+        return False  # the client's own retry met its own object
+
+    def made_but_lost(self: Storage, path: str, data: bytes) -> bool:
+        create(self, path, data)
+        raise StorageError("connection reset")
+
+    for version, answer in enumerate((made_but_denied, made_but_lost), start=1):
+        monkeypatch.setattr(Storage, "create_exclusive", answer)
+        assert store.put(make_rows(1, store.info, seed=version)).version == version
+        monkeypatch.undo()
+    assert [m.version for m in history(store)] == [1, 2]
+
+
+def test_a_commit_is_found_when_its_read_back_failed_and_others_went_on(
+    store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = log._read
+    failures = iter([True])
+
+    def fails_once(storage: Storage, version: int) -> Manifest:
+        if next(failures, False):
+            monkeypatch.setattr(log, "_read", read)
+            FeatureStore(storage, store.info).put(make_rows(1, store.info, seed=9, first=5), "other")
+            raise StorageError("timed out")
+        return read(storage, version)
+
+    monkeypatch.setattr(log, "_read", fails_once)
+    assert store.put(make_rows(1, store.info), "mine").version == 1
+    assert [m.operation for m in history(store)] == ["mine", "other"]
+
+
+def test_a_server_whose_creates_race_is_noticed_by_reading_back(
+    store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = Storage.create_exclusive
+    rivals = iter([FeatureStore.open(store.url)])
+
+    def overwritten(self: Storage, path: str, data: bytes) -> bool:
+        rival = next(rivals, None)
+        if rival is None:
+            return create(self, path, data)
+        monkeypatch.setattr(Storage, "create_exclusive", create)
+        rival.put(make_rows(1, store.info, first=7), "rival")
+        return True  # it says that both were first
+
+    monkeypatch.setattr(Storage, "create_exclusive", overwritten)
+    assert store.put(make_rows(1, store.info), "mine").version == 2
+    assert [m.operation for m in history(store)] == ["rival", "mine"]
+    assert store.snapshot().num_rows == 2
+
+
+def test_a_disk_that_refuses_ends_the_commit_with_its_error(
+    store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Storage, path: str, data: bytes) -> bool:
+        raise StorageError("No space left on device")
+
+    monkeypatch.setattr(Storage, "create_exclusive", full)
+    with pytest.raises(StorageError, match="No space left"):
+        store.put(make_rows(1, store.info))
+    assert store.snapshot().version == 0
+
+
+def test_losing_every_race_ends_in_a_conflict(store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put(make_rows(1, store.info))
+    monkeypatch.setattr(log, "_MAX_ATTEMPTS", 3)
+    monkeypatch.setattr(log, "versions", lambda storage: [])  # it never sees the version that is there
+    with pytest.raises(CommitConflictError, match="3 times"):
+        store.put(make_rows(1, store.info, first=1))
+
+
+def test_a_commit_checks_that_its_files_are_whole(store: FeatureStore, make_rows) -> None:
+    rows = make_rows(1, store.info)
+    shard = int(shard_of(rows.keys_N, 8)[0])
+    store.stage_part("run", "p", rows)
+    entry = store.build_shard("run", shard, ["p"])
+    assert entry is not None
+    path = Path(store.url) / entry.path
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(Exception, match="bytes instead of"):
+        store.commit({shard: entry}, "put")
+    assert store.snapshot().version == 0
+
+
+def test_the_manifest_counts_what_it_names(store: FeatureStore, make_rows, info: StoreInfo) -> None:
+    rows = make_rows(30, info)
+    store.put(rows)
+    manifest = store.delete(rows.keys_N[:4]).manifest
+    entries = [entry for files in manifest.shards.values() for entry in files]
+    assert manifest.file_rows == sum(entry.rows for entry in entries) == 34
+    assert manifest.num_files == len(entries)
+    assert manifest.file_bytes == sum(store.storage.size(entry.path) for entry in entries)
+    assert sum(entry.num_deleted for entry in entries) == 4
+    assert np.isclose(manifest.time_s, time.time(), atol=60)

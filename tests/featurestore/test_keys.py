@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from featurestore.keys import key_of_uri, keys_of_uris, owned_shards, owner_of, shard_of, splitmix64
+
+ANY_KEY = st.integers(-(2**63), 2**63 - 1)
+
+
+def inverse_splitmix64(value: int) -> int:
+    """In plain integers, from the published constants' inverses."""
+    mask = 2**64 - 1
+
+    def unshift(x: int, bits: int) -> int:
+        result = x
+        for _ in range(64 // bits + 1):
+            result = x ^ (result >> bits)
+        return result & mask
+
+    value = unshift(value, 31) * pow(0x94D049BB133111EB, -1, 2**64) & mask
+    value = unshift(value, 27) * pow(0xBF58476D1CE4E5B9, -1, 2**64) & mask
+    return (unshift(value, 30) - 0x9E3779B97F4A7C15) & mask
+
+
+def test_key_of_uri_is_xxh3_64_as_a_signed_number() -> None:
+    assert key_of_uri("") == 0x2D06800538D394C2
+    assert key_of_uri("abc") == 0x78AF5F94892F3950
+    assert -(2**63) <= key_of_uri("größe/ä.jpg") < 2**63
+    uris = [f"{i}" for i in range(100)]
+    assert keys_of_uris(uris).tolist() == [key_of_uri(uri) for uri in uris]
+    assert min(keys_of_uris(uris)) < 0 < max(keys_of_uris(uris))
+
+
+def test_splitmix64_is_the_published_sequence() -> None:
+    # The generator seeded with 0 gives hash(0), hash(golden), ...
+    golden = 0x9E3779B97F4A7C15
+    states = np.array([0, golden, 2 * golden % 2**64], dtype=np.uint64).view(np.int64)
+    assert [hex(v) for v in splitmix64(states).tolist()] == [
+        "0xe220a8397b1dcdaf",
+        "0x6e789e6aa1b965f4",
+        "0x6c45d188009454f",
+    ]
+
+
+@given(ANY_KEY)
+def test_splitmix64_is_one_to_one(key: int) -> None:
+    assert inverse_splitmix64(int(splitmix64([key])[0])) == key % 2**64
+
+
+def test_splitmix64_leaves_its_argument_alone() -> None:
+    keys = np.arange(5)
+    splitmix64(keys)
+    assert keys.tolist() == [0, 1, 2, 3, 4]
+
+
+@given(st.lists(ANY_KEY, max_size=50), st.integers(0, 16))
+def test_shards_are_the_top_bits_so_hash_order_is_shard_order(keys: list[int], log2: int) -> None:
+    hashes = splitmix64(np.array(keys, dtype=np.int64))
+    shards = shard_of(np.array(keys, dtype=np.int64), 1 << log2)
+    assert shards.tolist() == [int(h) >> (64 - log2) for h in hashes]
+    assert (np.diff(shards[np.argsort(hashes)]) >= 0).all()
+
+
+@pytest.mark.parametrize("num_shards", [0, 3, 12, -2])
+def test_num_shards_must_be_a_power_of_two(num_shards: int) -> None:
+    with pytest.raises(ValueError, match=f"num_shards={num_shards}"):
+        shard_of([1], num_shards)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8, 11])
+def test_every_shard_has_one_owner(num_ranks: int) -> None:
+    owned = [owned_shards(8, rank, num_ranks) for rank in range(num_ranks)]
+    assert sorted(shard for shards in owned for shard in shards) == list(range(8))
+    for rank, shards in enumerate(owned):
+        assert all(owner_of(shards, num_ranks) == rank)

@@ -1,0 +1,39 @@
+import inspect
+import pickle
+
+import pytest
+
+import featurestore
+from featurestore import errors
+
+PROMISED = {
+    "ExtractorSpec",
+    "FeaturePartition",
+    "FeatureRows",
+    "FeatureStatistics",
+    "FeatureStore",
+    "Lookup",
+    "QuarantineRow",
+    "Snapshot",
+    "StoreInfo",
+    "key_of_uri",
+    "keys_of_uris",
+    "owner_of",
+    "shard_of",
+    "to_bits",
+    "to_float32",
+}
+ERRORS = [value for _, value in inspect.getmembers(errors, inspect.isclass)]
+
+
+def test_the_public_names_are_exactly_the_promised_ones() -> None:
+    assert set(featurestore.__all__) == PROMISED
+    assert all(hasattr(featurestore, name) for name in PROMISED)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_every_error_has_one_root_stands_in_the_tree_and_pickles(error: type[Exception]) -> None:
+    assert issubclass(error, errors.FeatureStoreError)
+    assert error.__name__ in (errors.__doc__ or "")
+    copy = pickle.loads(pickle.dumps(error("a message")))
+    assert type(copy) is error and str(copy) == "a message"
