@@ -1,0 +1,123 @@
+"""E and the service around it: standardisation, compute dtypes, missing keys, memory that is used again."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
+from featurestore.embedding import EmbeddingModel, EmbeddingService
+from featurestore.errors import MissingKeysError
+from featurestore.partition import FeaturePartition
+from featurestore.rows import to_bits
+
+DIM = 32
+
+
+def features(count: int = 50) -> np.ndarray:
+    """Like fc6 after ReLU: far from centred, of different spread."""
+    draw = np.random.default_rng(0)
+    return np.maximum(draw.normal(3, 1, (count, DIM)) * draw.uniform(0.5, 20, DIM), 0).astype(np.float32)
+
+
+def partition_of(folder: Path, missing: str = "error", dtype: str = "bfloat16") -> FeaturePartition:
+    spec = ExtractorSpec(
+        backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
+    )
+    info = StoreInfo(num_shards=4, name="images", dim=DIM, dtype=dtype, extractor=spec)
+    store = FeatureStore.create(str(folder / "store"), info)
+    store.put(FeatureRows.of([str(k) for k in range(50)], to_bits(features(), info.dtype), keys=np.arange(50)))
+    return FeaturePartition.load(store, cache_dir=folder / "cache", missing=missing)
+
+
+class TestModel:
+    def test_folding_equals_standardising_the_features(self) -> None:
+        torch.manual_seed(0)
+        plain, folded = (EmbeddingModel(DIM, (8,), 3, "float64").double() for _ in range(2))
+        folded.load_state_dict(plain.state_dict())
+        x = features().astype(np.float64)
+        folded.fold_standardization_(x.mean(0), x.std(0))
+        actual = folded(torch.from_numpy(x))
+        expected = plain(torch.from_numpy((x - x.mean(0)) / x.std(0)))
+        torch.testing.assert_close(actual, expected)
+
+    def test_a_dimension_that_never_varies_is_not_blown_up(self) -> None:
+        model = EmbeddingModel(4)
+        model.fold_standardization_(np.zeros(4), np.array([2.0, 0.0, 2.0, 0.01]))
+        assert model.inverse_std_D.tolist() == pytest.approx([0.5, 1 / 0.10025, 0.5, 1 / 0.10025])
+        model.fold_standardization_(np.zeros(4), np.zeros(4))
+        assert model.inverse_std_D.tolist() == [1.0] * 4
+
+    def test_bfloat16_products_stay_near_float32(self) -> None:
+        torch.manual_seed(0)
+        models = [EmbeddingModel(DIM, (64, 16), 12, dtype) for dtype in ("bfloat16", "float32")]
+        models[0].load_state_dict(models[1].state_dict())
+        x = torch.from_numpy(features())
+        for model in models:
+            model.fold_standardization_(features().mean(0), features().std(0))
+        low, full = (model(x) for model in models)
+        assert low.dtype == full.dtype == torch.float32
+        assert 0 < float((low - full).detach().abs().max()) < 0.03 * float(full.detach().abs().max())
+        for visual in (low, full):
+            visual.square().sum().backward()
+        for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            assert a.grad is not None and b.grad is not None and a.grad.dtype == torch.float32
+            # The product behind a weight's gradient is rounded before the mean is taken out: a few per cent of noise.
+            assert float((a.grad - b.grad).norm()) < 0.1 * float(b.grad.norm()), name
+
+    @pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
+    def test_no_rows_give_gradients_of_zero(self, compute_dtype: str) -> None:
+        model = EmbeddingModel(DIM, (8,), 3, compute_dtype)
+        visual = model(torch.zeros(0, DIM, dtype=torch.bfloat16))
+        assert visual.shape == (0, 3)
+        visual.sum().backward()
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+class TestService:
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+    def test_features_come_as_stored(self, tmp_path: Path, dtype: str) -> None:
+        service = EmbeddingService(partition_of(tmp_path, dtype=dtype), {"e": EmbeddingModel(DIM)})
+        gathered = service.gather(np.array([7, 3]))
+        assert gathered.features_QD.dtype == getattr(torch, dtype)
+        expected = torch.from_numpy(features()[[7, 3]]).to(getattr(torch, dtype))
+        assert torch.equal(gathered.features_QD, expected)
+        assert gathered.missing_Q is None
+
+    def test_error_names_the_key(self, tmp_path: Path) -> None:
+        service = EmbeddingService(partition_of(tmp_path), {"e": EmbeddingModel(DIM)})
+        with pytest.raises(MissingKeysError, match="999"):
+            service.gather(np.array([3, 999]))
+
+    def test_zeros(self, tmp_path: Path) -> None:
+        service = EmbeddingService(partition_of(tmp_path, "zeros"), {"e": EmbeddingModel(DIM)}, "zeros")
+        visual = service.embed("e", service.gather(np.array([3, 999])))
+        assert visual[0].any() and not visual[1].any()
+        visual[1].sum().backward()
+        assert all(p.grad is None or not p.grad.any() for p in service.parameters())
+
+    def test_learned(self, tmp_path: Path) -> None:
+        models = {"a": EmbeddingModel(DIM), "b": EmbeddingModel(DIM)}
+        service = EmbeddingService(partition_of(tmp_path, "learned"), models, "learned")
+        service.embed("a", service.gather(np.array([999, 3, 998]))).sum().backward()
+        assert service.no_image["a"].grad is not None and (service.no_image["a"].grad == 2).all()
+        assert service.no_image["b"].grad is None
+
+    def test_memory_is_used_again_only_after_release(self, tmp_path: Path) -> None:
+        service = EmbeddingService(partition_of(tmp_path), {"e": EmbeddingModel(DIM)})
+        first = service.gather(np.arange(20))
+        kept, address = first.features_QD.clone(), first.features_QD.data_ptr()
+        second = service.gather(np.arange(20, 40))
+        assert second.features_QD.data_ptr() != address
+        assert torch.equal(first.features_QD, kept)
+        service.release(first)
+        service.release(first)
+        third, fourth = service.gather(np.arange(22)), service.gather(np.arange(22))
+        assert third.features_QD.data_ptr() == address
+        assert fourth.features_QD.data_ptr() != address
+        assert torch.equal(third.features_QD, fourth.features_QD)
+
+    def test_no_keys(self, tmp_path: Path) -> None:
+        service = EmbeddingService(partition_of(tmp_path), {"e": EmbeddingModel(DIM)})
+        assert service.embed("e", service.gather(np.empty(0, np.int64))).shape == (0, 12)

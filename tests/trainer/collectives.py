@@ -1,0 +1,53 @@
+"""Run by test_comm.py on three ranks: every expected value is computed from rank and size."""
+
+import sys
+
+import torch
+
+from trainer.comm import HorovodComm, connect
+from trainer.errors import DataError, RemoteRankError
+
+
+def main() -> None:
+    comm = connect()
+    assert isinstance(comm, HorovodComm)
+    rank, size = comm.rank, comm.size
+
+    # Rank r sends r + p rows of (r, p) to rank p: none from 0 to 0.
+    counts = [rank + peer for peer in range(size)]
+    sent = torch.tensor([(rank, peer) for peer, n in enumerate(counts) for _ in range(n)], dtype=torch.float64)
+    got, splits = comm.alltoall(sent.reshape(-1, 2), torch.tensor(counts, dtype=torch.int32), name="test")
+    assert splits.tolist() == [peer + rank for peer in range(size)] and splits.dtype == torch.int32
+    assert got.tolist() == [[peer, rank] for peer in range(size) for _ in range(peer + rank)]
+    assert comm.bytes_sent == 16 * (sum(counts) - counts[rank])
+    assert comm.bytes_received == comm.bytes_sent
+
+    nothing, splits = comm.alltoall(torch.zeros(0, 4), torch.zeros(size, dtype=torch.int32), name="test")
+    assert nothing.shape == (0, 4) and splits.tolist() == [0] * size
+
+    values = torch.tensor([rank, 1.0])
+    assert comm.allreduce_sum_(values, name="test") is values
+    assert values.tolist() == [size * (size - 1) / 2, size]
+
+    gathered = comm.allgather(torch.full((rank, 2), rank), name="test")
+    assert gathered.tolist() == [[peer, peer] for peer in range(size) for _ in range(peer)]
+    assert comm.allgather_object(("rank", rank)) == [("rank", peer) for peer in range(size)]
+    assert comm.broadcast_object(rank, root=1) == 1
+    comm.barrier()
+
+    comm.agree(None)
+    try:
+        comm.agree(DataError("no samples") if rank == 1 else None)
+    except (DataError, RemoteRankError) as error:
+        expected = DataError if rank == 1 else RemoteRankError
+        assert type(error) is expected, error
+        assert rank == 1 or str(error) == "rank 1 failed: DataError: no samples"
+    else:
+        raise AssertionError("nobody raised")
+    comm.close()
+    comm.close()
+    sys.stdout.write(f"rank {rank} of {size} is done\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""ID tables: the place and first value of a row do not depend on the number of ranks; Adam moves touched rows alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.errors import CheckpointError
+from trainer.optim import AdamRates
+from trainer.tables import IdTable, TableShape, initial_rows
+
+SHAPE = TableShape("item", width=3, num_rows=50, num_shards=8)
+RATES = AdamRates(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8)
+
+
+def table_of(rank: int = 0, num_ranks: int = 1, shape: TableShape = SHAPE, seed: int = 1) -> IdTable:
+    return IdTable(shape, rank, num_ranks, seed=seed, scale=0.05, dtype=torch.float64)
+
+
+def train(table: IdTable, ids: list[int]) -> None:
+    request = table.serve(np.array(ids))
+    rows_QV = table.vectors(request)
+    (rows_QV[torch.from_numpy(request.inverse_R)] * torch.arange(1, len(ids) + 1).unsqueeze(1)).sum().backward()
+    table.apply_gradients(RATES)
+
+
+class TestShape:
+    def test_rows_fill_every_shard(self) -> None:
+        assert SHAPE.rows_per_shard == 7
+        assert TableShape("t", 3, num_rows=1, num_shards=8).rows_per_shard == 1
+
+    def test_ids_spread_over_shards_and_rows(self) -> None:
+        shape = TableShape("t", 1, num_rows=1 << 12, num_shards=64)
+        shard, row = shape.place_of(np.arange(100_000) * 64)  # equal low bits must not meet
+        counts = np.bincount(shard * shape.rows_per_shard + row, minlength=1 << 12)
+        assert 3 < counts.min() < counts.max() < 60  # Poisson around 24
+
+
+class TestInitialRows:
+    def test_mean_and_deviation(self) -> None:
+        rows = initial_rows(TableShape("t", 12, 64 * 1000, 64), shard=3, seed=0, scale=0.05)
+        assert abs(rows.mean()) < 0.002
+        assert rows.std() == pytest.approx(0.05, rel=0.02)
+
+    def test_differ_by_seed_table_and_shard(self) -> None:
+        base = initial_rows(SHAPE, 0, 1, 1.0)
+        other_name = TableShape("image", 3, 50, 8)
+        for other in (
+            initial_rows(SHAPE, 1, 1, 1.0),
+            initial_rows(SHAPE, 0, 2, 1.0),
+            initial_rows(other_name, 0, 1, 1.0),
+        ):
+            assert not np.isclose(base, other).any()
+
+    @pytest.mark.parametrize("num_ranks", [2, 3, 11])
+    def test_the_same_for_any_number_of_ranks(self, num_ranks: int) -> None:
+        parts: dict[str, torch.Tensor] = {}
+        for rank in range(num_ranks):
+            parts |= table_of(rank, num_ranks).export_shards()
+        whole = table_of().export_shards()
+        assert parts.keys() == whole.keys()
+        assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+class TestTraining:
+    def test_only_touched_rows_move(self) -> None:
+        table = table_of()
+        before = table.weight.clone()
+        request = table.serve(np.array([5, 6]))
+        train(table, [5, 6])
+        moved = (table.weight != before).any(dim=1).nonzero().flatten()
+        assert moved.tolist() == request.rows_Q.tolist()
+        assert table.steps.sum() == len(request.rows_Q)
+
+    def test_ids_in_one_row_share_its_gradient(self) -> None:
+        table = table_of(shape=TableShape("item", 3, num_rows=1, num_shards=1))
+        train(table, [5, 6, 7])  # gradient 1 + 2 + 3
+        assert table.momentum.tolist() == [[pytest.approx(0.6)] * 3]
+        assert table.variance.tolist() == [pytest.approx(0.36)]
+        assert table.steps.tolist() == [1]
+
+    def test_first_step_is_one_learning_rate(self) -> None:
+        table = table_of(shape=TableShape("item", 3, num_rows=1, num_shards=1))
+        before = table.weight.clone()
+        train(table, [5])
+        assert torch.allclose(before - table.weight, torch.full((1, 3), 0.1, dtype=torch.float64))
+
+    def test_no_ids_no_change(self) -> None:
+        table = table_of()
+        before = table.weight.clone()
+        train(table, [])
+        assert torch.equal(table.weight, before)
+
+    def test_reading_without_gradient_leaves_the_last_step_alone(self) -> None:
+        table = table_of()
+        with torch.no_grad():
+            table.vectors(table.serve(np.array([1])))
+        table.apply_gradients(RATES)
+        assert table.steps.sum() == 0
+
+    def test_a_rank_beyond_the_shards_owns_nothing(self) -> None:
+        table = table_of(rank=9, num_ranks=11)
+        assert table.shards == [] and table.names() == []
+        train(table, [])
+
+
+class TestCheckpoint:
+    @pytest.mark.parametrize(("num_before", "num_after"), [(1, 3), (3, 2), (2, 11)])
+    def test_loads_at_another_number_of_ranks(self, num_before: int, num_after: int) -> None:
+        saved: dict[str, torch.Tensor] = {}
+        for rank in range(num_before):
+            table = table_of(rank, num_before)
+            ids = [i for i in range(40) if table.owner_of(np.array([i]))[0] == rank]
+            train(table, ids)
+            saved |= {name: rows.clone() for name, rows in table.export_shards().items()}
+        loaded: dict[str, torch.Tensor] = {}
+        for rank in range(num_after):
+            table = table_of(rank, num_after, seed=99)
+            table.import_shards({name: saved[name] for name in table.names()})
+            loaded |= table.export_shards()
+        assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+
+    def test_a_missing_shard_is_named(self) -> None:
+        with pytest.raises(CheckpointError, match="item/0000/weight is not in the checkpoint"):
+            table_of().import_shards({})
+
+    def test_another_shape_is_named(self) -> None:
+        saved = table_of(shape=TableShape("item", 4, 50, 8)).export_shards()
+        with pytest.raises(CheckpointError, match=r"item/0000/weight has shape \(7, 4\).*\(7, 3\).*model.tables.item"):
+            table_of().import_shards(saved)
