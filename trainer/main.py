@@ -21,15 +21,16 @@ OK, FAILED, USAGE, STOPPED = 0, 1, 2, 130
 EXAMPLES = """
 Examples:
 
-    python -m trainer.main                                  (one rank, on data/samples and data/features)
+    python -m trainer.main
 
     horovodrun -np 8 python -m trainer.main --set data.global_batch_size=60000
 
     horovodrun -np 2 python -m trainer.main --set model.images=none --set run.name=ids-only
 
-    horovodrun -np 2 python -m trainer.main --config own.yaml --set run.name=first --set run.resume=latest
+    horovodrun -np 2 python -m trainer.main --config own.yaml --set run.name=a --set run.resume=latest
 
-Settings and their defaults: trainer/presets/dicm.yaml. Exit codes: 0 done, 1 failed, 2 wrong settings, 130 stopped by a
+Without settings it trains on data/samples and data/features, and writes to data/runs. All settings and their defaults:
+trainer/presets/dicm.yaml. Exit codes: 0 done, 1 failed, 2 wrong settings, 130 stopped by a
 signal after a checkpoint.
 """
 
@@ -42,7 +43,7 @@ def main(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
     ] = None,
-    more: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="More settings.")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="SECTION.FIELD=VALUE", help="More settings.")] = None,
 ) -> None:
     """Train DICM on sample groups and stored image features, and evaluate it on the test samples."""
     try:

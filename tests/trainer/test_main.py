@@ -63,13 +63,20 @@ def alone(places: Places) -> Path:
     return run_alone(places, run__name="alone", train__max_steps=100, data__global_batch_size=16, train__epochs=3)
 
 
+def ads_of(folder: Path) -> np.ndarray:
+    """The ad of every impression of a split."""
+    return np.concatenate(
+        [np.concatenate(pq.read_table(file)["ad_item"].to_pylist()) for file in folder.glob("*.parquet")]
+    )
+
+
 def report_of(run: Path) -> dict[str, Any]:
     report: dict[str, Any] = json.loads((run / "report.json").read_text())
     return report
 
 
 class TestAlone:
-    def test_report(self, alone: Path) -> None:
+    def test_report(self, alone: Path, places: Places) -> None:
         report = report_of(alone)
         assert (report["global_step"], report["steps"], report["num_ranks"], report["store_version"]) == (
             100,
@@ -80,7 +87,9 @@ class TestAlone:
         metrics = report["metrics"]
         assert 0.55 < metrics["auc"] < 1
         assert 0.3 < metrics["logloss"] < 0.9
-        assert 0 < metrics["new_ad_impressions"] < metrics["impressions"]
+        train_ads, test_ads = (ads_of(places.folder / "samples" / split) for split in ("train", "test"))
+        assert metrics["impressions"] == len(test_ads)
+        assert metrics["new_ad_impressions"] == (~np.isin(test_ads, train_ads)).sum() > 0
         assert all(0 <= metrics[name] <= 1 for name in ("gauc", "new_ad_auc", "new_ad_gauc"))
         assert 0 < report["unique_ratio"] < 1
         assert report["bytes_sent_per_step"] == 0
