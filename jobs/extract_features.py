@@ -55,6 +55,8 @@ def main(
     options = ExtractOptions(
         images, store, weights, dtype, compute_dtype, batch_size, part_size, num_shards=num_shards, name=name
     )
+    if weights.startswith("random:"):
+        typer.secho(f"warning: the weights {weights} are NOT pretrained", fg="yellow", bold=True, err=True)
     try:
         # One process with all cores for the network: copies of the network would share the same cores.
         with connect(workers=1, threads_per_worker=1) as client:
