@@ -1,5 +1,6 @@
 """Batches: nothing lost or repeated for any number of ranks, the content of every field, and files that are refused."""
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from featurestore.storage import Storage
 from trainer.batch import Batch
 from trainer.columns import rules_of
 from trainer.comm import SoloComm
@@ -129,8 +131,11 @@ def test_order_depends_on_seed_and_epoch_alone(samples: tuple[Path, list[pa.Tabl
     assert order(3, 0) == orders[0]
     assert len({tuple(each) for each in orders}) == 3
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
-    first_batches = np.array(orders[0][:32])
-    assert first_batches.max() - first_batches.min() > 32, "row groups are shuffled too"
+    sessions = [
+        [next(iter(batch.fields["session"].values_N)) // 7 for batch in _reader(folder, window_groups=1).batches(epoch)]
+        for epoch in (0, 1)
+    ]
+    assert sessions[0] != sessions[1], "row groups are shuffled too, in each epoch otherwise"
 
 
 def test_reading_can_start_at_any_step(samples: tuple[Path, list[pa.Table]]) -> None:
@@ -277,6 +282,25 @@ def test_damaged_files_are_named(tmp_path: Path, write_samples: Write) -> None:
     path.unlink()
     with pytest.raises(DataError, match=r"day=2026-01-02\.parquet is gone"):
         list(reader.batches())
+
+
+def test_files_that_change_during_a_run_are_noticed(tmp_path: Path, write_samples: Write) -> None:
+    write_samples(tmp_path / "train", [30])
+    reader = _reader(tmp_path)
+    shutil.rmtree(tmp_path / "train")
+    write_samples(tmp_path / "train", [30], seed=1)
+    with pytest.raises(DataError, match=r"day=2026-01-01\.parquet has changed since the run began"):
+        list(reader.batches())
+
+
+def test_samples_are_read_through_the_store_s_door(samples: tuple[Path, list[pa.Table]]) -> None:
+    folder, _ = samples
+    storage = Storage("memory://trainer-samples")
+    for file in (folder / "train").iterdir():
+        storage.write_bytes(f"train/{file.name}", file.read_bytes())
+    index = open_index(SoloComm(), storage.url, "train", SCHEMA)
+    batches = SampleReader(index, SCHEMA, batch_size=16, seed=3, window_groups=2).batches()
+    assert [_rows(batch) for batch in batches] == [_rows(batch) for batch in _reader(folder).batches()]
 
 
 def test_one_column_read_two_ways_is_refused() -> None:
