@@ -1,7 +1,5 @@
 """What the shop sells: one picture per item, its category (an ID) and its look (only in the pixels)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -3,8 +3,6 @@
 So a category (the shape) says nothing about colour or pattern: who knows only IDs cannot know them.
 """
 
-from __future__ import annotations
-
 import colorsys
 import io
 from collections.abc import Callable
@@ -14,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from .catalogue import Catalogue, FloatArray, standardize
+from pipeline.demo.catalogue import Catalogue, FloatArray, standardize
 
 CANVAS_PX = 480  # drawn at twice the size, then reduced: smooth edges
 SIDE_PX = 240
@@ -87,7 +85,7 @@ def plan_garments(num_items: int, seed: int) -> list[Garment]:
             saturation=float(rng.uniform(0.30, 1.0)),
             value=float(rng.uniform(0.45, 1.0)),
             pattern=PATTERNS[rng.integers(len(PATTERNS))],
-            pattern_px=float(rng.uniform(30, 46)),
+            pattern_px=float(rng.uniform(52, 68)),
             size=float(rng.uniform(0.78, 0.96)),
             shift_x=float(rng.uniform(-0.5, 0.5)),
             shift_y=float(rng.uniform(-0.5, 0.5)),
@@ -139,23 +137,24 @@ def _look_columns(garments: list[Garment]) -> tuple[tuple[str, ...], FloatArray,
     """Names, weights in a taste, and values (I, K) of the attributes that were drawn."""
     hue_I = np.deg2rad([garment.hue_deg for garment in garments])
     table: dict[str, tuple[float, NDArray[np.float64]]] = {
-        "hue_red_cyan": (1.2, np.cos(hue_I)),
-        "hue_yellow_blue": (1.2, np.sin(hue_I)),
-        "vivid": (0.6, np.array([garment.saturation for garment in garments])),
-        "light": (0.6, np.array([garment.value for garment in garments])),
+        "hue_red_cyan": (2.0, np.cos(hue_I)),
+        "hue_yellow_blue": (2.0, np.sin(hue_I)),
+        "vivid": (0.4, np.array([garment.saturation for garment in garments])),
+        "light": (0.3, np.array([garment.value for garment in garments])),
     }
     for pattern in PATTERNS[1:]:
-        table[pattern] = (0.7, np.array([float(garment.pattern == pattern) for garment in garments]))
+        table[pattern] = (0.4, np.array([float(garment.pattern == pattern) for garment in garments]))
     weights = np.array([weight for weight, _ in table.values()])
     return tuple(table), weights, np.stack([values for _, values in table.values()], axis=1)
 
 
 def _colours(garment: Garment) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Main colour and the colour of the pattern on it (same hue; darker on light cloth, lighter on dark cloth), 0-255."""
+    """Main colour and that of the pattern, 0-255: of the same hue, dark on light cloth and pale on dark cloth."""
     hue = garment.hue_deg / 360
-    value = garment.value * 0.45 if garment.value > 0.7 else min(1.0, garment.value * 1.7)
+    pale = garment.value < 0.7
+    saturation, value = (garment.saturation * 0.35, 1.0) if pale else (garment.saturation, garment.value * 0.35)
     main = np.array(colorsys.hsv_to_rgb(hue, garment.saturation, garment.value)) * 255
-    second = np.array(colorsys.hsv_to_rgb(hue, garment.saturation, value)) * 255
+    second = np.array(colorsys.hsv_to_rgb(hue, saturation, value)) * 255
     return main, second
 
 
@@ -190,13 +189,15 @@ def _dots(side_px: int, period_px: float) -> BoolImage:
 
 def _checks(side_px: int, period_px: float) -> BoolImage:
     half = np.arange(side_px) // (0.75 * period_px) % 2 == 0
-    return half[:, None] ^ half[None, :]
+    squares: BoolImage = half[:, None] ^ half[None, :]
+    return squares
 
 
 def _zigzag(side_px: int, period_px: float) -> BoolImage:
     x = np.arange(side_px)[None, :]
     tooth = np.abs(x % (2 * period_px) - period_px)
-    return (np.arange(side_px)[:, None] + tooth) % (1.2 * period_px) < 0.5 * period_px
+    lines: BoolImage = (np.arange(side_px)[:, None] + tooth) % (1.2 * period_px) < 0.5 * period_px
+    return lines
 
 
 PATTERN_MASKS: dict[str, Callable[[int, float], BoolImage]] = {

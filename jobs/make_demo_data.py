@@ -1,0 +1,113 @@
+"""Make demo data: pictures of clothes, and the raw logs of simulated people who look at them."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.demo.make import DemoOptions, DemoSummary, make_demo
+from pipeline.errors import PipelineError
+from pipeline.progress import progress
+
+EXAMPLES = """Examples:
+
+\b
+python jobs/make_demo_data.py
+python jobs/make_demo_data.py --small --out /tmp/demo --seed 7
+python jobs/make_demo_data.py --images photos --labels photos.csv --out data/demo-photos
+"""
+DEFAULT = DemoOptions(Path("data"))
+SMALL = {"items": 200, "users": 400}
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+
+@app.command(epilog=EXAMPLES)
+def main(
+    out: Annotated[Path, typer.Option(help="Folder to write: images, logs and demo.json.")] = DEFAULT.out,
+    items: Annotated[
+        int | None, typer.Option(min=20, help=f"Clothes to draw.  [default: {DEFAULT.items}]", show_default=False)
+    ] = None,
+    users: Annotated[
+        int | None, typer.Option(min=10, help=f"People to simulate.  [default: {DEFAULT.users}]", show_default=False)
+    ] = None,
+    days: Annotated[int, typer.Option(min=2, max=366, help="Days of the log; the last is the test day.")] = 19,
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes.")] = 0,
+    small: Annotated[
+        bool, typer.Option("--small", help=f"{SMALL['items']} clothes and {SMALL['users']} people: quick, and noisy.")
+    ] = False,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of your own photographs, in place of drawn clothes; nothing is copied.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV with the columns image and label: the photographs' categories.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a demo made with other options.")] = False,
+) -> None:
+    """Make demo data: pictures of clothes, and the raw logs of simulated people who look at them.
+
+    Colour and pattern are independent of the category, and taste is for looks: that part of the signal is in the
+    pixels alone. OUT/demo.json says how much, and which AUC the truth itself would reach.
+    """
+    if images and items:
+        raise typer.BadParameter(
+            "goes with drawn clothes; with --images every readable image is an item", param_hint="--items"
+        )
+    if labels and not images:
+        raise typer.BadParameter("goes with --images", param_hint="--labels")
+    options = DemoOptions(
+        out,
+        items or (SMALL["items"] if small else DEFAULT.items),
+        users or (SMALL["users"] if small else DEFAULT.users),
+        days,
+        seed,
+        images,
+        labels,
+        force,
+    )
+    try:
+        with progress("measuring" if images else "drawing", options.items) as advance:
+            summary = make_demo(options, advance)
+    except PipelineError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(describe(options, summary))
+
+
+def describe(options: DemoOptions, summary: DemoSummary) -> str:
+    """The summary that the job prints."""
+    content = summary.content
+    counts: dict[str, Any] = content["counts"]
+    lines = [f"{options.out} has this demo already, nothing to do"] if summary.already_there else []
+    lines += [
+        f"items        {counts['items']:,} in {counts['categories']} categories, "
+        f"{counts['new_items']:,} new on the last day",
+        f"users        {counts['users']:,} with {counts['behaviors']:,} organic clicks",
+        f"train        {counts['train_impressions']:,} impressions from {content['first_day']}",
+        f"test         {counts['test_impressions']:,} impressions on {content['test_day']}, "
+        f"{content['new_ad_share_of_test']:.1%} of new ads",
+        f"clicked      {content['click_rate']:.1%} of the impressions",
+    ]
+    for name, metrics in content["oracle"].items():
+        shown = ", ".join(f"{metric} {_number(value)}" for metric, value in metrics.items())
+        lines.append(f"ceiling      {shown}: {content['oracle_means'][name]}")
+    if content.get("num_unreadable"):
+        lines.append(f"unreadable   {content['num_unreadable']:,} images left out, listed in demo.json")
+    if content.get("num_unlabelled"):
+        lines.append(f"unlabelled   {content['num_unlabelled']:,} images")
+    lines.append(f"images       {summary.images}" + (_pointer(options, summary) if options.images else ""))
+    lines.append(f"logs         {options.out / 'logs'}")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _pointer(options: DemoOptions, summary: DemoSummary) -> str:
+    """The images stay where they are, so the extraction has to be told."""
+    return f"\nnext         jobs/extract_features.py --images {summary.images} --store {options.out / 'features'}"
+
+
+if __name__ == "__main__":
+    app()

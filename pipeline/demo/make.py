@@ -1,0 +1,190 @@
+"""Makes a demo data set in a folder: pictures, logs, and the truth in demo.json. Equal options give equal bytes."""
+
+import datetime
+import json
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from pipeline.demo import truth
+from pipeline.demo.catalogue import Catalogue
+from pipeline.demo.draw import SHAPES, Garment, catalogue_of, draw_garment, plan_garments
+from pipeline.demo.errors import DemoError
+from pipeline.demo.simulate import simulate
+from pipeline.demo.write import DEMO_FILE, LOGS, describe_truth, log_files, write_json, write_logs
+
+FIRST_DAY = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC)
+START_S = int(FIRST_DAY.timestamp())
+FORMAT = 1  # raise it when equal options no longer give equal bytes
+DRAWN_NAME = re.compile(r"item-\d{5}\.jpg")
+LOG_NAME = re.compile(r"day=\d{4}-\d\d-\d\d\.parquet")
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What to make. `items` counts drawings; with `images` all readable ones of that folder are the items."""
+
+    out: Path
+    items: int = 1400
+    users: int = 3000
+    days: int = 19
+    seed: int = 0
+    images: Path | None = None
+    labels: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class DemoSummary:
+    """What was made (or found made), and where to point the extraction."""
+
+    content: dict[str, Any]  # of demo.json
+    images: Path
+    already_there: bool
+
+
+def make_demo(options: DemoOptions, drawn: Progress = lambda count: None) -> DemoSummary:
+    """Pictures, logs and demo.json below `options.out`; `drawn` hears how many pictures were finished.
+
+    Equal options over a finished demo change nothing; over an unfinished one they finish it. A demo made with other
+    options is replaced only with `force`, and files that this job did not make are never touched. Raises DemoError,
+    SourceError.
+    """
+    wanted = _parameters(options)
+    found = _read_demo(options.out)
+    images = options.images.resolve() if options.images else options.out / "images"
+    if found and found["parameters"] == wanted and _is_whole(options, found):
+        return DemoSummary(found, images, already_there=True)
+    if found is None:
+        _refuse_foreign(options.out)
+    elif found["parameters"] != wanted:
+        _refuse_other(options, found["parameters"], wanted)
+        _remove_own(options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(options.out / DEMO_FILE, {"complete": False, "parameters": wanted})
+    catalogue, notes = _measure(options) if options.images else _draw(options, drawn)
+    world = simulate(catalogue, options.users, options.days, options.seed, START_S)
+    write_logs(world, options.out)
+    content = {"complete": True, "parameters": wanted, "images": str(images), **notes, **describe_truth(world)}
+    write_json(options.out / DEMO_FILE, content)
+    return DemoSummary(_read_demo(options.out) or content, images, already_there=False)
+
+
+def _parameters(options: DemoOptions) -> dict[str, Any]:
+    """All that decides the bytes, as it comes back from JSON."""
+    parameters: dict[str, Any] = {"format": FORMAT, "users": options.users, "days": options.days, "seed": options.seed}
+    if options.images is None:
+        return parameters | {"items": options.items, "images": None}
+    return parameters | {
+        "images": str(options.images.resolve()),
+        "images_digest": _folder_digest(options.images),
+        "labels": str(options.labels.resolve()) if options.labels else None,
+        "labels_digest": _file_digest(options.labels) if options.labels else None,
+    }
+
+
+def _folder_digest(images: Path) -> str:
+    """Changes when an image comes, goes or changes."""
+    from pipeline.source import list_images
+
+    digest = xxhash.xxh3_128()
+    for ref in list_images(str(images)).images:
+        digest.update(f"{ref.uri}\0{ref.source_tag}\0".encode())
+    return digest.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        return xxhash.xxh3_128(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DemoError(f"cannot read the labels {path}: {error.strerror}") from error
+
+
+def _read_demo(out: Path) -> dict[str, Any] | None:
+    """The demo.json of `out`; None where there is none."""
+    path = out / DEMO_FILE
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DemoError(f"cannot read {path}: {error}; remove it, or give another --out") from error
+    if not isinstance(content, dict) or not isinstance(content.get("parameters"), dict):
+        raise DemoError(f"{path} is not from this job; give another --out")
+    return content
+
+
+def _is_whole(options: DemoOptions, found: dict[str, Any]) -> bool:
+    if not found.get("complete"):
+        return False
+    if not all(path.is_file() for path in log_files(options.out, START_S, options.days)):
+        return False
+    return options.images is not None or len(_own_images(options.out)) == options.items
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Raises DemoError where pictures or logs lie in the way that no demo.json accounts for."""
+    for folder in (out / "images", out / "logs"):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise DemoError(f"{folder} is in the way, and was not made by this job: move it, or give another --out")
+
+
+def _refuse_other(options: DemoOptions, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if not options.force:
+        names = sorted(name for name in found | wanted if found.get(name) != wanted.get(name))
+        differing = ", ".join(f"{name}: {found.get(name)} there, {wanted.get(name)} wanted" for name in names)
+        raise DemoError(
+            f"{options.out} has a demo made with other options ({differing}): "
+            "give --force to replace it, or another --out"
+        )
+
+
+def _own_images(out: Path) -> list[Path]:
+    return [
+        path for shape in SHAPES for path in (out / "images" / shape).glob("item-*.jpg") if DRAWN_NAME.match(path.name)
+    ]
+
+
+def _remove_own(out: Path) -> None:
+    """Removes the pictures and logs that this job makes, and nothing else."""
+    logs = [path for log in LOGS for path in (out / "logs" / log).glob("day=*.parquet") if LOG_NAME.match(path.name)]
+    for path in _own_images(out) + logs:
+        path.unlink()
+
+
+def _draw(options: DemoOptions, drawn: Progress) -> tuple[Catalogue, dict[str, Any]]:
+    """Draws the pictures, in threads: most of the time is spent in Pillow and numpy."""
+    garments = plan_garments(options.items, options.seed)
+    catalogue = catalogue_of(garments)
+    folder = options.out / "images"
+    for shape in SHAPES:
+        (folder / shape).mkdir(parents=True, exist_ok=True)
+
+    def draw(uri: str, garment: Garment) -> None:
+        (folder / uri).write_bytes(draw_garment(garment))
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(draw, catalogue.uris, garments):
+            drawn(1)
+    return catalogue, {"duplicates": options.items - len(set(garments))}
+
+
+def _measure(options: DemoOptions) -> tuple[Catalogue, dict[str, Any]]:
+    from pipeline.demo.measure import measure_folder
+
+    assert options.images is not None
+    catalogue, unreadable, num_unlabelled = measure_folder(options.images, options.labels)
+    notes = {"unreadable": dict(unreadable[:20]), "num_unreadable": len(unreadable), "num_unlabelled": num_unlabelled}
+    if catalogue.num_items < truth.MIN_ITEMS:
+        raise DemoError(
+            f"{catalogue.num_items} readable images in {options.images}; at least {truth.MIN_ITEMS} make a demo"
+        )
+    return catalogue, notes
