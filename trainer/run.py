@@ -169,7 +169,7 @@ def _check_places(config: Config, needs_store: bool) -> None:
         try:
             FeatureStore.open(config.data.store)
         except StoreNotFoundError:
-            job = f"python jobs/extract_features.py --store {config.data.store} --weights imagenet"
+            job = f"python jobs/extract_features.py --store {config.data.store}"
             problems.append(f"data.store={config.data.store} is no feature store; make it with: {job}")
     empty = [s for s in ("train", "test") if not any(name.endswith(".parquet") for name in samples.list(s))]
     if empty:
@@ -216,7 +216,7 @@ def _snapshot(config: Config, resumed: CheckpointState | None) -> tuple[int, Any
             "data.store_version=N goes on with another one"
         ) from failure
     if snapshot.num_rows == 0:
-        job = f"python jobs/extract_features.py --store {config.data.store} --weights imagenet"
+        job = f"python jobs/extract_features.py --store {config.data.store}"
         raise DataError(
             f"data.store={config.data.store} has no features in snapshot {snapshot.version}; add them with: {job}"
         )
