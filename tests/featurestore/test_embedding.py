@@ -42,6 +42,12 @@ class TestModel:
         expected = plain(torch.from_numpy((x - x.mean(0)) / x.std(0)))
         torch.testing.assert_close(actual, expected)
 
+    def test_visual_vectors_start_small(self) -> None:
+        torch.manual_seed(0)
+        model = EmbeddingModel(DIM, compute_dtype="float32")
+        model.fold_standardization_(features().mean(0), features().std(0))
+        assert 0.02 < float(model(torch.from_numpy(features())).detach().std()) < 0.2
+
     def test_a_dimension_that_never_varies_is_not_blown_up(self) -> None:
         model = EmbeddingModel(4)
         model.fold_standardization_(np.zeros(4), np.array([2.0, 0.0, 2.0, 0.01]))
