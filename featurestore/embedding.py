@@ -29,8 +29,8 @@ class EmbeddingModel(nn.Module):
     Weights and everything between two products are of the module's dtype (float32); the products themselves run in
     `compute_dtype`. The features get no gradient.
 
-    Initial values are torch's: of standardised features they make visual vectors of about 0.1. That is part of the design:
-    He's values, ten times as large, let the sum over dozens of behaviours drown the other inputs.
+    Initial values are torch's: of standardised features they make visual vectors of about 0.1. He's values, ten times
+    as large, would let the sum over dozens of behaviours drown the other inputs.
 
     Standardisation is part of the first layer: with the mean and deviation of each dimension set, its effective weight
     is W / std and its effective bias b - (W / std) mean. The large product is the same as without; only the (H, D)

@@ -45,7 +45,7 @@ class ModelConfig(BaseModel):
 
 
 class OptimConfig(BaseModel):
-    """Adam, for dense parameters and, row-wise, for ID tables; `lr` is multiplied by `lr_gamma` every `lr_every` steps."""
+    """Adam, for dense parameters and, row-wise, for ID tables; every `lr_every` steps `lr` shrinks by `lr_gamma`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 

@@ -1,8 +1,8 @@
 """Pure functions of the exchange: which key goes to which rank, and where the answers lie in what comes back.
 
 A rank that asks has, for each of S sources (an image model over a store, an ID table), unique keys in the order of
-their owners. A block for one owner is [status, number of keys of each source, keys of source 0, keys of source 1, ..]; the
-answer to it, for one width, is [status row, vectors of the sources of that width in the same order].
+their owners. A block for one owner is [status, number of keys of each source, keys of source 0, keys of source 1, ..];
+the answer to it, for one width, is [status row, vectors of the sources of that width in the same order].
 """
 
 from collections.abc import Sequence
