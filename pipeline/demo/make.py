@@ -4,7 +4,7 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from pipeline.demo.write import DEMO_FILE, LOGS, describe_truth, log_files, writ
 
 FIRST_DAY = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC)
 START_S = int(FIRST_DAY.timestamp())
+MAX_LISTED = 20  # unreadable photographs in demo.json
 FORMAT = 1  # raise it when equal options no longer give equal bytes
 DRAWN_NAME = re.compile(r"item-\d{5}\.jpg")
 LOG_NAME = re.compile(r"day=\d{4}-\d\d-\d\d\.parquet")
@@ -63,6 +64,11 @@ def make_demo(options: DemoOptions, drawn: Progress = lambda count: None) -> Dem
     images = options.images.resolve() if options.images else options.out / "images"
     if found and found["parameters"] == wanted and _is_whole(options, found):
         return DemoSummary(found, images, already_there=True)
+    garments = plan_garments(options.items, options.seed) if options.images is None else []
+    if options.images is None:
+        catalogue, notes = catalogue_of(garments), {"duplicates": options.items - len(set(garments))}
+    else:
+        catalogue, notes = _measure(options.images, options.labels)
     if found is None:
         _refuse_foreign(options.out)
     elif found["parameters"] != wanted:
@@ -70,7 +76,8 @@ def make_demo(options: DemoOptions, drawn: Progress = lambda count: None) -> Dem
         _remove_own(options.out)
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / DEMO_FILE, {"complete": False, "parameters": wanted})
-    catalogue, notes = _measure(options) if options.images else _draw(options, drawn)
+    if options.images is None:
+        _draw(options.out, catalogue.uris, garments, drawn)
     world = simulate(catalogue, options.users, options.days, options.seed, START_S)
     write_logs(world, options.out)
     content = {"complete": True, "parameters": wanted, "images": str(images), **notes, **describe_truth(world)}
@@ -160,31 +167,25 @@ def _remove_own(out: Path) -> None:
         path.unlink()
 
 
-def _draw(options: DemoOptions, drawn: Progress) -> tuple[Catalogue, dict[str, Any]]:
+def _draw(out: Path, uris: Sequence[str], garments: list[Garment], drawn: Progress) -> None:
     """Draws the pictures, in threads: most of the time is spent in Pillow and numpy."""
-    garments = plan_garments(options.items, options.seed)
-    catalogue = catalogue_of(garments)
-    folder = options.out / "images"
     for shape in SHAPES:
-        (folder / shape).mkdir(parents=True, exist_ok=True)
+        (out / "images" / shape).mkdir(parents=True, exist_ok=True)
 
     def draw(uri: str, garment: Garment) -> None:
-        (folder / uri).write_bytes(draw_garment(garment))
+        (out / "images" / uri).write_bytes(draw_garment(garment))
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(draw, catalogue.uris, garments):
+        for _ in pool.map(draw, uris, garments):
             drawn(1)
-    return catalogue, {"duplicates": options.items - len(set(garments))}
 
 
-def _measure(options: DemoOptions) -> tuple[Catalogue, dict[str, Any]]:
+def _measure(images: Path, labels: Path | None) -> tuple[Catalogue, dict[str, Any]]:
+    """The photographs as a catalogue, and what demo.json says of those that are not in it."""
     from pipeline.demo.measure import measure_folder
 
-    assert options.images is not None
-    catalogue, unreadable, num_unlabelled = measure_folder(options.images, options.labels)
-    notes = {"unreadable": dict(unreadable[:20]), "num_unreadable": len(unreadable), "num_unlabelled": num_unlabelled}
+    catalogue, unreadable, num_unlabelled = measure_folder(images, labels)
     if catalogue.num_items < truth.MIN_ITEMS:
-        raise DemoError(
-            f"{catalogue.num_items} readable images in {options.images}; at least {truth.MIN_ITEMS} make a demo"
-        )
-    return catalogue, notes
+        raise DemoError(f"{catalogue.num_items} readable images in {images}: at least {truth.MIN_ITEMS} make a demo")
+    listed = dict(unreadable[:MAX_LISTED])
+    return catalogue, {"unreadable": listed, "num_unreadable": len(unreadable), "num_unlabelled": num_unlabelled}

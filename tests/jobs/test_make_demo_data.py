@@ -1,0 +1,201 @@
+"""The job as a person types it: what it writes, that equal options give equal bytes, and what it refuses to touch."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from jobs.make_demo_data import app
+from pipeline.logs import BEHAVIORS, IMPRESSIONS, find_pieces
+
+JOB = Path(__file__).parents[2] / "jobs" / "make_demo_data.py"
+TINY = ["--items", "40", "--users", "60", "--days", "5"]
+
+
+def _make(out: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(app, ["--out", str(out), *(arguments or TINY)])
+
+
+def _digests(out: Path) -> dict[str, str]:
+    """Of every file but demo.json, which names the folder."""
+    files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != "demo.json"]
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo")
+    result = _make(out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_the_logs_have_the_columns_that_the_samples_are_built_from(demo: Path) -> None:
+    url = str(demo / "logs")
+    shown, done = find_pieces(url, IMPRESSIONS, None), find_pieces(url, BEHAVIORS, ())
+    assert shown[0].user_columns == ("user_age", "user_gender")
+    assert len({piece.path for piece in shown}) == 5
+    assert len({piece.path for piece in done}) == 5 + 14, "the users have a past"
+    table = pq.read_table(demo / "logs" / "impressions")
+    assert table.schema.field("timestamp").type == pa.timestamp("us", tz="UTC")
+    assert set(table["label"].to_pylist()) == {0, 1}
+
+
+def test_every_day_is_in_its_own_file(demo: Path) -> None:
+    for path in (demo / "logs").rglob("day=*.parquet"):
+        stamps = pq.read_table(path)["timestamp"].to_pylist()
+        assert {stamp.date().isoformat() for stamp in stamps} <= {path.stem.removeprefix("day=")}
+
+
+def test_the_images_of_the_logs_are_those_that_were_drawn(demo: Path) -> None:
+    images = demo / "images"
+    drawn = {path.relative_to(images).as_posix() for path in images.rglob("*.jpg")}
+    assert len(drawn) == 40
+    for log in ("impressions", "behaviors"):
+        table = pq.read_table(demo / "logs" / log)
+        assert set(table["image"].to_pylist()) <= drawn
+        of_item = set(zip(table["item"].to_pylist(), table["image"].to_pylist(), strict=True))
+        assert len(of_item) == len({item for item, _ in of_item}), "one picture per item"
+
+
+def test_the_truth_is_written_down(demo: Path) -> None:
+    truth = json.loads((demo / "demo.json").read_text())
+    impressions = pq.read_table(demo / "logs" / "impressions")
+    counts = truth["counts"]
+    assert counts["train_impressions"] + counts["test_impressions"] == impressions.num_rows
+    assert truth["click_rate"] == pytest.approx(np.mean(impressions["label"].to_numpy()), abs=1e-4)
+    assert truth["oracle"].keys() == {"everything", "without_pixels", "ids_and_memory"} == truth["oracle_means"].keys()
+    assert sum(part["share_of_variance"] for part in truth["logit"].values()) == pytest.approx(1, abs=1e-3)
+    assert truth["complete"]
+
+
+@pytest.mark.parametrize("hash_seed", ["1", "2"])
+def test_equal_seeds_give_equal_bytes_in_any_process(demo: Path, tmp_path: Path, hash_seed: str) -> None:
+    command = [sys.executable, str(JOB), "--out", str(tmp_path / "again"), *TINY]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": hash_seed}, capture_output=True)
+    assert _digests(tmp_path / "again") == _digests(demo)
+
+
+def test_another_seed_gives_another_demo(demo: Path, tmp_path: Path) -> None:
+    assert _make(tmp_path, *TINY, "--seed", "1").exit_code == 0
+    assert set(_digests(tmp_path).values()).isdisjoint(_digests(demo).values())
+
+
+def test_a_second_run_changes_nothing_and_says_so(tmp_path: Path) -> None:
+    assert _make(tmp_path).exit_code == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    result = _make(tmp_path)
+    assert result.exit_code == 0
+    assert "has this demo already, nothing to do" in result.output
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_an_unfinished_demo_is_finished(demo: Path, tmp_path: Path) -> None:
+    assert _make(tmp_path).exit_code == 0
+    next((tmp_path / "images").rglob("*.jpg")).unlink()
+    assert _make(tmp_path).exit_code == 0
+    assert _digests(tmp_path) == _digests(demo)
+    written = json.loads((tmp_path / "demo.json").read_text())
+    (tmp_path / "demo.json").write_text(json.dumps({"complete": False, "parameters": written["parameters"]}))
+    assert "nothing to do" not in _make(tmp_path).output
+    assert json.loads((tmp_path / "demo.json").read_text())["complete"]
+
+
+def test_another_demo_is_replaced_only_with_force_and_only_its_own_files(tmp_path: Path) -> None:
+    assert _make(tmp_path, *TINY, "--items", "60").exit_code == 0
+    mine = tmp_path / "images" / "mine.jpg"
+    mine.write_bytes(b"mine")
+    refused = _make(tmp_path)
+    assert refused.exit_code == 1
+    assert "items: 60 there, 40 wanted" in refused.output
+    assert "--force" in refused.output
+    assert _make(tmp_path, *TINY, "--force").exit_code == 0
+    assert len(list((tmp_path / "images").rglob("item-*.jpg"))) == 40
+    assert mine.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", ["images/photo.jpg", "logs/impressions/day=2026-03-01.parquet"])
+def test_files_of_others_are_never_touched(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_bytes(b"mine")
+    for arguments in ((), ("--force",)):
+        result = _make(tmp_path, *TINY, *arguments)
+        assert result.exit_code == 1
+        assert "was not made by this job" in result.output
+        assert _digests(tmp_path).keys() == {name}
+
+
+def test_a_foreign_demo_json_is_refused(tmp_path: Path) -> None:
+    for content in ("[1]", "{", '{"parameters": 3}'):
+        (tmp_path / "demo.json").write_text(content)
+        result = _make(tmp_path)
+        assert result.exit_code == 1
+        assert "demo.json" in result.output
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(40):
+        colour = tuple(int(level) for level in rng.integers(0, 256, size=3))
+        Image.new("RGB", (64, 64), colour).save(folder / f"photo-{index}.png")
+    (folder / "bad.jpg").write_text("no image")
+    return folder
+
+
+def test_own_photographs_stay_where_they_are(photos: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.csv"
+    rows = [f"photo-{index},{'dress' if index % 2 else 'hat'}" for index in range(39)]
+    labels.write_text("\n".join(["image,label", *rows]))
+    out = tmp_path / "out"
+    arguments = ["--images", str(photos), "--labels", str(labels), "--users", "60", "--days", "4"]
+    result = _make(out, *arguments)
+    assert result.exit_code == 0, result.output
+    assert not (out / "images").exists()
+    flat = result.output.replace("\n", "")
+    assert f"jobs/extract_features.py --images {photos}" in flat
+    assert "1 images left out" in flat
+    uris = set(pq.read_table(out / "logs" / "behaviors")["image"].to_pylist())
+    assert uris <= {f"photo-{index}.png" for index in range(40)}
+    truth = json.loads((out / "demo.json").read_text())
+    assert (truth["counts"]["items"], truth["num_unlabelled"]) == (40, 1)
+    assert truth["unreadable"].keys() == {"bad.jpg"}
+    assert "nothing to do" in _make(out, *arguments).output
+    (photos / "photo-0.png").unlink()
+    assert "images_digest" in _make(out, *arguments).output, "other photographs are another demo"
+
+
+def test_too_few_photographs_are_refused(photos: Path, tmp_path: Path) -> None:
+    for path in sorted(photos.glob("*.png"))[5:]:
+        path.unlink()
+    result = _make(tmp_path / "out", "--images", str(photos))
+    assert result.exit_code == 1
+    assert "5 readable images" in result.output
+    assert not (tmp_path / "out").exists(), "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--labels", "labels.csv"], "goes with --images"),
+        (["--images", ".", "--items", "50"], "goes with drawn clothes"),
+        (["--days", "1"], "--days"),
+        (["--items", "3"], "--items"),
+    ],
+)
+def test_wrong_usage_is_said_at_once(tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = _make(tmp_path / "out", *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,151 @@
+"""The simulated shop: what is new is new, clicks follow the truth, and part of the truth is only in the pixels."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.functional.classification import binary_auroc
+
+from pipeline.demo import truth
+from pipeline.demo.browse import match_of
+from pipeline.demo.draw import catalogue_of, plan_garments
+from pipeline.demo.oracle import auc, ceilings, gauc, variance_shares
+from pipeline.demo.simulate import World, simulate
+
+DAYS = 19
+START_S = 1_772_323_200
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return simulate(catalogue_of(plan_garments(600, 0)), num_users=1200, num_days=DAYS, seed=0, start_s=START_S)
+
+
+@pytest.fixture(scope="module")
+def last(world: World) -> np.ndarray:
+    """Which impressions are of the test day."""
+    return world.shown.day_N == DAYS - 1
+
+
+def test_equal_seeds_give_equal_worlds(world: World) -> None:
+    again, other = (simulate(world.catalogue, 1200, DAYS, seed, START_S) for seed in (0, 1))
+    for part in ("shown", "behaviors", "clicks"):
+        for name, column in vars(getattr(world, part)).items():
+            if isinstance(column, np.ndarray):
+                np.testing.assert_array_equal(column, getattr(getattr(again, part), name))
+    assert not np.array_equal(world.behaviors.item_N[:100], other.behaviors.item_N[:100])
+
+
+def test_a_tenth_of_the_last_days_ads_is_new(world: World, last: np.ndarray) -> None:
+    new = np.flatnonzero(world.launch_day_I == DAYS - 1)
+    assert np.isin(world.shown.item_N[last], new).mean() == pytest.approx(truth.NEW_AD_SHARE, abs=0.02)
+    assert not np.isin(world.shown.item_N[~last], new).any(), "never shown before"
+    assert not np.isin(world.behaviors.item_N, new).any(), "never clicked before"
+
+
+def test_nothing_is_shown_or_clicked_before_it_is_on_sale(world: World) -> None:
+    assert (world.launch_day_I[world.shown.item_N] <= world.shown.day_N).all()
+    day_N = (world.behaviors.time_N - START_S) // truth.DAY_S
+    assert (world.launch_day_I[world.behaviors.item_N] <= day_N).all()
+    assert day_N.min() == -truth.HISTORY_DAYS
+    assert day_N.max() == DAYS - 1
+
+
+def test_times_are_sorted_and_on_their_day(world: World) -> None:
+    for time_N in (world.shown.time_N, world.behaviors.time_N):
+        assert (np.diff(time_N) >= 0).all()
+    np.testing.assert_array_equal((world.shown.time_N - START_S) // truth.DAY_S, world.shown.day_N)
+
+
+def test_a_session_is_one_user_in_one_scene_on_one_day_without_an_item_twice(world: World) -> None:
+    shown = world.shown
+    for name in ("user_N", "scene_N", "day_N"):
+        pairs = np.unique(np.stack([shown.session_N, getattr(shown, name)]), axis=1)
+        assert pairs.shape[1] == len(np.unique(shown.session_N)), name
+    assert np.unique(np.stack([shown.session_N, shown.item_N]), axis=1).shape[1] == len(shown.item_N)
+    low, high = truth.ADS_PER_SESSION
+    assert set(np.bincount(shown.session_N)) == set(range(low, high + 1))
+
+
+def test_users_have_none_to_some_sixty_behaviours_in_fourteen_days(world: World) -> None:
+    recent = world.behaviors.time_N >= START_S + (DAYS - 14) * truth.DAY_S
+    count_U = np.bincount(world.behaviors.user_N[recent], minlength=world.people.num_users)
+    assert (count_U == 0).mean() > 0.03
+    assert 12 < count_U.mean() < 32
+    assert 45 < count_U.max() < 95
+
+
+def test_organic_clicks_follow_taste_and_accidents_do_not(world: World) -> None:
+    match_UI = match_of(world.catalogue, world.people)
+    done = world.behaviors
+    match_N = match_UI[done.user_N, done.item_N]
+    short = done.dwell_s_N < 5
+    assert short.mean() == pytest.approx(truth.ACCIDENT_SHARE, abs=0.02)
+    assert match_N[~short].mean() > 0.8, "in standard deviations over all pairs"
+    assert abs(match_N[short].mean()) < 0.1
+    assert (match_N[~short] < 0).mean() > 0.05, "imperfectly"
+
+
+def test_moods_show_in_what_is_browsed(world: World) -> None:
+    done = world.behaviors
+    day_N = (done.time_N - START_S) // truth.DAY_S + truth.HISTORY_DAYS
+    mood_N = world.people.mood_UD[done.user_N, day_N]
+    vivid_N = world.catalogue.look_IK[done.item_N, world.catalogue.vivid]
+    long = done.dwell_s_N >= 5
+    assert np.corrcoef(mood_N[long], vivid_N[long])[0, 1] > 0.25
+
+
+def test_each_part_of_the_logit_has_its_size(world: World) -> None:
+    for name, sd in truth.LOGIT_PARTS.items():
+        assert world.clicks.parts[name].std() == pytest.approx(sd), name
+        assert abs(world.clicks.parts[name].mean()) < 1e-9, name
+    assert set(truth.LOGIT_PARTS) == {*truth.PIXEL_PARTS, *truth.ID_PARTS, "noise"} == set(truth.WHERE)
+    shares = variance_shares(world)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert sum(shares[name] for name in truth.PIXEL_PARTS) > 0.6
+
+
+def test_labels_follow_the_logit(world: World) -> None:
+    probability_N = 1 / (1 + np.exp(-world.clicks.logit(*truth.LOGIT_PARTS)))
+    assert probability_N.mean() == pytest.approx(truth.CLICK_RATE, abs=1e-6)
+    order = np.argsort(probability_N)
+    for rows in np.array_split(order, 10):
+        expected, error = probability_N[rows].mean(), np.sqrt(0.25 / len(rows))
+        assert world.clicks.label_N[rows].mean() == pytest.approx(expected, abs=4 * error)
+
+
+def test_ads_are_shown_without_regard_to_taste(world: World) -> None:
+    raw = match_of(world.catalogue, world.people)[world.shown.user_N, world.shown.item_N]
+    assert abs(raw.mean()) < 0.1
+
+
+def test_who_cannot_see_stays_far_below_who_can(world: World) -> None:
+    known = ceilings(world)
+    for metric in ("auc", "gauc", "new_ad_auc"):
+        assert known["everything"][metric] > known["without_pixels"][metric] + 0.15
+    assert known["ids_and_memory"]["auc"] > known["without_pixels"]["auc"]
+    assert known["ids_and_memory"]["new_ad_auc"] == known["without_pixels"]["new_ad_auc"], "no memory of new ads"
+
+
+def test_auc_is_that_of_torchmetrics_with_ties() -> None:
+    rng = np.random.default_rng(0)
+    score_N, label_N = rng.integers(0, 20, size=500) / 20, rng.integers(0, 2, size=500)
+    expected = binary_auroc(torch.tensor(score_N), torch.tensor(label_N)).item()
+    assert auc(score_N, label_N) == pytest.approx(expected, abs=1e-6)
+    assert np.isnan(auc(score_N, np.ones(500, dtype=np.int64)))
+
+
+def test_gauc_weights_users_by_rows_and_leaves_out_one_class() -> None:
+    user_N = np.array([7, 7, 5, 5, 5, 5, 9, 9])
+    label_N = np.array([1, 0, 1, 0, 0, 1, 1, 1])
+    score_N = np.array([0.9, 0.1, 0.2, 0.1, 0.3, 0.4, 0.1, 0.2])
+    assert gauc(score_N, label_N, user_N) == pytest.approx((2 * 1 + 4 * 0.75) / 6)
+    assert np.isnan(gauc(score_N[6:], label_N[6:], user_N[6:]))
+
+
+def test_a_catalogue_without_variation_still_makes_a_world(world: World) -> None:
+    flat = dataclasses.replace(world.catalogue, look_IK=np.zeros_like(world.catalogue.look_IK))
+    dull = simulate(flat, num_users=30, num_days=3, seed=0, start_s=START_S)
+    assert np.isfinite(dull.clicks.logit(*truth.LOGIT_PARTS)).all()
+    assert (dull.clicks.parts["match"] == 0).all()
