@@ -23,7 +23,8 @@ from pipeline.errors import (
 )
 
 BIN = Path(sys.executable).parent
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("DASK_SCHEDULER")}
+OURS = ("DASK_SCHEDULER_ADDRESS", "DASK_SCHEDULER_FILE", "PYTHONUNBUFFERED")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OURS}
 
 
 def start(*args: object, command: str = "dask-submit", **environment: str) -> subprocess.Popen[str]:
@@ -146,9 +147,11 @@ def test_exit_code_is_the_scripts(body, code, cluster, script):
 
 
 def test_output_is_streamed(cluster, script):
-    process = start("--scheduler", cluster.scheduler_address, script("print('now')\ntime.sleep(60)"))
+    process = start("--scheduler", cluster.scheduler_address, script("print('now')\ntime.sleep(120)"))
+    began = time.monotonic()
     try:
-        assert process.stdout.readline() == "now\n"  # without a flush in the script, and long before its end
+        assert process.stdout.readline() == "now\n"  # without a flush in the script
+        assert time.monotonic() - began < 100  # nor at its end
     finally:
         process.terminate()
         assert process.communicate(timeout=10)
@@ -163,7 +166,7 @@ signal.signal(signal.SIGINT, note)
 signal.signal(signal.SIGTERM, note)
 if __name__ == "__main__":
     with connect() as client:
-        print(json.dumps([os.getpid(), *client.run(os.getpid).values()]))
+        print(json.dumps([os.getpid(), *client.run(os.getpid).values()]), flush=True)
         while not received:
             time.sleep(0.05)
         time.sleep(float(sys.argv[1]))
@@ -176,6 +179,7 @@ if __name__ == "__main__":
 def test_signal_reaches_the_script_once_and_the_cluster_outlives_it(number, script):
     process = start(script(CAREFUL), 0.3)
     pids = json.loads(process.stdout.readline())
+    assert os.getpgid(pids[0]) == pids[0]  # else a terminal's signal would reach the script a second time
     children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     assert set(pids) <= set(children)
     if number == signal.SIGINT:
@@ -356,6 +360,42 @@ def test_workers_without_this_project_are_named(cluster, monkeypatch):
             check_packages(client)
     assert set(caught.value.failures) == {worker.address for worker in cluster.workers.values()}
     assert "pip install" in str(caught.value)
+
+
+WITHOUT_US = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name == "featurestore":
+            raise ModuleNotFoundError("No module named 'featurestore'")
+sys.meta_path.insert(0, Absent())
+"""
+OLD_DASK = "import distributed.versions\ndistributed.versions._version_cached = lambda package: '2020.1.0'\n"
+
+
+@pytest.mark.parametrize(
+    ("preload", "message"),
+    [(WITHOUT_US, "1 workers cannot import this project"), (OLD_DASK, "dask is 2020.1.0 on worker tcp://")],
+)
+def test_worker_that_does_not_fit_stops_the_run(preload, message, script, tmp_path):
+    (tmp_path / "preload.py").write_text(preload)
+    with LocalCluster(
+        n_workers=0, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=":0"
+    ) as scheduler:
+        address = scheduler.scheduler_address
+        options = ["--no-nanny", "--no-dashboard", "--host", "127.0.0.1", "--preload", tmp_path / "preload.py"]
+        worker = subprocess.Popen(
+            list(map(str, [BIN / "dask", "worker", address, *options])),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path,
+        )  # fmt: skip
+        try:
+            done = submit("--scheduler", address, script("print('ran')"))
+        finally:
+            worker.terminate()
+            worker.wait(10)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_help_shows_examples_and_dask_lists_the_command():
