@@ -76,7 +76,7 @@ def train(place: Path, variant: str, seed: int, ranks: int) -> dict[str, Any]:
         "data.store": place / "features",
         "run.dir": place / "runs",
         "run.name": variant,
-        "run.resume": "never",
+        "run.overwrite": "true",
         "train.seed": seed,
         "model.images": variant,
     }
