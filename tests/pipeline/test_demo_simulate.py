@@ -11,6 +11,7 @@ from pipeline.demo import truth
 from pipeline.demo.browse import match_of
 from pipeline.demo.draw import catalogue_of, plan_garments
 from pipeline.demo.oracle import auc, ceilings, gauc, variance_shares
+from pipeline.demo.people import MOOD_MEMORY
 from pipeline.demo.simulate import World, simulate
 
 DAYS = 19
@@ -94,6 +95,12 @@ def test_moods_show_in_what_is_browsed(world: World) -> None:
     vivid_N = world.catalogue.look_IK[done.item_N, world.catalogue.vivid]
     long = done.dwell_s_N >= 5
     assert np.corrcoef(mood_N[long], vivid_N[long])[0, 1] > 0.25
+
+
+def test_moods_last_some_days_and_then_change(world: World) -> None:
+    mood_UD = world.people.mood_UD
+    after = [np.corrcoef(mood_UD[:, 0], mood_UD[:, days])[0, 1] for days in (1, 20)]
+    assert after == pytest.approx([0.5 + 0.5 * MOOD_MEMORY, 0.5], abs=0.1), "half of a mood is the user's own level"
 
 
 def test_each_part_of_the_logit_has_its_size(world: World) -> None:
