@@ -17,6 +17,9 @@ from distributed import Client, LocalCluster
 from pipeline.errors import SchedulerUnreachableError
 
 CONNECT_TIMEOUT_S = 10.0
+# The worker's profiler asks for the frames of all threads many times a second. On Python 3.11 that can stop the whole
+# process for ever (python/cpython#106883: a garbage collection inside sys._current_frames waits for its own lock).
+WORKER_CONFIG = {"distributed.worker.profile.enabled": False}
 
 
 @contextlib.contextmanager
@@ -90,7 +93,7 @@ def local_cluster(
     """
     num_workers = workers or 1
     limits = {} if memory_limit is None else {"memory_limit": memory_limit}
-    with _interrupt_blocked():
+    with dask.config.set(WORKER_CONFIG), _interrupt_blocked():
         cluster = LocalCluster(
             n_workers=num_workers,
             threads_per_worker=threads_per_worker or max(1, dask.system.CPU_COUNT // num_workers),

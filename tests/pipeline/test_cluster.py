@@ -33,7 +33,6 @@ def cluster():
 
 
 def worker_pids(client: Client) -> list[int]:
-
     return list(client.run(os.getpid).values())
 
 
@@ -48,6 +47,13 @@ def test_local_cluster_has_the_size_asked_for_and_leaves_no_process():
         pids = worker_pids(client)
         assert len(set(pids)) == 2
     assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_workers_of_a_local_cluster_do_not_profile_themselves():
+    """On Python 3.11 the profiler can stop the whole worker for ever."""
+    with connect() as client:
+        callbacks = client.run(lambda dask_worker: list(dask_worker.periodic_callbacks))
+        assert all("profile" not in names and "heartbeat" in names for names in callbacks.values())
 
 
 def test_local_cluster_is_closed_when_the_job_fails():
