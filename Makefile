@@ -29,16 +29,18 @@ test: $(INSTALLED) ## Run the tests, multi-rank ones under horovodrun included
 test-slow: $(INSTALLED) ## Run the tests that take minutes (eight ranks)
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow
 
-lint: $(INSTALLED) ## Check style, types and import rules
+lint: $(INSTALLED) ## Check style, types, import rules and the tree in the README
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
 	$(BIN)/mypy tools
 	$(BIN)/lint-imports
+	$(BIN)/python tools/tree.py --check
 
-format: $(INSTALLED) ## Rewrite the sources in the project's style
+format: $(INSTALLED) ## Rewrite the sources in the project's style, and the tree in the README
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python tools/tree.py
 
 bench: $(INSTALLED) ## Run the benchmarks; the figures go to data/bench/*.json
 	mkdir -p $(BENCH_DIR)
