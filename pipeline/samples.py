@@ -19,7 +19,7 @@ from distributed import Client, KilledWorker, as_completed
 
 from pipeline.errors import SampleError
 from pipeline.groups import GroupRules
-from pipeline.logs import BEHAVIORS, IMPRESSIONS, PIECE_ROWS, Piece, find_pieces
+from pipeline.logs import BEHAVIORS, IMPRESSIONS, Piece, find_pieces
 from pipeline.progress import progress
 from pipeline.publish import MARK, replaced_folder
 from pipeline.sample_files import Grouped, Written, group_bucket, plan_files, write_file
@@ -29,6 +29,7 @@ from pipeline.shuffle import Shuffled, shuffle_piece, write_quarantine
 Result = TypeVar("Result")
 
 DAY_S = 86_400
+BUCKET_ROWS = 250_000  # of both logs; some hundred MB with long lists of behaviours
 SHUFFLE_FOLDER = "shuffle"
 QUARANTINE_FILE = "quarantine.parquet"
 RETRIES = 1  # of a task whose worker's disk or memory had a bad moment
@@ -90,10 +91,10 @@ def _check_rows_left(logs: str, shown: Sequence[Shuffled]) -> None:
 
 
 def _num_buckets(pieces: Sequence[Piece], client: Client) -> int:
-    """Buckets of about PIECE_ROWS rows, and work for all threads where there are rows enough to share."""
+    """Buckets of about BUCKET_ROWS rows, and work for all threads where there are rows enough to share."""
     rows = sum(piece.num_rows for piece in pieces)
     threads: int = sum(client.nthreads().values())
-    return max(1, math.ceil(rows / PIECE_ROWS), min(threads, rows // 10_000))
+    return max(1, math.ceil(rows / BUCKET_ROWS), min(threads, rows // 10_000))
 
 
 def _shuffle(

@@ -170,9 +170,8 @@ def _check_cluster(address: str, wait_workers: int, timeout_s: float) -> None:
 
 
 def script_environment(address: str) -> dict[str, str]:
-    """Our environment for the script: the scheduler in it, and output that is not held back."""
-    inherited = {name: value for name, value in os.environ.items() if name != "DASK_SCHEDULER_FILE"}
-    return inherited | {"DASK_SCHEDULER_ADDRESS": address, "PYTHONUNBUFFERED": "1"}
+    """Our environment for the script: the scheduler in it, which goes before a file, and output not held back."""
+    return dict(os.environ) | {"DASK_SCHEDULER_ADDRESS": address, "PYTHONUNBUFFERED": "1"}
 
 
 def _say(text: str) -> None:
