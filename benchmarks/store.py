@@ -7,7 +7,7 @@
 - warm open: `FeaturePartition.load` with its cache files there.
 - cache build: from the store's Parquet files, against the same rows in a list column (the faster of uint16 and
   float16), with the same compression, row groups, threads and page checksums, into the same files. The store checks
-  each file's sha256 besides.
+  each file's xxh3-128 besides.
 """
 
 import shutil
@@ -31,6 +31,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from benchmarks.report import Figure, write_report
 from benchmarks.timing import interleaved_medians
 from featurestore import ExtractorSpec, FeaturePartition, FeatureRows, FeatureStore, StoreInfo, to_bits
+from featurestore.cache import append_rows
 from featurestore.datafile import ROW_GROUP_BYTES
 
 DIM = 4096
@@ -121,7 +122,7 @@ def cache_from_lists(source: Path, target: Path, num_shards: int, threads: int) 
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, use_threads=False)
                 feature: Any = table["feature"].combine_chunks()
-                rows.write(memoryview(feature.flatten().buffers()[1]))
+                append_rows(rows, np.frombuffer(feature.flatten().buffers()[1], np.uint16))
                 keys.append(table["key"].to_numpy())
         np.save(target / f"{shard}.keys.npy", np.concatenate(keys))
 

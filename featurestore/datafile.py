@@ -8,12 +8,13 @@ import contextlib
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 from pydantic import ValidationError
 
 from featurestore.errors import CorruptFileError, FeatureStoreError
@@ -24,6 +25,8 @@ from featurestore.storage import Storage
 KEY, URI, DELETED, FEATURE = "key", "uri", "deleted", "feature"
 METADATA_COLUMNS = [KEY, URI, "content_digest", "source_tag", "width", "height"]
 ROW_GROUP_BYTES = 8 << 20
+Digest = Literal["sha256", "xxh3_128"]
+Check = Literal["size", "sha256", "xxh3_128"]
 _INFO = b"featurestore.info"
 
 
@@ -167,18 +170,18 @@ class DataFile:
 
 
 @contextlib.contextmanager
-def open_entry(storage: Storage, info: StoreInfo, entry: FileEntry, *, whole: bool = False) -> Iterator[DataFile]:
-    """The file of `entry`. `whole` reads it in one go and checks its sha256; else only what is asked for is read.
+def open_entry(storage: Storage, info: StoreInfo, entry: FileEntry, check: Check = "size") -> Iterator[DataFile]:
+    """The file of `entry`. A `check` of the "size" reads only what is asked for; one of a digest reads the whole file.
 
-    Raises CorruptFileError where size, sha256, row count or content differ from what was committed.
+    Raises CorruptFileError where size, digest, row count or content differ from what was committed.
     """
     path = storage.full(entry.path)
     source: IO[bytes] | pa.NativeFile
     try:
-        if whole:
-            source = pa.BufferReader(read_verified(storage, entry.path, entry.sha256))
-        else:
+        if check == "size":
             source = storage.open_input(entry.path)
+        else:
+            source = pa.BufferReader(read_verified(storage, entry.path, check, getattr(entry, check)))
     except FileNotFoundError as error:
         raise CorruptFileError(f"{path} is missing") from error
     with source:
@@ -192,12 +195,17 @@ def open_entry(storage: Storage, info: StoreInfo, entry: FileEntry, *, whole: bo
         yield file
 
 
-def read_verified(storage: Storage, path: str, sha256: str) -> bytes:
-    """A whole file whose sha256 is known. Raises CorruptFileError where it differs, FileNotFoundError."""
+def read_verified(storage: Storage, path: str, algorithm: Digest, expected: str) -> bytes:
+    """A whole file whose digest is known. Raises CorruptFileError where it differs, FileNotFoundError."""
     data = storage.read_bytes(path)
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise CorruptFileError(f"{storage.full(path)} is damaged: its sha256 is not the one in the manifest")
+    if digest_of(data, algorithm) != expected:
+        raise CorruptFileError(f"{storage.full(path)} is damaged: its {algorithm} is not the one in the manifest")
     return data
+
+
+def digest_of(data: bytes | pa.Buffer, algorithm: Digest) -> str:
+    """Hexadecimal."""
+    return hashlib.sha256(data).hexdigest() if algorithm == "sha256" else xxhash.xxh3_128_hexdigest(data)
 
 
 def _fixed_binary(array: npt.NDArray[Any], width: int) -> "pa.Array[Any]":

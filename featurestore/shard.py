@@ -3,7 +3,6 @@
 Letters of shapes: N rows of all files, M live rows, D feature width.
 """
 
-import hashlib
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from featurestore.datafile import (
     KEY,
     URI,
     DataFile,
+    digest_of,
     encode,
     matrix_of,
     numpy_column,
@@ -74,6 +74,7 @@ def write_shard_file(
         rows=len(table),
         num_deleted=int(deleted_N.sum()),
         sha256=_write_checked(storage, f"{name}.parquet", data),
+        xxh3_128=digest_of(data, "xxh3_128"),
         kind=kind,
         info_digest=info.digest,
         based_on=based_on,
@@ -85,7 +86,7 @@ def write_shard_file(
 def read_moments(storage: Storage, entry: FileEntry) -> Moments:
     """The moments of a file's live rows. Raises CorruptFileError."""
     try:
-        data = read_verified(storage, entry.statistics_path, entry.statistics_sha256)
+        data = read_verified(storage, entry.statistics_path, "sha256", entry.statistics_sha256)
     except FileNotFoundError as error:
         raise CorruptFileError(f"{storage.full(entry.statistics_path)} is missing") from error
     return Moments.from_bytes(data, entry.num_live, storage.full(entry.statistics_path))
@@ -149,16 +150,16 @@ class ShardReader:
         return features_UD, found_U
 
     def verified_blocks(self) -> Iterator[tuple[Int64Array, npt.NDArray[Any]]]:
-        """Keys (M,) and features (M, D) of the live rows, block by block in order; every file's sha256 is checked."""
+        """Keys (M,) and features (M, D) of the live rows, block by block in order; every file's digest is checked."""
         if self.is_plain:
             for entry in self.entries:
-                with open_entry(self.storage, self.info, entry, whole=True) as file:
+                with open_entry(self.storage, self.info, entry, "xxh3_128") as file:
                     for block in file.blocks([KEY, FEATURE]):
                         yield numpy_column(block, KEY), matrix_of(block, self.info)
         elif self.entries:
             tables = []
             for entry in self.entries:
-                with open_entry(self.storage, self.info, entry, whole=True) as file:
+                with open_entry(self.storage, self.info, entry, "xxh3_128") as file:
                     tables.append(file.read([KEY, DELETED, FEATURE]))
             table = pa.concat_tables(tables)
             index_M = newest_rows(numpy_column(table, KEY))
@@ -195,10 +196,10 @@ def _rows_of_groups(file: DataFile, info: StoreInfo, rows_K: Int64Array) -> npt.
     return features_KD
 
 
-def _write_checked(storage: Storage, path: str, data: Any) -> str:
+def _write_checked(storage: Storage, path: str, data: bytes | pa.Buffer) -> str:
     """Write, read back, compare; the sha256."""
-    digest = hashlib.sha256(data).hexdigest()
+    digest = digest_of(data, "sha256")
     with storage.open_output(path) as file:
-        file.write(data)
-    read_verified(storage, path, digest)
+        file.write(memoryview(data))
+    read_verified(storage, path, "sha256", digest)
     return digest

@@ -100,7 +100,7 @@ def _checked_file(snapshot: Snapshot, shard: int, entry: FileEntry, problems: li
     path = snapshot.storage.full(entry.path)
     info = snapshot.info
     small = []
-    with open_entry(snapshot.storage, info, entry, whole=True) as file:
+    with open_entry(snapshot.storage, info, entry, "sha256") as file:
         for block in file.blocks([KEY, URI, DELETED, FEATURE]):
             if not finite_rows(matrix_of(block, info), info.dtype).all():
                 problems.append(f"{path} holds features that are not finite")

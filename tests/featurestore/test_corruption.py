@@ -1,5 +1,6 @@
 """Every damaged file is found and named; nothing damaged is ever served."""
 
+import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, shard_of
 from featurestore.datafile import DataFile, encode, schema_of, table_of
@@ -164,15 +166,14 @@ def test_a_newer_format_asks_for_an_update(filled: FeatureStore) -> None:
 
 def rewritten(store: FeatureStore, change: Callable[[pa.Table], pa.Table], shard: int = 3, **counts: int) -> None:
     """Replace the data file of a shard and the manifest by ones that fit each other, but break a promise."""
-    import hashlib
-
     manifest = store.snapshot().manifest
     entry = manifest.files(shard)[0]
     path = Path(store.url) / entry.path
     data = bytes(encode(change(pq.read_table(path)).cast(schema_of(store.info)), store.info))
     path.write_bytes(data)
     table = pq.read_table(io.BytesIO(data))
-    changed = {"bytes": len(data), "rows": len(table), "sha256": hashlib.sha256(data).hexdigest(), **counts}
+    digests = {"sha256": hashlib.sha256(data).hexdigest(), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+    changed = {"bytes": len(data), "rows": len(table), **digests, **counts}
     fixed = entry.model_copy(update=changed)
     shards = {**manifest.shards, shard: (fixed, *manifest.files(shard)[1:])}
     log = Path(store.url) / manifest_path(manifest.version)

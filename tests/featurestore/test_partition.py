@@ -114,7 +114,7 @@ def test_ranks_share_the_rows_and_the_cache(store: FeatureStore, cache: Path, ma
     store.put(rows)
     FeaturePartition.load(store, cache_dir=cache).close()
     before = files_of(cache)
-    assert len(before) == 16
+    assert len(before) == 24
     total = 0
     for rank in range(num_ranks):
         with FeaturePartition.load(store, rank, num_ranks, cache) as partition:
@@ -141,7 +141,7 @@ def test_only_changed_shards_are_built_again(store: FeatureStore, cache: Path, m
         assert np.array_equal(partition.lookup(rows.keys_N[1:]).features_UD, rows.features_ND[1:])
     after = files_of(cache)
     assert {name: after[name] for name in before} == before
-    assert len(after) == len(before) + 2
+    assert len(after) == len(before) + 3
 
 
 def test_an_open_partition_keeps_its_snapshot(store: FeatureStore, cache: Path, make_rows) -> None:
@@ -164,9 +164,10 @@ def test_an_open_partition_keeps_its_snapshot(store: FeatureStore, cache: Path, 
 @pytest.mark.parametrize(
     ("suffix", "damage"),
     [
-        *[(suffix, damage) for suffix in ("rows.bin", "keys.npy") for damage in ("shorter", "empty", "gone")],
+        *[(suffix, damage) for suffix in ("rows.bin", "keys.npy", "json") for damage in ("shorter", "empty", "gone")],
         ("rows.bin", "longer"),
         ("keys.npy", "another key"),
+        ("json", "another header"),
         ("keys.npy", "another header"),
     ],
 )
@@ -193,6 +194,26 @@ def test_damaged_cache_files_are_built_again(
     with FeaturePartition.load(store, cache_dir=cache) as partition:
         assert np.array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
     assert victim.read_bytes() == whole
+
+
+def test_rows_damaged_by_a_power_cut_are_found_after_the_restart(
+    store: FeatureStore, cache: Path, make_rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(100, store.info)
+    store.put(rows)
+    FeaturePartition.load(store, cache_dir=cache).close()
+    before = files_of(cache)
+    victim = next(cache.glob("shard-0003-*.rows.bin"))
+    whole = victim.read_bytes()
+    victim.write_bytes(bytes(len(whole)))  # the size is right
+    monkeypatch.setattr("featurestore.cache._boot_id", lambda: "the next start")
+    for _ in range(2):
+        with FeaturePartition.load(store, cache_dir=cache) as partition:
+            assert np.array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
+        assert victim.read_bytes() == whole
+    intact = {name: time for name, time in before.items() if name.endswith("bin") and "0003" not in name}
+    assert {name: files_of(cache)[name] for name in intact} == intact
+    assert all('"the next start"' in path.read_text() for path in cache.glob("*.json"))
 
 
 def test_an_empty_store_serves_nothing(store: FeatureStore, cache: Path) -> None:
@@ -230,7 +251,7 @@ def test_processes_may_build_one_cache_at_once(store: FeatureStore, cache: Path,
     for process in processes:
         process.join(60)
     assert found == [rows.features_ND.tobytes()] * 4
-    assert len(list(cache.iterdir())) == 16
+    assert len(list(cache.iterdir())) == 24
 
 
 def test_wrong_arguments_are_named(store: FeatureStore, cache: Path, tmp_path: Path, make_rows) -> None:
