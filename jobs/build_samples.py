@@ -6,7 +6,7 @@ import typer
 
 from pipeline.cluster import connect
 from pipeline.errors import PipelineError
-from pipeline.samples import SampleOptions, build_samples
+from pipeline.samples.build import SampleOptions, build_samples
 
 EXAMPLES = """Examples:
 

@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from jobs.make_demo_data import app
-from pipeline.logs import BEHAVIORS, IMPRESSIONS, find_pieces
+from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, find_pieces
 
 JOB = Path(__file__).parents[2] / "jobs" / "make_demo_data.py"
 TINY = ["--items", "40", "--users", "60", "--days", "5"]

@@ -18,10 +18,10 @@ import pytest
 from distributed import Client, LocalCluster
 
 from featurestore.keys import key_of_uri
-from pipeline import logs as logs_module
 from pipeline.errors import SampleError
-from pipeline.publish import replaced_folder
-from pipeline.samples import SampleOptions, _run, build_samples
+from pipeline.samples import logs as logs_module
+from pipeline.samples.build import SampleOptions, _run, build_samples
+from pipeline.samples.publish import replaced_folder
 
 Row = dict[str, Any]
 
@@ -387,7 +387,7 @@ def test_rerun_replaces_everything(build, tmp_path):
 
 def test_failed_run_leaves_the_old_samples_and_nothing_else(build, tmp_path, monkeypatch):
     rows, _ = build([shown(0)], [done(0)])
-    monkeypatch.setattr("pipeline.samples.summarise", lambda *_: 1 / 0)
+    monkeypatch.setattr("pipeline.samples.build.summarise", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build([shown(DAY_S)], [done(0)])
     assert read(tmp_path / "samples") == rows
@@ -395,7 +395,7 @@ def test_failed_run_leaves_the_old_samples_and_nothing_else(build, tmp_path, mon
 
 
 def test_folder_of_something_else_is_not_replaced(build, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.samples._shuffle", lambda *_: pytest.fail("worked before it looked"))
+    monkeypatch.setattr("pipeline.samples.build._shuffle", lambda *_: pytest.fail("worked before it looked"))
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "thesis.txt").write_text("years of work")
     with pytest.raises(SampleError, match="samples has files that are no samples"):

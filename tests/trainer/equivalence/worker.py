@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from featurestore.partition import FeaturePartition
 from scenarios import OPTIM, SCENARIOS, SCHEMA, SEED, Scenario, batch_of, slice_of_rank, steps
 
 from featurestore import FeatureStore
+from featurestore.partition import FeaturePartition
 from trainer.comm import Comm, connect
 from trainer.errors import DataError
 from trainer.step import Engine

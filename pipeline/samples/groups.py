@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.logs import MICROSECONDS, Columns
+from pipeline.samples.logs import MICROSECONDS, Columns
 
 Int64Array = npt.NDArray[np.int64]
 

@@ -1,8 +1,8 @@
 """From impression and behaviour logs to sample groups, over Dask.
 
-Three steps, each a task per part: the logs are shuffled by user into buckets (pipeline.shuffle), each bucket's groups
-are made (pipeline.groups), and the groups of some hours of all buckets become one sorted file (pipeline.sample_files).
-All of it happens in a folder beside the samples, which takes their place in the end (pipeline.publish).
+Three steps, each a task per part: the logs are shuffled by user into buckets (shuffle), each bucket's groups are made
+(groups), and the groups of some hours of all buckets become one sorted file (files). All of it happens in a folder
+beside the samples, which takes their place in the end (publish).
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 from distributed import Client, KilledWorker, as_completed
 
 from pipeline.errors import SampleError
-from pipeline.groups import GroupRules
-from pipeline.logs import BEHAVIORS, IMPRESSIONS, Piece, find_pieces
 from pipeline.progress import progress
-from pipeline.publish import MARK, replaced_folder
-from pipeline.sample_files import Grouped, Written, group_bucket, plan_files, write_file
-from pipeline.sample_summary import summarise
-from pipeline.shuffle import Shuffled, shuffle_piece, write_quarantine
+from pipeline.samples.files import Grouped, Written, group_bucket, plan_files, write_file
+from pipeline.samples.groups import GroupRules
+from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, Piece, find_pieces
+from pipeline.samples.publish import MARK, replaced_folder
+from pipeline.samples.shuffle import Shuffled, shuffle_piece, write_quarantine
+from pipeline.samples.summary import summarise
 
 Result = TypeVar("Result")
 
@@ -56,7 +56,7 @@ def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
     """Makes `options.samples` anew and returns its summary, which stands in its summary.json as well.
 
     Reads `impressions/*.parquet` and `behaviors/*.parquet` below `options.logs`, a folder or an address; the samples'
-    folder must be on a disk that all workers see. A row per group of pipeline.groups.make_groups, in the files
+    folder must be on a disk that all workers see. A row per group of pipeline.samples.groups.make_groups, in the files
     `train/day=*.parquet` and `test/day=*.parquet` by the day (UTC) of the group's first impression, sorted by
     timestamp, user and session; equal logs give equal files, whatever the cluster and `partitions`. Bad rows are
     counted and kept in quarantine.parquet. Raises SampleError when there is nothing to make samples from.

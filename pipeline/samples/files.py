@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.groups import GroupRules, Groups, make_groups
-from pipeline.logs import BEHAVIORS, IMPRESSIONS, MICROSECONDS
-from pipeline.shuffle import read_batch, read_bucket, write_batches
+from pipeline.samples.groups import GroupRules, Groups, make_groups
+from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, MICROSECONDS
+from pipeline.samples.shuffle import read_batch, read_bucket, write_batches
 
 HOUR_S = 3_600
 HOURS_PER_DAY = 24

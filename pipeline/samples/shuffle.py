@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featurestore.keys import splitmix64
-from pipeline.logs import BEHAVIORS, Columns, Piece, read_piece
+from pipeline.samples.logs import BEHAVIORS, Columns, Piece, read_piece
 
 _QUARANTINE_TYPES: dict[str, pa.DataType] = {
     "log": pa.string(),

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.sample_files import FORMAT, Grouped, Written
-from pipeline.shuffle import Shuffled
+from pipeline.samples.files import FORMAT, Grouped, Written
+from pipeline.samples.shuffle import Shuffled
 
 
 def summarise(

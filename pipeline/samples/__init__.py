@@ -1,0 +1,1 @@
+"""Click logs to sample groups: one row per user and session, image keys in place of images."""
