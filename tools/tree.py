@@ -24,12 +24,13 @@ def listed_files() -> list[Path]:
 
 
 def summary_of(path: Path) -> str:
-    """The first line that the file says about itself; empty for an empty file."""
+    """The first sentence of the first line that the file says about itself; empty for an empty file."""
     text = (ROOT / path).read_text(encoding="utf-8")
     if path.suffix == ".py":
-        return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
-    comments = [line[2:] for line in text.splitlines() if line.startswith("# ")]
-    return comments[0] if comments else ""
+        line = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    else:
+        line = next((line[2:] for line in text.splitlines() if line.startswith("# ")), "")
+    return line.partition(". ")[0].rstrip(".")
 
 
 def tree() -> str:

@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 from torchvision.models import vgg16
 
+from featurestore import FeaturePartition
 from featurestore.errors import SpecMismatchError
 from featurestore.keys import key_of_uri
 from featurestore.rows import to_float32
+from featurestore.storage import Storage
 from featurestore.store import FeatureStore
 from pipeline.backbone import backbone
 from pipeline.decode import preset
@@ -210,3 +212,20 @@ def test_results_come_in_order_and_not_too_far_ahead():
     time.sleep(0.1)
     assert len(started) <= 7
     assert list(results) == [item * item for item in range(1, 50)]
+
+
+def test_images_and_store_on_s3_give_what_a_disk_gives(client, run, photos, tmp_path, s3_url):
+    for path in photos.iterdir():
+        Storage(f"{s3_url}/photos").write_bytes(path.name, path.read_bytes())
+    run(photos)
+    options = ExtractOptions(
+        f"{s3_url}/photos", f"{s3_url}/features", "random:0", "float32", compute_dtype="float32", num_shards=4
+    )
+    assert extract(options, client).num_computed == 4
+    assert extract(options, client).num_present == 4
+    keys = [key_of_uri(path.name) for path in photos.iterdir()]
+    with (
+        FeaturePartition.load(f"{s3_url}/features", cache_dir=tmp_path / "s3") as remote,
+        FeaturePartition.load(tmp_path / "features", cache_dir=tmp_path / "disk") as local,
+    ):
+        np.testing.assert_array_equal(remote.lookup(keys).features_UD, local.lookup(keys).features_UD)
