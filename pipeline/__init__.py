@@ -1,0 +1,1 @@
+"""Dask jobs: images to features, click logs to samples, demo data."""

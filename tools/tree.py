@@ -17,14 +17,17 @@ SUFFIXES = (".py", ".sh", ".yaml", ".txt")
 
 
 def listed_files() -> list[Path]:
-    """Tracked files of the project's folders that say what they are for, relative to the root."""
+    """Tracked files of the project's folders, relative to the root. Ends the run when one does not say what it is for."""
     listing = subprocess.run(["git", "ls-files", *FOLDERS], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    paths = [Path(line) for line in listing.splitlines()]
-    return [path for path in paths if path.suffix in SUFFIXES and summary_of(path)]
+    paths = [path for line in listing.splitlines() if (path := Path(line)).suffix in SUFFIXES]
+    silent = [str(path) for path in paths if not summary_of(path)]
+    if silent:
+        sys.exit(f"these files need a first line that says what they are for: {', '.join(silent)}")
+    return paths
 
 
 def summary_of(path: Path) -> str:
-    """The first sentence of the first line that the file says about itself; empty for an empty file."""
+    """The first sentence of the first line that the file says about itself."""
     text = (ROOT / path).read_text(encoding="utf-8")
     if path.suffix == ".py":
         line = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]

@@ -1,0 +1,1 @@
+"""Training over ranks that are workers and servers at once."""

@@ -1,3 +1,5 @@
+"""python -m featurestore as a person types it: what it prints, its exit codes, its errors."""
+
 import subprocess
 import sys
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Keys, shards and owners: known values, ranges, and that no rank or shard is favoured."""
+
 import numpy as np
 import pytest
 from hypothesis import given

@@ -1,3 +1,5 @@
+"""One rank's partition: the right row or none, missing keys, caches that are shared, damaged or out of date."""
+
 import multiprocessing
 import os
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""The package shows exactly the promised names, and importing it is quick and silent."""
+
 import inspect
 import pickle
 

@@ -1,3 +1,5 @@
+"""Rows in memory: rounding to bfloat16, and every kind of rows that a store refuses."""
+
 from dataclasses import replace
 
 import numpy as np

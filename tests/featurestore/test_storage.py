@@ -1,3 +1,5 @@
+"""The door to files on a disk, in memory and on S3: whole files, exclusive creation, translated errors."""
+
 import errno
 import os
 import pickle

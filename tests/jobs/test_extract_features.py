@@ -1,3 +1,5 @@
+"""The job as a person types it: what it prints, its exit codes, its errors."""
+
 import contextlib
 import subprocess
 import sys

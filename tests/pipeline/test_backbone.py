@@ -1,3 +1,5 @@
+"""The frozen network: equal to torchvision's, its weights' three sources, its digest."""
+
 import os
 import pickle
 import urllib.error

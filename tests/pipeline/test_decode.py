@@ -1,3 +1,5 @@
+"""Every odd image is decoded as torchvision would, or refused with its reason."""
+
 import io
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""Images to rows: equal to torchvision's forward, bad and equal images told apart, nothing computed twice."""
+
 import shutil
 import threading
 import time

@@ -1,3 +1,5 @@
+"""What an extraction plans: new, changed and equal images, parts that stay the same when it runs again."""
+
 import pytest
 
 from featurestore.errors import KeyCollisionError

@@ -1,3 +1,5 @@
+"""Folders, addresses and tables of images: keys, tags, order, and every mistake in a table."""
+
 import os
 
 import fsspec
