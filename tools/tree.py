@@ -17,7 +17,7 @@ SUFFIXES = (".py", ".sh", ".yaml", ".txt")
 
 
 def listed_files() -> list[Path]:
-    """Tracked files of the project's folders, relative to the root. Ends the run when one does not say what it is for."""
+    """Tracked files, relative to the root. Ends the run when one does not say what it is for."""
     listing = subprocess.run(["git", "ls-files", *FOLDERS], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     paths = [path for line in listing.splitlines() if (path := Path(line)).suffix in SUFFIXES]
     silent = [str(path) for path in paths if not summary_of(path)]
