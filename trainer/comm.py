@@ -4,15 +4,17 @@ A collective has a fixed name per kind, so that exchanges of two kinds may be un
 same collectives in the same order within a kind, also with zero rows.
 """
 
+import contextlib
 import math
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from trainer.errors import RemoteRankError
+from trainer.errors import LostRankError, RemoteRankError
 
 Object = TypeVar("Object")
 
@@ -106,22 +108,26 @@ class HorovodComm(Comm):
     def __init__(self) -> None:
         super().__init__()
         import horovod.torch as hvd
+        from horovod.common.exceptions import HorovodInternalError
 
-        hvd.init()
         self._hvd: Any = hvd
+        self._internal_error: type[Exception] = HorovodInternalError
+        hvd.init()
         self.rank, self.size = hvd.rank(), hvd.size()
 
     def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
         if splits_P.dtype != torch.int32 or int(splits_P.sum()) != len(rows_N):
             raise ValueError(f"{name}: splits {splits_P.tolist()} ({splits_P.dtype}) do not cut {len(rows_N)} rows")
-        received, counts_P = self._hvd.alltoall(rows_N.contiguous(), splits_P, name=f"alltoall.{name}")
+        with self._collective(name):
+            received, counts_P = self._hvd.alltoall(rows_N.contiguous(), splits_P, name=f"alltoall.{name}")
         row_bytes = rows_N.element_size() * math.prod(rows_N.shape[1:])
         self.bytes_sent += row_bytes * (len(rows_N) - int(splits_P[self.rank]))
         self.bytes_received += row_bytes * (len(received) - int(counts_P[self.rank]))
         return received, counts_P
 
     def allreduce_sum_(self, values: Tensor, name: str) -> Tensor:
-        self._hvd.allreduce_(values, op=self._hvd.Sum, name=f"allreduce.{name}")
+        with self._collective(name):
+            self._hvd.allreduce_(values, op=self._hvd.Sum, name=f"allreduce.{name}")
         # A ring sends and receives every element twice, but for the part that a rank reduces itself.
         ring_bytes = 2 * values.nbytes * (self.size - 1) // self.size
         self.bytes_sent += ring_bytes
@@ -129,24 +135,38 @@ class HorovodComm(Comm):
         return values
 
     def allgather(self, rows_N: Tensor, name: str) -> Tensor:
-        gathered: Tensor = self._hvd.allgather(rows_N.contiguous(), name=f"allgather.{name}")
+        with self._collective(name):
+            gathered: Tensor = self._hvd.allgather(rows_N.contiguous(), name=f"allgather.{name}")
         self.bytes_sent += rows_N.nbytes * (self.size - 1)
         self.bytes_received += gathered.nbytes - rows_N.nbytes
         return gathered
 
     def allgather_object(self, value: Object, name: str = "objects") -> list[Object]:
-        values: list[Object] = self._hvd.allgather_object(value, name=f"allgather_object.{name}")
+        with self._collective(name):
+            values: list[Object] = self._hvd.allgather_object(value, name=f"allgather_object.{name}")
         return values
 
     def broadcast_object(self, value: Object, root: int = 0) -> Object:
-        result: Object = self._hvd.broadcast_object(value, root_rank=root, name="broadcast_object")
+        with self._collective("broadcast_object"):
+            result: Object = self._hvd.broadcast_object(value, root_rank=root, name="broadcast_object")
         return result
 
     def barrier(self) -> None:
-        self._hvd.barrier()
+        with self._collective("barrier"):
+            self._hvd.barrier()
 
     def close(self) -> None:
         self._hvd.shutdown()
+
+    @contextlib.contextmanager
+    def _collective(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except self._internal_error as error:
+            raise LostRankError(
+                f"rank {self.rank} lost another rank in the middle of collective {name}; "
+                "start again with run.resume=latest and the run's name"
+            ) from error
 
 
 def connect() -> Comm:

@@ -5,7 +5,8 @@ TrainerError
 ├── SchemaError       the schema of the samples contradicts itself or the model
 ├── DataError         a sample file or a value in it cannot be used
 ├── CheckpointError   a checkpoint is missing, damaged, or of another run
-└── RemoteRankError   another rank failed; the text is its error
+├── RemoteRankError   another rank failed; the text is its error
+└── LostRankError     another rank is gone, or out of reach
 """
 
 
@@ -39,3 +40,7 @@ class RemoteRankError(TrainerError):
 
     def __str__(self) -> str:
         return f"rank {self.rank} failed: {self.text}"
+
+
+class LostRankError(TrainerError):
+    """Another rank died or is out of reach in the middle of a collective."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trainer.config import Config, load_config
-from trainer.errors import ConfigError, RemoteRankError, SchemaError, TrainerError
+from trainer.errors import ConfigError, LostRankError, RemoteRankError, SchemaError, TrainerError
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
@@ -114,7 +114,7 @@ def _guarded(loaded: "Config | ConfigError", comm: "Comm") -> int:
     except StoppedError:
         return STOPPED
     except (TrainerError, FeatureStoreError) as failure:
-        if comm.rank == 0:
+        if comm.rank == 0 or isinstance(failure, LostRankError):  # rank 0 may be the one that is gone
             _tell(failure)
         else:
             time.sleep(_GRACE_S)

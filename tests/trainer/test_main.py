@@ -334,6 +334,7 @@ class TestEnds:
         assert endless.returncode != 0
         assert time.monotonic() - start < 30
         assert f"Process {victim} exit with status code" in output
+        assert f"error: rank {1 - victim} lost another rank" in output
         _, alive = psutil.wait_procs(ranks, timeout=10)
         assert alive == []
 
