@@ -17,7 +17,7 @@ python jobs/make_demo_data.py --small --out /tmp/demo --seed 7
 python jobs/make_demo_data.py --images photos --labels photos.csv --out data/demo-photos
 """
 DEFAULT = DemoOptions(Path("data"))
-SMALL = {"items": 200, "users": 400}
+SMALL = {"items": 200, "users": 1500}
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 

@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.demo import truth
-from pipeline.demo.browse import match_of
 from pipeline.demo.catalogue import Catalogue, FloatArray, IntArray
 from pipeline.demo.people import NUM_GENDERS, People
 
@@ -124,7 +123,9 @@ def _raw_parts(
     scene_C = rng.normal(size=truth.NUM_SCENES + 1)
     user_N, item_N = shown.user_N, shown.item_N
     return {
-        "match": match_of(catalogue, people)[user_N, item_N],
+        "match": np.einsum(
+            "nk,nk->n", people.taste_UDK[user_N, shown.day_N + truth.HISTORY_DAYS], catalogue.look_IK[item_N]
+        ),
         "trend": trend_EI[people.gender_U[user_N] - 1, item_N],
         "mood": people.mood_UD[user_N, shown.day_N + truth.HISTORY_DAYS],
         "category": people.category_taste_UC[user_N, catalogue.category_I[item_N]],

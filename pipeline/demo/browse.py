@@ -20,9 +20,9 @@ class Behaviors:
     dwell_s_N: FloatArray
 
 
-def match_of(catalogue: Catalogue, people: People) -> FloatArray:
-    """How well each picture fits each user's taste (U, I), standard deviation 1 over all pairs."""
-    match_UI: FloatArray = people.taste_UK @ catalogue.look_IK.T
+def match_of(catalogue: Catalogue, taste_UK: FloatArray) -> FloatArray:
+    """How well each picture fits each taste (U, I), standard deviation 1 over all pairs."""
+    match_UI: FloatArray = taste_UK @ catalogue.look_IK.T
     return match_UI / max(float(match_UI.std()), 1e-12)
 
 
@@ -37,15 +37,19 @@ def browse(
 ) -> Behaviors:
     """Organic clicks of the history and of every day of the log; never on an item that is new on the last day."""
     rng = np.random.default_rng([seed, 5])
-    steady_UI = truth.BROWSE_MATCH * match_of(catalogue, people) + truth.BROWSE_POPULARITY * popularity_I
-    steady_UI += truth.BROWSE_CATEGORY * people.category_taste_UC[:, catalogue.category_I]
-    mood_UD, vivid_I = people.mood_UD, catalogue.look_IK[:, catalogue.vivid]
+    steady_UI = (
+        truth.BROWSE_POPULARITY * popularity_I
+        + truth.BROWSE_CATEGORY * people.category_taste_UC[:, catalogue.category_I]
+    )
+    vivid_I = catalogue.look_IK[:, catalogue.vivid]
     days: list[Behaviors] = []
     for day in range(-truth.HISTORY_DAYS, num_days):
         live_L = np.flatnonzero(launch_day_I <= min(day, num_days - 2))
         user_N = np.repeat(np.arange(people.num_users), rng.poisson(people.browsing_U / truth.HISTORY_DAYS))
-        mood_U = truth.BROWSE_MOOD * mood_UD[:, day + truth.HISTORY_DAYS]
-        wanted_N = live_L[_draw_columns(rng, steady_UI[:, live_L] + mood_U[:, None] * vivid_I[live_L], user_N)]
+        today = day + truth.HISTORY_DAYS
+        score_UI = steady_UI + truth.BROWSE_MATCH * match_of(catalogue, people.taste_UDK[:, today])
+        score_UI += truth.BROWSE_MOOD * people.mood_UD[:, today, None] * vivid_I
+        wanted_N = live_L[_draw_columns(rng, score_UI[:, live_L], user_N)]
         any_N = live_L[rng.integers(len(live_L), size=len(user_N))]
         accident_N = rng.random(len(user_N)) < truth.ACCIDENT_SHARE
         time_N = start_s + day * truth.DAY_S + rng.integers(7 * 3600, truth.DAY_S, size=len(user_N))

@@ -35,7 +35,7 @@ class DemoOptions:
 
     out: Path
     items: int = 1400
-    users: int = 3000
+    users: int = 8000
     days: int = 19
     seed: int = 0
     images: Path | None = None

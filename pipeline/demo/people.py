@@ -9,8 +9,6 @@ from pipeline.demo.catalogue import Catalogue, FloatArray, IntArray
 
 NUM_AGES = 5
 NUM_GENDERS = 2
-MOOD_MEMORY = 0.8  # correlation of a user's mood from one day to the next
-SEGMENT_SHARE = 0.3  # share of a taste's variance that is common to users of one age and gender
 SHARE_WITHOUT_CLICKS = 0.06
 SHARE_LATE = 0.25
 
@@ -21,7 +19,7 @@ class People:
 
     age_U: IntArray  # 1 .. NUM_AGES
     gender_U: IntArray  # 1 .. NUM_GENDERS
-    taste_UK: FloatArray  # length 1: which looks, not how much
+    taste_UDK: FloatArray  # length 1: which looks please on that day, not how much
     category_taste_UC: FloatArray
     mood_UD: FloatArray  # how much vivid things please today
     activity_U: FloatArray  # plain readiness to click
@@ -43,19 +41,25 @@ def make_people(catalogue: Catalogue, num_users: int, history_days: int, log_day
     num_attributes = catalogue.look_IK.shape[1]
     segment_SK = rng.normal(size=(NUM_AGES * NUM_GENDERS, num_attributes))
     segment_U = (age_U - 1) * NUM_GENDERS + gender_U - 1
-    own_UK = rng.normal(size=(num_users, num_attributes))
-    taste_UK = np.sqrt(SEGMENT_SHARE) * segment_SK[segment_U] + np.sqrt(1 - SEGMENT_SHARE) * own_UK
-    taste_UK *= catalogue.weight_K
-    taste_UK /= np.linalg.norm(taste_UK, axis=1, keepdims=True)
+    num_days = history_days + log_days
+    constant_UDK = np.sqrt(truth.SEGMENT_SHARE) * segment_SK[segment_U][:, None] + np.sqrt(
+        truth.LASTING_SHARE
+    ) * rng.normal(size=(num_users, 1, num_attributes))
+    passing_UDK = _wander(rng, (num_users, num_days, num_attributes), truth.TASTE_MEMORY)
+    taste_UDK = constant_UDK + np.sqrt(1 - truth.SEGMENT_SHARE - truth.LASTING_SHARE) * passing_UDK
+    taste_UDK *= catalogue.weight_K
+    taste_UDK /= np.linalg.norm(taste_UDK, axis=2, keepdims=True)
+    level_U1 = rng.normal(size=(num_users, 1))
+    mood_UD = np.sqrt(0.5) * (level_U1 + _wander(rng, (num_users, num_days), truth.MOOD_MEMORY))
     browsing_U = np.clip(rng.lognormal(mean=np.log(18), sigma=0.7, size=num_users), 1, 60)
     browsing_U[rng.random(num_users) < SHARE_WITHOUT_CLICKS] = 0
     late_U = rng.random(num_users) < SHARE_LATE
     return People(
         age_U=age_U,
         gender_U=gender_U,
-        taste_UK=taste_UK,
+        taste_UDK=taste_UDK,
         category_taste_UC=rng.normal(size=(num_users, len(catalogue.category_names))),
-        mood_UD=_moods(rng, num_users, history_days + log_days),
+        mood_UD=mood_UD,
         activity_U=rng.normal(size=num_users),
         browsing_U=browsing_U,
         sessions_U=np.clip(
@@ -65,13 +69,9 @@ def make_people(catalogue: Catalogue, num_users: int, history_days: int, log_day
     )
 
 
-def _moods(rng: np.random.Generator, num_users: int, num_days: int) -> FloatArray:
-    """A first-order autoregression per user around the user's own level; variance 1, half of it between users."""
-    steps_UD = rng.normal(size=(num_users, num_days))
-    wave_UD = np.empty_like(steps_UD)
-    wave_UD[:, 0] = steps_UD[:, 0]
-    for day in range(1, num_days):
-        wave_UD[:, day] = MOOD_MEMORY * wave_UD[:, day - 1] + np.sqrt(1 - MOOD_MEMORY**2) * steps_UD[:, day]
-    level_U = rng.normal(size=num_users)
-    mood_UD: FloatArray = np.sqrt(0.5) * (wave_UD + level_U[:, None])
-    return mood_UD
+def _wander(rng: np.random.Generator, shape: tuple[int, ...], memory: float) -> FloatArray:
+    """A first-order autoregression along axis 1, the days: variance 1, correlation `memory` from day to day."""
+    wave = rng.normal(size=shape)
+    for day in range(1, shape[1]):
+        wave[:, day] = memory * wave[:, day - 1] + np.sqrt(1 - memory**2) * wave[:, day]
+    return wave

@@ -17,7 +17,7 @@ NEW_AD_SHARE = 0.10  # share of the last day's impressions that show them
 LOGIT_PARTS = {
     "match": 1.5,
     "trend": 0.7,
-    "mood": 0.6,
+    "mood": 0.9,
     "category": 0.6,
     "popularity": 0.4,
     "activity": 0.3,
@@ -25,7 +25,7 @@ LOGIT_PARTS = {
     "noise": 0.3,
 }
 WHERE = {
-    "match": "pixels of the ad and of the behaviours together: the user's taste meets the picture's look",
+    "match": "pixels of the ad and of the behaviours together: the user's taste of that day meets the picture's look",
     "trend": "pixels of the ad: looks that everybody, or one gender, likes this season",
     "mood": "pixels of the behaviours: people who look at vivid things just now click more",
     "category": "IDs: the user's taste for categories",
@@ -43,12 +43,18 @@ PIXEL_PARTS = ("match", "trend", "mood")
 ID_PARTS = ("category", "popularity", "activity", "scene")
 
 # Organic clicks: an item is drawn with probability softmax(sum of these times the standardised part).
-BROWSE_MATCH = 1.6
-BROWSE_MOOD = 0.8
+BROWSE_MATCH = 2.2
+BROWSE_MOOD = 1.5
 BROWSE_CATEGORY = 0.7
 BROWSE_POPULARITY = 0.3
 ACCIDENT_SHARE = 0.2  # of the organic clicks: on anything, and short
 
 # Sessions with ads per user and day are log-normal: many see few ads, so a user's id alone says little of the taste.
-SESSIONS = 0.35  # median
+SESSIONS = 0.15  # median
 SESSIONS_SIGMA = 0.7
+
+# A taste is made of three independent parts; the shares are of its variance, what is left over passes.
+SEGMENT_SHARE = 0.1  # common to the users of one age and gender
+LASTING_SHARE = 0.3  # the user's own, for ever
+TASTE_MEMORY = 0.93  # correlation of the passing part from one day to the next
+MOOD_MEMORY = 0.8  # the same of the passing half of a mood
