@@ -25,11 +25,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 @app.command(epilog=EXAMPLES)
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write: images, logs and demo.json.")] = DEFAULT.out,
-    items: Annotated[
-        int | None, typer.Option(min=20, help=f"Clothes to draw.  [default: {DEFAULT.items}]", show_default=False)
-    ] = None,
+    items: Annotated[int | None, typer.Option(min=20, help="Clothes to draw.", show_default=str(DEFAULT.items))] = None,
     users: Annotated[
-        int | None, typer.Option(min=10, help=f"People to simulate.  [default: {DEFAULT.users}]", show_default=False)
+        int | None, typer.Option(min=10, help="People to simulate.", show_default=str(DEFAULT.users))
     ] = None,
     days: Annotated[int, typer.Option(min=2, max=366, help="Days of the log; the last is the test day.")] = 19,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes.")] = 0,
