@@ -19,7 +19,7 @@ def test_preset_names_every_setting() -> None:
 def test_preset_has_the_papers_model_and_rates() -> None:
     config = load_config()
     assert (config.train.lr, config.train.lr_gamma, config.train.lr_every) == (0.001, 0.9, 24_000)
-    assert (config.train.epochs, config.model.mlp, config.model.embed_hidden) == (3, [200, 80], [256, 64])
+    assert (config.train.epochs, config.model.mlp, config.model.embed_hidden) == (2, [200, 80], [256, 64])
     assert (config.model.id_width, config.model.visual_width, config.model.images) == (12, 12, "both")
 
 
