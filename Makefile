@@ -6,8 +6,8 @@ DEMO_DIR ?= data/demo
 DEMO_ARGS ?=
 BENCH_DIR ?= data/bench
 PACKAGES := featurestore pipeline trainer jobs benchmarks
-# The tests bring their own processes; threads of BLAS on top of them only fight for the cores.
-TEST_ENV := PATH="$(abspath $(BIN)):$$PATH"
+# horovodrun and dask-submit are looked for on the path.
+ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow lint format bench clean
@@ -21,13 +21,13 @@ $(INSTALLED): setup.cfg pyproject.toml tools/install.sh tools/build_horovod.sh t
 	tools/install.sh $(VENV)
 
 demo: $(INSTALLED) ## Draw images, extract, build samples, train four models under horovodrun -np 2, print a table
-	$(TEST_ENV) $(BIN)/python tools/demo.py --dir $(DEMO_DIR) $(DEMO_ARGS)
+	$(ON_PATH) $(BIN)/python tools/demo.py --dir $(DEMO_DIR) $(DEMO_ARGS)
 
 test: $(INSTALLED) ## Run the tests, multi-rank ones under horovodrun included
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow"
+	$(ON_PATH) $(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(INSTALLED) ## Run the tests that take minutes (eight ranks)
-	$(TEST_ENV) $(BIN)/python -m pytest -m slow
+	$(ON_PATH) $(BIN)/python -m pytest -m slow
 
 lint: $(INSTALLED) ## Check style, types, import rules and the tree in the README
 	$(BIN)/ruff check .
@@ -44,8 +44,8 @@ format: $(INSTALLED) ## Rewrite the sources in the project's style, and the tree
 
 bench: $(INSTALLED) ## Run the benchmarks; the figures go to data/bench/*.json
 	mkdir -p $(BENCH_DIR)
-	$(TEST_ENV) $(BIN)/python -m benchmarks.store --json $(BENCH_DIR)/store.json
-	$(TEST_ENV) $(BIN)/python -m benchmarks.extract --json $(BENCH_DIR)/extract.json
+	$(ON_PATH) $(BIN)/python -m benchmarks.store --json $(BENCH_DIR)/store.json
+	$(ON_PATH) $(BIN)/python -m benchmarks.extract --json $(BENCH_DIR)/extract.json
 
 clean: ## Remove the virtual environment, the caches and the demo; features and runs of your own stay
 	rm -rf $(VENV) $(DEMO_DIR) $(BENCH_DIR) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,11 +1,12 @@
 """The whole chain on drawn clothes or your own photographs: data, features, samples, four trainings, one table.
 
-Every step is a command that a person could type; it is printed before it runs. What a step has finished is kept,
-so a second call goes on where the first one stopped.
+Every step is a command that a person could type; it is printed before it runs. A second call keeps the images and their
+features, and makes the samples and the trainings anew.
 """
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {"none": "IDs only", "ad": "+ ad image", "behavior": "+ behaviour images", "both": "+ both"}
 METRICS = {"auc": "AUC", "gauc": "GAUC", "new_ad_auc": "AUC, new ads", "logloss": "log loss"}
 EXAMPLES = """
@@ -45,28 +47,21 @@ def run_step(title: str, command: Sequence[str | Path]) -> None:
     console.print(f"({time.monotonic() - started:.0f} s)", style="dim")
 
 
-def run_jobs(place: Path, seed: int, small: bool, images: Path | None, labels: Path | None) -> None:
+def run_jobs(place: Path, seed: int, small: bool, force: bool, images: Path | None, labels: Path | None) -> None:
     """Makes the demo data, the feature store and the samples under `place`."""
-    data: list[str | Path] = ["jobs/make_demo_data.py", "--out", place, "--seed", str(seed)]
-    if small:
-        data.append("--small")
-    if images:
-        data += ["--images", images]
-    if labels:
-        data += ["--labels", labels]
+    data: list[str | Path] = [ROOT / "jobs/make_demo_data.py", "--out", place, "--seed", str(seed)]
+    data += ["--small"] if small else []
+    data += ["--force"] if force else []
+    data += ["--images", images] if images else []
+    data += ["--labels", labels] if labels else []
     run_step("Demo data", [sys.executable, *data])
-    extract: list[str | Path] = [
-        "jobs/extract_features.py",
-        "--images",
-        images or place / "images",
-        "--store",
-        place / "features",
-    ]
-    run_step(
-        "Features: frozen VGG16 once per image", ["dask-submit", "-n", "1", *extract, "--weights", f"random:{seed}"]
-    )
-    samples: list[str | Path] = ["jobs/build_samples.py", "--logs", place / "logs", "--samples", place / "samples"]
-    run_step("Samples: image keys only", ["dask-submit", "-n", "1", *samples])
+    if force:  # features of other images, or of another network, do not mix with these
+        shutil.rmtree(place / "features", ignore_errors=True)
+    submit = ["dask-submit", "-n", "1"]
+    extract: list[str | Path] = [ROOT / "jobs/extract_features.py", "--images", images or place / "images", "--store", place / "features"]
+    run_step("Features: frozen VGG16 once per image", [*submit, *extract, "--weights", f"random:{seed}"])
+    samples: list[str | Path] = [ROOT / "jobs/build_samples.py", "--logs", place / "logs", "--samples", place / "samples"]
+    run_step("Samples: image keys only", [*submit, *samples])
 
 
 def train(place: Path, variant: str, seed: int, ranks: int) -> dict[str, Any]:
@@ -125,10 +120,11 @@ def main(
     small: Annotated[bool, typer.Option("--small", help="A few hundred images: minutes, and noisy metrics.")] = False,
     images: Annotated[Path | None, typer.Option(help="Your photographs, in place of drawn clothes.")] = None,
     labels: Annotated[Path | None, typer.Option(help="CSV with a label for each photograph.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a demo made with other options.")] = False,
 ) -> None:
     """Show what images add to IDs, end to end, on this machine."""
     started = time.monotonic()
-    run_jobs(place, seed, small, images, labels)
+    run_jobs(place, seed, small, force, images, labels)
     summary = summarise({variant: train(place, variant, seed, ranks) for variant in VARIANTS})
     report = place / "report.json"
     report.write_text(json.dumps(summary, indent=2) + "\n")
