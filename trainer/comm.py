@@ -24,6 +24,8 @@ class Comm(ABC):
 
     rank: int
     size: int
+    moves_cuda_tensors: bool
+    """Whether the collectives take tensors of a GPU."""
 
     def __init__(self) -> None:
         self.bytes_sent = 0
@@ -53,10 +55,6 @@ class Comm(ABC):
         """The value of rank `root`."""
 
     @abstractmethod
-    def barrier(self) -> None:
-        """Waits until every rank is here."""
-
-    @abstractmethod
     def close(self) -> None:
         """Leaves the ranks. Safe to call twice."""
 
@@ -78,7 +76,7 @@ class SoloComm(Comm):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rank, self.size = 0, 1
+        self.rank, self.size, self.moves_cuda_tensors = 0, 1, True
 
     def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
         return rows_N, splits_P
@@ -94,9 +92,6 @@ class SoloComm(Comm):
 
     def broadcast_object(self, value: Object, root: int = 0) -> Object:
         return value
-
-    def barrier(self) -> None:
-        pass
 
     def close(self) -> None:
         pass
@@ -114,6 +109,7 @@ class HorovodComm(Comm):
         self._internal_error: type[Exception] = HorovodInternalError
         hvd.init()
         self.rank, self.size = hvd.rank(), hvd.size()
+        self.moves_cuda_tensors = bool(hvd.nccl_built())
 
     def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
         if splits_P.dtype != torch.int32 or int(splits_P.sum()) != len(rows_N):
@@ -151,10 +147,6 @@ class HorovodComm(Comm):
             result: Object = self._hvd.broadcast_object(value, root_rank=root, name="broadcast_object")
         return result
 
-    def barrier(self) -> None:
-        with self._collective("barrier"):
-            self._hvd.barrier()
-
     def close(self) -> None:
         self._hvd.shutdown()
 
@@ -165,7 +157,7 @@ class HorovodComm(Comm):
         except self._internal_error as error:
             raise LostRankError(
                 f"rank {self.rank} lost another rank in the middle of collective {name}; "
-                "start again with run.resume=latest and the run's name"
+                "start again, with run.resume=latest and the run's name where it has a checkpoint"
             ) from error
 
 

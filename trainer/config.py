@@ -16,13 +16,13 @@ from pydantic import Field, field_validator, model_validator
 from yaml import YAMLError
 
 from trainer.errors import ConfigError
-from trainer.options import ModelConfig, OptimConfig
+from trainer.options import Count, LearningRate, ModelConfig, OptimConfig, RateDecay
 from trainer.validate import Section, validated
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = PRESETS / "dicm.yaml"
 
-Count = Annotated[int, Field(ge=1)]
+Device = Literal["auto", "cpu", "cuda"]
 MissingPolicy = Literal["error", "zeros", "learned"]
 Place = Annotated[str, Field(min_length=1)]
 
@@ -47,8 +47,8 @@ class TrainConfig(Section):
 
     epochs: Count
     max_steps: Count | None
-    lr: Annotated[float, Field(gt=0, le=10)]
-    lr_gamma: Annotated[float, Field(gt=0, le=1)]
+    lr: LearningRate
+    lr_gamma: RateDecay
     lr_every: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     log_every: Count
@@ -69,6 +69,7 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None
     resume: Place | None
     overwrite: bool
+    device: Device
     threads: Count | None
 
     @field_validator("dir")

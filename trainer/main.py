@@ -34,6 +34,12 @@ trainer/presets/dicm.yaml. Exit codes: 0 done, 1 failed, 2 wrong settings, 130 s
 signal after a checkpoint.
 """
 
+MISSING_KEY_ADVICE = """\
+Add the images' features with: python jobs/extract_features.py --store {store}
+(images that it could not read are in the store's quarantine, with the reason of each),
+or train without them: data.missing=zeros, or data.missing=learned for a trained "no image" vector.\
+"""
+
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
@@ -65,7 +71,7 @@ def main(
 def train(config: Config, comm: "Comm") -> None:
     """One run from opening to report; every rank calls it. Raises TrainerError, FeatureStoreError."""
     from trainer import summary
-    from trainer.config import config_digest, save_config
+    from trainer.config import config_digest
     from trainer.progress import Progression
     from trainer.run import claim_folder, open_run
     from trainer.signals import StopSignals
@@ -75,8 +81,6 @@ def train(config: Config, comm: "Comm") -> None:
     with contextlib.closing(open_run(config, comm)) as run, StopSignals() as signals:
         claim_folder(run)
         root = comm.rank == 0
-        if root:
-            save_config(config, run.folder / "config.yaml")
         with Progression(run.folder if root else None, run.engine.num_steps, total_steps(run)) as progress:
             readers = f"{run.train_reader.num_samples:,} training and {run.test_reader.num_samples:,} test samples"
             progress.say(
@@ -84,7 +88,7 @@ def train(config: Config, comm: "Comm") -> None:
             )
             training = Training(run, progress, signals)
             training.fit()
-            training.totals.missing_images = run.partition.missing_count if run.partition else 0
+            training.totals.missing_lookups = run.partition.missing_count if run.partition else 0
             figures = summary.gather(comm, training.totals)
             report = {
                 "name": run.folder.name,
@@ -116,6 +120,8 @@ def _guarded(loaded: "Config | ConfigError", comm: "Comm") -> int:
     except (TrainerError, FeatureStoreError) as failure:
         if comm.rank == 0 or isinstance(failure, LostRankError):  # rank 0 may be the one that is gone
             _tell(failure)
+            if _is_missing_key(failure) and isinstance(loaded, Config):
+                print(MISSING_KEY_ADVICE.format(store=loaded.data.store), file=sys.stderr, flush=True)
         else:
             time.sleep(_GRACE_S)
         return USAGE if isinstance(failure, ConfigError | SchemaError) else FAILED
@@ -124,6 +130,14 @@ def _guarded(loaded: "Config | ConfigError", comm: "Comm") -> int:
 
 # horovodrun ends the other ranks when the first one fails: rank 0 has to be given the time to say why.
 _GRACE_S = 1.0
+
+
+def _is_missing_key(failure: Exception) -> bool:
+    """Whether this rank, or the one whose error was sent here, found an image without a feature."""
+    from featurestore.errors import MissingKeysError
+
+    name = failure.text.partition(":")[0] if isinstance(failure, RemoteRankError) else type(failure).__name__
+    return name == MissingKeysError.__name__
 
 
 def _tell(failure: Exception) -> None:

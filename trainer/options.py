@@ -2,17 +2,19 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
+
+from trainer.validate import Section
 
 ComputeDType = Literal["bfloat16", "float32", "float64"]
 Count = Annotated[int, Field(ge=1)]
+LearningRate = Annotated[float, Field(gt=0, le=10)]
+RateDecay = Annotated[float, Field(gt=0, le=1)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(Section):
     """The DICM: which images, how they are pooled, the widths, the rows of each ID table."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
     images: Literal["none", "ad", "behavior", "both"] = "both"
     """Which images the model sees; their ids are ID fields in all four."""
@@ -23,9 +25,9 @@ class ModelConfig(BaseModel):
     visual_width: Width = 12
     id_width: Width = 12
     """Width of an ID field's vector where the schema names none."""
-    embed_hidden: list[Width] = [256, 64]
+    embed_hidden: list[Width] = Field(default=[256, 64])
     """E's hidden layers."""
-    mlp: Annotated[list[Width], Field(min_length=1)] = [200, 80]
+    mlp: list[Width] = Field(default=[200, 80], min_length=1)
     """Hidden layers of the MLP."""
     attention_hidden: Width = 16
     """Hidden units that weigh a behaviour image against the ad."""
@@ -33,7 +35,7 @@ class ModelConfig(BaseModel):
     """Type of E's matrix products; its weights are float32 all the same."""
     table_shards: Count = 64
     """Shards of every ID table. A checkpoint loads at any number of ranks, but only at its own number of shards."""
-    tables: dict[str, Count] = {}
+    tables: dict[str, Count] = Field(default={})
     """Rows of each ID table, by name; ids are hashed into them, so the number is rounded up to fill every shard."""
 
     @field_validator("table_shards")
@@ -44,13 +46,11 @@ class ModelConfig(BaseModel):
         return value
 
 
-class OptimConfig(BaseModel):
+class OptimConfig(Section):
     """Adam, for dense parameters and, row-wise, for ID tables; every `lr_every` steps `lr` shrinks by `lr_gamma`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
-
-    lr: Annotated[float, Field(gt=0, le=10)] = 0.001
-    lr_gamma: Annotated[float, Field(gt=0, le=1)] = 0.9
+    lr: LearningRate = 0.001
+    lr_gamma: RateDecay = 0.9
     lr_every: Count = 24_000
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999

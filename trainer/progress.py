@@ -12,6 +12,11 @@ from torch.utils.tensorboard import SummaryWriter
 _LINE_EVERY_S = 5.0
 
 
+def figure(value: float) -> str:
+    """Four digits, as 0.0001; from a thousand on all digits before the point, as 11,410."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 class Progression:
     """Rank 0's log of a run of `total` steps. Without a folder (other ranks) it says and writes nothing."""
 
@@ -44,7 +49,7 @@ class Progression:
 
     def step(self, step: int, scalars: Mapping[str, float], log: bool) -> None:
         """After step number `step`; `scalars` go to TensorBoard where `log` says so."""
-        text = "  ".join(f"{name} {value:,.4g}" for name, value in scalars.items())
+        text = "  ".join(f"{name} {figure(value)}" for name, value in scalars.items())
         self._bar.update(self._task, completed=step, text=text)
         if log and self._writer:
             for name, value in scalars.items():

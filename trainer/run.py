@@ -7,7 +7,8 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from trainer.batch import BatchPosition
 from trainer.checkpoint import CheckpointState, Origin
 from trainer.columns import Index, rules_of
 from trainer.comm import Comm
-from trainer.config import Config
+from trainer.config import Config, Device, save_config
 from trainer.data import SampleIndex, SampleReader, distinct_values, open_index
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.schema import Schema, load_schema
@@ -111,15 +112,20 @@ def open_run(config: Config, comm: Comm) -> Run:
 
 
 def claim_folder(run: Run) -> None:
-    """Makes the run's folder, emptied of an earlier run where run.overwrite says so. Called when all else is open."""
+    """Makes the run's folder and writes config.yaml; run.overwrite removes an earlier run.
+
+    Called when all else is open. Raises ConfigError where the folder cannot be written to.
+    """
 
     def claim() -> None:
-        if run.config.run.overwrite:
-            for name in ("checkpoints", "tensorboard"):
-                shutil.rmtree(run.folder / name, ignore_errors=True)
-            for name in ("config.yaml", "report.json"):
-                (run.folder / name).unlink(missing_ok=True)
-        run.folder.mkdir(parents=True, exist_ok=True)
+        with _disk_errors_told(run.config):
+            if run.config.run.overwrite:
+                for name in ("checkpoints", "tensorboard"):
+                    shutil.rmtree(run.folder / name, ignore_errors=True)
+                for name in ("config.yaml", "report.json"):
+                    (run.folder / name).unlink(missing_ok=True)
+            run.folder.mkdir(parents=True, exist_ok=True)
+            save_config(run.config, run.folder / "config.yaml")
 
     _on_rank_0(run.comm, claim)
 
@@ -154,12 +160,29 @@ def _store_name(config: Config, schema: Schema) -> str | None:
 
 
 def _check_folder(config: Config, folder: Path) -> None:
-    taken = [name for name in ("config.yaml", "checkpoints") if (folder / name).exists()]
+    """Refuses a folder that cannot be written to, and one that holds a checkpoint or a report of another run."""
+    with _disk_errors_told(config):
+        place = next(each for each in (folder, *folder.parents) if each.exists())
+        writable = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+        taken = (folder / "report.json").exists() or any((folder / "checkpoints").glob("step-*"))
+    if not writable:
+        raise ConfigError(
+            f"run.dir={config.run.dir}: {place} is not a folder that this user can write to; choose another"
+        )
     if taken and not config.run.overwrite and config.run.resume is None:
         raise ConfigError(
             f"{folder} holds a run already; go on with it by run.resume=latest, choose another run.name, "
             "or replace it by run.overwrite=true"
         )
+
+
+@contextmanager
+def _disk_errors_told(config: Config) -> Iterator[None]:
+    """Makes an OSError of the block a ConfigError that names run.dir."""
+    try:
+        yield
+    except OSError as failure:
+        raise ConfigError(f"run.dir={config.run.dir} cannot be used: {failure}; choose another") from failure
 
 
 def _check_places(config: Config, needs_store: bool) -> None:
@@ -190,14 +213,30 @@ def _resumed(config: Config, folder: Path) -> tuple[Path, CheckpointState] | Non
     return path, checkpoint.read_state(path)
 
 
+def uses_cuda(device: Device, available: bool, moves_cuda_tensors: bool) -> bool:
+    """Whether the ranks compute on GPUs. `available`: every rank has one. `moves_cuda_tensors`: the Comm's answer.
+
+    Raises ConfigError where run.device=cuda asks for what is not there.
+    """
+    if device == "cuda" and not available:
+        raise ConfigError("run.device=cuda: PyTorch finds no GPU on every rank; take run.device=auto or cpu")
+    if device == "cuda" and not moves_cuda_tensors:
+        raise ConfigError(
+            "run.device=cuda: this Horovod was built without NCCL and cannot move tensors of a GPU; "
+            "build it with NCCL, start one rank without horovodrun, or take run.device=cpu"
+        )
+    return device != "cpu" and available and moves_cuda_tensors
+
+
 def _share_machine(config: Config, comm: Comm) -> torch.device:
     """Gives each rank of a machine its part of the cores (threads of torch and Arrow); returns its GPU or the CPU."""
-    hosts = comm.allgather_object(socket.gethostname(), name="hosts")
+    ranks = comm.allgather_object((socket.gethostname(), torch.cuda.is_available()), name="hosts")
+    hosts = [host for host, _ in ranks]
     here = [rank for rank, host in enumerate(hosts) if host == hosts[comm.rank]]
     threads = config.run.threads or max(1, len(os.sched_getaffinity(0)) // len(here))
     torch.set_num_threads(threads)
     pa.set_cpu_count(threads)
-    if not torch.cuda.is_available():
+    if not uses_cuda(config.run.device, all(available for _, available in ranks), comm.moves_cuda_tensors):
         return torch.device("cpu")
     return torch.device("cuda", here.index(comm.rank) % torch.cuda.device_count())
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.comm import Comm
+from trainer.errors import TrainerError
 from trainer.step import StepResult
 
 Phase = Literal["data", "exchange", "compute", "evaluate", "checkpoint"]
@@ -23,7 +24,9 @@ class Totals:
     """Sums over the training steps of one rank since the run, or its resumption, began.
 
     `num_image_references`: image keys in this rank's batches. `num_images`: unique images that this rank, as the owner,
-    computed a vector of; over all ranks it is the number of unique images of the global batches.
+    computed a vector of; over all ranks it is the number of unique images of the global batches. `missing_lookups`:
+    lookups of images without a feature, those of evaluations included. `warm_up_*`: the first step, which also pays
+    for buffers and caches.
     """
 
     steps: int = 0
@@ -33,7 +36,9 @@ class Totals:
     images: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
-    missing_images: int = 0
+    missing_lookups: int = 0
+    warm_up_samples: int = 0
+    warm_up_s: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -54,22 +59,32 @@ class Totals:
         self.images += images
         self.bytes_sent += result.bytes_sent
         self.bytes_received += result.bytes_received
+        if self.steps == 1:
+            self.warm_up_samples, self.warm_up_s = self.samples, self.step_seconds
 
     @property
     def step_seconds(self) -> float:
         """Wall time of training alone, without evaluation and checkpoints."""
         return sum(self.seconds.get(phase, 0.0) for phase in STEP_PHASES)
 
+    @property
+    def steady(self) -> tuple[int, float]:
+        """Samples and seconds of all steps but the first; with the first where there is no other."""
+        if self.steps <= 1:
+            return self.samples, self.step_seconds
+        return self.samples - self.warm_up_samples, self.step_seconds - self.warm_up_s
+
 
 def gather(comm: Comm, own: Totals) -> dict[str, Any]:
     """The run's figures over all ranks, the same on each; called by every rank.
 
     Bytes are those that ranks sent to others (keys, vectors, gradients, dense gradients), summed over ranks. Times are
-    the mean over ranks. A ratio without a denominator is None.
+    the mean over ranks. `samples_per_s` is that of the slowest rank, without the first step unless it is the only one.
+    A ratio without a denominator is None.
     """
     ranks = [Totals(**values) for values in comm.allgather_object(asdict(own), name="totals")]
     steps = own.steps
-    samples, slowest_s = sum(each.samples for each in ranks), max(each.step_seconds for each in ranks)
+    steady_samples, slowest_s = sum(each.steady[0] for each in ranks), max(each.steady[1] for each in ranks)
     references, images = sum(each.image_references for each in ranks), sum(each.images for each in ranks)
 
     def per_step(total: float) -> float | None:
@@ -78,15 +93,15 @@ def gather(comm: Comm, own: Totals) -> dict[str, Any]:
     return {
         "num_ranks": comm.size,
         "steps": steps,
-        "samples": samples,
-        "samples_per_s": samples / slowest_s if slowest_s else None,
+        "samples": sum(each.samples for each in ranks),
+        "samples_per_s": steady_samples / slowest_s if slowest_s else None,
         "unique_ratio": images / references if references else None,
         "images_per_step": per_step(images),
         "image_references_per_step": per_step(references),
         "id_and_image_references_per_step": per_step(sum(each.references for each in ranks)),
         "bytes_sent_per_step": per_step(sum(each.bytes_sent for each in ranks)),
         "bytes_received_per_step": per_step(sum(each.bytes_received for each in ranks)),
-        "missing_images": sum(each.missing_images for each in ranks),
+        "missing_lookups": sum(each.missing_lookups for each in ranks),
         "seconds": {
             phase: sum(each.seconds.get(phase, 0.0) for each in ranks) / len(ranks)
             for phase in ("data", "exchange", "compute", "evaluate", "checkpoint")
@@ -95,8 +110,11 @@ def gather(comm: Comm, own: Totals) -> dict[str, Any]:
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """JSON; a metric that is not defined is null."""
-    path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """JSON; a metric that is not defined is null. Raises TrainerError where the disk refuses."""
+    try:
+        path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as failure:
+        raise TrainerError(f"cannot write the report {path}: {failure}; the checkpoint is written") from failure
 
 
 def show(console: Console, report: Mapping[str, Any]) -> None:
@@ -109,8 +127,9 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     for name, value in report["metrics"].items():
         table.add_row(name.replace("_", " "), _text(value, "not defined: no impression, or one class only"))
     table.add_section()
-    for name in ("samples_per_s", "unique_ratio", "bytes_sent_per_step", "bytes_received_per_step", "missing_images"):
+    for name in ("samples_per_s", "unique_ratio", "bytes_sent_per_step", "bytes_received_per_step"):
         table.add_row(name.replace("_", " "), _text(report[name], "-"))
+    table.add_row("lookups of images without a feature", _text(report["missing_lookups"], "-"))
     seconds = report["seconds"]
     table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
     console.print(table)

@@ -66,7 +66,8 @@ class Training:
         if not math.isfinite(result.loss):
             raise TrainerError(f"the loss of step {self._engine.num_steps} is {result.loss}; try a lower train.lr")
         self.totals.add(result, references, images)
-        speed = self.totals.samples * self._run.comm.size / self.totals.step_seconds
+        samples, seconds = self.totals.steady
+        speed = samples * self._run.comm.size / seconds
         scalars = {"loss": result.loss, "learning_rate": result.learning_rate, "samples_per_s": speed}
         self._progress.step(self._engine.num_steps, scalars, self._is_due(self._config.train.log_every))
 

@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, readable at another number of ranks, refused when damaged or of another run."""
 
 import json
+import resource
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -163,6 +164,20 @@ def test_failed_save_leaves_no_checkpoint_and_all_ranks_raise(tmp_path: Path) ->
     assert (tmp_path / ".step-00000050").exists()
     assert _save(tmp_path, step=60, size=2) == checkpoint.find(tmp_path, "latest")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["step-00000040", "step-00000060"]
+
+
+def test_disk_that_takes_no_more_is_a_checkpoint_error(tmp_path: Path) -> None:
+    trained = Trained()
+    trained.dense = {"layer.weight": torch.zeros(1_000, 100)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write .*step-00000050: .*File too large"):
+            checkpoint.save(SoloComm(), tmp_path, trained, _state(50), 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        checkpoint.find(tmp_path, "latest")
 
 
 def test_newest_are_kept_and_order_is_by_number(tmp_path: Path) -> None:

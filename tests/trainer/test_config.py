@@ -7,6 +7,7 @@ import yaml
 
 from trainer.config import DEFAULT_PRESET, Config, config_digest, load_config, save_config
 from trainer.errors import ConfigError
+from trainer.options import ModelConfig, OptimConfig
 
 
 def test_preset_names_every_setting() -> None:
@@ -21,6 +22,18 @@ def test_preset_has_the_papers_model_and_rates() -> None:
     assert (config.train.lr, config.train.lr_gamma, config.train.lr_every) == (0.001, 0.9, 24_000)
     assert (config.train.epochs, config.model.mlp, config.model.embed_hidden) == (2, [200, 80], [256, 64])
     assert (config.model.id_width, config.model.visual_width, config.model.images) == (12, 12, "both")
+
+
+def test_preset_has_the_defaults_of_the_classes() -> None:
+    config = load_config()
+    assert ModelConfig(tables=config.model.tables) == config.model
+    assert OptimConfig() == config.train.optim()
+
+
+def test_a_long_run_writes_checkpoints_on_the_way() -> None:
+    every = load_config().train.checkpoint_every
+    assert every is not None
+    assert every <= 5_000
 
 
 def test_set_wins_over_file_and_file_over_preset(tmp_path: Path) -> None:
@@ -59,6 +72,7 @@ def test_saved_configuration_loads_as_the_same(tmp_path: Path) -> None:
         ("data.samples=${nowhere.at.all}", "interpolation"),
         ("epochs=3", "has to be section.field=value"),
         ("train.epochs", "has to be section.field=value"),
+        ("run.device=gpu", "run.device='gpu': it should be 'auto', 'cpu' or 'cuda'"),
         ("data.samples=[", "not readable as YAML"),
     ],
 )

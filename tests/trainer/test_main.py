@@ -1,5 +1,6 @@
 """Whole runs: what is written, exact resumption, and how a run ends when something goes wrong on one rank or on all."""
 
+import errno
 import json
 import os
 import shutil
@@ -21,14 +22,16 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from featurestore.errors import MissingKeysError
 from featurestore.rows import FeatureRows
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
 from trainer.checkpoint import find, read_state
 from trainer.comm import SoloComm
-from trainer.config import load_config
-from trainer.errors import CheckpointError, ConfigError, DataError, TrainerError
+from trainer.config import Device, load_config
+from trainer.errors import CheckpointError, ConfigError, DataError, RemoteRankError, TrainerError
 from trainer.main import app, train
+from trainer.run import uses_cuda
 from trainer.step import Engine
 
 HOROVODRUN = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2"]
@@ -132,13 +135,16 @@ class TestAlone:
         assert (report["unique_ratio"] is None) == (images == "none")
         assert report["metrics"]["auc"] is not None
 
-    def test_missing_images_are_counted(self, make_places: Callable[[Path], Places], tmp_path: Path) -> None:
+    def test_missing_images_are_refused_or_counted(self, make_places: Callable[[Path], Places], tmp_path: Path) -> None:
         places = make_places(tmp_path)
         FeatureStore.open(tmp_path / "features").delete([1_000, 1_001])
-        with pytest.raises(Exception, match="keys have no feature"):
-            run_alone(places, run__name="error")
-        report = report_of(run_alone(places, run__name="zeros", data__missing="zeros", train__max_steps=5))
-        assert report["missing_images"] > 0
+        with pytest.raises(MissingKeysError, match="keys have no feature"):
+            run_alone(places, run__name="tried")
+        # The failed run holds no checkpoint: its name is free.
+        report = report_of(run_alone(places, run__name="tried", data__missing="zeros", train__max_steps=5))
+        assert report["missing_lookups"] > 0
+        with pytest.raises(ConfigError, match="holds a run already"):
+            run_alone(places, run__name="tried", data__missing="zeros")
 
 
 class TestRefusals:
@@ -196,8 +202,66 @@ class TestRefusals:
             run_alone(places, run__name="x", data__samples=tmp_path)
         assert not (places.folder / "runs" / "x").exists(), "nothing is written before all is open"
 
+    @pytest.mark.parametrize("below", [".", "deeper/runs"])
+    def test_run_dir_that_is_a_file(self, places: Places, tmp_path: Path, below: str) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(ConfigError, match=r"run\.dir=.*file is not a folder that this user can write to"):
+            run_alone(places, run__name="x", run__dir=tmp_path / "file" / below)
+
+    def test_run_dir_on_a_disk_that_refuses(
+        self, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr("trainer.run.save_config", refuse)
+        with pytest.raises(ConfigError, match=r"run\.dir=.* cannot be used: .*No space left"):
+            run_alone(places, run__name="x", run__dir=tmp_path)
+
+
+class TestDevice:
+    @pytest.mark.parametrize(
+        ("device", "available", "moves", "expected"),
+        [
+            ("auto", True, True, True),
+            ("auto", True, False, False),
+            ("auto", False, True, False),
+            ("cpu", True, True, False),
+            ("cpu", False, False, False),
+            ("cuda", True, True, True),
+        ],
+    )
+    def test_choice(self, device: Device, available: bool, moves: bool, expected: bool) -> None:
+        assert uses_cuda(device, available, moves) is expected
+
+    def test_cuda_that_is_not_there_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match="finds no GPU"):
+            uses_cuda("cuda", available=False, moves_cuda_tensors=True)
+        with pytest.raises(ConfigError, match="without NCCL"):
+            uses_cuda("cuda", available=True, moves_cuda_tensors=False)
+
 
 class TestCommandLine:
+    def test_missing_key_names_the_ways_out(self, make_places: Callable[[Path], Places], tmp_path: Path) -> None:
+        places = make_places(tmp_path)
+        FeatureStore.open(tmp_path / "features").delete([1_000, 1_001])
+        result = CliRunner().invoke(app, ["--set", *places.settings(run__name="error")])
+        assert result.exit_code == 1
+        assert "keys have no feature" in result.stderr
+        assert f"python jobs/extract_features.py --store {tmp_path / 'features'}" in result.stderr
+        assert "quarantine" in result.stderr
+        assert "data.missing=zeros, or data.missing=learned" in result.stderr
+
+    @pytest.mark.parametrize(("error", "told"), [("MissingKeysError", True), ("DataError", False)])
+    def test_missing_key_of_another_rank(self, monkeypatch: pytest.MonkeyPatch, error: str, told: bool) -> None:
+        def fail(*_: Any) -> None:
+            raise RemoteRankError(1, f"{error}: 3 keys")
+
+        monkeypatch.setattr("trainer.main.train", fail)
+        result = CliRunner().invoke(app, [])
+        assert result.stderr.startswith(f"error: rank 1: {error}: 3 keys\n")
+        assert ("data.missing=zeros" in result.stderr) is told
+
     def test_empty_places_name_the_jobs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         result = CliRunner().invoke(app, [])
@@ -335,6 +399,7 @@ class TestEnds:
         assert time.monotonic() - start < 30
         assert f"Process {victim} exit with status code" in output
         assert f"error: rank {1 - victim} lost another rank" in output
+        assert "with run.resume=latest and the run's name where it has a checkpoint" in output
         _, alive = psutil.wait_procs(ranks, timeout=10)
         assert alive == []
 
