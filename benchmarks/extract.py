@@ -1,6 +1,8 @@
 """How much of the bare network's speed is left when images are read, decoded, computed, staged and committed.
 
-    python -m benchmarks.extract --images DIR [--json FILE] [--limit N]
+    python -m benchmarks.extract [--images DIR] [--json FILE] [--limit N]
+
+Without --images the pictures of the demo are drawn into a temporary folder.
 
 Both sides run in one worker process with the same torch threads and the same built network, in turns over the same
 images, and count nothing of the start: not the processes, not the making of the weights. Bare: the network alone on
@@ -12,6 +14,7 @@ so that a neighbour who takes the processor for a while moves one round and not 
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, cast
@@ -22,10 +25,13 @@ import typer
 from distributed import Client
 
 from benchmarks.report import Figure, write_report
-from pipeline.backbone import ComputeDType, backbone
+from featurestore.errors import FeatureStoreError
+from pipeline.backbone import ComputeDType, UntrainedWeightsWarning, backbone
 from pipeline.cluster import connect
 from pipeline.decode import prepare
-from pipeline.extract import ExtractOptions, describe_network, extract
+from pipeline.demo.draw import draw_garment, plan_garments
+from pipeline.errors import ExtractionError, PipelineError
+from pipeline.extract import ExtractOptions, describe_bad, describe_network, extract
 from pipeline.parts import torch_threads
 from pipeline.source import list_images, read_image
 from pipeline.tasks import run_alone
@@ -37,15 +43,38 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    images: Annotated[str, typer.Option(help="Folder of photographs.")],
+    images: Annotated[str | None, typer.Option(help="Folder of photographs.", show_default="drawn ones")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.")] = None,
-    limit: Annotated[int, typer.Option(min=16, help="Use the first so many images.")] = 400,
+    limit: Annotated[int, typer.Option(min=1, help="Draw so many images, or use the first so many of DIR.")] = 320,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each side over all of these images.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per pass, on both sides.")] = 16,
 ) -> None:
     """Compare the extraction with the bare network; prints the figures."""
-    locations = [ref.location for ref in list_images(images).images[:limit]]
-    with connect(workers=1, threads_per_worker=1) as client:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if images is None:
+                draw_images(Path(folder), limit)
+            locations = [ref.location for ref in list_images(images or folder).images[:limit]]
+            figures = compare(locations, rounds, batch_size)
+    except (PipelineError, FeatureStoreError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    write_report(figures, json_file)
+
+
+def draw_images(folder: Path, count: int) -> None:
+    """`count` pictures of clothes, no two of equal bytes: a copy would not go through the network."""
+    planned = count
+    while len(garments := list(dict.fromkeys(plan_garments(planned, seed=0)))) < count:
+        planned *= 2
+    for number, garment in enumerate(garments[:count]):
+        (folder / f"{number:05d}.jpg").write_bytes(draw_garment(garment))
+
+
+def compare(locations: Sequence[str], rounds: int, batch_size: int) -> dict[str, Figure]:
+    """The figures of both sides over the images at `locations`. Raises PipelineError, FeatureStoreError."""
+    with warnings.catch_warnings(), connect(workers=1, threads_per_worker=1) as client:
+        warnings.simplefilter("ignore", UntrainedWeightsWarning)
         compute_dtype = cast("ComputeDType", describe_network(client, WEIGHTS, "auto").compute_dtype)
         run_alone(client, bare_seconds, locations[:batch_size], batch_size, compute_dtype)  # warm both sides up
         extract_seconds(client, locations[:batch_size], batch_size)
@@ -57,7 +86,7 @@ def main(
                 else:
                     extract_s.append(extract_seconds(client, locations, batch_size))
     ratios = [bare / extracted for bare, extracted in zip(bare_s, extract_s, strict=True)]
-    figures: dict[str, Figure] = {
+    return {
         "extract_vs_bare": statistics.median(ratios),
         "extract_vs_bare_lowest": min(ratios),
         "extract_vs_bare_highest": max(ratios),
@@ -68,7 +97,6 @@ def main(
         "batch_size": batch_size,
         "compute_dtype": compute_dtype,
     }
-    write_report(figures, json_file)
 
 
 def bare_seconds(locations: Sequence[str], batch_size: int, compute_dtype: ComputeDType) -> float:
@@ -87,7 +115,7 @@ def bare_seconds(locations: Sequence[str], batch_size: int, compute_dtype: Compu
 
 
 def extract_seconds(client: Client, locations: Sequence[str], batch_size: int) -> float:
-    """Seconds of a whole extraction of these images into a new store."""
+    """Seconds of a whole extraction of these images into a new store. Raises ExtractionError where one is bad."""
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder, "images.csv")
         table.write_text("\n".join(["uri", *locations]) + "\n")
@@ -95,7 +123,8 @@ def extract_seconds(client: Client, locations: Sequence[str], batch_size: int) -
         start_s = time.perf_counter()
         summary = extract(options, client)
         seconds = time.perf_counter() - start_s
-    assert summary.num_computed + summary.num_duplicates == len(locations), summary.bad
+    if summary.bad:
+        raise ExtractionError(f"only good images can be timed: {describe_bad(summary.bad)}")
     return seconds
 
 

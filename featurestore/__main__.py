@@ -56,8 +56,9 @@ def info(url: Url, version: Version = None) -> None:
 
 
 @app.command(
-    epilog="Examples: `python -m featurestore get data/features -7079617629412041231`,"
-    " `… get data/features --uri shirts/1.jpg --out shirt.npy`",
+    epilog="Examples:\n\n"
+    "- `python -m featurestore get data/features -7079617629412041231`\n\n"
+    "- `python -m featurestore get data/features --uri shirts/1.jpg --out shirt.npy`",
     context_settings={"ignore_unknown_options": True},  # half of all keys are negative, and look like options
 )
 def get(

@@ -33,7 +33,7 @@ def main(
     test_days: Annotated[int, typer.Option(min=0, help="The last so many days are for testing.")] = 1,
     user_columns: Annotated[
         str | None,
-        typer.Option(help="Columns of users to keep, with commas.  [default: user_age and user_gender if there]"),
+        typer.Option(help="Columns of users to keep, with commas.", show_default="user_age and user_gender if there"),
     ] = None,
     partitions: Annotated[
         int | None, typer.Option(min=1, help="Buckets of users, one task each; the samples do not change with it.")

@@ -1,10 +1,12 @@
 """Compute the feature of every image once, into the feature store."""
 
+import warnings
 from typing import Annotated, Literal
 
 import typer
 
 from featurestore.errors import FeatureStoreError
+from pipeline.backbone import UntrainedWeightsWarning, check_weights_file
 from pipeline.cluster import connect
 from pipeline.errors import PipelineError, WeightsError
 from pipeline.extract import ExtractOptions, ExtractSummary, describe_bad, extract
@@ -43,9 +45,9 @@ def main(
         int, typer.Option(min=1, max=65536, help="Images per task; what is in flight is repeated after a kill.")
     ] = 256,
     num_shards: Annotated[
-        int | None, typer.Option(min=1, max=65536, help="Of a new store, a power of two.  [default: 64]")
+        int | None, typer.Option(min=1, max=65536, help="Of a new store, a power of two.", show_default="64")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Of the feature, in a new store.  [default: feature]")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the feature, in a new store.", show_default="feature")] = None,
 ) -> None:
     """Compute the feature of every image once, into the feature store.
 
@@ -58,8 +60,10 @@ def main(
     if weights.startswith("random:"):
         typer.secho(f"warning: the weights {weights} are NOT pretrained", fg="yellow", bold=True, err=True)
     try:
+        check_weights_file(weights)
         # One process with all cores for the network: copies of the network would share the same cores.
-        with connect(workers=1, threads_per_worker=1) as client:
+        with warnings.catch_warnings(), connect(workers=1, threads_per_worker=1) as client:
+            warnings.simplefilter("ignore", UntrainedWeightsWarning)  # said above
             summary = extract(options, client)
     except (PipelineError, FeatureStoreError) as error:
         typer.echo(f"error: {error}", err=True)

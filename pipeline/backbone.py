@@ -7,6 +7,7 @@ import functools
 import re
 import threading
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,10 @@ ComputeDType = Literal["bfloat16", "float32"]
 _build_lock = threading.Lock()
 
 
+class UntrainedWeightsWarning(UserWarning):
+    """The weights are random: features tell images apart, but know nothing of what is in them."""
+
+
 class Vgg16Fc6(nn.Module):
     """The layers of torchvision's VGG16 that fc6 needs, under its names, so that its state dict fits. No memory yet."""
 
@@ -51,10 +56,13 @@ class Vgg16Fc6(nn.Module):
 
 
 class Backbone:
-    """The network with its weights, in evaluation, on the GPU when there is one; `spec` says which network it is."""
+    """The network with its weights, in evaluation, on the GPU when there is one; `spec` says which network it is.
 
-    def __init__(self, weights: str, compute_dtype: ComputeDType) -> None:
-        state = load_weights(weights)
+    `warn` as in `load_weights`.
+    """
+
+    def __init__(self, weights: str, compute_dtype: ComputeDType, *, warn: bool = True) -> None:
+        state = load_weights(weights, warn=warn)
         self.spec = ExtractorSpec(
             backbone=BACKBONE_NAME,
             layer=LAYER_NAME,
@@ -86,14 +94,17 @@ class Backbone:
 
 
 def backbone(weights: str, compute_dtype: ComputeDType) -> Backbone:
-    """The network, built once per process and kept until another one is asked for. Raises WeightsError."""
+    """The network, built once per process and kept until another one is asked for. Raises WeightsError.
+
+    For the workers: random weights give no warning here, `pipeline.extract.extract` gives it once for all of them.
+    """
     with _build_lock:
         return _cached_backbone(weights, compute_dtype)
 
 
 @functools.lru_cache(maxsize=1)
 def _cached_backbone(weights: str, compute_dtype: ComputeDType) -> Backbone:
-    return Backbone(weights, compute_dtype)
+    return Backbone(weights, compute_dtype, warn=False)
 
 
 def fastest_dtype() -> ComputeDType:
@@ -116,16 +127,35 @@ def check_weights_name(weights: str) -> str:
     return str(path)
 
 
-def load_weights(weights: str) -> dict[str, torch.Tensor]:
+def check_weights_file(weights: str) -> None:
+    """Names and shapes of a file of weights, without its values; nothing for imagenet and random:SEED.
+
+    For a job, before it starts a cluster. Raises WeightsError.
+    """
+    checked = check_weights_name(weights)
+    if checked != "imagenet" and not checked.startswith("random:"):
+        _check_fit(_from_file(Path(checked), values=False), weights)
+
+
+def warn_if_untrained(weights: str) -> None:
+    """An UntrainedWeightsWarning for random:SEED."""
+    if weights.startswith("random:"):
+        message = "are NOT pretrained: features tell images apart, but know nothing of what is in them"
+        warnings.warn(f"weights {weights} {message}", UntrainedWeightsWarning, stacklevel=3)
+
+
+def load_weights(weights: str, *, warn: bool = True) -> dict[str, torch.Tensor]:
     """The float32 tensors of the layers up to fc6, by torchvision's names.
 
     `imagenet` is torchvision's enum (downloaded once, cached, its hash checked), `random:SEED` a seeded He
-    initialisation with a warning, everything else a file with a state dict. Raises WeightsError; none of the three
-    ever stands in for another.
+    initialisation with an UntrainedWeightsWarning unless `warn` is false, everything else a file with a state dict.
+    Raises WeightsError; none of the three ever stands in for another.
     """
     if weights == "imagenet":
         return _fitting(_downloaded(), "imagenet")
     if weights.startswith("random:"):
+        if warn:
+            warn_if_untrained(weights)
         return _random(int(weights.removeprefix("random:")))
     return _fitting(_from_file(Path(weights)), weights)
 
@@ -151,26 +181,37 @@ def _downloaded() -> object:
         ) from error
 
 
-def _from_file(path: Path) -> object:
+def _from_file(path: Path, *, values: bool = True) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if values:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # zip, pickle and torch each have their own errors for a file that is none of theirs
-        raise WeightsError(f"weights {path}: not a state dict that torch can load safely: {error}") from error
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise WeightsError(f"weights {path}: not a state dict that torch can load safely ({reason})") from error
 
 
-def _fitting(loaded: object, where: str) -> dict[str, torch.Tensor]:
-    """The tensors up to fc6 from a state dict of this part or of the whole VGG16. Raises WeightsError."""
+def _check_fit(loaded: object, where: str) -> Mapping[str, torch.Tensor]:
+    """`loaded` when it has the tensors up to fc6. Raises WeightsError."""
     if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise WeightsError(f"weights {where}: not a state dict, which maps names to tensors")
     expected = Vgg16Fc6().state_dict()
     missing = [name for name in expected if name not in loaded]
     if missing:
         raise WeightsError(f"weights {where}: not those of torchvision's vgg16, without {', '.join(missing[:3])}")
-    state = {}
     for name, like in expected.items():
-        tensor = loaded[name].detach().float()
-        if tensor.shape != like.shape:
-            raise WeightsError(f"weights {where}: {name} has shape {tuple(tensor.shape)}, not {tuple(like.shape)}")
+        if loaded[name].shape != like.shape:
+            shape = tuple(loaded[name].shape)
+            raise WeightsError(f"weights {where}: {name} has shape {shape}, not {tuple(like.shape)}")
+    return loaded
+
+
+def _fitting(loaded: object, where: str) -> dict[str, torch.Tensor]:
+    """The tensors up to fc6 from a state dict of this part or of the whole VGG16. Raises WeightsError."""
+    fitting = _check_fit(loaded, where)
+    state = {}
+    for name in Vgg16Fc6().state_dict():
+        tensor = fitting[name].detach().float()
         if not tensor.isfinite().all():
             raise WeightsError(f"weights {where}: {name} holds NaN or infinity")
         state[name] = tensor
@@ -179,10 +220,6 @@ def _fitting(loaded: object, where: str) -> dict[str, torch.Tensor]:
 
 def _random(seed: int) -> dict[str, torch.Tensor]:
     """He's initialisation (2015) for ReLU: normal, variance 2 / fan-in, biases zero; equal for equal seeds."""
-    warnings.warn(
-        f"weights random:{seed} are NOT pretrained: features tell images apart, but know nothing of what is in them",
-        stacklevel=2,
-    )
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, like in Vgg16Fc6().state_dict().items():

@@ -14,7 +14,7 @@ import dask
 import dask.system
 from distributed import Client, LocalCluster
 
-from pipeline.errors import SchedulerUnreachableError
+from pipeline.errors import MissingCertificatesError, SchedulerUnreachableError
 
 CONNECT_TIMEOUT_S = 10.0
 # The worker's profiler asks for the frames of all threads many times a second. On Python 3.11 that can stop the whole
@@ -33,7 +33,7 @@ def connect(
 
     A scheduler is configured by DASK_SCHEDULER_ADDRESS (dask-submit sets it for its script), DASK_SCHEDULER_FILE,
     or the same names in Dask's configuration; it stays running, and `workers`, `threads_per_worker` and
-    `memory_limit` do not count then. Raises SchedulerUnreachableError.
+    `memory_limit` do not count then. Raises SchedulerUnreachableError, MissingCertificatesError.
     """
     address = configured_address(timeout_s)
     if address is not None:
@@ -73,10 +73,15 @@ def address_in_file(path: Path, timeout_s: float) -> str:
 
 @contextlib.contextmanager
 def open_client(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator[Client]:
-    """A client of the running scheduler at `address`, which stays running. Raises SchedulerUnreachableError."""
+    """A client of the running scheduler at `address`, which stays running.
+
+    Raises SchedulerUnreachableError, MissingCertificatesError.
+    """
     try:
         client = Client(address, timeout=timeout_s)
-    except (OSError, ValueError, TypeError) as error:  # ValueError: an unknown protocol; TypeError: no certificates
+    except TypeError as error:  # so says distributed.comm where it has no certificates
+        raise MissingCertificatesError(address) from error
+    except (OSError, ValueError) as error:  # ValueError: an unknown protocol
         raise SchedulerUnreachableError(address, str(error) or type(error).__name__) from error
     with client:
         yield client

@@ -7,6 +7,7 @@ PipelineError
 ├── ExtractionError    the extraction as a whole failed
 ├── ClusterError       no usable Dask cluster
 │   ├── SchedulerUnreachableError   nobody answers at the address
+│   ├── MissingCertificatesError    tls:// and no certificates in Dask's configuration
 │   ├── InsecureSchedulerError      beyond loopback and without TLS
 │   ├── MissingWorkersError         too few workers in the time
 │   ├── VersionMismatchError        client, scheduler and workers differ
@@ -53,6 +54,21 @@ class SchedulerUnreachableError(ClusterError):
             f"no Dask scheduler answers at {self.address} ({self.reason}); check the address and that "
             "`dask scheduler` runs there, or unset DASK_SCHEDULER_ADDRESS and DASK_SCHEDULER_FILE to work on a local "
             "cluster"
+        )
+
+
+class MissingCertificatesError(ClusterError):
+    """The scheduler's address is tls:// and Dask's configuration has no certificates."""
+
+    def __init__(self, address: str):
+        super().__init__(address)
+        self.address = address
+
+    def __str__(self) -> str:
+        return (
+            f"the scheduler {self.address} needs TLS certificates, and Dask's configuration has none: set "
+            "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and "
+            "DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY to the .pem files of that cluster"
         )
 
 

@@ -16,9 +16,16 @@ from featurestore.errors import StoreNotFoundError
 from featurestore.quarantine import QuarantineRow
 from featurestore.spec import DType, ExtractorSpec, FileEntry, StoreInfo
 from featurestore.store import FeatureStore
-from pipeline.backbone import FEATURE_DIM, ComputeDType, backbone, check_weights_name, fastest_dtype
+from pipeline.backbone import (
+    FEATURE_DIM,
+    ComputeDType,
+    backbone,
+    check_weights_name,
+    fastest_dtype,
+    warn_if_untrained,
+)
 from pipeline.checks import wait_for_workers
-from pipeline.errors import ExtractionError
+from pipeline.errors import ExtractionError, WeightsError
 from pipeline.parts import (
     BadImage,
     PartReport,
@@ -78,13 +85,14 @@ def extract(options: ExtractOptions, client: Client) -> ExtractSummary:
     """Bring the store up to date with the images; one commit. Nothing is computed when nothing has changed.
 
     Raises SourceError, WeightsError, ExtractionError, ClusterError and the errors of featurestore; what was staged by
-    then stays for the next run.
+    then stays for the next run. Random weights give an UntrainedWeightsWarning.
     """
     start_s = time.monotonic()
     num_shards = options.num_shards
     if num_shards is not None and (num_shards < 1 or num_shards & (num_shards - 1)):
         raise ExtractionError(f"num_shards={num_shards} is not a power of two; try 64 or 128")
     weights = check_weights_name(options.weights)
+    warn_if_untrained(weights)
     listing = list_images(options.images)
     wait_for_workers(client, str(client.scheduler_info()["address"]), 1, WORKERS_TIMEOUT_S)
     spec = describe_network(client, weights, options.compute_dtype)
@@ -123,9 +131,11 @@ def describe_network(client: Client, weights: str, compute_dtype: ComputeDType |
     if compute_dtype == "auto":
         fastest = set(client.run(fastest_dtype).values())
         compute_dtype = "bfloat16" if fastest == {"bfloat16"} else "float32"
-    spec: ExtractorSpec = run_alone(client, _spec_of, weights, compute_dtype)
+    spec: ExtractorSpec | WeightsError | Killed = run_alone(client, _spec_of, weights, compute_dtype)
     if isinstance(spec, Killed):
         raise ExtractionError("building the network brings the workers down: is there memory for 1 GB more in each?")
+    if isinstance(spec, WeightsError):
+        raise spec
     return spec
 
 
@@ -248,8 +258,12 @@ class _Run:
         return report
 
 
-def _spec_of(weights: str, compute_dtype: ComputeDType) -> ExtractorSpec:
-    return backbone(weights, compute_dtype).spec
+def _spec_of(weights: str, compute_dtype: ComputeDType) -> ExtractorSpec | WeightsError:
+    """The error as a result: Dask would log a raised one with its traceback, and try again."""
+    try:
+        return backbone(weights, compute_dtype).spec
+    except WeightsError as error:
+        return error
 
 
 def _build_shards(store: FeatureStore, run_id: str, shards: Iterable[int], parts: list[str]) -> dict[int, FileEntry]:

@@ -1,8 +1,9 @@
 """Where images come from: a folder or fsspec address, or a table with keys and uris. The pipeline's door to fsspec."""
 
+import contextlib
 import functools
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, cast
@@ -48,11 +49,9 @@ def list_images(address: str) -> Listing:
     column `uri` (relative to the table's folder, or a whole address) and `key` (int64), or `id` (string, made into a
     key), or neither (the key is that of the uri). Raises SourceError, KeyCollisionError.
     """
-    try:
+    with _source_errors(f"look at {address}"):
         fs, root = _open_fs(address)
         is_file, is_folder = fs.isfile(root), fs.isdir(root)
-    except (OSError, ValueError, ImportError) as error:
-        raise SourceError(f"cannot look at {address}: {error}") from error
     if is_file and root.lower().endswith(TABLE_EXTENSIONS):
         return _list_table(fs, root, address)
     if is_file:
@@ -71,8 +70,20 @@ def read_image(location: str) -> bytes:
         return _read(location)
     except FileNotFoundError as error:
         raise BadImageError("no such file") from error
-    except (OSError, ValueError, ImportError) as error:
-        raise BadImageError(f"cannot be read: {error or type(error).__name__}") from error
+    except Exception as error:  # each object store's client has its own tree of errors
+        raise BadImageError(f"cannot be read: {_reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _source_errors(action: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each object store's client has its own tree of errors
+        raise SourceError(f"cannot {action}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _is_passing(error: BaseException) -> bool:
@@ -109,10 +120,8 @@ def _client(protocol: str) -> Any:
 
 def _list_folder(fs: Any, root: str, address: str) -> Listing:
     root = root.rstrip("/")
-    try:
+    with _source_errors(f"list {address}"):
         found: Mapping[str, Mapping[str, Any]] = fs.find(root, detail=True)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"cannot list {address}: {error}") from error
     images, num_ignored = [], 0
     for path, entry in found.items():
         uri = path.removeprefix(root).lstrip("/")
@@ -151,7 +160,7 @@ def _list_table(fs: Any, path: str, address: str) -> Listing:
 
 def _read_table(fs: Any, path: str, address: str) -> pa.Table:
     wanted = ("key", "id", "uri")
-    try:
+    with _source_errors(f"read the table {address}"):
         data = io.BytesIO(fs.cat_file(path))
         if path.lower().endswith(".csv"):
             # As text: type inference would make numbers of ids such as "007".
@@ -160,8 +169,6 @@ def _read_table(fs: Any, path: str, address: str) -> pa.Table:
         else:
             present = pa.parquet.read_schema(data).names
             table = pa.parquet.read_table(data, columns=[name for name in wanted if name in present])
-    except (OSError, pa.ArrowException) as error:
-        raise SourceError(f"cannot read the table {address}: {error}") from error
     if "uri" not in table.column_names:
         raise SourceError(f"{address} has no column 'uri'; it needs uri, and key (int64) or id (string)")
     return table
@@ -172,7 +179,8 @@ def _column(table: pa.Table, name: str, wanted: pa.DataType, address: str) -> li
     column = table.column(name)
     fits = (pa.types.is_integer if pa.types.is_integer(wanted) else _is_text)(column.type)
     if not fits:
-        raise SourceError(f"{address}: column {name!r} is {column.type}, not {wanted}")
+        way_out = "; use the name key for int64 keys" if name == "id" and pa.types.is_integer(column.type) else ""
+        raise SourceError(f"{address}: column {name!r} is {column.type}, not {wanted}{way_out}")
     if column.null_count:
         raise SourceError(f"{address}: column {name!r} has {column.null_count} empty values")
     try:
@@ -191,7 +199,7 @@ def _look_at(location: str) -> Mapping[str, Any]:
     try:
         fs, path = _open_fs(location)
         entry: Mapping[str, Any] = fs.info(path)
-    except (OSError, ValueError, ImportError):
+    except Exception:  # each object store's client has its own tree of errors
         return {}
     return entry
 

@@ -1,10 +1,11 @@
 """Makes a demo data set in a folder: pictures, logs, and the truth in demo.json. Equal options give equal bytes."""
 
+import contextlib
 import datetime
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,20 +70,30 @@ def make_demo(options: DemoOptions, drawn: Progress = lambda count: None) -> Dem
         catalogue, notes = catalogue_of(garments), {"duplicates": options.items - len(set(garments))}
     else:
         catalogue, notes = _measure(options.images, options.labels)
-    if found is None:
-        _refuse_foreign(options.out)
-    elif found["parameters"] != wanted:
-        _refuse_other(options, found["parameters"], wanted)
-        _remove_own(options.out)
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / DEMO_FILE, {"complete": False, "parameters": wanted})
-    if options.images is None:
-        _draw(options.out, catalogue.uris, garments, drawn)
-    world = simulate(catalogue, options.users, options.days, options.seed, START_S)
-    write_logs(world, options.out)
-    content = {"complete": True, "parameters": wanted, "images": str(images), **notes, **describe_truth(world)}
-    write_json(options.out / DEMO_FILE, content)
+    with _os_errors(options.out):
+        if found is None:
+            _refuse_foreign(options.out)
+        elif found["parameters"] != wanted:
+            _refuse_other(options, found["parameters"], wanted)
+            _remove_own(options.out)
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_json(options.out / DEMO_FILE, {"complete": False, "parameters": wanted})
+        if options.images is None:
+            _draw(options.out, catalogue.uris, garments, drawn)
+        world = simulate(catalogue, options.users, options.days, options.seed, START_S)
+        write_logs(world, options.out)
+        content = {"complete": True, "parameters": wanted, "images": str(images), **notes, **describe_truth(world)}
+        write_json(options.out / DEMO_FILE, content)
     return DemoSummary(_read_demo(options.out) or content, images, already_there=False)
+
+
+@contextlib.contextmanager
+def _os_errors(out: Path) -> Iterator[None]:
+    """Raises DemoError in place of an OSError: a full disk, a folder that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise DemoError(f"cannot write the demo to {out}: {error}") from error
 
 
 def _parameters(options: DemoOptions) -> dict[str, Any]:

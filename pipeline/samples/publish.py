@@ -17,8 +17,18 @@ LOCK = ".lock"
 def replaced_folder(target: Path) -> Iterator[Path]:
     """Gives an empty folder beside `target` that takes its place when the block ends, and goes when the block raises.
 
-    What killed runs left beside `target` goes as well. Raises SampleError when `target` is there and is not ours.
+    What killed runs left beside `target` goes as well. Raises SampleError when `target` is there and is not ours, and
+    in place of an OSError, the block's too: a full disk, a place that cannot be written.
     """
+    try:
+        with _replaced_folder(target) as building:
+            yield building
+    except OSError as error:
+        raise SampleError(f"cannot make the samples in {target}: {error or type(error).__name__}") from error
+
+
+@contextlib.contextmanager
+def _replaced_folder(target: Path) -> Iterator[Path]:
     _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}.building-"

@@ -77,6 +77,15 @@ def test_mistake_is_one_message(place):
     assert not (place / "data/samples").exists()
 
 
+@pytest.mark.parametrize("samples", ["file/samples", "/proc/samples"])
+def test_a_place_that_cannot_be_written_is_one_message(samples, place):
+    (place / "file").write_text("mine")
+    done = run(place, sys.executable, JOB, "--samples", samples)
+    assert done.returncode == 1
+    assert f"error: cannot make the samples in {samples}: [Errno" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("options", [["--max-behaviors", "0"], ["--test-days", "-1"], ["--window-days", "two"], ["-x"]])
 def test_wrong_option_is_a_usage_error(options):
     done = CliRunner().invoke(app, options)
@@ -88,3 +97,4 @@ def test_help_has_examples():
     done = CliRunner().invoke(app, ["--help"])
     assert done.exit_code == 0
     assert "dask-submit -n 8 --threads-per-worker 1 jobs/build_samples.py" in done.stdout
+    assert "[default: (user_age" in done.stdout

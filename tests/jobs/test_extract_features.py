@@ -61,10 +61,19 @@ def test_mistakes_are_one_message(job, tmp_path):
     assert_message(job("--batch-size", "0"), 2, "greater than or equal to 1")
 
 
+def test_weights_are_looked_at_before_a_cluster_starts(job, tmp_path, monkeypatch):
+    (tmp_path / "text.pth").write_text("no weights")
+    monkeypatch.setattr(extract_features, "connect", None)
+    message = "text.pth: not a state dict that torch can load safely (UnpicklingError: "
+    assert_message(job("--weights", "text.pth"), 2, message)
+
+
 def test_the_help_has_examples(job):
     result = job("--help")
     assert result.exit_code == 0
     assert "dask-submit -n 4 jobs/extract_features.py" in result.stdout
+    assert "[default: (64)]" in result.stdout
+    assert "[default: (feature)]" in result.stdout
 
 
 def test_the_summary_names_what_was_bad():
@@ -91,7 +100,8 @@ def test_under_dask_submit_with_the_default_places(tmp_path):
     assert first.returncode == 0, first.stderr
     assert "computed     3" in first.stdout
     assert "(text.jpg)" in first.stdout
-    assert "NOT pretrained" in first.stderr
+    assert first.stderr.count("NOT pretrained") == 1
+    assert "warning: the weights random:0 are NOT pretrained\n" in first.stderr
     assert FeatureStore.open(tmp_path / "data/features").snapshot().num_rows == 3
 
 

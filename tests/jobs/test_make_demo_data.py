@@ -1,5 +1,6 @@
 """The job as a person types it: what it writes, that equal options give equal bytes, and what it refuses to touch."""
 
+import errno
 import hashlib
 import json
 import os
@@ -140,6 +141,26 @@ def test_a_foreign_demo_json_is_refused(tmp_path: Path) -> None:
         result = _make(tmp_path)
         assert result.exit_code == 1
         assert "demo.json" in result.output
+
+
+def test_a_place_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out, message in (("/proc/demo", "cannot write the demo to /proc/demo: [Errno"), (tmp_path / "file", "file")):
+        result = _make(Path(out))
+        assert result.exit_code == 1
+        assert message in result.output
+        assert isinstance(result.exception, SystemExit), "no traceback"
+
+
+def test_a_full_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    result = _make(tmp_path)
+    assert result.exit_code == 1
+    assert f"cannot write the demo to {tmp_path}: [Errno 28] No space left" in result.output
+    assert isinstance(result.exception, SystemExit), "no traceback"
 
 
 @pytest.fixture

@@ -11,7 +11,15 @@ from PIL import Image
 from torchvision.models import vgg16
 
 from pipeline import backbone
-from pipeline.backbone import Backbone, Vgg16Fc6, check_weights_name, fastest_dtype, load_weights, weights_digest
+from pipeline.backbone import (
+    Backbone,
+    Vgg16Fc6,
+    check_weights_file,
+    check_weights_name,
+    fastest_dtype,
+    load_weights,
+    weights_digest,
+)
 from pipeline.decode import prepare, preset
 from pipeline.errors import WeightsError
 
@@ -78,6 +86,7 @@ def test_a_file_with_the_whole_vgg16_is_accepted(state, tmp_path):
     behind = {"classifier.3.weight": torch.zeros(4096, 2), "classifier.6.bias": torch.zeros(1000)}
     half = {name: tensor.bfloat16() for name, tensor in state.items()}
     torch.save(half | behind, tmp_path / "vgg16.pth")
+    check_weights_file(str(tmp_path / "vgg16.pth"))
     loaded = load_weights(str(tmp_path / "vgg16.pth"))
     assert list(loaded) == list(state)
     assert all(torch.equal(loaded[name], half[name].float()) for name in half)
@@ -94,9 +103,12 @@ def test_files_that_do_not_fit_are_refused(state, tmp_path):
         torch.save(content, tmp_path / "weights.pth")
         with pytest.raises(WeightsError, match=message):
             load_weights(str(tmp_path / "weights.pth"))
+        with pytest.raises(WeightsError, match=message):
+            check_weights_file(str(tmp_path / "weights.pth"))
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(WeightsError, match="not a state dict that torch can load safely"):
-        load_weights(str(tmp_path / "text.pth"))
+    for read in (load_weights, check_weights_file):
+        with pytest.raises(WeightsError, match=r"not a state dict that torch can load safely \(UnpicklingError: "):
+            read(str(tmp_path / "text.pth"))
 
 
 def test_weights_with_nan_are_refused(state, tmp_path, monkeypatch):
@@ -106,16 +118,23 @@ def test_weights_with_nan_are_refused(state, tmp_path, monkeypatch):
 
 
 class Payload:
+    """A pickle that makes a folder when it is run."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
     def __reduce__(self):
-        return os.mkdir, ("/tmp/crossmedia-pickle-ran",)
+        return os.mkdir, (str(self.folder),)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_pickle_is_not_run(tmp_path):
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Payload()))
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
     with pytest.raises(WeightsError, match="not a state dict that torch can load safely"):
         load_weights(str(tmp_path / "evil.pth"))
-    assert not os.path.exists("/tmp/crossmedia-pickle-ran")  # noqa: PTH110
+    assert not (tmp_path / "ran").exists()
+    pickle.loads((tmp_path / "evil.pth").read_bytes())
+    assert (tmp_path / "ran").exists(), "it would have been seen"
 
 
 def test_no_network_is_a_clear_error_and_no_silent_fallback(monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 from pipeline.cluster import connect
-from pipeline.errors import SchedulerUnreachableError
+from pipeline.errors import MissingCertificatesError, SchedulerUnreachableError
 
 
 @pytest.fixture(autouse=True)
@@ -132,3 +132,10 @@ def test_ctrl_c_reaches_the_job_and_not_its_workers(tmp_path: Path):
     assert (job.returncode, out) == (0, "still working: 3\n"), err
     assert "Traceback" not in err
     assert not psutil.pid_exists(worker)
+
+
+def test_tls_without_certificates_says_how_to_give_them(monkeypatch):
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "tls://127.0.0.1:9")
+    message = r"DASK_DISTRIBUTED__COMM__TLS__CA_FILE.*CLIENT__KEY"
+    with pytest.raises(MissingCertificatesError, match=message), connect():
+        pass

@@ -10,7 +10,7 @@ import pytest
 from featurestore.errors import KeyCollisionError
 from featurestore.keys import key_of_uri
 from pipeline.errors import BadImageError, SourceError
-from pipeline.source import list_images, read_image
+from pipeline.source import _client, list_images, read_image
 
 
 @pytest.fixture
@@ -107,6 +107,9 @@ def test_bad_tables_are_refused(folder):
     pq.write_table(pa.table({"key": ["1"], "uri": ["b.jpg"]}), path)
     with pytest.raises(SourceError, match="column 'key' is string, not int64"):
         list_images(str(path))
+    pq.write_table(pa.table({"id": [1], "uri": ["b.jpg"]}), path)
+    with pytest.raises(SourceError, match="column 'id' is int64, not string; use the name key for int64 keys"):
+        list_images(str(path))
     pq.write_table(pa.table({"key": [1, None], "uri": ["b.jpg", "c.jpg"]}), path)
     with pytest.raises(SourceError, match="column 'key' has 1 empty values"):
         list_images(str(path))
@@ -155,3 +158,32 @@ def test_s3(s3_endpoint):
         read_image("s3://photos/in/none.jpg")
     with pytest.raises(SourceError, match="there is no folder"):
         list_images("s3://photos/out")
+
+
+@pytest.fixture
+def no_credentials(s3_endpoint, monkeypatch):
+    """An S3 client that is made anew and finds no credentials; the others' are as before afterwards."""
+
+    def forget_clients():
+        _client.cache_clear()
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, os.devnull)
+    forget_clients()
+    yield
+    forget_clients()
+
+
+@pytest.mark.usefixtures("no_credentials")
+def test_s3_without_credentials(folder):
+    with pytest.raises(SourceError, match="s3://photos/in: Unable to locate credentials"):
+        list_images("s3://photos/in")
+    with pytest.raises(SourceError, match=r"s3://photos/table.csv: Unable to locate credentials"):
+        list_images("s3://photos/table.csv")
+    with pytest.raises(BadImageError, match="cannot be read: Unable to locate credentials"):
+        read_image("s3://photos/in/b.jpg")
+    assert list_images(write_csv(folder, "uri\ns3://photos/in/b.jpg\n")).images[0].source_tag == ""
