@@ -13,8 +13,10 @@ import contextlib
 import hashlib
 import io
 import os
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,10 +29,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from featurestore.errors import CorruptFileError, StorageError
 from featurestore.keys import Int64Array, UInt64Array, shard_of_hash, splitmix64
 from featurestore.shard import ShardReader
+from featurestore.storage import Scratch
 
 _CACHE_FORMAT = 1
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CHUNK_BYTES = 8 << 20
+
+Progress = Callable[[int, int], None]  # shards ready, shards in all
 
 
 @dataclass(frozen=True)
@@ -61,19 +66,22 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crossmedia" / "features"
 
 
-def open_or_build(reader: ShardReader, folder: Path) -> CachedShard:
-    """The cached shard; built first where it is not there, or is not what was built.
+def open_or_build(
+    readers: Sequence[ShardReader], folder: Path, threads: int, progress: Progress | None = None
+) -> list[CachedShard]:
+    """The cached shards, in the order of `readers`. What is not there, or is not what was built, is built first.
 
     Safe with any number of processes in one folder: files appear whole, and equal names have equal content. Raises
     CorruptFileError where a data file of the store is damaged, StorageError where the folder cannot be written.
     """
-    paths = _paths(reader, folder)
-    if not reader.entries:
-        return CachedShard(paths.rows, np.empty(0, np.uint64))
-    try:
-        return _open(reader, paths) or _build(reader, paths)
-    except OSError as error:
-        raise StorageError(f"cannot use the cache folder {folder}: {error}") from error
+    memory = threading.local()
+    cached = []
+    with ThreadPoolExecutor(threads, initializer=lambda: setattr(memory, "scratch", Scratch())) as pool:
+        for shard in pool.map(lambda reader: _open_or_build(reader, folder, memory.scratch), readers):
+            cached.append(shard)
+            if progress is not None:
+                progress(len(cached), len(readers))
+    return cached
 
 
 def append_rows(file: io.FileIO, rows_MD: npt.NDArray[np.generic]) -> None:
@@ -85,6 +93,16 @@ def append_rows(file: io.FileIO, rows_MD: npt.NDArray[np.generic]) -> None:
         os.posix_fallocate(file.fileno(), file.tell(), len(data))
     while len(data):  # a raw write may take a part
         data = data[file.write(data) :]
+
+
+def _open_or_build(reader: ShardReader, folder: Path, scratch: Scratch) -> CachedShard:
+    paths = _paths(reader, folder)
+    if not reader.entries:
+        return CachedShard(paths.rows, np.empty(0, np.uint64))
+    try:
+        return _open(reader, paths) or _build(reader, paths, scratch)
+    except OSError as error:
+        raise StorageError(f"cannot use the cache folder {folder}: {error}") from error
 
 
 def _paths(reader: ShardReader, folder: Path) -> _Paths:
@@ -113,13 +131,13 @@ def _open(reader: ShardReader, paths: _Paths) -> CachedShard | None:
     return CachedShard(paths.rows, splitmix64(keys_M))
 
 
-def _build(reader: ShardReader, paths: _Paths) -> CachedShard:
+def _build(reader: ShardReader, paths: _Paths, scratch: Scratch) -> CachedShard:
     paths.rows.parent.mkdir(parents=True, exist_ok=True)
     blocks: list[Int64Array] = [np.empty(0, np.int64)]
     rows_digest = xxhash.xxh3_128()
     with _appearing(paths.rows) as file:
-        for keys_M, features_MD in reader.verified_blocks():
-            blocks.append(keys_M)
+        for keys_M, features_MD in reader.verified_blocks(scratch):
+            blocks.append(keys_M.copy())
             append_rows(file, features_MD)
             rows_digest.update(features_MD.data)
         keys_M = np.concatenate(blocks)

@@ -1,7 +1,8 @@
 """Parquet files of rows: columns, checksums, and the way between Arrow tables and `FeatureRows`.
 
 The feature is one FIXED_LEN_BYTE_ARRAY column: an Arrow buffer of it is the matrix, and it reads many times faster than
-a list column. Every page has a checksum, and every read verifies it.
+a list column. Every page has a checksum, and every read verifies it, except where the digest of the whole file has just
+been verified: that covers the pages, and what lies between them.
 """
 
 import contextlib
@@ -20,11 +21,12 @@ from pydantic import ValidationError
 from featurestore.errors import CorruptFileError, FeatureStoreError
 from featurestore.rows import DIGEST_DTYPE, FeatureRows
 from featurestore.spec import FileEntry, StoreInfo
-from featurestore.storage import Storage
+from featurestore.storage import Scratch, Storage
 
 KEY, URI, DELETED, FEATURE = "key", "uri", "deleted", "feature"
 METADATA_COLUMNS = [KEY, URI, "content_digest", "source_tag", "width", "height"]
 ROW_GROUP_BYTES = 8 << 20
+_BLOCK_BYTES = 2 << 20  # in the processor's cache when it is used, and one huge page when it is written to a file
 Digest = Literal["sha256", "xxh3_128"]
 Check = Literal["size", "sha256", "xxh3_128"]
 _INFO = b"featurestore.info"
@@ -77,7 +79,7 @@ def rows_of(table: pa.Table, info: StoreInfo) -> FeatureRows:
 
 def numpy_column(table: pa.Table, name: str) -> npt.NDArray[Any]:
     """A column of numbers or booleans as one array."""
-    return np.asarray(table[name].combine_chunks().to_numpy(zero_copy_only=False))
+    return np.asarray(_one_chunk(table, name).to_numpy(zero_copy_only=False))
 
 
 def text_column(table: pa.Table, name: str) -> list[str]:
@@ -116,13 +118,16 @@ def encode(table: pa.Table, info: StoreInfo, group_bytes: int = ROW_GROUP_BYTES)
 
 
 class DataFile:
-    """One Parquet file of a store, open for reading; every page's checksum is verified."""
+    """One Parquet file of a store, open for reading."""
 
-    def __init__(self, source: IO[bytes] | pa.NativeFile, info: StoreInfo, path: str) -> None:
-        """`path` is for messages. Raises CorruptFileError, SpecMismatchError."""
+    def __init__(
+        self, source: IO[bytes] | pa.NativeFile, info: StoreInfo, path: str, page_checksums: bool = True
+    ) -> None:
+        """`path` is for messages; `page_checksums`: verify them. Raises CorruptFileError, SpecMismatchError."""
         self.path = path
+        self._block_rows = max(1, _BLOCK_BYTES // info.row_bytes)
         with self._translated():
-            self._parquet = pq.ParquetFile(source, page_checksum_verification=True)
+            self._parquet = pq.ParquetFile(source, page_checksum_verification=page_checksums)
             schema = self._parquet.schema_arrow
             found = StoreInfo.model_validate_json((schema.metadata or {})[_INFO])
         info.check_same(found, path)
@@ -151,9 +156,12 @@ class DataFile:
             return self._parquet.read_row_groups(list(groups), names, use_threads=False)
 
     def blocks(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Columns of one row group after the other, so that memory stays at one of them."""
-        for group in range(self._parquet.num_row_groups):
-            yield self.read(columns, [group])
+        """Columns, some megabytes of features at a time."""
+        with self._translated():
+            yield from (
+                pa.Table.from_batches([batch])
+                for batch in self._parquet.iter_batches(self._block_rows, columns=list(columns), use_threads=False)
+            )
 
     def close(self) -> None:
         """Close the source."""
@@ -170,10 +178,13 @@ class DataFile:
 
 
 @contextlib.contextmanager
-def open_entry(storage: Storage, info: StoreInfo, entry: FileEntry, check: Check = "size") -> Iterator[DataFile]:
+def open_entry(
+    storage: Storage, info: StoreInfo, entry: FileEntry, check: Check = "size", scratch: Scratch | None = None
+) -> Iterator[DataFile]:
     """The file of `entry`. A `check` of the "size" reads only what is asked for; one of a digest reads the whole file.
 
-    Raises CorruptFileError where size, digest, row count or content differ from what was committed.
+    With `scratch` what was read from the file is valid until that is used again; without, for ever. Raises
+    CorruptFileError where size, digest, row count or content differ from what was committed.
     """
     path = storage.full(entry.path)
     source: IO[bytes] | pa.NativeFile
@@ -181,7 +192,8 @@ def open_entry(storage: Storage, info: StoreInfo, entry: FileEntry, check: Check
         if check == "size":
             source = storage.open_input(entry.path)
         else:
-            source = pa.BufferReader(read_verified(storage, entry.path, check, getattr(entry, check)))
+            data = read_verified(storage, entry.path, check, getattr(entry, check), scratch)
+            source = pa.BufferReader(pa.py_buffer(data))
     except FileNotFoundError as error:
         raise CorruptFileError(f"{path} is missing") from error
     with source:
@@ -189,21 +201,23 @@ def open_entry(storage: Storage, info: StoreInfo, entry: FileEntry, check: Check
         if source.tell() != entry.bytes:
             raise CorruptFileError(f"{path} has {source.tell()} bytes instead of {entry.bytes}")
         source.seek(0)
-        file = DataFile(source, info, path)
+        file = DataFile(source, info, path, page_checksums=check != "xxh3_128")
         if file.num_rows != entry.rows:
             raise CorruptFileError(f"{path} has {file.num_rows} rows instead of {entry.rows}")
         yield file
 
 
-def read_verified(storage: Storage, path: str, algorithm: Digest, expected: str) -> bytes:
+def read_verified(
+    storage: Storage, path: str, algorithm: Digest, expected: str, scratch: Scratch | None = None
+) -> bytes | memoryview:
     """A whole file whose digest is known. Raises CorruptFileError where it differs, FileNotFoundError."""
-    data = storage.read_bytes(path)
+    data = storage.read_bytes(path) if scratch is None else storage.read_scratch(path, scratch)
     if digest_of(data, algorithm) != expected:
         raise CorruptFileError(f"{storage.full(path)} is damaged: its {algorithm} is not the one in the manifest")
     return data
 
 
-def digest_of(data: bytes | pa.Buffer, algorithm: Digest) -> str:
+def digest_of(data: bytes | memoryview | pa.Buffer, algorithm: Digest) -> str:
     """Hexadecimal."""
     return hashlib.sha256(data).hexdigest() if algorithm == "sha256" else xxhash.xxh3_128_hexdigest(data)
 
@@ -213,8 +227,13 @@ def _fixed_binary(array: npt.NDArray[Any], width: int) -> "pa.Array[Any]":
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(array), [None, pa.py_buffer(flat.data)])
 
 
+def _one_chunk(table: pa.Table, name: str) -> Any:
+    column = table[name]  # combine_chunks copies even where there is one chunk
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
 def _fixed_buffer(table: pa.Table, name: str) -> memoryview:
-    column = table[name].combine_chunks()
+    column = _one_chunk(table, name)
     width = column.type.byte_width
     values = column.buffers()[1]
     assert values is not None

@@ -5,7 +5,7 @@ Letters of shapes: M rows held, U keys asked, D feature width.
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from featurestore.cache import CachedShard, default_cache_dir, open_or_build
+from featurestore.cache import CachedShard, Progress, default_cache_dir, open_or_build
 from featurestore.errors import FeatureStoreError, MissingKeysError, StorageError
 from featurestore.keys import Int64Array, UInt64Array, owned_shards, owner_of, shard_of, shard_of_hash, splitmix64
 from featurestore.mapping import map_rows, populate
@@ -23,7 +23,6 @@ from featurestore.spec import DType, StoreInfo
 from featurestore.store import FeatureStore
 
 MissingPolicy = Literal["error", "zeros", "learned"]
-Progress = Callable[[int, int], None]  # shards ready, shards in all
 
 _MAX_THREADS = 4
 _PAGE_BYTES = 4096
@@ -86,8 +85,9 @@ class FeaturePartition:
     ) -> "FeaturePartition":
         """The shards of `rank`, of the newest snapshot or of `version`; local files are built where they are not there.
 
-        A build needs the memory of about one data file per thread. Raises what opening a store raises, and
-        CorruptFileError for a damaged data file.
+        `threads` build and look up; by default up to 4 build, and half of the cores but no more than 4 look up: copying
+        rows is bound by memory, and other ranks want theirs. A build needs the memory of about one data file per
+        thread. Raises what opening a store raises, and CorruptFileError for a damaged data file.
         """
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank={rank} is not in [0, num_ranks={num_ranks})")
@@ -96,16 +96,12 @@ class FeaturePartition:
         store = store_or_url if isinstance(store_or_url, FeatureStore) else FeatureStore.open(store_or_url)
         snapshot = store.snapshot(version)
         folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-        threads = threads or min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+        cores = len(os.sched_getaffinity(0))
+        build_threads = threads or min(_MAX_THREADS, cores)
         readers = [snapshot.shard_reader(shard) for shard in owned_shards(store.info.num_shards, rank, num_ranks)]
-        cached = []
-        with ThreadPoolExecutor(threads) as pool:
-            for shard in pool.map(lambda reader: open_or_build(reader, folder), readers):
-                cached.append(shard)
-                if progress is not None:
-                    progress(len(cached), len(readers))
+        cached = open_or_build(readers, folder, build_threads, progress)
         try:
-            return cls(snapshot, rank, num_ranks, cached, missing, threads)
+            return cls(snapshot, rank, num_ranks, cached, missing, threads or max(1, min(_MAX_THREADS, cores // 2)))
         except OSError as error:
             raise StorageError(f"cannot map the cache files in {folder}: {error}") from error
 
@@ -141,7 +137,8 @@ class FeaturePartition:
         self._matrix = np.empty((0, self.dim), self.info.storage_dtype)
 
     def lookup(self, keys_U: npt.ArrayLike, out: npt.NDArray[Any] | None = None) -> Lookup:
-        """Features of `keys_U` in the order asked, written into `out` (U, D) where it is given.
+        """Features of `keys_U` in the order asked, written into `out` (U, D) where it is given: faster, as new memory
+        costs as much as the rows.
 
         A key without a feature: the policy `error` raises MissingKeysError; `zeros` and `learned` give a row of zeros
         and a mask, and add to `missing_count`. A key of a shard that this rank does not own raises MissingKeysError.

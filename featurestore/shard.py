@@ -32,7 +32,7 @@ from featurestore.keys import Int64Array, shard_of, splitmix64
 from featurestore.rows import check_collisions
 from featurestore.spec import FileEntry, FileKind, StoreInfo
 from featurestore.statistics import Moments
-from featurestore.storage import Storage
+from featurestore.storage import Scratch, Storage
 
 
 def newest_rows(keys_N: Int64Array) -> Int64Array:
@@ -149,11 +149,14 @@ class ShardReader:
             file_start += entry.rows
         return features_UD, found_U
 
-    def verified_blocks(self) -> Iterator[tuple[Int64Array, npt.NDArray[Any]]]:
-        """Keys (M,) and features (M, D) of the live rows, block by block in order; every file's digest is checked."""
+    def verified_blocks(self, scratch: Scratch | None = None) -> Iterator[tuple[Int64Array, npt.NDArray[Any]]]:
+        """Keys (M,) and features (M, D) of the live rows, block by block in order; every file's digest is checked.
+
+        With `scratch` a block is valid until the next one is asked for.
+        """
         if self.is_plain:
             for entry in self.entries:
-                with open_entry(self.storage, self.info, entry, "xxh3_128") as file:
+                with open_entry(self.storage, self.info, entry, "xxh3_128", scratch) as file:
                     for block in file.blocks([KEY, FEATURE]):
                         yield numpy_column(block, KEY), matrix_of(block, self.info)
         elif self.entries:

@@ -79,7 +79,7 @@ class Moments:
         return buffer.getvalue()
 
     @classmethod
-    def from_bytes(cls, data: bytes, count: int, path: str) -> "Moments":
+    def from_bytes(cls, data: bytes | memoryview, count: int, path: str) -> "Moments":
         """What `to_bytes` wrote. Raises CorruptFileError."""
         try:
             mean_D, m2_D = np.load(io.BytesIO(data), allow_pickle=False)

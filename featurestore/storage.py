@@ -26,6 +26,19 @@ _memory_lock = threading.Lock()
 Names = list[str]  # inside the class, `list` is the method
 
 
+class Scratch:
+    """Memory of one thread for one file after the other: fresh memory costs the kernel as much as reading the file."""
+
+    def __init__(self) -> None:
+        self._memory = bytearray()
+
+    def view(self, size: int) -> memoryview:
+        """`size` bytes; what was in them is lost."""
+        if len(self._memory) < size:
+            self._memory = bytearray(size)  # not resized in place: views of the old may live on
+        return memoryview(self._memory)[:size]
+
+
 class Storage:
     """Files below one address; every path is relative to it, with forward slashes.
 
@@ -58,6 +71,17 @@ class Storage:
     def full(self, path: str) -> str:
         """The address of `path`, for messages and for other tools."""
         return f"{self.url}/{path}" if path else self.url
+
+    def read_scratch(self, path: str, scratch: Scratch) -> memoryview:
+        """The whole file, where it is local in `scratch`: valid until that is used again. Raises FileNotFoundError."""
+        if not self.is_local:
+            return memoryview(self.read_bytes(path))
+        with self._translated("read", path), self._local(path).open("rb", buffering=0) as file:
+            view = scratch.view(os.fstat(file.fileno()).st_size)
+            filled = 0
+            while count := file.readinto(view[filled:]):
+                filled += count
+            return view[:filled]
 
     def read_bytes(self, path: str) -> bytes:
         """The whole file. Raises FileNotFoundError where there is none."""
