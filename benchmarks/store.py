@@ -262,7 +262,7 @@ def main(
     rows: Annotated[int, typer.Option(help="Rows of 4096 bfloat16 numbers.", min=LOOKUP_KEYS)] = 100_000,
     folder: Annotated[Path | None, typer.Option("--dir", help="Where to put the data; about 50 kB per row.")] = None,
     threads: Annotated[int, typer.Option(help="That build the cache, on both sides.", min=1)] = 1,
-    repeats: Annotated[int, typer.Option(help="Rounds of lookups; builds take a tenth of them.", min=3)] = 60,
+    repeats: Annotated[int, typer.Option(help="Rounds of lookups; builds take a sixth of them.", min=3)] = 60,
     seed: Annotated[int, typer.Option(help="Of the drawn rows and keys.")] = 0,
 ) -> None:
     """Measure the store against numpy.take, LMDB and list columns."""
@@ -270,7 +270,7 @@ def main(
     with working_folder(folder) as work, Progress(*columns, console=Console(stderr=True)) as progress:
         bench = Bench(work, rows, threads, progress, seed)
         bench.make_store()
-        built = cache_figures(bench, max(3, repeats // 10))
+        built = cache_figures(bench, max(3, repeats // 6))
         looked_up = lookup_figures(bench, repeats)
     headline = ["lookup_vs_numpy_take", "lookup_vs_lmdb", "warm_open_s", "cache_build_vs_list_column"]
     figures = {**looked_up, **built}
