@@ -113,7 +113,8 @@ if __name__ == "__main__":
     with connect(workers=1) as client:
         try:
             print(*client.run(os.getpid).values(), flush=True)
-            time.sleep(60)
+            for _ in range(1200):  # a signal just before a sleep is seen after it
+                time.sleep(0.05)
         except KeyboardInterrupt:
             print("still working:", client.submit(sum, [1, 2]).result(timeout=10), flush=True)
 """
