@@ -58,9 +58,21 @@ def run_jobs(place: Path, seed: int, small: bool, force: bool, images: Path | No
     if force:  # features of other images, or of another network, do not mix with these
         shutil.rmtree(place / "features", ignore_errors=True)
     submit = ["dask-submit", "-n", "1"]
-    extract: list[str | Path] = [ROOT / "jobs/extract_features.py", "--images", images or place / "images", "--store", place / "features"]
+    extract: list[str | Path] = [
+        ROOT / "jobs/extract_features.py",
+        "--images",
+        images or place / "images",
+        "--store",
+        place / "features",
+    ]
     run_step("Features: frozen VGG16 once per image", [*submit, *extract, "--weights", f"random:{seed}"])
-    samples: list[str | Path] = [ROOT / "jobs/build_samples.py", "--logs", place / "logs", "--samples", place / "samples"]
+    samples: list[str | Path] = [
+        ROOT / "jobs/build_samples.py",
+        "--logs",
+        place / "logs",
+        "--samples",
+        place / "samples",
+    ]
     run_step("Samples: image keys only", [*submit, *samples])
 
 
