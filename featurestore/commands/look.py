@@ -1,0 +1,76 @@
+"""info and get: what a store holds."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from featurestore.commands.common import Url, Version, user_errors
+from featurestore.errors import FeatureStoreError
+from featurestore.keys import keys_of_uris
+from featurestore.rows import to_float32
+from featurestore.store import FeatureStore
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: `python -m featurestore info data/features`")
+def info(url: Url, version: Version = None) -> None:
+    """Show what a store holds."""
+    with user_errors():
+        store = FeatureStore.open(url)
+        snapshot = store.snapshot(version)
+        manifest = snapshot.manifest
+        extractor = store.info.extractor.model_dump()
+        lines = {
+            "store": store.url,
+            "feature": store.info.name,
+            "dim": f"{store.info.dim:,}",
+            "dtype": store.info.dtype,
+            "snapshot": f"{snapshot.version} ({manifest.operation})",
+            "rows": f"{snapshot.num_rows:,}",
+            "shards": f"{store.info.num_shards} ({len(manifest.shards)} with files)",
+            "files": f"{manifest.num_files:,}",
+            "bytes": f"{manifest.file_bytes:,}",
+            "quarantined": f"{len(store.quarantine_rows()):,}",
+            **{f"extractor {name}": value for name, value in extractor.items()},
+        }
+    for name, value in lines.items():
+        sys.stdout.write(f"{name:<24} {value}\n")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `python -m featurestore get data/features -7079617629412041231`\n\n"
+    "- `python -m featurestore get data/features --uri shirts/1.jpg --out shirt.npy`",
+    context_settings={"ignore_unknown_options": True},  # half of all keys are negative, and look like options
+)
+def get(
+    url: Url,
+    keys: Annotated[list[int] | None, typer.Argument(metavar="[KEY]...", help="Keys of images.")] = None,
+    uri: Annotated[list[str] | None, typer.Option("--uri", help="Uri of an image, instead of its key.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write float32 (keys, dim) to this .npy file.")] = None,
+    version: Version = None,
+) -> None:
+    """Fetch the features of images, as float32: printed, or written to a file."""
+    if not keys and not uri:
+        raise typer.BadParameter("name a KEY or --uri")
+    wanted_U = np.concatenate([np.asarray(keys or [], dtype=np.int64), keys_of_uris(uri or [])])
+    with user_errors():
+        store = FeatureStore.open(url)
+        values_UD = to_float32(store.snapshot(version).get(wanted_U), store.info.dtype)
+        if out is not None:
+            _write_npy(out, values_UD)
+            return
+    for key, row_D in zip(wanted_U, values_UD, strict=True):
+        sys.stdout.write(f"{key}: {' '.join(f'{value:.6g}' for value in row_D)}\n")
+
+
+def _write_npy(path: Path, values_UD: "np.ndarray[tuple[int, ...], np.dtype[np.float32]]") -> None:
+    try:
+        with path.open("wb") as file:
+            np.save(file, values_UD)
+    except OSError as error:
+        raise FeatureStoreError(f"cannot write {path}: {error}") from error
