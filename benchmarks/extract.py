@@ -26,7 +26,7 @@ from distributed import Client
 
 from benchmarks.report import Figure, write_report
 from featurestore.errors import FeatureStoreError
-from pipeline.backbone import ComputeDType, UntrainedWeightsWarning, backbone
+from pipeline.backbone import DEFAULT_BACKBONE, ComputeDType, UntrainedWeightsWarning, backbone
 from pipeline.cluster import connect
 from pipeline.decode import prepare
 from pipeline.demo.draw import draw_garment, plan_garments
@@ -75,7 +75,7 @@ def compare(locations: Sequence[str], rounds: int, batch_size: int) -> dict[str,
     """The figures of both sides over the images at `locations`. Raises PipelineError, FeatureStoreError."""
     with warnings.catch_warnings(), connect(workers=1, threads_per_worker=1) as client:
         warnings.simplefilter("ignore", UntrainedWeightsWarning)
-        compute_dtype = cast("ComputeDType", describe_network(client, WEIGHTS, "auto").compute_dtype)
+        compute_dtype = cast("ComputeDType", describe_network(client, DEFAULT_BACKBONE, WEIGHTS, "auto").compute_dtype)
         run_alone(client, bare_seconds, locations[:batch_size], batch_size, compute_dtype)  # warm both sides up
         extract_seconds(client, locations[:batch_size], batch_size)
         bare_s, extract_s = [], []
@@ -101,7 +101,7 @@ def compare(locations: Sequence[str], rounds: int, batch_size: int) -> dict[str,
 
 def bare_seconds(locations: Sequence[str], batch_size: int, compute_dtype: ComputeDType) -> float:
     """Seconds of the network alone on these images, which are prepared before the clock starts."""
-    network = backbone(WEIGHTS, compute_dtype)
+    network = backbone(DEFAULT_BACKBONE, WEIGHTS, compute_dtype)
     torch.set_num_threads(torch_threads({}))
     batches = [
         network.normalise(np.stack([prepare(read_image(place)).pixels_HWC for place in locations[i : i + batch_size]]))

@@ -24,6 +24,7 @@ from featurestore.spec import ExtractorSpec
 from pipeline.decode import preprocessing_record, preset
 from pipeline.errors import WeightsError
 
+DEFAULT_BACKBONE = "vgg16:classifier.1"
 FEATURE_DIM = 4096
 BACKBONE_NAME = "torchvision vgg16"
 LAYER_NAME = "classifier.1 (fc6 after ReLU)"
@@ -70,6 +71,7 @@ class Backbone:
             preprocessing=preprocessing_record(),
             compute_dtype=compute_dtype,
         )
+        self.dim = FEATURE_DIM
         self.dtype = getattr(torch, compute_dtype)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network = Vgg16Fc6()
@@ -93,12 +95,20 @@ class Backbone:
         return features_BD
 
 
-def backbone(weights: str, compute_dtype: ComputeDType) -> Backbone:
+def feature_dim(name: str) -> int:
+    """Numbers per image of the network `name` (MODEL:LAYER). Raises WeightsError."""
+    if name != DEFAULT_BACKBONE:
+        raise WeightsError(f"backbone {name!r} is unknown; the only one is {DEFAULT_BACKBONE}")
+    return FEATURE_DIM
+
+
+def backbone(name: str, weights: str, compute_dtype: ComputeDType) -> Backbone:
     """The network, built once per process and kept until another one is asked for. Raises WeightsError.
 
     For the workers: random weights give no warning here, `pipeline.extract.extract` gives it once for all of them.
     """
     with _build_lock:
+        feature_dim(name)
         return _cached_backbone(weights, compute_dtype)
 
 

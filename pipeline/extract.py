@@ -17,11 +17,12 @@ from featurestore.quarantine import QuarantineRow
 from featurestore.spec import DType, ExtractorSpec, FileEntry, StoreInfo
 from featurestore.store import FeatureStore
 from pipeline.backbone import (
-    FEATURE_DIM,
+    DEFAULT_BACKBONE,
     ComputeDType,
     backbone,
     check_weights_name,
     fastest_dtype,
+    feature_dim,
     warn_if_untrained,
 )
 from pipeline.checks import wait_for_workers
@@ -58,6 +59,7 @@ class ExtractOptions:
     part_size: int = 256
     num_shards: int | None = None
     name: str | None = None
+    backbone: str = DEFAULT_BACKBONE  # MODEL:LAYER
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def extract(options: ExtractOptions, client: Client) -> ExtractSummary:
     warn_if_untrained(weights)
     listing = list_images(options.images)
     wait_for_workers(client, str(client.scheduler_info()["address"]), 1, WORKERS_TIMEOUT_S)
-    spec = describe_network(client, weights, options.compute_dtype)
+    spec = describe_network(client, options.backbone, weights, options.compute_dtype)
     store = open_store(options, spec)
     snapshot = store.snapshot()
     pending = pending_images(listing.images, snapshot)
@@ -126,12 +128,14 @@ def extract(options: ExtractOptions, client: Client) -> ExtractSummary:
     )
 
 
-def describe_network(client: Client, weights: str, compute_dtype: ComputeDType | Literal["auto"]) -> ExtractorSpec:
+def describe_network(
+    client: Client, backbone_name: str, weights: str, compute_dtype: ComputeDType | Literal["auto"]
+) -> ExtractorSpec:
     """The spec of the network as a worker builds it, who keeps it. `auto` is what all workers are fast in."""
     if compute_dtype == "auto":
         fastest = set(client.run(fastest_dtype).values())
         compute_dtype = "bfloat16" if fastest == {"bfloat16"} else "float32"
-    spec: ExtractorSpec | WeightsError | Killed = run_alone(client, _spec_of, weights, compute_dtype)
+    spec: ExtractorSpec | WeightsError | Killed = run_alone(client, _spec_of, backbone_name, weights, compute_dtype)
     if isinstance(spec, Killed):
         raise ExtractionError("building the network brings the workers down: is there memory for 1 GB more in each?")
     if isinstance(spec, WeightsError):
@@ -141,11 +145,12 @@ def describe_network(client: Client, weights: str, compute_dtype: ComputeDType |
 
 def open_store(options: ExtractOptions, spec: ExtractorSpec) -> FeatureStore:
     """The store, made when it is new. Raises SpecMismatchError when it is of another network, dtype or layout."""
+    dim = feature_dim(options.backbone)
     try:
         existing = FeatureStore.open(options.store).info
     except StoreNotFoundError:
-        existing = StoreInfo(dim=FEATURE_DIM, extractor=spec)
-    info = existing.model_copy(update={"dim": FEATURE_DIM, "dtype": options.dtype, "extractor": spec})
+        existing = StoreInfo(dim=dim, extractor=spec)
+    info = existing.model_copy(update={"dim": dim, "dtype": options.dtype, "extractor": spec})
     wanted = {"num_shards": options.num_shards, "name": options.name}
     changed = {name: value for name, value in wanted.items() if value is not None}
     return FeatureStore.open_or_create(options.store, StoreInfo.model_validate(info.model_dump() | changed))
@@ -186,6 +191,7 @@ class _Run:
         self.settings = PartSettings(
             store=store.url,
             run_id=run_id,
+            backbone=options.backbone,
             weights=weights,
             spec_digest=spec.digest,
             compute_dtype=cast("ComputeDType", spec.compute_dtype),
@@ -258,10 +264,10 @@ class _Run:
         return report
 
 
-def _spec_of(weights: str, compute_dtype: ComputeDType) -> ExtractorSpec | WeightsError:
+def _spec_of(backbone_name: str, weights: str, compute_dtype: ComputeDType) -> ExtractorSpec | WeightsError:
     """The error as a result: Dask would log a raised one with its traceback, and try again."""
     try:
-        return backbone(weights, compute_dtype).spec
+        return backbone(backbone_name, weights, compute_dtype).spec
     except WeightsError as error:
         return error
 

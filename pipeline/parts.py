@@ -24,7 +24,7 @@ from featurestore.rows import FeatureRows, finite_rows, to_bits
 from featurestore.spec import DType
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
-from pipeline.backbone import FEATURE_DIM, Backbone, ComputeDType, backbone
+from pipeline.backbone import Backbone, ComputeDType, backbone
 from pipeline.decode import Pixels, prepare
 from pipeline.errors import BadImageError, WeightsError
 from pipeline.source import ImageRef, read_image
@@ -41,6 +41,7 @@ class PartSettings:
 
     store: str
     run_id: str
+    backbone: str  # MODEL:LAYER
     weights: str
     spec_digest: str
     compute_dtype: ComputeDType
@@ -97,7 +98,7 @@ def extract_part(
 
     Raises WeightsError when this worker's network is another than the run's, StorageError.
     """
-    network = backbone(settings.weights, settings.compute_dtype)
+    network = backbone(settings.backbone, settings.weights, settings.compute_dtype)
     if network.spec.digest != settings.spec_digest:
         raise WeightsError(f"weights {settings.weights}: other values on this worker than on the first one")
     torch.set_num_threads(torch_threads(settings.workers_per_host))
@@ -241,7 +242,7 @@ class _PartRows:
 
     def _rows(self) -> FeatureRows:
         refs = [image.ref for image, _, _ in self._done]
-        empty_0D = to_bits(np.zeros((0, FEATURE_DIM), np.float32), self._dtype)
+        empty_0D = to_bits(np.zeros((0, self._network.dim), np.float32), self._dtype)
         return FeatureRows.of(
             [ref.uri for ref in refs],
             np.stack([bits_D for _, _, bits_D in self._done]) if self._done else empty_0D,

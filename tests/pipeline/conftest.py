@@ -11,7 +11,7 @@ import torch
 from distributed import Client, LocalCluster
 from PIL import Image
 
-from pipeline.backbone import backbone
+from pipeline.backbone import DEFAULT_BACKBONE, backbone
 
 
 def draw_photo(seed: int, width: int = 300, height: int = 260) -> Image.Image:
@@ -66,7 +66,7 @@ def client() -> Iterator[Client]:
 def counted(client: Client) -> Iterator[list[int]]:
     """Images of each pass through the network of this process, as the network itself sees them."""
     rows: list[int] = []
-    hook = backbone("random:0", "float32").network.register_forward_hook(
+    hook = backbone(DEFAULT_BACKBONE, "random:0", "float32").network.register_forward_hook(
         lambda network, inputs, output: rows.append(len(output))
     )
     yield rows

@@ -16,7 +16,7 @@ from featurestore.keys import key_of_uri
 from featurestore.rows import to_float32
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
-from pipeline.backbone import backbone
+from pipeline.backbone import DEFAULT_BACKBONE, backbone
 from pipeline.decode import preset
 from pipeline.errors import ExtractionError, SourceError, WeightsError
 from pipeline.extract import ExtractOptions, extract
@@ -65,7 +65,8 @@ def torchvision_features(paths):
     """torchvision's whole network, its own transform, images opened by Pillow as anyone would."""
     with torch.device("meta"):
         network = vgg16(weights=None, init_weights=False)
-    network.load_state_dict(backbone("random:0", "float32").network.state_dict(), strict=False, assign=True)
+    state = backbone(DEFAULT_BACKBONE, "random:0", "float32").network.state_dict()
+    network.load_state_dict(state, strict=False, assign=True)
     own = preset()
     pixels_BCHW = torch.stack([own(Image.open(path).convert("RGB")) for path in paths])
     return network.eval().classifier[:2](network.avgpool(network.features(pixels_BCHW)).flatten(1)).numpy()
