@@ -34,6 +34,8 @@ from featurestore.spec import FileEntry, FileKind, StoreInfo
 from featurestore.statistics import Moments
 from featurestore.storage import Scratch, Storage
 
+_STATISTICS_SHARE = 4  # statistics are kept where the features take at least this many times their bytes
+
 
 def newest_rows(keys_N: Int64Array) -> Int64Array:
     """Of rows in order of age, the last of each key, in the order of a shard: by splitmix64."""
@@ -55,7 +57,8 @@ def take_rows(table: pa.Table, index_M: npt.NDArray[Any]) -> pa.Table:
 def write_shard_file(
     storage: Storage, info: StoreInfo, shard: int, table: pa.Table, kind: FileKind, based_on: int
 ) -> FileEntry:
-    """Write rows of one shard (sorted, each key once) as a new immutable file, and its statistics beside it.
+    """Write rows of one shard (sorted, each key once) as a new immutable file, and beside it its statistics, unless
+    those would be larger than a quarter of the rows' features.
 
     Both are read back and compared before the entry is returned. Nothing is visible before a commit names the entry.
     """
@@ -66,8 +69,15 @@ def write_shard_file(
     name = f"data/{shard:04d}/{uuid.uuid4().hex}"
     deleted_N = numpy_column(table, DELETED)
     features_ND = matrix_of(table, info)
-    moments = Moments.of(features_ND[~deleted_N] if deleted_N.any() else features_ND, info.dtype)
-    data, statistics = encode(table, info), moments.to_bytes()
+    statistics: dict[str, str] = {}
+    if len(table) * info.row_bytes >= _STATISTICS_SHARE * Moments.empty(info.dim).size_bytes:
+        moments = Moments.of(features_ND[~deleted_N] if deleted_N.any() else features_ND, info.dtype)
+        path = f"{name}.stats.npy"
+        statistics = {
+            "statistics_path": path,
+            "statistics_sha256": _write_checked(storage, path, moments.to_bytes()),
+        }
+    data = encode(table, info)
     return FileEntry(
         path=f"{name}.parquet",
         bytes=data.size,
@@ -78,13 +88,14 @@ def write_shard_file(
         kind=kind,
         info_digest=info.digest,
         based_on=based_on,
-        statistics_path=f"{name}.stats.npy",
-        statistics_sha256=_write_checked(storage, f"{name}.stats.npy", statistics),
+        **statistics,
     )
 
 
-def read_moments(storage: Storage, entry: FileEntry) -> Moments:
-    """The moments of a file's live rows. Raises CorruptFileError."""
+def read_moments(storage: Storage, entry: FileEntry) -> Moments | None:
+    """The moments of a file's live rows; None where it has no statistics. Raises CorruptFileError."""
+    if entry.statistics_path is None or entry.statistics_sha256 is None:
+        return None
     try:
         data = read_verified(storage, entry.statistics_path, "sha256", entry.statistics_sha256)
     except FileNotFoundError as error:
@@ -168,6 +179,16 @@ class ShardReader:
             index_M = newest_rows(numpy_column(table, KEY))
             table = take_rows(table, index_M[~numpy_column(table, DELETED)[index_M]])
             yield numpy_column(table, KEY), matrix_of(table, self.info)
+
+    def moments(self) -> Moments:
+        """Of the live rows: what stands beside a single file, else from the rows."""
+        found = read_moments(self.storage, self.entries[0]) if self.entries and self.is_plain else None
+        if found is not None:
+            return found
+        moments = Moments.empty(self.info.dim)
+        for _, features_MD in self.verified_blocks():
+            moments = moments.merged(Moments.of(features_MD, self.info.dtype))
+        return moments
 
     def check_uris(self, keys_N: Int64Array, uris: Sequence[str]) -> None:
         """Raise KeyCollisionError where one of the keys lives here under another uri."""

@@ -13,7 +13,7 @@ from featurestore.datafile import METADATA_COLUMNS, rows_of, schema_of
 from featurestore.errors import MissingKeysError
 from featurestore.keys import Int64Array, shard_of
 from featurestore.rows import FeatureRows
-from featurestore.shard import ShardReader, read_moments
+from featurestore.shard import ShardReader
 from featurestore.spec import Manifest, StoreInfo
 from featurestore.statistics import FeatureStatistics, Moments
 from featurestore.storage import Storage
@@ -77,20 +77,12 @@ class Snapshot:
     def statistics(self) -> FeatureStatistics:
         """Mean and standard deviation of each dimension over the live rows.
 
-        From the files' own statistics; shards with delta files are read.
+        From the files' own statistics; small files, and shards with delta files, are read.
         """
         moments = Moments.empty(self.info.dim)
-        for part in self._each_shard(self._shard_moments):
+        for part in self._each_shard(lambda reader: reader.moments()):
             moments = moments.merged(part)
         return moments.statistics()
-
-    def _shard_moments(self, reader: ShardReader) -> Moments:
-        if reader.is_plain:
-            return read_moments(self.storage, reader.entries[0])
-        moments = Moments.empty(self.info.dim)
-        for _, features_MD in reader.verified_blocks():
-            moments = moments.merged(Moments.of(features_MD, self.info.dtype))
-        return moments
 
     def _each_shard(self, work: Callable[[ShardReader], ResultT]) -> list[ResultT]:
         """`work` on every shard that has files, in the order of shards."""

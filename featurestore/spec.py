@@ -93,8 +93,8 @@ class FileEntry(_Frozen):
     kind: FileKind
     info_digest: str
     based_on: int = 0  # the snapshot against which its keys were checked for collisions
-    statistics_path: str
-    statistics_sha256: str
+    statistics_path: str | None = None  # none beside a small file: its rows are read instead
+    statistics_sha256: str | None = None
 
     @property
     def num_live(self) -> int:

@@ -72,6 +72,11 @@ class Moments:
         std_D = np.sqrt(self.m2_D / max(self.count, 1))
         return FeatureStatistics(self.count, self.mean_D.astype(np.float32), std_D.astype(np.float32))
 
+    @property
+    def size_bytes(self) -> int:
+        """Of `to_bytes`, but for a header of 128 bytes."""
+        return self.mean_D.nbytes + self.m2_D.nbytes
+
     def to_bytes(self) -> bytes:
         """As a .npy file of float64 (2, D); the count stands in the manifest."""
         buffer = io.BytesIO()

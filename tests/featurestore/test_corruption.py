@@ -99,13 +99,14 @@ def test_a_missing_file_is_found(filled: FeatureStore, tmp_path: Path) -> None:
         filled.snapshot().keys()
 
 
-def test_damaged_statistics_are_found(filled: FeatureStore) -> None:
-    entry = next(e for files in filled.snapshot().manifest.shards.values() if len(files) == 1 for e in files)
-    path = Path(filled.url) / entry.statistics_path
+def test_damaged_statistics_are_found(store: FeatureStore, make_rows) -> None:
+    store.put(make_rows(600, store.info))
+    entry = entry_of(store)
+    path = Path(store.url) / str(entry.statistics_path)
     flip(path, path.stat().st_size - 1)
-    assert len(problems_of(filled)) == 1 and entry.statistics_path in problems_of(filled)[0]
-    with pytest.raises(CorruptFileError, match=entry.statistics_path):
-        filled.snapshot().statistics()
+    assert len(problems_of(store)) == 1 and str(entry.statistics_path) in problems_of(store)[0]
+    with pytest.raises(CorruptFileError, match=str(entry.statistics_path)):
+        store.snapshot().statistics()
 
 
 @pytest.mark.parametrize("version", [1, 2])
