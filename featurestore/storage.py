@@ -8,9 +8,10 @@ import io
 import os
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import fsspec
 from fsspec.core import split_protocol
@@ -24,6 +25,17 @@ _CREATE_ATTEMPTS = 10
 _memory_lock = threading.Lock()
 
 Names = list[str]  # inside the class, `list` is the method
+
+
+class StorageEntry(NamedTuple):
+    """One file of a listing."""
+
+    path: str  # relative to the storage
+    size_bytes: int
+    mtime_s: float  # by the storage's own clock, as `Storage.now`; whole seconds on S3
+
+
+Entries = list[StorageEntry]
 
 
 class Scratch:
@@ -120,12 +132,36 @@ class Storage:
                 return []
         return sorted(name for name in names if not name.startswith(".tmp-"))
 
-    def exists(self, path: str) -> bool:
-        """Whether a file or folder is there."""
-        with self._translated("look for", path):
+    def entries(self, path: str = "", recursive: bool = True) -> Entries:
+        """The files below `path`, by path; temporary files (`.tmp-…`) included, folders not; empty where nothing is.
+
+        On an object store one flat listing, 1,000 files an answer. A file that vanishes meanwhile is left out.
+        """
+        with self._translated("list", path):
+            return sorted(
+                self._local_entries(path, recursive) if self.is_local else self._remote_entries(path, recursive)
+            )
+
+    def now(self) -> float:
+        """Seconds since 1970 by the clock that stamps the files here: that of the disk or of the object store.
+
+        Writes, looks at and removes a small file. Ages are told by it, as this machine's own clock may differ.
+        """
+        probe = f".tmp-clock-{uuid.uuid4().hex}"
+        self.write_bytes(probe, b"")
+        try:
+            return self.entry(probe).mtime_s
+        finally:
+            self.delete(probe)
+
+    def entry(self, path: str) -> StorageEntry:
+        """Size and time of one file. Raises FileNotFoundError where there is none."""
+        with self._translated("look at", path):
             if self.is_local:
-                return self._local(path).exists()
-            return bool(self._fs.exists(self._remote(path)))
+                stat = self._local(path).stat()
+                return StorageEntry(path, stat.st_size, stat.st_mtime)
+            found = self._fs.info(self._remote(path))
+            return StorageEntry(path, int(found["size"]), _time_of(found))
 
     def size(self, path: str) -> int:
         """Bytes of the file. Raises FileNotFoundError where there is none."""
@@ -179,6 +215,28 @@ class Storage:
     def _listed(self, path: str) -> Names:
         entries: Names = self._fs.ls(self._remote(path), detail=False)
         return [entry for entry in entries if entry.strip("/") != self._remote(path).strip("/")]
+
+    def _local_entries(self, path: str, recursive: bool) -> Iterator[StorageEntry]:
+        try:
+            found = [*os.scandir(self._local(path))]
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for each in found:
+            relative = self.join(path, each.name)
+            if each.is_dir(follow_symlinks=False):
+                if recursive:
+                    yield from self._local_entries(relative, recursive)
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                stat = each.stat()
+                yield StorageEntry(relative, stat.st_size, stat.st_mtime)
+
+    def _remote_entries(self, path: str, recursive: bool) -> Iterator[StorageEntry]:
+        found = self._fs.find(self._remote(path), maxdepth=None if recursive else 1, detail=True)
+        for each in found.values():
+            name = each["name"].strip("/").removeprefix(self._root.strip("/")).strip("/")
+            if each["type"] == "file" and name != path:  # `find` of a file is that file
+                yield StorageEntry(name, int(each["size"]), _time_of(each))
 
     @contextlib.contextmanager
     def _translated(self, action: str, path: str) -> Iterator[None]:
@@ -250,6 +308,19 @@ def _answer_code(error: BaseException) -> str | None:
         return None
     code = response.get("Error", {}).get("Code")
     return None if code is None else str(code)
+
+
+def _time_of(found: Mapping[str, Any]) -> float:
+    """When a file was written, from what fsspec's clients tell of it under different names."""
+    names = ("LastModified", "last_modified", "mtime", "modified", "updated", "created")
+    time = next((found[name] for name in names if found.get(name) is not None), None)
+    if isinstance(time, str):
+        time = datetime.fromisoformat(time)
+    if isinstance(time, datetime):
+        return time.timestamp()
+    if isinstance(time, int | float):
+        return float(time)
+    raise StorageError(f"the storage tells no time of {found.get('name')}: ages of files cannot be known there")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -67,13 +67,27 @@ def test_reading_writing_listing_and_deleting(storage: Storage) -> None:
     assert storage.read_bytes("a/b.bin") == b"second"
     assert storage.size("a/b.bin") == 6
     assert storage.list("a") == ["b.bin", "c"]
-    assert storage.exists("a/b.bin") and not storage.exists("a/nope")
     with storage.open_input("a/b.bin") as file:
         file.seek(3)
         assert file.read() == b"ond"
     storage.delete("a")
     storage.delete("a")
-    assert not storage.exists("a/b.bin") and not storage.exists("a/c/d.bin")  # some servers keep the empty folder
+    assert storage.entries("a") == []  # some servers keep the empty folder
+
+
+def test_entries_are_all_files_below_with_size_and_time(storage: Storage) -> None:
+    assert storage.entries() == [] and storage.entries("a") == []
+    before = storage.now()
+    for path, size in (("a/b.bin", 3), ("a/c/d.bin", 0), ("a/.tmp-dead", 2), ("ab/e.bin", 1)):
+        storage.write_bytes(path, bytes(size))
+    after = storage.now()
+    sizes = {entry.path: entry.size_bytes for entry in storage.entries("a")}
+    assert sizes == {"a/b.bin": 3, "a/c/d.bin": 0, "a/.tmp-dead": 2}
+    assert [entry.path for entry in storage.entries("a", recursive=False)] == ["a/.tmp-dead", "a/b.bin"]
+    assert [entry.path for entry in storage.entries()] == ["a/.tmp-dead", "a/b.bin", "a/c/d.bin", "ab/e.bin"]
+    assert all(before <= entry.mtime_s <= after for entry in storage.entries())
+    assert storage.entry("a/b.bin") in storage.entries()
+    assert storage.entries("a/b.bin") == []
 
 
 def test_only_the_first_exclusive_create_wins(storage: Storage) -> None:
