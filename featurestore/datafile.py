@@ -45,7 +45,7 @@ def schema_of(info: StoreInfo) -> pa.Schema:
         pa.field(DELETED, pa.bool_(), nullable=False),
         feature.with_metadata({"dtype": info.dtype, "shape": f"[{info.dim}]"}),
     ]
-    return pa.schema(fields, metadata={_INFO: info.model_dump_json()})
+    return pa.schema(fields, metadata={_INFO: info.kind.model_dump_json()})
 
 
 def table_of(rows: FeatureRows, info: StoreInfo) -> pa.Table:

@@ -49,6 +49,7 @@ class StoreInfo(_Frozen):
     dim: Annotated[int, Field(ge=1)]
     dtype: DType = "bfloat16"
     extractor: ExtractorSpec
+    store_id: str = ""  # random, given when the store is made: tells it from others made alike
 
     @field_validator("num_shards")
     @classmethod
@@ -58,9 +59,14 @@ class StoreInfo(_Frozen):
         return value
 
     @property
+    def kind(self) -> "StoreInfo":
+        """All but the store's own id: equal for stores whose files may be exchanged; stands in every data file."""
+        return self.model_copy(update={"store_id": ""})
+
+    @property
     def digest(self) -> str:
-        """sha256 of all fields, hexadecimal; stands in every data file."""
-        return _digest(self)
+        """sha256 of all fields but `store_id`, hexadecimal."""
+        return _digest(self.kind)
 
     @property
     def storage_dtype(self) -> np.dtype[Any]:
@@ -74,7 +80,7 @@ class StoreInfo(_Frozen):
 
     def check_same(self, other: "StoreInfo", where: str) -> None:
         """Raise SpecMismatchError, naming every field in which `other` (found at `where`) differs."""
-        mine, theirs = _flat(self), _flat(other)
+        mine, theirs = _flat(self.kind), _flat(other.kind)
         differing = [name for name in mine if mine[name] != theirs[name]]
         if differing:
             fields = "; ".join(f"{name} is {theirs[name]!r} instead of {mine[name]!r}" for name in differing)

@@ -1,5 +1,6 @@
 """The store: open, write, commit."""
 
+import contextlib
 import os
 import platform
 import time
@@ -13,7 +14,13 @@ import pyarrow as pa
 
 from featurestore import log, quarantine, staging
 from featurestore.datafile import DELETED, KEY, URI, numpy_column, open_entry, text_column
-from featurestore.errors import InvalidRowsError, SnapshotNotFoundError, StoreExistsError, StoreNotFoundError
+from featurestore.errors import (
+    InvalidRowsError,
+    SnapshotNotFoundError,
+    StorageError,
+    StoreExistsError,
+    StoreNotFoundError,
+)
 from featurestore.keys import shard_of
 from featurestore.quarantine import QuarantineRow
 from featurestore.rows import FeatureRows, check_collisions
@@ -43,11 +50,21 @@ class FeatureStore:
 
     @classmethod
     def create(cls, url: str | os.PathLike[str], info: StoreInfo) -> "FeatureStore":
-        """Make an empty store. Raises StoreExistsError."""
+        """Make an empty store, with an id of its own. Raises StoreExistsError."""
         storage = Storage(url)
-        if not storage.create_exclusive(INFO_PATH, seal(info)):
+        mine = info.model_copy(update={"store_id": uuid.uuid4().hex})
+        failure: StorageError | None = None
+        try:
+            storage.create_exclusive(INFO_PATH, seal(mine))
+        except StorageError as error:  # the answer may have been lost: what stands there decides
+            failure = error
+        try:
+            store = cls.open(url)
+        except StoreNotFoundError as error:
+            raise failure or error from failure
+        if store.info.store_id != mine.store_id:
             raise StoreExistsError(f"{storage.url} is a store already")
-        return cls(storage, info)
+        return store
 
     @classmethod
     def open(cls, url: str | os.PathLike[str]) -> "FeatureStore":
@@ -65,7 +82,8 @@ class FeatureStore:
         try:
             store = cls.open(url)
         except StoreNotFoundError:
-            Storage(url).create_exclusive(INFO_PATH, seal(info))  # whoever was first, the check below decides
+            with contextlib.suppress(StoreExistsError):  # whoever was first, the check below decides
+                return cls.create(url, info)
             store = cls.open(url)
         info.check_same(store.info, f"the store at {store.url}")
         return store

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from featurestore import FeatureStore, StoreInfo, log, shard_of
-from featurestore.errors import CommitConflictError, StorageError
+from featurestore.errors import CommitConflictError, StorageError, StoreExistsError
 from featurestore.spec import Manifest
 from featurestore.storage import Storage
 
@@ -188,3 +188,24 @@ def test_the_manifest_counts_what_it_names(store: FeatureStore, make_rows, info:
     assert manifest.file_bytes == sum(store.storage.size(entry.path) for entry in entries)
     assert sum(entry.num_deleted for entry in entries) == 4
     assert np.isclose(manifest.time_s, time.time(), atol=60)
+
+
+def test_a_store_whose_answer_was_lost_is_made_once(
+    tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = Storage.create_exclusive
+
+    def made_but_lost(self: Storage, path: str, data: bytes) -> bool:
+        create(self, path, data)
+        raise StorageError("connection reset")
+
+    def made_but_denied(self: Storage, path: str, data: bytes) -> bool:
+        create(self, path, data)
+        return False
+
+    for name, answer in (("lost", made_but_lost), ("denied", made_but_denied)):
+        monkeypatch.setattr(Storage, "create_exclusive", answer)
+        mine = FeatureStore.create(tmp_path / name, info)
+        assert FeatureStore.open(tmp_path / name).info == mine.info
+        with pytest.raises(StoreExistsError):  # made alike, but not here
+            FeatureStore.create(tmp_path / name, info)
