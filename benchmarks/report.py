@@ -1,7 +1,8 @@
 """One way to show and keep the figures of a benchmark run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -10,15 +11,59 @@ from rich.table import Table
 Figure = float | int | str | bool | None
 
 
+@dataclass(frozen=True)
+class Section:
+    """Figures that belong together: single ones, and a grid of those that are compared by row and column.
+
+    In the JSON a figure of the grid is called ROW_COLUMN, with `prefix` before it.
+    """
+
+    title: str
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    grid: Mapping[str, Mapping[str, Figure]] = field(default_factory=dict)
+    prefix: str = ""
+
+    def flat(self) -> dict[str, Figure]:
+        """All figures by their names in the JSON."""
+        cells = {
+            f"{self.prefix}{row}_{column}": value for row, cells in self.grid.items() for column, value in cells.items()
+        }
+        return {**self.figures, **cells}
+
+    def tables(self) -> list[Table]:
+        """What there is to show."""
+        shown = []
+        if self.figures:
+            table = Table("figure", "value", title=self.title, title_justify="left")
+            for name, value in self.figures.items():
+                table.add_row(name, _shown(value))
+            shown.append(table)
+        if self.grid:
+            columns = list(dict.fromkeys(column for cells in self.grid.values() for column in cells))
+            table = Table("", title=None if shown else self.title, title_justify="left")
+            for column in columns:
+                table.add_column(column.replace("_", " "), justify="right")
+            for row, cells in self.grid.items():
+                table.add_row(row.replace("_", " "), *(_shown(cells[c]) if c in cells else "" for c in columns))
+            shown.append(table)
+        return shown
+
+
+def write_sections(sections: Sequence[Section], path: Path | None = None) -> None:
+    """Print each section on stdout and, where `path` is given, write all figures there as one flat JSON object."""
+    console = Console()
+    for section in sections:
+        for table in section.tables():
+            console.print(table)
+    if path is not None:
+        figures = {name: value for section in sections for name, value in section.flat().items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=2) + "\n")
+
+
 def write_report(figures: Mapping[str, Figure], path: Path | None = None) -> None:
     """Print `figures` as a table on stdout and, where `path` is given, write them there as one JSON object."""
-    table = Table("figure", "value", title="figures of this run")
-    for name, value in figures.items():
-        table.add_row(name, _shown(value))
-    Console().print(table)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dict(figures), indent=2) + "\n")
+    write_sections([Section("figures of this run", figures)], path)
 
 
 def _shown(value: Figure) -> str:
@@ -26,4 +71,4 @@ def _shown(value: Figure) -> str:
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return str(value)
+    return "-" if value is None else str(value)

@@ -1,0 +1,192 @@
+"""Building the cache from the store's Parquet files, writing rows into a store, and opening: beside plain pyarrow.
+
+Cache builds all make the same files, from a warm page cache, in as many threads; the plain ones from Parquet files with
+the same rows, compression, row groups and batches. The store checks a digest of each file and makes one of the rows,
+the plain ones check page checksums. "binary" is a column of the store's own type, read and written with no more than
+pyarrow: the price of the store's proofs. A list column of bfloat16 is one of its bits in uint16; the same bits taken
+for float16 stand beside it.
+
+Writes take rows that are in memory. The store validates, sorts, splits into shards, computes statistics and two
+digests, syncs each file to the disk, reads it back, and commits; plain pyarrow writes as many files and nothing else.
+
+Ratios are of fastest rounds (see `benchmarks.timing.Timings`), those of medians beside them as `*_median`.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.report import Figure, Section
+from benchmarks.store.data import DIM, EXTRACTOR, Bench, Held, uris_of
+from benchmarks.timing import Timings, interleaved
+from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo
+from featurestore.cache import append_rows, open_or_build
+from featurestore.datafile import ROW_GROUP_BYTES
+from featurestore.keys import shard_of
+
+_ROW_BYTES = DIM * 2
+_BATCH_BYTES = 2 << 20  # as the store reads: larger ones are slower for lists too
+_WRITE_SHARDS = 16
+_WRITE_ROWS = 8192
+_WRITE_THREADS = 4  # as many as `FeatureStore.put` has
+_TYPES: dict[str, pa.DataType] = {
+    "binary": pa.binary(_ROW_BYTES),
+    "list_uint16": pa.list_(pa.uint16(), DIM),
+    "list_float16": pa.list_(pa.float16(), DIM),
+}
+
+
+def cache_figures(bench: Bench, held: Held, newest: Held) -> Section:
+    """Builds of the cache without and with deltas, and its opening when it is there."""
+    shards = held.store.info.num_shards
+    scratch = bench.folder / "scratch"
+    sources = {kind: _plain_store(bench, held, kind) for kind in _TYPES}
+    variants: dict[str, Callable[[], object]] = {
+        "store": partial(_build, bench, held, scratch),
+        "store_10_deltas": partial(_build, bench, newest, scratch),
+        **{kind: partial(cache_from_plain, path, scratch, shards, bench.threads) for kind, path in sources.items()},
+    }
+
+    def begin() -> None:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.sync()  # or the writes of what came before slow down those of what comes next
+        touch_memory(bench.num_rows * _ROW_BYTES * 3 // 2)
+
+    built = interleaved(variants, max(3, bench.rounds // 5), bench.progress, "cache builds", begin)
+    begin()
+    _build(bench, held, scratch)
+
+    def load() -> None:
+        FeaturePartition.load(held.store, cache_dir=scratch, version=held.version).close()
+
+    opened = interleaved({"load": load}, max(5, bench.rounds // 6), bench.progress, "warm opening")
+    for path in [scratch, *sources.values()]:
+        shutil.rmtree(path)
+    figures = {
+        "warm_open_s": opened.median("load"),
+        **_against(built, "store", "list_uint16", "cache_build_vs_list_column"),
+        **_against(built, "store", "list_float16", "cache_build_vs_list_column_float16"),
+        **_against(built, "store", "binary", "cache_build_vs_binary_column"),
+    }
+    return Section("cache builds", figures, _speeds(built, bench.num_rows), prefix="cache_build_")
+
+
+def write_figures(bench: Bench, held: Held) -> Section:
+    """Writes of some thousand rows into a new store, and into plain files."""
+    count = min(_WRITE_ROWS, bench.num_rows)
+    rows = FeatureRows.of(uris_of(range(count)), held.matrix_ND[:count], keys=held.keys_N[:count])
+    info = StoreInfo(dim=DIM, extractor=EXTRACTOR, num_shards=_WRITE_SHARDS)
+    shard_N = shard_of(rows.keys_N, _WRITE_SHARDS)
+    target = bench.folder / "written"
+
+    def put() -> None:
+        FeatureStore.create(target, info).put(rows)
+
+    def write_plain(kind: str) -> None:
+        def write(shard: int) -> None:
+            here = rows.take(np.flatnonzero(shard_N == shard))
+            write_plain_file(target / f"{shard}.parquet", here, kind)
+
+        target.mkdir()
+        with ThreadPoolExecutor(_WRITE_THREADS) as pool:
+            list(pool.map(write, range(_WRITE_SHARDS)))
+
+    def begin() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        os.sync()
+
+    variants: dict[str, Callable[[], object]] = {"store": put, **{kind: partial(write_plain, kind) for kind in _TYPES}}
+    written = interleaved(variants, max(3, bench.rounds // 6), bench.progress, "writes", begin)
+    shutil.rmtree(target)
+    figures = {
+        **_against(written, "store", "list_uint16", "write_vs_list_column"),
+        **_against(written, "store", "list_float16", "write_vs_list_column_float16"),
+        **_against(written, "store", "binary", "write_vs_binary_column"),
+    }
+    return Section(f"writes of {count:,} rows into {_WRITE_SHARDS} files", figures, _speeds(written, count), "write_")
+
+
+def write_plain_file(path: Path, rows: FeatureRows, kind: str) -> None:
+    """What pyarrow's user would write: keys, and features in a column of one of `_TYPES`."""
+    features = np.ascontiguousarray(rows.features_ND)
+    feature: Any
+    if kind == "binary":
+        buffers = [None, pa.py_buffer(features.reshape(-1).data)]
+        feature = pa.FixedSizeBinaryArray.from_buffers(_TYPES[kind], len(features), buffers)
+    else:
+        values = pa.array(features.reshape(-1)).view(_TYPES[kind].value_type)  # type: ignore[attr-defined]
+        feature = pa.FixedSizeListArray.from_arrays(values, DIM)
+    pq.write_table(
+        pa.table({"key": pa.array(rows.keys_N), "feature": feature}),
+        path,
+        row_group_size=ROW_GROUP_BYTES // _ROW_BYTES,
+        compression="lz4",
+        use_dictionary=False,
+        write_page_checksum=True,
+    )
+
+
+def cache_from_plain(source: Path, target: Path, num_shards: int, threads: int) -> None:
+    """What `FeaturePartition.load` builds, from the files of `write_plain_file`."""
+    target.mkdir(exist_ok=True)
+
+    def build(shard: int) -> None:
+        keys = []
+        file = pq.ParquetFile(source / f"{shard}.parquet", page_checksum_verification=True)
+        with file, (target / f"{shard}.rows.bin").open("xb", buffering=0) as rows:
+            for batch in file.iter_batches(_BATCH_BYTES // _ROW_BYTES, use_threads=False):
+                column: Any = batch["feature"]
+                if pa.types.is_fixed_size_binary(column.type):
+                    start, size = column.offset * DIM, len(column) * DIM
+                else:
+                    column = column.flatten()
+                    start, size = column.offset, len(column)
+                append_rows(rows, np.frombuffer(column.buffers()[1], np.uint16)[start : start + size])
+                keys.append(batch["key"].to_numpy())
+        np.save(target / f"{shard}.keys.npy", np.concatenate(keys))
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(build, range(num_shards)))
+
+
+def touch_memory(size_bytes: int) -> None:
+    """Have free memory at hand for the files to come. A virtual machine gives freed memory back to its host, and who
+    writes next waits for it: that cost up to four times the rest of a build, and hit the variants at random."""
+    np.ones(size_bytes // 8)
+
+
+def _plain_store(bench: Bench, held: Held, kind: str) -> Path:
+    folder = bench.folder / kind
+    folder.mkdir()
+    snapshot = held.store.snapshot(held.version)
+    for shard in bench.progress.track(range(held.store.info.num_shards), description=f"write {kind} files"):
+        write_plain_file(folder / f"{shard}.parquet", snapshot.read_shard(shard), kind)
+    return folder
+
+
+def _build(bench: Bench, held: Held, folder: Path) -> None:
+    snapshot = held.store.snapshot(held.version)
+    readers = [snapshot.shard_reader(shard) for shard in range(held.store.info.num_shards)]
+    open_or_build(readers, folder, bench.threads)
+
+
+def _against(timings: Timings, name: str, other: str, key: str) -> dict[str, Figure]:
+    return {key: timings.fastest_speedup(name, over=other), f"{key}_median": timings.speedup(name, over=other)}
+
+
+def _speeds(timings: Timings, num_rows: int) -> dict[str, dict[str, Figure]]:
+    return {
+        name: {
+            "rows_per_s": num_rows / timings.fastest(name),
+            "rows_per_s_median": num_rows / timings.median(name),
+        }
+        for name in timings.seconds
+    }
