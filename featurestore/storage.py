@@ -8,52 +8,39 @@ import io
 import os
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import fsspec
 from fsspec.core import split_protocol
 from fsspec.utils import stringify_path
+from tenacity import RetryError
 
+from featurestore.disk import TEMPORARY, DiskFiles, StorageEntry
 from featurestore.errors import StorageError
+from featurestore.retries import persist, says_exists, was_not_done
 
-_LOST_RACE_CODES = {"PreconditionFailed", "412"}
-_TRY_AGAIN_CODES = {"ConditionalRequestConflict", "OperationAborted", "409"}
-_CREATE_ATTEMPTS = 10
+_S3_PROTOCOLS = ("s3", "s3a")
+# Listings would hide new commits; one layer retries, that of featurestore.retries.
+_S3_OPTIONS = {"use_listings_cache": False, "config_kwargs": {"retries": {"total_max_attempts": 1}}}
+_READ_AHEAD_BYTES = 256 << 10
+_PIECE_BYTES = 16 << 20
+_DELETE_THREADS = 16  # waiting for answers, not computing
+_clients: dict[tuple[object, ...], Any] = {}
+_clients_lock = threading.Lock()
 _memory_lock = threading.Lock()
 
-Names = list[str]  # inside the class, `list` is the method
-
-
-class StorageEntry(NamedTuple):
-    """One file of a listing."""
-
-    path: str  # relative to the storage
-    size_bytes: int
-    mtime_s: float  # by the storage's own clock, as `Storage.now`; whole seconds on S3
-
-
+Names = list[str]  # inside the classes, `list` is the method
 Entries = list[StorageEntry]
-
-
-class Scratch:
-    """Memory of one thread for one file after the other: fresh memory costs the kernel as much as reading the file."""
-
-    def __init__(self) -> None:
-        self._memory = bytearray()
-
-    def view(self, size: int) -> memoryview:
-        """`size` bytes; what was in them is lost."""
-        if len(self._memory) < size:
-            self._memory = bytearray(size)  # not resized in place: views of the old may live on
-        return memoryview(self._memory)[:size]
 
 
 class Storage:
     """Files below one address; every path is relative to it, with forward slashes.
 
+    On an object store throttling, failures of the server, cut connections and timeouts are tried again for a minute.
     Pickles as its address. The client is made on first use in each process, so never shared across a fork.
     """
 
@@ -63,7 +50,9 @@ class Storage:
         self._protocol = protocol or "file"
         self._root = str(Path(path).absolute()) if self.is_local else path.rstrip("/")
         self.url = self._root if self.is_local else f"{self._protocol}://{self._root.lstrip('/')}"
-        self._client: tuple[int, Any] | None = None
+        self._disk = DiskFiles(self._root)
+        self._remote = RemoteFiles(self._protocol, self._root)
+        self._files: DiskFiles | RemoteFiles = self._disk if self.is_local else self._remote
 
     def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
         return Storage, (self.url,)
@@ -84,24 +73,16 @@ class Storage:
         """The address of `path`, for messages and for other tools."""
         return f"{self.url}/{path}" if path else self.url
 
-    def read_scratch(self, path: str, scratch: Scratch) -> memoryview:
-        """The whole file, where it is local in `scratch`: valid until that is used again. Raises FileNotFoundError."""
-        if not self.is_local:
-            return memoryview(self.read_bytes(path))
-        with self._translated("read", path), self._local(path).open("rb", buffering=0) as file:
-            view = scratch.view(os.fstat(file.fileno()).st_size)
-            filled = 0
-            while count := file.readinto(view[filled:]):
-                filled += count
-            return view[:filled]
+    def read_into(self, path: str, out: memoryview) -> int:
+        """Fill `out` from the beginning of the file; the file's size in bytes, which the caller compares with that of
+        `out`. Raises FileNotFoundError where there is none."""
+        with self._translated("read", path):
+            return self._files.read_into(path, out)
 
     def read_bytes(self, path: str) -> bytes:
         """The whole file. Raises FileNotFoundError where there is none."""
         with self._translated("read", path):
-            if self.is_local:
-                return self._local(path).read_bytes()
-            data: bytes = self._fs.cat_file(self._remote(path))
-            return data
+            return self._files.read_bytes(path)
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Create or replace the file; a reader sees the old content or the new, never a part."""
@@ -111,26 +92,21 @@ class Storage:
     def create_exclusive(self, path: str, data: bytes) -> bool:
         """Create the file unless it exists: True when made here, False when another was there first.
 
-        An error leaves open whether the file was made (a lost answer), and on an object store the client's own retry
-        can report False for its own write: read the file back to know.
+        An error leaves open whether the file was made (a lost answer), and on an object store False can be said of
+        one's own file (the answer to the first try was lost): read the file back to know. Tried again only where the
+        server says that it did nothing.
         """
-        with self._translated("create", path):
-            if self.is_local:
-                return self._link_exclusive(self._local(path), data)
-            return self._put_exclusive(self._remote(path), data)
+        with self._translated("create", path, writing=True):
+            return self._files.create_exclusive(path, data)
 
     def list(self, path: str = "") -> Names:
         """Names (not paths) directly below `path`, sorted; empty where nothing is there. Temporary files are hidden."""
         with self._translated("list", path):
             try:
-                names = (
-                    os.listdir(self._local(path))  # noqa: PTH208 - names alone are wanted
-                    if self.is_local
-                    else [entry.rstrip("/").rsplit("/", 1)[-1] for entry in self._listed(path)]
-                )
+                names = self._files.list(path)
             except FileNotFoundError:
                 return []
-        return sorted(name for name in names if not name.startswith(".tmp-"))
+        return sorted(name for name in names if not name.startswith(TEMPORARY))
 
     def entries(self, path: str = "", recursive: bool = True) -> Entries:
         """The files below `path`, by path; temporary files (`.tmp-…`) included, folders not; empty where nothing is.
@@ -138,176 +114,227 @@ class Storage:
         On an object store one flat listing, 1,000 files an answer. A file that vanishes meanwhile is left out.
         """
         with self._translated("list", path):
-            return sorted(
-                self._local_entries(path, recursive) if self.is_local else self._remote_entries(path, recursive)
-            )
+            return sorted(self._files.entries(path, recursive))
 
     def now(self) -> float:
         """Seconds since 1970 by the clock that stamps the files here: that of the disk or of the object store.
 
         Writes, looks at and removes a small file. Ages are told by it, as this machine's own clock may differ.
         """
-        probe = f".tmp-clock-{uuid.uuid4().hex}"
+        probe = f"{TEMPORARY}clock-{uuid.uuid4().hex}"
         self.write_bytes(probe, b"")
         try:
             return self.entry(probe).mtime_s
         finally:
-            self.delete(probe)
+            self.delete_files([probe])
 
     def entry(self, path: str) -> StorageEntry:
         """Size and time of one file. Raises FileNotFoundError where there is none."""
         with self._translated("look at", path):
-            if self.is_local:
-                stat = self._local(path).stat()
-                return StorageEntry(path, stat.st_size, stat.st_mtime)
-            found = self._fs.info(self._remote(path))
-            return StorageEntry(path, int(found["size"]), _time_of(found))
+            return self._files.entry(path)
 
     def size(self, path: str) -> int:
         """Bytes of the file. Raises FileNotFoundError where there is none."""
-        with self._translated("look at", path):
-            if self.is_local:
-                return self._local(path).stat().st_size
-            return int(self._fs.size(self._remote(path)))
+        return self.entry(path).size_bytes
 
     def delete(self, path: str) -> None:
         """Remove a file, or a folder with all below it; nothing happens where nothing is there."""
-        with self._translated("delete", path), contextlib.suppress(FileNotFoundError):
-            self._fs.rm(str(self._local(path)) if self.is_local else self._remote(path), recursive=True)
+        with self._translated("delete", path):
+            self._files.delete(path)
+
+    def delete_files(self, paths: Iterable[str]) -> None:
+        """Remove files, one request for each, many at a time; nothing happens where one is not there."""
+        with self._translated("delete files in", ""):
+            self._files.delete_files(paths)
 
     def open_input(self, path: str) -> IO[bytes]:
-        """The file for reading, seekable. Raises FileNotFoundError where there is none."""
+        """The file for reading, seekable; only what is asked for is fetched. Raises FileNotFoundError."""
         with self._translated("open", path):
             if self.is_local:
-                return self._local(path).open("rb")
-            file: IO[bytes] = self._fs.open(self._remote(path), "rb")
-            return file
+                return self._disk.open_input(path)
+            reader = _RangeReader(self, path, self.size(path))
+            return io.BufferedReader(reader, _READ_AHEAD_BYTES)
+
+    def read_range(self, path: str, start: int, end: int) -> bytes:
+        """Bytes `start` to `end` of a file on an object store. Raises FileNotFoundError where there is none."""
+        with self._translated("read", path):
+            return self._remote.read_bytes(path, start, end)
 
     @contextlib.contextmanager
     def open_output(self, path: str) -> Iterator[IO[bytes]]:
         """A file to write that appears under its name when the block ends, and not at all when the block raises."""
-        if self.is_local:
-            with self._replacing(self._local(path), path) as file:
-                yield file
+        if not self.is_local:
+            # An exception inside s3fs' own open(path, "wb") leaves half an object: it is put in one piece instead.
+            buffer = io.BytesIO()
+            yield buffer
+            with self._translated("write", path, writing=True):
+                self._remote.write_bytes(path, buffer.getvalue())
             return
-        # An exception inside s3fs' own open(path, "wb") leaves half an object: the content is put in one piece instead.
-        buffer = io.BytesIO()
-        yield buffer
-        with self._translated("write", path):
-            self._fs.pipe_file(self._remote(path), buffer.getvalue())
+        try:
+            with self._disk.open_output(path) as file:
+                yield file
+        except OSError as error:
+            raise StorageError(f"cannot write {self.full(path)}: {error}") from error
+
+    @contextlib.contextmanager
+    def _translated(self, action: str, path: str, writing: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except RetryError as error:
+            cause = error.last_attempt.exception()
+            tries = f"tried {error.last_attempt.attempt_number} times"
+            raise StorageError(f"cannot {action} {self.full(path)}: {_reason(cause)} ({tries})") from cause
+        except Exception as error:  # each object store's client has its own tree of errors
+            if isinstance(error, StorageError) or (isinstance(error, FileNotFoundError) and not writing):
+                raise
+            raise StorageError(f"cannot {action} {self.full(path)}: {_reason(error)}") from error
+
+
+class RemoteFiles:
+    """Files of an object store through fsspec, with retries; errors are the client's own, or tenacity's at the end."""
+
+    def __init__(self, protocol: str, root: str) -> None:
+        self._protocol = protocol
+        self._root = root
+        self._client: tuple[int, Any] | None = None
 
     @property
-    def _fs(self) -> Any:
+    def client(self) -> Any:
+        """fsspec's file system, made once in each process."""
         if self._client is None or self._client[0] != os.getpid():
-            options: dict[str, Any] = {"use_listings_cache": False} if self._protocol in ("s3", "s3a") else {}
-            try:
-                self._client = os.getpid(), fsspec.filesystem(self._protocol, **options)
-            except (ValueError, ImportError) as error:
-                raise StorageError(f"{self.url}: {error}") from error
+            self._client = os.getpid(), _client(self._protocol)
         return self._client[1]
 
-    def _local(self, path: str) -> Path:
-        return Path(self._root, path) if path else Path(self._root)
+    def read_bytes(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        """The file, or a part of it."""
+        data: bytes = persist(lambda: self.client.cat_file(self._full(path), start=start, end=end))
+        return data
 
-    def _remote(self, path: str) -> str:
-        return f"{self._root}/{path}" if path else self._root
+    def read_into(self, path: str, out: memoryview) -> int:
+        """The beginning of the file in pieces, so that no second copy of it stands in memory; its size."""
+        size_bytes = self.entry(path).size_bytes
+        end = min(size_bytes, len(out))
+        for start in range(0, end, _PIECE_BYTES):
+            piece = self.read_bytes(path, start, min(start + _PIECE_BYTES, end))
+            out[start : start + len(piece)] = piece
+        return size_bytes
 
-    def _listed(self, path: str) -> Names:
-        entries: Names = self._fs.ls(self._remote(path), detail=False)
-        return [entry for entry in entries if entry.strip("/") != self._remote(path).strip("/")]
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Create or replace the file, in one piece."""
+        persist(lambda: self.client.pipe_file(self._full(path), data))
 
-    def _local_entries(self, path: str, recursive: bool) -> Iterator[StorageEntry]:
-        try:
-            found = [*os.scandir(self._local(path))]
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        for each in found:
-            relative = self.join(path, each.name)
-            if each.is_dir(follow_symlinks=False):
-                if recursive:
-                    yield from self._local_entries(relative, recursive)
-                continue
-            with contextlib.suppress(FileNotFoundError):
-                stat = each.stat()
-                yield StorageEntry(relative, stat.st_size, stat.st_mtime)
+    def create_exclusive(self, path: str, data: bytes) -> bool:
+        """One conditional put; the answer may be lost, or be about one's own file."""
+        # fsspec's memory files have no atomic create of their own.
+        guard = _memory_lock if self._protocol == "memory" else contextlib.nullcontext()
 
-    def _remote_entries(self, path: str, recursive: bool) -> Iterator[StorageEntry]:
-        found = self._fs.find(self._remote(path), maxdepth=None if recursive else 1, detail=True)
+        def create() -> bool:
+            try:
+                with guard:
+                    self.client.pipe_file(self._full(path), data, mode="create")
+            except Exception as error:  # each object store's client has its own tree of errors
+                if says_exists(error):
+                    return False
+                raise
+            return True
+
+        return persist(create, was_not_done)
+
+    def list(self, path: str) -> Names:
+        """Names below a path."""
+        found: Names = persist(lambda: self.client.ls(self._full(path), detail=False))
+        here = self._full(path).strip("/")
+        return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in found if entry.strip("/") != here]
+
+    def entry(self, path: str) -> StorageEntry:
+        """Size and time of one file."""
+        found = persist(lambda: self.client.info(self._full(path)))
+        if found["type"] != "file":
+            raise FileNotFoundError(path)
+        return StorageEntry(path, int(found["size"]), _time_of(found))
+
+    def entries(self, path: str, recursive: bool) -> Iterator[StorageEntry]:
+        """Files below a path, from one flat listing or from that of one folder."""
+        depth = None if recursive else 1
+        found = persist(lambda: self.client.find(self._full(path), maxdepth=depth, detail=True))
         for each in found.values():
             name = each["name"].strip("/").removeprefix(self._root.strip("/")).strip("/")
             if each["type"] == "file" and name != path:  # `find` of a file is that file
                 yield StorageEntry(name, int(each["size"]), _time_of(each))
 
-    @contextlib.contextmanager
-    def _translated(self, action: str, path: str) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # each object store's client has its own tree of errors
-            if isinstance(error, StorageError):
-                raise
-            raise StorageError(f"cannot {action} {self.full(path)}: {error}") from error
+    def delete(self, path: str) -> None:
+        """Remove a file, or all files below a path."""
+        # Not by the client's own rm: it takes [ and * for patterns, and s3fs's keeps silent where a delete failed.
+        below = persist(lambda: self.client.find(self._full(path), detail=False))
+        self._delete_each(below or [])
 
-    @contextlib.contextmanager
-    def _replacing(self, target: Path, path: str) -> Iterator[IO[bytes]]:
-        with self._translated("write", path):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.parent / f".tmp-{uuid.uuid4().hex}"
-            file = temporary.open("xb")
-        try:
-            with file:
-                yield file
-                with self._translated("write", path):
-                    file.flush()
-                    os.fsync(file.fileno())
-            with self._translated("write", path):
-                temporary.replace(target)
-                _sync_folder(target.parent)
-        except OSError as error:
-            raise StorageError(f"cannot write {self.full(path)}: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+    def delete_files(self, paths: Iterable[str]) -> None:
+        """Remove files."""
+        self._delete_each([self._full(path) for path in paths])
 
-    def _link_exclusive(self, target: Path, data: bytes) -> bool:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".tmp-{uuid.uuid4().hex}"
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+    def _delete_each(self, places: Names) -> None:
+        def remove(place: str) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                persist(lambda: self.client.rm_file(place))
+
+        if places:
+            with ThreadPoolExecutor(min(len(places), _DELETE_THREADS)) as pool:
+                list(pool.map(remove, places))
+
+    def _full(self, path: str) -> str:
+        return f"{self._root}/{path}" if path else self._root
+
+
+class _RangeReader(io.RawIOBase):
+    """A file of an object store; each read is one request for a range, tried again like any other.
+
+    The clients' own files give up early, and their errors would be taken for damage of the file.
+    """
+
+    def __init__(self, storage: Storage, path: str, size_bytes: int) -> None:
+        self._storage, self._path, self._size_bytes = storage, path, size_bytes
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size_bytes}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._position + len(buffer), self._size_bytes)
+        if end <= self._position:
+            return 0
+        data = self._storage.read_range(self._path, self._position, end)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def _client(protocol: str) -> Any:
+    """fsspec's file system: one for each process and setting of the environment, as making one takes half a second."""
+    settings = sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
+    key = (os.getpid(), protocol, *settings)
+    with _clients_lock:
+        if key not in _clients:
             try:
-                target.hardlink_to(temporary)
-            except FileExistsError:
-                return False
-            _sync_folder(target.parent)
-            return True
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def _put_exclusive(self, target: str, data: bytes) -> bool:
-        for attempt in range(_CREATE_ATTEMPTS):
-            try:
-                # fsspec's memory files have no atomic create of their own.
-                with _memory_lock if self._protocol == "memory" else contextlib.nullcontext():
-                    self._fs.pipe_file(target, data, mode="create")
-                return True
-            except OSError as error:
-                code = _answer_code(error)
-                if isinstance(error, FileExistsError) or code in _LOST_RACE_CODES:
-                    return False
-                if code not in _TRY_AGAIN_CODES or attempt == _CREATE_ATTEMPTS - 1:
-                    raise
-        raise AssertionError("the loop returns or raises")
+                if protocol in _S3_PROTOCOLS:
+                    _clients[key] = fsspec.filesystem(protocol, skip_instance_cache=True, **_S3_OPTIONS)
+                    _clients[key].retries = 1
+                else:
+                    _clients[key] = fsspec.filesystem(protocol)
+            except (ValueError, ImportError) as error:
+                raise StorageError(f"{protocol}:// cannot be opened: {error}") from error
+        return _clients[key]
 
 
-def _answer_code(error: BaseException) -> str | None:
-    response = getattr(error.__cause__, "response", None)
-    if not isinstance(response, dict):
-        return None
-    code = response.get("Error", {}).get("Code")
-    return None if code is None else str(code)
+def _reason(error: BaseException | None) -> str:
+    return str(error) or type(error).__name__
 
 
 def _time_of(found: Mapping[str, Any]) -> float:
@@ -321,11 +348,3 @@ def _time_of(found: Mapping[str, Any]) -> float:
     if isinstance(time, int | float):
         return float(time)
     raise StorageError(f"the storage tells no time of {found.get('name')}: ages of files cannot be known there")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -51,7 +51,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 def scripted(answers: list[Any]) -> tuple[Storage, ScriptedFiles]:
     storage = Storage("s3://bucket/store")
     files = ScriptedFiles(answers)
-    storage._client = os.getpid(), files
+    storage._remote._client = os.getpid(), files
     return storage, files
 
 
