@@ -1,18 +1,25 @@
-"""The log of manifests: creating the next one is the commit."""
+"""The log of manifests: creating the next one is the commit.
+
+`expire` takes old manifests out of the log again, so that a name in it can become free. The newest manifest never goes:
+by that a writer that was away for a while, and created a version that once was another's, finds out (`_counts`).
+"""
 
 import random
 import re
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 from featurestore.errors import CommitConflictError, CorruptFileError, SnapshotNotFoundError, StorageError
 from featurestore.spec import Manifest, seal, unseal
 from featurestore.storage import Storage
 
 LOG = "log"
+EXPIRED = "expired"
 _NAME = re.compile(r"(\d{20})\.json")
 _MAX_ATTEMPTS = 300
 _MAX_FAILURES = 5
+_MAX_LISTINGS = 20
 
 EMPTY = Manifest(
     version=0,
@@ -28,27 +35,45 @@ EMPTY = Manifest(
 )
 
 
-def manifest_path(version: int) -> str:
+def manifest_path(version: int, folder: str = LOG) -> str:
     """Where the manifest of `version` stands, relative to the store."""
-    return f"{LOG}/{version:020d}.json"
+    return f"{folder}/{version:020d}.json"
 
 
-def versions(storage: Storage) -> list[int]:
+def version_of(name: str) -> int | None:
+    """The version in a manifest's file name; None where it is no manifest's."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def versions(storage: Storage, folder: str = LOG) -> list[int]:
     """Committed versions, ascending."""
-    return [int(match[1]) for match in map(_NAME.fullmatch, storage.list(LOG)) if match]
+    return [version for version in map(version_of, storage.list(folder)) if version is not None]
 
 
 def read_manifest(storage: Storage, version: int | None = None) -> Manifest:
     """The manifest of `version`, the newest by default; version 0 is the empty store. Raises SnapshotNotFoundError."""
-    known = versions(storage) if version is None else []
-    wanted = version if version is not None else (known[-1] if known else 0)
-    if wanted == 0:
+    if version == 0:
         return EMPTY
+    if version is None:
+        return _settled(storage, lambda known: read(storage, known[-1]) if known else EMPTY)
     try:
-        return _read(storage, wanted)
+        return read(storage, version)
     except FileNotFoundError:
-        newest = (versions(storage) or [0])[-1]
-        raise SnapshotNotFoundError(f"{storage.url} has no snapshot {wanted}; the newest is {newest}") from None
+        known = versions(storage) or [0]
+        expired = f", the oldest kept {known[0]}: it has expired" if version < known[-1] else ""
+        raise SnapshotNotFoundError(
+            f"{storage.url} has no snapshot {version}; the newest is {known[-1]}{expired}"
+        ) from None
+
+
+def read_manifest_at(storage: Storage, at: datetime) -> Manifest:
+    """The manifest that was the newest at a time, UTC where it has no zone. Reads a few, by halves.
+
+    Raises SnapshotNotFoundError before the first one, and where the one of that time has expired.
+    """
+    time_s = (at if at.tzinfo is not None else at.replace(tzinfo=UTC)).timestamp()
+    return _settled(storage, lambda known: _newest_not_after(storage, known, time_s))
 
 
 def publish(storage: Storage, commit_id: str, following: Callable[[Manifest], Manifest]) -> Manifest:
@@ -57,19 +82,21 @@ def publish(storage: Storage, commit_id: str, following: Callable[[Manifest], Ma
     `following` gives the same `commit_id` each time. The manifest is read back after success and after every error:
     what stands in the log decides, not the answer. Raises CommitConflictError after hundreds of lost races.
     """
-    first: int | None = None
+    unsure: set[int] = set()  # versions that may be ours, though no answer and no reading said so
     failures = 0
     for attempt in range(_MAX_ATTEMPTS):
         parent = read_manifest(storage)
-        if first is None:
-            first = parent.version + 1
-        elif (found := _find(storage, commit_id, first, parent.version)) is not None:
-            return found
+        for version in sorted(unsure):
+            found = find(storage, version)
+            if found is not None and _counts(storage, found, commit_id):
+                return found
         manifest = following(parent)
         try:
-            if _create_and_read_back(storage, manifest).commit_id == commit_id:
-                return manifest
+            standing = _create_and_read_back(storage, manifest)
+            if _counts(storage, standing, commit_id):
+                return standing
         except StorageError:
+            unsure.add(manifest.version)
             failures += 1
             if failures == _MAX_FAILURES:
                 raise
@@ -77,6 +104,58 @@ def publish(storage: Storage, commit_id: str, following: Callable[[Manifest], Ma
     raise CommitConflictError(
         f"other writers were first {_MAX_ATTEMPTS} times in a row at {storage.url}: retry, or commit less often"
     )
+
+
+def read(storage: Storage, version: int, folder: str = LOG) -> Manifest:
+    """The manifest in a folder. Raises FileNotFoundError, CorruptFileError."""
+    path = manifest_path(version, folder)
+    manifest = unseal(storage.read_bytes(path), Manifest, storage.full(path))
+    if manifest.version != version:
+        raise CorruptFileError(f"{storage.full(path)} is the manifest of version {manifest.version}")
+    return manifest
+
+
+def find(storage: Storage, version: int) -> Manifest | None:
+    """A manifest, also one that has expired meanwhile; None where it is gone."""
+    for folder in (LOG, EXPIRED):
+        try:
+            return read(storage, version, folder)
+        except FileNotFoundError:
+            continue
+    return None
+
+
+def _settled(storage: Storage, choose: Callable[[list[int]], Manifest]) -> Manifest:
+    """What `choose` reads of the versions in the log, listed anew while `expire` takes away what it would read."""
+    for _ in range(_MAX_LISTINGS):
+        try:
+            return choose(versions(storage))
+        except FileNotFoundError:
+            continue
+    raise StorageError(f"manifests of {storage.url} are listed but not there, {_MAX_LISTINGS} times in a row")
+
+
+def _newest_not_after(storage: Storage, known: list[int], time_s: float) -> Manifest:
+    """By halves: the times of manifests never run backwards."""
+    wanted = _text(time_s)
+    low, high = 0, len(known)  # known[:low] are not after it, known[high:] are
+    found, later = EMPTY, EMPTY
+    while low < high:
+        middle = (low + high) // 2
+        manifest = read(storage, known[middle])
+        if manifest.time_s <= time_s:
+            low, found = middle + 1, manifest
+        else:
+            high, later = middle, manifest
+    if found is EMPTY:
+        oldest = f"the oldest is {later.version} of {_text(later.time_s)}" if known else "it is empty"
+        raise SnapshotNotFoundError(f"{storage.url} has no snapshot of {wanted} or before: {oldest}")
+    if later is not EMPTY and later.version != found.version + 1:
+        raise SnapshotNotFoundError(
+            f"the snapshot of {wanted} has expired at {storage.url}; its neighbours are {found.version} of"
+            f" {_text(found.time_s)} and {later.version} of {_text(later.time_s)}: open one by its number"
+        )
+    return found
 
 
 def _create_and_read_back(storage: Storage, manifest: Manifest) -> Manifest:
@@ -88,23 +167,29 @@ def _create_and_read_back(storage: Storage, manifest: Manifest) -> Manifest:
     except StorageError as error:  # the answer may have been lost: the file is looked for all the same
         failure = error
     try:
-        return _read(storage, manifest.version)
+        return read(storage, manifest.version)
     except FileNotFoundError:
         raise failure or StorageError(f"{storage.full(path)} vanished after it was created") from failure
 
 
-def _read(storage: Storage, version: int) -> Manifest:
-    path = manifest_path(version)
-    manifest = unseal(storage.read_bytes(path), Manifest, storage.full(path))
-    if manifest.version != version:
-        raise CorruptFileError(f"{storage.full(path)} is the manifest of version {manifest.version}")
-    return manifest
+def _counts(storage: Storage, standing: Manifest, commit_id: str) -> bool:
+    """Whether this is our commit, and the newest manifest comes after it or is it.
+
+    Not so where its version was free only because the commit that had it has expired: it is taken away again.
+    """
+    if standing.commit_id != commit_id:
+        return False
+    if versions(storage)[-1:] == [standing.version]:
+        return True
+    follower = find(storage, standing.version + 1)
+    if follower is None:
+        path = storage.full(manifest_path(standing.version))
+        raise StorageError(f"cannot tell whether {path} counts: the manifest after it is gone")
+    if follower.parent == commit_id:
+        return True
+    storage.delete(manifest_path(standing.version))
+    return False
 
 
-def _find(storage: Storage, commit_id: str, first: int, last: int) -> Manifest | None:
-    """Our own commit among the versions that appeared since we began: its answer may have been lost."""
-    for version in range(first, last + 1):
-        manifest = _read(storage, version)
-        if manifest.commit_id == commit_id:
-            return manifest
-    return None
+def _text(time_s: float) -> str:
+    return f"{datetime.fromtimestamp(time_s, UTC):%Y-%m-%d %H:%M:%S} UTC"

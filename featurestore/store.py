@@ -2,17 +2,19 @@
 
 import contextlib
 import os
-import platform
-import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from functools import cache, cached_property
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from featurestore import log, quarantine, staging
+from featurestore.codec import Codec, codec_of
+from featurestore.commit import Shards, files_after, publish_shards
 from featurestore.datafile import DELETED, KEY, URI, numpy_column, open_entry, text_column
 from featurestore.errors import (
     InvalidRowsError,
@@ -47,6 +49,11 @@ class FeatureStore:
     def url(self) -> str:
         """The store's address."""
         return self.storage.url
+
+    @cached_property
+    def codec(self) -> Codec:
+        """How the store keeps numbers. Reads a small file for int8; raises CorruptFileError."""
+        return codec_of(self.info, self.storage)
 
     @classmethod
     def create(cls, url: str | os.PathLike[str], info: StoreInfo) -> "FeatureStore":
@@ -88,15 +95,24 @@ class FeatureStore:
         info.check_same(store.info, f"the store at {store.url}")
         return store
 
-    def snapshot(self, version: int | None = None) -> Snapshot:
-        """The newest snapshot, or that of `version`. Raises SnapshotNotFoundError."""
+    def snapshot(self, version: int | None = None, at: datetime | None = None) -> Snapshot:
+        """The newest snapshot, that of `version`, or the one that was the newest at a time (UTC without a zone).
+
+        One small file is read, some more for a time. Raises SnapshotNotFoundError, also where it has expired.
+        """
+        if version is not None and at is not None:
+            raise ValueError(f"version={version} and at={at}: a snapshot is named by one of them")
         if version is not None and version < 0:
             raise SnapshotNotFoundError(f"{version} is no version: they count from 0, the empty store")
-        return Snapshot(self.storage, self.info, log.read_manifest(self.storage, version))
+        manifest = log.read_manifest_at(self.storage, at) if at else log.read_manifest(self.storage, version)
+        return Snapshot(self.storage, self.info, manifest)
 
     def stage_part(self, run_id: str, part: str, rows: FeatureRows) -> None:
-        """Keep `rows` as one part of a run, until shards are built. Whole or not at all; again replaces it."""
-        staging.stage_part(self.storage, self.info, run_id, part, rows)
+        """Keep `rows` as one part of a run, until shards are built. Whole or not at all; again replaces it.
+
+        Features may be float32, in a store of any dtype.
+        """
+        staging.stage_part(self.storage, self.info, run_id, part, self.codec.encode_rows(rows))
 
     def staged_parts(self, run_id: str) -> list[str]:
         """Names of the run's complete parts, sorted."""
@@ -116,28 +132,47 @@ class FeatureStore:
         return None if table is None else self._build(shard, table, self.snapshot(), kind)
 
     def put(self, rows: FeatureRows, operation: str = "put") -> Snapshot:
-        """Add or replace rows; one commit. Raises InvalidRowsError, KeyCollisionError."""
-        return self.commit(self._entries(rows), operation)
+        """Add or replace rows; one commit. Features may be float32, in a store of any dtype.
+
+        Raises InvalidRowsError, KeyCollisionError.
+        """
+        return self.commit(self._entries(self.codec.encode_rows(rows)), operation)
 
     def delete(self, keys: Sequence[int] | npt.NDArray[np.int64], operation: str = "delete") -> Snapshot:
         """Remove keys, by tombstones; keys that are not there are no error."""
         return self.commit(self._entries(FeatureRows.tombstones(keys, self.info)), operation)
 
-    def commit(self, entries: Mapping[int, FileEntry], operation: str, *, num_quarantined: int = 0) -> Snapshot:
+    def commit(
+        self,
+        entries: Mapping[int, FileEntry],
+        operation: str,
+        *,
+        num_quarantined: int = 0,
+        replaces: Shards | None = None,
+    ) -> Snapshot:
         """Publish built files, at most one for each shard, as the next snapshot; all of them or none.
 
         Rebases onto commits of other writers; only a key that they gave another uri refuses it (KeyCollisionError).
+
+        Where `replaces` names files of a shard, its new file takes their place, or they go where it has none: the new
+        file holds rows of those alone. They must all be there still, side by side, and first in the shard for a new
+        file of the kind base, else CommitConflictError. What others added behind them stays.
         """
+        replaced = replaces or {}
         for shard, entry in entries.items():
             self._check_entry(shard, entry)
-        commit_id = uuid.uuid4().hex
+        based_on = cache(lambda version: log.find(self.storage, version))
 
-        def following(parent: Manifest) -> Manifest:
+        def following(parent: Manifest) -> Shards:
             for shard, entry in entries.items():
-                self._check_rebase(shard, entry, parent)
-            return _next_manifest(parent, entries, operation, commit_id, num_quarantined)
+                if not replaced.get(shard) and entry.based_on != parent.version:
+                    self._check_rebase(shard, entry, based_on(entry.based_on), parent)
+            return {
+                shard: files_after(parent.files(shard), entries.get(shard), replaced.get(shard, ()))
+                for shard in {*parent.shards, *entries, *replaced}
+            }
 
-        return Snapshot(self.storage, self.info, log.publish(self.storage, commit_id, following))
+        return publish_shards(self.storage, self.info, operation, following, num_quarantined)
 
     def add_quarantine(self, rows: Iterable[QuarantineRow]) -> None:
         """Keep images that have no feature, with the reason."""
@@ -174,12 +209,10 @@ class FeatureStore:
             with open_entry(self.storage, self.info, entry):
                 pass  # names what differs
 
-    def _check_rebase(self, shard: int, entry: FileEntry, parent: Manifest) -> None:
+    def _check_rebase(self, shard: int, entry: FileEntry, based_on: Manifest | None, parent: Manifest) -> None:
         """Files that other writers added since the entry was built must not hold its keys under other uris."""
-        known = set()
-        if entry.based_on:
-            known = {file.path for file in self.snapshot(entry.based_on).manifest.files(shard)}
-        added = [file for file in parent.files(shard) if file.path not in known]
+        files, known = parent.files(shard), based_on.files(shard) if based_on is not None else ()
+        added = files[len(known) :] if files[: len(known)] == known else files  # all, where some were replaced
         if added:
             with open_entry(self.storage, self.info, entry) as file:
                 keys_N, uris = _live_uris(file.read([KEY, URI, DELETED]))
@@ -189,27 +222,3 @@ class FeatureStore:
 def _live_uris(table: pa.Table) -> tuple[npt.NDArray[np.int64], list[str]]:
     live = table.select([KEY, URI]).filter(pa.array(~numpy_column(table, DELETED)))
     return numpy_column(live, KEY), text_column(live, URI)
-
-
-def _next_manifest(
-    parent: Manifest, entries: Mapping[int, FileEntry], operation: str, commit_id: str, num_quarantined: int
-) -> Manifest:
-    shards = dict(parent.shards)
-    for shard, entry in entries.items():
-        older = parent.files(shard)
-        kind: FileKind = "delta" if older else "base"
-        shards[shard] = (*older, entry.model_copy(update={"kind": kind}))
-    files = [file for shard_files in shards.values() for file in shard_files]
-    return Manifest(
-        version=parent.version + 1,
-        parent=parent.commit_id or None,
-        commit_id=commit_id,
-        writer=f"{platform.node()}:{os.getpid()}",
-        time_s=time.time(),
-        operation=operation,
-        num_quarantined=num_quarantined,
-        num_files=len(files),
-        file_rows=sum(file.rows for file in files),
-        file_bytes=sum(file.bytes for file in files),
-        shards=dict(sorted(shards.items())),
-    )
