@@ -4,16 +4,19 @@ Letters of shapes, as suffixes of array names: P ranks, N rows, M live rows, U u
 The service that turns features into visual vectors is in `featurestore.embedding`; it alone imports torch.
 """
 
+from featurestore.codec import Codec
 from featurestore.keys import key_of_uri, keys_of_uris, owner_of, shard_of
 from featurestore.partition import FeaturePartition, Lookup
 from featurestore.quarantine import QuarantineRow
 from featurestore.rows import FeatureRows, to_bits, to_float32
 from featurestore.snapshot import Snapshot
-from featurestore.spec import ExtractorSpec, StoreInfo
+from featurestore.spec import CodecSpec, ExtractorSpec, StoreInfo
 from featurestore.statistics import FeatureStatistics
 from featurestore.store import FeatureStore
 
 __all__ = [
+    "Codec",
+    "CodecSpec",
     "ExtractorSpec",
     "FeaturePartition",
     "FeatureRows",

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from featurestore.codec import Codec
 from featurestore.partition import FeaturePartition, MissingPolicy
 
 ComputeDType = Literal["bfloat16", "float32", "float64"]
@@ -35,10 +36,16 @@ class EmbeddingModel(nn.Module):
     Standardisation is part of the first layer: with the mean and deviation of each dimension set, its effective weight
     is W / std and its effective bias b - (W / std) mean. The large product is the same as without; only the (H, D)
     weight is scaled once per step. Adam moves W, which is as well conditioned for one backbone as for another.
+
+    So is the codec of an int8 store: code c stands for offset + c step, so codes are multiplied by (W / std) step. They
+    enter the product less the whole number that is nearest to their mean: from -255 to 255, exact even in bfloat16, and
+    without a common part that would cost precision. W, mean and std are those of decoded numbers.
     """
 
     mean_D: Tensor
     inverse_std_D: Tensor
+    offset_D: Tensor
+    step_D: Tensor
 
     def __init__(
         self, dim: int, hidden: Sequence[int] = (256, 64), out: int = 12, compute_dtype: ComputeDType = "bfloat16"
@@ -51,6 +58,8 @@ class EmbeddingModel(nn.Module):
         self.activations = nn.ModuleList(nn.PReLU() for _ in hidden)
         self.register_buffer("mean_D", torch.zeros(dim))
         self.register_buffer("inverse_std_D", torch.ones(dim))
+        self.register_buffer("offset_D", torch.zeros(dim))
+        self.register_buffer("step_D", torch.ones(dim))
 
     @torch.no_grad()
     def fold_standardization_(self, mean_D: NDArray[np.float32], std_D: NDArray[np.float32]) -> None:
@@ -63,16 +72,34 @@ class EmbeddingModel(nn.Module):
         self.mean_D.copy_(torch.as_tensor(np.asarray(mean_D, dtype=np.float64)))
         self.inverse_std_D.copy_(1.0 / std.clamp_min(floor if floor > 0 else 1.0))
 
+    @torch.no_grad()
+    def fold_codec_(self, codec: Codec) -> None:
+        """Takes codes of `codec` from now on, inside the first layer; nothing changes for one without codes."""
+        if codec.has_codes:
+            self.offset_D.copy_(torch.from_numpy(codec.offset_D))
+            self.step_D.copy_(torch.from_numpy(codec.step_D))
+
     def forward(self, features_QD: Tensor) -> Tensor:
-        """Visual vectors (Q, V) of features in any float dtype; Q may be zero."""
+        """Visual vectors (Q, V) of features in any float dtype, or of codes in uint8; Q may be zero."""
         first = self.layers[0]
         assert isinstance(first, nn.Linear)
-        weight_HD = first.weight * self.inverse_std_D
-        hidden_QH = self._product(features_QD, weight_HD, first.bias - weight_HD @ self.mean_D)
+        rows_QD, zero_D = features_QD.to(self.compute_dtype), self.offset_D
+        if features_QD.dtype == torch.uint8:
+            centre_D = self._centre()
+            rows_QD -= centre_D.to(self.compute_dtype)
+            zero_D = self.offset_D + centre_D * self.step_D
+        weight_HD = first.weight * (self.inverse_std_D * self.step_D)
+        bias_H = first.bias + first.weight @ (self.inverse_std_D * (zero_D - self.mean_D))
+        hidden_QH = self._product(rows_QD, weight_HD, bias_H)
         for activation, layer in zip(self.activations, self.layers[1:], strict=True):
             assert isinstance(layer, nn.Linear)
             hidden_QH = self._product(activation(hidden_QH), layer.weight, layer.bias)
         return hidden_QH
+
+    def _centre(self) -> Tensor:
+        """The code nearest to the mean of each dimension; any where there is one code alone."""
+        code_D = (self.mean_D - self.offset_D) / self.step_D.clamp_min(torch.finfo(self.step_D.dtype).tiny)
+        return code_D.round().clamp(0, 255)
 
     def _product(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         dtype = self.compute_dtype
@@ -81,7 +108,7 @@ class EmbeddingModel(nn.Module):
 
 @dataclass
 class Gathered:
-    """Features of Q keys as they lie in the store, and which keys had none (their rows are zero)."""
+    """Features of Q keys as they lie in the store (int8: codes, in uint8), and which keys had none (zeros)."""
 
     features_QD: Tensor
     missing_Q: Tensor | None
@@ -101,6 +128,8 @@ class EmbeddingService(nn.Module):
     ) -> None:
         super().__init__()
         self.partition = partition
+        for model in models.values():
+            model.fold_codec_(partition.codec)
         self.models = nn.ModuleDict(models)
         self.missing = missing
         self.no_image = nn.ParameterDict(
@@ -159,12 +188,7 @@ class EmbeddingService(nn.Module):
             buffer = self._free_buffers.pop()
             if len(buffer) >= num_rows:
                 return buffer
-        return np.empty((num_rows + num_rows // 8, self.partition.dim), dtype=_array_dtype(self.partition.dtype))
-
-
-def _array_dtype(dtype: str) -> np.dtype[np.generic]:
-    """The numpy type that carries a store's dtype: bfloat16 travels as its bits."""
-    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+        return np.empty((num_rows + num_rows // 8, self.partition.dim), dtype=self.partition.info.storage_dtype)
 
 
 def _as_tensor(features: NDArray[np.generic]) -> Tensor:

@@ -52,6 +52,7 @@ class FeaturePartition:
     ) -> None:
         """Use `load`. `cached` are the owned shards, ascending."""
         self.info: StoreInfo = snapshot.info
+        self.codec = snapshot.codec
         self.snapshot_version = snapshot.version
         self.missing_policy = missing
         self.missing_count = 0
@@ -112,7 +113,7 @@ class FeaturePartition:
 
     @property
     def dtype(self) -> DType:
-        """The store's dtype; bfloat16 rows come as their bits in uint16."""
+        """The store's dtype; bfloat16 rows come as their bits in uint16, int8 rows as codes in uint8: see `codec`."""
         return self.info.dtype
 
     @property

@@ -20,7 +20,10 @@ _NO_DIGEST = bytes(16)
 
 @dataclass(frozen=True)
 class FeatureRows:
-    """N rows of a store. bfloat16 features are carried as their bits in uint16; see `to_bits` and `to_float32`."""
+    """N rows of a store, features as it keeps them: bfloat16 as its bits in uint16, int8 as codes in uint8.
+
+    `FeatureStore.put` and `stage_part` take features in float32 too, for a store of any dtype.
+    """
 
     keys_N: Int64Array
     uris: list[str]
@@ -93,7 +96,7 @@ class FeatureRows:
         if self.features_ND.dtype != info.storage_dtype:
             raise InvalidRowsError(
                 f"features are {self.features_ND.dtype}, the store holds {info.dtype}"
-                f" ({info.storage_dtype} in numpy): convert them with featurestore.rows.to_bits"
+                f" ({info.storage_dtype} in numpy): convert them by the encode of the store's codec"
             )
         finite_N = finite_rows(self.features_ND, info.dtype)
         if not finite_N.all():
@@ -125,7 +128,11 @@ def check_collisions(keys_N: Int64Array, uris: Sequence[str]) -> None:
 
 
 def to_bits(values: npt.NDArray[np.floating[Any]], dtype: DType) -> npt.NDArray[Any]:
-    """`values` as a store of `dtype` keeps them: for bfloat16 its bits as uint16, rounded to nearest even."""
+    """`values` as a store of `dtype` keeps them: for bfloat16 its bits as uint16, rounded to nearest even.
+
+    Not for int8, whose codes are each store's own: `Codec.encode` is for all dtypes.
+    """
+    _refuse_codes(dtype)
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):  # an overflow becomes inf, which validate refuses
             return values.astype(STORAGE_DTYPES[dtype], copy=False)
@@ -140,15 +147,23 @@ def to_bits(values: npt.NDArray[np.floating[Any]], dtype: DType) -> npt.NDArray[
 
 
 def to_float32(bits: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.float32]:
-    """The values behind `to_bits`, as float32; exact for all three dtypes."""
+    """The values behind `to_bits`, as float32; exact. Not for int8: `Codec.decode` is for all dtypes."""
+    _refuse_codes(dtype)
     if dtype != "bfloat16":
         return bits.astype(np.float32, copy=False)
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def finite_rows(features_ND: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.bool_]:
-    """Which rows are free of NaN and infinity, (N,)."""
+    """Which stored rows are free of NaN and infinity, (N,); codes always are."""
+    if dtype == "int8":
+        return np.ones(len(features_ND), np.bool_)
     if dtype == "bfloat16":  # not finite: all bits of the exponent are set
         exponent = np.uint16(0x7F80)
         return np.asarray(((features_ND & exponent) != exponent).all(axis=1))
     return np.asarray(np.isfinite(features_ND).all(axis=1))
+
+
+def _refuse_codes(dtype: DType) -> None:
+    if dtype == "int8":
+        raise InvalidRowsError("int8 codes mean nothing without their store's codec: use encode and decode of that")

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from featurestore.codec import Codec, codec_of
 from featurestore.datafile import METADATA_COLUMNS, rows_of, schema_of
 from featurestore.errors import MissingKeysError
 from featurestore.keys import Int64Array, shard_of
@@ -36,6 +37,11 @@ class Snapshot:
         return self.manifest.version
 
     @cached_property
+    def codec(self) -> Codec:
+        """What the stored features mean. Reads a small file for int8; raises CorruptFileError."""
+        return codec_of(self.info, self.storage)
+
+    @cached_property
     def num_rows(self) -> int:
         """Live rows. Reads the keys of shards that have delta files."""
         return sum(self._each_shard(lambda reader: reader.num_rows))
@@ -59,9 +65,9 @@ class Snapshot:
         return pa.concat_tables([empty, *self._each_shard(lambda reader: reader.read(METADATA_COLUMNS))])
 
     def get(self, keys: Sequence[int] | Int64Array) -> npt.NDArray[Any]:
-        """Features in the order asked, (U, D); bfloat16 as its bits in uint16. Raises MissingKeysError.
+        """Features in the order asked, (U, D), as they are stored: `codec.decode` makes them float32.
 
-        For a few keys; `FeaturePartition` is made for many.
+        Raises MissingKeysError. For a few keys; `FeaturePartition` is made for many.
         """
         keys_U = np.asarray(keys, dtype=np.int64)
         shard_U = shard_of(keys_U, self.info.num_shards)
@@ -75,14 +81,14 @@ class Snapshot:
         return features_UD
 
     def statistics(self) -> FeatureStatistics:
-        """Mean and standard deviation of each dimension over the live rows.
+        """Mean and standard deviation of each dimension over the live rows, in decoded numbers.
 
         From the files' own statistics; small files, and shards with delta files, are read.
         """
         moments = Moments.empty(self.info.dim)
         for part in self._each_shard(lambda reader: reader.moments()):
             moments = moments.merged(part)
-        return moments.statistics()
+        return moments.decoded(self.codec).statistics()
 
     def _each_shard(self, work: Callable[[ShardReader], ResultT]) -> list[ResultT]:
         """`work` on every shard that has files, in the order of shards."""

@@ -6,17 +6,22 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from featurestore.errors import CorruptFileError, FormatVersionError, SpecMismatchError
 
 FORMAT_VERSION = 1
 
-DType = Literal["bfloat16", "float16", "float32"]
+DType = Literal["bfloat16", "float16", "float32", "int8"]
 FileKind = Literal["base", "delta"]
 
-# numpy has no bfloat16: its 16 bits are carried as uint16.
-STORAGE_DTYPES: dict[DType, npt.DTypeLike] = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
+# numpy has no bfloat16: its 16 bits are carried as uint16. An int8 feature is a code from 0 to 255 (see `CodecSpec`).
+STORAGE_DTYPES: dict[DType, npt.DTypeLike] = {
+    "bfloat16": np.uint16,
+    "float16": np.float16,
+    "float32": np.float32,
+    "int8": np.uint8,
+}
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -40,6 +45,17 @@ class ExtractorSpec(_Frozen):
         return _digest(self)
 
 
+class CodecSpec(_Frozen):
+    """What the codes of an int8 store mean: faiss's scalar quantiser, 8 bits, each dimension with its own range.
+
+    The file is float32 (2, dim) in .npy: minimum and range. Code c stands for minimum + (c + 0.5) / 255 * range.
+    """
+
+    kind: Literal["faiss QT_8bit"] = "faiss QT_8bit"
+    path: str
+    sha256: str
+
+
 class StoreInfo(_Frozen):
     """store.json: written once, when the store is made."""
 
@@ -49,6 +65,7 @@ class StoreInfo(_Frozen):
     dim: Annotated[int, Field(ge=1)]
     dtype: DType = "bfloat16"
     extractor: ExtractorSpec
+    codec: CodecSpec | None = None  # of int8, and of it alone
     store_id: str = ""  # random, given when the store is made: tells it from others made alike
 
     @field_validator("num_shards")
@@ -57,6 +74,15 @@ class StoreInfo(_Frozen):
         if value & (value - 1):
             raise ValueError(f"num_shards={value} is not a power of two")
         return value
+
+    @model_validator(mode="after")
+    def _codec_of_int8(self) -> "StoreInfo":
+        if (self.dtype == "int8") != (self.codec is not None):
+            raise ValueError(
+                f"dtype={self.dtype} with codec={self.codec}: int8 needs a codec and nothing else has one;"
+                " python -m featurestore recode makes an int8 store of another"
+            )
+        return self
 
     @property
     def kind(self) -> "StoreInfo":
@@ -70,7 +96,7 @@ class StoreInfo(_Frozen):
 
     @property
     def storage_dtype(self) -> np.dtype[Any]:
-        """numpy's dtype of the rows: uint16 bits for bfloat16, else the dtype itself."""
+        """numpy's dtype of the rows: uint16 bits for bfloat16, uint8 codes for int8, else the dtype itself."""
         return np.dtype(STORAGE_DTYPES[self.dtype])
 
     @property
@@ -155,8 +181,8 @@ def unseal(data: bytes, model_class: type[ModelT], path: str) -> ModelT:
 
 def _flat(info: StoreInfo) -> dict[str, Any]:
     fields = info.model_dump(mode="json")
-    extractor = fields.pop("extractor")
-    return {**fields, **{f"extractor.{name}": value for name, value in extractor.items()}}
+    nested = {name: fields.pop(name) or dict.fromkeys(CodecSpec.model_fields) for name in ("extractor", "codec")}
+    return {**fields, **{f"{group}.{name}": value for group, each in nested.items() for name, value in each.items()}}
 
 
 def _encode(fields: dict[str, Any]) -> bytes:

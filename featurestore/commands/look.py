@@ -10,7 +10,6 @@ import typer
 from featurestore.commands.common import Url, Version, user_errors
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import keys_of_uris
-from featurestore.rows import to_float32
 from featurestore.store import FeatureStore
 
 app = typer.Typer()
@@ -60,7 +59,7 @@ def get(
     wanted_U = np.concatenate([np.asarray(keys or [], dtype=np.int64), keys_of_uris(uri or [])])
     with user_errors():
         store = FeatureStore.open(url)
-        values_UD = to_float32(store.snapshot(version).get(wanted_U), store.info.dtype)
+        values_UD = store.codec.decode(store.snapshot(version).get(wanted_U))
         if out is not None:
             _write_npy(out, values_UD)
             return

@@ -9,6 +9,8 @@ import featurestore
 from featurestore import errors
 
 PROMISED = {
+    "Codec",
+    "CodecSpec",
     "ExtractorSpec",
     "FeaturePartition",
     "FeatureRows",

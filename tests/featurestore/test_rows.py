@@ -65,7 +65,7 @@ def test_shape_dtype_and_lengths_are_checked(info: StoreInfo, make_rows) -> None
     rows.validate(info)
     with pytest.raises(InvalidRowsError, match=r"shape \(4, 7\), the store wants \(4, 8\)"):
         replace(rows, features_ND=rows.features_ND[:, :7]).validate(info)
-    with pytest.raises(InvalidRowsError, match=r"features are float32, the store holds bfloat16.*to_bits"):
+    with pytest.raises(InvalidRowsError, match=r"features are float32, the store holds bfloat16.*encode"):
         replace(rows, features_ND=rows.features_ND.astype(np.float32)).validate(info)
     with pytest.raises(InvalidRowsError, match="different lengths"):
         replace(rows, uris=rows.uris[:3]).validate(info)
