@@ -13,11 +13,10 @@ import contextlib
 import hashlib
 import io
 import os
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,12 +27,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from featurestore.errors import CorruptFileError, StorageError
 from featurestore.keys import Int64Array, UInt64Array, shard_of_hash, splitmix64
-from featurestore.shard import ShardReader
-from featurestore.storage import Scratch
+from featurestore.memory import FileMemory
+from featurestore.shard import Block, ShardReader
 
 _CACHE_FORMAT = 1
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CHUNK_BYTES = 8 << 20
+_MEMORY_BYTES = 256 << 20
 
 Progress = Callable[[int, int], None]  # shards ready, shards in all
 
@@ -71,13 +71,15 @@ def open_or_build(
 ) -> list[CachedShard]:
     """The cached shards, in the order of `readers`. What is not there, or is not what was built, is built first.
 
-    Safe with any number of processes in one folder: files appear whole, and equal names have equal content. Raises
+    Safe with any number of processes in one folder: files appear whole, and equal names have equal content. All
+    threads together hold no more of the data files than 256 MB, or the largest file where that is more. Raises
     CorruptFileError where a data file of the store is damaged, StorageError where the folder cannot be written.
     """
-    memory = threading.local()
+    largest = max((entry.bytes for reader in readers for entry in reader.entries), default=0)
+    memory = FileMemory(max(largest, _MEMORY_BYTES))
     cached = []
-    with ThreadPoolExecutor(threads, initializer=lambda: setattr(memory, "scratch", Scratch())) as pool:
-        for shard in pool.map(lambda reader: _open_or_build(reader, folder, memory.scratch), readers):
+    with ThreadPoolExecutor(threads) as pool:
+        for shard in pool.map(lambda reader: _open_or_build(reader, folder, memory), readers):
             cached.append(shard)
             if progress is not None:
                 progress(len(cached), len(readers))
@@ -95,12 +97,12 @@ def append_rows(file: io.FileIO, rows_MD: npt.NDArray[np.generic]) -> None:
         data = data[file.write(data) :]
 
 
-def _open_or_build(reader: ShardReader, folder: Path, scratch: Scratch) -> CachedShard:
+def _open_or_build(reader: ShardReader, folder: Path, memory: FileMemory) -> CachedShard:
     paths = _paths(reader, folder)
     if not reader.entries:
         return CachedShard(paths.rows, np.empty(0, np.uint64))
     try:
-        return _open(reader, paths) or _build(reader, paths, scratch)
+        return _open(reader, paths) or _build(reader, paths, memory)
     except OSError as error:
         raise StorageError(f"cannot use the cache folder {folder}: {error}") from error
 
@@ -131,16 +133,12 @@ def _open(reader: ShardReader, paths: _Paths) -> CachedShard | None:
     return CachedShard(paths.rows, splitmix64(keys_M))
 
 
-def _build(reader: ShardReader, paths: _Paths, scratch: Scratch) -> CachedShard:
+def _build(reader: ShardReader, paths: _Paths, memory: FileMemory) -> CachedShard:
     paths.rows.parent.mkdir(parents=True, exist_ok=True)
-    blocks: list[Int64Array] = [np.empty(0, np.int64)]
-    rows_digest = xxhash.xxh3_128()
+    reader = replace(reader)  # what it keeps of the keys goes with the build
     with _appearing(paths.rows) as file:
-        for keys_M, features_MD in reader.verified_blocks(scratch):
-            blocks.append(keys_M.copy())
-            append_rows(file, features_MD)
-            rows_digest.update(features_MD.data)
-        keys_M = np.concatenate(blocks)
+        write = _append if reader.is_plain else _place
+        keys_M, rows_digest = write(file, reader, reader.verified_blocks(memory))
         hash_M = splitmix64(keys_M)
         _check_order(hash_M, reader)
     with _appearing(paths.keys) as file:
@@ -150,11 +148,48 @@ def _build(reader: ShardReader, paths: _Paths, scratch: Scratch) -> CachedShard:
         _Seal(
             num_rows=len(keys_M),
             keys_xxh3_128=_digest(keys_M),
-            rows_xxh3_128=rows_digest.hexdigest(),
+            rows_xxh3_128=rows_digest,
             boot_id=_boot_id(),
         ),
     )
     return CachedShard(paths.rows, hash_M)
+
+
+def _append(file: io.FileIO, reader: ShardReader, blocks: Iterator[Block]) -> tuple[Int64Array, str]:
+    """Write blocks that come in order; all keys (M,), and the digest of the rows."""
+    keys: list[Int64Array] = [np.empty(0, np.int64)]
+    digest = xxhash.xxh3_128()
+    for block in blocks:
+        keys.append(block.keys_K.copy())
+        append_rows(file, block.features_KD)
+        digest.update(block.features_KD.data)
+    return np.concatenate(keys), digest.hexdigest()
+
+
+def _place(file: io.FileIO, reader: ShardReader, blocks: Iterator[Block]) -> tuple[Int64Array, str]:
+    """Write each row of the blocks to its place; all keys (M,), and the digest of the rows."""
+    num_rows, row_bytes = reader.num_rows, reader.info.row_bytes
+    keys_M = np.empty(num_rows, np.int64)
+    num_written = 0
+    if num_rows:
+        with contextlib.suppress(OSError):  # a hint, as in `append_rows`
+            os.posix_fallocate(file.fileno(), 0, num_rows * row_bytes)
+    for block in blocks:
+        keys_M[block.place_K] = block.keys_K
+        num_written += len(block.keys_K)
+        data = np.ascontiguousarray(block.features_KD).data.cast("B")
+        breaks = np.flatnonzero(np.diff(block.place_K) != 1) + 1  # neighbours in the file are written together
+        starts, ends = [0, *breaks.tolist()], [*breaks.tolist(), len(block.place_K)]
+        for start, end, place in zip(starts, ends, block.place_K[starts].tolist(), strict=True):
+            _write_at(file, data[start * row_bytes : end * row_bytes], place * row_bytes)
+    assert num_written == num_rows
+    return keys_M, _digest_of_file(Path(file.name))
+
+
+def _write_at(file: io.FileIO, data: memoryview, offset: int) -> None:
+    while len(data):  # a raw write may take a part
+        written = os.pwrite(file.fileno(), data, offset)
+        data, offset = data[written:], offset + written
 
 
 def _publish_seal(paths: _Paths, seal: _Seal) -> None:

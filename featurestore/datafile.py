@@ -19,13 +19,15 @@ import xxhash
 from pydantic import ValidationError
 
 from featurestore.errors import CorruptFileError, FeatureStoreError
+from featurestore.memory import FileMemory
 from featurestore.rows import DIGEST_DTYPE, FeatureRows
 from featurestore.spec import FileEntry, StoreInfo
-from featurestore.storage import Scratch, Storage
+from featurestore.storage import Storage
 
 KEY, URI, DELETED, FEATURE = "key", "uri", "deleted", "feature"
 METADATA_COLUMNS = [KEY, URI, "content_digest", "source_tag", "width", "height"]
 ROW_GROUP_BYTES = 8 << 20
+_SMALL_BYTES = 1 << 20
 _BLOCK_BYTES = 2 << 20  # in the processor's cache when it is used, and one huge page when it is written to a file
 Digest = Literal["sha256", "xxh3_128"]
 Check = Literal["size", "sha256", "xxh3_128"]
@@ -179,27 +181,29 @@ class DataFile:
 
 @contextlib.contextmanager
 def open_entry(
-    storage: Storage, info: StoreInfo, entry: FileEntry, check: Check = "size", scratch: Scratch | None = None
+    storage: Storage, info: StoreInfo, entry: FileEntry, check: Check = "size", memory: FileMemory | None = None
 ) -> Iterator[DataFile]:
-    """The file of `entry`. A `check` of the "size" reads only what is asked for; one of a digest reads the whole file.
+    """The file of `entry`. A `check` of the "size" reads only what is asked for; one of a digest reads the whole file
+    into `memory`, or without it into memory of its own, and compares before any row is read.
 
-    With `scratch` what was read from the file is valid until that is used again; without, for ever. Raises
-    CorruptFileError where size, digest, row count or content differ from what was committed.
+    What was read is valid inside the block. Raises CorruptFileError where size, digest, row count or content differ
+    from what was committed.
     """
     path = storage.full(entry.path)
-    source: IO[bytes] | pa.NativeFile
-    try:
-        if check == "size":
-            source = storage.open_input(entry.path)
-        else:
-            data = read_verified(storage, entry.path, check, getattr(entry, check), scratch)
-            source = pa.BufferReader(pa.py_buffer(data))
-    except FileNotFoundError as error:
-        raise CorruptFileError(f"{path} is missing") from error
-    with source:
+    with contextlib.ExitStack() as stack:
+        try:
+            if check != "size":
+                view = stack.enter_context((memory or FileMemory(entry.bytes)).borrow(entry.bytes))
+                _read_verified_into(storage, entry, check, view)
+                source: IO[bytes] | pa.NativeFile = stack.enter_context(pa.BufferReader(pa.py_buffer(view)))
+            elif storage.is_local or entry.bytes > _SMALL_BYTES:
+                source = stack.enter_context(storage.open_input(entry.path))
+            else:  # one request instead of one for each piece
+                source = stack.enter_context(pa.BufferReader(storage.read_bytes(entry.path)))
+        except FileNotFoundError as error:
+            raise CorruptFileError(f"{path} is missing") from error
         source.seek(0, io.SEEK_END)
-        if source.tell() != entry.bytes:
-            raise CorruptFileError(f"{path} has {source.tell()} bytes instead of {entry.bytes}")
+        _check_size(path, source.tell(), entry)
         source.seek(0)
         file = DataFile(source, info, path, page_checksums=check != "xxh3_128")
         if file.num_rows != entry.rows:
@@ -207,14 +211,29 @@ def open_entry(
         yield file
 
 
-def read_verified(
-    storage: Storage, path: str, algorithm: Digest, expected: str, scratch: Scratch | None = None
-) -> bytes | memoryview:
-    """A whole file whose digest is known. Raises CorruptFileError where it differs, FileNotFoundError."""
-    data = storage.read_bytes(path) if scratch is None else storage.read_scratch(path, scratch)
+def _read_verified_into(storage: Storage, entry: FileEntry, check: Digest, view: memoryview) -> None:
+    path = storage.full(entry.path)
+    _check_size(path, storage.read_into(entry.path, view), entry)
+    if digest_of(view, check) != getattr(entry, check):
+        raise CorruptFileError(damaged_message(path, check))
+
+
+def _check_size(path: str, size_bytes: int, entry: FileEntry) -> None:
+    if size_bytes != entry.bytes:
+        raise CorruptFileError(f"{path} has {size_bytes} bytes instead of {entry.bytes}")
+
+
+def read_verified(storage: Storage, path: str, algorithm: Digest, expected: str) -> bytes:
+    """A whole small file whose digest is known. Raises CorruptFileError where it differs, FileNotFoundError."""
+    data = storage.read_bytes(path)
     if digest_of(data, algorithm) != expected:
-        raise CorruptFileError(f"{storage.full(path)} is damaged: its {algorithm} is not the one in the manifest")
+        raise CorruptFileError(damaged_message(storage.full(path), algorithm))
     return data
+
+
+def damaged_message(path: str, algorithm: Digest) -> str:
+    """Of a file whose digest is another than the one that was committed."""
+    return f"{path} is damaged: its {algorithm} is not the one in the manifest"
 
 
 def digest_of(data: bytes | memoryview | pa.Buffer, algorithm: Digest) -> str:

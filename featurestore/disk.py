@@ -33,6 +33,14 @@ class DiskFiles:
         """The whole file."""
         return self.path(path).read_bytes()
 
+    def read_into(self, path: str, out: memoryview) -> int:
+        """The beginning of the file; its size."""
+        with self.path(path).open("rb", buffering=0) as file:
+            filled = 0
+            while filled < len(out) and (count := file.readinto(out[filled:])):
+                filled += count
+            return os.fstat(file.fileno()).st_size
+
     def open_input(self, path: str) -> IO[bytes]:
         """The file for reading."""
         return self.path(path).open("rb")

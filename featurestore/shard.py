@@ -1,13 +1,13 @@
 """One shard: writing a file of it, and reading its files merged, the newest row of each key first.
 
-Letters of shapes: N rows of all files, M live rows, D feature width.
+Letters of shapes: N rows of all files, M live rows, K rows of a block or a file, D feature width.
 """
 
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +29,11 @@ from featurestore.datafile import (
 )
 from featurestore.errors import CorruptFileError, InvalidRowsError
 from featurestore.keys import Int64Array, shard_of, splitmix64
+from featurestore.memory import FileMemory
 from featurestore.rows import check_collisions
 from featurestore.spec import FileEntry, FileKind, StoreInfo
 from featurestore.statistics import Moments
-from featurestore.storage import Scratch, Storage
+from featurestore.storage import Storage
 
 _STATISTICS_SHARE = 4  # statistics are kept where the features take at least this many times their bytes
 
@@ -103,6 +104,14 @@ def read_moments(storage: Storage, entry: FileEntry) -> Moments | None:
     return Moments.from_bytes(data, entry.num_live, storage.full(entry.statistics_path))
 
 
+class Block(NamedTuple):
+    """Some live rows of a shard: where they belong among all of them by splitmix64, (K,), keys, features (K, D)."""
+
+    place_K: Int64Array
+    keys_K: Int64Array
+    features_KD: npt.NDArray[Any]
+
+
 @dataclass(frozen=True)
 class ShardReader:
     """The live rows of one shard, by splitmix64: for each key its newest row, unless that is a tombstone."""
@@ -113,12 +122,17 @@ class ShardReader:
     entries: Sequence[FileEntry]  # oldest first
 
     @cached_property
-    def _live(self) -> tuple[Int64Array, Int64Array]:
-        """Keys of the live rows, and their row numbers in the concatenation of all files, both (M,)."""
+    def _columns(self) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
+        """Keys, and which are tombstones, of the rows of all files one after the other, both (N,)."""
         if not self.entries:
-            return np.empty(0, np.int64), np.empty(0, np.int64)
+            return np.empty(0, np.int64), np.empty(0, np.bool_)
         table = self._concatenated([KEY, DELETED])
-        keys_N, deleted_N = numpy_column(table, KEY), numpy_column(table, DELETED)
+        return numpy_column(table, KEY), numpy_column(table, DELETED)
+
+    @cached_property
+    def _live(self) -> tuple[Int64Array, Int64Array]:
+        """Keys of the live rows, and their row numbers among the rows of all files, both (M,)."""
+        keys_N, deleted_N = self._columns
         index_M = newest_rows(keys_N)
         index_M = index_M[~deleted_N[index_M]]
         return keys_N[index_M], index_M
@@ -160,25 +174,51 @@ class ShardReader:
             file_start += entry.rows
         return features_UD, found_U
 
-    def verified_blocks(self, scratch: Scratch | None = None) -> Iterator[tuple[Int64Array, npt.NDArray[Any]]]:
-        """Keys (M,) and features (M, D) of the live rows, block by block in order; every file's digest is checked.
+    def verified_blocks(self, memory: FileMemory | None = None) -> Iterator[Block]:
+        """The live rows, some megabytes at a time; the digest of a file is checked before a row of it is given.
 
-        With `scratch` a block is valid until the next one is asked for.
+        In order where there is one file without tombstones, else file by file: the block's places say where its rows
+        belong. Needs the memory of one file, taken from `memory`, and of all keys. A block is valid until the next one
+        is asked for. Raises CorruptFileError.
         """
         if self.is_plain:
             for entry in self.entries:
-                with open_entry(self.storage, self.info, entry, "xxh3_128", scratch) as file:
-                    for block in file.blocks([KEY, FEATURE]):
-                        yield numpy_column(block, KEY), matrix_of(block, self.info)
-        elif self.entries:
-            tables = []
-            for entry in self.entries:
-                with open_entry(self.storage, self.info, entry, "xxh3_128") as file:
-                    tables.append(file.read([KEY, DELETED, FEATURE]))
-            table = pa.concat_tables(tables)
-            index_M = newest_rows(numpy_column(table, KEY))
-            table = take_rows(table, index_M[~numpy_column(table, DELETED)[index_M]])
-            yield numpy_column(table, KEY), matrix_of(table, self.info)
+                start = 0
+                with open_entry(self.storage, self.info, entry, "xxh3_128", memory) as file:
+                    for table in file.blocks([KEY, FEATURE]):
+                        place_K = np.arange(start, start + len(table))
+                        yield Block(place_K, numpy_column(table, KEY), matrix_of(table, self.info))
+                        start += len(table)
+            return
+        place_N = np.full(len(self._columns[0]), -1, np.int64)
+        place_N[self._live[1]] = np.arange(len(self._live[1]))
+        start = 0
+        for entry in self.entries:
+            yield from self._live_blocks(entry, start, place_N[start : start + entry.rows], memory)
+            start += entry.rows
+
+    def _live_blocks(
+        self, entry: FileEntry, first: int, place_K: Int64Array, memory: FileMemory | None
+    ) -> Iterator[Block]:
+        """Of one file, whose rows begin at `first` of all files and belong at `place_K`, nowhere where that is -1."""
+        keys_N, deleted_N = self._columns
+        columns = [KEY, DELETED, FEATURE] if (place_K >= 0).any() else [KEY, DELETED]
+        start = 0
+        with open_entry(self.storage, self.info, entry, "xxh3_128", memory) as file:
+            for table in file.blocks(columns):
+                here = slice(first + start, first + start + len(table))
+                keys_K = numpy_column(table, KEY)
+                # What decided which rows live was read without the file's digest.
+                same = np.array_equal(keys_K, keys_N[here])
+                if not same or not np.array_equal(numpy_column(table, DELETED), deleted_N[here]):
+                    raise CorruptFileError(f"{file.path} changed while it was read: run python -m featurestore verify")
+                block_place_K = place_K[start : start + len(table)]
+                start += len(table)
+                live_K = block_place_K >= 0
+                if live_K.all():
+                    yield Block(block_place_K, keys_K, matrix_of(table, self.info))
+                elif live_K.any():
+                    yield Block(block_place_K[live_K], keys_K[live_K], matrix_of(table, self.info)[live_K])
 
     def moments(self) -> Moments:
         """Of the live rows: what stands beside a single file, else from the rows."""
@@ -186,8 +226,8 @@ class ShardReader:
         if found is not None:
             return found
         moments = Moments.empty(self.info.dim)
-        for _, features_MD in self.verified_blocks():
-            moments = moments.merged(Moments.of(features_MD, self.info.dtype))
+        for block in self.verified_blocks():
+            moments = moments.merged(Moments.of(block.features_KD, self.info.dtype))
         return moments
 
     def check_uris(self, keys_N: Int64Array, uris: Sequence[str]) -> None:

@@ -1,0 +1,58 @@
+"""Memory for the contents of whole files, shared by threads and never more than a limit."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class FileMemory:
+    """Buffers that are lent, one for each file being read, and reused: fresh memory costs the kernel as much as the
+    reading itself.
+
+    All buffers together, lent or idle, stay within `limit_bytes`, whatever the number of threads; who finds no room
+    waits until another gives back. A single buffer larger than the limit is lent when no other is.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.peak_bytes = 0  # the most that was ever held
+        self._idle: list[bytearray] = []
+        self._held_bytes = 0
+        self._num_lent = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def borrow(self, size_bytes: int) -> Iterator[memoryview]:
+        """A view of `size_bytes`, whatever was in them before; nothing may look into it after the block."""
+        buffer = self._take(size_bytes)
+        try:
+            yield memoryview(buffer)[:size_bytes]
+        finally:
+            with self._changed:
+                self._idle.append(buffer)
+                self._num_lent -= 1
+                self._changed.notify_all()
+
+    def _take(self, size_bytes: int) -> bytearray:
+        with self._changed:
+            while True:
+                fitting = [buffer for buffer in self._idle if len(buffer) >= size_bytes]
+                if fitting:
+                    buffer = min(fitting, key=len)
+                    self._idle.remove(buffer)
+                    self._num_lent += 1
+                    return buffer
+                self._drop_idle(size_bytes)
+                if self._held_bytes + size_bytes <= self.limit_bytes or not self._num_lent:
+                    self._held_bytes += size_bytes
+                    self.peak_bytes = max(self.peak_bytes, self._held_bytes)
+                    self._num_lent += 1
+                    return bytearray(size_bytes)
+                self._changed.wait()
+
+    def _drop_idle(self, size_bytes: int) -> None:
+        """Idle buffers are too small here: the largest gives way to its successor, others where the limit asks."""
+        self._idle.sort(key=len)
+        keep = max(0, len(self._idle) - 1)
+        while self._idle and (len(self._idle) > keep or self._held_bytes + size_bytes > self.limit_bytes):
+            self._held_bytes -= len(self._idle.pop())
