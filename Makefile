@@ -17,7 +17,8 @@ help: ## List the targets
 
 install: $(INSTALLED) ## Make the virtual environment; builds Horovod once per machine (about four minutes)
 
-$(INSTALLED): setup.cfg pyproject.toml tools/install.sh tools/build_horovod.sh tools/requirements-s3-server.txt
+$(INSTALLED): setup.cfg pyproject.toml tools/install.sh tools/build_horovod.sh tools/requirements-s3-server.txt \
+              tools/requirements-moto-server.txt
 	tools/install.sh $(VENV)
 
 demo: $(INSTALLED) ## Draw images, extract, build samples, train four models under horovodrun -np 2, print a table

@@ -28,5 +28,9 @@ if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -m pip --version >/dev/nu
 fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[dev,bench]"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r tools/requirements-s3-server.txt
+if [ ! -x "$venv/moto/bin/python" ]; then
+  "$venv/bin/python" -m venv "$venv/moto"
+fi
+"$venv/moto/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r tools/requirements-moto-server.txt
 tools/build_horovod.sh "$venv/bin/python"
 touch "$venv/.installed"
