@@ -45,6 +45,13 @@ class ExtractorSpec(_Frozen):
         return _digest(self)
 
 
+class NetworkName(_Frozen):
+    """What the maker of a store called the network, so that one can ask for it again; ExtractorSpec says what it is."""
+
+    backbone: str  # MODEL:LAYER
+    weights: str  # imagenet, random:SEED or a file
+
+
 class CodecSpec(_Frozen):
     """What the codes of an int8 store mean: faiss's scalar quantiser, 8 bits, each dimension with its own range.
 
@@ -66,6 +73,7 @@ class StoreInfo(_Frozen):
     dtype: DType = "bfloat16"
     extractor: ExtractorSpec
     codec: CodecSpec | None = None  # of int8, and of it alone
+    network: NetworkName | None = None  # information only
     store_id: str = ""  # random, given when the store is made: tells it from others made alike
 
     @field_validator("num_shards")
@@ -86,12 +94,12 @@ class StoreInfo(_Frozen):
 
     @property
     def kind(self) -> "StoreInfo":
-        """All but the store's own id: equal for stores whose files may be exchanged; stands in every data file."""
-        return self.model_copy(update={"store_id": ""})
+        """All but id and network name: equal for stores whose files may be exchanged; stands in every data file."""
+        return self.model_copy(update={"store_id": "", "network": None})
 
     @property
     def digest(self) -> str:
-        """sha256 of all fields but `store_id`, hexadecimal."""
+        """sha256 of `kind`, hexadecimal."""
         return _digest(self.kind)
 
     @property
