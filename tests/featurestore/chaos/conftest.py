@@ -1,0 +1,303 @@
+"""A store under attack: processes that write down what they do, and the checker of what came of it.
+
+Every row tells on itself: its source tag names the operation that wrote it, and its feature is a function of that name
+and of its uri. Every operation's text in the manifest says what it did, so the log alone can be replayed.
+"""
+
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from featurestore import FeatureRows, FeatureStore, Snapshot, StoreInfo, key_of_uri, keys_of_uris, log, shard_of
+from featurestore.spec import Manifest
+from featurestore.storage import Storage
+
+Contents = dict[int, str]  # the name of the operation that wrote each key
+FORK = multiprocessing.get_context("fork")
+
+
+def rows_of(name: str, uris: Sequence[str], dim: int = 8) -> FeatureRows:
+    """Rows of the operation `name`."""
+    features = [feature_of(name, uri, dim) for uri in uris]
+    return FeatureRows.of(uris, np.array(features, np.uint16).reshape(len(uris), dim), source_tags=[name] * len(uris))
+
+
+def feature_of(name: str, uri: str, dim: int = 8) -> np.ndarray:
+    """bfloat16 bits (D,), finite."""
+    return np.frombuffer(xxhash.xxh3_128_digest(f"{name} {uri}".encode()), np.uint16)[:dim] & np.uint16(0x3FFF)
+
+
+def contents_of(snapshot: Snapshot) -> Contents:
+    """What the snapshot holds. Fails on a row that is not what its operation wrote, or stands twice or astray."""
+    found: Contents = {}
+    for shard in range(snapshot.info.num_shards):
+        rows = snapshot.read_shard(shard)
+        assert (shard_of(rows.keys_N, snapshot.info.num_shards) == shard).all(), f"strays in shard {shard}"
+        for key, uri, name, feature in zip(
+            rows.keys_N.tolist(), rows.uris, rows.source_tag, rows.features_ND, strict=True
+        ):
+            assert key not in found, f"{uri} stands twice in snapshot {snapshot.version}"
+            assert key == key_of_uri(uri), f"{uri} stands under another key"
+            assert np.array_equal(feature, feature_of(name, uri)), f"{uri} of {name} is not what was written"
+            found[key] = name
+    return found
+
+
+def replay(manifests: Sequence[Manifest]) -> list[Contents]:
+    """Contents after each version, from the operations' texts alone; the first is the empty store."""
+    states: list[Contents] = [{}]
+    for manifest in manifests:
+        verb, *words = manifest.operation.split()
+        state = dict(states[-1])
+        if verb == "put":
+            state.update({key_of_uri(uri): words[0] for uri in words[1:]})
+        elif verb == "delete":
+            for uri in words[1:]:
+                state.pop(key_of_uri(uri), None)
+        elif verb == "restore":
+            state = states[int(words[0])]
+        else:
+            assert verb == "compact", f"unknown operation {manifest.operation!r}"
+        states.append(state)
+    return states
+
+
+class Actor:
+    """One process at work. It notes each operation before it begins and when it has been told that it is done."""
+
+    def __init__(self, store: FeatureStore, name: str, journal: Path) -> None:
+        self.store = store
+        self.name = name
+        self.chance = random.Random(name)
+        self._count = 0
+        self._file = os.open(journal, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        self._last_read: tuple[int, Contents] | None = None
+        self.before_note: Callable[[str], None] = lambda event: None
+
+    def note(self, event: str, **fields: object) -> None:
+        """One line of the journal, in one call: whole or not at all, and it outlives this process."""
+        self.before_note(event)
+        line = json.dumps({"time": time.monotonic_ns(), "event": event, "by": self.name, **fields})
+        os.write(self._file, line.encode() + b"\n")
+
+    def put(self, uris: Sequence[str]) -> None:
+        name, text = self._begin("put", uris)
+        self._done(text, self.store.put(rows_of(name, uris), text))
+
+    def extract(self, uris: Sequence[str]) -> None:
+        """What the pipeline does: two parts staged, shards built of them, one commit."""
+        name, text = self._begin("put", uris)
+        for part in range(2):
+            self.store.stage_part(name, f"{part}", rows_of(name, uris[part::2]))
+        built = {s: self.store.build_shard(name, s, ["0", "1"]) for s in range(self.store.info.num_shards)}
+        self._done(text, self.store.commit({s: entry for s, entry in built.items() if entry}, text))
+        self.store.discard_staging(name)
+
+    def delete(self, uris: Sequence[str]) -> None:
+        _, text = self._begin("delete", uris)
+        self._done(text, self.store.delete(keys_of_uris(uris), text))
+
+    def read(self) -> None:
+        """Read the newest snapshot whole; noted where it is not what the last one was."""
+        begun = time.monotonic_ns()
+        snapshot = self.store.snapshot()
+        contents = contents_of(snapshot)
+        if self._last_read != (snapshot.version, contents):
+            self._last_read = snapshot.version, contents
+            self.note("read", begun=begun, version=snapshot.version, contents=list(contents.items()))
+
+    def keep_history(self) -> None:
+        """Note every manifest of the log: whoever expires must, or the checker would miss those that go."""
+        for version in log.versions(self.store.storage):
+            self.note("manifest", json=log.read_manifest(self.store.storage, version).model_dump_json())
+
+    def some_uris(self, pool: str, size: int) -> list[str]:
+        """One to three uris of a pool of `size`."""
+        return [f"{pool}{i}" for i in self.chance.sample(range(size), self.chance.randint(1, min(3, size)))]
+
+    def _begin(self, verb: str, uris: Sequence[str]) -> tuple[str, str]:
+        name = f"{self.name}.{self._count}"
+        self._count += 1
+        text = " ".join([verb, name, *uris])
+        self.note("begin", operation=text)
+        return name, text
+
+    def _done(self, text: str, snapshot: Snapshot) -> None:
+        self.note("done", operation=text, version=snapshot.version)
+
+
+class Arena:
+    """One store, the processes that work on it, and all that they noted."""
+
+    fork = FORK
+
+    def __init__(self, store: FeatureStore, folder: Path) -> None:
+        self.store = store
+        self.folder = folder
+        self.processes: list[ForkProcess] = []
+        self._manifests: dict[int, Manifest] = {}
+        self._numbers = itertools.count()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def actor(self, name: str) -> Actor:
+        """To act in this process."""
+        return Actor(FeatureStore.open(self.store.url), name, self.folder / f"{name}.jsonl")
+
+    def start(self, name: str, work: Callable[[Actor], None]) -> ForkProcess:
+        """`work` in a process of its own, forked: with all that the caller has imported, patched and bound."""
+
+        def run() -> None:
+            actor = self.actor(name)
+            try:
+                work(actor)
+            except BaseException:
+                actor.note("failed", error=traceback.format_exc())
+                raise
+
+        process = FORK.Process(target=run, name=name)
+        process.start()
+        self.processes.append(process)
+        return process
+
+    def twin(self) -> "Arena":
+        """Another arena with a copy of the store and of the notes."""
+        number = next(self._numbers)
+        notes = shutil.copytree(self.folder, self.folder.with_name(f"notes-{number}"))
+        copy = Storage(f"{self.store.url}-{number}")
+        for entry in self.store.storage.entries(""):
+            copy.write_bytes(entry.path, self.store.storage.read_bytes(entry.path))
+        return Arena(FeatureStore.open(copy.url), Path(notes))
+
+    def discard(self) -> None:
+        """Remove the files of a twin."""
+        shutil.rmtree(self.folder)
+        self.store.storage.delete("")
+
+    def kill(self, process: ForkProcess) -> None:
+        """SIGKILL, and wait until it is gone."""
+        assert process.pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                self.kill(process)
+
+    def notes(self) -> list[dict]:
+        """What all processes noted, by time."""
+        lines = [line for path in self.folder.glob("*.jsonl") for line in path.read_text().splitlines()]
+        return sorted(map(json.loads, lines), key=lambda note: note["time"])
+
+    @property
+    def num_commits(self) -> int:
+        """Versions in the log."""
+        return len(log.versions(self.store.storage))
+
+    def history(self, notes: Sequence[dict]) -> list[Manifest]:
+        """Every manifest that ever was, in order; without gaps."""
+        for note in notes:
+            if note["event"] == "manifest":
+                manifest = Manifest.model_validate_json(note["json"])
+                self._manifests.setdefault(manifest.version, manifest)
+        for version in log.versions(self.store.storage):
+            if version not in self._manifests:
+                self._manifests[version] = log.read_manifest(self.store.storage, version)
+        assert sorted(self._manifests) == list(range(1, len(self._manifests) + 1)), "versions have a gap"
+        return [self._manifests[version] for version in sorted(self._manifests)]
+
+    def failures(self) -> str:
+        """What went wrong in the processes."""
+        return "\n".join(f"{note['by']}: {note['error']}" for note in self.notes() if note["event"] == "failed")
+
+    def check(self) -> list[Manifest]:
+        """The history holds together, every acknowledgement was true, and every read saw a state of the history."""
+        snapshot = self.store.snapshot()
+        notes = self.notes()
+        assert not self.failures(), self.failures()
+        manifests = self.history(notes)
+        check_chain(manifests)
+        check_acknowledged(notes, manifests)
+        states = replay(manifests)
+        assert contents_of(snapshot) == states[snapshot.version], f"snapshot {snapshot.version} is not the log's replay"
+        for note in notes:
+            if note["event"] == "read":
+                read = dict(note["contents"])
+                assert read == states[note["version"]], (
+                    f"{note['by']} read a state that snapshot {note['version']} is not"
+                )
+        check_order(notes, manifests)
+        return manifests
+
+
+def check_chain(manifests: Sequence[Manifest]) -> None:
+    """Versions in a row, each on its parent, each commit once, time never backwards."""
+    assert [m.version for m in manifests] == list(range(1, len(manifests) + 1))
+    assert len({m.commit_id for m in manifests}) == len(manifests), "a commit stands twice in the log"
+    for before, after in itertools.pairwise(manifests):
+        assert after.parent == before.commit_id, f"version {after.version} does not stand on {before.version}"
+        assert after.time_s >= before.time_s, f"time runs backwards at version {after.version}"
+
+
+def check_acknowledged(notes: Sequence[dict], manifests: Sequence[Manifest]) -> None:
+    """What was acknowledged is in the log where it was said to be; what is in the log was begun, and is there once."""
+    begun = {note["operation"] for note in notes if note["event"] == "begin"}
+    in_log = [m.operation for m in manifests if m.operation.split()[0] in ("put", "delete")]
+    assert len(set(in_log)) == len(in_log), "an operation was committed twice"
+    assert begun.issuperset(in_log), "an operation that nobody began"
+    for note in notes:
+        if note["event"] == "done":
+            there = note["version"] <= len(manifests) and manifests[note["version"] - 1].operation
+            assert there == note["operation"], (
+                f"version {note['version']} was acknowledged to {note['operation']}: {there}"
+            )
+
+
+def check_order(notes: Sequence[dict], manifests: Sequence[Manifest]) -> None:
+    """What began after another was done comes after it, for reads and writes of all processes."""
+    version_of = {m.operation: m.version for m in manifests}
+    moments: list[tuple[int, bool, int, str]] = []  # when, whether it ends there, version, what
+    for note in notes:
+        if note["event"] == "begin" and note["operation"] in version_of:
+            moments.append((note["time"], False, version_of[note["operation"]] - 1, note["operation"]))
+        elif note["event"] == "read":
+            moments.append((note["begun"], False, note["version"], f"read by {note['by']}"))
+        if note["event"] in ("read", "done"):
+            moments.append((note["time"], True, note["version"], ""))
+    newest = 0
+    for _, is_end, version, what in sorted(moments):
+        if is_end:
+            newest = max(newest, version)
+        else:
+            assert version >= newest, f"{what} saw {version} when {newest} was done"
+
+
+@pytest.fixture
+def make_arena(tmp_path: Path, info: StoreInfo) -> Iterator[Callable[..., Arena]]:
+    """Arenas around new stores, in a folder or at `url`; all of their processes end with the test."""
+    arenas: list[Arena] = []
+
+    def make(url: str | Path | None = None, num_shards: int = 2) -> Arena:
+        place = tmp_path / f"arena-{len(arenas)}"
+        store = FeatureStore.create(url or place / "store", info.model_copy(update={"num_shards": num_shards}))
+        arenas.append(Arena(store, place / "notes"))
+        return arenas[-1]
+
+    yield make
+    for arena in arenas:
+        arena.close()

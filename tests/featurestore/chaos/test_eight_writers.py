@@ -1,0 +1,42 @@
+"""Eight processes write the same store at once: their history holds together to the last row."""
+
+import time
+
+MAX_S = 200
+
+
+def write(actor, count: int, barrier) -> None:
+    """Same keys, keys of its own, new keys; delete against put."""
+    barrier.wait()
+    for step in range(count):
+        uris = [
+            actor.some_uris("hot", 4),
+            actor.some_uris("warm", 30),
+            actor.some_uris(f"{actor.name}-", 8),
+            [f"new-{actor.name}-{step}"],
+        ][step % 4]
+        actor.chance.choice([actor.put, actor.put, actor.delete])(uris)
+
+
+def read(actor) -> None:
+    while True:
+        actor.read()
+        time.sleep(0.02)
+
+
+def run_writers(arena, num_commits: int) -> None:
+    barrier = arena.fork.Barrier(8)
+    readers = [arena.start("reader", read)]
+    writers = [arena.start(f"w{i}", lambda actor: write(actor, num_commits // 8, barrier)) for i in range(8)]
+    for writer in writers:
+        writer.join(MAX_S)
+        assert writer.exitcode == 0, arena.failures()
+    for reader in readers:
+        assert reader.is_alive()
+        arena.kill(reader)
+    manifests = arena.check()
+    assert len([m for m in manifests if m.operation.startswith(("put", "delete"))]) == num_commits // 8 * 8
+
+
+def test_a_thousand_commits_of_eight_writers(make_arena) -> None:
+    run_writers(make_arena(num_shards=4), 104)
