@@ -35,7 +35,7 @@ def publish_shards(
             version=parent.version + 1,
             parent=parent.commit_id or None,
             commit_id=commit_id,
-            writer=f"{platform.node()}:{os.getpid()}",
+            writer=writer_name(),
             time_s=max(time.time(), parent.time_s),  # never backwards, whatever the clocks of the writers say
             operation=operation,
             num_quarantined=num_quarantined,
@@ -46,6 +46,11 @@ def publish_shards(
         )
 
     return Snapshot(storage, info, log.publish(storage, commit_id, manifest_after))
+
+
+def writer_name() -> str:
+    """Host and process, for people."""
+    return f"{platform.node()}:{os.getpid()}"
 
 
 def files_after(older: Sequence[FileEntry], new: FileEntry | None, replaced: Sequence[FileEntry]) -> list[FileEntry]:

@@ -4,6 +4,7 @@ FeatureStoreError
 ├── StoreNotFoundError      no store at the address
 ├── StoreExistsError        a store is there already
 ├── SnapshotNotFoundError   the version was never committed, or has expired
+├── PinError                the name of a pin is taken, unknown, or no name
 ├── FormatVersionError      written by a newer format than this code reads
 ├── SpecMismatchError       features of another network, dtype or width
 ├── InvalidRowsError        rows that no store may hold (NaN, wrong shape)
@@ -12,6 +13,7 @@ FeatureStoreError
 ├── CommitConflictError     another writer was in the way: read again and retry
 ├── CorruptFileError        a file is not what was written
 └── StorageError            the disk or the object store refused
+    └── UnsafeBackendError  the place cannot hold a store: its exclusive create is not atomic
 
 Every class takes its message alone, so that each survives pickling between processes.
 """
@@ -31,6 +33,10 @@ class StoreExistsError(FeatureStoreError):
 
 class SnapshotNotFoundError(FeatureStoreError):
     """The version was never committed, or its manifest has been removed."""
+
+
+class PinError(FeatureStoreError):
+    """The name of a pin is taken, unknown, or no name."""
 
 
 class FormatVersionError(FeatureStoreError):
@@ -63,3 +69,7 @@ class CorruptFileError(FeatureStoreError):
 
 class StorageError(FeatureStoreError):
     """The disk or the object store refused; the cause is kept."""
+
+
+class UnsafeBackendError(StorageError):
+    """The place cannot hold a store: files can be created there by two writers at once, or are not seen at once."""

@@ -1,0 +1,181 @@
+"""The snapshots of a store side by side: all of them, what differs between two, and the way back to one.
+
+Letters of shapes: K rows that may differ, N keys.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from featurestore import log as manifests
+from featurestore.commit import Shards, publish_shards
+from featurestore.datafile import (
+    KEY,
+    METADATA_COLUMNS,
+    ROW_GROUP_BYTES,
+    URI,
+    numpy_column,
+    open_entry,
+    schema_of,
+    text_column,
+)
+from featurestore.errors import CorruptFileError
+from featurestore.keys import Int64Array
+from featurestore.pins import read_pins
+from featurestore.snapshot import Snapshot
+from featurestore.spec import FileEntry, Manifest
+from featurestore.store import FeatureStore
+
+_THREADS = 4
+_COMPARED = [name for name in METADATA_COLUMNS if name not in (KEY, "source_tag")]  # a touched image has not changed
+
+Progress = Callable[[int, int], None]  # shards compared, shards in all
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """One snapshot that can be opened; without a manifest where that is damaged."""
+
+    version: int
+    manifest: Manifest | None
+    pins: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows by name: keys (N,) and uris."""
+
+    keys_N: Int64Array
+    uris: list[str]
+
+    def __len__(self) -> int:
+        return len(self.keys_N)
+
+
+@dataclass(frozen=True)
+class SnapshotDiff:
+    """From one snapshot to another, each by shard and splitmix64.
+
+    Changed: another feature, or another content, uri or size of the image; not where its tag alone is new.
+    """
+
+    added: Rows
+    changed: Rows
+    removed: Rows
+
+
+def log(store: FeatureStore, last: int | None = None) -> list[LogEntry]:
+    """The kept snapshots, newest first; the `last` ones where that is given. Reads one small file for each."""
+    known = manifests.versions(store.storage)[::-1][:last]
+    pins: dict[int, list[str]] = {}
+    for pin in read_pins(store.storage):
+        pins.setdefault(pin.version, []).append(pin.name)
+
+    def entry(version: int) -> LogEntry | None:
+        try:
+            manifest: Manifest | None = manifests.read(store.storage, version)
+        except CorruptFileError:
+            manifest = None
+        except FileNotFoundError:  # it has expired meanwhile
+            return None
+        return LogEntry(version, manifest, tuple(pins.get(version, ())))
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return [found for found in pool.map(entry, known) if found is not None]
+
+
+def diff(store: FeatureStore, before: int, after: int, progress: Progress | None = None) -> SnapshotDiff:
+    """What came, changed and went from snapshot `before` to `after`, in whichever order they were made.
+
+    Shards with the same files are not read; of others the keys are, and features only of rows in files that one of the
+    two snapshots alone has. Raises SnapshotNotFoundError, CorruptFileError.
+    """
+    old, new = store.snapshot(before), store.snapshot(after)
+    shards = sorted({*old.manifest.shards, *new.manifest.shards})
+    tables: list[list[pa.Table]] = [[_no_rows(old)] for _ in range(3)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for done, parts in enumerate(pool.map(lambda shard: _shard_diff(old, new, shard), shards), start=1):
+            for group, part in zip(tables, parts, strict=True):
+                group.append(part)
+            if progress is not None:
+                progress(done, len(shards))
+    added, changed, removed = (_rows(pa.concat_tables(group)) for group in tables)
+    return SnapshotDiff(added, changed, removed)
+
+
+def restore(store: FeatureStore, version: int) -> Snapshot:
+    """A new snapshot with the rows of an old one, which must be kept still. Nothing is lost: what was committed
+    meanwhile stays in the log, and can be restored as well. Raises SnapshotNotFoundError."""
+
+    def following(_: Manifest) -> Shards:
+        return store.snapshot(version).manifest.shards  # read anew each time: it may expire meanwhile
+
+    return publish_shards(store.storage, store.info, f"restore {version}", following)
+
+
+def _shard_diff(old: Snapshot, new: Snapshot, shard: int) -> tuple[pa.Table, pa.Table, pa.Table]:
+    """Key and uri of the rows that came, changed and went."""
+    old_files, new_files = old.manifest.files(shard), new.manifest.files(shard)
+    num_same = 0
+    for mine, other in zip(old_files, new_files, strict=False):
+        if mine.path != other.path:
+            break
+        num_same += 1
+    # What the common first files decide, and no later one touches, is the same on both sides.
+    files = [*old_files[num_same:], *new_files[num_same:]]
+    if not files:
+        return _no_rows(old), _no_rows(old), _no_rows(old)
+    keys_K = np.unique(np.concatenate([_keys_of(new, file) for file in files]))
+    old_table, new_table = _live_rows(old, shard, keys_K), _live_rows(new, shard, keys_K)
+    old_keys, new_keys = numpy_column(old_table, KEY), numpy_column(new_table, KEY)
+    is_new, is_gone = ~np.isin(new_keys, old_keys), ~np.isin(old_keys, new_keys)
+    both_old, both_new = old_table.filter(pa.array(~is_gone)), new_table.filter(pa.array(~is_new))
+    is_changed = _changed(old, new, shard, both_old, both_new)
+    chosen = (new_table, is_new), (both_new, is_changed), (old_table, is_gone)
+    added, changed, removed = (table.select([KEY, URI]).filter(pa.array(mask)) for table, mask in chosen)
+    return added, changed, removed
+
+
+def _changed(
+    old: Snapshot, new: Snapshot, shard: int, old_table: pa.Table, new_table: pa.Table
+) -> npt.NDArray[np.bool_]:
+    """Which rows of equal keys differ; features are compared as many at a time as a row group holds."""
+    keys_K = numpy_column(new_table, KEY)
+    changed_K = np.zeros(len(keys_K), np.bool_)
+    for name in _COMPARED:
+        changed_K |= np.asarray(pc.not_equal(old_table[name].combine_chunks(), new_table[name].combine_chunks()))
+    old_reader, new_reader = old.shard_reader(shard), new.shard_reader(shard)
+    unknown = np.flatnonzero(~changed_K)
+    step = max(1, ROW_GROUP_BYTES // new.info.row_bytes)
+    for start in range(0, len(unknown), step):
+        rows = unknown[start : start + step]
+        old_features, _ = old_reader.features(keys_K[rows])
+        new_features, _ = new_reader.features(keys_K[rows])
+        changed_K[rows] = (old_features != new_features).any(axis=1)
+    return changed_K
+
+
+def _live_rows(snapshot: Snapshot, shard: int, keys_K: Int64Array) -> pa.Table:
+    """What is compared of the live rows among `keys_K`, by splitmix64, without features."""
+    reader = snapshot.shard_reader(shard)
+    columns = [KEY, *_COMPARED]
+    table = reader.read(columns) if reader.entries else schema_of(snapshot.info).empty_table().select(columns)
+    return table.filter(pa.array(np.isin(numpy_column(table, KEY), keys_K)))
+
+
+def _keys_of(snapshot: Snapshot, entry: FileEntry) -> Int64Array:
+    with open_entry(snapshot.storage, snapshot.info, entry) as file:
+        return numpy_column(file.read([KEY]), KEY)
+
+
+def _no_rows(snapshot: Snapshot) -> pa.Table:
+    return schema_of(snapshot.info).empty_table().select([KEY, URI])
+
+
+def _rows(table: pa.Table) -> Rows:
+    return Rows(numpy_column(table, KEY), text_column(table, URI))

@@ -1,0 +1,97 @@
+"""Pins: names that keep a snapshot, whatever the policy of `expire` says."""
+
+import re
+import time
+
+from pydantic import BaseModel, ConfigDict
+
+from featurestore import log
+from featurestore.commit import writer_name
+from featurestore.errors import PinError, SnapshotNotFoundError, StorageError
+from featurestore.spec import FORMAT_VERSION, seal, unseal
+from featurestore.storage import Storage
+from featurestore.store import FeatureStore
+
+PINS = "pins"
+_SUFFIX = ".json"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+
+
+class Pin(BaseModel):
+    """One name, and the snapshot that it keeps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    name: str
+    version: int
+    writer: str
+    time_s: float  # for people
+
+
+def pin(store: FeatureStore, name: str, version: int | None = None) -> Pin:
+    """Keep a snapshot, the newest by default, until `unpin`. The same pin again is no error.
+
+    Raises PinError where the name keeps another snapshot, SnapshotNotFoundError where `expire` was first.
+    """
+    path, storage = _path(name), store.storage
+    wanted = store.snapshot(version).version
+    if wanted == 0:
+        raise SnapshotNotFoundError(f"{store.url} has no commit that could be pinned; 0 is the empty store")
+    mine = Pin(name=name, version=wanted, writer=writer_name(), time_s=time.time())
+    failure: StorageError | None = None
+    try:
+        storage.create_exclusive(path, seal(mine))
+    except StorageError as error:  # the answer may have been lost: what stands there decides
+        failure = error
+    try:
+        standing = _read(storage, name)
+    except FileNotFoundError:
+        raise failure or StorageError(f"{storage.full(path)} vanished after it was created") from failure
+    if standing.version != wanted:
+        raise PinError(f"{name!r} keeps snapshot {standing.version} already: unpin it first, or take another name")
+    # `expire` puts a copy aside before it looks at the pins for the last time: one of the two sees the other.
+    if not _is_there(storage, log.manifest_path(wanted)) or _is_there(storage, log.manifest_path(wanted, log.EXPIRED)):
+        if standing == mine:
+            storage.delete(path)
+        raise SnapshotNotFoundError(f"snapshot {wanted} of {store.url} is expiring just now: pin a newer one")
+    return standing
+
+
+def unpin(store: FeatureStore, name: str) -> None:
+    """Remove a pin, damaged ones too. Raises PinError where there is none."""
+    path = _path(name)
+    if not _is_there(store.storage, path):
+        names = [found.removesuffix(_SUFFIX) for found in store.storage.list(PINS)]
+        raise PinError(f"{store.url} has no pin {name!r}; it has {', '.join(names) or 'none'}")
+    store.storage.delete(path)
+
+
+def read_pins(storage: Storage) -> list[Pin]:
+    """All pins, by name. Raises CorruptFileError: what a damaged one keeps is not known."""
+    found = []
+    for name in storage.list(PINS):
+        try:
+            found.append(_read(storage, name.removesuffix(_SUFFIX)))
+        except FileNotFoundError:
+            continue  # unpinned meanwhile
+    return found
+
+
+def _read(storage: Storage, name: str) -> Pin:
+    path = f"{PINS}/{name}{_SUFFIX}"
+    return unseal(storage.read_bytes(path), Pin, storage.full(path))
+
+
+def _path(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise PinError(f"{name!r} is no name of a pin: letters, digits, '.', '_' and '-', up to 100, no leading '.'")
+    return f"{PINS}/{name}{_SUFFIX}"
+
+
+def _is_there(storage: Storage, path: str) -> bool:
+    try:
+        storage.entry(path)
+    except FileNotFoundError:
+        return False
+    return True
