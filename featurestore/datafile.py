@@ -65,6 +65,13 @@ def table_of(rows: FeatureRows, info: StoreInfo) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=schema_of(info))
 
 
+def live_table(metadata: pa.Table, features_MD: npt.NDArray[Any], info: StoreInfo) -> pa.Table:
+    """Live rows from their METADATA_COLUMNS and features; the numbers are not copied."""
+    rest = [pa.array(np.zeros(len(metadata), np.bool_)), _fixed_binary(features_MD, info.row_bytes)]
+    columns: list[Any] = [*metadata.select(METADATA_COLUMNS).columns, *rest]
+    return pa.Table.from_arrays(columns, schema=schema_of(info))
+
+
 def rows_of(table: pa.Table, info: StoreInfo) -> FeatureRows:
     """The rows of a table that has every column."""
     return FeatureRows(
@@ -106,17 +113,27 @@ def tensor_column(table: pa.Table, info: StoreInfo) -> "pa.ExtensionArray[Any]":
 def encode(table: pa.Table, info: StoreInfo, group_bytes: int = ROW_GROUP_BYTES) -> pa.Buffer:
     """The bytes of a Parquet file with the rows of `table`."""
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table.cast(schema_of(info)) if table.schema != schema_of(info) else table,
+    with encoder(sink, info) as writer:
+        writer.write_table(table.cast(schema_of(info)), row_group_rows(info, group_bytes))
+    return sink.getvalue()
+
+
+def encoder(sink: Any, info: StoreInfo) -> pq.ParquetWriter:
+    """What makes a Parquet file out of tables, written into `sink`: each table begins a row group."""
+    return pq.ParquetWriter(
         sink,
-        row_group_size=max(1, group_bytes // info.row_bytes),
+        schema_of(info),
         compression="lz4",
         use_dictionary=False,
         write_statistics=[KEY],
         write_page_checksum=True,
         store_schema=True,
     )
-    return sink.getvalue()
+
+
+def row_group_rows(info: StoreInfo, group_bytes: int = ROW_GROUP_BYTES) -> int:
+    """Rows whose features take that many bytes, at least one."""
+    return max(1, group_bytes // info.row_bytes)
 
 
 class DataFile:

@@ -1,9 +1,8 @@
-"""One shard: writing a file of it, and reading its files merged, the newest row of each key first.
+"""One shard: its files read as one, the newest row of each key first.
 
 Letters of shapes: N rows of all files, M live rows, K rows of a block or a file, D feature width.
 """
 
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,23 +18,19 @@ from featurestore.datafile import (
     KEY,
     URI,
     DataFile,
-    digest_of,
-    encode,
     matrix_of,
     numpy_column,
     open_entry,
     read_verified,
     text_column,
 )
-from featurestore.errors import CorruptFileError, InvalidRowsError
-from featurestore.keys import Int64Array, shard_of, splitmix64
+from featurestore.errors import CorruptFileError
+from featurestore.keys import Int64Array, splitmix64
 from featurestore.memory import FileMemory
 from featurestore.rows import check_collisions
-from featurestore.spec import FileEntry, FileKind, StoreInfo
+from featurestore.spec import FileEntry, StoreInfo
 from featurestore.statistics import Moments
 from featurestore.storage import Storage
-
-_STATISTICS_SHARE = 4  # statistics are kept where the features take at least this many times their bytes
 
 
 def newest_rows(keys_N: Int64Array) -> Int64Array:
@@ -53,44 +48,6 @@ def take_rows(table: pa.Table, index_M: npt.NDArray[Any]) -> pa.Table:
     if len(index_M) == len(table) and np.array_equal(index_M, np.arange(len(table))):
         return table
     return table.take(pa.array(index_M))
-
-
-def write_shard_file(
-    storage: Storage, info: StoreInfo, shard: int, table: pa.Table, kind: FileKind, based_on: int
-) -> FileEntry:
-    """Write rows of one shard (sorted, each key once) as a new immutable file, and beside it its statistics, unless
-    those would be larger than a quarter of the rows' features.
-
-    Both are read back and compared before the entry is returned. Nothing is visible before a commit names the entry.
-    """
-    keys_N = numpy_column(table, KEY)
-    strays = keys_N[shard_of(keys_N, info.num_shards) != shard]
-    if len(strays):
-        raise InvalidRowsError(f"key {strays[0]} and {len(strays) - 1} more do not belong to shard {shard}")
-    name = f"data/{shard:04d}/{uuid.uuid4().hex}"
-    deleted_N = numpy_column(table, DELETED)
-    features_ND = matrix_of(table, info)
-    statistics: dict[str, str] = {}
-    if len(table) * info.row_bytes >= _STATISTICS_SHARE * Moments.empty(info.dim).size_bytes:
-        moments = Moments.of(features_ND[~deleted_N] if deleted_N.any() else features_ND, info.dtype)
-        path = f"{name}.stats.npy"
-        statistics = {
-            "statistics_path": path,
-            "statistics_sha256": _write_checked(storage, path, moments.to_bytes()),
-        }
-    data = encode(table, info)
-    return FileEntry(
-        path=f"{name}.parquet",
-        bytes=data.size,
-        rows=len(table),
-        num_deleted=int(deleted_N.sum()),
-        sha256=_write_checked(storage, f"{name}.parquet", data),
-        xxh3_128=digest_of(data, "xxh3_128"),
-        kind=kind,
-        info_digest=info.digest,
-        based_on=based_on,
-        **statistics,
-    )
 
 
 def read_moments(storage: Storage, entry: FileEntry) -> Moments | None:
@@ -258,12 +215,3 @@ def _rows_of_groups(file: DataFile, info: StoreInfo, rows_K: Int64Array) -> npt.
         here_K = group_K == group
         features_KD[here_K] = matrix_of(file.read([FEATURE], [int(group)]), info)[rows_K[here_K] - starts[group]]
     return features_KD
-
-
-def _write_checked(storage: Storage, path: str, data: bytes | pa.Buffer) -> str:
-    """Write, read back, compare; the sha256."""
-    digest = digest_of(data, "sha256")
-    with storage.open_output(path) as file:
-        file.write(memoryview(data))
-    read_verified(storage, path, "sha256", digest)
-    return digest

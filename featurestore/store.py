@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from featurestore import log, quarantine, staging
+from featurestore.backend import refuse_unsafe
 from featurestore.codec import Codec, codec_of
 from featurestore.commit import Shards, files_after, publish_shards
 from featurestore.datafile import DELETED, KEY, URI, numpy_column, open_entry, text_column
@@ -26,7 +27,8 @@ from featurestore.errors import (
 from featurestore.keys import shard_of
 from featurestore.quarantine import QuarantineRow
 from featurestore.rows import FeatureRows, check_collisions
-from featurestore.shard import ShardReader, newest_rows, take_rows, write_shard_file
+from featurestore.shard import ShardReader, newest_rows, take_rows
+from featurestore.shardfile import write_shard_file
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, FileKind, Manifest, StoreInfo, seal, unseal
 from featurestore.storage import Storage
@@ -57,8 +59,14 @@ class FeatureStore:
 
     @classmethod
     def create(cls, url: str | os.PathLike[str], info: StoreInfo) -> "FeatureStore":
-        """Make an empty store, with an id of its own. Raises StoreExistsError."""
+        """Make an empty store, with an id of its own, where a short check finds the place fit for one.
+
+        Raises StoreExistsError, UnsafeBackendError.
+        """
         storage = Storage(url)
+        if INFO_PATH in storage.list():
+            raise StoreExistsError(f"{storage.url} is a store already")
+        refuse_unsafe(storage)
         mine = info.model_copy(update={"store_id": uuid.uuid4().hex})
         failure: StorageError | None = None
         try:
@@ -179,8 +187,12 @@ class FeatureStore:
         quarantine.add(self.storage, list(rows))
 
     def quarantine_rows(self) -> list[QuarantineRow]:
-        """The newest row of each key ever quarantined, by time."""
+        """The newest row of each key in quarantine, by time."""
         return quarantine.read(self.storage)
+
+    def resolve_quarantine(self, rows: Sequence[QuarantineRow]) -> None:
+        """Take `rows` out of quarantine: their images are good now, or are none any more."""
+        quarantine.resolve(self.storage, rows)
 
     def _entries(self, rows: FeatureRows) -> dict[int, FileEntry]:
         table = staging.sorted_table(rows, self.info)
@@ -200,7 +212,7 @@ class FeatureStore:
         check_collisions(keys_N, uris)
         snapshot.shard_reader(shard).check_uris(keys_N, uris)
         newest = take_rows(table, newest_rows(numpy_column(table, KEY)))
-        return write_shard_file(self.storage, self.info, shard, newest, kind, snapshot.version)
+        return write_shard_file(self.storage, self.info, shard, [newest], kind, snapshot.version)
 
     def _check_entry(self, shard: int, entry: FileEntry) -> None:
         if not 0 <= shard < self.info.num_shards or not entry.path.startswith(f"data/{shard:04d}/"):
