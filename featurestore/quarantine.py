@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 
 from featurestore.datafile import digest_of
 from featurestore.errors import CorruptFileError
-from featurestore.storage import Storage
+from featurestore.storage import Names, Storage
 
 QUARANTINE = "quarantine"
+_READ_ATTEMPTS = 10
 _SCHEMA = pa.schema(
     {"key": pa.int64(), "uri": pa.string(), "reason": pa.string(), "time_s": pa.float64()}  # type: ignore[arg-type]
 )
@@ -30,25 +31,54 @@ class QuarantineRow:
     time_s: float  # seconds since 1970
 
 
-def add(storage: Storage, rows: Sequence[QuarantineRow]) -> None:
-    """Keep `rows` in a new file; without rows nothing is written."""
+def add(storage: Storage, rows: Sequence[QuarantineRow]) -> str | None:
+    """Keep `rows` in a new file, whose name is given back; without rows nothing is written."""
     if not rows:
-        return
+        return None
     sink = io.BytesIO()
     table = pa.Table.from_pylist([asdict(row) for row in rows], schema=_SCHEMA)
     pq.write_table(table, sink, compression="lz4", write_page_checksum=True)
     data = sink.getvalue()
-    storage.write_bytes(f"{QUARANTINE}/{digest_of(data, 'xxh3_128')}.parquet", data)
+    name = f"{digest_of(data, 'xxh3_128')}.parquet"
+    storage.write_bytes(f"{QUARANTINE}/{name}", data)
+    return name
 
 
 def read(storage: Storage) -> list[QuarantineRow]:
-    """The newest row of each key ever quarantined, by time. Raises CorruptFileError."""
-    newest: dict[int, QuarantineRow] = {}
-    for name in storage.list(QUARANTINE):
-        for row in read_file(storage, name):
-            if row.key not in newest or newest[row.key].time_s <= row.time_s:
-                newest[row.key] = row
-    return sorted(newest.values(), key=lambda row: (row.time_s, row.key))
+    """The newest row of each key in quarantine, by time. Raises CorruptFileError."""
+    return _read(storage)[1]
+
+
+def resolve(storage: Storage, rows: Sequence[QuarantineRow]) -> None:
+    """Forget `rows`, and older ones of their keys; what is left becomes one file. Rows added meanwhile stay.
+
+    Killed on the way, rows come back rather than get lost.
+    """
+    if not rows:
+        return
+    resolved = {row.key: row.time_s for row in rows}
+    names, known = _read(storage)
+    left = add(storage, [row for row in known if row.key not in resolved or row.time_s > resolved[row.key]])
+    for name in names:
+        if name != left:
+            storage.delete(f"{QUARANTINE}/{name}")
+
+
+def _read(storage: Storage) -> tuple[Names, list[QuarantineRow]]:
+    """The files, and the newest row of each key in them, by time; again where another resolves at the same time."""
+    for attempt in range(_READ_ATTEMPTS):
+        names = storage.list(QUARANTINE)
+        newest: dict[int, QuarantineRow] = {}
+        try:
+            for row in (row for name in names for row in read_file(storage, name)):
+                if row.key not in newest or newest[row.key].time_s <= row.time_s:
+                    newest[row.key] = row
+        except FileNotFoundError:
+            if attempt == _READ_ATTEMPTS - 1:
+                raise
+            continue
+        return names, sorted(newest.values(), key=lambda row: (row.time_s, row.key))
+    raise AssertionError("the loop returns or raises")
 
 
 def read_file(storage: Storage, name: str) -> list[QuarantineRow]:

@@ -8,7 +8,7 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -20,15 +20,18 @@ import torch
 import xxhash
 from distributed import get_worker
 
-from featurestore.rows import FeatureRows, finite_rows, to_bits
+from featurestore.codec import Codec, codec_of
+from featurestore.rows import FeatureRows
 from featurestore.spec import DType
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
 from pipeline.backbone import Backbone, ComputeDType, backbone
-from pipeline.decode import Pixels, prepare
+from pipeline.decode import Pixels, Preset, prepare
 from pipeline.errors import BadImageError, WeightsError
+from pipeline.layers import network_of
 from pipeline.source import ImageRef, read_image
 
+DEADLY = "brings down the process that decodes it"
 DIGEST_THREADS = 8  # reading and hashing; both wait more than they compute
 
 ItemT = TypeVar("ItemT")
@@ -56,6 +59,7 @@ class BadImage(NamedTuple):
     key: int
     uri: str
     reason: str
+    was_read: bool = True  # whether its bytes were seen: only then is it known to be bad itself
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,17 @@ class PartReport:
     num_computed: int  # images that went through the network
     num_duplicates: int  # rows copied from an image of equal bytes
     bad: tuple[BadImage, ...] = ()
+    images: tuple[tuple[int, str], ...] = ()  # key and source tag of each image of the part, bad ones too
 
     @classmethod
     def load(cls, store: str, run_id: str, part: str) -> "PartReport":
         """The report of a staged part."""
         fields = json.loads(Storage(store).read_bytes(_report_path(run_id, part)))
-        return cls(**{**fields, "bad": tuple(BadImage(*bad) for bad in fields["bad"])})
+        lists = {
+            "bad": tuple(BadImage(*bad) for bad in fields["bad"]),
+            "images": tuple((key, tag) for key, tag in fields["images"]),
+        }
+        return cls(**{**fields, **lists})
 
     def save(self, store: str, run_id: str, part: str) -> None:
         """Write the report; before the rows, since these make the part complete."""
@@ -92,26 +101,65 @@ def extract_part(
     part: str,
     refs: Sequence[ImageRef],
     decode_threads: int | None = None,
-    bad: Sequence[BadImage] = (),
+    deadly: Collection[int] = (),
 ) -> PartReport:
-    """Stage the features of `refs` as `part` of the run. Bad images are reported, not raised; `bad` are some more.
+    """Stage the features of `refs` as `part` of the run. Bad images are reported, not raised.
 
-    Raises WeightsError when this worker's network is another than the run's, StorageError.
+    The keys in `deadly` bring down whoever decodes them: they are reported, not touched. Raises WeightsError when this
+    worker's network is another than the run's, StorageError.
     """
     network = backbone(settings.backbone, settings.weights, settings.compute_dtype)
     if network.spec.digest != settings.spec_digest:
         raise WeightsError(f"weights {settings.weights}: other values on this worker than on the first one")
     torch.set_num_threads(torch_threads(settings.workers_per_host))
-    rows = _PartRows(network, settings.dtype, settings.batch_size)
-    loader = _Loader()
+    store = FeatureStore.open(settings.store)
+    rows = _PartRows(network, codec_of(store.info, store.storage), settings.batch_size)
+    loader = _Loader(network.preset)
     num_threads = decode_threads or default_decode_threads()
-    for image in in_order(loader.load, refs, num_threads, max(2 * settings.batch_size, 2 * num_threads)):
+    safe = [ref for ref in refs if ref.key not in deadly]
+    for image in in_order(loader.load, safe, num_threads, max(2 * settings.batch_size, 2 * num_threads)):
         rows.add(image)
     features, report = rows.finish()
-    report = replace(report, bad=(*report.bad, *bad))
+    report = replace(report, bad=(*report.bad, *_deadly(refs, deadly)), images=images_of(refs))
     report.save(settings.store, settings.run_id, part)
-    FeatureStore.open(settings.store).stage_part(settings.run_id, part, features)
+    store.stage_part(settings.run_id, part, features)
     return report
+
+
+def check_part(
+    settings: PartSettings,
+    part: str,
+    refs: Sequence[ImageRef],
+    decode_threads: int | None = None,
+    deadly: Collection[int] = (),
+) -> PartReport:
+    """What `extract_part` would report, from decoding alone: no network, and nothing is written."""
+    loader, bad = _loader_of(settings), list(_deadly(refs, deadly))
+    reasons: dict[bytes, str] = {}
+    equal: list[Loaded] = []
+    num_computed = 0
+    safe = [ref for ref in refs if ref.key not in deadly]
+    num_threads = decode_threads or default_decode_threads()
+    for image in in_order(loader.load, safe, num_threads, 2 * num_threads):
+        if image.bad is not None:
+            bad.append(BadImage(image.ref.key, image.ref.uri, image.bad, image.digest != b""))
+            reasons[image.digest] = image.bad
+        elif image.pixels is None:
+            equal.append(image)
+        else:
+            num_computed += 1
+    bad += [BadImage(it.ref.key, it.ref.uri, reasons[it.digest]) for it in equal if it.digest in reasons]
+    num_duplicates = sum(image.digest not in reasons for image in equal)
+    return PartReport(num_computed + num_duplicates, num_computed, num_duplicates, tuple(bad), images_of(refs))
+
+
+def images_of(refs: Iterable[ImageRef]) -> tuple[tuple[int, str], ...]:
+    """What tells images apart over two runs: key and source tag of each."""
+    return tuple((ref.key, ref.source_tag) for ref in refs)
+
+
+def _deadly(refs: Iterable[ImageRef], keys: Collection[int]) -> tuple[BadImage, ...]:
+    return tuple(BadImage(ref.key, ref.uri, DEADLY) for ref in refs if ref.key in keys)
 
 
 def digest_images(refs: Sequence[ImageRef]) -> list[bytes]:
@@ -126,9 +174,9 @@ def digest_images(refs: Sequence[ImageRef]) -> list[bytes]:
     return list(in_order(digest, refs, DIGEST_THREADS, 2 * DIGEST_THREADS))
 
 
-def try_image(ref: ImageRef) -> None:
+def try_image(settings: PartSettings, ref: ImageRef) -> None:
     """Read and decode one image and forget it: done alone, it shows whether this image brings a worker down."""
-    _Loader().load(ref)
+    _loader_of(settings).load(ref)
 
 
 def torch_threads(workers_per_host: dict[str, int]) -> int:
@@ -167,7 +215,8 @@ def in_order(
 class _Loader:
     """Reads and decodes in threads; the first of equal bytes is decoded, the others are not."""
 
-    def __init__(self) -> None:
+    def __init__(self, preset: Preset) -> None:
+        self._preset = preset
         self._first: dict[bytes, int] = {}
         self._lock = threading.Lock()
 
@@ -178,17 +227,21 @@ class _Loader:
             digest = xxhash.xxh3_128_digest(data)
             with self._lock:
                 is_first = self._first.setdefault(digest, ref.key) == ref.key
-            return Loaded(ref, digest, prepare(data) if is_first else None, None)
+            return Loaded(ref, digest, prepare(data, self._preset) if is_first else None, None)
         except BadImageError as error:
             return Loaded(ref, digest, None, str(error))
+
+
+def _loader_of(settings: PartSettings) -> _Loader:
+    return _Loader(network_of(settings.backbone, settings.weights).preset)
 
 
 class _PartRows:
     """Gathers images to batches, and the rows that come of them."""
 
-    def __init__(self, network: Backbone, dtype: DType, batch_size: int) -> None:
+    def __init__(self, network: Backbone, codec: Codec, batch_size: int) -> None:
         self._network = network
-        self._dtype = dtype
+        self._codec = codec
         self._batch_size = batch_size
         self._batch: list[tuple[Loaded, Pixels]] = []
         self._done: list[tuple[Loaded, Pixels, npt.NDArray[Any]]] = []
@@ -225,24 +278,22 @@ class _PartRows:
 
     def _compute(self) -> None:
         pixels_BHWC = np.stack([pixels.pixels_HWC for _, pixels in self._batch])
-        bits_BD = to_bits(self._network.features(pixels_BHWC), self._dtype)
+        bits_BD, storable_B = self._codec.encode_storable(self._network.features(pixels_BHWC))
         self._num_computed += len(bits_BD)
-        for (image, pixels), bits_D, is_finite in zip(
-            self._batch, bits_BD, finite_rows(bits_BD, self._dtype), strict=True
-        ):
-            if is_finite:
+        for (image, pixels), bits_D, is_storable in zip(self._batch, bits_BD, storable_B, strict=True):
+            if is_storable:
                 self._done.append((image, pixels, bits_D))
             else:
-                self._reject(image, f"a feature is not finite in {self._dtype}")
+                self._reject(image, f"a feature is not finite in {self._codec.dtype}")
         self._batch = []
 
     def _reject(self, image: Loaded, reason: str) -> None:
-        self._bad.append(BadImage(image.ref.key, image.ref.uri, reason))
+        self._bad.append(BadImage(image.ref.key, image.ref.uri, reason, image.digest != b""))
         self._bad_digests[image.digest] = reason
 
     def _rows(self) -> FeatureRows:
         refs = [image.ref for image, _, _ in self._done]
-        empty_0D = to_bits(np.zeros((0, self._network.dim), np.float32), self._dtype)
+        empty_0D = self._codec.encode(np.zeros((0, self._network.dim), np.float32))
         return FeatureRows.of(
             [ref.uri for ref in refs],
             np.stack([bits_D for _, _, bits_D in self._done]) if self._done else empty_0D,

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from featurestore.store import FeatureStore
 from jobs import extract_features
 from pipeline.errors import PipelineError
-from pipeline.extract import ExtractSummary
 from pipeline.parts import BadImage
+from pipeline.summary import RefreshSummary, describe
 
 JOB = Path(extract_features.__file__)
 
@@ -78,14 +78,15 @@ def test_the_help_has_examples(job):
 
 def test_the_summary_names_what_was_bad():
     bad = (BadImage(1, "a.jpg", "empty file"), BadImage(2, "b.jpg", "no such file"), BadImage(3, "c.jpg", "empty file"))
-    text = extract_features.describe(ExtractSummary(9, 1, 2, 3, 4, 1, bad, 2.0, "/features", 7))
+    counts = RefreshSummary(13, 1, 2, 1, 1, 6, 5, 2, 1, 3, 4, 2, bad, 2.0, "/features", 7, is_dry=True)
     for part in (
-        "images       9 (1 other files ignored)", "unchanged    2", "computed     4", "duplicates   1",
-        "resumed      3",
-        "quarantined  3: 2 empty file (a.jpg, c.jpg); 1 no such file (b.jpg)", "2.0 s, 2.0 images/s",
-        "/features, snapshot 7",
+        "images       13 (1 other files ignored)", "new          2", "changed      1", "touched      1 (",
+        "unchanged    6",
+        "gone         5 (2 not listed, kept)", "quarantined  3: 2 empty file (a.jpg, c.jpg); 1 no such file (b.jpg)",
+        "resolved     1 (", "duplicates   4 (", "computed     3 (2 images staged", "2.0 s, 2.0 images/s",
+        "/features, snapshot 7", "nothing was written",
     ):  # fmt: skip
-        assert part in text
+        assert part in describe(counts)
 
 
 def test_under_dask_submit_with_the_default_places(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.models import vgg16
+from torchvision.models import VGG16_Weights, vgg16
 
 from featurestore import FeaturePartition
 from featurestore.errors import SpecMismatchError
@@ -16,10 +16,10 @@ from featurestore.keys import key_of_uri
 from featurestore.rows import to_float32
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
-from pipeline.backbone import DEFAULT_BACKBONE, backbone
-from pipeline.decode import preset
+from pipeline.backbone import backbone
 from pipeline.errors import ExtractionError, SourceError, WeightsError
 from pipeline.extract import ExtractOptions, extract
+from pipeline.layers import DEFAULT_BACKBONE
 from pipeline.parts import in_order
 
 pytestmark = [pytest.mark.filterwarnings("ignore:weights random"), pytest.mark.usefixtures("one_torch_thread")]
@@ -65,9 +65,9 @@ def torchvision_features(paths):
     """torchvision's whole network, its own transform, images opened by Pillow as anyone would."""
     with torch.device("meta"):
         network = vgg16(weights=None, init_weights=False)
-    state = backbone(DEFAULT_BACKBONE, "random:0", "float32").network.state_dict()
+    state = backbone(DEFAULT_BACKBONE, "random:0", "float32").network.extractor.state_dict()
     network.load_state_dict(state, strict=False, assign=True)
-    own = preset()
+    own = VGG16_Weights.IMAGENET1K_V1.transforms()
     pixels_BCHW = torch.stack([own(Image.open(path).convert("RGB")) for path in paths])
     return network.eval().classifier[:2](network.avgpool(network.features(pixels_BCHW)).flatten(1)).numpy()
 
@@ -123,13 +123,13 @@ def test_bad_images_are_quarantined_with_their_reason_and_counted(run, mixed, co
     assert reasons["truncated_too.jpg"] == reasons["truncated.jpg"]
     assert (summary.num_computed, summary.num_ignored) == (2, 1)
     store = FeatureStore.open(tmp_path / "features")
-    assert {(row.key, row.uri, row.reason) for row in store.quarantine_rows()} == set(summary.bad)
+    assert {(row.key, row.uri, row.reason) for row in store.quarantine_rows()} == {bad[:3] for bad in summary.bad}
     assert store.snapshot().manifest.num_quarantined == 6
     assert store.snapshot().num_rows == 2
 
     again = run(mixed)  # what was bad is tried again, and said again; nothing else happens
     assert again.bad == summary.bad
-    assert (sum(counted), again.num_computed, again.num_present, again.snapshot) == (2, 0, 2, 1)
+    assert (sum(counted), again.num_computed, again.num_unchanged, again.snapshot) == (2, 0, 2, 1)
     assert len(list((tmp_path / "features/quarantine").iterdir())) == 1
 
 
@@ -155,13 +155,13 @@ def test_an_empty_folder_is_an_error_and_leaves_no_store(run, tmp_path):
 def test_unchanged_images_are_not_computed_again(run, photos, counted, draw, encode, tmp_path):
     first = run(photos)
     assert sum(counted) == 4
-    assert run(photos).num_present == 4
+    assert run(photos).num_unchanged == 4
     assert sum(counted) == 4
     (photos / "1.jpg").write_bytes(encode(draw(77)))
     (photos / "new.jpg").write_bytes(encode(draw(78)))
     old_D = stored(tmp_path, ["1.jpg"])[0]
     second = run(photos)
-    assert (sum(counted), second.num_present, second.num_computed) == (6, 3, 2)
+    assert (sum(counted), second.num_unchanged, second.num_computed) == (6, 3, 2)
     assert (first.snapshot, second.snapshot) == (1, 2)
     assert (stored(tmp_path, ["1.jpg"])[0] != old_D).any()
     assert FeatureStore.open(tmp_path / "features").snapshot().num_rows == 5
@@ -190,7 +190,7 @@ def test_features_of_another_network_or_dtype_are_refused(run, photos):
         run(photos, dtype="bfloat16")
     with pytest.raises(SpecMismatchError, match="num_shards is 4 instead of 8"):
         run(photos, num_shards=8)
-    assert run(photos, num_shards=None).num_present == 4
+    assert run(photos, num_shards=None).num_unchanged == 4
 
 
 def test_mistakes_in_options_are_refused_before_any_work(run, photos, tmp_path):
@@ -225,7 +225,7 @@ def test_images_and_store_on_s3_give_what_a_disk_gives(client, run, photos, tmp_
         f"{s3_url}/photos", f"{s3_url}/features", "random:0", "float32", compute_dtype="float32", num_shards=4
     )
     assert extract(options, client).num_computed == 4
-    assert extract(options, client).num_present == 4
+    assert extract(options, client).num_unchanged == 4
     keys = [key_of_uri(path.name) for path in photos.iterdir()]
     with (
         FeaturePartition.load(f"{s3_url}/features", cache_dir=tmp_path / "s3") as remote,

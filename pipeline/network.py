@@ -1,0 +1,36 @@
+"""Which network a run uses: asked of a worker, who builds it and keeps it."""
+
+from typing import Literal
+
+from distributed import Client
+
+from featurestore.spec import ExtractorSpec
+from pipeline.backbone import ComputeDType, backbone, fastest_dtype
+from pipeline.errors import BackboneError, ExtractionError, PipelineError, WeightsError
+from pipeline.tasks import Killed, run_alone
+
+
+def describe_network(
+    client: Client, backbone_name: str, weights: str, compute_dtype: ComputeDType | Literal["auto"]
+) -> ExtractorSpec:
+    """The spec of the network as a worker builds it, who keeps it. `auto` is what all workers are fast in.
+
+    Raises BackboneError, WeightsError; ExtractionError where the workers die of it.
+    """
+    if compute_dtype == "auto":
+        fastest = set(client.run(fastest_dtype).values())
+        compute_dtype = "bfloat16" if fastest == {"bfloat16"} else "float32"
+    spec: ExtractorSpec | PipelineError | Killed = run_alone(client, _spec_of, backbone_name, weights, compute_dtype)
+    if isinstance(spec, Killed):
+        raise ExtractionError("building the network brings the workers down: is there memory for 1 GB more in each?")
+    if isinstance(spec, PipelineError):
+        raise spec
+    return spec
+
+
+def _spec_of(backbone_name: str, weights: str, compute_dtype: ComputeDType) -> ExtractorSpec | PipelineError:
+    """The error as a result: Dask would log a raised one with its traceback, and try again."""
+    try:
+        return backbone(backbone_name, weights, compute_dtype).spec
+    except (BackboneError, WeightsError) as error:
+        return error
