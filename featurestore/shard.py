@@ -98,6 +98,10 @@ class ShardReader:
         """Keys of the live rows (M,). Reads two small columns."""
         return self._live[0]
 
+    def live_rows(self) -> Int64Array:
+        """Numbers of the live rows among the rows of all files one after the other, by splitmix64 (M,)."""
+        return self._live[1]
+
     @property
     def num_rows(self) -> int:
         """Live rows; without any read where there is one file without tombstones."""
