@@ -151,8 +151,8 @@ def merged_blocks(reader: ShardReader) -> Iterator[pa.Table]:
         check_digest(reader.storage, entry.path, entry.bytes, "xxh3_128", entry.xxh3_128)
     index_M, step = reader.live_rows(), row_group_rows(reader.info)
     with ExitStack() as stack:
-        files = [stack.enter_context(open_entry(reader.storage, reader.info, entry)) for entry in reader.entries]
-        sources = [_RowSource(file, reader.info) for file in files]
+        opened = (open_entry(reader.storage, reader.info, entry, streaming=True) for entry in reader.entries)
+        sources = [_RowSource(stack.enter_context(file), reader.info) for file in opened]
         starts = np.cumsum([0, *(entry.rows for entry in reader.entries)])
         for first in range(0, len(index_M), step):
             index_K = index_M[first : first + step]

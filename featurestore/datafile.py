@@ -140,13 +140,19 @@ class DataFile:
     """One Parquet file of a store, open for reading."""
 
     def __init__(
-        self, source: IO[bytes] | pa.NativeFile, info: StoreInfo, path: str, page_checksums: bool = True
+        self,
+        source: IO[bytes] | pa.NativeFile,
+        info: StoreInfo,
+        path: str,
+        page_checksums: bool = True,
+        streaming: bool = False,
     ) -> None:
-        """`path` is for messages; `page_checksums`: verify them. Raises CorruptFileError, SpecMismatchError."""
+        """`path` is for messages; `page_checksums`: verify them; `streaming`: read as it goes, not all columns of all
+        row groups first. Raises CorruptFileError, SpecMismatchError."""
         self.path = path
         self._block_rows = max(1, _BLOCK_BYTES // info.row_bytes)
         with self._translated():
-            self._parquet = pq.ParquetFile(source, page_checksum_verification=page_checksums)
+            self._parquet = pq.ParquetFile(source, page_checksum_verification=page_checksums, pre_buffer=not streaming)
             schema = self._parquet.schema_arrow
             found = StoreInfo.model_validate_json((schema.metadata or {})[_INFO])
         info.check_same(found, path)
@@ -198,7 +204,12 @@ class DataFile:
 
 @contextlib.contextmanager
 def open_entry(
-    storage: Storage, info: StoreInfo, entry: FileEntry, check: Check = "size", memory: FileMemory | None = None
+    storage: Storage,
+    info: StoreInfo,
+    entry: FileEntry,
+    check: Check = "size",
+    memory: FileMemory | None = None,
+    streaming: bool = False,
 ) -> Iterator[DataFile]:
     """The file of `entry`. A `check` of the "size" reads only what is asked for; one of a digest reads the whole file
     into `memory`, or without it into memory of its own, and compares before any row is read.
@@ -222,7 +233,7 @@ def open_entry(
         source.seek(0, io.SEEK_END)
         _check_size(path, source.tell(), entry)
         source.seek(0)
-        file = DataFile(source, info, path, page_checksums=check != "xxh3_128")
+        file = DataFile(source, info, path, page_checksums=check != "xxh3_128", streaming=streaming)
         if file.num_rows != entry.rows:
             raise CorruptFileError(f"{path} has {file.num_rows} rows instead of {entry.rows}")
         yield file

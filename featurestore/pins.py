@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from featurestore import log
 from featurestore.commit import writer_name
-from featurestore.errors import PinError, SnapshotNotFoundError, StorageError
+from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError, StorageError
 from featurestore.spec import FORMAT_VERSION, seal, unseal
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
@@ -45,7 +45,7 @@ def pin(store: FeatureStore, name: str, version: int | None = None) -> Pin:
     except StorageError as error:  # the answer may have been lost: what stands there decides
         failure = error
     try:
-        standing = _read(storage, name)
+        standing = read_pin(storage, name)
     except FileNotFoundError:
         raise failure or StorageError(f"{storage.full(path)} vanished after it was created") from failure
     if standing.version != wanted:
@@ -72,15 +72,20 @@ def read_pins(storage: Storage) -> list[Pin]:
     found = []
     for name in storage.list(PINS):
         try:
-            found.append(_read(storage, name.removesuffix(_SUFFIX)))
+            found.append(read_pin(storage, name.removesuffix(_SUFFIX)))
         except FileNotFoundError:
             continue  # unpinned meanwhile
     return found
 
 
-def _read(storage: Storage, name: str) -> Pin:
+def read_pin(storage: Storage, name: str) -> Pin:
+    """One pin. Raises FileNotFoundError, CorruptFileError."""
+    """One pin. Raises FileNotFoundError, CorruptFileError."""
     path = f"{PINS}/{name}{_SUFFIX}"
-    return unseal(storage.read_bytes(path), Pin, storage.full(path))
+    found = unseal(storage.read_bytes(path), Pin, storage.full(path))
+    if found.name != name:
+        raise CorruptFileError(f"{storage.full(path)} is the pin {found.name!r}")
+    return found
 
 
 def _path(name: str) -> str:
