@@ -18,6 +18,7 @@ from featurestore.spec import STORAGE_DTYPES, CodecSpec, DType, StoreInfo
 from featurestore.storage import Storage
 
 CODECS = "codec"
+SAMPLE_ROWS = 10_000  # from which ranges are taken
 _BLOCK_NUMBERS = 1 << 16  # in the processor's cache over all passes
 _LARGEST_CODE = 255
 
@@ -141,7 +142,7 @@ def codec_of(info: StoreInfo, storage: Storage) -> Codec:
 
 def write_codec(storage: Storage, codec: Codec) -> CodecSpec | None:
     """Keep the parameters of an int8 codec in a new file, for a store that is made next; None for other dtypes."""
-    if codec.ranges_2D is None:
+    if not codec.has_codes:
         return None
     buffer = io.BytesIO()
     np.save(buffer, codec.ranges_2D)

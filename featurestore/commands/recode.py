@@ -1,0 +1,64 @@
+"""recode: the rows of a store in another dtype, as a new store, and how exact they still are."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from featurestore.codec import SAMPLE_ROWS
+from featurestore.commands.common import Version, progress_bar, user_errors
+from featurestore.spec import DType
+from featurestore.store import FeatureStore
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `python -m featurestore recode data/features data/features-int8 --dtype int8`\n\n"
+    "- `python -m featurestore recode s3://bucket/features s3://bucket/features-int8 --dtype int8 --sample 50000`"
+)
+def recode(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder or s3:// address of the store.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="Where the new store goes.")],
+    dtype: Annotated[DType, typer.Option("--dtype", help="What the new store keeps.")],
+    sample: Annotated[
+        int, typer.Option("--sample", min=1, help="Random rows to take the ranges of int8 from.")
+    ] = SAMPLE_ROWS,
+    version: Version = None,
+) -> None:
+    """Make a new store of another dtype, and measure what it keeps: relative error, angles, nearest neighbours.
+
+    int8 takes half the bytes of bfloat16. After an interruption the same command goes on where it stopped.
+    """
+    from featurestore.recode import recode as recode_store  # loads faiss
+
+    with user_errors(), progress_bar() as progress:
+        report = recode_store(
+            FeatureStore.open(source), target, dtype, version=version, sample_rows=sample, progress=progress
+        )
+    table = Table("", report.source_dtype, report.dtype)
+    table.add_row("rows", f"{report.num_rows:,}", f"{report.num_rows:,}")
+    table.add_row("bytes", f"{report.source_bytes:,}", f"{report.bytes:,}")
+    for name, value in {
+        "numbers out of range": f"{report.clipped_share:.1e}" if report.dtype == "int8" else "none",
+        "relative error, mean": _shown(report.relative_error_mean),
+        "relative error, 99 % of rows below": _shown(report.relative_error_p99),
+        "cosine, mean": _shown(report.cosine_mean),
+        "cosine, least": _shown(report.cosine_min),
+        "10 nearest neighbours found again": _shown(report.recall_at_10),
+    }.items():
+        table.add_row(name, "", value)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"snapshot {report.source_version} of {report.source}; compared {report.num_compared:,} rows,"
+        f" {report.num_queries:,} of them as queries",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _shown(value: float | None) -> str:
+    return "too few rows" if value is None else f"{value:.6f}"

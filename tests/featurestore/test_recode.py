@@ -1,0 +1,303 @@
+"""A store in another dtype: every row, one commit, a report that is right, and a recode that goes on after a kill."""
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from featurestore import FeatureRows, FeatureStore, QuarantineRow, StoreInfo
+from featurestore import recode as recode_module
+from featurestore.__main__ import app
+from featurestore.errors import (
+    CommitConflictError,
+    CorruptFileError,
+    InvalidRowsError,
+    SnapshotNotFoundError,
+    StorageError,
+    StoreExistsError,
+)
+from featurestore.recode import read_report, recode, sample
+from featurestore.spec import DType
+from featurestore.storage import Storage
+from featurestore.verify import verify
+
+DIM = 32
+
+
+def drawn(count: int, seed: int = 0) -> np.ndarray:
+    """Rows that have neighbours, as features have."""
+    draw = np.random.default_rng(seed)
+    return (draw.standard_normal((count, 6)) @ draw.standard_normal((6, DIM))).astype(np.float32) + 1
+
+
+def rows_of(first: int, count: int, seed: int = 0) -> FeatureRows:
+    return FeatureRows.of(
+        [f"{i}.jpg" for i in range(first, first + count)],
+        drawn(count, seed),
+        content_digests=[i.to_bytes(15, "big") + b"\0" for i in range(first, first + count)],
+        source_tags=[f"tag-{i}" for i in range(first, first + count)],
+        widths=np.arange(count),
+        heights=np.arange(count) + 1,
+    )
+
+
+@pytest.fixture
+def source(tmp_path: Path, info: StoreInfo) -> FeatureStore:
+    """Three snapshots: 900 rows, 50 of them replaced, 30 others deleted."""
+    store = FeatureStore.create(tmp_path / "source", info.model_copy(update={"dim": DIM, "dtype": "float32"}))
+    rows = rows_of(0, 900)
+    store.put(rows)
+    store.put(rows_of(100, 50, seed=1))
+    store.delete(rows.keys_N[500:530])
+    return store
+
+
+def all_of(store: FeatureStore) -> tuple[np.ndarray, np.ndarray]:
+    snapshot = store.snapshot()
+    return snapshot.keys(), store.codec.decode(snapshot.get(snapshot.keys()))
+
+
+def cli(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float16", "float32"])
+def test_every_live_row_is_there_in_one_snapshot(source: FeatureStore, tmp_path: Path, dtype: DType) -> None:
+    source.add_quarantine([QuarantineRow(1, "bad.jpg", "truncated", 0.0)])
+    seen: list[tuple[int, int]] = []
+    report = recode(source, tmp_path / "new", dtype, progress=lambda done, total: seen.append((done, total)))
+    new = FeatureStore.open(tmp_path / "new")
+    snapshot = new.snapshot()
+    assert snapshot.version == 1 and report.num_rows == snapshot.num_rows == snapshot.manifest.file_rows == 870
+    assert all(len(files) == 1 and files[0].kind == "base" for files in snapshot.manifest.shards.values())
+    assert seen == [(n, 8) for n in range(1, 9)]
+    assert snapshot.metadata_table().equals(source.snapshot().metadata_table())
+    keys, values = all_of(source)
+    assert np.array_equal(new.snapshot().get(keys), new.codec.encode(values))
+    same_kind = new.info.model_copy(update={"dtype": "float32", "codec": None}).kind
+    assert same_kind == source.info.kind and new.quarantine_rows() == source.quarantine_rows()
+    assert new.storage.list("staging") == [] and verify(new).problems == []
+
+
+def test_an_int8_store_becomes_another_and_the_way_back(source: FeatureStore, tmp_path: Path) -> None:
+    recode(source, tmp_path / "int8", "int8")
+    int8 = FeatureStore.open(tmp_path / "int8")
+    recode(int8, tmp_path / "back", "float32")
+    back = FeatureStore.open(tmp_path / "back")
+    assert np.array_equal(all_of(back)[1], all_of(int8)[1])
+    recode(int8, tmp_path / "again", "int8")
+    error = np.abs(all_of(FeatureStore.open(tmp_path / "again"))[1] - all_of(int8)[1])
+    assert (error <= 0.51 * int8.codec.step_D).all()
+
+
+def test_the_report_measures_what_was_lost(source: FeatureStore, tmp_path: Path) -> None:
+    """All rows are compared here, so the figures can be worked out again from all rows."""
+    report = recode(source, tmp_path / "int8", "int8", sample_rows=40)
+    int8 = FeatureStore.open(tmp_path / "int8")
+    keys, exact = all_of(source)
+    kept = int8.codec.decode(int8.snapshot().get(keys)).astype(np.float64)
+    lengths = np.linalg.norm(exact, axis=1)
+    errors = np.linalg.norm(exact - kept, axis=1) / lengths
+    cosines = (exact * kept).sum(1) / lengths / np.linalg.norm(kept, axis=1)
+    assert report.sampled_rows == 40 and report.num_compared == 870 and report.num_queries == 87
+    assert report.relative_error_mean == pytest.approx(errors.mean(), rel=1e-4)
+    assert report.relative_error_p99 == pytest.approx(np.percentile(errors, 99), rel=1e-4)
+    assert report.cosine_mean == pytest.approx(cosines.mean(), abs=1e-6)
+    assert report.cosine_min == pytest.approx(cosines.min(), abs=1e-6)
+    outside = np.abs(exact - kept) > 0.501 * int8.codec.step_D + 1e-5
+    assert 0 < report.clipped_share == pytest.approx(outside.mean())
+    assert report.recall_at_10 is not None and 0.5 < report.recall_at_10 < 0.99  # a sample of 40 cuts off much
+    assert report.bytes == int8.snapshot().manifest.file_bytes and read_report(int8.storage) == report
+    good = recode(source, tmp_path / "good", "int8")
+    assert good.clipped_share == 0 and good.recall_at_10 is not None and good.recall_at_10 > 0.97
+    assert good.relative_error_p99 is not None and good.relative_error_p99 < 0.02
+    exact_report = recode(source, tmp_path / "copy", "float32")
+    assert exact_report.recall_at_10 == 1 and exact_report.relative_error_p99 == 0
+
+
+def test_a_sample_is_of_live_rows_and_reads_from_many_shards(source: FeatureStore) -> None:
+    snapshot = source.snapshot()
+    keys, values = sample(snapshot, 100, seed=1)
+    assert len(np.unique(keys)) == len(keys) == 100
+    assert np.array_equal(values, snapshot.get(keys))
+    other, _ = sample(snapshot, 100, seed=2)
+    assert len(np.intersect1d(keys, other)) < 50
+    assert len(sample(snapshot, 5000, seed=1)[0]) == 870
+
+
+def test_a_recode_that_was_cut_off_goes_on(
+    source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, written = recode_module.write_shard_file, []
+
+    def fails_in_the_fifth(storage: Storage, info: StoreInfo, shard: int, *rest: object) -> object:
+        if len(written) == 4:
+            raise StorageError("the disk is full")
+        entry = write(storage, info, shard, *rest)  # type: ignore[arg-type]
+        written.append(shard)
+        return entry
+
+    monkeypatch.setattr(recode_module, "write_shard_file", fails_in_the_fifth)
+    with pytest.raises(StorageError, match="full"):
+        recode(source, tmp_path / "new", "int8", threads=1)
+    monkeypatch.setattr(recode_module, "write_shard_file", write)
+    new = FeatureStore.open(tmp_path / "new")
+    assert new.snapshot().version == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "new" / "data").rglob("*.parquet")}
+    assert len(before) == 4
+    keys, values = all_of(source)
+    source.put(rows_of(2000, 10))  # the snapshot that was begun with is kept to
+    for wrong in ({"dtype": "float16"}, {"dtype": "int8", "version": 1}):
+        with pytest.raises(StoreExistsError, match=r"becoming a store of snapshot 3 .* as int8"):
+            recode(source, tmp_path / "new", **wrong)
+    seen: list[int] = []
+    report = recode(source, tmp_path / "new", "int8", progress=lambda done, _: seen.append(done))
+    assert seen == [5, 6, 7, 8] and report.source_version == 3
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "new" / "data").rglob("*.parquet")}
+    assert before.items() <= after.items() and len(after) == 8
+    assert np.array_equal(new.snapshot().keys(), keys)
+    assert np.array_equal(new.snapshot().get(keys), new.codec.encode(values))
+    assert len(new.storage.list("codec")) == 1
+
+
+def test_cut_off_after_the_commit(source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(recode_module, "compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            recode(source, tmp_path / "new", "int8")
+    new = FeatureStore.open(tmp_path / "new")
+    assert new.snapshot().version == 1
+    report = recode(source, tmp_path / "new", "int8")
+    assert new.snapshot().version == 1 and report.num_rows == 870 and new.storage.list("staging") == []
+
+
+KILLED = """
+import os, signal, sys
+from featurestore import FeatureStore
+from featurestore.recode import recode
+from featurestore.storage import Storage
+
+prefix, left = sys.argv[3], int(sys.argv[4])
+
+def dying(method):
+    def call(storage, path, *rest):
+        global left
+        left -= path.startswith(prefix)
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(storage, path, *rest)
+    return call
+
+for name in ("create_exclusive", "open_output"):
+    setattr(Storage, name, dying(getattr(Storage, name)))
+recode(FeatureStore.open(sys.argv[1]), sys.argv[2], "int8", threads=1)
+"""
+
+
+def test_kill_9_again_and_again(source: FeatureStore, tmp_path: Path) -> None:
+    """Before the store is made, between a shard's file and the note of it, and after the commit."""
+    for prefix, writes, num_noted in (("store.json", 0, 0), ("staging/recode/shard", 3, 3), ("reports", 0, 8)):
+        command = [sys.executable, "-c", KILLED, source.url, str(tmp_path / "new"), prefix, str(writes)]
+        died = subprocess.run(command, check=False, capture_output=True)
+        assert died.returncode == -signal.SIGKILL, died.stderr
+        assert len(list((tmp_path / "new").rglob("shard-*.json"))) == num_noted
+    assert recode(source, tmp_path / "new", "int8").num_rows == 870
+    new = FeatureStore.open(tmp_path / "new")
+    keys, values = all_of(source)
+    assert new.snapshot().version == 1 and np.array_equal(new.snapshot().keys(), keys)
+    assert np.array_equal(new.snapshot().get(keys), new.codec.encode(values))
+    assert verify(new).problems == [] and new.storage.list("staging") == []
+
+
+def test_finished_is_finished_and_another_store_is_not_touched(source: FeatureStore, tmp_path: Path) -> None:
+    report = recode(source, tmp_path / "new", "int8")
+    files = sorted((tmp_path / "new").rglob("*"))
+    assert recode(source, tmp_path / "new", "int8") == report
+    with pytest.raises(StoreExistsError, match=r"made of snapshot 3 of .*source as int8"):
+        recode(source, tmp_path / "new", "float16")
+    source.put(rows_of(2000, 10))
+    with pytest.raises(StoreExistsError, match="made of snapshot 3"):
+        recode(source, tmp_path / "new", "int8")
+    with pytest.raises(StoreExistsError, match="the source itself"):
+        recode(source, source.url, "int8")
+    with pytest.raises(SnapshotNotFoundError, match="9"):
+        recode(source, tmp_path / "more", "int8", version=9)
+    assert sorted((tmp_path / "new").rglob("*")) == files
+    assert recode(source, tmp_path / "first", "int8", version=1).num_rows == 900
+
+
+def test_rows_put_before_the_end_are_not_overwritten(
+    source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard_done = recode_module._recode_shard
+
+    def others_put(snapshot: object, target: FeatureStore, shard: int) -> object:
+        if shard == 7:
+            target.put(rows_of(0, 5, seed=9))
+        return shard_done(snapshot, target, shard)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(recode_module, "_recode_shard", others_put)
+    with pytest.raises(CommitConflictError, match="other rows before its recode was done"):
+        recode(source, tmp_path / "new", "bfloat16")
+    new = FeatureStore.open(tmp_path / "new")
+    assert new.snapshot().num_rows == 5
+
+
+def test_what_cannot_be_recoded_is_said(source: FeatureStore, tmp_path: Path, info: StoreInfo) -> None:
+    large = rows_of(3000, 1)
+    large.features_ND[0, 4] = 1e6
+    source.put(large)
+    with pytest.raises(InvalidRowsError, match=r"3000\.jpg and others have numbers that float16 cannot hold"):
+        recode(source, tmp_path / "half", "float16")
+    empty = FeatureStore.create(tmp_path / "empty", info)
+    with pytest.raises(InvalidRowsError, match=r"snapshot 0 of .* has no rows"):
+        recode(empty, tmp_path / "int8", "int8")
+    report = recode(empty, tmp_path / "bits", "float32")
+    assert report.num_rows == 0 and report.recall_at_10 is None and report.cosine_min is None
+    entry = source.snapshot().manifest.files(2)[0]
+    data = bytearray(source.storage.read_bytes(entry.path))
+    data[len(data) // 2] ^= 4
+    source.storage.write_bytes(entry.path, bytes(data))
+    with pytest.raises(CorruptFileError, match=re.escape(entry.path)):
+        recode(source, tmp_path / "broken", "bfloat16")
+    assert FeatureStore.open(tmp_path / "broken").snapshot().version == 0
+
+
+def test_in_memory_and_rows_of_zeros(memory_url: str, info: StoreInfo, tmp_path: Path) -> None:
+    source = FeatureStore.create(memory_url, info)
+    source.put(FeatureRows.of([f"{i}" for i in range(30)], np.zeros((30, info.dim), np.float32)))
+    report = recode(source, f"{memory_url}-int8", "int8")
+    assert report.cosine_min is None and report.relative_error_mean is None and report.clipped_share == 0
+    new = FeatureStore.open(f"{memory_url}-int8")
+    assert not all_of(new)[1].any() and not new.snapshot().statistics().std_D.any()
+
+
+def test_the_command(source: FeatureStore, tmp_path: Path) -> None:
+    code, output = cli("recode", source.url, tmp_path / "new", "--dtype", "int8", "--sample", "300")
+    assert code == 0, output
+    table = {cells[0]: cells[1:] for line in output.splitlines() if (cells := re.findall(r"[^│┃]+(?=[│┃])", line))}
+    shown = {name.strip(): [cell.strip() for cell in cells] for name, cells in table.items()}
+    report = read_report(Storage(tmp_path / "new"))
+    assert report is not None and report.sampled_rows == 300
+    assert shown["rows"] == ["870", "870"] and shown["bytes"] == [f"{report.source_bytes:,}", f"{report.bytes:,}"]
+    assert shown["cosine, least"] == ["", f"{report.cosine_min:.6f}"]
+    assert shown["10 nearest neighbours found again"] == ["", f"{report.recall_at_10:.6f}"]
+    assert "compared 870 rows, 87 of them as queries" in output
+    new = FeatureStore.open(tmp_path / "new")
+    key = int(new.snapshot().keys()[0])
+    code, output = cli("get", new.url, "--out", tmp_path / "row.npy", "--", key)
+    assert code == 0, output
+    assert np.array_equal(np.load(tmp_path / "row.npy"), new.codec.decode(new.snapshot().get([key])))
+    assert cli("verify", new.url)[0] == 0
+    code, output = cli("recode", source.url, new.url, "--dtype", "float16")
+    assert code == 1 and output.startswith("error: ") and len(output.splitlines()) == 1
+    for wrong in (["--dtype", "int4"], ["--dtype", "int8", "--sample", "0"], []):
+        assert cli("recode", source.url, tmp_path / "other", *wrong)[0] == 2
+    code, output = cli("recode", "--help")
+    assert code == 0 and "Example" in output
