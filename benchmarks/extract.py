@@ -26,15 +26,19 @@ from distributed import Client
 
 from benchmarks.report import Figure, write_report
 from featurestore.errors import FeatureStoreError
-from pipeline.backbone import DEFAULT_BACKBONE, ComputeDType, UntrainedWeightsWarning, backbone
+from pipeline.backbone import ComputeDType, backbone
 from pipeline.cluster import connect
 from pipeline.decode import prepare
 from pipeline.demo.draw import draw_garment, plan_garments
 from pipeline.errors import ExtractionError, PipelineError
-from pipeline.extract import ExtractOptions, describe_bad, describe_network, extract
+from pipeline.extract import ExtractOptions, extract
+from pipeline.layers import DEFAULT_BACKBONE
+from pipeline.network import describe_network
 from pipeline.parts import torch_threads
 from pipeline.source import list_images, read_image
+from pipeline.summary import describe_bad
 from pipeline.tasks import run_alone
+from pipeline.weights import UntrainedWeightsWarning
 
 WEIGHTS = "random:0"  # the speed does not depend on the values
 
@@ -104,7 +108,9 @@ def bare_seconds(locations: Sequence[str], batch_size: int, compute_dtype: Compu
     network = backbone(DEFAULT_BACKBONE, WEIGHTS, compute_dtype)
     torch.set_num_threads(torch_threads({}))
     batches = [
-        network.normalise(np.stack([prepare(read_image(place)).pixels_HWC for place in locations[i : i + batch_size]]))
+        network.normalise(
+            np.stack([prepare(read_image(place), network.preset).pixels_HWC for place in locations[i : i + batch_size]])
+        )
         for i in range(0, len(locations), batch_size)
     ]
     start_s = time.perf_counter()

@@ -6,10 +6,12 @@ from typing import Annotated, Literal
 import typer
 
 from featurestore.errors import FeatureStoreError
-from pipeline.backbone import UntrainedWeightsWarning, check_weights_file
 from pipeline.cluster import connect
-from pipeline.errors import PipelineError, WeightsError
-from pipeline.extract import ExtractOptions, ExtractSummary, describe_bad, extract
+from pipeline.errors import BackboneError, PipelineError, WeightsError
+from pipeline.extract import ExtractOptions, extract
+from pipeline.layers import DEFAULT_BACKBONE
+from pipeline.summary import describe
+from pipeline.weights import UntrainedWeightsWarning, check_network
 
 EXAMPLES = """Examples:
 
@@ -17,6 +19,7 @@ EXAMPLES = """Examples:
 python jobs/extract_features.py --images photos --weights imagenet
 dask-submit -n 4 jobs/extract_features.py --images s3://shop/photos --store s3://shop/features
 python jobs/extract_features.py --images catalogue.parquet --weights random:0
+python jobs/extract_features.py --backbone resnet50:avgpool --store data/features-resnet50
 """
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
@@ -30,12 +33,26 @@ def main(
     store: Annotated[str, typer.Option(help="Folder or address of the feature store; made when it is new.")] = (
         "data/features"
     ),
+    backbone: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL:LAYER", help="A torchvision classifier and the layer to keep; a wrong one lists good ones."
+        ),
+    ] = DEFAULT_BACKBONE,
     weights: Annotated[
-        str, typer.Option(help="imagenet (downloaded once), a file with a vgg16 state dict, or random:SEED.")
+        str,
+        typer.Option(
+            help="imagenet (downloaded once), imagenet:ENTRY such as imagenet:IMAGENET1K_V2, a file with the model's"
+            " state dict, or random:SEED."
+        ),
     ] = "imagenet",
     dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"], typer.Option(help="In which the store keeps features.")
-    ] = "bfloat16",
+        Literal["bfloat16", "float16", "float32", "int8"] | None,
+        typer.Option(
+            help="In which the store keeps features; int8 only where the store is that already.",
+            show_default="the store's; bfloat16 in a new one",
+        ),
+    ] = None,
     compute_dtype: Annotated[
         Literal["auto", "bfloat16", "float32"],
         typer.Option(help="In which the network computes; auto is bfloat16 where all workers have it in hardware."),
@@ -55,37 +72,20 @@ def main(
     it was when the same command runs again; images that are unchanged in the store are not computed again.
     """
     options = ExtractOptions(
-        images, store, weights, dtype, compute_dtype, batch_size, part_size, num_shards=num_shards, name=name
+        images, store, weights, dtype, compute_dtype, batch_size, part_size, num_shards, name, backbone
     )
     if weights.startswith("random:"):
         typer.secho(f"warning: the weights {weights} are NOT pretrained", fg="yellow", bold=True, err=True)
     try:
-        check_weights_file(weights)
+        check_network(backbone, weights)
         # One process with all cores for the network: copies of the network would share the same cores.
         with warnings.catch_warnings(), connect(workers=1, threads_per_worker=1) as client:
             warnings.simplefilter("ignore", UntrainedWeightsWarning)  # said above
             summary = extract(options, client)
     except (PipelineError, FeatureStoreError) as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2 if isinstance(error, WeightsError) else 1) from error
+        raise typer.Exit(2 if isinstance(error, BackboneError | WeightsError) else 1) from error
     typer.echo(describe(summary))
-
-
-def describe(summary: ExtractSummary) -> str:
-    """The summary that the job prints."""
-    if summary.num_present == summary.num_images:
-        return f"{summary.store}: snapshot {summary.snapshot} has all {summary.num_images:,} images, nothing to compute"
-    lines = [
-        f"images       {summary.num_images:,} ({summary.num_ignored:,} other files ignored)",
-        f"unchanged    {summary.num_present:,}",
-        f"computed     {summary.num_computed:,}",
-        f"duplicates   {summary.num_duplicates:,}",
-        f"resumed      {summary.num_resumed:,} (staged by an earlier run)",
-        f"quarantined  {len(summary.bad):,}{': ' + describe_bad(summary.bad) if summary.bad else ''}",
-        f"time         {summary.seconds:.1f} s, {summary.images_per_s:.1f} images/s",
-        f"store        {summary.store}, snapshot {summary.snapshot}",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""From the bytes of an image file to the 224 x 224 pixels that the network sees.
+"""From the bytes of an image file to the pixels that the network sees.
 
-The steps and sizes are torchvision's own (`VGG16_Weights.IMAGENET1K_V1.transforms()`): short side to 256, bilinear with
-antialiasing, centre crop of 224. What torchvision leaves open is fixed here:
+The steps and sizes are torchvision's own, from the record of the network's weights; for VGG16: short side to 256,
+bilinear with antialiasing, centre crop of 224. What torchvision leaves open is fixed here:
 - EXIF orientation is applied; the first frame of an animation counts; colour profiles are ignored;
 - transparent pixels lie on white; 16-bit grey is scaled to 8 bits; CMYK, palette and grey become RGB;
 - a JPEG whose short side is at least 2,048 pixels is decoded at 1/2, 1/4 or 1/8 (libjpeg's scaled decoding), with at
-  least 1,024 pixels left: three to ten times faster, and memory stays small whatever the size of the image;
+  least 1,024 pixels left (or four times the short side that is asked for, where that is more): three to ten times
+  faster, and memory stays small whatever the size of the image;
 - other images, and progressive JPEGs, are held in full while they are decoded, so more than MAX_PIXELS are refused;
 - of an image more than MAX_ASPECT times longer than wide only the middle is scaled: the crop sees no more of it.
 """
@@ -14,13 +15,11 @@ import functools
 import io
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
-from torchvision.models import VGG16_Weights
-from torchvision.transforms import functional
+from torchvision.transforms import InterpolationMode, functional
 
 from pipeline.errors import BadImageError
 
@@ -34,6 +33,45 @@ TURNED_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and heig
 PIXELS_WITHOUT_WHITE = ("I", "F")  # 32 bits per pixel: nothing says which number is white
 
 
+@dataclass(frozen=True)
+class Preset:
+    """What the weights of a network want done to an image; sizes as in torchvision, (short side,) or (H, W)."""
+
+    name: str
+    resize: tuple[int, ...]
+    crop: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: InterpolationMode
+    antialias: bool
+
+    @property
+    def crop_height_width(self) -> tuple[int, int]:
+        """Height and width of what the network sees."""
+        return self.crop[0], self.crop[-1]
+
+    @property
+    def scaled_side(self) -> int:
+        """Pixels that the short side keeps when a large JPEG is decoded smaller."""
+        return max(MIN_SCALED_SIDE, 4 * max(self.resize))
+
+    def record(self) -> str:
+        """All that decides which pixels the network sees, as it stands in the ExtractorSpec: JSON."""
+        record = {
+            "preset": self.name,
+            "resize": self.resize,
+            "interpolation": self.interpolation.value,
+            "antialias": self.antialias,
+            "crop": self.crop,
+            "mean": self.mean,
+            "std": self.std,
+            "exif_orientation": True,
+            "alpha": "on white",
+            "jpeg_scaled_to_at_least": self.scaled_side,
+        }
+        return json.dumps(record, separators=(",", ":"))
+
+
 @dataclass(frozen=True, slots=True)
 class Pixels:
     """An image ready for the network, and the size that it had."""
@@ -43,53 +81,29 @@ class Pixels:
     height: int
 
 
-@functools.cache
-def preset() -> Any:
-    """torchvision's own preprocessing of VGG16: its sizes, mean and standard deviation are used, not copied."""
-    return VGG16_Weights.IMAGENET1K_V1.transforms()
-
-
-def preprocessing_record() -> str:
-    """All that decides which pixels the network sees, as it stands in the ExtractorSpec: JSON."""
-    own = preset()
-    record = {
-        "preset": "torchvision VGG16_Weights.IMAGENET1K_V1",
-        "resize": own.resize_size,
-        "interpolation": own.interpolation.value,
-        "antialias": own.antialias,
-        "crop": own.crop_size,
-        "mean": own.mean,
-        "std": own.std,
-        "exif_orientation": True,
-        "alpha": "on white",
-        "jpeg_scaled_to_at_least": MIN_SCALED_SIDE,
-    }
-    return json.dumps(record, separators=(",", ":"))
-
-
-def prepare(data: bytes) -> Pixels:
-    """The resized and cropped image in the file `data`, (224, 224, 3) uint8, and the size of the whole image.
+def prepare(data: bytes, preset: Preset) -> Pixels:
+    """The resized and cropped image in the file `data`, (H, W, 3) uint8, and the size of the whole image.
 
     Raises BadImageError with the reason. The decoders run without the GIL, so threads share the work.
     """
-    image, (width, height) = decode(data)
-    own = preset()
+    image, (width, height) = decode(data, preset.scaled_side)
     resized = functional.resize(
-        _middle(image), own.resize_size, interpolation=own.interpolation, antialias=own.antialias
+        _middle(image), list(preset.resize), interpolation=preset.interpolation, antialias=preset.antialias
     )
-    cropped = functional.center_crop(resized, own.crop_size)
+    cropped = functional.center_crop(resized, list(preset.crop))
     return Pixels(np.asarray(cropped, dtype=np.uint8), width, height)
 
 
-def decode(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
+def decode(data: bytes, scaled_side: int = MIN_SCALED_SIDE) -> tuple[Image.Image, tuple[int, int]]:
     """The image in the file `data`, RGB and upright, and the width and height of the whole image in pixels.
 
-    A large JPEG is smaller than its full size (see above). Raises BadImageError with the reason.
+    A large JPEG is smaller than its full size (see above), its short side at least `scaled_side`. Raises BadImageError
+    with the reason.
     """
     if not data:
         raise BadImageError("empty file")
     try:
-        image, full_size = _open(data)
+        image, full_size = _open(data, scaled_side)
         image.load()
         orientation = _orientation(image)
         rgb = _as_rgb(ImageOps.exif_transpose(image) if orientation > 1 else image)
@@ -100,14 +114,14 @@ def decode(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
     return rgb, full_size[::-1] if orientation in TURNED_SIDEWAYS else full_size
 
 
-def _open(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
+def _open(data: bytes, scaled_side: int) -> tuple[Image.Image, tuple[int, int]]:
     """The image, not yet decoded, and its full size. Raises BadImageError."""
     if data.startswith(JPEG_START):
         # Image.open refuses what is large before it can be scaled down, so the plug-in is called by itself.
         jpeg = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
         full_size = jpeg.size
         if not jpeg.info.get("progressive"):
-            jpeg.draft(None, (MIN_SCALED_SIDE, MIN_SCALED_SIDE))
+            jpeg.draft(None, (scaled_side, scaled_side))
         _check_pixels(jpeg.size)
         return jpeg, full_size
     try:

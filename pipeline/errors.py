@@ -3,6 +3,7 @@
 PipelineError
 ├── SourceError        the images cannot be listed: no such folder, nothing in it, a table without the columns needed
 ├── BadImageError      one image cannot be read or decoded; it is quarantined, the run goes on
+├── BackboneError      no such network or layer, or one that gives more than a vector per image
 ├── WeightsError       the network's weights cannot be had or do not fit
 ├── ExtractionError    the extraction as a whole failed
 ├── ClusterError       no usable Dask cluster
@@ -28,6 +29,10 @@ class SourceError(PipelineError):
 
 class BadImageError(PipelineError):
     """One image cannot be read or decoded; `str(error)` is the reason that goes into quarantine."""
+
+
+class BackboneError(PipelineError):
+    """There is no such network or layer, or it gives more than one vector per image."""
 
 
 class WeightsError(PipelineError):

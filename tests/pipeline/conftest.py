@@ -11,7 +11,8 @@ import torch
 from distributed import Client, LocalCluster
 from PIL import Image
 
-from pipeline.backbone import DEFAULT_BACKBONE, backbone
+from pipeline.backbone import backbone
+from pipeline.layers import DEFAULT_BACKBONE
 
 
 def draw_photo(seed: int, width: int = 300, height: int = 260) -> Image.Image:

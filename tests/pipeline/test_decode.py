@@ -7,12 +7,20 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
+from torchvision.models import VGG16_Weights
 
-from pipeline.decode import MAX_PIXELS, decode, prepare, preset
+from pipeline import decode as decode_module
+from pipeline.decode import MAX_PIXELS, decode
 from pipeline.errors import BadImageError
+from pipeline.layers import DEFAULT_BACKBONE, network_of
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 SIDE = 20_000
+OWN = VGG16_Weights.IMAGENET1K_V1.transforms()
+
+
+def prepare(data):
+    return decode_module.prepare(data, network_of(DEFAULT_BACKBONE, "imagenet").preset)
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +42,10 @@ def assert_close(actual, expected, tolerance=2):
 
 
 def test_a_photograph_gets_the_pixels_of_torchvisions_own_transform(photos):
-    own = preset()
     for path in photos.iterdir():
         pixels_HWC = prepare(path.read_bytes()).pixels_HWC
-        normal_CHW = own(Image.open(path).convert("RGB")).numpy()
-        back_HWC = (normal_CHW.transpose(1, 2, 0) * own.std + own.mean) * 255
+        normal_CHW = OWN(Image.open(path).convert("RGB")).numpy()
+        back_HWC = (normal_CHW.transpose(1, 2, 0) * OWN.std + OWN.mean) * 255
         np.testing.assert_allclose(pixels_HWC, back_HWC, atol=1e-3)
 
 
@@ -104,9 +111,8 @@ def test_a_line_is_not_scaled_to_gigabytes(encode, size):
 
 def test_a_long_image_is_cropped_as_if_scaled_whole(draw, encode):
     image = draw(3, 2400, 260)
-    own = preset()
-    normal_CHW = own(image).numpy()
-    back_HWC = (normal_CHW.transpose(1, 2, 0) * own.std + own.mean) * 255
+    normal_CHW = OWN(image).numpy()
+    back_HWC = (normal_CHW.transpose(1, 2, 0) * OWN.std + OWN.mean) * 255
     difference = np.abs(prepare(encode(image, "PNG")).pixels_HWC - back_HWC)
     assert difference.mean() < 2.5  # half a pixel apart
 
@@ -123,9 +129,10 @@ def test_a_huge_jpeg_needs_little_memory(huge_jpeg):
 import resource
 from pathlib import Path
 from pipeline.decode import prepare
-data = Path({str(huge_jpeg)!r}).read_bytes()
+from pipeline.layers import network_of
+data, preset = Path({str(huge_jpeg)!r}).read_bytes(), network_of("vgg16:classifier.1", "imagenet").preset
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-prepare(data)
+prepare(data, preset)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -136,9 +143,8 @@ def test_a_large_jpeg_decoded_at_half_size_gets_nearly_the_same_pixels(draw, enc
     image = draw(1, 2600, 2100)
     data = encode(image, quality=92)
     assert decode(data)[0].size == (1300, 1050)
-    own = preset()
-    normal_CHW = own(Image.open(io.BytesIO(data))).numpy()
-    back_HWC = (normal_CHW.transpose(1, 2, 0) * own.std + own.mean) * 255
+    normal_CHW = OWN(Image.open(io.BytesIO(data))).numpy()
+    back_HWC = (normal_CHW.transpose(1, 2, 0) * OWN.std + OWN.mean) * 255
     assert np.abs(prepare(data).pixels_HWC - back_HWC).mean() < 1
 
 
