@@ -3,8 +3,9 @@
 python -m benchmarks.store --json build/bench/store.json
 """
 
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from benchmarks.report import Section, write_sections
 from benchmarks.store.builds import cache_figures, write_figures
 from benchmarks.store.cold import cold_figures
 from benchmarks.store.data import DIM, Bench, cores
+from benchmarks.store.depth import depth_figures
+from benchmarks.store.limit import limit_figures
 from benchmarks.store.lookup import delta_figures, warm_figures
 from benchmarks.store.peers import fill_peers
 
@@ -32,21 +35,38 @@ _HEADLINE = [
     "store_over_limit",
 ]
 
+app = typer.Typer(add_completion=False)
 
-def measure(bench: Bench) -> list[Section]:
+
+def measure(bench: Bench, depths: Sequence[int], limit_mb: int) -> list[Section]:
     """All sections, the headline first."""
     held = bench.make_store()
     newest = replace(held, version=bench.add_deltas(held))
-    sections = [cache_figures(bench, held, newest), write_figures(bench, held)]
-    peers = fill_peers(held, bench.folder / "peers", bench.progress)
-    sections = [
-        warm_figures(bench, held, peers),
-        delta_figures(bench, held, newest, peers["store"].folder),
-        cold_figures(bench, held, peers),
-        *sections,
-    ]
+    codes = bench.recode(held)
+    built = [cache_figures(bench, held, newest), write_figures(bench, held), depth_figures(bench, held, depths)]
+    sections = []
+    for each in (held, codes):
+        folder = bench.folder / f"peers-{each.store.info.dtype}"
+        peers = fill_peers(each, folder, bench.progress)
+        sections.append(warm_figures(bench, each, peers))
+        if each is held:
+            sections.append(delta_figures(bench, held, newest, peers["store"].folder))
+        sections.append(cold_figures(bench, each, peers))
+        shutil.rmtree(folder)
+    del codes
+    sections += [*built, limit_figures(bench, limit_mb)]
     figures = {name: value for section in sections for name, value in section.flat().items()}
     return [Section("headline", {name: figures[name] for name in _HEADLINE if name in figures}), *sections]
+
+
+def ascending(text: str) -> list[int]:
+    """Numbers between commas."""
+    numbers = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
+    if numbers != sorted(set(numbers)) or numbers[0] < 1:
+        raise typer.BadParameter(
+            f"{text!r} are no ascending numbers from 1 on, such as 1,10,100", param_hint="--depths"
+        )
+    return numbers
 
 
 @contextmanager
@@ -58,6 +78,7 @@ def working_folder(parent: Path | None) -> Iterator[Path]:
         yield Path(name)
 
 
+@app.command()
 def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     rows: Annotated[int, typer.Option(help="Rows of 4096 bfloat16 numbers.", min=1000)] = 100_000,
@@ -65,15 +86,19 @@ def main(
     folder: Annotated[Path | None, typer.Option("--dir", help="Where to put the data; about 70 kB per row.")] = None,
     threads: Annotated[int, typer.Option(help="That build the cache, on both sides.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="Of lookups; builds take a fifth of them.", min=3)] = 60,
+    depths: Annotated[str, typer.Option(help="Snapshots of the stores that are opened, ascending.")] = "1,10,100",
+    limit_mb: Annotated[int, typer.Option(help="Memory for serving a store ten times as large.", min=32)] = 288,
     seed: Annotated[int, typer.Option(help="Of the drawn rows and keys.")] = 0,
 ) -> None:
     """Measure the store against numpy.take, LMDB, RocksDB, Lance and plain pyarrow."""
+    asked_depths = ascending(depths)
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with working_folder(folder) as work, Progress(*columns, console=Console(stderr=True)) as progress:
-        sections = measure(Bench(work, rows, keys, rounds, threads, progress, seed))
+        bench = Bench(work, rows, keys, rounds, threads, progress, seed)
+        sections = measure(bench, asked_depths, limit_mb)
     run = {"rows": rows, "dim": DIM, "keys_per_lookup": keys, "threads": threads, "rounds": rounds, "cores": cores()}
     write_sections([*sections, Section("this run", run)], json_path)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -23,7 +23,6 @@ from benchmarks.store.data import Bench, Held, check_equal
 from benchmarks.store.peers import Peer
 
 _LEFT_SHARE = 0.01
-_ROUNDS = 3
 
 
 def cold_figures(bench: Bench, held: Held, peers: Mapping[str, Peer]) -> Section:
@@ -33,7 +32,8 @@ def cold_figures(bench: Bench, held: Held, peers: Mapping[str, Peer]) -> Section
     opened: dict[str, list[float]] = {name: [] for name in peers}
     looked_up: dict[str, list[float]] = {name: [] for name in peers}
     left = 0.0
-    for _ in bench.progress.track(range(_ROUNDS), description="cold lookups"):
+    rounds = max(1, bench.rounds // 20)
+    for _ in bench.progress.track(range(rounds), description="cold lookups"):
         for name, peer in peers.items():
             index_U = rng.integers(0, bench.num_rows, bench.num_keys)
             left = max(left, drop_page_cache(peer.folder))
@@ -46,14 +46,16 @@ def cold_figures(bench: Bench, held: Held, peers: Mapping[str, Peer]) -> Section
             peer.close()
             opened[name].append(middle - start)
             looked_up[name].append(end - middle)
-    title = f"opening and first lookup of {bench.num_keys:,} keys, cold, {held.store.info.dtype}"
+    dtype = held.store.info.dtype
+    suffix = "" if dtype == "bfloat16" else f"_{dtype}"
+    title = f"opening and first lookup of {bench.num_keys:,} keys, cold, {dtype}"
     is_cold = left <= _LEFT_SHARE
     grid: dict[str, dict[str, Figure]] = {}
     for name in peers:
         open_s, lookup_s = statistics.median(opened[name]), statistics.median(looked_up[name])
         cells = {"open_s": open_s, "lookup_s": lookup_s, "rows_per_s": bench.num_keys / (open_s + lookup_s)}
         grid[name] = {column: value if is_cold else None for column, value in cells.items()}
-    return Section(title, {"cold_share_left_in_memory": left}, grid, prefix="cold_")
+    return Section(title, {f"cold_share_left_in_memory{suffix}": left}, grid, prefix=f"cold{suffix}_")
 
 
 def drop_page_cache(folder: Path) -> float:

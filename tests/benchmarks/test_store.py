@@ -1,0 +1,61 @@
+"""benchmarks.store as `make bench` calls it, at a tiny size: every variant runs, and gives right answers."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.store import limit
+from benchmarks.store.__main__ import app
+from benchmarks.store.cold import drop_page_cache, resident_pages
+
+HEADLINE = [
+    "lookup_vs_numpy_take",
+    "lookup_vs_numpy_take_10_deltas",
+    "lookup_vs_lmdb",
+    "lookup_vs_lance",
+    "lookup_vs_rocksdb",
+    "warm_open_s",
+    "cache_build_vs_list_column",
+]
+TINY = ["--rows", "1000", "--keys", "256", "--rounds", "3", "--depths", "1,2", "--limit-mb", "32"]
+
+
+def test_all_variants_at_a_tiny_size(tmp_path, monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # an arena for each thread would not fit into so small a limit
+    monkeypatch.setattr(limit, "TIMES_OVER", 5)
+    result = CliRunner().invoke(app, [*TINY, "--dir", str(tmp_path), "--json", str(tmp_path / "store.json")])
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "store.json").read_text())
+    assert all(figures[name] > 0 for name in HEADLINE)
+    assert figures["store_over_limit"] == pytest.approx(5, rel=0.01)
+    assert figures["open_2_deep_files"] > figures["open_2_deep_compacted_files"] == 16
+    for peer in ("lookup", "numpy_take", "lmdb_out", "rocksdb_get", "rocksdb_multi_get", "lance_take", "lance_by_key"):
+        for column in ("1_thread", "2_threads", "1_thread_int8", "2_threads_int8"):
+            assert figures[f"{peer}_{column}_rows_per_s"] > 0
+    assert not [path for path in tmp_path.iterdir() if path.name != "store.json"], "nothing is left behind"
+
+
+def test_depths_that_do_not_ascend_are_one_message():
+    result = CliRunner().invoke(app, ["--depths", "10,1"])
+    assert result.exit_code == 2
+    assert "--depths" in result.output and "10,1" in result.output
+
+
+def test_dropped_pages_are_gone(tmp_path):
+    path = tmp_path / "rows.bin"
+    np.ones(8 << 20, np.uint8).tofile(path)
+    resident, pages = resident_pages(path)
+    assert resident == pages == 2048
+    if drop_page_cache(tmp_path) > 0.5:
+        pytest.skip("this folder is on a file system in memory")
+    assert resident_pages(path)[0] == 0
+
+
+def test_rows_of_the_large_store_hold_their_keys():
+    keys_U = limit.large_keys(100)
+    features_UD = limit.features_of(keys_U)
+    assert features_UD.shape == (100, 4096)
+    found = sum(features_UD[:, place].astype(np.uint64) << np.uint64(14 * place) for place in range(5))
+    assert np.array_equal(found, keys_U.view(np.uint64))
