@@ -22,14 +22,13 @@ from featurestore.store import FeatureStore
 from pipeline.backbone import ComputeDType
 from pipeline.checks import wait_for_workers
 from pipeline.errors import ExtractionError
-from pipeline.layers import DEFAULT_BACKBONE
 from pipeline.network import describe_network
 from pipeline.parts import BadImage, PartSettings
 from pipeline.plan import Comparison, Plan, compare, equal_candidates, find_digests, pending_images, run_id_of, split
 from pipeline.run import Run, digest_all, workers_per_host
 from pipeline.source import ImageRef, Listing, list_images
 from pipeline.summary import RefreshSummary, describe_bad
-from pipeline.weights import check_weights_name, warn_if_untrained
+from pipeline.weights import check_weights_name
 
 WORKERS_TIMEOUT_S = 60.0
 
@@ -136,19 +135,18 @@ def _make_plan(
 
 def _as_stored(options: RefreshOptions, info: StoreInfo) -> RefreshOptions:
     """The options, with what they leave open as the store has it. Raises WeightsError, SpecMismatchError."""
-    network = info.network or NetworkName(backbone=DEFAULT_BACKBONE, weights="imagenet")
+    model = info.extractor.backbone.removeprefix("torchvision ")
+    network = info.network or NetworkName(backbone=f"{model}:{info.extractor.layer}", weights="imagenet")
     stored_dtype = info.extractor.compute_dtype
     if options.compute_dtype not in (None, stored_dtype):
         raise SpecMismatchError(
             f"compute_dtype={options.compute_dtype}, and the features at {options.store} were computed in"
             f" {stored_dtype}: leave the option away, or use another store"
         )
-    weights = check_weights_name(options.weights or network.weights)
-    warn_if_untrained(weights)
     return replace(
         options,
         backbone=options.backbone or network.backbone,
-        weights=weights,
+        weights=check_weights_name(options.weights or network.weights),
         compute_dtype=cast("ComputeDType", stored_dtype),
     )
 
