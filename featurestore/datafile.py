@@ -251,6 +251,15 @@ def _check_size(path: str, size_bytes: int, entry: FileEntry) -> None:
         raise CorruptFileError(f"{path} has {size_bytes} bytes instead of {entry.bytes}")
 
 
+def info_in(data: bytes, path: str) -> StoreInfo:
+    """What a data file says of its store, without the store's own id. Raises CorruptFileError."""
+    try:
+        metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
+        return StoreInfo.model_validate_json(metadata[_INFO])
+    except (pa.ArrowException, OSError, ValidationError, KeyError) as error:
+        raise CorruptFileError(f"{path} is damaged: {error}") from error
+
+
 def read_verified(storage: Storage, path: str, algorithm: Digest, expected: str) -> bytes:
     """A whole small file whose digest is known. Raises CorruptFileError where it differs, FileNotFoundError."""
     data = storage.read_bytes(path)

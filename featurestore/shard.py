@@ -98,6 +98,10 @@ class ShardReader:
         """Keys of the live rows (M,). Reads two small columns."""
         return self._live[0]
 
+    def all_keys(self) -> Int64Array:
+        """Keys of the rows of all files one after the other, tombstones too (N,)."""
+        return self._columns[0]
+
     def live_rows(self) -> Int64Array:
         """Numbers of the live rows among the rows of all files one after the other, by splitmix64 (M,)."""
         return self._live[1]

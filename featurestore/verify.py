@@ -1,119 +1,268 @@
-"""Is every file of a store what was written? Names each one that is not."""
+"""Is every file of a store what was written? Names each one that is not, and the command that repairs it."""
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Literal
 
-import numpy as np
-import pyarrow as pa
-
-from featurestore import log
-from featurestore.datafile import DELETED, FEATURE, KEY, URI, matrix_of, numpy_column, open_entry, text_column
-from featurestore.errors import CorruptFileError, FeatureStoreError, KeyCollisionError
-from featurestore.keys import shard_of_hash, splitmix64
-from featurestore.rows import check_collisions, finite_rows
+from featurestore import damage, log, pins, quarantine
+from featurestore.codec import codec_of
+from featurestore.errors import CorruptFileError, FeatureStoreError, SnapshotNotFoundError, StoreNotFoundError
+from featurestore.filecheck import FileKeys, check_file, collisions
+from featurestore.memory import FileMemory
 from featurestore.shard import read_moments
-from featurestore.snapshot import Snapshot
-from featurestore.spec import FileEntry
-from featurestore.store import FeatureStore
+from featurestore.spec import FileEntry, Manifest
+from featurestore.storage import Storage
+from featurestore.store import INFO_PATH, FeatureStore
 
+_MEMORY_BYTES = 256 << 20
 _THREADS = 4
-Progress = Callable[[int, int], None]  # shards checked, shards in all
+Progress = Callable[[int, int], None]  # files checked, files in all
+ProblemKind = Literal[
+    "info", "codec", "manifest", "order", "expired", "pin", "quarantine", "data", "statistics", "collision"
+]
+FileId = tuple[str, str]  # path and sha256
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: `str` gives one line with the file, what it is, and the way out."""
+
+    kind: ProblemKind
+    path: str  # relative to the store
+    message: str  # names the file by its full address
+    way_out: str
+    versions: tuple[int, ...] = ()  # snapshots that hold a data file, ascending
+
+    def __str__(self) -> str:
+        return f"{self.message}. {self.way_out}"
 
 
 @dataclass
 class VerifyReport:
-    """What was looked at, and one line for each thing that is wrong."""
+    """What was looked at, and what is wrong. `known` are files that a repair has noted: older snapshots alone name
+    them, and they go when those expire."""
 
     num_manifests: int = 0
     num_files: int = 0
     num_bytes: int = 0
-    problems: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    known: list[Problem] = field(default_factory=list)
 
 
-def verify(store: FeatureStore, version: int | None = None, progress: Progress | None = None) -> VerifyReport:
-    """Check all manifests, and every file of one snapshot (the newest by default): size, sha256, page checksums,
-    columns, row counts, order of keys, shard, duplicates, values. Reads all of it. Raises SnapshotNotFoundError."""
+@dataclass
+class _Wanted:
+    """A data file, as manifests name it."""
+
+    entry: FileEntry
+    versions: list[int]
+
+
+def verify(
+    store: FeatureStore | str,
+    version: int | None = None,
+    progress: Progress | None = None,
+    threads: int = _THREADS,
+) -> VerifyReport:
+    """Check every file of a store: store.json, codec, all manifests, pins, quarantine, and each data file that a kept
+    snapshot names (of `version` alone where that is given) with its statistics.
+
+    Of a data file: size, sha256, page checksums, columns, row counts, order of keys, shard, duplicates, values, and
+    that no key of a snapshot has two uris. Reads all bytes once; the threads together hold no more of them than 256 MB,
+    or the largest file. Files that `expire` removes meanwhile are no problem. Raises SnapshotNotFoundError,
+    StoreNotFoundError, StorageError.
+    """
     report = VerifyReport()
-    report.problems += _manifest_problems(store, report)
+    url = store if isinstance(store, str) else store.url
     try:
-        snapshot = store.snapshot(version)
-    except CorruptFileError as error:
-        report.problems = sorted({*report.problems, str(error)})
+        store = FeatureStore.open(url)  # anew: what is in memory was good when it was read
+    except (CorruptFileError, StoreNotFoundError) as error:
+        if isinstance(error, StoreNotFoundError) and not log.versions(Storage(url)):
+            raise
+        report.problems.append(Problem("info", INFO_PATH, str(error), _repair(url, "rebuilds it from a data file")))
         return report
-    shards = sorted(snapshot.manifest.shards)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        futures = [pool.submit(_shard_problems, snapshot, shard) for shard in shards]
-        for done, _ in enumerate(as_completed(futures), start=1):
-            if progress is not None:
-                progress(done, len(shards))
-    for future in futures:
-        report.problems += future.result()
-    report.num_files = snapshot.manifest.num_files
-    report.num_bytes = snapshot.manifest.file_bytes
+    manifests = _read_manifests(store, report)
+    report.problems += [*_codec_problems(store), *_pin_problems(store, manifests), *_quarantine_problems(store)]
+    if version is not None:
+        if version not in manifests and not any(version in problem.versions for problem in report.problems):
+            raise SnapshotNotFoundError(f"{store.url} has no snapshot {version}: see python -m featurestore log")
+        checked = {number: manifest for number, manifest in manifests.items() if number == version}
+    else:
+        checked = manifests
+    _check_data(store, checked, max(manifests, default=0), report, progress, threads)
     return report
 
 
-def _manifest_problems(store: FeatureStore, report: VerifyReport) -> list[str]:
-    problems = []
-    known = log.versions(store.storage)
+def _repair(url: str, does: str) -> str:
+    return f"`python -m featurestore repair {url}` {does}"
+
+
+def _read_manifests(store: FeatureStore, report: VerifyReport) -> dict[int, Manifest]:
+    """Those of the log that are good."""
+    good: dict[int, Manifest] = {}
+    storage, url = store.storage, store.url
+    known = log.versions(storage)
     report.num_manifests = len(known)
-    parent: str | None = None
-    for place, version in enumerate(known):
-        path = store.storage.full(log.manifest_path(version))
-        if place and version != known[place - 1] + 1:
-            problems.append(f"{path}: the versions between {known[place - 1]} and {version} are gone")
-            parent = None
+    for version in known:
+        path = log.manifest_path(version)
+        way_out = _repair(url, "moves it to damaged/, and commits the newest good one again where it was the newest")
         try:
-            manifest = log.read_manifest(store.storage, version)
+            manifest = log.read(storage, version)
+        except FileNotFoundError:
+            continue  # expired meanwhile
         except FeatureStoreError as error:
-            problems.append(str(error))
-            parent = None
+            report.problems.append(Problem("manifest", path, str(error), way_out, (version,)))
             continue
-        if parent is not None and manifest.parent != parent:
-            problems.append(f"{path} does not follow the manifest before it")
-        parent = manifest.commit_id
-    return problems
-
-
-def _shard_problems(snapshot: Snapshot, shard: int) -> list[str]:
-    problems: list[str] = []
-    tables = []
-    for entry in snapshot.manifest.files(shard):
+        files = [file for shard_files in manifest.shards.values() for file in shard_files]
+        sums = len(files), sum(file.rows for file in files), sum(file.bytes for file in files)
+        if sums != (manifest.num_files, manifest.file_rows, manifest.file_bytes):
+            message = f"{storage.full(path)} counts other files, rows or bytes than it names"
+            report.problems.append(Problem("manifest", path, message, way_out, (version,)))
+            continue
+        if version - 1 in good and manifest.parent != good[version - 1].commit_id:
+            message = f"{storage.full(path)} does not follow the manifest before it"
+            report.problems.append(Problem("order", path, message, "Put the right one back from a backup", (version,)))
+        good[version] = manifest
+    for version in log.versions(storage, log.EXPIRED):
+        path = log.manifest_path(version, log.EXPIRED)
         try:
-            tables.append(_checked_file(snapshot, shard, entry, problems))
-            read_moments(snapshot.storage, entry)
+            log.read(storage, version, log.EXPIRED)
+        except FileNotFoundError:
+            continue
         except FeatureStoreError as error:
-            problems.append(str(error))
-    if tables:
-        live = [table.filter(pa.array(~numpy_column(table, DELETED))) for table in tables]
-        table = pa.concat_tables(live)
+            report.problems.append(Problem("expired", path, str(error), _repair(url, "moves it to damaged/")))
+    return good
+
+
+def _codec_problems(store: FeatureStore) -> Iterator[Problem]:
+    try:
+        codec_of(store.info, store.storage)
+    except CorruptFileError as error:
+        path = store.info.codec.path if store.info.codec is not None else INFO_PATH
+        yield Problem("codec", path, str(error), "Put it back from a backup: nothing else has its numbers")
+
+
+def _pin_problems(store: FeatureStore, manifests: Mapping[int, Manifest]) -> Iterator[Problem]:
+    storage = store.storage
+    for name in storage.list(pins.PINS):
+        path, pin_name = f"{pins.PINS}/{name}", name.removesuffix(".json")
+        way_out = f"`python -m featurestore unpin {store.url} {pin_name}`, and pin the snapshot again"
         try:
-            check_collisions(numpy_column(table, KEY), text_column(table, URI))
-        except KeyCollisionError as error:
-            problems.append(f"shard {shard} of {snapshot.storage.url}: {error}")
-    return problems
+            pin = pins.read_pin(storage, pin_name)
+        except FileNotFoundError:
+            continue
+        except FeatureStoreError as error:
+            yield Problem("pin", path, str(error), way_out)
+            continue
+        if pin.version not in manifests:
+            yield Problem(
+                "pin", path, f"{storage.full(path)} keeps snapshot {pin.version}, which is not there", way_out
+            )
 
 
-def _checked_file(snapshot: Snapshot, shard: int, entry: FileEntry, problems: list[str]) -> pa.Table:
-    """Key, uri and deleted of the file. Memory stays at one file and one row group."""
-    path = snapshot.storage.full(entry.path)
-    info = snapshot.info
-    small = []
-    with open_entry(snapshot.storage, info, entry, "sha256") as file:
-        for block in file.blocks([KEY, URI, DELETED, FEATURE]):
-            if not finite_rows(matrix_of(block, info), info.dtype).all():
-                problems.append(f"{path} holds features that are not finite")
-            small.append(block.select([KEY, URI, DELETED]))
-        table = pa.concat_tables(small) if small else file.read([KEY, URI, DELETED])
-    hash_N = splitmix64(numpy_column(table, KEY))
-    if (hash_N[1:] == hash_N[:-1]).any():
-        problems.append(f"{path} holds a key twice")
-    elif (hash_N[1:] < hash_N[:-1]).any():
-        problems.append(f"{path} is not in the order of splitmix64")
-    strays = int((shard_of_hash(hash_N, info.num_shards) != shard).sum())
-    if strays:
-        problems.append(f"{path} holds {strays} keys that do not belong to shard {shard}")
-    if int(np.count_nonzero(numpy_column(table, DELETED))) != entry.num_deleted:
-        problems.append(f"{path} has another number of tombstones than the manifest says")
-    return table
+def _quarantine_problems(store: FeatureStore) -> Iterator[Problem]:
+    for name in store.storage.list(quarantine.QUARANTINE):
+        try:
+            quarantine.read_file(store.storage, name)
+        except FileNotFoundError:
+            continue
+        except CorruptFileError as error:
+            way_out = _repair(store.url, "moves it to damaged/; the next refresh tries its images again")
+            yield Problem("quarantine", f"{quarantine.QUARANTINE}/{name}", str(error), way_out)
+
+
+def _check_data(
+    store: FeatureStore,
+    manifests: Mapping[int, Manifest],
+    newest: int,
+    report: VerifyReport,
+    progress: Progress | None,
+    threads: int,
+) -> None:
+    wanted: dict[int, dict[FileId, _Wanted]] = defaultdict(dict)
+    for version, manifest in sorted(manifests.items()):
+        for shard, files in manifest.shards.items():
+            for entry in files:
+                wanted[shard].setdefault(_id(entry), _Wanted(entry, [])).versions.append(version)
+    total = sum(len(files) for files in wanted.values())
+    largest = max((each.entry.bytes for files in wanted.values() for each in files.values()), default=0)
+    memory = FileMemory(max(largest, _MEMORY_BYTES))
+    found: list[Problem] = []
+
+    def check(shard: int) -> list[Problem]:
+        chains = {tuple(map(_id, manifest.files(shard))) for manifest in manifests.values()}
+        return list(_shard_problems(store, shard, wanted[shard], chains, newest, memory))
+
+    with ThreadPoolExecutor(threads) as pool:
+        for shard, problems in zip(wanted, pool.map(check, wanted), strict=True):
+            found += problems
+            report.num_files += len(wanted[shard])
+            report.num_bytes += sum(each.entry.bytes for each in wanted[shard].values())
+            if progress is not None:
+                progress(report.num_files, total)
+    if found:
+        kept, noted = set(log.versions(store.storage)), damage.noted_paths(store.storage)
+        for problem in found:
+            if kept & set(problem.versions):  # else its snapshots have expired meanwhile
+                is_known = problem.path in noted and newest not in problem.versions
+                (report.known if is_known else report.problems).append(problem)
+
+
+def _shard_problems(
+    store: FeatureStore,
+    shard: int,
+    wanted: Mapping[FileId, _Wanted],
+    chains: set[tuple[FileId, ...]],
+    newest: int,
+    memory: FileMemory,
+) -> Iterator[Problem]:
+    keys: dict[FileId, FileKeys] = {}
+    for file_id, each in wanted.items():
+        versions = tuple(each.versions)
+        messages, found = check_file(store.storage, store.info, shard, each.entry, memory)
+        if found is not None:
+            keys[file_id] = found
+        for message in messages:
+            yield Problem("data", each.entry.path, message, _way_out(store.url, versions, newest), versions)
+        try:
+            read_moments(store.storage, each.entry)
+        except CorruptFileError as error:
+            way_out = _repair(store.url, "drops it") if newest in versions else _old(store.url, versions)
+            yield Problem("statistics", str(each.entry.statistics_path), str(error), way_out, versions)
+    for chain in _longest(chains):
+        broken = collisions([keys[file_id] for file_id in chain if file_id in keys])
+        if len(broken):
+            newest_path = chain[-1][0]
+            versions = tuple(wanted[chain[-1]].versions)
+            message = (
+                f"shard {shard} of {store.url}: {len(broken)} keys stand for two uris, {broken[0]} is one"
+                f" ({newest_path} is the newest file)"
+            )
+            way_out = "Delete those keys, or put them again under one uri"
+            yield Problem("collision", newest_path, message, way_out, versions)
+
+
+def _id(entry: FileEntry) -> FileId:
+    return entry.path, entry.sha256
+
+
+def _longest(chains: set[tuple[FileId, ...]]) -> list[tuple[FileId, ...]]:
+    """Without those that others go on from: what is wrong in them is wrong there too."""
+    ordered = sorted(chains)
+    return [
+        chain
+        for chain, following in zip(ordered, [*ordered[1:], ()], strict=True)
+        if chain and following[: len(chain)] != chain
+    ]
+
+
+def _way_out(url: str, versions: Sequence[int], newest: int) -> str:
+    if newest in versions:
+        return _repair(url, "drops its rows into the refresh list")
+    return _old(url, versions)
+
+
+def _old(url: str, versions: Sequence[int]) -> str:
+    which = f"snapshot {versions[0]}" if len(versions) == 1 else f"snapshots {versions[0]} to {versions[-1]}"
+    return f"The newest snapshot is whole; {_repair(url, f'notes that {which} cannot be read in full')}"

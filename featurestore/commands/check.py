@@ -1,11 +1,11 @@
-"""verify: is every file what was written?"""
+"""verify and repair: is every file what was written, and what to do where one is not."""
 
 import sys
 
 import typer
 
-from featurestore.commands.common import Url, Version, progress_bar, user_errors
-from featurestore.store import FeatureStore
+from featurestore.commands.common import DryRun, Url, Version, progress_bar, user_errors
+from featurestore.repair import repair as repair_store
 from featurestore.verify import verify as verify_store
 
 app = typer.Typer()
@@ -13,13 +13,35 @@ app = typer.Typer()
 
 @app.command(epilog="Example: `python -m featurestore verify s3://bucket/features`")
 def verify(url: Url, version: Version = None) -> None:
-    """Check every file of a snapshot, and all manifests. Exit code 1 when one is broken."""
-    with user_errors():
-        store = FeatureStore.open(url)
-        with progress_bar() as progress:
-            report = verify_store(store, version, progress)
+    """Check every file of a store: manifests, pins, quarantine, and the data of all kept snapshots, or of one.
+
+    Exit code 1 when one is broken: the line says which, what is wrong, and what mends it.
+    """
+    with user_errors(), progress_bar("files") as progress:
+        report = verify_store(url, version, progress)
     for problem in report.problems:
         sys.stderr.write(f"broken: {problem}\n")
+    for problem in report.known:
+        sys.stdout.write(f"known, in older snapshots alone: {problem.message}\n")
     looked_at = f"{report.num_manifests:,} manifests, {report.num_files:,} files, {report.num_bytes:,} bytes"
     sys.stdout.write(f"{len(report.problems)} problems in {looked_at}\n")
     raise typer.Exit(1 if report.problems else 0)
+
+
+@app.command(epilog="Example: `python -m featurestore repair data/features --dry-run`")
+def repair(url: Url, dry_run: DryRun = False) -> None:
+    """Mend what verify finds, in one commit. What is lost of a broken file, the next refresh computes again.
+
+    Exit code 1 when something is left that only a backup or a person can mend.
+    """
+    with user_errors(), progress_bar("files") as progress:
+        report = repair_store(url, dry_run, progress)
+    for action in report.actions:
+        sys.stdout.write(f"{'would ' if dry_run else ''}{action}\n")
+    for problem in report.left:
+        sys.stderr.write(f"left: {problem}\n")
+    if not report.actions and not report.left:
+        sys.stdout.write("nothing to repair\n")
+    elif report.version is not None:
+        sys.stdout.write(f"committed snapshot {report.version}; {report.num_quarantined:,} images in the quarantine\n")
+    raise typer.Exit(1 if report.left else 0)

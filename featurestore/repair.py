@@ -1,0 +1,172 @@
+"""Mend what `verify` finds, in one commit: readers see the store before it or after it, never between.
+
+- A damaged data file of the newest snapshot leaves it. Keys that can still be read of it go into the quarantine with
+  the reason; where older files hold them too, tombstones take the file's place, so that no stale row shows again. The
+  next refresh computes what is missing.
+- A file whose statistics are damaged goes on without them: its rows are read instead, until it is compacted.
+- Files that older snapshots alone name are noted, and no alarm any more: those snapshots cannot be changed.
+- A damaged manifest moves to damaged/. Where it was the newest, the newest good one is committed again first, under the
+  next number; the files of the lost commit stay until `expire` removes them.
+- Damaged quarantine files and expired manifests move to damaged/. A damaged store.json is rebuilt from a data file.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from featurestore import damage, log
+from featurestore.commit import publish_shards
+from featurestore.datafile import table_of
+from featurestore.errors import CommitConflictError
+from featurestore.filecheck import readable_keys
+from featurestore.keys import Int64Array
+from featurestore.quarantine import QuarantineRow
+from featurestore.rebuild import newest_good, rebuild_info, recommit_newest_good
+from featurestore.rows import FeatureRows
+from featurestore.shard import ShardReader, newest_rows
+from featurestore.shardfile import write_shard_file
+from featurestore.spec import FileEntry, Manifest
+from featurestore.store import FeatureStore
+from featurestore.verify import Problem, Progress, verify
+
+OPERATION = "repair"
+Replacements = dict[str, FileEntry | None]  # path of a file of the newest snapshot: what takes its place
+_ASIDE = ("expired", "quarantine")
+
+
+@dataclass
+class RepairReport:
+    """What it did (or would do, in a dry run), one line each, and what no program can mend."""
+
+    actions: list[str] = field(default_factory=list)
+    left: list[Problem] = field(default_factory=list)
+    version: int | None = None  # of the commit; None where none was needed
+    num_quarantined: int = 0  # images that the next refresh computes again; others of a broken file it finds missing
+
+
+def repair(store: FeatureStore | str, dry_run: bool = False, progress: Progress | None = None) -> RepairReport:
+    """Verify a store and mend it. Reads all of it. May be interrupted, and run again.
+
+    Raises CorruptFileError where no good manifest, or no data file to rebuild store.json from, is left;
+    CommitConflictError where another repair or a compaction was in the way: run it again.
+    """
+    report = RepairReport()
+    problems = verify(store, progress=progress).problems
+    if any(problem.kind == "info" for problem in problems):
+        url = store if isinstance(store, str) else store.url
+        source = rebuild_info(url, dry_run)
+        report.actions.append(f"rebuild store.json of {url} from {source}")
+        if dry_run:
+            return report
+        problems = verify(url, progress=progress).problems
+        store = url
+    store = FeatureStore.open(store) if isinstance(store, str) else store
+    by_kind: dict[str, list[Problem]] = defaultdict(list)
+    for problem in problems:
+        by_kind[problem.kind].append(problem)
+    for problem in by_kind["manifest"]:
+        _mend_manifest(store, problem, report, dry_run)
+    _mend_files(store, [*by_kind["data"], *by_kind["statistics"]], report, dry_run)
+    for problem in [problem for kind in _ASIDE for problem in by_kind[kind]]:
+        report.actions.append(f"move {problem.path} to {damage.DAMAGED}/")
+        if not dry_run:
+            damage.put_aside(store.storage, problem.path)
+    report.left = [problem for kind in ("codec", "order", "pin", "collision") for problem in by_kind[kind]]
+    return report
+
+
+def _mend_manifest(store: FeatureStore, problem: Problem, report: RepairReport, dry_run: bool) -> None:
+    version, newest = problem.versions[0], log.versions(store.storage)[-1]
+    if version == newest:
+        good, number = recommit_newest_good(store.storage, OPERATION, dry_run)
+        report.actions.append(f"commit snapshot {good} again as {number}: what {version} had changed is lost")
+        report.version = None if dry_run else number
+    report.actions.append(f"move {problem.path} to {damage.DAMAGED}/")
+    if not dry_run:
+        damage.put_aside(store.storage, problem.path)
+
+
+def _mend_files(store: FeatureStore, problems: Sequence[Problem], report: RepairReport, dry_run: bool) -> None:
+    """Those of the newest snapshot in one commit; a note for each, as older ones name them, then or from now on."""
+    reasons = {problem.path: problem.message for problem in problems}
+    if not reasons:
+        return
+    plan = _Plan(store, reasons, store.storage.now(), dry_run)
+    for shard, files in newest_good(store.storage).shards.items():
+        plan.add(shard, files)
+    report.num_quarantined = len(plan.lost)
+    report.actions += [*plan.actions, *(f"note {path} as damaged, for snapshots that name it" for path in reasons)]
+    if dry_run:
+        return
+    for path, reason in reasons.items():
+        damage.note(store.storage, path, reason)
+    if plan.replacements:
+        store.add_quarantine(plan.lost)
+        report.version = _commit(store, plan.replacements, len(plan.lost))
+
+
+class _Plan:
+    """What takes the place of which file, and which images are lost with it. Tombstone files are written at once."""
+
+    def __init__(self, store: FeatureStore, reasons: Mapping[str, str], now_s: float, dry_run: bool) -> None:
+        """`reasons` by the paths of damaged files."""
+        self._store, self._reasons, self._now_s, self._dry_run = store, reasons, now_s, dry_run
+        self.replacements: Replacements = {}
+        self.lost: list[QuarantineRow] = []
+        self.actions: list[str] = []
+
+    def add(self, shard: int, files: Sequence[FileEntry]) -> None:
+        """A shard of the newest snapshot, its files oldest first."""
+        for place, entry in enumerate(files):
+            if entry.path in self._reasons:
+                older, newer = (self._keys_of(shard, some) for some in (files[:place], files[place + 1 :]))
+                self._drop(shard, entry, older, newer)
+            elif entry.statistics_path in self._reasons:
+                self.actions.append(f"drop the statistics of {entry.path}: its rows are read instead")
+                without = {"statistics_path": None, "statistics_sha256": None}
+                self.replacements[entry.path] = entry.model_copy(update=without)
+
+    def _drop(self, shard: int, entry: FileEntry, older: Int64Array, newer: Int64Array) -> None:
+        keys, uris = readable_keys(self._store.storage, self._store.info, entry)
+        decides_N = ~np.isin(keys.keys_N, newer)
+        self.lost += [
+            QuarantineRow(int(keys.keys_N[row]), uris[row], self._reasons[entry.path], self._now_s)
+            for row in np.flatnonzero(decides_N & ~keys.deleted_N)
+        ]
+        stale = keys.keys_N[decides_N & np.isin(keys.keys_N, older)]
+        read = f"{len(keys.keys_N)} of its {entry.rows} keys can be read"
+        self.actions.append(f"drop {entry.path}: {read}, {len(stale)} that older files hold get tombstones")
+        if len(keys.keys_N) < entry.rows and len(older):
+            self.actions[-1] += "; older rows of the others show again until the next refresh"
+        self.replacements[entry.path] = None if self._dry_run or not len(stale) else self._tombstones(shard, stale)
+
+    def _keys_of(self, shard: int, files: Sequence[FileEntry]) -> Int64Array:
+        """Of all rows of those files that are good, tombstones too."""
+        good = [entry for entry in files if entry.path not in self._reasons]
+        return ShardReader(self._store.storage, self._store.info, shard, good).all_keys()
+
+    def _tombstones(self, shard: int, keys_N: Int64Array) -> FileEntry:
+        storage, info = self._store.storage, self._store.info
+        rows = FeatureRows.tombstones(keys_N[newest_rows(keys_N)], info)
+        return write_shard_file(storage, info, shard, [table_of(rows, info)], "delta", 0)
+
+
+def _commit(store: FeatureStore, replacements: Replacements, num_quarantined: int) -> int:
+    """Put each file in the place of the one that it replaces; what others append meanwhile stays behind it."""
+
+    def following(parent: Manifest) -> dict[int, list[FileEntry]]:
+        present = {entry.path for files in parent.shards.values() for entry in files}
+        gone = sorted(replacements.keys() - present)
+        if gone:
+            raise CommitConflictError(f"another writer has replaced {', '.join(gone)} meanwhile: run the repair again")
+        return {shard: _replaced(files, replacements) for shard, files in parent.shards.items()}
+
+    return publish_shards(store.storage, store.info, OPERATION, following, num_quarantined).version
+
+
+def _replaced(files: Sequence[FileEntry], replacements: Replacements) -> list[FileEntry]:
+    new = [replacements.get(entry.path, entry) for entry in files]
+    found = [entry for entry in new if entry is not None]
+    return [entry.model_copy(update={"kind": "delta" if place else "base"}) for place, entry in enumerate(found)]
