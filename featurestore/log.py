@@ -7,7 +7,7 @@ by that a writer that was away for a while, and created a version that once was 
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from featurestore.errors import CommitConflictError, CorruptFileError, SnapshotNotFoundError, StorageError
@@ -115,9 +115,9 @@ def read(storage: Storage, version: int, folder: str = LOG) -> Manifest:
     return manifest
 
 
-def find(storage: Storage, version: int) -> Manifest | None:
+def find(storage: Storage, version: int, folders: Sequence[str] = (LOG, EXPIRED)) -> Manifest | None:
     """A manifest, also one that has expired meanwhile; None where it is gone."""
-    for folder in (LOG, EXPIRED):
+    for folder in folders:
         try:
             return read(storage, version, folder)
         except FileNotFoundError:

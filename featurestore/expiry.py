@@ -1,0 +1,240 @@
+"""Expiry: snapshots that nobody keeps go, and after a grace time the files that only they, or dead writers, had.
+
+First a manifest moves from log/ to expired/: its snapshot can no longer be opened. Files go when no manifest in log/
+names them, none that has been in expired/ for less than the grace time, and they are older than that themselves. So
+whoever opened a snapshot, or began a commit, less than a grace time ago finds all of its files. Every step can be cut
+off anywhere: the next run goes on. All ages are told by the storage's own clock.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+
+from featurestore import log
+from featurestore.codec import CODECS
+from featurestore.disk import TEMPORARY, StorageEntry
+from featurestore.errors import StorageError
+from featurestore.pins import read_pins
+from featurestore.spec import seal
+from featurestore.staging import STAGING
+from featurestore.store import FeatureStore
+
+DATA = "data"
+_DAY_S = 86_400.0
+_THREADS = 8  # waiting for answers, not computing
+_MOVED_AT_ONCE = 64
+_DELETED_AT_ONCE = 512
+
+Progress = Callable[[int, int], None]  # files deleted, files to delete
+
+
+@dataclass(frozen=True)
+class ExpireReport:
+    """What an expiry did, or would do."""
+
+    kept: tuple[int, ...]  # snapshots that can be opened
+    expired: tuple[int, ...]  # that no longer can, since this run
+    num_files: int  # deleted
+    num_bytes: int
+    runs: tuple[str, ...]  # of dead writers, whose staged parts are among the deleted files
+    num_waiting: int  # files of expired snapshots alone that go after the grace time
+    num_waiting_bytes: int
+    is_complete: bool  # not so where it took longer than half the grace time and stopped: run it again
+
+
+def expire(
+    store: FeatureStore,
+    *,
+    keep_last: int = 10,
+    keep_days: float = 30.0,
+    grace_days: float = 7.0,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> ExpireReport:
+    """Keep the newest snapshot, the `keep_last` last ones, those that were the newest at some time in the last
+    `keep_days`, and pinned ones; delete what nobody needs any more.
+
+    The grace time must be longer than any commit takes from its first file on, and than anybody reads a snapshot
+    without a pin. Readers, writers and other expiries may be at work meanwhile. Lists all files once, and reads all
+    manifests that stay. Raises CorruptFileError where one of these or a pin is damaged, as then nobody knows what is
+    needed; nothing is deleted.
+    """
+    for name, value in (("keep_last", keep_last), ("keep_days", keep_days), ("grace_days", grace_days)):
+        if not value >= 0:
+            raise ValueError(f"{name}={value} is less than 0")
+    return _Expiry(store, keep_last, keep_days * _DAY_S, grace_days * _DAY_S, dry_run).run(progress)
+
+
+def kept_versions(
+    made_s: Sequence[tuple[int, float]], now_s: float, keep_last: int, keep_s: float, pinned: Iterable[int]
+) -> set[int]:
+    """Which of the versions, ascending with the times they were made at, the policy keeps.
+
+    The age of a snapshot counts from when the next one took its place: any state of the last `keep_s` can be opened.
+    """
+    kept = {version for version, _ in made_s[-max(1, keep_last) :]} | set(pinned)
+    for (version, _), (_, next_s) in pairwise(made_s):
+        if now_s - next_s < keep_s:
+            kept.add(version)
+    return kept
+
+
+class _Expiry:
+    """One run. Nothing is deleted after half the grace time: what it knew at its beginning may be true no longer."""
+
+    def __init__(self, store: FeatureStore, keep_last: int, keep_s: float, grace_s: float, dry_run: bool) -> None:
+        self.store, self.storage = store, store.storage
+        self.keep_last, self.keep_s, self.grace_s = keep_last, keep_s, grace_s
+        self.dry_run = dry_run
+        self.now_s = self.storage.now()
+        self._end_s = time.monotonic() + grace_s / 2 if grace_s else float("inf")
+
+    def run(self, progress: Progress | None) -> ExpireReport:
+        """Both steps."""
+        made_s = _versions_and_times(self.storage.entries(log.LOG, recursive=False))
+        pinned = {pin.version for pin in read_pins(self.storage)}
+        wanted = kept_versions(made_s, self.now_s, self.keep_last, self.keep_s, pinned)
+        leaving = [version for version, _ in made_s if version not in wanted]
+        if not self.dry_run:
+            leaving = self._move_aside(leaving)
+        # Listed before the manifests are read: what is committed from here on is named by one of them.
+        listed = self.storage.entries()
+        kept = [version for version in log.versions(self.storage) if version not in leaving]
+        expired = self._expired(leaving, kept)  # after log/: what another expiry moves now is in one of the two
+        kept_files = self._files(kept, (log.LOG, log.EXPIRED))
+        expired_files = self._files(expired, (log.EXPIRED, log.LOG))
+        waiting = {path: size for path, size in expired_files.items() if path not in kept_files}
+        doomed, runs = self._doomed(listed, {*kept_files, *waiting}, data_too=bool(kept))
+        num_deleted = len(doomed) if self.dry_run else self._delete([entry.path for entry in doomed], progress)
+        is_complete = num_deleted == len(doomed) and not self._is_late()
+        if is_complete and not self.dry_run:
+            self._delete_old_copies(kept)
+        return ExpireReport(
+            kept=tuple(kept),
+            expired=tuple(leaving),
+            num_files=num_deleted,
+            num_bytes=sum(entry.size_bytes for entry in doomed[:num_deleted]),
+            runs=tuple(runs),
+            num_waiting=len(waiting),
+            num_waiting_bytes=sum(waiting.values()),
+            is_complete=is_complete,
+        )
+
+    def _is_late(self) -> bool:
+        return time.monotonic() > self._end_s
+
+    def _age_s(self, entry: StorageEntry) -> float:
+        return self.now_s - entry.mtime_s
+
+    def _move_aside(self, leaving: Sequence[int]) -> list[int]:
+        """From log/ to expired/: the versions that went. A pin that was made meanwhile is seen, or sees the copy."""
+        moved: list[int] = []
+        for start in range(0, len(leaving), _MOVED_AT_ONCE):
+            batch = leaving[start : start + _MOVED_AT_ONCE]
+            with ThreadPoolExecutor(_THREADS) as pool:
+                copies = {v: data for v, data in zip(batch, pool.map(self._copy_aside, batch), strict=True) if data}
+            pinned = {pin.version for pin in read_pins(self.storage)}
+            if self._is_late():
+                return moved
+            going = [version for version in copies if version not in pinned]
+            self.storage.delete_files(log.manifest_path(v, log.EXPIRED) for v in copies if v in pinned)
+            self.storage.delete_files(map(log.manifest_path, going))
+            there = set(log.versions(self.storage, log.EXPIRED))
+            for version in going:
+                if version not in there:  # another expiry, which saw a pin, has taken the copy away
+                    self.storage.write_bytes(log.manifest_path(version, log.EXPIRED), copies[version])
+            moved += going
+        return moved
+
+    def _copy_aside(self, version: int) -> bytes | None:
+        """The manifest, now in expired/ too; written anew where it was there, so that its grace begins now."""
+        try:
+            data = seal(log.read(self.storage, version))
+        except FileNotFoundError:  # another expiry was quicker
+            return None
+        path = log.manifest_path(version, log.EXPIRED)
+        try:
+            is_other = self.storage.read_bytes(path) != data
+        except FileNotFoundError:
+            is_other = False
+        if is_other:
+            # Made by a writer that was away while the true manifest of this version expired; it does not count.
+            self.storage.delete(log.manifest_path(version))
+            return None
+        self.storage.write_bytes(path, data)
+        return data
+
+    def _expired(self, leaving: Iterable[int], kept: Iterable[int]) -> list[int]:
+        """Versions in expired/ that readers may have open, and those that a dry run would move there."""
+        copies = _versions_and_times(self.storage.entries(log.EXPIRED, recursive=False))
+        young = {version for version, made_s in copies if self.now_s - made_s <= self.grace_s}
+        return sorted((young | set(leaving)) - set(kept))
+
+    def _files(self, versions: Sequence[int], folders: Sequence[str]) -> dict[str, int]:
+        """Paths of all files that the manifests name, with the bytes of those with rows; the first folder counts."""
+        found: dict[str, int] = {}
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for files in pool.map(lambda version: self._files_of(version, folders), versions):
+                found |= files
+        return found
+
+    def _files_of(self, version: int, folders: Sequence[str]) -> dict[str, int]:
+        manifest = log.find(self.storage, version, folders)
+        if manifest is None:
+            raise StorageError(
+                f"the manifest of snapshot {version} of {self.store.url} went away just now, and with it the knowledge"
+                " of its files: run expire again when no repair or other expire is at work"
+            )
+        entries = [entry for files in manifest.shards.values() for entry in files]
+        statistics = {entry.statistics_path: 0 for entry in entries if entry.statistics_path is not None}
+        return {entry.path: entry.bytes for entry in entries} | statistics
+
+    def _doomed(
+        self, listed: Sequence[StorageEntry], named: set[str], data_too: bool
+    ) -> tuple[list[StorageEntry], list[str]]:
+        """Old files that nobody needs, and the runs that some of them were staged by.
+
+        Without `data_too` data stays: where there is no manifest, the log may be what was lost.
+        """
+        needed = named | ({self.store.info.codec.path} if self.store.info.codec is not None else set())
+        folders = {CODECS, DATA} if data_too else {CODECS}
+        doomed: list[StorageEntry] = []
+        by_run: dict[str, list[StorageEntry]] = {}
+        for entry in listed:
+            folder, *between, name = entry.path.split("/") if "/" in entry.path else ("", entry.path)
+            if folder == STAGING and between:
+                by_run.setdefault(between[0], []).append(entry)
+                continue
+            is_needless = name.startswith(TEMPORARY) or (folder in folders and entry.path not in needed)
+            if is_needless and self._age_s(entry) > self.grace_s:
+                doomed.append(entry)
+        dead = [run for run, parts in by_run.items() if min(map(self._age_s, parts)) > self.grace_s]
+        return [*doomed, *(entry for run in dead for entry in by_run[run])], dead
+
+    def _delete(self, paths: Sequence[str], progress: Progress | None) -> int:
+        """How many are gone: all, or those until half the grace time was over."""
+        for start in range(0, len(paths), _DELETED_AT_ONCE):
+            if self._is_late():
+                return start
+            self.storage.delete_files(paths[start : start + _DELETED_AT_ONCE])
+            if progress is not None:
+                progress(min(start + _DELETED_AT_ONCE, len(paths)), len(paths))
+        return len(paths)
+
+    def _delete_old_copies(self, kept: Iterable[int]) -> None:
+        """Manifests whose files are gone, and those of kept snapshots, copied by a run that was cut off."""
+        still_there = set(kept)
+        for version, made_s in _versions_and_times(self.storage.entries(log.EXPIRED, recursive=False)):
+            limit_s = (
+                self.grace_s / 2 if version in still_there else self.grace_s
+            )  # no run takes longer than half of it
+            if self.now_s - made_s > limit_s:
+                self.storage.delete(log.manifest_path(version, log.EXPIRED))
+
+
+def _versions_and_times(entries: Iterable[StorageEntry]) -> list[tuple[int, float]]:
+    """Of manifests, ascending."""
+    found = ((log.version_of(entry.path.rsplit("/", 1)[-1]), entry.mtime_s) for entry in entries)
+    return sorted((version, made_s) for version, made_s in found if version is not None)
