@@ -1,8 +1,8 @@
 """Local files of one shard: its keys and its rows, ready to be mapped into memory, and a small seal.
 
 They are named after the digest of the data files they were made from, so runs, ranks and other numbers of ranks share
-one folder, and a new snapshot rebuilds only the shards that changed. Files of replaced shards stay; the folder may be
-emptied whenever no run uses it.
+one folder, and a new snapshot rebuilds only the shards that changed. Old ones are removed (`featurestore.prune`); the
+folder may be emptied whenever no run uses it.
 
 The seal holds digests of both. That of the keys is checked at each opening. The rows may be larger than memory, so
 their size alone is; but they are not waited for on their way to the disk either, which a power cut could use to leave
@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from featurestore.errors import CorruptFileError, StorageError
 from featurestore.keys import Int64Array, UInt64Array, shard_of_hash, splitmix64
 from featurestore.memory import FileMemory
+from featurestore.prune import SUFFIXES, TEMPORARY, prune, touch
 from featurestore.shard import Block, ShardReader
 
 _CACHE_FORMAT = 1
@@ -83,6 +84,7 @@ def open_or_build(
             cached.append(shard)
             if progress is not None:
                 progress(len(cached), len(readers))
+    prune(folder, {_stem(reader) for reader in readers if reader.entries})
     return cached
 
 
@@ -108,15 +110,20 @@ def _open_or_build(reader: ShardReader, folder: Path, memory: FileMemory) -> Cac
 
 
 def _paths(reader: ShardReader, folder: Path) -> _Paths:
+    return _Paths(*(folder / f"{_stem(reader)}{suffix}" for suffix in SUFFIXES))
+
+
+def _stem(reader: ShardReader) -> str:
+    """Shard, store, and the content."""
     made_from = [str(_CACHE_FORMAT), reader.info.digest, *(entry.sha256 for entry in reader.entries)]
     digest = hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:24]
-    stem = f"shard-{reader.shard:04d}-{digest}"
-    return _Paths(folder / f"{stem}.keys.npy", folder / f"{stem}.rows.bin", folder / f"{stem}.json")
+    return f"shard-{reader.shard:04d}-{reader.info.store_id[:8] or 'none'}-{digest}"
 
 
 def _open(reader: ShardReader, paths: _Paths) -> CachedShard | None:
     """None where a file is missing, cut short, or not what `_build` wrote."""
     try:
+        touch(paths.seal)
         seal = _Seal.model_validate_json(paths.seal.read_bytes())
         keys_M = np.load(paths.keys, allow_pickle=False)
         size = paths.rows.stat().st_size
@@ -201,7 +208,7 @@ def _publish_seal(paths: _Paths, seal: _Seal) -> None:
 @contextlib.contextmanager
 def _appearing(path: Path) -> Iterator[io.FileIO]:
     """A file to write that gets its name at the end of the block, and vanishes where the block raises."""
-    temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
+    temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
         with temporary.open("xb", buffering=0) as file:
             yield file
