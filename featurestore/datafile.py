@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import xxhash
 from pydantic import ValidationError
 
-from featurestore.errors import CorruptFileError, FeatureStoreError
+from featurestore.errors import CorruptFileError, FeatureStoreError, SpecMismatchError
 from featurestore.memory import FileMemory
 from featurestore.rows import DIGEST_DTYPE, FeatureRows
 from featurestore.spec import FileEntry, StoreInfo
@@ -198,7 +198,7 @@ class DataFile:
             yield
         except FeatureStoreError:
             raise
-        except (pa.ArrowException, OSError, MemoryError, ValidationError, KeyError) as error:
+        except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError, ValidationError, KeyError) as error:
             raise CorruptFileError(f"{self.path} is damaged: {error}") from error
 
 
@@ -233,7 +233,12 @@ def open_entry(
         source.seek(0, io.SEEK_END)
         _check_size(path, source.tell(), entry)
         source.seek(0)
-        file = DataFile(source, info, path, page_checksums=check != "xxh3_128", streaming=streaming)
+        try:
+            file = DataFile(source, info, path, page_checksums=check != "xxh3_128", streaming=streaming)
+        except SpecMismatchError as error:
+            if entry.info_digest != info.digest:
+                raise
+            raise CorruptFileError(f"{path} is damaged: {error}") from error
         if file.num_rows != entry.rows:
             raise CorruptFileError(f"{path} has {file.num_rows} rows instead of {entry.rows}")
         yield file
@@ -256,7 +261,7 @@ def info_in(data: bytes, path: str) -> StoreInfo:
     try:
         metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
         return StoreInfo.model_validate_json(metadata[_INFO])
-    except (pa.ArrowException, OSError, ValidationError, KeyError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, ValidationError, KeyError) as error:
         raise CorruptFileError(f"{path} is damaged: {error}") from error
 
 
