@@ -333,6 +333,16 @@ def _client(protocol: str) -> Any:
         return _clients[key]
 
 
+def _forget_clients() -> None:
+    """In the child of a fork: the parent's clients do not work there, and its locks may be held for ever."""
+    global _clients_lock, _memory_lock
+    _clients.clear()
+    _clients_lock, _memory_lock = threading.Lock(), threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_clients)
+
+
 def _reason(error: BaseException | None) -> str:
     return str(error) or type(error).__name__
 

@@ -196,12 +196,13 @@ def test_a_store_whose_answer_was_lost_is_made_once(
     create = Storage.create_exclusive
 
     def made_but_lost(self: Storage, path: str, data: bytes) -> bool:
-        create(self, path, data)
-        raise StorageError("connection reset")
+        done = create(self, path, data)
+        if path == "store.json":
+            raise StorageError("connection reset")
+        return done
 
     def made_but_denied(self: Storage, path: str, data: bytes) -> bool:
-        create(self, path, data)
-        return False
+        return create(self, path, data) and path != "store.json"
 
     for name, answer in (("lost", made_but_lost), ("denied", made_but_denied)):
         monkeypatch.setattr(Storage, "create_exclusive", answer)
