@@ -2,7 +2,7 @@
 
 import typer
 
-from featurestore.commands import check, look
+from featurestore.commands import backend, check, history, look, recode
 
 app = typer.Typer(
     help="Look at a feature store, go through its history, check every file.",
@@ -12,7 +12,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (look, check):
+for commands in (look, history, check, backend, recode):
     app.add_typer(commands.app)
 
 

@@ -61,7 +61,7 @@ def read_manifest(storage: Storage, version: int | None = None) -> Manifest:
         return read(storage, version)
     except FileNotFoundError:
         known = versions(storage) or [0]
-        expired = f", the oldest kept {known[0]}: it has expired" if version < known[-1] else ""
+        expired = f", the oldest kept {known[0]}: {version} has expired" if version < known[-1] else ""
         raise SnapshotNotFoundError(
             f"{storage.url} has no snapshot {version}; the newest is {known[-1]}{expired}"
         ) from None
@@ -125,6 +125,11 @@ def find(storage: Storage, version: int, folders: Sequence[str] = (LOG, EXPIRED)
     return None
 
 
+def utc_text(time_s: float) -> str:
+    """Seconds since 1970, for people."""
+    return f"{datetime.fromtimestamp(time_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
 def _settled(storage: Storage, choose: Callable[[list[int]], Manifest]) -> Manifest:
     """What `choose` reads of the versions in the log, listed anew while `expire` takes away what it would read."""
     for _ in range(_MAX_LISTINGS):
@@ -137,7 +142,7 @@ def _settled(storage: Storage, choose: Callable[[list[int]], Manifest]) -> Manif
 
 def _newest_not_after(storage: Storage, known: list[int], time_s: float) -> Manifest:
     """By halves: the times of manifests never run backwards."""
-    wanted = _text(time_s)
+    wanted = utc_text(time_s)
     low, high = 0, len(known)  # known[:low] are not after it, known[high:] are
     found, later = EMPTY, EMPTY
     while low < high:
@@ -148,12 +153,12 @@ def _newest_not_after(storage: Storage, known: list[int], time_s: float) -> Mani
         else:
             high, later = middle, manifest
     if found is EMPTY:
-        oldest = f"the oldest is {later.version} of {_text(later.time_s)}" if known else "it is empty"
+        oldest = f"the oldest kept is {later.version} of {utc_text(later.time_s)}" if known else "it is empty"
         raise SnapshotNotFoundError(f"{storage.url} has no snapshot of {wanted} or before: {oldest}")
     if later is not EMPTY and later.version != found.version + 1:
         raise SnapshotNotFoundError(
             f"the snapshot of {wanted} has expired at {storage.url}; its neighbours are {found.version} of"
-            f" {_text(found.time_s)} and {later.version} of {_text(later.time_s)}: open one by its number"
+            f" {utc_text(found.time_s)} and {later.version} of {utc_text(later.time_s)}: open one by its number"
         )
     return found
 
@@ -189,7 +194,3 @@ def _counts(storage: Storage, standing: Manifest, commit_id: str) -> bool:
         return True
     storage.delete(manifest_path(standing.version))
     return False
-
-
-def _text(time_s: float) -> str:
-    return f"{datetime.fromtimestamp(time_s, UTC):%Y-%m-%d %H:%M:%S} UTC"

@@ -1,19 +1,50 @@
-"""What the commands share: options, a progress bar, one line instead of a traceback."""
+"""What the commands share: options, a progress bar, tables, one line instead of a traceback."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
 
 from featurestore.errors import FeatureStoreError
+from featurestore.snapshot import Snapshot
+from featurestore.store import FeatureStore
+
+_WIDE = 1000  # a line of a table is never folded: pipes and wide terminals take it whole
 
 Url = Annotated[str, typer.Argument(metavar="URL", help="Folder or s3:// address of the store.")]
 Version = Annotated[int | None, typer.Option("--version", help="Snapshot; the newest by default.")]
+At = Annotated[
+    datetime | None,
+    typer.Option(
+        "--at",
+        formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"],
+        help="Snapshot that was the newest at this time, UTC unless it says otherwise.",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and change nothing.")]
+
+
+def chosen_snapshot(store: FeatureStore, version: int | None, at: datetime | None) -> Snapshot:
+    """The one that the options name. Raises SnapshotNotFoundError, typer's BadParameter for both options."""
+    if version is not None and at is not None:
+        raise typer.BadParameter("--version and --at name a snapshot each: give one of them")
+    return store.snapshot(version, at)
+
+
+def print_table(names: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str] = ()) -> None:
+    """Columns on stdout, as wide as they need to be; those of `numbers` stand on the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        table.add_column(name, justify="right" if name in numbers else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False, highlight=False, emoji=False, width=_WIDE).print(table)
 
 
 @contextmanager

@@ -7,20 +7,21 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from featurestore.commands.common import Url, Version, user_errors
+from featurestore.commands.common import At, Url, Version, chosen_snapshot, user_errors
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import keys_of_uris
+from featurestore.log import utc_text
 from featurestore.store import FeatureStore
 
 app = typer.Typer()
 
 
 @app.command(epilog="Example: `python -m featurestore info data/features`")
-def info(url: Url, version: Version = None) -> None:
+def info(url: Url, version: Version = None, at: At = None) -> None:
     """Show what a store holds."""
     with user_errors():
         store = FeatureStore.open(url)
-        snapshot = store.snapshot(version)
+        snapshot = chosen_snapshot(store, version, at)
         manifest = snapshot.manifest
         extractor = store.info.extractor.model_dump()
         lines = {
@@ -29,6 +30,7 @@ def info(url: Url, version: Version = None) -> None:
             "dim": f"{store.info.dim:,}",
             "dtype": store.info.dtype,
             "snapshot": f"{snapshot.version} ({manifest.operation})",
+            "committed": utc_text(manifest.time_s) if snapshot.version else "never",
             "rows": f"{snapshot.num_rows:,}",
             "shards": f"{store.info.num_shards} ({len(manifest.shards)} with files)",
             "files": f"{manifest.num_files:,}",
@@ -52,6 +54,7 @@ def get(
     uri: Annotated[list[str] | None, typer.Option("--uri", help="Uri of an image, instead of its key.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write float32 (keys, dim) to this .npy file.")] = None,
     version: Version = None,
+    at: At = None,
 ) -> None:
     """Fetch the features of images, as float32: printed, or written to a file."""
     if not keys and not uri:
@@ -59,7 +62,7 @@ def get(
     wanted_U = np.concatenate([np.asarray(keys or [], dtype=np.int64), keys_of_uris(uri or [])])
     with user_errors():
         store = FeatureStore.open(url)
-        values_UD = store.codec.decode(store.snapshot(version).get(wanted_U))
+        values_UD = store.codec.decode(chosen_snapshot(store, version, at).get(wanted_U))
         if out is not None:
             _write_npy(out, values_UD)
             return

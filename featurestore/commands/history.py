@@ -1,0 +1,208 @@
+"""log, diff, restore, pin, unpin, compact and expire: the snapshots of a store over time."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from rich.filesize import decimal as bytes_text
+
+from featurestore.commands.common import DryRun, Url, print_table, progress_bar, user_errors
+from featurestore.compaction import CompactReport
+from featurestore.compaction import compact as compact_store
+from featurestore.expiry import ExpireReport
+from featurestore.expiry import expire as expire_store
+from featurestore.history import LogEntry, Rows
+from featurestore.history import diff as diff_snapshots
+from featurestore.history import log as log_of_store
+from featurestore.history import restore as restore_snapshot
+from featurestore.log import utc_text
+from featurestore.pins import pin as pin_snapshot
+from featurestore.pins import unpin as unpin_snapshot
+from featurestore.store import FeatureStore
+
+app = typer.Typer()
+
+PinName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the pin.")]
+
+
+@app.command(epilog="Example: `python -m featurestore log data/features --last 20`")
+def log(
+    url: Url,
+    last: Annotated[int | None, typer.Option("--last", "-n", min=1, help="Only so many; all by default.")] = None,
+) -> None:
+    """List the snapshots that can be opened, newest first. Files, rows and bytes are those that each one needs."""
+    with user_errors():
+        entries = log_of_store(FeatureStore.open(url), last)
+    if not entries:
+        sys.stdout.write("no snapshot yet: nothing was committed\n")
+        return
+    names = ("version", "committed", "operation", "files", "rows", "bytes", "writer", "pinned")
+    print_table(names, map(_log_row, entries), numbers=("version", "files", "rows", "bytes"))
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `python -m featurestore diff data/features 12 19`\n\n"
+    "- `python -m featurestore diff data/features 12 19 --keys`"
+)
+def diff(
+    url: Url,
+    before: Annotated[int, typer.Argument(metavar="A", help="A snapshot.")],
+    after: Annotated[int, typer.Argument(metavar="B", help="Another one, newer or older.")],
+    keys: Annotated[bool, typer.Option("--keys", help="Print key and uri of each: + came, ~ changed, - went.")] = False,
+) -> None:
+    """Count the images that came, changed and went from snapshot A to B."""
+    with user_errors(), progress_bar() as progress:
+        found = diff_snapshots(FeatureStore.open(url), before, after, progress)
+    if keys:
+        for sign, rows in (("+", found.added), ("~", found.changed), ("-", found.removed)):
+            _print_rows(sign, rows)
+    counts = f"{len(found.added):,} added, {len(found.changed):,} changed, {len(found.removed):,} removed"
+    sys.stdout.write(f"snapshot {before} to {after}: {counts}\n")
+
+
+@app.command(epilog="Example: `python -m featurestore restore data/features 12`")
+def restore(url: Url, version: Annotated[int, typer.Argument(metavar="N", help="A kept snapshot.")]) -> None:
+    """Commit a new snapshot with the rows of snapshot N. What was committed since stays in the log."""
+    with user_errors():
+        snapshot = restore_snapshot(FeatureStore.open(url), version)
+    sys.stdout.write(f"snapshot {snapshot.version} holds what snapshot {version} holds\n")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `python -m featurestore pin data/features before-migration`\n\n"
+    "- `python -m featurestore pin data/features quarterly-model 19`"
+)
+def pin(
+    url: Url,
+    name: PinName,
+    version: Annotated[int | None, typer.Argument(metavar="[N]", help="Snapshot; the newest by default.")] = None,
+) -> None:
+    """Keep a snapshot, whatever `expire` is told, until it is unpinned."""
+    with user_errors():
+        made = pin_snapshot(FeatureStore.open(url), name, version)
+    sys.stdout.write(f"{name} keeps snapshot {made.version}\n")
+
+
+@app.command(epilog="Example: `python -m featurestore unpin data/features before-migration`")
+def unpin(url: Url, name: PinName) -> None:
+    """Remove a pin. The next `expire` decides about its snapshot."""
+    with user_errors():
+        unpin_snapshot(FeatureStore.open(url), name)
+    sys.stdout.write(f"{name} is no pin any more\n")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `python -m featurestore compact data/features --dry-run`\n\n"
+    "- `python -m featurestore compact data/features --force --shard 3 --shard 4`"
+)
+def compact(
+    url: Url,
+    shard: Annotated[list[int] | None, typer.Option("--shard", help="Only this one; may be repeated.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also shards with few and small deltas.")] = False,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Shards at a time.")] = 4,
+    dry_run: DryRun = False,
+) -> None:
+    """Merge the files of shards with more than 8 deltas, or more than a quarter of their bytes in deltas.
+
+    The rows stay exactly the same. Readers and writers may go on meanwhile.
+    """
+    with user_errors(), progress_bar() as progress:
+        report = compact_store(
+            FeatureStore.open(url), shards=shard, force=force, threads=threads, dry_run=dry_run, progress=progress
+        )
+    sys.stdout.write(_compact_text(report, dry_run))
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `python -m featurestore expire data/features --dry-run`\n\n"
+    "- `python -m featurestore expire s3://bucket/features --keep-last 5 --keep-days 90`"
+)
+def expire(
+    url: Url,
+    keep_last: Annotated[int, typer.Option("--keep-last", min=0, help="Keep so many of the last snapshots.")] = 10,
+    keep_days: Annotated[float, typer.Option("--keep-days", min=0, help="Keep every state of so many days.")] = 30.0,
+    grace_days: Annotated[
+        float, typer.Option("--grace-days", min=0, help="Leave files to readers and writers for so many days more.")
+    ] = 7.0,
+    dry_run: DryRun = False,
+) -> None:
+    """Let go of snapshots that neither these options nor a pin keep, and delete files that nobody needs any more.
+
+    What dead writers left goes too. The grace time must be longer than your longest job. The newest snapshot stays.
+    """
+    with user_errors(), progress_bar("files") as progress:
+        report = expire_store(
+            FeatureStore.open(url),
+            keep_last=keep_last,
+            keep_days=keep_days,
+            grace_days=grace_days,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    sys.stdout.write(_expire_text(report, dry_run))
+
+
+def _log_row(entry: LogEntry) -> Sequence[str]:
+    manifest, pins = entry.manifest, ", ".join(entry.pins)
+    if manifest is None:
+        return f"{entry.version}", "", "damaged: run verify", "", "", "", "", pins
+    return (
+        f"{entry.version}",
+        utc_text(manifest.time_s),
+        manifest.operation,
+        f"{manifest.num_files:,}",
+        f"{manifest.file_rows:,}",
+        bytes_text(manifest.file_bytes),
+        manifest.writer,
+        pins,
+    )
+
+
+def _print_rows(sign: str, rows: Rows) -> None:
+    for key, uri in zip(rows.keys_N.tolist(), rows.uris, strict=True):
+        sys.stdout.write(f"{sign} {key} {uri}\n")
+
+
+def _compact_text(report: CompactReport, dry_run: bool) -> str:
+    if not report.shards:
+        return f"nothing to compact in snapshot {report.version}\n"
+    before = f"{report.num_files_before:,} files, {bytes_text(report.num_bytes_before)}"
+    shards = "1 shard" if len(report.shards) == 1 else f"{len(report.shards):,} shards"
+    if dry_run:
+        return f"would compact {shards} of {before}\n"
+    after = f"{report.num_files_after:,} files, {bytes_text(report.num_bytes_after)}"
+    lost = f"; {len(report.lost):,} more were replaced by another writer meanwhile" if report.lost else ""
+    return f"snapshot {report.version}: {shards} of {before} became {after}{lost}\n"
+
+
+def _expire_text(report: ExpireReport, dry_run: bool) -> str:
+    keep, let_go, delete = ("would keep", "would let go", "would delete") if dry_run else ("kept", "let go", "deleted")
+    expired = f": {_ranges(report.expired)}" if report.expired else ""
+    runs = f", among them the staged parts of dead runs: {', '.join(report.runs)}" if report.runs else ""
+    lines = [
+        f"{keep} {len(report.kept):,} snapshots: {_ranges(report.kept) or 'none'}",
+        f"{let_go} of {len(report.expired):,}{expired}",
+        f"{delete} {report.num_files:,} files, {bytes_text(report.num_bytes)}{runs}",
+    ]
+    if report.num_waiting:
+        lines.append(f"{report.num_waiting:,} files, {bytes_text(report.num_waiting_bytes)}, wait for the grace time")
+    if not report.is_complete and not dry_run:
+        lines.append("stopped after half the grace time, as much may have changed by now: run it again")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _ranges(versions: Sequence[int]) -> str:
+    """`1 to 3, 7, 8`."""
+    groups: list[list[int]] = []
+    for version in versions:
+        if groups and version == groups[-1][-1] + 1:
+            groups[-1].append(version)
+        else:
+            groups.append([version])
+    texts = (f"{group[0]} to {group[-1]}" if len(group) > 2 else ", ".join(map(str, group)) for group in groups)
+    return ", ".join(texts)
