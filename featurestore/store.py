@@ -18,6 +18,7 @@ from featurestore.codec import Codec, codec_of
 from featurestore.commit import Shards, files_after, publish_shards
 from featurestore.datafile import DELETED, KEY, URI, numpy_column, open_entry, text_column
 from featurestore.errors import (
+    CorruptFileError,
     InvalidRowsError,
     SnapshotNotFoundError,
     StorageError,
@@ -170,11 +171,12 @@ class FeatureStore:
         for shard, entry in entries.items():
             self._check_entry(shard, entry)
         based_on = cache(lambda version: log.find(self.storage, version))
+        checked: set[str] = set()  # files that this commit was compared with, in the races that it lost
 
         def following(parent: Manifest) -> Shards:
             for shard, entry in entries.items():
                 if not replaced.get(shard) and entry.based_on != parent.version:
-                    self._check_rebase(shard, entry, based_on(entry.based_on), parent)
+                    self._check_rebase(shard, entry, based_on(entry.based_on), parent, checked)
             return {
                 shard: files_after(parent.files(shard), entries.get(shard), replaced.get(shard, ()))
                 for shard in {*parent.shards, *entries, *replaced}
@@ -217,18 +219,29 @@ class FeatureStore:
     def _check_entry(self, shard: int, entry: FileEntry) -> None:
         if not 0 <= shard < self.info.num_shards or not entry.path.startswith(f"data/{shard:04d}/"):
             raise InvalidRowsError(f"{entry.path} is no file of shard {shard} of {self.info.num_shards}")
-        if entry.info_digest != self.info.digest or self.storage.size(entry.path) != entry.bytes:
+        try:
+            size_bytes = self.storage.size(entry.path)
+        except FileNotFoundError as error:
+            raise CorruptFileError(
+                f"{self.storage.full(entry.path)} is missing: `expire` removes files that no snapshot names once they"
+                " are older than its grace; build it again"
+            ) from error
+        if entry.info_digest != self.info.digest or size_bytes != entry.bytes:
             with open_entry(self.storage, self.info, entry):
                 pass  # names what differs
 
-    def _check_rebase(self, shard: int, entry: FileEntry, based_on: Manifest | None, parent: Manifest) -> None:
+    def _check_rebase(
+        self, shard: int, entry: FileEntry, based_on: Manifest | None, parent: Manifest, checked: set[str]
+    ) -> None:
         """Files that other writers added since the entry was built must not hold its keys under other uris."""
         files, known = parent.files(shard), based_on.files(shard) if based_on is not None else ()
         added = files[len(known) :] if files[: len(known)] == known else files  # all, where some were replaced
-        if added:
+        new = [file for file in added if file.path not in checked]
+        if new:
             with open_entry(self.storage, self.info, entry) as file:
                 keys_N, uris = _live_uris(file.read([KEY, URI, DELETED]))
-            ShardReader(self.storage, self.info, shard, added).check_uris(keys_N, uris)
+            ShardReader(self.storage, self.info, shard, new).check_uris(keys_N, uris)
+            checked.update(file.path for file in new)
 
 
 def _live_uris(table: pa.Table) -> tuple[npt.NDArray[np.int64], list[str]]:

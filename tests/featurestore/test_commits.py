@@ -110,17 +110,17 @@ def test_a_commit_whose_answer_was_lost_is_made_once(
 def test_a_commit_is_found_when_its_read_back_failed_and_others_went_on(
     store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = log._read
+    read = log.read
     failures = iter([True])
 
     def fails_once(storage: Storage, version: int) -> Manifest:
         if next(failures, False):
-            monkeypatch.setattr(log, "_read", read)
+            monkeypatch.setattr(log, "read", read)
             FeatureStore(storage, store.info).put(make_rows(1, store.info, seed=9, first=5), "other")
             raise StorageError("timed out")
         return read(storage, version)
 
-    monkeypatch.setattr(log, "_read", fails_once)
+    monkeypatch.setattr(log, "read", fails_once)
     assert store.put(make_rows(1, store.info), "mine").version == 1
     assert [m.operation for m in history(store)] == ["mine", "other"]
 

@@ -23,6 +23,11 @@ import pytest
 import xxhash
 
 from featurestore import FeatureRows, FeatureStore, Snapshot, StoreInfo, key_of_uri, keys_of_uris, log, shard_of
+from featurestore import store as store_module
+from featurestore.compaction import compact
+from featurestore.errors import CommitConflictError
+from featurestore.expiry import expire
+from featurestore.history import restore
 from featurestore.spec import Manifest
 from featurestore.storage import Storage
 
@@ -84,6 +89,7 @@ class Actor:
         self.name = name
         self.chance = random.Random(name)
         self._count = 0
+        self._noted = 0  # the last manifest
         self._file = os.open(journal, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         self._last_read: tuple[int, Contents] | None = None
         self.before_note: Callable[[str], None] = lambda event: None
@@ -98,18 +104,36 @@ class Actor:
         name, text = self._begin("put", uris)
         self._done(text, self.store.put(rows_of(name, uris), text))
 
-    def extract(self, uris: Sequence[str]) -> None:
-        """What the pipeline does: two parts staged, shards built of them, one commit."""
+    def extract(self, uris: Sequence[str], before: Callable[[str], None] = lambda step: None) -> None:
+        """What the pipeline does: two parts staged, shards built of them, one commit. `before` is told the steps."""
         name, text = self._begin("put", uris)
         for part in range(2):
             self.store.stage_part(name, f"{part}", rows_of(name, uris[part::2]))
+        before("build")
         built = {s: self.store.build_shard(name, s, ["0", "1"]) for s in range(self.store.info.num_shards)}
+        before("commit")
         self._done(text, self.store.commit({s: entry for s, entry in built.items() if entry}, text))
         self.store.discard_staging(name)
 
     def delete(self, uris: Sequence[str]) -> None:
         _, text = self._begin("delete", uris)
         self._done(text, self.store.delete(keys_of_uris(uris), text))
+
+    def compact(self, force: bool = False) -> None:
+        """Compact; another compaction may have been first."""
+        with contextlib.suppress(CommitConflictError):
+            compact(self.store, force=force)
+
+    def expire(self, keep_last: int, grace_s: float) -> None:
+        """Expire, by number alone; what is about to leave the log is noted."""
+        for version in log.versions(self.store.storage):
+            if version > self._noted:
+                self.note("manifest", json=log.read_manifest(self.store.storage, version).model_dump_json())
+                self._noted = version
+        expire(self.store, keep_last=keep_last, keep_days=0, grace_days=grace_s / 86400)
+
+    def restore(self, version: int) -> None:
+        restore(self.store, version)
 
     def read(self) -> None:
         """Read the newest snapshot whole; noted where it is not what the last one was."""
@@ -119,11 +143,6 @@ class Actor:
         if self._last_read != (snapshot.version, contents):
             self._last_read = snapshot.version, contents
             self.note("read", begun=begun, version=snapshot.version, contents=list(contents.items()))
-
-    def keep_history(self) -> None:
-        """Note every manifest of the log: whoever expires must, or the checker would miss those that go."""
-        for version in log.versions(self.store.storage):
-            self.note("manifest", json=log.read_manifest(self.store.storage, version).model_dump_json())
 
     def some_uris(self, pool: str, size: int) -> list[str]:
         """One to three uris of a pool of `size`."""
@@ -287,10 +306,23 @@ def check_order(notes: Sequence[dict], manifests: Sequence[Manifest]) -> None:
             assert version >= newest, f"{what} saw {version} when {newest} was done"
 
 
+@pytest.fixture(name="contents_of")
+def contents_of_fixture() -> Callable[[Snapshot], Contents]:
+    """What a snapshot holds, checked."""
+    return contents_of
+
+
+@pytest.fixture(name="replay")
+def replay_fixture() -> Callable[[Sequence[Manifest]], list[Contents]]:
+    """Contents after each version, from the operations' texts alone."""
+    return replay
+
+
 @pytest.fixture
-def make_arena(tmp_path: Path, info: StoreInfo) -> Iterator[Callable[..., Arena]]:
+def make_arena(tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Arena]]:
     """Arenas around new stores, in a folder or at `url`; all of their processes end with the test."""
     arenas: list[Arena] = []
+    monkeypatch.setattr(store_module, "refuse_unsafe", lambda storage: None)  # a race of seconds, tested elsewhere
 
     def make(url: str | Path | None = None, num_shards: int = 2) -> Arena:
         place = tmp_path / f"arena-{len(arenas)}"

@@ -21,22 +21,31 @@ def write(actor, count: int, barrier) -> None:
 def read(actor) -> None:
     while True:
         actor.read()
-        time.sleep(0.02)
+        time.sleep(0.2)
+
+
+def compact(actor) -> None:
+    while True:
+        actor.compact()
+        time.sleep(0.2)
 
 
 def run_writers(arena, num_commits: int) -> None:
     barrier = arena.fork.Barrier(8)
-    readers = [arena.start("reader", read)]
+    others = [arena.start("reader", read), arena.start("compactor", compact)]
     writers = [arena.start(f"w{i}", lambda actor: write(actor, num_commits // 8, barrier)) for i in range(8)]
     for writer in writers:
         writer.join(MAX_S)
         assert writer.exitcode == 0, arena.failures()
-    for reader in readers:
-        assert reader.is_alive()
-        arena.kill(reader)
+    for process in others:
+        assert process.is_alive(), arena.failures()
+        arena.kill(process)
     manifests = arena.check()
-    assert len([m for m in manifests if m.operation.startswith(("put", "delete"))]) == num_commits // 8 * 8
+    operations = [m.operation.split()[0] for m in manifests]
+    assert operations.count("put") + operations.count("delete") == num_commits // 8 * 8
+    assert operations.count("delete") > num_commits // 6
+    assert operations.count("compact") > num_commits // 100
 
 
 def test_a_thousand_commits_of_eight_writers(make_arena) -> None:
-    run_writers(make_arena(num_shards=4), 104)
+    run_writers(make_arena(), 1000)

@@ -1,6 +1,7 @@
 """Death at a chosen moment: this process ends itself by SIGKILL at the n-th thing that it does to files."""
 
 import io
+import multiprocessing
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+FORK = multiprocessing.get_context("fork")
 EVENTS = {"open", "os.link", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.listdir", "os.scandir"}
 
 
@@ -21,7 +23,7 @@ class Fuse:
 
     def __init__(self, at: int, trace: Path) -> None:
         self._left = at
-        self._trace = os.open(trace, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        self._trace = trace
         self._lock = threading.Lock()
 
     def point(self, name: str) -> None:
@@ -29,7 +31,8 @@ class Fuse:
         with self._lock:
             self._left -= 1
             if self._left == 0:
-                os.write(self._trace, f"{name}\n".encode())
+                with self._trace.open("a") as file:
+                    file.write(f"{name}\n")
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def watch_disk(self, root: str) -> None:
@@ -116,3 +119,23 @@ def make_fuse(tmp_path: Path) -> Iterator[Callable[[int], Fuse]]:
 def trace(tmp_path: Path) -> Callable[[], list[str]]:
     """The points at which processes died."""
     return lambda: (tmp_path / "trace").read_text().splitlines()
+
+
+@pytest.fixture
+def dies_at(make_fuse: Callable[[int], Fuse]) -> Callable[[int, Callable[[], None], str], bool]:
+    """Do `work` in a forked process that dies at its n-th thing to do with files below a root: whether it did."""
+
+    def run(at: int, work: Callable[[], None], root: str) -> bool:
+        fuse = make_fuse(at)
+
+        def watched() -> None:
+            fuse.watch_disk(root)
+            work()
+
+        process = FORK.Process(target=watched)
+        process.start()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        return process.exitcode != 0
+
+    return run

@@ -1,4 +1,4 @@
-"""SIGKILL of a writer before and after each thing it does to files: all of its commit is seen afterwards, or nothing."""
+"""SIGKILL of a writer before and after each thing it does to files: all of its commit is seen afterwards, or none."""
 
 from collections import Counter
 from functools import partial

@@ -1,0 +1,228 @@
+"""A random machine against a dict: every snapshot that is kept, and every one that is held, has what the dict had."""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from featurestore.compaction import compact
+from featurestore.expiry import expire
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from featurestore import ExtractorSpec, FeaturePartition, FeatureRows, FeatureStore, Snapshot, StoreInfo, key_of_uri
+from featurestore import log as manifests
+from featurestore.errors import SnapshotNotFoundError
+from featurestore.history import restore
+from featurestore.pins import pin, unpin
+from featurestore.storage import Storage
+
+URIS = st.lists(st.sampled_from([f"u{i}" for i in range(12)]), max_size=6)
+AGE_S = 30 * 86400.0
+Contents = dict[int, tuple[int, ...]]
+
+
+class StoreMachine(RuleBasedStateMachine):
+    def __init__(self, dies_at: Callable[[int, Callable[[], None], str], bool]) -> None:
+        super().__init__()
+        self.dies_at = dies_at
+        self.folder = tempfile.TemporaryDirectory()
+
+    @initialize(log2=st.integers(0, 2), ranks=st.integers(1, 5))
+    def make(self, log2: int, ranks: int) -> None:
+        spec = ExtractorSpec(backbone="b", layer="l", weights_digest="w", preprocessing="p", compute_dtype="float32")
+        info = StoreInfo(dim=3, num_shards=1 << log2, dtype="float32", extractor=spec)
+        self.store = FeatureStore.create(Path(self.folder.name) / "store", info)
+        self.ranks = ranks
+        self.model: Contents = {}
+        self.past: dict[int, Contents] = {0: {}}  # every snapshot ever
+        self.kept = {0}
+        self.held: list[Snapshot] = []
+        self.pins: dict[str, int] = {}
+        self.staged = 0
+        self.value = 0
+
+    def rows(self, uris: list[str]) -> FeatureRows:
+        values = np.arange(self.value, self.value + 3 * len(uris), dtype=np.float32).reshape(-1, 3)
+        self.value += 3 * len(uris)
+        return FeatureRows.of(uris, values)
+
+    def learn(self, rows: FeatureRows) -> None:
+        self.model.update(zip(rows.keys_N.tolist(), map(tuple, rows.features_ND.tolist()), strict=True))
+
+    def committed(self, version: int) -> None:
+        assert version == max(self.past) + 1
+        self.past[version] = dict(self.model)
+        self.kept.add(version)
+
+    @rule(uris=URIS)
+    def put(self, uris: list[str]) -> None:
+        rows = self.rows(uris)
+        self.learn(rows)
+        self.committed(self.store.put(rows).version)
+
+    @rule(uris=URIS)
+    def delete(self, uris: list[str]) -> None:
+        keys = [key_of_uri(uri) for uri in uris]
+        for key in keys:
+            self.model.pop(key, None)
+        self.committed(self.store.delete(keys).version)
+
+    @rule(parts=st.lists(URIS, max_size=3))
+    def extract(self, parts: list[list[str]]) -> None:
+        self.staged += 1
+        run = f"run-{self.staged}"
+        for number, uris in enumerate(parts):
+            rows = self.rows(uris)
+            self.learn(rows)
+            self.store.stage_part(run, f"{number}", rows)
+        names = self.store.staged_parts(run)
+        built = {s: self.store.build_shard(run, s, names) for s in range(self.store.info.num_shards)}
+        self.committed(self.store.commit({s: e for s, e in built.items() if e}, "extract").version)
+        self.store.discard_staging(run)
+
+    @rule(uris=URIS, at=st.integers(1, 60))
+    def put_and_die(self, uris: list[str], at: int) -> None:
+        rows = self.rows(uris)
+        self.dies_at(at, lambda: self.store.put(rows), self.store.url)
+        if self.store.snapshot().version > max(self.past):
+            self.learn(rows)
+            self.committed(max(self.past) + 1)
+
+    @rule(force=st.booleans())
+    def compact(self, force: bool) -> None:
+        compact(self.store, force=force)
+        newest = self.store.snapshot()
+        if newest.version > max(self.past):
+            self.committed(newest.version)
+        if force:
+            assert all(len(files) <= 1 and not files[0].num_deleted for files in newest.manifest.shards.values())
+
+    @rule(at=st.integers(1, 60))
+    def compact_and_die(self, at: int) -> None:
+        self.dies_at(at, lambda: compact(self.store, force=True), self.store.url)
+        if self.store.snapshot().version > max(self.past):
+            self.committed(max(self.past) + 1)
+
+    @rule(back=st.integers(0, 5))
+    def restore(self, back: int) -> None:
+        version = max(self.past) - back
+        if version in self.kept:
+            self.model = dict(self.past[version])
+            self.committed(restore(self.store, version).version)
+        else:
+            with pytest.raises(SnapshotNotFoundError):
+                restore(self.store, version)
+
+    @rule(name=st.sampled_from("ab"))
+    def pin(self, name: str) -> None:
+        if name in self.pins:
+            unpin(self.store, name)
+            del self.pins[name]
+        elif max(self.past):
+            self.pins[name] = pin(self.store, name).version
+
+    @rule()
+    def hold(self) -> None:
+        self.held = [*self.held[-2:], self.store.snapshot()]
+
+    @rule(keep_last=st.integers(1, 4), at=st.none() | st.integers(1, 40))
+    def expire_soon(self, keep_last: int, at: int | None) -> None:
+        """Nothing is old enough to be deleted, so whoever holds a snapshot is not disturbed."""
+        if at is None or not self.dies_at(at, lambda: self.expire(keep_last), self.store.url):
+            self.expire(keep_last)
+        self.forget(keep_last)
+
+    @rule(keep_last=st.integers(1, 4))
+    def expire_late(self, keep_last: int) -> None:
+        """All is old: what no kept snapshot names is gone, whoever left it behind."""
+        with later(AGE_S):
+            self.expire(keep_last)
+            self.expire(keep_last)
+        self.forget(keep_last)
+        self.held = [snapshot for snapshot in self.held if snapshot.version in self.kept]
+        named = [e.path for v in self.kept for files in self.store.snapshot(v).manifest.shards.values() for e in files]
+        there = [entry.path for entry in self.store.storage.entries("") if entry.path.startswith(("data/", "staging/"))]
+        assert sorted(path for path in there if path.endswith(".parquet")) == sorted(set(named))
+
+    def expire(self, keep_last: int) -> None:
+        expire(self.store, keep_last=keep_last, keep_days=0, grace_days=7)
+
+    def forget(self, keep_last: int) -> None:
+        newest = sorted(self.past)[-keep_last:]
+        self.kept = {version for version in self.kept if version in newest or version in {0, *self.pins.values()}}
+
+    @invariant()
+    def snapshots_hold_what_the_dict_held(self) -> None:
+        newest, oldest = max(self.kept), min(self.kept - {0}, default=0)
+        assert self.store.snapshot().version == newest
+        for snapshot in [self.store.snapshot(newest), self.store.snapshot(oldest), *self.held]:
+            self.check(snapshot)
+
+    def check(self, snapshot: Snapshot) -> None:
+        contents = self.past[snapshot.version]
+        assert snapshot.keys().tolist() == sorted(contents)
+        assert list(map(tuple, snapshot.get(sorted(contents)).tolist())) == [contents[k] for k in sorted(contents)]
+        assert snapshot.num_rows == snapshot.metadata_table().num_rows == len(contents)
+
+    @rule(back=st.integers(0, 5))
+    def open_by_number_and_time(self, back: int) -> None:
+        assert manifests.versions(self.store.storage) == sorted(self.kept - {0})
+        version = max(0, max(self.past) - back)
+        if version not in self.kept:
+            with pytest.raises(SnapshotNotFoundError, match="has expired"):
+                self.store.snapshot(version)
+        elif version:
+            time_s = self.store.snapshot(version).manifest.time_s
+            self.check(self.store.snapshot(at=datetime.fromtimestamp(time_s + 2e-6, UTC)))
+
+    @rule()
+    def partitions_serve_the_same(self) -> None:
+        wanted = np.array([key_of_uri(f"u{i}") for i in range(14)])
+        served: Contents = {}
+        for rank in range(self.ranks):
+            with FeaturePartition.load(self.store, rank, self.ranks, f"{self.folder.name}/cache", "zeros") as partition:
+                assert partition.snapshot_version == max(self.past)
+                mine = wanted[partition.owns(wanted)]
+                found = partition.lookup(mine)
+                assert partition.missing_count == int(found.missing_U.sum())
+                for key, row, missing in zip(mine.tolist(), found.features_UD, found.missing_U, strict=True):
+                    if missing:
+                        assert not row.any()
+                    else:
+                        served[key] = tuple(row.tolist())
+        assert served == self.model
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
+
+
+@contextlib.contextmanager
+def later(seconds: float) -> Iterator[None]:
+    """As if all that is in a store were older by that."""
+    now = Storage.now
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Storage, "now", lambda self: now(self) + seconds)
+        yield
+
+
+def run_machine(dies_at, examples: int, steps: int) -> None:
+    run_state_machine_as_test(
+        lambda: StoreMachine(dies_at),
+        settings=settings(
+            max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+
+
+def test_random_commits_against_a_dict(dies_at) -> None:
+    run_machine(dies_at, 15, 12)
+
+
+@pytest.mark.slow
+def test_many_random_commits_against_a_dict(dies_at) -> None:
+    run_machine(dies_at, 200, 30)
