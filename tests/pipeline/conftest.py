@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from distributed import Client, LocalCluster
 from PIL import Image
 
 from pipeline.backbone import backbone
+from pipeline.cluster import WORKER_CONFIG
 from pipeline.layers import DEFAULT_BACKBONE
 
 
@@ -56,6 +58,7 @@ def client() -> Iterator[Client]:
     """A Dask client whose one worker is a thread of this process, so that tests can look at the network it uses."""
     with (
         pytest.MonkeyPatch.context() as patch,
+        dask.config.set(WORKER_CONFIG),
         LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,
     ):
