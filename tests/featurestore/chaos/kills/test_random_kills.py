@@ -1,0 +1,73 @@
+"""Writers, compaction and expiry of one store, one of them killed every moment; a reader looks on all the time."""
+
+import random
+import time
+
+import pytest
+
+PAUSE_S = 0.2
+
+
+def write(actor) -> None:
+    while True:
+        uris = [*actor.some_uris("hot", 6), *actor.some_uris("warm", 30)]
+        actor.chance.choice([actor.put, actor.put, actor.extract, actor.delete])(uris)
+
+
+def read(actor) -> None:
+    while True:
+        actor.read()
+        time.sleep(0.01)
+
+
+def compact(actor) -> None:
+    while True:
+        actor.compact()
+        time.sleep(0.05)
+
+
+def expire(actor) -> None:
+    while True:
+        actor.expire(keep_last=3, grace_s=5)
+        time.sleep(0.05)
+
+
+CREW = {"w0": write, "w1": write, "w2": write, "compactor": compact, "expirer": expire}
+
+
+def kill_at_random(arena, seed: int, num_kills: int, pause_s: float) -> None:
+    chance = random.Random(seed)
+    reader = arena.start("reader", read)
+    alive = {role: arena.start(f"{role}-0", work) for role, work in CREW.items()}
+    for number in range(1, num_kills + 1):
+        time.sleep(chance.uniform(0, pause_s))
+        role = chance.choice(list(CREW))
+        assert alive[role].is_alive(), arena.failures()
+        arena.kill(alive[role])
+        arena.check()
+        alive[role] = arena.start(f"{role}-{number}", CREW[role])
+    assert reader.is_alive(), arena.failures()
+    arena.close()
+    manifests = arena.check()
+    done = [m.operation.split()[0] for m in manifests]
+    assert done.count("put") >= num_kills
+    assert done.count("compact") >= 3
+
+
+def test_forty_kills_on_disk(make_arena) -> None:
+    kill_at_random(make_arena(), 0, 40, 0.2)
+
+
+def test_ten_kills_on_s3(s3_url: str, make_arena) -> None:
+    kill_at_random(make_arena(f"{s3_url}/store"), 0, 10, 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 10))
+def test_many_kills_on_disk(make_arena, seed: int) -> None:
+    kill_at_random(make_arena(), seed, 50, 0.2)
+
+
+@pytest.mark.slow
+def test_many_kills_on_s3(s3_url: str, make_arena) -> None:
+    kill_at_random(make_arena(f"{s3_url}/store"), 1, 50, 1.0)
