@@ -1,0 +1,119 @@
+"""Real S3 servers on loopback, for tests: SeaweedFS, and moto as a second one."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from featurestore.storage import Storage
+
+ACCESS_KEY, SECRET_KEY, REGION = "testkey", "testsecret", "us-east-1"
+READY_TIMEOUT_S = 60
+
+
+class Server:
+    """A program that serves S3, with its files and its log in a folder; keeps its address over restarts."""
+
+    def __init__(self, command: list[str | Path], endpoint: str, healthy: str, folder: Path) -> None:
+        self.endpoint = endpoint
+        self._command, self._healthy, self._folder = command, healthy, folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, wait: bool = True) -> None:
+        with (self._folder / "log.txt").open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self._folder)
+        if wait:
+            self._wait_until_healthy()
+
+    def kill(self) -> None:
+        """SIGKILL: what it had not written to its files is lost."""
+        if self._process is not None:
+            os.kill(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while time.monotonic() < deadline and self._process is not None and self._process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{self.endpoint}{self._healthy}", timeout=1):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.05)
+        pytest.fail(f"the server did not start: {(self._folder / 'log.txt').read_text(errors='replace')[-2000:]}")
+
+
+def seaweedfs(folder: Path) -> Server:
+    """The real server's binary; takes about a second to start."""
+    identity = {
+        "name": "test",
+        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    }
+    (folder / "identities.json").write_text(json.dumps({"identities": [identity]}))
+    s3, master, volume, filer = free_ports(4)
+    options = {
+        "dir": folder, "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "s3.port": s3, "master.port": master,
+        "volume.port": volume, "filer.port": filer, "admin.ui": "false", "webdav": "false", "s3.port.iceberg": 0,
+        "s3.port.lance": 0, "master.telemetry": "false", "s3.config": folder / "identities.json",
+    }  # fmt: skip
+    weed = Path(sys.executable).with_name("weed")
+    return Server(
+        [weed, "mini", *(f"-{name}={value}" for name, value in options.items())],
+        f"http://127.0.0.1:{s3}",
+        "/healthz",
+        folder,
+    )
+
+
+def moto(folder: Path) -> Server:
+    """A mock in Python that keeps everything in memory and checks no signature."""
+    (port,) = free_ports(1)
+    program = Path(sys.prefix) / "moto" / "bin" / "moto_server"
+    return Server(
+        [program, "-H", "127.0.0.1", "-p", str(port)], f"http://127.0.0.1:{port}", "/moto-api/data.json", folder
+    )
+
+
+@contextlib.contextmanager
+def environment_of(endpoint: str) -> Iterator[None]:
+    """The usual variables, so that s3:// is the server at `endpoint`, here and in processes started from here."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+        environment.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+        environment.setenv("AWS_ENDPOINT_URL", endpoint)
+        environment.setenv("AWS_DEFAULT_REGION", REGION)
+        yield
+
+
+def new_bucket() -> str:
+    """An empty bucket of its own on the server of the environment, as s3://NAME."""
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    Storage(f"s3://{bucket}")._remote.client.call_s3("create_bucket", Bucket=bucket)
+    return f"s3://{bucket}"
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, and so does their gRPC twin 10,000 higher, which SeaweedFS takes too."""
+    found: list[int] = []
+    while len(found) < count:
+        with socket.socket() as low, socket.socket() as high:
+            low.bind(("127.0.0.1", 0))
+            port = low.getsockname()[1]
+            try:
+                high.bind(("127.0.0.1", port + 10_000))
+            except (OSError, OverflowError):
+                continue
+            found.append(port)
+    return found
