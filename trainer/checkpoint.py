@@ -55,7 +55,7 @@ class Origin(Section):
     model: dict[str, Any]
     """Section model of the configuration, and the fields of the schema."""
     store: dict[str, Any]
-    """ExtractorSpec, dimension and dtype of the feature store; empty where the model has no images."""
+    """ExtractorSpec, dimension, dtype and codec of the feature store; empty where the model has no images."""
 
     def check_same(self, recorded: "Origin", path: Path) -> None:
         """Raises CheckpointError naming every value that `recorded`, of the checkpoint at `path`, has otherwise."""

@@ -18,6 +18,7 @@ import torch
 
 from featurestore.errors import FeatureStoreError, StoreNotFoundError
 from featurestore.partition import FeaturePartition
+from featurestore.spec import StoreInfo
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
 from trainer import checkpoint
@@ -286,8 +287,13 @@ def _origin(config: Config, schema: Schema, train: SampleIndex, partition: Featu
         },
         train={"seed": config.train.seed},
         model={**config.model.model_dump(), "fields": fields, "label": schema.label},
-        store={"dim": info.dim, "dtype": info.dtype, "extractor": info.extractor.model_dump()} if info else {},
+        store=_kind_of_features(info) if info else {},
     )
+
+
+def _kind_of_features(info: StoreInfo) -> dict[str, Any]:
+    codec = {"codec": info.codec.sha256} if info.codec else {}
+    return {"dim": info.dim, "dtype": info.dtype, "extractor": info.extractor.model_dump(), **codec}
 
 
 def _train_reader(config: Config, comm: Comm, index: SampleIndex, schema: Schema) -> SampleReader:

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
+from featurestore import Codec, ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
+from featurestore.codec import write_codec
 from featurestore.embedding import EmbeddingModel, EmbeddingService
 from featurestore.errors import MissingKeysError
+from featurestore.index import train_ranges
 from featurestore.partition import FeaturePartition
-from featurestore.rows import to_bits
+from featurestore.storage import Storage
 
 DIM = 32
 
@@ -21,13 +23,23 @@ def features(count: int = 50) -> np.ndarray:
     return np.maximum(draw.normal(3, 1, (count, DIM)) * draw.uniform(0.5, 20, DIM), 0).astype(np.float32)
 
 
+def flat_features() -> np.ndarray:
+    """The same but for a dimension that never changes."""
+    values = features()
+    values[:, 7] = 4.25
+    return values
+
+
 def partition_of(folder: Path, missing: str = "error", dtype: str = "bfloat16") -> FeaturePartition:
     spec = ExtractorSpec(
         backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
     )
-    info = StoreInfo(num_shards=4, name="images", dim=DIM, dtype=dtype, extractor=spec)
+    values = flat_features() if dtype == "int8" else features()
+    codec = Codec("int8", train_ranges(values)) if dtype == "int8" else Codec(dtype)
+    codec_spec = write_codec(Storage(folder / "store"), codec)
+    info = StoreInfo(num_shards=4, name="images", dim=DIM, dtype=dtype, extractor=spec, codec=codec_spec)
     store = FeatureStore.create(str(folder / "store"), info)
-    store.put(FeatureRows.of([str(k) for k in range(50)], to_bits(features(), info.dtype), keys=np.arange(50)))
+    store.put(FeatureRows.of([str(k) for k in range(50)], values, keys=np.arange(50)))
     return FeaturePartition.load(store, cache_dir=folder / "cache", missing=missing)
 
 
@@ -79,6 +91,80 @@ class TestModel:
         assert visual.shape == (0, 3)
         visual.sum().backward()
         assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+class TestCodes:
+    """Codes of an int8 store, beside the same network on the numbers that they stand for."""
+
+    def test_they_enter_the_product_exactly_in_bfloat16(self) -> None:
+        codes = torch.arange(256, dtype=torch.uint8)[:, None]
+        for mean in (0.0, 17.375, 128.0, 255.0, 9000.0, -5.0):
+            model = EmbeddingModel(1, (), 1, "bfloat16")
+            model.fold_codec_(Codec("int8", np.array([[-0.5], [255]], np.float32)))  # code c stands for c
+            model.fold_standardization_(np.array([mean]), np.array([1.0]))
+            with torch.no_grad():
+                model.layers[0].weight.fill_(1.0)
+                model.layers[0].bias.fill_(mean - round(min(max(mean, 0), 255)))  # leaves whole numbers
+            assert torch.equal(model(codes), codes.float() - round(min(max(mean, 0), 255)))
+
+    @pytest.mark.parametrize("standardized", [True, False])
+    @pytest.mark.parametrize("missing", ["zeros", "learned"])
+    def test_vectors_and_gradients_are_those_of_decoded_numbers(
+        self, tmp_path: Path, standardized: bool, missing: str
+    ) -> None:
+        partition = partition_of(tmp_path, missing, "int8")
+        torch.manual_seed(1)
+        models = [EmbeddingModel(DIM, (16, 8), 5, "float64") for _ in range(2)]
+        models[1].load_state_dict(models[0].state_dict())
+        service = EmbeddingService(partition, {"e": models[0]}, missing).double()
+        reference = models[1].double()
+        keys = np.array([3, 999, 49, 0, 7, 998, 20])
+        here = np.array([0, 2, 3, 4, 6])
+        codec = partition.codec
+        gathered = service.gather(keys)
+        assert gathered.features_QD.dtype == torch.uint8
+        codes = gathered.features_QD.numpy()[here]
+        assert np.array_equal(codes, codec.encode(flat_features()[keys[here]]))
+        assert codec.step_D[7] == 0 and codec.offset_D[7] == 4.25
+        decoded = torch.from_numpy(codec.offset_D + codec.step_D.astype(np.float64) * codes)
+        if standardized:
+            mean, std = decoded.mean(0).float().numpy(), decoded.std(0).float().numpy()
+            service.fold_standardization_(mean, std)
+            reference.fold_standardization_(mean, std)
+        visual, expected = service.embed("e", gathered), reference(decoded)
+        torch.testing.assert_close(visual[here], expected, rtol=1e-12, atol=1e-12)
+        weight = torch.randn(expected.shape, dtype=torch.float64)
+        (visual[here] * weight).sum().backward()
+        (expected * weight).sum().backward()
+        for (name, a), b in zip(models[0].named_parameters(), reference.parameters(), strict=True):
+            assert a.grad is not None and b.grad is not None
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12, msg=name)
+        assert bool(torch.isfinite(visual).all()) and not visual[[1, 5]].any()
+
+    def test_a_common_part_costs_no_precision(self, tmp_path: Path) -> None:
+        """Numbers around 1,000 of deviation 1: rounded to bfloat16 they are all but lost, as codes they are not."""
+        values = np.random.default_rng(2).normal(1000, 1, (400, DIM)).astype(np.float32)
+        codec = Codec("int8", train_ranges(values))
+        torch.manual_seed(0)
+        models = {dtype: EmbeddingModel(DIM, (64,), 12, dtype) for dtype in ("bfloat16", "float32")}
+        models["bfloat16"].load_state_dict(models["float32"].state_dict())
+        visual = {}
+        for dtype, model in models.items():
+            model.fold_codec_(codec)
+            model.fold_standardization_(values.mean(0), values.std(0))
+            visual[dtype] = model(torch.from_numpy(codec.encode(values)))
+            visual[dtype].square().sum().backward()
+        low, full = visual["bfloat16"].detach(), visual["float32"].detach()
+        assert float((low - full).norm()) < 0.01 * float(full.norm())
+        for (name, a), b in zip(models["bfloat16"].named_parameters(), models["float32"].parameters(), strict=True):
+            assert a.grad is not None and b.grad is not None
+            assert float((a.grad - b.grad).norm()) < 0.02 * float(b.grad.norm()), name
+
+    def test_no_rows(self, tmp_path: Path) -> None:
+        service = EmbeddingService(partition_of(tmp_path, dtype="int8"), {"e": EmbeddingModel(DIM)})
+        visual = service.embed("e", service.gather(np.empty(0, np.int64)))
+        visual.sum().backward()
+        assert visual.shape == (0, 12) and not any(p.grad.any() for p in service.parameters() if p.grad is not None)
 
 
 class TestService:

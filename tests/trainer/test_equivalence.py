@@ -28,6 +28,7 @@ RUNS = [
     "ad_colliding_ids/float64",
     "ids_only/float64",
     "missing_zeros/float64",
+    "int8_codes/float64",
     "missing_learned/float64",
 ]
 RANKS = [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)]
@@ -59,7 +60,7 @@ def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Resu
 def reference(results_of: Callable[[int], Results], tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Results of the reference, from the initial values of a run of one rank."""
     folder = tmp_path_factory.mktemp("reference")
-    kept = ("initial", "mean_and_std")
+    kept = ("initial", "mean_and_std", "decoded")
     start = {run: {k: result[k] for k in kept} for run, result in results_of(1).items() if "initial" in result}
     torch.save(start, folder / "initial.pt")
     _run([sys.executable, str(HERE / "reference.py"), str(folder / "initial.pt"), str(folder / "out.pt")])

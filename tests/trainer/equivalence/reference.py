@@ -3,12 +3,13 @@
     python reference.py INITIAL OUT
 
 writes for each scenario the losses, the first step's gradients and what is trained after the last step, by the names
-that the engine uses. It shares nothing with the engine but the initial values (INITIAL, written by worker.py run alone)
-and the place of an id's row.
+that the engine uses. It shares nothing with the engine but what worker.py run alone wrote to INITIAL (initial values,
+and what the codes of an int8 store stand for) and the place of an id's row.
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-6
 class Reference:
     """Tensors by name, and a forward that reads like the description of the model."""
 
-    def __init__(self, scenario: Scenario, dtype: str, initial: dict[str, Tensor], mean: Tensor, std: Tensor) -> None:
+    def __init__(self, scenario: Scenario, dtype: str, known: dict[str, Any]) -> None:
+        initial, (mean, std) = known["initial"], known["mean_and_std"]
         self.scenario, self.config = scenario, scenario.config(dtype)
         self.dtype = getattr(torch, dtype)
         self.shared = self.config.shared_image_model
@@ -45,7 +47,8 @@ class Reference:
             for name, table in self.tables.items()
         }
         self.mean, self.std = mean.to(self.dtype), std.to(self.dtype)
-        self.feature_of = {key: torch.from_numpy(value).to(self.dtype) for key, value in features().items()}
+        feature_of = known["decoded"] or {key: torch.from_numpy(value) for key, value in features().items()}
+        self.feature_of = {key: value.to(self.dtype) for key, value in feature_of.items()}
         self.touched: dict[str, set[int]] = {}
 
     def id_vector(self, table: str, value: int) -> Tensor:
@@ -176,8 +179,7 @@ def main(initial: Path, out: Path) -> None:
     results = {}
     for name, scenario in SCENARIOS.items():
         for dtype in scenario.dtypes:
-            known = start[f"{name}/{dtype}"]
-            model = Reference(scenario, dtype, known["initial"], *known["mean_and_std"])
+            model = Reference(scenario, dtype, start[f"{name}/{dtype}"])
             outcomes = [model.step(samples, number) for number, samples in enumerate(steps(scenario))]
             results[f"{name}/{dtype}"] = {
                 "losses": [loss for loss, _ in outcomes],

@@ -7,6 +7,7 @@ import numpy as np
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.keys import shard_of
+from featurestore.recode import recode
 from trainer.batch import Batch, Jagged
 from trainer.options import ModelConfig, OptimConfig
 from trainer.schema import Field, Schema
@@ -55,6 +56,7 @@ class Scenario:
     deal: str = "even"
     one_shard: bool = False
     standardized: bool = False
+    int8: bool = False
     dtypes: tuple[str, ...] = ("float64",)
     tables: dict[str, int] = field(default_factory=lambda: {"user": 40, "item": 96, "image": 200})
 
@@ -84,6 +86,8 @@ SCENARIOS = {
     "ad_colliding_ids": Scenario({"images": "ad"}, tables={"user": 8, "item": 3, "image": 200}),
     "ids_only": Scenario({"images": "none"}, deal="starve"),
     "missing_zeros": Scenario({"images": "both"}, missing="zeros", lacking=True),
+    # Codes go into E as they are; the reference takes the numbers that they stand for.
+    "int8_codes": Scenario({"images": "both"}, missing="learned", lacking=True, standardized=True, int8=True),
     "missing_learned": Scenario({"images": "both", "shared_image_model": False}, missing="learned", lacking=True),
 }
 
@@ -103,7 +107,7 @@ def keys_in_one_shard() -> list[int]:
 
 
 def make_store(path: Path) -> None:
-    """A store of `features`."""
+    """A store of `features`, and one of their codes beside it."""
     spec = ExtractorSpec(
         backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
     )
@@ -113,6 +117,7 @@ def make_store(path: Path) -> None:
     table = features()
     rows = FeatureRows.of([f"image-{key}" for key in table], np.stack(list(table.values())), keys=list(table))
     store.put(rows)
+    recode(store, f"{path}-int8", "int8")
 
 
 def steps(scenario: Scenario) -> list[list[Sample]]:

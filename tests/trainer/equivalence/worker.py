@@ -40,6 +40,8 @@ def engine_of(comm: Comm, store: FeatureStore, scenario: Scenario, dtype: str) -
 
 def run(comm: Comm, store: FeatureStore, scenario: Scenario, dtype: str) -> dict[str, object]:
     """20 steps; keys of a step are exchanged while the one before has not run yet."""
+    if scenario.int8:
+        store = FeatureStore.open(f"{store.url}-int8")
     engine = engine_of(comm, store, scenario, dtype)
     initial = {name: parameter.detach().clone() for name, parameter in engine.dense_parameters().items()}
     statistics = store.snapshot().statistics()
@@ -63,11 +65,20 @@ def run(comm: Comm, store: FeatureStore, scenario: Scenario, dtype: str) -> dict
     return {
         "initial": initial,
         "mean_and_std": [torch.from_numpy(np.array(v)) for v in (statistics.mean_D, statistics.std_D)],
+        "decoded": decoded(store) if scenario.int8 else None,
         "losses_P": comm.allgather_object(losses),
         "calls": calls[1:-1],
         "gradients": gradients,
         "trained": trained,
     }
+
+
+def decoded(store: FeatureStore) -> dict[int, torch.Tensor]:
+    """Key -> what its codes stand for, in float64."""
+    snapshot, codec = store.snapshot(), store.codec
+    keys = snapshot.keys()
+    values = codec.offset_D + codec.step_D.astype(np.float64) * snapshot.get(keys)
+    return dict(zip(keys.tolist(), torch.from_numpy(values), strict=True))
 
 
 def first_gradients(comm: Comm, engine: Engine) -> dict[str, torch.Tensor]:
