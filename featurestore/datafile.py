@@ -155,6 +155,8 @@ class DataFile:
             self._parquet = pq.ParquetFile(source, page_checksum_verification=page_checksums, pre_buffer=not streaming)
             schema = self._parquet.schema_arrow
             found = StoreInfo.model_validate_json((schema.metadata or {})[_INFO])
+        if self.group_starts[-1] != self.num_rows:  # the one number of the footer that Arrow believes unseen
+            raise CorruptFileError(f"{path} is damaged: its row groups have not {self.num_rows} rows together")
         info.check_same(found, path)
         if not schema.equals(schema_of(info)):
             raise CorruptFileError(f"{path} has the columns {schema.names} or other types than a store writes")
