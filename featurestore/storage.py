@@ -113,8 +113,9 @@ class Storage:
 
         On an object store one flat listing, 1,000 files an answer. A file that vanishes meanwhile is left out.
         """
-        with self._translated("list", path):
+        with self._translated("list", path), contextlib.suppress(FileNotFoundError):
             return sorted(self._files.entries(path, recursive))
+        return []
 
     def now(self) -> float:
         """Seconds since 1970 by the clock that stamps the files here: that of the disk or of the object store.
@@ -139,7 +140,7 @@ class Storage:
 
     def delete(self, path: str) -> None:
         """Remove a file, or a folder with all below it; nothing happens where nothing is there."""
-        with self._translated("delete", path):
+        with self._translated("delete", path), contextlib.suppress(FileNotFoundError):
             self._files.delete(path)
 
     def delete_files(self, paths: Iterable[str]) -> None:

@@ -1,13 +1,16 @@
-"""The door to files on a disk, in memory and on S3: whole files, exclusive creation, translated errors."""
+"""The door to files: one contract for a disk, memory and two S3 servers, and what is the disk's alone."""
 
 import errno
+import io
 import os
 import pickle
+import random
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,98 +18,163 @@ from featurestore.errors import StorageError
 from featurestore.storage import Storage
 
 
-class ClientError(Exception):
-    """Shaped like botocore's."""
-
-    def __init__(self, code: str) -> None:
-        super().__init__(code)
-        self.response = {"Error": {"Code": code}}
-
-
-class ScriptedFiles:
-    """An object store's client that answers each put as told; None stores the object."""
-
-    def __init__(self, answers: list[Exception | str | None]) -> None:
-        self.answers = answers
-        self.objects: dict[str, bytes] = {}
-
-    def pipe_file(self, path: str, data: bytes, mode: str) -> None:
-        assert mode == "create"
-        answer = self.answers.pop(0)
-        if answer is None:
-            self.objects[path] = data
-        elif isinstance(answer, str):
-            raise OSError(errno.EINVAL, answer) from ClientError(answer)
-        else:
-            raise answer
+def read_into(storage: Storage, path: str, size: int) -> bytes:
+    """The beginning of a file that is there with its 6 bytes."""
+    out = bytearray(size)
+    assert storage.read_into(path, memoryview(out)) == 6
+    return bytes(out)
 
 
-@pytest.fixture(params=["disk", "memory", "s3"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    if request.param == "disk":
-        return Storage(tmp_path / "root")
-    return Storage(request.getfixturevalue("memory_url" if request.param == "memory" else "s3_url"))
+class StorageContract:
+    """What every place gives; `url` is that of an empty one."""
+
+    num_racers = 8
+
+    @pytest.fixture
+    def storage(self, url: str) -> Storage:
+        return Storage(url)
+
+    def test_reading_writing_listing_and_deleting(self, storage: Storage) -> None:
+        assert storage.list("a") == []
+        for look in (storage.read_bytes, storage.size, storage.open_input, lambda path: read_into(storage, path, 1)):
+            with pytest.raises(FileNotFoundError):
+                look("a/b.bin")
+        storage.write_bytes("a/b.bin", b"one")
+        storage.write_bytes("a/b.bin", b"second")
+        storage.write_bytes("a/c/d.bin", b"")
+        assert storage.read_bytes("a/b.bin") == b"second" == read_into(storage, "a/b.bin", 6)
+        assert read_into(storage, "a/b.bin", 4) == b"seco" and read_into(storage, "a/b.bin", 8) == b"second\0\0"
+        assert storage.size("a/b.bin") == 6
+        assert storage.list("a") == ["b.bin", "c"]
+        storage.delete("a")
+        storage.delete("a")
+        assert storage.entries("a") == []  # SeaweedFS keeps the empty folder
+
+    def test_entries_are_all_files_below_with_size_and_time(self, storage: Storage) -> None:
+        assert storage.entries() == [] and storage.entries("a") == []
+        before = storage.now()
+        for path, size in (("a/b.bin", 3), ("a/c/d.bin", 0), ("a/.tmp-dead", 2), ("ab/e.bin", 1)):
+            storage.write_bytes(path, bytes(size))
+        after = storage.now()
+        sizes = {entry.path: entry.size_bytes for entry in storage.entries("a")}
+        assert sizes == {"a/b.bin": 3, "a/c/d.bin": 0, "a/.tmp-dead": 2}
+        assert [entry.path for entry in storage.entries("a", recursive=False)] == ["a/.tmp-dead", "a/b.bin"]
+        assert [entry.path for entry in storage.entries()] == ["a/.tmp-dead", "a/b.bin", "a/c/d.bin", "ab/e.bin"]
+        assert all(before <= entry.mtime_s <= after for entry in storage.entries())
+        assert before > time.time() - 60 and after < time.time() + 60
+        assert storage.entry("a/b.bin") == storage.entries("a")[1]
+        assert storage.entries("a/b.bin") == []
+
+    def test_only_the_first_exclusive_create_wins(self, storage: Storage) -> None:
+        assert storage.create_exclusive("log/1.json", b"mine")
+        assert not storage.create_exclusive("log/1.json", b"yours")
+        assert not storage.create_exclusive("log/1.json", b"")
+        assert storage.read_bytes("log/1.json") == b"mine"
+        assert storage.list("log") == ["1.json"]
+        storage.delete("log/1.json")
+        assert storage.create_exclusive("log/1.json", b"yours")
+
+    def test_of_racing_creates_one_wins(self, storage: Storage) -> None:
+        start = threading.Barrier(self.num_racers)
+
+        def create(racer: int, path: str) -> bool:
+            start.wait()
+            return storage.create_exclusive(path, str(racer).encode())
+
+        with ThreadPoolExecutor(self.num_racers) as pool:
+            for number in range(10):
+                path = f"log/{number}"
+                won = list(pool.map(create, range(self.num_racers), [path] * self.num_racers))
+                assert sum(won) == 1
+                assert storage.read_bytes(path) == str(won.index(True)).encode()
+
+    def test_an_output_that_fails_leaves_nothing_behind(self, storage: Storage) -> None:
+        storage.write_bytes("a.bin", b"old")
+        for path in ("a.bin", "b.bin"):
+            with pytest.raises(RuntimeError), storage.open_output(path) as file:
+                file.write(b"half")
+                raise RuntimeError
+        assert [entry.path for entry in storage.entries()] == ["a.bin"]
+        assert storage.read_bytes("a.bin") == b"old"
+
+    def test_an_open_file_is_read_in_any_order(self, storage: Storage) -> None:
+        data = random.Random(0).randbytes(700_000)
+        storage.write_bytes("a.bin", data)
+        with storage.open_input("a.bin") as file:
+            for start, size in ((0, 10), (699_990, 100), (300_000, 300_000), (5, 0), (10, 262_144), (700_000, 5)):
+                assert file.seek(start) == start
+                assert file.read(size) == data[start : start + size]
+            assert file.seek(-4, io.SEEK_END) == 699_996 and file.read() == data[-4:]
+            file.seek(1)
+            assert file.seek(1, io.SEEK_CUR) == 2 and file.read() == data[2:]
+
+    def test_names_are_no_patterns_and_no_prefixes(self, storage: Storage) -> None:
+        names = ["a[1]/x", "a1/x", "a*/x", "ab/x", "a/x", "a b?/x"]
+        for name in names:
+            storage.write_bytes(name, name.encode())
+        for name in ("a[1]", "a*", "a", "a b?"):
+            assert [entry.path for entry in storage.entries(name)] == [f"{name}/x"]
+            assert storage.list(name) == ["x"] and storage.read_bytes(f"{name}/x") == f"{name}/x".encode()
+            storage.delete(name)
+        assert [entry.path for entry in storage.entries()] == ["a1/x", "ab/x"]
+        storage.delete_files(["a1/x", "never/there"])
+        assert [entry.path for entry in storage.entries()] == ["ab/x"]
+
+    def test_it_pickles_as_its_address(self, storage: Storage) -> None:
+        storage.write_bytes("a", b"1")
+        copy = pickle.loads(pickle.dumps(storage))
+        assert copy.url == storage.url and copy.read_bytes("a") == b"1"
 
 
-def scripted(answers: list[Any]) -> tuple[Storage, ScriptedFiles]:
-    storage = Storage("s3://bucket/store")
-    files = ScriptedFiles(answers)
-    storage._remote._client = os.getpid(), files
-    return storage, files
+class TestDisk(StorageContract):
+    @pytest.fixture
+    def url(self, tmp_path: Path) -> str:
+        return str(tmp_path / "root")
 
 
-def test_reading_writing_listing_and_deleting(storage: Storage) -> None:
-    assert storage.list("a") == []
-    with pytest.raises(FileNotFoundError):
-        storage.read_bytes("a/b.bin")
-    with pytest.raises(FileNotFoundError):
-        storage.size("a/b.bin")
-    storage.write_bytes("a/b.bin", b"one")
-    storage.write_bytes("a/b.bin", b"second")
-    storage.write_bytes("a/c/d.bin", b"")
-    assert storage.read_bytes("a/b.bin") == b"second"
-    assert storage.size("a/b.bin") == 6
-    assert storage.list("a") == ["b.bin", "c"]
-    with storage.open_input("a/b.bin") as file:
-        file.seek(3)
-        assert file.read() == b"ond"
-    storage.delete("a")
-    storage.delete("a")
-    assert storage.entries("a") == []  # some servers keep the empty folder
+class TestMemory(StorageContract):
+    @pytest.fixture
+    def url(self, memory_url: str) -> str:
+        return memory_url
 
 
-def test_entries_are_all_files_below_with_size_and_time(storage: Storage) -> None:
-    assert storage.entries() == [] and storage.entries("a") == []
-    before = storage.now()
-    for path, size in (("a/b.bin", 3), ("a/c/d.bin", 0), ("a/.tmp-dead", 2), ("ab/e.bin", 1)):
-        storage.write_bytes(path, bytes(size))
-    after = storage.now()
-    sizes = {entry.path: entry.size_bytes for entry in storage.entries("a")}
-    assert sizes == {"a/b.bin": 3, "a/c/d.bin": 0, "a/.tmp-dead": 2}
-    assert [entry.path for entry in storage.entries("a", recursive=False)] == ["a/.tmp-dead", "a/b.bin"]
-    assert [entry.path for entry in storage.entries()] == ["a/.tmp-dead", "a/b.bin", "a/c/d.bin", "ab/e.bin"]
-    assert all(before <= entry.mtime_s <= after for entry in storage.entries())
-    assert storage.entry("a/b.bin") in storage.entries()
-    assert storage.entries("a/b.bin") == []
+class TestSeaweedFS(StorageContract):
+    num_racers = 2  # it lets a third one wait for a second
+
+    @pytest.fixture
+    def url(self, s3_url: str) -> str:
+        return f"{s3_url}/store"
+
+    def test_more_files_than_one_answer_of_a_listing_holds(self, storage: Storage) -> None:
+        names = [f"{number:05d}" for number in range(1_050)]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda name: storage.write_bytes(f"log/{name}", b""), names))
+        assert storage.list("log") == names
+        assert [entry.path for entry in storage.entries()] == [f"log/{name}" for name in names]
+        storage.delete("log")
+        assert storage.entries() == []
+
+    def test_a_file_of_several_parts(self, storage: Storage) -> None:
+        data = random.Random(0).randbytes(1 << 20) * 101  # s3fs puts more than 100 MB in parts
+        assert storage.create_exclusive("big", data)
+        assert not storage.create_exclusive("big", bytes(len(data)))
+        assert storage.read_bytes("big") == data
 
 
-def test_only_the_first_exclusive_create_wins(storage: Storage) -> None:
-    assert storage.create_exclusive("log/1.json", b"mine")
-    assert not storage.create_exclusive("log/1.json", b"yours")
-    assert storage.read_bytes("log/1.json") == b"mine"
-    assert storage.list("log") == ["1.json"]
+class TestMoto(StorageContract):
+    @pytest.fixture
+    def url(self, moto_url: str) -> str:
+        return f"{moto_url}/store"
 
-
-def test_an_output_that_fails_leaves_nothing_behind(storage: Storage) -> None:
-    storage.write_bytes("a.bin", b"old")
-    with pytest.raises(RuntimeError), storage.open_output("a.bin") as file:
-        file.write(b"half")
-        raise RuntimeError
-    with pytest.raises(RuntimeError), storage.open_output("b.bin") as file:
-        file.write(b"half")
-        raise RuntimeError
-    assert storage.list() == ["a.bin"]
-    assert storage.read_bytes("a.bin") == b"old"
+    def test_where_there_is_no_bucket_writing_is_an_error_and_reading_finds_nothing(self, url: str) -> None:
+        storage = Storage(f"{url.removesuffix('/store')}-nothing/store")
+        for write in (lambda: storage.write_bytes("a", b""), lambda: storage.create_exclusive("a", b"")):
+            with pytest.raises(StorageError, match=r"cannot .* s3://test-.*-nothing/store/a: .*bucket"):
+                write()
+        assert storage.list() == [] == storage.entries()
+        storage.delete("a")
+        with pytest.raises(FileNotFoundError):
+            storage.read_bytes("a")
 
 
 def test_a_refusing_disk_is_a_storage_error_with_its_cause(tmp_path: Path) -> None:
@@ -116,57 +184,64 @@ def test_a_refusing_disk_is_a_storage_error_with_its_cause(tmp_path: Path) -> No
         lambda: storage.write_bytes("a", b""),
         lambda: storage.create_exclusive("a", b""),
         lambda: storage.read_bytes("a"),
+        lambda: storage.delete("a"),
     ):
         with pytest.raises(StorageError, match="cannot") as caught:
             attempt()
         assert isinstance(caught.value.__cause__, OSError)
 
 
-def test_a_full_disk_is_a_storage_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_space(descriptor: int) -> None:
+@pytest.mark.parametrize("call", ["fsync", "link", "replace"])
+def test_a_disk_that_refuses_at_any_point_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def no_space(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", no_space)
+    monkeypatch.setattr(os, call, no_space)
     storage = Storage(tmp_path)
-    with pytest.raises(StorageError, match="No space left"):
-        storage.write_bytes("a.bin", b"data")
-    with pytest.raises(StorageError, match="No space left"):
-        storage.create_exclusive("b.bin", b"data")
-    assert list(tmp_path.iterdir()) == []
+    for write in (storage.write_bytes, storage.create_exclusive):
+        if (call, write) not in (("link", storage.write_bytes), ("replace", storage.create_exclusive)):
+            with pytest.raises(StorageError, match="No space left"):
+                write("a.bin", b"data")
+            assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_protocol_is_named(tmp_path: Path) -> None:
+def test_a_new_folder_is_on_the_disk_before_its_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink().relative_to(tmp_path)))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    Storage(tmp_path).write_bytes("data/0001/a", b"1")
+    folders = [name for name in synced if ".tmp-" not in name]
+    assert folders == [".", "data", "data/0001"]
+    assert ".tmp-" in synced[2]
+
+
+def test_an_unknown_protocol_is_named() -> None:
     with pytest.raises(StorageError, match="nonsense"):
         Storage("nonsense://x").read_bytes("a")
 
 
-@pytest.mark.parametrize("code", ["PreconditionFailed", "412"])
-def test_s3_a_failed_precondition_means_another_was_first(code: str) -> None:
-    storage, files = scripted([code])
-    assert not storage.create_exclusive("log/1.json", b"x")
-    assert files.objects == {}
+def test_a_fork_while_a_client_is_made_does_not_hang(memory_url: str) -> None:
+    import featurestore.storage as module
 
-
-def test_s3_some_servers_say_it_by_file_exists() -> None:
-    assert not scripted([FileExistsError("log/1.json")])[0].create_exclusive("log/1.json", b"x")
-
-
-def test_s3_a_conflict_means_try_again() -> None:
-    storage, files = scripted(["ConditionalRequestConflict", "409", None])
-    assert storage.create_exclusive("log/1.json", b"x")
-    assert list(files.objects.values()) == [b"x"]
-
-
-def test_s3_other_errors_are_storage_errors() -> None:
-    with pytest.raises(StorageError, match="AccessDenied"):
-        scripted(["AccessDenied"])[0].create_exclusive("log/1.json", b"x")
-
-
-def test_it_pickles_as_its_address(memory_url: str) -> None:
-    storage = Storage(memory_url)
-    storage.write_bytes("a", b"1")
-    copy = pickle.loads(pickle.dumps(storage))
-    assert copy.url == storage.url and copy.read_bytes("a") == b"1"
+    with module._clients_lock:
+        child = os.fork()
+        if child == 0:
+            Storage(memory_url).write_bytes("a", b"1")
+            os._exit(0)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
 
 
 def test_importing_the_package_is_quick_silent_and_without_torch() -> None:
