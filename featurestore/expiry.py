@@ -207,7 +207,8 @@ class _Expiry:
             if folder == STAGING and between:
                 by_run.setdefault(between[0], []).append(entry)
                 continue
-            is_needless = name.startswith(TEMPORARY) or (folder in folders and entry.path not in needed)
+            is_temporary = name.startswith(TEMPORARY) or folder.startswith(TEMPORARY)
+            is_needless = is_temporary or (folder in folders and entry.path not in needed)
             if is_needless and self._age_s(entry) > self.grace_s:
                 doomed.append(entry)
         dead = [run for run, parts in by_run.items() if min(map(self._age_s, parts)) > self.grace_s]

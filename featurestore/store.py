@@ -171,12 +171,14 @@ class FeatureStore:
         for shard, entry in entries.items():
             self._check_entry(shard, entry)
         based_on = cache(lambda version: log.find(self.storage, version))
-        checked: set[str] = set()  # files that this commit was compared with, in the races that it lost
+        compared: dict[int, tuple[FileEntry, ...]] = {}  # files that an entry agrees with, after a race that was lost
 
         def following(parent: Manifest) -> Shards:
             for shard, entry in entries.items():
                 if not replaced.get(shard) and entry.based_on != parent.version:
-                    self._check_rebase(shard, entry, based_on(entry.based_on), parent, checked)
+                    origin = based_on(entry.based_on) or log.EMPTY
+                    self._check_rebase(shard, entry, compared.get(shard, origin.files(shard)), parent)
+                    compared[shard] = parent.files(shard)
             return {
                 shard: files_after(parent.files(shard), entries.get(shard), replaced.get(shard, ()))
                 for shard in {*parent.shards, *entries, *replaced}
@@ -230,18 +232,14 @@ class FeatureStore:
             with open_entry(self.storage, self.info, entry):
                 pass  # names what differs
 
-    def _check_rebase(
-        self, shard: int, entry: FileEntry, based_on: Manifest | None, parent: Manifest, checked: set[str]
-    ) -> None:
-        """Files that other writers added since the entry was built must not hold its keys under other uris."""
-        files, known = parent.files(shard), based_on.files(shard) if based_on is not None else ()
-        added = files[len(known) :] if files[: len(known)] == known else files  # all, where some were replaced
-        new = [file for file in added if file.path not in checked]
-        if new:
+    def _check_rebase(self, shard: int, entry: FileEntry, compared: tuple[FileEntry, ...], parent: Manifest) -> None:
+        """Files that other writers added behind those that were compared must not hold its keys under other uris."""
+        files, num_compared = parent.files(shard), len(compared)
+        added = files[num_compared:] if files[:num_compared] == compared else files  # all, where some were replaced
+        if added:
             with open_entry(self.storage, self.info, entry) as file:
                 keys_N, uris = _live_uris(file.read([KEY, URI, DELETED]))
-            ShardReader(self.storage, self.info, shard, new).check_uris(keys_N, uris)
-            checked.update(file.path for file in new)
+            ShardReader(self.storage, self.info, shard, added).check_uris(keys_N, uris)
 
 
 def _live_uris(table: pa.Table) -> tuple[npt.NDArray[np.int64], list[str]]:

@@ -1,0 +1,456 @@
+"""Snapshots over time: the log, opening by time, what differs between two, restore, pins."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from featurestore import FeatureRows, FeatureStore, log
+from featurestore.__main__ import app
+from featurestore.compaction import compact
+from featurestore.errors import (
+    CorruptFileError,
+    KeyCollisionError,
+    PinError,
+    SnapshotNotFoundError,
+    StorageError,
+)
+from featurestore.expiry import expire
+from featurestore.history import diff, restore
+from featurestore.history import log as log_of
+from featurestore.pins import pin, read_pins, unpin
+from featurestore.spec import Manifest
+from featurestore.storage import Storage
+
+T0 = 1_800_000_000.0
+
+
+def at(seconds: float) -> datetime:
+    return datetime.fromtimestamp(T0 + seconds, UTC)
+
+
+def expire_all_but_the_newest(store: FeatureStore) -> None:
+    expire(store, keep_last=1, keep_days=0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets this machine's clock, in seconds after T0."""
+
+    def set_to(seconds: float) -> None:
+        monkeypatch.setattr("featurestore.commit.time.time", lambda: T0 + seconds)
+
+    return set_to
+
+
+@pytest.fixture
+def timed(store: FeatureStore, make_rows, clock: Callable[[float], None]) -> FeatureStore:
+    """Versions 1 to 9, committed at 10 s, 20 s … 90 s."""
+    for version in range(1, 10):
+        clock(10 * version)
+        store.put(make_rows(1, store.info, seed=version))
+    return store
+
+
+class TestOpenByTime:
+    def test_it_is_the_newest_that_is_not_later(self, timed: FeatureStore) -> None:
+        for seconds in range(10, 120):
+            assert timed.snapshot(at=at(seconds)).version == min(seconds // 10, 9)
+
+    def test_a_time_without_a_zone_is_utc(self, timed: FeatureStore) -> None:
+        elsewhere = at(45).astimezone(timezone(timedelta(hours=9)))
+        assert timed.snapshot(at=at(45).replace(tzinfo=None)).version == 4
+        assert timed.snapshot(at=elsewhere).version == 4
+
+    def test_before_the_first_there_is_none(self, timed: FeatureStore) -> None:
+        with pytest.raises(SnapshotNotFoundError, match="or before: the oldest kept is 1 of 2027-01-15 08:00:10 UTC"):
+            timed.snapshot(at=at(9))
+
+    def test_an_empty_store_has_none(self, store: FeatureStore) -> None:
+        with pytest.raises(SnapshotNotFoundError, match="it is empty"):
+            store.snapshot(at=at(0))
+
+    def test_an_expired_one_is_not_answered_by_its_neighbour(self, timed: FeatureStore) -> None:
+        pin(timed, "three", 3)
+        expire(timed, keep_last=2, keep_days=0)
+        assert timed.snapshot(at=at(85)).version == 8
+        assert timed.snapshot(at=at(1000)).version == 9
+        for seconds in (35, 79):
+            with pytest.raises(SnapshotNotFoundError, match=r"has expired .* 3 of .*08:00:30 UTC and 8 of"):
+                timed.snapshot(at=at(seconds))
+
+    def test_a_slow_clock_does_not_make_time_run_backwards(
+        self, timed: FeatureStore, make_rows, clock: Callable[[float], None]
+    ) -> None:
+        clock(15)
+        assert timed.put(make_rows(1, timed.info)).manifest.time_s == T0 + 90
+        clock(95)
+        timed.put(make_rows(1, timed.info))
+        assert [timed.snapshot(at=at(s)).version for s in (15, 89, 90, 94, 95)] == [1, 8, 10, 10, 11]
+
+    def test_two_names_of_a_snapshot_are_one_too_many(self, timed: FeatureStore) -> None:
+        with pytest.raises(ValueError, match="by one of them"):
+            timed.snapshot(3, at(50))
+
+
+class TestLog:
+    def test_newest_first_with_pins(self, timed: FeatureStore) -> None:
+        pin(timed, "b", 8)
+        pin(timed, "a", 8)
+        entries = log_of(timed)
+        assert [entry.version for entry in entries] == list(range(9, 0, -1))
+        assert [entry.pins for entry in entries[:3]] == [(), ("a", "b"), ()]
+        assert entries[2].manifest == timed.snapshot(7).manifest
+        assert [entry.version for entry in log_of(timed, last=2)] == [9, 8]
+
+    def test_an_empty_store_has_an_empty_log(self, store: FeatureStore) -> None:
+        assert log_of(store) == []
+
+    def test_a_damaged_manifest_does_not_hide_the_others(self, timed: FeatureStore) -> None:
+        path = Path(timed.url) / log.manifest_path(4)
+        path.write_bytes(path.read_bytes().replace(b'"put"', b'"pit"'))
+        assert [entry.version for entry in log_of(timed) if entry.manifest is None] == [4]
+
+
+def test_diff_agrees_with_a_dict_over_random_commits(store: FeatureStore, make_rows) -> None:
+    chance = np.random.default_rng(7)
+    contents: dict[str, int] = {}
+    past = [dict(contents)]
+    for step in range(12):
+        uris = [f"u{i}" for i in chance.choice(30, 6, replace=False)]
+        action = chance.choice(["put", "put", "delete", "compact", "restore"]) if step > 2 else "put"
+        if action == "put":
+            store.put(make_rows(uris, store.info, seed=step))
+            contents.update(dict.fromkeys(uris, step))
+        elif action == "delete":
+            store.delete(make_rows(uris, store.info).keys_N)
+            contents = {uri: value for uri, value in contents.items() if uri not in uris}
+        elif action == "restore":
+            version = int(chance.integers(len(past)))
+            restore(store, version)
+            contents = dict(past[version])
+        elif compact(store, force=True).version < len(past):
+            continue  # there was nothing to do
+        past.append(dict(contents))
+    for before, after in chance.choice(len(past), (25, 2)).tolist():
+        old, new = past[before], past[after]
+        found = diff(store, before, after)
+        assert set(found.added.uris) == set(new) - set(old)
+        assert set(found.removed.uris) == set(old) - set(new)
+        assert set(found.changed.uris) == {uri for uri in set(old) & set(new) if old[uri] != new[uri]}
+
+
+class TestDiff:
+    def test_a_touched_image_is_no_change_but_another_size_is(self, store: FeatureStore, make_rows) -> None:
+        rows = make_rows(3, store.info)
+        store.put(rows)
+        store.put(FeatureRows(**{**rows.__dict__, "source_tag": ["new"] * 3}))
+        store.put(FeatureRows(**{**rows.__dict__, "width_N": rows.width_N + np.array([0, 1, 0], np.int32)}))
+        assert len(diff(store, 1, 2).changed) == 0
+        assert diff(store, 1, 3).changed.uris == ["images/1.jpg"]
+        assert diff(store, 1, 3).changed.keys_N.tolist() == rows.keys_N[1:2].tolist()
+
+    def test_many_rows_are_compared_in_pieces(
+        self, store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("featurestore.history.ROW_GROUP_BYTES", 3 * store.info.row_bytes)
+        rows = make_rows(200, store.info)
+        store.put(rows)
+        features_ND = rows.features_ND.copy()
+        features_ND[::7, 5] ^= 1
+        store.put(FeatureRows(**{**rows.__dict__, "features_ND": features_ND}))
+        assert sorted(diff(store, 1, 2).changed.uris) == sorted(rows.uris[::7])
+
+    def test_shards_with_the_same_files_are_not_read(
+        self, store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store.put(make_rows(100, store.info))
+        store.put(make_rows(["images/3.jpg"], store.info, seed=2))
+        opened = []
+        monkeypatch.setattr(Storage, "open_input", lambda self, path: opened.append(path) or open_input(self, path))
+        assert diff(store, 1, 2).changed.uris == ["images/3.jpg"]
+        assert len({path.split("/")[1] for path in opened}) == 1
+
+
+open_input = Storage.open_input
+
+
+class TestRestore:
+    def test_the_rows_of_then_are_the_newest_and_it_can_be_taken_back(self, store: FeatureStore, make_rows) -> None:
+        rows = make_rows(40, store.info, seed=1)
+        store.put(rows)
+        store.put(make_rows(50, store.info, seed=2))
+        store.delete(rows.keys_N[:10])
+        restored = restore(store, 1)
+        assert (restored.version, restored.manifest.operation) == (4, "restore 1")
+        assert restored.manifest.shards == store.snapshot(1).manifest.shards
+        assert np.array_equal(store.snapshot().get(rows.keys_N), rows.features_ND)
+        assert restore(store, 3).num_rows == 40
+        assert restore(store, 0).num_rows == 0
+
+    def test_it_takes_only_what_is_kept(self, timed: FeatureStore) -> None:
+        expire_all_but_the_newest(timed)
+        with pytest.raises(SnapshotNotFoundError, match="the newest is 9, the oldest kept 9: 3 has expired"):
+            restore(timed, 3)
+        with pytest.raises(SnapshotNotFoundError, match="no snapshot 11"):
+            restore(timed, 11)
+        assert store_versions(timed) == [9]
+
+    def test_a_snapshot_that_expires_while_others_are_first_is_refused(
+        self, timed: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        create, calls = Storage.create_exclusive, []
+
+        def others_are_first(self: Storage, path: str, data: bytes) -> bool:
+            if not calls:
+                calls.append(path)
+                timed.put(make_rows(1, timed.info, first=5))
+                expire_all_but_the_newest(timed)
+            return create(self, path, data)
+
+        monkeypatch.setattr(Storage, "create_exclusive", others_are_first)
+        with pytest.raises(SnapshotNotFoundError, match="3 has expired"):
+            restore(timed, 3)
+
+    def test_a_put_that_was_built_before_it_comes_on_top_of_it(self, store: FeatureStore, make_rows) -> None:
+        rows = make_rows(1, store.info)
+        store.put(make_rows(1, store.info, seed=3))
+        store.delete(rows.keys_N)
+        store.stage_part("run", "p", FeatureRows.of(["other"], rows.features_ND, keys=rows.keys_N))
+        entry = next(entry for s in range(8) if (entry := store.build_shard("run", s, ["p"])))
+        restore(store, 1)  # the key has its old uri again
+        with pytest.raises(KeyCollisionError):
+            store.commit({int(entry.path.split("/")[1]): entry}, "put")
+
+
+def store_versions(store: FeatureStore) -> list[int]:
+    return log.versions(store.storage)
+
+
+class TestPins:
+    def test_a_pin_keeps_a_snapshot_until_it_is_removed(self, timed: FeatureStore) -> None:
+        assert pin(timed, "model-4", 4).version == 4
+        assert pin(timed, "model-4", 4).version == 4
+        assert pin(timed, "now").version == 9
+        expire_all_but_the_newest(timed)
+        assert store_versions(timed) == [4, 9]
+        unpin(timed, "model-4")
+        expire_all_but_the_newest(timed)
+        assert store_versions(timed) == [9]
+        assert [made.name for made in read_pins(timed.storage)] == ["now"]
+
+    def test_mistakes_are_named(self, timed: FeatureStore) -> None:
+        pin(timed, "a", 4)
+        with pytest.raises(PinError, match="'a' keeps snapshot 4 already"):
+            pin(timed, "a", 5)
+        with pytest.raises(PinError, match="no pin 'b'; it has a"):
+            unpin(timed, "b")
+        for name in ("", ".hidden", "a/b", "a b", "x" * 101):
+            with pytest.raises(PinError, match="no name of a pin"):
+                pin(timed, name, 4)
+        with pytest.raises(SnapshotNotFoundError, match="no snapshot 12"):
+            pin(timed, "c", 12)
+        assert [made.name for made in read_pins(timed.storage)] == ["a"]
+
+    def test_an_empty_store_has_nothing_to_pin(self, store: FeatureStore) -> None:
+        with pytest.raises(SnapshotNotFoundError, match="0 is the empty store"):
+            pin(store, "a")
+
+    def test_a_lost_answer_is_looked_up(self, timed: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        create = Storage.create_exclusive
+
+        def made_but_lost(self: Storage, path: str, data: bytes) -> bool:
+            create(self, path, data)
+            raise StorageError("connection reset")
+
+        monkeypatch.setattr(Storage, "create_exclusive", made_but_lost)
+        assert pin(timed, "a", 4).version == 4
+
+    def test_a_pin_that_comes_after_the_copy_is_refused(
+        self, timed: FeatureStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """`expire` reads the pins after it has copied: in between, the pin must see the copy."""
+        refused = []
+
+        def pin_in_between(storage: Storage) -> list:
+            if store_versions_in(storage, log.EXPIRED) and not refused:
+                with pytest.raises(SnapshotNotFoundError, match="expiring just now"):
+                    pin(timed, "late", 4)
+                refused.append(True)
+            return read_pins(storage)
+
+        monkeypatch.setattr("featurestore.expiry.read_pins", pin_in_between)
+        expire_all_but_the_newest(timed)
+        assert refused and store_versions(timed) == [9] and read_pins(timed.storage) == []
+
+    def test_a_pin_that_comes_before_the_copy_keeps_its_snapshot(
+        self, timed: FeatureStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls = []
+
+        def pin_right_after(storage: Storage) -> list:
+            found = read_pins(storage)
+            if not calls:
+                calls.append(pin(timed, "early", 4))
+            return found
+
+        monkeypatch.setattr("featurestore.expiry.read_pins", pin_right_after)
+        expire_all_but_the_newest(timed)
+        assert store_versions(timed) == [4, 9]
+        assert store_versions_in(timed.storage, log.EXPIRED) == [1, 2, 3, 5, 6, 7, 8]
+
+
+def store_versions_in(storage: Storage, folder: str) -> list[int]:
+    return log.versions(storage, folder)
+
+
+class TestALogOutOfWhichManifestsGo:
+    def test_the_newest_is_listed_again_when_it_went_meanwhile(
+        self, timed: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read, calls = log.read, []
+
+        def goes_meanwhile(storage: Storage, version: int, folder: str = log.LOG) -> Manifest:
+            if not calls:
+                calls.append(version)
+                timed.put(make_rows(1, timed.info, first=3))
+                expire_all_but_the_newest(timed)
+            return read(storage, version, folder)
+
+        monkeypatch.setattr(log, "read", goes_meanwhile)
+        assert timed.snapshot().version == 10
+        assert calls == [9]
+
+    def test_a_writer_that_slept_does_not_commit_into_the_past(
+        self, timed: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Between its reading of snapshot 9 and its creation of 10 others commit 10, 11 and 12, and 10 and 11 go."""
+        create, calls = Storage.create_exclusive, []
+
+        def sleeps(self: Storage, path: str, data: bytes) -> bool:
+            if not calls:
+                calls.append(path)
+                for first in (20, 30, 40):
+                    timed.put(make_rows(1, timed.info, first=first), "others")
+                expire_all_but_the_newest(timed)
+            return create(self, path, data)
+
+        monkeypatch.setattr(Storage, "create_exclusive", sleeps)
+        mine = make_rows(1, timed.info, first=50)
+        assert timed.put(mine, "mine").version == 13
+        assert store_versions(timed) == [12, 13]
+        snapshot = timed.snapshot()
+        assert np.array_equal(snapshot.get(mine.keys_N), mine.features_ND)
+        assert snapshot.num_rows == 5
+
+    def test_it_says_so_when_nothing_tells_whether_it_counts(
+        self, timed: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        create, calls = Storage.create_exclusive, []
+
+        def sleeps_for_weeks(self: Storage, path: str, data: bytes) -> bool:
+            if not calls:
+                calls.append(path)
+                for first in (20, 30, 40):
+                    timed.put(make_rows(1, timed.info, first=first), "others")
+                expire_all_but_the_newest(timed)
+                self.delete(log.EXPIRED)
+            return create(self, path, data)
+
+        monkeypatch.setattr(Storage, "create_exclusive", sleeps_for_weeks)
+        with pytest.raises(StorageError, match=r"cannot tell whether .*10\.json counts"):
+            timed.put(make_rows(1, timed.info, first=50), "mine")
+
+    def test_uris_are_checked_though_the_snapshot_that_was_built_on_is_gone(
+        self, store: FeatureStore, make_rows
+    ) -> None:
+        rows = make_rows(1, store.info)
+        store.put(make_rows(["elsewhere"], store.info))
+        store.stage_part("run", "p", FeatureRows.of(["other"], rows.features_ND, keys=rows.keys_N))
+        entry = next(entry for s in range(8) if (entry := store.build_shard("run", s, ["p"])))
+        store.put(rows)
+        expire_all_but_the_newest(store)
+        store.storage.delete(log.EXPIRED)
+        with pytest.raises(KeyCollisionError):
+            store.commit({int(entry.path.split("/")[1]): entry}, "put")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+class TestCommands:
+    def test_log_is_a_table(self, timed: FeatureStore) -> None:
+        pin(timed, "keep-it", 8)
+        result = run("log", timed.url, "--last", 2)
+        lines = result.output.splitlines()
+        assert (result.exit_code, len(lines)) == (0, 3)
+        assert lines[0].split() == ["version", "committed", "operation", "files", "rows", "bytes", "writer", "pinned"]
+        assert lines[1].split()[:5] == ["9", "2027-01-15", "08:01:30", "UTC", "put"]
+        assert lines[2].rstrip().endswith("keep-it")
+
+    def test_log_of_an_empty_store(self, store: FeatureStore) -> None:
+        assert run("log", store.url).output == "no snapshot yet: nothing was committed\n"
+
+    def test_diff_counts_and_lists(self, store: FeatureStore, make_rows) -> None:
+        rows = make_rows(3, store.info, seed=1)
+        store.put(rows)
+        store.put(make_rows(1, store.info, seed=2))
+        store.delete(rows.keys_N[2:])
+        store.put(make_rows(1, store.info, first=9))
+        assert run("diff", store.url, 1, 4).output == "snapshot 1 to 4: 1 added, 1 changed, 1 removed\n"
+        lines = run("diff", store.url, 1, 4, "--keys").output.splitlines()
+        assert [(line.split()[0], line.split()[2]) for line in lines[:3]] == [
+            ("+", "images/9.jpg"),
+            ("~", "images/0.jpg"),
+            ("-", "images/2.jpg"),
+        ]
+        assert int(lines[1].split()[1]) == rows.keys_N[0]
+
+    def test_restore_pin_and_unpin(self, timed: FeatureStore) -> None:
+        assert run("restore", timed.url, 4).output == "snapshot 10 holds what snapshot 4 holds\n"
+        assert run("pin", timed.url, "a").output == "a keeps snapshot 10\n"
+        assert run("unpin", timed.url, "a").output == "a is no pin any more\n"
+
+    def test_info_and_get_at_a_time(self, timed: FeatureStore, make_rows) -> None:
+        result = run("info", timed.url, "--at", "2027-01-15T08:00:45")
+        assert "4 (put)" in result.output and "2027-01-15 08:00:40 UTC" in result.output
+        assert run("info", timed.url, "--at", "2027-01-15T09:00:45+01:00").output == result.output
+        got = run("get", timed.url, "--uri", "images/0.jpg", "--at", "2027-01-15T08:00:45")
+        assert got.output == run("get", timed.url, "--uri", "images/0.jpg", "--version", 4).output
+
+    @pytest.mark.parametrize(
+        ("arguments", "code", "message"),
+        [
+            (["diff", "{store}", "1", "12"], 1, "no snapshot 12"),
+            (["restore", "{store}", "12"], 1, "no snapshot 12"),
+            (["unpin", "{store}", "a"], 1, "no pin 'a'"),
+            (["pin", "{store}", "a/b"], 1, "no name of a pin"),
+            (["info", "{store}", "--at", "2020-01-01"], 1, "no snapshot of 2020-01-01"),
+            (["info", "{store}", "--at", "yesterday"], 2, "does not match"),
+            (["info", "{store}", "--at", "2027-01-01", "--version", "1"], 2, "give one of them"),
+            (["log", "{store}", "--last", "0"], 2, "Invalid value"),
+            (["log", "{store}x"], 1, "no store at"),
+        ],
+    )
+    def test_mistakes_get_one_message(self, timed: FeatureStore, arguments: list[str], code: int, message: str) -> None:
+        result = run(*[argument.format(store=timed.url) for argument in arguments])
+        assert result.exit_code == code
+        assert message in result.stderr and "Traceback" not in result.output
+
+
+def test_a_damaged_pin_is_named(timed: FeatureStore) -> None:
+    pin(timed, "a", 4)
+    path = Path(timed.url) / "pins" / "a.json"
+    path.write_bytes(path.read_bytes().replace(b'"version": 4', b'"version": 5'))
+    with pytest.raises(CorruptFileError, match=r"pins/a\.json"):
+        read_pins(timed.storage)
+    unpin(timed, "a")
+    assert read_pins(timed.storage) == []
+
+
+def test_times_are_printed_in_utc() -> None:
+    assert log.utc_text(T0) == "2027-01-15 08:00:00 UTC"
