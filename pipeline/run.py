@@ -129,18 +129,7 @@ class Run:
 
     def build_shards(self) -> dict[int, FileEntry]:
         """The data files of all shards that got rows."""
-        num_shards = self._store.info.num_shards
-        num_tasks = min(num_shards, SHARD_TASKS_PER_THREAD * num_threads(self._client))
-        calls = [
-            (self._store, self._settings.run_id, range(first, num_shards, num_tasks), self._parts)
-            for first in range(num_tasks)
-        ]
-        entries: dict[int, FileEntry] = {}
-        for _, built in run_tasks(self._client, _build_shards, calls):
-            if isinstance(built, Killed):
-                raise ExtractionError("building the shards brings the workers down: more shards need less memory each")
-            entries |= built
-        return entries
+        return build_shards(self._client, self._store, self._settings.run_id, self._parts)
 
     def discard(self) -> None:
         """Remove what was staged."""
@@ -180,6 +169,22 @@ class Run:
                 " can be decoded: give workers more memory, or set a smaller --batch-size"
             )
         return report
+
+
+def build_shards(client: Client, store: FeatureStore, run_id: str, parts: list[str]) -> dict[int, FileEntry]:
+    """The data files of all shards that have rows in `parts` of the run, built on the cluster.
+
+    Raises KeyCollisionError; ExtractionError where the workers die of it.
+    """
+    num_shards = store.info.num_shards
+    num_tasks = min(num_shards, SHARD_TASKS_PER_THREAD * num_threads(client))
+    calls = [(store, run_id, range(first, num_shards, num_tasks), parts) for first in range(num_tasks)]
+    entries: dict[int, FileEntry] = {}
+    for _, built in run_tasks(client, _build_shards, calls):
+        if isinstance(built, Killed):
+            raise ExtractionError("building the shards brings the workers down: more shards need less memory each")
+        entries |= built
+    return entries
 
 
 def _build_shards(store: FeatureStore, run_id: str, shards: Iterable[int], parts: list[str]) -> dict[int, FileEntry]:
