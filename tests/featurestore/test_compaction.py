@@ -1,0 +1,421 @@
+"""Compaction changes nothing that a reader can see, and takes nothing away from other writers."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner, Result
+
+from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, shard_of, to_float32
+from featurestore.__main__ import app
+from featurestore.compaction import MAX_DELTAS, compact, merged_blocks, needs_compaction
+from featurestore.errors import CommitConflictError, CorruptFileError, InvalidRowsError, StorageError
+from featurestore.history import restore
+from featurestore.snapshot import Snapshot
+from featurestore.spec import FileEntry
+from featurestore.storage import Storage
+
+
+def fill(store: FeatureStore, make_rows) -> FeatureRows:
+    """A base, two deltas over it, and tombstones: 68 of 80 rows live."""
+    rows = make_rows(80, store.info, seed=1)
+    store.put(rows)
+    store.put(make_rows(30, store.info, seed=2))
+    store.put(make_rows([f"images/{i}.jpg" for i in range(0, 80, 3)], store.info, seed=3))
+    store.delete(rows.keys_N[20:32])
+    return rows
+
+
+@pytest.fixture
+def filled(store: FeatureStore, make_rows) -> FeatureStore:
+    fill(store, make_rows)
+    return store
+
+
+def assert_same(old: Snapshot, new: Snapshot) -> None:
+    keys = old.keys()
+    assert np.array_equal(keys, new.keys()) and old.num_rows == new.num_rows
+    assert np.array_equal(old.get(keys), new.get(keys))
+    assert old.metadata_table().equals(new.metadata_table())
+    mine, theirs = old.statistics(), new.statistics()
+    assert mine.count == theirs.count
+    np.testing.assert_allclose(mine.mean_D, theirs.mean_D, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(mine.std_D, theirs.std_D, rtol=1e-6)
+
+
+def data_files(store: FeatureStore) -> set[str]:
+    return {entry.path for entry in store.storage.entries("data")}
+
+
+def named_files(snapshot: Snapshot) -> set[str | None]:
+    entries = [entry for files in snapshot.manifest.shards.values() for entry in files]
+    return {path for entry in entries for path in (entry.path, entry.statistics_path) if path}
+
+
+class CompactionContract:
+    """Inherit, and give a fixture `url`."""
+
+    def test_results_are_identical(self, url: str, info: StoreInfo, make_rows) -> None:
+        store = FeatureStore.create(url, info)
+        fill(store, make_rows)
+        before = store.snapshot()
+        report = compact(store)
+        after = store.snapshot()
+        assert report.version == after.version == before.version + 1
+        assert after.manifest.operation == "compact"
+        assert [(len(files), files[0].kind, files[0].num_deleted) for files in after.manifest.shards.values()] == [
+            (1, "base", 0)
+        ] * 8
+        assert_same(before, after)
+        assert (report.num_files_before, report.num_files_after) == (before.manifest.num_files, 8)
+        assert (report.num_bytes_before, report.num_bytes_after) == (
+            before.manifest.file_bytes,
+            after.manifest.file_bytes,
+        )
+        assert compact(store, force=True).shards == () and store.snapshot().version == after.version
+
+
+class TestOnDisk(CompactionContract):
+    @pytest.fixture
+    def url(self, tmp_path: Path) -> str:
+        return str(tmp_path / "store")
+
+
+class TestFloat32OnDisk(CompactionContract):
+    @pytest.fixture
+    def info(self, info: StoreInfo) -> StoreInfo:
+        return info.model_copy(update={"dtype": "float32"})
+
+    @pytest.fixture
+    def url(self, tmp_path: Path) -> str:
+        return str(tmp_path / "store")
+
+
+class TestInMemory(CompactionContract):
+    @pytest.fixture
+    def url(self, memory_url: str) -> str:
+        return memory_url
+
+
+class TestOnS3(CompactionContract):
+    @pytest.fixture
+    def url(self, s3_url: str) -> str:
+        return f"{s3_url}/store"
+
+
+def test_one_shard(tmp_path: Path, info: StoreInfo, make_rows) -> None:
+    store = FeatureStore.create(tmp_path / "one", info.model_copy(update={"num_shards": 1}))
+    fill(store, make_rows)
+    before = store.snapshot()
+    assert compact(store).shards == (0,)
+    assert_same(before, store.snapshot())
+
+
+def test_a_partition_serves_the_same(filled: FeatureStore, tmp_path: Path) -> None:
+    keys = filled.snapshot().keys()
+    served = []
+    for _ in range(2):
+        with FeaturePartition.load(filled, 0, 1, tmp_path / "cache") as partition:
+            served.append(partition.lookup(keys).features_UD.copy())
+        compact(filled)
+    assert np.array_equal(*served)
+
+
+def test_an_empty_store_and_one_that_is_compact_get_no_commit(store: FeatureStore, make_rows) -> None:
+    assert compact(store).version == 0
+    store.put(make_rows(50, store.info))
+    assert compact(store, force=True).version == 1 == store.snapshot().version
+
+
+def test_a_shard_without_live_rows_has_no_file_any_more(store: FeatureStore, make_rows) -> None:
+    rows = make_rows(60, store.info)
+    store.put(rows)
+    here = rows.keys_N[shard_of(rows.keys_N, 8) == 3]
+    store.delete(here)
+    compact(store)
+    snapshot = store.snapshot()
+    assert sorted(snapshot.manifest.shards) == [0, 1, 2, 4, 5, 6, 7]
+    assert snapshot.num_rows == 60 - len(here)
+    store.delete(rows.keys_N)
+    compact(store, force=True)
+    assert store.snapshot().manifest.shards == {} and store.snapshot().num_rows == 0
+    store.put(rows)
+    assert store.snapshot().num_rows == 60
+
+
+class TestWhatIsDue:
+    @staticmethod
+    def files(*sizes: int) -> list[FileEntry]:
+        entry = FileEntry(
+            path="p", bytes=1, rows=1, num_deleted=0, sha256="", xxh3_128="", kind="delta", info_digest="",
+            statistics_path=None, statistics_sha256=None,
+        )  # fmt: skip
+        return [entry.model_copy(update={"bytes": size}) for size in sizes]
+
+    def test_more_than_8_deltas(self) -> None:
+        assert not needs_compaction(self.files(10**6, *[1] * 8))
+        assert needs_compaction(self.files(10**6, *[1] * 9))
+        assert MAX_DELTAS == 8
+
+    def test_more_than_a_quarter_of_the_bytes_in_deltas(self) -> None:
+        assert not needs_compaction(self.files(75, 25))
+        assert needs_compaction(self.files(75, 26))
+        assert not needs_compaction(self.files(75)) and not needs_compaction([])
+
+    def test_only_what_is_due_is_done_unless_forced(self, store: FeatureStore, make_rows) -> None:
+        rows = make_rows(3000, store.info)
+        store.put(rows)
+        store.put(make_rows(["images/5.jpg"], store.info, seed=2))
+        assert compact(store).shards == ()
+        shard = int(shard_of(rows.keys_N[5:6], 8)[0])
+        assert compact(store, force=True).shards == (shard,)
+
+    def test_force_takes_tombstones_out_of_a_single_file(self, store: FeatureStore, make_rows) -> None:
+        store.delete(make_rows(40, store.info).keys_N)
+        assert compact(store).shards == ()
+        assert len(compact(store, force=True).shards) == 8
+        assert store.snapshot().manifest.shards == {}
+
+    def test_chosen_shards(self, filled: FeatureStore) -> None:
+        assert compact(filled, shards=[4, 2]).shards == (2, 4)
+        assert [len(filled.snapshot().manifest.files(shard)) for shard in (2, 4)] == [1, 1]
+        assert len(filled.snapshot().manifest.files(3)) > 1
+        with pytest.raises(InvalidRowsError, match=r"no shard 8: .* has 0 to 7"):
+            compact(filled, shards=[8])
+
+    def test_a_dry_run_changes_nothing(self, filled: FeatureStore) -> None:
+        files = data_files(filled)
+        report = compact(filled, dry_run=True)
+        assert (report.version, len(report.shards), report.num_files_after) == (4, 8, 0)
+        assert report.num_files_before == filled.snapshot().manifest.num_files
+        assert data_files(filled) == files and filled.snapshot().version == 4
+
+
+def when_built(work: Callable[[], object], num_shards: int = 8) -> Callable[[int, int], None]:
+    """A progress that does `work` between the building of the last file and the commit."""
+
+    def progress(done: int, total: int) -> None:
+        assert total == num_shards
+        if done == total:
+            work()
+
+    return progress
+
+
+class TestBesideOthers:
+    def test_what_is_put_and_deleted_meanwhile_stays(self, filled: FeatureStore, make_rows) -> None:
+        fresh = make_rows(60, filled.info, seed=9, first=50)
+        gone = make_rows(10, filled.info).keys_N
+
+        def meanwhile() -> None:
+            filled.put(fresh)
+            filled.delete(gone)
+
+        before = set(filled.snapshot().keys().tolist())
+        report = compact(filled, progress=when_built(meanwhile))
+        snapshot = filled.snapshot()
+        assert report.version == snapshot.version == 7 and report.lost == ()
+        assert all(files[0].kind == "base" and len(files) > 1 for files in snapshot.manifest.shards.values())
+        assert set(snapshot.keys().tolist()) == (before | set(fresh.keys_N.tolist())) - set(gone.tolist())
+        assert np.array_equal(snapshot.get(fresh.keys_N), fresh.features_ND)
+        assert_same(filled.snapshot(6), snapshot)
+
+    def test_a_key_that_gets_another_uri_meanwhile_is_no_collision(self, store: FeatureStore, make_rows) -> None:
+        rows = make_rows(40, store.info)
+        store.put(rows)
+        store.put(make_rows(40, store.info, seed=2))
+        other = FeatureRows.of(["other"], rows.features_ND[:1], keys=rows.keys_N[:1])
+
+        def meanwhile() -> None:
+            store.delete(rows.keys_N[:1])
+            store.put(other)
+
+        compact(store, progress=when_built(meanwhile))
+        shard = int(shard_of(rows.keys_N[:1], 8)[0])
+        live = store.snapshot().read_shard(shard)
+        assert live.uris[live.keys_N.tolist().index(rows.keys_N[0])] == "other"
+
+    def test_another_compaction_was_first(self, filled: FeatureStore) -> None:
+        before = filled.snapshot()
+        with pytest.raises(CommitConflictError, match="read the newest snapshot and retry"):
+            compact(filled, progress=when_built(lambda: compact(filled)))
+        assert filled.snapshot().version == 5
+        assert_same(before, filled.snapshot())
+        assert data_files(filled) == named_files(before) | named_files(filled.snapshot()), "files of the loser stay"
+
+    def test_of_two_that_share_some_shards_each_does_its_part(self, filled: FeatureStore) -> None:
+        before = filled.snapshot()
+        report = compact(filled, progress=when_built(lambda: compact(filled, shards=[1, 2])))
+        assert (report.version, report.shards, report.lost) == (6, (0, 3, 4, 5, 6, 7), (1, 2))
+        assert filled.snapshot().manifest.num_files == 8
+        assert_same(before, filled.snapshot())
+        assert data_files(filled) == named_files(before) | named_files(filled.snapshot()), "files of the loser stay"
+
+    def test_a_restore_meanwhile_wins(self, filled: FeatureStore) -> None:
+        with pytest.raises(CommitConflictError):
+            compact(filled, progress=when_built(lambda: restore(filled, 1)))
+        assert filled.snapshot().version == 5
+        assert_same(filled.snapshot(1), filled.snapshot())
+
+    def test_a_put_that_was_built_before_comes_on_top(self, filled: FeatureStore, make_rows) -> None:
+        rows = make_rows(80, filled.info, seed=8)
+        filled.stage_part("run", "p", rows)
+        entries = {s: e for s in range(8) if (e := filled.build_shard("run", s, ["p"]))}
+        compact(filled)
+        assert np.array_equal(filled.commit(entries, "extract").get(rows.keys_N), rows.features_ND)
+
+    def test_a_reader_of_the_old_snapshot_goes_on(self, filled: FeatureStore) -> None:
+        before = filled.snapshot()
+        rows = before.get(before.keys())
+        compact(filled)
+        assert np.array_equal(before.get(before.keys()), rows)
+        assert_same(before, filled.snapshot(4))
+
+    def test_one_that_dies_leaves_everything_as_it_was(
+        self, filled: FeatureStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = filled.snapshot()
+
+        def full(self: Storage, path: str, data: bytes) -> bool:
+            raise StorageError("No space left on device")
+
+        monkeypatch.setattr(Storage, "create_exclusive", full)
+        with pytest.raises(StorageError, match="No space left"):
+            compact(filled)
+        monkeypatch.undo()
+        assert filled.snapshot().version == 4
+        compact(filled)
+        assert_same(before, filled.snapshot())
+
+
+class TestReplaces:
+    """What `commit` promises for files that are replaced."""
+
+    def test_files_go_without_a_new_one(self, filled: FeatureStore) -> None:
+        files = filled.snapshot().manifest.files(2)
+        snapshot = filled.commit({}, "repair", replaces={2: [files[0], files[2]]})
+        assert snapshot.manifest.files(2) == (files[1], *files[3:])
+
+    def test_a_new_one_in_the_middle_keeps_its_place(self, filled: FeatureStore, make_rows) -> None:
+        files = filled.snapshot().manifest.files(2)
+        rows = make_rows(80, filled.info, seed=6)
+        filled.stage_part("run", "p", rows)
+        entry = filled.build_shard("run", 2, ["p"])
+        assert entry is not None and len(files) == 4
+        with pytest.raises(CommitConflictError):
+            filled.commit({2: entry.model_copy(update={"kind": "base"})}, "x", replaces={2: files[1:3]})
+        with pytest.raises(CommitConflictError):
+            filled.commit({2: entry}, "x", replaces={2: [files[1], files[3]]})
+        snapshot = filled.commit({2: entry}, "x", replaces={2: files[1:3]})
+        paths = [file.path for file in snapshot.manifest.files(2)]
+        assert paths == [files[0].path, entry.path, files[3].path]
+        assert [file.kind for file in snapshot.manifest.files(2)] == ["base", "delta", "delta"]
+
+    def test_files_that_are_not_there_are_a_conflict(self, filled: FeatureStore) -> None:
+        files = filled.snapshot().manifest.files(2)
+        compact(filled)
+        with pytest.raises(CommitConflictError, match=files[1].path):
+            filled.commit({}, "repair", replaces={2: files[1:2]})
+        assert filled.snapshot().version == 5
+
+
+def flip(path: Path, byte: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1 << (byte % 8)
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_never_gets_into_the_new_file(filled: FeatureStore) -> None:
+    entry = filled.snapshot().manifest.files(5)[1]
+    path = Path(filled.url) / entry.path
+    for byte in range(0, entry.bytes, entry.bytes // 40):
+        flip(path, byte)
+        with pytest.raises(CorruptFileError, match=entry.path):
+            compact(filled, shards=[5])
+        flip(path, byte)
+    path.unlink()
+    with pytest.raises(CorruptFileError, match="missing"):
+        compact(filled, shards=[5])
+    assert filled.snapshot().version == 4
+
+
+class TestBlockByBlock:
+    @pytest.fixture
+    def small_blocks(self, monkeypatch: pytest.MonkeyPatch, info: StoreInfo) -> None:
+        monkeypatch.setattr("featurestore.datafile._BLOCK_BYTES", 5 * info.row_bytes)
+        for module in ("compaction", "shardfile"):
+            monkeypatch.setattr(f"featurestore.{module}.row_group_rows", lambda info: 7)
+
+    def test_results_are_identical(self, filled: FeatureStore, small_blocks: None) -> None:
+        before = filled.snapshot()
+        compact(filled)
+        assert_same(before, filled.snapshot())
+        entry = filled.snapshot().manifest.files(1)[0]
+        groups = pq.ParquetFile(Path(filled.url) / entry.path).metadata
+        assert [groups.row_group(i).num_rows for i in range(groups.num_row_groups - 1)] == [7] * (entry.rows // 7)
+
+    def test_a_file_is_read_as_its_rows_are_needed(
+        self, tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Not the whole of it before the first block is there: else memory would grow with the shard."""
+        wide = info.model_copy(update={"num_shards": 1, "dim": 512})
+        store = FeatureStore.create(tmp_path / "wide", wide)
+        monkeypatch.setattr("featurestore.datafile._BLOCK_BYTES", 100 * wide.row_bytes)
+        chance = np.random.default_rng(0)
+        names = [f"{i}" for i in range(4000)]
+        for module in ("compaction", "shardfile"):
+            monkeypatch.setattr(f"featurestore.{module}.row_group_rows", lambda info: 100)
+        store.put(FeatureRows.of(names, chance.integers(0, 0x4000, (4000, 512)).astype(np.uint16)))
+        store.put(FeatureRows.of(names[:9], chance.integers(0, 0x4000, (9, 512)).astype(np.uint16)))
+        num_read = 0
+
+        class Counted(io.FileIO):
+            def read(self, size: int | None = -1) -> bytes:
+                nonlocal num_read
+                data = super().read(size)
+                num_read += len(data)
+                return data
+
+        reader = store.snapshot().shard_reader(0)
+        assert len(reader.keys()) == 4000
+        monkeypatch.setattr(Storage, "open_input", lambda self, path: Counted(self.full(path)))
+        monkeypatch.setattr("featurestore.compaction.check_digest", lambda *arguments: None)
+        blocks = merged_blocks(reader)
+        assert len(next(blocks)) == 100
+        size_bytes = sum(entry.bytes for entry in reader.entries)
+        assert 0 < num_read < size_bytes / 4
+        assert sum(map(len, blocks)) == 3900 and num_read > size_bytes * 0.9
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+class TestCommand:
+    def test_it_says_what_it_did(self, filled: FeatureStore) -> None:
+        num_files = filled.snapshot().manifest.num_files
+        dry = run("compact", filled.url, "--dry-run").output
+        assert dry.startswith(f"would compact 8 shards of {num_files} files, ")
+        one = run("compact", filled.url, "--shard", 3).output
+        assert one.startswith("snapshot 5: 1 shard of ") and "became 1 files" in one
+        assert run("compact", filled.url).output.startswith("snapshot 6: 7 shards of ")
+        assert run("compact", filled.url).output == "nothing to compact in snapshot 6\n"
+
+    def test_mistakes_get_one_message(self, filled: FeatureStore) -> None:
+        result = run("compact", filled.url, "--shard", 9)
+        assert (result.exit_code, result.stderr) == (1, f"error: there is no shard 9: {filled.url} has 0 to 7\n")
+        assert run("compact", filled.url, "--threads", 0).exit_code == 2
+
+
+def test_features_are_those_that_were_put(store: FeatureStore, make_rows) -> None:
+    """Not only the same as before: the newest of each key."""
+    rows = fill(store, make_rows)
+    compact(store)
+    third = make_rows([f"images/{i}.jpg" for i in range(0, 80, 3)], store.info, seed=3)
+    left = [i for i in range(27) if not 20 <= 3 * i < 32]
+    found = to_float32(store.snapshot().get(third.keys_N[left]), "bfloat16")
+    assert np.array_equal(found, to_float32(third.features_ND[left], "bfloat16"))
+    assert store.snapshot().num_rows == len(rows) - 12
