@@ -109,10 +109,7 @@ def publish(storage: Storage, commit_id: str, following: Callable[[Manifest], Ma
 def read(storage: Storage, version: int, folder: str = LOG) -> Manifest:
     """The manifest in a folder. Raises FileNotFoundError, CorruptFileError."""
     path = manifest_path(version, folder)
-    manifest = unseal(storage.read_bytes(path), Manifest, storage.full(path))
-    if manifest.version != version:
-        raise CorruptFileError(f"{storage.full(path)} is the manifest of version {manifest.version}")
-    return manifest
+    return _unsealed(storage, storage.read_bytes(path), path, version)
 
 
 def find(storage: Storage, version: int, folders: Sequence[str] = (LOG, EXPIRED)) -> Manifest | None:
@@ -166,15 +163,14 @@ def _newest_not_after(storage: Storage, known: list[int], time_s: float) -> Mani
 def _create_and_read_back(storage: Storage, manifest: Manifest) -> Manifest:
     """The manifest that stands under the version, ours or that of the writer who was first. Raises StorageError."""
     path = manifest_path(manifest.version)
-    failure: StorageError | None = None
-    try:
-        storage.create_exclusive(path, seal(manifest))
-    except StorageError as error:  # the answer may have been lost: the file is looked for all the same
-        failure = error
-    try:
-        return read(storage, manifest.version)
-    except FileNotFoundError:
-        raise failure or StorageError(f"{storage.full(path)} vanished after it was created") from failure
+    return _unsealed(storage, storage.create_or_read(path, seal(manifest)), path, manifest.version)
+
+
+def _unsealed(storage: Storage, data: bytes, path: str, version: int) -> Manifest:
+    manifest = unseal(data, Manifest, storage.full(path))
+    if manifest.version != version:
+        raise CorruptFileError(f"{storage.full(path)} is the manifest of version {manifest.version}")
+    return manifest
 
 
 def _counts(storage: Storage, standing: Manifest, commit_id: str) -> bool:

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from featurestore import log
 from featurestore.commit import writer_name
-from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError, StorageError
+from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError
 from featurestore.spec import FORMAT_VERSION, seal, unseal
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
@@ -39,15 +39,7 @@ def pin(store: FeatureStore, name: str, version: int | None = None) -> Pin:
     if wanted == 0:
         raise SnapshotNotFoundError(f"{store.url} has no commit that could be pinned; 0 is the empty store")
     mine = Pin(name=name, version=wanted, writer=writer_name(), time_s=time.time())
-    failure: StorageError | None = None
-    try:
-        storage.create_exclusive(path, seal(mine))
-    except StorageError as error:  # the answer may have been lost: what stands there decides
-        failure = error
-    try:
-        standing = read_pin(storage, name)
-    except FileNotFoundError:
-        raise failure or StorageError(f"{storage.full(path)} vanished after it was created") from failure
+    standing = unseal(storage.create_or_read(path, seal(mine)), Pin, storage.full(path))
     if standing.version != wanted:
         raise PinError(f"{name!r} keeps snapshot {standing.version} already: unpin it first, or take another name")
     # `expire` puts a copy aside before it looks at the pins for the last time: one of the two sees the other.

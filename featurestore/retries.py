@@ -42,8 +42,10 @@ def persist(work: Callable[[], ResultT], worth_it: Callable[[BaseException], boo
     return attempts(work)
 
 
-def is_passing(error: BaseException) -> bool:
+def is_passing(error: BaseException | None) -> bool:
     """Whether the same request may succeed later: throttled, failed in the server, cut off, or timed out."""
+    if error is None:
+        return False
     code = answer_code(error)
     if code is not None:
         return code in _THROTTLE_CODES | _SERVER_CODES | _CONFLICT_CODES or _status(error) >= 500

@@ -21,7 +21,7 @@ from tenacity import RetryError
 
 from featurestore.disk import TEMPORARY, DiskFiles, StorageEntry
 from featurestore.errors import StorageError
-from featurestore.retries import persist, says_exists, was_not_done
+from featurestore.retries import is_passing, persist, says_exists, was_not_done
 
 _S3_PROTOCOLS = ("s3", "s3a")
 # Listings would hide new commits; one layer retries, that of featurestore.retries.
@@ -98,6 +98,31 @@ class Storage:
         """
         with self._translated("create", path, writing=True):
             return self._files.create_exclusive(path, data)
+
+    def create_or_read(self, path: str, data: bytes) -> bytes:
+        """What stands under the name after an exclusive create: `data` where this call made the file.
+
+        The file is read back after success and after every error, and decides, not the answer: so `data` must be like
+        no other's. Passing errors are tried again. Raises StorageError: then nobody knows yet whether it was made.
+        """
+
+        def settle() -> bytes:
+            failure: StorageError | None = None
+            try:
+                self.create_exclusive(path, data)
+            except StorageError as error:
+                failure = error
+            try:
+                return self.read_bytes(path)
+            except FileNotFoundError:
+                if failure is not None:
+                    raise failure from failure.__cause__
+                raise StorageError(f"{self.full(path)} vanished after it was created") from None
+
+        try:
+            return settle() if self.is_local else persist(settle, lambda error: is_passing(error.__cause__))
+        except RetryError as error:
+            raise error.last_attempt.exception() or error from None
 
     def list(self, path: str = "") -> Names:
         """Names (not paths) directly below `path`, sorted; empty where nothing is there. Temporary files are hidden."""

@@ -21,7 +21,6 @@ from featurestore.errors import (
     CorruptFileError,
     InvalidRowsError,
     SnapshotNotFoundError,
-    StorageError,
     StoreExistsError,
     StoreNotFoundError,
 )
@@ -69,18 +68,10 @@ class FeatureStore:
             raise StoreExistsError(f"{storage.url} is a store already")
         refuse_unsafe(storage)
         mine = info.model_copy(update={"store_id": uuid.uuid4().hex})
-        failure: StorageError | None = None
-        try:
-            storage.create_exclusive(INFO_PATH, seal(mine))
-        except StorageError as error:  # the answer may have been lost: what stands there decides
-            failure = error
-        try:
-            store = cls.open(url)
-        except StoreNotFoundError as error:
-            raise failure or error from failure
-        if store.info.store_id != mine.store_id:
+        standing = unseal(storage.create_or_read(INFO_PATH, seal(mine)), StoreInfo, storage.full(INFO_PATH))
+        if standing.store_id != mine.store_id:
             raise StoreExistsError(f"{storage.url} is a store already")
-        return store
+        return cls(storage, mine)
 
     @classmethod
     def open(cls, url: str | os.PathLike[str]) -> "FeatureStore":

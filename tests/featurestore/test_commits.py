@@ -110,17 +110,16 @@ def test_a_commit_whose_answer_was_lost_is_made_once(
 def test_a_commit_is_found_when_its_read_back_failed_and_others_went_on(
     store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = log.read
-    failures = iter([True])
+    read = Storage.read_bytes
 
-    def fails_once(storage: Storage, version: int) -> Manifest:
-        if next(failures, False):
-            monkeypatch.setattr(log, "read", read)
-            FeatureStore(storage, store.info).put(make_rows(1, store.info, seed=9, first=5), "other")
+    def fails_once(self: Storage, path: str) -> bytes:
+        if path == log.manifest_path(1):
+            monkeypatch.setattr(Storage, "read_bytes", read)
+            FeatureStore(self, store.info).put(make_rows(1, store.info, seed=9, first=5), "other")
             raise StorageError("timed out")
-        return read(storage, version)
+        return read(self, path)
 
-    monkeypatch.setattr(log, "read", fails_once)
+    monkeypatch.setattr(Storage, "read_bytes", fails_once)
     assert store.put(make_rows(1, store.info), "mine").version == 1
     assert [m.operation for m in history(store)] == ["mine", "other"]
 
