@@ -75,7 +75,8 @@ def collisions(files: Sequence[FileKeys]) -> Int64Array:
     broken = []
     for file in files:
         is_live_N = ~file.deleted_N
-        new_M, new_uri_M = file.keys_N[is_live_N], file.uri_hash_N[is_live_N]
+        new_M, place_M = np.unique(file.keys_N[is_live_N], return_index=True)
+        new_uri_M = file.uri_hash_N[is_live_N][place_M]
         common, mine, theirs = np.intersect1d(keys_M, new_M, assume_unique=True, return_indices=True)
         broken.append(common[uri_M[mine] != new_uri_M[theirs]])
         stays_M = ~np.isin(keys_M, file.keys_N)

@@ -1,0 +1,235 @@
+"""verify: promises that hold no digest, gaps, old snapshots, what vanishes meanwhile, and what it says."""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import xxhash
+from typer.testing import CliRunner
+
+from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, shard_of
+from featurestore.__main__ import app
+from featurestore.compaction import compact
+from featurestore.datafile import encode, schema_of, table_of
+from featurestore.errors import CorruptFileError, FormatVersionError, SnapshotNotFoundError
+from featurestore.expiry import expire
+from featurestore.log import manifest_path
+from featurestore.pins import pin
+from featurestore.shard import newest_rows
+from featurestore.spec import FileEntry, Manifest, seal, unseal
+from featurestore.verify import verify
+
+
+@pytest.fixture
+def filled(store: FeatureStore, make_rows) -> FeatureStore:
+    store.put(make_rows(200, store.info))
+    store.delete(make_rows(5, store.info).keys_N)
+    return store
+
+
+def entry_of(store: FeatureStore, shard: int = 3) -> FileEntry:
+    return store.snapshot().manifest.files(shard)[0]
+
+
+def merged_entry_of(store: FeatureStore) -> FileEntry:
+    """A file that a compaction will replace."""
+    return next(files[0] for files in store.snapshot().manifest.shards.values() if len(files) > 1)
+
+
+def spoil(store: FeatureStore, path: str) -> None:
+    file = Path(store.url) / path
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def problems_of(store: FeatureStore) -> list[str]:
+    return [str(problem) for problem in verify(store).problems]
+
+
+def test_a_whole_store_has_no_problem(filled: FeatureStore) -> None:
+    steps: list[tuple[int, int]] = []
+    report = verify(filled, progress=lambda done, total: steps.append((done, total)))
+    manifest = filled.snapshot().manifest
+    assert report.problems == report.known == []
+    assert (report.num_manifests, report.num_files, report.num_bytes) == (2, manifest.num_files, manifest.file_bytes)
+    assert steps[-1] == (manifest.num_files, manifest.num_files) and len(steps) == 8
+
+
+def test_files_of_older_snapshots_are_checked_once_and_told_apart(filled: FeatureStore) -> None:
+    old = merged_entry_of(filled)
+    compact(filled, force=True)
+    filled.put(FeatureRows.of(["new.jpg"], np.zeros((1, 8), np.uint16)))
+    each = {e.path for v in (1, 2, 3, 4) for files in filled.snapshot(v).manifest.shards.values() for e in files}
+    assert verify(filled).num_files == len(each)
+    spoil(filled, old.path)
+    report = verify(filled)
+    (problem,) = report.problems
+    assert problem.path == old.path and problem.versions[0] == 1 and 4 not in problem.versions
+    assert "The newest snapshot is whole" in str(problem)
+    assert verify(filled, 4).problems == []
+    assert [found.path for found in verify(filled, 1).problems] == [old.path]
+    with pytest.raises(SnapshotNotFoundError, match="no snapshot 9"):
+        verify(filled, 9)
+
+
+def test_the_way_out_names_a_command(filled: FeatureStore) -> None:
+    entry = entry_of(filled)
+    (Path(filled.url) / entry.path).unlink()
+    way_out = f"`python -m featurestore repair {filled.url}` drops its rows into the refresh list"
+    assert problems_of(filled) == [f"{filled.url}/{entry.path} is missing. {way_out}"]
+    with pytest.raises(CorruptFileError, match="is missing"):
+        filled.snapshot().keys()
+
+
+def test_files_that_expire_meanwhile_are_no_problem(filled: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = merged_entry_of(filled)
+    compact(filled, force=True)
+    before = [verify(filled).problems]
+
+    def vanish(done: int, total: int) -> None:
+        expire(filled, keep_last=1, keep_days=0)
+        (Path(filled.url) / old.path).unlink(missing_ok=True)
+
+    shards = iter(range(8))
+    from featurestore import verify as module
+
+    checked = module.check_file
+
+    def check(*arguments: object) -> object:
+        if next(shards, None) == 0:
+            vanish(0, 0)
+        return checked(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "check_file", check)
+    before.append(verify(filled, threads=1).problems)
+    assert before == [[], []]
+
+
+def test_pins_of_nothing_and_of_another_name_are_found(filled: FeatureStore) -> None:
+    pin(filled, "mine", 1)
+    pins = Path(filled.url) / "pins"
+    (pins / "other.json").write_bytes((pins / "mine.json").read_bytes())
+    assert any("is the pin 'mine'" in problem and "unpin" in problem for problem in problems_of(filled))
+    (pins / "other.json").unlink()
+    (Path(filled.url) / manifest_path(1)).unlink()
+    assert any("keeps snapshot 1, which is not there" in problem for problem in problems_of(filled))
+
+
+def test_a_gap_is_no_problem_but_a_foreign_manifest_is(filled: FeatureStore, make_rows) -> None:
+    filled.put(make_rows(1, filled.info))
+    second = Path(filled.url) / manifest_path(2)
+    whole = second.read_bytes()
+    second.unlink()  # as an expiry with a pin on 1 leaves it
+    assert problems_of(filled) == []
+    manifest = unseal(whole, Manifest, "x")
+    second.write_bytes(seal(manifest.model_copy(update={"commit_id": "someone"})))
+    assert any("does not follow" in problem for problem in problems_of(filled))
+    second.write_bytes(seal(manifest.model_copy(update={"file_rows": 1})))
+    assert any("counts other files, rows or bytes" in problem for problem in problems_of(filled))
+
+
+def test_a_newer_format_asks_for_an_update(filled: FeatureStore) -> None:
+    path = Path(filled.url) / "store.json"
+    info = unseal(path.read_bytes(), StoreInfo, "x")
+    path.write_bytes(seal(info.model_copy(update={"format_version": 2})))
+    with pytest.raises(FormatVersionError, match="format 2"):
+        verify(filled)
+    fields = json.loads(path.read_bytes())
+    path.write_bytes(json.dumps({**fields, "format_version": 1}).encode())
+    assert [problem.kind for problem in verify(filled).problems] == ["info"]
+
+
+def rewritten(store: FeatureStore, change: Callable[[pa.Table], pa.Table], shard: int = 3, **counts: int) -> None:
+    """Replace the data file of a shard and the manifest by ones that fit each other, but break a promise."""
+    manifest = store.snapshot().manifest
+    entry = manifest.files(shard)[0]
+    path = Path(store.url) / entry.path
+    data = bytes(encode(change(pq.read_table(path)).cast(schema_of(store.info)), store.info))
+    path.write_bytes(data)
+    table = pq.read_table(io.BytesIO(data))
+    digests = {"sha256": hashlib.sha256(data).hexdigest(), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+    fixed = entry.model_copy(update={"bytes": len(data), "rows": len(table), **digests, **counts})
+    shards = {**manifest.shards, shard: (fixed, *manifest.files(shard)[1:])}
+    files = [file for each in shards.values() for file in each]
+    sums = {"file_rows": sum(file.rows for file in files), "file_bytes": sum(file.bytes for file in files)}
+    log = Path(store.url) / manifest_path(manifest.version)
+    log.write_bytes(seal(manifest.model_copy(update={"shards": shards, **sums})))
+
+
+BROKEN_PROMISES: dict[str, Callable[[pa.Table], pa.Table]] = {
+    "not in the order": lambda table: table.take(list(range(len(table)))[::-1]),
+    "a key twice": lambda table: table.take([0, *range(len(table))]),
+    "tombstones instead of 0": lambda table: table.set_column(6, "deleted", pa.array([True] * len(table))),
+}
+
+
+@pytest.mark.parametrize("promise", BROKEN_PROMISES)
+def test_broken_promises_are_found_where_all_digests_fit(
+    store: FeatureStore, make_rows, promise: str, tmp_path: Path
+) -> None:
+    store.put(make_rows(200, store.info))
+    rewritten(store, BROKEN_PROMISES[promise])
+    found = problems_of(store)
+    assert len(found) == 1 and promise in found[0] and entry_of(store).path in found[0]
+    if "tombstones" not in promise:
+        with pytest.raises(CorruptFileError, match="shard 3"):
+            FeaturePartition.load(store, cache_dir=tmp_path / "cache")
+
+
+def test_a_foreign_shard_and_values_that_are_not_finite_are_found(store: FeatureStore, make_rows) -> None:
+    rows = make_rows(200, store.info)
+    store.put(rows)
+    strange = rows.take(np.flatnonzero(shard_of(rows.keys_N, 8) == 4))
+    strange = strange.take(newest_rows(strange.keys_N))
+    rewritten(store, lambda table: table_of(strange, store.info))
+    assert any(f"{len(strange)} keys that do not belong to shard 3" in problem for problem in problems_of(store))
+    infinite = replace(strange, features_ND=np.full_like(strange.features_ND, 0x7F80))
+    rewritten(store, lambda table: table_of(infinite, store.info), shard=4)
+    assert any(f"{len(strange)} features that are not finite" in problem for problem in problems_of(store))
+
+
+def test_two_uris_of_one_key_are_found_and_a_new_one_after_a_delete_is_none(
+    store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(1, store.info)
+    other = FeatureRows.of(["other"], rows.features_ND, keys=rows.keys_N)
+    store.put(rows)
+    store.delete(rows.keys_N)
+    store.put(other)
+    assert problems_of(store) == []
+    monkeypatch.setattr("featurestore.shard.ShardReader.check_uris", lambda *_: None)
+    store.put(rows)
+    store.put(rows)
+    found = problems_of(store)
+    assert len(found) == 1 and f"1 keys stand for two uris, {rows.keys_N[0]} is one" in found[0]
+
+
+def test_the_command_exits_with_1_and_names_file_and_command(filled: FeatureStore) -> None:
+    runner = CliRunner()
+    done = runner.invoke(app, ["verify", filled.url])
+    assert done.exit_code == 0 and "0 problems in 2 manifests" in done.output
+    spoil(filled, entry_of(filled).path)
+    done = runner.invoke(app, ["verify", filled.url])
+    assert done.exit_code == 1 and done.output.count("broken: ") == 1 and "1 problems in" in done.output
+    assert f"{entry_of(filled).path} is damaged" in done.output and f"repair {filled.url}`" in done.output
+    (Path(filled.url) / "store.json").write_bytes(b"{}")
+    done = runner.invoke(app, ["verify", filled.url])
+    assert done.exit_code == 1 and "broken: " in done.output and "rebuilds it from a data file" in done.output
+    done = runner.invoke(app, ["verify", f"{filled.url}/nothing"])
+    assert done.exit_code == 1 and "no store at" in done.output and "Traceback" not in done.output
+
+
+def test_an_object_store_is_checked_too(memory_url: str, info: StoreInfo, make_rows) -> None:
+    store = FeatureStore.create(memory_url, info)
+    store.put(make_rows(50, info))
+    assert problems_of(store) == []
+    store.storage.delete(entry_of(store).path)
+    assert len(problems_of(store)) == 1
