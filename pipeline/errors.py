@@ -6,6 +6,7 @@ PipelineError
 ├── BackboneError      no such network or layer, or one that gives more than a vector per image
 ├── WeightsError       the network's weights cannot be had or do not fit
 ├── ExtractionError    the extraction as a whole failed
+├── VectorImportError  vectors are not what they are said to be, or cannot be imported
 ├── ClusterError       no usable Dask cluster
 │   ├── SchedulerUnreachableError   nobody answers at the address
 │   ├── MissingCertificatesError    tls:// and no certificates in Dask's configuration
@@ -41,6 +42,10 @@ class WeightsError(PipelineError):
 
 class ExtractionError(PipelineError):
     """The extraction as a whole failed."""
+
+
+class VectorImportError(PipelineError):
+    """Vectors from elsewhere are not what they are said to be, or cannot be imported."""
 
 
 class ClusterError(PipelineError):
