@@ -25,7 +25,7 @@ import xxhash
 from featurestore import FeatureRows, FeatureStore, Snapshot, StoreInfo, key_of_uri, keys_of_uris, log, shard_of
 from featurestore import store as store_module
 from featurestore.compaction import compact
-from featurestore.errors import CommitConflictError
+from featurestore.errors import CommitConflictError, SnapshotNotFoundError
 from featurestore.expiry import expire
 from featurestore.history import restore
 from featurestore.spec import Manifest
@@ -122,7 +122,7 @@ class Actor:
     def compact(self, force: bool = False) -> None:
         """Compact; another compaction may have been first."""
         with contextlib.suppress(CommitConflictError):
-            compact(self.store, force=force)
+            compact(self.store, force=force, threads=1)
 
     def expire(self, keep_last: int, grace_s: float) -> None:
         """Expire, by number alone; what is about to leave the log is noted."""
@@ -130,9 +130,11 @@ class Actor:
             if version > self._noted:
                 self.note("manifest", json=log.read_manifest(self.store.storage, version).model_dump_json())
                 self._noted = version
-        expire(self.store, keep_last=keep_last, keep_days=0, grace_days=grace_s / 86400)
+        report = expire(self.store, keep_last=keep_last, keep_days=0, grace_days=grace_s / 86400)
+        self.note("expired", num_files=report.num_files)
 
     def restore(self, version: int) -> None:
+        """Bring back the rows of a kept snapshot."""
         restore(self.store, version)
 
     def read(self) -> None:
@@ -223,20 +225,16 @@ class Arena:
         lines = [line for path in self.folder.glob("*.jsonl") for line in path.read_text().splitlines()]
         return sorted(map(json.loads, lines), key=lambda note: note["time"])
 
-    @property
-    def num_commits(self) -> int:
-        """Versions in the log."""
-        return len(log.versions(self.store.storage))
-
-    def history(self, notes: Sequence[dict]) -> list[Manifest]:
+    def history(self) -> list[Manifest]:
         """Every manifest that ever was, in order; without gaps."""
-        for note in notes:
+        for version in log.versions(self.store.storage):
+            if version not in self._manifests:
+                with contextlib.suppress(SnapshotNotFoundError):  # it has expired just now, and was noted before
+                    self._manifests[version] = log.read_manifest(self.store.storage, version)
+        for note in self.notes():
             if note["event"] == "manifest":
                 manifest = Manifest.model_validate_json(note["json"])
                 self._manifests.setdefault(manifest.version, manifest)
-        for version in log.versions(self.store.storage):
-            if version not in self._manifests:
-                self._manifests[version] = log.read_manifest(self.store.storage, version)
         assert sorted(self._manifests) == list(range(1, len(self._manifests) + 1)), "versions have a gap"
         return [self._manifests[version] for version in sorted(self._manifests)]
 
@@ -245,13 +243,17 @@ class Arena:
         return "\n".join(f"{note['by']}: {note['error']}" for note in self.notes() if note["event"] == "failed")
 
     def check(self) -> list[Manifest]:
-        """The history holds together, every acknowledgement was true, and every read saw a state of the history."""
+        """The history holds together, every acknowledgement was true, and every read saw a state of the history.
+
+        Others may be at work: what was acknowledged is noted before the log is read, what was begun after it.
+        """
         snapshot = self.store.snapshot()
         notes = self.notes()
         assert not self.failures(), self.failures()
-        manifests = self.history(notes)
+        manifests = self.history()
+        begun = {note["operation"] for note in self.notes() if note["event"] == "begin"}
         check_chain(manifests)
-        check_acknowledged(notes, manifests)
+        check_acknowledged(notes, begun, manifests)
         states = replay(manifests)
         assert contents_of(snapshot) == states[snapshot.version], f"snapshot {snapshot.version} is not the log's replay"
         for note in notes:
@@ -273,9 +275,8 @@ def check_chain(manifests: Sequence[Manifest]) -> None:
         assert after.time_s >= before.time_s, f"time runs backwards at version {after.version}"
 
 
-def check_acknowledged(notes: Sequence[dict], manifests: Sequence[Manifest]) -> None:
+def check_acknowledged(notes: Sequence[dict], begun: set[str], manifests: Sequence[Manifest]) -> None:
     """What was acknowledged is in the log where it was said to be; what is in the log was begun, and is there once."""
-    begun = {note["operation"] for note in notes if note["event"] == "begin"}
     in_log = [m.operation for m in manifests if m.operation.split()[0] in ("put", "delete")]
     assert len(set(in_log)) == len(in_log), "an operation was committed twice"
     assert begun.issuperset(in_log), "an operation that nobody began"
@@ -304,6 +305,12 @@ def check_order(notes: Sequence[dict], manifests: Sequence[Manifest]) -> None:
             newest = max(newest, version)
         else:
             assert version >= newest, f"{what} saw {version} when {newest} was done"
+
+
+@pytest.fixture(name="rows_of")
+def rows_of_fixture() -> Callable[..., FeatureRows]:
+    """Rows of an operation."""
+    return rows_of
 
 
 @pytest.fixture(name="contents_of")

@@ -36,7 +36,7 @@ class Fuse:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def watch_disk(self, root: str) -> None:
-        """Every call of the system that touches files below `root`, and the middle of every write. For good."""
+        """Every call of the system that touches files below `root`, and the middle of what is written. For good."""
         sync, open_file = os.fsync, io.open
 
         def audit(event: str, arguments: tuple) -> None:
@@ -73,13 +73,17 @@ class Fuse:
 
 
 class _HalfWritten:
-    """A file whose writes go in two halves, with a chance to die between them."""
+    """A file whose first write goes in two halves, with a chance to die between them."""
 
     def __init__(self, file, fuse: Fuse) -> None:
         self._file, self._fuse = file, fuse
+        self._is_first = True
 
     def write(self, data) -> int:
         view = memoryview(data).cast("B")
+        if not self._is_first:
+            return self._file.write(view)
+        self._is_first = False
         self._file.write(view[: len(view) // 2])
         self._file.flush()
         self._fuse.point("write half")

@@ -5,9 +5,12 @@ from functools import partial
 
 import pytest
 
-from featurestore import FeatureStore
+from featurestore import FeatureStore, log
+from featurestore import expiry as expiry_module
 from featurestore import store as store_module
+from featurestore.storage import Storage
 
+DAY_S = 86400.0
 URIS = [f"u{i}" for i in range(8)]
 
 
@@ -31,8 +34,21 @@ def extract(actor) -> None:
     actor.extract([*URIS[2:6], "w0", "w1", "w2"])
 
 
-def die_everywhere(arena, work, make_fuse, watch) -> int:
+def compact(actor) -> None:
+    actor.compact(force=True)
+
+
+def restore(actor) -> None:
+    actor.restore(1)
+
+
+def expire(actor) -> None:
+    actor.expire(keep_last=1, grace_s=7 * DAY_S)
+
+
+def die_everywhere(arena, work, make_fuse, watch, num_commits: int = 1) -> int:
     """Run `work` on a fresh copy of the store until it is through; how often it died before that."""
+    num_before = len(arena.check())
     for deaths in range(1000):
         twin = arena.twin()
         process = twin.start("writer", partial(run_with, make_fuse(deaths + 1), work, watch))
@@ -40,12 +56,34 @@ def die_everywhere(arena, work, make_fuse, watch) -> int:
         before = len(twin.check())
         twin.actor("after").put(["u0", "x"])  # nothing that the dead left behind stops the living
         assert len(twin.check()) == before + 1
-        twin.discard()
         if process.exitcode == 0:
-            assert before == arena.num_commits + 1
+            assert before == num_before + num_commits
             return deaths
         assert process.exitcode == -9
+        if deaths % 5 == 0:
+            check_swept(twin)
+        twin.discard()
     raise AssertionError("it never came through")
+
+
+def check_swept(arena) -> None:
+    """In the end nothing is left of the dead: an expiry of all that is old leaves what the newest snapshot names."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_old(patch)
+        expire(arena.actor("sweeper"))
+        expire(arena.actor("sweeper"))  # what only snapshots had that the first one took away
+    arena.check()
+    snapshot = arena.store.snapshot()
+    named = [entry for files in snapshot.manifest.shards.values() for entry in files]
+    expected = {entry.path for entry in named} | {entry.statistics_path for entry in named if entry.statistics_path}
+    left = {entry.path for entry in arena.store.storage.entries()}
+    assert left == expected | {"store.json", log.manifest_path(snapshot.version)}
+
+
+def make_old(patch: pytest.MonkeyPatch) -> None:
+    """As if all that is in a store were older by a month."""
+    now = Storage.now
+    patch.setattr(Storage, "now", lambda self: now(self) + 30 * DAY_S)
 
 
 def run_with(fuse, work, watch, actor) -> None:
@@ -58,6 +96,7 @@ def run_with(fuse, work, watch, actor) -> None:
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the points come in the same order each time."""
     monkeypatch.setattr(store_module, "_THREADS", 1)
+    monkeypatch.setattr(expiry_module, "_THREADS", 1)
 
 
 def watch_disk(fuse, store: FeatureStore) -> None:
@@ -84,6 +123,30 @@ def test_on_disk(make_arena, make_fuse, trace, work) -> None:
     assert points["write half"] >= 3
     assert points["fsync"] >= 2 * points["write half"]  # the file, and then its folder
     assert points["note done"] == 1  # all is done, and nobody was told
+
+
+@pytest.mark.parametrize("work", [compact, restore])
+def test_of_compaction_and_restore(make_arena, make_fuse, trace, work) -> None:
+    arena = make_arena()
+    prepared(arena)
+    die_everywhere(arena, work, make_fuse, watch_disk)
+    assert Counter(trace())["os.link log temporary"] == 1
+
+
+def test_of_expiry(make_arena, make_fuse, trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of one that finds files to delete, left by dead writers and by snapshots that went before."""
+    arena = make_arena()
+    prepared(arena)
+    compact(arena.actor("compactor"))
+    expire(arena.actor("expirer"))
+    arena.store.storage.write_bytes("data/0000/.tmp-dead", b"half a fi")
+    arena.actor("last").put(URIS[1:])
+    make_old(monkeypatch)
+    die_everywhere(arena, expire, make_fuse, watch_disk, num_commits=0)
+    points = Counter(trace())
+    assert points["os.remove log"] == 1
+    assert points["os.remove data"] >= 4
+    assert points["os.remove expired"] >= 4
 
 
 @pytest.mark.parametrize(

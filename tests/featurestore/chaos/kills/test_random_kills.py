@@ -5,8 +5,6 @@ import time
 
 import pytest
 
-PAUSE_S = 0.2
-
 
 def write(actor) -> None:
     while True:
@@ -52,6 +50,7 @@ def kill_at_random(arena, seed: int, num_kills: int, pause_s: float) -> None:
     done = [m.operation.split()[0] for m in manifests]
     assert done.count("put") >= num_kills
     assert done.count("compact") >= 3
+    assert sum(note["num_files"] for note in arena.notes() if note["event"] == "expired") > 10
 
 
 def test_forty_kills_on_disk(make_arena) -> None:

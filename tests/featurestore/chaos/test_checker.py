@@ -1,0 +1,108 @@
+"""The checker of histories finds what it is there for: stores broken on purpose do not pass it."""
+
+import numpy as np
+import pytest
+
+from featurestore import FeatureRows, commit, log
+from featurestore import store as store_module
+from featurestore.disk import DiskFiles
+from featurestore.storage import Storage
+
+URIS = [f"u{i}" for i in range(8)]
+
+
+def interrupted(patch: pytest.MonkeyPatch, meanwhile) -> None:
+    """Let something happen just before the next manifest is created."""
+    create = Storage.create_exclusive
+
+    def first(storage: Storage, path: str, data: bytes) -> bool:
+        patch.setattr(Storage, "create_exclusive", create)
+        meanwhile()
+        return create(storage, path, data)
+
+    patch.setattr(Storage, "create_exclusive", first)
+
+
+@pytest.fixture
+def arena(make_arena):
+    made = make_arena()
+    made.actor("before").put(URIS)
+    made.check()
+    return made
+
+
+def test_it_passes_a_store_that_is_sound(arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, quick = arena.actor("slow"), arena.actor("quick")
+    interrupted(monkeypatch, lambda: quick.put(["b"]))
+    slow.put(["a"])
+    interrupted(monkeypatch, lambda: quick.put(["c"]))
+    slow.compact(force=True)
+    assert len(arena.check()) == 5
+
+
+def test_a_create_that_overwrites(arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, quick = arena.actor("slow"), arena.actor("quick")
+
+    def overwriting(disk: DiskFiles, path: str, data: bytes) -> bool:
+        with disk.open_output(path) as file:
+            file.write(data)
+        return True
+
+    monkeypatch.setattr(DiskFiles, "create_exclusive", overwriting)
+    interrupted(monkeypatch, lambda: quick.put(["b"]))
+    slow.put(["a"])
+    with pytest.raises(AssertionError, match="was acknowledged to put quick"):
+        arena.check()
+
+
+def test_a_compaction_that_forgets_what_came_meanwhile(arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, quick = arena.actor("slow"), arena.actor("quick")
+    quick.put(URIS[:4])
+    files_after = commit.files_after
+    monkeypatch.setattr(
+        store_module, "files_after", lambda older, new, gone: [new] if gone else files_after(older, new, gone)
+    )
+    interrupted(monkeypatch, lambda: quick.put(URIS))
+    slow.compact(force=True)
+    with pytest.raises(AssertionError, match="is not the log's replay"):
+        arena.check()
+
+
+def test_an_operation_that_is_done_twice(arena) -> None:
+    actor = arena.actor("twice")
+    actor.put(["a"])
+    operation = arena.store.snapshot().manifest.operation
+    arena.store.delete([], operation)
+    with pytest.raises(AssertionError, match="committed twice"):
+        arena.check()
+
+
+def test_rows_of_another_operation(arena, rows_of) -> None:
+    arena.actor("liar").note("begin", operation="put liar u0")
+    rows = rows_of("liar", ["u0"])
+    arena.store.put(FeatureRows.of(rows.uris, rows.features_ND ^ np.uint16(1), source_tags=["liar"]), "put liar u0")
+    with pytest.raises(AssertionError, match="is not what was written"):
+        arena.check()
+
+
+def test_a_reader_that_lags_behind(arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = arena.actor("reader"), arena.actor("writer")
+    known = log.versions(arena.store.storage)
+    writer.put(["a"])
+    with monkeypatch.context() as patch:
+        patch.setattr(log, "versions", lambda storage: known)
+        reader.read()
+    with pytest.raises(AssertionError, match="read by reader saw 1 when 2 was done"):
+        arena.check()
+
+
+def test_a_half_state(arena, rows_of) -> None:
+    """A commit of two shards of which one is lost."""
+    actor = arena.actor("half")
+    actor.note("begin", operation="put half u0 u1 u2 u3")
+    run = "half"
+    arena.store.stage_part(run, "0", rows_of("half", URIS[:4]))
+    entry = arena.store.build_shard(run, 0, ["0"])
+    arena.store.commit({0: entry}, "put half u0 u1 u2 u3")
+    with pytest.raises(AssertionError, match="is not the log's replay"):
+        arena.check()
