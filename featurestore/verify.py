@@ -56,7 +56,8 @@ class _Wanted:
     """A data file, as manifests name it."""
 
     entry: FileEntry
-    versions: list[int]
+    versions: list[int] = field(default_factory=list)
+    with_statistics: list[int] = field(default_factory=list)  # a repair may have dropped those of a file that stays
 
 
 def verify(
@@ -184,7 +185,10 @@ def _check_data(
     for version, manifest in sorted(manifests.items()):
         for shard, files in manifest.shards.items():
             for entry in files:
-                wanted[shard].setdefault(_id(entry), _Wanted(entry, [])).versions.append(version)
+                each = wanted[shard].setdefault(_id(entry), _Wanted(entry))
+                each.versions.append(version)
+                if entry.statistics_path is not None:
+                    each.with_statistics.append(version)
     total = sum(len(files) for files in wanted.values())
     largest = max((each.entry.bytes for files in wanted.values() for each in files.values()), default=0)
     memory = FileMemory(max(largest, _MEMORY_BYTES))
@@ -228,6 +232,7 @@ def _shard_problems(
         try:
             read_moments(store.storage, each.entry)
         except CorruptFileError as error:
+            versions = tuple(each.with_statistics)
             way_out = _repair(store.url, "drops it") if newest in versions else _old(store.url, versions)
             yield Problem("statistics", str(each.entry.statistics_path), str(error), way_out, versions)
     for chain in _longest(chains):

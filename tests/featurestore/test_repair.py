@@ -1,0 +1,323 @@
+"""repair: what is damaged leaves the newest snapshot in one commit, and every key of it is missing, never stale."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from featurestore import FeaturePartition, FeatureStore, QuarantineRow, StoreInfo, shard_of
+from featurestore.__main__ import app
+from featurestore.compaction import compact
+from featurestore.errors import CommitConflictError, CorruptFileError
+from featurestore.expiry import expire
+from featurestore.log import manifest_path
+from featurestore.pins import pin
+from featurestore.repair import RepairReport, repair
+from featurestore.spec import FileEntry
+from featurestore.verify import verify
+
+SHARD = 3
+
+
+@pytest.fixture
+def filled(store: FeatureStore, make_rows) -> FeatureStore:
+    """400 images; of 200 of them newer rows, of 20 of those tombstones."""
+    store.put(make_rows(400, store.info, seed=0))
+    store.put(make_rows(200, store.info, seed=1))
+    store.delete(make_rows(20, store.info).keys_N)
+    return store
+
+
+def files_of(store: FeatureStore, shard: int = SHARD) -> tuple[FileEntry, ...]:
+    return store.snapshot().manifest.files(shard)
+
+
+def spoil(store: FeatureStore, path: str, place: int | None = None) -> None:
+    file = Path(store.url) / path
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2 if place is None else place] ^= 1
+    file.write_bytes(data)
+
+
+def spoil_features(store: FeatureStore, entry: FileEntry) -> None:
+    """The other columns stay readable."""
+    column = pq.read_metadata(Path(store.url) / entry.path).row_group(0).column(7)
+    assert column.path_in_schema == "feature"
+    spoil(store, entry.path, column.data_page_offset + column.total_compressed_size - 1)
+
+
+def keys_in(store: FeatureStore, entry: FileEntry) -> set[int]:
+    return set(pq.read_table(Path(store.url) / entry.path)["key"].to_pylist())
+
+
+def everything(store: FeatureStore, version: int | None = None) -> dict[int, bytes]:
+    """Features by key."""
+    snapshot = store.snapshot(version)
+    rows = [snapshot.read_shard(shard) for shard in range(8)]
+    return {int(key): row.tobytes() for each in rows for key, row in zip(each.keys_N, each.features_ND, strict=True)}
+
+
+def check_whole(store: FeatureStore, tmp_path: Path) -> None:
+    """Nothing to complain of, and a partition serves exactly the snapshot."""
+    assert verify(store).problems == []
+    held = everything(store)
+    with FeaturePartition.load(store, cache_dir=tmp_path / "cache") as partition:
+        assert partition.num_rows == len(held)
+        found = partition.lookup(np.array(list(held), np.int64)).features_UD
+    assert [row.tobytes() for row in found] == list(held.values())
+
+
+def test_nothing_to_repair(filled: FeatureStore) -> None:
+    assert repair(filled) == RepairReport()
+    assert filled.snapshot().version == 3
+
+
+def test_a_damaged_base_leaves_the_rows_that_newer_files_hold(filled: FeatureStore, tmp_path: Path) -> None:
+    before, (base, delta, *_) = everything(filled), files_of(filled)
+    gone = keys_in(filled, base) - keys_in(filled, delta)
+    spoil_features(filled, base)
+    report = repair(filled)
+    assert report.version == 4 and report.left == [] and report.num_quarantined == len(gone)
+    assert everything(filled) == {key: row for key, row in before.items() if key not in gone}
+    lost = filled.quarantine_rows()
+    assert {row.key for row in lost} == gone
+    assert all(base.path in row.reason and row.uri.startswith("images/") for row in lost)
+    check_whole(filled, tmp_path)
+    assert [problem.path for problem in verify(filled).known] == [base.path]
+    assert repair(filled) == RepairReport()
+
+
+def test_a_damaged_delta_leaves_no_stale_row_behind(filled: FeatureStore, tmp_path: Path) -> None:
+    """Its keys are missing afterwards, though the base has older rows of them: a refresh must see them missing."""
+    before, (base, delta, tombstones) = everything(filled), files_of(filled)
+    lost = keys_in(filled, delta) - keys_in(filled, tombstones)
+    assert lost & keys_in(filled, base)
+    spoil_features(filled, delta)
+    repair(filled)
+    assert everything(filled) == {key: row for key, row in before.items() if key not in lost}
+    assert {row.key for row in filled.quarantine_rows()} == lost
+    kinds = [entry.kind for entry in files_of(filled)]
+    assert kinds == ["base", "delta", "delta"] and files_of(filled)[1].num_deleted == len(keys_in(filled, delta) - (
+        keys_in(filled, tombstones)
+    ))  # fmt: skip
+    check_whole(filled, tmp_path)
+
+
+def test_damaged_tombstones_keep_what_they_deleted_away(filled: FeatureStore, tmp_path: Path) -> None:
+    before, tombstones = everything(filled), files_of(filled)[-1]
+    spoil_features(filled, tombstones)
+    report = repair(filled)
+    assert everything(filled) == before and report.num_quarantined == 0
+    check_whole(filled, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["gone", "footer", "empty"])
+def test_a_file_without_readable_keys_is_dropped_all_the_same(
+    filled: FeatureStore, tmp_path: Path, damage: str
+) -> None:
+    before, (base, delta, *_) = everything(filled), files_of(filled)
+    gone = keys_in(filled, base) - keys_in(filled, delta)
+    path = Path(filled.url) / base.path
+    data = path.read_bytes()
+    path.unlink() if damage == "gone" else path.write_bytes({"footer": data[:-20] + bytes(20), "empty": b""}[damage])
+    report = repair(filled)
+    assert any(f"0 of its {base.rows} keys can be read" in action for action in report.actions)
+    assert everything(filled) == {key: row for key, row in before.items() if key not in gone}
+    check_whole(filled, tmp_path)
+
+
+def test_all_damaged_files_are_mended_in_one_commit(filled: FeatureStore, tmp_path: Path) -> None:
+    before = everything(filled)
+    lost: set[int] = set()
+    for shard in (1, 5):
+        spoil_features(filled, files_of(filled, shard)[0])
+        spoil_features(filled, files_of(filled, shard)[1])
+        lost |= {key for key in before if shard_of([key], 8)[0] == shard}
+    report = repair(filled)
+    assert report.version == 4 == filled.snapshot().version
+    assert everything(filled) == {key: row for key, row in before.items() if key not in lost}
+    assert {row.key for row in filled.quarantine_rows()} == lost
+    check_whole(filled, tmp_path)
+
+
+def test_a_dry_run_changes_nothing(filled: FeatureStore) -> None:
+    spoil(filled, files_of(filled)[1].path)
+    spoil(filled, manifest_path(1))
+    filled.add_quarantine([QuarantineRow(1, "a", "b", 1.0)])
+    spoil(filled, f"quarantine/{filled.storage.list('quarantine')[0]}")
+    before = {entry.path: entry for entry in filled.storage.entries()}
+    report = repair(filled, dry_run=True)
+    assert {entry.path: entry for entry in filled.storage.entries()} == before
+    assert len(report.actions) == 4 and report.version is None
+    done = repair(filled)
+    assert done.actions == report.actions and done.version == 4
+    assert verify(filled).problems == [] and filled.snapshot(4).manifest.operation == "repair"
+
+
+def test_rows_that_others_append_meanwhile_stay(
+    filled: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = files_of(filled)[0]
+    spoil(filled, base.path)
+    rows = make_rows(10, filled.info, first=1000)
+    quarantine = FeatureStore.add_quarantine
+
+    def put_first(store: FeatureStore, lost: list[QuarantineRow]) -> None:
+        quarantine(store, lost)
+        store.put(rows)
+
+    monkeypatch.setattr(FeatureStore, "add_quarantine", put_first)
+    assert repair(filled).version == 5
+    assert set(rows.keys_N.tolist()) <= set(everything(filled)) and base not in files_of(filled)
+    assert verify(filled).problems == []
+
+
+def test_a_repair_that_comes_second_says_so(filled: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(filled, files_of(filled)[0].path)
+    quarantine = FeatureStore.add_quarantine
+
+    def repair_first(store: FeatureStore, lost: list[QuarantineRow]) -> None:
+        monkeypatch.setattr(FeatureStore, "add_quarantine", quarantine)
+        assert repair(store).version == 4
+        quarantine(store, lost)
+
+    monkeypatch.setattr(FeatureStore, "add_quarantine", repair_first)
+    with pytest.raises(CommitConflictError, match="run the repair again"):
+        repair(filled)
+    assert repair(filled) == RepairReport() and filled.snapshot().version == 4
+
+
+def test_a_damaged_file_of_old_snapshots_is_noted(filled: FeatureStore, tmp_path: Path) -> None:
+    base = files_of(filled)[0]
+    data = (Path(filled.url) / base.path).read_bytes()
+    compact(filled, force=True)
+    spoil(filled, base.path)
+    assert len(verify(filled).problems) == 1
+    assert repair(filled).version is None and filled.snapshot().version == 4
+    report = verify(filled)
+    assert report.problems == [] and [known.path for known in report.known] == [base.path]
+    with pytest.raises(CorruptFileError, match=base.path):
+        FeaturePartition.load(filled, version=1, cache_dir=tmp_path)
+    spoil(filled, f"damaged/{filled.storage.list('damaged')[0]}")
+    assert len(verify(filled).problems) == 1  # a note that is damaged counts for nothing
+    (Path(filled.url) / base.path).write_bytes(data)  # from a backup
+    assert verify(filled).problems == verify(filled).known == []
+
+
+def test_damaged_statistics_are_dropped(store: FeatureStore, make_rows, tmp_path: Path) -> None:
+    store.put(make_rows(600, store.info))
+    expected, entry = store.snapshot().statistics(), files_of(store)[0]
+    spoil(store, str(entry.statistics_path))
+    before = everything(store)
+    assert repair(store).version == 2
+    assert files_of(store)[0].statistics_path is None and files_of(store)[0].path == entry.path
+    np.testing.assert_allclose(store.snapshot().statistics().mean_D, expected.mean_D, rtol=1e-6, atol=1e-7)
+    assert everything(store) == before
+    check_whole(store, tmp_path)
+
+
+def test_a_damaged_newest_manifest_gives_way_to_the_one_before(filled: FeatureStore, make_rows, tmp_path: Path) -> None:
+    before = everything(filled, 2)
+    spoil(filled, manifest_path(3))
+    with pytest.raises(CorruptFileError):
+        filled.snapshot()
+    report = repair(filled)
+    assert report.version == 4 and "what 3 had changed is lost" in report.actions[0]
+    assert everything(filled) == before and filled.snapshot().version == 4
+    assert filled.storage.list("damaged") == [f"log-{3:020d}.json"]
+    check_whole(filled, tmp_path)
+    filled.put(make_rows(1, filled.info, first=5000))
+    assert filled.snapshot().version == 5 and verify(filled).problems == []
+
+
+def test_readers_never_find_a_damaged_newest_manifest_gone(
+    filled: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The good one is committed before the damaged one moves: a writer in between would take its number."""
+    spoil(filled, manifest_path(3))
+    seen: list[int] = []
+    monkeypatch.setattr("featurestore.damage.put_aside", lambda storage, path: seen.append(filled.snapshot().version))
+    repair(filled)
+    assert seen == [4]
+
+
+def test_a_damaged_old_manifest_moves_away(filled: FeatureStore) -> None:
+    spoil(filled, manifest_path(1))
+    before = everything(filled)
+    assert repair(filled).version is None
+    assert everything(filled) == before and verify(filled).problems == []
+    assert filled.storage.list("log") == [f"{2:020d}.json", f"{3:020d}.json"]
+
+
+def test_damaged_manifest_and_data_at_once(filled: FeatureStore, tmp_path: Path) -> None:
+    spoil(filled, manifest_path(3))
+    spoil(filled, filled.snapshot(2).manifest.files(SHARD)[0].path)
+    assert repair(filled).version == 5
+    check_whole(filled, tmp_path)
+
+
+def test_without_a_good_manifest_a_backup_is_asked_for(store: FeatureStore, make_rows) -> None:
+    store.put(make_rows(10, store.info))
+    spoil(store, manifest_path(1))
+    with pytest.raises(CorruptFileError, match="from a backup"):
+        repair(store)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_store_json_is_rebuilt_from_a_data_file(filled: FeatureStore, tmp_path: Path, damage: str) -> None:
+    path = Path(filled.url) / "store.json"
+    before = everything(filled)
+    spoil(filled, files_of(filled, 0)[0].path)  # the first file that it would ask
+    path.unlink() if damage == "gone" else spoil(filled, "store.json")
+    assert "rebuild store.json" in repair(filled.url, dry_run=True).actions[0]
+    assert len(verify(filled.url).problems) == 1
+    report = repair(filled.url)
+    again = FeatureStore.open(filled.url)
+    assert again.info.kind == filled.info.kind and again.info.store_id and report.version == 4
+    assert everything(again).items() <= before.items()
+    check_whole(again, tmp_path)
+
+
+def test_small_files_move_away_and_pins_are_left_to_a_person(filled: FeatureStore) -> None:
+    filled.add_quarantine([QuarantineRow(1, "a", "b", 1.0)])
+    spoil(filled, f"quarantine/{filled.storage.list('quarantine')[0]}")
+    pin(filled, "best", 3)
+    spoil(filled, "pins/best.json")
+    report = repair(filled)
+    assert [problem.kind for problem in report.left] == ["pin"]
+    assert filled.quarantine_rows() == [] and len(filled.storage.list("damaged")) == 1
+    (Path(filled.url) / "pins" / "best.json").unlink()
+    expire(filled, keep_last=1, keep_days=0)
+    spoil(filled, manifest_path(1, "expired"))
+    assert len(verify(filled).problems) == 1
+    repair(filled)
+    assert verify(filled).problems == [] and len(filled.storage.list("expired")) == 1
+
+
+def test_an_object_store_is_repaired_too(memory_url: str, info: StoreInfo, make_rows, tmp_path: Path) -> None:
+    store = FeatureStore.create(memory_url, info)
+    store.put(make_rows(100, info))
+    before, base = everything(store), files_of(store)[0]
+    data = bytearray(store.storage.read_bytes(base.path))
+    data[len(data) // 2] ^= 1
+    store.storage.write_bytes(base.path, bytes(data))
+    repair(store)
+    assert everything(store) == {key: row for key, row in before.items() if shard_of([key], 8)[0] != SHARD}
+    check_whole(store, tmp_path)
+
+
+def test_the_command_prints_what_it_does(filled: FeatureStore) -> None:
+    run: Callable[..., object] = CliRunner().invoke
+    assert "nothing to repair" in run(app, ["repair", filled.url]).output
+    spoil(filled, files_of(filled)[0].path)
+    dry = run(app, ["repair", filled.url, "--dry-run"])
+    assert dry.exit_code == 0 and dry.output.count("would ") == 2 and "committed" not in dry.output
+    done = run(app, ["repair", filled.url])
+    assert done.exit_code == 0 and "committed snapshot 4; " in done.output
+    pin(filled, "best", 3)
+    spoil(filled, "pins/best.json")
+    left = run(app, ["repair", filled.url])
+    assert left.exit_code == 1 and "left: " in left.output and "unpin" in left.output
