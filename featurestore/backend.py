@@ -173,16 +173,18 @@ def _racing_processes(storage: Storage, num_processes: int) -> Iterator[Race]:
     processes = [context.Process(target=_racer, args=(storage, theirs), daemon=True) for _, theirs in pipes]
 
     def race(path: str, contents: Sequence[bytes], starts: Sequence[float]) -> list[_Outcome]:
-        for (ours, _), content, start in zip(pipes, contents, starts, strict=True):
-            ours.send((path, content, start))
-        return [_answer(ours) for ours, _ in pipes]
+        with _deaths_noticed():
+            for (ours, _), content, start in zip(pipes, contents, starts, strict=True):
+                ours.send((path, content, start))
+            return [_answer(ours) for ours, _ in pipes]
 
     try:
         for process, (_, theirs) in zip(processes, pipes, strict=True):
             process.start()
             theirs.close()  # so that the end of the process is the end of the pipe
-        for ours, _ in pipes:
-            _answer(ours)
+        with _deaths_noticed():
+            for ours, _ in pipes:
+                _answer(ours)
         yield race
     finally:
         for ours, _ in pipes:
@@ -194,14 +196,19 @@ def _racing_processes(storage: Storage, num_processes: int) -> Iterator[Race]:
 
 
 def _answer(pipe: "Connection[object, object]") -> _Outcome:
-    try:
-        answer = pipe.recv() if pipe.poll(_ANSWER_TIMEOUT_S) else StorageError("a racing process does not answer")
-    except EOFError:
-        raise StorageError("a racing process ended early") from None
+    answer = pipe.recv() if pipe.poll(_ANSWER_TIMEOUT_S) else StorageError("a racing process does not answer")
     if isinstance(answer, StorageError):
         raise answer
     assert isinstance(answer, _Outcome)
     return answer
+
+
+@contextlib.contextmanager
+def _deaths_noticed() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise StorageError("a racing process ended early") from error
 
 
 def _racer(storage: Storage, pipe: "Connection[object, object]") -> None:
