@@ -1,0 +1,469 @@
+"""Expiry takes what nobody needs, and never what a kept snapshot, a reader or a recent writer needs."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from featurestore import FeatureRows, FeatureStore, StoreInfo, log
+from featurestore.__main__ import app
+from featurestore.compaction import compact
+from featurestore.disk import DiskFiles
+from featurestore.errors import CorruptFileError, SnapshotNotFoundError
+from featurestore.expiry import ExpireReport, expire, kept_versions
+from featurestore.history import restore
+from featurestore.pins import pin, unpin
+from featurestore.snapshot import Snapshot
+from featurestore.spec import CodecSpec, seal
+from featurestore.storage import Storage
+
+DAY_S = 86_400.0
+
+
+def age(store: FeatureStore, days: float, below: str = "") -> None:
+    """Let time pass: every file is so much older."""
+    for path in Path(store.url, below).rglob("*"):
+        if path.is_file():
+            stat = path.stat()
+            os.utime(path, (stat.st_atime, stat.st_mtime - days * DAY_S))
+
+
+def files_of(store: FeatureStore, folder: str = "") -> set[str]:
+    return {entry.path for entry in store.storage.entries(folder)}
+
+
+def needs(snapshot: Snapshot) -> set[str]:
+    entries = [entry for files in snapshot.manifest.shards.values() for entry in files]
+    return {path for entry in entries for path in (entry.path, entry.statistics_path) if path}
+
+
+def expire_to(store: FeatureStore, keep_last: int, grace_days: float = 7.0, **options: Any) -> ExpireReport:
+    return expire(store, keep_last=keep_last, keep_days=0, grace_days=grace_days, **options)
+
+
+@pytest.fixture
+def rows(store: FeatureStore, make_rows) -> FeatureRows:
+    return make_rows(40, store.info, seed=1)
+
+
+@pytest.fixture
+def merged(store: FeatureStore, make_rows, rows: FeatureRows) -> FeatureStore:
+    """1: put, 2: put, 3: compaction, which needs none of the files before it, 4: put."""
+    store.put(rows)
+    store.put(make_rows(20, store.info, seed=2))
+    compact(store, force=True)
+    store.put(make_rows(5, store.info, seed=3))
+    return store
+
+
+class TestPolicy:
+    MADE_S = ((1, 0.0), (2, 10.0), (5, 20.0), (6, 30.0))
+
+    @pytest.mark.parametrize(
+        ("now_s", "keep_last", "keep_s", "pinned", "kept"),
+        [
+            (30, 1, 0, (), {6}),
+            (30, 0, 0, (), {6}),
+            (30, 3, 0, (), {2, 5, 6}),
+            (30, 9, 0, (), {1, 2, 5, 6}),
+            (35, 1, 6, (), {5, 6}),  # 5 was the newest until 5 seconds ago
+            (35, 1, 5, (), {6}),
+            (35, 1, 20, (), {2, 5, 6}),
+            (35, 1, 0, (1,), {1, 6}),
+            (1e9, 1, 0, (2, 5), {2, 5, 6}),
+        ],
+    )
+    def test_what_is_kept(self, now_s: float, keep_last: int, keep_s: float, pinned: tuple, kept: set) -> None:
+        assert kept_versions(self.MADE_S, now_s, keep_last, keep_s, pinned) == kept
+
+    def test_an_empty_log_keeps_nothing(self) -> None:
+        assert kept_versions([], 1.0, 10, 1.0, ()) == set()
+
+    def test_the_defaults_keep_ten_and_thirty_days(self, store: FeatureStore, make_rows) -> None:
+        for version in range(14):
+            store.put(make_rows(1, store.info, seed=version))
+        assert expire(store).expired == ()
+        age(store, 31)
+        report = expire(store)
+        assert (report.expired, report.kept) == ((1, 2, 3, 4), tuple(range(5, 15)))
+
+    def test_every_state_of_the_last_days_can_be_opened(self, store: FeatureStore, make_rows) -> None:
+        for _ in range(4):
+            store.put(make_rows(1, store.info))
+            age(store, 10)  # made 40, 30, 20 and 10 days ago: 25 days ago 2 was the newest
+        assert expire(store, keep_last=1, keep_days=25).kept == (2, 3, 4)
+
+    @pytest.mark.parametrize("option", ["keep_last", "keep_days", "grace_days"])
+    @pytest.mark.parametrize("value", [-1, float("nan")])
+    def test_numbers_below_0_are_refused(self, store: FeatureStore, option: str, value: float) -> None:
+        with pytest.raises(ValueError, match=f"{option}={value}"):
+            expire(store, **{option: value})
+
+
+class TestTwoSteps:
+    def test_first_the_snapshots_then_their_files(self, merged: FeatureStore) -> None:
+        age(merged, 100)
+        needed = needs(merged.snapshot(4)) | needs(merged.snapshot(3))
+        going = (needs(merged.snapshot(1)) | needs(merged.snapshot(2))) - needed
+        report = expire_to(merged, 2)
+        assert (report.kept, report.expired, report.num_files) == ((3, 4), (1, 2), 0)
+        assert report.num_waiting == len(going) > 0 and report.num_waiting_bytes > 0
+        with pytest.raises(SnapshotNotFoundError, match="2 has expired"):
+            merged.snapshot(2)
+        age(merged, 6.9)
+        assert expire_to(merged, 2).num_files == 0
+        assert files_of(merged, "data") == needed | going
+        age(merged, 0.2)
+        report = expire_to(merged, 2)
+        assert (report.num_files, report.num_waiting, report.is_complete) == (len(going), 0, True)
+        assert files_of(merged, "data") == needed
+        assert files_of(merged, "expired") == set()
+        assert merged.snapshot().num_rows == 40
+
+    def test_a_reader_of_an_expired_snapshot_is_not_disturbed(self, merged: FeatureStore, rows: FeatureRows) -> None:
+        age(merged, 100)
+        reader = merged.snapshot(1)
+        for _ in range(3):
+            expire_to(merged, 1)
+            age(merged, 2.3)
+        assert np.array_equal(reader.get(rows.keys_N), rows.features_ND)
+        age(merged, 0.2)
+        expire_to(merged, 1)
+        with pytest.raises(CorruptFileError, match="missing"):
+            reader.get(rows.keys_N)
+
+    def test_a_pinned_snapshot_stays_whole(self, merged: FeatureStore, rows: FeatureRows) -> None:
+        pin(merged, "first", 1)
+        for _ in range(3):
+            age(merged, 100)
+            expire_to(merged, 1)
+        assert np.array_equal(merged.snapshot(1).get(rows.keys_N), rows.features_ND)
+        assert log.versions(merged.storage) == [1, 4]
+        unpin(merged, "first")
+        for _ in range(2):
+            age(merged, 100)
+            expire_to(merged, 1)
+        assert files_of(merged, "data") == needs(merged.snapshot())
+
+    def test_an_empty_store(self, store: FeatureStore) -> None:
+        report = expire_to(store, 1)
+        assert (report.kept, report.expired, report.num_files, report.is_complete) == ((), (), 0, True)
+
+    def test_this_machines_clock_does_not_matter(self, merged: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        everything = files_of(merged)
+        now = time.time()
+        for years in (-10, 10):
+            monkeypatch.setattr(time, "time", lambda years=years: now + years * 365 * DAY_S)
+            assert expire(merged, keep_last=1).num_files == 0
+        assert files_of(merged) == everything
+
+
+class TestWhatDeadWritersLeft:
+    def test_it_goes_after_the_grace_and_not_before(self, merged: FeatureStore, make_rows) -> None:
+        named = files_of(merged)
+        fresh = make_rows(30, merged.info, first=100)
+        merged.stage_part("dead", "p", fresh)
+        built = [merged.build_shard("dead", shard, ["p"]) for shard in range(8)]
+        for folder in ("", "log/", "data/0003/", "staging/dead/", ".tmp-check/"):
+            merged.storage.write_bytes(f"{folder}.tmp-{'0' * 32}", b"half")
+        left = files_of(merged) - named
+        assert len(left) == 1 + sum(entry is not None for entry in built) + 5
+        age(merged, 6.9)
+        assert expire_to(merged, 10).num_files == 0
+        age(merged, 0.2)
+        report = expire_to(merged, 10)
+        assert (report.num_files, report.runs) == (len(left), ("dead",))
+        assert files_of(merged) == named
+
+    def test_the_old_parts_of_a_run_that_goes_on_stay(self, merged: FeatureStore, make_rows) -> None:
+        merged.stage_part("running", "p-0", make_rows(3, merged.info))
+        age(merged, 8)
+        merged.stage_part("running", "p-1", make_rows(3, merged.info, first=3))
+        assert expire_to(merged, 10).runs == ()
+        assert merged.staged_parts("running") == ["p-0", "p-1"]
+
+    def test_other_files_are_left_alone(self, merged: FeatureStore) -> None:
+        for path in ("quarantine/a.parquet", "damaged/b.json", "reports/c.json", "notes.txt"):
+            merged.storage.write_bytes(path, b"x")
+        everything = files_of(merged)
+        age(merged, 100)
+        expire_to(merged, 10)
+        assert files_of(merged) == everything
+
+    def test_the_codec_of_the_store_stays(self, tmp_path: Path, info: StoreInfo) -> None:
+        codec = CodecSpec(path="codec/mine.npy", sha256="0" * 64)
+        other = FeatureStore.create(tmp_path / "int8", info.model_copy(update={"dtype": "int8", "codec": codec}))
+        for name in ("mine", "orphan"):
+            other.storage.write_bytes(f"codec/{name}.npy", b"x")
+        age(other, 8)
+        assert expire_to(other, 1).num_files == 1
+        assert files_of(other, "codec") == {"codec/mine.npy"}
+
+    def test_data_without_a_log_is_not_touched(self, merged: FeatureStore) -> None:
+        data = files_of(merged, "data")
+        shutil.rmtree(Path(merged.url) / "log")
+        age(merged, 100)
+        assert expire_to(merged, 1).num_files == 0
+        assert files_of(merged, "data") == data
+
+
+class TestDamage:
+    @pytest.mark.parametrize("path", ["log/00000000000000000004.json", "pins/a.json"])
+    def test_nothing_is_deleted_where_it_is_not_known_what_is_needed(self, merged: FeatureStore, path: str) -> None:
+        pin(merged, "a", 3)
+        expire_to(merged, 1)
+        age(merged, 100)
+        data = files_of(merged, "data")
+        damaged = Path(merged.url) / path
+        damaged.write_bytes(damaged.read_bytes().replace(b'"writer": "', b'"writer": "x'))
+        with pytest.raises(CorruptFileError, match=path):
+            expire_to(merged, 1)
+        assert files_of(merged, "data") == data
+
+    def test_a_commit_of_a_writer_that_slept_and_died_goes(self, merged: FeatureStore) -> None:
+        """It stands under a version whose true manifest has expired."""
+        expire_to(merged, 1)
+        true = log.read(merged.storage, 2, log.EXPIRED)
+        merged.storage.write_bytes(log.manifest_path(2), seal(true.model_copy(update={"commit_id": "late"})))
+        expire_to(merged, 1)
+        assert log.versions(merged.storage) == [4]
+        assert log.read(merged.storage, 2, log.EXPIRED) == true
+
+
+class TestDryRun:
+    def test_it_says_what_would_happen_and_changes_nothing(self, merged: FeatureStore, make_rows) -> None:
+        merged.stage_part("dead", "p", make_rows(3, merged.info))
+        expire_to(merged, 3)
+        age(merged, 8)
+        everything = files_of(merged)
+        would = expire_to(merged, 1, dry_run=True)
+        assert files_of(merged) == everything
+        assert (would.kept, would.expired, would.runs) == ((4,), (2, 3), ("dead",))
+        assert would == expire_to(merged, 1)
+
+
+class Killed(BaseException):
+    """As if the process had died."""
+
+
+@contextmanager
+def at_write(number: int, work: Callable[[], object]) -> Iterator[list[int]]:
+    """Does `work` before write number `number` of what runs inside; gives the count of writes and deletes."""
+    count = [0]
+    originals = {name: getattr(DiskFiles, name) for name in ("create_exclusive", "open_output", "delete")}
+
+    def step() -> None:
+        count[0] += 1
+        if count[0] == number:
+            work()
+
+    def delete_files(self: DiskFiles, paths: Any) -> None:
+        for path in paths:
+            step()
+            self.path(path).unlink(missing_ok=True)
+
+    @contextmanager
+    def open_output(self: DiskFiles, path: str) -> Iterator[IO[bytes]]:
+        with originals["open_output"](self, path) as file:
+            yield file
+            step()  # before it gets its name
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("create_exclusive", "delete"):
+            patch.setattr(DiskFiles, name, lambda *arguments, original=originals[name]: step() or original(*arguments))
+        patch.setattr(DiskFiles, "open_output", open_output)
+        patch.setattr(DiskFiles, "delete_files", delete_files)
+        yield count
+
+
+class TestCutOffOrDisturbedAnywhere:
+    """Expired before: 1, 2. Now 3 to 5 leave and 6, 7 stay; files of 1 and 2 alone, and those of dead writers, go."""
+
+    @pytest.fixture
+    def template(self, tmp_path: Path, info: StoreInfo, make_rows) -> FeatureStore:
+        store = FeatureStore.create(tmp_path / "template", info.model_copy(update={"num_shards": 2}))
+        store.put(make_rows(12, store.info, seed=1))
+        store.put(make_rows(4, store.info, seed=2))
+        compact(store, force=True)
+        expire_to(store, 1)
+        store.stage_part("dead", "p", make_rows(3, store.info))
+        store.build_shard("dead", 0, ["p"])
+        store.storage.write_bytes("data/0000/.tmp-1", b"x")
+        store.put(make_rows(4, store.info, seed=4))
+        age(store, 8)
+        store.put(make_rows(4, store.info, seed=5))
+        compact(store, force=True)
+        store.put(make_rows(4, store.info, seed=7))
+        return store
+
+    @pytest.fixture
+    def copies(self, template: FeatureStore, tmp_path: Path) -> Iterator[FeatureStore]:
+        def fresh() -> Iterator[FeatureStore]:
+            while True:
+                folder = tmp_path / "copy"
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(template.url, folder)
+                yield FeatureStore.open(folder)
+
+        return fresh()
+
+    @pytest.fixture
+    def num_writes(self, copies: Iterator[FeatureStore]) -> int:
+        with at_write(0, lambda: None) as count:
+            report = expire_to(next(copies), 2)
+        assert (report.expired, report.kept, report.runs) == ((3, 4, 5), (6, 7), ("dead",))
+        assert report.num_files > 4 and count[0] > 16
+        return count[0]
+
+    def test_killed_anywhere_the_next_run_finishes_the_job(
+        self, copies: Iterator[FeatureStore], num_writes: int
+    ) -> None:
+        calm = next(copies)
+        expire_to(calm, 2)
+        expected = files_of(calm)
+        for number in range(1, num_writes + 1):
+            store = next(copies)
+            readers = [store.snapshot(version) for version in range(3, 8)]
+
+            def die() -> None:
+                raise Killed
+
+            with pytest.raises(Killed), at_write(number, die):
+                expire_to(store, 2)
+            for snapshot in readers:
+                assert needs(snapshot) <= files_of(store), f"write {number}: version {snapshot.version}"
+            assert store.snapshot().version == 7
+            expire_to(store, 2)
+            # The clock's probe is too young to go.
+            assert {path for path in files_of(store) if ".tmp-" not in path} == expected, f"write {number}"
+            assert all(needs(snapshot) <= expected for snapshot in readers)
+
+    @pytest.mark.parametrize("rival", ["put", "restore", "compact", "expire", "pin"])
+    def test_others_may_do_anything_anywhere(
+        self, copies: Iterator[FeatureStore], num_writes: int, make_rows, rival: str
+    ) -> None:
+        for number in range(1, num_writes + 1, 3):
+            store = next(copies)
+            readers = [store.snapshot(version) for version in range(3, 8)]
+            work = {
+                "put": lambda store=store: store.put(make_rows(9, store.info, seed=9)),
+                "restore": lambda store=store: restore(store, 6),
+                "compact": lambda store=store: compact(store, force=True),
+                "expire": lambda store=store: expire_to(store, 1),
+                "pin": lambda store=store: pin_if_possible(store, 4),
+            }[rival]
+            with at_write(number, work):
+                expire_to(store, 2)
+            for snapshot in [*readers, store.snapshot()]:
+                assert needs(snapshot) <= files_of(store), f"write {number}: version {snapshot.version}"
+            assert store.snapshot().version == (7 if rival in ("expire", "pin") else 8)
+            for version in log.versions(store.storage):
+                assert store.snapshot(version).num_rows == 12
+
+
+def pin_if_possible(store: FeatureStore, version: int) -> None:
+    """And if the pin is made, its snapshot must be there ever after: see the check of its files."""
+    try:
+        pin(store, "rival", version)
+    except SnapshotNotFoundError:
+        return
+    assert version in log.versions(store.storage)
+
+
+class TestLate:
+    def test_nothing_happens_after_half_the_grace(self, merged: FeatureStore, make_rows) -> None:
+        merged.stage_part("dead", "p", make_rows(3, merged.info))
+        age(merged, 8)
+        report = expire_to(merged, 1, grace_days=1e-12)
+        assert (report.kept, report.expired, report.num_files, report.is_complete) == ((1, 2, 3, 4), (), 0, False)
+        assert merged.staged_parts("dead") == ["p"]
+        assert expire_to(merged, 1).expired == (1, 2, 3)
+
+    def test_it_stops_between_two_deletions(
+        self, merged: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for part in ("a", "b", "c"):
+            merged.stage_part("dead", part, make_rows(3, merged.info))
+        age(merged, 8)
+        monkeypatch.setattr("featurestore.expiry._DELETED_AT_ONCE", 1)
+        start_s, calls = time.monotonic(), []
+
+        def slow(done: int, total: int) -> None:
+            calls.append((done, total))
+            monkeypatch.setattr("featurestore.expiry.time.monotonic", lambda: start_s + 3.6 * DAY_S)
+
+        report = expire_to(merged, 10, progress=slow)
+        assert (calls, report.num_files, report.is_complete) == ([(1, 3)], 1, False)
+        assert len(merged.staged_parts("dead")) == 2
+
+    def test_copies_that_a_killed_run_left(self, merged: FeatureStore) -> None:
+        """That of a snapshot that leaves gets its grace from now on, that of one that stays goes."""
+        for version in (2, 4):
+            path = log.manifest_path(version)
+            merged.storage.write_bytes(log.manifest_path(version, log.EXPIRED), merged.storage.read_bytes(path))
+        age(merged, 3)
+        expire_to(merged, 10)
+        assert log.versions(merged.storage, log.EXPIRED) == [2, 4], "another run may be at work"
+        age(merged, 5)
+        report = expire_to(merged, 1)
+        assert log.versions(merged.storage, log.EXPIRED) == [1, 2, 3]
+        assert report.num_files == 0 and report.num_waiting > 0
+
+
+class TestOtherStorages:
+    @pytest.fixture(params=["memory", "s3"])
+    def remote(self, request: pytest.FixtureRequest, info: StoreInfo) -> FeatureStore:
+        url = request.getfixturevalue(f"{request.param}_url")
+        return FeatureStore.create(f"{url}/store", info.model_copy(update={"num_shards": 2}))
+
+    def test_the_same_on_an_object_store(
+        self, remote: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        remote.put(make_rows(10, remote.info, seed=1))
+        remote.put(make_rows(10, remote.info, seed=2))
+        compact(remote, force=True)
+        remote.stage_part("dead", "p", make_rows(3, remote.info))
+        reader = remote.snapshot(2)
+        report = expire_to(remote, 1)
+        assert (report.kept, report.expired, report.num_files) == ((3,), (1, 2), 0)
+        assert needs(reader) <= files_of(remote)
+        now = Storage.now
+        monkeypatch.setattr(Storage, "now", lambda self: now(self) + 8 * DAY_S)
+        report = expire_to(remote, 1)
+        assert (report.num_files, report.runs) == (len(needs(reader)) + 1, ("dead",))
+        assert files_of(remote) - needs(remote.snapshot()) == {"store.json", log.manifest_path(3)}
+        assert remote.snapshot().num_rows == 10
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+class TestCommand:
+    def test_it_says_what_it_did(self, merged: FeatureStore, make_rows) -> None:
+        merged.stage_part("dead", "p", make_rows(3, merged.info))
+        age(merged, 40)
+        dry = run("expire", merged.url, "--keep-last", 1, "--dry-run")
+        assert dry.exit_code == 0
+        lines = dry.output.splitlines()
+        assert lines[:2] == ["would keep 1 snapshots: 4", "would let go of 3: 1 to 3"]
+        assert lines[2].startswith("would delete 1 files, ") and lines[2].endswith("dead runs: dead")
+        assert "wait for the grace time" in lines[3]
+        assert log.versions(merged.storage) == [1, 2, 3, 4]
+        lines = run("expire", merged.url, "--keep-last", 1).output.splitlines()
+        assert lines[:2] == ["kept 1 snapshots: 4", "let go of 3: 1 to 3"]
+
+    def test_one_that_was_too_slow_says_so(self, merged: FeatureStore) -> None:
+        result = run("expire", merged.url, "--grace-days", 1e-12)
+        assert "run it again" in result.output and result.exit_code == 0
+
+    @pytest.mark.parametrize("option", ["--keep-last", "--keep-days", "--grace-days"])
+    def test_numbers_below_0_are_usage_errors(self, merged: FeatureStore, option: str) -> None:
+        assert run("expire", merged.url, option, "-1").exit_code == 2
