@@ -291,37 +291,6 @@ class TestBesideOthers:
         assert_same(before, filled.snapshot())
 
 
-class TestReplaces:
-    """What `commit` promises for files that are replaced."""
-
-    def test_files_go_without_a_new_one(self, filled: FeatureStore) -> None:
-        files = filled.snapshot().manifest.files(2)
-        snapshot = filled.commit({}, "repair", replaces={2: [files[0], files[2]]})
-        assert snapshot.manifest.files(2) == (files[1], *files[3:])
-
-    def test_a_new_one_in_the_middle_keeps_its_place(self, filled: FeatureStore, make_rows) -> None:
-        files = filled.snapshot().manifest.files(2)
-        rows = make_rows(80, filled.info, seed=6)
-        filled.stage_part("run", "p", rows)
-        entry = filled.build_shard("run", 2, ["p"])
-        assert entry is not None and len(files) == 4
-        with pytest.raises(CommitConflictError):
-            filled.commit({2: entry.model_copy(update={"kind": "base"})}, "x", replaces={2: files[1:3]})
-        with pytest.raises(CommitConflictError):
-            filled.commit({2: entry}, "x", replaces={2: [files[1], files[3]]})
-        snapshot = filled.commit({2: entry}, "x", replaces={2: files[1:3]})
-        paths = [file.path for file in snapshot.manifest.files(2)]
-        assert paths == [files[0].path, entry.path, files[3].path]
-        assert [file.kind for file in snapshot.manifest.files(2)] == ["base", "delta", "delta"]
-
-    def test_files_that_are_not_there_are_a_conflict(self, filled: FeatureStore) -> None:
-        files = filled.snapshot().manifest.files(2)
-        compact(filled)
-        with pytest.raises(CommitConflictError, match=files[1].path):
-            filled.commit({}, "repair", replaces={2: files[1:2]})
-        assert filled.snapshot().version == 5
-
-
 def flip(path: Path, byte: int) -> None:
     data = bytearray(path.read_bytes())
     data[byte] ^= 1 << (byte % 8)
