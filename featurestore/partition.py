@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from featurestore.cache import CachedShard, Progress, default_cache_dir, open_or_build
 from featurestore.errors import FeatureStoreError, MissingKeysError, StorageError
-from featurestore.keys import Int64Array, UInt64Array, owned_shards, owner_of, shard_of, shard_of_hash, splitmix64
+from featurestore.hashindex import HashIndex
+from featurestore.keys import Int64Array, owned_shards, owner_of, shard_of, shard_of_hash, splitmix64
 from featurestore.mapping import map_rows, populate
 from featurestore.snapshot import Snapshot, missing_message
 from featurestore.spec import DType, StoreInfo
@@ -63,13 +64,13 @@ class FeaturePartition:
         self._lock = threading.Lock()
         self._closed = False
         counts = [len(shard.hash_M) for shard in cached]
-        # Shards are the top bits of the hash, so the hashes of ascending shards, one after the other, are in order.
-        self._hash_M: UInt64Array = np.concatenate([np.empty(0, np.uint64), *(shard.hash_M for shard in cached)])
+        owned = owned_shards(self.info.num_shards, rank, num_ranks)
+        self._index = HashIndex(owned, [shard.hash_M for shard in cached], self.info.num_shards)
         mapped = map_rows([shard.rows_path for shard in cached], counts, self.dim, self.info.storage_dtype)
         self._matrix = mapped.matrix
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64) if counts else np.empty(0, np.int64)
         self._gap_S = np.zeros(self.info.num_shards, np.int64)  # from the place of a hash to the row in the matrix
-        self._gap_S[owned_shards(self.info.num_shards, rank, num_ranks)] = np.asarray(mapped.first_rows) - starts
+        self._gap_S[owned] = np.asarray(mapped.first_rows) - starts
         list(self._pool.map(lambda i: populate(self._matrix[mapped.first_rows[i] :][: counts[i]]), range(len(counts))))
 
     @classmethod
@@ -119,7 +120,7 @@ class FeaturePartition:
     @property
     def num_rows(self) -> int:
         """Rows held."""
-        return len(self._hash_M)
+        return len(self._index)
 
     def owns(self, keys_U: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Which keys belong to the shards of this rank, whether they have a feature or not, (U,)."""
@@ -155,19 +156,12 @@ class FeaturePartition:
             missing_U = np.ones(len(hash_U), np.bool_)
             features_UD[:] = 0
         else:
-            place_U = self._search(hash_U)
-            missing_U = self._hash_M[place_U] != hash_U
+            place_U = self._index.places(hash_U, shard_U)
+            missing_U = self._index.hash_M[place_U] != hash_U
             self._gather(place_U + self._gap_S[shard_U], missing_U, features_UD)
         if missing_U.any():
             self._note_missing(np.asarray(keys_U), missing_U)
         return Lookup(features_UD, missing_U)
-
-    def _search(self, hash_U: UInt64Array) -> Int64Array:
-        """The only place where each hash may be, inside [0, M). Sorted first: neighbours then share cache lines."""
-        order_U = np.argsort(hash_U)
-        place_U = np.empty(len(hash_U), np.int64)
-        place_U[order_U] = np.searchsorted(self._hash_M, hash_U[order_U])
-        return np.minimum(place_U, self.num_rows - 1, out=place_U)
 
     def _gather(self, row_U: Int64Array, missing_U: npt.NDArray[np.bool_], out_UD: npt.NDArray[Any]) -> None:
         if missing_U.any():  # any mapped row will do; it is zeroed below
