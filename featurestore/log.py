@@ -16,6 +16,7 @@ from featurestore.storage import Storage
 
 LOG = "log"
 EXPIRED = "expired"
+PINS = "pins"
 _NAME = re.compile(r"(\d{20})\.json")
 _MAX_ATTEMPTS = 300
 _MAX_FAILURES = 5
@@ -183,10 +184,11 @@ def _counts(storage: Storage, standing: Manifest, commit_id: str) -> bool:
     if versions(storage)[-1:] == [standing.version]:
         return True
     follower = find(storage, standing.version + 1)
-    if follower is None:
+    if follower is not None and follower.parent == commit_id:
+        return True
+    # Snapshots go from the oldest on, except pinned ones: ours would not be here if the one after it had been its child.
+    if follower is None and storage.list(PINS):
         path = storage.full(manifest_path(standing.version))
         raise StorageError(f"cannot tell whether {path} counts: the manifest after it is gone")
-    if follower.parent == commit_id:
-        return True
     storage.delete(manifest_path(standing.version))
     return False

@@ -12,7 +12,7 @@ from featurestore.spec import FORMAT_VERSION, seal, unseal
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
 
-PINS = "pins"
+PINS = log.PINS
 _SUFFIX = ".json"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 

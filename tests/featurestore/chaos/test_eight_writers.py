@@ -30,9 +30,15 @@ def compact(actor) -> None:
         time.sleep(0.2)
 
 
+def expire(actor) -> None:
+    while True:
+        actor.expire(keep_last=20, grace_s=10)
+        time.sleep(0.5)
+
+
 def run_writers(arena, num_commits: int) -> None:
     barrier = arena.fork.Barrier(8)
-    others = [arena.start("reader", read), arena.start("compactor", compact)]
+    others = [arena.start(work.__name__, work) for work in (read, compact, expire)]
     writers = [arena.start(f"w{i}", lambda actor: write(actor, num_commits // 8, barrier)) for i in range(8)]
     for writer in writers:
         writer.join(MAX_S)

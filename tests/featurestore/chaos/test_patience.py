@@ -26,7 +26,7 @@ def days_later(days: float) -> Iterator[None]:
 def much_happens(arena, name: str, days: float = 0.0) -> None:
     """Others write, compact and expire, so that nothing of the store of before is needed by the newest snapshots."""
     actor = arena.actor(name)
-    for number in range(12):
+    for number in range(4):
         actor.put([*URIS, f"{name}-{number}"])
     actor.delete(URIS[:2])
     actor.compact(force=True)
@@ -43,7 +43,7 @@ def begin(arena) -> None:
     actor.delete(URIS[3:5])
 
 
-@pytest.fixture(params=["disk", "s3"])
+@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.slow)])
 def arena(request: pytest.FixtureRequest, make_arena):
     made = make_arena(f"{request.getfixturevalue('s3_url')}/store" if request.param == "s3" else None)
     begin(made)
@@ -123,3 +123,13 @@ def test_a_writer_that_pauses_longer_commits_or_says_why_not_and_breaks_nothing(
     arena.check()
     arena.actor("after").put(["x"])
     arena.check()
+
+
+def test_a_reader_and_a_writer_with_patience_on_s3(s3_url: str, make_arena, contents_of) -> None:
+    arena = make_arena(f"{s3_url}/store")
+    begin(arena)
+    held = arena.store.snapshot()
+    contents = contents_of(held)
+    write_with_pause(arena, "manifest", lambda: much_happens(arena, "others", days=6))
+    assert arena.check()[-1].operation.startswith("put slow")
+    assert contents_of(held) == contents

@@ -53,16 +53,16 @@ def kill_at_random(arena, seed: int, num_kills: int, pause_s: float) -> None:
     assert sum(note["num_files"] for note in arena.notes() if note["event"] == "expired") > 10
 
 
-def test_forty_kills_on_disk(make_arena) -> None:
-    kill_at_random(make_arena(), 0, 40, 0.2)
+def test_fifty_kills_on_disk(make_arena) -> None:
+    kill_at_random(make_arena(), 0, 50, 0.2)
 
 
-def test_ten_kills_on_s3(s3_url: str, make_arena) -> None:
-    kill_at_random(make_arena(f"{s3_url}/store"), 0, 10, 1.0)
+def test_eight_kills_on_s3(s3_url: str, make_arena) -> None:
+    kill_at_random(make_arena(f"{s3_url}/store"), 0, 8, 1.0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 10))
+@pytest.mark.parametrize("seed", range(1, 11))
 def test_many_kills_on_disk(make_arena, seed: int) -> None:
     kill_at_random(make_arena(), seed, 50, 0.2)
 
