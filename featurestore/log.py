@@ -186,7 +186,7 @@ def _counts(storage: Storage, standing: Manifest, commit_id: str) -> bool:
     follower = find(storage, standing.version + 1)
     if follower is not None and follower.parent == commit_id:
         return True
-    # Snapshots go from the oldest on, except pinned ones: ours would not be here if the one after it had been its child.
+    # Snapshots go from the oldest on, except pinned ones: ours would have gone before the one that came after it.
     if follower is None and storage.list(PINS):
         path = storage.full(manifest_path(standing.version))
         raise StorageError(f"cannot tell whether {path} counts: the manifest after it is gone")

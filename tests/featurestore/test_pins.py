@@ -157,9 +157,11 @@ class TestALogOutOfWhichManifestsGo:
         assert np.array_equal(snapshot.get(mine.keys_N), mine.features_ND)
         assert snapshot.num_rows == 5
 
-    def test_it_says_so_when_nothing_tells_whether_it_counts(
-        self, nine: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("pinned", [False, True])
+    def test_a_writer_that_slept_for_weeks(
+        self, nine: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch, pinned: bool
     ) -> None:
+        """Even the copies are gone. Without pins its version would have been the first to go, so it does not count."""
         create, calls = Storage.create_exclusive, []
 
         def sleeps_for_weeks(self: Storage, path: str, data: bytes) -> bool:
@@ -167,13 +169,19 @@ class TestALogOutOfWhichManifestsGo:
                 calls.append(path)
                 for first in (20, 30, 40):
                     nine.put(make_rows(1, nine.info, first=first), "others")
+                if pinned:
+                    pin(nine, "other")
                 expire_all_but_the_newest(nine)
                 self.delete(log.EXPIRED)
             return create(self, path, data)
 
         monkeypatch.setattr(Storage, "create_exclusive", sleeps_for_weeks)
-        with pytest.raises(StorageError, match=r"cannot tell whether .*10\.json counts"):
-            nine.put(make_rows(1, nine.info, first=50), "mine")
+        if pinned:
+            with pytest.raises(StorageError, match=r"cannot tell whether .*10\.json counts"):
+                nine.put(make_rows(1, nine.info, first=50), "mine")
+        else:
+            assert nine.put(make_rows(1, nine.info, first=50), "mine").version == 13
+            assert store_versions(nine) == [12, 13]
 
     def test_uris_are_checked_though_the_snapshot_that_was_built_on_is_gone(
         self, store: FeatureStore, make_rows
