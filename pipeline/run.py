@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from distributed import Client
 
+from featurestore.errors import KeyCollisionError
 from featurestore.keys import Int64Array, splitmix64
 from featurestore.rows import FeatureRows
 from featurestore.spec import FileEntry
@@ -183,10 +184,18 @@ def build_shards(client: Client, store: FeatureStore, run_id: str, parts: list[s
     for _, built in run_tasks(client, _build_shards, calls):
         if isinstance(built, Killed):
             raise ExtractionError("building the shards brings the workers down: more shards need less memory each")
+        if isinstance(built, KeyCollisionError):
+            raise built
         entries |= built
     return entries
 
 
-def _build_shards(store: FeatureStore, run_id: str, shards: Iterable[int], parts: list[str]) -> dict[int, FileEntry]:
-    entries = {shard: store.build_shard(run_id, shard, parts) for shard in shards}
+def _build_shards(
+    store: FeatureStore, run_id: str, shards: Iterable[int], parts: list[str]
+) -> dict[int, FileEntry] | KeyCollisionError:
+    """A person's mistake as a result: Dask would log a raised one with its traceback, and try again."""
+    try:
+        entries = {shard: store.build_shard(run_id, shard, parts) for shard in shards}
+    except KeyCollisionError as error:
+        return error
     return {shard: entry for shard, entry in entries.items() if entry is not None}

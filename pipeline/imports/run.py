@@ -221,16 +221,26 @@ class _Run:
         num_rows = sum(piece.num_rows for slices in units.values() for piece in slices)
         reports: dict[str, UnitReport] = {}
         with progress("reading again" if len(contested) else "reading", num_rows) as advance:
-            for place, report in run_tasks(self._client, stage_unit, calls):
-                done = run_alone(self._client, stage_unit, *calls[place]) if isinstance(report, Killed) else report
+            for place, report in run_tasks(self._client, _stage_unit, calls):
+                done = run_alone(self._client, _stage_unit, *calls[place]) if isinstance(report, Killed) else report
                 if isinstance(done, Killed):
                     raise VectorImportError(
                         f"reading {units[names[place]][0].place} brings the workers down: give them more memory, or set"
                         " a smaller --part-size"
                     )
+                if isinstance(done, VectorImportError):
+                    raise done
                 reports[names[place]] = done
                 advance(done.num_rows)
         return reports
+
+
+def _stage_unit(*call: Any) -> UnitReport | VectorImportError:
+    """A person's mistake as a result: Dask would log a raised one with its traceback, and try again."""
+    try:
+        return stage_unit(*call)
+    except VectorImportError as error:
+        return error
 
 
 def _check_bad(source: Source, bad: Sequence[BadRow], num_rows: int) -> None:

@@ -90,10 +90,12 @@ def find_files(address: str, suffix: str = "") -> tuple[Storage, list[StorageEnt
         return storage, found
     folder, _, name = storage.url.rstrip("/").rpartition("/")
     try:
+        if storage.is_local and Path(storage.url).is_dir():
+            raise FileNotFoundError
         return Storage(folder), [Storage(folder).entry(name)]
-    except (FileNotFoundError, IsADirectoryError):
-        what = f"no files that end with {suffix}" if suffix else "nothing"
-        raise VectorImportError(f"there is {what} at {address}: give the file or folder of your vectors") from None
+    except FileNotFoundError:
+        what = f"are no files that end with {suffix}" if suffix else "is nothing"
+        raise VectorImportError(f"there {what} at {address}: give the file or folder of your vectors") from None
 
 
 def fingerprint_of(storage: Storage, entries: Iterable[StorageEntry]) -> str:

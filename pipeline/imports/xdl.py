@@ -4,19 +4,20 @@ Key k stands in file k modulo 1024. Letters of shapes: N records, D feature widt
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from featurestore.storage import Storage
 from pipeline.errors import VectorImportError
-from pipeline.imports.source import BadRow, Block, Slice, Source, block_rows, find_files, fingerprint_of, uri_of_key
+from pipeline.imports.source import BadRow, Block, Source, block_rows, find_files, fingerprint_of, uri_of_key
 
 NUM_FILES = 1024
 DEFAULT_DIM = 4096
 NAME = re.compile(r"(?:.*/)?data\.(\d{1,4})")
+PROBED_FILES, PROBED_RECORDS = 8, 9
 MAX_TORN_SHARE = 0.1  # of files that end within a record: beyond, it is the width that is wrong
 WRONG_FILE = "key in the wrong file"
 TRUNCATED = "truncated record"
@@ -83,7 +84,7 @@ def plan(address: str, dim: int | None) -> Source:
     dim = dim or DEFAULT_DIM
     storage, entries = find_files(address)
     record_bytes = record_dtype(dim).itemsize
-    slices: list[Slice] = []
+    slices: list[XdlSlice] = []
     used, torn = [], []
     for entry in entries:
         match = NAME.fullmatch(entry.path)
@@ -100,9 +101,28 @@ def plan(address: str, dim: int | None) -> Source:
             slices.append(XdlSlice(storage.url, entry.path, int(match[1]), start, stop, dim, torn_bytes))
     if not used:
         raise VectorImportError(f"{address} has no files data.0 to data.{NUM_FILES - 1}, as XDL writes them")
-    if len(torn) > max(1, MAX_TORN_SHARE * len(used)):
+    is_empty = not any(piece.stop for piece in slices)
+    if is_empty and not torn:
+        raise VectorImportError(f"all {len(used)} files of {address} are empty")
+    if is_empty or len(torn) > max(1, MAX_TORN_SHARE * len(used)):
         raise VectorImportError(
             f"{len(torn)} of {len(used)} files, {torn[0]} first, are not a number of records of {record_bytes} bytes"
             f" (a key and {dim} float32): is --dim {dim} right?"
         )
+    _probe([piece for piece in slices if piece.start == 0][:PROBED_FILES], dim)
     return Source(dim, tuple(slices), fingerprint_of(storage, used))
+
+
+def _probe(slices: Sequence[XdlSlice], dim: int) -> None:
+    """Raise VectorImportError where many of the first records, but for the very first, are not of their files.
+
+    Before a store is made, whose width is for ever.
+    """
+    probes = [replace(piece, start=1, stop=max(1, min(piece.stop, PROBED_RECORDS)), torn_bytes=0) for piece in slices]
+    blocks = [block for probe in probes for block in probe.read(PROBED_RECORDS)]
+    num_good, num_bad = (sum(map(len, lists)) for lists in (blocks, [block.bad for block in blocks]))
+    if num_bad > 1 and 2 * num_bad > num_good:
+        raise VectorImportError(
+            f"{num_bad} of the first {num_good + num_bad} keys are in the wrong file (key k belongs in data.(k mod"
+            f" {NUM_FILES})): is --dim {dim} right?"
+        )
