@@ -7,14 +7,17 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from multiprocessing import resource_tracker
 from pathlib import Path
 
 import dask
 import dask.system
 from distributed import Client, LocalCluster
+from distributed.client import ClosedClientError
+from distributed.comm.core import CommClosedError
 
-from pipeline.errors import MissingCertificatesError, SchedulerUnreachableError
+from pipeline.errors import SCHEDULER_LOST, ClusterError, MissingCertificatesError, SchedulerUnreachableError
 
 CONNECT_TIMEOUT_S = 10.0
 # The worker's profiler asks for the frames of all threads many times a second. On Python 3.11 that can stop the whole
@@ -33,15 +36,30 @@ def connect(
 
     A scheduler is configured by DASK_SCHEDULER_ADDRESS (dask-submit sets it for its script), DASK_SCHEDULER_FILE,
     or the same names in Dask's configuration; it stays running, and `workers`, `threads_per_worker` and
-    `memory_limit` do not count then. Raises SchedulerUnreachableError, MissingCertificatesError.
+    `memory_limit` do not count then. Raises SchedulerUnreachableError, MissingCertificatesError; in the block,
+    ClusterError in place of what Dask raises when the scheduler dies.
     """
     address = configured_address(timeout_s)
     if address is not None:
-        with open_client(address, timeout_s) as client:
+        with _loss_named(), open_client(address, timeout_s) as client:
             yield client
         return
-    with local_cluster(workers, threads_per_worker, memory_limit) as cluster, Client(cluster) as client:
+    with _loss_named(), local_cluster(workers, threads_per_worker, memory_limit) as cluster, Client(cluster) as client:
         yield client
+
+
+@contextlib.contextmanager
+def _loss_named() -> Iterator[None]:
+    """One message when the scheduler is lost, instead of the client's log and one of many errors of its connection."""
+    log = logging.getLogger("distributed.client")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except (CommClosedError, CancelledError, ClosedClientError) as error:
+        raise ClusterError(SCHEDULER_LOST) from error
+    finally:
+        log.setLevel(level)
 
 
 def configured_address(timeout_s: float = CONNECT_TIMEOUT_S) -> str | None:

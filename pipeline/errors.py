@@ -19,6 +19,8 @@ PipelineError
 
 from collections.abc import Mapping, Sequence
 
+SCHEDULER_LOST = "the Dask scheduler was lost or restarted; run the same command again to go on"
+
 
 class PipelineError(Exception):
     """Root of the pipeline's errors; its text is one message for the person who started the job."""

@@ -6,7 +6,7 @@ from typing import Any
 from dask.typing import Key
 from distributed import Client, Future, KilledWorker, as_completed
 
-from pipeline.errors import ClusterError
+from pipeline.errors import SCHEDULER_LOST, ClusterError
 
 IN_FLIGHT_PER_THREAD = 3  # enough that no worker waits for the client
 RETRIES = 1  # of a task that raised: a full disk stays full, a lost connection comes back
@@ -59,7 +59,7 @@ def num_threads(client: Client) -> int:
 
 def _result(future: Future[Any]) -> Any:
     if future.status == "cancelled":
-        raise ClusterError("the Dask scheduler was lost or restarted; run the same command again to go on")
+        raise ClusterError(SCHEDULER_LOST)
     error = future.exception()
     if isinstance(error, KilledWorker):
         return Killed()
