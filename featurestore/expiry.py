@@ -228,9 +228,8 @@ class _Expiry:
         """Manifests whose files are gone, and those of kept snapshots, copied by a run that was cut off."""
         still_there = set(kept)
         for version, made_s in _versions_and_times(self.storage.entries(log.EXPIRED, recursive=False)):
-            limit_s = (
-                self.grace_s / 2 if version in still_there else self.grace_s
-            )  # no run takes longer than half of it
+            # No run takes longer than half the grace: a copy that is older than that is nobody's.
+            limit_s = self.grace_s / 2 if version in still_there else self.grace_s
             if self.now_s - made_s > limit_s:
                 self.storage.delete(log.manifest_path(version, log.EXPIRED))
 

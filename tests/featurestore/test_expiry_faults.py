@@ -15,8 +15,9 @@ from featurestore.disk import DiskFiles
 from featurestore.errors import SnapshotNotFoundError
 from featurestore.expiry import ExpireReport, expire
 from featurestore.history import restore
-from featurestore.pins import pin
+from featurestore.pins import Pin, pin
 from featurestore.snapshot import Snapshot
+from featurestore.storage import Storage
 
 DAY_S = 86_400.0
 
@@ -168,3 +169,22 @@ def pin_if_possible(store: FeatureStore, version: int) -> None:
     except SnapshotNotFoundError:
         return
     assert version in log.versions(store.storage)
+
+
+def test_a_copy_that_another_expiry_takes_away_is_made_again(
+    store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that saw a pin, which has been withdrawn since, because it saw the copy."""
+    reader = store.put(make_rows(9, store.info, seed=1))
+    store.put(make_rows(9, store.info, seed=2))
+    compact(store, force=True)
+    age(store, 8)
+
+    def without_pins(storage: Storage) -> list[Pin]:
+        storage.delete(log.manifest_path(1, log.EXPIRED))
+        return []
+
+    monkeypatch.setattr("featurestore.expiry.read_pins", without_pins)
+    expire_to(store, 1)
+    assert log.versions(store.storage, log.EXPIRED) == [1, 2]
+    assert needs(reader) <= files_of(store)
