@@ -40,12 +40,13 @@ class HashIndex:
 
     def places(self, hash_U: UInt64Array, shard_U: Int64Array) -> Int64Array:
         """The only place where each hash may be, (U,) inside [0, M); M is not 0. `shard_U` are held shards."""
-        place_U = self._begin[self._first_bucket_S[shard_U] + self._bucket(hash_U)].astype(np.int64)
+        place_U: Int64Array = self._begin[self._first_bucket_S[shard_U] + self._bucket(hash_U)].astype(np.int64)
         behind = np.flatnonzero(self._walked[place_U] < hash_U)
         while len(behind):
             place_U[behind] += 1
             behind = behind[self._walked[place_U[behind]] < hash_U[behind]]
-        return np.minimum(place_U, len(self) - 1, out=place_U)
+        np.minimum(place_U, len(self) - 1, out=place_U)
+        return place_U
 
     def _bucket(self, hash_N: UInt64Array) -> Int64Array:
         """Within its shard."""
