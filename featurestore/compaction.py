@@ -105,13 +105,17 @@ def _commit(store: FeatureStore, due: Mapping[int, Files], built: Mapping[int, F
             snapshot = store.commit(entries, "compact", replaces=left)
         except CommitConflictError:
             newest = store.snapshot().manifest
-            changed = [shard for shard, files in left.items() if newest.files(shard)[: len(files)] != tuple(files)]
+            changed = [shard for shard, files in left.items() if not _begins_with(newest.files(shard), files)]
             store.storage.delete_files(_paths(built[shard] for shard in changed if shard in built))
             lost += changed
             if not changed or len(changed) == len(left):
                 raise
             continue
         return _report(snapshot.version, left, entries, tuple(lost))
+
+
+def _begins_with(files: Files, first: Files) -> bool:
+    return [file.path for file in files[: len(first)]] == [file.path for file in first]
 
 
 def _report(
