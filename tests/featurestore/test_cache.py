@@ -131,7 +131,7 @@ def test_a_shard_of_many_deltas_is_built_in_the_memory_of_one_file(tmp_path: Pat
         check=True,
         text=True,
     )
-    assert int(done.stdout) * 1024 < largest + (32 << 20) < total / 2, (
+    assert int(done.stdout) * 1024 < largest + (28 << 20) < total / 2, (
         f"{done.stdout} kB for {largest} of {total} bytes"
     )
 
