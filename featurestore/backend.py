@@ -20,7 +20,7 @@ from featurestore.disk import TEMPORARY
 from featurestore.errors import StorageError, UnsafeBackendError
 from featurestore.storage import Storage
 
-_SHORT_THREADS, _SHORT_ROUNDS = 2, 10  # SeaweedFS lets a third one wait for a second
+_SHORT_THREADS, _SHORT_ROUNDS = 2, 5  # SeaweedFS lets a third one wait for a second
 _HEAD_START_S = 0.002  # so that all racers have heard of the start when it comes
 _ANSWER_TIMEOUT_S = 300.0
 

@@ -49,12 +49,13 @@ def is_passing(error: BaseException | None) -> bool:
     code = answer_code(error)
     if code is not None:
         return code in _THROTTLE_CODES | _SERVER_CODES | _CONFLICT_CODES or _status(error) >= 500
+    # Before the errno: some of the clients' classes are OSErrors too, without one.
+    families = (kind for kind in type(error).__mro__ if kind.__module__.startswith(_CLIENT_PACKAGES))
+    if any(kind.__name__ in _PASSING_CLASSES for kind in families):
+        return True
     if isinstance(error, ConnectionError | TimeoutError):
         return True
-    if isinstance(error, OSError):
-        return error.errno in _PASSING_ERRNOS
-    families = (kind for kind in type(error).__mro__ if kind.__module__.startswith(_CLIENT_PACKAGES))
-    return any(kind.__name__ in _PASSING_CLASSES for kind in families)
+    return isinstance(error, OSError) and error.errno in _PASSING_ERRNOS
 
 
 def was_not_done(error: BaseException) -> bool:

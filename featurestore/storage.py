@@ -213,7 +213,8 @@ class Storage:
         except Exception as error:  # each object store's client has its own tree of errors
             if isinstance(error, StorageError) or (isinstance(error, FileNotFoundError) and not writing):
                 raise
-            raise StorageError(f"cannot {action} {self.full(path)}: {_reason(error)}") from error
+            hint = "; are the credentials right?" if isinstance(error, PermissionError) and not self.is_local else ""
+            raise StorageError(f"cannot {action} {self.full(path)}: {_reason(error)}{hint}") from error
 
 
 class RemoteFiles:

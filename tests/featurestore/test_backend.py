@@ -121,7 +121,7 @@ class Broken(Storage):
         ("reads late", "cannot be read right after"),
         ("lists late", "does not show a file"),
         ("keeps what was deleted", "still read or listed"),
-        ("changes in a race", "in 10 of 10 races a file changed or was gone after its creation"),
+        ("changes in a race", "in 5 of 5 races a file changed or was gone after its creation"),
     ],
 )
 def test_every_flaw_is_named(tmp_path: Path, flaw: str, reason: str) -> None:
