@@ -108,7 +108,7 @@ class _Expiry:
         waiting = {path: size for path, size in expired_files.items() if path not in kept_files}
         doomed, runs = self._doomed(listed, {*kept_files, *waiting}, data_too=bool(kept))
         num_deleted = len(doomed) if self.dry_run else self._delete([entry.path for entry in doomed], progress)
-        is_complete = num_deleted == len(doomed) and not self._is_late()
+        is_complete = self.dry_run or (num_deleted == len(doomed) and not self._is_late())
         if is_complete and not self.dry_run:
             self._delete_old_copies(kept)
         return ExpireReport(

@@ -63,10 +63,14 @@ def read_pins(storage: Storage) -> list[Pin]:
     """All pins, by name. Raises CorruptFileError: what a damaged one keeps is not known."""
     found = []
     for name in storage.list(PINS):
+        pin_name = name.removesuffix(_SUFFIX)
         try:
-            found.append(read_pin(storage, name.removesuffix(_SUFFIX)))
+            found.append(read_pin(storage, pin_name))
         except FileNotFoundError:
             continue  # unpinned meanwhile
+        except CorruptFileError as error:
+            way_out = f"python -m featurestore unpin {storage.url} {pin_name}, and pin the snapshot again"
+            raise CorruptFileError(f"{error}: {way_out}") from error
     return found
 
 

@@ -134,6 +134,7 @@ def expire(
     """Let go of snapshots that neither these options nor a pin keep, and delete files that nobody needs any more.
 
     What dead writers left goes too. The grace time must be longer than your longest job. The newest snapshot stays.
+    Exit code 1 when it had to stop half way.
     """
     with user_errors(), progress_bar("files") as progress:
         report = expire_store(
@@ -145,6 +146,9 @@ def expire(
             progress=progress,
         )
     sys.stdout.write(_expire_text(report, dry_run))
+    if not report.is_complete:
+        sys.stderr.write("stopped after half the grace time, as much may have changed by then: run it again\n")
+        raise typer.Exit(1)
 
 
 def _log_row(entry: LogEntry) -> Sequence[str]:
@@ -171,12 +175,12 @@ def _print_rows(sign: str, rows: Rows) -> None:
 def _compact_text(report: CompactReport, dry_run: bool) -> str:
     if not report.shards:
         return f"nothing to compact in snapshot {report.version}\n"
-    before = f"{report.num_files_before:,} files, {bytes_text(report.num_bytes_before)}"
-    shards = "1 shard" if len(report.shards) == 1 else f"{len(report.shards):,} shards"
+    shards = _count(len(report.shards), "shard")
+    before = f"{_count(report.num_files_before, 'file')}, {bytes_text(report.num_bytes_before)}"
     if dry_run:
         return f"would compact {shards} of {before}\n"
-    after = f"{report.num_files_after:,} files, {bytes_text(report.num_bytes_after)}"
-    lost = f"; {len(report.lost):,} more were replaced by another writer meanwhile" if report.lost else ""
+    after = f"{_count(report.num_files_after, 'file')}, {bytes_text(report.num_bytes_after)}"
+    lost = f"; another writer replaced {_count(len(report.lost), 'shard')} more meanwhile" if report.lost else ""
     return f"snapshot {report.version}: {shards} of {before} became {after}{lost}\n"
 
 
@@ -185,15 +189,18 @@ def _expire_text(report: ExpireReport, dry_run: bool) -> str:
     expired = f": {_ranges(report.expired)}" if report.expired else ""
     runs = f", among them the staged parts of dead runs: {', '.join(report.runs)}" if report.runs else ""
     lines = [
-        f"{keep} {len(report.kept):,} snapshots: {_ranges(report.kept) or 'none'}",
+        f"{keep} {_count(len(report.kept), 'snapshot')}: {_ranges(report.kept) or 'none'}",
         f"{let_go} of {len(report.expired):,}{expired}",
-        f"{delete} {report.num_files:,} files, {bytes_text(report.num_bytes)}{runs}",
+        f"{delete} {_count(report.num_files, 'file')}, {bytes_text(report.num_bytes)}{runs}",
     ]
     if report.num_waiting:
-        lines.append(f"{report.num_waiting:,} files, {bytes_text(report.num_waiting_bytes)}, wait for the grace time")
-    if not report.is_complete and not dry_run:
-        lines.append("stopped after half the grace time, as much may have changed by now: run it again")
+        waiting = f"{_count(report.num_waiting, 'file')}, {bytes_text(report.num_waiting_bytes)}"
+        lines.append(f"left {waiting}, of expired snapshots, for the grace time")
     return "".join(f"{line}\n" for line in lines)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _ranges(versions: Sequence[int]) -> str:

@@ -369,7 +369,7 @@ class TestCommand:
         dry = run("compact", filled.url, "--dry-run").output
         assert dry.startswith(f"would compact 8 shards of {num_files} files, ")
         one = run("compact", filled.url, "--shard", 3).output
-        assert one.startswith("snapshot 5: 1 shard of ") and "became 1 files" in one
+        assert one.startswith("snapshot 5: 1 shard of ") and "became 1 file, " in one
         assert run("compact", filled.url).output.startswith("snapshot 6: 7 shards of ")
         assert run("compact", filled.url).output == "nothing to compact in snapshot 6\n"
 
