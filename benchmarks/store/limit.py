@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def limit_figures(bench: Bench, limit_mb: int) -> Section:
     figures: dict[str, Figure] = json.loads(served.stdout)
     size_mb = num_rows * DIM * 2 / 2**20
     head = {"memory_limit_mb": limit_mb, "store_over_limit": size_mb / limit_mb}
-    return Section("a store larger than memory", {**head, "limit_store_mb": size_mb, **figures})
+    sizes = {"limit_store_mb": size_mb, "limit_shard_mb": size_mb / _NUM_SHARDS}
+    return Section("a store larger than memory", {**head, **sizes, **figures})
 
 
 def write_large(bench: Bench, url: Path, num_rows: int) -> None:
@@ -98,7 +100,8 @@ def serve(url: str, folder: str, limit_mb: int, num_rows: int, threads: int) -> 
     else:
         raise AssertionError(f"a limit of {limit_mb} MB did not keep an array of all rows from being made")
     start = time.perf_counter()
-    partition = FeaturePartition.load(url, cache_dir=folder, threads=threads)
+    with peak_of_data() as peak:
+        partition = FeaturePartition.load(url, cache_dir=folder, threads=threads)
     built = time.perf_counter()
     wrong = sum(not np.array_equal(found, features_of(keys)) for keys, found in lookups(partition, num_rows))
     if wrong or partition.num_rows != num_rows:
@@ -116,6 +119,7 @@ def serve(url: str, folder: str, limit_mb: int, num_rows: int, threads: int) -> 
         seconds.append(time.perf_counter() - begin)
     return {
         "limit_cache_build_rows_per_s": num_rows / (built - start),
+        "limit_cache_build_peak_mb": peak[0] / 2**20,
         "limit_open_s": ready - opened,
         "limit_lookup_rows_per_s": _LOOKUP_KEYS / float(np.median(seconds)),
         "limit_checked_rows": _LOOKUPS * _LOOKUP_KEYS,
@@ -134,6 +138,24 @@ def draw_keys(num_rows: int) -> Iterator[Int64Array]:
     rng = np.random.default_rng(2)
     for _ in range(_LOOKUPS):
         yield rng.choice(keys_N, _LOOKUP_KEYS)
+
+
+@contextmanager
+def peak_of_data() -> Iterator[list[int]]:
+    """The most private memory in the block beyond what there was before, bytes, looked at every millisecond."""
+    before, peak, ended = data_bytes(), [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.001):
+            peak[0] = max(peak[0], data_bytes() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def data_bytes() -> int:
