@@ -1,6 +1,8 @@
 """Readers that hold a snapshot for long, and writers that pause for long, while others compact and expire."""
 
 import contextlib
+import os
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -41,6 +43,10 @@ def begin(arena) -> None:
     actor.put(URIS)
     actor.put([*URIS[:4], "v"])
     actor.delete(URIS[3:5])
+    if arena.store.storage.is_local:  # a snapshot of last month: its files are older than any grace
+        month_ago_s = time.time() - 30 * DAY_S
+        for entry in arena.store.storage.entries():
+            os.utime(f"{arena.store.url}/{entry.path}", (month_ago_s, month_ago_s))
 
 
 @pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.slow)])
