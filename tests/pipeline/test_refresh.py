@@ -7,8 +7,10 @@ import shutil
 import pytest
 
 from featurestore.errors import SpecMismatchError, StorageError, StoreNotFoundError
+from featurestore.repair import repair
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
+from featurestore.verify import verify
 from pipeline import refresh as refresh_module
 from pipeline.backbone import backbone
 from pipeline.errors import BadImageError, ExtractionError, SourceError
@@ -318,3 +320,25 @@ def test_stopped_at_any_write_it_goes_on_without_repeating_a_part(make, run, wri
         points += 1
     assert points > 12
     assert lefts == {5, 3, 2, 0}
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_after_a_repair_it_computes_what_was_lost(make, run, write, computed, tmp_path, damaged):
+    """A base of which all keys are lost, or a delta whose keys older files hold too."""
+    folder = write(**{f"i{n}": n for n in range(8)})
+    make(folder, num_shards=1)
+    for n in range(3):
+        (folder / f"i{n}.jpg").write_bytes((folder / f"i{7 - n}.jpg").read_bytes() + b" ")
+        touch(folder / f"i{n}.jpg")
+    run(folder)
+    store = FeatureStore.open(tmp_path / "features")
+    expected = rows_of(store.url)
+    files = store.snapshot().manifest.files(0)
+    path = tmp_path / "features" / files[damaged].path
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :])
+    assert repair(store).version == 3
+    assert len(store.snapshot().keys()) < 8
+    run(folder)
+    assert rows_of(store.url) == expected
+    assert verify(store).problems == [] and store.quarantine_rows() == []
