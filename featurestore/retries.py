@@ -19,6 +19,7 @@ _CONFLICT_CODES = {"ConditionalRequestConflict", "OperationAborted", "409"}
 _THROTTLE_CODES = {"SlowDown", "ServiceUnavailable", "TooManyRequests", "RequestLimitExceeded", "Throttling"}
 _THROTTLE_CODES |= {"ThrottlingException", "429", "503"}
 _SERVER_CODES = {"InternalError", "RequestTimeout", "IncompleteBody", "BadDigest", "500", "502", "504"}
+_SERVER_STATUSES = {500, 502, 503, 504}
 _PASSING_ERRNOS = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.EAGAIN, errno.EPIPE, errno.ETIMEDOUT}
 # By name, as importing the clients takes longer than most commands run.
 _PASSING_CLASSES = {"ConnectionError", "HTTPClientError", "ResponseParserError", "ClientError", "IncompleteRead"}
@@ -48,7 +49,7 @@ def is_passing(error: BaseException | None) -> bool:
         return False
     code = answer_code(error)
     if code is not None:
-        return code in _THROTTLE_CODES | _SERVER_CODES | _CONFLICT_CODES or _status(error) >= 500
+        return code in _THROTTLE_CODES | _SERVER_CODES | _CONFLICT_CODES or _status(error) in _SERVER_STATUSES
     # Before the errno: some of the clients' classes are OSErrors too, without one.
     families = (kind for kind in type(error).__mro__ if kind.__module__.startswith(_CLIENT_PACKAGES))
     if any(kind.__name__ in _PASSING_CLASSES for kind in families):

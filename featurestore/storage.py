@@ -282,9 +282,10 @@ class RemoteFiles:
 
     def entries(self, path: str, recursive: bool) -> Iterator[StorageEntry]:
         """Files below a path, from one flat listing or from that of one folder."""
-        depth = None if recursive else 1
-        found = persist(lambda: self.client.find(self._full(path), maxdepth=depth, detail=True))
-        for each in found.values():
+        # Not find(maxdepth=1): it walks, and leaves out what it cannot list instead of raising.
+        find = self.client.find if recursive else self.client.ls
+        found = persist(lambda: find(self._full(path), detail=True))
+        for each in found.values() if recursive else found:
             name = each["name"].strip("/").removeprefix(self._root.strip("/")).strip("/")
             if each["type"] == "file" and name != path:  # `find` of a file is that file
                 yield StorageEntry(name, int(each["size"]), _time_of(each))

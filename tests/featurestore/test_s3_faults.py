@@ -29,8 +29,9 @@ def module_proxy(s3_endpoint: str) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def proxy(module_proxy: Proxy) -> Iterator[Proxy]:
+def proxy(module_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """A proxy that does nothing yet; the environment leads to it."""
+    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.01)
     with environment_of(module_proxy.endpoint):
         yield module_proxy
     module_proxy.rule = lambda request: None
@@ -144,6 +145,23 @@ def test_a_year_of_work_with_many_requests_failing(
 
 
 @pytest.mark.parametrize("fault", PASSING)
+def test_a_listing_that_meets_a_fault_is_whole(s3_store: FeatureStore, proxy: Proxy, fault: Fault) -> None:
+    """An empty one would be taken for an empty store, or for files that nobody needs."""
+    storage = s3_store.storage
+    for name in ("a", "b"):
+        storage.write_bytes(f"log/{name}", b"")
+    for look in (
+        lambda: storage.list("log"),
+        lambda: [entry.path.removeprefix("log/") for entry in storage.entries("log")],
+        lambda: [entry.path.removeprefix("log/") for entry in storage.entries("log", recursive=False)],
+    ):
+        proxy.faults.clear()
+        proxy.rule = first(2, fault, lambda request: request.method == "GET")
+        assert look() == ["a", "b"]
+        assert len(proxy.faults) == 2
+
+
+@pytest.mark.parametrize("fault", PASSING)
 def test_a_server_that_never_recovers_is_one_clear_error(
     s3_store: FeatureStore, proxy: Proxy, make_rows, impatient: None, fault: Fault
 ) -> None:
@@ -196,7 +214,7 @@ def test_an_answer_cut_in_the_middle_of_a_file_is_no_damage(
 def test_a_server_killed_during_commits_forgets_no_acknowledged_one(
     tmp_path: Path, info: StoreInfo, make_rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(S3FileSystem, "read_timeout", 3)  # requests hang while the server gets up
+    monkeypatch.setattr(S3FileSystem, "read_timeout", 1)  # requests hang while the server gets up
     server = seaweedfs(tmp_path)
     server.start()
     try:
