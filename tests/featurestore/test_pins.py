@@ -1,11 +1,12 @@
 """Pins keep snapshots, and writers and readers get along with a log out of which manifests go."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from featurestore import FeatureRows, FeatureStore, log
+from featurestore import FeatureRows, FeatureStore, StoreInfo, log
 from featurestore.errors import (
     CorruptFileError,
     KeyCollisionError,
@@ -14,6 +15,7 @@ from featurestore.errors import (
     StorageError,
 )
 from featurestore.expiry import expire
+from featurestore.history import restore
 from featurestore.pins import pin, read_pins, unpin
 from featurestore.spec import Manifest
 from featurestore.storage import Storage
@@ -195,3 +197,25 @@ class TestALogOutOfWhichManifestsGo:
         store.storage.delete(log.EXPIRED)
         with pytest.raises(KeyCollisionError):
             store.commit({int(entry.path.split("/")[1]): entry}, "put")
+
+
+@pytest.mark.parametrize("kind", ["memory", "s3"])
+def test_the_same_on_an_object_store(request: pytest.FixtureRequest, info: StoreInfo, make_rows, kind: str) -> None:
+    url = request.getfixturevalue(f"{kind}_url")
+    store = FeatureStore.create(f"{url}/store", info.model_copy(update={"num_shards": 1}))
+    rows = make_rows(5, info, seed=1)
+    first = store.put(rows)
+    store.put(make_rows(5, info, seed=2))
+    store.delete(rows.keys_N[:2])
+    pin(store, "a", 1)
+    with pytest.raises(PinError, match="keeps snapshot 1 already"):
+        pin(store, "a", 2)
+    expire_all_but_the_newest(store)
+    assert store_versions(store) == [1, 3]
+    assert np.array_equal(restore(store, 1).get(rows.keys_N), rows.features_ND)
+    assert store.snapshot(at=datetime.now(UTC)).version == 4
+    with pytest.raises(SnapshotNotFoundError, match="or before"):
+        store.snapshot(at=datetime.fromtimestamp(first.manifest.time_s - 1, UTC))
+    unpin(store, "a")
+    expire_all_but_the_newest(store)
+    assert store_versions(store) == [4]
