@@ -121,7 +121,8 @@ def _client(protocol: str) -> Any:
 def _list_folder(fs: Any, root: str, address: str) -> Listing:
     root = root.rstrip("/")
     with _source_errors(f"list {address}"):
-        found: Mapping[str, Mapping[str, Any]] = fs.find(root, detail=True)
+        is_disk = "file" in fs.protocol
+        found: Mapping[str, Mapping[str, Any]] = dict(_files_below(fs, root)) if is_disk else fs.find(root, detail=True)
     images, num_ignored = [], 0
     for path, entry in found.items():
         uri = path.removeprefix(root).lstrip("/")
@@ -133,6 +134,15 @@ def _list_folder(fs: Any, root: str, address: str) -> Listing:
         ignored = f" ({num_ignored} other files)" if num_ignored else ""
         raise SourceError(f"no images in {address}{ignored}: looked for {', '.join(IMAGE_EXTENSIONS)}")
     return Listing(_unique(sorted(images, key=lambda ref: ref.uri)), num_ignored)
+
+
+def _files_below(fs: Any, folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """As `find`, which leaves out a folder that cannot be listed: its images would be taken for vanished ones."""
+    for entry in fs.ls(folder or "/", detail=True):
+        if entry["type"] == "directory":
+            yield from _files_below(fs, entry["name"])
+        else:
+            yield entry["name"], entry
 
 
 def _list_table(fs: Any, path: str, address: str) -> Listing:

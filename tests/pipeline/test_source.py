@@ -52,6 +52,23 @@ def test_the_tag_changes_with_the_file(folder):
     assert [a.source_tag == b.source_tag for a, b in zip(before, after, strict=True)] == [False, True, False]
 
 
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_an_empty_one(folder, monkeypatch):
+    deep = folder / "deeper" / "still"
+    deep.mkdir(parents=True)
+    (deep / "x.jpg").write_bytes(b"x")
+    assert "deeper/still/x.jpg" in [ref.uri for ref in list_images(str(folder)).images]
+    scandir = os.scandir
+
+    def refused(place):
+        if str(place) == str(deep):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(SourceError, match=r"cannot list .*Permission denied.*still"):
+        list_images(str(folder))
+
+
 def test_no_images_is_a_clear_error(tmp_path):
     with pytest.raises(SourceError, match="there is no folder"):
         list_images(str(tmp_path / "nothing"))
