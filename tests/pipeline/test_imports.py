@@ -77,7 +77,8 @@ PARQUET_COLUMNS = {
 
 
 @pytest.mark.parametrize("kind", PARQUET_COLUMNS)
-def test_parquet_in_every_form_of_a_vector(job, tmp_path, vectors_ND, kind):
+def test_parquet_in_every_form_of_a_vector(job, tmp_path, vectors_ND, kind, monkeypatch):
+    monkeypatch.setattr("pipeline.imports.parquet.block_rows", lambda dim: 10)  # so that a file has several slices
     ids = [f"item/{n}" for n in range(40)]
     table = pa.table({"id": ids, "title": ["x"] * 40, "vector": PARQUET_COLUMNS[kind](vectors_ND)})
     (tmp_path / "text").mkdir()
@@ -106,26 +107,41 @@ def test_parquet_with_keys_uris_and_bits_of_bfloat16(job, tmp_path, vectors_ND):
 
 
 def test_bad_rows_of_parquet_are_quarantined_one_by_one(job, tmp_path):
-    rows = [[1.0, 2.0], [1.0, float("nan")], [1.0, 2.0, 3.0], None, [3.0, None], [4.0, 1e39], [5.0, 6.0], [7.0, 8.0]]
-    table = pa.table({"key": [*range(7), None], "feature": pa.array(rows, pa.list_(pa.float64()))})
+    nan = float("nan")
+    rows = [[7.0, 8.0], [1.0, 2.0], [1.0, nan], [1.0, 2.0, 3.0], None, [3.0, None], [4.0, 1e39], [5.0, 6.0]]
+    table = pa.table({"key": [None, *range(7)], "feature": pa.array(rows, pa.list_(pa.float64()))})
     pq.write_table(table, tmp_path / "rows.parquet")
     text = job(tmp_path / "rows.parquet", "--dtype", "float32", "--part-size", 3)
     assert "rows 8 new 2" in text
     assert "quarantined 6: 3 not finite in float32 (key:1, key:4, key:5)" in text
     store = FeatureStore.open(tmp_path / "features")
     assert store.snapshot().keys().tolist() == [0, 6]
+    assert stored(tmp_path / "features", [0, 6]).tolist() == [[1, 2], [5, 6]]
     assert {row.uri: row.reason for row in store.quarantine_rows()} == {
         "key:1": "not finite in float32", "key:2": "3 numbers instead of 2", "key:3": "no feature",
-        "key:4": "not finite in float32", "key:5": "not finite in float32", "rows.parquet#7": "no key or uri",
+        "key:4": "not finite in float32", "key:5": "not finite in float32", "rows.parquet#0": "no key or uri",
     }  # fmt: skip
     assert store.snapshot().manifest.num_quarantined == 6
     job(tmp_path / "rows.parquet")
     assert len(store.quarantine_rows()) == 6
+    assert len(list((tmp_path / "features/quarantine").iterdir())) == 1
     good = pa.table({"key": [1, 2], "feature": [[1.0, 1.0], [2.0, 2.0]]})
     pq.write_table(good, tmp_path / "good.parquet")
     assert "new 2 changed 0" in (text := job(tmp_path / "good.parquet"))
     assert "resolved 2 (were in quarantine)" in text
     assert len(store.quarantine_rows()) == 4
+
+
+def test_a_key_with_a_bad_row_stays_in_the_store_and_in_quarantine(job, tmp_path):
+    store = tmp_path / "features"
+    pq.write_table(pa.table({"key": [1, 2, 3], "feature": [[1.0], [2.0], [3.0]]}), tmp_path / "first.parquet")
+    job(tmp_path / "first.parquet")
+    rows = {"key": [1, 2, 2, 3], "feature": [[float("nan")], [5.0], [float("nan")], [3.0]]}
+    pq.write_table(pa.table(rows), tmp_path / "next.parquet")
+    for _ in range(2):
+        assert "gone 0 quarantined 2" in job(tmp_path / "next.parquet", "--drop-missing")
+        assert stored(store, [1, 2, 3]).tolist() == [[1], [5], [3]]
+        assert [row.key for row in FeatureStore.open(store).quarantine_rows()] == [1, 2]
 
 
 def test_npy_with_keys_and_with_ids(job, tmp_path, vectors_ND):
