@@ -342,3 +342,28 @@ def test_after_a_repair_it_computes_what_was_lost(make, run, write, computed, tm
     run(folder)
     assert rows_of(store.url) == expected
     assert verify(store).problems == [] and store.quarantine_rows() == []
+
+
+def test_images_and_store_on_s3_by_their_etags(client, make, write, s3_url, tmp_path):
+    folder = write(a=1, b=2, c=3)
+    photos = Storage(f"{s3_url}/photos")
+    for path in folder.iterdir():
+        photos.write_bytes(path.name, path.read_bytes())
+    extracted = ExtractOptions(
+        f"{s3_url}/photos", f"{s3_url}/features", "random:0", "float32", "float32", num_shards=4, backbone=NETWORK
+    )
+    extract(extracted, client)
+    options = RefreshOptions(f"{s3_url}/photos", f"{s3_url}/features")
+    write(b=20, d=4)
+    for name in ("a.jpg", "b.jpg", "d.jpg"):  # a is written again, the same: etags do not mind
+        photos.write_bytes(name, (folder / name).read_bytes())
+    photos.delete("c.jpg")
+    (folder / "c.jpg").unlink()
+    assert counts(refresh(options, client)) == (1, 1, 0, 1, 1, 0, 0, 0)
+    assert counts(refresh(options, client)) == (0, 0, 0, 3, 0, 0, 0, 0)
+    make(folder, "local")
+    remote, local = (
+        {uri: (row[2], row[-1]) for uri, row in rows_of(place).items()}
+        for place in (f"{s3_url}/features", tmp_path / "local")
+    )
+    assert remote == local

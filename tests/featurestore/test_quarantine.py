@@ -1,0 +1,61 @@
+"""The quarantine: rows leave it when they are settled, and none gets lost on the way."""
+
+import pytest
+
+from featurestore import quarantine
+from featurestore.errors import StorageError
+from featurestore.quarantine import QuarantineRow
+from featurestore.storage import Storage
+
+
+def row(key, time_s, reason="broken"):
+    return QuarantineRow(key, f"{key}.jpg", reason, time_s)
+
+
+@pytest.fixture
+def storage(tmp_path):
+    storage = Storage(tmp_path)
+    quarantine.add(storage, [row(1, 1.0), row(2, 1.0)])
+    quarantine.add(storage, [row(1, 2.0, "still broken"), row(3, 2.0)])
+    return storage
+
+
+def test_settled_rows_go_and_the_others_stand_in_one_file(storage):
+    quarantine.resolve(storage, [row(1, 2.0, "still broken"), row(7, 9.0)])
+    assert quarantine.read(storage) == [row(2, 1.0), row(3, 2.0)]
+    assert len(storage.list("quarantine")) == 1
+    quarantine.resolve(storage, [])
+    quarantine.resolve(storage, [row(9, 9.0)])
+    assert quarantine.read(storage) == [row(2, 1.0), row(3, 2.0)]
+    quarantine.resolve(storage, quarantine.read(storage))
+    assert quarantine.read(storage) == [] == storage.list("quarantine")
+
+
+def test_what_another_adds_meanwhile_stays(storage, monkeypatch):
+    read = quarantine.read(storage)
+    quarantine.add(storage, [row(1, 3.0, "broken again")])
+    quarantine.resolve(storage, read)
+    assert quarantine.read(storage) == [row(1, 3.0, "broken again")]
+
+
+def test_rows_are_not_lost_when_it_stops_half_way(storage, monkeypatch):
+    def fail(self, path):
+        raise StorageError("the power went out")
+
+    monkeypatch.setattr(Storage, "delete", fail)
+    with pytest.raises(StorageError):
+        quarantine.resolve(storage, [row(1, 2.0)])
+    assert {found.key for found in quarantine.read(storage)} == {1, 2, 3}
+
+
+def test_a_file_that_vanishes_while_others_are_read_is_no_damage(storage, monkeypatch):
+    names = Storage.list
+    calls = []
+
+    def stale(self, path=""):
+        calls.append(path)
+        return [*names(self, path), "gone.parquet"] if len(calls) == 1 else names(self, path)
+
+    monkeypatch.setattr(Storage, "list", stale)
+    assert {found.key for found in quarantine.read(storage)} == {1, 2, 3}
+    assert len(calls) == 2

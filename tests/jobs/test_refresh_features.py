@@ -1,0 +1,86 @@
+"""The refresh job as a person types it: its options, what is refused with one message, its help."""
+
+import contextlib
+
+import pytest
+from typer.testing import CliRunner
+
+from featurestore import ExtractorSpec, FeatureStore, StoreInfo
+from featurestore.spec import NetworkName
+from jobs import refresh_features
+from pipeline.parts import BadImage
+from pipeline.summary import RefreshSummary
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """Runs the job without a cluster."""
+    monkeypatch.setattr(refresh_features, "connect", lambda **kwargs: contextlib.nullcontext(None))
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: CliRunner().invoke(refresh_features.app, args)
+
+
+@pytest.fixture
+def store(tmp_path):
+    extractor = ExtractorSpec(
+        backbone="torchvision vgg16",
+        layer="classifier.1",
+        weights_digest="0",
+        preprocessing="",
+        compute_dtype="float32",
+    )
+    network = NetworkName(backbone="vgg16:classifier.1", weights=str(tmp_path / "weights.pth"))
+    return FeatureStore.create(tmp_path / "data/features", StoreInfo(dim=8, extractor=extractor, network=network))
+
+
+def assert_message(result, code, text):
+    assert result.exit_code == code
+    assert text in " ".join(result.stderr.split())
+    assert isinstance(result.exception, SystemExit)  # no traceback
+    assert not result.stdout
+
+
+def test_mistakes_are_one_message(job, tmp_path):
+    assert_message(job(), 1, "data/features: store.json is not there; jobs/extract_features.py makes one")
+    assert_message(job("--max-gone", "2"), 2, "--max-gone")
+
+
+def test_what_does_not_fit_the_store_is_one_message(job, store):
+    assert_message(job(), 2, "weights.pth': neither imagenet, random:SEED, nor a file")
+    assert_message(job("--weights", "random:x"), 2, "the seed of random weights is a number")
+    assert_message(job("--weights", "random:0"), 1, "there is no folder data/images")
+    assert_message(job("--compute-dtype", "bfloat16"), 1, "were computed in float32: leave the option away")
+
+
+def test_all_options_arrive_and_the_counts_are_printed(job, monkeypatch):
+    seen = []
+
+    def refresh(options, client):
+        seen.append(options)
+        bad = (BadImage(1, "a.jpg", "empty file"),)
+        return RefreshSummary(10, 0, 1, 2, 3, 3, 5, 0, 1, 3, 0, 0, bad, 1.0, "/features", 4, options.dry_run)
+
+    monkeypatch.setattr(refresh_features, "refresh", refresh)
+    result = job(
+        "--images", "i", "--store", "s", "--backbone", "b:l", "--weights", "w", "--compute-dtype", "bfloat16",
+        "--batch-size", "3", "--part-size", "4", "--keep-missing", "--max-gone", "0.25", "--dry-run",
+    )  # fmt: skip
+    assert result.exit_code == 0
+    assert seen == [refresh_features.RefreshOptions("i", "s", "w", "bfloat16", 3, 4, "b:l", True, 0.25, True)]
+    for line in (
+        "new          1",
+        "changed      2",
+        "touched      3 ",
+        "unchanged    3",
+        "gone         5",
+        "resolved     1 ",
+    ):
+        assert line in result.stdout
+    assert "quarantined  1: 1 empty file (a.jpg)" in result.stdout
+    assert "nothing was written" in result.stdout
+
+
+def test_the_help_has_examples(job):
+    result = job("--help")
+    assert result.exit_code == 0
+    assert "dask-submit jobs/refresh_features.py --images s3://shop/photos" in result.stdout
