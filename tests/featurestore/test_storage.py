@@ -145,6 +145,17 @@ class TestSeaweedFS(StorageContract):
     def url(self, s3_url: str) -> str:
         return f"{s3_url}/store"
 
+    def test_what_another_client_does_is_seen_at_once(self, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+        storage.write_bytes("log/1", b"one")
+        assert storage.list("log") == ["1"] and len(storage.entries()) == 1
+        monkeypatch.setattr("featurestore.storage._clients", {})
+        other = Storage(storage.url)
+        other.write_bytes("log/2", b"2")
+        other.write_bytes("log/1", b"other")
+        assert other._remote.client is not storage._remote.client
+        assert storage.list("log") == ["1", "2"] and len(storage.entries()) == 2
+        assert storage.size("log/1") == 5 and storage.read_bytes("log/1") == b"other"
+
     def test_more_files_than_one_answer_of_a_listing_holds(self, storage: Storage) -> None:
         names = [f"{number:05d}" for number in range(1_050)]
         with ThreadPoolExecutor(8) as pool:
