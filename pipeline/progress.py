@@ -15,7 +15,13 @@ Advance = Callable[[int], None]
 
 @contextmanager
 def progress(title: str, total: int, done: int = 0) -> Iterator[Advance]:
-    """Gives a function that takes how many of `total` were finished since its last call. Writes to stderr."""
+    """Gives a function that takes how many of `total` were finished since its last call. Writes to stderr.
+
+    Nothing to do is nothing to show.
+    """
+    if not total:
+        yield lambda count: None
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _lines(title, total, done)

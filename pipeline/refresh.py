@@ -8,7 +8,7 @@ same.
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 from distributed import Client
@@ -23,7 +23,7 @@ from pipeline.backbone import ComputeDType
 from pipeline.checks import wait_for_workers
 from pipeline.errors import ExtractionError
 from pipeline.network import describe_network
-from pipeline.parts import BadImage, PartSettings
+from pipeline.parts import BadImage, PartReport, PartSettings
 from pipeline.plan import Comparison, Plan, compare, equal_candidates, find_digests, pending_images, run_id_of, split
 from pipeline.run import Run, digest_all, workers_per_host
 from pipeline.source import ImageRef, Listing, list_images
@@ -47,6 +47,18 @@ class RefreshOptions:
     keep_missing: bool = False
     max_gone: float = 0.5  # share of the store's rows that may vanish in one run
     dry_run: bool = False
+
+
+class Outcome(NamedTuple):
+    """What a run came to, before it is counted."""
+
+    plan: Plan
+    reports: list[PartReport]
+    bad: tuple[BadImage, ...]
+    num_resumed: int
+    num_gone: int
+    num_kept: int
+    num_resolved: int
 
 
 def refresh(options: RefreshOptions, client: Client) -> RefreshSummary:
@@ -98,23 +110,29 @@ def bring_up_to_date(
             snapshot = store.commit(run.build_shards(), operation, num_quarantined=len(bad))
         run.discard()
         store.resolve_quarantine(settled)
-    bad_keys = {image.key for image in bad}
-    num_changed = len(plan.stored_keys - bad_keys)
-    num_pending = len(plan.compute) + len(plan.duplicates)
+    done = Outcome(plan, reports, bad, run.num_resumed, len(gone), len(comparison.gone_keys) - len(gone), num_resolved)
+    return _summary(options, listing, done, store, snapshot, start_s)
+
+
+def _summary(
+    options: RefreshOptions, listing: Listing, done: Outcome, store: FeatureStore, snapshot: Snapshot, start_s: float
+) -> RefreshSummary:
+    num_changed = len(done.plan.stored_keys - {image.key for image in done.bad})
+    num_pending = len(done.plan.compute) + len(done.plan.duplicates)
     return RefreshSummary(
-        num_images=len(images),
+        num_images=len(listing.images),
         num_ignored=listing.num_ignored,
-        num_new=num_pending - len(bad) - num_changed,
+        num_new=num_pending - len(done.bad) - num_changed,
         num_changed=num_changed,
-        num_touched=len(plan.touched),
-        num_unchanged=plan.num_unchanged,
-        num_gone=len(gone),
-        num_kept=len(comparison.gone_keys) - len(gone),
-        num_resolved=num_resolved,
-        num_computed=sum(report.num_computed for report in reports),
-        num_duplicates=sum(report.num_duplicates for report in reports) + len(plan.duplicates),
-        num_resumed=run.num_resumed,
-        bad=bad,
+        num_touched=len(done.plan.touched),
+        num_unchanged=done.plan.num_unchanged,
+        num_gone=done.num_gone,
+        num_kept=done.num_kept,
+        num_resolved=done.num_resolved,
+        num_computed=sum(report.num_computed for report in done.reports),
+        num_duplicates=sum(report.num_duplicates for report in done.reports) + len(done.plan.duplicates),
+        num_resumed=done.num_resumed,
+        bad=done.bad,
         seconds=time.monotonic() - start_s,
         store=store.url,
         snapshot=snapshot.version,

@@ -149,15 +149,18 @@ class Run:
         left = {(ref.key, ref.source_tag) for ref in refs}
         loaded = in_order(self._load_report, names, REPORT_THREADS, 2 * REPORT_THREADS)
         for name, report in zip(names, loaded, strict=True):
-            if left.issuperset(report.images):
+            if report is not None and left.issuperset(report.images):
                 left.difference_update(report.images)
                 covered.update(key for key, _ in report.images)
                 reports.append(report)
                 self._parts.append(name)
         return reports, covered
 
-    def _load_report(self, part: str) -> PartReport:
-        return PartReport.load(self._store.url, self._settings.run_id, part)
+    def _load_report(self, part: str) -> PartReport | None:
+        try:
+            return PartReport.load(self._store.url, self._settings.run_id, part)
+        except FileNotFoundError:  # expiry removes what was staged long ago
+            return None
 
     def _compute_suspect(self, work: Callable[..., PartReport], part: Part) -> PartReport:
         """A part that ran when workers died, now alone, without the images that bring a worker down by themselves."""
