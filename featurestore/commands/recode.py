@@ -42,7 +42,7 @@ def recode(
     table.add_row("rows", f"{report.num_rows:,}", f"{report.num_rows:,}")
     table.add_row("bytes", f"{report.source_bytes:,}", f"{report.bytes:,}")
     for name, value in {
-        "numbers out of range": f"{report.clipped_share:.1e}" if report.dtype == "int8" else "none",
+        "numbers out of range": f"{report.clipped_share:.4%}" if report.dtype == "int8" else "none",
         "relative error, mean": _shown(report.relative_error_mean),
         "relative error, 99 % of rows below": _shown(report.relative_error_p99),
         "cosine, mean": _shown(report.cosine_mean),

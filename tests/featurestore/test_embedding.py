@@ -160,6 +160,22 @@ class TestCodes:
             assert a.grad is not None and b.grad is not None
             assert float((a.grad - b.grad).norm()) < 0.02 * float(b.grad.norm()), name
 
+    def test_memory_of_the_numbers_is_used_again_only_after_release(self, tmp_path: Path) -> None:
+        models = {"a": EmbeddingModel(DIM, compute_dtype="float32"), "b": EmbeddingModel(DIM, compute_dtype="float32")}
+        service = EmbeddingService(partition_of(tmp_path, dtype="int8"), models)
+        expected = {keys: models["a"](service.gather(np.arange(*keys)).features_QD) for keys in ((0, 20), (20, 40))}
+        first, second = (service.gather(np.arange(*keys)) for keys in expected)
+        visual = [service.embed("a", first), service.embed("b", first), service.embed("a", second)]
+        addresses = {memory.data_ptr() for memory in (*first._numbers, *second._numbers)}
+        assert len(addresses) == 3
+        assert torch.equal(visual[0], expected[0, 20]) and torch.equal(visual[2], expected[20, 40])
+        torch.stack(visual).sum().backward()  # autograd would refuse memory that was written to since
+        service.release(first)
+        service.release(second)
+        again = service.gather(np.arange(20, 40))
+        assert torch.equal(service.embed("a", again), expected[20, 40])
+        assert again._numbers[0].data_ptr() in addresses and len(service._free_numbers) == 2
+
     def test_no_rows(self, tmp_path: Path) -> None:
         service = EmbeddingService(partition_of(tmp_path, dtype="int8"), {"e": EmbeddingModel(DIM)})
         visual = service.embed("e", service.gather(np.empty(0, np.int64)))
