@@ -2,6 +2,8 @@
 
 import inspect
 import pickle
+import subprocess
+import sys
 
 import pytest
 
@@ -41,3 +43,9 @@ def test_every_error_has_one_root_stands_in_the_tree_and_pickles(error: type[Exc
     assert error.__name__ in (errors.__doc__ or "")
     copy = pickle.loads(pickle.dumps(error("a message")))
     assert type(copy) is error and str(copy) == "a message"
+
+
+def test_importing_the_package_and_its_commands_loads_neither_faiss_nor_torch_and_says_nothing() -> None:
+    script = "import sys, featurestore.__main__; sys.exit(bool({'faiss', 'torch'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
