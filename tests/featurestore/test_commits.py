@@ -150,3 +150,24 @@ def test_a_store_whose_answer_was_lost_is_made_once(
         assert FeatureStore.open(tmp_path / name).info == mine.info
         with pytest.raises(StoreExistsError):  # made alike, but not here
             FeatureStore.create(tmp_path / name, info)
+
+
+def test_of_two_makers_of_a_store_the_second_is_told(
+    tmp_path: Path, info: StoreInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other's store appears while this one tries the place."""
+    made: list[FeatureStore] = []
+
+    def rival(storage: Storage) -> None:
+        monkeypatch.undo()
+        made.append(FeatureStore.create(storage.url, info))
+
+    for create in (FeatureStore.create, FeatureStore.open_or_create):
+        url = tmp_path / create.__name__
+        monkeypatch.setattr("featurestore.store.refuse_unsafe", rival)
+        if create == FeatureStore.create:
+            with pytest.raises(StoreExistsError):
+                create(url, info)
+        else:
+            assert create(url, info).info == made[-1].info
+        assert FeatureStore.open(url).info == made[-1].info
