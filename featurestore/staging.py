@@ -45,16 +45,24 @@ def discard(storage: Storage, run_id: str) -> None:
     storage.delete(f"{STAGING}/{_checked(run_id)}")
 
 
-def read_shard_of_parts(
-    storage: Storage, info: StoreInfo, run_id: str, parts: Sequence[str], shard: int
-) -> pa.Table | None:
-    """The rows of one shard in all `parts`, in their order; None where there are none."""
-    tables = [_read_part(storage, info, _part_path(run_id, part), shard) for part in parts]
-    found = [table for table in tables if len(table)]
-    return pa.concat_tables(found) if found else None
+def read_shards_of_parts(
+    storage: Storage, info: StoreInfo, run_id: str, parts: Sequence[str], shards: range
+) -> dict[int, pa.Table]:
+    """The rows of each of some neighbouring shards in all `parts`, in their order, for shards that have any.
+
+    Each part is opened once; all these rows are in memory together.
+    """
+    tables = [_read_part(storage, info, _part_path(run_id, part), shards) for part in parts]
+    cut: dict[int, list[pa.Table]] = {}
+    for table in tables:
+        shard_N = shard_of(numpy_column(table, KEY), info.num_shards)
+        found, starts = np.unique(shard_N, return_index=True)
+        for shard, start, end in zip(found, starts, np.append(starts, len(shard_N))[1:], strict=True):
+            cut.setdefault(int(shard), []).append(table.slice(start, end - start))
+    return {shard: pa.concat_tables(cut[shard]) for shard in sorted(cut)}
 
 
-def _read_part(storage: Storage, info: StoreInfo, path: str, shard: int) -> pa.Table:
+def _read_part(storage: Storage, info: StoreInfo, path: str, shards: range) -> pa.Table:
     try:
         source = storage.open_input(path)
     except FileNotFoundError as error:
@@ -62,7 +70,7 @@ def _read_part(storage: Storage, info: StoreInfo, path: str, shard: int) -> pa.T
     with source:
         file = DataFile(source, info, storage.full(path))
         shard_N = shard_of(numpy_column(file.read([KEY]), KEY), info.num_shards)
-        start, end = (int(np.searchsorted(shard_N, s)) for s in (shard, shard + 1))
+        start, end = (int(np.searchsorted(shard_N, s)) for s in (shards.start, shards.stop))
         starts = file.group_starts
         groups = [g for g in range(len(starts) - 1) if starts[g] < end and starts[g + 1] > start]
         table = file.read(groups=groups)

@@ -128,8 +128,15 @@ class FeatureStore:
         None where the parts have no row of it. The file is invisible until a commit names it; the commit decides anew
         whether it is base or delta. Raises KeyCollisionError, against the store's rows too.
         """
-        table = staging.read_shard_of_parts(self.storage, self.info, run_id, parts, shard)
-        return None if table is None else self._build(shard, table, self.snapshot(), kind)
+        return self.build_shards(run_id, range(shard, shard + 1), parts, kind).get(shard)
+
+    def build_shards(
+        self, run_id: str, shards: range, parts: Sequence[str], kind: FileKind = "delta"
+    ) -> dict[int, FileEntry]:
+        """As `build_shard` for some neighbouring shards, whose rows are in memory together: parts are opened once."""
+        tables = staging.read_shards_of_parts(self.storage, self.info, run_id, parts, shards)
+        snapshot = self.snapshot()
+        return {shard: self._build(shard, table, snapshot, kind) for shard, table in tables.items()}
 
     def put(self, rows: FeatureRows, operation: str = "put") -> Snapshot:
         """Add or replace rows; one commit. Features may be float32, in a store of any dtype.

@@ -10,6 +10,7 @@ from featurestore.errors import KeyCollisionError
 from featurestore.keys import Int64Array, splitmix64
 from featurestore.rows import FeatureRows
 from featurestore.spec import FileEntry
+from featurestore.staging import STAGING
 from featurestore.store import FeatureStore
 from pipeline.copies import copy_part
 from pipeline.errors import ExtractionError
@@ -30,6 +31,7 @@ from pipeline.tasks import Killed, num_threads, run_alone, run_tasks
 
 DIGESTS_PER_TASK = 1024
 SHARD_TASKS_PER_THREAD = 2
+SHARD_TASK_BYTES = 128 << 20  # staged for the shards of one task, which holds them: a task opens each part
 TOMBSTONES_PER_PART = 4096  # their blank features are held in memory
 REPORT_THREADS = 8
 COPIES, TOMBSTONES = "copies", "tombstones"  # parts with these names have no report
@@ -181,8 +183,11 @@ def build_shards(client: Client, store: FeatureStore, run_id: str, parts: list[s
     Raises KeyCollisionError; ExtractionError where the workers die of it.
     """
     num_shards = store.info.num_shards
-    num_tasks = min(num_shards, SHARD_TASKS_PER_THREAD * num_threads(client))
-    calls = [(store, run_id, range(first, num_shards, num_tasks), parts) for first in range(num_tasks)]
+    staged_bytes = sum(entry.size_bytes for entry in store.storage.entries(f"{STAGING}/{run_id}"))
+    num_tasks = max(SHARD_TASKS_PER_THREAD * num_threads(client), staged_bytes // SHARD_TASK_BYTES + 1)
+    starts = sorted({num_shards * task // num_tasks for task in range(num_tasks)})
+    ranges = [range(start, end) for start, end in zip(starts, [*starts[1:], num_shards], strict=True)]
+    calls = [(store, run_id, shards, parts) for shards in ranges]
     entries: dict[int, FileEntry] = {}
     for _, built in run_tasks(client, _build_shards, calls):
         if isinstance(built, Killed):
@@ -194,11 +199,10 @@ def build_shards(client: Client, store: FeatureStore, run_id: str, parts: list[s
 
 
 def _build_shards(
-    store: FeatureStore, run_id: str, shards: Iterable[int], parts: list[str]
+    store: FeatureStore, run_id: str, shards: range, parts: list[str]
 ) -> dict[int, FileEntry] | KeyCollisionError:
     """A person's mistake as a result: Dask would log a raised one with its traceback, and try again."""
     try:
-        entries = {shard: store.build_shard(run_id, shard, parts) for shard in shards}
+        return store.build_shards(run_id, shards, parts)
     except KeyCollisionError as error:
         return error
-    return {shard: entry for shard, entry in entries.items() if entry is not None}

@@ -18,6 +18,7 @@ from featurestore.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
+from featurestore.storage import Storage
 
 
 class StoreContract:
@@ -164,6 +165,25 @@ class StoreContract:
         assert all(entry.kind == "base" for files in snapshot.manifest.shards.values() for entry in files)
         store.discard_staging("run")
         assert store.staged_parts("run") == []
+
+    def test_neighbouring_shards_are_built_together(
+        self, store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        parts = [make_rows(50, store.info, seed=seed, first=40 * seed) for seed in range(3)]
+        for number, rows in enumerate(parts):
+            store.stage_part("run", f"p{number}", rows)
+        opened: list[str] = []
+        open_input = Storage.open_input
+        monkeypatch.setattr(Storage, "open_input", lambda self, path: opened.append(path) or open_input(self, path))
+        names = ["p0", "p1", "p2"]
+        built = [store.build_shards("run", shards, names) for shards in (range(3), range(3, 4), range(4, 8))]
+        assert sum("staging" in path for path in opened) == 9
+        assert [set(entries) for entries in built] == [{0, 1, 2}, {3}, {4, 5, 6, 7}]
+        snapshot = store.commit({s: e for entries in built for s, e in entries.items()}, "extract")
+        assert snapshot.num_rows == 130
+        for rows in (parts[2], parts[1].take(np.arange(40)), parts[0].take(np.arange(40))):
+            assert np.array_equal(snapshot.get(rows.keys_N), rows.features_ND)
+        assert store.build_shards("run", range(8), []) == {}
 
     def test_a_part_is_read_by_row_groups(
         self, store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
