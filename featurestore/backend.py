@@ -7,6 +7,7 @@ that their commit was made, and one of them is lost. Only a race shows the secon
 import contextlib
 import multiprocessing
 import random
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +50,7 @@ class BackendReport:
 
 
 def check_backend(
-    storage: Storage, *, num_processes: int = 6, num_rounds: int = 100, progress: Progress | None = None
+    storage: Storage, *, num_processes: int = 4, num_rounds: int = 50, progress: Progress | None = None
 ) -> BackendReport:
     """Try what commits rely on at `storage`, then race `num_processes` processes for one file, `num_rounds` times.
 
@@ -90,7 +91,7 @@ def _folder(storage: Storage) -> Iterator[str]:
     folder = f"{TEMPORARY}check-{uuid.uuid4().hex}"
     try:
         yield folder
-    except StorageError:
+    except BaseException:  # an interrupt too
         with contextlib.suppress(StorageError):  # the first refusal is the one to tell
             storage.delete(folder)
         raise
@@ -213,6 +214,7 @@ def _deaths_noticed() -> Iterator[None]:
 
 def _racer(storage: Storage, pipe: "Connection[object, object]") -> None:
     """One process: an answer once it is connected, then one for each order, until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business, which ends this process
     order: tuple[str, bytes, float] | None = None
     with contextlib.suppress(EOFError, OSError):
         while True:

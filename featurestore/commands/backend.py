@@ -15,8 +15,8 @@ app = typer.Typer()
 @app.command(epilog="Example: `python -m featurestore check-backend s3://bucket/features --processes 16`")
 def check_backend(
     url: Annotated[str, typer.Argument(metavar="URL", help="Folder or s3:// address where a store is to be.")],
-    processes: Annotated[int, typer.Option("--processes", min=2, max=256, help="Writers that race.")] = 6,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Races, each for a new file.")] = 100,
+    processes: Annotated[int, typer.Option("--processes", min=2, max=256, help="Writers that race.")] = 4,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Races, each for a new file.")] = 50,
 ) -> None:
     """Check that a place can hold a store: one of many writers wins, and what is written is seen.
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,4 +147,16 @@ def test_a_racer_that_dies_ends_the_check(tmp_path: Path, monkeypatch: pytest.Mo
 
     with pytest.raises(StorageError, match="ended early"):
         check_backend(Storage(tmp_path), num_processes=2, num_rounds=3, progress=kill_one)
+    assert Storage(tmp_path).entries() == []
+
+
+def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "featurestore", "check-backend", str(tmp_path), "--rounds", "100000"]
+    check = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while len(list(tmp_path.glob(".tmp-check-*/*"))) < 10:
+        assert check.poll() is None
+        time.sleep(0.01)
+    os.killpg(check.pid, signal.SIGINT)  # as a terminal does: to the racers too
+    _, said = check.communicate(timeout=20)
+    assert check.returncode != 0 and "Traceback" not in said
     assert Storage(tmp_path).entries() == []
