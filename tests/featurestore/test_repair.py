@@ -1,5 +1,6 @@
 """repair: what is damaged leaves the newest snapshot in one commit, and every key of it is missing, never stale."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from featurestore.log import manifest_path
 from featurestore.pins import pin
 from featurestore.repair import RepairReport, repair
 from featurestore.spec import FileEntry
+from featurestore.storage import Storage
 from featurestore.verify import verify
 
 SHARD = 3
@@ -321,3 +323,47 @@ def test_the_command_prints_what_it_does(filled: FeatureStore) -> None:
     spoil(filled, "pins/best.json")
     left = run(app, ["repair", filled.url])
     assert left.exit_code == 1 and "left: " in left.output and "unpin" in left.output
+
+
+class Killed(BaseException):
+    """As good as a kill: nothing in between catches it."""
+
+
+def repair_until(patch: pytest.MonkeyPatch, store: FeatureStore, num_writes: int) -> bool:
+    """Repair a store, killed before a write; whether it came to its end first."""
+    writes = iter(range(num_writes))
+
+    def mortal(whole: Callable[..., object]) -> Callable[..., object]:
+        def write(*arguments: object) -> object:
+            if next(writes, None) is None:
+                raise Killed
+            return whole(*arguments)
+
+        return write
+
+    for name in ("write_bytes", "create_exclusive", "open_output", "delete_files"):
+        patch.setattr(Storage, name, mortal(getattr(Storage, name)))
+    try:
+        repair(store)
+    except Killed:
+        return False
+    return True
+
+
+def test_killed_before_any_write_it_is_whole_after_the_next_run(
+    filled: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(filled, manifest_path(3))
+    delta = filled.snapshot(2).manifest.files(SHARD)[1]
+    before, lost = everything(filled, 2), keys_in(filled, delta)
+    spoil_features(filled, delta)
+    for num_writes in range(100):
+        store = FeatureStore.open(shutil.copytree(filled.url, tmp_path / str(num_writes)))
+        with monkeypatch.context() as patch:
+            done = repair_until(patch, store, num_writes)
+        repair(store)
+        assert everything(store) == {key: row for key, row in before.items() if key not in lost}
+        assert verify(store).problems == [] and {row.key for row in store.quarantine_rows()} == lost
+        if done:
+            break
+    assert 8 < num_writes < 99
