@@ -170,8 +170,8 @@ class TestCodes:
         assert len(addresses) == 3
         assert torch.equal(visual[0], expected[0, 20]) and torch.equal(visual[2], expected[20, 40])
         torch.stack(visual).sum().backward()  # autograd would refuse memory that was written to since
-        service.release(first)
-        service.release(second)
+        for gathered in (first, first, second):
+            service.release(gathered)
         again = service.gather(np.arange(20, 40))
         assert torch.equal(service.embed("a", again), expected[20, 40])
         assert again._numbers[0].data_ptr() in addresses and len(service._free_numbers) == 2

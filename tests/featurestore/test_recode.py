@@ -82,7 +82,7 @@ def test_every_live_row_is_there_in_one_snapshot(source: FeatureStore, tmp_path:
     assert np.array_equal(new.snapshot().get(keys), new.codec.encode(values))
     same_kind = new.info.model_copy(update={"dtype": "float32", "codec": None}).kind
     assert same_kind == source.info.kind and new.quarantine_rows() == source.quarantine_rows()
-    assert new.storage.list("staging") == [] and verify(new).problems == []
+    assert new.storage.list("staging/recode") == [] and verify(new).problems == []
 
 
 def test_an_int8_store_becomes_another_and_the_way_back(source: FeatureStore, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_cut_off_after_the_commit(source: FeatureStore, tmp_path: Path, monkeypa
     new = FeatureStore.open(tmp_path / "new")
     assert new.snapshot().version == 1
     report = recode(source, tmp_path / "new", "int8")
-    assert new.snapshot().version == 1 and report.num_rows == 870 and new.storage.list("staging") == []
+    assert new.snapshot().version == 1 and report.num_rows == 870 and new.storage.list("staging/recode") == []
 
 
 KILLED = """
@@ -212,7 +212,7 @@ def test_kill_9_again_and_again(source: FeatureStore, tmp_path: Path) -> None:
     keys, values = all_of(source)
     assert new.snapshot().version == 1 and np.array_equal(new.snapshot().keys(), keys)
     assert np.array_equal(new.snapshot().get(keys), new.codec.encode(values))
-    assert verify(new).problems == [] and new.storage.list("staging") == []
+    assert verify(new).problems == [] and new.storage.list("staging/recode") == []
 
 
 def test_finished_is_finished_and_another_store_is_not_touched(source: FeatureStore, tmp_path: Path) -> None:
@@ -269,13 +269,17 @@ def test_what_cannot_be_recoded_is_said(source: FeatureStore, tmp_path: Path, in
     assert FeatureStore.open(tmp_path / "broken").snapshot().version == 0
 
 
-def test_in_memory_and_rows_of_zeros(memory_url: str, info: StoreInfo, tmp_path: Path) -> None:
-    source = FeatureStore.create(memory_url, info)
+@pytest.mark.parametrize("place", ["memory_url", "s3_url"])
+def test_in_object_stores_and_rows_of_zeros(place: str, request: pytest.FixtureRequest, info: StoreInfo) -> None:
+    url = request.getfixturevalue(place)
+    source = FeatureStore.create(f"{url}/source", info)
     source.put(FeatureRows.of([f"{i}" for i in range(30)], np.zeros((30, info.dim), np.float32)))
-    report = recode(source, f"{memory_url}-int8", "int8")
+    report = recode(source, f"{url}/int8", "int8")
     assert report.cosine_min is None and report.relative_error_mean is None and report.clipped_share == 0
-    new = FeatureStore.open(f"{memory_url}-int8")
+    new = FeatureStore.open(f"{url}/int8")
+    assert new.snapshot().num_rows == 30 and new.storage.list("staging/recode") == []
     assert not all_of(new)[1].any() and not new.snapshot().statistics().std_D.any()
+    assert recode(source, f"{url}/int8", "int8") == report
 
 
 def test_the_command(source: FeatureStore, tmp_path: Path) -> None:
