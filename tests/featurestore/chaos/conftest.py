@@ -199,8 +199,11 @@ class Arena:
         number = next(self._numbers)
         notes = shutil.copytree(self.folder, self.folder.with_name(f"notes-{number}"))
         copy = Storage(f"{self.store.url}-{number}")
-        for entry in self.store.storage.entries(""):
-            copy.write_bytes(entry.path, self.store.storage.read_bytes(entry.path))
+        if copy.is_local:
+            shutil.copytree(self.store.url, copy.url)  # without waiting for the disk
+        else:
+            for entry in self.store.storage.entries():
+                copy.write_bytes(entry.path, self.store.storage.read_bytes(entry.path))
         return Arena(FeatureStore.open(copy.url), Path(notes))
 
     def discard(self) -> None:
