@@ -146,10 +146,13 @@ class DataFile:
         path: str,
         page_checksums: bool = True,
         streaming: bool = False,
+        digest_checked: bool = False,
     ) -> None:
         """`path` is for messages; `page_checksums`: verify them; `streaming`: read as it goes, not all columns of all
-        row groups first. Raises CorruptFileError, SpecMismatchError."""
+        row groups first; `digest_checked`: these are the bytes that were committed. Raises CorruptFileError,
+        SpecMismatchError, and MemoryError where `digest_checked`: otherwise a wrong length may ask for that much."""
         self.path = path
+        self._digest_checked = digest_checked
         self._block_rows = max(1, _BLOCK_BYTES // info.row_bytes)
         with self._translated():
             self._parquet = pq.ParquetFile(source, page_checksum_verification=page_checksums, pre_buffer=not streaming)
@@ -200,7 +203,11 @@ class DataFile:
             yield
         except FeatureStoreError:
             raise
-        except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError, ValidationError, KeyError) as error:
+        except MemoryError as error:
+            if self._digest_checked:  # a good file must not be taken for a damaged one: a repair would drop it
+                raise
+            raise CorruptFileError(f"{self.path} is damaged: {error}") from error
+        except (pa.ArrowException, OSError, UnicodeDecodeError, ValidationError, KeyError) as error:
             raise CorruptFileError(f"{self.path} is damaged: {error}") from error
 
 
@@ -236,7 +243,14 @@ def open_entry(
         _check_size(path, source.tell(), entry)
         source.seek(0)
         try:
-            file = DataFile(source, info, path, page_checksums=check != "xxh3_128", streaming=streaming)
+            file = DataFile(
+                source,
+                info,
+                path,
+                page_checksums=check != "xxh3_128",
+                streaming=streaming,
+                digest_checked=check != "size",
+            )
         except SpecMismatchError as error:
             if entry.info_digest != info.digest:
                 raise
