@@ -22,6 +22,27 @@ python jobs/extract_features.py --images catalogue.parquet --weights random:0
 python jobs/extract_features.py --backbone resnet50:avgpool --store data/features-resnet50
 """
 
+BackboneOption = Annotated[
+    str,
+    typer.Option(
+        metavar="MODEL:LAYER", help="A torchvision classifier and the layer to keep; a wrong one lists good ones."
+    ),
+]
+WeightsOption = Annotated[
+    str,
+    typer.Option(
+        help="imagenet (downloaded once), imagenet:ENTRY such as imagenet:IMAGENET1K_V2, a file with the model's"
+        " state dict, or random:SEED."
+    ),
+]
+DTypeOption = Annotated[
+    Literal["bfloat16", "float16", "float32", "int8"] | None,
+    typer.Option(
+        help="In which the store keeps features; int8 only where the store is that already.",
+        show_default="the store's; bfloat16 in a new one",
+    ),
+]
+
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 
@@ -33,26 +54,9 @@ def main(
     store: Annotated[str, typer.Option(help="Folder or address of the feature store; made when it is new.")] = (
         "data/features"
     ),
-    backbone: Annotated[
-        str,
-        typer.Option(
-            metavar="MODEL:LAYER", help="A torchvision classifier and the layer to keep; a wrong one lists good ones."
-        ),
-    ] = DEFAULT_BACKBONE,
-    weights: Annotated[
-        str,
-        typer.Option(
-            help="imagenet (downloaded once), imagenet:ENTRY such as imagenet:IMAGENET1K_V2, a file with the model's"
-            " state dict, or random:SEED."
-        ),
-    ] = "imagenet",
-    dtype: Annotated[
-        Literal["bfloat16", "float16", "float32", "int8"] | None,
-        typer.Option(
-            help="In which the store keeps features; int8 only where the store is that already.",
-            show_default="the store's; bfloat16 in a new one",
-        ),
-    ] = None,
+    backbone: BackboneOption = DEFAULT_BACKBONE,
+    weights: WeightsOption = "imagenet",
+    dtype: DTypeOption = None,
     compute_dtype: Annotated[
         Literal["auto", "bfloat16", "float32"],
         typer.Option(help="In which the network computes; auto is bfloat16 where all workers have it in hardware."),

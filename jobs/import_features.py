@@ -23,6 +23,13 @@ dask-submit -n 4 jobs/import_features.py --from xdl-images --store data/features
 """
 Format = Literal["auto", "parquet", "npy", "xdl"]
 BinaryDType = Literal["bfloat16", "float16", "float32"]
+DTypeOption = Annotated[
+    Literal["bfloat16", "float16", "float32", "int8"] | None,
+    typer.Option(
+        help="In which the store keeps features; int8 only where the store is that already.",
+        show_default="the store's; bfloat16 in a new one",
+    ),
+]
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
@@ -50,13 +57,7 @@ def main(
     binary_dtype: Annotated[
         BinaryDType | None, typer.Option(help="Of fixed-size binary in Parquet; bfloat16 for uint16 bits in .npy.")
     ] = None,
-    dtype: Annotated[
-        Literal["bfloat16", "float16", "float32", "int8"] | None,
-        typer.Option(
-            help="In which the store keeps features; int8 only where the store is that already.",
-            show_default="the store's; bfloat16 in a new one",
-        ),
-    ] = None,
+    dtype: DTypeOption = None,
     num_shards: Annotated[
         int | None, typer.Option(min=1, max=65536, help="Of a new store, a power of two.", show_default="64")
     ] = None,
