@@ -151,6 +151,7 @@ def test_a_block_stands_for_the_last_operation_in_it():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_model_of_torchvision_can_be_cut():
     for model in models.list_models(module=models):
         with pytest.raises(BackboneError) as caught:
