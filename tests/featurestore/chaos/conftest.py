@@ -14,7 +14,7 @@ import shutil
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 
@@ -25,7 +25,7 @@ import xxhash
 from featurestore import FeatureRows, FeatureStore, Snapshot, StoreInfo, key_of_uri, keys_of_uris, log, shard_of
 from featurestore import store as store_module
 from featurestore.compaction import compact
-from featurestore.errors import CommitConflictError, SnapshotNotFoundError
+from featurestore.errors import CommitConflictError
 from featurestore.expiry import expire
 from featurestore.history import restore
 from featurestore.spec import Manifest
@@ -81,6 +81,14 @@ def replay(manifests: Sequence[Manifest]) -> list[Contents]:
     return states
 
 
+def manifests_of(store: FeatureStore, known: Container[int]) -> Iterator[Manifest]:
+    """Those in the log, and those that have expired not long ago; without the known ones."""
+    in_log = log.versions(store.storage)  # first: a manifest on its way is copied before it goes
+    for version in sorted({*in_log, *log.versions(store.storage, log.EXPIRED)}):
+        if version not in known and (manifest := log.find(store.storage, version)) is not None:
+            yield manifest
+
+
 class Actor:
     """One process at work. It notes each operation before it begins and when it has been told that it is done."""
 
@@ -89,7 +97,7 @@ class Actor:
         self.name = name
         self.chance = random.Random(name)
         self._count = 0
-        self._noted = 0  # the last manifest
+        self._noted: set[int] = set()  # manifests
         self._file = os.open(journal, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         self._last_read: tuple[int, Contents] | None = None
         self.before_note: Callable[[str], None] = lambda event: None
@@ -125,11 +133,10 @@ class Actor:
             compact(self.store, force=force, threads=1)
 
     def expire(self, keep_last: int, grace_s: float) -> None:
-        """Expire, by number alone; what is about to leave the log is noted."""
-        for version in log.versions(self.store.storage):
-            if version > self._noted:
-                self.note("manifest", json=log.read_manifest(self.store.storage, version).model_dump_json())
-                self._noted = version
+        """Expire, by number alone; manifests are noted before they are gone for good."""
+        for manifest in manifests_of(self.store, self._noted):
+            self.note("manifest", json=manifest.model_dump_json())
+            self._noted.add(manifest.version)
         report = expire(self.store, keep_last=keep_last, keep_days=0, grace_days=grace_s / 86400)
         self.note("expired", num_files=report.num_files)
 
@@ -230,10 +237,7 @@ class Arena:
 
     def history(self) -> list[Manifest]:
         """Every manifest that ever was, in order; without gaps."""
-        for version in log.versions(self.store.storage):
-            if version not in self._manifests:
-                with contextlib.suppress(SnapshotNotFoundError):  # it has expired just now, and was noted before
-                    self._manifests[version] = log.read_manifest(self.store.storage, version)
+        self._manifests |= {manifest.version: manifest for manifest in manifests_of(self.store, self._manifests)}
         for note in self.notes():
             if note["event"] == "manifest":
                 manifest = Manifest.model_validate_json(note["json"])
