@@ -57,7 +57,7 @@ def expire(
     `keep_days`, and pinned ones; delete what nobody needs any more.
 
     The grace time must be longer than any commit takes from its first file on, and than anybody reads a snapshot
-    without a pin. Readers, writers and other expiries may be at work meanwhile. Lists all files once, and reads all
+    without a pin. Readers and writers may be at work meanwhile; run one expiry at a time. Lists all files once, reads all
     manifests that stay. Raises CorruptFileError where one of these or a pin is damaged, as then nobody knows what is
     needed; nothing is deleted.
     """
@@ -168,7 +168,9 @@ class _Expiry:
 
     def _expired(self, leaving: Iterable[int], kept: Iterable[int]) -> list[int]:
         """Versions in expired/ that readers may have open, and those that a dry run would move there."""
-        copies = _versions_and_times(self.storage.entries(log.EXPIRED, recursive=False))
+        # Twice: POSIX lets a listing miss a file that another expiry puts in the place of its like at that moment.
+        listings = [self.storage.entries(log.EXPIRED, recursive=False) for _ in range(2)]
+        copies = [copy for listing in listings for copy in _versions_and_times(listing)]
         young = {version for version, made_s in copies if self.now_s - made_s <= self.grace_s}
         return sorted((young | set(leaving)) - set(kept))
 
