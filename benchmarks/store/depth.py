@@ -20,7 +20,7 @@ from benchmarks.report import Figure, Section
 from benchmarks.store.data import DIM, EXTRACTOR, Bench, Held, uris_of
 from benchmarks.timing import interleaved
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo
-from featurestore.compaction import compact
+from featurestore.upkeep.compaction import compact
 
 _NUM_SHARDS = 16
 _MOST_ROWS = 10_000

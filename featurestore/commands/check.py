@@ -5,8 +5,8 @@ import sys
 import typer
 
 from featurestore.commands.common import DryRun, Url, Version, progress_bar, user_errors
-from featurestore.repair import repair as repair_store
-from featurestore.verify import verify as verify_store
+from featurestore.upkeep.repair import repair as repair_store
+from featurestore.upkeep.verify import verify as verify_store
 
 app = typer.Typer()
 

@@ -8,18 +8,18 @@ import typer
 from rich.filesize import decimal as bytes_text
 
 from featurestore.commands.common import DryRun, Url, print_table, progress_bar, user_errors
-from featurestore.compaction import CompactReport
-from featurestore.compaction import compact as compact_store
-from featurestore.expiry import ExpireReport
-from featurestore.expiry import expire as expire_store
-from featurestore.history import LogEntry, Rows
-from featurestore.history import diff as diff_snapshots
-from featurestore.history import log as log_of_store
-from featurestore.history import restore as restore_snapshot
 from featurestore.log import utc_text
-from featurestore.pins import pin as pin_snapshot
-from featurestore.pins import unpin as unpin_snapshot
 from featurestore.store import FeatureStore
+from featurestore.upkeep.compaction import CompactReport
+from featurestore.upkeep.compaction import compact as compact_store
+from featurestore.upkeep.expiry import ExpireReport
+from featurestore.upkeep.expiry import expire as expire_store
+from featurestore.upkeep.history import LogEntry, Rows
+from featurestore.upkeep.history import diff as diff_snapshots
+from featurestore.upkeep.history import log as log_of_store
+from featurestore.upkeep.history import restore as restore_snapshot
+from featurestore.upkeep.pins import pin as pin_snapshot
+from featurestore.upkeep.pins import unpin as unpin_snapshot
 
 app = typer.Typer()
 

@@ -32,7 +32,7 @@ def recode(
 
     int8 takes half the bytes of bfloat16. After an interruption the same command goes on where it stopped.
     """
-    from featurestore.recode import recode as recode_store  # loads faiss
+    from featurestore.upkeep.recode import recode as recode_store  # loads faiss
 
     with user_errors(), progress_bar() as progress:
         report = recode_store(

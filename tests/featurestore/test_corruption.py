@@ -16,11 +16,11 @@ from featurestore import FeaturePartition, FeatureRows, FeatureStore, Quarantine
 from featurestore.codec import Codec, write_codec
 from featurestore.datafile import DataFile, encode, table_of
 from featurestore.errors import CorruptFileError
-from featurestore.expiry import expire
 from featurestore.log import manifest_path
-from featurestore.pins import pin
 from featurestore.storage import Storage
-from featurestore.verify import verify
+from featurestore.upkeep.expiry import expire
+from featurestore.upkeep.pins import pin
+from featurestore.upkeep.verify import verify
 
 KINDS = {
     "store.json": "store.json",

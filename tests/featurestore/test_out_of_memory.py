@@ -7,7 +7,7 @@ import pytest
 
 from featurestore import ExtractorSpec, FeaturePartition, FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import CorruptFileError
-from featurestore.verify import verify
+from featurestore.upkeep.verify import verify
 
 EXTRACTOR = ExtractorSpec(backbone="b", layer="l", weights_digest="w", preprocessing="p", compute_dtype="float32")
 

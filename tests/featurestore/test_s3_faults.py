@@ -11,10 +11,10 @@ import pytest
 from s3fs import S3FileSystem
 
 from featurestore import FeaturePartition, FeatureStore, StoreInfo, keys_of_uris, log, retries
-from featurestore.compaction import compact
 from featurestore.errors import StorageError
-from featurestore.expiry import expire
-from featurestore.verify import verify
+from featurestore.upkeep.compaction import compact
+from featurestore.upkeep.expiry import expire
+from featurestore.upkeep.verify import verify
 from tests.proxy import Fault, Proxy, Request, proxy_before
 from tests.servers import Server, environment_of, new_bucket, seaweedfs
 

@@ -19,7 +19,7 @@ from s3fs.errors import translate_boto_error
 from featurestore import FeatureRows, FeatureStore, StoreInfo, retries
 from featurestore.errors import StorageError
 from featurestore.storage import Storage
-from featurestore.verify import verify
+from featurestore.upkeep.verify import verify
 
 
 def answer(code: str, status: int = 400) -> OSError:

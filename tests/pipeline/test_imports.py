@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from featurestore.keys import key_of_uri
-from featurestore.recode import recode
 from featurestore.rows import to_bits
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
+from featurestore.upkeep.recode import recode
 from jobs import import_features
 from pipeline.imports import stage, xdl
 from pipeline.imports.source import Block, gathered, pack

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from featurestore.codec import codec_of
 from featurestore.keys import key_of_uri
-from featurestore.recode import recode
 from featurestore.store import FeatureStore
+from featurestore.upkeep.recode import recode
 from jobs import extract_features
 from pipeline.backbone import backbone
 

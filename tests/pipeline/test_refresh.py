@@ -7,10 +7,10 @@ import shutil
 import pytest
 
 from featurestore.errors import SpecMismatchError, StorageError, StoreNotFoundError
-from featurestore.repair import repair
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
-from featurestore.verify import verify
+from featurestore.upkeep.repair import repair
+from featurestore.upkeep.verify import verify
 from pipeline import refresh as refresh_module
 from pipeline.backbone import backbone
 from pipeline.errors import BadImageError, ExtractionError, SourceError

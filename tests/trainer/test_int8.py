@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from featurestore.recode import recode
 from featurestore.store import FeatureStore
+from featurestore.upkeep.recode import recode
 from trainer.checkpoint import find
 from trainer.comm import SoloComm
 from trainer.config import load_config

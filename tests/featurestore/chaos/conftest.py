@@ -24,12 +24,12 @@ import xxhash
 
 from featurestore import FeatureRows, FeatureStore, Snapshot, StoreInfo, key_of_uri, keys_of_uris, log, shard_of
 from featurestore import store as store_module
-from featurestore.compaction import compact
 from featurestore.errors import CommitConflictError
-from featurestore.expiry import expire
-from featurestore.history import restore
 from featurestore.spec import Manifest
 from featurestore.storage import Storage
+from featurestore.upkeep.compaction import compact
+from featurestore.upkeep.expiry import expire
+from featurestore.upkeep.history import restore
 
 Contents = dict[int, str]  # the name of the operation that wrote each key
 FORK = multiprocessing.get_context("fork")
@@ -97,13 +97,13 @@ class Actor:
         self.name = name
         self.chance = random.Random(name)
         self._count = 0
-        self._noted: set[int] = set()  # manifests
+        self._noted: set[int] | None = None  # manifests
         self._file = os.open(journal, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         self._last_read: tuple[int, Contents] | None = None
         self.before_note: Callable[[str], None] = lambda event: None
 
     def note(self, event: str, **fields: object) -> None:
-        """One line of the journal, in one call: whole or not at all, and it outlives this process."""
+        """One line of the journal, in one call; it outlives this process."""
         self.before_note(event)
         line = json.dumps({"time": time.monotonic_ns(), "event": event, "by": self.name, **fields})
         os.write(self._file, line.encode() + b"\n")
@@ -134,8 +134,10 @@ class Actor:
 
     def expire(self, keep_last: int, grace_s: float) -> None:
         """Expire, by number alone; manifests are noted before they are gone for good."""
+        if self._noted is None:  # whatever has expired before, was seen by those who were here
+            self._noted = set(log.versions(self.store.storage, log.EXPIRED))
         for manifest in manifests_of(self.store, self._noted):
-            self.note("manifest", json=manifest.model_dump_json())
+            self.note("manifest", version=manifest.version, json=manifest.model_dump_json())
             self._noted.add(manifest.version)
         report = expire(self.store, keep_last=keep_last, keep_days=0, grace_days=grace_s / 86400)
         self.note("expired", num_files=report.num_files)
@@ -231,17 +233,16 @@ class Arena:
                 self.kill(process)
 
     def notes(self) -> list[dict]:
-        """What all processes noted, by time."""
-        lines = [line for path in self.folder.glob("*.jsonl") for line in path.read_text().splitlines()]
+        """What all processes noted, by time. A line without an end is being written, or its writer died over it."""
+        lines = [line for path in self.folder.glob("*.jsonl") for line in path.read_text().split("\n")[:-1]]
         return sorted(map(json.loads, lines), key=lambda note: note["time"])
 
     def history(self) -> list[Manifest]:
         """Every manifest that ever was, in order; without gaps."""
         self._manifests |= {manifest.version: manifest for manifest in manifests_of(self.store, self._manifests)}
         for note in self.notes():
-            if note["event"] == "manifest":
-                manifest = Manifest.model_validate_json(note["json"])
-                self._manifests.setdefault(manifest.version, manifest)
+            if note["event"] == "manifest" and note["version"] not in self._manifests:
+                self._manifests[note["version"]] = Manifest.model_validate_json(note["json"])
         assert sorted(self._manifests) == list(range(1, len(self._manifests) + 1)), "versions have a gap"
         return [self._manifests[version] for version in sorted(self._manifests)]
 

@@ -4,10 +4,10 @@ import time
 from datetime import UTC, datetime
 
 import pytest
-from featurestore.expiry import expire
 
 from featurestore import log
 from featurestore.storage import Storage
+from featurestore.upkeep.expiry import expire
 
 DAY_S = 86400.0
 

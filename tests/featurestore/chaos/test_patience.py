@@ -9,8 +9,8 @@ import pytest
 
 from featurestore import FeaturePartition, key_of_uri
 from featurestore.errors import CorruptFileError, FeatureStoreError
-from featurestore.pins import pin
 from featurestore.storage import Storage
+from featurestore.upkeep.pins import pin
 
 DAY_S = 86400.0
 URIS = [f"u{i}" for i in range(8)]

@@ -7,7 +7,7 @@ import numpy as np
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.keys import shard_of
-from featurestore.recode import recode
+from featurestore.upkeep.recode import recode
 from trainer.batch import Batch, Jagged
 from trainer.options import ModelConfig, OptimConfig
 from trainer.schema import Field, Schema

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 
 from featurestore import FeatureStore, log
-from featurestore import expiry as expiry_module
 from featurestore import store as store_module
 from featurestore.storage import Storage
+from featurestore.upkeep import expiry as expiry_module
 
 DAY_S = 86400.0
 URIS = [f"u{i}" for i in range(8)]

@@ -14,12 +14,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from featurestore import ExtractorSpec, FeaturePartition, FeatureRows, FeatureStore, Snapshot, StoreInfo, key_of_uri
 from featurestore import log as manifests
-from featurestore.compaction import compact
 from featurestore.errors import SnapshotNotFoundError
-from featurestore.expiry import expire
-from featurestore.history import restore
-from featurestore.pins import pin, unpin
 from featurestore.storage import Storage
+from featurestore.upkeep.compaction import compact
+from featurestore.upkeep.expiry import expire
+from featurestore.upkeep.history import restore
+from featurestore.upkeep.pins import pin, unpin
 
 URIS = st.lists(st.sampled_from([f"u{i}" for i in range(12)]), max_size=6)
 AGE_S = 30 * 86400.0

@@ -26,10 +26,10 @@ from featurestore.datafile import (
 )
 from featurestore.errors import CorruptFileError
 from featurestore.keys import Int64Array
-from featurestore.pins import read_pins
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, Manifest
 from featurestore.store import FeatureStore
+from featurestore.upkeep.pins import read_pins
 
 _THREADS = 4
 _COMPARED = [name for name in METADATA_COLUMNS if name not in (KEY, "source_tag")]  # a touched image has not changed

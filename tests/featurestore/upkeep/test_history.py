@@ -10,16 +10,16 @@ from typer.testing import CliRunner, Result
 
 from featurestore import FeatureRows, FeatureStore, log
 from featurestore.__main__ import app
-from featurestore.compaction import compact
 from featurestore.errors import (
     KeyCollisionError,
     SnapshotNotFoundError,
 )
-from featurestore.expiry import expire
-from featurestore.history import diff, restore
-from featurestore.history import log as log_of
-from featurestore.pins import pin
 from featurestore.storage import Storage
+from featurestore.upkeep.compaction import compact
+from featurestore.upkeep.expiry import expire
+from featurestore.upkeep.history import diff, restore
+from featurestore.upkeep.history import log as log_of
+from featurestore.upkeep.pins import pin
 
 T0 = 1_800_000_000.0
 
@@ -152,7 +152,7 @@ class TestDiff:
     def test_many_rows_are_compared_in_pieces(
         self, store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("featurestore.history.ROW_GROUP_BYTES", 3 * store.info.row_bytes)
+        monkeypatch.setattr("featurestore.upkeep.history.ROW_GROUP_BYTES", 3 * store.info.row_bytes)
         rows = make_rows(200, store.info)
         store.put(rows)
         features_ND = rows.features_ND.copy()

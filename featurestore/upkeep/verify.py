@@ -6,15 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
-from featurestore import damage, log, pins, quarantine
+from featurestore import log, quarantine
 from featurestore.codec import codec_of
 from featurestore.errors import CorruptFileError, FeatureStoreError, SnapshotNotFoundError, StoreNotFoundError
-from featurestore.filecheck import FileKeys, check_file, collisions
 from featurestore.memory import FileMemory
 from featurestore.shard import read_moments
 from featurestore.spec import FileEntry, Manifest
 from featurestore.storage import Storage
 from featurestore.store import INFO_PATH, FeatureStore
+from featurestore.upkeep import damage, pins
+from featurestore.upkeep.filecheck import FileKeys, check_file, collisions
 
 _MEMORY_BYTES = 256 << 20
 _THREADS = 4

@@ -11,15 +11,15 @@ from typer.testing import CliRunner
 
 from featurestore import FeaturePartition, FeatureStore, QuarantineRow, StoreInfo, shard_of
 from featurestore.__main__ import app
-from featurestore.compaction import compact
 from featurestore.errors import CommitConflictError, CorruptFileError
-from featurestore.expiry import expire
 from featurestore.log import manifest_path
-from featurestore.pins import pin
-from featurestore.repair import RepairReport, repair
 from featurestore.spec import FileEntry
 from featurestore.storage import Storage
-from featurestore.verify import verify
+from featurestore.upkeep.compaction import compact
+from featurestore.upkeep.expiry import expire
+from featurestore.upkeep.pins import pin
+from featurestore.upkeep.repair import RepairReport, repair
+from featurestore.upkeep.verify import verify
 
 SHARD = 3
 
@@ -241,7 +241,9 @@ def test_readers_never_find_a_damaged_newest_manifest_gone(
     """The good one is committed before the damaged one moves: a writer in between would take its number."""
     spoil(filled, manifest_path(3))
     seen: list[int] = []
-    monkeypatch.setattr("featurestore.damage.put_aside", lambda storage, path: seen.append(filled.snapshot().version))
+    monkeypatch.setattr(
+        "featurestore.upkeep.damage.put_aside", lambda storage, path: seen.append(filled.snapshot().version)
+    )
     repair(filled)
     assert seen == [4]
 

@@ -3,8 +3,8 @@
 import pytest
 
 from featurestore import FeatureStore
-from featurestore.compaction import compact
 from featurestore.errors import CommitConflictError
+from featurestore.upkeep.compaction import compact
 
 
 @pytest.fixture

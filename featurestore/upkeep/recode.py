@@ -15,10 +15,8 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from featurestore import log
-from featurestore.accuracy import compare
 from featurestore.codec import SAMPLE_ROWS, Codec, write_codec
 from featurestore.commit import Shards, publish_shards
-from featurestore.compaction import merged_blocks
 from featurestore.datafile import URI, live_table, matrix_of
 from featurestore.errors import (
     CommitConflictError,
@@ -34,6 +32,8 @@ from featurestore.snapshot import Snapshot
 from featurestore.spec import FORMAT_VERSION, DType, FileEntry, Manifest, StoreInfo, seal, unseal
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
+from featurestore.upkeep.accuracy import compare
+from featurestore.upkeep.compaction import merged_blocks
 
 REPORT_PATH = "reports/recode.json"
 _STAGING = "staging/recode"

@@ -16,15 +16,15 @@ from typer.testing import CliRunner
 
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, shard_of
 from featurestore.__main__ import app
-from featurestore.compaction import compact
 from featurestore.datafile import encode, schema_of, table_of
 from featurestore.errors import CorruptFileError, FormatVersionError, SnapshotNotFoundError
-from featurestore.expiry import expire
 from featurestore.log import manifest_path
-from featurestore.pins import pin
 from featurestore.shard import newest_rows
 from featurestore.spec import FileEntry, Manifest, seal, unseal
-from featurestore.verify import verify
+from featurestore.upkeep.compaction import compact
+from featurestore.upkeep.expiry import expire
+from featurestore.upkeep.pins import pin
+from featurestore.upkeep.verify import verify
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_files_that_expire_meanwhile_are_no_problem(filled: FeatureStore, monkey
         (Path(filled.url) / old.path).unlink(missing_ok=True)
 
     shards = iter(range(8))
-    from featurestore import verify as module
+    from featurestore.upkeep import verify as module
 
     checked = module.check_file
 

@@ -12,13 +12,13 @@ from typer.testing import CliRunner, Result
 
 from featurestore import FeatureRows, FeatureStore, StoreInfo, log
 from featurestore.__main__ import app
-from featurestore.compaction import compact
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError
-from featurestore.expiry import ExpireReport, expire, kept_versions
-from featurestore.pins import pin, unpin
 from featurestore.snapshot import Snapshot
 from featurestore.spec import CodecSpec, seal
 from featurestore.storage import Storage
+from featurestore.upkeep.compaction import compact
+from featurestore.upkeep.expiry import ExpireReport, expire, kept_versions
+from featurestore.upkeep.pins import pin, unpin
 
 DAY_S = 86_400.0
 
@@ -260,12 +260,12 @@ class TestLate:
         for part in ("a", "b", "c"):
             merged.stage_part("dead", part, make_rows(3, merged.info))
         age(merged, 8)
-        monkeypatch.setattr("featurestore.expiry._DELETED_AT_ONCE", 1)
+        monkeypatch.setattr("featurestore.upkeep.expiry._DELETED_AT_ONCE", 1)
         start_s, calls = time.monotonic(), []
 
         def slow(done: int, total: int) -> None:
             calls.append((done, total))
-            monkeypatch.setattr("featurestore.expiry.time.monotonic", lambda: start_s + 3.6 * DAY_S)
+            monkeypatch.setattr("featurestore.upkeep.expiry.time.monotonic", lambda: start_s + 3.6 * DAY_S)
 
         report = expire_to(merged, 10, progress=slow)
         assert (calls, report.num_files, report.is_complete) == ([(1, 3)], 1, False)

@@ -11,12 +11,12 @@ from typer.testing import CliRunner, Result
 
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, shard_of, to_float32
 from featurestore.__main__ import app
-from featurestore.compaction import MAX_DELTAS, compact, merged_blocks, needs_compaction
 from featurestore.errors import CommitConflictError, CorruptFileError, InvalidRowsError, StorageError
-from featurestore.history import restore
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry
 from featurestore.storage import Storage
+from featurestore.upkeep.compaction import MAX_DELTAS, compact, merged_blocks, needs_compaction
+from featurestore.upkeep.history import restore
 
 
 def fill(store: FeatureStore, make_rows) -> FeatureRows:
@@ -315,7 +315,7 @@ class TestBlockByBlock:
     @pytest.fixture
     def small_blocks(self, monkeypatch: pytest.MonkeyPatch, info: StoreInfo) -> None:
         monkeypatch.setattr("featurestore.datafile._BLOCK_BYTES", 5 * info.row_bytes)
-        for module in ("compaction", "shardfile"):
+        for module in ("upkeep.compaction", "shardfile"):
             monkeypatch.setattr(f"featurestore.{module}.row_group_rows", lambda info: 7)
 
     def test_results_are_identical(self, filled: FeatureStore, small_blocks: None) -> None:
@@ -335,7 +335,7 @@ class TestBlockByBlock:
         monkeypatch.setattr("featurestore.datafile._BLOCK_BYTES", 100 * wide.row_bytes)
         chance = np.random.default_rng(0)
         names = [f"{i}" for i in range(4000)]
-        for module in ("compaction", "shardfile"):
+        for module in ("upkeep.compaction", "shardfile"):
             monkeypatch.setattr(f"featurestore.{module}.row_group_rows", lambda info: 100)
         store.put(FeatureRows.of(names, chance.integers(0, 0x4000, (4000, 512)).astype(np.uint16)))
         store.put(FeatureRows.of(names[:9], chance.integers(0, 0x4000, (9, 512)).astype(np.uint16)))
@@ -351,7 +351,7 @@ class TestBlockByBlock:
         reader = store.snapshot().shard_reader(0)
         assert len(reader.keys()) == 4000
         monkeypatch.setattr(Storage, "open_input", lambda self, path: Counted(self.full(path)))
-        monkeypatch.setattr("featurestore.compaction.check_digest", lambda *arguments: None)
+        monkeypatch.setattr("featurestore.upkeep.compaction.check_digest", lambda *arguments: None)
         blocks = merged_blocks(reader)
         assert len(next(blocks)) == 100
         size_bytes = sum(entry.bytes for entry in reader.entries)

@@ -16,20 +16,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from featurestore import damage, log
+from featurestore import log
 from featurestore.commit import publish_shards
 from featurestore.datafile import table_of
 from featurestore.errors import CommitConflictError
-from featurestore.filecheck import readable_keys
 from featurestore.keys import Int64Array
 from featurestore.quarantine import QuarantineRow
-from featurestore.rebuild import newest_good, rebuild_info, recommit_newest_good
 from featurestore.rows import FeatureRows
 from featurestore.shard import ShardReader, newest_rows
 from featurestore.shardfile import write_shard_file
 from featurestore.spec import FileEntry, Manifest
 from featurestore.store import FeatureStore
-from featurestore.verify import Problem, Progress, verify
+from featurestore.upkeep import damage
+from featurestore.upkeep.filecheck import readable_keys
+from featurestore.upkeep.rebuild import newest_good, rebuild_info, recommit_newest_good
+from featurestore.upkeep.verify import Problem, Progress, verify
 
 OPERATION = "repair"
 Replacements = dict[str, FileEntry | None]  # path of a file of the newest snapshot: what takes its place

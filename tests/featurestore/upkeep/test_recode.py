@@ -11,7 +11,6 @@ import pytest
 from typer.testing import CliRunner
 
 from featurestore import FeatureRows, FeatureStore, QuarantineRow, StoreInfo
-from featurestore import recode as recode_module
 from featurestore.__main__ import app
 from featurestore.errors import (
     CommitConflictError,
@@ -21,10 +20,11 @@ from featurestore.errors import (
     StorageError,
     StoreExistsError,
 )
-from featurestore.recode import read_report, recode, sample
 from featurestore.spec import DType
 from featurestore.storage import Storage
-from featurestore.verify import verify
+from featurestore.upkeep import recode as recode_module
+from featurestore.upkeep.recode import read_report, recode, sample
+from featurestore.upkeep.verify import verify
 
 DIM = 32
 
@@ -180,7 +180,7 @@ def test_cut_off_after_the_commit(source: FeatureStore, tmp_path: Path, monkeypa
 KILLED = """
 import os, signal, sys
 from featurestore import FeatureStore
-from featurestore.recode import recode
+from featurestore.upkeep.recode import recode
 from featurestore.storage import Storage
 
 prefix, left = sys.argv[3], int(sys.argv[4])

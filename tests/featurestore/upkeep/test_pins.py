@@ -14,11 +14,11 @@ from featurestore.errors import (
     SnapshotNotFoundError,
     StorageError,
 )
-from featurestore.expiry import expire
-from featurestore.history import restore
-from featurestore.pins import pin, read_pins, unpin
 from featurestore.spec import Manifest
 from featurestore.storage import Storage
+from featurestore.upkeep.expiry import expire
+from featurestore.upkeep.history import restore
+from featurestore.upkeep.pins import pin, read_pins, unpin
 
 
 def expire_all_but_the_newest(store: FeatureStore) -> None:
@@ -89,7 +89,7 @@ class TestPins:
                 refused.append(True)
             return read_pins(storage)
 
-        monkeypatch.setattr("featurestore.expiry.read_pins", pin_in_between)
+        monkeypatch.setattr("featurestore.upkeep.expiry.read_pins", pin_in_between)
         expire_all_but_the_newest(nine)
         assert refused and store_versions(nine) == [9] and read_pins(nine.storage) == []
 
@@ -104,7 +104,7 @@ class TestPins:
                 calls.append(pin(nine, "early", 4))
             return found
 
-        monkeypatch.setattr("featurestore.expiry.read_pins", pin_right_after)
+        monkeypatch.setattr("featurestore.upkeep.expiry.read_pins", pin_right_after)
         expire_all_but_the_newest(nine)
         assert store_versions(nine) == [4, 9]
         assert store_versions(nine, log.EXPIRED) == [1, 2, 3, 5, 6, 7, 8]

@@ -10,14 +10,14 @@ from typing import IO, Any
 import pytest
 
 from featurestore import FeatureStore, StoreInfo, log
-from featurestore.compaction import compact
 from featurestore.disk import DiskFiles
 from featurestore.errors import SnapshotNotFoundError
-from featurestore.expiry import ExpireReport, expire
-from featurestore.history import restore
-from featurestore.pins import Pin, pin
 from featurestore.snapshot import Snapshot
 from featurestore.storage import Storage
+from featurestore.upkeep.compaction import compact
+from featurestore.upkeep.expiry import ExpireReport, expire
+from featurestore.upkeep.history import restore
+from featurestore.upkeep.pins import Pin, pin
 
 DAY_S = 86_400.0
 
@@ -184,7 +184,7 @@ def test_a_copy_that_another_expiry_takes_away_is_made_again(
         storage.delete(log.manifest_path(1, log.EXPIRED))
         return []
 
-    monkeypatch.setattr("featurestore.expiry.read_pins", without_pins)
+    monkeypatch.setattr("featurestore.upkeep.expiry.read_pins", without_pins)
     expire_to(store, 1)
     assert log.versions(store.storage, log.EXPIRED) == [1, 2]
     assert needs(reader) <= files_of(store)

@@ -16,10 +16,10 @@ from featurestore import log
 from featurestore.codec import CODECS
 from featurestore.disk import TEMPORARY, StorageEntry
 from featurestore.errors import StorageError
-from featurestore.pins import read_pins
 from featurestore.spec import seal
 from featurestore.staging import STAGING
 from featurestore.store import FeatureStore
+from featurestore.upkeep.pins import read_pins
 
 DATA = "data"
 _DAY_S = 86_400.0
@@ -57,7 +57,7 @@ def expire(
     `keep_days`, and pinned ones; delete what nobody needs any more.
 
     The grace time must be longer than any commit takes from its first file on, and than anybody reads a snapshot
-    without a pin. Readers and writers may be at work meanwhile; run one expiry at a time. Lists all files once, reads all
+    without a pin. Readers and writers may be at work; run one expiry at a time. Lists all files once, and reads all
     manifests that stay. Raises CorruptFileError where one of these or a pin is damaged, as then nobody knows what is
     needed; nothing is deleted.
     """

@@ -4,13 +4,14 @@ import contextlib
 import time
 import uuid
 
-from featurestore import damage, log
+from featurestore import log
 from featurestore.commit import writer_name
 from featurestore.datafile import info_in, read_verified
 from featurestore.errors import CorruptFileError
 from featurestore.spec import Manifest, StoreInfo, seal
 from featurestore.storage import Storage
 from featurestore.store import INFO_PATH
+from featurestore.upkeep import damage
 
 
 def rebuild_info(url: str, dry_run: bool) -> str:
