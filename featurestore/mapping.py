@@ -78,6 +78,11 @@ def populate(matrix: npt.NDArray[Any]) -> None:
         _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), advice)
 
 
+def physical_memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p

@@ -18,7 +18,7 @@ from featurestore.cache import CachedShard, Progress, default_cache_dir, open_or
 from featurestore.errors import FeatureStoreError, MissingKeysError, StorageError
 from featurestore.hashindex import HashIndex
 from featurestore.keys import Int64Array, owned_shards, owner_of, shard_of, shard_of_hash, splitmix64
-from featurestore.mapping import map_rows, populate
+from featurestore.mapping import map_rows, physical_memory_bytes, populate
 from featurestore.snapshot import Snapshot, missing_message
 from featurestore.spec import DType, StoreInfo
 from featurestore.store import FeatureStore
@@ -28,6 +28,7 @@ MissingPolicy = Literal["error", "zeros", "learned"]
 _MAX_THREADS = 4
 _PAGE_BYTES = 4096
 _GATHER_ROWS = 1024
+_MEMORY_SHARE = 0.5  # of the machine's; a larger partition is read from the disk as its rows are asked for
 _SMALL_BYTES = 1 << 20  # below this a second thread costs more than it gives
 
 
@@ -71,7 +72,9 @@ class FeaturePartition:
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64) if counts else np.empty(0, np.int64)
         self._gap_S = np.zeros(self.info.num_shards, np.int64)  # from the place of a hash to the row in the matrix
         self._gap_S[owned] = np.asarray(mapped.first_rows) - starts
-        list(self._pool.map(lambda i: populate(self._matrix[mapped.first_rows[i] :][: counts[i]]), range(len(counts))))
+        if self.num_rows * self.info.row_bytes <= _MEMORY_SHARE * physical_memory_bytes():
+            rows = [self._matrix[first:][:count] for first, count in zip(mapped.first_rows, counts, strict=True)]
+            list(self._pool.map(populate, rows))
 
     @classmethod
     def load(

@@ -195,7 +195,8 @@ def _check_gone(options: RefreshOptions, num_gone: int, num_stored: int, why: st
     if num_gone > options.max_gone * num_stored:
         raise ExtractionError(
             f"{num_gone:,} of the {num_stored:,} images in {options.store} {why}, more than a share of"
-            f" {options.max_gone:g}: is --images right? --keep-missing keeps them, --max-gone 1 lets them go"
+            f" {options.max_gone:g}: is --images right? In jobs/refresh_features.py --keep-missing keeps"
+            " them, --max-gone 1 lets them go"
         )
 
 

@@ -65,3 +65,6 @@ def user_errors() -> Iterator[None]:
     except FeatureStoreError as error:
         sys.stderr.write(f"error: {error}\n")
         raise typer.Exit(1) from None
+    except MemoryError:
+        sys.stderr.write("error: out of memory; a command needs about as much as the largest data file, twice\n")
+        raise typer.Exit(1) from None

@@ -51,6 +51,20 @@ def test_lookup_gives_the_rows_in_the_order_asked(
         assert len(partition.lookup([]).features_UD) == 0
 
 
+@pytest.mark.parametrize("memory_bytes", [1 << 40, 300 * 16])
+def test_what_is_larger_than_half_of_the_memory_is_not_read_at_its_opening(
+    store: FeatureStore, cache: Path, make_rows, memory_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(300, store.info)  # of 16 bytes
+    store.put(rows)
+    read: list[int] = []
+    monkeypatch.setattr("featurestore.partition.populate", lambda rows_MD: read.append(len(rows_MD)))
+    monkeypatch.setattr("featurestore.partition.physical_memory_bytes", lambda: memory_bytes)
+    with FeaturePartition.load(store, cache_dir=cache) as partition:
+        assert sum(read) == (300 if memory_bytes > 300 * 32 else 0)
+        assert np.array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
+
+
 def test_a_lookup_never_gives_a_wrong_row(store: FeatureStore, cache: Path, make_rows) -> None:
     rows = make_rows(300, store.info)
     held = set(rows.keys_N.tolist())
