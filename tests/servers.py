@@ -20,6 +20,7 @@ from featurestore.storage import Storage
 
 ACCESS_KEY, SECRET_KEY, REGION = "testkey", "testsecret", "us-east-1"
 READY_TIMEOUT_S = 60
+MAX_VOLUMES = 20_000  # each bucket takes one or more; by default the free disk sets a limit that the tests reach
 
 
 class Server:
@@ -67,6 +68,7 @@ def seaweedfs(folder: Path) -> Server:
         "dir": folder, "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "s3.port": s3, "master.port": master,
         "volume.port": volume, "filer.port": filer, "admin.ui": "false", "webdav": "false", "s3.port.iceberg": 0,
         "s3.port.lance": 0, "master.telemetry": "false", "s3.config": folder / "identities.json",
+        "volume.max": MAX_VOLUMES,
     }  # fmt: skip
     weed = Path(sys.executable).with_name("weed")
     return Server(
