@@ -148,7 +148,9 @@ def _build(reader: ShardReader, paths: _Paths, memory: FileMemory) -> CachedShar
     reader = replace(reader)  # what it keeps of the keys goes with the build
     with _appearing(paths.rows) as file:
         write = _append if reader.is_plain else _place
-        keys_M, rows_digest = write(file, reader, reader.verified_blocks(memory))
+        # Closed also where the disk is full: the error would keep the memory that the blocks have borrowed.
+        with contextlib.closing(reader.verified_blocks(memory)) as blocks:
+            keys_M, rows_digest = write(file, reader, blocks)
         hash_M = splitmix64(keys_M)
         _check_order(hash_M, reader)
     keys_file = io.BytesIO()

@@ -44,10 +44,11 @@ class FileMemory:
                     return buffer
                 self._drop_idle(size_bytes)
                 if self._held_bytes + size_bytes <= self.limit_bytes or not self._num_lent:
+                    buffer = bytearray(size_bytes)  # may raise MemoryError: nothing is counted yet
                     self._held_bytes += size_bytes
                     self.peak_bytes = max(self.peak_bytes, self._held_bytes)
                     self._num_lent += 1
-                    return bytearray(size_bytes)
+                    return buffer
                 self._changed.wait()
 
     def _drop_idle(self, size_bytes: int) -> None:

@@ -42,7 +42,10 @@ def prune(folder: Path, opened: Collection[str]) -> None:
     slots = {_slot(stem) for stem in opened}
     now_s = time.time()
     with contextlib.suppress(OSError):
-        ages = {entry.name: now_s - entry.stat().st_mtime for entry in os.scandir(folder)}
+        ages = {}
+        for entry in os.scandir(folder):
+            with contextlib.suppress(OSError):  # another rank has removed it meanwhile
+                ages[entry.name] = now_s - entry.stat().st_mtime
         for name, age_s in ages.items():
             stem = next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), "")
             if name.startswith(TEMPORARY) or (stem and f"{stem}{SEAL}" not in ages):

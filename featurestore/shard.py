@@ -3,7 +3,7 @@
 Letters of shapes: N rows of all files, M live rows, K rows of a block or a file, D feature width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -139,12 +139,13 @@ class ShardReader:
             file_start += entry.rows
         return features_UD, found_U
 
-    def verified_blocks(self, memory: FileMemory | None = None) -> Iterator[Block]:
+    def verified_blocks(self, memory: FileMemory | None = None) -> Generator[Block, None, None]:
         """The live rows, some megabytes at a time; the digest of a file is checked before a row of it is given.
 
         In order where there is one file without tombstones, else file by file: the block's places say where its rows
         belong. Needs the memory of one file, taken from `memory`, and of all keys. A block is valid until the next one
-        is asked for. Raises CorruptFileError.
+        is asked for. Whoever shares `memory` closes the generator, as an unfinished one keeps it. Raises
+        CorruptFileError.
         """
         if self.is_plain:
             for entry in self.entries:

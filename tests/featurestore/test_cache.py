@@ -1,5 +1,6 @@
 """Cache files: right rows of any mix of files, bounded memory, damage is found, old ones go."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo
 from featurestore.cache import open_or_build
-from featurestore.errors import CorruptFileError
+from featurestore.errors import CorruptFileError, StorageError
 from featurestore.memory import FileMemory
 from featurestore.prune import prune
 from featurestore.shard import ShardReader
@@ -172,6 +173,49 @@ def test_memory_is_lent_reused_and_limited() -> None:
         assert len(view) == 1000  # a single file may be larger than the limit
 
 
+def can_borrow(memory: FileMemory, size_bytes: int) -> bool:
+    """Whether it is lent within seconds."""
+
+    def borrow() -> None:
+        with memory.borrow(size_bytes):
+            pass
+
+    thread = threading.Thread(target=borrow, daemon=True)
+    thread.start()
+    thread.join(5)
+    return not thread.is_alive()
+
+
+def test_memory_that_is_not_there_is_not_lent() -> None:
+    memory = FileMemory(1 << 50)
+    with pytest.raises(MemoryError), memory.borrow(1 << 50):
+        pass
+    assert can_borrow(memory, 10) and memory.peak_bytes == 10
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_full_disk_gives_the_memory_back_to_the_other_threads(
+    store: FeatureStore, cache: Path, make_rows, monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    for seed in range(1 if plain else 2):
+        store.put(make_rows(50, store.info, seed=seed))
+    shared: list[FileMemory] = []
+
+    def make_memory(limit_bytes: int) -> FileMemory:
+        shared.append(FileMemory(limit_bytes))
+        return shared[-1]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("featurestore.cache.FileMemory", make_memory)
+    monkeypatch.setattr("featurestore.cache.append_rows" if plain else "featurestore.cache._write_at", full)
+    with pytest.raises(StorageError, match="No space left") as caught:
+        open_or_build([store.snapshot().shard_reader(3)], cache, threads=1)
+    assert caught.value.__cause__ is not None  # as in a thread whose error waits to be raised
+    assert can_borrow(shared[0], shared[0].limit_bytes)
+
+
 def test_many_threads_never_hold_more_than_the_limit() -> None:
     memory = FileMemory(1000)
     held, most, lock = 0, 0, threading.Lock()
@@ -274,6 +318,20 @@ def test_leftovers_of_killed_builds_go_after_a_day(store: FeatureStore, cache: P
         age(cache / name, 1.1)
     FeaturePartition.load(store, cache_dir=cache).close()
     assert names(cache) - before == {".tmp-new", "shard-0001-x-z.rows.bin", "mine.txt"}
+
+
+def test_a_file_that_another_rank_removes_meanwhile_does_not_keep_the_others(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.mkdir()
+    for number in range(3):
+        (cache / f".tmp-{number}").touch()
+        age(cache / f".tmp-{number}", 2)
+    listed = [*os.scandir(cache)]
+    Path(listed[0].path).unlink()
+    monkeypatch.setattr("featurestore.prune.os.scandir", lambda _: listed)
+    prune(cache, set())
+    assert names(cache) == set()
 
 
 def test_files_opened_while_they_are_removed_stay(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
