@@ -138,7 +138,7 @@ def split(
     for ref, is_stored, is_same_tag, stored_digest in rows:
         digest = digests.get(ref.key, b"")
         is_same = is_stored and digest != b"" and digest == stored_digest.ljust(16, b"\0")
-        if is_same_tag and (ref.source_tag or is_same):
+        if is_same_tag if ref.source_tag else is_same:
             num_unchanged += 1
         elif is_same:
             touched.append(Copy(ref, ref.key))

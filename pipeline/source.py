@@ -12,6 +12,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem
 from fsspec.core import split_protocol, url_to_fs
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential
 
@@ -121,8 +123,9 @@ def _client(protocol: str) -> Any:
 def _list_folder(fs: Any, root: str, address: str) -> Listing:
     root = root.rstrip("/")
     with _source_errors(f"list {address}"):
-        is_disk = "file" in fs.protocol
-        found: Mapping[str, Mapping[str, Any]] = dict(_files_below(fs, root)) if is_disk else fs.find(root, detail=True)
+        found: Mapping[str, Mapping[str, Any]] = (
+            fs.find(root, detail=True) if _has_own_find(fs) else dict(_files_below(fs, root))
+        )
     images, num_ignored = [], 0
     for path, entry in found.items():
         uri = path.removeprefix(root).lstrip("/")
@@ -136,11 +139,19 @@ def _list_folder(fs: Any, root: str, address: str) -> Listing:
     return Listing(_unique(sorted(images, key=lambda ref: ref.uri)), num_ignored)
 
 
+def _has_own_find(fs: Any) -> bool:
+    """Whether the file system lists everything in a way of its own, as object stores do, not with fsspec's `find`."""
+    if isinstance(fs, AsyncFileSystem):  # its `find` is made of `_find`
+        return type(fs)._find is not AsyncFileSystem._find
+    return type(fs).find is not AbstractFileSystem.find
+
+
 def _files_below(fs: Any, folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """As `find`, which leaves out a folder that cannot be listed: its images would be taken for vanished ones."""
+    """As fsspec's `find`, which leaves out folders that cannot be listed: their images would be taken for vanished."""
     for entry in fs.ls(folder or "/", detail=True):
         if entry["type"] == "directory":
-            yield from _files_below(fs, entry["name"])
+            if entry["name"].rstrip("/") != folder.rstrip("/"):  # some list the folder itself too
+                yield from _files_below(fs, entry["name"])
         else:
             yield entry["name"], entry
 

@@ -103,11 +103,12 @@ def load_index(store: FeatureStore, run_id: str, unit: str) -> IndexArray:
 
 def stored_index(store: FeatureStore, version: int) -> IndexArray:
     """Keys and digests of the rows of a snapshot, by key; 25 bytes a row, kept until another one is asked for."""
-    return _stored_index(store.url, version)
+    commit_id = store.snapshot(version).manifest.commit_id  # another one in a store made anew at the same address
+    return _stored_index(store.url, version, store.info.store_id, commit_id)
 
 
 @functools.lru_cache(maxsize=1)
-def _stored_index(url: str, version: int) -> IndexArray:
+def _stored_index(url: str, version: int, store_id: str, commit_id: str) -> IndexArray:
     snapshot = FeatureStore.open(url).snapshot(version)
     indexes = [np.empty(0, INDEX_DTYPE)]
     for shard in sorted(snapshot.manifest.shards):

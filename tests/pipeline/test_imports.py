@@ -1,6 +1,7 @@
 """Vectors from elsewhere: every format gives its rows, bad ones are told apart, and running again does little."""
 
 import contextlib
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -9,12 +10,14 @@ import pytest
 from typer.testing import CliRunner
 
 from featurestore.keys import key_of_uri
-from featurestore.rows import to_bits
+from featurestore.rows import FeatureRows, to_bits
+from featurestore.spec import StoreInfo
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.recode import recode
 from jobs import import_features
 from pipeline.imports import stage, xdl
+from pipeline.imports.run import extractor_of
 from pipeline.imports.source import Block, gathered, pack
 
 DIM = 6
@@ -372,6 +375,15 @@ def test_from_s3_into_s3(job, tmp_path, vectors_ND, s3_url):
     pq.write_table(pa.table({"key": [3], "feature": [[0.0] * DIM]}), tmp_path / "a.parquet")
     Storage(f"{s3_url}/more").write_bytes("a.parquet", (tmp_path / "a.parquet").read_bytes())
     assert "changed 1" in job(f"{s3_url}/more/a.parquet", store=f"{s3_url}/features")
+
+
+def test_a_store_made_anew_at_the_same_address_is_indexed_anew(tmp_path):
+    info = StoreInfo(num_shards=1, dim=1, dtype="float32", extractor=extractor_of("elsewhere"))
+    for keys in ([1], [2, 3, 4]):
+        store = FeatureStore.create(tmp_path / "features", info)
+        store.put(FeatureRows.of([str(key) for key in keys], np.ones((len(keys), 1), np.float32), keys=keys))
+        assert stage.stored_index(store, 1)["key"].tolist() == keys
+        shutil.rmtree(tmp_path / "features")
 
 
 def test_slices_are_packed_and_blocks_gathered():

@@ -119,6 +119,12 @@ def test_an_image_without_a_tag_is_unchanged_when_its_bytes_are(store):
     assert split(images, found, {50: digest(51)}, {}).compute == tuple(images)
 
 
+def test_an_image_whose_file_could_not_be_looked_at_is_unchanged_when_its_bytes_are(store):
+    images = [ref(1, tag=""), ref(2, tag="")]
+    made = split(images, compare(images, store.snapshot()), {1: digest(1), 2: digest(33)}, {digest(1): 1})
+    assert (made.num_unchanged, made.touched, made.compute) == (1, (), (images[1],))
+
+
 def test_equal_images_stand_in_one_part():
     refs = [ref(key) for key in range(7)]
     digests = {1: b"same", 6: b"same", 2: b"two", 3: b"two"}

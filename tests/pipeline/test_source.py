@@ -6,6 +6,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem
 
 from featurestore.errors import KeyCollisionError
 from featurestore.keys import key_of_uri
@@ -67,6 +69,37 @@ def test_a_folder_that_cannot_be_listed_is_an_error_and_not_an_empty_one(folder,
     monkeypatch.setattr(os, "scandir", refused)
     with pytest.raises(SourceError, match=r"cannot list .*Permission denied.*still"):
         list_images(str(folder))
+
+
+def test_no_file_system_that_is_walked_folder_by_folder_hides_one(monkeypatch):
+    """Those without a `find` of their own, async ones too, get it from fsspec, which omits what it cannot list."""
+
+    class Remote(AbstractFileSystem):
+        protocol = "remote"
+
+        def ls(self, path, detail=True, **kwargs):
+            here = self._strip_protocol(path)
+            if here == "images/locked":
+                raise PermissionError(13, "Permission denied", here)
+            folders = [{"name": name, "type": "directory", "size": 0} for name in (here, f"{here}/locked")]
+            return [*folders, {"name": f"{here}/a.jpg", "type": "file", "size": 1}]
+
+        def info(self, path, **kwargs):
+            return {"name": path, "type": "directory", "size": 0}
+
+    class AsyncRemote(AsyncFileSystem):
+        protocol = "remote"
+
+        async def _ls(self, path, detail=True, **kwargs):
+            return Remote().ls(path)
+
+        async def _info(self, path, **kwargs):
+            return Remote().info(path)
+
+    for kind in (Remote, AsyncRemote):
+        monkeypatch.setattr("pipeline.source._client", lambda protocol, kind=kind: kind())
+        with pytest.raises(SourceError, match=r"cannot list remote://images: .*Permission denied"):
+            list_images("remote://images")
 
 
 def test_no_images_is_a_clear_error(tmp_path):
