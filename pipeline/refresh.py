@@ -68,7 +68,7 @@ def refresh(options: RefreshOptions, client: Client) -> RefreshSummary:
     tombstones. A changed image that cannot be decoded loses its feature, one that cannot be read keeps it; both stand
     in the quarantine, which is tried again by the next run. Raises StoreNotFoundError, SourceError, WeightsError,
     SpecMismatchError, ExtractionError, ClusterError and the errors of storage; what was staged by then stays for the
-    next run.
+    next run, unless so much of it is bad that nothing is committed.
     """
     start_s = time.monotonic()
     try:
@@ -101,10 +101,13 @@ def bring_up_to_date(
     settled, num_resolved = _settled(quarantined, images, bad, options.keep_missing)
     if not options.dry_run:
         _add_quarantine(store, bad, quarantined)
-        if len(bad) == len(images):
-            run.discard()  # the next run looks at all files again
+    try:
+        if len(bad) == len(images) and not options.dry_run:
             raise ExtractionError(f"none of the {len(bad):,} images can be used: {describe_bad(bad)}")
-    _check_gone(options, len(removed), comparison.num_stored, "are gone or cannot be decoded any more")
+        _check_gone(options, len(removed), comparison.num_stored, "are gone or cannot be decoded any more")
+    except ExtractionError:
+        run.discard()  # the next run looks at all files again: it may be the decoder that is broken
+        raise
     if not options.dry_run:
         if run.has_rows:
             snapshot = store.commit(run.build_shards(), operation, num_quarantined=len(bad))

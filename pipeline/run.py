@@ -136,12 +136,14 @@ class Run:
 
     def discard(self) -> None:
         """Remove what was staged."""
-        self._store.discard_staging(self._settings.run_id)
+        if not self._is_dry:
+            self._store.discard_staging(self._settings.run_id)
 
     def _taken_over(self, refs: Iterable[ImageRef]) -> tuple[list[PartReport], set[int]]:
         """Reports of the staged parts whose images are all among `refs`, unchanged; and the keys of these images.
 
-        So the parts outlive a listing that has changed since, but for those with an image that did.
+        So the parts outlive a listing that has changed since, but for those with an image that did. A part with an
+        image that could not be read goes: that may have been for a moment.
         """
         names = [name for name in sorted(self._staged) if not name.startswith((COPIES, TOMBSTONES))]
         reports: list[PartReport] = []
@@ -151,7 +153,12 @@ class Run:
         left = {(ref.key, ref.source_tag) for ref in refs}
         loaded = in_order(self._load_report, names, REPORT_THREADS, 2 * REPORT_THREADS)
         for name, report in zip(names, loaded, strict=True):
-            if report is not None and left.issuperset(report.images):
+            if report is None:
+                continue
+            if not all(image.was_read for image in report.bad):
+                if not self._is_dry:  # a report is written before its rows: new ones must not meet these
+                    self._store.discard_part(self._settings.run_id, name)
+            elif left.issuperset(report.images):
                 left.difference_update(report.images)
                 covered.update(key for key, _ in report.images)
                 reports.append(report)

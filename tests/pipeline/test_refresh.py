@@ -262,6 +262,51 @@ def test_images_without_a_tag_are_compared_by_their_bytes(make, run, write, monk
     assert counts(run(folder)) == (0, 1, 0, 1, 0, 0, 0, 0)
 
 
+def test_a_broken_decoder_is_forgotten_once_it_works_again(make, run, write, monkeypatch, tmp_path):
+    folder = write(a=1, b=2, c=3, d=4)
+    make(folder)
+    write(a=10, b=20, c=30)
+
+    def broken(data, preset):
+        raise BadImageError("no decoder on this worker")
+
+    for options in ({}, {"dry_run": True}):
+        with monkeypatch.context() as worker:
+            worker.setattr("pipeline.parts.prepare", broken)
+            with pytest.raises(ExtractionError, match=r"3 of the 4 images in .* cannot be decoded any more"):
+                run(folder, **options)
+    assert counts(run(folder)) == (0, 3, 0, 1, 0, 0, 3, 0)
+    assert len(rows_of(tmp_path / "features")) == 4
+
+
+def test_a_run_that_goes_on_tries_images_that_could_not_be_read_again(
+    make, run, write, monkeypatch, computed, tmp_path
+):
+    folder = write(a=1, b=2, c=3, d=4)
+    make(folder)
+    write(a=10, b=20, c=30)
+
+    def unreachable(location):
+        if location.endswith("a.jpg"):
+            raise BadImageError("cannot be read: no route to host")
+        return read_image(location)
+
+    def lost(self, *args, **kwargs):
+        raise StorageError("the power went out")
+
+    done = sum(computed)
+    with monkeypatch.context() as trouble:
+        trouble.setattr("pipeline.parts.read_image", unreachable)
+        trouble.setattr(FeatureStore, "commit", lost)
+        with pytest.raises(StorageError, match="the power went out"):
+            run(folder, part_size=1)
+    staged = files_of(tmp_path / "features/staging")
+    assert counts(run(folder, part_size=1, dry_run=True)) == (0, 3, 0, 1, 0, 0, 1, 0)
+    assert files_of(tmp_path / "features/staging") == staged
+    assert counts(run(folder, part_size=1)) == (0, 3, 0, 1, 0, 0, 1, 0)
+    assert sum(computed) - done == 3  # each once
+
+
 @pytest.fixture
 def failing_after(monkeypatch):
     """Lets so many writes of the store and its parts succeed, and no later one."""
