@@ -56,19 +56,17 @@ def writer_name() -> str:
 def files_after(older: Sequence[FileEntry], new: FileEntry | None, replaced: Sequence[FileEntry]) -> list[FileEntry]:
     """A shard's files with `new` behind them, or in the place of `replaced`, which are its neighbours; a base is first.
 
-    Without `new` the replaced files go, wherever they stand. Raises CommitConflictError where they are not there.
+    Without `new` the replaced files go, which are then the oldest: what they delete must not be older than they are.
+    Raises CommitConflictError where they are not there, or not so.
     """
     paths, gone = [file.path for file in older], [file.path for file in replaced]
     start = paths.index(gone[0]) if gone and gone[0] in paths else len(paths)
-    if new is None:
-        in_place = set(gone) <= set(paths)
-    else:
-        in_place = paths[start : start + len(gone)] == gone and (start == 0 or new.kind == "delta" or not gone)
-    if not in_place:
+    may_be_behind = not gone or (new is not None and new.kind == "delta")
+    if paths[start : start + len(gone)] != gone or not (start == 0 or may_be_behind):
         raise CommitConflictError(
             f"another writer has replaced or removed {', '.join(gone)} meanwhile: read the newest snapshot and retry"
         )
     if new is None:
-        return [file for file in older if file.path not in gone]
+        return [*older[:start], *older[start + len(gone) :]]
     kind: FileKind = "delta" if start else "base"
     return [*older[:start], new.model_copy(update={"kind": kind}), *older[start + len(gone) :]]

@@ -4,6 +4,7 @@ A part is sorted as shards are, by splitmix64, so the rows of one shard are neig
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from featurestore.storage import Storage
 STAGING = "staging"
 _GROUP_BYTES = 1 << 20
 _SUFFIX = ".parquet"
+_READ_THREADS = 8  # waiting for answers of an object store, not computing
 
 
 def sorted_table(rows: FeatureRows, info: StoreInfo) -> pa.Table:
@@ -55,10 +57,17 @@ def read_shards_of_parts(
 ) -> dict[int, pa.Table]:
     """The rows of each of some neighbouring shards in all `parts`, in their order, for shards that have any.
 
-    Each part is opened once; all these rows are in memory together.
+    Each part is opened once, 8 of them at a time. In memory are all these rows, and of the parts being read the row
+    groups around them: about 2 MB more than the rows each. Raises InvalidRowsError where a part is not there.
     """
-    tables = [_read_part(storage, info, _part_path(run_id, part), shards) for part in parts]
     cut: dict[int, list[pa.Table]] = {}
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        futures = [pool.submit(_read_part, storage, info, _part_path(run_id, part), shards) for part in parts]
+        try:
+            tables = [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()  # those that wait, after an error
     for table in tables:
         shard_N = shard_of(numpy_column(table, KEY), info.num_shards)
         found, starts = np.unique(shard_N, return_index=True)
@@ -71,15 +80,19 @@ def _read_part(storage: Storage, info: StoreInfo, path: str, shards: range) -> p
     try:
         source = storage.open_input(path)
     except FileNotFoundError as error:
-        raise InvalidRowsError(f"{storage.full(path)} was never staged, or has been discarded") from error
+        raise InvalidRowsError(
+            f"{storage.full(path)} was never staged, or has been discarded: two runs of the same job on one store at a"
+            " time share their parts, and the first to end discards them. Run one at a time; run this again"
+        ) from error
     with source:
         file = DataFile(source, info, storage.full(path))
         shard_N = shard_of(numpy_column(file.read([KEY]), KEY), info.num_shards)
         start, end = (int(np.searchsorted(shard_N, s)) for s in (shards.start, shards.stop))
         starts = file.group_starts
         groups = [g for g in range(len(starts) - 1) if starts[g] < end and starts[g + 1] > start]
-        table = file.read(groups=groups)
-        return table.slice(start - (starts[groups[0]] if groups else 0), end - start)
+        first = starts[groups[0]] if groups else 0
+        # A slice would keep whole groups in memory, and of a small share of the shards that is most of every part.
+        return take_rows(file.read(groups=groups), np.arange(start - first, end - first))
 
 
 def _part_path(run_id: str, part: str) -> str:

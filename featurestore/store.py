@@ -166,8 +166,8 @@ class FeatureStore:
         Rebases onto commits of other writers; only a key that they gave another uri refuses it (KeyCollisionError).
 
         Where `replaces` names files of a shard, its new file takes their place, or they go where it has none: the new
-        file holds rows of those alone. They must all be there still, side by side, and first in the shard for a new
-        file of the kind base, else CommitConflictError. What others added behind them stays.
+        file holds rows of those alone. They must all be there still, side by side, and first in the shard where the
+        new file is of the kind base or there is none, else CommitConflictError. What others added behind them stays.
         """
         replaced = replaces or {}
         for shard, entry in entries.items():

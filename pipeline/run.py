@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from distributed import Client
 
-from featurestore.errors import KeyCollisionError
+from featurestore.errors import InvalidRowsError, KeyCollisionError
 from featurestore.keys import Int64Array, splitmix64
 from featurestore.rows import FeatureRows
 from featurestore.spec import FileEntry
@@ -30,8 +30,8 @@ from pipeline.source import ImageRef
 from pipeline.tasks import Killed, num_threads, run_alone, run_tasks
 
 DIGESTS_PER_TASK = 1024
-SHARD_TASKS_PER_THREAD = 2
-SHARD_TASK_BYTES = 128 << 20  # staged for the shards of one task, which holds them: a task opens each part
+SHARD_TASK_BYTES = 512 << 20  # staged for the shards of one task, which holds them: a task opens each part
+SHARD_MEMORY_SHARE = 4  # a task's rows may take this part of its thread's memory; building copies a shard at a time
 TOMBSTONES_PER_PART = 4096  # their blank features are held in memory
 REPORT_THREADS = 8
 COPIES, TOMBSTONES = "copies", "tombstones"  # parts with these names have no report
@@ -187,11 +187,13 @@ class Run:
 def build_shards(client: Client, store: FeatureStore, run_id: str, parts: list[str]) -> dict[int, FileEntry]:
     """The data files of all shards that have rows in `parts` of the run, built on the cluster.
 
-    Raises KeyCollisionError; ExtractionError where the workers die of it.
+    Every task opens every part, 8 at a time, so there are few: one for each thread of the cluster, and more where the
+    rows of one would be above 512 MB or a quarter of its thread's share of the worker's memory; never less than a
+    shard. Raises KeyCollisionError, InvalidRowsError where a part is gone; ExtractionError where the workers die of it.
     """
     num_shards = store.info.num_shards
     staged_bytes = sum(entry.size_bytes for entry in store.storage.entries(f"{STAGING}/{run_id}"))
-    num_tasks = max(SHARD_TASKS_PER_THREAD * num_threads(client), staged_bytes // SHARD_TASK_BYTES + 1)
+    num_tasks = max(num_threads(client), staged_bytes // shard_task_bytes(client) + 1)
     starts = sorted({num_shards * task // num_tasks for task in range(num_tasks)})
     ranges = [range(start, end) for start, end in zip(starts, [*starts[1:], num_shards], strict=True)]
     calls = [(store, run_id, shards, parts) for shards in ranges]
@@ -199,17 +201,24 @@ def build_shards(client: Client, store: FeatureStore, run_id: str, parts: list[s
     for _, built in run_tasks(client, _build_shards, calls):
         if isinstance(built, Killed):
             raise ExtractionError("building the shards brings the workers down: more shards need less memory each")
-        if isinstance(built, KeyCollisionError):
+        if isinstance(built, KeyCollisionError | InvalidRowsError):
             raise built
         entries |= built
     return entries
 
 
+def shard_task_bytes(client: Client) -> int:
+    """Bytes of rows that one task may hold on the smallest worker, whose threads all have one."""
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    rooms: list[int] = [worker["memory_limit"] // worker["nthreads"] // SHARD_MEMORY_SHARE for worker in workers]
+    return min([SHARD_TASK_BYTES, *(room for room in rooms if room)])  # 0: no limit
+
+
 def _build_shards(
     store: FeatureStore, run_id: str, shards: range, parts: list[str]
-) -> dict[int, FileEntry] | KeyCollisionError:
+) -> dict[int, FileEntry] | KeyCollisionError | InvalidRowsError:
     """A person's mistake as a result: Dask would log a raised one with its traceback, and try again."""
     try:
         return store.build_shards(run_id, shards, parts)
-    except KeyCollisionError as error:
+    except (KeyCollisionError, InvalidRowsError) as error:
         return error

@@ -196,6 +196,9 @@ def _expire_text(report: ExpireReport, dry_run: bool) -> str:
     if report.num_waiting:
         waiting = f"{_count(report.num_waiting, 'file')}, {bytes_text(report.num_waiting_bytes)}"
         lines.append(f"left {waiting}, of expired snapshots, for the grace time")
+    if report.num_damaged:
+        damaged = _count(report.num_damaged, "manifest")
+        lines.append(f"left all data, as nobody knows what {damaged} named that a repair put aside, for the grace time")
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -8,6 +8,7 @@ import hashlib
 
 from pydantic import BaseModel, ConfigDict
 
+from featurestore import log
 from featurestore.errors import CorruptFileError
 from featurestore.spec import FORMAT_VERSION, seal, unseal
 from featurestore.storage import Storage
@@ -56,3 +57,9 @@ def put_aside(storage: Storage, path: str) -> None:
         return
     storage.write_bytes(f"{DAMAGED}/{path.replace('/', '-')}", data)
     storage.delete_files([path])
+
+
+def is_manifest(path: str) -> bool:
+    """Whether a file of `damaged/` was put aside from log/ or expired/."""
+    folder, _, name = path.removeprefix(f"{DAMAGED}/").partition("-")
+    return folder in (log.LOG, log.EXPIRED) and log.version_of(name) is not None

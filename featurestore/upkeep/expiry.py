@@ -2,8 +2,9 @@
 
 First a manifest moves from log/ to expired/: its snapshot can no longer be opened. Files go when no manifest in log/
 names them, none that has been in expired/ for less than the grace time, and they are older than that themselves. So
-whoever opened a snapshot, or began a commit, less than a grace time ago finds all of its files. Every step can be cut
-off anywhere: the next run goes on. All ages are told by the storage's own clock.
+whoever opened a snapshot, or began a commit, less than a grace time ago finds all of its files. What a manifest named
+that a repair moved to damaged/ is not known: for a grace time from then on no data goes. Every step can be cut off
+anywhere: the next run goes on. All ages are told by the storage's own clock.
 """
 
 import time
@@ -19,6 +20,7 @@ from featurestore.errors import StorageError
 from featurestore.spec import seal
 from featurestore.staging import STAGING
 from featurestore.store import FeatureStore
+from featurestore.upkeep import damage
 from featurestore.upkeep.pins import read_pins
 
 DATA = "data"
@@ -41,6 +43,7 @@ class ExpireReport:
     runs: tuple[str, ...]  # of dead writers, whose staged parts are among the deleted files
     num_waiting: int  # files of expired snapshots alone that go after the grace time
     num_waiting_bytes: int
+    num_damaged: int  # manifests that a repair put aside within the grace time: until it is over, no data goes
     is_complete: bool  # not so where it took longer than half the grace time and stopped: run it again
 
 
@@ -106,7 +109,8 @@ class _Expiry:
         kept_files = self._files(kept, (log.LOG, log.EXPIRED))
         expired_files = self._files(expired, (log.EXPIRED, log.LOG))
         waiting = {path: size for path, size in expired_files.items() if path not in kept_files}
-        doomed, runs = self._doomed(listed, {*kept_files, *waiting}, data_too=bool(kept))
+        num_damaged = self._num_put_aside()  # after the others: a repair copies a manifest before it takes it away
+        doomed, runs = self._doomed(listed, {*kept_files, *waiting}, data_too=bool(kept) and not num_damaged)
         num_deleted = len(doomed) if self.dry_run else self._delete([entry.path for entry in doomed], progress)
         is_complete = self.dry_run or (num_deleted == len(doomed) and not self._is_late())
         if is_complete and not self.dry_run:
@@ -119,6 +123,7 @@ class _Expiry:
             runs=tuple(runs),
             num_waiting=len(waiting),
             num_waiting_bytes=sum(waiting.values()),
+            num_damaged=num_damaged,
             is_complete=is_complete,
         )
 
@@ -174,6 +179,11 @@ class _Expiry:
         young = {version for version, made_s in copies if self.now_s - made_s <= self.grace_s}
         return sorted((young | set(leaving)) - set(kept))
 
+    def _num_put_aside(self) -> int:
+        """Manifests that were found damaged within the grace time: readers may have those snapshots open."""
+        aside = self.storage.entries(damage.DAMAGED, recursive=False)
+        return sum(damage.is_manifest(entry.path) and self._age_s(entry) <= self.grace_s for entry in aside)
+
     def _files(self, versions: Sequence[int], folders: Sequence[str]) -> dict[str, int]:
         """Paths of all files that the manifests name, with the bytes of those with rows; the first folder counts."""
         found: dict[str, int] = {}
@@ -198,7 +208,8 @@ class _Expiry:
     ) -> tuple[list[StorageEntry], list[str]]:
         """Old files that nobody needs, and the runs that some of them were staged by.
 
-        Without `data_too` data stays: where there is no manifest, the log may be what was lost.
+        Without `data_too` data stays: where there is no manifest, the log may be what was lost; and one that was
+        damaged may have named it.
         """
         needed = named | ({self.store.info.codec.path} if self.store.info.codec is not None else set())
         folders = {CODECS, DATA} if data_too else {CODECS}

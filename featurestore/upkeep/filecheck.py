@@ -3,6 +3,7 @@
 Letters of shapes: N rows of a file, M live rows of several files.
 """
 
+import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,7 @@ def check_file(
     """What is wrong with a data file, and its keys, none where it cannot be read.
 
     Size, sha256, page checksums, columns, row counts, order, duplicates, membership, values. Reads the whole file once;
-    needs its size, from `memory`, and a block. Raises StorageError.
+    needs its size, from `memory`, and a block. Raises StorageError, except for a broken sector of a local disk.
     """
     path = storage.full(entry.path)
     if entry.info_digest != info.digest:
@@ -58,15 +59,20 @@ def check_file(
                 blocks.append(_keys_of(block))
     except CorruptFileError as error:
         return [str(error)], None
-    keys = FileKeys(
-        np.concatenate([np.empty(0, np.int64), *(block.keys_N for block in blocks)]),
-        np.concatenate([np.empty(0, np.int64), *(block.uri_hash_N for block in blocks)]),
-        np.concatenate([np.empty(0, np.bool_), *(block.deleted_N for block in blocks)]),
-    )
+    except StorageError as error:
+        if not is_broken_sector(storage, error):
+            raise
+        return [str(error)], None
+    keys = _joined(blocks)
     found = list(_broken_promises(keys, info, shard, entry))
     if num_infinite:
         found.append(f"holds {num_infinite} features that are not finite")
     return [f"{path} {promise}" for promise in found], keys
+
+
+def is_broken_sector(storage: Storage, error: StorageError) -> bool:
+    """Whether one file of a local disk cannot be read, now or later, while others can."""
+    return storage.is_local and isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO
 
 
 def collisions(files: Sequence[FileKeys]) -> Int64Array:
@@ -84,13 +90,18 @@ def collisions(files: Sequence[FileKeys]) -> Int64Array:
     return np.unique(np.concatenate([np.empty(0, np.int64), *broken]))
 
 
-def readable_keys(storage: Storage, info: StoreInfo, entry: FileEntry) -> tuple[FileKeys, list[str]]:
+def readable_keys(storage: Storage, info: StoreInfo, shard: int, entry: FileEntry) -> tuple[FileKeys, list[str]]:
     """Keys that can still be read of a damaged file, and uris (empty where those cannot); row groups whose pages do not
-    fit their checksums are left out. Nothing at all where the file is gone or its footer is broken."""
+    fit their checksums are left out. Nothing at all where the file is gone, its footer is broken, or it is another file
+    than the one that was committed: of another size, other rows, or with keys of other shards."""
     found, uris = [], []
     try:
+        if storage.size(entry.path) != entry.bytes:
+            return _joined([]), []
         with storage.open_input(entry.path) as source:
             file = DataFile(source, info, storage.full(entry.path))
+            if file.num_rows != entry.rows:
+                return _joined([]), []
             for group in range(len(file.group_starts) - 1):
                 table = _readable_group(file, group)
                 if table is not None:
@@ -98,12 +109,18 @@ def readable_keys(storage: Storage, info: StoreInfo, entry: FileEntry) -> tuple[
                     uris += text_column(table, URI)
     except (CorruptFileError, StorageError, FileNotFoundError):
         pass  # what was read before is good
-    keys = FileKeys(
-        np.concatenate([np.empty(0, np.int64), *(each.keys_N for each in found)]),
-        np.concatenate([np.empty(0, np.int64), *(each.uri_hash_N for each in found)]),
-        np.concatenate([np.empty(0, np.bool_), *(each.deleted_N for each in found)]),
-    )
+    keys = _joined(found)
+    if (shard_of_hash(splitmix64(keys.keys_N), info.num_shards) != shard).any():
+        return _joined([]), []
     return keys, uris
+
+
+def _joined(parts: Sequence[FileKeys]) -> FileKeys:
+    return FileKeys(
+        np.concatenate([np.empty(0, np.int64), *(each.keys_N for each in parts)]),
+        np.concatenate([np.empty(0, np.int64), *(each.uri_hash_N for each in parts)]),
+        np.concatenate([np.empty(0, np.bool_), *(each.deleted_N for each in parts)]),
+    )
 
 
 def _readable_group(file: DataFile, group: int) -> pa.Table | None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from featurestore import log
+from featurestore.backend import refuse_unsafe
 from featurestore.codec import SAMPLE_ROWS, Codec, write_codec
 from featurestore.commit import Shards, publish_shards
 from featurestore.datafile import URI, live_table, matrix_of
@@ -185,6 +186,7 @@ def _finished(source: FeatureStore, storage: Storage, dtype: DType, version: int
 
 def _make_plan(source: FeatureStore, storage: Storage, dtype: DType, version: int | None, sample_rows: int) -> _Plan:
     """Train the codec, and keep what is to be done; of several who start at once all follow the first."""
+    refuse_unsafe(storage)  # before anything is written: the new store itself comes after codec and plan
     snapshot = source.snapshot(version)
     codec, sampled = Codec(dtype), 0
     if codec.has_codes:

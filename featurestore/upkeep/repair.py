@@ -105,7 +105,7 @@ def _mend_files(store: FeatureStore, problems: Sequence[Problem], report: Repair
         damage.note(store.storage, path, reason)
     if plan.replacements:
         store.add_quarantine(plan.lost)
-        report.version = _commit(store, plan.replacements, len(plan.lost))
+        report.version = _commit(store, plan.replacements, plan.based_on, len(plan.lost))
 
 
 class _Plan:
@@ -115,11 +115,14 @@ class _Plan:
         """`reasons` by the paths of damaged files."""
         self._store, self._reasons, self._now_s, self._dry_run = store, reasons, now_s, dry_run
         self.replacements: Replacements = {}
+        self.based_on: dict[int, Sequence[FileEntry]] = {}  # files of the shards where something is replaced
         self.lost: list[QuarantineRow] = []
         self.actions: list[str] = []
 
     def add(self, shard: int, files: Sequence[FileEntry]) -> None:
         """A shard of the newest snapshot, its files oldest first."""
+        if any(entry.path in self._reasons or entry.statistics_path in self._reasons for entry in files):
+            self.based_on[shard] = files
         for place, entry in enumerate(files):
             if entry.path in self._reasons:
                 older, newer = (self._keys_of(shard, some) for some in (files[:place], files[place + 1 :]))
@@ -130,7 +133,7 @@ class _Plan:
                 self.replacements[entry.path] = entry.model_copy(update=without)
 
     def _drop(self, shard: int, entry: FileEntry, older: Int64Array, newer: Int64Array) -> None:
-        keys, uris = readable_keys(self._store.storage, self._store.info, entry)
+        keys, uris = readable_keys(self._store.storage, self._store.info, shard, entry)
         decides_N = ~np.isin(keys.keys_N, newer)
         self.lost += [
             QuarantineRow(int(keys.keys_N[row]), uris[row], self._reasons[entry.path], self._now_s)
@@ -154,14 +157,20 @@ class _Plan:
         return write_shard_file(storage, info, shard, [table_of(rows, info)], "delta", 0)
 
 
-def _commit(store: FeatureStore, replacements: Replacements, num_quarantined: int) -> int:
-    """Put each file in the place of the one that it replaces; what others append meanwhile stays behind it."""
+def _commit(
+    store: FeatureStore, replacements: Replacements, based_on: Mapping[int, Sequence[FileEntry]], num_quarantined: int
+) -> int:
+    """Put each file in the place of the one that it replaces; what others append meanwhile stays behind it.
+
+    The files around it must be those that the plan is `based_on`: by them it knows which keys need a tombstone.
+    """
 
     def following(parent: Manifest) -> dict[int, list[FileEntry]]:
-        present = {entry.path for files in parent.shards.values() for entry in files}
-        gone = sorted(replacements.keys() - present)
-        if gone:
-            raise CommitConflictError(f"another writer has replaced {', '.join(gone)} meanwhile: run the repair again")
+        for shard, files in based_on.items():
+            if tuple(parent.files(shard)[: len(files)]) != tuple(files):
+                raise CommitConflictError(
+                    f"another writer has replaced files of shard {shard} meanwhile: run the repair again"
+                )
         return {shard: _replaced(files, replacements) for shard, files in parent.shards.items()}
 
     return publish_shards(store.storage, store.info, OPERATION, following, num_quarantined).version

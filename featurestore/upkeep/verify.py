@@ -8,14 +8,20 @@ from typing import Literal
 
 from featurestore import log, quarantine
 from featurestore.codec import codec_of
-from featurestore.errors import CorruptFileError, FeatureStoreError, SnapshotNotFoundError, StoreNotFoundError
+from featurestore.errors import (
+    CorruptFileError,
+    FeatureStoreError,
+    SnapshotNotFoundError,
+    StorageError,
+    StoreNotFoundError,
+)
 from featurestore.memory import FileMemory
 from featurestore.shard import read_moments
 from featurestore.spec import FileEntry, Manifest
 from featurestore.storage import Storage
 from featurestore.store import INFO_PATH, FeatureStore
 from featurestore.upkeep import damage, pins
-from featurestore.upkeep.filecheck import FileKeys, check_file, collisions
+from featurestore.upkeep.filecheck import FileKeys, check_file, collisions, is_broken_sector
 
 _MEMORY_BYTES = 256 << 20
 _THREADS = 4
@@ -232,7 +238,9 @@ def _shard_problems(
             yield Problem("data", each.entry.path, message, _way_out(store.url, versions, newest), versions)
         try:
             read_moments(store.storage, each.entry)
-        except CorruptFileError as error:
+        except (CorruptFileError, StorageError) as error:
+            if isinstance(error, StorageError) and not is_broken_sector(store.storage, error):
+                raise
             versions = tuple(each.with_statistics)
             way_out = _repair(store.url, "drops it") if newest in versions else _old(store.url, versions)
             yield Problem("statistics", str(each.entry.statistics_path), str(error), way_out, versions)

@@ -1,8 +1,10 @@
 """What every store does, whatever it lies on: one class of tests, inherited once for each kind of storage."""
 
 import pickle
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from featurestore.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
+from featurestore.staging import read_shards_of_parts
 from featurestore.storage import Storage
 
 
@@ -193,6 +196,24 @@ class StoreContract:
         store.stage_part("run", "p", rows)
         entries = {s: e for s in range(8) if (e := store.build_shard("run", s, ["p"]))}
         assert np.array_equal(store.commit(entries, "extract").get(rows.keys_N), rows.features_ND)
+
+    def test_parts_are_read_side_by_side_and_only_their_rows_stay_in_memory(
+        self, store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        parts = [f"p{number}" for number in range(4)]
+        for number, part in enumerate(parts):
+            store.stage_part("run", part, make_rows(400, store.info, seed=number))
+        together = threading.Barrier(len(parts), timeout=10)
+        open_input = Storage.open_input
+
+        def meet(self: Storage, path: str) -> IO[bytes]:
+            together.wait()
+            return open_input(self, path)
+
+        monkeypatch.setattr(Storage, "open_input", meet)
+        tables = read_shards_of_parts(store.storage, store.info, "run", parts, range(3, 4))
+        assert list(tables) == [3]
+        assert tables[3].get_total_buffer_size() < 2 * tables[3].nbytes < 400 * store.info.row_bytes * len(parts)
 
     def test_building_checks_uris_against_the_store_and_between_parts(self, store: FeatureStore, make_rows) -> None:
         rows = make_rows(1, store.info)

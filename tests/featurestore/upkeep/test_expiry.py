@@ -19,6 +19,7 @@ from featurestore.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import ExpireReport, expire, kept_versions
 from featurestore.upkeep.pins import pin, unpin
+from featurestore.upkeep.repair import repair
 
 DAY_S = 86_400.0
 
@@ -222,6 +223,25 @@ class TestDamage:
         with pytest.raises(CorruptFileError, match=path):
             expire_to(merged, 1)
         assert files_of(merged, "data") == data
+
+    @pytest.mark.parametrize("folder", ["log", "expired"])
+    def test_what_a_damaged_manifest_named_waits_for_the_grace_time(self, merged: FeatureStore, folder: str) -> None:
+        held = merged.snapshot(2)
+        if folder == "expired":
+            expire_to(merged, 2)
+        age(merged, 6 if folder == "expired" else 10)
+        path = Path(merged.url) / log.manifest_path(2, folder)
+        path.write_bytes(path.read_bytes().replace(b"put", b"pux"))
+        repair(merged)
+        report = expire_to(merged, 2)
+        assert report.num_damaged == 1 and report.num_files == 0
+        age(merged, 6.9)
+        output = run("expire", merged.url, "--keep-last", 2, "--keep-days", 0).output
+        assert "what 1 manifest named that a repair put aside" in output
+        assert needs(held) <= files_of(merged)
+        age(merged, 0.2)
+        report = expire_to(merged, 2)
+        assert report.num_damaged == 0 and not needs(held) & files_of(merged)
 
     def test_a_commit_of_a_writer_that_slept_and_died_goes(self, merged: FeatureStore) -> None:
         """It stands under a version whose true manifest has expired."""

@@ -19,6 +19,7 @@ from featurestore.errors import (
     SnapshotNotFoundError,
     StorageError,
     StoreExistsError,
+    UnsafeBackendError,
 )
 from featurestore.spec import DType
 from featurestore.storage import Storage
@@ -267,6 +268,19 @@ def test_what_cannot_be_recoded_is_said(source: FeatureStore, tmp_path: Path, in
     with pytest.raises(CorruptFileError, match=re.escape(entry.path)):
         recode(source, tmp_path / "broken", "bfloat16")
     assert FeatureStore.open(tmp_path / "broken").snapshot().version == 0
+
+
+def test_an_unsafe_place_is_refused_before_anything_is_written(
+    source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Storage) -> None:
+        raise UnsafeBackendError("two were told that they were first")
+
+    for module in ("store", "upkeep.recode"):
+        monkeypatch.setattr(f"featurestore.{module}.refuse_unsafe", refuse, raising=False)
+    with pytest.raises(UnsafeBackendError):
+        recode(source, tmp_path / "new", "int8")
+    assert Storage(tmp_path / "new").entries() == []
 
 
 @pytest.mark.parametrize("place", ["memory_url", "s3_url"])

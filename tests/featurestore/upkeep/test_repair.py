@@ -17,6 +17,8 @@ from featurestore.spec import FileEntry
 from featurestore.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
+from featurestore.upkeep.filecheck import readable_keys
+from featurestore.upkeep.history import restore
 from featurestore.upkeep.pins import pin
 from featurestore.upkeep.repair import RepairReport, repair
 from featurestore.upkeep.verify import verify
@@ -190,6 +192,42 @@ def test_a_repair_that_comes_second_says_so(filled: FeatureStore, monkeypatch: p
     with pytest.raises(CommitConflictError, match="run the repair again"):
         repair(filled)
     assert repair(filled) == RepairReport() and filled.snapshot().version == 4
+
+
+def test_a_restore_meanwhile_makes_it_begin_again(filled: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What newer files decided is no longer decided: the damaged file's keys need other tombstones."""
+    spoil_features(filled, files_of(filled)[1])
+    quarantine = FeatureStore.add_quarantine
+
+    def restore_first(store: FeatureStore, lost: list[QuarantineRow]) -> None:
+        monkeypatch.setattr(FeatureStore, "add_quarantine", quarantine)
+        restore(store, 2)
+        quarantine(store, lost)
+
+    monkeypatch.setattr(FeatureStore, "add_quarantine", restore_first)
+    with pytest.raises(CommitConflictError, match="files of shard 3 meanwhile: run the repair again"):
+        repair(filled)
+    assert repair(filled).version == 5 and verify(filled).problems == []
+
+
+@pytest.mark.parametrize("other_shard", [SHARD, SHARD + 1])
+def test_a_file_in_the_place_of_another_has_no_say(filled: FeatureStore, other_shard: int) -> None:
+    """Its keys are not those of the lost file: none of them may be deleted."""
+    before = set(everything(filled))
+    lost = files_of(filled)[2]
+    tombstones = keys_in(filled, lost)
+    shutil.copy(Path(filled.url) / files_of(filled, other_shard)[0].path, Path(filled.url) / lost.path)
+    report = repair(filled)
+    assert any(f"0 of its {lost.rows} keys can be read" in action for action in report.actions)
+    assert report.num_quarantined == 0 and filled.quarantine_rows() == []
+    assert set(everything(filled)) == before | tombstones
+
+
+def test_keys_of_another_shard_have_no_say_though_size_and_rows_fit(filled: FeatureStore) -> None:
+    entry = files_of(filled, SHARD + 1)[0]
+    assert len(readable_keys(filled.storage, filled.info, SHARD + 1, entry)[1]) == entry.rows
+    keys, uris = readable_keys(filled.storage, filled.info, SHARD, entry)
+    assert len(keys.keys_N) == len(uris) == 0
 
 
 def test_a_damaged_file_of_old_snapshots_is_noted(filled: FeatureStore, tmp_path: Path) -> None:

@@ -17,8 +17,18 @@ def filled(store: FeatureStore, make_rows) -> FeatureStore:
 
 def test_files_go_without_a_new_one(filled: FeatureStore) -> None:
     files = filled.snapshot().manifest.files(2)
-    snapshot = filled.commit({}, "repair", replaces={2: [files[0], files[2]]})
-    assert snapshot.manifest.files(2) == (files[1], *files[3:])
+    snapshot = filled.commit({}, "x", replaces={2: files[:2]})
+    assert [file.path for file in snapshot.manifest.files(2)] == [file.path for file in files[2:]]
+
+
+def test_none_goes_from_above_an_older_file_whose_rows_it_may_delete(filled: FeatureStore, make_rows) -> None:
+    """As where a restore brings the older one back while a compaction finds that no row lives in the others."""
+    filled.delete(make_rows(60, filled.info).keys_N)
+    files = filled.snapshot().manifest.files(2)
+    for gone in (files[1:], [files[0], files[2]], files[-1:]):
+        with pytest.raises(CommitConflictError):
+            filled.commit({}, "x", replaces={2: gone})
+    assert filled.snapshot().manifest.files(2) == files and filled.snapshot().num_rows == 0
 
 
 def test_a_new_one_in_the_middle_keeps_its_place(filled: FeatureStore, make_rows) -> None:
@@ -41,5 +51,5 @@ def test_files_that_are_not_there_are_a_conflict(filled: FeatureStore) -> None:
     files = filled.snapshot().manifest.files(2)
     compact(filled)
     with pytest.raises(CommitConflictError, match=files[1].path):
-        filled.commit({}, "repair", replaces={2: files[1:2]})
+        filled.commit({}, "x", replaces={2: files[1:2]})
     assert filled.snapshot().version == 5

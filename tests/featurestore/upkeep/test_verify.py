@@ -1,8 +1,10 @@
 """verify: promises that hold no digest, gaps, old snapshots, what vanishes meanwhile, and what it says."""
 
+import errno
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +19,15 @@ from typer.testing import CliRunner
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, shard_of
 from featurestore.__main__ import app
 from featurestore.datafile import encode, schema_of, table_of
-from featurestore.errors import CorruptFileError, FormatVersionError, SnapshotNotFoundError
+from featurestore.disk import DiskFiles
+from featurestore.errors import CorruptFileError, FormatVersionError, SnapshotNotFoundError, StorageError
 from featurestore.log import manifest_path
 from featurestore.shard import newest_rows
 from featurestore.spec import FileEntry, Manifest, seal, unseal
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.pins import pin
+from featurestore.upkeep.repair import repair
 from featurestore.upkeep.verify import verify
 
 
@@ -111,6 +115,26 @@ def test_files_that_expire_meanwhile_are_no_problem(filled: FeatureStore, monkey
     monkeypatch.setattr(module, "check_file", check)
     before.append(verify(filled, threads=1).problems)
     assert before == [[], []]
+
+
+def test_a_sector_that_cannot_be_read_is_damage_of_its_file(
+    filled: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry, read_into, code = entry_of(filled), DiskFiles.read_into, errno.EIO
+
+    def fail(disk: DiskFiles, path: str, out: memoryview) -> int:
+        if path == entry.path:
+            raise OSError(code, os.strerror(code))
+        return read_into(disk, path, out)
+
+    monkeypatch.setattr(DiskFiles, "read_into", fail)
+    assert [problem.path for problem in verify(filled).problems] == [entry.path]
+    code = errno.EACCES  # a person can mend that: the file may be whole
+    with pytest.raises(StorageError, match="Permission denied"):
+        verify(filled)
+    code = errno.EIO
+    assert repair(filled).version == 3
+    assert entry_of(filled).path != entry.path and verify(filled).problems == []
 
 
 def test_pins_of_nothing_and_of_another_name_are_found(filled: FeatureStore) -> None:
