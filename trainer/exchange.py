@@ -5,7 +5,6 @@ a key in several fields is asked for once. All sources ride in one alltoall of k
 of vectors. See trainer/batch.py for the letters of shapes; here also S sources.
 """
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -32,7 +31,7 @@ from trainer.routing import (
     unique,
     unpack_key_blocks,
 )
-from trainer.stages import Stages
+from trainer.stages import Stages, StageSequence
 
 Kind = Literal["step", "eval"]
 """Of a request; the first part of its collectives' names, so that one of each may be under way at a time."""
@@ -144,8 +143,8 @@ class Request:
     kind: Kind
     error: Exception | None = field(default=None)
     """What went wrong on this rank while it served; agreed on together with the vectors."""
-    backward_span_s: tuple[float, float] | None = field(default=None)
-    """When the gradients began and ended to travel, by `time.perf_counter`."""
+    backward: StageSequence | None = field(default=None)
+    """Stages of the backward pass, which its middle switches."""
 
     @property
     def num_references(self) -> int:
@@ -328,7 +327,9 @@ class _Answers(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradient_S: Tensor) -> tuple[Tensor | None, ...]:
         unique_S: list[Tensor] = list(gradient_S[:-1])
-        start_s = time.perf_counter()
+        stages = ctx.request.backward
+        if stages is not None:
+            stages.switch("exchange gradients")
         for plan in ctx.request.plans:
             like = gradient_S[plan.sources[0]]
             answers = like.new_zeros(int(plan.answer_splits_P.sum()), plan.width)
@@ -344,7 +345,8 @@ class _Answers(torch.autograd.Function):
             table = like.new_zeros(sum(counts), plan.width).index_add_(0, plan.reply_rows, received)
             for source, summed_QV in zip(plan.sources, table.split(counts)[1:], strict=True):
                 unique_S[source] = summed_QV
-        ctx.request.backward_span_s = (start_s, time.perf_counter())
+        if stages is not None:
+            stages.switch("embed backward")
         return (None, None, *unique_S)
 
 

@@ -1,7 +1,6 @@
 """The engine of a run: everything that one step needs, and the step itself. The loop and the tests drive this alone."""
 
 import hashlib
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -128,7 +127,9 @@ class Engine:
         label_B = torch.from_numpy(batch.label_B).to(device=self._device, dtype=self._dtype)
         loss = functional.binary_cross_entropy_with_logits(logit_B, label_B, reduction="sum") / batch.global_samples
         self._dense.loss = loss
-        self._backward(loss, request)
+        request.backward = self.stages.begin("worker backward")
+        loss.backward()  # type: ignore[no-untyped-call]
+        request.backward.switch(None)
         self._dense.start_reduction()
         with self.stages.timed("update id rows"):
             for table in self.tables.values():
@@ -207,15 +208,6 @@ class Engine:
             return None
         rows, width = service.partition.num_rows, service.width(network)
         return VectorCache(rows, width, exchange.reuse_steps, self._device, self._dtype)
-
-    def _backward(self, loss: Tensor, request: Request) -> None:
-        start_s = time.perf_counter()
-        loss.backward()  # type: ignore[no-untyped-call]
-        end_s = time.perf_counter()
-        sent_s, received_s = request.backward_span_s or (end_s, end_s)
-        self.stages.add("worker backward", sent_s - start_s)
-        self.stages.add("exchange gradients", received_s - sent_s)
-        self.stages.add("embed backward", end_s - received_s)
 
     def _check_same_on_all_ranks(self) -> None:
         digest = hashlib.sha256()
