@@ -50,6 +50,7 @@ class TrainConfig(Section):
     lr: LearningRate
     lr_gamma: RateDecay
     lr_every: Count
+    id_l2: Annotated[float, Field(ge=0, le=1)]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     log_every: Count
     eval_every: Count | None
@@ -59,7 +60,7 @@ class TrainConfig(Section):
 
     def optim(self) -> OptimConfig:
         """What the engine takes of this section."""
-        return OptimConfig(lr=self.lr, lr_gamma=self.lr_gamma, lr_every=self.lr_every)
+        return OptimConfig(lr=self.lr, lr_gamma=self.lr_gamma, lr_every=self.lr_every, id_l2=self.id_l2)
 
 
 class RunConfig(Section):

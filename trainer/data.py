@@ -11,7 +11,7 @@ needs no order: there each rank has one contiguous part of the files and decodes
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,7 +122,9 @@ class SampleReader:
         for step in range(first_step, self.steps_per_epoch):
             span, global_samples = self._span(step)
             pieces = list(windows.cut(span)) or [windows.nothing()]
-            yield assemble(self._schema, pieces, global_samples, BatchPosition(epoch, step))
+            batch = assemble(self._schema, pieces, global_samples, BatchPosition(epoch, step))
+            # Parts of an evaluation are no slices of one global batch, and need no places in it.
+            yield batch if self._by_part else replace(batch, first_sample=span.start - step * self._batch_size)
 
     @property
     def _part_size(self) -> int:

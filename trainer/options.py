@@ -31,6 +31,8 @@ class ModelConfig(Section):
     """Hidden layers of the MLP."""
     attention_hidden: Width = 16
     """Hidden units that weigh a behaviour image against the ad."""
+    id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of training samples whose ad is taken for a new one: the vectors of its own IDs are zero."""
     compute_dtype: ComputeDType = "bfloat16"
     """Type of E's matrix products; its weights are float32 all the same."""
     table_shards: Count = 64
@@ -55,3 +57,5 @@ class OptimConfig(Section):
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    id_l2: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Adaptive L2 of ID rows: this / (steps that touched the row) x the row is added to its gradient; 0: none."""

@@ -15,6 +15,7 @@ from featurestore.partition import FeaturePartition, MissingPolicy
 from featurestore.statistics import FeatureStatistics
 from trainer.batch import Batch
 from trainer.comm import Comm
+from trainer.dropout import IdDropout
 from trainer.errors import ConfigError
 from trainer.exchange import ContentSource, Exchange, Request, Source
 from trainer.models.dicm import Dicm
@@ -94,6 +95,7 @@ class Engine:
                 source_of_field[field.name] = name
                 service = self.services[field.store_name]
                 sources[name] = ContentSource(service, model_name(field, model), comm.size)
+        self._id_dropout = IdDropout(schema, model.id_dropout, seed)
         self._exchange = Exchange(comm, sources, source_of_field, device, dtype)
         self._check_same_on_all_ranks()
 
@@ -187,7 +189,10 @@ class Engine:
             if field.kind == "dense"
         }
         group_of_sample_B = torch.from_numpy(batch.group_of_sample_B).to(self._device)
-        logit_B: Tensor = self.model(self._exchange.vectors(prepared.request), dense, group_of_sample_B)
+        vectors = self._exchange.vectors(prepared.request)
+        if self._modules.training:
+            vectors = self._id_dropout(vectors, batch, self.num_steps)
+        logit_B: Tensor = self.model(vectors, dense, group_of_sample_B)
         return logit_B
 
     def _check_same_on_all_ranks(self) -> None:
