@@ -141,7 +141,11 @@ def follow(base: Config, comm: "Comm", window_days: int = 1, first: str | None =
     def opened() -> list[Day]:
         _check_base(base)
         _claim(folder, base, window_days)
-        return plan(_days_of(base.data.samples, first, last), window_days, folder)
+        days = plan(_days_of(base.data.samples), window_days, folder)
+        chosen = [day for day in days if (first or day.name) <= day.name <= (last or day.name)]
+        if not chosen:
+            raise DataError(f"--first-day and --last-day choose none of {days[0].name} to {days[-1].name}; change them")
+        return chosen
 
     for day in on_rank_0(comm, opened):
 
@@ -182,18 +186,17 @@ def _check_base(base: Config) -> None:
         )
 
 
-def _days_of(samples: str, first: str | None, last: str | None) -> list[str]:
+def _days_of(samples: str) -> list[str]:
     from featurestore.storage import Storage
-    from trainer.data import files_by_day
+    from trainer.days import files_by_day
 
     days = list(files_by_day(Storage(samples)))
-    chosen = [day for day in days if (first or "") <= day <= (last or "9")]
-    if not chosen:
-        known = (
-            f"of {days[0]} to {days[-1]}, none of them asked for" if days else "no day=DAY*.parquet in train/, test/"
+    if not days:
+        raise DataError(
+            f"data.samples={samples} has no file day=DAY*.parquet in train/ or test/; "
+            "write samples with: python jobs/build_samples.py"
         )
-        raise DataError(f"data.samples={samples} has {known}; write samples with: python jobs/build_samples.py")
-    return chosen
+    return days
 
 
 def _claim(folder: Path, base: Config, window_days: int) -> None:
@@ -232,3 +235,7 @@ def _run_before(day: Day) -> Path | None:
     """The newest finished run of an earlier day, also where its samples are gone by now."""
     before = [each for each in daytable.runs(day.folder.parent) if each.name < day.name]
     return before[-1] if before else None
+
+
+if __name__ == "__main__":
+    app()

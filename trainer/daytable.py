@@ -79,29 +79,21 @@ def show(folder: Path) -> None:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows(folder):
         before = Path(row["warm_start"]).name if row["warm_start"] else None
-        metrics = [_text(row[name]) for name in _METRICS]
-        table.add_row(
-            row["day"],
-            _text(before),
-            _text(row["store_version"]),
-            _text(row["steps"]),
-            _text(row["test_day"]),
-            *metrics,
-        )
+        cells = [row["day"], before, row["store_version"], row["steps"], row["test_day"]]
+        table.add_row(*(_text(cell) for cell in [*cells, *(row[name] for name in _METRICS)]))
     console.print(table)
     console.print(f"written to {folder / 'days.json'} and days.parquet", soft_wrap=True)
 
 
 def _row(run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     config = load_config(run / "config.yaml")
-    test_days = config.data.test_days or [None]
     return {
         "day": run.name,
         "train_days": config.data.train_days,
         "steps": report["global_step"],
         "warm_start": config.run.warm_start,
         "store_version": report["store_version"],
-        "test_day": test_days[0] if report["metrics"] else None,
+        "test_day": config.data.test_days[0] if config.data.test_days and report["metrics"] else None,
         **{name: report["metrics"].get(name) for name in _METRICS},
     }
 

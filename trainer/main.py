@@ -70,7 +70,7 @@ def main(
         loaded: Config | ConfigError = load_config(file, [*(settings or []), *(more or []), *warm])
     except ConfigError as failure:
         loaded = failure
-    raise typer.Exit(on_ranks(loaded, lambda config, comm: train(config, comm)))
+    raise typer.Exit(on_ranks(loaded, train))
 
 
 def on_ranks(loaded: Config | ConfigError, work: Callable[[Config, "Comm"], None]) -> int:

@@ -110,7 +110,7 @@ def gather(comm: Comm, own: Totals) -> dict[str, Any]:
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """JSON; a metric that is not defined is null. The file is whole, or not there. TrainerError where the disk refuses."""
+    """JSON, a whole file or none; a metric that is not defined is null. Raises TrainerError where the disk refuses."""
     try:
         part = path.with_name(f".{path.name}")
         part.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
