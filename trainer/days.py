@@ -36,5 +36,5 @@ def files_of(storage: Storage, days: Sequence[str]) -> list[str]:
 
 
 def name_of(file: str) -> str:
-    """A file's name without its split: as days go by, a day's files move from test/ to train/ and stay what they are."""
+    """A file's name without its split: its files move from test/ to train/ as days go by, and stay the same."""
     return file.partition("/")[2]
