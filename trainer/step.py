@@ -15,6 +15,7 @@ from featurestore.partition import FeaturePartition, MissingPolicy
 from featurestore.statistics import FeatureStatistics
 from trainer.batch import Batch
 from trainer.comm import Comm
+from trainer.dropout import IdDropout
 from trainer.errors import ConfigError
 from trainer.exchange import ContentSource, Exchange, Kind, Request, Source
 from trainer.models.build import build_model
@@ -98,6 +99,7 @@ class Engine:
                 service = self.services[field.store_name]
                 cache = self._cache(service, network, exchange)
                 sources[name] = ContentSource(service, network, comm.size, cache)
+        self._id_dropout = IdDropout(schema, model.id_dropout, seed)
         self._exchange = Exchange(comm, sources, source_of_field, device, dtype, exchange, self.stages)
         self._check_same_on_all_ranks()
 
@@ -202,6 +204,8 @@ class Engine:
         group_of_sample_B = torch.from_numpy(batch.group_of_sample_B).to(self._device)
         vectors = self._exchange.vectors(prepared.request)
         with self.stages.timed("worker forward"):
+            if self._modules.training:
+                vectors = self._id_dropout(vectors, batch, self.num_steps)
             logit_B: Tensor = self.model(vectors, dense, group_of_sample_B)
         return logit_B
 

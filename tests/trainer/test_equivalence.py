@@ -29,6 +29,8 @@ RUNS = [
     "ids_only/float64",
     "missing_zeros/float64",
     "int8_codes/float64",
+    "l2_and_dropout/float64",
+    "dropout_rank_without_data/float64",
     "missing_learned/float64",
 ]
 RANKS = [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)]
