@@ -16,6 +16,8 @@ Width = Annotated[int, Field(ge=1, le=65_536)]
 class ModelConfig(Section):
     """The DICM: which images, how they are pooled, the widths, the rows of each ID table."""
 
+    base: Literal["mlp", "two_tower"] = "mlp"
+    """The net over the fields' vectors."""
     images: Literal["none", "ad", "behavior", "both"] = "both"
     """Which images the model sees; their ids are ID fields in all four."""
     pooling: Literal["sum", "attentive"] = "attentive"
@@ -29,6 +31,8 @@ class ModelConfig(Section):
     """E's hidden layers."""
     mlp: list[Width] = Field(default=[200, 80], min_length=1)
     """Hidden layers of the MLP."""
+    tower_width: Width = 32
+    """Outputs of each tower with base two_tower: the width of user and ad vectors."""
     attention_hidden: Width = 16
     """Hidden units that weigh a behaviour image against the ad."""
     compute_dtype: ComputeDType = "bfloat16"

@@ -36,6 +36,9 @@ class Field(BaseModel):
     """ID kinds: width of the vector, default the model's `id_width`. Dense: numbers a row, default 1."""
     column: str | None = None
     """Column of the sample files. Default: the field's name."""
+    context: bool = False
+    """Side ad, kinds id, multi_id, dense: a value of the impression and not of the ad, as the scene. Two towers keep
+    it out of the ad's vector; the other models make no difference."""
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:
@@ -47,6 +50,11 @@ class Field(BaseModel):
         if self.width is not None and self.kind == "content":
             raise ValueError(
                 f"field {self.name}: width={self.width} does not apply to kind content; set model.visual_width"
+            )
+        if self.context and (self.side == "user" or self.kind == "content"):
+            raise ValueError(
+                f"field {self.name}: context=true is for side ad and kinds id, multi_id and dense, "
+                f"not for {self.kind} of side {self.side}"
             )
         return self
 
