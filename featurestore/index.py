@@ -6,11 +6,13 @@ Letters of shapes: N rows, K queries, C found of each, D width.
 import math
 from typing import Any, Literal, Self
 
-import faiss
+import faiss as _typed_faiss
 import numpy as np
 import numpy.typing as npt
 
 from featurestore.errors import CorruptFileError, InvalidRowsError
+
+faiss: Any = _typed_faiss  # its stubs lack some of the classes
 
 IndexKind = Literal["flat", "ivf", "hnsw"]
 Keys = npt.NDArray[np.int64]

@@ -1,7 +1,7 @@
 """The engine of a run: everything that one step needs, and the step itself. The loop and the tests drive this alone."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +16,16 @@ from featurestore.statistics import FeatureStatistics
 from trainer.batch import Batch
 from trainer.comm import Comm
 from trainer.errors import ConfigError
-from trainer.exchange import ContentSource, Exchange, Request, Source
+from trainer.exchange import ContentSource, Exchange, FieldVectors, Request, Source
 from trainer.models.dicm import Dicm
+from trainer.models.two_tower import TwoTower
 from trainer.optim import DenseOptimizer, check_names, rates_at
 from trainer.options import ModelConfig, OptimConfig
 from trainer.schema import Field, Schema
 from trainer.tables import IdTable, TableShape
+
+# Fields, dense values and the group of each sample in; as trainer.models.dicm.Dicm.forward.
+Network = Callable[[Mapping[str, FieldVectors], Mapping[str, Tensor], Tensor], Tensor]
 
 # Standard deviation of an ID vector's first elements.
 _ID_SCALE = 0.05
@@ -74,7 +78,7 @@ class Engine:
         self._device, self._dtype = torch.device(device), dtype
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = Dicm(schema, model)
+            self.model = TwoTower(schema, model) if model.base == "two_tower" else Dicm(schema, model)
             self.services = _services(self.model.fields, partitions, model, missing)
         self._modules = nn.ModuleDict({"model": self.model, "stores": nn.ModuleDict(self.services)})
         self._modules.to(device=self._device, dtype=dtype)
@@ -119,7 +123,7 @@ class Engine:
         rates = rates_at(self._optim, self.num_steps)
         self._modules.train()
         self._dense.zero_grad()
-        logit_B = self._logits(prepared)
+        logit_B = self._outputs(prepared, self.model)
         label_B = torch.from_numpy(batch.label_B).to(device=self._device, dtype=self._dtype)
         loss = functional.binary_cross_entropy_with_logits(logit_B, label_B, reduction="sum") / batch.global_samples
         loss.backward()  # type: ignore[no-untyped-call]
@@ -138,13 +142,17 @@ class Engine:
             learning_rate=rates.lr,
         )
 
-    @torch.no_grad()
     def predict(self, prepared: Prepared) -> NDArray[np.float64]:
         """Logits (B,) in float64. All ranks call it equally often."""
+        return self.compute(prepared, self.model)
+
+    @torch.no_grad()
+    def compute(self, prepared: Prepared, network: Network) -> NDArray[np.float64]:
+        """What `network`, as a part of the model, makes of a batch; in float64. All ranks call it equally often."""
         self._modules.eval()
-        logit_B = self._logits(prepared).double().cpu().numpy()
+        values = self._outputs(prepared, network).double().cpu().numpy()
         self._exchange.release(prepared.request)
-        return logit_B
+        return values
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that every rank holds, named as in `dense_state`; after a step, `.grad` is that of all ranks."""
@@ -179,7 +187,7 @@ class Engine:
         for table in self.tables.values():
             table.import_shards(state)
 
-    def _logits(self, prepared: Prepared) -> Tensor:
+    def _outputs(self, prepared: Prepared, network: Network) -> Tensor:
         batch = prepared.batch
         dense = {
             field.name: torch.from_numpy(batch.dense[field.name]).to(device=self._device, dtype=self._dtype)
@@ -187,8 +195,7 @@ class Engine:
             if field.kind == "dense"
         }
         group_of_sample_B = torch.from_numpy(batch.group_of_sample_B).to(self._device)
-        logit_B: Tensor = self.model(self._exchange.vectors(prepared.request), dense, group_of_sample_B)
-        return logit_B
+        return network(self._exchange.vectors(prepared.request), dense, group_of_sample_B)
 
     def _check_same_on_all_ranks(self) -> None:
         digest = hashlib.sha256()
