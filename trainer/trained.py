@@ -58,6 +58,7 @@ def open_trained(folder: Path, comm: Comm, *, which: str = "latest", store_versi
     came after the training are known. Raises TrainerError, FeatureStoreError, on all ranks together.
     """
     config, schema, path, state = on_all(comm, lambda: _read(folder, which))
+    comm.deadline_s = config.run.deadline_s
     device = _share_machine(config, comm)
     store_name, partitions = _store_name(config, schema), {}
     if store_name is not None:
@@ -69,6 +70,7 @@ def open_trained(folder: Path, comm: Comm, *, which: str = "latest", store_versi
         partitions,
         config.model,
         config.train.optim(),
+        config.exchange,
         seed=config.train.seed,
         missing=config.data.missing,
         device=device,

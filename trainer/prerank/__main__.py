@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -127,6 +128,7 @@ def _on_ranks(work: "Callable[[Comm], None]") -> None:
     except TrainerError as failure:
         _tell(failure)
         raise typer.Exit(FAILED) from failure
+    code = OK
     with contextlib.closing(comm):
         try:
             work(comm)
@@ -135,7 +137,11 @@ def _on_ranks(work: "Callable[[Comm], None]") -> None:
                 _tell(failure)
             else:
                 time.sleep(_GRACE_S)
-            raise typer.Exit(USAGE if isinstance(failure, ConfigError | SchemaError) else FAILED) from failure
+            code = USAGE if isinstance(failure, ConfigError | SchemaError) else FAILED
+    if comm.is_stuck:  # a collective of Horovod is under way for ever, and Python's end would wait for it
+        sys.stdout.flush()
+        os._exit(code)
+    raise typer.Exit(code)
 
 
 def _tell(failure: Exception) -> None:

@@ -5,7 +5,7 @@ Letters of shapes: K queries, C candidates found of each, W width of the vectors
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,13 +76,14 @@ def score(trained: TrainedRun, samples: str) -> tuple[Metrics, Vectors]:
         logit_B: Tensor = model(fields, dense, group_of_sample_B)
         return logit_B
 
-    def predict(item: Batch | Exception) -> tuple[Batch, NDArray[np.float64]]:
-        prepared = engine.prepare(item)
-        return prepared.batch, engine.compute(prepared, network)
+    def predicted(items: Iterator[Batch | Exception]) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
+        for item in items:
+            prepared = engine.prepare(item, "eval")
+            yield prepared.batch, engine.compute(prepared, network)
 
     batches = test_reader(trained, samples).batches()
     with contextlib.closing(read_ahead(batches, trained.config.data.prefetch_batches)) as ahead:
-        metrics = evaluate(comm, ahead, predict, known_ads, trained.schema.new_ad_field)
+        metrics = evaluate(comm, predicted(ahead), known_ads, trained.schema.new_ad_field)
     return metrics, finite(comm.allgather(torch.cat(kept).float(), "user_vectors").numpy())
 
 

@@ -54,7 +54,7 @@ def ad_vectors(
 
     parts = [np.empty((0, model.width))]
     for batch in ads.batches(trained.schema, model.ad_fields, batch_size):
-        parts.append(trained.engine.compute(trained.engine.prepare(batch), network))
+        parts.append(trained.engine.compute(trained.engine.prepare(batch, "eval"), network))
         progress(sum(map(len, parts)), len(ads.keys_N))
     return finite(np.concatenate(parts).astype(np.float32))
 
@@ -67,7 +67,7 @@ def user_vectors(trained: TrainedRun, batches: Iterator[Batch]) -> Iterator[tupl
         return model.user_vectors(fields, dense)
 
     for batch in batches:
-        yield batch, finite(trained.engine.compute(trained.engine.prepare(batch), network).astype(np.float32))
+        yield batch, finite(trained.engine.compute(trained.engine.prepare(batch, "eval"), network).astype(np.float32))
 
 
 def finite(vectors_NW: Vectors) -> Vectors:
