@@ -6,7 +6,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from trainer.validate import Section
 
-BaseNet = Literal["lr", "mlp", "din", "dcn"]
+BaseNet = Literal["lr", "mlp", "din", "dcn", "two_tower"]
 Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query"]
 ComputeDType = Literal["bfloat16", "float32", "float64"]
 Count = Annotated[int, Field(ge=1)]
@@ -19,7 +19,7 @@ class ModelConfig(Section):
     """The DICM: base net, which images, how they are pooled, the widths, the rows of each ID table."""
 
     base: BaseNet = "mlp"
-    """What becomes of the inputs: logistic regression, Embedding&MLP, DIN, DCN-v2."""
+    """What becomes of the inputs: logistic regression, Embedding&MLP, DIN, DCN-v2; two towers for pre-ranking."""
     images: Literal["none", "ad", "behavior", "both"] = "both"
     """Which images the model sees; their ids are ID fields in all four."""
     pooling: Pooling = "attentive"
@@ -35,6 +35,8 @@ class ModelConfig(Section):
     """E's hidden layers."""
     mlp: list[Width] = Field(default=[200, 80], min_length=1)
     """Hidden layers of the MLP."""
+    tower_width: Width = 32
+    """Outputs of each tower with base two_tower: the width of user and ad vectors."""
     attention_hidden: Width = 16
     """Hidden units that weigh a behaviour against the ad: its image in attentive pooling, its ids in DIN."""
     cross_layers: Annotated[int, Field(ge=1, le=16)] = 3

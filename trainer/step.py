@@ -1,7 +1,7 @@
 """The engine of a run: everything that one step needs, and the step itself. The loop and the tests drive this alone."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from trainer.batch import Batch
 from trainer.comm import Comm
 from trainer.dropout import IdDropout
 from trainer.errors import ConfigError
-from trainer.exchange import ContentSource, Exchange, Kind, Request, Source
+from trainer.exchange import ContentSource, Exchange, FieldVectors, Kind, Request, Source
 from trainer.models.build import build_model
 from trainer.models.fields import width_of
 from trainer.optim import DenseOptimizer, check_names, rates_at
@@ -26,6 +26,9 @@ from trainer.reuse import VectorCache
 from trainer.schema import Field, Schema
 from trainer.stages import Stages
 from trainer.tables import IdTable, TableShape
+
+# Fields, dense values and the group of each sample in; as trainer.models.dicm.Dicm.forward.
+Network = Callable[[Mapping[str, FieldVectors], Mapping[str, Tensor], Tensor], Tensor]
 
 # Standard deviation of an ID vector's first elements.
 _ID_SCALE = 0.05
@@ -128,7 +131,7 @@ class Engine:
         rates = rates_at(self._optim, self.num_steps)
         self._modules.train()
         self._dense.zero_grad()
-        logit_B = self._logits(prepared)
+        logit_B = self._outputs(prepared, self.model)
         label_B = torch.from_numpy(batch.label_B).to(device=self._device, dtype=self._dtype)
         loss = functional.binary_cross_entropy_with_logits(logit_B, label_B, reduction="sum") / batch.global_samples
         self._dense.loss = loss
@@ -153,13 +156,17 @@ class Engine:
             learning_rate=rates.lr,
         )
 
-    @torch.no_grad()
     def predict(self, prepared: Prepared) -> NDArray[np.float64]:
         """Logits (B,) in float64. All ranks call it equally often."""
+        return self.compute(prepared, self.model)
+
+    @torch.no_grad()
+    def compute(self, prepared: Prepared, network: Network) -> NDArray[np.float64]:
+        """What `network`, as a part of the model, makes of a batch; in float64. All ranks call it equally often."""
         self._modules.eval()
-        logit_B = self._logits(prepared).double().cpu().numpy()
+        values = self._outputs(prepared, network).double().cpu().numpy()
         self._exchange.release(prepared.request)
-        return logit_B
+        return values
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that every rank holds, named as in `dense_state`; after a step, `.grad` is that of all ranks."""
@@ -194,7 +201,7 @@ class Engine:
         for table in self.tables.values():
             table.import_shards(state)
 
-    def _logits(self, prepared: Prepared) -> Tensor:
+    def _outputs(self, prepared: Prepared, network: Network) -> Tensor:
         batch = prepared.batch
         dense = {
             field.name: torch.from_numpy(batch.dense[field.name]).to(device=self._device, dtype=self._dtype)
@@ -206,8 +213,7 @@ class Engine:
         with self.stages.timed("worker forward"):
             if self._modules.training:
                 vectors = self._id_dropout(vectors, batch, self.num_steps)
-            logit_B: Tensor = self.model(vectors, dense, group_of_sample_B)
-        return logit_B
+            return network(vectors, dense, group_of_sample_B)
 
     def _cache(self, service: EmbeddingService, network: str, exchange: ExchangeConfig | None) -> VectorCache | None:
         """Where the vectors of one E are kept for some steps, if they are to be."""
