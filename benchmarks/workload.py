@@ -182,7 +182,7 @@ def _config(workload: Workload) -> dict[str, Any]:
 
 def _values_of(attribute: int) -> int:
     """Distinct values of an attribute: few of some, thousands of others."""
-    return 4 * 3**attribute
+    return 4 * int(3**attribute)
 
 
 def _write_store(workload: Workload, progress: Progress) -> None:
@@ -232,7 +232,7 @@ def _sample_table(workload: Workload, groups: int, draw: np.random.Generator) ->
     knobs = workload.knobs
     popularity = np.cumsum(np.arange(1, knobs.images + 1, dtype=np.float64) ** -knobs.zipf)
 
-    def images(count: int) -> Int64:
+    def images(count: int) -> Any:
         return np.searchsorted(popularity, draw.random(count) * popularity[-1])
 
     seen, ads = images(groups * knobs.behaviors), images(groups * knobs.impressions)

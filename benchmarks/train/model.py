@@ -7,12 +7,16 @@ what differs between two of them is the image path alone. Letters of shapes as i
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.batch import Batch
+from trainer.batch import Batch, Jagged
+from trainer.columns import ranges
 from trainer.exchange import Exchange, FieldVectors
 from trainer.optim import DenseOptimizer, rates_at
 from trainer.prefetch import read_ahead
@@ -74,3 +78,21 @@ class Model:
             table.apply_gradients(rates)
         self._steps += 1
         return total
+
+
+def per_sample(batch: Batch, fields: tuple[Field, ...]) -> Batch:
+    """The same samples, each with a user side of its own (G = B), as where samples do not come in groups."""
+    widened = dict(batch.fields)
+    for field in fields:
+        if field.side == "user" and field.name in widened:
+            jagged = batch.fields[field.name]
+            starts_G = np.cumsum(jagged.lengths_M, dtype=np.int64) - jagged.lengths_M
+            lengths_B = jagged.lengths_M[batch.group_of_sample_B]
+            places_N = ranges(starts_G[batch.group_of_sample_B], lengths_B.astype(np.int64))
+            widened[field.name] = Jagged(jagged.values_N[places_N], lengths_B)
+    return replace(batch, fields=widened, group_of_sample_B=np.arange(batch.num_samples))
+
+
+def occurrences(vectors_NV: Tensor, lengths_M: NDArray[np.int32]) -> FieldVectors:
+    """A field whose N values have a vector each, whatever of them are the same image."""
+    return FieldVectors(vectors_NV, torch.arange(len(vectors_NV)), torch.from_numpy(lengths_M.astype(np.int64)))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import typer
 
@@ -42,13 +42,28 @@ class Seen:
     figures: dict[str, float] = field(default_factory=dict)
 
 
-def variant_of(name: str, run: Run) -> Variant:
-    """The variant of this name; each imports what it alone needs."""
-    if name == "compute":
-        from benchmarks.train.compute import Compute
+Name = Literal["compute", "worker", "worker_grouped", "server", "server_ahead", "fuxictr"]
 
-        return Compute(run)
-    raise typer.BadParameter(f"{name!r} is no variant")
+
+def variant_of(name: Name, run: Run, folder: Path) -> Variant:
+    """The variant of this name, which may keep files in `folder`; each imports what it alone needs."""
+    match name:
+        case "compute":
+            from benchmarks.train.compute import Compute
+
+            return Compute(run)
+        case "worker" | "worker_grouped":
+            from benchmarks.train.worker import StoreInWorker
+
+            return StoreInWorker(run, folder / "batches", grouped=name == "worker_grouped")
+        case "server" | "server_ahead":
+            from benchmarks.train.server import StoreInServer
+
+            return StoreInServer(run, ahead=name == "server_ahead")
+        case "fuxictr":
+            from benchmarks.train.fuxi import FuxiCtr
+
+            return FuxiCtr(run, num_batches=2)
 
 
 def train(variant: Variant, steps: int, comm: Comm) -> Seen:
@@ -78,7 +93,7 @@ def summed(ranks: list[Seen], steps: int) -> dict[str, Any]:
 
 
 def main(
-    name: Annotated[str, typer.Argument(metavar="VARIANT")],
+    name: Annotated[Name, typer.Argument(metavar="VARIANT")],
     config: Annotated[Path, typer.Option()],
     json_path: Annotated[Path, typer.Option("--json")],
     steps: Annotated[int, typer.Option(min=2)],
@@ -89,7 +104,7 @@ def main(
     with closing(comm):
         try:
             with closing(open_run(load_config(config, settings or []), comm)) as run:
-                seen = train(variant_of(name, run), steps, comm)
+                seen = train(variant_of(name, run, config.parent), steps, comm)
         except (TrainerError, FeatureStoreError) as failure:
             print(f"error: {failure}", file=sys.stderr, flush=True)
             raise typer.Exit(1) from failure

@@ -11,7 +11,7 @@ from benchmarks.train.launch import Outcome
 
 Run = Callable[[], Outcome]
 
-_CHECKED_LOSSES = 4
+_CHECKED_LOSSES = 2  # "store in worker" has no more batches on its disk
 _LOSS_TOLERANCE = 2e-3
 
 
