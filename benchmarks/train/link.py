@@ -15,16 +15,15 @@ from pathlib import Path
 _HOSTS = ("10.198.51.1", "10.198.51.2")
 _DEVICE = "bench0"  # the same name on both sides: horovodrun takes one for all ranks
 _SSH = """#!/bin/sh
-# ssh [options] HOST COMMAND: runs COMMAND in the namespace that stands for HOST.
+# ssh [options] HOST [options] COMMAND: runs COMMAND in the namespace that stands for HOST.
+host=
 while [ $# -gt 0 ]; do
   case "$1" in
     -o | -p | -i | -l) shift 2 ;;
     -*) shift ;;
-    *) break ;;
+    *) [ -z "$host" ] || break; host=$1; shift ;;
   esac
 done
-host=$1
-shift
 case "$host" in
   {host}) exec ip netns exec {namespace} sh -c "$*" ;;
   *) echo "no namespace stands for $host" >&2; exit 255 ;;
