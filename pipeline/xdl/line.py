@@ -104,7 +104,7 @@ def format_ids(ids: Sequence[int], weights: Sequence[float] | None = None) -> To
 
 def format_number(value: float) -> str:
     """The shortest text that is the same float32."""
-    return str(np.float32(value))
+    return str(np.float32(value)).removesuffix(".0")
 
 
 def _part(side: str, text: str) -> Part:
