@@ -4,11 +4,10 @@ Letters of shapes as in trainer/batch.py.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from benchmarks.report import Figure, Section
 from trainer.batch import Batch
 from trainer.comm import Comm
 from trainer.run import Run
