@@ -153,10 +153,10 @@ class Run:
             return reports, covered
         left = {(ref.key, ref.source_tag) for ref in refs}
         loaded = in_order(self._load_report, names, REPORT_THREADS, 2 * REPORT_THREADS)
-        for name, report in zip(names, loaded, strict=True):
-            if report is None:
+        for name, whole in zip(names, loaded, strict=True):
+            if whole is None:
                 continue
-            report = without_unread(report)
+            report = without_unread(whole)
             if not report.images:
                 if not self._is_dry:  # a new part may have its name, and writes its report before its rows
                     self._store.discard_part(self._settings.run_id, name)

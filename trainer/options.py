@@ -26,6 +26,10 @@ class ModelConfig(Section):
     """How the vectors of the behaviour images become one."""
     concat_length: Annotated[int, Field(ge=1, le=1_000)] = 32
     """Behaviours that pooling=concat takes; fewer are filled up with zeros."""
+    similarity_tiers: Annotated[int, Field(ge=0, le=256)] = 0
+    """SimTier: a histogram, with so many tiers, of how similar the behaviour images are to the ad's; 0: none."""
+    similarity_top_k: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Pool only so many of the behaviours, those whose images are most similar to the ad's; 0: all."""
     shared_image_model: bool = True
     """One E for behaviour and ad images, or one each."""
     visual_width: Width = 12
