@@ -153,10 +153,9 @@ class Run:
             return reports, covered
         left = {(ref.key, ref.source_tag) for ref in refs}
         loaded = in_order(self._load_report, names, REPORT_THREADS, 2 * REPORT_THREADS)
-        for name, whole in zip(names, loaded, strict=True):
-            if whole is None:
+        for name, report in zip(names, loaded, strict=True):
+            if report is None:
                 continue
-            report = without_unread(whole)
             if not report.images:
                 if not self._is_dry:  # a new part may have its name, and writes its report before its rows
                     self._store.discard_part(self._settings.run_id, name)
@@ -169,7 +168,7 @@ class Run:
 
     def _load_report(self, part: str) -> PartReport | None:
         try:
-            return PartReport.load(self._store.url, self._settings.run_id, part)
+            return without_unread(PartReport.load(self._store.url, self._settings.run_id, part))
         except FileNotFoundError:  # expiry removes what was staged long ago
             return None
 
