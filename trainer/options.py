@@ -2,10 +2,12 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from trainer.validate import Section
 
+BaseNet = Literal["lr", "mlp", "din", "dcn", "two_tower"]
+Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query"]
 ComputeDType = Literal["bfloat16", "float32", "float64"]
 Count = Annotated[int, Field(ge=1)]
 LearningRate = Annotated[float, Field(gt=0, le=10)]
@@ -14,14 +16,16 @@ Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
 class ModelConfig(Section):
-    """The DICM: which images, how they are pooled, the widths, the rows of each ID table."""
+    """The DICM: base net, which images, how they are pooled, the widths, the rows of each ID table."""
 
-    base: Literal["mlp", "two_tower"] = "mlp"
-    """The net over the fields' vectors."""
+    base: BaseNet = "mlp"
+    """What becomes of the inputs: logistic regression, Embedding&MLP, DIN, DCN-v2, two towers for pre-ranking."""
     images: Literal["none", "ad", "behavior", "both"] = "both"
     """Which images the model sees; their ids are ID fields in all four."""
-    pooling: Literal["sum", "attentive"] = "attentive"
-    """How the vectors of the behaviour images become one."""
+    pooling: Pooling = "attentive"
+    """How the vectors of the behaviour images become one; two towers sum them."""
+    concat_length: Annotated[int, Field(ge=1, le=1_000)] = 32
+    """Behaviours that pooling=concat takes; fewer are filled up with zeros."""
     shared_image_model: bool = True
     """One E for behaviour and ad images, or one each."""
     visual_width: Width = 12
@@ -34,13 +38,27 @@ class ModelConfig(Section):
     tower_width: Width = 32
     """Outputs of each tower with base two_tower: the width of user and ad vectors."""
     attention_hidden: Width = 16
-    """Hidden units that weigh a behaviour image against the ad."""
+    """Hidden units that weigh a behaviour against the ad: its image in attentive pooling, its ids in DIN."""
+    cross_layers: Annotated[int, Field(ge=1, le=16)] = 3
+    """Cross layers of DCN-v2."""
+    cross_structure: Literal["parallel", "stacked"] = "parallel"
+    """DCN-v2's MLP beside the cross layers, or on top of them."""
     compute_dtype: ComputeDType = "bfloat16"
     """Type of E's matrix products; its weights are float32 all the same."""
     table_shards: Count = 64
     """Shards of every ID table. A checkpoint loads at any number of ranks, but only at its own number of shards."""
     tables: dict[str, Count] = Field(default={})
     """Rows of each ID table, by name; ids are hashed into them, so the number is rounded up to fill every shard."""
+
+    @field_validator("pooling")
+    @classmethod
+    def _queries_there(cls, value: str, info: ValidationInfo) -> str:
+        if value == "multi_query" and info.data.get("images") == "behavior":
+            raise ValueError(
+                "it asks with the ad image and with the ad's IDs; set model.images=both, "
+                "or model.pooling=attentive, where without an ad image the ad's IDs ask"
+            )
+        return value
 
     @field_validator("table_shards")
     @classmethod

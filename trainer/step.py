@@ -18,15 +18,15 @@ from trainer.batch import Batch
 from trainer.comm import Comm
 from trainer.errors import ConfigError
 from trainer.exchange import ContentSource, Exchange, FieldVectors, Kind, Request, Source
-from trainer.models.dicm import Dicm
-from trainer.models.two_tower import TwoTower
+from trainer.models.build import build_model
+from trainer.models.fields import width_of
 from trainer.optim import DenseOptimizer, check_names, rates_at
 from trainer.options import ExchangeConfig, ModelConfig, OptimConfig
 from trainer.schema import Field, Schema
 from trainer.stages import Stages
 from trainer.tables import IdTable, TableShape
 
-# Fields, dense values and the group of each sample in; as trainer.models.dicm.Dicm.forward.
+# Fields, dense values and the group of each sample in; as trainer.models.ctr.CtrModel.forward.
 Network = Callable[[Mapping[str, FieldVectors], Mapping[str, Tensor], Tensor], Tensor]
 
 # Standard deviation of an ID vector's first elements.
@@ -80,7 +80,7 @@ class Engine:
         self._device, self._dtype = torch.device(device), dtype
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = TwoTower(schema, model) if model.base == "two_tower" else Dicm(schema, model)
+            self.model = build_model(schema, model)
             self.services = _services(self.model.fields, partitions, model, missing)
         self._modules = nn.ModuleDict({"model": self.model, "stores": nn.ModuleDict(self.services)})
         self._modules.to(device=self._device, dtype=dtype)
@@ -115,6 +115,8 @@ class Engine:
         All ranks call it, for the batches of one kind in the same order. An exception in place of the batch stops all:
         this rank raises it, others RemoteRankError.
         """
+        if isinstance(batch, Batch):
+            batch = self.model.check(batch) or batch
         if isinstance(batch, Exception):
             self._exchange.request(batch, kind)
             raise AssertionError("an exception handed to the exchange is raised by it")
@@ -244,7 +246,7 @@ def table_shapes(fields: tuple[Field, ...], config: ModelConfig) -> list[TableSh
             raise ConfigError(
                 f"field {field.name} needs table {name}, which has no number of rows; set model.tables.{name}"
             )
-        shapes[name] = TableShape(name, field.width or config.id_width, config.tables[name], config.table_shards)
+        shapes[name] = TableShape(name, width_of(field, config), config.tables[name], config.table_shards)
     return list(shapes.values())
 
 
@@ -254,19 +256,21 @@ def _services(
     config: ModelConfig,
     missing: MissingPolicy,
 ) -> dict[str, EmbeddingService]:
-    names_of_store: dict[str, list[str]] = {}
+    widths_of_store: dict[str, dict[str, int]] = {}
     for field in fields:
         if field.kind == "content":
-            names = names_of_store.setdefault(field.store_name, [])
-            if model_name(field, config) not in names:
-                names.append(model_name(field, config))
+            widths = widths_of_store.setdefault(field.store_name, {})
+            widths[model_name(field, config)] = width_of(field, config)
     services: dict[str, EmbeddingService] = {}
-    for store, names in names_of_store.items():
+    for store, widths in widths_of_store.items():
         if store not in partitions:
             raise ConfigError(
                 f"the schema's content fields need store {store}; open are {sorted(partitions) or 'none'}"
             )
-        dim, width = partitions[store].dim, config.visual_width
-        models = {name: EmbeddingModel(dim, config.embed_hidden, width, config.compute_dtype) for name in names}
+        dim = partitions[store].dim
+        models = {
+            name: EmbeddingModel(dim, config.embed_hidden, width, config.compute_dtype)
+            for name, width in widths.items()
+        }
         services[store] = EmbeddingService(partitions[store], models, missing)
     return services

@@ -3,7 +3,7 @@
 So the vectors of all ads can be made ahead and searched (jobs/build_ad_index.py). Letter here: W width of both towers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from trainer.errors import ConfigError
 from trainer.exchange import FieldVectors
 from trainer.models.aggregators import sum_pool
-from trainer.models.dicm import used_fields
+from trainer.models.ctr import CtrModel, Dense, Fields, one_each
+from trainer.models.fields import width_of
 from trainer.models.layers import Mlp, take_rows
 from trainer.options import ModelConfig
 from trainer.schema import Field, Schema
 
 
-class TwoTower(nn.Module):
+class TwoTower(CtrModel):
     """Logit = <user vector, ad vector> + bias + what the context of the impression adds.
 
     The pre-rank variant of "Image Matters" (arXiv 1711.06505): the user's side gets the user's ID vectors, dense fields
@@ -32,8 +33,7 @@ class TwoTower(nn.Module):
     """
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
-        super().__init__()
-        self.fields = used_fields(schema, config)
+        super().__init__(schema, config.model_copy(update={"pooling": "sum"}))
         self.width = config.tower_width
         self.user_fields = tuple(field for field in self.fields if field.side == "user")
         self.ad_fields = tuple(field for field in self.fields if field.side == "ad" and not field.context)
@@ -49,10 +49,7 @@ class TwoTower(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
         self.context = nn.Linear(_width(self.context_fields, config), 1, bias=False) if self.context_fields else None
 
-    def forward(
-        self, fields: Mapping[str, FieldVectors], dense: Mapping[str, Tensor], group_of_sample_B: Tensor
-    ) -> Tensor:
-        """Logits (B,). `fields`: id, multi_id and content; `dense`: (M, width) each; M = G or B by the field's side."""
+    def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
         user_GW = self.user_vectors(fields, dense)
         ad_BW = self.ad_vectors(fields, dense)
         logit_B = (take_rows(user_GW, group_of_sample_B) * ad_BW).sum(dim=1) + self.bias
@@ -60,12 +57,12 @@ class TwoTower(nn.Module):
             logit_B = logit_B + self.context(_inputs(self.context_fields, fields, dense)).squeeze(1)
         return logit_B
 
-    def user_vectors(self, fields: Mapping[str, FieldVectors], dense: Mapping[str, Tensor]) -> Tensor:
+    def user_vectors(self, fields: Fields, dense: Dense) -> Tensor:
         """One vector a group, (G, W), however many samples look at it."""
         user_GW: Tensor = self.user_tower(_inputs(self.user_fields, fields, dense))
         return user_GW
 
-    def ad_vectors(self, fields: Mapping[str, FieldVectors], dense: Mapping[str, Tensor]) -> Tensor:
+    def ad_vectors(self, fields: Fields, dense: Dense) -> Tensor:
         """One vector a sample, (B, W); of the ad's fields alone, so any rows of ads will do."""
         ad_BW: Tensor = self.ad_tower(_inputs(self.ad_fields, fields, dense))
         return ad_BW
@@ -73,13 +70,10 @@ class TwoTower(nn.Module):
 
 def _width(fields: Sequence[Field], config: ModelConfig) -> int:
     """Numbers that `_inputs` makes of a row."""
-    return sum(
-        config.visual_width if field.kind == "content" else field.width or (config.id_width if field.is_id else 1)
-        for field in fields
-    )
+    return sum(width_of(field, config) for field in fields)
 
 
-def _inputs(fields: Sequence[Field], vectors: Mapping[str, FieldVectors], dense: Mapping[str, Tensor]) -> Tensor:
+def _inputs(fields: Sequence[Field], vectors: Fields, dense: Dense) -> Tensor:
     """Vectors and dense values of these fields side by side, (M, width): several vectors of a row are summed."""
     return torch.cat([dense[f.name] if f.kind == "dense" else _of_rows(f, vectors[f.name]) for f in fields], dim=1)
 
@@ -87,4 +81,4 @@ def _inputs(fields: Sequence[Field], vectors: Mapping[str, FieldVectors], dense:
 def _of_rows(field: Field, values: FieldVectors) -> Tensor:
     if field.kind == "multi_id" or (field.kind == "content" and field.side == "user"):
         return sum_pool(values)
-    return take_rows(values.vectors_UV, values.index_N)
+    return one_each(values)
