@@ -23,7 +23,7 @@ class ModelConfig(Section):
     images: Literal["none", "ad", "behavior", "both"] = "both"
     """Which images the model sees; their ids are ID fields in all four."""
     pooling: Pooling = "attentive"
-    """How the vectors of the behaviour images become one."""
+    """How the vectors of the behaviour images become one; two towers sum them."""
     concat_length: Annotated[int, Field(ge=1, le=1_000)] = 32
     """Behaviours that pooling=concat takes; fewer are filled up with zeros."""
     similarity_tiers: Annotated[int, Field(ge=0, le=256)] = 0

@@ -29,7 +29,7 @@ from trainer.similarity import Similarity, pairs_of_fields, similarities
 from trainer.stages import Stages
 from trainer.tables import IdTable, TableShape
 
-# Fields, dense values and the group of each sample in; as trainer.models.dicm.Dicm.forward.
+# Fields, dense values and the group of each sample in; as trainer.models.ctr.CtrModel.forward.
 Network = Callable[[Mapping[str, FieldVectors], Mapping[str, Tensor], Tensor], Tensor]
 
 # Standard deviation of an ID vector's first elements.
