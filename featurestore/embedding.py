@@ -208,7 +208,12 @@ class EmbeddingService(nn.Module):
             buffer = self._free_buffers.pop()
             if len(buffer) >= num_rows:
                 return buffer
-        return np.empty((num_rows + num_rows // 8, self.partition.dim), dtype=self.partition.info.storage_dtype)
+        dtype = torch.from_numpy(np.empty(0, self.partition.info.storage_dtype)).dtype
+        on_gpu = any(buffer.device.type == "cuda" for buffer in self.buffers())
+        memory: NDArray[np.generic] = torch.empty(
+            num_rows + num_rows // 8, self.partition.dim, dtype=dtype, pin_memory=on_gpu
+        ).numpy()
+        return memory
 
 
 def _as_tensor(features: NDArray[np.generic]) -> Tensor:

@@ -6,7 +6,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from trainer.validate import Section
 
-BaseNet = Literal["lr", "mlp", "din", "dcn"]
+BaseNet = Literal["lr", "mlp", "din", "dcn", "two_tower"]
 Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query"]
 ComputeDType = Literal["bfloat16", "float32", "float64"]
 Count = Annotated[int, Field(ge=1)]
@@ -19,7 +19,7 @@ class ModelConfig(Section):
     """The DICM: base net, which images, how they are pooled, the widths, the rows of each ID table."""
 
     base: BaseNet = "mlp"
-    """What becomes of the inputs: logistic regression, Embedding&MLP, DIN, DCN-v2."""
+    """What becomes of the inputs: logistic regression, Embedding&MLP, DIN, DCN-v2; two towers for pre-ranking."""
     images: Literal["none", "ad", "behavior", "both"] = "both"
     """Which images the model sees; their ids are ID fields in all four."""
     pooling: Pooling = "attentive"
@@ -35,12 +35,16 @@ class ModelConfig(Section):
     """E's hidden layers."""
     mlp: list[Width] = Field(default=[200, 80], min_length=1)
     """Hidden layers of the MLP."""
+    tower_width: Width = 32
+    """Outputs of each tower with base two_tower: the width of user and ad vectors."""
     attention_hidden: Width = 16
     """Hidden units that weigh a behaviour against the ad: its image in attentive pooling, its ids in DIN."""
     cross_layers: Annotated[int, Field(ge=1, le=16)] = 3
     """Cross layers of DCN-v2."""
     cross_structure: Literal["parallel", "stacked"] = "parallel"
     """DCN-v2's MLP beside the cross layers, or on top of them."""
+    id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of training samples whose ad is taken for a new one: the vectors of its own IDs are zero."""
     compute_dtype: ComputeDType = "bfloat16"
     """Type of E's matrix products; its weights are float32 all the same."""
     table_shards: Count = 64
@@ -71,6 +75,8 @@ class ExchangeConfig(Section):
 
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of vectors and their gradients on the way. float32: sent as they are; bfloat16: rounded, half of the bytes."""
+    reuse_steps: Annotated[int, Field(ge=0, le=1000)] = 0
+    """An owner may answer with a visual vector that is up to so many steps old. 0: never, which is exact."""
 
 
 class OptimConfig(Section):
@@ -82,3 +88,5 @@ class OptimConfig(Section):
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    id_l2: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Adaptive L2 of ID rows: this / (steps that touched the row) x the row is added to its gradient; 0: none."""

@@ -1,8 +1,7 @@
 """The engine of a run: everything that one step needs, and the step itself. The loop and the tests drive this alone."""
 
 import hashlib
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,15 +15,20 @@ from featurestore.partition import FeaturePartition, MissingPolicy
 from featurestore.statistics import FeatureStatistics
 from trainer.batch import Batch
 from trainer.comm import Comm
+from trainer.dropout import IdDropout
 from trainer.errors import ConfigError
-from trainer.exchange import ContentSource, Exchange, Kind, Request, Source
+from trainer.exchange import ContentSource, Exchange, FieldVectors, Kind, Request, Source
 from trainer.models.build import build_model
 from trainer.models.fields import width_of
 from trainer.optim import DenseOptimizer, check_names, rates_at
 from trainer.options import ExchangeConfig, ModelConfig, OptimConfig
+from trainer.reuse import VectorCache
 from trainer.schema import Field, Schema
 from trainer.stages import Stages
 from trainer.tables import IdTable, TableShape
+
+# Fields, dense values and the group of each sample in; as trainer.models.dicm.Dicm.forward.
+Network = Callable[[Mapping[str, FieldVectors], Mapping[str, Tensor], Tensor], Tensor]
 
 # Standard deviation of an ID vector's first elements.
 _ID_SCALE = 0.05
@@ -93,10 +97,12 @@ class Engine:
         source_of_field = {field.name: field.table_name for field in self.fields if field.is_id}
         for field in self.fields:
             if field.kind == "content":
-                name = f"{field.store_name}:{model_name(field, model)}"
-                source_of_field[field.name] = name
+                network = model_name(field, model)
+                name = source_of_field[field.name] = f"{field.store_name}:{network}"
                 service = self.services[field.store_name]
-                sources[name] = ContentSource(service, model_name(field, model), comm.size)
+                cache = self._cache(service, network, exchange)
+                sources[name] = ContentSource(service, network, comm.size, cache)
+        self._id_dropout = IdDropout(schema, model.id_dropout, seed)
         self._exchange = Exchange(comm, sources, source_of_field, device, dtype, exchange, self.stages)
         self._check_same_on_all_ranks()
 
@@ -125,11 +131,13 @@ class Engine:
         rates = rates_at(self._optim, self.num_steps)
         self._modules.train()
         self._dense.zero_grad()
-        logit_B = self._logits(prepared)
+        logit_B = self._outputs(prepared, self.model)
         label_B = torch.from_numpy(batch.label_B).to(device=self._device, dtype=self._dtype)
         loss = functional.binary_cross_entropy_with_logits(logit_B, label_B, reduction="sum") / batch.global_samples
         self._dense.loss = loss
-        self._backward(loss, request)
+        request.backward = self.stages.begin("worker backward")
+        loss.backward()  # type: ignore[no-untyped-call]
+        request.backward.switch(None)
         self._dense.start_reduction()
         with self.stages.timed("update id rows"):
             for table in self.tables.values():
@@ -148,13 +156,17 @@ class Engine:
             learning_rate=rates.lr,
         )
 
-    @torch.no_grad()
     def predict(self, prepared: Prepared) -> NDArray[np.float64]:
         """Logits (B,) in float64. All ranks call it equally often."""
+        return self.compute(prepared, self.model)
+
+    @torch.no_grad()
+    def compute(self, prepared: Prepared, network: Network) -> NDArray[np.float64]:
+        """What `network`, as a part of the model, makes of a batch; in float64. All ranks call it equally often."""
         self._modules.eval()
-        logit_B = self._logits(prepared).double().cpu().numpy()
+        values = self._outputs(prepared, network).double().cpu().numpy()
         self._exchange.release(prepared.request)
-        return logit_B
+        return values
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that every rank holds, named as in `dense_state`; after a step, `.grad` is that of all ranks."""
@@ -189,7 +201,7 @@ class Engine:
         for table in self.tables.values():
             table.import_shards(state)
 
-    def _logits(self, prepared: Prepared) -> Tensor:
+    def _outputs(self, prepared: Prepared, network: Network) -> Tensor:
         batch = prepared.batch
         dense = {
             field.name: torch.from_numpy(batch.dense[field.name]).to(device=self._device, dtype=self._dtype)
@@ -199,17 +211,16 @@ class Engine:
         group_of_sample_B = torch.from_numpy(batch.group_of_sample_B).to(self._device)
         vectors = self._exchange.vectors(prepared.request)
         with self.stages.timed("worker forward"):
-            logit_B: Tensor = self.model(vectors, dense, group_of_sample_B)
-        return logit_B
+            if self._modules.training:
+                vectors = self._id_dropout(vectors, batch, self.num_steps)
+            return network(vectors, dense, group_of_sample_B)
 
-    def _backward(self, loss: Tensor, request: Request) -> None:
-        start_s = time.perf_counter()
-        loss.backward()  # type: ignore[no-untyped-call]
-        end_s = time.perf_counter()
-        sent_s, received_s = request.backward_span_s or (end_s, end_s)
-        self.stages.add("worker backward", sent_s - start_s)
-        self.stages.add("exchange gradients", received_s - sent_s)
-        self.stages.add("embed backward", end_s - received_s)
+    def _cache(self, service: EmbeddingService, network: str, exchange: ExchangeConfig | None) -> VectorCache | None:
+        """Where the vectors of one E are kept for some steps, if they are to be."""
+        if exchange is None or exchange.reuse_steps == 0:
+            return None
+        rows, width = service.partition.num_rows, service.width(network)
+        return VectorCache(rows, width, exchange.reuse_steps, self._device, self._dtype)
 
     def _check_same_on_all_ranks(self) -> None:
         digest = hashlib.sha256()

@@ -21,8 +21,23 @@ Fields = Mapping[str, FieldVectors]
 Dense = Mapping[str, Tensor]
 
 
-class CtrModel(nn.Module):
-    """Base of the models: fields in, one logit a sample out.
+class ClickModel(nn.Module):
+    """What the engine asks of a model: fields in, one logit a sample out."""
+
+    fields: tuple[Field, ...]
+    """Those that it looks at."""
+
+    def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
+        """Logits (B,). `fields`: id, multi_id and content; `dense`: (M, width) each; M = G or B by the field's side."""
+        raise NotImplementedError
+
+    def check(self, batch: Batch) -> DataError | None:
+        """What is wrong with a batch for this model; asked before its keys are exchanged, so that all ranks stop."""
+        return None
+
+
+class CtrModel(ClickModel):
+    """Base of the ranking models.
 
     Inputs are the ID vectors of every field (multi_id summed), dense fields, the visual vectors of the ad and the
     aggregated visual vectors of the behaviours, each content field by its own E and aggregator.
@@ -51,14 +66,6 @@ class CtrModel(nn.Module):
         self.aggregators = nn.ModuleDict(aggregators)
         taken_in = [w for name, w in width.items() if name not in self._elsewhere and name not in aggregators]
         self.input_width = sum(taken_in) + sum(each.width for each in aggregators.values())
-
-    def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
-        """Logits (B,). `fields`: id, multi_id and content; `dense`: (M, width) each; M = G or B by the field's side."""
-        raise NotImplementedError
-
-    def check(self, batch: Batch) -> DataError | None:
-        """What is wrong with a batch for this model; asked before its keys are exchanged, so that all ranks stop."""
-        return None
 
     def inputs(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
         """Everything that the model knows of each sample, (B, input_width)."""

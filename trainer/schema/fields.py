@@ -1,4 +1,4 @@
-"""Which fields a sample has: the schema that the reader, the exchange and the model share."""
+"""Fields of a sample and the roles of a few columns, checked, from a YAML file."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from trainer.errors import SchemaError
 from trainer.validate import near_match, validated
 
-DEFAULT_SCHEMA = Path(__file__).parent / "presets" / "schema.yaml"
+DEFAULT_SCHEMA = Path(__file__).parents[1] / "presets" / "schema.yaml"
 
 Side = Literal["user", "ad"]
 Kind = Literal["id", "multi_id", "dense", "content"]
@@ -37,6 +37,9 @@ class Field(BaseModel):
     model's `visual_width`. Dense: numbers a row, default 1."""
     column: str | None = None
     """Column of the sample files. Default: the field's name."""
+    context: bool = False
+    """Side ad, kinds id, multi_id, dense: a value of the impression and not of the ad, as the scene. Two towers keep
+    it out of the ad's vector; the other models make no difference."""
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:
@@ -45,6 +48,11 @@ class Field(BaseModel):
             raise ValueError(f"field {self.name}: table={self.table} is for kinds id and multi_id, not {self.kind}")
         if self.store is not None and self.kind != "content":
             raise ValueError(f"field {self.name}: store={self.store} is for kind content, not {self.kind}")
+        if self.context and (self.side == "user" or self.kind == "content"):
+            raise ValueError(
+                f"field {self.name}: context=true is for side ad and kinds id, multi_id and dense, "
+                f"not for {self.kind} of side {self.side}"
+            )
         return self
 
     @property
