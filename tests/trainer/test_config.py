@@ -60,7 +60,7 @@ def test_saved_configuration_loads_as_the_same(tmp_path: Path) -> None:
         ("train.epoch=1", "train.epoch is unknown; did you mean train.epochs?"),
         ("modell.images=ad", "modell is unknown; did you mean model?"),
         ("train.learn_every=1", "train.learn_every is unknown; did you mean train.lr_every?"),
-        ("train.zzz=1", "train.zzz is unknown; known: train.checkpoint_every, train.epochs,"),
+        ("train.zzz=1", "train.zzz is unknown; known: train.checkpoint_every, train.early_stopping,"),
         ("train.epochs=0", "train.epochs=0: it should be greater than or equal to 1"),
         ("train.epochs=many", "train.epochs='many': it should be a valid integer"),
         ("model.images=all", "model.images='all': it should be 'none', 'ad', 'behavior' or 'both'"),
