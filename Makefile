@@ -27,7 +27,7 @@ demo: $(INSTALLED) ## Draw images, extract, build samples, train four models und
 test: $(INSTALLED) ## Run the tests, multi-rank ones under horovodrun included
 	$(ON_PATH) $(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(INSTALLED) ## Run the tests that take minutes (eight ranks)
+test-slow: $(INSTALLED) ## Run the tests that take minutes (eight ranks, 500 kills of writers)
 	$(ON_PATH) $(BIN)/python -m pytest -m slow
 
 lint: $(INSTALLED) ## Check style, types, import rules and the tree in the README
