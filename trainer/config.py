@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from yaml import YAMLError
 
 from trainer.errors import ConfigError
-from trainer.options import Count, LearningRate, ModelConfig, OptimConfig, RateDecay
+from trainer.options import Count, ExchangeConfig, LearningRate, ModelConfig, OptimConfig, RateDecay
 from trainer.validate import Section, validated
 
 PRESETS = Path(__file__).parent / "presets"
@@ -71,6 +71,8 @@ class RunConfig(Section):
     overwrite: bool
     device: Device
     threads: Count | None
+    deadline_s: Annotated[float, Field(gt=0)]
+    profile: bool
 
     @field_validator("dir")
     @classmethod
@@ -85,6 +87,7 @@ class Config(Section):
 
     data: DataConfig
     model: ModelConfig
+    exchange: ExchangeConfig
     train: TrainConfig
     run: RunConfig
 
@@ -130,7 +133,7 @@ def _read(path: Path) -> DictConfig:
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as failure:
         raise ConfigError(f"{path} is not a readable YAML file: {failure}") from failure
     if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path} has to be a mapping of sections (data, model, train, run), found a list")
+        raise ConfigError(f"{path} has to be a mapping of sections (data, model, exchange, train, run), found a list")
     return loaded
 
 

@@ -7,6 +7,7 @@ TrainerError
 ├── CheckpointError   a checkpoint is missing, damaged, or of another run
 ├── RemoteRankError   another rank failed; the text is its error
 └── LostRankError     another rank is gone, or out of reach
+    └── LateRankError another rank has not come to a collective in time
 """
 
 
@@ -44,3 +45,7 @@ class RemoteRankError(TrainerError):
 
 class LostRankError(TrainerError):
     """Another rank died or is out of reach in the middle of a collective."""
+
+
+class LateRankError(LostRankError):
+    """Another rank has not come to a collective before its deadline; it may hang."""

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -50,10 +51,15 @@ def main(
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
     ] = None,
     more: Annotated[list[str] | None, typer.Argument(metavar="SECTION.FIELD=VALUE", help="More settings.")] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write a trace of a few steps into the run's folder (run.profile).")
+    ] = False,
 ) -> None:
     """Train DICM on sample groups and stored image features, and evaluate it on the test samples."""
     try:
-        loaded: Config | ConfigError = load_config(file, [*(settings or []), *(more or [])])
+        loaded: Config | ConfigError = load_config(
+            file, [*(settings or []), *(more or []), *(["run.profile=true"] if profile else [])]
+        )
     except ConfigError as failure:
         loaded = failure
     # Torch and Horovod take seconds to load: not for --help.
@@ -65,7 +71,11 @@ def main(
         _tell(failure)
         raise typer.Exit(FAILED) from failure
     with contextlib.closing(comm):
-        raise typer.Exit(_guarded(loaded, comm))
+        code = _guarded(loaded, comm)
+    if comm.is_stuck:  # a collective of Horovod is under way for ever, and Python's end would wait for it
+        sys.stdout.flush()
+        os._exit(code)
+    raise typer.Exit(code)
 
 
 def train(config: Config, comm: "Comm") -> None:
@@ -78,6 +88,7 @@ def train(config: Config, comm: "Comm") -> None:
     from trainer.train import Training, total_steps
 
     started = time.time()
+    comm.deadline_s = config.run.deadline_s
     with contextlib.closing(open_run(config, comm)) as run, StopSignals() as signals:
         claim_folder(run)
         root = comm.rank == 0
@@ -89,7 +100,7 @@ def train(config: Config, comm: "Comm") -> None:
             training = Training(run, progress, signals)
             training.fit()
             training.totals.missing_lookups = run.partition.missing_count if run.partition else 0
-            figures = summary.gather(comm, training.totals)
+            figures = summary.gather(comm, training.totals, run.engine.stages)
             report = {
                 "name": run.folder.name,
                 "folder": str(run.folder),

@@ -46,6 +46,13 @@ class ModelConfig(Section):
         return value
 
 
+class ExchangeConfig(Section):
+    """How vectors travel between ranks."""
+
+    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of vectors and their gradients on the way. float32: sent as they are; bfloat16: rounded, half of the bytes."""
+
+
 class OptimConfig(Section):
     """Adam, for dense parameters and, row-wise, for ID tables; every `lr_every` steps `lr` shrinks by `lr_gamma`."""
 

@@ -88,6 +88,7 @@ def open_run(config: Config, comm: Comm) -> Run:
         partitions,
         config.model,
         config.train.optim(),
+        config.exchange,
         seed=config.train.seed,
         missing=config.data.missing,
         statistics=statistics,

@@ -1,6 +1,7 @@
 """The engine of a run: everything that one step needs, and the step itself. The loop and the tests drive this alone."""
 
 import hashlib
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,11 +17,12 @@ from featurestore.statistics import FeatureStatistics
 from trainer.batch import Batch
 from trainer.comm import Comm
 from trainer.errors import ConfigError
-from trainer.exchange import ContentSource, Exchange, Request, Source
+from trainer.exchange import ContentSource, Exchange, Kind, Request, Source
 from trainer.models.dicm import Dicm
 from trainer.optim import DenseOptimizer, check_names, rates_at
-from trainer.options import ModelConfig, OptimConfig
+from trainer.options import ExchangeConfig, ModelConfig, OptimConfig
 from trainer.schema import Field, Schema
+from trainer.stages import Stages
 from trainer.tables import IdTable, TableShape
 
 # Standard deviation of an ID vector's first elements.
@@ -43,8 +45,6 @@ class StepResult:
     num_samples: int
     num_references: int
     num_unique: int
-    bytes_sent: int
-    bytes_received: int
     learning_rate: float
 
 
@@ -62,6 +62,7 @@ class Engine:
         partitions: Mapping[str, FeaturePartition],
         model: ModelConfig,
         optim: OptimConfig,
+        exchange: ExchangeConfig | None = None,
         *,
         seed: int,
         missing: MissingPolicy = "error",
@@ -70,6 +71,7 @@ class Engine:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.num_steps = 0
+        self.stages = Stages()
         self._comm, self._optim = comm, optim
         self._device, self._dtype = torch.device(device), dtype
         with torch.random.fork_rng(devices=[]):
@@ -85,7 +87,7 @@ class Engine:
             shape.name: IdTable(shape, comm.rank, comm.size, seed=seed, scale=_ID_SCALE, device=device, dtype=dtype)
             for shape in table_shapes(self.model.fields, model)
         }
-        self._dense = DenseOptimizer(dict(self._modules.named_parameters()), optim)
+        self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
         sources: dict[str, Source] = dict(self.tables)
         source_of_field = {field.name: field.table_name for field in self.fields if field.is_id}
         for field in self.fields:
@@ -94,7 +96,7 @@ class Engine:
                 source_of_field[field.name] = name
                 service = self.services[field.store_name]
                 sources[name] = ContentSource(service, model_name(field, model), comm.size)
-        self._exchange = Exchange(comm, sources, source_of_field, device, dtype)
+        self._exchange = Exchange(comm, sources, source_of_field, device, dtype, exchange, self.stages)
         self._check_same_on_all_ranks()
 
     @property
@@ -102,19 +104,20 @@ class Engine:
         """The fields that the model uses; a batch may hold more."""
         return self.model.fields
 
-    def prepare(self, batch: Batch | Exception) -> Prepared:
-        """Exchanges the keys of a batch; independent of weights, so it may run a step ahead.
+    def prepare(self, batch: Batch | Exception, kind: Kind = "step") -> Prepared:
+        """Exchanges the keys of a batch and gathers what its owners need; independent of weights, so it may run a step
+        ahead, in a thread beside the step before.
 
-        All ranks call it. An exception in place of the batch stops all: this rank raises it, others RemoteRankError.
+        All ranks call it, for the batches of one kind in the same order. An exception in place of the batch stops all:
+        this rank raises it, others RemoteRankError.
         """
         if isinstance(batch, Exception):
-            self._exchange.request(batch)
+            self._exchange.request(batch, kind)
             raise AssertionError("an exception handed to the exchange is raised by it")
-        return Prepared(batch, self._exchange.request(batch.fields))
+        return Prepared(batch, self._exchange.request(batch.fields, kind))
 
     def train_step(self, prepared: Prepared) -> StepResult:
         """Forward, backward, one allreduce, and one step of both optimisers. All ranks call it."""
-        sent, received = self._comm.bytes_sent, self._comm.bytes_received
         batch, request = prepared.batch, prepared.request
         rates = rates_at(self._optim, self.num_steps)
         self._modules.train()
@@ -122,10 +125,16 @@ class Engine:
         logit_B = self._logits(prepared)
         label_B = torch.from_numpy(batch.label_B).to(device=self._device, dtype=self._dtype)
         loss = functional.binary_cross_entropy_with_logits(logit_B, label_B, reduction="sum") / batch.global_samples
-        loss.backward()  # type: ignore[no-untyped-call]
-        global_loss = self._dense.step(self._comm, rates, loss)
-        for table in self.tables.values():
-            table.apply_gradients(rates)
+        self._dense.loss = loss
+        self._backward(loss, request)
+        self._dense.start_reduction()
+        with self.stages.timed("update id rows"):
+            for table in self.tables.values():
+                table.apply_gradients(rates)
+        with self.stages.timed("reduce gradients"):
+            self._dense.finish_reduction()
+        with self.stages.timed("update dense"):
+            global_loss = self._dense.step(rates)
         self._exchange.release(request)
         self.num_steps += 1
         return StepResult(
@@ -133,8 +142,6 @@ class Engine:
             num_samples=batch.num_samples,
             num_references=request.num_references,
             num_unique=request.num_unique,
-            bytes_sent=self._comm.bytes_sent - sent + request.bytes_sent,
-            bytes_received=self._comm.bytes_received - received + request.bytes_received,
             learning_rate=rates.lr,
         )
 
@@ -187,8 +194,19 @@ class Engine:
             if field.kind == "dense"
         }
         group_of_sample_B = torch.from_numpy(batch.group_of_sample_B).to(self._device)
-        logit_B: Tensor = self.model(self._exchange.vectors(prepared.request), dense, group_of_sample_B)
+        vectors = self._exchange.vectors(prepared.request)
+        with self.stages.timed("worker forward"):
+            logit_B: Tensor = self.model(vectors, dense, group_of_sample_B)
         return logit_B
+
+    def _backward(self, loss: Tensor, request: Request) -> None:
+        start_s = time.perf_counter()
+        loss.backward()  # type: ignore[no-untyped-call]
+        end_s = time.perf_counter()
+        sent_s, received_s = request.backward_span_s or (end_s, end_s)
+        self.stages.add("worker backward", sent_s - start_s)
+        self.stages.add("exchange gradients", received_s - sent_s)
+        self.stages.add("embed backward", end_s - received_s)
 
     def _check_same_on_all_ranks(self) -> None:
         digest = hashlib.sha256()

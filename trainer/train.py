@@ -1,11 +1,8 @@
 """The training loop: batches to steps, evaluations and checkpoints when they are due, and a clean end on a signal."""
 
-import itertools
 import math
-from contextlib import closing
-from typing import Any
-
-import numpy as np
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 
 from trainer import checkpoint, summary
 from trainer.batch import Batch, BatchPosition
@@ -13,11 +10,13 @@ from trainer.checkpoint import FORMAT_VERSION, CheckpointState
 from trainer.config import config_digest
 from trainer.errors import RemoteRankError, TrainerError
 from trainer.evaluate import Metrics, evaluate
-from trainer.exchange import ContentRequest
-from trainer.prefetch import read_ahead
+from trainer.exchange import ContentRequest, Kind
+from trainer.prefetch import prepare_ahead, read_ahead
+from trainer.profiling import tracing
 from trainer.progress import Progression
 from trainer.run import Run
 from trainer.signals import StoppedError, StopSignals
+from trainer.stages import WAIT
 from trainer.step import Prepared
 
 
@@ -33,9 +32,11 @@ class Training:
 
     def fit(self) -> None:
         """All remaining steps, the last evaluation and checkpoint. On a signal: a checkpoint, then StoppedError."""
+        folder = self._run.folder / "profile" if self._config.run.profile else None
         try:
-            for epoch in range(self._run.position.epoch, self._config.train.epochs):
-                self._epoch(epoch)
+            with tracing(folder, self._run.comm.rank) as trace_step:
+                for epoch in range(self._run.position.epoch, self._config.train.epochs):
+                    self._epoch(epoch, trace_step)
             self._evaluate()
         except StoppedError:
             path = self._save()
@@ -43,23 +44,40 @@ class Training:
             raise
         self._save()
 
-    def _epoch(self, epoch: int) -> None:
+    def _epoch(self, epoch: int, trace_step: Callable[[], None]) -> None:
         reader, first_step = self._run.train_reader, self._run.position.step
+        count = min(reader.steps_per_epoch - first_step, total_steps(self._run) - self._engine.num_steps)
         batches = reader.batches(epoch, first_step)
-        with closing(read_ahead(batches, self._config.data.prefetch_batches)) as ahead:
-            for step in itertools.count(first_step):
-                if step == reader.steps_per_epoch or self._engine.num_steps == total_steps(self._run):
-                    break
-                with self.totals.timed("data"):
-                    item = next(ahead)
-                self._step(item)
+        with self._prepared(batches, count, "step") as coming:
+            for step, prepared in enumerate(coming, first_step):
+                self._step(prepared)
                 last = step + 1 == reader.steps_per_epoch
                 self._run.position = BatchPosition(epoch + 1, 0) if last else BatchPosition(epoch, step + 1)
+                trace_step()
                 self._between_steps()
 
-    def _step(self, item: Batch | Exception) -> None:
-        with self.totals.timed("exchange"):
-            prepared = self._prepare(item)
+    @contextmanager
+    def _prepared(self, batches: Iterator[Batch], count: int, kind: Kind) -> Iterator[Iterator[Prepared]]:
+        """`count` batches, read ahead, and each one prepared beside the step of the one before."""
+        depth = self._config.data.prefetch_batches
+        with closing(read_ahead(batches, depth)) as ahead:
+            if depth == 0:
+                yield (self._prepare(next(ahead), kind) for _ in range(count))
+                return
+
+            def prepare() -> Prepared:
+                with self._engine.stages.timed("read"):
+                    item = next(ahead)
+                return self._prepare(item, kind)
+
+            with closing(prepare_ahead(count, prepare)) as waiting:
+                yield (self._waited(each) for each in waiting)
+
+    def _waited(self, result: Callable[[], Prepared]) -> Prepared:
+        with self.totals.timed("wait"), self._engine.stages.timed(WAIT):
+            return result()
+
+    def _step(self, prepared: Prepared) -> None:
         references, images = self._count_images(prepared)
         with self.totals.timed("compute"):
             result = self._engine.train_step(prepared)
@@ -82,12 +100,12 @@ class Training:
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self._engine.num_steps % every == 0
 
-    def _prepare(self, item: Batch | Exception) -> Prepared:
+    def _prepare(self, item: Batch | Exception, kind: Kind) -> Prepared:
         """The engine's `prepare`; a stop signal goes in place of the batch, so that all ranks stop here together."""
         if self._signals.received and isinstance(item, Batch):
             item = StoppedError(f"{self._signals.received} received")
         try:
-            return self._engine.prepare(item)
+            return self._engine.prepare(item, kind)
         except RemoteRankError as failure:
             raise StoppedError.sent_by(failure) or failure from None
 
@@ -100,15 +118,10 @@ class Training:
     def _evaluate(self) -> None:
         run = self._run
 
-        def predict(item: Batch | Exception) -> tuple[Batch, np.ndarray[Any, np.dtype[np.float64]]]:
-            prepared = self._prepare(item)
-            return prepared.batch, self._engine.predict(prepared)
-
-        with (
-            self.totals.timed("evaluate"),
-            closing(read_ahead(run.test_reader.batches(), self._config.data.prefetch_batches)) as ahead,
-        ):
-            self.metrics = evaluate(run.comm, ahead, predict, run.known_ads, run.schema.new_ad_field)
+        count = run.test_reader.steps_per_epoch
+        with self.totals.timed("evaluate"), self._prepared(run.test_reader.batches(), count, "eval") as coming:
+            predicted = ((each.batch, self._engine.predict(each)) for each in coming)
+            self.metrics = evaluate(run.comm, predicted, run.known_ads, run.schema.new_ad_field)
         run.history.append({"step": self._engine.num_steps, **self.metrics})
         self._progress.metrics(self._engine.num_steps, self.metrics)
 

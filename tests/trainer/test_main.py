@@ -98,7 +98,7 @@ class TestAlone:
         assert report["bytes_sent_per_step"] == 0
         assert report["samples_per_s"] > 0
         assert report["history"][-1] == {"step": 100, **metrics}
-        assert set(report["seconds"]) == {"data", "exchange", "compute", "evaluate", "checkpoint"}
+        assert set(report["seconds"]) == {"wait", "compute", "evaluate", "checkpoint"}
 
     def test_files(self, alone: Path, places: Places) -> None:
         changes = {"run__name": "alone", "train__max_steps": 100, "data__global_batch_size": 16, "train__epochs": 3}
