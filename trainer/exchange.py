@@ -19,6 +19,7 @@ from featurestore.keys import owner_of, shard_of
 from trainer.batch import Jagged
 from trainer.comm import Comm
 from trainer.options import ExchangeConfig
+from trainer.reuse import ReusePlan, VectorCache
 from trainer.routing import (
     FAILED,
     OK,
@@ -52,7 +53,7 @@ class Source(Protocol):
     def owner_of(self, keys_U: Int64) -> Int64:
         """The rank that answers for each key."""
 
-    def serve(self, keys_R: Int64) -> Any:
+    def serve(self, keys_R: Int64, kind: Kind) -> Any:
         """A `Served` for keys that this rank owns; the same key may come several times."""
 
     def vectors(self, served: Any) -> Tensor:
@@ -64,30 +65,43 @@ class Source(Protocol):
 
 @dataclass
 class ContentRequest:
-    """Gathered features of the unique keys."""
+    """Gathered features of the unique keys; of those that are computed now, where a plan says which."""
 
     gathered: Gathered
     inverse_R: Int64
     num_unique: int
+    plan: ReusePlan | None
+
+    @property
+    def num_computed(self) -> int:
+        """Keys whose vectors E makes now."""
+        return len(self.gathered.features_QD)
 
 
 class ContentSource:
-    """One E of an embedding service."""
+    """One E of an embedding service, and, where `cache` is given, its vectors of the last steps."""
 
-    def __init__(self, service: EmbeddingService, model: str, num_ranks: int) -> None:
-        self._service, self._model, self._num_ranks = service, model, num_ranks
+    def __init__(self, service: EmbeddingService, model: str, num_ranks: int, cache: VectorCache | None = None) -> None:
+        self._service, self._model, self._num_ranks, self._cache = service, model, num_ranks, cache
         self._num_shards = service.partition.info.num_shards
         self.width = service.width(model)
 
     def owner_of(self, keys_U: Int64) -> Int64:
         return owner_of(shard_of(keys_U, self._num_shards), self._num_ranks)
 
-    def serve(self, keys_R: Int64) -> ContentRequest:
+    def serve(self, keys_R: Int64, kind: Kind) -> ContentRequest:
         keys_Q, inverse_R = unique(keys_R)
-        return ContentRequest(self._service.gather(keys_Q), inverse_R, len(keys_Q))
+        num_unique, plan = len(keys_Q), None
+        if self._cache is not None and kind == "step":
+            plan, fresh_Q = self._cache.plan(self._service.partition.places(keys_Q))
+            keys_Q = keys_Q[fresh_Q]
+        return ContentRequest(self._service.gather(keys_Q), inverse_R, num_unique, plan)
 
     def vectors(self, served: ContentRequest) -> Tensor:
-        return self._service.embed(self._model, served.gathered)
+        computed = self._service.embed(self._model, served.gathered)
+        if self._cache is None or served.plan is None:
+            return computed
+        return self._cache.combine(served.plan, computed)
 
     def release(self, served: ContentRequest) -> None:
         self._service.release(served.gathered)
@@ -143,6 +157,10 @@ class Request:
         """Keys asked for."""
         return sum(len(asked.keys_U) for asked in self.asked_S)
 
+    def unique_by_field(self) -> dict[str, tuple[int, int]]:
+        """For each field of the batch how many different keys it has, and how many keys in all."""
+        return {name: (len(torch.unique(index_N)), len(index_N)) for name, index_N in self.index_of_field.items()}
+
 
 class Exchange:
     """Asks the owners for the vectors of a batch's keys, and answers the other ranks at the same time.
@@ -190,7 +208,7 @@ class Exchange:
         try:
             with self._stages.timed("gather"):
                 for source, keys_R in zip(self._sources, blocks.keys_SR, strict=True):
-                    served_S.append(source.serve(keys_R))
+                    served_S.append(source.serve(keys_R, kind))
         except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
             error = failure
         plans = [self._plan(w, asked_S, None if error else served_S, blocks.counts_PS) for w in self._widths]

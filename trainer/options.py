@@ -51,6 +51,8 @@ class ExchangeConfig(Section):
 
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of vectors and their gradients on the way. float32: sent as they are; bfloat16: rounded, half of the bytes."""
+    reuse_steps: Annotated[int, Field(ge=0, le=1000)] = 0
+    """An owner may answer with a visual vector that is up to so many steps old. 0: never, which is exact."""
 
 
 class OptimConfig(Section):

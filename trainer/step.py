@@ -21,6 +21,7 @@ from trainer.exchange import ContentSource, Exchange, Kind, Request, Source
 from trainer.models.dicm import Dicm
 from trainer.optim import DenseOptimizer, check_names, rates_at
 from trainer.options import ExchangeConfig, ModelConfig, OptimConfig
+from trainer.reuse import VectorCache
 from trainer.schema import Field, Schema
 from trainer.stages import Stages
 from trainer.tables import IdTable, TableShape
@@ -92,10 +93,11 @@ class Engine:
         source_of_field = {field.name: field.table_name for field in self.fields if field.is_id}
         for field in self.fields:
             if field.kind == "content":
-                name = f"{field.store_name}:{model_name(field, model)}"
-                source_of_field[field.name] = name
+                network = model_name(field, model)
+                name = source_of_field[field.name] = f"{field.store_name}:{network}"
                 service = self.services[field.store_name]
-                sources[name] = ContentSource(service, model_name(field, model), comm.size)
+                cache = self._cache(service, network, exchange)
+                sources[name] = ContentSource(service, network, comm.size, cache)
         self._exchange = Exchange(comm, sources, source_of_field, device, dtype, exchange, self.stages)
         self._check_same_on_all_ranks()
 
@@ -198,6 +200,13 @@ class Engine:
         with self.stages.timed("worker forward"):
             logit_B: Tensor = self.model(vectors, dense, group_of_sample_B)
         return logit_B
+
+    def _cache(self, service: EmbeddingService, network: str, exchange: ExchangeConfig | None) -> VectorCache | None:
+        """Where the vectors of one E are kept for some steps, if they are to be."""
+        if exchange is None or exchange.reuse_steps == 0:
+            return None
+        rows, width = service.partition.num_rows, service.width(network)
+        return VectorCache(rows, width, exchange.reuse_steps, self._device, self._dtype)
 
     def _backward(self, loss: Tensor, request: Request) -> None:
         start_s = time.perf_counter()

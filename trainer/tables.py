@@ -82,8 +82,11 @@ class IdTable:
         """The rank that has the row of each id."""
         return owner_of(shard_of(ids_U, self.shape.num_shards), self._num_ranks)
 
-    def serve(self, ids_R: Int64) -> RowRequest:
-        """The unique rows behind ids that this rank owns; two ids of one row get the same. Reads no weight."""
+    def serve(self, ids_R: Int64, kind: str = "step") -> RowRequest:
+        """The unique rows behind ids that this rank owns; two ids of one row get the same. Reads no weight.
+
+        The `kind` of the request does not matter.
+        """
         shard_R, row_R = self.shape.place_of(ids_R)
         slot_R = self._slot_of_shard[shard_R]
         assert (slot_R >= 0).all(), f"table {self.shape.name}: asked for rows that another rank owns"

@@ -18,6 +18,7 @@ from trainer.run import Run
 from trainer.signals import StoppedError, StopSignals
 from trainer.stages import WAIT
 from trainer.step import Prepared
+from trainer.summary import ImageCounts
 
 
 class Training:
@@ -78,16 +79,24 @@ class Training:
             return result()
 
     def _step(self, prepared: Prepared) -> None:
-        references, images = self._count_images(prepared)
+        images = self._count_images(prepared)
         with self.totals.timed("compute"):
             result = self._engine.train_step(prepared)
         if not math.isfinite(result.loss):
             raise TrainerError(f"the loss of step {self._engine.num_steps} is {result.loss}; try a lower train.lr")
-        self.totals.add(result, references, images)
+        self.totals.add(result, images)
         samples, seconds = self.totals.steady
         speed = samples * self._run.comm.size / seconds
         scalars = {"loss": result.loss, "learning_rate": result.learning_rate, "samples_per_s": speed}
-        self._progress.step(self._engine.num_steps, scalars, self._is_due(self._config.train.log_every))
+        details: dict[str, float] = {}
+        if self._is_due(self._config.train.log_every):
+            unique = prepared.request.unique_by_field()
+            self.totals.add_unique(unique)
+            details |= {f"stage_ms/{name}": value for name, value in self._engine.stages.last_ms().items()}
+            details |= {f"unique_ratio/{name}": different / max(keys, 1) for name, (different, keys) in unique.items()}
+            details |= {f"bytes_sent/{name}": float(each.sent) for name, each in self._run.comm.traffic.items()}
+            details |= {"images/served": images.served, "images/computed": images.computed}
+        self._progress.step(self._engine.num_steps, scalars, details)
 
     def _between_steps(self) -> None:
         if self._engine.num_steps == total_steps(self._run):
@@ -109,11 +118,14 @@ class Training:
         except RemoteRankError as failure:
             raise StoppedError.sent_by(failure) or failure from None
 
-    def _count_images(self, prepared: Prepared) -> tuple[int, int]:
-        """Image keys in this rank's batch, and unique images that this rank computes for all."""
-        references = sum(len(prepared.batch.fields[name].values_N) for name in self._content)
-        served = prepared.request.served_S
-        return references, sum(each.num_unique for each in served if isinstance(each, ContentRequest))
+    def _count_images(self, prepared: Prepared) -> ImageCounts:
+        """Of this rank's batch, and of what this rank does for all."""
+        served = [each for each in prepared.request.served_S if isinstance(each, ContentRequest)]
+        return ImageCounts(
+            references=sum(len(prepared.batch.fields[name].values_N) for name in self._content),
+            served=sum(each.num_unique for each in served),
+            computed=sum(each.num_computed for each in served),
+        )
 
     def _evaluate(self) -> None:
         run = self._run
