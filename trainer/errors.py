@@ -5,6 +5,7 @@ TrainerError
 ├── SchemaError       the schema of the samples contradicts itself or the model
 ├── DataError         a sample file or a value in it cannot be used
 ├── CheckpointError   a checkpoint is missing, damaged, or of another run
+├── PlanError         this machine could not be measured for a plan
 ├── RemoteRankError   another rank failed; the text is its error
 └── LostRankError     another rank is gone, or out of reach
     └── LateRankError another rank has not come to a collective in time
@@ -29,6 +30,10 @@ class DataError(TrainerError):
 
 class CheckpointError(TrainerError):
     """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class PlanError(TrainerError):
+    """This machine could not be measured for a plan."""
 
 
 class RemoteRankError(TrainerError):

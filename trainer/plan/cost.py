@@ -7,6 +7,7 @@
 ID vectors, the worker model and the dense gradients are the same in all three. Every time is a mean over steps.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,8 @@ from trainer.plan.skew import highest_of
 Design = Literal["exchange", "store in server", "store in worker"]
 DESIGNS: tuple[Design, ...] = ("exchange", "store in server", "store in worker")
 KEY_BYTES = 8
+LANES: tuple[frozenset[str], ...] = (frozenset({"read", "samples"}), frozenset({"route", "keys", "gather", "features"}))
+"""Stages that need no weights, so that those of step t + 1 run beside step t: a thread reads, another one prepares."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +134,16 @@ class Network:
 
 @dataclass(frozen=True)
 class Machine:
-    """One machine, and which stages run beside the step before: with `cores` to share, at best at the same time."""
+    """One machine. Ranks of it share its `cores`.
+
+    `interference`: how much longer a step of the real loop takes than its stages alone would say, measured at one rank:
+    threads that run beside each other fight for memory and processor caches.
+    """
 
     rates: Rates
     network: Network
     cores: int
-    ahead: frozenset[str]
+    interference: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -205,16 +212,17 @@ def step_cost(design: Design, counts: BatchCounts, widths: Widths, machine: Mach
 
 
 def step_seconds(stages: Mapping[str, Stage], ranks: int, machine: Machine) -> float:
-    """Stages ahead run beside the others; neither can be faster than the processor time of all ranks of a machine.
+    """The lanes run beside the other stages; none can be faster than the processor time of all ranks of a machine.
 
     These are the two bounds of Brent's theorem (The parallel evaluation of general arithmetic expressions, 1974), the
-    span and the work; of P ranks whose steps vary independently, the slowest counts.
+    span and the work. Of machines whose steps vary independently, the slowest counts.
     """
-    ahead = sum(stage.seconds for name, stage in stages.items() if name in machine.ahead)
-    others = sum(stage.seconds for name, stage in stages.items() if name not in machine.ahead)
-    sharing = min(ranks, machine.network.ranks_per_machine)
-    busy = sum(stage.busy_s for stage in stages.values()) * sharing / machine.cores
-    return max(ahead, others, busy) * (1 + machine.rates.jitter * highest_of(ranks))
+    lanes = [sum(stage.seconds for name, stage in stages.items() if name in lane) for lane in LANES]
+    own = sum(stage.seconds for name, stage in stages.items() if not any(name in lane for lane in LANES))
+    local = min(ranks, machine.network.ranks_per_machine)
+    busy = sum(stage.busy_s for stage in stages.values()) * local / machine.cores
+    wait = machine.rates.jitter * highest_of(math.ceil(ranks / local))
+    return max(*lanes, own, busy) * machine.interference * (1 + wait)
 
 
 def _computed(design: Design, counts: BatchCounts, machine: Machine) -> dict[str, Stage]:
@@ -252,7 +260,13 @@ def _sent(design: Design, counts: BatchCounts, sizes: Mapping[str, float], netwo
         seconds["features"] = network.alltoall_s(ranks, image_skew * sizes["features"])
     if design == "store in worker" and ranks > network.ranks_per_machine:
         seconds["samples"] = sizes["samples"] * network.ranks_per_machine / network.link_bytes_per_s
-    return {name: Stage(each, 0.0) for name, each in seconds.items()}
+    # What two ranks of a machine send each other, its processor copies; a network card works alone.
+    copied = 1.0 if ranks <= network.ranks_per_machine else 0.0
+    moved = {"keys": sizes["keys"], "vectors": vectors, "gradients": vectors, "features": sizes.get("features", 0.0)}
+    moved["dense gradients"] = sizes["dense gradients"]
+    return {
+        name: Stage(each, copied * moved.get(name, 0.0) / network.local_bytes_per_s) for name, each in seconds.items()
+    }
 
 
 def _stage(piece: Piece, units: float) -> Stage:
