@@ -2,7 +2,8 @@
 
     python -m benchmarks.plan [--dir DIR] [--json FILE] [--ranks 1,2,4]
 
-On the paper-shaped workload, small. Ranks beyond the number of cores take turns on them, in the plan as in the run.
+On the paper-shaped workload, small. Ranks beyond the number of cores take turns on them, in the plan as in the run. Of
+two runs for each number of ranks the faster one counts: what disturbs a run only adds to its time.
 """
 
 import json
@@ -38,7 +39,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.")] = None,
     ranks: Annotated[str, typer.Option(help="Numbers of ranks, with commas.")] = "1,2,4",
     images: Annotated[int, typer.Option(help="In the store.", min=100)] = 20_000,
-    samples_per_rank: Annotated[int, typer.Option(help="Of a step.", min=16)] = 3_000,
+    samples_per_rank: Annotated[int, typer.Option(help="Of a step.", min=16)] = 1_500,
 ) -> None:
     """Compare predicted with measured steps; prints the figures."""
     try:
@@ -65,9 +66,13 @@ def compare(workload: Workload, ranks: tuple[int, ...]) -> dict[str, Figure]:
     )
     plan = plan_own(config, question, lambda text: typer.echo(f"{text} ...", err=True))
     figures: dict[str, Figure] = {}
+    reports: dict[int, dict[str, Any]] = {}
+    for count in [*ranks, *reversed(ranks)]:
+        typer.echo(f"training with {count} ranks ...", err=True)
+        report = run(workload, count)
+        reports[count] = max(report, reports.get(count, report), key=lambda each: float(each["samples_per_s"]))
     for row in plan.rows:
-        typer.echo(f"training with {row.ranks} ranks ...", err=True)
-        figures |= _compared(plan, row, run(workload, row.ranks))
+        figures |= _compared(plan, row, reports[row.ranks])
     errors = [abs(float(value or 0) - 1) for name, value in figures.items() if name.startswith("step_predicted_over")]
     return {**figures, "worst_error": max(errors)}
 

@@ -21,14 +21,16 @@ from trainer.data import SampleReader, open_index
 from trainer.errors import ConfigError, PlanError
 from trainer.plan import calibrate, standin
 from trainer.plan.__main__ import app
-from trainer.plan.build import Stored, advise, build, even_shards
+from trainer.plan.build import Row, Stored, advise, build, even_shards
 from trainer.plan.cost import (
+    DESIGNS,
     BatchCounts,
     Keys,
     Machine,
     Network,
     Piece,
     Rates,
+    StepCost,
     Widths,
     bytes_by_part,
     decoded_samples,
@@ -368,9 +370,24 @@ class TestBuild:
         assert many.efficiency["exchange"] == pytest.approx(expected)
         assert many.day_s["exchange"] == pytest.approx(1e3 * many.costs["exchange"].seconds)
         assert many.best == min(many.costs, key=lambda design: many.costs[design].seconds)
-        lines = advise(many, self.STORED)
-        assert lines[0].startswith(f"20 ranks: {many.best}")
-        assert many.best != "exchange" or "256 shards" in lines[1]
+
+    def test_advice(self) -> None:
+        def row_of(skew: float, seconds: float) -> Row:
+            keys = Keys(8_000, 100, 100, 2_000, 100 * skew)
+            counts = BatchCounts(1_000, 20, 0.0, keys, dataclasses.replace(keys, owned=100.0))
+            costs = {d: StepCost(d, 1.0 if d == "exchange" else seconds, 1.0, {}, {}) for d in DESIGNS}
+            return Row(20, counts, costs, {}, {}, {}, rank_bytes=6e9, sample_day_bytes=4e12)
+
+        chosen = "20 ranks: exchange. Its samples/s are 3 times store in server's and 3 times store in worker's."
+        assert advise(row_of(1.04, 3.0), self.STORED) == [chosen]
+        uneven = advise(row_of(1.25, 3.0), self.STORED)
+        assert uneven[0] == chosen and "25% more images" in uneven[1] and "--num-shards 256." in uneven[1]
+        small = dataclasses.replace(self.STORED, machine_memory_bytes=10**10)
+        assert advise(row_of(1.0, 3.0), small) == [chosen]
+        assert (
+            "a machine has to hold 12 GB, and this one has 10 GB" in advise(row_of(1.0, 3.0), small, local_ranks=2)[1]
+        )
+        assert "store in server" in advise(row_of(1.25, 0.5), self.STORED)[0]
 
 
 class TestMeasuring:

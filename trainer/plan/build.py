@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from trainer.plan.cost import DESIGNS, BatchCounts, Design, Machine, StepCost, Widths, step_cost
+from trainer.plan.cost import DESIGNS, BatchCounts, Design, Keys, Machine, StepCost, Widths, step_cost
 
 FEATURE_ITEM_BYTES = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 _SKEW_WORTH_A_WORD = 1.05
+_MOST_OF_MEMORY = 0.8
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Stored:
     shards: int
     table_bytes: int
     table_shards: int
+    machine_memory_bytes: int | None = None
+    """Of a machine, where it is known."""
 
     def feature_bytes(self, dtype: str, ranks: int) -> float:
         """Of the rank that has most shards."""
@@ -42,6 +45,8 @@ class Row:
     stored: Mapping[str, float]
     """Bytes of features that a rank holds, by dtype."""
     rank_bytes: float
+    sample_day_bytes: float
+    """Of the features in a day's samples, were they stored there."""
 
     @property
     def best(self) -> Design:
@@ -94,29 +99,51 @@ def build(
                 day_s={d: samples_per_day / costs[d].samples_per_s for d in DESIGNS},
                 stored={dtype: stored.feature_bytes(dtype, count) for dtype in FEATURE_ITEM_BYTES},
                 rank_bytes=stored.rank_bytes(count),
+                sample_day_bytes=widths.feature_bytes * counts.images.references / counts.samples * samples_per_day,
             )
         )
-    advice = tuple(line for row in rows for line in advise(row, stored))
+    advice = tuple(line for row in rows for line in advise(row, stored, min(row.ranks, max(machines))))
     return Plan(
         title, base_ranks, samples_per_day, tuple(rows), machines, tuple(dict.fromkeys(advice)), tuple(assumptions)
     )
 
 
-def advise(row: Row, stored: Stored) -> list[str]:
-    """Which design to choose for these ranks and why, and what to change about the shards."""
+def advise(row: Row, stored: Stored, local_ranks: int = 1) -> list[str]:
+    """Which design to choose for these ranks and why, and what to change about shards and memory."""
+    who = "1 rank" if row.ranks == 1 else f"{row.ranks} ranks"
     best = row.costs[row.best]
     others = [row.costs[design] for design in DESIGNS if design != row.best]
-    times = " and ".join(f"{each.seconds / best.seconds:.2g} times {each.design}'s" for each in others)
-    lines = [f"{row.ranks} ranks: {row.best}. Its samples/s are {times}."]
-    images, skew = row.counts.images, row.counts.images.owned * row.ranks / max(1e-9, row.counts.images.unique)
-    if row.best == "exchange" and skew > _SKEW_WORTH_A_WORD and images.unique > 0:
-        uneven = most_shards(stored.shards, row.ranks) * row.ranks / stored.shards
-        if uneven > _SKEW_WORTH_A_WORD:
-            lines.append(
-                f"{row.ranks} ranks: the busiest owner has {skew - 1:.0%} more images than the mean, as "
-                f"{stored.shards} shards do not divide evenly; of {even_shards(row.ranks)} shards no rank has 5 % more."
-            )
+    times = " and ".join(f"{each.seconds / best.seconds:.3g} times {each.design}'s" for each in others)
+    lines = [f"{who}: {row.best}. Its samples/s are {times}."]
+    if row.best == "store in worker":
+        lines.append(f"{who}: the samples of a day with their features are {row.sample_day_bytes / 1e12:.3g} TB.")
+        return lines
+    images, ids = (_uneven(keys, row.ranks) for keys in (row.counts.images, row.counts.ids))
+    lines += _of_shards(who, row.ranks, images, stored.shards, "images", "make the store with --num-shards")
+    lines += _of_shards(who, row.ranks, ids, stored.table_shards, "ids", "set model.table_shards to")
+    needed = row.rank_bytes * local_ranks
+    if stored.machine_memory_bytes is not None and needed > _MOST_OF_MEMORY * stored.machine_memory_bytes:
+        lines.append(
+            f"{who}: a machine has to hold {needed / 1e9:,.3g} GB, and this one has "
+            f"{stored.machine_memory_bytes / 1e9:,.3g} GB: what does not fit is read from its disk, which is not in "
+            "the times. Take more machines, or a store of a smaller dtype (python -m featurestore recode)."
+        )
     return lines
+
+
+def _uneven(keys: Keys, ranks: int) -> float:
+    """Unique keys of the busiest owner over the mean."""
+    return keys.owned * ranks / keys.unique if keys.unique else 1.0
+
+
+def _of_shards(who: str, ranks: int, skew: float, shards: int, things: str, way_out: str) -> list[str]:
+    """Advice on shards that do not divide evenly; keys alone may be uneven too, which more shards do not help."""
+    if min(skew, most_shards(shards, ranks) * ranks / shards) <= _SKEW_WORTH_A_WORD:
+        return []
+    return [
+        f"{who}: the busiest owner has {skew - 1:.0%} more {things} than the mean, as {shards} shards do not divide "
+        f"evenly; {way_out} {even_shards(ranks)}."
+    ]
 
 
 def most_shards(num_shards: int, ranks: int) -> int:

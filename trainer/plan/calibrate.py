@@ -1,5 +1,6 @@
 """What this machine can do: programs that measure it are started as the trainer would be, and their figures read."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -24,31 +25,43 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def calibrate(config: Config, large: int, local_ranks: int, link_bytes_per_s: float, latency_s: float) -> Machine:
-    """This machine with `local_ranks` ranks on it, each with batches of about `large` samples. About half a minute.
+class Calibration:
+    """This machine with one rank on it, or with several; what was measured once is not measured again.
 
     As many processes as there are ranks, but no more than cores, measure at the same time; ranks beyond that share the
-    cores by turns. Raises PlanError with what a program said that failed.
+    cores by turns. A measurement takes about half a minute. Raises PlanError with what a program said that failed.
     """
-    cores = num_cores()
-    threads = config.run.threads or max(1, cores // local_ranks)
-    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
-        settings = Path(folder) / "config.yaml"
-        save_config(config, settings)
-        processes = min(local_ranks, cores)
-        found = _run("trainer.plan.rates", processes, [str(settings), str(large), str(threads)])
+
+    def __init__(self, config: Config, link_bytes_per_s: float, latency_s: float) -> None:
+        self._config, self._link_bytes_per_s, self._latency_s = config, link_bytes_per_s, latency_s
+        self._measured: dict[tuple[int, int, int], Measured] = {}
+
+    def machine(self, local_ranks: int, large: int) -> Machine:
+        """With `local_ranks` ranks, each with batches of about `large` samples."""
+        cores = num_cores()
+        processes, threads = min(local_ranks, cores), self._config.run.threads or max(1, cores // local_ranks)
+        case = processes, threads, large
+        if case not in self._measured:
+            self._measured[case] = self._rates(*case)
+        measured = self._measured[case]
         wire = _run("trainer.plan.collectives", max(2, min(local_ranks, _MOST_PROCESSES)), [])
-    pieces = {name: Piece(**value) for name, value in found["rates"].items() if name != "jitter"}
-    measured = Measured(Rates(**pieces, jitter=found["rates"]["jitter"]), found["loop_s"], found["loop_units"])
-    network = Network(
-        call_s=(wire["alltoall_call_s"] + wire["allreduce_call_s"]) / 2,
-        latency_s=latency_s,
-        link_bytes_per_s=link_bytes_per_s,
-        local_bytes_per_s=2 / max(1e-12, wire["alltoall_byte_s"] + wire["allreduce_byte_s"]),
-        ranks_per_machine=local_ranks,
-    )
-    alone = Machine(measured.rates, network, cores)
-    return Machine(measured.rates, network, cores, interference(measured, alone, processes))
+        network = Network(
+            call_s=(wire["alltoall_call_s"] + wire["allreduce_call_s"]) / 2,
+            latency_s=self._latency_s,
+            link_bytes_per_s=self._link_bytes_per_s,
+            local_bytes_per_s=2 / max(1e-12, wire["alltoall_byte_s"] + wire["allreduce_byte_s"]),
+            ranks_per_machine=local_ranks,
+        )
+        alone = Machine(measured.rates, dataclasses.replace(network, ranks_per_machine=processes), cores)
+        return Machine(measured.rates, network, cores, interference(measured, alone, processes))
+
+    def _rates(self, processes: int, threads: int, large: int) -> Measured:
+        with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+            settings = Path(folder) / "config.yaml"
+            save_config(self._config, settings)
+            found = _run("trainer.plan.rates", processes, [str(settings), str(large), str(threads)])
+        pieces = {name: Piece(**value) for name, value in found["rates"].items() if name != "jitter"}
+        return Measured(Rates(**pieces, jitter=found["rates"]["jitter"]), found["loop_s"], found["loop_units"])
 
 
 def interference(measured: Measured, machine: Machine, processes: int) -> float:

@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, field_validator
 
+from featurestore.spec import DType
 from trainer.errors import ConfigError
 from trainer.options import Count
+from trainer.plan.build import FEATURE_ITEM_BYTES
 from trainer.plan.cost import BatchCounts, Machine, Network, Piece, Rates, Widths, step_cost
 from trainer.plan.draws import Population
 from trainer.plan.growth import Curve, Point
@@ -72,7 +74,8 @@ class PlanInput(Section):
     samples_per_day: Count
     images: KeysInput
     ids: KeysInput
-    feature_bytes: Count
+    dim: Count
+    dtype: DType
     store_rows: Count
     dense_bytes: Count
     reference: ReferenceInput
@@ -89,7 +92,12 @@ class PlanInput(Section):
     @property
     def widths(self) -> Widths:
         """What travels."""
-        return Widths(self.feature_bytes, int(self.images.vector_bytes), self.ids.vector_bytes, self.dense_bytes)
+        return Widths(
+            self.dim * FEATURE_ITEM_BYTES[self.dtype],
+            int(self.images.vector_bytes),
+            self.ids.vector_bytes,
+            self.dense_bytes,
+        )
 
     def machine(self) -> Machine:
         """A node that computes as fast as the reference run says: all of its time but the wire goes with its images."""

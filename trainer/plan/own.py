@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 
 from featurestore.embedding import EmbeddingModel
+from featurestore.mapping import physical_memory_bytes
 from trainer.config import Config
 from trainer.models.dicm import Dicm, used_fields
 from trainer.plan import standin
 from trainer.plan.assumptions import assumptions, samples_per_day
 from trainer.plan.build import Plan, Stored, build
-from trainer.plan.calibrate import calibrate
+from trainer.plan.calibrate import Calibration
 from trainer.plan.cost import BatchCounts, Widths, decoded_samples
 from trainer.plan.sample import LARGEST_MEASURED, Question, Sampled, sample
 from trainer.step import model_name, table_shapes
@@ -32,12 +33,12 @@ def plan_own(config: Config, question: Question, say: Say) -> Plan:
     fits = standin.fits(sampled.snapshot.info, sampled.snapshot.num_rows)
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         measured = config if fits else _with_standin(config, sampled, Path(folder))
-        machines = {}
+        calibration, machines = Calibration(measured, question.link_bytes_per_s, question.latency_s), {}
         for local in locals_:
             say(f"measuring this machine with {local} rank{'s' if local > 1 else ''} on it")
             size = question.sizes(local)[0]
             large = max(1, min(LARGEST_MEASURED, size, sampled.index.num_samples // 4))
-            machines[local] = calibrate(measured, large, local, question.link_bytes_per_s, question.latency_s)
+            machines[local] = calibration.machine(local, large)
     return build(
         title=f"{config.data.samples} and {config.data.store}, snapshot {sampled.snapshot.version}",
         counts_of=lambda ranks: counts(config, question, sampled, ranks),
@@ -101,4 +102,5 @@ def _stored(config: Config, sampled: Sampled) -> Stored:
         shards=info.num_shards,
         table_bytes=sum(shape.rows_per_shard * shape.num_shards * row_bytes[shape.name] for shape in shapes),
         table_shards=config.model.table_shards,
+        machine_memory_bytes=physical_memory_bytes(),
     )

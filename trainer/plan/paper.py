@@ -3,6 +3,8 @@
 from trainer.plan.build import Plan, Stored, build
 from trainer.plan.inputs import PlanInput
 
+_OTHER_LATENCIES_US = (50.0, 100.0, 400.0)
+
 
 def plan_input(described: PlanInput) -> Plan:
     """The plan of what the file says; efficiency is against its smallest number of ranks."""
@@ -18,20 +20,35 @@ def plan_input(described: PlanInput) -> Plan:
     )
     stored = Stored(
         rows=described.store_rows,
-        dim=described.feature_bytes // 4,
-        dtype="float32",
+        dim=described.dim,
+        dtype=described.dtype,
         shards=described.images.num_shards,
         table_bytes=0,
         table_shards=described.ids.num_shards,
     )
+    return _built(described, stored, [*described.assumptions, *derived, *_sensitivity(described, stored)])
+
+
+def _sensitivity(described: PlanInput, stored: Stored) -> list[str]:
+    """What another latency, which is the least known, would make of the efficiency."""
+    lines = []
+    for latency_us in _OTHER_LATENCIES_US:
+        network = described.network.model_copy(update={"latency_us": latency_us})
+        rows = _built(described.model_copy(update={"network": network}), stored, []).rows
+        figures = ", ".join(f"{row.efficiency['exchange']:.0%} on {row.ranks}" for row in rows[1:])
+        lines.append(f"With {latency_us:g} us a message instead the efficiency would be {figures} nodes.")
+    return lines
+
+
+def _built(described: PlanInput, stored: Stored, assumptions: list[str]) -> Plan:
     return build(
         title=described.title,
         counts_of=described.counts,
         ranks=sorted(described.ranks),
         base_ranks=min(described.ranks),
         widths=described.widths,
-        machines={1: machine},
+        machines={1: described.machine()},
         stored=stored,
         samples_per_day=described.samples_per_day,
-        assumptions=[*described.assumptions, *derived],
+        assumptions=assumptions,
     )

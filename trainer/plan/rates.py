@@ -11,7 +11,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,14 +30,16 @@ from trainer.data import SampleReader, open_index
 from trainer.exchange import ContentRequest
 from trainer.plan.cost import Piece, Rates
 from trainer.prefetch import prepare_ahead, read_ahead
+from trainer.routing import Int64
 from trainer.run import uses_cuda
 from trainer.schema import load_schema
-from trainer.step import Engine
+from trainer.step import Engine, Prepared, model_name
 from trainer.tables import RowRequest
 
-_WARM_UP, _ROUNDS, _LOOP_STEPS = 2, 7, 10
-_READ_S = 4.0
-_MOST_JITTER = 0.3
+# Rounds of steps by themselves and of the real loop take turns, so that a slow moment of the machine hits both alike.
+_ROUNDS, _STEPS, _LOOP_STEPS, _WARM_UP = 3, 4, 6, 2
+_READ_S = 3.0
+_MOST_JITTER = 0.1
 # Which of the engine's own stages make one piece of the plan; "gather" is timed by itself.
 _STAGES: dict[str, tuple[str, ...]] = {
     "serve": ("unique", "gather"),
@@ -145,45 +147,58 @@ class Bench:
         seconds: list[float] = []
         with closing(read_ahead(self.batches(size), depth)) as ahead:
 
-            def prepare() -> object:
-                item = next(ahead)
-                return engine.prepare(item)
+            def prepare() -> Prepared:
+                return engine.prepare(next(ahead))
 
-            count = _WARM_UP + _LOOP_STEPS
-            with closing(prepare_ahead(count, cast("Callable[[], object]", prepare))) as coming:
+            with closing(prepare_ahead(_WARM_UP + _LOOP_STEPS, prepare)) as coming:
                 start_s = time.perf_counter()
                 for result in coming:
-                    engine.train_step(result())  # type: ignore[arg-type]
+                    engine.train_step(result())
                     seconds.append(time.perf_counter() - start_s)
                     start_s = time.perf_counter()
         return seconds[_WARM_UP:]
 
     def _gather_s(self, batch: Batch) -> float:
-        keys = [batch.fields[field.name].values_N for field in self.engine.fields if field.kind == "content"]
-        keys_Q = np.unique(np.concatenate(keys))
+        """Of the features of a batch, which each E asks for by itself."""
+        keys_of_model: dict[str, list[Int64]] = {}
+        for field in self.engine.fields:
+            if field.kind == "content":
+                name = model_name(field, self._config.model)
+                keys_of_model.setdefault(name, []).append(batch.fields[field.name].values_N)
+        unique = [np.unique(np.concatenate(keys)) for keys in keys_of_model.values()]
         start_s = time.perf_counter()
-        gathered = self._service.gather(keys_Q)
+        gathered = [self._service.gather(keys_Q) for keys_Q in unique]
         elapsed_s = time.perf_counter() - start_s
-        self._service.release(gathered)
+        for each in gathered:
+            self._service.release(each)
         return elapsed_s
 
 
 def measure(comm: Comm, config: Config, large: int, threads: int) -> Measured:
     """The stages at `large` samples and at a third of it, mean over ranks; called by every rank."""
+    small, loop_s, spreads = max(1, large // 3), [], []
+    timed: dict[int, list[Timed]] = {small: [], large: []}
     with closing(Bench(config, threads)) as bench:
-        small = max(1, large // 3)
         comm.agree(None)
         read = bench.read(large)
-        timed = {size: _steps(comm, bench, size) for size in (small, large)}
-        comm.agree(None)
-        loop = bench.loop(large)
-    pieces = {name: line(timed[small], timed[large], name) for name in ("gather", "embed", "rows", "route", "worker")}
-    found = comm.allgather_object((read, pieces, loop, timed[large].units), name="plan.rates")
+        for _ in range(_ROUNDS):
+            for size in timed:
+                comm.agree(None)
+                steps = [bench.step(batch) for batch in itertools.islice(bench.batches(size), _WARM_UP + _STEPS)]
+                timed[size] += steps[_WARM_UP:]
+            comm.agree(None)
+            seconds = bench.loop(large)
+            loop_s.append(statistics.mean(seconds))
+            spreads.append(_spread(seconds))
+    low, high = _median(timed[small]), _median(timed[large])
+    pieces = {name: line(low, high, name) for name in ("gather", "embed", "rows", "route", "worker")}
+    mine = (read, pieces, statistics.median(loop_s), statistics.median(spreads), high.units)
+    found = comm.allgather_object(mine, name="plan.rates")
     mean = {name: _mean([each[1][name] for each in found]) for name in pieces}
-    jitter = min(_MOST_JITTER, statistics.mean(_spread(each[2]) for each in found))
+    jitter = min(_MOST_JITTER, statistics.mean(each[3] for each in found))
     rates = Rates(read=_mean([each[0] for each in found]), **mean, jitter=jitter)
-    units = {"read": float(large), **found[0][3]}
-    return Measured(rates, statistics.mean(statistics.mean(each[2]) for each in found), units)
+    units = {"read": float(large), **found[0][4]}
+    return Measured(rates, statistics.mean(each[2] for each in found), units)
 
 
 def line(small: Timed, large: Timed, name: str) -> Piece:
@@ -205,15 +220,10 @@ def _spread(seconds: Sequence[float]) -> float:
     return 1.4826 * statistics.median(abs(each - middle) for each in seconds) / middle
 
 
-def _steps(comm: Comm, bench: Bench, size: int) -> Timed:
-    """The medians over steps of `size` samples."""
-    comm.agree(None)
-    steps = [bench.step(batch) for batch in itertools.islice(bench.batches(size), _WARM_UP + _ROUNDS)][_WARM_UP:]
-    return Timed(
-        _medians([each.units for each in steps]),
-        _medians([each.seconds for each in steps]),
-        (statistics.median(s.cores[0] for s in steps), statistics.median(s.cores[1] for s in steps)),
-    )
+def _median(steps: Sequence[Timed]) -> Timed:
+    """Of every figure by itself."""
+    cores = statistics.median(each.cores[0] for each in steps), statistics.median(each.cores[1] for each in steps)
+    return Timed(_medians([each.units for each in steps]), _medians([each.seconds for each in steps]), cores)
 
 
 def _medians(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -22,6 +22,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "choose": row.best,
             "stored_bytes_per_rank": dict(row.stored),
             "memory_bytes_per_rank": row.rank_bytes,
+            "sample_feature_bytes_per_day": row.sample_day_bytes,
             "designs": {
                 design: {
                     "step_s": cost.seconds,
