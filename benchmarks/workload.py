@@ -182,7 +182,7 @@ def _config(workload: Workload) -> dict[str, Any]:
 
 def _values_of(attribute: int) -> int:
     """Distinct values of an attribute: few of some, thousands of others."""
-    return 4 * 3**attribute
+    return 4 * int(3**attribute)
 
 
 def _write_store(workload: Workload, progress: Progress) -> None:
@@ -232,34 +232,33 @@ def _sample_table(workload: Workload, groups: int, draw: np.random.Generator) ->
     knobs = workload.knobs
     popularity = np.cumsum(np.arange(1, knobs.images + 1, dtype=np.float64) ** -knobs.zipf)
 
-    def images(count: int) -> Int64:
+    def images(count: int) -> Any:
         return np.searchsorted(popularity, draw.random(count) * popularity[-1])
 
     seen, ads = images(groups * knobs.behaviors), images(groups * knobs.impressions)
     chance_B = 1 / (1 + np.exp(1.0 - 1.5 * _hidden(knobs)[ads]))
 
-    def lists(values: Any, size: int) -> pa.ListArray:
+    def lists(values: Any, size: int) -> Any:
         return pa.ListArray.from_arrays(pa.array(np.arange(groups + 1) * size, pa.int32()), pa.array(values))
 
     of_user = {f"user_{n}": draw.integers(0, _values_of(n), groups) for n in range(_USER_ATTRIBUTES)}
     of_ad = {
         f"ad_{n}": lists(draw.integers(0, _values_of(n), len(ads)), knobs.impressions) for n in range(_AD_ATTRIBUTES)
     }
-    return pa.table(
-        {
-            "user": draw.integers(0, knobs.users, groups),
-            **of_user,
-            "behavior_item": lists(seen, knobs.behaviors),
-            "behavior_image": lists(workload.keys[seen], knobs.behaviors),
-            "behavior_category": lists(seen % _CATEGORIES, knobs.behaviors),
-            "ad_item": lists(ads, knobs.impressions),
-            "ad_image": lists(workload.keys[ads], knobs.impressions),
-            "ad_category": lists(ads % _CATEGORIES, knobs.impressions),
-            "ad_scene": lists(draw.integers(0, _SCENES, len(ads)), knobs.impressions),
-            **of_ad,
-            "label": lists((draw.random(len(ads)) < chance_B).astype(np.int8), knobs.impressions),
-        }
-    )
+    columns: dict[str, Any] = {
+        "user": draw.integers(0, knobs.users, groups),
+        **of_user,
+        "behavior_item": lists(seen, knobs.behaviors),
+        "behavior_image": lists(workload.keys[seen], knobs.behaviors),
+        "behavior_category": lists(seen % _CATEGORIES, knobs.behaviors),
+        "ad_item": lists(ads, knobs.impressions),
+        "ad_image": lists(workload.keys[ads], knobs.impressions),
+        "ad_category": lists(ads % _CATEGORIES, knobs.impressions),
+        "ad_scene": lists(draw.integers(0, _SCENES, len(ads)), knobs.impressions),
+        **of_ad,
+        "label": lists((draw.random(len(ads)) < chance_B).astype(np.int8), knobs.impressions),
+    }
+    return pa.table(columns)
 
 
 app = typer.Typer(add_completion=False)

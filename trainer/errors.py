@@ -6,6 +6,7 @@ TrainerError
 ├── DataError         a sample file or a value in it cannot be used
 ├── CheckpointError   a checkpoint is missing, damaged, or of another run
 ├── PlanError         this machine could not be measured for a plan
+├── AdIndexError      an index of ads is missing, or of another checkpoint
 ├── RemoteRankError   another rank failed; the text is its error
 └── LostRankError     another rank is gone, or out of reach
     └── LateRankError another rank has not come to a collective in time
@@ -34,6 +35,10 @@ class CheckpointError(TrainerError):
 
 class PlanError(TrainerError):
     """This machine could not be measured for a plan."""
+
+
+class AdIndexError(TrainerError):
+    """An index of ads is missing, was replaced meanwhile, or has vectors of another checkpoint."""
 
 
 class RemoteRankError(TrainerError):

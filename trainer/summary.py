@@ -168,9 +168,11 @@ def stage_table(medians_R: list[dict[Any, float]]) -> dict[str, dict[str, float 
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """JSON; a metric that is not defined is null. Raises TrainerError where the disk refuses."""
+    """JSON, a whole file or none; a metric that is not defined is null. Raises TrainerError where the disk refuses."""
     try:
-        path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        part = path.with_name(f".{path.name}")
+        part.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        part.replace(path)
     except OSError as failure:
         raise TrainerError(f"cannot write the report {path}: {failure}; the checkpoint is written") from failure
 

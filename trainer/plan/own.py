@@ -9,7 +9,8 @@ import torch
 from featurestore.embedding import EmbeddingModel
 from featurestore.mapping import physical_memory_bytes
 from trainer.config import Config
-from trainer.models.dicm import Dicm, used_fields
+from trainer.models.build import build_model
+from trainer.models.fields import used_fields, width_of
 from trainer.plan import standin
 from trainer.plan.assumptions import assumptions, samples_per_day
 from trainer.plan.build import Plan, Stored, build
@@ -70,16 +71,17 @@ def widths(config: Config, sampled: Sampled) -> Widths:
     """Bytes of what travels, from the schema, the model's settings and the store."""
     model, dim = config.model, sampled.snapshot.info.dim
     on_wire = 2 if config.exchange.wire_dtype == "bfloat16" else _FLOAT_BYTES
-    content = {model_name(f, model) for f in used_fields(sampled.schema, model) if f.kind == "content"}
+    content = {model_name(f, model): f for f in used_fields(sampled.schema, model) if f.kind == "content"}
+    widths_of_model = [width_of(field, model) for field in content.values()]
     with torch.device("meta"):
         networks = [
-            Dicm(sampled.schema, model),
-            *(EmbeddingModel(dim, model.embed_hidden, model.visual_width) for _ in content),
+            build_model(sampled.schema, model),
+            *(EmbeddingModel(dim, model.embed_hidden, width) for width in widths_of_model),
         ]
     dense = sum(parameter.numel() for network in networks for parameter in network.parameters())
     return Widths(
         feature_bytes=sampled.snapshot.info.row_bytes,
-        image_vector_bytes=model.visual_width * on_wire,
+        image_vector_bytes=max(widths_of_model) * on_wire,
         id_vector_bytes=sampled.id_vector_floats * on_wire,
         dense_bytes=dense * _FLOAT_BYTES,
     )

@@ -11,7 +11,7 @@ from trainer.comm import SoloComm
 from trainer.config import Config
 from trainer.data import SampleIndex, SampleReader, open_index
 from trainer.errors import ConfigError
-from trainer.models.dicm import used_fields
+from trainer.models.fields import used_fields
 from trainer.plan.draws import Drawn, Population, population
 from trainer.routing import Int64
 from trainer.schema import Schema, load_schema

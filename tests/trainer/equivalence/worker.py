@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def engine_of(
         SCHEMA,
         {"images": partition},
         scenario.config(dtype),
-        OPTIM,
+        scenario.optim,
         exchange,
         seed=SEED,
         missing=scenario.missing,
@@ -60,7 +61,7 @@ def run(
     batches = []
     for number, samples in enumerate(steps(scenario)):
         mine = slice_of_rank(samples, scenario.deal, number, comm.rank, comm.size)
-        batches.append(batch_of(mine, len(samples)))
+        batches.append(batch_of(mine, samples))
     losses, gradients, coming = [], {}, iter(batches)
     CALLS.clear()
     with contextlib.closing(prepare_ahead(len(batches), lambda: engine.prepare(next(coming)))) as prepared:
@@ -107,7 +108,7 @@ def endings(comm: Comm, store: FeatureStore) -> dict[str, list[str]]:
     missing = Scenario({"images": "both"}, lacking=True)
     engine, result = engine_of(comm, store, missing, "float64"), {}
     samples = steps(missing)[0]
-    batch = batch_of(slice_of_rank(samples, "even", 0, comm.rank, comm.size), len(samples))
+    batch = batch_of(slice_of_rank(samples, "even", 0, comm.rank, comm.size), samples)
     for name, given in {
         "missing_key": batch,
         "reader": DataError("day=1.parquet: label=7 is not 0 or 1") if comm.rank == comm.size - 1 else batch,
@@ -174,6 +175,8 @@ def main(store_url: str, out: Path) -> None:
         "rounded": ExchangeConfig(wire_dtype="bfloat16"),
     }.items():
         results[name] = {**run(comm, store, usual, "float64", exchange), "initial": None}
+    compared = replace(usual, model={**usual.model, "similarity_tiers": 4, "similarity_top_k": 2})
+    results["compared"] = {**run(comm, store, compared, "float64"), "initial": None}
     results["endings"] = endings(comm, store)
     if comm.rank == 0:
         torch.save(results, out)
