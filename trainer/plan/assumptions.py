@@ -20,7 +20,9 @@ def samples_per_day(question: Question, sampled: Sampled) -> tuple[float, str]:
     return total / len(days), f"the training samples of {len(days)} days, by the names of their files"
 
 
-def assumptions(question: Question, sampled: Sampled, machines: Mapping[int, Machine], fits: bool) -> list[str]:
+def assumptions(
+    question: Question, sampled: Sampled, machines: Mapping[int, Machine], fits: bool, reuse_steps: int
+) -> list[str]:
     """One line each; `machines` by ranks on one machine, `fits`: the store itself was used to measure."""
     per_machine, speed = question.ranks_per_machine, question.link_bytes_per_s * 8 / 1e9
     per_day, origin = samples_per_day(question, sampled)
@@ -41,6 +43,10 @@ def assumptions(question: Question, sampled: Sampled, machines: Mapping[int, Mac
         f"ms, a rank moves {machine.network.local_bytes_per_s / 1e9:.2g} GB/s."
         for local, machine in machines.items()
     ]
+    if reuse_steps:
+        lines.append(
+            f"exchange.reuse_steps={reuse_steps}: E was measured at one rank, with the share of vectors that it reuses."
+        )
     lines += _extrapolated(question, sampled)
     if not fits:
         lines.append(

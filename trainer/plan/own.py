@@ -49,7 +49,7 @@ def plan_own(config: Config, question: Question, say: Say) -> Plan:
         machines=machines,
         stored=_stored(config, sampled),
         samples_per_day=samples_per_day(question, sampled)[0],
-        assumptions=assumptions(question, sampled, machines, fits),
+        assumptions=assumptions(question, sampled, machines, fits, config.exchange.reuse_steps),
     )
 
 

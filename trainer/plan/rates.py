@@ -31,7 +31,7 @@ from trainer.exchange import ContentRequest
 from trainer.plan.cost import Piece, Rates
 from trainer.prefetch import prepare_ahead, read_ahead
 from trainer.routing import Int64
-from trainer.run import uses_cuda
+from trainer.run import content_store, uses_cuda
 from trainer.schema import load_schema
 from trainer.step import Engine, Prepared, model_name
 from trainer.tables import RowRequest
@@ -74,12 +74,17 @@ class Bench:
         pa.set_cpu_count(threads)
         comm, data = SoloComm(), config.data
         schema = load_schema(Path(data.schema_file) if data.schema_file else None)
-        self._index, self._schema, self._config = open_index(comm, data.samples, "train", schema), schema, config
+        self._index, self._schema, self._config = (
+            open_index(comm, data.samples, "train", schema, data.train_days),
+            schema,
+            config,
+        )
         store = FeatureStore.open(data.store)
         self._partition = FeaturePartition.load(
             store, cache_dir=data.cache_dir, missing=data.missing, threads=threads, version=data.store_version
         )
-        name = next(schema.of_kind("content")).store_name
+        name = content_store(config, schema)
+        assert name is not None  # the plan has refused images=none
         cuda = uses_cuda(config.run.device, torch.cuda.is_available(), comm.moves_cuda_tensors)
         self.engine = Engine(
             comm,

@@ -14,6 +14,7 @@ from trainer.errors import ConfigError
 from trainer.models.fields import used_fields
 from trainer.plan.draws import Drawn, Population, population
 from trainer.routing import Int64
+from trainer.run import content_store
 from trainer.schema import Schema, load_schema
 from trainer.step import model_name, table_shapes
 
@@ -70,12 +71,12 @@ class Sampled:
 
 def sample(config: Config, question: Question) -> Sampled:
     """Draws batches as the trainer would. Raises what opening samples and store raises, ConfigError without images."""
-    if config.model.images == "none":
-        raise ConfigError("model.images=none: a plan is about training with images; set it to ad, behavior or both")
     data = config.data
     schema = load_schema(Path(data.schema_file) if data.schema_file else None)
+    if content_store(config, schema) is None:
+        raise ConfigError("model.images=none: a plan is about training with images; set it to ad, behavior or both")
     fields = used_fields(schema, config.model)
-    index = open_index(SoloComm(), data.samples, "train", schema)
+    index = open_index(SoloComm(), data.samples, "train", schema, data.train_days)
     snapshot = FeatureStore.open(data.store).snapshot(data.store_version)
     sizes = sorted({size for count in (1, *question.ranks) for size in question.sizes(count)})
     total = min(index.num_samples, max(_LEAST_DRAWN, min(_MOST_DRAWN, _DRAWN_BATCHES * sizes[-1]), sizes[-1]))
