@@ -30,6 +30,9 @@ RUNS = [
     "missing_zeros/float64",
     "int8_codes/float64",
     "missing_learned/float64",
+    "two_towers/float64",
+    "two_towers/float32",
+    "two_towers_ids_only/float64",
 ]
 RANKS = [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)]
 
