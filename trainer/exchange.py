@@ -5,7 +5,6 @@ a key in several fields is asked for once. All sources ride in one alltoall of k
 of vectors. See trainer/batch.py for the letters of shapes; here also S sources.
 """
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -16,14 +15,17 @@ from torch import Tensor
 
 from featurestore.embedding import EmbeddingService, Gathered
 from featurestore.keys import owner_of, shard_of
+from featurestore.signatures import WORDS, Signatures, Words
 from trainer.batch import Jagged
 from trainer.comm import Comm
 from trainer.options import ExchangeConfig
+from trainer.reuse import ReusePlan, VectorCache
 from trainer.routing import (
     FAILED,
     OK,
     Bucketized,
     Int64,
+    KeyBlocks,
     answer_slices,
     bucketize_by_owner,
     pack_key_blocks,
@@ -31,7 +33,7 @@ from trainer.routing import (
     unique,
     unpack_key_blocks,
 )
-from trainer.stages import Stages
+from trainer.stages import Stages, StageSequence
 
 Kind = Literal["step", "eval"]
 """Of a request; the first part of its collectives' names, so that one of each may be under way at a time."""
@@ -48,11 +50,13 @@ class Source(Protocol):
     """One E over one store, or one ID table. `serve` runs ahead of the weights, `vectors` reads them."""
 
     width: int
+    signatures: Signatures | None
+    """What answers with signatures too, where they are wanted."""
 
     def owner_of(self, keys_U: Int64) -> Int64:
         """The rank that answers for each key."""
 
-    def serve(self, keys_R: Int64) -> Any:
+    def serve(self, keys_R: Int64, kind: Kind) -> Any:
         """A `Served` for keys that this rank owns; the same key may come several times."""
 
     def vectors(self, served: Any) -> Tensor:
@@ -64,30 +68,51 @@ class Source(Protocol):
 
 @dataclass
 class ContentRequest:
-    """Gathered features of the unique keys."""
+    """Gathered features of the unique keys; of those that are computed now, where a plan says which."""
 
     gathered: Gathered
     inverse_R: Int64
     num_unique: int
+    plan: ReusePlan | None
+
+    @property
+    def num_computed(self) -> int:
+        """Keys whose vectors E makes now."""
+        return len(self.gathered.features_QD)
 
 
 class ContentSource:
-    """One E of an embedding service."""
+    """One E of an embedding service, and, where `cache` is given, its vectors of the last steps."""
 
-    def __init__(self, service: EmbeddingService, model: str, num_ranks: int) -> None:
-        self._service, self._model, self._num_ranks = service, model, num_ranks
+    def __init__(
+        self,
+        service: EmbeddingService,
+        model: str,
+        num_ranks: int,
+        cache: VectorCache | None = None,
+        signatures: Signatures | None = None,
+    ) -> None:
+        self.signatures = signatures
+        self._service, self._model, self._num_ranks, self._cache = service, model, num_ranks, cache
         self._num_shards = service.partition.info.num_shards
         self.width = service.width(model)
 
     def owner_of(self, keys_U: Int64) -> Int64:
         return owner_of(shard_of(keys_U, self._num_shards), self._num_ranks)
 
-    def serve(self, keys_R: Int64) -> ContentRequest:
+    def serve(self, keys_R: Int64, kind: Kind) -> ContentRequest:
         keys_Q, inverse_R = unique(keys_R)
-        return ContentRequest(self._service.gather(keys_Q), inverse_R, len(keys_Q))
+        num_unique, plan = len(keys_Q), None
+        if self._cache is not None and kind == "step":
+            plan, fresh_Q = self._cache.plan(self._service.partition.places(keys_Q))
+            keys_Q = keys_Q[fresh_Q]
+        return ContentRequest(self._service.gather(keys_Q), inverse_R, num_unique, plan)
 
     def vectors(self, served: ContentRequest) -> Tensor:
-        return self._service.embed(self._model, served.gathered)
+        computed = self._service.embed(self._model, served.gathered)
+        if self._cache is None or served.plan is None:
+            return computed
+        return self._cache.combine(served.plan, computed)
 
     def release(self, served: ContentRequest) -> None:
         self._service.release(served.gathered)
@@ -128,10 +153,12 @@ class Request:
     index_of_field: dict[str, Tensor]
     lengths_of_field: dict[str, Tensor]
     kind: Kind
+    words_of_field: dict[str, Words]
+    """The signature of each value of the content fields whose images are compared."""
     error: Exception | None = field(default=None)
     """What went wrong on this rank while it served; agreed on together with the vectors."""
-    backward_span_s: tuple[float, float] | None = field(default=None)
-    """When the gradients began and ended to travel, by `time.perf_counter`."""
+    backward: StageSequence | None = field(default=None)
+    """Stages of the backward pass, which its middle switches."""
 
     @property
     def num_references(self) -> int:
@@ -142,6 +169,10 @@ class Request:
     def num_unique(self) -> int:
         """Keys asked for."""
         return sum(len(asked.keys_U) for asked in self.asked_S)
+
+    def unique_by_field(self) -> dict[str, tuple[int, int]]:
+        """For each field of the batch how many different keys it has, and how many keys in all."""
+        return {name: (len(torch.unique(index_N)), len(index_N)) for name, index_N in self.index_of_field.items()}
 
 
 class Exchange:
@@ -190,12 +221,18 @@ class Exchange:
         try:
             with self._stages.timed("gather"):
                 for source, keys_R in zip(self._sources, blocks.keys_SR, strict=True):
-                    served_S.append(source.serve(keys_R))
+                    served_S.append(source.serve(keys_R, kind))
         except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
             error = failure
+        words_of_field: dict[str, Words] = {}
+        for number, source in enumerate(self._sources):
+            if source.signatures is not None:
+                with self._stages.timed("compare images"):
+                    words_UW, error = self._words(number, source.signatures, blocks, kind, error)
+                    words_of_field |= self._words_of_fields(number, words_UW, asked_S[number], fields)
         plans = [self._plan(w, asked_S, None if error else served_S, blocks.counts_PS) for w in self._widths]
         index, lengths = self._fields_of(asked_S, fields)
-        return Request(asked_S, served_S, plans, index, lengths, kind, error)
+        return Request(asked_S, served_S, plans, index, lengths, kind, words_of_field, error)
 
     def vectors(self, request: Request) -> dict[str, FieldVectors]:
         """The vectors of every field, with autograd attached: one alltoall per width, and in backward one per width.
@@ -236,6 +273,32 @@ class Exchange:
         for source, served in zip(self._sources, request.served_S, strict=False):
             source.release(served)
         request.served_S = []
+
+    def _words(
+        self, number: int, signatures: Signatures, blocks: KeyBlocks, kind: Kind, error: Exception | None
+    ) -> tuple[Words, Exception | None]:
+        """Signatures (U, W) of the keys that this rank asked of source `number`, and what has gone wrong so far."""
+        keys_R = blocks.keys_SR[number]
+        reply_RW = np.zeros((len(keys_R), WORDS), np.uint64)
+        try:
+            if error is None:
+                reply_RW = signatures.of(keys_R)
+        except Exception as failure:  # as above
+            error = failure
+        splits = _splits(blocks.counts_PS[:, number])
+        name = f"{kind}.signatures.{number}"
+        received, _ = self._comm.alltoall(torch.from_numpy(reply_RW.view(np.int64)), splits, name=name)
+        return received.numpy().view(np.uint64), error
+
+    def _words_of_fields(
+        self, number: int, words_UW: Words, asked: Bucketized, fields: Mapping[str, Jagged]
+    ) -> dict[str, Words]:
+        found, start = {}, 0
+        for name in self._fields_S[number]:
+            end = start + len(fields[name].values_N)
+            found[name] = words_UW[asked.inverse_N[start:end]]
+            start = end
+        return found
 
     def _bucketize(self, source: int, fields: Mapping[str, Jagged]) -> Bucketized:
         values = [fields[name].values_N for name in self._fields_S[source] if name in fields]
@@ -310,7 +373,9 @@ class _Answers(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradient_S: Tensor) -> tuple[Tensor | None, ...]:
         unique_S: list[Tensor] = list(gradient_S[:-1])
-        start_s = time.perf_counter()
+        stages = ctx.request.backward
+        if stages is not None:
+            stages.switch("exchange gradients")
         for plan in ctx.request.plans:
             like = gradient_S[plan.sources[0]]
             answers = like.new_zeros(int(plan.answer_splits_P.sum()), plan.width)
@@ -326,7 +391,8 @@ class _Answers(torch.autograd.Function):
             table = like.new_zeros(sum(counts), plan.width).index_add_(0, plan.reply_rows, received)
             for source, summed_QV in zip(plan.sources, table.split(counts)[1:], strict=True):
                 unique_S[source] = summed_QV
-        ctx.request.backward_span_s = (start_s, time.perf_counter())
+        if stages is not None:
+            stages.switch("embed backward")
         return (None, None, *unique_S)
 
 

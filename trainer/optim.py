@@ -13,18 +13,19 @@ from trainer.options import OptimConfig
 
 @dataclass(frozen=True)
 class AdamRates:
-    """The numbers of one Adam step."""
+    """The numbers of one step of Adam, and of the regularisation of ID rows (trainer/tables.py)."""
 
     lr: float
     beta1: float
     beta2: float
     eps: float
+    id_l2: float = 0.0
 
 
 def rates_at(config: OptimConfig, step: int) -> AdamRates:
     """The rates of step `step`, counted from zero: lr x lr_gamma ^ (step // lr_every)."""
     lr = config.lr * config.lr_gamma ** (step // config.lr_every)
-    return AdamRates(lr, config.beta1, config.beta2, config.eps)
+    return AdamRates(lr, config.beta1, config.beta2, config.eps, config.id_l2)
 
 
 class DenseOptimizer:

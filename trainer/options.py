@@ -19,13 +19,17 @@ class ModelConfig(Section):
     """The DICM: base net, which images, how they are pooled, the widths, the rows of each ID table."""
 
     base: BaseNet = "mlp"
-    """What becomes of the inputs: logistic regression, Embedding&MLP, DIN, DCN-v2, two towers for pre-ranking."""
+    """What becomes of the inputs: logistic regression, Embedding&MLP, DIN, DCN-v2; two towers for pre-ranking."""
     images: Literal["none", "ad", "behavior", "both"] = "both"
     """Which images the model sees; their ids are ID fields in all four."""
     pooling: Pooling = "attentive"
     """How the vectors of the behaviour images become one; two towers sum them."""
     concat_length: Annotated[int, Field(ge=1, le=1_000)] = 32
     """Behaviours that pooling=concat takes; fewer are filled up with zeros."""
+    similarity_tiers: Annotated[int, Field(ge=0, le=256)] = 0
+    """SimTier: a histogram, with so many tiers, of how similar the behaviour images are to the ad's; 0: none."""
+    similarity_top_k: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Pool only so many of the behaviours, those whose images are most similar to the ad's; 0: all."""
     shared_image_model: bool = True
     """One E for behaviour and ad images, or one each."""
     visual_width: Width = 12
@@ -43,6 +47,8 @@ class ModelConfig(Section):
     """Cross layers of DCN-v2."""
     cross_structure: Literal["parallel", "stacked"] = "parallel"
     """DCN-v2's MLP beside the cross layers, or on top of them."""
+    id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of training samples whose ad is taken for a new one: the vectors of its own IDs are zero."""
     compute_dtype: ComputeDType = "bfloat16"
     """Type of E's matrix products; its weights are float32 all the same."""
     table_shards: Count = 64
@@ -73,6 +79,8 @@ class ExchangeConfig(Section):
 
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of vectors and their gradients on the way. float32: sent as they are; bfloat16: rounded, half of the bytes."""
+    reuse_steps: Annotated[int, Field(ge=0, le=1000)] = 0
+    """An owner may answer with a visual vector that is up to so many steps old. 0: never, which is exact."""
 
 
 class OptimConfig(Section):
@@ -84,3 +92,5 @@ class OptimConfig(Section):
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    id_l2: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Adaptive L2 of ID rows: this / (steps that touched the row) x the row is added to its gradient; 0: none."""

@@ -15,6 +15,7 @@ Stage = Literal[
     "unique",
     "exchange keys",
     "gather",
+    "compare images",
     # Of step t itself.
     "wait for the next batch",
     "embed images",
@@ -27,7 +28,7 @@ Stage = Literal[
     "reduce gradients",
     "update dense",
 ]
-AHEAD: tuple[Stage, ...] = ("read", "unique", "exchange keys", "gather")
+AHEAD: tuple[Stage, ...] = ("read", "unique", "exchange keys", "gather", "compare images")
 WAIT: Stage = "wait for the next batch"
 
 _KEPT_STEPS = 1000
@@ -48,8 +49,12 @@ class Stages:
         self.add(stage, time.perf_counter() - start_s)
 
     def add(self, stage: Stage, seconds: float) -> None:
-        """A run of the stage that was timed elsewhere."""
+        """Counts a run of the stage."""
         self._seconds.setdefault(stage, deque(maxlen=_KEPT_STEPS)).append(seconds)
+
+    def begin(self, stage: Stage) -> "StageSequence":
+        """A stage that ends where the next one begins, perhaps in another function."""
+        return StageSequence(self, stage)
 
     def last_ms(self) -> dict[Stage, float]:
         """Milliseconds of each stage's newest run."""
@@ -61,3 +66,23 @@ class Stages:
         return {
             stage: 1e3 * statistics.median(list(self._seconds[stage])[1:] or self._seconds[stage]) for stage in known
         }
+
+
+class StageSequence:
+    """Stages one after the other; `switch` ends one and begins the next, None ends the last."""
+
+    def __init__(self, stages: Stages, stage: Stage) -> None:
+        self._stages = stages
+        self._running: tuple[Stage, float, record_function] | None = None
+        self.switch(stage)
+
+    def switch(self, stage: Stage | None) -> None:
+        """Ends the running stage and begins `stage`."""
+        if self._running is not None:
+            name, start_s, record = self._running
+            record.__exit__(None, None, None)
+            self._stages.add(name, time.perf_counter() - start_s)
+            self._running = None
+        if stage is not None:
+            self._running = (stage, time.perf_counter(), record_function(stage))
+            self._running[2].__enter__()  # type: ignore[no-untyped-call]

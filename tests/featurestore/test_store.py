@@ -212,8 +212,8 @@ class StoreContract:
 
         monkeypatch.setattr(Storage, "open_input", meet)
         tables = read_shards_of_parts(store.storage, store.info, "run", parts, range(3, 4))
-        assert list(tables) == [3]
-        assert tables[3].get_total_buffer_size() < 2 * tables[3].nbytes < 400 * store.info.row_bytes * len(parts)
+        assert list(tables) == [3] and 0 < len(tables[3]) < 400 * len(parts) / 4
+        assert tables[3].get_total_buffer_size() < 2 * tables[3].nbytes  # the rows around them would be much more
 
     def test_building_checks_uris_against_the_store_and_between_parts(self, store: FeatureStore, make_rows) -> None:
         rows = make_rows(1, store.info)

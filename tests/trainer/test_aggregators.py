@@ -27,7 +27,7 @@ def field_of(groups: list[list[int]], vectors: Tensor) -> FieldVectors:
 def score(unit: ActivationUnit, key: Tensor, query: Tensor) -> Tensor:
     """v . PReLU(K k + Q q + C (k * m) + b), one key and one query."""
     matched = query if isinstance(unit.match, torch.nn.Identity) else unit.match.weight @ query
-    hidden = unit.of_key.weight @ key + unit.of_key.bias + unit.of_query.weight @ query
+    hidden = unit.of_key.weight @ key + unit.of_query.weight @ query + unit.of_query.bias
     hidden = hidden + unit.of_product.weight @ (key * matched)
     active = torch.stack([h if h > 0 else unit.activation.weight[0] * h for h in hidden])
     result = (unit.score.weight[0] * active).sum()

@@ -6,7 +6,7 @@ from trainer.comm import SoloComm
 from trainer.progress import figure
 from trainer.stages import Stages
 from trainer.step import StepResult
-from trainer.summary import Totals, gather
+from trainer.summary import ImageCounts, Totals, gather
 
 STEP = StepResult(loss=0.5, num_samples=100, num_references=0, num_unique=0, learning_rate=0.1)
 
@@ -16,7 +16,7 @@ def totals_of(*seconds: float) -> Totals:
     totals = Totals()
     for each in seconds:
         totals.seconds["compute"] = totals.seconds.get("compute", 0.0) + each
-        totals.add(STEP, 0, 0)
+        totals.add(STEP, ImageCounts(0, 0, 0))
     return totals
 
 

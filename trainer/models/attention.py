@@ -24,9 +24,8 @@ class ActivationUnit(nn.Module):
     def __init__(self, key_width: int, query_width: int, hidden: int, *, match: bool, bias: bool) -> None:
         super().__init__()
         assert match or key_width == query_width
-        self.hidden = hidden
-        self.of_key = nn.Linear(key_width, hidden)
-        self.of_query = nn.Linear(query_width, hidden, bias=False)
+        self.of_key = nn.Linear(key_width, hidden, bias=False)
+        self.of_query = nn.Linear(query_width, hidden)
         self.match = nn.Linear(query_width, key_width, bias=False) if match else nn.Identity()
         self.of_product = nn.Linear(key_width, hidden, bias=False)
         self.activation = nn.PReLU()
@@ -34,9 +33,10 @@ class ActivationUnit(nn.Module):
 
     def forward(self, key_NV: Tensor, query_BW: Tensor, lengths_B: Tensor) -> Tensor:
         """Scores (N,); the next `lengths_B[b]` keys belong to query b."""
-        of_sample_N = expand_rows(torch.cat([self.of_query(query_BW), self.match(query_BW)], dim=1), lengths_B)
-        of_query_NH, match_NV = of_sample_N[:, : self.hidden], of_sample_N[:, self.hidden :]
-        hidden_NH = self.activation(self.of_key(key_NV) + of_query_NH + self.of_product(key_NV * match_NV))
+        hidden_NH = expand_rows(self.of_query(query_BW), lengths_B)
+        hidden_NH = torch.addmm(hidden_NH, key_NV, self.of_key.weight.T)
+        matched_NV = key_NV * expand_rows(self.match(query_BW), lengths_B)
+        hidden_NH = self.activation(torch.addmm(hidden_NH, matched_NV, self.of_product.weight.T))
         score_N1: Tensor = self.score(hidden_NH)
         return score_N1.squeeze(1)
 

@@ -90,7 +90,7 @@ class _ExpandRows(torch.autograd.Function):
 
 
 class _SegmentMax(torch.autograd.Function):
-    """With a backward of its own: that of torch 2.13's segment_reduce loses gradients of equal rows."""
+    """With a backward of its own: segment_reduce of torch 2.13 gives equal rows a negative gradient whole, each."""
 
     @staticmethod
     def forward(ctx: Any, rows_N: Tensor, lengths_M: Tensor) -> Tensor:

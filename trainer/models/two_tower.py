@@ -33,6 +33,11 @@ class TwoTower(CtrModel):
     """
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
+        if config.similarity_tiers or config.similarity_top_k:
+            raise ConfigError(
+                "model.base=two_tower keeps user and ad apart, and similarity_tiers and similarity_top_k compare them; "
+                "set both to 0, or set model.base=mlp"
+            )
         super().__init__(schema, config.model_copy(update={"pooling": "sum"}))
         self.width = config.tower_width
         self.user_fields = tuple(field for field in self.fields if field.side == "user")

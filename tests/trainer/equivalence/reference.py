@@ -4,7 +4,7 @@
 
 writes for each scenario the losses, the first step's gradients and what is trained after the last step, by the names
 that the engine uses. It shares nothing with the engine but what worker.py run alone wrote to INITIAL (initial values,
-and what the codes of an int8 store stand for) and the place of an id's row.
+and what the codes of an int8 store stand for), the place of an id's row, and which samples ID dropout takes.
 """
 
 import sys
@@ -17,6 +17,7 @@ from scenarios import OPTIM, SCENARIOS, SCHEMA, SEED, Sample, Scenario, features
 from torch import Tensor
 from torch.nn import functional
 
+from trainer.dropout import dropped
 from trainer.step import table_shapes
 from trainer.tables import initial_rows
 
@@ -122,8 +123,8 @@ class Reference:
         price = torch.tensor(s.ad_price, dtype=torch.float32).to(self.dtype)
         return product + self.dense["model.bias"][0] + self.dense["model.context.weight"][0] @ price
 
-    def logit(self, s: Sample) -> Tensor:
-        """One sample's logit."""
+    def logit(self, s: Sample, new_ad: bool) -> Tensor:
+        """One sample's logit; with `new_ad` as if its ad had no IDs of its own."""
         if self.config.base == "two_tower":
             return self.two_towers(s)
         parts = [
@@ -132,9 +133,10 @@ class Reference:
             self.pooled("item", s.behavior_item),
             self.pooled("image", s.behavior_image),
         ]
+        known = 0 if new_ad else 1
         ad = [
-            self.id_vector("item", s.ad_item),
-            self.id_vector("image", s.ad_image),
+            known * self.id_vector("item", s.ad_item),
+            known * self.id_vector("image", s.ad_image),
             torch.tensor(s.ad_price, dtype=torch.float32).to(self.dtype),
         ]
         parts += ad
@@ -158,8 +160,14 @@ class Reference:
         for value in [*self.dense.values(), *self.tables.values()]:
             value.grad = torch.zeros_like(value)
         label = torch.tensor([s.label for s in samples], dtype=self.dtype)
-        loss = functional.binary_cross_entropy_with_logits(torch.stack([self.logit(s) for s in samples]), label)
+        new_ad_B = dropped(SEED, number, 0, len(samples), self.config.id_dropout)
+        logits = [self.logit(s, new_ad) for s, new_ad in zip(samples, new_ad_B, strict=True)]
+        loss = functional.binary_cross_entropy_with_logits(torch.stack(logits), label)
         loss.backward()
+        for table, rows in self.touched.items():
+            for row in rows:
+                frequency = int(self.row_state[table]["steps"][row]) + 1
+                self.tables[table].grad[row] += self.scenario.id_l2 / frequency * self.tables[table].detach()[row]
         gradients = {n: v.grad.clone() for n, v in [*self.dense.items(), *self.tables.items()]}
         lr = OPTIM.lr * OPTIM.lr_gamma ** (number // OPTIM.lr_every)
         self.adam.param_groups[0]["lr"] = lr

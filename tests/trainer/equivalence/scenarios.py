@@ -24,7 +24,7 @@ SCHEMA = Schema(
         Field(name="behavior_image_id", side="user", kind="multi_id", table="image"),
         Field(name="behavior_image", side="user", kind="content"),
         Field(name="ad_item", side="ad", kind="id", table="item"),
-        Field(name="ad_image_id", side="ad", kind="id", table="image"),
+        Field(name="ad_image_id", side="ad", kind="id", table="image", column="ad_image"),
         Field(name="ad_price", side="ad", kind="dense", width=2, context=True),
         Field(name="ad_image", side="ad", kind="content"),
     )
@@ -57,8 +57,14 @@ class Scenario:
     one_shard: bool = False
     standardized: bool = False
     int8: bool = False
+    id_l2: float = 0.0
     dtypes: tuple[str, ...] = ("float64",)
     tables: dict[str, int] = field(default_factory=lambda: {"user": 40, "item": 96, "image": 200})
+
+    @property
+    def optim(self) -> OptimConfig:
+        """The optimisers' settings."""
+        return OPTIM.model_copy(update={"id_l2": self.id_l2})
 
     def config(self, dtype: str) -> ModelConfig:
         """The model's settings; products in the same type as the weights."""
@@ -88,6 +94,11 @@ SCENARIOS = {
     "missing_zeros": Scenario({"images": "both"}, missing="zeros", lacking=True),
     # Codes go into E as they are; the reference takes the numbers that they stand for.
     "int8_codes": Scenario({"images": "both"}, missing="learned", lacking=True, standardized=True, int8=True),
+    # Many ids in one row, which its owner shrinks once a step; samples whose ad is taken for a new one.
+    "l2_and_dropout": Scenario(
+        {"images": "both", "id_dropout": 0.4}, id_l2=0.3, tables={"user": 8, "item": 3, "image": 200}
+    ),
+    "dropout_rank_without_data": Scenario({"images": "behavior", "id_dropout": 0.4}, id_l2=0.3, deal="starve"),
     "missing_learned": Scenario({"images": "both", "shared_image_model": False}, missing="learned", lacking=True),
     "two_towers": Scenario(
         {"base": "two_tower", "images": "both", "tower_width": 4}, deal="starve", dtypes=("float64", "float32")
@@ -167,8 +178,8 @@ def slice_of_rank(samples: list[Sample], deal: str, step: int, rank: int, num_ra
     return samples[rank * len(samples) // num_ranks : (rank + 1) * len(samples) // num_ranks]
 
 
-def batch_of(samples: list[Sample], global_samples: int) -> Batch:
-    """Samples of one rank as the arrays that the engine takes."""
+def batch_of(samples: list[Sample], global_batch: list[Sample]) -> Batch:
+    """Samples of one rank, in a row in the global batch, as the arrays that the engine takes."""
     sessions = list(dict.fromkeys(s.session for s in samples))
     groups = [next(s for s in samples if s.session == session) for session in sessions]
     return Batch(
@@ -188,7 +199,8 @@ def batch_of(samples: list[Sample], global_samples: int) -> Batch:
         group_of_sample_B=np.array([sessions.index(s.session) for s in samples], np.int64),
         label_B=np.array([s.label for s in samples], np.float32),
         group_id_B=np.array([s.user for s in samples], np.int64),
-        global_samples=global_samples,
+        global_samples=len(global_batch),
+        first_sample=global_batch.index(samples[0]) if samples else 0,
     )
 
 

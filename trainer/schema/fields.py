@@ -1,4 +1,4 @@
-"""Which fields a sample has: the schema that the reader, the exchange and the model share."""
+"""Fields of a sample and the roles of a few columns, checked, from a YAML file."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from trainer.errors import SchemaError
 from trainer.validate import near_match, validated
 
-DEFAULT_SCHEMA = Path(__file__).parent / "presets" / "schema.yaml"
+DEFAULT_SCHEMA = Path(__file__).parents[1] / "presets" / "schema.yaml"
 
 Side = Literal["user", "ad"]
 Kind = Literal["id", "multi_id", "dense", "content"]

@@ -1,0 +1,1 @@
+"""Semantic IDs: codes of a residual quantiser for every image, as ID fields of the samples."""
