@@ -32,6 +32,9 @@ RUNS = [
     "l2_and_dropout/float64",
     "dropout_rank_without_data/float64",
     "missing_learned/float64",
+    "two_towers/float64",
+    "two_towers/float32",
+    "two_towers_ids_only/float64",
 ]
 RANKS = [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)]
 

@@ -101,8 +101,32 @@ class Reference:
         shares = torch.softmax(torch.stack(scores), 0)
         return sum(share * vector for share, vector in zip(shares, vectors, strict=True))
 
+    def mlp(self, name: str, parts: list[Tensor]) -> Tensor:
+        """Two hidden layers with PReLU and a linear one."""
+        x = torch.cat(parts)
+        for layer in range(3):
+            x = self.dense[f"{name}.{2 * layer}.weight"] @ x + self.dense[f"{name}.{2 * layer}.bias"]
+            if layer < 2:
+                x = self.prelu(x, f"{name}.{2 * layer + 1}.weight")
+        return x
+
+    def two_towers(self, s: Sample) -> Tensor:
+        """One sample's logit by two towers: price is a matter of the impression."""
+        user = [self.id_vector("user", s.user), torch.tensor([s.age], dtype=torch.float32).to(self.dtype)]
+        user += [self.pooled("item", s.behavior_item), self.pooled("image", s.behavior_image)]
+        ad = [self.id_vector("item", s.ad_item), self.id_vector("image", s.ad_image)]
+        if self.config.images == "both":
+            nothing = torch.zeros(self.config.visual_width, dtype=self.dtype)
+            user.append(sum([self.visual(key, "behavior_image") for key in s.behavior_image], nothing))
+            ad.append(self.visual(s.ad_image, "ad_image"))
+        product = self.mlp("model.user_tower", user) @ self.mlp("model.ad_tower", ad)
+        price = torch.tensor(s.ad_price, dtype=torch.float32).to(self.dtype)
+        return product + self.dense["model.bias"][0] + self.dense["model.context.weight"][0] @ price
+
     def logit(self, s: Sample, new_ad: bool) -> Tensor:
         """One sample's logit; with `new_ad` as if its ad had no IDs of its own."""
+        if self.config.base == "two_tower":
+            return self.two_towers(s)
         parts = [
             self.id_vector("user", s.user),
             torch.tensor([s.age], dtype=torch.float32).to(self.dtype),
@@ -128,12 +152,7 @@ class Reference:
                 parts.append(sum(vectors))
             else:
                 parts.append(self.attend(vectors, query))
-        x = torch.cat(parts)
-        for layer in range(3):
-            x = self.dense[f"model.mlp.{2 * layer}.weight"] @ x + self.dense[f"model.mlp.{2 * layer}.bias"]
-            if layer < 2:
-                x = self.prelu(x, f"model.mlp.{2 * layer + 1}.weight")
-        return x[0]
+        return self.mlp("model.mlp", parts)[0]
 
     def step(self, samples: list[Sample], number: int) -> tuple[float, dict[str, Tensor]]:
         """Mean loss, and the gradients; moves every parameter."""

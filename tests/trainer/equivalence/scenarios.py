@@ -25,7 +25,7 @@ SCHEMA = Schema(
         Field(name="behavior_image", side="user", kind="content"),
         Field(name="ad_item", side="ad", kind="id", table="item"),
         Field(name="ad_image_id", side="ad", kind="id", table="image", column="ad_image"),
-        Field(name="ad_price", side="ad", kind="dense", width=2),
+        Field(name="ad_price", side="ad", kind="dense", width=2, context=True),
         Field(name="ad_image", side="ad", kind="content"),
     )
 )
@@ -100,6 +100,10 @@ SCENARIOS = {
     ),
     "dropout_rank_without_data": Scenario({"images": "behavior", "id_dropout": 0.4}, id_l2=0.3, deal="starve"),
     "missing_learned": Scenario({"images": "both", "shared_image_model": False}, missing="learned", lacking=True),
+    "two_towers": Scenario(
+        {"base": "two_tower", "images": "both", "tower_width": 4}, deal="starve", dtypes=("float64", "float32")
+    ),
+    "two_towers_ids_only": Scenario({"base": "two_tower", "images": "none", "tower_width": 3}),
 }
 
 
