@@ -1,4 +1,4 @@
-"""Bytes on the wire: the paper's table 2 for 20 ranks, made of what two ranks sent by collective, counted at their Comm.
+"""Bytes on the wire: the paper's table 2 for 20 ranks, made of what two ranks sent by collective.
 
 A run with images and one without differ in the images alone: the keys asked, the vectors that came, their gradients.
 """
