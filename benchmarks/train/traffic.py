@@ -1,6 +1,6 @@
-"""Bytes on the wire: the paper's table 2 for 20 ranks, made of what two ranks sent by collective, counted at their Comm.
+"""Bytes on the wire: the paper's table 2 for 20 ranks, made of what two ranks sent by collective.
 
-A run with images and one without differ in the images alone: the keys asked, the vectors that came, their gradients.
+Counted at their Comm. A run with images and one without differ in the images alone: the keys asked, the vectors that came, their gradients.
 """
 
 from collections.abc import Mapping
