@@ -6,6 +6,7 @@ horovodrun starts the second rank by ssh; the script that it finds under this na
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,16 +52,27 @@ def link(folder: Path, rate: str = "1gbit") -> Iterator[Link]:
     script = folder / "ssh"
     script.write_text(_SSH.format(host=_HOSTS[1], namespace=names[1]))
     script.chmod(0o755)
+    before = signal.signal(signal.SIGTERM, _stop)  # namespaces outlive a process that does not remove them
     try:
         _join(names, rate)
         horovodrun = str(Path(sys.executable).with_name("horovodrun"))
         hosts = ",".join(f"{host}:1" for host in _HOSTS)
-        prefix = ["ip", "netns", "exec", names[0], horovodrun, "-np", "2", "-H", hosts, "--network-interfaces", _DEVICE]
-        yield Link(prefix, {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"})
+        launcher = [horovodrun, "-np", "2", "-H", hosts, "--network-interfaces", _DEVICE]
+        # Horovod adds the loopback device to those it was given, and then takes any one of them.
+        each_rank = ["env", f"HOROVOD_GLOO_IFACE={_DEVICE}"]
+        yield Link(
+            ["ip", "netns", "exec", names[0], *launcher, *each_rank],
+            {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"},
+        )
     finally:
         for name in names:  # what is in a namespace goes with it
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
         script.unlink()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _check_able() -> None:
