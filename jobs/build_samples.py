@@ -1,6 +1,6 @@
 """Make sample groups, the trainer's input, from impression and behaviour logs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,7 +74,9 @@ def main(
         partitions,
         mapping=None if mapping is None else str(mapping),
     )
-    describe_files = partial(describe_samples, samples) if mapping else lambda folder: {}
+    describe_files: Callable[[Path], Mapping[str, str]] = (
+        partial(describe_samples, samples) if mapping else lambda _: {}
+    )
     try:
         with connect() as client:
             summary = build_samples(options, client, describe_files)

@@ -156,7 +156,6 @@ class Run:
         for name, report in zip(names, loaded, strict=True):
             if report is None:
                 continue
-            report = without_unread(report)
             if not report.images:
                 if not self._is_dry:  # a new part may have its name, and writes its report before its rows
                     self._store.discard_part(self._settings.run_id, name)
@@ -169,7 +168,7 @@ class Run:
 
     def _load_report(self, part: str) -> PartReport | None:
         try:
-            return PartReport.load(self._store.url, self._settings.run_id, part)
+            return without_unread(PartReport.load(self._store.url, self._settings.run_id, part))
         except FileNotFoundError:  # expiry removes what was staged long ago
             return None
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from featurestore.embedding import EmbeddingService, Gathered
 from featurestore.keys import owner_of, shard_of
+from featurestore.signatures import WORDS, Signatures, Words
 from trainer.batch import Jagged
 from trainer.comm import Comm
 from trainer.options import ExchangeConfig
@@ -24,6 +25,7 @@ from trainer.routing import (
     OK,
     Bucketized,
     Int64,
+    KeyBlocks,
     answer_slices,
     bucketize_by_owner,
     pack_key_blocks,
@@ -48,6 +50,8 @@ class Source(Protocol):
     """One E over one store, or one ID table. `serve` runs ahead of the weights, `vectors` reads them."""
 
     width: int
+    signatures: Signatures | None
+    """What answers with signatures too, where they are wanted."""
 
     def owner_of(self, keys_U: Int64) -> Int64:
         """The rank that answers for each key."""
@@ -80,7 +84,15 @@ class ContentRequest:
 class ContentSource:
     """One E of an embedding service, and, where `cache` is given, its vectors of the last steps."""
 
-    def __init__(self, service: EmbeddingService, model: str, num_ranks: int, cache: VectorCache | None = None) -> None:
+    def __init__(
+        self,
+        service: EmbeddingService,
+        model: str,
+        num_ranks: int,
+        cache: VectorCache | None = None,
+        signatures: Signatures | None = None,
+    ) -> None:
+        self.signatures = signatures
         self._service, self._model, self._num_ranks, self._cache = service, model, num_ranks, cache
         self._num_shards = service.partition.info.num_shards
         self.width = service.width(model)
@@ -141,6 +153,8 @@ class Request:
     index_of_field: dict[str, Tensor]
     lengths_of_field: dict[str, Tensor]
     kind: Kind
+    words_of_field: dict[str, Words]
+    """The signature of each value of the content fields whose images are compared."""
     error: Exception | None = field(default=None)
     """What went wrong on this rank while it served; agreed on together with the vectors."""
     backward: StageSequence | None = field(default=None)
@@ -210,9 +224,15 @@ class Exchange:
                     served_S.append(source.serve(keys_R, kind))
         except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
             error = failure
+        words_of_field: dict[str, Words] = {}
+        for number, source in enumerate(self._sources):
+            if source.signatures is not None:
+                with self._stages.timed("compare images"):
+                    words_UW, error = self._words(number, source.signatures, blocks, kind, error)
+                    words_of_field |= self._words_of_fields(number, words_UW, asked_S[number], fields)
         plans = [self._plan(w, asked_S, None if error else served_S, blocks.counts_PS) for w in self._widths]
         index, lengths = self._fields_of(asked_S, fields)
-        return Request(asked_S, served_S, plans, index, lengths, kind, error)
+        return Request(asked_S, served_S, plans, index, lengths, kind, words_of_field, error)
 
     def vectors(self, request: Request) -> dict[str, FieldVectors]:
         """The vectors of every field, with autograd attached: one alltoall per width, and in backward one per width.
@@ -253,6 +273,32 @@ class Exchange:
         for source, served in zip(self._sources, request.served_S, strict=False):
             source.release(served)
         request.served_S = []
+
+    def _words(
+        self, number: int, signatures: Signatures, blocks: KeyBlocks, kind: Kind, error: Exception | None
+    ) -> tuple[Words, Exception | None]:
+        """Signatures (U, W) of the keys that this rank asked of source `number`, and what has gone wrong so far."""
+        keys_R = blocks.keys_SR[number]
+        reply_RW = np.zeros((len(keys_R), WORDS), np.uint64)
+        try:
+            if error is None:
+                reply_RW = signatures.of(keys_R)
+        except Exception as failure:  # as above
+            error = failure
+        splits = _splits(blocks.counts_PS[:, number])
+        name = f"{kind}.signatures.{number}"
+        received, _ = self._comm.alltoall(torch.from_numpy(reply_RW.view(np.int64)), splits, name=name)
+        return received.numpy().view(np.uint64), error
+
+    def _words_of_fields(
+        self, number: int, words_UW: Words, asked: Bucketized, fields: Mapping[str, Jagged]
+    ) -> dict[str, Words]:
+        found, start = {}, 0
+        for name in self._fields_S[number]:
+            end = start + len(fields[name].values_N)
+            found[name] = words_UW[asked.inverse_N[start:end]]
+            start = end
+        return found
 
     def _bucketize(self, source: int, fields: Mapping[str, Jagged]) -> Bucketized:
         values = [fields[name].values_N for name in self._fields_S[source] if name in fields]

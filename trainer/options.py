@@ -23,9 +23,13 @@ class ModelConfig(Section):
     images: Literal["none", "ad", "behavior", "both"] = "both"
     """Which images the model sees; their ids are ID fields in all four."""
     pooling: Pooling = "attentive"
-    """How the vectors of the behaviour images become one."""
+    """How the vectors of the behaviour images become one; two towers sum them."""
     concat_length: Annotated[int, Field(ge=1, le=1_000)] = 32
     """Behaviours that pooling=concat takes; fewer are filled up with zeros."""
+    similarity_tiers: Annotated[int, Field(ge=0, le=256)] = 0
+    """SimTier: a histogram, with so many tiers, of how similar the behaviour images are to the ad's; 0: none."""
+    similarity_top_k: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Pool only so many of the behaviours, those whose images are most similar to the ad's; 0: all."""
     shared_image_model: bool = True
     """One E for behaviour and ad images, or one each."""
     visual_width: Width = 12

@@ -69,7 +69,7 @@ class Run:
 def open_run(config: Config, comm: Comm) -> Run:
     """Everything but the folder's content, which `claim_folder` writes. Raises TrainerError or FeatureStoreError."""
     schema = load_schema(Path(config.data.schema_file) if config.data.schema_file else None)
-    store_name = _store_name(config, schema)
+    store_name = content_store(config, schema)
     folder = Path(config.run.dir) / comm.broadcast_object(config.run.name or time.strftime("run-%Y%m%d-%H%M%S"))
     _on_all(comm, lambda: _check_folder(config, folder))
     on_rank_0(comm, lambda: _check_places(config, store_name is not None))
@@ -156,7 +156,7 @@ def on_rank_0(comm: Comm, work: Callable[[], Result]) -> Result:
     return comm.broadcast_object(_on_all(comm, work if comm.rank == 0 else lambda: None))  # type: ignore[return-value]
 
 
-def _store_name(config: Config, schema: Schema) -> str | None:
+def content_store(config: Config, schema: Schema) -> str | None:
     """The one store that the schema's content fields name; None where the model uses no image."""
     names = sorted({field.store_name for field in schema.of_kind("content")})
     if config.model.images == "none":

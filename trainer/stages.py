@@ -15,6 +15,7 @@ Stage = Literal[
     "unique",
     "exchange keys",
     "gather",
+    "compare images",
     # Of step t itself.
     "wait for the next batch",
     "embed images",
@@ -27,7 +28,7 @@ Stage = Literal[
     "reduce gradients",
     "update dense",
 ]
-AHEAD: tuple[Stage, ...] = ("read", "unique", "exchange keys", "gather")
+AHEAD: tuple[Stage, ...] = ("read", "unique", "exchange keys", "gather", "compare images")
 WAIT: Stage = "wait for the next batch"
 
 _KEPT_STEPS = 1000

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from featurestore.embedding import EmbeddingModel, EmbeddingService
 from featurestore.partition import FeaturePartition, MissingPolicy
+from featurestore.signatures import Signatures
 from featurestore.statistics import FeatureStatistics
 from trainer.batch import Batch
 from trainer.comm import Comm
@@ -19,15 +20,16 @@ from trainer.dropout import IdDropout
 from trainer.errors import ConfigError
 from trainer.exchange import ContentSource, Exchange, FieldVectors, Kind, Request, Source
 from trainer.models.build import build_model
-from trainer.models.fields import width_of
+from trainer.models.fields import nearest_of, tiers_of, width_of
 from trainer.optim import DenseOptimizer, check_names, rates_at
 from trainer.options import ExchangeConfig, ModelConfig, OptimConfig
 from trainer.reuse import VectorCache
 from trainer.schema import Field, Schema
+from trainer.similarity import Similarity, pairs_of_fields, similarities
 from trainer.stages import Stages
 from trainer.tables import IdTable, TableShape
 
-# Fields, dense values and the group of each sample in; as trainer.models.dicm.Dicm.forward.
+# Fields, dense values and the group of each sample in; as trainer.models.ctr.CtrModel.forward.
 Network = Callable[[Mapping[str, FieldVectors], Mapping[str, Tensor], Tensor], Tensor]
 
 # Standard deviation of an ID vector's first elements.
@@ -36,10 +38,11 @@ _ID_SCALE = 0.05
 
 @dataclass
 class Prepared:
-    """A batch whose keys have been exchanged."""
+    """A batch whose keys have been exchanged, and how similar the images of each behaviour field are to the ads'."""
 
     batch: Batch
     request: Request
+    similarity: Mapping[str, Similarity]
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,9 @@ class Engine:
             shape.name: IdTable(shape, comm.rank, comm.size, seed=seed, scale=_ID_SCALE, device=device, dtype=dtype)
             for shape in table_shapes(self.model.fields, model)
         }
+        self._config, self._compared = model, pairs_of_fields(self.fields, model)
         self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
+        self._signatures_of_store: dict[str, Signatures] = {}
         sources: dict[str, Source] = dict(self.tables)
         source_of_field = {field.name: field.table_name for field in self.fields if field.is_id}
         for field in self.fields:
@@ -101,7 +106,8 @@ class Engine:
                 name = source_of_field[field.name] = f"{field.store_name}:{network}"
                 service = self.services[field.store_name]
                 cache = self._cache(service, network, exchange)
-                sources[name] = ContentSource(service, network, comm.size, cache)
+                signatures = self._signatures(field)
+                sources[name] = ContentSource(service, network, comm.size, cache, signatures)
         self._id_dropout = IdDropout(schema, model.id_dropout, seed)
         self._exchange = Exchange(comm, sources, source_of_field, device, dtype, exchange, self.stages)
         self._check_same_on_all_ranks()
@@ -123,7 +129,11 @@ class Engine:
         if isinstance(batch, Exception):
             self._exchange.request(batch, kind)
             raise AssertionError("an exception handed to the exchange is raised by it")
-        return Prepared(batch, self._exchange.request(batch.fields, kind))
+        request = self._exchange.request(batch.fields, kind)
+        if not self._compared:
+            return Prepared(batch, request, {})
+        with self.stages.timed("compare images"):
+            return Prepared(batch, request, similarities(batch, self._compared, request.words_of_field, self._config))
 
     def train_step(self, prepared: Prepared) -> StepResult:
         """Forward, backward, one allreduce, and one step of both optimisers. All ranks call it."""
@@ -210,10 +220,21 @@ class Engine:
         }
         group_of_sample_B = torch.from_numpy(batch.group_of_sample_B).to(self._device)
         vectors = self._exchange.vectors(prepared.request)
+        for name, similar in prepared.similarity.items():
+            tiers_BT = torch.from_numpy(similar.tiers_BT).to(device=self._device, dtype=self._dtype)
+            dense[tiers_of(name)] = tiers_BT
+            vectors[nearest_of(name)] = _nearest(vectors[name], similar, self._device)
         with self.stages.timed("worker forward"):
             if self._modules.training:
                 vectors = self._id_dropout(vectors, batch, self.num_steps)
             return network(vectors, dense, group_of_sample_B)
+
+    def _signatures(self, field: Field) -> Signatures | None:
+        """What makes signatures of a field's images, where they are compared; one for each store."""
+        if field.name not in {*self._compared, *self._compared.values()}:
+            return None
+        service = self.services[field.store_name]
+        return self._signatures_of_store.setdefault(field.store_name, Signatures(service.partition, service.scaling))
 
     def _cache(self, service: EmbeddingService, network: str, exchange: ExchangeConfig | None) -> VectorCache | None:
         """Where the vectors of one E are kept for some steps, if they are to be."""
@@ -233,6 +254,12 @@ class Engine:
                 f"the ranks built different models ({', '.join(d[:8] for d in digests)}); "
                 "start all with one configuration, one seed and one version of the store"
             )
+
+
+def _nearest(field: FieldVectors, similar: Similarity, device: torch.device) -> FieldVectors:
+    """Of each sample, instead of each group, the behaviours nearest to its ad."""
+    nearest_N, lengths_B = (torch.from_numpy(each).to(device) for each in (similar.nearest_N, similar.lengths_B))
+    return FieldVectors(field.vectors_UV, field.index_N[nearest_N], lengths_B)
 
 
 def model_name(field: Field, config: ModelConfig) -> str:

@@ -1,7 +1,6 @@
 """The work that no trainer can avoid, in isolation: E and the worker model, forward and backward, rows in memory."""
 
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,14 +16,17 @@ from trainer.step import model_name
 class Compute:
     """Counts the time of the matrix products and of the worker model alone; the rest is done beside the clock."""
 
+    ahead = False
+
     def __init__(self, run: Run) -> None:
         (self._service,) = run.engine.services.values()
         self.model = Model(run, self._service)
+        self._batches = self.model.batches()
         self._names = {field.name: model_name(field, run.config.model) for field in self.model.content}
 
-    def batches(self) -> Iterator[Batch]:
-        """The trainer's batches."""
-        return self.model.batches()
+    def prepare(self) -> Batch:
+        """The trainer's next batch."""
+        return next(self._batches)
 
     def step(self, batch: Batch) -> tuple[float, float]:
         """Loss, and the seconds of E's and the worker model's forward and backward."""
@@ -33,7 +35,7 @@ class Compute:
             fields = [field for field, of in self._names.items() if of == name]
             keys_U, inverse_N = unique(np.concatenate([batch.fields[field].values_N for field in fields]))
             asked[name] = (self._service.gather(keys_U), fields, torch.from_numpy(inverse_N))
-        request = self.model.ids.request(batch.fields)
+        request = self.model.request(batch)
         ids = self.model.ids.vectors(request)
         rows = {id(field.vectors_UV): field.vectors_UV for field in ids.values()}
         leaves = {each: rows_UV.detach().requires_grad_() for each, rows_UV in rows.items()}

@@ -8,7 +8,6 @@ shapes as in trainer/batch.py.
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from benchmarks.train.model import Images, Model, occurrences, per_sample
 from featurestore import to_float32
 from featurestore.partition import FeaturePartition
 from trainer.batch import Batch
+from trainer.exchange import Request
 from trainer.routing import Int64
 from trainer.run import Run
 
@@ -26,26 +26,27 @@ from trainer.run import Run
 class FuxiCtr:
     """One rank, over the images of the first `num_batches` batches, which it trains on again and again."""
 
+    ahead = True
+
     def __init__(self, run: Run, num_batches: int) -> None:
         assert run.partition is not None
         fields = run.engine.fields
         content = [field.name for field in fields if field.kind == "content"]
-        self._batches = [
-            per_sample(batch, fields) for batch in itertools.islice(run.train_reader.batches(0), num_batches)
-        ]
-        self._keys = np.unique(
-            np.concatenate([batch.fields[name].values_N for batch in self._batches for name in content])
-        )
+        batches = [per_sample(batch, fields) for batch in itertools.islice(run.train_reader.batches(0), num_batches)]
+        self._keys = np.unique(np.concatenate([batch.fields[name].values_N for batch in batches for name in content]))
         self._layer = pretrained_layer(run.partition, self._keys, run.config.model.visual_width)
         self.model = Model(run, self._layer)
+        self._batches = itertools.cycle(batches)
 
-    def batches(self) -> Iterator[Batch]:
-        """Batches in memory; nothing is read."""
-        return itertools.cycle(self._batches)
+    def prepare(self) -> tuple[Batch, Request]:
+        """The next batch, which is in memory, and the exchange of its ID keys."""
+        batch = next(self._batches)
+        return batch, self.model.request(batch)
 
-    def step(self, batch: Batch) -> tuple[float, None]:
+    def step(self, prepared: tuple[Batch, Request]) -> tuple[float, None]:
         """Trains on one batch."""
-        return self.model.train_step(batch, self._images), None
+        batch, request = prepared
+        return self.model.train_step(batch, request, self._images), None
 
     def _images(self, batch: Batch) -> Images:
         images = {}

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from trainer.batch import Batch, Jagged
 from trainer.columns import ranges
-from trainer.exchange import Exchange, FieldVectors
+from trainer.exchange import Exchange, FieldVectors, Request
 from trainer.optim import DenseOptimizer, rates_at
 from trainer.prefetch import read_ahead
 from trainer.run import Run
@@ -36,16 +36,18 @@ class Model:
         self.content: list[Field] = [field for field in engine.fields if field.kind == "content"]
         self._tables, self._optim = engine.tables, run.config.train.optim()
         parts = nn.ModuleDict({"model": self.net, "images": image_model})
-        self._dense = DenseOptimizer(dict(parts.named_parameters()), self._optim)
+        self._dense = DenseOptimizer(run.comm, dict(parts.named_parameters()), self._optim)
         self.ids = Exchange(
             run.comm, self._tables, {field.name: field.table_name for field in engine.fields if field.is_id}
         )
         self._steps = 0
 
     def batches(self) -> Iterator[Batch]:
-        """This rank's batches, epoch after epoch without end, read one ahead: those of the trainer."""
+        """This rank's batches, epoch after epoch without end, read ahead: those of the trainer."""
         for epoch in itertools.count():
-            with closing(read_ahead(self.run.train_reader.batches(epoch), 1)) as ahead:
+            with closing(
+                read_ahead(self.run.train_reader.batches(epoch), self.run.config.data.prefetch_batches)
+            ) as ahead:
                 for item in ahead:
                     if isinstance(item, Exception):
                         raise item
@@ -57,10 +59,13 @@ class Model:
         label_B = torch.from_numpy(batch.label_B)
         return functional.binary_cross_entropy_with_logits(logit_B, label_B, reduction="sum") / batch.global_samples
 
-    def train_step(self, batch: Batch, image_path: ImagePath) -> float:
+    def request(self, batch: Batch) -> Request:
+        """Exchanges the keys of the ID fields; needs no weights, so it may run a step ahead in a thread."""
+        return self.ids.request(batch.fields, "step")
+
+    def train_step(self, batch: Batch, request: Request, image_path: ImagePath) -> float:
         """Forward, backward and update; the loss over the global batch."""
         self.zero_grad()
-        request = self.ids.request(batch.fields)
         loss = self.loss(batch, {**self.ids.vectors(request), **image_path(batch)})
         loss.backward()  # type: ignore[no-untyped-call]
         self.ids.release(request)
@@ -73,11 +78,13 @@ class Model:
     def update(self, loss: Tensor) -> float:
         """After backward: one step of both optimisers; the loss over the global batch."""
         rates = rates_at(self._optim, self._steps)
-        total = self._dense.step(self.comm, rates, loss)
+        self._dense.loss = loss
+        self._dense.start_reduction()
         for table in self._tables.values():
             table.apply_gradients(rates)
+        self._dense.finish_reduction()
         self._steps += 1
-        return total
+        return self._dense.step(rates)
 
 
 def per_sample(batch: Batch, fields: tuple[Field, ...]) -> Batch:

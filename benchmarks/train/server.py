@@ -3,8 +3,6 @@
 A rank asks for each image of its part of the batch once. Letters of shapes as in trainer/batch.py.
 """
 
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +14,7 @@ from featurestore.embedding import Gathered
 from featurestore.keys import owner_of, shard_of
 from featurestore.partition import FeaturePartition
 from trainer.batch import Batch
-from trainer.exchange import FieldVectors
+from trainer.exchange import FieldVectors, Request
 from trainer.routing import Int64, bucketize_by_owner, unique
 from trainer.run import Run
 from trainer.step import model_name
@@ -27,46 +25,36 @@ class Fetched:
     """A batch and the features of its images: value n of its content fields, side by side, is row `index_N[n]`."""
 
     batch: Batch
+    request: Request
     features_UD: Tensor
     index_N: Tensor
 
-    @property
-    def num_samples(self) -> int:
-        """B."""
-        return self.batch.num_samples
-
 
 class StoreInServer:
-    """Two alltoalls for the features; `ahead`: those of the next step, in a thread, while this one computes."""
+    """Two alltoalls for the features. `ahead`: those of the next step run in a thread while this one computes."""
 
     def __init__(self, run: Run, ahead: bool) -> None:
         assert run.partition is not None
         (self._service,) = run.engine.services.values()
         self.model = Model(run, self._service)
         self._partition: FeaturePartition = run.partition
-        self._comm, self._ahead = run.comm, ahead
+        self._comm, self.ahead = run.comm, ahead
+        self._batches = self.model.batches()
         names = {model_name(field, run.config.model) for field in self.model.content}
         (self._name,) = names  # one E for both sides, so that an image in both is sent once
         self._bytes = self._partition.dim * self._partition.info.storage_dtype.itemsize
 
-    def batches(self) -> Iterator[Fetched]:
-        """The trainer's batches with their features."""
-        if not self._ahead:
-            yield from map(self._fetch, self.model.batches())
-            return
-        waiting: Future[Fetched] | None = None
-        with ThreadPoolExecutor(1) as thread:
-            for batch in self.model.batches():
-                following = thread.submit(self._fetch, batch)
-                if waiting is not None:
-                    yield waiting.result()
-                waiting = following
+    def prepare(self) -> Fetched:
+        """The trainer's next batch, the exchange of its ID keys, and its features."""
+        batch = next(self._batches)
+        return Fetched(batch, self.model.request(batch), *self._fetch(batch))
 
     def step(self, fetched: Fetched) -> tuple[float, None]:
         """Trains on one batch."""
-        return self.model.train_step(fetched.batch, lambda _: self._images(fetched)), None
+        return self.model.train_step(fetched.batch, fetched.request, lambda _: self._images(fetched)), None
 
-    def _fetch(self, batch: Batch) -> Fetched:
+    def _fetch(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Features of the different images of the batch, (U, D), and the row of each of N values among them."""
         keys_N = np.concatenate([batch.fields[field.name].values_N for field in self.model.content])
         keys_U, inverse_N = unique(keys_N)
         owner_U = owner_of(shard_of(keys_U, self._partition.info.num_shards), self._comm.size)
@@ -76,7 +64,7 @@ class StoreInServer:
         )
         features_RD = torch.from_numpy(self._partition.lookup(keys_R.numpy()).features_UD).view(torch.uint8)
         received, _ = self._comm.alltoall(features_RD.view(-1, self._bytes), counts_P, name="raw.features")
-        return Fetched(batch, received.view(torch.bfloat16), torch.from_numpy(asked.inverse_N))
+        return received.view(torch.bfloat16), torch.from_numpy(asked.inverse_N)
 
     def _images(self, fetched: Fetched) -> Images:
         visual_UV = self._service.embed(self._name, Gathered(fetched.features_UD, None))

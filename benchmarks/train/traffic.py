@@ -1,65 +1,64 @@
-"""Bytes on the wire: what the trainer sent by collective, counted at its Comm, and the paper's table 2 made of it.
+"""Bytes on the wire: the paper's table 2 for 20 ranks, made of what two ranks sent by collective.
 
-Letters of shapes as in trainer/batch.py.
+A run with images and one without differ in the images alone: the keys asked, the vectors that came, their gradients.
 """
 
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-from trainer.batch import Batch
-from trainer.comm import Comm
-from trainer.run import Run
-from trainer.schema import Field
+from benchmarks.report import Figure, Section
 
 PAPER_RANKS = 20
-_DENSE = "allreduce.dense"
+_KEY_BYTES = 8
+_BF16_BYTES = 2
+_PARTS = ("step.keys", "step.vectors", "step.gradients", "step.dense")
 
 
-class Traffic:
-    """Trains with the engine of the trainer, and counts the bytes of each collective and the images of the batch."""
+def traffic_section(both: Mapping[str, Any], none: Mapping[str, Any], dim: int) -> Section:
+    """The table of one global batch of 20 ranks. `both`, `none`: reports of runs with images, and of IDs alone.
 
-    def __init__(self, run: Run) -> None:
-        self._run, self._engine = run, run.engine
-        self._content: list[Field] = [field for field in run.engine.fields if field.kind == "content"]
-        self.figures: dict[str, float] = {}
-        self._sums: Counter[str] = Counter()
-        self._steps = 0
+    An image that a rank asks of another costs our exchange a key, a vector and a gradient. The paper counts keys with
+    the IDs, so `image_bytes_reduction` leaves them out on both sides; `..._with_keys` has them on both.
+    """
+    ranks = int(both["num_ranks"])
+    assert ranks == int(none["num_ranks"]) > 1
+    with_images, ids = _parts(both), _parts(none)
+    images = {part: with_images[part] - ids[part] for part in _PARTS}
+    asked = images["step.keys"] / _KEY_BYTES  # of others, over all ranks
+    vector_bytes = (images["step.vectors"] + images["step.gradients"]) / asked
+    # A rank asks others for (P - 1) / P of its different images, and there are more ranks.
+    scale = PAPER_RANKS / ranks * ((PAPER_RANKS - 1) / PAPER_RANKS) / ((ranks - 1) / ranks)
+    asked_20, references_20 = asked * scale, both["image_references_per_step"] / ranks * PAPER_RANKS
+    feature_bytes = dim * _BF16_BYTES
+    id_bytes = scale * sum(ids[part] for part in ("step.keys", "step.vectors", "step.gradients"))
+    figures: dict[str, Figure] = {
+        "image_bytes_reduction": feature_bytes / vector_bytes,
+        "image_bytes_reduction_with_keys": (feature_bytes + _KEY_BYTES) / (vector_bytes + _KEY_BYTES),
+        "images_asked_of_others_per_rank": asked_20 / PAPER_RANKS,
+        "measured_bytes_per_step_2_ranks": sum(with_images.values()),
+    }
+    grid: dict[str, dict[str, Figure]] = {
+        "ours": _row(asked_20 * vector_bytes, asked_20, id_bytes),
+        "store_in_server": _row(asked_20 * feature_bytes, asked_20, id_bytes),
+        "store_in_worker": _row(references_20 * feature_bytes, 0, id_bytes),
+    }
+    return Section(f"MB of one global batch of {PAPER_RANKS} ranks", figures, grid, prefix="mb_20_ranks_")
 
-    def batches(self) -> Iterator[Batch]:
-        """The trainer's own."""
-        return self._run.train_reader.batches(0)
 
-    def step(self, batch: Batch) -> tuple[float, None]:
-        """One step of the engine."""
-        with counted(self._run.comm) as sent:
-            loss = self._engine.train_step(self._engine.prepare(batch)).loss
-        self._sums.update(sent)
-        self._steps += 1
-        self.figures = {f"{name}_bytes": total / self._steps for name, total in self._sums.items()}
-        return loss, None
+def _row(image_bytes: float, asked: float, id_bytes: float) -> dict[str, Figure]:
+    return {
+        "images": image_bytes / 1e6,
+        "image_keys": asked * _KEY_BYTES / 1e6,
+        "ids": id_bytes / 1e6,
+        "all": (image_bytes + asked * _KEY_BYTES + id_bytes) / 1e6,
+    }
 
 
-@contextmanager
-def counted(comm: Comm) -> Iterator[Counter[str]]:
-    """Bytes that this rank sends to others in the block, by collective."""
-    sent: Counter[str] = Counter()
-    methods = {name: getattr(comm, name) for name in ("alltoall", "allreduce_sum_", "allgather")}
-
-    def counting(method: Any) -> Any:
-        def call(*arguments: Any, **named: Any) -> Any:
-            before = comm.bytes_sent
-            result = method(*arguments, **named)
-            sent[named["name"]] += comm.bytes_sent - before
-            return result
-
-        return call
-
-    for name, method in methods.items():
-        setattr(comm, name, counting(method))
-    try:
-        yield sent
-    finally:
-        for name in methods:
-            delattr(comm, name)
+def _parts(report: Mapping[str, Any]) -> dict[str, float]:
+    """Bytes per step by the first two parts of the collectives' names."""
+    sums = dict.fromkeys(_PARTS, 0.0)
+    for name, sent in report["bytes_by_collective_per_step"].items():
+        part = ".".join(name.split(".")[:2])
+        if part in sums:
+            sums[part] += sent
+    return sums

@@ -6,7 +6,6 @@ a row of its own. Letters of shapes as in trainer/batch.py.
 """
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from benchmarks.train.model import Images, Model, occurrences, per_sample
 from featurestore.embedding import Gathered
 from featurestore.partition import FeaturePartition
 from trainer.batch import Batch, Jagged
+from trainer.exchange import Request
 from trainer.run import Run
 from trainer.step import model_name
 
@@ -35,11 +35,6 @@ class FullBatch:
 
     batch: Batch
     features: dict[str, Tensor]
-
-    @property
-    def num_samples(self) -> int:
-        """B."""
-        return self.batch.num_samples
 
 
 class BatchFiles(Dataset[FullBatch]):
@@ -70,6 +65,8 @@ class BatchFiles(Dataset[FullBatch]):
 class StoreInWorker:
     """One rank. The features that the model needs come with the batch."""
 
+    ahead = True
+
     def __init__(self, run: Run, folder: Path, grouped: bool) -> None:
         assert run.partition is not None
         (self._service,) = run.engine.services.values()
@@ -83,19 +80,27 @@ class StoreInWorker:
                 whole = batch if grouped else per_sample(batch, fields)
                 write_batch(whole, {f.name: f.side for f in fields}, list(self._names), run.partition, place, number)
             (place / "done").touch()
-        self._files = BatchFiles(place, {f.name: f.side for f in fields}, list(self._names), run.partition.dim)
+        files = BatchFiles(place, {f.name: f.side for f in fields}, list(self._names), run.partition.dim)
 
-    def batches(self) -> Iterator[FullBatch]:
-        """The batches on disk, again and again."""
-        order = itertools.cycle(range(KEPT_BATCHES))
+        # The batches on disk, again and again.
         loader: DataLoader[FullBatch] = DataLoader(
-            self._files, batch_size=None, sampler=order, num_workers=torch.get_num_threads(), prefetch_factor=1
+            files,
+            batch_size=None,
+            sampler=itertools.cycle(range(KEPT_BATCHES)),
+            num_workers=torch.get_num_threads(),
+            prefetch_factor=1,
         )
-        return iter(loader)
+        self._loaded = iter(loader)
 
-    def step(self, full: FullBatch) -> tuple[float, None]:
+    def prepare(self) -> tuple[FullBatch, Request]:
+        """The next batch, and the exchange of its ID keys."""
+        full = next(self._loaded)
+        return full, self.model.request(full.batch)
+
+    def step(self, prepared: tuple[FullBatch, Request]) -> tuple[float, None]:
         """Trains on one batch."""
-        return self.model.train_step(full.batch, lambda _: self._images(full)), None
+        full, request = prepared
+        return self.model.train_step(full.batch, request, lambda _: self._images(full)), None
 
     def _images(self, full: FullBatch) -> Images:
         return {
@@ -115,7 +120,7 @@ def write_batch(
         jagged = batch.fields[name]
         values: Any = pa.array(jagged.values_N)
         if name in content:
-            rows = pa.py_buffer(partition.lookup(jagged.values_N).features_UD)
+            rows = pa.py_buffer(partition.lookup(jagged.values_N).features_UD.data)
             kind = pa.binary(partition.dim * partition.info.storage_dtype.itemsize)
             values = pa.FixedSizeBinaryArray.from_buffers(kind, len(jagged.values_N), [None, rows])
         offsets: Any = pa.array(np.concatenate([[0], np.cumsum(jagged.lengths_M)]).astype(np.int32))

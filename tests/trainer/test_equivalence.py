@@ -32,6 +32,9 @@ RUNS = [
     "l2_and_dropout/float64",
     "dropout_rank_without_data/float64",
     "missing_learned/float64",
+    "two_towers/float64",
+    "two_towers/float32",
+    "two_towers_ids_only/float64",
 ]
 MODEL_RUNS = [
     "concat/float64",
@@ -156,6 +159,15 @@ class TestOverlap:
         exact = torch.tensor(results_of(1)["both_attentive/float64"]["losses_P"][0], dtype=torch.float64)
         assert losses[0] == pytest.approx(float(exact[0]), rel=1e-9)
         assert 1e-6 < float((losses - exact).abs().max()) < 0.3
+
+    def test_compared_images_are_the_same_for_any_number_of_ranks(
+        self, num_ranks: int, results_of: Callable[[int], Results]
+    ) -> None:
+        compared, alone = results_of(num_ranks)["compared"], results_of(1)["compared"]
+        expected, losses = (torch.tensor(each["losses_P"][0], dtype=torch.float64) for each in (alone, compared))
+        torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0)
+        _assert_same(compared["trained"], alone["trained"], 1e-9)
+        assert compared["calls"]["step.signatures.3"] == 20
 
     def test_bfloat16_on_the_wire_is_near(self, num_ranks: int, results_of: Callable[[int], Results]) -> None:
         rounded = torch.tensor(results_of(num_ranks)["rounded"]["losses_P"][0], dtype=torch.float64)

@@ -12,7 +12,7 @@ from trainer.batch import Batch
 from trainer.errors import ConfigError, DataError
 from trainer.exchange import FieldVectors
 from trainer.models.aggregators import build_aggregator, sum_pool
-from trainer.models.fields import used_fields, width_of
+from trainer.models.fields import nearest_of, tiers_of, used_fields, width_of
 from trainer.models.layers import take_rows
 from trainer.options import ModelConfig
 from trainer.schema import Field, Schema, Side
@@ -21,23 +21,8 @@ Fields = Mapping[str, FieldVectors]
 Dense = Mapping[str, Tensor]
 
 
-class ClickModel(nn.Module):
-    """What the engine asks of a model: fields in, one logit a sample out."""
-
-    fields: tuple[Field, ...]
-    """Those that it looks at."""
-
-    def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
-        """Logits (B,). `fields`: id, multi_id and content; `dense`: (M, width) each; M = G or B by the field's side."""
-        raise NotImplementedError
-
-    def check(self, batch: Batch) -> DataError | None:
-        """What is wrong with a batch for this model; asked before its keys are exchanged, so that all ranks stop."""
-        return None
-
-
-class CtrModel(ClickModel):
-    """Base of the ranking models.
+class CtrModel(nn.Module):
+    """Base of the models: fields in, one logit a sample out.
 
     Inputs are the ID vectors of every field (multi_id summed), dense fields, the visual vectors of the ad and the
     aggregated visual vectors of the behaviours, each content field by its own E and aggregator.
@@ -64,8 +49,18 @@ class CtrModel(ClickModel):
             for field in self._of("user", "content")
         }
         self.aggregators = nn.ModuleDict(aggregators)
+        self._num_tiers, self._only_nearest = config.similarity_tiers, config.similarity_top_k > 0
         taken_in = [w for name, w in width.items() if name not in self._elsewhere and name not in aggregators]
         self.input_width = sum(taken_in) + sum(each.width for each in aggregators.values())
+        self.input_width += self._num_tiers * len(aggregators)
+
+    def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
+        """Logits (B,). `fields`: id, multi_id and content; `dense`: (M, width) each; M = G or B by the field's side."""
+        raise NotImplementedError
+
+    def check(self, batch: Batch) -> DataError | None:
+        """What is wrong with a batch for this model; asked before its keys are exchanged, so that all ranks stop."""
+        return None
 
     def inputs(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
         """Everything that the model knows of each sample, (B, input_width)."""
@@ -93,12 +88,18 @@ class CtrModel(ClickModel):
         return [dense[field.name] for field in self._of(side, "dense")]
 
     def images(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> list[Tensor]:
-        """The ad's visual vectors, and the aggregated ones of the behaviours, (B, W) for each content field."""
+        """The ad's visual vectors, and the aggregated ones of the behaviours, (B, W) for each content field; then the
+        tiers of similarity, (B, T) for each behaviour field, where they are asked for."""
         visual = [one_each(fields[field.name]) for field in self._of("ad", "content")]
         ids = [*self.id_vectors("ad", fields), *self.dense_values("ad", dense)] if self._asks_with_ids else []
         queries = [torch.cat(each, dim=1) for each in ((visual if self._asks_with_images else []), ids) if each]
-        pooled = [pool(fields[name], group_of_sample_B, queries) for name, pool in self.aggregators.items()]
-        return [*visual, *pooled]
+        names, of_sample_B = list(self.aggregators), group_of_sample_B
+        tiers = [dense[tiers_of(name)] for name in names] if self._num_tiers else []
+        if self._only_nearest:
+            names = [nearest_of(name) for name in names]
+            of_sample_B = torch.arange(len(group_of_sample_B), device=group_of_sample_B.device)
+        pools = zip(self.aggregators.values(), names, strict=True)
+        return [*visual, *(pool(fields[name], of_sample_B, queries) for pool, name in pools), *tiers]
 
     def of_group(self, user: list[Tensor], group_of_sample_B: Tensor) -> list[Tensor]:
         """The user's part (G, W) put together once per group, then handed to the group's samples: (B, W), or none."""

@@ -30,6 +30,16 @@ def used_fields(schema: Schema, config: ModelConfig) -> tuple[Field, ...]:
     return fields
 
 
+def tiers_of(behaviors: str) -> str:
+    """Name of the dense input that says how similar a behaviour field's images are to the ad's, (B, T)."""
+    return f"{behaviors}.tiers"
+
+
+def nearest_of(behaviors: str) -> str:
+    """Name of a behaviour field's vectors that are nearest to the ad, a list for each sample instead of each group."""
+    return f"{behaviors}.nearest"
+
+
 def width_of(field: Field, config: ModelConfig) -> int:
     """Width of the field's vectors: as the schema says, else the model's for its kind; dense: numbers a row."""
     if field.width is not None:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from trainer.errors import ConfigError
 from trainer.exchange import FieldVectors
 from trainer.models.aggregators import sum_pool
-from trainer.models.ctr import ClickModel, Dense, Fields
-from trainer.models.fields import used_fields, width_of
+from trainer.models.ctr import CtrModel, Dense, Fields, one_each
+from trainer.models.fields import width_of
 from trainer.models.layers import Mlp, take_rows
 from trainer.options import ModelConfig
 from trainer.schema import Field, Schema
 
 
-class TwoTower(ClickModel):
+class TwoTower(CtrModel):
     """Logit = <user vector, ad vector> + bias + what the context of the impression adds.
 
     The pre-rank variant of "Image Matters" (arXiv 1711.06505): the user's side gets the user's ID vectors, dense fields
@@ -33,8 +33,12 @@ class TwoTower(ClickModel):
     """
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
-        super().__init__()
-        self.fields = used_fields(schema, config)
+        if config.similarity_tiers or config.similarity_top_k:
+            raise ConfigError(
+                "model.base=two_tower keeps user and ad apart, and similarity_tiers and similarity_top_k compare them; "
+                "set both to 0, or set model.base=mlp"
+            )
+        super().__init__(schema, config.model_copy(update={"pooling": "sum"}))
         self.width = config.tower_width
         self.user_fields = tuple(field for field in self.fields if field.side == "user")
         self.ad_fields = tuple(field for field in self.fields if field.side == "ad" and not field.context)
@@ -82,4 +86,4 @@ def _inputs(fields: Sequence[Field], vectors: Fields, dense: Dense) -> Tensor:
 def _of_rows(field: Field, values: FieldVectors) -> Tensor:
     if field.kind == "multi_id" or (field.kind == "content" and field.side == "user"):
         return sum_pool(values)
-    return take_rows(values.vectors_UV, values.index_N)
+    return one_each(values)

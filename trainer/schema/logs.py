@@ -67,8 +67,9 @@ def render(logs: list[Log], where: str) -> str:
     lines = [
         f"# First mapping of {where}: look through it, then make samples of it:",
         f"# python jobs/build_samples.py --logs {where} --mapping THIS_FILE --samples SAMPLES",
-        "# columns: OURS: THEIRS. user, ad: further columns of the user and of the impression: id (whole numbers, text) or",
-        "# dense (real numbers). The job writes a schema and settings beside the samples, tables of IDs with them.",
+        "# columns: OURS: THEIRS. user, ad: further columns of the user and of the impression: id (whole numbers,",
+        "# text) or dense (real numbers). The job writes a schema and settings beside the samples, tables of IDs with",
+        "# them.",
     ]
     missing = {"impressions", "behaviors"} - {log.name for log in logs}
     lines += [f"# There is no table of {name} here, and the job needs both." for name in sorted(missing)]

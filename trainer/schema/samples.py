@@ -116,10 +116,10 @@ def _unfit(column: Column) -> str | None:
         return f"{column.type}, kept for people; add it by hand if the model should see it"
     if column.content not in ("integer", "real"):
         return f"{column.type}; a field reads numbers (hash text by featurestore.key_of_uri)"
-    if column.rows > 1 and column.distinct.estimate < 2 and column.content == "integer":
-        return "one value in all rows" if column.values else "no value in any row"
     if column.nulls:
         return f"{column.nulls:,} of {column.rows:,} rows are null; a field has none"
+    if column.rows > 1 and column.distinct.estimate < 2 and column.content == "integer":
+        return "one value in all rows" if column.values else "no value in any row"
     return None
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def logit(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
     """One sample's logit; with `new_ad` as if its ad had no IDs of its own."""
-    return {"lr": _lr, "mlp": _mlp_net, "din": _din, "dcn": _dcn}[r.config.base](r, s, new_ad)
+    return {"lr": _lr, "mlp": _mlp_net, "din": _din, "dcn": _dcn, "two_tower": _two_towers}[r.config.base](r, s, new_ad)
 
 
 def _lr(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
@@ -56,6 +56,19 @@ def _dcn(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
     if r.config.cross_structure == "stacked":
         return _mlp(r, crossed)
     return _mlp(r, start) + (r.dense["model.of_cross.weight"] @ crossed)[0]
+
+
+def _two_towers(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
+    """<user vector, ad vector> + b + w . price: the price is a matter of the impression."""
+    user = [r.id_vector("user", s.user), _number(r, s.age)]
+    user += [r.pooled("item", s.behavior_item), r.pooled("image", s.behavior_image)]
+    ad = _ad_ids(r, s, new_ad)
+    if r.config.images == "both":
+        nothing = torch.zeros(r.config.visual_width, dtype=r.dtype)
+        user.append(sum((r.visual(key, "behavior_image", "images") for key in s.behavior_image), start=nothing))
+        ad.append(r.visual(s.ad_image, "ad_image", "images"))
+    product = _layers(r, "model.user_tower", torch.cat(user)) @ _layers(r, "model.ad_tower", torch.cat(ad))
+    return product + r.dense["model.bias"][0] + r.dense["model.context.weight"][0] @ _number(r, *s.ad_price)
 
 
 def _inputs(r: "Reference", s: Sample, new_ad: bool, summed: bool = True) -> Tensor:
@@ -125,8 +138,13 @@ def _score(r: "Reference", unit: str, key: Tensor, query: Tensor, matched: Tenso
 
 
 def _mlp(r: "Reference", x: Tensor) -> Tensor:
+    return _layers(r, "model.mlp", x)[0]
+
+
+def _layers(r: "Reference", name: str, x: Tensor) -> Tensor:
+    """Two hidden layers with PReLU and a linear one."""
     for layer in range(3):
-        x = r.dense[f"model.mlp.{2 * layer}.weight"] @ x + r.dense[f"model.mlp.{2 * layer}.bias"]
+        x = r.dense[f"{name}.{2 * layer}.weight"] @ x + r.dense[f"{name}.{2 * layer}.bias"]
         if layer < 2:
-            x = r.prelu(x, f"model.mlp.{2 * layer + 1}.weight")
-    return x[0]
+            x = r.prelu(x, f"{name}.{2 * layer + 1}.weight")
+    return x

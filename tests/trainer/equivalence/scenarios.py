@@ -25,7 +25,7 @@ SCHEMA = Schema(
         Field(name="behavior_image", side="user", kind="content"),
         Field(name="ad_item", side="ad", kind="id", table="item"),
         Field(name="ad_image_id", side="ad", kind="id", table="image", column="ad_image"),
-        Field(name="ad_price", side="ad", kind="dense", width=2),
+        Field(name="ad_price", side="ad", kind="dense", width=2, context=True),
         Field(name="ad_image", side="ad", kind="content"),
     )
 )
@@ -141,6 +141,10 @@ SCENARIOS = {
         deal="starve",
         most_ranks=2,
     ),
+    "two_towers": Scenario(
+        {"base": "two_tower", "images": "both", "tower_width": 4}, deal="starve", dtypes=("float64", "float32")
+    ),
+    "two_towers_ids_only": Scenario({"base": "two_tower", "images": "none", "tower_width": 3}),
 }
 
 

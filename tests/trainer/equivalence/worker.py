@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,8 @@ def main(store_url: str, out: Path) -> None:
         "rounded": ExchangeConfig(wire_dtype="bfloat16"),
     }.items():
         results[name] = {**run(comm, store, usual, "float64", exchange), "initial": None}
+    compared = replace(usual, model={**usual.model, "similarity_tiers": 4, "similarity_top_k": 2})
+    results["compared"] = {**run(comm, store, compared, "float64"), "initial": None}
     results["endings"] = endings(comm, store)
     if comm.rank == 0:
         torch.save(results, out)
