@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 
 _HOSTS = ("10.198.51.1", "10.198.51.2")
 _DEVICE = "bench0"  # the same name on both sides: horovodrun takes one for all ranks
+_OWN_FILES = Path("/etc/netns")  # `ip netns exec` puts the files of NAME here in the place of those in /etc
 _SSH = """#!/bin/sh
 # ssh [options] HOST [options] COMMAND: runs COMMAND in the namespace that stands for HOST.
 host=
@@ -66,6 +68,7 @@ def link(folder: Path, rate: str = "1gbit") -> Iterator[Link]:
         )
     finally:
         for name in names:  # what is in a namespace goes with it
+            shutil.rmtree(_OWN_FILES / name, ignore_errors=True)
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
         script.unlink()
         signal.signal(signal.SIGTERM, before)
@@ -84,7 +87,10 @@ def _check_able() -> None:
 
 
 def _join(names: tuple[str, ...], rate: str) -> None:
-    for name in names:
+    for name, host in zip(names, _HOSTS, strict=True):
+        # Horovod's process sets listen where this host's name leads to: over the link, then, and not to loopback.
+        (_OWN_FILES / name).mkdir(parents=True)
+        (_OWN_FILES / name / "hosts").write_text(f"127.0.0.1 localhost\n{host} {socket.gethostname()}\n")
         _ip("netns", "add", name)
     _ip("link", "add", _DEVICE, "netns", names[0], "type", "veth", "peer", "name", _DEVICE, "netns", names[1])
     for name, host in zip(names, _HOSTS, strict=True):
