@@ -177,6 +177,16 @@ def assemble(schema: Schema, pieces: Sequence[Piece], global_samples: int, posit
     )
 
 
+def read_row_group(storage: Storage, row_group: RowGroup, columns: list[str]) -> pa.Table:
+    """Those of the columns that the file has. Raises DataError for a file that is gone or damaged."""
+    with _opened(storage, row_group.file) as parquet:
+        try:
+            return parquet.read_row_group(row_group.number, columns=columns)
+        except (pa.ArrowException, OSError) as failure:
+            where = f"{storage.full(row_group.file)}, row group {row_group.number}"
+            raise DataError(f"{where} is damaged: {str(failure).strip()}; write the file again") from failure
+
+
 def distinct_values(comm: Comm, index: SampleIndex, column: str, rule: Rule) -> Index:
     """Sorted distinct integers of an ad-side column over the whole split; each rank reads its share of the row groups.
 
@@ -187,7 +197,7 @@ def distinct_values(comm: Comm, index: SampleIndex, column: str, rule: Rule) -> 
     own, error = np.empty(0, np.int64), None
     try:
         for row_group in index.row_groups[comm.rank :: comm.size]:
-            table = _read(index.storage, row_group, [column])
+            table = read_row_group(index.storage, row_group, [column])
             flat: Any = table.column(column).combine_chunks()
             for _ in range(rule.depth):
                 flat = flat.flatten()
@@ -256,7 +266,7 @@ class _Windows:
         return self._held[window]
 
     def _decode(self, row_group: RowGroup) -> Groups:
-        table = _read(self._index.storage, row_group, list(self._rules))
+        table = read_row_group(self._index.storage, row_group, list(self._rules))
         full = self._index.storage.full(row_group.file)
         groups = decode(table, self._rules, self._label, full, row_group.first_row)
         if groups.num_samples != row_group.num_samples:
@@ -276,15 +286,6 @@ def _read_footer(storage: Storage, file: str, rules: Mapping[str, Rule], label: 
                 found.append(RowGroup(file, number, first_row, rows.num_rows, rows.column(leaf).num_values))
             first_row += rows.num_rows
         return found
-
-
-def _read(storage: Storage, row_group: RowGroup, columns: list[str]) -> pa.Table:
-    with _opened(storage, row_group.file) as parquet:
-        try:
-            return parquet.read_row_group(row_group.number, columns=columns)
-        except (pa.ArrowException, OSError) as failure:
-            where = f"{storage.full(row_group.file)}, row group {row_group.number}"
-            raise DataError(f"{where} is damaged: {str(failure).strip()}; write the file again") from failure
 
 
 def _opened(storage: Storage, file: str) -> pq.ParquetFile:

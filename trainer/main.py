@@ -4,20 +4,19 @@
 """
 
 import contextlib
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trainer.cli import run_on_ranks
 from trainer.config import Config, load_config
-from trainer.errors import ConfigError, LostRankError, RemoteRankError, SchemaError, TrainerError
+from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
 
-OK, FAILED, USAGE, STOPPED = 0, 1, 2, 130
 EXAMPLES = """
 Examples:
 
@@ -56,16 +55,14 @@ def main(
         loaded: Config | ConfigError = load_config(file, [*(settings or []), *(more or [])])
     except ConfigError as failure:
         loaded = failure
-    # Torch and Horovod take seconds to load: not for --help.
-    from trainer.comm import connect
 
-    try:
-        comm = connect()
-    except TrainerError as failure:
-        _tell(failure)
-        raise typer.Exit(FAILED) from failure
-    with contextlib.closing(comm):
-        raise typer.Exit(_guarded(loaded, comm))
+    def work(comm: "Comm") -> None:
+        if isinstance(loaded, ConfigError):
+            raise loaded
+        train(loaded, comm)
+
+    advice = "" if isinstance(loaded, ConfigError) else MISSING_KEY_ADVICE.format(store=loaded.data.store)
+    raise typer.Exit(run_on_ranks(work, advice))
 
 
 def train(config: Config, comm: "Comm") -> None:
@@ -104,46 +101,6 @@ def train(config: Config, comm: "Comm") -> None:
             if root:
                 summary.write_report(run.folder / "report.json", report)
                 summary.show(progress.console, report)
-
-
-def _guarded(loaded: "Config | ConfigError", comm: "Comm") -> int:
-    """Trains, and turns what goes wrong into one message of rank 0 and an exit code."""
-    from featurestore.errors import FeatureStoreError
-    from trainer.signals import StoppedError
-
-    try:
-        if isinstance(loaded, ConfigError):
-            raise loaded
-        train(loaded, comm)
-    except StoppedError:
-        return STOPPED
-    except (TrainerError, FeatureStoreError) as failure:
-        if comm.rank == 0 or isinstance(failure, LostRankError):  # rank 0 may be the one that is gone
-            _tell(failure)
-            if _is_missing_key(failure) and isinstance(loaded, Config):
-                print(MISSING_KEY_ADVICE.format(store=loaded.data.store), file=sys.stderr, flush=True)
-        else:
-            time.sleep(_GRACE_S)
-        return USAGE if isinstance(failure, ConfigError | SchemaError) else FAILED
-    return OK
-
-
-# horovodrun ends the other ranks when the first one fails: rank 0 has to be given the time to say why.
-_GRACE_S = 1.0
-
-
-def _is_missing_key(failure: Exception) -> bool:
-    """Whether this rank, or the one whose error was sent here, found an image without a feature."""
-    from featurestore.errors import MissingKeysError
-
-    name = failure.text.partition(":")[0] if isinstance(failure, RemoteRankError) else type(failure).__name__
-    return name == MissingKeysError.__name__
-
-
-def _tell(failure: Exception) -> None:
-    text = failure.text if isinstance(failure, RemoteRankError) else str(failure)
-    where = f"rank {failure.rank}: " if isinstance(failure, RemoteRankError) else ""
-    print(f"error: {where}{text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

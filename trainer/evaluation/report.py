@@ -1,0 +1,134 @@
+"""The report of an evaluation: report.json for programs, report.md for people, and a short form on the terminal."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer.errors import TrainerError
+from trainer.evaluation.bootstrap import LEVEL, METRICS, NUM_BINS, Estimate
+from trainer.evaluation.measure import Figures, Hidden, Measured
+from trainer.evaluation.opening import TEST, Opened
+from trainer.evaluation.plots import METRIC_TITLES, draw_all
+
+_HEADINGS = ("impressions", "users", "clicks", *(METRIC_TITLES[each] for each in METRICS))
+
+
+def about(opened: Opened, resamples: int, seed: int) -> dict[str, Any]:
+    """What was evaluated, on what, and how."""
+    run = opened.run
+    return {
+        "run": str(opened.source.folder),
+        "checkpoint": opened.checkpoint.name,
+        "samples": opened.test.storage.full(TEST),
+        "store": run.config.data.store if run.partition else None,
+        "store_version": run.partition.snapshot_version if run.partition else None,
+        "missing": run.config.data.missing,
+        "bootstrap": {"resamples": resamples, "seed": seed, "level": LEVEL},
+        "notes": opened.notes,
+    }
+
+
+def write_report(folder: Path, about: Mapping[str, Any], figures: Figures, also: Path | None = None) -> None:
+    """report.json (also under another name), report.md and the plots. Raises TrainerError where the disk refuses."""
+    text = json.dumps({**about, **asdict(figures)}, indent=2, allow_nan=False) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        plots = draw_all(figures, folder)
+        (folder / "report.md").write_text(markdown(about, figures, plots), encoding="utf-8")
+        for file in (folder / "report.json", *([also] if also else [])):
+            file.write_text(text, encoding="utf-8")
+    except OSError as failure:
+        raise TrainerError(f"cannot write the report to {folder}: {failure}; choose another by --out") from failure
+
+
+def markdown(about: Mapping[str, Any], figures: Figures, plots: Sequence[Path]) -> str:
+    """The whole report; plots are named relative to its folder."""
+    names = {path.stem: f"![{path.stem}]({path.name})\n" for path in plots}
+    resamples = about["bootstrap"]["resamples"]
+    parts = [
+        f"# Evaluation of {about['run']}\n",
+        _lines({name: about[name] for name in ("checkpoint", "samples", "store", "store_version", "missing")}),
+        *(f"> {note}\n" for note in about["notes"]),
+        f"In brackets: intervals of {LEVEL:.0%}, from {resamples:,} resamples of users. ECE and the reliability plot "
+        f"have {NUM_BINS} bins of equally many impressions.\n",
+        "## All test impressions\n",
+        _table([("", figures.whole)]),
+        names["reliability"],
+    ]
+    for name, sliced in figures.sliced_by.items():
+        parts += [f"## By {sliced.title}\n", _table(list(sliced.slices.items())), names[f"by_{name}"]]
+    if figures.missing_curve:
+        parts += ["## Images hidden at random\n", _curve_table(figures.missing_curve), names["missing_curve"]]
+    return "\n".join(parts)
+
+
+def show(console: Console, about: Mapping[str, Any], figures: Figures, folder: Path) -> None:
+    """The metrics of all impressions with their intervals, and of the slices without."""
+    whole = Table(title=f"{about['run']}, {about['checkpoint']}", title_justify="left")
+    for heading in (f"{figures.whole.impressions:,} impressions", "value", f"{LEVEL:.0%} interval"):
+        whole.add_column(heading, justify="left" if heading.endswith("impressions") else "right")
+    for metric in METRICS:
+        estimate = figures.whole.metrics[metric]
+        whole.add_row(METRIC_TITLES[metric], number(estimate.value), _range(estimate))
+    console.print(whole)
+    slices = Table(title="Slices", title_justify="left")
+    slices.add_column("")
+    for heading in _HEADINGS:
+        slices.add_column(heading, justify="right")
+    for sliced in figures.sliced_by.values():
+        slices.add_section()
+        slices.add_row(f"[bold]{sliced.title}")
+        for name, each in sliced.slices.items():
+            slices.add_row(f"  {name}", *_counts(each), *(number(each.metrics[metric].value) for metric in METRICS))
+    console.print(slices)
+    for point in figures.missing_curve:
+        console.print(f"{point.share:.0%} of the images hidden: GAUC {with_interval(point.metrics['gauc'])}")
+    for note in about["notes"]:
+        console.print(f"note: {note}", soft_wrap=True)
+    console.print(f"written to {folder}", soft_wrap=True)
+
+
+def number(value: float | None) -> str:
+    """Four digits after the point; a dash for what is not defined."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def with_interval(estimate: Estimate) -> str:
+    """As 0.6260 (0.6241 to 0.6279)."""
+    return f"{number(estimate.value)} ({_range(estimate)})" if estimate.low is not None else number(estimate.value)
+
+
+def _range(estimate: Estimate) -> str:
+    return "-" if estimate.low is None else f"{number(estimate.low)} to {number(estimate.high)}"
+
+
+def _counts(measured: Measured) -> list[str]:
+    return [f"{each:,}" for each in (measured.impressions, measured.users, measured.clicks)]
+
+
+def _table(rows: Sequence[tuple[str, Measured]]) -> str:
+    lines = [_row(["", *_HEADINGS]), _row(["---"] * (1 + len(_HEADINGS)))]
+    for name, each in rows:
+        lines.append(_row([name, *_counts(each), *(with_interval(each.metrics[metric]) for metric in METRICS)]))
+    return "\n".join(lines) + "\n"
+
+
+def _curve_table(points: Sequence[Hidden]) -> str:
+    lines = [_row(["hidden", "impressions without their ad image", "GAUC", "change of GAUC"]), _row(["---"] * 4)]
+    for each in points:
+        counts = [f"{each.share:.0%}", f"{each.impressions_without_ad_image:,}"]
+        lines.append(_row([*counts, with_interval(each.metrics["gauc"]), with_interval(each.gauc_change)]))
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _lines(values: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in values.items()) + "\n"
