@@ -3,21 +3,16 @@
 `horovodrun -np P python -m trainer.evaluate RUN` does it on P ranks, whatever number the run was trained on.
 """
 
-import contextlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainer.cli import run_on_ranks
-from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
-    from trainer.evaluation.opening import Source
 
-SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 EXAMPLES = """
 Examples:
 
@@ -34,17 +29,6 @@ settings.
 """
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to measure, and where the report goes."""
-
-    resamples: int = 1000
-    seed: int = 0
-    missing_curve: bool = False
-    out: Path | None = None
-    json_file: Path | None = None
 
 
 @app.command(epilog=EXAMPLES)
@@ -69,51 +53,16 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
 ) -> None:
     """Evaluate a run: log loss, AUC, GAUC and calibration with intervals, whole and by slices, plotted."""
-    options = Options(bootstrap, seed, missing_curve, out, json_file)
 
     def work(comm: "Comm") -> None:
+        # Torch and matplotlib take seconds to load: not for --help.
+        from trainer.evaluation.full import Options, evaluate_run
         from trainer.evaluation.opening import Source
 
+        options = Options(bootstrap, seed, missing_curve, out, json_file)
         evaluate_run(Source(folder, checkpoint, samples, store), options, comm)
 
     raise typer.Exit(run_on_ranks(work))
-
-
-def evaluate_run(source: "Source", options: Options, comm: "Comm") -> None:
-    """From opening to report; every rank calls it, rank 0 measures and writes.
-
-    Raises TrainerError or FeatureStoreError.
-    """
-    from rich.console import Console
-
-    from trainer.evaluation import report
-    from trainer.evaluation.impressions import ad_image_field, read_impressions, seen_in_training
-    from trainer.evaluation.measure import measure_all
-    from trainer.evaluation.opening import open_source
-    from trainer.evaluation.predict import has_feature, predict, predict_without
-    from trainer.evaluation.slices import slicings
-
-    console = Console(quiet=comm.rank != 0, highlight=False)
-    with contextlib.closing(open_source(source, comm)) as opened:
-        schema = opened.run.schema
-        if options.missing_curve and not opened.run.engine.services:
-            raise ConfigError("--missing-curve: the run's model.images=none reads no image, so none can be hidden")
-        console.print(
-            f"{opened.checkpoint}: {opened.test.num_samples:,} impressions, {comm.size} ranks", soft_wrap=True
-        )
-        impressions = read_impressions(comm, opened.test, schema)
-        seen = seen_in_training(comm, opened.train, schema, impressions)
-        image = ad_image_field(schema)
-        cuts = slicings(impressions, seen, has_feature(opened, image.store_name, seen.image_I) if image else None)
-        logit_N = predict(opened)
-        hidden = {share: predict_without(opened, share, options.seed) for share in SHARES if options.missing_curve}
-        about = report.about(opened, options.resamples, options.seed)
-    if comm.rank == 0:
-        curve = {0.0: logit_N, **hidden} if hidden else {}
-        figures = measure_all(logit_N, impressions, cuts, curve, resamples=options.resamples, seed=options.seed)
-        out = options.out or source.folder / "evaluation"
-        report.write_report(out, about, figures, options.json_file)
-        report.show(console, about, figures, out)
 
 
 if __name__ == "__main__":

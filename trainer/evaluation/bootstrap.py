@@ -25,6 +25,8 @@ Int = NDArray[np.int64]
 
 METRICS = ("logloss", "auc", "gauc", "calibration", "ece")
 NUM_BINS = 10
+LEAST_PER_BIN = 100
+LEAST_USERS = 10
 LEVEL = 0.95
 _BLOCK_ELEMENTS = 1 << 20
 _LEAST_DEFINED = 0.5
@@ -78,15 +80,16 @@ def draws(num_users: int, resamples: int, seed: int, block: int | None = None) -
         yield np.bincount(drawn_BU.ravel(), minlength=size * num_users).reshape(size, num_users).astype(np.float64)
 
 
-def interval(value: float, draws_R: Float, pivotal: bool = False) -> Estimate:
+def interval(value: float, draws_R: Float, *, users: int, pivotal: bool = False) -> Estimate:
     """The middle `LEVEL` of the resamples; None where the value, or half of the resamples, are not defined.
 
-    `pivotal`: mirrored at the value, for a statistic that is larger in resamples than in the sample, as ECE is.
+    No interval either for a value that fewer than LEAST_USERS `users` contribute to: resamples of a few say nothing of
+    the others. `pivotal`: mirrored at the value, for a statistic that is larger in resamples than in the sample.
     """
     if np.isnan(value):
         return Estimate(None, None, None)
     defined_R = draws_R[~np.isnan(draws_R)]
-    if len(defined_R) < max(1, _LEAST_DEFINED * len(draws_R)):
+    if users < LEAST_USERS or len(defined_R) < max(1, _LEAST_DEFINED * len(draws_R)):
         return Estimate(float(value), None, None)
     low, high = np.quantile(defined_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     if pivotal:
@@ -104,15 +107,16 @@ class MetricSums:
     """What each user adds to the metrics of a set of impressions.
 
     calibration = sum of predicted probabilities / clicks: 1 is right, 1.2 promises 20 % too much. ECE, the expected
-    calibration error (Naeini et al., AAAI 2015), with NUM_BINS bins of equally many impressions instead of equal width:
-    the mean over impressions of |mean prediction - click rate| of their bin. The others: trainer/metrics.py.
+    calibration error (Naeini et al., AAAI 2015): the mean over impressions of |mean prediction - click rate| of their
+    bin, with bins of equally many impressions (`bins_of`) instead of equal width. Noise alone makes it positive, so it
+    is to be compared between sets of about one size. The others: trainer/metrics.py.
     """
 
     def __init__(self, logit_N: Float, label_N: Float, user_N: Int) -> None:
         """`user_N`: in [0, U). Order N log N."""
         self._users_V, of_N = np.unique(user_N, return_inverse=True)
         probability_N = probability(logit_N)
-        bin_N = bins_of(probability_N)
+        bin_N = bins_of(logit_N)
         num_users, num_bins = len(self._users_V), int(bin_N.max(initial=-1)) + 1
         self.sums_VC = np.zeros((num_users, _FIXED + num_bins))
         loss_N = np.logaddexp(0, logit_N) - logit_N * label_N
@@ -124,6 +128,9 @@ class MetricSums:
         excess_N = np.bincount(of_N * num_bins + bin_N, probability_N - label_N, num_users * num_bins)
         self.sums_VC[:, _FIXED:] = excess_N.reshape(num_users, num_bins)
         self._auc = _WeightedAuc(logit_N, label_N, user_N)
+        self.num_impressions, self.num_clicks, self.num_users = len(label_N), int(label_N.sum()), num_users
+        self.users_M = (num_users, num_users, len(groups.group_G), num_users, num_users)
+        """How many users contribute to each of the METRICS."""
 
     def at(self, weight_BU: Float) -> Float:
         """The METRICS of resamples, (B, M)."""
@@ -169,14 +176,13 @@ class ReliabilitySums:
 
     def __init__(self, logit_N: Float, label_N: Float, user_N: Int, num_users: int) -> None:
         probability_N = probability(logit_N)
-        bin_N = bins_of(probability_N)
+        bin_N = bins_of(logit_N)
         self.num_bins = int(bin_N.max(initial=-1)) + 1
         at_N, size = user_N * self.num_bins + bin_N, num_users * self.num_bins
         columns = [np.bincount(at_N, values_N, size) for values_N in (None, probability_N, label_N)]
-        self.count_K, self._sums_U3K = (
-            np.bincount(bin_N, minlength=self.num_bins),
-            np.stack([each.reshape(num_users, self.num_bins) for each in columns], axis=1),
-        )
+        self._sums_U3K = np.stack([each.reshape(num_users, self.num_bins) for each in columns], axis=1)
+        self.count_K = self._sums_U3K[:, 0].sum(axis=0).astype(np.int64)
+        self.users_K = (self._sums_U3K[:, 0] > 0).sum(axis=0)
 
     def at(self, weight_BU: Float) -> Float:
         """Mean predictions and then click rates, (B, 2 K)."""
@@ -184,12 +190,16 @@ class ReliabilitySums:
         return np.concatenate([ratio(sums_B3K[:, 1], sums_B3K[:, 0]), ratio(sums_B3K[:, 2], sums_B3K[:, 0])], axis=1)
 
 
-def bins_of(probability_N: Float) -> Int:
-    """Bins of equally many impressions, 0 the lowest predictions; fewer where many predictions are equal."""
-    if len(probability_N) == 0:
+def bins_of(score_N: Float) -> Int:
+    """Bins of equally many impressions, 0 the lowest scores: up to NUM_BINS of at least LEAST_PER_BIN, or one.
+
+    Equal scores are in one bin.
+    """
+    if len(score_N) == 0:
         return np.zeros(0, np.int64)
-    edges = np.unique(np.quantile(probability_N, np.arange(1, NUM_BINS) / NUM_BINS))
-    bin_N = np.searchsorted(edges, probability_N, side="left")
+    num_bins = max(1, min(NUM_BINS, len(score_N) // LEAST_PER_BIN))
+    edges = np.unique(np.quantile(score_N, np.arange(1, num_bins) / num_bins))
+    bin_N = np.searchsorted(edges, score_N, side="left")
     return np.unique(bin_N, return_inverse=True)[1].astype(np.int64)
 
 

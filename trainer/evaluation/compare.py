@@ -58,7 +58,8 @@ def compare(
     found = {}
     for name in metrics:
         column = METRICS.index(name)
-        found[name] = _difference(name, value_2M[0, column], value_2M[1, column], draws_RM[:, column])
+        values = value_2M[0, column], value_2M[1, column]
+        found[name] = _difference(name, *values, draws_RM[:, column], sums[0].users_M[column])
     return found
 
 
@@ -70,11 +71,11 @@ def _mean_of_drawn(draws_SRM: Float, random: np.random.Generator) -> Float:
     return means_RM
 
 
-def _difference(name: str, ours: float, baseline: float, draws_R: Float) -> Difference:
+def _difference(name: str, ours: float, baseline: float, draws_R: Float, users: int) -> Difference:
     value = ours - baseline
     if np.isnan(value):
         return Difference(name, *(None if np.isnan(x) else float(x) for x in (ours, baseline)), *[None] * 4)
-    estimate = interval(value, draws_R)
+    estimate = interval(value, draws_R, users=users)
     defined_R = draws_R[~np.isnan(draws_R)]
     # A difference of rounding errors (equal models in another order of sums) is none.
     as_far = np.abs(defined_R - value) >= abs(value) - 1e-12

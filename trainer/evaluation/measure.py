@@ -10,7 +10,6 @@ from trainer.evaluation.bootstrap import (
     METRICS,
     Estimate,
     Float,
-    Int,
     MetricSums,
     ReliabilitySums,
     Replicates,
@@ -89,25 +88,23 @@ def measure_all(
     of_bins, of_whole, *rest = bootstrap([reliability, whole, *slices, *curve], len(users_U), resamples, seed)
 
     sliced_by = {each.name: SlicedBy(each.title, {}) for each in slicings}
-    for (slicing, name, in_N), replicates in zip(chosen, rest[: len(slices)], strict=True):
-        sliced_by[slicing.name].slices[name] = _measured(label_N[in_N], user_N[in_N], replicates)
+    for (slicing, name, _), sums, replicates in zip(chosen, slices, rest[: len(slices)], strict=True):
+        sliced_by[slicing.name].slices[name] = _measured(sums, replicates)
     hidden = [
-        _hidden(share, impressions, seed, replicates, of_whole)
-        for share, replicates in zip(logits_of_share, rest[len(slices) :], strict=True)
+        _hidden(share, impressions, seed, sums, replicates, of_whole)
+        for share, sums, replicates in zip(logits_of_share, curve, rest[len(slices) :], strict=True)
     ]
-    return Figures(_measured(label_N, user_N, of_whole), sliced_by, _bins(reliability, of_bins), hidden)
+    return Figures(_measured(whole, of_whole), sliced_by, _bins(reliability, of_bins), hidden)
 
 
-def estimates(replicates: Replicates) -> dict[str, Estimate]:
-    """The METRICS by name."""
-    return {
-        name: interval(replicates.value_M[at], replicates.draws_RM[:, at], pivotal=name == "ece")
+def _measured(sums: MetricSums, replicates: Replicates) -> Measured:
+    metrics = {
+        name: interval(
+            replicates.value_M[at], replicates.draws_RM[:, at], users=sums.users_M[at], pivotal=name == "ece"
+        )
         for at, name in enumerate(METRICS)
     }
-
-
-def _measured(label_N: Float, user_N: Int, replicates: Replicates) -> Measured:
-    return Measured(len(label_N), len(np.unique(user_N)), int(label_N.sum()), estimates(replicates))
+    return Measured(sums.num_impressions, sums.num_users, sums.num_clicks, metrics)
 
 
 def _bins(sums: ReliabilitySums, replicates: Replicates) -> list[Bin]:
@@ -116,16 +113,25 @@ def _bins(sums: ReliabilitySums, replicates: Replicates) -> list[Bin]:
         Bin(
             int(sums.count_K[at]),
             float(replicates.value_M[at]),
-            interval(replicates.value_M[count + at], replicates.draws_RM[:, count + at]),
+            interval(replicates.value_M[count + at], replicates.draws_RM[:, count + at], users=int(sums.users_K[at])),
         )
         for at in range(count)
     ]
 
 
-def _hidden(share: float, impressions: Impressions, seed: int, replicates: Replicates, of_whole: Replicates) -> Hidden:
+def _hidden(
+    share: float,
+    impressions: Impressions,
+    seed: int,
+    sums: MetricSums,
+    replicates: Replicates,
+    of_whole: Replicates,
+) -> Hidden:
     at = METRICS.index("gauc")
     without = sampled(impressions.image_N, share, seed) if impressions.image_N is not None else np.zeros(0, np.bool_)
     change = interval(
-        replicates.value_M[at] - of_whole.value_M[at], replicates.draws_RM[:, at] - of_whole.draws_RM[:, at]
+        replicates.value_M[at] - of_whole.value_M[at],
+        replicates.draws_RM[:, at] - of_whole.draws_RM[:, at],
+        users=sums.users_M[at],
     )
-    return Hidden(share, int(without.sum()), estimates(replicates), change)
+    return Hidden(share, int(without.sum()), _measured(sums, replicates).metrics, change)

@@ -1,10 +1,11 @@
 """Opens a run to look at it: its config.yaml, a checkpoint, the samples to predict; its folder is left as it is."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from featurestore.errors import FeatureStoreError
+from featurestore.partition import MissingPolicy
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
 from trainer import checkpoint
@@ -37,7 +38,10 @@ class Opened:
     train: SampleIndex
     test: SampleIndex
     reader: SampleReader
-    notes: list[str] = field(default_factory=list)
+    missing_in_training: MissingPolicy
+    """What training did with an image that had no feature; `error` is `zeros` here."""
+    notes: list[str]
+    """What a reader of the figures should know."""
 
     def close(self) -> None:
         """Lets go of the store's rows."""
@@ -53,7 +57,7 @@ def open_source(source: Source, comm: Comm) -> Opened:
     is no checkpoint or the store holds other features than those of training, DataError for missing places.
     """
     with comm.agreed():
-        config, path = _config(source)
+        config, path, trained_with = _config(source)
     try:
         run = open_run(config, comm, reading=True)
     except DataError as failure:
@@ -70,7 +74,7 @@ def open_source(source: Source, comm: Comm) -> Opened:
         batch_size=config.train.eval_batch_size,
         by_part=True,
     )
-    return Opened(source, run, path, train, test, reader, _notes(source, run, path, train))
+    return Opened(source, run, path, train, test, reader, trained_with, _notes(source, run, path, train))
 
 
 def find_checkpoint(folder: Path, name: str | None) -> Path:
@@ -94,8 +98,8 @@ def find_checkpoint(folder: Path, name: str | None) -> Path:
     )
 
 
-def _config(source: Source) -> tuple[Config, Path]:
-    """The run's configuration as `open_run` is to have it, and the checkpoint."""
+def _config(source: Source) -> tuple[Config, Path, MissingPolicy]:
+    """The run's configuration as `open_run` is to have it, the checkpoint, and the policy of training."""
     file = source.folder / "config.yaml"
     if not file.is_file():
         runs = sorted(each.parent.name for each in source.folder.glob("*/config.yaml"))
@@ -110,12 +114,8 @@ def _config(source: Source) -> tuple[Config, Path]:
     if source.store is not None and config.model.images != "none":
         data |= {"store": source.store, "store_version": _newest(source.store)}
     run = {"dir": str(source.folder.parent), "name": source.folder.name, "resume": str(path), "overwrite": False}
-    return (
-        config.model_copy(
-            update={"data": config.data.model_copy(update=data), "run": config.run.model_copy(update=run)}
-        ),
-        path,
-    )
+    sections = {"data": config.data.model_copy(update=data), "run": config.run.model_copy(update=run)}
+    return config.model_copy(update=sections), path, config.data.missing
 
 
 def _newest(store: str) -> int:
@@ -153,10 +153,5 @@ def _notes(source: Source, run: Run, path: Path, train: SampleIndex) -> list[str
         notes.append(
             f"images are of snapshot {version} of {run.config.data.store}; the run was trained on snapshot "
             f"{state.store_version} of {state.store_url}"
-        )
-    if run.partition and load_config(source.folder / "config.yaml").data.missing == "error":
-        notes.append(
-            "the run was trained with data.missing=error; here an image without a feature has the zero vector, which "
-            "the model has never seen"
         )
     return notes

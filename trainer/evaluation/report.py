@@ -10,17 +10,28 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.errors import TrainerError
-from trainer.evaluation.bootstrap import LEVEL, METRICS, NUM_BINS, Estimate
+from trainer.evaluation.bootstrap import LEAST_USERS, LEVEL, METRICS, NUM_BINS, Estimate
 from trainer.evaluation.measure import Figures, Hidden, Measured
 from trainer.evaluation.opening import TEST, Opened
 from trainer.evaluation.plots import METRIC_TITLES, draw_all
 
+_ABOUT = ("checkpoint", "samples", "store", "store_version", "missing", "missing_lookups")
+_METHOD = f"""\
+In brackets: intervals of {LEVEL:.0%}, from {{resamples:,}} resamples of users (seed {{seed}}); none where fewer than
+{LEAST_USERS} users contribute. ECE and the reliability plot have up to {NUM_BINS} bins of equally many impressions.
+"""
 _HEADINGS = ("impressions", "users", "clicks", *(METRIC_TITLES[each] for each in METRICS))
 
 
-def about(opened: Opened, resamples: int, seed: int) -> dict[str, Any]:
-    """What was evaluated, on what, and how."""
-    run = opened.run
+def about(opened: Opened, num_missing: int, hides: bool, resamples: int, seed: int) -> dict[str, Any]:
+    """What was evaluated, on what, and how. `num_missing`: lookups of images that had no feature; `hides`: some were
+    hidden as well."""
+    run, notes = opened.run, list(opened.notes)
+    if (num_missing or hides) and opened.missing_in_training == "error":
+        notes.append(
+            "the run was trained with data.missing=error, so its model has never met an image without a feature; here "
+            f"such images get zeros ({num_missing:,} lookups{', and those hidden at random' if hides else ''})"
+        )
     return {
         "run": str(opened.source.folder),
         "checkpoint": opened.checkpoint.name,
@@ -29,7 +40,8 @@ def about(opened: Opened, resamples: int, seed: int) -> dict[str, Any]:
         "store_version": run.partition.snapshot_version if run.partition else None,
         "missing": run.config.data.missing,
         "bootstrap": {"resamples": resamples, "seed": seed, "level": LEVEL},
-        "notes": opened.notes,
+        "missing_lookups": num_missing,
+        "notes": notes,
     }
 
 
@@ -49,13 +61,11 @@ def write_report(folder: Path, about: Mapping[str, Any], figures: Figures, also:
 def markdown(about: Mapping[str, Any], figures: Figures, plots: Sequence[Path]) -> str:
     """The whole report; plots are named relative to its folder."""
     names = {path.stem: f"![{path.stem}]({path.name})\n" for path in plots}
-    resamples = about["bootstrap"]["resamples"]
     parts = [
         f"# Evaluation of {about['run']}\n",
-        _lines({name: about[name] for name in ("checkpoint", "samples", "store", "store_version", "missing")}),
+        _lines({name: about[name] for name in _ABOUT}),
         *(f"> {note}\n" for note in about["notes"]),
-        f"In brackets: intervals of {LEVEL:.0%}, from {resamples:,} resamples of users. ECE and the reliability plot "
-        f"have {NUM_BINS} bins of equally many impressions.\n",
+        _METHOD.format(**about["bootstrap"]) if about["bootstrap"]["resamples"] else "Without intervals.\n",
         "## All test impressions\n",
         _table([("", figures.whole)]),
         names["reliability"],
@@ -77,14 +87,16 @@ def show(console: Console, about: Mapping[str, Any], figures: Figures, folder: P
         whole.add_row(METRIC_TITLES[metric], number(estimate.value), _range(estimate))
     console.print(whole)
     slices = Table(title="Slices", title_justify="left")
-    slices.add_column("")
-    for heading in _HEADINGS:
-        slices.add_column(heading, justify="right")
+    slices.add_column("", no_wrap=True)
+    for heading in ("impressions", *(METRIC_TITLES[each] for each in METRICS)):
+        slices.add_column(heading, justify="right", no_wrap=True)
     for sliced in figures.sliced_by.values():
         slices.add_section()
         slices.add_row(f"[bold]{sliced.title}")
         for name, each in sliced.slices.items():
-            slices.add_row(f"  {name}", *_counts(each), *(number(each.metrics[metric].value) for metric in METRICS))
+            slices.add_row(
+                f"  {name}", f"{each.impressions:,}", *(number(each.metrics[metric].value) for metric in METRICS)
+            )
     console.print(slices)
     for point in figures.missing_curve:
         console.print(f"{point.share:.0%} of the images hidden: GAUC {with_interval(point.metrics['gauc'])}")
@@ -122,7 +134,9 @@ def _curve_table(points: Sequence[Hidden]) -> str:
     lines = [_row(["hidden", "impressions without their ad image", "GAUC", "change of GAUC"]), _row(["---"] * 4)]
     for each in points:
         counts = [f"{each.share:.0%}", f"{each.impressions_without_ad_image:,}"]
-        lines.append(_row([*counts, with_interval(each.metrics["gauc"]), with_interval(each.gauc_change)]))
+        lines.append(
+            _row([*counts, with_interval(each.metrics["gauc"]), with_interval(each.gauc_change) if each.share else "-"])
+        )
     return "\n".join(lines) + "\n"
 
 
