@@ -17,11 +17,9 @@ from torch.nn import functional
 
 from featurestore.codec import Codec
 from featurestore.partition import FeaturePartition, MissingPolicy
+from featurestore.statistics import inverse_std
 
 ComputeDType = Literal["bfloat16", "float32", "float64"]
-
-# A dimension that hardly varies (a unit that fires for one image in thousands) would be blown up by its own deviation.
-_LEAST_RELATIVE_STD = 0.1
 
 
 class EmbeddingModel(nn.Module):
@@ -63,14 +61,9 @@ class EmbeddingModel(nn.Module):
 
     @torch.no_grad()
     def fold_standardization_(self, mean_D: NDArray[np.float32], std_D: NDArray[np.float32]) -> None:
-        """Standardises features by `mean_D` and `std_D` inside the first layer.
-
-        Deviations below a tenth of their mean are raised to it.
-        """
-        std = torch.as_tensor(np.asarray(std_D, dtype=np.float64))
-        floor = _LEAST_RELATIVE_STD * float(std.mean()) if len(std) else 0.0
+        """Standardises features by `mean_D` and `std_D` inside the first layer, as `statistics.inverse_std` says."""
         self.mean_D.copy_(torch.as_tensor(np.asarray(mean_D, dtype=np.float64)))
-        self.inverse_std_D.copy_(1.0 / std.clamp_min(floor if floor > 0 else 1.0))
+        self.inverse_std_D.copy_(torch.from_numpy(inverse_std(std_D)))
 
     @torch.no_grad()
     def fold_codec_(self, codec: Codec) -> None:
@@ -154,6 +147,11 @@ class EmbeddingService(nn.Module):
         for name in self.models:
             self._model(name).fold_standardization_(mean_D, std_D)
 
+    def scaling(self) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+        """Mean of each dimension and what centred ones are multiplied by, (D,) each, as the networks standardise."""
+        model = self._model(next(iter(self.models)))
+        return model.mean_D.cpu().numpy(), model.inverse_std_D.cpu().numpy()
+
     def gather(self, keys_Q: NDArray[np.int64]) -> Gathered:
         """Features of `keys_Q` in the order asked. Independent of all weights, so it may run ahead of them.
 
@@ -208,7 +206,12 @@ class EmbeddingService(nn.Module):
             buffer = self._free_buffers.pop()
             if len(buffer) >= num_rows:
                 return buffer
-        return np.empty((num_rows + num_rows // 8, self.partition.dim), dtype=self.partition.info.storage_dtype)
+        dtype = torch.from_numpy(np.empty(0, self.partition.info.storage_dtype)).dtype
+        on_gpu = any(buffer.device.type == "cuda" for buffer in self.buffers())
+        memory: NDArray[np.generic] = torch.empty(
+            num_rows + num_rows // 8, self.partition.dim, dtype=dtype, pin_memory=on_gpu
+        ).numpy()
+        return memory
 
 
 def _as_tensor(features: NDArray[np.generic]) -> Tensor:

@@ -1,15 +1,28 @@
-"""The one door to faiss: ranges of a scalar quantiser, and exact nearest neighbours.
+"""The one door to faiss: ranges of a scalar quantiser, residual quantisers, nearest neighbours, and indexes by key.
 
-Letters of shapes: N rows, K queries, D feature width.
+Letters of shapes: N rows, K queries, C found of each, D width; of a residual quantiser L levels, C codes of each.
 """
 
-from typing import Any
+import math
+from typing import Any, Literal, Self
 
-import faiss
+import faiss as _typed_faiss
 import numpy as np
 import numpy.typing as npt
 
+from featurestore.errors import CorruptFileError, InvalidRowsError
+
+faiss: Any = _typed_faiss  # its stubs lack some of the classes
+
+IndexKind = Literal["flat", "ivf", "hnsw"]
+Keys = npt.NDArray[np.int64]
+Vectors = npt.NDArray[np.float32]
+
+NOT_FOUND = np.float32(-np.inf)
 _LARGEST_CODE = 255
+_CLASSES: dict[IndexKind, Any] = {"flat": faiss.IndexFlat, "ivf": faiss.IndexIVFFlat, "hnsw": faiss.IndexHNSWFlat}
+_POINTS_PER_LIST = 39  # fewer, and faiss warns that a centre cannot be learnt
+_LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 32, 200, 128  # of hnsw; the inner product, no distance, needs more than usual
 
 
 def train_ranges(sample_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -31,3 +44,182 @@ def nearest(rows_ND: npt.NDArray[np.float32], queries_KD: npt.NDArray[np.float32
     index.add(np.ascontiguousarray(rows_ND, np.float32))
     _, found = index.search(np.ascontiguousarray(queries_KD, np.float32), count)
     return np.asarray(found)
+
+
+class VectorIndex:
+    """Keys (int64) by the inner product of their vectors with a query: the largest first.
+
+    flat looks at every vector and is exact. ivf looks at the `effort` lists whose centres are nearest to the query,
+    hnsw walks a graph and keeps `effort` candidates: both are approximate, better and slower with more of it.
+
+    `add` appends: nothing is trained or linked anew. The earlier vector of a key that comes again stays where it is,
+    and searches pass over it; `num_replaced` counts those, and only a new index is without them.
+    """
+
+    def __init__(self, index: Any) -> None:
+        """`index`: a faiss.IndexIDMap over one of the three; `build` and `load` make it."""
+        self._index, self._base = index, faiss.downcast_index(index.index)
+        self.kind: IndexKind = next(kind for kind, each in _CLASSES.items() if isinstance(self._base, each))
+        self.dim = int(self._base.d)
+        self._find_live()
+
+    @classmethod
+    def build(cls, kind: IndexKind, keys_N: Keys, vectors_ND: Vectors) -> Self:
+        """An index of these vectors; of a key that comes twice the last one counts. Order N log N for hnsw, else N.
+
+        ivf has 4 sqrt(N) lists, or fewer where a list would have less than 39 vectors. Raises InvalidRowsError where
+        there is no vector, and as `add`.
+        """
+        if vectors_ND.ndim != 2 or 0 in vectors_ND.shape:
+            raise InvalidRowsError(
+                f"vectors of shape {vectors_ND.shape} make no index; give (N, D) with at least one row and one number"
+            )
+        keys_N, vectors_ND = _checked(keys_N, vectors_ND, vectors_ND.shape[1])
+        base = _empty(kind, *vectors_ND.shape)
+        base.train(vectors_ND)
+        index = cls(faiss.IndexIDMap(base))
+        index.add(keys_N, vectors_ND)
+        return index
+
+    @property
+    def num_keys(self) -> int:
+        """Keys that a search can find."""
+        return int(self._live_N.sum())
+
+    @property
+    def num_replaced(self) -> int:
+        """Vectors that stand for no key any more."""
+        return len(self._live_N) - self.num_keys
+
+    @property
+    def effort(self) -> int | None:
+        """What a search takes by default; None for flat, which has no choice."""
+        match self.kind:
+            case "ivf":
+                return int(self._base.nprobe)
+            case "hnsw":
+                return int(self._base.hnsw.efSearch)
+        return None
+
+    def add(self, keys_N: Keys, vectors_ND: Vectors) -> None:
+        """New keys, and new vectors of keys that are there; none at all is fine.
+
+        Raises InvalidRowsError for vectors of another width, another number of keys, and numbers that are not finite.
+        """
+        keys_N, vectors_ND = _checked(keys_N, vectors_ND, self.dim)
+        self._index.add_with_ids(vectors_ND, keys_N)
+        self._find_live()
+
+    def search(self, queries_KD: Vectors, count: int, effort: int | None = None) -> tuple[Keys, Vectors]:
+        """Keys and inner products of the `count` largest for each query, largest first: (K, C), (K, C).
+
+        C is `count`, or `num_keys` where that is less. An approximate index may find fewer for a query: the rest has
+        the score NOT_FOUND and the key 0. Raises InvalidRowsError for queries of another width.
+        """
+        if queries_KD.ndim != 2 or queries_KD.shape[1] != self.dim:
+            raise InvalidRowsError(f"queries of shape {queries_KD.shape} do not fit an index of width {self.dim}")
+        if count < 1:
+            raise InvalidRowsError(f"count={count}: a search is for at least one key")
+        found = min(count, self.num_keys)
+        queries_KD = np.ascontiguousarray(queries_KD, np.float32)
+        score_KC, place_KC = self._base.search(queries_KD, found, params=self._parameters(effort))
+        here_KC = place_KC >= 0
+        return np.where(here_KC, self._keys_N[place_KC], 0), np.where(here_KC, score_KC, NOT_FOUND)
+
+    def save(self) -> bytes:
+        """The bytes of faiss's own file format: an IndexIDMap, which any faiss reads."""
+        return bytes(faiss.serialize_index(self._index))
+
+    @classmethod
+    def load(cls, data: bytes) -> Self:
+        """Undoes `save`: the same answers. Raises CorruptFileError for other bytes.
+
+        faiss trusts what it reads: check a digest of the bytes first.
+        """
+        try:
+            return cls(faiss.deserialize_index(np.frombuffer(data, np.uint8)))
+        except (RuntimeError, AttributeError, StopIteration) as failure:
+            raise CorruptFileError(f"not an index that this code wrote: {failure}") from failure
+
+    def _find_live(self) -> None:
+        """The last vector of each key is its vector."""
+        self._keys_N: Keys = faiss.vector_to_array(self._index.id_map).astype(np.int64, copy=True)
+        last_first, self._live_N = len(self._keys_N) - 1, np.zeros(len(self._keys_N), np.bool_)
+        self._live_N[last_first - np.unique(self._keys_N[::-1], return_index=True)[1]] = True
+
+    def _parameters(self, effort: int | None) -> Any:
+        chosen: dict[str, Any] = {}
+        if self.num_replaced:
+            chosen["sel"] = faiss.IDSelectorBitmap(np.packbits(self._live_N, bitorder="little"))
+        match self.kind:
+            case "ivf":
+                return faiss.SearchParametersIVF(nprobe=effort or self.effort, **chosen)
+            case "hnsw":
+                return faiss.SearchParametersHNSW(efSearch=effort or self.effort, **chosen)
+        return faiss.SearchParameters(**chosen)
+
+
+def use_threads(count: int) -> None:
+    """Threads of the builds and searches that this process does from now on."""
+    faiss.omp_set_num_threads(count)
+
+
+def _empty(kind: IndexKind, num_vectors: int, dim: int) -> Any:
+    match kind:
+        case "flat":
+            return faiss.IndexFlatIP(dim)
+        case "ivf":
+            lists = max(1, min(round(4 * math.sqrt(num_vectors)), num_vectors // _POINTS_PER_LIST))
+            base = faiss.index_factory(dim, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
+            base.nprobe = min(lists, 2 * math.ceil(math.sqrt(lists)))
+        case "hnsw":
+            base = faiss.IndexHNSWFlat(dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
+            base.hnsw.efConstruction, base.hnsw.efSearch = _BUILD_EFFORT, _SEARCH_EFFORT
+    return base
+
+
+def _checked(keys_N: Keys, vectors_ND: Vectors, dim: int) -> tuple[Keys, Vectors]:
+    """As faiss takes them. Raises InvalidRowsError."""
+    if vectors_ND.ndim != 2 or vectors_ND.shape[1] != dim:
+        raise InvalidRowsError(f"vectors of shape {vectors_ND.shape} do not fit an index of width {dim}")
+    if keys_N.shape != (len(vectors_ND),) or keys_N.dtype != np.int64:
+        raise InvalidRowsError(
+            f"keys {keys_N.dtype}{keys_N.shape}: each of {len(vectors_ND)} vectors needs an int64 key"
+        )
+    vectors_ND = np.ascontiguousarray(vectors_ND, np.float32)
+    if (wrong := np.flatnonzero(~np.isfinite(vectors_ND).all(axis=1))).size:
+        raise InvalidRowsError(f"the vector of key {keys_N[wrong[0]]} has numbers that are not finite")
+    return np.ascontiguousarray(keys_N), vectors_ND
+
+
+def train_residual_quantizer(
+    sample_ND: npt.NDArray[np.float32], num_levels: int, num_codes: int, seed: int
+) -> npt.NDArray[np.float32]:
+    """Codebooks of faiss's ResidualQuantizer, (L, C, D): the first is trained on the sample, each further one on what
+    is left after the levels before it.
+
+    The nearest code wins at every level (a beam of one), so that a prefix of codes never depends on later levels.
+    `num_codes` is a power of two, and the sample has at least so many rows. k-means, 25 passes a level.
+    """
+    quantizer = faiss.ResidualQuantizer(sample_ND.shape[1], num_levels, num_codes.bit_length() - 1)
+    quantizer.max_beam_size = 1
+    quantizer.train_type = faiss.ResidualQuantizer.Train_progressive_dim | faiss.ResidualQuantizer.Skip_codebook_tables
+    quantizer.cp.seed = seed
+    quantizer.cp.min_points_per_centroid = 1  # else it warns on stderr
+    quantizer.train(np.ascontiguousarray(sample_ND, np.float32))
+    codebooks = faiss.vector_to_array(quantizer.codebooks).reshape(num_levels, num_codes, -1)
+    return np.asarray(codebooks, np.float32)
+
+
+def encode_residual(
+    codebooks_LCD: npt.NDArray[np.float32], rows_ND: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Codes of the rows, (N, L), and the squared length of what is left of each row after every level, (N, L)."""
+    residual_ND = np.array(rows_ND, np.float32, order="C")
+    shape = len(residual_ND), len(codebooks_LCD)
+    codes_NL, left_NL = np.empty(shape, np.int64), np.empty(shape, np.float64)
+    for level, codebook_CD in enumerate(codebooks_LCD):
+        codes_NL[:, level] = nearest(codebook_CD, residual_ND, 1)[:, 0]
+        residual_ND -= codebook_CD[codes_NL[:, level]]
+        left_NL[:, level] = np.einsum("nd,nd->n", residual_ND, residual_ND, dtype=np.float64)
+    return codes_NL, left_NL

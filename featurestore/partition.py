@@ -170,23 +170,37 @@ class FeaturePartition:
         """
         if self._closed:
             raise FeatureStoreError("the partition is closed")
-        hash_U = splitmix64(keys_U)
-        features_UD = self._output(len(hash_U), out)
-        shard_U = shard_of_hash(hash_U, self.info.num_shards)
-        if self._num_ranks > 1:
-            self._check_owned(np.asarray(keys_U), shard_U)
+        place_U, missing_U, shard_U = self._find(keys_U)
+        features_UD = self._output(len(place_U), out)
         if self.num_rows == 0:
-            missing_U = np.ones(len(hash_U), np.bool_)
             features_UD[:] = 0
         else:
-            place_U = self._index.places(hash_U, shard_U)
-            missing_U = self._index.hash_M[place_U] != hash_U
-            if self._hidden_share:
-                missing_U |= sampled(keys_U, self._hidden_share, self._hidden_seed)
             self._gather(place_U + self._gap_S[shard_U], missing_U, features_UD)
         if missing_U.any():
             self._note_missing(np.asarray(keys_U), missing_U)
         return Lookup(features_UD, missing_U)
+
+    def places(self, keys_U: npt.ArrayLike) -> Int64Array:
+        """For each key a number of its own in [0, num_rows), (U,); -1 for a key without a feature.
+
+        The same for as long as the partition is open. A key of another rank's shard raises MissingKeysError.
+        """
+        place_U, missing_U, _ = self._find(keys_U)
+        return np.where(missing_U, -1, place_U)
+
+    def _find(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, npt.NDArray[np.bool_], Int64Array]:
+        """Place among the hashes held, whether there is none, and shard of each key, (U,) each."""
+        hash_U = splitmix64(keys_U)
+        shard_U = shard_of_hash(hash_U, self.info.num_shards)
+        if self._num_ranks > 1:
+            self._check_owned(np.asarray(keys_U), shard_U)
+        if self.num_rows == 0:
+            return np.zeros(len(hash_U), np.int64), np.ones(len(hash_U), np.bool_), shard_U
+        place_U = self._index.places(hash_U, shard_U)
+        missing_U = self._index.hash_M[place_U] != hash_U
+        if self._hidden_share:
+            missing_U |= sampled(keys_U, self._hidden_share, self._hidden_seed)
+        return place_U, missing_U, shard_U
 
     def _gather(self, row_U: Int64Array, missing_U: npt.NDArray[np.bool_], out_UD: npt.NDArray[Any]) -> None:
         if missing_U.any():  # any mapped row will do; it is zeroed below

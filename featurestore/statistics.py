@@ -16,6 +16,8 @@ from featurestore.rows import to_float32
 from featurestore.spec import DType
 
 _BLOCK_ROWS = 512
+# A dimension that hardly varies (a unit that fires for one image in thousands) would be blown up by its own deviation.
+_LEAST_RELATIVE_STD = 0.1
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,14 @@ class FeatureStatistics:
     count: int
     mean_D: npt.NDArray[np.float32]
     std_D: npt.NDArray[np.float32]
+
+
+def inverse_std(std_D: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """What to multiply centred dimensions by, (D,): 1 / std, where deviations below a tenth of their mean are raised to
+    it; 1 for dimensions that never change in a store where none does."""
+    std = np.asarray(std_D, dtype=np.float64)
+    floor = _LEAST_RELATIVE_STD * float(std.mean()) if len(std) else 0.0
+    return np.asarray(1.0 / np.maximum(std, floor if floor > 0 else 1.0))
 
 
 @dataclass(frozen=True)

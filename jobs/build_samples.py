@@ -1,20 +1,31 @@
 """Make sample groups, the trainer's input, from impression and behaviour logs."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from featurestore.errors import FeatureStoreError
+from featurestore.storage import Storage
 from pipeline.cluster import connect
 from pipeline.errors import PipelineError
 from pipeline.samples.build import SampleOptions, build_samples
+from trainer.errors import TrainerError
+from trainer.schema.samples import inspect_samples, render
+from trainer.schema.text import settings_text
 
 EXAMPLES = """Examples:
 
 \b
 python jobs/build_samples.py --logs logs --samples samples
 python jobs/build_samples.py --window-days 7 --min-dwell-s 10 --max-behaviors 100 --test-days 2
+python jobs/build_samples.py --logs mylogs --mapping mapping.yaml --samples samples
 dask-submit -n 8 --threads-per-worker 1 jobs/build_samples.py --logs s3://shop/logs --samples /shared/samples
 """
+SCHEMA_FILE, SETTINGS_FILE = "schema.yaml", "settings.yaml"
+LOOKED_AT = 200_000  # groups from which a schema is suggested
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
@@ -35,6 +46,13 @@ def main(
         str | None,
         typer.Option(help="Columns of users to keep, with commas.", show_default="user_age and user_gender if there"),
     ] = None,
+    mapping: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file that says how your own tables are called, CSV or Parquet; python -m trainer.schema inspect "
+            "LOGS writes a first one."
+        ),
+    ] = None,
     partitions: Annotated[
         int | None, typer.Option(min=1, help="Buckets of users, one task each; the samples do not change with it.")
     ] = None,
@@ -42,7 +60,8 @@ def main(
     """Make sample groups, the trainer's input, from impression and behaviour logs.
 
     Rows that are null where they must not be, have labels beside 0 and 1, or lie in the future are counted and kept in
-    SAMPLES/quarantine.parquet; counts of everything are in SAMPLES/summary.json.
+    SAMPLES/quarantine.parquet; counts of everything are in SAMPLES/summary.json. With --mapping a schema and settings
+    for the trainer are written beside the samples.
     """
     options = SampleOptions(
         logs,
@@ -53,14 +72,25 @@ def main(
         test_days,
         None if user_columns is None else tuple(name.strip() for name in user_columns.split(",") if name.strip()),
         partitions,
+        mapping=None if mapping is None else str(mapping),
+    )
+    describe_files: Callable[[Path], Mapping[str, str]] = (
+        partial(describe_samples, samples) if mapping else lambda _: {}
     )
     try:
         with connect() as client:
-            summary = build_samples(options, client)
-    except PipelineError as error:
+            summary = build_samples(options, client, describe_files)
+    except (PipelineError, FeatureStoreError, TrainerError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     typer.echo(describe(summary))
+
+
+def describe_samples(samples: str, folder: Path) -> Mapping[str, str]:
+    """Schema and settings for the samples in `folder`, which will stand at `samples`."""
+    schema, made, table = inspect_samples(Storage(folder), "label", "user", LOOKED_AT)
+    settings = settings_text(samples, str(Path(samples) / SCHEMA_FILE), made.tables)
+    return {SCHEMA_FILE: render(schema, made, table, samples), SETTINGS_FILE: settings}
 
 
 def describe(summary: dict[str, Any]) -> str:

@@ -9,10 +9,9 @@ from featurestore.errors import FeatureStoreError
 from pipeline.cluster import connect
 from pipeline.errors import PipelineError
 from pipeline.imports import matrix, parquet, xdl
-from pipeline.imports.run import ImportOptions, ImportSummary, import_vectors
+from pipeline.imports.report import describe
+from pipeline.imports.run import ImportOptions, import_vectors
 from pipeline.imports.source import Source
-from pipeline.parts import BadImage
-from pipeline.summary import describe_bad
 
 EXAMPLES = """Examples:
 
@@ -106,26 +105,6 @@ def open_source(
     if file_format == "parquet" or (file_format == "auto" and not xdl.looks_like(address)):
         return parquet.plan(address, dim, binary_dtype, feature_column)
     return xdl.plan(address, dim)
-
-
-def describe(summary: ImportSummary) -> str:
-    """The lines that the job prints."""
-    kept = f" ({summary.num_kept:,} not in the source, kept)" if summary.num_kept else ""
-    bad = f": {describe_bad([BadImage(*row) for row in summary.bad])}" if summary.bad else ""
-    lines = [
-        f"rows         {summary.num_rows:,}",
-        f"new          {summary.num_new:,}",
-        f"changed      {summary.num_changed:,}",
-        f"unchanged    {summary.num_unchanged:,}",
-        f"duplicates   {summary.num_duplicates:,} (repeated with the same numbers)",
-        f"gone         {summary.num_gone:,}{kept}",
-        f"quarantined  {len(summary.bad):,}{bad}",
-        f"resolved     {summary.num_resolved:,} (were in quarantine)",
-        f"resumed      {summary.num_resumed:,} (staged by an earlier run)",
-        f"time         {summary.seconds:.1f} s, {summary.num_rows / max(summary.seconds, 1e-9):,.0f} rows/s",
-        f"store        {summary.store}, snapshot {summary.snapshot}",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -158,6 +158,16 @@ def images_of(refs: Iterable[ImageRef]) -> tuple[tuple[int, str], ...]:
     return tuple((ref.key, ref.source_tag) for ref in refs)
 
 
+def without_unread(report: PartReport) -> PartReport:
+    """The report without the images whose bytes were not seen; its part has no rows of them."""
+    unread = {image.key for image in report.bad if not image.was_read}
+    return replace(
+        report,
+        bad=tuple(image for image in report.bad if image.was_read),
+        images=tuple(image for image in report.images if image[0] not in unread),
+    )
+
+
 def _deadly(refs: Iterable[ImageRef], keys: Collection[int]) -> tuple[BadImage, ...]:
     return tuple(BadImage(ref.key, ref.uri, DEADLY) for ref in refs if ref.key in keys)
 

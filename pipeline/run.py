@@ -23,6 +23,7 @@ from pipeline.parts import (
     host_of,
     in_order,
     try_image,
+    without_unread,
 )
 from pipeline.plan import Copy, Part, make_copy_parts, make_parts, run_id_of
 from pipeline.progress import progress
@@ -142,8 +143,8 @@ class Run:
     def _taken_over(self, refs: Iterable[ImageRef]) -> tuple[list[PartReport], set[int]]:
         """Reports of the staged parts whose images are all among `refs`, unchanged; and the keys of these images.
 
-        So the parts outlive a listing that has changed since, but for those with an image that did. A part with an
-        image that could not be read goes: that may have been for a moment.
+        So the parts outlive a listing that has changed since, but for those with an image that did. Images that could
+        not be read are left to do, as that may have been for a moment: the reports are without them.
         """
         names = [name for name in sorted(self._staged) if not name.startswith((COPIES, TOMBSTONES))]
         reports: list[PartReport] = []
@@ -155,8 +156,8 @@ class Run:
         for name, report in zip(names, loaded, strict=True):
             if report is None:
                 continue
-            if not all(image.was_read for image in report.bad):
-                if not self._is_dry:  # a report is written before its rows: new ones must not meet these
+            if not report.images:
+                if not self._is_dry:  # a new part may have its name, and writes its report before its rows
                     self._store.discard_part(self._settings.run_id, name)
             elif left.issuperset(report.images):
                 left.difference_update(report.images)
@@ -167,7 +168,7 @@ class Run:
 
     def _load_report(self, part: str) -> PartReport | None:
         try:
-            return PartReport.load(self._store.url, self._settings.run_id, part)
+            return without_unread(PartReport.load(self._store.url, self._settings.run_id, part))
         except FileNotFoundError:  # expiry removes what was staged long ago
             return None
 

@@ -44,6 +44,8 @@ class Batch:
     global_samples: int
     """Samples of the global batch, over all ranks: the loss is the sum over local samples divided by it."""
     position: BatchPosition = field(default=BatchPosition(0, 0))
+    first_sample: int = 0
+    """Place in the global batch of this rank's first sample; the others follow it."""
 
     @property
     def num_samples(self) -> int:

@@ -28,21 +28,27 @@ from torch import Tensor
 from trainer.batch import BatchPosition
 from trainer.comm import Comm
 from trainer.errors import CheckpointError
+from trainer.options import ModelConfig
 from trainer.validate import Section
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})")
-_DENSE = "dense.safetensors"
+DENSE = "dense.safetensors"
 
 
-class Trained(Protocol):
+class Loadable(Protocol):
+    """What a checkpoint is loaded into."""
+
+    def load_dense_state(self, state: Mapping[str, Tensor]) -> None: ...
+    def shard_names(self) -> list[str]: ...
+    def load_shard_state(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+class Trained(Loadable, Protocol):
     """What of the engine a checkpoint holds."""
 
     def dense_state(self) -> dict[str, Tensor]: ...
-    def load_dense_state(self, state: Mapping[str, Tensor]) -> None: ...
     def shard_state(self) -> dict[str, Tensor]: ...
-    def shard_names(self) -> list[str]: ...
-    def load_shard_state(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 class Origin(Section):
@@ -58,14 +64,34 @@ class Origin(Section):
     """ExtractorSpec, dimension, dtype and codec of the feature store; empty where the model has no images."""
 
     def check_same(self, recorded: "Origin", path: Path) -> None:
-        """Raises CheckpointError naming every value that `recorded`, of the checkpoint at `path`, has otherwise."""
-        mine, theirs = dict(_flat(self.model_dump())), dict(_flat(recorded.model_dump()))
-        differing = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
-        if differing:
-            lines = [f"{name} is {mine.get(name)!r} here, {theirs.get(name)!r} in the checkpoint" for name in differing]
+        """Raises CheckpointError naming every value that `recorded`, of the checkpoint at `path`, has otherwise.
+
+        A setting of the model that the checkpoint does not know yet was at its default.
+        """
+        self.check_store(recorded, path)
+        lines = _differing(self.model_dump(), recorded.model_dump(), {"model": ModelConfig().model_dump()})
+        if lines:
             raise CheckpointError(
                 f"{path} belongs to another run; start a new one, or set back:\n  " + "\n  ".join(lines)
             )
+
+    def check_store(self, recorded: "Origin", path: Path) -> None:
+        """Raises CheckpointError where E of the checkpoint at `path` was trained on features of another kind."""
+        lines = _differing({"store": self.store}, {"store": recorded.store})
+        if not lines:
+            return
+        if not (self.store and recorded.store):
+            raise CheckpointError(
+                f"{path} {'was trained without images' if self.store else 'has an E for images'}, and this run has "
+                f"model.images {'on' if self.store else '=none'}; set it as it was, or take its ID vectors alone into "
+                f"a new run: --warm-start {path} --warm-parts ids"
+            )
+        raise CheckpointError(
+            f"{path} was trained on features of another kind, and its E makes nothing of these:\n  "
+            + "\n  ".join(lines)
+            + "\nset data.store to a store of that kind, or take all but E into a new run, which trains an E for this "
+            f"one: --warm-start {path} --warm-parts model,ids"
+        )
 
 
 class CheckpointState(Section):
@@ -90,12 +116,15 @@ class CheckpointState(Section):
         return BatchPosition(self.epoch, self.step_in_epoch)
 
 
-def save(comm: Comm, folder: Path, trained: Trained, state: CheckpointState, keep: int) -> Path:
+def save(
+    comm: Comm, folder: Path, trained: Trained, state: CheckpointState, keep: int, best: int | None = None
+) -> Path:
     """Writes `folder`/step-N on all ranks together and removes all but the newest `keep`; `state.files` is filled in.
+    The one of step `best` is kept whatever its age.
 
     Does nothing where that step is there already. Raises CheckpointError on all ranks where one cannot write.
     """
-    final, parts = folder / f"step-{state.step:08}", folder / f".step-{state.step:08}"
+    final, parts = place(folder, state.step), folder / f".step-{state.step:08}"
     if comm.broadcast_object(final.exists()):
         return final
     with _agreed(comm, f"cannot write {parts}"):
@@ -108,16 +137,29 @@ def save(comm: Comm, folder: Path, trained: Trained, state: CheckpointState, kee
         name = f"rows-{comm.rank:05}-of-{comm.size:05}.safetensors"
         own[name] = _write(parts / name, trained.shard_state())
         if comm.rank == 0:
-            own[_DENSE] = _write(parts / _DENSE, trained.dense_state())
+            own[DENSE] = _write(parts / DENSE, trained.dense_state())
     files = {name: digest for part in comm.allgather_object(own) for name, digest in part.items()}
     with _agreed(comm, f"cannot write {final}"):
         if comm.rank == 0:
             _write_state(parts / "state.json", state.model_copy(update={"files": files}))
             parts.rename(final)
             _sync(folder)
-            for old in _finished(folder)[:-keep]:
-                shutil.rmtree(old)
+            for old in finished(folder)[:-keep]:
+                if best is None or old != place(folder, best):
+                    shutil.rmtree(old)
     return final
+
+
+def end_with(comm: Comm, folder: Path, step: int, trained: Loadable) -> Path:
+    """Puts the checkpoint of `step` into `trained` and removes those of later steps, so that it is the latest one."""
+    path = place(folder, step)
+    load(comm, path, read_state(path), trained)
+    with _agreed(comm, f"cannot remove the checkpoints after {path}"):
+        if comm.rank == 0:
+            found = finished(folder)
+            for later in found[found.index(path) + 1 :]:
+                shutil.rmtree(later)
+    return path
 
 
 def find(folder: Path, resume: str) -> Path:
@@ -129,10 +171,10 @@ def find(folder: Path, resume: str) -> Path:
                 f"run.resume={resume}: there is no state.json in it; give a folder named step-N, or latest"
             )
         return path
-    finished = _finished(folder)
-    if not finished:
+    found = finished(folder)
+    if not found:
         raise CheckpointError(f"run.resume=latest: no checkpoint in {folder}; leave run.resume out to start afresh")
-    return finished[-1]
+    return found[-1]
 
 
 def read_state(path: Path) -> CheckpointState:
@@ -151,7 +193,7 @@ def read_state(path: Path) -> CheckpointState:
         raise CheckpointError(f"{file} is damaged: {failure}; resume from another checkpoint") from failure
 
 
-def load(comm: Comm, path: Path, state: CheckpointState, trained: Trained) -> None:
+def load(comm: Comm, path: Path, state: CheckpointState, trained: Loadable) -> None:
     """Puts the checkpoint into `trained`; each rank reads the shards that it owns now, whoever wrote them.
 
     Raises CheckpointError on all ranks, naming the file, where one is missing, damaged or does not fit.
@@ -160,15 +202,16 @@ def load(comm: Comm, path: Path, state: CheckpointState, trained: Trained) -> No
         for name in sorted(state.files)[comm.rank :: comm.size]:
             _verify(path / name, state.files[name])
     with _agreed(comm, f"cannot read {path}"):
-        trained.load_dense_state(_read_all(path / _DENSE))
-        rows = [path / name for name in sorted(state.files) if name != _DENSE]
+        trained.load_dense_state(_read_all(path / DENSE))
+        rows = [path / name for name in sorted(state.files) if name != DENSE]
         trained.load_shard_state(_read_named(rows, set(trained.shard_names())))
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Names, with dots between the levels, and values of nested mappings."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
@@ -189,7 +232,22 @@ def _agreed(comm: Comm, what: str) -> Iterator[None]:
     comm.agree(error)
 
 
-def _finished(folder: Path) -> list[Path]:
+def _differing(
+    mine: Mapping[str, Any], theirs: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> list[str]:
+    """One line for each value that is another; `theirs` may lack one that `mine` has at its default."""
+    here, there, default = (dict(flat(values)) for values in (mine, theirs, defaults or {}))
+    there = {name: default[name] for name in default.keys() & here.keys()} | there
+    names = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
+    return [f"{name} is {here.get(name)!r} here, {there.get(name)!r} in the checkpoint" for name in names]
+
+
+def place(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return folder / f"step-{step:08}"
+
+
+def finished(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]

@@ -5,6 +5,7 @@ Horovod are loaded when the ranks connect.
 """
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +35,11 @@ def run_on_ranks(work: Callable[["Comm"], None], missing_key_advice: str = "") -
         _tell(failure)
         return FAILED
     with contextlib.closing(comm):
-        return _guarded(comm, work, missing_key_advice)
+        code = _guarded(comm, work, missing_key_advice)
+    if comm.is_stuck:  # a collective of Horovod is under way for ever, and Python's end would wait for it
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 def _guarded(comm: "Comm", work: Callable[["Comm"], None], missing_key_advice: str) -> int:

@@ -16,21 +16,30 @@ from pydantic import Field, field_validator, model_validator
 from yaml import YAMLError
 
 from trainer.errors import ConfigError
-from trainer.options import Count, LearningRate, ModelConfig, OptimConfig, RateDecay
+from trainer.options import Count, ExchangeConfig, LearningRate, ModelConfig, OptimConfig, RateDecay
 from trainer.validate import Section, validated
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = PRESETS / "dicm.yaml"
 
 Device = Literal["auto", "cpu", "cuda"]
+WarmPart = Literal["images", "model", "ids"]
 MissingPolicy = Literal["error", "zeros", "learned"]
+WARM_PARTS: dict[Any, list[WarmPart]] = {
+    "none": [],
+    "partial": ["images", "model"],
+    "full": ["images", "model", "ids"],
+}
 Place = Annotated[str, Field(min_length=1)]
+Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
 
 
 class DataConfig(Section):
     """What is read, in which order, and how much of it makes one step."""
 
     samples: Place
+    train_days: Annotated[list[Day], Field(min_length=1)] | None
+    test_days: list[Day] | None
     store: Place
     store_version: Annotated[int, Field(ge=0)] | None
     cache_dir: Place | None
@@ -50,27 +59,41 @@ class TrainConfig(Section):
     lr: LearningRate
     lr_gamma: RateDecay
     lr_every: Count
+    id_l2: Annotated[float, Field(ge=0, le=1)]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     log_every: Count
     eval_every: Count | None
     eval_batch_size: Count
+    early_stopping: Count | None
     checkpoint_every: Count | None
     keep_checkpoints: Count
 
     def optim(self) -> OptimConfig:
         """What the engine takes of this section."""
-        return OptimConfig(lr=self.lr, lr_gamma=self.lr_gamma, lr_every=self.lr_every)
+        return OptimConfig(lr=self.lr, lr_gamma=self.lr_gamma, lr_every=self.lr_every, id_l2=self.id_l2)
 
 
 class RunConfig(Section):
-    """Where the run is written, and whether it goes on from an earlier one."""
+    """Where the run is written, and whether it goes on from, or begins with, an earlier one."""
 
     dir: Place
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None
     resume: Place | None
+    warm_start: Place | None
+    warm_parts: list[WarmPart]
+    """What a warm start takes; a file or --set may also say none, partial (all but ids) or full."""
     overwrite: bool
     device: Device
     threads: Count | None
+    deadline_s: Annotated[float, Field(gt=0)]
+    profile: bool
+
+    @field_validator("warm_parts", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in WARM_PARTS:
+            raise ValueError("it should be none, partial, full, or a list of images, model, ids, as [images,model]")
+        return WARM_PARTS[value] if isinstance(value, str) else value
 
     @field_validator("dir")
     @classmethod
@@ -85,6 +108,7 @@ class Config(Section):
 
     data: DataConfig
     model: ModelConfig
+    exchange: ExchangeConfig
     train: TrainConfig
     run: RunConfig
 
@@ -94,6 +118,12 @@ class Config(Section):
             raise ValueError("run.resume and run.overwrite=true exclude each other; set one of them")
         if self.run.resume == "latest" and self.run.name is None:
             raise ValueError("run.resume=latest needs the run's name; add run.name=NAME")
+        if self.train.early_stopping and self.train.eval_every is None:
+            raise ValueError("train.early_stopping counts evaluations; set train.eval_every=STEPS too")
+        if self.train.early_stopping and self.data.test_days == []:
+            raise ValueError("train.early_stopping needs test samples to evaluate on; data.test_days=[] names none")
+        if both := set(self.data.train_days or []) & set(self.data.test_days or []):
+            raise ValueError(f"data.train_days and data.test_days share {', '.join(sorted(both))}; a day is for one")
         return self
 
 
@@ -130,7 +160,7 @@ def _read(path: Path) -> DictConfig:
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as failure:
         raise ConfigError(f"{path} is not a readable YAML file: {failure}") from failure
     if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path} has to be a mapping of sections (data, model, train, run), found a list")
+        raise ConfigError(f"{path} has to be a mapping of sections (data, model, exchange, train, run), found a list")
     return loaded
 
 

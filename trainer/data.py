@@ -11,7 +11,7 @@ needs no order: there each rank has one contiguous part of the files and decodes
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from featurestore.storage import Storage
 from trainer.batch import Batch, BatchPosition, Jagged
 from trainer.columns import Groups, Index, Rule, check_types, concatenate, decode, ranges, rules_of
 from trainer.comm import Comm
+from trainer.days import files_of, name_of, sample_files
 from trainer.errors import DataError, SchemaError
 from trainer.schema import Field, Schema
 
@@ -41,11 +42,12 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """The row groups of one split, in the order of file names."""
+    """The row groups of one split, or of some days, in the order of file names."""
 
     storage: Storage
-    split: str
     row_groups: tuple[RowGroup, ...]
+    by_day: bool = False
+    """Chosen by day: it is the same data in whichever split the files are."""
 
     @property
     def num_samples(self) -> int:
@@ -58,33 +60,35 @@ class SampleIndex:
     @property
     def digest(self) -> str:
         """xxh3-128 of files and counts: equal when a position in one means the same in the other."""
-        return xxhash.xxh3_128_hexdigest(repr(self.row_groups).encode())
+        row_groups = self.row_groups
+        if self.by_day:
+            row_groups = tuple(replace(each, file=name_of(each.file)) for each in row_groups)
+        return xxhash.xxh3_128_hexdigest(repr(row_groups).encode())
 
 
-def open_index(comm: Comm, samples: str, split: str, schema: Schema) -> SampleIndex:
+def open_index(comm: Comm, samples: str, split: str, schema: Schema, days: Sequence[str] | None = None) -> SampleIndex:
     """Reads the footers of `samples`/`split`/*.parquet, each rank those of its share of the files.
 
-    Raises, on all ranks together, DataError where there is no sample or a file is damaged, SchemaError where a column
-    is missing or of another type.
+    With `days`, those of the files of these days instead, whichever split they are in; no days, no samples. Raises, on
+    all ranks together, DataError where there is no sample, or none of a day, or a file is damaged, SchemaError where a
+    column is missing or of another type.
     """
     storage, rules = Storage(samples), rules_of(schema)
     own: list[tuple[str, list[RowGroup]]] = []
-    names: list[str] = []
     error: Exception | None = None
     try:
-        names = [name for name in storage.list(split) if name.endswith(".parquet")]
-        own = [
-            (name, _read_footer(storage, f"{split}/{name}", rules, schema.label))
-            for name in names[comm.rank :: comm.size]
-        ]
+        files = sample_files(storage, split) if days is None else files_of(storage, days)
+        own = [(file, _read_footer(storage, file, rules, schema.label)) for file in files[comm.rank :: comm.size]]
     except (DataError, SchemaError, FeatureStoreError) as failure:
         error = failure
     comm.agree(error)
     parts = dict(part for share in comm.allgather_object(own) for part in share)
-    index = SampleIndex(storage, split, tuple(group for name in sorted(parts) for group in parts[name]))
-    if index.num_samples == 0:
+    row_groups = tuple(group for file in sorted(parts, key=name_of) for group in parts[file])
+    index = SampleIndex(storage, row_groups, by_day=days is not None)
+    if index.num_samples == 0 and days != []:
         what = f"has no *.parquet file with samples ({len(parts)} files)"
-        raise DataError(f"{storage.full(split)} {what}; write them with: python jobs/build_samples.py")
+        where = storage.full(split) if days is None else f"{storage.url}, days {', '.join(days)}"
+        raise DataError(f"{where} {what}; write them with: python jobs/build_samples.py")
     return index
 
 
@@ -122,7 +126,9 @@ class SampleReader:
         for step in range(first_step, self.steps_per_epoch):
             span, global_samples = self._span(step)
             pieces = list(windows.cut(span)) or [windows.nothing()]
-            yield assemble(self._schema, pieces, global_samples, BatchPosition(epoch, step))
+            batch = assemble(self._schema, pieces, global_samples, BatchPosition(epoch, step))
+            # Parts of an evaluation are no slices of one global batch, and need no places in it.
+            yield batch if self._by_part else replace(batch, first_sample=span.start - step * self._batch_size)
 
     @property
     def _part_size(self) -> int:
@@ -185,6 +191,15 @@ def read_row_group(storage: Storage, row_group: RowGroup, columns: list[str]) ->
         except (pa.ArrowException, OSError) as failure:
             where = f"{storage.full(row_group.file)}, row group {row_group.number}"
             raise DataError(f"{where} is damaged: {str(failure).strip()}; write the file again") from failure
+
+
+def row_groups_of_table(storage: Storage, file: str, rules: Mapping[str, Rule]) -> list[RowGroup]:
+    """The row groups of a table whose rows are one sample each, its columns checked. Raises DataError, SchemaError."""
+    with _opened(storage, file) as parquet:
+        check_types(parquet.schema_arrow, rules, storage.full(file))
+        counts = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
+    starts = np.cumsum([0, *counts]).tolist()
+    return [RowGroup(file, n, starts[n], count, count) for n, count in enumerate(counts) if count]
 
 
 def distinct_values(comm: Comm, index: SampleIndex, column: str, rule: Rule) -> Index:

@@ -5,8 +5,11 @@ TrainerError
 ├── SchemaError       the schema of the samples contradicts itself or the model
 ├── DataError         a sample file or a value in it cannot be used
 ├── CheckpointError   a checkpoint is missing, damaged, or of another run
+├── PlanError         this machine could not be measured for a plan
+├── AdIndexError      an index of ads is missing, or of another checkpoint
 ├── RemoteRankError   another rank failed; the text is its error
 └── LostRankError     another rank is gone, or out of reach
+    └── LateRankError another rank has not come to a collective in time
 """
 
 
@@ -30,6 +33,14 @@ class CheckpointError(TrainerError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
 
+class PlanError(TrainerError):
+    """This machine could not be measured for a plan."""
+
+
+class AdIndexError(TrainerError):
+    """An index of ads is missing, was replaced meanwhile, or has vectors of another checkpoint."""
+
+
 class RemoteRankError(TrainerError):
     """Rank `rank` failed with `text`; this rank stops because of it, not because of an error of its own."""
 
@@ -44,3 +55,7 @@ class RemoteRankError(TrainerError):
 
 class LostRankError(TrainerError):
     """Another rank died or is out of reach in the middle of a collective."""
+
+
+class LateRankError(LostRankError):
+    """Another rank has not come to a collective before its deadline; it may hang."""

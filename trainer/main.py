@@ -5,13 +5,14 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainer.cli import run_on_ranks
-from trainer.config import Config, load_config
+from trainer.config import WARM_PARTS, Config, load_config
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ Examples:
     horovodrun -np 2 python -m trainer.main --set model.images=none --set run.name=ids-only
 
     horovodrun -np 2 python -m trainer.main --config own.yaml --set run.name=a --set run.resume=latest
+
+    horovodrun -np 2 python -m trainer.main --warm-start data/runs/yesterday --warm-parts partial
 
 Without settings it trains on data/samples and data/features, and writes to data/runs. All settings and their defaults:
 trainer/presets/dicm.yaml. Exit codes: 0 done, 1 failed, 2 wrong settings, 130 stopped by a
@@ -48,21 +51,49 @@ def main(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
     ] = None,
+    warm_start: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Begin with parameters of this run or checkpoint.")
+    ] = None,
+    warm_parts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PARTS",
+            help="none, partial (all but the ID vectors, the default), full, or of images,model,ids with commas.",
+        ),
+    ] = None,
     more: Annotated[list[str] | None, typer.Argument(metavar="SECTION.FIELD=VALUE", help="More settings.")] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write a trace of a few steps into the run's folder (run.profile).")
+    ] = False,
 ) -> None:
     """Train DICM on sample groups and stored image features, and evaluate it on the test samples."""
     try:
-        loaded: Config | ConfigError = load_config(file, [*(settings or []), *(more or [])])
+        warm = warm_settings(warm_start, warm_parts)
+        traced = ["run.profile=true"] if profile else []
+        loaded: Config | ConfigError = load_config(file, [*(settings or []), *(more or []), *warm, *traced])
     except ConfigError as failure:
         loaded = failure
+    raise typer.Exit(on_ranks(loaded, train))
 
-    def work(comm: "Comm") -> None:
+
+def on_ranks(loaded: Config | ConfigError, work: Callable[[Config, "Comm"], None]) -> int:
+    """`work` with this rank's Comm; what goes wrong becomes one message of rank 0. Returns the exit code."""
+
+    def do(comm: "Comm") -> None:
         if isinstance(loaded, ConfigError):
             raise loaded
-        train(loaded, comm)
+        work(loaded, comm)
 
-    advice = "" if isinstance(loaded, ConfigError) else MISSING_KEY_ADVICE.format(store=loaded.data.store)
-    raise typer.Exit(run_on_ranks(work, advice))
+    return run_on_ranks(do, MISSING_KEY_ADVICE.format(store=loaded.data.store) if isinstance(loaded, Config) else "")
+
+
+def warm_settings(warm_start: str | None, warm_parts: str | None) -> list[str]:
+    """The options as settings."""
+    settings = [] if warm_start is None else [f"run.warm_start={warm_start}"]
+    if warm_parts is not None:
+        named = warm_parts in WARM_PARTS
+        settings.append(f"run.warm_parts={warm_parts if named else f'[{warm_parts}]'}")
+    return settings
 
 
 def train(config: Config, comm: "Comm") -> None:
@@ -75,6 +106,7 @@ def train(config: Config, comm: "Comm") -> None:
     from trainer.train import Training, total_steps
 
     started = time.time()
+    comm.deadline_s = config.run.deadline_s
     with contextlib.closing(open_run(config, comm)) as run, StopSignals() as signals:
         claim_folder(run)
         root = comm.rank == 0
@@ -83,10 +115,12 @@ def train(config: Config, comm: "Comm") -> None:
             progress.say(
                 f"{run.folder}: {readers}, {comm.size} ranks, step {run.engine.num_steps} of {total_steps(run)}"
             )
+            if run.warm_start:
+                progress.say(f"warm start from {run.warm_start.path}: {', '.join(run.warm_start.parts) or 'nothing'}")
             training = Training(run, progress, signals)
             training.fit()
             training.totals.missing_lookups = run.partition.missing_count if run.partition else 0
-            figures = summary.gather(comm, training.totals)
+            figures = summary.gather(comm, training.totals, run.engine.stages)
             report = {
                 "name": run.folder.name,
                 "folder": str(run.folder),
@@ -94,6 +128,7 @@ def train(config: Config, comm: "Comm") -> None:
                 **figures,
                 "global_step": run.engine.num_steps,
                 "history": run.history,
+                "warm_start": str(run.warm_start.path) if run.warm_start else None,
                 "store_version": run.partition.snapshot_version if run.partition else None,
                 "config_digest": config_digest(config.model_dump(mode="json")),
                 "wall_s": time.time() - started,

@@ -1,6 +1,6 @@
-"""Adam for the dense parameters, which every rank holds: gradients are summed over ranks in one allreduce a step."""
+"""Adam for the dense parameters, which every rank holds: gradients are summed over ranks while backward goes on."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,28 +13,30 @@ from trainer.options import OptimConfig
 
 @dataclass(frozen=True)
 class AdamRates:
-    """The numbers of one Adam step."""
+    """The numbers of one step of Adam, and of the regularisation of ID rows (trainer/tables.py)."""
 
     lr: float
     beta1: float
     beta2: float
     eps: float
+    id_l2: float = 0.0
 
 
 def rates_at(config: OptimConfig, step: int) -> AdamRates:
     """The rates of step `step`, counted from zero: lr x lr_gamma ^ (step // lr_every)."""
     lr = config.lr * config.lr_gamma ** (step // config.lr_every)
-    return AdamRates(lr, config.beta1, config.beta2, config.eps)
+    return AdamRates(lr, config.beta1, config.beta2, config.eps, config.id_l2)
 
 
 class DenseOptimizer:
-    """Adam on named parameters whose gradients are views of one flat buffer, so that a step has one allreduce.
+    """Adam on named parameters whose gradients are views of one flat buffer.
 
     Reduction: sum over ranks. The loss of a rank is already divided by the samples of the global batch, so the sum is
-    the gradient of the mean over it (tests/trainer/test_equivalence.py).
+    the gradient of the mean over it (tests/trainer/test_equivalence.py). One allreduce for each first part of the
+    names: the worker's gradients travel as soon as backward has made the last of them, while it goes on through E.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
+    def __init__(self, comm: Comm, parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
         self.parameters = dict(parameters)
         values = list(self.parameters.values())
         # One more element: the loss, so that its mean over the global batch costs no collective of its own.
@@ -42,19 +44,30 @@ class DenseOptimizer:
         self._adam = torch.optim.Adam(
             values, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
         )
-        start = 0
-        for parameter in values:
-            parameter.grad = self._flat[start : start + parameter.numel()].view_as(parameter)
-            start += parameter.numel()
+        self.loss: Tensor | None = None
+        """Of this rank, to be summed with the gradients; set before backward."""
+        self._reductions = _reductions(comm, self.parameters, self._flat)
 
     def zero_grad(self) -> None:
         """Call before backward, which adds to the gradients."""
         self._flat.zero_()
+        for each in self._reductions:
+            each.reset()
 
-    def step(self, comm: Comm, rates: AdamRates, loss: Tensor) -> float:
-        """Sums gradients and loss over ranks, moves the parameters; returns the summed loss, the same on every rank."""
-        self._flat[-1] = loss.detach()
-        comm.allreduce_sum_(self._flat, name="dense")
+    def start_reduction(self) -> None:
+        """After backward: what has not begun to travel begins. Every rank calls it."""
+        assert self.loss is not None
+        self._flat[-1] = self.loss.detach()
+        for each in self._reductions:
+            each.start()
+
+    def finish_reduction(self) -> None:
+        """Waits until all gradients, and the loss, are the sums over ranks."""
+        for each in self._reductions:
+            each.finish()
+
+    def step(self, rates: AdamRates) -> float:
+        """Moves the parameters; returns the summed loss, the same on every rank."""
         for group in self._adam.param_groups:
             group["lr"] = rates.lr
         self._adam.step()
@@ -76,6 +89,50 @@ class DenseOptimizer:
             moments["exp_avg"] = torch.zeros_like(parameter)
             moments["exp_avg_sq"] = torch.zeros_like(parameter)
         return moments
+
+
+class _Reduction:
+    """The allreduce of neighbouring gradients; begins by itself when backward has made all of them."""
+
+    def __init__(self, comm: Comm, name: str, values: Tensor, parameters: Sequence[nn.Parameter], last: bool) -> None:
+        self._comm, self._name, self._values, self._count = comm, name, values, len(parameters)
+        self._waiting = 0
+        self._finish: Callable[[], None] | None = None
+        if not last and comm.size > 1:  # the last part ends with the loss, and backward ends with it
+            for parameter in parameters:
+                parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
+
+    def reset(self) -> None:
+        self._waiting, self._finish = self._count, None
+
+    def start(self) -> None:
+        if self._finish is None:
+            self._finish = self._comm.start_allreduce_sum_(self._values, name=self._name)
+
+    def finish(self) -> None:
+        assert self._finish is not None
+        self._finish()
+
+    def _note(self, _: Tensor) -> None:
+        self._waiting -= 1
+        if self._waiting == 0:
+            self.start()
+
+
+def _reductions(comm: Comm, parameters: Mapping[str, nn.Parameter], flat: Tensor) -> list[_Reduction]:
+    """Lays the gradients into `flat`, one after the other, and cuts it by the first part of the names."""
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        parts.setdefault(name.partition(".")[0], []).append(parameter)
+    reductions, start = [], 0
+    for number, (part, members) in enumerate(parts.items()):
+        first, last = start, number == len(parts) - 1
+        for parameter in members:
+            parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+        values = flat[first : start + last]  # the loss stands behind the last part
+        reductions.append(_Reduction(comm, f"step.dense.{part}", values, members, last))
+    return reductions
 
 
 def check_names(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:

@@ -2,10 +2,12 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from trainer.validate import Section
 
+BaseNet = Literal["lr", "mlp", "din", "dcn", "two_tower"]
+Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query"]
 ComputeDType = Literal["bfloat16", "float32", "float64"]
 Count = Annotated[int, Field(ge=1)]
 LearningRate = Annotated[float, Field(gt=0, le=10)]
@@ -14,12 +16,20 @@ Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
 class ModelConfig(Section):
-    """The DICM: which images, how they are pooled, the widths, the rows of each ID table."""
+    """The DICM: base net, which images, how they are pooled, the widths, the rows of each ID table."""
 
+    base: BaseNet = "mlp"
+    """What becomes of the inputs: logistic regression, Embedding&MLP, DIN, DCN-v2; two towers for pre-ranking."""
     images: Literal["none", "ad", "behavior", "both"] = "both"
     """Which images the model sees; their ids are ID fields in all four."""
-    pooling: Literal["sum", "attentive"] = "attentive"
-    """How the vectors of the behaviour images become one."""
+    pooling: Pooling = "attentive"
+    """How the vectors of the behaviour images become one; two towers sum them."""
+    concat_length: Annotated[int, Field(ge=1, le=1_000)] = 32
+    """Behaviours that pooling=concat takes; fewer are filled up with zeros."""
+    similarity_tiers: Annotated[int, Field(ge=0, le=256)] = 0
+    """SimTier: a histogram, with so many tiers, of how similar the behaviour images are to the ad's; 0: none."""
+    similarity_top_k: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Pool only so many of the behaviours, those whose images are most similar to the ad's; 0: all."""
     shared_image_model: bool = True
     """One E for behaviour and ad images, or one each."""
     visual_width: Width = 12
@@ -29,8 +39,16 @@ class ModelConfig(Section):
     """E's hidden layers."""
     mlp: list[Width] = Field(default=[200, 80], min_length=1)
     """Hidden layers of the MLP."""
+    tower_width: Width = 32
+    """Outputs of each tower with base two_tower: the width of user and ad vectors."""
     attention_hidden: Width = 16
-    """Hidden units that weigh a behaviour image against the ad."""
+    """Hidden units that weigh a behaviour against the ad: its image in attentive pooling, its ids in DIN."""
+    cross_layers: Annotated[int, Field(ge=1, le=16)] = 3
+    """Cross layers of DCN-v2."""
+    cross_structure: Literal["parallel", "stacked"] = "parallel"
+    """DCN-v2's MLP beside the cross layers, or on top of them."""
+    id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of training samples whose ad is taken for a new one: the vectors of its own IDs are zero."""
     compute_dtype: ComputeDType = "bfloat16"
     """Type of E's matrix products; its weights are float32 all the same."""
     table_shards: Count = 64
@@ -38,12 +56,31 @@ class ModelConfig(Section):
     tables: dict[str, Count] = Field(default={})
     """Rows of each ID table, by name; ids are hashed into them, so the number is rounded up to fill every shard."""
 
+    @field_validator("pooling")
+    @classmethod
+    def _queries_there(cls, value: str, info: ValidationInfo) -> str:
+        if value == "multi_query" and info.data.get("images") == "behavior":
+            raise ValueError(
+                "it asks with the ad image and with the ad's IDs; set model.images=both, "
+                "or model.pooling=attentive, where without an ad image the ad's IDs ask"
+            )
+        return value
+
     @field_validator("table_shards")
     @classmethod
     def _power_of_two(cls, value: int) -> int:
         if value & (value - 1):
             raise ValueError("it has to be a power of two, as 64")
         return value
+
+
+class ExchangeConfig(Section):
+    """How vectors travel between ranks."""
+
+    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of vectors and their gradients on the way. float32: sent as they are; bfloat16: rounded, half of the bytes."""
+    reuse_steps: Annotated[int, Field(ge=0, le=1000)] = 0
+    """An owner may answer with a visual vector that is up to so many steps old. 0: never, which is exact."""
 
 
 class OptimConfig(Section):
@@ -55,3 +92,5 @@ class OptimConfig(Section):
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    id_l2: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Adaptive L2 of ID rows: this / (steps that touched the row) x the row is added to its gradient; 0: none."""

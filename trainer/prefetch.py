@@ -1,10 +1,17 @@
-"""Reading batches ahead of their use, in a thread; numpy and Arrow let go of the interpreter for most of it."""
+"""Work ahead of its use, in threads: reading batches, and preparing the next one beside the step of this one.
+
+numpy, Arrow and Horovod let go of the interpreter for most of it.
+"""
 
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from trainer.batch import Batch
+
+Result = TypeVar("Result")
 
 
 def read_ahead(batches: Iterator[Batch], depth: int) -> Generator[Batch | Exception, None, None]:
@@ -32,6 +39,20 @@ def read_ahead(batches: Iterator[Batch], depth: int) -> Generator[Batch | Except
     finally:
         stopped.set()
         thread.join()
+
+
+def prepare_ahead(count: int, prepare: Callable[[], Result]) -> Generator[Callable[[], Result], None, None]:
+    """Calls `prepare` `count` times in a thread, a call ahead; gives functions that wait for each result, or raise.
+
+    Call n + 1 begins when result n is asked for. So ranks that ask equally often prepare equally often, and collectives
+    in `prepare` meet: who has one result has begun the next one, and closing the iterator waits for that.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
+        coming = pool.submit(prepare) if count else None
+        for left in range(count - 1, -1, -1):
+            assert coming is not None
+            current, coming = coming, pool.submit(prepare) if left else None
+            yield current.result
 
 
 def _guarded(batches: Iterator[Batch]) -> Iterator[Batch | Exception]:

@@ -47,13 +47,13 @@ class Progression:
         if self._writer:
             self._writer.close()
 
-    def step(self, step: int, scalars: Mapping[str, float], log: bool) -> None:
-        """After step number `step`; `scalars` go to TensorBoard where `log` says so."""
+    def step(self, step: int, scalars: Mapping[str, float], details: Mapping[str, float]) -> None:
+        """After step number `step`; where there are `details`, these and `scalars` go to TensorBoard."""
         text = "  ".join(f"{name} {figure(value)}" for name, value in scalars.items())
         self._bar.update(self._task, completed=step, text=text)
-        if log and self._writer:
-            for name, value in scalars.items():
-                self._writer.add_scalar(f"train/{name}", value, step)
+        if details and self._writer:
+            for name, value in {**{f"train/{name}": value for name, value in scalars.items()}, **details}.items():
+                self._writer.add_scalar(name, value, step)
         if self._bar.disable and (step == self._total or time.monotonic() >= self._next_line_s):
             self._next_line_s = time.monotonic() + _LINE_EVERY_S
             self.console.print(f"step {step}/{self._total}  {text}", soft_wrap=True)

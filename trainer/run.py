@@ -21,16 +21,18 @@ from featurestore.partition import FeaturePartition
 from featurestore.spec import StoreInfo
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
-from trainer import checkpoint
+from trainer import checkpoint, warmstart
 from trainer.batch import BatchPosition
 from trainer.checkpoint import CheckpointState, Origin
 from trainer.columns import Index, rules_of
 from trainer.comm import Comm
 from trainer.config import Config, Device, save_config
 from trainer.data import SampleIndex, SampleReader, distinct_values, open_index
+from trainer.days import sample_files
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.schema import Schema, load_schema
 from trainer.step import Engine
+from trainer.warmstart import WarmStart
 
 Result = TypeVar("Result")
 
@@ -51,6 +53,7 @@ class Run:
     origin: Origin
     position: BatchPosition
     history: list[dict[str, Any]]
+    warm_start: WarmStart | None
 
     @property
     def checkpoints(self) -> Path:
@@ -70,17 +73,19 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
     have changed; the model and the kind of features still have to be the checkpoint's.
     """
     schema = load_schema(Path(config.data.schema_file) if config.data.schema_file else None)
-    store_name = _store_name(config, schema)
+    store_name = content_store(config, schema)
     folder = Path(config.run.dir) / comm.broadcast_object(config.run.name or time.strftime("run-%Y%m%d-%H%M%S"))
     if not reading:
         _on_all(comm, lambda: _check_folder(config, folder))
-    _on_rank_0(comm, lambda: _check_places(config, store_name is not None))
+    on_rank_0(comm, lambda: _check_places(config, store_name is not None))
     resumed = _on_all(comm, lambda: _resumed(config, folder))
+    warm = None if resumed else _on_all(comm, lambda: _warm_start(config))
     device = _share_machine(config, comm)
-    train, test = (open_index(comm, config.data.samples, split, schema) for split in ("train", "test"))
+    train = open_index(comm, config.data.samples, "train", schema, config.data.train_days)
+    test = open_index(comm, config.data.samples, "test", schema, config.data.test_days)
     partitions, statistics = {}, {}
     if store_name is not None:
-        version, values = _on_rank_0(comm, lambda: _snapshot(config, resumed[1] if resumed else None))
+        version, values = on_rank_0(comm, lambda: _snapshot(config, resumed[1] if resumed else None))
         partitions[store_name] = _on_all(comm, lambda: _partition(config, comm, version))
         statistics[store_name] = values
     partition = partitions.get(store_name or "")
@@ -96,6 +101,7 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
         partitions,
         config.model,
         config.train.optim(),
+        config.exchange,
         seed=config.train.seed,
         missing=config.data.missing,
         statistics=statistics,
@@ -103,6 +109,8 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
     )
     if resumed:
         checkpoint.load(comm, *resumed, engine)
+    elif warm:
+        warmstart.load(comm, warm, origin, engine)
     new_ad_column = next(field.column_name for field in schema.fields if field.name == schema.new_ad_field)
     return Run(
         config=config,
@@ -117,6 +125,7 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
         origin=origin,
         position=resumed[1].position if resumed else BatchPosition(0, 0),
         history=resumed[1].history if resumed else [],
+        warm_start=warm,
     )
 
 
@@ -136,7 +145,7 @@ def claim_folder(run: Run) -> None:
             run.folder.mkdir(parents=True, exist_ok=True)
             save_config(run.config, run.folder / "config.yaml")
 
-    _on_rank_0(run.comm, claim)
+    on_rank_0(run.comm, claim)
 
 
 def _on_all(comm: Comm, work: Callable[[], Result]) -> Result:
@@ -150,12 +159,12 @@ def _on_all(comm: Comm, work: Callable[[], Result]) -> Result:
     return result
 
 
-def _on_rank_0(comm: Comm, work: Callable[[], Result]) -> Result:
+def on_rank_0(comm: Comm, work: Callable[[], Result]) -> Result:
     """The result of `work` on rank 0, on every rank."""
     return comm.broadcast_object(_on_all(comm, work if comm.rank == 0 else lambda: None))  # type: ignore[return-value]
 
 
-def _store_name(config: Config, schema: Schema) -> str | None:
+def content_store(config: Config, schema: Schema) -> str | None:
     """The one store that the schema's content fields name; None where the model uses no image."""
     names = sorted({field.store_name for field in schema.of_kind("content")})
     if config.model.images == "none":
@@ -203,7 +212,8 @@ def _check_places(config: Config, needs_store: bool) -> None:
         except StoreNotFoundError:
             job = f"python jobs/extract_features.py --store {config.data.store}"
             problems.append(f"data.store={config.data.store} is no feature store; make it with: {job}")
-    empty = [s for s in ("train", "test") if not any(name.endswith(".parquet") for name in samples.list(s))]
+    splits = {"train": config.data.train_days, "test": config.data.test_days}
+    empty = [split for split, days in splits.items() if days is None and not sample_files(samples, split)]
     if empty:
         job = f"python jobs/build_samples.py --samples {config.data.samples}"
         problems.append(
@@ -220,6 +230,10 @@ def _resumed(config: Config, folder: Path) -> tuple[Path, CheckpointState] | Non
         return None
     path = checkpoint.find(folder / "checkpoints", config.run.resume)
     return path, checkpoint.read_state(path)
+
+
+def _warm_start(config: Config) -> WarmStart | None:
+    return warmstart.find(config.run.warm_start, config.run.warm_parts) if config.run.warm_start else None
 
 
 def uses_cuda(device: Device, available: bool, moves_cuda_tensors: bool) -> bool:

@@ -1,7 +1,7 @@
 """The engine of a run: everything that one step needs, and the step itself. The loop and the tests drive this alone."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,16 +12,25 @@ from torch.nn import functional
 
 from featurestore.embedding import EmbeddingModel, EmbeddingService
 from featurestore.partition import FeaturePartition, MissingPolicy
+from featurestore.signatures import Signatures
 from featurestore.statistics import FeatureStatistics
 from trainer.batch import Batch
 from trainer.comm import Comm
+from trainer.dropout import IdDropout
 from trainer.errors import ConfigError
-from trainer.exchange import ContentSource, Exchange, Request, Source
-from trainer.models.dicm import Dicm
+from trainer.exchange import ContentSource, Exchange, FieldVectors, Kind, Request, Source
+from trainer.models.build import build_model
+from trainer.models.fields import nearest_of, tiers_of, width_of
 from trainer.optim import DenseOptimizer, check_names, rates_at
-from trainer.options import ModelConfig, OptimConfig
+from trainer.options import ExchangeConfig, ModelConfig, OptimConfig
+from trainer.reuse import VectorCache
 from trainer.schema import Field, Schema
+from trainer.similarity import Similarity, pairs_of_fields, similarities
+from trainer.stages import Stages
 from trainer.tables import IdTable, TableShape
+
+# Fields, dense values and the group of each sample in; as trainer.models.ctr.CtrModel.forward.
+Network = Callable[[Mapping[str, FieldVectors], Mapping[str, Tensor], Tensor], Tensor]
 
 # Standard deviation of an ID vector's first elements.
 _ID_SCALE = 0.05
@@ -29,10 +38,11 @@ _ID_SCALE = 0.05
 
 @dataclass
 class Prepared:
-    """A batch whose keys have been exchanged."""
+    """A batch whose keys have been exchanged, and how similar the images of each behaviour field are to the ads'."""
 
     batch: Batch
     request: Request
+    similarity: Mapping[str, Similarity]
 
 
 @dataclass(frozen=True)
@@ -43,8 +53,6 @@ class StepResult:
     num_samples: int
     num_references: int
     num_unique: int
-    bytes_sent: int
-    bytes_received: int
     learning_rate: float
 
 
@@ -62,6 +70,7 @@ class Engine:
         partitions: Mapping[str, FeaturePartition],
         model: ModelConfig,
         optim: OptimConfig,
+        exchange: ExchangeConfig | None = None,
         *,
         seed: int,
         missing: MissingPolicy = "error",
@@ -70,11 +79,12 @@ class Engine:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.num_steps = 0
+        self.stages = Stages()
         self._comm, self._optim = comm, optim
         self._device, self._dtype = torch.device(device), dtype
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = Dicm(schema, model)
+            self.model = build_model(schema, model)
             self.services = _services(self.model.fields, partitions, model, missing)
         self._modules = nn.ModuleDict({"model": self.model, "stores": nn.ModuleDict(self.services)})
         self._modules.to(device=self._device, dtype=dtype)
@@ -85,16 +95,21 @@ class Engine:
             shape.name: IdTable(shape, comm.rank, comm.size, seed=seed, scale=_ID_SCALE, device=device, dtype=dtype)
             for shape in table_shapes(self.model.fields, model)
         }
-        self._dense = DenseOptimizer(dict(self._modules.named_parameters()), optim)
+        self._config, self._compared = model, pairs_of_fields(self.fields, model)
+        self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
+        self._signatures_of_store: dict[str, Signatures] = {}
         sources: dict[str, Source] = dict(self.tables)
         source_of_field = {field.name: field.table_name for field in self.fields if field.is_id}
         for field in self.fields:
             if field.kind == "content":
-                name = f"{field.store_name}:{model_name(field, model)}"
-                source_of_field[field.name] = name
+                network = model_name(field, model)
+                name = source_of_field[field.name] = f"{field.store_name}:{network}"
                 service = self.services[field.store_name]
-                sources[name] = ContentSource(service, model_name(field, model), comm.size)
-        self._exchange = Exchange(comm, sources, source_of_field, device, dtype)
+                cache = self._cache(service, network, exchange)
+                signatures = self._signatures(field)
+                sources[name] = ContentSource(service, network, comm.size, cache, signatures)
+        self._id_dropout = IdDropout(schema, model.id_dropout, seed)
+        self._exchange = Exchange(comm, sources, source_of_field, device, dtype, exchange, self.stages)
         self._check_same_on_all_ranks()
 
     @property
@@ -102,30 +117,45 @@ class Engine:
         """The fields that the model uses; a batch may hold more."""
         return self.model.fields
 
-    def prepare(self, batch: Batch | Exception) -> Prepared:
-        """Exchanges the keys of a batch; independent of weights, so it may run a step ahead.
+    def prepare(self, batch: Batch | Exception, kind: Kind = "step") -> Prepared:
+        """Exchanges the keys of a batch and gathers what its owners need; independent of weights, so it may run a step
+        ahead, in a thread beside the step before.
 
-        All ranks call it. An exception in place of the batch stops all: this rank raises it, others RemoteRankError.
+        All ranks call it, for the batches of one kind in the same order. An exception in place of the batch stops all:
+        this rank raises it, others RemoteRankError.
         """
+        if isinstance(batch, Batch):
+            batch = self.model.check(batch) or batch
         if isinstance(batch, Exception):
-            self._exchange.request(batch)
+            self._exchange.request(batch, kind)
             raise AssertionError("an exception handed to the exchange is raised by it")
-        return Prepared(batch, self._exchange.request(batch.fields))
+        request = self._exchange.request(batch.fields, kind)
+        if not self._compared:
+            return Prepared(batch, request, {})
+        with self.stages.timed("compare images"):
+            return Prepared(batch, request, similarities(batch, self._compared, request.words_of_field, self._config))
 
     def train_step(self, prepared: Prepared) -> StepResult:
         """Forward, backward, one allreduce, and one step of both optimisers. All ranks call it."""
-        sent, received = self._comm.bytes_sent, self._comm.bytes_received
         batch, request = prepared.batch, prepared.request
         rates = rates_at(self._optim, self.num_steps)
         self._modules.train()
         self._dense.zero_grad()
-        logit_B = self._logits(prepared)
+        logit_B = self._outputs(prepared, self.model)
         label_B = torch.from_numpy(batch.label_B).to(device=self._device, dtype=self._dtype)
         loss = functional.binary_cross_entropy_with_logits(logit_B, label_B, reduction="sum") / batch.global_samples
+        self._dense.loss = loss
+        request.backward = self.stages.begin("worker backward")
         loss.backward()  # type: ignore[no-untyped-call]
-        global_loss = self._dense.step(self._comm, rates, loss)
-        for table in self.tables.values():
-            table.apply_gradients(rates)
+        request.backward.switch(None)
+        self._dense.start_reduction()
+        with self.stages.timed("update id rows"):
+            for table in self.tables.values():
+                table.apply_gradients(rates)
+        with self.stages.timed("reduce gradients"):
+            self._dense.finish_reduction()
+        with self.stages.timed("update dense"):
+            global_loss = self._dense.step(rates)
         self._exchange.release(request)
         self.num_steps += 1
         return StepResult(
@@ -133,18 +163,20 @@ class Engine:
             num_samples=batch.num_samples,
             num_references=request.num_references,
             num_unique=request.num_unique,
-            bytes_sent=self._comm.bytes_sent - sent + request.bytes_sent,
-            bytes_received=self._comm.bytes_received - received + request.bytes_received,
             learning_rate=rates.lr,
         )
 
-    @torch.no_grad()
     def predict(self, prepared: Prepared) -> NDArray[np.float64]:
         """Logits (B,) in float64. All ranks call it equally often."""
+        return self.compute(prepared, self.model)
+
+    @torch.no_grad()
+    def compute(self, prepared: Prepared, network: Network) -> NDArray[np.float64]:
+        """What `network`, as a part of the model, makes of a batch; in float64. All ranks call it equally often."""
         self._modules.eval()
-        logit_B = self._logits(prepared).double().cpu().numpy()
+        values = self._outputs(prepared, network).double().cpu().numpy()
         self._exchange.release(prepared.request)
-        return logit_B
+        return values
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that every rank holds, named as in `dense_state`; after a step, `.grad` is that of all ranks."""
@@ -179,7 +211,7 @@ class Engine:
         for table in self.tables.values():
             table.import_shards(state)
 
-    def _logits(self, prepared: Prepared) -> Tensor:
+    def _outputs(self, prepared: Prepared, network: Network) -> Tensor:
         batch = prepared.batch
         dense = {
             field.name: torch.from_numpy(batch.dense[field.name]).to(device=self._device, dtype=self._dtype)
@@ -187,8 +219,29 @@ class Engine:
             if field.kind == "dense"
         }
         group_of_sample_B = torch.from_numpy(batch.group_of_sample_B).to(self._device)
-        logit_B: Tensor = self.model(self._exchange.vectors(prepared.request), dense, group_of_sample_B)
-        return logit_B
+        vectors = self._exchange.vectors(prepared.request)
+        for name, similar in prepared.similarity.items():
+            tiers_BT = torch.from_numpy(similar.tiers_BT).to(device=self._device, dtype=self._dtype)
+            dense[tiers_of(name)] = tiers_BT
+            vectors[nearest_of(name)] = _nearest(vectors[name], similar, self._device)
+        with self.stages.timed("worker forward"):
+            if self._modules.training:
+                vectors = self._id_dropout(vectors, batch, self.num_steps)
+            return network(vectors, dense, group_of_sample_B)
+
+    def _signatures(self, field: Field) -> Signatures | None:
+        """What makes signatures of a field's images, where they are compared; one for each store."""
+        if field.name not in {*self._compared, *self._compared.values()}:
+            return None
+        service = self.services[field.store_name]
+        return self._signatures_of_store.setdefault(field.store_name, Signatures(service.partition, service.scaling))
+
+    def _cache(self, service: EmbeddingService, network: str, exchange: ExchangeConfig | None) -> VectorCache | None:
+        """Where the vectors of one E are kept for some steps, if they are to be."""
+        if exchange is None or exchange.reuse_steps == 0:
+            return None
+        rows, width = service.partition.num_rows, service.width(network)
+        return VectorCache(rows, width, exchange.reuse_steps, self._device, self._dtype)
 
     def _check_same_on_all_ranks(self) -> None:
         digest = hashlib.sha256()
@@ -201,6 +254,12 @@ class Engine:
                 f"the ranks built different models ({', '.join(d[:8] for d in digests)}); "
                 "start all with one configuration, one seed and one version of the store"
             )
+
+
+def _nearest(field: FieldVectors, similar: Similarity, device: torch.device) -> FieldVectors:
+    """Of each sample, instead of each group, the behaviours nearest to its ad."""
+    nearest_N, lengths_B = (torch.from_numpy(each).to(device) for each in (similar.nearest_N, similar.lengths_B))
+    return FieldVectors(field.vectors_UV, field.index_N[nearest_N], lengths_B)
 
 
 def model_name(field: Field, config: ModelConfig) -> str:
@@ -219,7 +278,7 @@ def table_shapes(fields: tuple[Field, ...], config: ModelConfig) -> list[TableSh
             raise ConfigError(
                 f"field {field.name} needs table {name}, which has no number of rows; set model.tables.{name}"
             )
-        shapes[name] = TableShape(name, field.width or config.id_width, config.tables[name], config.table_shards)
+        shapes[name] = TableShape(name, width_of(field, config), config.tables[name], config.table_shards)
     return list(shapes.values())
 
 
@@ -229,19 +288,21 @@ def _services(
     config: ModelConfig,
     missing: MissingPolicy,
 ) -> dict[str, EmbeddingService]:
-    names_of_store: dict[str, list[str]] = {}
+    widths_of_store: dict[str, dict[str, int]] = {}
     for field in fields:
         if field.kind == "content":
-            names = names_of_store.setdefault(field.store_name, [])
-            if model_name(field, config) not in names:
-                names.append(model_name(field, config))
+            widths = widths_of_store.setdefault(field.store_name, {})
+            widths[model_name(field, config)] = width_of(field, config)
     services: dict[str, EmbeddingService] = {}
-    for store, names in names_of_store.items():
+    for store, widths in widths_of_store.items():
         if store not in partitions:
             raise ConfigError(
                 f"the schema's content fields need store {store}; open are {sorted(partitions) or 'none'}"
             )
-        dim, width = partitions[store].dim, config.visual_width
-        models = {name: EmbeddingModel(dim, config.embed_hidden, width, config.compute_dtype) for name in names}
+        dim = partitions[store].dim
+        models = {
+            name: EmbeddingModel(dim, config.embed_hidden, width, config.compute_dtype)
+            for name, width in widths.items()
+        }
         services[store] = EmbeddingService(partitions[store], models, missing)
     return services

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,20 +13,31 @@ from rich.table import Table
 
 from trainer.comm import Comm
 from trainer.errors import TrainerError
+from trainer.stages import AHEAD, WAIT, Stages
 from trainer.step import StepResult
 
-Phase = Literal["data", "exchange", "compute", "evaluate", "checkpoint"]
-STEP_PHASES: tuple[Phase, ...] = ("data", "exchange", "compute")
+Phase = Literal["wait", "compute", "evaluate", "checkpoint"]
+STEP_PHASES: tuple[Phase, ...] = ("wait", "compute")
+
+
+@dataclass(frozen=True)
+class ImageCounts:
+    """Images of one step: keys in this rank's batch; unique ones that this rank, as their owner, answers for; those of
+    them that it runs E on (all, unless exchange.reuse_steps is set)."""
+
+    references: int
+    served: int
+    computed: int
 
 
 @dataclass
 class Totals:
     """Sums over the training steps of one rank since the run, or its resumption, began.
 
-    `num_image_references`: image keys in this rank's batches. `num_images`: unique images that this rank, as the owner,
-    computed a vector of; over all ranks it is the number of unique images of the global batches. `missing_lookups`:
-    lookups of images without a feature, those of evaluations included. `warm_up_*`: the first step, which also pays
-    for buffers and caches.
+    `image_references`, `images`, `computed_images`: the sums of `ImageCounts`; over all ranks `images` is the number of
+    unique images of the global batches. `missing_lookups`: lookups of images without a feature, those of evaluations
+    included. `unique_by_field`: different and all keys of a field in a rank's batch, summed over the steps that are
+    logged. `warm_up_*`: the first step, which also pays for buffers and caches.
     """
 
     steps: int = 0
@@ -34,9 +45,9 @@ class Totals:
     references: int = 0
     image_references: int = 0
     images: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
+    computed_images: int = 0
     missing_lookups: int = 0
+    unique_by_field: dict[str, tuple[int, int]] = field(default_factory=dict)
     warm_up_samples: int = 0
     warm_up_s: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -50,17 +61,22 @@ class Totals:
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
-    def add(self, result: StepResult, image_references: int, images: int) -> None:
+    def add(self, result: StepResult, images: ImageCounts) -> None:
         """Counts one training step."""
         self.steps += 1
         self.samples += result.num_samples
         self.references += result.num_references
-        self.image_references += image_references
-        self.images += images
-        self.bytes_sent += result.bytes_sent
-        self.bytes_received += result.bytes_received
+        self.image_references += images.references
+        self.images += images.served
+        self.computed_images += images.computed
         if self.steps == 1:
             self.warm_up_samples, self.warm_up_s = self.samples, self.step_seconds
+
+    def add_unique(self, unique_by_field: Mapping[str, tuple[int, int]]) -> None:
+        """Counts the keys of one step that is logged."""
+        for name, (different, keys) in unique_by_field.items():
+            before = self.unique_by_field.get(name, (0, 0))
+            self.unique_by_field[name] = (before[0] + different, before[1] + keys)
 
     @property
     def step_seconds(self) -> float:
@@ -75,15 +91,22 @@ class Totals:
         return self.samples - self.warm_up_samples, self.step_seconds - self.warm_up_s
 
 
-def gather(comm: Comm, own: Totals) -> dict[str, Any]:
+def gather(comm: Comm, own: Totals, stages: Stages) -> dict[str, Any]:
     """The run's figures over all ranks, the same on each; called by every rank.
 
-    Bytes are those that ranks sent to others (keys, vectors, gradients, dense gradients), summed over ranks. Times are
-    the mean over ranks. `samples_per_s` is that of the slowest rank, without the first step unless it is the only one.
-    A ratio without a denominator is None.
+    Bytes are those that ranks sent to others in training steps (keys, vectors, gradients, dense gradients), summed over
+    ranks. Times are the mean over ranks. `samples_per_s` is that of the slowest rank, without the first step unless it
+    is the only one. `owner_skew`: images served by the busiest rank over the mean. A ratio without a denominator is
+    None.
     """
-    ranks = [Totals(**values) for values in comm.allgather_object(asdict(own), name="totals")]
+    traffic = {name: asdict(each) for name, each in comm.traffic.items() if name.startswith("step.")}
+    mine = (asdict(own), traffic, stages.medians_ms())
+    everyone = comm.allgather_object(mine, name="totals")
+    ranks = [Totals(**values) for values, _, _ in everyone]
     steps = own.steps
+    sent = {name: sum(each[name]["sent"] for _, each, _ in everyone) for name in sorted(traffic)}
+    received = sum(each["received"] for _, traffics, _ in everyone for each in traffics.values())
+    served = [each.images for each in ranks]
     steady_samples, slowest_s = sum(each.steady[0] for each in ranks), max(each.steady[1] for each in ranks)
     references, images = sum(each.image_references for each in ranks), sum(each.images for each in ranks)
 
@@ -99,20 +122,57 @@ def gather(comm: Comm, own: Totals) -> dict[str, Any]:
         "images_per_step": per_step(images),
         "image_references_per_step": per_step(references),
         "id_and_image_references_per_step": per_step(sum(each.references for each in ranks)),
-        "bytes_sent_per_step": per_step(sum(each.bytes_sent for each in ranks)),
-        "bytes_received_per_step": per_step(sum(each.bytes_received for each in ranks)),
+        "bytes_sent_per_step": per_step(sum(sent.values())),
+        "bytes_received_per_step": per_step(received),
+        "bytes_by_collective_per_step": {name: per_step(total) for name, total in sent.items()},
+        "reused_vectors": 1 - sum(each.computed_images for each in ranks) / images if images else None,
+        "unique_ratio_by_field": _unique_ratios(ranks),
+        "owner_skew": max(served) * len(served) / images if images else None,
         "missing_lookups": sum(each.missing_lookups for each in ranks),
         "seconds": {
             phase: sum(each.seconds.get(phase, 0.0) for each in ranks) / len(ranks)
-            for phase in ("data", "exchange", "compute", "evaluate", "checkpoint")
+            for phase in Phase.__args__  # type: ignore[attr-defined]
         },
+        "stages": stage_table([medians_ms for _, _, medians_ms in everyone]),
+    }
+
+
+def _unique_ratios(ranks: Sequence[Totals]) -> dict[str, float | None]:
+    """Of each field, different keys of a rank's batch over all of them."""
+    ratios: dict[str, float | None] = {}
+    for name in sorted({name for each in ranks for name in each.unique_by_field}):
+        counts = [each.unique_by_field.get(name, (0, 0)) for each in ranks]
+        keys = sum(total for _, total in counts)
+        ratios[name] = sum(different for different, _ in counts) / keys if keys else None
+    return ratios
+
+
+def stage_table(medians_R: list[dict[Any, float]]) -> dict[str, dict[str, float | None]]:
+    """Of each stage the milliseconds (mean over ranks of the medians), and its share of a step.
+
+    `hidden`: of the stages that work ahead, the part of their time for which no step had to wait.
+    """
+    mean_ms = {name: sum(each[name] for each in medians_R) / len(medians_R) for name in medians_R[0]}
+    ahead_ms = sum(mean_ms.get(name, 0.0) for name in AHEAD)
+    wait_ms = mean_ms.get(WAIT, 0.0)
+    step_ms = sum(value for name, value in mean_ms.items() if name not in AHEAD) if WAIT in mean_ms else None
+    hidden = max(0.0, 1 - wait_ms / ahead_ms) if ahead_ms and WAIT in mean_ms else None
+    return {
+        name: {
+            "median_ms": value,
+            "share_of_step": value / step_ms if step_ms else None,
+            "hidden": hidden if name in AHEAD else None,
+        }
+        for name, value in mean_ms.items()
     }
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """JSON; a metric that is not defined is null. Raises TrainerError where the disk refuses."""
+    """JSON, a whole file or none; a metric that is not defined is null. Raises TrainerError where the disk refuses."""
     try:
-        path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        part = path.with_name(f".{path.name}")
+        part.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        part.replace(path)
     except OSError as failure:
         raise TrainerError(f"cannot write the report {path}: {failure}; the checkpoint is written") from failure
 
@@ -127,13 +187,36 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     for name, value in report["metrics"].items():
         table.add_row(name.replace("_", " "), _text(value, "not defined: no impression, or one class only"))
     table.add_section()
-    for name in ("samples_per_s", "unique_ratio", "bytes_sent_per_step", "bytes_received_per_step"):
+    for name in ("samples_per_s", "unique_ratio", "owner_skew", "reused_vectors", "bytes_sent_per_step"):
         table.add_row(name.replace("_", " "), _text(report[name], "-"))
+    for name, value in report["bytes_by_collective_per_step"].items():
+        table.add_row(f"  {name}", _text(value, "-"))
     table.add_row("lookups of images without a feature", _text(report["missing_lookups"], "-"))
     seconds = report["seconds"]
     table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
     console.print(table)
+    console.print(_stages_shown(report["stages"]))
+    console.print(_ratios_shown(report["unique_ratio_by_field"]))
     console.print(f"written to {report['folder']}", soft_wrap=True)
+
+
+def _stages_shown(stages: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """Where a step's time goes: first what is done a step ahead, then the step itself."""
+    table = Table("stage of a step", title_justify="left")
+    for column in ("median ms", "of a step", "hidden"):
+        table.add_column(column, justify="right")
+    for name, row in stages.items():
+        shares = [row["share_of_step"], row["hidden"]]
+        table.add_row(name, f"{row['median_ms']:.1f}", *("" if each is None else f"{each:.0%}" for each in shares))
+    return table
+
+
+def _ratios_shown(ratios: Mapping[str, float | None]) -> Table:
+    table = Table("field", title_justify="left")
+    table.add_column("different keys of all, in a rank's batch", justify="right")
+    for name, value in ratios.items():
+        table.add_row(name, _text(value, "-"))
+    return table
 
 
 def _text(value: float | int | None, undefined: str) -> str:

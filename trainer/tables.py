@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featurestore.keys import key_of_uri, owned_shards, owner_of, shard_of, splitmix64
+from featurestore.signatures import Signatures
 from trainer.errors import CheckpointError
 from trainer.optim import AdamRates
 from trainer.routing import Int64, unique
@@ -64,6 +65,7 @@ class IdTable:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.shape, self.width = shape, shape.width
+        self.signatures: Signatures | None = None
         self.shards = owned_shards(shape.num_shards, rank, num_ranks)
         self._num_ranks = num_ranks
         self._slot_of_shard = np.full(shape.num_shards, -1, dtype=np.int64)
@@ -82,8 +84,11 @@ class IdTable:
         """The rank that has the row of each id."""
         return owner_of(shard_of(ids_U, self.shape.num_shards), self._num_ranks)
 
-    def serve(self, ids_R: Int64) -> RowRequest:
-        """The unique rows behind ids that this rank owns; two ids of one row get the same. Reads no weight."""
+    def serve(self, ids_R: Int64, kind: str = "step") -> RowRequest:
+        """The unique rows behind ids that this rank owns; two ids of one row get the same. Reads no weight.
+
+        The `kind` of the request does not matter.
+        """
         shard_R, row_R = self.shape.place_of(ids_R)
         slot_R = self._slot_of_shard[shard_R]
         assert (slot_R >= 0).all(), f"table {self.shape.name}: asked for rows that another rank owns"
@@ -107,6 +112,12 @@ class IdTable:
 
         m is kept per element; v is one number a row, the running mean of the squared gradient over the row
         (FBGEMM's PARTIAL_ROWWISE_ADAM); bias is corrected by the number of steps that touched the row.
+
+        With `rates.id_l2`, the adaptive L2 of DIN (Zhou et al., arXiv 1706.06978, section 5.1): id_l2 / n x the row is
+        added to its gradient, in steps that touch the row alone. n is the number of steps that touched it so far, this
+        one included. DIN takes the row's samples in the whole data for n, which nobody knows while the data still come;
+        counted in steps, the shares 1 / n of a pass over known data add up to one L2 a row, as theirs do before they
+        are approximated, and a row's owner has the number at hand, the same for any number of ranks.
         """
         if self._touched is None:
             return
@@ -116,6 +127,8 @@ class IdTable:
         if gradient_QV is None or len(rows_Q) == 0:
             return
         steps_Q = self.steps.index_select(0, rows_Q) + 1
+        if rates.id_l2:
+            gradient_QV = gradient_QV + leaf_QV.detach() * (rates.id_l2 / steps_Q.to(leaf_QV.dtype)).unsqueeze(1)
         momentum_QV = self.momentum.index_select(0, rows_Q).lerp_(gradient_QV, 1 - rates.beta1)
         variance_Q = self.variance.index_select(0, rows_Q).lerp_(gradient_QV.square().mean(1), 1 - rates.beta2)
         self.steps.index_copy_(0, rows_Q, steps_Q)

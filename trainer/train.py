@@ -1,24 +1,24 @@
 """The training loop: batches to steps, evaluations and checkpoints when they are due, and a clean end on a signal."""
 
-import itertools
 import math
-from contextlib import closing
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 
-import numpy as np
-
-from trainer import checkpoint, summary
+from trainer import checkpoint, stopping, summary
 from trainer.batch import Batch, BatchPosition
 from trainer.checkpoint import FORMAT_VERSION, CheckpointState
 from trainer.config import config_digest
 from trainer.errors import RemoteRankError, TrainerError
 from trainer.evaluation.quick import Metrics, evaluate
-from trainer.exchange import ContentRequest
-from trainer.prefetch import read_ahead
+from trainer.exchange import ContentRequest, Kind
+from trainer.prefetch import prepare_ahead, read_ahead
+from trainer.profiling import tracing
 from trainer.progress import Progression
 from trainer.run import Run
 from trainer.signals import StoppedError, StopSignals
+from trainer.stages import WAIT
 from trainer.step import Prepared
+from trainer.summary import ImageCounts
 
 
 class Training:
@@ -28,87 +28,153 @@ class Training:
         self._run, self._engine, self._config = run, run.engine, run.config
         self._progress, self._signals = progress, signals
         self._content = [field.name for field in run.engine.fields if field.kind == "content"]
+        self._patience = run.config.train.early_stopping
         self.totals = summary.Totals()
         self.metrics: Metrics = {}
 
     def fit(self) -> None:
-        """All remaining steps, the last evaluation and checkpoint. On a signal: a checkpoint, then StoppedError."""
+        """All remaining steps, the last evaluation and checkpoint; with early stopping, it ends with the best one.
+
+        On a signal: a checkpoint, then StoppedError.
+        """
+        folder = self._run.folder / "profile" if self._config.run.profile else None
         try:
-            for epoch in range(self._run.position.epoch, self._config.train.epochs):
-                self._epoch(epoch)
+            with tracing(folder, self._run.comm.rank) as trace_step:
+                for epoch in range(self._run.position.epoch, self._config.train.epochs):
+                    self._epoch(epoch, trace_step)
             self._evaluate()
         except StoppedError:
             path = self._save()
             self._progress.say(f"stopped after step {self._engine.num_steps}; go on with run.resume={path}")
             raise
-        self._save()
+        self._finish()
 
-    def _epoch(self, epoch: int) -> None:
+    def _epoch(self, epoch: int, trace_step: Callable[[], None]) -> None:
+        if self._is_over():
+            return
         reader, first_step = self._run.train_reader, self._run.position.step
+        count = min(reader.steps_per_epoch - first_step, total_steps(self._run) - self._engine.num_steps)
         batches = reader.batches(epoch, first_step)
-        with closing(read_ahead(batches, self._config.data.prefetch_batches)) as ahead:
-            for step in itertools.count(first_step):
-                if step == reader.steps_per_epoch or self._engine.num_steps == total_steps(self._run):
-                    break
-                with self.totals.timed("data"):
-                    item = next(ahead)
-                self._step(item)
+        with self._prepared(batches, count, "step") as coming:
+            for step, prepared in enumerate(coming, first_step):
+                self._step(prepared)
                 last = step + 1 == reader.steps_per_epoch
                 self._run.position = BatchPosition(epoch + 1, 0) if last else BatchPosition(epoch, step + 1)
+                trace_step()
                 self._between_steps()
+                if self._is_over():
+                    break
 
-    def _step(self, item: Batch | Exception) -> None:
-        with self.totals.timed("exchange"):
-            prepared = self._prepare(item)
-        references, images = self._count_images(prepared)
+    @contextmanager
+    def _prepared(self, batches: Iterator[Batch], count: int, kind: Kind) -> Iterator[Iterator[Prepared]]:
+        """`count` batches, read ahead, and each one prepared beside the step of the one before."""
+        depth = self._config.data.prefetch_batches
+        with closing(read_ahead(batches, depth)) as ahead:
+            if depth == 0:
+                yield (self._prepare(next(ahead), kind) for _ in range(count))
+                return
+
+            def prepare() -> Prepared:
+                with self._engine.stages.timed("read"):
+                    item = next(ahead)
+                return self._prepare(item, kind)
+
+            with closing(prepare_ahead(count, prepare)) as waiting:
+                yield (self._waited(each) for each in waiting)
+
+    def _waited(self, result: Callable[[], Prepared]) -> Prepared:
+        with self.totals.timed("wait"), self._engine.stages.timed(WAIT):
+            return result()
+
+    def _step(self, prepared: Prepared) -> None:
+        images = self._count_images(prepared)
         with self.totals.timed("compute"):
             result = self._engine.train_step(prepared)
         if not math.isfinite(result.loss):
             raise TrainerError(f"the loss of step {self._engine.num_steps} is {result.loss}; try a lower train.lr")
-        self.totals.add(result, references, images)
+        self.totals.add(result, images)
         samples, seconds = self.totals.steady
         speed = samples * self._run.comm.size / seconds
         scalars = {"loss": result.loss, "learning_rate": result.learning_rate, "samples_per_s": speed}
-        self._progress.step(self._engine.num_steps, scalars, self._is_due(self._config.train.log_every))
+        details: dict[str, float] = {}
+        if self._is_due(self._config.train.log_every):
+            unique = prepared.request.unique_by_field()
+            self.totals.add_unique(unique)
+            details |= {f"stage_ms/{name}": value for name, value in self._engine.stages.last_ms().items()}
+            details |= {f"unique_ratio/{name}": different / max(keys, 1) for name, (different, keys) in unique.items()}
+            details |= {f"bytes_sent/{name}": float(each.sent) for name, each in self._run.comm.traffic.items()}
+            details |= {"images/served": images.served, "images/computed": images.computed}
+        self._progress.step(self._engine.num_steps, scalars, details)
 
     def _between_steps(self) -> None:
         if self._engine.num_steps == total_steps(self._run):
             return
         if self._is_due(self._config.train.eval_every):
             self._evaluate()
+            if self._best() == self._engine.num_steps:
+                self._save()
         if self._is_due(self._config.train.checkpoint_every):
+            self._save()
+
+    def _is_over(self) -> bool:
+        at_end = self._engine.num_steps == total_steps(self._run)
+        return at_end or (self._is_evaluated() and stopping.has_ended(self._run.history, self._patience))
+
+    def _is_evaluated(self) -> bool:
+        """Whether early stopping has just evaluated these parameters."""
+        history = self._run.history
+        return self._patience is not None and bool(history) and history[-1]["step"] == self._engine.num_steps
+
+    def _best(self) -> int | None:
+        """The step whose parameters early stopping ends with."""
+        return None if self._patience is None else stopping.best_step(self._run.history)
+
+    def _finish(self) -> None:
+        """A checkpoint; or, where early stopping saw better ones before, their checkpoint becomes the last."""
+        run, best = self._run, self._best()
+        if best is None or best == self._engine.num_steps:
+            self._save()
+        elif run.comm.broadcast_object(checkpoint.place(run.checkpoints, best).is_dir()):
+            path = checkpoint.end_with(run.comm, run.checkpoints, best, self._engine)
+            self.metrics = stopping.metrics_of(run.history, best)
+            self._progress.say(f"step {best} had the best GAUC, {self.metrics['gauc']:.4f}: the run ends with {path}")
+        else:
+            self._progress.say(f"step {best} had the best GAUC, but before this run: there is no checkpoint of it here")
             self._save()
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self._engine.num_steps % every == 0
 
-    def _prepare(self, item: Batch | Exception) -> Prepared:
+    def _prepare(self, item: Batch | Exception, kind: Kind) -> Prepared:
         """The engine's `prepare`; a stop signal goes in place of the batch, so that all ranks stop here together."""
         if self._signals.received and isinstance(item, Batch):
             item = StoppedError(f"{self._signals.received} received")
         try:
-            return self._engine.prepare(item)
+            return self._engine.prepare(item, kind)
         except RemoteRankError as failure:
             raise StoppedError.sent_by(failure) or failure from None
 
-    def _count_images(self, prepared: Prepared) -> tuple[int, int]:
-        """Image keys in this rank's batch, and unique images that this rank computes for all."""
-        references = sum(len(prepared.batch.fields[name].values_N) for name in self._content)
-        served = prepared.request.served_S
-        return references, sum(each.num_unique for each in served if isinstance(each, ContentRequest))
+    def _count_images(self, prepared: Prepared) -> ImageCounts:
+        """Of this rank's batch, and of what this rank does for all."""
+        served = [each for each in prepared.request.served_S if isinstance(each, ContentRequest)]
+        return ImageCounts(
+            references=sum(len(prepared.batch.fields[name].values_N) for name in self._content),
+            served=sum(each.num_unique for each in served),
+            computed=sum(each.num_computed for each in served),
+        )
 
     def _evaluate(self) -> None:
         run = self._run
+        if self._is_evaluated():
+            self.metrics = stopping.metrics_of(run.history, self._engine.num_steps)
+            return
+        if run.test_reader.num_samples == 0:
+            return
 
-        def predict(item: Batch | Exception) -> tuple[Batch, np.ndarray[Any, np.dtype[np.float64]]]:
-            prepared = self._prepare(item)
-            return prepared.batch, self._engine.predict(prepared)
-
-        with (
-            self.totals.timed("evaluate"),
-            closing(read_ahead(run.test_reader.batches(), self._config.data.prefetch_batches)) as ahead,
-        ):
-            self.metrics = evaluate(run.comm, ahead, predict, run.known_ads, run.schema.new_ad_field)
+        count = run.test_reader.steps_per_epoch
+        with self.totals.timed("evaluate"), self._prepared(run.test_reader.batches(), count, "eval") as coming:
+            predicted = ((each.batch, self._engine.predict(each)) for each in coming)
+            self.metrics = evaluate(run.comm, predicted, run.known_ads, run.schema.new_ad_field)
         run.history.append({"step": self._engine.num_steps, **self.metrics})
         self._progress.metrics(self._engine.num_steps, self.metrics)
 
@@ -129,7 +195,9 @@ class Training:
         )
         with self.totals.timed("checkpoint"):
             return str(
-                checkpoint.save(run.comm, run.checkpoints, self._engine, state, self._config.train.keep_checkpoints)
+                checkpoint.save(
+                    run.comm, run.checkpoints, self._engine, state, self._config.train.keep_checkpoints, self._best()
+                )
             )
 
 

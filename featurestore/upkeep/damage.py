@@ -1,20 +1,31 @@
-"""What is known to be damaged: manifests that a repair took out of the log, and notes of data files that only older
-snapshots still name.
+"""What counts as damage, and what is known to be damaged: manifests put aside, notes of files that cannot be mended
 
+Manifests are those that a repair took out of the log; notes are of data files that only older snapshots still name.
 Such a file cannot come back but from a backup. `verify` tells of it without alarm, until its snapshots expire.
 """
 
+import errno
 import hashlib
 
 from pydantic import BaseModel, ConfigDict
 
 from featurestore import log
-from featurestore.errors import CorruptFileError
+from featurestore.errors import CorruptFileError, StorageError
 from featurestore.spec import FORMAT_VERSION, seal, unseal
 from featurestore.storage import Storage
 
 DAMAGED = "damaged"
 _PREFIX = "note-"
+
+
+def is_damage(storage: Storage, error: Exception) -> bool:
+    """Whether an error says that one file is not what was written, or that a sector of a local disk cannot be read.
+
+    Else the file may be whole: the storage is away or refuses, or it was written by a newer program.
+    """
+    if isinstance(error, StorageError) and storage.is_local:
+        return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO
+    return isinstance(error, CorruptFileError)
 
 
 class DamageNote(BaseModel):
@@ -49,13 +60,23 @@ def noted_paths(storage: Storage) -> set[str]:
     return found
 
 
-def put_aside(storage: Storage, path: str) -> None:
-    """Move a small damaged file to `damaged/`, under its path with dashes. It may be gone already."""
+def keep_copy(storage: Storage, path: str) -> None:
+    """Copy a small damaged file to `damaged/`, under its path with dashes; an empty one where it cannot be read. It may
+    be gone already."""
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError:
         return
+    except StorageError as error:
+        if not is_damage(storage, error):
+            raise
+        data = b""
     storage.write_bytes(f"{DAMAGED}/{path.replace('/', '-')}", data)
+
+
+def put_aside(storage: Storage, path: str) -> None:
+    """Move a small damaged file to `damaged/`, as `keep_copy` does."""
+    keep_copy(storage, path)
     storage.delete_files([path])
 
 

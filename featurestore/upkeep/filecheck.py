@@ -3,7 +3,6 @@
 Letters of shapes: N rows of a file, M live rows of several files.
 """
 
-import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,7 @@ from featurestore.memory import FileMemory
 from featurestore.rows import finite_rows
 from featurestore.spec import FileEntry, StoreInfo
 from featurestore.storage import Storage
+from featurestore.upkeep.damage import is_damage
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,8 @@ def check_file(
             for block in file.blocks(schema_of(info).names):
                 num_infinite += int(np.count_nonzero(~finite_rows(matrix_of(block, info), info.dtype)))
                 blocks.append(_keys_of(block))
-    except CorruptFileError as error:
-        return [str(error)], None
-    except StorageError as error:
-        if not is_broken_sector(storage, error):
+    except (CorruptFileError, StorageError) as error:
+        if not is_damage(storage, error):
             raise
         return [str(error)], None
     keys = _joined(blocks)
@@ -68,11 +66,6 @@ def check_file(
     if num_infinite:
         found.append(f"holds {num_infinite} features that are not finite")
     return [f"{path} {promise}" for promise in found], keys
-
-
-def is_broken_sector(storage: Storage, error: StorageError) -> bool:
-    """Whether one file of a local disk cannot be read, now or later, while others can."""
-    return storage.is_local and isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO
 
 
 def collisions(files: Sequence[FileKeys]) -> Int64Array:

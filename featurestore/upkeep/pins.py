@@ -76,7 +76,6 @@ def read_pins(storage: Storage) -> list[Pin]:
 
 def read_pin(storage: Storage, name: str) -> Pin:
     """One pin. Raises FileNotFoundError, CorruptFileError."""
-    """One pin. Raises FileNotFoundError, CorruptFileError."""
     path = f"{PINS}/{name}{_SUFFIX}"
     found = unseal(storage.read_bytes(path), Pin, storage.full(path))
     if found.name != name:

@@ -1,13 +1,12 @@
 """Make the two small files anew without which nothing can be read: store.json, and the newest manifest."""
 
-import contextlib
 import time
 import uuid
 
 from featurestore import log
 from featurestore.commit import writer_name
 from featurestore.datafile import info_in, read_verified
-from featurestore.errors import CorruptFileError
+from featurestore.errors import CorruptFileError, StorageError
 from featurestore.spec import Manifest, StoreInfo, seal
 from featurestore.storage import Storage
 from featurestore.store import INFO_PATH
@@ -28,8 +27,7 @@ def rebuild_info(url: str, dry_run: bool) -> str:
         )
     path, info = found
     if not dry_run:
-        with contextlib.suppress(FileNotFoundError):  # lost as a whole
-            storage.write_bytes(f"{damage.DAMAGED}/{INFO_PATH}", storage.read_bytes(INFO_PATH))
+        damage.keep_copy(storage, INFO_PATH)
         storage.write_bytes(INFO_PATH, seal(info.model_copy(update={"store_id": uuid.uuid4().hex})))
     return path
 
@@ -39,8 +37,11 @@ def newest_good(storage: Storage) -> Manifest:
     for version in reversed(log.versions(storage)):
         try:
             return log.read(storage, version)
-        except (CorruptFileError, FileNotFoundError):
+        except FileNotFoundError:
             continue
+        except (CorruptFileError, StorageError) as error:
+            if not damage.is_damage(storage, error):
+                raise
     raise CorruptFileError(f"no manifest of {storage.url} is good: put {storage.full(log.LOG)} back from a backup")
 
 
@@ -72,7 +73,11 @@ def _info_of_a_file(storage: Storage, manifest: Manifest) -> tuple[str, StoreInf
         for entry in files:
             try:
                 info = info_in(read_verified(storage, entry.path, "sha256", entry.sha256), storage.full(entry.path))
-            except (CorruptFileError, FileNotFoundError):
+            except FileNotFoundError:
+                continue
+            except (CorruptFileError, StorageError) as error:
+                if not damage.is_damage(storage, error):
+                    raise
                 continue
             if info.digest == entry.info_digest:
                 return entry.path, info

@@ -8,23 +8,19 @@ from typing import Literal
 
 from featurestore import log, quarantine
 from featurestore.codec import codec_of
-from featurestore.errors import (
-    CorruptFileError,
-    FeatureStoreError,
-    SnapshotNotFoundError,
-    StorageError,
-    StoreNotFoundError,
-)
+from featurestore.errors import CorruptFileError, SnapshotNotFoundError, StorageError, StoreNotFoundError
 from featurestore.memory import FileMemory
 from featurestore.shard import read_moments
 from featurestore.spec import FileEntry, Manifest
 from featurestore.storage import Storage
 from featurestore.store import INFO_PATH, FeatureStore
 from featurestore.upkeep import damage, pins
-from featurestore.upkeep.filecheck import FileKeys, check_file, collisions, is_broken_sector
+from featurestore.upkeep.damage import is_damage
+from featurestore.upkeep.filecheck import FileKeys, check_file, collisions
 
 _MEMORY_BYTES = 256 << 20
 _THREADS = 4
+_ERRORS = (CorruptFileError, StorageError)  # of reading a file; not all of them are damage of it
 Progress = Callable[[int, int], None]  # files checked, files in all
 ProblemKind = Literal[
     "info", "codec", "manifest", "order", "expired", "pin", "quarantine", "data", "statistics", "collision"
@@ -85,8 +81,9 @@ def verify(
     url = store if isinstance(store, str) else store.url
     try:
         store = FeatureStore.open(url)  # anew: what is in memory was good when it was read
-    except (CorruptFileError, StoreNotFoundError) as error:
-        if isinstance(error, StoreNotFoundError) and not log.versions(Storage(url)):
+    except (*_ERRORS, StoreNotFoundError) as error:
+        is_lost = isinstance(error, StoreNotFoundError) and log.versions(Storage(url))
+        if not is_lost and not is_damage(Storage(url), error):
             raise
         report.problems.append(Problem("info", INFO_PATH, str(error), _repair(url, "rebuilds it from a data file")))
         return report
@@ -119,7 +116,9 @@ def _read_manifests(store: FeatureStore, report: VerifyReport) -> dict[int, Mani
             manifest = log.read(storage, version)
         except FileNotFoundError:
             continue  # expired meanwhile
-        except FeatureStoreError as error:
+        except _ERRORS as error:
+            if not is_damage(storage, error):
+                raise
             report.problems.append(Problem("manifest", path, str(error), way_out, (version,)))
             continue
         files = [file for shard_files in manifest.shards.values() for file in shard_files]
@@ -138,7 +137,9 @@ def _read_manifests(store: FeatureStore, report: VerifyReport) -> dict[int, Mani
             log.read(storage, version, log.EXPIRED)
         except FileNotFoundError:
             continue
-        except FeatureStoreError as error:
+        except _ERRORS as error:
+            if not is_damage(storage, error):
+                raise
             report.problems.append(Problem("expired", path, str(error), _repair(url, "moves it to damaged/")))
     return good
 
@@ -146,7 +147,9 @@ def _read_manifests(store: FeatureStore, report: VerifyReport) -> dict[int, Mani
 def _codec_problems(store: FeatureStore) -> Iterator[Problem]:
     try:
         codec_of(store.info, store.storage)
-    except CorruptFileError as error:
+    except _ERRORS as error:
+        if not is_damage(store.storage, error):
+            raise
         path = store.info.codec.path if store.info.codec is not None else INFO_PATH
         yield Problem("codec", path, str(error), "Put it back from a backup: nothing else has its numbers")
 
@@ -160,7 +163,9 @@ def _pin_problems(store: FeatureStore, manifests: Mapping[int, Manifest]) -> Ite
             pin = pins.read_pin(storage, pin_name)
         except FileNotFoundError:
             continue
-        except FeatureStoreError as error:
+        except _ERRORS as error:
+            if not is_damage(storage, error):
+                raise
             yield Problem("pin", path, str(error), way_out)
             continue
         if pin.version not in manifests:
@@ -175,7 +180,9 @@ def _quarantine_problems(store: FeatureStore) -> Iterator[Problem]:
             quarantine.read_file(store.storage, name)
         except FileNotFoundError:
             continue
-        except CorruptFileError as error:
+        except _ERRORS as error:
+            if not is_damage(store.storage, error):
+                raise
             way_out = _repair(store.url, "moves it to damaged/; the next refresh tries its images again")
             yield Problem("quarantine", f"{quarantine.QUARANTINE}/{name}", str(error), way_out)
 
@@ -238,8 +245,8 @@ def _shard_problems(
             yield Problem("data", each.entry.path, message, _way_out(store.url, versions, newest), versions)
         try:
             read_moments(store.storage, each.entry)
-        except (CorruptFileError, StorageError) as error:
-            if isinstance(error, StorageError) and not is_broken_sector(store.storage, error):
+        except _ERRORS as error:
+            if not is_damage(store.storage, error):
                 raise
             versions = tuple(each.with_statistics)
             way_out = _repair(store.url, "drops it") if newest in versions else _old(store.url, versions)

@@ -75,7 +75,7 @@ def uri_of_key(key: int) -> str:
     return f"key:{key}"
 
 
-def find_files(address: str, suffix: str = "") -> tuple[Storage, list[StorageEntry]]:
+def find_files(address: str, suffix: str = "", what: str = "vectors") -> tuple[Storage, list[StorageEntry]]:
     """The file at `address`, or the files below it whose names end with `suffix`, and the storage of their paths.
 
     Hidden files are left out. Raises VectorImportError where there is none.
@@ -94,8 +94,8 @@ def find_files(address: str, suffix: str = "") -> tuple[Storage, list[StorageEnt
             raise FileNotFoundError
         return Storage(folder), [Storage(folder).entry(name)]
     except FileNotFoundError:
-        what = f"are no files that end with {suffix}" if suffix else "is nothing"
-        raise VectorImportError(f"there {what} at {address}: give the file or folder of your vectors") from None
+        absent = f"are no files that end with {suffix}" if suffix else "is nothing"
+        raise VectorImportError(f"there {absent} at {address}: give the file or folder of your {what}") from None
 
 
 def fingerprint_of(storage: Storage, entries: Iterable[StorageEntry]) -> str:

@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,11 +22,13 @@ from pipeline.progress import progress
 from pipeline.samples.files import Grouped, Written, group_bucket, plan_files, write_file
 from pipeline.samples.groups import GroupRules
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, Piece, find_pieces
+from pipeline.samples.mapping import load_mapping
 from pipeline.samples.publish import MARK, replaced_folder
 from pipeline.samples.shuffle import Shuffled, shuffle_piece, write_quarantine
 from pipeline.samples.summary import summarise
 
 Result = TypeVar("Result")
+Describe = Callable[[Path], Mapping[str, str]]
 
 DAY_S = 86_400
 BUCKET_ROWS = 250_000  # of both logs; some hundred MB with long lists of behaviours
@@ -48,23 +50,31 @@ class SampleOptions:
     user_columns: tuple[str, ...] | None = None  # None: those of user_age and user_gender that are there
     partitions: int | None = None  # buckets of users; None: from the number of rows. The result is the same
     midnight_pause_s: int = 3_600
+    mapping: str | None = None  # file of a Mapping: the logs are a person's own tables
     latest_s: int | None = None  # rows later than this are refused; None: a day from now
     groups_per_file: int = 131_072
 
 
-def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
+def build_samples(options: SampleOptions, client: Client, describe: Describe = lambda folder: {}) -> dict[str, Any]:
     """Makes `options.samples` anew and returns its summary, which stands in its summary.json as well.
 
     Reads `impressions/*.parquet` and `behaviors/*.parquet` below `options.logs`, a folder or an address; the samples'
     folder must be on a disk that all workers see. A row per group of pipeline.samples.groups.make_groups, in the files
     `train/day=*.parquet` and `test/day=*.parquet` by the day (UTC) of the group's first impression, sorted by
     timestamp, user and session; equal logs give equal files, whatever the cluster and `partitions`. Bad rows are
-    counted and kept in quarantine.parquet. Raises SampleError when there is nothing to make samples from.
+    counted and kept in quarantine.parquet. With a mapping the logs are a person's own tables, CSV or Parquet.
+    `describe` gives files to write beside the samples, by name, from the folder that has them. Raises SampleError when
+    there is nothing to make samples from.
     """
     if "://" in options.samples:
         raise SampleError(f"samples={options.samples}: not a folder on disk; write to one and copy it from there")
-    impressions = find_pieces(options.logs, IMPRESSIONS, options.user_columns)
-    behaviors = find_pieces(options.logs, BEHAVIORS, ())
+    mapping = load_mapping(Path(options.mapping)) if options.mapping else None
+    if mapping and options.user_columns:
+        raise SampleError(f"user_columns={','.join(options.user_columns)}: with a mapping they stand in it")
+    shown_as, done_as = (mapping.layout(log) if mapping else None for log in (IMPRESSIONS, BEHAVIORS))
+    impressions = find_pieces(options.logs, IMPRESSIONS, options.user_columns, shown_as)
+    behaviors = find_pieces(options.logs, BEHAVIORS, (), done_as)
+    ad_columns = shown_as.ad_columns if shown_as else ()
     num_buckets = options.partitions or _num_buckets(impressions + behaviors, client)
     user_columns = impressions[0].user_columns
     with replaced_folder(Path(options.samples)) as folder:
@@ -75,15 +85,19 @@ def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
         done = _shuffle(client, behaviors, scratch, num_buckets, options)
         write_quarantine(folder / QUARANTINE_FILE, (*shown, *done))
         _check_rows_left(options.logs, shown)
-        grouped = _group(client, (len(shown), len(done)), scratch, num_buckets, options, user_columns)
+        grouped = _group(client, (len(shown), len(done)), scratch, num_buckets, options, user_columns, ad_columns)
         written = _write(client, grouped, folder, options)
+        shutil.rmtree(scratch)
+        for name, text in describe(folder).items():
+            (folder / name).write_text(text, encoding="utf-8")
         summary = summarise(dataclasses.asdict(options) | {"user_columns": user_columns}, shown, done, grouped, written)
         (folder / MARK).write_text(json.dumps(summary, indent=2) + "\n")
-        shutil.rmtree(scratch)
     return summary
 
 
 def _check_rows_left(logs: str, shown: Sequence[Shuffled]) -> None:
+    if not any(part.num_rows for part in shown):
+        raise SampleError(f"{logs}: the impressions have not one row")
     reasons = sum((part.quarantined for part in shown), Counter[str]())
     if reasons.total() == sum(part.num_rows for part in shown):
         listed = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common(3))
@@ -113,10 +127,11 @@ def _group(
     num_buckets: int,
     options: SampleOptions,
     user_columns: tuple[str, ...],
+    ad_columns: tuple[str, ...],
 ) -> list[Grouped]:
     rules = GroupRules(round(options.window_days * DAY_S), options.max_behaviors, options.midnight_pause_s)
     folder = str(scratch.absolute())
-    tasks = [(bucket, folder, num_pieces, rules, user_columns) for bucket in range(num_buckets)]
+    tasks = [(bucket, folder, num_pieces, rules, user_columns, ad_columns) for bucket in range(num_buckets)]
     return _run(client, "make groups", group_bucket, tasks)
 
 

@@ -46,15 +46,21 @@ class Grouped:
 
 
 def group_bucket(
-    bucket: int, folder: str, num_pieces: tuple[int, int], rules: GroupRules, user_columns: Sequence[str]
+    bucket: int,
+    folder: str,
+    num_pieces: tuple[int, int],
+    rules: GroupRules,
+    user_columns: Sequence[str],
+    ad_columns: Sequence[str] = (),
 ) -> Grouped:
     """Makes the groups of one bucket of users from the shuffled logs in `folder`, and writes them there by hour.
 
-    `num_pieces` is how many pieces the impressions and the behaviours have.
+    `num_pieces` is how many pieces the impressions and the behaviours have. `user_columns` stand once in a group,
+    `ad_columns` once for each impression, with `ad_` before their names.
     """
     impressions = read_bucket(folder, IMPRESSIONS, num_pieces[0], bucket)
     groups = make_groups(impressions, read_bucket(folder, BEHAVIORS, num_pieces[1], bucket), rules)
-    table = _table(groups, user_columns).sort_by(SORT)
+    table = _table(groups, user_columns, ad_columns).sort_by(SORT)
     hour_G = table.column("timestamp").to_numpy() // HOUR_S
     hours, starts = np.unique(hour_G, return_index=True)
     sizes = np.diff(starts, append=len(hour_G))
@@ -77,7 +83,7 @@ def group_bucket(
     )
 
 
-def _table(groups: Groups, user_columns: Sequence[str]) -> pa.Table:
+def _table(groups: Groups, user_columns: Sequence[str], ad_columns: Sequence[str]) -> pa.Table:
     """One row per group, in the order of the samples' columns; timestamp in seconds, day in UTC."""
     impressions, first_G = groups.impressions, groups.start_G
     columns: dict[str, Any] = {name: impressions[name][first_G] for name in ("user", "session")}
@@ -85,7 +91,7 @@ def _table(groups: Groups, user_columns: Sequence[str]) -> pa.Table:
     columns["day"] = pc.strftime(pa.array(columns["timestamp"]).cast(pa.timestamp("s")), format="%Y-%m-%d")
     columns |= {name: impressions[name][first_G] for name in user_columns}
     columns |= {f"behavior_{name}": _lists(groups.behaviors[name], groups.take_G) for name in BEHAVIOR_LISTS}
-    columns |= {f"ad_{name}": _lists(impressions[name], groups.size_G) for name in AD_LISTS}
+    columns |= {f"ad_{name}": _lists(impressions[name], groups.size_G) for name in (*AD_LISTS, *ad_columns)}
     columns["label"] = _lists(impressions["label"].astype(np.int8), groups.size_G)
     return pa.table(columns)
 

@@ -3,8 +3,9 @@
 Letters of shapes: N rows of a piece of a log.
 """
 
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from featurestore.errors import StorageError
 from featurestore.keys import keys_of_uris
 from featurestore.storage import Storage
 from pipeline.errors import SampleError
+from pipeline.samples.csvfile import csv_names, read_csv
+from pipeline.samples.mapping import Layout, TimeUnit
+from pipeline.samples.texts import parse_ids, parse_labels, parse_numbers, parse_times
 
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -48,7 +52,24 @@ WANTED = {
     "label": "a whole number, a boolean or a float that is 0 or 1",
     "seconds": "a number of seconds",
     "profile": "a whole number of at most 64 bits, signed",
+    "any_time": "a timestamp, a whole number, or text in ISO 8601",
+    "any_id": "a whole number of at most 64 bits, signed, or text",
+    "extra_id": "a whole number of at most 64 bits, signed, or text",
+    "any_label": "a number, boolean or text that is 0 or 1",
+    "any_seconds": "a number of seconds",
+    "dense": "a number",
 }
+# Kinds of a person's own tables, which may be text too; behind each the kind of those that are numbers.
+ANY = {
+    "any_time": "time",
+    "any_id": "id",
+    "extra_id": "profile",
+    "any_label": "label",
+    "any_seconds": "seconds",
+    "dense": "dense",
+}
+CSV_SUFFIXES = (".csv", ".tsv")
+_CSV_ROW_BYTES = 60  # for a guess at the number of rows
 PER_SECOND = {"s": 1, "ms": 1_000, "us": MICROSECONDS, "ns": 1_000_000_000}
 
 
@@ -61,24 +82,44 @@ class Piece:
     path: str  # below it
     row_groups: tuple[int, ...]
     first_row: int  # in the file
-    num_rows: int
+    num_rows: int  # of CSV a guess from its size
     user_columns: tuple[str, ...]
+    layout: Layout | None = None  # of a person's own tables
+
+    @property
+    def is_csv(self) -> bool:
+        """Whether the file is text; else it is Parquet."""
+        return self.path.endswith(CSV_SUFFIXES)
+
+    @property
+    def time_unit(self) -> TimeUnit:
+        """Of times that are whole numbers."""
+        return self.layout.time_unit if self.layout is not None else "s"
+
+    def name_in_file(self, name: str) -> str:
+        """What the file calls one of our columns."""
+        return self.layout.names[name] if self.layout is not None else name
 
     @property
     def columns(self) -> dict[str, str]:
         """Kind of each column to read."""
+        if self.layout is not None:
+            return self.layout.kinds
         return {name: KINDS[name] for name in COLUMNS[self.log]} | dict.fromkeys(self.user_columns, "profile")
 
 
-def find_pieces(url: str, log: str, user_columns: Sequence[str] | None) -> list[Piece]:
+def find_pieces(url: str, log: str, user_columns: Sequence[str] | None, layout: Layout | None = None) -> list[Piece]:
     """The log's pieces, in the order of its files' names; only the files' footers are read.
 
-    `user_columns` None takes those of `user_age` and `user_gender` that the first file has. Raises SampleError for a
-    log that is not there or has no row, and for a column that is missing or of a wrong type, with the file's name.
+    `user_columns` None takes those of `user_age` and `user_gender` that the first file has; with the `layout` of a
+    person's own tables, CSV or Parquet, those count that it names. Raises SampleError for a log that is not there or
+    has no row, and for a column that is missing or of a wrong type, with the file's name.
     """
     if reserved := set(user_columns or ()) & set(KINDS):
         raise SampleError(f"user_columns={','.join(sorted(reserved))}: has a meaning of its own, it is kept anyway")
     storage = Storage(url)
+    if layout is not None:
+        return _own_pieces(storage, log, layout)
     files = _parquet_files(storage, log)
     if not files:
         raise SampleError(
@@ -93,6 +134,42 @@ def find_pieces(url: str, log: str, user_columns: Sequence[str] | None) -> list[
     if not pieces:
         raise SampleError(f"{storage.full(log)}: {len(files)} files and not one row")
     return pieces
+
+
+def _own_pieces(storage: Storage, log: str, layout: Layout) -> list[Piece]:
+    files = _files(storage, layout.files)
+    if not files:
+        raise SampleError(
+            f"{storage.full(layout.files)}: no .parquet, .csv or .tsv files there; {log}.files of the mapping names a "
+            "file or folder below --logs"
+        )
+    pieces: list[Piece] = []
+    for path in files:
+        piece = Piece(log, storage.url, path, (), 0, 0, layout.user_columns, layout)
+        if piece.is_csv:
+            names = csv_names(storage, path, layout.delimiter)
+            _check_columns(pa.schema([(name, pa.string()) for name in names]), piece)
+            pieces.append(replace(piece, num_rows=storage.size(path) // _CSV_ROW_BYTES))
+        else:
+            with open_parquet(storage, path) as file:
+                pieces += _cut(file, piece)
+    if not pieces:
+        raise SampleError(f"{storage.full(layout.files)}: {len(files)} files and not one row")
+    return pieces
+
+
+def _files(storage: Storage, place: str) -> list[str]:
+    """The file at `place`, or those below it that can be read, but hidden ones."""
+    found = [entry.path for entry in storage.entries(place)]
+    if not found:
+        with contextlib.suppress(FileNotFoundError):
+            found = [storage.entry(place).path]
+    return [
+        path
+        for path in found
+        if path.endswith((".parquet", *CSV_SUFFIXES))
+        and not any(part.startswith((".", "_")) for part in path.split("/"))
+    ]
 
 
 def open_parquet(storage: Storage, path: str) -> pq.ParquetFile:
@@ -129,14 +206,15 @@ def _cut(file: pq.ParquetFile, empty: Piece) -> list[Piece]:
         if rows >= PIECE_ROWS or group == len(groups) - 1:
             if rows:
                 which = tuple(range(first_group, group + 1))
-                pieces.append(Piece(empty.log, empty.url, empty.path, which, first_row, rows, empty.user_columns))
+                pieces.append(replace(empty, row_groups=which, first_row=first_row, num_rows=rows))
             first_group, first_row, rows = group + 1, first_row + rows, 0
     return pieces
 
 
 def _check_columns(schema: pa.Schema, piece: Piece) -> None:
     where = f"{Storage(piece.url).full(piece.path)}: column"
-    for name, kind in piece.columns.items():
+    for ours, kind in piece.columns.items():
+        name = piece.name_in_file(ours)
         if name not in schema.names:
             raise SampleError(f"{where} {name!r} is missing; there are {', '.join(schema.names)}")
         if schema.names.count(name) > 1:
@@ -149,6 +227,9 @@ def _check_columns(schema: pa.Schema, piece: Piece) -> None:
 def _fits(found: pa.DataType, kind: str) -> bool:
     if pa.types.is_dictionary(found):
         found = found.value_type
+    if kind in ANY and (pa.types.is_string(found) or pa.types.is_large_string(found)):
+        return True
+    kind = ANY.get(kind, kind)
     whole = pa.types.is_integer(found) and found != pa.uint64()
     if kind == "time":
         return whole or pa.types.is_timestamp(found)
@@ -156,7 +237,7 @@ def _fits(found: pa.DataType, kind: str) -> bool:
         return whole or pa.types.is_string(found) or pa.types.is_large_string(found)
     if kind == "label":
         return whole or pa.types.is_boolean(found) or pa.types.is_floating(found)
-    if kind == "seconds":
+    if kind in ("seconds", "dense"):
         return whole or pa.types.is_floating(found)
     return whole
 
@@ -165,7 +246,8 @@ def _fits(found: pa.DataType, kind: str) -> bool:
 class Rows:
     """A piece as arrays: its good rows, and number and reason of the others."""
 
-    good: Columns  # timestamp in microseconds, image as key, all int64 but dwell_s
+    num_rows: int
+    good: Columns  # timestamp in microseconds, image as key, all int64 but dwell_s and dense columns
     bad_row: npt.NDArray[np.int64]  # in the file
     bad_reason: list[str]
 
@@ -175,56 +257,100 @@ def read_piece(piece: Piece, latest_s: int) -> Rows:
     become the last day of the log. A bad row has the first reason in the order of the columns."""
     columns = piece.columns
     storage = Storage(piece.url)
-    with open_parquet(storage, piece.path) as file:
-        try:
-            table = file.read_row_groups(list(piece.row_groups), columns=list(columns))
-        except (pa.ArrowException, OSError) as error:
-            raise SampleError(f"{storage.full(piece.path)}: cannot be read: {error}") from error
+    torn: dict[int, str] = {}
+    names = [piece.name_in_file(name) for name in columns]
+    if piece.is_csv and piece.layout is not None:
+        table, torn = read_csv(storage, piece.path, names, piece.layout.delimiter)
+    else:
+        with open_parquet(storage, piece.path) as file:
+            try:
+                table = file.read_row_groups(list(piece.row_groups), columns=names)
+            except (pa.ArrowException, OSError) as error:
+                raise SampleError(f"{storage.full(piece.path)}: cannot be read: {error}") from error
     reasons: list[str] = []
     reason_N = np.full(table.num_rows, -1)
     good: Columns = {}
     for name, kind in columns.items():
-        column = table.column(name)
+        column = table.column(piece.name_in_file(name))
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
-        good[name], faults = _arrays(column, kind, latest_s)
+        good[name], faults = _arrays(column, kind, latest_s, piece.time_unit)
         for fault, is_bad_N in faults.items():
             reason_N[is_bad_N & (reason_N < 0)] = len(reasons)
             reasons.append(f"{name} {fault}")
+    if piece.layout is not None:
+        good |= {name: _constant(value, table.num_rows) for name, value in piece.layout.constants.items()}
     is_good_N = reason_N < 0
     (bad_N,) = np.nonzero(~is_good_N)
+    row_N = np.setdiff1d(np.arange(table.num_rows + len(torn)), list(torn))  # in the file
+    bad = sorted([*zip(row_N[bad_N].tolist(), [reasons[code] for code in reason_N[bad_N]], strict=True), *torn.items()])
     return Rows(
+        table.num_rows + len(torn),
         {name: values_N[is_good_N] for name, values_N in good.items()},
-        piece.first_row + bad_N.astype(np.int64),
-        [reasons[code] for code in reason_N[bad_N]],
+        piece.first_row + np.array([row for row, _ in bad], np.int64),
+        [reason for _, reason in bad],
     )
+
+
+def _constant(value: float, count: int) -> npt.NDArray[Any]:
+    return np.full(count, value, np.int64 if isinstance(value, int) else np.float64)
 
 
 Faults = dict[str, npt.NDArray[np.bool_]]  # which rows have each fault
 
 
-def _arrays(column: Any, kind: str, latest_s: int) -> tuple[npt.NDArray[Any], Faults]:
+def _arrays(column: Any, kind: str, latest_s: int, unit: TimeUnit) -> tuple[npt.NDArray[Any], Faults]:
     """The values of a chunked Arrow column, anything where they are bad, and their faults."""
+    if kind in ANY:
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            return _text_arrays(column, kind, latest_s, unit)
+        kind = ANY[kind]
     null = {"is null": column.is_null().to_numpy()}
     if kind == "time":
-        value_N, faults = _times(column, latest_s)
+        value_N, faults = _times(column, latest_s, unit)
         return value_N, null | faults
     if kind == "image" and not pa.types.is_integer(column.type):
         text = column.fill_null("")
         return _keys(text), null | {"is empty": (pc.binary_length(text).to_numpy() == 0)}
-    if kind in ("label", "seconds"):
-        number_N = column.cast(pa.float64()).fill_null(0).to_numpy()
-        if kind == "label":
-            is_click_N = number_N == 1
-            return is_click_N.astype(np.int64), null | {"is not 0 or 1": ~is_click_N & (number_N != 0)}
-        return number_N, null | {"is not finite": ~np.isfinite(number_N), "is negative": number_N < 0}
+    if kind in ("label", "seconds", "dense"):
+        value_N, faults = _numbers(column.cast(pa.float64()).fill_null(0).to_numpy(), kind)
+        return value_N, null | faults
     value_N = column.cast(pa.int64()).fill_null(UNKNOWN).to_numpy()
     return value_N, {} if kind == "profile" else null
 
 
-def _times(column: Any, latest_s: int) -> tuple[npt.NDArray[np.int64], Faults]:
-    """Microseconds since 1970; nanoseconds are cut off, a timestamp without a time zone is in UTC."""
-    unit = column.type.unit if pa.types.is_timestamp(column.type) else "s"
+def _text_arrays(column: Any, kind: str, latest_s: int, unit: TimeUnit) -> tuple[npt.NDArray[Any], Faults]:
+    """As `_arrays`, of text that has to be read first."""
+    null_N = column.is_null().to_numpy()
+    null = {"is null": null_N}
+    if kind == "any_time":
+        time_N, wrong_N = parse_times(column, unit)
+        late_N = time_N > latest_s * MICROSECONDS
+        return time_N, null | {"is no time": wrong_N, "is before 1970": time_N < 0, "is in the future": late_N}
+    if kind == "any_id":
+        return parse_ids(column)[0], null
+    if kind == "extra_id":
+        return np.where(null_N, UNKNOWN, parse_ids(column)[0]), {}
+    number_N, wrong_N = (parse_labels if kind == "any_label" else parse_numbers)(column)
+    value_N, faults = _numbers(number_N, ANY[kind])
+    return value_N, null | {"is no number": wrong_N} | faults
+
+
+def _numbers(number_N: npt.NDArray[np.float64], kind: str) -> tuple[npt.NDArray[Any], Faults]:
+    if kind == "label":
+        is_click_N = number_N == 1
+        return is_click_N.astype(np.int64), {"is not 0 or 1": ~is_click_N & (number_N != 0)}
+    if kind == "dense":
+        with np.errstate(over="ignore"):
+            single_N = number_N.astype(np.float32)
+        return single_N, {"is not finite in float32": ~np.isfinite(single_N)}
+    return number_N, {"is not finite": ~np.isfinite(number_N), "is negative": number_N < 0}
+
+
+def _times(column: Any, latest_s: int, whole: str) -> tuple[npt.NDArray[np.int64], Faults]:
+    """Microseconds since 1970; nanoseconds are cut off, a timestamp without a time zone is in UTC, a whole number is
+    one of unit `whole`."""
+    unit = column.type.unit if pa.types.is_timestamp(column.type) else whole
     value_N = column.cast(pa.int64()).fill_null(0).to_numpy()
     is_early_N, is_late_N = value_N < 0, value_N > latest_s * PER_SECOND[unit]
     value_N = np.where(is_early_N | is_late_N, 0, value_N)

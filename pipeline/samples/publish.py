@@ -14,22 +14,23 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
+def replaced_folder(target: Path, what: str = "samples") -> Iterator[Path]:
     """Gives an empty folder beside `target` that takes its place when the block ends, and goes when the block raises.
 
-    What killed runs left beside `target` goes as well. Raises SampleError when `target` is there and is not ours, and
+    The block writes MARK into it. `what` it holds is said in messages. What killed runs left beside `target` goes as
+    well. Raises SampleError when `target` is there and is not ours, and
     in place of an OSError, the block's too: a full disk, a place that cannot be written.
     """
     try:
-        with _replaced_folder(target) as building:
+        with _replaced_folder(target, what) as building:
             yield building
     except OSError as error:
-        raise SampleError(f"cannot make the samples in {target}: {error or type(error).__name__}") from error
+        raise SampleError(f"cannot make the {what} in {target}: {error or type(error).__name__}") from error
 
 
 @contextlib.contextmanager
-def _replaced_folder(target: Path) -> Iterator[Path]:
-    _check_replaceable(target)
+def _replaced_folder(target: Path, what: str) -> Iterator[Path]:
+    _check_replaceable(target, what)
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}.building-"
     for left in target.parent.glob(f"{prefix}*"):
@@ -41,20 +42,20 @@ def _replaced_folder(target: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield building
             (building / LOCK).unlink()
-            _check_replaceable(target)
+            _check_replaceable(target, what)
             _swap(building, target)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _check_replaceable(target: Path) -> None:
+def _check_replaceable(target: Path, what: str) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise SampleError(f"{target} is a file; name a folder for the samples")
+        raise SampleError(f"{target} is a file; name a folder for the {what}")
     if any(target.iterdir()) and not (target / MARK).is_file():
         raise SampleError(
-            f"{target} has files that are no samples (it has no {MARK}), and its content would be replaced; "
+            f"{target} has files that are no {what} (it has no {MARK}), and its content would be replaced; "
             "name another folder or empty it"
         )
 

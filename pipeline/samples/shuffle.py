@@ -59,7 +59,7 @@ def shuffle_piece(
         ]
         write_batches(quarantine_path, [pa.RecordBatch.from_pylist(bad, schema=QUARANTINE)])
     return Shuffled(
-        piece.num_rows,
+        rows.num_rows,
         num_short,
         Counter(rows.bad_reason),
         None if quarantine_path is None else str(quarantine_path),

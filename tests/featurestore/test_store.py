@@ -212,8 +212,8 @@ class StoreContract:
 
         monkeypatch.setattr(Storage, "open_input", meet)
         tables = read_shards_of_parts(store.storage, store.info, "run", parts, range(3, 4))
-        assert list(tables) == [3]
-        assert tables[3].get_total_buffer_size() < 2 * tables[3].nbytes < 400 * store.info.row_bytes * len(parts)
+        assert list(tables) == [3] and 0 < len(tables[3]) < 400 * len(parts) / 4
+        assert tables[3].get_total_buffer_size() < 2 * tables[3].nbytes  # the rows around them would be much more
 
     def test_building_checks_uris_against_the_store_and_between_parts(self, store: FeatureStore, make_rows) -> None:
         rows = make_rows(1, store.info)
@@ -323,6 +323,12 @@ class TestS3Store(StoreContract):
     @pytest.fixture
     def url(self, s3_url: str) -> str:
         return f"{s3_url}/store"
+
+
+class TestMotoStore(StoreContract):
+    @pytest.fixture
+    def url(self, moto_url: str) -> str:
+        return f"{moto_url}/store"
 
 
 def test_other_tools_can_read_the_feature_as_a_tensor(info: StoreInfo, make_rows) -> None:

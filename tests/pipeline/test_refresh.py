@@ -279,8 +279,9 @@ def test_a_broken_decoder_is_forgotten_once_it_works_again(make, run, write, mon
     assert len(rows_of(tmp_path / "features")) == 4
 
 
+@pytest.mark.parametrize("part_size", [1, 4])  # alone in its part, and with others that are not computed again
 def test_a_run_that_goes_on_tries_images_that_could_not_be_read_again(
-    make, run, write, monkeypatch, computed, tmp_path
+    part_size, make, run, write, monkeypatch, computed, tmp_path
 ):
     folder = write(a=1, b=2, c=3, d=4)
     make(folder)
@@ -299,12 +300,13 @@ def test_a_run_that_goes_on_tries_images_that_could_not_be_read_again(
         trouble.setattr("pipeline.parts.read_image", unreachable)
         trouble.setattr(FeatureStore, "commit", lost)
         with pytest.raises(StorageError, match="the power went out"):
-            run(folder, part_size=1)
+            run(folder, part_size=part_size)
     staged = files_of(tmp_path / "features/staging")
-    assert counts(run(folder, part_size=1, dry_run=True)) == (0, 3, 0, 1, 0, 0, 1, 0)
+    assert counts(run(folder, part_size=part_size, dry_run=True)) == (0, 3, 0, 1, 0, 0, 1, 0)
     assert files_of(tmp_path / "features/staging") == staged
-    assert counts(run(folder, part_size=1)) == (0, 3, 0, 1, 0, 0, 1, 0)
+    assert counts(run(folder, part_size=part_size)) == (0, 3, 0, 1, 0, 0, 1, 0)
     assert sum(computed) - done == 3  # each once
+    assert len(rows_of(tmp_path / "features")) == 4
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from trainer.comm import HorovodComm, connect
+from trainer.comm import HorovodComm, Traffic, connect
 from trainer.errors import DataError, RemoteRankError
 
 
@@ -19,8 +19,8 @@ def main() -> None:
     got, splits = comm.alltoall(sent.reshape(-1, 2), torch.tensor(counts, dtype=torch.int32), name="test")
     assert splits.tolist() == [peer + rank for peer in range(size)] and splits.dtype == torch.int32
     assert got.tolist() == [[peer, rank] for peer in range(size) for _ in range(peer + rank)]
-    assert comm.bytes_sent == 16 * (sum(counts) - counts[rank])
-    assert comm.bytes_received == comm.bytes_sent
+    others = 16 * (sum(counts) - counts[rank])
+    assert comm.traffic == {"test": Traffic(others, others)}
 
     nothing, splits = comm.alltoall(torch.zeros(0, 4), torch.zeros(size, dtype=torch.int32), name="test")
     assert nothing.shape == (0, 4) and splits.tolist() == [0] * size

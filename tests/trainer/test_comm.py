@@ -1,7 +1,8 @@
-"""Collectives: alone, and on three ranks of Horovod in one job (collectives.py)."""
+"""Collectives: alone, and on three ranks of Horovod (collectives.py, late_rank.py)."""
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,19 +14,33 @@ from trainer.comm import SoloComm, connect
 from trainer.errors import DataError, RemoteRankError
 
 
-def test_three_ranks() -> None:
+def on_three_ranks(script: str) -> subprocess.CompletedProcess[str]:
+    """What a script of this folder does under horovodrun."""
     launcher = Path(sys.executable).with_name("horovodrun")
-    script = Path(__file__).with_name("collectives.py")
-    done = subprocess.run(
-        [str(launcher), "-np", "3", sys.executable, str(script)],
+    return subprocess.run(
+        [str(launcher), "-np", "3", sys.executable, str(Path(__file__).with_name(script))],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
+
+
+def test_three_ranks() -> None:
+    done = on_three_ranks("collectives.py")
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(f"rank {rank} of 3 is done" in done.stdout for rank in range(3))
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    done = on_three_ranks("late_rank.py")
+    assert done.returncode != 0
+    said = re.findall(
+        r"after (\d+) s: (collective step\.keys has taken more than .* not there: rank 1\..*)", done.stdout
+    )
+    assert len(said) == 2, done.stdout + done.stderr[-3000:]
+    assert all(int(seconds) < 20 for seconds, _ in said)
 
 
 class TestSolo:
@@ -40,7 +55,7 @@ class TestSolo:
         assert comm.allreduce_sum_(rows, name="a") is rows
         assert comm.allgather_object("x") == ["x"]
         assert comm.broadcast_object("x") == "x"
-        assert (comm.bytes_sent, comm.bytes_received) == (0, 0)
+        assert comm.traffic == {}
 
     def test_agree_raises_its_own_error(self) -> None:
         SoloComm().agree(None)

@@ -104,6 +104,7 @@ def test_ranks_together_have_the_batches_of_one_rank(
         assert max(sizes) - min(sizes) <= 1
         assert {part.global_samples for part in parts} == {batch.num_samples} == {batch.global_samples}
         assert {(part.position.epoch, part.position.step) for part in parts} == {(1, step)}
+        assert [part.first_sample for part in parts] == [sum(sizes[:rank]) for rank in range(num_ranks)]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 5, 200])
@@ -301,6 +302,29 @@ def test_samples_are_read_through_the_store_s_door(samples: tuple[Path, list[pa.
     index = open_index(SoloComm(), storage.url, "train", SCHEMA)
     batches = SampleReader(index, SCHEMA, batch_size=16, seed=3, window_groups=2).batches()
     assert [_rows(batch) for batch in batches] == [_rows(batch) for batch in _reader(folder).batches()]
+
+
+def test_days_are_found_in_either_split(tmp_path: Path, write_samples: Write) -> None:
+    tables = write_samples(tmp_path / "train", [10, 12, 14])
+    (tmp_path / "test").mkdir()
+    third = tmp_path / "train" / "day=2026-01-03.parquet"
+    alone = open_index(SoloComm(), str(tmp_path), "test", SCHEMA, ["2026-01-03"])
+    third.rename(tmp_path / "test" / "day=2026-01-03-000.parquet")
+    (tmp_path / "test" / "day=2026-01-03-000.parquet").rename(tmp_path / "test" / third.name)
+    index = open_index(SoloComm(), str(tmp_path), "train", SCHEMA, ["2026-01-03", "2026-01-01"])
+    reader = SampleReader(index, SCHEMA, batch_size=1_000)
+    found = [serial for batch in reader.batches() for serial in _serials(batch)]
+    expected = [s for t in (tables[0], tables[2]) for row in t["ad_serial"].to_pylist() for s in row]
+    assert found == expected
+    moved = open_index(SoloComm(), str(tmp_path), "train", SCHEMA, ["2026-01-03"])
+    assert moved.digest == alone.digest != index.digest
+    assert open_index(SoloComm(), str(tmp_path), "train", SCHEMA, []).num_samples == 0
+    with pytest.raises(DataError, match=r"no samples of 2026-01-09: its files are from 2026-01-01 to 2026-01-03"):
+        open_index(SoloComm(), str(tmp_path), "train", SCHEMA, ["2026-01-09"])
+    for number, file in enumerate(sorted(tmp_path.glob("*/*.parquet"))):
+        file.rename(file.with_name(f"part-{number}.parquet"))
+    with pytest.raises(DataError, match="its files are not named by day"):
+        open_index(SoloComm(), str(tmp_path), "train", SCHEMA, ["2026-01-01"])
 
 
 def test_one_column_read_two_ways_is_refused() -> None:

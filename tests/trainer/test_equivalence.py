@@ -29,7 +29,29 @@ RUNS = [
     "ids_only/float64",
     "missing_zeros/float64",
     "int8_codes/float64",
+    "l2_and_dropout/float64",
+    "dropout_rank_without_data/float64",
     "missing_learned/float64",
+    "two_towers/float64",
+    "two_towers/float32",
+    "two_towers_ids_only/float64",
+]
+MODEL_RUNS = [
+    "concat/float64",
+    "max/float64",
+    "mean/float64",
+    "multi_query/float64",
+    "concat_rank_without_data/float64",
+    "max_rank_without_data/float64",
+    "multi_query_rank_without_data/float64",
+    "lr_ids_only/float64",
+    "lr/float64",
+    "din_ids_only/float64",
+    "din/float64",
+    "dcn_ids_only/float64",
+    "dcn/float64",
+    "texts/float64",
+    "texts_missing/float64",
 ]
 RANKS = [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)]
 
@@ -61,7 +83,7 @@ def reference(results_of: Callable[[int], Results], tmp_path_factory: pytest.Tem
     """Results of the reference, from the initial values of a run of one rank."""
     folder = tmp_path_factory.mktemp("reference")
     kept = ("initial", "mean_and_std", "decoded")
-    start = {run: {k: result[k] for k in kept} for run, result in results_of(1).items() if "initial" in result}
+    start = {run: {k: result[k] for k in kept} for run, result in results_of(1).items() if result.get("initial")}
     torch.save(start, folder / "initial.pt")
     _run([sys.executable, str(HERE / "reference.py"), str(folder / "initial.pt"), str(folder / "out.pt")])
     results: Results = torch.load(folder / "out.pt")
@@ -69,12 +91,10 @@ def reference(results_of: Callable[[int], Results], tmp_path_factory: pytest.Tem
 
 
 def test_every_scenario_is_checked(reference: Results) -> None:
-    assert sorted(reference) == sorted(RUNS)
+    assert sorted(reference) == sorted([*RUNS, *MODEL_RUNS])
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("num_ranks", RANKS)
-class TestEquivalence:
+class Equivalence:
     def test_losses(self, run: str, num_ranks: int, results_of: Callable[[int], Results], reference: Results) -> None:
         losses_P = torch.tensor(results_of(num_ranks)[run]["losses_P"], dtype=torch.float64)
         assert losses_P.shape == (num_ranks, 20)
@@ -98,10 +118,62 @@ class TestEquivalence:
     def test_two_collectives_forward_and_one_backward(
         self, run: str, num_ranks: int, results_of: Callable[[int], Results]
     ) -> None:
-        expected = ["keys", "vectors.5", "gradients.5", "dense"]
-        if run.startswith("two_widths"):
-            expected = ["keys", "vectors.3", "vectors.5", "gradients.3", "gradients.5", "dense"]
-        assert all(calls == expected for calls in results_of(num_ranks)[run]["calls"])
+        name = run.partition("/")[0]
+        widths = {"two_widths_two_models": [3, 5], "lr_ids_only": [1], "lr": [1, 5]}.get(name, [5])
+        widths = [3, 5] if name.startswith("texts") else widths
+        dense = ("model",) if name.endswith("ids_only") else ("model", "stores")
+        names = ["keys", *(f"vectors.{w}" for w in widths), *(f"gradients.{w}" for w in widths)]
+        names += [f"dense.{part}" for part in dense]
+        assert results_of(num_ranks)[run]["calls"] == {f"step.{name}": 20 for name in names}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("num_ranks", RANKS)
+class TestEquivalence(Equivalence):
+    """The exchange, the sharding and the reductions, on any number of ranks."""
+
+
+@pytest.mark.parametrize("run", MODEL_RUNS)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+class TestModels(Equivalence):
+    """Every aggregator, every base net, and two contents an item, each in a store of its own."""
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+class TestOverlap:
+    """Of the first scenario, other ways to get through its 20 steps."""
+
+    def test_slow_and_fast_ranks_change_no_bit(self, num_ranks: int, results_of: Callable[[int], Results]) -> None:
+        delayed, usual = results_of(num_ranks)["delayed"], results_of(num_ranks)["both_attentive/float64"]
+        assert delayed["losses_P"] == usual["losses_P"]
+        assert all(torch.equal(delayed["trained"][name], value) for name, value in usual["trained"].items())
+
+    def test_reused_vectors_are_the_same_for_any_number_of_ranks(
+        self, num_ranks: int, results_of: Callable[[int], Results]
+    ) -> None:
+        reused, alone = results_of(num_ranks)["reused"], results_of(1)["reused"]
+        expected = torch.tensor(alone["losses_P"][0], dtype=torch.float64)
+        losses = torch.tensor(reused["losses_P"][0], dtype=torch.float64)
+        torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0)
+        _assert_same(reused["trained"], alone["trained"], 1e-9)
+        exact = torch.tensor(results_of(1)["both_attentive/float64"]["losses_P"][0], dtype=torch.float64)
+        assert losses[0] == pytest.approx(float(exact[0]), rel=1e-9)
+        assert 1e-6 < float((losses - exact).abs().max()) < 0.3
+
+    def test_compared_images_are_the_same_for_any_number_of_ranks(
+        self, num_ranks: int, results_of: Callable[[int], Results]
+    ) -> None:
+        compared, alone = results_of(num_ranks)["compared"], results_of(1)["compared"]
+        expected, losses = (torch.tensor(each["losses_P"][0], dtype=torch.float64) for each in (alone, compared))
+        torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0)
+        _assert_same(compared["trained"], alone["trained"], 1e-9)
+        assert compared["calls"]["step.signatures.3"] == 20
+
+    def test_bfloat16_on_the_wire_is_near(self, num_ranks: int, results_of: Callable[[int], Results]) -> None:
+        rounded = torch.tensor(results_of(num_ranks)["rounded"]["losses_P"][0], dtype=torch.float64)
+        exact = torch.tensor(results_of(1)["both_attentive/float64"]["losses_P"][0], dtype=torch.float64)
+        assert (float((rounded - exact).abs().max()) > 1e-9) == (num_ranks > 1)
+        torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("num_ranks", RANKS)

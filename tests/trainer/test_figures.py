@@ -4,12 +4,11 @@ import pytest
 
 from trainer.comm import SoloComm
 from trainer.progress import figure
+from trainer.stages import Stages
 from trainer.step import StepResult
-from trainer.summary import Totals, gather
+from trainer.summary import ImageCounts, Totals, gather
 
-STEP = StepResult(
-    loss=0.5, num_samples=100, num_references=0, num_unique=0, bytes_sent=0, bytes_received=0, learning_rate=0.1
-)
+STEP = StepResult(loss=0.5, num_samples=100, num_references=0, num_unique=0, learning_rate=0.1)
 
 
 def totals_of(*seconds: float) -> Totals:
@@ -17,20 +16,20 @@ def totals_of(*seconds: float) -> Totals:
     totals = Totals()
     for each in seconds:
         totals.seconds["compute"] = totals.seconds.get("compute", 0.0) + each
-        totals.add(STEP, 0, 0)
+        totals.add(STEP, ImageCounts(0, 0, 0))
     return totals
 
 
 def test_throughput_leaves_the_first_step_out() -> None:
     totals = totals_of(10.0, 0.5, 0.5)
     assert totals.steady == (200, 1.0)
-    figures = gather(SoloComm(), totals)
+    figures = gather(SoloComm(), totals, Stages())
     assert (figures["samples_per_s"], figures["samples"], figures["steps"]) == (200.0, 300, 3)
 
 
 def test_throughput_of_one_step_is_its_own_and_of_none_is_none() -> None:
-    assert gather(SoloComm(), totals_of(2.0))["samples_per_s"] == 50.0
-    assert gather(SoloComm(), totals_of())["samples_per_s"] is None
+    assert gather(SoloComm(), totals_of(2.0), Stages())["samples_per_s"] == 50.0
+    assert gather(SoloComm(), totals_of(), Stages())["samples_per_s"] is None
 
 
 @pytest.mark.parametrize(

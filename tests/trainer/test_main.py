@@ -32,6 +32,7 @@ from trainer.config import Device, load_config
 from trainer.errors import CheckpointError, ConfigError, DataError, RemoteRankError, TrainerError
 from trainer.main import app, train
 from trainer.run import uses_cuda
+from trainer.stages import AHEAD, Stage
 from trainer.step import Engine
 
 HOROVODRUN = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2"]
@@ -98,13 +99,31 @@ class TestAlone:
         assert report["bytes_sent_per_step"] == 0
         assert report["samples_per_s"] > 0
         assert report["history"][-1] == {"step": 100, **metrics}
-        assert set(report["seconds"]) == {"data", "exchange", "compute", "evaluate", "checkpoint"}
+        assert set(report["seconds"]) == {"wait", "compute", "evaluate", "checkpoint"}
+        assert set(report["stages"]) == set(Stage.__args__) - {"compare images"}
+        assert all(row["median_ms"] >= 0 and row["share_of_step"] >= 0 for row in report["stages"].values())
+        of_steps = [row["share_of_step"] for name, row in report["stages"].items() if name not in AHEAD]
+        assert sum(of_steps) == pytest.approx(1)
+        assert (report["owner_skew"], report["reused_vectors"]) == (1.0, 0.0)
+        assert 0 < report["unique_ratio_by_field"]["behavior_image"] < 1
 
     def test_files(self, alone: Path, places: Places) -> None:
         changes = {"run__name": "alone", "train__max_steps": 100, "data__global_batch_size": 16, "train__epochs": 3}
         assert load_config(alone / "config.yaml") == load_config(settings=places.settings(**changes))
         assert list((alone / "tensorboard").glob("events*"))
         assert [path.name for path in (alone / "checkpoints").iterdir()] == ["step-00000100"]
+
+    def test_a_profiled_run_has_a_trace_that_names_the_stages(self, places: Places) -> None:
+        run = run_alone(places, run__name="traced", run__profile=True, train__max_steps=12)
+        events = json.loads((run / "profile/trace-rank-0.json").read_text())["traceEvents"]
+        threads = {event["name"]: event["tid"] for event in events if "name" in event and "tid" in event}
+        assert set(Stage.__args__) - {"compare images"} <= set(threads)
+        assert threads["gather"] != threads["embed images"]
+
+    def test_reuse_is_counted(self, places: Places) -> None:
+        changes = {"run__name": "reused", "train__max_steps": 12, "data__global_batch_size": 16}
+        report = report_of(run_alone(places, exchange__reuse_steps=3, **changes))
+        assert 0.1 < report["reused_vectors"] < 1
 
     def test_resumption_is_exact(self, alone: Path, places: Places) -> None:
         changes = {"run__name": "alone-halves", "data__global_batch_size": 16, "train__epochs": 3}

@@ -16,11 +16,11 @@ def table_of(rank: int = 0, num_ranks: int = 1, shape: TableShape = SHAPE, seed:
     return IdTable(shape, rank, num_ranks, seed=seed, scale=0.05, dtype=torch.float64)
 
 
-def train(table: IdTable, ids: list[int]) -> None:
+def train(table: IdTable, ids: list[int], rates: AdamRates = RATES) -> None:
     request = table.serve(np.array(ids))
     rows_QV = table.vectors(request)
     (rows_QV[torch.from_numpy(request.inverse_R)] * torch.arange(1, len(ids) + 1).unsqueeze(1)).sum().backward()
-    table.apply_gradients(RATES)
+    table.apply_gradients(rates)
 
 
 class TestShape:
@@ -83,6 +83,27 @@ class TestTraining:
         before = table.weight.clone()
         train(table, [5])
         assert torch.allclose(before - table.weight, torch.full((1, 3), 0.1, dtype=torch.float64))
+
+    def test_adaptive_l2_equals_a_plain_loop(self) -> None:
+        """Zhou et al., arXiv 1706.06978, 5.1, with the steps that touched a row as its frequency."""
+        rates = AdamRates(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, id_l2=0.7)
+        steps = [[5, 6], [5], [5, 7], [], [7, 7, 5]]
+        table = table_of()
+        rows = {i: row.clone() for i in (5, 6, 7) for row in table.vectors(table.serve(np.array([i]))).detach()}
+        moments = {i: (torch.zeros(3, dtype=torch.float64), 0.0, 0) for i in rows}
+        for ids in steps:
+            train(table, ids, rates)
+            for i in set(ids):
+                momentum, variance, frequency = moments[i]
+                frequency += 1
+                gradient = sum(n for n, each in enumerate(ids, 1) if each == i) + 0.7 / frequency * rows[i]
+                momentum = 0.9 * momentum + 0.1 * gradient
+                variance = 0.99 * variance + 0.01 * float((gradient**2).mean())
+                moments[i] = momentum, variance, frequency
+                deviation = (variance / (1 - 0.99**frequency)) ** 0.5 + 1e-8
+                rows[i] = rows[i] - 0.1 * momentum / (1 - 0.9**frequency) / deviation
+        for i, row in rows.items():
+            torch.testing.assert_close(table.vectors(table.serve(np.array([i]))).detach()[0], row, rtol=1e-12, atol=0)
 
     def test_no_ids_no_change(self) -> None:
         table = table_of()

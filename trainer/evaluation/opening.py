@@ -64,8 +64,9 @@ def open_source(source: Source, comm: Comm) -> Opened:
         raise DataError(
             f"{failure}\n(places as in {source.folder / 'config.yaml'}; name others by --samples and --store)"
         ) from failure
-    train = open_index(comm, config.data.samples, TRAIN, run.schema)
-    test = open_index(comm, source.samples or config.data.samples, TEST, run.schema)
+    train = open_index(comm, config.data.samples, TRAIN, run.schema, config.data.train_days)
+    test_days = None if source.samples else config.data.test_days
+    test = open_index(comm, source.samples or config.data.samples, TEST, run.schema, test_days)
     reader = SampleReader(
         test,
         run.schema,

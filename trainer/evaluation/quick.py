@@ -1,6 +1,6 @@
 """The few metrics that a run reports of its test samples: every rank predicts its part, rank 0 measures the whole."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -12,20 +12,16 @@ from trainer.errors import TrainerError
 from trainer.metrics import measure
 
 Metrics = dict[str, float | int | None]
-Predict = Callable[[Batch | Exception], tuple[Batch, np.ndarray]]
 
 
-def evaluate(
-    comm: Comm, batches: Iterator[Batch | Exception], predict: Predict, known_ads: Index, new_ad_field: str
-) -> Metrics:
+def evaluate(comm: Comm, predicted: Iterable[tuple[Batch, np.ndarray]], known_ads: Index, new_ad_field: str) -> Metrics:
     """Metrics of all test impressions, and under `new_ad_…` of those whose ad is in no training sample.
 
-    `known_ads`: sorted values of `new_ad_field` in training. Every rank calls this and has equally many batches. Raises
-    TrainerError where a prediction is not finite.
+    `predicted`: this rank's batches, each with its logits. `known_ads`: sorted values of `new_ad_field` in training.
+    Every rank calls this and has equally many batches. Raises TrainerError where a prediction is not finite.
     """
     predictions = []
-    for item in batches:
-        batch, logit_B = predict(item)
+    for batch, logit_B in predicted:
         ad_B = batch.fields[new_ad_field].values_N
         at_B = np.minimum(np.searchsorted(known_ads, ad_B), len(known_ads) - 1)
         predictions.append((logit_B, batch.label_B, batch.group_id_B, known_ads[at_B] != ad_B))

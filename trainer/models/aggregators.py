@@ -1,13 +1,19 @@
 """Aggregators: the vectors of a user's behaviour images become one vector a sample.
 
-Groups are jagged: a group's behaviours lie in memory once, however many samples look at them.
+Groups are jagged: a group's behaviours lie in memory once, however many samples look at them. Those that do not look at
+the ad stand here and are made once a group; trainer/models/attention.py has those that do. All have a `width`, and
+`forward(behaviors, group_of_sample_B, queries) -> (B, width)`; a group without behaviours gives zero.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from trainer.exchange import FieldVectors
-from trainer.models.layers import expand_rows, segment_softmax, segment_sum, take_rows
+from trainer.models.attention import AttentivePooling
+from trainer.models.layers import segment_max, segment_sum, take_rows
+from trainer.options import Pooling
 
 
 def sum_pool(field: FieldVectors) -> Tensor:
@@ -15,54 +21,74 @@ def sum_pool(field: FieldVectors) -> Tensor:
     return segment_sum(take_rows(field.vectors_UV, field.index_N), field.lengths_M)
 
 
-class SumPooling(nn.Module):
-    """Sum of a group's behaviour vectors: the ad is not looked at, so it is made once per group."""
+class GroupPooling(nn.Module):
+    """What does not look at the ad: made once for each group and handed to the group's samples."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
 
-    def forward(self, behaviors: FieldVectors, group_of_sample_B: Tensor, query_BW: Tensor | None) -> Tensor:
-        """(B, V); `query_BW` is not used."""
-        return take_rows(sum_pool(behaviors), group_of_sample_B)
+    def per_group(self, behaviors: FieldVectors) -> Tensor:
+        """(G, width)."""
+        raise NotImplementedError
+
+    def forward(self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor] = ()) -> Tensor:
+        """(B, width); `queries` are not used."""
+        return take_rows(self.per_group(behaviors), group_of_sample_B)
 
 
-class AttentivePooling(nn.Module):
-    """Weighted sum of a group's behaviour vectors, weighted by softmax over what each has to do with the ad.
+class SumPooling(GroupPooling):
+    """Sum over k of v_k."""
 
-    The score of behaviour vector k for query q is v . PReLU(K k + Q q + C (k * M q)): the activation unit of DIN on
-    both and their product, its first layer written as a sum, so that what needs only the query is made once a sample.
-    A group without behaviours gives zero.
-    """
-
-    def __init__(self, width: int, query_width: int, hidden: int) -> None:
-        super().__init__()
-        self.width = width
-        self.of_key = nn.Linear(width, hidden)
-        self.of_query = nn.Linear(query_width, hidden, bias=False)
-        self.match = nn.Linear(query_width, width, bias=False)
-        self.of_product = nn.Linear(width, hidden, bias=False)
-        self.activation = nn.PReLU()
-        self.score = nn.Linear(hidden, 1, bias=False)
-
-    def forward(self, behaviors: FieldVectors, group_of_sample_B: Tensor, query_BW: Tensor | None) -> Tensor:
-        """(B, V) for queries (B, W)."""
-        assert query_BW is not None
-        pair_index_N, lengths_B = _pairs(behaviors, group_of_sample_B)
-        key_NV = take_rows(behaviors.vectors_UV, pair_index_N)
-        of_sample_B = torch.cat([self.of_query(query_BW), self.match(query_BW)], dim=1)
-        of_sample_N = expand_rows(of_sample_B, lengths_B)
-        of_query_NH, match_NV = of_sample_N[:, : -self.width], of_sample_N[:, -self.width :]
-        hidden_NH = self.activation(self.of_key(key_NV) + of_query_NH + self.of_product(key_NV * match_NV))
-        weight_N = segment_softmax(self.score(hidden_NH).squeeze(1), lengths_B)
-        return segment_sum(key_NV * weight_N.unsqueeze(1), lengths_B)
+    def per_group(self, behaviors: FieldVectors) -> Tensor:
+        return sum_pool(behaviors)
 
 
-def _pairs(behaviors: FieldVectors, group_of_sample_B: Tensor) -> tuple[Tensor, Tensor]:
-    """All (sample, behaviour) pairs, sample by sample: the behaviour's row in vectors_UV, and pairs of each sample."""
-    lengths_B = behaviors.lengths_M.index_select(0, group_of_sample_B)
-    group_start_G = behaviors.lengths_M.cumsum(0) - behaviors.lengths_M
-    # Pair n of a sample is behaviour (start of its group) + (n - start of the sample's pairs).
-    shift_B = group_start_G.index_select(0, group_of_sample_B) - (lengths_B.cumsum(0) - lengths_B)
-    shift_N = torch.repeat_interleave(shift_B, lengths_B)
-    return behaviors.index_N[shift_N + torch.arange(len(shift_N), device=shift_N.device)], lengths_B
+class MeanPooling(GroupPooling):
+    """(1 / n) sum over k of v_k, n the group's own number of behaviours."""
+
+    def per_group(self, behaviors: FieldVectors) -> Tensor:
+        summed_GV = sum_pool(behaviors)
+        return summed_GV / behaviors.lengths_M.clamp_min(1).to(summed_GV.dtype).unsqueeze(1)
+
+
+class MaxPooling(GroupPooling):
+    """max over k of v_k, element by element. Behaviours that share the maximum share its gradient."""
+
+    def per_group(self, behaviors: FieldVectors) -> Tensor:
+        return segment_max(take_rows(behaviors.vectors_UV, behaviors.index_N), behaviors.lengths_M)
+
+
+class ConcatPooling(GroupPooling):
+    """[v_1, v_2, .., v_L]: the first L behaviours, which are the newest; zeros stand where there are fewer."""
+
+    def __init__(self, width: int, length: int) -> None:
+        super().__init__(width * length)
+        self.length = length
+
+    def per_group(self, behaviors: FieldVectors) -> Tensor:
+        lengths_G, num_groups = behaviors.lengths_M, len(behaviors.lengths_M)
+        kept_G = lengths_G.clamp_max(self.length)
+        group_K = torch.repeat_interleave(torch.arange(num_groups, device=kept_G.device), kept_G)
+        place_K = torch.arange(len(group_K), device=kept_G.device) - (kept_G.cumsum(0) - kept_G)[group_K]
+        value_K = (lengths_G.cumsum(0) - lengths_G)[group_K] + place_K
+        rows_KV = take_rows(behaviors.vectors_UV, behaviors.index_N.index_select(0, value_K))
+        padded = rows_KV.new_zeros(num_groups * self.length, rows_KV.shape[1])
+        return padded.index_copy(0, group_K * self.length + place_K, rows_KV).view(num_groups, self.width)
+
+
+def build_aggregator(
+    pooling: Pooling, width: int, query_widths: Sequence[int], *, attention_hidden: int, concat_length: int
+) -> GroupPooling | AttentivePooling:
+    """The aggregator of that name over vectors of `width`; `query_widths` are those that it asks with, if it asks."""
+    match pooling:
+        case "concat":
+            return ConcatPooling(width, concat_length)
+        case "max":
+            return MaxPooling(width)
+        case "sum":
+            return SumPooling(width)
+        case "mean":
+            return MeanPooling(width)
+        case "attentive" | "multi_query":
+            return AttentivePooling(width, query_widths, attention_hidden)

@@ -40,6 +40,17 @@ def segment_sum(rows_N: Tensor, lengths_M: Tensor) -> Tensor:
     return torch.segment_reduce(rows_N, "sum", lengths=lengths_M, axis=0)
 
 
+def segment_max(rows_N: Tensor, lengths_M: Tensor) -> Tensor:
+    """Largest of the next `lengths_M[m]` rows for each m, element by element, (M, V); an empty segment is zero.
+
+    Equal rows share the gradient of their maximum.
+    """
+    if rows_N.shape[0] == 0:
+        return segment_sum(rows_N, lengths_M)
+    highest_MV: Tensor = _SegmentMax.apply(rows_N, lengths_M)  # type: ignore[no-untyped-call]
+    return highest_MV
+
+
 def segment_softmax(scores_N: Tensor, lengths_M: Tensor) -> Tensor:
     """Softmax of (N,) scores within each segment of the next `lengths_M[m]`."""
     if scores_N.shape[0] == 0:
@@ -76,3 +87,20 @@ class _ExpandRows(torch.autograd.Function):
     def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None]:
         (lengths_M,) = ctx.saved_tensors
         return segment_sum(gradient_N.contiguous(), lengths_M), None
+
+
+class _SegmentMax(torch.autograd.Function):
+    """With a backward of its own: segment_reduce of torch 2.13 gives equal rows a negative gradient whole, each."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_N: Tensor, lengths_M: Tensor) -> Tensor:
+        highest_MV = torch.segment_reduce(rows_N, "max", lengths=lengths_M, axis=0)
+        ctx.save_for_backward(rows_N, highest_MV, lengths_M)
+        return highest_MV.masked_fill(lengths_M.unsqueeze(1) == 0, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_MV: Tensor) -> tuple[Tensor, None]:
+        rows_N, highest_MV, lengths_M = ctx.saved_tensors
+        is_highest_N = (rows_N == torch.repeat_interleave(highest_MV, lengths_M, dim=0)).to(rows_N.dtype)
+        share_MV = gradient_MV / segment_sum(is_highest_N, lengths_M).clamp_min(1)
+        return torch.repeat_interleave(share_MV, lengths_M, dim=0) * is_highest_N, None

@@ -134,7 +134,38 @@ def test_a_sector_that_cannot_be_read_is_damage_of_its_file(
         verify(filled)
     code = errno.EIO
     assert repair(filled).version == 3
-    assert entry_of(filled).path != entry.path and verify(filled).problems == []
+    assert entry.path not in {file.path for file in filled.snapshot().manifest.files(3)}
+    assert verify(filled).problems == [] and len(filled.quarantine_rows()) > 0
+
+
+@pytest.mark.parametrize("name", ["store.json", manifest_path(1), manifest_path(2)])
+def test_so_it_is_where_the_file_is_small(filled: FeatureStore, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A person's own mistake is no damage: nothing may be moved away for it."""
+    broken, read_bytes, code = (Path(filled.url) / name).stat().st_ino, DiskFiles.read_bytes, errno.EACCES
+
+    def fail(disk: DiskFiles, path: str) -> bytes:
+        if path == name and (Path(filled.url) / path).stat().st_ino == broken:
+            raise OSError(code, os.strerror(code))
+        return read_bytes(disk, path)
+
+    monkeypatch.setattr(DiskFiles, "read_bytes", fail)
+    for look in (verify, repair):
+        with pytest.raises(StorageError, match="Permission denied"):
+            look(filled)
+    code = errno.EIO
+    assert name in {problem.path for problem in verify(filled).problems}
+    repair(filled)
+    assert [entry.size_bytes for entry in filled.storage.entries("damaged")] == [0]
+    assert verify(filled).problems == [] and FeatureStore.open(filled.url).snapshot().num_rows > 0
+
+
+def test_a_manifest_of_a_newer_program_is_no_damage(filled: FeatureStore) -> None:
+    newer = Path(filled.url) / manifest_path(2)
+    newer.write_bytes(seal(filled.snapshot().manifest.model_copy(update={"format_version": 2})))
+    for look in (verify, repair):
+        with pytest.raises(FormatVersionError, match="format 2"):
+            look(filled)
+    assert newer.exists()
 
 
 def test_pins_of_nothing_and_of_another_name_are_found(filled: FeatureStore) -> None:

@@ -1,76 +1,100 @@
 """Every scenario on the ranks that horovodrun starts, or alone:  python worker.py STORE OUT
 
-Rank 0 writes to OUT what the engine did: losses on every rank, collectives of a step, first gradients, final state; and
-how each rank ended where one fails.
+Rank 0 writes to OUT what the engine did: losses on every rank, number of collectives, first gradients, final state; the
+same with delays and with reused vectors; and how each rank ended where one fails.
 """
 
+import contextlib
+import random
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from scenarios import OPTIM, SCENARIOS, SCHEMA, SEED, Scenario, batch_of, slice_of_rank, steps
+from scenarios import OPTIM, SCENARIOS, SEED, Scenario, batch_of, scenarios_for, slice_of_rank, steps
 
 from featurestore import FeatureStore
 from featurestore.partition import FeaturePartition
 from trainer.comm import Comm, connect
 from trainer.errors import DataError
+from trainer.options import ExchangeConfig
+from trainer.prefetch import prepare_ahead
+from trainer.stages import Stages
 from trainer.step import Engine
 
 
-def engine_of(comm: Comm, store: FeatureStore, scenario: Scenario, dtype: str) -> Engine:
-    """An engine over this rank's part of the store."""
-    partition = FeaturePartition.load(
-        store, comm.rank, comm.size, cache_dir=f"{store.url}-cache-{comm.size}", missing=scenario.missing
-    )
-    statistics = {"images": store.snapshot().statistics()} if scenario.standardized else None
+def stores_of(store: FeatureStore, scenario: Scenario) -> dict[str, FeatureStore]:
+    """The stores of a scenario by name."""
+    images = FeatureStore.open(f"{store.url}-int8") if scenario.int8 else store
+    return {"images": images, **({"texts": FeatureStore.open(f"{store.url}-texts")} if scenario.texts else {})}
+
+
+def engine_of(
+    comm: Comm, store: FeatureStore, scenario: Scenario, dtype: str, exchange: ExchangeConfig | None = None
+) -> Engine:
+    """An engine over this rank's part of the stores."""
+    stores = stores_of(store, scenario)
+    partitions = {
+        name: FeaturePartition.load(
+            each, comm.rank, comm.size, cache_dir=f"{each.url}-cache-{comm.size}", missing=scenario.missing
+        )
+        for name, each in stores.items()
+    }
+    statistics = {name: each.snapshot().statistics() for name, each in stores.items()}
     return Engine(
         comm,
-        SCHEMA,
-        {"images": partition},
+        scenario.schema,
+        partitions,
         scenario.config(dtype),
-        OPTIM,
+        scenario.optim,
+        exchange,
         seed=SEED,
         missing=scenario.missing,
-        statistics=statistics,
+        statistics=statistics if scenario.standardized else None,
         dtype=getattr(torch, dtype),
     )
 
 
-def run(comm: Comm, store: FeatureStore, scenario: Scenario, dtype: str) -> dict[str, object]:
-    """20 steps; keys of a step are exchanged while the one before has not run yet."""
-    if scenario.int8:
-        store = FeatureStore.open(f"{store.url}-int8")
-    engine = engine_of(comm, store, scenario, dtype)
+def run(
+    comm: Comm, store: FeatureStore, scenario: Scenario, dtype: str, exchange: ExchangeConfig | None = None
+) -> dict[str, object]:
+    """20 steps; each one is prepared in a thread beside the one before, as in a real run."""
+    engine = engine_of(comm, store, scenario, dtype, exchange)
     initial = {name: parameter.detach().clone() for name, parameter in engine.dense_parameters().items()}
-    statistics = store.snapshot().statistics()
     batches = []
     for number, samples in enumerate(steps(scenario)):
         mine = slice_of_rank(samples, scenario.deal, number, comm.rank, comm.size)
-        batches.append(batch_of(mine, len(samples)))
-    losses, calls, gradients = [], [], {}
-    prepared = engine.prepare(batches[0])
-    for number in range(len(batches)):
-        CALLS.clear()
-        ahead = engine.prepare(batches[number + 1]) if number + 1 < len(batches) else None
-        losses.append(engine.train_step(prepared).loss)
-        calls.append(list(CALLS))
-        if number == 0:
-            gradients = first_gradients(comm, engine)
-        prepared = ahead
+        batches.append(batch_of(mine, samples))
+    losses, gradients, coming = [], {}, iter(batches)
+    CALLS.clear()
+    with contextlib.closing(prepare_ahead(len(batches), lambda: engine.prepare(next(coming)))) as prepared:
+        for number, result in enumerate(prepared):
+            losses.append(engine.train_step(result()).loss)
+            if number == 0:
+                gradients = first_gradients(comm, engine)
+    calls = {name: count for name, count in Counter(CALLS).items() if name.startswith("step.")}
     trained = dict(engine.dense_state())
     for shards in comm.allgather_object(engine.shard_state()):
         trained |= shards
     return {
         "initial": initial,
-        "mean_and_std": [torch.from_numpy(np.array(v)) for v in (statistics.mean_D, statistics.std_D)],
-        "decoded": decoded(store) if scenario.int8 else None,
+        "mean_and_std": {name: mean_and_std(each) for name, each in stores_of(store, scenario).items()},
+        "decoded": decoded(stores_of(store, scenario)["images"]) if scenario.int8 else None,
         "losses_P": comm.allgather_object(losses),
-        "calls": calls[1:-1],
+        "calls": calls,
         "gradients": gradients,
         "trained": trained,
     }
+
+
+def mean_and_std(store: FeatureStore) -> list[torch.Tensor]:
+    """Of each dimension of a store's features."""
+    statistics = store.snapshot().statistics()
+    return [torch.from_numpy(np.array(values)) for values in (statistics.mean_D, statistics.std_D)]
 
 
 def decoded(store: FeatureStore) -> dict[int, torch.Tensor]:
@@ -97,7 +121,7 @@ def endings(comm: Comm, store: FeatureStore) -> dict[str, list[str]]:
     missing = Scenario({"images": "both"}, lacking=True)
     engine, result = engine_of(comm, store, missing, "float64"), {}
     samples = steps(missing)[0]
-    batch = batch_of(slice_of_rank(samples, "even", 0, comm.rank, comm.size), len(samples))
+    batch = batch_of(slice_of_rank(samples, "even", 0, comm.rank, comm.size), samples)
     for name, given in {
         "missing_key": batch,
         "reader": DataError("day=1.parquet: label=7 is not 0 or 1") if comm.rank == comm.size - 1 else batch,
@@ -126,8 +150,24 @@ def count_collectives(comm: Comm) -> None:
 
         return call
 
-    for method in ("alltoall", "allreduce_sum_", "allgather"):
+    for method in ("alltoall", "start_allreduce_sum_", "allgather"):
         setattr(comm, method, noted(getattr(comm, method)))
+
+
+@contextlib.contextmanager
+def delays(rank: int) -> Iterator[None]:
+    """Within the block every stage begins late, on rank 0 by up to 2 ms, on the others by up to 12."""
+    timed, draw = Stages.timed, random.Random(rank)
+
+    def late(self, stage):
+        time.sleep(draw.uniform(0, 0.012 if rank else 0.002))
+        return timed(self, stage)
+
+    Stages.timed = late
+    try:
+        yield
+    finally:
+        Stages.timed = timed
 
 
 def main(store_url: str, out: Path) -> None:
@@ -137,9 +177,19 @@ def main(store_url: str, out: Path) -> None:
     store = FeatureStore.open(store_url)
     results: dict[str, object] = {
         f"{name}/{dtype}": run(comm, store, scenario, dtype)
-        for name, scenario in SCENARIOS.items()
+        for name, scenario in scenarios_for(comm.size).items()
         for dtype in scenario.dtypes
     }
+    usual = SCENARIOS["both_attentive"]
+    with delays(comm.rank):
+        results["delayed"] = {**run(comm, store, usual, "float64"), "initial": None}
+    for name, exchange in {
+        "reused": ExchangeConfig(reuse_steps=2),
+        "rounded": ExchangeConfig(wire_dtype="bfloat16"),
+    }.items():
+        results[name] = {**run(comm, store, usual, "float64", exchange), "initial": None}
+    compared = replace(usual, model={**usual.model, "similarity_tiers": 4, "similarity_top_k": 2})
+    results["compared"] = {**run(comm, store, compared, "float64"), "initial": None}
     results["endings"] = endings(comm, store)
     if comm.rank == 0:
         torch.save(results, out)

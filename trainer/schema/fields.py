@@ -1,4 +1,4 @@
-"""Which fields a sample has: the schema that the reader, the exchange and the model share."""
+"""Fields of a sample and the roles of a few columns, checked, from a YAML file."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from trainer.errors import SchemaError
 from trainer.validate import near_match, validated
 
-DEFAULT_SCHEMA = Path(__file__).parent / "presets" / "schema.yaml"
+DEFAULT_SCHEMA = Path(__file__).parents[1] / "presets" / "schema.yaml"
 
 Side = Literal["user", "ad"]
 Kind = Literal["id", "multi_id", "dense", "content"]
@@ -33,9 +33,13 @@ class Field(BaseModel):
     store: str | None = None
     """Content: the name of the feature store. Default: "images"."""
     width: PositiveInt | None = None
-    """ID kinds: width of the vector, default the model's `id_width`. Dense: numbers a row, default 1."""
+    """ID kinds: width of the vector, default the model's `id_width`. Content: of the visual vector, default the
+    model's `visual_width`. Dense: numbers a row, default 1."""
     column: str | None = None
     """Column of the sample files. Default: the field's name."""
+    context: bool = False
+    """Side ad, kinds id, multi_id, dense: a value of the impression and not of the ad, as the scene. Two towers keep
+    it out of the ad's vector; the other models make no difference."""
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:
@@ -44,9 +48,10 @@ class Field(BaseModel):
             raise ValueError(f"field {self.name}: table={self.table} is for kinds id and multi_id, not {self.kind}")
         if self.store is not None and self.kind != "content":
             raise ValueError(f"field {self.name}: store={self.store} is for kind content, not {self.kind}")
-        if self.width is not None and self.kind == "content":
+        if self.context and (self.side == "user" or self.kind == "content"):
             raise ValueError(
-                f"field {self.name}: width={self.width} does not apply to kind content; set model.visual_width"
+                f"field {self.name}: context=true is for side ad and kinds id, multi_id and dense, "
+                f"not for {self.kind} of side {self.side}"
             )
         return self
 
@@ -88,18 +93,20 @@ class Schema(BaseModel):
     @model_validator(mode="after")
     def _names_and_widths_agree(self) -> Self:
         seen: set[str] = set()
-        width_of_table: dict[str, Field] = {}
+        first_of: dict[str, Field] = {}
         for field in self.fields:
             if field.name in seen:
                 raise ValueError(f"field {field.name} is named twice")
             seen.add(field.name)
-            if field.is_id:
-                first = width_of_table.setdefault(field.table_name, field)
-                if first.width != field.width:
-                    raise ValueError(
-                        f"fields {first.name} and {field.name} share table {field.table_name} "
-                        f"but have width={first.width} and width={field.width}"
-                    )
+            if field.kind == "dense":
+                continue
+            shared = f"table {field.table_name}" if field.is_id else f"store {field.store_name}"
+            first = first_of.setdefault(shared, field)
+            if first.width != field.width:
+                raise ValueError(
+                    f"fields {first.name} and {field.name} share {shared} "
+                    f"but have width={first.width} and width={field.width}; give both one width"
+                )
         return self
 
     def of_kind(self, *kinds: Kind, side: Side | None = None) -> Iterator[Field]:

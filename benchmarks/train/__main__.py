@@ -1,0 +1,91 @@
+"""Measure the trainer against its own matrix products and against other ways to bring images into the model.
+
+python -m benchmarks.train --json data/bench/train.json
+
+Every variant trains the same model on the same files from the same first values, each run is a process of its own (two
+under horovodrun), and ratios are of the medians of interleaved rounds of one run of this benchmark.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.report import Section, write_sections
+from benchmarks.train.launch import RunFailedError
+from benchmarks.train.rounds import DifferentLossesError
+from benchmarks.train.sections import SECTIONS, VARIANTS, Bench, measure
+from benchmarks.workload import Knobs, WorkloadError, make
+
+app = typer.Typer(add_completion=False)
+NAMES = (*VARIANTS, *SECTIONS)
+
+
+def known(names: list[str]) -> list[str]:
+    """Names of variants and sections."""
+    if strange := [name for name in names if name not in NAMES]:
+        raise typer.BadParameter(f"{', '.join(strange)}: choose among {', '.join(NAMES)}", param_hint="--only")
+    return names
+
+
+def alternatives(texts: list[str]) -> dict[str, list[str]]:
+    """Settings by name, of NAME:SETTING,SETTING."""
+    found = {}
+    for text in texts:
+        name, colon, settings = text.partition(":")
+        if not colon or not name or "=" not in settings:
+            raise typer.BadParameter(f"{text!r} is not as k4:exchange.reuse_steps=4", param_hint="--variant")
+        found[name] = settings.split(",")
+    return found
+
+
+@app.command()
+def main(
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    folder: Annotated[Path, typer.Option("--dir", help="Of the workload, which is kept.")] = Path(
+        "data/bench/workload"
+    ),
+    rounds: Annotated[int, typer.Option(help="Of all variants.", min=1)] = 3,
+    steps: Annotated[int, typer.Option(help="Of a run at one rank.", min=2)] = 24,
+    memory_steps: Annotated[int, typer.Option(help="Small steps in which memory must not grow.", min=5)] = 500,
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(NAMES)}; may be repeated. Default: all.")
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:SETTING,SETTING", help="The trainer with other settings, beside it without them."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting of every run.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="Of the store.", min=100)] = Knobs.images,
+    dim: Annotated[int, typer.Option(help="Width of a feature.", min=2)] = Knobs.dim,
+    samples_per_rank: Annotated[int, typer.Option(help="Of a step.", min=1)] = Knobs.samples_per_rank,
+    seed: Annotated[int, typer.Option(help="Of the workload.", min=0)] = Knobs.seed,
+) -> None:
+    """Measure the trainer against its own matrix products and against other ways to bring images into the model."""
+    chosen, others = known(only or []), alternatives(variant or [])
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    knobs = Knobs(images=images, dim=dim, samples_per_rank=samples_per_rank, seed=seed)
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="train-bench-") as scratch,
+            Progress(*columns, console=Console(stderr=True)) as progress,
+        ):
+            workload = make(folder, knobs, progress)
+            bench = Bench(workload, Path(scratch), rounds, steps, memory_steps, settings or [], progress)
+            sections = measure(bench, chosen, others)
+    except (WorkloadError, RunFailedError, DifferentLossesError) as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        raise typer.Exit(1) from failure
+    run = {"images": images, "dim": dim, "samples_per_rank": samples_per_rank, "steps": steps, "rounds": rounds}
+    write_sections([*sections, Section("this run", {**run, "cores": len(os.sched_getaffinity(0))})], json_path)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,105 @@
+"""The trainer's model, ID path, losses and optimiser, with another way to come by the vectors of the images.
+
+Every variant of the benchmark takes its batches, its initial values and everything but the images from here, so that
+what differs between two of them is the image path alone. Letters of shapes as in trainer/batch.py.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainer.batch import Batch, Jagged
+from trainer.columns import ranges
+from trainer.exchange import Exchange, FieldVectors, Request
+from trainer.optim import DenseOptimizer, rates_at
+from trainer.prefetch import read_ahead
+from trainer.run import Run
+from trainer.schema import Field
+
+Images = Mapping[str, FieldVectors]
+ImagePath = Callable[[Batch], Images]
+
+
+class Model:
+    """One rank's model. `image_model`: what makes vectors of images, its parameters are trained along."""
+
+    def __init__(self, run: Run, image_model: nn.Module) -> None:
+        engine = run.engine
+        self.run, self.comm, self.net = run, run.comm, engine.model
+        self.content: list[Field] = [field for field in engine.fields if field.kind == "content"]
+        self._tables, self._optim = engine.tables, run.config.train.optim()
+        parts = nn.ModuleDict({"model": self.net, "images": image_model})
+        self._dense = DenseOptimizer(run.comm, dict(parts.named_parameters()), self._optim)
+        self.ids = Exchange(
+            run.comm, self._tables, {field.name: field.table_name for field in engine.fields if field.is_id}
+        )
+        self._steps = 0
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's batches, epoch after epoch without end, read ahead: those of the trainer."""
+        for epoch in itertools.count():
+            with closing(
+                read_ahead(self.run.train_reader.batches(epoch), self.run.config.data.prefetch_batches)
+            ) as ahead:
+                for item in ahead:
+                    if isinstance(item, Exception):
+                        raise item
+                    yield item
+
+    def loss(self, batch: Batch, vectors: Images) -> Tensor:
+        """This rank's part of the mean loss over the global batch."""
+        logit_B = self.net(vectors, {}, torch.from_numpy(batch.group_of_sample_B))
+        label_B = torch.from_numpy(batch.label_B)
+        return functional.binary_cross_entropy_with_logits(logit_B, label_B, reduction="sum") / batch.global_samples
+
+    def request(self, batch: Batch) -> Request:
+        """Exchanges the keys of the ID fields; needs no weights, so it may run a step ahead in a thread."""
+        return self.ids.request(batch.fields, "step")
+
+    def train_step(self, batch: Batch, request: Request, image_path: ImagePath) -> float:
+        """Forward, backward and update; the loss over the global batch."""
+        self.zero_grad()
+        loss = self.loss(batch, {**self.ids.vectors(request), **image_path(batch)})
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.ids.release(request)
+        return self.update(loss)
+
+    def zero_grad(self) -> None:
+        """Before a backward that `update` follows."""
+        self._dense.zero_grad()
+
+    def update(self, loss: Tensor) -> float:
+        """After backward: one step of both optimisers; the loss over the global batch."""
+        rates = rates_at(self._optim, self._steps)
+        self._dense.loss = loss
+        self._dense.start_reduction()
+        for table in self._tables.values():
+            table.apply_gradients(rates)
+        self._dense.finish_reduction()
+        self._steps += 1
+        return self._dense.step(rates)
+
+
+def per_sample(batch: Batch, fields: tuple[Field, ...]) -> Batch:
+    """The same samples, each with a user side of its own (G = B), as where samples do not come in groups."""
+    widened = dict(batch.fields)
+    for field in fields:
+        if field.side == "user" and field.name in widened:
+            jagged = batch.fields[field.name]
+            starts_G = np.cumsum(jagged.lengths_M, dtype=np.int64) - jagged.lengths_M
+            lengths_B = jagged.lengths_M[batch.group_of_sample_B]
+            places_N = ranges(starts_G[batch.group_of_sample_B], lengths_B.astype(np.int64))
+            widened[field.name] = Jagged(jagged.values_N[places_N], lengths_B)
+    return replace(batch, fields=widened, group_of_sample_B=np.arange(batch.num_samples))
+
+
+def occurrences(vectors_NV: Tensor, lengths_M: NDArray[np.int32]) -> FieldVectors:
+    """A field whose N values have a vector each, whatever of them are the same image."""
+    return FieldVectors(vectors_NV, torch.arange(len(vectors_NV)), torch.from_numpy(lengths_M.astype(np.int64)))

@@ -1,0 +1,130 @@
+"""One rank of one variant: trains so many steps and writes what all ranks saw as JSON.
+
+python -m benchmarks.train.peer compute --config WORKLOAD/config.yaml --steps 20 --json out.json
+"""
+
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import typer
+
+from featurestore.errors import FeatureStoreError
+from trainer.comm import Comm, connect
+from trainer.config import load_config
+from trainer.errors import TrainerError
+from trainer.prefetch import prepare_ahead
+from trainer.run import Run, open_run
+
+
+class Variant(Protocol):
+    """A way to train the model."""
+
+    ahead: bool
+    """Whether `prepare` runs in a thread beside the step before."""
+
+    def prepare(self) -> Any:
+        """The next batch, and everything of it that needs no weights. Every rank calls it equally often."""
+
+    def step(self, prepared: Any) -> tuple[float, float | None]:
+        """Trains on one. The loss, and the seconds to count where they are not those of the whole step."""
+
+
+@dataclass
+class Seen:
+    """What one rank saw; the first step, which also pays for buffers, counts in the losses alone."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    bytes_sent: int = 0
+
+
+Name = Literal["compute", "worker", "worker_grouped", "server", "server_in_turn", "fuxictr"]
+
+
+def variant_of(name: Name, run: Run, folder: Path) -> Variant:
+    """The variant of this name, which may keep files in `folder`; each imports what it alone needs."""
+    match name:
+        case "compute":
+            from benchmarks.train.compute import Compute
+
+            return Compute(run)
+        case "worker" | "worker_grouped":
+            from benchmarks.train.worker import StoreInWorker
+
+            return StoreInWorker(run, folder / "batches", grouped=name == "worker_grouped")
+        case "server" | "server_in_turn":
+            from benchmarks.train.server import StoreInServer
+
+            return StoreInServer(run, ahead=name == "server")
+        case "fuxictr":
+            from benchmarks.train.fuxi import FuxiCtr
+
+            return FuxiCtr(run, num_batches=2)
+
+
+def train(variant: Variant, steps: int, run: Run) -> Seen:
+    """All steps of one variant on this rank."""
+    seen, started, sent = Seen(), 0.0, 0
+    for number, item in enumerate(_prepared(variant, steps)):
+        if number == 1:
+            sent, started = _sent(run.comm), time.perf_counter()
+        loss, seconds = variant.step(item())
+        seen.losses.append(loss)
+        if number and seconds is not None:
+            seen.seconds += seconds
+    seen.seconds = seen.seconds or time.perf_counter() - started
+    seen.bytes_sent = _sent(run.comm) - sent
+    return seen
+
+
+def _prepared(variant: Variant, steps: int) -> Iterator[Callable[[], Any]]:
+    if variant.ahead:
+        yield from prepare_ahead(steps, variant.prepare)
+    else:
+        yield from itertools.repeat(variant.prepare, steps)
+
+
+def _sent(comm: Comm) -> int:
+    return sum(each.sent for each in comm.traffic.values())
+
+
+def summed(ranks: list[Seen], steps: int, global_batch_size: int) -> dict[str, Any]:
+    """Figures over all ranks: samples of all steps but the first, by the time of the slowest rank."""
+    return {
+        "losses": ranks[0].losses,
+        "samples_per_s": (steps - 1) * global_batch_size / max(each.seconds for each in ranks),
+        "bytes_sent_per_step": sum(each.bytes_sent for each in ranks) / (steps - 1),
+    }
+
+
+def main(
+    name: Annotated[Name, typer.Argument(metavar="VARIANT")],
+    config: Annotated[Path, typer.Option()],
+    json_path: Annotated[Path, typer.Option("--json")],
+    steps: Annotated[int, typer.Option(min=2)],
+    settings: Annotated[list[str] | None, typer.Option("--set")] = None,
+) -> None:
+    """Train on this rank; `horovodrun` starts several."""
+    comm = connect()
+    with closing(comm):
+        try:
+            with closing(open_run(load_config(config, settings or []), comm)) as run:
+                seen = train(variant_of(name, run, config.parent), steps, run)
+                size = run.config.data.global_batch_size
+        except (TrainerError, FeatureStoreError) as failure:
+            print(f"error: {failure}", file=sys.stderr, flush=True)
+            raise typer.Exit(1) from failure
+        ranks = [Seen(**values) for values in comm.allgather_object(asdict(seen))]
+        if comm.rank == 0:
+            json_path.write_text(json.dumps(summed(ranks, steps, size)))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,44 @@
+"""How many different integers a long stream has, roughly, in a fixed amount of memory."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from featurestore.keys import UInt64Array, splitmix64
+
+_KEPT = 4096
+
+
+@dataclass(frozen=True)
+class DistinctCount:
+    """The smallest 4,096 hashes of what was seen: exact up to so many values, then with an error of about 1.6 %.
+
+    Source: Bar-Yossef et al., "Counting distinct elements in a data stream", 2002: the k-th smallest of n hashes that
+    are spread evenly over [0, 1) is about k / n. The standard error is 1 / sqrt(k - 2).
+    """
+
+    hashes_K: UInt64Array = field(default_factory=lambda: np.empty(0, np.uint64))  # ascending
+
+    def with_values(self, values_N: npt.ArrayLike) -> "DistinctCount":
+        """What was seen, and these int64 values too."""
+        return self._kept(splitmix64(values_N) if np.size(values_N) else np.empty(0, np.uint64))
+
+    def merged(self, other: "DistinctCount") -> "DistinctCount":
+        """What either saw."""
+        return self._kept(other.hashes_K)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether `estimate` is no estimate."""
+        return len(self.hashes_K) < _KEPT
+
+    @property
+    def estimate(self) -> int:
+        """Different values seen."""
+        if self.is_exact:
+            return len(self.hashes_K)
+        return round((_KEPT - 1) * 2.0**64 / (float(self.hashes_K[-1]) + 1))
+
+    def _kept(self, more_N: UInt64Array) -> "DistinctCount":
+        return DistinctCount(np.union1d(self.hashes_K, more_N)[:_KEPT])

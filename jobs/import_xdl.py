@@ -1,0 +1,243 @@
+"""XDL's example formats in and out: text samples, binary images, and random data like the example's."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from featurestore.errors import FeatureStoreError
+from featurestore.store import FeatureStore
+from pipeline.cluster import connect
+from pipeline.errors import PipelineError
+from pipeline.imports import xdl
+from pipeline.imports.report import describe as describe_import
+from pipeline.imports.run import ImportOptions, import_vectors
+from pipeline.progress import progress
+from pipeline.xdl.draw import IMAGE_FOLDER, TEXT_FILE, DrawOptions, draw
+from pipeline.xdl.export import Column, Roles
+from pipeline.xdl.export import export_samples as write_lines
+from pipeline.xdl.fields import XdlField
+from pipeline.xdl.images import export_images as write_records
+from pipeline.xdl.samples import SPLITS, XdlOptions, import_samples
+from trainer.errors import TrainerError
+from trainer.schema import Field, Schema, load_schema
+from trainer.schema.text import schema_text, settings_text, table_rows
+
+EXAMPLES = """Examples:
+
+\b
+python jobs/import_xdl.py random --out data/xdl
+python jobs/import_xdl.py images --from data/xdl/imgs --store data/features-xdl
+python jobs/import_xdl.py samples --from data/xdl/data.txt --samples data/samples-xdl --weights drop \\
+  --label-threshold 0.5
+python jobs/import_xdl.py export-samples --samples data/samples-xdl --to lines.txt
+python jobs/import_xdl.py export-images --store data/features-xdl --to imgs
+"""
+SCHEMA_FILE, SETTINGS_FILE = "schema.yaml", "settings.yaml"
+Weights = Literal["refuse", "drop", "keep"]
+Split = Literal["train", "test", "both"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    epilog=EXAMPLES,
+    help="XDL's example formats in and out: text samples, binary images, and random data like the example's.",
+)
+
+
+@app.command()
+def samples(
+    source: Annotated[
+        str, typer.Option("--from", help="File or folder of lines skey|gkey|user part|ad part|label|ts.")
+    ],
+    samples: Annotated[str, typer.Option(help="Folder to write, on a disk that all workers see; replaced.")],
+    test_from: Annotated[
+        str | None, typer.Option(help="Lines of the test samples.", show_default="a share of --from")
+    ] = None,
+    test_share: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Of the groups of --from, by their key's hash.")
+    ] = 0.1,
+    images: Annotated[str, typer.Option(help="Fields whose ids are image keys, with commas.")] = "user_img,ad_img",
+    sparse: Annotated[str, typer.Option(help="Fields of ids that look dense, with commas.")] = "",
+    dense: Annotated[str, typer.Option(help="Fields of numbers that look like ids, with commas.")] = "",
+    weights: Annotated[
+        Weights,
+        typer.Option(
+            help="Of ids, beside 1: refuse such lines, drop the weights, or keep them for an export; the trainer sums "
+            "vectors without weights."
+        ),
+    ] = "refuse",
+    label_threshold: Annotated[float | None, typer.Option(help="Labels from here on are clicks.")] = None,
+    label_index: Annotated[int | None, typer.Option(min=0, help="Which of several labels, from 0.")] = None,
+    fill_dense: Annotated[float | None, typer.Option(help="For a dense field that a line lacks.")] = None,
+) -> None:
+    """Text samples to sample groups, with a schema and settings for the trainer beside them.
+
+    Neighbouring lines with equal group key and user part are one group. Bad lines are counted and kept, with number and
+    reason, in SAMPLES/quarantine.parquet.
+    """
+    options = XdlOptions(
+        source, samples, test_from, test_share, _names(images), _names(sparse), _names(dense), weights, label_threshold,
+        label_index, fill_dense,
+    )  # fmt: skip
+    with _one_message(), connect() as client:
+        summary = import_samples(options, client, partial(describe_fields, samples))
+    typer.echo(describe(summary))
+
+
+@app.command()
+def images(
+    address: Annotated[str, typer.Option("--from", help="Folder of data.0 to data.1023.")],
+    store: Annotated[str, typer.Option(help="Folder or address of the feature store; made when it is new.")],
+    dim: Annotated[int, typer.Option(min=1, help="Numbers of an image.")] = xdl.DEFAULT_DIM,
+    origin: Annotated[str | None, typer.Option("--source", help="What made them, in words.")] = None,
+) -> None:
+    """Binary images to a feature store; jobs/import_features.py does the same with more options."""
+    with _one_message(), connect() as client:
+        summary = import_vectors(xdl.plan(address, dim), ImportOptions(store, origin=origin), client)
+    typer.echo(describe_import(summary))
+
+
+@app.command()
+def export_samples(
+    samples: Annotated[str, typer.Option(help="Folder of sample groups, imported or of your own.")],
+    to: Annotated[str, typer.Option(help="Text file to write.")],
+    schema: Annotated[
+        Path | None, typer.Option(help="Which columns are what.", show_default="SAMPLES/schema.yaml, if there")
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Which samples.")] = "both",
+) -> None:
+    """Sample groups to text samples, one line an impression."""
+    with _one_message():
+        found = load_schema(schema or _schema_beside(samples))
+        splits = SPLITS if split == "both" else (split,)
+        count = write_lines(samples, to, _columns(found), Roles(found.group, found.label), splits)
+    typer.echo(f"lines        {count:,}\nfile         {to}")
+
+
+@app.command()
+def export_images(
+    store: Annotated[str, typer.Option(help="Folder or address of the feature store.")],
+    to: Annotated[Path, typer.Option(help="Folder to write: data.0 to data.1023.")],
+    version: Annotated[int | None, typer.Option(help="Snapshot.", show_default="the newest")] = None,
+) -> None:
+    """The features of a store to binary images."""
+    with _one_message():
+        snapshot = FeatureStore.open(store).snapshot(version)
+        with progress("writing images", snapshot.num_rows) as advance:
+            count = write_records(snapshot, to, advance)
+    typer.echo(f"images       {count:,} of snapshot {snapshot.version}\nfolder       {to}")
+
+
+@app.command()
+def random(
+    out: Annotated[Path, typer.Option(help="Folder to write: data.txt and imgs/.")],
+    lines: Annotated[int, typer.Option(min=1, help="Text samples.")] = DrawOptions.num_lines,
+    image_count: Annotated[int, typer.Option("--images", min=1, help="Images.")] = DrawOptions.num_images,
+    dim: Annotated[int, typer.Option(min=1, help="Numbers of an image.")] = DrawOptions.dim,
+    ids: Annotated[int, typer.Option(min=1, help="Ids are 1 to this, those of images too.")] = DrawOptions.num_ids,
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes.")] = 0,
+) -> None:
+    """Random data as the example's randtxt and randimg draw it, in their sizes (64 MB)."""
+    if ids > image_count:
+        raise typer.BadParameter(
+            f"{ids} is more than --images {image_count}: keys would have no image", param_hint="--ids"
+        )
+    with _one_message(), progress("drawing images", image_count) as advance:
+        draw(DrawOptions(lines, image_count, dim, ids, seed=seed), out, advance)
+    typer.echo(
+        f"samples      {lines:,} lines: {out / TEXT_FILE}\n"
+        f"images       {image_count:,} of {dim:,} numbers: {out / IMAGE_FOLDER}"
+    )
+
+
+def describe_fields(samples: str, fields: Sequence[XdlField]) -> Mapping[str, str]:
+    """Schema and settings for the imported fields. An image field gives its content, and its ids as an ID field."""
+    made: list[Field] = []
+    tables: dict[str, int] = {}
+    notes: dict[str, str] = {}
+    for each in fields:
+        side: dict[str, Any] = {"side": each.part, "column": None}
+        if each.kind == "dense":
+            made.append(Field(name=each.column, kind="dense", width=each.width if each.width > 1 else None, **side))
+            continue
+        if each.kind == "content":
+            made.append(Field(name=each.column, kind="content", store="images", **side))
+            kind: Literal["id", "multi_id"] = "id" if each.part == "ad" else "multi_id"
+            id_field = Field(name=f"{each.column}_id", side=each.part, kind=kind, table="image", column=each.column)
+            tables["image"] = max(tables.get("image", 0), table_rows(each.num_ids))
+        else:
+            id_field = Field(name=each.column, kind=each.kind, **side)
+            tables[each.column] = table_rows(each.num_ids)
+        made.append(id_field)
+        notes[id_field.name] = f"about {each.num_ids:,} ids, {each.max_ids} a line at most"
+    new_ad = next(field.name for field in made if field.side == "ad" and field.kind == "id")
+    header = [
+        "Fields of XDL's text samples, as they were found.",
+        "kind: id | multi_id | dense | content (image keys).",
+    ]
+    schema = Schema(fields=tuple(made), new_ad_field=new_ad)
+    where = str(Path(samples) / SCHEMA_FILE)
+    return {
+        SCHEMA_FILE: schema_text(schema, header, notes),
+        SETTINGS_FILE: settings_text(samples, where, tables),
+    }
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The lines that the job prints."""
+    bad = summary["quarantined"]
+    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in bad.items())
+    split_lines = [
+        f"{name:<12} {summary[name]['samples']:,} samples in {summary[name]['groups']:,} groups, "
+        f"{summary[name]['clicks']:,} clicks"
+        for name in SPLITS
+    ]
+    fields = ", ".join(f"{each['column']} ({each['part']} {each['kind']})" for each in summary["fields"])
+    where = summary["options"]["samples"]
+    return "\n".join(
+        [
+            f"lines        {summary['lines']:,}",
+            f"quarantined  {sum(bad.values()):,}" + (f" ({reasons})" if reasons else ""),
+            *split_lines,
+            f"fields       {fields}",
+            f"samples      {where}",
+            f"next         python -m trainer.main --config {Path(where) / SETTINGS_FILE} --set data.store=STORE",
+        ]
+    )
+
+
+def _columns(schema: Schema) -> Iterator[Column]:
+    """One for each column of the samples, however many fields read it."""
+    seen = set()
+    for field in schema.fields:
+        if field.column_name not in seen:
+            seen.add(field.column_name)
+            yield Column(field.column_name, field.side, field.kind == "dense")
+
+
+def _schema_beside(samples: str) -> Path | None:
+    path = Path(samples) / SCHEMA_FILE
+    return path if path.is_file() else None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+@contextmanager
+def _one_message() -> Iterator[None]:
+    """One line instead of a traceback, and exit code 1."""
+    try:
+        yield
+    except (PipelineError, FeatureStoreError, TrainerError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    app()

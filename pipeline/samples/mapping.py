@@ -1,0 +1,132 @@
+"""A person's own tables as logs: a YAML file says where they are, how their columns are called, which more to keep."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import SampleError
+
+TimeUnit = Literal["s", "ms", "us"]
+ExtraKind = Literal["id", "dense"]
+
+REQUIRED = {
+    "impressions": ("timestamp", "user", "item", "image", "label"),
+    "behaviors": ("timestamp", "user", "item", "image"),
+}
+OPTIONAL = {"impressions": ("session", "scene", "category"), "behaviors": ("category", "dwell_s")}
+# What a table without such a column has: one session a day, one scene, one category, visits that are long enough.
+DEFAULTS = {"session": 0, "scene": 0, "category": 0, "dwell_s": 1e9}
+KINDS = {"timestamp": "any_time", "image": "image", "label": "any_label", "dwell_s": "any_seconds"}
+EXTRA_KINDS = {"id": "extra_id", "dense": "dense"}
+TAKEN = ("day", "label", *REQUIRED["impressions"], *OPTIONAL["impressions"])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the files of one log name and type what is needed; pickles to workers."""
+
+    files: str  # below the logs' folder: a file, or a folder of them
+    names: dict[str, str]  # the files' name of each of our columns
+    kinds: dict[str, str]  # see pipeline.samples.logs
+    constants: dict[str, float]  # columns that the files do not have
+    user_columns: tuple[str, ...]
+    ad_columns: tuple[str, ...]
+    delimiter: str
+    time_unit: TimeUnit
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Extra(_Section):
+    """A further column. id: whole numbers or text; dense: a real number."""
+
+    kind: ExtraKind
+    column: str | None = None
+    """In the files; default: the name it gets."""
+
+
+def _short_form(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Extras = dict[str, Annotated[Extra, BeforeValidator(_short_form)]]
+
+
+class Table(_Section):
+    """One of the two tables."""
+
+    files: Annotated[str, Field(min_length=1)] | None = None
+    columns: dict[str, str] = {}
+    """The files' name of each of our columns; a required one that is left out has our name."""
+    user: Extras = {}
+    ad: Extras = {}
+
+
+class Csv(_Section):
+    """How CSV files are written; the first line names the columns."""
+
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+
+
+class Mapping(_Section):
+    """The whole file."""
+
+    impressions: Table
+    behaviors: Table
+    csv: Csv = Csv()
+    time_unit: TimeUnit = "s"
+    """Of times that are plain whole numbers."""
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Self:
+        for log, table in (("impressions", self.impressions), ("behaviors", self.behaviors)):
+            known = (*REQUIRED[log], *OPTIONAL[log])
+            if unknown := [name for name in table.columns if name not in known]:
+                raise ValueError(f"{log}.columns.{unknown[0]} is unknown; known: {', '.join(known)}")
+        if self.behaviors.user or self.behaviors.ad:
+            raise ValueError("behaviors has no user or ad columns; further ones stand below impressions")
+        for name in (*self.impressions.user, *self.impressions.ad):
+            if name in TAKEN or name.startswith(("behavior_", "ad_")):
+                raise ValueError(
+                    f"a further column cannot be called {name}: the samples have that; rename it by column:"
+                )
+        if both := self.impressions.user.keys() & self.impressions.ad.keys():
+            raise ValueError(f"{min(both)} is below user and below ad; give one of them another name by column:")
+        return self
+
+    def layout(self, log: str) -> Layout:
+        """How to read the files of `impressions` or `behaviors`."""
+        table: Table = getattr(self, log)
+        extras = table.user | table.ad
+        names = {name: table.columns.get(name, name) for name in REQUIRED[log]}
+        names |= {name: table.columns[name] for name in OPTIONAL[log] if name in table.columns}
+        kinds = {name: KINDS.get(name, "any_id") for name in names}
+        names |= {name: extra.column or name for name, extra in extras.items()}
+        kinds |= {name: EXTRA_KINDS[extra.kind] for name, extra in extras.items()}
+        constants = {name: DEFAULTS[name] for name in OPTIONAL[log] if name not in names}
+        return Layout(
+            table.files or log, names, kinds, constants, tuple(table.user), tuple(table.ad), self.csv.delimiter,
+            self.time_unit,
+        )  # fmt: skip
+
+
+def load_mapping(path: Path) -> Mapping:
+    """The mapping in a YAML file. Raises SampleError naming the file and what is wrong."""
+    try:
+        return Mapping.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, each['loc'])) or 'mapping'}: {_text(each['msg'])}" for each in error.errors()]
+        raise SampleError("\n".join(f"{path}: {line}" for line in lines)) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SampleError(f"--mapping {path} cannot be read as YAML: {error}") from error
+
+
+def _text(message: str) -> str:
+    return (
+        message.removeprefix("Value error, ").replace("Input should", "it should").replace("Extra inputs are", "it is")
+    )

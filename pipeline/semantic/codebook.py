@@ -1,0 +1,99 @@
+"""A residual quantiser for vectors of one kind: standardised, then codes level by level; kept in one safetensors file.
+
+Letters of shapes: N rows, D feature width, L levels, C codes of each.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from featurestore.index import encode_residual, train_residual_quantizer
+from pipeline.errors import SampleError
+
+Float32Array = npt.NDArray[np.float32]
+FILE = "codebook.safetensors"
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """`source` says of what it was trained; `digest` is the sha256 of its file."""
+
+    codebooks_LCD: Float32Array
+    mean_D: Float32Array
+    std_D: Float32Array
+    source: dict[str, Any]
+
+    @property
+    def num_levels(self) -> int:
+        return int(self.codebooks_LCD.shape[0])
+
+    @property
+    def num_codes(self) -> int:
+        return int(self.codebooks_LCD.shape[1])
+
+    @property
+    def dim(self) -> int:
+        return int(self.codebooks_LCD.shape[2])
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """The file's content; equal codebooks give equal bytes."""
+        arrays = {"codebooks": self.codebooks_LCD, "mean": self.mean_D, "std": self.std_D}
+        return bytes(save(arrays, {"source": json.dumps(self.source, sort_keys=True)}))
+
+    def standardize(self, vectors_ND: Float32Array) -> Float32Array:
+        """The space in which codes are nearest neighbours."""
+        return ((vectors_ND - self.mean_D) / self.std_D).astype(np.float32, copy=False)
+
+    def encode(
+        self, vectors_ND: Float32Array
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Codes (N, L), squared lengths of the standardised vectors (N,), and of what each level leaves (N, L)."""
+        rows_ND = self.standardize(vectors_ND)
+        length_N = np.einsum("nd,nd->n", rows_ND, rows_ND, dtype=np.float64)
+        codes_NL, left_NL = encode_residual(self.codebooks_LCD, rows_ND)
+        return codes_NL, length_N, left_NL
+
+
+def fit(
+    sample_ND: Float32Array,
+    num_levels: int,
+    num_codes: int,
+    seed: int,
+    source: dict[str, Any],
+    standardize: bool = True,
+) -> Codebook:
+    """Trains on a sample. Every dimension counts alike after `standardize`: features of a ReLU lie close to their mean,
+    and a few large dimensions would take all codes. Raises SampleError where there are fewer rows than codes."""
+    if len(sample_ND) < num_codes:
+        raise SampleError(
+            f"{len(sample_ND):,} vectors are too few for {num_codes} codes a level; give more, or fewer --codes"
+        )
+    mean_D, std_D = np.zeros(sample_ND.shape[1], np.float32), np.ones(sample_ND.shape[1], np.float32)
+    if standardize:
+        mean_D = sample_ND.mean(axis=0, dtype=np.float64).astype(np.float32)
+        std_D = sample_ND.std(axis=0, dtype=np.float64).astype(np.float32)
+        std_D[std_D == 0] = 1
+    codebooks_LCD = train_residual_quantizer((sample_ND - mean_D) / std_D, num_levels, num_codes, seed)
+    return Codebook(codebooks_LCD, mean_D, std_D, source)
+
+
+def load(path: Path) -> Codebook:
+    """The codebook of an earlier run. Raises SampleError."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in ("codebooks", "mean", "std")}
+            source = json.loads((file.metadata() or {})["source"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise SampleError(f"{path} is no codebook of this job: {error}") from error
+    return Codebook(arrays["codebooks"], arrays["mean"], arrays["std"], source)

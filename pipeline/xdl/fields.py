@@ -1,0 +1,160 @@
+"""Which fields XDL's text samples have, and of what kind: seen in all lines, then decided once for all files."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from featurestore.distinct import DistinctCount
+from pipeline.errors import SampleError
+from pipeline.xdl.line import WEIGHT, BadLineError, Line, Tokens, read_ids
+
+PartName = Literal["user", "ad"]
+Kind = Literal["id", "multi_id", "dense", "content"]
+RESERVED = ("user", "label", "skey", "gkey", "timestamp", "ad_timestamp")
+WEIGHT_SUFFIX = "_weight"
+_ID = re.compile(r"-?\d+")
+_BUFFER = 100_000  # ids before they are counted
+
+
+@dataclass(frozen=True)
+class XdlField:
+    """A field, and the column of the samples that it becomes."""
+
+    part: PartName
+    name: str
+    kind: Kind
+    width: int  # numbers a line, of dense
+    column: str
+    num_ids: int  # different ones, roughly
+    max_ids: int  # of one line
+
+    @property
+    def is_dense(self) -> bool:
+        return self.kind == "dense"
+
+
+@dataclass
+class Seen:
+    """What the lines have of one field."""
+
+    sparse: int = 0  # lines with id:weight
+    whole: int = 0  # lines of plain whole numbers
+    other: int = 0  # lines of other plain numbers, or of what is none
+    lengths: Counter[int] = field(default_factory=Counter)
+    distinct: DistinctCount = field(default_factory=DistinctCount)
+    _ids: list[int] = field(default_factory=list)
+
+    @property
+    def num_lines(self) -> int:
+        return self.lengths.total()
+
+    def add(self, tokens: Tokens) -> None:
+        """One line's values."""
+        self.lengths[len(tokens)] += 1
+        if any(WEIGHT in token for token in tokens):
+            self.sparse += 1
+        elif all(map(_ID.fullmatch, tokens)):
+            self.whole += 1
+        else:
+            self.other += 1
+            return
+        try:
+            self._ids += read_ids("", tokens)[0]
+        except BadLineError:
+            return  # the line is told of when it is read for good
+        if len(self._ids) >= _BUFFER:
+            self.settle()
+
+    def settle(self) -> None:
+        """Count the ids that wait."""
+        self.distinct = self.distinct.with_values(self._ids)
+        self._ids = []
+
+    def merge(self, other: "Seen") -> None:
+        """Add what another file has."""
+        self.sparse += other.sparse
+        self.whole += other.whole
+        self.other += other.other
+        self.lengths += other.lengths
+        self.distinct = self.distinct.merged(other.distinct)
+
+
+SeenFields = dict[tuple[PartName, str], Seen]
+
+
+def scan(lines: Iterable[Line]) -> tuple[int, SeenFields]:
+    """Lines, and what they have of every field, in the order of first sight."""
+    seen: SeenFields = {}
+    count = 0
+    for line in lines:
+        count += 1
+        for name, tokens in line.user.items():
+            seen.setdefault(("user", name), Seen()).add(tokens)
+        for name, tokens in line.ad.items():
+            seen.setdefault(("ad", name), Seen()).add(tokens)
+    for each in seen.values():
+        each.settle()
+    return count, seen
+
+
+def merged(parts: Iterable[SeenFields]) -> SeenFields:
+    """The fields of all files."""
+    total: SeenFields = {}
+    for part in parts:
+        for key, seen in part.items():
+            total.setdefault(key, Seen()).merge(seen)
+    return total
+
+
+def decide(
+    seen: SeenFields, num_lines: int, images: Sequence[str], sparse: Sequence[str] = (), dense: Sequence[str] = ()
+) -> list[XdlField]:
+    """The kind of every field; `images`, `sparse` and `dense` are names for which a person has decided.
+
+    A field is sparse where most of its lines have weights; plain whole numbers are ids in the user part, which XDL
+    takes for sparse, and dense values in the ad part. Raises SampleError for names that no line has, and for samples
+    without an id of the ad.
+    """
+    names = {name for _, name in seen}
+    if unknown := [name for name in (*images, *sparse, *dense) if name not in names]:
+        raise SampleError(f"no line has a field {', '.join(unknown)}; there are {', '.join(sorted(names))}")
+    if both := set(dense) & {*images, *sparse}:
+        raise SampleError(f"{', '.join(sorted(both))} cannot be dense and sparse (or an image) at once")
+    columns = _columns(list(seen))
+    fields = []
+    for (part, name), each in seen.items():
+        is_sparse = name in (*images, *sparse) or (name not in dense and _looks_sparse(part, each))
+        kind: Kind = "dense"
+        if name in images:
+            kind = "content"
+        elif is_sparse:
+            kind = "id" if set(each.lengths) == {1} and each.num_lines == num_lines else "multi_id"
+        width = max(each.lengths, key=lambda length: (length > 0, each.lengths[length]))
+        found = XdlField(part, name, kind, width, columns[part, name], each.distinct.estimate, max(each.lengths))
+        fields.append(found)
+    if not any(each.part == "ad" and each.kind in ("id", "content") for each in fields):
+        raise SampleError(
+            "no field of the ad part has one id in each line; the trainer tells new ads by such a field: name the ad's "
+            "image with --images, or add one"
+        )
+    return fields
+
+
+def _looks_sparse(part: PartName, seen: Seen) -> bool:
+    if not max(seen.lengths):
+        return True  # without any value it is an empty list
+    if part == "user":
+        return seen.sparse + seen.whole >= seen.other
+    return seen.sparse > seen.whole + seen.other
+
+
+def _columns(keys: Sequence[tuple[PartName, str]]) -> dict[tuple[PartName, str], str]:
+    """A column's name for each field: its own, with the part before it where that is taken."""
+    count = Counter(name for _, name in keys)
+    taken = {*RESERVED, *(f"{name}{WEIGHT_SUFFIX}" for _, name in keys)}
+    columns = {(part, name): f"{part}_{name}" if count[name] > 1 or name in taken else name for part, name in keys}
+    if len(set(columns.values())) < len(columns):
+        raise SampleError(f"fields {', '.join(sorted(name for _, name in keys))} do not make different column names")
+    return columns

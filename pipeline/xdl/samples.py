@@ -1,0 +1,247 @@
+"""XDL's text samples to sample groups, over Dask: look through all files, decide on the fields, write, publish at once.
+
+A file is one task, so a group never spans two files: write the lines of a group one after the other.
+"""
+
+import json
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from distributed import Client
+
+from featurestore.keys import key_of_uri, splitmix64
+from featurestore.storage import Storage
+from pipeline.errors import SampleError
+from pipeline.imports.source import find_files
+from pipeline.progress import progress
+from pipeline.samples.files import FORMAT
+from pipeline.samples.publish import MARK, replaced_folder
+from pipeline.tasks import Killed, run_tasks
+from pipeline.xdl.fields import SeenFields, XdlField, decide, merged, scan
+from pipeline.xdl.groups import Group, ReadRules, Weights, group_samples, read_sample, schema_of, table_of
+from pipeline.xdl.line import BadLineError, Line, parse_line
+
+SPLITS = ("train", "test")
+QUARANTINE_FILE = "quarantine.parquet"
+_QUARANTINE_TYPES: dict[str, pa.DataType] = {
+    "file": pa.string(),
+    "line": pa.int64(),  # in the file, the first is 1
+    "reason": pa.string(),
+    "text": pa.binary(),
+}
+QUARANTINE = pa.schema(_QUARANTINE_TYPES)
+ROW_GROUP_SIZE = 2_048
+_SHARE_STEPS = 1 << 32
+
+Describe = Callable[[Sequence[XdlField]], Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class XdlOptions:
+    """What is imported, and how; see `ReadRules` and `decide` for the names that stand there too."""
+
+    source: str
+    samples: str
+    test_source: str | None = None  # files of the test samples; None: a share of the groups of `source`
+    test_share: float = 0.1
+    images: tuple[str, ...] = ("user_img", "ad_img")
+    sparse: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
+    weights: Weights = "refuse"
+    label_threshold: float | None = None
+    label_index: int | None = None
+    fill_dense: float | None = None
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """One file of lines."""
+
+    url: str
+    path: str
+    split: str | None  # None: by the hash of the group key
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Number, from 1, and bytes of each line."""
+        with Storage(self.url).open_input(self.path) as file:
+            yield from enumerate(file, 1)
+
+
+@dataclass
+class Written:
+    """What became of one file's lines, and of their groups in each split."""
+
+    num_lines: int = 0
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    groups: Counter[str] = field(default_factory=Counter)
+    samples: Counter[str] = field(default_factory=Counter)
+    clicks: Counter[str] = field(default_factory=Counter)
+
+
+def import_samples(options: XdlOptions, client: Client, describe: Describe) -> dict[str, Any]:
+    """Makes `options.samples` anew, and returns its summary, which stands in its summary.json as well.
+
+    A row is a group: neighbouring lines of one file with equal group key and equal user part. Bad lines are counted and
+    kept, text and all, in quarantine.parquet. `describe` gives files to write beside the samples, by name, from the
+    fields found. Every line is read twice. Raises SampleError where there is nothing to train on.
+    """
+    files = _files(options)
+    with replaced_folder(Path(options.samples)) as folder:
+        for split in SPLITS:
+            (folder / split).mkdir()
+        scanned = _run(client, "looking through lines", scan_file, [(file,) for file in files])
+        num_good = sum(count for count, _ in scanned)
+        if not num_good:
+            raise SampleError(f"{options.source}: not one line of the form skey|gkey|user part|ad part|label|ts")
+        fields = decide(
+            merged(seen for _, seen in scanned), num_good, _images(options, scanned), options.sparse, options.dense
+        )
+        rules = ReadRules(
+            tuple(fields), options.weights, options.label_threshold, options.label_index, options.fill_dense
+        )
+        share = options.test_share
+        calls = [(file, number, rules, share, str(folder.absolute())) for number, file in enumerate(files)]
+        written = _run(client, "writing samples", write_file, calls)
+        summary = _summary(options, fields, written)
+        _check(options, summary)
+        bad = [row for each in written for row in each.bad]
+        pq.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE), folder / QUARANTINE_FILE)
+        for name, text in describe(fields).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        (folder / MARK).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def scan_file(file: TextFile) -> tuple[int, SeenFields]:
+    """Good lines of a file, and what they have of every field."""
+    return scan(_parsed(file))
+
+
+def write_file(file: TextFile, number: int, rules: ReadRules, test_share: float, folder: str) -> Written:
+    """Writes the groups of one file as SPLIT/part-NUMBER.parquet, where there are any."""
+    result = Written()
+    scratch = Path(folder, f".part-{number}-{uuid.uuid4().hex}")  # a task may run twice
+    scratch.mkdir()
+    writers: dict[str, pq.ParquetWriter] = {}
+    try:
+        groups = group_samples(_read(file, rules, result))
+        while batch := list(islice(groups, ROW_GROUP_SIZE)):
+            for split in SPLITS:
+                here = [group for group in batch if (file.split or split_of(group.gkey, test_share)) == split]
+                if here:
+                    _write(here, rules, split, scratch, writers, result)
+        for writer in writers.values():
+            writer.close()
+        for split in writers:
+            (scratch / f"{split}.parquet").replace(Path(folder, split, f"part-{number:05d}.parquet"))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return result
+
+
+def split_of(gkey: str, test_share: float) -> str:
+    """Split of a group by the hash of its key: all of a user's samples are in one."""
+    place = int(splitmix64([key_of_uri(gkey)])[0]) >> 32
+    return "test" if place < test_share * _SHARE_STEPS else "train"
+
+
+def _files(options: XdlOptions) -> list[TextFile]:
+    files = []
+    sources = [(options.source, "train" if options.test_source else None)]
+    sources += [(options.test_source, "test")] if options.test_source else []
+    for address, split in sources:
+        storage, entries = find_files(address, what="samples")
+        files += [TextFile(storage.url, entry.path, split) for entry in entries if entry.size_bytes]
+    if not files:
+        raise SampleError(f"{options.source}: only empty files")
+    return files
+
+
+def _images(options: XdlOptions, scanned: Sequence[tuple[int, SeenFields]]) -> tuple[str, ...]:
+    """The image fields; of the default names those that are there."""
+    if options.images != XdlOptions.images:
+        return options.images
+    names = {name for _, seen in scanned for _, name in seen}
+    return tuple(name for name in options.images if name in names)
+
+
+def _parsed(file: TextFile) -> Iterator[Line]:
+    for _, data in file.lines():
+        try:
+            yield parse_line(data)
+        except BadLineError:
+            continue  # told of when the file is read for good
+
+
+def _read(file: TextFile, rules: ReadRules, result: Written) -> Iterator[Any]:
+    for number, data in file.lines():
+        result.num_lines += 1
+        try:
+            yield read_sample(parse_line(data), rules)
+        except BadLineError as error:
+            result.bad.append({"file": file.path, "line": number, "reason": str(error), "text": data.rstrip(b"\r\n")})
+
+
+def _write(
+    groups: Sequence[Group],
+    rules: ReadRules,
+    split: str,
+    scratch: Path,
+    writers: dict[str, pq.ParquetWriter],
+    result: Written,
+) -> None:
+    if split not in writers:
+        schema = schema_of(rules).with_metadata({"format": FORMAT})
+        path = scratch / f"{split}.parquet"
+        writers[split] = pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
+    writers[split].write_table(table_of(groups, rules).replace_schema_metadata({"format": FORMAT}))
+    labels = [sample.label for group in groups for sample in group.samples]
+    result.groups[split] += len(groups)
+    result.samples[split] += len(labels)
+    result.clicks[split] += sum(labels)
+
+
+def _run(client: Client, title: str, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    results: list[Any] = [None] * len(calls)
+    with progress(title, len(calls)) as advance:
+        for place, result in run_tasks(client, function, calls):
+            if isinstance(result, Killed):
+                raise SampleError(
+                    f"{title}: {calls[place][0].path} brings the workers down: give them more memory, or cut the file"
+                )
+            results[place] = result
+            advance(1)
+    return results
+
+
+def _summary(options: XdlOptions, fields: Sequence[XdlField], written: Sequence[Written]) -> dict[str, Any]:
+    reasons = Counter(row["reason"] for each in written for row in each.bad)
+    counts = {
+        name: sum((getattr(each, name) for each in written), Counter[str]()) for name in ("groups", "samples", "clicks")
+    }
+    return {
+        "format": FORMAT,
+        "options": asdict(options),
+        "lines": sum(each.num_lines for each in written),
+        "quarantined": dict(sorted(reasons.items())),
+        **{split: {name: counts[name][split] for name in counts} for split in SPLITS},
+        "fields": [asdict(each) for each in fields],
+    }
+
+
+def _check(options: XdlOptions, summary: Mapping[str, Any]) -> None:
+    if not any(summary[split]["samples"] for split in SPLITS):
+        listed = ", ".join(f"{reason}: {count:,}" for reason, count in Counter(summary["quarantined"]).most_common(3))
+        raise SampleError(f"{options.source}: all {summary['lines']:,} lines are bad ({listed})")
+    if not summary["train"]["samples"]:
+        raise SampleError(
+            f"{options.source}: no good line is left to train on; give more lines or a smaller --test-share"
+        )

@@ -1,0 +1,169 @@
+"""Indexes of vectors: recall, adding without a rebuild, the same answers after save and load, and what is refused."""
+
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from featurestore.errors import CorruptFileError, InvalidRowsError
+from featurestore.index import NOT_FOUND, IndexKind, VectorIndex, use_threads
+
+DIM = 16
+KINDS: tuple[IndexKind, ...] = get_args(IndexKind)
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    use_threads(1)
+
+
+def clustered(count: int, seed: int = 0) -> np.ndarray:
+    """Vectors around 20 centres, as ads of a few kinds; the centres are the same for every seed."""
+    centres = np.random.default_rng(99).normal(size=(20, DIM))
+    draw = np.random.default_rng(seed)
+    return (centres[draw.integers(0, 20, count)] + 0.3 * draw.normal(size=(count, DIM))).astype(np.float32)
+
+
+def best(keys: np.ndarray, vectors: np.ndarray, queries: np.ndarray, count: int) -> np.ndarray:
+    """Keys of the largest inner products, by sorting all of them."""
+    return keys[np.argsort(-(queries.astype(np.float64) @ vectors.astype(np.float64).T), axis=1)[:, :count]]
+
+
+def recall(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.mean([np.isin(e, f).mean() for f, e in zip(found, expected, strict=True)]))
+
+
+KEYS = np.random.default_rng(3).integers(-(2**63), 2**63 - 1, 3_000)
+
+
+@kinds
+def test_recall_on_clusters(kind: IndexKind) -> None:
+    vectors, queries = clustered(3_000), clustered(50, seed=1)
+    index = VectorIndex.build(kind, KEYS, vectors)
+    assert (index.kind, index.dim, index.num_keys, index.num_replaced) == (kind, DIM, 3_000, 0)
+    keys, scores = index.search(queries, 10)
+    assert keys.shape == scores.shape == (50, 10)
+    assert (np.diff(scores) <= 0).all()
+    of_key = dict(zip(KEYS.tolist(), vectors, strict=True))
+    products = [[of_key[int(key)] @ query for key in row] for row, query in zip(keys, queries, strict=True)]
+    np.testing.assert_allclose(scores, products, rtol=1e-4)
+    reached = recall(keys, best(KEYS, vectors, queries, 10))
+    assert reached == 1 if kind == "flat" else reached > 0.95
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_more_effort_finds_more(kind: IndexKind) -> None:
+    vectors = np.random.default_rng(0).normal(size=(3_000, DIM)).astype(np.float32)  # without clusters: hard
+    queries = np.random.default_rng(1).normal(size=(50, DIM)).astype(np.float32)
+    index = VectorIndex.build(kind, KEYS, vectors)
+    expected = best(KEYS, vectors, queries, 50)
+    little, much = (recall(index.search(queries, 50, effort)[0], expected) for effort in (1, 3_000))
+    assert little < 0.9
+    assert much > 0.99
+    assert index.effort is not None
+    assert little < recall(index.search(queries, 50)[0], expected)
+
+
+@kinds
+def test_added_vectors_are_found_and_replaced_ones_are_not(kind: IndexKind) -> None:
+    vectors, queries = clustered(2_000), clustered(40, seed=1)
+    index = VectorIndex.build(kind, KEYS[:2_000], vectors)
+    before = index._base
+    # 500 new keys, and new vectors for the first 300.
+    keys = np.concatenate([KEYS[2_000:2_500], KEYS[:300]])
+    more = clustered(800, seed=2)
+    index.add(keys, more)
+    assert index._base is before
+    assert (index.num_keys, index.num_replaced) == (2_500, 300)
+    now = dict(zip(KEYS[:2_000].tolist(), vectors, strict=True)) | dict(zip(keys.tolist(), more, strict=True))
+    found, scores = index.search(queries, 20)
+    assert all(len(set(row)) == 20 for row in found.tolist())
+    products = [[now[int(key)] @ query for key in row] for row, query in zip(found, queries, strict=True)]
+    np.testing.assert_allclose(scores, products, rtol=1e-4)  # of the new vectors, never of those replaced
+    expected = best(np.array(list(now)), np.stack(list(now.values())), queries, 20)
+    reached = recall(found, expected)
+    assert reached == 1 if kind == "flat" else reached > 0.95
+    again = VectorIndex.load(index.save())
+    assert (again.num_keys, again.num_replaced) == (2_500, 300)
+    np.testing.assert_array_equal(again.search(queries, 20)[0], found)
+
+
+@kinds
+def test_the_same_answers_after_save_and_load(kind: IndexKind) -> None:
+    vectors, queries = clustered(1_000), clustered(20, seed=1)
+    index = VectorIndex.build(kind, KEYS[:1_000], vectors)
+    again = VectorIndex.load(index.save())
+    assert (again.kind, again.dim, again.num_keys, again.effort) == (kind, DIM, 1_000, index.effort)
+    for mine, theirs in zip(again.search(queries, 10), index.search(queries, 10), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    again.add(KEYS[1_000:1_001], 9 * queries[:1])
+    assert again.search(queries[:1], 1)[0] == KEYS[1_000]
+
+
+@kinds
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_few_vectors(kind: IndexKind, count: int) -> None:
+    vectors = clustered(count)
+    index = VectorIndex.build(kind, KEYS[:count], vectors)
+    keys, _ = index.search(vectors, 10)
+    assert keys.shape == (count, count)
+    assert recall(keys, best(KEYS[:count], vectors, vectors, count)) == 1
+
+
+@kinds
+def test_a_key_that_comes_twice_has_its_last_vector(kind: IndexKind) -> None:
+    vectors = np.eye(2, DIM, dtype=np.float32)
+    index = VectorIndex.build(kind, np.array([7, 7]), vectors)
+    assert (index.num_keys, index.num_replaced) == (1, 1)
+    keys, scores = index.search(vectors, 5)
+    assert keys.tolist() == [[7], [7]]
+    assert scores.tolist() == [[0], [1]]
+
+
+def test_what_an_approximate_index_does_not_find_is_marked() -> None:
+    index = VectorIndex.build("ivf", KEYS[:400], clustered(400))
+    keys, scores = index.search(clustered(1, seed=1), 400, effort=1)
+    missing = scores == NOT_FOUND
+    assert 0 < missing.sum() < 400
+    assert (keys[missing] == 0).all()
+
+
+@kinds
+def test_nothing_to_add_and_nothing_to_ask(kind: IndexKind) -> None:
+    index = VectorIndex.build(kind, KEYS[:50], clustered(50))
+    index.add(KEYS[:0], clustered(0))
+    assert index.num_keys == 50
+    keys, scores = index.search(clustered(0), 3)
+    assert keys.shape == scores.shape == (0, 3)
+
+
+@kinds
+def test_what_is_refused(kind: IndexKind) -> None:
+    vectors = clustered(50)
+    with pytest.raises(InvalidRowsError, match=r"shape \(0, 16\) make no index"):
+        VectorIndex.build(kind, KEYS[:0], clustered(0))
+    index = VectorIndex.build(kind, KEYS[:50], vectors)
+    with pytest.raises(InvalidRowsError, match=r"shape \(50, 15\) do not fit an index of width 16"):
+        index.add(KEYS[:50], vectors[:, :15])
+    with pytest.raises(InvalidRowsError, match=r"queries of shape \(50, 15\) do not fit an index of width 16"):
+        index.search(vectors[:, :15], 3)
+    with pytest.raises(InvalidRowsError, match="each of 50 vectors needs one, int64"):
+        index.add(KEYS[:49], vectors)
+    with pytest.raises(InvalidRowsError, match="each of 50 vectors needs one, int64"):
+        index.add(np.arange(50, dtype=np.float64), vectors)
+    with pytest.raises(InvalidRowsError, match="count=0"):
+        index.search(vectors, 0)
+    wrong = vectors.copy()
+    wrong[3, 4] = np.nan
+    with pytest.raises(InvalidRowsError, match=f"the vector of key {KEYS[3]} has numbers that are not finite"):
+        index.add(KEYS[:50], wrong)
+    assert index.num_keys == 50
+
+
+@kinds
+def test_other_bytes_are_no_index(kind: IndexKind) -> None:
+    data = VectorIndex.build(kind, KEYS[:50], clustered(50)).save()
+    for wrong in (b"", b"no index", data[:100]):
+        with pytest.raises(CorruptFileError, match="not an index that this code wrote"):
+            VectorIndex.load(wrong)

@@ -1,0 +1,213 @@
+"""The job as a person types it: ads of samples and of tables, additions, and every mistake in one message."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner, Result
+
+from featurestore import FeatureRows, FeatureStore
+from jobs.build_ad_index import app
+from tests.trainer.conftest import Places, make_places
+from trainer.comm import SoloComm
+from trainer.config import load_config
+from trainer.main import train
+from trainer.prerank.artifact import AdIndex
+
+COLUMNS = ("ad_item", "ad_image", "ad_category")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """A run of two steps, towers 6 wide, with images."""
+    places = make_places(tmp_path_factory.mktemp("places"))
+    towers = {"model__base": "two_tower", "model__tower_width": 6, "run__name": "towers"}
+    train(load_config(settings=places.settings(**towers, train__max_steps=2)), SoloComm())
+    return places
+
+
+@pytest.fixture
+def folder(places: Places) -> Path:
+    return places.folder
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> str:
+    return str(tmp_path / "ad-index")
+
+
+def job(folder: Path, *options: object) -> Result:
+    return CliRunner().invoke(app, ["--run", str(folder / "runs" / "towers"), *map(str, options)])
+
+
+def done(folder: Path, *options: object) -> str:
+    result = job(folder, *options)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def ads_table(items: list[int], path: Path, **changes: object) -> Path:
+    """Ads as the samples have them: category item % 5, image item + 1,000."""
+    item = np.array(items, np.int64)
+    columns = {"ad_item": item, "ad_image": item + 1_000, "ad_category": item % 5, **changes}
+    pq.write_table(pa.table({name: value for name, value in columns.items() if value is not None}), path)
+    return path
+
+
+def by_key(url: str) -> dict[int, np.ndarray]:
+    return dict(zip(*(part.tolist() for part in AdIndex.open(url).vectors()), strict=True))
+
+
+def items_of(folder: Path) -> set[int]:
+    """Distinct ads of train and test samples."""
+    files = (folder / "samples").glob("*/*.parquet")
+    return {item for file in files for row in pq.read_table(file)["ad_item"].to_pylist() for item in row}
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
+def test_the_ads_of_the_run_s_samples(kind: str, folder: Path, out: str) -> None:
+    text = done(folder, "--out", out, "--index", kind)
+    ads = AdIndex.open(out)
+    assert ads.index.kind == ads.state.kind == kind
+    assert set(by_key(out)) == items_of(folder)
+    assert f"index        {kind}, {len(items_of(folder))} ads, 6 numbers each, inner product" in text
+    assert f"written to   {out}, version 1" in text
+
+
+def test_a_table_of_the_same_ads_gives_the_same_vectors(folder: Path, out: str, tmp_path: Path) -> None:
+    done(folder, "--out", out, "--samples", folder / "samples")
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    items = sorted(items_of(folder))
+    ads_table(items[:10], tables / "a.parquet")
+    ads_table(items[10:], tables / "b.parquet")
+    done(folder, "--out", f"{out}-2", "--ads", tables, "--batch-size", 4)
+    expected, found = by_key(out), by_key(f"{out}-2")
+    assert expected.keys() == found.keys()
+    for key, vector in expected.items():
+        np.testing.assert_allclose(found[key], vector, rtol=1e-4, atol=1e-6)
+
+
+def test_an_ad_that_changed_is_taken_as_its_last_impression_has_it(folder: Path, out: str, tmp_path: Path) -> None:
+    """Item 5 has image 1,005 in training and 1,017 in the last row of the last test file."""
+    for split in ("train", "test"):
+        (tmp_path / "samples" / split).mkdir(parents=True)
+        for file in sorted((folder / "samples" / split).iterdir()):
+            table = pq.read_table(file).slice(0, 20)
+            rows = table.to_pylist()
+            if split == "test":
+                rows[-1] |= {"ad_item": [5], "ad_image": [1_017], "ad_category": [2], "ad_scene": [0]}
+                rows[-1] |= {"ad_serial": [0], "label": [0]}
+            pq.write_table(pa.Table.from_pylist(rows, table.schema), tmp_path / "samples" / split / file.name)
+    done(folder, "--out", out, "--samples", tmp_path / "samples")
+    same = ads_table([5], tmp_path / "ad.parquet", ad_image=np.array([1_017]), ad_category=np.array([2]))
+    done(folder, "--out", f"{out}-2", "--ads", same)
+    np.testing.assert_allclose(by_key(out)[5], by_key(f"{out}-2")[5], rtol=1e-4, atol=1e-6)
+
+
+def test_new_ads_are_added_without_a_rebuild(folder: Path, out: str, tmp_path: Path) -> None:
+    done(folder, "--out", out, "--ads", ads_table(list(range(20)), tmp_path / "a.parquet"), "--index", "hnsw")
+    before = by_key(out)
+    # 20 and 21 are new, 3 has another category and image now, 4 is as it was.
+    table = {"ad_image": np.array([1_020, 1_021, 1_030, 1_004]), "ad_category": np.array([0, 1, 0, 4])}
+    text = done(folder, "--out", out, "--add", "--ads", ads_table([20, 21, 3, 4], tmp_path / "b.parquet", **table))
+    assert "ads          2 new, 1 changed, 1 unchanged" in text
+    assert "hnsw, 22 ads, 6 numbers each, inner product; 1 replaced vectors go with the next build" in text
+    after, ads = by_key(out), AdIndex.open(out)
+    assert set(after) == set(range(22))
+    assert [key for key in before if not np.array_equal(before[key], after[key])] == [3]
+    for key in (3, 21):
+        query = np.array([after[key]], np.float32)
+        keys, scores = ads.index.search(query, 22)
+        assert scores[0][keys[0] == key] == pytest.approx(float(query[0] @ query[0]), rel=1e-5)
+    assert ads.state.version == 2
+
+
+def test_images_that_came_after_the_training_are_known(tmp_path: Path) -> None:
+    places = make_places(tmp_path / "places")
+    towers = {"model__base": "two_tower", "model__tower_width": 6, "run__name": "towers"}
+    train(load_config(settings=places.settings(**towers, train__max_steps=1)), SoloComm())
+    rows = FeatureRows.of(["item/77"], np.ones((1, 16), np.float32), keys=np.array([1_077]))
+    FeatureStore.open(places.folder / "features").put(rows)
+    table, out = ads_table([77], tmp_path / "a.parquet"), tmp_path / "index"
+    old = job(places.folder, "--out", out, "--ads", table, "--store-version", 1)
+    assert old.exit_code == 1
+    assert "1077" in old.stderr
+    assert "features     snapshot 2" in done(places.folder, "--out", out, "--ads", table)
+
+
+def test_an_index_of_another_checkpoint_is_left_alone(folder: Path, out: str, tmp_path: Path) -> None:
+    table = ads_table([1, 2], tmp_path / "a.parquet")
+    done(folder, "--out", out, "--ads", table)
+    file = Path(out) / "index-00000001.json"
+    state = json.loads(file.read_text())
+    assert state["origin"]["checkpoint"] == "step-00000002"
+    other = folder / "runs" / "longer"
+    places = Places(folder)
+    towers = {"model__base": "two_tower", "model__tower_width": 6, "run__name": "longer"}
+    train(load_config(settings=places.settings(**towers, train__max_steps=3, run__overwrite=True)), SoloComm())
+    result = CliRunner().invoke(app, ["--run", str(other), "--out", out, "--ads", str(table), "--add"])
+    assert result.exit_code == 1
+    assert (
+        "has vectors of checkpoint step-00000002 of run towers, and not of step-00000003 of run longer" in result.stderr
+    )
+    assert json.loads(file.read_text()) == state
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ad_image": None}, "column ad_image is missing, expected integer"),
+        ({"ad_image": ["a", "b"]}, "column ad_image is string, expected integer"),
+        ({"ad_item": [1, 1]}, "ad_item=1 stands in several rows; an ad has one row"),
+        ({"ad_category": [1, None]}, "row 1: column ad_category is null"),
+        ({"ad_image": [1_001, 99]}, "99"),
+    ],
+)
+def test_wrong_tables(changes: dict[str, object], message: str, folder: Path, out: str, tmp_path: Path) -> None:
+    changes = {name: value and pa.array(value) for name, value in changes.items()}
+    result = job(folder, "--out", out, "--ads", ads_table([1, 2], tmp_path / "ads.parquet", **changes))
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert not Path(out).exists()
+
+
+def test_a_table_without_rows_and_one_that_is_not_there(folder: Path, out: str, tmp_path: Path) -> None:
+    for table in (ads_table([], tmp_path / "ads.parquet"), tmp_path / "none.parquet", tmp_path / "nowhere"):
+        result = job(folder, "--out", out, "--ads", table)
+        assert (result.exit_code, "there is no *.parquet file with a row in it" in result.stderr) == (1, True)
+
+
+def test_one_row(folder: Path, out: str, tmp_path: Path) -> None:
+    for kind in ("flat", "ivf", "hnsw"):
+        text = done(folder, "--out", f"{out}-{kind}", "--index", kind, "--ads", ads_table([7], tmp_path / "ad.parquet"))
+        assert f"{kind}, 1 ads" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ads", "a.parquet", "--samples", "b"], "give one of --ads and --samples"),
+        (["--add", "--index", "flat"], "--add keeps the kind of the index"),
+        (["--index", "annoy"], "'annoy' is not one of"),
+    ],
+)
+def test_options_that_do_not_go_together(options: list[str], message: str, folder: Path) -> None:
+    result = job(folder, *options)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_nothing_to_add_to(folder: Path, out: str) -> None:
+    result = job(folder, "--out", out, "--add")
+    assert (result.exit_code, f"error: {out} is no index of ads" in result.stderr) == (1, True)
+
+
+def test_help_has_examples() -> None:
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    assert "python jobs/build_ad_index.py --run data/runs/towers --ads" in result.stdout

@@ -1,0 +1,238 @@
+"""Semantic IDs through the job: right codes in every sample, figures that are true, equal runs, and mistakes told."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from featurestore.rows import FeatureRows
+from featurestore.spec import ExtractorSpec, StoreInfo
+from featurestore.store import FeatureStore
+from jobs.build_semantic_ids import app
+from pipeline.semantic.codebook import load
+from trainer.comm import SoloComm
+from trainer.config import load_config
+from trainer.main import train
+from trainer.schema import load_schema
+
+NUM_IMAGES, DIM, LEVELS, CODES = 60, 8, 3, 4
+
+
+def draw_features() -> np.ndarray:
+    """Four clusters with three inside each, and one image twice."""
+    random = np.random.default_rng(0)
+    coarse, fine = random.normal(scale=20, size=(4, DIM)), random.normal(scale=4, size=(3, DIM))
+    number = np.arange(NUM_IMAGES)
+    vectors_ND = coarse[number % 4] + fine[number // 4 % 3] + random.normal(scale=0.3, size=(NUM_IMAGES, DIM))
+    vectors_ND[1] = vectors_ND[5]
+    return vectors_ND.astype(np.float32)
+
+
+def lists(values):
+    return pa.array(values, pa.list_(pa.int64()))
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A store of keys 100 to 159, and samples in which image 7 is unknown."""
+    spec = dict.fromkeys(ExtractorSpec.model_fields, "drawn")
+    info = StoreInfo(num_shards=4, dim=DIM, dtype="float32", extractor=ExtractorSpec.model_validate(spec))
+    store = FeatureStore.create(tmp_path / "store", info)
+    uris = [f"{n}.jpg" for n in range(NUM_IMAGES)]
+    store.put(FeatureRows.of(uris, draw_features(), keys=np.arange(100, 100 + NUM_IMAGES)))
+    random = np.random.default_rng(1)
+    for split, groups in (("train", 40), ("test", 10)):
+        (tmp_path / "samples" / split).mkdir(parents=True)
+        behaviors = [random.integers(100, 160, random.integers(0, 6)).tolist() for _ in range(groups)]
+        behaviors[0] = [7, 101, 105]
+        ads = [random.integers(100, 160, random.integers(1, 4)).tolist() for _ in range(groups)]
+        table = {"user": np.arange(groups) % 5, "behavior_image": lists(behaviors), "ad_image": lists(ads)}
+        table |= {f"behavior_{name}": lists(behaviors) for name in ("item", "category")}
+        table |= {f"ad_{name}": lists(ads) for name in ("item", "category", "scene")}
+        table["label"] = lists([[key % 2 for key in row] for row in ads])
+        pq.write_table(pa.table(table), tmp_path / "samples" / split / "a.parquet", row_group_size=7)
+    return tmp_path
+
+
+def run(place, *args, code=0, out="sid"):
+    options = ["--out", str(place / out), "--levels", str(LEVELS), "--codes", str(CODES), *map(str, args)]
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == code, result.output
+    assert code == 0 or isinstance(result.exception, SystemExit)
+    return " ".join(result.output.split())
+
+
+def from_store(place):
+    return "--store", place / "store"
+
+
+def with_samples(place):
+    return *from_store(place), "--samples", place / "samples"
+
+
+def codes_of(place, out="sid") -> dict[int, tuple[int, ...]]:
+    rows = [row for path in (place / out / "codes").iterdir() for row in pq.read_table(path).to_pylist()]
+    assert len({row["key"] for row in rows}) == len(rows)
+    return {row["key"]: tuple(row[f"sid{level}"] for level in range(LEVELS)) for row in rows}
+
+
+def read(folder: Path, split="train"):
+    return pq.read_table(folder / split / "a.parquet").to_pylist()
+
+
+def digests(folder: Path):
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in folder.rglob("*") if path.is_file()}  # fmt: skip
+
+
+def test_codes_are_the_nearest_ones_level_by_level(place):
+    run(place, *from_store(place))
+    book = load(place / "sid/codebook.safetensors")
+    expected = {}
+    for key, vector_D in enumerate(draw_features(), 100):
+        left_D, codes = (vector_D - book.mean_D) / book.std_D, []
+        for codebook_CD in book.codebooks_LCD:
+            codes.append(int(np.argmin(((codebook_CD - left_D) ** 2).sum(axis=1))))
+            left_D = left_D - codebook_CD[codes[-1]]
+        expected[key] = tuple(codes)
+    assert codes_of(place) == expected
+    assert len({codes[0] for codes in expected.values()}) == CODES
+    assert expected[101] == expected[105]
+
+
+def test_the_report_is_what_the_codes_say(place):
+    text = run(place, *from_store(place))
+    summary = json.loads((place / "sid/summary.json").read_text())
+    codes = codes_of(place)
+    for level, figures in enumerate(summary["levels"]):
+        counts = Counter(code[level] for code in codes.values())
+        shares = [count / NUM_IMAGES for count in counts.values()]
+        assert figures["used"] == len(counts)
+        assert figures["entropy_bits"] == pytest.approx(-sum(share * math.log2(share) for share in shares))
+        assert figures["largest_share"] == pytest.approx(max(shares))
+        assert figures["distinct_prefixes"] == len({code[: level + 1] for code in codes.values()})
+    errors = [figures["reconstruction_error"] for figures in summary["levels"]]
+    assert 1 > errors[0] > errors[1] > errors[2] > 0
+    book = load(place / "sid/codebook.safetensors")
+    rows_ND = (draw_features() - book.mean_D) / book.std_D
+    coded_ND = np.stack([sum(book.codebooks_LCD[level, code[level]] for level in range(LEVELS))
+                         for _, code in sorted(codes.items())])  # fmt: skip
+    assert errors[-1] == pytest.approx(((rows_ND - coded_ND) ** 2).sum() / (rows_ND**2).sum(), rel=1e-4)
+    full = Counter(codes.values())
+    assert summary["full_codes"] == len(full)
+    assert summary["images_that_share_their_code"] == sum(count for count in full.values() if count > 1) >= 2
+    assert summary["most_images_of_a_code"] == max(full.values())
+    assert summary["source"]["snapshot"] == 1
+    assert summary["codebook"]["sha256"] == digests(place / "sid")["codebook.safetensors"]
+    assert "images 60" in text
+
+
+def test_samples_get_the_codes_of_their_images(place):
+    text = run(place, *with_samples(place))
+    codes = codes_of(place) | {7: (-1,) * LEVELS}
+    for split in ("train", "test"):
+        for row, before in zip(read(place / "sid", split), read(place / "samples", split), strict=True):
+            assert {name: row[name] for name in before} == before
+            for column in ("behavior_image", "ad_image"):
+                for level in range(LEVELS):
+                    assert row[f"{column}_sid{level}"] == [codes[key][level] for key in row[column]]
+                for length in (2, 3):
+                    assert row[f"{column}_sid_prefix{length}"] == [
+                        -1 if key == 7 else int("".join(map(str, codes[key][:length])), CODES) for key in row[column]
+                    ]
+    assert "2 without a code (of 1 images)" in text
+    groups = [pq.ParquetFile(place / name / "train/a.parquet").metadata.num_row_groups for name in ("samples", "sid")]
+    assert groups == [6, 6]
+
+
+def test_a_run_on_semantic_ids(place):
+    run(place, *with_samples(place))
+    schema = load_schema(place / "sid/schema.yaml")
+    added = {field.name: (field.side, field.kind, field.table_name) for field in schema.fields if "_sid" in field.name}
+    assert len(added) == 10
+    assert added["behavior_image_sid0"] == ("user", "multi_id", "images_sid0")
+    assert added["ad_image_sid_prefix3"] == ("ad", "id", "images_sid_prefix3")
+    settings = [
+        f"data.cache_dir={place / 'cache'}", f"run.dir={place / 'runs'}", "run.name=a", "run.threads=1",
+        "data.global_batch_size=32", "train.max_steps=2", "model.embed_hidden=[8]", "data.missing=zeros",
+        "model.compute_dtype=float32", "model.table_shards=4",
+    ]  # fmt: skip
+    train(load_config(place / "sid/settings.yaml", settings), SoloComm())
+    report = json.loads((place / "runs/a/report.json").read_text())
+    assert report["global_step"] == 2
+    assert np.isfinite(report["metrics"]["logloss"])
+
+
+def test_equal_runs_give_equal_files_and_another_seed_other_codes(place):
+    run(place, *with_samples(place))
+    first = digests(place / "sid")
+    run(place, *with_samples(place))
+    assert digests(place / "sid") == first
+    run(place, *with_samples(place), "--seed", 3, "--sample-rows", 30)
+    assert digests(place / "sid")["codebook.safetensors"] != first["codebook.safetensors"]
+
+
+def test_a_codebook_is_used_again_for_new_images(place):
+    run(place, *from_store(place))
+    before = codes_of(place)
+    store = FeatureStore.open(place / "store")
+    store.put(FeatureRows.of(["new.jpg"], draw_features()[3:4], keys=[999]))
+    text = run(place, *from_store(place), "--codebook", place / "sid/codebook.safetensors", out="tuesday")
+    assert "as it was" in text
+    assert codes_of(place, "tuesday") == before | {999: before[103]}
+    assert (place / "tuesday/codebook.safetensors").read_bytes() == (place / "sid/codebook.safetensors").read_bytes()
+
+
+def test_vectors_of_a_file_get_the_codes_of_the_same_vectors_in_a_store(place):
+    run(place, *from_store(place))
+    book = place / "sid/codebook.safetensors"
+    np.save(place / "v.npy", np.concatenate([draw_features(), np.full((1, DIM), np.nan, np.float32)]))
+    np.save(place / "k.npy", np.arange(100, 161))
+    run(place, "--vectors", place / "v.npy", "--keys", place / "k.npy", "--codebook", book, out="npy")
+    assert codes_of(place, "npy") == codes_of(place)
+    assert json.loads((place / "npy/summary.json").read_text())["source"]["unusable_rows"] == 1
+    table = pa.table({"key": np.arange(100, 160), "feature": draw_features().tolist()})
+    pq.write_table(table, place / "v.parquet")
+    run(place, "--vectors", place / "v.parquet", "--sample-rows", 30, out="parquet")
+    assert len(codes_of(place, "parquet")) == NUM_IMAGES
+
+
+def test_a_failed_run_leaves_what_was_there(place):
+    run(place, *with_samples(place))
+    before = digests(place / "sid")
+    pq.write_table(
+        pq.read_table(place / "samples/test/a.parquet").drop_columns(["ad_image"]), place / "samples/test/b.parquet"
+    )
+    assert "test/b.parquet: column 'ad_image' is missing" in run(place, *with_samples(place), code=1)
+    assert digests(place / "sid") == before
+    assert sorted(path.name for path in place.iterdir()) == ["samples", "sid", "store"]
+
+
+def test_mistakes_are_one_message(place):
+    store = from_store(place)
+    assert "no store at" in run(place, "--store", place / "no", code=1)
+    assert "--codes 3 is not a power of two" in run(place, *store, "--codes", 3, code=1)
+    assert "60 vectors are too few for 64 codes" in run(place, *store, "--codes", 64, code=1)
+    assert "do not fit into 62 bits" in run(place, *store, "--codes", 65536, "--levels", 4, code=1)
+    assert "no codebook of this job" in run(place, *store, "--codebook", place / "samples/train/a.parquet", code=1)
+    assert "no train/*.parquet" in run(place, *store, "--samples", place / "store", code=1)
+    assert "its stores: images" in run(place, *with_samples(place), "--store-name", "text", code=1)
+    assert "--keys names its keys" in run(place, "--vectors", "v.npy", code=1)
+    assert "give one of --store and --vectors" in run(place, code=2)
+    run(place, *store)
+    np.save(place / "v.npy", draw_features()[:, :5])
+    np.save(place / "k.npy", np.arange(60) // 2)
+    file = ["--vectors", place / "v.npy", "--keys", place / "k.npy"]
+    book = ["--codebook", place / "sid/codebook.safetensors"]
+    assert "is for vectors of 8 numbers, these have 5" in run(place, *file, *book, out="x", code=1)
+    assert "key 0 has several vectors" in run(place, *file, out="x", code=1)
+    run(place, *with_samples(place))
+    again = run(place, *store, "--samples", place / "sid", out="twice", code=1)
+    assert "column 'behavior_image_sid0' is there already" in again

@@ -1,0 +1,262 @@
+"""XDL's formats through the job: out and in again is the same, bad lines are told, and the random example trains."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import dask
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from distributed import Client, LocalCluster
+from typer.testing import CliRunner
+
+from featurestore.keys import key_of_uri
+from featurestore.store import FeatureStore
+from jobs import import_xdl
+from pipeline.cluster import WORKER_CONFIG
+from pipeline.xdl.draw import DrawOptions, draw_lines
+from pipeline.xdl.line import format_line
+from pipeline.xdl.samples import split_of
+from trainer.comm import SoloComm
+from trainer.config import load_config
+from trainer.main import train
+from trainer.schema import load_schema
+
+LINES = [
+    "s0|g0|age@3;item@5:1,6:2.5;user_img@7:1,8:1|price@0.5,2;brand@9:1;ad_img@1:1|1|100",
+    "s1|g0|age@3;item@5:1,6:2.5;user_img@7:1,8:1|price@0.25,2;brand@9:1,10:1;ad_img@2:1|0|101",
+    "s2|g1|age@4;item@;user_img@|price@1,2;brand@9:1;ad_img@3:1|0|102",
+    "s3|g0|age@3;item@5:1,6:2.5;user_img@7:1,8:1|price@0.1,2;brand@9:1;ad_img@1:1|1|103",
+    "s4|g0|age@3;item@5:1;user_img@7:1,8:1|price@1e-3,2;brand@9:1;ad_img@4:1|1|104",
+]
+
+
+@pytest.fixture(scope="module")
+def client():
+    with (
+        dask.config.set(WORKER_CONFIG),
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def job(client, monkeypatch):
+    """Runs a command of the job on the tests' cluster; its output in one line."""
+    monkeypatch.setattr(import_xdl, "connect", lambda **kwargs: contextlib.nullcontext(client))
+
+    def run(*args, code=0):
+        result = CliRunner().invoke(import_xdl.app, [str(arg) for arg in args])
+        assert result.exit_code == code, result.output
+        assert code == 0 or isinstance(result.exception, SystemExit)
+        return " ".join(result.output.split())
+
+    return run
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """Writes lines to a file."""
+
+    def write(content, name="data.txt"):
+        path = tmp_path / name
+        path.write_text("".join(f"{line}\n" for line in content))
+        return path
+
+    return write
+
+
+def rows(folder: Path, split="train"):
+    return [row for path in sorted(folder.glob(f"{split}/*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def test_neighbouring_lines_of_a_group_become_one_row(job, lines, tmp_path):
+    text = job("samples", "--from", lines(LINES), "--samples", tmp_path / "s", "--weights", "drop", "--test-share", 0)
+    assert "lines 5 quarantined 0 train 5 samples in 4 groups, 3 clicks" in text
+    found = rows(tmp_path / "s")
+    assert [row["gkey"] for row in found] == ["g0", "g1", "g0", "g0"]  # the last has another user part
+    assert found[0] == {
+        "user": key_of_uri("g0"), "gkey": "g0", "timestamp": 100, "age": 3, "item": [5, 6], "user_img": [7, 8],
+        "price": [[0.5, 2], [0.25, 2]], "brand": [[9], [9, 10]], "ad_img": [1, 2],
+        "skey": ["s0", "s1"], "ad_timestamp": [100, 101], "label": [1, 0],
+    }  # fmt: skip
+    fields = {field.name: field for field in load_schema(tmp_path / "s/schema.yaml").fields}
+    assert {name: (field.side, field.kind) for name, field in fields.items()} == {
+        "age": ("user", "id"), "item": ("user", "multi_id"), "user_img": ("user", "content"),
+        "user_img_id": ("user", "multi_id"), "price": ("ad", "dense"), "brand": ("ad", "multi_id"),
+        "ad_img": ("ad", "content"), "ad_img_id": ("ad", "id"),
+    }  # fmt: skip
+    assert fields["price"].width == 2
+
+
+def test_out_and_in_again_is_the_same(job, lines, tmp_path):
+    random = [format_line(line) for line in draw_lines(DrawOptions(num_lines=40, num_ids=30))]
+    keep = ["--weights", "keep", "--label-threshold", 0.5, "--test-share", 0.3]
+    first, second = tmp_path / "first", tmp_path / "second"
+    job("samples", "--from", lines(random), "--samples", first, *keep)
+    assert "lines 40" in job("export-samples", "--samples", first, "--to", tmp_path / "out.txt")
+    job("samples", "--from", tmp_path / "out.txt", "--samples", second, *keep)
+    for split in ("train", "test"):
+        assert len(rows(first, split)) > 5
+        assert rows(second, split) == rows(first, split)
+    assert (second / "schema.yaml").read_text() == (first / "schema.yaml").read_text()
+
+
+def test_exported_lines_are_those_that_came_in(job, lines, tmp_path):
+    job("samples", "--from", lines(LINES), "--samples", tmp_path / "s", "--weights", "keep", "--test-share", 0)
+    job("export-samples", "--samples", tmp_path / "s", "--to", tmp_path / "out.txt", "--split", "train")
+    text = (tmp_path / "out.txt").read_text()
+    for exported, given in {"age@3:1": "age@3", "age@4:1": "age@4", "0.001": "1e-3"}.items():
+        text = text.replace(exported, given)
+    assert text.splitlines() == LINES
+
+
+def test_bad_lines_are_kept_with_number_and_reason(job, lines, tmp_path):
+    bad = {
+        "": "empty line",
+        "s|g|a@1:1|b@1|1": "5 segments instead of 6",
+        "s||age@3|x|1|1": "no group key",
+        LINES[0].replace("|1|100", "|2|100"): "label is not 0 or 1; --label-threshold makes it so",
+        LINES[0].replace("|1|100", "|1,0|100"): "several labels; --label-index says which",
+        LINES[0].replace("|100", "|soon"): "ts is no whole number",
+        LINES[0].replace("age@3", "age@3;age@4"): "user part: age stands twice",
+        LINES[0].replace("age@3", "age"): "user part: a field without a name",
+        LINES[0].replace("7:1", "7:x"): "a weight of user_img is no number",
+        LINES[0].replace("7:1", f"{2**63}:1"): "user_img does not fit into 64 bits",
+        LINES[0].replace("ad_img@1:1", "ad_img@1:1,2:1"): "ad_img has not one id",
+        LINES[0].replace("price@0.5,2", "price@nan,2"): "price is not finite",
+        LINES[0].replace("price@0.5,2", "price@0.5"): "price has not 2 numbers",
+        LINES[0].replace("price@0.5,2;", ""): "price is missing; --fill-dense 0 does as XDL does",
+    }
+    path = lines([*LINES, *bad])
+    path.write_bytes(path.read_bytes() + b"\xff|g\n")
+    text = job("samples", "--from", path, "--samples", tmp_path / "s", "--weights", "drop", "--test-share", 0)
+    assert f"lines {len(LINES) + len(bad) + 1} quarantined {len(bad) + 1}" in text
+    kept = pq.read_table(tmp_path / "s/quarantine.parquet").to_pylist()
+    expected = [*bad.items(), (None, "no UTF-8")]
+    assert [(row["file"], row["line"], row["reason"]) for row in kept] == [
+        ("data.txt", 1 + len(LINES) + number, reason) for number, (_, reason) in enumerate(expected)
+    ]
+    assert [row["text"].decode() for row in kept[:-1]] == list(bad)
+    assert len(rows(tmp_path / "s")) == 4
+
+
+def test_weights_are_refused_until_a_person_decides(job, lines, tmp_path):
+    text = job("samples", "--from", lines(LINES[:2]), "--samples", tmp_path / "s", code=1)
+    assert "all 2 lines are bad (item has weights beside 1; --weights keep or drop" in text
+    assert not (tmp_path / "s").exists()
+    job("samples", "--from", lines(LINES), "--samples", tmp_path / "s", "--weights", "keep", "--test-share", 0)
+    assert rows(tmp_path / "s")[0]["item_weight"] == [1, 2.5]
+    assert rows(tmp_path / "s")[0]["brand_weight"] == [[1], [1, 1]]
+
+
+def test_options_decide_on_fields(job, lines, tmp_path):
+    plain = [f"s|g{n}|tags@1,{n};age@{n}|place@{n % 2};pic@{n}|{n},0|{n}" for n in (0, 1)]
+    args = ["samples", "--from", lines(plain), "--samples", tmp_path / "s", "--test-share", 0, "--label-index", 0]
+    assert "no field of the ad part has one id" in job(*args, code=1)
+    assert "no line has a field photo; there are age, pic" in job(*args, "--images", "photo", code=1)
+    job(*args, "--images", "pic", "--sparse", "place", "--dense", "age")
+    kinds = {field.name: field.kind for field in load_schema(tmp_path / "s/schema.yaml").fields}
+    assert kinds == {"tags": "multi_id", "age": "dense", "place": "id", "pic": "content", "pic_id": "id"}
+    assert [row["age"] for row in rows(tmp_path / "s")] == [0.0, 1.0]
+    assert [row["label"] for row in rows(tmp_path / "s")] == [[0], [1]]
+
+
+def test_equal_names_in_both_parts_and_reserved_ones_get_columns_of_their_own(job, lines, tmp_path):
+    path = lines(["s|g|x@1:1;label@2:1|x@3:1;ad_img@4:1|1|5"])
+    job("samples", "--from", path, "--samples", tmp_path / "s", "--test-share", 0)
+    (row,) = rows(tmp_path / "s")
+    assert (row["user_x"], row["ad_x"], row["user_label"], row["label"]) == (1, [3], 2, [1])
+
+
+def test_samples_of_test_from_lines_of_their_own_or_by_group(job, lines, tmp_path):
+    test = lines([LINES[2]], "test.txt")
+    args = ["samples", "--from", lines(LINES), "--samples", tmp_path / "s", "--weights", "drop"]
+    job(*args, "--test-from", test)
+    assert (len(rows(tmp_path / "s")), len(rows(tmp_path / "s", "test"))) == (4, 1)
+    shares = [sum(split_of(f"g{n}", share) == "test" for n in range(1000)) / 1000 for share in (0, 0.3, 1)]
+    assert shares[0] == 0
+    assert shares[1] == pytest.approx(0.3, abs=0.05)
+    assert shares[2] == 1
+
+
+def test_samples_built_elsewhere_are_exported_with_their_schema(job, sample_files, tmp_path):
+    job("export-samples", "--samples", sample_files, "--to", tmp_path / "out.txt")
+    text = (tmp_path / "out.txt").read_text().splitlines()
+    assert text == [
+        "sample0|7|user@7:1;behavior_item@1:1,2:1;behavior_category@;behavior_image@3:1|"
+        "ad_item@4:1;ad_category@5:1;ad_scene@6:1;ad_image@8:1|1|99"
+    ]
+
+
+@pytest.fixture
+def sample_files(tmp_path):
+    import pyarrow as pa
+
+    lists = {"behavior_item": [1, 2], "behavior_image": [3], "ad_item": [4], "ad_category": [5], "ad_scene": [6],
+             "ad_image": [8], "label": [1]}  # fmt: skip
+    columns = {name: [value] for name, value in lists.items()}
+    columns["behavior_category"] = pa.array([[]], pa.list_(pa.int64()))
+    (tmp_path / "own/test").mkdir(parents=True)
+    pq.write_table(pa.table(columns | {"user": [7], "timestamp": [99]}), tmp_path / "own/test/a.parquet")
+    return tmp_path / "own"
+
+
+def test_images_out_and_in_again(job, tmp_path):
+    job("random", "--out", tmp_path / "x", "--lines", 1, "--images", 60, "--dim", 6, "--ids", 9)
+    job("images", "--from", tmp_path / "x/imgs", "--store", tmp_path / "store", "--dim", 6)
+    store = FeatureStore.open(tmp_path / "store")
+    assert store.snapshot().keys().tolist() == list(range(1, 61))
+    store.delete([5])  # a shard with a tombstone is read in another way
+    job("export-images", "--store", tmp_path / "store", "--to", tmp_path / "out")
+    job("images", "--from", tmp_path / "out", "--store", tmp_path / "again", "--dim", 6)
+    keys = [key for key in range(1, 61) if key != 5]
+    again = FeatureStore.open(tmp_path / "again").snapshot()
+    assert again.keys().tolist() == keys
+    np.testing.assert_array_equal(again.get(keys), store.snapshot().get(keys))
+    assert len(list((tmp_path / "out").glob("data.*"))) == 1024
+    assert (tmp_path / "out/data.7").stat().st_size == 8 + 4 * 6
+
+
+def test_random_data_is_that_of_the_example():
+    drawn = list(draw_lines(DrawOptions()))
+    assert len(drawn) == 1024
+    assert [format_line(line) for line in draw_lines(DrawOptions())] == [format_line(line) for line in drawn]
+    assert drawn != list(draw_lines(DrawOptions(seed=1)))
+    lengths = {len(line.user["user_img"]) for line in drawn}
+    assert (min(lengths), max(lengths)) == (1, 31)
+    ids = [int(token.partition(":")[0]) for line in drawn for token in line.user["user0"]]
+    assert (min(ids) < 10, max(ids) > 1015, max(ids) <= 1024) == (True, True, True)
+    assert list(drawn[0].ad) == ["ad0", "ad1", "ad2", "ad3", "ad_img"]
+
+
+def test_random_data_trains(job, tmp_path):
+    """The example from end to end, in a small size."""
+    job("random", "--out", tmp_path / "x", "--lines", 120, "--images", 50, "--dim", 16, "--ids", 40)
+    job("images", "--from", tmp_path / "x/imgs", "--store", tmp_path / "features", "--dim", 16)
+    args = ["--samples", tmp_path / "samples", "--weights", "drop", "--label-threshold", 0.5]
+    job("samples", "--from", tmp_path / "x/data.txt", *args)
+    settings = [
+        f"data.store={tmp_path / 'features'}", f"data.cache_dir={tmp_path / 'cache'}", "data.global_batch_size=32",
+        f"run.dir={tmp_path / 'runs'}", "run.name=xdl", "run.threads=1", "train.max_steps=3", "model.embed_hidden=[8]",
+        "model.compute_dtype=float32", "model.table_shards=4",
+    ]  # fmt: skip
+    train(load_config(tmp_path / "samples/settings.yaml", settings), SoloComm())
+    report = json.loads((tmp_path / "runs/xdl/report.json").read_text())
+    assert report["global_step"] == 3
+    assert report["metrics"]["impressions"] == sum(len(row["label"]) for row in rows(tmp_path / "samples", "test"))
+    assert np.isfinite(report["metrics"]["logloss"])
+
+
+def test_mistakes_are_one_message(job, lines, tmp_path):
+    assert "there is nothing at" in job("samples", "--from", tmp_path / "no", "--samples", tmp_path / "s", code=1)
+    assert "not one line of the form" in job("samples", "--from", lines(["x"]), "--samples", tmp_path / "s", code=1)
+    assert "only empty files" in job("samples", "--from", lines([]), "--samples", tmp_path / "s", code=1)
+    assert "no store at" in job("export-images", "--store", tmp_path / "no", "--to", tmp_path / "o", code=1)
+    assert "no sample group" in job("export-samples", "--samples", tmp_path / "no", "--to", tmp_path / "o", code=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis").touch()
+    assert "mine has files that are no random data" in job("random", "--out", tmp_path / "mine", code=1)
+    assert "--images 3" in job("random", "--out", tmp_path / "o", "--images", 3, "--ids", 9, code=2)

@@ -1,0 +1,272 @@
+"""A person's own tables, from a look at them to a trained model: inspect, mapping, samples, schema, check, train."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import dask
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from distributed import Client, LocalCluster
+from typer.testing import CliRunner
+
+from featurestore.keys import key_of_uri
+from featurestore.rows import FeatureRows
+from featurestore.spec import ExtractorSpec, StoreInfo
+from featurestore.store import FeatureStore
+from jobs import build_samples
+from pipeline.cluster import WORKER_CONFIG
+from trainer.comm import SoloComm
+from trainer.config import load_config
+from trainer.main import train
+from trainer.schema import __main__ as schema_command
+from trainer.schema import load_schema
+
+NUM_ITEMS = 12
+MAPPING = {
+    "impressions": {
+        "files": "shows",
+        "columns": {"timestamp": "shown_at", "user": "uid", "item": "ad_id", "image": "picture", "label": "clicked"},
+        "user": {"age": "dense", "city": "id"},
+        "ad": {"price": "dense", "maker": {"kind": "id", "column": "brand"}},
+    },
+    "behaviors": {
+        "files": "visits.csv",
+        "columns": {"timestamp": "ts", "user": "uid", "item": "sku", "image": "photo", "dwell_s": "seconds"},
+    },
+}
+SHOWS = """shown_at,uid,ad_id,picture,clicked,age,city,price,brand
+2026-01-01T10:00:00Z,ann,5,5.jpg,1,31.5,Rome,9.5,"Acme, Inc"
+2026-01-01 10:00:05,ann,6,6.jpg,0,31.5,Rome,7,b
+1767261610,7,5,5.jpg,true,40,,1,b
+2026-01-02T12:00:00+01:00,bob,6,6.jpg,0,20,Bonn,2,b
+"""
+VISITS = """ts,uid,sku,photo,seconds
+1767250000,ann,6,6.jpg,30
+1767250001,ann,7,7.jpg,2
+1767250002,7,5,5.jpg,40
+"""
+
+
+@pytest.fixture(scope="module")
+def client():
+    with (
+        dask.config.set(WORKER_CONFIG),
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "logs/shows").mkdir(parents=True)
+    (tmp_path / "logs/shows/a.csv").write_text(SHOWS)
+    (tmp_path / "logs/visits.csv").write_text(VISITS)
+    return tmp_path
+
+
+@pytest.fixture
+def job(client, monkeypatch, place):
+    """Runs build_samples on the tests' cluster with a mapping."""
+    monkeypatch.setattr(build_samples, "connect", lambda **kwargs: contextlib.nullcontext(client))
+
+    def run(mapping=MAPPING, *args, code=0):
+        path = place / "mapping.yaml"
+        path.write_text(mapping if isinstance(mapping, str) else yaml.safe_dump(mapping))
+        options = ["--logs", place / "logs", "--samples", place / "samples", "--mapping", path, "--test-days", 0, *args]
+        result = CliRunner().invoke(build_samples.app, [str(option) for option in options])
+        assert result.exit_code == code, result.output
+        assert code == 0 or isinstance(result.exception, SystemExit)
+        return " ".join(result.output.split())
+
+    return run
+
+
+def rows(place: Path):
+    return [row for path in sorted(place.glob("samples/train/*")) for row in pq.read_table(path).to_pylist()]
+
+
+def changed(**changes):
+    mapping = json.loads(json.dumps(MAPPING))
+    for path, value in changes.items():
+        table, _, name = path.partition("__")
+        mapping.setdefault(table, {})
+        if name:
+            mapping[table][name] = value
+        else:
+            mapping[table] = value
+    return mapping
+
+
+def inspect(*args, code=0):
+    result = CliRunner().invoke(schema_command.app, [str(arg) for arg in args])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_csv_tables_become_samples(job, place):
+    job()
+    ann = key_of_uri("ann")
+    found = {row["user"]: row for row in rows(place)}
+    assert set(found) == {ann, 7, key_of_uri("bob")}
+    assert found[ann] == {
+        "user": ann, "session": 0, "timestamp": 1767261600, "day": "2026-01-01", "age": 31.5,
+        "city": key_of_uri("Rome"),
+        "behavior_item": [6], "behavior_image": [key_of_uri("6.jpg")], "behavior_category": [0],
+        "ad_item": [5, 6], "ad_image": [key_of_uri("5.jpg"), key_of_uri("6.jpg")], "ad_category": [0, 0],
+        "ad_scene": [0, 0], "ad_price": [9.5, 7.0], "ad_maker": [key_of_uri("Acme, Inc"), key_of_uri("b")],
+        "label": [1, 0],
+    }  # fmt: skip
+    assert found[7]["city"] == -1
+    assert found[7]["label"] == [1]
+    assert found[key_of_uri("bob")]["timestamp"] == 1767351600
+    fields = {field.name: (field.side, field.kind) for field in load_schema(place / "samples/schema.yaml").fields}
+    assert fields == {
+        "user": ("user", "id"), "age": ("user", "dense"), "city": ("user", "id"),
+        "behavior_item": ("user", "multi_id"),
+        "behavior_image": ("user", "content"), "behavior_image_id": ("user", "multi_id"), "ad_item": ("ad", "id"),
+        "ad_image": ("ad", "content"), "ad_image_id": ("ad", "id"), "ad_price": ("ad", "dense"),
+        "ad_maker": ("ad", "id"),
+    }  # fmt: skip
+
+
+def test_parquet_tables_give_the_same_samples_as_csv(job, place):
+    job()
+    expected = rows(place)
+    (place / "logs/shows/a.csv").unlink()
+    lines = [line.split(",") for line in SHOWS.replace("Acme, Inc", "Acme; Inc").replace('"', "").splitlines()]
+    names, values = lines[0], list(zip(*lines[1:], strict=True))
+    columns = dict(zip(names, values, strict=True))
+    table = {
+        "shown_at": pa.array([row["timestamp"] for row in expected[:1]] + [1767261605, 1767261610, 1767351600]),
+        "uid": list(columns["uid"]), "ad_id": pa.array(map(int, columns["ad_id"]), pa.int32()),
+        "picture": pa.array(columns["picture"]).dictionary_encode(), "clicked": [True, False, True, False],
+        "age": pa.array(map(float, columns["age"]), pa.float32()), "city": ["Rome", "Rome", None, "Bonn"],
+        "price": pa.array([9.5, 7, 1, 2]), "brand": [text.replace(";", ",") for text in columns["brand"]],
+    }  # fmt: skip
+    pq.write_table(pa.table(table), place / "logs/shows/a.parquet")
+    job()
+    assert rows(place) == expected
+
+
+def test_bad_rows_of_csv_are_kept_with_number_and_reason(job, place):
+    bad = [
+        ("soon,ann,5,5.jpg,1,1,Rome,1,b", "timestamp is no time"),
+        ("1767261610,ann,5,5.jpg", "4 values instead of 9"),
+        ("1767261610,,5,5.jpg,1,1,Rome,1,b", "user is null"),
+        ("1767261610,ann,5,5.jpg,maybe,1,Rome,1,b", "label is no number"),
+        ("1767261610,ann,5,5.jpg,2,1,Rome,1,b", "label is not 0 or 1"),
+        ("1767261610,ann,5,5.jpg,1,old,Rome,1,b", "age is no number"),
+        ("1767261610,ann,5,5.jpg,1,1,Rome,1e99,b", "price is not finite in float32"),
+        ("1767261610,ann,5,,1,1,Rome,1,b", "image is null"),
+        ("99999999999,ann,5,5.jpg,1,1,Rome,1,b", "timestamp is in the future"),
+    ]
+    (place / "logs/shows/a.csv").write_text(SHOWS + "".join(f"{line}\n" for line, _ in bad))
+    text = job()
+    assert "4 of 13 kept; 0 duplicates, 9 quarantined" in text
+    kept = pq.read_table(place / "samples/quarantine.parquet").to_pylist()
+    assert [(row["file"], row["row"], row["reason"]) for row in kept] == [
+        ("shows/a.csv", number, reason) for number, (_, reason) in enumerate(bad, 4)
+    ]
+
+
+def test_units_and_delimiters_are_those_of_the_mapping(job, place):
+    lines = SHOWS.replace('"Acme, Inc"', "Acme").replace(",", ";").replace("1767261610", "1767261610000")
+    (place / "logs/shows/a.csv").write_text(lines)
+    visits = VISITS.replace(",", ";").replace("17672500", "1767250000").replace(";ann;6", ";ann;6")
+    (place / "logs/visits.csv").write_text(visits.replace("176725000000;", "1767250000000;"))
+    job(changed(csv={"delimiter": ";"}, time_unit="ms"))
+    assert {row["timestamp"] for row in rows(place)} == {1767261600, 1767261610, 1767351600}
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ("- a", "it should be a valid dictionary"),
+        ("impressions: [", "cannot be read as YAML"),
+        (changed(impressions__columns={"usr": "uid"}), "impressions.columns.usr is unknown; known: timestamp, user"),
+        (changed(impressions__user={"item": "id"}), "a further column cannot be called item"),
+        (changed(impressions__user={"price": "id"}), "price is below user and below ad"),
+        (changed(impressions__user={"age": "number"}), "impressions.user.age.kind: it should be 'id' or 'dense'"),
+        (changed(behaviors__user={"age": "dense"}), "behaviors has no user or ad columns"),
+        (changed(behaviors__files="nowhere"), "nowhere: no .parquet, .csv or .tsv files there; behaviors.files"),
+        (changed(behaviors__columns={}), "visits.csv: column 'timestamp' is missing; there are ts, uid, sku"),
+    ],
+)
+def test_mistakes_in_a_mapping_are_told(job, place, mapping, message):
+    assert message in job(mapping, code=1)
+    assert not (place / "samples").exists()
+
+
+def test_user_columns_and_a_mapping_exclude_each_other(job):
+    assert "with a mapping they stand in it" in job(MAPPING, "--user-columns", "age", code=1)
+
+
+def test_empty_csv_is_told(job, place):
+    (place / "logs/shows/a.csv").write_text(SHOWS.splitlines()[0] + "\n")
+    assert "the impressions have not one row" in job(code=1)
+
+
+def draw_tables(place: Path) -> None:
+    """Logs whose columns have names of their own, and a store with all images."""
+    random = np.random.default_rng(0)
+    count, day_s = 300, 86_400
+    user, item = random.integers(0, 20, count), random.integers(0, NUM_ITEMS, count)
+    shown = {
+        "event_time": (1_767_225_600 + np.arange(count) * (3 * day_s // count)).tolist(),
+        "member_id": [f"m{each}" for each in user], "adgroup_id": item, "img_url": [f"{each}.jpg" for each in item],
+        "cate": item % 3, "pid": random.integers(0, 2, count), "clk": (random.random(count) < 0.4).astype(int),
+        "age": user + 20.5, "city": [f"c{each % 4}" for each in user], "price": np.round(item * 1.5, 1),
+    }  # fmt: skip
+    done = {
+        "time": (1_767_139_200 + np.arange(200) * 60).tolist(), "member_id": [f"m{each % 20}" for each in range(200)],
+        "goods_id": np.arange(200) % NUM_ITEMS, "img_url": [f"{each % NUM_ITEMS}.jpg" for each in range(200)],
+        "cate": np.arange(200) % NUM_ITEMS % 3, "dwell_seconds": random.uniform(6, 60, 200),
+    }  # fmt: skip
+    (place / "raw/shown").mkdir(parents=True)
+    (place / "raw/done").mkdir()
+    from pyarrow import csv
+
+    csv.write_csv(pa.table(shown), place / "raw/shown/a.csv")
+    pq.write_table(pa.table(done), place / "raw/done/a.parquet")
+    spec = dict.fromkeys(ExtractorSpec.model_fields, "drawn")
+    info = StoreInfo(num_shards=2, dim=8, dtype="float32", extractor=ExtractorSpec.model_validate(spec))
+    uris = [f"{each}.jpg" for each in range(NUM_ITEMS)]
+    features_ND = random.normal(size=(NUM_ITEMS, 8)).astype(np.float32)
+    FeatureStore.create(place / "features", info).put(FeatureRows.of(uris, features_ND))
+
+
+def test_from_raw_tables_to_a_trained_model(job, place):
+    draw_tables(place)
+    inspect("inspect", place / "raw", "--out", place / "first.yaml")
+    text = (place / "first.yaml").read_text()
+    assert yaml.safe_load(text) == {
+        "impressions": {
+            "files": "shown",
+            "columns": {"timestamp": "event_time", "user": "member_id", "scene": "pid", "item": "adgroup_id",
+                        "image": "img_url", "category": "cate", "label": "clk"},
+            "user": {"age": "dense", "city": "id"},
+            "ad": {"price": "dense"},
+        },
+        "behaviors": {
+            "files": "done",
+            "columns": {"timestamp": "time", "user": "member_id", "item": "goods_id", "image": "img_url",
+                        "category": "cate", "dwell_s": "dwell_seconds"},
+        },
+    }  # fmt: skip
+    assert "user: member_id  # string, 20 different, table of 256 rows" in text
+    job(text, "--logs", place / "raw", "--test-days", 1)
+    assert "fit the schema" in inspect("check", place / "samples/schema.yaml", place / "samples")
+    settings = [
+        f"data.store={place / 'features'}", f"data.cache_dir={place / 'cache'}", "data.global_batch_size=32",
+        f"run.dir={place / 'runs'}", "run.name=own", "run.threads=1", "train.max_steps=3", "model.embed_hidden=[8]",
+        "model.compute_dtype=float32", "model.table_shards=4",
+    ]  # fmt: skip
+    train(load_config(place / "samples/settings.yaml", settings), SoloComm())
+    report = json.loads((place / "runs/own/report.json").read_text())
+    assert report["global_step"] == 3
+    assert np.isfinite(report["metrics"]["logloss"])

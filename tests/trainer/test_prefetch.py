@@ -1,0 +1,49 @@
+"""Preparing a call ahead: order, how many calls, errors, and the end."""
+
+import contextlib
+import threading
+
+import pytest
+
+from trainer.prefetch import prepare_ahead
+
+
+def test_calls_are_one_ahead_in_one_thread() -> None:
+    begun: list[str] = []
+    go_on = threading.Semaphore(0)
+
+    def prepare() -> int:
+        begun.append(threading.current_thread().name)
+        go_on.acquire()
+        return len(begun)
+
+    ahead = prepare_ahead(3, prepare)
+    go_on.release()
+    assert next(ahead)() == 1  # the second call has been handed to the thread, and waits there
+    go_on.release()
+    assert next(ahead)() == 2
+    go_on.release()
+    assert next(ahead)() == 3
+    assert list(ahead) == []
+    assert len(begun) == 3 and len(set(begun)) == 1
+
+
+def test_closing_waits_for_the_call_that_was_begun() -> None:
+    done: list[int] = []
+    with contextlib.closing(prepare_ahead(5, lambda: done.append(1))) as ahead:
+        next(ahead)()
+    assert len(done) == 2
+
+
+def test_an_error_comes_where_its_result_would() -> None:
+    numbers = iter([1, 2])
+    with contextlib.closing(prepare_ahead(3, lambda: next(numbers))) as ahead:
+        assert [next(ahead)(), next(ahead)()] == [1, 2]
+        with pytest.raises(StopIteration):
+            next(ahead)()
+
+
+def test_nothing_to_prepare_begins_nothing() -> None:
+    before = threading.active_count()
+    assert list(prepare_ahead(0, lambda: 1)) == []
+    assert threading.active_count() == before

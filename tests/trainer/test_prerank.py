@@ -1,0 +1,209 @@
+"""A two-tower run from training on two ranks to a search: what the job exported is what the model computes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from featurestore.index import VectorIndex
+from trainer.comm import SoloComm
+from trainer.config import load_config
+from trainer.main import train
+from trainer.prerank.__main__ import app
+from trainer.prerank.ads import ads_of_samples
+from trainer.prerank.artifact import AdIndex
+from trainer.prerank.evaluate import search_figures
+from trainer.prerank.evaluate import test_reader as reader_of_test_samples
+from trainer.prerank.vectors import ad_vectors, origin_of, towers, user_vectors
+from trainer.trained import TrainedRun, open_trained
+
+HOROVODRUN = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2"]
+Places = Any
+
+
+@pytest.fixture(scope="module")
+def run(places: Places) -> Path:
+    """Trained by two ranks."""
+    settings = places.settings(
+        model__base="two_tower", model__tower_width=6, run__name="towers", train__epochs=1, train__max_steps=15
+    )
+    _ranks("trainer.main", *[part for setting in settings for part in ("--set", setting)])
+    return Path(places.folder) / "runs" / "towers"
+
+
+@pytest.fixture(scope="module")
+def trained(run: Path) -> TrainedRun:
+    """The same, opened by one rank."""
+    return open_trained(run, SoloComm())
+
+
+@pytest.fixture(scope="module")
+def index(trained: TrainedRun, places: Places) -> str:
+    """Its ads under a flat index."""
+    ads = ads_of_samples(str(places.folder / "samples"), trained.schema, towers(trained).ad_fields)
+    url = str(places.folder / "ad-index")
+    AdIndex.build(url, "flat", ads.keys_N, ad_vectors(trained, ads, batch_size=7), origin_of(trained))
+    return url
+
+
+def _ranks(module: str, *arguments: object) -> str:
+    command = [*HOROVODRUN, sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(each) for each in arguments])
+
+
+def test_logits_are_made_of_the_exported_vectors(trained: TrainedRun, index: str, places: Places) -> None:
+    ads = AdIndex.open(index)
+    vector_of = dict(zip(*(part.tolist() for part in ads.vectors()), strict=True))
+    samples = str(places.folder / "samples")
+    rest, scenes, products = [], [], []
+    logits = [
+        trained.engine.predict(trained.engine.prepare(b)) for b in reader_of_test_samples(trained, samples).batches()
+    ]
+    batches = user_vectors(trained, reader_of_test_samples(trained, samples).batches())
+    for (batch, users), logit in zip(batches, logits, strict=True):
+        exported = np.array([vector_of[ad] for ad in batch.fields["ad_item"].values_N.tolist()])
+        product = (users[batch.group_of_sample_B] * exported).sum(axis=1)
+        products.append(product)
+        rest.append(logit - product - ads.state.origin.bias)
+        scenes.append(batch.fields["ad_scene"].values_N)
+    rest_N, scene_N = np.concatenate(rest), np.concatenate(scenes)
+    assert np.concatenate(products).std() > 0.01
+    # What is left is the context's part: one number a scene.
+    of_scene = {scene: rest_N[scene_N == scene] for scene in np.unique(scene_N)}
+    assert len(of_scene) == 3
+    assert all(np.ptp(values) < 1e-5 for values in of_scene.values())
+    assert np.ptp([values.mean() for values in of_scene.values()]) > 1e-4
+
+
+def test_vectors_do_not_depend_on_the_batch(trained: TrainedRun, index: str, places: Places) -> None:
+    ads = ads_of_samples(str(places.folder / "samples"), trained.schema, towers(trained).ad_fields)
+    whole = ad_vectors(trained, ads, batch_size=10_000)
+    keys, exported = AdIndex.open(index).vectors()
+    np.testing.assert_allclose(exported, whole[np.argsort(ads.keys_N)], rtol=1e-4, atol=1e-6)
+    assert np.array_equal(keys, np.sort(ads.keys_N))
+    assert len(np.unique(whole.round(6), axis=0)) == len(whole)
+
+
+def test_eval_at_one_and_two_ranks(run: Path, index: str, places: Places, tmp_path: Path) -> None:
+    options = ("eval", "--run", run, "--index", index, "--k", "3,10", "--queries", 50)
+    done = call(*options, "--json", tmp_path / "one.json")
+    assert done.exit_code == 0, done.stderr
+    text = _ranks("trainer.prerank", *options, "--json", tmp_path / "two.json")
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    trained_with = json.loads((run / "report.json").read_text())["metrics"]
+    for report in (one, two):
+        assert report["search"]["recall"] == {"3": 1.0, "10": 1.0}
+        assert report["index"]["ads"] == len(AdIndex.open(index).vectors()[0]) > 40
+        assert report["metrics"].keys() == trained_with.keys()
+        for name, value in report["metrics"].items():
+            assert value == pytest.approx(trained_with[name], rel=1e-5), name
+        timing = report["search"]["index"]
+        assert 0 < timing["p50_ms"] <= timing["p95_ms"] <= timing["p99_ms"]
+        assert timing["queries_per_s"] > 0
+        assert report["search"]["queries"] == 50
+    for shown in (done.stdout, text):
+        assert "recall@10" in shown and f"{trained_with['gauc']:.4f}" in shown
+
+
+def test_recall_is_the_share_of_the_best_that_an_index_finds(index: str) -> None:
+    ads = AdIndex.open(index)
+    keys, vectors = ads.vectors()
+    half = np.arange(len(keys)) % 2 == 0
+    ads.index = VectorIndex.build("flat", keys[half], vectors[half])  # as if it had lost the others
+    queries = np.random.default_rng(0).normal(size=(40, vectors.shape[1])).astype(np.float32)
+    figures = search_figures(ads, queries, [5, 20], max_queries=1_000)
+    for count in (5, 20):
+        best = np.argsort(-(queries @ vectors.T), axis=1)[:, :count]
+        assert figures.recall[count] == pytest.approx(half[best].mean())
+        assert 0.2 < figures.recall[count] < 0.8
+    few = search_figures(ads, queries, [5], max_queries=3)
+    assert (figures.queries, few.queries) == (40, 3)
+
+
+def test_ads_of_equal_vectors_are_no_misses(index: str) -> None:
+    ads = AdIndex.open(index)
+    keys, vectors = ads.vectors()
+    vectors = np.ones_like(vectors)
+    ads.vectors = lambda: (keys, vectors)  # type: ignore[method-assign]
+    ads.index = VectorIndex.build("flat", keys[::-1].copy(), vectors)
+    assert search_figures(ads, np.ones((4, vectors.shape[1]), np.float32), [5], max_queries=4).recall == {5: 1.0}
+
+
+def test_search_for_a_user(run: Path, index: str, trained: TrainedRun, places: Places) -> None:
+    user, vector = 0, None
+    for batch, users in user_vectors(
+        trained, reader_of_test_samples(trained, str(places.folder / "samples")).batches()
+    ):
+        for sample in np.flatnonzero(batch.group_id_B == user):
+            vector = users[batch.group_of_sample_B[sample]]
+    keys, vectors = AdIndex.open(index).vectors()
+    assert vector is not None
+    expected = keys[np.argsort(-(vectors @ vector))[:4]]
+    done = call("search", "--run", run, "--index", index, "--user", user, "--k", 4)
+    assert done.exit_code == 0, done.stderr
+    found = [int(line.split("│")[1]) for line in done.stdout.splitlines() if line.startswith("│")]
+    assert found == expected.tolist()
+
+
+class TestMistakes:
+    @pytest.mark.parametrize("k", ["0", "ten", "10,", "-3"])
+    def test_k(self, run: Path, k: str) -> None:
+        done = call("eval", "--run", run, "--k", k)
+        assert (done.exit_code, "has to be positive whole numbers" in done.stderr) == (2, True)
+
+    def test_no_run(self, tmp_path: Path) -> None:
+        done = call("eval", "--run", tmp_path)
+        assert (done.exit_code, done.stderr.startswith(f"error: {tmp_path} is no run")) == (2, True)
+
+    def test_no_index(self, run: Path, tmp_path: Path) -> None:
+        done = call("eval", "--run", run, "--index", tmp_path)
+        assert (done.exit_code, f"error: {tmp_path} is no index of ads" in done.stderr) == (1, True)
+
+    def test_unknown_user(self, run: Path, index: str) -> None:
+        done = call("search", "--run", run, "--index", index, "--user", -1)
+        assert (done.exit_code, "error: user -1 has no sample in" in done.stderr) == (1, True)
+
+    def test_another_model(self, places: Places, index: str) -> None:
+        config = load_config(settings=places.settings(run__name="no-towers", train__max_steps=1))
+        train(config, SoloComm())
+        done = call("eval", "--run", Path(config.run.dir) / "no-towers", "--index", index)
+        assert done.exit_code == 2
+        assert "it has no vector of an ad; train one with model.base=two_tower" in done.stderr
+
+    def test_another_checkpoint(self, places: Places, index: str) -> None:
+        settings = places.settings(
+            model__base="two_tower", model__tower_width=6, run__name="others", train__max_steps=1
+        )
+        train(load_config(settings=settings), SoloComm())
+        done = call("eval", "--run", Path(places.folder) / "runs" / "others", "--index", index)
+        assert done.exit_code == 1
+        assert (
+            "has vectors of checkpoint step-00000015 of run towers, and not of step-00000001 of run others"
+            in done.stderr
+        )
+
+    def test_help_has_examples(self) -> None:
+        done = call("eval", "--help")
+        assert (done.exit_code, "horovodrun -np 2 python -m trainer.prerank eval" in done.stdout) == (0, True)
+
+
+def test_a_run_whose_configuration_was_changed_is_refused(run: Path, tmp_path: Path) -> None:
+    text = (run / "config.yaml").read_text()
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "checkpoints").symlink_to(run / "checkpoints")
+    (copy / "config.yaml").write_text(text.replace("tower_width: 6", "tower_width: 7"))
+    done = call("eval", "--run", copy)
+    assert done.exit_code == 1
+    assert "model.tower_width is 6 in the checkpoint and 7 in the run's configuration" in done.stderr

@@ -1,0 +1,241 @@
+"""Day after day: train each day from the run of the day before, evaluate it on the next one, keep a table.
+
+`python -m trainer.daily` is one rank; `horovodrun -np P python -m trainer.daily` is P of them. What is done stands in
+the runs' folders alone, so a job that was killed at any time goes on where it stopped.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trainer import daytable
+from trainer.config import Config, load_config
+from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.main import on_ranks, train, warm_settings
+
+if TYPE_CHECKING:
+    from trainer.comm import Comm
+
+EXAMPLES = """
+Examples:
+
+    python -m trainer.daily
+
+    horovodrun -np 8 python -m trainer.daily --samples-of-days data/samples --set run.name=daily
+
+    horovodrun -np 8 python -m trainer.daily --window-days 18 --warm-parts full --set run.name=full
+
+Every day is one run, RUN.DIR/RUN.NAME/DAY (data/runs/daily/2026-01-31). The table of all days stands beside them, as
+days.json and days.parquet. Start it again when another day's samples are there, or after a kill: it goes on where it
+stopped. The newest day is trained at once, and evaluated when the samples of the day after it have come. Exit codes are
+those of trainer.main.
+"""
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command(epilog=EXAMPLES)
+def main(
+    samples: Annotated[
+        str | None,
+        typer.Option(
+            "--samples-of-days", metavar="DIR", help="Folder with day=DAY*.parquet in train/ and test/: data.samples."
+        ),
+    ] = None,
+    window_days: Annotated[int, typer.Option(min=1, help="Days that each run trains on, its own day the last.")] = 1,
+    first_day: Annotated[str | None, typer.Option(metavar="DAY", help="Leave out the days before.")] = None,
+    last_day: Annotated[str | None, typer.Option(metavar="DAY", help="Leave out the days after.")] = None,
+    file: Annotated[Path | None, typer.Option("--config", help="YAML file over the default preset.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
+    ] = None,
+    warm_start: Annotated[
+        str | None, typer.Option(metavar="RUN", help="What the very first day begins with.", show_default="nothing")
+    ] = None,
+    warm_parts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PARTS",
+            help="What a day takes from the day before: none, partial (all but the ID vectors, the default), full, or "
+            "of images,model,ids with commas.",
+        ),
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="SECTION.FIELD=VALUE", help="More settings.")] = None,
+) -> None:
+    """Train day after day, each from the day before, on the newest snapshot of the store, and evaluate on the next."""
+    given = [] if samples is None else [f"data.samples={samples}"]
+    try:
+        loaded: Config | ConfigError = load_config(
+            file, [*(settings or []), *(more or []), *given, *warm_settings(warm_start, warm_parts)]
+        )
+        _check_days_given(first_day, last_day)
+    except ConfigError as failure:
+        loaded = failure
+    raise typer.Exit(on_ranks(loaded, partial(follow, window_days=window_days, first=first_day, last=last_day)))
+
+
+@dataclass(frozen=True)
+class Day:
+    """The run of one day: what it trains on, the day that it is evaluated on if that is there, and where it stands."""
+
+    name: str
+    train_days: tuple[str, ...]
+    test_day: str | None
+    folder: Path
+
+    def report(self) -> dict[str, Any] | None:
+        """What the run reported; None before its end."""
+        return daytable.report_of(self.folder)
+
+    @property
+    def is_done(self) -> bool:
+        """Trained, and evaluated where the next day is there."""
+        report = self.report()
+        return report is not None and (bool(report["metrics"]) or self.test_day is None)
+
+    def config(self, base: Config, before: Path | None) -> Config:
+        """Of the run, which begins with that in folder `before`, or goes on where it stopped."""
+        # Imported here as all of torch's company: not for --help.
+        from trainer.checkpoint import finished
+
+        resume = "latest" if finished(self.folder / "checkpoints") else None
+        run = {
+            "dir": str(self.folder.parent),
+            "name": self.name,
+            "resume": resume,
+            "warm_start": str(before) if before else base.run.warm_start,
+        }
+        data = {"train_days": list(self.train_days), "test_days": [self.test_day] if self.test_day else []}
+        return base.model_copy(
+            update={"run": base.run.model_copy(update=run), "data": base.data.model_copy(update=data)}
+        )
+
+
+def plan(days: Sequence[str], window_days: int, folder: Path) -> list[Day]:
+    """One run for each of `days`, ascending; the next day is the next one with samples."""
+    return [
+        Day(
+            day,
+            tuple(days[max(0, at + 1 - window_days) : at + 1]),
+            days[at + 1] if at + 1 < len(days) else None,
+            folder / day,
+        )
+        for at, day in enumerate(days)
+    ]
+
+
+def follow(base: Config, comm: "Comm", window_days: int = 1, first: str | None = None, last: str | None = None) -> None:
+    """All days that are not done yet, one after the other, and the table. Every rank calls it.
+
+    Raises TrainerError and FeatureStoreError, on all ranks together.
+    """
+    from trainer.run import on_rank_0
+
+    folder = Path(base.run.dir) / (base.run.name or "daily")
+
+    def opened() -> list[Day]:
+        _check_base(base)
+        _claim(folder, base, window_days)
+        days = plan(_days_of(base.data.samples), window_days, folder)
+        chosen = [day for day in days if (first or day.name) <= day.name <= (last or day.name)]
+        if not chosen:
+            raise DataError(f"--first-day and --last-day choose none of {days[0].name} to {days[-1].name}; change them")
+        return chosen
+
+    for day in on_rank_0(comm, opened):
+
+        def next_run(day: Day = day) -> Config | None:
+            return None if day.is_done else day.config(base, _run_before(day))
+
+        config = on_rank_0(comm, next_run)
+        if config is not None:
+            try:
+                train(config, comm)
+            except CheckpointError as failure:
+                raise CheckpointError(f"{failure}\nTo train {day.name} anew, remove {day.folder}") from failure
+            on_rank_0(comm, lambda: daytable.write(folder))
+    on_rank_0(comm, lambda: daytable.show(folder))
+
+
+def _check_days_given(*days: str | None) -> None:
+    for day in days:
+        if day is not None and not daytable.DAY.fullmatch(day):
+            raise ConfigError(f"{day} is not a day; write it as 2026-01-31")
+
+
+def _check_base(base: Config) -> None:
+    """Refuses settings that the days' runs cannot share."""
+    given = {
+        "run.resume": base.run.resume,
+        "run.overwrite": base.run.overwrite or None,
+        "data.train_days": base.data.train_days,
+        "data.test_days": base.data.test_days,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(f"{name}={value}: trainer.daily chooses it for each day; leave it out")
+    if base.train.early_stopping is not None:
+        raise ConfigError(
+            f"train.early_stopping={base.train.early_stopping}: a day is trained before the next one's samples are "
+            "there, so there is nothing to stop by; leave it out and choose train.epochs"
+        )
+
+
+def _days_of(samples: str) -> list[str]:
+    from featurestore.storage import Storage
+    from trainer.days import files_by_day
+
+    days = list(files_by_day(Storage(samples)))
+    if not days:
+        raise DataError(
+            f"data.samples={samples} has no file day=DAY*.parquet in train/ or test/; "
+            "write samples with: python jobs/build_samples.py"
+        )
+    return days
+
+
+def _claim(folder: Path, base: Config, window_days: int) -> None:
+    """Writes what all days share to `folder`/daily.json, and refuses to go on with something else."""
+    mine = {
+        "window_days": window_days,
+        "warm_parts": list(base.run.warm_parts),
+        "model": base.model.model_dump(mode="json"),
+        "train": base.train.model_dump(mode="json"),
+        "data": base.data.model_dump(mode="json", exclude={"store_version", "cache_dir", "prefetch_batches"}),
+    }
+    file = folder / "daily.json"
+    try:
+        if file.exists():
+            _check_same(mine, json.loads(file.read_text(encoding="utf-8")), file)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        daytable.replace_file(file, json.dumps(mine, indent=1).encode())
+    except (OSError, ValueError) as failure:
+        raise ConfigError(f"{file} cannot be used: {failure}; choose another run.dir or run.name") from failure
+
+
+def _check_same(mine: dict[str, Any], theirs: dict[str, Any], file: Path) -> None:
+    from trainer.checkpoint import flat
+
+    here, there = dict(flat(mine)), dict(flat(theirs))
+    differing = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
+    if differing:
+        lines = [f"{name} is {here.get(name)!r} here, {there.get(name)!r} there" for name in differing]
+        raise ConfigError(
+            f"{file} has other settings; set them back, or choose another run.name:\n  " + "\n  ".join(lines)
+        )
+
+
+def _run_before(day: Day) -> Path | None:
+    """The newest finished run of an earlier day, also where its samples are gone by now."""
+    before = [each for each in daytable.runs(day.folder.parent) if each.name < day.name]
+    return before[-1] if before else None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,65 @@
+"""ID dropout: in training, some samples show their ad as if it were new, so that the model learns to go by the rest.
+
+A new ad has a known category and a picture, but rows that nobody trained: of its own ID and of its image's ID. After
+DropoutNet (Volkovs et al., NIPS 2017), which drops the whole preference vector of an item, both are dropped together,
+and nothing is scaled up in return. They become zero, which is the mean of rows before their first step.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from featurestore.keys import key_of_uri, splitmix64
+from trainer.batch import Batch
+from trainer.exchange import FieldVectors
+from trainer.schema import Schema
+
+
+class IdDropout:
+    """Drops the ad's own IDs of a share `rate` of samples."""
+
+    def __init__(self, schema: Schema, rate: float, seed: int) -> None:
+        self.rate, self._seed = rate, seed
+        self.fields = own_ids_of_ads(schema)
+
+    def __call__(self, vectors: Mapping[str, FieldVectors], batch: Batch, step: int) -> dict[str, FieldVectors]:
+        """`vectors` with those of dropped samples replaced by zeros that have no gradient; for training step `step`."""
+        if self.rate == 0:
+            return dict(vectors)
+        dropped_B = torch.from_numpy(dropped(self._seed, step, batch.first_sample, batch.num_samples, self.rate))
+        return {name: _zeroed(field, dropped_B) if name in self.fields else field for name, field in vectors.items()}
+
+
+def own_ids_of_ads(schema: Schema) -> tuple[str, ...]:
+    """Fields whose value is new with a new ad: `new_ad_field`, and the IDs of its contents.
+
+    An ID field of the ad side is a content's ID when it reads the column of a content field.
+    """
+    contents = {field.column_name for field in schema.of_kind("content", side="ad")}
+    return tuple(
+        field.name
+        for field in schema.of_kind("id", "multi_id", side="ad")
+        if field.name == schema.new_ad_field or field.column_name in contents
+    )
+
+
+def dropped(seed: int, step: int, first_sample: int, num_samples: int, rate: float) -> NDArray[np.bool_]:
+    """Whether each of the samples from `first_sample` of the global batch on is dropped, (B,).
+
+    Counter based: splitmix64 of a stream start, drawn from (seed, step), plus the sample's place in the global batch.
+    So it depends neither on the number of ranks nor on what was drawn before.
+    """
+    start = np.uint64(key_of_uri(f"{seed}/id_dropout/{step}") & 0xFFFFFFFFFFFFFFFF)
+    counter_B = np.arange(first_sample, first_sample + num_samples, dtype=np.uint64) + start
+    unit_B = (splitmix64(counter_B.view(np.int64)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return unit_B < rate
+
+
+def _zeroed(field: FieldVectors, dropped_B: Tensor) -> FieldVectors:
+    """The values of dropped rows point to a row of zeros behind the others."""
+    vectors_UV = torch.cat([field.vectors_UV, field.vectors_UV.new_zeros(1, field.vectors_UV.shape[1])])
+    dropped_N = torch.repeat_interleave(dropped_B.to(field.index_N.device), field.lengths_M)
+    return FieldVectors(vectors_UV, field.index_N.masked_fill(dropped_N, len(field.vectors_UV)), field.lengths_M)

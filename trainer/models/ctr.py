@@ -1,0 +1,130 @@
+"""What all base nets share: which inputs a sample has, put side by side, images aggregated.
+
+Letters of shapes as in trainer/batch.py; W is any width.
+"""
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from trainer.batch import Batch
+from trainer.errors import ConfigError, DataError
+from trainer.exchange import FieldVectors
+from trainer.models.aggregators import build_aggregator, sum_pool
+from trainer.models.fields import nearest_of, tiers_of, used_fields, width_of
+from trainer.models.layers import take_rows
+from trainer.options import ModelConfig
+from trainer.schema import Field, Schema, Side
+
+Fields = Mapping[str, FieldVectors]
+Dense = Mapping[str, Tensor]
+
+
+class CtrModel(nn.Module):
+    """Base of the models: fields in, one logit a sample out.
+
+    Inputs are the ID vectors of every field (multi_id summed), dense fields, the visual vectors of the ad and the
+    aggregated visual vectors of the behaviours, each content field by its own E and aggregator.
+
+    Attentive pooling asks with the ad's visual vectors; with images=behavior there are none, and the ad's ID vectors
+    and dense values ask. Multi-query pooling asks with both.
+    """
+
+    def __init__(self, schema: Schema, config: ModelConfig, *, elsewhere: Collection[str] = ()) -> None:
+        """`elsewhere`: user fields that the model takes in by itself, not summed. Raises ConfigError."""
+        super().__init__()
+        self.fields = used_fields(schema, config)
+        self._elsewhere = frozenset(elsewhere)
+        width = {field.name: width_of(field, config) for field in self.fields}
+        queries = self._query_widths(config, width)
+        aggregators = {
+            field.name: build_aggregator(
+                config.pooling,
+                width[field.name],
+                queries,
+                attention_hidden=config.attention_hidden,
+                concat_length=config.concat_length,
+            )
+            for field in self._of("user", "content")
+        }
+        self.aggregators = nn.ModuleDict(aggregators)
+        self._num_tiers, self._only_nearest = config.similarity_tiers, config.similarity_top_k > 0
+        taken_in = [w for name, w in width.items() if name not in self._elsewhere and name not in aggregators]
+        self.input_width = sum(taken_in) + sum(each.width for each in aggregators.values())
+        self.input_width += self._num_tiers * len(aggregators)
+
+    def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
+        """Logits (B,). `fields`: id, multi_id and content; `dense`: (M, width) each; M = G or B by the field's side."""
+        raise NotImplementedError
+
+    def check(self, batch: Batch) -> DataError | None:
+        """What is wrong with a batch for this model; asked before its keys are exchanged, so that all ranks stop."""
+        return None
+
+    def inputs(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
+        """Everything that the model knows of each sample, (B, input_width)."""
+        user = [*self.id_vectors("user", fields), *self.dense_values("user", dense)]
+        return torch.cat(
+            [
+                *self.of_group(user, group_of_sample_B),
+                *self.id_vectors("ad", fields),
+                *self.dense_values("ad", dense),
+                *self.images(fields, dense, group_of_sample_B),
+            ],
+            dim=1,
+        )
+
+    def id_vectors(self, side: Side, fields: Fields) -> list[Tensor]:
+        """ID vectors of one side, (M, W) for each field."""
+        return [
+            sum_pool(fields[field.name]) if field.kind == "multi_id" else one_each(fields[field.name])
+            for field in self._of(side, "id", "multi_id")
+            if field.name not in self._elsewhere
+        ]
+
+    def dense_values(self, side: Side, dense: Dense) -> list[Tensor]:
+        """Dense values of one side, (M, W) for each field."""
+        return [dense[field.name] for field in self._of(side, "dense")]
+
+    def images(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> list[Tensor]:
+        """The ad's visual vectors, and the aggregated ones of the behaviours, (B, W) for each content field; then the
+        tiers of similarity, (B, T) for each behaviour field, where they are asked for."""
+        visual = [one_each(fields[field.name]) for field in self._of("ad", "content")]
+        ids = [*self.id_vectors("ad", fields), *self.dense_values("ad", dense)] if self._asks_with_ids else []
+        queries = [torch.cat(each, dim=1) for each in ((visual if self._asks_with_images else []), ids) if each]
+        names, of_sample_B = list(self.aggregators), group_of_sample_B
+        tiers = [dense[tiers_of(name)] for name in names] if self._num_tiers else []
+        if self._only_nearest:
+            names = [nearest_of(name) for name in names]
+            of_sample_B = torch.arange(len(group_of_sample_B), device=group_of_sample_B.device)
+        pools = zip(self.aggregators.values(), names, strict=True)
+        return [*visual, *(pool(fields[name], of_sample_B, queries) for pool, name in pools), *tiers]
+
+    def of_group(self, user: list[Tensor], group_of_sample_B: Tensor) -> list[Tensor]:
+        """The user's part (G, W) put together once per group, then handed to the group's samples: (B, W), or none."""
+        return [take_rows(torch.cat(user, dim=1), group_of_sample_B)] if user else []
+
+    def _query_widths(self, config: ModelConfig, width: Mapping[str, int]) -> list[int]:
+        """Widths of what the aggregators ask with; settles which of the two ask. Raises ConfigError."""
+        of_images = sum(width[field.name] for field in self._of("ad", "content"))
+        of_ids = sum(width[field.name] for field in self._of("ad", "id", "multi_id", "dense"))
+        attentive = config.pooling in ("attentive", "multi_query") and any(self._of("user", "content"))
+        self._asks_with_images = attentive and of_images > 0
+        self._asks_with_ids = attentive and (config.pooling == "multi_query" or of_images == 0)
+        if attentive and of_images + of_ids == 0:
+            raise ConfigError("model.pooling=attentive needs a field on side ad to ask with; set model.pooling=sum")
+        if attentive and config.pooling == "multi_query" and of_ids == 0:
+            raise ConfigError(
+                "model.pooling=multi_query asks with the ad's IDs too, and the schema has none on side ad; "
+                "add one, or set model.pooling=attentive"
+            )
+        return [of_images] * self._asks_with_images + [of_ids] * self._asks_with_ids
+
+    def _of(self, side: Side, *kinds: str) -> list[Field]:
+        return [field for field in self.fields if field.side == side and field.kind in kinds]
+
+
+def one_each(field: FieldVectors) -> Tensor:
+    """The vector of each row of a field that has one value a row, (M, V)."""
+    return take_rows(field.vectors_UV, field.index_N)

@@ -1,0 +1,49 @@
+"""Which fields of the schema a model looks at, and how wide the vectors of each are."""
+
+from trainer.errors import ConfigError
+from trainer.options import ModelConfig
+from trainer.schema import Field, Schema, Side
+
+_SIDES: dict[str, frozenset[Side]] = {
+    "none": frozenset(),
+    "ad": frozenset({"ad"}),
+    "behavior": frozenset({"user"}),
+    "both": frozenset({"user", "ad"}),
+}
+
+
+def used_fields(schema: Schema, config: ModelConfig) -> tuple[Field, ...]:
+    """The fields that the model looks at: all ID and dense ones, and content ones as `images` says.
+
+    Raises ConfigError where `images` asks for a side on which the schema has no content field.
+    """
+    wanted = _SIDES[config.images]
+    for side in sorted(wanted):
+        if not any(field.kind == "content" and field.side == side for field in schema.fields):
+            raise ConfigError(
+                f"model.images={config.images} needs a field of kind content on side {side}, and the schema has none; "
+                "add one to the schema, or set model.images to what it has"
+            )
+    fields = tuple(f for f in schema.fields if f.kind != "content" or f.side in wanted)
+    if not any(field.is_id or field.kind == "content" for field in fields):
+        raise ConfigError("the schema has no field of kind id, multi_id or content; the model needs one")
+    return fields
+
+
+def tiers_of(behaviors: str) -> str:
+    """Name of the dense input that says how similar a behaviour field's images are to the ad's, (B, T)."""
+    return f"{behaviors}.tiers"
+
+
+def nearest_of(behaviors: str) -> str:
+    """Name of a behaviour field's vectors that are nearest to the ad, a list for each sample instead of each group."""
+    return f"{behaviors}.nearest"
+
+
+def width_of(field: Field, config: ModelConfig) -> int:
+    """Width of the field's vectors: as the schema says, else the model's for its kind; dense: numbers a row."""
+    if field.width is not None:
+        return field.width
+    if field.kind == "dense":
+        return 1
+    return config.visual_width if field.kind == "content" else config.id_width

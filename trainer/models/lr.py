@@ -1,0 +1,40 @@
+"""Logistic regression: one weight for each id, for each dense value and for each element of the visual vectors."""
+
+import torch
+from torch import Tensor, nn
+
+from trainer.models.ctr import CtrModel, Dense, Fields
+from trainer.options import ModelConfig
+from trainer.schema import Schema
+
+
+class Lr(CtrModel):
+    """logit = b + sum of the weights of all ids of the sample + w . (dense values, visual vectors).
+
+    The weight of an id is a row of its table, which is one number wide here, whatever width the schema or the model
+    names: a linear layer over 12-wide ID vectors would spend twelve parameters and twelve Adam moments on an id for
+    the same one number, and would learn a product of two factors in its place. Visual vectors keep their width, so
+    with images a step has a second collective of vectors, of one number an id. Images are E's and the aggregator's, as
+    in the other base nets. w and b start at zero, the ids' weights as all tables do.
+    """
+
+    def __init__(self, schema: Schema, config: ModelConfig) -> None:
+        narrow = tuple(field.model_copy(update={"width": 1}) if field.is_id else field for field in schema.fields)
+        super().__init__(schema.model_copy(update={"fields": narrow}), config)
+        num_ids = sum(field.is_id for field in self.fields)
+        self.weight = nn.Parameter(torch.zeros(self.input_width - num_ids))
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
+        ids = [*self.of_group(self.id_vectors("user", fields), group_of_sample_B), *self.id_vectors("ad", fields)]
+        others = [
+            *self.of_group(self.dense_values("user", dense), group_of_sample_B),
+            *self.dense_values("ad", dense),
+            *self.images(fields, dense, group_of_sample_B),
+        ]
+        logit_B = self.bias.expand(len(group_of_sample_B))
+        if ids:
+            logit_B = logit_B + torch.cat(ids, dim=1).sum(dim=1)
+        if others:
+            logit_B = logit_B + torch.cat(others, dim=1) @ self.weight
+        return logit_B

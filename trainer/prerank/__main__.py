@@ -1,0 +1,196 @@
+"""python -m trainer.prerank: measure an index of ads, and ask it; the towers are trained by trainer.main."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trainer.errors import ConfigError, LostRankError, RemoteRankError, SchemaError, TrainerError
+
+if TYPE_CHECKING:
+    from trainer.comm import Comm
+
+OK, FAILED, USAGE = 0, 1, 2
+# horovodrun ends the other ranks when the first one fails: rank 0 has to be given the time to say why.
+_GRACE_S = 1.0
+
+Run = Annotated[Path, typer.Option(help="Folder of a run with model.base=two_tower.")]
+Index = Annotated[str, typer.Option(help="Folder or address of the index, from jobs/build_ad_index.py.")]
+Checkpoint = Annotated[str, typer.Option(help="latest, or the path of a checkpoint.")]
+Samples = Annotated[
+    str | None, typer.Option(help="Folder or address with test/*.parquet.", show_default="those of the run")
+]
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown", no_args_is_help=True)
+
+
+@app.callback()
+def main() -> None:
+    """Pre-rank: measure and ask an index of ads that a two-tower run made."""
+
+
+@app.command(
+    "eval",
+    epilog="Examples:\n\n"
+    "    python -m trainer.prerank eval --run data/runs/towers --index data/ad-index\n\n"
+    "    horovodrun -np 2 python -m trainer.prerank eval --run data/runs/towers --k 10,100,1000 --json figures.json\n\n"
+    "    python -m trainer.prerank eval --run data/runs/towers --effort 16",
+)
+def evaluate_index(
+    run: Run,
+    index: Index = "data/ad-index",
+    k: Annotated[str, typer.Option(metavar="K,K", help="Candidates of a search.")] = "10,100",
+    queries: Annotated[int, typer.Option(min=1, help="Users to search for, at most.")] = 1000,
+    effort: Annotated[
+        int | None,
+        typer.Option(min=1, help="Lists that ivf looks at, candidates that hnsw keeps.", show_default="the index's"),
+    ] = None,
+    samples: Samples = None,
+    checkpoint: Checkpoint = "latest",
+    out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
+) -> None:
+    """GAUC of the run, recall of the index against exact search, and the time that a search takes."""
+    counts = _counts(k)
+
+    def work(comm: "Comm") -> None:
+        from trainer.prerank.artifact import AdIndex
+        from trainer.prerank.evaluate import report_of, score, search_figures
+        from trainer.prerank.vectors import origin_of
+        from trainer.trained import on_all, open_trained
+
+        with contextlib.closing(open_trained(run, comm, which=checkpoint)) as trained:
+            ads = on_all(comm, lambda: AdIndex.open(index) if comm.rank == 0 else None)
+            origin = on_all(comm, lambda: origin_of(trained))
+            on_all(comm, lambda: ads.check_origin(origin) if ads else None)
+            metrics, users_KW = score(trained, samples or trained.config.data.samples)
+            if ads:
+                report = report_of(trained, ads, metrics, search_figures(ads, users_KW, counts, queries, effort))
+                _show(report)
+                if out:
+                    _write(out, report)
+
+    _on_ranks(work)
+
+
+@app.command(epilog="Example: `python -m trainer.prerank search --run data/runs/towers --user 17 --k 5`")
+def search(
+    run: Run,
+    user: Annotated[int, typer.Option(help="A user of the test samples.")],
+    index: Index = "data/ad-index",
+    k: Annotated[int, typer.Option(min=1, help="Ads to find.")] = 10,
+    samples: Samples = None,
+    checkpoint: Checkpoint = "latest",
+) -> None:
+    """Find the ads that suit a user best, as the user was in their last test sample."""
+
+    def work(comm: "Comm") -> None:
+        from trainer.prerank.artifact import AdIndex
+        from trainer.prerank.evaluate import candidates
+        from trainer.prerank.vectors import origin_of
+        from trainer.trained import open_trained
+
+        if comm.size > 1:
+            raise ConfigError("search is for one rank; start it without horovodrun")
+        with contextlib.closing(open_trained(run, comm, which=checkpoint)) as trained:
+            ads = AdIndex.open(index)
+            ads.check_origin(origin_of(trained))
+            found = candidates(trained, ads, samples or trained.config.data.samples, user, k)
+            rows = [(str(key), f"{value:.4f}") for key, value in found]
+            _print_table([ads.state.origin.key_column, "inner product"], rows)
+
+    _on_ranks(work)
+
+
+def _counts(text: str) -> list[int]:
+    """The numbers of `--k`."""
+    try:
+        counts = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        counts = [0]
+    if counts[0] < 1:
+        raise typer.BadParameter(f"{text} has to be positive whole numbers with commas, as 10,100", param_hint="--k")
+    return counts
+
+
+def _on_ranks(work: "Callable[[Comm], None]") -> None:
+    """Does the work on this rank; what goes wrong becomes one message of rank 0 and an exit code."""
+    from featurestore.errors import FeatureStoreError
+    from trainer.comm import connect
+
+    try:
+        comm = connect()
+    except TrainerError as failure:
+        _tell(failure)
+        raise typer.Exit(FAILED) from failure
+    code = OK
+    with contextlib.closing(comm):
+        try:
+            work(comm)
+        except (TrainerError, FeatureStoreError) as failure:
+            if comm.rank == 0 or isinstance(failure, LostRankError):
+                _tell(failure)
+            else:
+                time.sleep(_GRACE_S)
+            code = USAGE if isinstance(failure, ConfigError | SchemaError) else FAILED
+    if comm.is_stuck:  # a collective of Horovod is under way for ever, and Python's end would wait for it
+        sys.stdout.flush()
+        os._exit(code)
+    raise typer.Exit(code)
+
+
+def _tell(failure: Exception) -> None:
+    text = failure.text if isinstance(failure, RemoteRankError) else str(failure)
+    where = f"rank {failure.rank}: " if isinstance(failure, RemoteRankError) else ""
+    print(f"error: {where}{text}", file=sys.stderr, flush=True)
+
+
+def _show(report: Mapping[str, Any]) -> None:
+    index, metrics, figures = report["index"], report["metrics"], report["search"]
+    print(
+        f"{report['run']}, {report['checkpoint']}: {metrics['impressions']:,} test impressions, "
+        f"{index['ads']:,} ads under {index['kind']}, {figures['queries']:,} searches on one thread"
+    )
+    rows = [(name, _figure(metrics[name])) for name in ("gauc", "auc", "logloss", "new_ad_gauc", "new_ad_auc")]
+    rows += [(f"recall@{count}", f"{recall:.4f}") for count, recall in figures["recall"].items()]
+    _print_table(["measure", "value"], rows)
+    names = ("queries_per_s", "p50_ms", "p95_ms", "p99_ms", "batched_queries_per_s")
+    exact, mine = figures["exact"], figures["index"]
+    _print_table(
+        [f"search for {max(figures['recall'])}", index["kind"], "exact"],
+        [(name.replace("_", " "), _figure(mine[name]), _figure(exact[name])) for name in names],
+    )
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "not defined"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
+
+
+def _print_table(names: list[str], rows: Sequence[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for number, name in enumerate(names):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False, highlight=False).print(table)
+
+
+def _write(path: Path, report: Mapping[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as failure:
+        raise TrainerError(f"cannot write --json {path}: {failure}") from failure
+
+
+if __name__ == "__main__":
+    app()

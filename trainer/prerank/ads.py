@@ -1,0 +1,152 @@
+"""The ads that get a vector: rows of a table with the ad's columns, or the distinct ads of samples.
+
+Either way they become sample groups with one ad each and nothing else, so the engine takes them as it takes samples.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from featurestore.storage import Storage
+from trainer.batch import Batch, Jagged
+from trainer.columns import Groups, Index, Rows, Rule, concatenate, decode, rules_of
+from trainer.comm import SoloComm
+from trainer.data import RowGroup, open_index, read_row_group, row_groups_of_table
+from trainer.errors import DataError
+from trainer.schema import Field, Schema
+
+_SPLITS = ("train", "test")
+_ONE_A_ROW = "one sample a row"
+
+
+@dataclass(frozen=True)
+class Ads:
+    """Ads in memory: row n of every column belongs to ad n, whose key is `keys_N[n]`; no key comes twice."""
+
+    keys_N: Index
+    columns: Mapping[str, Rows]
+
+    def batches(self, schema: Schema, fields: Sequence[Field], size: int) -> Iterator[Batch]:
+        """The ads as batches without users and context: of all fields but `fields` there is no row."""
+        names = {field.name for field in fields}
+        for start in range(0, len(self.keys_N), size):
+            index_B = np.arange(start, min(start + size, len(self.keys_N)))
+            taken = {
+                field.name: self.columns[field.column_name].take(index_B)
+                for field in schema.fields
+                if field.name in names
+            }
+            yield _batch(schema, taken, len(index_B))
+
+
+def key_column(schema: Schema) -> str:
+    """The column that tells ads apart: that of the schema's `new_ad_field`."""
+    return next(field.column_name for field in schema.fields if field.name == schema.new_ad_field)
+
+
+def ads_of_table(address: str, schema: Schema, fields: Sequence[Field]) -> Ads:
+    """The rows of a Parquet file, or of a folder of them, with the columns of `fields`: one value or list a row.
+
+    Raises DataError for bad files and values and for a key that comes twice, SchemaError for missing columns.
+    """
+    storage, names = _files(address)
+    rules = {
+        column: replace(rule, side="user", depth=rule.depth - 1) for column, rule in _rules(schema, fields).items()
+    }
+    parts = [part for name in names for part in _parts(storage, name, rules)]
+    if not parts:
+        raise DataError(f"--ads {address}: there is no *.parquet file with a row in it; give a table of ads")
+    column = key_column(schema)
+    columns = concatenate(parts).columns
+    keys_U, count_U = np.unique(columns[column].values, return_counts=True)
+    if (twice := keys_U[count_U > 1]).size:
+        raise DataError(f"--ads {address}: {column}={twice[0]} stands in several rows; an ad has one row")
+    return Ads(columns[column].values, columns)
+
+
+def ads_of_samples(samples: str, schema: Schema, fields: Sequence[Field]) -> Ads:
+    """The distinct ads of train and test samples; one that changed is taken as its last impression has it.
+
+    Last: in the order of test after train, of file names, and of rows. Raises DataError, SchemaError.
+    """
+    storage, column = Storage(samples), key_column(schema)
+    splits = [split for split in _SPLITS if any(name.endswith(".parquet") for name in storage.list(split))]
+    if not splits:
+        raise DataError(
+            f"--samples {samples}: it has no train and no test samples; give a folder with samples, or --ads"
+        )
+    rules = {schema.label: Rule("ad", 1, "integer"), **_rules(schema, fields)}
+    seen, parts = np.empty(0, np.int64), []
+    for split in reversed(splits):
+        for row_group in reversed(open_index(SoloComm(), samples, split, schema).row_groups):
+            last = _last_ads(storage, row_group, rules, schema.label, column, seen)
+            seen = np.union1d(seen, last.columns[column].values)
+            parts.append(last)
+    columns = concatenate(parts).columns
+    return Ads(columns[column].values, columns)
+
+
+def _rules(schema: Schema, fields: Sequence[Field]) -> dict[str, Rule]:
+    """Of the columns of these fields and of the key, as they are in samples."""
+    wanted = {field.column_name for field in fields} | {key_column(schema)}
+    return {column: rule for column, rule in rules_of(schema).items() if column in wanted}
+
+
+def _files(address: str) -> tuple[Storage, list[str]]:
+    """The folder and the names in it of a Parquet file, or of all of them in a folder."""
+    if not address.endswith(".parquet"):
+        storage = Storage(address)
+        return storage, [each for each in storage.list() if each.endswith(".parquet")]
+    folder, slash, name = address.rpartition("/")
+    storage = Storage(folder or slash or ".")
+    return storage, [each for each in storage.list() if each == name]
+
+
+def _parts(storage: Storage, file: str, rules: Mapping[str, Rule]) -> Iterator[Groups]:
+    """The row groups of a table of ads."""
+    for row_group in row_groups_of_table(storage, file, rules):
+        table, count = read_row_group(storage, row_group, list(rules)), row_group.num_groups
+        offsets: Any = pa.array(np.arange(count + 1, dtype=np.int32))
+        labels: Any = pa.ListArray.from_arrays(offsets, pa.array(np.zeros(count, np.int8)))
+        table = table.append_column(_ONE_A_ROW, labels)
+        with_label = {**rules, _ONE_A_ROW: Rule("ad", 1, "integer")}
+        groups = decode(table, with_label, _ONE_A_ROW, storage.full(file), row_group.first_row)
+        yield Groups({column: groups.columns[column] for column in rules}, groups.sample_offsets)
+
+
+def _last_ads(
+    storage: Storage, row_group: RowGroup, rules: Mapping[str, Rule], label: str, column: str, seen: Index
+) -> Groups:
+    """Of every ad of the row group that is not among `seen` its last impression."""
+    table = read_row_group(storage, row_group, list(rules))
+    columns = decode(table, rules, label, storage.full(row_group.file), row_group.first_row).columns
+    keys_B = columns[column].values
+    keys_U, first_U = np.unique(keys_B[::-1], return_index=True)
+    index_U = (len(keys_B) - 1 - first_U)[~np.isin(keys_U, seen)]
+    return Groups(
+        {name: _rows(rows, index_U) for name, rows in columns.items() if name != label}, np.arange(len(index_U) + 1)
+    )
+
+
+def _rows(rows: Rows, index_M: Index) -> Rows:
+    """These rows alone."""
+    values, lengths_M = rows.take(index_M)
+    return Rows(values, None if rows.offsets is None else np.concatenate([[0], np.cumsum(lengths_M)]).astype(np.int64))
+
+
+def _batch(schema: Schema, taken: Mapping[str, tuple[np.ndarray, np.ndarray]], count: int) -> Batch:
+    nothing = np.empty(0, np.int64), np.empty(0, np.int32)
+    return Batch(
+        fields={f.name: Jagged(*taken.get(f.name, nothing)) for f in schema.of_kind("id", "multi_id", "content")},
+        dense={
+            f.name: taken.get(f.name, nothing)[0].astype(np.float32).reshape(-1, f.width or 1)
+            for f in schema.of_kind("dense")
+        },
+        group_of_sample_B=np.zeros(count, np.int64),
+        label_B=np.zeros(count, np.float32),
+        group_id_B=np.zeros(count, np.int64),
+        global_samples=count,
+    )

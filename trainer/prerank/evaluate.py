@@ -1,0 +1,166 @@
+"""What pre-ranking by a run and its index is worth: GAUC of the towers, recall of the index, time of a search.
+
+Letters of shapes: K queries, C candidates found of each, W width of the vectors.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from featurestore.index import VectorIndex, use_threads
+from trainer.batch import Batch
+from trainer.columns import rules_of
+from trainer.data import SampleReader, distinct_values, open_index
+from trainer.errors import DataError
+from trainer.evaluation.quick import Metrics, evaluate
+from trainer.prefetch import read_ahead
+from trainer.prerank.ads import key_column
+from trainer.prerank.artifact import AdIndex
+from trainer.prerank.vectors import finite, towers, user_vectors
+from trainer.trained import TrainedRun
+
+Vectors = NDArray[np.float32]
+# Scores of two structures differ in the last bits; what is nearer than this is as good.
+_TIE = 1e-5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Searches one by one, each on one thread, and all of them together on that thread."""
+
+    queries_per_s: float
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    batched_queries_per_s: float
+
+
+@dataclass(frozen=True)
+class SearchFigures:
+    """What K searches gave. `recall`: by number of candidates, the share of the best ads that the index found."""
+
+    queries: int
+    effort: int | None
+    recall: dict[int, float]
+    index: Timing
+    exact: Timing
+
+
+def test_reader(trained: TrainedRun, samples: str) -> SampleReader:
+    """The test samples, one part of them for each rank. Raises DataError, SchemaError."""
+    comm = trained.comm
+    index, size = open_index(comm, samples, "test", trained.schema), trained.config.train.eval_batch_size
+    return SampleReader(index, trained.schema, rank=comm.rank, num_ranks=comm.size, batch_size=size, by_part=True)
+
+
+def score(trained: TrainedRun, samples: str) -> tuple[Metrics, Vectors]:
+    """Metrics of the run on test impressions, and the vectors of all test groups, (K, W), the same on every rank.
+
+    Every rank calls it. Raises DataError, SchemaError, TrainerError.
+    """
+    comm, engine, model = trained.comm, trained.engine, towers(trained)
+    column, kept = key_column(trained.schema), [torch.empty(0, model.width)]
+    known_ads = distinct_values(
+        comm, open_index(comm, samples, "train", trained.schema), column, rules_of(trained.schema)[column]
+    )
+
+    def network(fields: Any, dense: Any, group_of_sample_B: Tensor) -> Tensor:
+        kept.append(model.user_vectors(fields, dense).cpu())
+        logit_B: Tensor = model(fields, dense, group_of_sample_B)
+        return logit_B
+
+    def predicted(items: Iterator[Batch | Exception]) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
+        for item in items:
+            prepared = engine.prepare(item, "eval")
+            yield prepared.batch, engine.compute(prepared, network)
+
+    batches = test_reader(trained, samples).batches()
+    with contextlib.closing(read_ahead(batches, trained.config.data.prefetch_batches)) as ahead:
+        metrics = evaluate(comm, predicted(ahead), known_ads, trained.schema.new_ad_field)
+    return metrics, finite(comm.allgather(torch.cat(kept).float(), "user_vectors").numpy())
+
+
+def search_figures(
+    ads: AdIndex, users_KW: Vectors, counts: Sequence[int], max_queries: int, effort: int | None = None
+) -> SearchFigures:
+    """Recall and time of searches for at most so many of the users, drawn by a fixed seed; K >= 1.
+
+    Exact is a flat index over the exported vectors. An ad whose score is that of the last of the best is one of them:
+    ads with equal vectors must not count as misses. Times are of the largest of `counts`.
+    """
+    chosen_K = np.random.default_rng(0).permutation(len(users_KW))[:max_queries]
+    queries_KW = np.ascontiguousarray(users_KW[np.sort(chosen_K)])
+    exact = VectorIndex.build("flat", *ads.vectors())
+    use_threads(1)
+    most = max(counts)
+    _, best_KC = exact.search(queries_KW, most)
+    _, found_KC = ads.index.search(queries_KW, most, effort)
+    recall = {}
+    for count in sorted(set(counts)):
+        # A search for `count` of an approximate index may find others than the first of a search for more.
+        score_KC = found_KC if count == most else ads.index.search(queries_KW, count, effort)[1]
+        last_K1 = best_KC[:, : score_KC.shape[1]][:, -1:]
+        recall[count] = float((score_KC >= last_K1 - _TIE * np.abs(last_K1)).mean())
+    return SearchFigures(
+        queries=len(queries_KW),
+        effort=effort or ads.index.effort,
+        recall=recall,
+        index=_timed(ads.index, queries_KW, most, effort),
+        exact=_timed(exact, queries_KW, most, None),
+    )
+
+
+def report_of(trained: TrainedRun, ads: AdIndex, metrics: Metrics, figures: SearchFigures) -> dict[str, Any]:
+    """Everything, ready for JSON."""
+    state = ads.state
+    return {
+        "run": str(trained.folder),
+        "checkpoint": trained.path.name,
+        "store_version": trained.store_version,
+        "index": {
+            "kind": state.kind,
+            "version": state.version,
+            "dim": state.dim,
+            "ads": state.num_ads,
+            "replaced": state.num_replaced,
+        },
+        "metrics": metrics,
+        "search": asdict(figures),
+    }
+
+
+def candidates(trained: TrainedRun, ads: AdIndex, samples: str, user: int, count: int) -> list[tuple[int, float]]:
+    """Keys and inner products of the ads that suit a user best, as the user was in their last test group.
+
+    For one rank. Raises DataError where no test sample is of that user.
+    """
+    last: Batch | None = None
+    for batch in test_reader(trained, samples).batches():
+        if (batch.group_id_B == user).any():
+            last = batch
+    if last is None:
+        raise DataError(f"user {user} has no sample in {samples}/test; choose one that has, or other --samples")
+    _, vectors_GW = next(user_vectors(trained, iter([last])))
+    group = last.group_of_sample_B[last.group_id_B == user][-1]
+    keys_1C, score_1C = ads.index.search(vectors_GW[group : group + 1], count)
+    return [(int(key), float(value)) for key, value in zip(keys_1C[0], score_1C[0], strict=True) if np.isfinite(value)]
+
+
+def _timed(index: VectorIndex, queries_KW: Vectors, count: int, effort: int | None) -> Timing:
+    seconds = []
+    for query_W in queries_KW:
+        start = time.perf_counter()
+        index.search(query_W[None], count, effort)
+        seconds.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    index.search(queries_KW, count, effort)
+    batched_s = time.perf_counter() - start
+    p50, p95, p99 = np.percentile(np.array(seconds) * 1000, [50, 95, 99]).tolist()
+    return Timing(len(seconds) / sum(seconds), p50, p95, p99, len(seconds) / batched_s)

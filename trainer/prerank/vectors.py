@@ -1,0 +1,77 @@
+"""Vectors of a trained two-tower run: of ads for an index, and of the users of samples."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.batch import Batch
+from trainer.errors import ConfigError, TrainerError
+from trainer.exchange import FieldVectors
+from trainer.models.two_tower import TwoTower
+from trainer.prerank.ads import Ads, key_column
+from trainer.prerank.artifact import IndexOrigin
+from trainer.trained import TrainedRun
+
+Vectors = NDArray[np.float32]
+
+
+def towers(trained: TrainedRun) -> TwoTower:
+    """The run's model. Raises ConfigError where it is another."""
+    model = trained.engine.model
+    if not isinstance(model, TwoTower):
+        raise ConfigError(
+            f"{trained.folder} has model.base={trained.config.model.base}: it has no vector of an ad; "
+            "train one with model.base=two_tower"
+        )
+    return model
+
+
+def origin_of(trained: TrainedRun) -> IndexOrigin:
+    """What an index has to say of the vectors of this run and checkpoint."""
+    return IndexOrigin(
+        run=trained.folder.name,
+        checkpoint=trained.path.name,
+        checkpoint_digest=trained.digest,
+        key_column=key_column(trained.schema),
+        bias=float(towers(trained).bias.detach()),
+    )
+
+
+def ad_vectors(
+    trained: TrainedRun, ads: Ads, batch_size: int, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Vectors:
+    """The vectors of all ads, (N, W) float32; for a run opened by one rank.
+
+    `progress` is told ads done and all of them. Raises MissingKeysError for an image without a feature where the run
+    was trained with data.missing=error, TrainerError where a vector is not finite.
+    """
+    model = towers(trained)
+
+    def network(fields: Mapping[str, FieldVectors], dense: Mapping[str, Tensor], _: Tensor) -> Tensor:
+        return model.ad_vectors(fields, dense)
+
+    parts = [np.empty((0, model.width))]
+    for batch in ads.batches(trained.schema, model.ad_fields, batch_size):
+        parts.append(trained.engine.compute(trained.engine.prepare(batch, "eval"), network))
+        progress(sum(map(len, parts)), len(ads.keys_N))
+    return finite(np.concatenate(parts).astype(np.float32))
+
+
+def user_vectors(trained: TrainedRun, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Vectors]]:
+    """Each batch with the vectors of its groups, (G, W) float32. All ranks take equally many."""
+    model = towers(trained)
+
+    def network(fields: Mapping[str, FieldVectors], dense: Mapping[str, Tensor], _: Tensor) -> Tensor:
+        return model.user_vectors(fields, dense)
+
+    for batch in batches:
+        yield batch, finite(trained.engine.compute(trained.engine.prepare(batch, "eval"), network).astype(np.float32))
+
+
+def finite(vectors_NW: Vectors) -> Vectors:
+    """The same vectors. Raises TrainerError where one is not finite: an index of such numbers would lie."""
+    if not np.isfinite(vectors_NW).all():
+        raise TrainerError("the run's vectors are not finite numbers; its training went wrong, try a lower train.lr")
+    return vectors_NW

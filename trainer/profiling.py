@@ -1,0 +1,39 @@
+"""A trace of a few steps in Chrome's format, in which every stage has its name: for chrome://tracing or Perfetto."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+SKIPPED_STEPS, TRACED_STEPS = 5, 5
+"""The first steps pay for buffers and caches; one more warms the profiler itself up."""
+
+
+@contextmanager
+def tracing(folder: Path | None, rank: int) -> Iterator[Callable[[], None]]:
+    """Call what it gives after every step. Writes `folder`/trace-rank-N.json; nothing where `folder` is None.
+
+    A run of fewer steps than are skipped and traced has a trace of those that it had, or none.
+    """
+    if folder is None:
+        yield _nothing
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = str(folder / f"trace-rank-{rank}.json")
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(
+        activities=activities,
+        schedule=schedule(wait=SKIPPED_STEPS, warmup=1, active=TRACED_STEPS, repeat=1),
+        on_trace_ready=lambda done: done.export_chrome_trace(path),
+        # The next step is prepared in a thread of its own.
+        experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True),
+    ) as profiler:
+        yield profiler.step
+
+
+def _nothing() -> None:
+    """A step of a run that is not traced."""

@@ -1,0 +1,119 @@
+"""python -m trainer.schema: look at data and write a first schema of it, and check a schema against samples."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from featurestore.errors import FeatureStoreError
+from featurestore.storage import Storage
+from trainer.errors import DataError, SchemaError, TrainerError
+from trainer.schema import logs, samples
+from trainer.schema.columns import content_of, data_files, inner_type, read_tables
+from trainer.schema.fields import load_schema
+
+FAILED, USAGE = 1, 2
+BATCH_SIZE = 8192
+EXAMPLES = """
+Examples:
+
+    python -m trainer.schema inspect data/samples --out schema.yaml
+
+    python -m trainer.schema inspect data/mylogs --out mapping.yaml
+
+    python -m trainer.schema check schema.yaml data/samples
+"""
+
+app = typer.Typer(
+    help="Look at data and write a first schema of it, and check a schema against samples.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    epilog=EXAMPLES,
+)
+
+
+@app.command(epilog="Example: `python -m trainer.schema inspect data/samples --out schema.yaml`")
+def inspect(
+    data: Annotated[str, typer.Argument(help="Folder or address of sample groups, or of raw logs (CSV or Parquet).")],
+    out: Annotated[Path | None, typer.Option(help="File to write; must be new.", show_default="the terminal")] = None,
+    label: Annotated[str, typer.Option(help="Column of labels, in sample groups.")] = "label",
+    group: Annotated[str, typer.Option(help="Column that groups samples for GAUC.")] = "user",
+    rows: Annotated[int, typer.Option(min=1, help="Look at so many rows at most.")] = 200_000,
+) -> None:
+    """Write a first schema of sample groups, or a first mapping of raw logs for jobs/build_samples.py.
+
+    With types, numbers of different values, and suggested kinds, sides and table sizes as comments.
+    """
+    with _user_errors():
+        storage = Storage(data)
+        if has_lists(storage):
+            schema, made, table = samples.inspect_samples(storage, label, group, rows)
+            text = samples.render(schema, made, table, data)
+        else:
+            text = logs.render(logs.inspect_logs(storage, rows), data)
+        if out is None:
+            sys.stdout.write(text)
+        else:
+            _write_new(out, text)
+
+
+@app.command(epilog="Example: `python -m trainer.schema check schema.yaml data/samples`")
+def check(
+    schema: Annotated[Path, typer.Argument(help="YAML file.")],
+    data: Annotated[str, typer.Argument(help="Folder or address of sample groups with train/ and test/.")],
+) -> None:
+    """Read every sample as a run would, and say the first thing that does not fit the schema."""
+    from trainer.comm import SoloComm
+    from trainer.data import SampleReader, open_index
+
+    with _user_errors():
+        fields = load_schema(schema)
+        for split in ("train", "test"):
+            index = open_index(SoloComm(), data, split, fields)
+            for _ in SampleReader(index, fields, batch_size=BATCH_SIZE).batches():
+                pass
+            typer.echo(f"{split:<6} {index.num_samples:,} samples in {index.num_groups:,} groups fit the schema")
+
+
+def has_lists(storage: Storage) -> bool:
+    """Whether the first file has columns of lists of numbers, as sample groups do and raw logs do not.
+
+    Raises DataError where there is no file.
+    """
+    files = data_files(storage)
+    if not files:
+        raise DataError(f"{storage.url}: no .parquet, .csv or .tsv files")
+    for table in read_tables(storage, files[0], 1):
+        types = [inner_type(field.type) for field in table.schema]
+        return any(depth and content_of(kind) in ("integer", "real") for kind, depth in types)
+    return False
+
+
+def _write_new(path: Path, text: str) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise SchemaError(f"--out {path} is there already; name another file, or remove it") from error
+    except OSError as error:
+        raise SchemaError(f"--out {path} cannot be written: {error}") from error
+    typer.echo(f"written      {path}")
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """One line on stderr instead of a traceback; exit code 2 for a schema, 1 for data."""
+    try:
+        yield
+    except (TrainerError, FeatureStoreError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise typer.Exit(USAGE if isinstance(error, SchemaError) else FAILED) from None
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m trainer.schema")

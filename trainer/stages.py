@@ -1,0 +1,88 @@
+"""Where the time of a step goes: named stages, timed on whatever thread they run, and named in a profiler's trace."""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from torch.profiler import record_function
+
+Stage = Literal[
+    # Of step t + 1, in a thread beside step t.
+    "read",
+    "unique",
+    "exchange keys",
+    "gather",
+    "compare images",
+    # Of step t itself.
+    "wait for the next batch",
+    "embed images",
+    "exchange vectors",
+    "worker forward",
+    "worker backward",
+    "exchange gradients",
+    "embed backward",
+    "update id rows",
+    "reduce gradients",
+    "update dense",
+]
+AHEAD: tuple[Stage, ...] = ("read", "unique", "exchange keys", "gather", "compare images")
+WAIT: Stage = "wait for the next batch"
+
+_KEPT_STEPS = 1000
+
+
+class Stages:
+    """Seconds of the stages of the last thousand steps; each stage belongs to one thread."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[Stage, deque[float]] = {}
+
+    @contextmanager
+    def timed(self, stage: Stage) -> Iterator[None]:
+        """The block is one run of the stage."""
+        start_s = time.perf_counter()
+        with record_function(stage):
+            yield
+        self.add(stage, time.perf_counter() - start_s)
+
+    def add(self, stage: Stage, seconds: float) -> None:
+        """Counts a run of the stage."""
+        self._seconds.setdefault(stage, deque(maxlen=_KEPT_STEPS)).append(seconds)
+
+    def begin(self, stage: Stage) -> "StageSequence":
+        """A stage that ends where the next one begins, perhaps in another function."""
+        return StageSequence(self, stage)
+
+    def last_ms(self) -> dict[Stage, float]:
+        """Milliseconds of each stage's newest run."""
+        return {stage: 1e3 * seconds[-1] for stage, seconds in self._seconds.items()}
+
+    def medians_ms(self) -> dict[Stage, float]:
+        """Median milliseconds of each stage, without its first run, in the order of a step."""
+        known = [stage for stage in Stage.__args__ if stage in self._seconds]  # type: ignore[attr-defined]
+        return {
+            stage: 1e3 * statistics.median(list(self._seconds[stage])[1:] or self._seconds[stage]) for stage in known
+        }
+
+
+class StageSequence:
+    """Stages one after the other; `switch` ends one and begins the next, None ends the last."""
+
+    def __init__(self, stages: Stages, stage: Stage) -> None:
+        self._stages = stages
+        self._running: tuple[Stage, float, record_function] | None = None
+        self.switch(stage)
+
+    def switch(self, stage: Stage | None) -> None:
+        """Ends the running stage and begins `stage`."""
+        if self._running is not None:
+            name, start_s, record = self._running
+            record.__exit__(None, None, None)
+            self._stages.add(name, time.perf_counter() - start_s)
+            self._running = None
+        if stage is not None:
+            self._running = (stage, time.perf_counter(), record_function(stage))
+            self._running[2].__enter__()  # type: ignore[no-untyped-call]

@@ -1,0 +1,37 @@
+"""Early stopping on GAUC, decided from the run's history alone: so every rank decides alike, and a resumed run too."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainer.errors import TrainerError
+
+History = Sequence[Mapping[str, Any]]
+
+
+def best_step(history: History) -> int | None:
+    """Step of the evaluation with the highest GAUC, the earliest of equal ones; None without any evaluation.
+
+    Raises TrainerError where a GAUC is not defined.
+    """
+    for entry in history:
+        if entry["gauc"] is None:
+            raise TrainerError(
+                f"train.early_stopping goes by GAUC, which the evaluation after step {entry['step']} has not: no user "
+                "of the test samples has both a click and an impression without; give more of them, or set it to null"
+            )
+    best = max(history, key=lambda entry: (entry["gauc"], -entry["step"]), default=None)
+    return None if best is None else int(best["step"])
+
+
+def has_ended(history: History, patience: int | None) -> bool:
+    """Whether the last `patience` evaluations were all no better than the best one before them."""
+    if patience is None:
+        return False
+    best = best_step(history)
+    return best is not None and sum(entry["step"] > best for entry in history) >= patience
+
+
+def metrics_of(history: History, step: int) -> dict[str, Any]:
+    """What the evaluation after `step` measured."""
+    (entry, *_) = (entry for entry in history if entry["step"] == step)
+    return {name: value for name, value in entry.items() if name != "step"}

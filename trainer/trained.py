@@ -1,0 +1,133 @@
+"""A trained run, opened to be asked and not to be trained on: its model with the numbers of one of its checkpoints."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from featurestore.partition import FeaturePartition
+from featurestore.store import FeatureStore
+from trainer import checkpoint
+from trainer.checkpoint import CheckpointState
+from trainer.comm import Comm
+from trainer.config import Config, load_config
+from trainer.errors import CheckpointError, ConfigError
+from trainer.run import _kind_of_features, _share_machine, content_store
+from trainer.schema import Schema, load_schema
+from trainer.step import Engine
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class TrainedRun:
+    """A run's engine as `path`, one of its checkpoints, has it."""
+
+    comm: Comm
+    folder: Path
+    config: Config
+    schema: Schema
+    engine: Engine
+    partition: FeaturePartition | None
+    path: Path
+    state: CheckpointState
+
+    @property
+    def store_version(self) -> int | None:
+        """The snapshot that images are looked up in; None where the model has no images."""
+        return self.partition.snapshot_version if self.partition else None
+
+    @property
+    def digest(self) -> str:
+        """Tells the checkpoint from every other one: sha256 of its state.json, which has the digest of each file."""
+        return hashlib.sha256((self.path / "state.json").read_bytes()).hexdigest()
+
+    def close(self) -> None:
+        """Lets go of the store's rows."""
+        if self.partition is not None:
+            self.partition.close()
+
+
+def open_trained(folder: Path, comm: Comm, *, which: str = "latest", store_version: int | None = None) -> TrainedRun:
+    """The run in `folder`. `which`: latest, or the path of a checkpoint. Every rank calls it.
+
+    `store_version`: the snapshot of the feature store to look images up in, by default the newest, so that images that
+    came after the training are known. Raises TrainerError, FeatureStoreError, on all ranks together.
+    """
+    config, schema, path, state = on_all(comm, lambda: _read(folder, which))
+    comm.deadline_s = config.run.deadline_s
+    device = _share_machine(config, comm)
+    store_name, partitions = content_store(config, schema), {}
+    if store_name is not None:
+        version = comm.broadcast_object(on_all(comm, lambda: store_version or _newest(config)))
+        partitions[store_name] = on_all(comm, lambda: _partition(config, state, path, comm, version))
+    engine = Engine(
+        comm,
+        schema,
+        partitions,
+        config.model,
+        config.train.optim(),
+        config.exchange,
+        seed=config.train.seed,
+        missing=config.data.missing,
+        device=device,
+    )
+    checkpoint.load(comm, path, state, engine)
+    return TrainedRun(comm, folder, config, schema, engine, partitions.get(store_name or ""), path, state)
+
+
+def on_all(comm: Comm, work: Callable[[], Result]) -> Result:
+    """The result of `work` on this rank, once it is known that no rank failed."""
+    error: Exception | None = None
+    try:
+        result = work()
+    except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
+        error = failure
+    comm.agree(error)
+    return result
+
+
+def _read(folder: Path, which: str) -> tuple[Config, Schema, Path, CheckpointState]:
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder} is no run: there is no config.yaml in it; give a folder as data/runs/NAME")
+    config = load_config(folder / "config.yaml")
+    schema = load_schema(Path(config.data.schema_file) if config.data.schema_file else None)
+    if which == "latest" and not any((folder / "checkpoints").glob("step-*")):
+        raise CheckpointError(f"{folder} has no checkpoint; train it first")
+    path = checkpoint.find(folder / "checkpoints", which)
+    state = checkpoint.read_state(path)
+    mine = {name: config.model.model_dump()[name] for name in type(config.model).model_fields}
+    fields = {field.name: field.model_dump(exclude={"name"}, exclude_none=True) for field in schema.fields}
+    for name, value in {**mine, "fields": fields}.items():
+        if state.origin.model.get(name) != value:
+            raise CheckpointError(
+                f"{path}: model.{name} is {state.origin.model.get(name)!r} in the checkpoint and {value!r} in "
+                "the run's configuration and schema; set it back"
+            )
+    return config, schema, path, state
+
+
+def _newest(config: Config) -> int:
+    return FeatureStore.open(config.data.store).snapshot().version
+
+
+def _partition(config: Config, state: CheckpointState, path: Path, comm: Comm, version: int) -> FeaturePartition:
+    partition = FeaturePartition.load(
+        config.data.store,
+        rank=comm.rank,
+        num_ranks=comm.size,
+        cache_dir=config.data.cache_dir,
+        missing=config.data.missing,
+        threads=torch.get_num_threads(),
+        version=version,
+    )
+    if _kind_of_features(partition.info) != state.origin.store:
+        partition.close()
+        raise CheckpointError(
+            f"{path} was trained on features of another kind than {config.data.store} has now: "
+            f"{state.origin.store} there, {_kind_of_features(partition.info)} here; take a store of the former"
+        )
+    return partition

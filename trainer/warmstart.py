@@ -1,0 +1,120 @@
+"""Warm start: a new run that begins with parameters of an earlier one, by group.
+
+The paper's partial warm-up takes everything but the ID vectors, which start fresh: taking them too overfits ("Image
+Matters", arXiv 1711.06505: GAUC .6260 without, .6283 partial, .6230 full). Optimisers, the counts of ID rows and the
+learning rate's schedule start fresh in any case: Adam's moments are running means of the earlier run's gradients, at
+the end of its schedule and on its data, and a new run's first steps would be made of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trainer import checkpoint
+from trainer.checkpoint import CheckpointState, Origin
+from trainer.comm import Comm
+from trainer.config import WarmPart
+from trainer.errors import CheckpointError
+from trainer.optim import check_names
+
+_PREFIXES: Mapping[WarmPart, str] = {"images": "stores.", "model": "model."}
+
+
+class Warmable(Protocol):
+    """What of the engine a warm start needs: state by name, the tensors themselves."""
+
+    def dense_state(self) -> dict[str, Tensor]: ...
+    def shard_state(self) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """A checkpoint to begin with, and the groups of parameters to take."""
+
+    path: Path
+    state: CheckpointState
+    parts: tuple[WarmPart, ...]
+
+
+def find(run: str, parts: Sequence[WarmPart]) -> WarmStart:
+    """The checkpoint that run.warm_start names: a run's folder means its last one. Raises CheckpointError."""
+    path = Path(run)
+    if not (path / "state.json").is_file():
+        finished = checkpoint.finished(path / "checkpoints")
+        if not finished:
+            raise CheckpointError(
+                f"run.warm_start={run} is neither a checkpoint nor the folder of a run that has one; "
+                "give one of them, as data/runs/NAME"
+            )
+        path = finished[-1]
+    return WarmStart(path, checkpoint.read_state(path), tuple(parts))
+
+
+def load(comm: Comm, warm: WarmStart, origin: Origin, trained: Warmable) -> None:
+    """Copies the chosen groups into `trained`; ranks may be more or fewer than those that wrote the checkpoint.
+
+    Raises CheckpointError on all ranks where a file is damaged, where E would see features of another kind than those
+    it was trained on, or where what is chosen has other names or shapes here.
+    """
+    if not warm.parts:
+        return
+    if "images" in warm.parts:
+        origin.check_store(warm.state.origin, warm.path)
+    if "model" in warm.parts:
+        _check_fields(origin.model, warm)
+    rows = {} if "ids" in warm.parts else {"files": {checkpoint.DENSE: warm.state.files[checkpoint.DENSE]}}
+    checkpoint.load(comm, warm.path, warm.state.model_copy(update=rows), _Chosen(warm, trained))
+
+
+class _Chosen:
+    """The chosen groups of an engine, as something that a checkpoint can be loaded into."""
+
+    def __init__(self, warm: WarmStart, trained: Warmable) -> None:
+        self._warm, self._dense = warm, trained.dense_state()
+        rows = trained.shard_state() if "ids" in warm.parts else {}
+        self._rows = {name: value for name, value in rows.items() if name.endswith("/weight")}
+
+    def load_dense_state(self, state: Mapping[str, Tensor]) -> None:
+        for part, prefix in _PREFIXES.items():
+            if part in self._warm.parts:
+                mine, theirs = (
+                    {name: value for name, value in each.items() if name.startswith(prefix)}
+                    for each in (self._dense, state)
+                )
+                self._copy(part, mine, theirs)
+
+    def shard_names(self) -> list[str]:
+        return list(self._rows)
+
+    def load_shard_state(self, state: Mapping[str, Tensor]) -> None:
+        self._copy("ids", self._rows, state)
+
+    def _copy(self, part: WarmPart, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+        try:
+            check_names(mine, theirs)
+        except CheckpointError as failure:
+            raise CheckpointError(
+                f"warm start from {self._warm.path}, part {part}: {failure}, or leave {part} out of run.warm_parts"
+            ) from failure
+        with torch.no_grad():
+            for name, value in mine.items():
+                value.copy_(theirs[name])
+
+
+def _check_fields(model: Mapping[str, Any], warm: WarmStart) -> None:
+    """The first layer's columns belong to fields by their order, which its shape does not tell."""
+    mine, theirs = (
+        [(name, *(field.get(key) for key in ("side", "kind", "width"))) for name, field in each["fields"].items()]
+        for each in (model, warm.state.origin.model)
+    )
+    if mine != theirs:
+        differing = [str(field) for field in [*mine, *theirs] if (field in mine) != (field in theirs)]
+        raise CheckpointError(
+            f"warm start from {warm.path}, part model: its schema has other fields "
+            f"({', '.join(differing) or 'the same in another order'}), so its layers read other inputs; "
+            "use its data.schema_file, or leave model out of run.warm_parts"
+        )
