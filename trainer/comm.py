@@ -100,6 +100,16 @@ class Comm(ABC):
             if text is not None:
                 raise RemoteRankError(rank, text)
 
+    @contextlib.contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Lets every rank come to the end of the block, and then raises on all of them where one failed."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
+            error = failure
+        self.agree(error)
+
 
 class SoloComm(Comm):
     """One rank alone: every collective returns what it was given."""
