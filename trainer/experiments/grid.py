@@ -88,12 +88,8 @@ def experiments() -> dict[str, Experiment]:
             "warmup",
             "Table 5: warm-up from the day before",
             tuple(
-                Variant(name, (*_BEST, f"run.warm_parts={parts}"), gauc, days="current", warm=_PREVIOUS)
-                for name, parts, gauc in (
-                    ("none", "none", 0.6260),
-                    ("partial", "partial", 0.6283),
-                    ("full", "full", 0.6230),
-                )
+                Variant(name, (*_BEST, f"run.warm_parts={name}"), gauc, days="current", warm=_PREVIOUS)
+                for name, gauc in (("none", 0.6260), ("partial", 0.6283), ("full", 0.6230))
             ),
             "The run before learns the days before; partial takes everything but the ID vectors.",
         ),

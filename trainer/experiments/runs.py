@@ -60,12 +60,9 @@ class Grid:
     def _name(self, variant: Variant, settings: Sequence[str], seed: int) -> str:
         """Equal settings share a run, whichever table asks for it; the variant's name is there for people."""
         config = load_config(self.file, settings).model_dump(mode="json")
-        for section, volatile in (
-            ("run", ("dir", "name", "overwrite", "threads", "warm_start")),
-            ("data", ("cache_dir",)),
-        ):
-            for name in volatile:
-                config[section].pop(name)
+        for name in ("dir", "name", "overwrite", "threads", "warm_start"):  # they change no number
+            config["run"].pop(name)
+        config["data"].pop("cache_dir")
         text = json.dumps([config, variant.warm is not None], sort_keys=True)
         return f"{hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]}-seed-{seed}"
 
