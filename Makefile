@@ -27,7 +27,7 @@ demo: $(INSTALLED) ## Draw images, extract, build samples, train four models und
 test: $(INSTALLED) ## Run the tests, multi-rank ones under horovodrun included
 	$(ON_PATH) $(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(INSTALLED) ## Run the tests that take minutes (eight ranks)
+test-slow: $(INSTALLED) ## Run the tests that take minutes (eight ranks, 500 kills of writers)
 	$(ON_PATH) $(BIN)/python -m pytest -m slow
 
 lint: $(INSTALLED) ## Check style, types, import rules and the tree in the README
@@ -48,6 +48,8 @@ bench: $(INSTALLED) ## Run the benchmarks; the figures go to data/bench/*.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.store --json $(BENCH_DIR)/store.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.extract --json $(BENCH_DIR)/extract.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.refresh --json $(BENCH_DIR)/refresh.json
+	$(ON_PATH) $(BIN)/python -m benchmarks.train --dir $(BENCH_DIR)/workload --json $(BENCH_DIR)/train.json
+	$(ON_PATH) $(BIN)/python -m benchmarks.plan --dir $(BENCH_DIR)/plan --json $(BENCH_DIR)/plan.json
 
 clean: ## Remove the virtual environment, the caches and the demo; features and runs of your own stay
 	rm -rf $(VENV) $(DEMO_DIR) $(BENCH_DIR) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -147,6 +147,11 @@ class EmbeddingService(nn.Module):
         for name in self.models:
             self._model(name).fold_standardization_(mean_D, std_D)
 
+    def scaling(self) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+        """Mean of each dimension and what centred ones are multiplied by, (D,) each, as the networks standardise."""
+        model = self._model(next(iter(self.models)))
+        return model.mean_D.cpu().numpy(), model.inverse_std_D.cpu().numpy()
+
     def gather(self, keys_Q: NDArray[np.int64]) -> Gathered:
         """Features of `keys_Q` in the order asked. Independent of all weights, so it may run ahead of them.
 

@@ -32,5 +32,13 @@ if [ ! -x "$venv/moto/bin/python" ]; then
   "$venv/bin/python" -m venv "$venv/moto"
 fi
 "$venv/moto/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r tools/requirements-moto-server.txt
+# FuxiCTR, a peer in benchmarks.train: beside our packages, not among them, as it asks for many of its own.
+if [ ! -x "$venv/fuxictr/bin/python" ]; then
+  "$venv/bin/python" -m venv "$venv/fuxictr"
+fi
+packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+echo "import site; site.addsitedir('$("$venv/bin/python" -c "$packages")')" \
+  >"$("$venv/fuxictr/bin/python" -c "$packages")/ours.pth"
+"$venv/fuxictr/bin/python" -m pip install --quiet --disable-pip-version-check fuxictr==2.3.10
 tools/build_horovod.sh "$venv/bin/python"
 touch "$venv/.installed"

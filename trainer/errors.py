@@ -5,6 +5,7 @@ TrainerError
 ├── SchemaError       the schema of the samples contradicts itself or the model
 ├── DataError         a sample file or a value in it cannot be used
 ├── CheckpointError   a checkpoint is missing, damaged, or of another run
+├── PlanError         this machine could not be measured for a plan
 ├── AdIndexError      an index of ads is missing, or of another checkpoint
 ├── RemoteRankError   another rank failed; the text is its error
 └── LostRankError     another rank is gone, or out of reach
@@ -30,6 +31,10 @@ class DataError(TrainerError):
 
 class CheckpointError(TrainerError):
     """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class PlanError(TrainerError):
+    """This machine could not be measured for a plan."""
 
 
 class AdIndexError(TrainerError):

@@ -66,12 +66,17 @@ class Run:
             self.partition.close()
 
 
-def open_run(config: Config, comm: Comm) -> Run:
-    """Everything but the folder's content, which `claim_folder` writes. Raises TrainerError or FeatureStoreError."""
+def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
+    """Everything but the folder's content, which `claim_folder` writes. Raises TrainerError or FeatureStoreError.
+
+    `reading`: the run is looked at and not gone on with, so its folder may be read-only, and its training samples may
+    have changed; the model and the kind of features still have to be the checkpoint's.
+    """
     schema = load_schema(Path(config.data.schema_file) if config.data.schema_file else None)
-    store_name = _store_name(config, schema)
+    store_name = content_store(config, schema)
     folder = Path(config.run.dir) / comm.broadcast_object(config.run.name or time.strftime("run-%Y%m%d-%H%M%S"))
-    _on_all(comm, lambda: _check_folder(config, folder))
+    if not reading:
+        _on_all(comm, lambda: _check_folder(config, folder))
     on_rank_0(comm, lambda: _check_places(config, store_name is not None))
     resumed = _on_all(comm, lambda: _resumed(config, folder))
     warm = None if resumed else _on_all(comm, lambda: _warm_start(config))
@@ -86,7 +91,10 @@ def open_run(config: Config, comm: Comm) -> Run:
     partition = partitions.get(store_name or "")
     origin = _origin(config, schema, train, partition)
     if resumed:
-        origin.check_same(resumed[1].origin, resumed[0])
+        recorded = resumed[1].origin
+        if reading:
+            recorded = recorded.model_copy(update={"data": origin.data, "train": origin.train})
+        origin.check_same(recorded, resumed[0])
     engine = Engine(
         comm,
         schema,
@@ -156,7 +164,7 @@ def on_rank_0(comm: Comm, work: Callable[[], Result]) -> Result:
     return comm.broadcast_object(_on_all(comm, work if comm.rank == 0 else lambda: None))  # type: ignore[return-value]
 
 
-def _store_name(config: Config, schema: Schema) -> str | None:
+def content_store(config: Config, schema: Schema) -> str | None:
     """The one store that the schema's content fields name; None where the model uses no image."""
     names = sorted({field.store_name for field in schema.of_kind("content")})
     if config.model.images == "none":

@@ -106,7 +106,7 @@ class Engine:
                 name = source_of_field[field.name] = f"{field.store_name}:{network}"
                 service = self.services[field.store_name]
                 cache = self._cache(service, network, exchange)
-                signatures = self._signatures(field, statistics)
+                signatures = self._signatures(field)
                 sources[name] = ContentSource(service, network, comm.size, cache, signatures)
         self._id_dropout = IdDropout(schema, model.id_dropout, seed)
         self._exchange = Exchange(comm, sources, source_of_field, device, dtype, exchange, self.stages)
@@ -229,15 +229,12 @@ class Engine:
                 vectors = self._id_dropout(vectors, batch, self.num_steps)
             return network(vectors, dense, group_of_sample_B)
 
-    def _signatures(self, field: Field, statistics: Mapping[str, FeatureStatistics] | None) -> Signatures | None:
+    def _signatures(self, field: Field) -> Signatures | None:
         """What makes signatures of a field's images, where they are compared; one for each store."""
         if field.name not in {*self._compared, *self._compared.values()}:
             return None
-        store, partition = field.store_name, self.services[field.store_name].partition
-        if store not in self._signatures_of_store:
-            plain = FeatureStatistics(0, np.zeros(partition.dim, np.float32), np.ones(partition.dim, np.float32))
-            self._signatures_of_store[store] = Signatures(partition, (statistics or {}).get(store, plain))
-        return self._signatures_of_store[store]
+        service = self.services[field.store_name]
+        return self._signatures_of_store.setdefault(field.store_name, Signatures(service.partition, service.scaling))
 
     def _cache(self, service: EmbeddingService, network: str, exchange: ExchangeConfig | None) -> VectorCache | None:
         """Where the vectors of one E are kept for some steps, if they are to be."""

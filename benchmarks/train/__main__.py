@@ -6,9 +6,9 @@ Every variant trains the same model on the same files from the same first values
 under horovodrun), and ratios are of the medians of interleaved rounds of one run of this benchmark.
 """
 
+import os
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -17,61 +17,31 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.report import Section, write_sections
-from benchmarks.train.launch import Launcher, Outcome, RunFailedError
-from benchmarks.train.rounds import DifferentLossesError, Rounds, check_losses, interleaved
-from benchmarks.workload import Knobs, Workload, WorkloadError, make
+from benchmarks.train.launch import RunFailedError
+from benchmarks.train.rounds import DifferentLossesError
+from benchmarks.train.sections import SECTIONS, VARIANTS, Bench, measure
+from benchmarks.workload import Knobs, WorkloadError, make
 
 app = typer.Typer(add_completion=False)
+NAMES = (*VARIANTS, *SECTIONS)
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What all sections share. `steps`: of a run of the trainer at one rank; slower variants make fewer."""
-
-    workload: Workload
-    scratch: Path
-    rounds: int
-    steps: int
-    settings: Sequence[str]
-    progress: Progress
-
-    def launcher(self, ranks: int) -> Launcher:
-        """Ranks on this host."""
-        return Launcher(self.workload, self.scratch, ranks)
-
-    def variants(self) -> dict[str, Callable[[], Outcome]]:
-        """All that take part in the rounds, by name."""
-        one, two = self.launcher(1), self.launcher(2)
-        return {
-            "ours": lambda: one.trainer("ours", self.steps, self.settings),
-            "compute": lambda: one.peer("compute", self.steps, self.settings),
-            "ours_2_ranks": lambda: two.trainer("ours", max(2, self.steps // 2), self.settings),
-        }
+def known(names: list[str]) -> list[str]:
+    """Names of variants and sections."""
+    if strange := [name for name in names if name not in NAMES]:
+        raise typer.BadParameter(f"{', '.join(strange)}: choose among {', '.join(NAMES)}", param_hint="--only")
+    return names
 
 
-_SAME_BATCHES = (("ours", "compute"), ("ours_2_ranks",))
-
-
-def measure(bench: Bench, only: Sequence[str]) -> list[Section]:
-    """All sections, the headline first. Raises RunFailedError, DifferentLossesError."""
-    variants = bench.variants()
-    chosen = {name: run for name, run in variants.items() if not only or name in only}
-    warm = bench.progress.add_task("build the cache of the store", total=None)
-    bench.launcher(1).trainer("warm", 2)
-    bench.progress.update(warm, total=1, completed=1)
-    rounds = interleaved(chosen, bench.rounds, bench.progress, "rounds")
-    for same in _SAME_BATCHES:
-        check_losses(rounds, same)
-    return [Section("headline", headline(rounds)), Section("samples per second", grid=rounds.grid())]
-
-
-def headline(rounds: Rounds) -> dict[str, float | None]:
-    """The figures that have a target."""
-    return {
-        "step_vs_compute": rounds.ratio("compute", "ours"),
-        "two_ranks_vs_one": rounds.ratio("ours_2_ranks", "ours"),
-        "samples_per_s": rounds.speed("ours") if "ours" in rounds else None,
-    }
+def alternatives(texts: list[str]) -> dict[str, list[str]]:
+    """Settings by name, of NAME:SETTING,SETTING."""
+    found = {}
+    for text in texts:
+        name, colon, settings = text.partition(":")
+        if not colon or not name or "=" not in settings:
+            raise typer.BadParameter(f"{text!r} is not as k4:exchange.reuse_steps=4", param_hint="--variant")
+        found[name] = settings.split(",")
+    return found
 
 
 @app.command()
@@ -82,29 +52,39 @@ def main(
     ),
     rounds: Annotated[int, typer.Option(help="Of all variants.", min=1)] = 3,
     steps: Annotated[int, typer.Option(help="Of a run at one rank.", min=2)] = 24,
-    only: Annotated[list[str] | None, typer.Option(help="A variant to run; may be repeated. Default: all.")] = None,
+    memory_steps: Annotated[int, typer.Option(help="Small steps in which memory must not grow.", min=5)] = 500,
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(NAMES)}; may be repeated. Default: all.")
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:SETTING,SETTING", help="The trainer with other settings, beside it without them."),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting of every run.")
     ] = None,
     images: Annotated[int, typer.Option(help="Of the store.", min=100)] = Knobs.images,
     dim: Annotated[int, typer.Option(help="Width of a feature.", min=2)] = Knobs.dim,
     samples_per_rank: Annotated[int, typer.Option(help="Of a step.", min=1)] = Knobs.samples_per_rank,
+    seed: Annotated[int, typer.Option(help="Of the workload.", min=0)] = Knobs.seed,
 ) -> None:
     """Measure the trainer against its own matrix products and against other ways to bring images into the model."""
+    chosen, others = known(only or []), alternatives(variant or [])
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    knobs = Knobs(images=images, dim=dim, samples_per_rank=samples_per_rank)
+    knobs = Knobs(images=images, dim=dim, samples_per_rank=samples_per_rank, seed=seed)
     try:
         with (
             tempfile.TemporaryDirectory(prefix="train-bench-") as scratch,
             Progress(*columns, console=Console(stderr=True)) as progress,
         ):
             workload = make(folder, knobs, progress)
-            bench = Bench(workload, Path(scratch), rounds, steps, settings or [], progress)
-            sections = measure(bench, only or [])
+            bench = Bench(workload, Path(scratch), rounds, steps, memory_steps, settings or [], progress)
+            sections = measure(bench, chosen, others)
     except (WorkloadError, RunFailedError, DifferentLossesError) as failure:
-        print(f"error: {failure}")
+        print(f"error: {failure}", file=sys.stderr)
         raise typer.Exit(1) from failure
-    write_sections(sections, json_path)
+    run = {"images": images, "dim": dim, "samples_per_rank": samples_per_rank, "steps": steps, "rounds": rounds}
+    write_sections([*sections, Section("this run", {**run, "cores": len(os.sched_getaffinity(0))})], json_path)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ class Launcher:
     environment: Mapping[str, str] | None = None
 
     def trainer(self, name: str, steps: int, settings: Sequence[str] = ()) -> Outcome:
-        """`python -m trainer.main` on the real files, a loss logged every step; no checkpoint but the last."""
-        every = [f"run.name={name}", "run.overwrite=true", f"run.dir={self.scratch}", "train.log_every=1"]
+        """`python -m trainer.main` on the real files; no checkpoint but the last. Losses: those that are logged."""
+        every = [f"run.name={name}", "run.overwrite=true", f"run.dir={self.scratch}"]
         length = [f"train.max_steps={steps}", "train.epochs=1000", "train.checkpoint_every=null"]
         command = ["-m", "trainer.main", "--config", str(self.workload.config)]
         resident = self._run([*command, *self._set([*every, *length, *settings])])

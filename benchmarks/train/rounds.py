@@ -36,10 +36,6 @@ class Rounds:
         """How many times as fast `name` is as `over`; None where one of them was not run."""
         return self.speed(name) / self.speed(over) if name in self and over in self else None
 
-    def last(self, name: str) -> Outcome:
-        """Of the last round."""
-        return self.outcomes[name][-1]
-
     def grid(self) -> dict[str, dict[str, Figure]]:
         """Median, slowest and fastest round of each variant."""
         return {
@@ -47,7 +43,6 @@ class Rounds:
                 "samples_per_s": self.speed(name),
                 "slowest": min(each.samples_per_s for each in outcomes),
                 "fastest": max(each.samples_per_s for each in outcomes),
-                "first_loss": outcomes[0].losses[0],
             }
             for name, outcomes in self.outcomes.items()
         }
@@ -66,12 +61,12 @@ def interleaved(variants: Mapping[str, Run], rounds: int, progress: Progress, ti
     return Rounds({name: runs for name, runs in outcomes.items() if runs})
 
 
-def check_losses(rounds: Rounds, same: Sequence[str]) -> None:
+def check_losses(outcomes: Mapping[str, Sequence[Outcome]], same: Sequence[str]) -> None:
     """The variants `same`, those that ran, had the same first losses in every round. Raises DifferentLossesError.
 
     They differ by bfloat16's rounding and by the order of sums alone; Adam makes that a little larger with each step.
     """
-    found = [(name, each.losses[:_CHECKED_LOSSES]) for name in same if name in rounds for each in rounds.outcomes[name]]
+    found = [(name, each.losses[:_CHECKED_LOSSES]) for name in same for each in outcomes.get(name, ())]
     for name, losses in found:
         first_name, first = found[0]
         worst = max(abs(mine - theirs) for mine, theirs in zip(losses, first, strict=False))

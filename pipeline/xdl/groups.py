@@ -5,6 +5,7 @@ The columns are those of DESIGN's sample groups: user fields once, ad fields a l
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -28,6 +29,11 @@ class ReadRules:
     label_threshold: float | None = None  # None: labels are 0 or 1
     label_index: int | None = None  # None: a line has one label
     fill_dense: float | None = None  # for dense fields that a line lacks; None: such a line is bad
+
+    @cached_property
+    def known(self) -> frozenset[tuple[str, str]]:
+        """Part and name of every field."""
+        return frozenset((each.part, each.name) for each in self.fields)
 
     @property
     def weighted(self) -> tuple[XdlField, ...]:
@@ -60,8 +66,7 @@ def read_sample(line: Line, rules: ReadRules) -> Sample:
     """The line's values as the columns want them. Raises BadLineError."""
     user: dict[str, Any] = {}
     ad: dict[str, Any] = {}
-    known = {(each.part, each.name) for each in rules.fields}
-    if unknown := [name for part in ("user", "ad") for name in _part(line, part) if (part, name) not in known]:
+    if unknown := [name for part in ("user", "ad") for name in _part(line, part) if (part, name) not in rules.known]:
         raise BadLineError(f"{unknown[0]} was not there when the files were looked through")
     for each in rules.fields:
         _read_field(each, _part(line, each.part).get(each.name), rules, user if each.part == "user" else ad)

@@ -8,6 +8,7 @@ import pytest
 from featurestore import ExtractorSpec, FeaturePartition, FeatureRows, FeatureStore, StoreInfo
 from featurestore.keys import owner_of, shard_of
 from featurestore.signatures import BITS, Signatures, cosines
+from featurestore.statistics import inverse_std
 
 DIM, ROWS = 96, 150
 
@@ -29,7 +30,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
 
 def signatures(store: FeatureStore, folder: Path, rank: int = 0, num_ranks: int = 1) -> Signatures:
     partition = FeaturePartition.load(store, rank, num_ranks, cache_dir=folder)
-    return Signatures(partition, store.snapshot().statistics())
+    statistics = store.snapshot().statistics()
+    return Signatures(partition, lambda: (statistics.mean_D, inverse_std(statistics.std_D)))
 
 
 def test_cosines_are_near_those_of_standardised_features(store: FeatureStore, tmp_path: Path) -> None:

@@ -325,6 +325,12 @@ class TestS3Store(StoreContract):
         return f"{s3_url}/store"
 
 
+class TestMotoStore(StoreContract):
+    @pytest.fixture
+    def url(self, moto_url: str) -> str:
+        return f"{moto_url}/store"
+
+
 def test_other_tools_can_read_the_feature_as_a_tensor(info: StoreInfo, make_rows) -> None:
     rows = make_rows(6, info)
     tensor = tensor_column(table_of(rows, info), info)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer.config import DEFAULT_PRESET, Config, config_digest, load_config, save_config
+from trainer.config import DEFAULT_PRESET, WARM_PARTS, Config, config_digest, load_config, save_config
 from trainer.errors import ConfigError
 from trainer.options import ModelConfig, OptimConfig
 
@@ -60,7 +60,7 @@ def test_saved_configuration_loads_as_the_same(tmp_path: Path) -> None:
         ("train.epoch=1", "train.epoch is unknown; did you mean train.epochs?"),
         ("modell.images=ad", "modell is unknown; did you mean model?"),
         ("train.learn_every=1", "train.learn_every is unknown; did you mean train.lr_every?"),
-        ("train.zzz=1", "train.zzz is unknown; known: train.checkpoint_every, train.epochs,"),
+        ("train.zzz=1", "train.zzz is unknown; known: train.checkpoint_every, train.early_stopping,"),
         ("train.epochs=0", "train.epochs=0: it should be greater than or equal to 1"),
         ("train.epochs=many", "train.epochs='many': it should be a valid integer"),
         ("model.images=all", "model.images='all': it should be 'none', 'ad', 'behavior' or 'both'"),
@@ -74,12 +74,30 @@ def test_saved_configuration_loads_as_the_same(tmp_path: Path) -> None:
         ("train.epochs", "has to be section.field=value"),
         ("run.device=gpu", "run.device='gpu': it should be 'auto', 'cpu' or 'cuda'"),
         ("data.samples=[", "not readable as YAML"),
+        ("data.train_days=[monday]", "data.train_days.0='monday'"),
+        ("data.train_days=[]", "data.train_days=[]: List should have at least 1 item"),
+        ("model.id_dropout=1", "model.id_dropout=1: it should be less than 1"),
+        ("train.id_l2=-1", "train.id_l2=-1: it should be greater than or equal to 0"),
+        ("run.warm_parts=half", "run.warm_parts='half': it should be none, partial, full, or a list of images, model"),
     ],
 )
 def test_mistakes_are_named(setting: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(settings=[setting])
     assert message in str(caught.value)
+
+
+def test_days_may_be_written_bare() -> None:
+    config = load_config(settings=["data.train_days=[2026-01-01,2026-01-02]", "data.test_days=[2026-01-03]"])
+    assert (config.data.train_days, config.data.test_days) == (["2026-01-01", "2026-01-02"], ["2026-01-03"])
+    with pytest.raises(ConfigError, match="share 2026-01-02"):
+        load_config(settings=["data.train_days=[2026-01-02]", "data.test_days=[2026-01-02]"])
+
+
+def test_warm_parts_have_names() -> None:
+    parts = {name: load_config(settings=[f"run.warm_parts={name}"]).run.warm_parts for name in WARM_PARTS}
+    assert parts == {"none": [], "partial": ["images", "model"], "full": ["images", "model", "ids"]}
+    assert load_config().run.warm_parts == parts["partial"]
 
 
 def test_all_mistakes_are_told_at_once() -> None:

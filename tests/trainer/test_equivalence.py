@@ -36,6 +36,23 @@ RUNS = [
     "two_towers/float32",
     "two_towers_ids_only/float64",
 ]
+MODEL_RUNS = [
+    "concat/float64",
+    "max/float64",
+    "mean/float64",
+    "multi_query/float64",
+    "concat_rank_without_data/float64",
+    "max_rank_without_data/float64",
+    "multi_query_rank_without_data/float64",
+    "lr_ids_only/float64",
+    "lr/float64",
+    "din_ids_only/float64",
+    "din/float64",
+    "dcn_ids_only/float64",
+    "dcn/float64",
+    "texts/float64",
+    "texts_missing/float64",
+]
 RANKS = [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)]
 
 Results = dict[str, dict]
@@ -74,12 +91,10 @@ def reference(results_of: Callable[[int], Results], tmp_path_factory: pytest.Tem
 
 
 def test_every_scenario_is_checked(reference: Results) -> None:
-    assert sorted(reference) == sorted(RUNS)
+    assert sorted(reference) == sorted([*RUNS, *MODEL_RUNS])
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("num_ranks", RANKS)
-class TestEquivalence:
+class Equivalence:
     def test_losses(self, run: str, num_ranks: int, results_of: Callable[[int], Results], reference: Results) -> None:
         losses_P = torch.tensor(results_of(num_ranks)[run]["losses_P"], dtype=torch.float64)
         assert losses_P.shape == (num_ranks, 20)
@@ -103,11 +118,25 @@ class TestEquivalence:
     def test_two_collectives_forward_and_one_backward(
         self, run: str, num_ranks: int, results_of: Callable[[int], Results]
     ) -> None:
-        widths = (3, 5) if run.startswith("two_widths") else (5,)
-        dense = ("model",) if run.startswith("ids_only") else ("model", "stores")
+        name = run.partition("/")[0]
+        widths = {"two_widths_two_models": [3, 5], "lr_ids_only": [1], "lr": [1, 5]}.get(name, [5])
+        widths = [3, 5] if name.startswith("texts") else widths
+        dense = ("model",) if name.endswith("ids_only") else ("model", "stores")
         names = ["keys", *(f"vectors.{w}" for w in widths), *(f"gradients.{w}" for w in widths)]
         names += [f"dense.{part}" for part in dense]
         assert results_of(num_ranks)[run]["calls"] == {f"step.{name}": 20 for name in names}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("num_ranks", RANKS)
+class TestEquivalence(Equivalence):
+    """The exchange, the sharding and the reductions, on any number of ranks."""
+
+
+@pytest.mark.parametrize("run", MODEL_RUNS)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+class TestModels(Equivalence):
+    """Every aggregator, every base net, and two contents an item, each in a store of its own."""
 
 
 @pytest.mark.parametrize("num_ranks", RANKS)

@@ -1,4 +1,6 @@
-"""The dense optimiser: one flat gradient, one allreduce, Adam, a state that resumes exactly."""
+"""The dense optimiser: flat gradients, an allreduce for each part, Adam, a state that resumes exactly."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,24 +13,35 @@ from trainer.options import OptimConfig
 
 
 class DoublingComm(SoloComm):
-    """Two ranks with equal gradients."""
+    """Two ranks with equal gradients; `calls` names what began, and whether backward was over by then."""
 
-    calls = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 2
+        self.is_backward = False
+        self.calls: list[tuple[str, bool]] = []
 
-    def allreduce_sum_(self, values: torch.Tensor, name: str) -> torch.Tensor:
-        self.calls += 1
-        return values.mul_(2)
+    def start_allreduce_sum_(self, values: torch.Tensor, name: str) -> Callable[[], None]:
+        self.calls.append((name, self.is_backward))
+        return lambda: values.mul_(2)
 
 
 def parameters() -> dict[str, nn.Parameter]:
-    return {"a": nn.Parameter(torch.ones(2, 3)), "b": nn.Parameter(torch.ones(4))}
+    return {"model.a": nn.Parameter(torch.ones(2, 3)), "stores.b": nn.Parameter(torch.ones(4))}
 
 
-def step(optimizer: DenseOptimizer, comm: SoloComm, number: int = 0) -> float:
+def step(optimizer: DenseOptimizer, comm: SoloComm | None = None, number: int = 0) -> float:
     optimizer.zero_grad()
     loss = sum((p**2 * (number + 1)).sum() for p in optimizer.parameters.values())
+    optimizer.loss = loss
+    if isinstance(comm, DoublingComm):
+        comm.is_backward = True
     loss.backward()
-    return optimizer.step(comm, rates_at(OptimConfig(lr=0.1), number), loss)
+    if isinstance(comm, DoublingComm):
+        comm.is_backward = False
+    optimizer.start_reduction()
+    optimizer.finish_reduction()
+    return optimizer.step(rates_at(OptimConfig(lr=0.1), number))
 
 
 def test_rates_fall_every_so_many_steps() -> None:
@@ -36,26 +49,43 @@ def test_rates_fall_every_so_many_steps() -> None:
     assert [rates_at(config, s).lr for s in (0, 9, 10, 29)] == [0.1, 0.1, 0.05, 0.025]
 
 
-def test_gradients_and_loss_are_summed_in_one_allreduce() -> None:
-    optimizer, comm = DenseOptimizer(parameters(), OptimConfig()), DoublingComm()
-    loss = step(optimizer, comm)
-    assert comm.calls == 1
-    assert loss == 2 * 10
-    assert all((p.grad == 4).all() for p in optimizer.parameters.values())
+def test_gradients_and_loss_are_summed_part_by_part() -> None:
+    comm = DoublingComm()
+    optimizer = DenseOptimizer(comm, parameters(), OptimConfig())
+    for _ in range(2):
+        comm.calls.clear()
+        optimizer.parameters["model.a"].data.fill_(1)
+        optimizer.parameters["stores.b"].data.fill_(1)
+        loss = step(optimizer, comm)
+        assert comm.calls == [("step.dense.model", True), ("step.dense.stores", False)]
+        assert loss == 2 * 10
+        assert all((p.grad == 4).all() for p in optimizer.parameters.values())
+
+
+def test_a_part_without_gradients_is_reduced_too() -> None:
+    comm = DoublingComm()
+    optimizer = DenseOptimizer(comm, parameters(), OptimConfig())
+    optimizer.zero_grad()
+    optimizer.loss = (optimizer.parameters["stores.b"] ** 2).sum()
+    optimizer.loss.backward()
+    optimizer.start_reduction()
+    optimizer.finish_reduction()
+    assert sorted(name for name, _ in comm.calls) == ["step.dense.model", "step.dense.stores"]
+    assert (optimizer.parameters["model.a"].grad == 0).all()
 
 
 def test_gradients_do_not_pile_up() -> None:
-    optimizer = DenseOptimizer(parameters(), OptimConfig())
-    step(optimizer, SoloComm())
-    step(optimizer, SoloComm())  # Adam's first step took the parameters from 1 to 0.9
+    optimizer = DenseOptimizer(SoloComm(), parameters(), OptimConfig())
+    step(optimizer)
+    step(optimizer)  # Adam's first step took the parameters from 1 to 0.9
     assert all(torch.allclose(p.grad, torch.tensor(1.8)) for p in optimizer.parameters.values())
 
 
 def test_moves_as_adam_does() -> None:
-    mine, theirs = DenseOptimizer(parameters(), OptimConfig(lr=0.1)), parameters()
+    mine, theirs = DenseOptimizer(SoloComm(), parameters(), OptimConfig(lr=0.1)), parameters()
     adam = torch.optim.Adam(theirs.values(), lr=0.1)
     for number in range(5):
-        step(mine, SoloComm(), number)
+        step(mine, number=number)
         adam.zero_grad()
         sum((p**2 * (number + 1)).sum() for p in theirs.values()).backward()
         adam.step()
@@ -64,16 +94,16 @@ def test_moves_as_adam_does() -> None:
 
 
 def test_state_resumes_exactly() -> None:
-    through, first, second = (DenseOptimizer(parameters(), OptimConfig()) for _ in range(3))
+    through, first, second = (DenseOptimizer(SoloComm(), parameters(), OptimConfig()) for _ in range(3))
     for number in range(6):
-        step(through, SoloComm(), number)
+        step(through, number=number)
     for number in range(3):
-        step(first, SoloComm(), number)
+        step(first, number=number)
     with torch.no_grad():
         for name, value in second.state().items():
             value.copy_(first.state()[name])
     for number in range(3, 6):
-        step(second, SoloComm(), number)
+        step(second, number=number)
     assert all(torch.equal(value, second.state()[name]) for name, value in through.state().items())
 
 

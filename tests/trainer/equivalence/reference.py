@@ -13,26 +13,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from scenarios import OPTIM, SCENARIOS, SCHEMA, SEED, Sample, Scenario, features, steps
+from forward import logit
+from scenarios import OPTIM, SCENARIOS, SEED, TEXT_WIDTH, Sample, Scenario, features, steps, texts
 from torch import Tensor
 from torch.nn import functional
 
 from trainer.dropout import dropped
-from trainer.step import table_shapes
-from trainer.tables import initial_rows
+from trainer.tables import TableShape, initial_rows
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-6
 
 
 class Reference:
-    """Tensors by name, and a forward that reads like the description of the model."""
+    """Tensors by name and their optimisers; forward.py is the forward pass."""
 
     def __init__(self, scenario: Scenario, dtype: str, known: dict[str, Any]) -> None:
-        initial, (mean, std) = known["initial"], known["mean_and_std"]
+        initial = known["initial"]
         self.scenario, self.config = scenario, scenario.config(dtype)
         self.dtype = getattr(torch, dtype)
         self.shared = self.config.shared_image_model
-        self.shapes = {s.name: s for s in table_shapes(SCHEMA.fields, self.config)}
+        id_width = 1 if self.config.base == "lr" else self.config.id_width
+        self.shapes = {
+            name: TableShape(name, id_width, rows, self.config.table_shards)
+            for name, rows in self.config.tables.items()
+        }
         self.dense = {name: value.clone().requires_grad_() for name, value in initial.items()}
         self.adam = torch.optim.Adam(self.dense.values(), lr=OPTIM.lr, betas=(BETA1, BETA2), eps=EPS)
         self.tables = {}
@@ -47,9 +51,15 @@ class Reference:
             }
             for name, table in self.tables.items()
         }
-        self.mean, self.std = mean.to(self.dtype), std.to(self.dtype)
-        feature_of = known["decoded"] or {key: torch.from_numpy(value) for key, value in features().items()}
-        self.feature_of = {key: value.to(self.dtype) for key, value in feature_of.items()}
+        self.mean_and_std = {
+            store: [values.to(self.dtype) for values in both] for store, both in known["mean_and_std"].items()
+        }
+        images = known["decoded"] or {key: torch.from_numpy(value) for key, value in features().items()}
+        all_texts = {key: torch.from_numpy(value) for key, value in texts().items()}
+        self.feature_of = {
+            name: {key: value.to(self.dtype) for key, value in values.items()}
+            for name, values in {"images": images, "texts": all_texts}.items()
+        }
         self.touched: dict[str, set[int]] = {}
 
     def id_vector(self, table: str, value: int) -> Tensor:
@@ -66,17 +76,19 @@ class Reference:
             total = total + self.id_vector(table, value)
         return total
 
-    def visual(self, key: int, field: str) -> Tensor:
-        """E on the feature of one image."""
-        store = "stores.images"
+    def visual(self, key: int, field: str, store_name: str) -> Tensor:
+        """E on the feature of one image or text."""
+        store = f"stores.{store_name}"
         name = "shared" if self.shared else field
-        if key not in self.feature_of:
+        feature_of = self.feature_of[store_name]
+        if key not in feature_of:
             if self.scenario.missing == "learned":
                 return self.dense[f"{store}.no_image.{name}"]
-            return torch.zeros(self.config.visual_width, dtype=self.dtype)
-        hidden = self.feature_of[key]
+            return torch.zeros(self.width_of_content(field), dtype=self.dtype)
+        hidden = feature_of[key]
         if self.scenario.standardized:
-            hidden = (hidden - self.mean) / self.std
+            mean, std = self.mean_and_std[store_name]
+            hidden = (hidden - mean) / std
         for layer in range(3):
             at = f"{store}.models.{name}"
             weight, bias = self.dense[f"{at}.layers.{layer}.weight"], self.dense[f"{at}.layers.{layer}.bias"]
@@ -89,70 +101,9 @@ class Reference:
         """x where positive, slope x elsewhere."""
         return torch.where(x > 0, x, self.dense[name] * x)
 
-    def attend(self, vectors: list[Tensor], query: Tensor) -> Tensor:
-        """Softmax over the scores of a sample's behaviours, weighted sum."""
-        weight = {n.rpartition("behavior_image.")[2]: v for n, v in self.dense.items() if "aggregators" in n}
-        scores = []
-        for vector in vectors:
-            hidden = weight["of_key.weight"] @ vector + weight["of_key.bias"] + weight["of_query.weight"] @ query
-            hidden = hidden + weight["of_product.weight"] @ (vector * (weight["match.weight"] @ query))
-            hidden = self.prelu(hidden, "model.aggregators.behavior_image.activation.weight")
-            scores.append((weight["score.weight"] @ hidden)[0])
-        shares = torch.softmax(torch.stack(scores), 0)
-        return sum(share * vector for share, vector in zip(shares, vectors, strict=True))
-
-    def mlp(self, name: str, parts: list[Tensor]) -> Tensor:
-        """Two hidden layers with PReLU and a linear one."""
-        x = torch.cat(parts)
-        for layer in range(3):
-            x = self.dense[f"{name}.{2 * layer}.weight"] @ x + self.dense[f"{name}.{2 * layer}.bias"]
-            if layer < 2:
-                x = self.prelu(x, f"{name}.{2 * layer + 1}.weight")
-        return x
-
-    def two_towers(self, s: Sample) -> Tensor:
-        """One sample's logit by two towers: price is a matter of the impression."""
-        user = [self.id_vector("user", s.user), torch.tensor([s.age], dtype=torch.float32).to(self.dtype)]
-        user += [self.pooled("item", s.behavior_item), self.pooled("image", s.behavior_image)]
-        ad = [self.id_vector("item", s.ad_item), self.id_vector("image", s.ad_image)]
-        if self.config.images == "both":
-            nothing = torch.zeros(self.config.visual_width, dtype=self.dtype)
-            user.append(sum([self.visual(key, "behavior_image") for key in s.behavior_image], nothing))
-            ad.append(self.visual(s.ad_image, "ad_image"))
-        product = self.mlp("model.user_tower", user) @ self.mlp("model.ad_tower", ad)
-        price = torch.tensor(s.ad_price, dtype=torch.float32).to(self.dtype)
-        return product + self.dense["model.bias"][0] + self.dense["model.context.weight"][0] @ price
-
-    def logit(self, s: Sample, new_ad: bool) -> Tensor:
-        """One sample's logit; with `new_ad` as if its ad had no IDs of its own."""
-        if self.config.base == "two_tower":
-            return self.two_towers(s)
-        parts = [
-            self.id_vector("user", s.user),
-            torch.tensor([s.age], dtype=torch.float32).to(self.dtype),
-            self.pooled("item", s.behavior_item),
-            self.pooled("image", s.behavior_image),
-        ]
-        known = 0 if new_ad else 1
-        ad = [
-            known * self.id_vector("item", s.ad_item),
-            known * self.id_vector("image", s.ad_image),
-            torch.tensor(s.ad_price, dtype=torch.float32).to(self.dtype),
-        ]
-        parts += ad
-        query = torch.cat(ad)
-        if self.config.images in ("ad", "both"):
-            query = self.visual(s.ad_image, "ad_image")
-            parts.append(query)
-        if self.config.images in ("behavior", "both"):
-            vectors = [self.visual(key, "behavior_image") for key in s.behavior_image]
-            if not vectors:
-                parts.append(torch.zeros(self.config.visual_width, dtype=self.dtype))
-            elif self.config.pooling == "sum":
-                parts.append(sum(vectors))
-            else:
-                parts.append(self.attend(vectors, query))
-        return self.mlp("model.mlp", parts)[0]
+    def width_of_content(self, field: str) -> int:
+        """Width of the visual vectors of a content field."""
+        return TEXT_WIDTH if field.endswith("text") else self.config.visual_width
 
     def step(self, samples: list[Sample], number: int) -> tuple[float, dict[str, Tensor]]:
         """Mean loss, and the gradients; moves every parameter."""
@@ -161,7 +112,7 @@ class Reference:
             value.grad = torch.zeros_like(value)
         label = torch.tensor([s.label for s in samples], dtype=self.dtype)
         new_ad_B = dropped(SEED, number, 0, len(samples), self.config.id_dropout)
-        logits = [self.logit(s, new_ad) for s, new_ad in zip(samples, new_ad_B, strict=True)]
+        logits = [logit(self, s, new_ad) for s, new_ad in zip(samples, new_ad_B, strict=True)]
         loss = functional.binary_cross_entropy_with_logits(torch.stack(logits), label)
         loss.backward()
         for table, rows in self.touched.items():

@@ -30,6 +30,16 @@ SCHEMA = Schema(
     )
 )
 
+# A second content of every item, in a store of its own, of another dimension and with visual vectors of another width.
+TEXT_DIM, TEXT_WIDTH = 7, 3
+SCHEMA_WITH_TEXTS = Schema(
+    fields=(
+        *SCHEMA.fields,
+        Field(name="behavior_text", side="user", kind="content", store="texts", width=TEXT_WIDTH),
+        Field(name="ad_text", side="ad", kind="content", store="texts", width=TEXT_WIDTH),
+    )
+)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -48,7 +58,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Scenario:
-    """`uneven`: how samples are dealt to ranks: "even" slices, or in turn all to the last or to the first rank."""
+    """`deal`: how samples are dealt to ranks: "even" slices, or in turn all to the last or to the first rank.
+    `most_ranks`: it is not run on more, to save time."""
 
     model: dict[str, object]
     missing: str = "error"
@@ -58,8 +69,15 @@ class Scenario:
     standardized: bool = False
     int8: bool = False
     id_l2: float = 0.0
+    texts: bool = False
+    most_ranks: int = 8
     dtypes: tuple[str, ...] = ("float64",)
     tables: dict[str, int] = field(default_factory=lambda: {"user": 40, "item": 96, "image": 200})
+
+    @property
+    def schema(self) -> Schema:
+        """The fields of a sample."""
+        return SCHEMA_WITH_TEXTS if self.texts else SCHEMA
 
     @property
     def optim(self) -> OptimConfig:
@@ -100,11 +118,39 @@ SCENARIOS = {
     ),
     "dropout_rank_without_data": Scenario({"images": "behavior", "id_dropout": 0.4}, id_l2=0.3, deal="starve"),
     "missing_learned": Scenario({"images": "both", "shared_image_model": False}, missing="learned", lacking=True),
+    # Every aggregator and base net; histories are empty, short, and longer than concat_length.
+    "concat": Scenario({"pooling": "concat", "concat_length": 3}, most_ranks=2),
+    "max": Scenario({"pooling": "max"}, most_ranks=2),
+    "mean": Scenario({"pooling": "mean"}, most_ranks=2),
+    "multi_query": Scenario({"pooling": "multi_query"}, most_ranks=2),
+    "multi_query_rank_without_data": Scenario({"pooling": "multi_query"}, deal="starve", most_ranks=2),
+    "max_rank_without_data": Scenario({"pooling": "max", "images": "behavior"}, deal="starve", most_ranks=2),
+    "concat_rank_without_data": Scenario({"pooling": "concat", "concat_length": 3}, deal="starve", most_ranks=2),
+    "lr_ids_only": Scenario({"base": "lr", "images": "none"}, most_ranks=2),
+    "lr": Scenario({"base": "lr", "pooling": "sum"}, deal="starve", most_ranks=2),
+    "din_ids_only": Scenario({"base": "din", "images": "none"}, most_ranks=2),
+    "din": Scenario({"base": "din", "pooling": "multi_query", "id_dropout": 0.4}, deal="starve", most_ranks=2),
+    "dcn_ids_only": Scenario({"base": "dcn", "images": "none", "cross_structure": "stacked"}, most_ranks=2),
+    "dcn": Scenario({"base": "dcn", "pooling": "mean", "cross_layers": 2}, deal="starve", most_ranks=2),
+    "texts": Scenario({"pooling": "multi_query"}, texts=True, standardized=True, most_ranks=2),
+    "texts_missing": Scenario(
+        {"base": "din", "shared_image_model": False, "pooling": "sum"},
+        texts=True,
+        missing="learned",
+        lacking=True,
+        deal="starve",
+        most_ranks=2,
+    ),
     "two_towers": Scenario(
         {"base": "two_tower", "images": "both", "tower_width": 4}, deal="starve", dtypes=("float64", "float32")
     ),
     "two_towers_ids_only": Scenario({"base": "two_tower", "images": "none", "tower_width": 3}),
 }
+
+
+def scenarios_for(num_ranks: int) -> dict[str, Scenario]:
+    """Those that are run on so many ranks."""
+    return {name: scenario for name, scenario in SCENARIOS.items() if num_ranks <= scenario.most_ranks}
 
 
 def features() -> dict[int, np.ndarray]:
@@ -115,6 +161,12 @@ def features() -> dict[int, np.ndarray]:
     return {int(key): value for key, value in zip(keys, values, strict=True)}
 
 
+def texts() -> dict[int, np.ndarray]:
+    """Key -> feature of the text that belongs to the image of that key."""
+    draw = np.random.default_rng(SEED + 2)
+    return {key: draw.normal(1.0, 2.0, TEXT_DIM).astype(np.float32) for key in features()}
+
+
 def keys_in_one_shard() -> list[int]:
     """Keys of images in shard 0, which rank 0 owns whatever the number of ranks."""
     keys = np.array(list(features()))
@@ -122,17 +174,21 @@ def keys_in_one_shard() -> list[int]:
 
 
 def make_store(path: Path) -> None:
-    """A store of `features`, and one of their codes beside it."""
+    """A store of `features`, and beside it one of their codes and one of `texts`."""
+    images = _make(str(path), "images", features())
+    recode(images, f"{path}-int8", "int8")
+    _make(f"{path}-texts", "texts", texts())
+
+
+def _make(url: str, name: str, table: dict[int, np.ndarray]) -> FeatureStore:
     spec = ExtractorSpec(
         backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
     )
-    store = FeatureStore.create(
-        str(path), StoreInfo(num_shards=NUM_SHARDS, name="images", dim=DIM, dtype="float32", extractor=spec)
-    )
-    table = features()
-    rows = FeatureRows.of([f"image-{key}" for key in table], np.stack(list(table.values())), keys=list(table))
-    store.put(rows)
-    recode(store, f"{path}-int8", "int8")
+    rows = np.stack(list(table.values()))
+    info = StoreInfo(num_shards=NUM_SHARDS, name=name, dim=rows.shape[1], dtype="float32", extractor=spec)
+    store = FeatureStore.create(url, info)
+    store.put(FeatureRows.of([f"{name}-{key}" for key in table], rows, keys=list(table)))
+    return store
 
 
 def steps(scenario: Scenario) -> list[list[Sample]]:
@@ -191,6 +247,8 @@ def batch_of(samples: list[Sample], global_batch: list[Sample]) -> Batch:
             "ad_item": _jagged([[s.ad_item] for s in samples]),
             "ad_image_id": _jagged([[s.ad_image] for s in samples]),
             "ad_image": _jagged([[s.ad_image] for s in samples]),
+            "behavior_text": _jagged([g.behavior_image for g in groups]),
+            "ad_text": _jagged([[s.ad_image] for s in samples]),
         },
         dense={
             "age": np.array([g.age for g in groups], np.float32).reshape(-1, 1),

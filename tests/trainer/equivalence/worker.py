@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scenarios import OPTIM, SCENARIOS, SCHEMA, SEED, Scenario, batch_of, slice_of_rank, steps
+from scenarios import OPTIM, SCENARIOS, SEED, Scenario, batch_of, scenarios_for, slice_of_rank, steps
 
 from featurestore import FeatureStore
 from featurestore.partition import FeaturePartition
@@ -27,24 +27,34 @@ from trainer.stages import Stages
 from trainer.step import Engine
 
 
+def stores_of(store: FeatureStore, scenario: Scenario) -> dict[str, FeatureStore]:
+    """The stores of a scenario by name."""
+    images = FeatureStore.open(f"{store.url}-int8") if scenario.int8 else store
+    return {"images": images, **({"texts": FeatureStore.open(f"{store.url}-texts")} if scenario.texts else {})}
+
+
 def engine_of(
     comm: Comm, store: FeatureStore, scenario: Scenario, dtype: str, exchange: ExchangeConfig | None = None
 ) -> Engine:
-    """An engine over this rank's part of the store."""
-    partition = FeaturePartition.load(
-        store, comm.rank, comm.size, cache_dir=f"{store.url}-cache-{comm.size}", missing=scenario.missing
-    )
-    statistics = {"images": store.snapshot().statistics()} if scenario.standardized else None
+    """An engine over this rank's part of the stores."""
+    stores = stores_of(store, scenario)
+    partitions = {
+        name: FeaturePartition.load(
+            each, comm.rank, comm.size, cache_dir=f"{each.url}-cache-{comm.size}", missing=scenario.missing
+        )
+        for name, each in stores.items()
+    }
+    statistics = {name: each.snapshot().statistics() for name, each in stores.items()}
     return Engine(
         comm,
-        SCHEMA,
-        {"images": partition},
+        scenario.schema,
+        partitions,
         scenario.config(dtype),
         scenario.optim,
         exchange,
         seed=SEED,
         missing=scenario.missing,
-        statistics=statistics,
+        statistics=statistics if scenario.standardized else None,
         dtype=getattr(torch, dtype),
     )
 
@@ -53,11 +63,8 @@ def run(
     comm: Comm, store: FeatureStore, scenario: Scenario, dtype: str, exchange: ExchangeConfig | None = None
 ) -> dict[str, object]:
     """20 steps; each one is prepared in a thread beside the one before, as in a real run."""
-    if scenario.int8:
-        store = FeatureStore.open(f"{store.url}-int8")
     engine = engine_of(comm, store, scenario, dtype, exchange)
     initial = {name: parameter.detach().clone() for name, parameter in engine.dense_parameters().items()}
-    statistics = store.snapshot().statistics()
     batches = []
     for number, samples in enumerate(steps(scenario)):
         mine = slice_of_rank(samples, scenario.deal, number, comm.rank, comm.size)
@@ -75,13 +82,19 @@ def run(
         trained |= shards
     return {
         "initial": initial,
-        "mean_and_std": [torch.from_numpy(np.array(v)) for v in (statistics.mean_D, statistics.std_D)],
-        "decoded": decoded(store) if scenario.int8 else None,
+        "mean_and_std": {name: mean_and_std(each) for name, each in stores_of(store, scenario).items()},
+        "decoded": decoded(stores_of(store, scenario)["images"]) if scenario.int8 else None,
         "losses_P": comm.allgather_object(losses),
         "calls": calls,
         "gradients": gradients,
         "trained": trained,
     }
+
+
+def mean_and_std(store: FeatureStore) -> list[torch.Tensor]:
+    """Of each dimension of a store's features."""
+    statistics = store.snapshot().statistics()
+    return [torch.from_numpy(np.array(values)) for values in (statistics.mean_D, statistics.std_D)]
 
 
 def decoded(store: FeatureStore) -> dict[int, torch.Tensor]:
@@ -164,7 +177,7 @@ def main(store_url: str, out: Path) -> None:
     store = FeatureStore.open(store_url)
     results: dict[str, object] = {
         f"{name}/{dtype}": run(comm, store, scenario, dtype)
-        for name, scenario in SCENARIOS.items()
+        for name, scenario in scenarios_for(comm.size).items()
         for dtype in scenario.dtypes
     }
     usual = SCENARIOS["both_attentive"]

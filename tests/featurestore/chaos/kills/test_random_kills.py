@@ -68,5 +68,6 @@ def test_many_kills_on_disk(make_arena, seed: int) -> None:
 
 
 @pytest.mark.slow
-def test_many_kills_on_s3(s3_url: str, make_arena) -> None:
-    kill_at_random(make_arena(f"{s3_url}/store"), 1, 50, 1.0, 10)
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_many_kills_on_s3(s3_url: str, make_arena, seed: int) -> None:
+    kill_at_random(make_arena(f"{s3_url}/store"), seed, 50, 1.0, 10)

@@ -1,0 +1,113 @@
+"""What python -m trainer.plan predicts for ranks on this machine, beside what the trainer then does under horovodrun.
+
+    python -m benchmarks.plan [--dir DIR] [--json FILE] [--ranks 1,2,4]
+
+On the paper-shaped workload, small. Ranks beyond the number of cores take turns on them, in the plan as in the run. Of
+two runs for each number of ranks the faster one counts: what disturbs a run only adds to its time.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.report import Figure, write_report
+from benchmarks.workload import Knobs, Workload, make
+from featurestore.errors import FeatureStoreError
+from trainer.config import load_config
+from trainer.errors import PlanError, TrainerError
+from trainer.plan.__main__ import numbers
+from trainer.plan.build import Plan, Row
+from trainer.plan.own import plan_own
+from trainer.plan.sample import Question
+
+STEPS = 12
+_LOOPBACK_BYTES_PER_S = 1e9  # not used: all ranks are on this machine
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    folder: Annotated[Path, typer.Option("--dir", help="Where the workload is, or is made.")] = Path("data/bench/plan"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.")] = None,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks, with commas.")] = "1,2,4",
+    images: Annotated[int, typer.Option(help="In the store.", min=100)] = 20_000,
+    samples_per_rank: Annotated[int, typer.Option(help="Of a step.", min=16)] = 1_500,
+) -> None:
+    """Compare predicted with measured steps; prints the figures."""
+    try:
+        with Progress(console=Console(stderr=True)) as progress:
+            knobs = Knobs(images=images, samples_per_rank=samples_per_rank, steps=24, test_samples=600)
+            workload = make(folder, knobs, progress)
+        figures = compare(workload, numbers(ranks))
+    except (TrainerError, FeatureStoreError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    write_report(figures, json_file)
+
+
+def compare(workload: Workload, ranks: tuple[int, ...]) -> dict[str, Figure]:
+    """Predicted and measured figures of each number of ranks; the time's largest error as `worst_error`."""
+    config = load_config(workload.config)
+    question = Question(
+        ranks=ranks,
+        batch_size=workload.knobs.samples_per_rank,
+        per_rank=True,
+        ranks_per_machine=max(ranks),
+        link_bytes_per_s=_LOOPBACK_BYTES_PER_S,
+        latency_s=0.0,
+    )
+    plan = plan_own(config, question, lambda text: typer.echo(f"{text} ...", err=True))
+    figures: dict[str, Figure] = {}
+    reports: dict[int, dict[str, Any]] = {}
+    for count in [*ranks, *reversed(ranks)]:
+        typer.echo(f"training with {count} ranks ...", err=True)
+        report = run(workload, count)
+        reports[count] = max(report, reports.get(count, report), key=lambda each: float(each["samples_per_s"]))
+    for row in plan.rows:
+        figures |= _compared(plan, row, reports[row.ranks])
+    errors = [abs(float(value or 0) - 1) for name, value in figures.items() if name.startswith("step_predicted_over")]
+    return {**figures, "worst_error": max(errors)}
+
+
+def run(workload: Workload, ranks: int) -> dict[str, Any]:
+    """The report of a few steps of the trainer on `ranks` ranks of this machine. Raises PlanError where it fails."""
+    with tempfile.TemporaryDirectory(prefix="plan-runs-") as runs:
+        changes = {"run.dir": runs, "run.name": "run", "train.max_steps": STEPS, "train.epochs": STEPS}
+        settings = [f"{name}={value}" for name, value in changes.items()] + workload.settings(ranks)
+        trainer = [sys.executable, "-m", "trainer.main", "--config", str(workload.config), *settings]
+        launcher = [str(Path(sys.executable).with_name("horovodrun")), "-np", str(ranks)]
+        done = subprocess.run([*launcher, *trainer], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise PlanError(f"the trainer failed on {ranks} ranks:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        report: dict[str, Any] = json.loads((Path(runs) / "run" / "report.json").read_text())
+    return report
+
+
+def _compared(plan: Plan, row: Row, report: dict[str, Any]) -> dict[str, Figure]:
+    cost = row.costs["exchange"]
+    machine = plan.machines[min(row.ranks, max(plan.machines))]
+    step_s = row.counts.samples / report["samples_per_s"]
+    sent = cost.bytes_sent * row.ranks
+    at = f"at_{row.ranks}"
+    return {
+        f"step_predicted_s_{at}": cost.seconds,
+        f"step_measured_s_{at}": step_s,
+        f"step_predicted_over_measured_{at}": cost.seconds / step_s,
+        f"images_predicted_over_measured_{at}": row.counts.images.unique / report["images_per_step"],
+        f"bytes_predicted_over_measured_{at}": sent / report["bytes_sent_per_step"] if row.ranks > 1 else None,
+        f"owner_skew_predicted_{at}": row.counts.images.owned * row.ranks / row.counts.images.unique,
+        f"owner_skew_measured_{at}": report["owner_skew"],
+        f"interference_{at}": machine.interference,
+    }
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,175 @@
+"""What is measured: the variants, where and for how long each of them runs, and the figures that come of it."""
+
+import statistics
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.progress import Progress
+
+from benchmarks.report import Figure, Section
+from benchmarks.train.launch import Launcher, Outcome
+from benchmarks.train.link import LinkError, link
+from benchmarks.train.rounds import Rounds, Run, check_losses, interleaved
+from benchmarks.train.traffic import traffic_section
+from benchmarks.workload import Workload
+
+_CHECKED_STEPS = 3
+_SAME_MODEL = (("ours", "compute", "worker", "worker_grouped"), ("ours_2_ranks", "server", "server_in_turn"))
+_MEMORY_SAMPLES = 150
+SECTIONS = ("link", "traffic", "memory")
+VARIANTS = (*_SAME_MODEL[0], *_SAME_MODEL[1], "fuxictr")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all sections share. `steps`: of a run of the trainer at one rank; slower variants make fewer."""
+
+    workload: Workload
+    scratch: Path
+    rounds: int
+    steps: int
+    memory_steps: int
+    settings: Sequence[str]
+    progress: Progress
+
+    def launcher(self, ranks: int) -> Launcher:
+        """Ranks on this host."""
+        return Launcher(self.workload, self.scratch, ranks)
+
+    @property
+    def steps_2_ranks(self) -> int:
+        """Of the trainer: as many samples as at one rank."""
+        return max(3, self.steps // 2)
+
+    def variants(self) -> dict[str, Run]:
+        """All that take part in the rounds, by name."""
+        one, two, few = self.launcher(1), self.launcher(2), max(3, self.steps // 6)
+        runs: dict[str, Run] = {
+            "ours": lambda: one.trainer("ours", self.steps, self.settings),
+            "compute": lambda: one.peer("compute", max(3, self.steps // 2), self.settings),
+            "worker": lambda: one.peer("worker", few, self.settings),
+            "worker_grouped": lambda: one.peer("worker_grouped", few, self.settings),
+            "ours_2_ranks": lambda: two.trainer("ours", self.steps_2_ranks, self.settings),
+            "server": lambda: two.peer("server", self.steps_2_ranks, self.settings),
+            "server_in_turn": lambda: two.peer("server_in_turn", self.steps_2_ranks, self.settings),
+        }
+        if (python := fuxictr_python()).exists():
+            runs["fuxictr"] = lambda: one.peer("fuxictr", few, self.settings, python=str(python))
+        return runs
+
+
+def fuxictr_python() -> Path:
+    """The interpreter of the environment that tools/install.sh makes for FuxiCTR."""
+    return Path(sys.prefix) / "fuxictr" / "bin" / f"python{sysconfig.get_python_version()}"
+
+
+def measure(bench: Bench, only: Sequence[str], alternatives: Mapping[str, Sequence[str]]) -> list[Section]:
+    """All sections, or those of `only`, the headline first. Raises RunFailedError, DifferentLossesError."""
+    chosen = {name: run for name, run in bench.variants().items() if not only or name in only}
+    checked = _checked(bench, chosen)
+    rounds = interleaved(chosen, bench.rounds, bench.progress, "rounds")
+    for same in _SAME_MODEL:
+        check_losses({**rounds.outcomes, **checked}, same)
+    sections = [Section("samples per second", grid=rounds.grid())]
+    wanted = [name for name in SECTIONS if not only or name in only]
+    if "link" in wanted:
+        sections.append(link_section(bench))
+    if "traffic" in wanted:
+        sections.append(_traffic(bench))
+    if "memory" in wanted:
+        sections.append(memory_section(bench, rounds))
+    if alternatives:
+        sections.append(alternatives_section(bench, alternatives))
+    found = {name: value for section in sections for name, value in section.flat().items()}
+    return [Section("headline", headline(rounds, found)), *sections]
+
+
+def headline(rounds: Rounds, found: Mapping[str, Figure]) -> dict[str, Figure]:
+    """The figures that have a target. "Store in server" is the faster of its two forms."""
+    servers = [ratio for name in ("server", "server_in_turn") if (ratio := rounds.ratio("ours_2_ranks", name))]
+    return {
+        "step_vs_compute": rounds.ratio("compute", "ours"),
+        "two_ranks_vs_one": rounds.ratio("ours_2_ranks", "ours"),
+        "vs_store_in_worker": rounds.ratio("ours", "worker"),
+        "vs_store_in_server": min(servers, default=None),
+        "vs_store_in_server_1gbit": found.get("vs_store_in_server_1gbit"),
+        "vs_fuxictr": rounds.ratio("ours", "fuxictr"),
+        "image_bytes_reduction": found.get("image_bytes_reduction"),
+        "rss_over_features_gb": found.get("rss_over_features_gb"),
+        "samples_per_s": rounds.speed("ours") if "ours" in rounds else None,
+    }
+
+
+def link_section(bench: Bench) -> Section:
+    """Ours and both forms of "store in server" over 1 Gbit/s; no figure, and why, where there cannot be one."""
+    try:
+        with link(bench.scratch) as over:
+            ranks = Launcher(bench.workload, bench.scratch, 2, over.prefix, over.environment)
+            few = max(3, bench.steps // 3)
+            runs: dict[str, Run] = {
+                "ours": lambda: ranks.trainer("ours", few, bench.settings),
+                "server": lambda: ranks.peer("server", few, bench.settings),
+                "server_in_turn": lambda: ranks.peer("server_in_turn", few, bench.settings),
+            }
+            rounds = interleaved(runs, max(1, bench.rounds - 1), bench.progress, "1 Gbit/s")
+    except LinkError as failure:
+        return Section("two ranks over 1 Gbit/s", {"vs_store_in_server_1gbit": None, "link_reason": str(failure)})
+    ratios = {name: rounds.ratio("ours", name) or 0.0 for name in ("server", "server_in_turn")}
+    figures = {"vs_store_in_server_1gbit": min(ratios.values()), "vs_server_in_turn_1gbit": ratios["server_in_turn"]}
+    return Section("two ranks over 1 Gbit/s", figures, rounds.grid(), prefix="1gbit_")
+
+
+def memory_section(bench: Bench, rounds: Rounds) -> Section:
+    """Resident set of the largest rank less its share of the features, and what it grows by in many small steps."""
+    steps = bench.memory_steps
+    small = [*bench.settings, f"data.global_batch_size={_MEMORY_SAMPLES}"]
+    task = bench.progress.add_task("memory", total=None)
+    sizes = bench.launcher(1).trainer("memory", steps, small).resident_bytes
+    bench.progress.update(task, total=1, completed=1)
+    fifth = max(1, len(sizes) // 5)
+    growth = statistics.mean(sizes[-fifth:]) - statistics.mean(sizes[2 * fifth : 3 * fifth] or sizes)
+    over = [
+        max(outcome.resident_bytes) - bench.workload.store_bytes / ranks
+        for name, ranks in (("ours", 1), ("ours_2_ranks", 2))
+        for outcome in (rounds.outcomes[name] if name in rounds else ())
+    ]
+    worst = max([*over, max(sizes) - bench.workload.store_bytes])
+    return Section("memory", {"rss_over_features_gb": worst / 1e9, f"rss_growth_mb_{steps}_steps": growth / 1e6})
+
+
+def alternatives_section(bench: Bench, alternatives: Mapping[str, Sequence[str]]) -> Section:
+    """Speed at one and two ranks, and quality on the test samples, of the trainer with other settings."""
+    runs: dict[str, Run] = {}
+    for name, settings in {"default": [], **alternatives}.items():
+        for ranks, steps in ((1, bench.steps), (2, bench.steps_2_ranks)):
+            launcher, given = bench.launcher(ranks), [*bench.settings, *settings]
+            runs[f"{name}_{ranks}"] = lambda at=launcher, n=steps, s=given: at.trainer("ours", n, s)  # type: ignore[misc]
+    rounds = interleaved(runs, bench.rounds, bench.progress, "other settings")
+    grid = rounds.grid()
+    for name, cells in grid.items():
+        metrics = rounds.outcomes[name][-1].report["metrics"]
+        cells |= {key: metrics[key] for key in ("gauc", "auc", "logloss")}
+    return Section("other settings, by ranks", grid=grid, prefix="set_")
+
+
+def _traffic(bench: Bench) -> Section:
+    two = bench.launcher(2)
+    task = bench.progress.add_task("bytes on the wire", total=None)
+    both = two.trainer("both", 3, bench.settings).report
+    none = two.trainer("none", 3, [*bench.settings, "model.images=none"]).report
+    bench.progress.update(task, total=1, completed=1)
+    return traffic_section(both, none, bench.workload.knobs.dim)
+
+
+def _checked(bench: Bench, chosen: Mapping[str, Run]) -> dict[str, list[Outcome]]:
+    """Short runs of the trainer that log every loss; the first also builds the cache of the store."""
+    every, checked = [*bench.settings, "train.log_every=1"], {}
+    task = bench.progress.add_task("first losses, and the cache of the store", total=2)
+    for name, ranks in (("ours", 1), ("ours_2_ranks", 2)):
+        if ranks == 1 or any(other in chosen for other in _SAME_MODEL[1]):
+            checked[name] = [bench.launcher(ranks).trainer("check", _CHECKED_STEPS, every)]
+        bench.progress.advance(task)
+    return checked

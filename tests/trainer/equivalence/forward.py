@@ -1,0 +1,150 @@
+"""The forward pass of every base net and aggregator as its description reads: one sample, one behaviour at a time.
+
+Plain functions of the tensors that a `Reference` holds; nothing here is shared with trainer/models.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from scenarios import Sample
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from reference import Reference
+
+
+def logit(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
+    """One sample's logit; with `new_ad` as if its ad had no IDs of its own."""
+    return {"lr": _lr, "mlp": _mlp_net, "din": _din, "dcn": _dcn, "two_tower": _two_towers}[r.config.base](r, s, new_ad)
+
+
+def _lr(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
+    """b + the weights of all ids + w . (dense values, visual vectors)."""
+    total = r.dense["model.bias"]
+    user = [("user", s.user), *(("item", v) for v in s.behavior_item), *(("image", v) for v in s.behavior_image)]
+    for table, value in user:
+        total = total + r.id_vector(table, value)[0]
+    for vector in _ad_ids(r, s, new_ad):
+        total = total + vector[0]
+    others = torch.cat([_number(r, s.age), _number(r, *s.ad_price), *_images(r, s, new_ad)])
+    for weight, value in zip(r.dense["model.weight"], others, strict=True):
+        total = total + weight * value
+    return total
+
+
+def _mlp_net(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
+    return _mlp(r, _inputs(r, s, new_ad))
+
+
+def _din(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
+    """Behaviour k is [its item, its image id]; its weight is the unit's score, and the weights do not sum to one."""
+    query = torch.cat(_ad_ids(r, s, new_ad))
+    total = torch.zeros(len(query), dtype=r.dtype)
+    for item, image in zip(s.behavior_item, s.behavior_image, strict=True):
+        key = torch.cat([r.id_vector("item", item), r.id_vector("image", image)])
+        total = total + _score(r, "model.attention.unit", key, query, query) * key
+    return _mlp(r, torch.cat([_inputs(r, s, new_ad, summed=False), total]))
+
+
+def _dcn(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
+    """x_(l+1) = x_0 * (W x_l + b) + x_l."""
+    start = _inputs(r, s, new_ad)
+    crossed = start
+    for layer in range(r.config.cross_layers):
+        name = f"model.cross.layers.{layer}"
+        crossed = start * (r.dense[f"{name}.weight"] @ crossed + r.dense[f"{name}.bias"]) + crossed
+    if r.config.cross_structure == "stacked":
+        return _mlp(r, crossed)
+    return _mlp(r, start) + (r.dense["model.of_cross.weight"] @ crossed)[0]
+
+
+def _two_towers(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
+    """<user vector, ad vector> + b + w . price: the price is a matter of the impression."""
+    user = [r.id_vector("user", s.user), _number(r, s.age)]
+    user += [r.pooled("item", s.behavior_item), r.pooled("image", s.behavior_image)]
+    ad = _ad_ids(r, s, new_ad)
+    if r.config.images == "both":
+        nothing = torch.zeros(r.config.visual_width, dtype=r.dtype)
+        user.append(sum((r.visual(key, "behavior_image", "images") for key in s.behavior_image), start=nothing))
+        ad.append(r.visual(s.ad_image, "ad_image", "images"))
+    product = _layers(r, "model.user_tower", torch.cat(user)) @ _layers(r, "model.ad_tower", torch.cat(ad))
+    return product + r.dense["model.bias"][0] + r.dense["model.context.weight"][0] @ _number(r, *s.ad_price)
+
+
+def _inputs(r: "Reference", s: Sample, new_ad: bool, summed: bool = True) -> Tensor:
+    """User: ids, dense; ad: ids, dense; images."""
+    behaviors = [r.pooled("item", s.behavior_item), r.pooled("image", s.behavior_image)] if summed else []
+    user = [r.id_vector("user", s.user), *behaviors, _number(r, s.age)]
+    return torch.cat([*user, *_ad_ids(r, s, new_ad), _number(r, *s.ad_price), *_images(r, s, new_ad)])
+
+
+def _ad_ids(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
+    known = 0 if new_ad else 1
+    return [known * r.id_vector("item", s.ad_item), known * r.id_vector("image", s.ad_image)]
+
+
+def _number(r: "Reference", *values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).to(r.dtype)
+
+
+def _images(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
+    """The ad's visual vectors, then the behaviours' of each content, aggregated."""
+    contents = ["image", "text"] if r.scenario.texts else ["image"]
+    of_ad = [r.visual(s.ad_image, f"ad_{c}", f"{c}s") for c in contents] if r.config.images in ("ad", "both") else []
+    if r.config.images not in ("behavior", "both"):
+        return of_ad
+    of_ids = torch.cat([*_ad_ids(r, s, new_ad), _number(r, *s.ad_price)])
+    queries = {"attentive": [torch.cat(of_ad) if of_ad else of_ids]}
+    if r.config.pooling == "multi_query":
+        queries["multi_query"] = [torch.cat(of_ad), of_ids]
+    result = list(of_ad)
+    for content in contents:
+        vectors = [r.visual(key, f"behavior_{content}", f"{content}s") for key in s.behavior_image]
+        result.append(_aggregate(r, f"behavior_{content}", vectors, queries.get(r.config.pooling, [])))
+    return result
+
+
+def _aggregate(r: "Reference", field: str, vectors: list[Tensor], queries: list[Tensor]) -> Tensor:
+    width = r.width_of_content(field)
+    nothing = torch.zeros(width, dtype=r.dtype)
+    match r.config.pooling:
+        case "concat":
+            length = r.config.concat_length
+            return torch.cat([vectors[k] if k < len(vectors) else nothing for k in range(length)])
+        case "sum":
+            return sum(vectors, start=nothing)
+        case "mean":
+            return sum(vectors, start=nothing) / max(len(vectors), 1)
+        case "max":
+            return torch.stack([max(v[i] for v in vectors) for i in range(width)]) if vectors else nothing
+    sums = []
+    for channel, query in enumerate(queries):
+        unit = f"model.aggregators.{field}.channels.{channel}"
+        matched = r.dense[f"{unit}.match.weight"] @ query
+        scores = [_score(r, unit, vector, query, matched) for vector in vectors]
+        shares = torch.softmax(torch.stack(scores), 0) if scores else []
+        sums.append(sum((share * v for share, v in zip(shares, vectors, strict=True)), start=nothing))
+    return torch.cat(sums)
+
+
+def _score(r: "Reference", unit: str, key: Tensor, query: Tensor, matched: Tensor) -> Tensor:
+    """v . PReLU(K k + Q q + C (k * m) + b)."""
+    hidden = r.dense[f"{unit}.of_key.weight"] @ key
+    hidden = hidden + r.dense[f"{unit}.of_query.weight"] @ query + r.dense[f"{unit}.of_query.bias"]
+    hidden = hidden + r.dense[f"{unit}.of_product.weight"] @ (key * matched)
+    score = (r.dense[f"{unit}.score.weight"] @ r.prelu(hidden, f"{unit}.activation.weight"))[0]
+    bias = f"{unit}.score.bias"
+    return score + r.dense[bias][0] if bias in r.dense else score
+
+
+def _mlp(r: "Reference", x: Tensor) -> Tensor:
+    return _layers(r, "model.mlp", x)[0]
+
+
+def _layers(r: "Reference", name: str, x: Tensor) -> Tensor:
+    """Two hidden layers with PReLU and a linear one."""
+    for layer in range(3):
+        x = r.dense[f"{name}.{2 * layer}.weight"] @ x + r.dense[f"{name}.{2 * layer}.bias"]
+        if layer < 2:
+            x = r.prelu(x, f"{name}.{2 * layer + 1}.weight")
+    return x

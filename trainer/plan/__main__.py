@@ -1,0 +1,119 @@
+"""python -m trainer.plan: what a run would need and how fast it would be on more machines, before you rent them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from featurestore.errors import FeatureStoreError
+from trainer.config import Config, load_config
+from trainer.errors import ConfigError, SchemaError, TrainerError
+
+FAILED, USAGE = 1, 2
+EXAMPLES = """
+Examples:
+
+    python -m trainer.plan --samples data/samples --store data/features --ranks 8,20,40 --global-batch-size 60000
+
+    python -m trainer.plan --ranks 1,2 --ranks-per-machine 2 --samples-per-rank 3000 --config own.yaml --json plan.json
+
+    python -m trainer.plan --paper
+
+The first draws batches from the samples, measures this machine for about half a minute, and computes the rest.
+Exit codes: 0 done, 1 failed, 2 wrong settings.
+"""
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command(epilog=EXAMPLES)
+def main(
+    samples: Annotated[str | None, typer.Option(help="Place of the samples, as data.samples.")] = None,
+    store: Annotated[str | None, typer.Option(help="Feature store, as data.store.")] = None,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks, with commas.")] = "8,20,40",
+    global_batch_size: Annotated[
+        int | None, typer.Option(help="Samples of a step over all ranks; default data.global_batch_size.", min=1)
+    ] = None,
+    samples_per_rank: Annotated[
+        int | None, typer.Option(help="Instead: samples of a step of each rank.", min=1)
+    ] = None,
+    network: Annotated[str, typer.Option(help="Speed between machines in bits per second.")] = "10Gb",
+    latency_us: Annotated[float, typer.Option(help="Of a message between machines.", min=0)] = 50.0,
+    ranks_per_machine: Annotated[int, typer.Option(help="Ranks that share a machine like this one.", min=1)] = 1,
+    samples_per_day: Annotated[int | None, typer.Option(help="Default: as the samples' files say.", min=1)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda, as run.device.")] = "auto",
+    file: Annotated[Path | None, typer.Option("--config", help="YAML file over the trainer's preset.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
+    ] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="Plan the paper's cluster; measures nothing.")] = False,
+    described: Annotated[
+        Path | None, typer.Option("--input", help="Plan a cluster written down as presets/plan-paper.yaml is.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+) -> None:
+    """Predict unique images and ids, memory, bytes, time and efficiency for more ranks, beside two other designs."""
+    try:
+        if paper or described is not None:
+            from trainer.plan.inputs import PAPER, load_input
+            from trainer.plan.paper import plan_input
+
+            plan = plan_input(load_input(described or PAPER))
+        else:
+            config = _config(file, settings or [], samples, store, device)
+            if global_batch_size is not None and samples_per_rank is not None:
+                raise ConfigError("--global-batch-size and --samples-per-rank exclude each other; give one of them")
+            from trainer.plan.inputs import bytes_per_s
+            from trainer.plan.sample import Question
+
+            question = Question(
+                ranks=numbers(ranks),
+                batch_size=samples_per_rank or global_batch_size or config.data.global_batch_size,
+                per_rank=samples_per_rank is not None,
+                ranks_per_machine=ranks_per_machine,
+                link_bytes_per_s=bytes_per_s(network),
+                latency_s=latency_us / 1e6,
+                samples_per_day=samples_per_day,
+            )
+            from trainer.plan.own import plan_own
+
+            plan = plan_own(config, question, _say)
+        from trainer.plan.show import as_json, show
+
+        show(plan)
+        if json_file is not None:
+            _write(json_file, json.dumps(as_json(plan), indent=2) + "\n")
+    except (TrainerError, FeatureStoreError) as failure:
+        print(f"error: {failure}", file=sys.stderr, flush=True)
+        raise typer.Exit(USAGE if isinstance(failure, ConfigError | SchemaError) else FAILED) from failure
+
+
+def _config(file: Path | None, settings: list[str], samples: str | None, store: str | None, device: str) -> Config:
+    own = [f"data.samples={samples}"] if samples else []
+    own += [f"data.store={store}"] if store else []
+    return load_config(file, [*own, f"run.device={device}", *settings])
+
+
+def _say(text: str) -> None:
+    print(f"{text} ...", file=sys.stderr, flush=True)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as failure:
+        raise ConfigError(f"--json {path} cannot be written: {failure}; choose another file") from failure
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Numbers of ranks, ascending. Raises ConfigError."""
+    found = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if min(found) < 1:
+        raise ConfigError(f"--ranks {text}: write numbers from 1 on with commas between them, as 8,20,40")
+    return tuple(sorted(set(found)))
+
+
+if __name__ == "__main__":
+    app()

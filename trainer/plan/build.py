@@ -1,0 +1,159 @@
+"""A plan: for each number of ranks what a step costs in the three designs, and which one to choose."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from trainer.plan.cost import DESIGNS, BatchCounts, Design, Keys, Machine, StepCost, Widths, step_cost
+
+FEATURE_ITEM_BYTES = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
+_SKEW_WORTH_A_WORD = 1.05
+_MOST_OF_MEMORY = 0.8
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What ranks hold: the feature store and the ID tables. `table_bytes` is of all tables, with Adam's state."""
+
+    rows: int
+    dim: int
+    dtype: str
+    shards: int
+    table_bytes: int
+    table_shards: int
+    machine_memory_bytes: int | None = None
+    """Of a machine, where it is known."""
+
+    def feature_bytes(self, dtype: str, ranks: int) -> float:
+        """Of the rank that has most shards."""
+        return self.rows * self.dim * FEATURE_ITEM_BYTES[dtype] * most_shards(self.shards, ranks) / self.shards
+
+    def rank_bytes(self, ranks: int) -> float:
+        """Features and ID rows of the rank that has most."""
+        tables = self.table_bytes * most_shards(self.table_shards, ranks) / self.table_shards
+        return self.feature_bytes(self.dtype, ranks) + tables
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of ranks. `efficiency`: samples/s over those of the base, each divided by its ranks."""
+
+    ranks: int
+    counts: BatchCounts
+    costs: Mapping[Design, StepCost]
+    efficiency: Mapping[Design, float]
+    day_s: Mapping[Design, float]
+    stored: Mapping[str, float]
+    """Bytes of features that a rank holds, by dtype."""
+    rank_bytes: float
+    sample_day_bytes: float
+    """Of the features in a day's samples, were they stored there."""
+
+    @property
+    def best(self) -> Design:
+        """The fastest."""
+        return min(DESIGNS, key=lambda design: self.costs[design].seconds)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All rows, the ranks that their efficiency is measured against, and everything that was taken for granted."""
+
+    title: str
+    base_ranks: int
+    samples_per_day: float
+    rows: tuple[Row, ...]
+    machines: Mapping[int, Machine]
+    """By ranks on one machine."""
+    advice: tuple[str, ...]
+    assumptions: tuple[str, ...]
+
+
+def build(
+    title: str,
+    counts_of: Callable[[int], BatchCounts],
+    ranks: Sequence[int],
+    base_ranks: int,
+    widths: Widths,
+    machines: Mapping[int, Machine],
+    stored: Stored,
+    samples_per_day: float,
+    assumptions: Sequence[str],
+) -> Plan:
+    """The plan for each of `ranks`; `machines` has one for every number of ranks that share a machine."""
+
+    def costs_at(count: int) -> tuple[BatchCounts, dict[Design, StepCost]]:
+        machine = machines[min(count, max(machines))]
+        counts = counts_of(count)
+        return counts, {design: step_cost(design, counts, widths, machine) for design in DESIGNS}
+
+    _, base = costs_at(base_ranks)
+    rows = []
+    for count in ranks:
+        counts, costs = costs_at(count)
+        rows.append(
+            Row(
+                ranks=count,
+                counts=counts,
+                costs=costs,
+                efficiency={d: costs[d].samples_per_s * base_ranks / (base[d].samples_per_s * count) for d in DESIGNS},
+                day_s={d: samples_per_day / costs[d].samples_per_s for d in DESIGNS},
+                stored={dtype: stored.feature_bytes(dtype, count) for dtype in FEATURE_ITEM_BYTES},
+                rank_bytes=stored.rank_bytes(count),
+                sample_day_bytes=widths.feature_bytes * counts.images.references / counts.samples * samples_per_day,
+            )
+        )
+    advice = tuple(line for row in rows for line in advise(row, stored, min(row.ranks, max(machines))))
+    return Plan(
+        title, base_ranks, samples_per_day, tuple(rows), machines, tuple(dict.fromkeys(advice)), tuple(assumptions)
+    )
+
+
+def advise(row: Row, stored: Stored, local_ranks: int = 1) -> list[str]:
+    """Which design to choose for these ranks and why, and what to change about shards and memory."""
+    who = "1 rank" if row.ranks == 1 else f"{row.ranks} ranks"
+    best = row.costs[row.best]
+    others = [row.costs[design] for design in DESIGNS if design != row.best]
+    times = " and ".join(f"{each.seconds / best.seconds:.3g} times {each.design}'s" for each in others)
+    lines = [f"{who}: {row.best}. Its samples/s are {times}."]
+    if row.best == "store in worker":
+        lines.append(f"{who}: the samples of a day with their features are {row.sample_day_bytes / 1e12:.3g} TB.")
+        return lines
+    images, ids = (_uneven(keys, row.ranks) for keys in (row.counts.images, row.counts.ids))
+    lines += _of_shards(who, row.ranks, images, stored.shards, "images", "make the store with --num-shards")
+    lines += _of_shards(who, row.ranks, ids, stored.table_shards, "ids", "set model.table_shards to")
+    needed = row.rank_bytes * local_ranks
+    if stored.machine_memory_bytes is not None and needed > _MOST_OF_MEMORY * stored.machine_memory_bytes:
+        lines.append(
+            f"{who}: a machine has to hold {needed / 1e9:,.3g} GB, and this one has "
+            f"{stored.machine_memory_bytes / 1e9:,.3g} GB: what does not fit is read from its disk, which is not in "
+            "the times. Take more machines, or a store of a smaller dtype (python -m featurestore recode)."
+        )
+    return lines
+
+
+def _uneven(keys: Keys, ranks: int) -> float:
+    """Unique keys of the busiest owner over the mean."""
+    return keys.owned * ranks / keys.unique if keys.unique else 1.0
+
+
+def _of_shards(who: str, ranks: int, skew: float, shards: int, things: str, way_out: str) -> list[str]:
+    """Advice on shards that do not divide evenly; keys alone may be uneven too, which more shards do not help."""
+    if min(skew, most_shards(shards, ranks) * ranks / shards) <= _SKEW_WORTH_A_WORD:
+        return []
+    return [
+        f"{who}: the busiest owner has {skew - 1:.0%} more {things} than the mean, as {shards} shards do not divide "
+        f"evenly; {way_out} {even_shards(ranks)}."
+    ]
+
+
+def most_shards(num_shards: int, ranks: int) -> int:
+    """Shards of the rank that has most."""
+    return -(-num_shards // ranks)
+
+
+def even_shards(ranks: int) -> int:
+    """The smallest power of two of shards of which no rank has more than 5 % above the mean."""
+    shards = 1
+    while most_shards(shards, ranks) * ranks > _SKEW_WORTH_A_WORD * shards:
+        shards *= 2
+    return shards

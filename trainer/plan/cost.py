@@ -1,0 +1,274 @@
+"""Pure functions: what one training step costs a rank, in bytes and seconds, for the exchange and its two alternatives.
+
+- "exchange": this trainer. E runs at the owner, once per unique image of the global batch; V numbers travel per image.
+- "store in server": features are sharded, but travel: each rank gets those of its own unique images and runs E on them.
+- "store in worker": features lie in the samples; E runs on each rank once per occurrence of an image in a group.
+
+ID vectors, the worker model and the dense gradients are the same in all three. Every time is a mean over steps.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.plan.skew import highest_of
+
+Design = Literal["exchange", "store in server", "store in worker"]
+DESIGNS: tuple[Design, ...] = ("exchange", "store in server", "store in worker")
+KEY_BYTES = 8
+LANES: tuple[frozenset[str], ...] = (frozenset({"read", "samples"}), frozenset({"route", "keys", "gather", "features"}))
+"""Stages that need no weights, so that those of step t + 1 run beside step t: a thread reads, another one prepares."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys of one kind (images, ids) in one global batch of P ranks."""
+
+    references: float
+    """In the whole batch, user fields once per group."""
+    asked: float
+    """Unique keys of one rank, mean over ranks: what it asks for, and what an owner is asked for on average."""
+    served: float
+    """Keys that the busiest owner is asked for; the same key once for each rank that asks."""
+    unique: float
+    """In the whole batch."""
+    owned: float
+    """Unique keys of the busiest owner."""
+    extrapolated: bool = False
+    """The batch is larger than the data that was drawn from."""
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """What a global batch of `samples` on `ranks` has to be done for. `decoded`: samples that each rank decodes."""
+
+    samples: int
+    ranks: int
+    decoded: float
+    images: Keys
+    ids: Keys
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stage of the step, timed at two sizes: a constant and so much per unit; `cores` were busy meanwhile."""
+
+    fixed_s: float
+    unit_s: float
+    cores: float = 1.0
+
+    def seconds(self, units: float) -> float:
+        """Wall time of so many units."""
+        return self.fixed_s + self.unit_s * units
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The stages of one rank without other ranks, measured with the machine as full as it will be."""
+
+    read: Piece
+    """Per sample decoded: Parquet to a batch."""
+    route: Piece
+    """Per sample of the rank: unique, owners, unique again, everything of the key exchange but its wire."""
+    gather: Piece
+    """Per image: its feature out of the mapped store."""
+    embed: Piece
+    """Per image: E, forward and backward."""
+    worker: Piece
+    """Per sample of the rank: worker model forward and backward, the way from unique vectors to the batch and back."""
+    rows: Piece
+    """Per unique id: its vector, and its step of Adam."""
+    jitter: float = 0.0
+    """Standard deviation of a rank's step over its mean: every step waits for the slowest rank."""
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes of what travels."""
+
+    feature_bytes: int
+    image_vector_bytes: int
+    id_vector_bytes: float
+    dense_bytes: int
+    """Gradients of all parameters that every rank holds."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """Collectives by Hockney's model: a call, a latency per message, a time per byte.
+
+    An alltoall is P - 1 messages of each rank; a ring allreduce 2 (P - 1), and 2 (P - 1) / P of its values leave a rank
+    (Thakur, Rabenseifner and Gropp, "Optimization of collective communication operations in MPICH", 2005).
+    Ranks of one machine share its link; what they send each other goes at the speed of the loopback.
+    """
+
+    call_s: float
+    """Any collective, however little it moves, measured between ranks of one machine."""
+    latency_s: float
+    """More for each message to another rank when there are several machines."""
+    link_bytes_per_s: float
+    """Of a machine, each way."""
+    local_bytes_per_s: float
+    """Of a rank, between ranks of one machine: also the most that its software moves."""
+    ranks_per_machine: int = 1
+
+    def alltoall_s(self, ranks: int, bytes_out: float) -> float:
+        """`bytes_out`: what leaves a rank, or comes to it, whichever is more."""
+        return self._seconds(ranks, ranks - 1, bytes_out)
+
+    def allreduce_s(self, ranks: int, size_bytes: float) -> float:
+        """`size_bytes`: of the values that are summed."""
+        return self._seconds(ranks, 2 * (ranks - 1), ring_bytes(ranks, size_bytes))
+
+    def _seconds(self, ranks: int, messages: int, bytes_out: float) -> float:
+        if ranks == 1:
+            return 0.0
+        local = min(self.ranks_per_machine, ranks)
+        if local == ranks:
+            return self.call_s + bytes_out / self.local_bytes_per_s
+        away = bytes_out * (ranks - local) / (ranks - 1)
+        speed = min(self.link_bytes_per_s / local, self.local_bytes_per_s)
+        return self.call_s + messages * self.latency_s + away / speed + (bytes_out - away) / self.local_bytes_per_s
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One machine. Ranks of it share its `cores`.
+
+    `interference`: how much longer a step of the real loop takes than its stages alone would say, measured at one rank:
+    threads that run beside each other fight for memory and processor caches.
+    """
+
+    rates: Rates
+    network: Network
+    cores: int
+    interference: float = 1.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage of a step takes of a rank; `busy_s` is processor time."""
+
+    seconds: float
+    busy_s: float
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One step of one design. Bytes leave a rank, mean over ranks; those of "samples" come from where samples lie."""
+
+    design: Design
+    seconds: float
+    samples_per_s: float
+    bytes_by_part: Mapping[str, float]
+    stages: Mapping[str, Stage]
+
+    @property
+    def bytes_sent(self) -> float:
+        """What one rank sends to others in a step."""
+        return sum(size for part, size in self.bytes_by_part.items() if part != "samples")
+
+
+def ring_bytes(ranks: int, size_bytes: float) -> float:
+    """What leaves a rank in a ring allreduce."""
+    return 2 * size_bytes * (ranks - 1) / ranks
+
+
+def decoded_samples(global_samples: int, ranks: int, window_samples: float) -> float:
+    """Samples that a rank decodes in a step: its slice and, on average, one window of the shuffle at the slice's edges.
+
+    Never more than the global batch: a window is decoded once, and serves all the steps that it spans.
+    """
+    return min(float(global_samples), global_samples / ranks + window_samples)
+
+
+def bytes_by_part(design: Design, counts: BatchCounts, widths: Widths) -> dict[str, float]:
+    """Bytes that leave a rank in a step, mean over ranks: of its keys, (P - 1) / P belong to others."""
+    away = (counts.ranks - 1) / counts.ranks
+    images = 0.0 if design == "store in worker" else counts.images.asked
+    parts = {
+        "keys": KEY_BYTES * away * (images + counts.ids.asked),
+        "id vectors": widths.id_vector_bytes * away * counts.ids.asked,
+        "id gradients": widths.id_vector_bytes * away * counts.ids.asked,
+        "dense gradients": ring_bytes(counts.ranks, widths.dense_bytes),
+    }
+    match design:
+        case "exchange":
+            parts["image vectors"] = parts["image gradients"] = widths.image_vector_bytes * away * images
+        case "store in server":
+            parts["features"] = widths.feature_bytes * away * images
+        case "store in worker":
+            parts["samples"] = widths.feature_bytes * counts.images.references / counts.ranks
+    return parts
+
+
+def step_cost(design: Design, counts: BatchCounts, widths: Widths, machine: Machine) -> StepCost:
+    """The step of `design`. Owner skew is in it: every step waits for the busiest owner."""
+    sizes = bytes_by_part(design, counts, widths)
+    stages = {**_computed(design, counts, machine), **_sent(design, counts, sizes, machine.network)}
+    seconds = step_seconds(stages, counts.ranks, machine)
+    return StepCost(design, seconds, counts.samples / seconds, sizes, stages)
+
+
+def step_seconds(stages: Mapping[str, Stage], ranks: int, machine: Machine) -> float:
+    """The lanes run beside the other stages; none can be faster than the processor time of all ranks of a machine.
+
+    These are the two bounds of Brent's theorem (The parallel evaluation of general arithmetic expressions, 1974), the
+    span and the work. Of machines whose steps vary independently, the slowest counts.
+    """
+    lanes = [sum(stage.seconds for name, stage in stages.items() if name in lane) for lane in LANES]
+    own = sum(stage.seconds for name, stage in stages.items() if not any(name in lane for lane in LANES))
+    local = min(ranks, machine.network.ranks_per_machine)
+    busy = sum(stage.busy_s for stage in stages.values()) * local / machine.cores
+    wait = machine.rates.jitter * highest_of(math.ceil(ranks / local))
+    return max(*lanes, own, busy) * machine.interference * (1 + wait)
+
+
+def _computed(design: Design, counts: BatchCounts, machine: Machine) -> dict[str, Stage]:
+    """What a rank does itself; `images` and `gathered` are those of the busiest rank."""
+    occurrences = counts.images.references / counts.ranks
+    images, gathered = {
+        "exchange": (counts.images.owned, counts.images.owned),
+        "store in server": (counts.images.asked, counts.images.served),
+        "store in worker": (occurrences, occurrences),
+    }[design]
+    rates, own_samples = machine.rates, counts.samples / counts.ranks
+    units = {
+        "read": (rates.read, counts.decoded),
+        "route": (rates.route, own_samples),
+        "gather": (rates.gather, gathered),
+        "embed": (rates.embed, images),
+        "worker": (rates.worker, own_samples),
+        "rows": (rates.rows, counts.ids.owned),
+    }
+    return {name: _stage(piece, count) for name, (piece, count) in units.items()}
+
+
+def _sent(design: Design, counts: BatchCounts, sizes: Mapping[str, float], network: Network) -> dict[str, Stage]:
+    """The wire: the busiest owner sends more vectors than the mean."""
+    ranks = counts.ranks
+    image_skew, id_skew = (k.served / k.asked if k.asked else 1.0 for k in (counts.images, counts.ids))
+    vectors = image_skew * sizes.get("image vectors", 0.0) + id_skew * sizes["id vectors"]
+    seconds = {
+        "keys": network.alltoall_s(ranks, max(image_skew, id_skew) * sizes["keys"]),
+        "vectors": network.alltoall_s(ranks, vectors),
+        "gradients": network.alltoall_s(ranks, vectors),
+        "dense gradients": network.allreduce_s(ranks, sizes["dense gradients"] * ranks / max(1, 2 * (ranks - 1))),
+    }
+    if design == "store in server":
+        seconds["features"] = network.alltoall_s(ranks, image_skew * sizes["features"])
+    if design == "store in worker" and ranks > network.ranks_per_machine:
+        seconds["samples"] = sizes["samples"] * network.ranks_per_machine / network.link_bytes_per_s
+    # What two ranks of a machine send each other, its processor copies; a network card works alone.
+    copied = 1.0 if ranks <= network.ranks_per_machine else 0.0
+    moved = {"keys": sizes["keys"], "vectors": vectors, "gradients": vectors, "features": sizes.get("features", 0.0)}
+    moved["dense gradients"] = sizes["dense gradients"]
+    return {
+        name: Stage(each, copied * moved.get(name, 0.0) / network.local_bytes_per_s) for name, each in seconds.items()
+    }
+
+
+def _stage(piece: Piece, units: float) -> Stage:
+    seconds = piece.seconds(units)
+    return Stage(seconds, seconds * piece.cores)

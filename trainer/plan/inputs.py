@@ -1,0 +1,145 @@
+"""A cluster that is written down in a file instead of measured: counts, sizes, speeds and assumptions."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, field_validator
+
+from featurestore.spec import DType
+from trainer.errors import ConfigError
+from trainer.options import Count
+from trainer.plan.build import FEATURE_ITEM_BYTES
+from trainer.plan.cost import BatchCounts, Machine, Network, Piece, Rates, Widths, step_cost
+from trainer.plan.draws import Population
+from trainer.plan.growth import Curve, Point
+from trainer.validate import Section, validated
+
+PAPER = Path(__file__).parent.parent / "presets" / "plan-paper.yaml"
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_SPEED = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(b|bit|bits|bps|bit/s)", re.IGNORECASE)
+
+
+class KeysInput(Section):
+    """Keys of one kind: how many different ones so many samples have, at two sizes at least; the rest by Heaps' law."""
+
+    references_per_sample: Positive
+    unique_of_samples: Annotated[dict[int, Positive], Field(min_length=2)]
+    num_shards: Count
+    vector_bytes: Positive
+
+    def population(self) -> Population:
+        """The same, as the plan takes it."""
+        points = tuple(Point(samples, unique) for samples, unique in sorted(self.unique_of_samples.items()))
+        return Population(self.references_per_sample, Curve(points), self.num_shards)
+
+
+class ReferenceInput(Section):
+    """A run whose time is known: the compute of a node is what is left of its step without the wire."""
+
+    ranks: Count
+    hours: Positive
+    samples: Count
+
+
+class NetworkInput(Section):
+    """Of the machines: a latency of each message, a speed, and what any collective costs before it moves anything."""
+
+    speed: str
+    latency_us: NotNegative
+    call_ms: NotNegative
+
+    @field_validator("speed")
+    @classmethod
+    def _known_unit(cls, value: str) -> str:
+        try:
+            bytes_per_s(value)
+        except ConfigError as failure:
+            raise ValueError(str(failure)) from failure
+        return value
+
+
+class PlanInput(Section):
+    """A cluster that was not measured but is written down; every line of `assumptions` is printed with the plan."""
+
+    title: str
+    global_batch_size: Count
+    ranks: Annotated[list[Count], Field(min_length=1)]
+    samples_per_day: Count
+    images: KeysInput
+    ids: KeysInput
+    dim: Count
+    dtype: DType
+    store_rows: Count
+    dense_bytes: Count
+    reference: ReferenceInput
+    network: NetworkInput
+    jitter: NotNegative
+    assumptions: list[str]
+
+    def counts(self, ranks: int) -> BatchCounts:
+        """Of a global batch on `ranks`."""
+        size = self.global_batch_size
+        images, ids = (each.population().keys(size, ranks) for each in (self.images, self.ids))
+        return BatchCounts(size, ranks, size / ranks, images, ids)
+
+    @property
+    def widths(self) -> Widths:
+        """What travels."""
+        return Widths(
+            self.dim * FEATURE_ITEM_BYTES[self.dtype],
+            int(self.images.vector_bytes),
+            self.ids.vector_bytes,
+            self.dense_bytes,
+        )
+
+    def machine(self) -> Machine:
+        """A node that computes as fast as the reference run says: all of its time but the wire goes with its images."""
+        speed = bytes_per_s(self.network.speed)
+        network = Network(self.network.call_ms / 1e3, self.network.latency_us / 1e6, speed, speed)
+        known, counts = self.reference, self.counts(self.reference.ranks)
+        steps = known.samples / self.global_batch_size
+        idle = Machine(_image_bound(0.0, self.jitter), network, cores=1)
+        wire_s = step_cost("exchange", counts, self.widths, idle).seconds
+        one = dataclasses.replace(idle, rates=_image_bound(1.0, self.jitter))
+        per_image_s = (known.hours * 3600 / steps - wire_s) / (
+            step_cost("exchange", counts, self.widths, one).seconds - wire_s
+        )
+        if per_image_s <= 0:
+            raise ConfigError(f"reference.hours={known.hours}: the wire alone takes longer; check network and hours")
+        return dataclasses.replace(idle, rates=_image_bound(per_image_s, self.jitter))
+
+
+def load_input(path: Path) -> PlanInput:
+    """The cluster that a YAML file describes. Raises ConfigError naming the file and the field."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as failure:
+        raise ConfigError(f"--input {path}: there is no such file") from failure
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as failure:
+        raise ConfigError(f"{path} is not a readable YAML file: {failure}") from failure
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path} has to be a mapping, found {type(values).__name__}")
+    return validated(PlanInput, dict[str, Any](values), str(path), ConfigError)
+
+
+def bytes_per_s(speed: str) -> float:
+    """Bytes per second of a network speed in bits, as 10Gb, 400Mbit, 1 Gbit/s. Raises ConfigError."""
+    found = _SPEED.fullmatch(speed.strip().removesuffix("/s"))
+    value = float(found.group(1)) * _UNITS[found.group(2).lower()] / 8 if found else 0.0
+    if value <= 0:
+        raise ConfigError(f"network speed {speed!r}: write bits per second above zero with a unit, as 10Gb or 400Mbit")
+    return value
+
+
+def _image_bound(per_image_s: float, jitter: float) -> Rates:
+    """A node of which only the time per image is known."""
+    nothing = Piece(0.0, 0.0, 0.0)
+    embed = Piece(0.0, per_image_s, 0.0)
+    return Rates(nothing, nothing, nothing, embed, nothing, nothing, jitter)

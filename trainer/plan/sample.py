@@ -1,0 +1,107 @@
+"""What is asked of a plan, and what the samples and the store of a configuration say to it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from featurestore.snapshot import Snapshot
+from featurestore.store import FeatureStore
+from trainer.comm import SoloComm
+from trainer.config import Config
+from trainer.data import SampleIndex, SampleReader, open_index
+from trainer.errors import ConfigError
+from trainer.models.fields import used_fields
+from trainer.plan.draws import Drawn, Population, population
+from trainer.routing import Int64
+from trainer.run import content_store
+from trainer.schema import Schema, load_schema
+from trainer.step import model_name, table_shapes
+
+_DRAWN_BATCHES = 4
+_LEAST_DRAWN, _MOST_DRAWN = 100_000, 1_000_000
+LARGEST_MEASURED = 3_000
+"""Samples of the batches on which this machine is measured, at most."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked. `per_rank`: the batch size is each rank's, not that of all ranks together."""
+
+    ranks: tuple[int, ...]
+    batch_size: int
+    per_rank: bool
+    ranks_per_machine: int
+    link_bytes_per_s: float
+    latency_s: float
+    samples_per_day: int | None = None
+
+    def global_size(self, ranks: int) -> int:
+        """Samples of one step of so many ranks."""
+        return self.batch_size * ranks if self.per_rank else self.batch_size
+
+    def sizes(self, ranks: int) -> tuple[int, int]:
+        """Samples of one rank, and of all of them."""
+        size = self.global_size(ranks)
+        return max(1, size // ranks), size
+
+    def check(self) -> None:
+        """Raises ConfigError where ranks would be without samples."""
+        for count in self.ranks:
+            if self.global_size(count) < count:
+                raise ConfigError(
+                    f"a global batch of {self.batch_size} samples leaves some of {count} ranks without any; "
+                    f"give --global-batch-size of at least {count}, or --samples-per-rank"
+                )
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The samples and the store of a configuration, and what batches drawn from them say."""
+
+    schema: Schema
+    index: SampleIndex
+    snapshot: Snapshot
+    images: Population
+    ids: Population
+    id_vector_floats: float
+    image_keys_U: Int64
+    """Keys of the first batches, for a store in the place of one too large."""
+
+
+def sample(config: Config, question: Question) -> Sampled:
+    """Draws batches as the trainer would. Raises what opening samples and store raises, ConfigError without images."""
+    data = config.data
+    schema = load_schema(Path(data.schema_file) if data.schema_file else None)
+    if content_store(config, schema) is None:
+        raise ConfigError("model.images=none: a plan is about training with images; set it to ad, behavior or both")
+    fields = used_fields(schema, config.model)
+    index = open_index(SoloComm(), data.samples, "train", schema, data.train_days)
+    snapshot = FeatureStore.open(data.store).snapshot(data.store_version)
+    sizes = sorted({size for count in (1, *question.ranks) for size in question.sizes(count)})
+    total = min(index.num_samples, max(_LEAST_DRAWN, min(_MOST_DRAWN, _DRAWN_BATCHES * sizes[-1]), sizes[-1]))
+    seed, window = (config.train.seed, data.shuffle_window_groups) if data.shuffle else (None, 1)
+    batch = next(SampleReader(index, schema, batch_size=total, seed=seed, window_groups=window).batches())
+    of_user = frozenset(field.name for field in schema.fields if field.side == "user")
+
+    def drawn(source_of: dict[str, str], shards: int) -> Drawn:
+        names = [[f for f, s in source_of.items() if s == source] for source in dict.fromkeys(source_of.values())]
+        return Drawn(batch, tuple(tuple(each) for each in names), of_user, shards)
+
+    content = {f.name: model_name(f, config.model) for f in fields if f.kind == "content"}
+    images = drawn(content, snapshot.info.num_shards)
+    shapes = {shape.name: shape for shape in table_shapes(fields, config.model)}
+    id_fields = {f.name: f.table_name for f in fields if f.is_id}
+    ids = drawn(id_fields, config.model.table_shards)
+    unique_T = [len(np.unique(keys_N)) for keys_N in ids.keys_of(range(min(total, sizes[-1])))]
+    widths_T = [shapes[name].width for name in dict.fromkeys(id_fields.values())]
+    first = images.keys_of(range(min(total, 16 * LARGEST_MEASURED)))
+    return Sampled(
+        schema=schema,
+        index=index,
+        snapshot=snapshot,
+        images=population(images, sizes, float(snapshot.num_rows * len(set(content.values())))),
+        ids=population(ids, sizes, float("inf")),
+        id_vector_floats=float(np.average(widths_T, weights=unique_T)) if sum(unique_T) else 0.0,
+        image_keys_U=np.unique(np.concatenate(first)),
+    )

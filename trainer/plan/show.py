@@ -1,0 +1,149 @@
+"""A plan for a person: tables on stdout; and for programs: JSON."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer.plan.build import Plan
+from trainer.plan.cost import DESIGNS
+
+_WIDE = 150
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Everything in the plan, as plain values; `ranks` maps each number of ranks to its row."""
+    rows = {
+        str(row.ranks): {
+            "counts": dataclasses.asdict(row.counts),
+            "choose": row.best,
+            "stored_bytes_per_rank": dict(row.stored),
+            "memory_bytes_per_rank": row.rank_bytes,
+            "sample_feature_bytes_per_day": row.sample_day_bytes,
+            "designs": {
+                design: {
+                    "step_s": cost.seconds,
+                    "samples_per_s": cost.samples_per_s,
+                    "day_s": row.day_s[design],
+                    "efficiency": row.efficiency[design],
+                    "bytes_by_part": dict(cost.bytes_by_part),
+                    "bytes_sent": cost.bytes_sent,
+                    "stages_s": {name: stage.seconds for name, stage in cost.stages.items()},
+                }
+                for design, cost in row.costs.items()
+            },
+        }
+        for row in plan.rows
+    }
+    return {
+        "title": plan.title,
+        "base_ranks": plan.base_ranks,
+        "samples_per_day": plan.samples_per_day,
+        "ranks": rows,
+        "machines": {str(local): dataclasses.asdict(machine) for local, machine in plan.machines.items()},
+        "advice": list(plan.advice),
+        "assumptions": list(plan.assumptions),
+    }
+
+
+def show(plan: Plan) -> None:
+    """Tables of counts, memory, bytes and times, then what to choose and what was taken for granted, on stdout."""
+    console = Console(highlight=False, width=max(_WIDE, Console().width))
+    console.print(plan.title, style="bold", soft_wrap=True)
+    for table in (_counts(plan), _stored(plan), _bytes(plan), _times(plan), _stages(plan)):
+        console.print(table)
+    console.print("What to choose", style="bold")
+    for line in plan.advice:
+        console.print(f"- {line}", soft_wrap=True)
+    console.print("Taken for granted", style="bold")
+    for line in plan.assumptions:
+        console.print(f"- {line}", soft_wrap=True)
+
+
+def size(count: float) -> str:
+    """Bytes with three digits and a unit, as 1.23 MB."""
+    for unit in _UNITS:
+        if count < 1000 or unit == _UNITS[-1]:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError("the last unit takes everything")
+
+
+def duration(seconds: float) -> str:
+    """As 1.23 ms, 12.3 s, 4.56 h."""
+    if seconds == 0:
+        return "-"
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 600:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:,.3g} h"
+
+
+def _counts(plan: Plan) -> Table:
+    table = _table("A global batch (~ is extrapolated)", "ranks", "samples", "images", "of a rank", "images used")
+    for name in ("busiest owner", "ids", "ids of a rank"):
+        table.add_column(name, justify="right")
+    for row in plan.rows:
+        images, ids = row.counts.images, row.counts.ids
+        mark = "~" if images.extrapolated or ids.extrapolated else ""
+        skew = images.owned * row.ranks / images.unique if images.unique else 1.0
+        figures = (images.unique, images.asked, images.references)
+        table.add_row(
+            str(row.ranks),
+            f"{row.counts.samples:,}",
+            *(f"{mark}{value:,.0f}" for value in figures),
+            f"{skew - 1:+.1%}",
+            *(f"{mark}{value:,.0f}" for value in (ids.unique, ids.asked)),
+        )
+    return table
+
+
+def _stored(plan: Plan) -> Table:
+    table = _table("Features of a rank, by dtype of the store", "ranks", *plan.rows[0].stored, "with ID rows, as it is")
+    for row in plan.rows:
+        table.add_row(str(row.ranks), *(size(value) for value in row.stored.values()), size(row.rank_bytes))
+    return table
+
+
+def _bytes(plan: Plan) -> Table:
+    parts = list(dict.fromkeys(part for row in plan.rows for cost in row.costs.values() for part in cost.bytes_by_part))
+    table = _table("Bytes of a step, out of each rank", "ranks", "design", *parts, "sent")
+    table.columns[1].justify = "left"
+    for row in plan.rows:
+        for design in DESIGNS:
+            cost = row.costs[design]
+            cells = [size(cost.bytes_by_part[part]) if part in cost.bytes_by_part else "" for part in parts]
+            table.add_row(str(row.ranks), design, *cells, size(cost.bytes_sent))
+    return table
+
+
+def _times(plan: Plan) -> Table:
+    against = f"efficiency against {plan.base_ranks}"
+    table = _table("Time", "ranks", "design", "step", "samples/s", f"a day of {plan.samples_per_day:,.0f}", against)
+    table.columns[1].justify = "left"
+    for row in plan.rows:
+        for design in DESIGNS:
+            cost, style = row.costs[design], "bold" if design == row.best else None
+            cells = (duration(cost.seconds), f"{cost.samples_per_s:,.0f}", duration(row.day_s[design]))
+            table.add_row(str(row.ranks), design, *cells, f"{row.efficiency[design]:.0%}", style=style)
+    return table
+
+
+def _stages(plan: Plan) -> Table:
+    names = list(plan.rows[0].costs["exchange"].stages)
+    table = _table("Stages of a step of the exchange, each by itself", "ranks", *names)
+    for row in plan.rows:
+        stages: Mapping[str, Any] = row.costs["exchange"].stages
+        table.add_row(str(row.ranks), *(duration(stages[name].seconds) for name in names))
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
