@@ -15,7 +15,7 @@ from trainer.checkpoint import CheckpointState
 from trainer.comm import Comm
 from trainer.config import Config, load_config
 from trainer.errors import CheckpointError, ConfigError
-from trainer.run import _kind_of_features, _share_machine, _store_name
+from trainer.run import _kind_of_features, _share_machine, content_store
 from trainer.schema import Schema, load_schema
 from trainer.step import Engine
 
@@ -60,7 +60,7 @@ def open_trained(folder: Path, comm: Comm, *, which: str = "latest", store_versi
     config, schema, path, state = on_all(comm, lambda: _read(folder, which))
     comm.deadline_s = config.run.deadline_s
     device = _share_machine(config, comm)
-    store_name, partitions = _store_name(config, schema), {}
+    store_name, partitions = content_store(config, schema), {}
     if store_name is not None:
         version = comm.broadcast_object(on_all(comm, lambda: store_version or _newest(config)))
         partitions[store_name] = on_all(comm, lambda: _partition(config, state, path, comm, version))
