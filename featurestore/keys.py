@@ -62,3 +62,16 @@ def owner_of(shards_N: npt.ArrayLike, num_ranks: int) -> Int64Array:
 def owned_shards(num_shards: int, rank: int, num_ranks: int) -> list[int]:
     """The shards that `rank` serves, ascending; empty where there are more ranks than shards."""
     return list(range(rank, num_shards, num_ranks))
+
+
+def sampled(keys_N: npt.ArrayLike, share: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Which keys are in a random share of all keys, (N,): decided by key and seed alone, so equal on every rank.
+
+    The keys of a smaller share are all in a larger one of the same seed. Independent of the shard: a second hash of the
+    one that places a key. Raises ValueError for a share beyond [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share={share} is not in [0, 1]")
+    salt = splitmix64(np.asarray([seed], np.int64))
+    again_N = splitmix64((splitmix64(keys_N) ^ salt).view(np.int64))
+    return (again_N >> np.uint64(11)) < np.uint64(round(share * 2**53))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from featurestore.cache import CachedShard, Progress, default_cache_dir, open_or_build
 from featurestore.errors import FeatureStoreError, MissingKeysError, StorageError
 from featurestore.hashindex import HashIndex
-from featurestore.keys import Int64Array, owned_shards, owner_of, shard_of, shard_of_hash, splitmix64
+from featurestore.keys import Int64Array, owned_shards, owner_of, sampled, shard_of, shard_of_hash, splitmix64
 from featurestore.mapping import map_rows, physical_memory_bytes, populate
 from featurestore.snapshot import Snapshot, missing_message
 from featurestore.spec import DType, StoreInfo
@@ -58,6 +58,7 @@ class FeaturePartition:
         self.snapshot_version = snapshot.version
         self.missing_policy = missing
         self.missing_count = 0
+        self._hidden_share, self._hidden_seed = 0.0, 0
         self._rank, self._num_ranks = rank, num_ranks
         self._where = f"snapshot {snapshot.version} of {snapshot.storage.url}"
         self._threads = threads
@@ -130,6 +131,24 @@ class FeaturePartition:
         """Which keys belong to the shards of this rank, whether they have a feature or not, (U,)."""
         return np.asarray(owner_of(shard_of(keys_U, self.info.num_shards), self._num_ranks) == self._rank)
 
+    def contains(self, keys_U: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Which keys have a feature among the rows of this rank, (U,); no feature is read, and hidden ones count."""
+        hash_U = splitmix64(keys_U)
+        if self.num_rows == 0:
+            return np.zeros(len(hash_U), np.bool_)
+        place_U = self._index.places(hash_U, shard_of_hash(hash_U, self.info.num_shards))
+        return np.asarray(self.owns(keys_U) & (self._index.hash_M[place_U] == hash_U))
+
+    def hide(self, share: float, seed: int = 0) -> None:
+        """From now on lookups find no feature for this share of all keys (`featurestore.keys.sampled`); 0 ends it.
+
+        For experiments: what is a model worth when images are missing? Needs the policy zeros or learned; ValueError.
+        """
+        if share and self.missing_policy == "error":
+            raise ValueError("keys can be hidden under missing=zeros or learned, not under error")
+        sampled([], share, seed)
+        self._hidden_share, self._hidden_seed = share, seed
+
     def __enter__(self) -> "FeaturePartition":
         return self
 
@@ -178,7 +197,10 @@ class FeaturePartition:
         if self.num_rows == 0:
             return np.zeros(len(hash_U), np.int64), np.ones(len(hash_U), np.bool_), shard_U
         place_U = self._index.places(hash_U, shard_U)
-        return place_U, self._index.hash_M[place_U] != hash_U, shard_U
+        missing_U = self._index.hash_M[place_U] != hash_U
+        if self._hidden_share:
+            missing_U |= sampled(keys_U, self._hidden_share, self._hidden_seed)
+        return place_U, missing_U, shard_U
 
     def _gather(self, row_U: Int64Array, missing_U: npt.NDArray[np.bool_], out_UD: npt.NDArray[Any]) -> None:
         if missing_U.any():  # any mapped row will do; it is zeroed below

@@ -10,7 +10,7 @@ import os
 import pickle
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -99,6 +99,16 @@ class Comm(ABC):
         for rank, text in enumerate(texts):
             if text is not None:
                 raise RemoteRankError(rank, text)
+
+    @contextlib.contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Lets every rank come to the end of the block, and then raises on all of them where one failed."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
+            error = failure
+        self.agree(error)
 
 
 class SoloComm(Comm):

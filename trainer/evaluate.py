@@ -1,42 +1,69 @@
-"""Metrics on the test samples: every rank predicts its part, the predictions meet on all ranks, rank 0 measures."""
+"""python -m trainer.evaluate RUN: what a trained run is worth, on what, and how sure that is.
 
-from collections.abc import Iterable
+`horovodrun -np P python -m trainer.evaluate RUN` does it on P ranks, whatever number the run was trained on.
+"""
 
-import numpy as np
-import torch
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from trainer.batch import Batch
-from trainer.columns import Index
-from trainer.comm import Comm
-from trainer.errors import TrainerError
-from trainer.metrics import measure
+import typer
 
-Metrics = dict[str, float | int | None]
+from trainer.cli import run_on_ranks
 
+if TYPE_CHECKING:
+    from trainer.comm import Comm
 
-def evaluate(comm: Comm, predicted: Iterable[tuple[Batch, np.ndarray]], known_ads: Index, new_ad_field: str) -> Metrics:
-    """Metrics of all test impressions, and under `new_ad_…` of those whose ad is in no training sample.
+EXAMPLES = """
+Examples:
 
-    `predicted`: this rank's batches, each with its logits. `known_ads`: sorted values of `new_ad_field` in training.
-    Every rank calls this and has equally many batches. Raises TrainerError where a prediction is not finite.
-    """
-    predictions = []
-    for batch, logit_B in predicted:
-        ad_B = batch.fields[new_ad_field].values_N
-        at_B = np.minimum(np.searchsorted(known_ads, ad_B), len(known_ads) - 1)
-        predictions.append((logit_B, batch.label_B, batch.group_id_B, known_ads[at_B] != ad_B))
-    logit_N, label_N, user_N, new_N = (np.concatenate(column) for column in zip(*predictions, strict=True))
-    real_N2 = comm.allgather(
-        torch.from_numpy(np.stack([logit_N.astype(np.float64), label_N], axis=1)), "scores"
-    ).numpy()
-    whole_N2 = comm.allgather(torch.from_numpy(np.stack([user_N, new_N.astype(np.int64)], axis=1)), "users").numpy()
-    if not np.isfinite(real_N2).all():
-        raise TrainerError("the model's predictions are not finite numbers; try a lower train.lr")
-    return comm.broadcast_object(_measure(real_N2, whole_N2) if comm.rank == 0 else {})
+    python -m trainer.evaluate data/runs/both
+
+    horovodrun -np 4 python -m trainer.evaluate data/runs/both --missing-curve
+
+    python -m trainer.evaluate data/runs/both --samples data/tomorrow --store data/features --out /tmp/tomorrow
+
+    python -m trainer.evaluate data/runs/both --checkpoint 1000 --bootstrap 0 --json figures.json
+
+Relative places in the run's config.yaml are looked for where this is started. Exit codes: 0 done, 1 failed, 2 wrong
+settings.
+"""
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
-def _measure(real_N2: np.ndarray, whole_N2: np.ndarray) -> Metrics:
-    new_N = whole_N2[:, 1] == 1
-    everything = measure(real_N2[:, 0], real_N2[:, 1], whole_N2[:, 0])
-    new_ads = measure(real_N2[new_N, 0], real_N2[new_N, 1], whole_N2[new_N, 0])
-    return everything.named() | new_ads.named("new_ad_")
+@app.command(epilog=EXAMPLES)
+def main(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as data/runs/NAME.")],
+    checkpoint: Annotated[
+        str | None, typer.Option(help="A step, or the path of a checkpoint; by default the newest.")
+    ] = None,
+    samples: Annotated[
+        str | None, typer.Option(help="Other samples: their test/ is evaluated. By default those of the run.")
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="A feature store, at its newest snapshot. By default the run's, at the snapshot trained on."),
+    ] = None,
+    bootstrap: Annotated[int, typer.Option(min=0, help="Resamples of users for the intervals; 0: none.")] = 1000,
+    missing_curve: Annotated[
+        bool, typer.Option("--missing-curve", help="Also hide 10 to 50 % of the images at random.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resamples, and of the images that are hidden.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report; by default RUN/evaluation.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
+) -> None:
+    """Evaluate a run: log loss, AUC, GAUC and calibration with intervals, whole and by slices, plotted."""
+
+    def work(comm: "Comm") -> None:
+        # Torch and matplotlib take seconds to load: not for --help.
+        from trainer.evaluation.full import Options, evaluate_run
+        from trainer.evaluation.opening import Source
+
+        options = Options(bootstrap, seed, missing_curve, out, json_file)
+        evaluate_run(Source(folder, checkpoint, samples, store), options, comm)
+
+    raise typer.Exit(run_on_ranks(work))
+
+
+if __name__ == "__main__":
+    app()

@@ -4,8 +4,6 @@
 """
 
 import contextlib
-import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trainer.cli import run_on_ranks
 from trainer.config import WARM_PARTS, Config, load_config
-from trainer.errors import ConfigError, LostRankError, RemoteRankError, SchemaError, TrainerError
+from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
 
-OK, FAILED, USAGE, STOPPED = 0, 1, 2, 130
 EXAMPLES = """
 Examples:
 
@@ -80,20 +78,13 @@ def main(
 
 def on_ranks(loaded: Config | ConfigError, work: Callable[[Config, "Comm"], None]) -> int:
     """`work` with this rank's Comm; what goes wrong becomes one message of rank 0. Returns the exit code."""
-    # Torch and Horovod take seconds to load: not for --help.
-    from trainer.comm import connect
 
-    try:
-        comm = connect()
-    except TrainerError as failure:
-        _tell(failure)
-        return FAILED
-    with contextlib.closing(comm):
-        code = _guarded(loaded, comm, work)
-    if comm.is_stuck:  # a collective of Horovod is under way for ever, and Python's end would wait for it
-        sys.stdout.flush()
-        os._exit(code)
-    return code
+    def do(comm: "Comm") -> None:
+        if isinstance(loaded, ConfigError):
+            raise loaded
+        work(loaded, comm)
+
+    return run_on_ranks(do, MISSING_KEY_ADVICE.format(store=loaded.data.store) if isinstance(loaded, Config) else "")
 
 
 def warm_settings(warm_start: str | None, warm_parts: str | None) -> list[str]:
@@ -146,45 +137,6 @@ def train(config: Config, comm: "Comm") -> None:
             if root:
                 summary.write_report(run.folder / "report.json", report)
                 summary.show(progress.console, report)
-
-
-def _guarded(loaded: Config | ConfigError, comm: "Comm", work: Callable[[Config, "Comm"], None]) -> int:
-    from featurestore.errors import FeatureStoreError
-    from trainer.signals import StoppedError
-
-    try:
-        if isinstance(loaded, ConfigError):
-            raise loaded
-        work(loaded, comm)
-    except StoppedError:
-        return STOPPED
-    except (TrainerError, FeatureStoreError) as failure:
-        if comm.rank == 0 or isinstance(failure, LostRankError):  # rank 0 may be the one that is gone
-            _tell(failure)
-            if _is_missing_key(failure) and isinstance(loaded, Config):
-                print(MISSING_KEY_ADVICE.format(store=loaded.data.store), file=sys.stderr, flush=True)
-        else:
-            time.sleep(_GRACE_S)
-        return USAGE if isinstance(failure, ConfigError | SchemaError) else FAILED
-    return OK
-
-
-# horovodrun ends the other ranks when the first one fails: rank 0 has to be given the time to say why.
-_GRACE_S = 1.0
-
-
-def _is_missing_key(failure: Exception) -> bool:
-    """Whether this rank, or the one whose error was sent here, found an image without a feature."""
-    from featurestore.errors import MissingKeysError
-
-    name = failure.text.partition(":")[0] if isinstance(failure, RemoteRankError) else type(failure).__name__
-    return name == MissingKeysError.__name__
-
-
-def _tell(failure: Exception) -> None:
-    text = failure.text if isinstance(failure, RemoteRankError) else str(failure)
-    where = f"rank {failure.rank}: " if isinstance(failure, RemoteRankError) else ""
-    print(f"error: {where}{text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

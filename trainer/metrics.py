@@ -61,8 +61,26 @@ def auc(score_N: Float, label_N: Float) -> float | None:
 
 def grouped_auc(score_N: Float, label_N: Float, group_N: Int) -> tuple[float | None, int]:
     """GAUC and the number of impressions that it counts; None and 0 when no group has both classes."""
-    if len(label_N) == 0:
+    groups = auc_of_groups(score_N, label_N, group_N)
+    counted = int(groups.impressions_G.sum())
+    if counted == 0:
         return None, 0
+    return float((groups.impressions_G * groups.auc_G).sum() / counted), counted
+
+
+@dataclass(frozen=True)
+class GroupAucs:
+    """The groups that have both classes, ascending: their value of `group_N`, impressions and AUC."""
+
+    group_G: Int
+    impressions_G: Int
+    auc_G: Float
+
+
+def auc_of_groups(score_N: Float, label_N: Float, group_N: Int) -> GroupAucs:
+    """AUC of each group by itself. Order N log N."""
+    if len(label_N) == 0:
+        return GroupAucs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
     order_N = np.lexsort((score_N, group_N))
     score_N, label_N, group_N = score_N[order_N], np.asarray(label_N, np.float64)[order_N], group_N[order_N]
     new_group_N = np.r_[True, group_N[1:] != group_N[:-1]]
@@ -73,10 +91,7 @@ def grouped_auc(score_N: Float, label_N: Float, group_N: Int) -> tuple[float | N
     wins_G = np.add.reduceat(rank_N * label_N, starts_G) - clicks_G * (clicks_G + 1) / 2
     pairs_G = clicks_G * (impressions_G - clicks_G)
     both_G = pairs_G > 0
-    counted = int(impressions_G[both_G].sum())
-    if counted == 0:
-        return None, 0
-    return float((impressions_G[both_G] * (wins_G[both_G] / pairs_G[both_G])).sum() / counted), counted
+    return GroupAucs(group_N[starts_G[both_G]], impressions_G[both_G], wins_G[both_G] / pairs_G[both_G])
 
 
 def _mid_ranks(score_N: Float, new_group_N: Bool) -> Float:

@@ -79,12 +79,17 @@ class Run:
             partition.close()
 
 
-def open_run(config: Config, comm: Comm) -> Run:
-    """Everything but the folder's content, which `claim_folder` writes. Raises TrainerError or FeatureStoreError."""
+def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
+    """Everything but the folder's content, which `claim_folder` writes. Raises TrainerError or FeatureStoreError.
+
+    `reading`: the run is looked at and not gone on with, so its folder may be read-only, and its training samples may
+    have changed; the model and the kind of features still have to be the checkpoint's.
+    """
     schema = load_schema(Path(config.data.schema_file) if config.data.schema_file else None)
     places = store_places(config, schema)
     folder = Path(config.run.dir) / comm.broadcast_object(config.run.name or time.strftime("run-%Y%m%d-%H%M%S"))
-    _on_all(comm, lambda: _check_folder(config, folder))
+    if not reading:
+        _on_all(comm, lambda: _check_folder(config, folder))
     on_rank_0(comm, lambda: _check_places(config, places))
     resumed = _on_all(comm, lambda: _resumed(config, folder))
     warm = None if resumed else _on_all(comm, lambda: _warm_start(config))
@@ -98,7 +103,10 @@ def open_run(config: Config, comm: Comm) -> Run:
         partitions[place.name] = _on_all(comm, partial(open_partition, config, comm, place, version))
     origin = _origin(config, schema, train, partitions)
     if resumed:
-        origin.check_same(resumed[1].origin, resumed[0])
+        recorded = resumed[1].origin
+        if reading:
+            recorded = recorded.model_copy(update={"data": origin.data, "train": origin.train})
+        origin.check_same(recorded, resumed[0])
     engine = Engine(
         comm,
         schema,

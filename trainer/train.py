@@ -9,7 +9,7 @@ from trainer.batch import Batch, BatchPosition
 from trainer.checkpoint import FORMAT_VERSION, CheckpointState
 from trainer.config import config_digest
 from trainer.errors import RemoteRankError, TrainerError
-from trainer.evaluate import Metrics, evaluate
+from trainer.evaluation.quick import Metrics, evaluate
 from trainer.exchange import ContentRequest, Kind
 from trainer.prefetch import prepare_ahead, read_ahead
 from trainer.profiling import tracing

@@ -6,6 +6,8 @@ horovodrun starts the second rank by ssh; the script that it finds under this na
 import contextlib
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from pathlib import Path
 
 _HOSTS = ("10.198.51.1", "10.198.51.2")
 _DEVICE = "bench0"  # the same name on both sides: horovodrun takes one for all ranks
+_OWN_FILES = Path("/etc/netns")  # `ip netns exec` puts the files of NAME here in the place of those in /etc
 _SSH = """#!/bin/sh
 # ssh [options] HOST [options] COMMAND: runs COMMAND in the namespace that stands for HOST.
 host=
@@ -51,16 +54,28 @@ def link(folder: Path, rate: str = "1gbit") -> Iterator[Link]:
     script = folder / "ssh"
     script.write_text(_SSH.format(host=_HOSTS[1], namespace=names[1]))
     script.chmod(0o755)
+    before = signal.signal(signal.SIGTERM, _stop)  # namespaces outlive a process that does not remove them
     try:
         _join(names, rate)
         horovodrun = str(Path(sys.executable).with_name("horovodrun"))
         hosts = ",".join(f"{host}:1" for host in _HOSTS)
-        prefix = ["ip", "netns", "exec", names[0], horovodrun, "-np", "2", "-H", hosts, "--network-interfaces", _DEVICE]
-        yield Link(prefix, {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"})
+        launcher = [horovodrun, "-np", "2", "-H", hosts, "--network-interfaces", _DEVICE]
+        # Horovod adds the loopback device to those it was given, and then takes any one of them.
+        each_rank = ["env", f"HOROVOD_GLOO_IFACE={_DEVICE}"]
+        yield Link(
+            ["ip", "netns", "exec", names[0], *launcher, *each_rank],
+            {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"},
+        )
     finally:
         for name in names:  # what is in a namespace goes with it
+            shutil.rmtree(_OWN_FILES / name, ignore_errors=True)
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
         script.unlink()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _check_able() -> None:
@@ -72,7 +87,10 @@ def _check_able() -> None:
 
 
 def _join(names: tuple[str, ...], rate: str) -> None:
-    for name in names:
+    for name, host in zip(names, _HOSTS, strict=True):
+        # Horovod's process sets listen where this host's name leads to: over the link, then, and not to loopback.
+        (_OWN_FILES / name).mkdir(parents=True)
+        (_OWN_FILES / name / "hosts").write_text(f"127.0.0.1 localhost\n{host} {socket.gethostname()}\n")
         _ip("netns", "add", name)
     _ip("link", "add", _DEVICE, "netns", names[0], "type", "veth", "peer", "name", _DEVICE, "netns", names[1])
     for name, host in zip(names, _HOSTS, strict=True):

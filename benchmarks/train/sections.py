@@ -104,7 +104,7 @@ def headline(rounds: Rounds, found: Mapping[str, Figure]) -> dict[str, Figure]:
 
 
 def link_section(bench: Bench) -> Section:
-    """Ours and both forms of "store in server" over a link of 1 Gbit/s; or why there is no figure."""
+    """Ours and both forms of "store in server" over 1 Gbit/s; no figure, and why, where there cannot be one."""
     try:
         with link(bench.scratch) as over:
             ranks = Launcher(bench.workload, bench.scratch, 2, over.prefix, over.environment)

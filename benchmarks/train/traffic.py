@@ -1,6 +1,7 @@
 """Bytes on the wire: the paper's table 2 for 20 ranks, made of what two ranks sent by collective.
 
 A run with images and one without differ in the images alone: the keys asked, the vectors that came, their gradients.
+All are counted at the ranks' Comm.
 """
 
 from collections.abc import Mapping

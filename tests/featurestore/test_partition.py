@@ -15,7 +15,7 @@ from featurestore.errors import (
     StorageError,
     StoreNotFoundError,
 )
-from featurestore.keys import splitmix64
+from featurestore.keys import sampled, splitmix64
 
 
 @pytest.fixture
@@ -318,3 +318,56 @@ def test_rows_wider_than_pages_and_groups(tmp_path: Path, cache: Path, info: Sto
     with FeaturePartition.load(store, cache_dir=cache, threads=2) as partition:
         assert np.array_equal(partition.lookup(rows.keys_N).features_UD, values)
     assert np.array_equal(store.snapshot().get(rows.keys_N[::97]), values[::97])
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_hidden_keys_have_no_feature_until_the_end(store: FeatureStore, cache: Path, make_rows, num_ranks: int) -> None:
+    rows = make_rows(400, store.info)
+    store.put(rows)
+    for rank in range(num_ranks):
+        with FeaturePartition.load(store, rank, num_ranks, cache_dir=cache, missing="zeros") as partition:
+            owned = partition.owns(rows.keys_N)
+            keys_U, features_UD = rows.keys_N[owned], rows.features_ND[owned]
+            partition.hide(0.3, seed=5)
+            found, hidden_U = partition.lookup(keys_U), sampled(keys_U, 0.3, seed=5)
+            assert 0 < hidden_U.sum() < len(hidden_U)
+            assert (found.missing_U == hidden_U).all()
+            assert not found.features_UD[hidden_U].any()
+            assert np.array_equal(found.features_UD[~hidden_U], features_UD[~hidden_U])
+            assert partition.missing_count == hidden_U.sum()
+            assert partition.contains(keys_U).all()
+            partition.hide(0)
+            assert np.array_equal(partition.lookup(keys_U).features_UD, features_UD)
+
+
+def test_nothing_can_be_hidden_where_missing_keys_are_errors(store: FeatureStore, cache: Path, make_rows) -> None:
+    store.put(make_rows(10, store.info))
+    with FeaturePartition.load(store, cache_dir=cache) as partition:
+        with pytest.raises(ValueError, match="missing=zeros or learned"):
+            partition.hide(0.1)
+        partition.hide(0)
+    with (
+        FeaturePartition.load(store, cache_dir=cache, missing="zeros") as partition,
+        pytest.raises(ValueError, match=r"share=1\.5"),
+    ):
+        partition.hide(1.5)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_contains_tells_the_rows_of_this_rank(store: FeatureStore, cache: Path, make_rows, num_ranks: int) -> None:
+    rows = make_rows(100, store.info)
+    store.put(rows)
+    store.delete(rows.keys_N[:10])
+    asked = np.concatenate([rows.keys_N, np.arange(50)])
+    seen = np.zeros(150, np.int64)
+    for rank in range(num_ranks):
+        with FeaturePartition.load(store, rank, num_ranks, cache_dir=cache) as partition:
+            held = partition.contains(asked)
+            assert not (held & ~partition.owns(asked)).any()
+            seen += held
+    assert seen.tolist() == [0] * 10 + [1] * 90 + [0] * 50
+
+
+def test_an_empty_partition_contains_nothing(store: FeatureStore, cache: Path) -> None:
+    with FeaturePartition.load(store, cache_dir=cache) as partition:
+        assert not partition.contains([1, 2]).any()

@@ -19,7 +19,7 @@ from trainer.batch import Batch
 from trainer.columns import rules_of
 from trainer.data import SampleReader, distinct_values, open_index
 from trainer.errors import DataError
-from trainer.evaluate import Metrics, evaluate
+from trainer.evaluation.quick import Metrics, evaluate
 from trainer.prefetch import read_ahead
 from trainer.prerank.ads import key_column
 from trainer.prerank.artifact import AdIndex

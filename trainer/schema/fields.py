@@ -87,6 +87,8 @@ class Schema(BaseModel):
     label: str = "label"
     group: str = "user"
     """Column whose value groups samples for GAUC."""
+    time: str = "timestamp"
+    """Column with a group's time, in seconds since 1970 or as a timestamp; only evaluation reads it, if it is there."""
     new_ad_field: str = "ad_item"
     """Ad-side field: an impression is of a new ad when its value was never in training."""
 

@@ -12,6 +12,7 @@ from trainer.schema.text import schema_text, table_rows
 
 IMAGE_NAME = re.compile(r"(^|_)(image|img|picture|pic|photo|cover)s?($|_)", re.IGNORECASE)
 NO_FIELDS = re.compile(r"(^|_)(session|timestamp|time|ts|day|date|skey|gkey)$|_weight$", re.IGNORECASE)
+CONTEXT_NAME = re.compile(r"(^|_)(scene|slot|position|placement|pid|page|hour)($|_)", re.IGNORECASE)
 USER_PREFIXES, AD_PREFIX = ("behavior_", "user_"), "ad_"
 
 
@@ -149,6 +150,8 @@ def _add_ids(made: Suggestion, table: Table, column: Column, side: Side, kind: K
     if IMAGE_NAME.search(name) and "_sid" not in name and kind == ("id" if side == "ad" else "multi_id"):
         made.fields.append(Field(name=name, side=side, kind="content", store="images"))
         values |= {"column": name, "name": f"{name}_id"}
+    elif side == "ad" and CONTEXT_NAME.search(name):
+        values["context"] = True
     _add(made, column, Field(**{"name": name} | values))
     count = made.ids_of_table.get(values["table"], 0)
     made.ids_of_table[values["table"]] = max(count, column.distinct.estimate)

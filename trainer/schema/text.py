@@ -27,7 +27,7 @@ def schema_text(schema: Schema, header: Iterable[str] = (), comments: Mapping[st
     lines = [*(f"# {line}".rstrip() for line in header), "", *(_one_line({role: roles[role]}) for role in roles), ""]
     lines.append("fields:")
     for field in schema.fields:
-        written = _flow(field.model_dump(exclude_none=True))
+        written = _flow(field.model_dump(exclude_defaults=True))
         lines.append(f"  - {written}" + (f"  # {notes[field.name]}" if field.name in notes else ""))
     return "\n".join(lines).lstrip("\n") + "\n"
 

@@ -1,0 +1,129 @@
+"""benchmarks.train as `make bench` calls it, at a tiny size: every way to train runs, and trains the same model."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from rich.progress import Progress
+from typer.testing import CliRunner
+
+from benchmarks import workload
+from benchmarks.train.__main__ import app
+from benchmarks.train.launch import Outcome
+from benchmarks.train.link import link
+from benchmarks.train.rounds import DifferentLossesError, check_losses
+from benchmarks.train.traffic import traffic_section
+from benchmarks.workload import Knobs, WorkloadError, make
+from featurestore import FeatureStore
+from trainer.schema import load_schema
+
+TINY = ["--images", "200", "--dim", "16", "--samples-per-rank", "60", "--steps", "4", "--rounds", "1"]
+KNOBS = Knobs(images=200, dim=16, samples_per_rank=60)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("train")
+
+
+def test_peers_train_the_same_model(folder: Path) -> None:
+    out = folder / "train.json"
+    only = [word for name in ("ours", "compute", "worker", "worker_grouped", "server") for word in ("--only", name)]
+    result = CliRunner().invoke(app, [*TINY, *only, "--dir", str(folder / "workload"), "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(out.read_text())
+    for name in ("ours", "compute", "worker", "worker_grouped", "server"):
+        assert figures[f"{name}_samples_per_s"] > 0
+    assert figures["step_vs_compute"] == figures["compute_samples_per_s"] / figures["ours_samples_per_s"]
+    assert figures["vs_store_in_worker"] == figures["ours_samples_per_s"] / figures["worker_samples_per_s"]
+    assert figures["two_ranks_vs_one"] is None and figures["vs_store_in_server_1gbit"] is None, "were not asked for"
+
+
+class TestWorkload:
+    def test_shape_of_the_files(self, folder: Path) -> None:
+        with Progress(disable=True) as progress:
+            made = make(folder / "workload", KNOBS, progress)
+        schema = load_schema(made.folder / "schema.yaml")
+        assert len(list(schema.of_kind("id", "multi_id"))) == 27
+        assert [field.side for field in schema.of_kind("content")] == ["user", "ad"]
+        tables = [pq.read_table(file) for file in sorted((made.samples / "train").glob("*.parquet"))]
+        groups = [group for table in tables for group in table.select(["behavior_image", "label"]).to_pylist()]
+        assert {len(group["behavior_image"]) for group in groups} == {33}
+        assert sum(len(group["label"]) for group in groups) == 60 * KNOBS.steps
+        keys = set(made.keys.tolist())
+        assert {key for group in groups for key in group["behavior_image"]} <= keys
+        assert set(FeatureStore.open(str(made.store)).snapshot().keys().tolist()) == keys
+
+    def test_is_made_once_and_anew_for_other_knobs(self, tmp_path: Path) -> None:
+        small = Knobs(images=100, dim=4, samples_per_rank=10, steps=1, test_samples=5, shards=4)
+        with Progress(disable=True) as progress:
+            made = make(tmp_path / "w", small, progress)
+            file = next((made.samples / "train").iterdir())
+            before = file.stat().st_mtime_ns
+            make(tmp_path / "w", small, progress)
+            assert file.stat().st_mtime_ns == before
+            make(tmp_path / "w", Knobs(**{**vars(small), "seed": 1}), progress)
+            assert file.stat().st_mtime_ns > before
+            (tmp_path / "strange").mkdir()
+            (tmp_path / "strange" / "own.txt").touch()
+            with pytest.raises(WorkloadError, match="strange is not empty"):
+                make(tmp_path / "strange", small, progress)
+        assert (tmp_path / "strange" / "own.txt").exists()
+
+    def test_a_wrong_knob_is_one_message(self, tmp_path: Path) -> None:
+        result = CliRunner().invoke(workload.app, ["--out", str(tmp_path), "--shards", "3"])
+        assert result.exit_code == 2
+        assert "not a power of two" in result.output
+
+
+def test_figures_are_refused_where_losses_differ() -> None:
+    ours, same, other = (Outcome(1.0, losses, {}) for losses in ([0.7, 0.6], [0.7001, 0.6001], [0.7, 0.61]))
+    check_losses({"ours": [ours], "server": [same]}, ["ours", "server"])
+    with pytest.raises(DifferentLossesError, match="server and ours do not train the same model"):
+        check_losses({"ours": [ours], "server": [same, other]}, ["ours", "server"])
+    with pytest.raises(DifferentLossesError):
+        check_losses({"ours": [ours], "server": [Outcome(1.0, [float("nan")], {})]}, ["ours", "server"])
+
+
+def test_table_of_the_paper() -> None:
+    """Of two ranks that ask each other for 500 images each: 320 wide in the store, 12 numbers on the wire."""
+    ids = {"step.keys": 100.0, "step.vectors.12": 200.0, "step.gradients.12": 300.0, "step.dense.model": 7.0}
+    asked = 1000
+    images = {"step.keys": 8.0 * asked, "step.vectors.12": 48.0 * asked, "step.gradients.12": 48.0 * asked}
+    both = {name: ids[name] + images.get(name, 0.0) for name in ids} | {"step.dense.stores": 9.0}
+    reports = [
+        {"num_ranks": 2, "image_references_per_step": 4000.0, "bytes_by_collective_per_step": each}
+        for each in (both, ids)
+    ]
+    figures = traffic_section(*reports, dim=320).flat()
+    assert figures["image_bytes_reduction"] == pytest.approx(640 / 96)
+    assert figures["image_bytes_reduction_with_keys"] == pytest.approx(648 / 104)
+    # A rank has 1,000 different images; of 20 ranks it asks others for 950 of them.
+    assert figures["images_asked_of_others_per_rank"] == pytest.approx(950)
+    assert figures["mb_20_ranks_ours_images"] == pytest.approx(20 * 950 * 96 / 1e6)
+    assert figures["mb_20_ranks_store_in_server_images"] == pytest.approx(20 * 950 * 640 / 1e6)
+    assert figures["mb_20_ranks_store_in_worker_images"] == pytest.approx(20 * 2000 * 640 / 1e6)
+    assert figures["mb_20_ranks_ours_ids"] == pytest.approx(600 * 10 * 0.95 / 0.5 / 1e6)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("tc") is None, reason="needs root and iproute2")
+def test_namespaces_are_joined_and_gone(tmp_path: Path) -> None:
+    with link(tmp_path) as over:
+        inside = over.prefix[: over.prefix.index("exec") + 2]
+        reached = [*inside, "ssh", "-o", "StrictHostKeyChecking=no", "10.198.51.2", "-p", "22", "ip", "-br", "address"]
+        seen = subprocess.run(reached, env=over.environment, capture_output=True, text=True, check=True).stdout
+        assert "10.198.51.2/24" in seen and "10.198.51.1/24" not in seen
+        namespace = inside[-1]
+        assert namespace in subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+    assert namespace not in subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+    assert not (tmp_path / "ssh").exists()
+
+
+def test_an_unknown_name_is_one_message() -> None:
+    result = CliRunner().invoke(app, ["--only", "theirs"])
+    assert result.exit_code == 2
+    assert "theirs" in result.output

@@ -1,0 +1,148 @@
+"""The report of an evaluation: report.json for programs, report.md for people, and a short form on the terminal."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer.errors import TrainerError
+from trainer.evaluation.bootstrap import LEAST_USERS, LEVEL, METRICS, NUM_BINS, Estimate
+from trainer.evaluation.measure import Figures, Hidden, Measured
+from trainer.evaluation.opening import TEST, Opened
+from trainer.evaluation.plots import METRIC_TITLES, draw_all
+
+_ABOUT = ("checkpoint", "samples", "store", "store_version", "missing", "missing_lookups")
+_METHOD = f"""\
+In brackets: intervals of {LEVEL:.0%}, from {{resamples:,}} resamples of users (seed {{seed}}); none where fewer than
+{LEAST_USERS} users contribute. ECE and the reliability plot have up to {NUM_BINS} bins of equally many impressions.
+"""
+_HEADINGS = ("impressions", "users", "clicks", *(METRIC_TITLES[each] for each in METRICS))
+
+
+def about(opened: Opened, num_missing: int, hides: bool, resamples: int, seed: int) -> dict[str, Any]:
+    """What was evaluated, on what, and how. `num_missing`: lookups of images that had no feature; `hides`: some were
+    hidden as well."""
+    run, notes = opened.run, list(opened.notes)
+    if (num_missing or hides) and opened.missing_in_training == "error":
+        notes.append(
+            "the run was trained with data.missing=error, so its model has never met an image without a feature; here "
+            f"such images get zeros ({num_missing:,} lookups{', and those hidden at random' if hides else ''})"
+        )
+    return {
+        "run": str(opened.source.folder),
+        "checkpoint": opened.checkpoint.name,
+        "samples": opened.test.storage.full(TEST),
+        "store": run.config.data.store if run.partition else None,
+        "store_version": run.partition.snapshot_version if run.partition else None,
+        "missing": run.config.data.missing,
+        "bootstrap": {"resamples": resamples, "seed": seed, "level": LEVEL},
+        "missing_lookups": num_missing,
+        "notes": notes,
+    }
+
+
+def write_report(folder: Path, about: Mapping[str, Any], figures: Figures, also: Path | None = None) -> None:
+    """report.json (also under another name), report.md and the plots. Raises TrainerError where the disk refuses."""
+    text = json.dumps({**about, **asdict(figures)}, indent=2, allow_nan=False) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        plots = draw_all(figures, folder)
+        (folder / "report.md").write_text(markdown(about, figures, plots), encoding="utf-8")
+        for file in (folder / "report.json", *([also] if also else [])):
+            file.write_text(text, encoding="utf-8")
+    except OSError as failure:
+        raise TrainerError(f"cannot write the report to {folder}: {failure}; choose another by --out") from failure
+
+
+def markdown(about: Mapping[str, Any], figures: Figures, plots: Sequence[Path]) -> str:
+    """The whole report; plots are named relative to its folder."""
+    names = {path.stem: f"![{path.stem}]({path.name})\n" for path in plots}
+    parts = [
+        f"# Evaluation of {about['run']}\n",
+        _lines({name: about[name] for name in _ABOUT}),
+        *(f"> {note}\n" for note in about["notes"]),
+        _METHOD.format(**about["bootstrap"]) if about["bootstrap"]["resamples"] else "Without intervals.\n",
+        "## All test impressions\n",
+        _table([("", figures.whole)]),
+        names["reliability"],
+    ]
+    for name, sliced in figures.sliced_by.items():
+        parts += [f"## By {sliced.title}\n", _table(list(sliced.slices.items())), names[f"by_{name}"]]
+    if figures.missing_curve:
+        parts += ["## Images hidden at random\n", _curve_table(figures.missing_curve), names["missing_curve"]]
+    return "\n".join(parts)
+
+
+def show(console: Console, about: Mapping[str, Any], figures: Figures, folder: Path) -> None:
+    """The metrics of all impressions with their intervals, and of the slices without."""
+    whole = Table(title=f"{about['run']}, {about['checkpoint']}", title_justify="left")
+    for heading in (f"{figures.whole.impressions:,} impressions", "value", f"{LEVEL:.0%} interval"):
+        whole.add_column(heading, justify="left" if heading.endswith("impressions") else "right")
+    for metric in METRICS:
+        estimate = figures.whole.metrics[metric]
+        whole.add_row(METRIC_TITLES[metric], number(estimate.value), _range(estimate))
+    console.print(whole)
+    slices = Table(title="Slices", title_justify="left")
+    slices.add_column("", no_wrap=True)
+    for heading in ("impressions", *(METRIC_TITLES[each] for each in METRICS)):
+        slices.add_column(heading, justify="right", no_wrap=True)
+    for sliced in figures.sliced_by.values():
+        slices.add_section()
+        slices.add_row(f"[bold]{sliced.title}")
+        for name, each in sliced.slices.items():
+            slices.add_row(
+                f"  {name}", f"{each.impressions:,}", *(number(each.metrics[metric].value) for metric in METRICS)
+            )
+    console.print(slices)
+    for point in figures.missing_curve:
+        console.print(f"{point.share:.0%} of the images hidden: GAUC {with_interval(point.metrics['gauc'])}")
+    for note in about["notes"]:
+        console.print(f"note: {note}", soft_wrap=True)
+    console.print(f"written to {folder}", soft_wrap=True)
+
+
+def number(value: float | None) -> str:
+    """Four digits after the point; a dash for what is not defined."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def with_interval(estimate: Estimate) -> str:
+    """As 0.6260 (0.6241 to 0.6279)."""
+    return f"{number(estimate.value)} ({_range(estimate)})" if estimate.low is not None else number(estimate.value)
+
+
+def _range(estimate: Estimate) -> str:
+    return "-" if estimate.low is None else f"{number(estimate.low)} to {number(estimate.high)}"
+
+
+def _counts(measured: Measured) -> list[str]:
+    return [f"{each:,}" for each in (measured.impressions, measured.users, measured.clicks)]
+
+
+def _table(rows: Sequence[tuple[str, Measured]]) -> str:
+    lines = [_row(["", *_HEADINGS]), _row(["---"] * (1 + len(_HEADINGS)))]
+    for name, each in rows:
+        lines.append(_row([name, *_counts(each), *(with_interval(each.metrics[metric]) for metric in METRICS)]))
+    return "\n".join(lines) + "\n"
+
+
+def _curve_table(points: Sequence[Hidden]) -> str:
+    lines = [_row(["hidden", "impressions without their ad image", "GAUC", "change of GAUC"]), _row(["---"] * 4)]
+    for each in points:
+        counts = [f"{each.share:.0%}", f"{each.impressions_without_ad_image:,}"]
+        lines.append(
+            _row([*counts, with_interval(each.metrics["gauc"]), with_interval(each.gauc_change) if each.share else "-"])
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _lines(values: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in values.items()) + "\n"

@@ -1,0 +1,138 @@
+"""What is compared: the variants of each table, with the paper's figures beside them.
+
+Source of the figures: Ge et al., "Image Matters" (arXiv 1711.06505), tables 3, 4, 5, 6 and 8 and figure 5.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a table: settings of a run over those that all rows share, and what the paper measured, if it did.
+
+    `days`: which days a run learns and is tested on, where the samples have days; `warm`: the variant that it begins
+    with, of the same seed.
+    """
+
+    name: str
+    settings: tuple[str, ...] = ()
+    paper_gauc: float | None = None
+    paper_auc: float | None = None
+    days: str = "all"
+    warm: "Variant | None" = None
+    needs_semantic_ids: bool = False
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One table: its first variant is the baseline that the others are compared with."""
+
+    name: str
+    title: str
+    variants: tuple[Variant, ...]
+    note: str = ""
+    pairs: tuple[tuple[str, str], ...] = field(default=())
+    """(variant, its own baseline) where that is not the first one."""
+
+    def baseline_of(self, name: str) -> str:
+        """The variant that `name` is compared with."""
+        return dict(self.pairs).get(name, self.variants[0].name)
+
+
+_BEST = ("model.pooling=multi_query",)
+_PREVIOUS = Variant("the day before", _BEST, days="previous")
+
+
+def _base_nets() -> tuple[tuple[Variant, ...], tuple[tuple[str, str], ...]]:
+    nets = {"lr": "LR", "mlp": "Embedding&MLP", "din": "DIN", "dcn": "DCN-v2"}
+    variants, pairs = [], []
+    for net, title in nets.items():
+        for images, text in (("none", "ids only"), ("both", "with images")):
+            variants.append(Variant(f"{title}, {text}", (f"model.base={net}", f"model.images={images}", *_BEST)))
+        pairs.append((f"{title}, with images", f"{title}, ids only"))
+    return tuple(variants), tuple(pairs)
+
+
+def experiments() -> dict[str, Experiment]:
+    """All of them, by name."""
+    nets, pairs = _base_nets()
+    both = Variant("ad and behaviour images", _BEST, 0.6260, 0.6795)
+    listed = [
+        Experiment(
+            "images",
+            "Table 3: which images",
+            (
+                Variant("ids only", ("model.images=none", *_BEST), 0.6205, 0.6758),
+                Variant("ad image", ("model.images=ad", *_BEST), 0.6235, 0.6772),
+                Variant("behaviour images", ("model.images=behavior", "model.pooling=attentive"), 0.6219, 0.6768),
+                both,
+            ),
+            "Image ids are ID fields in all four. With behaviour images alone there is no ad image to ask with: the"
+            " ad's IDs ask.",
+        ),
+        Experiment(
+            "aggregators",
+            "Table 4: aggregators of behaviour images",
+            (
+                Variant("concat", ("model.pooling=concat",), 0.6232),
+                Variant("max", ("model.pooling=max",), 0.6236),
+                Variant("sum", ("model.pooling=sum",), 0.6248),
+                Variant("mean", ("model.pooling=mean",)),
+                Variant("attentive", ("model.pooling=attentive",), 0.6257),
+                Variant("multi-query attentive", _BEST, 0.6260),
+            ),
+        ),
+        Experiment("basenets", "Figure 5: base nets without and with images", nets, "Each net beside itself.", pairs),
+        Experiment(
+            "warmup",
+            "Table 5: warm-up from the day before",
+            tuple(
+                Variant(name, (*_BEST, f"run.warm_parts={name}"), gauc, days="current", warm=_PREVIOUS)
+                for name, gauc in (("none", 0.6260), ("partial", 0.6283), ("full", 0.6230))
+            ),
+            "The run before learns the days before; partial takes everything but the ID vectors.",
+        ),
+        Experiment(
+            "best",
+            "Table 6: all together",
+            (
+                Variant("ids only", ("model.images=none", *_BEST), 0.6205, 0.6758, days="current"),
+                Variant(
+                    "images, multi-query, partial warm-up",
+                    (*_BEST, "run.warm_parts=partial"),
+                    0.6283,
+                    0.6814,
+                    days="current",
+                    warm=_PREVIOUS,
+                ),
+            ),
+        ),
+        Experiment(
+            "prerank",
+            "Table 8: two towers for pre-ranking",
+            (
+                Variant("ids only", ("model.base=two_tower", "model.images=none"), 0.6165, 0.6730),
+                Variant("with images", ("model.base=two_tower", "model.images=both"), 0.6225, 0.6771),
+            ),
+        ),
+        Experiment(
+            "similarity",
+            "Beyond the paper: similarity on the owners, semantic IDs",
+            (
+                both,
+                Variant("+ SimTier, 16 tiers", (*_BEST, "model.similarity_tiers=16")),
+                Variant("only the 8 nearest behaviours", (*_BEST, "model.similarity_top_k=8")),
+                Variant("ids + semantic IDs, no images", ("model.images=none", *_BEST), needs_semantic_ids=True),
+                Variant("images + semantic IDs", _BEST, needs_semantic_ids=True),
+            ),
+            "Semantic IDs are codes of a residual quantiser on the store's features (jobs/build_semantic_ids.py).",
+        ),
+    ]
+    return {each.name: each for each in listed}
+
+
+def chosen(names: Sequence[str]) -> list[Experiment]:
+    """Those of these names, or every one for "all"; in the order of the paper."""
+    known = experiments()
+    return [each for name, each in known.items() if name in names or "all" in names]

@@ -1,0 +1,126 @@
+"""From the figures of runs to a table: mean, interval, and whether a variant differs from its baseline.
+
+Seeds are shared by the variants, so a variant is compared with its baseline seed by seed: the paired t test and the
+interval of Student's t (scipy). Several rows of one table are several looks: Holm's correction holds the chance of any
+false star below 5 %.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from scipy import stats
+
+from trainer.experiments.grid import Experiment
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean over seeds, and half the width of its 95 % interval; None for one seed."""
+
+    mean: float
+    half_width: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant; `gain` is of GAUC over its baseline, `p_value` of that gain, corrected for the table's rows."""
+
+    name: str
+    baseline: str | None
+    metrics: Mapping[str, Estimate]
+    gain: Estimate | None
+    p_value: float | None
+    paper_gauc: float | None
+    paper_gain: float | None
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and Student's interval."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Estimate(mean, None)
+    error = float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return Estimate(mean, float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error)
+
+
+def rows_of(experiment: Experiment, figures: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Row]:
+    """`figures`: the metrics of each variant, one mapping for each seed, in the same order of seeds."""
+    paper = {variant.name: variant.paper_gauc for variant in experiment.variants}
+    rows: list[Row] = []
+    for variant in experiment.variants:
+        if variant.name not in figures:
+            continue
+        mine, base_name = figures[variant.name], experiment.baseline_of(variant.name)
+        names = [name for name in mine[0] if all(name in each for each in mine)]
+        metrics = {name: estimate([each[name] for each in mine]) for name in names}
+        baseline = None if base_name == variant.name else base_name
+        gain, p_value, paper_gain = None, None, None
+        if baseline is not None and baseline in figures:
+            gains = [a["gauc"] - b["gauc"] for a, b in zip(mine, figures[baseline], strict=True)]
+            gain, p_value = estimate(gains), _p_value(gains)
+            known, known_base = paper[variant.name], paper[baseline]
+            paper_gain = known - known_base if known is not None and known_base is not None else None
+        rows.append(Row(variant.name, baseline, metrics, gain, p_value, paper[variant.name], paper_gain))
+    return _corrected(rows)
+
+
+def as_markdown(experiment: Experiment, rows: Sequence[Row], num_seeds: int) -> str:
+    """A section with one table."""
+    lines = [f"### {experiment.title}", ""]
+    lines += [experiment.note, ""] if experiment.note else []
+    lines += [
+        f"Mean of {num_seeds} seed{'s' if num_seeds > 1 else ''} with its 95 % interval; * differs from its baseline"
+        " (p < 0.05, paired t test, Holm).",
+        "",
+        "| | GAUC | gain | p | AUC | AUC, new ads | log loss | paper: GAUC | paper: gain |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        star = "*" if row.p_value is not None and row.p_value < 1 - LEVEL else ""
+        cells = [
+            row.name,
+            _shown(row.metrics.get("gauc")),
+            "baseline" if row.gain is None else _signed(row.gain) + star,
+            "" if row.p_value is None else f"{row.p_value:.2g}",
+            *(_shown(row.metrics.get(name)) for name in ("auc", "new_ad_auc", "logloss")),
+            "" if row.paper_gauc is None else f"{row.paper_gauc:.4f}",
+            "" if row.paper_gain is None else f"{row.paper_gain:+.4f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def as_values(rows: Sequence[Row]) -> list[dict[str, object]]:
+    """For JSON."""
+    return [asdict(row) for row in rows]
+
+
+def _p_value(gains: Sequence[float]) -> float | None:
+    """Two-sided; None for one seed, or where all differences are equal."""
+    if len(gains) < 2 or float(np.std(gains)) == 0:
+        return None
+    return float(stats.ttest_1samp(gains, 0.0).pvalue)
+
+
+def _corrected(rows: Sequence[Row]) -> list[Row]:
+    """Holm's step-down: the k-th smallest of m p-values times m - k + 1, never below the one before."""
+    tested = sorted((row.p_value, number) for number, row in enumerate(rows) if row.p_value is not None)
+    corrected, highest = dict.fromkeys(range(len(rows)), None), 0.0
+    values: dict[int, float | None] = dict(corrected)
+    for place, (p_value, number) in enumerate(tested):
+        highest = max(highest, min(1.0, p_value * (len(tested) - place)))
+        values[number] = highest
+    return [Row(**{**vars(row), "p_value": values[number]}) for number, row in enumerate(rows)]
+
+
+def _shown(value: Estimate | None) -> str:
+    if value is None:
+        return ""
+    return f"{value.mean:.4f}" + ("" if value.half_width is None else f" ± {value.half_width:.4f}")
+
+
+def _signed(value: Estimate) -> str:
+    return f"{value.mean:+.4f}" + ("" if value.half_width is None else f" ± {value.half_width:.4f}")
