@@ -75,11 +75,14 @@ class EmbeddingModel(nn.Module):
     def forward(self, features_QD: Tensor, memory_QD: Tensor | None = None) -> Tensor:
         """Visual vectors (Q, V) of features in any float dtype, or of codes in uint8; Q may be zero.
 
-        Codes become numbers in `memory_QD` where that is given, of the compute dtype: it is needed until backward.
+        Codes, and features of another dtype, become numbers in `memory_QD` where that is given, of the compute dtype:
+        it is needed until backward. New memory would cost more than the conversion.
         """
         first = self.layers[0]
         assert isinstance(first, nn.Linear)
         rows_QD, zero_D = features_QD, self.offset_D
+        if memory_QD is not None and features_QD.dtype != torch.uint8:
+            rows_QD = memory_QD.copy_(features_QD)
         if features_QD.dtype == torch.uint8:
             centre_D = self._centre()
             rows_QD = torch.empty_like(features_QD, dtype=self.compute_dtype) if memory_QD is None else memory_QD
@@ -167,7 +170,7 @@ class EmbeddingService(nn.Module):
         model = self._model(name)
         device = model.mean_D.device
         features_QD, memory_QD = gathered.features_QD.to(device, non_blocking=True), None
-        if self.partition.codec.has_codes:
+        if features_QD.dtype != model.compute_dtype:
             gathered._numbers.append(self._take_numbers(len(features_QD), model.compute_dtype, device))
             memory_QD = gathered._numbers[-1][: len(features_QD)]
         visual_QV: Tensor = model(features_QD, memory_QD)

@@ -28,6 +28,7 @@ from trainer.config import Config, Device, save_config
 from trainer.data import SampleIndex, SampleReader, distinct_values, open_index
 from trainer.days import sample_files
 from trainer.errors import ConfigError, DataError
+from trainer.precision import with_compute_dtype
 from trainer.schema import Schema, load_schema
 from trainer.step import Engine
 from trainer.stores import (
@@ -94,6 +95,9 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
     resumed = _on_all(comm, lambda: _resumed(config, folder))
     warm = None if resumed else _on_all(comm, lambda: _warm_start(config))
     device = _share_machine(config, comm)
+    recorded_dtype = resumed[1].origin.model.get("compute_dtype") if resumed else None
+    model = with_compute_dtype(config.model, comm, device, recorded_dtype)
+    config = config.model_copy(update={"model": model})
     train = open_index(comm, config.data.samples, "train", schema, config.data.train_days)
     test = open_index(comm, config.data.samples, "test", schema, config.data.test_days)
     partitions, statistics = {}, {}

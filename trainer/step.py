@@ -23,6 +23,7 @@ from trainer.models.build import build_model
 from trainer.models.fields import nearest_of, tiers_of, width_of
 from trainer.optim import DenseOptimizer, check_names, rates_at
 from trainer.options import ExchangeConfig, ModelConfig, OptimConfig
+from trainer.precision import with_compute_dtype
 from trainer.reuse import VectorCache
 from trainer.schema import Field, Schema
 from trainer.similarity import Similarity, pairs_of_fields, similarities
@@ -82,6 +83,7 @@ class Engine:
         self.stages = Stages()
         self._comm, self._optim = comm, optim
         self._device, self._dtype = torch.device(device), dtype
+        model = with_compute_dtype(model, comm, self._device, None)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = build_model(schema, model)
@@ -293,6 +295,7 @@ def _services(
         if field.kind == "content":
             widths = widths_of_store.setdefault(field.store_name, {})
             widths[model_name(field, config)] = width_of(field, config)
+    assert config.compute_dtype != "auto"  # settled when the engine began
     services: dict[str, EmbeddingService] = {}
     for store, widths in widths_of_store.items():
         if store not in partitions:

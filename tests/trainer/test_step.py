@@ -6,6 +6,7 @@ import torch
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.partition import FeaturePartition
+from trainer import precision
 from trainer.batch import Batch, Jagged
 from trainer.comm import SoloComm
 from trainer.errors import CheckpointError, ConfigError, DataError
@@ -154,3 +155,17 @@ def test_building_leaves_the_random_state_alone(partition: FeaturePartition) -> 
     torch.manual_seed(3)
     engine_of(partition)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_type_of_the_products_is_settled_once(partition: FeaturePartition, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {torch.bfloat16: 1.0, torch.float32: 2.0}
+    monkeypatch.setattr(precision, "_product_s", seconds.__getitem__)
+    assert (
+        engine_of(partition, compute_dtype="auto").services["images"].models["shared"].compute_dtype == torch.bfloat16
+    )
+    seconds[torch.float32] = 0.5
+    assert dtype_of_auto() == torch.float32
+    config, cpu = ModelConfig(), torch.device("cpu")
+    assert precision.with_compute_dtype(config, SoloComm(), cpu, "bfloat16").compute_dtype == "bfloat16"
+    chosen = ModelConfig(compute_dtype="float64")
+    assert precision.with_compute_dtype(chosen, SoloComm(), cpu, "bfloat16") is chosen
