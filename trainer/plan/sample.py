@@ -55,6 +55,14 @@ class Question:
                 )
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """Numbers of ranks, ascending. Raises ConfigError."""
+    found = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if min(found) < 1:
+        raise ConfigError(f"--ranks {text}: write numbers from 1 on with commas between them, as 8,20,40")
+    return tuple(sorted(set(found)))
+
+
 @dataclass(frozen=True)
 class Sampled:
     """The samples and the store of a configuration, and what batches drawn from them say."""
