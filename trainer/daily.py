@@ -206,7 +206,9 @@ def _claim(folder: Path, base: Config, window_days: int) -> None:
         "warm_parts": list(base.run.warm_parts),
         "model": base.model.model_dump(mode="json"),
         "train": base.train.model_dump(mode="json"),
-        "data": base.data.model_dump(mode="json", exclude={"store_version", "cache_dir", "prefetch_batches"}),
+        "data": base.data.model_dump(
+            mode="json", exclude={"store_version", "store_versions", "cache_dir", "prefetch_batches"}
+        ),
     }
     file = folder / "daily.json"
     try:

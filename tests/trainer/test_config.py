@@ -103,9 +103,7 @@ def test_warm_parts_have_names() -> None:
 
 
 def test_multi_query_needs_the_ad_image() -> None:
-    with pytest.raises(
-        ConfigError, match=r"model\.pooling='multi_query': it asks with the ad image .* set model.images"
-    ):
+    with pytest.raises(ConfigError, match=r"model\.pooling='multi_query': it asks with the ad image .* set model"):
         load_config(settings=["model.images=behavior", "model.pooling=multi_query"])
     assert load_config(settings=["model.images=none", "model.pooling=multi_query"]).model.images == "none"
 
