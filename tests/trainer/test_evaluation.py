@@ -86,7 +86,7 @@ class TestReport:
         assert new["impressions"] == trained["new_ad_impressions"]
         assert new["metrics"]["auc"]["value"] == pytest.approx(trained["new_ad_auc"], abs=1e-9)
         assert (report["checkpoint"], report["missing"]) == ("step-00000046", "zeros")
-        assert report["store_version"] == 2
+        assert report["stores"]["images"]["version"] == 2
         assert report["notes"] == []
 
     def test_every_metric_has_an_interval_around_it(self, evaluated: Path) -> None:
@@ -156,13 +156,16 @@ class TestReport:
     def test_ids_only(self, ids_only: Path) -> None:
         evaluate(ids_only, "--bootstrap", 20)
         report = report_of(ids_only / "evaluation")
-        assert (report["store"], report["store_version"]) == (None, None)
+        assert report["stores"] == {}
         assert set(report["sliced_by"]["image"]["slices"]) == {"known", "new"}
 
 
-@pytest.mark.parametrize("policy", ["zeros", "learned"])
-def test_hidden_images_are_as_if_they_were_not_in_the_store(own: Places, tmp_path: Path, policy: str) -> None:
-    run = train_run(own, f"hide-{policy}", data__missing=policy, train__max_steps=30)
+@pytest.mark.parametrize(("policy", "tiers"), [("zeros", 0), ("learned", 0), ("zeros", 4)])
+def test_hidden_images_are_as_if_they_were_not_in_the_store(
+    own: Places, tmp_path: Path, policy: str, tiers: int
+) -> None:
+    settings = {"data__missing": policy, "model__similarity_tiers": tiers}
+    run = train_run(own, f"hide-{policy}-{tiers}", train__max_steps=30, **settings)
     shutil.copytree(own.folder / "features", tmp_path / "features")
     keys = np.arange(1_000, 1_050)
     with contextlib.closing(open_source(Source(run), SoloComm())) as opened:
@@ -216,7 +219,7 @@ class TestOtherPlaces:
         FeatureStore.open(tmp_path / "features").delete([1_002])
         evaluate(run, "--bootstrap", 0, "--store", tmp_path / "features", "--out", tmp_path / "out")
         report = report_of(tmp_path / "out")
-        assert (report["store_version"], report["store"]) == (3, str(tmp_path / "features"))
+        assert report["stores"] == {"images": {"url": str(tmp_path / "features"), "version": 3}}
         assert "snapshot 3" in report["notes"][0]
         assert "trained on snapshot 2" in report["notes"][0]
 

@@ -51,10 +51,10 @@ class Opened:
 def open_source(source: Source, comm: Comm) -> Opened:
     """Opens a run with its newest checkpoint, or another, on as many ranks as there are. Every rank calls it.
 
-    Samples, store and snapshot are those that the run was trained on; another `store` (or the same one, named) is
-    opened at its newest snapshot. Image keys without a feature are treated as in training, and as zeros where they
-    stopped it. Raises, on all ranks together, ConfigError for a folder that holds no run, CheckpointError where there
-    is no checkpoint or the store holds other features than those of training, DataError for missing places.
+    Samples, stores and snapshots are those that the run was trained on; another `store` (or the same one, named) stands
+    for data.store, at its newest snapshot. Image keys without a feature are treated as in training, and as zeros where
+    they stopped it. Raises, on all ranks together, ConfigError for a folder that holds no run, CheckpointError where
+    there is no checkpoint or the store holds other features than those of training, DataError for missing places.
     """
     with comm.agreed():
         config, path, trained_with = _config(source)
@@ -116,7 +116,11 @@ def _config(source: Source) -> tuple[Config, Path, MissingPolicy]:
     if source.store is not None and config.model.images != "none":
         data |= {"store": source.store, "store_version": _newest(source.store)}
     run = {"dir": str(source.folder.parent), "name": source.folder.name, "resume": str(path), "overwrite": False}
-    sections = {"data": config.data.model_copy(update=data), "run": config.run.model_copy(update=run)}
+    sections = {
+        "data": config.data.model_copy(update=data),
+        "run": config.run.model_copy(update=run),
+        "exchange": config.exchange.model_copy(update={"reuse_steps": 0}),  # vectors as the checkpoint has them
+    }
     return config.model_copy(update=sections), path, config.data.missing
 
 
@@ -142,18 +146,18 @@ def _has_samples(url: str) -> bool:
 def _notes(source: Source, run: Run, path: Path, train: SampleIndex) -> list[str]:
     """What a reader of the figures should know."""
     notes = []
-    if run.partition is None and source.store is not None:
-        notes.append(f"the model reads no images (model.images=none): --store {source.store} is not used")
+    if source.store is not None and all(record.url != source.store for record in run.stores.values()):
+        notes.append(f"the model reads nothing from data.store: --store {source.store} is not used")
     state = checkpoint.read_state(path)
     if state.origin.data.get("samples_digest") != train.digest:
         notes.append(
             f"the training samples in {run.config.data.samples} are not, or no longer, those of the checkpoint: what "
             "is new, and what was seen how often, is told by the samples that are there now"
         )
-    version = run.partition.snapshot_version if run.partition else None
-    if run.partition and version != state.store_version:
-        notes.append(
-            f"images are of snapshot {version} of {run.config.data.store}; the run was trained on snapshot "
-            f"{state.store_version} of {state.store_url}"
-        )
+    for name, record in run.stores.items():
+        if record.version != state.version_of(name):
+            notes.append(
+                f"store {name} is at snapshot {record.version} ({record.url}); the run was trained on snapshot "
+                f"{state.version_of(name)}"
+            )
     return notes

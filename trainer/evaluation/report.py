@@ -15,7 +15,7 @@ from trainer.evaluation.measure import Figures, Hidden, Measured
 from trainer.evaluation.opening import TEST, Opened
 from trainer.evaluation.plots import METRIC_TITLES, draw_all
 
-_ABOUT = ("checkpoint", "samples", "store", "store_version", "missing", "missing_lookups")
+_ABOUT = ("checkpoint", "samples", "missing", "missing_lookups")
 _METHOD = f"""\
 In brackets: intervals of {LEVEL:.0%}, from {{resamples:,}} resamples of users (seed {{seed}}); none where fewer than
 {LEAST_USERS} users contribute. ECE and the reliability plot have up to {NUM_BINS} bins of equally many impressions.
@@ -36,8 +36,7 @@ def about(opened: Opened, num_missing: int, hides: bool, resamples: int, seed: i
         "run": str(opened.source.folder),
         "checkpoint": opened.checkpoint.name,
         "samples": opened.test.storage.full(TEST),
-        "store": run.config.data.store if run.partition else None,
-        "store_version": run.partition.snapshot_version if run.partition else None,
+        "stores": {name: record.model_dump() for name, record in run.stores.items()},
         "missing": run.config.data.missing,
         "bootstrap": {"resamples": resamples, "seed": seed, "level": LEVEL},
         "missing_lookups": num_missing,
@@ -63,7 +62,7 @@ def markdown(about: Mapping[str, Any], figures: Figures, plots: Sequence[Path]) 
     names = {path.stem: f"![{path.stem}]({path.name})\n" for path in plots}
     parts = [
         f"# Evaluation of {about['run']}\n",
-        _lines({name: about[name] for name in _ABOUT}),
+        _lines({name: about[name] for name in _ABOUT} | _snapshots(about)),
         *(f"> {note}\n" for note in about["notes"]),
         _METHOD.format(**about["bootstrap"]) if about["bootstrap"]["resamples"] else "Without intervals.\n",
         "## All test impressions\n",
@@ -142,6 +141,10 @@ def _curve_table(points: Sequence[Hidden]) -> str:
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _snapshots(about: Mapping[str, Any]) -> dict[str, str]:
+    return {f"store {name}": f"snapshot {each['version']} of {each['url']}" for name, each in about["stores"].items()}
 
 
 def _lines(values: Mapping[str, Any]) -> str:
