@@ -22,10 +22,9 @@ from benchmarks.workload import Knobs, Workload, make
 from featurestore.errors import FeatureStoreError
 from trainer.config import load_config
 from trainer.errors import PlanError, TrainerError
-from trainer.plan.__main__ import numbers
 from trainer.plan.build import Plan, Row
 from trainer.plan.own import plan_own
-from trainer.plan.sample import Question
+from trainer.plan.sample import Question, numbers
 
 STEPS = 12
 _LOOPBACK_BYTES_PER_S = 1e9  # not used: all ranks are on this machine

@@ -8,7 +8,7 @@ import ctypes
 import mmap
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import lcm
 from pathlib import Path
@@ -24,6 +24,7 @@ _MAP_NORESERVE = 0x4000
 _PROT_NONE = 0
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_READ = 22  # Linux 5.14; older kernels refuse it, and the pages are mapped at first touch
+_SMAPS = Path("/proc/self/smaps")
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -76,6 +77,31 @@ def populate(matrix: npt.NDArray[Any]) -> None:
     size = address + matrix.nbytes - begin
     for advice in (_MADV_HUGEPAGE, _MADV_POPULATE_READ):  # hints: what the kernel does not know it refuses
         _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), advice)
+
+
+def huge_page_bytes(matrix: npt.NDArray[Any]) -> int:
+    """How much of an array over mapped files lies in huge pages; 0 where the system does not tell."""
+    begin = matrix.ctypes.data
+    try:
+        with _SMAPS.open() as lines:
+            return sum_huge_pages(lines, begin, begin + matrix.nbytes)
+    except OSError:
+        return 0
+
+
+def sum_huge_pages(smaps: Iterable[str], begin: int, end: int) -> int:
+    """Bytes of files mapped by huge pages in the address ranges of /proc/PID/smaps inside [begin, end)."""
+    total, inside = 0, False
+    for line in smaps:
+        name, *values = line.split()
+        if not name.endswith(":"):  # the first line of a range: 7f1a00000000-7f1a40000000 r--s ...
+            first, _, last = name.partition("-")
+            inside = begin <= int(first, 16) and int(last, 16) <= end
+            if int(first, 16) >= end:
+                break
+        elif inside and name == "FilePmdMapped:":
+            total += int(values[0]) * 1024
+    return total
 
 
 def physical_memory_bytes() -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import xxhash
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -62,6 +62,8 @@ class Origin(Section):
     """Section model of the configuration, and the fields of the schema."""
     store: dict[str, Any]
     """ExtractorSpec, dimension, dtype and codec of the feature store; empty where the model has no images."""
+    stores: dict[str, dict[str, Any]] = Field(default={})
+    """The same of the further stores, by name, where the model has several contents an item."""
 
     def check_same(self, recorded: "Origin", path: Path) -> None:
         """Raises CheckpointError naming every value that `recorded`, of the checkpoint at `path`, has otherwise.
@@ -77,10 +79,12 @@ class Origin(Section):
 
     def check_store(self, recorded: "Origin", path: Path) -> None:
         """Raises CheckpointError where E of the checkpoint at `path` was trained on features of another kind."""
-        lines = _differing({"store": self.store}, {"store": recorded.store})
+        lines = _differing(
+            {"store": self.store, "stores": self.stores}, {"store": recorded.store, "stores": recorded.stores}
+        )
         if not lines:
             return
-        if not (self.store and recorded.store):
+        if bool(self.store) != bool(recorded.store):
             was = "was trained without images, and this run uses them"
             if recorded.store:
                 was = "has an E for images, and this run uses none"
@@ -91,9 +95,16 @@ class Origin(Section):
         raise CheckpointError(
             f"{path} was trained on features of another kind, and its E makes nothing of these:\n  "
             + "\n  ".join(lines)
-            + "\nset data.store to a store of that kind, or take all but E into a new run, which trains an E for this "
-            f"one: --warm-start {path} --warm-parts model,ids"
+            + "\nset data.store to a store of that kind (data.stores.NAME where stores.NAME differs), or take all but "
+            f"E into a new run, which trains an E for this one: --warm-start {path} --warm-parts model,ids"
         )
+
+
+class StoreRecord(Section):
+    """The snapshot of a feature store that a run was trained on."""
+
+    url: str
+    version: int
 
 
 class CheckpointState(Section):
@@ -107,6 +118,8 @@ class CheckpointState(Section):
     origin: Origin
     store_url: str | None
     store_version: int | None
+    stores: dict[str, StoreRecord] = Field(default={})
+    """Every store by name; the two above are of the first one."""
     config_digest: str
     history: list[dict[str, Any]]
     files: dict[str, str]
@@ -116,6 +129,10 @@ class CheckpointState(Section):
     def position(self) -> BatchPosition:
         """The batch that comes next."""
         return BatchPosition(self.epoch, self.step_in_epoch)
+
+    def version_of(self, store: str) -> int | None:
+        """The snapshot of that store; of a checkpoint that knows no names, of the only one."""
+        return self.stores[store].version if store in self.stores else None if self.stores else self.store_version
 
 
 def save(

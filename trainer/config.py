@@ -42,6 +42,8 @@ class DataConfig(Section):
     test_days: list[Day] | None
     store: Place
     store_version: Annotated[int, Field(ge=0)] | None
+    stores: dict[str, Place]
+    store_versions: dict[str, Annotated[int, Field(ge=0)]]
     cache_dir: Place | None
     schema_file: Place | None
     global_batch_size: Count

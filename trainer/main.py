@@ -119,7 +119,7 @@ def train(config: Config, comm: "Comm") -> None:
                 progress.say(f"warm start from {run.warm_start.path}: {', '.join(run.warm_start.parts) or 'nothing'}")
             training = Training(run, progress, signals)
             training.fit()
-            training.totals.missing_lookups = run.partition.missing_count if run.partition else 0
+            training.totals.missing_by_store = {name: each.missing_count for name, each in run.partitions.items()}
             figures = summary.gather(comm, training.totals, run.engine.stages)
             report = {
                 "name": run.folder.name,
@@ -130,6 +130,7 @@ def train(config: Config, comm: "Comm") -> None:
                 "history": run.history,
                 "warm_start": str(run.warm_start.path) if run.warm_start else None,
                 "store_version": run.partition.snapshot_version if run.partition else None,
+                "store_versions": {name: store.version for name, store in run.stores.items()},
                 "config_digest": config_digest(config.model_dump(mode="json")),
                 "wall_s": time.time() - started,
             }

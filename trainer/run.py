@@ -7,31 +7,38 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch
 
-from featurestore.errors import FeatureStoreError, StoreNotFoundError
 from featurestore.partition import FeaturePartition
-from featurestore.spec import StoreInfo
 from featurestore.storage import Storage
-from featurestore.store import FeatureStore
 from trainer import checkpoint, warmstart
 from trainer.batch import BatchPosition
-from trainer.checkpoint import CheckpointState, Origin
+from trainer.checkpoint import CheckpointState, Origin, StoreRecord
 from trainer.columns import Index, rules_of
 from trainer.comm import Comm
 from trainer.config import Config, Device, save_config
 from trainer.data import SampleIndex, SampleReader, distinct_values, open_index
 from trainer.days import sample_files
-from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.errors import ConfigError, DataError
 from trainer.schema import Schema, load_schema
 from trainer.step import Engine
+from trainer.stores import (
+    StorePlace,
+    kinds_by_store,
+    missing_places,
+    open_partition,
+    records,
+    snapshot_of,
+    store_places,
+)
 from trainer.warmstart import WarmStart
 
 Result = TypeVar("Result")
@@ -46,7 +53,8 @@ class Run:
     schema: Schema
     folder: Path
     engine: Engine
-    partition: FeaturePartition | None
+    partitions: dict[str, FeaturePartition]
+    stores: dict[str, StoreRecord]
     train_reader: SampleReader
     test_reader: SampleReader
     known_ads: Index
@@ -60,10 +68,15 @@ class Run:
         """Folder of the run's checkpoints."""
         return self.folder / "checkpoints"
 
+    @property
+    def partition(self) -> FeaturePartition | None:
+        """Of the first store, that of data.store where the model has it; None where it sees no content."""
+        return next(iter(self.partitions.values()), None)
+
     def close(self) -> None:
-        """Lets go of the store's rows."""
-        if self.partition is not None:
-            self.partition.close()
+        """Lets go of the stores' rows."""
+        for partition in self.partitions.values():
+            partition.close()
 
 
 def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
@@ -73,23 +86,22 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
     have changed; the model and the kind of features still have to be the checkpoint's.
     """
     schema = load_schema(Path(config.data.schema_file) if config.data.schema_file else None)
-    store_name = content_store(config, schema)
+    places = store_places(config, schema)
     folder = Path(config.run.dir) / comm.broadcast_object(config.run.name or time.strftime("run-%Y%m%d-%H%M%S"))
     if not reading:
         _on_all(comm, lambda: _check_folder(config, folder))
-    on_rank_0(comm, lambda: _check_places(config, store_name is not None))
+    on_rank_0(comm, lambda: _check_places(config, places))
     resumed = _on_all(comm, lambda: _resumed(config, folder))
     warm = None if resumed else _on_all(comm, lambda: _warm_start(config))
     device = _share_machine(config, comm)
     train = open_index(comm, config.data.samples, "train", schema, config.data.train_days)
     test = open_index(comm, config.data.samples, "test", schema, config.data.test_days)
     partitions, statistics = {}, {}
-    if store_name is not None:
-        version, values = on_rank_0(comm, lambda: _snapshot(config, resumed[1] if resumed else None))
-        partitions[store_name] = _on_all(comm, lambda: _partition(config, comm, version))
-        statistics[store_name] = values
-    partition = partitions.get(store_name or "")
-    origin = _origin(config, schema, train, partition)
+    for place in places:
+        state = resumed[1] if resumed else None
+        version, statistics[place.name] = on_rank_0(comm, partial(snapshot_of, place, state))
+        partitions[place.name] = _on_all(comm, partial(open_partition, config, comm, place, version))
+    origin = _origin(config, schema, train, partitions)
     if resumed:
         recorded = resumed[1].origin
         if reading:
@@ -118,7 +130,8 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
         schema=schema,
         folder=folder,
         engine=engine,
-        partition=partition,
+        partitions=partitions,
+        stores=records(places, partitions),
         train_reader=_train_reader(config, comm, train, schema),
         test_reader=_test_reader(config, comm, test, schema),
         known_ads=distinct_values(comm, train, new_ad_column, rules_of(schema)[new_ad_column]),
@@ -164,19 +177,6 @@ def on_rank_0(comm: Comm, work: Callable[[], Result]) -> Result:
     return comm.broadcast_object(_on_all(comm, work if comm.rank == 0 else lambda: None))  # type: ignore[return-value]
 
 
-def content_store(config: Config, schema: Schema) -> str | None:
-    """The one store that the schema's content fields name; None where the model uses no image."""
-    names = sorted({field.store_name for field in schema.of_kind("content")})
-    if config.model.images == "none":
-        return None
-    if len(names) != 1:
-        raise ConfigError(
-            f"model.images={config.model.images} needs content fields of one store, the schema has {names or 'none'}; "
-            "give them one name, or set model.images=none"
-        )
-    return names[0]
-
-
 def _check_folder(config: Config, folder: Path) -> None:
     """Refuses a folder that cannot be written to, and one that holds a checkpoint or a report of another run."""
     with _disk_errors_told(config):
@@ -203,15 +203,10 @@ def _disk_errors_told(config: Config) -> Iterator[None]:
         raise ConfigError(f"run.dir={config.run.dir} cannot be used: {failure}; choose another") from failure
 
 
-def _check_places(config: Config, needs_store: bool) -> None:
+def _check_places(config: Config, places: list[StorePlace]) -> None:
     """Says which job to run where a place is empty, for all of them at once."""
-    samples, problems = Storage(config.data.samples), []
-    if needs_store:
-        try:
-            FeatureStore.open(config.data.store)
-        except StoreNotFoundError:
-            job = f"python jobs/extract_features.py --store {config.data.store}"
-            problems.append(f"data.store={config.data.store} is no feature store; make it with: {job}")
+    samples, problems = Storage(config.data.samples), missing_places(places)
+    without_store = bool(problems)
     splits = {"train": config.data.train_days, "test": config.data.test_days}
     empty = [split for split, days in splits.items() if days is None and not sample_files(samples, split)]
     if empty:
@@ -220,7 +215,7 @@ def _check_places(config: Config, needs_store: bool) -> None:
             f"data.samples={config.data.samples} has no {' and no '.join(empty)} samples; make them with: {job}"
         )
     if problems:
-        if len(problems) == 2:
+        if without_store and empty:
             problems.append("without images and logs of your own, draw some first with: python jobs/make_demo_data.py")
         raise DataError("\n".join(problems))
 
@@ -264,42 +259,9 @@ def _share_machine(config: Config, comm: Comm) -> torch.device:
     return torch.device("cuda", here.index(comm.rank) % torch.cuda.device_count())
 
 
-def _snapshot(config: Config, resumed: CheckpointState | None) -> tuple[int, Any]:
-    """Version and statistics of the snapshot to train on: the one asked for, else the checkpoint's, else the newest."""
-    version = config.data.store_version
-    recorded = resumed.store_version if resumed and version is None else None
-    try:
-        snapshot = FeatureStore.open(config.data.store).snapshot(version if recorded is None else recorded)
-    except FeatureStoreError as failure:
-        if recorded is None:
-            raise
-        raise CheckpointError(
-            f"the checkpoint was trained on snapshot {recorded} of {config.data.store}: {failure}; "
-            "data.store_version=N goes on with another one"
-        ) from failure
-    if snapshot.num_rows == 0:
-        job = f"python jobs/extract_features.py --store {config.data.store}"
-        raise DataError(
-            f"data.store={config.data.store} has no features in snapshot {snapshot.version}; add them with: {job}"
-        )
-    return snapshot.version, snapshot.statistics()
-
-
-def _partition(config: Config, comm: Comm, version: int) -> FeaturePartition:
-    return FeaturePartition.load(
-        config.data.store,
-        rank=comm.rank,
-        num_ranks=comm.size,
-        cache_dir=config.data.cache_dir,
-        missing=config.data.missing,
-        threads=torch.get_num_threads(),
-        version=version,
-    )
-
-
-def _origin(config: Config, schema: Schema, train: SampleIndex, partition: FeaturePartition | None) -> Origin:
+def _origin(config: Config, schema: Schema, train: SampleIndex, partitions: Mapping[str, FeaturePartition]) -> Origin:
     fields = {field.name: field.model_dump(exclude={"name"}, exclude_none=True) for field in schema.fields}
-    info = partition.info if partition else None
+    store, stores = kinds_by_store(partitions)
     return Origin(
         data={
             "samples_digest": train.digest,
@@ -309,13 +271,9 @@ def _origin(config: Config, schema: Schema, train: SampleIndex, partition: Featu
         },
         train={"seed": config.train.seed},
         model={**config.model.model_dump(), "fields": fields, "label": schema.label},
-        store=_kind_of_features(info) if info else {},
+        store=store,
+        stores=stores,
     )
-
-
-def _kind_of_features(info: StoreInfo) -> dict[str, Any]:
-    codec = {"codec": info.codec.sha256} if info.codec else {}
-    return {"dim": info.dim, "dtype": info.dtype, "extractor": info.extractor.model_dump(), **codec}
 
 
 def _train_reader(config: Config, comm: Comm, index: SampleIndex, schema: Schema) -> SampleReader:

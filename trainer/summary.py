@@ -35,7 +35,7 @@ class Totals:
     """Sums over the training steps of one rank since the run, or its resumption, began.
 
     `image_references`, `images`, `computed_images`: the sums of `ImageCounts`; over all ranks `images` is the number of
-    unique images of the global batches. `missing_lookups`: lookups of images without a feature, those of evaluations
+    unique images of the global batches. `missing_by_store`: lookups of images without a feature, those of evaluations
     included. `unique_by_field`: different and all keys of a field in a rank's batch, summed over the steps that are
     logged. `warm_up_*`: the first step, which also pays for buffers and caches.
     """
@@ -46,7 +46,7 @@ class Totals:
     image_references: int = 0
     images: int = 0
     computed_images: int = 0
-    missing_lookups: int = 0
+    missing_by_store: dict[str, int] = field(default_factory=dict)
     unique_by_field: dict[str, tuple[int, int]] = field(default_factory=dict)
     warm_up_samples: int = 0
     warm_up_s: float = 0.0
@@ -128,7 +128,10 @@ def gather(comm: Comm, own: Totals, stages: Stages) -> dict[str, Any]:
         "reused_vectors": 1 - sum(each.computed_images for each in ranks) / images if images else None,
         "unique_ratio_by_field": _unique_ratios(ranks),
         "owner_skew": max(served) * len(served) / images if images else None,
-        "missing_lookups": sum(each.missing_lookups for each in ranks),
+        "missing_lookups": sum(sum(each.missing_by_store.values()) for each in ranks),
+        "missing_by_store": {
+            store: sum(each.missing_by_store[store] for each in ranks) for store in own.missing_by_store
+        },
         "seconds": {
             phase: sum(each.seconds.get(phase, 0.0) for each in ranks) / len(ranks)
             for phase in Phase.__args__  # type: ignore[attr-defined]
@@ -192,6 +195,9 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     for name, value in report["bytes_by_collective_per_step"].items():
         table.add_row(f"  {name}", _text(value, "-"))
     table.add_row("lookups of images without a feature", _text(report["missing_lookups"], "-"))
+    if len(report["missing_by_store"]) > 1:
+        for store, count in report["missing_by_store"].items():
+            table.add_row(f"  of store {store}", _text(count, "-"))
     seconds = report["seconds"]
     table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
     console.print(table)

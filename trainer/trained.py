@@ -3,10 +3,9 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
-
-import torch
 
 from featurestore.partition import FeaturePartition
 from featurestore.store import FeatureStore
@@ -15,9 +14,10 @@ from trainer.checkpoint import CheckpointState
 from trainer.comm import Comm
 from trainer.config import Config, load_config
 from trainer.errors import CheckpointError, ConfigError
-from trainer.run import _kind_of_features, _share_machine, content_store
+from trainer.run import _share_machine
 from trainer.schema import Schema, load_schema
 from trainer.step import Engine
+from trainer.stores import StorePlace, kind_of_features, open_partition, store_places
 
 Result = TypeVar("Result")
 
@@ -31,9 +31,14 @@ class TrainedRun:
     config: Config
     schema: Schema
     engine: Engine
-    partition: FeaturePartition | None
+    partitions: dict[str, FeaturePartition]
     path: Path
     state: CheckpointState
+
+    @property
+    def partition(self) -> FeaturePartition | None:
+        """Of the first store; None where the model has no images."""
+        return next(iter(self.partitions.values()), None)
 
     @property
     def store_version(self) -> int | None:
@@ -46,24 +51,27 @@ class TrainedRun:
         return hashlib.sha256((self.path / "state.json").read_bytes()).hexdigest()
 
     def close(self) -> None:
-        """Lets go of the store's rows."""
-        if self.partition is not None:
-            self.partition.close()
+        """Lets go of the stores' rows."""
+        for partition in self.partitions.values():
+            partition.close()
 
 
 def open_trained(folder: Path, comm: Comm, *, which: str = "latest", store_version: int | None = None) -> TrainedRun:
     """The run in `folder`. `which`: latest, or the path of a checkpoint. Every rank calls it.
 
-    `store_version`: the snapshot of the feature store to look images up in, by default the newest, so that images that
-    came after the training are known. Raises TrainerError, FeatureStoreError, on all ranks together.
+    `store_version`: the snapshot of the (first) feature store to look images up in, by default the newest, so that
+    images that came after the training are known; further stores are opened at their newest. Raises TrainerError,
+    FeatureStoreError, on all ranks together.
     """
     config, schema, path, state = on_all(comm, lambda: _read(folder, which))
     comm.deadline_s = config.run.deadline_s
     device = _share_machine(config, comm)
-    store_name, partitions = content_store(config, schema), {}
-    if store_name is not None:
-        version = comm.broadcast_object(on_all(comm, lambda: store_version or _newest(config)))
-        partitions[store_name] = on_all(comm, lambda: _partition(config, state, path, comm, version))
+    places, partitions = store_places(config, schema), {}
+    for number, place in enumerate(places):
+        asked = store_version if number == 0 else None
+        version = comm.broadcast_object(on_all(comm, partial(_version, place, asked)))
+        opened = partial(_partition, config, state, path, comm, place, version)
+        partitions[place.name] = on_all(comm, opened)
     engine = Engine(
         comm,
         schema,
@@ -76,7 +84,7 @@ def open_trained(folder: Path, comm: Comm, *, which: str = "latest", store_versi
         device=device,
     )
     checkpoint.load(comm, path, state, engine)
-    return TrainedRun(comm, folder, config, schema, engine, partitions.get(store_name or ""), path, state)
+    return TrainedRun(comm, folder, config, schema, engine, partitions, path, state)
 
 
 def on_all(comm: Comm, work: Callable[[], Result]) -> Result:
@@ -110,24 +118,19 @@ def _read(folder: Path, which: str) -> tuple[Config, Schema, Path, CheckpointSta
     return config, schema, path, state
 
 
-def _newest(config: Config) -> int:
-    return FeatureStore.open(config.data.store).snapshot().version
+def _version(place: StorePlace, asked: int | None) -> int:
+    return asked or FeatureStore.open(place.url).snapshot().version
 
 
-def _partition(config: Config, state: CheckpointState, path: Path, comm: Comm, version: int) -> FeaturePartition:
-    partition = FeaturePartition.load(
-        config.data.store,
-        rank=comm.rank,
-        num_ranks=comm.size,
-        cache_dir=config.data.cache_dir,
-        missing=config.data.missing,
-        threads=torch.get_num_threads(),
-        version=version,
-    )
-    if _kind_of_features(partition.info) != state.origin.store:
+def _partition(
+    config: Config, state: CheckpointState, path: Path, comm: Comm, place: StorePlace, version: int
+) -> FeaturePartition:
+    partition = open_partition(config, comm, place, version)
+    recorded = state.origin.stores.get(place.name, state.origin.store)
+    if kind_of_features(partition.info) != recorded:
         partition.close()
         raise CheckpointError(
-            f"{path} was trained on features of another kind than {config.data.store} has now: "
-            f"{state.origin.store} there, {_kind_of_features(partition.info)} here; take a store of the former"
+            f"{path} was trained on features of another kind than {place.url} has now: "
+            f"{recorded} there, {kind_of_features(partition.info)} here; take a store of the former"
         )
     return partition

@@ -126,9 +126,10 @@ def _resident(process: psutil.Process) -> int:
 
 
 def _losses(folder: Path) -> list[float]:
-    """The loss of every step that TensorBoard's files of a run have."""
+    """The losses that TensorBoard's files of a run have: of the steps that were logged, none in a short run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    return [float(event.value) for event in events.Scalars("train/loss")]
+    logged = "train/loss" in events.Tags()["scalars"]
+    return [float(event.value) for event in events.Scalars("train/loss")] if logged else []

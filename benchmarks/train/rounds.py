@@ -23,7 +23,7 @@ class DifferentLossesError(Exception):
 class Rounds:
     """The outcomes of every variant, round by round."""
 
-    outcomes: Mapping[str, Sequence[Outcome]]
+    outcomes: dict[str, list[Outcome]]
 
     def __contains__(self, name: object) -> bool:
         return name in self.outcomes

@@ -72,7 +72,7 @@ def measure(bench: Bench, only: Sequence[str], alternatives: Mapping[str, Sequen
     checked = _checked(bench, chosen)
     rounds = interleaved(chosen, bench.rounds, bench.progress, "rounds")
     for same in _SAME_MODEL:
-        check_losses({**rounds.outcomes, **checked}, same)
+        check_losses(rounds.outcomes | checked, same)
     sections = [Section("samples per second", grid=rounds.grid())]
     wanted = [name for name in SECTIONS if not only or name in only]
     if "link" in wanted:

@@ -148,9 +148,9 @@ def test_what_is_refused(kind: IndexKind) -> None:
         index.add(KEYS[:50], vectors[:, :15])
     with pytest.raises(InvalidRowsError, match=r"queries of shape \(50, 15\) do not fit an index of width 16"):
         index.search(vectors[:, :15], 3)
-    with pytest.raises(InvalidRowsError, match="each of 50 vectors needs one, int64"):
+    with pytest.raises(InvalidRowsError, match="each of 50 vectors needs an int64 key"):
         index.add(KEYS[:49], vectors)
-    with pytest.raises(InvalidRowsError, match="each of 50 vectors needs one, int64"):
+    with pytest.raises(InvalidRowsError, match="each of 50 vectors needs an int64 key"):
         index.add(np.arange(50, dtype=np.float64), vectors)
     with pytest.raises(InvalidRowsError, match="count=0"):
         index.search(vectors, 0)

@@ -3,11 +3,12 @@
 import multiprocessing
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, owner_of, shard_of, to_bits
+from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, owner_of, partition, shard_of, to_bits
 from featurestore.errors import (
     FeatureStoreError,
     MissingKeysError,
@@ -16,6 +17,7 @@ from featurestore.errors import (
     StoreNotFoundError,
 )
 from featurestore.keys import sampled, splitmix64
+from featurestore.mapping import sum_huge_pages
 
 
 @pytest.fixture
@@ -63,6 +65,46 @@ def test_what_is_larger_than_half_of_the_memory_is_not_read_at_its_opening(
     with FeaturePartition.load(store, cache_dir=cache) as partition:
         assert sum(read) == (300 if memory_bytes > 300 * 32 else 0)
         assert np.array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
+
+
+SMAPS = """\
+55d000000000-55d000200000 rw-p 00000000 00:00 0  [heap]
+FilePmdMapped:      4096 kB
+7f0000000000-7f0000400000 r--s 00000000 fe:00 7  /cache/shard-0000.rows.bin
+Size:               4096 kB
+FilePmdMapped:      2048 kB
+VmFlags: rd sh mr mw me ms hg
+7f0000400000-7f0000600000 ---p 00000000 00:00 0
+7f0000600000-7f0000a00000 r--s 00000000 fe:00 8  /cache/shard-0001.rows.bin
+FilePmdMapped:      4096 kB
+7f0000a00000-7f0000c00000 r--s 00000000 fe:00 9  /cache/another
+FilePmdMapped:      2048 kB
+"""
+
+
+def test_huge_pages_are_counted_of_the_rows_alone() -> None:
+    assert sum_huge_pages(SMAPS.splitlines(), 0x7F0000000000, 0x7F0000A00000) == 6 << 20
+    assert sum_huge_pages([], 0, 1) == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.6, 1.0])
+def test_rows_are_the_same_by_small_pages_and_by_huge_ones(
+    store: FeatureStore, cache: Path, make_rows, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """Touched before they are copied only where the pages are small: that makes it faster there, and slower here."""
+    rows = make_rows(300, store.info)
+    store.put(rows)
+    touched = []
+    touch_and_take = partition._touch_and_take
+
+    def watch(*arguments: Any) -> None:
+        touched.append(touch_and_take(*arguments))
+
+    monkeypatch.setattr(partition, "_touch_and_take", watch)
+    monkeypatch.setattr(partition, "huge_page_bytes", lambda _: int(share * 300 * store.info.row_bytes))
+    opened = FeaturePartition.load(store, cache_dir=cache)
+    assert np.array_equal(opened.lookup(rows.keys_N).features_UD, rows.features_ND)
+    assert bool(touched) == (share < 0.5)
 
 
 def test_a_lookup_never_gives_a_wrong_row(store: FeatureStore, cache: Path, make_rows) -> None:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torchvision import models
 
+from pipeline import backbone
 from pipeline import weights as weights_module
 from pipeline.backbone import Backbone, fastest_dtype
 from pipeline.decode import prepare
@@ -278,9 +279,14 @@ def test_names_of_weights(tmp_path, monkeypatch):
             check_weights_name(name)
 
 
-def test_bfloat16_only_where_the_processor_has_it(monkeypatch):
+def test_bfloat16_only_where_the_processor_has_it_and_is_quicker_at_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    seconds = {"bfloat16": 1.0, "float32": 2.0}
+    monkeypatch.setattr(backbone, "_convolution_s", seconds.__getitem__)
     assert fastest_dtype() == "bfloat16"
+    seconds["bfloat16"] = 3.0
+    assert fastest_dtype() == "float32"
+    seconds["bfloat16"] = 1.0
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "avx2": True})
     assert fastest_dtype() == "float32"

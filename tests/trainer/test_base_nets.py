@@ -223,6 +223,19 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=r"multi_query asks with the ad's IDs too.*model\.pooling=attentive"):
             build_model(Schema(fields=content), config(pooling="multi_query"))
 
+    @pytest.mark.parametrize(
+        ("field", "message"),
+        [
+            ({"name": "cover", "store": "items"}, "field cover: store=items cannot name a part .* as my_items"),
+            ({"name": "cover", "store": "a.b"}, "store=a.b cannot name a part of the model; choose another, as my_a_b"),
+            ({"name": "keys"}, "field keys: name=keys cannot name a part of the model"),
+        ],
+    )
+    def test_names_that_no_part_of_a_model_can_have(self, field: dict[str, str], message: str) -> None:
+        schema = Schema(fields=(Field(side="ad", kind="content", **field),))
+        with pytest.raises(ConfigError, match=message):
+            build_model(schema, config(images="ad"))
+
     def test_no_field_with_a_key(self) -> None:
         schema = Schema(fields=(Field(name="price", side="ad", kind="dense"),))
         with pytest.raises(ConfigError, match="no field of kind id, multi_id or content"):

@@ -64,6 +64,8 @@ def test_saved_configuration_loads_as_the_same(tmp_path: Path) -> None:
         ("train.epochs=0", "train.epochs=0: it should be greater than or equal to 1"),
         ("train.epochs=many", "train.epochs='many': it should be a valid integer"),
         ("model.images=all", "model.images='all': it should be 'none', 'ad', 'behavior' or 'both'"),
+        ("model.base=fm", "model.base='fm': it should be 'lr', 'mlp', 'din', 'dcn'"),
+        ("model.concat_length=0", "model.concat_length=0: it should be greater than or equal to 1"),
         ("data.global_batch_size=-4", "data.global_batch_size=-4"),
         ("model.tables={user: -2}", "model.tables.user=-2"),
         ("run.name=../x", "run.name='../x'"),
@@ -98,6 +100,14 @@ def test_warm_parts_have_names() -> None:
     parts = {name: load_config(settings=[f"run.warm_parts={name}"]).run.warm_parts for name in WARM_PARTS}
     assert parts == {"none": [], "partial": ["images", "model"], "full": ["images", "model", "ids"]}
     assert load_config().run.warm_parts == parts["partial"]
+
+
+def test_multi_query_needs_the_ad_image() -> None:
+    with pytest.raises(
+        ConfigError, match=r"model\.pooling='multi_query': it asks with the ad image .* set model.images"
+    ):
+        load_config(settings=["model.images=behavior", "model.pooling=multi_query"])
+    assert load_config(settings=["model.images=none", "model.pooling=multi_query"]).model.images == "none"
 
 
 def test_all_mistakes_are_told_at_once() -> None:

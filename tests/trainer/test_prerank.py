@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from featurestore.index import VectorIndex
@@ -84,6 +85,22 @@ def test_logits_are_made_of_the_exported_vectors(trained: TrainedRun, index: str
     assert len(of_scene) == 3
     assert all(np.ptp(values) < 1e-5 for values in of_scene.values())
     assert np.ptp([values.mean() for values in of_scene.values()]) > 1e-4
+
+
+def test_without_context_inner_product_and_bias_are_the_logit(run: Path, index: str, places: Places) -> None:
+    ads, samples = AdIndex.open(index), str(places.folder / "samples")
+    vector_of = dict(zip(*(part.tolist() for part in ads.vectors()), strict=True))
+    plain = open_trained(run, SoloComm())
+    context = towers(plain).context
+    assert context is not None
+    with torch.no_grad():
+        context.weight.zero_()
+    for batch, users in user_vectors(plain, reader_of_test_samples(plain, samples).batches()):
+        exported = np.array([vector_of[ad] for ad in batch.fields["ad_item"].values_N.tolist()])
+        product = (users[batch.group_of_sample_B] * exported).sum(axis=1)
+        logit = plain.engine.predict(plain.engine.prepare(batch))
+        np.testing.assert_allclose(product + ads.state.origin.bias, logit, rtol=1e-4, atol=1e-5)
+    plain.close()
 
 
 def test_vectors_do_not_depend_on_the_batch(trained: TrainedRun, index: str, places: Places) -> None:

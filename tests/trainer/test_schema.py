@@ -47,6 +47,11 @@ def test_own_schema(tmp_path: Path) -> None:
         ("new_ad_field: ad", "new_ad_field: user", "new_ad_field=user has to be a field of side ad"),
         ("name: ad,", "name: user,", "field user is named twice"),
         ("store: covers", "table: covers", "table=covers is for kinds id and multi_id"),
+        (
+            "store: covers}",
+            "store: covers}\n  - {name: back, side: ad, kind: content, store: covers, width: 4}",
+            "fields picture and back share store covers but have width=None and width=4; give both one width",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -58,6 +58,7 @@ def open_source(source: Source, comm: Comm) -> Opened:
     """
     with comm.agreed():
         config, path, trained_with = _config(source)
+    comm.deadline_s = config.run.deadline_s
     try:
         run = open_run(config, comm, reading=True)
     except DataError as failure:

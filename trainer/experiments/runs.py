@@ -72,10 +72,10 @@ class Grid:
             return []
         config = load_config(self.file, self.settings)
         days = list(files_by_day(Storage(config.data.samples)))
-        if len(days) < 4:
+        if len(days) < 3:
             raise DataError(
                 f"data.samples={config.data.samples} has {len(days)} days of samples; warm-up from the day before needs"
-                " 4 at least, in files that begin with day=2026-01-31 (jobs/build_samples.py writes them)"
+                " 3 at least, in files that begin with day=2026-01-31 (jobs/build_samples.py writes them)"
             )
         learnt, tested = (days[:-2], days[-2]) if variant.days == "previous" else (days[1:-1], days[-1])
         return [f"data.train_days=[{','.join(learnt)}]", f"data.test_days=[{tested}]"]

@@ -1,5 +1,7 @@
 """Which fields of the schema a model looks at, and how wide the vectors of each are."""
 
+from torch import nn
+
 from trainer.errors import ConfigError
 from trainer.options import ModelConfig
 from trainer.schema import Field, Schema, Side
@@ -25,6 +27,7 @@ def used_fields(schema: Schema, config: ModelConfig) -> tuple[Field, ...]:
                 "add one to the schema, or set model.images to what it has"
             )
     fields = tuple(f for f in schema.fields if f.kind != "content" or f.side in wanted)
+    _check_names(fields)
     if not any(field.is_id or field.kind == "content" for field in fields):
         raise ConfigError("the schema has no field of kind id, multi_id or content; the model needs one")
     return fields
@@ -38,6 +41,19 @@ def tiers_of(behaviors: str) -> str:
 def nearest_of(behaviors: str) -> str:
     """Name of a behaviour field's vectors that are nearest to the ad, a list for each sample instead of each group."""
     return f"{behaviors}.nearest"
+
+
+def _check_names(fields: tuple[Field, ...]) -> None:
+    """Content fields and their stores name modules, in which a few names are taken and dots divide."""
+    taken = nn.ModuleDict()
+    for field in fields:
+        names = {"name": field.name, "store": field.store_name} if field.kind == "content" else {}
+        for what, name in names.items():
+            if "." in name or hasattr(taken, name):
+                raise ConfigError(
+                    f"field {field.name}: {what}={name} cannot name a part of the model; "
+                    f"choose another, as my_{name.replace('.', '_')}"
+                )
 
 
 def width_of(field: Field, config: ModelConfig) -> int:

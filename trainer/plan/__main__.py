@@ -66,7 +66,7 @@ def main(
             if global_batch_size is not None and samples_per_rank is not None:
                 raise ConfigError("--global-batch-size and --samples-per-rank exclude each other; give one of them")
             from trainer.plan.inputs import bytes_per_s
-            from trainer.plan.sample import Question
+            from trainer.plan.sample import Question, numbers
 
             question = Question(
                 ranks=numbers(ranks),
@@ -105,14 +105,6 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as failure:
         raise ConfigError(f"--json {path} cannot be written: {failure}; choose another file") from failure
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Numbers of ranks, ascending. Raises ConfigError."""
-    found = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
-    if min(found) < 1:
-        raise ConfigError(f"--ranks {text}: write numbers from 1 on with commas between them, as 8,20,40")
-    return tuple(sorted(set(found)))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def power_law(points: Sequence[Point], samples: float) -> float:
     if high.samples == low.samples or low.unique <= 0:
         return high.unique * samples / high.samples
     slope = math.log(high.unique / low.unique) / math.log(high.samples / low.samples)
-    return float(high.unique * (samples / high.samples) ** slope)
+    return high.unique * math.exp(slope * math.log(samples / high.samples))
 
 
 def expected_unique(exponent: float, keys: float, draws: float) -> float:
@@ -140,4 +140,4 @@ def _generalised_harmonic(exponent: float, keys: float) -> float:
     low, high = _HEAD + 0.5, keys + 0.5
     if abs(exponent - 1) < 1e-9:
         return head + math.log(high / low)
-    return float(head + (high ** (1 - exponent) - low ** (1 - exponent)) / (1 - exponent))
+    return head + float(high ** (1 - exponent) - low ** (1 - exponent)) / (1 - exponent)

@@ -31,9 +31,10 @@ from trainer.exchange import ContentRequest
 from trainer.plan.cost import Piece, Rates
 from trainer.prefetch import prepare_ahead, read_ahead
 from trainer.routing import Int64
-from trainer.run import content_store, uses_cuda
+from trainer.run import uses_cuda
 from trainer.schema import load_schema
 from trainer.step import Engine, Prepared, model_name
+from trainer.stores import store_places
 from trainer.tables import RowRequest
 
 # Rounds of steps by themselves and of the real loop take turns, so that a slow moment of the machine hits both alike.
@@ -83,8 +84,7 @@ class Bench:
         self._partition = FeaturePartition.load(
             store, cache_dir=data.cache_dir, missing=data.missing, threads=threads, version=data.store_version
         )
-        name = content_store(config, schema)
-        assert name is not None  # the plan has refused images=none
+        name = store_places(config, schema)[0].name
         cuda = uses_cuda(config.run.device, torch.cuda.is_available(), comm.moves_cuda_tensors)
         self.engine = Engine(
             comm,

@@ -14,9 +14,9 @@ from trainer.errors import ConfigError
 from trainer.models.fields import used_fields
 from trainer.plan.draws import Drawn, Population, population
 from trainer.routing import Int64
-from trainer.run import content_store
 from trainer.schema import Schema, load_schema
 from trainer.step import model_name, table_shapes
+from trainer.stores import store_places
 
 _DRAWN_BATCHES = 4
 _LEAST_DRAWN, _MOST_DRAWN = 100_000, 1_000_000
@@ -55,6 +55,14 @@ class Question:
                 )
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """Numbers of ranks, ascending. Raises ConfigError."""
+    found = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if min(found) < 1:
+        raise ConfigError(f"--ranks {text}: write numbers from 1 on with commas between them, as 8,20,40")
+    return tuple(sorted(set(found)))
+
+
 @dataclass(frozen=True)
 class Sampled:
     """The samples and the store of a configuration, and what batches drawn from them say."""
@@ -73,8 +81,14 @@ def sample(config: Config, question: Question) -> Sampled:
     """Draws batches as the trainer would. Raises what opening samples and store raises, ConfigError without images."""
     data = config.data
     schema = load_schema(Path(data.schema_file) if data.schema_file else None)
-    if content_store(config, schema) is None:
+    places = store_places(config, schema)
+    if not places:
         raise ConfigError("model.images=none: a plan is about training with images; set it to ad, behavior or both")
+    if len(places) > 1:
+        raise ConfigError(
+            f"a plan is made for one feature store, and the schema's content fields name {len(places)} "
+            f"({', '.join(place.name for place in places)}); give it a schema with the largest one alone"
+        )
     fields = used_fields(schema, config.model)
     index = open_index(SoloComm(), data.samples, "train", schema, data.train_days)
     snapshot = FeatureStore.open(data.store).snapshot(data.store_version)

@@ -12,6 +12,8 @@ from trainer.validate import near_match, validated
 
 DEFAULT_SCHEMA = Path(__file__).parents[1] / "presets" / "schema.yaml"
 
+DEFAULT_STORE = "images"
+
 Side = Literal["user", "ad"]
 Kind = Literal["id", "multi_id", "dense", "content"]
 
@@ -68,7 +70,7 @@ class Field(BaseModel):
     @property
     def store_name(self) -> str:
         """The feature store that a content field's keys belong to."""
-        return self.store or "images"
+        return self.store or DEFAULT_STORE
 
     @property
     def column_name(self) -> str:
