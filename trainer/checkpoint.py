@@ -85,10 +85,12 @@ class Origin(Section):
         if not lines:
             return
         if bool(self.store) != bool(recorded.store):
+            was = "was trained without images, and this run uses them"
+            if recorded.store:
+                was = "has an E for images, and this run uses none"
             raise CheckpointError(
-                f"{path} {'was trained without images' if self.store else 'has an E for images'}, and this run has "
-                f"model.images {'on' if self.store else '=none'}; set it as it was, or take its ID vectors alone into "
-                f"a new run: --warm-start {path} --warm-parts ids"
+                f"{path} {was}; set model.images as it was, or take its ID vectors alone into a new run: "
+                f"--warm-start {path} --warm-parts ids"
             )
         raise CheckpointError(
             f"{path} was trained on features of another kind, and its E makes nothing of these:\n  "

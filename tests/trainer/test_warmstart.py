@@ -118,7 +118,7 @@ def test_options_of_the_command(own: Places, before: Path) -> None:
         ("full", {"model__tables__item": 640}, r"part ids: item/0000/weight has shape \(16, 12\) .*leave ids out"),
         ("full", {"model__table_shards": 8}, r"part ids: .*leave ids out"),
         ("[ids]", {"model__table_shards": 2}, r"part ids: .*leave ids out"),
-        ("partial", {"model__images": "none"}, "has an E for images, and this run has model.images =none"),
+        ("partial", {"model__images": "none"}, "has an E for images, and this run uses none; set model.images"),
         ("partial", {"model__pooling": "sum"}, r"part model: the checkpoint is of another model"),
     ],
 )
