@@ -169,9 +169,11 @@ def test_building_leaves_the_random_state_alone(partition: FeaturePartition) -> 
 def test_the_type_of_the_products_is_settled_once(partition: FeaturePartition, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {torch.bfloat16: 1.0, torch.float32: 2.0}
     monkeypatch.setattr(precision, "_product_s", seconds.__getitem__)
-    assert (
-        engine_of(partition, compute_dtype="auto").services["images"].models["shared"].compute_dtype == torch.bfloat16
-    )
+
+    def dtype_of_auto() -> torch.dtype:
+        return engine_of(partition, compute_dtype="auto").services["images"].models["shared"].compute_dtype
+
+    assert dtype_of_auto() == torch.bfloat16
     seconds[torch.float32] = 0.5
     assert dtype_of_auto() == torch.float32
     config, cpu = ModelConfig(), torch.device("cpu")
