@@ -39,6 +39,8 @@ class Training:
         """
         folder = self._run.folder / "profile" if self._config.run.profile else None
         try:
+            if self._was_stopped_in_evaluation():
+                self._between_steps()
             with tracing(folder, self._run.comm.rank) as trace_step:
                 for epoch in range(self._run.position.epoch, self._config.train.epochs):
                     self._epoch(epoch, trace_step)
@@ -115,6 +117,12 @@ class Training:
                 self._save()
         if self._is_due(self._config.train.checkpoint_every):
             self._save()
+
+    def _was_stopped_in_evaluation(self) -> bool:
+        """Whether this step's evaluation was due before the run was resumed, and a signal came before its end."""
+        evaluated = [entry["step"] for entry in self._run.history[-1:]]
+        due = self._engine.num_steps > 0 and self._is_due(self._config.train.eval_every)
+        return due and evaluated != [self._engine.num_steps]
 
     def _is_over(self) -> bool:
         at_end = self._engine.num_steps == total_steps(self._run)

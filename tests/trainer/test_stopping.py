@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from trainer import train as train_module
 from trainer.checkpoint import find, read_state
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.errors import ConfigError, TrainerError
 from trainer.main import train
+from trainer.signals import StoppedError
 from trainer.step import Engine
 from trainer.stopping import best_step, has_ended, metrics_of
 
@@ -128,6 +130,30 @@ def test_an_interrupted_run_ends_with_the_same(
     reports = [json.loads((run / "report.json").read_text()) for run in (halves, whole)]
     assert reports[0]["history"] == reports[1]["history"]
     assert reports[0]["metrics"] == reports[1]["metrics"]
+
+
+@pytest.mark.parametrize("at", [6, 9, 15])
+def test_a_signal_in_the_midst_of_an_evaluation_loses_none(
+    places: Places, tmp_path: Path, scripted: list[int], monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    whole = _run(places, "whole", tmp_path)
+    evaluate = train_module.evaluate
+
+    def stopped(*given: Any) -> Any:
+        metrics = evaluate(*given)
+        if scripted[-1] == at:
+            raise StoppedError("SIGTERM received")
+        return metrics
+
+    with monkeypatch.context() as patched:
+        patched.setattr("trainer.train.evaluate", stopped)
+        with pytest.raises(StoppedError):
+            _run(places, "halves", tmp_path)
+    halves = _run(places, "halves", tmp_path, run__resume="latest")
+    reports = [json.loads((run / "report.json").read_text()) for run in (halves, whole)]
+    assert reports[0]["history"] == reports[1]["history"]
+    mine, theirs = _tensors(halves), _tensors(whole)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
 def test_a_best_at_the_very_end_is_kept_as_any_run(places: Places, tmp_path: Path, scripted: list[int]) -> None:
