@@ -110,6 +110,16 @@ class Comm(ABC):
             error = failure
         self.agree(error)
 
+    def on_all(self, work: Callable[[], Object]) -> Object:
+        """The result of `work` on this rank, once it is known that no rank failed."""
+        with self.agreed():
+            return work()
+
+    def on_rank_0(self, work: Callable[[], Object]) -> Object:
+        """The result of `work` on rank 0, on every rank; the others do nothing."""
+        result: Object | None = self.on_all(work if self.rank == 0 else lambda: None)  # type: ignore[arg-type]
+        return cast("Object", self.broadcast_object(result))
+
 
 class SoloComm(Comm):
     """One rank alone: every collective returns what it was given."""

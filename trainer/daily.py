@@ -134,7 +134,6 @@ def follow(base: Config, comm: "Comm", window_days: int = 1, first: str | None =
 
     Raises TrainerError and FeatureStoreError, on all ranks together.
     """
-    from trainer.run import on_rank_0
 
     folder = Path(base.run.dir) / (base.run.name or "daily")
 
@@ -147,19 +146,19 @@ def follow(base: Config, comm: "Comm", window_days: int = 1, first: str | None =
             raise DataError(f"--first-day and --last-day choose none of {days[0].name} to {days[-1].name}; change them")
         return chosen
 
-    for day in on_rank_0(comm, opened):
+    for day in comm.on_rank_0(opened):
 
         def next_run(day: Day = day) -> Config | None:
             return None if day.is_done else day.config(base, _run_before(day))
 
-        config = on_rank_0(comm, next_run)
+        config = comm.on_rank_0(next_run)
         if config is not None:
             try:
                 train(config, comm)
             except CheckpointError as failure:
                 raise CheckpointError(f"{failure}\nTo train {day.name} anew, remove {day.folder}") from failure
-            on_rank_0(comm, lambda: daytable.write(folder))
-    on_rank_0(comm, lambda: daytable.show(folder))
+            comm.on_rank_0(lambda: daytable.write(folder))
+    comm.on_rank_0(lambda: daytable.show(folder))
 
 
 def _check_days_given(*days: str | None) -> None:

@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -90,10 +90,10 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
     places = store_places(config, schema)
     folder = Path(config.run.dir) / comm.broadcast_object(config.run.name or time.strftime("run-%Y%m%d-%H%M%S"))
     if not reading:
-        _on_all(comm, lambda: _check_folder(config, folder))
-    on_rank_0(comm, lambda: _check_places(config, places))
-    resumed = _on_all(comm, lambda: _resumed(config, folder))
-    warm = None if resumed else _on_all(comm, lambda: _warm_start(config))
+        comm.on_all(lambda: _check_folder(config, folder))
+    comm.on_rank_0(lambda: _check_places(config, places))
+    resumed = comm.on_all(lambda: _resumed(config, folder))
+    warm = None if resumed else comm.on_all(lambda: _warm_start(config))
     device = _share_machine(config, comm)
     recorded_dtype = resumed[1].origin.model.get("compute_dtype") if resumed else None
     model = with_compute_dtype(config.model, comm, device, recorded_dtype)
@@ -103,8 +103,8 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
     partitions, statistics = {}, {}
     for place in places:
         state = resumed[1] if resumed else None
-        version, statistics[place.name] = on_rank_0(comm, partial(snapshot_of, place, state))
-        partitions[place.name] = _on_all(comm, partial(open_partition, config, comm, place, version))
+        version, statistics[place.name] = comm.on_rank_0(partial(snapshot_of, place, state))
+        partitions[place.name] = comm.on_all(partial(open_partition, config, comm, place, version))
     origin = _origin(config, schema, train, partitions)
     if resumed:
         recorded = resumed[1].origin
@@ -162,23 +162,7 @@ def claim_folder(run: Run) -> None:
             run.folder.mkdir(parents=True, exist_ok=True)
             save_config(run.config, run.folder / "config.yaml")
 
-    on_rank_0(run.comm, claim)
-
-
-def _on_all(comm: Comm, work: Callable[[], Result]) -> Result:
-    """The result of `work` on this rank, once it is known that no rank failed."""
-    error: Exception | None = None
-    try:
-        result = work()
-    except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
-        error = failure
-    comm.agree(error)
-    return result
-
-
-def on_rank_0(comm: Comm, work: Callable[[], Result]) -> Result:
-    """The result of `work` on rank 0, on every rank."""
-    return comm.broadcast_object(_on_all(comm, work if comm.rank == 0 else lambda: None))  # type: ignore[return-value]
+    run.comm.on_rank_0(claim)
 
 
 def _check_folder(config: Config, folder: Path) -> None:

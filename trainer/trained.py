@@ -1,7 +1,6 @@
 """A trained run, opened to be asked and not to be trained on: its model with the numbers of one of its checkpoints."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,15 +62,15 @@ def open_trained(folder: Path, comm: Comm, *, which: str = "latest", store_versi
     images that came after the training are known; further stores are opened at their newest. Raises TrainerError,
     FeatureStoreError, on all ranks together.
     """
-    config, schema, path, state = on_all(comm, lambda: _read(folder, which))
+    config, schema, path, state = comm.on_all(lambda: _read(folder, which))
     comm.deadline_s = config.run.deadline_s
     device = _share_machine(config, comm)
     places, partitions = store_places(config, schema), {}
     for number, place in enumerate(places):
         asked = store_version if number == 0 else None
-        version = comm.broadcast_object(on_all(comm, partial(_version, place, asked)))
+        version = comm.broadcast_object(comm.on_all(partial(_version, place, asked)))
         opened = partial(_partition, config, state, path, comm, place, version)
-        partitions[place.name] = on_all(comm, opened)
+        partitions[place.name] = comm.on_all(opened)
     engine = Engine(
         comm,
         schema,
@@ -85,17 +84,6 @@ def open_trained(folder: Path, comm: Comm, *, which: str = "latest", store_versi
     )
     checkpoint.load(comm, path, state, engine)
     return TrainedRun(comm, folder, config, schema, engine, partitions, path, state)
-
-
-def on_all(comm: Comm, work: Callable[[], Result]) -> Result:
-    """The result of `work` on this rank, once it is known that no rank failed."""
-    error: Exception | None = None
-    try:
-        result = work()
-    except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
-        error = failure
-    comm.agree(error)
-    return result
 
 
 def _read(folder: Path, which: str) -> tuple[Config, Schema, Path, CheckpointState]:

@@ -5,9 +5,10 @@ python -m benchmarks.store --json build/bench/store.json
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -38,23 +39,43 @@ _HEADLINE = [
 app = typer.Typer(add_completion=False)
 
 
-def measure(bench: Bench, depths: Sequence[int], limit_mb: int) -> list[Section]:
-    """All sections, the headline first."""
+class Part(StrEnum):
+    """What can be measured by itself."""
+
+    warm = "warm"
+    cold = "cold"
+    int8 = "int8"
+    build = "build"
+    write = "write"
+    depth = "depth"
+    limit = "limit"
+
+
+def measure(bench: Bench, depths: Sequence[int], limit_mb: int, parts: Collection[Part] = tuple(Part)) -> list[Section]:
+    """The sections of these parts, the headline first. int8: the lookups once more, on codes."""
     held = bench.make_store()
     newest = replace(held, version=bench.add_deltas(held))
-    codes = bench.recode(held)
-    built = [cache_figures(bench, held, newest), write_figures(bench, held), depth_figures(bench, held, depths)]
+    codes = [bench.recode(held)] if Part.int8 in parts else []
+    built = []
+    if Part.build in parts:
+        built.append(cache_figures(bench, held, newest))
+    if Part.write in parts:
+        built.append(write_figures(bench, held))
+    if Part.depth in parts:
+        built.append(depth_figures(bench, held, depths))
     sections = []
-    for each in (held, codes):
+    for each in [held, *codes] if {Part.warm, Part.cold} & set(parts) else []:
         folder = bench.folder / f"peers-{each.store.info.dtype}"
         peers = fill_peers(each, folder, bench.progress)
-        sections.append(warm_figures(bench, each, peers))
-        if each is held:
+        if Part.warm in parts:
+            sections.append(warm_figures(bench, each, peers))
+        if Part.warm in parts and each is held:
             sections.append(delta_figures(bench, held, newest, peers["store"].folder))
-        sections.append(cold_figures(bench, each, peers))
+        if Part.cold in parts:
+            sections.append(cold_figures(bench, each, peers))
         shutil.rmtree(folder)
     del codes
-    sections += [*built, limit_figures(bench, limit_mb)]
+    sections += [*built, *([limit_figures(bench, limit_mb)] if Part.limit in parts else [])]
     figures = {name: value for section in sections for name, value in section.flat().items()}
     return [Section("headline", {name: figures[name] for name in _HEADLINE if name in figures}), *sections]
 
@@ -89,13 +110,16 @@ def main(
     depths: Annotated[str, typer.Option(help="Snapshots of the stores that are opened, ascending.")] = "1,10,100",
     limit_mb: Annotated[int, typer.Option(help="Memory for serving a store ten times as large.", min=32)] = 288,
     seed: Annotated[int, typer.Option(help="Of the drawn rows and keys.")] = 0,
+    only: Annotated[
+        list[Part] | None, typer.Option(help="Measure this part; may be repeated.", show_default="all")
+    ] = None,
 ) -> None:
     """Measure the store against numpy.take, LMDB, RocksDB, Lance and plain pyarrow."""
     asked_depths = ascending(depths)
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with working_folder(folder) as work, Progress(*columns, console=Console(stderr=True)) as progress:
         bench = Bench(work, rows, keys, rounds, threads, progress, seed)
-        sections = measure(bench, asked_depths, limit_mb)
+        sections = measure(bench, asked_depths, limit_mb, only or tuple(Part))
     run = {"rows": rows, "dim": DIM, "keys_per_lookup": keys, "threads": threads, "rounds": rounds, "cores": cores()}
     write_sections([*sections, Section("this run", run)], json_path)
 

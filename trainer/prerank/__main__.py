@@ -2,23 +2,17 @@
 
 import contextlib
 import json
-import os
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainer.errors import ConfigError, LostRankError, RemoteRankError, SchemaError, TrainerError
+from trainer.cli import run_on_ranks
+from trainer.errors import ConfigError, TrainerError
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
-
-OK, FAILED, USAGE = 0, 1, 2
-# horovodrun ends the other ranks when the first one fails: rank 0 has to be given the time to say why.
-_GRACE_S = 1.0
 
 Run = Annotated[Path, typer.Option(help="Folder of a run with model.base=two_tower.")]
 Index = Annotated[str, typer.Option(help="Folder or address of the index, from jobs/build_ad_index.py.")]
@@ -62,12 +56,12 @@ def evaluate_index(
         from trainer.prerank.artifact import AdIndex
         from trainer.prerank.evaluate import report_of, score, search_figures
         from trainer.prerank.vectors import origin_of
-        from trainer.trained import on_all, open_trained
+        from trainer.trained import open_trained
 
         with contextlib.closing(open_trained(run, comm, which=checkpoint)) as trained:
-            ads = on_all(comm, lambda: AdIndex.open(index) if comm.rank == 0 else None)
-            origin = on_all(comm, lambda: origin_of(trained))
-            on_all(comm, lambda: ads.check_origin(origin) if ads else None)
+            ads = comm.on_all(lambda: AdIndex.open(index) if comm.rank == 0 else None)
+            origin = comm.on_all(lambda: origin_of(trained))
+            comm.on_all(lambda: ads.check_origin(origin) if ads else None)
             metrics, users_KW = score(trained, samples or trained.config.data.samples)
             if ads:
                 report = report_of(trained, ads, metrics, search_figures(ads, users_KW, counts, queries, effort))
@@ -75,7 +69,7 @@ def evaluate_index(
                 if out:
                     _write(out, report)
 
-    _on_ranks(work)
+    raise typer.Exit(run_on_ranks(work))
 
 
 @app.command(epilog="Example: `python -m trainer.prerank search --run data/runs/towers --user 17 --k 5`")
@@ -104,7 +98,7 @@ def search(
             rows = [(str(key), f"{value:.4f}") for key, value in found]
             _print_table([ads.state.origin.key_column, "inner product"], rows)
 
-    _on_ranks(work)
+    raise typer.Exit(run_on_ranks(work))
 
 
 def _counts(text: str) -> list[int]:
@@ -116,38 +110,6 @@ def _counts(text: str) -> list[int]:
     if counts[0] < 1:
         raise typer.BadParameter(f"{text} has to be positive whole numbers with commas, as 10,100", param_hint="--k")
     return counts
-
-
-def _on_ranks(work: "Callable[[Comm], None]") -> None:
-    """Does the work on this rank; what goes wrong becomes one message of rank 0 and an exit code."""
-    from featurestore.errors import FeatureStoreError
-    from trainer.comm import connect
-
-    try:
-        comm = connect()
-    except TrainerError as failure:
-        _tell(failure)
-        raise typer.Exit(FAILED) from failure
-    code = OK
-    with contextlib.closing(comm):
-        try:
-            work(comm)
-        except (TrainerError, FeatureStoreError) as failure:
-            if comm.rank == 0 or isinstance(failure, LostRankError):
-                _tell(failure)
-            else:
-                time.sleep(_GRACE_S)
-            code = USAGE if isinstance(failure, ConfigError | SchemaError) else FAILED
-    if comm.is_stuck:  # a collective of Horovod is under way for ever, and Python's end would wait for it
-        sys.stdout.flush()
-        os._exit(code)
-    raise typer.Exit(code)
-
-
-def _tell(failure: Exception) -> None:
-    text = failure.text if isinstance(failure, RemoteRankError) else str(failure)
-    where = f"rank {failure.rank}: " if isinstance(failure, RemoteRankError) else ""
-    print(f"error: {where}{text}", file=sys.stderr, flush=True)
 
 
 def _show(report: Mapping[str, Any]) -> None:
