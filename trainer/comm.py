@@ -117,7 +117,7 @@ class Comm(ABC):
 
     def on_rank_0(self, work: Callable[[], Object]) -> Object:
         """The result of `work` on rank 0, on every rank; the others do nothing."""
-        result: Object | None = self.on_all(work if self.rank == 0 else lambda: None)  # type: ignore[arg-type]
+        result: Object | None = self.on_all(work if self.rank == 0 else lambda: None)
         return cast("Object", self.broadcast_object(result))
 
 
