@@ -339,7 +339,9 @@ class TestTwoRanks:
         assert seen["after the stop"] == ["done", "done"]
         stopped = places.folder / "runs" / "stopped"
         assert_same(stopped, places.folder / "runs" / "full")
-        assert sorted(path.name for path in (stopped / "checkpoints").iterdir()) == ["step-00000050", "step-00000100"]
+        # The step after the signal's may have been prepared already; then it is taken too.
+        first, last = sorted(path.name for path in (stopped / "checkpoints").iterdir())
+        assert first in ("step-00000050", "step-00000051") and last == "step-00000100"
 
     def test_error_of_one_rank_is_known_to_all(self, job: tuple[Places, dict[str, list[str]]]) -> None:
         _, seen = job
