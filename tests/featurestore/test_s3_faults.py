@@ -214,7 +214,7 @@ def test_an_answer_cut_in_the_middle_of_a_file_is_no_damage(
 def test_a_server_killed_during_commits_forgets_no_acknowledged_one(
     tmp_path: Path, info: StoreInfo, make_rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(S3FileSystem, "read_timeout", 1)  # requests hang while the server gets up
+    monkeypatch.setattr(S3FileSystem, "read_timeout", 4)  # requests hang while the server gets up
     server = seaweedfs(tmp_path)
     server.start()
     try:
