@@ -50,7 +50,7 @@ def _base_nets() -> tuple[tuple[Variant, ...], tuple[tuple[str, str], ...]]:
     for net, title in nets.items():
         for images, text in (("none", "ids only"), ("both", "with images")):
             variants.append(Variant(f"{title}, {text}", (f"model.base={net}", f"model.images={images}", *_BEST)))
-        pairs.append((f"{title}, with images", f"{title}, ids only"))
+        pairs += [(f"{title}, with images", f"{title}, ids only"), (f"{title}, ids only", f"{title}, ids only")]
     return tuple(variants), tuple(pairs)
 
 
