@@ -7,7 +7,7 @@ of vectors. See trainer/batch.py for the letters of shapes; here also S sources.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,10 +33,7 @@ from trainer.routing import (
     unique,
     unpack_key_blocks,
 )
-from trainer.stages import Stages, StageSequence
-
-Kind = Literal["step", "eval"]
-"""Of a request; the first part of its collectives' names, so that one of each may be under way at a time."""
+from trainer.stages import Kind, Stages, StageSequence
 
 
 class Served(Protocol):
@@ -50,8 +47,6 @@ class Source(Protocol):
     """One E over one store, or one ID table. `serve` runs ahead of the weights, `vectors` reads them."""
 
     width: int
-    signatures: Signatures | None
-    """What answers with signatures too, where they are wanted."""
 
     def owner_of(self, keys_U: Int64) -> Int64:
         """The rank that answers for each key."""
@@ -84,15 +79,7 @@ class ContentRequest:
 class ContentSource:
     """One E of an embedding service, and, where `cache` is given, its vectors of the last steps."""
 
-    def __init__(
-        self,
-        service: EmbeddingService,
-        model: str,
-        num_ranks: int,
-        cache: VectorCache | None = None,
-        signatures: Signatures | None = None,
-    ) -> None:
-        self.signatures = signatures
+    def __init__(self, service: EmbeddingService, model: str, num_ranks: int, cache: VectorCache | None = None) -> None:
         self._service, self._model, self._num_ranks, self._cache = service, model, num_ranks, cache
         self._num_shards = service.partition.info.num_shards
         self.width = service.width(model)
@@ -153,6 +140,7 @@ class Request:
     index_of_field: dict[str, Tensor]
     lengths_of_field: dict[str, Tensor]
     kind: Kind
+    """The first part of its collectives' names, so that one request of each kind may be under way at a time."""
     words_of_field: dict[str, Words]
     """The signature of each value of the content fields whose images are compared."""
     error: Exception | None = field(default=None)
@@ -172,7 +160,10 @@ class Request:
 
     def unique_by_field(self) -> dict[str, tuple[int, int]]:
         """For each field of the batch how many different keys it has, and how many keys in all."""
-        return {name: (len(torch.unique(index_N)), len(index_N)) for name, index_N in self.index_of_field.items()}
+        return {
+            name: (int(torch.bincount(index_N).count_nonzero()), len(index_N))
+            for name, index_N in self.index_of_field.items()
+        }
 
 
 class Exchange:
@@ -191,10 +182,13 @@ class Exchange:
         dtype: torch.dtype = torch.float32,
         config: ExchangeConfig | None = None,
         stages: Stages | None = None,
+        signatures: Mapping[str, Signatures] | None = None,
     ) -> None:
+        """`signatures`: what makes signatures of a source's images, for the sources whose images are compared."""
         self._comm, self._device, self._dtype = comm, torch.device(device), dtype
         self._config, self._stages = config or ExchangeConfig(), stages or Stages()
         self._sources = list(sources.values())
+        self._signatures = {n: signatures[name] for n, name in enumerate(sources) if signatures and name in signatures}
         self._fields_S = [[f for f, source in source_of_field.items() if source == name] for name in sources]
         self._widths = sorted({source.width for source in self._sources})
 
@@ -207,10 +201,10 @@ class Exchange:
         """
         error = fields if isinstance(fields, Exception) else None
         fields = {} if isinstance(fields, Exception) else fields
-        with self._stages.timed("unique"):
+        with self._stages.timed("unique", kind):
             asked_S = [self._bucketize(source, fields) for source in range(len(self._sources))]
             payload, lengths_P = pack_key_blocks(OK if error is None else FAILED, asked_S, self._comm.size)
-        with self._stages.timed("exchange keys"):
+        with self._stages.timed("exchange keys", kind):
             received, recv_lengths_P = self._comm.alltoall(
                 torch.from_numpy(payload), _splits(lengths_P), name=f"{kind}.keys"
             )
@@ -219,16 +213,16 @@ class Exchange:
             self._comm.agree(error, name=f"{kind}.keys.agree")
         served_S: list[Any] = []
         try:
-            with self._stages.timed("gather"):
+            with self._stages.timed("gather", kind):
                 for source, keys_R in zip(self._sources, blocks.keys_SR, strict=True):
                     served_S.append(source.serve(keys_R, kind))
         except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
             error = failure
         words_of_field: dict[str, Words] = {}
-        for number, source in enumerate(self._sources):
-            if source.signatures is not None:
-                with self._stages.timed("compare images"):
-                    words_UW, error = self._words(number, source.signatures, blocks, kind, error)
+        if self._signatures:
+            with self._stages.timed("exchange signatures", kind):
+                for number, signatures in self._signatures.items():
+                    words_UW, error = self._words(number, signatures, blocks, kind, error)
                     words_of_field |= self._words_of_fields(number, words_UW, asked_S[number], fields)
         plans = [self._plan(w, asked_S, None if error else served_S, blocks.counts_PS) for w in self._widths]
         index, lengths = self._fields_of(asked_S, fields)
@@ -242,13 +236,13 @@ class Exchange:
         unique_S: list[Tensor] = []
         try:
             if request.error is None:
-                with self._stages.timed("embed images"):
+                with self._stages.timed("embed images", request.kind):
                     unique_S = [s.vectors(served) for s, served in zip(self._sources, request.served_S, strict=True)]
         except Exception as failure:  # as above
             request.error = failure
         if request.error is not None:
             unique_S = [torch.zeros(0, s.width, dtype=self._dtype, device=self._device) for s in self._sources]
-        with self._stages.timed("exchange vectors"):
+        with self._stages.timed("exchange vectors", request.kind):
             *vectors_S, failures = _Answers.apply(self, request, *unique_S)  # type: ignore[no-untyped-call]
             num_failures = int(failures)
         if num_failures:

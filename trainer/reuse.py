@@ -30,7 +30,7 @@ class VectorCache:
 
     A gradient that arrives for a reused vector is added to that of the next computation of the same key, at most
     `reuse_steps` steps later: none is lost but those that still wait at the end of a run, or at a resumption. What is
-    reused depends on the steps alone, not on the number of ranks. Memory: 8 V + 4 bytes a row (float32).
+    reused depends on the steps alone, not on the number of ranks. Memory: 8 V + 8 bytes a row (float32).
     """
 
     def __init__(self, num_rows: int, width: int, reuse_steps: int, device: torch.device, dtype: torch.dtype) -> None:

@@ -15,6 +15,7 @@ Stage = Literal[
     "unique",
     "exchange keys",
     "gather",
+    "exchange signatures",
     "compare images",
     # Of step t itself.
     "wait for the next batch",
@@ -28,25 +29,29 @@ Stage = Literal[
     "reduce gradients",
     "update dense",
 ]
-AHEAD: tuple[Stage, ...] = ("read", "unique", "exchange keys", "gather", "compare images")
+AHEAD: tuple[Stage, ...] = ("read", "unique", "exchange keys", "gather", "exchange signatures", "compare images")
 WAIT: Stage = "wait for the next batch"
+
+Kind = Literal["step", "eval"]
+"""Of what a batch is prepared for."""
 
 _KEPT_STEPS = 1000
 
 
 class Stages:
-    """Seconds of the stages of the last thousand steps; each stage belongs to one thread."""
+    """Seconds of the stages of the last thousand training steps; each stage belongs to one thread."""
 
     def __init__(self) -> None:
         self._seconds: dict[Stage, deque[float]] = {}
 
     @contextmanager
-    def timed(self, stage: Stage) -> Iterator[None]:
-        """The block is one run of the stage."""
+    def timed(self, stage: Stage, kind: Kind = "step") -> Iterator[None]:
+        """The block is one run of the stage; that of an evaluation is named in the trace, but is no part of a step."""
         start_s = time.perf_counter()
         with record_function(stage):
             yield
-        self.add(stage, time.perf_counter() - start_s)
+        if kind == "step":
+            self.add(stage, time.perf_counter() - start_s)
 
     def add(self, stage: Stage, seconds: float) -> None:
         """Counts a run of the stage."""

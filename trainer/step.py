@@ -18,7 +18,7 @@ from trainer.batch import Batch
 from trainer.comm import Comm
 from trainer.dropout import IdDropout
 from trainer.errors import ConfigError
-from trainer.exchange import ContentSource, Exchange, FieldVectors, Kind, Request, Source
+from trainer.exchange import ContentSource, Exchange, FieldVectors, Request, Source
 from trainer.models.build import build_model
 from trainer.models.fields import nearest_of, tiers_of, width_of
 from trainer.optim import DenseOptimizer, check_names, rates_at
@@ -27,7 +27,7 @@ from trainer.precision import with_compute_dtype
 from trainer.reuse import VectorCache
 from trainer.schema import Field, Schema
 from trainer.similarity import Similarity, pairs_of_fields, similarities
-from trainer.stages import Stages
+from trainer.stages import Kind, Stages
 from trainer.tables import IdTable, TableShape
 
 # Fields, dense values and the group of each sample in; as trainer.models.ctr.CtrModel.forward.
@@ -99,7 +99,9 @@ class Engine:
         }
         self._config, self._compared = model, pairs_of_fields(self.fields, model)
         self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
-        self._signatures_of_store: dict[str, Signatures] = {}
+        signatures: dict[str, Signatures] = {}
+        signatures_of_store: dict[str, Signatures] = {}
+        compared = {*self._compared, *self._compared.values()}
         sources: dict[str, Source] = dict(self.tables)
         source_of_field = {field.name: field.table_name for field in self.fields if field.is_id}
         for field in self.fields:
@@ -107,11 +109,13 @@ class Engine:
                 network = model_name(field, model)
                 name = source_of_field[field.name] = f"{field.store_name}:{network}"
                 service = self.services[field.store_name]
-                cache = self._cache(service, network, exchange)
-                signatures = self._signatures(field)
-                sources[name] = ContentSource(service, network, comm.size, cache, signatures)
+                sources[name] = ContentSource(service, network, comm.size, self._cache(service, network, exchange))
+                if field.name in compared:
+                    signatures[name] = signatures_of_store.setdefault(
+                        field.store_name, Signatures(service.partition, service.scaling)
+                    )
         self._id_dropout = IdDropout(schema, model.id_dropout, seed)
-        self._exchange = Exchange(comm, sources, source_of_field, device, dtype, exchange, self.stages)
+        self._exchange = Exchange(comm, sources, source_of_field, device, dtype, exchange, self.stages, signatures)
         self._check_same_on_all_ranks()
 
     @property
@@ -134,7 +138,7 @@ class Engine:
         request = self._exchange.request(batch.fields, kind)
         if not self._compared:
             return Prepared(batch, request, {})
-        with self.stages.timed("compare images"):
+        with self.stages.timed("compare images", kind):
             return Prepared(batch, request, similarities(batch, self._compared, request.words_of_field, self._config))
 
     def train_step(self, prepared: Prepared) -> StepResult:
@@ -226,17 +230,10 @@ class Engine:
             tiers_BT = torch.from_numpy(similar.tiers_BT).to(device=self._device, dtype=self._dtype)
             dense[tiers_of(name)] = tiers_BT
             vectors[nearest_of(name)] = _nearest(vectors[name], similar, self._device)
-        with self.stages.timed("worker forward"):
+        with self.stages.timed("worker forward", prepared.request.kind):
             if self._modules.training:
                 vectors = self._id_dropout(vectors, batch, self.num_steps)
             return network(vectors, dense, group_of_sample_B)
-
-    def _signatures(self, field: Field) -> Signatures | None:
-        """What makes signatures of a field's images, where they are compared; one for each store."""
-        if field.name not in {*self._compared, *self._compared.values()}:
-            return None
-        service = self.services[field.store_name]
-        return self._signatures_of_store.setdefault(field.store_name, Signatures(service.partition, service.scaling))
 
     def _cache(self, service: EmbeddingService, network: str, exchange: ExchangeConfig | None) -> VectorCache | None:
         """Where the vectors of one E are kept for some steps, if they are to be."""

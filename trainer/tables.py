@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featurestore.keys import key_of_uri, owned_shards, owner_of, shard_of, splitmix64
-from featurestore.signatures import Signatures
 from trainer.errors import CheckpointError
 from trainer.optim import AdamRates
 from trainer.routing import Int64, unique
@@ -65,7 +64,6 @@ class IdTable:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.shape, self.width = shape, shape.width
-        self.signatures: Signatures | None = None
         self.shards = owned_shards(shape.num_shards, rank, num_ranks)
         self._num_ranks = num_ranks
         self._slot_of_shard = np.full(shape.num_shards, -1, dtype=np.int64)

@@ -10,13 +10,13 @@ from trainer.checkpoint import FORMAT_VERSION, CheckpointState
 from trainer.config import config_digest
 from trainer.errors import RemoteRankError, TrainerError
 from trainer.evaluation.quick import Metrics, evaluate
-from trainer.exchange import ContentRequest, Kind
+from trainer.exchange import ContentRequest
 from trainer.prefetch import prepare_ahead, read_ahead
 from trainer.profiling import tracing
 from trainer.progress import Progression
 from trainer.run import Run
 from trainer.signals import StoppedError, StopSignals
-from trainer.stages import WAIT
+from trainer.stages import WAIT, Kind
 from trainer.step import Prepared
 from trainer.summary import ImageCounts
 
@@ -77,14 +77,16 @@ class Training:
                 return
 
             def prepare() -> Prepared:
-                with self._engine.stages.timed("read"):
+                with self._engine.stages.timed("read", kind):
                     item = next(ahead)
                 return self._prepare(item, kind)
 
             with closing(prepare_ahead(count, prepare)) as waiting:
-                yield (self._waited(each) for each in waiting)
+                yield (self._waited(each, kind) for each in waiting)
 
-    def _waited(self, result: Callable[[], Prepared]) -> Prepared:
+    def _waited(self, result: Callable[[], Prepared], kind: Kind) -> Prepared:
+        if kind == "eval":  # all of an evaluation is timed as such
+            return result()
         with self.totals.timed("wait"), self._engine.stages.timed(WAIT):
             return result()
 

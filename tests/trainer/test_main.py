@@ -32,8 +32,9 @@ from trainer.config import Device, load_config
 from trainer.errors import CheckpointError, ConfigError, DataError, RemoteRankError, TrainerError
 from trainer.main import app, train
 from trainer.run import uses_cuda
-from trainer.stages import AHEAD, Stage
+from trainer.stages import AHEAD, Stage, Stages
 from trainer.step import Engine
+from trainer.summary import Totals
 
 HOROVODRUN = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2"]
 WORKER = Path(__file__).parent / "runs" / "worker.py"
@@ -100,7 +101,7 @@ class TestAlone:
         assert report["samples_per_s"] > 0
         assert report["history"][-1] == {"step": 100, **metrics}
         assert set(report["seconds"]) == {"wait", "compute", "evaluate", "checkpoint"}
-        assert set(report["stages"]) == set(Stage.__args__) - {"compare images"}
+        assert set(report["stages"]) == set(Stage.__args__) - {"exchange signatures", "compare images"}
         assert all(row["median_ms"] >= 0 and row["share_of_step"] >= 0 for row in report["stages"].values())
         of_steps = [row["share_of_step"] for name, row in report["stages"].items() if name not in AHEAD]
         assert sum(of_steps) == pytest.approx(1)
@@ -117,8 +118,19 @@ class TestAlone:
         run = run_alone(places, run__name="traced", run__profile=True, train__max_steps=12)
         events = json.loads((run / "profile/trace-rank-0.json").read_text())["traceEvents"]
         threads = {event["name"]: event["tid"] for event in events if "name" in event and "tid" in event}
-        assert set(Stage.__args__) - {"compare images"} <= set(threads)
+        assert set(Stage.__args__) - {"exchange signatures", "compare images"} <= set(threads)
         assert threads["gather"] != threads["embed images"]
+
+    def test_waits_of_an_evaluation_are_no_part_of_the_steps(
+        self, places: Places, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        phases, stages, timed, timed_stage = [], [], Totals.timed, Stages.add
+        monkeypatch.setattr(Totals, "timed", lambda self, phase: phases.append(phase) or timed(self, phase))
+        monkeypatch.setattr(Stages, "add", lambda self, *run: stages.append(run[0]) or timed_stage(self, *run))
+        run_alone(places, run__name="waits", train__max_steps=5, train__eval_every=2, data__global_batch_size=16)
+        assert phases.count("evaluate") == 3
+        assert phases.count("wait") == phases.count("compute") == 5
+        assert {stages.count(each) for each in stages} == {5}
 
     def test_reuse_is_counted(self, places: Places) -> None:
         changes = {"run__name": "reused", "train__max_steps": 12, "data__global_batch_size": 16}

@@ -159,9 +159,9 @@ def delays(rank: int) -> Iterator[None]:
     """Within the block every stage begins late, on rank 0 by up to 2 ms, on the others by up to 12."""
     timed, draw = Stages.timed, random.Random(rank)
 
-    def late(self, stage):
+    def late(self, *stage):
         time.sleep(draw.uniform(0, 0.012 if rank else 0.002))
-        return timed(self, stage)
+        return timed(self, *stage)
 
     Stages.timed = late
     try:
