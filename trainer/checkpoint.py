@@ -238,17 +238,11 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 @contextmanager
 def _agreed(comm: Comm, what: str) -> Iterator[None]:
     """Runs the block on every rank and then raises on all if one failed: CheckpointError, disk errors translated."""
-    error: Exception | None = None
-    try:
-        yield
-    except CheckpointError as failure:
-        error = failure
-    except (OSError, SafetensorError) as failure:
-        error = CheckpointError(f"{what}: {failure}")
-        error.__cause__ = failure
-    except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
-        error = failure
-    comm.agree(error)
+    with comm.agreed():
+        try:
+            yield
+        except (OSError, SafetensorError) as failure:
+            raise CheckpointError(f"{what}: {failure}") from failure
 
 
 def _differing(

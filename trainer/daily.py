@@ -16,6 +16,7 @@ import typer
 from trainer import daytable
 from trainer.config import Config, load_config
 from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.files import replace_file
 from trainer.main import on_ranks, train, warm_settings
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def _claim(folder: Path, base: Config, window_days: int) -> None:
             _check_same(mine, json.loads(file.read_text(encoding="utf-8")), file)
             return
         folder.mkdir(parents=True, exist_ok=True)
-        daytable.replace_file(file, json.dumps(mine, indent=1).encode())
+        replace_file(file, json.dumps(mine, indent=1))
     except (OSError, ValueError) as failure:
         raise ConfigError(f"{file} cannot be used: {failure}; choose another run.dir or run.name") from failure
 

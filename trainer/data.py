@@ -19,13 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from featurestore.errors import FeatureStoreError
 from featurestore.storage import Storage
 from trainer.batch import Batch, BatchPosition, Jagged
 from trainer.columns import Groups, Index, Rule, check_types, concatenate, decode, ranges, rules_of
 from trainer.comm import Comm
 from trainer.days import files_of, name_of, sample_files
-from trainer.errors import DataError, SchemaError
+from trainer.errors import DataError
 from trainer.schema import Field, Schema
 
 
@@ -74,14 +73,9 @@ def open_index(comm: Comm, samples: str, split: str, schema: Schema, days: Seque
     column is missing or of another type.
     """
     storage, rules = Storage(samples), rules_of(schema)
-    own: list[tuple[str, list[RowGroup]]] = []
-    error: Exception | None = None
-    try:
+    with comm.agreed():
         files = sample_files(storage, split) if days is None else files_of(storage, days)
         own = [(file, _read_footer(storage, file, rules, schema.label)) for file in files[comm.rank :: comm.size]]
-    except (DataError, SchemaError, FeatureStoreError) as failure:
-        error = failure
-    comm.agree(error)
     parts = dict(part for share in comm.allgather_object(own) for part in share)
     row_groups = tuple(group for file in sorted(parts, key=name_of) for group in parts[file])
     index = SampleIndex(storage, row_groups, by_day=days is not None)
@@ -209,17 +203,14 @@ def distinct_values(comm: Comm, index: SampleIndex, column: str, rule: Rule) -> 
     """
     import torch
 
-    own, error = np.empty(0, np.int64), None
-    try:
+    own = np.empty(0, np.int64)
+    with comm.agreed():
         for row_group in index.row_groups[comm.rank :: comm.size]:
             table = read_row_group(index.storage, row_group, [column])
             flat: Any = table.column(column).combine_chunks()
             for _ in range(rule.depth):
                 flat = flat.flatten()
             own = np.union1d(own, flat.drop_null().to_numpy(zero_copy_only=False).astype(np.int64))
-    except (DataError, FeatureStoreError) as failure:
-        error = failure
-    comm.agree(error)
     return np.unique(comm.allgather(torch.from_numpy(own), name="distinct_values").numpy())
 
 

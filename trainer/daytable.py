@@ -14,6 +14,7 @@ from rich.table import Table
 
 from trainer.config import load_config
 from trainer.errors import TrainerError
+from trainer.files import replace_file
 
 DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 _METRICS = ("impressions", "logloss", "auc", "gauc", "new_ad_auc", "new_ad_gauc")
@@ -58,17 +59,10 @@ def write(folder: Path) -> None:
     found, parquet = rows(folder), io.BytesIO()
     pq.write_table(pa.Table.from_pylist(found, schema=SCHEMA), parquet)
     try:
-        replace_file(folder / "days.json", (json.dumps(found, indent=1) + "\n").encode())
+        replace_file(folder / "days.json", json.dumps(found, indent=1) + "\n")
         replace_file(folder / "days.parquet", parquet.getvalue())
     except OSError as failure:
         raise TrainerError(f"cannot write the table of days to {folder}: {failure}") from failure
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes beside and renames: whoever reads `path` finds all of the old or of the new content."""
-    part = path.with_name(f".{path.name}")
-    part.write_bytes(content)
-    part.replace(path)
 
 
 def show(folder: Path) -> None:

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import torch
 
 from featurestore.partition import FeaturePartition
+from featurestore.statistics import FeatureStatistics
 from featurestore.storage import Storage
 from trainer import checkpoint, warmstart
 from trainer.batch import BatchPosition
@@ -41,8 +42,6 @@ from trainer.stores import (
     store_places,
 )
 from trainer.warmstart import WarmStart
-
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -94,7 +93,7 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
     comm.on_rank_0(lambda: _check_places(config, places))
     resumed = comm.on_all(lambda: _resumed(config, folder))
     warm = None if resumed else comm.on_all(lambda: _warm_start(config))
-    device = _share_machine(config, comm)
+    device = share_machine(config, comm)
     recorded_dtype = resumed[1].origin.model.get("compute_dtype") if resumed else None
     model = with_compute_dtype(config.model, comm, device, recorded_dtype)
     config = config.model_copy(update={"model": model})
@@ -111,18 +110,7 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
         if reading:
             recorded = recorded.model_copy(update={"data": origin.data, "train": origin.train})
         origin.check_same(recorded, resumed[0])
-    engine = Engine(
-        comm,
-        schema,
-        partitions,
-        config.model,
-        config.train.optim(),
-        config.exchange,
-        seed=config.train.seed,
-        missing=config.data.missing,
-        statistics=statistics,
-        device=device,
-    )
+    engine = engine_of(config, comm, schema, partitions, device, statistics)
     if resumed:
         checkpoint.load(comm, *resumed, engine)
     elif warm:
@@ -143,6 +131,29 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
         position=resumed[1].position if resumed else BatchPosition(0, 0),
         history=resumed[1].history if resumed else [],
         warm_start=warm,
+    )
+
+
+def engine_of(
+    config: Config,
+    comm: Comm,
+    schema: Schema,
+    partitions: Mapping[str, FeaturePartition],
+    device: torch.device,
+    statistics: Mapping[str, FeatureStatistics] | None = None,
+) -> Engine:
+    """The engine of a run. Without `statistics`, a checkpoint that is loaded next has the standardisation."""
+    return Engine(
+        comm,
+        schema,
+        partitions,
+        config.model,
+        config.train.optim(),
+        config.exchange,
+        seed=config.train.seed,
+        missing=config.data.missing,
+        statistics=statistics,
+        device=device,
     )
 
 
@@ -234,7 +245,7 @@ def uses_cuda(device: Device, available: bool, moves_cuda_tensors: bool) -> bool
     return device != "cpu" and available and moves_cuda_tensors
 
 
-def _share_machine(config: Config, comm: Comm) -> torch.device:
+def share_machine(config: Config, comm: Comm) -> torch.device:
     """Gives each rank of a machine its part of the cores (threads of torch and Arrow); returns its GPU or the CPU."""
     ranks = comm.allgather_object((socket.gethostname(), torch.cuda.is_available()), name="hosts")
     hosts = [host for host, _ in ranks]
@@ -248,7 +259,6 @@ def _share_machine(config: Config, comm: Comm) -> torch.device:
 
 
 def _origin(config: Config, schema: Schema, train: SampleIndex, partitions: Mapping[str, FeaturePartition]) -> Origin:
-    fields = {field.name: field.model_dump(exclude={"name"}, exclude_none=True) for field in schema.fields}
     store, stores = kinds_by_store(partitions)
     return Origin(
         data={
@@ -258,10 +268,16 @@ def _origin(config: Config, schema: Schema, train: SampleIndex, partitions: Mapp
             "shuffle_window_groups": config.data.shuffle_window_groups,
         },
         train={"seed": config.train.seed},
-        model={**config.model.model_dump(), "fields": fields, "label": schema.label},
+        model=model_of(config, schema),
         store=store,
         stores=stores,
     )
+
+
+def model_of(config: Config, schema: Schema) -> dict[str, Any]:
+    """What of a run decides on its parameters: the model's settings and the fields, as a checkpoint's origin has it."""
+    fields = {field.name: field.model_dump(exclude={"name"}, exclude_none=True) for field in schema.fields}
+    return {**config.model.model_dump(), "fields": fields, "label": schema.label}
 
 
 def _train_reader(config: Config, comm: Comm, index: SampleIndex, schema: Schema) -> SampleReader:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from trainer.comm import Comm
 from trainer.errors import TrainerError
+from trainer.files import replace_file
 from trainer.stages import AHEAD, WAIT, Stages
 from trainer.step import StepResult
 
@@ -173,9 +174,7 @@ def stage_table(medians_R: list[dict[Any, float]]) -> dict[str, dict[str, float 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
     """JSON, a whole file or none; a metric that is not defined is null. Raises TrainerError where the disk refuses."""
     try:
-        part = path.with_name(f".{path.name}")
-        part.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(path)
+        replace_file(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
     except OSError as failure:
         raise TrainerError(f"cannot write the report {path}: {failure}; the checkpoint is written") from failure
 

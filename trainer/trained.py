@@ -4,7 +4,6 @@ import hashlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from featurestore.partition import FeaturePartition
 from featurestore.store import FeatureStore
@@ -13,12 +12,10 @@ from trainer.checkpoint import CheckpointState
 from trainer.comm import Comm
 from trainer.config import Config, load_config
 from trainer.errors import CheckpointError, ConfigError
-from trainer.run import _share_machine
+from trainer.run import engine_of, model_of, share_machine
 from trainer.schema import Schema, load_schema
 from trainer.step import Engine
 from trainer.stores import StorePlace, kind_of_features, open_partition, store_places
-
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -64,24 +61,14 @@ def open_trained(folder: Path, comm: Comm, *, which: str = "latest", store_versi
     """
     config, schema, path, state = comm.on_all(lambda: _read(folder, which))
     comm.deadline_s = config.run.deadline_s
-    device = _share_machine(config, comm)
+    device = share_machine(config, comm)
     places, partitions = store_places(config, schema), {}
     for number, place in enumerate(places):
         asked = store_version if number == 0 else None
         version = comm.broadcast_object(comm.on_all(partial(_version, place, asked)))
         opened = partial(_partition, config, state, path, comm, place, version)
         partitions[place.name] = comm.on_all(opened)
-    engine = Engine(
-        comm,
-        schema,
-        partitions,
-        config.model,
-        config.train.optim(),
-        config.exchange,
-        seed=config.train.seed,
-        missing=config.data.missing,
-        device=device,
-    )
+    engine = engine_of(config, comm, schema, partitions, device)
     checkpoint.load(comm, path, state, engine)
     return TrainedRun(comm, folder, config, schema, engine, partitions, path, state)
 
@@ -95,9 +82,7 @@ def _read(folder: Path, which: str) -> tuple[Config, Schema, Path, CheckpointSta
         raise CheckpointError(f"{folder} has no checkpoint; train it first")
     path = checkpoint.find(folder / "checkpoints", which)
     state = checkpoint.read_state(path)
-    mine = {name: config.model.model_dump()[name] for name in type(config.model).model_fields}
-    fields = {field.name: field.model_dump(exclude={"name"}, exclude_none=True) for field in schema.fields}
-    for name, value in {**mine, "fields": fields}.items():
+    for name, value in model_of(config, schema).items():
         if state.origin.model.get(name) != value:
             raise CheckpointError(
                 f"{path}: model.{name} is {state.origin.model.get(name)!r} in the checkpoint and {value!r} in "

@@ -1,9 +1,10 @@
 """python -m trainer.experiments: the paper's tables 3, 4, 5, 6 and 8 and its figure 5 on a person's own samples."""
 
+import json
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.markdown import Markdown
 from trainer.config import Config, load_config
 from trainer.errors import ConfigError
 from trainer.experiments.grid import Experiment, chosen, experiments
+from trainer.files import read_mapping, replace_file
 from trainer.main import on_ranks
 
 if TYPE_CHECKING:
@@ -73,7 +75,6 @@ def main(
 def make(wanted: Sequence[Experiment], seeds: Sequence[int], grid: "Grid", comm: "Comm") -> None:
     """Runs what is missing, then writes and prints the tables. Every rank calls it."""
     from trainer.experiments.plots import draw
-    from trainer.experiments.runs import as_json, write_text
     from trainer.experiments.tables import as_markdown, as_values, rows_of
 
     console = Console(quiet=comm.rank != 0, highlight=False)
@@ -93,32 +94,17 @@ def make(wanted: Sequence[Experiment], seeds: Sequence[int], grid: "Grid", comm:
         sections.append(as_markdown(experiment, rows, len(seeds)))
         if comm.rank == 0:
             draw(experiment.title, rows, grid.folder / "plots" / f"{experiment.name}.png")
-            write_text(grid.folder / "RESULTS.md", "\n".join(sections))
-            write_text(grid.folder / "results.json", as_json(results))
+            replace_file(grid.folder / "RESULTS.md", "\n".join(sections))
+            replace_file(grid.folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
     console.print(Markdown("\n".join(sections)))
     console.print(f"written to {grid.folder}", soft_wrap=True)
 
 
 def settings_of(file: Path) -> list[str]:
     """The values of a YAML file as settings, to be laid over others."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from trainer.checkpoint import flat
 
-    try:
-        values: Any = OmegaConf.to_container(OmegaConf.load(file))
-    except (OSError, YAMLError, OmegaConfBaseException) as failure:
-        raise ConfigError(f"--semantic-config {file} is not a readable YAML file: {failure}") from failure
-    if not isinstance(values, dict) or not all(isinstance(section, dict) for section in values.values()):
-        raise ConfigError(f"--semantic-config {file} has to be a mapping of sections, as data and model")
-    flat = []
-    for section, entries in values.items():
-        for name, value in entries.items():
-            if isinstance(value, dict):
-                flat += [f"{section}.{name}.{inner}={each}" for inner, each in value.items()]
-            else:
-                flat.append(f"{section}.{name}={value}")
-    return flat
+    return [f"{name}={value}" for name, value in flat(read_mapping(file, "--semantic-config ", ConfigError))]
 
 
 if __name__ == "__main__":

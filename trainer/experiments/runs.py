@@ -3,11 +3,9 @@
 import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from featurestore.storage import Storage
 from trainer.comm import Comm
@@ -79,16 +77,3 @@ class Grid:
             )
         learnt, tested = (days[:-2], days[-2]) if variant.days == "previous" else (days[1:-1], days[-1])
         return [f"data.train_days=[{','.join(learnt)}]", f"data.test_days=[{tested}]"]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-
-
-def as_json(value: Mapping[str, Any]) -> str:
-    """Figures that are not defined are null."""
-    return json.dumps(value, indent=2, allow_nan=False) + "\n"

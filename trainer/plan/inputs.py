@@ -2,15 +2,14 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import yaml
 from pydantic import Field, field_validator
 
 from featurestore.spec import DType
 from trainer.errors import ConfigError
+from trainer.files import read_mapping
 from trainer.options import Count
 from trainer.plan.build import FEATURE_ITEM_BYTES
 from trainer.plan.cost import BatchCounts, Machine, Network, Piece, Rates, Widths, step_cost
@@ -118,15 +117,7 @@ class PlanInput(Section):
 
 def load_input(path: Path) -> PlanInput:
     """The cluster that a YAML file describes. Raises ConfigError naming the file and the field."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as failure:
-        raise ConfigError(f"--input {path}: there is no such file") from failure
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as failure:
-        raise ConfigError(f"{path} is not a readable YAML file: {failure}") from failure
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{path} has to be a mapping, found {type(values).__name__}")
-    return validated(PlanInput, dict[str, Any](values), str(path), ConfigError)
+    return validated(PlanInput, read_mapping(path, "--input ", ConfigError), str(path), ConfigError)
 
 
 def bytes_per_s(speed: str) -> float:

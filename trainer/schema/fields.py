@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 
 from trainer.errors import SchemaError
+from trainer.files import read_mapping
 from trainer.validate import near_match, validated
 
 DEFAULT_SCHEMA = Path(__file__).parents[1] / "presets" / "schema.yaml"
@@ -119,14 +119,7 @@ class Schema(BaseModel):
 def load_schema(path: Path | None = None) -> Schema:
     """The schema in a YAML file, by default the packaged one. Raises SchemaError naming the file and the field."""
     path = path or DEFAULT_SCHEMA
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as failure:
-        raise SchemaError(f"data.schema_file={path}: there is no such file") from failure
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as failure:
-        raise SchemaError(f"{path} is not a readable YAML file: {failure}") from failure
-    if not isinstance(values, dict):
-        raise SchemaError(f"{path} has to be a mapping with the name fields, found {type(values).__name__}")
+    values = read_mapping(path, "data.schema_file=", SchemaError, "a mapping with the name fields")
     schema = validated(Schema, values, str(path), SchemaError)
     ad_ids = [field.name for field in schema.of_kind("id", side="ad")]
     if schema.new_ad_field not in ad_ids:

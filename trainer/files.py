@@ -1,0 +1,29 @@
+"""Small files that people read: written whole or not at all, and YAML read with one line for each mistake."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.errors import TrainerError
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Writes beside and renames: whoever reads `path` finds all of the old or of the new content. Raises OSError."""
+    part = path.with_name(f".{path.name}")
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    part.replace(path)
+
+
+def read_mapping(path: Path, setting: str, error: type[TrainerError], wanted: str = "a mapping") -> dict[str, Any]:
+    """What a YAML file says, which `setting`, an option with its = or its space, names. Raises `error`."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as failure:
+        raise error(f"{setting}{path}: there is no such file") from failure
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as failure:
+        raise error(f"{path} is not a readable YAML file: {failure}") from failure
+    if not isinstance(values, Mapping):
+        raise error(f"{path} has to be {wanted}, found {type(values).__name__}")
+    return dict(values)
