@@ -4,17 +4,14 @@ import contextlib
 import json
 from pathlib import Path
 
-import dask
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from distributed import Client, LocalCluster
 from typer.testing import CliRunner
 
 from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
 from jobs import import_xdl
-from pipeline.cluster import WORKER_CONFIG
 from pipeline.xdl.draw import DrawOptions, draw_lines
 from pipeline.xdl.line import format_line
 from pipeline.xdl.samples import split_of
@@ -30,16 +27,6 @@ LINES = [
     "s3|g0|age@3;item@5:1,6:2.5;user_img@7:1,8:1|price@0.1,2;brand@9:1;ad_img@1:1|1|103",
     "s4|g0|age@3;item@5:1;user_img@7:1,8:1|price@1e-3,2;brand@9:1;ad_img@4:1|1|104",
 ]
-
-
-@pytest.fixture(scope="module")
-def client():
-    with (
-        dask.config.set(WORKER_CONFIG),
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
 
 
 @pytest.fixture

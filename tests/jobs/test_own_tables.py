@@ -4,13 +4,11 @@ import contextlib
 import json
 from pathlib import Path
 
-import dask
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from distributed import Client, LocalCluster
 from typer.testing import CliRunner
 
 from featurestore.keys import key_of_uri
@@ -18,7 +16,6 @@ from featurestore.rows import FeatureRows
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 from jobs import build_samples
-from pipeline.cluster import WORKER_CONFIG
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.main import train
@@ -49,16 +46,6 @@ VISITS = """ts,uid,sku,photo,seconds
 1767250001,ann,7,7.jpg,2
 1767250002,7,5,5.jpg,40
 """
-
-
-@pytest.fixture(scope="module")
-def client():
-    with (
-        dask.config.set(WORKER_CONFIG),
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
 
 
 @pytest.fixture
