@@ -28,11 +28,13 @@ def main() -> None:
 
     seen = {"full": outcome("run.name=full", "train.max_steps=100")}
     train_step = Engine.train_step
-    if comm.rank == 1:
-        Engine.train_step = signalling(train_step, at=50)  # type: ignore[method-assign]
-    seen["stopped"] = outcome("run.name=stopped", "train.max_steps=100")
-    Engine.train_step = train_step  # type: ignore[method-assign]
-    seen["after the stop"] = outcome("run.name=stopped", "train.max_steps=100", "run.resume=latest")
+    for name, ahead in (("stopped", 0), ("stopped-ahead", 2)):
+        stopped = (f"run.name={name}", "train.max_steps=100", f"data.prefetch_batches={ahead}")
+        if comm.rank == 1:
+            Engine.train_step = signalling(train_step, at=50)  # type: ignore[method-assign]
+        seen[name] = outcome(*stopped)
+        Engine.train_step = train_step  # type: ignore[method-assign]
+        seen[f"after {name}"] = outcome(*stopped, "run.resume=latest")
     broken = f"data.samples={folder / 'broken'}"
     seen["broken"] = outcome("run.name=broken", "train.max_steps=2", broken)
     seen["empty"] = outcome("run.name=empty", f"data.samples={folder / 'nothing'}")
