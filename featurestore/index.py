@@ -84,12 +84,12 @@ class VectorIndex:
     @property
     def num_keys(self) -> int:
         """Keys that a search can find."""
-        return int(self._live_N.sum())
+        return self._num_keys
 
     @property
     def num_replaced(self) -> int:
         """Vectors that stand for no key any more."""
-        return len(self._live_N) - self.num_keys
+        return len(self._keys_N) - self.num_keys
 
     @property
     def effort(self) -> int | None:
@@ -144,13 +144,14 @@ class VectorIndex:
     def _find_live(self) -> None:
         """The last vector of each key is its vector."""
         self._keys_N: Keys = faiss.vector_to_array(self._index.id_map).astype(np.int64, copy=True)
-        last_first, self._live_N = len(self._keys_N) - 1, np.zeros(len(self._keys_N), np.bool_)
-        self._live_N[last_first - np.unique(self._keys_N[::-1], return_index=True)[1]] = True
+        last_first, live_N = len(self._keys_N) - 1, np.zeros(len(self._keys_N), np.bool_)
+        live_N[last_first - np.unique(self._keys_N[::-1], return_index=True)[1]] = True
+        self._num_keys, self._live_bits = int(live_N.sum()), np.packbits(live_N, bitorder="little")
 
     def _parameters(self, effort: int | None) -> Any:
         chosen: dict[str, Any] = {}
         if self.num_replaced:
-            chosen["sel"] = faiss.IDSelectorBitmap(np.packbits(self._live_N, bitorder="little"))
+            chosen["sel"] = faiss.IDSelectorBitmap(self._live_bits)
         match self.kind:
             case "ivf":
                 return faiss.SearchParametersIVF(nprobe=effort or self.effort, **chosen)
