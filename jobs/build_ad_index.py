@@ -3,12 +3,13 @@
 import contextlib
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from featurestore.commands.common import progress_bar
 from featurestore.errors import FeatureStoreError
+from featurestore.index import IndexKind
 from trainer.comm import SoloComm
 from trainer.errors import TrainerError
 from trainer.prerank.ads import Ads, ads_of_samples, ads_of_table
@@ -23,7 +24,6 @@ python jobs/build_ad_index.py --run data/runs/towers
 python jobs/build_ad_index.py --run data/runs/towers --ads ads.parquet --index hnsw --out s3://shop/ad-index
 python jobs/build_ad_index.py --run data/runs/towers --ads new-ads.parquet --add
 """
-Kind = Literal["flat", "ivf", "hnsw"]
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
@@ -41,7 +41,7 @@ def main(
         "data/ad-index"
     ),
     kind: Annotated[
-        Kind | None, typer.Option("--index", help="flat is exact; ivf and hnsw are faster.", show_default="flat")
+        IndexKind | None, typer.Option("--index", help="flat is exact; ivf and hnsw are faster.", show_default="flat")
     ] = None,
     add: Annotated[
         bool, typer.Option("--add", help="Add to the index that is there, without building it anew.")

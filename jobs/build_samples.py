@@ -14,7 +14,7 @@ from pipeline.errors import PipelineError
 from pipeline.samples.build import SampleOptions, build_samples
 from trainer.errors import TrainerError
 from trainer.schema.samples import inspect_samples, render
-from trainer.schema.text import settings_text
+from trainer.schema.text import SCHEMA_FILE, SETTINGS_FILE, settings_text
 
 EXAMPLES = """Examples:
 
@@ -24,7 +24,6 @@ python jobs/build_samples.py --window-days 7 --min-dwell-s 10 --max-behaviors 10
 python jobs/build_samples.py --logs mylogs --mapping mapping.yaml --samples samples
 dask-submit -n 8 --threads-per-worker 1 jobs/build_samples.py --logs s3://shop/logs --samples /shared/samples
 """
-SCHEMA_FILE, SETTINGS_FILE = "schema.yaml", "settings.yaml"
 LOOKED_AT = 200_000  # groups from which a schema is suggested
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")

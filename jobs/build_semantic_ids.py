@@ -16,7 +16,7 @@ from pipeline.semantic.samples import code_columns
 from pipeline.semantic.vectors import StoreVectors, Vectors, open_file
 from trainer.errors import SchemaError, TrainerError
 from trainer.schema import Field, Schema, load_schema
-from trainer.schema.text import schema_text, settings_text, table_rows
+from trainer.schema.text import SCHEMA_FILE, SETTINGS_FILE, schema_text, settings_text, table_rows
 
 EXAMPLES = """Examples:
 
@@ -25,7 +25,6 @@ python jobs/build_semantic_ids.py --store data/features --samples data/samples -
 python jobs/build_semantic_ids.py --vectors visual.parquet --samples data/samples --out data/samples-sid --levels 2
 python jobs/build_semantic_ids.py --store data/features --codebook data/sid/codebook.safetensors --out data/sid-tuesday
 """
-SCHEMA_FILE, SETTINGS_FILE = "schema.yaml", "settings.yaml"
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 

@@ -24,7 +24,7 @@ from pipeline.xdl.images import export_images as write_records
 from pipeline.xdl.samples import SPLITS, XdlOptions, import_samples
 from trainer.errors import TrainerError
 from trainer.schema import Field, Schema, load_schema
-from trainer.schema.text import schema_text, settings_text, table_rows
+from trainer.schema.text import SCHEMA_FILE, SETTINGS_FILE, schema_text, settings_text, table_rows
 
 EXAMPLES = """Examples:
 
@@ -36,7 +36,6 @@ python jobs/import_xdl.py samples --from data/xdl/data.txt --samples data/sample
 python jobs/import_xdl.py export-samples --samples data/samples-xdl --to lines.txt
 python jobs/import_xdl.py export-images --store data/features-xdl --to imgs
 """
-SCHEMA_FILE, SETTINGS_FILE = "schema.yaml", "settings.yaml"
 Weights = Literal["refuse", "drop", "keep"]
 Split = Literal["train", "test", "both"]
 
