@@ -1,10 +1,16 @@
 """Fixtures that several areas share: S3 servers."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from tests.servers import environment_of, moto, new_bucket, seaweedfs
+
+
+def pytest_configure() -> None:
+    """A shell starts what runs behind it deaf to SIGINT, and so would all be that tests interrupt."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
