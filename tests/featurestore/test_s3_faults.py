@@ -12,7 +12,6 @@ from s3fs import S3FileSystem
 
 from featurestore import FeaturePartition, FeatureStore, StoreInfo, keys_of_uris, log, retries
 from featurestore.errors import StorageError
-from featurestore.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.verify import verify
@@ -219,11 +218,10 @@ def test_a_server_killed_during_commits_forgets_no_acknowledged_one(
     server.start()
     try:
         with environment_of(server.endpoint):
-            place = f"{new_bucket()}/features"
-            Storage(place).write_bytes("first", b"")  # the server takes its time to make the bucket's first volume
+            place = FeatureStore.create(f"{new_bucket()}/features", info).url  # the first write to a bucket takes long
             monkeypatch.setenv("AWS_CLIENT_OF_THE_TEST", "a second one")  # there is a client for each environment
             monkeypatch.setattr(S3FileSystem, "read_timeout", 1)  # requests hang while the server gets up
-            store = FeatureStore.create(place, info)
+            store = FeatureStore.open(place)
             acknowledged = commit_while_it_dies(store, server, make_rows)
             snapshot = store.snapshot()
             assert operations(store) == sorted(operations(store), key=lambda text: int(text.split()[1]))
