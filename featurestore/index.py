@@ -200,11 +200,14 @@ def train_residual_quantizer(
     is left after the levels before it.
 
     The nearest code wins at every level (a beam of one), so that a prefix of codes never depends on later levels.
-    `num_codes` is a power of two, and the sample has at least so many rows. k-means, 25 passes a level.
+    `num_codes` is a power of two, and the sample has at least so many rows. k-means, 25 passes a level; from the main
+    directions to all of them, where the sample has as many rows as dimensions and so has such directions.
     """
     quantizer = faiss.ResidualQuantizer(sample_ND.shape[1], num_levels, num_codes.bit_length() - 1)
     quantizer.max_beam_size = 1
-    quantizer.train_type = faiss.ResidualQuantizer.Train_progressive_dim | faiss.ResidualQuantizer.Skip_codebook_tables
+    quantizer.train_type = faiss.ResidualQuantizer.Skip_codebook_tables
+    if len(sample_ND) >= sample_ND.shape[1]:
+        quantizer.train_type |= faiss.ResidualQuantizer.Train_progressive_dim
     quantizer.cp.seed = seed
     quantizer.cp.min_points_per_centroid = 1  # else it warns on stderr
     quantizer.train(np.ascontiguousarray(sample_ND, np.float32))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from featurestore import Codec, ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
+from featurestore import Codec, ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, embedding
 from featurestore.codec import write_codec
-from featurestore.embedding import EmbeddingModel, EmbeddingService
+from featurestore.embedding import EmbeddingModel, EmbeddingService, PReLU
 from featurestore.errors import MissingKeysError
 from featurestore.index import train_ranges
 from featurestore.partition import FeaturePartition
@@ -160,27 +160,46 @@ class TestCodes:
             assert a.grad is not None and b.grad is not None
             assert float((a.grad - b.grad).norm()) < 0.02 * float(b.grad.norm()), name
 
-    def test_memory_of_the_numbers_is_used_again_only_after_release(self, tmp_path: Path) -> None:
-        models = {"a": EmbeddingModel(DIM, compute_dtype="float32"), "b": EmbeddingModel(DIM, compute_dtype="float32")}
-        service = EmbeddingService(partition_of(tmp_path, dtype="int8"), models)
-        expected = {keys: models["a"](service.gather(np.arange(*keys)).features_QD) for keys in ((0, 20), (20, 40))}
-        first, second = (service.gather(np.arange(*keys)) for keys in expected)
-        visual = [service.embed("a", first), service.embed("b", first), service.embed("a", second)]
-        addresses = {memory.data_ptr() for memory in (*first._numbers, *second._numbers)}
-        assert len(addresses) == 3
-        assert torch.equal(visual[0], expected[0, 20]) and torch.equal(visual[2], expected[20, 40])
-        torch.stack(visual).sum().backward()  # autograd would refuse memory that was written to since
-        for gathered in (first, first, second):
-            service.release(gathered)
-        again = service.gather(np.arange(20, 40))
-        assert torch.equal(service.embed("a", again), expected[20, 40])
-        assert again._numbers[0].data_ptr() in addresses and len(service._free_numbers) == 2
+    @pytest.mark.parametrize("rows", [1, 6, 7, 20])
+    @pytest.mark.parametrize("dtype", ["uint8", "bfloat16", "float32"])
+    def test_chunks_of_converted_rows_are_the_whole(
+        self, monkeypatch: pytest.MonkeyPatch, dtype: str, rows: int
+    ) -> None:
+        monkeypatch.setattr(embedding, "_CHUNK_ROWS", 6)
+        torch.manual_seed(0)
+        model = EmbeddingModel(DIM, (16, 8), 5, "float64").double()
+        random = torch.Generator().manual_seed(1)
+        features = torch.randint(0, 256, (rows, DIM), generator=random, dtype=torch.uint8)
+        if dtype != "uint8":
+            features = (features.float() / 7).to(getattr(torch, dtype))
+        weight = torch.randn(rows, 5, dtype=torch.float64, generator=random)
+        found = []
+        for given in (features, features.double()):  # float64 is not converted
+            model.zero_grad()
+            visual = model(given)
+            (visual * weight).sum().backward()
+            found.append([visual.detach(), *(p.grad for p in model.parameters())])
+        for converted, whole in zip(*found, strict=True):
+            torch.testing.assert_close(converted, whole, rtol=1e-11, atol=1e-9)
 
     def test_no_rows(self, tmp_path: Path) -> None:
         service = EmbeddingService(partition_of(tmp_path, dtype="int8"), {"e": EmbeddingModel(DIM)})
         visual = service.embed("e", service.gather(np.empty(0, np.int64)))
         visual.sum().backward()
         assert visual.shape == (0, 12) and not any(p.grad.any() for p in service.parameters() if p.grad is not None)
+
+
+def test_prelu_is_torchs() -> None:
+    x = torch.tensor([[-2.0, -0.0, 0.0], [3.0, -1e30, 1e-30]], dtype=torch.float64)
+    upstream = torch.tensor([[1.0, 2.0, 3.0], [-4.0, 5.0, 6.0]], dtype=torch.float64)
+    found = []
+    for kind in (PReLU, torch.nn.PReLU):
+        activation, given = kind().double(), x.clone().requires_grad_()
+        output = activation(given)
+        output.backward(upstream)
+        found.append([output.detach(), given.grad, activation.weight.grad])
+    for mine, torchs in zip(*found, strict=True):
+        assert torch.equal(mine, torchs)
 
 
 class TestService:

@@ -204,6 +204,15 @@ def test_vectors_of_a_file_get_the_codes_of_the_same_vectors_in_a_store(place):
     assert len(codes_of(place, "parquet")) == NUM_IMAGES
 
 
+def test_fewer_vectors_than_dimensions(place):
+    """They have no main directions for all dimensions to begin with."""
+    np.save(place / "v.npy", np.random.default_rng(0).normal(size=(NUM_IMAGES, NUM_IMAGES + 1)).astype(np.float32))
+    np.save(place / "k.npy", np.arange(NUM_IMAGES))
+    run(place, "--vectors", place / "v.npy", "--keys", place / "k.npy")
+    errors = [level["reconstruction_error"] for level in json.loads((place / "sid/summary.json").read_text())["levels"]]
+    assert 1 > errors[0] > errors[1] > errors[2] > 0
+
+
 def test_a_failed_run_leaves_what_was_there(place):
     run(place, *with_samples(place))
     before = digests(place / "sid")

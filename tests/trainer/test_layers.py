@@ -29,6 +29,15 @@ class TestLayers:
         assert vectors.grad is not None
         assert vectors.grad.tolist() == [[(torch.tensor(1e8) + 1 - 1e8).item()], [1.0]]
 
+    def test_take_rows_sums_many_gradients_in_order(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        index_N, weight_N = torch.randint(0, 40, (5000,), generator=generator), torch.randn(5000, generator=generator)
+        vectors = torch.zeros(41, requires_grad=True)
+        (take_rows(vectors, index_N) * weight_N).sum().backward()
+        order_N = torch.argsort(index_N, stable=True)
+        counts_U = torch.bincount(index_N, minlength=41)
+        assert torch.equal(vectors.grad, torch.segment_reduce(weight_N[order_N], "sum", lengths=counts_U))
+
     def test_expand_rows_and_segment_sum(self) -> None:
         rows = values(3, 2)
         assert torch.equal(expand_rows(rows, LENGTHS), rows[[0, 0, 2, 2, 2]])

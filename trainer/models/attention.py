@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from featurestore.embedding import PReLU
 from trainer.exchange import FieldVectors
 from trainer.models.layers import expand_rows, segment_softmax, segment_sum, take_rows
 
@@ -28,7 +29,7 @@ class ActivationUnit(nn.Module):
         self.of_query = nn.Linear(query_width, hidden)
         self.match = nn.Linear(query_width, key_width, bias=False) if match else nn.Identity()
         self.of_product = nn.Linear(key_width, hidden, bias=False)
-        self.activation = nn.PReLU()
+        self.activation = PReLU()
         self.score = nn.Linear(hidden, 1, bias=bias)
 
     def forward(self, key_NV: Tensor, query_BW: Tensor, lengths_B: Tensor) -> Tensor:
