@@ -126,6 +126,16 @@ def experiments() -> dict[str, Experiment]:
             ),
             "Semantic IDs are codes of a residual quantiser on the store's features (jobs/build_semantic_ids.py).",
         ),
+        Experiment(
+            "exactness",
+            "Beyond the paper: settings that trade exactness for time",
+            (
+                both,
+                *(Variant(f"vectors up to {k} steps old", (*_BEST, f"exchange.reuse_steps={k}")) for k in (1, 4, 16)),
+                Variant("bfloat16 on the wire", (*_BEST, "exchange.wire_dtype=bfloat16")),
+            ),
+            "One rank has no wire: the last row says something from two ranks on.",
+        ),
     ]
     return {each.name: each for each in listed}
 
