@@ -21,6 +21,7 @@ from featurestore.partition import FeaturePartition
 from featurestore.statistics import FeatureStatistics
 from featurestore.storage import Storage
 from trainer import checkpoint, warmstart
+from trainer.allocator import keep_freed_memory
 from trainer.batch import BatchPosition
 from trainer.checkpoint import CheckpointState, Origin, StoreRecord
 from trainer.columns import Index, rules_of
@@ -247,6 +248,7 @@ def uses_cuda(device: Device, available: bool, moves_cuda_tensors: bool) -> bool
 
 def share_machine(config: Config, comm: Comm) -> torch.device:
     """Gives each rank of a machine its part of the cores (threads of torch and Arrow); returns its GPU or the CPU."""
+    keep_freed_memory()
     ranks = comm.allgather_object((socket.gethostname(), torch.cuda.is_available()), name="hosts")
     hosts = [host for host, _ in ranks]
     here = [rank for rank, host in enumerate(hosts) if host == hosts[comm.rank]]

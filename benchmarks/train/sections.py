@@ -46,7 +46,7 @@ class Bench:
 
     def variants(self) -> dict[str, Run]:
         """All that take part in the rounds, by name."""
-        one, two, few = self.launcher(1), self.launcher(2), max(3, self.steps // 6)
+        one, two, few = self.launcher(1), self.launcher(2), max(3, self.steps // 3)
         runs: dict[str, Run] = {
             "ours": lambda: one.trainer("ours", self.steps, self.settings),
             "compute": lambda: one.peer("compute", max(3, self.steps // 2), self.settings),

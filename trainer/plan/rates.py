@@ -23,6 +23,7 @@ import torch
 
 from featurestore.partition import FeaturePartition
 from featurestore.store import FeatureStore
+from trainer.allocator import keep_freed_memory
 from trainer.batch import Batch
 from trainer.comm import Comm, SoloComm, connect
 from trainer.config import Config, load_config
@@ -71,6 +72,7 @@ class Bench:
     """The engine of one rank without others, over the configuration's samples and store."""
 
     def __init__(self, config: Config, threads: int) -> None:
+        keep_freed_memory()
         torch.set_num_threads(threads)
         pa.set_cpu_count(threads)
         comm, data = SoloComm(), config.data
