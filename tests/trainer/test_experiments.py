@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from trainer.config import load_config
 from trainer.experiments.__main__ import app, settings_of
 from trainer.experiments.grid import Experiment, Variant, chosen, experiments
-from trainer.experiments.tables import as_markdown, estimate, rows_of
+from trainer.experiments.tables import as_markdown, rows_of, seed_mean
 
 TABLE = Experiment("t", "T", (Variant("base", (), 0.6), Variant("a", (), 0.61), Variant("b")), "Why.")
 
@@ -37,9 +37,9 @@ def test_gains_are_paired_by_seed_and_corrected_for_the_number_of_rows() -> None
 def test_an_interval_is_students() -> None:
     values = [1.0, 2.0, 4.0]
     low, high = stats.t.interval(0.95, 2, loc=7 / 3, scale=stats.sem(values))
-    found = estimate(values)
+    found = seed_mean(values)
     assert found.half_width == pytest.approx((high - low) / 2) and found.mean == pytest.approx(7 / 3)
-    assert estimate([1.0]).half_width is None
+    assert seed_mean([1.0]).half_width is None
 
 
 def test_one_seed_and_equal_runs_have_no_p_value() -> None:

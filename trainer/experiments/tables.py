@@ -17,7 +17,7 @@ LEVEL = 0.95
 
 
 @dataclass(frozen=True)
-class Estimate:
+class SeedMean:
     """Mean over seeds, and half the width of its 95 % interval; None for one seed."""
 
     mean: float
@@ -30,20 +30,20 @@ class Row:
 
     name: str
     baseline: str | None
-    metrics: Mapping[str, Estimate]
-    gain: Estimate | None
+    metrics: Mapping[str, SeedMean]
+    gain: SeedMean | None
     p_value: float | None
     paper_gauc: float | None
     paper_gain: float | None
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def seed_mean(values: Sequence[float]) -> SeedMean:
     """Mean and Student's interval."""
     mean = float(np.mean(values))
     if len(values) < 2:
-        return Estimate(mean, None)
+        return SeedMean(mean, None)
     error = float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return Estimate(mean, float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error)
+    return SeedMean(mean, float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error)
 
 
 def rows_of(experiment: Experiment, figures: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Row]:
@@ -55,12 +55,12 @@ def rows_of(experiment: Experiment, figures: Mapping[str, Sequence[Mapping[str, 
             continue
         mine, base_name = figures[variant.name], experiment.baseline_of(variant.name)
         names = [name for name in mine[0] if all(name in each for each in mine)]
-        metrics = {name: estimate([each[name] for each in mine]) for name in names}
+        metrics = {name: seed_mean([each[name] for each in mine]) for name in names}
         baseline = None if base_name == variant.name else base_name
         gain, p_value, paper_gain = None, None, None
         if baseline is not None and baseline in figures:
             gains = [a["gauc"] - b["gauc"] for a, b in zip(mine, figures[baseline], strict=True)]
-            gain, p_value = estimate(gains), _p_value(gains)
+            gain, p_value = seed_mean(gains), _p_value(gains)
             known, known_base = paper[variant.name], paper[baseline]
             paper_gain = known - known_base if known is not None and known_base is not None else None
         rows.append(Row(variant.name, baseline, metrics, gain, p_value, paper[variant.name], paper_gain))
@@ -116,11 +116,11 @@ def _corrected(rows: Sequence[Row]) -> list[Row]:
     return [Row(**{**vars(row), "p_value": values[number]}) for number, row in enumerate(rows)]
 
 
-def _shown(value: Estimate | None) -> str:
+def _shown(value: SeedMean | None) -> str:
     if value is None:
         return ""
     return f"{value.mean:.4f}" + ("" if value.half_width is None else f" ± {value.half_width:.4f}")
 
 
-def _signed(value: Estimate) -> str:
+def _signed(value: SeedMean) -> str:
     return f"{value.mean:+.4f}" + ("" if value.half_width is None else f" ± {value.half_width:.4f}")
