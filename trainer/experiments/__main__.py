@@ -1,8 +1,8 @@
 """python -m trainer.experiments: the paper's tables 3, 4, 5, 6 and 8 and its figure 5 on a person's own samples."""
 
-import json
 from collections.abc import Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,26 +13,34 @@ from rich.markdown import Markdown
 from trainer.config import Config, load_config
 from trainer.errors import ConfigError
 from trainer.experiments.grid import Experiment, chosen, experiments
-from trainer.files import read_mapping, replace_file
+from trainer.files import read_mapping
 from trainer.main import on_ranks
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
     from trainer.experiments.runs import Grid
 
-USAGE = 2
-EXAMPLES = """
+NAMES = "\n".join(f"- `{name}`: {each.title}" for name, each in experiments().items())
+EXAMPLES = f"""
+Tables:
+
+{NAMES}
+- `all`
+
 Examples:
 
     python -m trainer.experiments images --seeds 5
 
     horovodrun -np 2 python -m trainer.experiments all --config my.yaml --out data/experiments
 
-    python -m trainer.experiments similarity --semantic-config data/semantic/settings.yaml
+    python -m trainer.experiments similarity --semantic-config data/samples-sid/settings.yaml
 
-Runs are kept in OUT/runs and found again by their settings: an interrupted call goes on where it was, and two tables
-share the runs that they have in common. Tables and plots go to OUT/results.json, OUT/RESULTS.md and OUT/plots. What is
-found is what is written: no order of the variants is assumed.
+    horovodrun -np 2 python -m trainer.experiments exactness
+
+Runs are kept in OUT/runs and found again by their settings, samples and stores' snapshots: an interrupted call goes on
+where it was, from the last checkpoint of the run that it was in (train.checkpoint_every), and two tables share the runs
+that they have in common. Tables and plots go to OUT/results.json, OUT/RESULTS.md and OUT/plots, beside those of earlier
+calls. What is found is what is written: no order of the variants is assumed.
 """
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -67,35 +75,35 @@ def main(
     def work(config: Config, comm: "Comm") -> None:
         from trainer.experiments.runs import Grid
 
-        make(wanted, range(seeds), Grid(out, file, tuple(settings or ()), of_semantic), comm)
+        make(wanted, range(seeds), Grid(out, file, tuple(settings or ()), of_semantic, comm), comm)
 
     raise typer.Exit(on_ranks(loaded, work))
 
 
 def make(wanted: Sequence[Experiment], seeds: Sequence[int], grid: "Grid", comm: "Comm") -> None:
-    """Runs what is missing, then writes and prints the tables. Every rank calls it."""
-    from trainer.experiments.plots import draw
-    from trainer.experiments.tables import as_markdown, as_values, rows_of
+    """Runs what is missing, then writes and prints the tables. Every rank calls it.
+
+    Raises TrainerError, FeatureStoreError; what any of the runs lacks, before the first one.
+    """
+    from trainer.experiments import results
 
     console = Console(quiet=comm.rank != 0, highlight=False)
-    results, sections = {}, []
-    for experiment in wanted:
-        variants = [v for v in experiment.variants if grid.semantic_settings or not v.needs_semantic_ids]
-        if len(variants) < len(experiment.variants):
+    comm.on_rank_0(lambda: results.read(grid.folder))
+    planned = [
+        (each, [(variant, seed, grid.plan(variant, seed)) for seed in seeds for variant in grid.variants_of(each)])
+        for each in wanted
+    ]
+    sections = []
+    for experiment, runs in planned:
+        if len(runs) < len(experiment.variants) * len(seeds):
             console.print(f"{experiment.name}: without --semantic-config, rows with semantic IDs are left out")
         figures: dict[str, list[dict[str, float]]] = {}
-        for seed in seeds:
-            for variant in variants:
-                measured = grid.measure(variant, seed, comm)
-                figures.setdefault(variant.name, []).append(measured)
-                console.print(f"{experiment.name}: {variant.name}, seed {seed}: GAUC {measured['gauc']:.4f}")
-        rows = rows_of(experiment, figures)
-        results[experiment.name] = {"title": experiment.title, "rows": as_values(rows), "runs": figures}
-        sections.append(as_markdown(experiment, rows, len(seeds)))
-        if comm.rank == 0:
-            draw(experiment.title, rows, grid.folder / "plots" / f"{experiment.name}.png")
-            replace_file(grid.folder / "RESULTS.md", "\n".join(sections))
-            replace_file(grid.folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+        for variant, seed, run in runs:
+            measured = grid.figures(run)
+            figures.setdefault(variant.name, []).append(measured)
+            console.print(f"{experiment.name}: {variant.name}, seed {seed}: GAUC {measured['gauc']:.4f}")
+        comm.on_rank_0(partial(results.add, grid.folder, experiment.name, figures))
+        sections.append(results.section(experiment, figures))
     console.print(Markdown("\n".join(sections)))
     console.print(f"written to {grid.folder}", soft_wrap=True)
 

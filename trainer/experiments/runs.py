@@ -1,79 +1,165 @@
-"""One run of the grid: made once, found again by its settings, one after the other in this process."""
+"""The runs of the grid: planned before the first one, made once, found again by all that their figures depend on."""
 
 import contextlib
-import hashlib
-import json
-from collections.abc import Sequence
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from featurestore.storage import Storage
+from trainer.checkpoint import finished
 from trainer.comm import Comm
-from trainer.config import load_config
-from trainer.days import files_by_day
-from trainer.errors import DataError
-from trainer.experiments.grid import Variant
+from trainer.config import Config, config_digest, load_config
+from trainer.daytable import report_of
+from trainer.errors import CheckpointError, ConfigError, TrainerError
+from trainer.experiments.grid import Experiment, Variant
+from trainer.experiments.sources import Sources
+from trainer.schema import load_schema
+from trainer.stores import store_places
 
 METRICS = ("gauc", "auc", "logloss", "new_ad_gauc", "new_ad_auc")
 _DIGITS = 10
+_CHANGES_NO_FIGURE = {
+    "data": {"cache_dir", "prefetch_batches", "schema_file"},
+    "train": {"seed", "log_every", "checkpoint_every", "keep_checkpoints"},
+    "run": {"dir", "name", "resume", "warm_start", "overwrite", "threads", "deadline_s", "profile"},
+}
+"""Not in a run's digest. The seed stands beside it in the name; the fields of the schema and the run that it begins
+with are in it by themselves."""
 
 
 @dataclass(frozen=True)
-class Grid:
-    """What all runs share: the settings under those of the variants, and where the runs are kept."""
+class Planned:
+    """A run that is to be made or found: its configuration, its folder, and the run that it begins with."""
 
+    config: Config
     folder: Path
-    file: Path | None
-    settings: tuple[str, ...]
-    semantic_settings: tuple[str, ...] | None
-    """Samples and schema with semantic IDs; None where there are none."""
+    warm: "Planned | None"
 
-    def measure(self, variant: Variant, seed: int, comm: Comm) -> dict[str, float]:
-        """METRICS of the variant's run with this seed; trained now, unless that was done before. Every rank calls it.
 
-        Raises TrainerError, FeatureStoreError, from the run.
+class Grid:
+    """What all runs share: the settings under those of the variants, and where the runs are kept.
+
+    `semantic_settings`: samples and schema with semantic IDs; None where there are none. Every rank calls the same
+    functions, rank 0 alone looks at the runs' folders: on a shared disk the others may see them later.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        file: Path | None,
+        settings: tuple[str, ...],
+        semantic_settings: tuple[str, ...] | None,
+        comm: Comm,
+    ) -> None:
+        self.folder, self._file, self._settings, self._semantic_settings = folder, file, settings, semantic_settings
+        self._comm, self._sources = comm, Sources(comm)
+        self._known: dict[Variant, tuple[Config, str]] = {}
+
+    def variants_of(self, experiment: Experiment) -> list[Variant]:
+        """Those that can be made: without semantic IDs, not all."""
+        return [v for v in experiment.variants if self._semantic_settings is not None or not v.needs_semantic_ids]
+
+    def plan(self, variant: Variant, seed: int) -> Planned:
+        """The variant's run with this seed. Trains nothing; samples and stores are looked at.
+
+        Raises TrainerError, FeatureStoreError where the run lacks something.
         """
-        warm = () if variant.warm is None else (f"run.warm_start={self._trained(variant.warm, seed, comm)}",)
-        report = json.loads((self._trained(variant, seed, comm, warm) / "report.json").read_text())
-        return {name: float(report["metrics"][name]) for name in METRICS if report["metrics"].get(name) is not None}
+        warm = None if variant.warm is None else self.plan(variant.warm, seed)
+        config, digest = self._looked_up(variant)
+        run: dict[str, Any] = {"dir": str(self.folder / "runs"), "name": f"{digest}-seed-{seed}"}
+        if warm is not None:
+            run["warm_start"] = str(warm.folder)
+        return Planned(_changed(config, train={"seed": seed}, run=run), self.folder / "runs" / run["name"], warm)
 
-    def _trained(self, variant: Variant, seed: int, comm: Comm, more: Sequence[str] = ()) -> Path:
-        """Folder of the finished run."""
+    def figures(self, planned: Planned) -> dict[str, float]:
+        """METRICS of the run; it is made now, or gone on with, unless that was done before.
+
+        Raises TrainerError, FeatureStoreError, from the run or where it has no GAUC.
+        """
+        self._make(planned)
+        return self._comm.on_rank_0(lambda: _figures_of(planned.folder))
+
+    def _make(self, planned: Planned) -> None:
         from trainer.main import train
 
-        settings = [*self.settings, *self._days(variant), *variant.settings, *more, f"train.seed={seed}"]
-        if variant.needs_semantic_ids:
-            settings += self.semantic_settings or ()
-        name = self._name(variant, settings, seed)
-        run = self.folder / "runs" / name
-        if not (run / "report.json").is_file():
-            config = load_config(
-                self.file, [*settings, f"run.dir={self.folder / 'runs'}", f"run.name={name}", "run.overwrite=true"]
-            )
+        beginning = self._comm.on_rank_0(lambda: self._beginning(planned.folder))
+        if beginning is None:
+            return
+        if planned.warm is not None:
+            self._make(planned.warm)
+        log = self.folder / "logs" / f"{planned.folder.name}.txt" if self._comm.rank == 0 else Path(os.devnull)
+        try:
+            with log.open("a") as stream, contextlib.redirect_stdout(stream):
+                train(_changed(planned.config, run=beginning), self._comm)
+        except CheckpointError as failure:
+            raise CheckpointError(f"{failure}\nTo train this run anew, remove {planned.folder}") from failure
+
+    def _beginning(self, run: Path) -> dict[str, Any] | None:
+        """Settings of section run with which it starts, or goes on from its newest checkpoint; None after its end."""
+        try:
             (self.folder / "logs").mkdir(parents=True, exist_ok=True)
-            with (self.folder / "logs" / f"{name}.txt").open("w") as log, contextlib.redirect_stdout(log):
-                train(config, comm)
-        return run
+        except OSError as failure:
+            raise ConfigError(f"--out {self.folder} cannot be used: {failure}; choose another") from failure
+        if report_of(run) is not None:
+            return None
+        goes_on = bool(finished(run / "checkpoints"))
+        return {"resume": "latest" if goes_on else None, "overwrite": not goes_on}
 
-    def _name(self, variant: Variant, settings: Sequence[str], seed: int) -> str:
-        """Equal settings share a run, whichever table asks for it; the variant's name is there for people."""
-        config = load_config(self.file, settings).model_dump(mode="json")
-        for name in ("dir", "name", "overwrite", "threads", "warm_start"):  # they change no number
-            config["run"].pop(name)
-        config["data"].pop("cache_dir")
-        text = json.dumps([config, variant.warm is not None], sort_keys=True)
-        return f"{hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]}-seed-{seed}"
+    def _looked_up(self, variant: Variant) -> tuple[Config, str]:
+        """The variant's configuration for every seed, with its days and snapshots, and the digest of its runs."""
+        if variant not in self._known:
+            self._known[variant] = self._look(variant)
+        return self._known[variant]
 
-    def _days(self, variant: Variant) -> list[str]:
+    def _look(self, variant: Variant) -> tuple[Config, str]:
+        semantic = (self._semantic_settings or ()) if variant.needs_semantic_ids else ()
+        config = load_config(self._file, [*self._settings, *variant.settings, *semantic])
+        config = _changed(config, data=self._days(config, variant))
+        if config.data.test_days == []:
+            raise ConfigError("data.test_days=[] names no test samples, and the tables compare GAUC on them; set some")
+        schema = load_schema(Path(config.data.schema_file) if config.data.schema_file else None)
+        versions: dict[str, Any] = {"store_versions": dict(config.data.store_versions)}
+        stores = {}
+        for place in store_places(config, schema):
+            stores[place.name], version = self._sources.snapshot(place)
+            if place.setting == "data.store":
+                versions["store_version"] = version
+            else:
+                versions["store_versions"][place.name] = version
+        config = _changed(config, data=versions)
+        depends_on = {
+            "config": config.model_dump(mode="json", exclude=_CHANGES_NO_FIGURE),
+            "schema": schema.model_dump(mode="json"),
+            "samples": [self._sources.digest(config, schema, "train"), self._sources.digest(config, schema, "test")],
+            "stores": stores,
+            "ranks": None if config.exchange.wire_dtype == "float32" else self._comm.size,
+            "warm_start": config.run.warm_start if variant.warm is None else self._looked_up(variant.warm)[1],
+        }
+        return config, config_digest(depends_on)[:_DIGITS]
+
+    def _days(self, config: Config, variant: Variant) -> dict[str, list[str]]:
         """The day before and the days before that, for "previous"; all up to the last one, for "current"."""
         if variant.days == "all":
-            return []
-        config = load_config(self.file, self.settings)
-        days = list(files_by_day(Storage(config.data.samples)))
-        if len(days) < 3:
-            raise DataError(
-                f"data.samples={config.data.samples} has {len(days)} days of samples; warm-up from the day before needs"
-                " 3 at least, in files that begin with day=2026-01-31 (jobs/build_samples.py writes them)"
-            )
+            return {}
+        days = self._sources.days(config.data.samples)
         learnt, tested = (days[:-2], days[-2]) if variant.days == "previous" else (days[1:-1], days[-1])
-        return [f"data.train_days=[{','.join(learnt)}]", f"data.test_days=[{tested}]"]
+        return {"train_days": learnt, "test_days": [tested]}
+
+
+def _figures_of(run: Path) -> dict[str, float]:
+    """METRICS that are defined, of a finished run. Raises TrainerError without GAUC."""
+    report = report_of(run)
+    assert report is not None
+    metrics = report["metrics"]
+    if metrics.get("gauc") is None:
+        raise TrainerError(
+            f"{run} has no GAUC, which the tables compare: no user of its test samples has impressions with and"
+            " without a click; test on more of them (data.test_days, or test/ in data.samples)"
+        )
+    return {name: float(metrics[name]) for name in METRICS if metrics[name] is not None}
+
+
+def _changed(config: Config, **sections: dict[str, Any]) -> Config:
+    """The configuration with these values, by section."""
+    updated = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    return config.model_copy(update=updated)

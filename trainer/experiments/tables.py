@@ -69,7 +69,7 @@ def rows_of(experiment: Experiment, figures: Mapping[str, Sequence[Mapping[str, 
 
 def as_markdown(experiment: Experiment, rows: Sequence[Row], num_seeds: int) -> str:
     """A section with one table."""
-    lines = [f"### {experiment.title}", ""]
+    lines = [f"### {experiment.title} (`{experiment.name}`)", ""]
     lines += [experiment.note, ""] if experiment.note else []
     lines += [
         f"Mean of {num_seeds} seed{'s' if num_seeds > 1 else ''} with its 95 % interval; * differs from its baseline"

@@ -1,0 +1,52 @@
+"""What all calls found: results.json for programs, RESULTS.md for people; a table stays until a call makes it anew."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from trainer.errors import TrainerError
+from trainer.experiments.grid import Experiment, experiments
+from trainer.experiments.plots import draw
+from trainer.experiments.tables import as_markdown, as_values, rows_of
+from trainer.files import replace_file
+
+Figures = Mapping[str, Sequence[Mapping[str, float]]]
+"""Of one table: the metrics of each variant, by its name, in the order of seeds."""
+
+
+def read(folder: Path) -> dict[str, Figures]:
+    """Figures of the tables that are there, by name. Raises TrainerError."""
+    file = folder / "results.json"
+    try:
+        tables = json.loads(file.read_text(encoding="utf-8"))
+        return {name: table["runs"] for name, table in tables.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as failure:
+        raise TrainerError(
+            f"{file} cannot be read: {failure!r}; remove it, and make its tables again: their runs are still there"
+        ) from failure
+
+
+def add(folder: Path, name: str, figures: Figures) -> None:
+    """Puts one table among those that are there, in the order of the paper, and draws its picture."""
+    tables = {**read(folder), name: figures}
+    made = [each for each in experiments().values() if each.name in tables]
+    values = {
+        each.name: {
+            "title": each.title,
+            "rows": as_values(rows_of(each, tables[each.name])),
+            "runs": tables[each.name],
+        }
+        for each in made
+    }
+    experiment = experiments()[name]
+    draw(experiment.title, rows_of(experiment, figures), folder / "plots" / f"{name}.png")
+    replace_file(folder / "RESULTS.md", "\n".join(section(each, tables[each.name]) for each in made))
+    replace_file(folder / "results.json", json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+
+def section(experiment: Experiment, figures: Figures) -> str:
+    """One table in Markdown."""
+    num_seeds = len(next(iter(figures.values())))
+    return as_markdown(experiment, rows_of(experiment, figures), num_seeds)

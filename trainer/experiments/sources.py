@@ -1,0 +1,82 @@
+"""What the runs learn from, looked at once: all runs of a call see the same days, samples and snapshots."""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast
+
+from featurestore.storage import Storage
+from featurestore.store import FeatureStore
+from trainer.comm import Comm
+from trainer.config import Config, config_digest
+from trainer.data import open_index
+from trainer.days import files_by_day, name_of
+from trainer.errors import DataError
+from trainer.schema import Schema
+from trainer.stores import StorePlace, missing_places
+
+Found = TypeVar("Found")
+LEAST_DAYS = 3
+
+
+class Sources:
+    """Samples and stores by their places. Every rank calls the same functions; all raise together."""
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+        self._seen: dict[tuple[Any, ...], Any] = {}
+
+    def days(self, samples: str) -> list[str]:
+        """Days of the samples, ascending. Raises DataError where they are too few for a warm-up."""
+
+        def look() -> list[str]:
+            days = list(files_by_day(Storage(samples)))
+            if len(days) < LEAST_DAYS:
+                raise DataError(
+                    f"data.samples={samples} has {len(days)} days of samples; warm-up from the day before needs"
+                    f" {LEAST_DAYS} at least, in files that begin with day=2026-01-31 (jobs/build_samples.py writes"
+                    " them)"
+                )
+            return days
+
+        return self._once(("days", samples), lambda: self._comm.on_rank_0(look))
+
+    def digest(self, config: Config, schema: Schema, split: Literal["train", "test"]) -> str:
+        """Of the files that the run learns from, or is tested on: names, counts and bytes. Reads their footers.
+
+        Raises DataError, SchemaError, as the run would.
+        """
+        data = config.data
+        days = data.train_days if split == "train" else data.test_days
+
+        def look() -> str:
+            index = open_index(self._comm, data.samples, split, schema, days)
+            files = sorted({each.file for each in index.row_groups}, key=name_of)
+            sizes = self._sizes(data.samples)
+            return config_digest({"index": index.digest, "bytes": [sizes[file] for file in files]})
+
+        return self._once(("digest", data.samples, split, data.schema_file, str(days)), look)
+
+    def snapshot(self, place: StorePlace) -> tuple[str, int]:
+        """The store's id and the version to train on. Raises DataError, FeatureStoreError."""
+
+        def look() -> tuple[str, int]:
+            if problems := missing_places([place]):
+                raise DataError("\n".join(problems))
+            store = FeatureStore.open(place.url)
+            return store.info.store_id, store.snapshot(place.version).version
+
+        return self._once(("snapshot", place), lambda: self._comm.on_rank_0(look))
+
+    def _sizes(self, samples: str) -> dict[str, int]:
+        """Bytes of every file of both splits."""
+
+        def look() -> dict[str, int]:
+            storage = Storage(samples)
+            entries = [each for split in ("train", "test") for each in storage.entries(split, recursive=False)]
+            return {entry.path: entry.size_bytes for entry in entries}
+
+        return self._once(("sizes", samples), lambda: self._comm.on_rank_0(look))
+
+    def _once(self, key: tuple[Any, ...], look: Callable[[], Found]) -> Found:
+        if key not in self._seen:
+            self._seen[key] = look()
+        return cast("Found", self._seen[key])
