@@ -25,6 +25,7 @@ from trainer.plan.build import Row, Stored, advise, build, even_shards
 from trainer.plan.cost import (
     DESIGNS,
     BatchCounts,
+    Design,
     Keys,
     Machine,
     Network,
@@ -370,7 +371,7 @@ class TestBuild:
         expected = alone.costs["exchange"].seconds / many.costs["exchange"].seconds / 20
         assert many.efficiency["exchange"] == pytest.approx(expected)
         assert many.day_s["exchange"] == pytest.approx(1e3 * many.costs["exchange"].seconds)
-        assert many.best == min(many.costs, key=lambda design: many.costs[design].seconds)
+        assert many.best == "exchange"
 
     def test_advice(self) -> None:
         def row_of(skew: float, seconds: float) -> Row:
@@ -388,7 +389,20 @@ class TestBuild:
         assert (
             "a machine has to hold 12 GB, and this one has 10 GB" in advise(row_of(1.0, 3.0), small, local_ranks=2)[1]
         )
-        assert "store in server" in advise(row_of(1.25, 0.5), self.STORED)[0]
+        assert "20 ranks: store in server. " in advise(row_of(1.25, 0.5), self.STORED)[0]
+        assert advise(row_of(1.25, 0.5), self.STORED)[0].endswith("This trainer does not offer it.")
+
+    def test_times_that_are_near_are_a_tie_of_which_the_fewest_bytes_win(self) -> None:
+        def row_of(server_s: float) -> Row:
+            keys = Keys(8_000, 100, 100, 2_000, 100)
+            seconds: dict[Design, float] = {"exchange": 1.0, "store in server": server_s, "store in worker": 9.0}
+            size = {"exchange": 10.0, "store in server": 800.0, "store in worker": 2_000.0}
+            costs = {d: StepCost(d, seconds[d], 1.0, {"all": size[d]}, {}) for d in DESIGNS}
+            return Row(20, BatchCounts(1_000, 20, 0.0, keys, keys), costs, {}, {}, {}, 6e9, 4e12)
+
+        assert row_of(0.84).best == "exchange" and row_of(0.82).best == "store in server"
+        assert "the fewest bytes decide" in advise(row_of(0.84), self.STORED)[0]
+        assert "the fewest bytes decide" not in advise(row_of(1.1), self.STORED)[0]
 
 
 class TestMeasuring:

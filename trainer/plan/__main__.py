@@ -21,7 +21,7 @@ Examples:
 
     python -m trainer.plan --paper
 
-The first draws batches from the samples, measures this machine for about half a minute, and computes the rest.
+The first draws batches from the samples, measures this machine for a minute or two, and computes the rest.
 Exit codes: 0 done, 1 failed, 2 wrong settings.
 """
 

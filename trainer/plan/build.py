@@ -8,6 +8,7 @@ from trainer.plan.cost import DESIGNS, BatchCounts, Design, Keys, Machine, StepC
 FEATURE_ITEM_BYTES = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 _SKEW_WORTH_A_WORD = 1.05
 _MOST_OF_MEMORY = 0.8
+_TIE = 1.2  # times are right within a fifth (docs/PLAN.md)
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,10 @@ class Row:
 
     @property
     def best(self) -> Design:
-        """The fastest."""
-        return min(DESIGNS, key=lambda design: self.costs[design].seconds)
+        """Of those that are as fast as the fastest, as far as a plan knows, the one that moves the fewest bytes."""
+        fastest_s = min(cost.seconds for cost in self.costs.values())
+        as_fast = [design for design in DESIGNS if self.costs[design].seconds <= _TIE * fastest_s]
+        return min(as_fast, key=lambda design: sum(self.costs[design].bytes_by_part.values()))
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,10 @@ def advise(row: Row, stored: Stored, local_ranks: int = 1) -> list[str]:
     others = [row.costs[design] for design in DESIGNS if design != row.best]
     times = " and ".join(f"{each.seconds / best.seconds:.3g} times {each.design}'s" for each in others)
     lines = [f"{who}: {row.best}. Its samples/s are {times}."]
+    if any(each.seconds < best.seconds for each in others):
+        lines[0] += " A plan cannot tell times that are so near: the fewest bytes decide."
+    if row.best != "exchange":
+        lines[0] += " This trainer does not offer it."
     if row.best == "store in worker":
         lines.append(f"{who}: the samples of a day with their features are {row.sample_day_bytes / 1e12:.3g} TB.")
         return lines
