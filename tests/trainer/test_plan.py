@@ -126,9 +126,12 @@ class TestCost:
         assert worker.stages["embed"].seconds == pytest.approx(0.01 + 2000 * 2e-5)
         assert worker.stages["samples"].seconds == pytest.approx(8192 * 2000 / 1e9)
 
-    def test_slowest_machine_counts_and_so_does_interference(self) -> None:
-        plain = step_cost("exchange", COUNTS, WIDTHS, MACHINE).seconds
-        uneven = dataclasses.replace(MACHINE, rates=dataclasses.replace(RATES, jitter=0.1), interference=1.2)
+    @pytest.mark.parametrize("together", [1, 4])
+    def test_slowest_rank_counts_and_so_does_interference(self, together: int) -> None:
+        network = dataclasses.replace(MACHINE.network, ranks_per_machine=together)
+        machine = dataclasses.replace(MACHINE, network=network)
+        plain = step_cost("exchange", COUNTS, WIDTHS, machine).seconds
+        uneven = dataclasses.replace(machine, rates=dataclasses.replace(RATES, jitter=0.1), interference=1.2)
         expected = plain * 1.2 * (1 + 0.1 * highest_of(4))
         assert step_cost("exchange", COUNTS, WIDTHS, uneven).seconds == pytest.approx(expected)
 

@@ -52,7 +52,8 @@ class Calibration:
             local_bytes_per_s=2 / max(1e-12, wire["alltoall_byte_s"] + wire["allreduce_byte_s"]),
             ranks_per_machine=local_ranks,
         )
-        alone = Machine(measured.rates, dataclasses.replace(network, ranks_per_machine=processes), cores)
+        rates = dataclasses.replace(measured.rates, jitter=0.0)
+        alone = Machine(rates, dataclasses.replace(network, ranks_per_machine=processes), cores)
         return Machine(measured.rates, network, cores, interference(measured, alone, processes))
 
     def _rates(self, processes: int, threads: int, large: int) -> Measured:

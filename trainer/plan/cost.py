@@ -7,7 +7,6 @@
 ID vectors, the worker model and the dense gradients are the same in all three. Every time is a mean over steps.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -215,13 +214,13 @@ def step_seconds(stages: Mapping[str, Stage], ranks: int, machine: Machine) -> f
     """The lanes run beside the other stages; none can be faster than the processor time of all ranks of a machine.
 
     These are the two bounds of Brent's theorem (The parallel evaluation of general arithmetic expressions, 1974), the
-    span and the work. Of machines whose steps vary independently, the slowest counts.
+    span and the work. Of ranks whose steps vary independently, the slowest counts.
     """
     lanes = [sum(stage.seconds for name, stage in stages.items() if name in lane) for lane in LANES]
     own = sum(stage.seconds for name, stage in stages.items() if not any(name in lane for lane in LANES))
     local = min(ranks, machine.network.ranks_per_machine)
     busy = sum(stage.busy_s for stage in stages.values()) * local / machine.cores
-    wait = machine.rates.jitter * highest_of(math.ceil(ranks / local))
+    wait = machine.rates.jitter * highest_of(ranks)
     return max(*lanes, own, busy) * machine.interference * (1 + wait)
 
 
