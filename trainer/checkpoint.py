@@ -6,15 +6,15 @@
       rows-00000-of-00002.safetensors    one per rank: its ID rows and their Adam state, by table and shard
 
 Parts are written into a hidden folder and synced; when all are there, rank 0 writes state.json and renames the folder.
-So a folder of that name is whole, and a killed run leaves at most a hidden one, removed by the next save. All ranks
-write to one place: with several machines it has to be a shared disk.
+So a folder of that name is whole, and a killed run leaves at most a hidden one, removed by the next save; a removal
+hides a folder first. All ranks write to one place: with several machines it has to be a shared disk.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -141,7 +141,8 @@ def save(
     """Writes `folder`/step-N on all ranks together and removes all but the newest `keep`; `state.files` is filled in.
     The one of step `best` is kept whatever its age.
 
-    Does nothing where that step is there already. Raises CheckpointError on all ranks where one cannot write.
+    Does nothing where that step is there already: it is this run's own, as `unrelated` ones are gone by then. Raises
+    CheckpointError on all ranks where one cannot write.
     """
     final, parts = place(folder, state.step), folder / f".step-{state.step:08}"
     if comm.broadcast_object(final.exists()):
@@ -163,9 +164,8 @@ def save(
             _write_state(parts / "state.json", state.model_copy(update={"files": files}))
             parts.rename(final)
             _sync(folder)
-            for old in finished(folder)[:-keep]:
-                if best is None or old != place(folder, best):
-                    shutil.rmtree(old)
+            best_path = None if best is None else place(folder, best)
+            remove([old for old in finished(folder)[:-keep] if old != best_path])
     return final
 
 
@@ -175,9 +175,7 @@ def end_with(comm: Comm, folder: Path, step: int, trained: Loadable) -> Path:
     load(comm, path, read_state(path), trained)
     with _agreed(comm, f"cannot remove the checkpoints after {path}"):
         if comm.rank == 0:
-            found = finished(folder)
-            for later in found[found.index(path) + 1 :]:
-                shutil.rmtree(later)
+            remove(unrelated(folder, path))
     return path
 
 
@@ -264,6 +262,26 @@ def finished(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
+
+
+def unrelated(folder: Path, resumed: Path) -> list[Path]:
+    """Checkpoints in `folder` that a run did not come past on its way to `resumed`, oldest first: those of later steps,
+    or all where `resumed` is not one of them."""
+    found = finished(folder)
+    way = next((number for number, path in enumerate(found, 1) if path.samefile(resumed)), 0)
+    return found[way:]
+
+
+def remove(paths: Sequence[Path]) -> None:
+    """Removes checkpoints of one folder, given oldest first.
+
+    A kill in between leaves the older ones whole and nothing after them: the newest one goes first, its name at once.
+    """
+    for path in reversed(paths):
+        hidden = path.with_name(f".{path.name}")
+        path.rename(hidden)
+        _sync(path.parent)
+        shutil.rmtree(hidden)
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:

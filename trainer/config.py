@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from yaml import YAMLError
 
 from trainer.errors import ConfigError
+from trainer.files import replace_file
 from trainer.options import Count, ExchangeConfig, LearningRate, ModelConfig, OptimConfig, RateDecay
 from trainer.validate import Section, validated
 
@@ -116,8 +117,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
-        if self.run.resume and self.run.overwrite:
-            raise ValueError("run.resume and run.overwrite=true exclude each other; set one of them")
+        if self.run.resume == "latest" and self.run.overwrite:
+            raise ValueError(
+                "run.resume=latest goes on from the newest checkpoint and run.overwrite=true removes it; set one of "
+                "them, or resume from the path of an earlier one"
+            )
         if self.run.resume == "latest" and self.run.name is None:
             raise ValueError("run.resume=latest needs the run's name; add run.name=NAME")
         if self.train.early_stopping and self.train.eval_every is None:
@@ -145,8 +149,8 @@ def load_config(file: Path | None = None, settings: Sequence[str] = ()) -> Confi
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Writes the resolved configuration as YAML; `load_config(path)` gives an equal one."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))), encoding="utf-8")
+    """Writes the resolved configuration as YAML, all of it or none; `load_config(path)` gives an equal one."""
+    replace_file(path, OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
 
 
 def config_digest(values: dict[str, Any]) -> str:

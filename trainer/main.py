@@ -108,13 +108,15 @@ def train(config: Config, comm: "Comm") -> None:
     started = time.time()
     comm.deadline_s = config.run.deadline_s
     with contextlib.closing(open_run(config, comm)) as run, StopSignals() as signals:
-        claim_folder(run)
+        removed = claim_folder(run)
         root = comm.rank == 0
         with Progression(run.folder if root else None, run.engine.num_steps, total_steps(run)) as progress:
             readers = f"{run.train_reader.num_samples:,} training and {run.test_reader.num_samples:,} test samples"
             progress.say(
                 f"{run.folder}: {readers}, {comm.size} ranks, step {run.engine.num_steps} of {total_steps(run)}"
             )
+            if removed:
+                progress.say(f"removed by run.overwrite=true: {', '.join(path.name for path in removed)}")
             if run.warm_start:
                 progress.say(f"warm start from {run.warm_start.path}: {', '.join(run.warm_start.parts) or 'nothing'}")
             training = Training(run, progress, signals)

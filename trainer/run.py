@@ -158,40 +158,66 @@ def engine_of(
     )
 
 
-def claim_folder(run: Run) -> None:
-    """Makes the run's folder and writes config.yaml; run.overwrite removes an earlier run.
+def claim_folder(run: Run) -> list[Path]:
+    """Makes the run's folder and writes config.yaml. Returns the checkpoints that run.overwrite removed before that.
 
-    Called when all else is open. Raises ConfigError where the folder cannot be written to.
+    Called when all else is open. Killed at any point, it leaves the earlier run at one of its steps, or
+    this one at its first. Raises ConfigError where the folder cannot be written to.
     """
 
-    def claim() -> None:
+    def claim() -> list[Path]:
         with _disk_errors_told(run.config):
-            if run.config.run.overwrite:
-                for name in ("checkpoints", "tensorboard"):
-                    shutil.rmtree(run.folder / name, ignore_errors=True)
-                for name in ("config.yaml", "report.json"):
-                    (run.folder / name).unlink(missing_ok=True)
+            removed = _overwrite(run) if run.config.run.overwrite else []
             run.folder.mkdir(parents=True, exist_ok=True)
             save_config(run.config, run.folder / "config.yaml")
+        return removed
 
-    run.comm.on_rank_0(claim)
+    return run.comm.on_rank_0(claim)
+
+
+def _overwrite(run: Run) -> list[Path]:
+    """Removes what this run does not go on with of the one in its folder; returns the checkpoints among that."""
+    removed = _in_the_way(run.folder, run.config.run.resume)
+    (run.folder / "report.json").unlink(missing_ok=True)
+    checkpoint.remove(removed)
+    if not checkpoint.finished(run.checkpoints):
+        shutil.rmtree(run.folder / "tensorboard", ignore_errors=True)
+    return removed
+
+
+def _in_the_way(folder: Path, resume: str | None) -> list[Path]:
+    """Checkpoints of the run in `folder` that one which starts afresh, or from `resume`, would take for its own."""
+    checkpoints = folder / "checkpoints"
+    if resume is None:
+        return checkpoint.finished(checkpoints)
+    return checkpoint.unrelated(checkpoints, checkpoint.find(checkpoints, resume))
 
 
 def _check_folder(config: Config, folder: Path) -> None:
     """Refuses a folder that cannot be written to, and one that holds a checkpoint or a report of another run."""
+    resume = config.run.resume
     with _disk_errors_told(config):
         place = next(each for each in (folder, *folder.parents) if each.exists())
         writable = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
-        taken = (folder / "report.json").exists() or any((folder / "checkpoints").glob("step-*"))
+        in_the_way = _in_the_way(folder, resume) if writable else []
+        taken = bool(in_the_way) or (resume is None and (folder / "report.json").exists())
     if not writable:
         raise ConfigError(
             f"run.dir={config.run.dir}: {place} is not a folder that this user can write to; choose another"
         )
-    if taken and not config.run.overwrite and config.run.resume is None:
+    if not taken or config.run.overwrite:
+        return
+    if resume is None:
         raise ConfigError(
             f"{folder} holds a run already; go on with it by run.resume=latest, choose another run.name, "
             "or replace it by run.overwrite=true"
         )
+    names = ", ".join(path.name for path in in_the_way)
+    raise ConfigError(
+        f"run.resume={resume}: {folder} holds checkpoints that do not lead to this one, and would be taken for this "
+        f"run's: {names}; go on from the newest by run.resume=latest, choose another run.name, or remove them by "
+        "run.overwrite=true"
+    )
 
 
 @contextmanager

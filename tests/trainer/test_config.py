@@ -89,6 +89,13 @@ def test_mistakes_are_named(setting: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_the_newest_checkpoint_is_resumed_or_overwritten() -> None:
+    settings = ["run.name=x", "run.overwrite=true"]
+    with pytest.raises(ConfigError, match=r"run\.overwrite=true removes it; set one of them, or resume from the path"):
+        load_config(settings=[*settings, "run.resume=latest"])
+    assert load_config(settings=[*settings, "run.resume=x/checkpoints/step-00000050"]).run.overwrite
+
+
 def test_days_may_be_written_bare() -> None:
     config = load_config(settings=["data.train_days=[2026-01-01,2026-01-02]", "data.test_days=[2026-01-03]"])
     assert (config.data.train_days, config.data.test_days) == (["2026-01-01", "2026-01-02"], ["2026-01-03"])

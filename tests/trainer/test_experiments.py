@@ -94,6 +94,12 @@ def reports(folder: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("runs/*/report.json")}
 
 
+def test_a_grid_resumes_from_nothing(tmp_path: Path) -> None:
+    done = call("images", out=tmp_path, settings=[f"run.resume={tmp_path}/step-00000050"])
+    assert (done.exit_code, list(tmp_path.iterdir())) == (2, [])
+    assert "leave it out" in done.stderr
+
+
 def test_a_grid_is_run_once(places: Places, tmp_path: Path) -> None:
     settings = places.settings(train__max_steps=4)
     done = call("images", "warmup", "--seeds", "2", out=tmp_path, settings=settings)

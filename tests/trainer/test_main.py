@@ -359,6 +359,17 @@ class TestTwoRanks:
         # The step after the signal's may have been prepared already; then it is taken too.
         assert ahead in (steps, ["step-00000051", "step-00000100"])
 
+    def test_an_earlier_checkpoint_replaces_the_later_ones_where_asked_to(
+        self, job: tuple[Places, dict[str, list[str]]]
+    ) -> None:
+        places, seen = job
+        runs = places.folder / "runs"
+        assert seen["branched"] == seen["elsewhere"] == seen["branched, overwritten"] == ["done", "done"]
+        assert [text.split(":")[0] for text in seen["branched, refused"]] == ["ConfigError", "ConfigError"]
+        assert_same(runs / "branched", runs / "elsewhere")
+        steps = sorted(path.name for path in (runs / "branched" / "checkpoints").iterdir())
+        assert steps == ["step-00000002", "step-00000004", "step-00000006"]
+
     def test_error_of_one_rank_is_known_to_all(self, job: tuple[Places, dict[str, list[str]]]) -> None:
         _, seen = job
         # The last test sample is in the part that rank 1 alone evaluates.

@@ -66,7 +66,7 @@ def main(
 ) -> None:
     """Train every variant over some seeds, and say which differences are more than noise."""
     try:
-        loaded: Config | ConfigError = load_config(file, settings or ())
+        loaded: Config | ConfigError = _afresh(load_config(file, settings or ()))
         of_semantic = None if semantic is None else tuple(settings_of(semantic))
     except ConfigError as failure:
         loaded, of_semantic = failure, None
@@ -78,6 +78,12 @@ def main(
         make(wanted, range(seeds), Grid(out, file, tuple(settings or ()), of_semantic, comm), comm)
 
     raise typer.Exit(on_ranks(loaded, work))
+
+
+def _afresh(config: Config) -> Config:
+    if config.run.resume is not None:
+        raise ConfigError(f"run.resume={config.run.resume}: each run of the grid goes on from its own checkpoints; leave it out")
+    return config
 
 
 def make(wanted: Sequence[Experiment], seeds: Sequence[int], grid: "Grid", comm: "Comm") -> None:
