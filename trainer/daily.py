@@ -4,8 +4,9 @@
 the runs' folders alone, so a job that was killed at any time goes on where it stopped.
 """
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trainer import daytable
-from trainer.config import Config, load_config
+from trainer.config import Config, load_config, save_config
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.files import replace_file
 from trainer.main import on_ranks, train, warm_settings
@@ -33,8 +34,9 @@ Examples:
 
 Every day is one run, RUN.DIR/RUN.NAME/DAY (data/runs/daily/2026-01-31). The table of all days stands beside them, as
 days.json and days.parquet. Start it again when another day's samples are there, or after a kill: it goes on where it
-stopped. The newest day is trained at once, and evaluated when the samples of the day after it have come. Exit codes are
-those of trainer.main.
+stopped. The newest day is trained at once, and evaluated when the samples of the day after it have come; where its own
+have changed by then, by late logs, it stays as it was trained, and is marked samples_changed. Exit codes are those of
+trainer.main.
 """
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -104,7 +106,7 @@ class Day:
         # Imported here as all of torch's company: not for --help.
         from trainer.checkpoint import finished
 
-        resume = "latest" if finished(self.folder / "checkpoints") else None
+        resume = "latest" if self.report() is not None or finished(self.folder / "checkpoints") else None
         run = {
             "dir": str(self.folder.parent),
             "name": self.name,
@@ -149,17 +151,71 @@ def follow(base: Config, comm: "Comm", window_days: int = 1, first: str | None =
 
     for day in comm.on_rank_0(opened):
 
-        def next_run(day: Day = day) -> Config | None:
-            return None if day.is_done else day.config(base, _run_before(day))
+        def next_run(day: Day = day) -> tuple[Config, dict[str, Any] | None] | None:
+            return None if day.is_done else (day.config(base, _run_before(day)), day.report())
 
-        config = comm.on_rank_0(next_run)
-        if config is not None:
+        coming = comm.on_rank_0(next_run)
+        if coming is not None:
+            config, report = coming
             try:
-                train(config, comm)
+                if report is None:
+                    train(config, comm)
+                else:
+                    evaluate_trained(day, config, report, comm)
             except CheckpointError as failure:
                 raise CheckpointError(f"{failure}\nTo train {day.name} anew, remove {day.folder}") from failure
             comm.on_rank_0(lambda: daytable.write(folder))
     comm.on_rank_0(lambda: daytable.show(folder))
+
+
+def evaluate_trained(day: Day, config: Config, report: Mapping[str, Any], comm: "Comm") -> None:
+    """Adds to the `report` of a trained day what it is worth on the next one. Every rank calls it.
+
+    What was trained stays as it is, also where the samples of its days have changed since; the report tells so then.
+    Raises TrainerError, FeatureStoreError.
+    """
+    from trainer.progress import Progression
+    from trainer.run import open_run
+    from trainer.signals import StopSignals
+    from trainer.train import Training
+
+    comm.deadline_s = config.run.deadline_s
+    with contextlib.closing(open_run(config, comm, reading=True)) as run, StopSignals() as signals:
+        step = run.engine.num_steps
+        with Progression(run.folder if comm.rank == 0 else None, step, step) as progress:
+            count = f"{run.test_reader.num_samples:,} test samples of {day.test_day}"
+            progress.say(f"{run.folder}: {count}, {comm.size} ranks, trained before")
+            if run.samples_changed:
+                progress.say(f"samples of {', '.join(day.train_days)} have changed since {day.name} was trained")
+            training = Training(run, progress, signals)
+            training.evaluate()
+        own = {name: partition.missing_count for name, partition in run.partitions.items()}
+        everyone = comm.allgather_object(own, name="missing")
+        missing = {
+            name: count + sum(each[name] for each in everyone) for name, count in report["missing_by_store"].items()
+        }
+        added = {
+            "metrics": training.metrics,
+            "history": run.history,
+            "missing_by_store": missing,
+            "missing_lookups": sum(missing.values()),
+            "samples_changed": run.samples_changed,
+        }
+    comm.on_rank_0(lambda: _write_evaluation(day, {**report, **added}))
+
+
+def _write_evaluation(day: Day, report: Mapping[str, Any]) -> None:
+    """The report last: the day is not done before."""
+    from trainer.summary import write_report
+
+    file = day.folder / "config.yaml"
+    trained = load_config(file)
+    data = trained.data.model_copy(update={"test_days": [day.test_day]})
+    try:
+        save_config(trained.model_copy(update={"data": data}), file)
+    except OSError as failure:
+        raise ConfigError(f"{file} cannot be written: {failure}") from failure
+    write_report(day.folder / "report.json", report)
 
 
 def _check_days_given(*days: str | None) -> None:

@@ -25,6 +25,7 @@ SCHEMA = pa.schema(
         "steps": pa.int64(),
         "warm_start": pa.string(),
         "store_version": pa.int64(),
+        "samples_changed": pa.bool_(),
         "test_day": pa.string(),
         "impressions": pa.int64(),
         **{name: pa.float64() for name in _METRICS[1:]},
@@ -50,7 +51,10 @@ def report_of(run: Path) -> dict[str, Any] | None:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """One for each trained day, oldest first, with the columns of SCHEMA; None where a day is not evaluated yet."""
+    """One for each trained day, oldest first, with the columns of SCHEMA; None where a day is not evaluated yet.
+
+    `samples_changed`: between its training and its evaluation; only the metrics of new ads may be others by that.
+    """
     return [_row(run, report_of(run) or {}) for run in runs(folder)]
 
 
@@ -76,6 +80,9 @@ def show(folder: Path) -> None:
         cells = [row["day"], before, row["store_version"], row["steps"], row["test_day"]]
         table.add_row(*(_text(cell) for cell in [*cells, *(row[name] for name in _METRICS)]))
     console.print(table)
+    for row in rows(folder):
+        if row["samples_changed"]:
+            console.print(f"{row['day']}: its training samples had changed before it was evaluated", soft_wrap=True)
     console.print(f"written to {folder / 'days.json'} and days.parquet", soft_wrap=True)
 
 
@@ -87,6 +94,7 @@ def _row(run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
         "steps": report["global_step"],
         "warm_start": config.run.warm_start,
         "store_version": report["store_version"],
+        "samples_changed": report.get("samples_changed", False),
         "test_day": config.data.test_days[0] if config.data.test_days and report["metrics"] else None,
         **{name: report["metrics"].get(name) for name in _METRICS},
     }

@@ -63,6 +63,8 @@ class Run:
     position: BatchPosition
     history: list[dict[str, Any]]
     warm_start: WarmStart | None
+    samples_changed: bool
+    """Whether the training samples are not, or no longer, those of the checkpoint; only where the run is just read."""
 
     @property
     def checkpoints(self) -> Path:
@@ -106,8 +108,10 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
         version, statistics[place.name] = comm.on_rank_0(partial(snapshot_of, place, state))
         partitions[place.name] = comm.on_all(partial(open_partition, config, comm, place, version))
     origin = _origin(config, schema, train, partitions)
+    samples_changed = False
     if resumed:
         recorded = resumed[1].origin
+        samples_changed = recorded.data.get("samples_digest") != train.digest
         if reading:
             recorded = recorded.model_copy(update={"data": origin.data, "train": origin.train})
         origin.check_same(recorded, resumed[0])
@@ -132,6 +136,7 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
         position=resumed[1].position if resumed else BatchPosition(0, 0),
         history=resumed[1].history if resumed else [],
         warm_start=warm,
+        samples_changed=samples_changed,
     )
 
 

@@ -44,12 +44,28 @@ class Training:
             with tracing(folder, self._run.comm.rank) as trace_step:
                 for epoch in range(self._run.position.epoch, self._config.train.epochs):
                     self._epoch(epoch, trace_step)
-            self._evaluate()
+            self.evaluate()
         except StoppedError:
             path = self._save()
             self._progress.say(f"stopped after step {self._engine.num_steps}; go on with run.resume={path}")
             raise
         self._finish()
+
+    def evaluate(self) -> None:
+        """Measures the parameters as they are, unless that was just done; without test samples, nothing."""
+        run = self._run
+        if self._is_evaluated():
+            self.metrics = stopping.metrics_of(run.history, self._engine.num_steps)
+            return
+        if run.test_reader.num_samples == 0:
+            return
+
+        count = run.test_reader.steps_per_epoch
+        with self.totals.timed("evaluate"), self._prepared(run.test_reader.batches(), count, "eval") as coming:
+            predicted = ((each.batch, self._engine.predict(each)) for each in coming)
+            self.metrics = evaluate(run.comm, predicted, run.known_ads, run.schema.new_ad_field)
+        run.history.append({"step": self._engine.num_steps, **self.metrics})
+        self._progress.metrics(self._engine.num_steps, self.metrics)
 
     def _epoch(self, epoch: int, trace_step: Callable[[], None]) -> None:
         if self._is_over():
@@ -114,7 +130,7 @@ class Training:
         if self._engine.num_steps == total_steps(self._run):
             return
         if self._is_due(self._config.train.eval_every):
-            self._evaluate()
+            self.evaluate()
             if self._best() == self._engine.num_steps:
                 self._save()
         if self._is_due(self._config.train.checkpoint_every):
@@ -172,21 +188,6 @@ class Training:
             served=sum(each.num_unique for each in served),
             computed=sum(each.num_computed for each in served),
         )
-
-    def _evaluate(self) -> None:
-        run = self._run
-        if self._is_evaluated():
-            self.metrics = stopping.metrics_of(run.history, self._engine.num_steps)
-            return
-        if run.test_reader.num_samples == 0:
-            return
-
-        count = run.test_reader.steps_per_epoch
-        with self.totals.timed("evaluate"), self._prepared(run.test_reader.batches(), count, "eval") as coming:
-            predicted = ((each.batch, self._engine.predict(each)) for each in coming)
-            self.metrics = evaluate(run.comm, predicted, run.known_ads, run.schema.new_ad_field)
-        run.history.append({"step": self._engine.num_steps, **self.metrics})
-        self._progress.metrics(self._engine.num_steps, self.metrics)
 
     def _save(self) -> str:
         run = self._run

@@ -1,6 +1,7 @@
 """Day after day: what each day begins with and is evaluated on, the table, and going on after a stop at any point."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -119,6 +121,7 @@ def test_another_day_is_evaluated_when_it_comes_and_trained_on_the_newest_snapsh
     assert [row["test_day"] for row in after] == [*DAYS[1:], None]
     assert [row["store_version"] for row in after] == [1, 1, 1, 2]
     assert all(torch.equal(value, tensors(folder / DAYS[2])[name]) for name, value in ended.items())
+    assert [row["samples_changed"] for row in after] == [False] * 4
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/report.json")}
     follow(config, SoloComm())
     assert times == {path: path.stat().st_mtime_ns for path in folder.glob("*/report.json")}
@@ -183,11 +186,56 @@ def test_mistakes(days: Places) -> None:
         follow(config_of(days, run__name="n"), SoloComm(), first="2027-01-01")
 
 
-def test_a_day_whose_samples_changed_says_how_to_go_on(days: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_late_logs_of_a_trained_day_change_nothing_but_a_mark(
+    days: Places, sample_table: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = days.folder / "samples"
+    newest, third = samples / "test" / f"day={DAYS[3]}.parquet", samples / "train" / f"day={DAYS[2]}.parquet"
+    kept = newest.read_bytes()
+    newest.unlink()
+    third.rename(samples / "test" / third.name)  # a run's test split is never empty
+    FeatureStore.open(days.folder / "features").delete([1_045, 1_046])  # images of the fourth day alone
+    for name in ("late", "timely"):
+        follow(config_of(days, run__name=name, data__missing="zeros"), SoloComm())
+    (samples / "test" / third.name).rename(third)
+    newest.write_bytes(kept)
+    follow(config_of(days, run__name="timely", data__missing="zeros"), SoloComm())
+    late, timely = (days.folder / "runs" / name for name in ("late", "timely"))
+    ended, trained = tensors(late / DAYS[2]), json.loads((late / DAYS[2] / "report.json").read_text())
+    day = pq.read_table(third, partitioning=None)
+    more = sample_table(30, 7, items=50, first_serial=10_000)
+    pq.write_table(pa.concat_tables([day, more.cast(day.schema)]), third, row_group_size=7)
+    capsys.readouterr()
+    follow(config_of(days, run__name="late", data__missing="zeros"), SoloComm())
+    said = capsys.readouterr().out
+    assert f"samples of {DAYS[2]} have changed since {DAYS[2]} was trained\n" in said
+    assert f"{DAYS[2]}: its training samples had changed before it was evaluated\n" in said
+    assert all(torch.equal(value, tensors(late / DAYS[2])[name]) for name, value in ended.items())
+    rows, expected = table_of(late), table_of(timely)
+    assert [row["samples_changed"] for row in rows] == [False, False, True, False]
+    assert not any(row["samples_changed"] for row in expected)
+    for column in ("day", "train_days", "steps", "test_day", "impressions", "logloss", "auc", "gauc"):
+        assert rows[2][column] == expected[2][column], column
+    report = json.loads((late / DAYS[2] / "report.json").read_text())
+    assert report["samples"] == trained["samples"] > 0, "what training told is still told"
+    assert report["missing_lookups"] == sum(report["missing_by_store"].values()) > trained["missing_lookups"] == 0
+    assert report["history"] == [{"step": trained["global_step"], **report["metrics"]}]
+    assert rows[3]["warm_start"] == str(late / DAYS[2])
+
+
+def test_a_trained_day_without_its_checkpoints_is_not_evaluated(days: Places) -> None:
     follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
-    file = days.folder / "runs" / "d" / DAYS[0] / "report.json"
-    report = json.loads(file.read_text())
-    file.write_text(json.dumps({**report, "metrics": {}}))
+    run = days.folder / "runs" / "d" / DAYS[0]
+    report = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps({**report, "metrics": {}}))
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*\nTo train 2026-01-01 anew, remove"):
+        follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
+
+
+def test_a_day_cut_short_whose_samples_changed_says_how_to_go_on(days: Places) -> None:
+    follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
+    (days.folder / "runs" / "d" / DAYS[0] / "report.json").unlink()
     path = days.folder / "samples" / "train" / f"day={DAYS[0]}.parquet"
     pq.write_table(pq.read_table(path, partitioning=None).slice(1), path)
     with pytest.raises(
@@ -230,6 +278,14 @@ class TestTwoRanks:
         assert seen["cut"] == [["StoppedError: SIGTERM received"] * 2, ["StoppedError: SIGTERM received"] * 2]
         assert seen["after the cut"] == ["done", "done"]
         assert_same(places.folder / "runs" / "cut", places.folder / "runs" / "days")
+
+    def test_a_day_is_evaluated_on_both_when_the_next_one_comes(self, job: tuple[Places, dict[str, Any]]) -> None:
+        places, seen = job
+        assert seen["newest missing"] == seen["newest there, others late"] == ["done", "done"]
+        rows, expected = (table_of(places.folder / "runs" / name) for name in ("late", "days"))
+        assert [row["samples_changed"] for row in rows] == [False, False, True, False]
+        for column in ("steps", "test_day", "impressions", "logloss", "auc", "gauc"):
+            assert rows[2][column] == expected[2][column], column
 
     def test_equals_one_rank(self, job: tuple[Places, dict[str, Any]]) -> None:
         places, _ = job

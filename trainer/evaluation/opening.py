@@ -76,7 +76,7 @@ def open_source(source: Source, comm: Comm) -> Opened:
         batch_size=config.train.eval_batch_size,
         by_part=True,
     )
-    return Opened(source, run, path, train, test, reader, trained_with, _notes(source, run, path, train))
+    return Opened(source, run, path, train, test, reader, trained_with, _notes(source, run, path))
 
 
 def find_checkpoint(folder: Path, name: str | None) -> Path:
@@ -143,17 +143,17 @@ def _has_samples(url: str) -> bool:
     return all(any(name.endswith(".parquet") for name in storage.list(split)) for split in (TRAIN, TEST))
 
 
-def _notes(source: Source, run: Run, path: Path, train: SampleIndex) -> list[str]:
+def _notes(source: Source, run: Run, path: Path) -> list[str]:
     """What a reader of the figures should know."""
     notes = []
     if source.store is not None and all(record.url != source.store for record in run.stores.values()):
         notes.append(f"the model reads nothing from data.store: --store {source.store} is not used")
-    state = checkpoint.read_state(path)
-    if state.origin.data.get("samples_digest") != train.digest:
+    if run.samples_changed:
         notes.append(
             f"the training samples in {run.config.data.samples} are not, or no longer, those of the checkpoint: what "
             "is new, and what was seen how often, is told by the samples that are there now"
         )
+    state = checkpoint.read_state(path)
     for name, record in run.stores.items():
         if record.version != state.version_of(name):
             notes.append(
