@@ -186,3 +186,12 @@ def test_a_plain_overwriting_that_cannot_remove_says_so(runs: Runs, monkeypatch:
     with pytest.raises(ConfigError, match=r"run\.dir=.* cannot be used: .*Permission denied"):
         runs.train("a", run__overwrite=True, train__lr=0.5)
     assert names(runs.folder / "a") == steps_of(2, 4, 6)
+
+
+def test_reused_vectors_are_in_no_checkpoint(runs: Runs) -> None:
+    reuse = {"exchange__reuse_steps": 3}
+    whole = runs.train("whole", **reuse)
+    runs.train("halves", train__max_steps=3, **reuse)
+    halves = runs.train("halves", run__resume="latest", **reuse)
+    with pytest.raises(AssertionError, match="model"):
+        assert_same(halves, whole)
