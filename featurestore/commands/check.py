@@ -1,10 +1,11 @@
 """verify and repair: is every file what was written, and what to do where one is not."""
 
 import sys
+from typing import Annotated
 
 import typer
 
-from featurestore.commands.common import DryRun, Url, Version, progress_bar, user_errors
+from featurestore.commands.common import DryRun, Url, progress_bar, user_errors
 from featurestore.upkeep.repair import repair as repair_store
 from featurestore.upkeep.verify import verify as verify_store
 
@@ -12,7 +13,10 @@ app = typer.Typer()
 
 
 @app.command(epilog="Example: `python -m featurestore verify s3://bucket/features`")
-def verify(url: Url, version: Version = None) -> None:
+def verify(
+    url: Url,
+    version: Annotated[int | None, typer.Option(help="Snapshot whose data to check; all kept ones by default.")] = None,
+) -> None:
     """Check every file of a store: manifests, pins, quarantine, and the data of all kept snapshots, or of one.
 
     Exit code 1 when one is broken: the line says which, what is wrong, and what mends it.

@@ -48,6 +48,15 @@ def test_get_prints_or_writes_float32(filled: FeatureStore, make_rows, tmp_path:
     assert np.array_equal(written[0], expected)
 
 
+def test_verify_checks_all_kept_snapshots_and_says_so(filled: FeatureStore, make_rows) -> None:
+    entry = filled.put(make_rows(40, filled.info, seed=1)).manifest.files(3)[-1]
+    (Path(filled.url) / entry.path).unlink()
+    assert run("verify", filled.url).exit_code == 1
+    assert run("verify", filled.url, "--version", 1).exit_code == 0
+    said = " ".join(run("verify", "--help").output.replace("│", " ").split())
+    assert "Snapshot whose data to check; all kept ones by default." in said
+
+
 def test_verify_names_the_broken_file_and_exits_1(filled: FeatureStore) -> None:
     assert run("verify", filled.url).exit_code == 0
     entry = filled.snapshot().manifest.files(3)[0]
