@@ -15,7 +15,7 @@ from trainer.errors import TrainerError
 from trainer.prerank.ads import Ads, ads_of_samples, ads_of_table
 from trainer.prerank.artifact import Added, AdIndex
 from trainer.prerank.vectors import ad_vectors, origin_of, towers
-from trainer.trained import TrainedRun, open_trained
+from trainer.trained import TrainedRun, missing_lookups, open_trained
 
 EXAMPLES = """Examples:
 
@@ -46,7 +46,9 @@ def main(
     add: Annotated[
         bool, typer.Option("--add", help="Add to the index that is there, without building it anew.")
     ] = False,
-    checkpoint: Annotated[str, typer.Option(help="latest, or the path of a checkpoint.")] = "latest",
+    checkpoint: Annotated[
+        str | None, typer.Option(help="A step, or the path of a checkpoint.", show_default="the newest")
+    ] = None,
     store_version: Annotated[
         int | None, typer.Option(min=1, help="Snapshot of the features.", show_default="the newest")
     ] = None,
@@ -88,6 +90,9 @@ def describe(trained: TrainedRun, index: AdIndex, added: Added, out: str, second
     """The lines that the job prints."""
     state = index.state
     store = f"snapshot {trained.store_version}" if trained.store_version else "none: a run without images"
+    num_missing = missing_lookups(trained.comm, trained.partitions)
+    if num_missing:
+        store += f"; {num_missing:,} lookups of images that have none"
     return "\n".join(
         [
             f"run          {trained.folder}, {trained.path.name}",
@@ -97,6 +102,7 @@ def describe(trained: TrainedRun, index: AdIndex, added: Added, out: str, second
             + (f"; {state.num_replaced:,} replaced vectors go with the next build" if state.num_replaced else ""),
             f"time         {seconds:.1f} s",
             f"written to   {out}, version {state.version}",
+            *(f"note         {note}" for note in trained.notes_on_missing(num_missing)),
         ]
     )
 

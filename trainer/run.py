@@ -130,7 +130,7 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
         partitions=partitions,
         stores=records(places, partitions),
         train_reader=_train_reader(config, comm, train, schema),
-        test_reader=_test_reader(config, comm, test, schema),
+        test_reader=test_reader(config, comm, test, schema),
         known_ads=distinct_values(comm, train, new_ad_column, rules_of(schema)[new_ad_column]),
         origin=origin,
         position=resumed[1].position if resumed else BatchPosition(0, 0),
@@ -327,6 +327,7 @@ def _train_reader(config: Config, comm: Comm, index: SampleIndex, schema: Schema
     )
 
 
-def _test_reader(config: Config, comm: Comm, index: SampleIndex, schema: Schema) -> SampleReader:
+def test_reader(config: Config, comm: Comm, index: SampleIndex, schema: Schema) -> SampleReader:
+    """This rank's batches of samples to evaluate on: one part of them for each rank."""
     batch_size = config.train.eval_batch_size
     return SampleReader(index, schema, rank=comm.rank, num_ranks=comm.size, batch_size=batch_size, by_part=True)

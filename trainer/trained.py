@@ -1,35 +1,99 @@
-"""A trained run, opened to be asked and not to be trained on: its model with the numbers of one of its checkpoints."""
+"""Trained runs, opened to be asked and not to be trained on: what their folders say, and a model out of a checkpoint.
 
+Every command that looks at runs reads their folders by `read_run`, so a checkpoint is chosen, and an image without a
+feature treated, in one way. `open_trained` opens no samples and looks images up in the newest snapshot.
+"""
+
+import contextlib
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from featurestore.partition import FeaturePartition
+import torch
+
+from featurestore.partition import FeaturePartition, MissingPolicy
+from featurestore.spec import StoreInfo
+from featurestore.storage import Storage
 from featurestore.store import FeatureStore
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointState
 from trainer.comm import Comm
 from trainer.config import Config, load_config
-from trainer.errors import CheckpointError, ConfigError
+from trainer.data import SampleIndex, open_index
+from trainer.days import sample_files
+from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.run import engine_of, model_of, share_machine
 from trainer.schema import Schema, load_schema
 from trainer.step import Engine
 from trainer.stores import StorePlace, kind_of_features, open_partition, store_places
 
+TRAIN, TEST = "train", "test"
+
 
 @dataclass
-class TrainedRun:
-    """A run's engine as `path`, one of its checkpoints, has it."""
+class SavedRun:
+    """What a run's folder says. `config` is as in training, but for what looking at a run takes: images without a
+    feature stop nothing, they are zeros at least, and no visual vector is an earlier step's."""
 
-    comm: Comm
     folder: Path
     config: Config
+    path: Path
+    """Of the checkpoint."""
+    state: CheckpointState
+    missing_in_training: MissingPolicy
+    """What training did with an image that had no feature; `error` is `zeros` here."""
+
+    @property
+    def digest(self) -> str:
+        """Tells the checkpoint from every other one: sha256 of its state.json, which has the digest of each file."""
+        return hashlib.sha256((self.path / "state.json").read_bytes()).hexdigest()
+
+    def checked_schema(self) -> Schema:
+        """That of the run. Raises SchemaError, and CheckpointError where model or fields are not the checkpoint's."""
+        schema = load_schema(Path(self.config.data.schema_file) if self.config.data.schema_file else None)
+        recorded = self.state.origin
+        recorded.model_copy(update={"model": model_of(self.config, schema)}).check_same(recorded, self.path)
+        return schema
+
+    def check_features(self, place: StorePlace, info: StoreInfo) -> None:
+        """Raises CheckpointError where the store holds other features than those that the run's E was trained on."""
+        recorded = self.state.origin.stores.get(place.name, self.state.origin.store)
+        if kind_of_features(info) != recorded:
+            raise CheckpointError(
+                f"{self.path} was trained on features of another kind than {place.url} has now: "
+                f"{recorded} there, {kind_of_features(info)} here; take a store of the former"
+            )
+
+    def notes_on_missing(self, num_lookups: int, hides: bool = False) -> list[str]:
+        """What a reader of figures should know where lookups found no feature; `hides`: some were hidden as well."""
+        if self.missing_in_training != "error" or not (num_lookups or hides):
+            return []
+        return [
+            "the run was trained with data.missing=error, so its model has never met an image without a feature; here "
+            f"such images get zeros ({num_lookups:,} lookups{', and those hidden at random' if hides else ''})"
+        ]
+
+    def notes_on_samples(self, train: SampleIndex) -> list[str]:
+        """The same where the training samples that are there now are not those of the checkpoint."""
+        if self.state.origin.data.get("samples_digest") == train.digest:
+            return []
+        return [
+            f"the training samples in {self.config.data.samples} are not, or no longer, those of the checkpoint: what "
+            "is new, and what was seen how often, is told by the samples that are there now"
+        ]
+
+
+@dataclass
+class TrainedRun(SavedRun):
+    """A run's engine as `path`, one of its checkpoints, has it; close it."""
+
+    comm: Comm
     schema: Schema
     engine: Engine
     partitions: dict[str, FeaturePartition]
-    path: Path
-    state: CheckpointState
 
     @property
     def partition(self) -> FeaturePartition | None:
@@ -41,69 +105,104 @@ class TrainedRun:
         """The snapshot that images are looked up in; None where the model has no images."""
         return self.partition.snapshot_version if self.partition else None
 
-    @property
-    def digest(self) -> str:
-        """Tells the checkpoint from every other one: sha256 of its state.json, which has the digest of each file."""
-        return hashlib.sha256((self.path / "state.json").read_bytes()).hexdigest()
-
     def close(self) -> None:
         """Lets go of the stores' rows."""
         for partition in self.partitions.values():
             partition.close()
 
 
-def open_trained(folder: Path, comm: Comm, *, which: str = "latest", store_version: int | None = None) -> TrainedRun:
-    """The run in `folder`. `which`: latest, or the path of a checkpoint. Every rank calls it.
+def read_run(folder: Path, which: str | None = None, samples: str | None = None) -> SavedRun:
+    """The run in `folder`, with the checkpoint that `which` says; see `find_checkpoint`.
+
+    `samples` are other ones to ask about: those of training are looked for there where the run's own are gone. Raises
+    ConfigError for a folder that holds no run, CheckpointError where there is no such checkpoint.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        runs = sorted(each.parent.name for each in folder.glob("*/config.yaml"))
+        instead = f"; it holds the runs {', '.join(runs[:5])}" if runs else "; give a run's folder, as data/runs/NAME"
+        raise ConfigError(f"{folder} is not a run's folder: there is no config.yaml in it{instead}")
+    config = load_config(file)
+    path = find_checkpoint(folder, which)
+    data: dict[str, Any] = {"missing": "zeros" if config.data.missing == "error" else config.data.missing}
+    if samples and not _has_training_samples(config):
+        data["samples"] = samples
+    sections = {
+        "data": config.data.model_copy(update=data),
+        "exchange": config.exchange.model_copy(update={"reuse_steps": 0}),
+    }
+    looking = config.model_copy(update=sections)
+    return SavedRun(folder, looking, path, checkpoint.read_state(path), config.data.missing)
+
+
+def find_checkpoint(folder: Path, name: str | None = None) -> Path:
+    """The newest checkpoint of a run, or the one that `name` says: latest, a step, a folder step-N, a path to one."""
+    checkpoints = folder / "checkpoints"
+    steps = sorted(path.name for path in checkpoints.glob("step-*") if (path / "state.json").is_file())
+    if name in (None, "latest"):
+        if not steps:
+            raise CheckpointError(
+                f"{folder} has no checkpoint in {checkpoints}; train it first: "
+                f"python -m trainer.main --config {folder / 'config.yaml'}"
+            )
+        return checkpoint.find(checkpoints, "latest")
+    inside = checkpoints / (f"step-{int(name):08}" if name.isdecimal() else name)
+    for path in (inside, Path(name)):
+        if (path / "state.json").is_file():
+            return path
+    raise CheckpointError(
+        f"--checkpoint {name}: no such checkpoint; {checkpoints} has {', '.join(steps) or 'none'}, "
+        "and a path to a folder step-N will do too"
+    )
+
+
+def open_trained(
+    folder: Path, comm: Comm, *, which: str | None = None, samples: str | None = None, store_version: int | None = None
+) -> TrainedRun:
+    """The run in `folder`; `which` and `samples` as in `read_run`. Every rank calls it.
 
     `store_version`: the snapshot of the (first) feature store to look images up in, by default the newest, so that
     images that came after the training are known; further stores are opened at their newest. Raises TrainerError,
     FeatureStoreError, on all ranks together.
     """
-    config, schema, path, state = comm.on_all(lambda: _read(folder, which))
-    comm.deadline_s = config.run.deadline_s
+    saved = comm.on_all(lambda: read_run(folder, which, samples))
+    schema = comm.on_all(saved.checked_schema)
+    config, comm.deadline_s = saved.config, saved.config.run.deadline_s
     device = share_machine(config, comm)
-    places, partitions = store_places(config, schema), {}
-    for number, place in enumerate(places):
-        asked = store_version if number == 0 else None
-        version = comm.broadcast_object(comm.on_all(partial(_version, place, asked)))
-        opened = partial(_partition, config, state, path, comm, place, version)
-        partitions[place.name] = comm.on_all(opened)
-    engine = engine_of(config, comm, schema, partitions, device)
-    checkpoint.load(comm, path, state, engine)
-    return TrainedRun(comm, folder, config, schema, engine, partitions, path, state)
+    with contextlib.ExitStack() as opened:
+        partitions: dict[str, FeaturePartition] = {}
+        for number, place in enumerate(store_places(config, schema)):
+            asked = store_version if number == 0 else None
+            version = comm.broadcast_object(comm.on_all(partial(newest_version, place.url, asked)))
+            partition = comm.on_all(partial(open_partition, config, comm, place, version))
+            partitions[place.name] = opened.enter_context(partition)
+            comm.on_all(partial(saved.check_features, place, partition.info))
+        engine = engine_of(config, comm, schema, partitions, device)
+        checkpoint.load(comm, saved.path, saved.state, engine)
+        opened.pop_all()
+    return TrainedRun(**vars(saved), comm=comm, schema=schema, engine=engine, partitions=partitions)
 
 
-def _read(folder: Path, which: str) -> tuple[Config, Schema, Path, CheckpointState]:
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"{folder} is no run: there is no config.yaml in it; give a folder as data/runs/NAME")
-    config = load_config(folder / "config.yaml")
-    schema = load_schema(Path(config.data.schema_file) if config.data.schema_file else None)
-    if which == "latest" and not any((folder / "checkpoints").glob("step-*")):
-        raise CheckpointError(f"{folder} has no checkpoint; train it first")
-    path = checkpoint.find(folder / "checkpoints", which)
-    state = checkpoint.read_state(path)
-    for name, value in model_of(config, schema).items():
-        if state.origin.model.get(name) != value:
-            raise CheckpointError(
-                f"{path}: model.{name} is {state.origin.model.get(name)!r} in the checkpoint and {value!r} in "
-                "the run's configuration and schema; set it back"
-            )
-    return config, schema, path, state
+def open_test(comm: Comm, config: Config, schema: Schema, samples: str | None) -> SampleIndex:
+    """The impressions to ask about: test/ of `samples`, else the test split or test days of the run. Every rank calls
+    it. Raises DataError, SchemaError."""
+    if samples is None and config.data.test_days == []:
+        raise DataError("the run has no test samples of its own (data.test_days=[]); name some by --samples")
+    days = None if samples else config.data.test_days
+    return open_index(comm, samples or config.data.samples, TEST, schema, days)
 
 
-def _version(place: StorePlace, asked: int | None) -> int:
-    return asked or FeatureStore.open(place.url).snapshot().version
+def missing_lookups(comm: Comm, partitions: Mapping[str, FeaturePartition]) -> int:
+    """Lookups since the opening of images without a feature, hidden ones too, of all ranks; every rank calls it."""
+    own = torch.tensor([sum(partition.missing_count for partition in partitions.values())])
+    return int(comm.allreduce_sum_(own, "missing_lookups"))
 
 
-def _partition(
-    config: Config, state: CheckpointState, path: Path, comm: Comm, place: StorePlace, version: int
-) -> FeaturePartition:
-    partition = open_partition(config, comm, place, version)
-    recorded = state.origin.stores.get(place.name, state.origin.store)
-    if kind_of_features(partition.info) != recorded:
-        partition.close()
-        raise CheckpointError(
-            f"{path} was trained on features of another kind than {place.url} has now: "
-            f"{recorded} there, {kind_of_features(partition.info)} here; take a store of the former"
-        )
-    return partition
+def newest_version(url: str, asked: int | None = None) -> int:
+    """The newest snapshot of a store; the one that is asked for, where there is one."""
+    return asked or FeatureStore.open(url).snapshot().version
+
+
+def _has_training_samples(config: Config) -> bool:
+    splits = (TRAIN, TEST) if config.data.train_days else (TRAIN,)  # a day's file may be in either
+    return any(sample_files(Storage(config.data.samples), split) for split in splits)

@@ -195,6 +195,20 @@ class TestOtherPlaces:
         assert report["samples"] == str(tmp_path / "day" / "test")
         assert report["notes"] == []
 
+    def test_other_samples_replace_the_test_split_alone(
+        self, make_places: Callable[[Path], Places], write_samples: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        """Neither the run's test samples are needed any more, nor are other training samples looked at."""
+        places = make_places(tmp_path / "places")
+        run = train_run(places, "a", train__max_steps=3)
+        shutil.rmtree(places.folder / "samples" / "test")
+        write_samples(tmp_path / "day" / "test", [30], seed=70, items=50)
+        evaluate(run, "--samples", tmp_path / "day", "--bootstrap", 0, "--out", tmp_path / "a")
+        write_samples(tmp_path / "day" / "train", [30], seed=3, items=50)
+        evaluate(run, "--samples", tmp_path / "day", "--bootstrap", 0, "--out", tmp_path / "b")
+        assert report_of(tmp_path / "a") == report_of(tmp_path / "b")
+        assert report_of(tmp_path / "a")["notes"] == []
+
     def test_changed_training_samples_are_told(self, make_places: Callable[[Path], Places], tmp_path: Path) -> None:
         places = make_places(tmp_path / "places")
         run = train_run(places, "a", train__max_steps=3)
@@ -234,6 +248,11 @@ class TestRefusals:
         said = evaluate(tmp_path, code=1)
         assert "has no checkpoint" in said
         assert f"python -m trainer.main --config {tmp_path / 'config.yaml'}" in said
+
+    def test_no_test_day_yet(self, own: Places) -> None:
+        days = {"data__train_days": "[2026-01-03]", "data__test_days": "[]"}
+        run = train_run(own, "newest", train__max_steps=2, data__missing="zeros", **days)
+        assert "no test samples of its own (data.test_days=[]); name some by --samples" in evaluate(run, code=1)
 
     def test_unknown_checkpoint_names_those_there_are(self, run: Path) -> None:
         assert "has step-00000020, step-00000040, step-00000046" in evaluate(run, "--checkpoint", 21, code=1)

@@ -1,12 +1,15 @@
 """A two-tower run from training on two ranks to a search: what the job exported is what the model computes."""
 
+import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from typer.testing import CliRunner, Result
@@ -18,8 +21,7 @@ from trainer.main import train
 from trainer.prerank.__main__ import app
 from trainer.prerank.ads import ads_of_samples
 from trainer.prerank.artifact import AdIndex
-from trainer.prerank.evaluate import search_figures
-from trainer.prerank.evaluate import test_reader as reader_of_test_samples
+from trainer.prerank.evaluate import reader_of_tests, search_figures
 from trainer.prerank.vectors import ad_vectors, origin_of, towers, user_vectors
 from trainer.trained import TrainedRun, open_trained
 
@@ -46,6 +48,10 @@ def trained(run: Path) -> TrainedRun:
 @pytest.fixture(scope="module")
 def index(trained: TrainedRun, places: Places) -> str:
     """Its ads under a flat index."""
+    return build_index(trained, places)
+
+
+def build_index(trained: TrainedRun, places: Places) -> str:
     ads = ads_of_samples(str(places.folder / "samples"), trained.schema, towers(trained).ad_fields)
     url = str(places.folder / "ad-index")
     AdIndex.build(url, "flat", ads.keys_N, ad_vectors(trained, ads, batch_size=7), origin_of(trained))
@@ -68,10 +74,8 @@ def test_logits_are_made_of_the_exported_vectors(trained: TrainedRun, index: str
     vector_of = dict(zip(*(part.tolist() for part in ads.vectors()), strict=True))
     samples = str(places.folder / "samples")
     rest, scenes, products = [], [], []
-    logits = [
-        trained.engine.predict(trained.engine.prepare(b)) for b in reader_of_test_samples(trained, samples).batches()
-    ]
-    batches = user_vectors(trained, reader_of_test_samples(trained, samples).batches())
+    logits = [trained.engine.predict(trained.engine.prepare(b)) for b in reader_of_tests(trained, samples).batches()]
+    batches = user_vectors(trained, reader_of_tests(trained, samples).batches())
     for (batch, users), logit in zip(batches, logits, strict=True):
         exported = np.array([vector_of[ad] for ad in batch.fields["ad_item"].values_N.tolist()])
         product = (users[batch.group_of_sample_B] * exported).sum(axis=1)
@@ -95,7 +99,7 @@ def test_without_context_inner_product_and_bias_are_the_logit(run: Path, index: 
     assert context is not None
     with torch.no_grad():
         context.weight.zero_()
-    for batch, users in user_vectors(plain, reader_of_test_samples(plain, samples).batches()):
+    for batch, users in user_vectors(plain, reader_of_tests(plain, samples).batches()):
         exported = np.array([vector_of[ad] for ad in batch.fields["ad_item"].values_N.tolist()])
         product = (users[batch.group_of_sample_B] * exported).sum(axis=1)
         logit = plain.engine.predict(plain.engine.prepare(batch))
@@ -159,9 +163,7 @@ def test_ads_of_equal_vectors_are_no_misses(index: str) -> None:
 
 def test_search_for_a_user(run: Path, index: str, trained: TrainedRun, places: Places) -> None:
     user, vector = 0, None
-    for batch, users in user_vectors(
-        trained, reader_of_test_samples(trained, str(places.folder / "samples")).batches()
-    ):
+    for batch, users in user_vectors(trained, reader_of_tests(trained, str(places.folder / "samples")).batches()):
         for sample in np.flatnonzero(batch.group_id_B == user):
             vector = users[batch.group_of_sample_B[sample]]
     keys, vectors = AdIndex.open(index).vectors()
@@ -173,6 +175,66 @@ def test_search_for_a_user(run: Path, index: str, trained: TrainedRun, places: P
     assert found == expected.tolist()
 
 
+class TestDays:
+    """Runs on days, as trainer.daily makes them: a day's file may be in train/ or in test/."""
+
+    @pytest.fixture
+    def days(self, make_places: Callable[[Path], Places], tmp_path: Path) -> Places:
+        """Three days in train/, the fourth in test/."""
+        places = make_places(tmp_path)
+        test = places.folder / "samples" / "test"
+        (test / "day=2026-01-01.parquet").rename(test / "day=2026-01-04.parquet")
+        return places
+
+    def trained_on(self, places: Places, day: str, test_days: str) -> tuple[Path, str]:
+        """A run on one day, and an index of it."""
+        settings = {"data__train_days": f"[{day}]", "data__test_days": test_days, "run__name": day}
+        towers = {"model__base": "two_tower", "model__tower_width": 6, "train__max_steps": 3}
+        train(load_config(settings=places.settings(**towers, **settings)), SoloComm())
+        with contextlib.closing(open_trained(places.folder / "runs" / day, SoloComm())) as trained:
+            return places.folder / "runs" / day, build_index(trained, places)
+
+    def scores(self, run: Path, index: str, *options: object) -> dict[str, Any]:
+        done = call("eval", "--run", run, "--index", index, "--k", 3, "--json", run / "figures.json", *options)
+        assert done.exit_code == 0, done.stderr
+        figures: dict[str, Any] = json.loads((run / "figures.json").read_text())
+        assert all(f"note: {note}" in done.stdout for note in figures["notes"])
+        return figures
+
+    def test_its_own_days_are_evaluated(self, days: Places) -> None:
+        run, index = self.trained_on(days, "2026-01-02", "[2026-01-03,2026-01-04]")
+        figures = self.scores(run, index)
+        assert figures["metrics"]["new_ad_impressions"] > 0
+        assert figures["metrics"] == pytest.approx(json.loads((run / "report.json").read_text())["metrics"], rel=1e-5)
+        assert figures["notes"] == []
+
+    def test_the_newest_day_has_none_to_be_evaluated_on(self, days: Places) -> None:
+        run, index = self.trained_on(days, "2026-01-04", "[]")
+        for command in (("eval",), ("search", "--user", 1)):
+            done = call(*command, "--run", run, "--index", index)
+            assert (done.exit_code, "no test samples of its own" in done.stderr) == (1, True)
+
+    def test_other_samples_need_no_training_samples_and_change_no_known_ads(
+        self, days: Places, write_samples: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        run, index = self.trained_on(days, "2026-01-04", "[]")
+        tables = write_samples(tmp_path / "tomorrow" / "test", [30], seed=70, items=60)
+        shown = np.concatenate([table["ad_item"].combine_chunks().flatten().to_numpy() for table in tables])
+        trained_on = pq.read_table(days.folder / "samples" / "test", partitioning=None)["ad_item"]
+        known = trained_on.combine_chunks().flatten().to_numpy()
+        figures = self.scores(run, index, "--samples", tmp_path / "tomorrow")
+        assert figures["metrics"]["impressions"] == len(shown)
+        assert figures["metrics"]["new_ad_impressions"] == (~np.isin(shown, known)).sum() > 0
+        assert len(figures["notes"]) == 1  # items 50 to 59 have no feature
+        assert "trained with data.missing=error" in figures["notes"][0]
+
+    def test_samples_that_are_no_longer_those_of_training_are_told(self, days: Places) -> None:
+        run, index = self.trained_on(days, "2026-01-02", "[2026-01-03]")
+        file = days.folder / "samples" / "train" / "day=2026-01-02.parquet"
+        pq.write_table(pq.read_table(file, partitioning=None).slice(0, 50), file)
+        assert "not, or no longer, those of the checkpoint" in self.scores(run, index)["notes"][0]
+
+
 class TestMistakes:
     @pytest.mark.parametrize("k", ["0", "ten", "10,", "-3"])
     def test_k(self, run: Path, k: str) -> None:
@@ -181,7 +243,7 @@ class TestMistakes:
 
     def test_no_run(self, tmp_path: Path) -> None:
         done = call("eval", "--run", tmp_path)
-        assert (done.exit_code, done.stderr.startswith(f"error: {tmp_path} is no run")) == (2, True)
+        assert (done.exit_code, done.stderr.startswith(f"error: {tmp_path} is not a run's folder")) == (2, True)
 
     def test_no_index(self, run: Path, tmp_path: Path) -> None:
         done = call("eval", "--run", run, "--index", tmp_path)
@@ -189,7 +251,7 @@ class TestMistakes:
 
     def test_unknown_user(self, run: Path, index: str) -> None:
         done = call("search", "--run", run, "--index", index, "--user", -1)
-        assert (done.exit_code, "error: user -1 has no sample in" in done.stderr) == (1, True)
+        assert (done.exit_code, "error: user -1 has no test sample in" in done.stderr) == (1, True)
 
     def test_another_model(self, places: Places, index: str) -> None:
         config = load_config(settings=places.settings(run__name="no-towers", train__max_steps=1))
@@ -223,4 +285,4 @@ def test_a_run_whose_configuration_was_changed_is_refused(run: Path, tmp_path: P
     (copy / "config.yaml").write_text(text.replace("tower_width: 6", "tower_width: 7"))
     done = call("eval", "--run", copy)
     assert done.exit_code == 1
-    assert "model.tower_width is 6 in the checkpoint and 7 in the run's configuration" in done.stderr
+    assert "model.tower_width is 7 here, 6 in the checkpoint" in done.stderr

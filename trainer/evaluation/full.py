@@ -13,8 +13,9 @@ from trainer.evaluation.bootstrap import Float
 from trainer.evaluation.impressions import Impressions, ad_image_field, read_impressions, seen_in_training
 from trainer.evaluation.measure import Figures, measure_all
 from trainer.evaluation.opening import Opened, Source, open_source
-from trainer.evaluation.predict import has_feature, missing_lookups, predict, predict_without
+from trainer.evaluation.predict import has_feature, predict, predict_without
 from trainer.evaluation.slices import Slicing, slicings
+from trainer.trained import missing_lookups
 
 HIDDEN_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 _WIDE = 160  # columns where there is no terminal: tables are not folded
@@ -43,11 +44,11 @@ def evaluate_run(source: Source, options: Options, comm: Comm) -> Figures | None
         if options.missing_curve and not opened.run.engine.services:
             raise ConfigError("--missing-curve: the run's model.images=none reads no image, so none can be hidden")
         count = f"{opened.test.num_samples:,} impressions, {comm.size} ranks"
-        console.print(f"{opened.checkpoint}: {count}", soft_wrap=True)
+        console.print(f"{opened.saved.path}: {count}", soft_wrap=True)
         impressions = read_impressions(comm, opened.test, opened.run.schema)
         cuts = _slicings(opened, impressions)
         logits = {0.0: predict(opened)}
-        num_missing = missing_lookups(opened)
+        num_missing = missing_lookups(comm, opened.run.partitions)
         if options.missing_curve:
             logits |= {share: predict_without(opened, share, options.seed) for share in HIDDEN_SHARES}
         about = report.about(opened, num_missing, options.missing_curve, options.resamples, options.seed)

@@ -78,10 +78,3 @@ def has_feature(opened: Opened, store: str, key_I: NDArray[np.int64]) -> NDArray
     held_I = torch.from_numpy(service.partition.contains(key_I).astype(np.int64))
     found: NDArray[np.bool_] = opened.run.comm.allreduce_sum_(held_I, "has_feature").numpy() > 0
     return found
-
-
-def missing_lookups(opened: Opened) -> int:
-    """Lookups since the opening of images that had no feature, over all ranks; hidden ones count."""
-    services = opened.run.engine.services.values()
-    own = torch.tensor([sum(service.partition.missing_count for service in services)])
-    return int(opened.run.comm.allreduce_sum_(own, "missing_lookups"))

@@ -12,8 +12,9 @@ from rich.table import Table
 from trainer.errors import TrainerError
 from trainer.evaluation.bootstrap import LEAST_USERS, LEVEL, METRICS, NUM_BINS, Estimate
 from trainer.evaluation.measure import Figures, Hidden, Measured
-from trainer.evaluation.opening import TEST, Opened
+from trainer.evaluation.opening import Opened
 from trainer.evaluation.plots import METRIC_TITLES, draw_all
+from trainer.trained import TEST
 
 _ABOUT = ("checkpoint", "samples", "missing", "missing_lookups")
 _METHOD = f"""\
@@ -26,21 +27,16 @@ _HEADINGS = ("impressions", "users", "clicks", *(METRIC_TITLES[each] for each in
 def about(opened: Opened, num_missing: int, hides: bool, resamples: int, seed: int) -> dict[str, Any]:
     """What was evaluated, on what, and how. `num_missing`: lookups of images that had no feature; `hides`: some were
     hidden as well."""
-    run, notes = opened.run, list(opened.notes)
-    if (num_missing or hides) and opened.missing_in_training == "error":
-        notes.append(
-            "the run was trained with data.missing=error, so its model has never met an image without a feature; here "
-            f"such images get zeros ({num_missing:,} lookups{', and those hidden at random' if hides else ''})"
-        )
+    run = opened.run
     return {
         "run": str(opened.source.folder),
-        "checkpoint": opened.checkpoint.name,
+        "checkpoint": opened.saved.path.name,
         "samples": opened.test.storage.full(TEST),
         "stores": {name: record.model_dump() for name, record in run.stores.items()},
         "missing": run.config.data.missing,
         "bootstrap": {"resamples": resamples, "seed": seed, "level": LEVEL},
         "missing_lookups": num_missing,
-        "notes": notes,
+        "notes": [*opened.notes, *opened.saved.notes_on_missing(num_missing, hides)],
     }
 
 

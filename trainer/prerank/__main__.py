@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 Run = Annotated[Path, typer.Option(help="Folder of a run with model.base=two_tower.")]
 Index = Annotated[str, typer.Option(help="Folder or address of the index, from jobs/build_ad_index.py.")]
-Checkpoint = Annotated[str, typer.Option(help="latest, or the path of a checkpoint.")]
+Checkpoint = Annotated[
+    str | None, typer.Option(help="A step, or the path of a checkpoint.", show_default="the newest one")
+]
 Samples = Annotated[
-    str | None, typer.Option(help="Folder or address with test/*.parquet.", show_default="those of the run")
+    str | None,
+    typer.Option(help="Other samples: their test/ is taken.", show_default="those of the run, of its test days"),
 ]
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", no_args_is_help=True)
@@ -46,7 +49,7 @@ def evaluate_index(
         typer.Option(min=1, help="Lists that ivf looks at, candidates that hnsw keeps.", show_default="the index's"),
     ] = None,
     samples: Samples = None,
-    checkpoint: Checkpoint = "latest",
+    checkpoint: Checkpoint = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
 ) -> None:
     """GAUC of the run, recall of the index against exact search, and the time that a search takes."""
@@ -58,13 +61,14 @@ def evaluate_index(
         from trainer.prerank.vectors import origin_of
         from trainer.trained import open_trained
 
-        with contextlib.closing(open_trained(run, comm, which=checkpoint)) as trained:
+        with contextlib.closing(open_trained(run, comm, which=checkpoint, samples=samples)) as trained:
             ads = comm.on_all(lambda: AdIndex.open(index) if comm.rank == 0 else None)
             origin = comm.on_all(lambda: origin_of(trained))
             comm.on_all(lambda: ads.check_origin(origin) if ads else None)
-            metrics, users_KW = score(trained, samples or trained.config.data.samples)
+            scored = score(trained, samples)
             if ads:
-                report = report_of(trained, ads, metrics, search_figures(ads, users_KW, counts, queries, effort))
+                figures = search_figures(ads, scored.users_KW, counts, queries, effort)
+                report = report_of(trained, ads, scored, figures)
                 _show(report)
                 if out:
                     _write(out, report)
@@ -79,7 +83,7 @@ def search(
     index: Index = "data/ad-index",
     k: Annotated[int, typer.Option(min=1, help="Ads to find.")] = 10,
     samples: Samples = None,
-    checkpoint: Checkpoint = "latest",
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Find the ads that suit a user best, as the user was in their last test sample."""
 
@@ -87,16 +91,17 @@ def search(
         from trainer.prerank.artifact import AdIndex
         from trainer.prerank.evaluate import candidates
         from trainer.prerank.vectors import origin_of
-        from trainer.trained import open_trained
+        from trainer.trained import missing_lookups, open_trained
 
         if comm.size > 1:
             raise ConfigError("search is for one rank; start it without horovodrun")
-        with contextlib.closing(open_trained(run, comm, which=checkpoint)) as trained:
+        with contextlib.closing(open_trained(run, comm, which=checkpoint, samples=samples)) as trained:
             ads = AdIndex.open(index)
             ads.check_origin(origin_of(trained))
-            found = candidates(trained, ads, samples or trained.config.data.samples, user, k)
+            found = candidates(trained, ads, samples, user, k)
             rows = [(str(key), f"{value:.4f}") for key, value in found]
             _print_table([ads.state.origin.key_column, "inner product"], rows)
+            _print_notes(trained.notes_on_missing(missing_lookups(comm, trained.partitions)))
 
     raise typer.Exit(run_on_ranks(work))
 
@@ -127,6 +132,7 @@ def _show(report: Mapping[str, Any]) -> None:
         [f"search for {max(figures['recall'])}", index["kind"], "exact"],
         [(name.replace("_", " "), _figure(mine[name]), _figure(exact[name])) for name in names],
     )
+    _print_notes(report["notes"])
 
 
 def _figure(value: float | None) -> str:
@@ -145,6 +151,11 @@ def _print_table(names: list[str], rows: Sequence[tuple[str, ...]]) -> None:
     for row in rows:
         table.add_row(*row)
     Console(markup=False, highlight=False).print(table)
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}")
 
 
 def _write(path: Path, report: Mapping[str, Any]) -> None:

@@ -24,7 +24,8 @@ from trainer.prefetch import read_ahead
 from trainer.prerank.ads import key_column
 from trainer.prerank.artifact import AdIndex
 from trainer.prerank.vectors import finite, towers, user_vectors
-from trainer.trained import TrainedRun
+from trainer.run import test_reader
+from trainer.trained import TRAIN, TrainedRun, missing_lookups, open_test
 
 Vectors = NDArray[np.float32]
 # Scores of two structures differ in the last bits; what is nearer than this is as good.
@@ -53,23 +54,32 @@ class SearchFigures:
     exact: Timing
 
 
-def test_reader(trained: TrainedRun, samples: str) -> SampleReader:
-    """The test samples, one part of them for each rank. Raises DataError, SchemaError."""
-    comm = trained.comm
-    index, size = open_index(comm, samples, "test", trained.schema), trained.config.train.eval_batch_size
-    return SampleReader(index, trained.schema, rank=comm.rank, num_ranks=comm.size, batch_size=size, by_part=True)
+@dataclass(frozen=True)
+class Score:
+    """Metrics of a run on test impressions, the vectors of all test groups, (K, W), and what a reader should know."""
+
+    metrics: Metrics
+    users_KW: Vectors
+    notes: list[str]
 
 
-def score(trained: TrainedRun, samples: str) -> tuple[Metrics, Vectors]:
-    """Metrics of the run on test impressions, and the vectors of all test groups, (K, W), the same on every rank.
+def reader_of_tests(trained: TrainedRun, samples: str | None) -> SampleReader:
+    """The test impressions of `samples`, else of the run: this rank's part. Raises DataError, SchemaError."""
+    index = open_test(trained.comm, trained.config, trained.schema, samples)
+    return test_reader(trained.config, trained.comm, index, trained.schema)
 
-    Every rank calls it. Raises DataError, SchemaError, TrainerError.
+
+def score(trained: TrainedRun, samples: str | None) -> Score:
+    """The run on the test impressions of `samples`, else on its own; the same on every rank.
+
+    An ad is new where the run's training samples do not have it. Every rank calls it. Raises DataError, SchemaError,
+    TrainerError.
     """
-    comm, engine, model = trained.comm, trained.engine, towers(trained)
+    comm, engine, model, data = trained.comm, trained.engine, towers(trained), trained.config.data
     column, kept = key_column(trained.schema), [torch.empty(0, model.width)]
-    known_ads = distinct_values(
-        comm, open_index(comm, samples, "train", trained.schema), column, rules_of(trained.schema)[column]
-    )
+    reader = reader_of_tests(trained, samples)
+    train = open_index(comm, data.samples, TRAIN, trained.schema, data.train_days)
+    known_ads = distinct_values(comm, train, column, rules_of(trained.schema)[column])
 
     def network(fields: Any, dense: Any, group_of_sample_B: Tensor) -> Tensor:
         kept.append(model.user_vectors(fields, dense).cpu())
@@ -81,10 +91,11 @@ def score(trained: TrainedRun, samples: str) -> tuple[Metrics, Vectors]:
             prepared = engine.prepare(item, "eval")
             yield prepared.batch, engine.compute(prepared, network)
 
-    batches = test_reader(trained, samples).batches()
-    with contextlib.closing(read_ahead(batches, trained.config.data.prefetch_batches)) as ahead:
+    with contextlib.closing(read_ahead(reader.batches(), data.prefetch_batches)) as ahead:
         metrics = evaluate(comm, predicted(ahead), known_ads, trained.schema.new_ad_field)
-    return metrics, finite(comm.allgather(torch.cat(kept).float(), "user_vectors").numpy())
+    users_KW = finite(comm.allgather(torch.cat(kept).float(), "user_vectors").numpy())
+    notes = trained.notes_on_missing(missing_lookups(comm, trained.partitions))
+    return Score(metrics, users_KW, [*trained.notes_on_samples(train), *notes])
 
 
 def search_figures(
@@ -117,7 +128,7 @@ def search_figures(
     )
 
 
-def report_of(trained: TrainedRun, ads: AdIndex, metrics: Metrics, figures: SearchFigures) -> dict[str, Any]:
+def report_of(trained: TrainedRun, ads: AdIndex, scored: Score, figures: SearchFigures) -> dict[str, Any]:
     """Everything, ready for JSON."""
     state = ads.state
     return {
@@ -131,22 +142,26 @@ def report_of(trained: TrainedRun, ads: AdIndex, metrics: Metrics, figures: Sear
             "ads": state.num_ads,
             "replaced": state.num_replaced,
         },
-        "metrics": metrics,
+        "metrics": scored.metrics,
         "search": asdict(figures),
+        "notes": scored.notes,
     }
 
 
-def candidates(trained: TrainedRun, ads: AdIndex, samples: str, user: int, count: int) -> list[tuple[int, float]]:
+def candidates(
+    trained: TrainedRun, ads: AdIndex, samples: str | None, user: int, count: int
+) -> list[tuple[int, float]]:
     """Keys and inner products of the ads that suit a user best, as the user was in their last test group.
 
     For one rank. Raises DataError where no test sample is of that user.
     """
     last: Batch | None = None
-    for batch in test_reader(trained, samples).batches():
+    for batch in reader_of_tests(trained, samples).batches():
         if (batch.group_id_B == user).any():
             last = batch
     if last is None:
-        raise DataError(f"user {user} has no sample in {samples}/test; choose one that has, or other --samples")
+        where = samples or trained.config.data.samples
+        raise DataError(f"user {user} has no test sample in {where}; choose one that has, or other --samples")
     _, vectors_GW = next(user_vectors(trained, iter([last])))
     group = last.group_of_sample_B[last.group_id_B == user][-1]
     keys_1C, score_1C = ads.index.search(vectors_GW[group : group + 1], count)

@@ -44,8 +44,7 @@ def ad_vectors(
 ) -> Vectors:
     """The vectors of all ads, (N, W) float32; for a run opened by one rank.
 
-    `progress` is told ads done and all of them. Raises MissingKeysError for an image without a feature where the run
-    was trained with data.missing=error, TrainerError where a vector is not finite.
+    `progress` is told ads done and all of them. Raises TrainerError where a vector is not finite.
     """
     model = towers(trained)
 
