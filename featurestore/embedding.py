@@ -224,7 +224,7 @@ class EmbeddingService(nn.Module):
         buffer = self._take_buffer(len(keys_Q))
         lookup = self.partition.lookup(keys_Q, out=buffer[: len(keys_Q)])
         missing_Q = torch.from_numpy(lookup.missing_U) if lookup.missing_U.any() else None
-        return Gathered(_as_tensor(buffer[: len(keys_Q)]), missing_Q, buffer)
+        return Gathered(as_tensor(buffer[: len(keys_Q)]), missing_Q, buffer)
 
     def embed(self, name: str, gathered: Gathered) -> Tensor:
         """Visual vectors (Q, V) by the network `name`, with autograd attached."""
@@ -264,7 +264,7 @@ class EmbeddingService(nn.Module):
         return memory
 
 
-def _as_tensor(features: NDArray[np.generic]) -> Tensor:
+def as_tensor(features: NDArray[np.generic]) -> Tensor:
     """The same memory as a tensor; 16 unsigned bits are a bfloat16."""
     tensor = torch.from_numpy(features)
     return tensor.view(torch.bfloat16) if features.dtype == np.uint16 else tensor

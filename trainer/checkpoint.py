@@ -224,6 +224,15 @@ def load(comm: Comm, path: Path, state: CheckpointState, trained: Loadable) -> N
         trained.load_shard_state(_read_named(rows, set(trained.shard_names())))
 
 
+def read_dense(path: Path, state: CheckpointState, names: Iterable[str]) -> dict[str, Tensor]:
+    """Those tensors of what every rank holds; the rows of IDs are not read. Raises CheckpointError."""
+    try:
+        _verify(path / DENSE, state.files[DENSE])
+        return _read_named([path / DENSE], set(names))
+    except (OSError, SafetensorError) as failure:
+        raise CheckpointError(f"cannot read {path}: {failure}") from failure
+
+
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Names, with dots between the levels, and values of nested mappings."""
     for name, value in values.items():

@@ -281,28 +281,34 @@ def table_shapes(fields: tuple[Field, ...], config: ModelConfig) -> list[TableSh
     return list(shapes.values())
 
 
+def networks_of(fields: tuple[Field, ...], config: ModelConfig) -> dict[str, dict[str, int]]:
+    """The names of every store's E, and how wide its visual vectors are."""
+    widths_of_store: dict[str, dict[str, int]] = {}
+    for field in fields:
+        if field.kind == "content":
+            widths = widths_of_store.setdefault(field.store_name, {})
+            widths[model_name(field, config)] = width_of(field, config)
+    return widths_of_store
+
+
+def image_model(dim: int, width: int, config: ModelConfig) -> EmbeddingModel:
+    """An E for features of `dim` numbers, untrained."""
+    assert config.compute_dtype != "auto"  # settled when the engine began
+    return EmbeddingModel(dim, config.embed_hidden, width, config.compute_dtype)
+
+
 def _services(
     fields: tuple[Field, ...],
     partitions: Mapping[str, FeaturePartition],
     config: ModelConfig,
     missing: MissingPolicy,
 ) -> dict[str, EmbeddingService]:
-    widths_of_store: dict[str, dict[str, int]] = {}
-    for field in fields:
-        if field.kind == "content":
-            widths = widths_of_store.setdefault(field.store_name, {})
-            widths[model_name(field, config)] = width_of(field, config)
-    assert config.compute_dtype != "auto"  # settled when the engine began
     services: dict[str, EmbeddingService] = {}
-    for store, widths in widths_of_store.items():
+    for store, widths in networks_of(fields, config).items():
         if store not in partitions:
             raise ConfigError(
                 f"the schema's content fields need store {store}; open are {sorted(partitions) or 'none'}"
             )
-        dim = partitions[store].dim
-        models = {
-            name: EmbeddingModel(dim, config.embed_hidden, width, config.compute_dtype)
-            for name, width in widths.items()
-        }
+        models = {name: image_model(partitions[store].dim, width, config) for name, width in widths.items()}
         services[store] = EmbeddingService(partitions[store], models, missing)
     return services

@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from featurestore.partition import FeaturePartition, MissingPolicy
 from featurestore.spec import StoreInfo
@@ -24,13 +26,15 @@ from trainer.comm import Comm
 from trainer.config import Config, load_config
 from trainer.data import SampleIndex, open_index
 from trainer.days import sample_files
-from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.errors import CheckpointError, ConfigError, DataError, TrainerError
 from trainer.run import engine_of, model_of, share_machine
 from trainer.schema import Schema, load_schema
 from trainer.step import Engine
 from trainer.stores import StorePlace, kind_of_features, open_partition, store_places
 
+Vectors = NDArray[np.float32]
 TRAIN, TEST = "train", "test"
+RUNS = Path("data/runs")
 
 
 @dataclass
@@ -135,6 +139,17 @@ def read_run(folder: Path, which: str | None = None, samples: str | None = None)
     return SavedRun(folder, looking, path, checkpoint.read_state(path), config.data.missing)
 
 
+def newest_run(folder: Path = RUNS) -> Path:
+    """The run in `folder`, or in a folder of it (those of trainer.daily), that wrote the last checkpoint. Raises
+    ConfigError where there is none."""
+    states = list(folder.glob("**/checkpoints/step-*/state.json"))
+    if not states:
+        raise ConfigError(
+            f"{folder} has no run with a checkpoint; train one: python -m trainer.main, or name it by --run"
+        )
+    return max(states, key=lambda state: state.stat().st_mtime_ns).parents[2]
+
+
 def find_checkpoint(folder: Path, name: str | None = None) -> Path:
     """The newest checkpoint of a run, or the one that `name` says: latest, a step, a folder step-N, a path to one."""
     checkpoints = folder / "checkpoints"
@@ -196,6 +211,13 @@ def missing_lookups(comm: Comm, partitions: Mapping[str, FeaturePartition]) -> i
     """Lookups since the opening of images without a feature, hidden ones too, of all ranks; every rank calls it."""
     own = torch.tensor([sum(partition.missing_count for partition in partitions.values())])
     return int(comm.allreduce_sum_(own, "missing_lookups"))
+
+
+def finite(vectors_NW: Vectors) -> Vectors:
+    """The same vectors. Raises TrainerError where one is not finite: an index of such numbers would lie."""
+    if not np.isfinite(vectors_NW).all():
+        raise TrainerError("the run's vectors are not finite numbers; its training went wrong, try a lower train.lr")
+    return vectors_NW
 
 
 def newest_version(url: str, asked: int | None = None) -> int:

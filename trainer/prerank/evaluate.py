@@ -23,9 +23,9 @@ from trainer.evaluation.quick import Metrics, evaluate
 from trainer.prefetch import read_ahead
 from trainer.prerank.ads import key_column
 from trainer.prerank.artifact import AdIndex
-from trainer.prerank.vectors import finite, towers, user_vectors
+from trainer.prerank.vectors import towers, user_vectors
 from trainer.run import test_reader
-from trainer.trained import TRAIN, TrainedRun, missing_lookups, open_test
+from trainer.trained import TRAIN, TrainedRun, finite, missing_lookups, open_test
 
 Vectors = NDArray[np.float32]
 # Scores of two structures differ in the last bits; what is nearer than this is as good.

@@ -7,12 +7,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.batch import Batch
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import ConfigError
 from trainer.exchange import FieldVectors
 from trainer.models.two_tower import TwoTower
 from trainer.prerank.ads import Ads, key_column
 from trainer.prerank.artifact import IndexOrigin
-from trainer.trained import TrainedRun
+from trainer.trained import TrainedRun, finite
 
 Vectors = NDArray[np.float32]
 
@@ -67,10 +67,3 @@ def user_vectors(trained: TrainedRun, batches: Iterator[Batch]) -> Iterator[tupl
 
     for batch in batches:
         yield batch, finite(trained.engine.compute(trained.engine.prepare(batch, "eval"), network).astype(np.float32))
-
-
-def finite(vectors_NW: Vectors) -> Vectors:
-    """The same vectors. Raises TrainerError where one is not finite: an index of such numbers would lie."""
-    if not np.isfinite(vectors_NW).all():
-        raise TrainerError("the run's vectors are not finite numbers; its training went wrong, try a lower train.lr")
-    return vectors_NW

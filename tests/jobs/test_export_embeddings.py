@@ -1,0 +1,267 @@
+"""The export as a person types it: E's own numbers of every image, files that are whole or absent, and mistakes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from featurestore import FeatureRows, FeatureStore
+from featurestore.upkeep.recode import recode
+from jobs import build_semantic_ids
+from jobs.export_embeddings import app
+from tests.trainer.conftest import Places, make_places
+from trainer import export
+from trainer.checkpoint import DENSE
+from trainer.comm import SoloComm
+from trainer.config import load_config
+from trainer.main import train
+from trainer.trained import find_checkpoint, open_trained
+
+NEW = 1_077
+
+
+def train_run(places: Places, name: str, **changes: Any) -> Path:
+    own = {"run__name": name, "train__max_steps": 2, "data__missing": "zeros", **changes}
+    config = load_config(settings=places.settings(**own))
+    train(config, SoloComm())
+    return Path(config.run.dir) / name
+
+
+def job(*options: object) -> Result:
+    return CliRunner().invoke(app, [str(each) for each in options])
+
+
+def done(*options: object) -> str:
+    result = job(*options)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def failed(*options: object, code: int = 1) -> str:
+    result = job(*options)
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit)
+    return " ".join(result.stderr.replace("│", " ").split())
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """A run, and a store of four shards that has changed since: an image more, two gone, one with another feature."""
+    places = make_places(tmp_path_factory.mktemp("places"))
+    train_run(places, "both")
+    train_run(places, "none", model__images="none")
+    train_run(places, "two", model__shared_image_model="false")
+    store = FeatureStore.open(places.folder / "features")
+    store.delete([1_001, 1_045])
+    features_ND = np.random.default_rng(9).normal(size=(2, 16)).astype(np.float32)
+    store.put(FeatureRows.of(["item/3", "new"], features_ND, keys=np.array([1_003, NEW])))
+    return places
+
+
+@pytest.fixture
+def run(places: Places) -> Path:
+    return places.folder / "runs" / "both"
+
+
+def expected(run: Path, places: Places, network: str = "shared", **options: Any) -> dict[int, list[float]]:
+    """What the service of a rank, with the whole run opened, makes of every key."""
+    trained = open_trained(run, SoloComm(), **options)
+    service = trained.engine.services["images"]
+    keys = FeatureStore.open(places.folder / "features").snapshot(trained.store_version).keys()
+    with torch.no_grad():
+        visual_QV = service.embed(network, service.gather(keys)).numpy()
+    trained.close()
+    return dict(zip(keys.tolist(), visual_QV.tolist(), strict=True))
+
+
+def read(path: Path) -> dict[int, list[float]]:
+    rows = pq.read_table(path).to_pylist()
+    found = {row["key"]: row["vector"] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def assert_same(found: dict[int, list[float]], wanted: dict[int, list[float]]) -> None:
+    assert found.keys() == wanted.keys()
+    for key, vector in wanted.items():
+        np.testing.assert_allclose(found[key], vector, rtol=1e-5, atol=1e-7)
+
+
+def test_every_image_gets_what_e_makes_of_it(run: Path, places: Places, tmp_path: Path) -> None:
+    out = tmp_path / "visual.parquet"
+    text = done("--run", run, "--out", out)
+    found, wanted = read(out), expected(run, places)
+    assert_same(found, wanted)
+    assert set(found) == set(range(1_000, 1_050)) - {1_001, 1_045} | {NEW}
+    assert len({tuple(vector) for vector in found.values()}) == 49
+    uris = {row["key"]: row["uri"] for row in pq.read_table(out).to_pylist()}
+    assert (uris[1_000], uris[1_003], uris[NEW]) == ("item/0", "item/3", "new")
+    assert "images       49, 12 numbers each" in text
+    assert f"features     snapshot 3 of {places.folder / 'features'}" in text
+
+
+def test_the_file_says_of_what_it_is(run: Path, places: Places, tmp_path: Path) -> None:
+    out = tmp_path / "visual.parquet"
+    done("--run", run, "--out", out)
+    file = pq.ParquetFile(out)
+    assert str(file.schema_arrow.field("vector").type) == "fixed_size_list<element: float>[12]"
+    about = json.loads(file.schema_arrow.metadata[b"visual_vectors"])
+    trained = open_trained(run, SoloComm())
+    trained.close()
+    assert about == {
+        "run": str(run),
+        "checkpoint": "step-00000002",
+        "checkpoint_digest": trained.digest,
+        "network": "images:shared",
+        "dim": 12,
+        "store": str(places.folder / "features"),
+        "snapshot": 3,
+        "commit_id": FeatureStore.open(places.folder / "features").snapshot().manifest.commit_id,
+    }
+
+
+def test_another_snapshot_and_another_e(run: Path, places: Places, tmp_path: Path) -> None:
+    done("--run", run, "--store-version", 1, "--out", tmp_path / "a.parquet")
+    assert_same(read(tmp_path / "a.parquet"), expected(run, places, store_version=1))
+    two = places.folder / "runs" / "two"
+    names = ("ad_image", "images:behavior_image")
+    for name in names:
+        done("--run", two, "--network", name, "--out", tmp_path / f"{name}.parquet")
+        assert_same(read(tmp_path / f"{name}.parquet"), expected(two, places, name.removeprefix("images:")))
+    assert read(tmp_path / f"{names[0]}.parquet") != read(tmp_path / f"{names[1]}.parquet")
+
+
+def test_codes_of_an_int8_store_are_decoded(places: Places, tmp_path: Path) -> None:
+    recode(FeatureStore.open(places.folder / "features"), tmp_path / "features", "int8")
+    run = train_run(Places(tmp_path), "int8", data__samples=places.folder / "samples")
+    done("--run", run, "--out", tmp_path / "v.parquet")
+    assert_same(read(tmp_path / "v.parquet"), expected(run, Places(tmp_path)))
+
+
+def test_npy_has_its_keys_beside_it(run: Path, places: Places, tmp_path: Path) -> None:
+    text = done("--run", run, "--out", tmp_path / "v.npy")
+    assert f"--vectors {tmp_path / 'v.npy'} --keys {tmp_path / 'v.keys.npy'}" in text
+    vectors_ND, keys_N = np.load(tmp_path / "v.npy"), np.load(tmp_path / "v.keys.npy")
+    assert (vectors_ND.dtype, vectors_ND.shape, keys_N.dtype) == (np.float32, (49, 12), np.int64)
+    assert_same(dict(zip(keys_N.tolist(), vectors_ND.tolist(), strict=True)), expected(run, places))
+    assert json.loads((tmp_path / "v.npy.json").read_text())["snapshot"] == 3
+
+
+def test_e_takes_many_blocks_at_once_and_not_all(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shard gives a block at least."""
+    monkeypatch.setattr(export, "_BATCH_ROWS", 25)
+    done("--run", run, "--out", tmp_path / "v.parquet")
+    metadata = pq.read_metadata(tmp_path / "v.parquet")
+    counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    assert (sum(counts), len(counts)) == (49, 2)
+    assert counts[0] >= 25
+
+
+@pytest.mark.parametrize("name", ["v.parquet", "v.npy"])
+def test_a_failure_leaves_what_was_there(name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done("--run", run, "--out", tmp_path / name, "--store-version", 1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    tables = export.ImageNetwork.tables
+
+    def broken(network: export.ImageNetwork) -> Any:
+        yield next(tables(network))
+        raise export.DataError("it broke")
+
+    monkeypatch.setattr(export.ImageNetwork, "tables", broken)
+    assert "error: it broke" in failed("--run", run, "--out", tmp_path / name)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_no_matrix_stands_beside_the_keys_of_another(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop between the two files."""
+    done("--run", run, "--out", tmp_path / "v.npy", "--store-version", 1)
+    replace = Path.replace
+
+    def stopped(path: Path, target: Path) -> Path:
+        if target.name == "v.npy":
+            raise OSError("stopped")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", stopped)
+    assert "stopped" in failed("--run", run, "--out", tmp_path / "v.npy")
+    assert len(np.load(tmp_path / "v.keys.npy")) == 49
+    assert not (tmp_path / "v.npy").exists()
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "npy"])
+def test_semantic_ids_are_made_of_it(suffix: str, run: Path, places: Places, tmp_path: Path) -> None:
+    out = tmp_path / f"v.{suffix}"
+    done("--run", run, "--out", out)
+    options = ["--vectors", out, "--samples", places.folder / "samples", "--out", tmp_path / "sid", "--codes", 4]
+    keys = ["--keys", tmp_path / "v.keys.npy"] if suffix == "npy" else []
+    result = CliRunner().invoke(build_semantic_ids.app, [str(each) for each in [*options, *keys]])
+    assert result.exit_code == 0, result.output
+    codes = [row for path in (tmp_path / "sid" / "codes").iterdir() for row in pq.read_table(path).to_pylist()]
+    assert {row["key"] for row in codes} == set(expected(run, places))
+    row = pq.read_table(tmp_path / "sid" / "train", partitioning=None).to_pylist()[0]
+    of_key = {each["key"]: each["sid0"] for each in codes}
+    assert row["ad_image_sid0"] == [of_key.get(key, -1) for key in row["ad_image"]]
+
+
+def test_without_a_run_it_is_the_newest_one(places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "data/runs has no run with a checkpoint; train one" in failed()
+    for folder, name in (("data/runs/daily", "2026-01-02"), ("data/runs", "older"), ("data/runs", "newer")):
+        run = train_run(places, name, train__max_steps=1, run__dir=folder)
+    assert "run          data/runs/newer, step-00000001" in done()
+    assert_same(read(tmp_path / "data" / "visual.parquet"), expected(run, places))
+    train_run(places, "2026-01-03", train__max_steps=1, run__dir="data/runs/daily")
+    assert "run          data/runs/daily/2026-01-03, step-00000001" in done()
+
+
+class TestMistakes:
+    def test_runs(self, places: Places, run: Path, tmp_path: Path) -> None:
+        out = tmp_path / "v.parquet"
+        assert "is not a run's folder" in failed("--run", tmp_path, "--out", out)
+        assert "; it holds the runs " in failed("--run", run.parent, "--out", out)
+        none = places.folder / "runs" / "none"
+        assert "has model.images=none: it has no E for images" in failed("--run", none, "--out", out)
+        assert "has step-00000002, and a path" in failed("--run", run, "--checkpoint", 7, "--out", out)
+        assert not out.exists()
+
+    def test_networks(self, places: Places, run: Path, tmp_path: Path) -> None:
+        two = ["--run", places.folder / "runs" / "two", "--out", tmp_path / "v.parquet"]
+        has = "has the networks images:behavior_image, images:ad_image"
+        assert f"{has}; choose one by --network" in failed(*two)
+        assert f"{has}, and --network images names 2 of them" in failed(*two, "--network", "images")
+        assert "--network text names 0 of them" in failed("--run", run, "--network", "text", "--out", two[-1])
+
+    def test_places(self, run: Path, tmp_path: Path) -> None:
+        assert "has to end with .parquet or .npy" in failed("--run", run, "--out", tmp_path / "v.csv", code=2)
+        (tmp_path / "v").touch()
+        assert "cannot write" in failed("--run", run, "--out", tmp_path / "v" / "v.parquet")
+        assert "no snapshot 9" in failed("--run", run, "--store-version", 9, "--out", tmp_path / "v.parquet")
+
+    def test_damage(self, places: Places, tmp_path: Path) -> None:
+        run = train_run(places, "damaged", train__max_steps=1)
+        file = find_checkpoint(run) / DENSE
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        assert "dense.safetensors is damaged" in failed("--run", run, "--out", tmp_path / "v.parquet")
+
+    def test_features_of_another_kind(self, tmp_path: Path) -> None:
+        places = make_places(tmp_path)
+        run = train_run(places, "a", train__max_steps=1)
+        store = FeatureStore.open(tmp_path / "features")
+        (tmp_path / "features").rename(tmp_path / "old")
+        info = store.info.model_copy(update={"dim": 8, "store_id": ""})
+        FeatureStore.create(tmp_path / "features", info)
+        assert "features of another kind" in failed("--run", run, "--out", tmp_path / "v.parquet")
+
+    def test_help(self) -> None:
+        said = done("--help")
+        assert "python jobs/export_embeddings.py --run data/runs/both --out visual.parquet" in said
+        assert "Exit codes: 0 done, 1 failed, 2 wrong options." in said
