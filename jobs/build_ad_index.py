@@ -15,11 +15,12 @@ from trainer.errors import TrainerError
 from trainer.prerank.ads import Ads, ads_of_samples, ads_of_table
 from trainer.prerank.artifact import Added, AdIndex
 from trainer.prerank.vectors import ad_vectors, origin_of, towers
-from trainer.trained import TrainedRun, missing_lookups, open_trained
+from trainer.trained import TrainedRun, missing_lookups, newest_run, open_trained
 
 EXAMPLES = """Examples:
 
 \b
+python jobs/build_ad_index.py
 python jobs/build_ad_index.py --run data/runs/towers
 python jobs/build_ad_index.py --run data/runs/towers --ads ads.parquet --index hnsw --out s3://shop/ad-index
 python jobs/build_ad_index.py --run data/runs/towers --ads new-ads.parquet --add
@@ -30,7 +31,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 @app.command(epilog=EXAMPLES)
 def main(
-    run: Annotated[Path, typer.Option(help="Folder of a run with model.base=two_tower.")],
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a run with model.base=two_tower.", show_default="the newest in data/runs"),
+    ] = None,
     ads: Annotated[
         str | None, typer.Option(help="A .parquet file, or a folder of them, with the ad's columns, one row an ad.")
     ] = None,
@@ -66,7 +70,7 @@ def main(
     start = time.monotonic()
     try:
         with contextlib.closing(
-            open_trained(run, SoloComm(), which=checkpoint, store_version=store_version)
+            open_trained(run or newest_run(), SoloComm(), which=checkpoint, store_version=store_version)
         ) as trained:
             known = AdIndex.open(out) if add else None
             origin = origin_of(trained)

@@ -21,25 +21,32 @@ from trainer.schema.text import SCHEMA_FILE, SETTINGS_FILE, schema_text, setting
 EXAMPLES = """Examples:
 
 \b
+python jobs/build_semantic_ids.py
 python jobs/build_semantic_ids.py --store data/features --samples data/samples --out data/samples-sid
-python jobs/build_semantic_ids.py --vectors visual.parquet --samples data/samples --out data/samples-sid --levels 2
-python jobs/build_semantic_ids.py --store data/features --codebook data/sid/codebook.safetensors --out data/sid-tuesday
+python jobs/build_semantic_ids.py --vectors data/visual.parquet --levels 2
+python jobs/build_semantic_ids.py --codebook data/sid/codebook.safetensors --out data/sid-tuesday --no-samples
 """
+
+STORE, SAMPLES = "data/features", "data/samples"
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
 def main(
-    out: Annotated[Path, typer.Option(help="Folder to write: codebook, codes, samples, schema, settings; replaced.")],
-    store: Annotated[str | None, typer.Option(help="Feature store whose images get codes.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder to write: codebook, codes, samples, schema, settings; replaced.")
+    ] = Path("data/samples-sid"),
+    store: Annotated[str | None, typer.Option(help="Feature store whose images get codes.", show_default=STORE)] = None,
     vectors: Annotated[
-        str | None, typer.Option(help="In place of --store: Parquet or .npy of vectors that a run exported, with keys.")
+        str | None, typer.Option(help="In place of --store: what jobs/export_embeddings.py made, or any with keys.")
     ] = None,
     keys: Annotated[str | None, typer.Option(help="Keys of a .npy: .npy of int64, or a text file of ids.")] = None,
     samples: Annotated[
-        str | None, typer.Option(help="Sample groups that get the codes as columns.", show_default="codes alone")
+        str | None,
+        typer.Option(help="Sample groups that get the codes as columns.", show_default=f"{SAMPLES} where it is there"),
     ] = None,
+    no_samples: Annotated[bool, typer.Option("--no-samples", help="Codes alone.")] = False,
     schema: Annotated[
         Path | None, typer.Option(help="Of the samples.", show_default="SAMPLES/schema.yaml, else the packaged one")
     ] = None,
@@ -60,6 +67,12 @@ def main(
     An image column gets the code of each level (_sid0, _sid1 …) and the first two, three … codes as one id
     (_sid_prefix2 …). An image without a vector gets -1. OUT/summary.json has usage, entropy, collisions, error.
     """
+    if store and vectors:
+        raise typer.BadParameter("give one of --store and --vectors", param_hint="--store")
+    if samples and no_samples:
+        raise typer.BadParameter("give one of --samples and --no-samples", param_hint="--samples")
+    if not samples and not no_samples and Path(SAMPLES).is_dir():
+        samples = SAMPLES
     options = SemanticOptions(out, samples, levels, codes, sample_rows, seed, standardize, codebook)
     try:
         found = load_schema(schema or _schema_beside(samples)) if samples else None
@@ -130,11 +143,9 @@ def describe(summary: dict[str, Any], out: Path) -> str:
 
 
 def _open(store: str | None, vectors: str | None, keys: str | None) -> Vectors:
-    if (store is None) == (vectors is None):
-        raise typer.BadParameter("give one of --store and --vectors", param_hint="--store")
     if vectors is not None:
         return open_file(vectors, keys)
-    return StoreVectors(FeatureStore.open(str(store)).snapshot())
+    return StoreVectors(FeatureStore.open(store or STORE).snapshot())
 
 
 def _image_columns(schema: Schema, store_name: str) -> list[str]:

@@ -16,6 +16,7 @@ from pipeline.imports.source import Source
 EXAMPLES = """Examples:
 
 \b
+python jobs/import_features.py --from images.npy --keys ids.txt --source "our image encoder, v3"
 python jobs/import_features.py --from text.parquet --store data/features-text --name text --source "e5-base, titles"
 python jobs/import_features.py --from video.npy --keys video-ids.txt --store s3://shop/features-video --name video
 dask-submit -n 4 jobs/import_features.py --from xdl-images --store data/features --dim 4096
@@ -42,7 +43,9 @@ def main(
             help="A .parquet file or a folder of them, a .npy matrix, or a folder of XDL's data.0, data.1 …",
         ),
     ],
-    store: Annotated[str, typer.Option(help="Folder or address of the feature store; made when it is new.")],
+    store: Annotated[str, typer.Option(help="Folder or address of the feature store; made when it is new.")] = (
+        "data/features"
+    ),
     name: Annotated[str | None, typer.Option(help="Of the feature, in a new store.", show_default="feature")] = None,
     origin: Annotated[
         str | None, typer.Option("--source", help="What made the vectors, in words; another one is refused later.")

@@ -179,6 +179,21 @@ def test_wrong_tables(changes: dict[str, object], message: str, folder: Path, ou
     assert not Path(out).exists()
 
 
+def test_without_a_run_it_is_the_newest_one(
+    folder: Path, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = str(ads_table([1, 2], tmp_path / "ads.parquet"))
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["--ads", table])
+    assert (result.exit_code, "data/runs has no run with a checkpoint" in result.stderr) == (1, True)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "runs").symlink_to(folder / "runs")
+    result = CliRunner().invoke(app, ["--ads", table])
+    assert result.exit_code == 0, result.stderr
+    assert "run          data/runs/" in result.stdout
+    assert set(by_key("data/ad-index")) == {1, 2}
+
+
 def test_a_table_without_rows_and_one_that_is_not_there(folder: Path, out: str, tmp_path: Path) -> None:
     for table in (ads_table([], tmp_path / "ads.parquet"), tmp_path / "none.parquet", tmp_path / "nowhere"):
         result = job(folder, "--out", out, "--ads", table)

@@ -40,8 +40,9 @@ def lists(values):
 
 
 @pytest.fixture
-def place(tmp_path):
-    """A store of keys 100 to 159, and samples in which image 7 is unknown."""
+def place(tmp_path, monkeypatch):
+    """A store of keys 100 to 159, and samples in which image 7 is unknown, in a folder without data/."""
+    monkeypatch.chdir(tmp_path)
     spec = dict.fromkeys(ExtractorSpec.model_fields, "drawn")
     info = StoreInfo(num_shards=4, dim=DIM, dtype="float32", extractor=ExtractorSpec.model_validate(spec))
     store = FeatureStore.create(tmp_path / "store", info)
@@ -213,6 +214,24 @@ def test_fewer_vectors_than_dimensions(place):
     assert 1 > errors[0] > errors[1] > errors[2] > 0
 
 
+def test_without_arguments_it_takes_the_default_places(place):
+    def job(*options, code=0):
+        result = CliRunner().invoke(app, ["--codes", "4", *options])
+        assert result.exit_code == code, result.output
+        return " ".join(result.output.split())
+
+    assert "data/features: store.json is not there" in job(code=1)
+    (place / "data").mkdir()
+    (place / "store").rename(place / "data/features")
+    assert "folder data/samples-sid" in job()
+    assert not (place / "data/samples-sid/train").exists()
+    (place / "samples").rename(place / "data/samples")
+    assert "samples 50 groups" in job()
+    assert len(read(place / "data/samples-sid")) == 40
+    job("--no-samples", "--out", "data/sid")
+    assert not (place / "data/sid/train").exists()
+
+
 def test_a_failed_run_leaves_what_was_there(place):
     run(place, *with_samples(place))
     before = digests(place / "sid")
@@ -234,7 +253,8 @@ def test_mistakes_are_one_message(place):
     assert "no train/*.parquet" in run(place, *store, "--samples", place / "store", code=1)
     assert "its stores: images" in run(place, *with_samples(place), "--store-name", "text", code=1)
     assert "--keys names its keys" in run(place, "--vectors", "v.npy", code=1)
-    assert "give one of --store and --vectors" in run(place, code=2)
+    assert "give one of --store and --vectors" in run(place, *store, "--vectors", "v.npy", code=2)
+    assert "give one of --samples and --no-samples" in run(place, *with_samples(place), "--no-samples", code=2)
     run(place, *store)
     np.save(place / "v.npy", draw_features()[:, :5])
     np.save(place / "k.npy", np.arange(60) // 2)

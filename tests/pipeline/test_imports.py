@@ -366,6 +366,15 @@ def test_mistakes_are_one_message(job, tmp_path, vectors_ND):
     assert "python jobs/import_features.py --from text.parquet" in help_text
 
 
+def test_without_a_store_it_is_the_default_place(job, tmp_path, monkeypatch, vectors_ND):
+    """The fixture's patch of the cluster is what is needed of `job`."""
+    monkeypatch.chdir(tmp_path)
+    pq.write_table(pa.table({"key": range(40), "feature": vectors_ND.tolist()}), "a.parquet")
+    result = CliRunner().invoke(import_features.app, ["--from", "a.parquet", "--dtype", "float32"])
+    assert result.exit_code == 0, result.output
+    np.testing.assert_array_equal(stored("data/features", range(40)), vectors_ND)
+
+
 def test_from_s3_into_s3(job, tmp_path, vectors_ND, s3_url):
     write_xdl(tmp_path / "xdl", range(40), vectors_ND)
     for path in (tmp_path / "xdl").iterdir():
