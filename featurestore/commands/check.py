@@ -47,5 +47,5 @@ def repair(url: Url, dry_run: DryRun = False) -> None:
     if not report.actions and not report.left:
         sys.stdout.write("nothing to repair\n")
     elif report.version is not None:
-        sys.stdout.write(f"committed snapshot {report.version}; {report.num_quarantined:,} images in the quarantine\n")
+        sys.stdout.write(f"committed snapshot {report.version}; {report.num_quarantined:,} images put in quarantine\n")
     raise typer.Exit(1 if report.left else 0)

@@ -1,4 +1,4 @@
-"""info and get: what a store holds."""
+"""info, get and quarantine: what a store holds, and what it could not take."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from featurestore.commands.common import At, Url, Version, chosen_snapshot, user_errors
+from featurestore.commands.common import At, Url, Version, chosen_snapshot, print_table, user_errors
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import keys_of_uris
 from featurestore.log import utc_text
@@ -68,6 +68,18 @@ def get(
             return
     for key, row_D in zip(wanted_U, values_UD, strict=True):
         sys.stdout.write(f"{key}: {' '.join(f'{value:.6g}' for value in row_D)}\n")
+
+
+@app.command(epilog="Example: `python -m featurestore quarantine data/features`")
+def quarantine(url: Url) -> None:
+    """List the images that could not be read or decoded, with the reason of each; a refresh tries them again."""
+    with user_errors():
+        rows = sorted(FeatureStore.open(url).quarantine_rows(), key=lambda row: row.uri)
+    print_table(
+        ["key", "uri", "since", "reason"],
+        [(str(row.key), row.uri, utc_text(row.time_s), row.reason) for row in rows],
+        numbers=["key"],
+    )
 
 
 def _write_npy(path: Path, values_UD: "np.ndarray[tuple[int, ...], np.dtype[np.float32]]") -> None:

@@ -32,6 +32,15 @@ def test_info_shows_what_a_store_holds(filled: FeatureStore) -> None:
     assert "extractor backbone       vgg16\n" in result.output
 
 
+def test_quarantine_lists_uris_and_reasons(filled: FeatureStore) -> None:
+    filled.add_quarantine([QuarantineRow(-2, "a/empty.jpg", "0 bytes: no image", 86400.0)])
+    result = run("quarantine", filled.url)
+    assert result.exit_code == 0, result.output
+    _, first, second = (line.rstrip().split(maxsplit=2) for line in result.output.splitlines())
+    assert first[:2] == ["-2", "a/empty.jpg"] and first[2].startswith("1970-01-02")
+    assert first[2].endswith("0 bytes: no image") and second[1] == "bad.jpg" and second[2].endswith("truncated")
+
+
 def test_get_prints_or_writes_float32(filled: FeatureStore, make_rows, tmp_path: Path) -> None:
     rows = make_rows(40, filled.info)
     negative = int(rows.keys_N[rows.keys_N < 0][0])
