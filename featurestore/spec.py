@@ -118,10 +118,7 @@ class StoreInfo(_Frozen):
         differing = [name for name in mine if mine[name] != theirs[name]]
         if differing:
             fields = "; ".join(f"{name} is {theirs[name]!r} instead of {mine[name]!r}" for name in differing)
-            raise SpecMismatchError(
-                f"{where}: {fields}. Features of different kinds do not mix: use another store, or remove that one"
-                " where nothing was committed to it."
-            )
+            raise SpecMismatchError(f"{where}: {fields}. Features of different kinds do not mix: use another store.")
 
 
 class FileEntry(_Frozen):

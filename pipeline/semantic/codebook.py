@@ -77,8 +77,7 @@ def fit(
     and a few large dimensions would take all codes. Raises SampleError where there are fewer rows than codes."""
     if len(sample_ND) < num_codes:
         raise SampleError(
-            f"{len(sample_ND):,} vectors are too few for {num_codes} codes a level; give more, or fewer --codes:"
-            f" {max(2, 1 << (len(sample_ND).bit_length() - 2))}, say"
+            f"{len(sample_ND):,} vectors are too few for {num_codes} codes a level; give more, or fewer --codes"
         )
     mean_D, std_D = np.zeros(sample_ND.shape[1], np.float32), np.ones(sample_ND.shape[1], np.float32)
     if standardize:

@@ -255,6 +255,10 @@ def test_mistakes_are_one_message(place):
     assert "--keys names its keys" in run(place, "--vectors", "v.npy", code=1)
     assert "give one of --store and --vectors" in run(place, *store, "--vectors", "v.npy", code=2)
     assert "give one of --samples and --no-samples" in run(place, *with_samples(place), "--no-samples", code=2)
+    np.save(place / "v.npy", draw_features()[:1])
+    np.save(place / "k.npy", np.arange(1))
+    one = ["--vectors", place / "v.npy", "--keys", place / "k.npy"]
+    assert "1 vectors are too few for 4 codes" in run(place, *one, code=1)
     run(place, *store)
     np.save(place / "v.npy", draw_features()[:, :5])
     np.save(place / "k.npy", np.arange(60) // 2)

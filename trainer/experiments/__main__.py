@@ -66,7 +66,7 @@ def main(
 ) -> None:
     """Train every variant over some seeds, and say which differences are more than noise."""
     try:
-        loaded: Config | ConfigError = _of_its_own(load_config(file, settings or ()))
+        loaded: Config | ConfigError = _without_resume(load_config(file, settings or ()))
         of_semantic = None if semantic is None else tuple(settings_of(semantic))
     except ConfigError as failure:
         loaded, of_semantic = failure, None
@@ -80,7 +80,7 @@ def main(
     raise typer.Exit(on_ranks(loaded, work))
 
 
-def _of_its_own(config: Config) -> Config:
+def _without_resume(config: Config) -> Config:
     if config.run.resume is not None:
         raise ConfigError(f"run.resume={config.run.resume}: every run goes on from its own checkpoints; leave it out")
     return config
