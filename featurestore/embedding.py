@@ -5,7 +5,7 @@ layer, V visual width. This is the only module of the package that imports torch
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from featurestore.statistics import inverse_std
 
 ComputeDType = Literal["bfloat16", "float32", "float64"]
 
-_CHUNK_ROWS = 1024
+_BLOCK_ROWS = 1024
 
 
 class PReLU(nn.PReLU):
@@ -99,21 +99,28 @@ class EmbeddingModel(nn.Module):
 
     def forward(self, features_QD: Tensor) -> Tensor:
         """Visual vectors (Q, V) of features in any float dtype, or of codes in uint8; Q may be zero."""
+        return self.of_numbers(self.numbers(features_QD), codes=features_QD.dtype == torch.uint8)
+
+    @torch.no_grad()
+    def numbers(self, features_QD: Tensor, out: Tensor | None = None) -> Tensor:
+        """Features as the first product takes them: of the compute dtype, codes less the whole number next to their
+        mean. Written into `out` where that is given, and else the features themselves where nothing is to be done."""
+        if out is None:
+            if features_QD.dtype == self.compute_dtype:
+                return features_QD
+            numbers_QD = features_QD.to(self.compute_dtype)
+        else:
+            numbers_QD = out.copy_(features_QD)
+        return numbers_QD.sub_(self._centre()) if features_QD.dtype == torch.uint8 else numbers_QD
+
+    def of_numbers(self, numbers_QD: Tensor, codes: bool) -> Tensor:
+        """Visual vectors (Q, V) of what `numbers` made; `codes`: of codes."""
         first = self.layers[0]
         assert isinstance(first, nn.Linear)
         weight_HD = first.weight * (self.inverse_std_D * self.step_D)
-        zero_D, centre_D = self.offset_D, None
-        if features_QD.dtype == torch.uint8:
-            centre_D = self._centre()
-            zero_D = self.offset_D + centre_D * self.step_D
+        zero_D = self.offset_D + self._centre() * self.step_D if codes else self.offset_D
         bias_H = first.bias + first.weight @ (self.inverse_std_D * (zero_D - self.mean_D))
-        if features_QD.dtype == self.compute_dtype:
-            hidden_QH = self._product(features_QD, weight_HD, bias_H)
-        else:
-            converted: Tensor = _ConvertedProduct.apply(  # type: ignore[no-untyped-call]
-                features_QD, centre_D, weight_HD, bias_H, self.compute_dtype
-            )
-            hidden_QH = converted
+        hidden_QH = self._product(numbers_QD, weight_HD, bias_H)
         for activation, layer in zip(self.activations, self.layers[1:], strict=True):
             assert isinstance(layer, nn.Linear)
             hidden_QH = self._product(activation(hidden_QH), layer.weight, layer.bias)
@@ -129,54 +136,18 @@ class EmbeddingModel(nn.Module):
         return functional.linear(rows.to(dtype), weight.to(dtype), bias.to(dtype)).to(weight.dtype)
 
 
-class _ConvertedProduct(torch.autograd.Function):
-    """Rows of another dtype times a weight: rows become numbers of the compute dtype a chunk at a time, in memory that
-    stays in the processor's cache, and again in backward. Converted as a whole they would be written to memory and read
-    back twice. The sum of the weight's gradient over chunks is of the weight's dtype."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows_QD: Tensor, centre_D: Tensor | None, weight_HD: Tensor, bias_H: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        ctx.save_for_backward(rows_QD, weight_HD)
-        ctx.centre_D, ctx.dtype = centre_D, dtype
-        weight, bias = weight_HD.to(dtype), bias_H.to(dtype)
-        out_QH = torch.empty(len(rows_QD), len(weight), dtype=dtype, device=weight.device)
-        for chunk, rows_CD in _converted(rows_QD, centre_D, dtype):
-            torch.addmm(bias, rows_CD, weight.t(), out=out_QH[chunk])
-        return out_QH.to(weight_HD.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient_QH: Tensor) -> tuple[None, None, Tensor, Tensor, None]:
-        rows_QD, weight_HD = ctx.saved_tensors
-        sum_HD = torch.zeros_like(weight_HD)
-        numbers_QH = gradient_QH.to(ctx.dtype)
-        for chunk, rows_CD in _converted(rows_QD, ctx.centre_D, ctx.dtype):
-            if ctx.dtype == sum_HD.dtype:
-                sum_HD.addmm_(numbers_QH[chunk].t(), rows_CD)
-            else:
-                sum_HD += numbers_QH[chunk].t() @ rows_CD
-        return None, None, sum_HD, gradient_QH.sum(0), None
-
-
-def _converted(rows_QD: Tensor, centre_D: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of rows as numbers of `dtype`, less `centre_D` where that is given; valid until the next is asked for."""
-    memory_CD = torch.empty(min(len(rows_QD), _CHUNK_ROWS), rows_QD.shape[1], dtype=dtype, device=rows_QD.device)
-    centre_D = None if centre_D is None else centre_D.to(dtype)
-    for start in range(0, len(rows_QD), _CHUNK_ROWS):
-        chunk = slice(start, min(start + _CHUNK_ROWS, len(rows_QD)))
-        rows_CD = memory_CD[: chunk.stop - start].copy_(rows_QD[chunk])
-        yield chunk, rows_CD if centre_D is None else rows_CD.sub_(centre_D)
-
-
 @dataclass
 class Gathered:
-    """Features of Q keys as they lie in the store (int8: codes, in uint8), and which keys had none (zeros)."""
+    """Features of Q keys, and which keys had none.
+
+    On a CPU they are `EmbeddingModel.numbers`; for a GPU they lie as in the store (int8: codes, in uint8), which is the
+    least to carry there.
+    """
 
     features_QD: Tensor
     missing_Q: Tensor | None
     """Bool (Q,), or None when no key was missing."""
-    _buffer: NDArray[np.generic] | None = field(default=None, repr=False)
+    _buffer: Tensor | None = field(default=None, repr=False)
 
 
 class EmbeddingService(nn.Module):
@@ -200,7 +171,8 @@ class EmbeddingService(nn.Module):
             if missing == "learned"
             else {}
         )
-        self._free_buffers: list[NDArray[np.generic]] = []
+        self._stored_dtype = as_tensor(np.empty(0, partition.info.storage_dtype)).dtype
+        self._free_buffers: list[Tensor] = []
 
     def width(self, name: str) -> int:
         """V of the network `name`."""
@@ -222,15 +194,30 @@ class EmbeddingService(nn.Module):
         Raises MissingKeysError under policy error.
         """
         buffer = self._take_buffer(len(keys_Q))
-        lookup = self.partition.lookup(keys_Q, out=buffer[: len(keys_Q)])
-        missing_Q = torch.from_numpy(lookup.missing_U) if lookup.missing_U.any() else None
-        return Gathered(as_tensor(buffer[: len(keys_Q)]), missing_Q, buffer)
+        features_QD = buffer[: len(keys_Q)]
+        if features_QD.dtype == self._stored_dtype:
+            missing_Q = self.partition.lookup(keys_Q, out=as_array(features_QD)).missing_U
+        else:
+            missing_Q = self._gather_numbers(keys_Q, features_QD)
+        return Gathered(features_QD, torch.from_numpy(missing_Q) if missing_Q.any() else None, buffer)
+
+    def _gather_numbers(self, keys_Q: NDArray[np.int64], out_QD: Tensor) -> NDArray[np.bool_]:
+        """Once here, ahead of the step, instead of in every pass over them; returns which keys have no feature."""
+        model = self._model(next(iter(self.models)))  # all have one compute dtype and one standardisation
+        missing_Q, start = np.zeros(len(keys_Q), np.bool_), 0
+        for block in self.partition.lookup_blocks(keys_Q, _BLOCK_ROWS):
+            end = start + len(block.missing_U)
+            model.numbers(as_tensor(block.features_UD), out=out_QD[start:end])
+            missing_Q[start:end] = block.missing_U
+            start = end
+        return missing_Q
 
     def embed(self, name: str, gathered: Gathered) -> Tensor:
         """Visual vectors (Q, V) by the network `name`, with autograd attached."""
         model = self._model(name)
         device = model.mean_D.device
-        visual_QV: Tensor = model(gathered.features_QD.to(device, non_blocking=True))
+        numbers_QD = model.numbers(gathered.features_QD.to(device, non_blocking=True))
+        visual_QV = model.of_numbers(numbers_QD, codes=self.partition.codec.has_codes)
         if gathered.missing_Q is None or self.missing == "error":
             return visual_QV
         missing_Q1 = gathered.missing_Q.to(device).unsqueeze(1)
@@ -251,20 +238,23 @@ class EmbeddingService(nn.Module):
         assert isinstance(model, EmbeddingModel)
         return model
 
-    def _take_buffer(self, num_rows: int) -> NDArray[np.generic]:
+    def _take_buffer(self, num_rows: int) -> Tensor:
+        """Memory for so many rows or more: of the stored dtype for a GPU, else of the compute dtype."""
         while self._free_buffers:
             buffer = self._free_buffers.pop()
             if len(buffer) >= num_rows:
                 return buffer
-        dtype = torch.from_numpy(np.empty(0, self.partition.info.storage_dtype)).dtype
         on_gpu = any(buffer.device.type == "cuda" for buffer in self.buffers())
-        memory: NDArray[np.generic] = torch.empty(
-            num_rows + num_rows // 8, self.partition.dim, dtype=dtype, pin_memory=on_gpu
-        ).numpy()
-        return memory
+        dtype = self._stored_dtype if on_gpu else self._model(next(iter(self.models))).compute_dtype
+        return torch.empty(num_rows + num_rows // 8, self.partition.dim, dtype=dtype, pin_memory=on_gpu)
 
 
 def as_tensor(features: NDArray[np.generic]) -> Tensor:
     """The same memory as a tensor; 16 unsigned bits are a bfloat16."""
     tensor = torch.from_numpy(features)
     return tensor.view(torch.bfloat16) if features.dtype == np.uint16 else tensor
+
+
+def as_array(features: Tensor) -> NDArray[np.generic]:
+    """Undoes `as_tensor`."""
+    return features.view(torch.uint16).numpy() if features.dtype == torch.bfloat16 else features.numpy()

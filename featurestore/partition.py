@@ -5,7 +5,7 @@ Letters of shapes: M rows held, U keys asked, D feature width.
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,17 +171,22 @@ class FeaturePartition:
         A key without a feature: the policy `error` raises MissingKeysError; `zeros` and `learned` give a row of zeros
         and a mask, and add to `missing_count`. A key of a shard that this rank does not own raises MissingKeysError.
         """
-        if self._closed:
-            raise FeatureStoreError("the partition is closed")
-        place_U, missing_U, shard_U = self._find(keys_U)
-        features_UD = self._output(len(place_U), out)
-        if self.num_rows == 0:
-            features_UD[:] = 0
-        else:
-            self._gather(place_U + self._gap_S[shard_U], missing_U, features_UD)
-        if missing_U.any():
-            self._note_missing(np.asarray(keys_U), missing_U)
+        row_U, missing_U = self._rows_of(keys_U)
+        features_UD = self._output(len(row_U), out)
+        self._gather(row_U, missing_U, features_UD)
         return Lookup(features_UD, missing_U)
+
+    def lookup_blocks(self, keys_U: npt.ArrayLike, block_rows: int) -> Iterator[Lookup]:
+        """As `lookup`, but `block_rows` keys at a time, in memory that the next block uses again: for a caller that
+        makes something else of the rows while they are in the processor's cache. What it raises comes before the first.
+        """
+        row_U, missing_U = self._rows_of(keys_U)
+        memory = self._output(min(block_rows, len(row_U)), None)
+        for start in range(0, len(row_U), block_rows):
+            block = slice(start, start + block_rows)
+            features_BD = memory[: len(row_U[block])]
+            self._gather(row_U[block], missing_U[block], features_BD)
+            yield Lookup(features_BD, missing_U[block])
 
     def places(self, keys_U: npt.ArrayLike) -> Int64Array:
         """For each key a number of its own in [0, num_rows), (U,); -1 for a key without a feature.
@@ -205,7 +210,19 @@ class FeaturePartition:
             missing_U |= sampled(keys_U, self._hidden_share, self._hidden_seed)
         return place_U, missing_U, shard_U
 
+    def _rows_of(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
+        """The row of each key in the matrix, and whether there is none, (U,) each; counts or raises the missing."""
+        if self._closed:
+            raise FeatureStoreError("the partition is closed")
+        place_U, missing_U, shard_U = self._find(keys_U)
+        if missing_U.any():
+            self._note_missing(np.asarray(keys_U), missing_U)
+        return place_U + self._gap_S[shard_U], missing_U
+
     def _gather(self, row_U: Int64Array, missing_U: npt.NDArray[np.bool_], out_UD: npt.NDArray[Any]) -> None:
+        if self.num_rows == 0:
+            out_UD[:] = 0
+            return
         if missing_U.any():  # any mapped row will do; it is zeroed below
             row_U = np.where(missing_U, 0, row_U)
         pieces = self._threads if out_UD.nbytes > _SMALL_BYTES else 1

@@ -1,9 +1,12 @@
 """Work ahead of its use, in threads: reading batches, and preparing the next one beside the step of this one.
 
-numpy, Arrow and Horovod let go of the interpreter for most of it.
+numpy, Arrow and Horovod let go of the interpreter for most of it. Where the threads of the step leave no core free, the
+work ahead runs while the step waits for other ranks.
 """
 
+import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +15,8 @@ from typing import TypeVar
 from trainer.batch import Batch
 
 Result = TypeVar("Result")
+
+_LOWEST_PRIORITY = 19
 
 
 def read_ahead(batches: Iterator[Batch], depth: int) -> Generator[Batch | Exception, None, None]:
@@ -26,6 +31,7 @@ def read_ahead(batches: Iterator[Batch], depth: int) -> Generator[Batch | Except
     stopped = threading.Event()
 
     def read() -> None:
+        _step_back()
         for item in _guarded(batches):
             if not _put(ready, item, stopped):
                 return
@@ -41,18 +47,29 @@ def read_ahead(batches: Iterator[Batch], depth: int) -> Generator[Batch | Except
         thread.join()
 
 
-def prepare_ahead(count: int, prepare: Callable[[], Result]) -> Generator[Callable[[], Result], None, None]:
+def prepare_ahead(
+    count: int, prepare: Callable[[], Result], *, in_background: bool = True
+) -> Generator[Callable[[], Result], None, None]:
     """Calls `prepare` `count` times in a thread, a call ahead; gives functions that wait for each result, or raise.
 
     Call n + 1 begins when result n is asked for. So ranks that ask equally often prepare equally often, and collectives
     in `prepare` meet: who has one result has begun the next one, and closing the iterator waits for that.
+
+    `in_background`: the thread takes a core only when nothing else of this process wants it; for work that takes less
+    time than the step beside it.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
+    with ThreadPoolExecutor(1, "prepare", initializer=_step_back if in_background else None) as pool:
         coming = pool.submit(prepare) if count else None
         for left in range(count - 1, -1, -1):
             assert coming is not None
             current, coming = coming, pool.submit(prepare) if left else None
             yield current.result
+
+
+def _step_back() -> None:
+    """Gives this thread the lowest priority: whatever the step does goes first."""
+    if sys.platform == "linux":  # elsewhere priorities are those of processes
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
 
 
 def _guarded(batches: Iterator[Batch]) -> Iterator[Batch | Exception]:

@@ -21,7 +21,6 @@ from featurestore.partition import FeaturePartition
 from featurestore.statistics import FeatureStatistics
 from featurestore.storage import Storage
 from trainer import checkpoint, warmstart
-from trainer.allocator import keep_freed_memory
 from trainer.batch import BatchPosition
 from trainer.checkpoint import CheckpointState, Origin, StoreRecord
 from trainer.columns import Index, rules_of
@@ -30,6 +29,7 @@ from trainer.config import Config, Device, save_config
 from trainer.data import SampleIndex, SampleReader, distinct_values, open_index
 from trainer.days import sample_files
 from trainer.errors import ConfigError, DataError
+from trainer.memory import keep_freed_memory
 from trainer.precision import with_compute_dtype
 from trainer.schema import Schema, load_schema
 from trainer.step import Engine

@@ -28,7 +28,7 @@ from trainer.reuse import VectorCache
 from trainer.schema import Field, Schema
 from trainer.similarity import Similarity, pairs_of_fields, similarities
 from trainer.stages import Kind, Stages
-from trainer.tables import IdTable, TableShape
+from trainer.tables import TableShape, apply_gradients, build_tables
 
 # Fields, dense values and the group of each sample in; as trainer.models.ctr.CtrModel.forward.
 Network = Callable[[Mapping[str, FieldVectors], Mapping[str, Tensor], Tensor], Tensor]
@@ -93,10 +93,8 @@ class Engine:
         for store, service in self.services.items():
             if statistics and store in statistics:
                 service.fold_standardization_(statistics[store].mean_D, statistics[store].std_D)
-        self.tables = {
-            shape.name: IdTable(shape, comm.rank, comm.size, seed=seed, scale=_ID_SCALE, device=device, dtype=dtype)
-            for shape in table_shapes(self.model.fields, model)
-        }
+        shapes = table_shapes(self.model.fields, model)
+        self.tables = build_tables(shapes, comm.rank, comm.size, seed=seed, scale=_ID_SCALE, device=device, dtype=dtype)
         self._config, self._compared = model, pairs_of_fields(self.fields, model)
         self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
         signatures: dict[str, Signatures] = {}
@@ -156,8 +154,7 @@ class Engine:
         request.backward.switch(None)
         self._dense.start_reduction()
         with self.stages.timed("update id rows"):
-            for table in self.tables.values():
-                table.apply_gradients(rates)
+            apply_gradients(self.tables.values(), rates)
         with self.stages.timed("reduce gradients"):
             self._dense.finish_reduction()
         with self.stages.timed("update dense"):

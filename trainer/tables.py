@@ -1,10 +1,11 @@
 """ID tables: hashed rows, cut into shards, each shard on the rank that owns it, with a sparse row-wise Adam beside.
 
-A row's place depends on the id and the table's shape alone, its initial value on (seed, table, shard, row, column)
+The rows of all tables of one width lie in one piece of memory, and a step of Adam moves all of them at once. A row's
+place depends on the id and the table's shape alone, its initial value on (seed, table, shard, row, column)
 alone: neither on the number of ranks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +50,23 @@ class RowRequest:
     num_unique: int
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one width, (M, V), and their Adam state: `variance` and `steps` (M,)."""
+
+    weight: Tensor
+    momentum: Tensor
+    variance: Tensor
+    steps: Tensor
+
+    @classmethod
+    def zeros(cls, num_rows: int, width: int, device: torch.device | str, dtype: torch.dtype) -> "Rows":
+        """So many rows of zeros, never touched."""
+        weight, momentum = (torch.zeros(num_rows, width, dtype=dtype, device=device) for _ in range(2))
+        steps = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        return cls(weight, momentum, torch.zeros(num_rows, dtype=dtype, device=device), steps)
+
+
 class IdTable:
     """The shards of one table that this rank owns; a rank beyond the number of shards owns none."""
 
@@ -62,20 +80,22 @@ class IdTable:
         scale: float,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        shared: Rows | None = None,
+        first_row: int = 0,
     ) -> None:
+        """`shared`: memory that has room for this table from `first_row` on; without, it has its own."""
         self.shape, self.width = shape, shape.width
         self.shards = owned_shards(shape.num_shards, rank, num_ranks)
         self._num_ranks = num_ranks
         self._slot_of_shard = np.full(shape.num_shards, -1, dtype=np.int64)
         self._slot_of_shard[self.shards] = np.arange(len(self.shards))
-        num_rows = len(self.shards) * shape.rows_per_shard
-        self.weight = torch.empty(num_rows, shape.width, dtype=dtype)
+        num_rows = owned_rows(shape, rank, num_ranks)
+        self.shared, self._first_row = shared or Rows.zeros(num_rows, shape.width, device, dtype), first_row
+        mine = slice(first_row, first_row + num_rows)
+        self.weight, self.momentum = self.shared.weight[mine], self.shared.momentum[mine]
+        self.variance, self.steps = self.shared.variance[mine], self.shared.steps[mine]
         for slot, shard in enumerate(self.shards):
             self._of_slot(self.weight, slot).copy_(torch.from_numpy(initial_rows(shape, shard, seed, scale)))
-        self.weight = self.weight.to(device)
-        self.momentum = torch.zeros_like(self.weight)
-        self.variance = torch.zeros(num_rows, dtype=dtype, device=device)
-        self.steps = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self._touched: tuple[Tensor, Tensor] | None = None
 
     def owner_of(self, ids_U: Int64) -> Int64:
@@ -94,7 +114,7 @@ class IdTable:
         return RowRequest(torch.from_numpy(rows_Q).to(self.weight.device), inverse_R, len(rows_Q))
 
     def vectors(self, request: RowRequest) -> Tensor:
-        """The rows (Q, V) as an autograd leaf; `apply_gradients` takes what has gathered in its `.grad`."""
+        """The rows (Q, V) as an autograd leaf; `take_gradients` hands out what has gathered in its `.grad`."""
         rows_QV = self.weight.index_select(0, request.rows_Q)
         if torch.is_grad_enabled():
             rows_QV.requires_grad_()
@@ -104,38 +124,15 @@ class IdTable:
     def release(self, request: RowRequest) -> None:
         """Nothing to give back."""
 
-    @torch.no_grad()
-    def apply_gradients(self, rates: AdamRates) -> None:
-        """One row-wise Adam step on the rows of the last `vectors`, and on no others.
-
-        m is kept per element; v is one number a row, the running mean of the squared gradient over the row
-        (FBGEMM's PARTIAL_ROWWISE_ADAM); bias is corrected by the number of steps that touched the row.
-
-        With `rates.id_l2`, the adaptive L2 of DIN (Zhou et al., arXiv 1706.06978, section 5.1): id_l2 / n x the row is
-        added to its gradient, in steps that touch the row alone. n is the number of steps that touched it so far, this
-        one included. DIN takes the row's samples in the whole data for n, which nobody knows while the data still come;
-        counted in steps, the shares 1 / n of a pass over known data add up to one L2 a row, as theirs do before they
-        are approximated, and a row's owner has the number at hand, the same for any number of ranks.
-        """
-        if self._touched is None:
-            return
-        rows_Q, leaf_QV = self._touched
-        self._touched = None
-        gradient_QV = leaf_QV.grad
-        if gradient_QV is None or len(rows_Q) == 0:
-            return
-        steps_Q = self.steps.index_select(0, rows_Q) + 1
-        if rates.id_l2:
-            gradient_QV = gradient_QV + leaf_QV.detach() * (rates.id_l2 / steps_Q.to(leaf_QV.dtype)).unsqueeze(1)
-        momentum_QV = self.momentum.index_select(0, rows_Q).lerp_(gradient_QV, 1 - rates.beta1)
-        variance_Q = self.variance.index_select(0, rows_Q).lerp_(gradient_QV.square().mean(1), 1 - rates.beta2)
-        self.steps.index_copy_(0, rows_Q, steps_Q)
-        self.momentum.index_copy_(0, rows_Q, momentum_QV)
-        self.variance.index_copy_(0, rows_Q, variance_Q)
-        count_Q = steps_Q.to(variance_Q.dtype)
-        deviation_Q = (variance_Q / (1 - rates.beta2**count_Q)).sqrt_().add_(rates.eps)
-        step_Q = rates.lr / (1 - rates.beta1**count_Q) / deviation_Q
-        self.weight.index_copy_(0, rows_Q, leaf_QV - momentum_QV * step_Q.unsqueeze(1))
+    def take_gradients(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The rows of the last `vectors` (Q,), by their place in `shared`, their values and gradients (Q, V); once."""
+        touched, self._touched = self._touched, None
+        if touched is None:
+            return None
+        rows_Q, leaf_QV = touched
+        if leaf_QV.grad is None or len(rows_Q) == 0:
+            return None
+        return rows_Q + self._first_row, leaf_QV.detach(), leaf_QV.grad
 
     def names(self) -> list[str]:
         """Names of this rank's tensors in a checkpoint: <table>/<shard>/<part>."""
@@ -169,6 +166,73 @@ class IdTable:
 
     def _of_slot(self, values: Tensor, slot: int) -> Tensor:
         return values.narrow(0, slot * self.shape.rows_per_shard, self.shape.rows_per_shard)
+
+
+def owned_rows(shape: TableShape, rank: int, num_ranks: int) -> int:
+    """Rows of a table that a rank holds."""
+    return len(owned_shards(shape.num_shards, rank, num_ranks)) * shape.rows_per_shard
+
+
+def build_tables(
+    shapes: Iterable[TableShape],
+    rank: int,
+    num_ranks: int,
+    *,
+    seed: int,
+    scale: float,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, IdTable]:
+    """The tables by name; the rows of those of one width lie one after the other."""
+    shapes = list(shapes)
+    rows_of_width: dict[int, int] = {}
+    first_rows = []
+    for shape in shapes:
+        first_rows.append(rows_of_width.get(shape.width, 0))
+        rows_of_width[shape.width] = first_rows[-1] + owned_rows(shape, rank, num_ranks)
+    shared = {width: Rows.zeros(count, width, device, dtype) for width, count in rows_of_width.items()}
+    return {
+        shape.name: IdTable(
+            shape, rank, num_ranks, seed=seed, scale=scale, shared=shared[shape.width], first_row=first_row
+        )
+        for shape, first_row in zip(shapes, first_rows, strict=True)
+    }
+
+
+def apply_gradients(tables: Iterable[IdTable], rates: AdamRates) -> None:
+    """One row-wise Adam step on the rows of every table's last `vectors`, and on no others."""
+    of_memory: dict[int, tuple[Rows, list[tuple[Tensor, Tensor, Tensor]]]] = {}
+    for table in tables:
+        if (taken := table.take_gradients()) is not None:
+            of_memory.setdefault(id(table.shared), (table.shared, []))[1].append(taken)
+    for rows, parts in of_memory.values():
+        rows_Q, weight_QV, gradient_QV = (torch.cat(each) for each in zip(*parts, strict=True))
+        _adam_step(rows, rows_Q, weight_QV, gradient_QV, rates)
+
+
+@torch.no_grad()
+def _adam_step(rows: Rows, rows_Q: Tensor, weight_QV: Tensor, gradient_QV: Tensor, rates: AdamRates) -> None:
+    """m is kept per element; v is one number a row, the running mean of the squared gradient over the row
+    (FBGEMM's PARTIAL_ROWWISE_ADAM); bias is corrected by the number of steps that touched the row.
+
+    With `rates.id_l2`, the adaptive L2 of DIN (Zhou et al., arXiv 1706.06978, section 5.1): id_l2 / n x the row is
+    added to its gradient, in steps that touch the row alone. n is the number of steps that touched it so far, this
+    one included. DIN takes the row's samples in the whole data for n, which nobody knows while the data still come;
+    counted in steps, the shares 1 / n of a pass over known data add up to one L2 a row, as theirs do before they
+    are approximated, and a row's owner has the number at hand, the same for any number of ranks.
+    """
+    steps_Q = rows.steps.index_select(0, rows_Q) + 1
+    if rates.id_l2:
+        gradient_QV = gradient_QV + weight_QV * (rates.id_l2 / steps_Q.to(weight_QV.dtype)).unsqueeze(1)
+    momentum_QV = rows.momentum.index_select(0, rows_Q).lerp_(gradient_QV, 1 - rates.beta1)
+    variance_Q = rows.variance.index_select(0, rows_Q).lerp_(gradient_QV.square().mean(1), 1 - rates.beta2)
+    rows.steps.index_copy_(0, rows_Q, steps_Q)
+    rows.momentum.index_copy_(0, rows_Q, momentum_QV)
+    rows.variance.index_copy_(0, rows_Q, variance_Q)
+    count_Q = steps_Q.to(variance_Q.dtype)
+    deviation_Q = (variance_Q / (1 - rates.beta2**count_Q)).sqrt_().add_(rates.eps)
+    step_Q = rates.lr / (1 - rates.beta1**count_Q) / deviation_Q
+    rows.weight.index_copy_(0, rows_Q, weight_QV - momentum_QV * step_Q.unsqueeze(1))
 
 
 def initial_rows(shape: TableShape, shard: int, seed: int, scale: float) -> NDArray[np.float64]:

@@ -11,6 +11,7 @@ from trainer.config import config_digest
 from trainer.errors import RemoteRankError, TrainerError
 from trainer.evaluation.quick import Metrics, evaluate
 from trainer.exchange import ContentRequest
+from trainer.memory import objects_frozen
 from trainer.prefetch import prepare_ahead, read_ahead
 from trainer.profiling import tracing
 from trainer.progress import Progression
@@ -41,7 +42,7 @@ class Training:
         try:
             if self._was_stopped_in_evaluation():
                 self._between_steps()
-            with tracing(folder, self._run.comm.rank) as trace_step:
+            with tracing(folder, self._run.comm.rank) as trace_step, objects_frozen():
                 for epoch in range(self._run.position.epoch, self._config.train.epochs):
                     self._epoch(epoch, trace_step)
             self.evaluate()

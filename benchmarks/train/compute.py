@@ -1,11 +1,15 @@
-"""The work that no trainer can avoid, in isolation: E and the worker model, forward and backward, rows in memory."""
+"""The work that no trainer can avoid, in isolation: E and the worker model, forward and backward, rows in memory.
+
+E takes the rows as the store has them: to make numbers of them that its products can take is its part.
+"""
 
 import time
 
 import numpy as np
 import torch
 
-from benchmarks.train.model import Model
+from benchmarks.train.model import Model, StoredFeatures
+from featurestore.embedding import as_tensor
 from trainer.batch import Batch
 from trainer.exchange import FieldVectors
 from trainer.routing import unique
@@ -22,6 +26,7 @@ class Compute:
         (self._service,) = run.engine.services.values()
         self.model = Model(run, self._service)
         self._batches = self.model.batches()
+        self._stored = StoredFeatures(self._service)
         self._names = {field.name: model_name(field, run.config.model) for field in self.model.content}
 
     def prepare(self) -> Batch:
@@ -34,7 +39,8 @@ class Compute:
         for name in dict.fromkeys(self._names.values()):
             fields = [field for field, of in self._names.items() if of == name]
             keys_U, inverse_N = unique(np.concatenate([batch.fields[field].values_N for field in fields]))
-            asked[name] = (self._service.gather(keys_U), fields, torch.from_numpy(inverse_N))
+            features_UD = as_tensor(self._service.partition.lookup(keys_U).features_UD)
+            asked[name] = (features_UD, fields, torch.from_numpy(inverse_N))
         request = self.model.request(batch)
         ids = self.model.ids.vectors(request)
         rows = {id(field.vectors_UV): field.vectors_UV for field in ids.values()}
@@ -47,16 +53,14 @@ class Compute:
         counts = {name: len(batch.fields[name].values_N) for name in self._names}
         self.model.zero_grad()
         start = time.perf_counter()
-        for name, (gathered, fields, index_N) in asked.items():
-            visual_UV = self._service.embed(name, gathered)
+        for name, (features_UD, fields, index_N) in asked.items():
+            visual_UV = self._stored.embed(name, features_UD)
             places = torch.split(index_N, [counts[field] for field in fields])
             for field, place_N in zip(fields, places, strict=True):
                 vectors[field] = FieldVectors(visual_UV, place_N, lengths[field])
         loss = self.model.loss(batch, vectors)
         loss.backward()  # type: ignore[no-untyped-call]
         seconds = time.perf_counter() - start
-        for gathered, _, _ in asked.values():
-            self._service.release(gathered)
         torch.autograd.backward(list(rows.values()), [leaves[each].grad for each in rows])
         self.model.ids.release(request)
         return self.model.update(loss), seconds

@@ -1,10 +1,12 @@
-"""Two ranks, each in a network namespace of its own, joined by a link of a given speed; needs root and iproute2.
+"""Two ranks, each in a network namespace of its own and on a core of its own, joined by a link of a given speed.
 
-horovodrun starts the second rank by ssh; the script that it finds under this name enters the namespace instead.
+They are two hosts of one core, as near as one machine comes to it; needs root and iproute2. horovodrun starts the
+second rank by ssh; the script that it finds under this name enters the namespace instead.
 """
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -28,7 +30,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 case "$host" in
-  {host}) exec ip netns exec {namespace} sh -c "$*" ;;
+  {host}) exec {enter} sh -c "$*" ;;
   *) echo "no namespace stands for $host" >&2; exit 255 ;;
 esac
 """
@@ -51,8 +53,11 @@ def link(folder: Path, rate: str = "1gbit") -> Iterator[Link]:
     """The link, gone behind the block. `rate`: as tc writes it. Raises LinkError where the machine cannot."""
     _check_able()
     names = tuple(f"cm-bench-{os.getpid()}-{side}" for side in "ab")
+    enter = [
+        ["taskset", "-c", str(core), "ip", "netns", "exec", name] for core, name in zip(_cores(), names, strict=True)
+    ]
     script = folder / "ssh"
-    script.write_text(_SSH.format(host=_HOSTS[1], namespace=names[1]))
+    script.write_text(_SSH.format(host=_HOSTS[1], enter=shlex.join(enter[1])))
     script.chmod(0o755)
     before = signal.signal(signal.SIGTERM, _stop)  # namespaces outlive a process that does not remove them
     try:
@@ -63,7 +68,7 @@ def link(folder: Path, rate: str = "1gbit") -> Iterator[Link]:
         # Horovod adds the loopback device to those it was given, and then takes any one of them.
         each_rank = ["env", f"HOROVOD_GLOO_IFACE={_DEVICE}"]
         yield Link(
-            ["ip", "netns", "exec", names[0], *launcher, *each_rank],
+            [*enter[0], *launcher, *each_rank],
             {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"},
         )
     finally:
@@ -78,10 +83,16 @@ def _stop(number: int, _: object) -> None:
     raise SystemExit(128 + number)
 
 
+def _cores() -> tuple[int, int]:
+    """One for each side, among those that this process may use; the same one where there is no other."""
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[0], cores[-1]
+
+
 def _check_able() -> None:
-    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    missing = [tool for tool in ("ip", "tc", "taskset") if shutil.which(tool) is None]
     if missing:
-        raise LinkError(f"{' and '.join(missing)} not found; install iproute2")
+        raise LinkError(f"{' and '.join(missing)} not found; install iproute2 and util-linux")
     if os.geteuid() != 0:
         raise LinkError("network namespaces need root")
 

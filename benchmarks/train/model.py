@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from featurestore.embedding import EmbeddingModel, EmbeddingService, Gathered
 from trainer.batch import Batch, Jagged
 from trainer.columns import ranges
 from trainer.exchange import Exchange, FieldVectors, Request
@@ -22,6 +23,7 @@ from trainer.optim import DenseOptimizer, rates_at
 from trainer.prefetch import read_ahead
 from trainer.run import Run
 from trainer.schema import Field
+from trainer.tables import apply_gradients
 
 Images = Mapping[str, FieldVectors]
 ImagePath = Callable[[Batch], Images]
@@ -80,11 +82,29 @@ class Model:
         rates = rates_at(self._optim, self._steps)
         self._dense.loss = loss
         self._dense.start_reduction()
-        for table in self._tables.values():
-            table.apply_gradients(rates)
+        apply_gradients(self._tables.values(), rates)
         self._dense.finish_reduction()
         self._steps += 1
         return self._dense.step(rates)
+
+
+class StoredFeatures:
+    """E on features as the store has them: the numbers that its products take lie in memory that is used again."""
+
+    def __init__(self, service: EmbeddingService) -> None:
+        self._service = service
+        self._memory: dict[str, Tensor] = {}
+
+    def embed(self, network: str, features_UD: Tensor, place: str = "") -> Tensor:
+        """Visual vectors (U, V). `place`: features that are there at the same time need another one."""
+        model = self._service.models[network]
+        assert isinstance(model, EmbeddingModel)
+        memory = self._memory.get(place)
+        if memory is None or len(memory) < len(features_UD):
+            rows = len(features_UD) + len(features_UD) // 8
+            memory = self._memory[place] = torch.empty(rows, features_UD.shape[1], dtype=model.compute_dtype)
+        numbers_UD = model.numbers(features_UD, out=memory[: len(features_UD)])
+        return self._service.embed(network, Gathered(numbers_UD, None))
 
 
 def per_sample(batch: Batch, fields: tuple[Field, ...]) -> Batch:

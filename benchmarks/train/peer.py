@@ -19,6 +19,7 @@ from featurestore.errors import FeatureStoreError
 from trainer.comm import Comm, connect
 from trainer.config import load_config
 from trainer.errors import TrainerError
+from trainer.memory import objects_frozen
 from trainer.prefetch import prepare_ahead
 from trainer.run import Run, open_run
 
@@ -86,7 +87,7 @@ def train(variant: Variant, steps: int, run: Run) -> Seen:
 
 def _prepared(variant: Variant, steps: int) -> Iterator[Callable[[], Any]]:
     if variant.ahead:
-        yield from prepare_ahead(steps, variant.prepare)
+        yield from prepare_ahead(steps, variant.prepare, in_background=False)
     else:
         yield from itertools.repeat(variant.prepare, steps)
 
@@ -116,7 +117,9 @@ def main(
     with closing(comm):
         try:
             with closing(open_run(load_config(config, settings or []), comm)) as run:
-                seen = train(variant_of(name, run, config.parent), steps, run)
+                variant = variant_of(name, run, config.parent)
+                with objects_frozen():
+                    seen = train(variant, steps, run)
                 size = run.config.data.global_batch_size
         except (TrainerError, FeatureStoreError) as failure:
             print(f"error: {failure}", file=sys.stderr, flush=True)

@@ -110,11 +110,11 @@ def link_section(bench: Bench) -> Section:
             ranks = Launcher(bench.workload, bench.scratch, 2, over.prefix, over.environment)
             few = max(3, bench.steps // 3)
             runs: dict[str, Run] = {
-                "ours": lambda: ranks.trainer("ours", few, bench.settings),
+                "ours": lambda: ranks.trainer("ours", bench.steps_2_ranks, bench.settings),
                 "server": lambda: ranks.peer("server", few, bench.settings),
                 "server_in_turn": lambda: ranks.peer("server_in_turn", few, bench.settings),
             }
-            rounds = interleaved(runs, max(1, bench.rounds - 1), bench.progress, "1 Gbit/s")
+            rounds = interleaved(runs, bench.rounds, bench.progress, "1 Gbit/s")
     except LinkError as failure:
         return Section("two ranks over 1 Gbit/s", {"vs_store_in_server_1gbit": None, "link_reason": str(failure)})
     ratios = {name: rounds.ratio("ours", name) or 0.0 for name in ("server", "server_in_turn")}

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.train.model import Images, Model
-from featurestore.embedding import Gathered
+from benchmarks.train.model import Images, Model, StoredFeatures
 from featurestore.keys import owner_of, shard_of
 from featurestore.partition import FeaturePartition
 from trainer.batch import Batch
@@ -35,8 +34,8 @@ class StoreInServer:
 
     def __init__(self, run: Run, ahead: bool) -> None:
         assert run.partition is not None
-        (self._service,) = run.engine.services.values()
-        self.model = Model(run, self._service)
+        (service,) = run.engine.services.values()
+        self.model, self._stored = Model(run, service), StoredFeatures(service)
         self._partition: FeaturePartition = run.partition
         self._comm, self.ahead = run.comm, ahead
         self._batches = self.model.batches()
@@ -67,7 +66,7 @@ class StoreInServer:
         return received.view(torch.bfloat16), torch.from_numpy(asked.inverse_N)
 
     def _images(self, fetched: Fetched) -> Images:
-        visual_UV = self._service.embed(self._name, Gathered(fetched.features_UD, None))
+        visual_UV = self._stored.embed(self._name, fetched.features_UD)
         fields = [(field.name, fetched.batch.fields[field.name]) for field in self.model.content]
         places = torch.split(fetched.index_N, [len(jagged.values_N) for _, jagged in fields])
         return {

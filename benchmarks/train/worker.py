@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.train.model import Images, Model, occurrences, per_sample
-from featurestore.embedding import Gathered
+from benchmarks.train.model import Images, Model, StoredFeatures, occurrences, per_sample
 from featurestore.partition import FeaturePartition
 from trainer.batch import Batch, Jagged
 from trainer.exchange import Request
@@ -69,8 +68,8 @@ class StoreInWorker:
 
     def __init__(self, run: Run, folder: Path, grouped: bool) -> None:
         assert run.partition is not None
-        (self._service,) = run.engine.services.values()
-        self.model = Model(run, self._service)
+        (service,) = run.engine.services.values()
+        self.model, self._stored = Model(run, service), StoredFeatures(service)
         self._names = {field.name: model_name(field, run.config.model) for field in self.model.content}
         place = folder / ("grouped" if grouped else "plain")
         fields = run.engine.fields
@@ -105,7 +104,7 @@ class StoreInWorker:
     def _images(self, full: FullBatch) -> Images:
         return {
             field: occurrences(
-                self._service.embed(name, Gathered(full.features[field], None)), full.batch.fields[field].lengths_M
+                self._stored.embed(name, full.features[field], field), full.batch.fields[field].lengths_M
             )
             for field, name in self._names.items()
         }

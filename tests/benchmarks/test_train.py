@@ -114,9 +114,17 @@ def test_table_of_the_paper() -> None:
 def test_namespaces_are_joined_and_gone(tmp_path: Path) -> None:
     with link(tmp_path) as over:
         inside = over.prefix[: over.prefix.index("exec") + 2]
-        reached = [*inside, "ssh", "-o", "StrictHostKeyChecking=no", "10.198.51.2", "-p", "22", "ip", "-br", "address"]
-        seen = subprocess.run(reached, env=over.environment, capture_output=True, text=True, check=True).stdout
+        beyond = [*inside, "ssh", "-o", "StrictHostKeyChecking=no", "10.198.51.2", "-p", "22"]
+
+        def said(*command: str) -> str:
+            return subprocess.run(command, env=over.environment, capture_output=True, text=True, check=True).stdout
+
+        seen = said(*beyond, "ip", "-br", "address")
         assert "10.198.51.2/24" in seen and "10.198.51.1/24" not in seen
+        cores = sorted(os.sched_getaffinity(0))
+        ask = ["python3", "-c", "'import os; print(*os.sched_getaffinity(0))'"]
+        assert said(*beyond, *ask).split() == [str(cores[-1])]
+        assert said(*inside, "sh", "-c", " ".join(ask)).split() == [str(cores[0])]
         namespace = inside[-1]
         assert namespace in subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
     assert namespace not in subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout

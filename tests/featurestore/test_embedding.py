@@ -8,7 +8,7 @@ import torch
 
 from featurestore import Codec, ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, embedding
 from featurestore.codec import write_codec
-from featurestore.embedding import EmbeddingModel, EmbeddingService, PReLU
+from featurestore.embedding import EmbeddingModel, EmbeddingService, PReLU, as_tensor
 from featurestore.errors import MissingKeysError
 from featurestore.index import train_ranges
 from featurestore.partition import FeaturePartition
@@ -121,17 +121,14 @@ class TestCodes:
         keys = np.array([3, 999, 49, 0, 7, 998, 20])
         here = np.array([0, 2, 3, 4, 6])
         codec = partition.codec
-        gathered = service.gather(keys)
-        assert gathered.features_QD.dtype == torch.uint8
-        codes = gathered.features_QD.numpy()[here]
-        assert np.array_equal(codes, codec.encode(flat_features()[keys[here]]))
+        codes = codec.encode(flat_features()[keys[here]])
         assert codec.step_D[7] == 0 and codec.offset_D[7] == 4.25
         decoded = torch.from_numpy(codec.offset_D + codec.step_D.astype(np.float64) * codes)
         if standardized:
             mean, std = decoded.mean(0).float().numpy(), decoded.std(0).float().numpy()
             service.fold_standardization_(mean, std)
             reference.fold_standardization_(mean, std)
-        visual, expected = service.embed("e", gathered), reference(decoded)
+        visual, expected = service.embed("e", service.gather(keys)), reference(decoded)
         torch.testing.assert_close(visual[here], expected, rtol=1e-12, atol=1e-12)
         weight = torch.randn(expected.shape, dtype=torch.float64)
         (visual[here] * weight).sum().backward()
@@ -160,27 +157,14 @@ class TestCodes:
             assert a.grad is not None and b.grad is not None
             assert float((a.grad - b.grad).norm()) < 0.02 * float(b.grad.norm()), name
 
-    @pytest.mark.parametrize("rows", [1, 6, 7, 20])
-    @pytest.mark.parametrize("dtype", ["uint8", "bfloat16", "float32"])
-    def test_chunks_of_converted_rows_are_the_whole(
-        self, monkeypatch: pytest.MonkeyPatch, dtype: str, rows: int
-    ) -> None:
-        monkeypatch.setattr(embedding, "_CHUNK_ROWS", 6)
-        torch.manual_seed(0)
-        model = EmbeddingModel(DIM, (16, 8), 5, "float64").double()
-        random = torch.Generator().manual_seed(1)
-        features = torch.randint(0, 256, (rows, DIM), generator=random, dtype=torch.uint8)
-        if dtype != "uint8":
-            features = (features.float() / 7).to(getattr(torch, dtype))
-        weight = torch.randn(rows, 5, dtype=torch.float64, generator=random)
-        found = []
-        for given in (features, features.double()):  # float64 is not converted
-            model.zero_grad()
-            visual = model(given)
-            (visual * weight).sum().backward()
-            found.append([visual.detach(), *(p.grad for p in model.parameters())])
-        for converted, whole in zip(*found, strict=True):
-            torch.testing.assert_close(converted, whole, rtol=1e-11, atol=1e-9)
+    def test_the_network_takes_codes_as_they_are(self, tmp_path: Path) -> None:
+        partition = partition_of(tmp_path, dtype="int8")
+        service = EmbeddingService(partition, {"e": EmbeddingModel(DIM, (8,), 3, "float32")})
+        service.fold_standardization_(features().mean(0), features().std(0))
+        keys = np.arange(30)
+        codes = as_tensor(partition.lookup(keys).features_UD)
+        assert codes.dtype == torch.uint8
+        assert torch.equal(service.models["e"](codes), service.embed("e", service.gather(keys)))
 
     def test_no_rows(self, tmp_path: Path) -> None:
         service = EmbeddingService(partition_of(tmp_path, dtype="int8"), {"e": EmbeddingModel(DIM)})
@@ -203,14 +187,24 @@ def test_prelu_is_torchs() -> None:
 
 
 class TestService:
-    @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-    def test_features_come_as_stored(self, tmp_path: Path, dtype: str) -> None:
-        service = EmbeddingService(partition_of(tmp_path, dtype=dtype), {"e": EmbeddingModel(DIM)})
-        gathered = service.gather(np.array([7, 3]))
-        assert gathered.features_QD.dtype == getattr(torch, dtype)
-        expected = torch.from_numpy(features()[[7, 3]]).to(getattr(torch, dtype))
-        assert torch.equal(gathered.features_QD, expected)
-        assert gathered.missing_Q is None
+    @pytest.mark.parametrize("rows", [1, 6, 7, 20])
+    @pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32", "float64"])
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
+    def test_numbers_are_made_ahead(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, compute_dtype: str, rows: int
+    ) -> None:
+        monkeypatch.setattr(embedding, "_BLOCK_ROWS", 6)
+        partition = partition_of(tmp_path, "zeros", dtype=dtype)
+        service = EmbeddingService(partition, {"e": EmbeddingModel(DIM, (8,), 3, compute_dtype)}, "zeros")
+        service.fold_standardization_(features().mean(0), features().std(0))
+        keys = np.random.default_rng(rows).permutation(50)[:rows]
+        keys[rows // 2] = 999  # has no feature
+        gathered = service.gather(keys)
+        stored = as_tensor(partition.lookup(keys).features_UD)
+        assert gathered.features_QD.dtype == getattr(torch, compute_dtype)
+        assert torch.equal(gathered.features_QD, service.models["e"].numbers(stored))
+        assert gathered.missing_Q is not None and gathered.missing_Q.tolist() == [key == 999 for key in keys]
+        assert service.gather(keys[keys != 999]).missing_Q is None
 
     def test_error_names_the_key(self, tmp_path: Path) -> None:
         service = EmbeddingService(partition_of(tmp_path), {"e": EmbeddingModel(DIM)})

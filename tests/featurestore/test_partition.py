@@ -166,6 +166,25 @@ def test_policies_zeros_and_learned_give_zeros_a_mask_and_a_count(
         assert partition.missing_count == 4
 
 
+@pytest.mark.parametrize("block_rows", [1, 4, 11, 100])
+def test_blocks_are_a_lookup_in_pieces(store: FeatureStore, cache: Path, make_rows, block_rows: int) -> None:
+    rows = make_rows(10, store.info)
+    store.put(rows)
+    keys = [*rows.keys_N[:6], 5, *rows.keys_N[6:]]
+    with FeaturePartition.load(store, cache_dir=cache, missing="zeros") as partition:
+        whole = partition.lookup(keys)
+        blocks = [
+            (block.features_UD.copy(), block.missing_U) for block in partition.lookup_blocks(np.array(keys), block_rows)
+        ]
+        assert [len(features) for features, _ in blocks[:-1]] == [min(block_rows, 11)] * (len(blocks) - 1)
+        assert np.array_equal(np.concatenate([features for features, _ in blocks]), whole.features_UD)
+        assert np.array_equal(np.concatenate([missing for _, missing in blocks]), whole.missing_U)
+        assert partition.missing_count == 2
+        assert list(partition.lookup_blocks(np.empty(0, np.int64), block_rows)) == []
+    with FeaturePartition.load(store, cache_dir=cache) as partition, pytest.raises(MissingKeysError, match="1 key"):
+        next(partition.lookup_blocks(np.array(keys), block_rows))
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8, 11])
 def test_ranks_share_the_rows_and_the_cache(store: FeatureStore, cache: Path, make_rows, num_ranks: int) -> None:
     rows = make_rows(400, store.info)

@@ -1,11 +1,15 @@
 """Preparing a call ahead: order, how many calls, errors, and the end."""
 
 import contextlib
+import os
+import sys
 import threading
+from collections.abc import Iterator
 
 import pytest
 
-from trainer.prefetch import prepare_ahead
+from trainer.batch import Batch
+from trainer.prefetch import prepare_ahead, read_ahead
 
 
 def test_calls_are_one_ahead_in_one_thread() -> None:
@@ -47,3 +51,20 @@ def test_nothing_to_prepare_begins_nothing() -> None:
     before = threading.active_count()
     assert list(prepare_ahead(0, lambda: 1)) == []
     assert threading.active_count() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux alone")
+def test_work_ahead_steps_back_for_the_step() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    (ahead,) = prepare_ahead(1, niceness)
+    (beside,) = prepare_ahead(1, niceness, in_background=False)
+    assert (ahead(), beside()) == (19, niceness())
+
+    def batches() -> Iterator[Batch]:
+        raise RuntimeError(niceness())
+        yield
+
+    (failure,) = read_ahead(batches(), 1)
+    assert str(failure) == "19"

@@ -6,7 +6,7 @@ import torch
 
 from trainer.errors import CheckpointError
 from trainer.optim import AdamRates
-from trainer.tables import IdTable, TableShape, initial_rows
+from trainer.tables import IdTable, TableShape, apply_gradients, build_tables, initial_rows
 
 SHAPE = TableShape("item", width=3, num_rows=50, num_shards=8)
 RATES = AdamRates(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8)
@@ -20,7 +20,7 @@ def train(table: IdTable, ids: list[int], rates: AdamRates = RATES) -> None:
     request = table.serve(np.array(ids))
     rows_QV = table.vectors(request)
     (rows_QV[torch.from_numpy(request.inverse_R)] * torch.arange(1, len(ids) + 1).unsqueeze(1)).sum().backward()
-    table.apply_gradients(rates)
+    apply_gradients([table], rates)
 
 
 class TestShape:
@@ -105,6 +105,24 @@ class TestTraining:
         for i, row in rows.items():
             torch.testing.assert_close(table.vectors(table.serve(np.array([i]))).detach()[0], row, rtol=1e-12, atol=0)
 
+    def test_tables_that_share_memory_train_as_they_do_alone(self) -> None:
+        shapes = [TableShape("a", 3, 50, 8), TableShape("b", 2, 20, 8), TableShape("c", 3, 30, 8)]
+        together = build_tables(shapes, 0, 1, seed=1, scale=0.05, dtype=torch.float64)
+        alone = {shape.name: table_of(shape=shape) for shape in shapes}
+        assert together["a"].shared is together["c"].shared
+        for ids in ({"a": [5, 6], "b": [5], "c": [5, 5, 9]}, {"a": [], "c": [6, 9]}, {"b": [1]}):
+            for tables in (together, alone):
+                for name, each in ids.items():
+                    request = tables[name].serve(np.array(each))
+                    rows_QV = tables[name].vectors(request)
+                    (rows_QV * torch.arange(1, len(rows_QV) + 1).unsqueeze(1)).sum().backward()
+            apply_gradients(together.values(), RATES)
+            for table in alone.values():
+                apply_gradients([table], RATES)
+            for name, table in alone.items():
+                mine = together[name].export_shards()
+                assert all(torch.equal(rows, mine[part]) for part, rows in table.export_shards().items())
+
     def test_no_ids_no_change(self) -> None:
         table = table_of()
         before = table.weight.clone()
@@ -115,7 +133,7 @@ class TestTraining:
         table = table_of()
         with torch.no_grad():
             table.vectors(table.serve(np.array([1])))
-        table.apply_gradients(RATES)
+        apply_gradients([table], RATES)
         assert table.steps.sum() == 0
 
     def test_a_rank_beyond_the_shards_owns_nothing(self) -> None:

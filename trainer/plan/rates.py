@@ -23,12 +23,12 @@ import torch
 
 from featurestore.partition import FeaturePartition
 from featurestore.store import FeatureStore
-from trainer.allocator import keep_freed_memory
 from trainer.batch import Batch
 from trainer.comm import Comm, SoloComm, connect
 from trainer.config import Config, load_config
 from trainer.data import SampleReader, open_index
 from trainer.exchange import ContentRequest
+from trainer.memory import keep_freed_memory
 from trainer.plan.cost import Piece, Rates
 from trainer.prefetch import prepare_ahead, read_ahead
 from trainer.routing import Int64
