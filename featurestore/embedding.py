@@ -21,7 +21,7 @@ from featurestore.statistics import inverse_std
 
 ComputeDType = Literal["bfloat16", "float32", "float64"]
 
-_BLOCK_ROWS = 1024
+_BLOCK_ROWS = 1024  # they stay in the processor's cache while numbers are made of them
 
 
 class PReLU(nn.PReLU):
@@ -189,9 +189,8 @@ class EmbeddingService(nn.Module):
         return model.mean_D.cpu().numpy(), model.inverse_std_D.cpu().numpy()
 
     def gather(self, keys_Q: NDArray[np.int64]) -> Gathered:
-        """Features of `keys_Q` in the order asked. Independent of all weights, so it may run ahead of them.
-
-        Raises MissingKeysError under policy error.
+        """Features of `keys_Q` in the order asked. Independent of all weights, so it may run ahead of them; but not of
+        the standardisation. Raises MissingKeysError under policy error.
         """
         buffer = self._take_buffer(len(keys_Q))
         features_QD = buffer[: len(keys_Q)]
@@ -202,7 +201,7 @@ class EmbeddingService(nn.Module):
         return Gathered(features_QD, torch.from_numpy(missing_Q) if missing_Q.any() else None, buffer)
 
     def _gather_numbers(self, keys_Q: NDArray[np.int64], out_QD: Tensor) -> NDArray[np.bool_]:
-        """Once here, ahead of the step, instead of in every pass over them; returns which keys have no feature."""
+        """Makes numbers of the features once, ahead of the step, not in every pass; returns which keys have none."""
         model = self._model(next(iter(self.models)))  # all have one compute dtype and one standardisation
         missing_Q, start = np.zeros(len(keys_Q), np.bool_), 0
         for block in self.partition.lookup_blocks(keys_Q, _BLOCK_ROWS):

@@ -5,11 +5,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from featurestore.errors import FeatureStoreError
 from pipeline.cluster import connect
-from pipeline.errors import BackboneError, PipelineError, WeightsError
 from pipeline.extract import ExtractOptions, extract
 from pipeline.layers import DEFAULT_BACKBONE
+from pipeline.outcome import power_of_two, told
 from pipeline.summary import describe
 from pipeline.weights import UntrainedWeightsWarning, check_network
 
@@ -66,7 +65,10 @@ def main(
         int, typer.Option(min=1, max=65536, help="Images per task; what is in flight is repeated after a kill.")
     ] = 256,
     num_shards: Annotated[
-        int | None, typer.Option(min=1, max=65536, help="Of a new store, a power of two.", show_default="64")
+        int | None,
+        typer.Option(
+            min=1, max=65536, callback=power_of_two, help="Of a new store, a power of two.", show_default="64"
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Of the feature, in a new store.", show_default="feature")] = None,
 ) -> None:
@@ -80,15 +82,12 @@ def main(
     )
     if weights.startswith("random:"):
         typer.secho(f"warning: the weights {weights} are NOT pretrained", fg="yellow", bold=True, err=True)
-    try:
+    with told():
         check_network(backbone, weights)
         # One process with all cores for the network: copies of the network would share the same cores.
         with warnings.catch_warnings(), connect(workers=1, threads_per_worker=1) as client:
             warnings.simplefilter("ignore", UntrainedWeightsWarning)  # said above
             summary = extract(options, client)
-    except (PipelineError, FeatureStoreError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2 if isinstance(error, BackboneError | WeightsError) else 1) from error
     typer.echo(describe(summary))
 
 

@@ -5,13 +5,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from featurestore.errors import FeatureStoreError
 from pipeline.cluster import connect
-from pipeline.errors import PipelineError
 from pipeline.imports import matrix, parquet, xdl
 from pipeline.imports.report import describe
 from pipeline.imports.run import ImportOptions, import_vectors
 from pipeline.imports.source import Source
+from pipeline.outcome import power_of_two, told
 
 EXAMPLES = """Examples:
 
@@ -61,7 +60,10 @@ def main(
     ] = None,
     dtype: DTypeOption = None,
     num_shards: Annotated[
-        int | None, typer.Option(min=1, max=65536, help="Of a new store, a power of two.", show_default="64")
+        int | None,
+        typer.Option(
+            min=1, max=65536, callback=power_of_two, help="Of a new store, a power of two.", show_default="64"
+        ),
     ] = None,
     part_size: Annotated[int | None, typer.Option(min=1, help="Rows per task.", show_default="32 MB of them")] = None,
     keep_missing: Annotated[
@@ -77,15 +79,10 @@ def main(
     quarantine with the reason. Running it again imports what has changed; a killed run goes on where it was.
     """
     options = ImportOptions(store, name, dtype, num_shards, origin, part_size, keep_missing, max_gone)
-    if num_shards is not None and num_shards & (num_shards - 1):
-        raise typer.BadParameter(f"{num_shards} is not a power of two; try 64 or 128", param_hint="--num-shards")
-    try:
+    with told():
         source = open_source(address, file_format, keys, dim, feature_column, binary_dtype)
         with connect() as client:
             summary = import_vectors(source, options, client)
-    except (PipelineError, FeatureStoreError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     typer.echo(describe(summary))
 
 

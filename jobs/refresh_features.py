@@ -4,9 +4,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from featurestore.errors import FeatureStoreError
 from pipeline.cluster import connect
-from pipeline.errors import BackboneError, PipelineError, WeightsError
+from pipeline.outcome import told
 from pipeline.refresh import RefreshOptions, refresh
 from pipeline.summary import describe
 
@@ -62,13 +61,9 @@ def main(
     options = RefreshOptions(
         images, store, weights, compute_dtype, batch_size, part_size, backbone, keep_missing, max_gone, dry_run
     )
-    try:
-        # One process with all cores for the network: copies of the network would share the same cores.
-        with connect(workers=1, threads_per_worker=1) as client:
-            summary = refresh(options, client)
-    except (PipelineError, FeatureStoreError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2 if isinstance(error, BackboneError | WeightsError) else 1) from error
+    # One process with all cores for the network: copies of the network would share the same cores.
+    with told(), connect(workers=1, threads_per_worker=1) as client:
+        summary = refresh(options, client)
     typer.echo(describe(summary))
 
 

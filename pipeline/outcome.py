@@ -1,0 +1,31 @@
+"""How a job ends that did not come to its end: one line that says why, and an exit code."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from featurestore.errors import FeatureStoreError
+from pipeline.errors import BackboneError, PipelineError, WeightsError
+
+_BY_CTRL_C = 130  # what a shell says of a process that SIGINT ended
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Errors of ours end the program with 1, or with 2 where an option was wrong; Ctrl-C ends it with 130."""
+    try:
+        yield
+    except (PipelineError, FeatureStoreError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, BackboneError | WeightsError) else 1) from error
+    except KeyboardInterrupt:
+        typer.echo("stopped; what is finished is kept, and the same command goes on from there", err=True)
+        raise typer.Exit(_BY_CTRL_C) from None
+
+
+def power_of_two(value: int | None) -> int | None:
+    """A number of shards, as an option has it. Raises typer.BadParameter."""
+    if value is not None and value & (value - 1):
+        raise typer.BadParameter(f"{value} is not a power of two; try 64 or 128")
+    return value
