@@ -1,6 +1,6 @@
 """One rank's share of a snapshot, mapped into memory for fast lookups by key.
 
-Letters of shapes: M rows held, U keys asked, D feature width.
+Letters of shapes: M rows held, U keys asked, C of them in a piece, D feature width.
 """
 
 import os
@@ -184,9 +184,9 @@ class FeaturePartition:
         memory = self._output(min(block_rows, len(row_U)), None)
         for start in range(0, len(row_U), block_rows):
             block = slice(start, start + block_rows)
-            features_BD = memory[: len(row_U[block])]
-            self._gather(row_U[block], missing_U[block], features_BD)
-            yield Lookup(features_BD, missing_U[block])
+            features_CD = memory[: len(row_U[block])]
+            self._gather(row_U[block], missing_U[block], features_CD)
+            yield Lookup(features_CD, missing_U[block])
 
     def places(self, keys_U: npt.ArrayLike) -> Int64Array:
         """For each key a number of its own in [0, num_rows), (U,); -1 for a key without a feature.

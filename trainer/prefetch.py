@@ -4,6 +4,7 @@ numpy, Arrow and Horovod let go of the interpreter for most of it. Where the thr
 work ahead runs while the step waits for other ranks.
 """
 
+import contextlib
 import os
 import queue
 import sys
@@ -55,8 +56,8 @@ def prepare_ahead(
     Call n + 1 begins when result n is asked for. So ranks that ask equally often prepare equally often, and collectives
     in `prepare` meet: who has one result has begun the next one, and closing the iterator waits for that.
 
-    `in_background`: the thread takes a core only when nothing else of this process wants it; for work that takes less
-    time than the step beside it.
+    `in_background`: at the lowest priority, for work that takes less time than the step beside it: beside a busy thread
+    of another one it gets a sixtieth of a core.
     """
     with ThreadPoolExecutor(1, "prepare", initializer=_step_back if in_background else None) as pool:
         coming = pool.submit(prepare) if count else None
@@ -67,9 +68,10 @@ def prepare_ahead(
 
 
 def _step_back() -> None:
-    """Gives this thread the lowest priority: whatever the step does goes first."""
+    """Gives this thread the lowest priority: whatever the step does goes first. Where that is refused, so be it."""
     if sys.platform == "linux":  # elsewhere priorities are those of processes
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
 
 
 def _guarded(batches: Iterator[Batch]) -> Iterator[Batch | Exception]:

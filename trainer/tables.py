@@ -78,19 +78,17 @@ class IdTable:
         *,
         seed: int,
         scale: float,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        shared: Rows | None = None,
-        first_row: int = 0,
+        shared: Rows,
+        first_row: int,
     ) -> None:
-        """`shared`: memory that has room for this table from `first_row` on; without, it has its own."""
+        """Use `build_tables`. `shared` has room for this table from `first_row` on."""
         self.shape, self.width = shape, shape.width
         self.shards = owned_shards(shape.num_shards, rank, num_ranks)
         self._num_ranks = num_ranks
         self._slot_of_shard = np.full(shape.num_shards, -1, dtype=np.int64)
         self._slot_of_shard[self.shards] = np.arange(len(self.shards))
         num_rows = owned_rows(shape, rank, num_ranks)
-        self.shared, self._first_row = shared or Rows.zeros(num_rows, shape.width, device, dtype), first_row
+        self.shared, self._first_row = shared, first_row
         mine = slice(first_row, first_row + num_rows)
         self.weight, self.momentum = self.shared.weight[mine], self.shared.momentum[mine]
         self.variance, self.steps = self.shared.variance[mine], self.shared.steps[mine]

@@ -123,8 +123,9 @@ class Training:
             self.totals.add_unique(unique)
             details |= {f"stage_ms/{name}": value for name, value in self._engine.stages.last_ms().items()}
             details |= {f"unique_ratio/{name}": different / max(keys, 1) for name, (different, keys) in unique.items()}
-            details |= {f"bytes_sent/{name}": float(each.sent) for name, each in self._run.comm.traffic.items()}
-            details |= {"images/served": images.served, "images/computed": images.computed}
+            traffic, steps = self._run.comm.traffic, self.totals.steps
+            details |= {f"bytes_sent_per_step/{name}": each.sent / steps for name, each in traffic.items()}
+            details |= _shares(self._run.comm.allgather_object((images.served, images.computed), name="log.images"))
         self._progress.step(self._engine.num_steps, scalars, details)
 
     def _between_steps(self) -> None:
@@ -212,6 +213,17 @@ class Training:
                     run.comm, run.checkpoints, self._engine, state, self._config.train.keep_checkpoints, self._best()
                 )
             )
+
+
+def _shares(images_R: list[tuple[int, int]]) -> dict[str, float]:
+    """Of the images that each rank served and computed in a step: how uneven, and how many were not made anew."""
+    served = sum(each for each, _ in images_R)
+    if not served:
+        return {}
+    return {
+        "images/owner_skew": max(each for each, _ in images_R) * len(images_R) / served,
+        "images/reused_vectors": 1 - sum(computed for _, computed in images_R) / served,
+    }
 
 
 def total_steps(run: Run) -> int:

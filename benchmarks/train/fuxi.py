@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fuxictr.pytorch.layers.embeddings.pretrained_embedding import PretrainedEmbedding
+from torch import Tensor
 
 from benchmarks.train.model import Images, Model, occurrences, per_sample
 from featurestore import to_float32
@@ -38,23 +39,25 @@ class FuxiCtr:
         self.model = Model(run, self._layer)
         self._batches = itertools.cycle(batches)
 
-    def prepare(self) -> tuple[Batch, Request]:
-        """The next batch, which is in memory, and the exchange of its ID keys."""
+    def prepare(self) -> tuple[Batch, dict[str, Tensor], Request]:
+        """The next batch, which is in memory, where its images stand in the layer, and the exchange of its ID keys."""
         batch = next(self._batches)
-        return batch, self.model.request(batch)
+        index_of_field = {
+            field.name: torch.from_numpy(1 + np.searchsorted(self._keys, batch.fields[field.name].values_N))
+            for field in self.model.content
+        }
+        return batch, index_of_field, self.model.request(batch)
 
-    def step(self, prepared: tuple[Batch, Request]) -> tuple[float, None]:
+    def step(self, prepared: tuple[Batch, dict[str, Tensor], Request]) -> tuple[float, None]:
         """Trains on one batch."""
-        batch, request = prepared
-        return self.model.train_step(batch, request, self._images), None
+        batch, index_of_field, request = prepared
+        return self.model.train_step(batch, request, lambda _: self._images(batch, index_of_field)), None
 
-    def _images(self, batch: Batch) -> Images:
-        images = {}
-        for field in self.model.content:
-            jagged = batch.fields[field.name]
-            index_N = 1 + np.searchsorted(self._keys, jagged.values_N)
-            images[field.name] = occurrences(self._layer(torch.from_numpy(index_N)), jagged.lengths_M)
-        return images
+    def _images(self, batch: Batch, index_of_field: dict[str, Tensor]) -> Images:
+        return {
+            name: occurrences(self._layer(index_N), batch.fields[name].lengths_M)
+            for name, index_N in index_of_field.items()
+        }
 
 
 def pretrained_layer(partition: FeaturePartition, keys_N: Int64, width: int) -> torch.nn.Module:

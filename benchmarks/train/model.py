@@ -99,6 +99,8 @@ class StoredFeatures:
         """Visual vectors (U, V). `place`: features that are there at the same time need another one."""
         model = self._service.models[network]
         assert isinstance(model, EmbeddingModel)
+        if features_UD.dtype == model.compute_dtype:
+            return self._service.embed(network, Gathered(features_UD, None))
         memory = self._memory.get(place)
         if memory is None or len(memory) < len(features_UD):
             rows = len(features_UD) + len(features_UD) // 8

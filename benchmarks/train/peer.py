@@ -23,6 +23,8 @@ from trainer.memory import objects_frozen
 from trainer.prefetch import prepare_ahead
 from trainer.run import Run, open_run
 
+_PIECES = 16
+
 
 class Variant(Protocol):
     """A way to train the model."""
@@ -46,7 +48,7 @@ class Seen:
     bytes_sent: int = 0
 
 
-Name = Literal["compute", "worker", "worker_grouped", "server", "server_in_turn", "fuxictr"]
+Name = Literal["compute", "worker", "worker_grouped", "server", "server_in_turn", "server_in_pieces", "fuxictr"]
 
 
 def variant_of(name: Name, run: Run, folder: Path) -> Variant:
@@ -60,10 +62,10 @@ def variant_of(name: Name, run: Run, folder: Path) -> Variant:
             from benchmarks.train.worker import StoreInWorker
 
             return StoreInWorker(run, folder / "batches", grouped=name == "worker_grouped")
-        case "server" | "server_in_turn":
+        case "server" | "server_in_turn" | "server_in_pieces":
             from benchmarks.train.server import StoreInServer
 
-            return StoreInServer(run, ahead=name == "server")
+            return StoreInServer(run, name != "server_in_turn", _PIECES if name == "server_in_pieces" else 1)
         case "fuxictr":
             from benchmarks.train.fuxi import FuxiCtr
 

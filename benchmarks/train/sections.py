@@ -17,7 +17,8 @@ from benchmarks.train.traffic import traffic_section
 from benchmarks.workload import Workload
 
 _CHECKED_STEPS = 3
-_SAME_MODEL = (("ours", "compute", "worker", "worker_grouped"), ("ours_2_ranks", "server", "server_in_turn"))
+_SERVERS = ("server", "server_in_turn", "server_in_pieces")
+_SAME_MODEL = (("ours", "compute", "worker", "worker_grouped"), ("ours_2_ranks", *_SERVERS))
 _MEMORY_SAMPLES = 150
 SECTIONS = ("link", "traffic", "memory")
 VARIANTS = (*_SAME_MODEL[0], *_SAME_MODEL[1], "fuxictr")
@@ -55,6 +56,7 @@ class Bench:
             "ours_2_ranks": lambda: two.trainer("ours", self.steps_2_ranks, self.settings),
             "server": lambda: two.peer("server", self.steps_2_ranks, self.settings),
             "server_in_turn": lambda: two.peer("server_in_turn", self.steps_2_ranks, self.settings),
+            "server_in_pieces": lambda: two.peer("server_in_pieces", self.steps_2_ranks, self.settings),
         }
         if (python := fuxictr_python()).exists():
             runs["fuxictr"] = lambda: one.peer("fuxictr", few, self.settings, python=str(python))
@@ -89,7 +91,7 @@ def measure(bench: Bench, only: Sequence[str], alternatives: Mapping[str, Sequen
 
 def headline(rounds: Rounds, found: Mapping[str, Figure]) -> dict[str, Figure]:
     """The figures that have a target. "Store in server" is the faster of its two forms."""
-    servers = [ratio for name in ("server", "server_in_turn") if (ratio := rounds.ratio("ours_2_ranks", name))]
+    servers = [ratio for name in _SERVERS if (ratio := rounds.ratio("ours_2_ranks", name))]
     return {
         "step_vs_compute": rounds.ratio("compute", "ours"),
         "two_ranks_vs_one": rounds.ratio("ours_2_ranks", "ours"),
@@ -113,12 +115,16 @@ def link_section(bench: Bench) -> Section:
                 "ours": lambda: ranks.trainer("ours", bench.steps_2_ranks, bench.settings),
                 "server": lambda: ranks.peer("server", few, bench.settings),
                 "server_in_turn": lambda: ranks.peer("server_in_turn", few, bench.settings),
+                "server_in_pieces": lambda: ranks.peer("server_in_pieces", few, bench.settings),
             }
             rounds = interleaved(runs, bench.rounds, bench.progress, "1 Gbit/s")
     except LinkError as failure:
         return Section("two ranks over 1 Gbit/s", {"vs_store_in_server_1gbit": None, "link_reason": str(failure)})
-    ratios = {name: rounds.ratio("ours", name) or 0.0 for name in ("server", "server_in_turn")}
-    figures = {"vs_store_in_server_1gbit": min(ratios.values()), "vs_server_in_turn_1gbit": ratios["server_in_turn"]}
+    ratios = {name: rounds.ratio("ours", name) or 0.0 for name in _SERVERS}
+    figures = {
+        "vs_store_in_server_1gbit": min(ratios["server"], ratios["server_in_turn"]),
+        **{f"vs_{name}_1gbit": ratio for name, ratio in ratios.items()},
+    }
     return Section("two ranks over 1 Gbit/s", figures, rounds.grid(), prefix="1gbit_")
 
 

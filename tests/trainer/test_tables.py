@@ -13,7 +13,7 @@ RATES = AdamRates(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8)
 
 
 def table_of(rank: int = 0, num_ranks: int = 1, shape: TableShape = SHAPE, seed: int = 1) -> IdTable:
-    return IdTable(shape, rank, num_ranks, seed=seed, scale=0.05, dtype=torch.float64)
+    return build_tables([shape], rank, num_ranks, seed=seed, scale=0.05, dtype=torch.float64)[shape.name]
 
 
 def train(table: IdTable, ids: list[int], rates: AdamRates = RATES) -> None:

@@ -28,7 +28,7 @@ from trainer.comm import Comm, SoloComm, connect
 from trainer.config import Config, load_config
 from trainer.data import SampleReader, open_index
 from trainer.exchange import ContentRequest
-from trainer.memory import keep_freed_memory
+from trainer.memory import keep_freed_memory, objects_frozen
 from trainer.plan.cost import Piece, Rates
 from trainer.prefetch import prepare_ahead, read_ahead
 from trainer.routing import Int64
@@ -152,7 +152,7 @@ class Bench:
         """Seconds of steps of the real loop: read ahead, prepared ahead, computed."""
         engine, depth = self.engine, max(1, self._config.data.prefetch_batches)
         seconds: list[float] = []
-        with closing(read_ahead(self.batches(size), depth)) as ahead:
+        with closing(read_ahead(self.batches(size), depth)) as ahead, objects_frozen():
 
             def prepare() -> Prepared:
                 return engine.prepare(next(ahead))
