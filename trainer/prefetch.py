@@ -9,8 +9,10 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from typing import TypeVar
 
 from trainer.batch import Batch
@@ -18,6 +20,7 @@ from trainer.batch import Batch
 Result = TypeVar("Result")
 
 _LOWEST_PRIORITY = 19
+_LATE, _TIMES = 0.2, 3  # of the time of a step; one after the other
 
 
 def read_ahead(batches: Iterator[Batch], depth: int) -> Generator[Batch | Exception, None, None]:
@@ -32,7 +35,6 @@ def read_ahead(batches: Iterator[Batch], depth: int) -> Generator[Batch | Except
     stopped = threading.Event()
 
     def read() -> None:
-        _step_back()
         for item in _guarded(batches):
             if not _put(ready, item, stopped):
                 return
@@ -56,15 +58,46 @@ def prepare_ahead(
     Call n + 1 begins when result n is asked for. So ranks that ask equally often prepare equally often, and collectives
     in `prepare` meet: who has one result has begun the next one, and closing the iterator waits for that.
 
-    `in_background`: at the lowest priority, for work that takes less time than the step beside it: beside a busy thread
-    of another one it gets a sixtieth of a core.
+    `in_background`: at the lowest priority, for work that takes less time than the step beside it. Where results are
+    late again and again, because other processes keep the cores busy, a thread of normal priority takes over.
     """
-    with ThreadPoolExecutor(1, "prepare", initializer=_step_back if in_background else None) as pool:
+    pool = ThreadPoolExecutor(1, "prepare", initializer=_step_back if in_background else None)
+    lateness = _Lateness()
+    try:
         coming = pool.submit(prepare) if count else None
         for left in range(count - 1, -1, -1):
             assert coming is not None
-            current, coming = coming, pool.submit(prepare) if left else None
-            yield current.result
+            current = coming
+            if in_background and lateness.is_habit():
+                wait([current])  # one call after the other
+                pool.shutdown()
+                pool, in_background = ThreadPoolExecutor(1, "prepare"), False
+            coming = pool.submit(prepare) if left else None
+            yield partial(lateness.timed, current.result)
+    finally:
+        pool.shutdown()
+
+
+class _Lateness:
+    """Whether those who ask for results have to wait long, compared with the time from one question to the next."""
+
+    def __init__(self) -> None:
+        self._asked_s: float | None = None
+        self._times_late = 0
+
+    def timed(self, result: Callable[[], Result]) -> Result:
+        """The result, once it is there."""
+        start_s = time.perf_counter()
+        value = result()
+        if self._asked_s is not None:
+            late = time.perf_counter() - start_s > _LATE * (start_s - self._asked_s)
+            self._times_late = self._times_late + 1 if late else 0
+        self._asked_s = start_s
+        return value
+
+    def is_habit(self) -> bool:
+        """Whether the last results were all late."""
+        return self._times_late >= _TIMES
 
 
 def _step_back() -> None:

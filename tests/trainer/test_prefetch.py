@@ -4,12 +4,11 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Iterator
+import time
 
 import pytest
 
-from trainer.batch import Batch
-from trainer.prefetch import prepare_ahead, read_ahead
+from trainer.prefetch import prepare_ahead
 
 
 def test_calls_are_one_ahead_in_one_thread() -> None:
@@ -54,17 +53,35 @@ def test_nothing_to_prepare_begins_nothing() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux alone")
-def test_work_ahead_steps_back_for_the_step() -> None:
-    def niceness() -> int:
-        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+class TestPriority:
+    def test_work_ahead_steps_back_for_the_step(self) -> None:
+        (ahead,) = prepare_ahead(1, niceness)
+        (beside,) = prepare_ahead(1, niceness, in_background=False)
+        assert (ahead(), beside()) == (19, niceness())
 
-    (ahead,) = prepare_ahead(1, niceness)
-    (beside,) = prepare_ahead(1, niceness, in_background=False)
-    assert (ahead(), beside()) == (19, niceness())
+    def test_work_that_is_always_late_comes_forward(self) -> None:
+        running = threading.Lock()
 
-    def batches() -> Iterator[Batch]:
-        raise RuntimeError(niceness())
-        yield
+        def slow() -> int:
+            with running:  # never two calls at once
+                assert not in_call.is_set()
+                in_call.set()
+                time.sleep(0.02)
+                in_call.clear()
+            return niceness()
 
-    (failure,) = read_ahead(batches(), 1)
-    assert str(failure) == "19"
+        in_call = threading.Event()
+        found = [result() for result in prepare_ahead(9, slow)]
+        assert found[0] == 19 and found[-1] == niceness()
+        assert sorted(found, reverse=True) == found and found.count(19) >= 4
+
+    def test_work_that_is_in_time_stays_back(self) -> None:
+        found = []
+        for result in prepare_ahead(9, niceness):
+            found.append(result())
+            time.sleep(0.02)
+        assert found == [19] * 9
+
+
+def niceness() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
