@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
@@ -69,8 +69,7 @@ def prepare_ahead(
             assert coming is not None
             current = coming
             if in_background and lateness.is_habit():
-                wait([current])  # one call after the other
-                pool.shutdown()
+                pool.shutdown()  # ends with the call that it has begun: one after the other
                 pool, in_background = ThreadPoolExecutor(1, "prepare"), False
             coming = pool.submit(prepare) if left else None
             yield partial(lateness.timed, current.result)
