@@ -56,7 +56,7 @@ def test_mistakes_are_one_message(job, tmp_path):
     assert_message(job(), 1, "nowhere")
     assert_message(job("--weights", "random:x"), 2, "error: weights 'random:x': the seed of random weights is a number")
     assert_message(job("--weights", "none.pth"), 2, "error: weights 'none.pth': neither imagenet")
-    assert_message(job("--num-shards", "12"), 1, "error: num_shards=12 is not a power of two")
+    assert_message(job("--num-shards", "12"), 2, "12 is not a power of two")
     assert_message(job("--dtype", "int4"), 2, "'int4' is not one of")
     assert_message(job("--batch-size", "0"), 2, "greater than or equal to 1")
 
