@@ -124,7 +124,11 @@ class Training:
             details |= {f"stage_ms/{name}": value for name, value in self._engine.stages.last_ms().items()}
             details |= {f"unique_ratio/{name}": different / max(keys, 1) for name, (different, keys) in unique.items()}
             traffic, steps = self._run.comm.traffic, self.totals.steps
-            details |= {f"bytes_sent_per_step/{name}": each.sent / steps for name, each in traffic.items()}
+            details |= {
+                f"bytes_sent_per_step/{name}": each.sent / steps
+                for name, each in traffic.items()
+                if name.startswith("step.")
+            }
             details |= _shares(self._run.comm.allgather_object((images.served, images.computed), name="log.images"))
         self._progress.step(self._engine.num_steps, scalars, details)
 

@@ -54,7 +54,7 @@ class Compute:
         self.model.zero_grad()
         start = time.perf_counter()
         for name, (features_UD, fields, index_N) in asked.items():
-            visual_UV = self._stored.embed(name, features_UD)
+            visual_UV = self._stored.embed(name, features_UD, name)
             places = torch.split(index_N, [counts[field] for field in fields])
             for field, place_N in zip(fields, places, strict=True):
                 vectors[field] = FieldVectors(visual_UV, place_N, lengths[field])

@@ -95,7 +95,7 @@ class StoredFeatures:
         self._service = service
         self._memory: dict[str, Tensor] = {}
 
-    def embed(self, network: str, features_UD: Tensor, place: str = "") -> Tensor:
+    def embed(self, network: str, features_UD: Tensor, place: str) -> Tensor:
         """Visual vectors (U, V). `place`: features that are there at the same time need another one."""
         model = self._service.models[network]
         assert isinstance(model, EmbeddingModel)
