@@ -1,13 +1,13 @@
 """The same model with FuxiCTR's own PretrainedEmbedding, once per occurrence, in the place of our image path.
 
-Runs in the environment that tools/install.sh makes for FuxiCTR. Its layer holds the features of all images that the
-batches have, in float32, and one linear layer from their width to the visual width, without a hidden layer. Letters of
-shapes as in trainer/batch.py.
+Runs in the environment that tools/install.sh makes for FuxiCTR. Its layer holds the features of all images of the store
+in float32, frozen, and one linear layer from their width to the visual width, without a hidden layer. Letters of shapes
+as in trainer/batch.py.
 """
 
-import itertools
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from fuxictr.pytorch.layers.embeddings.pretrained_embedding import PretrainedEmb
 from torch import Tensor
 
 from benchmarks.train.model import Images, Model, occurrences, per_sample
-from featurestore import to_float32
+from featurestore import FeatureStore, to_float32
 from featurestore.partition import FeaturePartition
 from trainer.batch import Batch
 from trainer.exchange import Request
@@ -25,38 +25,38 @@ from trainer.run import Run
 
 
 class FuxiCtr:
-    """One rank, over the images of the first `num_batches` batches, which it trains on again and again."""
+    """One rank, on the trainer's batches, with a row for each sample."""
 
     ahead = True
 
-    def __init__(self, run: Run, num_batches: int) -> None:
+    def __init__(self, run: Run) -> None:
         assert run.partition is not None
-        fields = run.engine.fields
-        content = [field.name for field in fields if field.kind == "content"]
-        batches = [per_sample(batch, fields) for batch in itertools.islice(run.train_reader.batches(0), num_batches)]
-        self._keys = np.unique(np.concatenate([batch.fields[name].values_N for batch in batches for name in content]))
+        self._fields = run.engine.fields
+        self._keys = FeatureStore.open(run.config.data.store).snapshot(run.partition.snapshot_version).keys()
         self._layer = pretrained_layer(run.partition, self._keys, run.config.model.visual_width)
         self.model = Model(run, self._layer)
-        self._batches = itertools.cycle(batches)
+        self._batches = self.model.batches()
 
-    def prepare(self) -> tuple[Batch, dict[str, Tensor], Request]:
-        """The next batch, which is in memory, where its images stand in the layer, and the exchange of its ID keys."""
+    def prepare(self) -> tuple[Batch, Request]:
+        """The next batch, places in the layer instead of image keys, and the exchange of its ID keys."""
         batch = next(self._batches)
-        index_of_field = {
-            field.name: torch.from_numpy(1 + np.searchsorted(self._keys, batch.fields[field.name].values_N))
-            for field in self.model.content
-        }
-        return batch, index_of_field, self.model.request(batch)
+        fields = dict(batch.fields)
+        for name in (field.name for field in self.model.content):
+            places_N = 1 + np.searchsorted(self._keys, fields[name].values_N)
+            fields[name] = replace(fields[name], values_N=places_N)
+        batch = per_sample(replace(batch, fields=fields), self._fields)
+        return batch, self.model.request(batch)
 
-    def step(self, prepared: tuple[Batch, dict[str, Tensor], Request]) -> tuple[float, None]:
+    def step(self, prepared: tuple[Batch, Request]) -> tuple[float, None]:
         """Trains on one batch."""
-        batch, index_of_field, request = prepared
-        return self.model.train_step(batch, request, lambda _: self._images(batch, index_of_field)), None
+        batch, request = prepared
+        return self.model.train_step(batch, request, self._images), None
 
-    def _images(self, batch: Batch, index_of_field: dict[str, Tensor]) -> Images:
+    def _images(self, batch: Batch) -> Images:
         return {
-            name: occurrences(self._layer(index_N), batch.fields[name].lengths_M)
-            for name, index_N in index_of_field.items()
+            field.name: occurrences(self._layer(torch.from_numpy(values.values_N)), values.lengths_M)
+            for field in self.model.content
+            for values in (batch.fields[field.name],)
         }
 
 

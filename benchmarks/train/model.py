@@ -38,7 +38,8 @@ class Model:
         self.content: list[Field] = [field for field in engine.fields if field.kind == "content"]
         self._tables, self._optim = engine.tables, run.config.train.optim()
         parts = nn.ModuleDict({"model": self.net, "images": image_model})
-        self._dense = DenseOptimizer(run.comm, dict(parts.named_parameters()), self._optim)
+        trained = {name: parameter for name, parameter in parts.named_parameters() if parameter.requires_grad}
+        self._dense = DenseOptimizer(run.comm, trained, self._optim)
         self.ids = Exchange(
             run.comm, self._tables, {field.name: field.table_name for field in engine.fields if field.is_id}
         )

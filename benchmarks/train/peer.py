@@ -69,7 +69,7 @@ def variant_of(name: Name, run: Run, folder: Path) -> Variant:
         case "fuxictr":
             from benchmarks.train.fuxi import FuxiCtr
 
-            return FuxiCtr(run, num_batches=2)
+            return FuxiCtr(run)
 
 
 def train(variant: Variant, steps: int, run: Run) -> Seen:
