@@ -25,9 +25,9 @@ from featurestore.store import FeatureStore
 from trainer.checkpoint import read_dense
 from trainer.comm import SoloComm
 from trainer.errors import ConfigError, DataError
+from trainer.machine import share_machine
 from trainer.models.fields import used_fields
 from trainer.optim import check_names
-from trainer.run import share_machine
 from trainer.step import image_model, networks_of
 from trainer.stores import store_places
 from trainer.trained import SavedRun, finite, newest_version, read_run

@@ -5,7 +5,6 @@ Every rank calls the same functions; what can go wrong on one of them is agreed 
 
 import os
 import shutil
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 
 from featurestore.partition import FeaturePartition
@@ -25,11 +23,11 @@ from trainer.batch import BatchPosition
 from trainer.checkpoint import CheckpointState, Origin, StoreRecord
 from trainer.columns import Index, rules_of
 from trainer.comm import Comm
-from trainer.config import Config, Device, save_config
+from trainer.config import Config, save_config
 from trainer.data import SampleIndex, SampleReader, distinct_values, open_index
 from trainer.days import sample_files
 from trainer.errors import ConfigError, DataError
-from trainer.memory import keep_freed_memory
+from trainer.machine import share_machine
 from trainer.precision import with_compute_dtype
 from trainer.schema import Schema, load_schema
 from trainer.step import Engine
@@ -260,35 +258,6 @@ def _resumed(config: Config, folder: Path) -> tuple[Path, CheckpointState] | Non
 
 def _warm_start(config: Config) -> WarmStart | None:
     return warmstart.find(config.run.warm_start, config.run.warm_parts) if config.run.warm_start else None
-
-
-def uses_cuda(device: Device, available: bool, moves_cuda_tensors: bool) -> bool:
-    """Whether the ranks compute on GPUs. `available`: every rank has one. `moves_cuda_tensors`: the Comm's answer.
-
-    Raises ConfigError where run.device=cuda asks for what is not there.
-    """
-    if device == "cuda" and not available:
-        raise ConfigError("run.device=cuda: PyTorch finds no GPU on every rank; take run.device=auto or cpu")
-    if device == "cuda" and not moves_cuda_tensors:
-        raise ConfigError(
-            "run.device=cuda: this Horovod was built without NCCL and cannot move tensors of a GPU; "
-            "build it with NCCL, start one rank without horovodrun, or take run.device=cpu"
-        )
-    return device != "cpu" and available and moves_cuda_tensors
-
-
-def share_machine(config: Config, comm: Comm) -> torch.device:
-    """Gives each rank of a machine its part of the cores (threads of torch and Arrow); returns its GPU or the CPU."""
-    keep_freed_memory()
-    ranks = comm.allgather_object((socket.gethostname(), torch.cuda.is_available()), name="hosts")
-    hosts = [host for host, _ in ranks]
-    here = [rank for rank, host in enumerate(hosts) if host == hosts[comm.rank]]
-    threads = config.run.threads or max(1, len(os.sched_getaffinity(0)) // len(here))
-    torch.set_num_threads(threads)
-    pa.set_cpu_count(threads)
-    if not uses_cuda(config.run.device, all(available for _, available in ranks), comm.moves_cuda_tensors):
-        return torch.device("cpu")
-    return torch.device("cuda", here.index(comm.rank) % torch.cuda.device_count())
 
 
 def _origin(config: Config, schema: Schema, train: SampleIndex, partitions: Mapping[str, FeaturePartition]) -> Origin:

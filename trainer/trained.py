@@ -27,7 +27,8 @@ from trainer.config import Config, load_config
 from trainer.data import SampleIndex, open_index
 from trainer.days import sample_files
 from trainer.errors import CheckpointError, ConfigError, DataError, TrainerError
-from trainer.run import engine_of, model_of, share_machine
+from trainer.machine import share_machine
+from trainer.run import engine_of, model_of
 from trainer.schema import Schema, load_schema
 from trainer.step import Engine
 from trainer.stores import StorePlace, kind_of_features, open_partition, store_places

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from fuxictr.pytorch.layers.embeddings.pretrained_embedding import PretrainedEmbedding
-from torch import Tensor
 
 from benchmarks.train.model import Images, Model, occurrences, per_sample
 from featurestore import FeatureStore, to_float32

@@ -28,10 +28,9 @@ from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
 from trainer.checkpoint import find, read_state
 from trainer.comm import SoloComm
-from trainer.config import Device, load_config
+from trainer.config import load_config
 from trainer.errors import CheckpointError, ConfigError, DataError, RemoteRankError, TrainerError
 from trainer.main import app, train
-from trainer.run import uses_cuda
 from trainer.stages import AHEAD, Stage, Stages
 from trainer.step import Engine
 from trainer.summary import Totals
@@ -248,28 +247,6 @@ class TestRefusals:
         monkeypatch.setattr("trainer.run.save_config", refuse)
         with pytest.raises(ConfigError, match=r"run\.dir=.* cannot be used: .*No space left"):
             run_alone(places, run__name="x", run__dir=tmp_path)
-
-
-class TestDevice:
-    @pytest.mark.parametrize(
-        ("device", "available", "moves", "expected"),
-        [
-            ("auto", True, True, True),
-            ("auto", True, False, False),
-            ("auto", False, True, False),
-            ("cpu", True, True, False),
-            ("cpu", False, False, False),
-            ("cuda", True, True, True),
-        ],
-    )
-    def test_choice(self, device: Device, available: bool, moves: bool, expected: bool) -> None:
-        assert uses_cuda(device, available, moves) is expected
-
-    def test_cuda_that_is_not_there_is_refused(self) -> None:
-        with pytest.raises(ConfigError, match="finds no GPU"):
-            uses_cuda("cuda", available=False, moves_cuda_tensors=True)
-        with pytest.raises(ConfigError, match="without NCCL"):
-            uses_cuda("cuda", available=True, moves_cuda_tensors=False)
 
 
 class TestCommandLine:

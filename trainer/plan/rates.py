@@ -28,11 +28,11 @@ from trainer.comm import Comm, SoloComm, connect
 from trainer.config import Config, load_config
 from trainer.data import SampleReader, open_index
 from trainer.exchange import ContentRequest
+from trainer.machine import uses_cuda
 from trainer.memory import keep_freed_memory, objects_frozen
 from trainer.plan.cost import Piece, Rates
 from trainer.prefetch import prepare_ahead, read_ahead
 from trainer.routing import Int64
-from trainer.run import uses_cuda
 from trainer.schema import load_schema
 from trainer.step import Engine, Prepared, model_name
 from trainer.stores import store_places

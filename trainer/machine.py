@@ -1,0 +1,59 @@
+"""What a rank takes of its machine: threads for its share of the cores, and a GPU or the CPU."""
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+
+from trainer.comm import Comm
+from trainer.config import Config, Device
+from trainer.errors import ConfigError
+from trainer.memory import keep_freed_memory
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs. `cores`: those that it may run on, which a launcher may have bound it to."""
+
+    host: str
+    cores: frozenset[int]
+    has_gpu: bool
+
+
+def share_machine(config: Config, comm: Comm) -> torch.device:
+    """Sets the threads of torch and Arrow to this rank's share of the cores; returns its GPU or the CPU."""
+    keep_freed_memory()
+    place = Place(socket.gethostname(), frozenset(os.sched_getaffinity(0)), torch.cuda.is_available())
+    places = comm.allgather_object(place, name="places")
+    threads = config.run.threads or threads_of(comm.rank, places)
+    torch.set_num_threads(threads)
+    pa.set_cpu_count(threads)
+    if not uses_cuda(config.run.device, all(each.has_gpu for each in places), comm.moves_cuda_tensors):
+        return torch.device("cpu")
+    here = [rank for rank, each in enumerate(places) if each.host == place.host]
+    return torch.device("cuda", here.index(comm.rank) % torch.cuda.device_count())
+
+
+def threads_of(rank: int, places: Sequence[Place]) -> int:
+    """The cores of a rank over the ranks of its host, itself included, that may run on one of them."""
+    mine = places[rank]
+    sharing = sum(each.host == mine.host and not mine.cores.isdisjoint(each.cores) for each in places)
+    return max(1, len(mine.cores) // sharing)
+
+
+def uses_cuda(device: Device, available: bool, moves_cuda_tensors: bool) -> bool:
+    """Whether the ranks compute on GPUs. `available`: every rank has one. `moves_cuda_tensors`: the Comm's answer.
+
+    Raises ConfigError where run.device=cuda asks for what is not there.
+    """
+    if device == "cuda" and not available:
+        raise ConfigError("run.device=cuda: PyTorch finds no GPU on every rank; take run.device=auto or cpu")
+    if device == "cuda" and not moves_cuda_tensors:
+        raise ConfigError(
+            "run.device=cuda: this Horovod was built without NCCL and cannot move tensors of a GPU; "
+            "build it with NCCL, start one rank without horovodrun, or take run.device=cpu"
+        )
+    return device != "cpu" and available and moves_cuda_tensors
