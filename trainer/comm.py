@@ -236,9 +236,9 @@ class HorovodComm(Comm):
         bulletin = _Bulletin(self.rank)
         bulletin.post(name)
         time.sleep(_GRACE_S)
-        where = {rank: bulletin.read(rank) for rank in range(self.size)}
-        late = [rank for rank, at in where.items() if at != name]
-        ranks = ", ".join(f"rank {rank}" + (f" (in {where[rank]})" if where[rank] else "") for rank in late)
+        late = [rank for rank in range(self.size) if not bulletin.waits(rank, name)]
+        where = {rank: bulletin.last(rank) for rank in late}
+        ranks = ", ".join(f"rank {rank}" + (f" (in {at})" if at else "") for rank, at in where.items())
         return (
             f"collective {name} has taken more than run.deadline_s={self.deadline_s:g} on rank {self.rank}; "
             f"not there: {ranks or 'nobody is missing, so look at the network'}. See what that rank is doing "
@@ -247,24 +247,36 @@ class HorovodComm(Comm):
 
 
 class _Bulletin:
-    """Where ranks whose patience is over say in which collective they are: horovodrun's own key-value store."""
+    """Where ranks whose patience is over say in which collectives they are: horovodrun's own key-value store.
+
+    A rank may wait in two at once: that of its step, and that of the thread ahead.
+    """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._place = (os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR"), os.environ.get("HOROVOD_GLOO_RENDEZVOUS_PORT"))
 
     def post(self, name: str) -> None:
+        """This rank has waited for `name` in vain."""
         from horovod.runner.http.http_client import put_data_into_kvstore
 
         with contextlib.suppress(RuntimeError, OSError):
+            put_data_into_kvstore(*self._place, "late", f"{self._rank}.{name}", name)
             put_data_into_kvstore(*self._place, "late", str(self._rank), name)
 
-    def read(self, rank: int) -> str | None:
-        """The collective that `rank` has waited for in vain; None where it said nothing."""
+    def waits(self, rank: int, name: str) -> bool:
+        """Whether `rank` has waited for `name` in vain."""
+        return self._read(f"{rank}.{name}") is not None
+
+    def last(self, rank: int) -> str | None:
+        """What `rank` posted last; None where it said nothing."""
+        return self._read(str(rank))
+
+    def _read(self, key: str) -> str | None:
         from horovod.runner.http.http_client import read_data_from_kvstore
 
         with contextlib.suppress(RuntimeError, OSError):
-            return str(read_data_from_kvstore(*self._place, "late", str(rank)))
+            return str(read_data_from_kvstore(*self._place, "late", key))
         return None
 
 

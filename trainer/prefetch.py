@@ -23,31 +23,50 @@ _LOWEST_PRIORITY = 19
 _LATE, _TIMES = 0.2, 3  # of the time of a step; one after the other
 
 
-def read_ahead(batches: Iterator[Batch], depth: int) -> Generator[Batch | Exception, None, None]:
+class ReadAhead(Iterator[Batch | Exception]):
     """The same batches, read by a thread up to `depth` ahead (0: none). An error comes as the last item, not raised.
 
-    So the caller can bring it to all ranks before it raises. Closing the iterator ends the thread.
+    So the caller can bring it to all ranks before it raises. The thread begins at once, with the priority of who made
+    it, not of who first asks for a batch; `close` ends it.
     """
-    if depth == 0:
-        yield from _guarded(batches)
-        return
-    ready: queue.Queue[Batch | Exception | None] = queue.Queue(depth)
-    stopped = threading.Event()
 
-    def read() -> None:
-        for item in _guarded(batches):
-            if not _put(ready, item, stopped):
+    def __init__(self, batches: Iterator[Batch], depth: int) -> None:
+        self._items = _guarded(batches)
+        self._ready: queue.Queue[Batch | Exception | None] = queue.Queue(depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="read-samples", daemon=True) if depth else None
+        if self._thread is not None:
+            self._thread.start()
+
+    def __next__(self) -> Batch | Exception:
+        if self._thread is None:
+            return next(self._items)
+        item = None if self._stopped.is_set() else self._ready.get()
+        if item is None:
+            self.close()
+            raise StopIteration
+        return item
+
+    def close(self) -> None:
+        """Ends the thread; no more batches come. Safe to call twice."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _read(self) -> None:
+        for item in self._items:
+            if not self._put(item):
                 return
-        _put(ready, None, stopped)
+        self._put(None)
 
-    thread = threading.Thread(target=read, name="read-samples", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            yield item
-    finally:
-        stopped.set()
-        thread.join()
+    def _put(self, item: Batch | Exception | None) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
 
 
 def prepare_ahead(
@@ -111,15 +130,3 @@ def _guarded(batches: Iterator[Batch]) -> Iterator[Batch | Exception]:
         yield from batches
     except Exception as failure:  # handed on as an item: the caller raises it on all ranks
         yield failure
-
-
-def _put(
-    ready: "queue.Queue[Batch | Exception | None]", item: Batch | Exception | None, stopped: threading.Event
-) -> bool:
-    while not stopped.is_set():
-        try:
-            ready.put(item, timeout=0.1)
-        except queue.Full:
-            continue
-        return True
-    return False

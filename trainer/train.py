@@ -12,7 +12,7 @@ from trainer.errors import RemoteRankError, TrainerError
 from trainer.evaluation.quick import Metrics, evaluate
 from trainer.exchange import ContentRequest
 from trainer.memory import objects_frozen
-from trainer.prefetch import prepare_ahead, read_ahead
+from trainer.prefetch import ReadAhead, prepare_ahead
 from trainer.profiling import tracing
 from trainer.progress import Progression
 from trainer.run import Run
@@ -88,7 +88,7 @@ class Training:
     def _prepared(self, batches: Iterator[Batch], count: int, kind: Kind) -> Iterator[Iterator[Prepared]]:
         """`count` batches, read ahead, and each one prepared beside the step of the one before."""
         depth = self._config.data.prefetch_batches
-        with closing(read_ahead(batches, depth)) as ahead:
+        with closing(ReadAhead(batches, depth)) as ahead:
             if depth == 0:
                 yield (self._prepare(next(ahead), kind) for _ in range(count))
                 return

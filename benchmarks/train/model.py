@@ -20,7 +20,7 @@ from trainer.batch import Batch, Jagged
 from trainer.columns import ranges
 from trainer.exchange import Exchange, FieldVectors, Request
 from trainer.optim import DenseOptimizer, rates_at
-from trainer.prefetch import read_ahead
+from trainer.prefetch import ReadAhead
 from trainer.run import Run
 from trainer.schema import Field
 from trainer.tables import apply_gradients
@@ -49,7 +49,7 @@ class Model:
         """This rank's batches, epoch after epoch without end, read ahead: those of the trainer."""
         for epoch in itertools.count():
             with closing(
-                read_ahead(self.run.train_reader.batches(epoch), self.run.config.data.prefetch_batches)
+                ReadAhead(self.run.train_reader.batches(epoch), self.run.config.data.prefetch_batches)
             ) as ahead:
                 for item in ahead:
                     if isinstance(item, Exception):

@@ -17,7 +17,7 @@ from trainer.columns import rules_of
 from trainer.comm import SoloComm
 from trainer.data import SampleReader, distinct_values, open_index
 from trainer.errors import DataError, SchemaError
-from trainer.prefetch import read_ahead
+from trainer.prefetch import ReadAhead
 from trainer.schema import Field, Schema, load_schema
 
 SCHEMA = Schema(
@@ -349,7 +349,7 @@ def test_reading_ahead_keeps_order_and_hands_errors_on(samples: tuple[Path, list
         yield from _reader(folder).batches()
         raise DataError("broken")
 
-    *read, error = read_ahead(failing(), depth)
+    *read, error = ReadAhead(failing(), depth)
     assert [_serials(batch) for batch in read if isinstance(batch, Batch)] == plain
     assert isinstance(error, DataError)
 
@@ -357,8 +357,9 @@ def test_reading_ahead_keeps_order_and_hands_errors_on(samples: tuple[Path, list
 def test_reading_ahead_ends_its_thread(samples: tuple[Path, list[pa.Table]]) -> None:
     folder, _ = samples
     before = threading.active_count()
-    ahead = read_ahead(_reader(folder, batch_size=1).batches(), 2)
+    ahead = ReadAhead(_reader(folder, batch_size=1).batches(), 2)
     next(ahead)
     assert threading.active_count() == before + 1
     ahead.close()
     assert threading.active_count() == before
+    assert list(ahead) == []

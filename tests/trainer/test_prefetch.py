@@ -5,10 +5,12 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from trainer.prefetch import prepare_ahead
+from trainer.prefetch import ReadAhead, prepare_ahead
 
 
 def test_calls_are_one_ahead_in_one_thread() -> None:
@@ -79,6 +81,19 @@ class TestPriority:
             found.append(result())
             time.sleep(0.02)
         assert found == [19] * 9
+
+    def test_reading_keeps_the_priority_of_the_step_whoever_asks_first(self) -> None:
+        found = []
+
+        def batches() -> Iterator[Any]:
+            while True:
+                found.append(niceness())
+                yield object()
+
+        with contextlib.closing(ReadAhead(batches(), 1)) as ahead:
+            for result in prepare_ahead(3, lambda: next(ahead)):
+                result()
+        assert set(found) == {niceness()}
 
 
 def niceness() -> int:

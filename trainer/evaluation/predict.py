@@ -12,7 +12,7 @@ from trainer.comm import Comm, SoloComm
 from trainer.errors import TrainerError
 from trainer.evaluation.impressions import Impressions, read_impressions
 from trainer.evaluation.opening import Opened, Source, open_source
-from trainer.prefetch import read_ahead
+from trainer.prefetch import ReadAhead
 
 Float = NDArray[np.float64]
 
@@ -46,7 +46,7 @@ def predict_run(
 def predict(opened: Opened) -> Float:
     """Logits of all test impressions (N,), the same on every rank; every rank calls it. Raises TrainerError."""
     run = opened.run
-    with contextlib.closing(read_ahead(opened.reader.batches(), run.config.data.prefetch_batches)) as ahead:
+    with contextlib.closing(ReadAhead(opened.reader.batches(), run.config.data.prefetch_batches)) as ahead:
         own = np.concatenate([np.empty(0), *(run.engine.predict(run.engine.prepare(item)) for item in ahead)])
     logit_N: Float = run.comm.allgather(torch.from_numpy(own), "logits").numpy()
     if len(logit_N) != opened.test.num_samples or not np.isfinite(logit_N).all():

@@ -31,7 +31,7 @@ from trainer.exchange import ContentRequest
 from trainer.machine import uses_cuda
 from trainer.memory import keep_freed_memory, objects_frozen
 from trainer.plan.cost import Piece, Rates
-from trainer.prefetch import prepare_ahead, read_ahead
+from trainer.prefetch import ReadAhead, prepare_ahead
 from trainer.routing import Int64
 from trainer.schema import load_schema
 from trainer.step import Engine, Prepared, model_name
@@ -152,7 +152,7 @@ class Bench:
         """Seconds of steps of the real loop: read ahead, prepared ahead, computed."""
         engine, depth = self.engine, max(1, self._config.data.prefetch_batches)
         seconds: list[float] = []
-        with closing(read_ahead(self.batches(size), depth)) as ahead, objects_frozen():
+        with closing(ReadAhead(self.batches(size), depth)) as ahead, objects_frozen():
 
             def prepare() -> Prepared:
                 return engine.prepare(next(ahead))

@@ -20,7 +20,7 @@ from trainer.columns import rules_of
 from trainer.data import SampleReader, distinct_values, open_index
 from trainer.errors import DataError
 from trainer.evaluation.quick import Metrics, evaluate
-from trainer.prefetch import read_ahead
+from trainer.prefetch import ReadAhead
 from trainer.prerank.ads import key_column
 from trainer.prerank.artifact import AdIndex
 from trainer.prerank.vectors import towers, user_vectors
@@ -91,7 +91,7 @@ def score(trained: TrainedRun, samples: str | None) -> Score:
             prepared = engine.prepare(item, "eval")
             yield prepared.batch, engine.compute(prepared, network)
 
-    with contextlib.closing(read_ahead(reader.batches(), data.prefetch_batches)) as ahead:
+    with contextlib.closing(ReadAhead(reader.batches(), data.prefetch_batches)) as ahead:
         metrics = evaluate(comm, predicted(ahead), known_ads, trained.schema.new_ad_field)
     users_KW = finite(comm.allgather(torch.cat(kept).float(), "user_vectors").numpy())
     notes = trained.notes_on_missing(missing_lookups(comm, trained.partitions))
