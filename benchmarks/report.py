@@ -49,6 +49,14 @@ class Section:
         return shown
 
 
+def check_json_path(path: Path | None) -> None:
+    """Before the work: raises OSError where `write_sections` could not write."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+
+
 def write_sections(sections: Sequence[Section], path: Path | None = None) -> None:
     """Print each section on stdout and, where `path` is given, write all figures there as one flat JSON object."""
     console = Console()

@@ -13,6 +13,8 @@ from trainer.config import Config, Device
 from trainer.errors import ConfigError
 from trainer.memory import keep_freed_memory
 
+_MOST_THREADS = 4  # for each core
+
 
 @dataclass(frozen=True)
 class Place:
@@ -24,10 +26,14 @@ class Place:
 
 
 def share_machine(config: Config, comm: Comm) -> torch.device:
-    """Sets the threads of torch and Arrow to this rank's share of the cores; returns its GPU or the CPU."""
+    """Sets the threads of torch and Arrow to this rank's share of the cores; returns its GPU or the CPU.
+
+    Raises ConfigError for more threads than a rank can use, or a GPU that is not there; on all ranks alike.
+    """
     keep_freed_memory()
     place = Place(socket.gethostname(), frozenset(os.sched_getaffinity(0)), torch.cuda.is_available())
     places = comm.allgather_object(place, name="places")
+    check_threads(config.run.threads, min(len(each.cores) for each in places))
     threads = config.run.threads or threads_of(comm.rank, places)
     torch.set_num_threads(threads)
     pa.set_cpu_count(threads)
@@ -35,6 +41,12 @@ def share_machine(config: Config, comm: Comm) -> torch.device:
         return torch.device("cpu")
     here = [rank for rank, each in enumerate(places) if each.host == place.host]
     return torch.device("cuda", here.index(comm.rank) % torch.cuda.device_count())
+
+
+def check_threads(threads: int | None, cores: int) -> None:
+    """Raises ConfigError for more threads than a rank can use on so many cores: the C libraries would just crash."""
+    if threads is not None and threads > _MOST_THREADS * cores:
+        raise ConfigError(f"run.threads={threads}: a rank may run on {cores} cores; by default each takes its share")
 
 
 def threads_of(rank: int, places: Sequence[Place]) -> int:

@@ -33,7 +33,7 @@ Examples:
 
 Without settings it trains on data/samples and data/features, and writes to data/runs. All settings and their defaults:
 trainer/presets/dicm.yaml. Exit codes: 0 done, 1 failed, 2 wrong settings, 130 stopped by a
-signal after a checkpoint.
+signal, after a checkpoint once training has begun. horovodrun itself exits with 1 where a rank does not exit with 0.
 """
 
 MISSING_KEY_ADVICE = """\
@@ -100,6 +100,7 @@ def train(config: Config, comm: "Comm") -> None:
     """One run from opening to report; every rank calls it. Raises TrainerError, FeatureStoreError."""
     from trainer import summary
     from trainer.config import config_digest
+    from trainer.profiling import traces_told
     from trainer.progress import Progression
     from trainer.run import claim_folder, open_run
     from trainer.signals import StopSignals
@@ -113,7 +114,8 @@ def train(config: Config, comm: "Comm") -> None:
         with Progression(run.folder if root else None, run.engine.num_steps, total_steps(run)) as progress:
             readers = f"{run.train_reader.num_samples:,} training and {run.test_reader.num_samples:,} test samples"
             progress.say(
-                f"{run.folder}: {readers}, {comm.size} ranks, step {run.engine.num_steps} of {total_steps(run)}"
+                f"{run.folder}: {readers}, {summary.ranks_told(comm.size)}, "
+                f"step {run.engine.num_steps} of {total_steps(run)}"
             )
             if removed:
                 progress.say(f"removed by run.overwrite=true: {', '.join(path.name for path in removed)}")
@@ -139,6 +141,8 @@ def train(config: Config, comm: "Comm") -> None:
             if root:
                 summary.write_report(run.folder / "report.json", report)
                 summary.show(progress.console, report)
+                if config.run.profile:
+                    progress.say(traces_told(run.folder))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,17 @@ SKIPPED_STEPS, TRACED_STEPS = 5, 5
 """The first steps pay for buffers and caches; one more warms the profiler itself up."""
 
 
+PLACE = "profile"
+"""The folder of a run that has the traces."""
+
+
+def traces_told(run: Path) -> str:
+    """Where the traces of a run are, or why there are none."""
+    if any((run / PLACE).glob("trace-*.json")):
+        return f"traces, for chrome://tracing or Perfetto: {run / PLACE}"
+    return f"no trace was written: it begins after {SKIPPED_STEPS + 1} steps, and this run had no more"
+
+
 @contextmanager
 def tracing(folder: Path | None, rank: int) -> Iterator[Callable[[], None]]:
     """Call what it gives after every step. Writes `folder`/trace-rank-N.json; nothing where `folder` is None.

@@ -1,17 +1,22 @@
 """Where the time of a step goes: named stages, timed on whatever thread they run, and named in a profiler's trace."""
 
+import contextlib
 import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch.profiler import record_function
 
+Item = TypeVar("Item")
+
 Stage = Literal[
-    # Of step t + 1, in a thread beside step t.
+    # Of a later step, in the thread that reads.
     "read",
+    # Of step t + 1, in a thread beside step t.
+    "wait for samples",
     "unique",
     "exchange keys",
     "gather",
@@ -29,7 +34,15 @@ Stage = Literal[
     "reduce gradients",
     "update dense",
 ]
-AHEAD: tuple[Stage, ...] = ("read", "unique", "exchange keys", "gather", "exchange signatures", "compare images")
+AHEAD: tuple[Stage, ...] = (
+    "read",
+    "wait for samples",
+    "unique",
+    "exchange keys",
+    "gather",
+    "exchange signatures",
+    "compare images",
+)
 WAIT: Stage = "wait for the next batch"
 
 Kind = Literal["step", "eval"]
@@ -52,6 +65,14 @@ class Stages:
             yield
         if kind == "step":
             self.add(stage, time.perf_counter() - start_s)
+
+    def each(self, stage: Stage, items: Iterator[Item], kind: Kind = "step") -> Iterator[Item]:
+        """The same items; to come by each of them is one run of the stage."""
+        with contextlib.suppress(StopIteration):
+            while True:
+                with self.timed(stage, kind):
+                    item = next(items)
+                yield item
 
     def add(self, stage: Stage, seconds: float) -> None:
         """Counts a run of the stage."""

@@ -182,7 +182,8 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
 def show(console: Console, report: Mapping[str, Any]) -> None:
     """The final table."""
     table = Table(
-        title=f"{report['name']}: {report['global_step']:,} steps, {report['num_ranks']} ranks", title_justify="left"
+        title=f"{report['name']}: {report['global_step']:,} steps, {ranks_told(report['num_ranks'])}",
+        title_justify="left",
     )
     table.add_column("test samples")
     table.add_column("value", justify="right")
@@ -190,7 +191,8 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
         table.add_row(name.replace("_", " "), _text(value, "not defined: no impression, or one class only"))
     table.add_section()
     for name in ("samples_per_s", "unique_ratio", "owner_skew", "reused_vectors", "bytes_sent_per_step"):
-        table.add_row(name.replace("_", " "), _text(report[name], "-"))
+        of_all = ", all ranks" if name == "bytes_sent_per_step" else ""
+        table.add_row(name.replace("_", " ") + of_all, _text(report[name], "-"))
     for name, value in report["bytes_by_collective_per_step"].items():
         table.add_row(f"  {name}", _text(value, "-"))
     table.add_row("lookups of images without a feature", _text(report["missing_lookups"], "-"))
@@ -205,12 +207,19 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     console.print(f"written to {report['folder']}", soft_wrap=True)
 
 
+def ranks_told(count: int) -> str:
+    """As 1 rank, 8 ranks."""
+    return f"{count} rank{'' if count == 1 else 's'}"
+
+
 def _stages_shown(stages: Mapping[str, Mapping[str, float | None]]) -> Table:
     """Where a step's time goes: first what is done a step ahead, then the step itself."""
     table = Table("stage of a step", title_justify="left")
     for column in ("median ms", "of a step", "hidden"):
         table.add_column(column, justify="right")
     for name, row in stages.items():
+        if name == WAIT:
+            table.add_section()
         shares = [row["share_of_step"], row["hidden"]]
         table.add_row(name, f"{row['median_ms']:.1f}", *("" if each is None else f"{each:.0%}" for each in shares))
     return table

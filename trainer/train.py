@@ -13,7 +13,7 @@ from trainer.evaluation.quick import Metrics, evaluate
 from trainer.exchange import ContentRequest
 from trainer.memory import objects_frozen
 from trainer.prefetch import ReadAhead, prepare_ahead
-from trainer.profiling import tracing
+from trainer.profiling import PLACE, tracing
 from trainer.progress import Progression
 from trainer.run import Run
 from trainer.signals import StoppedError, StopSignals
@@ -38,7 +38,7 @@ class Training:
 
         On a signal: a checkpoint, then StoppedError.
         """
-        folder = self._run.folder / "profile" if self._config.run.profile else None
+        folder = self._run.folder / PLACE if self._config.run.profile else None
         try:
             if self._was_stopped_in_evaluation():
                 self._between_steps()
@@ -88,13 +88,13 @@ class Training:
     def _prepared(self, batches: Iterator[Batch], count: int, kind: Kind) -> Iterator[Iterator[Prepared]]:
         """`count` batches, read ahead, and each one prepared beside the step of the one before."""
         depth = self._config.data.prefetch_batches
-        with closing(ReadAhead(batches, depth)) as ahead:
+        with closing(ReadAhead(self._engine.stages.each("read", batches, kind), depth)) as ahead:
             if depth == 0:
                 yield (self._prepare(next(ahead), kind) for _ in range(count))
                 return
 
             def prepare() -> Prepared:
-                with self._engine.stages.timed("read", kind):
+                with self._engine.stages.timed("wait for samples", kind):
                     item = next(ahead)
                 return self._prepare(item, kind)
 
@@ -121,7 +121,11 @@ class Training:
         if self._is_due(self._config.train.log_every):
             unique = prepared.request.unique_by_field()
             self.totals.add_unique(unique)
-            details |= {f"stage_ms/{name}": value for name, value in self._engine.stages.last_ms().items()}
+            last_ms = self._engine.stages.last_ms()
+            details |= {f"stage_ms/{name}": value for name, value in last_ms.items()}
+            for name, row in summary.stage_table([last_ms]).items():
+                shares = {of: row[of] for of in ("share_of_step", "hidden")}
+                details |= {f"stage_{of}/{name}": share for of, share in shares.items() if share is not None}
             details |= {f"unique_ratio/{name}": different / max(keys, 1) for name, (different, keys) in unique.items()}
             traffic, steps = self._run.comm.traffic, self.totals.steps
             details |= {

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.report import Section, write_sections
+from benchmarks.report import Section, check_json_path, write_sections
 from benchmarks.train.launch import RunFailedError
 from benchmarks.train.rounds import DifferentLossesError
 from benchmarks.train.sections import SECTIONS, VARIANTS, Bench, measure
@@ -24,6 +24,7 @@ from benchmarks.workload import Knobs, WorkloadError, make
 
 app = typer.Typer(add_completion=False)
 NAMES = (*VARIANTS, *SECTIONS)
+_QUIET_SPREAD = 1.5
 
 
 def known(names: list[str]) -> list[str]:
@@ -42,6 +43,12 @@ def alternatives(texts: list[str]) -> dict[str, list[str]]:
             raise typer.BadParameter(f"{text!r} is not as k4:exchange.reuse_steps=4", param_hint="--variant")
         found[name] = settings.split(",")
     return found
+
+
+def spread(sections: list[Section]) -> float:
+    """The fastest over the slowest round of the variant in which they differ most."""
+    cells = [each for section in sections for each in section.grid.values() if "slowest" in each]
+    return max((float(each["fastest"] or 0) / float(each["slowest"] or 1) for each in cells), default=1.0)
 
 
 @app.command()
@@ -73,6 +80,7 @@ def main(
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     knobs = Knobs(images=images, dim=dim, samples_per_rank=samples_per_rank, seed=seed)
     try:
+        check_json_path(json_path)
         with (
             tempfile.TemporaryDirectory(prefix="train-bench-") as scratch,
             Progress(*columns, console=Console(stderr=True)) as progress,
@@ -80,9 +88,11 @@ def main(
             workload = make(folder, knobs, progress)
             bench = Bench(workload, Path(scratch), rounds, steps, memory_steps, settings or [], progress)
             sections = measure(bench, chosen, others)
-    except (WorkloadError, RunFailedError, DifferentLossesError) as failure:
+    except (WorkloadError, RunFailedError, DifferentLossesError, OSError) as failure:
         print(f"error: {failure}", file=sys.stderr)
         raise typer.Exit(1) from failure
+    if (worst := spread(sections)) > _QUIET_SPREAD:
+        print(f"warning: one round was {worst:.1f} times as fast as another: this machine was busy", file=sys.stderr)
     run = {"images": images, "dim": dim, "samples_per_rank": samples_per_rank, "steps": steps, "rounds": rounds}
     write_sections([*sections, Section("this run", {**run, "cores": len(os.sched_getaffinity(0))})], json_path)
 

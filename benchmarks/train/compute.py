@@ -1,6 +1,7 @@
 """The work that no trainer can avoid, in isolation: E and the worker model, forward and backward, rows in memory.
 
-E takes the rows as the store has them: to make numbers of them that its products can take is its part.
+E takes the rows as the store has them: to make numbers of them that its products can take is its part, unless
+`from_numbers` has that done before the clock runs, as the trainer does it ahead of the step.
 """
 
 import time
@@ -22,11 +23,11 @@ class Compute:
 
     ahead = False
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, from_numbers: bool = False) -> None:
         (self._service,) = run.engine.services.values()
         self.model = Model(run, self._service)
         self._batches = self.model.batches()
-        self._stored = StoredFeatures(self._service)
+        self._stored, self._from_numbers = StoredFeatures(self._service), from_numbers
         self._names = {field.name: model_name(field, run.config.model) for field in self.model.content}
 
     def prepare(self) -> Batch:
@@ -40,6 +41,8 @@ class Compute:
             fields = [field for field, of in self._names.items() if of == name]
             keys_U, inverse_N = unique(np.concatenate([batch.fields[field].values_N for field in fields]))
             features_UD = as_tensor(self._service.partition.lookup(keys_U).features_UD)
+            if self._from_numbers:
+                features_UD = self._stored.numbers(name, features_UD, name)
             asked[name] = (features_UD, fields, torch.from_numpy(inverse_N))
         request = self.model.request(batch)
         ids = self.model.ids.vectors(request)

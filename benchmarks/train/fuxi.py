@@ -24,13 +24,13 @@ from trainer.run import Run
 
 
 class FuxiCtr:
-    """One rank, on the trainer's batches, with a row for each sample."""
+    """One rank, on the trainer's batches, with a row for each sample, as FuxiCTR has it; `grouped`: for each group."""
 
     ahead = True
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, grouped: bool) -> None:
         assert run.partition is not None
-        self._fields = run.engine.fields
+        self._grouped, self._fields = grouped, run.engine.fields
         self._keys = FeatureStore.open(run.config.data.store).snapshot(run.partition.snapshot_version).keys()
         self._layer = pretrained_layer(run.partition, self._keys, run.config.model.visual_width)
         self.model = Model(run, self._layer)
@@ -43,7 +43,9 @@ class FuxiCtr:
         for name in (field.name for field in self.model.content):
             places_N = 1 + np.searchsorted(self._keys, fields[name].values_N)
             fields[name] = replace(fields[name], values_N=places_N)
-        batch = per_sample(replace(batch, fields=fields), self._fields)
+        batch = replace(batch, fields=fields)
+        if not self._grouped:
+            batch = per_sample(batch, self._fields)
         return batch, self.model.request(batch)
 
     def step(self, prepared: tuple[Batch, Request]) -> tuple[float, None]:

@@ -98,16 +98,19 @@ class StoredFeatures:
 
     def embed(self, network: str, features_UD: Tensor, place: str) -> Tensor:
         """Visual vectors (U, V). `place`: features that are there at the same time need another one."""
+        return self._service.embed(network, Gathered(self.numbers(network, features_UD, place), None))
+
+    def numbers(self, network: str, features_UD: Tensor, place: str) -> Tensor:
+        """What the network's first product takes: the features themselves where they are of its type."""
         model = self._service.models[network]
         assert isinstance(model, EmbeddingModel)
         if features_UD.dtype == model.compute_dtype:
-            return self._service.embed(network, Gathered(features_UD, None))
+            return features_UD
         memory = self._memory.get(place)
         if memory is None or len(memory) < len(features_UD):
             rows = len(features_UD) + len(features_UD) // 8
             memory = self._memory[place] = torch.empty(rows, features_UD.shape[1], dtype=model.compute_dtype)
-        numbers_UD = model.numbers(features_UD, out=memory[: len(features_UD)])
-        return self._service.embed(network, Gathered(numbers_UD, None))
+        return model.numbers(features_UD, out=memory[: len(features_UD)])
 
 
 def per_sample(batch: Batch, fields: tuple[Field, ...]) -> Batch:

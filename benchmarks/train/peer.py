@@ -48,16 +48,26 @@ class Seen:
     bytes_sent: int = 0
 
 
-Name = Literal["compute", "worker", "worker_grouped", "server", "server_in_turn", "server_in_pieces", "fuxictr"]
+Name = Literal[
+    "compute",
+    "compute_from_numbers",
+    "worker",
+    "worker_grouped",
+    "server",
+    "server_in_turn",
+    "server_in_pieces",
+    "fuxictr",
+    "fuxictr_grouped",
+]
 
 
 def variant_of(name: Name, run: Run, folder: Path) -> Variant:
     """The variant of this name, which may keep files in `folder`; each imports what it alone needs."""
     match name:
-        case "compute":
+        case "compute" | "compute_from_numbers":
             from benchmarks.train.compute import Compute
 
-            return Compute(run)
+            return Compute(run, from_numbers=name == "compute_from_numbers")
         case "worker" | "worker_grouped":
             from benchmarks.train.worker import StoreInWorker
 
@@ -66,10 +76,10 @@ def variant_of(name: Name, run: Run, folder: Path) -> Variant:
             from benchmarks.train.server import StoreInServer
 
             return StoreInServer(run, name != "server_in_turn", _PIECES if name == "server_in_pieces" else 1)
-        case "fuxictr":
+        case "fuxictr" | "fuxictr_grouped":
             from benchmarks.train.fuxi import FuxiCtr
 
-            return FuxiCtr(run)
+            return FuxiCtr(run, grouped=name == "fuxictr_grouped")
 
 
 def train(variant: Variant, steps: int, run: Run) -> Seen:

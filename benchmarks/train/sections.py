@@ -18,10 +18,13 @@ from benchmarks.workload import Workload
 
 _CHECKED_STEPS = 3
 _SERVERS = ("server", "server_in_turn", "server_in_pieces")
-_SAME_MODEL = (("ours", "compute", "worker", "worker_grouped"), ("ours_2_ranks", *_SERVERS))
-_MEMORY_SAMPLES = 150
+_SAME_MODEL = (
+    ("ours", "compute", "compute_from_numbers", "worker", "worker_grouped"),
+    ("ours_2_ranks", *_SERVERS),
+)
+_MEMORY_SAMPLES = 600  # the steps go on into a third epoch
 SECTIONS = ("link", "traffic", "memory")
-VARIANTS = (*_SAME_MODEL[0], *_SAME_MODEL[1], "fuxictr")
+VARIANTS = (*_SAME_MODEL[0], "ours_large_batch", *_SAME_MODEL[1], "fuxictr", "fuxictr_grouped")
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,12 @@ class Bench:
     def variants(self) -> dict[str, Run]:
         """All that take part in the rounds, by name."""
         one, two, few = self.launcher(1), self.launcher(2), max(3, self.steps // 3)
+        large = [*self.workload.settings(2), *self.settings]
         runs: dict[str, Run] = {
             "ours": lambda: one.trainer("ours", self.steps, self.settings),
+            "ours_large_batch": lambda: one.trainer("ours", self.steps_2_ranks, large),
             "compute": lambda: one.peer("compute", max(3, self.steps // 2), self.settings),
+            "compute_from_numbers": lambda: one.peer("compute_from_numbers", max(3, self.steps // 2), self.settings),
             "worker": lambda: one.peer("worker", few, self.settings),
             "worker_grouped": lambda: one.peer("worker_grouped", few, self.settings),
             "ours_2_ranks": lambda: two.trainer("ours", self.steps_2_ranks, self.settings),
@@ -60,6 +66,7 @@ class Bench:
         }
         if (python := fuxictr_python()).exists():
             runs["fuxictr"] = lambda: one.peer("fuxictr", few, self.settings, python=str(python))
+            runs["fuxictr_grouped"] = lambda: one.peer("fuxictr_grouped", few, self.settings, python=str(python))
         return runs
 
 
@@ -75,7 +82,7 @@ def measure(bench: Bench, only: Sequence[str], alternatives: Mapping[str, Sequen
     rounds = interleaved(chosen, bench.rounds, bench.progress, "rounds")
     for same in _SAME_MODEL:
         check_losses(rounds.outcomes | checked, same)
-    sections = [Section("samples per second", grid=rounds.grid())]
+    sections = [Section("samples per second", beside(rounds), rounds.grid())]
     wanted = [name for name in SECTIONS if not only or name in only]
     if "link" in wanted:
         sections.append(link_section(bench))
@@ -103,6 +110,17 @@ def headline(rounds: Rounds, found: Mapping[str, Figure]) -> dict[str, Figure]:
         "rss_over_features_gb": found.get("rss_over_features_gb"),
         "samples_per_s": rounds.speed("ours") if "ours" in rounds else None,
     }
+
+
+def beside(rounds: Rounds) -> dict[str, Figure]:
+    """What to read beside the headline: the same ratios under conditions that are less kind to us."""
+    figures = {
+        "step_vs_compute_from_numbers": rounds.ratio("compute_from_numbers", "ours"),
+        "two_ranks_vs_one_of_the_same_batch": rounds.ratio("ours_2_ranks", "ours_large_batch"),
+        "vs_store_in_worker_grouped": rounds.ratio("ours", "worker_grouped"),
+        "vs_fuxictr_grouped": rounds.ratio("ours", "fuxictr_grouped"),
+    }
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def link_section(bench: Bench) -> Section:

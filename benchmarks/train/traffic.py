@@ -19,7 +19,8 @@ def traffic_section(both: Mapping[str, Any], none: Mapping[str, Any], dim: int) 
     """The table of one global batch of 20 ranks. `both`, `none`: reports of runs with images, and of IDs alone.
 
     An image that a rank asks of another costs our exchange a key, a vector and a gradient. The paper counts keys with
-    the IDs, so `image_bytes_reduction` leaves them out on both sides; `..._with_keys` has them on both.
+    the IDs, so `image_bytes_reduction` leaves them out on both sides; `..._with_keys` has them on both. Dense gradients
+    go around the ranks in a ring, whatever the alternative.
     """
     ranks = int(both["num_ranks"])
     assert ranks == int(none["num_ranks"]) > 1
@@ -32,6 +33,7 @@ def traffic_section(both: Mapping[str, Any], none: Mapping[str, Any], dim: int) 
     asked_20, references_20 = asked * scale, both["image_references_per_step"] / ranks * PAPER_RANKS
     feature_bytes = dim * _BF16_BYTES
     id_bytes = scale * sum(ids[part] for part in ("step.keys", "step.vectors", "step.gradients"))
+    dense_bytes = with_images["step.dense"] * (PAPER_RANKS - 1) / (ranks - 1)  # a ring: 2 (P - 1) times, over all ranks
     figures: dict[str, Figure] = {
         "image_bytes_reduction": feature_bytes / vector_bytes,
         "image_bytes_reduction_with_keys": (feature_bytes + _KEY_BYTES) / (vector_bytes + _KEY_BYTES),
@@ -39,19 +41,20 @@ def traffic_section(both: Mapping[str, Any], none: Mapping[str, Any], dim: int) 
         "measured_bytes_per_step_2_ranks": sum(with_images.values()),
     }
     grid: dict[str, dict[str, Figure]] = {
-        "ours": _row(asked_20 * vector_bytes, asked_20, id_bytes),
-        "store_in_server": _row(asked_20 * feature_bytes, asked_20, id_bytes),
-        "store_in_worker": _row(references_20 * feature_bytes, 0, id_bytes),
+        "ours": _row(asked_20 * vector_bytes, asked_20, id_bytes, dense_bytes),
+        "store_in_server": _row(asked_20 * feature_bytes, asked_20, id_bytes, dense_bytes),
+        "store_in_worker": _row(references_20 * feature_bytes, 0, id_bytes, dense_bytes),
     }
     return Section(f"MB of one global batch of {PAPER_RANKS} ranks", figures, grid, prefix="mb_20_ranks_")
 
 
-def _row(image_bytes: float, asked: float, id_bytes: float) -> dict[str, Figure]:
+def _row(image_bytes: float, asked: float, id_bytes: float, dense_bytes: float) -> dict[str, Figure]:
     return {
         "images": image_bytes / 1e6,
         "image_keys": asked * _KEY_BYTES / 1e6,
         "ids": id_bytes / 1e6,
-        "all": (image_bytes + asked * _KEY_BYTES + id_bytes) / 1e6,
+        "dense": dense_bytes / 1e6,
+        "all": (image_bytes + asked * _KEY_BYTES + id_bytes + dense_bytes) / 1e6,
     }
 
 

@@ -32,11 +32,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_peers_train_the_same_model(folder: Path) -> None:
     out = folder / "train.json"
-    only = [word for name in ("ours", "compute", "worker", "worker_grouped", "server") for word in ("--only", name)]
+    names = ("ours", "compute", "compute_from_numbers", "worker", "worker_grouped", "server")
+    only = [word for name in names for word in ("--only", name)]
     result = CliRunner().invoke(app, [*TINY, *only, "--dir", str(folder / "workload"), "--json", str(out)])
     assert result.exit_code == 0, result.output
     figures = json.loads(out.read_text())
-    for name in ("ours", "compute", "worker", "worker_grouped", "server"):
+    for name in names:
         assert figures[f"{name}_samples_per_s"] > 0
     assert figures["step_vs_compute"] == figures["compute_samples_per_s"] / figures["ours_samples_per_s"]
     assert figures["vs_store_in_worker"] == figures["ours_samples_per_s"] / figures["worker_samples_per_s"]
@@ -108,6 +109,10 @@ def test_table_of_the_paper() -> None:
     assert figures["mb_20_ranks_store_in_server_images"] == pytest.approx(20 * 950 * 640 / 1e6)
     assert figures["mb_20_ranks_store_in_worker_images"] == pytest.approx(20 * 2000 * 640 / 1e6)
     assert figures["mb_20_ranks_ours_ids"] == pytest.approx(600 * 10 * 0.95 / 0.5 / 1e6)
+    # Two ranks sent 16 bytes in all: so long is what goes 38 times around.
+    assert figures["mb_20_ranks_ours_dense"] == pytest.approx(8 * 38 / 1e6)
+    parts = ("images", "image_keys", "ids", "dense")
+    assert figures["mb_20_ranks_ours_all"] == pytest.approx(sum(figures[f"mb_20_ranks_ours_{part}"] for part in parts))
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("tc") is None, reason="needs root and iproute2")

@@ -2,9 +2,10 @@
 
 import pytest
 
-from trainer.config import Device
+from trainer.comm import SoloComm
+from trainer.config import Device, load_config
 from trainer.errors import ConfigError
-from trainer.machine import Place, threads_of, uses_cuda
+from trainer.machine import Place, share_machine, threads_of, uses_cuda
 
 
 def place(host: str, *cores: int) -> Place:
@@ -23,6 +24,10 @@ class TestThreads:
     def test_ranks_bound_to_the_same_socket_share_it(self) -> None:
         places = [place("a", 0, 1, 2, 3)] * 2 + [place("a", 4, 5, 6, 7)] * 2
         assert [threads_of(rank, places) for rank in range(4)] == [2, 2, 2, 2]
+
+    def test_threads_without_end_are_refused(self) -> None:
+        with pytest.raises(ConfigError, match=r"run\.threads=1000000: a rank may run on \d+ cores"):
+            share_machine(load_config(None, ["run.threads=1000000"]), SoloComm())
 
     def test_more_ranks_than_cores_have_a_thread_each(self) -> None:
         assert threads_of(2, [place("a", 0, 1)] * 4) == 1

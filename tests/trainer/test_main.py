@@ -129,7 +129,8 @@ class TestAlone:
         run_alone(places, run__name="waits", train__max_steps=5, train__eval_every=2, data__global_batch_size=16)
         assert phases.count("evaluate") == 3
         assert phases.count("wait") == phases.count("compute") == 5
-        assert {stages.count(each) for each in stages} == {5}
+        assert {stages.count(each) for each in stages if each != "read"} == {5}
+        assert stages.count("read") >= 5  # and a few more ahead
 
     def test_reuse_is_counted(self, places: Places) -> None:
         changes = {"run__name": "reused", "train__max_steps": 12, "data__global_batch_size": 16}

@@ -1,6 +1,7 @@
 """python -m trainer.plan: what a run would need and how fast it would be on more machines, before you rent them."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from trainer.config import Config, load_config
 from trainer.errors import ConfigError, SchemaError, TrainerError
 
 FAILED, USAGE = 1, 2
+_OPTIONS = {"file": "config", "settings": "set"}
 EXAMPLES = """
 Examples:
 
@@ -30,6 +32,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 @app.command(epilog=EXAMPLES)
 def main(
+    context: typer.Context,
     samples: Annotated[str | None, typer.Option(help="Place of the samples, as data.samples.")] = None,
     store: Annotated[str | None, typer.Option(help="Feature store, as data.store.")] = None,
     ranks: Annotated[str, typer.Option(help="Numbers of ranks, with commas.")] = "8,20,40",
@@ -56,7 +59,10 @@ def main(
 ) -> None:
     """Predict unique images and ids, memory, bytes, time and efficiency for more ranks, beside two other designs."""
     try:
+        if not math.isfinite(latency_us):
+            raise ConfigError(f"--latency-us {latency_us}: give microseconds, as 50")
         if paper or described is not None:
+            _refuse_beside(context, "--paper" if paper else "--input")
             from trainer.plan.inputs import PAPER, load_input
             from trainer.plan.paper import plan_input
 
@@ -88,6 +94,18 @@ def main(
     except (TrainerError, FeatureStoreError) as failure:
         print(f"error: {failure}", file=sys.stderr, flush=True)
         raise typer.Exit(USAGE if isinstance(failure, ConfigError | SchemaError) else FAILED) from failure
+
+
+def _refuse_beside(context: typer.Context, option: str) -> None:
+    """A plan of a file measures nothing and takes nothing but the file. Raises ConfigError for any other option."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    strange = [name for name in given if name not in ("paper", "described", "json_file")]
+    if strange:
+        names = ", ".join(f"--{_OPTIONS.get(name, name.replace('_', '-'))}" for name in strange)
+        raise ConfigError(
+            f"{option} takes all from its file: leave out {names}, or change a copy of trainer/presets/plan-paper.yaml"
+        )
 
 
 def _config(file: Path | None, settings: list[str], samples: str | None, store: str | None, device: str) -> Config:

@@ -7,6 +7,7 @@ from trainer.plan.cost import DESIGNS, BatchCounts, Design, Keys, Machine, StepC
 
 FEATURE_ITEM_BYTES = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 _SKEW_WORTH_A_WORD = 1.05
+_LEAST_INTERFERENCE = 0.8
 _MOST_OF_MEMORY = 0.8
 _TIE = 1.2  # times are right within a fifth (docs/PLAN.md)
 
@@ -105,7 +106,14 @@ def build(
                 sample_day_bytes=widths.feature_bytes * counts.images.references / counts.samples * samples_per_day,
             )
         )
-    advice = tuple(line for row in rows for line in advise(row, stored, min(row.ranks, max(machines))))
+    advice = _busy(machines)
+    for row in rows:
+        advice += advise(row, stored, min(row.ranks, max(machines)))
+        speedup = row.efficiency[row.best] * row.ranks / base_ranks
+        if row.ranks > base_ranks and speedup < 1:
+            advice.append(
+                f"{row.ranks} ranks are slower than {base_ranks}: they make {speedup:.2g} times its samples/s."
+            )
     return Plan(
         title, base_ranks, samples_per_day, tuple(rows), machines, tuple(dict.fromkeys(advice)), tuple(assumptions)
     )
@@ -138,6 +146,16 @@ def advise(row: Row, stored: Stored, local_ranks: int = 1) -> list[str]:
     return lines
 
 
+def _busy(machines: Mapping[int, Machine]) -> list[str]:
+    """A loop cannot be much quicker than its stages: then somebody else had the cores while those were timed."""
+    least = min((machine.interference for machine in machines.values()), default=1.0)
+    if least >= _LEAST_INTERFERENCE:
+        return []
+    return [
+        f"This machine was busy while it was measured (steps took {least:.2g} times what their stages say): repeat."
+    ]
+
+
 def _uneven(keys: Keys, ranks: int) -> float:
     """Unique keys of the busiest owner over the mean."""
     return keys.owned * ranks / keys.unique if keys.unique else 1.0
@@ -145,11 +163,12 @@ def _uneven(keys: Keys, ranks: int) -> float:
 
 def _of_shards(who: str, ranks: int, skew: float, shards: int, things: str, way_out: str) -> list[str]:
     """Advice on shards that do not divide evenly; keys alone may be uneven too, which more shards do not help."""
-    if min(skew, most_shards(shards, ranks) * ranks / shards) <= _SKEW_WORTH_A_WORD:
+    uneven = most_shards(shards, ranks) * ranks / shards
+    if min(skew, uneven) <= _SKEW_WORTH_A_WORD:
         return []
     return [
-        f"{who}: the busiest owner has {skew - 1:.0%} more {things} than the mean, as {shards} shards do not divide "
-        f"evenly; {way_out} {even_shards(ranks)}."
+        f"{who}: the busiest owner has {skew - 1:.0%} more {things} than the mean. Of that {uneven - 1:.0%} are due to "
+        f"{shards} shards, which do not divide evenly: {way_out} {even_shards(ranks)}."
     ]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from trainer.config import Config, save_config
 from trainer.errors import PlanError
+from trainer.machine import check_threads
 from trainer.plan.cost import Machine, Network, Piece, Rates, Stage, step_seconds
 from trainer.plan.rates import Measured
 
@@ -39,6 +40,7 @@ class Calibration:
     def machine(self, local_ranks: int, large: int) -> Machine:
         """With `local_ranks` ranks, each with batches of about `large` samples."""
         cores = num_cores()
+        check_threads(self._config.run.threads, cores)
         processes, threads = min(local_ranks, cores), self._config.run.threads or max(1, cores // local_ranks)
         case = processes, threads, large
         if case not in self._measured:
@@ -91,8 +93,9 @@ def _run(module: str, processes: int, arguments: Sequence[str]) -> dict[str, Any
         if done.returncode == 0 and start >= 0:
             values: dict[str, Any] = json.loads(line[start:])
             return values
-    said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
-    raise PlanError(f"measuring this machine failed: {module} on {processes} processes ended with\n{said}")
+    told = [line.partition("error: ")[2] for line in done.stderr.splitlines() if "error: " in line]
+    said = told[0] if told else "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
+    raise PlanError(f"measuring this machine failed ({module} on {processes} processes): {said}")
 
 
 def _horovodrun() -> str:

@@ -22,7 +22,7 @@ PAPER = Path(__file__).parent.parent / "presets" / "plan-paper.yaml"
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-_SPEED = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(b|bit|bits|bps|bit/s)", re.IGNORECASE)
+_SPEED = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?-i:b)(?:its?|ps|it/s)?", re.IGNORECASE)  # B would be bytes
 
 
 class KeysInput(Section):
@@ -125,7 +125,7 @@ def bytes_per_s(speed: str) -> float:
     found = _SPEED.fullmatch(speed.strip().removesuffix("/s"))
     value = float(found.group(1)) * _UNITS[found.group(2).lower()] / 8 if found else 0.0
     if value <= 0:
-        raise ConfigError(f"network speed {speed!r}: write bits per second above zero with a unit, as 10Gb or 400Mbit")
+        raise ConfigError(f"network speed {speed!r}: write bits (b, not B) per second above zero, as 10Gb or 400Mbit")
     return value
 
 

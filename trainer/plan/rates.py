@@ -21,12 +21,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from featurestore.errors import FeatureStoreError
 from featurestore.partition import FeaturePartition
 from featurestore.store import FeatureStore
 from trainer.batch import Batch
 from trainer.comm import Comm, SoloComm, connect
 from trainer.config import Config, load_config
 from trainer.data import SampleReader, open_index
+from trainer.errors import TrainerError
 from trainer.exchange import ContentRequest
 from trainer.machine import uses_cuda
 from trainer.memory import keep_freed_memory, objects_frozen
@@ -249,7 +251,10 @@ def _ratio(start: tuple[float, float], end: tuple[float, float]) -> float:
 if __name__ == "__main__":
     os.environ.setdefault("CUDA_LAUNCH_BLOCKING", "1")  # so that a stage ends when its kernels do
     ranks = connect()
-    result = measure(ranks, load_config(Path(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]))
+    try:
+        result = measure(ranks, load_config(Path(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]))
+    except (TrainerError, FeatureStoreError) as failure:
+        sys.exit(f"error: {' '.join(str(failure).split())}")
     if ranks.rank == 0:
         sys.stdout.write(json.dumps(asdict(result)) + "\n")
     ranks.close()

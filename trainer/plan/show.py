@@ -111,7 +111,7 @@ def _stored(plan: Plan) -> Table:
 
 def _bytes(plan: Plan) -> Table:
     parts = list(dict.fromkeys(part for row in plan.rows for cost in row.costs.values() for part in cost.bytes_by_part))
-    table = _table("Bytes of a step, out of each rank", "ranks", "design", *parts, "sent")
+    table = _table("Bytes of a step, out of each rank; samples are read, not sent", "ranks", "design", *parts, "sent")
     table.columns[1].justify = "left"
     for row in plan.rows:
         for design in DESIGNS:
@@ -122,7 +122,7 @@ def _bytes(plan: Plan) -> Table:
 
 
 def _times(plan: Plan) -> Table:
-    against = f"efficiency against {plan.base_ranks}"
+    against = f"efficiency against its own {plan.base_ranks}"
     table = _table("Time", "ranks", "design", "step", "samples/s", f"a day of {plan.samples_per_day:,.0f}", against)
     table.columns[1].justify = "left"
     for row in plan.rows:
