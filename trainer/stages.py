@@ -33,6 +33,7 @@ Stage = Literal[
     "update id rows",
     "reduce gradients",
     "update dense",
+    "rest",
 ]
 AHEAD: tuple[Stage, ...] = (
     "read",
@@ -44,6 +45,7 @@ AHEAD: tuple[Stage, ...] = (
     "compare images",
 )
 WAIT: Stage = "wait for the next batch"
+_REST: Stage = "rest"
 
 Kind = Literal["step", "eval"]
 """Of what a batch is prepared for."""
@@ -77,6 +79,12 @@ class Stages:
     def add(self, stage: Stage, seconds: float) -> None:
         """Counts a run of the stage."""
         self._seconds.setdefault(stage, deque(maxlen=_KEPT_STEPS)).append(seconds)
+
+    def add_rest(self, seconds: float) -> None:
+        """Counts what a step that took `seconds`, without the wait for its batch, took beyond its stages."""
+        others = {*AHEAD, WAIT, _REST}
+        named_s = sum(series[-1] for stage, series in self._seconds.items() if stage not in others)
+        self.add(_REST, max(0.0, seconds - named_s))
 
     def begin(self, stage: Stage) -> "StageSequence":
         """A stage that ends where the next one begins, perhaps in another function."""

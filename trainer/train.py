@@ -1,6 +1,7 @@
 """The training loop: batches to steps, evaluations and checkpoints when they are due, and a clean end on a signal."""
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
@@ -108,6 +109,7 @@ class Training:
             return result()
 
     def _step(self, prepared: Prepared) -> None:
+        start_s = time.perf_counter()
         images = self._count_images(prepared)
         with self.totals.timed("compute"):
             result = self._engine.train_step(prepared)
@@ -135,6 +137,7 @@ class Training:
             }
             details |= _shares(self._run.comm.allgather_object((images.served, images.computed), name="log.images"))
         self._progress.step(self._engine.num_steps, scalars, details)
+        self._engine.stages.add_rest(time.perf_counter() - start_s)
 
     def _between_steps(self) -> None:
         if self._engine.num_steps == total_steps(self._run):

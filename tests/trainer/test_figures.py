@@ -38,3 +38,13 @@ def test_throughput_of_one_step_is_its_own_and_of_none_is_none() -> None:
 )
 def test_numbers_are_printed_without_exponent(value: float, text: str) -> None:
     assert figure(value) == text
+
+
+def test_rest_is_what_no_stage_of_the_step_accounts_for() -> None:
+    stages = Stages()
+    for name, seconds in (("wait for the next batch", 9.0), ("gather", 7.0), ("embed images", 0.2), ("rest", 5.0)):
+        stages.add(name, seconds)
+    stages.add_rest(0.5)
+    assert stages.last_ms()["rest"] == pytest.approx(300)
+    stages.add_rest(0.1)
+    assert stages.last_ms()["rest"] == 0

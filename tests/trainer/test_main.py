@@ -117,7 +117,7 @@ class TestAlone:
         run = run_alone(places, run__name="traced", run__profile=True, train__max_steps=12)
         events = json.loads((run / "profile/trace-rank-0.json").read_text())["traceEvents"]
         threads = {event["name"]: event["tid"] for event in events if "name" in event and "tid" in event}
-        assert set(Stage.__args__) - {"exchange signatures", "compare images"} <= set(threads)
+        assert set(Stage.__args__) - {"exchange signatures", "compare images", "rest"} <= set(threads)
         assert threads["gather"] != threads["embed images"]
 
     def test_waits_of_an_evaluation_are_no_part_of_the_steps(
