@@ -387,6 +387,7 @@ class TestBuild:
         assert advise(row_of(1.04, 3.0), self.STORED) == [chosen]
         uneven = advise(row_of(1.25, 3.0), self.STORED)
         assert uneven[0] == chosen and "25% more images" in uneven[1] and "--num-shards 256." in uneven[1]
+        assert "Of that 25% are due to 64 shards" in uneven[1]
         small = dataclasses.replace(self.STORED, machine_memory_bytes=10**10)
         assert advise(row_of(1.0, 3.0), small) == [chosen]
         assert (
@@ -394,6 +395,25 @@ class TestBuild:
         )
         assert "20 ranks: store in server. " in advise(row_of(1.25, 0.5), self.STORED)[0]
         assert advise(row_of(1.25, 0.5), self.STORED)[0].endswith("This trainer does not offer it.")
+
+    def test_more_ranks_that_are_slower_are_told(self) -> None:
+        def counts_of(ranks: int) -> BatchCounts:
+            keys = Keys(100, 50, 50, 50, 50 / ranks)
+            return BatchCounts(100, ranks, 100 / ranks, keys, keys)
+
+        slow = dataclasses.replace(MACHINE, network=dataclasses.replace(NETWORK, latency_s=1.0))
+        advice = build("t", counts_of, [1, 20], 1, WIDTHS, {1: slow}, self.STORED, 1e6, []).advice
+        assert any(line.startswith("20 ranks are slower than 1: ") for line in advice)
+
+    def test_a_machine_that_was_busy_is_told(self) -> None:
+        def advice_at(interference: float) -> str:
+            machine = dataclasses.replace(MACHINE, interference=interference)
+            keys = Keys(100, 50, 50, 50, 50)
+            counts = BatchCounts(100, 1, 100, keys, keys)
+            return build("t", lambda _: counts, [1], 1, WIDTHS, {1: machine}, self.STORED, 1e6, []).advice[0]
+
+        assert "was busy" in advice_at(0.5) and "0.5 times" in advice_at(0.5)
+        assert "was busy" not in advice_at(0.9)
 
     def test_times_that_are_near_are_a_tie_of_which_the_fewest_bytes_win(self) -> None:
         def row_of(server_s: float) -> Row:
