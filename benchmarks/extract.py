@@ -24,7 +24,7 @@ import torch
 import typer
 from distributed import Client
 
-from benchmarks.report import Figure, write_report
+from benchmarks.report import Figure, JsonPath, write_report
 from featurestore.errors import FeatureStoreError
 from pipeline.backbone import ComputeDType, backbone
 from pipeline.cluster import connect
@@ -48,7 +48,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     images: Annotated[str | None, typer.Option(help="Folder of photographs.", show_default="drawn ones")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.")] = None,
+    json_file: JsonPath = None,
     limit: Annotated[int, typer.Option(min=1, help="Draw so many images, or use the first so many of DIR.")] = 320,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each side over all of these images.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per pass, on both sides.")] = 16,

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.report import Figure, check_json_path, write_report
+from benchmarks.report import Figure, JsonPath, write_report
 from benchmarks.workload import Knobs, Workload, make
 from featurestore.errors import FeatureStoreError
 from trainer.config import load_config
@@ -36,14 +36,13 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     folder: Annotated[Path, typer.Option("--dir", help="Where the workload is, or is made.")] = Path("data/bench/plan"),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.")] = None,
+    json_file: JsonPath = None,
     ranks: Annotated[str, typer.Option(help="Numbers of ranks, with commas.")] = "1,2,4",
     images: Annotated[int, typer.Option(help="In the store.", min=100)] = 20_000,
     samples_per_rank: Annotated[int, typer.Option(help="Of a step.", min=16)] = 1_500,
 ) -> None:
     """Compare predicted with measured steps; prints the figures."""
     try:
-        check_json_path(json_file)
         with Progress(console=Console(stderr=True)) as progress:
             knobs = Knobs(images=images, samples_per_rank=samples_per_rank, steps=24, test_samples=600)
             workload = make(folder, knobs, progress)

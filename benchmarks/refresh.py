@@ -21,7 +21,7 @@ import typer
 from distributed import Client
 
 from benchmarks.extract import draw_images
-from benchmarks.report import Figure, write_report
+from benchmarks.report import Figure, JsonPath, write_report
 from benchmarks.written import count_writes, written_bytes
 from featurestore.errors import FeatureStoreError
 from pipeline.cluster import connect
@@ -45,7 +45,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     images: Annotated[str | None, typer.Option(help="Folder of photographs.", show_default="drawn ones")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.")] = None,
+    json_file: JsonPath = None,
     limit: Annotated[int, typer.Option(min=3, help="Draw so many images, or use the first so many of DIR.")] = 1800,
 ) -> None:
     """Compare a refresh of 1 % with the full extraction; prints the figures."""

@@ -1,10 +1,13 @@
 """One way to show and keep the figures of a benchmark run."""
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -49,12 +52,22 @@ class Section:
         return shown
 
 
-def check_json_path(path: Path | None) -> None:
-    """Before the work: raises OSError where `write_sections` could not write."""
+def _writable(path: Path | None) -> Path | None:
+    """Before the work, so that its figures are not lost at the end."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a"):
-            pass
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise typer.BadParameter(f"{path} cannot be written: {error}") from error
+        if path.is_dir():
+            raise typer.BadParameter(f"{path} is a folder")
+    return path
+
+
+JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.", callback=_writable)]
+"""The option that every benchmark has."""
 
 
 def write_sections(sections: Sequence[Section], path: Path | None = None) -> None:

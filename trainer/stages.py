@@ -6,13 +6,13 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from torch.profiler import record_function
 
 Item = TypeVar("Item")
 
-Stage = Literal[
+StageAhead = Literal[
     # Of a later step, in the thread that reads.
     "read",
     # Of step t + 1, in a thread beside step t.
@@ -22,6 +22,9 @@ Stage = Literal[
     "gather",
     "exchange signatures",
     "compare images",
+]
+Stage = Literal[
+    StageAhead,
     # Of step t itself.
     "wait for the next batch",
     "embed images",
@@ -35,15 +38,7 @@ Stage = Literal[
     "update dense",
     "rest",
 ]
-AHEAD: tuple[Stage, ...] = (
-    "read",
-    "wait for samples",
-    "unique",
-    "exchange keys",
-    "gather",
-    "exchange signatures",
-    "compare images",
-)
+AHEAD: tuple[Stage, ...] = get_args(StageAhead)
 WAIT: Stage = "wait for the next batch"
 _REST: Stage = "rest"
 

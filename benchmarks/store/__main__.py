@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.report import Section, write_sections
+from benchmarks.report import JsonPath, Section, write_sections
 from benchmarks.store.builds import cache_figures, write_figures
 from benchmarks.store.cold import cold_figures
 from benchmarks.store.data import DIM, Bench, cores
@@ -101,7 +101,7 @@ def working_folder(parent: Path | None) -> Iterator[Path]:
 
 @app.command()
 def main(
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    json_path: JsonPath = None,
     rows: Annotated[int, typer.Option(help="Rows of 4096 bfloat16 numbers.", min=1000)] = 100_000,
     keys: Annotated[int, typer.Option(help="Random keys of one lookup.", min=1)] = 4096,
     folder: Annotated[Path | None, typer.Option("--dir", help="Where to put the data; about 70 kB per row.")] = None,

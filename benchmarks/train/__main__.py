@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.report import Section, check_json_path, write_sections
+from benchmarks.report import JsonPath, Section, write_sections
 from benchmarks.train.launch import RunFailedError
 from benchmarks.train.rounds import DifferentLossesError
 from benchmarks.train.sections import SECTIONS, VARIANTS, Bench, measure
@@ -53,7 +53,7 @@ def spread(sections: list[Section]) -> float:
 
 @app.command()
 def main(
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    json_path: JsonPath = None,
     folder: Annotated[Path, typer.Option("--dir", help="Of the workload, which is kept.")] = Path(
         "data/bench/workload"
     ),
@@ -80,7 +80,6 @@ def main(
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     knobs = Knobs(images=images, dim=dim, samples_per_rank=samples_per_rank, seed=seed)
     try:
-        check_json_path(json_path)
         with (
             tempfile.TemporaryDirectory(prefix="train-bench-") as scratch,
             Progress(*columns, console=Console(stderr=True)) as progress,

@@ -13,7 +13,6 @@ from trainer.config import Config, load_config
 from trainer.errors import ConfigError, SchemaError, TrainerError
 
 FAILED, USAGE = 1, 2
-_OPTIONS = {"file": "config", "settings": "set"}
 EXAMPLES = """
 Examples:
 
@@ -98,11 +97,13 @@ def main(
 
 def _refuse_beside(context: typer.Context, option: str) -> None:
     """A plan of a file measures nothing and takes nothing but the file. Raises ConfigError for any other option."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    strange = [name for name in given if name not in ("paper", "described", "json_file")]
-    if strange:
-        names = ", ".join(f"--{_OPTIONS.get(name, name.replace('_', '-'))}" for name in strange)
+    beside = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source and source.name == "COMMANDLINE" and parameter.name not in ("paper", "described", "json_file"):
+            beside.append(parameter.opts[0])
+    if beside:
+        names = ", ".join(beside)
         raise ConfigError(
             f"{option} takes all from its file: leave out {names}, or change a copy of trainer/presets/plan-paper.yaml"
         )
