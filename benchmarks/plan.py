@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.report import Figure, JsonPath, write_report
 from benchmarks.workload import Knobs, Workload, make
 from featurestore.errors import FeatureStoreError
+from featurestore.output import text_console
 from trainer.config import load_config
 from trainer.errors import PlanError, TrainerError
 from trainer.plan.build import Plan, Row
@@ -43,7 +43,7 @@ def main(
 ) -> None:
     """Compare predicted with measured steps; prints the figures."""
     try:
-        with Progress(console=Console(stderr=True)) as progress:
+        with Progress(console=text_console(stderr=True)) as progress:
             knobs = Knobs(images=images, samples_per_rank=samples_per_rank, steps=24, test_samples=600)
             workload = make(folder, knobs, progress)
         figures = compare(workload, numbers(ranks))

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from featurestore.output import print_table, text_console
 
 Figure = float | int | str | bool | None
 
@@ -37,13 +38,14 @@ class Section:
         """What there is to show."""
         shown = []
         if self.figures:
-            table = Table("figure", "value", title=self.title, title_justify="left")
+            table = Table("figure", title=self.title)
+            table.add_column("value", justify="right")
             for name, value in self.figures.items():
                 table.add_row(name, _shown(value))
             shown.append(table)
         if self.grid:
             columns = list(dict.fromkeys(column for cells in self.grid.values() for column in cells))
-            table = Table("", title=None if shown else self.title, title_justify="left")
+            table = Table("", title=None if shown else self.title)
             for column in columns:
                 table.add_column(column.replace("_", " "), justify="right")
             for row, cells in self.grid.items():
@@ -72,10 +74,10 @@ JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the figures
 
 def write_sections(sections: Sequence[Section], path: Path | None = None) -> None:
     """Print each section on stdout and, where `path` is given, write all figures there as one flat JSON object."""
-    console = Console()
+    console = text_console()
     for section in sections:
         for table in section.tables():
-            console.print(table)
+            print_table(console, table)
     if path is not None:
         figures = {name: value for section in sections for name, value in section.flat().items()}
         path.parent.mkdir(parents=True, exist_ok=True)

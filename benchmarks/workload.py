@@ -23,11 +23,11 @@ import pyarrow.parquet as pq
 import typer
 import yaml
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import Progress
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, to_bits
 from featurestore.keys import keys_of_uris, shard_of
+from featurestore.output import text_console
 from trainer.errors import TrainerError
 
 Int64 = NDArray[np.int64]
@@ -287,7 +287,7 @@ def main(
         images, dim, samples_per_rank, steps, test_samples, behaviors, impressions, zipf, users, shards, row_group, seed
     )
     try:
-        with Progress(console=Console(stderr=True)) as progress:
+        with Progress(console=text_console(stderr=True)) as progress:
             workload = make(out, knobs, progress)
     except (WorkloadError, OSError) as failure:
         print(f"error: {failure}", file=sys.stderr)

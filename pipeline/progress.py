@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from featurestore.output import text_console
 
 LINE_EVERY_S = 10.0
 
@@ -22,7 +23,7 @@ def progress(title: str, total: int, done: int = 0) -> Iterator[Advance]:
     if not total:
         yield lambda count: None
         return
-    console = Console(stderr=True)
+    console = text_console(stderr=True)
     if not console.is_terminal:
         yield _lines(title, total, done)
         return

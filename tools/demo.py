@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from featurestore.output import print_table, text_console
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {"none": "IDs only", "ad": "+ ad image", "behavior": "+ behaviour images", "both": "+ both"}
@@ -31,14 +32,14 @@ Examples:
     python tools/demo.py --images ~/photos --labels ~/photos.csv --dir data/demo-photos
 """
 
-console = Console(highlight=False)
+console = text_console()
 
 
 def run_step(title: str, command: Sequence[str | Path]) -> None:
     """Runs one command, its output shown as it comes; ends the demo with the command's exit code if it fails."""
     words = [str(word) for word in command]
-    console.rule(f"[bold]{title}", align="left")
-    console.print(f"$ {shlex.join(words)}", style="cyan", soft_wrap=True)
+    console.print(f"\n{title}", style="bold")
+    console.print(f"$ {shlex.join(words)}", style="cyan")
     started = time.monotonic()
     code = subprocess.run(words, check=False).returncode
     if code != 0:
@@ -118,7 +119,7 @@ def show(summary: dict[str, Any]) -> None:
             else:
                 cells.append(f"{value:.4f}" + (f" ({value - base:+.4f})" if variant != "none" else ""))
         table.add_row(title, *cells)
-    console.print(table)
+    print_table(console, table)
     console.print(
         f"with both images: {summary['unique_ratio']:.3f} unique images per image reference, "
         f"{summary['bytes_sent_per_step'] / 1e6:.2f} MB sent per step, {summary['samples_per_s']:,.0f} samples/s"

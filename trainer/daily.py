@@ -256,7 +256,11 @@ def _days_of(samples: str) -> list[str]:
 
 
 def _claim(folder: Path, base: Config, window_days: int) -> None:
-    """Writes what all days share to `folder`/daily.json, and refuses to go on with something else."""
+    """Writes what all days share to `folder`/daily.json, and refuses to go on with something else.
+
+    A day's folder is made when all that its run needs has been opened. Until there is one, nothing has proved that the
+    settings are right, and other ones take their place.
+    """
     mine = {
         "window_days": window_days,
         "warm_parts": list(base.run.warm_parts),
@@ -268,7 +272,7 @@ def _claim(folder: Path, base: Config, window_days: int) -> None:
     }
     file = folder / "daily.json"
     try:
-        if file.exists():
+        if file.exists() and any(daytable.DAY.fullmatch(each.name) for each in folder.iterdir()):
             _check_same(mine, json.loads(file.read_text(encoding="utf-8")), file)
             return
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
 from rich.table import Table
 
+from featurestore.output import print_table, text_console
 from trainer.config import load_config
 from trainer.errors import TrainerError
 from trainer.files import replace_file
@@ -71,19 +71,19 @@ def write(folder: Path) -> None:
 
 def show(folder: Path) -> None:
     """The table on the screen."""
-    console = Console(highlight=False)
-    table = Table(title=str(folder), title_justify="left")
+    console = text_console()
+    table = Table(title=str(folder))
     for name in ("day", "from", "snapshot", "steps", "test day", *_METRICS):
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows(folder):
         before = Path(row["warm_start"]).name if row["warm_start"] else None
         cells = [row["day"], before, row["store_version"], row["steps"], row["test_day"]]
         table.add_row(*(_text(cell) for cell in [*cells, *(row[name] for name in _METRICS)]))
-    console.print(table)
+    print_table(console, table)
     for row in rows(folder):
         if row["samples_changed"]:
-            console.print(f"{row['day']}: its training samples had changed before it was evaluated", soft_wrap=True)
-    console.print(f"written to {folder / 'days.json'} and days.parquet", soft_wrap=True)
+            console.print(f"{row['day']}: its training samples had changed before it was evaluated")
+    console.print(f"written to {folder / 'days.json'} and days.parquet")
 
 
 def _row(run: Path, report: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+
+from featurestore.output import text_console
 
 _LINE_EVERY_S = 5.0
 
@@ -21,7 +22,7 @@ class Progression:
     """Rank 0's log of a run of `total` steps. Without a folder (other ranks) it says and writes nothing."""
 
     def __init__(self, folder: Path | None, first_step: int, total: int) -> None:
-        self.console = Console(quiet=folder is None, highlight=False, stderr=False)
+        self.console = text_console(quiet=folder is None)
         self._total = total
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step) if folder else None
         self._next_line_s = 0.0
@@ -56,13 +57,13 @@ class Progression:
                 self._writer.add_scalar(name, value, step)
         if self._bar.disable and (step == self._total or time.monotonic() >= self._next_line_s):
             self._next_line_s = time.monotonic() + _LINE_EVERY_S
-            self.console.print(f"step {step}/{self._total}  {text}", soft_wrap=True)
+            self.console.print(f"step {step}/{self._total}  {text}")
 
     def metrics(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """After an evaluation at `step`; a metric that is not defined is said to be so, and not drawn."""
         names = ("logloss", "auc", "gauc", "new_ad_auc")
         text = "  ".join(f"{n} {'undefined' if metrics[n] is None else format(metrics[n], '.4f')}" for n in names)
-        self.console.print(f"step {step}  test: {text}", soft_wrap=True)
+        self.console.print(f"step {step}  test: {text}")
         if self._writer:
             for name, value in metrics.items():
                 if value is not None:
@@ -70,4 +71,4 @@ class Progression:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(text, soft_wrap=True)
+        self.console.print(text)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from featurestore.output import print_table
 from trainer.comm import Comm
 from trainer.errors import TrainerError
 from trainer.files import replace_file
@@ -183,7 +184,6 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     """The final table."""
     table = Table(
         title=f"{report['name']}: {report['global_step']:,} steps, {ranks_told(report['num_ranks'])}",
-        title_justify="left",
     )
     table.add_column("test samples")
     table.add_column("value", justify="right")
@@ -201,10 +201,9 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
             table.add_row(f"  of store {store}", _text(count, "-"))
     seconds = report["seconds"]
     table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
-    console.print(table)
-    console.print(_stages_shown(report["stages"]))
-    console.print(_ratios_shown(report["unique_ratio_by_field"]))
-    console.print(f"written to {report['folder']}", soft_wrap=True)
+    for each in (table, _stages_shown(report["stages"]), _ratios_shown(report["unique_ratio_by_field"])):
+        print_table(console, each)
+    console.print(f"written to {report['folder']}")
 
 
 def ranks_told(count: int) -> str:
@@ -214,7 +213,7 @@ def ranks_told(count: int) -> str:
 
 def _stages_shown(stages: Mapping[str, Mapping[str, float | None]]) -> Table:
     """Where a step's time goes: first what is done a step ahead, then the step itself."""
-    table = Table("stage of a step", title_justify="left")
+    table = Table("stage of a step")
     for column in ("median ms", "of a step", "hidden"):
         table.add_column(column, justify="right")
     for name, row in stages.items():
@@ -226,7 +225,7 @@ def _stages_shown(stages: Mapping[str, Mapping[str, float | None]]) -> Table:
 
 
 def _ratios_shown(ratios: Mapping[str, float | None]) -> Table:
-    table = Table("field", title_justify="left")
+    table = Table("field")
     table.add_column("different keys of all, in a rank's batch", justify="right")
     for name, value in ratios.items():
         table.add_row(name, _text(value, "-"))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.report import JsonPath, Section, write_sections
@@ -24,6 +23,7 @@ from benchmarks.store.depth import depth_figures
 from benchmarks.store.limit import limit_figures
 from benchmarks.store.lookup import delta_figures, warm_figures
 from benchmarks.store.peers import fill_peers
+from featurestore.output import text_console
 
 _HEADLINE = [
     "lookup_vs_numpy_take",
@@ -117,7 +117,7 @@ def main(
     """Measure the store against numpy.take, LMDB, RocksDB, Lance and plain pyarrow."""
     asked_depths = ascending(depths)
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with working_folder(folder) as work, Progress(*columns, console=Console(stderr=True)) as progress:
+    with working_folder(folder) as work, Progress(*columns, console=text_console(stderr=True)) as progress:
         bench = Bench(work, rows, keys, rounds, threads, progress, seed)
         sections = measure(bench, asked_depths, limit_mb, only or tuple(Part))
     run = {"rows": rows, "dim": DIM, "keys_per_lookup": keys, "threads": threads, "rounds": rounds, "cores": cores()}

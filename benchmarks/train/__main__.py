@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.report import JsonPath, Section, write_sections
@@ -21,6 +20,7 @@ from benchmarks.train.launch import RunFailedError
 from benchmarks.train.rounds import DifferentLossesError
 from benchmarks.train.sections import SECTIONS, VARIANTS, Bench, measure
 from benchmarks.workload import Knobs, WorkloadError, make
+from featurestore.output import text_console
 
 app = typer.Typer(add_completion=False)
 NAMES = (*VARIANTS, *SECTIONS)
@@ -82,7 +82,7 @@ def main(
     try:
         with (
             tempfile.TemporaryDirectory(prefix="train-bench-") as scratch,
-            Progress(*columns, console=Console(stderr=True)) as progress,
+            Progress(*columns, console=text_console(stderr=True)) as progress,
         ):
             workload = make(folder, knobs, progress)
             bench = Bench(workload, Path(scratch), rounds, steps, memory_steps, settings or [], progress)

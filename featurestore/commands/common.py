@@ -7,15 +7,13 @@ from datetime import datetime
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from featurestore import output
 from featurestore.errors import FeatureStoreError
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
-
-_WIDE = 1000  # a line of a table is never folded: pipes and wide terminals take it whole
 
 Url = Annotated[str, typer.Argument(metavar="URL", help="Folder or s3:// address of the store.")]
 Version = Annotated[int | None, typer.Option("--version", help="Snapshot; the newest by default.")]
@@ -38,20 +36,20 @@ def chosen_snapshot(store: FeatureStore, version: int | None, at: datetime | Non
 
 
 def print_table(names: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str] = ()) -> None:
-    """Columns on stdout, as wide as they need to be; those of `numbers` stand on the right."""
+    """Print columns on stdout; those of `numbers` stand on the right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in names:
-        table.add_column(name, justify="right" if name in numbers else "left", no_wrap=True)
+        table.add_column(name, justify="right" if name in numbers else "left")
     for row in rows:
         table.add_row(*row)
-    Console(markup=False, highlight=False, emoji=False, width=_WIDE).print(table)
+    output.print_table(output.text_console(), table)
 
 
 @contextmanager
 def progress_bar(things: str = "shards") -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, where that is a terminal: call what comes out with the `things` done, and all of them."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    console = Console(stderr=True)
+    console = output.text_console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(things)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -3,11 +3,11 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from featurestore.codec import SAMPLE_ROWS
 from featurestore.commands.common import Version, progress_bar, user_errors
+from featurestore.output import print_table, text_console
 from featurestore.spec import DType
 from featurestore.store import FeatureStore
 
@@ -38,7 +38,9 @@ def recode(
         report = recode_store(
             FeatureStore.open(source), target, dtype, version=version, sample_rows=sample, progress=progress
         )
-    table = Table("", report.source_dtype, report.dtype)
+    table = Table("")
+    for dtype_name in (report.source_dtype, report.dtype):
+        table.add_column(dtype_name, justify="right")
     table.add_row("rows", f"{report.num_rows:,}", f"{report.num_rows:,}")
     table.add_row("bytes", f"{report.source_bytes:,}", f"{report.bytes:,}")
     for name, value in {
@@ -50,13 +52,11 @@ def recode(
         "10 nearest neighbours found again": _shown(report.recall_at_10),
     }.items():
         table.add_row(name, "", value)
-    console = Console()
-    console.print(table)
+    console = text_console()
+    print_table(console, table)
     console.print(
         f"snapshot {report.source_version} of {report.source}; compared {report.num_compared:,} rows,"
-        f" {report.num_queries:,} of them as queries",
-        soft_wrap=True,
-        highlight=False,
+        f" {report.num_queries:,} of them as queries"
     )
 
 

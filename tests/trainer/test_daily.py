@@ -1,6 +1,7 @@
 """Day after day: what each day begins with and is evaluated on, the table, and going on after a stop at any point."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -184,6 +185,33 @@ def test_mistakes(days: Places) -> None:
     assert not (days.folder / "runs" / "m").exists() or not list((days.folder / "runs" / "m").glob("2026*"))
     with pytest.raises(DataError, match=r"choose none of 2026-01-01 to 2026-01-04"):
         follow(config_of(days, run__name="n"), SoloComm(), first="2027-01-01")
+
+
+def test_settings_are_kept_when_a_day_has_begun_with_them(days: Places) -> None:
+    empty = days.folder / "empty" / "train"
+    empty.mkdir(parents=True)
+    (empty / f"day={DAYS[0]}.parquet").write_bytes(b"no parquet")
+    for wrong in (days.folder / "sample", empty.parent):  # a typing error, and what is found no samples when it is read
+        with pytest.raises(DataError):
+            follow(config_of(days, run__name="d", data__samples=wrong), SoloComm())
+    with pytest.raises(DataError, match="is no feature store"):
+        follow(config_of(days, run__name="d", data__store=days.folder / "feature"), SoloComm())
+    follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
+    assert len(table_of(days.folder / "runs" / "d")) == 1
+    with pytest.raises(ConfigError, match=r"data\.samples is '.*/empty' here, '.*/samples' there"):
+        follow(config_of(days, run__name="d", data__samples=empty.parent), SoloComm())
+
+
+def test_the_table_has_a_line_for_each_day_in_a_pipe(days: Places, capsys: pytest.CaptureFixture[str]) -> None:
+    follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[1])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "…" not in out
+    for row in table_of(days.folder / "runs" / "d"):
+        (line,) = [
+            each for each in out.splitlines() if re.match(rf"\W*{row['day']}\s", each) and row["test_day"] in each
+        ]
+        assert all(f"{row[name]:.4f}" in line for name in ("logloss", "auc", "gauc"))
+        assert f"{row['impressions']:,}" in line
 
 
 def test_late_logs_of_a_trained_day_change_nothing_but_a_mark(

@@ -4,8 +4,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
+from featurestore.output import text_console
 from trainer.comm import Comm
 from trainer.errors import ConfigError
 from trainer.evaluation import report
@@ -18,7 +17,6 @@ from trainer.evaluation.slices import Slicing, slicings
 from trainer.trained import missing_lookups
 
 HIDDEN_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
-_WIDE = 160  # columns where there is no terminal: tables are not folded
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,12 @@ def evaluate_run(source: Source, options: Options, comm: Comm) -> Figures | None
 
     Raises TrainerError or FeatureStoreError.
     """
-    console = Console(quiet=comm.rank != 0, highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDE
+    console = text_console(quiet=comm.rank != 0)
     with contextlib.closing(open_source(source, comm)) as opened:
         if options.missing_curve and not opened.run.engine.services:
             raise ConfigError("--missing-curve: the run's model.images=none reads no image, so none can be hidden")
         count = f"{opened.test.num_samples:,} impressions, {comm.size} ranks"
-        console.print(f"{opened.saved.path}: {count}", soft_wrap=True)
+        console.print(f"{opened.saved.path}: {count}")
         impressions = read_impressions(comm, opened.test, opened.run.schema)
         cuts = _slicings(opened, impressions)
         logits = {0.0: predict(opened)}

@@ -8,7 +8,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from featurestore.output import print_table
 from trainer.errors import TrainerError
 from trainer.evaluation.bootstrap import LEAST_USERS, LEVEL, METRICS, NUM_BINS, Estimate
 from trainer.evaluation.measure import Figures, Hidden, Measured
@@ -74,30 +76,30 @@ def markdown(about: Mapping[str, Any], figures: Figures, plots: Sequence[Path]) 
 
 def show(console: Console, about: Mapping[str, Any], figures: Figures, folder: Path) -> None:
     """The metrics of all impressions with their intervals, and of the slices without."""
-    whole = Table(title=f"{about['run']}, {about['checkpoint']}", title_justify="left")
+    whole = Table(title=f"{about['run']}, {about['checkpoint']}")
     for heading in (f"{figures.whole.impressions:,} impressions", "value", f"{LEVEL:.0%} interval"):
         whole.add_column(heading, justify="left" if heading.endswith("impressions") else "right")
     for metric in METRICS:
         estimate = figures.whole.metrics[metric]
         whole.add_row(METRIC_TITLES[metric], number(estimate.value), _range(estimate))
-    console.print(whole)
-    slices = Table(title="Slices", title_justify="left")
-    slices.add_column("", no_wrap=True)
+    print_table(console, whole)
+    slices = Table(title="Slices")
+    slices.add_column("")
     for heading in ("impressions", *(METRIC_TITLES[each] for each in METRICS)):
-        slices.add_column(heading, justify="right", no_wrap=True)
+        slices.add_column(heading, justify="right")
     for sliced in figures.sliced_by.values():
         slices.add_section()
-        slices.add_row(f"[bold]{sliced.title}")
+        slices.add_row(Text(sliced.title, style="bold"))
         for name, each in sliced.slices.items():
             slices.add_row(
                 f"  {name}", f"{each.impressions:,}", *(number(each.metrics[metric].value) for metric in METRICS)
             )
-    console.print(slices)
+    print_table(console, slices)
     for point in figures.missing_curve:
         console.print(f"{point.share:.0%} of the images hidden: GAUC {with_interval(point.metrics['gauc'])}")
     for note in about["notes"]:
-        console.print(f"note: {note}", soft_wrap=True)
-    console.print(f"written to {folder}", soft_wrap=True)
+        console.print(f"note: {note}")
+    console.print(f"written to {folder}")
 
 
 def number(value: float | None) -> str:

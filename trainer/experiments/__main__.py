@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markdown import Markdown
 
+from featurestore.output import text_console
 from trainer.config import Config, load_config
 from trainer.errors import ConfigError
 from trainer.experiments.grid import Experiment, chosen, experiments
@@ -93,13 +92,13 @@ def make(wanted: Sequence[Experiment], seeds: Sequence[int], grid: "Grid", comm:
     """
     from trainer.experiments import results
 
-    console = Console(quiet=comm.rank != 0, highlight=False)
+    console = text_console(quiet=comm.rank != 0)
     comm.on_rank_0(lambda: results.read(grid.folder))
     planned = [
         (each, [(variant, seed, grid.plan(variant, seed)) for seed in seeds for variant in grid.variants_of(each)])
         for each in wanted
     ]
-    sections = []
+    made = []
     for experiment, runs in planned:
         if len(runs) < len(experiment.variants) * len(seeds):
             console.print(f"{experiment.name}: without --semantic-config, rows with semantic IDs are left out")
@@ -109,9 +108,10 @@ def make(wanted: Sequence[Experiment], seeds: Sequence[int], grid: "Grid", comm:
             figures.setdefault(variant.name, []).append(measured)
             console.print(f"{experiment.name}: {variant.name}, seed {seed}: GAUC {measured['gauc']:.4f}")
         comm.on_rank_0(partial(results.add, grid.folder, experiment.name, figures))
-        sections.append(results.section(experiment, figures))
-    console.print(Markdown("\n".join(sections)))
-    console.print(f"written to {grid.folder}", soft_wrap=True)
+        made.append((experiment, figures))
+    for experiment, figures in made:
+        results.show_section(console, experiment, figures)
+    console.print(f"written to {grid.folder}")
 
 
 def settings_of(file: Path) -> list[str]:

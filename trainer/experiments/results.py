@@ -4,10 +4,12 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from trainer.errors import TrainerError
 from trainer.experiments.grid import Experiment, experiments
 from trainer.experiments.plots import draw
-from trainer.experiments.tables import as_markdown, as_values, rows_of
+from trainer.experiments.tables import as_markdown, as_values, rows_of, show
 from trainer.files import replace_file
 
 Figures = Mapping[str, Sequence[Mapping[str, float]]]
@@ -50,3 +52,8 @@ def section(experiment: Experiment, figures: Figures) -> str:
     """One table in Markdown."""
     num_seeds = len(next(iter(figures.values())))
     return as_markdown(experiment, rows_of(experiment, figures), num_seeds)
+
+
+def show_section(console: Console, experiment: Experiment, figures: Figures) -> None:
+    """Print one table."""
+    show(console, experiment, rows_of(experiment, figures), len(next(iter(figures.values()))))

@@ -9,11 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 from scipy import stats
 
+from featurestore.output import print_table
 from trainer.experiments.grid import Experiment
 
 LEVEL = 0.95
+_HEADINGS = ("GAUC", "gain", "p", "AUC", "AUC, new ads", "log loss", "paper: GAUC", "paper: gain")
 
 
 @dataclass(frozen=True)
@@ -71,31 +75,48 @@ def as_markdown(experiment: Experiment, rows: Sequence[Row], num_seeds: int) -> 
     """A section with one table."""
     lines = [f"### {experiment.title} (`{experiment.name}`)", ""]
     lines += [experiment.note, ""] if experiment.note else []
-    lines += [
-        f"Mean of {num_seeds} seed{'s' if num_seeds > 1 else ''} with its 95 % interval; * differs from its baseline"
-        " (p < 0.05, paired t test, Holm).",
-        "",
-        "| | GAUC | gain | p | AUC | AUC, new ads | log loss | paper: GAUC | paper: gain |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        star = "*" if row.p_value is not None and row.p_value < 1 - LEVEL else ""
-        cells = [
-            row.name,
-            _shown(row.metrics.get("gauc")),
-            "baseline" if row.gain is None else _signed(row.gain) + star,
-            "" if row.p_value is None else f"{row.p_value:.2g}",
-            *(_shown(row.metrics.get(name)) for name in ("auc", "new_ad_auc", "logloss")),
-            "" if row.paper_gauc is None else f"{row.paper_gauc:.4f}",
-            "" if row.paper_gain is None else f"{row.paper_gain:+.4f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines += [_method(num_seeds), "", f"| | {' | '.join(_HEADINGS)} |", "|---" * (1 + len(_HEADINGS)) + "|"]
+    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def show(console: Console, experiment: Experiment, rows: Sequence[Row], num_seeds: int) -> None:
+    """Print the same for a person."""
+    console.print(f"{experiment.title} ({experiment.name})", style="bold")
+    for line in filter(None, (experiment.note, _method(num_seeds))):
+        console.print(line)
+    table = Table("")
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*_cells(row))
+    print_table(console, table)
 
 
 def as_values(rows: Sequence[Row]) -> list[dict[str, object]]:
     """For JSON."""
     return [asdict(row) for row in rows]
+
+
+def _method(num_seeds: int) -> str:
+    return (
+        f"Mean of {num_seeds} seed{'s' if num_seeds > 1 else ''} with its 95 % interval; * differs from its baseline"
+        " (p < 0.05, paired t test, Holm)."
+    )
+
+
+def _cells(row: Row) -> list[str]:
+    """The row's name, and its figures under `_HEADINGS`."""
+    star = "*" if row.p_value is not None and row.p_value < 1 - LEVEL else ""
+    return [
+        row.name,
+        _shown(row.metrics.get("gauc")),
+        "baseline" if row.gain is None else _signed(row.gain) + star,
+        "" if row.p_value is None else f"{row.p_value:.2g}",
+        *(_shown(row.metrics.get(name)) for name in ("auc", "new_ad_auc", "logloss")),
+        "" if row.paper_gauc is None else f"{row.paper_gauc:.4f}",
+        "" if row.paper_gain is None else f"{row.paper_gain:+.4f}",
+    ]
 
 
 def _p_value(gains: Sequence[float]) -> float | None:

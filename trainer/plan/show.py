@@ -4,13 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from featurestore.output import print_table, text_console
 from trainer.plan.build import Plan
 from trainer.plan.cost import DESIGNS
 
-_WIDE = 150
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -51,16 +50,16 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 def show(plan: Plan) -> None:
     """Tables of counts, memory, bytes and times, then what to choose and what was taken for granted, on stdout."""
-    console = Console(highlight=False, width=max(_WIDE, Console().width))
-    console.print(plan.title, style="bold", soft_wrap=True)
+    console = text_console()
+    console.print(plan.title, style="bold")
     for table in (_counts(plan), _stored(plan), _bytes(plan), _times(plan), _stages(plan)):
-        console.print(table)
+        print_table(console, table)
     console.print("What to choose", style="bold")
     for line in plan.advice:
-        console.print(f"- {line}", soft_wrap=True)
+        console.print(f"- {line}")
     console.print("Taken for granted", style="bold")
     for line in plan.assumptions:
-        console.print(f"- {line}", soft_wrap=True)
+        console.print(f"- {line}")
 
 
 def size(count: float) -> str:
@@ -143,7 +142,7 @@ def _stages(plan: Plan) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_style="bold")
     for column in columns:
         table.add_column(column, justify="right")
     return table

@@ -142,15 +142,16 @@ def _figure(value: float | None) -> str:
 
 
 def _print_table(names: list[str], rows: Sequence[tuple[str, ...]]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from featurestore.output import print_table, text_console
 
     table = Table()
     for number, name in enumerate(names):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+        table.add_column(name, justify="right" if number else "left")
     for row in rows:
         table.add_row(*row)
-    Console(markup=False, highlight=False).print(table)
+    print_table(text_console(), table)
 
 
 def _print_notes(notes: Sequence[str]) -> None:
