@@ -1,15 +1,29 @@
-"""Fixtures that several areas share: S3 servers."""
+"""What all tests share: the type of the matrix products, and S3 servers."""
 
+import os
 import signal
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 
+from featurestore.precision import VARIABLE, AutoDType
 from tests.servers import environment_of, moto, new_bucket, seaweedfs
 
 
-def pytest_configure() -> None:
-    """A shell starts what runs behind it deaf to SIGINT, and so would all be that tests interrupt."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--compute-dtype",
+        choices=get_args(AutoDType),
+        default="float32",
+        help="what compute_dtype=auto means in every test, on every processor (default: %(default)s)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Settles the type of the products: tried out on a busy machine, it may differ between two runs of one test. And a
+    shell starts what runs behind it deaf to SIGINT, and so would all be that tests interrupt."""
+    os.environ[VARIABLE] = config.getoption("--compute-dtype")
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -1,11 +1,12 @@
 """Which type E's matrix products run in where nobody says: the one that this machine is quicker at."""
 
 import time
-from typing import Literal
 
 import torch
 
+from featurestore.precision import AutoDType, dtype_of_environment
 from trainer.comm import Comm
+from trainer.errors import ConfigError
 from trainer.options import ModelConfig
 
 _ROWS, _FEATURE, _HIDDEN, _TURNS = 1024, 4096, 256, 4
@@ -13,14 +14,22 @@ _ROWS, _FEATURE, _HIDDEN, _TURNS = 1024, 4096, 256, 4
 
 def with_compute_dtype(config: ModelConfig, comm: Comm, device: torch.device, recorded: str | None) -> ModelConfig:
     """`config` with model.compute_dtype settled, the same on every rank: as it says; for "auto" as `recorded` (in the
-    checkpoint that a run goes on from), else what rank 0 is quicker at. All ranks call it."""
+    checkpoint that a run goes on from), else what rank 0's environment names, else what rank 0 is quicker at. All ranks
+    call it. Raises ConfigError on all where the environment names no such type."""
     if config.compute_dtype != "auto":
         return config
-    settled = recorded or comm.broadcast_object(faster_dtype(device) if comm.rank == 0 else None)
+    settled = recorded or comm.on_rank_0(lambda: _named_dtype() or faster_dtype(device))
     return config.model_copy(update={"compute_dtype": settled})
 
 
-def faster_dtype(device: torch.device) -> Literal["bfloat16", "float32"]:
+def _named_dtype() -> AutoDType | None:
+    try:
+        return dtype_of_environment()
+    except ValueError as failure:
+        raise ConfigError(str(failure)) from failure
+
+
+def faster_dtype(device: torch.device) -> AutoDType:
     """bfloat16 on a GPU that has it. A processor is tried, for a fifth of a second, at E's first product of features as
     they lie in the store: not every one that knows bfloat16 is so quick at it that it pays to leave float32."""
     if device.type == "cuda":

@@ -13,13 +13,15 @@ from torchvision.models import VGG16_Weights, vgg16
 from featurestore import FeaturePartition
 from featurestore.errors import SpecMismatchError
 from featurestore.keys import key_of_uri
+from featurestore.precision import VARIABLE
 from featurestore.rows import to_float32
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
 from pipeline.backbone import backbone
-from pipeline.errors import ExtractionError, SourceError, WeightsError
+from pipeline.errors import BackboneError, ExtractionError, SourceError, WeightsError
 from pipeline.extract import ExtractOptions, extract
 from pipeline.layers import DEFAULT_BACKBONE
+from pipeline.network import describe_network
 from pipeline.parts import in_order
 
 pytestmark = [pytest.mark.filterwarnings("ignore:weights random"), pytest.mark.usefixtures("one_torch_thread")]
@@ -97,6 +99,14 @@ def test_bfloat16_is_close(run, photos, tmp_path):
     expected_BD = torchvision_features(paths)
     norms_B = np.linalg.norm(rows_BD, axis=1) * np.linalg.norm(expected_BD, axis=1)
     assert ((rows_BD * expected_BD).sum(1) / norms_B).min() > 0.999
+
+
+def test_auto_is_what_the_environment_names(client, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "bfloat16")
+    assert describe_network(client, DEFAULT_BACKBONE, "random:0", "auto").compute_dtype == "bfloat16"
+    monkeypatch.setenv(VARIABLE, "int8")
+    with pytest.raises(BackboneError, match=r"CROSSMEDIA_COMPUTE_DTYPE=int8 is neither bfloat16 nor float32"):
+        describe_network(client, DEFAULT_BACKBONE, "random:0", "auto")
 
 
 def test_equal_bytes_go_through_the_network_once(run, photos, counted, tmp_path):

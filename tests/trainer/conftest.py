@@ -87,7 +87,6 @@ class Places:
             "data.shuffle_window_groups": 3,
             "model.embed_hidden": [8, 4],
             "model.mlp": [8, 4],
-            "model.compute_dtype": "float32",
             "model.tables": "{user: 64, item: 64, image: 64, category: 16, scene: 16}",
             "model.table_shards": 4,
             "train.epochs": 2,

@@ -6,6 +6,7 @@ import torch
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.partition import FeaturePartition
+from featurestore.precision import VARIABLE
 from trainer import precision
 from trainer.batch import Batch, Jagged
 from trainer.comm import SoloComm
@@ -169,6 +170,7 @@ def test_building_leaves_the_random_state_alone(partition: FeaturePartition) -> 
 def test_the_type_of_the_products_is_settled_once(partition: FeaturePartition, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {torch.bfloat16: 1.0, torch.float32: 2.0}
     monkeypatch.setattr(precision, "_product_s", seconds.__getitem__)
+    monkeypatch.delenv(VARIABLE)
 
     def dtype_of_auto() -> torch.dtype:
         return engine_of(partition, compute_dtype="auto").services["images"].models["shared"].compute_dtype
@@ -180,3 +182,9 @@ def test_the_type_of_the_products_is_settled_once(partition: FeaturePartition, m
     assert precision.with_compute_dtype(config, SoloComm(), cpu, "bfloat16").compute_dtype == "bfloat16"
     chosen = ModelConfig(compute_dtype="float64")
     assert precision.with_compute_dtype(chosen, SoloComm(), cpu, "bfloat16") is chosen
+    monkeypatch.setenv(VARIABLE, "bfloat16")
+    assert dtype_of_auto() == torch.bfloat16, "the environment goes before what the machine is quicker at"
+    assert precision.with_compute_dtype(config, SoloComm(), cpu, "float32").compute_dtype == "float32"
+    monkeypatch.setenv(VARIABLE, "float16")
+    with pytest.raises(ConfigError, match=r"CROSSMEDIA_COMPUTE_DTYPE=float16 is neither bfloat16 nor float32"):
+        dtype_of_auto()
