@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-_RANK_METRICS = {"auc", "gauc", "new_ad_auc"}
+_RANK_METRICS = {"auc", "gauc", "new_ad_auc", "new_ad_gauc"}
 
 
 def alike(name: str, value: Any, within: float = 1e-4) -> Any:

@@ -111,7 +111,7 @@ class TestAlone:
         assert 0 < report["unique_ratio_by_field"]["behavior_image"] < 1
 
     def test_files(self, alone: Path, places: Places) -> None:
-        changes = {"run__name": "alone", "train__max_steps": 100, "data__global_batch_size": 16, "train__epochs": 3}
+        changes = {"run__name": "alone", "train__max_steps": 100, **SHARED}
         assert load_config(alone / "config.yaml") == load_config(settings=places.settings(**changes))
         assert list((alone / "tensorboard").glob("events*"))
         assert [path.name for path in (alone / "checkpoints").iterdir()] == ["step-00000100"]
@@ -141,7 +141,7 @@ class TestAlone:
         assert 0.1 < report["reused_vectors"] < 1
 
     def test_resumption_is_exact(self, alone: Path, places: Places) -> None:
-        changes = {"run__name": "alone-halves", "data__global_batch_size": 16, "train__epochs": 3}
+        changes = {"run__name": "alone-halves", **SHARED}
         run_alone(places, train__max_steps=50, **changes)
         run = run_alone(places, train__max_steps=100, run__resume="latest", train__eval_every=30, **changes)
         assert_same(run, alone)
@@ -203,7 +203,7 @@ class TestRefusals:
         other = FeatureStore.create(tmp_path / "other", StoreInfo(**{**dict(store.info), "extractor": extractor}))
         snapshot = store.snapshot()
         other.put(FeatureRows.of(["a"] * 50, snapshot.get(np.arange(1_000, 1_050)), keys=np.arange(1_000, 1_050)))
-        changes = {"run__name": "alone", "run__resume": "latest", "data__global_batch_size": 16, "train__epochs": 3}
+        changes = {"run__name": "alone", "run__resume": "latest", **SHARED}
         with pytest.raises(CheckpointError, match=r"store\.extractor\.weights_digest is 'other' here, '0'"):
             run_alone(places, data__store=tmp_path / "other", **changes)
 
