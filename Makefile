@@ -5,6 +5,8 @@ INSTALLED := $(VENV)/.installed
 DEMO_DIR ?= data/demo
 DEMO_ARGS ?=
 BENCH_DIR ?= data/bench
+# Syntax of the oldest supported Python is held by ruff (target-version), what left the newest one by mypy.
+NEWEST_PYTHON := 3.13
 PACKAGES := featurestore pipeline trainer jobs benchmarks
 # horovodrun and dask-submit are looked for on the path.
 ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
@@ -15,10 +17,19 @@ ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
+# PYTHON and HOROVOD_GPU_OPERATIONS choose the environment. Where they say something else than the last time, the script
+# runs again; where they say nothing, what is installed is kept.
+ASKED := PYTHON=$(PYTHON) HOROVOD_GPU_OPERATIONS=$(HOROVOD_GPU_OPERATIONS)
+ifneq ($(PYTHON)$(HOROVOD_GPU_OPERATIONS),)
+ifneq ($(ASKED),$(shell cat $(INSTALLED) 2>/dev/null))
+.PHONY: $(INSTALLED)
+endif
+endif
+
 install: $(INSTALLED) ## Make the virtual environment; builds Horovod once per machine (about four minutes)
 
-$(INSTALLED): setup.cfg pyproject.toml tools/install.sh tools/build_horovod.sh tools/requirements-s3-server.txt \
-              tools/requirements-moto-server.txt
+$(INSTALLED): setup.cfg pyproject.toml tools/install.sh tools/build_horovod.sh tools/horovod_plan.py \
+              tools/requirements-s3-server.txt tools/requirements-moto-server.txt
 	tools/install.sh $(VENV)
 
 demo: $(INSTALLED) ## Draw images, extract, build samples, train four models under horovodrun -np 2, print a table
@@ -35,6 +46,7 @@ lint: $(INSTALLED) ## Check style, types, import rules and the tree in the READM
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
 	$(BIN)/mypy tools
+	$(BIN)/mypy --python-version $(NEWEST_PYTHON) $(addprefix -p ,$(PACKAGES))
 	$(BIN)/lint-imports
 	$(BIN)/python tools/tree.py --check
 

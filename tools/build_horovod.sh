@@ -1,55 +1,101 @@
 #!/usr/bin/env bash
-# Builds Horovod against the torch of the given Python, once per torch and Python version, and installs it.
+# Builds Horovod against the torch of the given Python, once per torch, Python and request, and installs it.
 #
 #   tools/build_horovod.sh PYTHON [CACHE_DIR]
 #
-# Horovod 0.28.1 asks for C++14 and torch's headers need C++20, so the compiler is wrapped: the last -std flag wins.
-# With CUDA and NCCL on the machine: HOROVOD_GPU_OPERATIONS=NCCL make install (not tried by the authors).
+# HOROVOD_GPU_OPERATIONS=NCCL asks for NCCL, =CPU for collectives by Gloo. Without it an environment keeps what it was last asked
+# for; a new one is built for the CPU. tools/horovod_plan.py decides whether that can be had.
 set -euo pipefail
 
 python=$1
 cache_root=${2:-${XDG_CACHE_HOME:-$HOME/.cache}/crossmedia}
 version=0.28.1
 
-installed=$("$python" -m pip list --format=freeze 2>/dev/null | sed -n 's/^horovod==//p')
+record=$("$python" -c 'import sys; print(sys.prefix)')/.horovod
+if [ -z "${HOROVOD_GPU_OPERATIONS:-}" ] && [ -f "$record" ]; then
+  HOROVOD_GPU_OPERATIONS=$(sed 's/.*-//' "$record")
+  export HOROVOD_GPU_OPERATIONS
+fi
+plan=$("$python" "$(dirname "$0")/horovod_plan.py")
+# Horovod's build knows many variables of such names; only what the plan says reaches it.
+unset "${!HOROVOD_GPU@}"
+eval "$plan"
 tag=$("$python" -c 'import platform, sys, torch
 print(f"torch{torch.__version__}-cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
-wheels=$cache_root/horovod-$version-$tag${HOROVOD_GPU_OPERATIONS:+-$HOROVOD_GPU_OPERATIONS}
+build=horovod-$version-$tag-$operations
+wheels=$cache_root/${build%-CPU}
 
-if [ "$installed" = "$version" ] && "$python" -c 'import horovod.torch' 2>/dev/null; then
-  echo "horovod $version is installed"
+# Horovod 0.28.1 asks for C++14 and torch's headers need C++20, so the compiler is wrapped: the last -std flag wins.
+build_wheel() {
+  local work=$1 compiler=${CXX:-c++} bin
+  printf '#!/bin/sh\nexec %s "$@" -std=c++20\n' "$compiler" >"$work/c++20"
+  chmod +x "$work/c++20"
+  # Horovod's setup.py looks for cmake on the PATH.
+  bin=$(dirname "$("$python" -c 'import sys; print(sys.executable)')")
+  export PATH="$bin:$PATH" CXX="$work/c++20" HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
+    HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 HOROVOD_WITHOUT_NVTX=1
+  if [ "$operations" = NCCL ]; then
+    mkdir "$work/nccl" && ln -s "$NCCL_LIBRARY" "$work/nccl/libnccl.so"
+    export HOROVOD_NCCL_LIB="$work/nccl" HOROVOD_NCCL_LINK=SHARED
+  fi
+  "$python" -m pip install --quiet "cmake<4" "setuptools<81" wheel packaging
+  "$python" -m pip download --quiet --no-deps --no-binary horovod --no-build-isolation --dest "$work" "horovod==$version"
+  tar -xzf "$work/horovod-$version.tar.gz" -C "$work"
+  patch_sources "$work/horovod-$version"
+  "$python" -m pip wheel --no-build-isolation --no-deps --wheel-dir "$work/wheels" "$work/horovod-$version"
+}
+
+patch_sources() {
+  # distutils left Python in 3.12.
+  sed -i 's/from distutils.spawn import find_executable/from shutil import which as find_executable/' "$1/horovod/runner/js_run.py"
+  sed -i "s/from distutils.sysconfig import .*)\"/import sysconfig; print(sysconfig.get_path('include'))\"/" "$1/horovod/torch/CMakeLists.txt"
+  if [ "$operations" = CPU ]; then
+    # With a CUDA build of torch it wants a whole toolkit wherever it finds an nvcc, also where GPUs were not asked for.
+    sed -i '/^include(CheckLanguage)/,/^macro(ADD_CUDA)/{/^macro/!d}' "$1/CMakeLists.txt"
+    sed -i 's/print(True if ((torch.version.cuda is not None).*)"/print(False)"/' "$1/cmake/Modules/FindPytorch.cmake"
+  fi
+}
+
+if [ "$("$python" -m pip list --format=freeze 2>/dev/null | sed -n 's/^horovod==//p')" = "$version" ] &&
+  [ "$(cat "$record" 2>/dev/null)" = "$build" ] && "$python" -c 'import horovod.torch' 2>/dev/null; then
+  echo "horovod $version is installed ($operations)"
   exit 0
 fi
 
 if ! ls "$wheels"/horovod-*.whl >/dev/null 2>&1; then
   "$python" - <<'PY'
 import pathlib, sys, sysconfig
-header = pathlib.Path(sysconfig.get_paths()["include"], "Python.h")
+header = pathlib.Path(sysconfig.get_path("include"), "Python.h")
 if not header.exists():
-    sys.exit(f"{header} is missing. Install the headers of this Python: apt-get install python3-dev (or python3.11-dev)")
+    name = "python{}.{}-dev".format(*sys.version_info)
+    sys.exit(f"{header} is missing. Install the headers of this Python: apt-get install python3-dev (or {name})")
 PY
-  compiler=${CXX:-c++}
-  command -v "$compiler" >/dev/null || { echo "No C++ compiler. Install one: apt-get install g++" >&2; exit 1; }
+  command -v "${CXX:-c++}" >/dev/null || { echo "No C++ compiler. Install one: apt-get install g++" >&2; exit 1; }
   echo "building horovod $version for $tag; about four minutes, once per machine (cache: $wheels)"
   work=$(mktemp -d)
   trap 'rm -rf "$work"' EXIT
-  printf '#!/bin/sh\nexec %s "$@" -std=c++20\n' "$compiler" >"$work/c++20"
-  chmod +x "$work/c++20"
-  "$python" -m pip install --quiet "cmake<4" "setuptools<81" wheel packaging
-  # Horovod's setup.py looks for cmake on the PATH.
-  bin=$(dirname "$("$python" -c 'import sys; print(sys.executable)')")
-  if ! PATH="$bin:$PATH" CXX="$work/c++20" HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
-    HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 \
-    "$python" -m pip wheel --no-build-isolation --no-deps --wheel-dir "$work/wheels" "horovod==$version" >"$work/log" 2>&1; then
-    tail -n 60 "$work/log" >&2
-    echo "horovod did not build" >&2
+  log=$cache_root/horovod-build.log
+  mkdir -p "$cache_root"
+  # In a shell of its own, as set -e does not hold in a function that is a condition.
+  set +e
+  (set -e; build_wheel "$work") >"$log" 2>&1
+  built=$?
+  set -e
+  if [ "$built" != 0 ]; then
+    grep -E -A 3 'CMake Error|error:|ERROR:' "$log" | head -n 40 >&2
+    echo "horovod did not build; all that the build said: $log" >&2
     exit 1
   fi
   # Published by one rename, so that a build that was cut off leaves nothing that looks finished.
-  mkdir -p "$cache_root"
   mv -T "$work/wheels" "$wheels" 2>/dev/null || [ -d "$wheels" ]
 fi
 
+rm -f "$record"
+"$python" -m pip uninstall --quiet --yes horovod 2>/dev/null
 "$python" -m pip install --quiet "$wheels"/horovod-*.whl
-"$python" -c 'import horovod.torch' || { echo "horovod was built but does not import" >&2; exit 1; }
-echo "horovod $version is installed"
+"$python" -c 'import sys, horovod.torch as hvd; sys.exit("NCCL" == sys.argv[1] and not hvd.nccl_built())' "$operations" || {
+  echo "horovod was built for $operations, but does not import, or without what was asked for" >&2
+  exit 1
+}
+echo "$build" >"$record"
+echo "horovod $version is installed ($operations)"

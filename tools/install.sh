@@ -2,36 +2,69 @@
 # Makes the virtual environment and installs everything that the project needs, Horovod included.
 #
 #   tools/install.sh VENV
+#
+# PYTHON names the Python to make it with, by default the first one found of 3.11 to 3.13; an environment of another
+# Python than PYTHON is made anew. HOROVOD_GPU_OPERATIONS: see build_horovod.sh.
 set -euo pipefail
 
 venv=$1
 cd "$(dirname "$0")/.."
 
-find_python() {
-  for candidate in "${PYTHON:-}" python3.11 python3 python; do
-    [ -n "$candidate" ] && command -v "$candidate" >/dev/null || continue
-    "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || continue
-    echo "$candidate"
-    return
-  done
-  echo "Python 3.11 was not found. Install it, or name it: make install PYTHON=/path/to/python3.11" >&2
-  return 1
+fail() {
+  echo "$*" >&2
+  exit 1
 }
 
-if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-  python=$(find_python)
-  rm -rf "$venv"
-  "$python" -m venv "$venv" || {
-    echo "No virtual environment could be made. On Debian and Ubuntu: apt-get install python3-venv" >&2
-    exit 1
-  }
+version_of() { # as 3.11; nothing where it is no Python that runs
+  "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true
+}
+
+is_supported() {
+  case $1 in 3.11 | 3.12 | 3.13) ;; *) return 1 ;; esac
+}
+
+has_venv() {
+  "$1" -c 'import ensurepip, venv' 2>/dev/null
+}
+
+find_python() {
+  local candidate
+  for candidate in python3 python python3.13 python3.12 python3.11; do
+    is_supported "$(version_of "$candidate")" && has_venv "$candidate" && echo "$candidate" && return
+  done
+  fail "No Python 3.11, 3.12 or 3.13 with venv was found. Install one (Debian and Ubuntu: apt-get install python3-venv python3-dev)," \
+    "or name it: make install PYTHON=/path/to/python3.12"
+}
+
+asked=
+if [ -n "${PYTHON:-}" ]; then
+  asked=$(version_of "$PYTHON")
+  [ -n "$asked" ] || fail "PYTHON=$PYTHON does not run; name a Python 3.11, 3.12 or 3.13"
+  is_supported "$asked" || fail "PYTHON=$PYTHON is Python $asked; name a Python 3.11, 3.12 or 3.13"
 fi
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[dev,bench]"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r tools/requirements-s3-server.txt
+
+present=
+if [ -x "$venv/bin/python" ] && "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  present=$(version_of "$venv/bin/python")
+fi
+if ! is_supported "$present" || [ "${asked:-$present}" != "$present" ]; then
+  if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ ! -f "$venv/pyvenv.cfg" ]; then
+    fail "$venv is a folder of something else, and no virtual environment; name another: make install VENV=.venv"
+  fi
+  python=${PYTHON:-$(find_python)}
+  has_venv "$python" || fail "$python cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv (or python$asked-venv)"
+  [ -z "$present" ] || echo "$venv is of Python $present; making it anew with Python $(version_of "$python")"
+  rm -rf "$venv"
+  "$python" -m venv "$venv"
+fi
+rm -f "$venv/.installed"
+pip=(-m pip install --quiet --disable-pip-version-check)
+"$venv/bin/python" "${pip[@]}" -e ".[dev,bench]"
+"$venv/bin/python" "${pip[@]}" --require-hashes -r tools/requirements-s3-server.txt
 if [ ! -x "$venv/moto/bin/python" ]; then
   "$venv/bin/python" -m venv "$venv/moto"
 fi
-"$venv/moto/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r tools/requirements-moto-server.txt
+"$venv/moto/bin/python" "${pip[@]}" --require-hashes -r tools/requirements-moto-server.txt
 # FuxiCTR, a peer in benchmarks.train: beside our packages, not among them, as it asks for many of its own.
 if [ ! -x "$venv/fuxictr/bin/python" ]; then
   "$venv/bin/python" -m venv "$venv/fuxictr"
@@ -39,6 +72,10 @@ fi
 packages='import sysconfig; print(sysconfig.get_path("purelib"))'
 echo "import site; site.addsitedir('$("$venv/bin/python" -c "$packages")')" \
   >"$("$venv/fuxictr/bin/python" -c "$packages")/ours.pth"
-"$venv/fuxictr/bin/python" -m pip install --quiet --disable-pip-version-check fuxictr==2.3.10
+if ! "$venv/fuxictr/bin/python" "${pip[@]}" fuxictr==2.3.10 >"$venv/fuxictr.log" 2>&1; then
+  rm -rf "$venv/fuxictr"
+  echo "FuxiCTR could not be installed ($venv/fuxictr.log says why); benchmarks.train leaves it out, all else works"
+fi
 tools/build_horovod.sh "$venv/bin/python"
-touch "$venv/.installed"
+# What was asked for; the Makefile compares it.
+echo "PYTHON=${PYTHON:-} HOROVOD_GPU_OPERATIONS=${HOROVOD_GPU_OPERATIONS:-}" >"$venv/.installed"

@@ -86,6 +86,10 @@ class Comm(ABC):
         """The value of rank `root`."""
 
     @abstractmethod
+    def carrier(self, device: torch.device) -> str | None:
+        """Name what carries the tensors of `device` between ranks, e.g. "Gloo" or "NCCL"; None for a rank alone."""
+
+    @abstractmethod
     def close(self) -> None:
         """Leaves the ranks. Safe to call twice."""
 
@@ -143,6 +147,9 @@ class SoloComm(Comm):
 
     def broadcast_object(self, value: Object, root: int = 0) -> Object:
         return value
+
+    def carrier(self, device: torch.device) -> str | None:
+        return None
 
     def close(self) -> None:
         pass
@@ -203,6 +210,11 @@ class HorovodComm(Comm):
 
     def broadcast_object(self, value: Object, root: int = 0) -> Object:
         return cast("Object", self.allgather_object(value if self.rank == root else None, name="broadcast")[root])
+
+    def carrier(self, device: torch.device) -> str | None:
+        if device.type == "cuda" and self.moves_cuda_tensors:
+            return "NCCL"
+        return "Gloo" if self._hvd.gloo_enabled() else "MPI"
 
     def close(self) -> None:
         # Horovod's end waits for all ranks: for ever, if one is stuck. The process ends without it then.

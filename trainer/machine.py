@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from trainer.errors import ConfigError
 from trainer.memory import keep_freed_memory
 
 _MOST_THREADS = 4  # for each core
+_BUILD_NCCL = "HOROVOD_GPU_OPERATIONS=NCCL make install"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,11 @@ def share_machine(config: Config, comm: Comm) -> torch.device:
     threads = config.run.threads or threads_of(comm.rank, places)
     torch.set_num_threads(threads)
     pa.set_cpu_count(threads)
-    if not uses_cuda(config.run.device, all(each.has_gpu for each in places), comm.moves_cuda_tensors):
+    have_gpu = [each.has_gpu for each in places]
+    warning = idle_gpus(config.run.device, have_gpu, comm.moves_cuda_tensors)
+    if warning and comm.rank == 0:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if not uses_cuda(config.run.device, all(have_gpu), comm.moves_cuda_tensors):
         return torch.device("cpu")
     here = [rank for rank, each in enumerate(places) if each.host == place.host]
     return torch.device("cuda", here.index(comm.rank) % torch.cuda.device_count())
@@ -66,6 +72,24 @@ def uses_cuda(device: Device, available: bool, moves_cuda_tensors: bool) -> bool
     if device == "cuda" and not moves_cuda_tensors:
         raise ConfigError(
             "run.device=cuda: this Horovod was built without NCCL and cannot move tensors of a GPU; "
-            "build it with NCCL, start one rank without horovodrun, or take run.device=cpu"
+            f"build it with NCCL ({_BUILD_NCCL}), start one rank without horovodrun, or take run.device=cpu"
         )
     return device != "cpu" and available and moves_cuda_tensors
+
+
+def idle_gpus(device: Device, have_gpu: Sequence[bool], moves_cuda_tensors: bool) -> str | None:
+    """Say why ranks leave their GPUs alone, and what to do; None where none is idle, or run.device chose the device.
+
+    `have_gpu`: of each rank, whether it has a GPU. `moves_cuda_tensors`: the Comm's answer.
+    """
+    if device != "auto" or not any(have_gpu) or uses_cuda(device, all(have_gpu), moves_cuda_tensors):
+        return None
+    found = f"{sum(have_gpu)} of {len(have_gpu)} ranks found a GPU, but all compute on the CPU"
+    if not moves_cuda_tensors:
+        return f"{found}: this Horovod was built without NCCL. Build it with NCCL: {_BUILD_NCCL}; or set run.device=cpu"
+    return f"{found}: not every rank has one. Start ranks only on hosts with GPUs; or set run.device=cpu"
+
+
+def device_name(device: torch.device) -> str:
+    """Name a device with its model, as "cpu" or "cuda:0 (NVIDIA H100)"."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

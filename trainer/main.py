@@ -111,10 +111,11 @@ def train(config: Config, comm: "Comm") -> None:
     with contextlib.closing(open_run(config, comm)) as run, StopSignals() as signals:
         removed = claim_folder(run)
         root = comm.rank == 0
+        hardware = summary.hardware_of(comm, run.device)
         with Progression(run.folder if root else None, run.engine.num_steps, total_steps(run)) as progress:
             readers = f"{run.train_reader.num_samples:,} training and {run.test_reader.num_samples:,} test samples"
             progress.say(
-                f"{run.folder}: {readers}, {summary.ranks_told(comm.size)}, "
+                f"{run.folder}: {readers}, {summary.hardware_told(hardware, comm.size)}, "
                 f"step {run.engine.num_steps} of {total_steps(run)}"
             )
             if removed:
@@ -129,6 +130,7 @@ def train(config: Config, comm: "Comm") -> None:
                 "name": run.folder.name,
                 "folder": str(run.folder),
                 "metrics": training.metrics,
+                **hardware,
                 **figures,
                 "global_step": run.engine.num_steps,
                 "history": run.history,

@@ -52,6 +52,7 @@ class Run:
     schema: Schema
     folder: Path
     engine: Engine
+    device: torch.device
     partitions: dict[str, FeaturePartition]
     stores: dict[str, StoreRecord]
     train_reader: SampleReader
@@ -125,6 +126,7 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
         schema=schema,
         folder=folder,
         engine=engine,
+        device=device,
         partitions=partitions,
         stores=records(places, partitions),
         train_reader=_train_reader(config, comm, train, schema),

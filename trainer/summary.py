@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +16,7 @@ from featurestore.output import print_table
 from trainer.comm import Comm
 from trainer.errors import TrainerError
 from trainer.files import replace_file
+from trainer.machine import device_name
 from trainer.stages import AHEAD, WAIT, Stages
 from trainer.step import StepResult
 
@@ -140,6 +142,24 @@ def gather(comm: Comm, own: Totals, stages: Stages) -> dict[str, Any]:
         },
         "stages": stage_table([medians_ms for _, _, medians_ms in everyone]),
     }
+
+
+def hardware_of(comm: Comm, device: torch.device) -> dict[str, Any]:
+    """What the ranks compute on and talk over, the same on each rank; called by every rank.
+
+    `devices`: of each rank, e.g. "cpu" or "cuda:0 (NVIDIA H100)". `collectives`: "Gloo" or "NCCL"; None in one process
+    without horovodrun.
+    """
+    devices = comm.allgather_object(device_name(device), name="devices")
+    return {"devices": devices, "collectives": comm.carrier(device)}
+
+
+def hardware_told(hardware: Mapping[str, Any], num_ranks: int) -> str:
+    """Format `hardware_of`, e.g. '2 ranks on cpu, collectives by Gloo'."""
+    devices = ", ".join(dict.fromkeys(hardware["devices"]))
+    if hardware["collectives"] is None:
+        return f"one process on {devices}, no collectives"
+    return f"{ranks_told(num_ranks)} on {devices}, collectives by {hardware['collectives']}"
 
 
 def _unique_ratios(ranks: Sequence[Totals]) -> dict[str, float | None]:

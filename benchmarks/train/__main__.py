@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from benchmarks.report import JsonPath, Section, write_sections
 from benchmarks.train.launch import RunFailedError
 from benchmarks.train.rounds import DifferentLossesError
-from benchmarks.train.sections import SECTIONS, VARIANTS, Bench, measure
+from benchmarks.train.sections import FUXICTR, SECTIONS, VARIANTS, Bench, fuxictr_python, measure
 from benchmarks.workload import Knobs, WorkloadError, make
 from featurestore.output import text_console
 
@@ -32,6 +32,18 @@ def known(names: list[str]) -> list[str]:
     if strange := [name for name in names if name not in NAMES]:
         raise typer.BadParameter(f"{', '.join(strange)}: choose among {', '.join(NAMES)}", param_hint="--only")
     return names
+
+
+def check_fuxictr(chosen: list[str]) -> None:
+    """Print that FuxiCTR is left out where it is not installed; where it was asked for by name, that is an error."""
+    if fuxictr_python().exists():
+        return
+    missing = "FuxiCTR is not installed in this environment (make install says why)"
+    if asked := [name for name in chosen if name in FUXICTR]:
+        print(f"error: {', '.join(asked)}: {missing}", file=sys.stderr)
+        raise typer.Exit(1)
+    if not chosen:
+        print(f"note: {missing}; its figures are left out", file=sys.stderr)
 
 
 def alternatives(texts: list[str]) -> dict[str, list[str]]:
@@ -77,6 +89,7 @@ def main(
 ) -> None:
     """Measure the trainer against its own matrix products and against other ways to bring images into the model."""
     chosen, others = known(only or []), alternatives(variant or [])
+    check_fuxictr(chosen)
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     knobs = Knobs(images=images, dim=dim, samples_per_rank=samples_per_rank, seed=seed)
     try:

@@ -23,8 +23,9 @@ _SAME_MODEL = (
     ("ours_2_ranks", *_SERVERS),
 )
 _MEMORY_SAMPLES = 600  # the steps go on into a third epoch
+FUXICTR = ("fuxictr", "fuxictr_grouped")
 SECTIONS = ("link", "traffic", "memory")
-VARIANTS = (*_SAME_MODEL[0], "ours_large_batch", *_SAME_MODEL[1], "fuxictr", "fuxictr_grouped")
+VARIANTS = (*_SAME_MODEL[0], "ours_large_batch", *_SAME_MODEL[1], *FUXICTR)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ def main() -> None:
     comm = connect()
     assert isinstance(comm, HorovodComm)
     rank, size = comm.rank, comm.size
+    assert comm.carrier(torch.device("cpu")) == "Gloo"
 
     # Rank r sends r + p rows of (r, p) to rank p: none from 0 to 0.
     counts = [rank + peer for peer in range(size)]

@@ -1,11 +1,14 @@
 """What a rank takes of its machine: threads of its share of the cores, and the device it computes on."""
 
+import re
+
 import pytest
+import torch
 
 from trainer.comm import SoloComm
 from trainer.config import Device, load_config
 from trainer.errors import ConfigError
-from trainer.machine import Place, share_machine, threads_of, uses_cuda
+from trainer.machine import Place, device_name, idle_gpus, share_machine, threads_of, uses_cuda
 
 
 def place(host: str, *cores: int) -> Place:
@@ -51,5 +54,41 @@ class TestDevice:
     def test_cuda_that_is_not_there_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="finds no GPU"):
             uses_cuda("cuda", available=False, moves_cuda_tensors=True)
-        with pytest.raises(ConfigError, match="without NCCL"):
+        with pytest.raises(ConfigError, match=r"without NCCL.*HOROVOD_GPU_OPERATIONS=NCCL make install"):
             uses_cuda("cuda", available=True, moves_cuda_tensors=False)
+
+    @pytest.mark.parametrize(
+        ("device", "have_gpu", "moves", "expected"),
+        [
+            ("auto", [True, True], False, "2 of 2 ranks found a GPU, .* without NCCL. .*=NCCL make install"),
+            ("auto", [True, False], False, "1 of 2 ranks found a GPU, .* without NCCL"),
+            ("auto", [True, False], True, "1 of 2 ranks found a GPU, .* not every rank has one"),
+            ("auto", [True, True], True, None),
+            ("auto", [False, False], False, None),
+            ("cpu", [True, True], False, None),
+        ],
+    )
+    def test_gpus_that_stay_idle_are_told(
+        self, device: Device, have_gpu: list[bool], moves: bool, expected: str | None
+    ) -> None:
+        warning = idle_gpus(device, have_gpu, moves)
+        assert warning is None if expected is None else re.match(expected, warning or "")
+
+    def test_rank_0_warns_of_gpus_without_nccl(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        comm = SoloComm()
+        comm.moves_cuda_tensors = False  # as of Horovod that was built for the CPU
+        assert share_machine(load_config(None, []), comm) == torch.device("cpu")
+        assert re.fullmatch(r"warning: 1 of 1 ranks found a GPU.*\n", capsys.readouterr().err)
+        comm.rank = 1
+        places = [Place("a", frozenset({0}), has_gpu=True)] * 2
+        monkeypatch.setattr(comm, "allgather_object", lambda value, name: places)
+        share_machine(load_config(None, ["run.threads=1"]), comm)
+        assert capsys.readouterr().err == "", "rank 0 has said it"
+
+    def test_a_gpu_is_named_with_its_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+        assert device_name(torch.device("cuda", 1)) == "cuda:1 (NVIDIA H100)"
+        assert device_name(torch.device("cpu")) == "cpu"

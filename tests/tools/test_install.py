@@ -1,0 +1,228 @@
+"""The installation's scripts, with Pythons that only write down what they were asked to do; and the Makefile."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TAG = "torch2.13.0-cp311-x86_64"
+FAKE_PYTHON = """\
+#!/usr/bin/env bash
+# Python {version} as far as the scripts see it: it writes down its packages and makes environments of itself.
+me=$0
+home=$(dirname "$(dirname "$me")")
+case "$*" in
+  "-c import sys; print("*version_info*) echo {version} ;;
+  "-c import ensurepip, venv") ;;
+  "-m venv "*) mkdir -p "$3/bin" && cp "$me" "$3/bin/python" && touch "$3/pyvenv.cfg" ;;
+  *purelib*) echo "$home" ;;
+  "-m pip install "*fuxictr*) [ -z "${{NO_FUXICTR:-}}" ] || {{ echo "no wheel for this Python"; exit 1; }} ;;
+  "-m pip list "*) cat "$home/packages" 2>/dev/null || true ;;
+  "-m pip uninstall "*) rm -f "$home/packages" ;;
+  "-m pip install "*horovod*) echo "horovod==0.28.1" >"$home/packages"; echo "${{@: -1}}" >>"$home/wheels" ;;
+  "-c import sys; print(sys.prefix)") echo "$home" ;;
+  *"import platform"*) echo {tag} ;;
+  */horovod_plan.py) [ -z "${{NO_CUDA:-}}" ] || {{ echo "no CUDA here" >&2; exit 1; }}
+    echo "operations=${{HOROVOD_GPU_OPERATIONS:-CPU}}" ;;
+esac
+"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A project of the scripts alone, with Pythons on its path."""
+
+    folder: Path
+
+    @property
+    def venv(self) -> Path:
+        return self.folder / ".venv"
+
+    def python(self, name: str, version: str) -> Path:
+        """Makes a Python of that name and version."""
+        file = self.folder / "bin" / name
+        file.write_text(FAKE_PYTHON.format(version=version, tag=TAG))
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+        return file
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        env = {"PATH": str(self.folder / "bin"), "HOME": str(self.folder), **environment}
+        return subprocess.run(
+            [*command], cwd=self.folder, env=env, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    def install(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.run("tools/install.sh", ".venv", **environment)
+
+    def build(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.run("tools/build_horovod.sh", ".venv/bin/python", "cache", **environment)
+
+    def wheels(self) -> list[str]:
+        """The Horovod wheels that were installed so far, by the names of their folders."""
+        file = self.venv / "wheels"
+        return [Path(line).parent.name for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "bin").mkdir()
+    for name in ("install.sh", "build_horovod.sh"):
+        shutil.copy(ROOT / "tools" / name, tmp_path / "tools" / name)
+    for name in ("bash", "cat", "cp", "dirname", "env", "grep", "head", "ls", "mkdir", "rm", "sed", "sh", "touch"):
+        found = shutil.which(name)
+        assert found
+        (tmp_path / "bin" / name).symlink_to(found)
+    for build in (f"horovod-0.28.1-{TAG}", f"horovod-0.28.1-{TAG}-NCCL"):
+        (tmp_path / "cache" / build).mkdir(parents=True)
+        (tmp_path / "cache" / build / "horovod-0.28.1-any.whl").touch()
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "crossmedia").symlink_to(tmp_path / "cache")
+    return Place(tmp_path)
+
+
+def version_of(place: Place) -> str:
+    found = place.run(str(place.venv / "bin" / "python"), "-c", "import sys; print(version_info)")
+    return found.stdout.strip()
+
+
+class TestPython:
+    @pytest.mark.parametrize(
+        ("pythons", "expected"),
+        [
+            ({"python3": "3.13"}, "3.13"),
+            ({"python3": "3.12", "python3.13": "3.13"}, "3.12"),
+            ({"python3": "3.10", "python3.11": "3.11", "python3.13": "3.13"}, "3.13"),
+            ({"python3": "3.14", "python3.11": "3.11"}, "3.11"),
+        ],
+    )
+    def test_default(self, place: Place, pythons: dict[str, str], expected: str) -> None:
+        for name, version in pythons.items():
+            place.python(name, version)
+        done = place.install()
+        assert done.returncode == 0, done.stderr
+        assert version_of(place) == expected
+
+    def test_none_that_fits_is_one_line(self, place: Place) -> None:
+        place.python("python3", "3.10")
+        done = place.install()
+        assert done.returncode == 1
+        assert done.stderr.startswith("No Python 3.11, 3.12 or 3.13 ") and done.stderr.count("\n") == 1
+        assert not place.venv.exists()
+
+    @pytest.mark.parametrize(
+        ("name", "told"), [("python9", "does not run"), ("python3.10", r"is Python 3.10"), ("cat", "does not run")]
+    )
+    def test_a_wrong_one_is_one_line(self, place: Place, name: str, told: str) -> None:
+        place.python("python3", "3.11")
+        place.python("python3.10", "3.10")
+        done = place.install(PYTHON=name)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"PYTHON={name} {told}; name a Python 3.11, 3.12 or 3.13\n"
+
+    def test_an_environment_of_another_python_is_made_anew(self, place: Place) -> None:
+        place.python("python3", "3.11")
+        place.python("python3.13", "3.13")
+        assert place.install().returncode == 0
+        (place.venv / "old").touch()
+        assert ".venv is of Python" not in place.install(PYTHON="python3").stdout
+        assert (place.venv / "old").exists()
+        assert ".venv is of Python 3.11; making it anew with Python 3.13" in place.install(PYTHON="python3.13").stdout
+        assert version_of(place) == "3.13" and not (place.venv / "old").exists()
+        place.install()
+        assert version_of(place) == "3.13", "without PYTHON the environment stays what it is"
+
+    def test_a_folder_of_something_else_is_left_alone(self, place: Place) -> None:
+        place.python("python3", "3.11")
+        place.venv.mkdir()
+        (place.venv / "thesis.txt").touch()
+        done = place.install()
+        assert done.returncode == 1
+        assert "no virtual environment" in done.stderr and done.stderr.count("\n") == 1
+        assert (place.venv / "thesis.txt").exists()
+
+
+def test_a_peer_that_cannot_be_installed_is_one_line(place: Place) -> None:
+    place.python("python3", "3.11")
+    done = place.install(NO_FUXICTR="1")
+    assert done.returncode == 0, done.stderr
+    assert "FuxiCTR could not be installed (.venv/fuxictr.log says why); benchmarks.train leaves it out" in done.stdout
+    assert "no wheel" in (place.venv / "fuxictr.log").read_text()
+    assert not (place.venv / "fuxictr").exists(), "where it is, benchmarks.train takes it"
+    assert (place.venv / ".installed").exists()
+
+
+class TestHorovod:
+    CPU, NCCL = f"horovod-0.28.1-{TAG}", f"horovod-0.28.1-{TAG}-NCCL"
+
+    @pytest.fixture
+    def installed(self, place: Place) -> Place:
+        place.python("python3", "3.11")
+        assert place.install().returncode == 0
+        assert place.wheels() == [self.CPU]
+        return place
+
+    def test_is_installed_once(self, installed: Place) -> None:
+        done = installed.build()
+        assert (done.returncode, done.stdout) == (0, "horovod 0.28.1 is installed (CPU)\n")
+        assert installed.wheels() == [self.CPU]
+
+    def test_nccl_replaces_what_is_installed(self, installed: Place) -> None:
+        done = installed.build(HOROVOD_GPU_OPERATIONS="NCCL")
+        assert (done.returncode, done.stdout) == (0, "horovod 0.28.1 is installed (NCCL)\n"), done.stderr
+        assert installed.wheels() == [self.CPU, self.NCCL]
+        assert installed.build().stdout == "horovod 0.28.1 is installed (NCCL)\n", "as it was last asked for"
+        assert installed.wheels() == [self.CPU, self.NCCL]
+        installed.build(HOROVOD_GPU_OPERATIONS="CPU")
+        assert installed.wheels() == [self.CPU, self.NCCL, self.CPU]
+
+    def test_nccl_that_cannot_be_had_changes_nothing(self, installed: Place) -> None:
+        done = installed.build(HOROVOD_GPU_OPERATIONS="NCCL", NO_CUDA="1")
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", "no CUDA here\n")
+        assert installed.wheels() == [self.CPU]
+        assert installed.build().stdout == "horovod 0.28.1 is installed (CPU)\n"
+
+
+class TestMakefile:
+    @pytest.fixture
+    def stamp(self, tmp_path: Path) -> Path:
+        file = tmp_path / ".installed"
+        file.write_text("PYTHON=python3.13 HOROVOD_GPU_OPERATIONS=\n")
+        return file
+
+    @pytest.mark.parametrize(
+        ("asked", "runs"),
+        [
+            ({}, False),
+            ({"PYTHON": "python3.13"}, False),
+            ({"PYTHON": "python3.12"}, True),
+            ({"HOROVOD_GPU_OPERATIONS": "NCCL"}, True),
+            ({"PYTHON": "python3.13", "HOROVOD_GPU_OPERATIONS": "NCCL"}, True),
+        ],
+    )
+    def test_the_script_runs_where_something_else_was_asked_for(
+        self, stamp: Path, asked: dict[str, str], runs: bool
+    ) -> None:
+        clean = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "HOROVOD_GPU_OPERATIONS")}
+        by_environment = ["make", "-n", "install", f"VENV={stamp.parent}"]
+        by_argument = [*by_environment, *(f"{name}={value}" for name, value in asked.items())]
+        for command, environment in ((by_environment, clean | asked), (by_argument, clean)):
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+            assert ("tools/install.sh" in done.stdout) is runs, done.stdout
+
+
+def test_the_range_of_pythons_is_the_same_everywhere() -> None:
+    setup, script = (ROOT / "setup.cfg").read_text(), (ROOT / "tools" / "install.sh").read_text()
+    versions = ["3.11", "3.12", "3.13"]
+    assert [line.split()[-1] for line in setup.splitlines() if "Python :: 3." in line] == versions
+    assert "python_requires = >=3.11,<3.14" in setup
+    assert f"case $1 in {' | '.join(versions)}) ;;" in script
+    assert 'target-version = "py311"' in (ROOT / ".ruff.toml").read_text()
+    assert "NEWEST_PYTHON := 3.13" in (ROOT / "Makefile").read_text()
+    assert f"{sys.version_info.major}.{sys.version_info.minor}" in versions
