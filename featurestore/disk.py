@@ -17,6 +17,7 @@ class StorageEntry(NamedTuple):
     path: str  # relative to the storage
     size_bytes: int
     mtime_s: float  # by the storage's own clock, as `Storage.now`; whole seconds on S3
+    tag: str = ""  # another one when the file was written again; empty where the storage has none
 
 
 class DiskFiles:
@@ -74,8 +75,7 @@ class DiskFiles:
 
     def entry(self, path: str) -> StorageEntry:
         """Size and time of one file."""
-        stat = self.path(path).stat()
-        return StorageEntry(path, stat.st_size, stat.st_mtime)
+        return _entry(path, self.path(path).stat())
 
     def entries(self, path: str, recursive: bool) -> Iterator[StorageEntry]:
         """Files of a folder and of the folders in it; a folder or file that vanishes meanwhile is left out."""
@@ -90,8 +90,7 @@ class DiskFiles:
                     yield from self.entries(relative, recursive)
                 continue
             with contextlib.suppress(FileNotFoundError):
-                stat = each.stat()
-                yield StorageEntry(relative, stat.st_size, stat.st_mtime)
+                yield _entry(relative, each.stat())
 
     def delete(self, path: str) -> None:
         """Remove a file, or a folder with all below it."""
@@ -116,6 +115,12 @@ class DiskFiles:
             yield target, temporary
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _entry(path: str, stat: os.stat_result) -> StorageEntry:
+    # The times alone are not enough: mtime can be set, as rsync does, and a rename keeps both.
+    tag = f"{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
+    return StorageEntry(path, stat.st_size, stat.st_mtime, tag)
 
 
 def _to_disk(file: IO[bytes]) -> None:

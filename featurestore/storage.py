@@ -278,7 +278,7 @@ class RemoteFiles:
         found = persist(lambda: self.client.info(self._full(path)))
         if found["type"] != "file":
             raise FileNotFoundError(path)
-        return StorageEntry(path, int(found["size"]), _time_of(found))
+        return _entry(path, found)
 
     def entries(self, path: str, recursive: bool) -> Iterator[StorageEntry]:
         """Files below a path, from one flat listing or from that of one folder."""
@@ -288,7 +288,7 @@ class RemoteFiles:
         for each in found.values() if recursive else found:
             name = each["name"].strip("/").removeprefix(self._root.strip("/")).strip("/")
             if each["type"] == "file" and name != path:  # `find` of a file is that file
-                yield StorageEntry(name, int(each["size"]), _time_of(each))
+                yield _entry(name, each)
 
     def delete(self, path: str) -> None:
         """Remove a file, or all files below a path."""
@@ -373,6 +373,11 @@ os.register_at_fork(after_in_child=_forget_clients)
 
 def _reason(error: BaseException | None) -> str:
     return str(error) or type(error).__name__
+
+
+def _entry(path: str, found: Mapping[str, Any]) -> StorageEntry:
+    tag = found.get("ETag") or found.get("etag") or ""
+    return StorageEntry(path, int(found["size"]), _time_of(found), str(tag).strip('"'))
 
 
 def _time_of(found: Mapping[str, Any]) -> float:

@@ -57,8 +57,8 @@ class SampleIndex:
         return sum(each.num_groups for each in self.row_groups)
 
     @property
-    def digest(self) -> str:
-        """xxh3-128 of files and counts: equal when a position in one means the same in the other."""
+    def layout_digest(self) -> str:
+        """xxh3-128 of names and counts, not of what the rows hold: see trainer.content."""
         row_groups = self.row_groups
         if self.by_day:
             row_groups = tuple(replace(each, file=name_of(each.file)) for each in row_groups)

@@ -24,6 +24,7 @@ from trainer.checkpoint import CheckpointState, Origin, StoreRecord
 from trainer.columns import Index, rules_of
 from trainer.comm import Comm
 from trainer.config import Config, save_config
+from trainer.content import samples_digest
 from trainer.data import SampleIndex, SampleReader, distinct_values, open_index
 from trainer.days import sample_files
 from trainer.errors import ConfigError, DataError
@@ -106,14 +107,15 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
         state = resumed[1] if resumed else None
         version, statistics[place.name] = comm.on_rank_0(partial(snapshot_of, place, state))
         partitions[place.name] = comm.on_all(partial(open_partition, config, comm, place, version))
-    origin = _origin(config, schema, train, partitions)
+    digest = samples_digest(comm, train, config.data.cache_dir)
+    origin = _origin(config, schema, digest.content, partitions)
     samples_changed = False
     if resumed:
         recorded = resumed[1].origin
-        samples_changed = recorded.data.get("samples_digest") != train.digest
+        samples_changed = not digest.is_of(recorded)
         if reading:
             recorded = recorded.model_copy(update={"data": origin.data, "train": origin.train})
-        origin.check_same(recorded, resumed[0])
+        origin.model_copy(update={"data": origin.data | digest.as_recorded(recorded)}).check_same(recorded, resumed[0])
     engine = engine_of(config, comm, schema, partitions, device, statistics)
     if resumed:
         checkpoint.load(comm, *resumed, engine)
@@ -262,11 +264,11 @@ def _warm_start(config: Config) -> WarmStart | None:
     return warmstart.find(config.run.warm_start, config.run.warm_parts) if config.run.warm_start else None
 
 
-def _origin(config: Config, schema: Schema, train: SampleIndex, partitions: Mapping[str, FeaturePartition]) -> Origin:
+def _origin(config: Config, schema: Schema, samples: str, partitions: Mapping[str, FeaturePartition]) -> Origin:
     store, stores = kinds_by_store(partitions)
     return Origin(
         data={
-            "samples_digest": train.digest,
+            "samples_digest": samples,
             "global_batch_size": config.data.global_batch_size,
             "shuffle": config.data.shuffle,
             "shuffle_window_groups": config.data.shuffle_window_groups,

@@ -81,9 +81,9 @@ class SavedRun:
             f"such images get zeros ({num_lookups:,} lookups{', and those hidden at random' if hides else ''})"
         ]
 
-    def notes_on_samples(self, train: SampleIndex) -> list[str]:
+    def notes_on_samples(self, changed: bool) -> list[str]:
         """The same where the training samples that are there now are not those of the checkpoint."""
-        if self.state.origin.data.get("samples_digest") == train.digest:
+        if not changed:
             return []
         return [
             f"the training samples in {self.config.data.samples} are not, or no longer, those of the checkpoint: what "

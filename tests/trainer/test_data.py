@@ -317,7 +317,7 @@ def test_days_are_found_in_either_split(tmp_path: Path, write_samples: Write) ->
     expected = [s for t in (tables[0], tables[2]) for row in t["ad_serial"].to_pylist() for s in row]
     assert found == expected
     moved = open_index(SoloComm(), str(tmp_path), "train", SCHEMA, ["2026-01-03"])
-    assert moved.digest == alone.digest != index.digest
+    assert moved.layout_digest == alone.layout_digest != index.layout_digest
     assert open_index(SoloComm(), str(tmp_path), "train", SCHEMA, []).num_samples == 0
     with pytest.raises(DataError, match=r"no samples of 2026-01-09: its files are from 2026-01-01 to 2026-01-03"):
         open_index(SoloComm(), str(tmp_path), "train", SCHEMA, ["2026-01-09"])

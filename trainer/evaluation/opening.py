@@ -62,7 +62,7 @@ def open_source(source: Source, comm: Comm) -> Opened:
     train = open_index(comm, config.data.samples, TRAIN, run.schema, config.data.train_days)
     test = open_test(comm, config, run.schema, source.samples)
     reader = test_reader(run.config, comm, test, run.schema)
-    return Opened(source, saved, run, train, test, reader, _notes(source, saved, run, train))
+    return Opened(source, saved, run, train, test, reader, _notes(source, saved, run))
 
 
 def _config(saved: SavedRun, source: Source) -> Config:
@@ -85,12 +85,12 @@ def _newest(store: str) -> int:
         raise ConfigError(f"--store {store}: {failure}") from failure
 
 
-def _notes(source: Source, saved: SavedRun, run: Run, train: SampleIndex) -> list[str]:
+def _notes(source: Source, saved: SavedRun, run: Run) -> list[str]:
     """What a reader of the figures should know."""
     notes = []
     if source.store is not None and all(record.url != source.store for record in run.stores.values()):
         notes.append(f"the model reads nothing from data.store: --store {source.store} is not used")
-    notes += saved.notes_on_samples(train)
+    notes += saved.notes_on_samples(run.samples_changed)
     for name, record in run.stores.items():
         if record.version != saved.state.version_of(name):
             notes.append(

@@ -6,9 +6,10 @@ from typing import Any, Literal, TypeVar, cast
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
 from trainer.comm import Comm
-from trainer.config import Config, config_digest
+from trainer.config import Config
+from trainer.content import samples_digest
 from trainer.data import open_index
-from trainer.days import files_by_day, name_of
+from trainer.days import files_by_day
 from trainer.errors import DataError
 from trainer.schema import Schema
 from trainer.stores import StorePlace, missing_places
@@ -40,7 +41,7 @@ class Sources:
         return self._once(("days", samples), lambda: self._comm.on_rank_0(look))
 
     def digest(self, config: Config, schema: Schema, split: Literal["train", "test"]) -> str:
-        """Of the files that the run learns from, or is tested on: names, counts and bytes. Reads their footers.
+        """Of the files that the run learns from, or is tested on: names, counts and bytes.
 
         Raises DataError, SchemaError, as the run would.
         """
@@ -49,9 +50,7 @@ class Sources:
 
         def look() -> str:
             index = open_index(self._comm, data.samples, split, schema, days)
-            files = sorted({each.file for each in index.row_groups}, key=name_of)
-            sizes = self._sizes(data.samples)
-            return config_digest({"index": index.digest, "bytes": [sizes[file] for file in files]})
+            return samples_digest(self._comm, index, data.cache_dir).content
 
         return self._once(("digest", data.samples, split, data.schema_file, str(days)), look)
 
@@ -65,16 +64,6 @@ class Sources:
             return store.info.store_id, store.snapshot(place.version).version
 
         return self._once(("snapshot", place), lambda: self._comm.on_rank_0(look))
-
-    def _sizes(self, samples: str) -> dict[str, int]:
-        """Bytes of every file of both splits."""
-
-        def look() -> dict[str, int]:
-            storage = Storage(samples)
-            entries = [each for split in ("train", "test") for each in storage.entries(split, recursive=False)]
-            return {entry.path: entry.size_bytes for entry in entries}
-
-        return self._once(("sizes", samples), lambda: self._comm.on_rank_0(look))
 
     def _once(self, key: tuple[Any, ...], look: Callable[[], Found]) -> Found:
         if key not in self._seen:

@@ -17,6 +17,7 @@ from torch import Tensor
 from featurestore.index import VectorIndex, use_threads
 from trainer.batch import Batch
 from trainer.columns import rules_of
+from trainer.content import samples_digest
 from trainer.data import SampleReader, distinct_values, open_index
 from trainer.errors import DataError
 from trainer.evaluation.quick import Metrics, evaluate
@@ -95,7 +96,8 @@ def score(trained: TrainedRun, samples: str | None) -> Score:
         metrics = evaluate(comm, predicted(ahead), known_ads, trained.schema.new_ad_field)
     users_KW = finite(comm.allgather(torch.cat(kept).float(), "user_vectors").numpy())
     notes = trained.notes_on_missing(missing_lookups(comm, trained.partitions))
-    return Score(metrics, users_KW, [*trained.notes_on_samples(train), *notes])
+    changed = not samples_digest(comm, train, data.cache_dir).is_of(trained.state.origin)
+    return Score(metrics, users_KW, [*trained.notes_on_samples(changed), *notes])
 
 
 def search_figures(
