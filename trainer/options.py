@@ -50,7 +50,7 @@ class ModelConfig(Section):
     id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of training samples whose ad is taken for a new one: the vectors of its own IDs are zero."""
     compute_dtype: ComputeDType | Literal["auto"] = "auto"
-    """Type of E's matrix products; its weights are float32 all the same. auto: what the machine is quicker at."""
+    """Type of E's matrix products; all else is float32, or float64 with them. auto: what the machine is quicker at."""
     table_shards: Count = 64
     """Shards of every ID table. A checkpoint loads at any number of ranks, but only at its own number of shards."""
     tables: dict[str, Count] = Field(default={})

@@ -162,6 +162,7 @@ def engine_of(
         missing=config.data.missing,
         statistics=statistics,
         device=device,
+        dtype=torch.float64 if config.model.compute_dtype == "float64" else torch.float32,
     )
 
 
