@@ -1,5 +1,6 @@
 """Batches: nothing lost or repeated for any number of ranks, the content of every field, and files that are refused."""
 
+import itertools
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -143,6 +144,17 @@ def test_reading_can_start_at_any_step(samples: tuple[Path, list[pa.Table]]) -> 
     folder, _ = samples
     full = [_rows(batch) for batch in _reader(folder).batches(epoch=2)]
     assert [_rows(batch) for batch in _reader(folder).batches(epoch=2, first_step=5)] == full[5:]
+
+
+def test_an_epoch_in_pieces_that_other_numbers_of_ranks_read(samples: tuple[Path, list[pa.Table]]) -> None:
+    folder, _ = samples
+    expected = [_rows(batch) for batch in _reader(folder).batches(epoch=1)]
+    found = []
+    for num_ranks, first, last in ((4, 0, 3), (1, 3, 4), (8, 4, 7), (2, 7, len(expected))):
+        ranks = [_reader(folder, rank, num_ranks).batches(epoch=1, first_step=first) for rank in range(num_ranks)]
+        steps = itertools.islice(zip(*ranks, strict=True), last - first)
+        found += [[row for part in parts for row in _rows(part)] for parts in steps]
+    assert found == expected
 
 
 def test_ranks_without_samples_have_empty_fields(samples: tuple[Path, list[pa.Table]]) -> None:
