@@ -1,0 +1,115 @@
+"""Measure how near a run that was killed and resumed, with other numbers of ranks, ends to an undisturbed one.
+
+    python -m benchmarks.resume [--json FILE]
+
+Every run is compared with one of one rank that nothing disturbed; a run that is killed and goes on with two ranks each
+time, with an undisturbed one of two. Two controls say what a difference is worth: a run of one rank, undisturbed, in
+which one weight began with another last bit (how rounding grows), and one of another seed (how far two good models are
+apart). In float64 rounding is too small to hide anything: a step, a sample or a row that were lost or taken twice would
+show there.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.report import Figure, JsonPath, Section, write_sections
+from benchmarks.resume.runs import CHANGING, End, Float, Runs, checkpoint_every
+from benchmarks.workload import Knobs, make
+from featurestore.errors import FeatureStoreError
+from trainer.errors import TrainerError
+from trainer.plan.sample import numbers
+
+DTYPES = ("float64", "float32", "bfloat16")
+MOST_KILLS = 5
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    json_file: JsonPath = None,
+    folder: Annotated[Path, typer.Option("--dir", help="Of the workload, which is kept.")] = Path("data/bench/resume"),
+    steps: Annotated[str, typer.Option(help="Lengths of the runs, with commas.")] = "10,100,1000",
+    dtype: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(DTYPES)}; may be repeated.")] = None,
+    samples: Annotated[int, typer.Option(help="Of a step.", min=16)] = 64,
+) -> None:
+    """Compare killed and resumed runs with undisturbed ones; prints the figures."""
+    lengths, chosen = numbers(steps), dtype or list(DTYPES)
+    if strange := [each for each in chosen if each not in DTYPES]:
+        raise typer.BadParameter(f"{', '.join(strange)}: choose among {', '.join(DTYPES)}", param_hint="--dtype")
+    knobs = Knobs(
+        images=2_000,
+        dim=64,
+        samples_per_rank=samples,
+        steps=1_000,
+        test_samples=3_000,
+        behaviors=10,
+        users=2_000,
+        shards=8,
+        row_group=100,
+    )
+    try:
+        with Progress(console=Console(stderr=True)) as progress, tempfile.TemporaryDirectory() as scratch:
+            workload = make(folder, knobs, progress)
+            task = progress.add_task("train", total=len(chosen) * len(lengths))
+            sections = []
+            for name in chosen:
+                grid: dict[str, Mapping[str, Figure]] = {}
+                for length in lengths:
+                    grid |= compare(Runs(workload, Path(scratch), name, length))
+                    progress.advance(task)
+                sections.append(Section(f"{name}: differences from one undisturbed rank", grid=grid, prefix=f"{name}_"))
+    except (TrainerError, FeatureStoreError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    write_sections(sections, json_file)
+
+
+def compare(runs: Runs) -> dict[str, Mapping[str, Figure]]:
+    """How far each run ends from the undisturbed one of one rank, or of two where it says so."""
+    kills = kills_of(runs.steps)
+    alone, of_two = runs.alone(), runs.killed([], [2])
+    found = {
+        "2_ranks_killed_vs_2_ranks": differences(runs.killed(kills, [2]), of_two),
+        "2_ranks": differences(of_two, alone),
+        "4_ranks": differences(runs.killed([], [4]), alone),
+        "killed_and_changed": differences(runs.killed(kills, CHANGING), alone),
+        "last_bit": differences(runs.alone(nudged=True), alone),
+        "other_seed": differences(runs.alone("train.seed=1"), alone),
+    }
+    return {f"{runs.steps}_steps_{name}": figures for name, figures in found.items()}
+
+
+def kills_of(steps: int) -> list[int]:
+    """Steps in which a run is killed, some steps after a checkpoint, so that those are taken twice."""
+    every, count = checkpoint_every(steps), min(MOST_KILLS, 2 + steps // 50)
+    return [number * steps // (count + 1) // every * every + every // 2 + 1 for number in range(1, count + 1)]
+
+
+def differences(found: End, expected: End) -> dict[str, Figure]:
+    """How far two runs ended apart."""
+    apart_N = np.abs(found.logit_N - expected.logit_N)
+    return {
+        "dense": largest(found.dense, expected.dense),
+        "id_rows": largest(found.rows, expected.rows),
+        "logit_max": float(apart_N.max()),
+        "logit_mean": float(apart_N.mean()),
+        "log_loss": abs(found.log_loss - expected.log_loss),
+    }
+
+
+def largest(found: Mapping[str, Float], expected: Mapping[str, Float]) -> float:
+    """The largest difference of any number; both have the same names."""
+    assert found.keys() == expected.keys()
+    return max(float(np.abs(found[name] - expected[name]).max()) for name in expected)
+
+
+if __name__ == "__main__":
+    app()

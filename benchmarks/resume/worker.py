@@ -1,0 +1,73 @@
+"""One rank of a run that dies on the way, or begins a hair's breadth beside the others
+
+python -m benchmarks.resume.worker --die-at 7 --config WORKLOAD/config.yaml run.name=a
+"""
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from trainer.cli import run_on_ranks
+from trainer.comm import Comm
+from trainer.config import Config, load_config
+from trainer.progress import Progression
+from trainer.run import claim_folder, open_run
+from trainer.signals import StopSignals
+from trainer.step import Engine, Prepared, StepResult
+from trainer.train import Training, total_steps
+
+DIES = "this rank dies now"
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    file: Annotated[Path, typer.Option("--config")],
+    settings: Annotated[list[str], typer.Argument(metavar="SECTION.FIELD=VALUE")],
+    die_at: Annotated[int, typer.Option(help="The step in which the last rank gets SIGKILL.")],
+) -> None:
+    """Train until the last rank dies."""
+    config = load_config(file, settings)
+    raise typer.Exit(run_on_ranks(lambda comm: train(config, comm, die_at=die_at)))
+
+
+def train(config: Config, comm: Comm, *, die_at: int | None = None, nudged: bool = False) -> None:
+    """One run, without a report. `nudged`: one weight of E has another last bit of the type of E's products."""
+    with contextlib.closing(open_run(config, comm)) as run, StopSignals() as signals:
+        claim_folder(run)
+        if nudged:
+            nudge_(run.engine, run.config.model.compute_dtype)
+        if die_at is not None and comm.rank == comm.size - 1:
+            _kill_at(run.engine, die_at)
+        with Progression(None, run.engine.num_steps, total_steps(run)) as progress:
+            Training(run, progress, signals).fit()
+
+
+@torch.no_grad()
+def nudge_(engine: Engine, dtype: str) -> None:
+    """Makes the first weight of E that is not zero larger by one part in what `dtype` can tell apart."""
+    weights = next(value for name, value in engine.dense_parameters().items() if name.startswith("stores."))
+    weights.view(-1)[0] *= 1 + torch.finfo(getattr(torch, dtype)).eps
+
+
+def _kill_at(engine: Engine, step: int) -> None:
+    """Lets this process die when step number `step` (from 1) has been prepared and is to be taken."""
+    train_step = engine.train_step
+
+    def dying(prepared: Prepared) -> StepResult:
+        if engine.num_steps == step - 1:
+            print(DIES, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train_step(prepared)
+
+    engine.train_step = dying  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    app()
