@@ -31,11 +31,14 @@ _SMALL_BYTES = 1 << 20
 _BLOCK_BYTES = 2 << 20  # in the processor's cache when it is used, and one huge page when it is written to a file
 Digest = Literal["sha256", "xxh3_128"]
 Check = Literal["size", "sha256", "xxh3_128"]
-_INFO = b"featurestore.info"
+_INFO, _STORE_ID = b"featurestore.info", b"featurestore.store_id"
 
 
 def schema_of(info: StoreInfo) -> pa.Schema:
-    """The columns of a data file; dtype and shape of the feature stand in its field's metadata."""
+    """The columns of a data file; dtype and shape of the feature stand in its field's metadata.
+
+    The file's metadata says what kind of store it is of, and which one: a repair makes store.json of that.
+    """
     feature = pa.field(FEATURE, pa.binary(info.row_bytes), nullable=False)
     fields: list[Any] = [
         pa.field(KEY, pa.int64(), nullable=False),
@@ -47,7 +50,7 @@ def schema_of(info: StoreInfo) -> pa.Schema:
         pa.field(DELETED, pa.bool_(), nullable=False),
         feature.with_metadata({"dtype": info.dtype, "shape": f"[{info.dim}]"}),
     ]
-    return pa.schema(fields, metadata={_INFO: info.kind.model_dump_json()})
+    return pa.schema(fields, metadata={_INFO: info.kind.model_dump_json(), _STORE_ID: info.store_id})
 
 
 def table_of(rows: FeatureRows, info: StoreInfo) -> pa.Table:
@@ -273,10 +276,11 @@ def _check_size(path: str, size_bytes: int, entry: FileEntry) -> None:
 
 
 def info_in(data: bytes, path: str) -> StoreInfo:
-    """What a data file says of its store, without the store's own id. Raises CorruptFileError."""
+    """What a data file says of its store; an older one does not know the store's id. Raises CorruptFileError."""
     try:
         metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
-        return StoreInfo.model_validate_json(metadata[_INFO])
+        kind = StoreInfo.model_validate_json(metadata[_INFO])
+        return kind.model_copy(update={"store_id": metadata.get(_STORE_ID, b"").decode()})
     except (pa.ArrowException, OSError, UnicodeDecodeError, ValidationError, KeyError) as error:
         raise CorruptFileError(f"{path} is damaged: {error}") from error
 

@@ -7,6 +7,7 @@ FeatureStoreError
 ├── PinError                the name of a pin is taken, unknown, or no name
 ├── FormatVersionError      written by a newer format than this code reads
 ├── SpecMismatchError       features of another network, dtype or width
+├── AnotherStoreError       a store of the same kind, but not the one that something was made of
 ├── InvalidRowsError        rows that no store may hold (NaN, wrong shape)
 │   └── KeyCollisionError   two uris under one key
 ├── MissingKeysError        keys without a feature
@@ -45,6 +46,10 @@ class FormatVersionError(FeatureStoreError):
 
 class SpecMismatchError(FeatureStoreError):
     """Features of another network, dtype or width than those of the store."""
+
+
+class AnotherStoreError(FeatureStoreError):
+    """A store of the same kind, but not the one that a checkpoint, an index or codes were made of."""
 
 
 class InvalidRowsError(FeatureStoreError):

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from featurestore.cache import CachedShard, Progress, default_cache_dir, open_or_build
 from featurestore.errors import FeatureStoreError, MissingKeysError, StorageError
 from featurestore.hashindex import HashIndex
+from featurestore.identity import SnapshotId
 from featurestore.keys import Int64Array, owned_shards, owner_of, sampled, shard_of, shard_of_hash, splitmix64
 from featurestore.mapping import huge_page_bytes, map_rows, physical_memory_bytes, populate
 from featurestore.snapshot import Snapshot, missing_message
@@ -56,6 +57,7 @@ class FeaturePartition:
         self.info: StoreInfo = snapshot.info
         self.codec = snapshot.codec
         self.snapshot_version = snapshot.version
+        self.snapshot_id = SnapshotId.of(snapshot)
         self.missing_policy = missing
         self.missing_count = 0
         self._hidden_share, self._hidden_seed = 0.0, 0

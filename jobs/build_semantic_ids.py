@@ -61,6 +61,10 @@ def main(
     codebook: Annotated[
         Path | None, typer.Option(help="Of an earlier run, so that codes keep their meaning; nothing is fitted.")
     ] = None,
+    accept_store: Annotated[
+        bool,
+        typer.Option("--accept-store", help="Take --codebook also where it is of another store of the same network."),
+    ] = False,
 ) -> None:
     """Make semantic IDs: codes of a residual quantiser for every image, as ID fields of the samples.
 
@@ -73,7 +77,7 @@ def main(
         raise typer.BadParameter("give one of --samples and --no-samples", param_hint="--samples")
     if not samples and not no_samples and Path(SAMPLES).is_dir():
         samples = SAMPLES
-    options = SemanticOptions(out, samples, levels, codes, sample_rows, seed, standardize, codebook)
+    options = SemanticOptions(out, samples, levels, codes, sample_rows, seed, standardize, codebook, accept_store)
     try:
         found = load_schema(schema or _schema_beside(samples)) if samples else None
         columns = _image_columns(found, store_name) if found else []

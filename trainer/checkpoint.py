@@ -25,13 +25,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from featurestore.identity import SnapshotId
+from trainer import accepted
 from trainer.batch import BatchPosition
 from trainer.comm import Comm
 from trainer.errors import CheckpointError
 from trainer.options import ModelConfig
 from trainer.validate import Section
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: the ids of the stores
 _NAME = re.compile(r"step-(\d{8,})")
 DENSE = "dense.safetensors"
 
@@ -100,13 +102,6 @@ class Origin(Section):
         )
 
 
-class StoreRecord(Section):
-    """The snapshot of a feature store that a run was trained on."""
-
-    url: str
-    version: int
-
-
 class CheckpointState(Section):
     """state.json."""
 
@@ -118,8 +113,8 @@ class CheckpointState(Section):
     origin: Origin
     store_url: str | None
     store_version: int | None
-    stores: dict[str, StoreRecord] = Field(default={})
-    """Every store by name; the two above are of the first one."""
+    stores: dict[str, SnapshotId] = Field(default={})
+    """The snapshot of every store by name; the two above are of the first one."""
     config_digest: str
     history: list[dict[str, Any]]
     files: dict[str, str]
@@ -195,6 +190,12 @@ def find(folder: Path, resume: str) -> Path:
 
 
 def read_state(path: Path) -> CheckpointState:
+    """As `read_recorded`, with the stores that were accepted in the place of lost ones. Raises CheckpointError."""
+    state = read_recorded(path)
+    return state.model_copy(update={"stores": accepted.standing_in(path, state.stores)})
+
+
+def read_recorded(path: Path) -> CheckpointState:
     """state.json of the checkpoint at `path`, its own digest verified. Raises CheckpointError."""
     file = path / "state.json"
     try:

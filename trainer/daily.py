@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from featurestore.errors import AnotherStoreError
 from trainer import daytable
 from trainer.config import Config, load_config, save_config
 from trainer.errors import CheckpointError, ConfigError, DataError
@@ -152,7 +153,12 @@ def follow(base: Config, comm: "Comm", window_days: int = 1, first: str | None =
     for day in comm.on_rank_0(opened):
 
         def next_run(day: Day = day) -> tuple[Config, dict[str, Any] | None] | None:
-            return None if day.is_done else (day.config(base, _run_before(day)), day.report())
+            if day.is_done:
+                return None
+            before = _run_before(day)
+            if before and day.report() is None:
+                _check_stores(before, base)
+            return day.config(base, before), day.report()
 
         coming = comm.on_rank_0(next_run)
         if coming is not None:
@@ -162,7 +168,7 @@ def follow(base: Config, comm: "Comm", window_days: int = 1, first: str | None =
                     train(config, comm)
                 else:
                     evaluate_trained(day, config, report, comm)
-            except CheckpointError as failure:
+            except (CheckpointError, AnotherStoreError) as failure:
                 raise CheckpointError(f"{failure}\nTo train {day.name} anew, remove {day.folder}") from failure
             comm.on_rank_0(lambda: daytable.write(folder))
     comm.on_rank_0(lambda: daytable.show(folder))
@@ -291,6 +297,23 @@ def _check_same(mine: dict[str, Any], theirs: dict[str, Any], file: Path) -> Non
         raise ConfigError(
             f"{file} has other settings; set them back, or choose another run.name:\n  " + "\n  ".join(lines)
         )
+
+
+def _check_stores(before: Path, base: Config) -> None:
+    """Raises AnotherStoreError where a day would go on from the day before on another store: the days of one table
+    have one. A single run may begin so, see trainer.warmstart; a table of days would not show where it changed."""
+    from featurestore.store import FeatureStore
+    from trainer.checkpoint import finished, read_state
+    from trainer.schema import load_schema
+    from trainer.stores import check_identity, missing_places, store_places
+
+    schema = load_schema(Path(base.data.schema_file) if base.data.schema_file else None)
+    places, checkpoints = store_places(base, schema), finished(before / "checkpoints")
+    if not checkpoints or missing_places(places):
+        return  # told when the run is opened
+    state = read_state(checkpoints[-1])
+    for place in places:
+        check_identity(place, FeatureStore.open(place.url).snapshot(place.version), checkpoints[-1], state)
 
 
 def _run_before(day: Day) -> Path | None:

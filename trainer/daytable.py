@@ -25,6 +25,8 @@ SCHEMA = pa.schema(
         "steps": pa.int64(),
         "warm_start": pa.string(),
         "store_version": pa.int64(),
+        "store_id": pa.string(),
+        "commit_id": pa.string(),
         "samples_changed": pa.bool_(),
         "test_day": pa.string(),
         "impressions": pa.int64(),
@@ -88,12 +90,14 @@ def show(folder: Path) -> None:
 
 def _row(run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     config = load_config(run / "config.yaml")
+    first_store: dict[str, Any] = next(iter(report.get("stores", {}).values()), {})
     return {
         "day": run.name,
         "train_days": config.data.train_days,
         "steps": report["global_step"],
         "warm_start": config.run.warm_start,
         "store_version": report["store_version"],
+        **{name: first_store.get(name) or None for name in ("store_id", "commit_id")},
         "samples_changed": report.get("samples_changed", False),
         "test_day": config.data.test_days[0] if config.data.test_days and report["metrics"] else None,
         **{name: report["metrics"].get(name) for name in _METRICS},

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from featurestore.datafile import KEY, URI
 from featurestore.embedding import EmbeddingModel, as_tensor
+from featurestore.identity import VECTORS_OF, SnapshotId
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
 from featurestore.storage import Storage
-from featurestore.store import FeatureStore
 from trainer.checkpoint import read_dense
 from trainer.comm import SoloComm
 from trainer.errors import ConfigError, DataError
@@ -30,10 +30,9 @@ from trainer.models.fields import used_fields
 from trainer.optim import check_names
 from trainer.step import image_model, networks_of
 from trainer.stores import store_places
-from trainer.trained import SavedRun, finite, newest_version, read_run
+from trainer.trained import SavedRun, finite, read_run
 
 VECTOR = "vector"
-ORIGIN = "visual_vectors"  # in the metadata of a Parquet file: what the vectors are of, as JSON
 # Also rows of a row group. E takes .3 to .6 of the time an image that it takes in the store's blocks of 256.
 _BATCH_ROWS = 4096
 
@@ -63,9 +62,7 @@ class ImageNetwork:
             "checkpoint_digest": self.saved.digest,
             "network": f"{self.store}:{self.name}",
             "dim": self.model.out,
-            "store": self.snapshot.storage.url,
-            "snapshot": self.snapshot.version,
-            "commit_id": self.snapshot.manifest.commit_id,
+            **SnapshotId.of(self.snapshot).named(),
         }
 
     def tables(self) -> Iterator[pa.Table]:
@@ -124,8 +121,7 @@ def open_network(
         folder, [(store, name) for store, names in widths_of_store.items() for name in names], network
     )
     place = next(place for place in store_places(config, schema) if place.name == store)
-    snapshot = FeatureStore.open(place.url).snapshot(newest_version(place.url, store_version))
-    saved.check_features(place, snapshot.info)
+    snapshot = saved.snapshot(place, store_version)
     if snapshot.num_rows == 0:
         raise DataError(f"{place.url} has no features in snapshot {snapshot.version}; add them with: {place.make_it()}")
     model = image_model(snapshot.info.dim, widths_of_store[store][name], config.model)
@@ -185,7 +181,7 @@ def _schema(network: ImageNetwork) -> pa.Schema:
         pa.field(URI, pa.string(), nullable=False),
         pa.field(VECTOR, pa.list_(pa.float32(), network.model.out), nullable=False),
     ]
-    return pa.schema(fields, metadata={ORIGIN: json.dumps(network.describe())})
+    return pa.schema(fields, metadata={VECTORS_OF: json.dumps(network.describe())})
 
 
 def _told(tables: Iterator[pa.Table], progress: Progress, total: int) -> Iterator[pa.Table]:

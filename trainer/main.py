@@ -137,6 +137,7 @@ def train(config: Config, comm: "Comm") -> None:
                 "warm_start": str(run.warm_start.path) if run.warm_start else None,
                 "store_version": run.partition.snapshot_version if run.partition else None,
                 "store_versions": {name: store.version for name, store in run.stores.items()},
+                "stores": {name: store.model_dump() for name, store in run.stores.items()},
                 "config_digest": config_digest(config.model_dump(mode="json")),
                 "wall_s": time.time() - started,
             }

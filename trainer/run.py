@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
+from featurestore.identity import SnapshotId
 from featurestore.partition import FeaturePartition
 from featurestore.statistics import FeatureStatistics
 from featurestore.storage import Storage
 from trainer import checkpoint, warmstart
 from trainer.batch import BatchPosition
-from trainer.checkpoint import CheckpointState, Origin, StoreRecord
+from trainer.checkpoint import CheckpointState, Origin
 from trainer.columns import Index, rules_of
 from trainer.comm import Comm
 from trainer.config import Config, save_config
@@ -55,7 +56,7 @@ class Run:
     engine: Engine
     device: torch.device
     partitions: dict[str, FeaturePartition]
-    stores: dict[str, StoreRecord]
+    stores: dict[str, SnapshotId]
     train_reader: SampleReader
     test_reader: SampleReader
     known_ads: Index
@@ -104,9 +105,8 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
     test = open_index(comm, config.data.samples, "test", schema, config.data.test_days)
     partitions, statistics = {}, {}
     for place in places:
-        state = resumed[1] if resumed else None
-        version, statistics[place.name] = comm.on_rank_0(partial(snapshot_of, place, state))
-        partitions[place.name] = comm.on_all(partial(open_partition, config, comm, place, version))
+        chosen, statistics[place.name] = comm.on_rank_0(partial(snapshot_of, place, resumed))
+        partitions[place.name] = comm.on_all(partial(open_partition, config, comm, place, chosen))
     digest = samples_digest(comm, train, config.data.cache_dir)
     origin = _origin(config, schema, digest.content, partitions)
     samples_changed = False

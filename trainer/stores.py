@@ -2,15 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from featurestore.errors import FeatureStoreError, StoreNotFoundError
+from featurestore.errors import AnotherStoreError, FeatureStoreError, StoreNotFoundError
+from featurestore.identity import SnapshotId
 from featurestore.partition import FeaturePartition
+from featurestore.snapshot import Snapshot
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
-from trainer.checkpoint import CheckpointState, StoreRecord
+from trainer.checkpoint import CheckpointState
 from trainer.comm import Comm
 from trainer.config import Config
 from trainer.errors import CheckpointError, ConfigError, DataError
@@ -81,37 +84,74 @@ def missing_places(places: list[StorePlace]) -> list[str]:
     return problems
 
 
-def snapshot_of(place: StorePlace, resumed: CheckpointState | None) -> tuple[int, Any]:
-    """Version and statistics of the snapshot to train on: the one asked for, else the checkpoint's, else the newest."""
-    recorded = resumed.version_of(place.name) if resumed and place.version is None else None
+def snapshot_of(place: StorePlace, resumed: tuple[Path, CheckpointState] | None) -> tuple[SnapshotId, Any]:
+    """Id and statistics of the snapshot to train on: the one asked for, else the checkpoint's, else the newest.
+
+    Raises AnotherStoreError where it is not of the store that the checkpoint was trained on.
+    """
+    path, state = resumed or (Path(), None)
+    recorded = state.version_of(place.name) if state and place.version is None else None
+    store = FeatureStore.open(place.url)
     try:
-        snapshot = FeatureStore.open(place.url).snapshot(place.version if recorded is None else recorded)
+        snapshot = store.snapshot(place.version if recorded is None else recorded)
     except FeatureStoreError as failure:
         if recorded is None:
             raise
+        check_identity(place, store.snapshot(), path, state)
         raise CheckpointError(
             f"the checkpoint was trained on snapshot {recorded} of {place.url}: {failure}; "
             f"{place.version_setting}=N goes on with another one"
         ) from failure
+    check_identity(place, snapshot, path, state)
     if snapshot.num_rows == 0:
         raise DataError(
             f"{place.setting}={place.url} has no features in snapshot {snapshot.version}; "
             f"add them with: {place.make_it()}"
         )
-    return snapshot.version, snapshot.statistics()
+    return SnapshotId.of(snapshot), snapshot.statistics()
 
 
-def open_partition(config: Config, comm: Comm, place: StorePlace, version: int) -> FeaturePartition:
-    """This rank's part of a snapshot."""
-    return FeaturePartition.load(
+def check_identity(place: StorePlace, snapshot: Snapshot, path: Path, state: CheckpointState | None) -> None:
+    """Raises AnotherStoreError where the snapshot is not of the store that the checkpoint at `path` was trained on.
+
+    Features of another kind are told by Origin.check_store, in better words; a checkpoint from before ids were kept
+    passes.
+    """
+    recorded = state.stores.get(place.name) if state else None
+    if state is None or recorded is None or kind_of_features(snapshot.info) != recorded_kind(state, place.name):
+        return
+    recorded.check(
+        SnapshotId.of(snapshot),
+        f"{path}, in what it knows of the images,",
+        f"set {place.setting} to where the former is, or see whether this one will do, and accept it: "
+        f"python -m trainer.compat {path.parents[1]} {place.url}",
+    )
+
+
+def recorded_kind(state: CheckpointState, name: str) -> dict[str, Any]:
+    """`kind_of_features` of the store of that name, as the checkpoint has it."""
+    return state.origin.stores.get(name, state.origin.store)
+
+
+def open_partition(config: Config, comm: Comm, place: StorePlace, chosen: SnapshotId) -> FeaturePartition:
+    """This rank's part of the snapshot that rank 0 chose. Raises AnotherStoreError where this rank finds another one
+    under the same address: each machine has its own disk, or the store was made anew meanwhile."""
+    partition = FeaturePartition.load(
         place.url,
         rank=comm.rank,
         num_ranks=comm.size,
         cache_dir=config.data.cache_dir,
         missing=config.data.missing,
         threads=torch.get_num_threads(),
-        version=version,
+        version=chosen.version,
     )
+    if partition.snapshot_id.commit_id != chosen.commit_id:
+        partition.close()
+        raise AnotherStoreError(
+            f"{place.setting}={place.url}: rank 0 found {chosen.told()}, this rank {partition.snapshot_id.told()}; all "
+            "machines need the same store, on a shared disk or S3"
+        )
+    return partition
 
 
 def kind_of_features(info: StoreInfo) -> dict[str, Any]:
@@ -129,6 +169,6 @@ def kinds_by_store(partitions: Mapping[str, FeaturePartition]) -> tuple[dict[str
     )
 
 
-def records(places: list[StorePlace], partitions: Mapping[str, FeaturePartition]) -> dict[str, StoreRecord]:
-    """What a checkpoint keeps of the stores that it was trained on."""
-    return {p.name: StoreRecord(url=p.url, version=partitions[p.name].snapshot_version) for p in places}
+def records(places: list[StorePlace], partitions: Mapping[str, FeaturePartition]) -> dict[str, SnapshotId]:
+    """What a checkpoint keeps of the stores that it was trained on; addresses as they were set."""
+    return {p.name: partitions[p.name].snapshot_id.model_copy(update={"url": p.url}) for p in places}

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from featurestore.identity import SnapshotId
 from featurestore.partition import FeaturePartition, MissingPolicy
-from featurestore.spec import StoreInfo
+from featurestore.snapshot import Snapshot
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
 from trainer import checkpoint
@@ -31,7 +32,14 @@ from trainer.machine import share_machine
 from trainer.run import engine_of, model_of
 from trainer.schema import Schema, load_schema
 from trainer.step import Engine
-from trainer.stores import StorePlace, kind_of_features, open_partition, store_places
+from trainer.stores import (
+    StorePlace,
+    check_identity,
+    kind_of_features,
+    open_partition,
+    recorded_kind,
+    store_places,
+)
 
 Vectors = NDArray[np.float32]
 TRAIN, TEST = "train", "test"
@@ -63,14 +71,21 @@ class SavedRun:
         recorded.model_copy(update={"model": model_of(self.config, schema)}).check_same(recorded, self.path)
         return schema
 
-    def check_features(self, place: StorePlace, info: StoreInfo) -> None:
-        """Raises CheckpointError where the store holds other features than those that the run's E was trained on."""
-        recorded = self.state.origin.stores.get(place.name, self.state.origin.store)
-        if kind_of_features(info) != recorded:
+    def snapshot(self, place: StorePlace, version: int | None = None) -> Snapshot:
+        """A snapshot to look images up in: the newest of the store, or the one that is asked for.
+
+        Raises CheckpointError where it has other features than those that the run's E was trained on, and
+        AnotherStoreError where it is of another store.
+        """
+        snapshot = FeatureStore.open(place.url).snapshot(version)
+        recorded, found = recorded_kind(self.state, place.name), kind_of_features(snapshot.info)
+        if found != recorded:
             raise CheckpointError(
                 f"{self.path} was trained on features of another kind than {place.url} has now: "
-                f"{recorded} there, {kind_of_features(info)} here; take a store of the former"
+                f"{recorded} there, {found} here; take a store of the former"
             )
+        check_identity(place, snapshot, self.path, self.state)
+        return snapshot
 
     def notes_on_missing(self, num_lookups: int, hides: bool = False) -> list[str]:
         """What a reader of figures should know where lookups found no feature; `hides`: some were hidden as well."""
@@ -189,14 +204,17 @@ def open_trained(
         partitions: dict[str, FeaturePartition] = {}
         for number, place in enumerate(store_places(config, schema)):
             asked = store_version if number == 0 else None
-            version = comm.broadcast_object(comm.on_all(partial(newest_version, place.url, asked)))
-            partition = comm.on_all(partial(open_partition, config, comm, place, version))
+            chosen = comm.on_rank_0(partial(_snapshot_id, saved, place, asked))
+            partition = comm.on_all(partial(open_partition, config, comm, place, chosen))
             partitions[place.name] = opened.enter_context(partition)
-            comm.on_all(partial(saved.check_features, place, partition.info))
         engine = engine_of(config, comm, schema, partitions, device)
         checkpoint.load(comm, saved.path, saved.state, engine)
         opened.pop_all()
     return TrainedRun(**vars(saved), comm=comm, schema=schema, engine=engine, partitions=partitions)
+
+
+def _snapshot_id(saved: SavedRun, place: StorePlace, version: int | None) -> SnapshotId:
+    return SnapshotId.of(saved.snapshot(place, version))
 
 
 def open_test(comm: Comm, config: Config, schema: Schema, samples: str | None) -> SampleIndex:
@@ -219,11 +237,6 @@ def finite(vectors_NW: Vectors) -> Vectors:
     if not np.isfinite(vectors_NW).all():
         raise TrainerError("the run's vectors are not finite numbers; its training went wrong, try a lower train.lr")
     return vectors_NW
-
-
-def newest_version(url: str, asked: int | None = None) -> int:
-    """The newest snapshot of a store; the one that is asked for, where there is one."""
-    return asked or FeatureStore.open(url).snapshot().version
 
 
 def _has_training_samples(config: Config) -> bool:

@@ -16,7 +16,8 @@ from featurestore.upkeep import damage
 def rebuild_info(url: str, dry_run: bool) -> str:
     """Write store.json from what stands in a data file of the newest good manifest; the path of that file.
 
-    A damaged one is kept in damaged/. The store gets a new `store_id`. Raises CorruptFileError where no file is good.
+    A damaged one is kept in damaged/. The store keeps its `store_id`; where its data files are too old to know it, it
+    gets a new one. Raises CorruptFileError where no file is good.
     """
     storage = Storage(url)
     found = _info_of_a_file(storage, newest_good(storage))
@@ -28,7 +29,8 @@ def rebuild_info(url: str, dry_run: bool) -> str:
     path, info = found
     if not dry_run:
         damage.keep_copy(storage, INFO_PATH)
-        storage.write_bytes(INFO_PATH, seal(info.model_copy(update={"store_id": uuid.uuid4().hex})))
+        store_id = info.store_id or uuid.uuid4().hex
+        storage.write_bytes(INFO_PATH, seal(info.model_copy(update={"store_id": store_id})))
     return path
 
 

@@ -22,7 +22,8 @@ Describe = Callable[[dict[str, Any]], Mapping[str, str]]
 
 @dataclass(frozen=True)
 class SemanticOptions:
-    """`samples` None: codes alone. `codebook`: that of an earlier run, in place of a new one."""
+    """`samples` None: codes alone. `codebook`: that of an earlier run, in place of a new one; `accept_store`: also one
+    that was fitted to another store of the same network."""
 
     out: Path
     samples: str | None = None
@@ -32,6 +33,7 @@ class SemanticOptions:
     seed: int = 0
     standardize: bool = True
     codebook: Path | None = None
+    accept_store: bool = False
 
 
 def build_semantic_ids(
@@ -68,6 +70,7 @@ def _codebook(vectors: Vectors, options: SemanticOptions) -> Codebook:
     codebook = books.load(options.codebook)
     if codebook.dim != vectors.dim:
         raise SampleError(f"{options.codebook} is for vectors of {codebook.dim} numbers, these have {vectors.dim}")
+    books.check_source(codebook.source, vectors.describe(), options.codebook, options.accept_store)
     return codebook
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from featurestore.identity import SnapshotId
 from featurestore.index import encode_residual, train_residual_quantizer
 from pipeline.errors import SampleError
 
@@ -86,6 +87,30 @@ def fit(
         std_D[std_D == 0] = 1
     codebooks_LCD = train_residual_quantizer((sample_ND - mean_D) / std_D, num_levels, num_codes, seed)
     return Codebook(codebooks_LCD, mean_D, std_D, source)
+
+
+def check_source(fitted: dict[str, Any], found: dict[str, Any], path: Path, accept_store: bool) -> None:
+    """Refuses vectors among which the codes of a codebook do not mean what they meant where it was fitted.
+
+    `fitted` and `found`: what the vectors of then and of now say of themselves. Features have to be of one network,
+    exported vectors of one checkpoint, and both of one store, unless `accept_store`: another one of the same network,
+    computed anew, say. Raises SampleError, AnotherStoreError.
+    """
+    then, now = ({**each, **each.get("of", {})} for each in (fitted, found))
+    for name in ("extractor", "checkpoint_digest", "network"):
+        if name in then and name in now and then[name] != now[name]:
+            shown = "checkpoint" if name == "checkpoint_digest" else name
+            raise SampleError(
+                f"{path} was fitted to vectors of another {shown}: {then.get(shown)}, these are of {now.get(shown)}; "
+                "fit a new one, without --codebook"
+            )
+    recorded, mine = SnapshotId.from_named(then), SnapshotId.from_named(now)
+    if recorded and mine and not accept_store:
+        recorded.check(
+            mine,
+            f"the codebook {path}",
+            "fit a new one, without --codebook, or, where it holds the same images computed anew, add --accept-store",
+        )
 
 
 def load(path: Path) -> Codebook:

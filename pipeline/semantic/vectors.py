@@ -3,6 +3,7 @@
 Letters of shapes: N rows, D feature width.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -10,9 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 
+from featurestore.identity import VECTORS_OF, SnapshotId
 from featurestore.keys import Int64Array, splitmix64
 from featurestore.snapshot import Snapshot
+from featurestore.storage import Storage
 from featurestore.upkeep.recode import sample as sample_of_store
 from pipeline.errors import VectorImportError
 from pipeline.imports import matrix, parquet
@@ -58,13 +62,8 @@ class StoreVectors:
         return self.snapshot.info.num_shards
 
     def describe(self) -> dict[str, Any]:
-        manifest = self.snapshot.manifest
-        return {
-            "store": self.snapshot.storage.url,
-            "snapshot": manifest.version,
-            "commit_id": manifest.commit_id,
-            "extractor": self.snapshot.info.extractor.model_dump(),
-        }
+        identity = SnapshotId.of(self.snapshot)
+        return {**identity.named(), "extractor": self.snapshot.info.extractor.model_dump()}
 
     def sample(self, num_rows: int, seed: int) -> Float32Array:
         return sample_of_store(self.snapshot, num_rows, seed)[1]
@@ -76,10 +75,14 @@ class StoreVectors:
 
 @dataclass
 class FileVectors:
-    """A .npy matrix with its keys, or Parquet files; see pipeline.imports. A part is a slice of a file."""
+    """A .npy matrix with its keys, or Parquet files; see pipeline.imports. A part is a slice of a file.
+
+    `origin`: of which run, checkpoint and snapshot jobs/export_embeddings.py made them; empty for other vectors.
+    """
 
     address: str
     source: Source
+    origin: dict[str, Any] = field(default_factory=dict)
     unusable: dict[int, int] = field(default_factory=dict)  # rows left out, by part
 
     @property
@@ -91,7 +94,8 @@ class FileVectors:
         return len(self.source.slices)
 
     def describe(self) -> dict[str, Any]:
-        return {"vectors": self.address, "unusable_rows": sum(self.unusable.values())}
+        of = {"of": self.origin} if self.origin else {}
+        return {"vectors": self.address, "unusable_rows": sum(self.unusable.values()), **of}
 
     def sample(self, num_rows: int, seed: int) -> Float32Array:
         """Those with the smallest hashes: reads everything once."""
@@ -120,5 +124,33 @@ def open_file(address: str, keys: str | None) -> FileVectors:
             raise VectorImportError(
                 f"{address} is a matrix: --keys names its keys, a .npy of int64 or a text file of ids"
             )
-        return FileVectors(address, matrix.plan(address, keys, None))
-    return FileVectors(address, parquet.plan(address, None, None, None))
+        return FileVectors(address, matrix.plan(address, keys, None), _origin_beside(address))
+    return FileVectors(address, parquet.plan(address, None, None, None), _origin_in(address))
+
+
+def _origin_beside(address: str) -> dict[str, Any]:
+    """What stands in NAME.npy.json."""
+    folder, slash, name = address.rpartition("/")
+    try:
+        return _mapping(Storage(folder or slash or ".").read_bytes(f"{name}.json"))
+    except FileNotFoundError:
+        return {}
+
+
+def _origin_in(address: str) -> dict[str, Any]:
+    """What stands in the metadata of a Parquet file; of a folder nothing is known."""
+    folder, slash, name = address.rpartition("/")
+    storage = Storage(folder or slash or ".")
+    if not name.endswith(".parquet"):
+        return {}
+    with storage.open_input(name) as file:
+        return _mapping((pq.read_schema(file).metadata or {}).get(VECTORS_OF.encode(), b"{}"))
+
+
+def _mapping(text: bytes) -> dict[str, Any]:
+    """The JSON object; nothing where it is none: another program may use the same names."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

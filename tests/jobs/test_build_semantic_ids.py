@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -189,6 +190,55 @@ def test_a_codebook_is_used_again_for_new_images(place):
     assert "as it was" in text
     assert codes_of(place, "tuesday") == before | {999: before[103]}
     assert (place / "tuesday/codebook.safetensors").read_bytes() == (place / "sid/codebook.safetensors").read_bytes()
+
+
+def test_a_codebook_is_not_used_for_another_store(place):
+    run(place, *from_store(place))
+    store = FeatureStore.open(place / "store")
+    source = json.loads((place / "sid/summary.json").read_text())["source"]
+    snapshot = store.snapshot()
+    assert (source["store_id"], source["commit_id"]) == (store.info.store_id, snapshot.manifest.commit_id)
+    book = ("--codebook", place / "sid/codebook.safetensors")
+    shutil.rmtree(place / "store")
+    made = FeatureStore.create(place / "store", store.info.kind)
+    uris = [f"{n}.jpg" for n in range(NUM_IMAGES)]
+    made.put(FeatureRows.of(uris, draw_features()[::-1].copy(), keys=np.arange(100, 100 + NUM_IMAGES)))
+    text = run(place, *from_store(place), *book, out="tuesday", code=1)
+    assert f"of store {store.info.store_id[:8]} at" in text and f"of store {made.info.store_id[:8]} at" in text
+    assert "fit a new one, without --codebook" in text and not (place / "tuesday").exists()
+    run(place, *from_store(place), *book, "--accept-store", out="tuesday")
+    shutil.rmtree(place / "store")
+    extractor = store.info.extractor.model_copy(update={"weights_digest": "another"})
+    other = FeatureStore.create(place / "store", store.info.kind.model_copy(update={"extractor": extractor}))
+    other.put(FeatureRows.of(uris, draw_features(), keys=np.arange(100, 100 + NUM_IMAGES)))
+    text = run(place, *from_store(place), *book, "--accept-store", out="wednesday", code=1)
+    assert "was fitted to vectors of another extractor" in text
+
+
+def test_a_codebook_of_exported_vectors_is_of_one_checkpoint(place):
+    def export(name, **about):
+        origin = {"checkpoint": "step-1", "checkpoint_digest": "d1", "network": "images:shared", "store": "s"}
+        origin |= {"snapshot": 3, "store_id": "a" * 32, "commit_id": "c" * 32, **about}
+        table = pa.table({"key": np.arange(100, 160), "vector": draw_features().tolist()})
+        pq.write_table(table.replace_schema_metadata({"visual_vectors": json.dumps(origin)}), place / f"{name}.parquet")
+        np.save(place / f"{name}.npy", draw_features())
+        np.save(place / f"{name}.keys.npy", np.arange(100, 160))
+        (place / f"{name}.npy.json").write_text(json.dumps(origin))
+
+    def of(name):
+        return "--vectors", place / f"{name}.npy", "--keys", place / f"{name}.keys.npy"
+
+    export("a")
+    run(place, "--vectors", place / "a.parquet", out="a")
+    assert json.loads((place / "a/summary.json").read_text())["source"]["of"]["checkpoint_digest"] == "d1"
+    book = ("--codebook", place / "a/codebook.safetensors")
+    run(place, *of("a"), *book, out="same")
+    export("b", checkpoint="step-2", checkpoint_digest="d2")
+    for vectors in (("--vectors", place / "b.parquet"), of("b")):
+        text = run(place, *vectors, *book, out="x", code=1)
+        assert "was fitted to vectors of another checkpoint: step-1, these are of step-2" in text
+    export("c", commit_id="e" * 32)
+    assert "belongs to snapshot 3 (commit cccccccc)" in run(place, *of("c"), *book, out="x", code=1)
 
 
 def test_vectors_of_a_file_get_the_codes_of_the_same_vectors_in_a_store(place):

@@ -121,6 +121,7 @@ def test_the_file_says_of_what_it_is(run: Path, places: Places, tmp_path: Path) 
         "dim": 12,
         "store": str(places.folder / "features"),
         "snapshot": 3,
+        "store_id": FeatureStore.open(places.folder / "features").info.store_id,
         "commit_id": FeatureStore.open(places.folder / "features").snapshot().manifest.commit_id,
     }
 

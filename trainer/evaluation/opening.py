@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.errors import FeatureStoreError
+from featurestore.store import FeatureStore
 from trainer.comm import Comm
 from trainer.config import Config
 from trainer.data import SampleIndex, SampleReader, open_index
 from trainer.errors import ConfigError, DataError
 from trainer.run import Run, open_run, test_reader
-from trainer.trained import TRAIN, SavedRun, newest_version, open_test, read_run
+from trainer.trained import TRAIN, SavedRun, open_test, read_run
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _config(saved: SavedRun, source: Source) -> Config:
 
 def _newest(store: str) -> int:
     try:
-        return newest_version(store)
+        return FeatureStore.open(store).snapshot().version
     except FeatureStoreError as failure:
         raise ConfigError(f"--store {store}: {failure}") from failure
 

@@ -21,10 +21,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from featurestore.datafile import digest_of, read_verified
 from featurestore.errors import CorruptFileError
+from featurestore.identity import SnapshotId
 from featurestore.index import IndexKind, VectorIndex
 from featurestore.spec import FORMAT_VERSION, seal, unseal
 from featurestore.storage import Storage
@@ -54,6 +55,13 @@ class IndexOrigin(_Frozen):
     """Column of the samples, or of the table of ads, whose values are the keys."""
     bias: float
     """Logit = inner product + bias + what the context of the impression adds."""
+    stores: dict[str, SnapshotId] = {}
+    """Where the images were looked up, by the store's name. An index from before they were kept has none."""
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        return fields if self.stores else {name: value for name, value in fields.items() if name != "stores"}
 
 
 class PartFile(_Frozen):
@@ -119,13 +127,18 @@ class AdIndex:
         return cls(storage, state, index)
 
     def check_origin(self, origin: IndexOrigin) -> None:
-        """Raises AdIndexError where the index has vectors of another checkpoint."""
+        """Raises AdIndexError where the index has vectors of another checkpoint, and AnotherStoreError where it has
+        vectors of images that were looked up in another store."""
         mine = self.state.origin
         if mine.checkpoint_digest != origin.checkpoint_digest:
             raise AdIndexError(
                 f"{self._storage.url} has vectors of checkpoint {mine.checkpoint} of run {mine.run}, and not of "
                 f"{origin.checkpoint} of run {origin.run}: they cannot be compared; name that checkpoint by "
                 "--checkpoint, or build the index anew, without --add"
+            )
+        for name in mine.stores.keys() & origin.stores.keys():
+            mine.stores[name].check(
+                origin.stores[name], f"the index {self._storage.url}", "build the index anew, without --add"
             )
 
     def vectors(self) -> tuple[Keys, Vectors]:

@@ -36,6 +36,7 @@ def origin_of(trained: TrainedRun) -> IndexOrigin:
         checkpoint_digest=trained.digest,
         key_column=key_column(trained.schema),
         bias=float(towers(trained).bias.detach()),
+        stores={name: partition.snapshot_id for name, partition in trained.partitions.items()},
     )
 
 

@@ -318,7 +318,7 @@ def test_store_json_is_rebuilt_from_a_data_file(filled: FeatureStore, tmp_path: 
     assert len(verify(filled.url).problems) == 1
     report = repair(filled.url)
     again = FeatureStore.open(filled.url)
-    assert again.info.kind == filled.info.kind and again.info.store_id and report.version == 4
+    assert again.info == filled.info and again.info.store_id and report.version == 4
     assert everything(again).items() <= before.items()
     check_whole(again, tmp_path)
 

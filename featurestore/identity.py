@@ -1,0 +1,87 @@
+"""Which rows: the identity of a snapshot, kept by all that is made of one, and the check of a store against it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from featurestore import log
+from featurestore.errors import AnotherStoreError
+from featurestore.snapshot import Snapshot
+from featurestore.storage import Storage
+
+VECTORS_OF = "visual_vectors"  # in the metadata of exported vectors (Parquet): what they are of, as JSON
+_SHOWN = 8  # digits of an id that tell it from others at a glance
+
+
+class SnapshotId(BaseModel):
+    """A snapshot of a store. The ids are random: a store that was made anew has others, wherever it stands.
+
+    Empty ids: written before they were kept. Such a record is never refused, as nothing can be compared.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    url: str
+    version: int
+    store_id: str = ""
+    commit_id: str = ""
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> "SnapshotId":
+        """That of an open snapshot."""
+        return cls(
+            url=snapshot.storage.url,
+            version=snapshot.version,
+            store_id=snapshot.info.store_id,
+            commit_id=snapshot.manifest.commit_id,
+        )
+
+    def named(self) -> dict[str, Any]:
+        """As reports name it: store, snapshot, store_id, commit_id."""
+        return {
+            "store": self.url,
+            "snapshot": self.version,
+            "store_id": self.store_id,
+            "commit_id": self.commit_id,
+        }
+
+    @classmethod
+    def from_named(cls, report: Mapping[str, Any]) -> "SnapshotId | None":
+        """Out of a report that `named` is part of; None where it names no snapshot."""
+        if "store" not in report or "snapshot" not in report:
+            return None
+        ids = {name: str(report.get(name, "")) for name in ("store_id", "commit_id")}
+        return cls(url=str(report["store"]), version=int(report["snapshot"]), **ids)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is an id to compare."""
+        return bool(self.store_id or self.commit_id)
+
+    def told(self) -> str:
+        """For a message: `snapshot 3 (commit 0a1b2c3d) of store 4e5f6a7b at URL`."""
+        store, commit = self.store_id[:_SHOWN] or "without an id", self.commit_id[:_SHOWN] or "unknown"
+        return f"snapshot {self.version} (commit {commit}) of store {store} at {self.url}"
+
+    def is_same(self, found: "SnapshotId") -> bool:
+        """Whether `found` is this snapshot or another one of its store.
+
+        Equal numbers must be one commit. Other numbers must be of one store: of one id, or, where store.json was made
+        anew, with this commit in the log of `found`. Reads a small file for the latter; raises FeatureStoreError.
+        """
+        if self.commit_id and self.version == found.version:
+            return self.commit_id == found.commit_id
+        if not self.store_id or self.store_id == found.store_id:
+            return True
+        kept = log.find(Storage(found.url), self.version)
+        return kept is not None and kept.commit_id == self.commit_id
+
+    def check(self, found: "SnapshotId", what: str, way_out: str) -> None:
+        """Raises AnotherStoreError where `found` is of another store: `what` (a checkpoint, an index) has rows of this
+        one. A store that was copied, restored, compacted or repaired is the same."""
+        if not self.is_same(found):
+            raise AnotherStoreError(
+                f"{what} belongs to {self.told()}, and found is {found.told()}: another store, whose rows may be "
+                f"others though it is made alike; {way_out}"
+            )

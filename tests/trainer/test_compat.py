@@ -1,0 +1,198 @@
+"""python -m trainer.compat: what it tells of a store that is not, or is, the one that a run was trained on."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from featurestore.errors import AnotherStoreError, SpecMismatchError
+from featurestore.rows import FeatureRows
+from featurestore.spec import StoreInfo
+from featurestore.store import FeatureStore
+from featurestore.upkeep.likeness import compare
+from trainer.comm import SoloComm
+from trainer.compat.__main__ import app
+from trainer.config import load_config
+from trainer.main import train
+
+KEYS = np.arange(1_000, 1_050)
+URIS = [f"item/{n}" for n in range(50)]
+Places = Any
+
+
+@pytest.fixture(scope="module")
+def places(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """A run, `a`, that knows some of its images by heart."""
+    made = make_places(tmp_path_factory.mktemp("compat"))
+    train(load_config(settings=settings_of(made)), SoloComm())
+    return made
+
+
+@pytest.fixture
+def lost(places: Places, tmp_path: Path) -> Places:
+    """A copy of all that, whose store a test may lose."""
+    copy = type(places)(tmp_path / "copy")
+    shutil.copytree(places.folder, copy.folder)
+    config = copy.folder / "runs" / "a" / "config.yaml"
+    config.write_text(config.read_text().replace(str(places.folder), str(copy.folder)))
+    return copy
+
+
+def settings_of(places: Places, **changes: Any) -> list[str]:
+    long = {"run__name": "a", "train__max_steps": 150, "train__epochs": 20, "train__lr": 0.02}
+    return list(places.settings(**{**long, **changes}))
+
+
+def make_store(folder: Path, like: Path, change: Callable[[np.ndarray], np.ndarray] = np.copy, **values: Any) -> Path:
+    """Another store of the same network; `change` makes its features of the old ones."""
+    old = FeatureStore.open(like)
+    features_ND = change(old.snapshot().get(KEYS))
+    if folder == like:
+        shutil.rmtree(folder)
+    new = FeatureStore.create(folder, StoreInfo(**{**dict(old.info.kind), **values}))
+    new.put(FeatureRows.of(URIS, features_ND, keys=KEYS))
+    return folder
+
+
+def permuted(features_ND: np.ndarray) -> np.ndarray:
+    return features_ND[np.random.default_rng(1).permutation(len(features_ND))]
+
+
+def rounded(features_ND: np.ndarray) -> np.ndarray:
+    """As another machine would have computed them."""
+    return features_ND * (1 + np.random.default_rng(2).normal(size=features_ND.shape, scale=1e-6)).astype(np.float32)
+
+
+def compat(places: Places, store: Path, *words: object, code: int = 0) -> tuple[str, dict[str, Any]]:
+    """What it prints, and writes."""
+    out = places.folder / "compat.json"
+    out.unlink(missing_ok=True)
+    run = places.folder / "runs" / "a"
+    result = CliRunner().invoke(app, [str(word) for word in (run, store, "--json", out, *words)])
+    assert result.exit_code == code, result.output
+    return result.output, json.loads(out.read_text()) if out.exists() else {}
+
+
+def test_the_very_snapshot(places: Places) -> None:
+    said, found = compat(places, places.folder / "features")
+    assert (found["relation"], found["verdict"]) == ("the same snapshot", "compatible")
+    assert "nothing to compare" in said and "verdict      compatible\n" in said
+
+
+def test_another_snapshot_of_the_store(lost: Places) -> None:
+    store = FeatureStore.open(lost.folder / "features")
+    store.put(FeatureRows.of(["more"], np.ones((1, 16), np.float32), keys=np.array([7])))
+    store.delete([1_049])
+    _, found = compat(lost, lost.folder / "features")
+    assert (found["relation"], found["verdict"], found["found"]["version"]) == ("the same store", "not compatible", 3)
+    rows = found["rows"]
+    assert (rows["num_common"], rows["gained"], rows["lost"], rows["num_changed"]) == (49, 1, 1, 0)
+    assert (found["scores"]["missing_before"], found["scores"]["missing_here"]) == (0, 1)
+    assert "1 of 50 images of the test impressions have no feature here" in found["problems"][0]
+    said, found = compat(lost, lost.folder / "features", "--version", 2, "--accept")
+    assert found["verdict"] == "compatible" and "nothing to accept" in said
+    assert found["scores"]["change"] == found["scores"]["mean_logit_change"] == 0
+
+
+class TestWithBothThere:
+    def test_computed_anew(self, places: Places, tmp_path: Path) -> None:
+        other = make_store(tmp_path / "other", places.folder / "features", rounded, num_shards=16)
+        said, found = compat(places, other)
+        assert (found["relation"], found["verdict"]) == ("another store", "compatible")
+        rows = found["rows"]
+        assert (rows["num_old"], rows["num_common"], rows["num_sampled"], rows["num_other"]) == (50, 50, 50, 0)
+        assert rows["num_equal"] == 0 and 0 < rows["largest_difference"] < 1e-4 and rows["mean_cosine"] > 0.99999
+        assert 0 < found["scores"]["mean_logit_change"] < 1e-3 and abs(found["scores"]["change"]) < 1e-4
+        assert found["scores"]["impressions"] == 210
+        assert "another store than the one that the run was trained on" in said
+        assert all(len(line) < 200 and "…" not in line for line in said.splitlines())
+        assert f"{found['scores']['here']:.5f}" in said and f"{rows['mean_cosine']:.6f}" in said
+
+    def test_permuted(self, places: Places, tmp_path: Path) -> None:
+        other = make_store(tmp_path / "other", places.folder / "features", permuted)
+        said, found = compat(places, other, "--sample", 20, code=1)
+        assert found["verdict"] == "not compatible" and found["rows"]["mean_cosine"] < 0.5
+        assert "features that were compared are others for the same image" in said
+        assert found["rows"]["num_sampled"] < 50 and found["scores"]["impressions"] < 210
+        said, _ = compat(places, other, "--accept", code=1)
+        assert "error: not accepted: " in said
+        assert not (places.folder / "runs" / "a" / "accepted-stores.json").exists()
+
+    def test_of_another_network(self, places: Places, tmp_path: Path) -> None:
+        info = FeatureStore.open(places.folder / "features").info
+        extractor = info.extractor.model_copy(update={"weights_digest": "1"})
+        other = make_store(tmp_path / "other", places.folder / "features", extractor=extractor)
+        said, found = compat(places, other, code=1)
+        assert found["verdict"] == "not compatible" and found["rows"] is found["scores"] is None
+        assert "extractor.weights_digest is '1' here, '0' in the checkpoint: its E makes nothing of these" in said
+
+
+class TestWithTheOldOneGone:
+    def test_computed_anew_and_accepted(self, lost: Places) -> None:
+        features = make_store(lost.folder / "features", lost.folder / "features", rounded)
+        again = load_config(settings=settings_of(lost, run__resume="latest", train__max_steps=151))
+        with pytest.raises(AnotherStoreError, match=r"python -m trainer\.compat .*runs/a .*features$"):
+            train(again, SoloComm())
+        said, found = compat(lost, features)
+        assert "(cannot be read any more)" in said and "log loss, as the run reported it" in said
+        assert (found["relation"], found["verdict"], found["rows"]) == ("another store", "compatible", None)
+        reported = json.loads((lost.folder / "runs" / "a" / "report.json").read_text())["metrics"]
+        assert found["scores"]["before"] == reported["logloss"] == pytest.approx(found["scores"]["here"], abs=1e-4)
+        said, _ = compat(lost, features, "--accept")
+        assert f"accepted     kept in {lost.folder / 'runs' / 'a' / 'accepted-stores.json'}" in said
+        train(again, SoloComm())
+
+    def test_permuted(self, lost: Places) -> None:
+        features = make_store(lost.folder / "features", lost.folder / "features", permuted)
+        said, found = compat(lost, features, code=1)
+        assert found["verdict"] == "not compatible" and abs(found["scores"]["change"]) > 0.001
+        assert "log loss of the test impressions changes by" in said and "--max-logloss-change allows 0.10%" in said
+
+    def test_nothing_to_compare(self, lost: Places) -> None:
+        """The person decides."""
+        features = make_store(lost.folder / "features", lost.folder / "features")
+        shutil.rmtree(lost.folder / "samples" / "test")
+        (lost.folder / "samples" / "test").mkdir()
+        said, found = compat(lost, features, code=1)
+        assert found["verdict"] == "unknown" and "note         no scores to compare: " in said
+        compat(lost, features, "--accept")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (("nowhere",), 1, "no store at"),
+        (("{features}", "--name", "titles"), 2, "--name titles: the content fields of"),
+        (("{features}", "--version", 9), 1, "has no snapshot 9"),
+        (("{features}", "--checkpoint", 9), 1, "no such checkpoint"),
+        (("{features}", "--json", "/nowhere/x"), 1, "cannot write --json"),
+    ],
+)
+def test_mistakes(places: Places, words: tuple[object, ...], code: int, text: str) -> None:
+    given = [str(word).format(features=places.folder / "features") for word in words]
+    result = CliRunner().invoke(app, [str(places.folder / "runs" / "a"), *given])
+    assert (result.exit_code, result.stderr.count("\n")) == (code, 1), result.output
+    assert text in result.stderr
+
+
+def test_of_rows_alone(tmp_path: Path, places: Places) -> None:
+    """Changed images are counted and not compared; stores of other shards and other kinds."""
+    old = FeatureStore.open(places.folder / "features").snapshot()
+    info = old.info.kind.model_copy(update={"num_shards": 1})
+    new = FeatureStore.create(tmp_path / "new", info)
+    digests = [bytes(16)] * 48 + [b"1" * 16, bytes(16)]
+    features_ND = np.vstack([old.get(KEYS)[:49], np.ones((1, 16), np.float32)])
+    new.put(FeatureRows.of(URIS, features_ND, keys=[*KEYS[:49], 5], content_digests=digests))
+    seen: list[tuple[int, int]] = []
+    found = compare(old, new.snapshot(), 1_000, progress=lambda done, total: seen.append((done, total)))
+    assert (found.num_old, found.num_new, found.num_common, found.num_changed) == (50, 50, 49, 1)
+    assert (found.num_gained, found.num_lost, found.num_sampled, found.num_equal, found.num_other) == (1, 1, 48, 48, 0)
+    assert (found.mean_cosine, found.largest_difference, seen) == (pytest.approx(1), 0, [(1, 1)])
+    other = FeatureStore.create(tmp_path / "other", StoreInfo(**{**dict(info), "dim": 4}))
+    with pytest.raises(SpecMismatchError, match="different kinds"):
+        compare(old, other.snapshot(), 10)

@@ -1,0 +1,94 @@
+"""python -m trainer.compat RUN STORE: may the run go on with this store, is it the one that it was trained on?"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trainer.cli import FAILED, OK, run_on_ranks
+from trainer.errors import ConfigError, TrainerError
+from trainer.files import replace_file
+
+if TYPE_CHECKING:
+    from trainer.comm import Comm
+
+EXAMPLES = """
+Examples:
+
+    python -m trainer.compat data/runs/both data/features
+
+    python -m trainer.compat data/runs/both s3://bucket/features --checkpoint 1000 --version 7 --json compat.json
+
+    python -m trainer.compat data/runs/both data/features --accept
+
+Exit codes: 0 compatible (or accepted), 1 not, or it cannot be told; 2 wrong settings.
+"""
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command(epilog=EXAMPLES)
+def main(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as data/runs/NAME.")],
+    store: Annotated[str, typer.Argument(metavar="STORE", help="Folder or address of a feature store.")],
+    checkpoint: Annotated[
+        str | None, typer.Option(help="A step, or the path of a checkpoint; by default the newest.")
+    ] = None,
+    version: Annotated[int | None, typer.Option(min=1, help="Snapshot of STORE; by default the newest.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Which store of the run, by its name in the schema; by default the first.")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Features to compare, and test impressions to score.")] = 10_000,
+    max_logloss_change: Annotated[
+        float, typer.Option(min=0, help="So much may the log loss change, in parts of itself.")
+    ] = 0.001,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
+    accept: Annotated[
+        bool,
+        typer.Option("--accept", help="From now on let RUN's commands take STORE for the one that it was trained on."),
+    ] = False,
+) -> None:
+    """Compare a store with the one that a run was trained on: network, identity, rows, features and scores.
+
+    A store that was deleted and computed anew is refused by all that was trained on the old one, though it may be as
+    good: this tells, and --accept lets RUN go on with it, unless something speaks against that. Where the old
+    snapshot cannot be read any more, all test impressions are scored and compared with the run's own log loss.
+    """
+    codes: list[int] = []
+
+    def work(comm: "Comm") -> None:
+        # Torch takes seconds to load: not for --help.
+        from featurestore.commands.common import print_table, progress_bar
+        from trainer.compat import check, show
+
+        if comm.size > 1:
+            raise ConfigError("trainer.compat is for one rank; start it without horovodrun")
+        options = check.Options(checkpoint, name, version, sample, max_logloss_change)
+        with progress_bar() as progress:
+            found = check.examine(run, store, options, comm, progress)
+        print("\n".join(show.lines(found)))
+        if table := show.figures(found):
+            print_table(("measure", "value"), table, numbers=("value",))
+        print("\n".join(show.ending(found)), flush=True)
+        if json_file is not None:
+            _write(json_file, json.dumps(found.report(), indent=2, allow_nan=False) + "\n")
+        codes.append(OK if found.verdict == "compatible" else FAILED)
+        if accept:
+            file = check.accept(found)
+            print(f"accepted     {f'kept in {file}' if file else 'nothing to accept: it would not be refused'}")
+            codes.append(OK)
+
+    failed = run_on_ranks(work)
+    raise typer.Exit(failed or codes[-1])
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        replace_file(path, text)
+    except OSError as failure:
+        raise TrainerError(f"cannot write --json {path}: {failure}") from failure
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,270 @@
+"""Whether a run may go on with a store: same network, same rows, same scores; each as far as it can still be told."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from featurestore.errors import FeatureStoreError
+from featurestore.identity import SnapshotId
+from featurestore.snapshot import Snapshot
+from featurestore.store import FeatureStore
+from featurestore.upkeep.likeness import Likeness, Progress, compare
+from trainer import accepted, checkpoint
+from trainer.comm import Comm
+from trainer.compat.scores import Scored, drawn_batches, score
+from trainer.errors import ConfigError, TrainerError
+from trainer.schema import Schema
+from trainer.stores import StorePlace, kind_of_features, recorded_kind, store_places
+from trainer.trained import SavedRun, open_test, read_run
+
+Relation = Literal["the same snapshot", "the same store", "another store", "unknown"]
+Verdict = Literal["compatible", "not compatible", "unknown"]
+# Of the features that were compared, so many may be others: an image that was replaced without a new digest, say.
+OTHER_SHARE = 0.001
+
+
+@dataclass(frozen=True)
+class Options:
+    """`sample`: rows and impressions to look at; where the recorded snapshot is gone, all test impressions are scored,
+    as only their whole can be compared with what the run reported."""
+
+    checkpoint: str | None = None
+    store_name: str | None = None
+    version: int | None = None
+    sample: int = 10_000
+    max_logloss_change: float = 0.001
+
+
+@dataclass(frozen=True)
+class ScoreDrift:
+    """Log loss of the impressions with the recorded features (or as the run reported it) and with those here;
+    `mean_logit_change` where both could be scored."""
+
+    impressions: int
+    before: float | None
+    here: float | None
+    mean_logit_change: float | None
+    images: int
+    missing_before: int | None
+    missing_here: int
+
+    @property
+    def change(self) -> float | None:
+        """Of the log loss, in parts of that before."""
+        if self.before is None or self.here is None:
+            return None
+        return (self.here - self.before) / max(self.before, 1e-30)
+
+
+@dataclass
+class Compatibility:
+    """What was found. `recorded` is None where the checkpoint was written before ids were kept."""
+
+    run: str
+    checkpoint: Path
+    store_name: str
+    recorded: SnapshotId | None
+    found: SnapshotId
+    relation: Relation
+    kind: str
+    can_read_recorded: bool = False
+    rows: Likeness | None = None
+    scores: ScoreDrift | None = None
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Compatible where something was compared, and nothing speaks against it."""
+        if self.problems:
+            return "not compatible"
+        scored = self.scores is not None and self.scores.change is not None
+        return "compatible" if self.relation == "the same snapshot" or scored or self.rows else "unknown"
+
+    def report(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        values = asdict(replace(self, recorded=None, found=self.found))
+        rows = {**asdict(self.rows), "gained": self.rows.num_gained, "lost": self.rows.num_lost} if self.rows else None
+        scores = {**asdict(self.scores), "change": self.scores.change} if self.scores else None
+        return {
+            **values,
+            "checkpoint": self.checkpoint.name,
+            "recorded": self.recorded.model_dump() if self.recorded else None,
+            "found": self.found.model_dump(),
+            "rows": rows,
+            "scores": scores,
+            "verdict": self.verdict,
+        }
+
+
+def examine(
+    folder: Path, url: str, options: Options, comm: Comm, progress: Progress = lambda done, total: None
+) -> Compatibility:
+    """Compares the store at `url` with the one that the run in `folder` was trained on.
+
+    Raises ConfigError for a run without images or a wrong name of a store, and TrainerError, FeatureStoreError.
+    """
+    saved = read_run(folder, options.checkpoint)
+    schema = saved.checked_schema()
+    place = _place(saved, schema, options.store_name)
+    snapshot = FeatureStore.open(url).snapshot(options.version)
+    recorded = checkpoint.read_recorded(saved.path).stores.get(place.name)
+    recorded = recorded if recorded and recorded.is_known else None
+    info = snapshot.info
+    result = Compatibility(
+        run=str(folder),
+        checkpoint=saved.path,
+        store_name=place.name,
+        recorded=recorded,
+        found=SnapshotId.of(snapshot).model_copy(update={"url": url}),
+        relation=_relation(recorded, SnapshotId.of(snapshot)),
+        kind=f"{info.extractor.backbone} {info.extractor.layer}, {info.dim:,} numbers, {info.dtype}",
+    )
+    result.problems += _kind_differences(saved, place.name, snapshot)
+    if result.problems or result.relation == "the same snapshot":
+        return result
+    if recorded is None:
+        result.notes.append("the checkpoint was written before ids were kept: what it was trained on is not known")
+    before = _still_there(recorded, url)
+    result.can_read_recorded = before is not None
+    if before is not None:
+        result.rows = compare(before, snapshot, options.sample, progress=progress)
+        result.problems += _row_problems(result.rows)
+    _score(saved, schema, place, snapshot, before, options, comm, result)
+    return result
+
+
+def accept(found: Compatibility) -> Path | None:
+    """From now on the run's commands take this store for the one that it was trained on; None where they do so anyway.
+
+    Returns the file that says so. Raises TrainerError where something speaks against it.
+    """
+    if found.problems:
+        raise TrainerError(f"not accepted: {found.problems[0]}")
+    if found.recorded is None or found.relation in ("the same snapshot", "the same store"):
+        return None
+    figures = {name: found.report()[name] for name in ("rows", "scores", "notes", "verdict")}
+    entry = accepted.AcceptedStore(
+        name=found.store_name, recorded=found.recorded, accepted=found.found, figures=json.loads(json.dumps(figures))
+    )
+    return accepted.accept(found.checkpoint, entry)
+
+
+def _place(saved: SavedRun, schema: Schema, name: str | None) -> StorePlace:
+    places = {place.name: place for place in store_places(saved.config, schema)}
+    if not places:
+        raise ConfigError(f"{saved.folder} has model.images=none: it was trained without a store")
+    if name is not None and name not in places:
+        raise ConfigError(f"--name {name}: the content fields of {saved.folder} name {', '.join(places)}")
+    return places[name] if name is not None else next(iter(places.values()))
+
+
+def _relation(recorded: SnapshotId | None, found: SnapshotId) -> Relation:
+    if recorded is None:
+        return "unknown"
+    if recorded.commit_id == found.commit_id:
+        return "the same snapshot"
+    return "the same store" if recorded.is_same(found) else "another store"
+
+
+def _kind_differences(saved: SavedRun, name: str, snapshot: Snapshot) -> list[str]:
+    theirs = dict(checkpoint.flat(recorded_kind(saved.state, name)))
+    mine = dict(checkpoint.flat(kind_of_features(snapshot.info)))
+    return [
+        f"{each} is {mine.get(each)!r} here, {theirs.get(each)!r} in the checkpoint: its E makes nothing of these"
+        for each in sorted(mine.keys() | theirs.keys())
+        if mine.get(each) != theirs.get(each)
+    ]
+
+
+def _still_there(recorded: SnapshotId | None, url: str) -> Snapshot | None:
+    """The snapshot that the run was trained on, at either address."""
+    for each in (url, recorded.url) if recorded else ():
+        try:
+            snapshot = FeatureStore.open(each).snapshot(recorded.version if recorded else None)
+        except FeatureStoreError:
+            continue
+        if recorded and snapshot.manifest.commit_id == recorded.commit_id:
+            return snapshot
+    return None
+
+
+def _row_problems(rows: Likeness) -> list[str]:
+    if rows.num_old and not rows.num_common:
+        return ["no image of the recorded snapshot is in this one"]
+    if rows.num_other > OTHER_SHARE * rows.num_sampled:
+        share = rows.num_other / rows.num_sampled
+        return [f"{share:.1%} of {rows.num_sampled:,} features that were compared are others for the same image"]
+    return []
+
+
+def _score(
+    saved: SavedRun,
+    schema: Schema,
+    place: StorePlace,
+    snapshot: Snapshot,
+    before: Snapshot | None,
+    options: Options,
+    comm: Comm,
+    result: Compatibility,
+) -> None:
+    """Adds the scores of test impressions to `result`, and what speaks against it."""
+    try:
+        index = open_test(comm, saved.config, schema, None)
+    except TrainerError as failure:
+        result.notes.append(f"no scores to compare: {failure}")
+        return
+    batches = drawn_batches(saved, schema, index, None if before is None else options.sample)
+    others = {
+        each.name: FeatureStore.open(each.url).snapshot(saved.state.version_of(each.name))
+        for each in store_places(saved.config, schema)
+        if each.name != place.name
+    }
+    here = score(saved, schema, {**others, place.name: snapshot}, batches, comm)
+    old = None if before is None else score(saved, schema, {**others, place.name: before}, batches, comm)
+    told = _reported(saved, len(here.label_N)) if old is None else old.logloss
+    if told is None:
+        result.notes.append("the run has no log loss of these test impressions at this checkpoint to compare with")
+    drift = ScoreDrift(
+        impressions=len(here.label_N),
+        before=told,
+        here=here.logloss,
+        mean_logit_change=None if old is None else _mean_change(old, here),
+        images=here.num_images,
+        missing_before=None if old is None else old.num_missing,
+        missing_here=here.num_missing,
+    )
+    result.scores = drift
+    result.problems += _score_problems(drift, saved, options)
+
+
+def _score_problems(drift: ScoreDrift, saved: SavedRun, options: Options) -> list[str]:
+    problems = []
+    if drift.change is not None and abs(drift.change) > options.max_logloss_change:
+        problems.append(
+            f"log loss of the test impressions changes by {drift.change:+.2%}, from {drift.before:.5f} to "
+            f"{drift.here:.5f}; --max-logloss-change allows {options.max_logloss_change:.2%}"
+        )
+    if drift.missing_here > (drift.missing_before or 0) and saved.missing_in_training == "error":
+        problems.append(
+            f"{drift.missing_here:,} of {drift.images:,} images of the test impressions have no feature here, and the "
+            "run has data.missing=error; add them with jobs/extract_features.py"
+        )
+    return problems
+
+
+def _reported(saved: SavedRun, impressions: int) -> float | None:
+    """The log loss that the run found at the checkpoint's step, on as many test impressions."""
+    entries: list[Mapping[str, Any]] = [each for each in saved.state.history if each["step"] == saved.state.step]
+    if not entries or entries[-1].get("impressions") != impressions:
+        return None
+    logloss: float | None = entries[-1]["logloss"]
+    return logloss
+
+
+def _mean_change(old: Scored, here: Scored) -> float | None:
+    return float(np.abs(here.logit_N - old.logit_N).mean()) if len(old.logit_N) else None
