@@ -57,10 +57,26 @@ def accept(checkpoint: Path, store: AcceptedStore) -> Path:
 
     Raises CheckpointError where it cannot be written.
     """
+    return _write(checkpoint, [*_others(checkpoint, store.name, store.recorded), store])
+
+
+def withdraw(checkpoint: Path, name: str, recorded: SnapshotId) -> Path | None:
+    """Takes back what was accepted in the place of `recorded`, which is there again.
+
+    Returns the file; None where nothing was accepted. Raises CheckpointError where it cannot be written.
+    """
+    left = _others(checkpoint, name, recorded)
+    return _write(checkpoint, left) if len(left) < len(_read(_file_of(checkpoint))) else None
+
+
+def _others(checkpoint: Path, name: str, recorded: SnapshotId) -> list[AcceptedStore]:
+    return [each for each in _read(_file_of(checkpoint)) if not each.replaces(name, recorded)]
+
+
+def _write(checkpoint: Path, stores: list[AcceptedStore]) -> Path:
     file = _file_of(checkpoint)
-    others = [each for each in _read(file) if not each.replaces(store.name, store.recorded)]
     try:
-        replace_file(file, _AcceptedStores(accepted=[*others, store]).model_dump_json(indent=1) + "\n")
+        replace_file(file, _AcceptedStores(accepted=stores).model_dump_json(indent=1) + "\n")
     except OSError as failure:
         raise CheckpointError(f"{file} cannot be written: {failure}") from failure
     return file

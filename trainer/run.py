@@ -19,7 +19,7 @@ from featurestore.identity import SnapshotId
 from featurestore.partition import FeaturePartition
 from featurestore.statistics import FeatureStatistics
 from featurestore.storage import Storage
-from trainer import checkpoint, warmstart
+from trainer import accepted, checkpoint, warmstart
 from trainer.batch import BatchPosition
 from trainer.checkpoint import CheckpointState, Origin
 from trainer.columns import Index, rules_of
@@ -190,6 +190,7 @@ def _overwrite(run: Run) -> list[Path]:
     checkpoint.remove(removed)
     if not checkpoint.finished(run.checkpoints):
         shutil.rmtree(run.folder / "tensorboard", ignore_errors=True)
+        (run.folder / accepted.FILE).unlink(missing_ok=True)
     return removed
 
 

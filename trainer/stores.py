@@ -120,11 +120,12 @@ def check_identity(place: StorePlace, snapshot: Snapshot, path: Path, state: Che
     recorded = state.stores.get(place.name) if state else None
     if state is None or recorded is None or kind_of_features(snapshot.info) != recorded_kind(state, place.name):
         return
+    name = "" if place.setting == "data.store" else f" --name {place.name}"
     recorded.check(
         SnapshotId.of(snapshot),
         f"{path}, in what it knows of the images,",
         f"set {place.setting} to where the former is, or see whether this one will do, and accept it: "
-        f"python -m trainer.compat {path.parents[1]} {place.url}",
+        f"python -m trainer.compat {path.resolve().parents[1]} {place.url}{name}",
     )
 
 

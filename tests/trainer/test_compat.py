@@ -34,17 +34,21 @@ def places(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture
-def lost(places: Places, tmp_path: Path) -> Places:
-    """A copy of all that, whose store a test may lose."""
-    copy = type(places)(tmp_path / "copy")
-    shutil.copytree(places.folder, copy.folder)
-    config = copy.folder / "runs" / "a" / "config.yaml"
-    config.write_text(config.read_text().replace(str(places.folder), str(copy.folder)))
-    return copy
+def lost(make_places: Callable[[Path], Places], tmp_path: Path) -> Places:
+    """The same, whose store a test may lose."""
+    made = make_places(tmp_path / "lost")
+    train(load_config(settings=settings_of(made)), SoloComm())
+    return made
 
 
 def settings_of(places: Places, **changes: Any) -> list[str]:
-    long = {"run__name": "a", "train__max_steps": 150, "train__epochs": 20, "train__lr": 0.02}
+    long = {
+        "run__name": "a",
+        "model__compute_dtype": "float32",
+        "train__max_steps": 150,
+        "train__epochs": 20,
+        "train__lr": 0.02,
+    }
     return list(places.settings(**{**long, **changes}))
 
 
@@ -88,12 +92,12 @@ def test_another_snapshot_of_the_store(lost: Places) -> None:
     store = FeatureStore.open(lost.folder / "features")
     store.put(FeatureRows.of(["more"], np.ones((1, 16), np.float32), keys=np.array([7])))
     store.delete([1_049])
-    _, found = compat(lost, lost.folder / "features")
+    _, found = compat(lost, lost.folder / "features", code=1)
     assert (found["relation"], found["verdict"], found["found"]["version"]) == ("the same store", "not compatible", 3)
     rows = found["rows"]
     assert (rows["num_common"], rows["gained"], rows["lost"], rows["num_changed"]) == (49, 1, 1, 0)
     assert (found["scores"]["missing_before"], found["scores"]["missing_here"]) == (0, 1)
-    assert "1 of 50 images of the test impressions have no feature here" in found["problems"][0]
+    assert "1 of 50 images of the test impressions have no feature here" in found["problems"][-1]
     said, found = compat(lost, lost.folder / "features", "--version", 2, "--accept")
     assert found["verdict"] == "compatible" and "nothing to accept" in said
     assert found["scores"]["change"] == found["scores"]["mean_logit_change"] == 0
@@ -146,6 +150,18 @@ class TestWithTheOldOneGone:
         said, _ = compat(lost, features, "--accept")
         assert f"accepted     kept in {lost.folder / 'runs' / 'a' / 'accepted-stores.json'}" in said
         train(again, SoloComm())
+
+    def test_the_old_one_is_found_again(self, lost: Places, tmp_path: Path) -> None:
+        features, settings = lost.folder / "features", settings_of(lost, run__resume="latest", train__max_steps=151)
+        shutil.copytree(features, tmp_path / "kept")
+        compat(lost, make_store(features, features, rounded), "--accept")
+        shutil.rmtree(features)
+        shutil.copytree(tmp_path / "kept", features)
+        with pytest.raises(AnotherStoreError):
+            train(load_config(settings=settings), SoloComm())
+        said, found = compat(lost, features, "--accept")
+        assert found["relation"] == "the same snapshot" and "accepted     kept in" in said
+        train(load_config(settings=settings), SoloComm())
 
     def test_permuted(self, lost: Places) -> None:
         features = make_store(lost.folder / "features", lost.folder / "features", permuted)

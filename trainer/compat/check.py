@@ -1,6 +1,5 @@
 """Whether a run may go on with a store: same network, same rows, same scores; each as far as it can still be told."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -139,17 +138,19 @@ def examine(
 
 
 def accept(found: Compatibility) -> Path | None:
-    """From now on the run's commands take this store for the one that it was trained on; None where they do so anyway.
+    """From now on the run's commands take this store for the one that it was trained on.
 
-    Returns the file that says so. Raises TrainerError where something speaks against it.
+    Returns the file that says so; None where they do so anyway. Raises TrainerError where something speaks against it.
     """
     if found.problems:
         raise TrainerError(f"not accepted: {found.problems[0]}")
-    if found.recorded is None or found.relation in ("the same snapshot", "the same store"):
+    if found.recorded is None:
         return None
+    if found.relation != "another store":
+        return accepted.withdraw(found.checkpoint, found.store_name, found.recorded)
     figures = {name: found.report()[name] for name in ("rows", "scores", "notes", "verdict")}
     entry = accepted.AcceptedStore(
-        name=found.store_name, recorded=found.recorded, accepted=found.found, figures=json.loads(json.dumps(figures))
+        name=found.store_name, recorded=found.recorded, accepted=found.found, figures=figures
     )
     return accepted.accept(found.checkpoint, entry)
 
