@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_DIR ?= data/demo
 DEMO_ARGS ?=
+TEST_ARGS ?=
 BENCH_DIR ?= data/bench
 # Syntax of the oldest supported Python is held by ruff (target-version), what left the newest one by mypy.
 NEWEST_PYTHON := 3.13
@@ -35,8 +36,8 @@ $(INSTALLED): setup.cfg pyproject.toml tools/install.sh tools/build_horovod.sh t
 demo: $(INSTALLED) ## Draw images, extract, build samples, train four models under horovodrun -np 2, print a table
 	$(ON_PATH) $(BIN)/python tools/demo.py --dir $(DEMO_DIR) $(DEMO_ARGS)
 
-test: $(INSTALLED) ## Run the tests, multi-rank ones under horovodrun included
-	$(ON_PATH) $(BIN)/python -m pytest -m "not slow"
+test: $(INSTALLED) ## Run the tests, multi-rank ones under horovodrun included; TEST_ARGS="--compute-dtype bfloat16"
+	$(ON_PATH) $(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
 
 test-slow: $(INSTALLED) ## Run the tests that take minutes (eight ranks, 500 kills of writers)
 	$(ON_PATH) $(BIN)/python -m pytest -m slow
