@@ -83,7 +83,7 @@ def _write(checkpoint: Path, stores: list[AcceptedStore]) -> Path:
 
 
 def _file_of(checkpoint: Path) -> Path:
-    return checkpoint.resolve().parents[1] / FILE
+    return checkpoint.resolve().parent.parent / FILE
 
 
 def _read(file: Path) -> list[AcceptedStore]:

@@ -125,7 +125,7 @@ def check_identity(place: StorePlace, snapshot: Snapshot, path: Path, state: Che
         SnapshotId.of(snapshot),
         f"{path}, in what it knows of the images,",
         f"set {place.setting} to where the former is, or see whether this one will do, and accept it: "
-        f"python -m trainer.compat {path.resolve().parents[1]} {place.url}{name}",
+        f"python -m trainer.compat {path.resolve().parent.parent} {place.url}{name}",
     )
 
 

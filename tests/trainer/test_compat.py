@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,14 +54,20 @@ def settings_of(places: Places, **changes: Any) -> list[str]:
     return list(places.settings(**{**long, **changes}))
 
 
-def make_store(folder: Path, like: Path, change: Callable[[np.ndarray], np.ndarray] = np.copy, **values: Any) -> Path:
+def make_store(
+    folder: Path,
+    like: Path,
+    change: Callable[[np.ndarray], np.ndarray] = np.copy,
+    digests: list[bytes] | None = None,
+    **values: Any,
+) -> Path:
     """Another store of the same network; `change` makes its features of the old ones."""
     old = FeatureStore.open(like)
     features_ND = change(old.snapshot().get(KEYS))
     if folder == like:
         shutil.rmtree(folder)
     new = FeatureStore.create(folder, StoreInfo(**{**dict(old.info.kind), **values}))
-    new.put(FeatureRows.of(URIS, features_ND, keys=KEYS))
+    new.put(FeatureRows.of(URIS, features_ND, keys=KEYS, content_digests=digests))
     return folder
 
 
@@ -117,6 +125,13 @@ class TestWithBothThere:
         assert all(len(line) < 200 and "…" not in line for line in said.splitlines())
         assert f"{found['scores']['here']:.5f}" in said and f"{rows['mean_cosine']:.6f}" in said
 
+    def test_other_images_under_the_keys_and_no_scores(self, lost: Places, tmp_path: Path) -> None:
+        """Imported vectors have digests of their own: nothing is left to compare, and the person decides."""
+        other = make_store(tmp_path / "other", lost.folder / "features", permuted, digests=[b"1" * 16] * 50)
+        shutil.rmtree(lost.folder / "samples" / "test")
+        _, found = compat(lost, other, code=1)
+        assert (found["verdict"], found["rows"]["num_changed"], found["rows"]["num_sampled"]) == ("unknown", 50, 0)
+
     def test_permuted(self, places: Places, tmp_path: Path) -> None:
         other = make_store(tmp_path / "other", places.folder / "features", permuted)
         said, found = compat(places, other, "--sample", 20, code=1)
@@ -160,7 +175,7 @@ class TestWithTheOldOneGone:
         with pytest.raises(AnotherStoreError):
             train(load_config(settings=settings), SoloComm())
         said, found = compat(lost, features, "--accept")
-        assert found["relation"] == "the same snapshot" and "accepted     kept in" in said
+        assert found["relation"] == "the same snapshot" and "accepted     no other store any more" in said
         train(load_config(settings=settings), SoloComm())
 
     def test_permuted(self, lost: Places) -> None:
@@ -194,6 +209,13 @@ def test_mistakes(places: Places, words: tuple[object, ...], code: int, text: st
     result = CliRunner().invoke(app, [str(places.folder / "runs" / "a"), *given])
     assert (result.exit_code, result.stderr.count("\n")) == (code, 1), result.output
     assert text in result.stderr
+
+
+def test_help_has_examples_and_loads_no_torch() -> None:
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0 and "python -m trainer.compat data/runs/both data/features --accept" in result.output
+    code = "import sys, trainer.compat.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_of_rows_alone(tmp_path: Path, places: Places) -> None:

@@ -31,6 +31,8 @@ from trainer.errors import CheckpointError
 from trainer.evaluate import app as evaluate_app
 from trainer.main import train
 from trainer.prerank.__main__ import app as prerank_app
+from trainer.schema import load_schema
+from trainer.stores import open_partition, store_places
 from trainer.trained import open_trained
 
 HOROVODRUN = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2"]
@@ -185,6 +187,17 @@ class TestRebuilt:
         file.write_text("{")
         with pytest.raises(CheckpointError, match=r"accepted-stores\.json is damaged: .*accept the store again"):
             resume(places)
+
+
+def test_every_rank_has_the_store_of_rank_0(places: Places) -> None:
+    """Each machine may have a disk of its own under the same path."""
+    config = load_config(settings=settings_of(places))
+    (place,) = store_places(config, load_schema())
+    chosen = SnapshotId.of(FeatureStore.open(place.url).snapshot())
+    open_partition(config, SoloComm(), place, chosen).close()
+    elsewhere = chosen.model_copy(update={"store_id": "a" * 32, "commit_id": "b" * 32})
+    with pytest.raises(AnotherStoreError, match=r"rank 0 found .*of store aaaaaaaa .*all machines need the same store"):
+        open_partition(config, SoloComm(), place, elsewhere)
 
 
 class TestIndex:

@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from featurestore.errors import AnotherStoreError
 from featurestore.rows import FeatureRows
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 from tests.trainer.alike import all_alike
 from trainer.checkpoint import find, read_state
 from trainer.comm import SoloComm
+from trainer.compat.__main__ import app as compat_app
 from trainer.config import Config, load_config
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.main import train
@@ -136,6 +139,23 @@ class TestRuns:
             run_alone(both, **stores, run__resume="latest", train__max_steps=7)
         with pytest.raises(CheckpointError, match=r"trained on features of another kind than .*titles has now"):
             open_trained(both.folder / "runs" / "other", SoloComm())
+
+    def test_one_of_two_was_made_anew(self, both: Places, tmp_path: Path) -> None:
+        stores = {"data__stores": f"{{titles: {tmp_path / 'titles'}}}", "run__name": "anew"}
+        make_titles(tmp_path / "titles")
+        run_alone(both, **stores)
+        shutil.rmtree(tmp_path / "titles")
+        make_titles(tmp_path / "titles")
+        again = {**stores, "run__resume": "latest", "train__max_steps": 7}
+        with pytest.raises(AnotherStoreError, match=r"set data\.stores\.titles to .* --name titles$"):
+            run_alone(both, **again)
+        words = [str(both.folder / "runs" / "anew"), str(tmp_path / "titles"), "--name", "titles"]
+        found = CliRunner().invoke(compat_app, words)
+        assert found.exit_code == 0 and "log loss, as the run reported it" in found.output, found.output
+        images = [words[0], str(both.folder / "features")]
+        assert CliRunner().invoke(compat_app, images).exit_code == 0
+        assert CliRunner().invoke(compat_app, [*words, "--accept"]).exit_code == 0
+        assert run_alone(both, **again)["store_versions"] == {"images": 1, "titles": 1}
 
     def test_a_store_that_is_not_there_is_named(self, both: Places, tmp_path: Path) -> None:
         with pytest.raises(

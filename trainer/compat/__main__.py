@@ -75,8 +75,7 @@ def main(
             _write(json_file, json.dumps(found.report(), indent=2, allow_nan=False) + "\n")
         codes.append(OK if found.verdict == "compatible" else FAILED)
         if accept:
-            file = check.accept(found)
-            print(f"accepted     {f'kept in {file}' if file else 'nothing to accept: it would not be refused'}")
+            print(f"accepted     {check.accept(found)}")
             codes.append(OK)
 
     failed = run_on_ranks(work)

@@ -1,13 +1,13 @@
 """Whether a run may go on with a store: same network, same rows, same scores; each as far as it can still be told."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from featurestore.errors import FeatureStoreError
+from featurestore.errors import FeatureStoreError, SnapshotNotFoundError
 from featurestore.identity import SnapshotId
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
@@ -82,15 +82,15 @@ class Compatibility:
         if self.problems:
             return "not compatible"
         scored = self.scores is not None and self.scores.change is not None
-        return "compatible" if self.relation == "the same snapshot" or scored or self.rows else "unknown"
+        compared = self.rows is not None and self.rows.num_sampled > 0
+        return "compatible" if self.relation == "the same snapshot" or scored or compared else "unknown"
 
     def report(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
-        values = asdict(replace(self, recorded=None, found=self.found))
         rows = {**asdict(self.rows), "gained": self.rows.num_gained, "lost": self.rows.num_lost} if self.rows else None
         scores = {**asdict(self.scores), "change": self.scores.change} if self.scores else None
         return {
-            **values,
+            **asdict(self),
             "checkpoint": self.checkpoint.name,
             "recorded": self.recorded.model_dump() if self.recorded else None,
             "found": self.found.model_dump(),
@@ -137,22 +137,21 @@ def examine(
     return result
 
 
-def accept(found: Compatibility) -> Path | None:
+def accept(found: Compatibility) -> str:
     """From now on the run's commands take this store for the one that it was trained on.
 
-    Returns the file that says so; None where they do so anyway. Raises TrainerError where something speaks against it.
+    Says what was done for that. Raises TrainerError where something speaks against the store.
     """
     if found.problems:
         raise TrainerError(f"not accepted: {found.problems[0]}")
-    if found.recorded is None:
-        return None
-    if found.relation != "another store":
-        return accepted.withdraw(found.checkpoint, found.store_name, found.recorded)
+    if found.recorded is None or found.relation != "another store":
+        back = found.recorded and accepted.withdraw(found.checkpoint, found.store_name, found.recorded)
+        return f"no other store any more: {back}" if back else "nothing to accept: it would not be refused"
     figures = {name: found.report()[name] for name in ("rows", "scores", "notes", "verdict")}
     entry = accepted.AcceptedStore(
         name=found.store_name, recorded=found.recorded, accepted=found.found, figures=figures
     )
-    return accepted.accept(found.checkpoint, entry)
+    return f"kept in {accepted.accept(found.checkpoint, entry)}"
 
 
 def _place(saved: SavedRun, schema: Schema, name: str | None) -> StorePlace:
@@ -221,9 +220,7 @@ def _score(
         return
     batches = drawn_batches(saved, schema, index, None if before is None else options.sample)
     others = {
-        each.name: FeatureStore.open(each.url).snapshot(saved.state.version_of(each.name))
-        for each in store_places(saved.config, schema)
-        if each.name != place.name
+        each.name: _other(saved, each, result) for each in store_places(saved.config, schema) if each.name != place.name
     }
     here = score(saved, schema, {**others, place.name: snapshot}, batches, comm)
     old = None if before is None else score(saved, schema, {**others, place.name: before}, batches, comm)
@@ -241,6 +238,18 @@ def _score(
     )
     result.scores = drift
     result.problems += _score_problems(drift, saved, options)
+
+
+def _other(saved: SavedRun, place: StorePlace, result: Compatibility) -> Snapshot:
+    """The snapshot of a store of the run that is not asked about: the one trained on, else the newest, and a note."""
+    store, recorded = FeatureStore.open(place.url), saved.state.stores.get(place.name)
+    try:
+        snapshot = store.snapshot(saved.state.version_of(place.name))
+    except SnapshotNotFoundError:
+        snapshot = store.snapshot()
+    if recorded and SnapshotId.of(snapshot).commit_id != recorded.commit_id:
+        result.notes.append(f"store {place.name} is not as in training either: {SnapshotId.of(snapshot).told()}")
+    return snapshot
 
 
 def _score_problems(drift: ScoreDrift, saved: SavedRun, options: Options) -> list[str]:
