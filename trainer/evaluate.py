@@ -42,7 +42,7 @@ def main(
     ] = None,
     store: Annotated[
         str | None,
-        typer.Option(help="A feature store, at its newest snapshot. By default the run's, at the snapshot trained on."),
+        typer.Option(help="Where the run's store is, at its newest snapshot. By default the snapshot trained on."),
     ] = None,
     bootstrap: Annotated[int, typer.Option(min=0, help="Resamples of users for the intervals; 0: none.")] = 1000,
     missing_curve: Annotated[

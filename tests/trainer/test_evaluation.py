@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from featurestore.identity import SnapshotId
 from featurestore.keys import sampled
 from featurestore.store import FeatureStore
 from tests.trainer.alike import alike
@@ -235,7 +236,8 @@ class TestOtherPlaces:
         FeatureStore.open(tmp_path / "features").delete([1_002])
         evaluate(run, "--bootstrap", 0, "--store", tmp_path / "features", "--out", tmp_path / "out")
         report = report_of(tmp_path / "out")
-        assert report["stores"] == {"images": {"url": str(tmp_path / "features"), "version": 3}}
+        snapshot = SnapshotId.of(FeatureStore.open(tmp_path / "features").snapshot())
+        assert snapshot.version == 3 and report["stores"] == {"images": snapshot.model_dump()}
         assert "snapshot 3" in report["notes"][0]
         assert "trained on snapshot 2" in report["notes"][0]
 

@@ -45,8 +45,8 @@ class Opened:
 def open_source(source: Source, comm: Comm) -> Opened:
     """Opens a run with its newest checkpoint, or another, on as many ranks as there are. Every rank calls it.
 
-    Samples, stores and snapshots are those that the run was trained on; another `store` (or the same one, named) stands
-    for data.store, at its newest snapshot. Image keys without a feature are treated as in training, and as zeros where
+    Samples, stores and snapshots are those that the run was trained on; `store`, where that one is now, stands for
+    data.store, at its newest snapshot. Image keys without a feature are treated as in training, and as zeros where
     they stopped it. Raises, on all ranks together, ConfigError for a folder that holds no run, CheckpointError where
     there is no checkpoint or the store holds other features than those of training, DataError for missing places.
     """
