@@ -15,6 +15,7 @@ PipelineError
 │   ├── VersionMismatchError        client, scheduler and workers differ
 │   └── MissingPackagesError        workers that cannot import this project
 └── SampleError        the logs cannot be made into samples
+    └── SampleOptionError           an option makes no sense
 """
 
 from collections.abc import Mapping, Sequence
@@ -142,3 +143,7 @@ class MissingPackagesError(ClusterError):
 
 class SampleError(PipelineError):
     """The logs cannot be made into sample groups."""
+
+
+class SampleOptionError(SampleError):
+    """What was asked for makes no sense, or would destroy something; jobs end with the exit code of wrong usage."""

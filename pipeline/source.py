@@ -17,6 +17,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.core import split_protocol, url_to_fs
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential
 
+from featurestore.csvlines import CsvTextError, long_rows
 from featurestore.errors import KeyCollisionError
 from featurestore.keys import key_of_uri
 from pipeline.errors import BadImageError, SourceError
@@ -186,6 +187,10 @@ def _read_table(fs: Any, path: str, address: str) -> pa.Table:
         if path.lower().endswith(".csv"):
             # As text: type inference would make numbers of ids such as "007".
             types = pa.csv.ConvertOptions(column_types={"id": pa.string(), "uri": pa.string(), "key": pa.int64()})
+            if long := long_rows(data, ","):
+                line = min(each.line for each in long.values())
+                raise CsvTextError(f"line {line}: a value in quotes has several lines, and no key or uri has; close it")
+            data.seek(0)
             table = pa.csv.read_csv(data, convert_options=types)
         else:
             present = pa.parquet.read_schema(data).names

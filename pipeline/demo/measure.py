@@ -109,7 +109,7 @@ def _read_labels(path: Path) -> dict[str, str]:
 def _opened(path: Path) -> Iterator["csv.DictReader[str]"]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            yield csv.DictReader(file)
+            yield csv.DictReader(file, strict=True)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DemoError(f"cannot read the labels {path}: {error}") from error
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from distributed import Client, KilledWorker, as_completed
 
-from pipeline.errors import SampleError
+from pipeline.errors import SampleError, SampleOptionError
 from pipeline.progress import progress
 from pipeline.samples.files import Grouped, Written, group_bucket, plan_files, write_file
 from pipeline.samples.groups import GroupRules
@@ -32,6 +32,8 @@ Describe = Callable[[Path], Mapping[str, str]]
 
 DAY_S = 86_400
 BUCKET_ROWS = 250_000  # of both logs; some hundred MB with long lists of behaviours
+LEAST_BUCKET_ROWS = 10_000  # below that a bucket's task and its parts of files cost more than its rows
+FEW_BUCKETS = 64  # which cost nothing worth to speak of
 SHUFFLE_FOLDER = "shuffle"
 QUARANTINE_FILE = "quarantine.parquet"
 RETRIES = 1  # of a task whose worker's disk or memory had a bad moment
@@ -75,9 +77,9 @@ def build_samples(options: SampleOptions, client: Client, describe: Describe = l
     impressions = find_pieces(options.logs, IMPRESSIONS, options.user_columns, shown_as)
     behaviors = find_pieces(options.logs, BEHAVIORS, (), done_as)
     ad_columns = shown_as.ad_columns if shown_as else ()
-    num_buckets = options.partitions or _num_buckets(impressions + behaviors, client)
+    num_buckets = _num_buckets(options.partitions, impressions + behaviors, client)
     user_columns = impressions[0].user_columns
-    with replaced_folder(Path(options.samples)) as folder:
+    with replaced_folder(options.samples, spared={"--logs": options.logs}) as folder:
         scratch = folder / SHUFFLE_FOLDER
         for made in (scratch, folder / "train", folder / "test"):
             made.mkdir()
@@ -104,11 +106,20 @@ def _check_rows_left(logs: str, shown: Sequence[Shuffled]) -> None:
         raise SampleError(f"{logs}/{IMPRESSIONS}: all {reasons.total():,} rows are bad ({listed})")
 
 
-def _num_buckets(pieces: Sequence[Piece], client: Client) -> int:
-    """Buckets of about BUCKET_ROWS rows, and work for all threads where there are rows enough to share."""
+def _num_buckets(asked: int | None, pieces: Sequence[Piece], client: Client) -> int:
+    """The number that was asked for, else buckets of about BUCKET_ROWS rows, and work for all threads where there are
+    rows enough to share. Raises SampleOptionError."""
     rows = sum(piece.num_rows for piece in pieces)
-    threads: int = sum(client.nthreads().values())
-    return max(1, math.ceil(rows / BUCKET_ROWS), min(threads, rows // 10_000))
+    most = max(FEW_BUCKETS, rows // LEAST_BUCKET_ROWS)
+    if asked is None:
+        threads: int = sum(client.nthreads().values())
+        return max(1, math.ceil(rows / BUCKET_ROWS), min(threads, rows // LEAST_BUCKET_ROWS))
+    if not 0 < asked <= most:
+        raise SampleOptionError(
+            f"--partitions {asked}: these logs have about {rows:,} rows, for which 1 to {most:,} make sense; leave it "
+            f"out for {math.ceil(rows / BUCKET_ROWS):,} or so"
+        )
+    return asked
 
 
 def _shuffle(
@@ -156,13 +167,16 @@ def _write(client: Client, grouped: Sequence[Grouped], folder: Path, options: Sa
 
 
 def _run(client: Client, title: str, function: Callable[..., Result], tasks: Sequence[tuple[Any, ...]]) -> list[Result]:
-    """`function` of each task's arguments on the cluster, in order."""
-    futures = [client.submit(function, *task, pure=False, retries=RETRIES) for task in tasks]
+    """`function` of each task's arguments on the cluster, in order. Raises the first SampleError of them."""
+    futures = [client.submit(_attempt, function, *task, pure=False, retries=RETRIES) for task in tasks]
     results: dict[Any, Result] = {}
     try:
         with progress(title, len(futures)) as advance:
             for future in as_completed(futures):
-                results[future.key] = future.result()
+                result = future.result()
+                if isinstance(result, SampleError):
+                    raise result
+                results[future.key] = result
                 advance(1)
     except KilledWorker as error:
         raise SampleError(
@@ -172,3 +186,12 @@ def _run(client: Client, title: str, function: Callable[..., Result], tasks: Seq
     finally:
         client.cancel(futures)
     return [results[future.key] for future in futures]
+
+
+def _attempt(function: Callable[..., Result], *arguments: Any) -> Result | SampleError:
+    """The function's result, or what is wrong with the logs: a worker would log that as a failure, with its traceback,
+    and read the same file again."""
+    try:
+        return function(*arguments)
+    except SampleError as error:
+        return error

@@ -258,17 +258,22 @@ def read_piece(piece: Piece, latest_s: int) -> Rows:
     columns = piece.columns
     storage = Storage(piece.url)
     torn: dict[int, str] = {}
+    doubtful: dict[int, str] = {}
     names = [piece.name_in_file(name) for name in columns]
     if piece.is_csv and piece.layout is not None:
-        table, torn = read_csv(storage, piece.path, names, piece.layout.delimiter)
+        read = read_csv(storage, piece.path, names, piece.layout.delimiter)
+        table, torn, doubtful = read.table, read.torn, read.doubtful
     else:
         with open_parquet(storage, piece.path) as file:
             try:
                 table = file.read_row_groups(list(piece.row_groups), columns=names)
             except (pa.ArrowException, OSError) as error:
                 raise SampleError(f"{storage.full(piece.path)}: cannot be read: {error}") from error
-    reasons: list[str] = []
+    row_N = np.setdiff1d(np.arange(table.num_rows + len(torn)), list(torn))  # in the file
+    reasons = sorted(set(doubtful.values()))
     reason_N = np.full(table.num_rows, -1)
+    for row, reason in doubtful.items():
+        reason_N[np.searchsorted(row_N, row)] = reasons.index(reason)
     good: Columns = {}
     for name, kind in columns.items():
         column = table.column(piece.name_in_file(name))
@@ -282,7 +287,6 @@ def read_piece(piece: Piece, latest_s: int) -> Rows:
         good |= {name: _constant(value, table.num_rows) for name, value in piece.layout.constants.items()}
     is_good_N = reason_N < 0
     (bad_N,) = np.nonzero(~is_good_N)
-    row_N = np.setdiff1d(np.arange(table.num_rows + len(torn)), list(torn))  # in the file
     bad = sorted([*zip(row_N[bad_N].tolist(), [reasons[code] for code in reason_N[bad_N]], strict=True), *torn.items()])
     return Rows(
         table.num_rows + len(torn),

@@ -161,6 +161,54 @@ def test_bad_rows_of_csv_are_kept_with_number_and_reason(job, place):
     ]
 
 
+def shows_of(lines: list[str]) -> str:
+    return SHOWS.splitlines()[0] + "\n" + "".join(f"{line}\n" for line in lines)
+
+
+def test_a_quote_that_is_not_closed_stops_the_job_with_its_line(job, place, caplog):
+    lines = [f"{1767261610 + n},ann,5,5.jpg,1,1,Rome,1,b" for n in range(200)]
+    lines[4] = lines[4].replace("Rome", '"Rome')
+    (place / "logs/shows/a.csv").write_text(shows_of(lines))
+    text = job(code=1)
+    assert 'shows/a.csv, line 6: a value that begins with the quote " goes on over more than 100 lines' in text
+    assert not (place / "samples").exists()
+    assert "a.csv cannot be read: line 6: a value that begins" in inspect("inspect", place / "logs", code=1)
+    (place / "logs/shows/a.csv").write_text(shows_of(lines[:20]))
+    assert 'shows/a.csv, line 6: a value that begins with the quote " does not end; close the quote' in job(code=1)
+    (place / "logs/shows/a.csv").unlink()
+    (place / "logs/visits.csv").write_text(VISITS.replace(",", "\t"))
+    mapping = changed(csv={"delimiter": "\t"})
+    (place / "logs/shows/a.tsv").write_text(shows_of(lines[:20]).replace(",", "\t"))
+    assert "shows/a.tsv, line 6: a value that begins with the quote" in job(mapping, code=1)
+    assert not [record for record in caplog.records if "Compute Failed" in record.message], "a traceback on stderr"
+
+
+def test_a_value_with_other_rows_in_it_is_quarantined(job, place):
+    lines = [f"{1767261610 + n},ann,5,{n}.jpg,1,1,Rome,1,b" for n in range(10)]
+    lines[3] = lines[3].replace("Rome", '"Rome')
+    lines[6] = lines[6].replace("Rome", '"Rome')  # closes it: a row of nine values, two rows in one of them
+    lines[8] = lines[8].replace("Rome", '"Rome\nin Italy"')
+    (place / "logs/shows/a.csv").write_text(shows_of(lines))
+    text = job()
+    assert "6 of 7 kept" in text
+    kept = pq.read_table(place / "samples/quarantine.parquet").to_pylist()
+    reason = "a quoted value has other rows in it; is a quote not closed?"
+    assert [(row["file"], row["row"], row["reason"]) for row in kept] == [("shows/a.csv", 3, reason)]
+    assert {image for row in rows(place) for image in row["ad_image"]} == {
+        key_of_uri(f"{n}.jpg") for n in (0, 1, 2, 7, 8, 9)
+    }
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
+def test_text_that_is_not_utf_8_is_told(job, place, encoding):
+    (place / "logs/shows/a.csv").write_bytes(SHOWS.replace("Rome", "Köln").encode(encoding))
+    text = job(code=1)
+    assert "shows/a.csv" in text
+    assert ("invalid UTF8 data" if encoding == "latin-1" else "the text is in UTF-16 or UTF-32, not in UTF-8") in text
+    if encoding != "latin-1":
+        assert "a.csv cannot be read: the text is in UTF-16" in inspect("inspect", place / "logs", code=1)
+
+
 def test_units_and_delimiters_are_those_of_the_mapping(job, place):
     lines = SHOWS.replace('"Acme, Inc"', "Acme").replace(",", ";").replace("1767261610", "1767261610000")
     (place / "logs/shows/a.csv").write_text(lines)

@@ -153,6 +153,10 @@ def test_bad_tables_are_refused(folder):
         list_images(write_csv(folder, "key,uri\n"))
     with pytest.raises(SourceError, match="cannot read the table"):
         list_images(write_csv(folder, "key,uri\nseven,b.jpg\n"))
+    with pytest.raises(SourceError, match=r"table\.csv: line 2: a value that begins with the quote \" does not end"):
+        list_images(write_csv(folder, 'key,uri\n1,"b.jpg\n2,a/z.PNG\n'))
+    with pytest.raises(SourceError, match=r"line 3: a value in quotes has several lines, and no key or uri has"):
+        list_images(write_csv(folder, 'key,uri\n2,a/z.PNG\n1,"b.jpg\n3,"\n'))
     path = folder / "table.parquet"
     pq.write_table(pa.table({"key": ["1"], "uri": ["b.jpg"]}), path)
     with pytest.raises(SourceError, match="column 'key' is string, not int64"):

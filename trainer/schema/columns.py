@@ -3,6 +3,7 @@
 Letters of shapes: M rows, N values.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import csv
 
+from featurestore.csvlines import CsvTextError, long_rows
 from featurestore.distinct import DistinctCount
 from featurestore.errors import StorageError
 from featurestore.keys import keys_of_uris
@@ -73,13 +75,16 @@ def read_tables(storage: Storage, path: str, most_rows: int) -> Iterator[pa.Tabl
     """Row groups of a Parquet file, or blocks of a CSV file, until `most_rows` were given. Raises DataError."""
     left = most_rows
     try:
+        if path.endswith(CSV_SUFFIXES):
+            with storage.open_input(path) as file:
+                long_rows(file, _delimiter(path), most_rows)
         with storage.open_input(path) as file:
             for table in _tables(file, path):
                 yield table.slice(0, left)
                 left -= len(table)
                 if left <= 0:
                     return
-    except (pa.ArrowException, OSError, StorageError) as error:
+    except (pa.ArrowException, OSError, StorageError, CsvTextError, UnicodeDecodeError) as error:
         raise DataError(f"{storage.full(path)} cannot be read: {str(error).strip()}") from error
 
 
@@ -91,6 +96,8 @@ def look(storage: Storage, paths: list[str], label: str | None, most_rows: int) 
             found.complete = False
             break
         for table in read_tables(storage, path, most_rows - found.rows):
+            if twice := sorted(name for name, count in Counter(table.column_names).items() if count > 1):
+                raise DataError(f"{storage.full(path)}: column {twice[0]} stands twice in it; rename one of them")
             found.rows += len(table)
             _add(found, table, label)
     return found
@@ -98,14 +105,19 @@ def look(storage: Storage, paths: list[str], label: str | None, most_rows: int) 
 
 def _tables(file: Any, path: str) -> Iterator[pa.Table]:
     if path.endswith(CSV_SUFFIXES):
-        delimiter = "\t" if path.endswith(".tsv") else ","
-        options = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=lambda row: "skip")
+        options = csv.ParseOptions(
+            delimiter=_delimiter(path), newlines_in_values=True, invalid_row_handler=lambda row: "skip"
+        )
         for batch in csv.open_csv(file, parse_options=options):
             yield pa.Table.from_batches([batch])
         return
     with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
         for number in range(parquet.num_row_groups):
             yield parquet.read_row_group(number)
+
+
+def _delimiter(path: str) -> str:
+    return "\t" if path.endswith(".tsv") else ","
 
 
 def _add(found: Table, table: pa.Table, label: str | None) -> None:

@@ -1,0 +1,112 @@
+"""What a reader of CSV overlooks in silence: a quote that is not closed, which makes one value of many rows; UTF-16.
+
+Quotes count as Arrow takes them: at the beginning of a value alone, doubled within it, with line breaks between them.
+"""
+
+import csv
+import io
+import re
+from dataclasses import dataclass
+from itertools import islice
+from typing import IO
+
+MOST_BREAKS = 100  # line breaks in one value; more is taken for a quote that is not closed
+_TO_THE_QUOTE = re.compile(r'(?:[^"]++|"")*+')
+_BUFFER_BYTES = 8 << 20
+
+
+class CsvTextError(ValueError):
+    """The text cannot be told apart into rows; says where and what to do."""
+
+
+@dataclass(frozen=True)
+class LongRow:
+    """A row whose quoted values go on over several lines, the first of them `line` (from 1, that of the names)."""
+
+    line: int
+    breaks: int
+    swallowed: bool
+    """A value has a delimiter for each value of as many rows as it has line breaks: rows stand in it, most likely."""
+
+
+def long_rows(file: IO[bytes], delimiter: str, most_lines: int | None = None) -> dict[int, LongRow]:
+    """Rows over several lines by their numbers, from 0, the names not counted; empty lines are no rows.
+
+    Reads the file once, or its first `most_lines`. Raises CsvTextError for text in UTF-16 or UTF-32, and for a quoted
+    value that does not end, or not within MOST_BREAKS lines.
+    """
+    stream = io.BufferedReader(file, _BUFFER_BYTES)  # type: ignore[type-var]
+    check_encoding(stream.peek(4)[:4])
+    text = io.TextIOWrapper(stream, encoding="latin-1")  # which reads everything; all that counts here is ASCII
+    try:
+        return _Scan(delimiter).rows(text, most_lines)
+    finally:
+        text.detach()
+        stream.detach()
+
+
+def check_encoding(beginning: bytes) -> None:
+    """Raises CsvTextError where the first bytes of a text are not UTF-8's."""
+    if beginning[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in beginning[:4]:
+        raise CsvTextError("the text is in UTF-16 or UTF-32, not in UTF-8; write it anew, as with: iconv -t UTF-8")
+
+
+class _Scan:
+    """Where the lines of a file stand: outside of values in quotes, or in one that began in an earlier line."""
+
+    def __init__(self, delimiter: str) -> None:
+        self._delimiter = delimiter
+        start = rf'(?:\A|{re.escape(delimiter)})"'
+        self._opening = re.compile(start)
+        self._closed = re.compile(rf'{start}(?:[^"]++|"")*+"')
+        self._columns = 0
+        self._begun: int | None = None  # the line in which the open value begins
+        self._breaks = self._delimiters = 0  # of the open value so far
+
+    def rows(self, text: IO[str], most_lines: int | None) -> dict[int, LongRow]:
+        found: dict[int, LongRow] = {}
+        row, first_line, breaks, swallowed, names = -1, 0, 0, False, ""
+        for number, line in enumerate(islice(text, most_lines), 1):
+            if self._begun is None:
+                if line == "\n":
+                    continue
+                row, first_line, breaks, swallowed = row + 1, number, 0, False
+            if self._begun is not None or ('"' in line and '"' in self._closed.sub("", line)):
+                swallowed |= self._look(line, number)
+            if row == 0:
+                names += line
+                self._columns = len(next(csv.reader(io.StringIO(names), delimiter=self._delimiter)))
+            if self._begun is not None:
+                breaks += 1
+            elif breaks:
+                found[row - 1] = LongRow(first_line, breaks, swallowed)
+        if self._begun is not None and next(text, None) is None:
+            raise self._error("does not end")
+        return found
+
+    def _look(self, line: str, number: int) -> bool:
+        """Follow the quotes of a line; whether a value that ends in it has swallowed rows."""
+        at, swallowed = 0, False
+        while True:
+            if self._begun is None:
+                opening = self._opening.search(line, at)
+                if opening is None:
+                    return swallowed
+                self._begun, self._breaks, self._delimiters = number, 0, 0
+                at = opening.end()
+            match = _TO_THE_QUOTE.match(line, at)
+            end = match.end() if match else at
+            self._delimiters += line.count(self._delimiter, at, end)
+            if end == len(line):
+                self._breaks += 1
+                if self._breaks > MOST_BREAKS:
+                    raise self._error(f"goes on over more than {MOST_BREAKS} lines")
+                return swallowed
+            swallowed |= self._delimiters == self._breaks * (self._columns - 1) > 0
+            self._begun, at = None, end + 1
+
+    def _error(self, what: str) -> CsvTextError:
+        return CsvTextError(
+            f'line {self._begun}: a value that begins with the quote " {what}; close the quote, or where it belongs to '
+            "the text, double it and put the value into quotes"
+        )
