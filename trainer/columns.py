@@ -81,13 +81,35 @@ def rules_of(schema: Schema) -> dict[str, Rule]:
     return rules
 
 
+def aligned_columns(rules: Mapping[str, Rule]) -> list[list[str]]:
+    """Lists of the user side whose values belong together by position: value k of each describes behaviour k.
+
+    Those called BEHAVIOR_X where the ads have a column ad_X, BEHAVIOR being behavior or a longer name that begins so
+    and is the same for all: behavior_item and behavior_image, behavior_buy_item and behavior_buy_image. Other lists
+    (user_tags) have lengths of their own.
+    """
+    of_ad = sorted((name for name, rule in rules.items() if rule.side == "ad" and name.startswith("ad_")), key=len)
+    found: dict[str, list[str]] = {}
+    for name, rule in rules.items():
+        if rule.side == "user" and rule.depth == 1 and rule.width is None and name.startswith("behavior_"):
+            ends = [ad.removeprefix("ad") for ad in of_ad if name.endswith(ad.removeprefix("ad"))]
+            if ends:
+                found.setdefault(name.removesuffix(ends[-1]), []).append(name)
+    return list(found.values())
+
+
 def check_types(found: pa.Schema, rules: Mapping[str, Rule], file: str) -> None:
     """Raises SchemaError for the columns of `file` that are missing or of another type than the rules say."""
     problems = []
     for column, rule in rules.items():
-        if found.get_field_index(column) < 0:
+        if not found.names.count(column):
             problems.append(
                 f"{file}: column {column} is missing, expected {rule}; found columns: {', '.join(found.names)}"
+            )
+        elif found.names.count(column) > 1:
+            problems.append(
+                f"{file}: column {column} stands {found.names.count(column)} times in it, and nobody can tell which is "
+                "meant; write the file with one"
             )
         elif not _fits(found.field(column).type, rule):
             problems.append(f"{file}: column {column} is {found.field(column).type}, expected {rule}")
@@ -112,6 +134,9 @@ def decode(table: pa.Table, rules: Mapping[str, Rule], label: str, file: str, fi
             offsets = offsets[1:]
         columns[column] = Rows(values, offsets[0] if offsets else None)
         _check_width(columns[column], column, rule, where, sample_offsets)
+    for first, *others in aligned_columns(rules):
+        for column in others:
+            where.check_equal(raw[column][1][0], raw[first][1][0], column, first, "behaviour")
     labels = columns[label].values
     if (wrong := np.flatnonzero((labels != 0) & (labels != 1))).size:
         row = where.row_of_value(wrong[0], (sample_offsets,))
@@ -144,13 +169,15 @@ class _Where:
             value = int(np.searchsorted(level, value, side="right")) - 1
         return self.row(value)
 
-    def check_equal(self, found_G1: Index, expected_G1: Index, column: str, label: str) -> None:
+    def check_equal(
+        self, found_G1: Index, expected_G1: Index, column: str, other: str, each: str = "impression"
+    ) -> None:
         differing = np.flatnonzero(np.diff(found_G1) != np.diff(expected_G1))
         if differing.size:
             group = differing[0]
             raise DataError(
                 f"{self.row(group)}: column {column} has {np.diff(found_G1)[group]} entries, "
-                f"{label} has {np.diff(expected_G1)[group]}; each impression needs one of both"
+                f"{other} has {np.diff(expected_G1)[group]}; each {each} needs one of both"
             )
 
 

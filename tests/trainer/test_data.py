@@ -14,7 +14,7 @@ import pytest
 
 from featurestore.storage import Storage
 from trainer.batch import Batch
-from trainer.columns import rules_of
+from trainer.columns import aligned_columns, rules_of
 from trainer.comm import SoloComm
 from trainer.data import SampleReader, distinct_values, open_index
 from trainer.errors import DataError, SchemaError
@@ -216,6 +216,7 @@ def _edited(table: pa.Table, column: str, row: int, value: Any) -> pa.Table:
         ),
         (lambda table: _replaced(table, "user", table.column("user").cast(pa.float64())), "column user is double"),
         (lambda table: _replaced(table, "user", table.column("ad_item")), "column user is list<"),
+        (lambda table: table.append_column("user", table.column("user")), "column user stands 2 times in it"),
     ],
 )
 def test_wrong_columns_are_refused_before_reading(
@@ -240,6 +241,8 @@ def test_wrong_columns_are_refused_before_reading(
         ("label", lambda n: [None] * n, "column label has a null in its list"),
         ("ad_item", lambda n: [1] * (n + 1), "each impression needs one of both"),
         ("behavior_image", lambda n: None, "column behavior_image is null"),
+        ("behavior_image", lambda n: [1] * 9, "column behavior_image has 9 entries, behavior_item has"),
+        ("behavior_category", lambda n: [1] * 9, "each behaviour needs one of both"),
         ("behavior_item", lambda n: [1, None], "column behavior_item has a null in its list"),
         ("user", lambda n: None, "column user is null"),
     ],
@@ -255,6 +258,26 @@ def test_wrong_values_are_named(
         list(_reader(tmp_path).batches())
     assert message in str(caught.value)
     assert "day=2026-01-01.parquet, row 17" in str(caught.value)
+
+
+def test_which_lists_belong_together() -> None:
+    names = ["behavior_item", "behavior_image", "behavior_buy_item", "behavior_buy_image", "behavior_note", "user_item"]
+    fields = [Field(name=name, side="user", kind="multi_id") for name in names]
+    fields += [Field(name="behavior_age_item", side="user", kind="dense", width=2)]
+    fields += [Field(name=f"ad_{name}", side="ad", kind="id") for name in ("item", "image")]
+    rules = rules_of(Schema(fields=tuple(fields), new_ad_field="ad_item"))
+    assert aligned_columns(rules) == [names[:2], names[2:4]]
+
+
+def test_lists_of_their_own_may_have_any_length(tmp_path: Path, sample_table: Callable[..., pa.Table]) -> None:
+    table = sample_table(4).append_column("user_tags", pa.array([[1], [], [2, 3], [4] * 9]))
+    table = table.append_column("behavior_words", pa.array([[1] * 7, [], [2, 3], [4]]))
+    (tmp_path / "train").mkdir()
+    pq.write_table(table, tmp_path / "train" / "a.parquet")
+    more = [Field(name=name, side="user", kind="multi_id") for name in ("user_tags", "behavior_words")]
+    schema = Schema(fields=(*SCHEMA.fields, *more))
+    index = open_index(SoloComm(), str(tmp_path), "train", schema)
+    assert sum(batch.num_samples for batch in SampleReader(index, schema, batch_size=8).batches()) == index.num_samples
 
 
 def test_dense_numbers_have_to_be_finite(tmp_path: Path, sample_table: Callable[..., pa.Table]) -> None:

@@ -1,5 +1,6 @@
 """python -m trainer.schema as a person types it: what it suggests, what it finds wrong, and its exit codes."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,21 @@ def test_a_schema_of_samples_is_the_packaged_one(places, tmp_path):
     }
     assert f"ad_item, side: ad, kind: id, table: item}}  # list<element: int64>, {len(items)} different" in text
     assert "fit the schema" in run("check", tmp_path / "schema.yaml", places.folder / "samples")
+
+
+def test_bad_rows_beside_samples_are_no_samples(places, tmp_path):
+    samples = tmp_path / "samples"
+    shutil.copytree(places.folder / "samples", samples)
+    pq.write_table(pa.table({"log": ["impressions"], "file": ["a"], "row": [1]}), samples / "quarantine.parquet")
+    assert run("inspect", samples).replace(str(samples), "") == run("inspect", places.folder / "samples").replace(
+        str(places.folder / "samples"), ""
+    )
+
+
+def test_a_column_that_stands_twice_is_told(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/a.csv").write_text("user,label,user\n1,0,1\n")
+    assert "a.csv: column user stands twice in it; rename one of them" in run("inspect", tmp_path / "logs", code=1)
 
 
 def test_sides_kinds_and_widths_come_from_the_values(tmp_path):

@@ -81,11 +81,12 @@ def check(
 
 
 def has_lists(storage: Storage) -> bool:
-    """Whether the first file has columns of lists of numbers, as sample groups do and raw logs do not.
+    """Whether the first file has columns of lists of numbers, as sample groups do and raw logs do not. Of samples it is
+    one in train/ or test/: other files stand beside these, as bad rows.
 
     Raises DataError where there is no file.
     """
-    files = data_files(storage)
+    files = samples.sample_files(storage) or data_files(storage)
     if not files:
         raise DataError(f"{storage.url}: no .parquet, .csv or .tsv files")
     for table in read_tables(storage, files[0], 1):
