@@ -10,8 +10,8 @@ import typer
 from featurestore.errors import FeatureStoreError
 from featurestore.storage import Storage
 from pipeline.cluster import connect
-from pipeline.errors import PipelineError
-from pipeline.samples.build import SampleOptions, build_samples
+from pipeline.errors import PipelineError, SampleOptionError
+from pipeline.samples.build import DAY_S, SampleOptions, build_samples
 from trainer.errors import TrainerError
 from trainer.schema.samples import inspect_samples, render
 from trainer.schema.text import SCHEMA_FILE, SETTINGS_FILE, settings_text
@@ -25,6 +25,8 @@ python jobs/build_samples.py --logs mylogs --mapping mapping.yaml --samples samp
 dask-submit -n 8 --threads-per-worker 1 jobs/build_samples.py --logs s3://shop/logs --samples /shared/samples
 """
 LOOKED_AT = 200_000  # groups from which a schema is suggested
+LONGEST_DAYS = 36_500
+MOST_BEHAVIORS = 1_000_000
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
@@ -37,10 +39,14 @@ def main(
     samples: Annotated[
         str, typer.Option(help="Folder to write, on a disk that all workers see; samples in it are replaced.")
     ] = "data/samples",
-    window_days: Annotated[float, typer.Option(min=0, help="How far before an impression behaviours count.")] = 14,
-    min_dwell_s: Annotated[float, typer.Option(min=0, help="Seconds that a behaviour has to last.")] = 5,
-    max_behaviors: Annotated[int, typer.Option(min=1, help="The newest so many per group.")] = 50,
-    test_days: Annotated[int, typer.Option(min=0, help="The last so many days are for testing.")] = 1,
+    window_days: Annotated[
+        float, typer.Option(min=0, max=LONGEST_DAYS, help="How far before an impression behaviours count.")
+    ] = 14,
+    min_dwell_s: Annotated[
+        float, typer.Option(min=0, max=LONGEST_DAYS * DAY_S, help="Seconds that a behaviour has to last.")
+    ] = 5,
+    max_behaviors: Annotated[int, typer.Option(min=1, max=MOST_BEHAVIORS, help="The newest so many per group.")] = 50,
+    test_days: Annotated[int, typer.Option(min=0, max=LONGEST_DAYS, help="The last so many days are for testing.")] = 1,
     user_columns: Annotated[
         str | None,
         typer.Option(help="Columns of users to keep, with commas.", show_default="user_age and user_gender if there"),
@@ -81,7 +87,7 @@ def main(
             summary = build_samples(options, client, describe_files)
     except (PipelineError, FeatureStoreError, TrainerError) as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise typer.Exit(2 if isinstance(error, SampleOptionError) else 1) from error
     typer.echo(describe(summary))
 
 

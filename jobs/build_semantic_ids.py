@@ -10,7 +10,7 @@ import yaml
 
 from featurestore.errors import FeatureStoreError
 from featurestore.store import FeatureStore
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, SampleOptionError
 from pipeline.semantic.build import SemanticOptions, build_semantic_ids
 from pipeline.semantic.samples import code_columns
 from pipeline.semantic.vectors import StoreVectors, Vectors, open_file
@@ -85,7 +85,7 @@ def main(
         summary = build_semantic_ids(_open(store, vectors, keys), options, columns, describe_files)
     except (PipelineError, FeatureStoreError, TrainerError) as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise typer.Exit(2 if isinstance(error, SampleOptionError) else 1) from error
     typer.echo(describe(summary, out))
 
 

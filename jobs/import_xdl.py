@@ -11,7 +11,7 @@ import typer
 from featurestore.errors import FeatureStoreError
 from featurestore.store import FeatureStore
 from pipeline.cluster import connect
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, SampleOptionError
 from pipeline.imports import xdl
 from pipeline.imports.report import describe as describe_import
 from pipeline.imports.run import ImportOptions, import_vectors
@@ -230,12 +230,12 @@ def _names(text: str) -> tuple[str, ...]:
 
 @contextmanager
 def _one_message() -> Iterator[None]:
-    """One line instead of a traceback, and exit code 1."""
+    """One line instead of a traceback, and exit code 1, or 2 where an option makes no sense."""
     try:
         yield
     except (PipelineError, FeatureStoreError, TrainerError) as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise typer.Exit(2 if isinstance(error, SampleOptionError) else 1) from error
 
 
 if __name__ == "__main__":

@@ -4,25 +4,29 @@ import contextlib
 import fcntl
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pipeline.errors import SampleError
+from pipeline.errors import SampleError, SampleOptionError
 
 MARK = "summary.json"  # a folder without it was not made here, and is not replaced
 LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def replaced_folder(target: Path, what: str = "samples") -> Iterator[Path]:
+def replaced_folder(
+    target: str | Path, what: str = "samples", spared: Mapping[str, str] | None = None
+) -> Iterator[Path]:
     """Gives an empty folder beside `target` that takes its place when the block ends, and goes when the block raises.
 
     The block writes MARK into it. `what` it holds is said in messages. What killed runs left beside `target` goes as
     well. Raises SampleError when `target` is there and is not ours, and
-    in place of an OSError, the block's too: a full disk, a place that cannot be written.
+    in place of an OSError, the block's too: a full disk, a place that cannot be written. Raises SampleOptionError where
+    `target` names no folder, or the place that the program runs in or one of `spared` (by options) would go with it.
     """
+    _check_named(str(target), what, spared or {})
     try:
-        with _replaced_folder(target, what) as building:
+        with _replaced_folder(Path(target), what) as building:
             yield building
     except OSError as error:
         raise SampleError(f"cannot make the {what} in {target}: {error or type(error).__name__}") from error
@@ -46,6 +50,22 @@ def _replaced_folder(target: Path, what: str) -> Iterator[Path]:
             _swap(building, target)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _check_named(target: str, what: str, spared: Mapping[str, str]) -> None:
+    if not target.strip() or "\0" in target:
+        raise SampleOptionError(f"{target!r} is no name of a folder for the {what}; give one")
+    place = Path(target).resolve()
+    if Path.cwd().is_relative_to(place):
+        raise SampleOptionError(
+            f"{target} is the folder that this command runs in, or one above it, and would be replaced by the {what}; "
+            "name another"
+        )
+    for option, path in spared.items():
+        if "://" not in path and Path(path).resolve().is_relative_to(place):
+            raise SampleOptionError(
+                f"{target} would be replaced by the {what}, with {option} {path} in it; name another"
+            )
 
 
 def _check_replaceable(target: Path, what: str) -> None:

@@ -1,5 +1,6 @@
 """The job as a person runs it: plain, under dask-submit, and with a mistake."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from jobs import build_samples
 from jobs.build_samples import app
 
 PROJECT = Path(__file__).parents[2]
@@ -91,6 +93,71 @@ def test_wrong_option_is_a_usage_error(options):
     done = CliRunner().invoke(app, options)
     assert done.exit_code == 2
     assert options[0] in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--window-days", "inf"],
+        ["--window-days", "1e300"],
+        ["--window-days", "nan"],
+        ["--min-dwell-s", "inf"],
+        ["--max-behaviors", "99999999999999999999"],
+        ["--test-days", "99999999999999999999"],
+    ],
+)
+def test_numbers_without_sense_are_usage_errors(options):
+    done = CliRunner().invoke(app, options)
+    assert done.exit_code == 2
+    assert isinstance(done.exception, SystemExit)
+    assert f"Invalid value for '{options[0]}'" in done.stderr
+
+
+@pytest.fixture
+def inside(place, client, monkeypatch):
+    """Runs the job in this process and in `place`, on the tests' cluster; gives its exit code and error."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(build_samples, "connect", lambda **kwargs: contextlib.nullcontext(client))
+
+    def run_inside(*options: object) -> tuple[int, str]:
+        done = CliRunner().invoke(app, [str(option) for option in options])
+        assert done.exception is None or isinstance(done.exception, SystemExit)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) <= 1
+        return done.exit_code, lines[0] if lines else ""
+
+    return run_inside
+
+
+def test_a_number_of_partitions_beyond_the_rows_is_refused_at_once(inside, place):
+    for asked in (65, 100_000, 99999999999999999999):
+        code, line = inside("--partitions", asked)
+        assert code == 2
+        assert line.startswith(
+            f"error: --partitions {asked}: these logs have about 60 rows, for which 1 to 64 make sense"
+        )
+    assert not (place / "data/samples").exists()
+    assert inside("--partitions", 64) == (0, "")
+
+
+@pytest.mark.parametrize("samples", [".", "..", "", " ", "/", "data/../.", "../{name}"])
+def test_a_folder_that_cannot_be_replaced_is_refused(samples, inside, place):
+    for _ in range(2):  # the second time the folder counts as one of samples
+        code, line = inside("--samples", samples.format(name=place.name))
+        assert code == 2
+        assert "is the folder that this command runs in, or one above it" in line or "is no name of a folder" in line
+        (place / "summary.json").touch()
+    assert (place / "data/logs/behaviors/day=1.parquet").is_file()
+
+
+def test_logs_in_the_samples_folder_stay(inside, place):
+    (place / "data/summary.json").touch()
+    code, line = inside("--samples", "data")
+    assert (code, line) == (
+        2,
+        "error: data would be replaced by the samples, with --logs data/logs in it; name another",
+    )
+    assert (place / "data/logs/behaviors/day=1.parquet").is_file()
 
 
 def test_help_has_examples():
