@@ -39,7 +39,7 @@ def main(
     ] = Path("data/samples-sid"),
     store: Annotated[str | None, typer.Option(help="Feature store whose images get codes.", show_default=STORE)] = None,
     vectors: Annotated[
-        str | None, typer.Option(help="In place of --store: what jobs/export_embeddings.py made, or any with keys.")
+        str | None, typer.Option(help="In place of --store: what export_embeddings.py made, or any with keys.")
     ] = None,
     keys: Annotated[str | None, typer.Option(help="Keys of a .npy: .npy of int64, or a text file of ids.")] = None,
     samples: Annotated[
