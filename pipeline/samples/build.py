@@ -79,7 +79,8 @@ def build_samples(options: SampleOptions, client: Client, describe: Describe = l
     ad_columns = shown_as.ad_columns if shown_as else ()
     num_buckets = _num_buckets(options.partitions, impressions + behaviors, client)
     user_columns = impressions[0].user_columns
-    with replaced_folder(options.samples, spared={"--logs": options.logs}) as folder:
+    spared = {"--logs": options.logs} | ({"--mapping": options.mapping} if options.mapping else {})
+    with replaced_folder(options.samples, spared=spared) as folder:
         scratch = folder / SHUFFLE_FOLDER
         for made in (scratch, folder / "train", folder / "test"):
             made.mkdir()

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -55,14 +56,14 @@ def _replaced_folder(target: Path, what: str) -> Iterator[Path]:
 def _check_named(target: str, what: str, spared: Mapping[str, str]) -> None:
     if not target.strip() or "\0" in target:
         raise SampleOptionError(f"{target!r} is no name of a folder for the {what}; give one")
-    place = Path(target).resolve()
+    place = Path(os.path.realpath(target))  # not Path.resolve, which raises for a circle on Python 3.11
     if Path.cwd().is_relative_to(place):
         raise SampleOptionError(
             f"{target} is the folder that this command runs in, or one above it, and would be replaced by the {what}; "
             "name another"
         )
     for option, path in spared.items():
-        if "://" not in path and Path(path).resolve().is_relative_to(place):
+        if "://" not in path and Path(os.path.realpath(path)).is_relative_to(place):
             raise SampleOptionError(
                 f"{target} would be replaced by the {what}, with {option} {path} in it; name another"
             )

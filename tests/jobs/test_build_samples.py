@@ -150,6 +150,14 @@ def test_a_folder_that_cannot_be_replaced_is_refused(samples, inside, place):
     assert (place / "data/logs/behaviors/day=1.parquet").is_file()
 
 
+def test_a_circle_of_links_is_told(inside, place):
+    (place / "a").symlink_to(place / "b")
+    (place / "b").symlink_to(place / "a")
+    code, line = inside("--samples", "a")
+    assert code == 1
+    assert line.startswith("error: cannot make the samples in a")
+
+
 def test_logs_in_the_samples_folder_stay(inside, place):
     (place / "data/summary.json").touch()
     code, line = inside("--samples", "data")
