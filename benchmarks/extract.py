@@ -25,6 +25,7 @@ import typer
 from distributed import Client
 
 from benchmarks.report import Figure, JsonPath, write_report
+from featurestore.commandline import run_app, say_error
 from featurestore.errors import FeatureStoreError
 from pipeline.backbone import ComputeDType, backbone
 from pipeline.cluster import connect
@@ -61,7 +62,7 @@ def main(
             locations = [ref.location for ref in list_images(images or folder).images[:limit]]
             figures = compare(locations, rounds, batch_size)
     except (PipelineError, FeatureStoreError) as error:
-        typer.echo(f"error: {error}", err=True)
+        say_error(error)
         raise typer.Exit(1) from error
     write_report(figures, json_file)
 
@@ -135,4 +136,4 @@ def extract_seconds(client: Client, locations: Sequence[str], batch_size: int) -
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import Progress
 
 from benchmarks.report import Figure, JsonPath, write_report
 from benchmarks.workload import Knobs, Workload, make
+from featurestore.commandline import run_app, say_error
 from featurestore.errors import FeatureStoreError
-from featurestore.output import text_console
+from featurestore.output import progress_bars
 from trainer.config import load_config
 from trainer.errors import PlanError, TrainerError
 from trainer.plan.build import Plan, Row
@@ -43,12 +43,12 @@ def main(
 ) -> None:
     """Compare predicted with measured steps; prints the figures."""
     try:
-        with Progress(console=text_console(stderr=True)) as progress:
+        with progress_bars() as progress:
             knobs = Knobs(images=images, samples_per_rank=samples_per_rank, steps=24, test_samples=600)
             workload = make(folder, knobs, progress)
         figures = compare(workload, numbers(ranks))
     except (TrainerError, FeatureStoreError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        say_error(error)
         raise typer.Exit(1) from error
     write_report(figures, json_file)
 
@@ -109,4 +109,4 @@ def _compared(plan: Plan, row: Row, reports: list[dict[str, Any]]) -> dict[str, 
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

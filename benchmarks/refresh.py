@@ -23,6 +23,7 @@ from distributed import Client
 from benchmarks.extract import draw_images
 from benchmarks.report import Figure, JsonPath, write_report
 from benchmarks.written import count_writes, written_bytes
+from featurestore.commandline import run_app, say_error
 from featurestore.errors import FeatureStoreError
 from pipeline.cluster import connect
 from pipeline.errors import ExtractionError, PipelineError
@@ -53,7 +54,7 @@ def main(
         with tempfile.TemporaryDirectory() as folder:
             figures = compare(Path(folder), images, limit)
     except (PipelineError, FeatureStoreError) as error:
-        typer.echo(f"error: {error}", err=True)
+        say_error(error)
         raise typer.Exit(1) from error
     write_report(figures, json_file)
 
@@ -133,4 +134,4 @@ def _copy_images(address: str, photos: Path, count: int) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

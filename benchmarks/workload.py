@@ -9,7 +9,6 @@ there is something to learn. Letters of shapes: N images, G groups, B impression
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -26,8 +25,9 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, to_bits
+from featurestore.commandline import run_app, say_error
 from featurestore.keys import keys_of_uris, shard_of
-from featurestore.output import text_console
+from featurestore.output import progress_bars
 from trainer.errors import TrainerError
 
 Int64 = NDArray[np.int64]
@@ -287,13 +287,13 @@ def main(
         images, dim, samples_per_rank, steps, test_samples, behaviors, impressions, zipf, users, shards, row_group, seed
     )
     try:
-        with Progress(console=text_console(stderr=True)) as progress:
+        with progress_bars() as progress:
             workload = make(out, knobs, progress)
     except (WorkloadError, OSError) as failure:
-        print(f"error: {failure}", file=sys.stderr)
+        say_error(failure)
         raise typer.Exit(1) from failure
     print(f"{workload.config}")
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

@@ -2,6 +2,7 @@
 
 import typer
 
+from featurestore.commandline import run_app
 from featurestore.commands import backend, check, history, look, recode
 
 app = typer.Typer(
@@ -18,7 +19,7 @@ for commands in (look, history, check, backend, recode):
 
 def main() -> None:
     """Entry of `python -m featurestore`."""
-    app(prog_name="python -m featurestore")
+    run_app(app, "python -m featurestore")
 
 
 if __name__ == "__main__":

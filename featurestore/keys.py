@@ -15,7 +15,12 @@ UInt64Array = npt.NDArray[np.uint64]
 
 def key_of_uri(uri: str) -> int:
     """The key of an image: xxh3-64 of its uri in UTF-8, as a signed 64-bit number."""
-    unsigned = xxhash.xxh3_64_intdigest(uri.encode())
+    return key_of_bytes(uri.encode())
+
+
+def key_of_bytes(name: bytes) -> int:
+    """The same of a name that may be no text."""
+    unsigned = xxhash.xxh3_64_intdigest(name)
     return unsigned - (1 << 64) if unsigned >= 1 << 63 else unsigned
 
 

@@ -124,8 +124,11 @@ def find(storage: Storage, version: int, folders: Sequence[str] = (LOG, EXPIRED)
 
 
 def utc_text(time_s: float) -> str:
-    """Seconds since 1970, for people."""
-    return f"{datetime.fromtimestamp(time_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    """Seconds since 1970, for people; also where they are no time that a calendar has."""
+    try:
+        return f"{datetime.fromtimestamp(time_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    except (ValueError, OverflowError, OSError):
+        return f"{time_s:g} s after 1970"
 
 
 def _settled(storage: Storage, choose: Callable[[list[int]], Manifest]) -> Manifest:

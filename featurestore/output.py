@@ -1,17 +1,41 @@
 """What commands print through: text as it is, and tables in which no number is cut, on a terminal and in a pipe."""
 
+from typing import Any
+
 from rich.cells import cell_len
 from rich.console import Console
 from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
+
+from featurestore.plain import printable
 
 _ENDLESS = 1 << 16  # columns; wider than any table
 
 
+class _PlainConsole(Console):
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make text of a string that is printed, or of a cell; lines stay, other control characters are spelled out."""
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
+
+
 def text_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """A console that prints what it is given: no markup, no names of emoji, no colours of its own, no line folded."""
-    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    return _PlainConsole(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def text_column(text: str = "{task.description}") -> TextColumn:
+    """Return a column of bars, by default with a task's description, that takes no markup."""
+    return TextColumn(text, markup=False)
+
+
+def progress_bars(
+    *columns: ProgressColumn, console: Console | None = None, transient: bool = False, disable: bool = False
+) -> Progress:
+    """Return bars, by default on stderr, each with description, bar and count."""
+    shown = columns or (text_column(), BarColumn(), MofNCompleteColumn())
+    return Progress(*shown, console=console or text_console(stderr=True), transient=transient, disable=disable)
 
 
 def print_table(console: Console, table: Table) -> None:

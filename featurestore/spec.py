@@ -9,8 +9,10 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from featurestore.errors import CorruptFileError, FormatVersionError, SpecMismatchError
+from featurestore.parsing import first_mistake, parse_json
 
 FORMAT_VERSION = 1
+LAST_SECOND = 253_402_300_799  # of the year 9999, since 1970: no time can be printed after it
 
 DType = Literal["bfloat16", "float16", "float32", "int8"]
 FileKind = Literal["base", "delta"]
@@ -150,7 +152,7 @@ class Manifest(_Frozen):
     parent: str | None
     commit_id: str
     writer: str
-    time_s: float  # for people; order comes from the version alone
+    time_s: Annotated[float, Field(ge=0, le=LAST_SECOND)]  # for people; order comes from the version alone
     operation: str
     num_quarantined: int = 0
     num_files: int
@@ -171,7 +173,7 @@ def seal(model: BaseModel) -> bytes:
 def unseal(data: bytes, model_class: type[ModelT], path: str) -> ModelT:
     """The model that `seal` wrote. Raises FormatVersionError for a newer format, CorruptFileError for changed bytes."""
     try:
-        fields = json.loads(data)
+        fields = parse_json(data)
         format_version = fields["format_version"]
         digest = fields.pop("digest")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -181,7 +183,7 @@ def unseal(data: bytes, model_class: type[ModelT], path: str) -> ModelT:
     try:
         model = model_class.model_validate(fields)
     except ValidationError as error:
-        raise CorruptFileError(f"{path} is damaged: {error}") from error
+        raise CorruptFileError(f"{path} is damaged: {first_mistake(error)}") from error
     if seal(model) != data:
         raise CorruptFileError(f"{path} is damaged: its digest does not fit its content")
     return model

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from featurestore.commandline import run_app, say_error
 from featurestore.commands.common import progress_bar
 from featurestore.errors import FeatureStoreError
 from featurestore.index import IndexKind
@@ -85,7 +86,7 @@ def main(
                 index = AdIndex.build(out, kind or "flat", chosen.keys_N, vectors_NW, origin)
                 added = Added(len(chosen.keys_N), 0, 0)
     except (TrainerError, FeatureStoreError) as error:
-        typer.echo(f"error: {error}", err=True)
+        say_error(error)
         raise typer.Exit(1) from error
     typer.echo(describe(trained, index, added, out, time.monotonic() - start))
 
@@ -119,4 +120,4 @@ def _chosen(trained: TrainedRun, ads: str | None, samples: str | None) -> Ads:
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from featurestore.commandline import run_app, say_error
 from featurestore.errors import FeatureStoreError
 from featurestore.storage import Storage
 from pipeline.cluster import connect
@@ -86,7 +87,7 @@ def main(
         with connect() as client:
             summary = build_samples(options, client, describe_files)
     except (PipelineError, FeatureStoreError, TrainerError) as error:
-        typer.echo(f"error: {error}", err=True)
+        say_error(error)
         raise typer.Exit(2 if isinstance(error, SampleOptionError) else 1) from error
     typer.echo(describe(summary))
 
@@ -131,4 +132,4 @@ def _split(name: str, split: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app, may_be_empty=("--user-columns",))

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
+from featurestore.commandline import run_app, say_error
 from featurestore.errors import FeatureStoreError
+from featurestore.parsing import parse_yaml
 from featurestore.store import FeatureStore
 from pipeline.errors import PipelineError, SampleOptionError
 from pipeline.semantic.build import SemanticOptions, build_semantic_ids
@@ -84,7 +85,7 @@ def main(
         describe_files = partial(describe_samples, found, store_name, options) if found else _nothing
         summary = build_semantic_ids(_open(store, vectors, keys), options, columns, describe_files)
     except (PipelineError, FeatureStoreError, TrainerError) as error:
-        typer.echo(f"error: {error}", err=True)
+        say_error(error)
         raise typer.Exit(2 if isinstance(error, SampleOptionError) else 1) from error
     typer.echo(describe(summary, out))
 
@@ -173,8 +174,8 @@ def _tables_beside(samples: str | None) -> dict[str, int]:
     if not path.is_file():
         return {}
     try:
-        return dict(yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["tables"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        return dict(parse_yaml(path.read_text(encoding="utf-8"))["model"]["tables"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise SchemaError(f"{path} has no model.tables: {error}") from error
 
 
@@ -183,4 +184,4 @@ def _nothing(summary: dict[str, Any]) -> Mapping[str, str]:
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

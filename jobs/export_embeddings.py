@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from featurestore.commandline import run_app, say_error
 from featurestore.commands.common import progress_bar
 from featurestore.errors import FeatureStoreError
 from trainer.errors import TrainerError
@@ -56,7 +57,7 @@ def main(
         with progress_bar("images") as progress:
             keys = export(opened, out, progress)
     except (TrainerError, FeatureStoreError) as error:
-        typer.echo(f"error: {error}", err=True)
+        say_error(error)
         raise typer.Exit(1) from error
     typer.echo(describe(opened, out, keys, time.monotonic() - start))
 
@@ -77,4 +78,4 @@ def describe(network: ImageNetwork, out: str, keys: str | None, seconds: float) 
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from featurestore.commandline import run_app
 from pipeline.cluster import connect
 from pipeline.extract import ExtractOptions, extract
 from pipeline.layers import DEFAULT_BACKBONE
@@ -92,4 +93,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from featurestore.commandline import run_app
 from pipeline.cluster import connect
 from pipeline.imports import matrix, parquet, xdl
 from pipeline.imports.report import describe
@@ -108,4 +109,4 @@ def open_source(
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

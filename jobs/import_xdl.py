@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from featurestore.commandline import run_app, say_error
 from featurestore.errors import FeatureStoreError
 from featurestore.store import FeatureStore
 from pipeline.cluster import connect
@@ -234,9 +235,9 @@ def _one_message() -> Iterator[None]:
     try:
         yield
     except (PipelineError, FeatureStoreError, TrainerError) as error:
-        typer.echo(f"error: {error}", err=True)
+        say_error(error)
         raise typer.Exit(2 if isinstance(error, SampleOptionError) else 1) from error
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app, may_be_empty=("--images", "--sparse", "--dense"))

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from featurestore.commandline import run_app, say_error
 from pipeline.demo.make import DemoOptions, DemoSummary, make_demo
 from pipeline.errors import PipelineError
 from pipeline.progress import progress
@@ -67,7 +68,7 @@ def main(
         with progress("measuring" if images else "drawing", options.items) as advance:
             summary = make_demo(options, advance)
     except PipelineError as error:
-        typer.echo(f"error: {error}", err=True)
+        say_error(error)
         raise typer.Exit(1) from error
     typer.echo(describe(options, summary))
 
@@ -108,4 +109,4 @@ def _pointer(options: DemoOptions, summary: DemoSummary) -> str:
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

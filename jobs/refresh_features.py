@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from featurestore.commandline import run_app
 from pipeline.cluster import connect
 from pipeline.outcome import told
 from pipeline.refresh import RefreshOptions, refresh
@@ -68,4 +69,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

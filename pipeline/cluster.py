@@ -82,7 +82,7 @@ def address_in_file(path: Path, timeout_s: float) -> str:
             return str(json.loads(path.read_text())["address"])
         except FileNotFoundError:
             reason = "there is no such file"
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"not a scheduler file: {error!r}"
         if time.monotonic() > deadline:
             raise SchedulerUnreachableError(f"the one of {path}", f"{reason}, after {timeout_s:g} s")

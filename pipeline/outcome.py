@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import typer
 
+from featurestore.commandline import say_error
 from featurestore.errors import FeatureStoreError
 from pipeline.errors import BackboneError, PipelineError, WeightsError
 
@@ -17,7 +18,7 @@ def told() -> Iterator[None]:
     try:
         yield
     except (PipelineError, FeatureStoreError) as error:
-        typer.echo(f"error: {error}", err=True)
+        say_error(error)
         raise typer.Exit(2 if isinstance(error, BackboneError | WeightsError) else 1) from error
     except KeyboardInterrupt:
         typer.echo("stopped; what is finished is kept, and the same command goes on from there", err=True)

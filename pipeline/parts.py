@@ -21,6 +21,7 @@ import xxhash
 from distributed import get_worker
 
 from featurestore.codec import Codec, codec_of
+from featurestore.parsing import parse_json
 from featurestore.rows import FeatureRows
 from featurestore.spec import DType
 from featurestore.storage import Storage
@@ -29,7 +30,7 @@ from pipeline.backbone import Backbone, ComputeDType, backbone
 from pipeline.decode import Pixels, Preset, prepare
 from pipeline.errors import BadImageError, WeightsError
 from pipeline.layers import network_of
-from pipeline.source import ImageRef, read_image
+from pipeline.source import ImageRef, bytes_of
 
 DEADLY = "brings down the process that decodes it"
 DIGEST_THREADS = 8  # reading and hashing; both wait more than they compute
@@ -75,7 +76,7 @@ class PartReport:
     @classmethod
     def load(cls, store: str, run_id: str, part: str) -> "PartReport":
         """The report of a staged part."""
-        fields = json.loads(Storage(store).read_bytes(_report_path(run_id, part)))
+        fields = parse_json(Storage(store).read_bytes(_report_path(run_id, part)))
         lists = {
             "bad": tuple(BadImage(*bad) for bad in fields["bad"]),
             "images": tuple((key, tag) for key, tag in fields["images"]),
@@ -177,7 +178,7 @@ def digest_images(refs: Sequence[ImageRef]) -> list[bytes]:
 
     def digest(ref: ImageRef) -> bytes:
         try:
-            return xxhash.xxh3_128_digest(read_image(ref.location))
+            return xxhash.xxh3_128_digest(bytes_of(ref))
         except BadImageError:
             return b""
 
@@ -233,7 +234,7 @@ class _Loader:
     def load(self, ref: ImageRef) -> Loaded:
         digest = b""
         try:
-            data = read_image(ref.location)
+            data = bytes_of(ref)
             digest = xxhash.xxh3_128_digest(data)
             with self._lock:
                 is_first = self._first.setdefault(digest, ref.key) == ref.key

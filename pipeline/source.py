@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
@@ -15,12 +16,14 @@ import pyarrow.parquet
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 from fsspec.core import split_protocol, url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential
 
 from featurestore.csvlines import CsvTextError, long_rows
 from featurestore.errors import KeyCollisionError
-from featurestore.keys import key_of_uri
+from featurestore.keys import key_of_bytes, key_of_uri
 from pipeline.errors import BadImageError, SourceError
+from pipeline.localfiles import NOT_TEXT, check_reachable, files_below, is_text, read_regular, spelled
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 TABLE_EXTENSIONS = (".parquet", ".csv")
@@ -33,9 +36,10 @@ class ImageRef(NamedTuple):
 
     key: int
     uri: str  # as it stands in the store
-    location: str  # where to read it
+    location: str  # where to read it; empty where the listing knows that nobody can
     source_tag: str  # etag, or size and time; empty where the file cannot be looked at
     size_bytes: int  # -1 where unknown
+    problem: str = ""  # why nobody can read it
 
 
 class Listing(NamedTuple):
@@ -54,6 +58,8 @@ def list_images(address: str) -> Listing:
     """
     with _source_errors(f"look at {address}"):
         fs, root = _open_fs(address)
+        if isinstance(fs, LocalFileSystem):
+            check_reachable(root)
         is_file, is_folder = fs.isfile(root), fs.isdir(root)
     if is_file and root.lower().endswith(TABLE_EXTENSIONS):
         return _list_table(fs, root, address)
@@ -64,6 +70,13 @@ def list_images(address: str) -> Listing:
     return _list_folder(fs, root, address)
 
 
+def bytes_of(ref: ImageRef) -> bytes:
+    """The bytes of a listed image. Raises BadImageError with the reason."""
+    if ref.problem:
+        raise BadImageError(ref.problem)
+    return read_image(ref.location)
+
+
 def read_image(location: str) -> bytes:
     """The bytes of one image; other errors than a missing or forbidden file are tried three times.
 
@@ -71,6 +84,8 @@ def read_image(location: str) -> bytes:
     """
     try:
         return _read(location)
+    except BadImageError:
+        raise
     except FileNotFoundError as error:
         raise BadImageError("no such file") from error
     except Exception as error:  # each object store's client has its own tree of errors
@@ -99,6 +114,8 @@ def _is_passing(error: BaseException) -> bool:
 )
 def _read(location: str) -> bytes:
     fs, path = _open_fs(location)
+    if isinstance(fs, LocalFileSystem):
+        return read_regular(path)
     data: bytes = fs.cat_file(path)
     return data
 
@@ -124,16 +141,19 @@ def _client(protocol: str) -> Any:
 def _list_folder(fs: Any, root: str, address: str) -> Listing:
     root = root.rstrip("/")
     with _source_errors(f"list {address}"):
-        found: Mapping[str, Mapping[str, Any]] = (
-            fs.find(root, detail=True) if _has_own_find(fs) else dict(_files_below(fs, root))
-        )
+        if isinstance(fs, LocalFileSystem):
+            found: Mapping[str, Mapping[str, Any]] = dict(_local_entries(root))
+        else:
+            found = fs.find(root, detail=True) if _has_own_find(fs) else dict(_files_below(fs, root))
     images, num_ignored = [], 0
     for path, entry in found.items():
         uri = path.removeprefix(root).lstrip("/")
-        if PurePosixPath(uri).suffix.lower() not in IMAGE_EXTENSIONS:
+        if PurePosixPath(uri).suffix.lower() not in IMAGE_EXTENSIONS or entry["type"] != "file":
             num_ignored += 1
-            continue
-        images.append(ImageRef(key_of_uri(uri), uri, fs.unstrip_protocol(path), _tag(entry), _size(entry)))
+        elif not is_text(uri):
+            images.append(ImageRef(key_of_bytes(os.fsencode(uri)), spelled(uri), "", "", -1, NOT_TEXT))
+        else:
+            images.append(ImageRef(key_of_uri(uri), uri, fs.unstrip_protocol(path), _tag(entry), _size(entry)))
     if not images:
         ignored = f" ({num_ignored} other files)" if num_ignored else ""
         raise SourceError(f"no images in {address}{ignored}: looked for {', '.join(IMAGE_EXTENSIONS)}")
@@ -155,6 +175,13 @@ def _files_below(fs: Any, folder: str) -> Iterator[tuple[str, Mapping[str, Any]]
                 yield from _files_below(fs, entry["name"])
         else:
             yield entry["name"], entry
+
+
+def _local_entries(root: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The same of a folder on this machine, as fsspec would say it; links are followed, which it does not."""
+    for each in files_below(root or "/"):
+        sizes = {} if each.found is None else {"size": each.found.st_size, "mtime": each.found.st_mtime}
+        yield each.path, {"type": "file" if each.is_regular else "other", **sizes}
 
 
 def _list_table(fs: Any, path: str, address: str) -> Listing:

@@ -6,6 +6,7 @@ Also `dask submit`, through Dask's entry-point group dask_cli; hence click, whic
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import sys
 import time
@@ -31,15 +32,28 @@ Examples:
 Exit codes: the script's own, 128 + n when signal n ended it; 1 when the cluster cannot be used; 2 for a mistake in
 the command line or a scheduler that is refused."""
 
+LEAST_MEMORY = 128 << 20
+MOST = 1024  # workers of a machine, and threads of a worker
+MOST_S = 1e6  # what clocks of operating systems take, and twelve days
+
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_STOPPED = 130
 
 
 def _memory_limit(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
     try:
-        parse_memory_limit(value, 1, logger=logging.getLogger(__name__))
-    except ValueError as error:
+        limit = parse_memory_limit(value or None, 1, logger=logging.getLogger(__name__))
+    except (ValueError, OverflowError) as error:
         raise click.BadParameter(f"{value!r} is not a size such as 4GB, 512MiB or auto") from error
+    if value == "" or (limit is not None and limit < LEAST_MEMORY):
+        raise click.BadParameter(f"{value!r} is below 128 MiB, and a worker does not start with less; try 1GB or auto")
+    return value
+
+
+def _finite(_: click.Context, __: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number of seconds")
     return value
 
 
@@ -59,20 +73,21 @@ def _memory_limit(_: click.Context, __: click.Parameter, value: str | None) -> s
     type=click.Path(dir_okay=False, path_type=Path),
     help="The file that `dask scheduler --scheduler-file FILE` writes.",
 )
-@click.option("-n", "--workers", metavar="N", type=click.IntRange(min=1), help="A local cluster of N workers.")
-@click.option("--threads-per-worker", metavar="T", type=click.IntRange(min=1), help="Default: cores / N.")
+@click.option("-n", "--workers", metavar="N", type=click.IntRange(1, MOST), help="A local cluster of N workers.")
+@click.option("--threads-per-worker", metavar="T", type=click.IntRange(1, MOST), help="Default: cores / N.")
 @click.option("--memory-limit", metavar="M", callback=_memory_limit, help="Of one local worker: 4GB, 512MiB, auto.")
 @click.option(
     "--wait-workers",
     metavar="N",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, MOST * MOST),
     help="Start the script once N workers are there. Default: 1, or all of a local cluster.",
 )
 @click.option(
     "--timeout",
     "timeout_s",
     metavar="S",
-    type=click.FloatRange(min=0, min_open=True),
+    callback=_finite,
+    type=click.FloatRange(min=0, max=MOST_S, min_open=True),
     default=30.0,
     show_default=True,
     help="Seconds for the scheduler to answer and the workers to come.",
@@ -181,4 +196,13 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """The console script dask-submit."""
-    submit(prog_name="dask-submit")
+    try:
+        code = submit.main(prog_name="dask-submit", standalone_mode=False)
+    except click.ClickException as error:
+        # Not above: Dask's own commands import this file, on workers too, and signals wait for our first line.
+        from featurestore.commandline import tell_usage
+
+        sys.exit(tell_usage(error))
+    except click.Abort:
+        sys.exit(EXIT_STOPPED)
+    sys.exit(code)

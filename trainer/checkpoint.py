@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from featurestore.identity import SnapshotId
+from featurestore.parsing import parse_json
 from trainer import accepted
 from trainer.batch import BatchPosition
 from trainer.comm import Comm
@@ -199,7 +200,7 @@ def read_recorded(path: Path) -> CheckpointState:
     """state.json of the checkpoint at `path`, its own digest verified. Raises CheckpointError."""
     file = path / "state.json"
     try:
-        values = json.loads(file.read_bytes())
+        values = parse_json(file.read_bytes())
         digest = values.pop("digest")
         version = values["format_version"]
         if version > FORMAT_VERSION:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from featurestore.commandline import say_error
 from trainer.errors import ConfigError, LostRankError, RemoteRankError, SchemaError, TrainerError
 
 if TYPE_CHECKING:
@@ -72,4 +73,4 @@ def _is_missing_key(failure: Exception) -> bool:
 def _tell(failure: Exception) -> None:
     text = failure.text if isinstance(failure, RemoteRankError) else str(failure)
     where = f"rank {failure.rank}: " if isinstance(failure, RemoteRankError) else ""
-    print(f"error: {where}{text}", file=sys.stderr, flush=True)
+    say_error(f"{where}{text}")

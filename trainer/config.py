@@ -7,14 +7,16 @@ stand the types and the limits.
 import hashlib
 import json
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from yaml import YAMLError
 
+from featurestore.plain import one_line
 from trainer.errors import ConfigError
 from trainer.files import replace_file
 from trainer.options import Count, ExchangeConfig, LearningRate, ModelConfig, OptimConfig, RateDecay
@@ -31,8 +33,16 @@ WARM_PARTS: dict[Any, list[WarmPart]] = {
     "partial": ["images", "model"],
     "full": ["images", "model", "ids"],
 }
+Version = Annotated[int, Field(ge=0, lt=2**63)]
 Place = Annotated[str, Field(min_length=1)]
-Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+
+
+def _calendar_day(value: str) -> str:
+    date.fromisoformat(value)
+    return value
+
+
+Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$"), AfterValidator(_calendar_day)]
 
 
 class DataConfig(Section):
@@ -42,9 +52,9 @@ class DataConfig(Section):
     train_days: Annotated[list[Day], Field(min_length=1)] | None
     test_days: list[Day] | None
     store: Place
-    store_version: Annotated[int, Field(ge=0)] | None
+    store_version: Version | None
     stores: dict[str, Place]
-    store_versions: dict[str, Annotated[int, Field(ge=0)]]
+    store_versions: dict[str, Version]
     cache_dir: Place | None
     schema_file: Place | None
     global_batch_size: Count
@@ -139,11 +149,11 @@ def load_config(file: Path | None = None, settings: Sequence[str] = ()) -> Confi
     if file is not None:
         merged = _merge(merged, _read(file), str(file))
     for setting in settings:
-        merged = _merge(merged, _parse_setting(setting), "--set")
+        merged = _merge(merged, _parse_setting(setting), f"--set {setting}")
     try:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as failure:
-        raise ConfigError(f"the configuration has an interpolation that leads nowhere: {failure}") from failure
+        raise ConfigError(f"an interpolation of the configuration leads nowhere: {one_line(failure)}") from failure
     assert isinstance(values, dict)
     return validated(Config, {str(name): value for name, value in values.items()}, "configuration", ConfigError)
 
@@ -163,8 +173,8 @@ def _read(path: Path) -> DictConfig:
         loaded = OmegaConf.load(path)
     except FileNotFoundError as failure:
         raise ConfigError(f"--config {path}: there is no such file") from failure
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as failure:
-        raise ConfigError(f"{path} is not a readable YAML file: {failure}") from failure
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as failure:
+        raise ConfigError(f"{path} is not a readable YAML file: {one_line(failure)}") from failure
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} has to be a mapping of sections (data, model, exchange, train, run), found a list")
     return loaded
@@ -176,14 +186,16 @@ def _parse_setting(setting: str) -> DictConfig:
         raise ConfigError(f"--set {setting}: it has to be section.field=value, as train.epochs=1")
     try:
         return OmegaConf.from_dotlist([setting])
-    except (YAMLError, OmegaConfBaseException) as failure:
-        raise ConfigError(f"--set {setting}: the value is not readable as YAML: {failure}") from failure
+    except (YAMLError, OmegaConfBaseException, RecursionError) as failure:
+        raise ConfigError(f"--set {setting}: the value is not readable as YAML: {one_line(failure)}") from failure
 
 
 def _merge(below: DictConfig, above: DictConfig, source: str) -> DictConfig:
     try:
         merged = OmegaConf.merge(below, above)
+    except TypeError as failure:
+        raise ConfigError(f"{source}: there is a mapping of names to values where the other has a list") from failure
     except OmegaConfBaseException as failure:
-        raise ConfigError(f"{source}: {failure}") from failure
+        raise ConfigError(f"{source}: {one_line(failure)}") from failure
     assert isinstance(merged, DictConfig)
     return merged

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from featurestore.commandline import run_app
 from featurestore.errors import AnotherStoreError
 from trainer import daytable
 from trainer.config import Config, load_config, save_config
@@ -323,4 +324,4 @@ def _run_before(day: Day) -> Path | None:
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

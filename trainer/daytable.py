@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from rich.table import Table
 
 from featurestore.output import print_table, text_console
+from featurestore.parsing import parse_json
 from trainer.config import load_config
 from trainer.errors import TrainerError
 from trainer.files import replace_file
@@ -44,7 +45,7 @@ def report_of(run: Path) -> dict[str, Any] | None:
     """The run's report.json; None before its end. Raises TrainerError where it cannot be read."""
     file = run / "report.json"
     try:
-        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        report: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as failure:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from featurestore.commandline import run_app
 from trainer.cli import run_on_ranks
 
 if TYPE_CHECKING:
@@ -66,4 +67,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

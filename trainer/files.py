@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from featurestore.parsing import parse_yaml
 from trainer.errors import TrainerError
 
 
@@ -19,10 +18,10 @@ def replace_file(path: Path, content: str | bytes) -> None:
 def read_mapping(path: Path, setting: str, error: type[TrainerError], wanted: str = "a mapping") -> dict[str, Any]:
     """What a YAML file says, which `setting`, an option with its = or its space, names. Raises `error`."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as failure:
         raise error(f"{setting}{path}: there is no such file") from failure
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as failure:
+    except (OSError, ValueError) as failure:
         raise error(f"{path} is not a readable YAML file: {failure}") from failure
     if not isinstance(values, Mapping):
         raise error(f"{path} has to be {wanted}, found {type(values).__name__}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from featurestore.commandline import run_app
 from trainer.cli import run_on_ranks
 from trainer.config import WARM_PARTS, Config, load_config
 from trainer.errors import ConfigError
@@ -149,4 +150,4 @@ def train(config: Config, comm: "Comm") -> None:
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

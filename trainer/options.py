@@ -9,7 +9,8 @@ from trainer.validate import Section
 BaseNet = Literal["lr", "mlp", "din", "dcn", "two_tower"]
 Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query"]
 ComputeDType = Literal["bfloat16", "float32", "float64"]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+TableRows = Annotated[int, Field(ge=1, le=10**12)]
 LearningRate = Annotated[float, Field(gt=0, le=10)]
 RateDecay = Annotated[float, Field(gt=0, le=1)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
@@ -51,9 +52,9 @@ class ModelConfig(Section):
     """Share of training samples whose ad is taken for a new one: the vectors of its own IDs are zero."""
     compute_dtype: ComputeDType | Literal["auto"] = "auto"
     """Type of E's matrix products; all else is float32, or float64 with them. auto: what the machine is quicker at."""
-    table_shards: Count = 64
+    table_shards: Annotated[int, Field(ge=1, le=1 << 20)] = 64
     """Shards of every ID table. A checkpoint loads at any number of ranks, but only at its own number of shards."""
-    tables: dict[str, Count] = Field(default={})
+    tables: dict[str, TableRows] = Field(default={})
     """Rows of each ID table, by name; ids are hashed into them, so the number is rounded up to fill every shard."""
 
     @field_validator("pooling")

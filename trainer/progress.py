@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from featurestore.output import text_console
+from featurestore.output import progress_bars, text_column, text_console
 
 _LINE_EVERY_S = 5.0
 
@@ -26,11 +26,11 @@ class Progression:
         self._total = total
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step) if folder else None
         self._next_line_s = 0.0
-        self._bar = Progress(
-            TextColumn("train"),
+        self._bar = progress_bars(
+            text_column(),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
+            text_column("{task.fields[text]}"),
             TimeRemainingColumn(),
             console=self.console,
             disable=folder is None or not self.console.is_terminal,

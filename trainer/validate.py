@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound=BaseModel)
 class Section(BaseModel):
     """A part of a configuration: immutable, no unknown names, no silent conversion of a string to a number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 def near_match(name: str, known: Sequence[str], prefix: str = "") -> str:

@@ -16,13 +16,13 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from benchmarks.report import Figure, JsonPath, Section, write_sections
 from benchmarks.resume.runs import CHANGING, End, Float, Runs, checkpoint_every
 from benchmarks.workload import Knobs, make
+from featurestore.commandline import run_app, say_error
 from featurestore.errors import FeatureStoreError
+from featurestore.output import progress_bars
 from trainer.errors import TrainerError
 from trainer.plan.sample import numbers
 
@@ -41,7 +41,7 @@ def main(
     samples: Annotated[int, typer.Option(help="Of a step.", min=16)] = 64,
 ) -> None:
     """Compare killed and resumed runs with undisturbed ones; prints the figures."""
-    lengths, chosen = numbers(steps), dtype or list(DTYPES)
+    chosen = dtype or list(DTYPES)
     if strange := [each for each in chosen if each not in DTYPES]:
         raise typer.BadParameter(f"{', '.join(strange)}: choose among {', '.join(DTYPES)}", param_hint="--dtype")
     knobs = Knobs(
@@ -56,7 +56,8 @@ def main(
         row_group=100,
     )
     try:
-        with Progress(console=Console(stderr=True)) as progress, tempfile.TemporaryDirectory() as scratch:
+        lengths = numbers(steps)
+        with progress_bars() as progress, tempfile.TemporaryDirectory() as scratch:
             workload = make(folder, knobs, progress)
             task = progress.add_task("train", total=len(chosen) * len(lengths))
             sections = []
@@ -67,7 +68,7 @@ def main(
                     progress.advance(task)
                 sections.append(Section(f"{name}: differences from one undisturbed rank", grid=grid, prefix=f"{name}_"))
     except (TrainerError, FeatureStoreError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        say_error(error)
         raise typer.Exit(1) from error
     write_sections(sections, json_file)
 
@@ -112,4 +113,4 @@ def largest(found: Mapping[str, Float], expected: Mapping[str, Float]) -> float:
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

@@ -12,6 +12,7 @@ from typing import Annotated
 import torch
 import typer
 
+from featurestore.commandline import run_app
 from trainer.cli import run_on_ranks
 from trainer.comm import Comm
 from trainer.config import Config, load_config
@@ -70,4 +71,4 @@ def _kill_at(engine: Engine, step: int) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

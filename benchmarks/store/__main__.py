@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TimeElapsedColumn
 
 from benchmarks.report import JsonPath, Section, write_sections
 from benchmarks.store.builds import cache_figures, write_figures
@@ -23,7 +23,8 @@ from benchmarks.store.depth import depth_figures
 from benchmarks.store.limit import limit_figures
 from benchmarks.store.lookup import delta_figures, warm_figures
 from benchmarks.store.peers import fill_peers
-from featurestore.output import text_console
+from featurestore.commandline import run_app
+from featurestore.output import progress_bars, text_column
 
 _HEADLINE = [
     "lookup_vs_numpy_take",
@@ -116,8 +117,8 @@ def main(
 ) -> None:
     """Measure the store against numpy.take, LMDB, RocksDB, Lance and plain pyarrow."""
     asked_depths = ascending(depths)
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with working_folder(folder) as work, Progress(*columns, console=text_console(stderr=True)) as progress:
+    columns = text_column(), BarColumn(), TimeElapsedColumn()
+    with working_folder(folder) as work, progress_bars(*columns) as progress:
         bench = Bench(work, rows, keys, rounds, threads, progress, seed)
         sections = measure(bench, asked_depths, limit_mb, only or tuple(Part))
     run = {"rows": rows, "dim": DIM, "keys_per_lookup": keys, "threads": threads, "rounds": rounds, "cores": cores()}
@@ -125,4 +126,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TimeElapsedColumn
 
 from benchmarks.report import JsonPath, Section, write_sections
 from benchmarks.train.launch import RunFailedError
 from benchmarks.train.rounds import DifferentLossesError
 from benchmarks.train.sections import FUXICTR, SECTIONS, VARIANTS, Bench, fuxictr_python, measure
 from benchmarks.workload import Knobs, WorkloadError, make
-from featurestore.output import text_console
+from featurestore.commandline import run_app, say_error
+from featurestore.output import progress_bars, text_column
 
 app = typer.Typer(add_completion=False)
 NAMES = (*VARIANTS, *SECTIONS)
@@ -40,7 +41,7 @@ def check_fuxictr(chosen: list[str]) -> None:
         return
     missing = "FuxiCTR is not installed in this environment (make install says why)"
     if asked := [name for name in chosen if name in FUXICTR]:
-        print(f"error: {', '.join(asked)}: {missing}", file=sys.stderr)
+        say_error(f"{', '.join(asked)}: {missing}")
         raise typer.Exit(1)
     if not chosen:
         print(f"note: {missing}; its figures are left out", file=sys.stderr)
@@ -90,18 +91,18 @@ def main(
     """Measure the trainer against its own matrix products and against other ways to bring images into the model."""
     chosen, others = known(only or []), alternatives(variant or [])
     check_fuxictr(chosen)
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    columns = text_column(), BarColumn(), TimeElapsedColumn()
     knobs = Knobs(images=images, dim=dim, samples_per_rank=samples_per_rank, seed=seed)
     try:
         with (
             tempfile.TemporaryDirectory(prefix="train-bench-") as scratch,
-            Progress(*columns, console=text_console(stderr=True)) as progress,
+            progress_bars(*columns) as progress,
         ):
             workload = make(folder, knobs, progress)
             bench = Bench(workload, Path(scratch), rounds, steps, memory_steps, settings or [], progress)
             sections = measure(bench, chosen, others)
     except (WorkloadError, RunFailedError, DifferentLossesError, OSError) as failure:
-        print(f"error: {failure}", file=sys.stderr)
+        say_error(failure)
         raise typer.Exit(1) from failure
     if (worst := spread(sections)) > _QUIET_SPREAD:
         print(f"warning: one round was {worst:.1f} times as fast as another: this machine was busy", file=sys.stderr)
@@ -110,4 +111,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

@@ -5,7 +5,6 @@ python -m benchmarks.train.peer compute --config WORKLOAD/config.yaml --steps 20
 
 import itertools
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 import typer
 
+from featurestore.commandline import say_error
 from featurestore.errors import FeatureStoreError
 from trainer.comm import Comm, connect
 from trainer.config import load_config
@@ -134,7 +134,7 @@ def main(
                     seen = train(variant, steps, run)
                 size = run.config.data.global_batch_size
         except (TrainerError, FeatureStoreError) as failure:
-            print(f"error: {failure}", file=sys.stderr, flush=True)
+            say_error(failure)
             raise typer.Exit(1) from failure
         ranks = [Seen(**values) for values in comm.allgather_object(asdict(seen))]
         if comm.rank == 0:

@@ -7,10 +7,10 @@ from datetime import datetime
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from featurestore import output
+from featurestore.commandline import say_error
 from featurestore.errors import FeatureStoreError
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
@@ -48,9 +48,8 @@ def print_table(names: Sequence[str], rows: Iterable[Sequence[str]], numbers: Co
 @contextmanager
 def progress_bar(things: str = "shards") -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, where that is a terminal: call what comes out with the `things` done, and all of them."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     console = output.text_console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with output.progress_bars(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(things)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
@@ -61,7 +60,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except FeatureStoreError as error:
-        sys.stderr.write(f"error: {error}\n")
+        say_error(error)
         raise typer.Exit(1) from None
     except MemoryError:
         sys.stderr.write("error: out of memory; a command needs about as much as the largest data file, twice\n")

@@ -18,12 +18,20 @@ from featurestore.upkeep.history import LogEntry, Rows
 from featurestore.upkeep.history import diff as diff_snapshots
 from featurestore.upkeep.history import log as log_of_store
 from featurestore.upkeep.history import restore as restore_snapshot
+from featurestore.upkeep.pins import PIN_NAME_RULE, is_pin_name
 from featurestore.upkeep.pins import pin as pin_snapshot
 from featurestore.upkeep.pins import unpin as unpin_snapshot
 
 app = typer.Typer()
 
-PinName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the pin.")]
+
+def _pin_name(name: str) -> str:
+    if not is_pin_name(name):
+        raise typer.BadParameter(PIN_NAME_RULE.format(name=name))
+    return name
+
+
+PinName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the pin.", callback=_pin_name)]
 
 
 @app.command(epilog="Example: `python -m featurestore log data/features --last 20`")

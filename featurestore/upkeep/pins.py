@@ -2,19 +2,21 @@
 
 import re
 import time
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from featurestore import log
 from featurestore.commit import writer_name
 from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError
-from featurestore.spec import FORMAT_VERSION, seal, unseal
+from featurestore.spec import FORMAT_VERSION, LAST_SECOND, seal, unseal
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
 
 PINS = log.PINS
 _SUFFIX = ".json"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+PIN_NAME_RULE = "{name!r} is no name of a pin: letters, digits, '.', '_' and '-', up to 100, no leading '.'"
 
 
 class Pin(BaseModel):
@@ -26,7 +28,12 @@ class Pin(BaseModel):
     name: str
     version: int
     writer: str
-    time_s: float  # for people
+    time_s: Annotated[float, Field(ge=0, le=LAST_SECOND)]  # for people
+
+
+def is_pin_name(name: str) -> bool:
+    """Tell whether a pin may have this name."""
+    return _NAME.fullmatch(name) is not None
 
 
 def pin(store: FeatureStore, name: str, version: int | None = None) -> Pin:
@@ -84,8 +91,8 @@ def read_pin(storage: Storage, name: str) -> Pin:
 
 
 def _path(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise PinError(f"{name!r} is no name of a pin: letters, digits, '.', '_' and '-', up to 100, no leading '.'")
+    if not is_pin_name(name):
+        raise PinError(PIN_NAME_RULE.format(name=name))
     return f"{PINS}/{name}{_SUFFIX}"
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import xxhash
 
+from featurestore.parsing import parse_json
 from pipeline.demo import truth
 from pipeline.demo.catalogue import Catalogue
 from pipeline.demo.draw import SHAPES, Garment, catalogue_of, draw_garment, plan_garments
@@ -130,7 +130,7 @@ def _read_demo(out: Path) -> dict[str, Any] | None:
     """The demo.json of `out`; None where there is none."""
     path = out / DEMO_FILE
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -17,7 +17,7 @@ from pipeline.decode import decode
 from pipeline.demo.catalogue import Catalogue, FloatArray, standardize
 from pipeline.demo.errors import DemoError
 from pipeline.errors import BadImageError
-from pipeline.source import ImageRef, list_images, read_image
+from pipeline.source import ImageRef, bytes_of, list_images
 
 SIDE_PX = 96  # measured on a small copy: quick, and blind to the grain of the camera
 CENTRE = slice(SIDE_PX // 5, SIDE_PX - SIDE_PX // 5)
@@ -91,7 +91,7 @@ def measure(image: Image.Image) -> FloatArray:
 def _try_measure(ref: ImageRef) -> FloatArray | str:
     """The look, or the reason why there is none."""
     try:
-        return measure(decode(read_image(ref.location))[0])
+        return measure(decode(bytes_of(ref))[0])
     except BadImageError as error:
         return str(error)
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import xxhash
 
 from featurestore.keys import Int64Array
+from featurestore.parsing import parse_json
 from featurestore.rows import FeatureRows
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
@@ -43,7 +44,7 @@ class UnitReport:
     @classmethod
     def load(cls, store: FeatureStore, run_id: str, unit: str) -> "UnitReport":
         """The report of a complete unit."""
-        fields = json.loads(store.storage.read_bytes(_path(run_id, unit, _REPORT)))
+        fields = parse_json(store.storage.read_bytes(_path(run_id, unit, _REPORT)))
         return cls(tuple(fields["parts"]), fields["num_rows"], tuple(BadRow(*bad) for bad in fields["bad"]))
 
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from featurestore.parsing import parse_yaml
 from pipeline.errors import SampleError
 
 TimeUnit = Literal["s", "ms", "us"]
@@ -118,11 +118,11 @@ class Mapping(_Section):
 def load_mapping(path: Path) -> Mapping:
     """The mapping in a YAML file. Raises SampleError naming the file and what is wrong."""
     try:
-        return Mapping.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return Mapping.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, each['loc'])) or 'mapping'}: {_text(each['msg'])}" for each in error.errors()]
         raise SampleError("\n".join(f"{path}: {line}" for line in lines)) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise SampleError(f"--mapping {path} cannot be read as YAML: {error}") from error
 
 

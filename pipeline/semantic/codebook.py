@@ -16,6 +16,7 @@ from safetensors.numpy import save
 
 from featurestore.identity import SnapshotId
 from featurestore.index import encode_residual, train_residual_quantizer
+from featurestore.parsing import parse_json
 from pipeline.errors import SampleError
 
 Float32Array = npt.NDArray[np.float32]
@@ -118,7 +119,7 @@ def load(path: Path) -> Codebook:
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in ("codebooks", "mean", "std")}
-            source = json.loads((file.metadata() or {})["source"])
+            source = parse_json((file.metadata() or {})["source"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise SampleError(f"{path} is no codebook of this job: {error}") from error
     return Codebook(arrays["codebooks"], arrays["mean"], arrays["std"], source)

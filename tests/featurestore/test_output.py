@@ -67,7 +67,9 @@ def test_only_output_makes_consoles_and_prints_tables() -> None:
     for package in ("featurestore", "pipeline", "trainer", "jobs", "benchmarks", "tools"):
         for file in sorted((ROOT / package).rglob("*.py")):
             text = file.read_text(encoding="utf-8")
-            makes = re.search(r"\bConsole\(|rich\.print|from rich import print|Markdown\(", text)
+            makes = re.search(
+                r"\b(Console|Progress|TextColumn)\(|rich\.print|from rich import print|Markdown\(|import track", text
+            )
             by_itself = "rich.table import" in text and "print_table" not in text
             if file.name != "output.py" and (makes or by_itself):
                 found.append(file)

@@ -15,8 +15,8 @@ from pipeline import refresh as refresh_module
 from pipeline.backbone import backbone
 from pipeline.errors import BadImageError, ExtractionError, SourceError
 from pipeline.extract import ExtractOptions, extract
-from pipeline.parts import read_image
 from pipeline.refresh import RefreshOptions, refresh
+from pipeline.source import read_image
 
 NETWORK = "mobilenet_v3_small:avgpool"  # small, and another than the tests of extraction use
 
@@ -177,7 +177,7 @@ def test_changed_images_that_cannot_be_read_keep_their_feature(make, run, write,
         return read_image(location)
 
     with monkeypatch.context() as network:
-        network.setattr("pipeline.parts.read_image", unreachable)
+        network.setattr("pipeline.source.read_image", unreachable)
         summary = run(folder)
     assert (counts(summary), summary.snapshot) == ((0, 0, 0, 1, 0, 1, 0, 0), 1)
     assert rows_of(tmp_path / "features") == before
@@ -192,7 +192,7 @@ def test_an_image_that_did_not_change_after_all_leaves_the_quarantine(make, run,
     make(folder)
     touch(folder / "a.jpg")
     with monkeypatch.context() as network:
-        network.setattr("pipeline.parts.read_image", lambda location: (_ for _ in ()).throw(BadImageError("no answer")))
+        network.setattr("pipeline.parts.bytes_of", lambda ref: (_ for _ in ()).throw(BadImageError("no answer")))
         assert counts(run(folder)) == (0, 0, 0, 1, 0, 1, 0, 0)
     touch(folder / "a.jpg", -100)
     assert counts(run(folder)) == (0, 0, 0, 2, 0, 0, 1, 0)
@@ -297,7 +297,7 @@ def test_a_run_that_goes_on_tries_images_that_could_not_be_read_again(
 
     done = sum(computed)
     with monkeypatch.context() as trouble:
-        trouble.setattr("pipeline.parts.read_image", unreachable)
+        trouble.setattr("pipeline.source.read_image", unreachable)
         trouble.setattr(FeatureStore, "commit", lost)
         with pytest.raises(StorageError, match="the power went out"):
             run(folder, part_size=part_size)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from featurestore.commandline import run_app
 from trainer.cli import FAILED, OK, run_on_ranks
 from trainer.errors import ConfigError, TrainerError
 from trainer.files import replace_file
@@ -90,4 +91,4 @@ def _write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

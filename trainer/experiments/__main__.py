@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from featurestore.commandline import run_app
 from featurestore.output import text_console
 from trainer.config import Config, load_config
 from trainer.errors import ConfigError
@@ -122,4 +123,4 @@ def settings_of(file: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

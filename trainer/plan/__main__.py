@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from featurestore.commandline import run_app, say_error
 from featurestore.errors import FeatureStoreError
 from trainer.config import Config, load_config
 from trainer.errors import ConfigError, SchemaError, TrainerError
@@ -91,7 +92,7 @@ def main(
         if json_file is not None:
             _write(json_file, json.dumps(as_json(plan), indent=2) + "\n")
     except (TrainerError, FeatureStoreError) as failure:
-        print(f"error: {failure}", file=sys.stderr, flush=True)
+        say_error(failure)
         raise typer.Exit(USAGE if isinstance(failure, ConfigError | SchemaError) else FAILED) from failure
 
 
@@ -127,4 +128,4 @@ def _write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

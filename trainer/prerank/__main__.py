@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from featurestore.commandline import run_app
 from trainer.cli import run_on_ranks
 from trainer.errors import ConfigError, TrainerError
 
@@ -167,4 +168,4 @@ def _write(path: Path, report: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from featurestore.commandline import run_app, say_error
 from featurestore.errors import FeatureStoreError
 from featurestore.storage import Storage
 from trainer.errors import DataError, SchemaError, TrainerError
@@ -112,9 +113,9 @@ def _user_errors() -> Iterator[None]:
     try:
         yield
     except (TrainerError, FeatureStoreError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        say_error(error)
         raise typer.Exit(USAGE if isinstance(error, SchemaError) else FAILED) from None
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m trainer.schema")
+    run_app(app, "python -m trainer.schema")

@@ -276,7 +276,7 @@ class TestCommands:
             (["diff", "{store}", "1", "12"], 1, "no snapshot 12"),
             (["restore", "{store}", "12"], 1, "no snapshot 12"),
             (["unpin", "{store}", "a"], 1, "no pin 'a'"),
-            (["pin", "{store}", "a/b"], 1, "no name of a pin"),
+            (["pin", "{store}", "a/b"], 2, "no name of a pin"),
             (["info", "{store}", "--at", "2020-01-01"], 1, "no snapshot of 2020-01-01"),
             (["info", "{store}", "--at", "yesterday"], 2, "does not match"),
             (["info", "{store}", "--at", "2027-01-01", "--version", "1"], 2, "give one of them"),
