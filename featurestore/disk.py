@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from featurestore.errors import CorruptFileError
+
 TEMPORARY = ".tmp-"  # how names of files begin that are not complete
 
 
@@ -21,14 +23,36 @@ class StorageEntry(NamedTuple):
 
 
 class DiskFiles:
-    """Files below a folder of this machine; errors are Python's own."""
+    """Files below a folder of this machine; errors are Python's own.
 
-    def __init__(self, root: str) -> None:
+    With `keep_inside` no symbolic link leads out of the folder: what lies behind one is neither read, written nor
+    removed, but CorruptFileError is raised. The folder itself may be a link. Costs one lstat for each part of a path.
+    """
+
+    def __init__(self, root: str, keep_inside: bool = False) -> None:
         self._root = root
+        self._keep_inside = keep_inside
 
-    def path(self, path: str) -> Path:
-        """Where `path` stands on this machine."""
-        return Path(self._root, path) if path else Path(self._root)
+    def path(self, path: str, follow: bool = True) -> Path:
+        """Where `path` stands on this machine. Without `follow` it may itself be a link that leads anywhere: to be
+        replaced or removed, which leaves alone what is behind it. Raises CorruptFileError."""
+        place = Path(self._root, path) if path else Path(self._root)
+        if self._keep_inside:
+            parts = path.split("/") if path else []
+            self._check_inside(place, parts if follow else parts[:-1])
+        return place
+
+    def _check_inside(self, place: Path, parts: list[str]) -> None:
+        step = self._root
+        for part in parts:
+            step = f"{step}/{part}"
+            if os.path.islink(step):  # noqa: PTH114 - many times a second; of a Path it costs twice as much
+                target = Path(os.path.realpath(step))  # not Path.resolve, which raises for a circle on Python 3.11
+                if not target.is_relative_to(os.path.realpath(self._root)) or not target.exists():
+                    raise CorruptFileError(
+                        f"{place} is not in the store: {step} is a link that leads to {target}. A store has its files"
+                        " in its own folder: put there what the link leads to, or remove the link"
+                    )
 
     def read_bytes(self, path: str) -> bytes:
         """The whole file."""
@@ -78,7 +102,8 @@ class DiskFiles:
         return _entry(path, self.path(path).stat())
 
     def entries(self, path: str, recursive: bool) -> Iterator[StorageEntry]:
-        """Files of a folder and of the folders in it; a folder or file that vanishes meanwhile is left out."""
+        """Files of a folder and of the folders in it; a folder or file that vanishes meanwhile is left out, and so is a
+        link to a folder: whoever removes files by this list removes none behind it."""
         try:
             found = [*os.scandir(self.path(path))]
         except (FileNotFoundError, NotADirectoryError):
@@ -89,26 +114,28 @@ class DiskFiles:
                 if recursive:
                     yield from self.entries(relative, recursive)
                 continue
+            if each.is_symlink() and Path(each).is_dir():
+                continue
             with contextlib.suppress(FileNotFoundError):
-                yield _entry(relative, each.stat())
+                yield _entry(relative, each.stat(follow_symlinks=not self._keep_inside))
 
     def delete(self, path: str) -> None:
-        """Remove a file, or a folder with all below it."""
-        place = self.path(path)
+        """Remove a file, or a folder with all below it; of a link the link alone."""
+        place = self.path(path, follow=False)
         if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place)
         else:
             place.unlink(missing_ok=True)
 
     def delete_files(self, paths: Iterable[str]) -> None:
-        """Remove files."""
+        """Remove files; of a link the link alone."""
         for path in paths:
-            self.path(path).unlink(missing_ok=True)
+            self.path(path, follow=False).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _temporary(self, path: str) -> Iterator[tuple[Path, Path]]:
         """The place of a file, its folder made, and a name beside it; a file of this name is removed at the end."""
-        target = self.path(path)
+        target = self.path(path, follow=False)
         _make_folder(target.parent)
         temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
         try:

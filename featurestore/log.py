@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from featurestore.errors import CommitConflictError, CorruptFileError, SnapshotNotFoundError, StorageError
-from featurestore.spec import Manifest, seal, unseal
+from featurestore.spec import MAX_VERSION, Manifest, seal, unseal
 from featurestore.storage import Storage
 
 LOG = "log"
 EXPIRED = "expired"
 PINS = "pins"
-_NAME = re.compile(r"(\d{20})\.json")
+_NAME = re.compile(r"([0-9]{20})\.json")
 _MAX_ATTEMPTS = 300
 _MAX_FAILURES = 5
 _MAX_LISTINGS = 20
@@ -42,14 +42,21 @@ def manifest_path(version: int, folder: str = LOG) -> str:
 
 
 def version_of(name: str) -> int | None:
-    """The version in a manifest's file name; None where it is no manifest's."""
+    """The version in a manifest's file name; None where it is no manifest's, as one beyond MAX_VERSION is not."""
     match = _NAME.fullmatch(name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match and 1 <= int(match[1]) <= MAX_VERSION else None
 
 
 def versions(storage: Storage, folder: str = LOG) -> list[int]:
     """Committed versions, ascending."""
     return [version for version in map(version_of, storage.list(folder)) if version is not None]
+
+
+def strays(storage: Storage, folder: str = LOG) -> list[str]:
+    """Paths of the files in a folder of manifests whose names are no manifest's: no reader and no commit sees them."""
+    paths = [entry.path for entry in storage.entries(folder, recursive=False)]
+    names = [path.rpartition("/")[2] for path in paths]
+    return [path for path, name in zip(paths, names, strict=True) if version_of(name) is None and name[0] != "."]
 
 
 def read_manifest(storage: Storage, version: int | None = None) -> Manifest:
@@ -59,6 +66,8 @@ def read_manifest(storage: Storage, version: int | None = None) -> Manifest:
     if version is None:
         return _settled(storage, lambda known: read(storage, known[-1]) if known else EMPTY)
     try:
+        if version > MAX_VERSION:
+            raise FileNotFoundError
         return read(storage, version)
     except FileNotFoundError:
         known = versions(storage) or [0]
@@ -81,7 +90,8 @@ def publish(storage: Storage, commit_id: str, following: Callable[[Manifest], Ma
     """Commit `following(parent)` onto the newest manifest, and again onto a newer one when another writer was first.
 
     `following` gives the same `commit_id` each time. The manifest is read back after success and after every error:
-    what stands in the log decides, not the answer. Raises CommitConflictError after hundreds of lost races.
+    what stands in the log decides, not the answer. Raises CommitConflictError after hundreds of lost races,
+    CorruptFileError where the newest manifest is damaged, or has the last number that there can be.
     """
     unsure: set[int] = set()  # versions that may be ours, though no answer and no reading said so
     failures = 0
@@ -91,6 +101,11 @@ def publish(storage: Storage, commit_id: str, following: Callable[[Manifest], Ma
             found = find(storage, version)
             if found is not None and _counts(storage, found, commit_id):
                 return found
+        if parent.version == MAX_VERSION:
+            raise CorruptFileError(
+                f"{storage.full(manifest_path(MAX_VERSION))} has the last number that there can be, which no store gets"
+                f" to by its commits: move it out of {LOG}/, if it is not yours"
+            )
         manifest = following(parent)
         try:
             standing = _create_and_read_back(storage, manifest)

@@ -2,17 +2,19 @@
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from featurestore.errors import CorruptFileError, FormatVersionError, SpecMismatchError
 from featurestore.parsing import first_mistake, parse_json
 
 FORMAT_VERSION = 1
 LAST_SECOND = 253_402_300_799  # of the year 9999, since 1970: no time can be printed after it
+MAX_VERSION = (1 << 63) - 1  # of a snapshot
 
 DType = Literal["bfloat16", "float16", "float32", "int8"]
 FileKind = Literal["base", "delta"]
@@ -25,6 +27,21 @@ STORAGE_DTYPES: dict[DType, npt.DTypeLike] = {
     "int8": np.uint8,
 }
 
+_PART = r"[^./\\:\x00-\x1f\x7f][^/\\:\x00-\x1f\x7f]*"
+_PATH_BELOW = re.compile(f"{_PART}(?:/{_PART})*")
+
+
+def _below_the_store(path: str) -> str:
+    if not _PATH_BELOW.fullmatch(path):
+        raise ValueError(
+            f"{path[:200]!r} is no path below the store: names with one / between them, none of which begins with a dot"
+            " or holds a backslash, a colon or a control character"
+        )
+    return path
+
+
+StorePath = Annotated[str, AfterValidator(_below_the_store)]  # every path that a file of a store names
+Version = Annotated[int, Field(ge=0, le=MAX_VERSION)]  # 0 is the empty store
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
@@ -61,7 +78,7 @@ class CodecSpec(_Frozen):
     """
 
     kind: Literal["faiss QT_8bit"] = "faiss QT_8bit"
-    path: str
+    path: StorePath
     sha256: str
 
 
@@ -126,7 +143,7 @@ class StoreInfo(_Frozen):
 class FileEntry(_Frozen):
     """One immutable data file of one shard."""
 
-    path: str
+    path: StorePath
     bytes: int
     rows: int
     num_deleted: int
@@ -134,8 +151,8 @@ class FileEntry(_Frozen):
     xxh3_128: str  # as strong against accidents, and ten times faster: checked by every read of the whole file
     kind: FileKind
     info_digest: str
-    based_on: int = 0  # the snapshot against which its keys were checked for collisions
-    statistics_path: str | None = None  # none beside a small file: its rows are read instead
+    based_on: Version = 0  # the snapshot against which its keys were checked for collisions
+    statistics_path: StorePath | None = None  # none beside a small file: its rows are read instead
     statistics_sha256: str | None = None
 
     @property
@@ -148,7 +165,7 @@ class Manifest(_Frozen):
     """One snapshot: the files of every shard, oldest first. Its creation is the commit."""
 
     format_version: int = FORMAT_VERSION
-    version: int
+    version: Version
     parent: str | None
     commit_id: str
     writer: str

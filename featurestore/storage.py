@@ -20,7 +20,7 @@ from fsspec.utils import stringify_path
 from tenacity import RetryError
 
 from featurestore.disk import TEMPORARY, DiskFiles, StorageEntry
-from featurestore.errors import StorageError
+from featurestore.errors import CorruptFileError, StorageError
 from featurestore.retries import is_passing, persist, says_exists, was_not_done
 
 _S3_PROTOCOLS = ("s3", "s3a")
@@ -41,21 +41,23 @@ class Storage:
     """Files below one address; every path is relative to it, with forward slashes.
 
     On an object store throttling, failures of the server, cut connections and timeouts are tried again for a minute.
-    Pickles as its address. The client is made on first use in each process, so never shared across a fork.
+    On a disk, with `keep_inside`, a symbolic link that leads out of the folder is damage (CorruptFileError): stores are
+    opened so. Pickles as its address. The client is made on first use in each process, so never shared across a fork.
     """
 
-    def __init__(self, url: str | os.PathLike[str]) -> None:
+    def __init__(self, url: str | os.PathLike[str], keep_inside: bool = False) -> None:
         text = stringify_path(url)
         protocol, path = split_protocol(text)
         self._protocol = protocol or "file"
         self._root = str(Path(path).absolute()) if self.is_local else path.rstrip("/")
         self.url = self._root if self.is_local else f"{self._protocol}://{self._root.lstrip('/')}"
-        self._disk = DiskFiles(self._root)
+        self._keep_inside = keep_inside
+        self._disk = DiskFiles(self._root, keep_inside)
         self._remote = RemoteFiles(self._protocol, self._root)
         self._files: DiskFiles | RemoteFiles = self._disk if self.is_local else self._remote
 
-    def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
-        return Storage, (self.url,)
+    def __reduce__(self) -> tuple[type["Storage"], tuple[str, bool]]:
+        return Storage, (self.url, self._keep_inside)
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
@@ -211,7 +213,9 @@ class Storage:
             tries = f"tried {error.last_attempt.attempt_number} times"
             raise StorageError(f"cannot {action} {self.full(path)}: {_reason(cause)} ({tries})") from cause
         except Exception as error:  # each object store's client has its own tree of errors
-            if isinstance(error, StorageError) or (isinstance(error, FileNotFoundError) and not writing):
+            if isinstance(error, StorageError | CorruptFileError) or (
+                isinstance(error, FileNotFoundError) and not writing
+            ):
                 raise
             hint = "; are the credentials right?" if isinstance(error, PermissionError) and not self.is_local else ""
             raise StorageError(f"cannot {action} {self.full(path)}: {_reason(error)}{hint}") from error

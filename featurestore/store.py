@@ -63,7 +63,7 @@ class FeatureStore:
 
         Raises StoreExistsError, UnsafeBackendError.
         """
-        storage = Storage(url)
+        storage = Storage(url, keep_inside=True)
         if INFO_PATH in storage.list():
             raise StoreExistsError(f"{storage.url} is a store already")
         refuse_unsafe(storage)
@@ -76,7 +76,7 @@ class FeatureStore:
     @classmethod
     def open(cls, url: str | os.PathLike[str]) -> "FeatureStore":
         """Open a store. Raises StoreNotFoundError, FormatVersionError, CorruptFileError."""
-        storage = Storage(url)
+        storage = Storage(url, keep_inside=True)
         try:
             data = storage.read_bytes(INFO_PATH)
         except FileNotFoundError:

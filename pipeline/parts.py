@@ -76,7 +76,7 @@ class PartReport:
     @classmethod
     def load(cls, store: str, run_id: str, part: str) -> "PartReport":
         """The report of a staged part."""
-        fields = parse_json(Storage(store).read_bytes(_report_path(run_id, part)))
+        fields = parse_json(Storage(store, keep_inside=True).read_bytes(_report_path(run_id, part)))
         lists = {
             "bad": tuple(BadImage(*bad) for bad in fields["bad"]),
             "images": tuple((key, tag) for key, tag in fields["images"]),
@@ -85,7 +85,7 @@ class PartReport:
 
     def save(self, store: str, run_id: str, part: str) -> None:
         """Write the report; before the rows, since these make the part complete."""
-        Storage(store).write_bytes(_report_path(run_id, part), json.dumps(asdict(self)).encode())
+        Storage(store, keep_inside=True).write_bytes(_report_path(run_id, part), json.dumps(asdict(self)).encode())
 
 
 class Loaded(NamedTuple):

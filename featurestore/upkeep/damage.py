@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from featurestore import log
 from featurestore.errors import CorruptFileError, StorageError
-from featurestore.spec import FORMAT_VERSION, seal, unseal
+from featurestore.spec import FORMAT_VERSION, StorePath, seal, unseal
 from featurestore.storage import Storage
 
 DAMAGED = "damaged"
@@ -34,7 +34,7 @@ class DamageNote(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: int = FORMAT_VERSION
-    path: str
+    path: StorePath
     reason: str
     time_s: float
 
@@ -61,13 +61,13 @@ def noted_paths(storage: Storage) -> set[str]:
 
 
 def keep_copy(storage: Storage, path: str) -> None:
-    """Copy a small damaged file to `damaged/`, under its path with dashes; an empty one where it cannot be read. It may
-    be gone already."""
+    """Copy a small damaged file to `damaged/`, under its path with dashes; an empty one where it cannot be read, or is
+    a link out of the store. It may be gone already."""
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError:
         return
-    except StorageError as error:
+    except (CorruptFileError, StorageError) as error:
         if not is_damage(storage, error):
             raise
         data = b""

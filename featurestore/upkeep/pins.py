@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from featurestore import log
 from featurestore.commit import writer_name
 from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError
-from featurestore.spec import FORMAT_VERSION, LAST_SECOND, seal, unseal
+from featurestore.spec import FORMAT_VERSION, LAST_SECOND, Version, seal, unseal
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
 
@@ -26,7 +26,7 @@ class Pin(BaseModel):
 
     format_version: int = FORMAT_VERSION
     name: str
-    version: int
+    version: Version
     writer: str
     time_s: Annotated[float, Field(ge=0, le=LAST_SECOND)]  # for people
 
@@ -101,4 +101,6 @@ def _is_there(storage: Storage, path: str) -> bool:
         storage.entry(path)
     except FileNotFoundError:
         return False
+    except CorruptFileError:  # a link out of the store
+        return True
     return True

@@ -2,15 +2,18 @@
 
 import time
 import uuid
+from collections.abc import Collection
 
 from featurestore import log
 from featurestore.commit import writer_name
 from featurestore.datafile import info_in, read_verified
 from featurestore.errors import CorruptFileError, StorageError
-from featurestore.spec import Manifest, StoreInfo, seal
+from featurestore.spec import MAX_VERSION, Manifest, StoreInfo, seal
 from featurestore.storage import Storage
 from featurestore.store import INFO_PATH
 from featurestore.upkeep import damage
+
+_MOST_BETWEEN_PINS = 1 << 32  # commits; more than a century of one each second
 
 
 def rebuild_info(url: str, dry_run: bool) -> str:
@@ -19,7 +22,7 @@ def rebuild_info(url: str, dry_run: bool) -> str:
     A damaged one is kept in damaged/. The store keeps its `store_id`; where its data files are too old to know it, it
     gets a new one. Raises CorruptFileError where no file is good.
     """
-    storage = Storage(url)
+    storage = Storage(url, keep_inside=True)
     found = _info_of_a_file(storage, newest_good(storage))
     if found is None:
         raise CorruptFileError(
@@ -34,9 +37,11 @@ def rebuild_info(url: str, dry_run: bool) -> str:
     return path
 
 
-def newest_good(storage: Storage) -> Manifest:
-    """The newest manifest that can be read. Raises CorruptFileError where there is none."""
+def newest_good(storage: Storage, bad: Collection[int] = ()) -> Manifest:
+    """The newest manifest that can be read and is none of the `bad` versions. Raises CorruptFileError without one."""
     for version in reversed(log.versions(storage)):
+        if version in bad:
+            continue
         try:
             return log.read(storage, version)
         except FileNotFoundError:
@@ -47,13 +52,12 @@ def newest_good(storage: Storage) -> Manifest:
     raise CorruptFileError(f"no manifest of {storage.url} is good: put {storage.full(log.LOG)} back from a backup")
 
 
-def recommit_newest_good(storage: Storage, operation: str, dry_run: bool) -> tuple[int, int]:
-    """Commit the newest good manifest again, behind the newest one that is damaged; both versions, old and new.
+def recommit(storage: Storage, good: Manifest, version: int, operation: str, dry_run: bool) -> None:
+    """Commit the newest good manifest again as `version`, the number behind that of the newest, which is damaged.
 
     Readers and writers, who stop at a damaged newest manifest, go on with it. Where another repair was first, its
-    commit stands. Raises CorruptFileError where no manifest is good.
+    commit stands.
     """
-    good, version = newest_good(storage), log.versions(storage)[-1] + 1
     if not dry_run:
         again = good.model_copy(
             update={
@@ -67,7 +71,21 @@ def recommit_newest_good(storage: Storage, operation: str, dry_run: bool) -> tup
         )
         storage.create_exclusive(log.manifest_path(version), seal(again))
         log.read(storage, version)  # ours or another's: whole it must be
-    return good.version, version
+
+
+def was_committed(storage: Storage, good: Manifest, version: int) -> bool:
+    """Whether a damaged newest manifest was once a commit, for all that can be known: then its number is used up.
+
+    It was where every number between the newest good manifest and it is in log/, expired/ or damaged/. Else there is a
+    gap, and a stray file. But expiry may have made the gap: behind the newest good one only where a pin keeps that, so
+    where there are pins, and no more numbers in between than commits can be, the gap proves nothing.
+    """
+    aside = [name.partition("-")[2] for name in storage.list(damage.DAMAGED) if damage.is_manifest(name)]
+    known = {*log.versions(storage), *log.versions(storage, log.EXPIRED), *map(log.version_of, aside)}
+    num_between = version - good.version - 1
+    if len([number for number in known if number and good.version < number < version]) == num_between:
+        return version < MAX_VERSION
+    return bool(storage.list(log.PINS)) and num_between < min(_MOST_BETWEEN_PINS, MAX_VERSION - version)
 
 
 def _info_of_a_file(storage: Storage, manifest: Manifest) -> tuple[str, StoreInfo] | None:

@@ -113,7 +113,7 @@ def recode(
     something else is at the place, InvalidRowsError where there are no rows to take ranges from or `dtype` cannot hold
     one, CorruptFileError before anything of a damaged file is used.
     """
-    storage = Storage(target_url)
+    storage = Storage(target_url, keep_inside=True)
     plan = _read_plan(storage)
     if plan is None:
         finished = _finished(source, storage, dtype, version)

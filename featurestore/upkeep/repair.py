@@ -6,7 +6,9 @@
 - A file whose statistics are damaged goes on without them: its rows are read instead, until it is compacted.
 - Files that older snapshots alone name are noted, and no alarm any more: those snapshots cannot be changed.
 - A damaged manifest moves to damaged/. Where it was the newest, the newest good one is committed again first, under the
-  next number; the files of the lost commit stay until `expire` removes them.
+  next number; the files of the lost commit stay until `expire` removes them. Where nothing was committed under its
+  number, as there is a gap before it, it is a stray file, and the numbers go on behind the newest good one.
+- A file with a name that no manifest can have moves from log/ to damaged/.
 - Damaged quarantine files and expired manifests move to damaged/. A damaged store.json is rebuilt from a data file.
 """
 
@@ -29,12 +31,12 @@ from featurestore.spec import FileEntry, Manifest
 from featurestore.store import FeatureStore
 from featurestore.upkeep import damage
 from featurestore.upkeep.filecheck import readable_keys
-from featurestore.upkeep.rebuild import newest_good, rebuild_info, recommit_newest_good
+from featurestore.upkeep.rebuild import newest_good, rebuild_info, recommit, was_committed
 from featurestore.upkeep.verify import Problem, Progress, verify
 
 OPERATION = "repair"
 Replacements = dict[str, FileEntry | None]  # path of a file of the newest snapshot: what takes its place
-_ASIDE = ("expired", "quarantine")
+_ASIDE = ("stray", "expired", "quarantine")
 
 
 @dataclass
@@ -67,26 +69,35 @@ def repair(store: FeatureStore | str, dry_run: bool = False, progress: Progress 
     by_kind: dict[str, list[Problem]] = defaultdict(list)
     for problem in problems:
         by_kind[problem.kind].append(problem)
-    for problem in by_kind["manifest"]:
-        _mend_manifest(store, problem, report, dry_run)
+    _mend_manifests(store, by_kind["manifest"], report, dry_run)
     _mend_files(store, [*by_kind["data"], *by_kind["statistics"]], report, dry_run)
     for problem in [problem for kind in _ASIDE for problem in by_kind[kind]]:
         report.actions.append(f"move {problem.path} to {damage.DAMAGED}/")
         if not dry_run:
             damage.put_aside(store.storage, problem.path)
-    report.left = [problem for kind in ("codec", "order", "pin", "collision") for problem in by_kind[kind]]
+    report.left = [problem for kind in ("folder", "codec", "order", "pin", "collision") for problem in by_kind[kind]]
     return report
 
 
-def _mend_manifest(store: FeatureStore, problem: Problem, report: RepairReport, dry_run: bool) -> None:
-    version, newest = problem.versions[0], log.versions(store.storage)[-1]
-    if version == newest:
-        good, number = recommit_newest_good(store.storage, OPERATION, dry_run)
-        report.actions.append(f"commit snapshot {good} again as {number}: what {version} had changed is lost")
-        report.version = None if dry_run else number
-    report.actions.append(f"move {problem.path} to {damage.DAMAGED}/")
-    if not dry_run:
-        damage.put_aside(store.storage, problem.path)
+def _mend_manifests(store: FeatureStore, problems: Sequence[Problem], report: RepairReport, dry_run: bool) -> None:
+    """From the newest on: behind a stray file may be a damaged commit, which is then the newest."""
+    if not problems:
+        return
+    left = set(log.versions(store.storage))
+    good = newest_good(store.storage, {version for problem in problems for version in problem.versions})
+    for problem in sorted(problems, key=lambda problem: problem.versions, reverse=True):
+        (version,) = problem.versions
+        if version == max(left, default=0) and was_committed(store.storage, good, version):
+            recommit(store.storage, good, version + 1, OPERATION, dry_run)
+            report.actions.append(
+                f"commit snapshot {good.version} again as {version + 1}: what {version} had changed is lost"
+            )
+            report.version = None if dry_run else version + 1
+            left.add(version + 1)
+        report.actions.append(f"move {problem.path} to {damage.DAMAGED}/")
+        left.discard(version)
+        if not dry_run:
+            damage.put_aside(store.storage, problem.path)
 
 
 def _mend_files(store: FeatureStore, problems: Sequence[Problem], report: RepairReport, dry_run: bool) -> None:

@@ -7,15 +7,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from featurestore import log, quarantine
-from featurestore.codec import codec_of
+from featurestore.codec import CODECS, codec_of
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError, StorageError, StoreNotFoundError
 from featurestore.memory import FileMemory
 from featurestore.shard import read_moments
 from featurestore.spec import FileEntry, Manifest
+from featurestore.staging import STAGING
 from featurestore.storage import Storage
 from featurestore.store import INFO_PATH, FeatureStore
 from featurestore.upkeep import damage, pins
 from featurestore.upkeep.damage import is_damage
+from featurestore.upkeep.expiry import DATA
 from featurestore.upkeep.filecheck import FileKeys, check_file, collisions
 
 _MEMORY_BYTES = 256 << 20
@@ -23,8 +25,20 @@ _THREADS = 4
 _ERRORS = (CorruptFileError, StorageError)  # of reading a file; not all of them are damage of it
 Progress = Callable[[int, int], None]  # files checked, files in all
 ProblemKind = Literal[
-    "info", "codec", "manifest", "order", "expired", "pin", "quarantine", "data", "statistics", "collision"
+    "info",
+    "folder",
+    "codec",
+    "manifest",
+    "stray",
+    "order",
+    "expired",
+    "pin",
+    "quarantine",
+    "data",
+    "statistics",
+    "collision",
 ]
+_FOLDERS = (log.LOG, log.EXPIRED, log.PINS, DATA, CODECS, quarantine.QUARANTINE, STAGING, damage.DAMAGED)
 FileId = tuple[str, str]  # path and sha256
 
 
@@ -73,22 +87,31 @@ def verify(
     snapshot names (of `version` alone where that is given) with its statistics.
 
     Of a data file: size, sha256, page checksums, columns, row counts, order of keys, shard, duplicates, values, and
-    that no key of a snapshot has two uris. Reads all bytes once; the threads together hold no more of them than 256 MB,
-    or the largest file. Files that `expire` removes meanwhile are no problem. Raises SnapshotNotFoundError,
-    StoreNotFoundError, StorageError.
+    that no key of a snapshot has two uris. Of a folder: that no link leads out of the store; else nothing behind it
+    is looked at. Reads all bytes once; the threads together hold no more of them than 256 MB, or the largest file.
+    Files that `expire` removes meanwhile are no problem. Raises SnapshotNotFoundError, StoreNotFoundError,
+    StorageError.
     """
     report = VerifyReport()
     url = store if isinstance(store, str) else store.url
     try:
         store = FeatureStore.open(url)  # anew: what is in memory was good when it was read
     except (*_ERRORS, StoreNotFoundError) as error:
-        is_lost = isinstance(error, StoreNotFoundError) and log.versions(Storage(url))
-        if not is_lost and not is_damage(Storage(url), error):
+        is_lost = isinstance(error, StoreNotFoundError) and log.versions(Storage(url, keep_inside=True))
+        if not is_lost and not is_damage(Storage(url, keep_inside=True), error):
             raise
         report.problems.append(Problem("info", INFO_PATH, str(error), _repair(url, "rebuilds it from a data file")))
         return report
+    report.problems += _folder_problems(store)
+    if report.problems:  # what is behind such a link is not the store's
+        return report
     manifests = _read_manifests(store, report)
-    report.problems += [*_codec_problems(store), *_pin_problems(store, manifests), *_quarantine_problems(store)]
+    report.problems += [
+        *_strays(store),
+        *_codec_problems(store),
+        *_pin_problems(store, manifests),
+        *_quarantine_problems(store),
+    ]
     if version is not None:
         if version not in manifests and not any(version in problem.versions for problem in report.problems):
             raise SnapshotNotFoundError(f"{store.url} has no snapshot {version}: see python -m featurestore log")
@@ -111,7 +134,7 @@ def _read_manifests(store: FeatureStore, report: VerifyReport) -> dict[int, Mani
     report.num_manifests = len(known)
     for version in known:
         path = log.manifest_path(version)
-        way_out = _repair(url, "moves it to damaged/, and commits the newest good one again where it was the newest")
+        way_out = _repair(url, "moves it to damaged/, and commits the newest good one again where this one was it")
         try:
             manifest = log.read(storage, version)
         except FileNotFoundError:
@@ -142,6 +165,21 @@ def _read_manifests(store: FeatureStore, report: VerifyReport) -> dict[int, Mani
                 raise
             report.problems.append(Problem("expired", path, str(error), _repair(url, "moves it to damaged/")))
     return good
+
+
+def _folder_problems(store: FeatureStore) -> Iterator[Problem]:
+    for folder in _FOLDERS:
+        try:
+            store.storage.list(folder)
+        except CorruptFileError as error:
+            yield Problem("folder", folder, str(error), "Then verify again: nothing else was checked")
+
+
+def _strays(store: FeatureStore) -> Iterator[Problem]:
+    way_out = _repair(store.url, "moves it to damaged/")
+    for path in [path for folder in (log.LOG, log.EXPIRED) for path in log.strays(store.storage, folder)]:
+        message = f"{store.storage.full(path)} has a name that no manifest can have: no reader and no commit sees it"
+        yield Problem("stray", path, message, way_out)
 
 
 def _codec_problems(store: FeatureStore) -> Iterator[Problem]:
