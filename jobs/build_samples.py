@@ -11,7 +11,8 @@ from featurestore.commandline import run_app, say_error
 from featurestore.errors import FeatureStoreError
 from featurestore.storage import Storage
 from pipeline.cluster import connect
-from pipeline.errors import PipelineError, SampleOptionError
+from pipeline.errors import PipelineError
+from pipeline.outcome import exit_code
 from pipeline.samples.build import DAY_S, SampleOptions, build_samples
 from trainer.errors import TrainerError
 from trainer.schema.samples import inspect_samples, render
@@ -88,7 +89,7 @@ def main(
             summary = build_samples(options, client, describe_files)
     except (PipelineError, FeatureStoreError, TrainerError) as error:
         say_error(error)
-        raise typer.Exit(2 if isinstance(error, SampleOptionError) else 1) from error
+        raise typer.Exit(exit_code(error)) from error
     typer.echo(describe(summary))
 
 

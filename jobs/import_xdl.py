@@ -12,10 +12,11 @@ from featurestore.commandline import run_app, say_error
 from featurestore.errors import FeatureStoreError
 from featurestore.store import FeatureStore
 from pipeline.cluster import connect
-from pipeline.errors import PipelineError, SampleOptionError
+from pipeline.errors import PipelineError
 from pipeline.imports import xdl
 from pipeline.imports.report import describe as describe_import
 from pipeline.imports.run import ImportOptions, import_vectors
+from pipeline.outcome import exit_code
 from pipeline.progress import progress
 from pipeline.xdl.draw import IMAGE_FOLDER, TEXT_FILE, DrawOptions, draw
 from pipeline.xdl.export import Column, Roles
@@ -236,7 +237,7 @@ def _one_message() -> Iterator[None]:
         yield
     except (PipelineError, FeatureStoreError, TrainerError) as error:
         say_error(error)
-        raise typer.Exit(2 if isinstance(error, SampleOptionError) else 1) from error
+        raise typer.Exit(exit_code(error)) from error
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""What dask-submit makes sure of before a script runs: a safe address, enough workers, equal versions, our packages."""
+"""What is made sure of before a cluster is used: a safe address; for dask-submit also workers, versions, packages."""
 
 import ipaddress
 import socket
 from collections.abc import Mapping
 from typing import Any
 
+import dask
 from distributed import Client
 from distributed.comm.addressing import parse_address, parse_host_port
 from distributed.comm.registry import backends
@@ -17,20 +18,25 @@ from pipeline.errors import (
     VersionMismatchError,
 )
 
-ENCRYPTED_PROTOCOLS = ("tls", "wss")
+SAFE_PROTOCOLS = ("tls", "wss", "inproc")  # encrypted, or inside this process
+INSECURE_KEY = "crossmedia.insecure-scheduler"  # of Dask's configuration
+INSECURE_VARIABLE = "DASK_CROSSMEDIA__INSECURE_SCHEDULER"  # the same as an environment variable
 OUR_PACKAGES = ("featurestore", "pipeline")
 COMPARED_PACKAGES = ("python", "dask", "distributed")
 IMPORT_OURS = "\n".join(f"import {package}" for package in OUR_PACKAGES)
 
 
-def check_address(address: str) -> None:
+def check_address(address: str, insecure: bool = False) -> None:
     """Raises InsecureSchedulerError unless `address` is encrypted, or every IP of its host is loopback.
 
-    Raises SchedulerUnreachableError when the host's name has no IP, or the address no meaning.
+    Not where a person has accepted it: by `insecure` (dask-submit's option), or for jobs and all by Dask's
+    configuration. Raises SchedulerUnreachableError when the host's name has no IP, or the address no meaning.
     """
+    if insecure or dask.config.get(INSECURE_KEY, False) in (True, 1):
+        return
     try:
         protocol, location = parse_address(address)
-        if protocol in ENCRYPTED_PROTOCOLS:
+        if protocol in SAFE_PROTOCOLS:
             return
         if protocol not in backends:
             raise ValueError(f"{protocol}:// is none of {', '.join(sorted(backends))}")

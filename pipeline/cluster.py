@@ -17,6 +17,7 @@ from distributed import Client, LocalCluster
 from distributed.client import ClosedClientError
 from distributed.comm.core import CommClosedError
 
+from pipeline.checks import check_address
 from pipeline.errors import SCHEDULER_LOST, ClusterError, MissingCertificatesError, SchedulerUnreachableError
 
 CONNECT_TIMEOUT_S = 10.0
@@ -36,11 +37,12 @@ def connect(
 
     A scheduler is configured by DASK_SCHEDULER_ADDRESS (dask-submit sets it for its script), DASK_SCHEDULER_FILE,
     or the same names in Dask's configuration; it stays running, and `workers`, `threads_per_worker` and
-    `memory_limit` do not count then. Raises SchedulerUnreachableError, MissingCertificatesError; in the block,
-    ClusterError in place of what Dask raises when the scheduler dies.
+    `memory_limit` do not count then. Raises SchedulerUnreachableError, MissingCertificatesError, InsecureSchedulerError
+    before anything is sent; in the block, ClusterError in place of what Dask raises when the scheduler dies.
     """
     address = configured_address(timeout_s)
     if address is not None:
+        check_address(address)
         with _loss_named(), open_client(address, timeout_s) as client:
             yield client
         return

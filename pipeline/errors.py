@@ -96,7 +96,8 @@ class InsecureSchedulerError(ClusterError):
         return (
             f"the scheduler {self.address} is beyond loopback and without TLS: Dask sends pickles, so whoever "
             "reaches that port can run code on every worker. Use tls:// with certificates in Dask's configuration "
-            "(distributed.comm.tls), or pass --insecure on a network that you trust"
+            "(distributed.comm.tls), or on a network that you trust pass --insecure to dask-submit, or set "
+            "DASK_CROSSMEDIA__INSECURE_SCHEDULER=True for jobs that you run without it"
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 import click
 from distributed.worker_memory import parse_memory_limit
 
-from pipeline.checks import check_address, check_packages, check_versions, wait_for_workers
+from pipeline.checks import INSECURE_VARIABLE, check_address, check_packages, check_versions, wait_for_workers
 from pipeline.cluster import address_in_file, configured_address, local_cluster, open_client
 from pipeline.errors import ClusterError, InsecureSchedulerError
 from pipeline.script import ScriptRunner
@@ -125,7 +125,7 @@ def submit(
         with ScriptRunner() as runner:
             address = _remote_address(scheduler, scheduler_file, local, timeout_s)
             with _prepared_cluster(address, local, wait_workers, timeout_s, insecure) as address:
-                code = runner.run([sys.executable, str(script), *args], script_environment(address))
+                code = runner.run([sys.executable, str(script), *args], script_environment(address, insecure))
     except ClusterError as error:
         _say(f"error: {error}")
         code = EXIT_USAGE if isinstance(error, InsecureSchedulerError) else EXIT_FAILED
@@ -165,8 +165,7 @@ def _prepared_cluster(
             _check_cluster(address, (local.workers or 1) if wait_workers is None else wait_workers, timeout_s)
             yield address
         return
-    if not insecure:
-        check_address(address)
+    check_address(address, insecure)
     _check_cluster(address, 1 if wait_workers is None else wait_workers, timeout_s)
     yield address
 
@@ -184,9 +183,11 @@ def _check_cluster(address: str, wait_workers: int, timeout_s: float) -> None:
         _say(f"scheduler {address}, workers {len(threads)}, threads {sum(threads.values())}")
 
 
-def script_environment(address: str) -> dict[str, str]:
-    """Our environment for the script: the scheduler in it, which goes before a file, and output not held back."""
-    return dict(os.environ) | {"DASK_SCHEDULER_ADDRESS": address, "PYTHONUNBUFFERED": "1"}
+def script_environment(address: str, insecure: bool) -> dict[str, str]:
+    """Our environment for the script: the scheduler in it, which goes before a file, that it was accepted though
+    `insecure`, as `connect` checks it again, and output not held back."""
+    accepted = {INSECURE_VARIABLE: "True"} if insecure else {}
+    return dict(os.environ) | accepted | {"DASK_SCHEDULER_ADDRESS": address, "PYTHONUNBUFFERED": "1"}
 
 
 def _say(text: str) -> None:

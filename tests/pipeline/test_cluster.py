@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,13 +15,14 @@ import pytest
 from distributed import Client, LocalCluster
 
 from pipeline.cluster import connect
-from pipeline.errors import MissingCertificatesError, SchedulerUnreachableError
+from pipeline.errors import InsecureSchedulerError, MissingCertificatesError, SchedulerUnreachableError
 
 
 @pytest.fixture(autouse=True)
 def nothing_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DASK_SCHEDULER_ADDRESS", raising=False)
     monkeypatch.delenv("DASK_SCHEDULER_FILE", raising=False)
+    monkeypatch.delenv("DASK_CROSSMEDIA__INSECURE_SCHEDULER", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +142,106 @@ def test_tls_without_certificates_says_how_to_give_them(monkeypatch):
     message = r"DASK_DISTRIBUTED__COMM__TLS__CA_FILE.*CLIENT__KEY"
     with pytest.raises(MissingCertificatesError, match=message), connect():
         pass
+
+
+@pytest.fixture
+def listener():
+    """A socket on an address of this machine that others reach; who connects there is in its queue."""
+    found = [each.address for card in psutil.net_if_addrs().values() for each in card if each.family == socket.AF_INET]
+    beyond = [address for address in found if not address.startswith("127.")]
+    if not beyond:
+        pytest.skip("this machine has no address beyond loopback")
+    with socket.create_server((beyond[0], 0)) as server:
+        server.settimeout(0.2)
+        yield server
+
+
+def address_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()
+    return f"tcp://{host}:{port}"
+
+
+def was_called(listener: socket.socket) -> bool:
+    try:
+        listener.accept()[0].close()
+    except TimeoutError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("by", ["variable", "file", "configuration"])
+def test_scheduler_beyond_loopback_is_refused_before_anything_is_sent(
+    by: str, listener: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    address, file = address_of(listener), tmp_path / "scheduler.json"
+    file.write_text(json.dumps({"address": address}))
+    if by == "variable":
+        monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", address)
+    elif by == "file":
+        monkeypatch.setenv("DASK_SCHEDULER_FILE", str(file))
+    with dask.config.set({"scheduler-address": address} if by == "configuration" else {}):
+        message = rf"{address} is beyond loopback .*DASK_CROSSMEDIA__INSECURE_SCHEDULER=True"
+        with pytest.raises(InsecureSchedulerError, match=message):
+            connect(timeout_s=0.5).__enter__()
+        assert not was_called(listener)
+        for refused in (False, 0, "yes", ""):
+            with dask.config.set({"crossmedia.insecure-scheduler": refused}), pytest.raises(InsecureSchedulerError):
+                connect(timeout_s=0.5).__enter__()
+        listener.close()  # the client would wait for the answer of one that never gives it
+        with dask.config.set({"crossmedia.insecure-scheduler": True}), pytest.raises(SchedulerUnreachableError):
+            connect(timeout_s=0.5).__enter__()
+
+
+JOBS = {
+    "extract_features": ["--images", "x", "--store", "x", "--weights", "random:0"],
+    "refresh_features": ["--images", "x", "--store", "x"],
+    "build_samples": ["--logs", "x", "--samples", "x"],
+    "import_features": ["--from", "x.npy", "--keys", "keys.npy", "--store", "x"],
+    "import_xdl": ["samples", "--from", "x", "--samples", "x"],
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_jobs_without_dask_submit_refuse_it_too(job: str, listener: socket.socket, tmp_path: Path):
+    import numpy as np
+
+    (tmp_path / "x").mkdir()
+    np.save(tmp_path / "x.npy", np.zeros((2, 4), np.float32))
+    np.save(tmp_path / "keys.npy", np.arange(2))
+    script = Path(__file__).parents[2] / "jobs" / f"{job}.py"
+    done = subprocess.run(
+        [sys.executable, str(script), *JOBS[job]],
+        env=os.environ | {"DASK_SCHEDULER_ADDRESS": address_of(listener)},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "random:0" not in line]
+    assert len(lines) == 1 and f"error: the scheduler {address_of(listener)} is beyond loopback" in lines[0]
+    assert not was_called(listener)
+
+
+def test_a_job_goes_to_a_scheduler_beyond_loopback_that_a_person_has_accepted(
+    listener: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    script = tmp_path / "job.py"
+    script.write_text(
+        "from pipeline.cluster import connect\nwith connect() as client:\n    print(client.scheduler.address)\n"
+    )
+    host = listener.getsockname()[0]
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", host=host, dashboard_address=None
+    ) as beyond:
+        address = beyond.scheduler_address
+        assert address.startswith(f"tcp://{host}:")
+        run = [sys.executable, str(script)]
+        submit = [str(Path(sys.executable).parent / "dask-submit"), "--scheduler", address, "--insecure", str(script)]
+        accepted = {"DASK_SCHEDULER_ADDRESS": address, "DASK_CROSSMEDIA__INSECURE_SCHEDULER": "True"}
+        for command, environment in ((run, accepted), (submit, {}), (submit[:3] + submit[4:], accepted)):
+            done = subprocess.run(
+                command, env=os.environ | environment, capture_output=True, text=True, timeout=100, check=False
+            )
+            assert (done.returncode, done.stdout) == (0, f"{address}\n"), done.stderr

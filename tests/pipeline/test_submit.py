@@ -23,7 +23,7 @@ from pipeline.errors import (
 )
 
 BIN = Path(sys.executable).parent
-OURS = ("DASK_SCHEDULER_ADDRESS", "DASK_SCHEDULER_FILE", "PYTHONUNBUFFERED")
+OURS = ("DASK_CROSSMEDIA__INSECURE_SCHEDULER", "DASK_SCHEDULER_ADDRESS", "DASK_SCHEDULER_FILE", "PYTHONUNBUFFERED")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OURS}
 
 
@@ -258,7 +258,7 @@ def test_loopback_is_accepted(address):
     check_address(address)
 
 
-@pytest.mark.parametrize("address", ["tls://192.0.2.1:8786", "wss://192.0.2.1:8786"])
+@pytest.mark.parametrize("address", ["tls://192.0.2.1:8786", "wss://192.0.2.1:8786", "inproc://192.0.2.1/7/1"])
 def test_encrypted_address_is_accepted(address):
     check_address(address)
 
