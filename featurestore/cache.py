@@ -4,9 +4,13 @@ They are named after the digest of the data files they were made from, so runs, 
 one folder, and a new snapshot rebuilds only the shards that changed. Old ones are removed (`featurestore.prune`); the
 folder may be emptied whenever no run uses it.
 
-The seal holds digests of both. That of the keys is checked at each opening. The rows may be larger than memory, so
-their size alone is; but they are not waited for on their way to the disk either, which a power cut could use to leave
-zeros. So after a restart of the machine, known by its boot id, they are read through once.
+The seal holds digests of both, and of the data files that they were made from. Keys are checked at each opening. Rows
+may be larger than memory, so they are read through when they may have changed: at the first opening after a restart of
+the machine, known by its boot id (they are not waited for on their way to the disk, which a power cut could use to
+leave zeros), and where the file is not the one that was checked last, by its inode and the time of its last change. A
+bit that the disk itself flips later is found by the next restart, or by `verify --cache` (`featurestore.upkeep`).
+
+The folder belongs to one user (`featurestore.private`). Who can write files as that user is trusted.
 """
 
 import contextlib
@@ -28,10 +32,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from featurestore.errors import CorruptFileError, StorageError
 from featurestore.keys import Int64Array, UInt64Array, shard_of_hash, splitmix64
 from featurestore.memory import FileMemory
-from featurestore.prune import SUFFIXES, TEMPORARY, prune, touch
+from featurestore.private import claim, is_private, open_private
+from featurestore.prune import SUFFIXES, TEMPORARY, is_cache_file, prune, touch
 from featurestore.shard import Block, ShardReader
 
-_CACHE_FORMAT = 2
+_CACHE_FORMAT = 3
+STEM_DIGITS = 24  # of `made_from`, in a file's name
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CHUNK_BYTES = 1 << 20  # stays in the processor's cache
 _MEMORY_BYTES = 256 << 20
@@ -54,15 +60,18 @@ class _Paths(NamedTuple):
     seal: Path
 
 
-class _Seal(BaseModel):
-    """What `_build` made: digests of the whole files."""
+class CacheSeal(BaseModel):
+    """What `_build` made, and of what: digests of the whole files."""
 
     model_config = ConfigDict(extra="forbid")
 
+    made_from: str  # sha256 over the digests of the data files, in the manifest's order
     num_rows: int
+    row_bytes: int
     keys_xxh3_128: str
     rows_xxh3_128: str
-    boot_id: str
+    rows_identity: str  # of the file whose digest was checked
+    boot_id: str  # of the machine's run in which that was
 
 
 def default_cache_dir() -> Path:
@@ -77,8 +86,11 @@ def open_or_build(
 
     Safe with any number of processes in one folder: files appear whole, and equal names have equal content. All
     threads together hold no more of the data files than 256 MB, or the largest file where that is more. Raises
-    CorruptFileError where a data file of the store is damaged, StorageError where the folder cannot be written.
+    CorruptFileError where a data file of the store is damaged, StorageError where the folder cannot be written, or
+    others may write into it.
     """
+    if any(reader.entries for reader in readers):
+        claim(folder, is_cache_file)
     largest = max((entry.bytes for reader in readers for entry in reader.entries), default=0)
     memory = FileMemory(max(largest, _MEMORY_BYTES))
     cached = []
@@ -118,34 +130,44 @@ def _paths(reader: ShardReader, folder: Path) -> _Paths:
 
 def _stem(reader: ShardReader) -> str:
     """Shard, store, and the content."""
-    made_from = [str(_CACHE_FORMAT), reader.info.digest, *(entry.sha256 for entry in reader.entries)]
-    digest = hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:24]
-    return f"shard-{reader.shard:04d}-{reader.info.store_id[:8] or 'none'}-{digest}"
+    return f"shard-{reader.shard:04d}-{reader.info.store_id[:8] or 'none'}-{_made_from(reader)[:STEM_DIGITS]}"
+
+
+def _made_from(reader: ShardReader) -> str:
+    parts = [str(_CACHE_FORMAT), reader.info.digest, *(entry.sha256 for entry in reader.entries)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _open(reader: ShardReader, paths: _Paths) -> CachedShard | None:
-    """None where a file is missing, cut short, or not what `_build` wrote."""
+    """None where a file is missing, cut short, not what `_build` wrote, or not this user's alone."""
     try:
         touch(paths.seal)
-        seal = _Seal.model_validate_json(paths.seal.read_bytes())
+        if not all(is_private(path.lstat()) for path in paths):
+            return None
+        seal = CacheSeal.model_validate_json(paths.seal.read_bytes())
         keys_file = paths.keys.read_bytes()
-        size = paths.rows.stat().st_size
+        size, identity = paths.rows.stat().st_size, _identity(paths.rows)
     except (FileNotFoundError, ValidationError):
         return None
     whole = xxhash.xxh3_128_hexdigest(keys_file) == seal.keys_xxh3_128  # before numpy looks into it
-    if not whole or size != seal.num_rows * reader.info.row_bytes:
+    if not whole or seal.made_from != _made_from(reader) or size != seal.num_rows * reader.info.row_bytes:
         return None
     keys_M: Int64Array = np.load(io.BytesIO(keys_file), allow_pickle=False)
     boot_id = _boot_id()
-    if seal.boot_id != boot_id or not boot_id:
-        if _digest_of_file(paths.rows) != seal.rows_xxh3_128:
+    if (seal.boot_id, seal.rows_identity) != (boot_id, identity) or not boot_id:
+        if digest_of_file(paths.rows) != seal.rows_xxh3_128:
             return None
-        _publish_seal(paths, seal.model_copy(update={"boot_id": boot_id}))
+        _publish_seal(paths, seal.model_copy(update={"boot_id": boot_id, "rows_identity": identity}))
     return CachedShard(paths.rows, splitmix64(keys_M))
 
 
+def _identity(path: Path) -> str:
+    """Of a file as it is: changes with whatever is done to it, and cannot be set back as a time of writing can."""
+    found = path.stat()
+    return f"{found.st_ino} {found.st_ctime_ns}"
+
+
 def _build(reader: ShardReader, paths: _Paths, memory: FileMemory) -> CachedShard:
-    paths.rows.parent.mkdir(parents=True, exist_ok=True)
     reader = replace(reader)  # what it keeps of the keys goes with the build
     with _appearing(paths.rows) as file:
         write = _append if reader.is_plain else _place
@@ -160,10 +182,13 @@ def _build(reader: ShardReader, paths: _Paths, memory: FileMemory) -> CachedShar
         _write_at(file, keys_file.getbuffer(), 0)
     _publish_seal(
         paths,
-        _Seal(
+        CacheSeal(
+            made_from=_made_from(reader),
             num_rows=len(keys_M),
+            row_bytes=reader.info.row_bytes,
             keys_xxh3_128=xxhash.xxh3_128_hexdigest(keys_file.getbuffer()),
             rows_xxh3_128=rows_digest,
+            rows_identity=_identity(paths.rows),
             boot_id=_boot_id(),
         ),
     )
@@ -196,7 +221,7 @@ def _place(file: io.FileIO, reader: ShardReader, blocks: Iterator[Block]) -> tup
         for start, end, place in zip(starts, ends, block.place_K[starts].tolist(), strict=True):
             _write_at(file, data[start * row_bytes : end * row_bytes], place * row_bytes)
     assert num_written == num_rows
-    return keys_M, _digest_of_file(Path(file.name))
+    return keys_M, digest_of_file(Path(file.name))
 
 
 def _fill(file: io.FileIO, size: int) -> None:
@@ -213,7 +238,7 @@ def _write_at(file: io.FileIO, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def _publish_seal(paths: _Paths, seal: _Seal) -> None:
+def _publish_seal(paths: _Paths, seal: CacheSeal) -> None:
     """The last of the three files: where it is, the others are complete."""
     with _appearing(paths.seal) as file:
         file.write(seal.model_dump_json().encode())
@@ -224,7 +249,7 @@ def _appearing(path: Path) -> Iterator[io.FileIO]:
     """A file to write that gets its name at the end of the block, and vanishes where the block raises."""
     temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
-        with temporary.open("xb", buffering=0) as file:
+        with io.FileIO(temporary, "x", opener=open_private) as file:
             yield file
         temporary.replace(path)
     finally:
@@ -240,7 +265,8 @@ def _check_order(hash_M: UInt64Array, reader: ShardReader) -> None:
         )
 
 
-def _digest_of_file(path: Path) -> str:
+def digest_of_file(path: Path) -> str:
+    """xxh3-128, hexadecimal. Raises OSError."""
     digest = xxhash.xxh3_128()
     chunk = memoryview(bytearray(_CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:

@@ -26,6 +26,11 @@ _UNUSED_S = 30 * _DAY_S
 _TOUCH_S = 3600.0
 
 
+def is_cache_file(name: str) -> bool:
+    """Whether a name in a cache folder is one that we give."""
+    return name.startswith(TEMPORARY) or (name.startswith("shard-") and name.endswith(SUFFIXES))
+
+
 def touch(seal: Path) -> None:
     """Note that the files of a seal are opened. Raises FileNotFoundError where it is gone."""
     if time.time() - seal.stat().st_mtime > _TOUCH_S:
@@ -33,7 +38,7 @@ def touch(seal: Path) -> None:
             os.utime(seal)
         except FileNotFoundError:
             raise
-        except OSError:  # a folder that others filled, and that is only read here
+        except OSError:  # a disk that may only be read
             return
 
 

@@ -1,34 +1,67 @@
 """verify and repair: is every file what was written, and what to do where one is not."""
 
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
 
+from featurestore.cache import default_cache_dir
 from featurestore.commands.common import DryRun, Url, progress_bar, user_errors
+from featurestore.upkeep.cachecheck import verify_cache
 from featurestore.upkeep.repair import repair as repair_store
 from featurestore.upkeep.verify import verify as verify_store
 
 app = typer.Typer()
 
 
-@app.command(epilog="Example: `python -m featurestore verify s3://bucket/features`")
+@app.command(
+    epilog="Examples:\n\n"
+    "- `python -m featurestore verify s3://bucket/features`\n\n"
+    "- `python -m featurestore verify --cache`\n\n"
+    "- `python -m featurestore verify --cache /mnt/fast/cache`"
+)
 def verify(
-    url: Url,
+    place: Annotated[
+        str | None,
+        typer.Argument(metavar="URL|DIR", help="Folder or s3:// address of the store; with --cache of the cache."),
+    ] = None,
     version: Annotated[int | None, typer.Option(help="Snapshot whose data to check; all kept ones by default.")] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Check a cache folder of this machine instead, by default the usual one.")
+    ] = False,
 ) -> None:
     """Check every file of a store: manifests, pins, quarantine, and the data of all kept snapshots, or of one.
 
-    Exit code 1 when one is broken: the line says which, what is wrong, and what mends it.
+    With --cache every file of a cache folder instead. Exit code 1 when one is broken: the line says which, what is
+    wrong, and what mends it.
     """
+    if cache and version is not None:
+        raise typer.BadParameter("--version is for a store: a cache is checked whole")
+    if cache:
+        _verify_cache(Path(place) if place else default_cache_dir())
+    if not place:
+        raise typer.BadParameter("name the store's URL, or --cache")
     with user_errors(), progress_bar("files") as progress:
-        report = verify_store(url, version, progress)
+        report = verify_store(place, version, progress)
     for problem in report.problems:
         sys.stderr.write(f"broken: {problem}\n")
     for problem in report.known:
         sys.stdout.write(f"known, in older snapshots alone: {problem.message}\n")
     looked_at = f"{report.num_manifests:,} manifests, {report.num_files:,} files, {report.num_bytes:,} bytes"
     sys.stdout.write(f"{len(report.problems)} problems in {looked_at}\n")
+    raise typer.Exit(1 if report.problems else 0)
+
+
+def _verify_cache(folder: Path) -> NoReturn:
+    with user_errors(), progress_bar() as progress:
+        report = verify_cache(folder, progress)
+    for problem in report.problems:
+        sys.stderr.write(f"broken: {problem}\n")
+    looked_at = f"{report.num_shards:,} cached shards, {report.num_bytes:,} bytes of {folder}"
+    sys.stdout.write(f"{len(report.problems)} problems in {looked_at}\n")
+    if report.num_other:
+        sys.stdout.write(f"{report.num_other:,} more are of another version, and go when 30 days old\n")
     raise typer.Exit(1 if report.problems else 0)
 
 
