@@ -20,6 +20,7 @@ from pathlib import Path
 
 SUFFIXES = (".keys.npy", ".rows.bin", ".json")
 SEAL = ".json"
+SAMPLES = "samples"
 TEMPORARY = ".tmp-"
 _DAY_S = 24 * 3600.0
 _UNUSED_S = 30 * _DAY_S
@@ -27,8 +28,9 @@ _TOUCH_S = 3600.0
 
 
 def is_cache_file(name: str) -> bool:
-    """Whether a name in a cache folder is one that we give."""
-    return name.startswith(TEMPORARY) or (name.startswith("shard-") and name.endswith(SUFFIXES))
+    """Whether a name in a cache folder is one that we give; what the trainer knows of samples is in a folder of it."""
+    is_shard = name.startswith("shard-") and name.endswith(SUFFIXES)
+    return is_shard or name.startswith(TEMPORARY) or name == SAMPLES
 
 
 def touch(seal: Path) -> None:

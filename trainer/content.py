@@ -7,7 +7,6 @@ when its tag (inode, size and times; an ETag on an object store) is another one.
 
 import contextlib
 import json
-import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,8 @@ from featurestore.cache import default_cache_dir
 from featurestore.disk import StorageEntry
 from featurestore.errors import StorageError
 from featurestore.output import text_console
+from featurestore.private import claim, is_private
+from featurestore.prune import SAMPLES, is_cache_file
 from featurestore.storage import Storage
 from trainer.checkpoint import Origin
 from trainer.comm import Comm
@@ -57,7 +58,7 @@ def samples_digest(comm: Comm, index: SampleIndex, cache_dir: str | Path | None 
     What is known is kept in `cache_dir`/samples on rank 0's machine. Raises DataError on all ranks together.
     """
     files = list(dict.fromkeys(each.file for each in index.row_groups))  # by name, whichever split they are in
-    memory = _Memory(index.storage, Path(cache_dir or default_cache_dir()) / "samples")
+    memory = _Memory(index.storage, Path(cache_dir or default_cache_dir()) / SAMPLES)
     known, unknown = comm.on_rank_0(lambda: memory.split(files))
     size_bytes = sum(unknown.values())
     if size_bytes > _TOLD_BYTES:
@@ -91,7 +92,8 @@ def _digest(storage: Storage, file: str) -> str:
 
 
 class _Memory:
-    """Digests of earlier starts by the files' tags. Where it cannot be read or kept, it is empty."""
+    """Digests of earlier starts by the files' tags. Where it cannot be read or kept, or other users may write to it, it
+    is empty."""
 
     def __init__(self, storage: Storage, folder: Path) -> None:
         self._storage = storage
@@ -123,14 +125,16 @@ class _Memory:
         if all(kept.get(file) == (tag, digest) for file, (tag, digest) in mine.items()):
             return
         part = self._file.with_name(f".tmp-{uuid.uuid4().hex}")
-        with contextlib.suppress(OSError):
-            self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with contextlib.suppress(OSError, StorageError):
+            claim(self._file.parent.parent, is_cache_file)
+            claim(self._file.parent, lambda _: True)
+            part.touch(mode=0o600)
             part.write_text(json.dumps(kept | mine), encoding="utf-8")
             part.replace(self._file)
 
     def _read(self) -> dict[str, tuple[str, str]]:
         try:
-            if self._file.stat().st_uid != os.getuid():
+            if not is_private(self._file.lstat()):
                 return {}
             found = json.loads(self._file.read_text(encoding="utf-8"))
             return {str(file): (str(tag), str(digest)) for file, (tag, digest) in found.items()}

@@ -140,6 +140,7 @@ def test_a_link_in_the_place_of_a_cache_file_is_not_followed(
 def test_an_own_folder_that_is_open_to_others_is_closed_silently(
     store: FeatureStore, cache: Path, rows: FeatureRows, mode: int
 ) -> None:
+    (cache / "samples").mkdir(parents=True)  # the trainer's
     served(store, cache, rows)
     inodes = {path.stat().st_ino for path in cache.iterdir()}
     cache.chmod(mode)

@@ -125,6 +125,21 @@ class TestMemory:
         assert len(read) == 3
         assert (tmp_path / "c" / "samples").stat().st_mode & 0o777 == 0o700
 
+    def test_what_others_may_have_written_is_not_believed(self, samples: Path, read: list[str], tmp_path: Path) -> None:
+        """Whatever the umask: what this user keeps is for this user alone."""
+        before = os.umask(0)
+        try:
+            samples_digest(SoloComm(), index_of(samples), tmp_path / "c")
+        finally:
+            os.umask(before)
+        (kept,) = (tmp_path / "c" / "samples").iterdir()
+        assert [path.stat().st_mode & 0o777 for path in (tmp_path / "c", kept)] == [0o700, 0o600]
+        for mode, again in ((0o600, 0), (0o660, 3)):
+            kept.chmod(mode)
+            del read[:]
+            samples_digest(SoloComm(), index_of(samples), tmp_path / "c")
+            assert len(read) == again
+
     def test_a_changed_file_is_read_though_its_size_and_time_are_the_old_ones(
         self, samples: Path, read: list[str], tmp_path: Path
     ) -> None:
