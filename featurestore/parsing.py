@@ -33,5 +33,6 @@ def first_mistake(error: ValidationError) -> str:
     """Return the first of pydantic's complaints in one line, and how many more there are."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
     where = ".".join(map(str, found[0]["loc"]))
+    message = found[0]["msg"].removeprefix("Value error, ")  # of checks of our own
     more = f", and {len(found) - 1} more" if len(found) > 1 else ""
-    return f"{where}: {found[0]['msg']}{more}" if where else f"{found[0]['msg']}{more}"
+    return f"{where}: {message}{more}" if where else f"{message}{more}"

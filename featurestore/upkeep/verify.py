@@ -134,7 +134,7 @@ def _read_manifests(store: FeatureStore, report: VerifyReport) -> dict[int, Mani
     report.num_manifests = len(known)
     for version in known:
         path = log.manifest_path(version)
-        way_out = _repair(url, "moves it to damaged/, and commits the newest good one again where this one was it")
+        way_out = _repair(url, "moves it to damaged/; if it was the newest, the newest good one is committed again")
         try:
             manifest = log.read(storage, version)
         except FileNotFoundError:
