@@ -178,6 +178,9 @@ class TestRebuilt:
         found = SnapshotId.of(FeatureStore.open(places.folder / "features").snapshot())
         entry = accepted.AcceptedStore(name="images", recorded=recorded, accepted=found, figures={})
         file = accepted.accept(path, entry)
+        invoke(evaluate_app, run, "--bootstrap", 0, "--json", tmp_path / "figures.json")
+        (note,) = (each for each in json.loads((tmp_path / "figures.json").read_text())["notes"] if "accepted" in each)
+        assert all(f"of store {each} at" in note for each in ids)
         resume(places)
         invoke(export_app, "--run", run, "--out", tmp_path / "visual.parquet")
         assert checkpoint.read_recorded(checkpoint.find(run / "checkpoints", "latest")).stores["images"] == found
@@ -247,13 +250,12 @@ class TestTheSame:
         after = FeatureStore.open(folder)
         assert after.info.store_id == before.info.store_id
         if not knows_its_id:  # as a repair of a store does whose files are too old to know its id
-            info = after.info.model_copy(update={"store_id": "f" * 32})
             (folder / "store.json").unlink()
-            FeatureStore.create(folder, info)
+            FeatureStore.create(folder, after.info)
             after.put(FeatureRows.of(["more"], np.ones((1, 16), np.float32), keys=np.array([7])))
+        with contextlib.closing(open_trained(places.folder / "runs" / "a", SoloComm())) as opened:
+            assert opened.store_version == (1 if knows_its_id else 2)
         resume(places)
-        with contextlib.closing(open_trained(places.folder / "runs" / "a", SoloComm())):
-            pass
 
     def test_put_back_from_a_backup_and_gone_another_way(self, places: Places, tmp_path: Path) -> None:
         folder, more = places.folder / "features", FeatureRows.of(["more"], np.ones((1, 16), np.float32), keys=[7])

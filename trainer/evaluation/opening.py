@@ -6,6 +6,7 @@ from typing import Any
 
 from featurestore.errors import FeatureStoreError
 from featurestore.store import FeatureStore
+from trainer import checkpoint
 from trainer.comm import Comm
 from trainer.config import Config
 from trainer.data import SampleIndex, SampleReader, open_index
@@ -92,6 +93,12 @@ def _notes(source: Source, saved: SavedRun, run: Run) -> list[str]:
     if source.store is not None and all(record.url != source.store for record in run.stores.values()):
         notes.append(f"the model reads nothing from data.store: --store {source.store} is not used")
     notes += saved.notes_on_samples(run.samples_changed)
+    recorded = checkpoint.read_recorded(saved.path).stores
+    for name, record in saved.state.stores.items():
+        if record != recorded[name]:
+            notes.append(
+                f"store {name}: the run was trained on {recorded[name].told()}; {record.told()} was accepted in its place"
+            )
     for name, record in run.stores.items():
         if record.version != saved.state.version_of(name):
             notes.append(
