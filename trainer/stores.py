@@ -123,7 +123,7 @@ def check_identity(place: StorePlace, snapshot: Snapshot, path: Path, state: Che
     name = "" if place.setting == "data.store" else f" --name {place.name}"
     recorded.check(
         SnapshotId.of(snapshot),
-        f"{path}, in what it knows of the images,",
+        f"the checkpoint {path}",
         f"set {place.setting} to where the former is, or see whether this one will do, and accept it: "
         f"python -m trainer.compat {path.resolve().parent.parent} {place.url}{name}",
     )
