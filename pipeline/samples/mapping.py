@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from featurestore.parsing import parse_yaml
 from pipeline.errors import SampleError
@@ -67,10 +67,16 @@ class Table(_Section):
     ad: Extras = {}
 
 
+def _delimiter(value: str) -> str:
+    if len(value) != 1 or not value.isascii() or not (value.isprintable() or value == "\t") or value == '"':
+        raise ValueError(f'{value!r} is not one ASCII character, other than " and line breaks')
+    return value
+
+
 class Csv(_Section):
     """How CSV files are written; the first line names the columns."""
 
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    delimiter: Annotated[str, AfterValidator(_delimiter)] = ","
 
 
 class Mapping(_Section):

@@ -228,6 +228,10 @@ def test_units_and_delimiters_are_those_of_the_mapping(job, place):
         (changed(impressions__user={"price": "id"}), "price is below user and below ad"),
         (changed(impressions__user={"age": "number"}), "impressions.user.age.kind: it should be 'id' or 'dense'"),
         (changed(behaviors__user={"age": "dense"}), "behaviors has no user or ad columns"),
+        *(
+            (changed(csv={"delimiter": sign}), "is not one ASCII character")
+            for sign in ("", ";;", '"', "§", "\0", "\n")
+        ),
         (changed(behaviors__files="nowhere"), "nowhere: no .parquet, .csv or .tsv files there; behaviors.files"),
         (changed(behaviors__columns={}), "visits.csv: column 'timestamp' is missing; there are ts, uid, sku"),
     ],
