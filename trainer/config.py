@@ -194,7 +194,9 @@ def _merge(below: DictConfig, above: DictConfig, source: str) -> DictConfig:
     try:
         merged = OmegaConf.merge(below, above)
     except TypeError as failure:
-        raise ConfigError(f"{source}: there is a mapping of names to values where the other has a list") from failure
+        raise ConfigError(
+            f"{source}: a list stands where a mapping of names to values belongs, or the other way round"
+        ) from failure
     except OmegaConfBaseException as failure:
         raise ConfigError(f"{source}: {one_line(failure)}") from failure
     assert isinstance(merged, DictConfig)

@@ -8,6 +8,7 @@ import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -227,8 +228,16 @@ def _write_evaluation(day: Day, report: Mapping[str, Any]) -> None:
 
 def _check_days_given(*days: str | None) -> None:
     for day in days:
-        if day is not None and not daytable.DAY.fullmatch(day):
+        if day is not None and not _is_day(day):
             raise ConfigError(f"{day} is not a day; write it as 2026-01-31")
+
+
+def _is_day(text: str) -> bool:
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        return False
+    return daytable.DAY.fullmatch(text) is not None
 
 
 def _check_base(base: Config) -> None:

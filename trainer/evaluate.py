@@ -45,7 +45,9 @@ def main(
         str | None,
         typer.Option(help="Where the run's store is, at its newest snapshot. By default the snapshot trained on."),
     ] = None,
-    bootstrap: Annotated[int, typer.Option(min=0, help="Resamples of users for the intervals; 0: none.")] = 1000,
+    bootstrap: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="Resamples of users for the intervals; 0: none.")
+    ] = 1000,
     missing_curve: Annotated[
         bool, typer.Option("--missing-curve", help="Also hide 10 to 50 % of the images at random.")
     ] = False,

@@ -9,7 +9,7 @@ from trainer.validate import Section
 BaseNet = Literal["lr", "mlp", "din", "dcn", "two_tower"]
 Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query"]
 ComputeDType = Literal["bfloat16", "float32", "float64"]
-Count = Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
 TableRows = Annotated[int, Field(ge=1, le=10**12)]
 LearningRate = Annotated[float, Field(gt=0, le=10)]
 RateDecay = Annotated[float, Field(gt=0, le=1)]

@@ -50,7 +50,9 @@ Name = StrEnum("Name", [*experiments(), "all"])  # type: ignore[misc]
 @app.command(epilog=EXAMPLES)
 def main(
     names: Annotated[list[Name], typer.Argument(help="Tables to make.")],
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant; 5 show a difference of one deviation.")] = 5,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Runs of each variant; 5 show a difference of one deviation.")
+    ] = 5,
     file: Annotated[Path | None, typer.Option("--config", help="YAML file over the default preset.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting of all runs.")
