@@ -211,6 +211,13 @@ def test_mistakes(places: Places, words: tuple[object, ...], code: int, text: st
     assert text in result.stderr
 
 
+def test_a_limit_that_is_no_number(places: Places) -> None:
+    """Nothing is larger than nan: every store would pass."""
+    words = [str(places.folder / "runs" / "a"), str(places.folder / "features"), "--max-logloss-change", "nan"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and "nan is no limit" in result.stderr
+
+
 def test_help_has_examples_and_loads_no_torch() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0 and "python -m trainer.compat data/runs/both data/features --accept" in result.output
