@@ -11,6 +11,8 @@ show there.
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -24,10 +26,19 @@ from featurestore.commandline import run_app, say_error
 from featurestore.errors import FeatureStoreError
 from featurestore.output import progress_bars
 from trainer.errors import TrainerError
-from trainer.plan.sample import numbers
 
-DTYPES = ("float64", "float32", "bfloat16")
+KNOBS = Knobs(images=2_000, dim=64, steps=1_000, test_samples=3_000, behaviors=10, users=2_000, shards=8, row_group=100)
+STEPS = (10, 100, 1_000)
 MOST_KILLS = 5
+
+
+class DType(StrEnum):
+    """Of E's products; float64: of all else too."""
+
+    FLOAT64 = "float64"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
 
 app = typer.Typer(add_completion=False)
 
@@ -36,32 +47,20 @@ app = typer.Typer(add_completion=False)
 def main(
     json_file: JsonPath = None,
     folder: Annotated[Path, typer.Option("--dir", help="Of the workload, which is kept.")] = Path("data/bench/resume"),
-    steps: Annotated[str, typer.Option(help="Lengths of the runs, with commas.")] = "10,100,1000",
-    dtype: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(DTYPES)}; may be repeated.")] = None,
+    steps: Annotated[
+        list[int] | None, typer.Option(help="Length of the runs; may be repeated. Default: 10, 100 and 1,000.", min=10)
+    ] = None,
+    dtype: Annotated[list[DType] | None, typer.Option(help="May be repeated. Default: all.")] = None,
     samples: Annotated[int, typer.Option(help="Of a step.", min=16)] = 64,
 ) -> None:
     """Compare killed and resumed runs with undisturbed ones; prints the figures."""
-    chosen = dtype or list(DTYPES)
-    if strange := [each for each in chosen if each not in DTYPES]:
-        raise typer.BadParameter(f"{', '.join(strange)}: choose among {', '.join(DTYPES)}", param_hint="--dtype")
-    knobs = Knobs(
-        images=2_000,
-        dim=64,
-        samples_per_rank=samples,
-        steps=1_000,
-        test_samples=3_000,
-        behaviors=10,
-        users=2_000,
-        shards=8,
-        row_group=100,
-    )
+    lengths, dtypes = steps or STEPS, dtype or tuple(DType)
     try:
-        lengths = numbers(steps)
         with progress_bars() as progress, tempfile.TemporaryDirectory() as scratch:
-            workload = make(folder, knobs, progress)
-            task = progress.add_task("train", total=len(chosen) * len(lengths))
+            workload = make(folder, replace(KNOBS, samples_per_rank=samples), progress)
+            task = progress.add_task("train", total=len(dtypes) * len(lengths))
             sections = []
-            for name in chosen:
+            for name in dtypes:
                 grid: dict[str, Mapping[str, Figure]] = {}
                 for length in lengths:
                     grid |= compare(Runs(workload, Path(scratch), name, length))
@@ -76,12 +75,12 @@ def main(
 def compare(runs: Runs) -> dict[str, Mapping[str, Figure]]:
     """How far each run ends from the undisturbed one of one rank, or of two where it says so."""
     kills = kills_of(runs.steps)
-    alone, of_two = runs.alone(), runs.killed([], [2])
+    alone, of_two = runs.alone(), runs.on_ranks(2)
     found = {
-        "2_ranks_killed_vs_2_ranks": differences(runs.killed(kills, [2]), of_two),
+        "2_ranks_killed_vs_2_ranks": differences(runs.on_ranks(2, kills=kills), of_two),
         "2_ranks": differences(of_two, alone),
-        "4_ranks": differences(runs.killed([], [4]), alone),
-        "killed_and_changed": differences(runs.killed(kills, CHANGING), alone),
+        "4_ranks": differences(runs.on_ranks(4), alone),
+        "killed_and_changed": differences(runs.on_ranks(*CHANGING, kills=kills), alone),
         "last_bit": differences(runs.alone(nudged=True), alone),
         "other_seed": differences(runs.alone("train.seed=1"), alone),
     }

@@ -52,18 +52,22 @@ class Runs:
 
     def alone(self, *settings: str, nudged: bool = False) -> End:
         """One rank, in this process."""
-        folder = self.scratch / "run"
-        train(load_config(self.workload.config, self._settings("run", *settings)), SoloComm(), nudged=nudged)
-        return _end(folder)
+        train(load_config(self.workload.config, self._settings(*settings)), SoloComm(), nudged=nudged)
+        return _end(self._folder)
 
-    def killed(self, kills: Sequence[int], ranks: Sequence[int]) -> End:
+    def on_ranks(self, *ranks: int, kills: Sequence[int] = ()) -> End:
         """Begun with ranks[0], killed in the midst of step kills[0], resumed with ranks[1], and so on, in turn."""
         for number, die_at in enumerate([*kills, None]):
             resume = ["run.resume=latest"] if number else []
-            self._ranks(ranks[number % len(ranks)], die_at, self._settings("run", *resume))
-        return _end(self.scratch / "run")
+            self._ranks(ranks[number % len(ranks)], die_at, self._settings(*resume))
+        return _end(self._folder)
 
-    def _settings(self, name: str, *more: str) -> list[str]:
+    @property
+    def _folder(self) -> Path:
+        """Of the run that is being made."""
+        return self.scratch / "run"
+
+    def _settings(self, *more: str) -> list[str]:
         """Of every run: as the preset, but small, and with all that is left to the machine said."""
         tables = load_config(self.workload.config).model.tables
         changes = {
@@ -74,8 +78,8 @@ class Runs:
             "train.epochs": 1000,
             "train.max_steps": self.steps,
             "train.checkpoint_every": checkpoint_every(self.steps),
-            "run.dir": self.scratch,
-            "run.name": name,
+            "run.dir": self._folder.parent,
+            "run.name": self._folder.name,
             "run.threads": 1,
         }
         return [*(f"{field}={value}" for field, value in changes.items()), *more]
