@@ -25,17 +25,15 @@ print(f"torch{torch.__version__}-cp{sys.version_info[0]}{sys.version_info[1]}-{p
 build=horovod-$version-$tag-$operations
 wheels=$cache_root/${build%-CPU}
 
-# Horovod 0.28.1 asks for C++14 and torch's headers need C++20, so the compiler is wrapped: the last -std flag wins.
 build_wheel() {
-  local work=$1 compiler=${CXX:-c++} bin
-  printf '#!/bin/sh\nexec %s "$@" -std=c++20\n' "$compiler" >"$work/c++20"
-  chmod +x "$work/c++20"
+  local work=$1 bin
   # Horovod's setup.py looks for cmake on the PATH.
   bin=$(dirname "$("$python" -c 'import sys; print(sys.executable)')")
-  export PATH="$bin:$PATH" CXX="$work/c++20" HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
+  export PATH="$bin:$PATH" HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
     HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 HOROVOD_WITHOUT_NVTX=1
   if [ "$operations" = NCCL ]; then
-    mkdir "$work/nccl" && ln -s "$NCCL_LIBRARY" "$work/nccl/libnccl.so"
+    mkdir "$work/nccl"
+    ln -s "$NCCL_LIBRARY" "$work/nccl/libnccl.so"
     export HOROVOD_NCCL_LIB="$work/nccl" HOROVOD_NCCL_LINK=SHARED
   fi
   "$python" -m pip install --quiet "cmake<4" "setuptools<81" wheel packaging
@@ -46,6 +44,9 @@ build_wheel() {
 }
 
 patch_sources() {
+  # torch's headers need C++20, a CUDA toolkit of today C++17.
+  sed -i 's/set(CMAKE_CXX_STANDARD 14)/set(CMAKE_CXX_STANDARD 20)/' "$1/CMakeLists.txt" "$1/horovod/torch/CMakeLists.txt"
+  sed -i 's/set(CMAKE_CUDA_STANDARD 11)/set(CMAKE_CUDA_STANDARD 17)/' "$1/horovod/common/ops/cuda/CMakeLists.txt"
   # distutils left Python in 3.12.
   sed -i 's/from distutils.spawn import find_executable/from shutil import which as find_executable/' "$1/horovod/runner/js_run.py"
   sed -i "s/from distutils.sysconfig import .*)\"/import sysconfig; print(sysconfig.get_path('include'))\"/" "$1/horovod/torch/CMakeLists.txt"
@@ -82,7 +83,7 @@ PY
   built=$?
   set -e
   if [ "$built" != 0 ]; then
-    grep -E -A 3 'CMake Error|error:|ERROR:' "$log" | head -n 40 >&2
+    grep -E -A 3 -m 10 'CMake Error|error:|ERROR:' "$log" >&2 || tail -n 10 "$log" >&2
     echo "horovod did not build; all that the build said: $log" >&2
     exit 1
   fi

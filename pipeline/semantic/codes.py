@@ -66,7 +66,7 @@ class Assigned:
                     "used": int(np.count_nonzero(counts_C)),
                     "of": index.num_codes,
                     "entropy_bits": entropy_bits(counts_C),
-                    "largest_share": float(counts_C.max() / max(1, counts_C.sum())),
+                    "largest_share": float(counts_C.max() / max(1, int(counts_C.sum()))),
                     "distinct_prefixes": len(np.unique(index.prefix(index.prefix_M, level + 1))),
                     "reconstruction_error": self.left_share[level],
                 }
@@ -86,7 +86,7 @@ class Assigned:
 
 def entropy_bits(counts_C: npt.NDArray[np.int64]) -> float:
     """Entropy of a code, in bits: log2 C where all codes are used alike."""
-    share_C = counts_C[counts_C > 0] / max(1, counts_C.sum())
+    share_C = counts_C[counts_C > 0] / max(1, int(counts_C.sum()))
     return float(-(share_C * np.log2(share_C)).sum()) + 0.0  # no -0.0
 
 

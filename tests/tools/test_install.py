@@ -23,6 +23,7 @@ case "$*" in
   "-m venv "*) mkdir -p "$3/bin" && cp "$me" "$3/bin/python" && touch "$3/pyvenv.cfg" ;;
   *purelib*) echo "$home" ;;
   "-m pip install "*fuxictr*) [ -z "${{NO_FUXICTR:-}}" ] || {{ echo "no wheel for this Python"; exit 1; }} ;;
+  "-m pip download "*) for n in {{1..5000}}; do echo "error: $n"; done; exit 1 ;;
   "-m pip list "*) cat "$home/packages" 2>/dev/null || true ;;
   "-m pip uninstall "*) rm -f "$home/packages" ;;
   "-m pip install "*horovod*) echo "horovod==0.28.1" >"$home/packages"; echo "${{@: -1}}" >>"$home/wheels" ;;
@@ -75,7 +76,7 @@ def place(tmp_path: Path) -> Place:
     (tmp_path / "bin").mkdir()
     for name in ("install.sh", "build_horovod.sh"):
         shutil.copy(ROOT / "tools" / name, tmp_path / "tools" / name)
-    for name in ("bash", "cat", "cp", "dirname", "env", "grep", "head", "ls", "mkdir", "rm", "sed", "sh", "touch"):
+    for name in ("touch", "bash", "c++", "cat", "cp", "dirname", "env", "grep", "ln", "ls", "mkdir", "mktemp", "rm", "sed"):
         found = shutil.which(name)
         assert found
         (tmp_path / "bin" / name).symlink_to(found)
@@ -185,6 +186,17 @@ class TestHorovod:
     def test_nccl_that_cannot_be_had_changes_nothing(self, installed: Place) -> None:
         done = installed.build(HOROVOD_GPU_OPERATIONS="NCCL", NO_CUDA="1")
         assert (done.returncode, done.stdout, done.stderr) == (1, "", "no CUDA here\n")
+        assert installed.wheels() == [self.CPU]
+        assert installed.build().stdout == "horovod 0.28.1 is installed (CPU)\n"
+
+    def test_a_build_that_fails_is_told_and_leaves_what_is_there(self, installed: Place) -> None:
+        shutil.rmtree(installed.folder / "cache" / self.NCCL)
+        done = installed.build(HOROVOD_GPU_OPERATIONS="NCCL", NCCL_LIBRARY="/usr/lib/libnccl.so.2")
+        assert done.returncode == 1
+        told = done.stderr.splitlines()
+        assert "error: 1" in told and len(told) < 20
+        assert told[-1] == "horovod did not build; all that the build said: cache/horovod-build.log"
+        assert "error: 5000" in (installed.folder / "cache" / "horovod-build.log").read_text()
         assert installed.wheels() == [self.CPU]
         assert installed.build().stdout == "horovod 0.28.1 is installed (CPU)\n"
 

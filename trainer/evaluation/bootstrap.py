@@ -186,7 +186,7 @@ class ReliabilitySums:
 
     def at(self, weight_BU: Float) -> Float:
         """Mean predictions and then click rates, (B, 2 K)."""
-        sums_B3K = np.tensordot(weight_BU, self._sums_U3K, axes=1)
+        sums_B3K = np.asarray(np.tensordot(weight_BU, self._sums_U3K, axes=1), np.float64)
         return np.concatenate([ratio(sums_B3K[:, 1], sums_B3K[:, 0]), ratio(sums_B3K[:, 2], sums_B3K[:, 0])], axis=1)
 
 

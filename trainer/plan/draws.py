@@ -131,7 +131,7 @@ def _of_batch(drawn: Drawn, span: range, ranks: int) -> tuple[float, float, floa
                 served_P += _by_owner(np.unique(keys_N), drawn.num_shards, ranks)
     for keys_N in drawn.keys_of(span):
         owned_P += _by_owner(np.unique(keys_N), drawn.num_shards, ranks)
-    return served_P.sum() / ranks, served_P.max(), owned_P.sum(), owned_P.max()
+    return float(served_P.sum()) / ranks, float(served_P.max()), float(owned_P.sum()), float(owned_P.max())
 
 
 def _by_owner(keys_U: Int64, num_shards: int, ranks: int) -> Int64:
