@@ -3,8 +3,8 @@
 #
 #   tools/build_horovod.sh PYTHON [CACHE_DIR]
 #
-# HOROVOD_GPU_OPERATIONS=NCCL asks for NCCL, =CPU for collectives by Gloo. Without it an environment keeps what it was last asked
-# for; a new one is built for the CPU. tools/horovod_plan.py decides whether that can be had.
+# HOROVOD_GPU_OPERATIONS=NCCL asks for NCCL (not tried by the authors), =CPU for collectives by Gloo. Without it an
+# environment keeps what it was last asked for; a new one is built for the CPU. tools/horovod_plan.py decides.
 set -euo pipefail
 
 python=$1
