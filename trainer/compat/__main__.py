@@ -1,7 +1,6 @@
 """python -m trainer.compat RUN STORE: may the run go on with this store, is it the one that it was trained on?"""
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,8 +56,6 @@ def main(
     good: this tells, and --accept lets RUN go on with it, unless something speaks against that. Where the old
     snapshot cannot be read any more, all test impressions are scored and compared with the run's own log loss.
     """
-    if math.isnan(max_logloss_change):
-        raise typer.BadParameter("nan is no limit; try 0.001", param_hint="--max-logloss-change")
     codes: list[int] = []
 
     def work(comm: "Comm") -> None:
