@@ -3,7 +3,9 @@
 Letters of shapes: N rows, K queries, C found of each, D width; of a residual quantiser L levels, C codes of each.
 """
 
+import io
 import math
+import zipfile
 from typing import Any, Literal, Self
 
 import faiss as _typed_faiss
@@ -23,6 +25,9 @@ _LARGEST_CODE = 255
 _CLASSES: dict[IndexKind, Any] = {"flat": faiss.IndexFlat, "ivf": faiss.IndexIVFFlat, "hnsw": faiss.IndexHNSWFlat}
 _POINTS_PER_LIST = 39  # fewer, and faiss warns that a centre cannot be learnt
 _LINKS, _BUILD_EFFORT, _SEARCH_EFFORT = 32, 200, 128  # of hnsw; the inner product, no distance, needs more than usual
+_LARGEST_EFFORT = 16 * _SEARCH_EFFORT
+# What NumPy and faiss raise for bytes that they do not know.
+_NO_INDEX = (RuntimeError, AttributeError, StopIteration, LookupError, ValueError, EOFError, zipfile.BadZipFile)
 
 
 def train_ranges(sample_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -52,15 +57,27 @@ class VectorIndex:
     flat looks at every vector and is exact. ivf looks at the `effort` lists whose centres are nearest to the query,
     hnsw walks a graph and keeps `effort` candidates: both are approximate, better and slower with more of it.
 
-    `add` appends: nothing is trained or linked anew. The earlier vector of a key that comes again stays where it is,
-    and searches pass over it; `num_replaced` counts those, and only a new index is without them.
+    Under ivf and hnsw the vectors lie less their mean c. <q, x - c> is <q, x> less a number that all vectors share, so
+    the order stays; but vectors that share a direction, as those of two towers do, spread round the origin again, and
+    lists and links lead to the best ones. Scores are <q, x> as ever. ivf finds the lists by distance, in the space of
+    one more dimension in which all vectors are equally long and the nearest have the largest inner product
+    (Bachrach et al. 2014, "Speeding Up the Xbox Recommender System"). For the graph of hnsw that space is worse.
+
+    `add` appends: nothing is trained or linked anew. `remove` marks. The earlier vector of a key that comes again, and
+    that of a removed key, stay where they are, and searches pass over them; `num_unused` counts those, and only a new
+    index is without them. Where they lie between the query and its best keys, hnsw finds less: measure.
     """
 
-    def __init__(self, index: Any) -> None:
-        """`index`: a faiss.IndexIDMap over one of the three; `build` and `load` make it."""
+    def __init__(self, index: Any, centre_D: Vectors, radius: float, removed_M: Keys) -> None:
+        """`index`: a faiss.IndexIDMap over one of the three; `build` and `load` make it.
+
+        `centre_D` is what the vectors lie less, `radius` the length of the longest of them when ivf was trained, and
+        `removed_M` are the places of vectors whose key was removed.
+        """
         self._index, self._base = index, faiss.downcast_index(index.index)
         self.kind: IndexKind = next(kind for kind, each in _CLASSES.items() if isinstance(self._base, each))
-        self.dim = int(self._base.d)
+        self.dim = len(centre_D)
+        self._centre_D, self._radius, self._removed_M = centre_D, radius, removed_M
         self._find_live()
 
     @classmethod
@@ -75,9 +92,12 @@ class VectorIndex:
                 f"vectors of shape {vectors_ND.shape} make no index; give (N, D) with at least one row and one number"
             )
         keys_N, vectors_ND = _checked(keys_N, vectors_ND, vectors_ND.shape[1])
-        base = _empty(kind, *vectors_ND.shape)
-        base.train(vectors_ND)
-        index = cls(faiss.IndexIDMap(base))
+        centre_D = np.zeros(vectors_ND.shape[1], np.float32)
+        if kind != "flat":
+            centre_D = vectors_ND.mean(axis=0, dtype=np.float64).astype(np.float32)
+        radius = float(np.sqrt(_squares(vectors_ND - centre_D).max()))
+        index = cls(faiss.IndexIDMap(_empty(kind, *vectors_ND.shape)), centre_D, radius, np.empty(0, np.int64))
+        index._base.train(index._stored(vectors_ND))
         index.add(keys_N, vectors_ND)
         return index
 
@@ -87,18 +107,36 @@ class VectorIndex:
         return self._num_keys
 
     @property
-    def num_replaced(self) -> int:
+    def num_unused(self) -> int:
         """Vectors that stand for no key any more."""
         return len(self._keys_N) - self.num_keys
 
     @property
     def effort(self) -> int | None:
-        """What a search takes by default; None for flat, which has no choice."""
+        """What a search takes by default; None for flat, which has no choice. It is saved with the index."""
         match self.kind:
             case "ivf":
                 return int(self._base.nprobe)
             case "hnsw":
                 return int(self._base.hnsw.efSearch)
+        return None
+
+    @effort.setter
+    def effort(self, value: int) -> None:
+        match self.kind:
+            case "ivf":
+                self._base.nprobe = value
+            case "hnsw":
+                self._base.hnsw.efSearch = value
+
+    @property
+    def largest_effort(self) -> int | None:
+        """More than this helps no more: all lists of ivf; for hnsw 16 times what it begins with."""
+        match self.kind:
+            case "ivf":
+                return int(self._base.nlist)
+            case "hnsw":
+                return _LARGEST_EFFORT
         return None
 
     def add(self, keys_N: Keys, vectors_ND: Vectors) -> None:
@@ -107,8 +145,20 @@ class VectorIndex:
         Raises InvalidRowsError for vectors of another width, another number of keys, and numbers that are not finite.
         """
         keys_N, vectors_ND = _checked(keys_N, vectors_ND, self.dim)
-        self._index.add_with_ids(vectors_ND, keys_N)
+        self._index.add_with_ids(self._stored(vectors_ND), keys_N)
         self._find_live()
+
+    def remove(self, keys_N: Keys) -> int:
+        """No search finds these keys any more, until they are added again. Returns how many were there.
+
+        Raises InvalidRowsError where no key would be left.
+        """
+        places_M = self._live_M[np.isin(self._keys_N[self._live_M], keys_N)]
+        if len(places_M) == self.num_keys:
+            raise InvalidRowsError(f"all {self.num_keys:,} keys of the index would be removed; leave one")
+        self._removed_M = np.concatenate([self._removed_M, places_M])
+        self._find_live()
+        return len(places_M)
 
     def search(self, queries_KD: Vectors, count: int, effort: int | None = None) -> tuple[Keys, Vectors]:
         """Keys and inner products of the `count` largest for each query, largest first: (K, C), (K, C).
@@ -122,13 +172,24 @@ class VectorIndex:
             raise InvalidRowsError(f"count={count}: a search is for at least one key")
         found = min(count, self.num_keys)
         queries_KD = np.ascontiguousarray(queries_KD, np.float32)
-        score_KC, place_KC = self._base.search(queries_KD, found, params=self._parameters(effort))
+        asked_KD, length_K1 = self._asked(queries_KD)
+        score_KC, place_KC = self._base.search(asked_KD, found, params=self._parameters(effort))
         here_KC = place_KC >= 0
+        if self.kind != "flat":
+            shift_K1 = (queries_KD.astype(np.float64) @ self._centre_D)[:, None]
+            score_KC = (score_KC * length_K1 + shift_K1).astype(np.float32)
         return np.where(here_KC, self._keys_N[place_KC], 0), np.where(here_KC, score_KC, NOT_FOUND)
 
     def save(self) -> bytes:
-        """The bytes of faiss's own file format: an IndexIDMap, which any faiss reads."""
-        return bytes(faiss.serialize_index(self._index))
+        """The bytes of a NumPy archive (.npz): `index`, faiss's own file of an IndexIDMap, and what __init__ says.
+
+        Another program that searches `index` by faiss alone gets the right order, of removed keys too, with scores
+        less <q, centre>; to the queries of ivf it appends a zero.
+        """
+        file = io.BytesIO()
+        index, radius = faiss.serialize_index(self._index), np.float64(self._radius)
+        np.savez(file, index=index, centre=self._centre_D, radius=radius, removed=self._removed_M)
+        return file.getvalue()
 
     @classmethod
     def load(cls, data: bytes) -> Self:
@@ -137,26 +198,56 @@ class VectorIndex:
         faiss trusts what it reads: check a digest of the bytes first.
         """
         try:
-            return cls(faiss.deserialize_index(np.frombuffer(data, np.uint8)))
-        except (RuntimeError, AttributeError, StopIteration) as failure:
+            with np.load(io.BytesIO(data), allow_pickle=False) as file:
+                index = faiss.deserialize_index(file["index"])
+                return cls(index, file["centre"], float(file["radius"]), file["removed"])
+        except _NO_INDEX as failure:
             raise CorruptFileError(f"not an index that this code wrote: {failure}") from failure
 
     def _find_live(self) -> None:
-        """The last vector of each key is its vector."""
+        """The last vector of each key is its vector, unless it was removed."""
         self._keys_N: Keys = faiss.vector_to_array(self._index.id_map).astype(np.int64, copy=True)
         last_first, live_N = len(self._keys_N) - 1, np.zeros(len(self._keys_N), np.bool_)
         live_N[last_first - np.unique(self._keys_N[::-1], return_index=True)[1]] = True
-        self._num_keys, self._live_bits = int(live_N.sum()), np.packbits(live_N, bitorder="little")
+        live_N[self._removed_M] = False
+        self._live_M = np.flatnonzero(live_N)
+        self._num_keys, self._live_bits = len(self._live_M), np.packbits(live_N, bitorder="little")
+
+    def _stored(self, vectors_ND: Vectors) -> Vectors:
+        """The vectors as faiss has them."""
+        if self.kind == "flat":
+            return vectors_ND
+        centred_ND = vectors_ND - self._centre_D
+        if self.kind == "hnsw":
+            return centred_ND
+        # A later vector may be longer than `radius`: it may lie in a worse list then, but its score is right.
+        rest_N1 = np.sqrt(np.maximum(self._radius**2 - _squares(centred_ND), 0))[:, None]
+        return np.hstack([centred_ND, rest_N1.astype(np.float32)])
+
+    def _asked(self, queries_KD: Vectors) -> tuple[Vectors, npt.NDArray[np.float64]]:
+        """The queries as faiss has them, and what its scores are multiplied with, (K, 1).
+
+        To ivf all are as long as its vectors: which lists are nearest depends on it.
+        """
+        if self.kind != "ivf":
+            return queries_KD, np.ones((len(queries_KD), 1))
+        length_K1 = np.sqrt(_squares(queries_KD))[:, None] / (self._radius or 1)
+        length_K1[length_K1 == 0] = 1
+        scaled_KD = (queries_KD / length_K1).astype(np.float32)
+        return np.hstack([scaled_KD, np.zeros((len(queries_KD), 1), np.float32)]), length_K1
 
     def _parameters(self, effort: int | None) -> Any:
         chosen: dict[str, Any] = {}
-        if self.num_replaced:
+        if self.num_unused:
             chosen["sel"] = faiss.IDSelectorBitmap(self._live_bits)
+        effort = effort or self.effort
         match self.kind:
             case "ivf":
-                return faiss.SearchParametersIVF(nprobe=effort or self.effort, **chosen)
-            case "hnsw":
-                return faiss.SearchParametersHNSW(efSearch=effort or self.effort, **chosen)
+                return faiss.SearchParametersIVF(nprobe=effort, **chosen)
+            case "hnsw":  # its candidates are unused vectors too
+                assert effort
+                candidates = effort * len(self._keys_N) // self.num_keys
+                return faiss.SearchParametersHNSW(efSearch=candidates, **chosen)
         return faiss.SearchParameters(**chosen)
 
 
@@ -171,12 +262,19 @@ def _empty(kind: IndexKind, num_vectors: int, dim: int) -> Any:
             return faiss.IndexFlatIP(dim)
         case "ivf":
             lists = max(1, min(round(4 * math.sqrt(num_vectors)), num_vectors // _POINTS_PER_LIST))
-            base = faiss.index_factory(dim, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
-            base.nprobe = min(lists, 2 * math.ceil(math.sqrt(lists)))
+            # Lists by distance, vectors in them by inner product.
+            base = faiss.IndexIVFFlat(faiss.IndexFlatL2(dim + 1), dim + 1, lists, faiss.METRIC_INNER_PRODUCT)
+            base.cp.spherical = False
+            base.nprobe = min(lists, 4 * math.ceil(math.sqrt(lists)))
         case "hnsw":
             base = faiss.IndexHNSWFlat(dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
             base.hnsw.efConstruction, base.hnsw.efSearch = _BUILD_EFFORT, _SEARCH_EFFORT
     return base
+
+
+def _squares(vectors_ND: Vectors) -> npt.NDArray[np.float64]:
+    """Of each vector the square of its length, (N,)."""
+    return np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64)
 
 
 def _checked(keys_N: Keys, vectors_ND: Vectors, dim: int) -> tuple[Keys, Vectors]:

@@ -13,8 +13,9 @@ from featurestore.errors import FeatureStoreError
 from featurestore.index import IndexKind
 from trainer.comm import SoloComm
 from trainer.errors import TrainerError
-from trainer.prerank.ads import Ads, ads_of_samples, ads_of_table
-from trainer.prerank.artifact import Added, AdIndex
+from trainer.prerank.ads import Ads, ads_of_samples, ads_of_table, keys_to_remove
+from trainer.prerank.artifact import MAX_GONE, MIN_RECALL, AdIndex, Changes, Vectors
+from trainer.prerank.evaluate import user_queries
 from trainer.prerank.vectors import ad_vectors, origin_of, towers
 from trainer.trained import TrainedRun, missing_lookups, newest_run, open_trained
 
@@ -25,6 +26,8 @@ python jobs/build_ad_index.py
 python jobs/build_ad_index.py --run data/runs/towers
 python jobs/build_ad_index.py --run data/runs/towers --ads ads.parquet --index hnsw --out s3://shop/ad-index
 python jobs/build_ad_index.py --run data/runs/towers --ads new-ads.parquet --add
+python jobs/build_ad_index.py --run data/runs/towers --sync live-ads.parquet
+python jobs/build_ad_index.py --remove 1017 --remove 1021 --remove expired.csv
 """
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
@@ -51,6 +54,23 @@ def main(
     add: Annotated[
         bool, typer.Option("--add", help="Add to the index that is there, without building it anew.")
     ] = False,
+    sync: Annotated[
+        str | None,
+        typer.Option(metavar="TABLE", help="A table of all live ads, as --ads: add the new, remove those not in it."),
+    ] = None,
+    remove: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY|FILE", help="Remove an ad, or those of a .parquet or text file; again for more."),
+    ] = None,
+    max_gone: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the index's ads that --sync may remove.")
+    ] = MAX_GONE,
+    min_recall: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Recall@10 that ivf and hnsw have to reach; less is told.", show_default=str(MIN_RECALL)
+        ),
+    ] = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="A step, or the path of a checkpoint.", show_default="the newest")
     ] = None,
@@ -61,55 +81,100 @@ def main(
 ) -> None:
     """Compute the vectors of ads with a trained two-tower run, and put them under an index for the pre-rank.
 
-    An ad is told by its value of the schema's new_ad_field. Columns with context: true are not needed. Ads that are
-    gone stay in an index until it is built anew. OUT gets the vectors as Parquet, faiss's file, and a JSON about both.
+    An ad is told by its value of the schema's new_ad_field. Columns with context: true are not needed. OUT gets the
+    vectors as Parquet, the index, and a JSON about both; --add, --sync and --remove write its next version. Recall is
+    measured with users of the run's samples, and a search looks at more until --min-recall is reached.
     """
-    if ads and samples:
-        raise typer.BadParameter("give one of --ads and --samples", param_hint="--samples")
-    if add and kind:
-        raise typer.BadParameter("--add keeps the kind of the index; leave --index out", param_hint="--index")
-    start = time.monotonic()
+    given = {
+        "--remove": remove,
+        "--sync": sync,
+        "--add": add,
+        "--ads": ads,
+        "--samples": samples,
+        "--index": kind,
+        "--min-recall": min_recall,
+        "--run": run,
+        "--checkpoint": checkpoint,
+        "--store-version": store_version,
+    }
+    _check_options({name for name, value in given.items() if value not in (None, False, [])})
+    start, limit = time.monotonic(), MIN_RECALL if min_recall is None else min_recall
     try:
-        with contextlib.closing(
-            open_trained(run or newest_run(), SoloComm(), which=checkpoint, store_version=store_version)
-        ) as trained:
-            known = AdIndex.open(out) if add else None
-            origin = origin_of(trained)
-            if known:
-                known.check_origin(origin)
-            chosen = _chosen(trained, ads, samples)
-            with progress_bar("ads") as progress:
-                vectors_NW = ad_vectors(trained, chosen, batch_size, progress)
-            if known:
-                index, added = known.add(chosen.keys_N, vectors_NW, origin)
-            else:
-                index = AdIndex.build(out, kind or "flat", chosen.keys_N, vectors_NW, origin)
-                added = Added(len(chosen.keys_N), 0, 0)
+        if remove:
+            known, lines = AdIndex.open(out), []
+            index, changes = known.remove(keys_to_remove(remove, known.state.origin.key_column))
+        else:
+            with contextlib.closing(
+                open_trained(run or newest_run(), SoloComm(), which=checkpoint, store_version=store_version)
+            ) as trained:
+                known = AdIndex.open(out) if add or sync else None
+                if known:
+                    known.check_origin(origin_of(trained))
+                chosen = _chosen(trained, sync or ads, samples)
+                with progress_bar("ads") as progress:
+                    vectors_NW = ad_vectors(trained, chosen, batch_size, progress)
+                lines = describe_run(trained)  # before lookups of users' images are counted too
+                if known and sync:
+                    index, changes = known.sync(chosen.keys_N, vectors_NW, origin_of(trained), max_gone)
+                elif known:
+                    index, changes = known.add(chosen.keys_N, vectors_NW, origin_of(trained))
+                else:
+                    index = _built(trained, out, kind or "flat", chosen, vectors_NW, limit)
+                    changes = Changes(num_new=len(chosen.keys_N))
     except (TrainerError, FeatureStoreError) as error:
         say_error(error)
         raise typer.Exit(1) from error
-    typer.echo(describe(trained, index, added, out, time.monotonic() - start))
+    typer.echo("\n".join([*lines[:2], *describe(index, changes, out, time.monotonic() - start), *lines[2:]]))
+    if index.warning:
+        typer.echo(f"warning: {index.warning}", err=True)
 
 
-def describe(trained: TrainedRun, index: AdIndex, added: Added, out: str, seconds: float) -> str:
-    """The lines that the job prints."""
-    state = index.state
+def describe_run(trained: TrainedRun) -> list[str]:
+    """What the job prints of the run: two lines that come first, then notes that come last."""
     store = f"snapshot {trained.store_version}" if trained.store_version else "none: a run without images"
     num_missing = missing_lookups(trained.comm, trained.partitions)
     if num_missing:
         store += f"; {num_missing:,} lookups of images that have none"
-    return "\n".join(
-        [
-            f"run          {trained.folder}, {trained.path.name}",
-            f"features     {store}",
-            f"ads          {added.num_new:,} new, {added.num_replaced:,} changed, {added.num_unchanged:,} unchanged",
-            f"index        {state.kind}, {state.num_ads:,} ads, {state.dim} numbers each, inner product"
-            + (f"; {state.num_replaced:,} replaced vectors go with the next build" if state.num_replaced else ""),
-            f"time         {seconds:.1f} s",
-            f"written to   {out}, version {state.version}",
-            *(f"note         {note}" for note in trained.notes_on_missing(num_missing)),
-        ]
-    )
+    return [
+        f"run          {trained.folder}, {trained.path.name}",
+        f"features     {store}",
+        *(f"note         {note}" for note in trained.notes_on_missing(num_missing)),
+    ]
+
+
+def describe(index: AdIndex, changes: Changes, out: str, seconds: float) -> list[str]:
+    """What the job prints of the index."""
+    state, ads = index.state, f"{changes.num_new:,} new, {changes.num_replaced:,} changed"
+    ads += f", {changes.num_unchanged:,} unchanged, {changes.num_removed:,} removed"
+    if changes.num_unknown:
+        ads += f", {changes.num_unknown:,} to remove that are not there"
+    structure = f"{state.kind}, {state.num_ads:,} ads, {state.dim} numbers each, inner product"
+    if changes.is_rebuilt:
+        structure += "; built anew, with too many unused vectors it finds less"
+    elif state.num_unused:
+        structure += f"; {state.num_unused:,} unused vectors go with the next build"
+    recall = "exact"
+    if state.queries:
+        recall = f"{state.recall:.4f} for vectors of {state.queries.source}, effort {index.index.effort}"
+    return [
+        f"ads          {ads}",
+        f"index        {structure}",
+        f"recall@10    {recall}",
+        f"time         {seconds:.1f} s",
+        f"written to   {out}, version {state.version}",
+    ]
+
+
+def _check_options(given: set[str]) -> None:
+    """Raise BadParameter for options that do not go together."""
+    if {"--ads", "--samples"} <= given:
+        raise typer.BadParameter("give one of --ads and --samples", param_hint="--samples")
+    change = {"--run", "--checkpoint", "--store-version"}
+    for way, goes_with in {"--remove": set[str](), "--sync": change, "--add": change | {"--ads", "--samples"}}.items():
+        if way in given and (wrong := sorted(given - {way} - goes_with)):
+            kept = wrong[0] in ("--index", "--min-recall")
+            why = f"{way} keeps the kind and the limit of the index" if kept else f"{way} does not go with {wrong[0]}"
+            raise typer.BadParameter(f"{why}; leave {wrong[0]} out", param_hint=wrong[0])
 
 
 def _chosen(trained: TrainedRun, ads: str | None, samples: str | None) -> Ads:
@@ -117,6 +182,13 @@ def _chosen(trained: TrainedRun, ads: str | None, samples: str | None) -> Ads:
     if ads:
         return ads_of_table(ads, trained.schema, fields)
     return ads_of_samples(samples or trained.config.data.samples, trained.schema, fields)
+
+
+def _built(
+    trained: TrainedRun, out: str, kind: IndexKind, chosen: Ads, vectors_NW: Vectors, min_recall: float
+) -> AdIndex:
+    queries = None if kind == "flat" else user_queries(trained)
+    return AdIndex.build(out, kind, chosen.keys_N, vectors_NW, origin_of(trained), queries, min_recall)
 
 
 if __name__ == "__main__":

@@ -114,8 +114,8 @@ def test_new_ads_are_added_without_a_rebuild(folder: Path, out: str, tmp_path: P
     # 20 and 21 are new, 3 has another category and image now, 4 is as it was.
     table = {"ad_image": np.array([1_020, 1_021, 1_030, 1_004]), "ad_category": np.array([0, 1, 0, 4])}
     text = done(folder, "--out", out, "--add", "--ads", ads_table([20, 21, 3, 4], tmp_path / "b.parquet", **table))
-    assert "ads          2 new, 1 changed, 1 unchanged" in text
-    assert "hnsw, 22 ads, 6 numbers each, inner product; 1 replaced vectors go with the next build" in text
+    assert "ads          2 new, 1 changed, 1 unchanged, 0 removed" in text
+    assert "hnsw, 22 ads, 6 numbers each, inner product; 1 unused vectors go with the next build" in text
     after, ads = by_key(out), AdIndex.open(out)
     assert set(after) == set(range(22))
     assert [key for key in before if not np.array_equal(before[key], after[key])] == [3]
@@ -210,7 +210,7 @@ def test_one_row(folder: Path, out: str, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--ads", "a.parquet", "--samples", "b"], "give one of --ads and --samples"),
-        (["--add", "--index", "flat"], "--add keeps the kind of the index"),
+        (["--add", "--index", "flat"], "--add keeps the kind and the limit of the index; leave --index out"),
         (["--index", "annoy"], "'annoy' is not one of"),
     ],
 )

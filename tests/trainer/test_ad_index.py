@@ -1,5 +1,6 @@
 """An index of ads on disk: versions, additions, what is refused, and that nothing half written is ever seen."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from featurestore.errors import CorruptFileError, InvalidRowsError
+from featurestore.index import IndexKind, VectorIndex
 from featurestore.storage import Storage
 from trainer.errors import AdIndexError
 from trainer.prerank.artifact import AdIndex, IndexOrigin
+from trainer.prerank.recall import Queries
 
 WIDTH = 4
 ORIGIN = IndexOrigin(run="a", checkpoint="step-1", checkpoint_digest="d1", key_column="ad_item", bias=0.5)
@@ -60,7 +63,7 @@ def test_an_addition_has_new_changed_and_unchanged_ads(url: str) -> None:
     keys = np.concatenate([KEYS, [55]])
     ads, added = AdIndex.open(url).add(keys, np.concatenate([changed, vectors(1, seed=9)]), ORIGIN)
     assert (added.num_new, added.num_replaced, added.num_unchanged) == (1, 1, 3)
-    assert (ads.state.version, ads.state.num_ads, ads.state.num_replaced) == (2, 5, 1)
+    assert (ads.state.version, ads.state.num_ads, ads.state.num_unused) == (2, 5, 1)
     again = AdIndex.open(url)
     assert again.state == ads.state
     found = dict(zip(again.vectors()[0].tolist(), again.vectors()[1], strict=True))
@@ -105,7 +108,7 @@ def test_a_build_takes_the_place_of_another_one_in_one_moment(url: str) -> None:
         "index-00000002.json",
         "index-00000003.json",
     ]
-    assert len(names(Path(url))) == 6
+    assert len(names(Path(url))) == 7  # three of each, and hnsw's queries
     with pytest.raises(CorruptFileError, match="is missing"):
         held.vectors()
 
@@ -134,7 +137,7 @@ def test_what_a_killed_build_left_is_removed_by_a_later_one(url: str, monkeypatc
     assert len(names(Path(url))) == 6
 
 
-@pytest.mark.parametrize("pattern", ["*.json", "*.faiss", "*.parquet"])
+@pytest.mark.parametrize("pattern", ["*.json", "*.npz", "*.parquet"])
 def test_damage_is_told(url: str, pattern: str) -> None:
     file = next(Path(url).glob(pattern))
     data = bytearray(file.read_bytes())
@@ -147,3 +150,120 @@ def test_damage_is_told(url: str, pattern: str) -> None:
 def test_a_place_without_an_index(tmp_path: Path) -> None:
     with pytest.raises(AdIndexError, match=r"is no index of ads; make it with: python jobs/build_ad_index\.py"):
         AdIndex.open(str(tmp_path / "nothing"))
+
+
+def found_by(ads: AdIndex, count: int) -> set[int]:
+    return set(ads.index.search(vectors(20, seed=8), count)[0].ravel().tolist())
+
+
+def test_removed_ads_are_in_no_search_and_no_vectors(url: str) -> None:
+    ads, changes = AdIndex.open(url).remove(np.array([7, 55]))
+    assert (changes.num_removed, changes.num_unknown, changes.is_rebuilt) == (1, 1, False)
+    for each in (ads, AdIndex.open(url)):
+        assert (each.state.version, each.state.num_ads, each.state.num_unused) == (2, 3, 1)
+        assert each.vectors()[0].tolist() == [-3, 0, 9_000_000_000_000]
+        assert found_by(each, 4) == {-3, 0, 9_000_000_000_000}
+    ads, _ = AdIndex.open(url).add(np.array([7]), vectors(1, seed=9), ORIGIN)
+    assert dict(zip(*(part.tolist() for part in ads.vectors()), strict=True))[7] == vectors(1, seed=9)[0].tolist()
+    assert found_by(AdIndex.open(url), 4) == set(KEYS.tolist())
+
+
+def test_removing_what_is_not_there_makes_no_version_and_removing_all_is_refused(url: str) -> None:
+    ads, changes = AdIndex.open(url).remove(np.array([1, 2]))
+    assert (changes.num_removed, changes.num_unknown, ads.state.version) == (0, 2, 1)
+    with pytest.raises(InvalidRowsError, match="all 4 keys of the index would be removed"):
+        AdIndex.open(url).remove(KEYS)
+    assert AdIndex.open(url).state.version == 1
+
+
+def test_a_sync_adds_changes_and_removes_in_one_version(url: str) -> None:
+    table = vectors(4)
+    table[1] += 1
+    keys = np.array([7, -3, 55, 9_000_000_000_000])
+    ads, changes = AdIndex.open(url).sync(keys, table, ORIGIN)
+    assert (changes.num_new, changes.num_replaced, changes.num_unchanged, changes.num_removed) == (1, 2, 1, 1)
+    assert ads.state.version == AdIndex.open(url).state.version == 2
+    found = dict(zip(*(part.tolist() for part in AdIndex.open(url).vectors()), strict=True))
+    assert found == dict(zip(keys.tolist(), table.tolist(), strict=True))
+    assert found_by(AdIndex.open(url), 9) == set(keys.tolist())
+
+
+def test_a_sync_that_would_remove_most_is_refused(url: str) -> None:
+    with pytest.raises(AdIndexError, match=r"3 of the 4 ads in .* are not in the table, more than a share of 0\.5"):
+        AdIndex.open(url).sync(KEYS[:1], vectors(4)[:1], ORIGIN)
+    assert AdIndex.open(url).state.num_ads == 4
+    ads, changes = AdIndex.open(url).sync(KEYS[:1], vectors(4)[:1], ORIGIN, max_gone=1)
+    assert (changes.num_removed, ads.state.num_ads, found_by(ads, 4)) == (3, 1, {7})
+
+
+class TestRecall:
+    """Of approximate indexes: measured whenever a version is written."""
+
+    def queries(self) -> Queries:
+        return Queries(vectors(50, seed=3), "users")
+
+    @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+    def test_it_is_kept_and_reached(self, kind: IndexKind, tmp_path: Path) -> None:
+        keys = np.arange(3_000)
+        AdIndex.build(str(tmp_path), kind, keys, vectors(3_000), ORIGIN, self.queries())
+        ads = AdIndex.open(str(tmp_path))
+        assert ads.state.queries and ads.state.queries.source == "users"
+        assert ads.warning is None
+        exact = np.argsort(-(vectors(50, seed=3) @ vectors(3_000).T), axis=1)[:, :10]
+        found = ads.index.search(vectors(50, seed=3), 10)[0]
+        share = np.mean([np.isin(e, f).mean() for e, f in zip(exact, found, strict=True)])
+        assert ads.state.recall == pytest.approx(share, abs=0.01)
+        assert ads.state.recall >= 0.95
+
+    def test_more_effort_is_taken_where_it_is_too_low(self, tmp_path: Path) -> None:
+        numbers = np.random.default_rng(0).normal(size=(4_000, 48)).astype(np.float32)  # hard: no kinds at all
+        users = np.random.default_rng(1).normal(size=(50, 48)).astype(np.float32)
+        plain = VectorIndex.build("ivf", np.arange(4_000), numbers)
+        ads = AdIndex.build(
+            str(tmp_path), "ivf", np.arange(4_000), numbers, ORIGIN, Queries(users, "users"), min_recall=1.0
+        )
+        assert ads.index.effort and plain.effort and ads.index.effort > plain.effort
+        assert ads.state.recall == 1
+        assert AdIndex.open(str(tmp_path)).index.effort == ads.index.effort
+
+    def test_where_it_is_never_reached_one_line_says_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(VectorIndex, "largest_effort", 1)
+        numbers = np.random.default_rng(0).normal(size=(4_000, 48)).astype(np.float32)
+        queries = Queries(np.random.default_rng(1).normal(size=(50, 48)).astype(np.float32), "users")
+        ads = AdIndex.build(str(tmp_path), "hnsw", np.arange(4_000), numbers, ORIGIN, queries, min_recall=1.0)
+        ads.state = ads.state.model_copy(update={"recall": 0.5})
+        assert ads.warning
+        assert "recall@10 of this hnsw index is 0.500, below the limit of 1" in ads.warning
+        assert "take --index ivf or flat" in ads.warning
+
+    def test_it_is_built_anew_where_the_best_ads_are_gone(self, tmp_path: Path) -> None:
+        """What is left of the graph leads to the removed ads, and nearly none of the others are found."""
+        draw, keys = np.random.default_rng(0), np.arange(6_000)
+        users = np.array([5, 0, 0, 0, 0, 0, 0, 0]) + draw.normal(size=(50, 8))
+        numbers = draw.normal(size=(6_000, 8)).astype(np.float32)
+        queries = Queries(users.astype(np.float32), "users")
+        best_first = keys[np.argsort(-(numbers @ users.mean(axis=0)))]
+        kept = AdIndex.build(str(tmp_path), "hnsw", keys, numbers, ORIGIN, queries)
+        few, changes = kept.remove(best_first[:100])
+        assert (changes.is_rebuilt, few.state.num_unused) == (False, 100)
+        ads, changes = AdIndex.open(str(tmp_path)).remove(best_first[:4_000])
+        assert changes.is_rebuilt
+        assert (ads.state.num_ads, ads.state.num_unused, len(ads.state.vectors)) == (2_000, 0, 1)
+        assert ads.state.recall >= 0.95
+        assert set(AdIndex.open(str(tmp_path)).vectors()[0].tolist()) == set(best_first[4_000:].tolist())
+
+    def test_without_users_it_is_of_ads(self, tmp_path: Path) -> None:
+        ads = AdIndex.build(str(tmp_path), "hnsw", np.arange(2_000), vectors(2_000), ORIGIN)
+        assert ads.state.queries and ads.state.queries.source == "ads"
+
+
+def test_an_index_of_an_earlier_layout_is_refused_and_can_be_replaced(url: str) -> None:
+    file = Path(url) / "index-00000001.json"
+    fields = json.loads(file.read_text())
+    for name in ("layout", "num_unused", "recall", "min_recall", "queries"):
+        del fields[name]
+    file.write_text(json.dumps(fields | {"num_replaced": 0}))
+    with pytest.raises(AdIndexError, match=r"was written by an earlier version of this code.*build it anew"):
+        AdIndex.open(url)
+    AdIndex.build(url, "hnsw", KEYS, vectors(4), ORIGIN)
+    assert AdIndex.open(url).state.version == 2

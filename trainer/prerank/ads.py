@@ -1,4 +1,4 @@
-"""The ads that get a vector: rows of a table with the ad's columns, or the distinct ads of samples.
+"""The ads that get a vector: rows of a table with the ad's columns, or the distinct ads of samples; keys of others.
 
 Either way they become sample groups with one ad each and nothing else, so the engine takes them as it takes samples.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from featurestore.errors import StorageError
 from featurestore.storage import Storage
 from trainer.batch import Batch, Jagged
 from trainer.columns import Groups, Index, Rows, Rule, concatenate, decode, rules_of
@@ -87,6 +88,50 @@ def ads_of_samples(samples: str, schema: Schema, fields: Sequence[Field]) -> Ads
             parts.append(last)
     columns = concatenate(parts).columns
     return Ads(columns[column].values, columns)
+
+
+def keys_to_remove(values: Sequence[str], column: str) -> Index:
+    """The keys that `--remove` names: each value is a key, a Parquet file with the column, or a text file of keys.
+
+    A text file has one key a line, after the column's name or not; empty lines count nothing. Raises DataError.
+    """
+    parts = [_keys_of(value, column) for value in values]
+    return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.int64)
+
+
+def _keys_of(value: str, column: str) -> Index:
+    if (key := _key(value)) is not None:
+        return np.array([key])
+    if value.endswith(".parquet"):
+        storage, names = _files(value)
+        if not names:
+            raise DataError(f"--remove {value}: there is no such file")
+        parts = [part for name in names for part in _parts(storage, name, {column: Rule("user", 0, "integer")})]
+        return np.concatenate([np.empty(0, np.int64), *(part.columns[column].values for part in parts)])
+    folder, slash, name = value.rpartition("/")
+    try:
+        lines = Storage(folder or slash or ".").read_bytes(name).decode().splitlines()
+    except (FileNotFoundError, StorageError, UnicodeDecodeError) as failure:
+        raise DataError(
+            f"--remove {value}: this is no key (a whole number of 64 bits), no .parquet file, and no text file"
+        ) from failure
+    keys = []
+    for number, line in enumerate(lines, 1):
+        word = line.strip().strip('"')
+        if (key := _key(word)) is not None:
+            keys.append(key)
+        elif word and (number > 1 or word != column):
+            raise DataError(f"--remove {value}, line {number}: {word[:40]!r} is no key; give whole numbers, one a line")
+    return np.array(keys, np.int64)
+
+
+def _key(text: str) -> int | None:
+    """The int64 that a text is, if it is one."""
+    try:
+        key = int(text)
+    except ValueError:
+        return None
+    return key if -(2**63) <= key < 2**63 else None
 
 
 def _rules(schema: Schema, fields: Sequence[Field]) -> dict[str, Rule]:

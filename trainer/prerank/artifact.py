@@ -3,23 +3,22 @@
     ad-index/
       index-00000002.json               version 2: what it was made of, and the files below with their digests
       ads-00000001-<random>.parquet     key, vector (fixed-size binary of float32): what each build or addition computed
-      ads-00000002-<random>.parquet     a later file's vector of a key counts
-      ads-00000002-<random>.faiss       faiss's own format
+      ads-00000002-<random>.parquet     a later file's vector of a key counts; a key without one was removed
+      ads-00000002-<random>.npz         the structure of faiss, by featurestore.index
+      queries-00000001-<random>.parquet vectors that recall is measured with; not with flat, which is exact
 
 The highest version counts. The one before it stays, for readers that have just opened it; older ones are removed.
-Letters of shapes: N ads, W width of the vectors.
+Letters of shapes: N ads, R removed ads, W width of the vectors.
 """
 
 import contextlib
+import json
 import re
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
@@ -30,15 +29,22 @@ from featurestore.index import IndexKind, VectorIndex
 from featurestore.spec import FORMAT_VERSION, seal, unseal
 from featurestore.storage import Storage
 from trainer.errors import AdIndexError
+from trainer.prerank.recall import COUNT, Queries, QuerySource, reach, sample_of
+from trainer.prerank.vectorfile import from_parquet, merge, to_parquet
 
-KEY, VECTOR = "key", "vector"
+MIN_RECALL = 0.95
+MAX_GONE = 0.5
+_MAX_UNUSED = 0.25
+_LAYOUT = 2
+_OTHERS: dict[IndexKind, str] = {"hnsw": "ivf or flat", "ivf": "flat", "flat": "flat"}
 _METADATA = re.compile(r"index-(\d{8,})\.json")
-_PART = re.compile(r"ads-(\d{8,})-[0-9a-f]{32}\.(parquet|faiss)")
+_PART = re.compile(r"(?:ads|queries)-(\d{8,})-[0-9a-f]{32}\.(?:parquet|npz|faiss)")
 # Batches of another make-up move the last bits of a vector; what is nearer than this is the same.
 _SAME = 1e-5
 
 Keys = NDArray[np.int64]
 Vectors = NDArray[np.float32]
+_NONE: Keys = np.empty(0, np.int64)
 
 
 class _Frozen(BaseModel):
@@ -71,28 +77,46 @@ class PartFile(_Frozen):
     sha256: str
 
 
+class QueryFile(_Frozen):
+    """Vectors that the recall of an approximate index is measured with."""
+
+    file: PartFile
+    source: QuerySource
+
+
 class IndexState(_Frozen):
     """index-N.json."""
 
     format_version: int = FORMAT_VERSION
+    layout: Literal[2] = _LAYOUT
+    """1 had hnsw and ivf of the plain vectors, which miss the best ads."""
     version: int
     kind: IndexKind
     metric: Literal["inner_product"] = "inner_product"
     dim: int
     num_ads: int
-    num_replaced: int
+    num_unused: int
+    """Vectors of ads that were removed or have another one now: searches pass over them."""
+    recall: float
+    """Recall@10 against exact search, of a search with the index's own effort."""
+    min_recall: float
     origin: IndexOrigin
     index: PartFile
     vectors: tuple[PartFile, ...]
+    queries: QueryFile | None
 
 
-@dataclass(frozen=True)
-class Added:
-    """What an addition did: ads that were not there, that got another vector, and that had the same one already."""
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What a new version did: ads that were not there, that got another vector, that had the same one already, that
+    are gone, and that were to be removed and were not there. `is_rebuilt`: the structure was built anew for it."""
 
-    num_new: int
-    num_replaced: int
-    num_unchanged: int
+    num_new: int = 0
+    num_replaced: int = 0
+    num_unchanged: int = 0
+    num_removed: int = 0
+    num_unknown: int = 0
+    is_rebuilt: bool = False
 
 
 class AdIndex:
@@ -102,14 +126,32 @@ class AdIndex:
         self._storage, self.state, self.index = storage, state, index
 
     @classmethod
-    def build(cls, url: str, kind: IndexKind, keys_N: Keys, vectors_NW: Vectors, origin: IndexOrigin) -> "AdIndex":
+    def build(
+        cls,
+        url: str,
+        kind: IndexKind,
+        keys_N: Keys,
+        vectors_NW: Vectors,
+        origin: IndexOrigin,
+        queries: Queries | None = None,
+        min_recall: float = MIN_RECALL,
+    ) -> "AdIndex":
         """A new index at `url`, as the version after the one that is there.
 
-        Raises InvalidRowsError for vectors that make no index, AdIndexError, StorageError.
+        Of ivf and hnsw the recall is measured with `queries`, without them with some of the ads, and the effort of a
+        search is raised until it is `min_recall`; `warning` says where it never is. Raises InvalidRowsError for vectors
+        that make no index, AdIndexError, StorageError.
         """
         storage, index = Storage(url), VectorIndex.build(kind, keys_N, vectors_NW)
-        version = max(_versions(storage), default=0) + 1
-        return _publish(storage, version, index, origin, [], (keys_N, vectors_NW))
+        recall, query_file, version = 1.0, None, max(_versions(storage), default=0) + 1
+        if kind != "flat":
+            queries = queries or sample_of(vectors_NW, "ads")
+            recall = reach(index, VectorIndex.build("flat", keys_N, vectors_NW), queries, min_recall)
+            data = to_parquet(np.arange(len(queries.vectors_KW)), queries.vectors_KW)
+            query_file = QueryFile(file=_write(storage, _name("queries", version), data), source=queries.source)
+        vectors = _write(storage, _name("ads", version), to_parquet(keys_N, vectors_NW))
+        draft = _Draft(version, origin, recall, min_recall, (vectors,), query_file)
+        return _publish(storage, index, draft)
 
     @classmethod
     def open(cls, url: str) -> "AdIndex":
@@ -125,6 +167,17 @@ class AdIndex:
         if (index.kind, index.dim, index.num_keys) != (state.kind, state.dim, state.num_ads):
             raise CorruptFileError(f"{storage.full(state.index.path)} is not the index that its version describes")
         return cls(storage, state, index)
+
+    @property
+    def warning(self) -> str | None:
+        """One line where the index finds fewer of the best ads than it should."""
+        state = self.state
+        if state.recall >= state.min_recall:
+            return None
+        return (
+            f"recall@{COUNT} of this {state.kind} index is {state.recall:.3f}, below the limit of {state.min_recall:g},"
+            f" with the largest effort ({self.index.effort}) too: take --index {_OTHERS[state.kind]}"
+        )
 
     def check_origin(self, origin: IndexOrigin) -> None:
         """Raises AdIndexError where the index has vectors of another checkpoint, and AnotherStoreError where it has
@@ -143,19 +196,40 @@ class AdIndex:
 
     def vectors(self) -> tuple[Keys, Vectors]:
         """Keys, ascending, and vectors of all ads, (N,) and (N, W). Raises CorruptFileError."""
-        parts = [_parse(_read(self._storage, part), self.state.dim, part.path) for part in self.state.vectors]
-        keys_N = np.concatenate([keys for keys, _ in parts])
-        first_N = np.unique(keys_N[::-1], return_index=True)[1]
-        last_N = len(keys_N) - 1 - first_N
-        return keys_N[last_N], np.concatenate([vectors for _, vectors in parts])[last_N]
+        files = self.state.vectors
+        return merge([from_parquet(_read(self._storage, each), self.state.dim, each.path) for each in files])
 
-    def add(self, keys_N: Keys, vectors_NW: Vectors, origin: IndexOrigin) -> tuple["AdIndex", Added]:
+    def add(self, keys_N: Keys, vectors_NW: Vectors, origin: IndexOrigin) -> tuple["AdIndex", Changes]:
         """The next version, with these ads too; only vectors that are new or differ are appended.
 
-        Nothing is built anew; this object must not be used any more. Raises AdIndexError, InvalidRowsError,
-        StorageError.
+        Nothing is built anew, unless recall would be below the limit, or more than a quarter of the vectors unused.
+        This object must not be used any more. Raises AdIndexError, InvalidRowsError, StorageError.
         """
         self.check_origin(origin)
+        return self._change(keys_N, vectors_NW, _NONE)
+
+    def remove(self, keys_R: Keys) -> tuple["AdIndex", Changes]:
+        """The next version, without these ads; those that are not there are counted. Otherwise as `add`."""
+        return self._change(_NONE, np.empty((0, self.state.dim), np.float32), keys_R)
+
+    def sync(
+        self, keys_N: Keys, vectors_NW: Vectors, origin: IndexOrigin, max_gone: float = MAX_GONE
+    ) -> tuple["AdIndex", Changes]:
+        """The next version, with these ads alone. Otherwise as `add`.
+
+        Raises AdIndexError too where more than a share of `max_gone` of the ads would go: a table may be cut short.
+        """
+        self.check_origin(origin)
+        known_K, _ = self.vectors()
+        gone_R = np.setdiff1d(known_K, keys_N)
+        if len(gone_R) > max_gone * len(known_K):
+            raise AdIndexError(
+                f"{len(gone_R):,} of the {len(known_K):,} ads in {self._storage.url} are not in the table, more than a"
+                f" share of {max_gone:g}: is --sync right? --max-gone 1 lets them go"
+            )
+        return self._change(keys_N, vectors_NW, gone_R)
+
+    def _change(self, keys_N: Keys, vectors_NW: Vectors, removed_R: Keys) -> tuple["AdIndex", Changes]:
         known_K, old_KW = self.vectors()
         place_N = np.searchsorted(known_K, keys_N).clip(max=len(known_K) - 1)
         is_known_N = known_K[place_N] == keys_N
@@ -163,13 +237,48 @@ class AdIndex:
             same_N = is_known_N & np.isclose(old_KW[place_N], vectors_NW, rtol=_SAME, atol=_SAME).all(axis=1)
         else:
             same_N = np.zeros(len(keys_N), np.bool_)  # the index refuses them
-        changed = keys_N[~same_N], vectors_NW[~same_N]
-        added = Added(int((~is_known_N).sum()), int((is_known_N & ~same_N).sum()), int(same_N.sum()))
-        if not len(changed[0]):
-            return self, added
-        self.index.add(*changed)
-        version = self.state.version + 1
-        return _publish(self._storage, version, self.index, origin, self.state.vectors, changed), added
+        new_N, new_NW = keys_N[~same_N], vectors_NW[~same_N]
+        removed_R = np.unique(removed_R)
+        gone_R = removed_R[np.isin(removed_R, known_K)]
+        changes = Changes(
+            num_new=int((~is_known_N).sum()),
+            num_replaced=int((is_known_N & ~same_N).sum()),
+            num_unchanged=int(same_N.sum()),
+            num_removed=len(gone_R),
+            num_unknown=len(removed_R) - len(gone_R),
+        )
+        if not len(new_N) and not len(gone_R):
+            return self, changes
+        self.index.add(new_N, new_NW)
+        self.index.remove(gone_R)
+        kept_K = ~np.isin(known_K, np.concatenate([new_N, gone_R]))
+        ads = np.concatenate([known_K[kept_K], new_N]), np.concatenate([old_KW[kept_K], new_NW])
+        return self._next(ads, to_parquet(new_N, new_NW, gone_R), changes)
+
+    def _next(self, ads: tuple[Keys, Vectors], part: bytes, changes: Changes) -> tuple["AdIndex", Changes]:
+        """Publishes this object's structure, which has `ads` now, `part` being what is new; or another, built anew."""
+        state, index, recall = self.state, self.index, 1.0
+        version, earlier = state.version + 1, state.vectors
+        exact, queries = VectorIndex.build("flat", *ads), self._queries()
+        if queries:
+            recall = reach(index, exact, queries, 0)
+        is_worse = recall < state.min_recall <= state.recall
+        if is_worse or index.num_unused > _MAX_UNUSED * (index.num_unused + index.num_keys):
+            index, earlier, part = VectorIndex.build(state.kind, *ads), (), to_parquet(*ads)
+            changes = replace(changes, is_rebuilt=True)
+        if queries:
+            recall = reach(index, exact, queries, state.min_recall)
+        vectors = _write(self._storage, _name("ads", version), part)
+        draft = _Draft(version, state.origin, recall, state.min_recall, (*earlier, vectors), state.queries)
+        return _publish(self._storage, index, draft), changes
+
+    def _queries(self) -> Queries | None:
+        """What recall is measured with; None for flat."""
+        queries = self.state.queries
+        if not queries:
+            return None
+        data = _read(self._storage, queries.file)
+        return Queries(from_parquet(data, self.state.dim, queries.file.path)[1], queries.source)
 
 
 def _versions(storage: Storage) -> list[int]:
@@ -180,9 +289,23 @@ def _versions(storage: Storage) -> list[int]:
 def _read_state(storage: Storage, version: int) -> IndexState:
     name = f"index-{version:08}.json"
     try:
-        return unseal(storage.read_bytes(name), IndexState, storage.full(name))
+        data = storage.read_bytes(name)
     except FileNotFoundError as failure:
         raise AdIndexError(f"{storage.full(name)} was replaced meanwhile; run again") from failure
+    if _is_of_first_layout(data):
+        raise AdIndexError(
+            f"{storage.full(name)} was written by an earlier version of this code, whose hnsw and ivf miss the best"
+            " ads; build it anew, without --add, --remove and --sync: python jobs/build_ad_index.py"
+        )
+    return unseal(data, IndexState, storage.full(name))
+
+
+def _is_of_first_layout(data: bytes) -> bool:
+    try:
+        fields = json.loads(data)
+    except ValueError:
+        return False  # damaged
+    return isinstance(fields, dict) and "num_replaced" in fields and "layout" not in fields
 
 
 def _read(storage: Storage, part: PartFile) -> bytes:
@@ -193,33 +316,39 @@ def _read(storage: Storage, part: PartFile) -> bytes:
         raise CorruptFileError(f"{storage.full(part.path)} is missing") from failure
 
 
-def _publish(
-    storage: Storage,
-    version: int,
-    index: VectorIndex,
-    origin: IndexOrigin,
-    earlier: Sequence[PartFile],
-    computed: tuple[Keys, Vectors],
-) -> AdIndex:
-    """Writes the files, then the version that names them; removes what no reader needs any more."""
-    name = f"ads-{version:08}-{uuid.uuid4().hex}"
-    vectors = _write(storage, f"{name}.parquet", _parquet(*computed))
+@dataclass(frozen=True)
+class _Draft:
+    """Of a version to be published: all that its structure does not say."""
+
+    version: int
+    origin: IndexOrigin
+    recall: float
+    min_recall: float
+    vectors: tuple[PartFile, ...]
+    queries: QueryFile | None
+
+
+def _publish(storage: Storage, index: VectorIndex, draft: _Draft) -> AdIndex:
+    """Writes the structure, then the version that names all files; removes what no reader needs any more."""
     state = IndexState(
-        version=version,
+        **vars(draft),
         kind=index.kind,
         dim=index.dim,
         num_ads=index.num_keys,
-        num_replaced=index.num_replaced,
-        origin=origin,
-        index=_write(storage, f"{name}.faiss", index.save()),
-        vectors=(*earlier, vectors),
+        num_unused=index.num_unused,
+        index=_write(storage, _name("ads", draft.version, "npz"), index.save()),
     )
-    data, path = seal(state), f"index-{version:08}.json"
+    data, path = seal(state), f"index-{state.version:08}.json"
     if storage.create_or_read(path, data) != data:
-        storage.delete_files([state.index.path, vectors.path])
+        mine = [part.path for part in _parts(state) if int(part.path.split("-")[1]) == state.version]
+        storage.delete_files(mine)
         raise AdIndexError(f"{storage.full(path)} was written by another build meanwhile; run again")
     _clean(storage, state)
     return AdIndex(storage, state, index)
+
+
+def _name(what: str, version: int, suffix: str = "parquet") -> str:
+    return f"{what}-{version:08}-{uuid.uuid4().hex}.{suffix}"
 
 
 def _write(storage: Storage, path: str, data: bytes) -> PartFile:
@@ -227,43 +356,20 @@ def _write(storage: Storage, path: str, data: bytes) -> PartFile:
     return PartFile(path=path, sha256=digest_of(data, "sha256"))
 
 
+def _parts(state: IndexState) -> list[PartFile]:
+    """All files that a version names."""
+    return [state.index, *state.vectors, *([state.queries.file] if state.queries else [])]
+
+
 def _clean(storage: Storage, state: IndexState) -> None:
     """Removes versions before the last two, and files up to this version that neither of those names."""
     kept = [state]
     with contextlib.suppress(AdIndexError, CorruptFileError):
         kept.append(_read_state(storage, state.version - 1))
-    needed = {part.path for each in kept for part in (each.index, *each.vectors)}
+    needed = {part.path for each in kept for part in _parts(each)}
     old = [f"index-{version:08}.json" for version in _versions(storage) if version < state.version - 1]
     for name in storage.list():
         match = _PART.fullmatch(name)
         if match and int(match[1]) <= state.version and name not in needed:
             old.append(name)
     storage.delete_files(old)
-
-
-def _parquet(keys_N: Keys, vectors_NW: Vectors) -> bytes:
-    """Columns key and vector; dtype and shape of the vector stand in its field's metadata."""
-    width = vectors_NW.shape[1]
-    values = pa.py_buffer(np.ascontiguousarray(vectors_NW, np.float32).tobytes())
-    vector = pa.FixedSizeBinaryArray.from_buffers(pa.binary(4 * width), len(keys_N), [None, values])
-    field = pa.field(VECTOR, vector.type, nullable=False)
-    schema = pa.schema(
-        [
-            pa.field(KEY, pa.int64(), nullable=False),
-            field.with_metadata({"dtype": "float32", "shape": f"[{width}]"}),
-        ]
-    )
-    sink = pa.BufferOutputStream()
-    columns: list[Any] = [pa.array(keys_N), vector]
-    pq.write_table(pa.Table.from_arrays(columns, schema=schema), sink, compression="lz4", write_page_checksum=True)
-    return sink.getvalue().to_pybytes()
-
-
-def _parse(data: bytes, width: int, path: str) -> tuple[Keys, Vectors]:
-    """Undoes `_parquet`."""
-    table = pq.read_table(pa.BufferReader(data)).combine_chunks()
-    vector: Any = table[VECTOR].combine_chunks()
-    if vector.type != pa.binary(4 * width):
-        raise CorruptFileError(f"{path} has vectors of {vector.type}, not {width} numbers of float32")
-    values = np.frombuffer(vector.buffers()[1], np.float32).reshape(-1, width)
-    return table[KEY].to_numpy(), values[vector.offset : vector.offset + len(vector)]

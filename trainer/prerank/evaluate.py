@@ -18,19 +18,18 @@ from featurestore.index import VectorIndex, use_threads
 from trainer.batch import Batch
 from trainer.columns import rules_of
 from trainer.content import samples_digest
-from trainer.data import SampleReader, distinct_values, open_index
-from trainer.errors import DataError
+from trainer.data import SampleIndex, SampleReader, distinct_values, open_index
+from trainer.errors import DataError, SchemaError
 from trainer.evaluation.quick import Metrics, evaluate
 from trainer.prefetch import ReadAhead
 from trainer.prerank.ads import key_column
 from trainer.prerank.artifact import AdIndex
+from trainer.prerank.recall import NUM_QUERIES, Queries, recall_at, sample_of
 from trainer.prerank.vectors import towers, user_vectors
 from trainer.run import test_reader
-from trainer.trained import TRAIN, TrainedRun, finite, missing_lookups, open_test
+from trainer.trained import TEST, TRAIN, TrainedRun, finite, missing_lookups, open_test
 
 Vectors = NDArray[np.float32]
-# Scores of two structures differ in the last bits; what is nearer than this is as good.
-_TIE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -105,26 +104,17 @@ def search_figures(
 ) -> SearchFigures:
     """Recall and time of searches for at most so many of the users, drawn by a fixed seed; K >= 1.
 
-    Exact is a flat index over the exported vectors. An ad whose score is that of the last of the best is one of them:
-    ads with equal vectors must not count as misses. Times are of the largest of `counts`.
+    Exact is a flat index over the exported vectors. Times are of the largest of `counts`.
     """
     chosen_K = np.random.default_rng(0).permutation(len(users_KW))[:max_queries]
     queries_KW = np.ascontiguousarray(users_KW[np.sort(chosen_K)])
     exact = VectorIndex.build("flat", *ads.vectors())
     use_threads(1)
     most = max(counts)
-    _, best_KC = exact.search(queries_KW, most)
-    _, found_KC = ads.index.search(queries_KW, most, effort)
-    recall = {}
-    for count in sorted(set(counts)):
-        # A search for `count` of an approximate index may find others than the first of a search for more.
-        score_KC = found_KC if count == most else ads.index.search(queries_KW, count, effort)[1]
-        last_K1 = best_KC[:, : score_KC.shape[1]][:, -1:]
-        recall[count] = float((score_KC >= last_K1 - _TIE * np.abs(last_K1)).mean())
     return SearchFigures(
         queries=len(queries_KW),
         effort=effort or ads.index.effort,
-        recall=recall,
+        recall={count: recall_at(ads.index, exact, queries_KW, count, effort) for count in sorted(set(counts))},
         index=_timed(ads.index, queries_KW, most, effort),
         exact=_timed(exact, queries_KW, most, None),
     )
@@ -142,12 +132,31 @@ def report_of(trained: TrainedRun, ads: AdIndex, scored: Score, figures: SearchF
             "version": state.version,
             "dim": state.dim,
             "ads": state.num_ads,
-            "replaced": state.num_replaced,
+            "unused": state.num_unused,
         },
         "metrics": scored.metrics,
         "search": asdict(figures),
-        "notes": scored.notes,
+        "notes": [*scored.notes, *([ads.warning] if ads.warning else [])],
     }
+
+
+def user_queries(trained: TrainedRun) -> Queries | None:
+    """Vectors of users of the run's own samples, of the test days where there are some, to measure an index with.
+
+    For a run opened by one rank. None where the samples are gone or empty.
+    """
+    data = trained.config.data
+    for split, days in ((TEST, data.test_days), (TRAIN, data.train_days)):
+        if days == []:
+            continue
+        try:
+            index = open_index(trained.comm, data.samples, split, trained.schema, days)
+            users_KW = _first_users(trained, index, 4 * NUM_QUERIES)
+        except (DataError, SchemaError):
+            continue
+        if len(users_KW):
+            return sample_of(users_KW, "users")
+    return None
 
 
 def candidates(
@@ -168,6 +177,17 @@ def candidates(
     group = last.group_of_sample_B[last.group_id_B == user][-1]
     keys_1C, score_1C = ads.index.search(vectors_GW[group : group + 1], count)
     return [(int(key), float(value)) for key, value in zip(keys_1C[0], score_1C[0], strict=True) if np.isfinite(value)]
+
+
+def _first_users(trained: TrainedRun, index: SampleIndex, wanted: int) -> Vectors:
+    """Vectors of so many groups, or of all."""
+    reader = test_reader(trained.config, trained.comm, index, trained.schema)
+    parts = [np.empty((0, towers(trained).width), np.float32)]
+    for _, users_GW in user_vectors(trained, reader.batches()):
+        parts.append(users_GW)
+        if sum(map(len, parts)) >= wanted:
+            break
+    return np.concatenate(parts)[:wanted]
 
 
 def _timed(index: VectorIndex, queries_KW: Vectors, count: int, effort: int | None) -> Timing:

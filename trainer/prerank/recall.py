@@ -1,0 +1,57 @@
+"""The share of the best ads that an index finds, against exact search; and an index's effort raised until it does.
+
+Letters of shapes: N ads, K queries, C candidates found of each, W width of the vectors.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featurestore.index import VectorIndex
+
+Keys = NDArray[np.int64]
+Vectors = NDArray[np.float32]
+QuerySource = Literal["users", "ads"]
+
+COUNT = 10  # candidates of a query whose recall is measured when an index is written
+NUM_QUERIES = 500
+# Scores of two structures differ in the last bits; what is nearer than this is as good.
+_TIE = 1e-5
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What an index is measured with: vectors of users, or of some of its own ads where there are no users."""
+
+    vectors_KW: Vectors
+    source: QuerySource
+
+
+def sample_of(vectors_NW: Vectors, source: QuerySource) -> Queries:
+    """At most NUM_QUERIES of these vectors, drawn by a fixed seed."""
+    chosen_K = np.random.default_rng(0).permutation(len(vectors_NW))[:NUM_QUERIES]
+    return Queries(np.ascontiguousarray(vectors_NW[np.sort(chosen_K)]), source)
+
+
+def recall_at(
+    index: VectorIndex, exact: VectorIndex, queries_KW: Vectors, count: int, effort: int | None = None
+) -> float:
+    """The share of the `count` best of `exact`, a flat index of the same ads, that `index` finds; K >= 1.
+
+    An ad whose score is that of the last of the best is one of them: ads with equal vectors must not count as misses.
+    """
+    _, best_KC = exact.search(queries_KW, count)
+    _, found_KC = index.search(queries_KW, count, effort)
+    last_K1 = best_KC[:, : found_KC.shape[1]][:, -1:]
+    return float((found_KC >= last_K1 - _TIE * np.abs(last_K1)).mean())
+
+
+def reach(index: VectorIndex, exact: VectorIndex, queries: Queries, limit: float) -> float:
+    """Recall@COUNT of the index, whose effort is doubled as long as that is below `limit` and more effort helps."""
+    recall = recall_at(index, exact, queries.vectors_KW, COUNT)
+    while recall < limit and index.effort and index.largest_effort and index.effort < index.largest_effort:
+        index.effort = min(2 * index.effort, index.largest_effort)
+        recall = recall_at(index, exact, queries.vectors_KW, COUNT)
+    return recall
