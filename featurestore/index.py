@@ -265,6 +265,7 @@ def _empty(kind: IndexKind, num_vectors: int, dim: int) -> Any:
             # Lists by distance, vectors in them by inner product.
             base = faiss.IndexIVFFlat(faiss.IndexFlatL2(dim + 1), dim + 1, lists, faiss.METRIC_INNER_PRODUCT)
             base.cp.spherical = False
+            base.cp.min_points_per_centroid = 1  # else it warns on stderr
             base.nprobe = min(lists, 4 * math.ceil(math.sqrt(lists)))
         case "hnsw":
             base = faiss.IndexHNSWFlat(dim, _LINKS, faiss.METRIC_INNER_PRODUCT)

@@ -1,5 +1,6 @@
 """The job as a person types it: ads of samples and of tables, additions, and every mistake in one message."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.main import train
 from trainer.prerank.artifact import AdIndex
+from trainer.prerank.evaluate import user_queries
+from trainer.trained import open_trained
 
 COLUMNS = ("ad_item", "ad_image", "ad_category")
 
@@ -126,6 +129,94 @@ def test_new_ads_are_added_without_a_rebuild(folder: Path, out: str, tmp_path: P
     assert ads.state.version == 2
 
 
+def test_ads_are_removed_by_key_and_by_file_without_a_run(folder: Path, out: str, tmp_path: Path) -> None:
+    done(folder, "--out", out, "--ads", ads_table(list(range(20)), tmp_path / "a.parquet"), "--index", "hnsw")
+    (tmp_path / "gone.csv").write_text("ad_item\n5\n\n6\n77\n")
+    table = ads_table([8], tmp_path / "gone.parquet")
+    options = ["--remove", "3", "--remove", "-4", "--remove", str(tmp_path / "gone.csv"), "--remove", str(table)]
+    result = CliRunner().invoke(app, ["--out", out, *options])
+    assert result.exit_code == 0, result.stderr
+    assert "ads          0 new, 0 changed, 0 unchanged, 4 removed, 2 to remove that are not there" in result.stdout
+    assert "hnsw, 16 ads, 6 numbers each, inner product; 4 unused vectors go with the next build" in result.stdout
+    assert f"written to   {out}, version 2" in result.stdout
+    left = set(range(20)) - {3, 5, 6, 8}
+    assert set(by_key(out)) == left
+    ads = AdIndex.open(out)
+    assert set(ads.index.search(np.ones((3, 6), np.float32), 20)[0].ravel().tolist()) == left
+    assert ads.state.num_ads == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ad_item\n5\nsix\n", "line 3: 'six' is no key; give whole numbers, one a line"),
+        (None, "this is no key (a whole number of 64 bits), no .parquet file, and no text file"),
+    ],
+)
+def test_what_cannot_be_removed(text: str | None, message: str, folder: Path, out: str, tmp_path: Path) -> None:
+    done(folder, "--out", out, "--ads", ads_table([5, 6], tmp_path / "a.parquet"))
+    if text:
+        (tmp_path / "gone.txt").write_text(text)
+    for value, expected in ((tmp_path / "gone.txt", message), (tmp_path / "gone.parquet", "there is no such file")):
+        result = CliRunner().invoke(app, ["--out", out, "--remove", str(value)])
+        assert (result.exit_code, f"error: --remove {value}" in result.stderr) == (1, True)
+        assert expected in result.stderr
+    assert set(by_key(out)) == {5, 6}
+
+
+def test_a_sync_leaves_the_ads_of_the_table(folder: Path, out: str, tmp_path: Path) -> None:
+    done(folder, "--out", out, "--ads", ads_table(list(range(20)), tmp_path / "a.parquet"))
+    live = ads_table(list(range(4, 24)), tmp_path / "live.parquet")
+    text = done(folder, "--out", out, "--sync", live)
+    assert "ads          4 new, 0 changed, 16 unchanged, 4 removed" in text
+    assert set(by_key(out)) == set(range(4, 24))
+    cut = ads_table([4, 5], tmp_path / "cut.parquet")
+    result = job(folder, "--out", out, "--sync", cut)
+    assert result.exit_code == 1
+    assert "18 of the 20 ads" in result.stderr and "--max-gone 1 lets them go" in result.stderr
+    assert set(by_key(out)) == set(range(4, 24))
+    assert "2 unchanged, 18 removed" in done(folder, "--out", out, "--sync", cut, "--max-gone", 1)
+    assert set(by_key(out)) == {4, 5}
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_the_best_ads_of_a_trained_run_are_found(kind: str, folder: Path, out: str, tmp_path: Path) -> None:
+    """5,000 ads of all images and categories, and the users of the run's samples."""
+    places = Places(folder)
+    settings = places.settings(
+        model__base="two_tower",
+        model__tower_width=12,
+        model__tables="{user: 64, item: 8192, image: 64, category: 16, scene: 16}",
+        run__name=f"trained-{kind}",
+        train__epochs=5,
+    )
+    train(load_config(settings=settings), SoloComm())
+    run, items = folder / "runs" / f"trained-{kind}", np.arange(5_000)
+    table = ads_table(items.tolist(), tmp_path / "a.parquet", ad_image=1_000 + items % 50, ad_category=items // 50 % 16)
+    result = CliRunner().invoke(app, ["--run", str(run), "--out", out, "--index", kind, "--ads", str(table)])
+    assert result.exit_code == 0, result.stderr
+    ads = AdIndex.open(out)
+    assert ads.state.queries and ads.state.queries.source == "users"
+    assert f"recall@10    {ads.state.recall:.4f} for vectors of users, effort {ads.index.effort}" in result.stdout
+    with contextlib.closing(open_trained(run, SoloComm())) as trained:
+        queries = user_queries(trained)
+    assert queries and len(queries.vectors_KW) >= 60  # a group may be cut by a batch
+    keys, vectors = ads.vectors()
+    assert len(keys) == 5_000
+    tenth_K1 = np.sort(queries.vectors_KW @ vectors.T, axis=1)[:, -10:][:, :1]
+    scores = ads.index.search(queries.vectors_KW, 10)[1]
+    assert (scores >= tenth_K1 - 1e-5 * np.abs(tenth_K1)).mean() >= (0.98 if kind == "hnsw" else 0.95)
+
+
+def test_a_low_recall_is_one_line_on_stderr(folder: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.prerank.artifact.reach", lambda *_: 0.41)
+    result = job(folder, "--out", out, "--index", "hnsw", "--min-recall", 0.9)
+    assert result.exit_code == 0
+    assert result.stderr.splitlines()[-1].startswith(
+        "warning: recall@10 of this hnsw index is 0.410, below the limit of 0.9"
+    )
+
+
 def test_images_that_came_after_the_training_are_known(tmp_path: Path) -> None:
     places = make_places(tmp_path / "places")
     towers = {"model__base": "two_tower", "model__tower_width": 6, "run__name": "towers"}
@@ -210,6 +301,9 @@ def test_one_row(folder: Path, out: str, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--ads", "a.parquet", "--samples", "b"], "give one of --ads and --samples"),
+        (["--remove", "3", "--run", "x"], "--remove does not go with --run; leave --run out"),
+        (["--sync", "a.parquet", "--add"], "--sync does not go with --add; leave --add out"),
+        (["--sync", "a.parquet", "--ads", "b.parquet"], "--sync does not go with --ads; leave --ads out"),
         (["--add", "--index", "flat"], "--add keeps the kind and the limit of the index; leave --index out"),
         (["--index", "annoy"], "'annoy' is not one of"),
     ],
