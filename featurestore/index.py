@@ -275,7 +275,7 @@ def _empty(kind: IndexKind, num_vectors: int, dim: int) -> Any:
 
 def _squares(vectors_ND: Vectors) -> npt.NDArray[np.float64]:
     """Of each vector the square of its length, (N,)."""
-    return np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64)
+    return np.asarray(np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64))
 
 
 def _checked(keys_N: Keys, vectors_ND: Vectors, dim: int) -> tuple[Keys, Vectors]:

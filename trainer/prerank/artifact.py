@@ -35,7 +35,6 @@ from trainer.prerank.vectorfile import from_parquet, merge, to_parquet
 MIN_RECALL = 0.95
 MAX_GONE = 0.5
 _MAX_UNUSED = 0.25
-_LAYOUT = 2
 _OTHERS: dict[IndexKind, str] = {"hnsw": "ivf or flat", "ivf": "flat", "flat": "flat"}
 _METADATA = re.compile(r"index-(\d{8,})\.json")
 _PART = re.compile(r"(?:ads|queries)-(\d{8,})-[0-9a-f]{32}\.(?:parquet|npz|faiss)")
@@ -88,7 +87,7 @@ class IndexState(_Frozen):
     """index-N.json."""
 
     format_version: int = FORMAT_VERSION
-    layout: Literal[2] = _LAYOUT
+    layout: Literal[2] = 2
     """1 had hnsw and ivf of the plain vectors, which miss the best ads."""
     version: int
     kind: IndexKind

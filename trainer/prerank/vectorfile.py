@@ -25,7 +25,9 @@ def to_parquet(keys_N: Keys, vectors_NW: Vectors, removed_R: Keys | None = None)
     values = np.concatenate([vectors_NW, np.zeros((len(removed_R), width), np.float32)]).astype(np.float32)
     has_vector_N = np.arange(len(values)) < len(keys_N)
     valid = pa.array(has_vector_N).buffers()[1] if len(removed_R) else None
-    vector = pa.FixedSizeBinaryArray.from_buffers(pa.binary(4 * width), len(values), [valid, pa.py_buffer(values)])
+    vector = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(4 * width), len(values), [valid, pa.py_buffer(values.tobytes())]
+    )
     field = pa.field(VECTOR, vector.type)
     schema = pa.schema(
         [
