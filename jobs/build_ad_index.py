@@ -101,8 +101,8 @@ def main(
     start, limit = time.monotonic(), MIN_RECALL if min_recall is None else min_recall
     try:
         if remove:
-            known, lines = AdIndex.open(out), []
-            index, changes = known.remove(keys_to_remove(remove, known.state.origin.key_column))
+            old, lines = AdIndex.open(out), list[str]()
+            index, changes = old.remove(keys_to_remove(remove, old.state.origin.key_column))
         else:
             with contextlib.closing(
                 open_trained(run or newest_run(), SoloComm(), which=checkpoint, store_version=store_version)

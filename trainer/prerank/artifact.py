@@ -16,7 +16,7 @@ import json
 import re
 import uuid
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -205,11 +205,11 @@ class AdIndex:
         This object must not be used any more. Raises AdIndexError, InvalidRowsError, StorageError.
         """
         self.check_origin(origin)
-        return self._change(keys_N, vectors_NW, _NONE)
+        return self._change(keys_N, vectors_NW, _NONE, origin)
 
     def remove(self, keys_R: Keys) -> tuple["AdIndex", Changes]:
         """The next version, without these ads; those that are not there are counted. Otherwise as `add`."""
-        return self._change(_NONE, np.empty((0, self.state.dim), np.float32), keys_R)
+        return self._change(_NONE, np.empty((0, self.state.dim), np.float32), keys_R, self.state.origin)
 
     def sync(
         self, keys_N: Keys, vectors_NW: Vectors, origin: IndexOrigin, max_gone: float = MAX_GONE
@@ -226,9 +226,11 @@ class AdIndex:
                 f"{len(gone_R):,} of the {len(known_K):,} ads in {self._storage.url} are not in the table, more than a"
                 f" share of {max_gone:g}: is --sync right? --max-gone 1 lets them go"
             )
-        return self._change(keys_N, vectors_NW, gone_R)
+        return self._change(keys_N, vectors_NW, gone_R, origin)
 
-    def _change(self, keys_N: Keys, vectors_NW: Vectors, removed_R: Keys) -> tuple["AdIndex", Changes]:
+    def _change(
+        self, keys_N: Keys, vectors_NW: Vectors, removed_R: Keys, origin: IndexOrigin
+    ) -> tuple["AdIndex", Changes]:
         known_K, old_KW = self.vectors()
         place_N = np.searchsorted(known_K, keys_N).clip(max=len(known_K) - 1)
         is_known_N = known_K[place_N] == keys_N
@@ -252,9 +254,11 @@ class AdIndex:
         self.index.remove(gone_R)
         kept_K = ~np.isin(known_K, np.concatenate([new_N, gone_R]))
         ads = np.concatenate([known_K[kept_K], new_N]), np.concatenate([old_KW[kept_K], new_NW])
-        return self._next(ads, to_parquet(new_N, new_NW, gone_R), changes)
+        return self._next(ads, to_parquet(new_N, new_NW, gone_R), changes, origin)
 
-    def _next(self, ads: tuple[Keys, Vectors], part: bytes, changes: Changes) -> tuple["AdIndex", Changes]:
+    def _next(
+        self, ads: tuple[Keys, Vectors], part: bytes, changes: Changes, origin: IndexOrigin
+    ) -> tuple["AdIndex", Changes]:
         """Publishes this object's structure, which has `ads` now, `part` being what is new; or another, built anew."""
         state, index, recall = self.state, self.index, 1.0
         version, earlier = state.version + 1, state.vectors
@@ -268,7 +272,7 @@ class AdIndex:
         if queries:
             recall = reach(index, exact, queries, state.min_recall)
         vectors = _write(self._storage, _name("ads", version), part)
-        draft = _Draft(version, state.origin, recall, state.min_recall, (*earlier, vectors), state.queries)
+        draft = _Draft(version, origin, recall, state.min_recall, (*earlier, vectors), state.queries)
         return _publish(self._storage, index, draft), changes
 
     def _queries(self) -> Queries | None:
