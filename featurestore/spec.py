@@ -191,10 +191,14 @@ def unseal(data: bytes, model_class: type[ModelT], path: str) -> ModelT:
     """The model that `seal` wrote. Raises FormatVersionError for a newer format, CorruptFileError for changed bytes."""
     try:
         fields = parse_json(data)
-        format_version = fields["format_version"]
-        digest = fields.pop("digest")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise CorruptFileError(f"{path} is damaged: {error}") from error
+    if not isinstance(fields, dict):
+        raise CorruptFileError(f"{path} is damaged: it is no JSON object")
+    for name in ("format_version", "digest"):
+        if name not in fields:
+            raise CorruptFileError(f"{path} is damaged: {name} is missing in it")
+    format_version, digest = fields["format_version"], fields.pop("digest")
     if isinstance(format_version, int) and format_version > FORMAT_VERSION and digest == _sha256(_encode(fields)):
         raise FormatVersionError(f"{path} has format {format_version}, this code reads up to {FORMAT_VERSION}: update")
     try:

@@ -34,6 +34,7 @@ the command line or a scheduler that is refused."""
 
 LEAST_MEMORY = 128 << 20
 MOST = 1024  # workers of a machine, and threads of a worker
+MEMORY_HELP = "Of one local worker: 4GB, 512MiB, auto, or a share of the machine's memory, as 0.25."
 MOST_S = 1e6  # what clocks of operating systems take, and twelve days
 
 EXIT_FAILED = 1
@@ -75,7 +76,7 @@ def _finite(_: click.Context, __: click.Parameter, value: float) -> float:
 )
 @click.option("-n", "--workers", metavar="N", type=click.IntRange(1, MOST), help="A local cluster of N workers.")
 @click.option("--threads-per-worker", metavar="T", type=click.IntRange(1, MOST), help="Default: cores / N.")
-@click.option("--memory-limit", metavar="M", callback=_memory_limit, help="Of one local worker: 4GB, 512MiB, auto.")
+@click.option("--memory-limit", metavar="M", callback=_memory_limit, help=MEMORY_HELP)
 @click.option(
     "--wait-workers",
     metavar="N",

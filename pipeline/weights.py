@@ -95,8 +95,12 @@ def _from_file(path: Path, *, values: bool = True) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # zip, pickle and torch each have their own errors for a file that is none of theirs
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise WeightsError(f"weights {path}: not a state dict that torch can load safely ({reason})") from error
+        # torch's own texts are essays, and say how to load a file unsafely
+        reason = str(error) if isinstance(error, OSError) else type(error).__name__
+        raise WeightsError(
+            f"weights {path}: not a state dict that torch can load safely ({reason}); one is written by"
+            " torch.save(model.state_dict(), FILE)"
+        ) from error
 
 
 def _check_fit(loaded: object, network: Network, where: str) -> dict[str, torch.Tensor]:

@@ -34,6 +34,7 @@ from trainer.errors import CheckpointError
 from trainer.options import ModelConfig
 from trainer.validate import Section
 
+_SAMPLES = "data.samples_digest"  # among the values of an origin
 FORMAT_VERSION = 2  # 2: the ids of the stores
 _NAME = re.compile(r"step-(\d{8,})")
 DENSE = "dense.safetensors"
@@ -261,7 +262,10 @@ def _differing(
     here, there, default = (dict(flat(values)) for values in (mine, theirs, defaults or {}))
     there = {name: default[name] for name in default.keys() & here.keys()} | there
     names = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
-    return [f"{name} is {here.get(name)!r} here, {there.get(name)!r} in the checkpoint" for name in names]
+    lines = {name: f"{name} is {here.get(name)!r} here, {there.get(name)!r} in the checkpoint" for name in names}
+    if _SAMPLES in lines:
+        lines[_SAMPLES] += ": these are other training samples, or their files have changed since"
+    return list(lines.values())
 
 
 def place(folder: Path, step: int) -> Path:

@@ -177,7 +177,7 @@ class _Where:
             group = differing[0]
             raise DataError(
                 f"{self.row(group)}: column {column} has {np.diff(found_G1)[group]} entries, "
-                f"{other} has {np.diff(expected_G1)[group]}; each {each} needs one of both"
+                f"{other} has {np.diff(expected_G1)[group]}; each {each} needs one entry in both"
             )
 
 

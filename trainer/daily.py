@@ -185,6 +185,7 @@ def evaluate_trained(day: Day, config: Config, report: Mapping[str, Any], comm: 
     from trainer.progress import Progression
     from trainer.run import open_run
     from trainer.signals import StopSignals
+    from trainer.summary import ranks_told
     from trainer.train import Training
 
     comm.deadline_s = config.run.deadline_s
@@ -192,7 +193,7 @@ def evaluate_trained(day: Day, config: Config, report: Mapping[str, Any], comm: 
         step = run.engine.num_steps
         with Progression(run.folder if comm.rank == 0 else None, step, step) as progress:
             count = f"{run.test_reader.num_samples:,} test samples of {day.test_day}"
-            progress.say(f"{run.folder}: {count}, {comm.size} ranks, trained before")
+            progress.say(f"{run.folder}: {count}, {ranks_told(comm.size)}, trained before")
             if run.samples_changed:
                 progress.say(f"samples of {', '.join(day.train_days)} have changed since {day.name} was trained")
             training = Training(run, progress, signals)

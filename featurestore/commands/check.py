@@ -58,8 +58,11 @@ def _verify_cache(folder: Path) -> NoReturn:
         report = verify_cache(folder, progress)
     for problem in report.problems:
         sys.stderr.write(f"broken: {problem}\n")
-    looked_at = f"{report.num_shards:,} cached shards, {report.num_bytes:,} bytes of {folder}"
-    sys.stdout.write(f"{len(report.problems)} problems in {looked_at}\n")
+    if report.num_shards or report.num_other:
+        looked_at = f"{report.num_shards:,} cached shards, {report.num_bytes:,} bytes of {folder}"
+        sys.stdout.write(f"{len(report.problems)} problems in {looked_at}\n")
+    else:
+        sys.stdout.write(f"nothing to check: {folder} has no cached shards\n")
     if report.num_other:
         sys.stdout.write(f"{report.num_other:,} more are of another version, and go when 30 days old\n")
     raise typer.Exit(1 if report.problems else 0)

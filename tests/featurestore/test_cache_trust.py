@@ -267,6 +267,7 @@ def test_the_command(store: FeatureStore, tmp_path: Path, rows: FeatureRows, mon
     for args in (["--cache"], ["--cache", str(cache)], [str(cache), "--cache"]):
         code, output = run(*args)
         assert code == 0 and "0 problems in 8 cached shards" in output and str(cache) in output
+    assert run("--cache", str(tmp_path)) == (0, f"nothing to check: {tmp_path} has no cached shards\n")
     flip(file_of(cache, ".rows.bin"))
     code, output = run("--cache")
     assert code == 1 and "broken: " in output and ".rows.bin is not what was built" in output

@@ -64,7 +64,7 @@ def test_mistakes_are_one_message(job, tmp_path):
 def test_weights_are_looked_at_before_a_cluster_starts(job, tmp_path, monkeypatch):
     (tmp_path / "text.pth").write_text("no weights")
     monkeypatch.setattr(extract_features, "connect", None)
-    message = "text.pth: not a state dict that torch can load safely (UnpicklingError: "
+    message = "text.pth: not a state dict that torch can load safely (UnpicklingError); one is"
     assert_message(job("--weights", "text.pth"), 2, message)
 
 

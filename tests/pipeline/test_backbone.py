@@ -223,11 +223,14 @@ def test_files_that_do_not_fit_are_refused(state, tmp_path):
         with pytest.raises(WeightsError, match=message):
             check_network(DEFAULT_BACKBONE, str(tmp_path / "weights.pth"))
     (tmp_path / "text.pth").write_text("no weights")
-    message = r"not a state dict that torch can load safely \(UnpicklingError: "
-    with pytest.raises(WeightsError, match=message):
-        load_weights(vgg16(), str(tmp_path / "text.pth"))
-    with pytest.raises(WeightsError, match=message):
-        check_network(DEFAULT_BACKBONE, str(tmp_path / "text.pth"))
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04torn")
+    for name, kind in (("text.pth", "UnpicklingError"), ("empty.pth", "EOFError"), ("torn.pth", "RuntimeError")):
+        message = rf"not a state dict that torch can load safely \({kind}\); one is written by torch.save\(model.sta"
+        with pytest.raises(WeightsError, match=message):
+            load_weights(vgg16(), str(tmp_path / name))
+        with pytest.raises(WeightsError, match=message):
+            check_network(DEFAULT_BACKBONE, str(tmp_path / name))
 
 
 def test_weights_with_nan_are_refused(state, monkeypatch):

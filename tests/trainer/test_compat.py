@@ -149,6 +149,7 @@ class TestWithBothThere:
         said, found = compat(places, other, code=1)
         assert found["verdict"] == "not compatible" and found["rows"] is found["scores"] is None
         assert "extractor.weights_digest is '1' here, '0' in the checkpoint: its E makes nothing of these" in said
+        assert "cannot be read" not in said and found["can_read_recorded"] is None
 
 
 class TestWithTheOldOneGone:

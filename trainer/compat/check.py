@@ -70,7 +70,7 @@ class Compatibility:
     found: SnapshotId
     relation: Relation
     kind: str
-    can_read_recorded: bool = False
+    can_read_recorded: bool | None = None  # None: not looked, as the network or the snapshot says enough
     rows: Likeness | None = None
     scores: ScoreDrift | None = None
     problems: list[str] = field(default_factory=list)

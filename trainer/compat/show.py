@@ -13,7 +13,7 @@ _IDENTITY = {
 def lines(found: Compatibility) -> list[str]:
     """What was compared with what."""
     recorded = found.recorded.told() if found.recorded else "not known"
-    if found.recorded and found.relation != "the same snapshot" and not found.can_read_recorded:
+    if found.recorded and found.can_read_recorded is False:
         recorded += " (cannot be read any more)"
     return [
         f"run          {found.run}, {found.checkpoint.name}",
