@@ -22,7 +22,7 @@ from featurestore.commandline import run_app, say_error
 from featurestore.errors import FeatureStoreError
 from featurestore.output import progress_bars
 from trainer.config import load_config
-from trainer.errors import PlanError, TrainerError
+from trainer.errors import ConfigError, PlanError, TrainerError
 from trainer.plan.build import Plan, Row
 from trainer.plan.own import plan_own
 from trainer.plan.sample import Question, numbers
@@ -43,13 +43,14 @@ def main(
 ) -> None:
     """Compare predicted with measured steps; prints the figures."""
     try:
+        counts = numbers(ranks)
         with progress_bars() as progress:
             knobs = Knobs(images=images, samples_per_rank=samples_per_rank, steps=24, test_samples=600)
             workload = make(folder, knobs, progress)
-        figures = compare(workload, numbers(ranks))
+        figures = compare(workload, counts)
     except (TrainerError, FeatureStoreError, OSError) as error:
         say_error(error)
-        raise typer.Exit(1) from error
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
     write_report(figures, json_file)
 
 

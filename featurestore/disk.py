@@ -3,12 +3,14 @@
 import contextlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from featurestore.errors import CorruptFileError
+from featurestore.regular import check_mode, open_regular, read_regular
 
 TEMPORARY = ".tmp-"  # how names of files begin that are not complete
 
@@ -56,11 +58,11 @@ class DiskFiles:
 
     def read_bytes(self, path: str) -> bytes:
         """The whole file."""
-        return self.path(path).read_bytes()
+        return read_regular(self.path(path))
 
     def read_into(self, path: str, out: memoryview) -> int:
         """The beginning of the file; its size."""
-        with self.path(path).open("rb", buffering=0) as file:
+        with open_regular(self.path(path)) as file:
             filled = 0
             while filled < len(out) and (count := file.readinto(out[filled:])):
                 filled += count
@@ -68,7 +70,7 @@ class DiskFiles:
 
     def open_input(self, path: str) -> IO[bytes]:
         """The file for reading."""
-        return self.path(path).open("rb")
+        return open_regular(self.path(path))
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
         """Link a complete file to its name: False where the name is taken."""
@@ -98,8 +100,11 @@ class DiskFiles:
         return os.listdir(self.path(path))  # noqa: PTH208 - names alone are wanted
 
     def entry(self, path: str) -> StorageEntry:
-        """Size and time of one file."""
-        return _entry(path, self.path(path).stat())
+        """Size and time of one file, or of a folder. Raises IrregularFileError for what could not be read."""
+        found = self.path(path).stat()
+        if not stat.S_ISDIR(found.st_mode):
+            check_mode(found.st_mode)
+        return _entry(path, found)
 
     def entries(self, path: str, recursive: bool) -> Iterator[StorageEntry]:
         """Files of a folder and of the folders in it; a folder or file that vanishes meanwhile is left out, and so is a
@@ -144,10 +149,10 @@ class DiskFiles:
             temporary.unlink(missing_ok=True)
 
 
-def _entry(path: str, stat: os.stat_result) -> StorageEntry:
+def _entry(path: str, found: os.stat_result) -> StorageEntry:
     # The times alone are not enough: mtime can be set, as rsync does, and a rename keeps both.
-    tag = f"{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
-    return StorageEntry(path, stat.st_size, stat.st_mtime, tag)
+    tag = f"{found.st_ino}-{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
+    return StorageEntry(path, found.st_size, found.st_mtime, tag)
 
 
 def _to_disk(file: IO[bytes]) -> None:

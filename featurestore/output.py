@@ -20,6 +20,15 @@ class _PlainConsole(Console):
         return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
 
 
+class _Bars(Progress):
+    def stop(self) -> None:
+        """Stop; where nothing has begun, without the empty line that ends the bars in a pipe."""
+        if self.tasks:
+            super().stop()
+        else:
+            self.live.stop()
+
+
 def text_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """A console that prints what it is given: no markup, no names of emoji, no colours of its own, no line folded."""
     return _PlainConsole(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
@@ -35,7 +44,7 @@ def progress_bars(
 ) -> Progress:
     """Return bars, by default on stderr, each with description, bar and count."""
     shown = columns or (text_column(), BarColumn(), MofNCompleteColumn())
-    return Progress(*shown, console=console or text_console(stderr=True), transient=transient, disable=disable)
+    return _Bars(*shown, console=console or text_console(stderr=True), transient=transient, disable=disable)
 
 
 def print_table(console: Console, table: Table) -> None:

@@ -13,7 +13,7 @@ from featurestore.parsing import parse_yaml
 from featurestore.store import FeatureStore
 from pipeline.errors import PipelineError, SampleOptionError
 from pipeline.semantic.build import SemanticOptions, build_semantic_ids
-from pipeline.semantic.samples import code_columns
+from pipeline.semantic.samples import code_columns, sample_files
 from pipeline.semantic.vectors import StoreVectors, Vectors, open_file
 from trainer.errors import SchemaError, TrainerError
 from trainer.schema import Field, Schema, load_schema
@@ -80,6 +80,8 @@ def main(
         samples = SAMPLES
     options = SemanticOptions(out, samples, levels, codes, sample_rows, seed, standardize, codebook, accept_store)
     try:
+        if samples:
+            sample_files(samples)  # before the store is read through
         found = load_schema(schema or _schema_beside(samples)) if samples else None
         columns = _image_columns(found, store_name) if found else []
         describe_files = partial(describe_samples, found, store_name, options) if found else _nothing

@@ -1,7 +1,7 @@
 """Export the visual vectors that a run's trained E makes of all images of a feature store."""
 
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated
 
 import typer
@@ -49,8 +49,8 @@ def main(
     Parquet has the columns key, uri and vector (a list of float32), and says in its metadata (visual_vectors) of which
     run, checkpoint, store and snapshot they are; beside a .npy stands NAME.npy.json. build_semantic_ids takes both.
     """
-    if not out.endswith((".parquet", ".npy")):
-        raise typer.BadParameter(f"{out} has to end with .parquet or .npy", param_hint="--out")
+    if PurePosixPath(out).suffix not in (".parquet", ".npy"):
+        raise typer.BadParameter(f"{out} has to end with .parquet or .npy, a name before that", param_hint="--out")
     start = time.monotonic()
     try:
         opened = open_network(run or newest_run(), which=checkpoint, network=network, store_version=store_version)

@@ -17,6 +17,7 @@ from distributed import Client, LocalCluster
 from distributed.client import ClosedClientError
 from distributed.comm.core import CommClosedError
 
+from featurestore.regular import read_regular
 from pipeline.checks import check_address
 from pipeline.errors import SCHEDULER_LOST, ClusterError, MissingCertificatesError, SchedulerUnreachableError
 
@@ -81,7 +82,7 @@ def address_in_file(path: Path, timeout_s: float) -> str:
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            return str(json.loads(path.read_text())["address"])
+            return str(json.loads(read_regular(path))["address"])
         except FileNotFoundError:
             reason = "there is no such file"
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 from urllib.parse import quote_from_bytes
 
+from featurestore import regular
 from pipeline.errors import BadImageError
 
 NOT_TEXT = "the file's name is not UTF-8 (%XX stands for a byte of it): rename the file"
@@ -64,11 +65,10 @@ def files_below(root: str) -> Iterator[LocalFile]:
 
 def read_regular(path: str) -> bytes:
     """The bytes of a regular file, or of one that a link leads to. Raises BadImageError for others, OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # of a pipe too this does not wait
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise BadImageError("no regular file but a pipe, a socket or a device")
-        return file.read()
+    try:
+        return regular.read_regular(path)
+    except regular.IrregularFileError as error:
+        raise BadImageError(str(error)) from error
 
 
 def is_text(name: str) -> bool:

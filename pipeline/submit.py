@@ -17,6 +17,7 @@ from typing import Any, cast
 import click
 from distributed.worker_memory import parse_memory_limit
 
+from featurestore.regular import check_regular
 from pipeline.checks import INSECURE_VARIABLE, check_address, check_packages, check_versions, wait_for_workers
 from pipeline.cluster import address_in_file, configured_address, local_cluster, open_client
 from pipeline.errors import ClusterError, InsecureSchedulerError
@@ -58,6 +59,14 @@ def _finite(_: click.Context, __: click.Parameter, value: float) -> float:
     return value
 
 
+def _script(_: click.Context, __: click.Parameter, value: Path) -> Path:
+    try:
+        check_regular(value)
+    except OSError as error:
+        raise click.BadParameter(f"{value}: {error}") from error
+    return value
+
+
 @click.command(
     "submit",
     epilog=EXAMPLES,
@@ -94,7 +103,7 @@ def _finite(_: click.Context, __: click.Parameter, value: float) -> float:
     help="Seconds for the scheduler to answer and the workers to come.",
 )
 @click.option("--insecure", is_flag=True, help="Accept a scheduler beyond loopback without TLS.")
-@click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("script", callback=_script, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def submit(

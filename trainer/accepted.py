@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from featurestore.identity import SnapshotId
+from featurestore.regular import read_regular
 from trainer.errors import CheckpointError
 from trainer.files import replace_file
 from trainer.validate import Section
@@ -88,7 +89,7 @@ def _file_of(checkpoint: Path) -> Path:
 
 def _read(file: Path) -> list[AcceptedStore]:
     try:
-        return _AcceptedStores.model_validate_json(file.read_bytes()).accepted
+        return _AcceptedStores.model_validate_json(read_regular(file)).accepted
     except FileNotFoundError:
         return []
     except (OSError, ValidationError) as failure:

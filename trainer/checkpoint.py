@@ -27,6 +27,7 @@ from torch import Tensor
 
 from featurestore.identity import SnapshotId
 from featurestore.parsing import parse_json
+from featurestore.regular import open_regular, read_regular
 from trainer import accepted
 from trainer.batch import BatchPosition
 from trainer.comm import Comm
@@ -201,7 +202,7 @@ def read_recorded(path: Path) -> CheckpointState:
     """state.json of the checkpoint at `path`, its own digest verified. Raises CheckpointError."""
     file = path / "state.json"
     try:
-        values = parse_json(file.read_bytes())
+        values = parse_json(read_regular(file))
         digest = values.pop("digest")
         version = values["format_version"]
         if version > FORMAT_VERSION:
@@ -338,7 +339,7 @@ def _read_named(paths: Iterable[Path], names: set[str]) -> dict[str, Tensor]:
 
 def _digest(path: Path) -> str:
     hashed = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 22):
             hashed.update(block)
     return hashed.hexdigest()

@@ -5,6 +5,7 @@ stand the types and the limits.
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Sequence
 from datetime import date
@@ -17,6 +18,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from yaml import YAMLError
 
 from featurestore.plain import one_line
+from featurestore.regular import read_text
 from trainer.errors import ConfigError
 from trainer.files import replace_file
 from trainer.options import Count, ExchangeConfig, LearningRate, ModelConfig, OptimConfig, RateDecay
@@ -170,7 +172,7 @@ def config_digest(values: dict[str, Any]) -> str:
 
 def _read(path: Path) -> DictConfig:
     try:
-        loaded = OmegaConf.load(path)
+        loaded = OmegaConf.load(io.StringIO(read_text(path)))
     except FileNotFoundError as failure:
         raise ConfigError(f"--config {path}: there is no such file") from failure
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as failure:

@@ -17,6 +17,8 @@ import typer
 
 from featurestore.commandline import run_app
 from featurestore.errors import AnotherStoreError
+from featurestore.parsing import parse_json
+from featurestore.regular import read_regular
 from trainer import daytable
 from trainer.config import Config, load_config, save_config
 from trainer.errors import CheckpointError, ConfigError, DataError
@@ -290,7 +292,7 @@ def _claim(folder: Path, base: Config, window_days: int) -> None:
     file = folder / "daily.json"
     try:
         if file.exists() and any(daytable.DAY.fullmatch(each.name) for each in folder.iterdir()):
-            _check_same(mine, json.loads(file.read_text(encoding="utf-8")), file)
+            _check_same(mine, parse_json(read_regular(file)), file)
             return
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(file, json.dumps(mine, indent=1))

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from featurestore.output import print_table, text_console
 from featurestore.parsing import parse_json
+from featurestore.regular import read_regular
 from trainer.config import load_config
 from trainer.errors import TrainerError
 from trainer.files import replace_file
@@ -45,7 +46,7 @@ def report_of(run: Path) -> dict[str, Any] | None:
     """The run's report.json; None before its end. Raises TrainerError where it cannot be read."""
     file = run / "report.json"
     try:
-        report: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
+        report: dict[str, Any] = parse_json(read_regular(file))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as failure:

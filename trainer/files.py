@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.parsing import parse_yaml
+from featurestore.regular import read_text
 from trainer.errors import TrainerError
 
 
@@ -18,7 +19,7 @@ def replace_file(path: Path, content: str | bytes) -> None:
 def read_mapping(path: Path, setting: str, error: type[TrainerError], wanted: str = "a mapping") -> dict[str, Any]:
     """What a YAML file says, which `setting`, an option with its = or its space, names. Raises `error`."""
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
+        values = parse_yaml(read_text(path))
     except FileNotFoundError as failure:
         raise error(f"{setting}{path}: there is no such file") from failure
     except (OSError, ValueError) as failure:

@@ -12,7 +12,8 @@ import torch
 from trainer.comm import Comm
 from trainer.config import Config, Device
 from trainer.errors import ConfigError
-from trainer.memory import keep_freed_memory
+from trainer.memory import free_bytes, keep_freed_memory
+from trainer.tables import TableShape, owned_bytes
 
 _MOST_THREADS = 4  # for each core
 _BUILD_NCCL = "HOROVOD_GPU_OPERATIONS=NCCL make install"
@@ -88,6 +89,28 @@ def idle_gpus(device: Device, have_gpu: Sequence[bool], moves_cuda_tensors: bool
     if not moves_cuda_tensors:
         return f"{found}: this Horovod was built without NCCL. Build it with NCCL: {_BUILD_NCCL}; or set run.device=cpu"
     return f"{found}: not every rank has one. Start ranks only on hosts with GPUs; or set run.device=cpu"
+
+
+def check_memory(comm: Comm, shapes: Sequence[TableShape], device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ConfigError where the ID tables of the ranks of one machine, or of one GPU, do not fit into its memory; on
+    all ranks alike, so every rank has to call it."""
+    host, needs = socket.gethostname(), [owned_bytes(shape, comm.rank, comm.size, dtype) for shape in shapes]
+    on_gpu = device.type == "cuda"
+    mine = (f"{host}, {device}", torch.cuda.mem_get_info(device)[0], needs) if on_gpu else (host, free_bytes(), needs)
+    found = comm.allgather_object(mine, name="memory")
+    for place in dict.fromkeys(where for where, _, _ in found):
+        here = [(free, needs) for where, free, needs in found if where == place]
+        free = min((free for free, _ in here if free is not None), default=None)
+        bytes_of_table = [sum(each) for each in zip(*(needs for _, needs in here), strict=True)]
+        if free is None or sum(bytes_of_table) <= free:
+            continue
+        shape, needed = max(zip(shapes, bytes_of_table, strict=True), key=lambda pair: pair[1])
+        raise ConfigError(
+            f"model.tables.{shape.name}={shape.num_rows}: {shape.num_rows:,} rows of {shape.width} numbers and their "
+            f"Adam state take {needed / 1e9:,.1f} GB on {place} ({len(here)} ranks; all tables "
+            f"{sum(bytes_of_table) / 1e9:,.1f} GB), and {free / 1e9:,.1f} GB are free there; lower it, or use ranks on "
+            "more machines"
+        )
 
 
 def device_name(device: torch.device) -> str:

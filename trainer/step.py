@@ -19,6 +19,7 @@ from trainer.comm import Comm
 from trainer.dropout import IdDropout
 from trainer.errors import ConfigError
 from trainer.exchange import ContentSource, Exchange, FieldVectors, Request, Source
+from trainer.machine import check_memory
 from trainer.models.build import build_model
 from trainer.models.fields import nearest_of, tiers_of, width_of
 from trainer.optim import DenseOptimizer, check_names, rates_at
@@ -94,7 +95,10 @@ class Engine:
             if statistics and store in statistics:
                 service.fold_standardization_(statistics[store].mean_D, statistics[store].std_D)
         shapes = table_shapes(self.model.fields, model)
-        self.tables = build_tables(shapes, comm.rank, comm.size, seed=seed, scale=_ID_SCALE, device=device, dtype=dtype)
+        check_memory(comm, shapes, self._device, dtype)
+        self.tables = comm.on_all(
+            lambda: build_tables(shapes, comm.rank, comm.size, seed=seed, scale=_ID_SCALE, device=device, dtype=dtype)
+        )
         self._config, self._compared = model, pairs_of_fields(self.fields, model)
         self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
         signatures: dict[str, Signatures] = {}

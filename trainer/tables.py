@@ -5,7 +5,7 @@ place depends on the id and the table's shape alone, its initial value on (seed,
 alone: neither on the number of ranks.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featurestore.keys import key_of_uri, owned_shards, owner_of, shard_of, splitmix64
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.optim import AdamRates
 from trainer.routing import Int64, unique
 
@@ -171,6 +171,16 @@ def owned_rows(shape: TableShape, rank: int, num_ranks: int) -> int:
     return len(owned_shards(shape.num_shards, rank, num_ranks)) * shape.rows_per_shard
 
 
+def owned_bytes(shape: TableShape, rank: int, num_ranks: int, dtype: torch.dtype) -> int:
+    """Bytes of a rank's rows of a table and of their Adam state."""
+    return owned_rows(shape, rank, num_ranks) * row_bytes(shape.width, dtype)
+
+
+def row_bytes(width: int, dtype: torch.dtype) -> int:
+    """Bytes of a row, its momentum, variance and steps."""
+    return (2 * width + 1) * dtype.itemsize + torch.int32.itemsize
+
+
 def build_tables(
     shapes: Iterable[TableShape],
     rank: int,
@@ -181,20 +191,38 @@ def build_tables(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, IdTable]:
-    """The tables by name; the rows of those of one width lie one after the other."""
+    """The tables by name; the rows of those of one width lie one after the other.
+
+    Raises ConfigError where the system refuses the memory.
+    """
     shapes = list(shapes)
     rows_of_width: dict[int, int] = {}
     first_rows = []
     for shape in shapes:
         first_rows.append(rows_of_width.get(shape.width, 0))
         rows_of_width[shape.width] = first_rows[-1] + owned_rows(shape, rank, num_ranks)
-    shared = {width: Rows.zeros(count, width, device, dtype) for width, count in rows_of_width.items()}
+    shared = {width: _memory_of(shapes, count, width, device, dtype) for width, count in rows_of_width.items()}
     return {
         shape.name: IdTable(
             shape, rank, num_ranks, seed=seed, scale=scale, shared=shared[shape.width], first_row=first_row
         )
         for shape, first_row in zip(shapes, first_rows, strict=True)
     }
+
+
+def _memory_of(
+    shapes: Sequence[TableShape], count: int, width: int, device: torch.device | str, dtype: torch.dtype
+) -> Rows:
+    """Rows of all tables of one width. Raises ConfigError that names the largest one."""
+    try:
+        return Rows.zeros(count, width, device, dtype)
+    except (RuntimeError, MemoryError) as failure:  # torch has no class of its own for the memory of a CPU
+        shape = max((shape for shape in shapes if shape.width == width), key=lambda shape: shape.num_rows)
+        raise ConfigError(
+            f"model.tables.{shape.name}={shape.num_rows}: this rank's {count:,} rows of {width} numbers and their Adam "
+            f"state take {count * row_bytes(width, dtype) / 1e9:,.1f} GB, which the system refuses; lower it, or use "
+            "more ranks"
+        ) from failure
 
 
 def apply_gradients(tables: Iterable[IdTable], rates: AdamRates) -> None:

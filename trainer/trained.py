@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from featurestore.identity import SnapshotId
 from featurestore.partition import FeaturePartition, MissingPolicy
+from featurestore.regular import read_regular
 from featurestore.snapshot import Snapshot
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
@@ -62,7 +63,7 @@ class SavedRun:
     @property
     def digest(self) -> str:
         """Tells the checkpoint from every other one: sha256 of its state.json, which has the digest of each file."""
-        return hashlib.sha256((self.path / "state.json").read_bytes()).hexdigest()
+        return hashlib.sha256(read_regular(self.path / "state.json")).hexdigest()
 
     def checked_schema(self) -> Schema:
         """That of the run. Raises SchemaError, and CheckpointError where model or fields are not the checkpoint's."""

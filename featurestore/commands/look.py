@@ -11,6 +11,7 @@ from featurestore.commands.common import At, Url, Version, chosen_snapshot, prin
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import keys_of_uris
 from featurestore.log import utc_text
+from featurestore.regular import check_regular
 from featurestore.store import FeatureStore
 
 app = typer.Typer()
@@ -84,6 +85,8 @@ def quarantine(url: Url) -> None:
 
 def _write_npy(path: Path, values_UD: "np.ndarray[tuple[int, ...], np.dtype[np.float32]]") -> None:
     try:
+        if path.exists():
+            check_regular(path)
         with path.open("wb") as file:
             np.save(file, values_UD)
     except OSError as error:

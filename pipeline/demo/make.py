@@ -13,6 +13,7 @@ from typing import Any
 import xxhash
 
 from featurestore.parsing import parse_json
+from featurestore.regular import read_regular
 from pipeline.demo import truth
 from pipeline.demo.catalogue import Catalogue
 from pipeline.demo.draw import SHAPES, Garment, catalogue_of, draw_garment, plan_garments
@@ -121,7 +122,7 @@ def _folder_digest(images: Path) -> str:
 
 def _file_digest(path: Path) -> str:
     try:
-        return xxhash.xxh3_128(path.read_bytes()).hexdigest()
+        return xxhash.xxh3_128(read_regular(path)).hexdigest()
     except OSError as error:
         raise DemoError(f"cannot read the labels {path}: {error.strerror}") from error
 
@@ -130,7 +131,7 @@ def _read_demo(out: Path) -> dict[str, Any] | None:
     """The demo.json of `out`; None where there is none."""
     path = out / DEMO_FILE
     try:
-        content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json(read_regular(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ Looks are standardised over the catalogue, so a taste is for "redder than most",
 """
 
 import csv
+import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from featurestore.regular import open_regular
 from pipeline.decode import decode
 from pipeline.demo.catalogue import Catalogue, FloatArray, standardize
 from pipeline.demo.errors import DemoError
@@ -108,7 +110,7 @@ def _read_labels(path: Path) -> dict[str, str]:
 @contextmanager
 def _opened(path: Path) -> Iterator["csv.DictReader[str]"]:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
             yield csv.DictReader(file, strict=True)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DemoError(f"cannot read the labels {path}: {error}") from error

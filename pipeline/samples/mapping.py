@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from featurestore.parsing import parse_yaml
+from featurestore.regular import read_text
 from pipeline.errors import SampleError
 
 TimeUnit = Literal["s", "ms", "us"]
@@ -124,7 +125,7 @@ class Mapping(_Section):
 def load_mapping(path: Path) -> Mapping:
     """The mapping in a YAML file. Raises SampleError naming the file and what is wrong."""
     try:
-        return Mapping.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
+        return Mapping.model_validate(parse_yaml(read_text(path)))
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, each['loc'])) or 'mapping'}: {_text(each['msg'])}" for each in error.errors()]
         raise SampleError("\n".join(f"{path}: {line}" for line in lines)) from error

@@ -17,6 +17,7 @@ from safetensors.numpy import save
 from featurestore.identity import SnapshotId
 from featurestore.index import encode_residual, train_residual_quantizer
 from featurestore.parsing import parse_json
+from featurestore.regular import check_regular
 from pipeline.errors import SampleError
 
 Float32Array = npt.NDArray[np.float32]
@@ -117,6 +118,7 @@ def check_source(fitted: dict[str, Any], found: dict[str, Any], path: Path, acce
 def load(path: Path) -> Codebook:
     """The codebook of an earlier run. Raises SampleError."""
     try:
+        check_regular(path)
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in ("codebooks", "mean", "std")}
             source = parse_json((file.metadata() or {})["source"])

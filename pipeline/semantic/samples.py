@@ -50,12 +50,18 @@ def rewrite(samples: str, folder: Path, columns: Iterable[str], index: CodeIndex
     storage, done, names = Storage(samples), Rewritten(), list(columns)
     for split in SPLITS:
         (folder / split).mkdir()
-        for name in storage.list(split):
-            if name.endswith(".parquet"):
-                _rewrite_file(storage, f"{split}/{name}", folder / split / name, names, index, done)
-    if not done.files:
-        raise SampleError(f"{storage.full('')}: no train/*.parquet or test/*.parquet; --samples is a folder of samples")
+    for path in sample_files(samples):
+        _rewrite_file(storage, path, folder / path, names, index, done)
     return done
+
+
+def sample_files(samples: str) -> list[str]:
+    """Paths of the files of samples. Raises SampleError where there is none."""
+    storage = Storage(samples)
+    found = [f"{split}/{name}" for split in SPLITS for name in storage.list(split) if name.endswith(".parquet")]
+    if not found:
+        raise SampleError(f"{storage.full('')}: no train/*.parquet or test/*.parquet; --samples is a folder of samples")
+    return found
 
 
 def _rewrite_file(

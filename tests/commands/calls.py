@@ -8,10 +8,12 @@ import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
 from featurestore.commandline import run_app
 
+ROOT = Path(__file__).parent.parent.parent
 JOBS = (
     "build_ad_index",
     "build_samples",
@@ -27,10 +29,12 @@ MODULES = {
     "featurestore": "featurestore.__main__",
     "dask-submit": "pipeline.submit",
     **{f"trainer.{name}": f"trainer.{name}" for name in ("main", "evaluate", "daily")},
-    **{f"trainer.{name}": f"trainer.{name}.__main__" for name in ("plan", "experiments", "prerank", "schema")},
+    **{
+        f"trainer.{name}": f"trainer.{name}.__main__" for name in ("compat", "plan", "experiments", "prerank", "schema")
+    },
     **{f"jobs/{name}": f"jobs.{name}" for name in JOBS},
     **{f"benchmarks.{name}": f"benchmarks.{name}" for name in ("extract", "refresh", "plan", "workload")},
-    **{f"benchmarks.{name}": f"benchmarks.{name}.__main__" for name in ("train", "store")},
+    **{f"benchmarks.{name}": f"benchmarks.{name}.__main__" for name in ("resume", "train", "store")},
     "tools/demo": "tools.demo",
 }
 """The first word of a line, and the module whose `app` it calls."""
@@ -47,6 +51,16 @@ class Called:
     out: str
     err: str
     trace: str
+
+
+def process_of(words: list[str]) -> list[str]:
+    """The same command line for a process of its own, as the documentation writes it."""
+    name, arguments = words[0], words[1:]
+    if name == "dask-submit":
+        return [str(Path(sys.executable).with_name(name)), *arguments]
+    if "/" in name:
+        return [sys.executable, str(ROOT / f"{name}.py"), *arguments]
+    return [sys.executable, "-m", name, *arguments]
 
 
 def words_of(line: str, places: Mapping[str, object]) -> list[str]:

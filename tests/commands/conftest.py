@@ -2,17 +2,22 @@
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import dask
+import numpy as np
 import pytest
+import torch
 from distributed import Client, LocalCluster
+from PIL import Image
 
 from featurestore.rows import FeatureRows
 from featurestore.store import FeatureStore
 from pipeline.cluster import WORKER_CONFIG
+from tests.commands.calls import call
 from tests.trainer.conftest import make_places
 from trainer.comm import SoloComm
 from trainer.config import load_config
@@ -38,11 +43,17 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     places = make_places(folder / "good")
     config = load_config(settings=places.settings(run__name="run", train__max_steps=2))
     train(config, SoloComm())
+    towers = load_config(settings=places.settings(run__name="towers", train__max_steps=2, model__base="two_tower"))
+    train(towers, SoloComm())
+    folders = f"--run {folder}/good/runs/towers --samples {folder}/good/samples --out {folder}/index"
+    assert call(shlex.split(f"jobs/build_ad_index {folders}")).code == 0
     found: dict[str, object] = {
         "dir": folder,
         "store": folder / "good" / "features",
         "samples": folder / "good" / "samples",
         "run": folder / "good" / "runs" / "run",
+        "towers": folder / "good" / "runs" / "towers",
+        "index": folder / "index",
         "new": folder / "new",
         "missing": folder / "missing",
         "brackets": folder / "[/x]",
@@ -78,9 +89,33 @@ def _files(folder: Path) -> dict[str, object]:
         shutil.copy(folder / "garbage", folder / f"garbage.{suffix}")
     found: dict[str, object] = {name.removesuffix(".py"): folder / name for name in contents}
     found |= {f"garbage_{suffix}": folder / f"garbage.{suffix}" for suffix in ("parquet", "npy", "csv")}
-    pipe = folder / "pipe"
-    os.mkfifo(pipe)
-    return found | {"emptydir": folder / "emptydir", "there": folder / "[/x] there", "pipe": pipe}
+    np.save(folder / "matrix.npy", np.ones((3, 4), np.float32))
+    found |= {"emptydir": folder / "emptydir", "there": folder / "[/x] there", "matrix": folder / "matrix.npy"}
+    torch.save({"other": torch.zeros(2)}, folder / "otherweights.pt")
+    found |= {"otherweights": folder / "otherweights.pt", "xdl": folder / "xdl.txt", "photos": folder / "photos"}
+    (folder / "xdl.txt").write_text("s|g|item@5:1||1|100\n")
+    (folder / "photos").mkdir()
+    Image.new("RGB", (40, 40)).save(folder / "photos" / "a.jpg")
+    return found | _pipes(folder)
+
+
+def _pipes(folder: Path) -> dict[str, object]:
+    """Pipes that nobody writes into, and folders with one in the place of a file: to read one would last for ever."""
+    places = {
+        "pipe": "pipe",
+        **{f"pipe_{suffix}": f"pipe.{suffix}" for suffix in ("parquet", "npy", "csv", "yaml")},
+        "pipelogs": "logs-pipe/impressions/0.parquet",
+        "pipesamples": "samples-pipe/train/day=2026-01-01.parquet",
+        "pipetest": "samples-pipe/test/day=2026-01-02.parquet",
+        "pipeimages": "images-pipe/data.0",
+        "pipestore": "store-pipe/store.json",
+    }
+    found: dict[str, object] = {}
+    for name, place in places.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(folder / place)
+        found[name] = folder / place.partition("/")[0]
+    return found
 
 
 def _damaged(folder: Path, store: Path, run: object) -> dict[str, object]:
@@ -103,6 +138,10 @@ def _damaged(folder: Path, store: Path, run: object) -> dict[str, object]:
         (next((folder / f"run-{name}" / "checkpoints").glob("step-*")) / "state.json").write_text(text)
         found[f"{name}info"] = shutil.copytree(store, folder / f"info-{name}")
         (folder / f"info-{name}" / "store.json").write_text(text)
+    found["piperun"] = shutil.copytree(str(run), folder / "run-pipe")
+    state = next((folder / "run-pipe" / "checkpoints").glob("step-*")) / "state.json"
+    state.unlink()
+    os.mkfifo(state)
     named = FeatureStore.create(folder / "[/x] store", FeatureStore.open(str(store)).info)
     rows = FeatureRows.of(["[/x].jpg", "a\n\x1b[31m.jpg"], FeatureStore.open(str(store)).snapshot().get([1000, 1001]))
     named.put(rows)

@@ -2,16 +2,19 @@
 
 import contextlib
 import importlib
+import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from distributed import Client
 
-from tests.commands.calls import call, words_of
-from tests.commands.lines import LINES
+from tests.commands.calls import ROOT, call, process_of, words_of
+from tests.commands.lines import FAR, LINES
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 PROGRESS = re.compile(r"^$|━|: [\d,]+ of [\d,]+$")
 ON_A_CLUSTER = ("build_samples", "extract_features", "import_features", "import_xdl", "refresh_features")
 
@@ -34,8 +37,31 @@ def test_there_are_enough_of_them() -> None:
     assert len(LINES) >= 200 and len({line for line, _, _ in LINES}) == len(LINES)
 
 
+PROCESSES = [
+    "featurestore info {deepstore}",
+    "featurestore get {store} 1000 --out {pipe}",
+    "dask-submit --memory-limit nan {script}",
+    "trainer.main --config {pipe}",
+    "jobs/export_embeddings --run {run} --out .npy",
+    "benchmarks.plan --dir {empty}",
+]
+"""Some of them, from each package: a process of its own ends as a call within this one does."""
+
+
+RIGHT = [
+    (f"featurestore info {{store}} --at {FAR}", "snapshot"),  # the newest: all are from before the year 10000
+    ("featurestore get {store} 1000 --out {new}.npy", ""),
+    ("trainer.compat {run} {store}", "compatible"),
+]
+"""Lines that end well, and a word of what they print; jobs that make their folders have tests of their own."""
+
+
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(("line", "code", "text"), LINES, ids=[line for line, _, _ in LINES])
-def test_a_wrong_line_gets_one_message(line: str, code: int, text: str, names: dict[str, object]) -> None:
+def test_a_wrong_line_gets_one_message(
+    line: str, code: int, text: str, names: dict[str, object], tmp_path: Path
+) -> None:
+    names = names | {"new": tmp_path / "new"}
     called = call(words_of(line, names))
     assert called.trace == ""
     told = [each for each in called.err.splitlines() if "error: " in each]
@@ -44,3 +70,31 @@ def test_a_wrong_line_gets_one_message(line: str, code: int, text: str, names: d
     assert all(each.startswith(("warning: ", "dask-submit: ")) or each.endswith(" ...") for each in others), called.err
     assert text.format_map(names) in told[0]
     assert called.code == code
+
+
+@pytest.mark.parametrize("line", PROCESSES)
+def test_a_process_ends_the_same_way(line: str, names: dict[str, object], tmp_path: Path) -> None:
+    code, text = next((code, text) for each, code, text in LINES if each == line)
+    command = process_of(words_of(line, names))
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=ENVIRONMENT, check=False
+    )
+    (told,) = done.stderr.splitlines()
+    assert told.startswith("error: ") and text.format_map(names) in told
+    assert (done.returncode, done.stdout) == (code, "")
+
+
+@pytest.mark.parametrize(("line", "text"), RIGHT)
+def test_what_looks_wrong_and_is_right(line: str, text: str, names: dict[str, object], tmp_path: Path) -> None:
+    called = call(words_of(line, names | {"new": tmp_path / "new"}))
+    assert (called.code, called.trace) == (0, "") and "error" not in called.err
+    assert text.format_map(names) in called.out
+
+
+def test_each_mistake_in_a_file_has_a_line(names: dict[str, object]) -> None:
+    """Where a file has many mistakes, each is told at once, as of a configuration."""
+    called = call(words_of("trainer.plan --input {wrongshape}", names))
+    first, *others = called.err.splitlines()
+    assert (called.code, called.trace) == (2, "") and first.startswith("error: ")
+    assert all(each.startswith(f"{names['wrongshape']}: ") for each in [first.removeprefix("error: "), *others])
+    assert any("ranks is missing" in each for each in others)

@@ -153,6 +153,11 @@ def test_npy_has_its_keys_beside_it(run: Path, places: Places, tmp_path: Path) -
     assert json.loads((tmp_path / "v.npy.json").read_text())["snapshot"] == 3
 
 
+def test_the_folder_of_the_file_is_made(run: Path, tmp_path: Path) -> None:
+    done("--run", run, "--out", tmp_path / "no" / "such" / "v.npy")
+    assert len(np.load(tmp_path / "no" / "such" / "v.npy")) == len(np.load(tmp_path / "no" / "such" / "v.keys.npy"))
+
+
 def test_e_takes_many_blocks_at_once_and_not_all(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every shard gives a block at least."""
     monkeypatch.setattr(export, "_BATCH_ROWS", 25)

@@ -207,6 +207,22 @@ def test_images_out_and_in_again(job, tmp_path):
     assert (tmp_path / "out/data.7").stat().st_size == 8 + 4 * 6
 
 
+def test_more_images_than_ids_are_drawn_as_asked(job, tmp_path):
+    job("random", "--out", tmp_path / "x", "--lines", 50, "--images", 5, "--dim", 2, "--ids", 2)
+    words = (tmp_path / "x/data.txt").read_text().replace("|", ";").split(";")
+    images = [word.partition("@")[2].split(",") for word in words if word.startswith(("user_img@", "ad_img@"))]
+    assert {token.partition(":")[0] for tokens in images for token in tokens} == {"1", "2"}
+    assert {file.name for file in (tmp_path / "x/imgs").iterdir() if file.stat().st_size} == {
+        f"data.{key}" for key in range(1, 6)
+    }
+
+
+def test_the_folder_of_an_exported_file_is_made(job, lines, tmp_path):
+    job("samples", "--from", lines(LINES), "--samples", tmp_path / "samples", "--weights", "drop")
+    job("export-samples", "--samples", tmp_path / "samples", "--to", tmp_path / "no/such/lines.txt")
+    assert len((tmp_path / "no/such/lines.txt").read_text().splitlines()) == len(LINES)
+
+
 def test_random_data_is_that_of_the_example():
     drawn = list(draw_lines(DrawOptions()))
     assert len(drawn) == 1024

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from distributed import Client, LocalCluster
 
+import pipeline.submit
 from pipeline.checks import check_address, check_packages, check_versions
 from pipeline.errors import (
     InsecureSchedulerError,
@@ -313,6 +314,13 @@ def test_mistake_in_an_option_is_named(options, script):
     code, message = refused(*options, script("print('ran')"))
     assert code == 2
     assert options[0] in message
+
+
+@pytest.mark.parametrize("limit", ["1", "0.5", "4GB", "128MiB", "auto"])
+def test_a_share_of_the_memory_is_a_limit_too(limit):
+    """1 is the whole of it, as Dask has it, and not a byte."""
+    context = pipeline.submit.submit.make_context("dask-submit", ["--memory-limit", limit, __file__])
+    assert context.params["memory_limit"] == limit
 
 
 def test_local_and_running_cluster_exclude_each_other(script):

@@ -5,10 +5,12 @@ import re
 import pytest
 import torch
 
+from trainer import machine
 from trainer.comm import SoloComm
 from trainer.config import Device, load_config
 from trainer.errors import ConfigError
-from trainer.machine import Place, device_name, idle_gpus, share_machine, threads_of, uses_cuda
+from trainer.machine import Place, check_memory, device_name, idle_gpus, share_machine, threads_of, uses_cuda
+from trainer.tables import TableShape
 
 
 def place(host: str, *cores: int) -> Place:
@@ -34,6 +36,37 @@ class TestThreads:
 
     def test_more_ranks_than_cores_have_a_thread_each(self) -> None:
         assert threads_of(2, [place("a", 0, 1)] * 4) == 1
+
+
+class TestMemory:
+    SHAPES = (TableShape("item", 12, 1_000_000, 64), TableShape("user", 4, 1_000_000_000, 64))
+
+    def test_tables_that_fit_are_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for free in (None, 41_000_000_000):
+            monkeypatch.setattr(machine, "free_bytes", lambda free=free: free)
+            check_memory(SoloComm(), self.SHAPES, torch.device("cpu"), torch.float32)
+
+    def test_the_largest_table_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(machine, "free_bytes", lambda: 3_000_000_000)
+        with pytest.raises(ConfigError) as caught:
+            check_memory(SoloComm(), self.SHAPES, torch.device("cpu"), torch.float32)
+        message = str(caught.value)
+        assert re.match(r"model\.tables\.user=1000000000: 1,000,000,000 rows of 4 .* take 40\.0 GB on ", message)
+        assert "all tables 40.1 GB" in message and "3.0 GB are free" in message
+
+    def test_ranks_of_a_machine_share_its_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each alone would fit; a rank on another machine does not count."""
+        comm = SoloComm()
+        on_both, alone = [("a", 30, [20]), ("a", 31, [20])], [("a", 30, [20]), ("b", 30, [20])]
+        shapes = [TableShape("user", 4, 10, 2)]
+        monkeypatch.setattr(comm, "allgather_object", lambda value, name: alone)
+        check_memory(comm, shapes, torch.device("cpu"), torch.float32)
+        monkeypatch.setattr(comm, "allgather_object", lambda value, name: on_both)
+        with pytest.raises(ConfigError, match=r"on a \(2 ranks"):
+            check_memory(comm, shapes, torch.device("cpu"), torch.float32)
+
+    def test_this_machine_says_what_is_free(self) -> None:
+        assert 0 < (machine.free_bytes() or 0) < 1 << 50
 
 
 class TestDevice:

@@ -440,6 +440,16 @@ class TestEnds:
         assert output.count("did you mean train.epochs?") == 1
         assert "]<stderr>:Traceback" not in output
 
+    def test_a_table_beyond_the_memory_is_told_once(self, places: Places, tmp_path: Path) -> None:
+        tables = "{user: 1000000000000, item: 64, image: 64, category: 16, scene: 16}"
+        settings = places.settings(model__tables=tables, run__dir=tmp_path)
+        command = [*HOROVODRUN, sys.executable, "-m", "trainer.main", "--set", *settings]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=RANKS_TIMEOUT_S, check=False)
+        output = done.stdout + done.stderr
+        assert done.returncode != 0
+        assert output.count("error: model.tables.user=1000000000000: 1,000,000,000,000 rows") == 1
+        assert "(2 ranks; all tables" in output and "]<stderr>:Traceback" not in output
+
 
 def test_interrupt_alone_ends_with_a_checkpoint(places: Places, tmp_path: Path) -> None:
     settings = places.settings(train__epochs=100_000, run__dir=tmp_path, run__name="interrupted")

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.optim import AdamRates
-from trainer.tables import IdTable, TableShape, apply_gradients, build_tables, initial_rows
+from trainer.tables import IdTable, TableShape, apply_gradients, build_tables, initial_rows, owned_bytes
 
 SHAPE = TableShape("item", width=3, num_rows=50, num_shards=8)
 RATES = AdamRates(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8)
@@ -59,6 +59,22 @@ class TestInitialRows:
         whole = table_of().export_shards()
         assert parts.keys() == whole.keys()
         assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+class TestMemory:
+    def test_a_refusal_of_the_system_names_the_largest_table(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+        monkeypatch.setattr(torch, "zeros", refuse)
+        shapes = [TableShape("user", 3, 5_000_000, 8), SHAPE]
+        with pytest.raises(ConfigError, match=r"model\.tables\.user=5000000: this rank's 5,000,056 rows .* 0\.2 GB"):
+            build_tables(shapes, 0, 1, seed=1, scale=0.05)
+
+    def test_bytes_are_those_of_the_tensors(self) -> None:
+        for rank in range(3):
+            rows = table_of(rank, 3).export_shards().values()
+            assert owned_bytes(SHAPE, rank, 3, torch.float64) == sum(each.nbytes for each in rows)
 
 
 class TestTraining:

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from featurestore.parsing import parse_json
+from featurestore.regular import read_regular
 from trainer.errors import TrainerError
 from trainer.experiments.grid import Experiment, experiments
 from trainer.experiments.plots import draw
@@ -21,7 +22,7 @@ def read(folder: Path) -> dict[str, Figures]:
     """Figures of the tables that are there, by name. Raises TrainerError."""
     file = folder / "results.json"
     try:
-        tables = parse_json(file.read_text(encoding="utf-8"))
+        tables = parse_json(read_regular(file))
         return {name: table["runs"] for name, table in tables.items()}
     except FileNotFoundError:
         return {}

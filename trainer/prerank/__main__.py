@@ -20,6 +20,8 @@ Index = Annotated[str, typer.Option(help="Folder or address of the index, from j
 Checkpoint = Annotated[
     str | None, typer.Option(help="A step, or the path of a checkpoint.", show_default="the newest one")
 ]
+MOST_FOUND = 1_000_000  # ads of one search: a search keeps them all in memory
+
 Samples = Annotated[
     str | None,
     typer.Option(help="Other samples: their test/ is taken.", show_default="those of the run, of its test days"),
@@ -82,7 +84,7 @@ def search(
     run: Run,
     user: Annotated[int, typer.Option(help="A user of the test samples.")],
     index: Index = "data/ad-index",
-    k: Annotated[int, typer.Option(min=1, help="Ads to find.")] = 10,
+    k: Annotated[int, typer.Option(min=1, max=MOST_FOUND, help="Ads to find.")] = 10,
     samples: Samples = None,
     checkpoint: Checkpoint = None,
 ) -> None:
@@ -115,6 +117,8 @@ def _counts(text: str) -> list[int]:
         counts = [0]
     if counts[0] < 1:
         raise typer.BadParameter(f"{text} has to be positive whole numbers with commas, as 10,100", param_hint="--k")
+    if counts[-1] > MOST_FOUND:
+        raise typer.BadParameter(f"{counts[-1]} is more than {MOST_FOUND:,}, the most of a search", param_hint="--k")
     return counts
 
 
