@@ -30,7 +30,7 @@ DEEP = 100_000
 def client() -> Iterator[Client]:
     with (
         dask.config.set(WORKER_CONFIG),
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
         yield client
