@@ -201,7 +201,7 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def show(console: Console, report: Mapping[str, Any]) -> None:
-    """The final table."""
+    """The final tables; that of the fields where a step was logged, as their keys are counted then."""
     table = Table(
         title=f"{report['name']}: {report['global_step']:,} steps, {ranks_told(report['num_ranks'])}",
     )
@@ -221,7 +221,8 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
             table.add_row(f"  of store {store}", _text(count, "-"))
     seconds = report["seconds"]
     table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
-    for each in (table, _stages_shown(report["stages"]), _ratios_shown(report["unique_ratio_by_field"])):
+    ratios = report["unique_ratio_by_field"]
+    for each in (table, _stages_shown(report["stages"]), *([_ratios_shown(ratios)] if ratios else [])):
         print_table(console, each)
     console.print(f"written to {report['folder']}")
 

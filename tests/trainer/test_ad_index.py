@@ -252,6 +252,18 @@ class TestRecall:
         assert ads.state.recall >= 0.95
         assert set(AdIndex.open(str(tmp_path)).vectors()[0].tolist()) == set(best_first[4_000:].tolist())
 
+    def test_it_is_built_anew_where_few_are_gone_and_it_is_too_low(self, tmp_path: Path) -> None:
+        """Fewer than make a build worth it by their number: the lists that a search looks at are nearly empty."""
+        draw, keys = np.random.default_rng(0), np.arange(6_000)
+        users = np.array([5, 0, 0, 0, 0, 0, 0, 0]) + draw.normal(size=(50, 8))
+        numbers = draw.normal(size=(6_000, 8)).astype(np.float32)
+        best_first = keys[np.argsort(-(numbers @ users.mean(axis=0)))]
+        queries = Queries(users.astype(np.float32), "users")
+        ads = AdIndex.build(str(tmp_path), "ivf", keys, numbers, ORIGIN, queries)
+        ads, changes = ads.remove(best_first[:1_440])
+        assert (changes.is_rebuilt, ads.state.num_unused, ads.state.num_ads) == (True, 0, 4_560)
+        assert ads.state.recall >= 0.95
+
     def test_without_users_it_is_of_ads(self, tmp_path: Path) -> None:
         ads = AdIndex.build(str(tmp_path), "hnsw", np.arange(2_000), vectors(2_000), ORIGIN)
         assert ads.state.queries and ads.state.queries.source == "ads"

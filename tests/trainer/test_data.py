@@ -150,7 +150,7 @@ def test_an_epoch_in_pieces_that_other_numbers_of_ranks_read(samples: tuple[Path
     folder, _ = samples
     expected = [_rows(batch) for batch in _reader(folder).batches(epoch=1)]
     found = []
-    for num_ranks, first, last in ((4, 0, 3), (1, 3, 4), (8, 4, 7), (2, 7, len(expected))):
+    for num_ranks, first, last in ((4, 0, 3), (1, 3, 4), (3, 4, 7), (2, 7, len(expected))):
         ranks = [_reader(folder, rank, num_ranks).batches(epoch=1, first_step=first) for rank in range(num_ranks)]
         steps = itertools.islice(zip(*ranks, strict=True), last - first)
         found += [[row for part in parts for row in _rows(part)] for parts in steps]

@@ -295,6 +295,7 @@ def test_two_ranks_equal_one(run: Path, tmp_path: Path) -> None:
             [*command, "--out", str(tmp_path / folder)], capture_output=True, text=True, timeout=150, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
+        assert f" impressions, {'2 ranks' if start else '1 rank'}\n" in done.stdout
     one, two = report_of(tmp_path / "one"), report_of(tmp_path / "two")
     assert two.keys() == one.keys()
     flat_one, flat_two = dict(_flat(one)), dict(_flat(two))

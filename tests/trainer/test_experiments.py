@@ -174,6 +174,27 @@ def test_another_name_for_other_samples_and_another_snapshot(
     assert names(data__schema_file=tmp_path / "schema.yaml")[0] != other[0]
 
 
+def test_a_store_put_back_from_a_backup_that_goes_another_way_is_another(
+    make_places: Callable[[Path], Places], tmp_path: Path
+) -> None:
+    """The same store_id and the same number of a snapshot, of other rows."""
+    places, features = make_places(tmp_path), tmp_path / "features"
+
+    def names_with(value: float) -> list[str]:
+        """Of a run without images and of one with them, after one more commit."""
+        rows = FeatureRows.of(["new"], np.full((1, 16), value, np.float32), keys=np.array([2_000]))
+        assert FeatureStore.open(features).put(rows).version == 2
+        grid = Grid(tmp_path / "out", None, tuple(places.settings()), None, SoloComm())
+        return [grid.plan(variant, 0).folder.name for variant in experiments()["prerank"].variants]
+
+    shutil.copytree(features, tmp_path / "backup")
+    before = names_with(0)
+    shutil.rmtree(features)
+    shutil.copytree(tmp_path / "backup", features)
+    after = names_with(1)
+    assert after[0] == before[0] and after[1] != before[1]
+
+
 def test_all_runs_of_a_call_learn_from_one_snapshot(make_places: Callable[[Path], Places], tmp_path: Path) -> None:
     places = make_places(tmp_path)
     grid = Grid(tmp_path / "out", None, tuple(places.settings(train__max_steps=1)), None, SoloComm())

@@ -267,12 +267,10 @@ class TestMistakes:
             model__base="two_tower", model__tower_width=6, run__name="others", train__max_steps=1
         )
         train(load_config(settings=settings), SoloComm())
-        done = call("eval", "--run", Path(places.folder) / "runs" / "others", "--index", index)
-        assert done.exit_code == 1
-        assert (
-            "has vectors of checkpoint step-00000015 of run towers, and not of step-00000001 of run others"
-            in done.stderr
-        )
+        message = "has vectors of checkpoint step-00000015 of run towers, and not of step-00000001 of run others"
+        for command in (("eval",), ("search", "--user", 0)):
+            done = call(*command, "--run", Path(places.folder) / "runs" / "others", "--index", index)
+            assert (done.exit_code, message in done.stderr) == (1, True), command
 
     def test_help_has_examples(self) -> None:
         done = call("eval", "--help")

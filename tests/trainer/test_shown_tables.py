@@ -30,13 +30,17 @@ def of_store(_: Path) -> list[str]:
     return ["123,456,789.0 kB"]
 
 
-def of_training(_: Path) -> list[str]:
+def show_run(unique_ratio_by_field: dict[str, float]) -> None:
     stages = {"read": {"median_ms": 123456.7, "share_of_step": 0.25, "hidden": 0.5}}
     figures: dict[str, Any] = dict.fromkeys(("unique_ratio", "owner_skew", "reused_vectors"), 0.123456)
     figures |= {"samples_per_s": 1234567.8, "bytes_sent_per_step": 98765432, "bytes_by_collective_per_step": {}}
     figures |= {"name": "n", "folder": LONG, "num_ranks": 2, "global_step": 2040, "metrics": {"gauc": 0.654321}}
     figures |= {"missing_lookups": 7, "missing_by_store": {}, "seconds": {"wait": 12.5}, "stages": stages}
-    summary.show(text_console(), {**figures, "unique_ratio_by_field": {"ad_image": 0.456789}})
+    summary.show(text_console(), {**figures, "unique_ratio_by_field": unique_ratio_by_field})
+
+
+def of_training(_: Path) -> list[str]:
+    show_run({"ad_image": 0.456789})
     return ["1,234,568", "98,765,432", "0.6543", "123456.7", "0.4568", "25%", LONG]
 
 
@@ -111,3 +115,10 @@ def test_every_number_is_whole(
     lines = re.sub(r"\x1b\[[0-9;]*m", "", out).splitlines()
     assert [each for each in wanted if not any(each in line for line in lines)] == []
     assert not any("…" in line for line in lines)
+
+
+def test_a_run_without_a_logged_step_has_no_table_of_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    show_run({"ad_image": 0.456789})
+    assert "different keys of all" in capsys.readouterr().out
+    show_run({})
+    assert "different keys of all" not in capsys.readouterr().out

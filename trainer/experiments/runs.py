@@ -121,11 +121,12 @@ class Grid:
         versions: dict[str, Any] = {"store_versions": dict(config.data.store_versions)}
         stores = {}
         for place in store_places(config, schema):
-            stores[place.name], version = self._sources.snapshot(place)
+            snapshot = self._sources.snapshot(place)
+            stores[place.name] = snapshot.store_id, snapshot.commit_id
             if place.setting == "data.store":
-                versions["store_version"] = version
+                versions["store_version"] = snapshot.version
             else:
-                versions["store_versions"][place.name] = version
+                versions["store_versions"][place.name] = snapshot.version
         config = _changed(config, data=versions)
         depends_on = {
             "config": config.model_dump(mode="json", exclude=_CHANGES_NO_FIGURE),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
 
+from featurestore.identity import SnapshotId
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
 from trainer.comm import Comm
@@ -54,14 +55,13 @@ class Sources:
 
         return self._once(("digest", data.samples, split, data.schema_file, str(days)), look)
 
-    def snapshot(self, place: StorePlace) -> tuple[str, int]:
-        """The store's id and the version to train on. Raises DataError, FeatureStoreError."""
+    def snapshot(self, place: StorePlace) -> SnapshotId:
+        """The snapshot to train on. Raises DataError, FeatureStoreError."""
 
-        def look() -> tuple[str, int]:
+        def look() -> SnapshotId:
             if problems := missing_places([place]):
                 raise DataError("\n".join(problems))
-            store = FeatureStore.open(place.url)
-            return store.info.store_id, store.snapshot(place.version).version
+            return SnapshotId.of(FeatureStore.open(place.url).snapshot(place.version))
 
         return self._once(("snapshot", place), lambda: self._comm.on_rank_0(look))
 
