@@ -61,7 +61,9 @@ class VectorIndex:
     the order stays; but vectors that share a direction, as those of two towers do, spread round the origin again, and
     lists and links lead to the best ones. Scores are <q, x> as ever. ivf finds the lists by distance, in the space of
     one more dimension in which all vectors are equally long and the nearest have the largest inner product
-    (Bachrach et al. 2014, "Speeding Up the Xbox Recommender System"). For the graph of hnsw that space is worse.
+    (Bachrach et al. 2014, "Speeding Up the Xbox Recommender System"). The graph of hnsw can be of that space too
+    (`lifted`): on some vectors it finds much more then; on others, as of very unequal lengths, or added ones that are
+    longer than all before, much less: measure.
 
     `add` appends: nothing is trained or linked anew. `remove` marks. The earlier vector of a key that comes again, and
     that of a removed key, stay where they are, and searches pass over them; `num_unused` counts those, and only a new
@@ -78,14 +80,15 @@ class VectorIndex:
         self.kind: IndexKind = next(kind for kind, each in _CLASSES.items() if isinstance(self._base, each))
         self.dim = len(centre_D)
         self._centre_D, self._radius, self._removed_M = centre_D, radius, removed_M
+        self._is_lifted = self._base.d > self.dim
         self._find_live()
 
     @classmethod
-    def build(cls, kind: IndexKind, keys_N: Keys, vectors_ND: Vectors) -> Self:
+    def build(cls, kind: IndexKind, keys_N: Keys, vectors_ND: Vectors, lifted: bool = False) -> Self:
         """An index of these vectors; of a key that comes twice the last one counts. Order N log N for hnsw, else N.
 
-        ivf has 4 sqrt(N) lists, or fewer where a list would have less than 39 vectors. Raises InvalidRowsError where
-        there is no vector, and as `add`.
+        ivf has 4 sqrt(N) lists, or fewer where a list would have less than 39 vectors. Raises InvalidRowsError
+        where there is no vector, and as `add`. `lifted` is for hnsw.
         """
         if vectors_ND.ndim != 2 or 0 in vectors_ND.shape:
             raise InvalidRowsError(
@@ -96,7 +99,9 @@ class VectorIndex:
         if kind != "flat":
             centre_D = vectors_ND.mean(axis=0, dtype=np.float64).astype(np.float32)
         radius = float(np.sqrt(_squares(vectors_ND - centre_D).max()))
-        index = cls(faiss.IndexIDMap(_empty(kind, *vectors_ND.shape)), centre_D, radius, np.empty(0, np.int64))
+        num_vectors, dim = vectors_ND.shape
+        base = _empty(kind, num_vectors, dim, lifted)
+        index = cls(faiss.IndexIDMap(base), centre_D, radius, np.empty(0, np.int64))
         index._base.train(index._stored(vectors_ND))
         index.add(keys_N, vectors_ND)
         return index
@@ -174,6 +179,8 @@ class VectorIndex:
         queries_KD = np.ascontiguousarray(queries_KD, np.float32)
         asked_KD, length_K1 = self._asked(queries_KD)
         score_KC, place_KC = self._base.search(asked_KD, found, params=self._parameters(effort))
+        if self._base.metric_type == faiss.METRIC_L2:
+            score_KC, place_KC = self._by_product(asked_KD, place_KC)
         here_KC = place_KC >= 0
         if self.kind != "flat":
             shift_K1 = (queries_KD.astype(np.float64) @ self._centre_D)[:, None]
@@ -184,7 +191,7 @@ class VectorIndex:
         """The bytes of a NumPy archive (.npz): `index`, faiss's own file of an IndexIDMap, and what __init__ says.
 
         Another program that searches `index` by faiss alone gets the right order, of removed keys too, with scores
-        less <q, centre>; to the queries of ivf it appends a zero.
+        less <q, centre>, and of a lifted hnsw with distances; to the queries of both that and ivf it appends a zero.
         """
         file = io.BytesIO()
         index, radius = faiss.serialize_index(self._index), np.float64(self._radius)
@@ -218,23 +225,32 @@ class VectorIndex:
         if self.kind == "flat":
             return vectors_ND
         centred_ND = vectors_ND - self._centre_D
-        if self.kind == "hnsw":
+        if not self._is_lifted:
             return centred_ND
-        # A later vector may be longer than `radius`: it may lie in a worse list then, but its score is right.
+        # A later vector may be longer than `radius`: it may be found less well then, but its score is right.
         rest_N1 = np.sqrt(np.maximum(self._radius**2 - _squares(centred_ND), 0))[:, None]
         return np.hstack([centred_ND, rest_N1.astype(np.float32)])
 
     def _asked(self, queries_KD: Vectors) -> tuple[Vectors, npt.NDArray[np.float64]]:
         """The queries as faiss has them, and what its scores are multiplied with, (K, 1).
 
-        To ivf all are as long as its vectors: which lists are nearest depends on it.
+        To ivf all are as long as its vectors: which lists are nearest depends on it. To a lifted hnsw too.
         """
-        if self.kind != "ivf":
+        if not self._is_lifted:
             return queries_KD, np.ones((len(queries_KD), 1))
         length_K1 = np.sqrt(_squares(queries_KD))[:, None] / (self._radius or 1)
         length_K1[length_K1 == 0] = 1
         scaled_KD = (queries_KD / length_K1).astype(np.float32)
         return np.hstack([scaled_KD, np.zeros((len(queries_KD), 1), np.float32)]), length_K1
+
+    def _by_product(self, asked_KD: Vectors, place_KC: Keys) -> tuple[Vectors, Keys]:
+        """Inner products of the found vectors with the queries, largest first, and their places: of distances the last
+        bits would be lost."""
+        found_KCD = self._base.reconstruct_batch(place_KC.clip(min=0).ravel()).reshape(*place_KC.shape, -1)
+        score_KC = np.einsum("kd,kcd->kc", asked_KD, found_KCD, dtype=np.float64)
+        score_KC[place_KC < 0] = NOT_FOUND
+        order_KC = np.argsort(-score_KC, axis=1, kind="stable")
+        return np.take_along_axis(score_KC, order_KC, 1), np.take_along_axis(place_KC, order_KC, 1)
 
     def _parameters(self, effort: int | None) -> Any:
         chosen: dict[str, Any] = {}
@@ -256,7 +272,7 @@ def use_threads(count: int) -> None:
     faiss.omp_set_num_threads(count)
 
 
-def _empty(kind: IndexKind, num_vectors: int, dim: int) -> Any:
+def _empty(kind: IndexKind, num_vectors: int, dim: int, lifted: bool) -> Any:
     match kind:
         case "flat":
             return faiss.IndexFlatIP(dim)
@@ -268,7 +284,8 @@ def _empty(kind: IndexKind, num_vectors: int, dim: int) -> Any:
             base.cp.min_points_per_centroid = 1  # else it warns on stderr
             base.nprobe = min(lists, 4 * math.ceil(math.sqrt(lists)))
         case "hnsw":
-            base = faiss.IndexHNSWFlat(dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
+            metric = faiss.METRIC_L2 if lifted else faiss.METRIC_INNER_PRODUCT
+            base = faiss.IndexHNSWFlat(dim + lifted, _LINKS, metric)
             base.hnsw.efConstruction, base.hnsw.efSearch = _BUILD_EFFORT, _SEARCH_EFFORT
     return base
 

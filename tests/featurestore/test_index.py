@@ -89,6 +89,28 @@ def test_vectors_that_share_a_direction(kind: IndexKind, count: int, dim: int, s
         np.testing.assert_array_equal(mine, theirs)
 
 
+def test_a_lifted_graph_has_the_same_scores_and_can_be_changed() -> None:
+    ads, users = two_towers(2_000, 64, 2, norms=0)
+    keys, scale = np.arange(2_000), np.linalg.norm(ads, axis=1).max() * np.linalg.norm(users, axis=1).max()
+    index = VectorIndex.build("hnsw", keys, ads, lifted=True)
+    gone, more = np.arange(500), np.arange(2_000, 2_020)
+    everything = np.concatenate([ads, (ads[:20] + ads[500:520]) / 2])
+    for _ in range(2):
+        for each in (index, VectorIndex.load(index.save())):
+            assert (each.kind, each.dim) == ("hnsw", 64)
+            found, scores = each.search(users, 10)
+            kept = np.setdiff1d(keys, gone) if each.num_unused else keys
+            assert recall(found, best(kept, everything[kept], users, 10)) >= 0.95
+            products = np.einsum("kd,kcd->kc", users.astype(np.float64), everything[found].astype(np.float64))
+            np.testing.assert_allclose(scores, products, atol=1e-6 * scale)
+            assert (np.diff(scores) <= 0).all()
+        index.remove(gone)
+        index.add(more, everything[more])
+        keys = np.arange(2_020)
+    few, scores = VectorIndex.build("hnsw", np.arange(3), ads[:3], lifted=True).search(users, 10)
+    assert few.shape == (200, 3) and np.isfinite(scores).all()
+
+
 @kinds
 def test_a_later_vector_may_be_longer_than_all_before(kind: IndexKind) -> None:
     ads, users = two_towers(2_000, 16, 1)

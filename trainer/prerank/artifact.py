@@ -29,7 +29,7 @@ from featurestore.index import IndexKind, VectorIndex
 from featurestore.spec import FORMAT_VERSION, seal, unseal
 from featurestore.storage import Storage
 from trainer.errors import AdIndexError
-from trainer.prerank.recall import COUNT, Queries, QuerySource, reach, sample_of
+from trainer.prerank.recall import COUNT, Queries, QuerySource, best_index, reach, sample_of
 from trainer.prerank.vectorfile import from_parquet, merge, to_parquet
 
 MIN_RECALL = 0.95
@@ -141,11 +141,11 @@ class AdIndex:
         search is raised until it is `min_recall`; `warning` says where it never is. Raises InvalidRowsError for vectors
         that make no index, AdIndexError, StorageError.
         """
-        storage, index = Storage(url), VectorIndex.build(kind, keys_N, vectors_NW)
+        storage, index = Storage(url), VectorIndex.build("flat", keys_N, vectors_NW)
         recall, query_file, version = 1.0, None, max(_versions(storage), default=0) + 1
         if kind != "flat":
             queries = queries or sample_of(vectors_NW, "ads")
-            recall = reach(index, VectorIndex.build("flat", keys_N, vectors_NW), queries, min_recall)
+            index, recall = best_index(kind, keys_N, vectors_NW, index, queries, min_recall)
             data = to_parquet(np.arange(len(queries.vectors_KW)), queries.vectors_KW)
             query_file = QueryFile(file=_write(storage, _name("queries", version), data), source=queries.source)
         vectors = _write(storage, _name("ads", version), to_parquet(keys_N, vectors_NW))
@@ -267,9 +267,11 @@ class AdIndex:
             recall = reach(index, exact, queries, 0)
         is_worse = recall < state.min_recall <= state.recall
         if is_worse or index.num_unused > _MAX_UNUSED * (index.num_unused + index.num_keys):
-            index, earlier, part = VectorIndex.build(state.kind, *ads), (), to_parquet(*ads)
+            index, earlier, part = exact, (), to_parquet(*ads)
             changes = replace(changes, is_rebuilt=True)
-        if queries:
+            if queries:
+                index, recall = best_index(state.kind, *ads, exact, queries, state.min_recall)
+        elif queries:
             recall = reach(index, exact, queries, state.min_recall)
         vectors = _write(self._storage, _name("ads", version), part)
         draft = _Draft(version, origin, recall, state.min_recall, (*earlier, vectors), state.queries)

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from featurestore.index import VectorIndex
+from featurestore.index import IndexKind, VectorIndex
 
 Keys = NDArray[np.int64]
 Vectors = NDArray[np.float32]
@@ -46,6 +46,23 @@ def recall_at(
     _, found_KC = index.search(queries_KW, count, effort)
     last_K1 = best_KC[:, : found_KC.shape[1]][:, -1:]
     return float((found_KC >= last_K1 - _TIE * np.abs(last_K1)).mean())
+
+
+def best_index(
+    kind: IndexKind, keys_N: Keys, vectors_NW: Vectors, exact: VectorIndex, queries: Queries, limit: float
+) -> tuple[VectorIndex, float]:
+    """An index of these ads whose recall@COUNT is `limit`, or as near as it gets, and that recall.
+
+    Where hnsw is below it, its graph in the other space is tried too, and the better one taken: which of the two finds
+    more depends on the vectors.
+    """
+    index = VectorIndex.build(kind, keys_N, vectors_NW)
+    recall = reach(index, exact, queries, 0)
+    if kind == "hnsw" and recall < limit:
+        lifted = VectorIndex.build(kind, keys_N, vectors_NW, lifted=True)
+        if reach(lifted, exact, queries, 0) > recall:
+            index = lifted
+    return index, reach(index, exact, queries, limit)
 
 
 def reach(index: VectorIndex, exact: VectorIndex, queries: Queries, limit: float) -> float:
