@@ -10,9 +10,10 @@ import pytest
 from featurestore.errors import CorruptFileError, InvalidRowsError
 from featurestore.index import IndexKind, VectorIndex
 from featurestore.storage import Storage
+from tests.featurestore.test_index import two_towers
 from trainer.errors import AdIndexError
 from trainer.prerank.artifact import AdIndex, IndexOrigin
-from trainer.prerank.recall import Queries
+from trainer.prerank.recall import Queries, reach
 
 WIDTH = 4
 ORIGIN = IndexOrigin(run="a", checkpoint="step-1", checkpoint_digest="d1", key_column="ad_item", bias=0.5)
@@ -225,6 +226,15 @@ class TestRecall:
         assert ads.index.effort and plain.effort and ads.index.effort > plain.effort
         assert ads.state.recall == 1
         assert AdIndex.open(str(tmp_path)).index.effort == ads.index.effort
+
+    def test_of_two_graphs_the_better_one_is_kept(self, tmp_path: Path) -> None:
+        """The plain one of vectors of very unequal lengths; tests/jobs/test_build_ad_index.py has the other case."""
+        numbers, users = two_towers(8_000, 32, shared=4, norms=0.8)
+        keys, queries = np.arange(8_000), Queries(users, "users")
+        lifted, exact = VectorIndex.build("hnsw", keys, numbers, lifted=True), VectorIndex.build("flat", keys, numbers)
+        assert reach(lifted, exact, queries, 0) < 0.8
+        ads = AdIndex.build(str(tmp_path), "hnsw", keys, numbers, ORIGIN, queries, min_recall=1.0)
+        assert ads.state.recall > 0.95
 
     def test_where_it_is_never_reached_one_line_says_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(VectorIndex, "largest_effort", 1)
