@@ -1,10 +1,12 @@
 """A Dask cluster for a job: the one that is configured, else a local one that lives as long as the job."""
 
+import asyncio
 import contextlib
 import json
 import logging
 import os
 import signal
+import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
@@ -16,6 +18,8 @@ import dask.system
 from distributed import Client, LocalCluster
 from distributed.client import ClosedClientError
 from distributed.comm.core import CommClosedError
+from distributed.comm.core import connect as connect_comm
+from distributed.security import Security
 
 from featurestore.regular import read_regular
 from pipeline.checks import check_address
@@ -99,13 +103,23 @@ def open_client(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator[
     Raises SchedulerUnreachableError, MissingCertificatesError.
     """
     try:
+        asyncio.run(asyncio.wait_for(_shake_hands(address, timeout_s), 2 * timeout_s))
         client = Client(address, timeout=timeout_s)
     except TypeError as error:  # so says distributed.comm where it has no certificates
         raise MissingCertificatesError(address) from error
+    except (MemoryError, struct.error) as error:  # of the size that other words would have as a message of Dask
+        raise SchedulerUnreachableError(address, "what answers there is no scheduler") from error
     except (OSError, ValueError) as error:  # ValueError: an unknown protocol
-        raise SchedulerUnreachableError(address, str(error) or type(error).__name__) from error
+        reason = str(error) or f"it says nothing for {2 * timeout_s:g} s"  # wait_for's TimeoutError has no text
+        raise SchedulerUnreachableError(address, reason) from error
     with client:
         yield client
+
+
+async def _shake_hands(address: str, timeout_s: float) -> None:
+    """Client does this too, but waits for ever for the words of a service that is no scheduler, and stays half open."""
+    comm = await connect_comm(address, timeout=timeout_s, **Security().get_connection_args("client"))
+    await comm.close()
 
 
 @contextlib.contextmanager

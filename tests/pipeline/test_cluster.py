@@ -1,11 +1,13 @@
 """connect(): the configured scheduler where there is one, else a local cluster that leaves nothing behind."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import psutil
 import pytest
 from distributed import Client, LocalCluster
 
-from pipeline.cluster import connect
+from pipeline.cluster import connect, open_client
 from pipeline.errors import InsecureSchedulerError, MissingCertificatesError, SchedulerUnreachableError
 
 
@@ -100,6 +102,34 @@ def test_scheduler_file_without_an_address_is_named(content, tmp_path: Path, mon
     monkeypatch.setenv("DASK_SCHEDULER_FILE", str(file))
     with pytest.raises(SchedulerUnreachableError, match=r"scheduler\.json"):
         connect(timeout_s=0.1).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "what answers there is no scheduler"),
+        (bytes(64), "what answers there is no scheduler"),
+        (b"", "it says nothing for 2 s"),
+    ],
+)
+def test_another_service_at_the_address_is_named(words: bytes, reason: str):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        held: list[socket.socket] = []
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # the server is closed
+                while True:
+                    held.append(server.accept()[0])
+                    held[-1].sendall(words)
+
+        threading.Thread(target=serve, daemon=True).start()
+        started = time.monotonic()
+        with pytest.raises(SchedulerUnreachableError, match=reason), open_client(address, 1):
+            pass
+        assert time.monotonic() - started < 8
+        for each in held:
+            each.close()
 
 
 def test_wrong_protocol_is_named(monkeypatch: pytest.MonkeyPatch):
