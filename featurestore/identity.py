@@ -82,6 +82,6 @@ class SnapshotId(BaseModel):
         one. A store that was copied, restored, compacted or repaired is the same."""
         if not self.is_same(found):
             raise AnotherStoreError(
-                f"{what} belongs to {self.told()}, and found is {found.told()}: another store of the same kind, "
-                f"whose features may be others; {way_out}"
+                f"{what} belongs to {self.told()}. This is {found.told()}: another store of the same kind, whose "
+                f"features may differ; {way_out}"
             )

@@ -124,7 +124,7 @@ def check_identity(place: StorePlace, snapshot: Snapshot, path: Path, state: Che
     recorded.check(
         SnapshotId.of(snapshot),
         f"the checkpoint {path}",
-        f"set {place.setting} to where the former is, or see whether this one will do, and accept it: "
+        f"set {place.setting} to the address of that store, or see whether this one will do, and accept it: "
         f"python -m trainer.compat {path.resolve().parent.parent} {place.url}{name}",
     )
 

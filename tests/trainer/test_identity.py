@@ -120,7 +120,7 @@ class TestRebuilt:
         features = places.folder / "features"
         shutil.rmtree(features / "log")
         (features / "log").mkdir()
-        with pytest.raises(AnotherStoreError, match=f"found is snapshot 0 .* of store {ids[1]}"):
+        with pytest.raises(AnotherStoreError, match=f"This is snapshot 0 .* of store {ids[1]}"):
             resume(places)
 
     def test_evaluate(self, places: Places, ids: tuple[str, str]) -> None:
@@ -185,7 +185,7 @@ class TestRebuilt:
         invoke(export_app, "--run", run, "--out", tmp_path / "visual.parquet")
         assert checkpoint.read_recorded(checkpoint.find(run / "checkpoints", "latest")).stores["images"] == found
         again = rebuild(places.folder / "features", seed=2)
-        with pytest.raises(AnotherStoreError, match=f"found is .* of store {again.info.store_id[:8]}"):
+        with pytest.raises(AnotherStoreError, match=f"This is .* of store {again.info.store_id[:8]}"):
             resume(places)
         file.write_text("{")
         with pytest.raises(CheckpointError, match=r"accepted-stores\.json is damaged: .*accept the store again"):
@@ -265,7 +265,7 @@ class TestTheSame:
         shutil.rmtree(folder)
         shutil.copytree(tmp_path / "backup", folder)
         FeatureStore.open(folder).put(more)
-        with pytest.raises(AnotherStoreError, match=r"belongs to snapshot 2 .*found is snapshot 2"):
+        with pytest.raises(AnotherStoreError, match=r"belongs to snapshot 2 .*This is snapshot 2"):
             resume(places, train__max_steps=4)
 
 
