@@ -21,7 +21,6 @@ from distributed.comm.core import CommClosedError
 from distributed.comm.core import connect as connect_comm
 from distributed.security import Security
 
-from featurestore.regular import read_regular
 from pipeline.checks import check_address
 from pipeline.errors import SCHEDULER_LOST, ClusterError, MissingCertificatesError, SchedulerUnreachableError
 
@@ -83,6 +82,8 @@ def address_in_file(path: Path, timeout_s: float) -> str:
 
     Raises SchedulerUnreachableError when the file has no address after `timeout_s`.
     """
+    from featurestore.regular import read_regular  # not above: pipeline.submit says why
+
     deadline = time.monotonic() + timeout_s
     while True:
         try:

@@ -17,7 +17,6 @@ from typing import Any, cast
 import click
 from distributed.worker_memory import parse_memory_limit
 
-from featurestore.regular import check_regular
 from pipeline.checks import INSECURE_VARIABLE, check_address, check_packages, check_versions, wait_for_workers
 from pipeline.cluster import address_in_file, configured_address, local_cluster, open_client
 from pipeline.errors import ClusterError, InsecureSchedulerError
@@ -60,6 +59,9 @@ def _finite(_: click.Context, __: click.Parameter, value: float) -> float:
 
 
 def _script(_: click.Context, __: click.Parameter, value: Path) -> Path:
+    # Not above: Dask's own commands import this file, on workers too, which may be without our packages.
+    from featurestore.regular import check_regular
+
     try:
         check_regular(value)
     except OSError as error:
@@ -210,7 +212,7 @@ def main() -> None:
     try:
         code = submit.main(prog_name="dask-submit", standalone_mode=False)
     except click.ClickException as error:
-        # Not above: Dask's own commands import this file, on workers too, and signals wait for our first line.
+        # Not above either, and signals wait for our first line.
         from featurestore.commandline import tell_usage
 
         sys.exit(tell_usage(error))
