@@ -15,7 +15,7 @@ from tests.commands.calls import ROOT, call, process_of, words_of
 from tests.commands.lines import FAR, LINES
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-PROGRESS = re.compile(r"^$|━|: [\d,]+ of [\d,]+$")
+PROGRESS = re.compile(r"━|: [\d,]+ of [\d,]+$")
 ON_A_CLUSTER = ("build_samples", "extract_features", "import_features", "import_xdl", "refresh_features")
 
 
