@@ -34,6 +34,7 @@ from featurestore.keys import Int64Array, UInt64Array, shard_of_hash, splitmix64
 from featurestore.memory import FileMemory
 from featurestore.private import claim, is_private, open_private
 from featurestore.prune import SUFFIXES, TEMPORARY, is_cache_file, prune, touch
+from featurestore.regular import open_regular
 from featurestore.shard import Block, ShardReader
 
 _CACHE_FORMAT = 3
@@ -269,7 +270,7 @@ def digest_of_file(path: Path) -> str:
     """xxh3-128, hexadecimal. Raises OSError."""
     digest = xxhash.xxh3_128()
     chunk = memoryview(bytearray(_CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         while count := file.readinto(chunk):
             digest.update(chunk[:count])
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from typer.main import get_command
 
 from featurestore.plain import one_line, printable
 
-FAILED, USAGE, STOPPED = 1, 2, 130
+OK, FAILED, USAGE, STOPPED = 0, 1, 2, 130
 INT64 = range(-(2**63), 2**63)  # as all whole numbers in files
 
 # typer brings a click of its own, and says nowhere what the roots of its errors are called.
@@ -42,7 +42,7 @@ def run_app(app: typer.Typer, prog: str | None = None, *, may_be_empty: Collecti
         sys.exit(tell_usage(error))
     except typer.Abort:
         sys.exit(STOPPED)
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code if isinstance(code, int) else OK)
 
 
 def tell_usage(error: click.ClickException) -> int:

@@ -5,11 +5,9 @@ from contextlib import contextmanager
 
 import typer
 
-from featurestore.commandline import say_error
+from featurestore.commandline import FAILED, STOPPED, USAGE, say_error
 from featurestore.errors import FeatureStoreError
 from pipeline.errors import BackboneError, InsecureSchedulerError, PipelineError, SampleOptionError, WeightsError
-
-_BY_CTRL_C = 130  # what a shell says of a process that SIGINT ended
 
 
 @contextmanager
@@ -22,13 +20,13 @@ def told() -> Iterator[None]:
         raise typer.Exit(exit_code(error)) from error
     except KeyboardInterrupt:
         typer.echo("stopped; what is finished is kept, and the same command goes on from there", err=True)
-        raise typer.Exit(_BY_CTRL_C) from None
+        raise typer.Exit(STOPPED) from None
 
 
 def exit_code(error: Exception) -> int:
     """2 for a mistake in the options or a scheduler that is refused, 1 for everything else."""
     mistakes = (BackboneError, WeightsError, SampleOptionError, InsecureSchedulerError)
-    return 2 if isinstance(error, mistakes) else 1
+    return USAGE if isinstance(error, mistakes) else FAILED
 
 
 def power_of_two(value: int | None) -> int | None:

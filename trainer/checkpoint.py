@@ -25,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from featurestore.cache import digest_of_file
 from featurestore.identity import SnapshotId
 from featurestore.parsing import parse_json
-from featurestore.regular import open_regular, read_regular
+from featurestore.regular import read_regular
 from trainer import accepted
 from trainer.batch import BatchPosition
 from trainer.comm import Comm
@@ -304,7 +305,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Writes and syncs the file; returns the digest of what the disk gives back."""
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
     _sync(path)
-    return _digest(path)
+    return digest_of_file(path)
 
 
 def _write_state(path: Path, state: CheckpointState) -> None:
@@ -317,7 +318,7 @@ def _write_state(path: Path, state: CheckpointState) -> None:
 def _verify(path: Path, expected: str) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; resume from another checkpoint")
-    if _digest(path) != expected:
+    if digest_of_file(path) != expected:
         raise CheckpointError(
             f"{path} is damaged: its digest is not the one in state.json; resume from another checkpoint"
         )
@@ -335,14 +336,6 @@ def _read_named(paths: Iterable[Path], names: set[str]) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             found.update({name: file.get_tensor(name) for name in names.intersection(file.keys())})
     return found
-
-
-def _digest(path: Path) -> str:
-    hashed = xxhash.xxh3_128()
-    with open_regular(path) as file:
-        while block := file.read(1 << 22):
-            hashed.update(block)
-    return hashed.hexdigest()
 
 
 def _json_digest(values: Mapping[str, Any]) -> str:

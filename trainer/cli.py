@@ -11,13 +11,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from featurestore.commandline import say_error
+from featurestore.commandline import FAILED, OK, STOPPED, USAGE, say_error
 from trainer.errors import ConfigError, LostRankError, RemoteRankError, SchemaError, TrainerError
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
-
-OK, FAILED, USAGE, STOPPED = 0, 1, 2, 130
 
 # horovodrun ends the other ranks when the first one fails: rank 0 has to be given the time to say why.
 _GRACE_S = 1.0

@@ -7,17 +7,16 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import dask
 import numpy as np
 import pytest
 import torch
-from distributed import Client, LocalCluster
+from distributed import Client
 from PIL import Image
 
 from featurestore.rows import FeatureRows
 from featurestore.store import FeatureStore
-from pipeline.cluster import WORKER_CONFIG
 from tests.commands.calls import call
+from tests.jobs.conftest import own_cluster
 from tests.trainer.conftest import make_places
 from trainer.comm import SoloComm
 from trainer.config import load_config
@@ -28,11 +27,7 @@ DEEP = 100_000
 
 @pytest.fixture(scope="session")
 def client() -> Iterator[Client]:
-    with (
-        dask.config.set(WORKER_CONFIG),
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-    ):
+    with own_cluster() as client:
         yield client
 
 

@@ -5,16 +5,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import dask
 import numpy as np
 import pytest
 import torch
-from distributed import Client, LocalCluster
+from distributed import Client
 from PIL import Image
 
 from pipeline.backbone import backbone
-from pipeline.cluster import WORKER_CONFIG
 from pipeline.layers import DEFAULT_BACKBONE
+from tests.jobs.conftest import own_cluster
 
 
 def draw_photo(seed: int, width: int = 300, height: int = 260) -> Image.Image:
@@ -56,12 +55,7 @@ def photos(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def client() -> Iterator[Client]:
     """A Dask client whose one worker is a thread of this process, so that tests can look at the network it uses."""
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        dask.config.set(WORKER_CONFIG),
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
-        Client(cluster) as client,
-    ):
+    with pytest.MonkeyPatch.context() as patch, own_cluster() as client:
         patch.setattr("pipeline.parts.torch_threads", lambda workers_per_host: 1)
         yield client
 

@@ -8,12 +8,11 @@ from typing import Annotated
 
 import typer
 
-from featurestore.commandline import run_app, say_error
+from featurestore.commandline import FAILED, USAGE, run_app, say_error
 from featurestore.errors import FeatureStoreError
 from trainer.config import Config, load_config
 from trainer.errors import ConfigError, SchemaError, TrainerError
 
-FAILED, USAGE = 1, 2
 EXAMPLES = """
 Examples:
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from featurestore.commandline import run_app, say_error
+from featurestore.commandline import FAILED, USAGE, run_app, say_error
 from featurestore.errors import FeatureStoreError
 from featurestore.storage import Storage
 from trainer.errors import DataError, SchemaError, TrainerError
@@ -16,7 +16,6 @@ from trainer.schema import logs, samples
 from trainer.schema.columns import content_of, data_files, inner_type, read_tables
 from trainer.schema.fields import load_schema
 
-FAILED, USAGE = 1, 2
 BATCH_SIZE = 8192
 EXAMPLES = """
 Examples:
