@@ -19,9 +19,10 @@ from yaml import YAMLError
 
 from featurestore.plain import one_line
 from featurestore.regular import read_text
+from trainer import legacy
 from trainer.errors import ConfigError
 from trainer.files import replace_file
-from trainer.options import Count, ExchangeConfig, LearningRate, ModelConfig, OptimConfig, RateDecay
+from trainer.options import Count, ExchangeConfig, ModelConfig, OptimConfig
 from trainer.validate import Section, validated
 
 PRESETS = Path(__file__).parent / "presets"
@@ -67,14 +68,10 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    """Optimiser, length of the run, and what happens every so many steps."""
+    """Length of the run, and what happens every so many steps."""
 
     epochs: Count
     max_steps: Count | None
-    lr: LearningRate
-    lr_gamma: RateDecay
-    lr_every: Count
-    id_l2: Annotated[float, Field(ge=0, le=1)]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     log_every: Count
     eval_every: Count | None
@@ -82,10 +79,6 @@ class TrainConfig(Section):
     early_stopping: Count | None
     checkpoint_every: Count | None
     keep_checkpoints: Count
-
-    def optim(self) -> OptimConfig:
-        """What the engine takes of this section."""
-        return OptimConfig(lr=self.lr, lr_gamma=self.lr_gamma, lr_every=self.lr_every, id_l2=self.id_l2)
 
 
 class RunConfig(Section):
@@ -124,6 +117,7 @@ class Config(Section):
     data: DataConfig
     model: ModelConfig
     exchange: ExchangeConfig
+    optim: OptimConfig
     train: TrainConfig
     run: RunConfig
 
@@ -147,11 +141,22 @@ class Config(Section):
 
 def load_config(file: Path | None = None, settings: Sequence[str] = ()) -> Config:
     """The preset, over it `file`, over that `settings` (each `section.field=value`). Raises ConfigError."""
+    if file is not None and legacy.is_saved(file):
+        return load_saved(file, settings)
+    return _checked([] if file is None else [(_read(file), str(file))], settings)
+
+
+def load_saved(file: Path, settings: Sequence[str] = ()) -> Config:
+    """As `load_config`, of a `file` that an earlier version of the project may have saved. Raises ConfigError."""
+    return _checked([(OmegaConf.create(legacy.up_to_date(_plain(_read(file)))), str(file))], settings)
+
+
+def _checked(files: Sequence[tuple[DictConfig, str]], settings: Sequence[str]) -> Config:
     merged = _read(DEFAULT_PRESET)
-    if file is not None:
-        merged = _merge(merged, _read(file), str(file))
-    for setting in settings:
-        merged = _merge(merged, _parse_setting(setting), f"--set {setting}")
+    for above, source in [*files, *((_parse_setting(setting), f"--set {setting}") for setting in settings)]:
+        if lines := [f"{source}: {old} is {new} now" for old, new in legacy.moved(_plain(above))]:
+            raise ConfigError("\n".join(lines))
+        merged = _merge(merged, above, source)
     try:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as failure:
@@ -178,8 +183,16 @@ def _read(path: Path) -> DictConfig:
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as failure:
         raise ConfigError(f"{path} is not a readable YAML file: {one_line(failure)}") from failure
     if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path} has to be a mapping of sections (data, model, exchange, train, run), found a list")
+        sections = ", ".join(Config.model_fields)
+        raise ConfigError(f"{path} has to be a mapping of sections ({sections}), found a list")
     return loaded
+
+
+def _plain(values: DictConfig) -> dict[str, Any]:
+    """The values by section, interpolations as they were written."""
+    plain = OmegaConf.to_container(values, resolve=False)
+    assert isinstance(plain, dict)
+    return {str(name): value for name, value in plain.items()}
 
 
 def _parse_setting(setting: str) -> DictConfig:

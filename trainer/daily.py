@@ -19,8 +19,8 @@ from featurestore.commandline import run_app
 from featurestore.errors import AnotherStoreError
 from featurestore.parsing import parse_json
 from featurestore.regular import read_regular
-from trainer import daytable
-from trainer.config import Config, load_config, save_config
+from trainer import daytable, legacy
+from trainer.config import Config, load_config, load_saved, save_config
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.files import replace_file
 from trainer.main import on_ranks, train, warm_settings
@@ -220,7 +220,7 @@ def _write_evaluation(day: Day, report: Mapping[str, Any]) -> None:
     from trainer.summary import write_report
 
     file = day.folder / "config.yaml"
-    trained = load_config(file)
+    trained = load_saved(file)
     data = trained.data.model_copy(update={"test_days": [day.test_day]})
     try:
         save_config(trained.model_copy(update={"data": data}), file)
@@ -284,6 +284,7 @@ def _claim(folder: Path, base: Config, window_days: int) -> None:
         "window_days": window_days,
         "warm_parts": list(base.run.warm_parts),
         "model": base.model.model_dump(mode="json"),
+        "optim": base.optim.model_dump(mode="json"),
         "train": base.train.model_dump(mode="json"),
         "data": base.data.model_dump(
             mode="json", exclude={"store_version", "store_versions", "cache_dir", "prefetch_batches"}
@@ -303,7 +304,8 @@ def _claim(folder: Path, base: Config, window_days: int) -> None:
 def _check_same(mine: dict[str, Any], theirs: dict[str, Any], file: Path) -> None:
     from trainer.checkpoint import flat
 
-    here, there = dict(flat(mine)), dict(flat(theirs))
+    here, there, preset = (dict(flat(each)) for each in (mine, legacy.up_to_date(theirs), load_config().model_dump()))
+    there = {name: preset[name] for name in here.keys() & preset.keys()} | there  # written before there was the setting
     differing = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
     if differing:
         lines = [f"{name} is {here.get(name)!r} here, {there.get(name)!r} there" for name in differing]

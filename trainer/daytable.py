@@ -14,7 +14,7 @@ from rich.table import Table
 from featurestore.output import print_table, text_console
 from featurestore.parsing import parse_json
 from featurestore.regular import read_regular
-from trainer.config import load_config
+from trainer.config import load_saved
 from trainer.errors import TrainerError
 from trainer.files import replace_file
 
@@ -91,7 +91,7 @@ def show(folder: Path) -> None:
 
 
 def _row(run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
-    config = load_config(run / "config.yaml")
+    config = load_saved(run / "config.yaml")
     first_store: dict[str, Any] = next(iter(report.get("stores", {}).values()), {})
     return {
         "day": run.name,

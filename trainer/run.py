@@ -156,7 +156,7 @@ def engine_of(
         schema,
         partitions,
         config.model,
-        config.train.optim(),
+        config.optim,
         config.exchange,
         seed=config.train.seed,
         missing=config.data.missing,

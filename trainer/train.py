@@ -114,7 +114,7 @@ class Training:
         with self.totals.timed("compute"):
             result = self._engine.train_step(prepared)
         if not math.isfinite(result.loss):
-            raise TrainerError(f"the loss of step {self._engine.num_steps} is {result.loss}; try a lower train.lr")
+            raise TrainerError(f"the loss of step {self._engine.num_steps} is {result.loss}; try a lower optim.lr")
         self.totals.add(result, images)
         samples, seconds = self.totals.steady
         speed = samples * self._run.comm.size / seconds

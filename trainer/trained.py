@@ -25,7 +25,7 @@ from featurestore.store import FeatureStore
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointState
 from trainer.comm import Comm
-from trainer.config import Config, load_config
+from trainer.config import Config, load_saved
 from trainer.data import SampleIndex, open_index
 from trainer.days import sample_files
 from trainer.errors import CheckpointError, ConfigError, DataError, TrainerError
@@ -143,7 +143,7 @@ def read_run(folder: Path, which: str | None = None, samples: str | None = None)
         runs = sorted(each.parent.name for each in folder.glob("*/config.yaml"))
         instead = f"; it holds the runs {', '.join(runs[:5])}" if runs else "; give a run's folder, as data/runs/NAME"
         raise ConfigError(f"{folder} is not a run's folder: there is no config.yaml in it{instead}")
-    config = load_config(file)
+    config = load_saved(file)
     path = find_checkpoint(folder, which)
     data: dict[str, Any] = {"missing": "zeros" if config.data.missing == "error" else config.data.missing}
     if samples and not _has_training_samples(config):
@@ -236,7 +236,7 @@ def missing_lookups(comm: Comm, partitions: Mapping[str, FeaturePartition]) -> i
 def finite(vectors_NW: Vectors) -> Vectors:
     """The same vectors. Raises TrainerError where one is not finite: an index of such numbers would lie."""
     if not np.isfinite(vectors_NW).all():
-        raise TrainerError("the run's vectors are not finite numbers; its training went wrong, try a lower train.lr")
+        raise TrainerError("the run's vectors are not finite numbers; its training went wrong, try a lower optim.lr")
     return vectors_NW
 
 

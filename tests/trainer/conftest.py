@@ -90,7 +90,7 @@ class Places:
             "model.tables": "{user: 64, item: 64, image: 64, category: 16, scene: 16}",
             "model.table_shards": 4,
             "train.epochs": 2,
-            "train.lr": 0.01,
+            "optim.lr": 0.01,
             "train.eval_batch_size": 64,
             "run.dir": self.folder / "runs",
             "run.threads": 1,

@@ -49,7 +49,7 @@ def settings_of(places: Places, **changes: Any) -> list[str]:
         "model__compute_dtype": "float32",
         "train__max_steps": 150,
         "train__epochs": 20,
-        "train__lr": 0.02,
+        "optim__lr": 0.02,
     }
     return list(places.settings(**{**long, **changes}))
 

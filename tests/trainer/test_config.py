@@ -19,7 +19,7 @@ def test_preset_names_every_setting() -> None:
 
 def test_preset_has_the_papers_model_and_rates() -> None:
     config = load_config()
-    assert (config.train.lr, config.train.lr_gamma, config.train.lr_every) == (0.001, 0.9, 24_000)
+    assert (config.optim.lr, config.optim.lr_gamma, config.optim.lr_every) == (0.001, 0.9, 24_000)
     assert (config.train.epochs, config.model.mlp, config.model.embed_hidden) == (2, [200, 80], [256, 64])
     assert (config.model.id_width, config.model.visual_width, config.model.images) == (12, 12, "both")
 
@@ -27,7 +27,7 @@ def test_preset_has_the_papers_model_and_rates() -> None:
 def test_preset_has_the_defaults_of_the_classes() -> None:
     config = load_config()
     assert ModelConfig(tables=config.model.tables) == config.model
-    assert OptimConfig() == config.train.optim()
+    assert OptimConfig() == config.optim
 
 
 def test_a_long_run_writes_checkpoints_on_the_way() -> None:
@@ -39,9 +39,9 @@ def test_a_long_run_writes_checkpoints_on_the_way() -> None:
 def test_set_wins_over_file_and_file_over_preset(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("train: {epochs: 5, seed: 7}\nmodel: {mlp: [10]}\n")
-    config = load_config(file, ["train.epochs=3", "train.lr=1e-2", "model.tables.user=99"])
+    config = load_config(file, ["train.epochs=3", "optim.lr=1e-2", "model.tables.user=99"])
     assert (config.train.epochs, config.train.seed, config.model.mlp) == (3, 7, [10])
-    assert (config.train.lr, config.model.tables["user"], config.model.tables["item"]) == (0.01, 99, 65_536)
+    assert (config.optim.lr, config.model.tables["user"], config.model.tables["item"]) == (0.01, 99, 65_536)
     assert config.data == load_config().data
 
 
@@ -59,7 +59,7 @@ def test_saved_configuration_loads_as_the_same(tmp_path: Path) -> None:
     [
         ("train.epoch=1", "train.epoch is unknown; did you mean train.epochs?"),
         ("modell.images=ad", "modell is unknown; did you mean model?"),
-        ("train.learn_every=1", "train.learn_every is unknown; did you mean train.lr_every?"),
+        ("optim.learn_every=1", "optim.learn_every is unknown; did you mean optim.lr_every?"),
         ("train.zzz=1", "train.zzz is unknown; known: train.checkpoint_every, train.early_stopping,"),
         ("train.epochs=0", "train.epochs=0: it should be greater than or equal to 1"),
         ("train.epochs=many", "train.epochs='many': it should be a valid integer"),
@@ -79,7 +79,7 @@ def test_saved_configuration_loads_as_the_same(tmp_path: Path) -> None:
         ("data.train_days=[monday]", "data.train_days.0='monday'"),
         ("data.train_days=[]", "data.train_days=[]: List should have at least 1 item"),
         ("model.id_dropout=1", "model.id_dropout=1: it should be less than 1"),
-        ("train.id_l2=-1", "train.id_l2=-1: it should be greater than or equal to 0"),
+        ("optim.id_l2=-1", "optim.id_l2=-1: it should be greater than or equal to 0"),
         ("run.warm_parts=half", "run.warm_parts='half': it should be none, partial, full, or a list of images, model"),
     ],
 )

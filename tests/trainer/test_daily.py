@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -274,6 +275,24 @@ def test_a_day_cut_short_whose_samples_changed_says_how_to_go_on(days: Places) -
         follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
 
 
+def test_days_that_an_earlier_version_began_go_on(days: Places) -> None:
+    """Its settings of the optimiser stood in section train, some had no name."""
+    follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
+    folder = days.folder / "runs" / "d"
+    for file, read, write in (
+        (folder / "daily.json", json.loads, json.dumps),
+        (folder / DAYS[0] / "config.yaml", yaml.safe_load, yaml.safe_dump),
+    ):
+        values = read(file.read_text())
+        optim = values.pop("optim")
+        values["train"] |= {name: optim[name] for name in ("lr", "lr_gamma", "lr_every", "id_l2")}
+        file.write_text(write(values))
+    follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[1])
+    assert [row["day"] for row in table_of(folder)] == DAYS[:2]
+    with pytest.raises(ConfigError, match=r"optim\.lr is 0\.5 here, 0\.01 there"):
+        follow(config_of(days, run__name="d", optim__lr=0.5), SoloComm(), last=DAYS[1])
+
+
 def test_command(days: Places) -> None:
     settings = [*days.settings(run__name="c", train__epochs=1)]
     options = ["--samples-of-days", str(days.folder / "samples"), "--last-day", DAYS[1], "--warm-parts", "full"]
@@ -328,7 +347,7 @@ class TestTwoRanks:
     def test_other_settings_are_refused_on_all(self, job: tuple[Places, dict[str, Any]]) -> None:
         _, seen = job
         assert [text.partition(":")[0] for text in seen["other settings"]] == ["ConfigError", "RemoteRankError"]
-        assert all("train.lr is 0.5 here, 0.01 there" in text for text in seen["other settings"])
+        assert all("optim.lr is 0.5 here, 0.01 there" in text for text in seen["other settings"])
 
     def test_early_stopping_is_agreed_on_and_resumed(self, job: tuple[Places, dict[str, Any]]) -> None:
         places, seen = job

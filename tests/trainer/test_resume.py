@@ -35,7 +35,7 @@ class Runs:
 
     def branch(self, name: str, step: int = 2, of: str = "a", **changes: Any) -> Path:
         """From an earlier checkpoint of run `of`, at another learning rate."""
-        return self.train(name, run__resume=self.step(of, step), **{"train__lr": 0.5, **changes})
+        return self.train(name, run__resume=self.step(of, step), **{"optim__lr": 0.5, **changes})
 
     def step(self, name: str, step: int) -> Path:
         return checkpoint.place(self.folder / name / "checkpoints", step)
@@ -96,7 +96,7 @@ def test_overwriting_leaves_the_new_steps_alone(runs: Runs, capsys: pytest.Captu
     assert names(again) == steps_of(2, 4, 6)
     assert content(runs.step("a", 2)) == first
     assert_same(again, expected)
-    assert load_config(again / "config.yaml").train.lr == 0.5
+    assert load_config(again / "config.yaml").optim.lr == 0.5
 
 
 def test_the_newest_and_its_path_need_no_overwriting(runs: Runs) -> None:
@@ -140,7 +140,7 @@ def test_killed_between_the_old_steps_and_the_new_ones(runs: Runs, monkeypatch: 
     run = runs.folder / "a"
     assert names(run) == steps_of(2)
     assert not (run / "report.json").exists(), "it told of the steps that are gone"
-    assert_same(runs.train("a", run__resume="latest", train__lr=0.5), expected)
+    assert_same(runs.train("a", run__resume="latest", optim__lr=0.5), expected)
 
 
 @pytest.mark.parametrize("nth", [1, 2])
@@ -184,7 +184,7 @@ def test_a_plain_overwriting_that_cannot_remove_says_so(runs: Runs, monkeypatch:
 
     monkeypatch.setattr(Path, "rename", renamed)
     with pytest.raises(ConfigError, match=r"run\.dir=.* cannot be used: .*Permission denied"):
-        runs.train("a", run__overwrite=True, train__lr=0.5)
+        runs.train("a", run__overwrite=True, optim__lr=0.5)
     assert names(runs.folder / "a") == steps_of(2, 4, 6)
 
 

@@ -31,7 +31,7 @@ def evaluate(comm: Comm, predicted: Iterable[tuple[Batch, np.ndarray]], known_ad
     ).numpy()
     whole_N2 = comm.allgather(torch.from_numpy(np.stack([user_N, new_N.astype(np.int64)], axis=1)), "users").numpy()
     if not np.isfinite(real_N2).all():
-        raise TrainerError("the model's predictions are not finite numbers; try a lower train.lr")
+        raise TrainerError("the model's predictions are not finite numbers; try a lower optim.lr")
     return comm.broadcast_object(_measure(real_N2, whole_N2) if comm.rank == 0 else {})
 
 

@@ -95,7 +95,7 @@ class Bench:
             schema,
             {name: self._partition},
             config.model,
-            config.train.optim(),
+            config.optim,
             config.exchange,
             seed=config.train.seed,
             missing=data.missing,

@@ -64,13 +64,13 @@ def main() -> None:
         comm.on_rank_0(change)
         return {**seen, "newest there, others late": outcome(follow, *settings)}
 
-    early = ("train.eval_every=4", "train.early_stopping=2", "train.lr=0.1", "train.keep_checkpoints=1")
+    early = ("train.eval_every=4", "train.early_stopping=2", "optim.lr=0.1", "train.keep_checkpoints=1")
     seen = {
         "days": outcome(follow, "run.name=days"),
         "cut": [stopped(2, follow, "run.name=cut") for _ in range(2)],
         "after the cut": outcome(follow, "run.name=cut"),
         **late(),
-        "other settings": outcome(follow, "run.name=days", "train.lr=0.5"),
+        "other settings": outcome(follow, "run.name=days", "optim.lr=0.5"),
         "early": outcome(train, "run.name=early", "train.epochs=9", *early),
         "early, cut": stopped(7, train, "run.name=early-cut", "train.epochs=9", *early),
         "early, after": outcome(train, "run.name=early-cut", "train.epochs=9", "run.resume=latest", *early),

@@ -38,9 +38,9 @@ def main() -> None:
     branched = ("run.name=branched", "train.max_steps=6", "train.checkpoint_every=2")
     seen["branched"] = outcome(*branched)
     earlier = f"run.resume={folder / 'runs' / 'branched' / 'checkpoints' / 'step-00000002'}"
-    elsewhere = outcome("run.name=elsewhere", "train.max_steps=6", "train.lr=1e-4", earlier)
-    seen["branched, refused"] = outcome(*branched, "train.lr=1e-4", earlier)
-    seen["branched, overwritten"] = outcome(*branched, "train.lr=1e-4", earlier, "run.overwrite=true")
+    elsewhere = outcome("run.name=elsewhere", "train.max_steps=6", "optim.lr=1e-4", earlier)
+    seen["branched, refused"] = outcome(*branched, "optim.lr=1e-4", earlier)
+    seen["branched, overwritten"] = outcome(*branched, "optim.lr=1e-4", earlier, "run.overwrite=true")
     seen["elsewhere"] = elsewhere
     broken = f"data.samples={folder / 'broken'}"
     seen["broken"] = outcome("run.name=broken", "train.max_steps=2", broken)

@@ -1,0 +1,30 @@
+"""What earlier versions wrote: settings that have moved since, in the configurations of saved runs."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+MOVED = {f"train.{name}": f"optim.{name}" for name in ("lr", "lr_gamma", "lr_every", "id_l2")}
+"""From the name of a setting in earlier versions to its name now."""
+
+
+def moved(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The old and the new name of each setting in `values`, by section, that has moved."""
+    for old, new in MOVED.items():
+        section, _, name = old.partition(".")
+        if isinstance(values.get(section), Mapping) and name in values[section]:
+            yield old, new
+
+
+def up_to_date(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved configuration, by section, with each setting under the name that it has now."""
+    values = {name: dict(section) if isinstance(section, Mapping) else section for name, section in saved.items()}
+    for old, new in moved(saved):
+        (section, _, name), (new_section, _, new_name) = old.partition("."), new.partition(".")
+        values.setdefault(new_section, {})[new_name] = values[section].pop(name)
+    return values
+
+
+def is_saved(file: Path) -> bool:
+    """Tell whether a file is the configuration that a run has written into its folder."""
+    return file.name == "config.yaml" and (file.parent / "checkpoints").is_dir()
