@@ -41,4 +41,6 @@ class DistinctCount:
         return round((_KEPT - 1) * 2.0**64 / (float(self.hashes_K[-1]) + 1))
 
     def _kept(self, more_N: UInt64Array) -> "DistinctCount":
-        return DistinctCount(np.union1d(self.hashes_K, more_N)[:_KEPT])
+        if not self.is_exact:
+            more_N = more_N[more_N < self.hashes_K[-1]]  # the others are not among the smallest
+        return DistinctCount(np.union1d(self.hashes_K, more_N)[:_KEPT]) if len(more_N) else self

@@ -64,10 +64,13 @@ class Progression:
         names = ("logloss", "auc", "gauc", "new_ad_auc")
         text = "  ".join(f"{n} {'undefined' if metrics[n] is None else format(metrics[n], '.4f')}" for n in names)
         self.console.print(f"step {step}  test: {text}")
-        if self._writer:
-            for name, value in metrics.items():
-                if value is not None:
-                    self._writer.add_scalar(f"test/{name}", value, step)
+        self.details(step, {f"test/{name}": value for name, value in metrics.items()})
+
+    def details(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        """Values for TensorBoard alone; one that is not defined is not drawn."""
+        for name, value in values.items():
+            if self._writer and value is not None:
+                self._writer.add_scalar(name, value, step)
 
     def say(self, text: str) -> None:
         """One line."""

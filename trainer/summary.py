@@ -222,7 +222,8 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     seconds = report["seconds"]
     table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
     ratios = report["unique_ratio_by_field"]
-    for each in (table, _stages_shown(report["stages"]), *([_ratios_shown(ratios)] if ratios else [])):
+    shown = [table, _stages_shown(report["stages"]), *([_ratios_shown(ratios)] if ratios else [])]
+    for each in [*shown, *([_id_tables_shown(report["tables"])] if report["tables"] else [])]:
         print_table(console, each)
     console.print(f"written to {report['folder']}")
 
@@ -251,6 +252,17 @@ def _ratios_shown(ratios: Mapping[str, float | None]) -> Table:
     for name, value in ratios.items():
         table.add_row(name, _text(value, "-"))
     return table
+
+
+def _id_tables_shown(tables: Mapping[str, Mapping[str, Any]]) -> Table:
+    shown = Table("ID table")
+    for column in ("different ids", "rows", "ids that share a row"):
+        shown.add_column(column, justify="right")
+    for name, row in tables.items():
+        about = "" if row["is_exact"] else "about "
+        share = "-" if row["share"] is None else f"{row['share']:.1%}"
+        shown.add_row(name, f"{about}{row['ids']:,}", f"{row['rows']:,}", share)
+    return shown
 
 
 def _text(value: float | int | None, undefined: str) -> str:

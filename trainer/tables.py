@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featurestore.keys import key_of_uri, owned_shards, owner_of, shard_of, splitmix64
+from featurestore.distinct import DistinctCount
+from featurestore.keys import UInt64Array, key_of_uri, owned_shards, owner_of, shard_of, shard_of_hash, splitmix64
 from trainer.errors import CheckpointError, ConfigError
 from trainer.optim import AdamRates
 from trainer.routing import Int64, unique
@@ -35,10 +36,23 @@ class TableShape:
         """Rows of each shard, at least one."""
         return -(-self.num_rows // self.num_shards)
 
+    @property
+    def size(self) -> int:
+        """Rows of all shards."""
+        return self.num_shards * self.rows_per_shard
+
     def place_of(self, ids_N: Int64) -> tuple[Int64, Int64]:
         """Shard and row in the shard of each id. Top bits of the hash choose the shard, low bits the row."""
-        low_bits_N = splitmix64(ids_N) & np.uint64(0xFFFFFFFF)
-        return shard_of(ids_N, self.num_shards), (low_bits_N % np.uint64(self.rows_per_shard)).astype(np.int64)
+        return self._place_of_hash(splitmix64(ids_N))
+
+    def rows_of_hashes(self, hash_N: UInt64Array) -> Int64:
+        """The row of each splitmix64 hash of an id, by its place in the whole table, shard by shard."""
+        shard_N, row_N = self._place_of_hash(hash_N)
+        return shard_N * self.rows_per_shard + row_N
+
+    def _place_of_hash(self, hash_N: UInt64Array) -> tuple[Int64, Int64]:
+        low_bits_N = hash_N & np.uint64(0xFFFFFFFF)
+        return shard_of_hash(hash_N, self.num_shards), (low_bits_N % np.uint64(self.rows_per_shard)).astype(np.int64)
 
 
 @dataclass
@@ -95,6 +109,8 @@ class IdTable:
         for slot, shard in enumerate(self.shards):
             self._of_slot(self.weight, slot).copy_(torch.from_numpy(initial_rows(shape, shard, seed, scale)))
         self._touched: tuple[Tensor, Tensor] | None = None
+        self.seen = DistinctCount()
+        """Different ids that this rank has served in training."""
 
     def owner_of(self, ids_U: Int64) -> Int64:
         """The rank that has the row of each id."""
@@ -103,8 +119,10 @@ class IdTable:
     def serve(self, ids_R: Int64, kind: str = "step") -> RowRequest:
         """The unique rows behind ids that this rank owns; two ids of one row get the same. Reads no weight.
 
-        The `kind` of the request does not matter.
+        The ids of a training step, which comes in the order of steps, are noted in `seen`.
         """
+        if kind == "step":
+            self.seen = self.seen.with_values(ids_R)
         shard_R, row_R = self.shape.place_of(ids_R)
         slot_R = self._slot_of_shard[shard_R]
         assert (slot_R >= 0).all(), f"table {self.shape.name}: asked for rows that another rank owns"

@@ -12,6 +12,7 @@ from trainer.config import config_digest
 from trainer.errors import RemoteRankError, TrainerError
 from trainer.evaluation.quick import Metrics, evaluate
 from trainer.exchange import ContentRequest
+from trainer.ids.collisions import Collisions, gather_collisions
 from trainer.memory import objects_frozen
 from trainer.prefetch import ReadAhead, prepare_ahead
 from trainer.profiling import PLACE, tracing
@@ -33,6 +34,9 @@ class Training:
         self._patience = run.config.train.early_stopping
         self.totals = summary.Totals()
         self.metrics: Metrics = {}
+        self.collisions: dict[str, Collisions] = {}
+        """By table, of the ids since the run, or its resumption, began; known after each epoch."""
+        self._warned: set[str] = set()
 
     def fit(self) -> None:
         """All remaining steps, the last evaluation and checkpoint; with early stopping, it ends with the best one.
@@ -84,6 +88,7 @@ class Training:
                 self._between_steps()
                 if self._is_over():
                     break
+        self._count_collisions()
 
     @contextmanager
     def _prepared(self, batches: Iterator[Batch], count: int, kind: Kind) -> Iterator[Iterator[Prepared]]:
@@ -180,6 +185,17 @@ class Training:
         else:
             self._progress.say(f"step {best} had the best GAUC, but before this run: there is no checkpoint of it here")
             self._save()
+
+    def _count_collisions(self) -> None:
+        """Tells how many ids share a row, and warns once of each table where they are many."""
+        tables = {name: (table.shape, table.seen) for name, table in self._engine.tables.items()}
+        self.collisions = gather_collisions(self._run.comm, tables)
+        shares = {f"tables/{name}/collisions": each.share for name, each in self.collisions.items()}
+        self._progress.details(self._engine.num_steps, shares)
+        for name, each in self.collisions.items():
+            if name not in self._warned and (warning := each.warning(name)):
+                self._warned.add(name)
+                self._progress.say(f"warning: {warning}")
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self._engine.num_steps % every == 0

@@ -109,6 +109,10 @@ class TestAlone:
         assert sum(of_steps) == pytest.approx(1)
         assert (report["owner_skew"], report["reused_vectors"]) == (1.0, 0.0)
         assert 0 < report["unique_ratio_by_field"]["behavior_image"] < 1
+        met = set(train_ads.tolist())  # in 100 steps, all of them
+        items = report["tables"]["item"]
+        assert items["is_exact"] and len(met) <= items["ids"] < 4096
+        assert items["used_rows"] <= items["ids"] <= items["used_rows"] * (1 + items["share"])
 
     def test_files(self, alone: Path, places: Places) -> None:
         changes = {"run__name": "alone", "train__max_steps": 100, **SHARED}

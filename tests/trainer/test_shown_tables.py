@@ -19,6 +19,7 @@ from trainer.evaluation.bootstrap import METRICS, Estimate
 from trainer.evaluation.measure import Figures, Measured, SlicedBy
 from trainer.experiments.grid import Experiment, Variant
 from trainer.experiments.tables import rows_of, show
+from trainer.ids.collisions import Collisions
 from trainer.prerank.__main__ import _print_table
 
 LONG = "a/very/long/folder/[bold]of[/x]/runs/" + "x" * 90
@@ -36,12 +37,13 @@ def show_run(unique_ratio_by_field: dict[str, float]) -> None:
     figures |= {"samples_per_s": 1234567.8, "bytes_sent_per_step": 98765432, "bytes_by_collective_per_step": {}}
     figures |= {"name": "n", "folder": LONG, "num_ranks": 2, "global_step": 2040, "metrics": {"gauc": 0.654321}}
     figures |= {"missing_lookups": 7, "missing_by_store": {}, "seconds": {"wait": 12.5}, "stages": stages}
+    figures["tables"] = {"item": Collisions(123456, 7654321, 120000, 0.5678, False).as_report()}
     summary.show(text_console(), {**figures, "unique_ratio_by_field": unique_ratio_by_field})
 
 
 def of_training(_: Path) -> list[str]:
     show_run({"ad_image": 0.456789})
-    return ["1,234,568", "98,765,432", "0.6543", "123456.7", "0.4568", "25%", LONG]
+    return ["1,234,568", "98,765,432", "0.6543", "123456.7", "0.4568", "25%", "about 123,456", "56.8%", LONG]
 
 
 def of_evaluation(folder: Path) -> list[str]:

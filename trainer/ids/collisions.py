@@ -1,0 +1,101 @@
+"""Collisions of hashed ID tables: how many different ids share a row with another, and how many rows would do.
+
+Each owner notes the ids that it serves in training, in a fixed amount of memory; together they know the same of the
+whole table for any number of ranks.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from featurestore.distinct import DistinctCount
+from trainer.comm import Comm
+
+WARNED_SHARE = 0.2
+"""Of the ids of a table: where more of them share a row, the run warns."""
+_GOOD_SHARE = 0.01
+_MOST_ROWS = 10**12  # of the configuration
+
+
+class Hashed(Protocol):
+    """What is asked of a table's shape."""
+
+    @property
+    def size(self) -> int:
+        """Rows of all shards."""
+
+    def rows_of_hashes(self, hash_N: Any) -> Any:
+        """The row of each splitmix64 hash, by its place in the whole table."""
+
+
+@dataclass(frozen=True)
+class Collisions:
+    """Of one table: different ids that training has met, the table's rows and those of them that these ids use."""
+
+    ids: int
+    rows: int
+    used_rows: int
+    share: float | None
+    """Of the ids, those that share their row with another one; None before the first id."""
+    is_exact: bool
+    """Whether ids were few enough to be counted; else their number is an estimate and the others follow from it."""
+
+    def as_report(self) -> dict[str, Any]:
+        """The figures as report.json has them."""
+        return {"kind": "hashed", **asdict(self)}
+
+    def warning(self, name: str) -> str | None:
+        """One line with the way out, where too many ids share a row."""
+        if self.share is None or self.share <= WARNED_SHARE:
+            return None
+        rows = rows_for(self.ids)
+        more = f"model.tables.{name}={rows} would bring that under {_GOOD_SHARE:.0%}" if rows else "no table is as long"
+        return (
+            f"table {name}: {self.share:.0%} of {self.ids:,} different ids share one of its {self.rows:,} rows with "
+            f"another id; {more}"
+        )
+
+
+def collisions_of(shape: Hashed, seen: DistinctCount) -> Collisions:
+    """Figures of a table that has met the ids of `seen`: counted up to some thousand ids, else what is to be expected.
+
+    With n ids hashed evenly into m rows, an id is alone with probability (1 - 1/m)^(n - 1), and a row stays empty with
+    (1 - 1/m)^n.
+    """
+    count, rows = seen.estimate, shape.size
+    if seen.is_exact:
+        ids_of_row = np.unique(shape.rows_of_hashes(seen.hashes_K), return_counts=True)[1]
+        shared = float(ids_of_row[ids_of_row > 1].sum()) / count if count else None
+        return Collisions(count, rows, len(ids_of_row), shared, True)
+    return Collisions(count, rows, round(rows * _share(rows, count)), _share(rows, count - 1), False)
+
+
+def rows_for(num_ids: int, share: float = _GOOD_SHARE) -> int | None:
+    """The rows, rounded up to three digits, in which at most `share` of the ids share a row; None beyond the limit."""
+    if num_ids < 2:
+        return 1
+    exact = -1 / math.expm1(math.log1p(-share) / (num_ids - 1))
+    unit = 10 ** max(0, math.floor(math.log10(exact)) - 2)
+    rows = math.ceil(exact / unit) * unit
+    return rows if rows <= _MOST_ROWS else None
+
+
+def gather_collisions(comm: Comm, own: Mapping[str, tuple[Hashed, DistinctCount]]) -> dict[str, Collisions]:
+    """By table, of what all ranks have seen; every rank calls it. `own`: shape, and the ids that this rank served."""
+    hashes = {name: seen.hashes_K for name, (_, seen) in own.items()}
+    everyone = comm.allgather_object(hashes, name="tables")
+    found = {}
+    for name, (shape, _) in own.items():
+        seen = DistinctCount()
+        for each in everyone:
+            seen = seen.merged(DistinctCount(each[name]))
+        found[name] = collisions_of(shape, seen)
+    return found
+
+
+def _share(rows: int, others: int) -> float:
+    """1 - (1 - 1 / rows) ^ others."""
+    return float(others > 0) if rows == 1 else -math.expm1(others * math.log1p(-1 / rows))
