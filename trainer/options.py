@@ -7,7 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from trainer.validate import Section
 
 BaseNet = Literal["lr", "mlp", "din", "dcn", "two_tower"]
-Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query"]
+Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query", "transformer"]
 ComputeDType = Literal["bfloat16", "float32", "float64"]
 Count = Annotated[int, Field(ge=1, lt=2**63)]
 TableRows = Annotated[int, Field(ge=1, le=10**12)]
@@ -26,7 +26,15 @@ class ModelConfig(Section):
     pooling: Pooling = "attentive"
     """How the vectors of the behaviour images become one; two towers sum them."""
     concat_length: Annotated[int, Field(ge=1, le=1_000)] = 32
-    """Behaviours that pooling=concat takes; fewer are filled up with zeros."""
+    """Behaviours that pooling=concat takes, the newest; fewer are filled up with zeros."""
+    transformer_length: Annotated[int, Field(ge=1, le=1_000)] = 32
+    """Behaviours that pooling=transformer looks at, the newest."""
+    transformer_width: Width = 32
+    """Hidden width of its tokens; it gives twice as many numbers."""
+    transformer_layers: Annotated[int, Field(ge=1, le=8)] = 1
+    """Encoder layers of it."""
+    transformer_heads: Annotated[int, Field(ge=1, le=64, validate_default=True)] = 2
+    """Heads of attention in each layer; transformer_width is a multiple."""
     similarity_tiers: Annotated[int, Field(ge=0, le=256)] = 0
     """SimTier: a histogram, with so many tiers, of how similar the behaviour images are to the ad's; 0: none."""
     similarity_top_k: Annotated[int, Field(ge=0, le=10_000)] = 0
@@ -65,6 +73,20 @@ class ModelConfig(Section):
                 "it asks with the ad image and with the ad's IDs; set model.images=both, "
                 "or model.pooling=attentive, where without an ad image the ad's IDs ask"
             )
+        if value == "transformer" and info.data.get("base") == "two_tower":
+            raise ValueError(
+                "it looks at the ad beside each behaviour, and base=two_tower keeps user and ad apart; "
+                "set model.base=mlp, or model.pooling=sum"
+            )
+        return value
+
+    @field_validator("transformer_heads")
+    @classmethod
+    def _heads_share_the_width(cls, value: int, info: ValidationInfo) -> int:
+        width = info.data.get("transformer_width", value)
+        if width % value:
+            fewer = max(heads for heads in range(1, value) if width % heads == 0)
+            raise ValueError(f"model.transformer_width={width} is not a multiple of it; try {fewer}")
         return value
 
     @field_validator("table_shards")

@@ -7,11 +7,14 @@ from torch import Tensor
 from trainer.exchange import FieldVectors
 from trainer.models.aggregators import build_aggregator, sum_pool
 from trainer.models.attention import ActivationUnit, BehaviorAttention
+from trainer.models.transformer import TransformerPooling
+from trainer.options import ModelConfig
 
-WIDTH, LENGTH, QUERY_WIDTHS = 3, 4, {"attentive": [2], "multi_query": [2, 5]}
+WIDTH, LENGTH, HIDDEN = 3, 4, 6
+QUERY_WIDTHS = {"attentive": [2], "multi_query": [2, 5], "transformer": [2, 5]}
 GROUPS = [[1, 1], [], [0, 3, 1], [2, 0, 1, 3, 3, 2], [3]]  # rows of vectors_UV; the fourth is longer than LENGTH
 GROUP_OF_SAMPLE = [0, 0, 1, 2, 3, 3, 3, 1, 4]
-POOLINGS = ["concat", "max", "sum", "mean", "attentive", "multi_query"]
+POOLINGS = ["concat", "max", "sum", "mean", "attentive", "multi_query", "transformer"]
 
 
 def values(*shape: int) -> Tensor:
@@ -34,13 +37,42 @@ def score(unit: ActivationUnit, key: Tensor, query: Tensor) -> Tensor:
     return result if unit.score.bias is None else result + unit.score.bias[0]
 
 
+def encoded(pool: TransformerPooling, history: list[Tensor], query: Tensor) -> Tensor:
+    """[maximum over the tokens, the newest one] after the encoder layers, one token at a time."""
+    of_query = pool.of_ad.weight @ query + pool.of_ad.bias
+    tokens = [pool.of_behavior.weight @ v + pool.position_LH[k] + of_query for k, v in enumerate(history)]
+    for layer in pool.layers:
+        attended = []
+        weight, bias = layer.attention.of_tokens.weight, layer.attention.of_tokens.bias
+        asked, key, value = ([w @ x + b for x in tokens] for w, b in zip(weight.chunk(3), bias.chunk(3), strict=True))
+        for q in asked:
+            heads = []
+            for head in torch.arange(HIDDEN).chunk(layer.attention.num_heads):
+                scores = torch.stack([q[head] @ k[head] for k in key]) / len(head) ** 0.5
+                heads.append(sum(s * v[head] for s, v in zip(torch.softmax(scores, 0), value, strict=True)))
+            attended.append(layer.attention.of_heads.weight @ torch.cat(heads) + layer.attention.of_heads.bias)
+        tokens = [normalised(layer.norm_attended, x + y) for x, y in zip(tokens, attended, strict=True)]
+        widen, _, narrow = layer.feed_forward
+        inner = [(widen.weight @ x + widen.bias).clamp_min(0) for x in tokens]
+        outer = [narrow.weight @ x + narrow.bias for x in inner]
+        tokens = [normalised(layer.norm_fed, x + y) for x, y in zip(tokens, outer, strict=True)]
+    return torch.cat([torch.stack([max(x[i] for x in tokens) for i in range(HIDDEN)]), tokens[0]])
+
+
+def normalised(norm: torch.nn.LayerNorm, x: Tensor) -> Tensor:
+    """Mean 0 and variance 1, times the weight, plus the bias."""
+    return (x - x.mean()) / (x.var(correction=0) + norm.eps).sqrt() * norm.weight + norm.bias
+
+
 def plain(pooling: str, pool: torch.nn.Module, history: list[Tensor], queries: list[Tensor]) -> Tensor:
     """One sample's aggregated vector, behaviour by behaviour."""
     if pooling == "concat":
         filled = [*history[:LENGTH], *[torch.zeros(WIDTH, dtype=torch.float64)] * (LENGTH - len(history))]
         return torch.cat(filled)
     if not history:
-        return torch.zeros(WIDTH * max(1, len(queries)), dtype=torch.float64)
+        return torch.zeros(pool.width, dtype=torch.float64)
+    if pooling == "transformer":
+        return encoded(pool, history[:LENGTH], torch.cat(queries))
     if pooling == "max":
         return torch.stack([max(v[column] for v in history) for column in range(WIDTH)])
     if pooling in ("sum", "mean"):
@@ -66,7 +98,15 @@ def pooling(request: pytest.FixtureRequest) -> str:
 def built(pooling: str) -> torch.nn.Module:
     torch.manual_seed(0)
     queries = QUERY_WIDTHS.get(pooling, [])
-    return build_aggregator(pooling, WIDTH, queries, attention_hidden=4, concat_length=LENGTH).double()
+    config = ModelConfig(
+        pooling=pooling,
+        attention_hidden=4,
+        concat_length=LENGTH,
+        transformer_length=LENGTH,
+        transformer_width=HIDDEN,
+        transformer_layers=2,
+    )
+    return build_aggregator(WIDTH, queries, config).double()
 
 
 class TestAggregators:
@@ -117,7 +157,7 @@ class TestAggregators:
         assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
 
     def test_width(self, pooling: str) -> None:
-        expected = {"concat": WIDTH * LENGTH, "multi_query": WIDTH * 2}
+        expected = {"concat": WIDTH * LENGTH, "multi_query": WIDTH * 2, "transformer": HIDDEN * 2}
         assert built(pooling).width == expected.get(pooling, WIDTH)
 
 

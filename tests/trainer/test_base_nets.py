@@ -70,7 +70,7 @@ class TestEveryBaseNet:
         assert all(field.vectors_UV.grad is not None for field in fields.values())
         assert all(parameter.grad is not None for parameter in model.parameters())
 
-    @pytest.mark.parametrize("pooling", ["concat", "max", "sum", "mean", "attentive", "multi_query"])
+    @pytest.mark.parametrize("pooling", ["concat", "max", "sum", "mean", "attentive", "multi_query", "transformer"])
     def test_takes_every_aggregator(self, base: str, pooling: str) -> None:
         settings = config(base=base, pooling=pooling)
         model = build_model(SCHEMA, settings)
@@ -120,6 +120,16 @@ def test_widths(images: str, pooling: str, inputs: int, queries: list[int]) -> N
     assert model.mlp[0].in_features == model.input_width == IDS_AND_DENSE + inputs
     for pool in model.aggregators.values():
         assert [unit.of_query.in_features for unit in getattr(pool, "channels", [])] == queries
+
+
+@pytest.mark.parametrize(
+    ("images", "asks_with"), [("behavior", 4 + 3 + 2), ("both", 5 + 2 + 4 + 3 + 2)], ids=["ids", "image and ids"]
+)
+def test_the_transformer_has_all_of_the_ad_beside_each_behaviour(images: str, asks_with: int) -> None:
+    model = build_model(SCHEMA, config(images=images, pooling="transformer", transformer_width=6))
+    assert [pool.of_ad.in_features for pool in model.aggregators.values()] == [asks_with] * len(model.aggregators)
+    of_ad = 5 + 2 if images == "both" else 0
+    assert model.mlp[0].in_features == IDS_AND_DENSE + of_ad + 2 * 6 * len(model.aggregators)
 
 
 class TestLr:

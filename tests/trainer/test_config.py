@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from trainer.config import DEFAULT_PRESET, WARM_PARTS, Config, config_digest, load_config, save_config
 from trainer.errors import ConfigError
@@ -113,6 +114,18 @@ def test_multi_query_needs_the_ad_image() -> None:
     with pytest.raises(ConfigError, match=r"model\.pooling='multi_query': it asks with the ad image .* set model"):
         load_config(settings=["model.images=behavior", "model.pooling=multi_query"])
     assert load_config(settings=["model.images=none", "model.pooling=multi_query"]).model.images == "none"
+
+
+def test_a_transformer_needs_the_ad_and_heads_that_share_its_width() -> None:
+    with pytest.raises(ConfigError, match=r"model\.pooling='transformer': it looks at the ad .* set model\.base=mlp"):
+        load_config(settings=["model.base=two_tower", "model.pooling=transformer"])
+    with pytest.raises(ConfigError, match=r"model\.transformer_heads=8: model\.transformer_width=20 .*; try 5"):
+        load_config(settings=["model.transformer_width=20", "model.transformer_heads=8"])
+    with pytest.raises(ValidationError, match="transformer_width=31 is not a multiple"):
+        ModelConfig(transformer_width=31)
+    assert (
+        load_config(settings=["model.transformer_width=20", "model.transformer_heads=5"]).model.pooling == "attentive"
+    )
 
 
 def test_all_mistakes_are_told_at_once() -> None:

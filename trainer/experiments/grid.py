@@ -80,6 +80,7 @@ def experiments() -> dict[str, Experiment]:
                 Variant("mean", ("model.pooling=mean",)),
                 Variant("attentive", ("model.pooling=attentive",), 0.6257),
                 Variant("multi-query attentive", _BEST, 0.6260),
+                Variant("transformer", ("model.pooling=transformer",)),
             ),
         ),
         Experiment("basenets", "Figure 5: base nets without and with images", nets, "Each net beside itself.", pairs),

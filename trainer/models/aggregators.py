@@ -1,8 +1,8 @@
 """Aggregators: the vectors of a user's behaviour images become one vector a sample.
 
 Groups are jagged: a group's behaviours lie in memory once, however many samples look at them. Those that do not look at
-the ad stand here and are made once a group; trainer/models/attention.py has those that do. All have a `width`, and
-`forward(behaviors, group_of_sample_B, queries) -> (B, width)`; a group without behaviours gives zero.
+the ad stand here and are made once a group; attention.py and transformer.py beside it have those that do. All have a
+`width`, and `forward(behaviors, group_of_sample_B, queries) -> (B, width)`; a group without behaviours gives zero.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from trainer.exchange import FieldVectors
 from trainer.models.attention import AttentivePooling
 from trainer.models.layers import segment_max, segment_sum, take_rows
-from trainer.options import Pooling
+from trainer.models.transformer import TransformerPooling
+from trainer.options import ModelConfig
 
 
 def sum_pool(field: FieldVectors) -> Tensor:
@@ -78,12 +79,13 @@ class ConcatPooling(GroupPooling):
 
 
 def build_aggregator(
-    pooling: Pooling, width: int, query_widths: Sequence[int], *, attention_hidden: int, concat_length: int
-) -> GroupPooling | AttentivePooling:
-    """The aggregator of that name over vectors of `width`; `query_widths` are those that it asks with, if it asks."""
-    match pooling:
+    width: int, query_widths: Sequence[int], config: ModelConfig
+) -> GroupPooling | AttentivePooling | TransformerPooling:
+    """The aggregator of `config.pooling` over vectors of `width`; `query_widths` are those that it asks with, if it
+    asks."""
+    match config.pooling:
         case "concat":
-            return ConcatPooling(width, concat_length)
+            return ConcatPooling(width, config.concat_length)
         case "max":
             return MaxPooling(width)
         case "sum":
@@ -91,4 +93,13 @@ def build_aggregator(
         case "mean":
             return MeanPooling(width)
         case "attentive" | "multi_query":
-            return AttentivePooling(width, query_widths, attention_hidden)
+            return AttentivePooling(width, query_widths, config.attention_hidden)
+        case "transformer":
+            return TransformerPooling(
+                width,
+                query_widths,
+                hidden=config.transformer_width,
+                num_heads=config.transformer_heads,
+                num_layers=config.transformer_layers,
+                length=config.transformer_length,
+            )

@@ -92,9 +92,14 @@ class BehaviorAttention(nn.Module):
         return segment_sum(key_NW * weight_N.unsqueeze(1), lengths_B)
 
 
-def pairs(lengths_G: Tensor, group_of_sample_B: Tensor) -> tuple[Tensor, Tensor]:
-    """All (sample, behaviour) pairs, sample by sample: each one's place in the field's values, and pairs a sample."""
+def pairs(lengths_G: Tensor, group_of_sample_B: Tensor, at_most: int | None = None) -> tuple[Tensor, Tensor]:
+    """All (sample, behaviour) pairs, sample by sample: each one's place in the field's values, and pairs a sample.
+
+    `at_most`: only so many behaviours a group, the first ones, which are the newest.
+    """
     lengths_B = lengths_G.index_select(0, group_of_sample_B)
+    if at_most is not None:
+        lengths_B = lengths_B.clamp_max(at_most)
     start_G = lengths_G.cumsum(0) - lengths_G
     # Pair n of a sample is behaviour (start of its group) + (n - start of the sample's pairs).
     shift_B = start_G.index_select(0, group_of_sample_B) - (lengths_B.cumsum(0) - lengths_B)

@@ -28,7 +28,7 @@ class CtrModel(nn.Module):
     aggregated visual vectors of the behaviours, each content field by its own E and aggregator.
 
     Attentive pooling asks with the ad's visual vectors; with images=behavior there are none, and the ad's ID vectors
-    and dense values ask. Multi-query pooling asks with both.
+    and dense values ask. Multi-query pooling asks with both; the transformer takes what there is of the two.
     """
 
     def __init__(self, schema: Schema, config: ModelConfig, *, elsewhere: Collection[str] = ()) -> None:
@@ -39,14 +39,7 @@ class CtrModel(nn.Module):
         width = {field.name: width_of(field, config) for field in self.fields}
         queries = self._query_widths(config, width)
         aggregators = {
-            field.name: build_aggregator(
-                config.pooling,
-                width[field.name],
-                queries,
-                attention_hidden=config.attention_hidden,
-                concat_length=config.concat_length,
-            )
-            for field in self._of("user", "content")
+            field.name: build_aggregator(width[field.name], queries, config) for field in self._of("user", "content")
         }
         self.aggregators = nn.ModuleDict(aggregators)
         self._num_tiers, self._only_nearest = config.similarity_tiers, config.similarity_top_k > 0
@@ -109,12 +102,14 @@ class CtrModel(nn.Module):
         """Widths of what the aggregators ask with; settles which of the two ask. Raises ConfigError."""
         of_images = sum(width[field.name] for field in self._of("ad", "content"))
         of_ids = sum(width[field.name] for field in self._of("ad", "id", "multi_id", "dense"))
-        attentive = config.pooling in ("attentive", "multi_query") and any(self._of("user", "content"))
-        self._asks_with_images = attentive and of_images > 0
-        self._asks_with_ids = attentive and (config.pooling == "multi_query" or of_images == 0)
-        if attentive and of_images + of_ids == 0:
-            raise ConfigError("model.pooling=attentive needs a field on side ad to ask with; set model.pooling=sum")
-        if attentive and config.pooling == "multi_query" and of_ids == 0:
+        asks = config.pooling in ("attentive", "multi_query", "transformer") and any(self._of("user", "content"))
+        self._asks_with_images = asks and of_images > 0
+        self._asks_with_ids = asks and of_ids > 0 and (config.pooling != "attentive" or of_images == 0)
+        if asks and of_images + of_ids == 0:
+            raise ConfigError(
+                f"model.pooling={config.pooling} needs a field on side ad to ask with; set model.pooling=sum"
+            )
+        if asks and config.pooling == "multi_query" and of_ids == 0:
             raise ConfigError(
                 "model.pooling=multi_query asks with the ad's IDs too, and the schema has none on side ad; "
                 "add one, or set model.pooling=attentive"

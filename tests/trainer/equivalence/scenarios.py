@@ -30,6 +30,8 @@ SCHEMA = Schema(
     )
 )
 
+TRANSFORMER: dict[str, object] = {"pooling": "transformer", "transformer_length": 4, "transformer_width": 6}
+
 # A second content of every item, in a store of its own, of another dimension and with visual vectors of another width.
 TEXT_DIM, TEXT_WIDTH = 7, 3
 SCHEMA_WITH_TEXTS = Schema(
@@ -118,6 +120,9 @@ SCENARIOS = {
     ),
     "dropout_rank_without_data": Scenario({"images": "behavior", "id_dropout": 0.4}, id_l2=0.3, deal="starve"),
     "missing_learned": Scenario({"images": "both", "shared_image_model": False}, missing="learned", lacking=True),
+    # Histories longer than its length, and empty ones; ad image and IDs beside each behaviour, or the IDs alone.
+    "transformer": Scenario({"images": "both", **TRANSFORMER, "transformer_layers": 2}),
+    "transformer_rank_without_data": Scenario({"images": "behavior", **TRANSFORMER}, deal="starve", most_ranks=3),
     # Every aggregator and base net; histories are empty, short, and longer than concat_length.
     "concat": Scenario({"pooling": "concat", "concat_length": 3}, most_ranks=2),
     "max": Scenario({"pooling": "max"}, most_ranks=2),
