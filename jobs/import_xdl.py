@@ -21,7 +21,7 @@ from pipeline.progress import progress
 from pipeline.xdl.draw import IMAGE_FOLDER, TEXT_FILE, DrawOptions, draw
 from pipeline.xdl.export import Column, Roles
 from pipeline.xdl.export import export_samples as write_lines
-from pipeline.xdl.fields import XdlField
+from pipeline.xdl.fields import WEIGHT_SUFFIX, XdlField
 from pipeline.xdl.images import export_images as write_records
 from pipeline.xdl.samples import SPLITS, XdlOptions, import_samples
 from trainer.errors import TrainerError
@@ -33,8 +33,7 @@ EXAMPLES = """Examples:
 \b
 python jobs/import_xdl.py random --out data/xdl
 python jobs/import_xdl.py images --from data/xdl/imgs --store data/features-xdl
-python jobs/import_xdl.py samples --from data/xdl/data.txt --samples data/samples-xdl --weights drop \\
-  --label-threshold 0.5
+python jobs/import_xdl.py samples --from data/xdl/data.txt --samples data/samples-xdl --label-threshold 0.5
 python jobs/import_xdl.py export-samples --samples data/samples-xdl --to lines.txt
 python jobs/import_xdl.py export-images --store data/features-xdl --to imgs
 """
@@ -68,10 +67,10 @@ def samples(
     weights: Annotated[
         Weights,
         typer.Option(
-            help="Of ids, beside 1: refuse such lines, drop the weights, or keep them for an export; the trainer sums "
-            "vectors without weights."
+            help="Of ids, beside 1: keep them, so that the trainer multiplies each id's vector by its weight (visual "
+            "vectors have none); drop them; or refuse such lines."
         ),
-    ] = "refuse",
+    ] = "keep",
     label_threshold: Annotated[float | None, typer.Option(help="Labels from here on are clicks.")] = None,
     label_index: Annotated[int | None, typer.Option(min=0, help="Which of several labels, from 0.")] = None,
     fill_dense: Annotated[float | None, typer.Option(help="For a dense field that a line lacks.")] = None,
@@ -86,7 +85,7 @@ def samples(
         label_index, fill_dense,
     )  # fmt: skip
     with _one_message(), connect() as client:
-        summary = import_samples(options, client, partial(describe_fields, samples))
+        summary = import_samples(options, client, partial(describe_fields, samples, weights == "keep"))
     typer.echo(describe(summary))
 
 
@@ -156,23 +155,31 @@ def random(
     )
 
 
-def describe_fields(samples: str, fields: Sequence[XdlField]) -> Mapping[str, str]:
+def describe_fields(samples: str, keep_weights: bool, fields: Sequence[XdlField]) -> Mapping[str, str]:
     """Schema and settings for the imported fields. An image field gives its content, and its ids as an ID field."""
     made: list[Field] = []
     tables: dict[str, int] = {}
     notes: dict[str, str] = {}
     for each in fields:
         side: dict[str, Any] = {"side": each.part, "column": None}
+        weights = f"{each.column}{WEIGHT_SUFFIX}" if each.is_weighted and keep_weights else None
         if each.kind == "dense":
             made.append(Field(name=each.column, kind="dense", width=each.width if each.width > 1 else None, **side))
             continue
         if each.kind == "content":
             made.append(Field(name=each.column, kind="content", store="images", **side))
             kind: Literal["id", "multi_id"] = "id" if each.part == "ad" else "multi_id"
-            id_field = Field(name=f"{each.column}_id", side=each.part, kind=kind, table="image", column=each.column)
+            id_field = Field(
+                name=f"{each.column}_id",
+                side=each.part,
+                kind=kind,
+                table="image",
+                column=each.column,
+                weights=weights,
+            )
             tables["image"] = max(tables.get("image", 0), table_rows(each.num_ids))
         else:
-            id_field = Field(name=each.column, kind=each.kind, **side)
+            id_field = Field(name=each.column, kind=each.kind, weights=weights, **side)
             tables[each.column] = table_rows(each.num_ids)
         made.append(id_field)
         notes[id_field.name] = f"about {each.num_ids:,} ids, {each.max_ids} a line at most"
@@ -214,11 +221,12 @@ def describe(summary: dict[str, Any]) -> str:
 
 def _columns(schema: Schema) -> Iterator[Column]:
     """One for each column of the samples, however many fields read it."""
-    seen = set()
+    weights = {field.column_name: field.weights for field in schema.fields if field.weights}
+    first: dict[str, Field] = {}
     for field in schema.fields:
-        if field.column_name not in seen:
-            seen.add(field.column_name)
-            yield Column(field.column_name, field.side, field.kind == "dense")
+        first.setdefault(field.column_name, field)
+    for name, field in first.items():
+        yield Column(name, field.side, field.kind == "dense", weights.get(name))
 
 
 def _schema_beside(samples: str) -> Path | None:

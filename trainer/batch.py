@@ -43,6 +43,8 @@ class Batch:
     """The user of each sample, for GAUC."""
     global_samples: int
     """Samples of the global batch, over all ranks: the loss is the sum over local samples divided by it."""
+    weights: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Of the fields whose ids have weights, one for each value (N,)."""
     position: BatchPosition = field(default=BatchPosition(0, 0))
     first_sample: int = 0
     """Place in the global batch of this rank's first sample; the others follow it."""

@@ -4,7 +4,8 @@ Nothing here loops over rows in Python. A value that cannot be used is named wit
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from typing import Any, Literal
 
 import numpy as np
@@ -20,12 +21,16 @@ Index = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Rule:
-    """What a column has to be: `depth` lists around integers, or around real numbers, `width` of them a row."""
+    """What a column has to be: `depth` lists around integers, or around real numbers, `width` of them a row.
+
+    `lengths_of`: columns whose lists are exactly as long as this one's, as the ids that these weights belong to.
+    """
 
     side: Side
     depth: int
     number: Literal["integer", "real"]
     width: int | None = None
+    lengths_of: tuple[str, ...] = dataclass_field(default=(), compare=False)
 
     def __str__(self) -> str:
         return "list<" * self.depth + self.number + ">" * self.depth
@@ -70,14 +75,20 @@ def rules_of(schema: Schema) -> dict[str, Rule]:
     """What every column has to be. Raises SchemaError where two fields want different things of one column."""
     rules = {schema.label: Rule("ad", 1, "integer"), schema.group: Rule("user", 0, "integer")}
     owners = {schema.label: "label", schema.group: "group"}
+    wanted = [(field.column_name, _rule(field), f"field {field.name}") for field in schema.fields]
     for field in schema.fields:
-        rule, column = _rule(field), field.column_name
-        if rules.setdefault(column, rule) != rule:
+        if field.weights is not None:
+            rule = replace(_rule(field), number="real", lengths_of=(field.column_name,))
+            wanted.append((field.weights, rule, f"weights of field {field.name}"))
+    for column, rule, owner in wanted:
+        found = rules.setdefault(column, rule)
+        if found != rule:
             raise SchemaError(
-                f"column {column}: field {field.name} reads it as {rule} of side {rule.side}, but {owners[column]} "
-                f"as {rules[column]} of side {rules[column].side}; change one of them in the schema"
+                f"column {column}: {owner} reads it as {rule} of side {rule.side}, but {owners[column]} "
+                f"as {found} of side {found.side}; change one of them in the schema"
             )
-        owners.setdefault(column, f"field {field.name}")
+        owners.setdefault(column, owner)
+        rules[column] = replace(found, lengths_of=tuple(dict.fromkeys((*found.lengths_of, *rule.lengths_of))))
     return rules
 
 
@@ -134,6 +145,10 @@ def decode(table: pa.Table, rules: Mapping[str, Rule], label: str, file: str, fi
             offsets = offsets[1:]
         columns[column] = Rows(values, offsets[0] if offsets else None)
         _check_width(columns[column], column, rule, where, sample_offsets)
+        for other in rule.lengths_of:
+            if other in raw and offsets:
+                outer = (sample_offsets,) if rule.side == "ad" else ()
+                where.check_equal(offsets[-1], raw[other][1][-1], column, other, "value", outer)
     for first, *others in aligned_columns(rules):
         for column in others:
             where.check_equal(raw[column][1][0], raw[first][1][0], column, first, "behaviour")
@@ -170,14 +185,21 @@ class _Where:
         return self.row(value)
 
     def check_equal(
-        self, found_G1: Index, expected_G1: Index, column: str, other: str, each: str = "impression"
+        self,
+        found_M1: Index,
+        expected_M1: Index,
+        column: str,
+        other: str,
+        each: str = "impression",
+        outer: Sequence[Index] = (),
     ) -> None:
-        differing = np.flatnonzero(np.diff(found_G1) != np.diff(expected_G1))
+        """Raises DataError where two columns have lists of unequal lengths; `outer` are offsets of lists around."""
+        differing = np.flatnonzero(np.diff(found_M1) != np.diff(expected_M1))
         if differing.size:
-            group = differing[0]
+            first = int(differing[0])
             raise DataError(
-                f"{self.row(group)}: column {column} has {np.diff(found_G1)[group]} entries, "
-                f"{other} has {np.diff(expected_G1)[group]}; each {each} needs one entry in both"
+                f"{self.row_of_value(first, outer)}: column {column} has {np.diff(found_M1)[first]} entries, "
+                f"{other} has {np.diff(expected_M1)[first]}; each {each} needs one entry in both"
             )
 
 
@@ -215,7 +237,7 @@ def _flatten(column: Any, name: str, rule: Rule, where: _Where) -> tuple[Values,
     values = values.astype(np.float32)
     if (wrong := np.flatnonzero(~np.isfinite(values))).size:
         row = where.row_of_value(wrong[0], offsets)
-        raise DataError(f"{row}: column {name} has {values[wrong[0]]}; dense values have to be finite float32 numbers")
+        raise DataError(f"{row}: column {name} has {values[wrong[0]]}; it has to be a finite float32 number")
     return values, tuple(offsets)
 
 

@@ -10,7 +10,7 @@ window that one of its slices meets, so for batches smaller than a window, each 
 needs no order: there each rank has one contiguous part of the files and decodes that alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -165,16 +165,26 @@ def assemble(schema: Schema, pieces: Sequence[Piece], global_samples: int, posit
 
     group_of_sample_B = np.repeat(np.arange(len(counts_G), dtype=np.int64), counts_G)
     return Batch(
-        fields={
-            field.name: taken(field.column_name, field.side) for field in schema.of_kind("id", "multi_id", "content")
-        },
-        dense={field.name: _dense(taken(field.column_name, field.side), field) for field in schema.of_kind("dense")},
+        **inputs_of(schema, lambda field, column: taken(column, field.side)),
         group_of_sample_B=group_of_sample_B,
         label_B=taken(schema.label, "ad").values_N.astype(np.float32),
         group_id_B=taken(schema.group, "user").values_N[group_of_sample_B],
         global_samples=global_samples,
         position=position,
     )
+
+
+def inputs_of(schema: Schema, taken: Callable[[Field, str], Jagged]) -> dict[str, Any]:
+    """What a batch has of the schema's fields, by the names that `Batch` gives it; `taken` gives rows of a column."""
+
+    def dense(field: Field) -> Any:
+        return taken(field, field.column_name).values_N.astype(np.float32, copy=False).reshape(-1, field.width or 1)
+
+    return {
+        "fields": {f.name: taken(f, f.column_name) for f in schema.of_kind("id", "multi_id", "content")},
+        "dense": {f.name: dense(f) for f in schema.of_kind("dense")},
+        "weights": {f.name: taken(f, f.weights).values_N for f in schema.fields if f.weights is not None},
+    }
 
 
 def read_row_group(storage: Storage, row_group: RowGroup, columns: list[str]) -> pa.Table:
@@ -303,10 +313,6 @@ def _opened(storage: Storage, file: str) -> pq.ParquetFile:
         raise DataError(
             f"{storage.full(file)} is not a readable Parquet file: {str(failure).strip()}; write it again"
         ) from failure
-
-
-def _dense(rows: Jagged, field: Field) -> Any:
-    return rows.values_N.reshape(-1, field.width or 1)
 
 
 def _arrow_type(rule: Rule) -> pa.DataType:

@@ -6,6 +6,7 @@ and nothing is scaled up in return. They become zero, which is the mean of rows 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -62,4 +63,5 @@ def _zeroed(field: FieldVectors, dropped_B: Tensor) -> FieldVectors:
     """The values of dropped rows point to a row of zeros behind the others."""
     vectors_UV = torch.cat([field.vectors_UV, field.vectors_UV.new_zeros(1, field.vectors_UV.shape[1])])
     dropped_N = torch.repeat_interleave(dropped_B.to(field.index_N.device), field.lengths_M)
-    return FieldVectors(vectors_UV, field.index_N.masked_fill(dropped_N, len(field.vectors_UV)), field.lengths_M)
+    index_N = field.index_N.masked_fill(dropped_N, len(field.vectors_UV))
+    return replace(field, vectors_UV=vectors_UV, index_N=index_N)

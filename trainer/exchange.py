@@ -107,11 +107,13 @@ class ContentSource:
 
 @dataclass
 class FieldVectors:
-    """The vectors of one field: value n of the field has `vectors_UV[index_N[n]]`; row m has `lengths_M[m]` values."""
+    """The vectors of one field: value n of the field has `vectors_UV[index_N[n]]`, times `weights_N[n]` where there are
+    weights; row m has `lengths_M[m]` values. `trainer.models.layers.value_rows` puts it together."""
 
     vectors_UV: Tensor
     index_N: Tensor
     lengths_M: Tensor
+    weights_N: Tensor | None = None
 
 
 @dataclass

@@ -227,6 +227,8 @@ class Engine:
         }
         group_of_sample_B = torch.from_numpy(batch.group_of_sample_B).to(self._device)
         vectors = self._exchange.vectors(prepared.request)
+        for name in batch.weights.keys() & vectors.keys():
+            vectors[name].weights_N = torch.from_numpy(batch.weights[name]).to(device=self._device, dtype=self._dtype)
         for name, similar in prepared.similarity.items():
             tiers_BT = torch.from_numpy(similar.tiers_BT).to(device=self._device, dtype=self._dtype)
             dense[tiers_of(name)] = tiers_BT

@@ -25,6 +25,12 @@ class Column:
     name: str
     part: str  # user | ad
     is_dense: bool
+    weights: str | None = None
+
+    @property
+    def weights_name(self) -> str:
+        """The column with the weights of its ids, where there is one."""
+        return self.weights or self.name + WEIGHT_SUFFIX
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,8 @@ def export_samples(samples: str, target: str, columns: Iterable[Column], roles: 
     """Writes the groups of `samples`/SPLIT/*.parquet as lines of the file `target`; the number of lines.
 
     Keys and times are those that an import kept (`skey`, `gkey`, `ad_timestamp`), else made of the group's value and
-    `timestamp`; weights are those of the `_weight` columns, else 1. Raises SampleError, StorageError.
+    `timestamp`; weights are those of the schema's columns for them, or of the `_weight` columns, else 1. Raises
+    SampleError, StorageError.
     """
     fields = list(columns)
     if wrong := [each.name for each in fields if set(each.name) & set(_RESERVED_IN_NAMES)]:
@@ -74,7 +81,7 @@ def lines_of(group: Mapping[str, Any], columns: Iterable[Column], roles: Roles, 
 def _part(group: Mapping[str, Any], columns: Iterable[Column], index: int | None) -> Part:
     part: Part = {}
     for each in columns:
-        value, weights = group[each.name], group.get(each.name + WEIGHT_SUFFIX)
+        value, weights = group[each.name], group.get(each.weights_name)
         if index is not None:
             value, weights = value[index], weights[index] if weights is not None else None
         values = value if isinstance(value, list) else [value]
@@ -89,7 +96,7 @@ def _part(group: Mapping[str, Any], columns: Iterable[Column], index: int | None
 def _groups(samples: str, splits: Iterable[str], columns: list[Column], roles: Roles) -> Iterator[dict[str, Any]]:
     storage = Storage(samples)
     needed = {roles.group, roles.label, *(each.name for each in columns)}
-    optional = {"gkey", "skey", "timestamp", "ad_timestamp", *(each.name + WEIGHT_SUFFIX for each in columns)}
+    optional = {"gkey", "skey", "timestamp", "ad_timestamp", *(each.weights_name for each in columns)}
     for split in splits:
         for name in storage.list(split):
             if not name.endswith(".parquet"):

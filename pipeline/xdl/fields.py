@@ -29,6 +29,7 @@ class XdlField:
     column: str
     num_ids: int  # different ones, roughly
     max_ids: int  # of one line
+    is_weighted: bool = False  # some id has a weight beside 1
 
     @property
     def is_dense(self) -> bool:
@@ -42,6 +43,7 @@ class Seen:
     sparse: int = 0  # lines with id:weight
     whole: int = 0  # lines of plain whole numbers
     other: int = 0  # lines of other plain numbers, or of what is none
+    weighted: int = 0  # lines with a weight beside 1
     lengths: Counter[int] = field(default_factory=Counter)
     distinct: DistinctCount = field(default_factory=DistinctCount)
     _ids: list[int] = field(default_factory=list)
@@ -61,9 +63,11 @@ class Seen:
             self.other += 1
             return
         try:
-            self._ids += read_ids("", tokens)[0]
+            ids, weights = read_ids("", tokens)
         except BadLineError:
             return  # the line is told of when it is read for good
+        self.weighted += any(weight != 1 for weight in weights)
+        self._ids += ids
         if len(self._ids) >= _BUFFER:
             self.settle()
 
@@ -77,6 +81,7 @@ class Seen:
         self.sparse += other.sparse
         self.whole += other.whole
         self.other += other.other
+        self.weighted += other.weighted
         self.lengths += other.lengths
         self.distinct = self.distinct.merged(other.distinct)
 
@@ -132,8 +137,8 @@ def decide(
         elif is_sparse:
             kind = "id" if set(each.lengths) == {1} and each.num_lines == num_lines else "multi_id"
         width = max(each.lengths, key=lambda length: (length > 0, each.lengths[length]))
-        found = XdlField(part, name, kind, width, columns[part, name], each.distinct.estimate, max(each.lengths))
-        fields.append(found)
+        column, is_weighted = columns[part, name], kind != "dense" and each.weighted > 0
+        fields.append(XdlField(part, name, kind, width, column, each.distinct.estimate, max(each.lengths), is_weighted))
     if not any(each.part == "ad" and each.kind in ("id", "content") for each in fields):
         raise SampleError(
             "no field of the ad part has one id in each line; the trainer tells new ads by such a field: name the ad's "

@@ -21,11 +21,11 @@ Weights = Literal["refuse", "drop", "keep"]
 class ReadRules:
     """How lines are read.
 
-    `weights`: of sparse ids beside 1: refuse such lines, drop the weights, or keep them in columns of their own.
+    `weights`: of sparse ids beside 1: keep them in columns of their own, drop them, or refuse such lines.
     """
 
     fields: tuple[XdlField, ...]
-    weights: Weights = "refuse"
+    weights: Weights = "keep"
     label_threshold: float | None = None  # None: labels are 0 or 1
     label_index: int | None = None  # None: a line has one label
     fill_dense: float | None = None  # for dense fields that a line lacks; None: such a line is bad
@@ -38,7 +38,7 @@ class ReadRules:
     @property
     def weighted(self) -> tuple[XdlField, ...]:
         """Fields whose weights get a column."""
-        return tuple(each for each in self.fields if not each.is_dense) if self.weights == "keep" else ()
+        return tuple(each for each in self.fields if each.is_weighted) if self.weights == "keep" else ()
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _read_field(each: XdlField, tokens: Tokens | None, rules: ReadRules, into: d
     if one and len(ids) != 1:
         raise BadLineError(f"{each.name} has not one id")
     into[each.column] = ids[0] if one else ids
-    if rules.weights == "keep":
+    if rules.weights == "keep" and each.is_weighted:
         into[each.column + WEIGHT_SUFFIX] = weights[0] if one else weights
 
 

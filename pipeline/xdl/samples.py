@@ -55,7 +55,7 @@ class XdlOptions:
     images: tuple[str, ...] = ("user_img", "ad_img")
     sparse: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
-    weights: Weights = "refuse"
+    weights: Weights = "keep"
     label_threshold: float | None = None
     label_index: int | None = None
     fill_dense: float | None = None

@@ -80,7 +80,7 @@ def test_neighbouring_lines_of_a_group_become_one_row(job, lines, tmp_path):
 
 def test_out_and_in_again_is_the_same(job, lines, tmp_path):
     random = [format_line(line) for line in draw_lines(DrawOptions(num_lines=40, num_ids=30))]
-    keep = ["--weights", "keep", "--label-threshold", 0.5, "--test-share", 0.3]
+    keep = ["--label-threshold", 0.5, "--test-share", 0.3]
     first, second = tmp_path / "first", tmp_path / "second"
     job("samples", "--from", lines(random), "--samples", first, *keep)
     assert "lines 40" in job("export-samples", "--samples", first, "--to", tmp_path / "out.txt")
@@ -89,10 +89,12 @@ def test_out_and_in_again_is_the_same(job, lines, tmp_path):
         assert len(rows(first, split)) > 5
         assert rows(second, split) == rows(first, split)
     assert (second / "schema.yaml").read_text() == (first / "schema.yaml").read_text()
+    weights = {field.name: field.weights for field in load_schema(first / "schema.yaml").fields}
+    assert (weights["user0"], weights["ad_img_id"], weights["ad0"]) == ("user0_weight", "ad_img_weight", None)
 
 
 def test_exported_lines_are_those_that_came_in(job, lines, tmp_path):
-    job("samples", "--from", lines(LINES), "--samples", tmp_path / "s", "--weights", "keep", "--test-share", 0)
+    job("samples", "--from", lines(LINES), "--samples", tmp_path / "s", "--test-share", 0)
     job("export-samples", "--samples", tmp_path / "s", "--to", tmp_path / "out.txt", "--split", "train")
     text = (tmp_path / "out.txt").read_text()
     for exported, given in {"age@3:1": "age@3", "age@4:1": "age@4", "0.001": "1e-3"}.items():
@@ -130,13 +132,20 @@ def test_bad_lines_are_kept_with_number_and_reason(job, lines, tmp_path):
     assert len(rows(tmp_path / "s")) == 4
 
 
-def test_weights_are_refused_until_a_person_decides(job, lines, tmp_path):
-    text = job("samples", "--from", lines(LINES[:2]), "--samples", tmp_path / "s", code=1)
+def test_weights_are_kept_dropped_or_refused(job, lines, tmp_path):
+    refuse = ["--weights", "refuse"]
+    text = job("samples", "--from", lines(LINES[:2]), "--samples", tmp_path / "s", *refuse, code=1)
     assert "all 2 lines are bad (item has weights beside 1; --weights keep or drop" in text
     assert not (tmp_path / "s").exists()
-    job("samples", "--from", lines(LINES), "--samples", tmp_path / "s", "--weights", "keep", "--test-share", 0)
+    job("samples", "--from", lines(LINES), "--samples", tmp_path / "s", "--weights", "drop", "--test-share", 0)
+    assert "item_weight" not in rows(tmp_path / "s")[0]
+    assert not any(field.weights for field in load_schema(tmp_path / "s/schema.yaml").fields)
+    job("samples", "--from", lines(LINES), "--samples", tmp_path / "s", "--test-share", 0)
     assert rows(tmp_path / "s")[0]["item_weight"] == [1, 2.5]
-    assert rows(tmp_path / "s")[0]["brand_weight"] == [[1], [1, 1]]
+    assert "brand_weight" not in rows(tmp_path / "s")[0]  # all are 1
+    weights = {field.name: field.weights for field in load_schema(tmp_path / "s/schema.yaml").fields}
+    assert {name for name, column in weights.items() if column} == {"item"}
+    assert weights["item"] == "item_weight"
 
 
 def test_options_decide_on_fields(job, lines, tmp_path):
@@ -239,7 +248,7 @@ def test_random_data_trains(job, tmp_path):
     """The example from end to end, in a small size."""
     job("random", "--out", tmp_path / "x", "--lines", 120, "--images", 50, "--dim", 16, "--ids", 40)
     job("images", "--from", tmp_path / "x/imgs", "--store", tmp_path / "features", "--dim", 16)
-    args = ["--samples", tmp_path / "samples", "--weights", "drop", "--label-threshold", 0.5]
+    args = ["--samples", tmp_path / "samples", "--label-threshold", 0.5]
     job("samples", "--from", tmp_path / "x/data.txt", *args)
     settings = [
         f"data.store={tmp_path / 'features'}", f"data.cache_dir={tmp_path / 'cache'}", "data.global_batch_size=32",

@@ -36,6 +36,7 @@ RUNS = [
     "two_towers/float64",
     "two_towers/float32",
     "two_towers_ids_only/float64",
+    "weights/float64",
 ]
 MODEL_RUNS = [
     "concat/float64",
@@ -52,6 +53,8 @@ MODEL_RUNS = [
     "din/float64",
     "dcn_ids_only/float64",
     "dcn/float64",
+    "weights_din_ids_only/float64",
+    "weights_two_towers_ids_only/float64",
     "texts/float64",
     "texts_missing/float64",
 ]

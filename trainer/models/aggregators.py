@@ -12,14 +12,28 @@ from torch import Tensor, nn
 
 from trainer.exchange import FieldVectors
 from trainer.models.attention import AttentivePooling
-from trainer.models.layers import segment_max, segment_sum, take_rows
+from trainer.models.layers import segment_max, segment_sum, take_rows, value_rows
 from trainer.models.transformer import TransformerPooling
 from trainer.options import ModelConfig
 
 
 def sum_pool(field: FieldVectors) -> Tensor:
-    """Sum of each row's vectors, (M, V); a row without values is zero."""
-    return segment_sum(take_rows(field.vectors_UV, field.index_N), field.lengths_M)
+    """Sum of each row's vectors, each times its weight, (M, V); a row without values is zero."""
+    return segment_sum(value_rows(field), field.lengths_M)
+
+
+def mean_pool(field: FieldVectors) -> Tensor:
+    """Mean of each row's vectors, (M, V); a row without values is zero.
+
+    With weights: the weighted sum over the sum of the absolute weights. So equal weights of any size give the plain
+    mean, as in TensorFlow's combiner "mean", and weights that cancel out do not blow it up; a row whose weights are all
+    zero is zero. (torch.nn.EmbeddingBag has weights for sums alone.)
+    """
+    summed_MV = sum_pool(field)
+    if field.weights_N is None:
+        return summed_MV / field.lengths_M.clamp_min(1).to(summed_MV.dtype).unsqueeze(1)
+    total_M = segment_sum(field.weights_N.abs(), field.lengths_M)
+    return summed_MV / total_M.masked_fill(total_M == 0, 1).unsqueeze(1)
 
 
 class GroupPooling(nn.Module):
@@ -49,8 +63,7 @@ class MeanPooling(GroupPooling):
     """(1 / n) sum over k of v_k, n the group's own number of behaviours."""
 
     def per_group(self, behaviors: FieldVectors) -> Tensor:
-        summed_GV = sum_pool(behaviors)
-        return summed_GV / behaviors.lengths_M.clamp_min(1).to(summed_GV.dtype).unsqueeze(1)
+        return mean_pool(behaviors)
 
 
 class MaxPooling(GroupPooling):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from featurestore.embedding import PReLU
 from trainer.exchange import FieldVectors
-from trainer.models.layers import expand_rows, segment_softmax, segment_sum, take_rows
+from trainer.models.layers import expand_rows, segment_softmax, segment_sum, take_rows, value_rows
 
 
 class ActivationUnit(nn.Module):
@@ -85,9 +85,7 @@ class BehaviorAttention(nn.Module):
     def forward(self, behaviors: Sequence[FieldVectors], group_of_sample_B: Tensor, query_BW: Tensor) -> Tensor:
         """(B, width); the fields' values belong together by position, so their lengths are equal."""
         position_N, lengths_B = pairs(behaviors[0].lengths_M, group_of_sample_B)
-        key_NW = torch.cat(
-            [take_rows(field.vectors_UV, field.index_N.index_select(0, position_N)) for field in behaviors], dim=1
-        )
+        key_NW = torch.cat([value_rows(field, position_N) for field in behaviors], dim=1)
         weight_N = self.unit(key_NW, query_BW, lengths_B)
         return segment_sum(key_NW * weight_N.unsqueeze(1), lengths_B)
 

@@ -13,7 +13,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.exchange import FieldVectors
 from trainer.models.aggregators import build_aggregator, sum_pool
 from trainer.models.fields import nearest_of, tiers_of, used_fields, width_of
-from trainer.models.layers import take_rows
+from trainer.models.layers import take_rows, value_rows
 from trainer.options import ModelConfig
 from trainer.schema import Field, Schema, Side
 
@@ -121,5 +121,5 @@ class CtrModel(nn.Module):
 
 
 def one_each(field: FieldVectors) -> Tensor:
-    """The vector of each row of a field that has one value a row, (M, V)."""
-    return take_rows(field.vectors_UV, field.index_N)
+    """The vector of each row of a field that has one value a row, times its weight, (M, V)."""
+    return value_rows(field)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from featurestore.embedding import PReLU
+from trainer.exchange import FieldVectors
 
 
 class Mlp(nn.Sequential):
@@ -28,6 +29,16 @@ def take_rows(vectors_UV: Tensor, index_N: Tensor) -> Tensor:
     """`vectors_UV[index_N]`, (N, V); backward sums the gradients of equal rows in the order of N."""
     taken: Tensor = _TakeRows.apply(vectors_UV, index_N)  # type: ignore[no-untyped-call]
     return taken
+
+
+def value_rows(field: FieldVectors, at_N: Tensor | None = None) -> Tensor:
+    """The vector of each value of a field, or of those at these places, times its weight, (N, V)."""
+    index_N, weights_N = field.index_N, field.weights_N
+    if at_N is not None:
+        index_N = index_N.index_select(0, at_N)
+        weights_N = None if weights_N is None else weights_N.index_select(0, at_N)
+    rows_NV = take_rows(field.vectors_UV, index_N)
+    return rows_NV if weights_N is None else rows_NV * weights_N.unsqueeze(1)
 
 
 def expand_rows(rows_M: Tensor, lengths_M: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from featurestore.storage import Storage
 from trainer.batch import Batch, Jagged
 from trainer.columns import Groups, Index, Rows, Rule, concatenate, decode, rules_of
 from trainer.comm import SoloComm
-from trainer.data import RowGroup, open_index, read_row_group, row_groups_of_table
+from trainer.data import RowGroup, inputs_of, open_index, read_row_group, row_groups_of_table
 from trainer.errors import DataError
 from trainer.schema import Field, Schema
 
@@ -33,14 +33,14 @@ class Ads:
     def batches(self, schema: Schema, fields: Sequence[Field], size: int) -> Iterator[Batch]:
         """The ads as batches without users and context: of all fields but `fields` there is no row."""
         names = {field.name for field in fields}
+        nothing = Jagged(np.empty(0, np.int64), np.empty(0, np.int32))
         for start in range(0, len(self.keys_N), size):
             index_B = np.arange(start, min(start + size, len(self.keys_N)))
-            taken = {
-                field.name: self.columns[field.column_name].take(index_B)
-                for field in schema.fields
-                if field.name in names
-            }
-            yield _batch(schema, taken, len(index_B))
+
+            def taken(field: Field, column: str, index_B: Index = index_B) -> Jagged:
+                return Jagged(*self.columns[column].take(index_B)) if field.name in names else nothing
+
+            yield _batch(inputs_of(schema, taken), len(index_B))
 
 
 def key_column(schema: Schema) -> str:
@@ -136,7 +136,7 @@ def _key(text: str) -> int | None:
 
 def _rules(schema: Schema, fields: Sequence[Field]) -> dict[str, Rule]:
     """Of the columns of these fields and of the key, as they are in samples."""
-    wanted = {field.column_name for field in fields} | {key_column(schema)}
+    wanted = {field.column_name for field in fields} | {field.weights for field in fields} | {key_column(schema)}
     return {column: rule for column, rule in rules_of(schema).items() if column in wanted}
 
 
@@ -182,14 +182,9 @@ def _rows(rows: Rows, index_M: Index) -> Rows:
     return Rows(values, None if rows.offsets is None else np.concatenate([[0], np.cumsum(lengths_M)]).astype(np.int64))
 
 
-def _batch(schema: Schema, taken: Mapping[str, tuple[np.ndarray, np.ndarray]], count: int) -> Batch:
-    nothing = np.empty(0, np.int64), np.empty(0, np.int32)
+def _batch(inputs: Mapping[str, Any], count: int) -> Batch:
     return Batch(
-        fields={f.name: Jagged(*taken.get(f.name, nothing)) for f in schema.of_kind("id", "multi_id", "content")},
-        dense={
-            f.name: taken.get(f.name, nothing)[0].astype(np.float32).reshape(-1, f.width or 1)
-            for f in schema.of_kind("dense")
-        },
+        **inputs,
         group_of_sample_B=np.zeros(count, np.int64),
         label_B=np.zeros(count, np.float32),
         group_id_B=np.zeros(count, np.int64),

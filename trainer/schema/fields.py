@@ -39,6 +39,9 @@ class Field(BaseModel):
     model's `visual_width`. Dense: numbers a row, default 1."""
     column: str | None = None
     """Column of the sample files. Default: the field's name."""
+    weights: str | None = None
+    """ID kinds: a column with a real number for each id, by which the id's vector is multiplied; default: all are 1.
+    A mean divides by the sum of their absolute values."""
     context: bool = False
     """Side ad, kinds id, multi_id, dense: a value of the impression and not of the ad, as the scene. Two towers keep
     it out of the ad's vector; the other models make no difference."""
@@ -50,6 +53,8 @@ class Field(BaseModel):
             raise ValueError(f"field {self.name}: table={self.table} is for kinds id and multi_id, not {self.kind}")
         if self.store is not None and self.kind != "content":
             raise ValueError(f"field {self.name}: store={self.store} is for kind content, not {self.kind}")
+        if self.weights is not None and not is_id:
+            raise ValueError(f"field {self.name}: weights={self.weights} is for kinds id and multi_id, not {self.kind}")
         if self.context and (self.side == "user" or self.kind == "content"):
             raise ValueError(
                 f"field {self.name}: context=true is for side ad and kinds id, multi_id and dense, "

@@ -11,8 +11,9 @@ from trainer.schema.fields import Field, Kind, Schema, Side
 from trainer.schema.text import schema_text, table_rows
 
 IMAGE_NAME = re.compile(r"(^|_)(image|img|picture|pic|photo|cover)s?($|_)", re.IGNORECASE)
-NO_FIELDS = re.compile(r"(^|_)(session|timestamp|time|ts|day|date|skey|gkey)$|_weight$", re.IGNORECASE)
+NO_FIELDS = re.compile(r"(^|_)(session|timestamp|time|ts|day|date|skey|gkey)$", re.IGNORECASE)
 CONTEXT_NAME = re.compile(r"(^|_)(scene|slot|position|placement|pid|page|hour)($|_)", re.IGNORECASE)
+WEIGHT_SUFFIX = "_weight"
 USER_PREFIXES, AD_PREFIX = ("behavior_", "user_"), "ad_"
 
 
@@ -60,7 +61,8 @@ def suggest(table: Table, label: str) -> Suggestion:
     """Fields of every column that a field can read."""
     made = Suggestion()
     for column in table.columns.values():
-        if column.name == label:
+        ids = table.columns.get(column.name.removesuffix(WEIGHT_SUFFIX))
+        if column.name == label or (ids is not None and _weights_of(ids, table) == column.name):
             continue
         reason = _unfit(column)
         if reason is None:
@@ -147,6 +149,7 @@ def _add_ids(made: Suggestion, table: Table, column: Column, side: Side, kind: K
     """An ID field; of images their content too."""
     name = column.name
     values: dict[str, Any] = {"side": side, "kind": kind, "table": _table_name(name, table)}
+    values["weights"] = _weights_of(column, table)
     if IMAGE_NAME.search(name) and "_sid" not in name and kind == ("id" if side == "ad" else "multi_id"):
         made.fields.append(Field(name=name, side=side, kind="content", store="images"))
         values |= {"column": name, "name": f"{name}_id"}
@@ -155,6 +158,14 @@ def _add_ids(made: Suggestion, table: Table, column: Column, side: Side, kind: K
     _add(made, column, Field(**{"name": name} | values))
     count = made.ids_of_table.get(values["table"], 0)
     made.ids_of_table[values["table"]] = max(count, column.distinct.estimate)
+
+
+def _weights_of(column: Column, table: Table) -> str | None:
+    """The column of weights of these ids, where there is one: called as they are, and of real numbers."""
+    weights = table.columns.get(f"{column.name}{WEIGHT_SUFFIX}")
+    if weights is None or column.content != "integer" or weights.content != "real" or weights.nulls:
+        return None
+    return weights.name if weights.depth == column.depth else None
 
 
 def _table_name(name: str, table: Table) -> str:

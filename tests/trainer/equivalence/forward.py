@@ -40,8 +40,9 @@ def _din(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
     """Behaviour k is [its item, its image id]; its weight is the unit's score, and the weights do not sum to one."""
     query = torch.cat(_ad_ids(r, s, new_ad))
     total = torch.zeros(len(query), dtype=r.dtype)
-    for item, image in zip(s.behavior_item, s.behavior_image, strict=True):
-        key = torch.cat([r.id_vector("item", item), r.id_vector("image", image)])
+    for item, image, weight in zip(s.behavior_item, s.behavior_image, s.item_weight, strict=True):
+        times = weight if r.scenario.weighted else 1
+        key = torch.cat([times * r.id_vector("item", item), r.id_vector("image", image)])
         total = total + _score(r, "model.attention.unit", key, query, query) * key
     return _mlp(r, torch.cat([_inputs(r, s, new_ad, summed=False), total]))
 
@@ -61,7 +62,7 @@ def _dcn(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
 def _two_towers(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
     """<user vector, ad vector> + b + w . price: the price is a matter of the impression."""
     user = [r.id_vector("user", s.user), _number(r, s.age)]
-    user += [r.pooled("item", s.behavior_item), r.pooled("image", s.behavior_image)]
+    user += [r.items(s), r.pooled("image", s.behavior_image)]
     ad = _ad_ids(r, s, new_ad)
     if r.config.images == "both":
         nothing = torch.zeros(r.config.visual_width, dtype=r.dtype)
@@ -73,14 +74,15 @@ def _two_towers(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
 
 def _inputs(r: "Reference", s: Sample, new_ad: bool, summed: bool = True) -> Tensor:
     """User: ids, dense; ad: ids, dense; images."""
-    behaviors = [r.pooled("item", s.behavior_item), r.pooled("image", s.behavior_image)] if summed else []
+    behaviors = [r.items(s), r.pooled("image", s.behavior_image)] if summed else []
     user = [r.id_vector("user", s.user), *behaviors, _number(r, s.age)]
     return torch.cat([*user, *_ad_ids(r, s, new_ad), _number(r, *s.ad_price), *_images(r, s, new_ad)])
 
 
 def _ad_ids(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
     known = 0 if new_ad else 1
-    return [known * r.id_vector("item", s.ad_item), known * r.id_vector("image", s.ad_image)]
+    times = s.ad_weight if r.scenario.weighted else 1
+    return [known * times * r.id_vector("item", s.ad_item), known * r.id_vector("image", s.ad_image)]
 
 
 def _number(r: "Reference", *values: float) -> Tensor:

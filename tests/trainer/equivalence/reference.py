@@ -69,12 +69,16 @@ class Reference:
         self.touched.setdefault(table, set()).add(place)
         return self.tables[table][place]
 
-    def pooled(self, table: str, values: tuple[int, ...]) -> Tensor:
-        """Sum of the rows of a list of ids."""
+    def pooled(self, table: str, values: tuple[int, ...], weights: tuple[float, ...] = ()) -> Tensor:
+        """Sum of the rows of a list of ids, each times its weight."""
         total = torch.zeros(self.config.id_width, dtype=self.dtype)
-        for value in values:
-            total = total + self.id_vector(table, value)
+        for value, weight in zip(values, weights or (1,) * len(values), strict=True):
+            total = total + weight * self.id_vector(table, value)
         return total
+
+    def items(self, s: Sample) -> Tensor:
+        """Sum of the rows of the behaviours' items."""
+        return self.pooled("item", s.behavior_item, s.item_weight if self.scenario.weighted else ())
 
     def visual(self, key: int, field: str, store_name: str) -> Tensor:
         """E on the feature of one image or text."""

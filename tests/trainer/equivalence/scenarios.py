@@ -57,6 +57,16 @@ class Sample:
     ad_price: tuple[float, float]
     label: int
 
+    @property
+    def item_weight(self) -> tuple[float, ...]:
+        """Of each behaviour: negative, zero and positive ones."""
+        return tuple(item % 5 / 2 - 0.5 for item in self.behavior_item)
+
+    @property
+    def ad_weight(self) -> float:
+        """Of the ad's item."""
+        return 0.25 + self.ad_item % 3
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -72,6 +82,7 @@ class Scenario:
     int8: bool = False
     id_l2: float = 0.0
     texts: bool = False
+    weighted: bool = False
     most_ranks: int = 8
     dtypes: tuple[str, ...] = ("float64",)
     tables: dict[str, int] = field(default_factory=lambda: {"user": 40, "item": 96, "image": 200})
@@ -79,7 +90,10 @@ class Scenario:
     @property
     def schema(self) -> Schema:
         """The fields of a sample."""
-        return SCHEMA_WITH_TEXTS if self.texts else SCHEMA
+        schema = SCHEMA_WITH_TEXTS if self.texts else SCHEMA
+        weights = {"behavior_item": "item_weight", "ad_item": "ad_weight"} if self.weighted else {}
+        fields = [field.model_copy(update={"weights": weights.get(field.name)}) for field in schema.fields]
+        return schema.model_copy(update={"fields": tuple(fields)})
 
     @property
     def optim(self) -> OptimConfig:
@@ -149,6 +163,10 @@ SCENARIOS = {
     "two_towers": Scenario(
         {"base": "two_tower", "images": "both", "tower_width": 4}, deal="starve", dtypes=("float64", "float32")
     ),
+    # Ids that count more or less than once, or against: of each behaviour's item, and of the ad's.
+    "weights": Scenario({"images": "both"}, weighted=True, deal="starve"),
+    "weights_din_ids_only": Scenario({"base": "din", "images": "none"}, weighted=True, most_ranks=2),
+    "weights_two_towers_ids_only": Scenario({"base": "two_tower", "images": "none"}, weighted=True, most_ranks=2),
     "two_towers_ids_only": Scenario({"base": "two_tower", "images": "none", "tower_width": 3}),
 }
 
@@ -239,7 +257,7 @@ def slice_of_rank(samples: list[Sample], deal: str, step: int, rank: int, num_ra
     return samples[rank * len(samples) // num_ranks : (rank + 1) * len(samples) // num_ranks]
 
 
-def batch_of(samples: list[Sample], global_batch: list[Sample]) -> Batch:
+def batch_of(samples: list[Sample], global_batch: list[Sample], weighted: bool = False) -> Batch:
     """Samples of one rank, in a row in the global batch, as the arrays that the engine takes."""
     sessions = list(dict.fromkeys(s.session for s in samples))
     groups = [next(s for s in samples if s.session == session) for session in sessions]
@@ -263,6 +281,12 @@ def batch_of(samples: list[Sample], global_batch: list[Sample]) -> Batch:
         label_B=np.array([s.label for s in samples], np.float32),
         group_id_B=np.array([s.user for s in samples], np.int64),
         global_samples=len(global_batch),
+        weights={
+            "behavior_item": np.array([weight for g in groups for weight in g.item_weight], np.float32),
+            "ad_item": np.array([s.ad_weight for s in samples], np.float32),
+        }
+        if weighted
+        else {},
         first_sample=global_batch.index(samples[0]) if samples else 0,
     )
 

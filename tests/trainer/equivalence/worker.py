@@ -68,7 +68,7 @@ def run(
     batches = []
     for number, samples in enumerate(steps(scenario)):
         mine = slice_of_rank(samples, scenario.deal, number, comm.rank, comm.size)
-        batches.append(batch_of(mine, samples))
+        batches.append(batch_of(mine, samples, scenario.weighted))
     losses, gradients, coming = [], {}, iter(batches)
     CALLS.clear()
     with contextlib.closing(prepare_ahead(len(batches), lambda: engine.prepare(next(coming)))) as prepared:
