@@ -12,8 +12,8 @@ import torch
 from trainer.comm import Comm
 from trainer.config import Config, Device
 from trainer.errors import ConfigError
+from trainer.ids.tables import TableShape, owned_bytes
 from trainer.memory import free_bytes, keep_freed_memory
-from trainer.tables import TableShape, owned_bytes
 
 _MOST_THREADS = 4  # for each core
 _BUILD_NCCL = "HOROVOD_GPU_OPERATIONS=NCCL make install"

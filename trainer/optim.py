@@ -13,7 +13,7 @@ from trainer.options import OptimConfig
 
 @dataclass(frozen=True)
 class AdamRates:
-    """The numbers of one step of Adam, and of the regularisation of ID rows (trainer/tables.py)."""
+    """The numbers of one step of Adam, and of the regularisation of ID rows (trainer/ids/tables.py)."""
 
     lr: float
     beta1: float

@@ -19,6 +19,7 @@ from trainer.comm import Comm
 from trainer.dropout import IdDropout
 from trainer.errors import ConfigError
 from trainer.exchange import ContentSource, Exchange, FieldVectors, Request, Source
+from trainer.ids.tables import TableShape, apply_gradients, build_tables
 from trainer.machine import check_memory
 from trainer.models.build import build_model
 from trainer.models.fields import nearest_of, tiers_of, width_of
@@ -29,7 +30,6 @@ from trainer.reuse import VectorCache
 from trainer.schema import Field, Schema
 from trainer.similarity import Similarity, pairs_of_fields, similarities
 from trainer.stages import Kind, Stages
-from trainer.tables import TableShape, apply_gradients, build_tables
 
 # Fields, dense values and the group of each sample in; as trainer.models.ctr.CtrModel.forward.
 Network = Callable[[Mapping[str, FieldVectors], Mapping[str, Tensor], Tensor], Tensor]

@@ -19,11 +19,11 @@ from featurestore.embedding import EmbeddingModel, EmbeddingService, Gathered
 from trainer.batch import Batch, Jagged
 from trainer.columns import ranges
 from trainer.exchange import Exchange, FieldVectors, Request
+from trainer.ids.tables import apply_gradients
 from trainer.optim import DenseOptimizer, rates_at
 from trainer.prefetch import ReadAhead
 from trainer.run import Run
 from trainer.schema import Field
-from trainer.tables import apply_gradients
 
 Images = Mapping[str, FieldVectors]
 ImagePath = Callable[[Batch], Images]

@@ -9,8 +9,8 @@ from trainer import machine
 from trainer.comm import SoloComm
 from trainer.config import Device, load_config
 from trainer.errors import ConfigError
+from trainer.ids.tables import TableShape
 from trainer.machine import Place, check_memory, device_name, idle_gpus, share_machine, threads_of, uses_cuda
-from trainer.tables import TableShape
 
 
 def place(host: str, *cores: int) -> Place:

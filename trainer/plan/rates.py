@@ -30,6 +30,7 @@ from trainer.config import Config, load_config
 from trainer.data import SampleReader, open_index
 from trainer.errors import TrainerError
 from trainer.exchange import ContentRequest
+from trainer.ids.tables import RowRequest
 from trainer.machine import uses_cuda
 from trainer.memory import keep_freed_memory, objects_frozen
 from trainer.plan.cost import Piece, Rates
@@ -38,7 +39,6 @@ from trainer.routing import Int64
 from trainer.schema import load_schema
 from trainer.step import Engine, Prepared, model_name
 from trainer.stores import store_places
-from trainer.tables import RowRequest
 
 # Rounds of steps by themselves and of the real loop take turns, so that a slow moment of the machine hits both alike.
 _ROUNDS, _STEPS, _LOOP_STEPS, _WARM_UP = 3, 4, 6, 2

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.dropout import dropped
-from trainer.tables import TableShape, initial_rows
+from trainer.ids.tables import TableShape, initial_rows
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-6
 

@@ -7,7 +7,7 @@ import torch
 from featurestore.distinct import DistinctCount
 from trainer.comm import SoloComm
 from trainer.ids.collisions import Collisions, collisions_of, gather_collisions, rows_for
-from trainer.tables import TableShape, build_tables
+from trainer.ids.tables import TableShape, build_tables
 
 IDS = np.random.default_rng(0).integers(-(2**62), 2**62, 100_000)
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from trainer.errors import CheckpointError, ConfigError
+from trainer.ids.tables import IdTable, TableShape, apply_gradients, build_tables, initial_rows, owned_bytes
 from trainer.optim import AdamRates
-from trainer.tables import IdTable, TableShape, apply_gradients, build_tables, initial_rows, owned_bytes
 
 SHAPE = TableShape("item", width=3, num_rows=50, num_shards=8)
 RATES = AdamRates(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8)
