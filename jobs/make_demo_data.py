@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from featurestore.commandline import run_app, say_error
+from pipeline.demo.catalogue import Taste
 from pipeline.demo.make import DemoOptions, DemoSummary, make_demo
 from pipeline.errors import PipelineError
 from pipeline.progress import progress
@@ -15,6 +16,7 @@ EXAMPLES = """Examples:
 \b
 python jobs/make_demo_data.py
 python jobs/make_demo_data.py --small --out /tmp/demo --seed 7
+python jobs/make_demo_data.py --taste pictures --out data/demo-pictures
 python jobs/make_demo_data.py --images photos --labels photos.csv --out data/demo-photos
 """
 DEFAULT = DemoOptions(Path("data"))
@@ -41,6 +43,13 @@ def main(
     labels: Annotated[
         Path | None, typer.Option(help="CSV with the columns image and label: the photographs' categories.")
     ] = None,
+    taste: Annotated[
+        Taste,
+        typer.Option(
+            help="What tells a taste: IDs and pictures (items), or pictures alone (pictures): people look at offers of "
+            "rarely seen IDs, and ads are few and well known."
+        ),
+    ] = "items",
     force: Annotated[bool, typer.Option("--force", help="Replace a demo made with other options.")] = False,
 ) -> None:
     """Make demo data: pictures of clothes, and the raw logs of simulated people who look at them.
@@ -52,6 +61,8 @@ def main(
         raise typer.BadParameter(
             "goes with drawn clothes; with --images every readable image is an item", param_hint="--items"
         )
+    if images and taste == "pictures":
+        raise typer.BadParameter("pictures goes with drawn clothes: sellers need copies of them", param_hint="--taste")
     if labels and not images:
         raise typer.BadParameter("goes with --images", param_hint="--labels")
     options = DemoOptions(
@@ -62,6 +73,7 @@ def main(
         seed,
         images,
         labels,
+        taste,
         force,
     )
     try:

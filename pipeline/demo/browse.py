@@ -18,6 +18,7 @@ class Behaviors:
     user_N: IntArray
     item_N: IntArray
     dwell_s_N: FloatArray
+    seller_N: IntArray  # 0 where an item has one seller
 
 
 def match_of(catalogue: Catalogue, taste_UK: FloatArray) -> FloatArray:
@@ -54,7 +55,7 @@ def browse(
         accident_N = rng.random(len(user_N)) < truth.ACCIDENT_SHARE
         time_N = start_s + day * truth.DAY_S + rng.integers(7 * 3600, truth.DAY_S, size=len(user_N))
         item_N = np.where(accident_N, any_N, wanted_N)
-        days.append(Behaviors(time_N, user_N, item_N, _dwell_s(rng, accident_N)))
+        days.append(Behaviors(time_N, user_N, item_N, _dwell_s(rng, accident_N), np.zeros_like(item_N)))
     return _by_time(days)
 
 
@@ -82,4 +83,5 @@ def _by_time(days: list[Behaviors]) -> Behaviors:
         user_N=np.concatenate([day.user_N for day in days])[order],
         item_N=np.concatenate([day.item_N for day in days])[order],
         dwell_s_N=np.concatenate([day.dwell_s_N for day in days])[order],
+        seller_N=np.concatenate([day.seller_N for day in days])[order],
     )

@@ -4,28 +4,30 @@ import contextlib
 import datetime
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from featurestore.parsing import parse_json
 from featurestore.regular import read_regular
 from pipeline.demo import truth
-from pipeline.demo.catalogue import Catalogue
+from pipeline.demo.catalogue import Catalogue, Taste
 from pipeline.demo.draw import SHAPES, Garment, catalogue_of, draw_garment, plan_garments
 from pipeline.demo.errors import DemoError
-from pipeline.demo.simulate import simulate
-from pipeline.demo.write import DEMO_FILE, LOGS, describe_truth, log_files, write_json, write_logs
+from pipeline.demo.simulate import advertised, simulate
+from pipeline.demo.write import DEMO_FILE, LOGS, describe_truth, log_files, offer_uri, write_json, write_logs
 
 FIRST_DAY = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC)
 START_S = int(FIRST_DAY.timestamp())
 MAX_LISTED = 20  # unreadable photographs in demo.json
-FORMAT = 1  # raise it when equal options no longer give equal bytes
-DRAWN_NAME = re.compile(r"item-\d{5}\.jpg")
+FORMAT = 1  # raise it when equal options no longer give equal pictures and logs
+DRAWN_NAME = re.compile(r"item-\d{5}(-\d\d)?\.jpg")
 LOG_NAME = re.compile(r"day=\d{4}-\d\d-\d\d\.parquet")
 
 Progress = Callable[[int], None]
@@ -42,6 +44,7 @@ class DemoOptions:
     seed: int = 0
     images: Path | None = None
     labels: Path | None = None
+    taste: Taste = "items"
     force: bool = False
 
 
@@ -61,6 +64,11 @@ def make_demo(options: DemoOptions, drawn: Progress = lambda count: None) -> Dem
     options is replaced only with `force`, and files that this job did not make are never touched. Raises DemoError,
     SourceError.
     """
+    if options.taste == "pictures" and options.images is not None:
+        raise DemoError(
+            "taste=pictures needs copies of the pictures, and --images copies none; leave one of the two out"
+        )
+    advertised_I = advertised(options.items, options.seed, options.taste)
     wanted = _parameters(options)
     found = _read_demo(options.out)
     images = options.images.resolve() if options.images else options.out / "images"
@@ -81,7 +89,8 @@ def make_demo(options: DemoOptions, drawn: Progress = lambda count: None) -> Dem
         write_json(options.out / DEMO_FILE, {"complete": False, "parameters": wanted})
         if options.images is None:
             _draw(options.out, catalogue.uris, garments, drawn)
-        world = simulate(catalogue, options.users, options.days, options.seed, START_S)
+            _offer(options.out, [catalogue.uris[item] for item in np.flatnonzero(~advertised_I)])
+        world = simulate(catalogue, options.users, options.days, options.seed, START_S, options.taste)
         write_logs(world, options.out)
         content = {"complete": True, "parameters": wanted, "images": str(images), **notes, **describe_truth(world)}
         write_json(options.out / DEMO_FILE, content)
@@ -100,6 +109,8 @@ def _os_errors(out: Path) -> Iterator[None]:
 def _parameters(options: DemoOptions) -> dict[str, Any]:
     """All that decides the bytes, as it comes back from JSON."""
     parameters: dict[str, Any] = {"format": FORMAT, "users": options.users, "days": options.days, "seed": options.seed}
+    if options.taste != "items":
+        parameters["taste"] = options.taste
     if options.images is None:
         return parameters | {"items": options.items, "images": None}
     return parameters | {
@@ -146,7 +157,9 @@ def _is_whole(options: DemoOptions, found: dict[str, Any]) -> bool:
         return False
     if not all(path.is_file() for path in log_files(options.out, START_S, options.days)):
         return False
-    return options.images is not None or len(_own_images(options.out)) == options.items
+    num_offered = int((~advertised(options.items, options.seed, options.taste)).sum())
+    num_images = options.items + truth.SELLERS * num_offered
+    return options.images is not None or len(_own_images(options.out)) == num_images
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -190,6 +203,18 @@ def _draw(out: Path, uris: Sequence[str], garments: list[Garment], drawn: Progre
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for _ in pool.map(draw, uris, garments):
             drawn(1)
+
+
+def _offer(out: Path, uris: Sequence[str]) -> None:
+    """Gives every seller an image of its own, a hard link where the disk knows them."""
+    for uri in uris:
+        for seller in range(truth.SELLERS):
+            image = out / "images" / offer_uri(uri, seller)
+            image.unlink(missing_ok=True)
+            try:
+                image.hardlink_to(out / "images" / uri)
+            except OSError:
+                shutil.copyfile(out / "images" / uri, image)
 
 
 def _measure(images: Path, labels: Path | None) -> tuple[Catalogue, dict[str, Any]]:

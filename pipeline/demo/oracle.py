@@ -9,6 +9,8 @@ from pipeline.demo import truth
 from pipeline.demo.catalogue import FloatArray, IntArray
 from pipeline.demo.simulate import World
 
+_SHORT_S = 5  # behaviours that took less were accidents
+
 
 def auc(score_N: FloatArray, label_N: IntArray) -> float:
     """Area under the ROC curve with ties counted half (Mann-Whitney); NaN where one class is missing."""
@@ -38,7 +40,9 @@ def ceilings(world: World) -> dict[str, dict[str, float]]:
     """AUC, GAUC and new-ad AUC on the test day, for those who know different parts of the truth.
 
     `everything` knows the logit but for its noise; `without_pixels` only the parts that IDs carry;
-    `ids_and_memory` in addition remembers, for each item that is not new, how its look does with the average user.
+    `ids_and_memory` in addition remembers, for each item that is not new, how its look does with the average user;
+    `behavior_pictures` in addition reads tastes and moods from the pictures that the user looked at in the 14 days
+    before (the best linear reading of their mean look), and knows by their IDs the looks of ads that are not new.
     """
     test_T = np.flatnonzero(world.shown.day_N == world.num_days - 1)
     new_T = world.launch_day_I[world.shown.item_N[test_T]] == world.num_days - 1
@@ -50,6 +54,7 @@ def ceilings(world: World) -> dict[str, dict[str, float]]:
         "everything": clicks.logit(*truth.PIXEL_PARTS, *truth.ID_PARTS),
         "without_pixels": clicks.logit(*truth.ID_PARTS),
         "ids_and_memory": remembered_N,
+        "behavior_pictures": remembered_N + read_from_pictures(world),
     }
     label_T, user_T = clicks.label_N[test_T], world.shown.user_N[test_T]
     return {
@@ -67,6 +72,43 @@ def variance_shares(world: World) -> dict[str, float]:
     variance = {name: float(np.var(part_N)) for name, part_N in world.clicks.parts.items()}
     total = sum(variance.values())
     return {name: value / total if total else 0.0 for name, value in variance.items()}
+
+
+def read_from_pictures(world: World) -> FloatArray:
+    """What the pictures of a user's behaviours tell of match and mood, (N,): least squares on the days before the test.
+
+    Inputs: for each attribute of a look its mean over the behaviours times that of the ad, and the mean vividness.
+    Behaviours are those of 14 days before the impression that were no accidents. Of ads new on the last day the looks
+    are not known.
+    """
+    mean_NK = mean_looks(world)
+    is_known_N = world.launch_day_I[world.shown.item_N] < world.num_days - 1
+    meeting_NK = mean_NK * world.catalogue.look_IK[world.shown.item_N] * is_known_N[:, None]
+    vivid_N1 = mean_NK[:, world.catalogue.vivid, None]
+    inputs_NW = np.concatenate([meeting_NK, vivid_N1, np.ones_like(vivid_N1)], axis=1)
+    wanted_N = world.clicks.parts["match"] + world.clicks.parts["mood"]
+    train_N = world.shown.day_N < world.num_days - 1
+    weight_W = np.linalg.lstsq(inputs_NW[train_N], wanted_N[train_N], rcond=None)[0]
+    read_N: FloatArray = inputs_NW @ weight_W
+    return read_N
+
+
+def mean_looks(world: World) -> FloatArray:
+    """Mean look of what each impression's user looked at for a while in the 14 days before it, (N, K); 0: nothing."""
+    done, shown = world.behaviors, world.shown
+    long_M = np.flatnonzero(done.dwell_s_N >= _SHORT_S)
+    # One number for user and time: the users' behaviours lie one after the other, each user's in order of time.
+    begin_s = world.start_s - truth.HISTORY_DAYS * truth.DAY_S
+    span_s = 2 * (truth.HISTORY_DAYS + world.num_days) * truth.DAY_S
+    key_M = done.user_N[long_M] * span_s + done.time_N[long_M] - begin_s
+    order_M = np.argsort(key_M, kind="stable")
+    look_MK = world.catalogue.look_IK[done.item_N[long_M[order_M]]]
+    total_MK = np.concatenate([np.zeros((1, look_MK.shape[1])), np.cumsum(look_MK, axis=0)])
+    end_N = shown.user_N * span_s + shown.time_N - begin_s
+    first_N = np.maximum(end_N - truth.HISTORY_DAYS * truth.DAY_S, shown.user_N * span_s)
+    low_N, high_N = (np.searchsorted(key_M[order_M], each) for each in (first_N, end_N))
+    mean_NK: FloatArray = (total_MK[high_N] - total_MK[low_N]) / np.maximum(high_N - low_N, 1)[:, None]
+    return mean_NK
 
 
 def _mean_by_item(world: World, value_N: NDArray[Any]) -> FloatArray:

@@ -5,6 +5,11 @@ DAY_S = 86_400
 
 MIN_ITEMS = 20  # fewer make no session
 
+# With taste "pictures": ads are few and well known, and people look at offers that hardly anyone else looks at.
+ADVERTISED_SHARE = 0.1  # of the items; the others are offered by sellers, and never advertised
+MIN_OFFERED = 180
+SELLERS = 25  # of each item that is not advertised: equal pictures, each under an item ID and an image of its own
+
 NUM_SCENES = 4
 ADS_PER_SESSION = (3, 9)
 CLICK_RATE = 0.22
@@ -38,6 +43,7 @@ ORACLE_MEANS = {
     "everything": "knows the true logit but for its noise",
     "without_pixels": "knows only the parts that IDs carry",
     "ids_and_memory": "knows those, and how each item that is not new does with the average user",
+    "behavior_pictures": "knows those, and reads tastes and moods from the pictures of a user's last 14 days",
 }
 PIXEL_PARTS = ("match", "trend", "mood")
 ID_PARTS = ("category", "popularity", "activity", "scene")

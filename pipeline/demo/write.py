@@ -17,6 +17,7 @@ from pipeline.demo.simulate import World
 
 # Users, items and categories have numbers as a shop would give them, not positions in an array.
 FIRST_USER, FIRST_ITEM, FIRST_CATEGORY, FIRST_SESSION = 100_001, 500_001, 11, 1
+FIRST_OFFER = 1_000_001  # item IDs of what sellers offer, with taste=pictures
 DEMO_FILE = "demo.json"
 LOGS = ("impressions", "behaviors")
 
@@ -35,6 +36,11 @@ def log_files(out: Path, start_s: int, num_days: int) -> list[Path]:
         for log in LOGS
         for day in range(first[log], num_days)
     ]
+
+
+def offer_uri(uri: str, seller: int) -> str:
+    """The image of a seller, of an item that others offer with equal pictures: shape/item-00012-07.jpg of seller 7."""
+    return f"{uri.removesuffix('.jpg')}-{seller:02d}.jpg"
 
 
 def write_logs(world: World, out: Path) -> None:
@@ -71,7 +77,7 @@ def behaviors_table(world: World) -> pa.Table:
     columns: dict[str, Any] = {
         "timestamp": _timestamps(done.time_N),
         "user": FIRST_USER + done.user_N,
-        **_item_columns(world, done.item_N),
+        **(_item_columns(world, done.item_N) if world.taste == "items" else _offer_columns(world)),
         "dwell_s": done.dwell_s_N,
     }
     return pa.table(columns)
@@ -92,7 +98,7 @@ def describe_truth(world: World) -> dict[str, Any]:
             "behaviors": len(world.behaviors.time_N),
             "train_impressions": int((~last).sum()),
             "test_impressions": int(last.sum()),
-            "new_items": int((world.launch_day_I == world.num_days - 1).sum()),
+            "new_items": int((world.advertised_I & (world.launch_day_I == world.num_days - 1)).sum()),
         },
         "click_rate": round(float(world.clicks.label_N.mean()), 4),
         "new_ad_share_of_test": round(float(new_T.mean()), 4) if len(new_T) else 0.0,
@@ -133,3 +139,11 @@ def _item_columns(world: World, item_N: IntArray) -> dict[str, Any]:
         "image": [world.catalogue.uris[item] for item in item_N],
         "category": FIRST_CATEGORY + world.catalogue.category_I[item_N],
     }
+
+
+def _offer_columns(world: World) -> dict[str, Any]:
+    """As `_item_columns`, of what sellers offer."""
+    item_N, seller_N = world.behaviors.item_N, world.behaviors.seller_N
+    uris = [offer_uri(uri, seller) for uri in world.catalogue.uris for seller in range(truth.SELLERS)]
+    offer_N = item_N * truth.SELLERS + seller_N
+    return _item_columns(world, item_N) | {"item": FIRST_OFFER + offer_N, "image": [uris[offer] for offer in offer_N]}

@@ -10,7 +10,7 @@ from torchmetrics.functional.classification import binary_auroc
 from pipeline.demo import truth
 from pipeline.demo.browse import match_of
 from pipeline.demo.draw import catalogue_of, plan_garments
-from pipeline.demo.oracle import auc, ceilings, gauc, variance_shares
+from pipeline.demo.oracle import auc, ceilings, gauc, mean_looks, variance_shares
 from pipeline.demo.simulate import World, simulate
 
 DAYS = 19
@@ -152,6 +152,46 @@ def test_who_cannot_see_stays_far_below_who_can(world: World) -> None:
         assert known["everything"][metric] > known["without_pixels"][metric] + 0.15
     assert known["ids_and_memory"]["auc"] > known["without_pixels"]["auc"]
     assert known["ids_and_memory"]["new_ad_auc"] == known["without_pixels"]["new_ad_auc"], "no memory of new ads"
+
+
+@pytest.fixture(scope="module")
+def pictures(world: World) -> World:
+    return simulate(world.catalogue, num_users=1200, num_days=DAYS, seed=0, start_s=START_S, taste="pictures")
+
+
+def test_with_taste_in_pictures_ads_are_well_known_and_offers_are_not(pictures: World) -> None:
+    done, shown = pictures.behaviors, pictures.shown
+    assert pictures.advertised_I.sum() == 60
+    assert pictures.advertised_I[shown.item_N].all()
+    assert not pictures.advertised_I[done.item_N].any()
+    assert np.median(np.unique(shown.item_N, return_counts=True)[1]) > 200
+    assert np.median(np.unique(done.item_N * truth.SELLERS + done.seller_N, return_counts=True)[1]) < 8
+    assert set(done.seller_N) == set(range(truth.SELLERS))
+    last = shown.day_N == DAYS - 1
+    new = np.flatnonzero(pictures.advertised_I & (pictures.launch_day_I == DAYS - 1))
+    assert len(new) == round(truth.NEW_ITEM_SHARE * 60)
+    assert np.isin(shown.item_N[last], new).mean() == pytest.approx(truth.NEW_AD_SHARE, abs=0.03)
+    assert not np.isin(shown.item_N[~last], new).any()
+
+
+def test_pictures_of_behaviours_tell_much_more_than_ids(pictures: World) -> None:
+    known = ceilings(pictures)
+    for metric in ("auc", "gauc"):
+        assert known["everything"][metric] > known["behavior_pictures"][metric] > known["ids_and_memory"][metric] + 0.05
+
+
+def test_mean_looks_are_those_of_fourteen_days_without_accidents(pictures: World) -> None:
+    mean_NK, done, shown = mean_looks(pictures), pictures.behaviors, pictures.shown
+    some = np.random.default_rng(0).integers(len(shown.item_N), size=200)
+    counts = []
+    for n in some:
+        age_s = shown.time_N[n] - done.time_N
+        seen = (done.user_N == shown.user_N[n]) & (age_s > 0) & (age_s <= 14 * truth.DAY_S) & (done.dwell_s_N >= 5)
+        counts.append(seen.sum())
+        looks = pictures.catalogue.look_IK[done.item_N[seen]]
+        np.testing.assert_allclose(mean_NK[n], looks.mean(axis=0) if len(looks) else 0, atol=1e-9)
+    assert 0 < np.mean(counts) < 40
+    assert 0 in counts
 
 
 def test_auc_is_that_of_torchmetrics_with_ties() -> None:
