@@ -70,7 +70,7 @@ class Comm(ABC):
 
     def allreduce_sum_(self, values: Tensor, name: str) -> Tensor:
         """`start_allreduce_sum_` and its end; returns `values`."""
-        self.start_allreduce_sum_(values, name)()
+        self.start_allreduce_sum_(values, name=name)()
         return values
 
     @abstractmethod

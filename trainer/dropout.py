@@ -50,13 +50,19 @@ def own_ids_of_ads(schema: Schema) -> tuple[str, ...]:
 def dropped(seed: int, step: int, first_sample: int, num_samples: int, rate: float) -> NDArray[np.bool_]:
     """Whether each of the samples from `first_sample` of the global batch on is dropped, (B,).
 
-    Counter based: splitmix64 of a stream start, drawn from (seed, step), plus the sample's place in the global batch.
-    So it depends neither on the number of ranks nor on what was drawn before.
+    Counter based: the number at the sample's place in the global batch, of a stream for (seed, step). So it depends
+    neither on the number of ranks nor on what was drawn before.
     """
-    start = np.uint64(key_of_uri(f"{seed}/id_dropout/{step}") & 0xFFFFFFFFFFFFFFFF)
-    counter_B = np.arange(first_sample, first_sample + num_samples, dtype=np.uint64) + start
-    unit_B = (splitmix64(counter_B.view(np.int64)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return unit_B < rate
+    drawn_B = random_words(f"{seed}/id_dropout/{step}", first_sample, num_samples)
+    return (drawn_B >> np.uint64(11)).astype(np.float64) * 2.0**-53 < rate
+
+
+def random_words(stream: str, first: int, count: int) -> NDArray[np.uint64]:
+    """Random 64 bits number `first` and the next ones of a stream, (count,), whatever was drawn before: splitmix64 of
+    the stream's start plus the number."""
+    start = np.uint64(key_of_uri(stream) & 0xFFFFFFFFFFFFFFFF)
+    counter_N = np.arange(first, first + count, dtype=np.uint64) + start
+    return splitmix64(counter_N.view(np.int64))
 
 
 def _zeroed(field: FieldVectors, dropped_B: Tensor) -> FieldVectors:

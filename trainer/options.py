@@ -6,7 +6,8 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from trainer.validate import Section
 
-BaseNet = Literal["lr", "mlp", "din", "dcn", "two_tower"]
+BaseNet = Literal["lr", "mlp", "din", "dcn", "finalmlp", "two_tower"]
+Activation = Literal["relu", "prelu", "dice"]
 Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query", "transformer"]
 ComputeDType = Literal["bfloat16", "float32", "float64"]
 Count = Annotated[int, Field(ge=1, lt=2**63)]
@@ -20,7 +21,7 @@ class ModelConfig(Section):
     """The DICM: base net, which images, how they are pooled, the widths, the rows of each ID table."""
 
     base: BaseNet = "mlp"
-    """What becomes of the inputs: logistic regression, Embedding&MLP, DIN, DCN-v2; two towers for pre-ranking."""
+    """What becomes of the inputs: LR, Embedding&MLP, DIN, DCN-v2, FinalMLP; two towers for pre-ranking."""
     images: Literal["none", "ad", "behavior", "both"] = "both"
     """Which images the model sees; their ids are ID fields in all four."""
     pooling: Pooling = "attentive"
@@ -56,6 +57,22 @@ class ModelConfig(Section):
     """Cross layers of DCN-v2."""
     cross_structure: Literal["parallel", "stacked"] = "parallel"
     """DCN-v2's MLP beside the cross layers, or on top of them."""
+    feature_gates: bool = True
+    """FinalMLP's two streams see the inputs through gates, set by the user's fields and by the ad's."""
+    gate_hidden: Width = 64
+    """Hidden units that set FinalMLP's gates."""
+    fusion_heads: Annotated[int, Field(ge=1, le=1024)] = 1
+    """FinalMLP's bilinear fusion works on so many equal slices of what the two streams make."""
+    multi_hot: Literal["mean", "sum"] = "mean"
+    """What becomes of the ID vectors of a field with several values a row."""
+    activation: Activation = "relu"
+    """Of the hidden layers of the networks, E aside."""
+    init: Literal["xavier", "torch"] = "xavier"
+    """Start of the networks' linear layers, E aside: Xavier's normal weights and no bias, or torch's uniform ones."""
+    batch_norm: bool = False
+    """Standardise what goes into each activation of an MLP by mean and variance of the global batch."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the units of an MLP's hidden layers that a training sample goes without."""
     id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of training samples whose ad is taken for a new one: the vectors of its own IDs are zero."""
     compute_dtype: ComputeDType | Literal["auto"] = "auto"
@@ -87,6 +104,14 @@ class ModelConfig(Section):
         if width % value:
             fewer = max(heads for heads in range(1, value) if width % heads == 0)
             raise ValueError(f"model.transformer_width={width} is not a multiple of it; try {fewer}")
+        return value
+
+    @field_validator("fusion_heads")
+    @classmethod
+    def _equal_slices(cls, value: int, info: ValidationInfo) -> int:
+        last = info.data.get("mlp", [value])[-1]
+        if last % value:
+            raise ValueError(f"it has to divide the last width of model.mlp, {last}, into equal slices")
         return value
 
     @field_validator("table_shards")

@@ -99,6 +99,7 @@ class Engine:
         self.tables = comm.on_all(
             lambda: build_tables(shapes, comm.rank, comm.size, seed=seed, scale=_ID_SCALE, device=device, dtype=dtype)
         )
+        self.model.place.comm, self.model.place.seed = comm, seed
         self._config, self._compared = model, pairs_of_fields(self.fields, model)
         self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
         signatures: dict[str, Signatures] = {}
@@ -235,6 +236,7 @@ class Engine:
             vectors[nearest_of(name)] = _nearest(vectors[name], similar, self._device)
         with self.stages.timed("worker forward", prepared.request.kind):
             if self._modules.training:
+                self.model.place.step, self.model.place.first_sample = self.num_steps, batch.first_sample
                 vectors = self._id_dropout(vectors, batch, self.num_steps)
             return network(vectors, dense, group_of_sample_B)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from trainer.exchange import FieldVectors
 from trainer.models.aggregators import build_aggregator, sum_pool
 from trainer.models.attention import ActivationUnit, BehaviorAttention
+from trainer.models.hidden import HiddenLayers, StepPlace
 from trainer.models.transformer import TransformerPooling
 from trainer.options import ModelConfig
 
@@ -95,6 +96,10 @@ def pooling(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def layers() -> HiddenLayers:
+    return HiddenLayers(ModelConfig(activation="prelu"), StepPlace())
+
+
 def built(pooling: str) -> torch.nn.Module:
     torch.manual_seed(0)
     queries = QUERY_WIDTHS.get(pooling, [])
@@ -106,7 +111,7 @@ def built(pooling: str) -> torch.nn.Module:
         transformer_width=HIDDEN,
         transformer_layers=2,
     )
-    return build_aggregator(WIDTH, queries, config).double()
+    return build_aggregator(WIDTH, queries, config, layers()).double()
 
 
 class TestAggregators:
@@ -171,7 +176,7 @@ def test_sum_pool() -> None:
 @pytest.fixture
 def attention() -> BehaviorAttention:
     torch.manual_seed(0)
-    return BehaviorAttention(5, hidden=4).double()
+    return BehaviorAttention(5, 4, layers()).double()
 
 
 class TestBehaviorAttention:

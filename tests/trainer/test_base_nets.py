@@ -29,7 +29,7 @@ SCHEMA = Schema(
         Field(name="ad_title", side="ad", kind="content", store="titles", width=2),
     )
 )
-BASES, IMAGES = ["lr", "mlp", "din", "dcn"], ["none", "ad", "behavior", "both"]
+BASES, IMAGES = ["lr", "mlp", "din", "dcn", "finalmlp"], ["none", "ad", "behavior", "both"]
 IDS_AND_DENSE = 3 + 1 + 4 + 3 + 4 + 3 + 2
 LENGTHS = [2, 0, 3]
 GROUP_OF_SAMPLE = torch.tensor([0, 0, 1, 2, 2])
@@ -133,8 +133,9 @@ def test_the_transformer_has_all_of_the_ad_beside_each_behaviour(images: str, as
 
 
 class TestLr:
-    def test_is_a_sum_of_weights(self) -> None:
-        settings = config(base="lr", images="ad")
+    @pytest.mark.parametrize("multi_hot", ["mean", "sum"])
+    def test_is_a_sum_of_weights(self, multi_hot: str) -> None:
+        settings = config(base="lr", images="ad", multi_hot=multi_hot)
         model = build_model(SCHEMA, settings)
         torch.nn.init.normal_(model.weight)
         torch.nn.init.normal_(model.bias)
@@ -148,7 +149,8 @@ class TestLr:
             expected = model.bias + fields["user"].vectors_UV[group, 0]
             for name in ("behavior_item", "behavior_shop"):
                 for behavior in range(starts[group], starts[group + 1]):
-                    expected = expected + fields[name].vectors_UV[behavior, 0]
+                    share = 1 / LENGTHS[group] if multi_hot == "mean" else 1
+                    expected = expected + share * fields[name].vectors_UV[behavior, 0]
             for name in ("ad_item", "ad_shop"):
                 expected = expected + fields[name].vectors_UV[sample, 0]
             others = [dense["age"][group], dense["price"][sample]]

@@ -37,6 +37,13 @@ RUNS = [
     "two_towers/float32",
     "two_towers_ids_only/float64",
     "weights/float64",
+    "batch_norm/float64",
+    "batch_norm_rank_without_data/float64",
+    "dice/float64",
+    "dice_rank_without_data/float64",
+    "dropout/float64",
+    "paper/float64",
+    "paper/float32",
 ]
 MODEL_RUNS = [
     "concat/float64",
@@ -57,7 +64,11 @@ MODEL_RUNS = [
     "weights_two_towers_ids_only/float64",
     "texts/float64",
     "texts_missing/float64",
+    "finalmlp_ids_only/float64",
+    "finalmlp/float64",
 ]
+# Layers that take the statistics of all ranks' rows: one collective forward and one backward each.
+NORMS = {"batch_norm": 2, "batch_norm_rank_without_data": 2, "dice": 4, "dice_rank_without_data": 3, "finalmlp": 5}
 RANKS = [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)]
 
 Results = dict[str, dict]
@@ -126,9 +137,15 @@ class Equivalence:
         name = run.partition("/")[0]
         widths = {"two_widths_two_models": [3, 5], "lr_ids_only": [1], "lr": [1, 5]}.get(name, [5])
         widths = [3, 5] if name.startswith("texts") else widths
-        dense = ("model",) if name.endswith("ids_only") else ("model", "stores")
+        dense = (
+            ("model",)
+            if name.endswith("ids_only") or name in ("dropout", "dice_rank_without_data")
+            else ("model", "stores")
+        )
         names = ["keys", *(f"vectors.{w}" for w in widths), *(f"gradients.{w}" for w in widths)]
         names += [f"dense.{part}" for part in dense]
+        norms = [f"norm.{number + 1}" for number in range(NORMS.get(name, 0))]
+        names += [*norms, *(f"{norm}.gradients" for norm in norms)]
         assert results_of(num_ranks)[run]["calls"] == {f"step.{name}": 20 for name in names}
 
 

@@ -5,7 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from trainer.models.hidden import HiddenLayers, StepPlace
 from trainer.models.layers import Mlp, expand_rows, segment_max, segment_softmax, segment_sum, take_rows
+from trainer.options import ModelConfig
 
 LENGTHS = torch.tensor([2, 0, 3])
 INDEX = torch.tensor([1, 1, 0, 3, 1])
@@ -76,5 +78,6 @@ class TestLayers:
         assert vectors.grad is not None and not vectors.grad.any()
 
     def test_mlp_ends_linear(self) -> None:
-        kinds = [type(layer).__name__ for layer in Mlp([5, 4, 3, 1])]
+        mlp = Mlp([5, 4, 3, 1], HiddenLayers(ModelConfig(activation="prelu"), StepPlace()))
+        kinds = [type(layer).__name__ for layer in mlp]
         assert kinds == ["Linear", "PReLU", "Linear", "PReLU", "Linear"]

@@ -31,7 +31,15 @@ WIDTH = {"ad_item": 4, "behavior_image": 5, "ad_image": 5}
 
 
 def config(**settings: object) -> ModelConfig:
-    values = {"base": "two_tower", "id_width": 3, "visual_width": 5, "mlp": [6, 4], "tower_width": 7, **settings}
+    values = {
+        "base": "two_tower",
+        "id_width": 3,
+        "visual_width": 5,
+        "mlp": [6, 4],
+        "tower_width": 7,
+        "activation": "prelu",
+        **settings,
+    }
     return ModelConfig.model_validate(values)
 
 
@@ -49,9 +57,9 @@ def batch() -> tuple[dict[str, FieldVectors], dict[str, Tensor]]:
     return fields, {"age": draw(3, 1, seed=50), "hour": draw(5, 2, seed=51)}
 
 
-def built(schema: Schema, images: str = "both") -> TwoTower:
+def built(schema: Schema, images: str = "both", multi_hot: str = "mean") -> TwoTower:
     torch.manual_seed(0)
-    model = TwoTower(schema, config(images=images)).double()
+    model = TwoTower(schema, config(images=images, multi_hot=multi_hot)).double()
     with torch.no_grad():
         model.bias.fill_(0.25)
     return model
@@ -66,13 +74,14 @@ def tower(layers: Any, x: Tensor) -> Tensor:
     return x
 
 
-def plain(model: TwoTower, images: str) -> list[Tensor]:
+def plain(model: TwoTower, images: str, multi_hot: str) -> list[Tensor]:
     """Logits, sample by sample, from nothing but rows."""
     fields, dense = batch()
 
     def pooled(name: str, row: list[int]) -> Tensor:
         vectors = fields[name].vectors_UV
-        return sum((vectors[place] for place in row), torch.zeros(vectors.shape[1], dtype=torch.float64))
+        total = sum((vectors[place] for place in row), torch.zeros(vectors.shape[1], dtype=torch.float64))
+        return total / max(len(row), 1) if multi_hot == "mean" and not name.endswith("image") else total
 
     logits = []
     for sample, group in enumerate(GROUPS.tolist()):
@@ -93,10 +102,17 @@ def plain(model: TwoTower, images: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("images", ["none", "ad", "behavior", "both"])
-def test_logits_of_a_plain_loop(images: str) -> None:
-    model = built(Schema(fields=FIELDS), images)
+@pytest.mark.parametrize("multi_hot", ["mean", "sum"])
+def test_logits_of_a_plain_loop(images: str, multi_hot: str) -> None:
+    model = built(Schema(fields=FIELDS), images, multi_hot)
     fields, dense = batch()
-    torch.testing.assert_close(model(fields, dense, GROUPS), torch.stack(plain(model, images)))
+    torch.testing.assert_close(model(fields, dense, GROUPS), torch.stack(plain(model, images, multi_hot)))
+
+
+@pytest.mark.parametrize("setting", [{"dropout": 0.1}, {"batch_norm": True}, {"activation": "dice"}])
+def test_layers_that_need_a_row_for_each_sample_are_refused(setting: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"two_tower makes the user's vector once .*set model\.dropout=0"):
+        TwoTower(Schema(fields=FIELDS), config(**setting))
 
 
 def test_both_towers_have_the_same_width_and_the_user_s_runs_once_a_group() -> None:

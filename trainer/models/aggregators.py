@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trainer.exchange import FieldVectors
 from trainer.models.attention import AttentivePooling
+from trainer.models.hidden import HiddenLayers
 from trainer.models.layers import segment_max, segment_sum, take_rows, value_rows
 from trainer.models.transformer import TransformerPooling
 from trainer.options import ModelConfig
@@ -92,7 +93,7 @@ class ConcatPooling(GroupPooling):
 
 
 def build_aggregator(
-    width: int, query_widths: Sequence[int], config: ModelConfig
+    width: int, query_widths: Sequence[int], config: ModelConfig, layers: HiddenLayers
 ) -> GroupPooling | AttentivePooling | TransformerPooling:
     """The aggregator of `config.pooling` over vectors of `width`; `query_widths` are those that it asks with, if it
     asks."""
@@ -106,7 +107,7 @@ def build_aggregator(
         case "mean":
             return MeanPooling(width)
         case "attentive" | "multi_query":
-            return AttentivePooling(width, query_widths, config.attention_hidden)
+            return AttentivePooling(width, query_widths, config.attention_hidden, layers)
         case "transformer":
             return TransformerPooling(
                 width,

@@ -9,27 +9,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from featurestore.embedding import PReLU
 from trainer.exchange import FieldVectors
+from trainer.models.hidden import HiddenLayers
 from trainer.models.layers import expand_rows, segment_softmax, segment_sum, take_rows, value_rows
 
 
 class ActivationUnit(nn.Module):
-    """DIN's unit that scores a key against a query: v . PReLU(K k + Q q + C (k * m) + b), m as wide as the key.
+    """DIN's unit that scores a key against a query: v . f(K k + Q q + C (k * m) + b), m as wide as the key.
 
     It is one hidden layer on both vectors and their product (Zhou et al., KDD 2018, figure 2), the layer written as a
-    sum, so that what needs only the query is made once a sample. A difference q - k as further input would add
-    nothing: it is linear in what is there. m is M q where the two differ in width or in meaning (`match`), else q.
+    sum, so that what needs only the query is made once a sample; f is `model.activation`. A difference q - k as further
+    input would add nothing: it is linear in what is there. m is M q where the two differ in width or in meaning
+    (`match`), else q.
     """
 
-    def __init__(self, key_width: int, query_width: int, hidden: int, *, match: bool, bias: bool) -> None:
+    def __init__(
+        self, key_width: int, query_width: int, hidden: int, layers: HiddenLayers, *, match: bool, bias: bool
+    ) -> None:
         super().__init__()
         assert match or key_width == query_width
         self.of_key = nn.Linear(key_width, hidden, bias=False)
         self.of_query = nn.Linear(query_width, hidden)
         self.match = nn.Linear(query_width, key_width, bias=False) if match else nn.Identity()
         self.of_product = nn.Linear(key_width, hidden, bias=False)
-        self.activation = PReLU()
+        self.activation = layers.activation(hidden)
         self.score = nn.Linear(hidden, 1, bias=bias)
 
     def forward(self, key_NV: Tensor, query_BW: Tensor, lengths_B: Tensor) -> Tensor:
@@ -50,11 +53,11 @@ class AttentivePooling(nn.Module):
     sums are concatenated. A group without behaviours gives zero.
     """
 
-    def __init__(self, width: int, query_widths: Sequence[int], hidden: int) -> None:
+    def __init__(self, width: int, query_widths: Sequence[int], hidden: int, layers: HiddenLayers) -> None:
         super().__init__()
         self.width = width * len(query_widths)
         self.channels = nn.ModuleList(
-            ActivationUnit(width, query_width, hidden, match=True, bias=False) for query_width in query_widths
+            ActivationUnit(width, query_width, hidden, layers, match=True, bias=False) for query_width in query_widths
         )
 
     def forward(self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]) -> Tensor:
@@ -73,14 +76,13 @@ class BehaviorAttention(nn.Module):
 
     Key k is the concatenation of the vectors of behaviour k (its item, category, image id), the query that of the ad's
     in the same tables. Without softmax the size of the sum says how much of the history has to do with the ad, as in
-    Zhou et al., KDD 2018, section 4.3. PReLU in place of their Dice, whose statistics of the batch would make the
-    result depend on the number of ranks.
+    Zhou et al., KDD 2018, section 4.3.
     """
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, layers: HiddenLayers) -> None:
         super().__init__()
         self.width = width
-        self.unit = ActivationUnit(width, width, hidden, match=False, bias=True)
+        self.unit = ActivationUnit(width, width, hidden, layers, match=False, bias=True)
 
     def forward(self, behaviors: Sequence[FieldVectors], group_of_sample_B: Tensor, query_BW: Tensor) -> Tensor:
         """(B, width); the fields' values belong together by position, so their lengths are equal."""

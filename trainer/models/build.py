@@ -1,9 +1,12 @@
 """From the configuration to the model."""
 
+from torch import nn
+
 from trainer.models.ctr import CtrModel
 from trainer.models.dcn import Dcn
 from trainer.models.dicm import Dicm
 from trainer.models.din import Din
+from trainer.models.finalmlp import FinalMlp
 from trainer.models.lr import Lr
 from trainer.models.two_tower import TwoTower
 from trainer.options import BaseNet, ModelConfig
@@ -14,10 +17,20 @@ _BASE_NETS: dict[BaseNet, type[CtrModel]] = {
     "mlp": Dicm,
     "din": Din,
     "dcn": Dcn,
+    "finalmlp": FinalMlp,
     "two_tower": TwoTower,
 }
 
 
 def build_model(schema: Schema, config: ModelConfig) -> CtrModel:
     """The model of `config.base` over the fields of the schema. Raises ConfigError where they do not fit."""
-    return _BASE_NETS[config.base](schema, config)
+    model = _BASE_NETS[config.base](schema, config)
+    return model.apply(_start_by_xavier) if config.init == "xavier" else model
+
+
+def _start_by_xavier(module: nn.Module) -> None:
+    """Glorot and Bengio's normal weights, (2 / (inputs + outputs)) ** 0.5 their deviation, and biases of zero."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_normal_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from trainer.batch import Batch
 from trainer.errors import ConfigError, DataError
 from trainer.exchange import FieldVectors
-from trainer.models.aggregators import build_aggregator, sum_pool
+from trainer.models.aggregators import build_aggregator, mean_pool, sum_pool
 from trainer.models.fields import nearest_of, tiers_of, used_fields, width_of
+from trainer.models.hidden import HiddenLayers, StepPlace
 from trainer.models.layers import take_rows, value_rows
 from trainer.options import ModelConfig
 from trainer.schema import Field, Schema, Side
@@ -24,22 +25,27 @@ Dense = Mapping[str, Tensor]
 class CtrModel(nn.Module):
     """Base of the models: fields in, one logit a sample out.
 
-    Inputs are the ID vectors of every field (multi_id summed), dense fields, the visual vectors of the ad and the
-    aggregated visual vectors of the behaviours, each content field by its own E and aggregator.
+    Inputs are the ID vectors of every field (those of a multi_id pooled as `multi_hot` says), dense fields, the visual
+    vectors of the ad and the aggregated visual vectors of the behaviours, each content field by its own E and
+    aggregator.
 
     Attentive pooling asks with the ad's visual vectors; with images=behavior there are none, and the ad's ID vectors
     and dense values ask. Multi-query pooling asks with both; the transformer takes what there is of the two.
     """
 
     def __init__(self, schema: Schema, config: ModelConfig, *, elsewhere: Collection[str] = ()) -> None:
-        """`elsewhere`: user fields that the model takes in by itself, not summed. Raises ConfigError."""
+        """`elsewhere`: user fields that the model takes in by itself, not pooled. Raises ConfigError."""
         super().__init__()
         self.fields = used_fields(schema, config)
         self._elsewhere = frozenset(elsewhere)
+        self.place = StepPlace()
+        self.hidden = HiddenLayers(config, self.place)
+        self.pool = mean_pool if config.multi_hot == "mean" else sum_pool
         width = {field.name: width_of(field, config) for field in self.fields}
         queries = self._query_widths(config, width)
         aggregators = {
-            field.name: build_aggregator(width[field.name], queries, config) for field in self._of("user", "content")
+            field.name: build_aggregator(width[field.name], queries, config, self.hidden)
+            for field in self._of("user", "content")
         }
         self.aggregators = nn.ModuleDict(aggregators)
         self._num_tiers, self._only_nearest = config.similarity_tiers, config.similarity_top_k > 0
@@ -71,10 +77,15 @@ class CtrModel(nn.Module):
     def id_vectors(self, side: Side, fields: Fields) -> list[Tensor]:
         """ID vectors of one side, (M, W) for each field."""
         return [
-            sum_pool(fields[field.name]) if field.kind == "multi_id" else one_each(fields[field.name])
+            self.pool(fields[field.name]) if field.kind == "multi_id" else one_each(fields[field.name])
             for field in self._of(side, "id", "multi_id")
             if field.name not in self._elsewhere
         ]
+
+    def side_width(self, side: Side, config: ModelConfig) -> int:
+        """Numbers of a row of `id_vectors` and `dense_values` of one side together."""
+        fields = self._of(side, "id", "multi_id", "dense")
+        return sum(width_of(field, config) for field in fields if field.name not in self._elsewhere)
 
     def dense_values(self, side: Side, dense: Dense) -> list[Tensor]:
         """Dense values of one side, (M, W) for each field."""

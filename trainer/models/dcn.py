@@ -11,7 +11,7 @@ from trainer.schema import Schema
 class CrossNetwork(nn.Module):
     """x_(l+1) = x_0 * (W_l x_l + b_l) + x_l, `*` element by element, W_l square (Wang et al., WWW 2021, equation 1).
 
-    L layers hold products of up to L + 1 inputs. Weights start as torch's linear layers do.
+    L layers hold products of up to L + 1 inputs.
     """
 
     def __init__(self, width: int, num_layers: int) -> None:
@@ -36,7 +36,7 @@ class Dcn(CtrModel):
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
         super().__init__(schema, config)
         self.cross = CrossNetwork(self.input_width, config.cross_layers)
-        self.mlp = Mlp([self.input_width, *config.mlp, 1])
+        self.mlp = Mlp([self.input_width, *config.mlp, 1], self.hidden)
         self.of_cross = nn.Linear(self.input_width, 1, bias=False) if config.cross_structure == "parallel" else None
 
     def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ class Dicm(CtrModel):
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
         super().__init__(schema, config)
-        self.mlp = Mlp([self.input_width, *config.mlp, 1])
+        self.mlp = Mlp([self.input_width, *config.mlp, 1], self.hidden)
 
     def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
         logit_B1: Tensor = self.mlp(self.inputs(fields, dense, group_of_sample_B))

@@ -1,4 +1,4 @@
-"""DIN, the Deep Interest Network: the behaviours' IDs are weighed by the ad's, not summed; then an MLP as in DICM."""
+"""DIN, the Deep Interest Network: the behaviours' IDs are weighed by the ad's; then an MLP as in DICM."""
 
 from collections.abc import Collection
 
@@ -20,7 +20,7 @@ class Din(CtrModel):
     """Attention over behaviour IDs by the ad's IDs (Zhou et al., KDD 2018), beside the aggregated images of DICM.
 
     The behaviours are the multi_id fields of side user that share their table with an id field of side ad, as
-    behavior_item and ad_item do: value k of all of them describes behaviour k. Other fields are summed as in DICM.
+    behavior_item and ad_item do: value k of all of them describes behaviour k. Other fields are pooled as in DICM.
     """
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
@@ -34,8 +34,9 @@ class Din(CtrModel):
         self._behaviors = [behavior.name for behavior, _ in pairs]
         self._ads = [ad.name for _, ad in pairs]
         super().__init__(schema, config, elsewhere=self._behaviors)
-        self.attention = BehaviorAttention(sum(width_of(ad, config) for _, ad in pairs), config.attention_hidden)
-        self.mlp = Mlp([self.input_width + self.attention.width, *config.mlp, 1])
+        width = sum(width_of(ad, config) for _, ad in pairs)
+        self.attention = BehaviorAttention(width, config.attention_hidden, self.hidden)
+        self.mlp = Mlp([self.input_width + self.attention.width, *config.mlp, 1], self.hidden)
 
     def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
         query_BW = torch.cat([one_each(fields[name]) for name in self._ads], dim=1)

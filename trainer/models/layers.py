@@ -11,18 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from featurestore.embedding import PReLU
 from trainer.exchange import FieldVectors
+from trainer.models.hidden import HiddenLayers
 
 
 class Mlp(nn.Sequential):
-    """Fully connected layers with PReLU between them; the last one is linear."""
+    """Fully connected layers with what `hidden` makes between them; the last one is linear, or `activated` too."""
 
-    def __init__(self, widths: Sequence[int]) -> None:
-        layers: list[nn.Module] = []
-        for inner, outer in itertools.pairwise(widths):
-            layers += [nn.Linear(inner, outer), PReLU()]
-        super().__init__(*layers[:-1])
+    def __init__(self, widths: Sequence[int], hidden: HiddenLayers, *, activated: bool = False) -> None:
+        super().__init__()
+        for layer, (inner, outer) in enumerate(itertools.pairwise(widths)):
+            self.add_module(str(2 * layer), nn.Linear(inner, outer))
+            if activated or layer < len(widths) - 2:
+                for name, module in hidden.after(layer, outer):
+                    self.add_module(name, module)
 
 
 def take_rows(vectors_UV: Tensor, index_N: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ class Lr(CtrModel):
     names: a linear layer over 12-wide ID vectors would spend twelve parameters and twelve Adam moments on an id for
     the same one number, and would learn a product of two factors in its place. Visual vectors keep their width, so
     with images a step has a second collective of vectors, of one number an id. Images are E's and the aggregator's, as
-    in the other base nets. w and b start at zero, the ids' weights as all tables do.
+    in the other base nets. The weights of a multi_id are pooled as `multi_hot` says. w and b start at zero, the ids'
+    weights as all tables do.
     """
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:

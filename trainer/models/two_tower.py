@@ -38,6 +38,11 @@ class TwoTower(CtrModel):
                 "model.base=two_tower keeps user and ad apart, and similarity_tiers and similarity_top_k compare them; "
                 "set both to 0, or set model.base=mlp"
             )
+        if config.dropout or config.batch_norm or config.activation == "dice":
+            raise ConfigError(
+                "model.base=two_tower makes the user's vector once for all ads, so its layers have no row for each "
+                "sample; set model.dropout=0, model.batch_norm=false and model.activation=relu or prelu"
+            )
         super().__init__(schema, config.model_copy(update={"pooling": "sum"}))
         self.width = config.tower_width
         self.user_fields = tuple(field for field in self.fields if field.side == "user")
@@ -49,8 +54,8 @@ class TwoTower(CtrModel):
                     f"model.base=two_tower needs a field of side {side}, context fields aside, and the model uses none;"
                     " add one to the schema, or set model.base=mlp"
                 )
-        self.user_tower = Mlp([_width(self.user_fields, config), *config.mlp, self.width])
-        self.ad_tower = Mlp([_width(self.ad_fields, config), *config.mlp, self.width])
+        self.user_tower = Mlp([_width(self.user_fields, config), *config.mlp, self.width], self.hidden)
+        self.ad_tower = Mlp([_width(self.ad_fields, config), *config.mlp, self.width], self.hidden)
         self.bias = nn.Parameter(torch.zeros(1))
         self.context = nn.Linear(_width(self.context_fields, config), 1, bias=False) if self.context_fields else None
 
@@ -59,31 +64,30 @@ class TwoTower(CtrModel):
         ad_BW = self.ad_vectors(fields, dense)
         logit_B = (take_rows(user_GW, group_of_sample_B) * ad_BW).sum(dim=1) + self.bias
         if self.context is not None:
-            logit_B = logit_B + self.context(_inputs(self.context_fields, fields, dense)).squeeze(1)
+            logit_B = logit_B + self.context(self._inputs(self.context_fields, fields, dense)).squeeze(1)
         return logit_B
 
     def user_vectors(self, fields: Fields, dense: Dense) -> Tensor:
         """One vector a group, (G, W), however many samples look at it."""
-        user_GW: Tensor = self.user_tower(_inputs(self.user_fields, fields, dense))
+        user_GW: Tensor = self.user_tower(self._inputs(self.user_fields, fields, dense))
         return user_GW
 
     def ad_vectors(self, fields: Fields, dense: Dense) -> Tensor:
         """One vector a sample, (B, W); of the ad's fields alone, so any rows of ads will do."""
-        ad_BW: Tensor = self.ad_tower(_inputs(self.ad_fields, fields, dense))
+        ad_BW: Tensor = self.ad_tower(self._inputs(self.ad_fields, fields, dense))
         return ad_BW
+
+    def _inputs(self, fields: Sequence[Field], vectors: Fields, dense: Dense) -> Tensor:
+        """Vectors and dense values of these fields side by side, (M, width): several vectors of a row become one."""
+        parts = [dense[f.name] if f.kind == "dense" else self._of_rows(f, vectors[f.name]) for f in fields]
+        return torch.cat(parts, dim=1)
+
+    def _of_rows(self, field: Field, values: FieldVectors) -> Tensor:
+        if field.kind == "multi_id":
+            return self.pool(values)
+        return sum_pool(values) if field.kind == "content" and field.side == "user" else one_each(values)
 
 
 def _width(fields: Sequence[Field], config: ModelConfig) -> int:
     """Numbers that `_inputs` makes of a row."""
     return sum(width_of(field, config) for field in fields)
-
-
-def _inputs(fields: Sequence[Field], vectors: Fields, dense: Dense) -> Tensor:
-    """Vectors and dense values of these fields side by side, (M, width): several vectors of a row are summed."""
-    return torch.cat([dense[f.name] if f.kind == "dense" else _of_rows(f, vectors[f.name]) for f in fields], dim=1)
-
-
-def _of_rows(field: Field, values: FieldVectors) -> Tensor:
-    if field.kind == "multi_id" or (field.kind == "content" and field.side == "user"):
-        return sum_pool(values)
-    return one_each(values)

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 def logit(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
     """One sample's logit; with `new_ad` as if its ad had no IDs of its own."""
-    return {"lr": _lr, "mlp": _mlp_net, "din": _din, "dcn": _dcn, "two_tower": _two_towers}[r.config.base](r, s, new_ad)
+    nets = {"lr": _lr, "mlp": _mlp_net, "din": _din, "dcn": _dcn, "finalmlp": _finalmlp, "two_tower": _two_towers}
+    return nets[r.config.base](r, s, new_ad)
 
 
 def _lr(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
     """b + the weights of all ids + w . (dense values, visual vectors)."""
-    total = r.dense["model.bias"]
-    user = [("user", s.user), *(("item", v) for v in s.behavior_item), *(("image", v) for v in s.behavior_image)]
-    for table, value in user:
-        total = total + r.id_vector(table, value)[0]
+    total = r.dense["model.bias"] + r.id_vector("user", s.user)[0]
+    for table, values in {"item": s.behavior_item, "image": s.behavior_image}.items():
+        total = total + r.pooled(table, values)[0]
     for vector in _ad_ids(r, s, new_ad):
         total = total + vector[0]
     others = torch.cat([_number(r, s.age), _number(r, *s.ad_price), *_images(r, s, new_ad)])
@@ -59,6 +59,27 @@ def _dcn(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
     return _mlp(r, start) + (r.dense["model.of_cross.weight"] @ crossed)[0]
 
 
+def _finalmlp(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
+    """b + w . [x, y] + x' W y, head by head; x and y are MLPs of the gated inputs."""
+    start, streams = _inputs(r, s, new_ad), []
+    contexts = {
+        "user": [*_user(r, s, True)],
+        "ad": [*_ad_ids(r, s, new_ad), _number(r, *s.ad_price)],
+    }
+    for number, (name, context) in enumerate(contexts.items()):
+        gated = start
+        if r.config.feature_gates:
+            net = f"model.{name}_gates.net"
+            hidden = torch.relu(r.dense[f"{net}.0.weight"] @ torch.cat(context) + r.dense[f"{net}.0.bias"])
+            gated = start * 2 * torch.sigmoid(r.dense[f"{net}.2.weight"] @ hidden + r.dense[f"{net}.2.bias"])
+        streams.append(_layers(r, f"model.{name}_mlp", gated, first_dropout=2 * number + 1, ends_linear=False))
+    total = r.dense["model.fusion.linear.weight"][0] @ torch.cat(streams) + r.dense["model.fusion.linear.bias"][0]
+    x, y = (stream.chunk(r.config.fusion_heads) for stream in streams)
+    for head, weight in enumerate(r.dense["model.fusion.weight"]):
+        total = total + x[head] @ weight @ y[head]
+    return total
+
+
 def _two_towers(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
     """<user vector, ad vector> + b + w . price: the price is a matter of the impression."""
     user = [r.id_vector("user", s.user), _number(r, s.age)]
@@ -74,9 +95,13 @@ def _two_towers(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
 
 def _inputs(r: "Reference", s: Sample, new_ad: bool, summed: bool = True) -> Tensor:
     """User: ids, dense; ad: ids, dense; images."""
+    ad = [*_ad_ids(r, s, new_ad), _number(r, *s.ad_price)]
+    return torch.cat([*_user(r, s, summed), *ad, *_images(r, s, new_ad)])
+
+
+def _user(r: "Reference", s: Sample, summed: bool) -> list[Tensor]:
     behaviors = [r.items(s), r.pooled("image", s.behavior_image)] if summed else []
-    user = [r.id_vector("user", s.user), *behaviors, _number(r, s.age)]
-    return torch.cat([*user, *_ad_ids(r, s, new_ad), _number(r, *s.ad_price), *_images(r, s, new_ad)])
+    return [r.id_vector("user", s.user), *behaviors, _number(r, s.age)]
 
 
 def _ad_ids(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
@@ -174,11 +199,11 @@ def _normalised(r: "Reference", name: str, x: Tensor) -> Tensor:
 
 
 def _score(r: "Reference", unit: str, key: Tensor, query: Tensor, matched: Tensor) -> Tensor:
-    """v . PReLU(K k + Q q + C (k * m) + b)."""
+    """v . f(K k + Q q + C (k * m) + b)."""
     hidden = r.dense[f"{unit}.of_key.weight"] @ key
     hidden = hidden + r.dense[f"{unit}.of_query.weight"] @ query + r.dense[f"{unit}.of_query.bias"]
     hidden = hidden + r.dense[f"{unit}.of_product.weight"] @ (key * matched)
-    score = (r.dense[f"{unit}.score.weight"] @ r.prelu(hidden, f"{unit}.activation.weight"))[0]
+    score = (r.dense[f"{unit}.score.weight"] @ r.activation(hidden, f"{unit}.activation"))[0]
     bias = f"{unit}.score.bias"
     return score + r.dense[bias][0] if bias in r.dense else score
 
@@ -187,10 +212,14 @@ def _mlp(r: "Reference", x: Tensor) -> Tensor:
     return _layers(r, "model.mlp", x)[0]
 
 
-def _layers(r: "Reference", name: str, x: Tensor) -> Tensor:
-    """Two hidden layers with PReLU and a linear one."""
-    for layer in range(3):
+def _layers(r: "Reference", name: str, x: Tensor, first_dropout: int = 1, ends_linear: bool = True) -> Tensor:
+    """Two hidden layers, and a linear one."""
+    for layer in range(3 if ends_linear else 2):
         x = r.dense[f"{name}.{2 * layer}.weight"] @ x + r.dense[f"{name}.{2 * layer}.bias"]
         if layer < 2:
-            x = r.prelu(x, f"{name}.{2 * layer + 1}.weight")
+            if r.config.batch_norm:
+                x = r.norm(x, f"{name}.norm{layer}", 1e-5)
+                x = x * r.dense[f"{name}.norm{layer}.weight"] + r.dense[f"{name}.norm{layer}.bias"]
+            x = r.activation(x, f"{name}.{2 * layer + 1}")
+            x = r.dropout(x, first_dropout + layer)
     return x

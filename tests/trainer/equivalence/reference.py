@@ -4,7 +4,7 @@
 
 writes for each scenario the losses, the first step's gradients and what is trained after the last step, by the names
 that the engine uses. It shares nothing with the engine but what worker.py run alone wrote to INITIAL (initial values,
-and what the codes of an int8 store stand for), the place of an id's row, and which samples ID dropout takes.
+and what the codes of an int8 store stand for), the place of an id's row, and the numbers that dropout draws.
 """
 
 import sys
@@ -18,7 +18,7 @@ from scenarios import OPTIM, SCENARIOS, SEED, TEXT_WIDTH, Sample, Scenario, feat
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.dropout import dropped
+from trainer.dropout import dropped, random_words
 from trainer.ids.tables import TableShape, initial_rows
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-6
@@ -61,6 +61,10 @@ class Reference:
             for name, values in {"images": images, "texts": all_texts}.items()
         }
         self.touched: dict[str, set[int]] = {}
+        self.running: dict[str, Tensor] = {}
+        self.known: dict[str, tuple[Tensor, Tensor]] = {}
+        self.seen: dict[str, list[Tensor]] = {}
+        self.number = self.place = 0
 
     def id_vector(self, table: str, value: int) -> Tensor:
         """The row of one id."""
@@ -70,14 +74,15 @@ class Reference:
         return self.tables[table][place]
 
     def pooled(self, table: str, values: tuple[int, ...], weights: tuple[float, ...] = ()) -> Tensor:
-        """Sum of the rows of a list of ids, each times its weight."""
-        total = torch.zeros(self.config.id_width, dtype=self.dtype)
-        for value, weight in zip(values, weights or (1,) * len(values), strict=True):
+        """Mean or sum of the rows of a list of ids, each times its weight; a mean is over the absolute weights."""
+        total = torch.zeros(self.shapes[table].width, dtype=self.dtype)
+        weights = weights or (1,) * len(values)
+        for value, weight in zip(values, weights, strict=True):
             total = total + weight * self.id_vector(table, value)
-        return total
+        return total / (sum(abs(w) for w in weights) or 1) if self.config.multi_hot == "mean" else total
 
     def items(self, s: Sample) -> Tensor:
-        """Sum of the rows of the behaviours' items."""
+        """Mean or sum of the rows of the behaviours' items."""
         return self.pooled("item", s.behavior_item, s.item_weight if self.scenario.weighted else ())
 
     def visual(self, key: int, field: str, store_name: str) -> Tensor:
@@ -105,6 +110,56 @@ class Reference:
         """x where positive, slope x elsewhere."""
         return torch.where(x > 0, x, self.dense[name] * x)
 
+    def activation(self, x: Tensor, name: str) -> Tensor:
+        """Of a hidden layer of a net on the worker."""
+        match self.config.activation:
+            case "relu":
+                return torch.where(x > 0, x, 0 * x)
+            case "prelu":
+                return self.prelu(x, f"{name}.weight")
+        p = 1 / (1 + torch.exp(-self.norm(x, f"{name}.norm", 1e-9)))
+        return p * x + (1 - p) * self.dense[f"{name}.alpha"] * x
+
+    def norm(self, x: Tensor, name: str, eps: float) -> Tensor:
+        """Standardised by what `logits` found out about this layer of all samples, or noted for it."""
+        if name in self.known:
+            mean, variance = self.known[name]
+            return (x - mean) / (variance + eps) ** 0.5
+        self.seen.setdefault(name, []).append(x)
+        return x
+
+    def dropout(self, x: Tensor, layer: int) -> Tensor:
+        """A quarter of a word of 64 bits a unit, lowest bits first."""
+        rate, words = self.config.dropout, -(-len(x) // 4)
+        drawn = random_words(f"{SEED}/dropout/{layer}/{self.number}", self.place * words, words)
+        units = [int(drawn[unit // 4]) >> 16 * (unit % 4) & 0xFFFF for unit in range(len(x))]
+        below = round(rate * 65536)
+        return torch.stack([v / (1 - below / 65536) if u >= below else 0 * v for v, u in zip(x, units, strict=True)])
+
+    def logits(self, samples: list[Sample], number: int) -> list[Tensor]:
+        """Once more for every layer whose statistics all samples decide on, the first ones first."""
+        new_ad_B = dropped(SEED, number, 0, len(samples), self.config.id_dropout)
+        self.known, self.number = {}, number
+        while True:
+            self.seen, result = {}, []
+            for self.place, (sample, new_ad) in enumerate(zip(samples, new_ad_B, strict=True)):
+                result.append(logit(self, sample, new_ad))
+            if not self.seen:
+                return result
+            name = min(self.seen, key=lambda name: ("mlp" in name, name))
+            rows = torch.stack(self.seen[name])
+            mean = rows.sum(0) / len(rows)
+            self.known[name] = mean, ((rows - mean) ** 2).sum(0) / len(rows)
+            self.move_running(name, rows.detach())
+
+    def move_running(self, name: str, rows: Tensor) -> None:
+        """Running mean and unbiased variance; Dice's move by a hundredth, batch norm's by a tenth."""
+        share = 0.01 if name.endswith(".norm") else 0.1
+        spread = rows.var(0) if len(rows) > 1 else torch.zeros_like(rows[0])
+        for part, start, value in (("mean", 0.0, rows.mean(0)), ("var", 1.0, spread)):
+            old = self.running.get(f"{name}.running_{part}", torch.full_like(value, start))
+            self.running[f"{name}.running_{part}"] = (1 - share) * old + share * value
+
     def width_of_content(self, field: str) -> int:
         """Width of the visual vectors of a content field."""
         return TEXT_WIDTH if field.endswith("text") else self.config.visual_width
@@ -115,9 +170,7 @@ class Reference:
         for value in [*self.dense.values(), *self.tables.values()]:
             value.grad = torch.zeros_like(value)
         label = torch.tensor([s.label for s in samples], dtype=self.dtype)
-        new_ad_B = dropped(SEED, number, 0, len(samples), self.config.id_dropout)
-        logits = [logit(self, s, new_ad) for s, new_ad in zip(samples, new_ad_B, strict=True)]
-        loss = functional.binary_cross_entropy_with_logits(torch.stack(logits), label)
+        loss = functional.binary_cross_entropy_with_logits(torch.stack(self.logits(samples, number)), label)
         loss.backward()
         for table, rows in self.touched.items():
             for row in rows:
@@ -145,7 +198,7 @@ class Reference:
 
     def trained(self) -> dict[str, Tensor]:
         """Everything that 20 steps moved, by the engine's names."""
-        state = {name: value.detach() for name, value in self.dense.items()}
+        state = {name: value.detach() for name, value in self.dense.items()} | self.running
         for name, value in self.dense.items():
             state |= {f"adam/{name}/{part}": moment for part, moment in self.adam.state[value].items()}
         for name, shape in self.shapes.items():
