@@ -121,14 +121,14 @@ class TestPooling:
         field.weights_N = torch.zeros(6, dtype=torch.float64)
         assert not mean_pool(field).any()
 
-    @pytest.mark.parametrize("base", ["lr", "mlp", "din", "dcn", "two_tower"])
+    @pytest.mark.parametrize("base", ["lr", "mlp", "din", "dcn", "finalmlp", "two_tower"])
     def test_every_base_net_multiplies(self, base: str) -> None:
         torch.manual_seed(0)
         fields = (
             Field(name="tags", side="user", kind="multi_id", table="t"),
             Field(name="ad_tag", side="ad", kind="id", table="t"),
         )
-        config = ModelConfig(base=base, images="none", id_width=3, mlp=[4], tables={"t": 8})
+        config = ModelConfig(base=base, images="none", id_width=3, mlp=[4], tables={"t": 8}, multi_hot="sum")
         model = build_model(Schema(fields=fields, new_ad_field="ad_tag"), config).double()
         width = 1 if base == "lr" else 3
         tags, ads = torch.randn(3, width, dtype=torch.float64), torch.randn(2, width, dtype=torch.float64)

@@ -32,17 +32,15 @@ class BilinearFusion(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self._heads = heads
         self.linear = nn.Linear(2 * width, 1)
         each = width // heads
         self.weight = nn.Parameter(torch.empty(heads, each, each).normal_(std=(2 / (heads * each * each + 1)) ** 0.5))
 
     def forward(self, x_BW: Tensor, y_BW: Tensor) -> Tensor:
         """Logits (B,)."""
-        x_BHE, y_BHE = (each.unflatten(1, (self._heads, -1)) for each in (x_BW, y_BW))
-        products_B = (torch.einsum("bhi,hij->bhj", x_BHE, self.weight) * y_BHE).sum((1, 2))
-        linear_B1: Tensor = self.linear(torch.cat([x_BW, y_BW], dim=1))
-        return linear_B1.squeeze(1) + products_B
+        x_BHE, y_BHE = (each.view(len(each), *self.weight.shape[:2]) for each in (x_BW, y_BW))
+        logit_B: Tensor = self.linear(torch.cat([x_BW, y_BW], dim=1)).squeeze(1)
+        return logit_B + (torch.einsum("bhi,hij->bhj", x_BHE, self.weight) * y_BHE).sum((1, 2))
 
 
 class FinalMlp(CtrModel):

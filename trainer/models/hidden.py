@@ -86,7 +86,9 @@ class GlobalBatchNorm(nn.Module):
         """(M, W)."""
         mean_W, variance_W = self._of_step(input_MW) if self.training else (self.running_mean, self.running_var)
         output_MW = (input_MW - mean_W) * torch.rsqrt(variance_W + self._eps)
-        return output_MW if self.weight is None else output_MW * self.weight + self.bias
+        if self.weight is None or self.bias is None:
+            return output_MW
+        return output_MW * self.weight + self.bias
 
     def _of_step(self, input_MW: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance over all ranks' rows; moves the running values, whose variance is the unbiased one."""

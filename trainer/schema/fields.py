@@ -21,7 +21,7 @@ Kind = Literal["id", "multi_id", "dense", "content"]
 class Field(BaseModel):
     """One field of a sample.
 
-    kind id: one integer a row; multi_id: a list of them, their vectors are summed; dense: `width` real numbers;
+    kind id: one integer a row; multi_id: a list of them, their vectors are pooled; dense: `width` real numbers;
     content: keys of a feature store, a list a row on the user side and one a row on the ad side.
     """
 
