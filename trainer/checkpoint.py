@@ -2,8 +2,8 @@
 
     checkpoints/step-00000050/
       state.json                         position, seed, what data, model and store they belong to, digest of each file
-      dense.safetensors                  rank 0: parameters that are the same on every rank, and their Adam state
-      rows-00000-of-00002.safetensors    one per rank: its ID rows and their Adam state, by table and shard
+      dense.safetensors                  rank 0: what is the same on every rank: parameters, their Adam state, counts
+      rows-00000-of-00002.safetensors    one per rank: its ID rows and their optimiser's state, by table and shard
 
 Parts are written into a hidden folder and synced; when all are there, rank 0 writes state.json and renames the folder.
 So a folder of that name is whole, and a killed run leaves at most a hidden one, removed by the next save; a removal
@@ -33,11 +33,12 @@ from trainer import accepted
 from trainer.batch import BatchPosition
 from trainer.comm import Comm
 from trainer.errors import CheckpointError
+from trainer.legacy import OPTIM_OF_OLD
 from trainer.options import ModelConfig
 from trainer.validate import Section
 
 _SAMPLES = "data.samples_digest"  # among the values of an origin
-FORMAT_VERSION = 2  # 2: the ids of the stores
+FORMAT_VERSION = 3  # 2: the ids of the stores; 3: the optimiser of ID rows
 _NAME = re.compile(r"step-(\d{8,})")
 DENSE = "dense.safetensors"
 
@@ -70,6 +71,8 @@ class Origin(Section):
     """ExtractorSpec, dimension, dtype and codec of the feature store; empty where the model has no images."""
     stores: dict[str, dict[str, Any]] = Field(default={})
     """The same of the further stores, by name, where the model has several contents an item."""
+    optim: dict[str, Any] = Field(default={})
+    """What the optimiser's state means: which one moves ID rows, and its betas where those move rows between steps."""
 
     def check_same(self, recorded: "Origin", path: Path) -> None:
         """Raises CheckpointError naming every value that `recorded`, of the checkpoint at `path`, has otherwise.
@@ -77,7 +80,8 @@ class Origin(Section):
         A setting of the model that the checkpoint does not know yet was at its default.
         """
         self.check_store(recorded, path)
-        lines = _differing(self.model_dump(), recorded.model_dump(), {"model": ModelConfig().model_dump()})
+        unknown = {"model": ModelConfig().model_dump(), "optim": OPTIM_OF_OLD}
+        lines = _differing(self.model_dump(), recorded.model_dump(), unknown)
         if lines:
             raise CheckpointError(
                 f"{path} belongs to another run; start a new one, or set back:\n  " + "\n  ".join(lines)

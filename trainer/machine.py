@@ -12,6 +12,7 @@ import torch
 from trainer.comm import Comm
 from trainer.config import Config, Device
 from trainer.errors import ConfigError
+from trainer.ids.rows import StatePart
 from trainer.ids.tables import TableShape, owned_bytes
 from trainer.memory import free_bytes, keep_freed_memory
 
@@ -91,10 +92,12 @@ def idle_gpus(device: Device, have_gpu: Sequence[bool], moves_cuda_tensors: bool
     return f"{found}: not every rank has one. Start ranks only on hosts with GPUs; or set run.device=cpu"
 
 
-def check_memory(comm: Comm, shapes: Sequence[TableShape], device: torch.device, dtype: torch.dtype) -> None:
+def check_memory(
+    comm: Comm, shapes: Sequence[TableShape], state: Sequence[StatePart], device: torch.device, dtype: torch.dtype
+) -> None:
     """Raise ConfigError where the ID tables of the ranks of one machine, or of one GPU, do not fit into its memory; on
     all ranks alike, so every rank has to call it."""
-    host, needs = socket.gethostname(), [owned_bytes(shape, comm.rank, comm.size, dtype) for shape in shapes]
+    host, needs = socket.gethostname(), [owned_bytes(shape, comm.rank, comm.size, state, dtype) for shape in shapes]
     on_gpu = device.type == "cuda"
     mine = (f"{host}, {device}", torch.cuda.mem_get_info(device)[0], needs) if on_gpu else (host, free_bytes(), needs)
     found = comm.allgather_object(mine, name="memory")
@@ -107,7 +110,7 @@ def check_memory(comm: Comm, shapes: Sequence[TableShape], device: torch.device,
         shape, needed = max(zip(shapes, bytes_of_table, strict=True), key=lambda pair: pair[1])
         raise ConfigError(
             f"model.tables.{shape.name}={shape.num_rows}: {shape.num_rows:,} rows of {shape.width} numbers and their "
-            f"Adam state take {needed / 1e9:,.1f} GB on {place} ({len(here)} ranks; all tables "
+            f"optimiser's state take {needed / 1e9:,.1f} GB on {place} ({len(here)} ranks; all tables "
             f"{sum(bytes_of_table) / 1e9:,.1f} GB), and {free / 1e9:,.1f} GB are free there; lower it, or use ranks on "
             "more machines"
         )

@@ -12,20 +12,19 @@ from trainer.options import OptimConfig
 
 
 @dataclass(frozen=True)
-class AdamRates:
-    """The numbers of one step of Adam, and of the regularisation of ID rows (trainer/ids/tables.py)."""
+class Rates:
+    """The learning rates of one step, of dense parameters and of ID rows."""
 
     lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    id_l2: float = 0.0
+    ids_lr: float
 
 
-def rates_at(config: OptimConfig, step: int) -> AdamRates:
-    """The rates of step `step`, counted from zero: lr x lr_gamma ^ (step // lr_every)."""
-    lr = config.lr * config.lr_gamma ** (step // config.lr_every)
-    return AdamRates(lr, config.beta1, config.beta2, config.eps, config.id_l2)
+def rates_at(config: OptimConfig, step: int) -> Rates:
+    """The rates of step `step`, counted from zero: lr x lr_gamma ^ (step // lr_every), less while it warms up."""
+    share = config.lr_gamma ** (step // config.lr_every)
+    if step < config.warmup_steps:
+        share *= (step + 1) / config.warmup_steps
+    return Rates(config.lr * share, config.alpha * share)
 
 
 class DenseOptimizer:
@@ -44,6 +43,9 @@ class DenseOptimizer:
         self._adam = torch.optim.Adam(
             values, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
         )
+        # Matrices alone: biases, slopes of PReLU and the like have one dimension.
+        self._decay = config.weight_decay
+        self._decayed: list[Tensor] = [p for p in values if p.ndim > 1] if config.weight_decay else []
         self.loss: Tensor | None = None
         """Of this rank, to be summed with the gradients; set before backward."""
         self._reductions = _reductions(comm, self.parameters, self._flat)
@@ -66,8 +68,11 @@ class DenseOptimizer:
         for each in self._reductions:
             each.finish()
 
-    def step(self, rates: AdamRates) -> float:
+    @torch.no_grad()
+    def step(self, rates: Rates) -> float:
         """Moves the parameters; returns the summed loss, the same on every rank."""
+        if self._decayed:
+            torch._foreach_mul_(self._decayed, 1 - rates.lr * self._decay)
         for group in self._adam.param_groups:
             group["lr"] = rates.lr
         self._adam.step()

@@ -2,13 +2,14 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from trainer.validate import Section
 
 BaseNet = Literal["lr", "mlp", "din", "dcn", "finalmlp", "two_tower"]
 Activation = Literal["relu", "prelu", "dice"]
 Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query", "transformer"]
+IdOptimizer = Literal["adam", "adagrad", "rowwise_adagrad", "rowwise_adam", "ftrl"]
 ComputeDType = Literal["bfloat16", "float32", "float64"]
 Count = Annotated[int, Field(ge=1, lt=2**63)]
 TableRows = Annotated[int, Field(ge=1, le=10**12)]
@@ -77,6 +78,8 @@ class ModelConfig(Section):
     """Share of training samples whose ad is taken for a new one: the vectors of its own IDs are zero."""
     compute_dtype: ComputeDType | Literal["auto"] = "auto"
     """Type of E's matrix products; all else is float32, or float64 with them. auto: what the machine is quicker at."""
+    id_init_std: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Standard deviation of an ID vector's first numbers, which are uniform around zero."""
     table_shards: Annotated[int, Field(ge=1, le=1 << 20)] = 64
     """Shards of every ID table. A checkpoint loads at any number of ranks, but only at its own number of shards."""
     tables: dict[str, TableRows] = Field(default={})
@@ -132,9 +135,21 @@ class ExchangeConfig(Section):
 
 
 class OptimConfig(Section):
-    """Adam, for dense parameters and, row-wise, for ID tables; every `lr_every` steps `lr` shrinks by `lr_gamma`."""
+    """Adam for dense parameters, `ids` for the rows of ID tables; every `lr_every` steps rates shrink by `lr_gamma`."""
 
     lr: LearningRate = 0.001
+    ids: IdOptimizer = "rowwise_adam"
+    """adam: as on the whole table; rowwise_adam: one second moment a row; all others: McMahan 2013, Duchi 2011."""
+    ids_lr: LearningRate | None = None
+    """Of ID rows; None: `lr`."""
+    ids_restart: bool = False
+    """Begin ID rows and their optimiser anew with each epoch, as MEDA (KDD 2023); the rest goes on."""
+    warmup_steps: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Both rates grow evenly from 1 / warmup_steps of their value in the first step to all of it."""
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Of dense matrices, decoupled as in AdamW: lr x this x the weight is taken off in each step."""
+    ids_weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """The same of ID rows, in steps that touch them alone."""
     lr_gamma: RateDecay = 0.9
     lr_every: Count = 24_000
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -142,3 +157,17 @@ class OptimConfig(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     id_l2: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Adaptive L2 of ID rows: this / (steps that touched the row) x the row is added to its gradient; 0: none."""
+    ftrl_beta: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+    ftrl_l1: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    ftrl_l2: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+
+    @property
+    def alpha(self) -> float:
+        """The learning rate of ID rows before warm-up and decay."""
+        return self.lr if self.ids_lr is None else self.ids_lr
+
+    @model_validator(mode="after")
+    def _decay_fits(self) -> "OptimConfig":
+        if self.ids == "ftrl" and self.ids_weight_decay:
+            raise ValueError("optim.ids_weight_decay does nothing with optim.ids=ftrl; set optim.ftrl_l2 instead")
+        return self

@@ -30,6 +30,7 @@ from trainer.data import SampleIndex, SampleReader, distinct_values, open_index
 from trainer.days import sample_files
 from trainer.errors import ConfigError, DataError
 from trainer.machine import share_machine
+from trainer.options import OptimConfig
 from trainer.precision import with_compute_dtype
 from trainer.schema import Schema, load_schema
 from trainer.step import Engine
@@ -114,9 +115,9 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
         recorded = resumed[1].origin
         samples_changed = not digest.is_of(recorded)
         if reading:
-            recorded = recorded.model_copy(update={"data": origin.data, "train": origin.train})
+            recorded = recorded.model_copy(update={name: getattr(origin, name) for name in ("data", "train", "optim")})
         origin.model_copy(update={"data": origin.data | digest.as_recorded(recorded)}).check_same(recorded, resumed[0])
-    engine = engine_of(config, comm, schema, partitions, device, statistics)
+    engine = engine_of(config, comm, schema, partitions, device, statistics, reading=reading)
     if resumed:
         checkpoint.load(comm, *resumed, engine)
     elif warm:
@@ -149,8 +150,11 @@ def engine_of(
     partitions: Mapping[str, FeaturePartition],
     device: torch.device,
     statistics: Mapping[str, FeatureStatistics] | None = None,
+    *,
+    reading: bool = False,
 ) -> Engine:
-    """The engine of a run. Without `statistics`, a checkpoint that is loaded next has the standardisation."""
+    """The engine of a run. Without `statistics`, a checkpoint that is loaded next has the standardisation; `reading`:
+    the run is looked at and not trained."""
     return Engine(
         comm,
         schema,
@@ -163,6 +167,7 @@ def engine_of(
         statistics=statistics,
         device=device,
         dtype=torch.float64 if config.model.compute_dtype == "float64" else torch.float32,
+        reading=reading,
     )
 
 
@@ -276,10 +281,17 @@ def _origin(config: Config, schema: Schema, samples: str, partitions: Mapping[st
             "shuffle_window_groups": config.data.shuffle_window_groups,
         },
         train={"seed": config.train.seed},
+        optim=_optim_of(config.optim),
         model=model_of(config, schema),
         store=store,
         stores=stores,
     )
+
+
+def _optim_of(optim: OptimConfig) -> dict[str, Any]:
+    """What must stay the same for ID rows to go on: Adam moves them by its betas between the steps that touch them."""
+    betas = {"beta1": optim.beta1, "beta2": optim.beta2, "eps": optim.eps} if optim.ids == "adam" else {}
+    return {"ids": optim.ids, **betas}
 
 
 def model_of(config: Config, schema: Schema) -> dict[str, Any]:

@@ -19,11 +19,12 @@ from trainer.comm import Comm
 from trainer.dropout import IdDropout
 from trainer.errors import ConfigError
 from trainer.exchange import ContentSource, Exchange, FieldVectors, Request, Source
+from trainer.ids.optimizers import SHARED_STATE, RowOptimizer, row_optimizer
 from trainer.ids.tables import TableShape, apply_gradients, build_tables
 from trainer.machine import check_memory
 from trainer.models.build import build_model
 from trainer.models.fields import nearest_of, tiers_of, width_of
-from trainer.optim import DenseOptimizer, check_names, rates_at
+from trainer.optim import DenseOptimizer, Rates, check_names, rates_at
 from trainer.options import ExchangeConfig, ModelConfig, OptimConfig
 from trainer.precision import with_compute_dtype
 from trainer.reuse import VectorCache
@@ -33,9 +34,6 @@ from trainer.stages import Kind, Stages
 
 # Fields, dense values and the group of each sample in; as trainer.models.ctr.CtrModel.forward.
 Network = Callable[[Mapping[str, FieldVectors], Mapping[str, Tensor], Tensor], Tensor]
-
-# Standard deviation of an ID vector's first elements.
-_ID_SCALE = 0.05
 
 
 @dataclass
@@ -79,7 +77,9 @@ class Engine:
         statistics: Mapping[str, FeatureStatistics] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        reading: bool = False,
     ) -> None:
+        """`reading`: nothing is trained, so ID rows have no optimiser's state; a checkpoint's is left out."""
         self.num_steps = 0
         self.stages = Stages()
         self._comm, self._optim = comm, optim
@@ -95,9 +95,19 @@ class Engine:
             if statistics and store in statistics:
                 service.fold_standardization_(statistics[store].mean_D, statistics[store].std_D)
         shapes = table_shapes(self.model.fields, model)
-        check_memory(comm, shapes, self._device, dtype)
+        self._rows = RowOptimizer(optim) if reading else row_optimizer(optim, dtype, self._device)
+        check_memory(comm, shapes, self._rows.state, self._device, dtype)
         self.tables = comm.on_all(
-            lambda: build_tables(shapes, comm.rank, comm.size, seed=seed, scale=_ID_SCALE, device=device, dtype=dtype)
+            lambda: build_tables(
+                shapes,
+                comm.rank,
+                comm.size,
+                seed=seed,
+                scale=model.id_init_std,
+                optimizer=self._rows,
+                device=device,
+                dtype=dtype,
+            )
         )
         self.model.place.comm, self.model.place.seed = comm, seed
         self._config, self._compared = model, pairs_of_fields(self.fields, model)
@@ -159,7 +169,7 @@ class Engine:
         request.backward.switch(None)
         self._dense.start_reduction()
         with self.stages.timed("update id rows"):
-            apply_gradients(self.tables.values(), rates)
+            self.move_rows(rates)
         with self.stages.timed("reduce gradients"):
             self._dense.finish_reduction()
         with self.stages.timed("update dense"):
@@ -191,15 +201,19 @@ class Engine:
         return self._dense.parameters
 
     def dense_state(self) -> dict[str, Tensor]:
-        """What is the same on every rank: parameters, standardisation, Adam's state, the number of steps."""
+        """What is the same on every rank: parameters, standardisation, Adam's state, the number of steps, and what the
+        optimiser of ID rows knows beside them."""
         state = self._dense.state()
         state.update(self._modules.named_buffers())
+        state.update(self._rows.shared_state())
         state["num_steps"] = torch.tensor(self.num_steps)
         return state
 
     def load_dense_state(self, state: Mapping[str, Tensor]) -> None:
         """Undoes `dense_state`, on every rank. Raises CheckpointError naming what does not fit."""
+        self._rows.load_shared_state(state)
         mine = self.dense_state()
+        state = {name: value for name, value in state.items() if name in mine or not name.startswith(SHARED_STATE)}
         check_names(mine, state)
         with torch.no_grad():
             for name, value in mine.items():
@@ -211,13 +225,27 @@ class Engine:
         return [name for table in self.tables.values() for name in table.names()]
 
     def shard_state(self) -> dict[str, Tensor]:
-        """ID rows and their Adam state that this rank owns, <table>/<shard>/<part>: views, to be written at once."""
+        """ID rows that this rank owns and their optimiser's state, <table>/<shard>/<part>, to be written at once."""
         return {name: rows for table in self.tables.values() for name, rows in table.export_shards().items()}
 
     def load_shard_state(self, state: Mapping[str, Tensor]) -> None:
         """Takes this rank's shards out of `state`, written by any number of ranks. Raises CheckpointError."""
         for table in self.tables.values():
             table.import_shards(state)
+
+    def row_weights(self) -> dict[str, Tensor]:
+        """Views of the weights of ID rows that this rank owns, to begin with other values; before the first step."""
+        return {name: rows for table in self.tables.values() for name, rows in table.weights().items()}
+
+    def move_rows(self, rates: Rates) -> None:
+        """One step of the ID rows' optimiser with the gradients of the last backward. All ranks call it once a step."""
+        apply_gradients(self.tables.values(), self._rows, rates)
+
+    def restart_rows(self, epoch: int) -> None:
+        """Begin all ID rows anew for this epoch, and their optimiser with them. All ranks call it between two steps."""
+        self._rows.restart()
+        for table in self.tables.values():
+            table.restart(epoch)
 
     def _outputs(self, prepared: Prepared, network: Network) -> Tensor:
         batch = prepared.batch

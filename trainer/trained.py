@@ -208,7 +208,7 @@ def open_trained(
             chosen = comm.on_rank_0(partial(_snapshot_id, saved, place, asked))
             partition = comm.on_all(partial(open_partition, config, comm, place, chosen))
             partitions[place.name] = opened.enter_context(partition)
-        engine = engine_of(config, comm, schema, partitions, device)
+        engine = engine_of(config, comm, schema, partitions, device, reading=True)
         checkpoint.load(comm, saved.path, saved.state, engine)
         opened.pop_all()
     return TrainedRun(**vars(saved), comm=comm, schema=schema, engine=engine, partitions=partitions)

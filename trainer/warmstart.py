@@ -28,7 +28,7 @@ class Warmable(Protocol):
     """What of the engine a warm start needs: state by name, the tensors themselves."""
 
     def dense_state(self) -> dict[str, Tensor]: ...
-    def shard_state(self) -> dict[str, Tensor]: ...
+    def row_weights(self) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ class _Chosen:
 
     def __init__(self, warm: WarmStart, trained: Warmable) -> None:
         self._warm, self._dense = warm, trained.dense_state()
-        rows = trained.shard_state() if "ids" in warm.parts else {}
-        self._rows = {name: value for name, value in rows.items() if name.endswith("/weight")}
+        self._rows = trained.row_weights() if "ids" in warm.parts else {}
 
     def load_dense_state(self, state: Mapping[str, Tensor]) -> None:
         for part, prefix in _PREFIXES.items():

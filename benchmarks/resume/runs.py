@@ -19,6 +19,7 @@ from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.errors import TrainerError
 from trainer.evaluation.predict import predict_run
+from trainer.ids.optimizers import SHARED_STATE
 
 Float = NDArray[np.float64]
 CHANGING = (4, 1, 2)
@@ -116,5 +117,5 @@ def _end(folder: Path) -> End:
 
 
 def _is_parameter(name: str) -> bool:
-    """Neither Adam's state, nor standardisation, nor the number of steps."""
-    return not name.startswith("adam/") and not name.endswith("_D") and name != "num_steps"
+    """Neither an optimiser's state, nor standardisation, nor the number of steps."""
+    return not name.startswith(("adam/", SHARED_STATE)) and not name.endswith("_D") and name != "num_steps"

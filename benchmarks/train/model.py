@@ -19,7 +19,6 @@ from featurestore.embedding import EmbeddingModel, EmbeddingService, Gathered
 from trainer.batch import Batch, Jagged
 from trainer.columns import ranges
 from trainer.exchange import Exchange, FieldVectors, Request
-from trainer.ids.tables import apply_gradients
 from trainer.optim import DenseOptimizer, rates_at
 from trainer.prefetch import ReadAhead
 from trainer.run import Run
@@ -83,7 +82,7 @@ class Model:
         rates = rates_at(self._optim, self._steps)
         self._dense.loss = loss
         self._dense.start_reduction()
-        apply_gradients(self._tables.values(), rates)
+        self.run.engine.move_rows(rates)
         self._dense.finish_reduction()
         self._steps += 1
         return self._dense.step(rates)

@@ -9,8 +9,12 @@ from trainer import machine
 from trainer.comm import SoloComm
 from trainer.config import Device, load_config
 from trainer.errors import ConfigError
+from trainer.ids.optimizers import state_of
 from trainer.ids.tables import TableShape
 from trainer.machine import Place, check_memory, device_name, idle_gpus, share_machine, threads_of, uses_cuda
+from trainer.options import OptimConfig
+
+STATE = state_of(OptimConfig(ids="rowwise_adam"))
 
 
 def place(host: str, *cores: int) -> Place:
@@ -44,12 +48,12 @@ class TestMemory:
     def test_tables_that_fit_are_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for free in (None, 41_000_000_000):
             monkeypatch.setattr(machine, "free_bytes", lambda free=free: free)
-            check_memory(SoloComm(), self.SHAPES, torch.device("cpu"), torch.float32)
+            check_memory(SoloComm(), self.SHAPES, STATE, torch.device("cpu"), torch.float32)
 
     def test_the_largest_table_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(machine, "free_bytes", lambda: 3_000_000_000)
         with pytest.raises(ConfigError) as caught:
-            check_memory(SoloComm(), self.SHAPES, torch.device("cpu"), torch.float32)
+            check_memory(SoloComm(), self.SHAPES, STATE, torch.device("cpu"), torch.float32)
         message = str(caught.value)
         assert re.match(r"model\.tables\.user=1000000000: 1,000,000,000 rows of 4 .* take 40\.0 GB on ", message)
         assert "all tables 40.1 GB" in message and "3.0 GB are free" in message
@@ -60,10 +64,10 @@ class TestMemory:
         on_both, alone = [("a", 30, [20]), ("a", 31, [20])], [("a", 30, [20]), ("b", 30, [20])]
         shapes = [TableShape("user", 4, 10, 2)]
         monkeypatch.setattr(comm, "allgather_object", lambda value, name: alone)
-        check_memory(comm, shapes, torch.device("cpu"), torch.float32)
+        check_memory(comm, shapes, STATE, torch.device("cpu"), torch.float32)
         monkeypatch.setattr(comm, "allgather_object", lambda value, name: on_both)
         with pytest.raises(ConfigError, match=r"on a \(2 ranks"):
-            check_memory(comm, shapes, torch.device("cpu"), torch.float32)
+            check_memory(comm, shapes, STATE, torch.device("cpu"), torch.float32)
 
     def test_this_machine_says_what_is_free(self) -> None:
         assert 0 < (machine.free_bytes() or 0) < 1 << 50

@@ -9,6 +9,8 @@ import torch
 from featurestore.embedding import EmbeddingModel
 from featurestore.mapping import physical_memory_bytes
 from trainer.config import Config
+from trainer.ids.optimizers import state_of
+from trainer.ids.rows import row_bytes
 from trainer.models.build import build_model
 from trainer.models.fields import used_fields, width_of
 from trainer.plan import standin
@@ -20,7 +22,6 @@ from trainer.plan.sample import LARGEST_MEASURED, Question, Sampled, sample
 from trainer.step import model_name, table_shapes
 
 _FLOAT_BYTES = 4
-_ROW_STATE_BYTES = 8  # of an ID row, beside its weights and momentum: variance and steps
 
 Say = Callable[[str], None]
 
@@ -96,13 +97,14 @@ def _with_standin(config: Config, sampled: Sampled, folder: Path) -> Config:
 
 def _stored(config: Config, sampled: Sampled) -> Stored:
     info, shapes = sampled.snapshot.info, table_shapes(used_fields(sampled.schema, config.model), config.model)
-    row_bytes = {shape.name: 2 * _FLOAT_BYTES * shape.width + _ROW_STATE_BYTES for shape in shapes}
+    state = state_of(config.optim)
+    bytes_of_row = {shape.name: row_bytes(shape.width, state, torch.float32) for shape in shapes}
     return Stored(
         rows=sampled.snapshot.num_rows,
         dim=info.dim,
         dtype=info.dtype,
         shards=info.num_shards,
-        table_bytes=sum(shape.rows_per_shard * shape.num_shards * row_bytes[shape.name] for shape in shapes),
+        table_bytes=sum(shape.rows_per_shard * shape.num_shards * bytes_of_row[shape.name] for shape in shapes),
         table_shards=config.model.table_shards,
         machine_memory_bytes=physical_memory_bytes(),
     )

@@ -7,8 +7,11 @@ import torch
 from featurestore.distinct import DistinctCount
 from trainer.comm import SoloComm
 from trainer.ids.collisions import Collisions, collisions_of, gather_collisions, rows_for
+from trainer.ids.optimizers import RowOptimizer
 from trainer.ids.tables import TableShape, build_tables
+from trainer.options import OptimConfig
 
+READER = RowOptimizer(OptimConfig())
 IDS = np.random.default_rng(0).integers(-(2**62), 2**62, 100_000)
 
 
@@ -80,7 +83,7 @@ def test_ranks_know_together_what_one_knows(num_ranks: int, num_ids: int) -> Non
     shape, ids = shape_of(5000), IDS[:num_ids]
     own = []
     for rank in range(num_ranks):
-        table = build_tables([shape], rank, num_ranks, seed=0, scale=0.05)["item"]
+        table = build_tables([shape], rank, num_ranks, seed=0, scale=0.05, optimizer=READER)["item"]
         for step_ids in np.array_split(ids, 7):
             table.serve(step_ids[table.owner_of(step_ids) == rank], "step")
         own.append({"item": (table.shape, table.seen)})
@@ -90,6 +93,6 @@ def test_ranks_know_together_what_one_knows(num_ranks: int, num_ids: int) -> Non
 
 
 def test_evaluation_notes_no_ids() -> None:
-    table = build_tables([shape_of(100)], 0, 1, seed=0, scale=0.05, dtype=torch.float32)["item"]
+    table = build_tables([shape_of(100)], 0, 1, seed=0, scale=0.05, optimizer=READER, dtype=torch.float32)["item"]
     table.serve(IDS[:10], "eval")
     assert table.seen.estimate == 0

@@ -1,26 +1,36 @@
 """ID tables: the place and first value of a row do not depend on the number of ranks; Adam moves touched rows alone."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from trainer.errors import CheckpointError, ConfigError
+from trainer.ids.optimizers import RowOptimizer, row_optimizer
 from trainer.ids.tables import IdTable, TableShape, apply_gradients, build_tables, initial_rows, owned_bytes
-from trainer.optim import AdamRates
+from trainer.optim import Rates
+from trainer.options import OptimConfig
 
 SHAPE = TableShape("item", width=3, num_rows=50, num_shards=8)
-RATES = AdamRates(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8)
+OPTIM = OptimConfig(lr=0.1, beta2=0.99, ids="rowwise_adam")
+RATES = Rates(lr=0.1, ids_lr=0.1)
 
 
-def table_of(rank: int = 0, num_ranks: int = 1, shape: TableShape = SHAPE, seed: int = 1) -> IdTable:
-    return build_tables([shape], rank, num_ranks, seed=seed, scale=0.05, dtype=torch.float64)[shape.name]
+def optimizer(**changes: Any) -> RowOptimizer:
+    return row_optimizer(OPTIM.model_copy(update=changes), torch.float64)
 
 
-def train(table: IdTable, ids: list[int], rates: AdamRates = RATES) -> None:
+def table_of(rank: int = 0, num_ranks: int = 1, shape: TableShape = SHAPE, seed: int = 1, **changes: Any) -> IdTable:
+    own = {"optimizer": optimizer(**changes), "seed": seed, "scale": 0.05, "dtype": torch.float64}
+    return build_tables([shape], rank, num_ranks, **own)[shape.name]
+
+
+def train(table: IdTable, ids: list[int], rates: Rates = RATES) -> None:
     request = table.serve(np.array(ids))
     rows_QV = table.vectors(request)
     (rows_QV[torch.from_numpy(request.inverse_R)] * torch.arange(1, len(ids) + 1).unsqueeze(1)).sum().backward()
-    apply_gradients([table], rates)
+    apply_gradients([table], table.optimizer, rates)
 
 
 class TestShape:
@@ -69,46 +79,45 @@ class TestMemory:
         monkeypatch.setattr(torch, "zeros", refuse)
         shapes = [TableShape("user", 3, 5_000_000, 8), SHAPE]
         with pytest.raises(ConfigError, match=r"model\.tables\.user=5000000: this rank's 5,000,056 rows .* 0\.2 GB"):
-            build_tables(shapes, 0, 1, seed=1, scale=0.05)
+            build_tables(shapes, 0, 1, seed=1, scale=0.05, optimizer=optimizer())
 
     def test_bytes_are_those_of_the_tensors(self) -> None:
         for rank in range(3):
             rows = table_of(rank, 3).export_shards().values()
-            assert owned_bytes(SHAPE, rank, 3, torch.float64) == sum(each.nbytes for each in rows)
+            assert owned_bytes(SHAPE, rank, 3, optimizer().state, torch.float64) == sum(each.nbytes for each in rows)
 
 
 class TestTraining:
     def test_only_touched_rows_move(self) -> None:
         table = table_of()
-        before = table.weight.clone()
+        before = table.rows.weight.clone()
         request = table.serve(np.array([5, 6]))
         train(table, [5, 6])
-        moved = (table.weight != before).any(dim=1).nonzero().flatten()
+        moved = (table.rows.weight != before).any(dim=1).nonzero().flatten()
         assert moved.tolist() == request.rows_Q.tolist()
-        assert table.steps.sum() == len(request.rows_Q)
+        assert table.rows.parts["steps"].sum() == len(request.rows_Q)
 
     def test_ids_in_one_row_share_its_gradient(self) -> None:
         table = table_of(shape=TableShape("item", 3, num_rows=1, num_shards=1))
         train(table, [5, 6, 7])  # gradient 1 + 2 + 3
-        assert table.momentum.tolist() == [[pytest.approx(0.6)] * 3]
-        assert table.variance.tolist() == [pytest.approx(0.36)]
-        assert table.steps.tolist() == [1]
+        assert table.rows.parts["momentum"].tolist() == [[pytest.approx(0.6)] * 3]
+        assert table.rows.parts["variance"].tolist() == [pytest.approx(0.36)]
+        assert table.rows.parts["steps"].tolist() == [1]
 
     def test_first_step_is_one_learning_rate(self) -> None:
         table = table_of(shape=TableShape("item", 3, num_rows=1, num_shards=1))
-        before = table.weight.clone()
+        before = table.rows.weight.clone()
         train(table, [5])
-        assert torch.allclose(before - table.weight, torch.full((1, 3), 0.1, dtype=torch.float64))
+        assert torch.allclose(before - table.rows.weight, torch.full((1, 3), 0.1, dtype=torch.float64))
 
     def test_adaptive_l2_equals_a_plain_loop(self) -> None:
         """Zhou et al., arXiv 1706.06978, 5.1, with the steps that touched a row as its frequency."""
-        rates = AdamRates(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, id_l2=0.7)
         steps = [[5, 6], [5], [5, 7], [], [7, 7, 5]]
-        table = table_of()
+        table = table_of(id_l2=0.7)
         rows = {i: row.clone() for i in (5, 6, 7) for row in table.vectors(table.serve(np.array([i]))).detach()}
         moments = {i: (torch.zeros(3, dtype=torch.float64), 0.0, 0) for i in rows}
         for ids in steps:
-            train(table, ids, rates)
+            train(table, ids)
             for i in set(ids):
                 momentum, variance, frequency = moments[i]
                 frequency += 1
@@ -123,7 +132,7 @@ class TestTraining:
 
     def test_tables_that_share_memory_train_as_they_do_alone(self) -> None:
         shapes = [TableShape("a", 3, 50, 8), TableShape("b", 2, 20, 8), TableShape("c", 3, 30, 8)]
-        together = build_tables(shapes, 0, 1, seed=1, scale=0.05, dtype=torch.float64)
+        together = build_tables(shapes, 0, 1, seed=1, scale=0.05, optimizer=optimizer(), dtype=torch.float64)
         alone = {shape.name: table_of(shape=shape) for shape in shapes}
         assert together["a"].shared is together["c"].shared
         for ids in ({"a": [5, 6], "b": [5], "c": [5, 5, 9]}, {"a": [], "c": [6, 9]}, {"b": [1]}):
@@ -132,25 +141,25 @@ class TestTraining:
                     request = tables[name].serve(np.array(each))
                     rows_QV = tables[name].vectors(request)
                     (rows_QV * torch.arange(1, len(rows_QV) + 1).unsqueeze(1)).sum().backward()
-            apply_gradients(together.values(), RATES)
+            apply_gradients(together.values(), together["a"].optimizer, RATES)
             for table in alone.values():
-                apply_gradients([table], RATES)
+                apply_gradients([table], table.optimizer, RATES)
             for name, table in alone.items():
                 mine = together[name].export_shards()
                 assert all(torch.equal(rows, mine[part]) for part, rows in table.export_shards().items())
 
     def test_no_ids_no_change(self) -> None:
         table = table_of()
-        before = table.weight.clone()
+        before = table.rows.weight.clone()
         train(table, [])
-        assert torch.equal(table.weight, before)
+        assert torch.equal(table.rows.weight, before)
 
     def test_reading_without_gradient_leaves_the_last_step_alone(self) -> None:
         table = table_of()
         with torch.no_grad():
             table.vectors(table.serve(np.array([1])))
-        apply_gradients([table], RATES)
-        assert table.steps.sum() == 0
+        apply_gradients([table], table.optimizer, RATES)
+        assert table.rows.parts["steps"].sum() == 0
 
     def test_a_rank_beyond_the_shards_owns_nothing(self) -> None:
         table = table_of(rank=9, num_ranks=11)

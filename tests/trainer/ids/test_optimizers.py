@@ -1,0 +1,266 @@
+"""Optimisers of ID rows: each against its plain form on the whole table, step by step; Adam against torch's own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.errors import ConfigError
+from trainer.ids.optimizers import RowOptimizer, row_optimizer, state_of
+from trainer.ids.rows import Rows, row_bytes
+from trainer.optim import rates_at
+from trainer.options import OptimConfig
+
+ROWS, WIDTH, STEPS = 30, 4, 900
+SCHEDULE = {"ids_lr": 0.02, "lr_gamma": 0.7, "lr_every": 40, "warmup_steps": 60}
+
+
+class Table:
+    """Rows that an optimiser of ours moves, and the same table as torch's dense optimisers have it."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, **settings: Any) -> None:
+        self.config = OptimConfig(**{**SCHEDULE, **settings})
+        self.optimizer = row_optimizer(self.config, dtype)
+        self.rows = Rows.zeros(ROWS, WIDTH, self.optimizer.state, "cpu", dtype)
+        draw = np.random.default_rng(1)
+        self.rows.weight.copy_(torch.from_numpy(draw.normal(0, 0.05, (ROWS, WIDTH))))
+        self.dense = self.now().clone().requires_grad_()
+        self.num_steps = 0
+
+    def now(self) -> Tensor:
+        """All rows as a reader would get them."""
+        return self.optimizer.current(self.rows, torch.arange(ROWS))
+
+    def step(self, rows_Q: Tensor, gradient_QV: Tensor) -> None:
+        """One step with these gradients; those of all other rows are zero."""
+        rates, dtype = rates_at(self.config, self.num_steps), self.rows.weight.dtype
+        self.dense.grad = torch.zeros_like(self.dense)
+        self.dense.grad[rows_Q] = gradient_QV.to(dtype)
+        if len(rows_Q):
+            weight_QV = self.optimizer.current(self.rows, rows_Q)
+            self.optimizer.step(self.rows, rows_Q, weight_QV, gradient_QV.to(dtype), rates)
+        self.optimizer.end_step(rates)
+        self.num_steps += 1
+
+
+def drawn_steps(seed: int, steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:
+    """Touched rows and gradients: some rows in most steps, some in few, the last two in none or one, pauses of hundreds
+    of steps; gradients of all sizes, many below Adam's eps, some zero."""
+    draw = np.random.default_rng(seed)
+    chance_N = np.geomspace(0.8, 0.002, ROWS)
+    chance_N[-1] = 0
+    made = []
+    for step in range(steps):
+        pause = 300 <= step < 700
+        rows_Q = np.flatnonzero(draw.random(ROWS) < chance_N * (0.02 if pause else 1))
+        size_Q = 10.0 ** draw.uniform(-11, 0, (len(rows_Q), 1))
+        gradient_QV = draw.normal(size=(len(rows_Q), WIDTH)) * size_Q * (draw.random((len(rows_Q), WIDTH)) < 0.9)
+        made.append((torch.from_numpy(rows_Q), torch.from_numpy(gradient_QV)))
+    return made
+
+
+def torch_adam(table: Table) -> Callable[[], None]:
+    config = table.config
+    adam = torch.optim.Adam([table.dense], lr=1.0, betas=(config.beta1, config.beta2), eps=config.eps)
+
+    def step() -> None:
+        adam.param_groups[0]["lr"] = rates_at(config, table.num_steps - 1).ids_lr
+        adam.step()
+
+    return step
+
+
+class TestAdam:
+    @pytest.mark.parametrize("seed", [0, 1])
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"beta1": 0.95, "beta2": 0.99},
+            {"beta1": 0.0},
+            {"beta1": 0.5, "beta2": 0.9},
+            {"eps": 1e-3},
+            {"lr_gamma": 1.0, "warmup_steps": 0},
+        ],
+    )
+    def test_every_row_after_every_step_is_that_of_torch_on_the_whole_table(
+        self, seed: int, settings: dict[str, float]
+    ) -> None:
+        table = Table(ids="adam", **settings)
+        dense_step = torch_adam(table)
+        for rows_Q, gradient_QV in drawn_steps(seed):
+            table.step(rows_Q, gradient_QV)
+            dense_step()
+            torch.testing.assert_close(table.now(), table.dense.detach(), rtol=0, atol=2e-13)
+
+    def test_rows_that_never_were_touched_stay(self) -> None:
+        table = Table(ids="adam")
+        before = table.now()[-1]
+        for rows_Q, gradient_QV in drawn_steps(0, 100):
+            table.step(rows_Q, gradient_QV)
+        assert torch.equal(table.now()[-1], before)
+
+    def test_float32_is_about_as_near_as_torch_in_float32(self) -> None:
+        table, exact = Table(torch.float32, ids="adam"), Table(ids="adam")
+        exact.rows.weight.copy_(table.rows.weight)
+        dense_step = torch_adam(table)
+        ours = theirs = 0.0
+        for rows_Q, gradient_QV in drawn_steps(0):
+            for each in (table, exact):
+                each.step(rows_Q, gradient_QV)
+            dense_step()
+            ours = max(ours, float((table.now() - exact.now()).abs().max()))
+            theirs = max(theirs, float((table.dense.detach() - exact.now()).abs().max()))
+        assert 0 < ours < 3 * theirs < 1e-5  # of moves that add up to about 1
+
+    def test_reading_changes_nothing(self) -> None:
+        read, unread = Table(ids="adam"), Table(ids="adam")
+        for rows_Q, gradient_QV in drawn_steps(0, 50):
+            read.now()
+            for table in (read, unread):
+                table.step(rows_Q, gradient_QV)
+        assert all(torch.equal(part, unread.rows.parts[name]) for name, part in read.rows.parts.items())
+
+    def test_goes_on_from_its_shared_state(self) -> None:
+        through, second = Table(ids="adam"), Table(ids="adam")
+        steps = drawn_steps(0, 400)
+        for each in steps[:350]:
+            through.step(*each)
+        for name, part in through.rows.parts.items():
+            second.rows.parts[name].copy_(part)
+        second.optimizer.load_shared_state(through.optimizer.shared_state())
+        second.num_steps = 350
+        for each in steps[350:]:
+            through.step(*each)
+            second.step(*each)
+            assert torch.equal(through.now(), second.now())
+
+    def test_begins_anew_as_a_new_one(self) -> None:
+        again, new = Table(ids="adam", warmup_steps=0, lr_gamma=1.0), Table(ids="adam", warmup_steps=0, lr_gamma=1.0)
+        for each in drawn_steps(0, 50):
+            again.step(*each)
+        again.optimizer.restart()
+        for name, part in again.rows.parts.items():
+            part.copy_(new.rows.parts[name])
+        for each in drawn_steps(1, 50):
+            again.step(*each)
+            new.step(*each)
+        assert torch.equal(again.now(), new.now())
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"beta1": 0.9999}, r"optim\.beta1=0\.9999: .* at most 0\.998; lower it"),
+            ({"beta1": 0.9, "beta2": 0.5}, r"optim\.beta1=0\.9 and optim\.beta2=0\.5: .* take betas nearer to"),
+        ],
+    )
+    def test_betas_without_exact_moves_are_refused(self, settings: dict[str, float], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            row_optimizer(OptimConfig(ids="adam", **settings), torch.float64)
+
+
+class TestPlainForms:
+    """Optimisers that leave rows alone which a step does not touch, against loops over touched rows."""
+
+    def compare(self, table: Table, move: Callable[[Table, Tensor, Tensor], None], atol: float = 1e-12) -> None:
+        for rows_Q, gradient_QV in drawn_steps(0, 300):
+            table.step(rows_Q, gradient_QV)
+            with torch.no_grad():
+                move(table, rows_Q, gradient_QV)
+            torch.testing.assert_close(table.now(), table.dense.detach(), rtol=0, atol=atol)
+
+    def test_adagrad_is_torchs(self) -> None:
+        table = Table(ids="adagrad", eps=1e-10)
+        adagrad = torch.optim.Adagrad([table.dense], lr=1.0, eps=1e-10)
+
+        def move(table: Table, rows_Q: Tensor, gradient_QV: Tensor) -> None:
+            adagrad.param_groups[0]["lr"] = rates_at(table.config, table.num_steps - 1).ids_lr
+            adagrad.step()
+
+        self.compare(table, move)
+
+    def test_rowwise_adagrad_has_one_sum_a_row(self) -> None:
+        table, sums = Table(ids="rowwise_adagrad"), torch.zeros(ROWS, dtype=torch.float64)
+
+        def move(table: Table, rows_Q: Tensor, gradient_QV: Tensor) -> None:
+            lr = rates_at(table.config, table.num_steps - 1).ids_lr
+            for row, gradient_V in zip(rows_Q.tolist(), gradient_QV, strict=True):
+                sums[row] += (gradient_V**2).mean()
+                table.dense[row] -= lr * gradient_V / (sums[row].sqrt() + table.config.eps)
+
+        self.compare(table, move)
+
+    @pytest.mark.parametrize("settings", [{}, {"ftrl_l1": 0.4, "ftrl_l2": 0.5, "ftrl_beta": 0.1}])
+    def test_ftrl_is_algorithm_1_of_mcmahan(self, settings: dict[str, float]) -> None:
+        table = Table(ids="ftrl", **settings)
+        alpha, beta = table.config.alpha, table.config.ftrl_beta
+        l1, l2 = table.config.ftrl_l1, table.config.ftrl_l2
+        first = table.dense.detach()
+        z, n = -first * (beta / alpha + l2) - first.sign() * l1, torch.zeros_like(first)
+
+        def weight(z: float, n: float) -> float:
+            if abs(z) <= l1:
+                return 0.0
+            return -(z - (l1 if z > 0 else -l1)) / ((beta + n**0.5) / alpha + l2)
+
+        def move(table: Table, rows_Q: Tensor, gradient_QV: Tensor) -> None:
+            for row, gradient_V in zip(rows_Q.tolist(), gradient_QV.tolist(), strict=True):
+                for at, g in enumerate(gradient_V):
+                    w = float(table.dense[row, at])
+                    sigma = (float(n[row, at] + g * g) ** 0.5 - float(n[row, at]) ** 0.5) / alpha
+                    z[row, at] += g - sigma * w
+                    n[row, at] += g * g
+                    table.dense[row, at] = weight(float(z[row, at]), float(n[row, at]))
+
+        self.compare(table, move)
+        assert bool((table.now() == 0).any()) == bool(l1)
+
+    def test_weight_decay_is_that_of_adamw_on_touched_rows(self) -> None:
+        table = Table(ids="adagrad", ids_weight_decay=0.3)
+        adagrad = torch.optim.Adagrad([table.dense], lr=1.0, eps=table.config.eps)
+
+        def move(table: Table, rows_Q: Tensor, gradient_QV: Tensor) -> None:
+            lr = rates_at(table.config, table.num_steps - 1).ids_lr
+            table.dense[rows_Q] *= 1 - lr * 0.3
+            adagrad.param_groups[0]["lr"] = lr
+            adagrad.step()
+
+        self.compare(table, move)
+
+    @pytest.mark.parametrize("ids", ["adam", "adagrad", "rowwise_adagrad", "ftrl", "rowwise_adam"])
+    def test_adaptive_l2_is_a_part_of_the_gradient(self, ids: str) -> None:
+        table, plain = Table(ids=ids, id_l2=0.2), Table(ids=ids)
+        counts = torch.zeros(ROWS, dtype=torch.float64)
+        for rows_Q, gradient_QV in drawn_steps(0, 60):
+            counts[rows_Q] += 1
+            more_QV = 0.2 / counts[rows_Q, None] * plain.now()[rows_Q]
+            table.step(rows_Q, gradient_QV)
+            plain.step(rows_Q, gradient_QV + more_QV)
+            torch.testing.assert_close(table.now(), plain.now(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ids", "numbers", "counts"),
+    [
+        ("adam", 3 * 12, 1),
+        ("rowwise_adam", 2 * 12 + 1, 1),
+        ("adagrad", 24, 0),
+        ("rowwise_adagrad", 13, 0),
+        ("ftrl", 36, 0),
+    ],
+)
+def test_each_keeps_what_it_needs(ids: Any, numbers: int, counts: int) -> None:
+    config = OptimConfig(ids=ids)
+    assert row_bytes(12, state_of(config), torch.float32) == 4 * (numbers + counts)
+    assert row_optimizer(config, torch.float32).state == state_of(config)
+    counted = ids != "rowwise_adam"
+    with_l2 = row_bytes(12, state_of(config.model_copy(update={"id_l2": 0.1})), torch.float32)
+    assert with_l2 == 4 * (numbers + counts + counted)
+
+
+def test_what_only_reads_has_no_state_and_moves_nothing() -> None:
+    reader = RowOptimizer(OptimConfig(id_l2=0.1))
+    assert reader.state == () and reader.shared_state() == {}

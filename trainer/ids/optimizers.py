@@ -1,0 +1,216 @@
+"""The optimisers of ID rows: what each keeps of a row, and one step of it on the rows that a step touches.
+
+Q rows touched, V numbers in each; all work on copies of these rows alone. The row's `gradient_QV` is the sum over all
+ranks, of the mean loss over the global batch.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from trainer.errors import CheckpointError
+from trainer.ids.drift import Drift
+from trainer.ids.rows import WEIGHT, Rows, StatePart
+from trainer.optim import Rates
+from trainer.options import IdOptimizer, OptimConfig
+
+LAST_WEIGHT = "last_weight"
+"""Name in a checkpoint of the weights as the last step that touched the row left them, where `weight` is newer."""
+SHARED_STATE = "ids/"
+"""How names of what a checkpoint has of the optimiser beside the rows begin."""
+_STEPS = StatePart("steps", "count")
+_RATES = f"{SHARED_STATE}learning_rates"
+
+
+class RowOptimizer:
+    """Leaves rows as they are: what evaluation needs. One object serves all tables of a rank."""
+
+    state: tuple[StatePart, ...] = ()
+    lags: ClassVar[bool] = False
+    """Whether weights in memory lag behind `current`."""
+
+    def __init__(self, config: OptimConfig) -> None:
+        self._config = config
+        self.state = type(self).state_with(config)
+
+    @classmethod
+    def state_with(cls, config: OptimConfig) -> tuple[StatePart, ...]:
+        """What is kept of a row beside its weights; adaptive L2 needs the number of its steps."""
+        lacks = bool(config.id_l2 and cls.state) and _STEPS not in cls.state
+        return (*cls.state, _STEPS) if lacks else cls.state
+
+    def current(self, rows: Rows, rows_Q: Tensor) -> Tensor:
+        """A copy of the weights (Q, V) of these rows as they are now."""
+        return rows.weight.index_select(0, rows_Q)
+
+    @torch.no_grad()
+    def step(self, rows: Rows, rows_Q: Tensor, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> None:
+        """Move these rows, whose weights now are `weight_QV`, and their state.
+
+        With `id_l2`, the adaptive L2 of DIN (Zhou et al., arXiv 1706.06978, section 5.1): id_l2 / n x the row is added
+        to its gradient, in steps that touch the row alone. n is the number of steps that touched it so far, this one
+        included. DIN takes the row's samples in the whole data for n, which nobody knows while the data still come;
+        counted in steps, the shares 1 / n of a pass over known data add up to one L2 a row, as theirs do before they
+        are approximated, and a row's owner has the number at hand, the same for any number of ranks.
+        `ids_weight_decay` is decoupled, as in AdamW (Loshchilov and Hutter, arXiv 1711.05101).
+        """
+        touched = rows.take(rows_Q, [part.name for part in self.state])
+        if _STEPS in self.state:
+            touched.parts[_STEPS.name].add_(1)
+        if self._config.id_l2:
+            share_Q = self._config.id_l2 / touched.parts[_STEPS.name].to(weight_QV.dtype)
+            gradient_QV = gradient_QV + weight_QV * share_Q.unsqueeze(1)
+        if self._config.ids_weight_decay:
+            weight_QV = weight_QV * (1 - rates.ids_lr * self._config.ids_weight_decay)
+        weight_QV = self._move(touched, weight_QV, gradient_QV, rates)
+        rows.put(rows_Q, Rows({**touched.parts, WEIGHT: weight_QV}))
+
+    def end_step(self, rates: Rates) -> None:
+        """The step is over, with or without rows; every rank calls it."""
+
+    def restart(self) -> None:
+        """All rows begin anew, and their state is zero."""
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs beside the rows: the same on every rank."""
+        return {}
+
+    def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take `shared_state` out of `state`. Raises CheckpointError where it is not there."""
+
+    def _move(self, touched: Rows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
+        """Change the state in `touched` in place; return the new weights."""
+        raise AssertionError("these rows are read and not trained")
+
+
+class Adam(RowOptimizer):
+    """Adam with moments of each weight, which shrink in every step: as torch.optim.Adam on the whole table.
+
+    A row is moved by the steps that touch it; when it is read, it makes up for the others (trainer/ids/drift.py). Its
+    weight in memory is that after step `last_step`, its last; what a lookup, a checkpoint or an export gets is newer.
+    """
+
+    state = (StatePart("momentum", "vector"), StatePart("variance", "vector"), StatePart("last_step", "count"))
+    lags = True
+
+    def __init__(self, config: OptimConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+        """Raises ConfigError for betas that do not fit the type."""
+        super().__init__(config)
+        self._drift = Drift(config.beta1, config.beta2, config.eps, dtype, device)
+
+    def current(self, rows: Rows, rows_Q: Tensor) -> Tensor:
+        found = rows.take(rows_Q, [WEIGHT, "momentum", "variance", "last_step"]).parts
+        return self._drift.moved(found[WEIGHT], found["momentum"], found["variance"], found["last_step"])
+
+    def _move(self, touched: Rows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
+        config, number, parts = self._config, self._drift.num_steps + 1, touched.parts
+        steps_Q = (number - parts["last_step"]).double()
+        momentum_QV = parts["momentum"].mul_(_power(config.beta1, steps_Q, weight_QV.dtype))
+        momentum_QV.add_(gradient_QV, alpha=1 - config.beta1)
+        variance_QV = parts["variance"].mul_(_power(config.beta2, steps_Q, weight_QV.dtype))
+        variance_QV.addcmul_(gradient_QV, gradient_QV, value=1 - config.beta2)
+        parts["last_step"].fill_(number)
+        deviation_QV = variance_QV.sqrt().mul_(1 / math.sqrt(1 - config.beta2**number)).add_(config.eps)
+        return torch.addcdiv(weight_QV, momentum_QV, deviation_QV, value=-rates.ids_lr / (1 - config.beta1**number))
+
+    def end_step(self, rates: Rates) -> None:
+        self._drift.add_step(rates.ids_lr)
+
+    def restart(self) -> None:
+        self._drift.restart()
+
+    def shared_state(self) -> dict[str, Tensor]:
+        return {_RATES: torch.tensor(self._drift.rates, dtype=torch.float64)}
+
+    def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
+        if _RATES not in state:
+            raise CheckpointError("the checkpoint has no learning rates of ID rows; set optim.ids as it was")
+        self._drift.resume(state[_RATES].tolist())
+
+
+class RowwiseAdam(RowOptimizer):
+    """Adam with one second moment a row, the running mean of the squared gradient over it (FBGEMM's
+    PARTIAL_ROWWISE_ADAM). Steps that do not touch a row count for nothing: bias is corrected by those that do."""
+
+    state = (StatePart("momentum", "vector"), StatePart("variance", "number"), _STEPS)
+
+    def _move(self, touched: Rows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
+        config, parts = self._config, touched.parts
+        momentum_QV = parts["momentum"].lerp_(gradient_QV, 1 - config.beta1)
+        variance_Q = parts["variance"].lerp_(gradient_QV.square().mean(1), 1 - config.beta2)
+        count_Q = parts["steps"].to(variance_Q.dtype)
+        deviation_Q = (variance_Q / (1 - config.beta2**count_Q)).sqrt_().add_(config.eps)
+        step_Q = rates.ids_lr / (1 - config.beta1**count_Q) / deviation_Q
+        return weight_QV - momentum_QV * step_Q.unsqueeze(1)
+
+
+class Adagrad(RowOptimizer):
+    """Adagrad (Duchi et al., JMLR 2011), as torch.optim.Adagrad: the step shrinks with the sum of squared gradients."""
+
+    state = (StatePart("sum", "vector"),)
+
+    def _move(self, touched: Rows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
+        sum_QV = touched.parts["sum"].addcmul_(gradient_QV, gradient_QV)
+        return torch.addcdiv(weight_QV, gradient_QV, sum_QV.sqrt().add_(self._config.eps), value=-rates.ids_lr)
+
+
+class RowwiseAdagrad(RowOptimizer):
+    """Adagrad with one sum a row, of the mean squared gradient over it (FBGEMM's EXACT_ROWWISE_ADAGRAD)."""
+
+    state = (StatePart("sum", "number"),)
+
+    def _move(self, touched: Rows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
+        sum_Q = touched.parts["sum"].add_(gradient_QV.square().mean(1))
+        step_Q = rates.ids_lr / sum_Q.sqrt().add_(self._config.eps)
+        return weight_QV - gradient_QV * step_Q.unsqueeze(1)
+
+
+class Ftrl(RowOptimizer):
+    """FTRL-Proximal by coordinate (McMahan et al., "Ad Click Prediction", KDD 2013, algorithm 1).
+
+    alpha is optim.ids_lr itself: a weight is a function of alpha and of the sums, so a schedule would move weights
+    without a gradient. The sums of a row begin so that its first value is theirs.
+    """
+
+    state = (StatePart("linear", "vector"), StatePart("sum", "vector"))
+
+    def _move(self, touched: Rows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
+        config, linear_QV, sum_QV = self._config, touched.parts["linear"], touched.parts["sum"]
+        alpha, beta, l1, l2 = config.alpha, config.ftrl_beta, config.ftrl_l1, config.ftrl_l2
+        started_QV = weight_QV * -(beta / alpha + l2) - weight_QV.sign() * l1
+        is_new_Q = ~(sum_QV.any(1) | linear_QV.any(1))
+        linear_QV.copy_(torch.where(is_new_Q.unsqueeze(1), started_QV, linear_QV))
+        root_QV = sum_QV.sqrt()
+        sum_QV.addcmul_(gradient_QV, gradient_QV)
+        new_root_QV = sum_QV.sqrt()
+        linear_QV.add_(gradient_QV).addcmul_(new_root_QV - root_QV, weight_QV, value=-1 / alpha)
+        shrunk_QV = linear_QV - linear_QV.clamp(-l1, l1)
+        return -shrunk_QV / ((new_root_QV + beta) / alpha + l2)
+
+
+_PLAIN: Mapping[IdOptimizer, type[RowOptimizer]] = {
+    "rowwise_adam": RowwiseAdam,
+    "adagrad": Adagrad,
+    "rowwise_adagrad": RowwiseAdagrad,
+    "ftrl": Ftrl,
+}
+
+
+def row_optimizer(config: OptimConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> RowOptimizer:
+    """The optimiser that optim.ids names. Raises ConfigError where it cannot have these settings."""
+    if config.ids == "adam":
+        return Adam(config, dtype, device)
+    return _PLAIN[config.ids](config)
+
+
+def state_of(config: OptimConfig) -> Sequence[StatePart]:
+    """What the optimiser that optim.ids names keeps of a row."""
+    return (Adam if config.ids == "adam" else _PLAIN[config.ids]).state_with(config)
+
+
+def _power(beta: float, steps_Q: Tensor, dtype: torch.dtype) -> Tensor:
+    """beta^steps (Q, 1), through float64: a rounded base would tell after some hundred steps."""
+    return torch.pow(beta, steps_Q).to(dtype).unsqueeze(1)
