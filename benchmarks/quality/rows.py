@@ -22,7 +22,10 @@ Int = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Layout:
-    """Which field is what. `items`: of the ad and of each behaviour, (behaviour field, ad field); `rest`: all others."""
+    """Which field is what. `items`: of the ad and of each behaviour; `rest`: all others.
+
+    `items` and `images` are pairs, (behaviour field, ad field).
+    """
 
     items: tuple[tuple[Field, Field], ...]
     images: tuple[tuple[Field, Field], ...]

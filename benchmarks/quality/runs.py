@@ -1,7 +1,11 @@
-"""The runs of the benchmark: what each one is told, where its figures are kept, and how it is started."""
+"""The runs of the benchmark: what each one is told, how it is started, and where its figures are kept.
+
+A run that ended is not made again: its figures lie in OUT/figures under a digest of all that they depend on.
+"""
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,12 +13,30 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from featurestore.store import FeatureStore
+from trainer.comm import SoloComm
+from trainer.data import open_index
+from trainer.files import replace_file
+from trainer.schema import load_schema
+
+Side = Literal["ours", "fuxictr"]
+Epoch = Mapping[str, Any]
+"""Metrics of the test rows after an epoch, as trainer.metrics names them, and the `seconds` of its training."""
+TABLE_ROWS = 1 << 18
+"""Of our hashed ID tables, so that nearly every id has a row of its own, as with FuxiCTR."""
+_BASES = {"dnn": "mlp", "dcnv2": "dcn"}
+_DIGITS = 16
+
+
+class QualityRunError(Exception):
+    """A run failed; the text has its last lines."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """One run, of ours or of FuxiCTR. `settings`: of the trainer, or arguments of FuxiCTR's class; no store: no images."""
+    """One run. `settings`: of the trainer by name, or arguments of FuxiCTR's class. Without a store: without images."""
 
-    side: Literal["ours", "fuxictr"]
+    side: Side
     net: str
     samples: str
     store: str | None = None
@@ -28,3 +50,86 @@ class Spec:
     hidden: Sequence[int] = (200, 80)
     threads: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """Names the run: of what it is told and, roughly, of what its samples and store hold."""
+        schema = load_schema(Path(self.schema) if self.schema else None)
+        pairs = (("train", self.train_days), ("test", self.test_days))
+        samples = [open_index(SoloComm(), self.samples, split, schema, days).layout_digest for split, days in pairs]
+        snapshot = None if self.store is None else FeatureStore.open(self.store).snapshot()
+        commit = None if snapshot is None else snapshot.manifest.commit_id
+        told = {name: value for name, value in asdict(self).items() if name not in ("samples", "store", "threads")}
+        return hashlib.sha256(json.dumps([told, samples, commit], sort_keys=True).encode()).hexdigest()[:_DIGITS]
+
+
+def curve_of(spec: Spec, folder: Path) -> list[Epoch]:
+    """Figures of the run after each epoch; it is made now unless that was done before. Raises QualityRunError."""
+    name = f"{spec.side}-{spec.net}-{spec.digest()}"
+    kept = folder / "figures" / f"{name}.json"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        curve = _ours(spec, folder / "runs", name) if spec.side == "ours" else _fuxictr(spec, folder / "runs", name)
+        replace_file(kept, json.dumps({"spec": asdict(spec), "curve": curve}, indent=1))
+    return list(json.loads(kept.read_text())["curve"])
+
+
+def fuxictr_python() -> Path:
+    """The Python of FuxiCTR's environment, which tools/install.sh makes where FuxiCTR can be had."""
+    from benchmarks.train.sections import fuxictr_python as found
+
+    return found()
+
+
+def ours_settings(spec: Spec) -> dict[str, Any]:
+    """All settings of a run of ours, over the preset."""
+    schema = load_schema(Path(spec.schema) if spec.schema else None)
+    index = open_index(SoloComm(), spec.samples, "train", schema, spec.train_days)
+    days = {name: getattr(spec, name) for name in ("train_days", "test_days")}
+    settings: dict[str, Any] = {
+        "data.samples": spec.samples,
+        "data.global_batch_size": spec.batch_size,
+        "model.base": _BASES.get(spec.net, spec.net),
+        "model.images": "both" if spec.store else "none",
+        "model.id_width": spec.width,
+        "model.mlp": f"[{','.join(str(units) for units in spec.hidden)}]",
+        "train.epochs": spec.epochs,
+        "train.eval_every": -(-index.num_samples // spec.batch_size),
+        "train.seed": spec.seed,
+        "train.log_every": 1_000_000,
+        "train.checkpoint_every": "null",
+        "run.threads": spec.threads,
+        **{f"data.{name}": f"[{','.join(value)}]" for name, value in days.items() if value is not None},
+        **{f"model.tables.{field.table_name}": TABLE_ROWS for field in schema.of_kind("id", "multi_id")},
+    }
+    settings |= {"data.store": spec.store} if spec.store else {}
+    settings |= {"data.schema_file": spec.schema} if spec.schema else {}
+    return settings | dict(spec.settings)
+
+
+def _ours(spec: Spec, runs: Path, name: str) -> list[Epoch]:
+    settings = {**ours_settings(spec), "run.dir": runs, "run.name": name, "run.overwrite": "true"}
+    words = [word for item in settings.items() for word in ("--set", "=".join(map(str, item)))]
+    _run([sys.executable, "-m", "trainer.main", *words], name)
+    report = json.loads((runs / name / "report.json").read_text())
+    shutil.rmtree(runs / name)
+    every = settings["train.eval_every"]
+    seconds = (report["seconds"]["compute"] + report["seconds"]["wait"]) / (report["steps"] / every)
+    measured = {entry["step"]: entry for entry in report["history"]} | {report["steps"]: report["metrics"]}
+    return [{**measured[step], "seconds": seconds} for step in sorted(measured)]
+
+
+def _fuxictr(spec: Spec, runs: Path, name: str) -> list[Epoch]:
+    runs.mkdir(parents=True, exist_ok=True)
+    told, found = runs / f"{name}.json", runs / f"{name}-result.json"
+    told.write_text(json.dumps(asdict(spec)))
+    _run([str(fuxictr_python()), "-m", "benchmarks.quality.fuxi", str(told), str(found)], name)
+    curve: list[Epoch] = json.loads(found.read_text())["curve"]
+    told.unlink()
+    found.unlink()
+    return curve
+
+
+def _run(command: Sequence[str], name: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise QualityRunError(f"{name} ended with {done.returncode}:\n{(done.stderr or done.stdout)[-2000:]}")

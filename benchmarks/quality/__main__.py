@@ -1,0 +1,112 @@
+"""Measure how good our models are, beside those of FuxiCTR on the same rows and IDs.
+
+    python -m benchmarks.quality [--small] [--json FILE]
+
+Both sides learn the same impressions with the same vocabulary, width, hidden layers, batch size and epochs, each in its
+own loop, and are tuned over the same small grid on the last training days. GAUC of both is trainer.metrics on the same
+test rows.
+"""
+
+import subprocess
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
+
+from benchmarks.quality.compare import NETS, Bench, ids_section, images_section
+from benchmarks.quality.data import SMALL_USERS, USERS, DataSet, parse, simulated
+from benchmarks.quality.runs import QualityRunError, fuxictr_python
+from benchmarks.report import JsonPath, Section, write_sections
+from featurestore.commandline import run_app, say_error
+from featurestore.errors import FeatureStoreError
+from featurestore.output import progress_bars, text_column
+from trainer.errors import TrainerError
+
+EXAMPLES = """Examples:
+
+\b
+python -m benchmarks.quality --small --json data/bench/quality.json
+python -m benchmarks.quality --photos PHOTOS --labels PHOTOS.csv
+python -m benchmarks.quality --data ml=data/ml/samples --batch-size 512 --only ids --net dnn
+python -m benchmarks.quality --data photos=photos/samples:photos/features --only images --seeds 1 --no-tune
+python -m benchmarks.quality --only ids --set model.multi_hot=sum
+
+A run that has ended is not made again: its figures are kept in DIR/figures.
+"""
+SECTIONS: dict[str, Callable[[Bench], list[Section]]] = {"ids": ids_section, "images": images_section}
+Name = StrEnum("Name", list(SECTIONS))  # type: ignore[misc]
+Net = StrEnum("Net", list(NETS))  # type: ignore[misc]
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+
+def data_sets(
+    folder: Path, texts: list[str], users: int, pictures: tuple[Path | None, Path | None], size: int
+) -> list[DataSet]:
+    """A person's own, or the simulated ones: drawn clothes and, where photographs are given, photographs."""
+    if texts:
+        return [parse(text, size) for text in texts]
+    place = folder / f"{users}-users"
+    made = [simulated(place / "drawn", users, None, None, size)]
+    return made + ([simulated(place / "photos", users, *pictures, size)] if pictures[0] else [])
+
+
+def settings_of(texts: list[str]) -> dict[str, str]:
+    """Settings by name."""
+    found = dict(text.partition("=")[::2] for text in texts)
+    if wrong := [text for text in texts if "=" not in text]:
+        raise typer.BadParameter(f"{wrong[0]!r} is not SECTION.FIELD=VALUE", param_hint="--set")
+    return found
+
+
+@app.command(epilog=EXAMPLES)
+def main(
+    json_path: JsonPath = None,
+    folder: Annotated[Path, typer.Option("--dir", help="Of data and figures, which are kept.")] = Path(
+        "data/bench/quality"
+    ),
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=SAMPLES[:STORE]", help="Your own samples in place of simulated ones; repeat it."),
+    ] = None,
+    small: Annotated[bool, typer.Option("--small", help=f"Simulate {SMALL_USERS:,} people, not {USERS:,}.")] = False,
+    photos: Annotated[Path | None, typer.Option(help="Folder of photographs, for a second simulated data set.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="CSV with their labels, for jobs/make_demo_data.py.")] = None,
+    only: Annotated[list[Name] | None, typer.Option(help="Sections; repeat it. Default: all.")] = None,
+    nets: Annotated[list[Net] | None, typer.Option("--net", help="Nets; repeat it. Default: all.")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each, of which the mean is taken.", min=1)] = 3,
+    epochs: Annotated[int, typer.Option(help="Of each run.", min=1)] = 5,
+    batch_size: Annotated[int, typer.Option(help="Impressions of a step.", min=1)] = 1024,
+    tune: Annotated[bool, typer.Option(help="Choose settings on the last training days.")] = True,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting of our runs.")
+    ] = None,
+) -> None:
+    """Measure how good our models are, beside those of FuxiCTR on the same rows and IDs."""
+    if not fuxictr_python().exists():
+        say_error("FuxiCTR is not installed in this environment (make install says why), and it is what is compared")
+        raise typer.Exit(1)
+    given = settings_of(settings or [])
+    try:
+        sets = data_sets(folder, data or [], SMALL_USERS if small else USERS, (photos, labels), batch_size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--data") from error
+    except subprocess.CalledProcessError as error:
+        raise typer.Exit(1) from error
+    columns = text_column(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    try:
+        with progress_bars(*columns) as progress:
+            bench = Bench(sets, folder, [str(net) for net in nets or NETS], range(seeds), epochs, tune, progress, given)
+            chosen = [str(name) for name in only or SECTIONS]
+            sections = [section for name in SECTIONS if name in chosen for section in SECTIONS[name](bench)]
+    except (TrainerError, FeatureStoreError, QualityRunError, OSError) as failure:
+        say_error(failure)
+        raise typer.Exit(1) from failure
+    write_sections(sections, json_path)
+
+
+if __name__ == "__main__":
+    run_app(app)

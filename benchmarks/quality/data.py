@@ -1,0 +1,69 @@
+"""The data sets: simulated ones, made by the commands that anybody would type, and a person's own."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from featurestore.storage import Storage
+from trainer.days import files_by_day
+from trainer.errors import DataError
+
+JOBS = Path(__file__).parents[2] / "jobs"
+SMALL_USERS, USERS = 1_200, 12_000
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Samples, with a store of image features or without, and the batch size that fits them."""
+
+    name: str
+    samples: str
+    store: str | None
+    batch_size: int
+
+    def tuning_days(self) -> tuple[list[str], list[str]]:
+        """The first nine tenths of the training days, and the rest, on which settings are chosen. Raises DataError."""
+        by_day = files_by_day(Storage(self.samples))
+        days = [day for day, files in by_day.items() if files[0].startswith("train/")]
+        if len(days) < 2:
+            raise DataError(
+                f"{self.samples} has {len(days)} training days, and tuning needs 2; leave it out: --no-tune"
+            )
+        kept = len(days) - max(1, len(days) // 10)
+        return days[:kept], days[kept:]
+
+
+def parse(text: str, batch_size: int) -> DataSet:
+    """Of NAME=SAMPLES or NAME=SAMPLES:STORE. Raises ValueError."""
+    name, equals, places = text.partition("=")
+    samples, _, store = places.partition(":")
+    if not equals or not name.isidentifier() or not samples:
+        raise ValueError(f"{text!r} is not NAME=SAMPLES or NAME=SAMPLES:STORE, as ml=data/ml/samples")
+    return DataSet(name, samples, store or None, batch_size)
+
+
+def simulated(folder: Path, users: int, photos: Path | None, labels: Path | None, batch_size: int) -> DataSet:
+    """Clicks of so many people on drawn clothes, or on photographs with their labels; made unless they are there.
+
+    Raises subprocess.CalledProcessError.
+    """
+    demo: list[object] = ["make_demo_data.py", "--out", folder, "--users", users]
+    demo += ["--images", photos] if photos else []
+    demo += ["--labels", labels] if labels else []
+    pictures = photos or folder / "images"
+    extract: list[object] = [
+        "extract_features.py",
+        "--images",
+        pictures,
+        "--store",
+        folder / "features",
+        "--weights",
+        "random:0",
+    ]
+    samples: list[object] = ["build_samples.py", "--logs", folder / "logs", "--samples", folder / "samples"]
+    if not (folder / "samples/summary.json").exists():
+        for command in (demo, extract, samples):
+            words = [sys.executable, str(JOBS / str(command[0])), *map(str, command[1:])]
+            subprocess.run(words, check=True, stdout=sys.stderr)
+    return DataSet(folder.name, str(folder / "samples"), str(folder / "features"), batch_size)

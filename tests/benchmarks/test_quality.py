@@ -1,0 +1,178 @@
+"""benchmarks.quality in a small form: both sides learn the same rows, and every figure is kept for the next call."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.quality import compare
+from benchmarks.quality.__main__ import app
+from benchmarks.quality.data import parse
+from benchmarks.quality.rows import Layout, Rows, Vocabulary, padded, read, vocabularies
+from benchmarks.quality.runs import Spec, fuxictr_python, ours_settings
+from featurestore.keys import keys_of_uris
+from featurestore.rows import FeatureRows
+from featurestore.spec import ExtractorSpec, StoreInfo
+from featurestore.store import FeatureStore
+from trainer.batch import Jagged
+from trainer.errors import DataError
+from trainer.schema import load_schema
+
+ITEMS, USERS = 30, 40
+DAYS = ("2026-01-01", "2026-01-02", "2026-01-03")
+needs_fuxictr = pytest.mark.skipif(not fuxictr_python().exists(), reason="FuxiCTR is not installed here")
+
+
+def _lists(values: np.ndarray, sizes: np.ndarray) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(np.r_[0, np.cumsum(sizes)], pa.int32()), pa.array(values))
+
+
+def _day(seed: int) -> pa.Table:
+    """Groups of people who click on ads of even items, most of all those whose behaviours are even."""
+    random, groups = np.random.default_rng(seed), 60
+    user = random.integers(0, USERS, groups)
+    shown, seen = random.integers(4, 9, groups), random.integers(1, 6, groups)
+    item = random.integers(0, ITEMS, shown.sum())
+    behavior = random.integers(0, ITEMS // 2, seen.sum()) * 2 + np.repeat(user % 2, seen)
+    label = random.random(shown.sum()) < np.where(item % 2 == 0, 0.8 - 0.2 * np.repeat(user % 2, shown), 0.1)
+    keys = keys_of_uris([f"item-{number}" for number in range(ITEMS)])
+    return pa.table(
+        {
+            "user": user,
+            "behavior_item": _lists(behavior, seen),
+            "behavior_image": _lists(keys[behavior], seen),
+            "behavior_category": _lists(behavior % 3, seen),
+            "ad_item": _lists(item, shown),
+            "ad_image": _lists(keys[item], shown),
+            "ad_category": _lists(item % 3, shown),
+            "ad_scene": _lists(random.integers(0, 3, shown.sum()), shown),
+            "label": _lists(label.astype(np.int8), shown),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Samples of three days, of which the last is the test, and a store of the items' features."""
+    folder = tmp_path_factory.mktemp("quality")
+    for number, day in enumerate(DAYS):
+        split = folder / "samples" / ("test" if day == DAYS[-1] else "train")
+        split.mkdir(parents=True, exist_ok=True)
+        pq.write_table(_day(number), split / f"day={day}-000.parquet")
+    extractor = ExtractorSpec(
+        backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
+    )
+    store = FeatureStore.create(
+        folder / "features", StoreInfo(num_shards=4, dim=8, dtype="float32", extractor=extractor)
+    )
+    features_ND = np.random.default_rng(5).normal(size=(ITEMS, 8)).astype(np.float32)
+    features_ND[:, 0] += np.arange(ITEMS) % 2 * 3
+    uris = [f"item-{number}" for number in range(ITEMS)]
+    store.put(FeatureRows.of(uris, features_ND, keys=keys_of_uris(uris)))
+    return folder
+
+
+def _call(place: Path, *more: str) -> dict[str, float]:
+    out = place / "quality.json"
+    data = f"tiny={place / 'samples'}:{place / 'features'}"
+    words = ["--data", data, "--dir", str(place / "bench"), "--json", str(out), "--batch-size", "32", "--epochs", "3"]
+    result = CliRunner().invoke(app, [*words, *more])
+    assert result.exit_code == 0, result.output
+    figures: dict[str, float] = json.loads(out.read_text())
+    return figures
+
+
+@needs_fuxictr
+def test_both_sides_learn_and_figures_are_kept(place: Path) -> None:
+    call = ("--only", "ids", "--net", "dnn", "--net", "din", "--seeds", "1", "--no-tune", "--set", "optim.lr=0.01")
+    figures = _call(place, *call)
+    for net in ("dnn", "din"):
+        for side in ("ours", "fuxictr"):
+            name = f"ids_tiny_{net}_{side}"
+            assert figures[f"{name}_best"] == max(figures[f"{name}_epoch{epoch}"] for epoch in (1, 2, 3))
+            assert figures[f"{name}_s_per_epoch"] > 0
+    assert figures["ids_tiny_dnn_ours_best"] > 0.6, "people click on even items"
+    for goal in ("epoch1", "best"):
+        gains = [
+            figures[f"ids_tiny_{net}_ours_{goal}"] - figures[f"ids_tiny_{net}_fuxictr_{goal}"] for net in ("dnn", "din")
+        ]
+        assert figures[f"gauc_vs_fuxictr_{goal}"] == pytest.approx(np.mean(gains))
+    kept = {file: file.stat().st_mtime_ns for file in (place / "bench" / "figures").iterdir()}
+    assert len(kept) == 4
+    assert _call(place, *call) == figures
+    assert {file: file.stat().st_mtime_ns for file in (place / "bench" / "figures").iterdir()} == kept
+
+
+@needs_fuxictr
+def test_with_images_and_tuned(place: Path) -> None:
+    figures = _call(place, "--only", "images", "--net", "dnn", "--seeds", "2", "--epochs", "1")
+    assert figures["gauc_images_vs_fuxictr"] == figures["gauc_images_vs_fuxictr_best_tiny"]
+    assert figures["gauc_images_vs_fuxictr_best_tiny_half_width"] > 0
+    specs = [json.loads(file.read_text())["spec"] for file in (place / "bench" / "figures").iterdir()]
+    tuned = [spec for spec in specs if spec["store"] and spec["train_days"]]
+    assert {tuple(spec["train_days"]) for spec in tuned} == {DAYS[:1]}
+    assert {tuple(spec["test_days"]) for spec in tuned} == {DAYS[1:2]}, "the test day takes no part in the choice"
+    assert len(tuned) == sum(len(compare.grid_of(side)) for side in compare.SIDES)
+
+
+class TestRows:
+    def test_are_those_of_the_samples(self, place: Path) -> None:
+        schema = load_schema(None)
+        layout = Layout.of(schema)
+        assert [ad.name for _, ad in layout.items] == ["ad_item", "ad_category", "ad_image_id"]
+        assert [field.name for field in layout.rest] == ["user", "ad_scene"]
+        batch = read(str(place / "samples"), "train", schema, None)
+        known = vocabularies(batch, [field for pair in layout.items for field in pair] + list(layout.rest))
+        rows = Rows.of(batch, layout, known)
+        table = pa.concat_tables([pq.read_table(file) for file in sorted((place / "samples/train").iterdir())])
+        item_N = table.column("ad_item").combine_chunks().flatten().to_numpy()
+        assert (known["item"].known_V[rows.ad_B["ad_item"] - 1] == item_N).all()
+        assert (rows.label_B == table.column("label").combine_chunks().flatten().to_numpy()).all()
+        last = table.column("behavior_item")[-1].as_py()
+        assert known["item"].known_V[rows.history_GL["ad_item"][rows.group_B[-1]][: len(last)] - 1].tolist() == last
+        assert (rows.history_GL["ad_item"][rows.group_B[-1]][len(last) :] == 0).all()
+
+    def test_ids_that_training_lacks_share_a_number(self) -> None:
+        known = Vocabulary.of([np.array([7, 3]), np.array([3])])
+        assert known.numbers(np.array([3, 7, 5, 9])).tolist() == [1, 2, 3, 3]
+        assert known.size == 4
+
+    def test_padding(self) -> None:
+        jagged = Jagged(np.array([1, 2, 3]), np.array([2, 0, 1], np.int32))
+        assert padded(jagged).tolist() == [[1, 2], [0, 0], [3, 0]]
+
+
+def test_runs_on_different_rows_are_refused() -> None:
+    epoch = {"impressions": 3, "clicks": 1, "gauc_impressions": 3}
+    with pytest.raises(AssertionError, match="measured different rows"):
+        compare.check_same_rows({("a", "dnn", "ours"): [[epoch]], ("a", "dnn", "fuxictr"): [[{**epoch, "clicks": 2}]]})
+
+
+def test_ours_is_told_rows_days_and_length(place: Path) -> None:
+    spec = Spec(
+        side="ours", net="dcnv2", samples=str(place / "samples"), train_days=DAYS[:1], batch_size=64, epochs=2, seed=3
+    )
+    settings = ours_settings(spec)
+    assert (settings["model.base"], settings["model.images"]) == ("dcn", "none")
+    assert settings["data.train_days"] == "[2026-01-01]"
+    samples = len(
+        pq.read_table(place / "samples/train" / f"day={DAYS[0]}-000.parquet")["label"].combine_chunks().flatten()
+    )
+    assert settings["train.eval_every"] == -(-samples // 64)
+
+
+class TestDataSets:
+    @pytest.mark.parametrize("text", ["samples", "=samples", "a=", "a b=samples"])
+    def test_wrong_ones(self, text: str) -> None:
+        with pytest.raises(ValueError, match="is not NAME=SAMPLES"):
+            parse(text, 1)
+
+    def test_one_day_is_too_few_to_tune(self, tmp_path: Path) -> None:
+        (tmp_path / "train").mkdir()
+        pq.write_table(_day(0), tmp_path / "train" / "day=2026-01-01.parquet")
+        with pytest.raises(DataError, match="1 training days, and tuning needs 2"):
+            parse(f"one={tmp_path}", 1).tuning_days()
