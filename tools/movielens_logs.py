@@ -45,7 +45,7 @@ def genres(items: pa.Table) -> dict[int, int]:
     """The set of genres of each movie, as one number: bit g is genre g."""
     names = items.schema.names[NAMED:]
     bits = sum(items.column(name).to_numpy().astype(np.int64) << place for place, name in enumerate(names))
-    return dict(zip(items.column("movie_id").to_pylist(), np.asarray(bits).tolist(), strict=True))
+    return dict(zip(items.column("movie_id").to_numpy().tolist(), np.asarray(bits).tolist(), strict=True))
 
 
 def logs_of(folder: Path) -> tuple[pa.Table, pa.Table]:
@@ -58,7 +58,7 @@ def logs_of(folder: Path) -> tuple[pa.Table, pa.Table]:
     genres_of = genres(tables["items"])
     of_user = {row["user_id"]: row for row in tables["users"].to_pylist()}
     jobs = sorted({row["occupation"] for row in of_user.values()})
-    columns = {
+    columns: dict[str, Any] = {
         "timestamp": pa.array(time_N, pa.timestamp("s", "UTC")).cast(pa.timestamp("us", "UTC")),
         "user": user_N,
         "item": item_N,
