@@ -30,6 +30,9 @@ RUNS = [
     "missing_zeros/float64",
     "int8_codes/float64",
     "l2_and_dropout/float64",
+    "adam/float64",
+    "adam_rank_without_data/float64",
+    "adam_rank_without_data/float32",
     "dropout_rank_without_data/float64",
     "missing_learned/float64",
     "transformer/float64",
@@ -46,6 +49,10 @@ RUNS = [
     "paper/float32",
 ]
 MODEL_RUNS = [
+    "rowwise_adam_restart/float64",
+    "adagrad/float64",
+    "rowwise_adagrad/float64",
+    "ftrl/float64",
     "concat/float64",
     "max/float64",
     "mean/float64",
@@ -70,6 +77,8 @@ MODEL_RUNS = [
 # Layers that take the statistics of all ranks' rows: one collective forward and one backward each.
 NORMS = {"batch_norm": 2, "batch_norm_rank_without_data": 2, "dice": 4, "dice_rank_without_data": 3, "finalmlp": 5}
 RANKS = [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)]
+
+WITHOUT_MOMENTUM = ("adagrad", "rowwise_adagrad", "ftrl")  # the first gradients of ID rows are not to be seen
 
 Results = dict[str, dict]
 
@@ -121,14 +130,16 @@ class Equivalence:
     def test_first_gradients(
         self, run: str, num_ranks: int, results_of: Callable[[int], Results], reference: Results
     ) -> None:
-        _assert_same(results_of(num_ranks)[run]["gradients"], reference[run]["gradients"], _tolerance(run))
+        found, expected = results_of(num_ranks)[run]["gradients"], reference[run]["gradients"]
+        if run.startswith(WITHOUT_MOMENTUM):
+            expected = {name: value for name, value in expected.items() if name in found}
+        _assert_same(found, expected, _tolerance(run))
 
     def test_parameters_and_optimisers_after_the_last_step(
         self, run: str, num_ranks: int, results_of: Callable[[int], Results], reference: Results
     ) -> None:
-        trained = {
-            n: v for n, v in results_of(num_ranks)[run]["trained"].items() if not n.endswith(("_D", "num_steps"))
-        }
+        known = ("_D", "num_steps", "learning_rates")
+        trained = {n: v for n, v in results_of(num_ranks)[run]["trained"].items() if not n.endswith(known)}
         _assert_same(trained, reference[run]["trained"], _tolerance(run))
 
     def test_two_collectives_forward_and_one_backward(
@@ -230,7 +241,7 @@ def _assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
     for name, value in expected.items():
         assert actual[name].shape == value.shape, name
         if value.numel():
-            least = 1e-12 if name.endswith(("exp_avg_sq", "variance")) else 1e-6
+            least = 1e-12 if name.endswith(("exp_avg_sq", "variance", "sum")) else 1e-6
             scale = max(float(value.double().abs().max()), least)
             difference = float((actual[name].double() - value.double()).abs().max())
             assert difference <= tolerance * scale, f"{name}: {difference:.3g} of {scale:.3g}"

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from forward import logit
-from scenarios import OPTIM, SCENARIOS, SEED, TEXT_WIDTH, Sample, Scenario, features, steps, texts
+from rows import PlainRows
+from scenarios import SCENARIOS, SEED, TEXT_WIDTH, Sample, Scenario, features, steps, texts
 from torch import Tensor
 from torch.nn import functional
 
@@ -38,19 +39,11 @@ class Reference:
             for name, rows in self.config.tables.items()
         }
         self.dense = {name: value.clone().requires_grad_() for name, value in initial.items()}
-        self.adam = torch.optim.Adam(self.dense.values(), lr=OPTIM.lr, betas=(BETA1, BETA2), eps=EPS)
-        self.tables = {}
-        for name, shape in self.shapes.items():
-            shards = [initial_rows(shape, shard, SEED, 0.05) for shard in range(shape.num_shards)]
-            self.tables[name] = torch.from_numpy(np.concatenate(shards)).to(self.dtype).requires_grad_()
-        self.row_state = {
-            name: {
-                "momentum": torch.zeros_like(table),
-                "variance": torch.zeros(len(table), dtype=self.dtype),
-                "steps": torch.zeros(len(table), dtype=torch.int32),
-            }
-            for name, table in self.tables.items()
-        }
+        decayed, other = ([p for p in self.dense.values() if (p.ndim > 1) == matrix] for matrix in (True, False))
+        groups = [{"params": decayed, "weight_decay": scenario.optim.weight_decay}, {"params": other}]
+        self.adam = torch.optim.AdamW(groups, betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0)
+        self.tables = {name: self.first_rows(name, 0).requires_grad_() for name in self.shapes}
+        self.rows = {name: PlainRows(table, scenario.optim) for name, table in self.tables.items()}
         self.mean_and_std = {
             store: [values.to(self.dtype) for values in both] for store, both in known["mean_and_std"].items()
         }
@@ -65,6 +58,12 @@ class Reference:
         self.known: dict[str, tuple[Tensor, Tensor]] = {}
         self.seen: dict[str, list[Tensor]] = {}
         self.number = self.place = 0
+
+    def first_rows(self, table: str, epoch: int) -> Tensor:
+        """The values that a table's rows begin with."""
+        shape, std = self.shapes[table], self.config.id_init_std
+        shards = [initial_rows(shape, shard, SEED, std, epoch) for shard in range(shape.num_shards)]
+        return torch.from_numpy(np.concatenate(shards)).to(self.dtype)
 
     def id_vector(self, table: str, value: int) -> Tensor:
         """The row of one id."""
@@ -167,34 +166,23 @@ class Reference:
     def step(self, samples: list[Sample], number: int) -> tuple[float, dict[str, Tensor]]:
         """Mean loss, and the gradients; moves every parameter."""
         self.touched = {}
+        if number == self.scenario.restart_at:
+            for name, rows in self.rows.items():
+                rows.restart(self.first_rows(name, 1))
         for value in [*self.dense.values(), *self.tables.values()]:
             value.grad = torch.zeros_like(value)
         label = torch.tensor([s.label for s in samples], dtype=self.dtype)
         loss = functional.binary_cross_entropy_with_logits(torch.stack(self.logits(samples, number)), label)
         loss.backward()
-        for table, rows in self.touched.items():
-            for row in rows:
-                frequency = int(self.row_state[table]["steps"][row]) + 1
-                self.tables[table].grad[row] += self.scenario.id_l2 / frequency * self.tables[table].detach()[row]
-        gradients = {n: v.grad.clone() for n, v in [*self.dense.items(), *self.tables.items()]}
-        lr = OPTIM.lr * OPTIM.lr_gamma ** (number // OPTIM.lr_every)
-        self.adam.param_groups[0]["lr"] = lr
+        gradients = {name: value.grad.clone() for name, value in self.dense.items()}
+        optim = self.scenario.optim
+        share = optim.lr_gamma ** (number // optim.lr_every) * min(1, (number + 1) / max(1, optim.warmup_steps))
+        for table, rows in self.rows.items():
+            gradients[table] = rows.step(sorted(self.touched.get(table, ())), optim.alpha * share)
+        for group in self.adam.param_groups:
+            group["lr"] = optim.lr * share
         self.adam.step()
-        with torch.no_grad():
-            for table, rows in self.touched.items():
-                for row in rows:
-                    self.move_row(table, row, lr)
         return float(loss.detach()), gradients
-
-    def move_row(self, table: str, row: int, lr: float) -> None:
-        """Adam on one row, with one second moment for all of it."""
-        gradient, state = self.tables[table].grad[row], self.row_state[table]
-        state["steps"][row] += 1
-        state["momentum"][row] = BETA1 * state["momentum"][row] + (1 - BETA1) * gradient
-        state["variance"][row] = BETA2 * state["variance"][row] + (1 - BETA2) * (gradient**2).mean()
-        t = int(state["steps"][row])
-        momentum, variance = state["momentum"][row] / (1 - BETA1**t), state["variance"][row] / (1 - BETA2**t)
-        self.tables[table][row] -= lr * momentum / (variance.sqrt() + EPS)
 
     def trained(self) -> dict[str, Tensor]:
         """Everything that 20 steps moved, by the engine's names."""
@@ -202,7 +190,7 @@ class Reference:
         for name, value in self.dense.items():
             state |= {f"adam/{name}/{part}": moment for part, moment in self.adam.state[value].items()}
         for name, shape in self.shapes.items():
-            for part, values in {"weight": self.tables[name].detach(), **self.row_state[name]}.items():
+            for part, values in self.rows[name].parts().items():
                 for shard, rows in enumerate(values.split(shape.rows_per_shard)):
                     state[f"{name}/{shard:04d}/{part}"] = rows
         return state

@@ -14,7 +14,7 @@ from trainer.schema import Field, Schema
 
 DIM, NUM_SHARDS, STEPS, SEED = 16, 8, 20, 7
 # eps lies above the rounding of float32: below it, Adam makes whole steps of the noise around a gradient of zero.
-OPTIM = OptimConfig(lr=0.01, lr_gamma=0.5, lr_every=8, eps=1e-6)
+OPTIM = OptimConfig(lr=0.01, lr_gamma=0.5, lr_every=8, eps=1e-6, ids="rowwise_adam")
 
 SCHEMA = Schema(
     fields=(
@@ -71,7 +71,7 @@ class Sample:
 @dataclass(frozen=True)
 class Scenario:
     """`deal`: how samples are dealt to ranks: "even" slices, or in turn all to the last or to the first rank.
-    `most_ranks`: it is not run on more, to save time."""
+    `restart_at`: the step before which all ID rows begin anew. `most_ranks`: it is not run on more, to save time."""
 
     model: dict[str, object]
     missing: str = "error"
@@ -81,6 +81,8 @@ class Scenario:
     standardized: bool = False
     int8: bool = False
     id_l2: float = 0.0
+    optimizers: dict[str, object] = field(default_factory=dict)
+    restart_at: int | None = None
     texts: bool = False
     weighted: bool = False
     most_ranks: int = 8
@@ -98,11 +100,12 @@ class Scenario:
     @property
     def optim(self) -> OptimConfig:
         """The optimisers' settings."""
-        return OPTIM.model_copy(update={"id_l2": self.id_l2})
+        return OptimConfig(**{**OPTIM.model_dump(), "id_l2": self.id_l2, **self.optimizers})
 
     def config(self, dtype: str) -> ModelConfig:
         """The model's settings; products in the same type as the weights."""
         small = {"mlp": [10, 6], "embed_hidden": [8, 6], "visual_width": 5, "id_width": 5, "attention_hidden": 4}
+        small |= {"id_init_std": 0.05}
         shards = 1 if self.one_shard else NUM_SHARDS
         return ModelConfig(
             **{**small, "table_shards": shards, "tables": self.tables, **self.model}, compute_dtype=dtype
@@ -135,6 +138,28 @@ SCENARIOS = {
         {"images": "both", "id_dropout": 0.4}, id_l2=0.3, tables={"user": 8, "item": 3, "image": 200}
     ),
     "dropout_rank_without_data": Scenario({"images": "behavior", "id_dropout": 0.4}, id_l2=0.3, deal="starve"),
+    # Every optimiser of ID rows; few rows are in every step, some in one; rates of their own, decay and warm-up.
+    "adam": Scenario({"images": "both"}, optimizers={"ids": "adam", "ids_lr": 0.03, "warmup_steps": 5}),
+    "adam_rank_without_data": Scenario(
+        {"images": "none", "id_init_std": 1e-3},
+        optimizers={"ids": "adam", "ids_weight_decay": 0.3, "weight_decay": 0.2},
+        id_l2=0.3,
+        deal="starve",
+        restart_at=11,
+        dtypes=("float64", "float32"),
+    ),
+    "rowwise_adam_restart": Scenario({"images": "ad"}, optimizers={"weight_decay": 0.5}, restart_at=9, most_ranks=2),
+    "adagrad": Scenario({"images": "none"}, optimizers={"ids": "adagrad", "ids_lr": 0.2}, deal="starve", most_ranks=2),
+    "rowwise_adagrad": Scenario(
+        {"images": "none"}, optimizers={"ids": "rowwise_adagrad", "warmup_steps": 30}, id_l2=0.3, most_ranks=2
+    ),
+    "ftrl": Scenario(
+        {"images": "none"},
+        optimizers={"ids": "ftrl", "ids_lr": 0.5, "ftrl_l1": 0.05, "ftrl_l2": 0.1},
+        deal="starve",
+        restart_at=13,
+        most_ranks=2,
+    ),
     "missing_learned": Scenario({"images": "both", "shared_image_model": False}, missing="learned", lacking=True),
     # Histories longer than its length, and empty ones; ad image and IDs beside each behaviour, or the IDs alone.
     "transformer": Scenario({"images": "both", **TRANSFORMER, "transformer_layers": 2}),

@@ -73,6 +73,8 @@ def run(
     CALLS.clear()
     with contextlib.closing(prepare_ahead(len(batches), lambda: engine.prepare(next(coming)))) as prepared:
         for number, result in enumerate(prepared):
+            if number == scenario.restart_at:
+                engine.restart_rows(1)
             losses.append(engine.train_step(result()).loss)
             if number == 0:
                 gradients = first_gradients(comm, engine)
@@ -106,13 +108,15 @@ def decoded(store: FeatureStore) -> dict[int, torch.Tensor]:
 
 
 def first_gradients(comm: Comm, engine: Engine) -> dict[str, torch.Tensor]:
-    """Gradients of the first step: dense ones as the optimiser saw them, those of rows out of the first momentum."""
+    """Gradients of the first step: dense ones as the optimiser saw them, those of rows out of the first momentum, where
+    the optimiser keeps one."""
     gradients = {name: p.grad.clone() for name, p in engine.dense_parameters().items()}
     for name, table in engine.tables.items():
         shards = {}
         for part in comm.allgather_object(table.export_shards()):
             shards |= {n: v / (1 - OPTIM.beta1) for n, v in part.items() if n.endswith("/momentum")}
-        gradients[name] = torch.cat([shards[n] for n in sorted(shards)])
+        if shards:
+            gradients[name] = torch.cat([shards[n] for n in sorted(shards)])
     return gradients
 
 

@@ -1,0 +1,96 @@
+"""The optimisers of ID rows in plain torch: over the whole table, or row by row. Part of the reference."""
+
+import torch
+from torch import Tensor
+
+from trainer.options import OptimConfig
+
+
+class PlainRows:
+    """One table, (rows, width), and what its optimiser keeps, by the names that the engine's checkpoints use."""
+
+    def __init__(self, weight: Tensor, optim: OptimConfig) -> None:
+        self.weight, self.optim = weight, optim
+        self.counts = torch.zeros(len(weight), dtype=torch.int32)
+        self.state = self.fresh()
+        self.adam = self.dense_adam()
+
+    def fresh(self) -> dict[str, Tensor]:
+        """The state of rows that nothing has touched."""
+        like = self.weight.detach()
+        each, one = torch.zeros_like(like), torch.zeros(len(like), dtype=like.dtype)
+        parts = {
+            "adam": {"momentum": each, "variance": each, "last_step": self.counts, "last_weight": like},
+            "rowwise_adam": {"momentum": each, "variance": one},
+            "adagrad": {"sum": each},
+            "rowwise_adagrad": {"sum": one},
+            "ftrl": {"sum": each, "linear": each},
+        }
+        return {name: part.clone() for name, part in parts[self.optim.ids].items()}
+
+    def dense_adam(self) -> torch.optim.Adam:
+        """torch's own, of the whole table."""
+        return torch.optim.Adam([self.weight], betas=(self.optim.beta1, self.optim.beta2), eps=self.optim.eps)
+
+    def restart(self, weight: Tensor) -> None:
+        """Other first values, and nothing touched."""
+        self.weight.detach().copy_(weight)
+        self.counts.zero_()
+        self.state, self.adam = self.fresh(), self.dense_adam()
+
+    def step(self, touched: list[int], lr: float) -> Tensor:
+        """Adds the adaptive L2 to the gradient in `weight.grad`, moves the rows, returns that gradient."""
+        assert self.weight.grad is not None
+        for row in touched:
+            self.counts[row] += 1
+            self.weight.grad[row] += self.optim.id_l2 / int(self.counts[row]) * self.weight.detach()[row]
+        gradient = self.weight.grad.clone()
+        with torch.no_grad():
+            for row in touched:
+                self.weight[row] *= 1 - lr * self.optim.ids_weight_decay
+            if self.optim.ids == "adam":
+                self.step_adam(touched, lr)
+            for row in touched:
+                if self.optim.ids != "adam":
+                    getattr(self, f"move_{self.optim.ids}")(row, gradient[row], lr)
+        return gradient
+
+    def step_adam(self, touched: list[int], lr: float) -> None:
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.step()
+        moments = self.adam.state[self.weight]
+        for row in touched:
+            self.state["momentum"][row] = moments["exp_avg"][row]
+            self.state["variance"][row] = moments["exp_avg_sq"][row]
+            self.state["last_step"][row], self.state["last_weight"][row] = int(moments["step"]), self.weight[row]
+
+    def move_rowwise_adam(self, row: int, g: Tensor, lr: float) -> None:
+        beta1, beta2, t = self.optim.beta1, self.optim.beta2, int(self.counts[row])
+        self.state["momentum"][row] = beta1 * self.state["momentum"][row] + (1 - beta1) * g
+        self.state["variance"][row] = beta2 * self.state["variance"][row] + (1 - beta2) * (g**2).mean()
+        momentum = self.state["momentum"][row] / (1 - beta1**t)
+        deviation = (self.state["variance"][row] / (1 - beta2**t)).sqrt()
+        self.weight[row] -= lr * momentum / (deviation + self.optim.eps)
+
+    def move_adagrad(self, row: int, g: Tensor, lr: float) -> None:
+        self.state["sum"][row] += g**2
+        self.weight[row] -= lr * g / (self.state["sum"][row].sqrt() + self.optim.eps)
+
+    def move_rowwise_adagrad(self, row: int, g: Tensor, lr: float) -> None:
+        self.state["sum"][row] += (g**2).mean()
+        self.weight[row] -= lr * g / (self.state["sum"][row].sqrt() + self.optim.eps)
+
+    def move_ftrl(self, row: int, g: Tensor, lr: float) -> None:
+        alpha, beta, l1, l2 = self.optim.alpha, self.optim.ftrl_beta, self.optim.ftrl_l1, self.optim.ftrl_l2
+        w, n, z = self.weight[row].clone(), self.state["sum"][row], self.state["linear"][row]
+        if int(self.counts[row]) == 1:
+            z.copy_(-w * (beta / alpha + l2) - torch.sign(w) * l1)
+        z += g - ((n + g**2).sqrt() - n.sqrt()) / alpha * w
+        n += g**2
+        shrunk = torch.where(z.abs() > l1, z - torch.sign(z) * l1, torch.zeros_like(z))
+        self.weight[row] = -shrunk / ((beta + n.sqrt()) / alpha + l2)
+
+    def parts(self) -> dict[str, Tensor]:
+        """Weights and state, as a checkpoint has them."""
+        counted = self.optim.ids == "rowwise_adam" or self.optim.id_l2 > 0
+        return {"weight": self.weight.detach(), **self.state, **({"steps": self.counts} if counted else {})}
