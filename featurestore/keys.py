@@ -3,6 +3,7 @@
 These functions exist once: writer, partition and exchange all use them.
 """
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,9 @@ import xxhash
 
 Int64Array = npt.NDArray[np.int64]
 UInt64Array = npt.NDArray[np.uint64]
+
+_WHOLE = re.compile(r"0|-?[1-9]\d{0,18}", re.ASCII)
+_INT64 = range(-(1 << 63), 1 << 63)
 
 
 def key_of_uri(uri: str) -> int:
@@ -27,6 +31,17 @@ def key_of_bytes(name: bytes) -> int:
 def keys_of_uris(uris: Sequence[str]) -> Int64Array:
     """The keys of `uris`, (N,) int64, in their order."""
     return np.fromiter((key_of_uri(uri) for uri in uris), dtype=np.int64, count=len(uris))
+
+
+def id_of_text(text: str) -> int:
+    """The ID that a text of a log stands for: a whole number as it is written is itself, other text its `key_of_uri`.
+
+    So 7 is the same user in a file that has numbers and in one that has texts. Spaces around the text do not count.
+    """
+    text = text.strip()
+    if _WHOLE.fullmatch(text) and int(text) in _INT64:
+        return int(text)
+    return key_of_uri(text)
 
 
 def splitmix64(keys_N: npt.ArrayLike) -> UInt64Array:

@@ -3,7 +3,7 @@
 Nothing here loops over rows in Python. A value that cannot be used is named with its file, its row (from 0) and column.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from typing import Any, Literal
@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from trainer.errors import DataError, SchemaError
+from trainer.ids.texts import Encoded, TextKind, UndecodableTextError, cross, encode_numbers, encode_texts, is_text
 from trainer.schema import Field, Schema, Side
 
 Values = NDArray[Any]
@@ -24,6 +25,8 @@ class Rule:
     """What a column has to be: `depth` lists around integers, or around real numbers, `width` of them a row.
 
     `lengths_of`: columns whose lists are exactly as long as this one's, as the ids that these weights belong to.
+    `text`: integers may be written as strings, and this is how they become integers. `crossed`: there is no such
+    column; its values are those of these columns, crossed.
     """
 
     side: Side
@@ -31,6 +34,8 @@ class Rule:
     number: Literal["integer", "real"]
     width: int | None = None
     lengths_of: tuple[str, ...] = dataclass_field(default=(), compare=False)
+    text: TextKind | None = None
+    crossed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return "list<" * self.depth + self.number + ">" * self.depth
@@ -73,12 +78,14 @@ def ranges(starts_M: Index, lengths_M: Index) -> Index:
 
 def rules_of(schema: Schema) -> dict[str, Rule]:
     """What every column has to be. Raises SchemaError where two fields want different things of one column."""
-    rules = {schema.label: Rule("ad", 1, "integer"), schema.group: Rule("user", 0, "integer")}
+    uris = {field.column_name for field in schema.of_kind("content")}  # an image's ID is its key
+    group = Rule("user", 0, "integer", text="uri" if schema.group in uris else "id")
+    rules = {schema.label: Rule("ad", 1, "integer"), schema.group: group}
     owners = {schema.label: "label", schema.group: "group"}
-    wanted = [(field.column_name, _rule(field), f"field {field.name}") for field in schema.fields]
+    wanted = [(field.column_name, _rule(field, uris), f"field {field.name}") for field in schema.fields]
     for field in schema.fields:
         if field.weights is not None:
-            rule = replace(_rule(field), number="real", lengths_of=(field.column_name,))
+            rule = replace(_rule(field, uris), number="real", lengths_of=(field.column_name,), text=None, crossed=())
             wanted.append((field.weights, rule, f"weights of field {field.name}"))
     for column, rule, owner in wanted:
         found = rules.setdefault(column, rule)
@@ -92,6 +99,24 @@ def rules_of(schema: Schema) -> dict[str, Rule]:
     return rules
 
 
+def source_columns(rules: Mapping[str, Rule]) -> dict[str, Rule]:
+    """The columns of the files that the rules read, and what each has to be: a crossed one is several."""
+    found: dict[str, Rule] = {}
+    for column, rule in rules.items():
+        each = replace(rule, crossed=())
+        found |= {source: rules.get(source, each) for source in rule.crossed or (column,)}
+    return found
+
+
+def text_columns(found: pa.Schema, rules: Mapping[str, Rule]) -> set[str]:
+    """Those of the rules whose IDs are hashes in files of this schema: of strings, or of crossed values."""
+    return {
+        column
+        for column, rule in rules.items()
+        if rule.crossed or (rule.text and is_text(_element(found.field(column).type, rule.depth)))
+    }
+
+
 def aligned_columns(rules: Mapping[str, Rule]) -> list[list[str]]:
     """Lists of the user side whose values belong together by position: value k of each describes behaviour k.
 
@@ -99,9 +124,10 @@ def aligned_columns(rules: Mapping[str, Rule]) -> list[list[str]]:
     and is the same for all: behavior_item and behavior_image, behavior_buy_item and behavior_buy_image. Other lists
     (user_tags) have lengths of their own.
     """
-    of_ad = sorted((name for name, rule in rules.items() if rule.side == "ad" and name.startswith("ad_")), key=len)
+    plain = {name: rule for name, rule in rules.items() if not rule.crossed}
+    of_ad = sorted((name for name, rule in plain.items() if rule.side == "ad" and name.startswith("ad_")), key=len)
     found: dict[str, list[str]] = {}
-    for name, rule in rules.items():
+    for name, rule in plain.items():
         if rule.side == "user" and rule.depth == 1 and rule.width is None and name.startswith("behavior_"):
             ends = [ad.removeprefix("ad") for ad in of_ad if name.endswith(ad.removeprefix("ad"))]
             if ends:
@@ -112,18 +138,17 @@ def aligned_columns(rules: Mapping[str, Rule]) -> list[list[str]]:
 def check_types(found: pa.Schema, rules: Mapping[str, Rule], file: str) -> None:
     """Raises SchemaError for the columns of `file` that are missing or of another type than the rules say."""
     problems = []
-    for column, rule in rules.items():
+    for column, rule in source_columns(rules).items():
+        expected = f"expected {rule}" + (f" (or {str(rule).replace('integer', 'string')})" if rule.text else "")
         if not found.names.count(column):
-            problems.append(
-                f"{file}: column {column} is missing, expected {rule}; found columns: {', '.join(found.names)}"
-            )
+            problems.append(f"{file}: column {column} is missing, {expected}; found columns: {', '.join(found.names)}")
         elif found.names.count(column) > 1:
             problems.append(
                 f"{file}: column {column} stands {found.names.count(column)} times in it, and nobody can tell which is "
                 "meant; write the file with one"
             )
         elif not _fits(found.field(column).type, rule):
-            problems.append(f"{file}: column {column} is {found.field(column).type}, expected {rule}")
+            problems.append(f"{file}: column {column} is {found.field(column).type}, {expected}")
     if problems:
         raise SchemaError("\n".join(problems))
 
@@ -131,7 +156,7 @@ def check_types(found: pa.Schema, rules: Mapping[str, Rule], file: str) -> None:
 def decode(table: pa.Table, rules: Mapping[str, Rule], label: str, file: str, first_row: int) -> Groups:
     """The sample groups of a row group, whose first row is number `first_row` of `file`. Raises DataError."""
     where = _Where(file, first_row)
-    raw = {column: _flatten(table.column(column), column, rule, where) for column, rule in rules.items()}
+    raw = {column: _flatten(table, column, rule, where) for column, rule in rules.items()}
     sample_offsets = raw[label][1][0]
     if (empty := np.flatnonzero(np.diff(sample_offsets) == 0)).size:
         raise DataError(
@@ -157,6 +182,17 @@ def decode(table: pa.Table, rules: Mapping[str, Rule], label: str, file: str, fi
         row = where.row_of_value(wrong[0], (sample_offsets,))
         raise DataError(f"{row}: column {label} has {labels[wrong[0]]}; a label is 0 or 1")
     return Groups(columns, sample_offsets)
+
+
+def values_of(table: pa.Table, column: str, rule: Rule, file: str, first_row: int) -> Values:
+    """All values of one column, one after the other; see `decode`."""
+    return _flatten(table, column, rule, _Where(file, first_row))[0]
+
+
+def texts_of(table: pa.Table, column: str, rule: Rule, file: str, first_row: int) -> Encoded:
+    """The values of one of the `text_columns` of a table, with what they were written as. Raises DataError."""
+    encoded, _ = _encoded(table, column, rule, _Where(file, first_row))
+    return encoded
 
 
 def concatenate(parts: Sequence[Groups]) -> Groups:
@@ -203,42 +239,85 @@ class _Where:
             )
 
 
-def _rule(field: Field) -> Rule:
+def _rule(field: Field, uris: Collection[str]) -> Rule:
     ad = int(field.side == "ad")
     if field.kind == "dense":
         width = field.width or 1
         return Rule(field.side, ad + (width > 1), "real", width)
+    text: TextKind = "uri" if field.column_name in uris else "id"
     if field.kind == "content":
-        return Rule(field.side, 1, "integer")
-    return Rule(field.side, ad + (field.kind == "multi_id"), "integer")
+        return Rule(field.side, 1, "integer", text=text)
+    return Rule(field.side, ad + (field.kind == "multi_id"), "integer", text=text, crossed=field.columns or ())
 
 
 def _fits(found: pa.DataType, rule: Rule) -> bool:
-    for _ in range(rule.depth):
-        if not (pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)):
-            return False
-        found = found.value_type
-    integer = pa.types.is_integer(found) and found != pa.uint64()
-    return integer or (rule.number == "real" and pa.types.is_floating(found))
+    kind = _element(found, rule.depth)
+    if kind is None:
+        return False
+    integer = pa.types.is_integer(kind) and kind != pa.uint64()
+    return (
+        integer or (rule.number == "real" and pa.types.is_floating(kind)) or (rule.text is not None and is_text(kind))
+    )
 
 
-def _flatten(column: Any, name: str, rule: Rule, where: _Where) -> tuple[Values, tuple[Index, ...]]:
+def _element(found: pa.DataType, depth: int) -> pa.DataType | None:
+    """The type inside so many lists, of a dictionary that of its values; None where there are fewer lists."""
+    kind: Any = found
+    for _ in range(depth):
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+            return None
+        kind = kind.value_type
+    element: pa.DataType = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return element
+
+
+def _flatten(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Values, tuple[Index, ...]]:
     """Flat values and the offsets of each level of lists, outermost first. Raises DataError at a null or infinity."""
-    array: Any = column.combine_chunks()
+    if rule.crossed or is_text(_element(table.schema.field(name).type, rule.depth)):
+        encoded, offsets = _encoded(table, name, rule, where)
+        return encoded.ids, offsets
+    array, offsets = _innermost(table, name, rule, where)
+    values = array.to_numpy(zero_copy_only=False)
+    if rule.number == "integer":
+        return values.astype(np.int64, copy=False), offsets
+    values = values.astype(np.float32)
+    if (wrong := np.flatnonzero(~np.isfinite(values))).size:
+        row = where.row_of_value(wrong[0], offsets)
+        raise DataError(f"{row}: column {name} has {values[wrong[0]]}; it has to be a finite float32 number")
+    return values, offsets
+
+
+def _encoded(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Encoded, tuple[Index, ...]]:
+    """As `_flatten`, of a column of texts or of crossed ones: each distinct value once."""
+    if rule.crossed:
+        first, *others = (_encoded(table, each, replace(rule, crossed=()), where) for each in rule.crossed)
+        for (_, offsets), column in zip(others, rule.crossed[1:], strict=True):
+            for level, (found, expected) in enumerate(zip(offsets, first[1], strict=True)):
+                where.check_equal(found, expected, column, rule.crossed[0], "crossed value", offsets[:level])
+        return cross([encoded for encoded, _ in (first, *others)]), first[1]
+    array, offsets = _innermost(table, name, rule, where)
+    if not is_text(array.type):
+        return encode_numbers(array.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)), offsets
+    assert rule.text is not None
+    try:
+        return encode_texts(array, rule.text), offsets
+    except UndecodableTextError as failure:
+        row = where.row_of_value(failure.place, offsets)
+        raise DataError(f"{row}: column {name} has text that is not UTF-8; write the file in UTF-8") from None
+
+
+def _innermost(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Any, tuple[Index, ...]]:
+    """The values as an Arrow array without nulls, and the offsets of each level of lists."""
+    array: Any = table.column(name).combine_chunks()
     offsets: list[Index] = []
     for _ in range(rule.depth):
         _refuse_nulls(array, name, offsets, where)
         array, level = _unwrap(array)
         offsets.append(level)
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
     _refuse_nulls(array, name, offsets, where)
-    values = array.to_numpy(zero_copy_only=False)
-    if rule.number == "integer":
-        return values.astype(np.int64, copy=False), tuple(offsets)
-    values = values.astype(np.float32)
-    if (wrong := np.flatnonzero(~np.isfinite(values))).size:
-        row = where.row_of_value(wrong[0], offsets)
-        raise DataError(f"{row}: column {name} has {values[wrong[0]]}; it has to be a finite float32 number")
-    return values, tuple(offsets)
+    return array, tuple(offsets)
 
 
 def _unwrap(array: Any) -> tuple[Any, Index]:

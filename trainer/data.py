@@ -21,7 +21,19 @@ import xxhash
 
 from featurestore.storage import Storage
 from trainer.batch import Batch, BatchPosition, Jagged
-from trainer.columns import Groups, Index, Rule, check_types, concatenate, decode, ranges, rules_of
+from trainer.columns import (
+    Groups,
+    Index,
+    Rule,
+    check_types,
+    concatenate,
+    decode,
+    ranges,
+    rules_of,
+    source_columns,
+    text_columns,
+    values_of,
+)
 from trainer.comm import Comm
 from trainer.days import files_of, name_of, sample_files
 from trainer.errors import DataError
@@ -47,6 +59,8 @@ class SampleIndex:
     row_groups: tuple[RowGroup, ...]
     by_day: bool = False
     """Chosen by day: it is the same data in whichever split the files are."""
+    text_columns: frozenset[str] = frozenset()
+    """Columns, crossed ones too, whose IDs are hashes of what some of the files hold."""
 
     @property
     def num_samples(self) -> int:
@@ -77,8 +91,9 @@ def open_index(comm: Comm, samples: str, split: str, schema: Schema, days: Seque
         files = sample_files(storage, split) if days is None else files_of(storage, days)
         own = [(file, _read_footer(storage, file, rules, schema.label)) for file in files[comm.rank :: comm.size]]
     parts = dict(part for share in comm.allgather_object(own) for part in share)
-    row_groups = tuple(group for file in sorted(parts, key=name_of) for group in parts[file])
-    index = SampleIndex(storage, row_groups, by_day=days is not None)
+    row_groups = tuple(group for file in sorted(parts, key=name_of) for group in parts[file][0])
+    texts = frozenset(column for _, columns in parts.values() for column in columns)
+    index = SampleIndex(storage, row_groups, by_day=days is not None, text_columns=texts)
     if index.num_samples == 0 and days != []:
         what = f"has no *.parquet file with samples ({len(parts)} files)"
         where = storage.full(split) if days is None else f"{storage.url}, days {', '.join(days)}"
@@ -106,6 +121,11 @@ class SampleReader:
         self._rank, self._num_ranks, self._batch_size = rank, num_ranks, batch_size
         self._seed, self._window_groups, self._by_part = seed, window_groups, by_part
         self.num_samples = index.num_samples
+
+    @property
+    def index(self) -> SampleIndex:
+        """What it reads."""
+        return self._index
 
     @property
     def steps_per_epoch(self) -> int:
@@ -216,11 +236,9 @@ def distinct_values(comm: Comm, index: SampleIndex, column: str, rule: Rule) -> 
     own = np.empty(0, np.int64)
     with comm.agreed():
         for row_group in index.row_groups[comm.rank :: comm.size]:
-            table = read_row_group(index.storage, row_group, [column])
-            flat: Any = table.column(column).combine_chunks()
-            for _ in range(rule.depth):
-                flat = flat.flatten()
-            own = np.union1d(own, flat.drop_null().to_numpy(zero_copy_only=False).astype(np.int64))
+            table = read_row_group(index.storage, row_group, list(source_columns({column: rule})))
+            file = index.storage.full(row_group.file)
+            own = np.union1d(own, values_of(table, column, rule, file, row_group.first_row))
     return np.unique(comm.allgather(torch.from_numpy(own), name="distinct_values").numpy())
 
 
@@ -265,7 +283,8 @@ class _Windows:
 
     def nothing(self) -> Piece:
         """A piece without groups, for a rank without data."""
-        nothing = pa.table({column: pa.array([], _arrow_type(rule)) for column, rule in self._rules.items()})
+        columns = source_columns(self._rules)
+        nothing = pa.table({column: pa.array([], _arrow_type(rule)) for column, rule in columns.items()})
         groups = decode(nothing, self._rules, self._label, "", 0)
         none_G = np.empty(0, np.int64)
         return Piece(groups, none_G, none_G, none_G)
@@ -282,7 +301,7 @@ class _Windows:
         return self._held[window]
 
     def _decode(self, row_group: RowGroup) -> Groups:
-        table = read_row_group(self._index.storage, row_group, list(self._rules))
+        table = read_row_group(self._index.storage, row_group, list(source_columns(self._rules)))
         full = self._index.storage.full(row_group.file)
         groups = decode(table, self._rules, self._label, full, row_group.first_row)
         if groups.num_samples != row_group.num_samples:
@@ -290,8 +309,11 @@ class _Windows:
         return groups
 
 
-def _read_footer(storage: Storage, file: str, rules: Mapping[str, Rule], label: str) -> list[RowGroup]:
-    """The file's row groups. The number of samples is that of the label column's values, known without reading them."""
+def _read_footer(storage: Storage, file: str, rules: Mapping[str, Rule], label: str) -> tuple[list[RowGroup], set[str]]:
+    """The file's row groups, and its columns of texts.
+
+    The number of samples is that of the label column's values, known without reading them.
+    """
     with _opened(storage, file) as parquet:
         check_types(parquet.schema_arrow, rules, storage.full(file))
         metadata, first_row, found = parquet.metadata, 0, []
@@ -301,7 +323,7 @@ def _read_footer(storage: Storage, file: str, rules: Mapping[str, Rule], label: 
             if rows.num_rows:
                 found.append(RowGroup(file, number, first_row, rows.num_rows, rows.column(leaf).num_values))
             first_row += rows.num_rows
-        return found
+        return found, text_columns(parquet.schema_arrow, rules)
 
 
 def _opened(storage: Storage, file: str) -> pq.ParquetFile:

@@ -37,13 +37,15 @@ class IdDropout:
 def own_ids_of_ads(schema: Schema) -> tuple[str, ...]:
     """Fields whose value is new with a new ad: `new_ad_field`, and the IDs of its contents.
 
-    An ID field of the ad side is a content's ID when it reads the column of a content field.
+    An ID field of the ad side is a content's ID when it reads the column of a content field. One that crosses such
+    columns with others is new with a new ad too.
     """
-    contents = {field.column_name for field in schema.of_kind("content", side="ad")}
+    own = {f.column_name for f in schema.fields if f.name == schema.new_ad_field}
+    own |= {field.column_name for field in schema.of_kind("content", side="ad")}
     return tuple(
         field.name
         for field in schema.of_kind("id", "multi_id", side="ad")
-        if field.name == schema.new_ad_field or field.column_name in contents
+        if field.name == schema.new_ad_field or own & {field.column_name, *(field.columns or ())}
     )
 
 

@@ -29,6 +29,7 @@ from trainer.content import samples_digest
 from trainer.data import SampleIndex, SampleReader, distinct_values, open_index
 from trainer.days import sample_files
 from trainer.errors import ConfigError, DataError
+from trainer.ids import dictionary
 from trainer.machine import share_machine
 from trainer.options import OptimConfig
 from trainer.precision import with_compute_dtype
@@ -172,7 +173,8 @@ def engine_of(
 
 
 def claim_folder(run: Run) -> list[Path]:
-    """Makes the run's folder and writes config.yaml. Returns the checkpoints that run.overwrite removed before that.
+    """Makes the run's folder and writes config.yaml and, where the samples have texts, ids.parquet. Returns the
+    checkpoints that run.overwrite removed before that. Every rank calls it.
 
     Called when all else is open. Killed at any point, it leaves the earlier run at one of its steps, or
     this one at its first. Raises ConfigError where the folder cannot be written to.
@@ -182,10 +184,25 @@ def claim_folder(run: Run) -> list[Path]:
         with _disk_errors_told(run.config):
             removed = _overwrite(run) if run.config.run.overwrite else []
             run.folder.mkdir(parents=True, exist_ok=True)
+            if run.config.run.resume is None:
+                (run.folder / dictionary.FILE).unlink(missing_ok=True)  # of a run that did not come to a checkpoint
             save_config(run.config, run.folder / "config.yaml")
         return removed
 
-    return run.comm.on_rank_0(claim)
+    removed_paths = run.comm.on_rank_0(claim)
+    _keep_dictionary(run)
+    return removed_paths
+
+
+def _keep_dictionary(run: Run) -> None:
+    """Writes ids.parquet, unless the run goes on and has it. Raises DataError, ConfigError on all ranks together."""
+    goes_on = run.config.run.resume is not None
+    if goes_on and run.comm.on_rank_0((run.folder / dictionary.FILE).is_file):
+        return
+    warm = run.warm_start
+    earlier = warm.path.parents[1] / dictionary.FILE if warm and "ids" in warm.parts else None
+    with _disk_errors_told(run.config):
+        dictionary.write_dictionary(run.comm, run.folder, run.train_reader.index, rules_of(run.schema), earlier)
 
 
 def _overwrite(run: Run) -> list[Path]:
@@ -296,7 +313,7 @@ def _optim_of(optim: OptimConfig) -> dict[str, Any]:
 
 def model_of(config: Config, schema: Schema) -> dict[str, Any]:
     """What of a run decides on its parameters: the model's settings and the fields, as a checkpoint's origin has it."""
-    fields = {field.name: field.model_dump(exclude={"name"}, exclude_none=True) for field in schema.fields}
+    fields = {field.name: field.model_dump(mode="json", exclude={"name"}, exclude_none=True) for field in schema.fields}
     return {**config.model.model_dump(), "fields": fields, "label": schema.label}
 
 

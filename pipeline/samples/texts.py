@@ -8,20 +8,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featurestore.keys import key_of_uri
+from featurestore.keys import id_of_text
 from pipeline.samples.mapping import TimeUnit
 
 _WHOLE = re.compile(r"0|-?[1-9]\d{0,18}")
 _LABELS = {"0": 0.0, "1": 1.0, "true": 1.0, "false": 0.0}
 _PER_UNIT = {"s": 1_000_000, "ms": 1_000, "us": 1}
-_INT64 = range(-(1 << 63), 1 << 63)
 
 Parsed = tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]  # values, and which could not be read; nulls are 0 and fine
 
 
 def parse_ids(column: Any) -> Parsed:
     """int64: a whole number as it is written is itself, other text its hash; so 7 is the same user in every file."""
-    return _each(column, _id, np.int64)
+    return _each(column, id_of_text, np.int64)
 
 
 def parse_times(column: Any, unit: TimeUnit) -> Parsed:
@@ -59,9 +58,3 @@ def _each(column: Any, parse: Callable[[str], float], dtype: npt.DTypeLike) -> P
             wrong_U[place] = True
     place_N = encoded.indices.fill_null(len(texts)).to_numpy(zero_copy_only=False)
     return value_U[place_N], wrong_U[place_N]
-
-
-def _id(text: str) -> int:
-    if _WHOLE.fullmatch(text) and int(text) in _INT64:
-        return int(text)
-    return key_of_uri(text)

@@ -284,7 +284,7 @@ def test_an_index_of_another_checkpoint_is_left_alone(folder: Path, out: str, tm
     ("changes", "message"),
     [
         ({"ad_image": None}, "column ad_image is missing, expected integer"),
-        ({"ad_image": ["a", "b"]}, "column ad_image is string, expected integer"),
+        ({"ad_image": [0.5, 1.5]}, "column ad_image is double, expected integer (or string)"),
         ({"ad_item": [1, 1]}, "ad_item=1 stands in several rows; an ad has one row"),
         ({"ad_category": [1, None]}, "row 1: column ad_category is null"),
     ],

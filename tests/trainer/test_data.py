@@ -207,8 +207,8 @@ def _edited(table: pa.Table, column: str, row: int, value: Any) -> pa.Table:
     [
         (lambda table: table.drop_columns(["ad_scene"]), "column ad_scene is missing, expected list<integer>"),
         (
-            lambda table: _replaced(table, "user", table.column("user").cast(pa.string())),
-            "column user is string, expected",
+            lambda table: _replaced(table, "user", table.column("user").cast(pa.bool_())),
+            "column user is bool, expected integer (or string)",
         ),
         (
             lambda table: _replaced(table, "ad_item", table.column("user")),

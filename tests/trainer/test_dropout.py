@@ -33,6 +33,11 @@ def _field(values: list[list[int]], rows: int = 5) -> FieldVectors:
 def test_own_ids_are_those_that_are_new_with_a_new_ad() -> None:
     assert own_ids_of_ads(load_schema()) == ("ad_item", "ad_image_id")
     assert own_ids_of_ads(SCHEMA) == ("ad_item", "ad_picture_ids")
+    crossed = [
+        Field(name=f"ad_{name}_in_scene", side="ad", kind="id", columns=(f"ad_{name}", "ad_scene"))
+        for name in ("item", "image", "category")
+    ]
+    assert own_ids_of_ads(Schema(fields=(*SCHEMA.fields, *crossed)))[2:] == ("ad_item_in_scene", "ad_image_in_scene")
 
 
 def test_share_of_samples() -> None:

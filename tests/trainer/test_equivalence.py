@@ -35,6 +35,7 @@ RUNS = [
     "adam_rank_without_data/float32",
     "dropout_rank_without_data/float64",
     "missing_learned/float64",
+    "words/float64",
     "transformer/float64",
     "two_towers/float64",
     "two_towers/float32",

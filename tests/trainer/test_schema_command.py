@@ -67,7 +67,7 @@ def test_sides_kinds_and_widths_come_from_the_values(tmp_path):
         "user": [1, 2], "age": [1.5, 2.5], "vector": [[1.0, 2.0], [3.0, 4.0]], "tags": [[1], [2, 3]],
         "brand": [[7, 8], [9]], "words": [[[1], [2, 3]], [[]]], "price": [[0.5, 1.5], [2.5]],
         "place": [[[0.0, 1.0], [2.0, 3.0]], [[4.0, 5.0]]], "ragged": [[1.0], [1.0, 2.0]], "name": ["a", "b"],
-        "gone": [None, 1], "same": [4, 4], "clicked": [[1, 0], [0]],
+        "gone": [None, 1], "same": [4, 4], "clicked": [[1, 0], [0]], "made": [b"a", b"b"],
     }  # fmt: skip
     (tmp_path / "train").mkdir()
     table = pa.table({name: pa.array(values) for name, values in columns.items()})
@@ -80,9 +80,9 @@ def test_sides_kinds_and_widths_come_from_the_values(tmp_path):
     assert found == {
         "user": ("user", "id", None), "age": ("user", "dense", None), "vector": ("user", "dense", 2),
         "tags": ("user", "multi_id", None), "brand": ("ad", "id", None), "words": ("ad", "multi_id", None),
-        "price": ("ad", "dense", None), "place": ("ad", "dense", 2),
+        "price": ("ad", "dense", None), "place": ("ad", "dense", 2), "name": ("user", "id", None),
     }  # fmt: skip
-    for line in ("ragged: list<element: double> of 1 to 2 numbers", "name: string; a field reads numbers",
+    for line in ("ragged: list<element: double> of 1 to 2 numbers", "made: binary; a field reads numbers and texts",
                  "gone: 1 of 2 rows are null", "same: one value in all rows"):  # fmt: skip
         assert f"#   {line}" in text
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
-from trainer.columns import Groups, Index, Rule, decode, rules_of
+from trainer.columns import Groups, Index, Rule, decode, rules_of, source_columns
 from trainer.comm import Comm
 from trainer.data import RowGroup, SampleIndex, read_row_group
 from trainer.errors import SchemaError
@@ -157,7 +157,7 @@ def places(sorted_A: Index, values_N: Index) -> tuple[Index, NDArray[np.bool_]]:
 
 def _read(index: SampleIndex, row_group: RowGroup, schema: Schema, rules: dict[str, Rule]) -> Groups:
     """These columns, and the time where the samples have it."""
-    table = read_row_group(index.storage, row_group, [*rules, schema.time])
+    table = read_row_group(index.storage, row_group, [*source_columns(rules), schema.time])
     file = index.storage.full(row_group.file)
     if schema.time in table.column_names:
         table = table.append_column(_TIME, _seconds(table.column(schema.time), schema.time, file))

@@ -1,1 +1,1 @@
-"""ID tables: rows of numbers for ids, cut into shards, each shard on the rank that owns it."""
+"""IDs of texts and of crossed columns, the dictionary that leads back, and the sharded tables of their rows."""

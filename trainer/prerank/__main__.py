@@ -82,7 +82,7 @@ def evaluate_index(
 @app.command(epilog="Example: `python -m trainer.prerank search --run data/runs/towers --user 17 --k 5`")
 def search(
     run: Run,
-    user: Annotated[int, typer.Option(help="A user of the test samples.")],
+    user: Annotated[str, typer.Option(help="A user of the test samples, as the samples have it: a number or a text.")],
     index: Index = "data/ad-index",
     k: Annotated[int, typer.Option(min=1, max=MOST_FOUND, help="Ads to find.")] = 10,
     samples: Samples = None,
@@ -91,6 +91,7 @@ def search(
     """Find the ads that suit a user best, as the user was in their last test sample."""
 
     def work(comm: "Comm") -> None:
+        from trainer.ids.dictionary import IdDictionary
         from trainer.prerank.artifact import AdIndex
         from trainer.prerank.evaluate import candidates
         from trainer.prerank.vectors import origin_of
@@ -102,8 +103,13 @@ def search(
             ads = AdIndex.open(index)
             ads.check_origin(origin_of(trained))
             found = candidates(trained, ads, samples, user, k)
-            rows = [(str(key), f"{value:.4f}") for key, value in found]
-            _print_table([ads.state.origin.key_column, "inner product"], rows)
+            names = [ads.state.origin.key_column]
+            rows: list[tuple[str, ...]] = [(str(key), f"{value:.4f}") for key, value in found]
+            if dictionary := IdDictionary.of_run(run):
+                texts = dictionary.texts(key for key, _ in found)
+                names.append("text")
+                rows = [(key, texts.get(int(key), ""), value) for key, value in rows]
+            _print_table([*names, "inner product"], rows)
             _print_notes(trained.notes_on_missing(missing_lookups(comm, trained.partitions)))
 
     raise typer.Exit(run_on_ranks(work))

@@ -13,11 +13,11 @@ import pyarrow as pa
 from featurestore.errors import StorageError
 from featurestore.storage import Storage
 from trainer.batch import Batch, Jagged
-from trainer.columns import Groups, Index, Rows, Rule, concatenate, decode, rules_of
+from trainer.columns import Groups, Index, Rows, Rule, concatenate, decode, rules_of, source_columns
 from trainer.comm import SoloComm
 from trainer.data import RowGroup, inputs_of, open_index, read_row_group, row_groups_of_table
 from trainer.errors import DataError
-from trainer.schema import Field, Schema
+from trainer.schema import CROSS, Field, Schema
 
 _SPLITS = ("train", "test")
 _ONE_A_ROW = "one sample a row"
@@ -106,7 +106,9 @@ def _keys_of(value: str, column: str) -> Index:
         storage, names = _files(value)
         if not names:
             raise DataError(f"--remove {value}: there is no such file")
-        parts = [part for name in names for part in _parts(storage, name, {column: Rule("user", 0, "integer")})]
+        crossed = tuple(column.split(CROSS)) if CROSS in column else ()
+        rules = {column: Rule("user", 0, "integer", text="id", crossed=crossed)}
+        parts = [part for name in names for part in _parts(storage, name, rules)]
         return np.concatenate([np.empty(0, np.int64), *(part.columns[column].values for part in parts)])
     folder, slash, name = value.rpartition("/")
     try:
@@ -153,7 +155,7 @@ def _files(address: str) -> tuple[Storage, list[str]]:
 def _parts(storage: Storage, file: str, rules: Mapping[str, Rule]) -> Iterator[Groups]:
     """The row groups of a table of ads."""
     for row_group in row_groups_of_table(storage, file, rules):
-        table, count = read_row_group(storage, row_group, list(rules)), row_group.num_groups
+        table, count = read_row_group(storage, row_group, list(source_columns(rules))), row_group.num_groups
         offsets: Any = pa.array(np.arange(count + 1, dtype=np.int32))
         labels: Any = pa.ListArray.from_arrays(offsets, pa.array(np.zeros(count, np.int8)))
         table = table.append_column(_ONE_A_ROW, labels)
@@ -166,7 +168,7 @@ def _last_ads(
     storage: Storage, row_group: RowGroup, rules: Mapping[str, Rule], label: str, column: str, seen: Index
 ) -> Groups:
     """Of every ad of the row group that is not among `seen` its last impression."""
-    table = read_row_group(storage, row_group, list(rules))
+    table = read_row_group(storage, row_group, list(source_columns(rules)))
     columns = decode(table, rules, label, storage.full(row_group.file), row_group.first_row).columns
     keys_B = columns[column].values
     keys_U, first_U = np.unique(keys_B[::-1], return_index=True)

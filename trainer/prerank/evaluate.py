@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featurestore.index import VectorIndex, use_threads
+from featurestore.keys import id_of_text
 from trainer.batch import Batch
 from trainer.columns import rules_of
 from trainer.content import samples_digest
@@ -160,21 +161,23 @@ def user_queries(trained: TrainedRun) -> Queries | None:
 
 
 def candidates(
-    trained: TrainedRun, ads: AdIndex, samples: str | None, user: int, count: int
+    trained: TrainedRun, ads: AdIndex, samples: str | None, user: str, count: int
 ) -> list[tuple[int, float]]:
     """Keys and inner products of the ads that suit a user best, as the user was in their last test group.
 
-    For one rank. Raises DataError where no test sample is of that user.
+    For one rank. `user`: a number or a text, as the samples have it. Raises DataError where no test sample is of that
+    user.
     """
     last: Batch | None = None
+    number = id_of_text(user)
     for batch in reader_of_tests(trained, samples).batches():
-        if (batch.group_id_B == user).any():
+        if (batch.group_id_B == number).any():
             last = batch
     if last is None:
         where = samples or trained.config.data.samples
         raise DataError(f"user {user} has no test sample in {where}; choose one that has, or other --samples")
     _, vectors_GW = next(user_vectors(trained, iter([last])))
-    group = last.group_of_sample_B[last.group_id_B == user][-1]
+    group = last.group_of_sample_B[last.group_id_B == number][-1]
     keys_1C, score_1C = ads.index.search(vectors_GW[group : group + 1], count)
     return [(int(key), float(value)) for key, value in zip(keys_1C[0], score_1C[0], strict=True) if np.isfinite(value)]
 

@@ -10,6 +10,7 @@ import typer
 
 from featurestore.commandline import FAILED, USAGE, run_app, say_error
 from featurestore.errors import FeatureStoreError
+from featurestore.keys import id_of_text, key_of_uri
 from featurestore.storage import Storage
 from trainer.errors import DataError, SchemaError, TrainerError
 from trainer.schema import logs, samples
@@ -17,6 +18,7 @@ from trainer.schema.columns import content_of, data_files, inner_type, read_tabl
 from trainer.schema.fields import load_schema
 
 BATCH_SIZE = 8192
+SHOWN = 10
 EXAMPLES = """
 Examples:
 
@@ -25,6 +27,8 @@ Examples:
     python -m trainer.schema inspect data/mylogs --out mapping.yaml
 
     python -m trainer.schema check schema.yaml data/samples
+
+    python -m trainer.schema lookup data/runs/both 4521387690122 sku-17
 """
 
 app = typer.Typer(
@@ -39,7 +43,10 @@ app = typer.Typer(
 
 @app.command(epilog="Example: `python -m trainer.schema inspect data/samples --out schema.yaml`")
 def inspect(
-    data: Annotated[str, typer.Argument(help="Folder or address of sample groups, or of raw logs (CSV or Parquet).")],
+    data: Annotated[
+        str,
+        typer.Argument(help="Folder or address of sample groups, or of raw logs (CSV or Parquet); or a run's folder."),
+    ],
     out: Annotated[Path | None, typer.Option(help="File to write; must be new.", show_default="the terminal")] = None,
     label: Annotated[str, typer.Option(help="Column of labels, in sample groups.")] = "label",
     group: Annotated[str, typer.Option(help="Column that groups samples for GAUC.")] = "user",
@@ -47,9 +54,15 @@ def inspect(
 ) -> None:
     """Write a first schema of sample groups, or a first mapping of raw logs for jobs/build_samples.py.
 
-    With types, numbers of different values, and suggested kinds, sides and table sizes as comments.
+    With types, numbers of different values, and suggested kinds, sides and table sizes as comments. Of a run it prints
+    the first texts of its dictionary of IDs.
     """
     with _user_errors():
+        if (Path(data) / "config.yaml").is_file():
+            if out is not None:
+                raise SchemaError(f"{data} is a run's folder, of which no schema is written; leave --out out")
+            _show_dictionary(Path(data), SHOWN)
+            return
         storage = Storage(data)
         if has_lists(storage):
             schema, made, table = samples.inspect_samples(storage, label, group, rows)
@@ -78,6 +91,48 @@ def check(
             for _ in SampleReader(index, fields, batch_size=BATCH_SIZE).batches():
                 pass
             typer.echo(f"{split:<6} {index.num_samples:,} samples in {index.num_groups:,} groups fit the schema")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "    python -m trainer.schema lookup data/runs/both -8127164312765119041\n\n"
+    "    python -m trainer.schema lookup data/runs/both sku-17 '[\"shoes\",3]'",
+    context_settings={"ignore_unknown_options": True},  # a negative ID is no option
+)
+def lookup(
+    run: Annotated[Path, typer.Argument(help="Folder of a run whose samples have texts.")],
+    values: Annotated[list[str], typer.Argument(help="IDs, whose texts to print, or texts, whose IDs to print.")],
+) -> None:
+    """Print the text that an ID stands for, and the ID that a text gets.
+
+    An ID of crossed columns stands for a JSON list of their values.
+    """
+    from trainer.ids.dictionary import IdDictionary
+
+    with _user_errors():
+        dictionary = IdDictionary.of_run(run)
+        if dictionary is None:
+            raise DataError(f"{run} has no ids.parquet: its training samples have no texts, or it is no run's folder")
+        ids = [id_of_text(value) for value in values]
+        texts = dictionary.texts([*ids, *(key_of_uri(value) for value in values)])
+        for value, number in zip(values, ids, strict=True):
+            # A text that is a whole number is an ID; as a uri it has a key of its own.
+            found = {each: texts[each] for each in (number, key_of_uri(value)) if each in texts}
+            for each, text in (found or {number: "not in the training samples as a text"}).items():
+                typer.echo(f"{each}  {text}")
+
+
+def _show_dictionary(run: Path, count: int) -> None:
+    from trainer.ids.dictionary import FILE, IdDictionary
+
+    dictionary = IdDictionary.of_run(run)
+    if dictionary is None:
+        typer.echo(f"{run} has no {FILE}: its training samples have no texts")
+        return
+    entries, total = dictionary.first(count)
+    typer.echo(f"{dictionary.path}: {total:,} texts of the training samples and their ids; the first of them:")
+    for number, text in entries:
+        typer.echo(f"{number}  {text}")
 
 
 def has_lists(storage: Storage) -> bool:

@@ -18,7 +18,7 @@ from pyarrow import csv
 from featurestore.csvlines import CsvTextError, long_rows
 from featurestore.distinct import DistinctCount
 from featurestore.errors import StorageError
-from featurestore.keys import keys_of_uris
+from featurestore.keys import id_of_text
 from featurestore.storage import Storage
 from trainer.errors import DataError
 
@@ -45,6 +45,7 @@ class Column:
     is_binary: bool = True  # all values are 0 or 1
     smallest: float | None = None
     largest: float | None = None
+    example: str | None = None  # a text
 
     @property
     def fixed_width(self) -> int | None:
@@ -152,8 +153,12 @@ def _add_values(column: Column, array: Any) -> None:
     array = array.drop_null()
     column.values += len(array)
     if column.content == "text":
-        texts = pc.unique(array.cast(pa.string())).to_pylist()
-        column.distinct = column.distinct.with_values(keys_of_uris(texts))
+        try:
+            texts = pc.unique(array.cast(pa.string())).to_pylist()
+        except UnicodeDecodeError as failure:
+            raise DataError(f"column {column.name} has text that is not UTF-8; write the file in UTF-8") from failure
+        column.distinct = column.distinct.with_values(np.array([id_of_text(text) for text in texts], np.int64))
+        column.example = column.example or next(iter(texts), None)
         column.is_binary &= all(text in ("0", "1") for text in islice(texts, 3))
     elif column.content in ("integer", "real") and len(array):
         values_N = array.to_numpy(zero_copy_only=False)

@@ -14,6 +14,9 @@ DEFAULT_SCHEMA = Path(__file__).parents[1] / "presets" / "schema.yaml"
 
 DEFAULT_STORE = "images"
 
+CROSS = " x "
+"""Between the names of crossed columns."""
+
 Side = Literal["user", "ad"]
 Kind = Literal["id", "multi_id", "dense", "content"]
 
@@ -21,8 +24,8 @@ Kind = Literal["id", "multi_id", "dense", "content"]
 class Field(BaseModel):
     """One field of a sample.
 
-    kind id: one integer a row; multi_id: a list of them, their vectors are pooled; dense: `width` real numbers;
-    content: keys of a feature store, a list a row on the user side and one a row on the ad side.
+    kind id: one value a row, an integer or a string; multi_id: a list of them, their vectors are pooled; dense: `width`
+    real numbers; content: keys of a feature store, or uris, a list a row on the user side and one a row on the ad side.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,6 +45,8 @@ class Field(BaseModel):
     weights: str | None = None
     """ID kinds: a column with a real number for each id, by which the id's vector is multiplied; default: all are 1.
     A mean divides by the sum of their absolute values."""
+    columns: tuple[str, ...] | None = None
+    """ID kinds: columns of the field's side whose values are crossed into one ID; lists are crossed value by value."""
     context: bool = False
     """Side ad, kinds id, multi_id, dense: a value of the impression and not of the ad, as the scene. Two towers keep
     it out of the ad's vector; the other models make no difference."""
@@ -55,12 +60,22 @@ class Field(BaseModel):
             raise ValueError(f"field {self.name}: store={self.store} is for kind content, not {self.kind}")
         if self.weights is not None and not is_id:
             raise ValueError(f"field {self.name}: weights={self.weights} is for kinds id and multi_id, not {self.kind}")
+        if self.columns is not None:
+            self._check_columns(self.columns, is_id)
         if self.context and (self.side == "user" or self.kind == "content"):
             raise ValueError(
                 f"field {self.name}: context=true is for side ad and kinds id, multi_id and dense, "
                 f"not for {self.kind} of side {self.side}"
             )
         return self
+
+    def _check_columns(self, columns: tuple[str, ...], is_id: bool) -> None:
+        if not is_id:
+            raise ValueError(f"field {self.name}: columns is for kinds id and multi_id, not {self.kind}")
+        if self.column is not None:
+            raise ValueError(f"field {self.name}: it has column={self.column} and columns={list(columns)}; give one")
+        if len(set(columns)) < max(len(columns), 2):
+            raise ValueError(f"field {self.name}: columns={list(columns)} has to name two columns or more, each once")
 
     @property
     def is_id(self) -> bool:
@@ -79,8 +94,8 @@ class Field(BaseModel):
 
     @property
     def column_name(self) -> str:
-        """The column of the sample files that holds the field."""
-        return self.column or self.name
+        """The column of the sample files that holds the field; of crossed columns a name for all of them together."""
+        return CROSS.join(self.columns) if self.columns else self.column or self.name
 
 
 class Schema(BaseModel):

@@ -6,7 +6,7 @@ from typing import Any
 
 from featurestore.storage import Storage
 from trainer.errors import SchemaError
-from trainer.schema.columns import Column, Table, data_files, look
+from trainer.schema.columns import Column, Content, Table, data_files, look
 from trainer.schema.fields import Field, Kind, Schema, Side
 from trainer.schema.text import schema_text, table_rows
 
@@ -42,9 +42,13 @@ def sample_files(storage: Storage) -> list[str]:
 def inspect_samples(storage: Storage, label: str, group: str, most_rows: int) -> tuple[Schema, Suggestion, Table]:
     """A schema that fits sample files, suggested from at most `most_rows` groups. Raises SchemaError, DataError."""
     table = look(storage, sample_files(storage), label, most_rows)
-    for name, depth, what in ((label, 1, "a list of 0 and 1 in each group"), (group, 0, "one whole number a group")):
+    roles: tuple[tuple[str, int, str, tuple[Content, ...]], ...] = (
+        (label, 1, "a list of 0 and 1 in each group", ("integer",)),
+        (group, 0, "one whole number or text a group", ("integer", "text")),
+    )
+    for name, depth, what, contents in roles:
         column = table.columns.get(name)
-        if column is None or column.depth != depth or column.content != "integer":
+        if column is None or column.depth != depth or column.content not in contents:
             found = f"is {column.type}" if column else f"is not among {', '.join(table.columns)}"
             raise SchemaError(
                 f"{storage.url}: column {name} {found}; it has to be {what} (--label and --group name them)"
@@ -111,17 +115,19 @@ def describe(column: Column) -> str:
         parts.append(f"{column.smallest:g} to {column.largest:g}")
     if column.depth and column.shortest is not None:
         parts.append(f"lists of {column.shortest} to {column.longest}")
+    if column.example is not None:
+        parts.append(f"as {column.example[:40]!r}")
     return ", ".join(parts)
 
 
 def _unfit(column: Column) -> str | None:
     if NO_FIELDS.search(column.name):
         return f"{column.type}, kept for people; add it by hand if the model should see it"
-    if column.content not in ("integer", "real"):
-        return f"{column.type}; a field reads numbers (hash text by featurestore.key_of_uri)"
+    if column.content not in ("integer", "real", "text"):
+        return f"{column.type}; a field reads numbers and texts"
     if column.nulls:
         return f"{column.nulls:,} of {column.rows:,} rows are null; a field has none"
-    if column.rows > 1 and column.distinct.estimate < 2 and column.content == "integer":
+    if column.rows > 1 and column.distinct.estimate < 2 and column.content != "real":
         return "one value in all rows" if column.values else "no value in any row"
     return None
 
@@ -131,7 +137,7 @@ def _kind(column: Column, side: Side) -> tuple[Kind, int | None, str | None]:
     inner = column.depth - (side == "ad")
     if inner not in (0, 1):
         return "id", None, f"{column.type} is nested too deep for side {side}"
-    if column.content == "integer":
+    if column.content != "real":
         return ("multi_id" if inner else "id"), None, None
     if not inner:
         return "dense", None, None

@@ -6,7 +6,7 @@ Plain functions of the tensors that a `Reference` holds; nothing here is shared 
 from typing import TYPE_CHECKING
 
 import torch
-from scenarios import Sample
+from scenarios import Sample, pair_of
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ def _user(r: "Reference", s: Sample, summed: bool) -> list[Tensor]:
 def _ad_ids(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
     known = 0 if new_ad else 1
     times = s.ad_weight if r.scenario.weighted else 1
-    return [known * times * r.id_vector("item", s.ad_item), known * r.id_vector("image", s.ad_image)]
+    pair = [known * r.id_vector("item", pair_of(s))] if r.scenario.words else []
+    return [known * times * r.id_vector("item", s.ad_item), known * r.id_vector("image", s.ad_image), *pair]
 
 
 def _number(r: "Reference", *values: float) -> Tensor:

@@ -1,14 +1,19 @@
 """Small worlds on which a run of P ranks has to equal one process: data, settings, and who gets which samples."""
 
-from dataclasses import dataclass, field
+import itertools
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import xxhash
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.keys import shard_of
 from featurestore.upkeep.recode import recode
-from trainer.batch import Batch, Jagged
+from trainer.batch import Batch, BatchPosition, Jagged
+from trainer.columns import decode, rules_of
+from trainer.data import Piece, assemble
 from trainer.options import ModelConfig, OptimConfig
 from trainer.schema import Field, Schema
 
@@ -32,6 +37,13 @@ SCHEMA = Schema(
 
 TRANSFORMER: dict[str, object] = {"pooling": "transformer", "transformer_length": 4, "transformer_width": 6}
 
+
+def hashed(text: str) -> int:
+    """xxh3-64 of a text as a signed number."""
+    number = xxhash.xxh3_64_intdigest(text.encode())
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
 # A second content of every item, in a store of its own, of another dimension and with visual vectors of another width.
 TEXT_DIM, TEXT_WIDTH = 7, 3
 SCHEMA_WITH_TEXTS = Schema(
@@ -41,6 +53,17 @@ SCHEMA_WITH_TEXTS = Schema(
         Field(name="ad_text", side="ad", kind="content", store="texts", width=TEXT_WIDTH),
     )
 )
+
+
+# Users and items are texts in files that are read, and item and image of an ad are crossed into one more ID.
+SCHEMA_OF_FILES = Schema(
+    fields=(
+        *SCHEMA.fields[:7],
+        Field(name="ad_pair", side="ad", kind="id", table="item", columns=("ad_item", "ad_image")),
+        *SCHEMA.fields[7:],
+    )
+)
+WORDS = {hashed(word): word for word in (f"{what} ü{n}" for what in ("user", "item") for n in range(-15, 30))}
 
 
 @dataclass(frozen=True)
@@ -71,7 +94,8 @@ class Sample:
 @dataclass(frozen=True)
 class Scenario:
     """`deal`: how samples are dealt to ranks: "even" slices, or in turn all to the last or to the first rank.
-    `restart_at`: the step before which all ID rows begin anew. `most_ranks`: it is not run on more, to save time."""
+    `words`: batches are read from files of `SCHEMA_OF_FILES`. `restart_at`: the step before which all ID rows begin
+    anew. `most_ranks`: it is not run on more, to save time."""
 
     model: dict[str, object]
     missing: str = "error"
@@ -84,6 +108,7 @@ class Scenario:
     optimizers: dict[str, object] = field(default_factory=dict)
     restart_at: int | None = None
     texts: bool = False
+    words: bool = False
     weighted: bool = False
     most_ranks: int = 8
     dtypes: tuple[str, ...] = ("float64",)
@@ -92,7 +117,7 @@ class Scenario:
     @property
     def schema(self) -> Schema:
         """The fields of a sample."""
-        schema = SCHEMA_WITH_TEXTS if self.texts else SCHEMA
+        schema = SCHEMA_WITH_TEXTS if self.texts else SCHEMA_OF_FILES if self.words else SCHEMA
         weights = {"behavior_item": "item_weight", "ad_item": "ad_weight"} if self.weighted else {}
         fields = [field.model_copy(update={"weights": weights.get(field.name)}) for field in schema.fields]
         return schema.model_copy(update={"fields": tuple(fields)})
@@ -205,6 +230,7 @@ SCENARIOS = {
         deal="starve",
         most_ranks=2,
     ),
+    "words": Scenario({"images": "both", "id_dropout": 0.4}, words=True, deal="starve"),
     "two_towers": Scenario(
         {"base": "two_tower", "images": "both", "tower_width": 4}, deal="starve", dtypes=("float64", "float32")
     ),
@@ -280,11 +306,11 @@ def steps(scenario: Scenario) -> list[list[Sample]]:
                 samples.append(
                     Sample(
                         session,
-                        user=session % 30,
+                        user=_id(scenario, "user", session % 30),
                         age=float(session % 7) / 7,
-                        behavior_item=tuple(int(b) % 30 - 15 for b in behaviors),
+                        behavior_item=tuple(_id(scenario, "item", int(b) % 30 - 15) for b in behaviors),
                         behavior_image=tuple(images[b] for b in behaviors),
-                        ad_item=ad % 30 - 15,
+                        ad_item=_id(scenario, "item", ad % 30 - 15),
                         ad_image=images[ad],
                         ad_price=(float(draw.normal()), float(draw.normal())),
                         label=int(draw.integers(0, 2)),
@@ -292,6 +318,15 @@ def steps(scenario: Scenario) -> list[list[Sample]]:
                 )
         result.append(samples)
     return result
+
+
+def _id(scenario: Scenario, what: str, number: int) -> int:
+    return hashed(f"{what} ü{number}") if scenario.words else number
+
+
+def pair_of(s: Sample) -> int:
+    """The ID of an ad's item and image together."""
+    return hashed(f'["{WORDS[s.ad_item]}",{s.ad_image}]')
 
 
 def slice_of_rank(samples: list[Sample], deal: str, step: int, rank: int, num_ranks: int) -> list[Sample]:
@@ -334,6 +369,27 @@ def batch_of(samples: list[Sample], global_batch: list[Sample], weighted: bool =
         else {},
         first_sample=global_batch.index(samples[0]) if samples else 0,
     )
+
+
+def batch_of_file(samples: list[Sample], global_batch: list[Sample], schema: Schema) -> Batch:
+    """The same as columns of a file would be read."""
+    groups = [list(group) for _, group in itertools.groupby(samples, key=lambda s: s.session)]
+    texts, lists = pa.list_(pa.string()), pa.list_(pa.int64())
+    columns = {
+        "user": pa.array([WORDS[group[0].user] for group in groups], pa.string()).dictionary_encode(),
+        "age": pa.array([group[0].age for group in groups], pa.float32()),
+        "behavior_item": pa.array([[WORDS[item] for item in group[0].behavior_item] for group in groups], texts),
+        "behavior_image": pa.array([group[0].behavior_image for group in groups], lists),
+        "behavior_image_id": pa.array([group[0].behavior_image for group in groups], lists),
+        "ad_item": pa.array([[WORDS[s.ad_item] for s in group] for group in groups], texts),
+        "ad_image": pa.array([[s.ad_image for s in group] for group in groups], lists),
+        "ad_price": pa.array([[s.ad_price for s in group] for group in groups], pa.list_(pa.list_(pa.float64()))),
+        "label": pa.array([[s.label for s in group] for group in groups], lists),
+    }
+    read = decode(pa.table(columns), rules_of(schema), schema.label, "words.parquet", 0)
+    piece = Piece(read, np.arange(len(groups)), read.sample_offsets[:-1], read.sample_offsets[1:])
+    batch = assemble(schema, [piece], len(global_batch), BatchPosition(0, 0))
+    return replace(batch, first_sample=global_batch.index(samples[0]) if samples else 0)
 
 
 def _jagged(rows: list) -> Jagged:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scenarios import OPTIM, SCENARIOS, SEED, Scenario, batch_of, scenarios_for, slice_of_rank, steps
+from scenarios import OPTIM, SCENARIOS, SEED, Scenario, batch_of, batch_of_file, scenarios_for, slice_of_rank, steps
 
 from featurestore import FeatureStore
 from featurestore.partition import FeaturePartition
@@ -68,7 +68,11 @@ def run(
     batches = []
     for number, samples in enumerate(steps(scenario)):
         mine = slice_of_rank(samples, scenario.deal, number, comm.rank, comm.size)
-        batches.append(batch_of(mine, samples, scenario.weighted))
+        batches.append(
+            batch_of_file(mine, samples, scenario.schema)
+            if scenario.words
+            else batch_of(mine, samples, scenario.weighted)
+        )
     losses, gradients, coming = [], {}, iter(batches)
     CALLS.clear()
     with contextlib.closing(prepare_ahead(len(batches), lambda: engine.prepare(next(coming)))) as prepared:
