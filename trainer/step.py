@@ -255,6 +255,8 @@ class Engine:
             if field.kind == "dense"
         }
         group_of_sample_B = torch.from_numpy(batch.group_of_sample_B).to(self._device)
+        for table, served in zip(self.tables.values(), prepared.request.served_S, strict=False):  # tables come first
+            table.expect(served)
         vectors = self._exchange.vectors(prepared.request)
         for name in batch.weights.keys() & vectors.keys():
             vectors[name].weights_N = torch.from_numpy(batch.weights[name]).to(device=self._device, dtype=self._dtype)

@@ -93,7 +93,7 @@ def settings_of(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Cal
     file = tmp_path_factory.mktemp("schema") / "schema.yaml"
     file.write_text(yaml.safe_dump(schema))
 
-    def settings(folder: Path, steps: int, every: int) -> list[str]:
+    def settings(folder: Path, steps: int, every: int, **changes: Any) -> list[str]:
         return places.settings(
             data__schema_file=file,
             data__global_batch_size=30,
@@ -108,6 +108,7 @@ def settings_of(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Cal
             train__checkpoint_every=every,
             run__dir=folder,
             run__name="run",
+            **changes,
         )
 
     return settings
@@ -147,11 +148,18 @@ def assert_same_in_float64(found: Path, expected: Path) -> None:
     np.testing.assert_allclose(*logits, rtol=0, atol=TOLERANCE)
 
 
-def test_killed_with_other_ranks_each_time(settings_of: Callable[..., list[str]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "optim",
+    [{"optim__ids": "rowwise_adam"}, {"optim__ids": "adam", "optim__ids_restart": True}],
+    ids=["plain", "adam"],
+)
+def test_killed_with_other_ranks_each_time(
+    settings_of: Callable[..., list[str]], tmp_path: Path, optim: dict[str, Any]
+) -> None:
     steps = 200
-    undisturbed = Killed(tmp_path / "undisturbed", settings_of(tmp_path / "undisturbed", steps, 1000))
+    undisturbed = Killed(tmp_path / "undisturbed", settings_of(tmp_path / "undisturbed", steps, 1000, **optim))
     whole = undisturbed.leg(0, ranks=1)
-    killed = Killed(tmp_path / "killed", settings_of(tmp_path / "killed", steps, 20))
+    killed = Killed(tmp_path / "killed", settings_of(tmp_path / "killed", steps, 20, **optim))
     deaths = [(4, 55), (1, 110), (2, 0)]  # 55 is in the third epoch
     legs = [killed.leg(number, ranks, die_at) for number, (ranks, die_at) in enumerate(deaths)]
     assert [leg.first_step for leg in legs] == [1, 41, 101]

@@ -53,8 +53,8 @@ class Drift:
         self._beta1, self._beta2, self._eps, self._dtype = beta1, beta2, eps, dtype
         self.window, self.degree = window_of(beta1, dtype), degree_of(beta1, beta2, dtype)
         self._node_N = _nodes(self.degree)
-        self._table = torch.zeros(1024, self.degree + 2, dtype=dtype, device=device)  # polynomial, lowest first; c
-        self._table[:, -1] = 1
+        self._powers = _Powers(beta1, beta2, self.window)
+        self._table = torch.empty(1024, self.degree + 2, dtype=dtype, device=device)  # polynomial, lowest first; c
         self.restart()
 
     @property
@@ -66,8 +66,10 @@ class Drift:
         """As before the first step: the rows have begun anew."""
         self.rates = array("d")
         """The learning rate of each step."""
-        # Of the last `window` steps, oldest first: values at the nodes, and c.
-        self._values_WN, self._centre_W = np.zeros((0, len(self._node_N))), np.zeros(0)
+        # Of the last `window` steps, oldest first, at the end of what is in use: values at the nodes, and c.
+        self._values_WN, self._centre_W = np.zeros((2 * self.window, self.degree + 1)), np.ones(2 * self.window)
+        self._end = 0
+        self._table[:, :-1], self._table[:, -1] = 0, 1
 
     def resume(self, rates: Sequence[float]) -> None:
         """As after steps with these learning rates."""
@@ -78,20 +80,25 @@ class Drift:
     def add_step(self, rate: float) -> None:
         """One more step of Adam, with this learning rate."""
         self.rates.append(rate)
-        step = self.num_steps
-        if len(self._centre_W):
-            missed_W = np.arange(len(self._centre_W), 0, -1)
-            weight_W, c_W = _terms(step, missed_W, self._beta1, self._beta2)
-            spread_W = c_W / self._centre_W - 1
-            self._values_WN += (rate * weight_W)[:, None] / (1 + spread_W[:, None] * self._node_N)
+        step, count = self.num_steps, min(self.num_steps - 1, self.window)
         self._reserve(step + 1)
-        first = step - len(self._centre_W)
-        fitted = torch.from_numpy(_polynomials(self._values_WN))
-        self._table[first:step, :-1].copy_(fitted)
-        centre = centre_of(step, self._beta1, self._beta2, self.window)
-        self._table[step, :-1], self._table[step, -1] = 0, centre
-        self._values_WN = np.concatenate([self._values_WN, np.zeros((1, len(self._node_N)))])[-self.window :]
-        self._centre_W = np.append(self._centre_W, centre)[-self.window :]
+        last = self._end
+        if count:
+            first = last - count
+            weight_W, c_W = self._powers.terms(step, count)
+            values_WN, centre_W = self._values_WN[first:last], self._centre_W[first:last]
+            values_WN += (rate * weight_W)[:, None] / (1 + (c_W / centre_W - 1)[:, None] * self._node_N)
+            self._table[step - count : step, :-1].copy_(torch.from_numpy(_polynomials(values_WN)))
+        if last == len(self._values_WN):
+            kept = self.window - 1
+            self._values_WN[:kept], self._centre_W[:kept] = (
+                self._values_WN[last - kept :],
+                self._centre_W[last - kept :],
+            )
+            last = kept
+        self._values_WN[last], self._centre_W[last] = 0, self._powers.centre(step)
+        self._table[step, -1] = float(self._centre_W[last])
+        self._end = last + 1
 
     def moved(self, weight_QV: Tensor, momentum_QV: Tensor, variance_QV: Tensor, last_Q: Tensor) -> Tensor:
         """The weights of rows that step `last_Q` has left with these weights and moments, as they are now."""
@@ -119,27 +126,40 @@ def window_of(beta1: float, dtype: torch.dtype) -> int:
     return window
 
 
-def centre_of(step: int, beta1: float, beta2: float, window: int) -> float:
-    """The c of a step: the harmonic mean of all c_s that follow, each as heavy as its term."""
-    weight_W, c_W = _terms(step + np.arange(1, window + 1), np.arange(1, window + 1), beta1, beta2)
-    total = float(weight_W.sum())
-    return total / float((weight_W / c_W).sum()) if total else 1.0
+class _Powers:
+    """Powers of the betas for rows touched `window` steps before to one step before."""
 
+    def __init__(self, beta1: float, beta2: float, window: int) -> None:
+        self._beta1, self._beta2 = beta1, beta2
+        self._missed_W = np.arange(window, 0, -1, dtype=np.float64)
+        self._momentum_W: Floats = np.power(beta1, self._missed_W)
+        self._variance_W: Floats = np.power(beta2, self._missed_W)
 
-def _terms(
-    step: Floats | NDArray[np.int64] | int, missed_W: NDArray[np.int64], beta1: float, beta2: float
-) -> tuple[Floats, Floats]:
-    """w_s / lr_s and c_s in step `step`, of rows touched `missed_W` steps before."""
-    steps = np.asarray(step, np.float64)
-    weight_W = beta1**missed_W / -np.expm1(steps * math.log(beta1)) if beta1 else np.zeros(len(missed_W))
-    return weight_W, np.sqrt(beta2**missed_W / (1 - beta2**steps))
+    def terms(self, step: int, count: int) -> tuple[Floats, Floats]:
+        """w_s / lr_s and c_s in step `step`, of rows touched `count` steps before to one step before."""
+        weight_W: Floats = self._momentum_W[-count:] / (1 - self._beta1**step)
+        c_W: Floats = np.sqrt(self._variance_W[-count:] / (1 - self._beta2**step))
+        return weight_W, c_W
+
+    def coming(self, step: int) -> tuple[Floats, Floats]:
+        """w_s / lr_s and c_s of rows touched in step `step`, in the steps that follow, the last one first."""
+        step_W = step + self._missed_W
+        weight_W: Floats = self._momentum_W / (1 - np.power(self._beta1, step_W))
+        c_W: Floats = np.sqrt(self._variance_W / (1 - np.power(self._beta2, step_W)))
+        return weight_W, c_W
+
+    def centre(self, step: int) -> float:
+        """The c of a step: the harmonic mean of all c_s that follow, each as heavy as its term."""
+        weight_W, c_W = self.coming(step)
+        total = float(weight_W.sum())
+        return total / float((weight_W / c_W).sum()) if total else 1.0
 
 
 def polynomial_error(beta1: float, beta2: float, dtype: torch.dtype, degree: int, step: int, missed: int) -> float:
     """The largest error of the polynomial, relative to Y(q), for a row that missed so many steps after `step`."""
-    missed_W = np.arange(1, min(missed, window_of(beta1, dtype)) + 1)
-    weight_W, c_W = _terms(step + missed_W, missed_W, beta1, beta2)
-    spread_W = c_W / centre_of(step, beta1, beta2, window_of(beta1, dtype)) - 1
+    powers = _Powers(beta1, beta2, window_of(beta1, dtype))
+    weight_W, c_W = (each[-missed:] for each in powers.coming(step))
+    spread_W = c_W / powers.centre(step) - 1
 
     def values(node_N: Floats) -> Floats:
         return np.asarray(weight_W @ (1 / (1 + spread_W[:, None] * node_N)))

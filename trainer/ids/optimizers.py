@@ -212,5 +212,5 @@ def state_of(config: OptimConfig) -> Sequence[StatePart]:
 
 
 def _power(beta: float, steps_Q: Tensor, dtype: torch.dtype) -> Tensor:
-    """beta^steps (Q, 1), through float64: a rounded base would tell after some hundred steps."""
-    return torch.pow(beta, steps_Q).to(dtype).unsqueeze(1)
+    """beta^steps (Q, 1), by float64's exp, which is quick; a base rounded to float32 would tell after some steps."""
+    return torch.exp(steps_Q * (math.log(beta) if beta else -math.inf)).to(dtype).unsqueeze(1)

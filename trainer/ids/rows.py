@@ -59,7 +59,7 @@ class Rows:
     def put(self, rows_Q: Tensor, rows: "Rows") -> None:
         """Write the parts that `rows` has to places `rows_Q`, all different."""
         for name, values in rows.parts.items():
-            self.parts[name].index_copy_(0, rows_Q, values)
+            self.parts[name].index_put_((rows_Q,), values)
 
 
 def row_bytes(width: int, state: Sequence[StatePart], dtype: torch.dtype) -> int:

@@ -64,6 +64,33 @@ class RowRequest:
     num_unique: int
 
 
+class SharedRows:
+    """Rows of all tables of one width. What several of them expect to read is read at once: a few operations on all
+    rows instead of as many for each table."""
+
+    def __init__(self, rows: Rows, optimizer: RowOptimizer) -> None:
+        self.rows, self._optimizer = rows, optimizer
+        self._expected: dict[str, Tensor] = {}
+        self._read: dict[str, Tensor] = {}
+
+    def expect(self, table: str, rows_Q: Tensor) -> None:
+        """`read` comes next, for the same rows, before any of them changes."""
+        if self._optimizer.lags:
+            self._expected[table] = rows_Q
+            self._read.pop(table, None)
+
+    def read(self, table: str, rows_Q: Tensor) -> Tensor:
+        """A copy of the weights (Q, V) as they are now; of rows that were expected, if any were."""
+        if table not in self._expected and table not in self._read:
+            return self._optimizer.current(self.rows, rows_Q)
+        if table in self._expected:
+            every = self._optimizer.current(self.rows, torch.cat(list(self._expected.values())))
+            counts = [len(each) for each in self._expected.values()]
+            self._read |= dict(zip(self._expected, torch.split(every, counts), strict=True))
+            self._expected = {}
+        return self._read.pop(table)
+
+
 class IdTable:
     """The shards of one table that this rank owns; a rank beyond the number of shards owns none."""
 
@@ -76,7 +103,7 @@ class IdTable:
         seed: int,
         scale: float,
         optimizer: RowOptimizer,
-        shared: Rows,
+        shared: "SharedRows",
         first_row: int,
     ) -> None:
         """Use `build_tables`. `shared` has room for this table from `first_row` on."""
@@ -87,7 +114,7 @@ class IdTable:
         self._slot_of_shard = np.full(shape.num_shards, -1, dtype=np.int64)
         self._slot_of_shard[self.shards] = np.arange(len(self.shards))
         self.shared, self._first_row = shared, first_row
-        self.rows = shared.narrow(first_row, owned_rows(shape, rank, num_ranks))
+        self.rows = shared.rows.narrow(first_row, owned_rows(shape, rank, num_ranks))
         """This table's rows in `shared`."""
         self._touched: tuple[Tensor, Tensor] | None = None
         self._fill(0)
@@ -111,9 +138,13 @@ class IdTable:
         rows_Q, inverse_R = unique(slot_R * self.shape.rows_per_shard + row_R)
         return RowRequest(torch.from_numpy(rows_Q).to(self.rows.weight.device), inverse_R, len(rows_Q))
 
+    def expect(self, request: RowRequest) -> None:
+        """`vectors` comes next: tables that share memory are read at once."""
+        self.shared.expect(self.shape.name, request.rows_Q + self._first_row)
+
     def vectors(self, request: RowRequest) -> Tensor:
         """The rows (Q, V) as an autograd leaf; `take_gradients` hands out what has gathered in its `.grad`."""
-        rows_QV = self.optimizer.current(self.rows, request.rows_Q)
+        rows_QV = self.shared.read(self.shape.name, request.rows_Q + self._first_row)
         if torch.is_grad_enabled():
             rows_QV.requires_grad_()
             self._touched = (request.rows_Q, rows_QV)
@@ -223,7 +254,7 @@ def build_tables(
         first_rows.append(rows_of_width.get(shape.width, 0))
         rows_of_width[shape.width] = first_rows[-1] + owned_rows(shape, rank, num_ranks)
     shared = {
-        width: _memory_of(shapes, count, width, optimizer.state, device, dtype)
+        width: SharedRows(_memory_of(shapes, count, width, optimizer.state, device, dtype), optimizer)
         for width, count in rows_of_width.items()
     }
     return {
@@ -263,13 +294,13 @@ def _memory_of(
 
 def apply_gradients(tables: Iterable[IdTable], optimizer: RowOptimizer, rates: Rates) -> None:
     """One step of the optimiser on the rows of every table's last `vectors`, and on no others. Every rank calls it."""
-    of_memory: dict[int, tuple[Rows, list[tuple[Tensor, Tensor, Tensor]]]] = {}
+    of_memory: dict[int, tuple[SharedRows, list[tuple[Tensor, Tensor, Tensor]]]] = {}
     for table in tables:
         if (taken := table.take_gradients()) is not None:
             of_memory.setdefault(id(table.shared), (table.shared, []))[1].append(taken)
-    for rows, parts in of_memory.values():
+    for shared, parts in of_memory.values():
         rows_Q, weight_QV, gradient_QV = (torch.cat(each) for each in zip(*parts, strict=True))
-        optimizer.step(rows, rows_Q, weight_QV, gradient_QV, rates)
+        optimizer.step(shared.rows, rows_Q, weight_QV, gradient_QV, rates)
     optimizer.end_step(rates)
 
 

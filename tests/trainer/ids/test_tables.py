@@ -130,15 +130,18 @@ class TestTraining:
         for i, row in rows.items():
             torch.testing.assert_close(table.vectors(table.serve(np.array([i]))).detach()[0], row, rtol=1e-12, atol=0)
 
-    def test_tables_that_share_memory_train_as_they_do_alone(self) -> None:
+    @pytest.mark.parametrize("ids", ["rowwise_adam", "adam"])
+    def test_tables_that_share_memory_train_as_they_do_alone(self, ids: str) -> None:
         shapes = [TableShape("a", 3, 50, 8), TableShape("b", 2, 20, 8), TableShape("c", 3, 30, 8)]
-        together = build_tables(shapes, 0, 1, seed=1, scale=0.05, optimizer=optimizer(), dtype=torch.float64)
-        alone = {shape.name: table_of(shape=shape) for shape in shapes}
+        together = build_tables(shapes, 0, 1, seed=1, scale=0.05, optimizer=optimizer(ids=ids), dtype=torch.float64)
+        alone = {shape.name: table_of(shape=shape, ids=ids) for shape in shapes}
         assert together["a"].shared is together["c"].shared
-        for ids in ({"a": [5, 6], "b": [5], "c": [5, 5, 9]}, {"a": [], "c": [6, 9]}, {"b": [1]}):
+        for step in ({"a": [5, 6], "b": [5], "c": [5, 5, 9]}, {"a": [], "c": [6, 9]}, {"b": [1]}, {"a": [5], "c": [5]}):
             for tables in (together, alone):
-                for name, each in ids.items():
-                    request = tables[name].serve(np.array(each))
+                requests = {name: tables[name].serve(np.array(each)) for name, each in step.items()}
+                for name, request in requests.items():
+                    tables[name].expect(request)
+                for name, request in requests.items():
                     rows_QV = tables[name].vectors(request)
                     (rows_QV * torch.arange(1, len(rows_QV) + 1).unsqueeze(1)).sum().backward()
             apply_gradients(together.values(), together["a"].optimizer, RATES)

@@ -1,0 +1,175 @@
+"""Runs with each optimiser of ID rows: resumed, evaluated, begun with, refused; rows begun anew with each epoch."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from trainer.checkpoint import find, read_state
+from trainer.comm import SoloComm
+from trainer.config import load_config
+from trainer.errors import CheckpointError
+from trainer.ids.tables import TableShape, initial_rows
+from trainer.main import train
+from trainer.run import open_run
+from trainer.trained import open_trained
+
+Places = Any
+Train = Callable[..., Path]
+
+
+@pytest.fixture
+def trained(places: Places, tmp_path: Path) -> Train:
+    """Trains a run of this name with these settings, and returns its folder."""
+
+    def run(name: str, **changes: Any) -> Path:
+        settings = {"run__dir": tmp_path, "run__name": name, "train__epochs": 3, "model__compute_dtype": "float32"}
+        train(load_config(settings=places.settings(**{**settings, **changes})), SoloComm())
+        return tmp_path / name
+
+    return run
+
+
+def tensors_of(run: Path) -> dict[str, Tensor]:
+    """What the newest checkpoint holds."""
+    path = find(run / "checkpoints", "latest")
+    return {name: value for file in path.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize("ids", ["adam", "adagrad", "rowwise_adagrad", "rowwise_adam", "ftrl"])
+def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(trained: Train, ids: str) -> None:
+    settings = {"optim__ids": ids, "optim__ids_restart": True, "optim__id_l2": 0.01, "optim__warmup_steps": 30}
+    through = trained("through", **settings)
+    steps = read_state(find(through / "checkpoints", "latest")).step
+    for stop in (steps // 3 + 2, steps // 3 * 2):  # in the second epoch, and between it and the third
+        trained("stopped", **settings, train__max_steps=stop, run__resume="latest" if stop > steps // 2 else "null")
+    again = trained("stopped", **settings, run__resume="latest")
+    mine, theirs = tensors_of(again), tensors_of(through)
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+def test_rows_begin_anew_with_each_epoch(trained: Train) -> None:
+    """Those that the last epoch has not touched are where that epoch began; the others' counts are its own."""
+    runs = {restart: tensors_of(trained(f"r-{restart}", optim__ids_restart=restart)) for restart in (True, False)}
+    rows: dict[int, np.ndarray] = {}
+    shape = TableShape("user", 12, 64, 4)
+    for epoch in range(3):
+        rows[epoch] = np.concatenate([initial_rows(shape, n, 0, 0.05, epoch) for n in range(4)])
+        rows[epoch] *= load_config().model.id_init_std / 0.05
+    assert not np.isclose(rows[0], rows[2]).all(axis=1).any()
+    for restart, epoch in ((True, 2), (False, 0)):
+        weight, untouched = whole(runs[restart], "user/", "weight"), ~whole(runs[restart], "user/", "momentum").any(1)
+        assert 0 < untouched.sum() < 64
+        np.testing.assert_allclose(weight[untouched], rows[epoch].astype(np.float32)[untouched])
+
+
+def whole(tensors: dict[str, Tensor], table: str, part: str) -> np.ndarray:
+    """A part of all shards of a table."""
+    names = sorted(name for name in tensors if name.startswith(table) and name.endswith(f"/{part}"))
+    return torch.cat([tensors[name] for name in names]).numpy()
+
+
+def test_a_checkpoint_has_the_weights_that_a_reader_gets(trained: Train, places: Places) -> None:
+    """Also of rows that make up for steps which did not touch them; who only reads keeps no optimiser's state."""
+    run = trained("a", optim__ids="adam", optim__ids_lr=0.05)
+    saved, reader = tensors_of(run), open_trained(run, SoloComm())
+    lagging = whole(saved, "item/", "last_weight")
+    assert not np.array_equal(whole(saved, "item/", "weight"), lagging)
+    assert {name.rpartition("/")[2] for name in reader.engine.shard_names()} == {"weight"}
+    settings = places.settings(
+        run__dir=run.parent,
+        run__name="a",
+        run__resume="latest",
+        train__epochs=3,
+        optim__ids="adam",
+        optim__ids_lr=0.05,
+        model__compute_dtype="float32",
+    )
+    resumed = open_run(load_config(settings=settings), SoloComm())
+    for engine in (reader.engine, resumed.engine):
+        for name, value in engine.shard_state().items():
+            assert torch.equal(value, saved[name]), name
+    assert torch.equal(resumed.engine.tables["item"].rows.weight, torch.from_numpy(lagging))
+    resumed.close()
+    reader.close()
+
+
+def test_a_warm_start_takes_the_weights_whatever_moved_them(trained: Train, places: Places, tmp_path: Path) -> None:
+    before = trained("before", optim__ids="adam", optim__ids_lr=0.05)
+    settings = places.settings(
+        run__dir=tmp_path, run__name="next", run__warm_start=before, run__warm_parts="full", optim__ids="ftrl"
+    )
+    run = open_run(load_config(settings=settings), SoloComm())
+    saved = tensors_of(before)
+    state = run.engine.shard_state()
+    assert all(torch.equal(value, saved[name]) for name, value in state.items() if name.endswith("/weight"))
+    assert not any(value.any() for name, value in state.items() if not name.endswith("/weight"))
+    run.close()
+
+
+class TestAnotherOptimizer:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"optim__ids": "adagrad"}, r"optim\.ids is 'adagrad' here, 'adam' in the checkpoint"),
+            ({"optim__ids": "adam", "optim__beta1": 0.8}, r"optim\.beta1 is 0\.8 here, 0\.9 in the checkpoint"),
+            ({"optim__ids": "adam", "optim__id_l2": 0.1}, r"steps is not in the checkpoint; .* without optim\.id_l2"),
+        ],
+    )
+    def test_is_refused_on_resume(self, trained: Train, settings: dict[str, Any], message: str) -> None:
+        trained("a", optim__ids="adam", train__max_steps=3)
+        with pytest.raises(CheckpointError, match=message):
+            trained("a", run__resume="latest", **settings)
+
+    def test_another_learning_rate_is_not(self, trained: Train) -> None:
+        """Rows make up for the steps before at the rates of then."""
+        trained("a", optim__ids="adam", train__max_steps=20)
+        run = trained("a", optim__ids="adam", optim__ids_lr=1e-9, train__max_steps=21, run__resume="latest")
+        rates = tensors_of(run)["ids/learning_rates"]
+        assert rates.tolist() == [0.01] * 20 + [1e-9]
+
+
+class TestEarlierVersions:
+    """Their checkpoints say nothing of the optimiser, which was row-wise Adam."""
+
+    @pytest.fixture
+    def run(self, trained: Train) -> Path:
+        folder = trained("old", optim__ids="rowwise_adam", model__id_init_std=0.05, train__max_steps=5)
+        file = find(folder / "checkpoints", "latest") / "state.json"
+        state = json.loads(file.read_text())
+        del state["origin"]["optim"], state["digest"]
+        state["format_version"] = 2
+        digest = xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True).encode())
+        file.write_text(json.dumps({**state, "digest": digest}))
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        optim = config.pop("optim")
+        config["train"] |= {name: optim[name] for name in ("lr", "lr_gamma", "lr_every", "id_l2")}
+        del config["model"]["id_init_std"]
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        return folder
+
+    def test_go_on(self, run: Path, trained: Train) -> None:
+        trained("old", optim__ids="rowwise_adam", train__max_steps=7, run__resume="latest")
+        assert read_state(find(run / "checkpoints", "latest")).step == 7
+
+    def test_go_on_from_their_own_configuration(self, run: Path) -> None:
+        train(load_config(run / "config.yaml", ["run.resume=latest", "train.max_steps=7"]), SoloComm())
+        assert read_state(find(run / "checkpoints", "latest")).step == 7
+
+    def test_are_evaluated(self, run: Path) -> None:
+        reader = open_trained(run, SoloComm())
+        assert reader.config.optim.ids == "rowwise_adam"
+        reader.close()
+
+    def test_are_refused_by_another_optimizer(self, run: Path, trained: Train) -> None:
+        with pytest.raises(CheckpointError, match=r"optim\.ids is 'adam' here, 'rowwise_adam' in the checkpoint"):
+            trained("old", optim__ids="adam", run__resume="latest")
