@@ -78,7 +78,7 @@ class ModelConfig(Section):
     """Share of training samples whose ad is taken for a new one: the vectors of its own IDs are zero."""
     compute_dtype: ComputeDType | Literal["auto"] = "auto"
     """Type of E's matrix products; all else is float32, or float64 with them. auto: what the machine is quicker at."""
-    id_init_std: Annotated[float, Field(ge=0, le=1)] = 0.05
+    id_init_std: Annotated[float, Field(ge=0, le=1)] = 0.0001
     """Standard deviation of an ID vector's first numbers, which are uniform around zero."""
     table_shards: Annotated[int, Field(ge=1, le=1 << 20)] = 64
     """Shards of every ID table. A checkpoint loads at any number of ranks, but only at its own number of shards."""
@@ -138,7 +138,7 @@ class OptimConfig(Section):
     """Adam for dense parameters, `ids` for the rows of ID tables; every `lr_every` steps rates shrink by `lr_gamma`."""
 
     lr: LearningRate = 0.001
-    ids: IdOptimizer = "rowwise_adam"
+    ids: IdOptimizer = "adam"
     """adam: as on the whole table; rowwise_adam: one second moment a row; all others: McMahan 2013, Duchi 2011."""
     ids_lr: LearningRate | None = None
     """Of ID rows; None: `lr`."""

@@ -3,11 +3,11 @@
 A run that ended is not made again: its figures lie in OUT/figures under a digest of all that they depend on.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,8 +15,10 @@ from typing import Any, Literal
 
 from featurestore.store import FeatureStore
 from trainer.comm import SoloComm
+from trainer.config import load_config
 from trainer.data import open_index
 from trainer.files import replace_file
+from trainer.main import train
 from trainer.schema import load_schema
 
 Side = Literal["ours", "fuxictr"]
@@ -59,7 +61,11 @@ class Spec:
         snapshot = None if self.store is None else FeatureStore.open(self.store).snapshot()
         commit = None if snapshot is None else snapshot.manifest.commit_id
         told = {name: value for name, value in asdict(self).items() if name not in ("samples", "store", "threads")}
-        return hashlib.sha256(json.dumps([told, samples, commit], sort_keys=True).encode()).hexdigest()[:_DIGITS]
+        depends_on: list[Any] = [told, samples, commit]
+        if self.side == "ours":  # the preset's own values too
+            config = load_config(None, [f"{name}={value}" for name, value in ours_settings(self).items()])
+            depends_on.append({section: config.model_dump(mode="json")[section] for section in ("model", "optim")})
+        return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:_DIGITS]
 
 
 def curve_of(spec: Spec, folder: Path) -> list[Epoch]:
@@ -108,8 +114,10 @@ def ours_settings(spec: Spec) -> dict[str, Any]:
 
 def _ours(spec: Spec, runs: Path, name: str) -> list[Epoch]:
     settings = {**ours_settings(spec), "run.dir": runs, "run.name": name, "run.overwrite": "true"}
-    words = [word for item in settings.items() for word in ("--set", "=".join(map(str, item)))]
-    _run([sys.executable, "-m", "trainer.main", *words], name)
+    runs.mkdir(parents=True, exist_ok=True)
+    with (runs / f"{name}.txt").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        train(load_config(None, [f"{setting}={value}" for setting, value in settings.items()]), SoloComm())
+    (runs / f"{name}.txt").unlink()
     report = json.loads((runs / name / "report.json").read_text())
     shutil.rmtree(runs / name)
     every = settings["train.eval_every"]

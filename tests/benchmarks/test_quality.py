@@ -1,12 +1,14 @@
 """benchmarks.quality in a small form: both sides learn the same rows, and every figure is kept for the next call."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 from benchmarks.quality import compare
@@ -19,6 +21,7 @@ from featurestore.rows import FeatureRows
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 from trainer.batch import Jagged
+from trainer.config import DEFAULT_PRESET
 from trainer.errors import DataError
 from trainer.schema import load_schema
 
@@ -176,3 +179,15 @@ class TestDataSets:
         pq.write_table(_day(0), tmp_path / "train" / "day=2026-01-01.parquet")
         with pytest.raises(DataError, match="1 training days, and tuning needs 2"):
             parse(f"one={tmp_path}", 1).tuning_days()
+
+
+def test_a_run_is_known_by_the_preset_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = Spec(side="ours", net="dnn", samples=str(place / "samples"), batch_size=64, epochs=1, seed=0)
+    before = spec.digest()
+    assert replace(spec, seed=1).digest() != before
+    assert replace(spec, threads=2).digest() == before
+    changed = OmegaConf.load(DEFAULT_PRESET)
+    changed.optim.lr = 0.5
+    OmegaConf.save(changed, place / "preset.yaml")
+    monkeypatch.setattr("trainer.config.DEFAULT_PRESET", place / "preset.yaml")
+    assert spec.digest() != before
