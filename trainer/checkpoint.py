@@ -33,7 +33,7 @@ from trainer import accepted
 from trainer.batch import BatchPosition
 from trainer.comm import Comm
 from trainer.errors import CheckpointError
-from trainer.legacy import OPTIM_OF_OLD
+from trainer.legacy import MODEL_OF_OLD, OPTIM_OF_OLD
 from trainer.options import ModelConfig
 from trainer.validate import Section
 
@@ -77,10 +77,10 @@ class Origin(Section):
     def check_same(self, recorded: "Origin", path: Path) -> None:
         """Raises CheckpointError naming every value that `recorded`, of the checkpoint at `path`, has otherwise.
 
-        A setting of the model that the checkpoint does not know yet was at its default.
+        A setting of the model that the checkpoint does not know yet was as before it could be set, else at its default.
         """
         self.check_store(recorded, path)
-        unknown = {"model": ModelConfig().model_dump(), "optim": OPTIM_OF_OLD}
+        unknown = {"model": ModelConfig().model_dump() | MODEL_OF_OLD, "optim": OPTIM_OF_OLD}
         lines = _differing(self.model_dump(), recorded.model_dump(), unknown)
         if lines:
             raise CheckpointError(

@@ -60,11 +60,8 @@ def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(trained: T
 def test_rows_begin_anew_with_each_epoch(trained: Train) -> None:
     """Those that the last epoch has not touched are where that epoch began; the others' counts are its own."""
     runs = {restart: tensors_of(trained(f"r-{restart}", optim__ids_restart=restart)) for restart in (True, False)}
-    rows: dict[int, np.ndarray] = {}
-    shape = TableShape("user", 12, 64, 4)
-    for epoch in range(3):
-        rows[epoch] = np.concatenate([initial_rows(shape, n, 0, 0.05, epoch) for n in range(4)])
-        rows[epoch] *= load_config().model.id_init_std / 0.05
+    shape, std = TableShape("user", 12, 64, 4), load_config().model.id_init_std
+    rows = [np.concatenate([initial_rows(shape, n, 0, std, epoch) for n in range(4)]) for epoch in range(3)]
     assert not np.isclose(rows[0], rows[2]).all(axis=1).any()
     for restart, epoch in ((True, 2), (False, 0)):
         weight, untouched = whole(runs[restart], "user/", "weight"), ~whole(runs[restart], "user/", "momentum").any(1)
@@ -158,7 +155,8 @@ class TestEarlierVersions:
         return folder
 
     def test_go_on(self, run: Path, trained: Train) -> None:
-        trained("old", optim__ids="rowwise_adam", train__max_steps=7, run__resume="latest")
+        as_then = {"optim__ids": "rowwise_adam", "model__id_init_std": 0.05}
+        trained("old", **as_then, train__max_steps=7, run__resume="latest")
         assert read_state(find(run / "checkpoints", "latest")).step == 7
 
     def test_go_on_from_their_own_configuration(self, run: Path) -> None:
