@@ -29,11 +29,10 @@ from featurestore.cache import digest_of_file
 from featurestore.identity import SnapshotId
 from featurestore.parsing import parse_json
 from featurestore.regular import read_regular
-from trainer import accepted
+from trainer import accepted, legacy
 from trainer.batch import BatchPosition
 from trainer.comm import Comm
 from trainer.errors import CheckpointError
-from trainer.legacy import MODEL_OF_OLD, OPTIM_OF_OLD
 from trainer.options import ModelConfig
 from trainer.validate import Section
 
@@ -77,10 +76,10 @@ class Origin(Section):
     def check_same(self, recorded: "Origin", path: Path) -> None:
         """Raises CheckpointError naming every value that `recorded`, of the checkpoint at `path`, has otherwise.
 
-        A setting of the model that the checkpoint does not know yet was as before it could be set, else at its default.
+        A setting of the model that the checkpoint does not know yet was at its default, or as `legacy.BEFORE` says.
         """
         self.check_store(recorded, path)
-        unknown = {"model": ModelConfig().model_dump() | MODEL_OF_OLD, "optim": OPTIM_OF_OLD}
+        unknown = {"model": ModelConfig().model_dump() | legacy.BEFORE["model"], "optim": legacy.BEFORE["optim"]}
         lines = _differing(self.model_dump(), recorded.model_dump(), unknown)
         if lines:
             raise CheckpointError(

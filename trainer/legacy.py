@@ -1,4 +1,4 @@
-"""What earlier versions wrote: settings that have moved since, in the configurations of saved runs."""
+"""What earlier versions wrote: settings that have moved since, and what was so before there was a setting for it."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -6,9 +6,13 @@ from typing import Any
 
 MOVED = {f"train.{name}": f"optim.{name}" for name in ("lr", "lr_gamma", "lr_every", "id_l2")}
 """From the name of a setting in earlier versions to its name now."""
-OPTIM_OF_OLD: dict[str, Any] = {"ids": "rowwise_adam", "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
-"""What moved ID rows before there was a choice."""
-MODEL_OF_OLD: dict[str, Any] = {"id_init_std": 0.05}
+
+BEFORE: dict[str, dict[str, Any]] = {
+    "model": {"multi_hot": "sum", "activation": "prelu", "init": "torch", "id_init_std": 0.05},
+    "optim": {"ids": "rowwise_adam", "beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
+}
+"""What was so before there was the setting, by section, where the preset may say something else now: a saved run that
+lacks one goes on as it was."""
 
 
 def moved(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -20,13 +24,13 @@ def moved(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def up_to_date(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved configuration, by section, with each setting under the name that it has now, and what was true before it
-    could be set."""
+    """A saved configuration, by section, with each setting under the name that it has now, and `BEFORE` where there was
+    none."""
     values = {name: dict(section) if isinstance(section, Mapping) else section for name, section in saved.items()}
     for old, new in moved(saved):
         (section, _, name), (new_section, _, new_name) = old.partition("."), new.partition(".")
         values.setdefault(new_section, {})[new_name] = values[section].pop(name)
-    for section, known in {"optim": OPTIM_OF_OLD, "model": MODEL_OF_OLD}.items():
+    for section, known in BEFORE.items():
         if isinstance(found := values.get(section, {}), dict):
             values[section] = known | found
     return values

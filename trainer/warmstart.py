@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from trainer import checkpoint
+from trainer import checkpoint, legacy
 from trainer.checkpoint import CheckpointState, Origin
 from trainer.comm import Comm
 from trainer.config import WarmPart
@@ -66,6 +66,7 @@ def load(comm: Comm, warm: WarmStart, origin: Origin, trained: Warmable) -> None
         origin.check_store(warm.state.origin, warm.path)
     if "model" in warm.parts:
         _check_fields(origin.model, warm)
+        _check_layers(origin.model, warm)
     rows = {} if "ids" in warm.parts else {"files": {checkpoint.DENSE: warm.state.files[checkpoint.DENSE]}}
     checkpoint.load(comm, warm.path, warm.state.model_copy(update=rows), _Chosen(warm, trained))
 
@@ -102,6 +103,17 @@ class _Chosen:
         with torch.no_grad():
             for name, value in mine.items():
                 value.copy_(theirs[name])
+
+
+def _check_layers(model: Mapping[str, Any], warm: WarmStart) -> None:
+    """What the layers make of the same values is a matter of these settings, which the values' shapes do not tell."""
+    theirs = legacy.BEFORE["model"] | warm.state.origin.model
+    for name in ("multi_hot", "activation"):
+        if model[name] != theirs[name]:
+            raise CheckpointError(
+                f"warm start from {warm.path}, part model: it was trained with model.{name}={theirs[name]}, this run "
+                f"has {model[name]}; set model.{name}={theirs[name]}, or leave model out of run.warm_parts"
+            )
 
 
 def _check_fields(model: Mapping[str, Any], warm: WarmStart) -> None:
