@@ -116,7 +116,7 @@ class TestEveryBaseNet:
     ],
 )
 def test_widths(images: str, pooling: str, inputs: int, queries: list[int]) -> None:
-    model = build_model(SCHEMA, config(images=images, pooling=pooling))
+    model = build_model(SCHEMA, config(images=images, pooling=pooling, image_products=False))
     assert model.mlp[0].in_features == model.input_width == IDS_AND_DENSE + inputs
     for pool in model.aggregators.values():
         assert [unit.of_query.in_features for unit in getattr(pool, "channels", [])] == queries
@@ -126,10 +126,37 @@ def test_widths(images: str, pooling: str, inputs: int, queries: list[int]) -> N
     ("images", "asks_with"), [("behavior", 4 + 3 + 2), ("both", 5 + 2 + 4 + 3 + 2)], ids=["ids", "image and ids"]
 )
 def test_the_transformer_has_all_of_the_ad_beside_each_behaviour(images: str, asks_with: int) -> None:
-    model = build_model(SCHEMA, config(images=images, pooling="transformer", transformer_width=6))
+    model = build_model(SCHEMA, config(images=images, pooling="transformer", transformer_width=6, image_products=False))
     assert [pool.of_ad.in_features for pool in model.aggregators.values()] == [asks_with] * len(model.aggregators)
     of_ad = 5 + 2 if images == "both" else 0
     assert model.mlp[0].in_features == IDS_AND_DENSE + of_ad + 2 * 6 * len(model.aggregators)
+
+
+@pytest.mark.parametrize(("images", "of_ad"), [("behavior", 4 + 3 + 2), ("both", 5 + 2 + 4 + 3 + 2)])
+def test_behaviour_images_come_a_second_time_times_the_ad(images: str, of_ad: int) -> None:
+    settings = config(images=images, pooling="mean")
+    with_products, without = (
+        build_model(SCHEMA, settings.model_copy(update={"image_products": each})) for each in (True, False)
+    )
+    assert with_products.input_width == without.input_width + 5 + 2
+    fields, dense, group_of_sample = inputs_of(with_products, settings)
+    plain, seen = without.images(fields, dense, group_of_sample), with_products.images(fields, dense, group_of_sample)
+    ad = torch.cat([*plain[:-2], *without.id_vectors("ad", fields), *without.dense_values("ad", dense)], dim=1)
+    assert ad.shape[1] == of_ad
+    products = [
+        pooled * (ad @ of_ad.weight.T)
+        for pooled, of_ad in zip(plain[-2:], with_products.products.values(), strict=True)
+    ]
+    assert all(product.any() for product in products)
+    for mine, expected in zip(seen, [*plain, *products], strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"base": "lr"}, {"images": "ad"}, {"images": "none"}], ids=["lr", "no behaviour images", "no images"]
+)
+def test_no_products_where_nothing_is_to_multiply(settings: dict[str, str]) -> None:
+    assert not build_model(SCHEMA, config(**settings)).products
 
 
 class TestLr:

@@ -21,7 +21,11 @@ class Lr(CtrModel):
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
         narrow = tuple(field.model_copy(update={"width": 1}) if field.is_id else field for field in schema.fields)
-        super().__init__(schema.model_copy(update={"fields": narrow}), config)
+        schema, config = (
+            schema.model_copy(update={"fields": narrow}),
+            config.model_copy(update={"image_products": False}),
+        )
+        super().__init__(schema, config)
         num_ids = sum(field.is_id for field in self.fields)
         self.weight = nn.Parameter(torch.zeros(self.input_width - num_ids))
         self.bias = nn.Parameter(torch.zeros(()))

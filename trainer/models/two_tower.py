@@ -43,7 +43,7 @@ class TwoTower(CtrModel):
                 "model.base=two_tower makes the user's vector once for all ads, so its layers have no row for each "
                 "sample; set model.dropout=0, model.batch_norm=false and model.activation=relu or prelu"
             )
-        super().__init__(schema, config.model_copy(update={"pooling": "sum"}))
+        super().__init__(schema, config.model_copy(update={"pooling": "sum", "image_products": False}))
         self.width = config.tower_width
         self.user_fields = tuple(field for field in self.fields if field.side == "user")
         self.ad_fields = tuple(field for field in self.fields if field.side == "ad" and not field.context)

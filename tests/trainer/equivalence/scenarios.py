@@ -192,7 +192,7 @@ SCENARIOS = {
     # Every aggregator and base net; histories are empty, short, and longer than concat_length.
     "concat": Scenario({"pooling": "concat", "concat_length": 3}, most_ranks=2),
     "max": Scenario({"pooling": "max"}, most_ranks=2),
-    "mean": Scenario({"pooling": "mean"}, most_ranks=2),
+    "mean": Scenario({"pooling": "mean", "image_products": False}, most_ranks=2),
     "multi_query": Scenario({"pooling": "multi_query"}, most_ranks=2),
     "multi_query_rank_without_data": Scenario({"pooling": "multi_query"}, deal="starve", most_ranks=2),
     "max_rank_without_data": Scenario({"pooling": "max", "images": "behavior"}, deal="starve", most_ranks=2),
