@@ -38,7 +38,7 @@ class ModelConfig(Section):
     transformer_heads: Annotated[int, Field(ge=1, le=64, validate_default=True)] = 2
     """Heads of attention in each layer; transformer_width is a multiple."""
     image_products: bool = True
-    """Give the base net the products of pooled behaviour images and ad vectors too; not lr and two_tower."""
+    """Give the base net the mean of the behaviour images times the ad's vectors, too; not lr and two_tower."""
     similarity_tiers: Annotated[int, Field(ge=0, le=256)] = 0
     """SimTier: a histogram, with so many tiers, of how similar the behaviour images are to the ad's; 0: none."""
     similarity_top_k: Annotated[int, Field(ge=0, le=10_000)] = 0

@@ -133,7 +133,7 @@ def test_the_transformer_has_all_of_the_ad_beside_each_behaviour(images: str, as
 
 
 @pytest.mark.parametrize(("images", "of_ad"), [("behavior", 4 + 3 + 2), ("both", 5 + 2 + 4 + 3 + 2)])
-def test_behaviour_images_come_a_second_time_times_the_ad(images: str, of_ad: int) -> None:
+def test_the_mean_of_the_behaviour_images_meets_the_ad_in_products(images: str, of_ad: int) -> None:
     settings = config(images=images, pooling="mean")
     with_products, without = (
         build_model(SCHEMA, settings.model_copy(update={"image_products": each})) for each in (True, False)

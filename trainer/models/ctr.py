@@ -33,9 +33,10 @@ class CtrModel(nn.Module):
     Attentive pooling asks with the ad's visual vectors; with images=behavior there are none, and the ad's ID vectors
     and dense values ask. Multi-query pooling asks with both; the transformer takes what there is of the two.
 
-    With `image_products` each aggregated vector comes a second time, times M a, element by element: a all vectors of
-    the ad (visual, IDs, dense), M learned. The taste that behaviours show and the look of the ad, as its image or its
-    IDs tell it, meet in products, which an MLP hardly makes of numbers side by side (docs/RESULTS.md).
+    With `image_products` there is, for each content field of the behaviours, the mean of their visual vectors times
+    M a, element by element: a all vectors of the ad (visual, IDs, dense), M learned. The taste that behaviours show and
+    the look of the ad, as its image or its IDs tell it, meet in products, which an MLP hardly makes of numbers side by
+    side (docs/RESULTS.md).
     """
 
     def __init__(self, schema: Schema, config: ModelConfig, *, elsewhere: Collection[str] = ()) -> None:
@@ -55,14 +56,14 @@ class CtrModel(nn.Module):
         self.aggregators = nn.ModuleDict(aggregators)
         of_ad = sum(width[field.name] for field in self._of("ad", *_OF_AD))
         self.products = nn.ModuleDict(
-            {name: nn.Linear(of_ad, each.width, bias=False) for name, each in aggregators.items()}
+            {name: nn.Linear(of_ad, width[name], bias=False) for name in aggregators}
             if config.image_products and of_ad
             else {}
         )
         self._num_tiers, self._only_nearest = config.similarity_tiers, config.similarity_top_k > 0
         taken_in = [w for name, w in width.items() if name not in self._elsewhere and name not in aggregators]
         self.input_width = sum(taken_in) + sum(each.width for each in aggregators.values())
-        self.input_width += sum(aggregators[name].width for name in self.products)
+        self.input_width += sum(width[name] for name in self.products)
         self.input_width += self._num_tiers * len(aggregators)
 
     def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ class CtrModel(nn.Module):
 
     def images(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> list[Tensor]:
         """The ad's visual vectors, and the aggregated ones of the behaviours, (B, W) for each content field; then,
-        where they are asked for, the products of these with the ad, and the tiers of similarity, (B, T) for each
+        where they are asked for, the products of their means with the ad, and the tiers of similarity, (B, T) for each
         behaviour field."""
         visual = [one_each(fields[field.name]) for field in self._of("ad", "content")]
         ids = [*self.id_vectors("ad", fields), *self.dense_values("ad", dense)] if self.aggregators else []
@@ -121,7 +122,8 @@ class CtrModel(nn.Module):
         products = []
         if self.products:
             ad_BW = torch.cat([*visual, *ids], dim=1)
-            products = [each * of_ad(ad_BW) for each, of_ad in zip(pooled, self.products.values(), strict=True)]
+            means = (take_rows(mean_pool(fields[name]), of_sample_B) for name in names)
+            products = [each * of_ad(ad_BW) for each, of_ad in zip(means, self.products.values(), strict=True)]
         return [*visual, *pooled, *products, *tiers]
 
     def of_group(self, user: list[Tensor], group_of_sample_B: Tensor) -> list[Tensor]:

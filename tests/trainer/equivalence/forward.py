@@ -131,11 +131,13 @@ def _images(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
     for content in contents:
         vectors = [r.visual(key, f"behavior_{content}", f"{content}s") for key in s.behavior_image]
         result.append(_aggregate(r, f"behavior_{content}", vectors, queries.get(r.config.pooling, [])))
-    pooled = result[len(of_ad) :]
     if r.config.image_products and r.config.base != "lr":
         ad = torch.cat([*of_ad, of_ids])
-        for content, vector in zip(contents, pooled, strict=True):
-            result.append(vector * (r.dense[f"model.products.behavior_{content}.weight"] @ ad))
+        for content in contents:
+            vectors = [r.visual(key, f"behavior_{content}", f"{content}s") for key in s.behavior_image]
+            nothing = torch.zeros(r.width_of_content(f"behavior_{content}"), dtype=r.dtype)
+            mean = sum(vectors, start=nothing) / max(len(vectors), 1)
+            result.append(mean * (r.dense[f"model.products.behavior_{content}.weight"] @ ad))
     return result
 
 
