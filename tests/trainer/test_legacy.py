@@ -69,6 +69,14 @@ def test_a_configuration_of_today_is_left_alone(tmp_path: Path) -> None:
     assert load_saved(tmp_path / "config.yaml") == load_config(settings=["optim.lr=0.5"])
 
 
+def test_a_run_of_the_time_before_image_products_has_none(tmp_path: Path) -> None:
+    values = yaml.safe_load(saved_by_an_earlier_version(tmp_path / "config.yaml").read_text())
+    del values["model"]["image_products"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert not load_saved(tmp_path / "config.yaml").model.image_products
+    assert load_config().model.image_products
+
+
 class TestARunOfTheFirstVersion:
     """`saved` is a run (IDs alone, 30 of its steps) that the first version of the project has written, and the
     logits that it gave to the test samples after steps 30 and 36."""
