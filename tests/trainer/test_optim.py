@@ -30,7 +30,9 @@ def parameters() -> dict[str, nn.Parameter]:
     return {"model.a": nn.Parameter(torch.ones(2, 3)), "stores.b": nn.Parameter(torch.ones(4))}
 
 
-def step(optimizer: DenseOptimizer, comm: SoloComm | None = None, number: int = 0) -> float:
+def step(
+    optimizer: DenseOptimizer, comm: SoloComm | None = None, number: int = 0, config: OptimConfig | None = None
+) -> float:
     optimizer.zero_grad()
     loss = sum((p**2 * (number + 1)).sum() for p in optimizer.parameters.values())
     optimizer.loss = loss
@@ -41,12 +43,23 @@ def step(optimizer: DenseOptimizer, comm: SoloComm | None = None, number: int = 
         comm.is_backward = False
     optimizer.start_reduction()
     optimizer.finish_reduction()
-    return optimizer.step(rates_at(OptimConfig(lr=0.1), number))
+    return optimizer.step(rates_at(config or OptimConfig(lr=0.1), number))
 
 
 def test_rates_fall_every_so_many_steps() -> None:
     config = OptimConfig(lr=0.1, lr_gamma=0.5, lr_every=10)
     assert [rates_at(config, s).lr for s in (0, 9, 10, 29)] == [0.1, 0.1, 0.05, 0.025]
+
+
+def test_both_rates_warm_up_evenly() -> None:
+    config = OptimConfig(lr=0.1, ids_lr=0.4, warmup_steps=4, lr_gamma=0.5, lr_every=2)
+    shares = [0.25, 0.5, 0.75 * 0.5, 0.5, 0.25]
+    assert [rates_at(config, s).lr for s in range(5)] == pytest.approx([0.1 * share for share in shares])
+    assert [rates_at(config, s).ids_lr for s in range(5)] == pytest.approx([0.4 * share for share in shares])
+
+
+def test_ids_have_the_rate_of_all_where_they_have_none() -> None:
+    assert rates_at(OptimConfig(lr=0.1), 0).ids_lr == 0.1
 
 
 def test_gradients_and_loss_are_summed_part_by_part() -> None:
@@ -88,6 +101,22 @@ def test_moves_as_adam_does() -> None:
         step(mine, number=number)
         adam.zero_grad()
         sum((p**2 * (number + 1)).sum() for p in theirs.values()).backward()
+        adam.step()
+    for name, parameter in theirs.items():
+        torch.testing.assert_close(mine.parameters[name], parameter)
+
+
+def test_weight_decay_is_adamws_and_of_matrices_alone() -> None:
+    config = OptimConfig(lr=0.1, weight_decay=0.3, lr_gamma=0.5, lr_every=2)
+    mine, theirs = DenseOptimizer(SoloComm(), parameters(), config), parameters()
+    matrix, vector = theirs.values()
+    adam = torch.optim.AdamW([{"params": [matrix], "weight_decay": 0.3}, {"params": [vector], "weight_decay": 0.0}])
+    for number in range(5):
+        step(mine, number=number, config=config)
+        adam.zero_grad()
+        sum((p**2 * (number + 1)).sum() for p in theirs.values()).backward()
+        for group in adam.param_groups:
+            group["lr"] = rates_at(config, number).lr
         adam.step()
     for name, parameter in theirs.items():
         torch.testing.assert_close(mine.parameters[name], parameter)

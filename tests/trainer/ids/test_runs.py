@@ -59,7 +59,11 @@ def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(trained: T
 
 def test_rows_begin_anew_with_each_epoch(trained: Train) -> None:
     """Those that the last epoch has not touched are where that epoch began; the others' counts are its own."""
-    runs = {restart: tensors_of(trained(f"r-{restart}", optim__ids_restart=restart)) for restart in (True, False)}
+    settings = {"optim__ids": "adam", "optim__id_l2": 1e-6}  # which counts a row's steps
+    folders = {restart: trained(f"r-{restart}", **settings, optim__ids_restart=restart) for restart in (True, False)}
+    runs = {restart: tensors_of(folder) for restart, folder in folders.items()}
+    steps_of_epoch = read_state(find(folders[True] / "checkpoints", "latest")).step // 3
+    assert [int(whole(runs[restart], "scene/", "steps").max()) // steps_of_epoch for restart in (True, False)] == [1, 3]
     shape, std = TableShape("user", 12, 64, 4), load_config().model.id_init_std
     rows = [np.concatenate([initial_rows(shape, n, 0, std, epoch) for n in range(4)]) for epoch in range(3)]
     assert not np.isclose(rows[0], rows[2]).all(axis=1).any()
