@@ -17,10 +17,10 @@ from trainer.experiments.tables import seed_mean
 NETS = ("dnn", "din", "dcnv2", "finalmlp")
 SIDES: tuple[Side, ...] = ("ours", "fuxictr")
 GRIDS: Mapping[Side, Mapping[str, Sequence[Any]]] = {
-    "ours": {"optim.lr": (0.001, 0.002)},
-    "fuxictr": {"learning_rate": (0.001, 0.002)},
+    "ours": {"optim.lr": (0.001, 0.002), "optim.id_l2": (0.0, 1e-5)},
+    "fuxictr": {"learning_rate": (0.001, 0.002), "embedding_regularizer": (0.0, 1e-6)},
 }
-"""What is tried, the first of each as it comes; for FuxiCTR, `embedding_regularizer` too."""
+"""What is tried of each side: the rate, and L2 of ID rows, ours adaptive and FuxiCTR's of all rows in each step."""
 GOALS = {"epoch1": "after the first epoch", "best": "after the best one"}
 
 
