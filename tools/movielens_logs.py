@@ -65,7 +65,7 @@ def logs_of(folder: Path) -> tuple[pa.Table, pa.Table]:
         "image": [f"movie-{item}" for item in item_N.tolist()],
         "category": [genres_of[item] for item in item_N.tolist()],
     }
-    impressions = {
+    impressions: dict[str, Any] = {
         **columns,
         "session": sessions(user_N, time_N),
         "scene": (time_N // 3600 % 24) // 6,
