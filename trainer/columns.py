@@ -24,7 +24,8 @@ Index = NDArray[np.int64]
 class Rule:
     """What a column has to be: `depth` lists around integers, or around real numbers, `width` of them a row.
 
-    `lengths_of`: columns whose lists are exactly as long as this one's, as the ids that these weights belong to.
+    `may_miss`: real numbers may be null or NaN, and are NaN then. `lengths_of`: columns whose lists are exactly as long
+    as this one's, as the ids that these weights belong to.
     `text`: integers may be written as strings, and this is how they become integers. `crossed`: there is no such
     column; its values are those of these columns, crossed.
     """
@@ -33,12 +34,17 @@ class Rule:
     depth: int
     number: Literal["integer", "real"]
     width: int | None = None
+    may_miss: bool = False
     lengths_of: tuple[str, ...] = dataclass_field(default=(), compare=False)
     text: TextKind | None = None
     crossed: tuple[str, ...] = ()
 
+    @property
+    def is_real(self) -> bool:
+        return self.number == "real"
+
     def __str__(self) -> str:
-        return "list<" * self.depth + self.number + ">" * self.depth
+        return "list<" * self.depth + self.number + (" or null" if self.may_miss else "") + ">" * self.depth
 
 
 @dataclass(frozen=True)
@@ -242,12 +248,15 @@ class _Where:
 def _rule(field: Field, uris: Collection[str]) -> Rule:
     ad = int(field.side == "ad")
     if field.kind == "dense":
-        width = field.width or 1
-        return Rule(field.side, ad + (width > 1), "real", width)
+        width = field.width if field.width != 1 else None
+        return Rule(field.side, ad + (width is not None), "real", width, field.fill is not None)
     text: TextKind = "uri" if field.column_name in uris else "id"
     if field.kind == "content":
         return Rule(field.side, 1, "integer", text=text)
-    return Rule(field.side, ad + (field.kind == "multi_id"), "integer", text=text, crossed=field.columns or ())
+    depth = ad + (field.kind == "multi_id")
+    if field.is_bucketed:
+        return Rule(field.side, depth, "real", may_miss=field.fill is not None)
+    return Rule(field.side, depth, "integer", text=text, crossed=field.columns or ())
 
 
 def _fits(found: pa.DataType, rule: Rule) -> bool:
@@ -281,9 +290,10 @@ def _flatten(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Val
     if rule.number == "integer":
         return values.astype(np.int64, copy=False), offsets
     values = values.astype(np.float32)
-    if (wrong := np.flatnonzero(~np.isfinite(values))).size:
+    if (wrong := np.flatnonzero(np.isinf(values) if rule.may_miss else ~np.isfinite(values))).size:
         row = where.row_of_value(wrong[0], offsets)
-        raise DataError(f"{row}: column {name} has {values[wrong[0]]}; it has to be a finite float32 number")
+        way_out = "; fill in the schema stands in for missing ones" if np.isnan(values[wrong[0]]) else ""
+        raise DataError(f"{row}: column {name} has {values[wrong[0]]}; it has to be a finite float32 number{way_out}")
     return values, offsets
 
 
@@ -316,7 +326,8 @@ def _innermost(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[A
         offsets.append(level)
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    _refuse_nulls(array, name, offsets, where)
+    if not rule.may_miss:
+        _refuse_nulls(array, name, offsets, where, "give its field fill, or leave the row out" if rule.is_real else "")
     return array, tuple(offsets)
 
 
@@ -329,12 +340,13 @@ def _unwrap(array: Any) -> tuple[Any, Index]:
     return array.values.slice(offsets[0], offsets[-1] - offsets[0]), offsets - offsets[0]
 
 
-def _refuse_nulls(array: Any, name: str, offsets: Sequence[Index], where: _Where) -> None:
+def _refuse_nulls(array: Any, name: str, offsets: Sequence[Index], where: _Where, way_out: str = "") -> None:
     if array.null_count:
         first = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
         what = "is null" if not offsets else "has a null in its list"
         raise DataError(
-            f"{where.row_of_value(first, offsets)}: column {name} {what}; write an empty list, or leave the row out"
+            f"{where.row_of_value(first, offsets)}: column {name} {what}; "
+            + (way_out or "write an empty list, or leave the row out")
         )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -124,19 +125,30 @@ class _Memory:
         mine = {file: [tag, digests[file]] for file, tag in self._tags.items()}
         if all(kept.get(file) == (tag, digest) for file, (tag, digest) in mine.items()):
             return
-        part = self._file.with_name(f".tmp-{uuid.uuid4().hex}")
-        with contextlib.suppress(OSError, StorageError):
-            claim(self._file.parent.parent, is_cache_file)
-            claim(self._file.parent, lambda _: True)
-            part.touch(mode=0o600)
-            part.write_text(json.dumps(kept | mine), encoding="utf-8")
-            part.replace(self._file)
+        remember(self._file, kept | mine)
 
     def _read(self) -> dict[str, tuple[str, str]]:
         try:
-            if not is_private(self._file.lstat()):
-                return {}
-            found = json.loads(self._file.read_text(encoding="utf-8"))
-            return {str(file): (str(tag), str(digest)) for file, (tag, digest) in found.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
+            return {str(file): (str(tag), str(digest)) for file, (tag, digest) in remembered(self._file).items()}
+        except (ValueError, TypeError):
             return {}
+
+
+def remembered(file: Path) -> dict[str, Any]:
+    """What `remember` wrote; nothing where it cannot be read, or where other users may write to it."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if is_private(file.lstat()) else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def remember(file: Path, values: Mapping[str, Any]) -> None:
+    """Keeps `values` as JSON in a file of the cache folder's room for samples; nothing where it cannot be written."""
+    part = file.with_name(f".tmp-{uuid.uuid4().hex}")
+    with contextlib.suppress(OSError, StorageError):
+        claim(file.parent.parent, is_cache_file)
+        claim(file.parent, lambda _: True)
+        part.touch(mode=0o600)
+        part.write_text(json.dumps(values), encoding="utf-8")
+        part.replace(file)

@@ -37,6 +37,7 @@ from trainer.columns import (
 from trainer.comm import Comm
 from trainer.days import files_of, name_of, sample_files
 from trainer.errors import DataError
+from trainer.inputs.transform import bucket_ids, dense_values
 from trainer.schema import Field, Schema
 
 
@@ -197,12 +198,13 @@ def assemble(schema: Schema, pieces: Sequence[Piece], global_samples: int, posit
 def inputs_of(schema: Schema, taken: Callable[[Field, str], Jagged]) -> dict[str, Any]:
     """What a batch has of the schema's fields, by the names that `Batch` gives it; `taken` gives rows of a column."""
 
-    def dense(field: Field) -> Any:
-        return taken(field, field.column_name).values_N.astype(np.float32, copy=False).reshape(-1, field.width or 1)
+    def keys(field: Field) -> Jagged:
+        rows = taken(field, field.column_name)
+        return replace(rows, values_N=bucket_ids(field, rows.values_N)) if field.is_bucketed else rows
 
     return {
-        "fields": {f.name: taken(f, f.column_name) for f in schema.of_kind("id", "multi_id", "content")},
-        "dense": {f.name: dense(f) for f in schema.of_kind("dense")},
+        "fields": {f.name: keys(f) for f in schema.of_kind("id", "multi_id", "content")},
+        "dense": {f.name: dense_values(f, taken(f, f.column_name).values_N) for f in schema.of_kind("dense")},
         "weights": {f.name: taken(f, f.weights).values_N for f in schema.fields if f.weights is not None},
     }
 

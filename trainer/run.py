@@ -30,6 +30,8 @@ from trainer.data import SampleIndex, SampleReader, distinct_values, open_index
 from trainer.days import sample_files
 from trainer.errors import ConfigError, DataError
 from trainer.ids import dictionary
+from trainer.inputs.known import with_statistics, write_statistics
+from trainer.inputs.statistics import fill_in
 from trainer.machine import share_machine
 from trainer.options import OptimConfig
 from trainer.precision import with_compute_dtype
@@ -110,6 +112,7 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
         chosen, statistics[place.name] = comm.on_rank_0(partial(snapshot_of, place, resumed))
         partitions[place.name] = comm.on_all(partial(open_partition, config, comm, place, chosen))
     digest = samples_digest(comm, train, config.data.cache_dir)
+    schema = _with_statistics(config, comm, schema, train, digest.content, resumed[1] if resumed else None, warm)
     origin = _origin(config, schema, digest.content, partitions)
     samples_changed = False
     if resumed:
@@ -142,6 +145,24 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
         warm_start=warm,
         samples_changed=samples_changed,
     )
+
+
+def _with_statistics(
+    config: Config,
+    comm: Comm,
+    schema: Schema,
+    train: SampleIndex,
+    samples: str,
+    resumed: CheckpointState | None,
+    warm: WarmStart | None,
+) -> Schema:
+    """The schema with the statistics of its numbers: of the checkpoint that the run goes on from, or whose layers or
+    rows it begins with, as these have learned numbers on that scale; else of the training samples."""
+    if resumed is not None:  # what is not there differs from the checkpoint, and is refused
+        return fill_in(schema, resumed.origin.model.get("fields", {}))
+    if warm is not None and {"model", "ids"} & set(warm.parts):
+        schema = fill_in(schema, warm.state.origin.model.get("fields", {}))
+    return with_statistics(comm, train, schema, samples, config.data.cache_dir)
 
 
 def engine_of(
@@ -187,6 +208,7 @@ def claim_folder(run: Run) -> list[Path]:
             if run.config.run.resume is None:
                 (run.folder / dictionary.FILE).unlink(missing_ok=True)  # of a run that did not come to a checkpoint
             save_config(run.config, run.folder / "config.yaml")
+            write_statistics(run.folder, run.schema, run.origin.data)
         return removed
 
     removed_paths = run.comm.on_rank_0(claim)

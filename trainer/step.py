@@ -308,12 +308,28 @@ def table_shapes(fields: tuple[Field, ...], config: ModelConfig) -> list[TableSh
         name = field.table_name
         if not field.is_id or name in shapes:
             continue
+        users = [each for each in fields if each.is_id and each.table_name == name]
+        if any(each.is_bucketed for each in users):
+            shapes[name] = _table_of_buckets(name, users, config)
+            continue
         if name not in config.tables:
             raise ConfigError(
                 f"field {field.name} needs table {name}, which has no number of rows; set model.tables.{name}"
             )
         shapes[name] = TableShape(name, width_of(field, config), config.tables[name], config.table_shards)
     return list(shapes.values())
+
+
+def _table_of_buckets(name: str, users: list[Field], config: ModelConfig) -> TableShape:
+    """A row for each bucket. Raises ConfigError where not all fields have buckets, or the settings give its rows."""
+    if hashed := [field.name for field in users if not field.is_bucketed]:
+        raise ConfigError(
+            f"field {hashed[0]} shares table {name} with buckets of numbers, which have a row each; name another"
+        )
+    if name in config.tables:
+        raise ConfigError(f"model.tables.{name}: the table has a row for each bucket of {users[0].name}; leave it out")
+    rows = max(field.num_buckets for field in users)
+    return TableShape(name, width_of(users[0], config), rows, config.table_shards, direct=True)
 
 
 def networks_of(fields: tuple[Field, ...], config: ModelConfig) -> dict[str, dict[str, int]]:

@@ -190,7 +190,8 @@ class Training:
 
     def _count_collisions(self) -> None:
         """Tells how many ids share a row, and warns once of each table where they are many."""
-        tables = {name: (table.shape, table.seen) for name, table in self._engine.tables.items()}
+        hashed = {name: table for name, table in self._engine.tables.items() if not table.shape.direct}
+        tables = {name: (table.shape, table.seen) for name, table in hashed.items()}
         self.collisions = gather_collisions(self._run.comm, tables)
         shares = {f"tables/{name}/collisions": each.share for name, each in self.collisions.items()}
         self._progress.details(self._engine.num_steps, shares)

@@ -29,6 +29,7 @@ from trainer.config import Config, load_saved
 from trainer.data import SampleIndex, open_index
 from trainer.days import sample_files
 from trainer.errors import CheckpointError, ConfigError, DataError, TrainerError
+from trainer.inputs.statistics import fill_in
 from trainer.machine import share_machine
 from trainer.run import engine_of, model_of
 from trainer.schema import Schema, load_schema
@@ -69,6 +70,7 @@ class SavedRun:
         """That of the run. Raises SchemaError, and CheckpointError where model or fields are not the checkpoint's."""
         schema = load_schema(Path(self.config.data.schema_file) if self.config.data.schema_file else None)
         recorded = self.state.origin
+        schema = fill_in(schema, recorded.model.get("fields", {}))
         recorded.model_copy(update={"model": model_of(self.config, schema)}).check_same(recorded, self.path)
         return schema
 

@@ -19,6 +19,7 @@ from trainer.checkpoint import CheckpointState, Origin
 from trainer.comm import Comm
 from trainer.config import WarmPart
 from trainer.errors import CheckpointError
+from trainer.inputs.statistics import DECLARED
 from trainer.optim import check_names
 
 _PREFIXES: Mapping[WarmPart, str] = {"images": "stores.", "model": "model."}
@@ -119,7 +120,7 @@ def _check_layers(model: Mapping[str, Any], warm: WarmStart) -> None:
 def _check_fields(model: Mapping[str, Any], warm: WarmStart) -> None:
     """The first layer's columns belong to fields by their order, which its shape does not tell."""
     mine, theirs = (
-        [(name, *(field.get(key) for key in ("side", "kind", "width"))) for name, field in each["fields"].items()]
+        [(name, *(field.get(key) for key in ("side", *DECLARED))) for name, field in each["fields"].items()]
         for each in (model, warm.state.origin.model)
     )
     if mine != theirs:

@@ -30,6 +30,8 @@ class TableShape:
     width: int
     num_rows: int
     num_shards: int
+    direct: bool = False
+    """Whether ids are 0 to num_rows - 1, each with a row of its own, as buckets of numbers are; others are hashed."""
 
     @property
     def rows_per_shard(self) -> int:
@@ -43,7 +45,13 @@ class TableShape:
 
     def place_of(self, ids_N: Int64) -> tuple[Int64, Int64]:
         """Shard and row in the shard of each id. Top bits of the hash choose the shard, low bits the row."""
+        if self.direct:
+            return ids_N % self.num_shards, ids_N // self.num_shards
         return self._place_of_hash(splitmix64(ids_N))
+
+    def shards_of(self, ids_N: Int64) -> Int64:
+        """Shard of each id."""
+        return ids_N % self.num_shards if self.direct else shard_of(ids_N, self.num_shards)
 
     def rows_of_hashes(self, hash_N: UInt64Array) -> Int64:
         """The row of each splitmix64 hash of an id, by its place in the whole table, shard by shard."""
@@ -123,7 +131,7 @@ class IdTable:
 
     def owner_of(self, ids_U: Int64) -> Int64:
         """The rank that has the row of each id."""
-        return owner_of(shard_of(ids_U, self.shape.num_shards), self._num_ranks)
+        return owner_of(self.shape.shards_of(ids_U), self._num_ranks)
 
     def serve(self, ids_R: Int64, kind: str = "step") -> RowRequest:
         """The unique rows behind ids that this rank owns; two ids of one row get the same. Reads no weight.

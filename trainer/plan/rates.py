@@ -31,6 +31,7 @@ from trainer.data import SampleReader, open_index
 from trainer.errors import TrainerError
 from trainer.exchange import ContentRequest
 from trainer.ids.tables import RowRequest
+from trainer.inputs.known import with_rough_statistics
 from trainer.machine import uses_cuda
 from trainer.memory import keep_freed_memory, objects_frozen
 from trainer.plan.cost import Piece, Rates
@@ -79,11 +80,8 @@ class Bench:
         pa.set_cpu_count(threads)
         comm, data = SoloComm(), config.data
         schema = load_schema(Path(data.schema_file) if data.schema_file else None)
-        self._index, self._schema, self._config = (
-            open_index(comm, data.samples, "train", schema, data.train_days),
-            schema,
-            config,
-        )
+        self._index = open_index(comm, data.samples, "train", schema, data.train_days)
+        self._schema, self._config = with_rough_statistics(comm, self._index, schema), config
         store = FeatureStore.open(data.store)
         self._partition = FeaturePartition.load(
             store, cache_dir=data.cache_dir, missing=data.missing, threads=threads, version=data.store_version

@@ -11,6 +11,7 @@ from trainer.comm import SoloComm
 from trainer.config import Config
 from trainer.data import SampleIndex, SampleReader, open_index
 from trainer.errors import ConfigError
+from trainer.inputs.known import with_rough_statistics
 from trainer.models.fields import used_fields
 from trainer.plan.draws import Drawn, Population, population
 from trainer.routing import Int64
@@ -91,6 +92,7 @@ def sample(config: Config, question: Question) -> Sampled:
         )
     fields = used_fields(schema, config.model)
     index = open_index(SoloComm(), data.samples, "train", schema, data.train_days)
+    schema = with_rough_statistics(SoloComm(), index, schema)
     snapshot = FeatureStore.open(data.store).snapshot(data.store_version)
     sizes = sorted({size for count in (1, *question.ranks) for size in question.sizes(count)})
     total = min(index.num_samples, max(_LEAST_DRAWN, min(_MOST_DRAWN, _DRAWN_BATCHES * sizes[-1]), sizes[-1]))

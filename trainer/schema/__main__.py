@@ -1,5 +1,6 @@
 """python -m trainer.schema: look at data and write a first schema of it, and check a schema against samples."""
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,14 +81,23 @@ def check(
     schema: Annotated[Path, typer.Argument(help="YAML file.")],
     data: Annotated[str, typer.Argument(help="Folder or address of sample groups with train/ and test/.")],
 ) -> None:
-    """Read every sample as a run would, and say the first thing that does not fit the schema."""
+    """Read every sample as a run would, and say the first thing that does not fit the schema.
+
+    Of numbers that are scaled or cut into buckets, what the training samples say of them is printed.
+    """
     from trainer.comm import SoloComm
     from trainer.data import SampleReader, open_index
+    from trainer.inputs.known import statistics_of
+    from trainer.inputs.statistics import fill_in, measure
 
     with _user_errors():
         fields = load_schema(schema)
         for split in ("train", "test"):
             index = open_index(SoloComm(), data, split, fields)
+            if split == "train":
+                fields = fill_in(fields, measure(SoloComm(), index, fields))
+                for name, values in statistics_of(fields).items():
+                    typer.echo(f"{name}  {json.dumps(values)}")
             for _ in SampleReader(index, fields, batch_size=BATCH_SIZE).batches():
                 pass
             typer.echo(f"{split:<6} {index.num_samples:,} samples in {index.num_groups:,} groups fit the schema")

@@ -8,6 +8,18 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 
 from trainer.errors import SchemaError
 from trainer.files import read_mapping
+from trainer.schema.numbers import (
+    LOG2,
+    LOG2_BOUNDARIES,
+    STANDARDIZED,
+    Boundaries,
+    Buckets,
+    Fill,
+    Numbers,
+    OptionalTransform,
+    Positive,
+    check_numbers,
+)
 from trainer.validate import near_match, validated
 
 DEFAULT_SCHEMA = Path(__file__).parents[1] / "presets" / "schema.yaml"
@@ -47,6 +59,20 @@ class Field(BaseModel):
     A mean divides by the sum of their absolute values."""
     columns: tuple[str, ...] | None = None
     """ID kinds: columns of the field's side whose values are crossed into one ID; lists are crossed value by value."""
+    transform: OptionalTransform = None
+    """Kind dense: standardize: minus the mean, over the standard deviation; log1p: sign(x) log(1 + |x|);
+    log_standardize: the one after the other; none."""
+    buckets: Buckets | None = None
+    """ID kinds: the column has real numbers, and a number's bucket is its ID. So many buckets, equally full in the
+    training samples; or log2: below 1, to 2, to 4, to 8, and so on."""
+    boundaries: Boundaries | None = None
+    """Where buckets after the first one begin; default: as `buckets` says, found in the training samples."""
+    mean: Numbers | None = None
+    std: Positive | None = None
+    """Kind dense: of each number of a row, after the logarithm; default: those of the training samples."""
+    fill: Fill | None = None
+    """What stands in for a missing number (null, NaN): a number, mean, or bucket (one of its own). Default: nothing, a
+    missing number is an error."""
     context: bool = False
     """Side ad, kinds id, multi_id, dense: a value of the impression and not of the ad, as the scene. Two towers keep
     it out of the ad's vector; the other models make no difference."""
@@ -62,6 +88,7 @@ class Field(BaseModel):
             raise ValueError(f"field {self.name}: weights={self.weights} is for kinds id and multi_id, not {self.kind}")
         if self.columns is not None:
             self._check_columns(self.columns, is_id)
+        check_numbers(self)
         if self.context and (self.side == "user" or self.kind == "content"):
             raise ValueError(
                 f"field {self.name}: context=true is for side ad and kinds id, multi_id and dense, "
@@ -81,6 +108,29 @@ class Field(BaseModel):
     def is_id(self) -> bool:
         """Whether the field's values are looked up in an ID table."""
         return self.kind in ("id", "multi_id")
+
+    @property
+    def is_bucketed(self) -> bool:
+        """Whether the field's IDs are buckets of real numbers."""
+        return self.buckets is not None or self.boundaries is not None
+
+    @property
+    def bucket_starts(self) -> tuple[float, ...] | None:
+        """Where each bucket but the first begins, ascending; None where the samples have to tell."""
+        return LOG2_BOUNDARIES if self.boundaries is None and self.buckets == LOG2 else self.boundaries
+
+    @property
+    def num_buckets(self) -> int:
+        """Buckets of numbers, and one for missing ones."""
+        found = len(self.bucket_starts or ()) + 1
+        return (max(found, self.buckets) if isinstance(self.buckets, int) else found) + 1
+
+    @property
+    def lacks_statistics(self) -> bool:
+        """Whether the training samples have to tell something that the schema does not."""
+        lacks_mean = self.mean is None and (self.transform in STANDARDIZED or self.fill == "mean")
+        lacks_std = self.std is None and self.transform in STANDARDIZED
+        return lacks_mean or lacks_std or (self.is_bucketed and self.bucket_starts is None)
 
     @property
     def table_name(self) -> str:
@@ -141,7 +191,7 @@ def load_schema(path: Path | None = None) -> Schema:
     path = path or DEFAULT_SCHEMA
     values = read_mapping(path, "data.schema_file=", SchemaError, "a mapping with the name fields")
     schema = validated(Schema, values, str(path), SchemaError)
-    ad_ids = [field.name for field in schema.of_kind("id", side="ad")]
+    ad_ids = [field.name for field in schema.of_kind("id", side="ad") if not field.is_bucketed]
     if schema.new_ad_field not in ad_ids:
         near = near_match(schema.new_ad_field, ad_ids) if ad_ids else "the schema has none"
         raise SchemaError(

@@ -14,6 +14,7 @@ IMAGE_NAME = re.compile(r"(^|_)(image|img|picture|pic|photo|cover)s?($|_)", re.I
 NO_FIELDS = re.compile(r"(^|_)(session|timestamp|time|ts|day|date|skey|gkey)$", re.IGNORECASE)
 CONTEXT_NAME = re.compile(r"(^|_)(scene|slot|position|placement|pid|page|hour)($|_)", re.IGNORECASE)
 WEIGHT_SUFFIX = "_weight"
+LONG_TAIL = 100
 USER_PREFIXES, AD_PREFIX = ("behavior_", "user_"), "ad_"
 
 
@@ -76,7 +77,8 @@ def suggest(table: Table, label: str) -> Suggestion:
             made.left_out[column.name] = reason
             continue
         if kind == "dense":
-            _add(made, column, Field(name=column.name, side=side, kind="dense", width=width))
+            made_of = {"width": width, "transform": _transform(column), "fill": "mean" if column.nulls else None}
+            _add(made, column, Field.model_validate({"name": column.name, "side": side, "kind": kind} | made_of))
         else:
             _add_ids(made, table, column, side, kind)
     return made
@@ -125,7 +127,7 @@ def _unfit(column: Column) -> str | None:
         return f"{column.type}, kept for people; add it by hand if the model should see it"
     if column.content not in ("integer", "real", "text"):
         return f"{column.type}; a field reads numbers and texts"
-    if column.nulls:
+    if column.nulls and not (column.content == "real" and not column.depth):
         return f"{column.nulls:,} of {column.rows:,} rows are null; a field has none"
     if column.rows > 1 and column.distinct.estimate < 2 and column.content != "real":
         return "one value in all rows" if column.values else "no value in any row"
@@ -164,6 +166,13 @@ def _add_ids(made: Suggestion, table: Table, column: Column, side: Side, kind: K
     _add(made, column, Field(**{"name": name} | values))
     count = made.ids_of_table.get(values["table"], 0)
     made.ids_of_table[values["table"]] = max(count, column.distinct.estimate)
+
+
+def _transform(column: Column) -> str | None:
+    """How such numbers are best scaled, by their range: what is never negative and grows large has a long tail."""
+    if column.smallest is None or column.largest is None or -1 <= column.smallest <= column.largest <= 1:
+        return None
+    return "log_standardize" if column.smallest >= 0 and column.largest >= LONG_TAIL else "standardize"
 
 
 def _weights_of(column: Column, table: Table) -> str | None:

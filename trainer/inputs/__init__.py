@@ -1,0 +1,1 @@
+"""Numbers as inputs: scaled, filled or cut into buckets, by statistics that go with the run."""
