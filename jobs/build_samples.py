@@ -53,6 +53,13 @@ def main(
         str | None,
         typer.Option(help="Columns of users to keep, with commas.", show_default="user_age and user_gender if there"),
     ] = None,
+    behavior_age: Annotated[
+        bool,
+        typer.Option(
+            "--behavior-age",
+            help="Add the column behavior_age: seconds from each behaviour to the first impression of its group.",
+        ),
+    ] = False,
     mapping: Annotated[
         Path | None,
         typer.Option(
@@ -80,6 +87,7 @@ def main(
         None if user_columns is None else tuple(name.strip() for name in user_columns.split(",") if name.strip()),
         partitions,
         mapping=None if mapping is None else str(mapping),
+        behavior_age=behavior_age,
     )
     describe_files: Callable[[Path], Mapping[str, str]] = (
         partial(describe_samples, samples) if mapping else lambda _: {}

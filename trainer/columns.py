@@ -88,7 +88,11 @@ def rules_of(schema: Schema) -> dict[str, Rule]:
     group = Rule("user", 0, "integer", text="uri" if schema.group in uris else "id")
     rules = {schema.label: Rule("ad", 1, "integer"), schema.group: group}
     owners = {schema.label: "label", schema.group: "group"}
-    wanted = [(field.column_name, _rule(field, uris), f"field {field.name}") for field in schema.fields]
+    columns = {field.name: field.column_name for field in schema.fields}
+    wanted = []
+    for field in schema.fields:
+        others = () if field.beside is None else (columns[field.beside],)
+        wanted.append((field.column_name, replace(_rule(field, uris), lengths_of=others), f"field {field.name}"))
     for field in schema.fields:
         if field.weights is not None:
             rule = replace(_rule(field, uris), number="real", lengths_of=(field.column_name,), text=None, crossed=())

@@ -55,6 +55,7 @@ class SampleOptions:
     mapping: str | None = None  # file of a Mapping: the logs are a person's own tables
     latest_s: int | None = None  # rows later than this are refused; None: a day from now
     groups_per_file: int = 131_072
+    behavior_age: bool = False  # a column of seconds from each behaviour to its group's first impression
 
 
 def build_samples(options: SampleOptions, client: Client, describe: Describe = lambda folder: {}) -> dict[str, Any]:
@@ -141,7 +142,9 @@ def _group(
     user_columns: tuple[str, ...],
     ad_columns: tuple[str, ...],
 ) -> list[Grouped]:
-    rules = GroupRules(round(options.window_days * DAY_S), options.max_behaviors, options.midnight_pause_s)
+    rules = GroupRules(
+        round(options.window_days * DAY_S), options.max_behaviors, options.midnight_pause_s, options.behavior_age
+    )
     folder = str(scratch.absolute())
     tasks = [(bucket, folder, num_pieces, rules, user_columns, ad_columns) for bucket in range(num_buckets)]
     return _run(client, "make groups", group_bucket, tasks)

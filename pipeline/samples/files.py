@@ -25,7 +25,6 @@ SORT: list[tuple[str, Literal["ascending", "descending"]]] = [
     ("user", "ascending"),
     ("session", "ascending"),
 ]
-BEHAVIOR_LISTS = ("item", "image", "category")
 AD_LISTS = ("item", "image", "category", "scene")
 
 
@@ -90,7 +89,7 @@ def _table(groups: Groups, user_columns: Sequence[str], ad_columns: Sequence[str
     columns["timestamp"] = impressions["timestamp"][first_G] // MICROSECONDS
     columns["day"] = pc.strftime(pa.array(columns["timestamp"]).cast(pa.timestamp("s")), format="%Y-%m-%d")
     columns |= {name: impressions[name][first_G] for name in user_columns}
-    columns |= {f"behavior_{name}": _lists(groups.behaviors[name], groups.take_G) for name in BEHAVIOR_LISTS}
+    columns |= {f"behavior_{name}": _lists(groups.behaviors[name], groups.take_G) for name in groups.behaviors}
     columns |= {f"ad_{name}": _lists(impressions[name], groups.size_G) for name in (*AD_LISTS, *ad_columns)}
     columns["label"] = _lists(impressions["label"].astype(np.int8), groups.size_G)
     return pa.table(columns)

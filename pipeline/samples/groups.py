@@ -24,6 +24,7 @@ class GroupRules:
     window_s: int
     max_behaviors: int
     midnight_pause_s: int
+    behavior_age: bool = False
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Groups:
     """Groups in any order: `first_N` and `size_G` cut the impressions, `take_G` the behaviours."""
 
     impressions: Columns  # sorted and distinct, (N,)
-    behaviors: Columns  # in groups, newest first, (K,)
+    behaviors: Columns  # in groups, newest first, (K,); age: seconds before the group's first impression
     start_G: Int64Array  # first impression of each group
     size_G: Int64Array  # impressions
     take_G: Int64Array  # behaviours
@@ -59,9 +60,12 @@ def make_groups(impressions: Columns, behaviors: Columns, rules: GroupRules) -> 
     take_G = np.minimum(high_G - low_G, rules.max_behaviors)
     chosen_K = _descending_runs(high_G, take_G)
     num_behaviors = len(behaviors["user"])
+    chosen = {name: behaviors[name][chosen_K] for name in ("item", "image", "category")}
+    if rules.behavior_age:
+        chosen["age"] = (np.repeat(first_G, take_G) - behaviors["timestamp"][chosen_K]) // MICROSECONDS
     return Groups(
         impressions,
-        {name: behaviors[name][chosen_K] for name in ("item", "image", "category")},
+        chosen,
         start_G,
         size_G,
         take_G,

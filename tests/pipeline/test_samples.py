@@ -235,6 +235,16 @@ def test_newest_behaviors_stay_and_the_others_are_counted(build):
     assert summary["behaviors"]["unused"] == 7
 
 
+def test_ages_are_whole_seconds_before_the_groups_first_impression(build):
+    first = 3 * DAY_S
+    behaviors = [done(first - age, item=item) for item, age in enumerate([0.5, 60, 90.25, 2 * DAY_S])]
+    shows = [shown(first), shown(first + 3600)]
+    rows, _ = build(shows, behaviors, behavior_age=True, max_behaviors=3)
+    assert behavior_items(rows) == [[0, 1, 2]]
+    assert [row["behavior_age"] for row in rows] == [[0, 60, 90]]
+    assert "behavior_age" not in build(shows, behaviors)[0][0]
+
+
 def test_session_over_midnight_is_one_group_of_its_first_day(build):
     rows, _ = build([shown(DAY_S - 60), shown(DAY_S + 60), shown(DAY_S + 3000)], [done(0)])
     assert [(row["day"], len(row["label"])) for row in rows] == [("2026-01-01", 3)]

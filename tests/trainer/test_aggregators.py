@@ -176,7 +176,7 @@ def test_sum_pool() -> None:
 @pytest.fixture
 def attention() -> BehaviorAttention:
     torch.manual_seed(0)
-    return BehaviorAttention(5, 4, layers()).double()
+    return BehaviorAttention(5, 5, 4, layers()).double()
 
 
 class TestBehaviorAttention:

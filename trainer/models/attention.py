@@ -76,13 +76,15 @@ class BehaviorAttention(nn.Module):
 
     Key k is the concatenation of the vectors of behaviour k (its item, category, image id), the query that of the ad's
     in the same tables. Without softmax the size of the sum says how much of the history has to do with the ad, as in
-    Zhou et al., KDD 2018, section 4.3.
+    Zhou et al., KDD 2018, section 4.3. What only a behaviour has (its age) makes keys wider than the query, which a
+    linear layer then brings to their width for the product.
     """
 
-    def __init__(self, width: int, hidden: int, layers: HiddenLayers) -> None:
+    def __init__(self, width: int, query_width: int, hidden: int, layers: HiddenLayers) -> None:
+        """`width`: of the keys."""
         super().__init__()
         self.width = width
-        self.unit = ActivationUnit(width, width, hidden, layers, match=False, bias=True)
+        self.unit = ActivationUnit(width, query_width, hidden, layers, match=width != query_width, bias=True)
 
     def forward(self, behaviors: Sequence[FieldVectors], group_of_sample_B: Tensor, query_BW: Tensor) -> Tensor:
         """(B, width); the fields' values belong together by position, so their lengths are equal."""

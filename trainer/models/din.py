@@ -20,7 +20,8 @@ class Din(CtrModel):
     """Attention over behaviour IDs by the ad's IDs (Zhou et al., KDD 2018), beside the aggregated images of DICM.
 
     The behaviours are the multi_id fields of side user that share their table with an id field of side ad, as
-    behavior_item and ad_item do: value k of all of them describes behaviour k. Other fields are pooled as in DICM.
+    behavior_item and ad_item do: value k of all of them describes behaviour k. Fields `beside` one of them, as the
+    behaviours' ages, are part of the behaviour too. Other fields are pooled as in DICM.
     """
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
@@ -31,11 +32,14 @@ class Din(CtrModel):
                 "model.base=din needs a multi_id field on side user that shares its table with an id field on side ad, "
                 "as behavior_item and ad_item share table item; add it to the schema, or set model.base=mlp"
             )
-        self._behaviors = [behavior.name for behavior, _ in pairs]
+        paired = [behavior.name for behavior, _ in pairs]
+        beside = [field for field in used_fields(schema, config) if field.beside in paired]
+        self._behaviors = [*paired, *(field.name for field in beside if field.name not in paired)]
         self._ads = [ad.name for _, ad in pairs]
         super().__init__(schema, config, elsewhere=self._behaviors)
-        width = sum(width_of(ad, config) for _, ad in pairs)
-        self.attention = BehaviorAttention(width, config.attention_hidden, self.hidden)
+        query_width = sum(width_of(ad, config) for _, ad in pairs)
+        width = query_width + sum(width_of(field, config) for field in beside if field.name not in paired)
+        self.attention = BehaviorAttention(width, query_width, config.attention_hidden, self.hidden)
         self.mlp = Mlp([self.input_width + self.attention.width, *config.mlp, 1], self.hidden)
 
     def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:

@@ -73,6 +73,9 @@ class Field(BaseModel):
     fill: Fill | None = None
     """What stands in for a missing number (null, NaN): a number, mean, or bucket (one of its own). Default: nothing, a
     missing number is an error."""
+    beside: str | None = None
+    """Kind multi_id of side user: the multi_id field whose value k this one's value k belongs to, as the age of each
+    behaviour to the behaviour's item. Their lists are equally long, and DIN takes both for one behaviour."""
     context: bool = False
     """Side ad, kinds id, multi_id, dense: a value of the impression and not of the ad, as the scene. Two towers keep
     it out of the ad's vector; the other models make no difference."""
@@ -170,6 +173,8 @@ class Schema(BaseModel):
             if field.name in seen:
                 raise ValueError(f"field {field.name} is named twice")
             seen.add(field.name)
+            if field.beside is not None:
+                self._check_beside(field)
             if field.kind == "dense":
                 continue
             shared = f"table {field.table_name}" if field.is_id else f"store {field.store_name}"
@@ -180,6 +185,14 @@ class Schema(BaseModel):
                     f"but have width={first.width} and width={field.width}; give both one width"
                 )
         return self
+
+    def _check_beside(self, field: Field) -> None:
+        lists = [each.name for each in self.of_kind("multi_id", side="user") if each.beside is None]
+        if (field.kind, field.side) != ("multi_id", "user") or field.beside not in lists:
+            raise ValueError(
+                f"field {field.name}: beside={field.beside} is for fields of side user and kind multi_id, the other "
+                f"one without beside; there are {', '.join(lists) or 'none'}"
+            )
 
     def of_kind(self, *kinds: Kind, side: Side | None = None) -> Iterator[Field]:
         """Fields of these kinds, on one side or both, in the schema's order."""

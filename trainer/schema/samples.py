@@ -8,6 +8,7 @@ from featurestore.storage import Storage
 from trainer.errors import SchemaError
 from trainer.schema.columns import Column, Content, Table, data_files, look
 from trainer.schema.fields import Field, Kind, Schema, Side
+from trainer.schema.numbers import LOG2
 from trainer.schema.text import schema_text, table_rows
 
 IMAGE_NAME = re.compile(r"(^|_)(image|img|picture|pic|photo|cover)s?($|_)", re.IGNORECASE)
@@ -15,6 +16,7 @@ NO_FIELDS = re.compile(r"(^|_)(session|timestamp|time|ts|day|date|skey|gkey)$", 
 CONTEXT_NAME = re.compile(r"(^|_)(scene|slot|position|placement|pid|page|hour)($|_)", re.IGNORECASE)
 WEIGHT_SUFFIX = "_weight"
 LONG_TAIL = 100
+AGES = "behavior_age"
 USER_PREFIXES, AD_PREFIX = ("behavior_", "user_"), "ad_"
 
 
@@ -158,6 +160,11 @@ def _add_ids(made: Suggestion, table: Table, column: Column, side: Side, kind: K
     name = column.name
     values: dict[str, Any] = {"side": side, "kind": kind, "table": _table_name(name, table)}
     values["weights"] = _weights_of(column, table)
+    if name == AGES and kind == "multi_id":
+        items = [each for each in made.fields if each.name == "behavior_item" and each.kind == "multi_id"]
+        values |= {"table": None, "buckets": LOG2, "beside": items[0].name if items else None}
+        _add(made, column, Field(name=name, **values))
+        return
     if IMAGE_NAME.search(name) and "_sid" not in name and kind == ("id" if side == "ad" else "multi_id"):
         made.fields.append(Field(name=name, side=side, kind="content", store="images"))
         values |= {"column": name, "name": f"{name}_id"}

@@ -3,8 +3,10 @@
 Plain functions of the tensors that a `Reference` holds; nothing here is shared with trainer/models.
 """
 
+import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from scenarios import Sample, pair_of
 from torch import Tensor
@@ -26,7 +28,7 @@ def _lr(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
         total = total + r.pooled(table, values)[0]
     for vector in _ad_ids(r, s, new_ad):
         total = total + vector[0]
-    others = torch.cat([_number(r, s.age), _number(r, *s.ad_price), *_images(r, s, new_ad)])
+    others = torch.cat([_age(r, s), _price(r, s), *_images(r, s, new_ad)])
     for weight, value in zip(r.dense["model.weight"], others, strict=True):
         total = total + weight * value
     return total
@@ -38,12 +40,16 @@ def _mlp_net(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
 
 def _din(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
     """Behaviour k is [its item, its image id]; its weight is the unit's score, and the weights do not sum to one."""
-    query = torch.cat(_ad_ids(r, s, new_ad))
-    total = torch.zeros(len(query), dtype=r.dtype)
-    for item, image, weight in zip(s.behavior_item, s.behavior_image, s.item_weight, strict=True):
+    query = torch.cat(_ad_ids(r, s, new_ad)[:2])
+    unit = "model.attention.unit"
+    matched = r.dense[f"{unit}.match.weight"] @ query if r.scenario.numbers else query
+    total = torch.zeros(len(matched), dtype=r.dtype)
+    behaviors = zip(s.behavior_item, s.behavior_image, s.item_weight, s.behavior_age, strict=True)
+    for item, image, weight, age in behaviors:
         times = weight if r.scenario.weighted else 1
-        key = torch.cat([times * r.id_vector("item", item), r.id_vector("image", image)])
-        total = total + _score(r, "model.attention.unit", key, query, query) * key
+        key = [times * r.id_vector("item", item), r.id_vector("image", image)]
+        key += [r.id_vector("behavior_age", r.age_bucket(age))] if r.scenario.numbers else []
+        total = total + _score(r, unit, torch.cat(key), query, matched) * torch.cat(key)
     return _mlp(r, torch.cat([_inputs(r, s, new_ad, summed=False), total]))
 
 
@@ -64,7 +70,7 @@ def _finalmlp(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
     start, streams = _inputs(r, s, new_ad), []
     contexts = {
         "user": [*_user(r, s, True)],
-        "ad": [*_ad_ids(r, s, new_ad), _number(r, *s.ad_price)],
+        "ad": [*_ad_ids(r, s, new_ad), _price(r, s)],
     }
     for number, (name, context) in enumerate(contexts.items()):
         gated = start
@@ -82,7 +88,7 @@ def _finalmlp(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
 
 def _two_towers(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
     """<user vector, ad vector> + b + w . price: the price is a matter of the impression."""
-    user = [r.id_vector("user", s.user), _number(r, s.age)]
+    user = [r.id_vector("user", s.user), _age(r, s)]
     user += [r.items(s), r.pooled("image", s.behavior_image)]
     ad = _ad_ids(r, s, new_ad)
     if r.config.images == "both":
@@ -90,25 +96,40 @@ def _two_towers(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
         user.append(sum((r.visual(key, "behavior_image", "images") for key in s.behavior_image), start=nothing))
         ad.append(r.visual(s.ad_image, "ad_image", "images"))
     product = _layers(r, "model.user_tower", torch.cat(user)) @ _layers(r, "model.ad_tower", torch.cat(ad))
-    return product + r.dense["model.bias"][0] + r.dense["model.context.weight"][0] @ _number(r, *s.ad_price)
+    return product + r.dense["model.bias"][0] + r.dense["model.context.weight"][0] @ _price(r, s)
 
 
 def _inputs(r: "Reference", s: Sample, new_ad: bool, summed: bool = True) -> Tensor:
     """User: ids, dense; ad: ids, dense; images."""
-    ad = [*_ad_ids(r, s, new_ad), _number(r, *s.ad_price)]
+    ad = [*_ad_ids(r, s, new_ad), _price(r, s)]
     return torch.cat([*_user(r, s, summed), *ad, *_images(r, s, new_ad)])
 
 
 def _user(r: "Reference", s: Sample, summed: bool) -> list[Tensor]:
     behaviors = [r.items(s), r.pooled("image", s.behavior_image)] if summed else []
-    return [r.id_vector("user", s.user), *behaviors, _number(r, s.age)]
+    if summed and r.scenario.numbers:
+        behaviors.append(r.pooled("behavior_age", tuple(r.age_bucket(age) for age in s.behavior_age)))
+    return [r.id_vector("user", s.user), *behaviors, _age(r, s)]
+
+
+def _age(r: "Reference", s: Sample) -> Tensor:
+    return _number(r, (float(np.float32(s.age)) - 0.4) / 0.3 if r.scenario.numbers else s.age)
+
+
+def _price(r: "Reference", s: Sample) -> Tensor:
+    values = [float(np.float32(each)) for each in s.ad_price]
+    return _number(r, *(math.copysign(math.log1p(abs(x)), x) if r.scenario.numbers else x for x in values))
 
 
 def _ad_ids(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
     known = 0 if new_ad else 1
     times = s.ad_weight if r.scenario.weighted else 1
-    pair = [known * r.id_vector("item", pair_of(s))] if r.scenario.words else []
-    return [known * times * r.id_vector("item", s.ad_item), known * r.id_vector("image", s.ad_image), *pair]
+    ids = [known * times * r.id_vector("item", s.ad_item), known * r.id_vector("image", s.ad_image)]
+    if r.scenario.words:
+        ids.append(known * r.id_vector("item", pair_of(s)))
+    if r.scenario.numbers:
+        ids.append(r.id_vector("ad_price_bucket", sum(s.ad_price[0] >= start for start in (-0.5, 0.0, 0.5))))
+    return ids
 
 
 def _number(r: "Reference", *values: float) -> Tensor:
@@ -121,7 +142,7 @@ def _images(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
     of_ad = [r.visual(s.ad_image, f"ad_{c}", f"{c}s") for c in contents] if r.config.images in ("ad", "both") else []
     if r.config.images not in ("behavior", "both"):
         return of_ad
-    of_ids = torch.cat([*_ad_ids(r, s, new_ad), _number(r, *s.ad_price)])
+    of_ids = torch.cat([*_ad_ids(r, s, new_ad), _price(r, s)])
     queries = {"attentive": [torch.cat(of_ad) if of_ad else of_ids]}
     if r.config.pooling == "multi_query":
         queries["multi_query"] = [torch.cat(of_ad), of_ids]

@@ -38,6 +38,10 @@ class Reference:
             name: TableShape(name, id_width, rows, self.config.table_shards)
             for name, rows in self.config.tables.items()
         }
+        if scenario.numbers:
+            rows = {"behavior_age": 33, "ad_price_bucket": 5}
+            shards = self.config.table_shards
+            self.shapes |= {name: TableShape(name, id_width, count, shards, True) for name, count in rows.items()}
         self.dense = {name: value.clone().requires_grad_() for name, value in initial.items()}
         decayed, other = ([p for p in self.dense.values() if (p.ndim > 1) == matrix] for matrix in (True, False))
         groups = [{"params": decayed, "weight_decay": scenario.optim.weight_decay}, {"params": other}]
@@ -83,6 +87,13 @@ class Reference:
     def items(self, s: Sample) -> Tensor:
         """Mean or sum of the rows of the behaviours' items."""
         return self.pooled("item", s.behavior_item, s.item_weight if self.scenario.weighted else ())
+
+    def age_bucket(self, seconds: float) -> int:
+        """How often 1 can be doubled to get to the age, and one more; 0 below one second."""
+        count = 0
+        while seconds >= 2**count and count < 31:
+            count += 1
+        return count
 
     def visual(self, key: int, field: str, store_name: str) -> Tensor:
         """E on the feature of one image or text."""

@@ -14,6 +14,7 @@ from featurestore.upkeep.recode import recode
 from trainer.batch import Batch, BatchPosition, Jagged
 from trainer.columns import decode, rules_of
 from trainer.data import Piece, assemble
+from trainer.inputs.transform import bucket_ids, dense_values
 from trainer.options import ModelConfig, OptimConfig
 from trainer.schema import Field, Schema
 
@@ -33,6 +34,13 @@ SCHEMA = Schema(
         Field(name="ad_price", side="ad", kind="dense", width=2, context=True),
         Field(name="ad_image", side="ad", kind="content"),
     )
+)
+
+# Numbers scaled, and as IDs: buckets of the price, and of the behaviours' ages.
+SCALES = {"age": {"transform": "standardize", "mean": (0.4,), "std": (0.3,)}, "ad_price": {"transform": "log1p"}}
+BUCKETS = (
+    Field(name="behavior_age", side="user", kind="multi_id", buckets="log2", beside="behavior_item"),
+    Field(name="ad_price_bucket", side="ad", kind="id", boundaries=(-0.5, 0.0, 0.5), column="ad_price"),
 )
 
 TRANSFORMER: dict[str, object] = {"pooling": "transformer", "transformer_length": 4, "transformer_width": 6}
@@ -86,6 +94,11 @@ class Sample:
         return tuple(item % 5 / 2 - 0.5 for item in self.behavior_item)
 
     @property
+    def behavior_age(self) -> tuple[float, ...]:
+        """Seconds, less than one and up to a day."""
+        return tuple((item + 15) ** 3.4 / 3 + place for place, item in enumerate(self.behavior_item))
+
+    @property
     def ad_weight(self) -> float:
         """Of the ad's item."""
         return 0.25 + self.ad_item % 3
@@ -110,6 +123,7 @@ class Scenario:
     texts: bool = False
     words: bool = False
     weighted: bool = False
+    numbers: bool = False
     most_ranks: int = 8
     dtypes: tuple[str, ...] = ("float64",)
     tables: dict[str, int] = field(default_factory=lambda: {"user": 40, "item": 96, "image": 200})
@@ -120,6 +134,8 @@ class Scenario:
         schema = SCHEMA_WITH_TEXTS if self.texts else SCHEMA_OF_FILES if self.words else SCHEMA
         weights = {"behavior_item": "item_weight", "ad_item": "ad_weight"} if self.weighted else {}
         fields = [field.model_copy(update={"weights": weights.get(field.name)}) for field in schema.fields]
+        if self.numbers:
+            fields = [*(field.model_copy(update=SCALES.get(field.name)) for field in fields), *BUCKETS]
         return schema.model_copy(update={"fields": tuple(fields)})
 
     @property
@@ -236,6 +252,8 @@ SCENARIOS = {
     ),
     # Ids that count more or less than once, or against: of each behaviour's item, and of the ad's.
     "weights": Scenario({"images": "both", "multi_hot": "sum"}, weighted=True, deal="starve"),
+    "numbers": Scenario({"images": "both"}, numbers=True, deal="starve"),
+    "numbers_din_ids_only": Scenario({"base": "din", "images": "none"}, numbers=True, weighted=True, most_ranks=2),
     "weights_din_ids_only": Scenario({"base": "din", "images": "none"}, weighted=True, most_ranks=2),
     "weights_two_towers_ids_only": Scenario({"base": "two_tower", "images": "none"}, weighted=True, most_ranks=2),
     "two_towers_ids_only": Scenario({"base": "two_tower", "images": "none", "tower_width": 3}),
@@ -337,12 +355,26 @@ def slice_of_rank(samples: list[Sample], deal: str, step: int, rank: int, num_ra
     return samples[rank * len(samples) // num_ranks : (rank + 1) * len(samples) // num_ranks]
 
 
-def batch_of(samples: list[Sample], global_batch: list[Sample], weighted: bool = False) -> Batch:
+def batch_of(samples: list[Sample], global_batch: list[Sample], scenario: Scenario | None = None) -> Batch:
     """Samples of one rank, in a row in the global batch, as the arrays that the engine takes."""
     sessions = list(dict.fromkeys(s.session for s in samples))
     groups = [next(s for s in samples if s.session == session) for session in sessions]
+    age, price = np.array([g.age for g in groups], np.float32), np.array([s.ad_price for s in samples], np.float32)
+    buckets = {}
+    if scenario is not None and scenario.numbers:
+        known = {field.name: field for field in scenario.schema.fields}
+        ages = np.array([age for g in groups for age in g.behavior_age], np.float32)
+        buckets["behavior_age"] = Jagged(
+            bucket_ids(known["behavior_age"], ages), np.array([len(g.behavior_age) for g in groups], np.int32)
+        )
+        first_price = price.reshape(-1, 2)[:, 0]
+        buckets["ad_price_bucket"] = Jagged(
+            bucket_ids(known["ad_price_bucket"], first_price), np.ones(len(samples), np.int32)
+        )
+        age, price = dense_values(known["age"], age), dense_values(known["ad_price"], price)
     return Batch(
-        fields={
+        fields=buckets
+        | {
             "user": _jagged([[g.user] for g in groups]),
             "behavior_item": _jagged([g.behavior_item for g in groups]),
             "behavior_image_id": _jagged([g.behavior_image for g in groups]),
@@ -354,8 +386,8 @@ def batch_of(samples: list[Sample], global_batch: list[Sample], weighted: bool =
             "ad_text": _jagged([[s.ad_image] for s in samples]),
         },
         dense={
-            "age": np.array([g.age for g in groups], np.float32).reshape(-1, 1),
-            "ad_price": np.array([s.ad_price for s in samples], np.float32).reshape(-1, 2),
+            "age": age.reshape(-1, 1),
+            "ad_price": price.reshape(-1, 2),
         },
         group_of_sample_B=np.array([sessions.index(s.session) for s in samples], np.int64),
         label_B=np.array([s.label for s in samples], np.float32),
@@ -365,7 +397,7 @@ def batch_of(samples: list[Sample], global_batch: list[Sample], weighted: bool =
             "behavior_item": np.array([weight for g in groups for weight in g.item_weight], np.float32),
             "ad_item": np.array([s.ad_weight for s in samples], np.float32),
         }
-        if weighted
+        if scenario is not None and scenario.weighted
         else {},
         first_sample=global_batch.index(samples[0]) if samples else 0,
     )

@@ -69,9 +69,7 @@ def run(
     for number, samples in enumerate(steps(scenario)):
         mine = slice_of_rank(samples, scenario.deal, number, comm.rank, comm.size)
         batches.append(
-            batch_of_file(mine, samples, scenario.schema)
-            if scenario.words
-            else batch_of(mine, samples, scenario.weighted)
+            batch_of_file(mine, samples, scenario.schema) if scenario.words else batch_of(mine, samples, scenario)
         )
     losses, gradients, coming = [], {}, iter(batches)
     CALLS.clear()
