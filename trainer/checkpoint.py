@@ -14,8 +14,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -237,6 +237,23 @@ def read_dense(path: Path, state: CheckpointState, names: Iterable[str]) -> dict
     try:
         _verify(path / DENSE, state.files[DENSE])
         return _read_named([path / DENSE], set(names))
+    except (OSError, SafetensorError) as failure:
+        raise CheckpointError(f"cannot read {path}: {failure}") from failure
+
+
+@contextmanager
+def read_rows(path: Path, state: CheckpointState, names: Iterable[str]) -> Iterator[Callable[[str], Tensor]]:
+    """Gives a function that reads one of those tensors of ID rows, whichever rank wrote it. Raises CheckpointError."""
+    try:
+        with ExitStack() as opened:
+            file_of: dict[str, Any] = {}
+            for file in sorted(set(state.files) - {DENSE}):
+                _verify(path / file, state.files[file])
+                tensors = opened.enter_context(safe_open(path / file, framework="pt"))
+                file_of |= dict.fromkeys(tensors.keys(), tensors)
+            if lacking := sorted(set(names) - file_of.keys()):
+                raise CheckpointError(f"{path} lacks {lacking[0]} and {len(lacking) - 1} more; take another checkpoint")
+            yield lambda name: file_of[name].get_tensor(name)
     except (OSError, SafetensorError) as failure:
         raise CheckpointError(f"cannot read {path}: {failure}") from failure
 

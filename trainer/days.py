@@ -1,7 +1,8 @@
 """Samples by day: the days that the files' names tell, whichever split the files are in."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from datetime import date
 
 from featurestore.storage import Storage
 from trainer.errors import DataError
@@ -33,6 +34,13 @@ def files_of(storage: Storage, days: Sequence[str]) -> list[str]:
             "change data.train_days or data.test_days, or write the samples with: python jobs/build_samples.py"
         )
     return [file for day in sorted(set(days)) for file in by_day[day]]
+
+
+def newest_day(files: Iterable[str]) -> date | None:
+    """The last day that the names of the files tell; None where one of them tells none, or there are none."""
+    found = [_NAME.match(name_of(file)) for file in files]
+    days = [date.fromisoformat(match[1]) for match in found if match]
+    return max(days) if days and len(days) == len(found) else None
 
 
 def name_of(file: str) -> str:

@@ -109,7 +109,7 @@ def check_memory(
             continue
         shape, needed = max(zip(shapes, bytes_of_table, strict=True), key=lambda pair: pair[1])
         raise ConfigError(
-            f"model.tables.{shape.name}={shape.num_rows}: {shape.num_rows:,} rows of {shape.width} numbers and their "
+            f"{shape.setting}: {shape.num_rows:,} rows of {shape.width} numbers and their "
             f"optimiser's state take {needed / 1e9:,.1f} GB on {place} ({len(here)} ranks; all tables "
             f"{sum(bytes_of_table) / 1e9:,.1f} GB), and {free / 1e9:,.1f} GB are free there; lower it, or use ranks on "
             "more machines"

@@ -133,7 +133,7 @@ def train(config: Config, comm: "Comm") -> None:
                 "metrics": training.metrics,
                 **hardware,
                 **figures,
-                "tables": {name: each.as_report() for name, each in training.collisions.items()},
+                "tables": {name: each.as_report() for name, each in training.tables.items()},
                 "global_step": run.engine.num_steps,
                 "history": run.history,
                 "warm_start": str(run.warm_start.path) if run.warm_start else None,

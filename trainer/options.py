@@ -1,10 +1,11 @@
 """Settings of the model and its optimisers: types and limits, without torch, so quick to import."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
-from trainer.validate import Section
+from trainer.validate import KIND, Section
 
 BaseNet = Literal["lr", "mlp", "din", "dcn", "finalmlp", "two_tower"]
 Activation = Literal["relu", "prelu", "dice"]
@@ -16,6 +17,28 @@ TableRows = Annotated[int, Field(ge=1, le=10**12)]
 LearningRate = Annotated[float, Field(gt=0, le=10)]
 RateDecay = Annotated[float, Field(gt=0, le=1)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
+
+
+class ExactTableConfig(Section):
+    """An ID table with a row for each id, as model.tables.NAME={kind: exact, max_rows: 1000000}."""
+
+    kind: Literal["exact"]
+    max_rows: TableRows
+    """Ids that have rows at a time; further ones stay at the cold row. Every shard takes its part, rounded up."""
+    admit_after: Annotated[int, Field(ge=1, le=255)] = 1
+    """Training steps in which an id has to occur until it has a row of its own; before, it has its shard's cold row."""
+    expire_days: Annotated[int, Field(ge=1, le=36_500)] | None = None
+    """Rows that were not used for more days are let go when a run of a later day begins; null: never."""
+
+
+def _kind_of_table(value: Any) -> str:
+    return f"{KIND}exact" if isinstance(value, Mapping | Section) else f"{KIND}rows"
+
+
+TableConfig = Annotated[
+    Annotated[TableRows, Tag(f"{KIND}rows")] | Annotated[ExactTableConfig, Tag(f"{KIND}exact")],
+    Discriminator(_kind_of_table),
+]
 
 
 class ModelConfig(Section):
@@ -84,8 +107,9 @@ class ModelConfig(Section):
     """Standard deviation of an ID vector's first numbers, which are uniform around zero."""
     table_shards: Annotated[int, Field(ge=1, le=1 << 20)] = 64
     """Shards of every ID table. A checkpoint loads at any number of ranks, but only at its own number of shards."""
-    tables: dict[str, TableRows] = Field(default={})
-    """Rows of each ID table, by name; ids are hashed into them, so the number is rounded up to fill every shard."""
+    tables: dict[str, TableConfig] = Field(default={})
+    """Each ID table by name. A number: so many rows, rounded up to fill every shard, into which ids are hashed. Or a
+    row for each id, see ExactTableConfig."""
 
     @field_validator("pooling")
     @classmethod

@@ -27,7 +27,7 @@ from trainer.comm import Comm
 from trainer.config import Config, save_config
 from trainer.content import samples_digest
 from trainer.data import SampleIndex, SampleReader, distinct_values, open_index
-from trainer.days import sample_files
+from trainer.days import newest_day, sample_files
 from trainer.errors import ConfigError, DataError
 from trainer.ids import dictionary
 from trainer.inputs.known import with_statistics, write_statistics
@@ -126,6 +126,8 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
         checkpoint.load(comm, *resumed, engine)
     elif warm:
         warmstart.load(comm, warm, origin, engine)
+    if not reading:
+        engine.begin_day(newest_day(each.file for each in train.row_groups))
     new_ad_column = next(field.column_name for field in schema.fields if field.name == schema.new_ad_field)
     return Run(
         config=config,

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import date
 
 import numpy as np
 import torch
@@ -19,13 +20,14 @@ from trainer.comm import Comm
 from trainer.dropout import IdDropout
 from trainer.errors import ConfigError
 from trainer.exchange import ContentSource, Exchange, FieldVectors, Request, Source
+from trainer.ids.exact import ExactShape, ExactTable
 from trainer.ids.optimizers import SHARED_STATE, RowOptimizer, row_optimizer
 from trainer.ids.tables import TableShape, apply_gradients, build_tables
 from trainer.machine import check_memory
 from trainer.models.build import build_model
 from trainer.models.fields import nearest_of, tiers_of, width_of
 from trainer.optim import DenseOptimizer, Rates, check_names, rates_at
-from trainer.options import ExchangeConfig, ModelConfig, OptimConfig
+from trainer.options import ExactTableConfig, ExchangeConfig, ModelConfig, OptimConfig, TableConfig
 from trainer.precision import with_compute_dtype
 from trainer.reuse import VectorCache
 from trainer.schema import Field, Schema
@@ -233,9 +235,23 @@ class Engine:
         for table in self.tables.values():
             table.import_shards(state)
 
-    def row_weights(self) -> dict[str, Tensor]:
-        """Views of the weights of ID rows that this rank owns, to begin with other values; before the first step."""
-        return {name: rows for table in self.tables.values() for name, rows in table.weights().items()}
+    def warm_names(self) -> list[str]:
+        """Names that `begin_with` reads on this rank."""
+        return [name for table in self.tables.values() for name in table.warm_names()]
+
+    def begin_with(self, state: Mapping[str, Tensor]) -> None:
+        """Take the vectors of this rank's ids out of another run's `shard_state`, before the first step. Raises
+        CheckpointError."""
+        for table in self.tables.values():
+            table.begin_with(state)
+
+    def begin_day(self, day: date | None) -> None:
+        """Let go of ids that have not been used for too long on that day, the last one of the training samples; called
+        when all else is loaded, before the first step. Raises ConfigError where a table needs a day and there is none.
+        """
+        for table in self.tables.values():
+            if isinstance(table, ExactTable):
+                table.begin_day(day)
 
     def move_rows(self, rates: Rates) -> None:
         """One step of the ID rows' optimiser with the gradients of the last backward. All ranks call it once a step."""
@@ -316,7 +332,7 @@ def table_shapes(fields: tuple[Field, ...], config: ModelConfig) -> list[TableSh
             raise ConfigError(
                 f"field {field.name} needs table {name}, which has no number of rows; set model.tables.{name}"
             )
-        shapes[name] = TableShape(name, width_of(field, config), config.tables[name], config.table_shards)
+        shapes[name] = shape_of(name, width_of(field, config), config.tables[name], config.table_shards)
     return list(shapes.values())
 
 
@@ -330,6 +346,13 @@ def _table_of_buckets(name: str, users: list[Field], config: ModelConfig) -> Tab
         raise ConfigError(f"model.tables.{name}: the table has a row for each bucket of {users[0].name}; leave it out")
     rows = max(field.num_buckets for field in users)
     return TableShape(name, width_of(users[0], config), rows, config.table_shards, direct=True)
+
+
+def shape_of(name: str, width: int, table: TableConfig, num_shards: int) -> TableShape:
+    """The shape of an ID table with these settings."""
+    if isinstance(table, ExactTableConfig):
+        return ExactShape(name, width, table.max_rows, num_shards, rules=table)
+    return TableShape(name, width, table, num_shards)
 
 
 def networks_of(fields: tuple[Field, ...], config: ModelConfig) -> dict[str, dict[str, int]]:

@@ -260,8 +260,9 @@ def _id_tables_shown(tables: Mapping[str, Mapping[str, Any]]) -> Table:
         shown.add_column(column, justify="right")
     for name, row in tables.items():
         about = "" if row["is_exact"] else "about "
+        rows = f"{row['rows']:,}" + (f" of {row['max_rows']:,}" if row["kind"] == "exact" else "")
         share = "-" if row["share"] is None else f"{row['share']:.1%}"
-        shown.add_row(name, f"{about}{row['ids']:,}", f"{row['rows']:,}", share)
+        shown.add_row(name, f"{about}{row['ids']:,}", rows, share)
     return shown
 
 

@@ -12,7 +12,7 @@ from trainer.config import config_digest
 from trainer.errors import RemoteRankError, TrainerError
 from trainer.evaluation.quick import Metrics, evaluate
 from trainer.exchange import ContentRequest
-from trainer.ids.collisions import Collisions, gather_collisions
+from trainer.ids.figures import TableFigures, gather_figures
 from trainer.memory import objects_frozen
 from trainer.prefetch import ReadAhead, prepare_ahead
 from trainer.profiling import PLACE, tracing
@@ -34,8 +34,8 @@ class Training:
         self._patience = run.config.train.early_stopping
         self.totals = summary.Totals()
         self.metrics: Metrics = {}
-        self.collisions: dict[str, Collisions] = {}
-        """By table, of the ids since the run, or its resumption, began; known after each epoch."""
+        self.tables: dict[str, TableFigures] = {}
+        """Of the ids since the run, or its resumption, began; known after each epoch."""
         self._warned: set[str] = set()
 
     def fit(self) -> None:
@@ -90,7 +90,7 @@ class Training:
                 self._between_steps()
                 if self._is_over():
                     break
-        self._count_collisions()
+        self._tell_tables()
 
     @contextmanager
     def _prepared(self, batches: Iterator[Batch], count: int, kind: Kind) -> Iterator[Iterator[Prepared]]:
@@ -188,15 +188,14 @@ class Training:
             self._progress.say(f"step {best} had the best GAUC, but before this run: there is no checkpoint of it here")
             self._save()
 
-    def _count_collisions(self) -> None:
-        """Tells how many ids share a row, and warns once of each table where they are many."""
-        hashed = {name: table for name, table in self._engine.tables.items() if not table.shape.direct}
-        tables = {name: (table.shape, table.seen) for name, table in hashed.items()}
-        self.collisions = gather_collisions(self._run.comm, tables)
-        shares = {f"tables/{name}/collisions": each.share for name, each in self.collisions.items()}
-        self._progress.details(self._engine.num_steps, shares)
-        for name, each in self.collisions.items():
-            if name not in self._warned and (warning := each.warning(name)):
+    def _tell_tables(self) -> None:
+        """Figures of the ID tables, and one warning for each where too many ids share a row."""
+        tables = {name: table for name, table in self._engine.tables.items() if not table.shape.direct}
+        self.tables = gather_figures(self._run.comm, tables)
+        for name, figures in self.tables.items():
+            scalars = {f"tables/{name}/{what}": value for what, value in figures.scalars().items()}
+            self._progress.details(self._engine.num_steps, scalars)
+            if name not in self._warned and (warning := figures.warning(name)):
                 self._warned.add(name)
                 self._progress.say(f"warning: {warning}")
 

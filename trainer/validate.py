@@ -2,13 +2,16 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, Union, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from trainer.errors import TrainerError
 
+KIND = "kind:"
+"""The beginning of the tag of one kind of a value that may be of several; a message does not show it."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -36,7 +39,7 @@ def validated(model: type[Model], values: Mapping[str, Any], source: str, error:
 
 
 def _explain(model: type[BaseModel], details: ErrorDetails) -> str:
-    path = [str(part) for part in details["loc"]]
+    path = [str(part) for part in details["loc"] if not str(part).startswith(KIND)]
     name = ".".join(path)
     match details["type"]:
         case "extra_forbidden":
@@ -62,6 +65,6 @@ def _names_at(model: type[BaseModel], path: list[str]) -> list[str]:
 def _model_inside(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if get_origin(annotation) in {list, tuple, Union}:
+    if get_origin(annotation) in {list, tuple, dict, Union, UnionType, Annotated}:
         return next((found for each in get_args(annotation) if (found := _model_inside(each))), None)
     return None

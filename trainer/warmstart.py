@@ -6,7 +6,8 @@ learning rate's schedule start fresh in any case: Adam's moments are running mea
 the end of its schedule and on its data, and a new run's first steps would be made of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,10 +27,11 @@ _PREFIXES: Mapping[WarmPart, str] = {"images": "stores.", "model": "model."}
 
 
 class Warmable(Protocol):
-    """What of the engine a warm start needs: state by name, the tensors themselves."""
+    """What of the engine a warm start needs; `dense_state` gives the tensors themselves."""
 
     def dense_state(self) -> dict[str, Tensor]: ...
-    def row_weights(self) -> dict[str, Tensor]: ...
+    def warm_names(self) -> list[str]: ...
+    def begin_with(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,7 @@ class _Chosen:
     """The chosen groups of an engine, as something that a checkpoint can be loaded into."""
 
     def __init__(self, warm: WarmStart, trained: Warmable) -> None:
-        self._warm, self._dense = warm, trained.dense_state()
-        self._rows = trained.row_weights() if "ids" in warm.parts else {}
+        self._warm, self._trained, self._dense = warm, trained, trained.dense_state()
 
     def load_dense_state(self, state: Mapping[str, Tensor]) -> None:
         for part, prefix in _PREFIXES.items():
@@ -86,24 +87,28 @@ class _Chosen:
                     {name: value for name, value in each.items() if name.startswith(prefix)}
                     for each in (self._dense, state)
                 )
-                self._copy(part, mine, theirs)
+                with self._named(part), torch.no_grad():
+                    check_names(mine, theirs)
+                    for name, value in mine.items():
+                        value.copy_(theirs[name])
 
     def shard_names(self) -> list[str]:
-        return list(self._rows)
+        return self._trained.warm_names() if "ids" in self._warm.parts else []
 
     def load_shard_state(self, state: Mapping[str, Tensor]) -> None:
-        self._copy("ids", self._rows, state)
+        if "ids" in self._warm.parts:
+            with self._named("ids"):
+                self._trained.begin_with(state)
 
-    def _copy(self, part: WarmPart, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    @contextmanager
+    def _named(self, part: WarmPart) -> Iterator[None]:
+        """Says in a CheckpointError of the block which part of which run does not fit."""
         try:
-            check_names(mine, theirs)
+            yield
         except CheckpointError as failure:
             raise CheckpointError(
                 f"warm start from {self._warm.path}, part {part}: {failure}, or leave {part} out of run.warm_parts"
             ) from failure
-        with torch.no_grad():
-            for name, value in mine.items():
-                value.copy_(theirs[name])
 
 
 def _check_layers(model: Mapping[str, Any], warm: WarmStart) -> None:

@@ -19,6 +19,7 @@ JOBS = (
     "build_samples",
     "build_semantic_ids",
     "export_embeddings",
+    "export_ids",
     "extract_features",
     "import_features",
     "import_xdl",

@@ -34,6 +34,8 @@ RUNS = [
     "adam_rank_without_data/float64",
     "adam_rank_without_data/float32",
     "dropout_rank_without_data/float64",
+    "exact/float64",
+    "exact_rank_without_data/float64",
     "missing_learned/float64",
     "words/float64",
     "transformer/float64",
@@ -79,6 +81,8 @@ MODEL_RUNS = [
 ]
 # Layers that take the statistics of all ranks' rows: one collective forward and one backward each.
 NORMS = {"batch_norm": 2, "batch_norm_rank_without_data": 2, "dice": 4, "dice_rank_without_data": 3, "finalmlp": 5}
+OF_FILTERS = ("/counts", "/faded", "/last_use")
+"""Of exact tables, beside rows and ids; see tests/trainer/ids."""
 RANKS = [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)]
 
 WITHOUT_MOMENTUM = ("adagrad", "rowwise_adagrad", "ftrl")  # the first gradients of ID rows are not to be seen
@@ -141,9 +145,17 @@ class Equivalence:
     def test_parameters_and_optimisers_after_the_last_step(
         self, run: str, num_ranks: int, results_of: Callable[[int], Results], reference: Results
     ) -> None:
-        known = ("_D", "num_steps", "learning_rates")
+        known = ("_D", "num_steps", "learning_rates", *OF_FILTERS)
         trained = {n: v for n, v in results_of(num_ranks)[run]["trained"].items() if not n.endswith(known)}
         _assert_same(trained, reference[run]["trained"], _tolerance(run))
+
+    def test_counts_of_ids_without_a_row_are_those_of_one_rank(
+        self, run: str, num_ranks: int, results_of: Callable[[int], Results]
+    ) -> None:
+        mine, alone = (results_of(each)[run]["trained"] for each in (num_ranks, 1))
+        names = [name for name in alone if name.endswith(OF_FILTERS)]
+        assert all(torch.equal(mine[name], alone[name]) for name in names)
+        assert bool(names) == run.startswith("exact")
 
     def test_two_collectives_forward_and_one_backward(
         self, run: str, num_ranks: int, results_of: Callable[[int], Results]
@@ -153,7 +165,7 @@ class Equivalence:
         widths = [3, 5] if name.startswith("texts") else widths
         dense = (
             ("model",)
-            if name.endswith("ids_only") or name in ("dropout", "dice_rank_without_data")
+            if name.endswith("ids_only") or name in ("dropout", "dice_rank_without_data", "exact_rank_without_data")
             else ("model", "stores")
         )
         names = ["keys", *(f"vectors.{w}" for w in widths), *(f"gradients.{w}" for w in widths)]

@@ -45,9 +45,9 @@ class CountingFilter:
         counts = self.counts_SC.reshape(-1)
         return np.minimum(counts[one_N], counts[other_N])
 
-    def fade(self) -> None:
-        """Halves all counts, so that what was seen long ago counts less."""
-        self.counts_SC >>= 1
+    def fade(self, slot: int) -> None:
+        """Halves the counts of a shard, so that what was seen long ago counts less."""
+        self.counts_SC[slot] >>= 1
 
     def _places(self, slot_N: Int64, hash_N: UInt64Array) -> tuple[Int64, Int64]:
         """Two counters of each id, by 64 bits of their own: the hash itself has chosen the shard."""

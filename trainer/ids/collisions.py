@@ -1,18 +1,15 @@
 """Collisions of hashed ID tables: how many different ids share a row with another, and how many rows would do.
 
-Each owner notes the ids that it serves in training, in a fixed amount of memory; together they know the same of the
-whole table for any number of ranks.
+Ids that training has met are noted in a fixed amount of memory; see trainer/ids/figures.py for those of all ranks.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from featurestore.distinct import DistinctCount
-from trainer.comm import Comm
 
 WARNED_SHARE = 0.2
 """Of the ids of a table: where more of them share a row, the run warns."""
@@ -47,6 +44,10 @@ class Collisions:
         """The figures as report.json has them."""
         return {"kind": "hashed", **asdict(self)}
 
+    def scalars(self) -> dict[str, float | None]:
+        """What TensorBoard shows."""
+        return {"collisions": self.share}
+
     def warning(self, name: str) -> str | None:
         """One line with the way out, where too many ids share a row."""
         if self.share is None or self.share <= WARNED_SHARE:
@@ -55,7 +56,7 @@ class Collisions:
         more = f"model.tables.{name}={rows} would bring that under {_GOOD_SHARE:.0%}" if rows else "no table is as long"
         return (
             f"table {name}: {self.share:.0%} of {self.ids:,} different ids share one of its {self.rows:,} rows with "
-            f"another id; {more}"
+            f"another id; {more}; a row for each: model.tables.{name}={{kind: exact, max_rows: {2 * self.ids}}}"
         )
 
 
@@ -81,19 +82,6 @@ def rows_for(num_ids: int, share: float = _GOOD_SHARE) -> int | None:
     unit = 10 ** max(0, math.floor(math.log10(exact)) - 2)
     rows = math.ceil(exact / unit) * unit
     return rows if rows <= _MOST_ROWS else None
-
-
-def gather_collisions(comm: Comm, own: Mapping[str, tuple[Hashed, DistinctCount]]) -> dict[str, Collisions]:
-    """By table, of what all ranks have seen; every rank calls it. `own`: shape, and the ids that this rank served."""
-    hashes = {name: seen.hashes_K for name, (_, seen) in own.items()}
-    everyone = comm.allgather_object(hashes, name="tables")
-    found = {}
-    for name, (shape, _) in own.items():
-        seen = DistinctCount()
-        for each in everyone:
-            seen = seen.merged(DistinctCount(each[name]))
-        found[name] = collisions_of(shape, seen)
-    return found
 
 
 def _share(rows: int, others: int) -> float:

@@ -46,10 +46,11 @@ class RowMap:
 
         `hash_N`: splitmix64 of the ids.
         """
-        first_N, mask_N, base_N = self._first_S[slot_N], self._mask_S[slot_N], slot_N * self.rows_per_shard
+        first_N, mask_N = self._first_S[slot_N], self._mask_S[slot_N]
+        base_N: Int64 = slot_N * self.rows_per_shard
         at_N = (hash_N & mask_N.view(np.uint64)).view(np.int64)
         row_N = self._row_of_entry[first_N + at_N].astype(np.int64)
-        found_N = base_N + row_N
+        found_N: Int64 = base_N + row_N
         open_N = np.flatnonzero((row_N != 0) & (self.id_of_place[found_N] != ids_N))
         while len(open_N):  # the entry is another id's: the next one
             at_N[open_N] = (at_N[open_N] + 1) & mask_N[open_N]
@@ -114,8 +115,10 @@ class RowMap:
             start = self._first_S[slot]
             self._row_of_entry[start : start + self._mask_S[slot] + 1] = 0
             ids_N = self.ids_of(int(slot))
+            if not len(ids_N):
+                continue
             row_N = np.arange(1, len(ids_N) + 1)
-            self._enter(np.full(len(ids_N), slot), splitmix64(ids_N) if len(ids_N) else np.empty(0, np.uint64), row_N)
+            self._enter(np.full(len(ids_N), slot), splitmix64(ids_N), row_N)
 
     def _enter(self, slot_N: Int64, hash_N: UInt64Array, row_N: Int64) -> None:
         """Writes rows into the first empty entries from their hash on. Of rows that want one entry the last one to be

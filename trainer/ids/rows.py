@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,9 +25,13 @@ class StatePart:
         return dtype.itemsize * (width if self.kind == "vector" else 1)
 
     def zeros(self, num_rows: int, width: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """Of so many rows: (num_rows, width), or (num_rows,)."""
+        """Of so many rows: (num_rows, width), or (num_rows,). On a CPU the system hands out memory when it is first
+        written to: rows that nothing has touched take none."""
         shape = (num_rows, width) if self.kind == "vector" else (num_rows,)
-        return torch.zeros(shape, dtype=torch.int32 if self.kind == "count" else dtype, device=device)
+        dtype = torch.int32 if self.kind == "count" else dtype
+        if torch.device(device).type == "cpu":  # torch.zeros writes
+            return torch.from_numpy(np.zeros(shape, torch.empty(0, dtype=dtype).numpy().dtype))
+        return torch.zeros(shape, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ where rows begin anew with each epoch, on the epoch: neither on the number of ra
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from featurestore.keys import UInt64Array, key_of_uri, owned_shards, owner_of, s
 from trainer.errors import CheckpointError, ConfigError
 from trainer.ids.optimizers import LAST_WEIGHT, RowOptimizer
 from trainer.ids.rows import WEIGHT, Rows, StatePart, row_bytes
-from trainer.optim import Rates
+from trainer.optim import Rates, check_names
 from trainer.routing import Int64, unique
 
 
@@ -39,9 +40,23 @@ class TableShape:
         return -(-self.num_rows // self.num_shards)
 
     @property
+    def setting(self) -> str:
+        """What a person has set, for messages."""
+        return f"model.tables.{self.name}={self.num_rows}"
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes that a shard takes beside its rows."""
+        return 0
+
+    @property
     def size(self) -> int:
         """Rows of all shards."""
         return self.num_shards * self.rows_per_shard
+
+    def table(self, rank: int, num_ranks: int, **others: Any) -> "IdTable":
+        """The table of this shape; see `build_tables`."""
+        return IdTable(self, rank, num_ranks, **others)
 
     def place_of(self, ids_N: Int64) -> tuple[Int64, Int64]:
         """Shard and row in the shard of each id. Top bits of the hash choose the shard, low bits the row."""
@@ -161,6 +176,10 @@ class IdTable:
     def release(self, request: RowRequest) -> None:
         """Nothing to give back."""
 
+    def tally(self) -> dict[str, int]:
+        """What is counted on this rank beside `seen`, to be summed over ranks."""
+        return {}
+
     def take_gradients(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """The rows of the last `vectors` (Q,), by their place in `shared`, their values and gradients (Q, V); once."""
         touched, self._touched = self._touched, None
@@ -188,13 +207,26 @@ class IdTable:
         exported = self._kept()
         if self.optimizer.lags:
             for slot, shard in enumerate(self.shards):
-                rows_N = torch.arange(self.shape.rows_per_shard, device=self.rows.weight.device)
-                exported[self._name(shard, WEIGHT)] = self.optimizer.current(self._of_slot(slot), rows_N)
+                rows = self._of_slot(slot)
+                rows_N = torch.arange(len(rows.weight), device=rows.weight.device)
+                exported[self._name(shard, WEIGHT)] = self.optimizer.current(rows, rows_N)
         return exported
 
     def weights(self) -> dict[str, Tensor]:
         """Views of the owned shards' weights, <table>/<shard>/weight, for new values before the first step."""
         return {self._name(shard, WEIGHT): self._of_slot(slot).weight for slot, shard in enumerate(self.shards)}
+
+    def warm_names(self) -> list[str]:
+        """Names of what `begin_with` takes."""
+        return list(self.weights())
+
+    def begin_with(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the owned shards' weights out of a checkpoint, before the first step; the optimiser's state stays as it
+        is. Raises CheckpointError."""
+        mine = self.weights()
+        check_names(mine, {name: state[name] for name in mine if name in state})
+        for name, values in mine.items():
+            values.copy_(state[name])
 
     def import_shards(self, state: Mapping[str, Tensor]) -> None:
         """Takes the owned shards out of `state`, which may hold others. Raises CheckpointError."""
@@ -218,11 +250,16 @@ class IdTable:
 
     def _kept(self) -> dict[str, Tensor]:
         """Views of what is in memory, by name in a checkpoint."""
-        kept = {}
-        for slot, shard in enumerate(self.shards):
-            for part, values in self._of_slot(slot).parts.items():
-                kept[self._name(shard, LAST_WEIGHT if part == WEIGHT and self.optimizer.lags else part)] = values
-        return kept
+        return {
+            self._name(shard, part): values
+            for slot, shard in enumerate(self.shards)
+            for part, values in self._kept_of(slot).items()
+        }
+
+    def _kept_of(self, slot: int) -> dict[str, Tensor]:
+        """Views of what is in memory of a shard, by the last part of the name."""
+        parts = self._of_slot(slot).parts
+        return {LAST_WEIGHT if part == WEIGHT and self.optimizer.lags else part: parts[part] for part in parts}
 
     def _fill(self, epoch: int) -> None:
         for slot, shard in enumerate(self.shards):
@@ -236,8 +273,9 @@ def owned_rows(shape: TableShape, rank: int, num_ranks: int) -> int:
 
 
 def owned_bytes(shape: TableShape, rank: int, num_ranks: int, state: Sequence[StatePart], dtype: torch.dtype) -> int:
-    """Bytes of a rank's rows of a table and of their optimiser's state."""
-    return owned_rows(shape, rank, num_ranks) * row_bytes(shape.width, state, dtype)
+    """Bytes of a rank's rows of a table, of their optimiser's state and of what finds them."""
+    index_bytes = len(owned_shards(shape.num_shards, rank, num_ranks)) * shape.index_bytes
+    return owned_rows(shape, rank, num_ranks) * row_bytes(shape.width, state, dtype) + index_bytes
 
 
 def build_tables(
@@ -266,8 +304,7 @@ def build_tables(
         for width, count in rows_of_width.items()
     }
     return {
-        shape.name: IdTable(
-            shape,
+        shape.name: shape.table(
             rank,
             num_ranks,
             seed=seed,
@@ -294,7 +331,7 @@ def _memory_of(
     except (RuntimeError, MemoryError) as failure:  # torch has no class of its own for the memory of a CPU
         shape = max((shape for shape in shapes if shape.width == width), key=lambda shape: shape.num_rows)
         raise ConfigError(
-            f"model.tables.{shape.name}={shape.num_rows}: this rank's {count:,} rows of {width} numbers and their "
+            f"{shape.setting}: this rank's {count:,} rows of {width} numbers and their "
             f"optimiser's state take {count * row_bytes(width, state, dtype) / 1e9:,.1f} GB, which the system refuses; "
             "lower it, or use more ranks"
         ) from failure
@@ -321,7 +358,12 @@ def initial_rows(shape: TableShape, shard: int, seed: int, scale: float, epoch: 
     stream = f"{seed}/{shape.name}/{shard}" + (f"/{epoch}" if epoch else "")
     start = np.uint64(key_of_uri(stream) & 0xFFFFFFFFFFFFFFFF)
     counter = np.arange(shape.rows_per_shard * shape.width, dtype=np.uint64) + start
-    unit = (splitmix64(counter.view(np.int64)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    unit -= 0.5
-    unit *= scale * 12**0.5
-    return unit.reshape(shape.rows_per_shard, shape.width)
+    return uniform(counter, scale).reshape(shape.rows_per_shard, shape.width)
+
+
+def uniform(counter_N: UInt64Array, scale: float) -> NDArray[np.float64]:
+    """Numbers of mean 0 and standard deviation `scale`, (N,), each by its counter alone."""
+    unit_N = (splitmix64(counter_N.view(np.int64)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    unit_N -= 0.5
+    unit_N *= scale * 12**0.5
+    return unit_N

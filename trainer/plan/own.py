@@ -10,7 +10,7 @@ from featurestore.embedding import EmbeddingModel
 from featurestore.mapping import physical_memory_bytes
 from trainer.config import Config
 from trainer.ids.optimizers import state_of
-from trainer.ids.rows import row_bytes
+from trainer.ids.tables import owned_bytes
 from trainer.models.build import build_model
 from trainer.models.fields import used_fields, width_of
 from trainer.plan import standin
@@ -98,13 +98,12 @@ def _with_standin(config: Config, sampled: Sampled, folder: Path) -> Config:
 def _stored(config: Config, sampled: Sampled) -> Stored:
     info, shapes = sampled.snapshot.info, table_shapes(used_fields(sampled.schema, config.model), config.model)
     state = state_of(config.optim)
-    bytes_of_row = {shape.name: row_bytes(shape.width, state, torch.float32) for shape in shapes}
     return Stored(
         rows=sampled.snapshot.num_rows,
         dim=info.dim,
         dtype=info.dtype,
         shards=info.num_shards,
-        table_bytes=sum(shape.rows_per_shard * shape.num_shards * bytes_of_row[shape.name] for shape in shapes),
+        table_bytes=sum(owned_bytes(shape, 0, 1, state, torch.float32) for shape in shapes),
         table_shards=config.model.table_shards,
         machine_memory_bytes=physical_memory_bytes(),
     )

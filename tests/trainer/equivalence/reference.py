@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from exact import PlainIds, ids_in
 from forward import logit
 from rows import PlainRows
 from scenarios import SCENARIOS, SEED, TEXT_WIDTH, Sample, Scenario, features, steps, texts
@@ -20,7 +21,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.dropout import dropped, random_words
+from trainer.ids.exact import ExactShape
 from trainer.ids.tables import TableShape, initial_rows
+from trainer.step import shape_of
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-6
 
@@ -35,13 +38,15 @@ class Reference:
         self.shared = self.config.shared_image_model
         id_width = 1 if self.config.base == "lr" else self.config.id_width
         self.shapes = {
-            name: TableShape(name, id_width, rows, self.config.table_shards)
-            for name, rows in self.config.tables.items()
+            name: shape_of(name, id_width, table, self.config.table_shards)
+            for name, table in self.config.tables.items()
         }
         if scenario.numbers:
             rows = {"behavior_age": 33, "ad_price_bucket": 5}
             shards = self.config.table_shards
             self.shapes |= {name: TableShape(name, id_width, count, shards, True) for name, count in rows.items()}
+        std = self.config.id_init_std
+        self.exact = {name: PlainIds(s, std) for name, s in self.shapes.items() if isinstance(s, ExactShape)}
         self.dense = {name: value.clone().requires_grad_() for name, value in initial.items()}
         decayed, other = ([p for p in self.dense.values() if (p.ndim > 1) == matrix] for matrix in (True, False))
         groups = [{"params": decayed, "weight_decay": scenario.optim.weight_decay}, {"params": other}]
@@ -65,14 +70,19 @@ class Reference:
 
     def first_rows(self, table: str, epoch: int) -> Tensor:
         """The values that a table's rows begin with."""
+        if table in self.exact:
+            return self.exact[table].first_rows(epoch).to(self.dtype)
         shape, std = self.shapes[table], self.config.id_init_std
         shards = [initial_rows(shape, shard, SEED, std, epoch) for shard in range(shape.num_shards)]
         return torch.from_numpy(np.concatenate(shards)).to(self.dtype)
 
     def id_vector(self, table: str, value: int) -> Tensor:
         """The row of one id."""
-        shard, row = self.shapes[table].place_of(np.array([value]))
-        place = int(shard[0]) * self.shapes[table].rows_per_shard + int(row[0])
+        if table in self.exact:
+            place = self.exact[table].place(value)
+        else:
+            shard, row = self.shapes[table].place_of(np.array([value]))
+            place = int(shard[0]) * self.shapes[table].rows_per_shard + int(row[0])
         self.touched.setdefault(table, set()).add(place)
         return self.tables[table][place]
 
@@ -180,6 +190,8 @@ class Reference:
         if number == self.scenario.restart_at:
             for name, rows in self.rows.items():
                 rows.restart(self.first_rows(name, 1))
+        for name, exact in self.exact.items():
+            exact.admit(ids_in(samples, name), self.tables[name])
         for value in [*self.dense.values(), *self.tables.values()]:
             value.grad = torch.zeros_like(value)
         label = torch.tensor([s.label for s in samples], dtype=self.dtype)
@@ -190,6 +202,8 @@ class Reference:
         share = optim.lr_gamma ** (number // optim.lr_every) * min(1, (number + 1) / max(1, optim.warmup_steps))
         for table, rows in self.rows.items():
             gradients[table] = rows.step(sorted(self.touched.get(table, ())), optim.alpha * share)
+            if table in self.exact:
+                gradients[table] = torch.cat(self.exact[table].in_use(gradients[table]))
         for group in self.adam.param_groups:
             group["lr"] = optim.lr * share
         self.adam.step()
@@ -201,9 +215,12 @@ class Reference:
         for name, value in self.dense.items():
             state |= {f"adam/{name}/{part}": moment for part, moment in self.adam.state[value].items()}
         for name, shape in self.shapes.items():
+            exact = self.exact.get(name)
             for part, values in self.rows[name].parts().items():
-                for shard, rows in enumerate(values.split(shape.rows_per_shard)):
+                for shard, rows in enumerate(exact.in_use(values) if exact else values.split(shape.rows_per_shard)):
                     state[f"{name}/{shard:04d}/{part}"] = rows
+            for shard, ids in enumerate(exact.ids() if exact else []):
+                state[f"{name}/{shard:04d}/ids"] = ids
         return state
 
 

@@ -15,7 +15,7 @@ from trainer.batch import Batch, BatchPosition, Jagged
 from trainer.columns import decode, rules_of
 from trainer.data import Piece, assemble
 from trainer.inputs.transform import bucket_ids, dense_values
-from trainer.options import ModelConfig, OptimConfig
+from trainer.options import ExactTableConfig, ModelConfig, OptimConfig
 from trainer.schema import Field, Schema
 
 DIM, NUM_SHARDS, STEPS, SEED = 16, 8, 20, 7
@@ -126,7 +126,7 @@ class Scenario:
     numbers: bool = False
     most_ranks: int = 8
     dtypes: tuple[str, ...] = ("float64",)
-    tables: dict[str, int] = field(default_factory=lambda: {"user": 40, "item": 96, "image": 200})
+    tables: dict[str, int | ExactTableConfig] = field(default_factory=lambda: {"user": 40, "item": 96, "image": 200})
 
     @property
     def schema(self) -> Schema:
@@ -151,6 +151,11 @@ class Scenario:
         return ModelConfig(
             **{**small, "table_shards": shards, "tables": self.tables, **self.model}, compute_dtype=dtype
         )
+
+
+def exact(max_rows: int, admit_after: int) -> ExactTableConfig:
+    """Settings of a table with a row for each id."""
+    return ExactTableConfig(kind="exact", max_rows=max_rows, admit_after=admit_after)
 
 
 SCENARIOS = {
@@ -200,6 +205,18 @@ SCENARIOS = {
         deal="starve",
         restart_at=13,
         most_ranks=2,
+    ),
+    # A row for each id that has come three times; the others share the cold row of their shard.
+    "exact": Scenario(
+        {"images": "both", "id_dropout": 0.4}, id_l2=0.3, tables={"user": 40, "item": exact(96, 3), "image": 200}
+    ),
+    # Shards of two rows that are soon full, and ids of images that hardly ever come twice.
+    "exact_rank_without_data": Scenario(
+        {"images": "none"},
+        tables={"user": exact(16, 1), "item": 96, "image": exact(900, 2)},
+        optimizers={"ids": "adam"},
+        deal="starve",
+        restart_at=12,
     ),
     "missing_learned": Scenario({"images": "both", "shared_image_model": False}, missing="learned", lacking=True),
     # Histories longer than its length, and empty ones; ad image and IDs beside each behaviour, or the IDs alone.

@@ -6,7 +6,8 @@ import torch
 
 from featurestore.distinct import DistinctCount
 from trainer.comm import SoloComm
-from trainer.ids.collisions import Collisions, collisions_of, gather_collisions, rows_for
+from trainer.ids.collisions import Collisions, collisions_of, rows_for
+from trainer.ids.figures import gather_figures
 from trainer.ids.optimizers import RowOptimizer
 from trainer.ids.tables import TableShape, build_tables
 from trainer.options import OptimConfig
@@ -86,10 +87,10 @@ def test_ranks_know_together_what_one_knows(num_ranks: int, num_ids: int) -> Non
         table = build_tables([shape], rank, num_ranks, seed=0, scale=0.05, optimizer=READER)["item"]
         for step_ids in np.array_split(ids, 7):
             table.serve(step_ids[table.owner_of(step_ids) == rank], "step")
-        own.append({"item": (table.shape, table.seen)})
-    everyone = [{"item": each["item"][1].hashes_K} for each in own]
+        own.append({"item": table})
+    everyone = [{"item": (each["item"].seen.hashes_K, {})} for each in own]
     alone = collisions_of(shape, DistinctCount().with_values(ids))
-    assert all(gather_collisions(OneOfMany(everyone), each) == {"item": alone} for each in own)
+    assert all(gather_figures(OneOfMany(everyone), each) == {"item": alone} for each in own)
 
 
 def test_evaluation_notes_no_ids() -> None:

@@ -74,9 +74,9 @@ class TestInitialRows:
 class TestMemory:
     def test_a_refusal_of_the_system_names_the_largest_table(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*_: object, **__: object) -> None:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+            raise MemoryError("Unable to allocate 0.2 GiB for an array")
 
-        monkeypatch.setattr(torch, "zeros", refuse)
+        monkeypatch.setattr(np, "zeros", refuse)
         shapes = [TableShape("user", 3, 5_000_000, 8), SHAPE]
         with pytest.raises(ConfigError, match=r"model\.tables\.user=5000000: this rank's 5,000,056 rows .* 0\.2 GB"):
             build_tables(shapes, 0, 1, seed=1, scale=0.05, optimizer=optimizer())

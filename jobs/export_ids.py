@@ -1,0 +1,62 @@
+"""Export the ids of an exact ID table of a run, and their vectors."""
+
+import time
+from pathlib import Path, PurePosixPath
+from typing import Annotated
+
+import typer
+
+from featurestore.commandline import run_app, say_error
+from featurestore.commands.common import progress_bar
+from featurestore.errors import FeatureStoreError
+from trainer.errors import TrainerError
+from trainer.ids.export import export_table, open_table
+from trainer.trained import newest_run
+
+EXAMPLES = """Examples:
+
+\b
+python jobs/export_ids.py
+python jobs/export_ids.py --run data/runs/exact --table item --out items.parquet
+
+Exit codes: 0 done, 1 failed, 2 wrong options.
+"""
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+
+@app.command(epilog=EXAMPLES)
+def main(
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of a run with an exact table.", show_default="the newest in data/runs")
+    ] = None,
+    table: Annotated[str | None, typer.Option(help="Which table; needed where a run has several exact ones.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="A step, or the path of a checkpoint.", show_default="the newest")
+    ] = None,
+    out: Annotated[str, typer.Option(help="File to write, or replace: NAME.parquet.")] = "data/ids.parquet",
+) -> None:
+    """Export the ids of an exact ID table of a run, and their vectors.
+
+    The file has the columns id, shard, last_use (a day) and vector (a list of float32). A row without an id is the cold
+    row of its shard, which stands in for all ids of the shard that are not in the file.
+    """
+    if PurePosixPath(out).suffix != ".parquet":
+        raise typer.BadParameter(f"{out} has to end with .parquet, a name before that", param_hint="--out")
+    start = time.monotonic()
+    try:
+        opened = open_table(run or newest_run(), table, checkpoint)
+        with progress_bar("shards") as progress:
+            count = export_table(opened, out, progress)
+    except (TrainerError, FeatureStoreError) as error:
+        say_error(error)
+        raise typer.Exit(1) from error
+    about = opened.describe()
+    typer.echo(f"run          {about['run']}, {about['checkpoint']}, table {about['table']}")
+    typer.echo(f"ids          {count:,}, in {about['num_shards']} shards with a cold row each")
+    typer.echo(f"time         {time.monotonic() - start:.1f} s")
+    typer.echo(f"written to   {out}")
+
+
+if __name__ == "__main__":
+    run_app(app)

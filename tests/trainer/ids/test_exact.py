@@ -1,0 +1,312 @@
+"""Exact ID tables: who has a row, who shares the cold one, and that neither ranks nor the order of ids matter."""
+
+from collections.abc import Iterable, Sequence
+from datetime import date, timedelta
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from featurestore.keys import shard_of
+from trainer.errors import CheckpointError
+from trainer.ids.exact import ExactShape, ExactTable
+from trainer.ids.optimizers import row_optimizer
+from trainer.ids.rows import WEIGHT
+from trainer.ids.tables import TableShape, apply_gradients, build_tables, owned_bytes
+from trainer.optim import Rates
+from trainer.options import ExactTableConfig, IdOptimizer, OptimConfig
+
+RATES = Rates(lr=0.1, ids_lr=0.1)
+SHARDS = 8
+STEPS = [np.random.default_rng(step).integers(-60, 60, 50) for step in range(8)]
+
+
+def shape_of(max_rows: int = 4000, **rules: int) -> ExactShape:
+    return ExactShape("item", 3, max_rows, SHARDS, rules=ExactTableConfig(kind="exact", max_rows=max_rows, **rules))
+
+
+def tables_of(
+    shape: TableShape, rank: int = 0, num_ranks: int = 1, ids: IdOptimizer = "rowwise_adam", **own: Any
+) -> Any:
+    own = {"seed": 1, "scale": 0.05, "dtype": torch.float64, **own}
+    optimizer = row_optimizer(OptimConfig(lr=0.1, beta2=0.99, ids=ids), torch.float64)
+    return build_tables([shape], rank, num_ranks, optimizer=optimizer, **own)
+
+
+def table_of(shape: ExactShape | None = None, rank: int = 0, num_ranks: int = 1, **own: Any) -> ExactTable:
+    table = tables_of(shape or shape_of(), rank, num_ranks, **own)["item"]
+    assert isinstance(table, ExactTable)
+    return table
+
+
+def day_of(number: int) -> date:
+    return date(2026, 1, 1) + timedelta(days=number)
+
+
+def ids_of(table: ExactTable, ids: np.ndarray, rank: int) -> np.ndarray:
+    """What the other ranks would ask this one for."""
+    return ids[table.owner_of(ids) == rank]
+
+
+def train(table: ExactTable, ids: Sequence[int] | np.ndarray) -> None:
+    """One step in which the loss is the sum of each id's vector, times the id."""
+    request = table.serve(np.asarray(ids, np.int64), "step")
+    vectors_QV = table.vectors(request)
+    weight_R = torch.from_numpy(np.asarray(ids, np.float64)).unsqueeze(1)
+    (vectors_QV[torch.from_numpy(request.inverse_R)] * weight_R).sum().backward()
+    apply_gradients([table], table.optimizer, RATES)
+
+
+def vector_of(table: ExactTable, each: int) -> Tensor:
+    """As in evaluation."""
+    with torch.no_grad():
+        return table.vectors(table.serve(np.array([each]), "eval"))[0]
+
+
+def have_rows(table: ExactTable, ids: Iterable[int]) -> set[int]:
+    known = {int(each) for slot in range(len(table.shards)) for each in table.map.ids_of(slot)}
+    return known & set(ids)
+
+
+def state_of(table: ExactTable) -> dict[str, Tensor]:
+    return {name: values.clone() for name, values in table.export_shards().items()}
+
+
+def assert_same(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+class TestAdmission:
+    def test_a_row_comes_with_the_step_that_is_the_third(self) -> None:
+        table = table_of(shape_of(admit_after=3))
+        for step in ([5, 6], [5], [6, 7], [5]):
+            train(table, step)
+        assert have_rows(table, range(10)) == {5}
+        train(table, [6, 6, 7])  # many times in one step are one
+        assert have_rows(table, range(10)) == {5, 6}
+        assert table.counts.refused == 0
+
+    def test_at_first_sight(self) -> None:
+        table = table_of()
+        train(table, [5, 6])
+        assert have_rows(table, range(10)) == {5, 6} and table.counts.cold == 0
+
+    def test_ids_without_a_row_train_the_cold_row_of_their_shard_together(self) -> None:
+        table = table_of(shape_of(admit_after=3))
+        by_shard: dict[int, list[int]] = {}
+        for each in range(1, 40):
+            by_shard.setdefault(int(shard_of([each], SHARDS)[0]), []).append(each)
+        train(table, list(range(1, 40)))
+        for shard, ids in by_shard.items():
+            state = state_of(table)
+            assert state[f"item/{shard:04d}/momentum"].tolist() == [[pytest.approx(0.1 * sum(ids))] * 3]
+            assert state[f"item/{shard:04d}/steps"].tolist() == [1]
+            assert all(torch.equal(vector_of(table, each), vector_of(table, ids[0])) for each in ids)
+        unseen = next(each for each in range(100, 200) if int(shard_of([each], SHARDS)[0]) == shard)
+        assert torch.equal(vector_of(table, unseen), vector_of(table, ids[0]))
+        assert vector_of(table, unseen).abs().max() > 0.05
+
+    def test_evaluation_neither_counts_nor_admits(self) -> None:
+        table = table_of(shape_of(admit_after=2))
+        train(table, [5])
+        before = state_of(table)
+        for _ in range(3):
+            vector_of(table, 5)
+            table.vectors(table.serve(np.array([5, 9]), "eval"))  # with gradients, as if they were wanted
+            with torch.no_grad():
+                table.vectors(table.serve(np.array([5, 9]), "step"))
+        assert_same(state_of(table), before)
+        assert table.seen.estimate == 2  # what "step" brought
+        assert (table.counts.served, table.counts.cold) == (1, 1)
+
+    def test_times_seen(self) -> None:
+        table = table_of(shape_of(admit_after=3))
+        for step in ([5, 6], [5, 7], [5], [5]):
+            train(table, step)
+        assert table.times_seen(table.serve(np.array([5, 6, 7, 8]), "eval")).tolist() == [3, 1, 1, 0]
+
+
+class TestRows:
+    def test_first_values_depend_on_seed_table_and_id_alone(self) -> None:
+        one, other = table_of(), table_of(rank=0, num_ranks=1)
+        one.vectors(one.serve(np.array([1, 5, 9]), "step"))
+        for each in ([9], [1], [7, 5]):
+            other.vectors(other.serve(np.array(each), "step"))
+        assert all(torch.equal(vector_of(one, each), vector_of(other, each)) for each in (1, 5, 9))
+        values = torch.stack([vector_of(one, each) for each in (1, 5, 9)])
+        assert len(values.unique()) == 9
+        elsewhere = table_of(seed=2)
+        elsewhere.vectors(elsewhere.serve(np.array([5]), "step"))
+        assert not torch.equal(vector_of(elsewhere, 5), vector_of(one, 5))
+
+    def test_first_values_have_the_deviation_of_hashed_ones(self) -> None:
+        table, ids = table_of(shape_of(100_000)), np.arange(20_000)
+        values = table.vectors(table.serve(ids, "step")).detach()
+        assert abs(float(values.mean())) < 0.001
+        assert float(values.std()) == pytest.approx(0.05, rel=0.02)
+
+    @pytest.mark.parametrize("ids_optimizer", IdOptimizer.__args__)
+    def test_ids_train_as_in_a_hashed_table_where_none_collide(self, ids_optimizer: IdOptimizer) -> None:
+        hashed = tables_of(TableShape("item", 3, 10**6, SHARDS), scale=0, ids=ids_optimizer)
+        exact = tables_of(shape_of(), scale=0, ids=ids_optimizer)
+        for ids in STEPS:
+            for tables in (hashed, exact):
+                request = tables["item"].serve(ids, "step")
+                inverse_R = torch.from_numpy(request.inverse_R)
+                (tables["item"].vectors(request)[inverse_R] * torch.from_numpy(ids).unsqueeze(1)).sum().backward()
+                apply_gradients(tables.values(), tables["item"].optimizer, RATES)
+        ids = np.unique(np.concatenate(STEPS))
+        with torch.no_grad():
+            found = [
+                table.vectors(request)[torch.from_numpy(request.inverse_R)]
+                for table in (hashed["item"], exact["item"])
+                for request in (table.serve(ids, "eval"),)
+            ]
+        assert torch.equal(*found) and found[0].abs().max() > 0.1
+
+    def test_a_full_shard_keeps_its_rows_and_counts_who_came_too_late(self) -> None:
+        table = table_of(shape_of(max_rows=SHARDS))  # a row for each shard
+        train(table, np.arange(30))
+        first = have_rows(table, range(30))
+        assert len(first) == len({int(shard_of([each], SHARDS)[0]) for each in range(30)})
+        assert table.counts.refused == table.counts.cold == 30 - len(first)
+        train(table, np.arange(60))
+        assert have_rows(table, range(30)) == first
+        assert table.tally() == {"rows": 8, "served": 90, "cold": 90 - 2 * 8, "refused": 90 - 2 * 8, "expired": 0}
+
+    def test_bytes_are_those_of_the_arrays(self) -> None:
+        shape = shape_of(1000, admit_after=3)
+        for rank in range(3):
+            table = table_of(shape, rank, 3)
+            assert table.filter is not None
+            arrays = [table.map.id_of_place, table.map._row_of_entry, table.last_use, table.filter.counts_SC]
+            rows = sum(part.nbytes for part in table.rows.parts.values())
+            assert owned_bytes(shape, rank, 3, table.optimizer.state, torch.float64) == rows + sum(
+                each.nbytes for each in arrays
+            )
+
+
+class TestRanks:
+    @pytest.mark.parametrize("ids", ["rowwise_adam", "adam"])
+    @pytest.mark.parametrize("rules", [{}, {"admit_after": 3}, {"max_rows": 40, "admit_after": 2}])
+    @pytest.mark.parametrize("num_ranks", [2, 3, 11])
+    def test_the_same_for_any_number_of_ranks(self, num_ranks: int, rules: dict[str, int], ids: IdOptimizer) -> None:
+        shape, alone = shape_of(**rules), table_of(shape_of(**rules), ids=ids)
+        alone.begin_day(day_of(20_000))
+        together: dict[str, Tensor] = {}
+        for each in STEPS:
+            train(alone, each)
+        for rank in range(num_ranks):
+            table = table_of(shape, rank, num_ranks, ids=ids)
+            table.begin_day(day_of(20_000))
+            for each in STEPS:
+                train(table, ids_of(table, each, rank))
+            together |= state_of(table)
+        assert_same(together, state_of(alone))
+
+    def test_rows_asked_for_long_before_their_step_are_the_same(self) -> None:
+        one, ahead = table_of(shape_of(admit_after=2)), table_of(shape_of(admit_after=2))
+        requests = [ahead.serve(ids, "step") for ids in STEPS]
+        for ids, request in zip(STEPS, requests, strict=True):
+            train(one, ids)
+            weight_R = torch.from_numpy(ids.astype(np.float64)).unsqueeze(1)
+            (ahead.vectors(request)[torch.from_numpy(request.inverse_R)] * weight_R).sum().backward()
+            apply_gradients([ahead], ahead.optimizer, RATES)
+        assert_same(state_of(ahead), state_of(one))
+
+    def test_a_rank_beyond_the_shards_owns_nothing(self) -> None:
+        table = table_of(shape_of(admit_after=2), rank=9, num_ranks=11)
+        table.begin_day(day_of(20_000))
+        train(table, [])
+        assert table.names() == [] and table.tally()["rows"] == 0
+
+
+class TestExpiry:
+    def test_rows_go_when_they_were_not_used_for_more_days(self) -> None:
+        table = table_of(shape_of(expire_days=2))
+        for day, ids in ((100, [1, 2, 3]), (101, [1]), (102, [1, 2])):
+            table.begin_day(day_of(day))
+            train(table, ids)
+        assert have_rows(table, range(9)) == {1, 2, 3}
+        kept = {each: vector_of(table, each) for each in (1, 2)}
+        table.begin_day(day_of(103))
+        assert have_rows(table, range(9)) == {1, 2} and table.counts.expired == 1
+        assert all(torch.equal(vector_of(table, each), values) for each, values in kept.items())
+
+    def test_a_row_that_comes_back_begins_anew(self) -> None:
+        table, fresh = (table_of(shape_of(expire_days=2)) for _ in range(2))
+        table.begin_day(day_of(100))
+        train(table, [1, 2, 3])
+        table.begin_day(day_of(200))
+        assert all(parts.count_nonzero() == 0 for part, parts in table.rows.parts.items() if part != WEIGHT)
+        for each in (table, fresh):
+            each.begin_day(day_of(200))
+            train(each, [3])
+        assert torch.equal(vector_of(table, 3), vector_of(fresh, 3))
+
+    def test_what_is_left_trains_on_as_before(self) -> None:
+        """Against a table that lets nothing go: the same values, at other places."""
+        keeps, expires = table_of(shape_of()), table_of(shape_of(expire_days=1))
+        daily, some = np.arange(0, 80, 6), np.arange(0, 80, 3)
+        for day, ids in ((1, np.arange(1, 81)), (2, some), (3, daily), (4, daily), (5, np.arange(1, 81))):
+            for table in (keeps, expires):
+                table.begin_day(day_of(day))
+                train(table, ids)
+        assert expires.counts.expired == 80 - len(daily) + 1  # 0 came on day 2
+        same = [each for each in range(81) if torch.equal(vector_of(keeps, each), vector_of(expires, each))]
+        assert same == daily.tolist()
+
+    def test_counts_are_halved_every_so_many_days(self) -> None:
+        table = table_of(shape_of(admit_after=4, expire_days=3))
+        for day in (10, 11, 12):
+            table.begin_day(day_of(day))
+            train(table, [5])
+        assert table.times_seen(table.serve(np.array([5]), "eval")).tolist() == [3]
+        table.begin_day(day_of(13))
+        assert table.times_seen(table.serve(np.array([5]), "eval")).tolist() == [1]
+
+
+class TestCheckpoint:
+    @pytest.mark.parametrize("optimizer", ["rowwise_adam", "adam"])
+    @pytest.mark.parametrize(("num_before", "num_after"), [(1, 3), (3, 2), (2, 11)])
+    def test_goes_on_at_another_number_of_ranks(self, num_before: int, num_after: int, optimizer: IdOptimizer) -> None:
+        shape = shape_of(60, admit_after=2, expire_days=5)
+        through = table_of(shape, ids=optimizer)
+        through.begin_day(day_of(7))
+        for ids in STEPS:
+            train(through, ids)
+        saved: dict[str, Tensor] = {}
+        for rank in range(num_before):
+            table = table_of(shape, rank, num_before, ids=optimizer)
+            table.begin_day(day_of(7))
+            for ids in STEPS[:4]:
+                train(table, ids_of(table, ids, rank))
+            saved |= state_of(table)
+            shared = table.optimizer.shared_state()
+        resumed: dict[str, Tensor] = {}
+        for rank in range(num_after):
+            table = table_of(shape, rank, num_after, ids=optimizer)
+            train(table, ids_of(table, np.arange(500, 600), rank))  # not a fresh one
+            table.optimizer.load_shared_state(shared)
+            table.import_shards({name: saved[name] for name in table.names()})
+            table.begin_day(day_of(7))
+            for ids in STEPS[4:]:
+                train(table, ids_of(table, ids, rank))
+            resumed |= state_of(table)
+        assert_same(resumed, state_of(through))
+
+    def test_a_hashed_table_is_refused(self) -> None:
+        hashed = tables_of(TableShape("item", 3, 50, SHARDS))
+        with pytest.raises(CheckpointError, match=r"item/0000/ids is not in .* another model\.tables\.item,"):
+            table_of().import_shards(hashed["item"].export_shards())
+        with pytest.raises(CheckpointError, match=r"item/0000/weight has shape \(1, 3\).*\(7, 3\)"):
+            hashed["item"].import_shards(table_of().export_shards())
+
+    def test_too_many_rows_are_refused(self) -> None:
+        table = table_of()
+        train(table, np.arange(100))
+        with pytest.raises(CheckpointError, match=r"of the checkpoint has \d+ rows, and this run room for 1; raise"):
+            table_of(shape_of(max_rows=8)).import_shards(table.export_shards())

@@ -1,0 +1,333 @@
+"""Exact ID tables: a row for each id, admitted after it was seen some times, and let go when it is no longer used.
+
+Every shard has room for its part of `max_rows` rows and one more, row 0, the *cold row*: it stands in for all ids of
+the shard that have no row of their own, is trained by their samples, and begins with zeros. All that a shard holds
+depends on the ids that training has brought to it, step by step, and neither on the number of ranks nor on the order of
+the ids within a step. Letters of shapes: R ids received, Q unique among them, S shards owned; a *slot* is a shard's
+place among those.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from featurestore.keys import UInt64Array, key_of_uri, owned_shards, shard_of_hash, splitmix64
+from trainer.errors import CheckpointError, ConfigError
+from trainer.ids.admission import CountingFilter, counters_for
+from trainer.ids.optimizers import LAST_WEIGHT
+from trainer.ids.rowmap import RowMap, map_bytes
+from trainer.ids.rows import WEIGHT, Rows
+from trainer.ids.tables import IdTable, RowRequest, TableShape, uniform
+from trainer.options import ExactTableConfig
+from trainer.routing import Int64, unique
+
+IDS, LAST_USE, COUNTS, FADED = "ids", "last_use", "counts", "faded"
+_WARM = (IDS, WEIGHT, LAST_USE, COUNTS, FADED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactShape(TableShape):
+    """`num_rows` is the largest number of ids that have rows; every shard takes its part, rounded up."""
+
+    rules: ExactTableConfig
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of each shard, the cold row among them."""
+        return 1 + -(-self.num_rows // self.num_shards)
+
+    def table(self, rank: int, num_ranks: int, **others: Any) -> "ExactTable":
+        return ExactTable(self, rank, num_ranks, **others)
+
+    @property
+    def counters_per_shard(self) -> int:
+        """Counters of a shard's filter; none where ids are admitted at first sight."""
+        return counters_for(self.rows_per_shard - 1) if self.rules.admit_after > 1 else 0
+
+    @property
+    def setting(self) -> str:
+        return f"model.tables.{self.name}.max_rows={self.num_rows}"
+
+    @property
+    def index_bytes(self) -> int:
+        return map_bytes(self.rows_per_shard) + np.int32().itemsize * self.rows_per_shard + self.counters_per_shard
+
+
+@dataclass
+class ExactRequest(RowRequest):
+    """Unique ids (Q,), ascending, their hashes and slots, and their places as they were when they were asked for."""
+
+    ids_Q: Int64
+    hash_Q: UInt64Array
+    slot_Q: Int64
+    place_Q: Int64
+    is_training: bool
+    settled: RowRequest | None = None
+    """The rows that the ids have in the step that is under way."""
+
+
+@dataclass
+class ExactCounts:
+    """What happened on this rank since the run, or its resumption, began.
+
+    `served`: unique ids of training steps, summed over steps; `cold`: those of them that got the cold row; `refused`:
+    those that got it because their shard was full. `expired`: rows that were let go.
+    """
+
+    served: int = 0
+    cold: int = 0
+    refused: int = 0
+    expired: int = 0
+
+
+class ExactTable(IdTable):
+    """The shards of one exact table that this rank owns."""
+
+    shape: ExactShape
+
+    def __init__(self, shape: ExactShape, rank: int, num_ranks: int, **others: Any) -> None:
+        num_slots = len(owned_shards(shape.num_shards, rank, num_ranks))
+        self.map = RowMap(num_slots, shape.rows_per_shard)
+        self.filter = CountingFilter(num_slots, shape.counters_per_shard) if shape.counters_per_shard else None
+        self.last_use: NDArray[np.int32] = np.zeros(num_slots * shape.rows_per_shard, np.int32)
+        """The day on which each place was last used in training, in days since 1970-01-01."""
+        self._faded_S = np.zeros(num_slots, np.int32)
+        """The day on which a shard's counts were last halved, or first counted."""
+        self.counts, self._day = ExactCounts(), 0
+        super().__init__(shape, rank, num_ranks, **others)
+
+    def serve(self, ids_R: Int64, kind: str = "step") -> ExactRequest:
+        """The unique ids, and the rows of those that have one. Runs ahead of the steps, so ids without a row are
+        looked for again by `vectors`."""
+        ids_Q, inverse_R = unique(ids_R)
+        if kind == "step":
+            self.seen = self.seen.with_values(ids_Q)
+        hash_Q = splitmix64(ids_Q)
+        slot_Q = self._slot_of_shard[shard_of_hash(hash_Q, self.shape.num_shards)]
+        assert (slot_Q >= 0).all(), f"table {self.shape.name}: asked for rows that another rank owns"
+        place_Q = self.map.places(slot_Q, hash_Q, ids_Q)
+        none = torch.empty(0, dtype=torch.int64)
+        return ExactRequest(none, inverse_R, len(ids_Q), ids_Q, hash_Q, slot_Q, place_Q, kind == "step")
+
+    def expect(self, request: RowRequest) -> None:
+        assert isinstance(request, ExactRequest)
+        super().expect(self._settle(request))
+
+    def vectors(self, request: RowRequest) -> Tensor:
+        """The vectors of the ids (Q, V), with autograd attached. In a training step, ids are counted and admitted
+        before: one that has occurred in `admit_after` steps, this one included, gets a row of its own."""
+        assert isinstance(request, ExactRequest)
+        settled, request.settled = request.settled or self._settle(request), None
+        rows_UV = super().vectors(settled)
+        if settled.num_unique == request.num_unique:
+            return rows_UV
+        return rows_UV.index_select(0, self._on_device(settled.inverse_R))
+
+    def _settle(self, request: ExactRequest) -> RowRequest:
+        """Which rows the ids of a request have in this step, (U,), and the one of each id, (Q,): several ids have one
+        cold row, which is read once, so that it is moved once."""
+        is_training = request.is_training and torch.is_grad_enabled()
+        place_Q = self._places(request, is_training)
+        cold_Q = place_Q % self.shape.rows_per_shard == 0
+        if is_training:
+            self.last_use[place_Q] = self._day
+            self.counts.served += len(place_Q)
+            self.counts.cold += int(cold_Q.sum())
+        rows_U, inverse_Q = _once(place_Q, cold_Q)
+        request.settled = RowRequest(self._on_device(rows_U), inverse_Q, len(rows_U))
+        return request.settled
+
+    def tally(self) -> dict[str, int]:
+        return {"rows": int(self.map.used_S.sum()), **asdict(self.counts)}
+
+    def times_seen(self, request: ExactRequest) -> Int64:
+        """In how many training steps each id without a row has occurred, or a few more; of one with a row, at least
+        `admit_after`, (Q,)."""
+        cold_Q = self.map.places(request.slot_Q, request.hash_Q, request.ids_Q) % self.shape.rows_per_shard == 0
+        times_Q = np.full(len(cold_Q), self.shape.rules.admit_after, np.int64)
+        waiting_Q = self.filter.counts(request.slot_Q[cold_Q], request.hash_Q[cold_Q]) if self.filter else 0
+        times_Q[cold_Q] = np.minimum(waiting_Q, self.shape.rules.admit_after)
+        return times_Q
+
+    def begin_day(self, date_: date | None) -> None:
+        """From now on rows are used on this day; those that were last used more than `expire_days` before are let go.
+        Counts of ids without a row are halved every `expire_days` days.
+
+        Called before the first step alone, with no request under way. Raises ConfigError where rows go by days and
+        there is none.
+        """
+        days = self.shape.rules.expire_days
+        if date_ is None:
+            if days is None:
+                return
+            raise ConfigError(
+                f"model.tables.{self.shape.name}.expire_days={days} counts the days of the training samples, and not "
+                "all of their files are named by day, as day=2026-01-31.parquet; leave it out, or write the samples "
+                "with: python jobs/build_samples.py"
+            )
+        day = self._day = (date_ - date(1970, 1, 1)).days
+        self._faded_S[self._faded_S == 0] = day
+        if days is None:
+            return
+        for slot in range(len(self.shards)):
+            self._expire(slot, day - days)
+            if self.filter and day - self._faded_S[slot] >= days:
+                self.filter.fade(slot)
+                self._faded_S[slot] = day
+
+    def restart(self, epoch: int) -> None:
+        """All rows in use begin anew for this epoch; ids keep theirs. Memory that no row has used stays untouched."""
+        for slot in range(len(self.shards)):
+            for part in self._of_slot(slot).parts.values():
+                part.zero_()
+        self._fill(epoch)
+
+    def import_shards(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the owned shards out of `state`, which may hold others. Raises CheckpointError."""
+        for slot in range(len(self.shards)):
+            self._import(slot, self._parts_of(slot, state, list(self._kept_of(slot))))
+
+    def warm_names(self) -> list[str]:
+        return [self._name(shard, part) for shard in self.shards for part in _WARM]
+
+    def begin_with(self, state: Mapping[str, Tensor]) -> None:
+        """Takes ids, weights and days of last use; and counts, where there are as many counters here."""
+        for slot in range(len(self.shards)):
+            parts = self._parts_of(slot, state, _WARM)
+            if self.optimizer.lags:
+                parts[LAST_WEIGHT] = parts[WEIGHT]
+            if len(parts[COUNTS]) != self.shape.counters_per_shard:
+                del parts[COUNTS], parts[FADED]
+            self._import(slot, parts)
+
+    def _parts_of(self, slot: int, state: Mapping[str, Tensor], parts: Sequence[str]) -> dict[str, Tensor]:
+        """Parts of a shard out of a checkpoint. Raises CheckpointError where it lacks one."""
+        name_of = {part: self._name(self.shards[slot], part) for part in parts}
+        if lacking := [name for name in name_of.values() if name not in state]:
+            raise CheckpointError(
+                f"{lacking[0]} is not in the checkpoint; was it written with another "
+                f"model.tables.{self.shape.name}, model.table_shards or optim.ids?"
+            )
+        return {part: state[name] for part, name in name_of.items()}
+
+    def _places(self, request: ExactRequest, is_training: bool) -> Int64:
+        """The place of each id; where `is_training`, ids are counted and given rows before."""
+        place_Q = request.place_Q.copy()
+        lost_Q = np.flatnonzero(place_Q % self.shape.rows_per_shard == 0)
+        if not len(lost_Q):
+            return place_Q
+        slot_M, hash_M, ids_M = request.slot_Q[lost_Q], request.hash_Q[lost_Q], request.ids_Q[lost_Q]
+        place_M = self.map.places(slot_M, hash_M, ids_M)
+        if is_training:
+            waiting_M = np.flatnonzero(place_M % self.shape.rows_per_shard == 0)
+            place_M[waiting_M] = self._admit(slot_M[waiting_M], hash_M[waiting_M], ids_M[waiting_M])
+        place_Q[lost_Q] = place_M
+        return place_Q
+
+    def _admit(self, slot_M: Int64, hash_M: UInt64Array, ids_M: Int64) -> Int64:
+        """Counts ids that have no row, and gives rows to those that have occurred often enough; the places of all."""
+        place_M = slot_M * self.shape.rows_per_shard
+        wanting_M = np.arange(len(ids_M))
+        if self.filter:
+            wanting_M = np.flatnonzero(self.filter.add(slot_M, hash_M) >= self.shape.rules.admit_after)
+        if not len(wanting_M):
+            return place_M
+        place_M[wanting_M] = self.map.insert(slot_M[wanting_M], hash_M[wanting_M], ids_M[wanting_M])
+        new_M = wanting_M[place_M[wanting_M] % self.shape.rows_per_shard != 0]
+        self.counts.refused += len(wanting_M) - len(new_M)
+        first_MV = first_vectors(self.shape, hash_M[new_M], self._seed, self._scale)
+        self.rows.weight.index_copy_(
+            0, self._on_device(place_M[new_M]), torch.from_numpy(first_MV).to(self.rows.weight)
+        )
+        return place_M
+
+    def _expire(self, slot: int, before: int) -> None:
+        """Lets go of a shard's rows that were last used before that day; the others move together, in their order."""
+        used, start = int(self.map.used_S[slot]), slot * self.shape.rows_per_shard
+        last_use = self.last_use[start : start + 1 + used]
+        kept = 1 + np.flatnonzero(last_use[1:] >= before)
+        if len(kept) == used:
+            return
+        self.counts.expired += used - len(kept)
+        with_cold = np.concatenate([[0], kept])
+        for values in self._of_slot(slot).parts.values():
+            values[: len(with_cold)] = values[torch.from_numpy(with_cold).to(values.device)]
+            values[len(with_cold) :] = 0
+        last_use[: len(with_cold)] = last_use[with_cold]
+        last_use[len(with_cold) :] = 0
+        self.map.set_ids(slot, self.map.ids_of(slot)[kept - 1])
+
+    def _import(self, slot: int, parts: Mapping[str, Tensor]) -> None:
+        """Makes those parts the shard's; of others, that of the optimiser is zero."""
+        ids_N, num_rows = parts[IDS].numpy(), 1 + len(parts[IDS])
+        if num_rows > self.shape.rows_per_shard:
+            raise CheckpointError(
+                f"table {self.shape.name}: a shard of the checkpoint has {num_rows - 1:,} rows, and this run room for "
+                f"{self.shape.rows_per_shard - 1:,}; raise model.tables.{self.shape.name}.max_rows"
+            )
+        self.map.set_ids(slot, ids_N)
+        for part, values in self._kept_of(slot).items():
+            if part in (IDS, *(set(self.rows.parts) - set(parts))):
+                continue
+            if values.shape != parts[part].shape:
+                raise CheckpointError(
+                    f"{self._name(self.shards[slot], part)} has shape {tuple(parts[part].shape)} in the checkpoint and "
+                    f"{tuple(values.shape)} in this run; set model.tables.{self.shape.name} and the table's width as "
+                    "they were"
+                )
+            values.copy_(parts[part])
+
+    def _of_slot(self, slot: int) -> Rows:
+        """A view of a shard's rows in use, the cold row first."""
+        return self.rows.narrow(slot * self.shape.rows_per_shard, 1 + int(self.map.used_S[slot]))
+
+    def _kept_of(self, slot: int) -> dict[str, Tensor]:
+        start, used = slot * self.shape.rows_per_shard, int(self.map.used_S[slot])
+        counts = self.filter.counts_SC[slot] if self.filter else np.empty(0, np.uint8)
+        return super()._kept_of(slot) | {
+            IDS: torch.from_numpy(self.map.ids_of(slot)),
+            LAST_USE: torch.from_numpy(self.last_use[start : start + 1 + used]),
+            COUNTS: torch.from_numpy(counts),
+            FADED: torch.from_numpy(self._faded_S[slot : slot + 1]),
+        }
+
+    def _fill(self, epoch: int) -> None:
+        """First values of the rows in use; a cold row's are zeros."""
+        for slot in range(len(self.shards)):
+            ids_N = self.map.ids_of(slot)
+            first_NV = first_vectors(self.shape, splitmix64(ids_N), self._seed, self._scale, epoch)
+            self._of_slot(slot).weight[1:].copy_(torch.from_numpy(first_NV))
+
+    def _on_device(self, places: Int64) -> Tensor:
+        return torch.from_numpy(places).to(self.rows.weight.device)
+
+
+def first_vectors(
+    shape: TableShape, hash_N: UInt64Array, seed: int, scale: float, epoch: int = 0
+) -> NDArray[np.float64]:
+    """The first values of the rows of ids with these splitmix64 hashes, (N, width): as those of hashed rows, uniform
+    with mean 0 and standard deviation `scale`, and by counter; here from (seed, table, id) and, after the first one,
+    the epoch."""
+    stream = f"{seed}/{shape.name}" + (f"/{epoch}" if epoch else "")
+    salt = np.uint64(key_of_uri(stream) & 0xFFFFFFFFFFFFFFFF)
+    start_N = splitmix64((hash_N ^ salt).view(np.int64))
+    counter_NV: UInt64Array = start_N[:, None] + np.arange(shape.width, dtype=np.uint64)[None, :]
+    return uniform(counter_NV.reshape(-1), scale).reshape(-1, shape.width)
+
+
+def _once(place_Q: Int64, cold_Q: NDArray[np.bool_]) -> tuple[Int64, Int64]:
+    """Different places (U,), and for each of `place_Q` its index among them: as they are where all differ, else those
+    of ids with a row first."""
+    cold_U, cold_inverse = unique(place_Q[cold_Q])
+    if len(cold_U) == len(cold_inverse):
+        return place_Q, np.arange(len(place_Q))
+    num_own = len(place_Q) - len(cold_inverse)
+    inverse_Q = np.empty(len(place_Q), np.int64)
+    inverse_Q[~cold_Q], inverse_Q[cold_Q] = np.arange(num_own), num_own + cold_inverse
+    return np.concatenate([place_Q[~cold_Q], cold_U]), inverse_Q

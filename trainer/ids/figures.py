@@ -1,0 +1,73 @@
+"""What became of the ids in each ID table, over all ranks: for report.json, TensorBoard and warnings.
+
+Each owner notes the ids that it serves in training; together they know the same of a table for any number of ranks.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from featurestore.distinct import DistinctCount
+from trainer.comm import Comm
+from trainer.ids.collisions import Collisions, collisions_of
+from trainer.ids.exact import ExactShape
+from trainer.ids.tables import IdTable
+
+
+@dataclass(frozen=True)
+class ExactFigures:
+    """Of an exact table. `ids`: different ids that training has met, counted where `is_exact`, else estimated. `rows`:
+    in use, of `max_rows`. The others: see trainer/ids/exact.py, ExactCounts."""
+
+    ids: int
+    is_exact: bool
+    rows: int
+    max_rows: int
+    served: int
+    cold: int
+    refused: int
+    expired: int
+
+    @property
+    def share(self) -> float | None:
+        """Of the ids served, those that got a cold row, which others share; None where none was served."""
+        return self.cold / self.served if self.served else None
+
+    def as_report(self) -> dict[str, Any]:
+        """The figures as report.json has them."""
+        return {"kind": "exact", **asdict(self), "share": self.share}
+
+    def scalars(self) -> dict[str, float | None]:
+        """What TensorBoard shows."""
+        return {"rows": self.rows, "cold_share": self.share}
+
+    def warning(self, name: str) -> str | None:
+        """One line with the way out, where a shard was full."""
+        if not self.refused:
+            return None
+        return (
+            f"table {name}: {self.refused:,} times an id stayed at the cold row because its shard was full, with "
+            f"{self.rows:,} of {self.max_rows:,} rows in use; raise model.tables.{name}.max_rows, or set a smaller "
+            "expire_days or a larger admit_after"
+        )
+
+
+TableFigures = Collisions | ExactFigures
+
+
+def gather_figures(comm: Comm, tables: Mapping[str, IdTable]) -> dict[str, TableFigures]:
+    """By table, of what all ranks have served since the run, or its resumption, began; every rank calls it."""
+    own = {name: (table.seen.hashes_K, table.tally()) for name, table in tables.items()}
+    everyone = comm.allgather_object(own, name="tables")
+    found: dict[str, TableFigures] = {}
+    for name, table in tables.items():
+        seen, tally = DistinctCount(), Counter[str]()
+        for hashes_K, counts in (each[name] for each in everyone):
+            seen = seen.merged(DistinctCount(hashes_K))
+            tally.update(counts)
+        if isinstance(table.shape, ExactShape):
+            found[name] = ExactFigures(seen.estimate, seen.is_exact, max_rows=table.shape.num_rows, **tally)
+        else:
+            found[name] = collisions_of(table.shape, seen)
+    return found
