@@ -74,7 +74,8 @@ def logs_of(folder: Path) -> tuple[pa.Table, pa.Table]:
         "user_occupation": [jobs.index(of_user[user]["occupation"]) for user in user_N.tolist()],
         "label": (rating_N >= LIKED).astype(np.int8),
     }
-    behaviors = pa.table({**columns, "dwell_s": np.full(len(user_N), 60.0)}).filter(pa.array(rating_N >= LIKED))
+    liked: dict[str, Any] = {**columns, "dwell_s": np.full(len(user_N), 60.0)}
+    behaviors = pa.table(liked).filter(pa.array(rating_N >= LIKED))
     return pa.table(impressions), behaviors
 
 
