@@ -45,6 +45,9 @@ class Batch:
     """Samples of the global batch, over all ranks: the loss is the sum over local samples divided by it."""
     weights: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     """Of the fields whose ids have weights, one for each value (N,)."""
+    galleries: Mapping[str, Jagged] = field(default_factory=dict)
+    """Of content fields with galleries: `values_N` are the numbers of images of each ad or behaviour (in `fields` their
+    keys stand one after the other), `lengths_M` the ads (1) or behaviours of a row."""
     position: BatchPosition = field(default=BatchPosition(0, 0))
     first_sample: int = 0
     """Place in the global batch of this rank's first sample; the others follow it."""

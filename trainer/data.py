@@ -30,6 +30,7 @@ from trainer.columns import (
     decode,
     ranges,
     rules_of,
+    sizes_of,
     source_columns,
     text_columns,
     values_of,
@@ -205,6 +206,7 @@ def inputs_of(schema: Schema, taken: Callable[[Field, str], Jagged]) -> dict[str
     return {
         "fields": {f.name: keys(f) for f in schema.of_kind("id", "multi_id", "content")},
         "dense": {f.name: dense_values(f, taken(f, f.column_name).values_N) for f in schema.of_kind("dense")},
+        "galleries": {f.name: taken(f, sizes_of(f.column_name)) for f in schema.fields if f.gallery is not None},
         "weights": {f.name: taken(f, f.weights).values_N for f in schema.fields if f.weights is not None},
     }
 

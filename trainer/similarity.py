@@ -44,6 +44,11 @@ def pairs_of_fields(fields: tuple[Field, ...], config: ModelConfig) -> dict[str,
     if not config.similarity_tiers and not config.similarity_top_k:
         return {}
     contents = [field for field in fields if field.kind == "content"]
+    if galleries := [field.name for field in contents if field.gallery is not None]:
+        raise ConfigError(
+            f"model.similarity_tiers and similarity_top_k compare single images, and {galleries[0]} has a gallery "
+            "of each ad or behaviour; set both to 0, or take the field with one image each into the schema instead"
+        )
     pairs: dict[str, str] = {}
     for field in contents:
         if field.side == "user":

@@ -26,6 +26,7 @@ from trainer.ids.tables import TableShape, apply_gradients, build_tables
 from trainer.machine import check_memory
 from trainer.models.build import build_model
 from trainer.models.fields import nearest_of, tiers_of, width_of
+from trainer.models.galleries import gallery_vectors
 from trainer.optim import DenseOptimizer, Rates, check_names, rates_at
 from trainer.options import ExactTableConfig, ExchangeConfig, ModelConfig, OptimConfig, TableConfig
 from trainer.precision import with_compute_dtype
@@ -274,6 +275,9 @@ class Engine:
         for table, served in zip(self.tables.values(), prepared.request.served_S, strict=False):  # tables come first
             table.expect(served)
         vectors = self._exchange.vectors(prepared.request)
+        for field in self.fields:
+            if field.gallery is not None:
+                vectors[field.name] = gallery_vectors(vectors[field.name], batch.galleries[field.name], field.gallery)
         for name in batch.weights.keys() & vectors.keys():
             vectors[name].weights_N = torch.from_numpy(batch.weights[name]).to(device=self._device, dtype=self._dtype)
         for name, similar in prepared.similarity.items():

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
-from trainer.columns import Groups, Index, Rule, decode, rules_of, source_columns
+from trainer.columns import Groups, Index, Rule, decode, rules_of, sizes_of, source_columns
 from trainer.comm import Comm
 from trainer.data import RowGroup, SampleIndex, read_row_group
 from trainer.errors import SchemaError
@@ -33,7 +33,7 @@ class Impressions:
     ad_N: Index
     """The schema's `new_ad_field`."""
     image_N: Index | None
-    """Key of the ad image: the first content field of side ad."""
+    """Key of the ad image: the first content field of side ad, those with galleries left out."""
     history_N: Index | None
     """Behaviours of the user: values of the first content field of side user, else of the first list of IDs."""
     time_s_N: Index | None
@@ -118,8 +118,8 @@ def _count(seen: SeenInTraining, index: SampleIndex, row_groups: Sequence[RowGro
 
 
 def ad_image_field(schema: Schema) -> Field | None:
-    """The field whose keys are the ads' images; None where the schema has none."""
-    return next(schema.of_kind("content", side="ad"), None)
+    """The field whose keys are the ads' images, one each; None where the schema has none."""
+    return next((field for field in schema.of_kind("content", side="ad") if field.gallery is None), None)
 
 
 def _ad_field(schema: Schema) -> Field:
@@ -141,8 +141,8 @@ def _of_samples(groups: Groups, values_G: Index) -> Index:
 
 
 def _lengths(groups: Groups, column: str) -> Index:
-    """The length of a user-side list, for each sample."""
-    offsets = groups.columns[column].offsets
+    """The length of a user-side list, for each sample; of galleries the number of behaviours."""
+    offsets = groups.columns.get(sizes_of(column), groups.columns[column]).offsets
     assert offsets is not None
     return _of_samples(groups, np.diff(offsets))
 

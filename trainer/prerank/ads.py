@@ -161,7 +161,8 @@ def _parts(storage: Storage, file: str, rules: Mapping[str, Rule]) -> Iterator[G
         table = table.append_column(_ONE_A_ROW, labels)
         with_label = {**rules, _ONE_A_ROW: Rule("ad", 1, "integer")}
         groups = decode(table, with_label, _ONE_A_ROW, storage.full(file), row_group.first_row)
-        yield Groups({column: groups.columns[column] for column in rules}, groups.sample_offsets)
+        columns = {column: rows for column, rows in groups.columns.items() if column != _ONE_A_ROW}
+        yield Groups(columns, groups.sample_offsets)
 
 
 def _last_ads(

@@ -30,6 +30,7 @@ CROSS = " x "
 """Between the names of crossed columns."""
 
 Side = Literal["user", "ad"]
+GalleryPooling = Literal["mean", "max"]
 Kind = Literal["id", "multi_id", "dense", "content"]
 
 
@@ -76,6 +77,8 @@ class Field(BaseModel):
     beside: str | None = None
     """Kind multi_id of side user: the multi_id field whose value k this one's value k belongs to, as the age of each
     behaviour to the behaviour's item. Their lists are equally long, and DIN takes both for one behaviour."""
+    gallery: GalleryPooling | None = None
+    """Content: each ad or behaviour has a list of images in the place of one, whose visual vectors become one so."""
     context: bool = False
     """Side ad, kinds id, multi_id, dense: a value of the impression and not of the ad, as the scene. Two towers keep
     it out of the ad's vector; the other models make no difference."""
@@ -89,6 +92,8 @@ class Field(BaseModel):
             raise ValueError(f"field {self.name}: store={self.store} is for kind content, not {self.kind}")
         if self.weights is not None and not is_id:
             raise ValueError(f"field {self.name}: weights={self.weights} is for kinds id and multi_id, not {self.kind}")
+        if self.gallery is not None and self.kind != "content":
+            raise ValueError(f"field {self.name}: gallery={self.gallery} is for kind content, not {self.kind}")
         if self.columns is not None:
             self._check_columns(self.columns, is_id)
         check_numbers(self)
@@ -102,6 +107,8 @@ class Field(BaseModel):
     def _check_columns(self, columns: tuple[str, ...], is_id: bool) -> None:
         if not is_id:
             raise ValueError(f"field {self.name}: columns is for kinds id and multi_id, not {self.kind}")
+        if self.is_bucketed:
+            raise ValueError(f"field {self.name}: buckets are of one column of numbers; leave out columns or buckets")
         if self.column is not None:
             raise ValueError(f"field {self.name}: it has column={self.column} and columns={list(columns)}; give one")
         if len(set(columns)) < max(len(columns), 2):

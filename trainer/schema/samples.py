@@ -7,7 +7,7 @@ from typing import Any
 from featurestore.storage import Storage
 from trainer.errors import SchemaError
 from trainer.schema.columns import Column, Content, Table, data_files, look
-from trainer.schema.fields import Field, Kind, Schema, Side
+from trainer.schema.fields import Field, GalleryPooling, Kind, Schema, Side
 from trainer.schema.numbers import LOG2
 from trainer.schema.text import schema_text, table_rows
 
@@ -139,6 +139,8 @@ def _unfit(column: Column) -> str | None:
 def _kind(column: Column, side: Side) -> tuple[Kind, int | None, str | None]:
     """Kind, width of a dense one, and why no field can read the column."""
     inner = column.depth - (side == "ad")
+    if _is_gallery(column):
+        return "content", None, None
     if inner not in (0, 1):
         return "id", None, f"{column.type} is nested too deep for side {side}"
     if column.content != "real":
@@ -158,6 +160,14 @@ def _add(made: Suggestion, column: Column, new: Field) -> None:
 def _add_ids(made: Suggestion, table: Table, column: Column, side: Side, kind: Kind) -> None:
     """An ID field; of images their content too."""
     name = column.name
+    images = _has_images(column) and kind in ("content", "id" if side == "ad" else "multi_id")
+    if images:
+        gallery: GalleryPooling | None = "mean" if kind == "content" else None
+        made.fields.append(Field(name=name, side=side, kind="content", store="images", gallery=gallery))
+        if gallery and side == "user":  # no kind of ID field has two levels of lists there
+            made.notes[name] = describe(column)
+            return
+    kind = "multi_id" if kind == "content" else kind
     values: dict[str, Any] = {"side": side, "kind": kind, "table": _table_name(name, table)}
     values["weights"] = _weights_of(column, table)
     if name == AGES and kind == "multi_id":
@@ -165,8 +175,7 @@ def _add_ids(made: Suggestion, table: Table, column: Column, side: Side, kind: K
         values |= {"table": None, "buckets": LOG2, "beside": items[0].name if items else None}
         _add(made, column, Field(name=name, **values))
         return
-    if IMAGE_NAME.search(name) and "_sid" not in name and kind == ("id" if side == "ad" else "multi_id"):
-        made.fields.append(Field(name=name, side=side, kind="content", store="images"))
+    if images:
         values |= {"column": name, "name": f"{name}_id"}
     elif side == "ad" and CONTEXT_NAME.search(name):
         values["context"] = True
@@ -182,10 +191,19 @@ def _transform(column: Column) -> str | None:
     return "log_standardize" if column.smallest >= 0 and column.largest >= LONG_TAIL else "standardize"
 
 
+def _has_images(column: Column) -> bool:
+    return IMAGE_NAME.search(column.name) is not None and "_sid" not in column.name and column.content != "real"
+
+
+def _is_gallery(column: Column) -> bool:
+    """Whether each ad or behaviour has a list of images."""
+    return _has_images(column) and column.depth == 2
+
+
 def _weights_of(column: Column, table: Table) -> str | None:
     """The column of weights of these ids, where there is one: called as they are, and of real numbers."""
     weights = table.columns.get(f"{column.name}{WEIGHT_SUFFIX}")
-    if weights is None or column.content != "integer" or weights.content != "real" or weights.nulls:
+    if weights is None or column.content == "real" or weights.content != "real" or weights.nulls:
         return None
     return weights.name if weights.depth == column.depth else None
 

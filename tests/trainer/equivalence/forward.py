@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scenarios import Sample, pair_of
+from scenarios import Sample, gallery_of, pair_of
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ def _two_towers(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
     ad = _ad_ids(r, s, new_ad)
     if r.config.images == "both":
         nothing = torch.zeros(r.config.visual_width, dtype=r.dtype)
-        user.append(sum((r.visual(key, "behavior_image", "images") for key in s.behavior_image), start=nothing))
-        ad.append(r.visual(s.ad_image, "ad_image", "images"))
+        user.append(sum((_shown(r, key, "behavior_image", "images") for key in s.behavior_image), start=nothing))
+        ad.append(_shown(r, s.ad_image, "ad_image", "images"))
     product = _layers(r, "model.user_tower", torch.cat(user)) @ _layers(r, "model.ad_tower", torch.cat(ad))
     return product + r.dense["model.bias"][0] + r.dense["model.context.weight"][0] @ _price(r, s)
 
@@ -139,7 +139,7 @@ def _number(r: "Reference", *values: float) -> Tensor:
 def _images(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
     """The ad's visual vectors, then the behaviours' of each content, aggregated."""
     contents = ["image", "text"] if r.scenario.texts else ["image"]
-    of_ad = [r.visual(s.ad_image, f"ad_{c}", f"{c}s") for c in contents] if r.config.images in ("ad", "both") else []
+    of_ad = [_shown(r, s.ad_image, f"ad_{c}", f"{c}s") for c in contents] if r.config.images in ("ad", "both") else []
     if r.config.images not in ("behavior", "both"):
         return of_ad
     of_ids = torch.cat([*_ad_ids(r, s, new_ad), _price(r, s)])
@@ -150,7 +150,7 @@ def _images(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
         queries["transformer"] = [torch.cat([*of_ad, of_ids])]
     result = list(of_ad)
     for content in contents:
-        vectors = [r.visual(key, f"behavior_{content}", f"{content}s") for key in s.behavior_image]
+        vectors = [_shown(r, key, f"behavior_{content}", f"{content}s") for key in s.behavior_image]
         result.append(_aggregate(r, f"behavior_{content}", vectors, queries.get(r.config.pooling, [])))
     if r.config.image_products and r.config.base != "lr":
         ad = torch.cat([*of_ad, of_ids])
@@ -160,6 +160,18 @@ def _images(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
             mean = sum(vectors, start=nothing) / max(len(vectors), 1)
             result.append(mean * (r.dense[f"model.products.behavior_{content}.weight"] @ ad))
     return result
+
+
+def _shown(r: "Reference", key: int, field: str, store: str) -> Tensor:
+    """The vector of an image, or the mean or maximum of those of its gallery."""
+    if r.scenario.gallery is None:
+        return r.visual(key, field, store)
+    vectors = [r.visual(each, field, store) for each in gallery_of(key)]
+    if not vectors:
+        return torch.zeros(r.width_of_content(field), dtype=r.dtype)
+    if r.scenario.gallery == "mean":
+        return sum(vectors[1:], start=vectors[0]) / len(vectors)
+    return torch.stack([max(v[i] for v in vectors) for i in range(len(vectors[0]))])
 
 
 def _aggregate(r: "Reference", field: str, vectors: list[Tensor], queries: list[Tensor]) -> Tensor:

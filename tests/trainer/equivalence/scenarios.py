@@ -2,7 +2,9 @@
 
 import itertools
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -107,8 +109,8 @@ class Sample:
 @dataclass(frozen=True)
 class Scenario:
     """`deal`: how samples are dealt to ranks: "even" slices, or in turn all to the last or to the first rank.
-    `words`: batches are read from files of `SCHEMA_OF_FILES`. `restart_at`: the step before which all ID rows begin
-    anew. `most_ranks`: it is not run on more, to save time."""
+    `words`: batches are read from files of `SCHEMA_OF_FILES`; `gallery`: there each image is several. `restart_at`: the
+    step before which all ID rows begin anew. `most_ranks`: it is not run on more, to save time."""
 
     model: dict[str, object]
     missing: str = "error"
@@ -122,6 +124,7 @@ class Scenario:
     restart_at: int | None = None
     texts: bool = False
     words: bool = False
+    gallery: Literal["mean", "max"] | None = None
     weighted: bool = False
     numbers: bool = False
     most_ranks: int = 8
@@ -132,6 +135,15 @@ class Scenario:
     def schema(self) -> Schema:
         """The fields of a sample."""
         schema = SCHEMA_WITH_TEXTS if self.texts else SCHEMA_OF_FILES if self.words else SCHEMA
+        if self.gallery:
+            columns = {f"{side}_image": f"{side}_gallery" for side in ("ad", "behavior")}
+            fields = [
+                field.model_copy(update={"column": columns[field.name], "gallery": self.gallery})
+                if field.name in columns
+                else field
+                for field in schema.fields
+            ]
+            schema = schema.model_copy(update={"fields": tuple(fields)})
         weights = {"behavior_item": "item_weight", "ad_item": "ad_weight"} if self.weighted else {}
         fields = [field.model_copy(update={"weights": weights.get(field.name)}) for field in schema.fields]
         if self.numbers:
@@ -264,6 +276,12 @@ SCENARIOS = {
         most_ranks=2,
     ),
     "words": Scenario({"images": "both", "id_dropout": 0.4}, words=True, deal="starve"),
+    # Galleries of 0 to 3 images, of which some are of other ads or behaviours too, or have no feature.
+    "gallery_mean": Scenario(
+        {"images": "both"}, words=True, gallery="mean", missing="learned", lacking=True, standardized=True
+    ),
+    "gallery_max": Scenario({"pooling": "sum"}, words=True, gallery="max", deal="starve", most_ranks=2),
+    "gallery_two_towers": Scenario({"base": "two_tower"}, words=True, gallery="mean", deal="starve", most_ranks=2),
     "two_towers": Scenario(
         {"base": "two_tower", "images": "both", "tower_width": 4}, deal="starve", dtypes=("float64", "float32")
     ),
@@ -359,6 +377,14 @@ def _id(scenario: Scenario, what: str, number: int) -> int:
     return hashed(f"{what} ü{number}") if scenario.words else number
 
 
+@cache
+def gallery_of(key: int) -> tuple[int, ...]:
+    """The images that stand for one image where there are galleries: none, or it and up to two more, or it again."""
+    draw = np.random.default_rng(key % 2**32)
+    others = [list(features())[place] for place in draw.integers(0, 30, 2)]
+    return (key, *others, key)[: int(draw.integers(0, 5))]
+
+
 def pair_of(s: Sample) -> int:
     """The ID of an ad's item and image together."""
     return hashed(f'["{WORDS[s.ad_item]}",{s.ad_image}]')
@@ -423,7 +449,7 @@ def batch_of(samples: list[Sample], global_batch: list[Sample], scenario: Scenar
 def batch_of_file(samples: list[Sample], global_batch: list[Sample], schema: Schema) -> Batch:
     """The same as columns of a file would be read."""
     groups = [list(group) for _, group in itertools.groupby(samples, key=lambda s: s.session)]
-    texts, lists = pa.list_(pa.string()), pa.list_(pa.int64())
+    texts, lists, nested = pa.list_(pa.string()), pa.list_(pa.int64()), pa.list_(pa.list_(pa.int64()))
     columns = {
         "user": pa.array([WORDS[group[0].user] for group in groups], pa.string()).dictionary_encode(),
         "age": pa.array([group[0].age for group in groups], pa.float32()),
@@ -432,6 +458,8 @@ def batch_of_file(samples: list[Sample], global_batch: list[Sample], schema: Sch
         "behavior_image_id": pa.array([group[0].behavior_image for group in groups], lists),
         "ad_item": pa.array([[WORDS[s.ad_item] for s in group] for group in groups], texts),
         "ad_image": pa.array([[s.ad_image for s in group] for group in groups], lists),
+        "behavior_gallery": pa.array([list(map(gallery_of, group[0].behavior_image)) for group in groups], nested),
+        "ad_gallery": pa.array([[gallery_of(s.ad_image) for s in group] for group in groups], nested),
         "ad_price": pa.array([[s.ad_price for s in group] for group in groups], pa.list_(pa.list_(pa.float64()))),
         "label": pa.array([[s.label for s in group] for group in groups], lists),
     }

@@ -11,7 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from featurestore.errors import MissingKeysError
 from featurestore.keys import key_of_uri
+from featurestore.rows import FeatureRows
+from featurestore.store import FeatureStore
 from pipeline.samples.texts import parse_ids
 from tests.trainer.ids.wordy import hashed, replaced, rewrite, written
 from trainer.batch import Batch
@@ -173,6 +176,7 @@ def test_a_crossed_column_that_is_missing_is_named(tmp_path: Path, sample_table:
     [
         ({"kind": "dense", "columns": ("a", "b")}, "columns is for kinds id and multi_id, not dense"),
         ({"kind": "id", "columns": ("a",)}, "has to name two columns or more, each once"),
+        ({"kind": "id", "columns": ("a", "b"), "buckets": 4}, "buckets are of one column of numbers"),
         ({"kind": "id", "columns": ("a", "a")}, "has to name two columns or more, each once"),
         ({"kind": "id", "columns": ("a", "b"), "column": "c"}, "it has column=c and columns=['a', 'b']; give one"),
     ],
@@ -203,3 +207,19 @@ def test_training_on_texts_is_training_on_their_hashes(make_places: Callable[[Pa
     assert texts.keys() == numbers.keys()
     for name, value in numbers.items():
         assert value.equal(texts[name]), name
+
+
+def test_images_by_their_uris(make_places: Callable[[Path], Any], tmp_path: Path) -> None:
+    places = make_places(tmp_path / "places")
+    by_key = FeatureStore.open(places.folder / "features").snapshot()
+    keys = list(range(1_000, 1_050))
+    store = FeatureStore.create(places.folder / "by-uri", by_key.info)
+    store.put(FeatureRows.of([f"shots/ü{key}.jpg" for key in keys], by_key.get(np.array(keys))))
+    columns = ("ad_image", "behavior_image")
+    rewrite(
+        places.folder / "samples",
+        partial(replaced, columns=columns, kind=pa.string(), value=lambda column, key: f"shots/ü{key}.jpg"),
+    )
+    train(load_config(settings=places.settings(run__name="run", data__store=store.url, train__max_steps=2)), SoloComm())
+    with pytest.raises(MissingKeysError):
+        train(load_config(settings=places.settings(run__name="none", train__max_steps=2)), SoloComm())
