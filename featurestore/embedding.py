@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featurestore.codec import Codec
+from featurestore.dropout import EmbeddingDropout
 from featurestore.partition import FeaturePartition, MissingPolicy
 from featurestore.statistics import inverse_std
 
@@ -113,27 +114,67 @@ class EmbeddingModel(nn.Module):
             numbers_QD = out.copy_(features_QD)
         return numbers_QD.sub_(self._centre()) if features_QD.dtype == torch.uint8 else numbers_QD
 
-    def of_numbers(self, numbers_QD: Tensor, codes: bool) -> Tensor:
-        """Visual vectors (Q, V) of what `numbers` made; `codes`: of codes."""
+    def of_numbers(self, numbers_QD: Tensor, codes: bool, masks: "StepMasks | None" = None) -> Tensor:
+        """Visual vectors (Q, V) of what `numbers` made; `codes`: of codes. `masks`: what is dropped of these images."""
         first = self.layers[0]
         assert isinstance(first, nn.Linear)
         weight_HD = first.weight * (self.inverse_std_D * self.step_D)
         zero_D = self.offset_D + self._centre() * self.step_D if codes else self.offset_D
-        bias_H = first.bias + first.weight @ (self.inverse_std_D * (zero_D - self.mean_D))
+        bias_H = first.weight @ (self.inverse_std_D * (zero_D - self.mean_D))
+        if masks is not None and masks.dropout.features:
+            mean_D = self._mean_code() - self._centre() if codes else self.mean_D
+            numbers_QD, grown = masks.features(numbers_QD, mean_D)
+            weight_HD, bias_H = weight_HD * grown, bias_H * grown
+        bias_H = first.bias + bias_H
         hidden_QH = self._product(numbers_QD, weight_HD, bias_H)
-        for activation, layer in zip(self.activations, self.layers[1:], strict=True):
+        for number, (activation, layer) in enumerate(zip(self.activations, self.layers[1:], strict=True)):
             assert isinstance(layer, nn.Linear)
-            hidden_QH = self._product(activation(hidden_QH), layer.weight, layer.bias)
+            hidden_QH = activation(hidden_QH)
+            if masks is not None and masks.dropout.hidden:
+                hidden_QH = masks.hidden(number, hidden_QH)
+            hidden_QH = self._product(hidden_QH, layer.weight, layer.bias)
         return hidden_QH
 
     def _centre(self) -> Tensor:
         """The code nearest to the mean of each dimension; any where there is one code alone."""
+        return self._mean_code().round()
+
+    def _mean_code(self) -> Tensor:
+        """The mean of each dimension in codes, not rounded; any from 0 to 255 where there is one code alone."""
         code_D = (self.mean_D - self.offset_D) / self.step_D.clamp_min(torch.finfo(self.step_D.dtype).tiny)
-        return code_D.round().clamp(0, 255)
+        return code_D.clamp(0, 255)
 
     def _product(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         dtype = self.compute_dtype
         return functional.linear(rows.to(dtype), weight.to(dtype), bias.to(dtype)).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class StepMasks:
+    """What one training step drops of the images `keys_Q` in the network `name`."""
+
+    dropout: EmbeddingDropout
+    name: str
+    keys_Q: NDArray[np.int64]
+
+    def features(self, numbers_QD: Tensor, mean_D: Tensor) -> tuple[Tensor, float]:
+        """The numbers with those that are dropped at their mean, and what the distance of all from it grows by."""
+        kept_QD, grown = self._kept("features", numbers_QD, self.dropout.features)
+        return torch.where(kept_QD, numbers_QD, mean_D.to(numbers_QD.dtype)), grown
+
+    def hidden(self, number: int, hidden_QH: Tensor) -> Tensor:
+        """The outputs of a hidden layer with some of them zero, and the others grown."""
+        kept_QH, grown = self._kept(f"hidden{number}", hidden_QH, self.dropout.hidden)
+        return hidden_QH * (kept_QH.to(hidden_QH.dtype) * grown)
+
+    def held_back(self, visual_QV: Tensor) -> Tensor:
+        """The visual vectors, those of held-out images without a gradient."""
+        is_out_Q = torch.from_numpy(self.dropout.is_held_out(self.keys_Q)).to(visual_QV.device)
+        return torch.where(is_out_Q.unsqueeze(1), visual_QV.detach(), visual_QV)
+
+    def _kept(self, layer: str, rows: Tensor, share: float) -> tuple[Tensor, float]:
+        kept, grown = self.dropout.kept(f"{self.name}/{layer}", self.keys_Q, rows.shape[1], share)
+        return torch.from_numpy(kept).to(rows.device), grown
 
 
 @dataclass
@@ -147,6 +188,7 @@ class Gathered:
     features_QD: Tensor
     missing_Q: Tensor | None
     """Bool (Q,), or None when no key was missing."""
+    keys_Q: NDArray[np.int64]
     _buffer: Tensor | None = field(default=None, repr=False)
 
 
@@ -166,6 +208,8 @@ class EmbeddingService(nn.Module):
             model.fold_codec_(partition.codec)
         self.models = nn.ModuleDict(models)
         self.missing = missing
+        self.dropout: EmbeddingDropout | None = None
+        """What a training step drops; None: nothing."""
         self.no_image = nn.ParameterDict(
             {name: nn.Parameter(torch.zeros(model.out)) for name, model in models.items()}
             if missing == "learned"
@@ -198,7 +242,7 @@ class EmbeddingService(nn.Module):
             missing_Q = self.partition.lookup(keys_Q, out=as_array(features_QD)).missing_U
         else:
             missing_Q = self._gather_numbers(keys_Q, features_QD)
-        return Gathered(features_QD, torch.from_numpy(missing_Q) if missing_Q.any() else None, buffer)
+        return Gathered(features_QD, torch.from_numpy(missing_Q) if missing_Q.any() else None, keys_Q, buffer)
 
     def _gather_numbers(self, keys_Q: NDArray[np.int64], out_QD: Tensor) -> NDArray[np.bool_]:
         """Makes numbers of the features once, ahead of the step, not in every pass; returns which keys have none."""
@@ -216,7 +260,10 @@ class EmbeddingService(nn.Module):
         model = self._model(name)
         device = model.mean_D.device
         numbers_QD = model.numbers(gathered.features_QD.to(device, non_blocking=True))
-        visual_QV = model.of_numbers(numbers_QD, codes=self.partition.codec.has_codes)
+        masks = StepMasks(self.dropout, name, gathered.keys_Q) if self.dropout and self.training else None
+        visual_QV = model.of_numbers(numbers_QD, codes=self.partition.codec.has_codes, masks=masks)
+        if masks is not None and masks.dropout.held_out:
+            visual_QV = masks.held_back(visual_QV)
         if gathered.missing_Q is None or self.missing == "error":
             return visual_QV
         missing_Q1 = gathered.missing_Q.to(device).unsqueeze(1)

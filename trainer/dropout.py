@@ -5,7 +5,7 @@ DropoutNet (Volkovs et al., NIPS 2017), which drops the whole preference vector 
 and nothing is scaled up in return. They become zero, which is the mean of rows before their first step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -18,19 +18,32 @@ from trainer.batch import Batch
 from trainer.exchange import FieldVectors
 from trainer.schema import Schema
 
+HELD_OUT_RATE = 0.5
+"""Of the samples of ads whose images are held out of E's training (model.image_holdout)."""
+
+
+HeldOut = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
+
 
 class IdDropout:
-    """Drops the ad's own IDs of a share `rate` of samples."""
+    """Drops the ad's own IDs of a share `rate` of samples, and of half of those whose ad's images are all held out.
 
-    def __init__(self, schema: Schema, rate: float, seed: int) -> None:
-        self.rate, self._seed = rate, seed
+    `held_out`: by content field of the ad, which of the images of these keys are.
+    """
+
+    def __init__(self, schema: Schema, rate: float, seed: int, held_out: Mapping[str, HeldOut] | None = None) -> None:
+        self.rate, self._seed, self._held_out = rate, seed, held_out or {}
         self.fields = own_ids_of_ads(schema)
 
     def __call__(self, vectors: Mapping[str, FieldVectors], batch: Batch, step: int) -> dict[str, FieldVectors]:
         """`vectors` with those of dropped samples replaced by zeros that have no gradient; for training step `step`."""
-        if self.rate == 0:
+        if self.rate == 0 and not self._held_out:
             return dict(vectors)
-        dropped_B = torch.from_numpy(dropped(self._seed, step, batch.first_sample, batch.num_samples, self.rate))
+        rate: float | NDArray[np.float64] = self.rate
+        if self._held_out:
+            of_images = [held_out(batch.fields[name].values_N) for name, held_out in self._held_out.items()]
+            rate = np.where(np.all(of_images, axis=0), max(self.rate, HELD_OUT_RATE), self.rate)
+        dropped_B = torch.from_numpy(dropped(self._seed, step, batch.first_sample, batch.num_samples, rate))
         return {name: _zeroed(field, dropped_B) if name in self.fields else field for name, field in vectors.items()}
 
 
@@ -49,14 +62,17 @@ def own_ids_of_ads(schema: Schema) -> tuple[str, ...]:
     )
 
 
-def dropped(seed: int, step: int, first_sample: int, num_samples: int, rate: float) -> NDArray[np.bool_]:
-    """Whether each of the samples from `first_sample` of the global batch on is dropped, (B,).
+def dropped(
+    seed: int, step: int, first_sample: int, num_samples: int, rate: float | NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """Whether each of the samples from `first_sample` of the global batch on is dropped, (B,). `rate`: one, or each's.
 
     Counter based: the number at the sample's place in the global batch, of a stream for (seed, step). So it depends
     neither on the number of ranks nor on what was drawn before.
     """
     drawn_B = random_words(f"{seed}/id_dropout/{step}", first_sample, num_samples)
-    return (drawn_B >> np.uint64(11)).astype(np.float64) * 2.0**-53 < rate
+    is_dropped_B: NDArray[np.bool_] = (drawn_B >> np.uint64(11)).astype(np.float64) * 2.0**-53 < rate
+    return is_dropped_B
 
 
 def random_words(stream: str, first: int, count: int) -> NDArray[np.uint64]:

@@ -8,7 +8,15 @@ MOVED = {f"train.{name}": f"optim.{name}" for name in ("lr", "lr_gamma", "lr_eve
 """From the name of a setting in earlier versions to its name now."""
 
 BEFORE: dict[str, dict[str, Any]] = {
-    "model": {"multi_hot": "sum", "activation": "prelu", "init": "torch", "id_init_std": 0.05, "image_products": False},
+    "model": {
+        "multi_hot": "sum",
+        "activation": "prelu",
+        "init": "torch",
+        "id_init_std": 0.05,
+        "image_products": False,
+        "feature_dropout": 0.0,
+        "image_holdout": 0.0,
+    },
     "optim": {"ids": "rowwise_adam", "beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
 }
 """What was so before there was the setting, by section, where the preset may say something else now: a saved run that

@@ -44,8 +44,7 @@ class DenseOptimizer:
             values, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
         )
         # Matrices alone: biases, slopes of PReLU and the like have one dimension.
-        self._decay = config.weight_decay
-        self._decayed: list[Tensor] = [p for p in values if p.ndim > 1] if config.weight_decay else []
+        self._decayed = list(_matrices_by_decay(self.parameters, config).items())
         self.loss: Tensor | None = None
         """Of this rank, to be summed with the gradients; set before backward."""
         self._reductions = _reductions(comm, self.parameters, self._flat)
@@ -71,8 +70,8 @@ class DenseOptimizer:
     @torch.no_grad()
     def step(self, rates: Rates) -> float:
         """Moves the parameters; returns the summed loss, the same on every rank."""
-        if self._decayed:
-            torch._foreach_mul_(self._decayed, 1 - rates.lr * self._decay)
+        for decay, matrices in self._decayed:
+            torch._foreach_mul_(matrices, 1 - rates.lr * decay)
         for group in self._adam.param_groups:
             group["lr"] = rates.lr
         self._adam.step()
@@ -94,6 +93,17 @@ class DenseOptimizer:
             moments["exp_avg"] = torch.zeros_like(parameter)
             moments["exp_avg_sq"] = torch.zeros_like(parameter)
         return moments
+
+
+def _matrices_by_decay(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> dict[float, list[Tensor]]:
+    """The matrices that decay, by how much: those of E, which are below `stores`, and all others."""
+    of_embed = config.weight_decay if config.embed_weight_decay is None else config.embed_weight_decay
+    decayed: dict[float, list[Tensor]] = {}
+    for name, parameter in parameters.items():
+        decay = of_embed if name.startswith("stores.") else config.weight_decay
+        if decay and parameter.ndim > 1:
+            decayed.setdefault(decay, []).append(parameter)
+    return decayed
 
 
 class _Reduction:

@@ -16,6 +16,8 @@ Count = Annotated[int, Field(ge=1, lt=2**63)]
 TableRows = Annotated[int, Field(ge=1, le=10**12)]
 LearningRate = Annotated[float, Field(gt=0, le=10)]
 RateDecay = Annotated[float, Field(gt=0, le=1)]
+LARGEST_UNTRAINED = 0.001
+"""Of model.id_init_std: a first step of Adam moves a row as far."""
 Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
@@ -101,6 +103,12 @@ class ModelConfig(Section):
     """Share of the units of an MLP's hidden layers that a training sample goes without."""
     id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of training samples whose ad is taken for a new one: the vectors of its own IDs are zero."""
+    feature_dropout: Annotated[float, Field(ge=0, le=0.95)] = 0.0
+    """Share of an image's features that E takes for the mean in a training step; rounded to a 256th."""
+    embed_dropout: Annotated[float, Field(ge=0, le=0.95)] = 0.0
+    """Share of the outputs of each of E's hidden layers that are zero in a training step; rounded to a 256th."""
+    image_holdout: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of images that E learns nothing from: on them the model learns what a new ad's picture is worth."""
     compute_dtype: ComputeDType | Literal["auto"] = "auto"
     """Type of E's matrix products; all else is float32, or float64 with them. auto: what the machine is quicker at."""
     id_init_std: Annotated[float, Field(ge=0, le=1)] = 0.0001
@@ -143,6 +151,16 @@ class ModelConfig(Section):
             raise ValueError(f"it has to divide the last width of model.mlp, {last}, into equal slices")
         return value
 
+    @model_validator(mode="after")
+    def _new_ads_are_told(self) -> "ModelConfig":
+        if self.image_holdout and self.id_init_std > LARGEST_UNTRAINED:
+            raise ValueError(
+                f"model.image_holdout={self.image_holdout} takes an ad for new while its ID rows lie where rows start, "
+                f"and with model.id_init_std={self.id_init_std} trained rows lie there too; set it to "
+                f"{LARGEST_UNTRAINED} or less"
+            )
+        return self
+
     @field_validator("table_shards")
     @classmethod
     def _power_of_two(cls, value: int) -> int:
@@ -174,6 +192,8 @@ class OptimConfig(Section):
     """Both rates grow evenly from 1 / warmup_steps of their value in the first step to all of it."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Of dense matrices, decoupled as in AdamW: lr x this x the weight is taken off in each step."""
+    embed_weight_decay: Annotated[float, Field(ge=0, le=10)] | None = None
+    """The same of E's matrices; None: `weight_decay`."""
     ids_weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     """The same of ID rows, in steps that touch them alone."""
     lr_gamma: RateDecay = 0.9

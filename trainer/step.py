@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from featurestore.dropout import EmbeddingDropout
 from featurestore.embedding import EmbeddingModel, EmbeddingService
 from featurestore.partition import FeaturePartition, MissingPolicy
 from featurestore.signatures import Signatures
@@ -130,7 +131,14 @@ class Engine:
                     signatures[name] = signatures_of_store.setdefault(
                         field.store_name, Signatures(service.partition, service.scaling)
                     )
-        self._id_dropout = IdDropout(schema, model.id_dropout, seed)
+        new_ads = self.model.new_ads
+        self._embedding_dropout = EmbeddingDropout(
+            seed, model.feature_dropout, model.embed_dropout, model.image_holdout if new_ads else 0.0
+        )
+        for service in self.services.values():
+            service.dropout = self._embedding_dropout
+        held_out = dict.fromkeys(new_ads.images if new_ads else (), self._embedding_dropout.is_held_out)
+        self._id_dropout = IdDropout(schema, model.id_dropout, seed, held_out)
         self._exchange = Exchange(comm, sources, source_of_field, device, dtype, exchange, self.stages, signatures)
         self._check_same_on_all_ranks()
 
@@ -274,6 +282,7 @@ class Engine:
         group_of_sample_B = torch.from_numpy(batch.group_of_sample_B).to(self._device)
         for table, served in zip(self.tables.values(), prepared.request.served_S, strict=False):  # tables come first
             table.expect(served)
+        self._embedding_dropout.step = self.num_steps
         vectors = self._exchange.vectors(prepared.request)
         for field in self.fields:
             if field.gallery is not None:
@@ -288,6 +297,8 @@ class Engine:
             if self._modules.training:
                 self.model.place.step, self.model.place.first_sample = self.num_steps, batch.first_sample
                 vectors = self._id_dropout(vectors, batch, self.num_steps)
+            if self.model.new_ads is not None:
+                vectors = self.model.new_ads(vectors)
             return network(vectors, dense, group_of_sample_B)
 
     def _cache(self, service: EmbeddingService, network: str, exchange: ExchangeConfig | None) -> VectorCache | None:

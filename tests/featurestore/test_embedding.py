@@ -8,6 +8,7 @@ import torch
 
 from featurestore import Codec, ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, embedding
 from featurestore.codec import write_codec
+from featurestore.dropout import EmbeddingDropout
 from featurestore.embedding import EmbeddingModel, EmbeddingService, PReLU, as_tensor
 from featurestore.errors import MissingKeysError
 from featurestore.index import train_ranges
@@ -184,6 +185,61 @@ def test_prelu_is_torchs() -> None:
         found.append([output.detach(), given.grad, activation.weight.grad])
     for mine, torchs in zip(*found, strict=True):
         assert torch.equal(mine, torchs)
+
+
+class TestDropout:
+    """A training step drops numbers of images, and E learns nothing from those that are held out."""
+
+    @pytest.mark.parametrize("dtype", ["float32", "int8"])
+    def test_dropped_features_count_as_the_mean_and_the_others_grow(self, tmp_path: Path, dtype: str) -> None:
+        partition = partition_of(tmp_path, dtype=dtype)
+        model = EmbeddingModel(DIM, (), 3, "float64")
+        service = EmbeddingService(partition, {"e": model}).double()
+        mean, std = flat_features().mean(0), flat_features().std(0)
+        service.fold_standardization_(mean, std)
+        service.dropout = EmbeddingDropout(4, features=0.5, step=3)
+        keys = np.array([3, 49, 0, 7])
+        values_QD = partition.codec.decode(partition.lookup(keys).features_UD).astype(np.float64)
+        kept_QD, grown = service.dropout.kept("e/features", keys, DIM, 0.5)
+        standard_QD = torch.from_numpy((values_QD - mean) * kept_QD * grown) * model.inverse_std_D
+        expected = standard_QD @ model.layers[0].weight.T + model.layers[0].bias
+        torch.testing.assert_close(service.embed("e", service.gather(keys)), expected, rtol=1e-4, atol=1e-5)
+
+    def test_hidden_units_are_dropped(self, tmp_path: Path) -> None:
+        model = EmbeddingModel(DIM, (200,), 1, "float32")
+        service = EmbeddingService(partition_of(tmp_path), {"e": model})
+        with torch.no_grad():
+            model.layers[0].weight.zero_()
+            model.layers[0].bias.fill_(1.0)
+            model.layers[1].weight.fill_(1.0)
+            model.layers[1].bias.zero_()
+        keys = np.array([3, 49])
+        service.dropout = EmbeddingDropout(4, hidden=0.5)
+        kept_QH, grown = service.dropout.kept("e/hidden0", keys, 200, 0.5)
+        visual_Q1 = service.embed("e", service.gather(keys))
+        assert visual_Q1.tolist() == [[float(kept.sum() * grown)] for kept in kept_QH]
+        assert 120 < float(visual_Q1[0].detach()) < 280
+
+    def test_evaluation_drops_nothing(self, tmp_path: Path) -> None:
+        service = EmbeddingService(partition_of(tmp_path), {"e": EmbeddingModel(DIM, (8,), 3, "float32")})
+        plain = service.eval().embed("e", service.gather(np.arange(9)))
+        service.dropout = EmbeddingDropout(4, features=0.5, hidden=0.5)
+        assert torch.equal(service.embed("e", service.gather(np.arange(9))), plain)
+        assert not torch.equal(service.train().embed("e", service.gather(np.arange(9))), plain)
+
+    def test_held_out_images_have_vectors_and_no_gradient(self, tmp_path: Path) -> None:
+        service = EmbeddingService(partition_of(tmp_path), {"e": EmbeddingModel(DIM, (8,), 3, "float32")})
+        plain = service.embed("e", service.gather(np.arange(50)))
+        service.dropout = EmbeddingDropout(4, held_out=0.3)
+        is_out_Q = torch.from_numpy(service.dropout.is_held_out(np.arange(50)))
+        assert 0 < is_out_Q.sum() < 50
+        visual = service.embed("e", service.gather(np.arange(50)))
+        assert torch.equal(visual, plain)
+        only_out, others = ((visual * mask.unsqueeze(1)).sum() for mask in (is_out_Q, ~is_out_Q))
+        only_out.backward(retain_graph=True)
+        assert not any(p.grad.any() for p in service.parameters())
+        others.backward()
+        assert all(p.grad.any() for p in service.parameters())
 
 
 class TestService:

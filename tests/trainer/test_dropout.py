@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from trainer.batch import Batch
+from trainer.batch import Batch, Jagged
 from trainer.dropout import IdDropout, dropped, own_ids_of_ads
 from trainer.exchange import FieldVectors
 from trainer.schema import Field, Schema, load_schema
@@ -82,3 +82,21 @@ def test_none_dropped_at_zero() -> None:
 def test_a_rank_without_samples() -> None:
     given = IdDropout(SCHEMA, 0.5, seed=1)({"ad_item": _field([])}, _batch(0), 0)
     assert given["ad_item"].index_N.shape == (0,)
+
+
+def test_half_of_the_samples_of_held_out_ads_are_dropped() -> None:
+    images = np.arange(1000)
+    batch = Batch(
+        {"ad_image": Jagged(images, np.ones(1000, np.int32))},
+        {},
+        np.zeros(0),
+        np.zeros(1000, np.float32),
+        np.zeros(0),
+        1000,
+    )
+    vectors = {"ad_item": _field([[1]] * 1000)}
+    for rate, of_others in ((0.0, 0.0), (0.2, 0.2)):
+        given = IdDropout(SCHEMA, rate, 1, {"ad_image": lambda keys_N: keys_N % 4 == 0})(vectors, batch, 0)
+        is_gone = (given["ad_item"].vectors_UV[given["ad_item"].index_N] == 0).all(1).numpy()
+        assert abs(is_gone[images % 4 == 0].mean() - 0.5) < 0.1
+        assert abs(is_gone[images % 4 != 0].mean() - of_others) < 0.05

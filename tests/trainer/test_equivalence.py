@@ -36,6 +36,8 @@ RUNS = [
     "dropout_rank_without_data/float64",
     "exact/float64",
     "exact_rank_without_data/float64",
+    "embedding_dropout/float64",
+    "image_holdout/float64",
     "missing_learned/float64",
     "words/float64",
     "gallery_mean/float64",
@@ -58,6 +60,8 @@ MODEL_RUNS = [
     "adagrad/float64",
     "rowwise_adagrad/float64",
     "ftrl/float64",
+    "image_holdout_texts/float64",
+    "image_holdout_two_towers/float64",
     "concat/float64",
     "max/float64",
     "mean/float64",
@@ -165,7 +169,7 @@ class Equivalence:
     ) -> None:
         name = run.partition("/")[0]
         widths = {"two_widths_two_models": [3, 5], "lr_ids_only": [1], "lr": [1, 5]}.get(name, [5])
-        widths = [3, 5] if name.startswith("texts") else widths
+        widths = [3, 5] if "texts" in name else widths
         dense = (
             ("model",)
             if name.endswith("ids_only") or name in ("dropout", "dice_rank_without_data", "exact_rank_without_data")

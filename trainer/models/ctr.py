@@ -15,6 +15,7 @@ from trainer.models.aggregators import build_aggregator, mean_pool, sum_pool
 from trainer.models.fields import nearest_of, tiers_of, used_fields, width_of
 from trainer.models.hidden import HiddenLayers, StepPlace
 from trainer.models.layers import take_rows, value_rows
+from trainer.models.newads import build_new_ads
 from trainer.options import ModelConfig
 from trainer.schema import Field, Schema, Side
 
@@ -60,6 +61,8 @@ class CtrModel(nn.Module):
             if config.image_products and of_ad
             else {}
         )
+        self.new_ads = build_new_ads(schema, self.fields, config)
+        """What the engine sends the fields through before `forward`."""
         self._num_tiers, self._only_nearest = config.similarity_tiers, config.similarity_top_k > 0
         taken_in = [w for name, w in width.items() if name not in self._elsewhere and name not in aggregators]
         self.input_width = sum(taken_in) + sum(each.width for each in aggregators.values())

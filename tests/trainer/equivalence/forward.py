@@ -94,7 +94,7 @@ def _two_towers(r: "Reference", s: Sample, new_ad: bool) -> Tensor:
     if r.config.images == "both":
         nothing = torch.zeros(r.config.visual_width, dtype=r.dtype)
         user.append(sum((_shown(r, key, "behavior_image", "images") for key in s.behavior_image), start=nothing))
-        ad.append(_shown(r, s.ad_image, "ad_image", "images"))
+        ad.append(_of_ad(r, s, "image", new_ad))
     product = _layers(r, "model.user_tower", torch.cat(user)) @ _layers(r, "model.ad_tower", torch.cat(ad))
     return product + r.dense["model.bias"][0] + r.dense["model.context.weight"][0] @ _price(r, s)
 
@@ -139,7 +139,7 @@ def _number(r: "Reference", *values: float) -> Tensor:
 def _images(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
     """The ad's visual vectors, then the behaviours' of each content, aggregated."""
     contents = ["image", "text"] if r.scenario.texts else ["image"]
-    of_ad = [_shown(r, s.ad_image, f"ad_{c}", f"{c}s") for c in contents] if r.config.images in ("ad", "both") else []
+    of_ad = [_of_ad(r, s, c, new_ad) for c in contents] if r.config.images in ("ad", "both") else []
     if r.config.images not in ("behavior", "both"):
         return of_ad
     of_ids = torch.cat([*_ad_ids(r, s, new_ad), _price(r, s)])
@@ -160,6 +160,11 @@ def _images(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
             mean = sum(vectors, start=nothing) / max(len(vectors), 1)
             result.append(mean * (r.dense[f"model.products.behavior_{content}.weight"] @ ad))
     return result
+
+
+def _of_ad(r: "Reference", s: Sample, content: str, new_ad: bool) -> Tensor:
+    """The visual vector of the ad; of an ad without a trained row, its scale times it and its shift."""
+    return r.as_new(_shown(r, s.ad_image, f"ad_{content}", f"{content}s"), s, content, new_ad)
 
 
 def _shown(r: "Reference", key: int, field: str, store: str) -> Tensor:

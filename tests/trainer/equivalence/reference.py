@@ -20,7 +20,8 @@ from scenarios import SCENARIOS, SEED, TEXT_WIDTH, Sample, Scenario, features, s
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.dropout import dropped, random_words
+from featurestore.dropout import EmbeddingDropout
+from trainer.dropout import HELD_OUT_RATE, dropped, random_words
 from trainer.ids.exact import ExactShape
 from trainer.ids.tables import TableShape, initial_rows
 from trainer.step import shape_of
@@ -48,8 +49,7 @@ class Reference:
         std = self.config.id_init_std
         self.exact = {name: PlainIds(s, std) for name, s in self.shapes.items() if isinstance(s, ExactShape)}
         self.dense = {name: value.clone().requires_grad_() for name, value in initial.items()}
-        decayed, other = ([p for p in self.dense.values() if (p.ndim > 1) == matrix] for matrix in (True, False))
-        groups = [{"params": decayed, "weight_decay": scenario.optim.weight_decay}, {"params": other}]
+        groups = [{"params": [p], "weight_decay": self.decay_of(name, p)} for name, p in self.dense.items()]
         self.adam = torch.optim.AdamW(groups, betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0)
         self.tables = {name: self.first_rows(name, 0).requires_grad_() for name in self.shapes}
         self.rows = {name: PlainRows(table, scenario.optim) for name, table in self.tables.items()}
@@ -75,6 +75,12 @@ class Reference:
         shape, std = self.shapes[table], self.config.id_init_std
         shards = [initial_rows(shape, shard, SEED, std, epoch) for shard in range(shape.num_shards)]
         return torch.from_numpy(np.concatenate(shards)).to(self.dtype)
+
+    def decay_of(self, name: str, parameter: Tensor) -> float:
+        """Of matrices alone, those of E by their own decay."""
+        optim = self.scenario.optim
+        of_embed = optim.weight_decay if optim.embed_weight_decay is None else optim.embed_weight_decay
+        return (of_embed if name.startswith("stores.") else optim.weight_decay) if parameter.ndim > 1 else 0.0
 
     def id_vector(self, table: str, value: int) -> Tensor:
         """The row of one id."""
@@ -118,13 +124,37 @@ class Reference:
         if self.scenario.standardized:
             mean, std = self.mean_and_std[store_name]
             hidden = (hidden - mean) / std
+        hidden = self.dropped_of_image(hidden, f"{name}/features", key, self.config.feature_dropout)
         for layer in range(3):
             at = f"{store}.models.{name}"
             weight, bias = self.dense[f"{at}.layers.{layer}.weight"], self.dense[f"{at}.layers.{layer}.bias"]
             hidden = weight @ hidden + bias
             if layer < 2:
                 hidden = self.prelu(hidden, f"{at}.activations.{layer}.weight")
-        return hidden
+                hidden = self.dropped_of_image(hidden, f"{name}/hidden{layer}", key, self.config.embed_dropout)
+        return hidden.detach() if self.is_held_out(key) else hidden
+
+    def dropped_of_image(self, x: Tensor, layer: str, key: int, share: float) -> Tensor:
+        """One image's numbers, standardised: those that are dropped are zero, the others grow."""
+        dropout = EmbeddingDropout(SEED, step=self.number)
+        kept_1W, grown = dropout.kept(layer, np.array([key]), len(x), share)
+        return torch.stack([grown * v if kept else 0 * v for v, kept in zip(x, kept_1W[0], strict=True)])
+
+    def is_held_out(self, key: int) -> bool:
+        """Whether E learns nothing from the image."""
+        return bool(EmbeddingDropout(SEED, held_out=self.config.image_holdout).is_held_out(np.array([key]))[0])
+
+    def as_new(self, vector: Tensor, s: Sample, content: str, new_ad: bool) -> Tensor:
+        """The ad's visual vector; of an ad without a trained row, its scale times it and its shift."""
+        if not self.config.image_holdout:
+            return vector
+        reach = 1.01 * self.config.id_init_std * 3**0.5
+        rows = [self.id_vector("item", s.ad_item), self.id_vector("image", s.ad_image)]
+        if new_ad or all(float(row.detach().abs().max()) <= reach for row in rows):
+            parts = (f"model.new_ads.{part}.ad_{content}" for part in ("scale", "shift"))
+            scale, shift = (self.dense[name] for name in parts)
+            return scale * vector + shift
+        return vector
 
     def prelu(self, x: Tensor, name: str) -> Tensor:
         """x where positive, slope x elsewhere."""
@@ -158,7 +188,7 @@ class Reference:
 
     def logits(self, samples: list[Sample], number: int) -> list[Tensor]:
         """Once more for every layer whose statistics all samples decide on, the first ones first."""
-        new_ad_B = dropped(SEED, number, 0, len(samples), self.config.id_dropout)
+        new_ad_B = self.dropped(samples, number)
         self.known, self.number = {}, number
         while True:
             self.seen, result = {}, []
@@ -208,6 +238,16 @@ class Reference:
             group["lr"] = optim.lr * share
         self.adam.step()
         return float(loss.detach()), gradients
+
+    def dropped(self, samples: list[Sample], number: int) -> np.ndarray:
+        """Which samples' ads lose their own IDs: at least half of those whose ads' images are held out."""
+        rates = [self.config.id_dropout for _ in samples]
+        if self.config.image_holdout and self.config.images in ("ad", "both"):
+            rates = [
+                max(rate, HELD_OUT_RATE) if self.is_held_out(s.ad_image) else rate
+                for rate, s in zip(rates, samples, strict=True)
+            ]
+        return dropped(SEED, number, 0, len(samples), np.array(rates))
 
     def trained(self) -> dict[str, Tensor]:
         """Everything that 20 steps moved, by the engine's names."""

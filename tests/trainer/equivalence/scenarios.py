@@ -230,6 +230,24 @@ SCENARIOS = {
         deal="starve",
         restart_at=12,
     ),
+    # Masks by image, two E's on int8 codes; images that E learns nothing from, whose ads are taken for new ones.
+    "embedding_dropout": Scenario(
+        {"feature_dropout": 0.3, "embed_dropout": 0.2, "shared_image_model": False},
+        optimizers={"weight_decay": 0.2, "embed_weight_decay": 0.6},
+        missing="learned",
+        lacking=True,
+        standardized=True,
+        int8=True,
+    ),
+    "image_holdout": Scenario(
+        {"image_holdout": 0.4, "feature_dropout": 0.3, "id_dropout": 0.2, "id_init_std": 1e-4},
+        standardized=True,
+        deal="starve",
+    ),
+    "image_holdout_texts": Scenario({"image_holdout": 0.4, "id_init_std": 0.0}, texts=True, most_ranks=2),
+    "image_holdout_two_towers": Scenario(
+        {"base": "two_tower", "image_holdout": 0.4, "id_init_std": 1e-4}, most_ranks=2
+    ),
     "missing_learned": Scenario({"images": "both", "shared_image_model": False}, missing="learned", lacking=True),
     # Histories longer than its length, and empty ones; ad image and IDs beside each behaviour, or the IDs alone.
     "transformer": Scenario({"images": "both", **TRANSFORMER, "transformer_layers": 2}),

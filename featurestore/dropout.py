@@ -1,0 +1,46 @@
+"""Which numbers of which images are dropped in a step: by a stream's name, the image's key and the column alone.
+
+So an image has one mask wherever its owner is, and whatever else its owner serves. Letters as in embedding.py; W
+columns.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featurestore.keys import key_of_uri, sampled, splitmix64
+
+_LEVELS = 256  # of a random byte
+
+
+@dataclass
+class EmbeddingDropout:
+    """What E does not see, or does not learn from, in one training step; `step` is set before each.
+
+    `features`: share of an image's features that count as the mean of all images. `hidden`: share of the outputs of
+    each hidden layer that are zero. What is left grows by 1 / (1 - share) in both. `held_out`: share of images that E
+    learns nothing from in the whole run.
+    """
+
+    seed: int
+    features: float = 0.0
+    hidden: float = 0.0
+    held_out: float = 0.0
+    step: int = 0
+
+    def kept(self, name: str, keys_Q: NDArray[np.int64], width: int, share: float) -> tuple[NDArray[np.bool_], float]:
+        """Which of `width` columns are kept of each key, (Q, width), and what they are multiplied by.
+
+        `name` names the network and the layer. The share is rounded to a 256th.
+        """
+        below = round(share * _LEVELS)
+        start = np.uint64(key_of_uri(f"{self.seed}/embedding_dropout/{self.step}/{name}") & 0xFFFFFFFFFFFFFFFF)
+        of_key_Q1 = splitmix64((splitmix64(keys_Q) + start).view(np.int64))[:, None]
+        words_QW = splitmix64((of_key_Q1 + np.arange(-(-width // 8), dtype=np.uint64)).view(np.int64))
+        drawn_QW = words_QW.astype("<u8", copy=False).view(np.uint8)[:, :width]
+        return drawn_QW >= below, _LEVELS / (_LEVELS - below)
+
+    def is_held_out(self, keys_N: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which images E learns nothing from, (N,)."""
+        return sampled(keys_N, self.held_out, key_of_uri(f"{self.seed}/image_holdout"))

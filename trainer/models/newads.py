@@ -1,0 +1,65 @@
+"""What the picture of a new ad is worth: learned on ads whose pictures E learns nothing from (model.image_holdout).
+
+E knows the pictures of its training by heart, in part; of a new picture it makes a vector that may mean less, or, with
+poor features, nothing. The networks cannot tell, as long as all ads that they see are known. So a share of the images
+is held out of E's training, and half of their samples lose their ad's own IDs (trainer/dropout.py): these look as a new
+ad will. A new ad's visual vector goes through a scale and a shift of its own, which these samples alone train.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from trainer.dropout import own_ids_of_ads
+from trainer.exchange import FieldVectors
+from trainer.models.fields import width_of
+from trainer.models.layers import segment_max, take_rows
+from trainer.options import ModelConfig
+from trainer.schema import Field, Schema
+
+_ROUNDING = 1.01  # a row may have been rounded on its way (exchange.wire_dtype)
+
+
+class NewAds(nn.Module):
+    """scale * v + shift in place of the visual vectors v of new ads, scale and shift one number an element.
+
+    An ad is new while none of its own IDs has been trained: while every number of their rows lies where rows start, or
+    is zero, as ID dropout leaves it. So nothing but the rows themselves has to be known, here and where ads are served.
+    """
+
+    def __init__(self, images: Sequence[Field], own_ids: Sequence[str], config: ModelConfig) -> None:
+        super().__init__()
+        self.images = tuple(field.name for field in images)
+        self._own_ids = own_ids
+        self._reach = config.id_init_std * 3**0.5 * _ROUNDING  # rows start uniformly around zero
+        self.scale = nn.ParameterDict({f.name: nn.Parameter(torch.ones(width_of(f, config))) for f in images})
+        self.shift = nn.ParameterDict({f.name: nn.Parameter(torch.zeros(width_of(f, config))) for f in images})
+
+    def forward(self, fields: Mapping[str, FieldVectors]) -> dict[str, FieldVectors]:
+        """`fields` with the visual vectors of new ads replaced; each ad then has a vector of its own."""
+        is_new_B1 = self._are_new(fields).unsqueeze(1)
+        result = dict(fields)
+        for name in self.images:
+            visual_BV = take_rows(fields[name].vectors_UV, fields[name].index_N)
+            visual_BV = torch.where(is_new_B1, torch.addcmul(self.shift[name], visual_BV, self.scale[name]), visual_BV)
+            index_N = torch.arange(len(visual_BV), device=visual_BV.device)
+            result[name] = FieldVectors(visual_BV, index_N, fields[name].lengths_M, fields[name].weights_N)
+        return result
+
+    @torch.no_grad()
+    def _are_new(self, fields: Mapping[str, FieldVectors]) -> Tensor:
+        """Which ads have no trained row, (B,)."""
+        farthest = []
+        for name in self._own_ids:
+            field = fields[name]
+            rows_NV = field.vectors_UV.abs().index_select(0, field.index_N)
+            farthest.append(segment_max(rows_NV, field.lengths_M).amax(1))
+        return torch.stack(farthest).amax(0) <= self._reach
+
+
+def build_new_ads(schema: Schema, fields: Sequence[Field], config: ModelConfig) -> NewAds | None:
+    """None where no image is held out, or the model sees no picture of the ad, or the ad has no ID of its own."""
+    images = [field for field in fields if field.kind == "content" and field.side == "ad"]
+    own_ids = own_ids_of_ads(schema)
+    return NewAds(images, own_ids, config) if config.image_holdout and images and own_ids else None
