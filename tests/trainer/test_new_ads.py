@@ -75,7 +75,5 @@ def test_models_that_have_no_use_for_it_have_none(values: dict[str, object]) -> 
 
 
 def test_rows_that_start_far_from_zero_cannot_tell_new_ads() -> None:
-    with pytest.raises(
-        ConfigError, match=r"image_holdout=0.1 .* model.id_init_std=0.05 .* set it to 0.001 or less"
-    ):
+    with pytest.raises(ConfigError, match=r"image_holdout=0.1 .* model.id_init_std=0.05 .* set it to 0.001 or less"):
         load_config(None, ["model.image_holdout=0.1", "model.id_init_std=0.05"])
