@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
+from benchmarks.quality.cold import cold_section
 from benchmarks.quality.compare import NETS, Bench, ids_section, images_section
 from benchmarks.quality.data import SMALL_USERS, USERS, DataSet, parse, simulated
 from benchmarks.quality.runs import QualityRunError, fuxictr_python
@@ -36,7 +37,11 @@ python -m benchmarks.quality --only ids --set model.multi_hot=sum
 
 A run that has ended is not made again: its figures are kept in DIR/figures.
 """
-SECTIONS: dict[str, Callable[[Bench], list[Section]]] = {"ids": ids_section, "images": images_section}
+SECTIONS: dict[str, Callable[[Bench], list[Section]]] = {
+    "ids": ids_section,
+    "images": images_section,
+    "cold": cold_section,
+}
 Name = StrEnum("Name", list(SECTIONS))  # type: ignore[misc]
 Net = StrEnum("Net", list(NETS))  # type: ignore[misc]
 
@@ -86,7 +91,8 @@ def main(
     ] = None,
 ) -> None:
     """Measure how good our models are, beside those of FuxiCTR on the same rows and IDs."""
-    if not fuxictr_python().exists():
+    chosen = [str(name) for name in only or SECTIONS]
+    if chosen != ["cold"] and not fuxictr_python().exists():
         say_error("FuxiCTR is not installed in this environment (make install says why), and it is what is compared")
         raise typer.Exit(1)
     given = settings_of(settings or [])
@@ -100,7 +106,6 @@ def main(
     try:
         with progress_bars(*columns) as progress:
             bench = Bench(sets, folder, [str(net) for net in nets or NETS], range(seeds), epochs, tune, progress, given)
-            chosen = [str(name) for name in only or SECTIONS]
             sections = [section for name in SECTIONS if name in chosen for section in SECTIONS[name](bench)]
     except (TrainerError, FeatureStoreError, QualityRunError, OSError) as failure:
         say_error(failure)

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 from benchmarks.quality import compare
 from benchmarks.quality.__main__ import app
 from benchmarks.quality.data import parse
+from benchmarks.quality.heldout import hold_out
 from benchmarks.quality.rows import Layout, Rows, Vocabulary, padded, read, vocabularies
 from benchmarks.quality.runs import Spec, fuxictr_python, ours_settings
-from featurestore.keys import keys_of_uris
+from featurestore.keys import keys_of_uris, sampled
 from featurestore.rows import FeatureRows
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
@@ -191,3 +192,38 @@ def test_a_run_is_known_by_the_preset_too(place: Path, monkeypatch: pytest.Monke
     OmegaConf.save(changed, place / "preset.yaml")
     monkeypatch.setattr("trainer.config.DEFAULT_PRESET", place / "preset.yaml")
     assert spec.digest() != before
+
+
+def test_held_out_items_are_nowhere_in_training(place: Path, tmp_path: Path) -> None:
+    hold_out(place / "samples", tmp_path / "out", 0.3)
+    gone = set(np.arange(ITEMS)[sampled(np.arange(ITEMS), 0.3, 0)].tolist())
+    assert 3 < len(gone) < 18
+    keys = dict(zip(range(ITEMS), keys_of_uris([f"item-{number}" for number in range(ITEMS)]).tolist(), strict=True))
+    before = pq.read_table(place / "samples/train").to_pylist()
+    after = {(row["user"], n): row for n, row in enumerate(pq.read_table(tmp_path / "out/train").to_pylist())}
+    expected = []
+    for row in before:
+        ads = [n for n, item in enumerate(row["ad_item"]) if item not in gone]
+        seen = [n for n, item in enumerate(row["behavior_item"]) if item not in gone]
+        if ads:
+            own = {name: [row[name][n] for n in ads] for name in row if name.startswith("ad_") or name == "label"}
+            own |= {name: [row[name][n] for n in seen] for name in row if name.startswith("behavior_")}
+            expected.append({**row, **own})
+    assert list(after.values()) == expected
+    assert all(keys[item] == key for row in expected for item, key in zip(row["ad_item"], row["ad_image"], strict=True))
+    test = pq.read_table(tmp_path / "out/test")
+    assert test == pq.read_table(place / "samples/test")
+    assert gone & set(test["ad_item"].combine_chunks().flatten().to_pylist())
+
+
+def test_the_section_of_held_out_items(place: Path, tmp_path: Path) -> None:
+    arguments = ["--data", f"small={place}/samples:{place}/features", "--only", "cold", "--seeds", "2"]
+    arguments += ["--batch-size", "64", "--dir", str(tmp_path / "kept"), "--json", str(tmp_path / "cold.json")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "cold.json").read_text())
+    for name in ("images", "noise"):
+        assert found[f"cold_auc_{name}_minus_ids"] == pytest.approx(
+            found[f"cold_auc_small_{name}"] - found["cold_auc_small_ids"]
+        )
+    assert len(list((tmp_path / "kept/figures").iterdir())) == 6
