@@ -188,7 +188,8 @@ class Gathered:
     features_QD: Tensor
     missing_Q: Tensor | None
     """Bool (Q,), or None when no key was missing."""
-    keys_Q: NDArray[np.int64]
+    keys_Q: NDArray[np.int64] | None = None
+    """Whose features they are; None: not known here, and nothing of them is dropped."""
     _buffer: Tensor | None = field(default=None, repr=False)
 
 
@@ -260,7 +261,9 @@ class EmbeddingService(nn.Module):
         model = self._model(name)
         device = model.mean_D.device
         numbers_QD = model.numbers(gathered.features_QD.to(device, non_blocking=True))
-        masks = StepMasks(self.dropout, name, gathered.keys_Q) if self.dropout and self.training else None
+        masks = None
+        if self.dropout is not None and self.training and gathered.keys_Q is not None:
+            masks = StepMasks(self.dropout, name, gathered.keys_Q)
         visual_QV = model.of_numbers(numbers_QD, codes=self.partition.codec.has_codes, masks=masks)
         if masks is not None and masks.dropout.held_out:
             visual_QV = masks.held_back(visual_QV)

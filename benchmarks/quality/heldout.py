@@ -37,14 +37,15 @@ def hold_out(samples: Path, out: Path, share: float, seed: int = 0) -> None:
             for number in range(source.num_row_groups):
                 table = _without(source.read_row_group(number), _BEHAVIORS, share, seed)
                 table = _without(table, _IMPRESSIONS, share, seed)
-                writer.write_table(table.filter(pc.greater(pc.list_value_length(table["label"]), 0)))
+                has_any: Any = pc.list_value_length(table["label"]).to_numpy() > 0
+                writer.write_table(table.filter(pa.array(has_any)))
 
 
 def make_noise(samples: Path, store: Path, seed: int = 0) -> None:
     """A store with drawn features, independent of everything, for every image of `samples`."""
     tables = [pq.read_table(file, columns=["ad_image", "behavior_image"]) for file in samples.glob("*/*.parquet")]
-    flat = [np.asarray(column.combine_chunks().flatten()) for table in tables for column in table.columns]
-    keys = np.unique(np.concatenate(flat))
+    lists: list[Any] = [column.combine_chunks() for table in tables for column in table.columns]
+    keys = np.unique(np.concatenate([np.asarray(each.flatten()) for each in lists]))
     features = np.random.default_rng(seed).standard_normal((len(keys), NOISE_DIM), np.float32)
     made = FeatureStore.create(str(store), StoreInfo(num_shards=64, name="images", dim=NOISE_DIM, extractor=_DRAWN))
     made.put(FeatureRows.of([str(key) for key in keys], features, keys=keys))
