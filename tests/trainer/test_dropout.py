@@ -100,3 +100,20 @@ def test_half_of_the_samples_of_held_out_ads_are_dropped() -> None:
         is_gone = (given["ad_item"].vectors_UV[given["ad_item"].index_N] == 0).all(1).numpy()
         assert abs(is_gone[images % 4 == 0].mean() - 0.5) < 0.1
         assert abs(is_gone[images % 4 != 0].mean() - of_others) < 0.05
+
+
+def test_an_ad_with_a_gallery_is_held_out_where_all_of_its_images_are() -> None:
+    batch = Batch(
+        {"ad_image": Jagged(np.array([0, 4, 4, 1, 1, 8] * 200), np.array([2, 2, 1, 1, 0] * 200, np.int32))},
+        {},
+        np.zeros(0),
+        np.zeros(1000, np.float32),
+        np.zeros(0),
+        1000,
+        galleries={"ad_image": Jagged(np.array([2, 2, 1, 1, 0] * 200), np.ones(1000, np.int32))},
+    )
+    given = IdDropout(SCHEMA, 0.0, 1, {"ad_image": lambda keys_N: keys_N % 4 == 0})(
+        {"ad_item": _field([[1]] * 1000)}, batch, 0
+    )
+    is_gone = (given["ad_item"].vectors_UV[given["ad_item"].index_N] == 0).all(1).numpy().reshape(200, 5)
+    assert (is_gone.any(0) == [True, False, False, True, True]).all()
