@@ -50,7 +50,7 @@ class Drift:
 
     def __init__(self, beta1: float, beta2: float, eps: float, dtype: torch.dtype, device: torch.device | str) -> None:
         """Raises ConfigError for betas with which moves are not found exactly."""
-        self._beta1, self._beta2, self._eps, self._dtype = beta1, beta2, eps, dtype
+        self._eps = eps
         self.window, self.degree = window_of(beta1, dtype), degree_of(beta1, beta2, dtype)
         self._node_N = _nodes(self.degree)
         self._powers = _Powers(beta1, beta2, self.window)
