@@ -1,0 +1,179 @@
+"""Runs with exact ID tables: resumed, looked at, begun with, let go of day by day, exported."""
+
+import json
+import shutil
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+from jobs.export_ids import app
+from trainer.checkpoint import find
+from trainer.comm import SoloComm
+from trainer.config import load_config
+from trainer.daily import follow
+from trainer.errors import CheckpointError, ConfigError
+from trainer.ids.exact import ExactTable
+from trainer.main import train
+from trainer.trained import open_trained
+
+Places = Any
+Train = Callable[..., Path]
+TABLES = (
+    "{user: 64, item: {kind: exact, max_rows: 80, admit_after: 2}, image: {kind: exact, max_rows: 20}, "
+    "category: 16, scene: 16}"
+)
+
+
+@pytest.fixture
+def trained(places: Places, tmp_path: Path) -> Train:
+    """Trains a run of this name with these settings, and returns its folder."""
+
+    def run(name: str, **changes: Any) -> Path:
+        settings = {"run__dir": tmp_path, "run__name": name, "model__tables": TABLES, "model__compute_dtype": "float32"}
+        train(load_config(settings=places.settings(**{**settings, **changes})), SoloComm())
+        return tmp_path / name
+
+    return run
+
+
+def tensors_of(run: Path) -> dict[str, Tensor]:
+    """What the newest checkpoint holds."""
+    path = find(run / "checkpoints", "latest")
+    return {name: value for file in path.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def ids_of(run: Path, table: str) -> set[int]:
+    """Ids that have rows."""
+    parts = [ids for name, ids in tensors_of(run).items() if name.startswith(f"{table}/") and name.endswith("/ids")]
+    return set(torch.cat(parts).tolist())
+
+
+def table_of(run: Path, name: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((run / "report.json").read_text())
+    figures: dict[str, Any] = report["tables"][name]
+    return figures
+
+
+@pytest.mark.parametrize("ids", ["adam", "rowwise_adam"])
+def test_resumed_it_ends_with_the_same_bits(trained: Train, ids: str) -> None:
+    """With a step prepared ahead when the checkpoint is written: its ids are not counted twice."""
+    through = trained("through", optim__ids=ids)
+    trained("stopped", optim__ids=ids, train__max_steps=3, train__checkpoint_every=3)
+    mine, theirs = tensors_of(trained("stopped", optim__ids=ids, run__resume="latest")), tensors_of(through)
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+def test_figures(trained: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained("figures")
+    items, images = table_of(run, "item"), table_of(run, "image")
+    assert items["rows"] == len(ids_of(run, "item")) == 40 and items["max_rows"] == 80
+    assert 0 < items["cold"] < items["served"] and items["refused"] == 0
+    assert images["rows"] < 40 and images["refused"] == images["cold"] > 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("warning: table image: ") == said.count(" times an id stayed at the cold row") == 1
+
+
+def test_a_hashed_tables_rows_are_refused(trained: Train) -> None:
+    before = trained("hashed", model__tables="{user: 64, item: 64, image: 64, category: 16, scene: 16}")
+    with pytest.raises(
+        CheckpointError, match=r"part ids: item/0000/ids is not in the checkpoint; .*model\.tables\.item"
+    ):
+        trained("exact", run__warm_start=before, run__warm_parts="full")
+
+
+def test_a_warm_start_takes_ids_and_counts_or_leaves_them(trained: Train) -> None:
+    before = trained("before")
+    taken = trained("full", run__warm_start=before, run__warm_parts="full", train__max_steps=1)
+    assert ids_of(taken, "item") == ids_of(before, "item")
+    left = trained("partial", run__warm_start=before, run__warm_parts="partial", train__max_steps=1)
+    assert ids_of(left, "item") == set()
+
+
+def test_days_let_go_of_what_was_not_used(places: Places, tmp_path: Path) -> None:
+    """Items of one day each, but for 5, which every day has; after a day without them they go."""
+    samples = tmp_path / "samples"
+    for split in ("train", "test"):
+        shutil.copytree(places.folder / "samples" / split, samples / split)
+    days = sorted((samples / "train").glob("*.parquet")) + sorted((samples / "test").glob("*.parquet"))
+    days[3].rename(samples / "train" / "day=2026-01-04.parquet")
+    tables = "{user: 64, item: {kind: exact, max_rows: 400, expire_days: 1}, image: 64, category: 16, scene: 16}"
+    settings = places.settings(
+        data__samples=samples,
+        run__dir=tmp_path,
+        run__name="daily",
+        run__warm_parts="full",
+        model__tables=tables,
+        model__images="none",
+    )
+    follow(load_config(settings=settings), SoloComm())
+    runs = sorted((tmp_path / "daily").glob("2026-*"))
+    seen = [items_of(samples / "train" / f"day={run.name}.parquet") for run in runs]
+    have: dict[int, int] = {}
+    for number, (run, items) in enumerate(zip(runs, seen, strict=True)):
+        gone = {each for each, last in have.items() if number - last > 1}
+        have = {each: last for each, last in have.items() if each not in gone} | dict.fromkeys(items, number)
+        assert ids_of(run, "item") == set(have)
+        assert table_of(run, "item")["expired"] == len(gone)
+        last_use = tensors_of(run)["item/0000/last_use"][1:]
+        day = (date(2026, 1, number + 1) - date(1970, 1, 1)).days
+        assert set(last_use.tolist()) <= {day, day - 1}
+
+
+def items_of(file: Path) -> set[int]:
+    """All that a file's groups look up in table item."""
+    table = pq.read_table(file, partitioning=None)
+    return {each for name in ("behavior_item", "ad_item") for ids in table[name].to_pylist() for each in ids}
+
+
+def test_days_have_to_be_known(trained: Train, places: Places, tmp_path: Path) -> None:
+    samples = tmp_path / "samples"
+    shutil.copytree(places.folder / "samples", samples)
+    (samples / "train" / "day=2026-01-02.parquet").rename(samples / "train" / "more.parquet")
+    tables = TABLES.replace("max_rows: 20", "max_rows: 20, expire_days: 3")
+    with pytest.raises(ConfigError, match=r"model\.tables\.image\.expire_days=3 counts the days .* leave it out"):
+        trained("undated", data__samples=samples, model__tables=tables)
+
+
+def test_the_export_has_what_the_engine_looks_up(trained: Train, tmp_path: Path) -> None:
+    run, out = trained("exported", optim__ids="adam"), tmp_path / "items.parquet"
+    done = CliRunner().invoke(app, ["--run", str(run), "--table", "item", "--out", str(out)])
+    assert done.exit_code == 0 and "40, in 4 shards" in done.output
+    rows = pq.read_table(out)
+    about = json.loads(rows.schema.metadata[b"id_rows"])
+    assert (about["table"], about["num_shards"]) == ("item", 4)
+    assert set(rows["last_use"].to_pylist()) == {date(2026, 1, 3)}
+    opened = open_trained(run, SoloComm())
+    table = opened.engine.tables["item"]
+    assert isinstance(table, ExactTable)
+    asked = np.unique([*range(60), *(each for each in rows["id"].to_pylist() if each is not None)])
+    with torch.no_grad():
+        request = table.serve(asked, "eval")
+        found = table.vectors(request)[torch.from_numpy(request.inverse_R)].numpy()
+    opened.close()
+    of_id = dict(zip(zip(rows["shard"].to_pylist(), rows["id"].to_pylist(), strict=True), rows["vector"], strict=True))
+    for each, vector in zip(asked.tolist(), found, strict=True):
+        shard = int(table.shape.shards_of(np.array([each]))[0])
+        assert np.array_equal(np.array(of_id.get((shard, each), of_id[shard, None]).as_py(), np.float32), vector)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--table", "user"], 1, "has the exact ID tables item, image; none of them is user"),
+        (["--out", "x.csv"], 2, ""),
+    ],
+)
+def test_mistakes(trained: Train, options: list[str], code: int, said: str) -> None:
+    done = CliRunner().invoke(app, ["--run", str(trained("mistaken", train__max_steps=1)), *options])
+    assert done.exit_code == code
+    assert said in " ".join(done.output.split())
