@@ -33,13 +33,20 @@ class ExactTableConfig(Section):
     """Rows that were not used for more days are let go when a run of a later day begins; null: never."""
 
 
-def _kind_of_table(value: Any) -> str:
-    return f"{KIND}exact" if isinstance(value, Mapping | Section) else f"{KIND}rows"
+def _kind_of_table(value: Any) -> str | None:
+    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    if kind == "exact":
+        return f"{KIND}exact"
+    return None if isinstance(value, Mapping) else f"{KIND}rows"
 
 
 TableConfig = Annotated[
     Annotated[TableRows, Tag(f"{KIND}rows")] | Annotated[ExactTableConfig, Tag(f"{KIND}exact")],
-    Discriminator(_kind_of_table),
+    Discriminator(
+        _kind_of_table,
+        custom_error_type="kind_of_table",
+        custom_error_message="it should be a number of rows, or {kind: exact, max_rows: NUMBER}",
+    ),
 ]
 
 

@@ -34,7 +34,7 @@ MODULES = {
         f"trainer.{name}": f"trainer.{name}.__main__" for name in ("compat", "plan", "experiments", "prerank", "schema")
     },
     **{f"jobs/{name}": f"jobs.{name}" for name in JOBS},
-    **{f"benchmarks.{name}": f"benchmarks.{name}" for name in ("extract", "refresh", "plan", "workload")},
+    **{f"benchmarks.{name}": f"benchmarks.{name}" for name in ("extract", "refresh", "plan", "tables", "workload")},
     **{f"benchmarks.{name}": f"benchmarks.{name}.__main__" for name in ("resume", "train", "store")},
     "tools/demo": "tools.demo",
 }

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from trainer.config import DEFAULT_PRESET, WARM_PARTS, Config, config_digest, load_config, save_config
 from trainer.errors import ConfigError
-from trainer.options import ModelConfig, OptimConfig
+from trainer.options import ExactTableConfig, ModelConfig, OptimConfig
 
 
 def test_preset_names_every_setting() -> None:
@@ -65,6 +65,17 @@ def test_saved_configuration_loads_as_the_same(tmp_path: Path) -> None:
         ("train.epochs=0", "train.epochs=0: it should be greater than or equal to 1"),
         ("train.epochs=many", "train.epochs='many': it should be a valid integer"),
         ("model.images=all", "model.images='all': it should be 'none', 'ad', 'behavior' or 'both'"),
+        ("model.tables.item={kind: exact}", "model.tables.item.max_rows is missing"),
+        (
+            "model.tables.item={kind: exact, max_rows: 9, expire: 3}",
+            "tables.item.expire is unknown; did you mean",
+        ),
+        (
+            "model.tables.item={kind: exact, max_rows: 9, admit_after: 256}",
+            "item.admit_after=256: it should be",
+        ),
+        ("model.tables.item={max_rows: 9}", "a number of rows, or {kind: exact, max_rows: NUMBER}"),
+        ("model.tables.item={kind: hashed}", "a number of rows, or {kind: exact, max_rows: NUMBER}"),
         ("model.base=fm", "model.base='fm': it should be 'lr', 'mlp', 'din', 'dcn'"),
         ("model.concat_length=0", "model.concat_length=0: it should be greater than or equal to 1"),
         ("data.global_batch_size=-4", "data.global_batch_size=-4"),
@@ -149,6 +160,13 @@ def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None
         load_config(file)
     with pytest.raises(ConfigError, match="there is no such file"):
         load_config(tmp_path / "absent.yaml")
+
+
+def test_an_exact_table_is_saved_and_loaded(tmp_path: Path) -> None:
+    config = load_config(settings=["model.tables.item={kind: exact, max_rows: 9, admit_after: 3}"])
+    assert config.model.tables["item"] == ExactTableConfig(kind="exact", max_rows=9, admit_after=3)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
 
 
 def test_configuration_is_immutable() -> None:

@@ -298,6 +298,17 @@ class TestCheckpoint:
             resumed |= state_of(table)
         assert_same(resumed, state_of(through))
 
+    def test_counts_fade_on_the_day_on_which_they_would_have(self) -> None:
+        through = table_of(shape_of(admit_after=4, expire_days=3))
+        through.begin_day(day_of(10))
+        for _ in range(3):
+            train(through, [5])
+        resumed = table_of(shape_of(admit_after=4, expire_days=3))
+        resumed.import_shards(state_of(through))
+        for table in (through, resumed):
+            table.begin_day(day_of(13))
+            assert table.times_seen(table.serve(np.array([5]), "eval")).tolist() == [1]
+
     def test_a_hashed_table_is_refused(self) -> None:
         hashed = tables_of(TableShape("item", 3, 50, SHARDS))
         with pytest.raises(CheckpointError, match=r"item/0000/ids is not in .* another model\.tables\.item,"):
