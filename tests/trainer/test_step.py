@@ -97,7 +97,7 @@ def test_resumes_exactly_from_its_state(partition: FeaturePartition) -> None:
     train(first, range(5))
     second = engine_of(partition, seed=5)
     second.load_dense_state({name: value.clone() for name, value in first.dense_state().items()})
-    assert second.shard_names() == list(first.shard_state())
+    assert set(second.shard_names()) <= set(first.shard_state())
     second.load_shard_state({name: value.clone() for name, value in first.shard_state().items()})
     assert second.num_steps == 5
     assert train(second, range(5, 10)) == expected[5:]
