@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from equivalence.scenarios import SCENARIOS
 from torch import Tensor
 
 HERE = Path(__file__).parent / "equivalence"
@@ -170,11 +171,7 @@ class Equivalence:
         name = run.partition("/")[0]
         widths = {"two_widths_two_models": [3, 5], "lr_ids_only": [1], "lr": [1, 5]}.get(name, [5])
         widths = [3, 5] if "texts" in name else widths
-        dense = (
-            ("model",)
-            if name.endswith("ids_only") or name in ("dropout", "dice_rank_without_data", "exact_rank_without_data")
-            else ("model", "stores")
-        )
+        dense = ("model",) if SCENARIOS[name].model.get("images") == "none" else ("model", "stores")
         names = ["keys", *(f"vectors.{w}" for w in widths), *(f"gradients.{w}" for w in widths)]
         names += [f"dense.{part}" for part in dense]
         norms = [f"norm.{number + 1}" for number in range(NORMS.get(name, 0))]
