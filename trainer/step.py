@@ -222,13 +222,15 @@ class Engine:
 
     def load_dense_state(self, state: Mapping[str, Tensor]) -> None:
         """Undoes `dense_state`, on every rank. Raises CheckpointError naming what does not fit."""
+        mine, theirs = (
+            {name: value for name, value in each.items() if not name.startswith(SHARED_STATE)}
+            for each in (self.dense_state(), state)
+        )
+        check_names(mine, theirs)
         self._rows.load_shared_state(state)
-        mine = self.dense_state()
-        state = {name: value for name, value in state.items() if name in mine or not name.startswith(SHARED_STATE)}
-        check_names(mine, state)
         with torch.no_grad():
             for name, value in mine.items():
-                value.copy_(state[name])
+                value.copy_(theirs[name])
         self.num_steps = int(mine["num_steps"])
 
     def shard_names(self) -> list[str]:
