@@ -17,7 +17,7 @@ BEFORE: dict[str, dict[str, Any]] = {
         "feature_dropout": 0.0,
         "image_holdout": 0.0,
     },
-    "optim": {"ids": "rowwise_adam", "beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
+    "optim": {"ids": "rowwise_adam", "ids_lr": None, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
 }
 """What was so before there was the setting, by section, where the preset may say something else now: a saved run that
 lacks one goes on as it was."""

@@ -50,7 +50,7 @@ def test_every_moved_setting_of_a_file_is_named(tmp_path: Path) -> None:
 
 def test_what_a_run_has_saved_loads(tmp_path: Path) -> None:
     config = load_saved(saved_by_an_earlier_version(tmp_path / "config.yaml"))
-    old = {**OLD, "ids": "rowwise_adam"}
+    old = {**OLD, "ids": "rowwise_adam", "ids_lr": "null"}
     assert config == load_config(
         settings=["run.name=x", "train.epochs=3", *(f"optim.{name}={value}" for name, value in old.items())]
     )

@@ -59,7 +59,7 @@ def test_both_rates_warm_up_evenly() -> None:
 
 
 def test_ids_have_the_rate_of_all_where_they_have_none() -> None:
-    assert rates_at(OptimConfig(lr=0.1), 0).ids_lr == 0.1
+    assert rates_at(OptimConfig(lr=0.1, ids_lr=None), 0).ids_lr == 0.1
 
 
 def test_gradients_and_loss_are_summed_part_by_part() -> None:

@@ -22,7 +22,7 @@ from trainer.schema import Field, Schema
 
 DIM, NUM_SHARDS, STEPS, SEED = 16, 8, 20, 7
 # eps lies above the rounding of float32: below it, Adam makes whole steps of the noise around a gradient of zero.
-OPTIM = OptimConfig(lr=0.01, lr_gamma=0.5, lr_every=8, eps=1e-6, ids="rowwise_adam")
+OPTIM = OptimConfig(lr=0.01, ids_lr=None, lr_gamma=0.5, lr_every=8, eps=1e-6, ids="rowwise_adam")
 
 SCHEMA = Schema(
     fields=(

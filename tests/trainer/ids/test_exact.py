@@ -31,7 +31,7 @@ def tables_of(
     shape: TableShape, rank: int = 0, num_ranks: int = 1, ids: IdOptimizer = "rowwise_adam", **own: Any
 ) -> Any:
     own = {"seed": 1, "scale": 0.05, "dtype": torch.float64, **own}
-    optimizer = row_optimizer(OptimConfig(lr=0.1, beta2=0.99, ids=ids), torch.float64)
+    optimizer = row_optimizer(OptimConfig(lr=0.1, ids_lr=None, beta2=0.99, ids=ids), torch.float64)
     return build_tables([shape], rank, num_ranks, optimizer=optimizer, **own)
 
 

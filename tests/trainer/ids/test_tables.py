@@ -13,7 +13,7 @@ from trainer.optim import Rates
 from trainer.options import OptimConfig
 
 SHAPE = TableShape("item", width=3, num_rows=50, num_shards=8)
-OPTIM = OptimConfig(lr=0.1, beta2=0.99, ids="rowwise_adam")
+OPTIM = OptimConfig(lr=0.1, ids_lr=None, beta2=0.99, ids="rowwise_adam")
 RATES = Rates(lr=0.1, ids_lr=0.1)
 
 
