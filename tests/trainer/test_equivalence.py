@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from equivalence.scenarios import SCENARIOS
 from torch import Tensor
+
+from tests.trainer.equivalence.scenarios import SCENARIOS
 
 HERE = Path(__file__).parent / "equivalence"
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
