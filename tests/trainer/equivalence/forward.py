@@ -155,7 +155,7 @@ def _images(r: "Reference", s: Sample, new_ad: bool) -> list[Tensor]:
     if r.config.image_products and r.config.base != "lr":
         ad = torch.cat([*of_ad, of_ids])
         for content in contents:
-            vectors = [r.visual(key, f"behavior_{content}", f"{content}s") for key in s.behavior_image]
+            vectors = [_shown(r, key, f"behavior_{content}", f"{content}s") for key in s.behavior_image]
             nothing = torch.zeros(r.width_of_content(f"behavior_{content}"), dtype=r.dtype)
             mean = sum(vectors, start=nothing) / max(len(vectors), 1)
             result.append(mean * (r.dense[f"model.products.behavior_{content}.weight"] @ ad))

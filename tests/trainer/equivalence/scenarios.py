@@ -256,8 +256,8 @@ SCENARIOS = {
     "concat": Scenario({"pooling": "concat", "concat_length": 3}, most_ranks=2),
     "max": Scenario({"pooling": "max"}, most_ranks=2),
     "mean": Scenario({"pooling": "mean", "image_products": False}, most_ranks=2),
-    "multi_query": Scenario({"pooling": "multi_query"}, most_ranks=2),
-    "multi_query_rank_without_data": Scenario({"pooling": "multi_query"}, deal="starve", most_ranks=2),
+    "multi_query": Scenario({"pooling": "multi_query", "init": "torch"}, most_ranks=2),
+    "multi_query_rank_without_data": Scenario({"pooling": "multi_query", "init": "torch"}, deal="starve", most_ranks=2),
     "max_rank_without_data": Scenario({"pooling": "max", "images": "behavior"}, deal="starve", most_ranks=2),
     "concat_rank_without_data": Scenario({"pooling": "concat", "concat_length": 3}, deal="starve", most_ranks=2),
     "lr_ids_only": Scenario({"base": "lr", "images": "none"}, most_ranks=2),
@@ -296,7 +296,12 @@ SCENARIOS = {
     "words": Scenario({"images": "both", "id_dropout": 0.4}, words=True, deal="starve"),
     # Galleries of 0 to 3 images, of which some are of other ads or behaviours too, or have no feature.
     "gallery_mean": Scenario(
-        {"images": "both"}, words=True, gallery="mean", missing="learned", lacking=True, standardized=True
+        {"images": "both", "init": "torch"},
+        words=True,
+        gallery="mean",
+        missing="learned",
+        lacking=True,
+        standardized=True,
     ),
     "gallery_max": Scenario({"pooling": "sum"}, words=True, gallery="max", deal="starve", most_ranks=2),
     "gallery_two_towers": Scenario({"base": "two_tower"}, words=True, gallery="mean", deal="starve", most_ranks=2),
