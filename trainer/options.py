@@ -210,7 +210,8 @@ class OptimConfig(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     id_l2: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Adaptive L2 of ID rows: this / (steps that touched the row) x the row is added to its gradient; 0: none."""
-    ftrl_beta: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+    ftrl_beta: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """With 0, a weight without any gradient so far would be 0 / 0."""
     ftrl_l1: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     ftrl_l2: Annotated[float, Field(ge=0, le=1e6)] = 0.0
 

@@ -264,7 +264,7 @@ class ExactTable(IdTable):
         self.map.set_ids(slot, self.map.ids_of(slot)[kept - 1])
 
     def _import(self, slot: int, parts: Mapping[str, Tensor]) -> None:
-        """Makes those parts the shard's; of others, that of the optimiser is zero."""
+        """Makes those parts the shard's; what `parts` lacks stays as it is, zeros before the first step."""
         ids_N, num_rows = parts[IDS].numpy(), 1 + len(parts[IDS])
         if num_rows > self.shape.rows_per_shard:
             raise CheckpointError(
@@ -273,7 +273,7 @@ class ExactTable(IdTable):
             )
         self.map.set_ids(slot, ids_N)
         for part, values in self._kept_of(slot).items():
-            if part in (IDS, *(set(self.rows.parts) - set(parts))):
+            if part == IDS or part not in parts:
                 continue
             if values.shape != parts[part].shape:
                 raise CheckpointError(

@@ -58,7 +58,11 @@ def statistics_of(schema: Schema) -> dict[str, dict[str, Any]]:
 
 
 def write_statistics(folder: Path, schema: Schema, origin: Mapping[str, Any]) -> None:
-    """Writes inputs.json for people and other programs, where there are statistics; runs read their checkpoint's."""
-    if fields := statistics_of(schema):
-        values = {"samples_digest": origin["samples_digest"], "fields": fields}
-        replace_file(folder / FILE, json.dumps(values, indent=1) + "\n")
+    """Writes inputs.json for people and other programs, where there are statistics, in the place of an earlier run's;
+    runs read their checkpoint's."""
+    fields = statistics_of(schema)
+    if not fields:
+        (folder / FILE).unlink(missing_ok=True)
+        return
+    values = {"samples_digest": origin["samples_digest"], "fields": fields}
+    replace_file(folder / FILE, json.dumps(values, indent=1) + "\n")

@@ -48,12 +48,15 @@ def filled(field: Field, values: NDArray[Any]) -> Float64:
 
 
 def bucket_ids(field: Field, values_N: NDArray[Any]) -> NDArray[np.int64]:
-    """The bucket of each number (N,): how many buckets begin at it or before it. A missing number's is the last."""
+    """The bucket of each number (N,): how many buckets begin at it or before it. A missing number's is the last.
+
+    Compared in float32, as columns are read: 0.7 lies in the bucket that begins at 0.7, whatever either is rounded to.
+    """
     _check_known(field)
     starts = field.bucket_starts
     assert starts is not None
     numbers_N = filled(field, values_N)
-    ids_N = np.searchsorted(np.array(starts, np.float64), numbers_N, side="right").astype(np.int64)
+    ids_N = np.searchsorted(np.array(starts, np.float32), numbers_N.astype(np.float32), side="right").astype(np.int64)
     ids_N[np.isnan(numbers_N)] = len(starts) + 1
     return ids_N
 

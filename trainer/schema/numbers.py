@@ -53,6 +53,13 @@ def check_numbers(field: "SchemaField") -> None:
     for setting, values in (("mean", field.mean), ("std", field.std)):
         if values is not None and (not is_dense or len(values) != width):
             raise ValueError(f"{name}: {setting} is for kind dense, one number for each of the {width} of a row")
+    is_scaled = field.transform in STANDARDIZED
+    for setting, unused in (
+        ("mean", field.mean is not None and not is_scaled and field.fill != "mean"),
+        ("std", field.std is not None and not is_scaled),
+    ):
+        if unused:
+            raise ValueError(f"{name}: {setting} does nothing without transform=standardize or log_standardize; set it")
     if field.fill == "mean" and not is_dense:
         raise ValueError(f"{name}: fill=mean is for kind dense; buckets have fill=bucket, or a number")
     if field.fill == "bucket" and not field.is_bucketed:

@@ -309,6 +309,17 @@ class TestCheckpoint:
             table.begin_day(day_of(13))
             assert table.times_seen(table.serve(np.array([5]), "eval")).tolist() == [1]
 
+    @pytest.mark.parametrize("optimizer", ["rowwise_adam", "adam"])
+    def test_a_warm_start_at_another_size_takes_rows_and_leaves_counts(self, optimizer: IdOptimizer) -> None:
+        before = table_of(shape_of(60, admit_after=2), ids=optimizer)
+        for ids in ([3, 4], [3, 5]):
+            train(before, ids)
+        larger = table_of(shape_of(6000, admit_after=2), ids=optimizer)
+        larger.begin_with(state_of(before))
+        assert torch.equal(vector_of(larger, 3), vector_of(before, 3))
+        assert have_rows(larger, (3, 4, 5)) == {3}
+        assert larger.times_seen(larger.serve(np.array([4]), "eval")).tolist() == [0]
+
     def test_a_hashed_table_is_refused(self) -> None:
         hashed = tables_of(TableShape("item", 3, 50, SHARDS))
         with pytest.raises(CheckpointError, match=r"item/0000/ids is not in .* another model\.tables\.item,"):

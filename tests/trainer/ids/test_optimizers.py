@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from trainer.errors import ConfigError
@@ -259,6 +260,15 @@ def test_each_keeps_what_it_needs(ids: Any, numbers: int, counts: int) -> None:
     counted = ids != "rowwise_adam"
     with_l2 = row_bytes(12, state_of(config.model_copy(update={"id_l2": 0.1})), torch.float32)
     assert with_l2 == 4 * (numbers + counts + counted)
+
+
+def test_ftrl_has_a_beta() -> None:
+    """A row may be touched and have no gradient, as one that ID dropout leaves out; without beta its step is 0 / 0."""
+    with pytest.raises(ValidationError, match="ftrl_beta"):
+        OptimConfig(ids="ftrl", ftrl_beta=0.0)
+    table = Table(ids="ftrl", ftrl_beta=1e-6)
+    table.step(torch.tensor([0]), torch.zeros(1, WIDTH, dtype=torch.float64))
+    assert table.now().isfinite().all()
 
 
 def test_what_only_reads_has_no_state_and_moves_nothing() -> None:

@@ -18,11 +18,11 @@ from trainer.comm import SoloComm
 from trainer.config import Config, load_config
 from trainer.errors import CheckpointError
 from trainer.evaluate import app as evaluate
-from trainer.inputs.known import FILE
+from trainer.inputs.known import FILE, write_statistics
 from trainer.main import train
 from trainer.prerank.ads import ads_of_samples, ads_of_table
 from trainer.prerank.vectors import ad_vectors, towers
-from trainer.schema import Schema, load_schema
+from trainer.schema import Field, Schema, load_schema
 from trainer.schema.__main__ import app as schema_app
 from trainer.schema.text import schema_text
 from trainer.trained import open_trained
@@ -69,6 +69,14 @@ def test_two_ranks_find_the_bits_of_one(run: Path, numbered: Any, tmp_path: Path
     report = json.loads((run / "report.json").read_text())
     assert np.isfinite(report["metrics"]["logloss"])
     assert not {"ad_price_bucket", "ad_rating"} & set(report["tables"])  # nothing shares a row there
+
+
+def test_those_of_a_run_that_was_replaced_do_not_stay(tmp_path: Path) -> None:
+    known = Field(name="price", side="ad", kind="dense", transform="standardize", mean=(1.0,), std=(2.0,))
+    write_statistics(tmp_path, Schema(fields=(known,)), {"samples_digest": "x"})
+    assert (tmp_path / FILE).is_file()
+    write_statistics(tmp_path, Schema(fields=(Field(name="price", side="ad", kind="dense"),)), {"samples_digest": "x"})
+    assert not (tmp_path / FILE).exists()
 
 
 def test_it_goes_on_by_those_of_the_checkpoint(run: Path, numbered: Any) -> None:

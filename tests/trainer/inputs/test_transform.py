@@ -71,6 +71,10 @@ class TestBuckets:
         filled = field.model_copy(update={"fill": 50.0})
         assert bucket_ids(filled, np.array([NAN])).tolist() == [2]
 
+    def test_a_boundary_is_rounded_as_the_column_is(self) -> None:
+        field = Field(name="b", side="ad", kind="id", boundaries=[0.1, 0.7, 1.3])
+        assert bucket_ids(field, np.array([0.1, 0.7, 1.3], np.float32)).tolist() == [1, 2, 3]
+
     def test_log2(self) -> None:
         field = Field(name="age", side="user", kind="multi_id", buckets="log2")
         ages = np.array([-1, 0, 0.5, 1, 1.9, 2, 3, 4, 1023, 1024, 86_400, 2.0**30, 2.0**40])
@@ -115,6 +119,8 @@ def test_without_statistics_nothing_is_read() -> None:
         ("kind: id, buckets: 4, weights: w", "it has buckets and weights=w; give one of them"),
         ("kind: dense, width: 2, transform: standardize, mean: [1]", "one number for each of the 2 of a row"),
         ("kind: dense, transform: standardize, mean: [1], std: [0]", "std"),
+        ("kind: dense, mean: [1], std: [2]", "mean does nothing without transform=standardize"),
+        ("kind: dense, transform: log1p, fill: mean, mean: [1], std: [2]", "std does nothing without"),
         ("kind: id, buckets: 4, fill: mean", "fill=mean is for kind dense"),
         ("kind: dense, fill: bucket", "fill=bucket is for fields with buckets"),
         ("kind: id, fill: 0", "fill=0.0 is for kind dense and for fields with buckets"),
