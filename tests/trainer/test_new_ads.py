@@ -7,7 +7,7 @@ from trainer.config import load_config
 from trainer.errors import ConfigError
 from trainer.exchange import FieldVectors
 from trainer.models.build import build_model
-from trainer.models.newads import NewAds
+from trainer.models.newads import NewAds, build_new_ads
 from trainer.options import ModelConfig
 from trainer.schema import Field, Schema
 
@@ -72,6 +72,17 @@ def test_models_that_have_no_use_for_it_have_none(values: dict[str, object]) -> 
     config = _config(tables={"item": 9, "image": 9}).model_copy(update=values)
     assert build_model(SCHEMA, config).new_ads is None
     assert build_model(SCHEMA, _config(tables={"item": 9, "image": 9})).new_ads is not None
+
+
+def test_an_id_crossed_with_the_context_does_not_tell_a_new_ad() -> None:
+    """The export of ads' vectors has no rows of it."""
+    crossed = Field(name="in_scene", side="ad", kind="id", columns=("ad_item", "ad_scene"), context=True)
+    schema = Schema(fields=(*SCHEMA.fields, crossed))
+    gate = build_new_ads(schema, schema.fields, _config())
+    assert gate is not None
+    nothing = FieldVectors(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+    given = gate(_fields([0.0, 1.0], [[0.0], [0.0]]) | {"in_scene": nothing})
+    assert len(given["ad_image"].vectors_UV) == 2
 
 
 def test_rows_that_start_far_from_zero_cannot_tell_new_ads() -> None:

@@ -59,7 +59,9 @@ class NewAds(nn.Module):
 
 
 def build_new_ads(schema: Schema, fields: Sequence[Field], config: ModelConfig) -> NewAds | None:
-    """None where no image is held out, or the model sees no picture of the ad, or the ad has no ID of its own."""
+    """None where no image is held out, or the model sees no picture of the ad, or the ad has no ID of its own. An ID
+    crossed with the context does not count: an ad's vector is made where there is none (trainer.prerank)."""
     images = [field for field in fields if field.kind == "content" and field.side == "ad"]
-    own_ids = own_ids_of_ads(schema)
+    of_context = {field.name for field in fields if field.context}
+    own_ids = [name for name in own_ids_of_ads(schema) if name not in of_context]
     return NewAds(images, own_ids, config) if config.image_holdout and images and own_ids else None
