@@ -106,7 +106,7 @@ class ModelConfig(Section):
     """Start of the networks' linear layers, E aside: Xavier's normal weights and no bias, or torch's uniform ones."""
     batch_norm: bool = False
     """Standardise what goes into each activation of an MLP by mean and variance of the global batch."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, le=0.95)] = 0.0
     """Share of the units of an MLP's hidden layers that a training sample goes without."""
     id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of training samples whose ad is taken for a new one: the vectors of its own IDs are zero."""

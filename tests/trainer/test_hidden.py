@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from trainer.models.build import build_model
@@ -82,6 +83,13 @@ class TestDropout:
         assert not torch.equal(usual(ones), PlacedDropout(0.5, StepPlace(**other), layer=1)(ones))
         assert not torch.equal(usual(ones), PlacedDropout(0.5, StepPlace(), layer=2)(ones))
         assert torch.equal(usual(ones), PlacedDropout(0.5, StepPlace(), layer=1)(ones))
+
+    def test_the_largest_share_leaves_some(self) -> None:
+        """Shares are rounded, and what is left grows by 1 / (1 - share)."""
+        with pytest.raises(ValidationError, match=r"less than or equal to 0\.95"):
+            ModelConfig(dropout=0.999999)
+        dropped = PlacedDropout(ModelConfig(dropout=0.95).dropout, StepPlace(), layer=1)(torch.ones(1000, 50))
+        assert dropped.unique().tolist() == pytest.approx([0, 20], abs=0.01)
 
     def test_evaluation_drops_nothing(self) -> None:
         ones = torch.ones(20, 20)

@@ -146,15 +146,6 @@ class ExactTable(IdTable):
     def tally(self) -> dict[str, int]:
         return {"rows": int(self.map.used_S.sum()), **asdict(self.counts)}
 
-    def times_seen(self, request: ExactRequest) -> Int64:
-        """In how many training steps each id without a row has occurred, or a few more; of one with a row, at least
-        `admit_after`, (Q,)."""
-        cold_Q = self.map.places(request.slot_Q, request.hash_Q, request.ids_Q) % self.shape.rows_per_shard == 0
-        times_Q = np.full(len(cold_Q), self.shape.rules.admit_after, np.int64)
-        waiting_Q = self.filter.counts(request.slot_Q[cold_Q], request.hash_Q[cold_Q]) if self.filter else 0
-        times_Q[cold_Q] = np.minimum(waiting_Q, self.shape.rules.admit_after)
-        return times_Q
-
     def begin_day(self, date_: date | None) -> None:
         """From now on rows are used on this day; those that were last used more than `expire_days` before are let go.
         Counts of ids without a row are halved every `expire_days` days.

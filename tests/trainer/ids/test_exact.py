@@ -70,6 +70,13 @@ def have_rows(table: ExactTable, ids: Iterable[int]) -> set[int]:
     return known & set(ids)
 
 
+def counts_of(table: ExactTable, ids: list[int]) -> list[int]:
+    """What the filter has counted of each id."""
+    request = table.serve(np.array(ids), "eval")
+    assert table.filter is not None
+    return table.filter.counts(request.slot_Q, request.hash_Q).tolist()
+
+
 def state_of(table: ExactTable) -> dict[str, Tensor]:
     return {name: values.clone() for name, values in table.export_shards().items()}
 
@@ -122,11 +129,11 @@ class TestAdmission:
         assert table.seen.estimate == 2  # what "step" brought
         assert (table.counts.served, table.counts.cold) == (1, 1)
 
-    def test_times_seen(self) -> None:
+    def test_ids_without_a_row_are_counted_once_a_step(self) -> None:
         table = table_of(shape_of(admit_after=3))
         for step in ([5, 6], [5, 7], [5], [5]):
             train(table, step)
-        assert table.times_seen(table.serve(np.array([5, 6, 7, 8]), "eval")).tolist() == [3, 1, 1, 0]
+        assert counts_of(table, [5, 6, 7, 8]) == [3, 1, 1, 0]
 
 
 class TestRows:
@@ -264,9 +271,9 @@ class TestExpiry:
         for day in (10, 11, 12):
             table.begin_day(day_of(day))
             train(table, [5])
-        assert table.times_seen(table.serve(np.array([5]), "eval")).tolist() == [3]
+        assert counts_of(table, [5]) == [3]
         table.begin_day(day_of(13))
-        assert table.times_seen(table.serve(np.array([5]), "eval")).tolist() == [1]
+        assert counts_of(table, [5]) == [1]
 
 
 class TestCheckpoint:
@@ -307,7 +314,7 @@ class TestCheckpoint:
         resumed.import_shards(state_of(through))
         for table in (through, resumed):
             table.begin_day(day_of(13))
-            assert table.times_seen(table.serve(np.array([5]), "eval")).tolist() == [1]
+            assert counts_of(table, [5]) == [1]
 
     @pytest.mark.parametrize("optimizer", ["rowwise_adam", "adam"])
     def test_a_warm_start_at_another_size_takes_rows_and_leaves_counts(self, optimizer: IdOptimizer) -> None:
@@ -318,7 +325,7 @@ class TestCheckpoint:
         larger.begin_with(state_of(before))
         assert torch.equal(vector_of(larger, 3), vector_of(before, 3))
         assert have_rows(larger, (3, 4, 5)) == {3}
-        assert larger.times_seen(larger.serve(np.array([4]), "eval")).tolist() == [0]
+        assert counts_of(larger, [4]) == [0]
 
     def test_a_hashed_table_is_refused(self) -> None:
         hashed = tables_of(TableShape("item", 3, 50, SHARDS))
