@@ -51,7 +51,9 @@ def _explain(model: type[BaseModel], details: ErrorDetails) -> str:
             return f"{name or 'the file'}={details['input']!r} has to be a mapping of names to values"
         case _:
             message = details["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-            return f"{name}={details['input']!r}: {message}" if name else message
+            if not name or (details["type"] == "value_error" and isinstance(details["input"], Mapping)):
+                return message  # of several fields, which it names itself
+            return f"{name}={details['input']!r}: {message}"
 
 
 def _names_at(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -173,3 +173,10 @@ def test_configuration_is_immutable() -> None:
     config: Config = load_config()
     with pytest.raises(ValueError, match="frozen"):
         config.train.epochs = 3
+
+
+def test_what_several_settings_do_together_is_told_without_all_others() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["optim.ids=ftrl", "optim.ids_weight_decay=0.1"])
+    line = "configuration: optim.ids_weight_decay does nothing with optim.ids=ftrl; set optim.ftrl_l2 instead"
+    assert str(caught.value) == line

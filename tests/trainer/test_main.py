@@ -231,7 +231,7 @@ class TestRefusals:
             return result
 
         monkeypatch.setattr(Engine, "train_step", diverged)
-        with pytest.raises(TrainerError, match=r"the loss of step 1 is nan; try a lower train\.lr"):
+        with pytest.raises(TrainerError, match=r"the loss of step 1 is nan; try a lower optim\.lr"):
             run_alone(places, run__name="diverged")
 
     def test_no_test_samples(self, places: Places, tmp_path: Path) -> None:
