@@ -297,7 +297,7 @@ def test_from_raw_tables_to_a_trained_model(job, place):
                         "category": "cate", "dwell_s": "dwell_seconds"},
         },
     }  # fmt: skip
-    assert "user: member_id  # string, 20 different, table of 256 rows" in text
+    assert "user: member_id  # string, 20 different, as 'm17', table of 256 rows" in text
     job(text, "--logs", place / "raw", "--test-days", 1)
     assert "fit the schema" in inspect("check", place / "samples/schema.yaml", place / "samples")
     settings = [
