@@ -10,9 +10,13 @@ from benchmarks.quality.data import DataSet
 from benchmarks.quality.heldout import hold_out, make_noise
 from benchmarks.quality.runs import Spec, curve_of
 from benchmarks.report import Figure, Section
+from trainer.comm import SoloComm
+from trainer.data import open_index
 from trainer.experiments.tables import seed_mean
+from trainer.schema import load_schema
 
 SHARE, EPOCHS = 0.2, 2
+_DIGITS = 16
 
 
 def cold_section(bench: Bench) -> list[Section]:
@@ -42,7 +46,9 @@ def cold_section(bench: Bench) -> list[Section]:
 
 def specs(bench: Bench, data: DataSet) -> Mapping[str, Spec]:
     """The runs of a data set by name; makes its held-out samples and its store of noise unless they are there."""
-    samples, noise = _made(Path(data.samples), bench.folder / "heldout" / data.name)
+    index = open_index(SoloComm(), data.samples, "train", load_schema())  # other samples may have had this name
+    folder = bench.folder / "heldout" / f"{data.name}-{index.layout_digest[:_DIGITS]}"
+    samples, noise = _made(Path(data.samples), folder)
     held_out = replace(data, samples=str(samples))
     spec = replace(bench.spec(held_out, "ours", "dnn", images=False), epochs=EPOCHS)
     stores = {"ids": None, "images": data.store, "noise": str(noise)}

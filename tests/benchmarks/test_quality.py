@@ -1,6 +1,7 @@
 """benchmarks.quality in a small form: both sides learn the same rows, and every figure is kept for the next call."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
+from rich.progress import Progress
 from typer.testing import CliRunner
 
-from benchmarks.quality import compare
+from benchmarks.quality import cold, compare
 from benchmarks.quality.__main__ import app
-from benchmarks.quality.data import parse
+from benchmarks.quality.compare import Bench
+from benchmarks.quality.data import DataSet, parse
 from benchmarks.quality.heldout import hold_out
 from benchmarks.quality.rows import Layout, Rows, Vocabulary, padded, read, vocabularies
 from benchmarks.quality.runs import Spec, fuxictr_python, ours_settings
@@ -227,3 +230,16 @@ def test_the_section_of_held_out_items(place: Path, tmp_path: Path) -> None:
             found[f"cold_auc_small_{name}"] - found["cold_auc_small_ids"]
         )
     assert len(list((tmp_path / "kept/figures").iterdir())) == 6
+
+
+def test_other_samples_of_the_same_name_are_held_out_anew(place: Path, tmp_path: Path) -> None:
+    shorter = tmp_path / "samples"
+    shutil.copytree(place / "samples", shorter)
+    next(iter(sorted((shorter / "train").iterdir()))).unlink()
+    bench = Bench([], tmp_path / "kept", ["dnn"], range(1), 1, False, Progress())
+    made = [
+        cold.specs(bench, DataSet("small", str(samples), None, 64))["ids"].samples
+        for samples in (place / "samples", shorter, place / "samples")
+    ]
+    assert made[0] == made[2] != made[1]
+    assert [len(list((Path(each) / "train").iterdir())) for each in made[:2]] == [2, 1]
