@@ -277,7 +277,8 @@ def test_a_day_cut_short_whose_samples_changed_says_how_to_go_on(days: Places) -
 
 def test_days_that_an_earlier_version_began_go_on(days: Places) -> None:
     """Its settings of the optimiser stood in section train, some had no name."""
-    follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
+    old = {"run__name": "d", "optim__ids": "rowwise_adam", "optim__ids_lr": "null"}
+    follow(config_of(days, **old), SoloComm(), last=DAYS[0])
     folder = days.folder / "runs" / "d"
     for file, read, write in (
         (folder / "daily.json", json.loads, json.dumps),
@@ -287,10 +288,10 @@ def test_days_that_an_earlier_version_began_go_on(days: Places) -> None:
         optim = values.pop("optim")
         values["train"] |= {name: optim[name] for name in ("lr", "lr_gamma", "lr_every", "id_l2")}
         file.write_text(write(values))
-    follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[1])
+    follow(config_of(days, **old), SoloComm(), last=DAYS[1])
     assert [row["day"] for row in table_of(folder)] == DAYS[:2]
     with pytest.raises(ConfigError, match=r"optim\.lr is 0\.5 here, 0\.01 there"):
-        follow(config_of(days, run__name="d", optim__lr=0.5), SoloComm(), last=DAYS[1])
+        follow(config_of(days, **old, optim__lr=0.5), SoloComm(), last=DAYS[1])
 
 
 def test_command(days: Places) -> None:
