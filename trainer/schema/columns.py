@@ -37,6 +37,7 @@ class Column:
     depth: int
     rows: int = 0
     nulls: int = 0
+    missing: int = 0  # values that are null or NaN, those in lists too
     values: int = 0
     distinct: DistinctCount = field(default_factory=DistinctCount)
     shortest: int | None = None  # of the innermost lists
@@ -150,6 +151,7 @@ def _innermost(column: Column, array: Any) -> Any:
 
 
 def _add_values(column: Column, array: Any) -> None:
+    column.missing += array.null_count
     array = array.drop_null()
     column.values += len(array)
     if column.content == "text":
@@ -162,6 +164,12 @@ def _add_values(column: Column, array: Any) -> None:
         column.is_binary &= all(text in ("0", "1") for text in islice(texts, 3))
     elif column.content in ("integer", "real") and len(array):
         values_N = array.to_numpy(zero_copy_only=False)
+        if column.content == "real":
+            is_nan_N = np.isnan(values_N)
+            column.missing += int(is_nan_N.sum())
+            values_N = values_N[~is_nan_N]
+            if not len(values_N):
+                return
         column.is_binary &= bool(((values_N == 0) | (values_N == 1)).all())
         column.smallest = min(float(values_N.min()), column.smallest if column.smallest is not None else np.inf)
         column.largest = max(float(values_N.max()), column.largest if column.largest is not None else -np.inf)

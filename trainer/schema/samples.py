@@ -79,7 +79,7 @@ def suggest(table: Table, label: str) -> Suggestion:
             made.left_out[column.name] = reason
             continue
         if kind == "dense":
-            made_of = {"width": width, "transform": _transform(column), "fill": "mean" if column.nulls else None}
+            made_of = {"width": width, "transform": _transform(column), "fill": "mean" if column.missing else None}
             _add(made, column, Field.model_validate({"name": column.name, "side": side, "kind": kind} | made_of))
         else:
             _add_ids(made, table, column, side, kind)
@@ -203,7 +203,7 @@ def _is_gallery(column: Column) -> bool:
 def _weights_of(column: Column, table: Table) -> str | None:
     """The column of weights of these ids, where there is one: called as they are, and of real numbers."""
     weights = table.columns.get(f"{column.name}{WEIGHT_SUFFIX}")
-    if weights is None or column.content == "real" or weights.content != "real" or weights.nulls:
+    if weights is None or column.content == "real" or weights.content != "real" or weights.nulls or weights.missing:
         return None
     return weights.name if weights.depth == column.depth else None
 

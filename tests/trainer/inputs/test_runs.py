@@ -175,3 +175,25 @@ def test_inspect_suggests_and_check_prints(numbered: Any, tmp_path: Path) -> Non
     assert checked.exit_code == 0, checked.output
     assert '\nad_price_bucket  {"boundaries": [' in checked.output
     assert "fit the schema" in checked.output
+
+
+def test_inspect_sees_numbers_that_are_missing(tmp_path: Path) -> None:
+    """Those in lists and NaN too: a run refuses both without fill."""
+    nan, columns = float("nan"), {"user": [1, 2, 3], "ad_item": [[1, 2], [3], [4]], "label": [[0, 1], [1], [0]]}
+    numbers = {
+        "height": [1.5, nan, 250.0],
+        "ad_price": [[1.0, None], [200.0], [3.0]],
+        "ad_rate": [[nan, 0.5], [0.1], [0.2]],
+        "ad_item_weight": [[nan, 0.5], [0.1], [0.2]],
+    }
+    (tmp_path / "train").mkdir()
+    table = pa.table({name: pa.array(values) for name, values in (columns | numbers).items()})
+    pq.write_table(table, tmp_path / "train/a.parquet")
+    (tmp_path / "schema.yaml").write_text(CliRunner().invoke(schema_app, ["inspect", str(tmp_path)]).output)
+    fields = {f.name: f for f in load_schema(tmp_path / "schema.yaml").fields}
+    assert {name: (fields[name].transform, fields[name].fill) for name in ("height", "ad_price", "ad_rate")} == {
+        "height": ("log_standardize", "mean"),
+        "ad_price": ("log_standardize", "mean"),
+        "ad_rate": (None, "mean"),
+    }
+    assert fields["ad_item"].weights is None
