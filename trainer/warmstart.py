@@ -22,6 +22,7 @@ from trainer.config import WarmPart
 from trainer.errors import CheckpointError
 from trainer.inputs.statistics import DECLARED
 from trainer.optim import check_names
+from trainer.options import ModelConfig
 
 _PREFIXES: Mapping[WarmPart, str] = {"images": "stores.", "model": "model."}
 
@@ -113,8 +114,9 @@ class _Chosen:
 
 def _check_layers(model: Mapping[str, Any], warm: WarmStart) -> None:
     """What the layers make of the same values is a matter of these settings, which the values' shapes do not tell."""
-    theirs = legacy.BEFORE["model"] | warm.state.origin.model
-    for name in ("multi_hot", "activation"):
+    theirs = ModelConfig().model_dump() | legacy.BEFORE["model"] | warm.state.origin.model
+    heads = ["transformer_heads"] if model["pooling"] == "transformer" else []
+    for name in ("multi_hot", "activation", *heads):
         if model[name] != theirs[name]:
             raise CheckpointError(
                 f"warm start from {warm.path}, part model: it was trained with model.{name}={theirs[name]}, this run "

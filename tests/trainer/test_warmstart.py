@@ -128,6 +128,20 @@ def test_other_shapes_are_named(own: Places, before: Path, parts: str, changes: 
         opened(own, run__warm_start=before, run__warm_parts=parts, **changes)
 
 
+def test_settings_that_no_shape_tells_are_noticed(own: Places, before: Path) -> None:
+    transformer = {"model__pooling": "transformer", "model__transformer_heads": 4}
+    attending = trained(own, "attending", 1, **transformer)
+    for run, changes, name in (
+        (before, {"model__multi_hot": "sum"}, "multi_hot=mean"),
+        (before, {"model__activation": "prelu"}, "activation=relu"),
+        (attending, {**transformer, "model__transformer_heads": 2}, "transformer_heads=4"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"trained with model\.{name}, .*leave model out"):
+            opened(own, run__warm_start=run, **changes)
+    opened(own, run__warm_start=before, model__transformer_heads=4).close()  # no transformer
+    opened(own, run__warm_start=attending, **transformer).close()
+
+
 def test_fields_in_another_order_are_noticed(own: Places, before: Path, tmp_path: Path) -> None:
     schema = yaml.safe_load(DEFAULT_SCHEMA.read_text())
     schema["fields"].reverse()
