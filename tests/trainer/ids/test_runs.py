@@ -133,7 +133,7 @@ class TestAnotherOptimizer:
 
     def test_another_learning_rate_is_not(self, trained: Train) -> None:
         """Rows make up for the steps before at the rates of then."""
-        trained("a", optim__ids="adam", train__max_steps=20)
+        trained("a", optim__ids="adam", optim__ids_lr=0.01, train__max_steps=20)
         run = trained("a", optim__ids="adam", optim__ids_lr=1e-9, train__max_steps=21, run__resume="latest")
         rates = tensors_of(run)["ids/learning_rates"]
         assert rates.tolist() == [0.01] * 20 + [1e-9]
