@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from featurestore.keys import key_of_uri, sampled, splitmix64
+from featurestore.keys import key_of_uri, sampled, splitmix64, stream_start
 
 _LEVELS = 256  # of a random byte
 
@@ -35,7 +35,7 @@ class EmbeddingDropout:
         `name` names the network and the layer. The share is rounded to a 256th.
         """
         below = round(share * _LEVELS)
-        start = np.uint64(key_of_uri(f"{self.seed}/embedding_dropout/{self.step}/{name}") & 0xFFFFFFFFFFFFFFFF)
+        start = stream_start(f"{self.seed}/embedding_dropout/{self.step}/{name}")
         of_key_Q1 = splitmix64((splitmix64(keys_Q) + start).view(np.int64))[:, None]
         words_QW = splitmix64((of_key_Q1 + np.arange(-(-width // 8), dtype=np.uint64)).view(np.int64))
         drawn_QW = words_QW.astype("<u8", copy=False).view(np.uint8)[:, :width]

@@ -84,6 +84,16 @@ def owned_shards(num_shards: int, rank: int, num_ranks: int) -> list[int]:
     return list(range(rank, num_shards, num_ranks))
 
 
+def stream_start(name: str) -> np.uint64:
+    """Where a stream of random numbers starts: number n of it is the splitmix64 of the start plus n."""
+    return np.uint64(key_of_uri(name) & 0xFFFFFFFFFFFFFFFF)
+
+
+def unit_interval(words_N: UInt64Array) -> npt.NDArray[np.float64]:
+    """Random 64 bits as numbers in [0, 1), each by its upper 53 bits."""
+    return (words_N >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def sampled(keys_N: npt.ArrayLike, share: float, seed: int) -> npt.NDArray[np.bool_]:
     """Which keys are in a random share of all keys, (N,): decided by key and seed alone, so equal on every rank.
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featurestore.keys import key_of_uri, splitmix64
+from featurestore.keys import splitmix64, stream_start, unit_interval
 from trainer.batch import Batch
 from trainer.exchange import FieldVectors
 from trainer.schema import Schema
@@ -82,15 +82,14 @@ def dropped(
     neither on the number of ranks nor on what was drawn before.
     """
     drawn_B = random_words(f"{seed}/id_dropout/{step}", first_sample, num_samples)
-    is_dropped_B: NDArray[np.bool_] = (drawn_B >> np.uint64(11)).astype(np.float64) * 2.0**-53 < rate
+    is_dropped_B: NDArray[np.bool_] = unit_interval(drawn_B) < rate
     return is_dropped_B
 
 
 def random_words(stream: str, first: int, count: int) -> NDArray[np.uint64]:
     """Random 64 bits number `first` and the next ones of a stream, (count,), whatever was drawn before: splitmix64 of
     the stream's start plus the number."""
-    start = np.uint64(key_of_uri(stream) & 0xFFFFFFFFFFFFFFFF)
-    counter_N = np.arange(first, first + count, dtype=np.uint64) + start
+    counter_N = np.arange(first, first + count, dtype=np.uint64) + stream_start(stream)
     return splitmix64(counter_N.view(np.int64))
 
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featurestore.keys import UInt64Array, key_of_uri, owned_shards, shard_of_hash, splitmix64
+from featurestore.keys import UInt64Array, owned_shards, shard_of_hash, splitmix64, stream_start
 from trainer.errors import CheckpointError, ConfigError
 from trainer.ids.admission import CountingFilter, counters_for
 from trainer.ids.optimizers import LAST_WEIGHT
@@ -306,8 +306,7 @@ def first_vectors(
     with mean 0 and standard deviation `scale`, and by counter; here from (seed, table, id) and, after the first one,
     the epoch."""
     stream = f"{seed}/{shape.name}" + (f"/{epoch}" if epoch else "")
-    salt = np.uint64(key_of_uri(stream) & 0xFFFFFFFFFFFFFFFF)
-    start_N = splitmix64((hash_N ^ salt).view(np.int64))
+    start_N = splitmix64((hash_N ^ stream_start(stream)).view(np.int64))
     counter_NV: UInt64Array = start_N[:, None] + np.arange(shape.width, dtype=np.uint64)[None, :]
     return uniform(counter_NV.reshape(-1), scale).reshape(-1, shape.width)
 

@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featurestore.distinct import DistinctCount
-from featurestore.keys import UInt64Array, key_of_uri, owned_shards, owner_of, shard_of, shard_of_hash, splitmix64
+from featurestore.keys import (
+    UInt64Array,
+    owned_shards,
+    owner_of,
+    shard_of,
+    shard_of_hash,
+    splitmix64,
+    stream_start,
+    unit_interval,
+)
 from trainer.errors import CheckpointError, ConfigError
 from trainer.ids.optimizers import LAST_WEIGHT, RowOptimizer
 from trainer.ids.rows import WEIGHT, Rows, StatePart, row_bytes
@@ -356,14 +365,13 @@ def initial_rows(shape: TableShape, shard: int, seed: int, scale: float, epoch: 
     plus row x width + column.
     """
     stream = f"{seed}/{shape.name}/{shard}" + (f"/{epoch}" if epoch else "")
-    start = np.uint64(key_of_uri(stream) & 0xFFFFFFFFFFFFFFFF)
-    counter = np.arange(shape.rows_per_shard * shape.width, dtype=np.uint64) + start
+    counter = np.arange(shape.rows_per_shard * shape.width, dtype=np.uint64) + stream_start(stream)
     return uniform(counter, scale).reshape(shape.rows_per_shard, shape.width)
 
 
 def uniform(counter_N: UInt64Array, scale: float) -> NDArray[np.float64]:
     """Numbers of mean 0 and standard deviation `scale`, (N,), each by its counter alone."""
-    unit_N = (splitmix64(counter_N.view(np.int64)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    unit_N = unit_interval(splitmix64(counter_N.view(np.int64)))
     unit_N -= 0.5
     unit_N *= scale * 12**0.5
     return unit_N
