@@ -140,8 +140,9 @@ def test_the_mean_of_the_behaviour_images_meets_the_ad_in_products(images: str, 
     )
     assert with_products.input_width == without.input_width + 5 + 2
     fields, dense, group_of_sample = inputs_of(with_products, settings)
-    plain, seen = without.images(fields, dense, group_of_sample), with_products.images(fields, dense, group_of_sample)
-    ad = torch.cat([*plain[:-2], *without.id_vectors("ad", fields), *without.dense_values("ad", dense)], dim=1)
+    others = [*without.id_vectors("ad", fields), *without.dense_values("ad", dense)]
+    plain, seen = (each.images(fields, dense, group_of_sample, others) for each in (without, with_products))
+    ad = torch.cat([*plain[:-2], *others], dim=1)
     assert ad.shape[1] == of_ad
     products = [
         pooled * (ad @ of_ad.weight.T)

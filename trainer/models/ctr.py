@@ -80,15 +80,9 @@ class CtrModel(nn.Module):
     def inputs(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
         """Everything that the model knows of each sample, (B, input_width)."""
         user = [*self.id_vectors("user", fields), *self.dense_values("user", dense)]
-        return torch.cat(
-            [
-                *self.of_group(user, group_of_sample_B),
-                *self.id_vectors("ad", fields),
-                *self.dense_values("ad", dense),
-                *self.images(fields, dense, group_of_sample_B),
-            ],
-            dim=1,
-        )
+        ad = [*self.id_vectors("ad", fields), *self.dense_values("ad", dense)]
+        images = self.images(fields, dense, group_of_sample_B, ad)
+        return torch.cat([*self.of_group(user, group_of_sample_B), *ad, *images], dim=1)
 
     def id_vectors(self, side: Side, fields: Fields) -> list[Tensor]:
         """ID vectors of one side, (M, W) for each field."""
@@ -107,13 +101,12 @@ class CtrModel(nn.Module):
         """Dense values of one side, (M, W) for each field."""
         return [dense[field.name] for field in self._of(side, "dense")]
 
-    def images(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> list[Tensor]:
+    def images(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor, ad: list[Tensor]) -> list[Tensor]:
         """The ad's visual vectors, and the aggregated ones of the behaviours, (B, W) for each content field; then,
         where they are asked for, the products of their means with the ad, and the tiers of similarity, (B, T) for each
-        behaviour field."""
+        behaviour field. `ad`: its `id_vectors` and `dense_values`."""
         visual = [one_each(fields[field.name]) for field in self._of("ad", "content")]
-        ids = [*self.id_vectors("ad", fields), *self.dense_values("ad", dense)] if self.aggregators else []
-        asking = (visual if self._asks_with_images else []), (ids if self._asks_with_ids else [])
+        asking = (visual if self._asks_with_images else []), (ad if self._asks_with_ids else [])
         queries = [torch.cat(each, dim=1) for each in asking if each]
         names, of_sample_B = list(self.aggregators), group_of_sample_B
         tiers = [dense[tiers_of(name)] for name in names] if self._num_tiers else []
@@ -124,7 +117,7 @@ class CtrModel(nn.Module):
         pooled = [pool(fields[name], of_sample_B, queries) for pool, name in pools]
         products = []
         if self.products:
-            ad_BW = torch.cat([*visual, *ids], dim=1)
+            ad_BW = torch.cat([*visual, *ad], dim=1)
             means = (take_rows(mean_pool(fields[name]), of_sample_B) for name in names)
             products = [each * of_ad(ad_BW) for each, of_ad in zip(means, self.products.values(), strict=True)]
         return [*visual, *pooled, *products, *tiers]

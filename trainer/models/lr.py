@@ -31,11 +31,12 @@ class Lr(CtrModel):
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
-        ids = [*self.of_group(self.id_vectors("user", fields), group_of_sample_B), *self.id_vectors("ad", fields)]
+        ids_of_ad, dense_of_ad = self.id_vectors("ad", fields), self.dense_values("ad", dense)
+        ids = [*self.of_group(self.id_vectors("user", fields), group_of_sample_B), *ids_of_ad]
         others = [
             *self.of_group(self.dense_values("user", dense), group_of_sample_B),
-            *self.dense_values("ad", dense),
-            *self.images(fields, dense, group_of_sample_B),
+            *dense_of_ad,
+            *self.images(fields, dense, group_of_sample_B, [*ids_of_ad, *dense_of_ad]),
         ]
         logit_B = self.bias.expand(len(group_of_sample_B))
         if ids:
