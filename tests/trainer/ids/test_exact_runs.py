@@ -11,12 +11,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 from typer.testing import CliRunner
 
 from jobs.export_ids import app
-from trainer.checkpoint import find
+from tests.trainer.ids.saved import tensors_of
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.daily import follow
@@ -43,12 +41,6 @@ def trained(places: Places, tmp_path: Path) -> Train:
         return tmp_path / name
 
     return run
-
-
-def tensors_of(run: Path) -> dict[str, Tensor]:
-    """What the newest checkpoint holds."""
-    path = find(run / "checkpoints", "latest")
-    return {name: value for file in path.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
 def ids_of(run: Path, table: str) -> set[int]:

@@ -10,9 +10,9 @@ import pytest
 import torch
 import xxhash
 import yaml
-from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.trainer.ids.saved import tensors_of
 from trainer.checkpoint import find, read_state
 from trainer.comm import SoloComm
 from trainer.config import load_config
@@ -36,12 +36,6 @@ def trained(places: Places, tmp_path: Path) -> Train:
         return tmp_path / name
 
     return run
-
-
-def tensors_of(run: Path) -> dict[str, Tensor]:
-    """What the newest checkpoint holds."""
-    path = find(run / "checkpoints", "latest")
-    return {name: value for file in path.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
 @pytest.mark.parametrize("ids", ["adam", "adagrad", "rowwise_adagrad", "rowwise_adam", "ftrl"])
