@@ -207,8 +207,8 @@ def claim_folder(run: Run) -> list[Path]:
         with _disk_errors_told(run.config):
             removed = _overwrite(run) if run.config.run.overwrite else []
             run.folder.mkdir(parents=True, exist_ok=True)
-            if run.config.run.resume is None:
-                (run.folder / dictionary.FILE).unlink(missing_ok=True)  # of a run that did not come to a checkpoint
+            if _resumed_folder(run) != run.folder.resolve():
+                (run.folder / dictionary.FILE).unlink(missing_ok=True)  # of a run that this one does not go on with
             save_config(run.config, run.folder / "config.yaml")
             write_statistics(run.folder, run.schema, run.origin.data)
         return removed
@@ -219,14 +219,23 @@ def claim_folder(run: Run) -> list[Path]:
 
 
 def _keep_dictionary(run: Run) -> None:
-    """Writes ids.parquet, unless the run goes on and has it. Raises DataError, ConfigError on all ranks together."""
-    goes_on = run.config.run.resume is not None
-    if goes_on and run.comm.on_rank_0((run.folder / dictionary.FILE).is_file):
-        return
+    """Writes ids.parquet, unless the run goes on and has it; with the entries of the run whose ID rows it goes on from,
+    or begins with, in another folder. Raises DataError, ConfigError on all ranks together."""
+    if run.comm.on_rank_0(lambda: (run.folder / dictionary.FILE).is_file()):
+        return  # `claim_folder` removes another run's
     warm = run.warm_start
-    earlier = warm.path.parents[1] / dictionary.FILE if warm and "ids" in warm.parts else None
+    before = run.comm.on_rank_0(lambda: _resumed_folder(run))
+    if before is None and warm is not None and "ids" in warm.parts:
+        before = warm.path.resolve().parents[1]
+    earlier = before / dictionary.FILE if before is not None else None
     with _disk_errors_told(run.config):
         dictionary.write_dictionary(run.comm, run.folder, run.train_reader.index, rules_of(run.schema), earlier)
+
+
+def _resumed_folder(run: Run) -> Path | None:
+    """The folder of the run that wrote the checkpoint which this one goes on from: its own, or another one's."""
+    resume = run.config.run.resume
+    return None if resume is None else checkpoint.find(run.checkpoints, resume).resolve().parents[1]
 
 
 def _overwrite(run: Run) -> list[Path]:

@@ -152,6 +152,21 @@ def test_a_run_that_takes_id_rows_takes_their_texts(run: Path, wordy: Places, tm
         assert (hashed("gone") in entries(wordy.folder / "runs" / parts)) == has
 
 
+def test_a_run_that_goes_on_from_another_folder_takes_its_texts(run: Path, wordy: Places) -> None:
+    """Also where a third run has left its own dictionary in the new folder; a warm start's texts stay through both."""
+    first = run.parent / "with-rows-of-before"
+    shutil.copytree(run, first)
+    gone = {hashed("gone"): "gone"}
+    dictionary._write_part(first / FILE, gone | expected(wordy))
+    second = run.parent / "second"
+    shutil.copytree(run, second)
+    dictionary._write_part(second / FILE, {hashed("of a third run"): "of a third run"})
+    checkpoint = min((first / "checkpoints").iterdir())
+    resumed = settings(wordy, run__name="second", run__resume=checkpoint, run__overwrite=True)
+    train(load_config(settings=[*resumed, "train.max_steps=4"]), SoloComm())
+    assert entries(second) == gone | expected(wordy)
+
+
 def said(*arguments: object, code: int = 0) -> str:
     result = CliRunner().invoke(app, [str(each) for each in arguments])
     assert result.exit_code == code, result.output
