@@ -106,6 +106,7 @@ def train(config: Config, comm: "Comm") -> None:
     from trainer.run import claim_folder, open_run
     from trainer.signals import StopSignals
     from trainer.train import Training, total_steps
+    from trainer.warmstart import not_taken
 
     started = time.time()
     comm.deadline_s = config.run.deadline_s
@@ -123,6 +124,8 @@ def train(config: Config, comm: "Comm") -> None:
                 progress.say(f"removed by run.overwrite=true: {', '.join(path.name for path in removed)}")
             if run.warm_start:
                 progress.say(f"warm start from {run.warm_start.path}: {', '.join(run.warm_start.parts) or 'nothing'}")
+                if untaken := not_taken(run.origin.model, run.warm_start):
+                    progress.say(f"not taken, as no field of this run has them: ID tables {', '.join(untaken)}")
             training = Training(run, progress, signals)
             training.fit()
             training.totals.missing_by_store = {name: each.missing_count for name, each in run.partitions.items()}

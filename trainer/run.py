@@ -221,7 +221,7 @@ def claim_folder(run: Run) -> list[Path]:
 def _keep_dictionary(run: Run) -> None:
     """Writes ids.parquet, unless the run goes on and has it; with the entries of the run whose ID rows it goes on from,
     or begins with, in another folder. Raises DataError, ConfigError on all ranks together."""
-    if run.comm.on_rank_0(lambda: (run.folder / dictionary.FILE).is_file()):
+    if run.comm.on_rank_0((run.folder / dictionary.FILE).is_file):
         return  # `claim_folder` removes another run's
     warm = run.warm_start
     before = run.comm.on_rank_0(lambda: _resumed_folder(run))

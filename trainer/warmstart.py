@@ -20,7 +20,7 @@ from trainer.checkpoint import CheckpointState, Origin
 from trainer.comm import Comm
 from trainer.config import WarmPart
 from trainer.errors import CheckpointError
-from trainer.inputs.statistics import DECLARED
+from trainer.inputs.statistics import DECLARED, FOUND
 from trainer.optim import check_names
 from trainer.options import ModelConfig
 
@@ -62,7 +62,7 @@ def load(comm: Comm, warm: WarmStart, origin: Origin, trained: Warmable) -> None
     """Copies the chosen groups into `trained`; ranks may be more or fewer than those that wrote the checkpoint.
 
     Raises CheckpointError on all ranks where a file is damaged, where E would see features of another kind than those
-    it was trained on, or where what is chosen has other names or shapes here.
+    it was trained on, where what is chosen has other names or shapes here, or where it would mean something else.
     """
     if not warm.parts:
         return
@@ -71,6 +71,8 @@ def load(comm: Comm, warm: WarmStart, origin: Origin, trained: Warmable) -> None
     if "model" in warm.parts:
         _check_fields(origin.model, warm)
         _check_layers(origin.model, warm)
+    if "ids" in warm.parts:
+        _check_rows(origin.model, warm)
     rows = {} if "ids" in warm.parts else {"files": {checkpoint.DENSE: warm.state.files[checkpoint.DENSE]}}
     checkpoint.load(comm, warm.path, warm.state.model_copy(update=rows), _Chosen(warm, trained))
 
@@ -112,28 +114,92 @@ class _Chosen:
             ) from failure
 
 
+def not_taken(model: Mapping[str, Any], warm: WarmStart) -> list[str]:
+    """The earlier run's ID tables that are asked for, and that this run has no field for."""
+    mine, theirs = (
+        {field.get("table") or name for name, field in each["fields"].items() if field["kind"] in ("id", "multi_id")}
+        for each in (model, warm.state.origin.model)
+    )
+    return sorted(theirs - mine) if "ids" in warm.parts else []
+
+
 def _check_layers(model: Mapping[str, Any], warm: WarmStart) -> None:
-    """What the layers make of the same values is a matter of these settings, which the values' shapes do not tell."""
-    theirs = ModelConfig().model_dump() | legacy.BEFORE["model"] | warm.state.origin.model
-    heads = ["transformer_heads"] if model["pooling"] == "transformer" else []
-    for name in ("multi_hot", "activation", *heads):
-        if model[name] != theirs[name]:
+    """What the layers make of the same values is a matter of these settings, which the values' shapes may not tell."""
+    theirs = _settings_of(warm)
+    differing = [name for name in sorted(_meaning(model) | _meaning(theirs)) if model[name] != theirs[name]]
+    if (model["image_holdout"] > 0) != (theirs["image_holdout"] > 0):  # new ads' pictures have a scale and a shift
+        differing.append("image_holdout")
+    if differing:
+        was, has = (", ".join(f"model.{name}={each[name]}" for name in differing) for each in (theirs, model))
+        raise CheckpointError(
+            f"warm start from {warm.path}, part model: it was trained with {was}, this run has {has}; set {was}, or "
+            "leave model out of run.warm_parts"
+        )
+
+
+def _meaning(model: Mapping[str, Any]) -> set[str]:
+    """The settings that decide on what the layers of a model mean, those alone that its other settings do not make
+    idle. How layers are trained (dropout, their start) may differ; their sizes differ by their shapes."""
+    names = {"base", "images", "multi_hot", "activation", "batch_norm"}
+    if model["base"] == "dcn":
+        names.add("cross_structure")
+    if model["base"] == "finalmlp":
+        names.add("feature_gates")
+    if model["images"] in ("behavior", "both") and model["base"] != "two_tower":
+        names |= {"pooling", "similarity_top_k"}
+        if model["base"] != "lr":
+            names.add("image_products")
+        if model["pooling"] == "transformer":
+            names.add("transformer_heads")
+    return names
+
+
+def _check_rows(model: Mapping[str, Any], warm: WarmStart) -> None:
+    """Rows of the same shape may be of other buckets, or lie where this run does not take them for untrained."""
+    theirs = _settings_of(warm)
+    for name in model["fields"].keys() & theirs["fields"].keys():
+        here, there = ([each["fields"][name].get(key) for key in ("buckets", "boundaries")] for each in (model, theirs))
+        if here != there:
             raise CheckpointError(
-                f"warm start from {warm.path}, part model: it was trained with model.{name}={theirs[name]}, this run "
-                f"has {model[name]}; set model.{name}={theirs[name]}, or leave model out of run.warm_parts"
+                f"warm start from {warm.path}, part ids: the buckets of field {name} begin elsewhere in this run; use "
+                "its data.schema_file, or leave ids out of run.warm_parts"
             )
+    if model["image_holdout"] and theirs["id_init_std"] > model["id_init_std"]:
+        raise CheckpointError(
+            f"warm start from {warm.path}, part ids: its rows started with model.id_init_std={theirs['id_init_std']}, "
+            f"and with model.image_holdout={model['image_holdout']} an ad is new while its rows lie within this run's "
+            f"{model['id_init_std']}, so none would be; leave ids out of run.warm_parts, or set model.image_holdout=0"
+        )
+
+
+def _settings_of(warm: WarmStart) -> dict[str, Any]:
+    """The earlier run's model, settings that it did not know yet as they were then."""
+    return ModelConfig().model_dump() | legacy.BEFORE["model"] | warm.state.origin.model
 
 
 def _check_fields(model: Mapping[str, Any], warm: WarmStart) -> None:
-    """The first layer's columns belong to fields by their order, which its shape does not tell."""
-    mine, theirs = (
-        [(name, *(field.get(key) for key in ("side", *DECLARED))) for name, field in each["fields"].items()]
-        for each in (model, warm.state.origin.model)
-    )
-    if mine != theirs:
-        differing = [str(field) for field in [*mine, *theirs] if (field in mine) != (field in theirs)]
+    """The first layer's columns belong to fields by their order, which its shape does not tell; nor does it tell how
+    numbers are scaled, and how the values of a row or the images of a gallery become one."""
+    mine, theirs = _described(model["fields"]), _described(warm.state.origin.model["fields"])
+    differing = [
+        f"{name}, {key}" + ("" if key in FOUND else f"={theirs[name][key]}, here {mine[name][key]}")
+        for name in mine.keys() & theirs.keys()
+        for key in mine[name]
+        if mine[name][key] != theirs[name][key]
+    ]
+    differing += [f"{name} is in one of the two alone" for name in mine.keys() ^ theirs.keys()]
+    if differing or list(mine) != list(theirs):
         raise CheckpointError(
             f"warm start from {warm.path}, part model: its schema has other fields "
-            f"({', '.join(differing) or 'the same in another order'}), so its layers read other inputs; "
+            f"({'; '.join(sorted(differing)) or 'the same in another order'}), so its layers read other inputs; "
             "use its data.schema_file, or leave model out of run.warm_parts"
         )
+
+
+def _described(fields: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What decides, by field, on the meaning of what the layers read."""
+    keys = ("side", *DECLARED, *FOUND, "gallery")
+    return {
+        name: {key: field.get(key) for key in keys} | {"weights": "a column" if field.get("weights") else None}
+        for name, field in fields.items()
+    }

@@ -1,5 +1,6 @@
 """Warm starts: what is taken and what stays fresh, by group; what does not fit is refused, with the way to go on."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 from featurestore.upkeep.recode import recode
 from trainer import main
-from trainer.checkpoint import find
+from trainer.checkpoint import DENSE, CheckpointState, Origin, find
 from trainer.comm import SoloComm
 from trainer.config import load_config
 from trainer.errors import CheckpointError
+from trainer.options import ModelConfig
 from trainer.run import Run, open_run
 from trainer.schema import DEFAULT_SCHEMA
+from trainer.warmstart import WarmStart, load
 
 Places = Any
 State = dict[str, torch.Tensor]
@@ -120,7 +123,11 @@ def test_options_of_the_command(own: Places, before: Path) -> None:
         ("full", {"model__table_shards": 8}, r"part ids: .*leave ids out"),
         ("[ids]", {"model__table_shards": 2}, r"part ids: .*leave ids out"),
         ("partial", {"model__images": "none"}, "has an E for images, and this run uses none; set model.images"),
-        ("partial", {"model__pooling": "sum"}, r"part model: the checkpoint is of another model"),
+        (
+            "partial",
+            {"model__pooling": "sum"},
+            r"part model: it was trained with model\.pooling=attentive, .* has model\.pooling=sum; .*leave model out",
+        ),
     ],
 )
 def test_other_shapes_are_named(own: Places, before: Path, parts: str, changes: dict[str, Any], message: str) -> None:
@@ -128,18 +135,98 @@ def test_other_shapes_are_named(own: Places, before: Path, parts: str, changes: 
         opened(own, run__warm_start=before, run__warm_parts=parts, **changes)
 
 
-def test_settings_that_no_shape_tells_are_noticed(own: Places, before: Path) -> None:
-    transformer = {"model__pooling": "transformer", "model__transformer_heads": 4}
-    attending = trained(own, "attending", 1, **transformer)
-    for run, changes, name in (
-        (before, {"model__multi_hot": "sum"}, "multi_hot=mean"),
-        (before, {"model__activation": "prelu"}, "activation=relu"),
-        (attending, {**transformer, "model__transformer_heads": 2}, "transformer_heads=4"),
+ONE_POOLING = {"model__pooling": "sum", "model__image_products": False}
+
+
+@pytest.mark.parametrize(
+    ("trained_with", "changes", "told"),
+    [
+        ({}, {"model__multi_hot": "sum"}, "model.multi_hot=mean, this run has model.multi_hot=sum"),
+        ({}, {"model__activation": "prelu"}, "model.activation=relu, this run"),
+        (ONE_POOLING, {**ONE_POOLING, "model__pooling": "mean"}, "model.pooling=sum, this run has model.pooling=mean"),
+        (ONE_POOLING, {**ONE_POOLING, "model__similarity_top_k": 2}, "model.similarity_top_k=0, this run"),
+        ({**ONE_POOLING, "model__images": "ad"}, {**ONE_POOLING, "model__images": "behavior"}, "model.images=ad"),
+        ({}, {"model__image_holdout": 0.1}, "model.image_holdout=0.0, this run has model.image_holdout=0.1"),
+        ({}, {"model__base": "dcn", "model__pooling": "sum"}, "model.base=mlp, model.pooling=attentive, this run has"),
+        (
+            {"model__pooling": "transformer", "model__transformer_heads": 4},
+            {"model__pooling": "transformer", "model__transformer_heads": 2},
+            "model.transformer_heads=4, this run",
+        ),
+    ],
+)
+def test_settings_that_no_shape_tells_are_noticed(
+    own: Places, trained_with: dict[str, Any], changes: dict[str, Any], told: str
+) -> None:
+    run = trained(own, re.sub(r"\W+", "-", told), 1, **trained_with)
+    with pytest.raises(CheckpointError, match=rf"trained with {re.escape(told)}.*leave model out"):
+        opened(own, run__warm_start=run, run__warm_parts="[model]", **changes)
+    opened(own, run__warm_start=run, run__warm_parts="[images,ids]", **changes).close()
+    opened(own, run__warm_start=run, **trained_with).close()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__transformer_heads": 4, "model__cross_structure": "stacked", "model__feature_gates": False},  # idle
+        {"model__dropout": 0.2, "model__id_dropout": 0.2, "model__init": "torch", "model__id_init_std": 0.05},
+    ],
+)
+def test_settings_that_change_no_meaning_may_differ(own: Places, before: Path, changes: dict[str, Any]) -> None:
+    opened(own, run__warm_start=before, run__warm_parts="full", **changes).close()
+
+
+def test_rows_that_no_longer_tell_new_ads_are_refused(own: Places) -> None:
+    run = trained(own, "far", 1, model__id_init_std=0.05, model__images="ad")
+    changes = {"model__image_holdout": 0.1, "model__images": "ad", "run__warm_start": run}
+    with pytest.raises(
+        CheckpointError, match=r"part ids: its rows started with model\.id_init_std=0\.05.*leave ids out"
     ):
-        with pytest.raises(CheckpointError, match=rf"trained with model\.{name}, .*leave model out"):
-            opened(own, run__warm_start=run, **changes)
-    opened(own, run__warm_start=before, model__transformer_heads=4).close()  # no transformer
-    opened(own, run__warm_start=attending, **transformer).close()
+        opened(own, run__warm_parts="[ids]", **changes)
+    opened(own, run__warm_parts="[images]", **changes).close()
+
+
+def test_tables_that_are_not_taken_are_told(own: Places, before: Path, tmp_path: Path) -> None:
+    schema = yaml.safe_load(DEFAULT_SCHEMA.read_text())
+    schema["fields"] = [field for field in schema["fields"] if field.get("table") not in ("scene", "category")]
+    (tmp_path / "schema.yaml").write_text(yaml.safe_dump(schema))
+    settings = own.settings(
+        run__name="fewer",
+        train__max_steps=1,
+        run__warm_start=before,
+        run__warm_parts="[ids]",
+        data__schema_file=tmp_path / "schema.yaml",
+    )
+    said = CliRunner().invoke(main.app, ["--set", *settings]).stdout
+    assert "not taken, as no field of this run has them: ID tables category, scene" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "part", "told"),
+    [
+        ({"age": {"std": [2.0]}}, "model", r"part model: .*other fields \(age, std\)"),
+        ({"ad_image": {"gallery": "max"}}, "model", r"\(ad_image, gallery=None, here max\)"),
+        ({"ad_item": {"weights": "ad_weight"}}, "model", r"\(ad_item, weights=None, here a column\)"),
+        ({"price": {"boundaries": [1.0, 3.0]}}, "ids", "part ids: the buckets of field price begin elsewhere"),
+        ({"price": {"boundaries": [1.0, 3.0]}}, "model", r"other fields \(price, boundaries\)"),
+    ],
+)
+def test_fields_that_mean_something_else_are_noticed(change: dict[str, Any], part: Any, told: str) -> None:
+    """Where neither names nor shapes tell."""
+    fields: dict[str, dict[str, Any]] = {
+        "age": {"side": "user", "kind": "dense", "transform": "standardize", "mean": [0.0], "std": [1.0]},
+        "price": {"side": "ad", "kind": "id", "boundaries": [1.0, 2.0]},
+        "ad_item": {"side": "ad", "kind": "id", "table": "item"},
+        "ad_image": {"side": "ad", "kind": "content"},
+    }
+    model = ModelConfig().model_dump()
+    theirs, mine = (
+        Origin(data={}, train={}, store={}, model={**model, "fields": each})
+        for each in (fields, {name: field | change.get(name, {}) for name, field in fields.items()})
+    )
+    state = CheckpointState.model_construct(origin=theirs, files={DENSE: ""})
+    with pytest.raises(CheckpointError, match=told):
+        load(SoloComm(), WarmStart(Path("old"), state, (part,)), mine, None)  # type: ignore[arg-type]
 
 
 def test_fields_in_another_order_are_noticed(own: Places, before: Path, tmp_path: Path) -> None:
