@@ -8,7 +8,7 @@ from trainer.errors import ConfigError
 from trainer.exchange import FieldVectors
 from trainer.models.build import build_model
 from trainer.models.newads import NewAds, build_new_ads
-from trainer.options import ModelConfig
+from trainer.options import ExactTableConfig, ModelConfig
 from trainer.schema import Field, Schema
 
 ITEM = Field(name="ad_item", side="ad", kind="id", table="item")
@@ -88,3 +88,16 @@ def test_an_id_crossed_with_the_context_does_not_tell_a_new_ad() -> None:
 def test_rows_that_start_far_from_zero_cannot_tell_new_ads() -> None:
     with pytest.raises(ConfigError, match=r"image_holdout=0.1 .* model.id_init_std=0.05 .* set it to 0.001 or less"):
         load_config(None, ["model.image_holdout=0.1", "model.id_init_std=0.05"])
+
+
+def test_ids_that_wait_for_their_row_cannot_tell_new_ads() -> None:
+    def built(admit_after: int, **values: object) -> bool:
+        exact = ExactTableConfig(kind="exact", max_rows=9, admit_after=admit_after)
+        config = _config(tables={"item": 9, "image": exact}).model_copy(update=values)
+        return build_model(SCHEMA, config).new_ads is not None
+
+    with pytest.raises(ConfigError, match=r"image_holdout=0.1 .* set model.tables.image.admit_after=1, or"):
+        built(2)
+    assert built(1)
+    assert not built(2, image_holdout=0.0)
+    assert not built(2, images="none")

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from trainer.dropout import own_ids_of_ads
+from trainer.errors import ConfigError
 from trainer.exchange import FieldVectors
 from trainer.models.fields import width_of
 from trainer.models.layers import segment_max, take_rows
-from trainer.options import ModelConfig
+from trainer.options import ExactTableConfig, ModelConfig
 from trainer.schema import Field, Schema
 
 _ROUNDING = 1.01  # a row may have been rounded on its way (exchange.wire_dtype)
@@ -60,8 +61,24 @@ class NewAds(nn.Module):
 
 def build_new_ads(schema: Schema, fields: Sequence[Field], config: ModelConfig) -> NewAds | None:
     """None where no image is held out, or the model sees no picture of the ad, or the ad has no ID of its own. An ID
-    crossed with the context does not count: an ad's vector is made where there is none (trainer.prerank)."""
+    crossed with the context does not count: an ad's vector is made where there is none (trainer.prerank). Raises
+    ConfigError where an ID table would hide all new ads."""
     images = [field for field in fields if field.kind == "content" and field.side == "ad"]
     of_context = {field.name for field in fields if field.context}
     own_ids = [name for name in own_ids_of_ads(schema) if name not in of_context]
-    return NewAds(images, own_ids, config) if config.image_holdout and images and own_ids else None
+    if not (config.image_holdout and images and own_ids):
+        return None
+    _check_tables([field.table_name for field in fields if field.name in own_ids], config)
+    return NewAds(images, own_ids, config)
+
+
+def _check_tables(own_tables: Sequence[str], config: ModelConfig) -> None:
+    """Ids that wait for a row of their own share one that is trained, and would never be those of a new ad."""
+    for name in own_tables:
+        table = config.tables.get(name)
+        if isinstance(table, ExactTableConfig) and table.admit_after > 1:
+            raise ConfigError(
+                f"model.image_holdout={config.image_holdout} takes an ad for new while its ID rows are untrained, and "
+                f"with model.tables.{name}.admit_after={table.admit_after} new ids share a trained row; set "
+                f"model.tables.{name}.admit_after=1, or model.image_holdout=0"
+            )
