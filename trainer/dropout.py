@@ -41,20 +41,21 @@ class IdDropout:
             return dict(vectors)
         rate: float | NDArray[np.float64] = self.rate
         if self._held_out:
-            of_images = [_all_of(batch, name, held_out) for name, held_out in self._held_out.items()]
-            rate = np.where(np.all(of_images, axis=0), max(self.rate, HELD_OUT_RATE), self.rate)
+            rate = np.where(_all_held_out(batch, self._held_out), max(self.rate, HELD_OUT_RATE), self.rate)
         dropped_B = torch.from_numpy(dropped(self._seed, step, batch.first_sample, batch.num_samples, rate))
         return {name: _zeroed(field, dropped_B) if name in self.fields else field for name, field in vectors.items()}
 
 
-def _all_of(batch: Batch, name: str, held_out: HeldOut) -> NDArray[np.bool_]:
-    """Of which samples all images of the ad are held out, (B,): an ad has one, or a gallery."""
-    is_out_N = held_out(batch.fields[name].values_N)
-    if name not in batch.galleries:
-        return is_out_N
-    sizes_B = batch.galleries[name].values_N
-    sample_N = np.repeat(np.arange(len(sizes_B)), sizes_B)
-    is_all_B: NDArray[np.bool_] = np.bincount(sample_N, weights=~is_out_N, minlength=len(sizes_B)) == 0
+def _all_held_out(batch: Batch, held_out: Mapping[str, HeldOut]) -> NDArray[np.bool_]:
+    """Of which samples the ad has images and all of them are held out, (B,): of each content one, or a gallery."""
+    num_images_B, num_known_B = np.zeros(batch.num_samples), np.zeros(batch.num_samples)
+    for name, is_held_out in held_out.items():
+        is_known_N = ~is_held_out(batch.fields[name].values_N)
+        sizes_B = batch.galleries[name].values_N if name in batch.galleries else np.ones(batch.num_samples, np.int64)
+        sample_N = np.repeat(np.arange(batch.num_samples), sizes_B)
+        num_images_B += sizes_B
+        num_known_B += np.bincount(sample_N, weights=is_known_N, minlength=batch.num_samples)
+    is_all_B: NDArray[np.bool_] = (num_known_B == 0) & (num_images_B > 0)
     return is_all_B
 
 

@@ -116,4 +116,19 @@ def test_an_ad_with_a_gallery_is_held_out_where_all_of_its_images_are() -> None:
         {"ad_item": _field([[1]] * 1000)}, batch, 0
     )
     is_gone = (given["ad_item"].vectors_UV[given["ad_item"].index_N] == 0).all(1).numpy().reshape(200, 5)
-    assert (is_gone.any(0) == [True, False, False, True, True]).all()
+    assert (is_gone.any(0) == [True, False, False, True, False]).all()  # the last has no images
+
+
+def test_an_ad_with_several_contents_is_held_out_where_all_that_it_has_are() -> None:
+    sizes = {"ad_image": [1, 1, 1, 0, 0], "ad_frames": [1, 1, 0, 1, 0]}
+    keys = {"ad_image": [0, 0, 0], "ad_frames": [0, 1, 1]}
+    of_ads = {
+        name: Jagged(np.array(keys[name] * 200), np.array([1] * len(keys[name]) * 200, np.int32)) for name in keys
+    }
+    galleries = {name: Jagged(np.array(sizes[name] * 200), np.ones(1000, np.int32)) for name in sizes}
+    none = np.zeros(0)
+    batch = Batch(of_ads, {}, none, np.zeros(1000, np.float32), none, 1000, galleries=galleries)
+    held_out = dict.fromkeys(keys, lambda keys_N: keys_N == 0)
+    given = IdDropout(SCHEMA, 0.0, 1, held_out)({"ad_item": _field([[1]] * 1000)}, batch, 0)
+    is_gone = (given["ad_item"].vectors_UV[given["ad_item"].index_N] == 0).all(1).numpy().reshape(200, 5)
+    assert (is_gone.any(0) == [True, False, True, False, False]).all()
