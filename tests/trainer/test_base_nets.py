@@ -91,6 +91,15 @@ class TestEveryBaseNet:
         for name in dense:
             assert not torch.equal(model(fields, {**dense, name: 1 + dense[name]}, group_of_sample), before), name
 
+    def test_looks_its_ids_up_once(self, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        settings = config(base=base)
+        model = build_model(SCHEMA, settings)
+        sides = []
+        id_vectors = model.id_vectors
+        monkeypatch.setattr(model, "id_vectors", lambda side, fields: sides.append(side) or id_vectors(side, fields))
+        model(*inputs_of(model, settings))
+        assert sorted(sides) == ["ad", "user"]
+
     def test_a_sample_does_not_see_the_others(self, base: str) -> None:
         settings = config(base=base)
         model = build_model(SCHEMA, settings)

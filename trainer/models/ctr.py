@@ -79,8 +79,17 @@ class CtrModel(nn.Module):
 
     def inputs(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
         """Everything that the model knows of each sample, (B, input_width)."""
-        user = [*self.id_vectors("user", fields), *self.dense_values("user", dense)]
-        ad = [*self.id_vectors("ad", fields), *self.dense_values("ad", dense)]
+        user, ad = self.of_side("user", fields, dense), self.of_side("ad", fields, dense)
+        return self.put_together(user, ad, fields, dense, group_of_sample_B)
+
+    def of_side(self, side: Side, fields: Fields, dense: Dense) -> list[Tensor]:
+        """ID vectors and dense values of one side, (M, W) for each field."""
+        return [*self.id_vectors(side, fields), *self.dense_values(side, dense)]
+
+    def put_together(
+        self, user: list[Tensor], ad: list[Tensor], fields: Fields, dense: Dense, group_of_sample_B: Tensor
+    ) -> Tensor:
+        """`inputs`, of what `of_side` has made of both sides."""
         images = self.images(fields, dense, group_of_sample_B, ad)
         return torch.cat([*self.of_group(user, group_of_sample_B), *ad, *images], dim=1)
 
@@ -93,7 +102,7 @@ class CtrModel(nn.Module):
         ]
 
     def side_width(self, side: Side, config: ModelConfig) -> int:
-        """Numbers of a row of `id_vectors` and `dense_values` of one side together."""
+        """Numbers of a row of `of_side`."""
         fields = self._of(side, "id", "multi_id", "dense")
         return sum(width_of(field, config) for field in fields if field.name not in self._elsewhere)
 
@@ -104,7 +113,7 @@ class CtrModel(nn.Module):
     def images(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor, ad: list[Tensor]) -> list[Tensor]:
         """The ad's visual vectors, and the aggregated ones of the behaviours, (B, W) for each content field; then,
         where they are asked for, the products of their means with the ad, and the tiers of similarity, (B, T) for each
-        behaviour field. `ad`: its `id_vectors` and `dense_values`."""
+        behaviour field. `ad`: its `of_side`."""
         visual = [one_each(fields[field.name]) for field in self._of("ad", "content")]
         asking = (visual if self._asks_with_images else []), (ad if self._asks_with_ids else [])
         queries = [torch.cat(each, dim=1) for each in asking if each]

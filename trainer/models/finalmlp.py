@@ -62,12 +62,11 @@ class FinalMlp(CtrModel):
         self.fusion = BilinearFusion(config.mlp[-1], config.fusion_heads)
 
     def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
-        input_BW = of_user_BW = of_ad_BW = self.inputs(fields, dense, group_of_sample_B)
+        user, ad = self.of_side("user", fields, dense), self.of_side("ad", fields, dense)
+        input_BW = of_user_BW = of_ad_BW = self.put_together(user, ad, fields, dense, group_of_sample_B)
         if self.user_gates is not None:
-            context_GC = torch.cat([*self.id_vectors("user", fields), *self.dense_values("user", dense)], dim=1)
-            of_user_BW = input_BW * take_rows(self.user_gates(context_GC), group_of_sample_B)
+            of_user_BW = input_BW * take_rows(self.user_gates(torch.cat(user, dim=1)), group_of_sample_B)
         if self.ad_gates is not None:
-            context_BC = torch.cat([*self.id_vectors("ad", fields), *self.dense_values("ad", dense)], dim=1)
-            of_ad_BW = input_BW * self.ad_gates(context_BC)
+            of_ad_BW = input_BW * self.ad_gates(torch.cat(ad, dim=1))
         logit_B: Tensor = self.fusion(self.user_mlp(of_user_BW), self.ad_mlp(of_ad_BW))
         return logit_B
