@@ -18,6 +18,8 @@ LearningRate = Annotated[float, Field(gt=0, le=10)]
 RateDecay = Annotated[float, Field(gt=0, le=1)]
 LARGEST_UNTRAINED = 0.001
 """Of model.id_init_std: a first step of Adam moves a row as far."""
+MOST_EXACT_ROWS = (1 << 31) - 1
+"""Of a shard: the map from ids to rows holds numbers of 32 bits with a sign (trainer/ids/rowmap.py)."""
 Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
@@ -166,6 +168,17 @@ class ModelConfig(Section):
                 f"and with model.id_init_std={self.id_init_std} trained rows lie there too; set it to "
                 f"{LARGEST_UNTRAINED} or less"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_have_numbers(self) -> "ModelConfig":
+        for name, table in self.tables.items():
+            if isinstance(table, ExactTableConfig) and -(-table.max_rows // self.table_shards) > MOST_EXACT_ROWS:
+                enough = 1 << (-(-table.max_rows // MOST_EXACT_ROWS) - 1).bit_length()
+                raise ValueError(
+                    f"model.tables.{name}.max_rows={table.max_rows} is more than {MOST_EXACT_ROWS} rows a shard, with "
+                    f"model.table_shards={self.table_shards}; lower it, or set model.table_shards={enough}"
+                )
         return self
 
     @field_validator("table_shards")

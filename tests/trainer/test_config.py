@@ -180,3 +180,18 @@ def test_what_several_settings_do_together_is_told_without_all_others() -> None:
         load_config(None, ["optim.ids=ftrl", "optim.ids_weight_decay=0.1"])
     line = "configuration: optim.ids_weight_decay does nothing with optim.ids=ftrl; set optim.ftrl_l2 instead"
     assert str(caught.value) == line
+
+
+def test_rows_that_have_no_number_are_refused_with_the_shards_that_would_do() -> None:
+    def load(rows: int, shards: int) -> None:
+        table = f"model.tables.item={{kind: exact, max_rows: {rows}}}"
+        load_config(settings=[table, f"model.table_shards={shards}"])
+
+    most = 2**31 - 1
+    load(4 * most, 4)
+    told = rf"model\.tables\.item\.max_rows={4 * most + 1} is more than {most} rows a shard, with model\.table_shards=4"
+    with pytest.raises(ConfigError, match=told) as caught:
+        load(4 * most + 1, 4)
+    assert str(caught.value).endswith("lower it, or set model.table_shards=8")
+    assert "\n" not in str(caught.value)
+    load(4 * most + 1, 8)
