@@ -28,9 +28,9 @@ from trainer.errors import ConfigError, DataError
 from trainer.machine import share_machine
 from trainer.models.fields import used_fields
 from trainer.optim import check_names
-from trainer.step import image_model, networks_of
 from trainer.stores import store_places
 from trainer.trained import SavedRun, finite, read_run
+from trainer.wiring import image_model, networks_of
 
 VECTOR = "vector"
 # Also rows of a row group. E takes .3 to .6 of the time an image that it takes in the store's blocks of 256.

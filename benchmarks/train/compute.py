@@ -15,7 +15,7 @@ from trainer.batch import Batch
 from trainer.exchange import FieldVectors
 from trainer.routing import unique
 from trainer.run import Run
-from trainer.step import model_name
+from trainer.wiring import model_name
 
 
 class Compute:

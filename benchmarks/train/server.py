@@ -18,7 +18,7 @@ from trainer.batch import Batch
 from trainer.exchange import FieldVectors, Request
 from trainer.routing import Int64, bucketize_by_owner, unique
 from trainer.run import Run
-from trainer.step import model_name
+from trainer.wiring import model_name
 
 
 @dataclass(frozen=True)

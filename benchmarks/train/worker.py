@@ -22,7 +22,7 @@ from featurestore.partition import FeaturePartition
 from trainer.batch import Batch, Jagged
 from trainer.exchange import Request
 from trainer.run import Run
-from trainer.step import model_name
+from trainer.wiring import model_name
 
 KEPT_BATCHES = 2
 """On disk, read over and over: a batch of the paper's shape is 0.8 GB."""

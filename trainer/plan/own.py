@@ -19,7 +19,7 @@ from trainer.plan.build import Plan, Stored, build
 from trainer.plan.calibrate import Calibration
 from trainer.plan.cost import BatchCounts, Widths, decoded_samples
 from trainer.plan.sample import LARGEST_MEASURED, Question, Sampled, sample
-from trainer.step import model_name, table_shapes
+from trainer.wiring import model_name, table_shapes
 
 _FLOAT_BYTES = 4
 

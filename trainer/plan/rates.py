@@ -38,8 +38,9 @@ from trainer.plan.cost import Piece, Rates
 from trainer.prefetch import ReadAhead, prepare_ahead
 from trainer.routing import Int64
 from trainer.schema import load_schema
-from trainer.step import Engine, Prepared, model_name
+from trainer.step import Engine, Prepared
 from trainer.stores import store_places
+from trainer.wiring import model_name
 
 # Rounds of steps by themselves and of the real loop take turns, so that a slow moment of the machine hits both alike.
 _ROUNDS, _STEPS, _LOOP_STEPS, _WARM_UP = 3, 4, 6, 2

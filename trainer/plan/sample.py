@@ -16,8 +16,8 @@ from trainer.models.fields import used_fields
 from trainer.plan.draws import Drawn, Population, population
 from trainer.routing import Int64
 from trainer.schema import Schema, load_schema
-from trainer.step import model_name, table_shapes
 from trainer.stores import store_places
+from trainer.wiring import model_name, table_shapes
 
 _DRAWN_BATCHES = 4
 _LEAST_DRAWN, _MOST_DRAWN = 100_000, 1_000_000

@@ -24,7 +24,7 @@ from featurestore.dropout import EmbeddingDropout
 from trainer.dropout import HELD_OUT_RATE, dropped, random_words
 from trainer.ids.exact import ExactShape
 from trainer.ids.tables import TableShape, initial_rows
-from trainer.step import shape_of
+from trainer.wiring import shape_of
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-6
 

@@ -11,7 +11,7 @@ from trainer.errors import ConfigError, SchemaError
 from trainer.inputs.transform import bucket_ids, dense_values
 from trainer.options import ModelConfig
 from trainer.schema import Field, Schema, load_schema
-from trainer.step import table_shapes
+from trainer.wiring import table_shapes
 
 NAN = float("nan")
 
