@@ -103,7 +103,7 @@ Results = dict[str, dict]
 def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results]:
     """Results of a job of P ranks, run once."""
     folder = tmp_path_factory.mktemp("equivalence")
-    script = "import scenarios, pathlib, sys; scenarios.make_store(pathlib.Path(sys.argv[1]))"
+    script = "import worlds, pathlib, sys; worlds.make_store(pathlib.Path(sys.argv[1]))"
     _run([sys.executable, "-c", script, str(folder / "store")])
     done: dict[int, Results] = {}
 

@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 import torch
-from scenarios import SEED, Sample
+from scenarios import SEED
 from torch import Tensor
+from worlds import Sample
 
 from featurestore.keys import shard_of, splitmix64
 from trainer.ids.exact import ExactShape, first_vectors

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scenarios import Sample, gallery_of, pair_of
 from torch import Tensor
+from worlds import Sample, gallery_of, pair_of
 
 if TYPE_CHECKING:
     from reference import Reference

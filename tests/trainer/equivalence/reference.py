@@ -16,9 +16,10 @@ import torch
 from exact import PlainIds, ids_in
 from forward import logit
 from rows import PlainRows
-from scenarios import SCENARIOS, SEED, TEXT_WIDTH, Sample, Scenario, features, steps, texts
+from scenarios import SCENARIOS, SEED, TEXT_WIDTH, Scenario
 from torch import Tensor
 from torch.nn import functional
+from worlds import Sample, features, steps, texts
 
 from featurestore.dropout import EmbeddingDropout
 from trainer.dropout import HELD_OUT_RATE, dropped, random_words

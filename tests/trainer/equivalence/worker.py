@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scenarios import OPTIM, SCENARIOS, SEED, Scenario, batch_of, batch_of_file, scenarios_for, slice_of_rank, steps
+from scenarios import OPTIM, SCENARIOS, SEED, Scenario, scenarios_for
+from worlds import batch_of, batch_of_file, slice_of_rank, steps
 
 from featurestore import FeatureStore
 from featurestore.partition import FeaturePartition
