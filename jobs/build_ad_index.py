@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
-from featurestore.commandline import run_app, say_error
+from featurestore.commandline import run_app
 from featurestore.commands.common import progress_bar
-from featurestore.errors import FeatureStoreError
 from featurestore.index import IndexKind
+from trainer.cli import WhichCheckpoint, failures_told
 from trainer.comm import SoloComm
-from trainer.errors import TrainerError
 from trainer.prerank.ads import Ads, ads_of_samples, ads_of_table, keys_to_remove
 from trainer.prerank.artifact import MAX_GONE, MIN_RECALL, AdIndex, Changes, Vectors
 from trainer.prerank.evaluate import user_queries
@@ -71,9 +70,7 @@ def main(
             min=0, max=1, help="Recall@10 that ivf and hnsw have to reach; less is told.", show_default=str(MIN_RECALL)
         ),
     ] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="A step, or the path of a checkpoint.", show_default="the newest")
-    ] = None,
+    checkpoint: WhichCheckpoint = None,
     store_version: Annotated[
         int | None, typer.Option(min=1, help="Snapshot of the features.", show_default="the newest")
     ] = None,
@@ -99,7 +96,7 @@ def main(
     }
     _check_options({name for name, value in given.items() if value not in (None, False, [])})
     start, limit = time.monotonic(), MIN_RECALL if min_recall is None else min_recall
-    try:
+    with failures_told():
         if remove:
             old, lines = AdIndex.open(out), list[str]()
             index, changes = old.remove(keys_to_remove(remove, old.state.origin.key_column))
@@ -121,9 +118,6 @@ def main(
                 else:
                     index = _built(trained, out, kind or "flat", chosen, vectors_NW, limit)
                     changes = Changes(num_new=len(chosen.keys_N))
-    except (TrainerError, FeatureStoreError) as error:
-        say_error(error)
-        raise typer.Exit(1) from error
     typer.echo("\n".join([*lines[:2], *describe(index, changes, out, time.monotonic() - start), *lines[2:]]))
     if index.warning:
         typer.echo(f"warning: {index.warning}", err=True)

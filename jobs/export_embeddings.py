@@ -1,15 +1,14 @@
 """Export the visual vectors that a run's trained E makes of all images of a feature store."""
 
 import time
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from featurestore.commandline import run_app, say_error
+from featurestore.commandline import run_app
 from featurestore.commands.common import progress_bar
-from featurestore.errors import FeatureStoreError
-from trainer.errors import TrainerError
+from trainer.cli import WhichCheckpoint, check_ending, failures_told
 from trainer.export import ImageNetwork, export, open_network
 from trainer.trained import newest_run
 
@@ -31,9 +30,7 @@ def main(
     run: Annotated[
         Path | None, typer.Option(help="Folder of a run with images.", show_default="the newest in data/runs")
     ] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="A step, or the path of a checkpoint.", show_default="the newest")
-    ] = None,
+    checkpoint: WhichCheckpoint = None,
     network: Annotated[
         str | None, typer.Option(help="Which E, by STORE:NAME or a part of it; needed where a run has several.")
     ] = None,
@@ -49,16 +46,12 @@ def main(
     Parquet has the columns key, uri and vector (a list of float32), and says in its metadata (visual_vectors) of which
     run, checkpoint, store and snapshot they are; beside a .npy stands NAME.npy.json. build_semantic_ids takes both.
     """
-    if PurePosixPath(out).suffix not in (".parquet", ".npy"):
-        raise typer.BadParameter(f"{out} has to end with .parquet or .npy, a name before that", param_hint="--out")
+    check_ending(out, ".parquet", ".npy")
     start = time.monotonic()
-    try:
+    with failures_told():
         opened = open_network(run or newest_run(), which=checkpoint, network=network, store_version=store_version)
         with progress_bar("images") as progress:
             keys = export(opened, out, progress)
-    except (TrainerError, FeatureStoreError) as error:
-        say_error(error)
-        raise typer.Exit(1) from error
     typer.echo(describe(opened, out, keys, time.monotonic() - start))
 
 

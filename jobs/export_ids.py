@@ -1,15 +1,14 @@
 """Export the ids of an exact ID table of a run, and their vectors."""
 
 import time
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from featurestore.commandline import run_app, say_error
+from featurestore.commandline import run_app
 from featurestore.commands.common import progress_bar
-from featurestore.errors import FeatureStoreError
-from trainer.errors import TrainerError
+from trainer.cli import WhichCheckpoint, check_ending, failures_told
 from trainer.ids.export import export_table, open_table
 from trainer.trained import newest_run
 
@@ -31,9 +30,7 @@ def main(
         Path | None, typer.Option(help="Folder of a run with an exact table.", show_default="the newest in data/runs")
     ] = None,
     table: Annotated[str | None, typer.Option(help="Which table; needed where a run has several exact ones.")] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="A step, or the path of a checkpoint.", show_default="the newest")
-    ] = None,
+    checkpoint: WhichCheckpoint = None,
     out: Annotated[str, typer.Option(help="File to write, or replace: NAME.parquet.")] = "data/ids.parquet",
 ) -> None:
     """Export the ids of an exact ID table of a run, and their vectors.
@@ -41,16 +38,12 @@ def main(
     The file has the columns id, shard, last_use (a day) and vector (a list of float32). A row without an id is the cold
     row of its shard, which stands in for all ids of the shard that are not in the file.
     """
-    if PurePosixPath(out).suffix != ".parquet":
-        raise typer.BadParameter(f"{out} has to end with .parquet, a name before that", param_hint="--out")
+    check_ending(out, ".parquet")
     start = time.monotonic()
-    try:
+    with failures_told():
         opened = open_table(run or newest_run(), table, checkpoint)
         with progress_bar("shards") as progress:
             count = export_table(opened, out, progress)
-    except (TrainerError, FeatureStoreError) as error:
-        say_error(error)
-        raise typer.Exit(1) from error
     about = opened.describe()
     typer.echo(f"run          {about['run']}, {about['checkpoint']}, table {about['table']}")
     typer.echo(f"ids          {count:,}, in {about['num_shards']} shards with a cold row each")

@@ -1,4 +1,4 @@
-"""What the trainer's commands share: they connect, work, always close, and say in one line what went wrong.
+"""What the commands of the trainer and the jobs on its runs share: they connect, work, close, tell mistakes in a line.
 
 Exit codes: 0 done, 1 failed, 2 wrong settings, 130 stopped by a signal after a checkpoint. Quick to import: torch and
 Horovod are loaded when the ranks connect.
@@ -8,8 +8,11 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from featurestore.commandline import FAILED, OK, STOPPED, USAGE, say_error
 from trainer.errors import ConfigError, LostRankError, RemoteRankError, SchemaError, TrainerError
@@ -19,6 +22,11 @@ if TYPE_CHECKING:
 
 # horovodrun ends the other ranks when the first one fails: rank 0 has to be given the time to say why.
 _GRACE_S = 1.0
+
+WhichCheckpoint = Annotated[
+    str | None, typer.Option(help="A step, or the path of a checkpoint.", show_default="the newest")
+]
+"""The option --checkpoint of a job that reads a trained run."""
 
 
 def run_on_ranks(work: Callable[["Comm"], None], missing_key_advice: str = "") -> int:
@@ -39,6 +47,26 @@ def run_on_ranks(work: Callable[["Comm"], None], missing_key_advice: str = "") -
         sys.stdout.flush()
         os._exit(code)
     return code
+
+
+@contextlib.contextmanager
+def failures_told() -> Iterator[None]:
+    """Ends a job on one rank with 1 and one line where the trainer or a feature store raises an error of its own."""
+    from featurestore.errors import FeatureStoreError
+
+    try:
+        yield
+    except (TrainerError, FeatureStoreError) as error:
+        say_error(error)
+        raise typer.Exit(FAILED) from error
+
+
+def check_ending(out: str, *endings: str) -> None:
+    """Raises typer.BadParameter unless the file of --out has a name with one of these endings."""
+    if PurePosixPath(out).suffix not in endings:
+        raise typer.BadParameter(
+            f"{out} has to end with {' or '.join(endings)}, a name before that", param_hint="--out"
+        )
 
 
 def _guarded(comm: "Comm", work: Callable[["Comm"], None], missing_key_advice: str) -> int:

@@ -57,9 +57,7 @@ class ImageNetwork:
     def describe(self) -> dict[str, Any]:
         """What its vectors are of."""
         return {
-            "run": str(self.saved.folder),
-            "checkpoint": self.saved.path.name,
-            "checkpoint_digest": self.saved.digest,
+            **self.saved.named(),
             "network": f"{self.store}:{self.name}",
             "dim": self.model.out,
             **SnapshotId.of(self.snapshot).named(),

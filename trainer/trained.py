@@ -99,6 +99,10 @@ class SavedRun:
             f"such images get zeros ({num_lookups:,} lookups{', and those hidden at random' if hides else ''})"
         ]
 
+    def named(self) -> dict[str, str]:
+        """Of which run and checkpoint an exported file is, for its metadata."""
+        return {"run": str(self.folder), "checkpoint": self.path.name, "checkpoint_digest": self.digest}
+
     def notes_on_samples(self, changed: bool) -> list[str]:
         """The same where the training samples that are there now are not those of the checkpoint."""
         if not changed:

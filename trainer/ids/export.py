@@ -43,9 +43,7 @@ class SavedTable:
     def describe(self) -> dict[str, Any]:
         """What its rows are of."""
         return {
-            "run": str(self.saved.folder),
-            "checkpoint": self.saved.path.name,
-            "checkpoint_digest": self.saved.digest,
+            **self.saved.named(),
             "table": self.name,
             "num_shards": self.num_shards,
         }
