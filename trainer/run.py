@@ -207,7 +207,7 @@ def claim_folder(run: Run) -> list[Path]:
         with _disk_errors_told(run.config):
             removed = _overwrite(run) if run.config.run.overwrite else []
             run.folder.mkdir(parents=True, exist_ok=True)
-            if _resumed_folder(run) != run.folder.resolve():
+            if _resumed_folder(run) != run.folder:
                 (run.folder / dictionary.FILE).unlink(missing_ok=True)  # of a run that this one does not go on with
             save_config(run.config, run.folder / "config.yaml")
             write_statistics(run.folder, run.schema, run.origin.data)
@@ -226,7 +226,7 @@ def _keep_dictionary(run: Run) -> None:
     warm = run.warm_start
     before = run.comm.on_rank_0(lambda: _resumed_folder(run))
     if before is None and warm is not None and "ids" in warm.parts:
-        before = warm.path.resolve().parents[1]
+        before = warm.path.absolute().parents[1]
     earlier = before / dictionary.FILE if before is not None else None
     with _disk_errors_told(run.config):
         dictionary.write_dictionary(run.comm, run.folder, run.train_reader.index, rules_of(run.schema), earlier)
@@ -234,8 +234,11 @@ def _keep_dictionary(run: Run) -> None:
 
 def _resumed_folder(run: Run) -> Path | None:
     """The folder of the run that wrote the checkpoint which this one goes on from: its own, or another one's."""
-    resume = run.config.run.resume
-    return None if resume is None else checkpoint.find(run.checkpoints, resume).resolve().parents[1]
+    if run.config.run.resume is None:
+        return None
+    path = checkpoint.find(run.checkpoints, run.config.run.resume).absolute()
+    is_own = run.checkpoints.is_dir() and path.parent.samefile(run.checkpoints)
+    return run.folder if is_own else path.parents[1]
 
 
 def _overwrite(run: Run) -> list[Path]:

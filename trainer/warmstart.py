@@ -127,7 +127,7 @@ def _check_layers(model: Mapping[str, Any], warm: WarmStart) -> None:
     """What the layers make of the same values is a matter of these settings, which the values' shapes may not tell."""
     theirs = _settings_of(warm)
     differing = [name for name in sorted(_meaning(model) | _meaning(theirs)) if model[name] != theirs[name]]
-    if (model["image_holdout"] > 0) != (theirs["image_holdout"] > 0):  # new ads' pictures have a scale and a shift
+    if _tells_new_ads(model) != _tells_new_ads(theirs):
         differing.append("image_holdout")
     if differing:
         was, has = (", ".join(f"model.{name}={each[name]}" for name in differing) for each in (theirs, model))
@@ -154,6 +154,11 @@ def _meaning(model: Mapping[str, Any]) -> set[str]:
     return names
 
 
+def _tells_new_ads(model: Mapping[str, Any]) -> bool:
+    """Whether the pictures of new ads have a scale and a shift of their own."""
+    return model["image_holdout"] > 0 and model["images"] in ("ad", "both")
+
+
 def _check_rows(model: Mapping[str, Any], warm: WarmStart) -> None:
     """Rows of the same shape may be of other buckets, or lie where this run does not take them for untrained."""
     theirs = _settings_of(warm)
@@ -164,7 +169,7 @@ def _check_rows(model: Mapping[str, Any], warm: WarmStart) -> None:
                 f"warm start from {warm.path}, part ids: the buckets of field {name} begin elsewhere in this run; use "
                 "its data.schema_file, or leave ids out of run.warm_parts"
             )
-    if model["image_holdout"] and theirs["id_init_std"] > model["id_init_std"]:
+    if _tells_new_ads(model) and theirs["id_init_std"] > model["id_init_std"]:
         raise CheckpointError(
             f"warm start from {warm.path}, part ids: its rows started with model.id_init_std={theirs['id_init_std']}, "
             f"and with model.image_holdout={model['image_holdout']} an ad is new while its rows lie within this run's "

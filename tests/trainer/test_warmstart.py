@@ -184,6 +184,8 @@ def test_rows_that_no_longer_tell_new_ads_are_refused(own: Places) -> None:
     ):
         opened(own, run__warm_parts="[ids]", **changes)
     opened(own, run__warm_parts="[images]", **changes).close()
+    idle = {"model__image_holdout": 0.1, "model__images": "none", "run__warm_start": run}
+    opened(own, run__warm_parts="[ids]", **idle).close()
 
 
 def test_tables_that_are_not_taken_are_told(own: Places, before: Path, tmp_path: Path) -> None:
