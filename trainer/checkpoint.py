@@ -80,7 +80,8 @@ class Origin(Section):
         """
         self.check_store(recorded, path)
         unknown = {"model": ModelConfig().model_dump() | legacy.BEFORE["model"], "optim": legacy.BEFORE["optim"]}
-        lines = _differing(self.model_dump(), recorded.model_dump(), unknown)
+        theirs = {**recorded.model_dump(), "model": legacy.with_tables_up_to_date(recorded.model)}
+        lines = _differing(self.model_dump(), theirs, unknown)
         if lines:
             raise CheckpointError(
                 f"{path} belongs to another run; start a new one, or set back:\n  " + "\n  ".join(lines)

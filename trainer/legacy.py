@@ -22,6 +22,9 @@ BEFORE: dict[str, dict[str, Any]] = {
 """What was so before there was the setting, by section, where the preset may say something else now: a saved run that
 lacks one goes on as it was."""
 
+OF_EXACT_TABLES = {"when_full": "refuse"}
+"""The same of the settings of an exact ID table."""
+
 
 def moved(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The old and the new name of each setting in `values`, by section, that has moved."""
@@ -41,7 +44,21 @@ def up_to_date(saved: Mapping[str, Any]) -> dict[str, Any]:
     for section, known in BEFORE.items():
         if isinstance(found := values.get(section, {}), dict):
             values[section] = known | found
+    if isinstance(model := values.get("model"), dict):
+        values["model"] = with_tables_up_to_date(model)
     return values
+
+
+def with_tables_up_to_date(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Section model of a saved configuration, with `OF_EXACT_TABLES` where there was none."""
+    if not isinstance(tables := model.get("tables"), Mapping):
+        return dict(model)
+    filled = {name: OF_EXACT_TABLES | table if _is_exact(table) else table for name, table in tables.items()}
+    return {**model, "tables": filled}
+
+
+def _is_exact(table: Any) -> bool:
+    return isinstance(table, Mapping) and table.get("kind") == "exact"
 
 
 def is_saved(file: Path) -> bool:

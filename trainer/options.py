@@ -28,7 +28,9 @@ class ExactTableConfig(Section):
 
     kind: Literal["exact"]
     max_rows: TableRows
-    """Ids that have rows at a time; further ones stay at the cold row. Every shard takes its part, rounded up."""
+    """Ids that have rows at a time. Every shard takes its part, rounded up."""
+    when_full: Literal["evict", "refuse"] = "evict"
+    """What a new id finds in a full shard: the rows longest unused make room (LRU), or it stays at the cold row."""
     admit_after: Annotated[int, Field(ge=1, le=255)] = 1
     """Training steps in which an id has to occur until it has a row of its own; before, it has its shard's cold row."""
     expire_days: Annotated[int, Field(ge=1, le=36_500)] | None = None

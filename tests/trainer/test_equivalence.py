@@ -38,6 +38,8 @@ RUNS = [
     "dropout_rank_without_data/float64",
     "exact/float64",
     "exact_rank_without_data/float64",
+    "exact_evicting/float64",
+    "exact_evicting_rank_without_data/float64",
     "embedding_dropout/float64",
     "image_holdout/float64",
     "missing_learned/float64",
@@ -90,7 +92,7 @@ MODEL_RUNS = [
 ]
 # Layers that take the statistics of all ranks' rows: one collective forward and one backward each.
 NORMS = {"batch_norm": 2, "batch_norm_rank_without_data": 2, "dice": 4, "dice_rank_without_data": 3, "finalmlp": 5}
-OF_FILTERS = ("/counts", "/faded", "/last_use")
+OF_FILTERS = ("/counts", "/faded", "/last_use", "/used_at", "/clock")
 """Of exact tables, beside rows and ids; see tests/trainer/ids."""
 RANKS = [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)]
 
@@ -190,6 +192,17 @@ class TestEquivalence(Equivalence):
 @pytest.mark.parametrize("num_ranks", [1, 2])
 class TestModels(Equivalence):
     """Every aggregator, every base net, and two contents an item, each in a store of its own."""
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_rows_make_room_many_times(num_ranks: int, results_of: Callable[[int], Results], reference: Results) -> None:
+    for run, tables in {
+        "exact_evicting": ("user", "item", "image"),
+        "exact_evicting_rank_without_data": ("user", "image"),
+    }.items():
+        found, expected = (each[f"{run}/float64"]["evicted"] for each in (results_of(num_ranks), reference))
+        assert found == expected
+        assert all(found[table] >= 20 for table in tables), found
 
 
 @pytest.mark.parametrize("num_ranks", RANKS)

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from trainer import legacy
+from trainer.checkpoint import Origin
 from trainer.comm import SoloComm
 from trainer.config import load_config, load_saved, save_config
 from trainer.errors import CheckpointError, ConfigError
@@ -75,6 +76,27 @@ def test_a_run_of_the_time_before_image_products_has_none(tmp_path: Path) -> Non
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     assert not load_saved(tmp_path / "config.yaml").model.image_products
     assert load_config().model.image_products
+
+
+def test_an_exact_table_of_the_time_before_evictions_refuses(tmp_path: Path) -> None:
+    table = "model.tables.item={kind: exact, max_rows: 9, admit_after: 3}"
+    config = load_config(settings=["run.name=x", table])
+    assert config.model.tables["item"].when_full == "evict"
+    save_config(config, tmp_path / "config.yaml")
+    values = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del values["model"]["tables"]["item"]["when_full"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    saved = load_saved(tmp_path / "config.yaml")
+    assert saved.model.tables == {**config.model.tables, "item": saved.model.tables["item"]}
+    assert saved.model.tables["item"].when_full == "refuse"
+
+    def origin(model: dict[str, object]) -> Origin:
+        return Origin(data={}, train={}, model=model, store={})
+
+    recorded = origin(values["model"])
+    origin(saved.model.model_dump()).check_same(recorded, tmp_path)
+    with pytest.raises(CheckpointError, match=r"tables\.item\.when_full is 'evict' here, 'refuse' in the checkpoint"):
+        origin(config.model.model_dump()).check_same(recorded, tmp_path)
 
 
 class TestARunOfTheFirstVersion:

@@ -1,4 +1,5 @@
-"""Exact ID tables: a row for each id, admitted after it was seen some times, and let go when it is no longer used.
+"""Exact ID tables: a row for each id, admitted after it was seen some times, and let go when it is no longer used, or
+when it is the one longest unused in a full shard.
 
 Every shard has room for its part of `max_rows` rows and one more, row 0, the *cold row*: it stands in for all ids of
 the shard that have no row of their own, is trained by their samples, and begins with zeros. All that a shard holds
@@ -20,6 +21,7 @@ from torch import Tensor
 from featurestore.keys import UInt64Array, owned_shards, shard_of_hash, splitmix64, stream_start
 from trainer.errors import CheckpointError, ConfigError
 from trainer.ids.admission import CountingFilter, counters_for
+from trainer.ids.eviction import CLOCK, USED_AT, count_to_evict, longest_unused, order_of_use
 from trainer.ids.optimizers import LAST_WEIGHT
 from trainer.ids.rowmap import RowMap, map_bytes
 from trainer.ids.rows import WEIGHT, Rows
@@ -55,8 +57,14 @@ class ExactShape(TableShape):
         return f"model.tables.{self.name}.max_rows={self.num_rows}"
 
     @property
+    def evicts(self) -> bool:
+        """Whether rows make room for new ids in a full shard."""
+        return self.rules.when_full == "evict"
+
+    @property
     def index_bytes(self) -> int:
-        return map_bytes(self.rows_per_shard) + np.int32().itemsize * self.rows_per_shard + self.counters_per_shard
+        marks = 2 if self.evicts else 1
+        return map_bytes(self.rows_per_shard) + marks * 4 * self.rows_per_shard + self.counters_per_shard
 
 
 @dataclass
@@ -77,12 +85,14 @@ class ExactCounts:
     """What happened on this rank since the run, or its resumption, began.
 
     `served`: unique ids of training steps, summed over steps; `cold`: those of them that got the cold row; `refused`:
-    those that got it because their shard was full. `expired`: rows that were let go.
+    those that got it because their shard was full. `evicted`: rows that made room for others; `expired`: rows that were
+    let go at the beginning of a day.
     """
 
     served: int = 0
     cold: int = 0
     refused: int = 0
+    evicted: int = 0
     expired: int = 0
 
 
@@ -97,6 +107,10 @@ class ExactTable(IdTable):
         self.filter = CountingFilter(num_slots, shape.counters_per_shard) if shape.counters_per_shard else None
         self.last_use: NDArray[np.int32] = np.zeros(num_slots * shape.rows_per_shard, np.int32)
         """The day on which each place was last used in training, in days since 1970-01-01."""
+        self.used_at: NDArray[np.int32] = np.zeros(len(self.last_use) if shape.evicts else 0, np.int32)
+        """The step in which each place was last used in training, by the shard's clock."""
+        self._clock_S = np.zeros(num_slots, np.int32)
+        """Training steps that a shard has been through, those of the runs before included that a warm start took."""
         self._faded_S = np.zeros(num_slots, np.int32)
         """The day on which a shard's counts were last halved, or first counted."""
         self.counts, self._day = ExactCounts(), 0
@@ -133,10 +147,11 @@ class ExactTable(IdTable):
         """Which rows the ids of a request have in this step, (U,), and the one of each id, (Q,): several ids have one
         cold row, which is read once, so that it is moved once."""
         is_training = request.is_training and torch.is_grad_enabled()
-        place_Q = self._places(request, is_training)
+        place_Q = self._places(request, request.place_Q)
+        if is_training:
+            place_Q = self._use(request, place_Q)
         cold_Q = place_Q % self.shape.rows_per_shard == 0
         if is_training:
-            self.last_use[place_Q] = self._day
             self.counts.served += len(place_Q)
             self.counts.cold += int(cold_Q.sum())
         rows_U, inverse_Q = _once(place_Q, cold_Q)
@@ -185,7 +200,9 @@ class ExactTable(IdTable):
             self._import(slot, self._parts_of(slot, state, list(self._kept_of(slot))))
 
     def warm_names(self) -> list[str]:
-        return [self._name(shard, part) for shard in self.shards for part in _WARM]
+        """Those of `used_at` and `clock` may be lacking."""
+        parts = (*_WARM, USED_AT, CLOCK) if self.shape.evicts else _WARM
+        return [self._name(shard, part) for shard in self.shards for part in parts]
 
     def begin_with(self, state: Mapping[str, Tensor]) -> None:
         """Takes ids, weights and days of last use; and counts, where there are as many counters here."""
@@ -193,6 +210,8 @@ class ExactTable(IdTable):
             parts = self._parts_of(slot, state, _WARM)
             if self.optimizer.lags:
                 parts[LAST_WEIGHT] = parts[WEIGHT]
+            if self.shape.evicts:
+                parts |= order_of_use(state, self._name(self.shards[slot], ""), parts[LAST_USE])
             if len(parts[COUNTS]) != self.shape.counters_per_shard:
                 del parts[COUNTS], parts[FADED]
             self._import(slot, parts)
@@ -207,19 +226,33 @@ class ExactTable(IdTable):
             )
         return {part: state[name] for part, name in name_of.items()}
 
-    def _places(self, request: ExactRequest, is_training: bool) -> Int64:
-        """The place of each id; where `is_training`, ids are counted and given rows before."""
-        place_Q = request.place_Q.copy()
-        lost_Q = np.flatnonzero(place_Q % self.shape.rows_per_shard == 0)
-        if not len(lost_Q):
-            return place_Q
-        slot_M, hash_M, ids_M = request.slot_Q[lost_Q], request.hash_Q[lost_Q], request.ids_Q[lost_Q]
-        place_M = self.map.places(slot_M, hash_M, ids_M)
-        if is_training:
-            waiting_M = np.flatnonzero(place_M % self.shape.rows_per_shard == 0)
-            place_M[waiting_M] = self._admit(slot_M[waiting_M], hash_M[waiting_M], ids_M[waiting_M])
-        place_Q[lost_Q] = place_M
+    def _places(self, request: ExactRequest, before_Q: Int64) -> Int64:
+        """The place of each id as it is now, (Q,), whatever has come, gone and moved since they were `before_Q`."""
+        place_Q = before_Q.copy()
+        lost_Q = np.flatnonzero(~self.map.holds(request.slot_Q, place_Q, request.ids_Q))
+        if len(lost_Q):
+            place_Q[lost_Q] = self.map.places(request.slot_Q[lost_Q], request.hash_Q[lost_Q], request.ids_Q[lost_Q])
         return place_Q
+
+    def _use(self, request: ExactRequest, place_Q: Int64) -> Int64:
+        """Notes the use of the ids in a training step, counts those without a row and gives rows to some; the places of
+        all then. Rows that the step uses are marked before, so that none of them makes room."""
+        self._clock_S += 1
+        is_cold_Q = place_Q % self.shape.rows_per_shard == 0
+        self._mark(request.slot_Q, place_Q, np.flatnonzero(~is_cold_Q))
+        waiting_M, evicted = np.flatnonzero(is_cold_Q), self.counts.evicted
+        if len(waiting_M):
+            place_Q[waiting_M] = self._admit(
+                request.slot_Q[waiting_M], request.hash_Q[waiting_M], request.ids_Q[waiting_M]
+            )
+            self._mark(request.slot_Q, place_Q, waiting_M)
+        return place_Q if self.counts.evicted == evicted else self._places(request, place_Q)
+
+    def _mark(self, slot_Q: Int64, place_Q: Int64, which_M: Int64) -> None:
+        """Notes that these places are used today, in this step."""
+        self.last_use[place_Q[which_M]] = self._day
+        if self.shape.evicts:
+            self.used_at[place_Q[which_M]] = self._clock_S[slot_Q[which_M]]
 
     def _admit(self, slot_M: Int64, hash_M: UInt64Array, ids_M: Int64) -> Int64:
         """Counts ids that have no row, and gives rows to those that have occurred often enough; the places of all."""
@@ -229,6 +262,8 @@ class ExactTable(IdTable):
             wanting_M = np.flatnonzero(self.filter.add(slot_M, hash_M) >= self.shape.rules.admit_after)
         if not len(wanting_M):
             return place_M
+        if self.shape.evicts:
+            self._make_room(slot_M[wanting_M])
         place_M[wanting_M] = self.map.insert(slot_M[wanting_M], hash_M[wanting_M], ids_M[wanting_M])
         new_M = wanting_M[place_M[wanting_M] % self.shape.rows_per_shard != 0]
         self.counts.refused += len(wanting_M) - len(new_M)
@@ -238,21 +273,38 @@ class ExactTable(IdTable):
         )
         return place_M
 
+    def _make_room(self, slot_M: Int64) -> None:
+        """Lets go of rows in each shard that has fewer free ones than it is asked for, one for each of `slot_M`: the
+        rows longest unused, and none that this step uses."""
+        capacity = self.shape.rows_per_shard - 1
+        lacking_S = self.map.used_S + np.bincount(slot_M, minlength=len(self.shards)) - capacity
+        for slot in np.flatnonzero(lacking_S > 0).tolist():
+            wanted = count_to_evict(int(lacking_S[slot]), capacity)
+            used_at = self._of_rows(self.used_at, slot)[1:]
+            gone = longest_unused(used_at, self.map.ids_of(slot), wanted, int(self._clock_S[slot]))
+            self.counts.evicted += len(gone)
+            self._let_go(slot, 1 + gone)
+
     def _expire(self, slot: int, before: int) -> None:
-        """Lets go of a shard's rows that were last used before that day; the others move together, in their order."""
-        used, start = int(self.map.used_S[slot]), slot * self.shape.rows_per_shard
-        last_use = self.last_use[start : start + 1 + used]
-        kept = 1 + np.flatnonzero(last_use[1:] >= before)
-        if len(kept) == used:
+        """Lets go of a shard's rows that were last used before that day."""
+        gone = np.flatnonzero(self._of_rows(self.last_use, slot)[1:] < before)
+        self.counts.expired += len(gone)
+        self._let_go(slot, 1 + gone)
+
+    def _let_go(self, slot: int, gone_K: Int64) -> None:
+        """Frees these rows of a shard, ascending; the last rows move into their places, and what they leave is zero."""
+        if not len(gone_K):
             return
-        self.counts.expired += used - len(kept)
-        with_cold = np.concatenate([[0], kept])
-        for values in self._of_slot(slot).parts.values():
-            values[: len(with_cold)] = values[torch.from_numpy(with_cold).to(values.device)]
-            values[len(with_cold) :] = 0
-        last_use[: len(with_cold)] = last_use[with_cold]
-        last_use[len(with_cold) :] = 0
-        self.map.set_ids(slot, self.map.ids_of(slot)[kept - 1])
+        parts = self._of_slot(slot).parts.values()
+        marks = [self._of_rows(each, slot) for each in self._marks().values()]
+        from_M, to_M = self.map.remove(slot, gone_K)
+        free = 1 + int(self.map.used_S[slot])
+        for values in parts:
+            values[self._on_device(to_M)] = values[self._on_device(from_M)]
+            values[free:] = 0
+        for mark in marks:
+            mark[to_M] = mark[from_M]
+            mark[free:] = 0
 
     def _import(self, slot: int, parts: Mapping[str, Tensor]) -> None:
         """Makes those parts the shard's; what `parts` lacks stays as it is, zeros before the first step."""
@@ -278,12 +330,23 @@ class ExactTable(IdTable):
         """A view of a shard's rows in use, the cold row first."""
         return self.rows.narrow(slot * self.shape.rows_per_shard, 1 + int(self.map.used_S[slot]))
 
+    def _of_rows(self, each: NDArray[np.int32], slot: int) -> NDArray[np.int32]:
+        """A view of what an array by place has of a shard's rows in use, the cold row first."""
+        start = slot * self.shape.rows_per_shard
+        return each[start : start + 1 + int(self.map.used_S[slot])]
+
+    def _marks(self) -> dict[str, NDArray[np.int32]]:
+        """When each place was used, by the last part of the name in a checkpoint."""
+        return {LAST_USE: self.last_use, **({USED_AT: self.used_at} if self.shape.evicts else {})}
+
     def _kept_of(self, slot: int) -> dict[str, Tensor]:
-        start, used = slot * self.shape.rows_per_shard, int(self.map.used_S[slot])
+        marks = {part: torch.from_numpy(self._of_rows(each, slot)) for part, each in self._marks().items()}
+        if self.shape.evicts:
+            marks[CLOCK] = torch.from_numpy(self._clock_S[slot : slot + 1])
         counts = self.filter.counts_SC[slot] if self.filter else np.empty(0, np.uint8)
         return super()._kept_of(slot) | {
             IDS: torch.from_numpy(self.map.ids_of(slot)),
-            LAST_USE: torch.from_numpy(self.last_use[start : start + 1 + used]),
+            **marks,
             COUNTS: torch.from_numpy(counts),
             FADED: torch.from_numpy(self._faded_S[slot : slot + 1]),
         }

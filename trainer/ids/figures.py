@@ -27,6 +27,7 @@ class ExactFigures:
     served: int
     cold: int
     refused: int
+    evicted: int
     expired: int
 
     @property
@@ -40,16 +41,19 @@ class ExactFigures:
 
     def scalars(self) -> dict[str, float | None]:
         """What TensorBoard shows."""
-        return {"rows": self.rows, "cold_share": self.share}
+        return {"rows": self.rows, "cold_share": self.share, "evicted": self.evicted}
 
     def warning(self, name: str) -> str | None:
-        """One line with the way out, where a shard was full."""
-        if not self.refused:
+        """One line with the way out, where a shard was full of rows in use, or more rows made room than there are."""
+        if self.evicted > self.max_rows:
+            what = f"{self.evicted:,} rows made room for other ids, so few are trained for long"
+        elif self.refused:
+            what = f"{self.refused:,} times an id stayed at the cold row because its shard was full"
+        else:
             return None
         return (
-            f"table {name}: {self.refused:,} times an id stayed at the cold row because its shard was full, with "
-            f"{self.rows:,} of {self.max_rows:,} rows in use; raise model.tables.{name}.max_rows, or set a smaller "
-            "expire_days or a larger admit_after"
+            f"table {name}: {what}, with {self.rows:,} of {self.max_rows:,} rows in use; raise "
+            f"model.tables.{name}.max_rows, or set a smaller expire_days, a larger admit_after or when_full=refuse"
         )
 
 

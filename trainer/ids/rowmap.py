@@ -24,8 +24,9 @@ _ENTRIES_A_ROW = 2  # at least
 class RowMap:
     """The rows of ids in `num_slots` shards of `rows_per_shard` rows each, row 0 included.
 
-    A thread may call `places` while another one calls `insert`: a row that it finds is the id's; an id that it does not
-    find may have come by then. Nothing else may run beside another call.
+    A thread may call `places` while another one calls `insert` or `remove`: a row that it finds is the id's until one
+    is removed, which `holds` tells afterwards; an id that it does not find may have come by then. Nothing else may run
+    beside another call.
     """
 
     def __init__(self, num_slots: int, rows_per_shard: int) -> None:
@@ -78,6 +79,26 @@ class RowMap:
         self._grow()
         self._enter(slot_N[fits_N], hash_N[fits_N], row_N[fits_N])
         return place_N
+
+    def holds(self, slot_N: Int64, place_N: Int64, ids_N: Int64) -> Bool:
+        """Whether each place, found by an earlier `places`, is a row that still belongs to the id, (N,)."""
+        row_N = place_N - slot_N * self.rows_per_shard
+        holds_N: Bool = (row_N > 0) & (row_N <= self.used_S[slot_N]) & (self.id_of_place[place_N] == ids_N)
+        return holds_N
+
+    def remove(self, slot: int, gone_K: Int64) -> tuple[Int64, Int64]:
+        """Takes the rows `gone_K` of a shard, ascending, from their ids; the last rows take their numbers, so that 1 ..
+        used are in use again. Returns which rows those are, (M,), and their new numbers, (M,), both ascending.
+
+        The shard's part of the map is made again: remove many rows at once.
+        """
+        used, start = int(self.used_S[slot]) - len(gone_K), slot * self.rows_per_shard
+        last_K = np.arange(used + 1, used + 1 + len(gone_K))
+        from_M, to_M = np.setdiff1d(last_K, gone_K, assume_unique=True), gone_K[gone_K <= used]
+        self.id_of_place[start + to_M] = self.id_of_place[start + from_M]
+        self.used_S[slot] = used
+        self._enter_again(np.array([slot]))
+        return from_M, to_M
 
     def set_ids(self, slot: int, ids_N: Int64) -> None:
         """Makes `ids_N` the ids of rows 1, 2, .. of a shard, in the place of those that were there."""

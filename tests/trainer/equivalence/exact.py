@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 import torch
+from rows import PlainRows
 from scenarios import SEED
 from torch import Tensor
 from worlds import Sample
@@ -20,6 +21,8 @@ class PlainIds:
         self.place_of: dict[int, int] = {}
         self.times = Counter[int]()
         self.used = [0] * shape.num_shards
+        self.last_step: dict[int, int] = {}
+        self.num_steps = self.evicted = 0
 
     def place(self, each: int) -> int:
         """Its own, or that of its shard's cold row."""
@@ -29,17 +32,45 @@ class PlainIds:
         """By the hash."""
         return int(shard_of([each], self.shape.num_shards)[0])
 
-    def admit(self, ids: Iterable[int], weight: Tensor) -> None:
-        """A step with these ids: who has come often enough gets the next row, and its first value."""
-        for each in sorted(set(ids)):
+    def admit(self, ids: Iterable[int], rows: PlainRows) -> None:
+        """A step with these ids: who has come often enough gets the next row, and its first value, as long as its shard
+        has room; before, rows longest unused make room in the shards that lack some."""
+        ids = sorted(set(ids))
+        self.num_steps += 1
+        self.times.update(ids)
+        self.last_step |= dict.fromkeys(ids, self.num_steps)
+        new = [e for e in ids if e not in self.place_of and self.times[e] >= self.shape.rules.admit_after]
+        if self.shape.rules.when_full == "evict":
+            for shard, count in Counter(map(self.shard, new)).items():
+                self.make_room(shard, count, rows)
+        for each in new:
             shard = self.shard(each)
-            self.times[each] += 1
-            is_full = self.used[shard] == self.shape.rows_per_shard - 1
-            if each in self.place_of or self.times[each] < self.shape.rules.admit_after or is_full:
+            if self.used[shard] == self.shape.rows_per_shard - 1:
                 continue
             self.used[shard] += 1
             self.place_of[each] = shard * self.shape.rows_per_shard + self.used[shard]
-            weight.detach()[self.place_of[each]] = self.first(each, 0).to(weight.dtype)
+            rows.weight.detach()[self.place_of[each]] = self.first(each, 0).to(rows.weight.dtype)
+
+    def make_room(self, shard: int, count: int, rows: PlainRows) -> None:
+        """For so many: at least a sixteenth of the rows goes at once, none that this step uses; the last rows take the
+        places of those that go."""
+        room = self.shape.rows_per_shard - 1
+        lacking = self.used[shard] + count - room
+        if lacking <= 0:
+            return
+        mine = [each for each in self.place_of if self.shard(each) == shard]
+        unused = sorted((self.last_step[each], each) for each in mine if self.last_step[each] < self.num_steps)
+        gone = [each for _, each in unused[: max(lacking, -(-room // 16))]]
+        holes = sorted(self.place_of.pop(each) for each in gone)
+        self.evicted += len(gone)
+        self.used[shard] -= len(gone)
+        end = shard * self.shape.rows_per_shard + self.used[shard]
+        moving = sorted((place, each) for each, place in self.place_of.items() if self.shard(each) == shard)
+        for hole, (place, each) in zip(holes, [(p, e) for p, e in moving if p > end], strict=False):
+            rows.move(place, hole)
+            self.place_of[each] = hole
+        for place in range(end + 1, (shard + 1) * self.shape.rows_per_shard):
+            rows.clear(place)
 
     def first(self, each: int, epoch: int) -> Tensor:
         """The values that its row begins with."""

@@ -222,7 +222,7 @@ class Reference:
             for name, rows in self.rows.items():
                 rows.restart(self.first_rows(name, 1))
         for name, exact in self.exact.items():
-            exact.admit(ids_in(samples, name), self.tables[name])
+            exact.admit(ids_in(samples, name), self.rows[name])
         for value in [*self.dense.values(), *self.tables.values()]:
             value.grad = torch.zeros_like(value)
         label = torch.tensor([s.label for s in samples], dtype=self.dtype)
@@ -277,6 +277,7 @@ def main(initial: Path, out: Path) -> None:
                 "losses": [loss for loss, _ in outcomes],
                 "gradients": outcomes[0][1],
                 "trained": model.trained(),
+                "evicted": {name: exact.evicted for name, exact in model.exact.items()},
             }
     torch.save(results, out)
 

@@ -38,6 +38,21 @@ class PlainRows:
         self.counts.zero_()
         self.state, self.adam = self.fresh(), self.dense_adam()
 
+    def move(self, row: int, to: int) -> None:
+        """Puts a row's weights and state at another place."""
+        for values in self.everything():
+            values[to] = values[row]
+
+    def clear(self, row: int) -> None:
+        """The row's weights and state are zero, as those of a row that nothing has touched."""
+        for values in self.everything():
+            values[row] = 0
+
+    def everything(self) -> list[Tensor]:
+        """Weights, what is kept beside them, and the moments of torch's Adam, all by row."""
+        of_adam = [value for value in self.adam.state[self.weight].values() if value.shape == self.weight.shape]
+        return [self.weight.detach(), self.counts, *self.state.values(), *of_adam]
+
     def step(self, touched: list[int], lr: float) -> Tensor:
         """Adds the adaptive L2 to the gradient in `weight.grad`, moves the rows, returns that gradient."""
         assert self.weight.grad is not None

@@ -114,9 +114,9 @@ class Scenario:
         )
 
 
-def exact(max_rows: int, admit_after: int) -> ExactTableConfig:
+def exact(max_rows: int, admit_after: int, when_full: Literal["evict", "refuse"] = "evict") -> ExactTableConfig:
     """Settings of a table with a row for each id."""
-    return ExactTableConfig(kind="exact", max_rows=max_rows, admit_after=admit_after)
+    return ExactTableConfig(kind="exact", max_rows=max_rows, admit_after=admit_after, when_full=when_full)
 
 
 SCENARIOS = {
@@ -174,9 +174,24 @@ SCENARIOS = {
     # Shards of two rows that are soon full, and ids of images that hardly ever come twice.
     "exact_rank_without_data": Scenario(
         {"images": "none"},
-        tables={"user": exact(16, 1), "item": 96, "image": exact(900, 2)},
+        tables={"user": exact(16, 1, "refuse"), "item": 96, "image": exact(900, 2)},
         optimizers={"ids": "adam"},
         deal="starve",
+        restart_at=12,
+    ),
+    # Full shards in which the rows longest unused make room, one at a time.
+    "exact_evicting": Scenario(
+        {"images": "both"},
+        tables={"user": exact(16, 1), "item": exact(24, 1), "image": exact(64, 1)},
+        optimizers={"ids": "adam", "ids_lr": 0.03},
+    ),
+    # A rank may own the only shard, and three rows or more make room at once; then all rows in use begin anew.
+    "exact_evicting_rank_without_data": Scenario(
+        {"images": "none"},
+        id_l2=0.3,
+        tables={"user": exact(20, 1), "item": exact(24, 2), "image": exact(40, 1)},
+        deal="starve",
+        one_shard=True,
         restart_at=12,
     ),
     # Masks by image, two E's on int8 codes; images that E learns nothing from, whose ads are taken for new ones.

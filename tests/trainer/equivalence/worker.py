@@ -85,6 +85,9 @@ def run(
     trained = dict(engine.dense_state())
     for shards in comm.allgather_object(engine.shard_state()):
         trained |= shards
+    evicted = Counter[str]()
+    for each in comm.allgather_object({name: table.tally().get("evicted") for name, table in engine.tables.items()}):
+        evicted.update({name: count for name, count in each.items() if count is not None})
     return {
         "initial": initial,
         "mean_and_std": {name: mean_and_std(each) for name, each in stores_of(store, scenario).items()},
@@ -93,6 +96,7 @@ def run(
         "calls": calls,
         "gradients": gradients,
         "trained": trained,
+        "evicted": dict(evicted),
     }
 
 

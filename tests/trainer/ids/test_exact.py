@@ -1,89 +1,31 @@
 """Exact ID tables: who has a row, who shares the cold one, and that neither ranks nor the order of ids matter."""
 
-from collections.abc import Iterable, Sequence
-from datetime import date, timedelta
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from featurestore.keys import shard_of
+from tests.trainer.ids.exact_tables import (
+    RATES,
+    SHARDS,
+    STEPS,
+    assert_same,
+    counts_of,
+    day_of,
+    have_rows,
+    ids_of,
+    shape_of,
+    state_of,
+    table_of,
+    tables_of,
+    train,
+    vector_of,
+)
 from trainer.errors import CheckpointError
-from trainer.ids.exact import ExactShape, ExactTable
-from trainer.ids.optimizers import row_optimizer
 from trainer.ids.rows import WEIGHT
-from trainer.ids.tables import TableShape, apply_gradients, build_tables, owned_bytes
-from trainer.optim import Rates
-from trainer.options import ExactTableConfig, IdOptimizer, OptimConfig
-
-RATES = Rates(lr=0.1, ids_lr=0.1)
-SHARDS = 8
-STEPS = [np.random.default_rng(step).integers(-60, 60, 50) for step in range(8)]
-
-
-def shape_of(max_rows: int = 4000, **rules: int) -> ExactShape:
-    return ExactShape("item", 3, max_rows, SHARDS, rules=ExactTableConfig(kind="exact", max_rows=max_rows, **rules))
-
-
-def tables_of(
-    shape: TableShape, rank: int = 0, num_ranks: int = 1, ids: IdOptimizer = "rowwise_adam", **own: Any
-) -> Any:
-    own = {"seed": 1, "scale": 0.05, "dtype": torch.float64, **own}
-    optimizer = row_optimizer(OptimConfig(lr=0.1, ids_lr=None, beta2=0.99, ids=ids), torch.float64)
-    return build_tables([shape], rank, num_ranks, optimizer=optimizer, **own)
-
-
-def table_of(shape: ExactShape | None = None, rank: int = 0, num_ranks: int = 1, **own: Any) -> ExactTable:
-    table = tables_of(shape or shape_of(), rank, num_ranks, **own)["item"]
-    assert isinstance(table, ExactTable)
-    return table
-
-
-def day_of(number: int) -> date:
-    return date(2026, 1, 1) + timedelta(days=number)
-
-
-def ids_of(table: ExactTable, ids: np.ndarray, rank: int) -> np.ndarray:
-    """What the other ranks would ask this one for."""
-    return ids[table.owner_of(ids) == rank]
-
-
-def train(table: ExactTable, ids: Sequence[int] | np.ndarray) -> None:
-    """One step in which the loss is the sum of each id's vector, times the id."""
-    request = table.serve(np.asarray(ids, np.int64), "step")
-    vectors_QV = table.vectors(request)
-    weight_R = torch.from_numpy(np.asarray(ids, np.float64)).unsqueeze(1)
-    (vectors_QV[torch.from_numpy(request.inverse_R)] * weight_R).sum().backward()
-    apply_gradients([table], table.optimizer, RATES)
-
-
-def vector_of(table: ExactTable, each: int) -> Tensor:
-    """As in evaluation."""
-    with torch.no_grad():
-        return table.vectors(table.serve(np.array([each]), "eval"))[0]
-
-
-def have_rows(table: ExactTable, ids: Iterable[int]) -> set[int]:
-    known = {int(each) for slot in range(len(table.shards)) for each in table.map.ids_of(slot)}
-    return known & set(ids)
-
-
-def counts_of(table: ExactTable, ids: list[int]) -> list[int]:
-    """What the filter has counted of each id."""
-    request = table.serve(np.array(ids), "eval")
-    assert table.filter is not None
-    return table.filter.counts(request.slot_Q, request.hash_Q).tolist()
-
-
-def state_of(table: ExactTable) -> dict[str, Tensor]:
-    return {name: values.clone() for name, values in table.export_shards().items()}
-
-
-def assert_same(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert mine.keys() == theirs.keys()
-    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+from trainer.ids.tables import TableShape, apply_gradients, owned_bytes
+from trainer.options import IdOptimizer
 
 
 class TestAdmission:
@@ -175,21 +117,24 @@ class TestRows:
         assert torch.equal(*found) and found[0].abs().max() > 0.1
 
     def test_a_full_shard_keeps_its_rows_and_counts_who_came_too_late(self) -> None:
-        table = table_of(shape_of(max_rows=SHARDS))  # a row for each shard
+        table = table_of(shape_of(max_rows=SHARDS, when_full="refuse"))  # a row for each shard
         train(table, np.arange(30))
         first = have_rows(table, range(30))
         assert len(first) == len({int(shard_of([each], SHARDS)[0]) for each in range(30)})
         assert table.counts.refused == table.counts.cold == 30 - len(first)
         train(table, np.arange(60))
         assert have_rows(table, range(30)) == first
-        assert table.tally() == {"rows": 8, "served": 90, "cold": 90 - 2 * 8, "refused": 90 - 2 * 8, "expired": 0}
+        late = 90 - 2 * 8
+        assert table.tally() == {"rows": 8, "served": 90, "cold": late, "refused": late, "evicted": 0, "expired": 0}
 
-    def test_bytes_are_those_of_the_arrays(self) -> None:
-        shape = shape_of(1000, admit_after=3)
+    @pytest.mark.parametrize("when_full", ["evict", "refuse"])
+    def test_bytes_are_those_of_the_arrays(self, when_full: str) -> None:
+        shape = shape_of(1000, admit_after=3, when_full=when_full)
         for rank in range(3):
             table = table_of(shape, rank, 3)
             assert table.filter is not None
-            arrays = [table.map.id_of_place, table.map._row_of_entry, table.last_use, table.filter.counts_SC]
+            index = [table.map.id_of_place, table.map._row_of_entry]
+            arrays = [*index, table.last_use, table.used_at, table.filter.counts_SC]
             rows = sum(part.nbytes for part in table.rows.parts.values())
             assert owned_bytes(shape, rank, 3, table.optimizer.state, torch.float64) == rows + sum(
                 each.nbytes for each in arrays
@@ -206,6 +151,7 @@ class TestRanks:
         together: dict[str, Tensor] = {}
         for each in STEPS:
             train(alone, each)
+        assert (alone.counts.evicted > 40) == ("max_rows" in rules)
         for rank in range(num_ranks):
             table = table_of(shape, rank, num_ranks, ids=ids)
             table.begin_day(day_of(20_000))
@@ -214,8 +160,10 @@ class TestRanks:
             together |= state_of(table)
         assert_same(together, state_of(alone))
 
-    def test_rows_asked_for_long_before_their_step_are_the_same(self) -> None:
-        one, ahead = table_of(shape_of(admit_after=2)), table_of(shape_of(admit_after=2))
+    @pytest.mark.parametrize("max_rows", [4000, 40])
+    def test_rows_asked_for_long_before_their_step_are_the_same(self, max_rows: int) -> None:
+        """Also where another id has the row by then."""
+        one, ahead = table_of(shape_of(max_rows, admit_after=2)), table_of(shape_of(max_rows, admit_after=2))
         requests = [ahead.serve(ids, "step") for ids in STEPS]
         for ids, request in zip(STEPS, requests, strict=True):
             train(one, ids)
@@ -285,6 +233,7 @@ class TestCheckpoint:
         through.begin_day(day_of(7))
         for ids in STEPS:
             train(through, ids)
+        assert through.counts.evicted > 20
         saved: dict[str, Tensor] = {}
         for rank in range(num_before):
             table = table_of(shape, rank, num_before, ids=optimizer)

@@ -26,9 +26,10 @@ from trainer.trained import open_trained
 Places = Any
 Train = Callable[..., Path]
 TABLES = (
-    "{user: 64, item: {kind: exact, max_rows: 80, admit_after: 2}, image: {kind: exact, max_rows: 20}, "
-    "category: 16, scene: 16}"
+    "{user: 64, item: {kind: exact, max_rows: 80, admit_after: 2}, "
+    "image: {kind: exact, max_rows: 20, when_full: refuse}, category: 16, scene: 16}"
 )
+EVICTING = TABLES.replace(", when_full: refuse", "")
 
 
 @pytest.fixture
@@ -73,6 +74,25 @@ def test_figures(trained: Train, capsys: pytest.CaptureFixture[str]) -> None:
     assert images["rows"] < 40 and images["refused"] == images["cold"] > 0
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("warning: table image: ") == said.count(" times an id stayed at the cold row") == 1
+
+
+def test_rows_that_make_room_are_told(trained: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the figures, and in a warning where they are more than there are rows."""
+    images = table_of(trained("evicting", model__tables=EVICTING, data__global_batch_size=8), "image")
+    assert images["evicted"] > images["max_rows"] == 20
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("warning: table image: ") == said.count(" rows made room for other ids, so few are trained") == 1
+
+
+@pytest.mark.parametrize("ids", ["adam", "rowwise_adam"])
+def test_resumed_after_evictions_it_ends_with_the_same_bits(trained: Train, ids: str) -> None:
+    settings: dict[str, Any] = {"optim__ids": ids, "model__tables": EVICTING, "data__global_batch_size": 8}
+    through = trained("through", **settings)
+    stopped = trained("stopped", **settings, train__max_steps=20, train__checkpoint_every=20)
+    assert table_of(through, "image")["evicted"] > table_of(stopped, "image")["evicted"] > 4
+    mine, theirs = tensors_of(trained("stopped", **settings, run__resume="latest")), tensors_of(through)
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
 
 
 def test_a_hashed_tables_rows_are_refused(trained: Train) -> None:

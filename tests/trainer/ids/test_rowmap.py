@@ -84,6 +84,43 @@ def test_ids_of_a_checkpoint_take_the_place_of_those_that_were_there() -> None:
     assert again.rows(more) == owned.rows(more)
 
 
+def test_rows_are_removed_and_the_last_ones_take_their_numbers() -> None:
+    """Against lists, many times over."""
+    draw, owned = np.random.default_rng(5), Owned(60)
+    ids_of: list[list[int]] = [[] for _ in range(SHARDS)]
+    for number in range(40):
+        new = np.arange(number * 100, number * 100 + 100)
+        owned.learn(new)
+        for slot, ids in enumerate(ids_of):
+            ids.extend(new[shard_of(new, SHARDS) == slot][: 59 - len(ids)].tolist())
+            gone = np.sort(draw.choice(len(ids), int(draw.integers(0, len(ids) + 1)), replace=False)) + 1
+            from_M, to_M = owned.map.remove(slot, gone)
+            end = len(ids) - len(gone)
+            assert to_M.tolist() == [row for row in gone.tolist() if row <= end]
+            assert from_M.tolist() == [row for row in range(end + 1, len(ids) + 1) if row not in gone]
+            for row, to in zip(from_M.tolist(), to_M.tolist(), strict=True):
+                ids[to - 1] = ids[row - 1]
+            del ids[end:]
+            assert owned.map.ids_of(slot).tolist() == ids
+        every = np.arange(number * 100 + 100)
+        row_of = {each: row for ids in ids_of for row, each in enumerate(ids, 1)}
+        assert owned.rows(every) == [row_of.get(each, 0) for each in every.tolist()]
+
+
+def test_a_place_found_before_holds_as_long_as_its_id_is_there() -> None:
+    owned = Owned(60)
+    ids = np.arange(100)
+    owned.learn(ids)
+    slot_N, hash_N, _ = owned.of(ids)
+    place_N = owned.map.places(slot_N, hash_N, ids)
+    assert (owned.map.holds(slot_N, place_N, ids) == (place_N % 60 != 0)).all()
+    for slot in range(SHARDS):
+        owned.map.remove(slot, np.array([1, 3]))
+    held = owned.map.holds(slot_N, place_N, ids)
+    assert 0 < np.count_nonzero(held) < 100 - 2 * SHARDS  # moved rows are elsewhere
+    assert (held == (owned.map.places(slot_N, hash_N, ids) == place_N) & (place_N % 60 != 0)).all()
+
+
 def test_no_ids_are_no_matter() -> None:
     owned = Owned(5)
     owned.learn(np.empty(0, np.int64))

@@ -1,0 +1,90 @@
+"""Exact ID tables for tests: made, trained by one step, looked into."""
+
+from collections.abc import Iterable, Sequence
+from datetime import date, timedelta
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featurestore.keys import shard_of
+from trainer.ids.exact import ExactShape, ExactTable
+from trainer.ids.optimizers import row_optimizer
+from trainer.ids.tables import TableShape, apply_gradients, build_tables
+from trainer.optim import Rates
+from trainer.options import ExactTableConfig, IdOptimizer, OptimConfig
+
+RATES = Rates(lr=0.1, ids_lr=0.1)
+SHARDS = 8
+STEPS = [np.random.default_rng(step).integers(-60, 60, 50) for step in range(8)]
+
+
+def shape_of(max_rows: int = 4000, **rules: Any) -> ExactShape:
+    return ExactShape("item", 3, max_rows, SHARDS, rules=ExactTableConfig(kind="exact", max_rows=max_rows, **rules))
+
+
+def tables_of(
+    shape: TableShape, rank: int = 0, num_ranks: int = 1, ids: IdOptimizer = "rowwise_adam", **own: Any
+) -> Any:
+    own = {"seed": 1, "scale": 0.05, "dtype": torch.float64, **own}
+    optimizer = row_optimizer(OptimConfig(lr=0.1, ids_lr=None, beta2=0.99, ids=ids), torch.float64)
+    return build_tables([shape], rank, num_ranks, optimizer=optimizer, **own)
+
+
+def table_of(shape: ExactShape | None = None, rank: int = 0, num_ranks: int = 1, **own: Any) -> ExactTable:
+    table = tables_of(shape or shape_of(), rank, num_ranks, **own)["item"]
+    assert isinstance(table, ExactTable)
+    return table
+
+
+def ids_of_shard(shard: int, count: int) -> list[int]:
+    """The first ids from 1 on of a shard."""
+    ids = np.arange(1, 40 * SHARDS * (count + 1))
+    found: list[int] = ids[shard_of(ids, SHARDS) == shard][:count].tolist()
+    return found
+
+
+def day_of(number: int) -> date:
+    return date(2026, 1, 1) + timedelta(days=number)
+
+
+def ids_of(table: ExactTable, ids: np.ndarray, rank: int) -> np.ndarray:
+    """What the other ranks would ask this one for."""
+    return ids[table.owner_of(ids) == rank]
+
+
+def train(table: ExactTable, ids: Sequence[int] | np.ndarray) -> None:
+    """One step in which the loss is the sum of each id's vector, times the id."""
+    request = table.serve(np.asarray(ids, np.int64), "step")
+    vectors_QV = table.vectors(request)
+    weight_R = torch.from_numpy(np.asarray(ids, np.float64)).unsqueeze(1)
+    (vectors_QV[torch.from_numpy(request.inverse_R)] * weight_R).sum().backward()
+    apply_gradients([table], table.optimizer, RATES)
+
+
+def vector_of(table: ExactTable, each: int) -> Tensor:
+    """As in evaluation."""
+    with torch.no_grad():
+        return table.vectors(table.serve(np.array([each]), "eval"))[0]
+
+
+def have_rows(table: ExactTable, ids: Iterable[int]) -> set[int]:
+    known = {int(each) for slot in range(len(table.shards)) for each in table.map.ids_of(slot)}
+    return known & set(ids)
+
+
+def counts_of(table: ExactTable, ids: list[int]) -> list[int]:
+    """What the filter has counted of each id."""
+    request = table.serve(np.array(ids), "eval")
+    assert table.filter is not None
+    return table.filter.counts(request.slot_Q, request.hash_Q).tolist()
+
+
+def state_of(table: ExactTable) -> dict[str, Tensor]:
+    return {name: values.clone() for name, values in table.export_shards().items()}
+
+
+def assert_same(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
