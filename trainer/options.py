@@ -206,7 +206,7 @@ class OptimConfig(Section):
     lr: LearningRate = 0.001
     ids: IdOptimizer = "adam"
     """adam: as on the whole table; rowwise_adam: one second moment a row; all others: McMahan 2013, Duchi 2011."""
-    ids_lr: LearningRate | None = 0.003
+    ids_lr: LearningRate | None = 0.006
     """Of ID rows; None: `lr`."""
     ids_restart: bool = False
     """Begin ID rows and their optimiser anew with each epoch, as MEDA (KDD 2023); the rest goes on."""
