@@ -16,11 +16,18 @@ from trainer.experiments.tables import seed_mean
 
 NETS = ("dnn", "din", "dcnv2", "finalmlp")
 SIDES: tuple[Side, ...] = ("ours", "fuxictr")
-GRIDS: Mapping[Side, Mapping[str, Sequence[Any]]] = {
-    "ours": {"optim.lr": (0.001, 0.002), "optim.id_l2": (0.0, 1e-5)},
-    "fuxictr": {"learning_rate": (0.001, 0.002), "embedding_regularizer": (0.0, 1e-6)},
+GRIDS: Mapping[Side, Sequence[Sequence[Mapping[str, Any]]]] = {
+    "ours": (
+        ({"optim.lr": 0.001, "optim.ids_lr": 0.006}, {"optim.lr": 0.002, "optim.ids_lr": 0.012}),
+        ({"optim.id_l2": 0.0}, {"optim.id_l2": 1e-5}),
+    ),
+    "fuxictr": (
+        ({"learning_rate": 0.001}, {"learning_rate": 0.002}),
+        ({"embedding_regularizer": 0.0}, {"embedding_regularizer": 1e-6}),
+    ),
 }
-"""What is tried of each side: the rate, and L2 of ID rows, ours adaptive and FuxiCTR's of all rows in each step."""
+"""What is tried of each side, every rate with every penalty: its default rates and twice these; L2 of ID rows, ours
+adaptive and FuxiCTR's of all rows in each step."""
 GOALS = {"epoch1": "after the first epoch", "best": "after the best one"}
 
 
@@ -57,8 +64,9 @@ Curves = Mapping[tuple[str, str, Side], Sequence[Sequence[Epoch]]]
 
 def grid_of(side: Side) -> list[dict[str, Any]]:
     """All combinations of a side's grid."""
-    names = list(GRIDS[side])
-    return [dict(zip(names, values, strict=True)) for values in itertools.product(*GRIDS[side].values())]
+    return [
+        {name: value for part in point for name, value in part.items()} for point in itertools.product(*GRIDS[side])
+    ]
 
 
 def curves(bench: Bench, images: bool) -> Curves:
