@@ -116,9 +116,11 @@ def test_two_texts_of_one_id_are_refused(
 
 def test_a_run_that_goes_on_keeps_it_and_one_that_starts_afresh_does_not(run: Path, wordy: Places) -> None:
     before = (run / FILE).stat().st_mtime_ns
-    (run / "checkpoints").rename(run / "elsewhere")
-    (run / "checkpoints").symlink_to(run / "elsewhere")  # on another disk
-    more = [*settings(wordy, run__name="alone", run__resume="latest"), "train.max_steps=3"]
+    disk = run.parent.parent / "disk" / "checkpoints"
+    disk.parent.mkdir()
+    (run / "checkpoints").rename(disk)
+    (run / "checkpoints").symlink_to(disk)
+    more = [*settings(wordy, run__name="alone", run__resume=max(disk.iterdir())), "train.max_steps=3"]
     train(load_config(settings=more), SoloComm())
     assert (run / FILE).stat().st_mtime_ns == before
     other = run.parent / "other"
