@@ -73,6 +73,11 @@ class TestRoom:
         train(table, IDS[ROWS : ROWS + 5])
         assert have_rows(table, IDS) == {*IDS[5 : ROWS + 5]}
 
+    def test_a_new_row_counts_as_used_in_its_first_step(self) -> None:
+        table = filled(IDS[:ROWS][::-1])  # the largest id is the oldest row
+        train(table, [IDS[ROWS]])
+        assert have_rows(table, IDS) == {*IDS[: ROWS - 2], IDS[ROWS]}
+
     def test_no_row_that_the_step_uses(self) -> None:
         table = filled()
         train(table, IDS[: ROWS + 3])

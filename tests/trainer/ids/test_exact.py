@@ -161,13 +161,15 @@ class TestRanks:
         assert_same(together, state_of(alone))
 
     @pytest.mark.parametrize("max_rows", [4000, 40])
-    def test_rows_asked_for_long_before_their_step_are_the_same(self, max_rows: int) -> None:
+    @pytest.mark.parametrize("steps_ahead", [1, len(STEPS)])
+    def test_rows_asked_for_long_before_their_step_are_the_same(self, max_rows: int, steps_ahead: int) -> None:
         """Also where another id has the row by then."""
         one, ahead = table_of(shape_of(max_rows, admit_after=2)), table_of(shape_of(max_rows, admit_after=2))
-        requests = [ahead.serve(ids, "step") for ids in STEPS]
-        for ids, request in zip(STEPS, requests, strict=True):
+        requests = [ahead.serve(ids, "step") for ids in STEPS[:steps_ahead]]
+        for step, ids in enumerate(STEPS):
+            requests += [ahead.serve(later, "step") for later in STEPS[step + steps_ahead : step + steps_ahead + 1]]
             train(one, ids)
-            weight_R = torch.from_numpy(ids.astype(np.float64)).unsqueeze(1)
+            request, weight_R = requests[step], torch.from_numpy(ids.astype(np.float64)).unsqueeze(1)
             (ahead.vectors(request)[torch.from_numpy(request.inverse_R)] * weight_R).sum().backward()
             apply_gradients([ahead], ahead.optimizer, RATES)
         assert_same(state_of(ahead), state_of(one))
