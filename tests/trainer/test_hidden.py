@@ -9,7 +9,7 @@ from trainer.models.build import build_model
 from trainer.models.hidden import Dice, GlobalBatchNorm, HiddenLayers, PlacedDropout, StepPlace
 from trainer.models.layers import Mlp
 from trainer.options import ModelConfig
-from trainer.schema import Field, Schema
+from trainer.schema import Field, Schema, load_schema
 
 SCHEMA = Schema(fields=(Field(name="user", side="user", kind="id"), Field(name="ad", side="ad", kind="id")))
 
@@ -125,3 +125,12 @@ def test_starts() -> None:
         float(plain.mlp[0].weight.detach().abs().max()) <= 200**-0.5 < float(xavier.mlp[0].weight.detach().abs().max())
     )
     assert plain.mlp[0].bias.detach().all()
+
+
+def test_logistic_regression_starts_as_torchs_layers_do() -> None:
+    starts = []
+    for init in ("xavier", "torch"):
+        torch.manual_seed(0)
+        starts.append(build_model(load_schema(), ModelConfig.model_validate({"base": "lr", "init": init})).state_dict())
+    assert len(starts[0]) > 2, "its attention to images is there"
+    torch.testing.assert_close(*starts, rtol=0, atol=0)
