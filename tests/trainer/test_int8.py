@@ -29,7 +29,8 @@ def recoded(make_places: Callable[[Path], Places], tmp_path_factory: pytest.Temp
 
 
 def run(places: Places, name: str, store: str = "int8", **changes: Any) -> Path:
-    changes = {"train__epochs": 3, "data__global_batch_size": 16, "train__max_steps": 60, **changes}
+    small = {"train__epochs": 3, "data__global_batch_size": 16, "train__max_steps": 60}
+    changes = {**small, "model__compute_dtype": "float32", **changes}  # numbers are compared
     config = load_config(settings=places.settings(run__name=name, data__store=places.folder / store, **changes))
     train(config, SoloComm())
     return Path(config.run.dir) / name
