@@ -6,7 +6,7 @@ Without --images the pictures of the demo are drawn into a temporary folder.
 
 Both sides run in one worker process with the same torch threads and the same built network, in turns over the same
 images, and count nothing of the start: not the processes, not the making of the weights. Bare: the network alone on
-batches that lie in memory ready normalised in the compute dtype. Extract: all of `pipeline.extract.extract`, from the
+batches that lie in memory ready normalised in the compute dtype. Extract: all of `pipeline.features.extract`, from the
 listing to the commit, each time into a new store. The ratio is the median over the rounds, each of one turn per side,
 so that a neighbour who takes the processor for a while moves one round and not the figure.
 """
@@ -25,21 +25,21 @@ import typer
 from distributed import Client
 
 from benchmarks.report import Figure, JsonPath, write_report
-from featurestore.commandline import run_app, say_error
+from featurestore.console.commandline import run_app, say_error
 from featurestore.errors import FeatureStoreError
-from pipeline.backbone import ComputeDType, backbone
-from pipeline.cluster import connect
-from pipeline.decode import prepare
+from pipeline.cluster.connect import connect
+from pipeline.cluster.tasks import run_alone
 from pipeline.demo.draw import draw_garment, plan_garments
 from pipeline.errors import ExtractionError, PipelineError
-from pipeline.extract import ExtractOptions, extract
-from pipeline.layers import DEFAULT_BACKBONE
-from pipeline.network import describe_network
-from pipeline.parts import torch_threads
-from pipeline.source import list_images, read_image
-from pipeline.summary import describe_bad
-from pipeline.tasks import run_alone
-from pipeline.weights import UntrainedWeightsWarning
+from pipeline.features.extract import ExtractOptions, extract
+from pipeline.features.part import torch_threads
+from pipeline.features.summary import describe_bad
+from pipeline.images.decode import prepare
+from pipeline.images.source import list_images, read_image
+from pipeline.network.backbone import ComputeDType, backbone
+from pipeline.network.compute_dtype import describe_network
+from pipeline.network.layers import DEFAULT_BACKBONE
+from pipeline.network.weights import UntrainedWeightsWarning
 
 WEIGHTS = "random:0"  # the speed does not depend on the values
 

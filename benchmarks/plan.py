@@ -18,10 +18,10 @@ import typer
 
 from benchmarks.report import Figure, JsonPath, write_report
 from benchmarks.workload import Knobs, Workload, make
-from featurestore.commandline import run_app, say_error
+from featurestore.console.commandline import run_app, say_error
+from featurestore.console.output import progress_bars
 from featurestore.errors import FeatureStoreError
-from featurestore.output import progress_bars
-from trainer.config import load_config
+from trainer.config.config import load_config
 from trainer.errors import ConfigError, PlanError, TrainerError
 from trainer.plan.build import Plan, Row
 from trainer.plan.own import plan_own

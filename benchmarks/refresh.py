@@ -23,17 +23,17 @@ from distributed import Client
 from benchmarks.extract import draw_images
 from benchmarks.report import Figure, JsonPath, write_report
 from benchmarks.written import count_writes, written_bytes
-from featurestore.commandline import run_app, say_error
+from featurestore.console.commandline import run_app, say_error
 from featurestore.errors import FeatureStoreError
-from pipeline.cluster import connect
+from pipeline.cluster.connect import connect
 from pipeline.errors import ExtractionError, PipelineError
-from pipeline.extract import ExtractOptions, extract
-from pipeline.layers import DEFAULT_BACKBONE
-from pipeline.network import describe_network
-from pipeline.refresh import RefreshOptions, refresh
-from pipeline.source import list_images, read_image
-from pipeline.summary import RefreshSummary, describe, describe_bad
-from pipeline.weights import UntrainedWeightsWarning
+from pipeline.features.extract import ExtractOptions, extract
+from pipeline.features.refresh import RefreshOptions, refresh
+from pipeline.features.summary import RefreshSummary, describe, describe_bad
+from pipeline.images.source import list_images, read_image
+from pipeline.network.compute_dtype import describe_network
+from pipeline.network.layers import DEFAULT_BACKBONE
+from pipeline.network.weights import UntrainedWeightsWarning
 
 WEIGHTS = "random:0"  # the speed does not depend on the values
 CHANGED_SHARE = 0.01

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from featurestore.output import print_table, text_console
+from featurestore.console.output import print_table, text_console
 
 Figure = float | int | str | bool | None
 

@@ -2,8 +2,8 @@
 
 python -m benchmarks.tables --json data/bench/tables.json
 
-Letters of shapes as in trainer/batch.py. Ids are drawn by Zipf's law; every variant trains on the same batches. A step
-is the preparation of its batch and the step itself, one after the other, so nothing is hidden behind anything.
+Letters of shapes as in trainer/samples/batch.py. Ids are drawn by Zipf's law; every variant trains on the same batches.
+A step is the preparation of its batch and the step itself, one after the other, so nothing is hidden behind anything.
 """
 
 import statistics
@@ -14,12 +14,12 @@ import numpy as np
 import typer
 
 from benchmarks.report import JsonPath, Section, write_sections
-from featurestore.commandline import run_app
-from trainer.batch import Batch, Jagged
+from featurestore.console.commandline import run_app
 from trainer.comm import SoloComm
-from trainer.options import ExactTableConfig, ModelConfig, OptimConfig, TableConfig
+from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig, TableConfig
+from trainer.engine.engine import Engine
+from trainer.samples.batch import Batch, Jagged
 from trainer.schema import Field, Schema
-from trainer.step import Engine
 
 _SCHEMA = Schema(
     fields=(

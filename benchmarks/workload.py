@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, to_bits
-from featurestore.commandline import run_app, say_error
+from featurestore.console.commandline import run_app, say_error
+from featurestore.console.output import progress_bars
 from featurestore.keys import keys_of_uris, shard_of
-from featurestore.output import progress_bars
 from trainer.errors import TrainerError
 
 Int64 = NDArray[np.int64]

@@ -7,7 +7,7 @@ from typing import IO, Any
 
 from distributed import Client
 
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 
 _written = [0]
 

@@ -2,8 +2,8 @@
 
 import typer
 
-from featurestore.commandline import run_app
 from featurestore.commands import backend, check, history, look, recode
+from featurestore.console.commandline import run_app
 
 app = typer.Typer(
     help="Look at a feature store, go through its history, check every file.",

@@ -10,7 +10,7 @@ from featurestore import log
 from featurestore.errors import CommitConflictError
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, FileKind, Manifest, StoreInfo
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 
 Shards = Mapping[int, Sequence[FileEntry]]
 

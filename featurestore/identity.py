@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from featurestore import log
 from featurestore.errors import AnotherStoreError
 from featurestore.snapshot import Snapshot
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 
 VECTORS_OF = "visual_vectors"  # in the metadata of exported vectors (Parquet): what they are of, as JSON
 _SHOWN = 8  # digits of an id that tell it from others at a glance

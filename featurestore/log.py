@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 from featurestore.errors import CommitConflictError, CorruptFileError, SnapshotNotFoundError, StorageError
 from featurestore.spec import MAX_VERSION, Manifest, seal, unseal
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 
 LOG = "log"
 EXPIRED = "expired"

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from featurestore.datafile import digest_of
 from featurestore.errors import CorruptFileError
-from featurestore.storage import Names, Storage
+from featurestore.format.datafile import digest_of
+from featurestore.storage.storage import Names, Storage
 
 QUARANTINE = "quarantine"
 _READ_ATTEMPTS = 10

@@ -9,15 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from featurestore.codec import Codec, codec_of
-from featurestore.datafile import METADATA_COLUMNS, rows_of, schema_of
 from featurestore.errors import MissingKeysError
+from featurestore.format.codec import Codec, codec_of
+from featurestore.format.datafile import METADATA_COLUMNS, rows_of, schema_of
+from featurestore.format.rows import FeatureRows
+from featurestore.format.shard_reader import ShardReader
+from featurestore.format.statistics import FeatureStatistics, Moments
 from featurestore.keys import Int64Array, shard_of
-from featurestore.rows import FeatureRows
-from featurestore.shard import ShardReader
 from featurestore.spec import Manifest, StoreInfo
-from featurestore.statistics import FeatureStatistics, Moments
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 
 _THREADS = 4
 ResultT = TypeVar("ResultT")

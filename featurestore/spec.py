@@ -10,7 +10,7 @@ import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from featurestore.errors import CorruptFileError, FormatVersionError, SpecMismatchError
-from featurestore.parsing import first_mistake, parse_json
+from featurestore.text.parsing import first_mistake, parse_json
 
 FORMAT_VERSION = 1
 LAST_SECOND = 253_402_300_799  # of the year 9999, since 1970: no time can be printed after it

@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 
-from featurestore.datafile import KEY, DataFile, encode, numpy_column, table_of
 from featurestore.errors import InvalidRowsError
+from featurestore.format.datafile import KEY, DataFile, encode, numpy_column, table_of
+from featurestore.format.rows import FeatureRows
+from featurestore.format.shard_reader import newest_rows, take_rows
 from featurestore.keys import shard_of
-from featurestore.rows import FeatureRows
-from featurestore.shard import newest_rows, take_rows
 from featurestore.spec import StoreInfo
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 
 STAGING = "staging"
 _GROUP_BYTES = 1 << 20

@@ -13,10 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from featurestore import log, quarantine, staging
-from featurestore.backend import refuse_unsafe
-from featurestore.codec import Codec, codec_of
 from featurestore.commit import Shards, files_after, publish_shards
-from featurestore.datafile import DELETED, KEY, URI, numpy_column, open_entry, text_column
 from featurestore.errors import (
     CorruptFileError,
     InvalidRowsError,
@@ -24,14 +21,17 @@ from featurestore.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
+from featurestore.format.codec import Codec, codec_of
+from featurestore.format.datafile import DELETED, KEY, URI, numpy_column, open_entry, text_column
+from featurestore.format.rows import FeatureRows, check_collisions
+from featurestore.format.shard_reader import ShardReader, newest_rows, take_rows
+from featurestore.format.shard_writer import write_shard_file
 from featurestore.keys import shard_of
 from featurestore.quarantine import QuarantineRow
-from featurestore.rows import FeatureRows, check_collisions
-from featurestore.shard import ShardReader, newest_rows, take_rows
-from featurestore.shardfile import write_shard_file
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, FileKind, Manifest, StoreInfo, seal, unseal
-from featurestore.storage import Storage
+from featurestore.storage.safety import refuse_unsafe
+from featurestore.storage.storage import Storage
 
 INFO_PATH = "store.json"
 _THREADS = 4

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from featurestore.commandline import run_app
 from featurestore.commands.common import progress_bar
+from featurestore.console.commandline import run_app
 from featurestore.index import IndexKind
 from trainer.cli import WhichCheckpoint, failures_told
 from trainer.comm import SoloComm
@@ -16,7 +16,7 @@ from trainer.prerank.ads import Ads, ads_of_samples, ads_of_table, keys_to_remov
 from trainer.prerank.artifact import MAX_GONE, MIN_RECALL, AdIndex, Changes, Vectors
 from trainer.prerank.evaluate import user_queries
 from trainer.prerank.vectors import ad_vectors, origin_of, towers
-from trainer.trained import TrainedRun, missing_lookups, newest_run, open_trained
+from trainer.runs.saved import TrainedRun, missing_lookups, newest_run, open_trained
 
 EXAMPLES = """Examples:
 

@@ -7,15 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from featurestore.commandline import run_app, say_error
+from featurestore.console.commandline import run_app, say_error
 from featurestore.errors import FeatureStoreError
-from featurestore.storage import Storage
-from pipeline.cluster import connect
+from featurestore.storage.storage import Storage
+from pipeline.cluster.connect import connect
 from pipeline.errors import PipelineError
 from pipeline.outcome import exit_code
 from pipeline.samples.build import DAY_S, SampleOptions, build_samples
 from trainer.errors import TrainerError
-from trainer.schema.samples import inspect_samples, render
+from trainer.schema.suggest_schema import inspect_samples, render
 from trainer.schema.text import SCHEMA_FILE, SETTINGS_FILE, settings_text
 
 EXAMPLES = """Examples:

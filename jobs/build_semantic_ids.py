@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from featurestore.commandline import run_app, say_error
+from featurestore.console.commandline import run_app, say_error
 from featurestore.errors import FeatureStoreError
-from featurestore.parsing import parse_yaml
 from featurestore.store import FeatureStore
+from featurestore.text.parsing import parse_yaml
 from pipeline.errors import PipelineError, SampleOptionError
 from pipeline.semantic.build import SemanticOptions, build_semantic_ids
 from pipeline.semantic.samples import code_columns, sample_files

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from featurestore.commandline import run_app
 from featurestore.commands.common import progress_bar
+from featurestore.console.commandline import run_app
 from trainer.cli import WhichCheckpoint, check_ending, failures_told
-from trainer.ids.export import export_table, open_table
-from trainer.trained import newest_run
+from trainer.runs.export_ids import export_table, open_table
+from trainer.runs.saved import newest_run
 
 EXAMPLES = """Examples:
 

@@ -5,13 +5,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from featurestore.commandline import run_app
-from pipeline.cluster import connect
-from pipeline.extract import ExtractOptions, extract
-from pipeline.layers import DEFAULT_BACKBONE
+from featurestore.console.commandline import run_app
+from pipeline.cluster.connect import connect
+from pipeline.features.extract import ExtractOptions, extract
+from pipeline.features.summary import describe
+from pipeline.network.layers import DEFAULT_BACKBONE
+from pipeline.network.weights import UntrainedWeightsWarning, check_network
 from pipeline.outcome import power_of_two, told
-from pipeline.summary import describe
-from pipeline.weights import UntrainedWeightsWarning, check_network
 
 EXAMPLES = """Examples:
 

@@ -5,13 +5,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from featurestore.commandline import run_app
-from pipeline.cluster import connect
-from pipeline.imports import matrix, parquet, xdl
-from pipeline.imports.report import describe
-from pipeline.imports.run import ImportOptions, import_vectors
-from pipeline.imports.source import Source
+from featurestore.console.commandline import run_app
+from pipeline.cluster.connect import connect
 from pipeline.outcome import power_of_two, told
+from pipeline.vectors import matrix, parquet, xdl
+from pipeline.vectors.import_vectors import ImportOptions, import_vectors
+from pipeline.vectors.report import describe
+from pipeline.vectors.source import Source
 
 EXAMPLES = """Examples:
 

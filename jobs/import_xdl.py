@@ -8,16 +8,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from featurestore.commandline import run_app, say_error
+from featurestore.console.commandline import run_app, say_error
+from featurestore.console.progress import progress
 from featurestore.errors import FeatureStoreError
 from featurestore.store import FeatureStore
-from pipeline.cluster import connect
+from pipeline.cluster.connect import connect
 from pipeline.errors import PipelineError
-from pipeline.imports import xdl
-from pipeline.imports.report import describe as describe_import
-from pipeline.imports.run import ImportOptions, import_vectors
 from pipeline.outcome import exit_code
-from pipeline.progress import progress
+from pipeline.vectors import xdl
+from pipeline.vectors.import_vectors import ImportOptions, import_vectors
+from pipeline.vectors.report import describe as describe_import
 from pipeline.xdl.draw import IMAGE_FOLDER, TEXT_FILE, DrawOptions, draw
 from pipeline.xdl.export import Column, Roles
 from pipeline.xdl.export import export_samples as write_lines

@@ -5,11 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from featurestore.commandline import run_app, say_error
+from featurestore.console.commandline import run_app, say_error
+from featurestore.console.progress import progress
 from pipeline.demo.catalogue import Taste
 from pipeline.demo.make import DemoOptions, DemoSummary, make_demo
 from pipeline.errors import PipelineError
-from pipeline.progress import progress
 
 EXAMPLES = """Examples:
 

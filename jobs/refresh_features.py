@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from featurestore.commandline import run_app
-from pipeline.cluster import connect
+from featurestore.console.commandline import run_app
+from pipeline.cluster.connect import connect
+from pipeline.features.refresh import RefreshOptions, refresh
+from pipeline.features.summary import describe
 from pipeline.outcome import told
-from pipeline.refresh import RefreshOptions, refresh
-from pipeline.summary import describe
 
 EXAMPLES = """Examples:
 

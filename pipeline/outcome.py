@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import typer
 
-from featurestore.commandline import FAILED, STOPPED, USAGE, say_error
+from featurestore.console.commandline import FAILED, STOPPED, USAGE, say_error
 from featurestore.errors import FeatureStoreError
 from pipeline.errors import BackboneError, InsecureSchedulerError, PipelineError, SampleOptionError, WeightsError
 

@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from featurestore.precision import VARIABLE, AutoDType
+from featurestore.lookup.compute_dtype import VARIABLE, AutoDType
 from tests.servers import environment_of, moto, new_bucket, seaweedfs
 
 

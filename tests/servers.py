@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 
 ACCESS_KEY, SECRET_KEY, REGION = "testkey", "testsecret", "us-east-1"
 READY_TIMEOUT_S = 60

@@ -17,8 +17,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from featurestore.commandline import run_app
-from featurestore.output import print_table, text_console
+from featurestore.console.commandline import run_app
+from featurestore.console.output import print_table, text_console
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {"none": "IDs only", "ad": "+ ad image", "behavior": "+ behaviour images", "both": "+ both"}

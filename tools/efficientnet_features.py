@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import v2
 
-from featurestore.output import progress_bars
+from featurestore.console.output import progress_bars
 
 BATCH = 32
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}

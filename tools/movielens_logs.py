@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import typer
 from numpy.typing import NDArray
 
-from featurestore.commandline import run_app, say_error
+from featurestore.console.commandline import run_app, say_error
 
 FILES = {name: f"MovieLens100k_{name}.parquet.brotli" for name in ("data", "items", "users")}
 LIKED = 4

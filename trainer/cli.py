@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.commandline import FAILED, OK, STOPPED, USAGE, say_error
+from featurestore.console.commandline import FAILED, OK, STOPPED, USAGE, say_error
 from trainer.errors import ConfigError, LostRankError, RemoteRankError, SchemaError, TrainerError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def check_ending(out: str, *endings: str) -> None:
 
 def _guarded(comm: "Comm", work: Callable[["Comm"], None], missing_key_advice: str) -> int:
     from featurestore.errors import FeatureStoreError
-    from trainer.signals import StoppedError
+    from trainer.loop.signals import StoppedError
 
     try:
         work(comm)

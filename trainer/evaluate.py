@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.commandline import run_app
+from featurestore.console.commandline import run_app
 from trainer.cli import run_on_ranks
 
 if TYPE_CHECKING:

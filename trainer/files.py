@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from featurestore.parsing import parse_yaml
-from featurestore.regular import read_text
+from featurestore.storage.regular import read_text
+from featurestore.text.parsing import parse_yaml
 from trainer.errors import TrainerError
 
 

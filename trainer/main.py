@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.commandline import run_app
+from featurestore.console.commandline import run_app
 from trainer.cli import run_on_ranks
-from trainer.config import WARM_PARTS, Config, load_config
+from trainer.config.config import WARM_PARTS, Config, load_config
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -99,14 +99,14 @@ def warm_settings(warm_start: str | None, warm_parts: str | None) -> list[str]:
 
 def train(config: Config, comm: "Comm") -> None:
     """One run from opening to report; every rank calls it. Raises TrainerError, FeatureStoreError."""
-    from trainer import summary
-    from trainer.config import config_digest
-    from trainer.profiling import traces_told
-    from trainer.progress import Progression
-    from trainer.run import claim_folder, open_run
-    from trainer.signals import StopSignals
-    from trainer.train import Training, total_steps
-    from trainer.warmstart import not_taken
+    from trainer.config.config import config_digest
+    from trainer.loop import summary
+    from trainer.loop.profiling import traces_told
+    from trainer.loop.progress import Progression
+    from trainer.loop.signals import StopSignals
+    from trainer.loop.training import Training, total_steps
+    from trainer.runs.open import claim_folder, open_run
+    from trainer.runs.warmstart import not_taken
 
     started = time.time()
     comm.deadline_s = config.run.deadline_s

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.comm import Comm
+from trainer.config.options import OptimConfig
 from trainer.errors import CheckpointError
-from trainer.options import OptimConfig
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class DenseOptimizer:
     """Adam on named parameters whose gradients are views of one flat buffer.
 
     Reduction: sum over ranks. The loss of a rank is already divided by the samples of the global batch, so the sum is
-    the gradient of the mean over it (tests/trainer/test_equivalence.py). One allreduce for each first part of the
-    names: the worker's gradients travel as soon as backward has made the last of them, while it goes on through E.
+    the gradient of the mean over it (tests/trainer/equivalence/test_equivalence.py). One allreduce for each first part
+    of the names: the worker's gradients travel as soon as backward has made the last of them, while it goes on
+    through E.
     """
 
     def __init__(self, comm: Comm, parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> None:

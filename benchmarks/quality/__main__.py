@@ -3,8 +3,8 @@
     python -m benchmarks.quality [--small] [--json FILE]
 
 Both sides learn the same impressions with the same vocabulary, width, hidden layers, batch size and epochs, each in its
-own loop, and are tuned over the same small grid on the last training days. GAUC of both is trainer.metrics on the same
-test rows.
+own loop, and are tuned over the same small grid on the last training days. GAUC of both is that of trainer.evaluation,
+on the same test rows.
 """
 
 import subprocess
@@ -21,9 +21,9 @@ from benchmarks.quality.compare import NETS, Bench, ids_section, images_section
 from benchmarks.quality.data import SMALL_USERS, USERS, DataSet, parse, simulated
 from benchmarks.quality.runs import QualityRunError, fuxictr_python
 from benchmarks.report import JsonPath, Section, write_sections
-from featurestore.commandline import run_app, say_error
+from featurestore.console.commandline import run_app, say_error
+from featurestore.console.output import progress_bars, text_column
 from featurestore.errors import FeatureStoreError
-from featurestore.output import progress_bars, text_column
 from trainer.errors import TrainerError
 
 EXAMPLES = """Examples:

@@ -11,8 +11,8 @@ from benchmarks.quality.heldout import hold_out, make_noise
 from benchmarks.quality.runs import Spec, curve_of
 from benchmarks.report import Figure, Section
 from trainer.comm import SoloComm
-from trainer.data import open_index
 from trainer.experiments.tables import seed_mean
+from trainer.samples.reader import open_index
 from trainer.schema import load_schema
 
 SHARE, EPOCHS = 0.2, 2

@@ -5,9 +5,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from featurestore.storage import Storage
-from trainer.days import files_by_day
+from featurestore.storage.storage import Storage
 from trainer.errors import DataError
+from trainer.samples.days import files_by_day
 
 JOBS = Path(__file__).parents[2] / "jobs"
 SMALL_USERS, USERS = 1_200, 12_000

@@ -1,6 +1,6 @@
 """The impressions of some samples as FuxiCTR wants them: a row each, IDs as numbers of a vocabulary, histories padded.
 
-Letters of shapes as in trainer/batch.py; L is the longest history.
+Letters of shapes as in trainer/samples/batch.py; L is the longest history.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.batch import Batch, Jagged
 from trainer.comm import SoloComm
-from trainer.data import SampleReader, open_index
 from trainer.errors import SchemaError
-from trainer.models.din import paired_fields
+from trainer.models.nets.din import paired_fields
+from trainer.samples.batch import Batch, Jagged
+from trainer.samples.reader import SampleReader, open_index
 from trainer.schema import Field, Schema
 
 PADDING = 0

@@ -15,15 +15,15 @@ from typing import Any, Literal
 
 from featurestore.store import FeatureStore
 from trainer.comm import SoloComm
-from trainer.config import load_config
-from trainer.data import open_index
+from trainer.config.config import load_config
 from trainer.files import replace_file
 from trainer.main import train
+from trainer.samples.reader import open_index
 from trainer.schema import load_schema
 
 Side = Literal["ours", "fuxictr"]
 Epoch = Mapping[str, Any]
-"""Metrics of the test rows after an epoch, as trainer.metrics names them, and the `seconds` of its training."""
+"""Metrics of the test rows after an epoch, as trainer.evaluation names them, and the `seconds` of its training."""
 TABLE_ROWS = 1 << 18
 """Of our hashed ID tables, so that nearly every id has a row of its own, as with FuxiCTR."""
 _BASES = {"dnn": "mlp", "dcnv2": "dcn"}

@@ -22,9 +22,9 @@ import typer
 from benchmarks.report import Figure, JsonPath, Section, write_sections
 from benchmarks.resume.runs import CHANGING, End, Float, Runs, checkpoint_every
 from benchmarks.workload import Knobs, make
-from featurestore.commandline import run_app, say_error
+from featurestore.console.commandline import run_app, say_error
+from featurestore.console.output import progress_bars
 from featurestore.errors import FeatureStoreError
-from featurestore.output import progress_bars
 from trainer.errors import TrainerError
 
 KNOBS = Knobs(images=2_000, dim=64, steps=1_000, test_samples=3_000, behaviors=10, users=2_000, shards=8, row_group=100)

@@ -13,13 +13,13 @@ from safetensors.numpy import load_file
 
 from benchmarks.resume.worker import DIES, train
 from benchmarks.workload import Workload
-from trainer import checkpoint
-from trainer.checkpoint import DENSE
 from trainer.comm import SoloComm
-from trainer.config import load_config
+from trainer.config.config import load_config
 from trainer.errors import TrainerError
 from trainer.evaluation.predict import predict_run
 from trainer.ids.optimizers import SHARED_STATE
+from trainer.runs import checkpoint
+from trainer.runs.checkpoint import DENSE
 
 Float = NDArray[np.float64]
 CHANGING = (4, 1, 2)

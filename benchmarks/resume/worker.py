@@ -12,15 +12,15 @@ from typing import Annotated
 import torch
 import typer
 
-from featurestore.commandline import run_app
+from featurestore.console.commandline import run_app
 from trainer.cli import run_on_ranks
 from trainer.comm import Comm
-from trainer.config import Config, load_config
-from trainer.progress import Progression
-from trainer.run import claim_folder, open_run
-from trainer.signals import StopSignals
-from trainer.step import Engine, Prepared, StepResult
-from trainer.train import Training, total_steps
+from trainer.config.config import Config, load_config
+from trainer.engine.engine import Engine, Prepared, StepResult
+from trainer.loop.progress import Progression
+from trainer.loop.signals import StopSignals
+from trainer.loop.training import Training, total_steps
+from trainer.runs.open import claim_folder, open_run
 
 DIES = "this rank dies now"
 

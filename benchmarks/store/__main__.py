@@ -23,8 +23,8 @@ from benchmarks.store.depth import depth_figures
 from benchmarks.store.limit import limit_figures
 from benchmarks.store.lookup import delta_figures, warm_figures
 from benchmarks.store.peers import fill_peers
-from featurestore.commandline import run_app, say_error
-from featurestore.output import progress_bars, text_column
+from featurestore.console.commandline import run_app, say_error
+from featurestore.console.output import progress_bars, text_column
 
 _HEADLINE = [
     "lookup_vs_numpy_take",

@@ -28,9 +28,9 @@ from benchmarks.report import Figure, Section
 from benchmarks.store.data import DIM, EXTRACTOR, Bench, Held, uris_of
 from benchmarks.timing import Timings, interleaved
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo
-from featurestore.cache import append_rows, open_or_build
-from featurestore.datafile import ROW_GROUP_BYTES
+from featurestore.format.datafile import ROW_GROUP_BYTES
 from featurestore.keys import shard_of
+from featurestore.lookup.cache import append_rows, open_or_build
 
 _ROW_BYTES = DIM * 2
 _BATCH_BYTES = 2 << 20  # as the store reads: larger ones are slower for lists too

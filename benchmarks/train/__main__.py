@@ -20,8 +20,8 @@ from benchmarks.train.launch import RunFailedError
 from benchmarks.train.rounds import DifferentLossesError
 from benchmarks.train.sections import FUXICTR, SECTIONS, VARIANTS, Bench, fuxictr_python, measure
 from benchmarks.workload import Knobs, WorkloadError, make
-from featurestore.commandline import run_app, say_error
-from featurestore.output import progress_bars, text_column
+from featurestore.console.commandline import run_app, say_error
+from featurestore.console.output import progress_bars, text_column
 
 app = typer.Typer(add_completion=False)
 NAMES = (*VARIANTS, *SECTIONS)

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from benchmarks.train.model import Model, StoredFeatures
-from featurestore.embedding import as_tensor
-from trainer.batch import Batch
-from trainer.exchange import FieldVectors
-from trainer.routing import unique
-from trainer.run import Run
-from trainer.wiring import model_name
+from featurestore.lookup.embedding import as_tensor
+from trainer.engine.wiring import model_name
+from trainer.exchange.exchange import FieldVectors
+from trainer.exchange.routing import unique
+from trainer.runs.open import Run
+from trainer.samples.batch import Batch
 
 
 class Compute:

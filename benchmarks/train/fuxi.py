@@ -2,7 +2,7 @@
 
 Runs in the environment that tools/install.sh makes for FuxiCTR. Its layer holds the features of all images of the store
 in float32, frozen, and one linear layer from their width to the visual width, without a hidden layer. Letters of shapes
-as in trainer/batch.py.
+as in trainer/samples/batch.py.
 """
 
 import json
@@ -16,11 +16,11 @@ from fuxictr.pytorch.layers.embeddings.pretrained_embedding import PretrainedEmb
 
 from benchmarks.train.model import Images, Model, occurrences, per_sample
 from featurestore import FeatureStore, to_float32
-from featurestore.partition import FeaturePartition
-from trainer.batch import Batch
-from trainer.exchange import Request
-from trainer.routing import Int64
-from trainer.run import Run
+from featurestore.lookup.partition import FeaturePartition
+from trainer.exchange.exchange import Request
+from trainer.exchange.routing import Int64
+from trainer.runs.open import Run
+from trainer.samples.batch import Batch
 
 
 class FuxiCtr:

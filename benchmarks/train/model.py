@@ -1,7 +1,7 @@
 """The trainer's model, ID path, losses and optimiser, with another way to come by the vectors of the images.
 
 Every variant of the benchmark takes its batches, its initial values and everything but the images from here, so that
-what differs between two of them is the image path alone. Letters of shapes as in trainer/batch.py.
+what differs between two of them is the image path alone. Letters of shapes as in trainer/samples/batch.py.
 """
 
 import itertools
@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from featurestore.embedding import EmbeddingModel, EmbeddingService, Gathered
-from trainer.batch import Batch, Jagged
-from trainer.columns import ranges
-from trainer.exchange import Exchange, FieldVectors, Request
+from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, Gathered
+from trainer.exchange.exchange import Exchange, FieldVectors, Request
 from trainer.optim import DenseOptimizer, rates_at
-from trainer.prefetch import ReadAhead
-from trainer.run import Run
+from trainer.runs.open import Run
+from trainer.samples.batch import Batch, Jagged
+from trainer.samples.columns import ranges
+from trainer.samples.prefetch import ReadAhead
 from trainer.schema import Field
 
 Images = Mapping[str, FieldVectors]

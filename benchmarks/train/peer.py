@@ -14,14 +14,14 @@ from typing import Annotated, Any, Literal, Protocol
 
 import typer
 
-from featurestore.commandline import say_error
+from featurestore.console.commandline import say_error
 from featurestore.errors import FeatureStoreError
 from trainer.comm import Comm, connect
-from trainer.config import load_config
+from trainer.config.config import load_config
+from trainer.engine.memory import objects_frozen
 from trainer.errors import TrainerError
-from trainer.memory import objects_frozen
-from trainer.prefetch import prepare_ahead
-from trainer.run import Run, open_run
+from trainer.runs.open import Run, open_run
+from trainer.samples.prefetch import prepare_ahead
 
 _PIECES = 16
 

@@ -1,6 +1,6 @@
 """Store in server: features lie with their owners as with ours, but travel raw, and E runs where they are asked for.
 
-A rank asks for each image of its part of the batch once. Letters of shapes as in trainer/batch.py.
+A rank asks for each image of its part of the batch once. Letters of shapes as in trainer/samples/batch.py.
 """
 
 import itertools
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.train.model import Images, Model
-from featurestore.embedding import EmbeddingModel, Gathered, as_tensor
 from featurestore.keys import owner_of, shard_of
-from featurestore.partition import FeaturePartition
-from trainer.batch import Batch
-from trainer.exchange import FieldVectors, Request
-from trainer.routing import Int64, bucketize_by_owner, unique
-from trainer.run import Run
-from trainer.wiring import model_name
+from featurestore.lookup.embedding import EmbeddingModel, Gathered, as_tensor
+from featurestore.lookup.partition import FeaturePartition
+from trainer.engine.wiring import model_name
+from trainer.exchange.exchange import FieldVectors, Request
+from trainer.exchange.routing import Int64, bucketize_by_owner, unique
+from trainer.runs.open import Run
+from trainer.samples.batch import Batch
 
 
 @dataclass(frozen=True)

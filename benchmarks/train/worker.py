@@ -2,7 +2,7 @@
 
 The batches are those of the trainer, written to Parquet with the features in the rows: fixed-size bytes, uncompressed,
 as drawn features do not shrink. `grouped`: the images that a group has seen stand in its row once; else each sample is
-a row of its own. Letters of shapes as in trainer/batch.py.
+a row of its own. Letters of shapes as in trainer/samples/batch.py.
 """
 
 import itertools
@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.train.model import Images, Model, StoredFeatures, occurrences, per_sample
-from featurestore.partition import FeaturePartition
-from trainer.batch import Batch, Jagged
-from trainer.exchange import Request
-from trainer.run import Run
-from trainer.wiring import model_name
+from featurestore.lookup.partition import FeaturePartition
+from trainer.engine.wiring import model_name
+from trainer.exchange.exchange import Request
+from trainer.runs.open import Run
+from trainer.samples.batch import Batch, Jagged
 
 KEPT_BATCHES = 2
 """On disk, read over and over: a batch of the paper's shape is 0.8 GB."""

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from featurestore.backend import check_backend as check
 from featurestore.commands.common import progress_bar, user_errors
-from featurestore.storage import Storage
+from featurestore.storage.safety import check_backend as check
+from featurestore.storage.storage import Storage
 
 app = typer.Typer()
 

@@ -6,8 +6,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from featurestore.cache import default_cache_dir
 from featurestore.commands.common import DryRun, Url, progress_bar, user_errors
+from featurestore.lookup.cache import default_cache_dir
 from featurestore.upkeep.cachecheck import verify_cache
 from featurestore.upkeep.repair import repair as repair_store
 from featurestore.upkeep.verify import verify as verify_store

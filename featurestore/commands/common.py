@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from featurestore import output
-from featurestore.commandline import say_error
+from featurestore.console import output
+from featurestore.console.commandline import say_error
 from featurestore.errors import FeatureStoreError
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore

@@ -11,7 +11,7 @@ from featurestore.commands.common import At, Url, Version, chosen_snapshot, prin
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import keys_of_uris
 from featurestore.log import utc_text
-from featurestore.regular import check_regular
+from featurestore.storage.regular import check_regular
 from featurestore.store import FeatureStore
 
 app = typer.Typer()

@@ -5,9 +5,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from featurestore.codec import SAMPLE_ROWS
 from featurestore.commands.common import Version, progress_bar, user_errors
-from featurestore.output import print_table, text_console
+from featurestore.console.output import print_table, text_console
+from featurestore.format.codec import SAMPLE_ROWS
 from featurestore.spec import DType
 from featurestore.store import FeatureStore
 

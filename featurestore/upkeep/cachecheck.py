@@ -8,10 +8,10 @@ from pathlib import Path
 import xxhash
 from pydantic import ValidationError
 
-from featurestore.cache import STEM_DIGITS, CacheSeal, digest_of_file
 from featurestore.errors import StorageError
-from featurestore.private import check_owner, is_private
-from featurestore.prune import SEAL
+from featurestore.lookup.cache import STEM_DIGITS, CacheSeal, digest_of_file
+from featurestore.lookup.prune import SEAL
+from featurestore.storage.private import check_owner, is_private
 
 Progress = Callable[[int, int], None]  # shards checked, shards in all
 _KEYS, _ROWS = ".keys.npy", ".rows.bin"

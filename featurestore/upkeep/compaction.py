@@ -12,11 +12,11 @@ from itertools import chain
 import numpy as np
 import pyarrow as pa
 
-from featurestore.datafile import DataFile, open_entry, row_group_rows, schema_of
 from featurestore.errors import CommitConflictError, CorruptFileError, InvalidRowsError
+from featurestore.format.datafile import DataFile, open_entry, row_group_rows, schema_of
+from featurestore.format.shard_reader import ShardReader, take_rows
+from featurestore.format.shard_writer import check_digest, write_shard_file
 from featurestore.keys import Int64Array
-from featurestore.shard import ShardReader, take_rows
-from featurestore.shardfile import check_digest, write_shard_file
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, StoreInfo
 from featurestore.store import FeatureStore

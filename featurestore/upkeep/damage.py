@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from featurestore import log
 from featurestore.errors import CorruptFileError, StorageError
 from featurestore.spec import FORMAT_VERSION, StorePath, seal, unseal
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 
 DAMAGED = "damaged"
 _PREFIX = "note-"

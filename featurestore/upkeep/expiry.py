@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from featurestore import log
-from featurestore.codec import CODECS
-from featurestore.disk import TEMPORARY, StorageEntry
 from featurestore.errors import StorageError
+from featurestore.format.codec import CODECS
 from featurestore.spec import seal
 from featurestore.staging import STAGING
+from featurestore.storage.local import TEMPORARY, StorageEntry
 from featurestore.store import FeatureStore
 from featurestore.upkeep import damage
 from featurestore.upkeep.pins import read_pins

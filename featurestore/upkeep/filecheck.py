@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from featurestore.datafile import (
+from featurestore.errors import CorruptFileError, StorageError
+from featurestore.format.buffers import FileMemory
+from featurestore.format.datafile import (
     DELETED,
     KEY,
     URI,
@@ -22,12 +24,10 @@ from featurestore.datafile import (
     schema_of,
     text_column,
 )
-from featurestore.errors import CorruptFileError, StorageError
+from featurestore.format.rows import finite_rows
 from featurestore.keys import Int64Array, keys_of_uris, shard_of_hash, splitmix64
-from featurestore.memory import FileMemory
-from featurestore.rows import finite_rows
 from featurestore.spec import FileEntry, StoreInfo
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from featurestore.upkeep.damage import is_damage
 
 

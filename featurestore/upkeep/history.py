@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 
 from featurestore import log as manifests
 from featurestore.commit import Shards, publish_shards
-from featurestore.datafile import (
+from featurestore.errors import CorruptFileError
+from featurestore.format.datafile import (
     KEY,
     METADATA_COLUMNS,
     ROW_GROUP_BYTES,
@@ -24,7 +25,6 @@ from featurestore.datafile import (
     schema_of,
     text_column,
 )
-from featurestore.errors import CorruptFileError
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, Manifest

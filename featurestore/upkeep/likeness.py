@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from featurestore.datafile import KEY, numpy_column
 from featurestore.errors import SpecMismatchError
+from featurestore.format.datafile import KEY, numpy_column
+from featurestore.format.shard_reader import ShardReader
 from featurestore.keys import Int64Array
-from featurestore.shard import ShardReader
 from featurestore.snapshot import Snapshot
 
 DIGEST = "content_digest"

@@ -10,7 +10,7 @@ from featurestore import log
 from featurestore.commit import writer_name
 from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError
 from featurestore.spec import FORMAT_VERSION, LAST_SECOND, Version, seal, unseal
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 
 PINS = log.PINS

@@ -6,10 +6,10 @@ from collections.abc import Collection
 
 from featurestore import log
 from featurestore.commit import writer_name
-from featurestore.datafile import info_in, read_verified
 from featurestore.errors import CorruptFileError, StorageError
+from featurestore.format.datafile import info_in, read_verified
 from featurestore.spec import MAX_VERSION, Manifest, StoreInfo, seal
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from featurestore.store import INFO_PATH
 from featurestore.upkeep import damage
 

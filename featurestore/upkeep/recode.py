@@ -15,23 +15,23 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from featurestore import log
-from featurestore.backend import refuse_unsafe
-from featurestore.codec import SAMPLE_ROWS, Codec, write_codec
 from featurestore.commit import Shards, publish_shards
-from featurestore.datafile import URI, live_table, matrix_of
 from featurestore.errors import (
     CommitConflictError,
     InvalidRowsError,
     StoreExistsError,
     StoreNotFoundError,
 )
+from featurestore.format.codec import SAMPLE_ROWS, Codec, write_codec
+from featurestore.format.datafile import URI, live_table, matrix_of
+from featurestore.format.shard_reader import ShardReader
+from featurestore.format.shard_writer import write_shard_file
 from featurestore.index import train_ranges
 from featurestore.keys import Int64Array
-from featurestore.shard import ShardReader
-from featurestore.shardfile import write_shard_file
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FORMAT_VERSION, DType, FileEntry, Manifest, StoreInfo, seal, unseal
-from featurestore.storage import Storage
+from featurestore.storage.safety import refuse_unsafe
+from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.accuracy import compare
 from featurestore.upkeep.compaction import merged_blocks

@@ -20,13 +20,13 @@ import numpy as np
 
 from featurestore import log
 from featurestore.commit import publish_shards
-from featurestore.datafile import table_of
 from featurestore.errors import CommitConflictError
+from featurestore.format.datafile import table_of
+from featurestore.format.rows import FeatureRows
+from featurestore.format.shard_reader import ShardReader, newest_rows
+from featurestore.format.shard_writer import write_shard_file
 from featurestore.keys import Int64Array
 from featurestore.quarantine import QuarantineRow
-from featurestore.rows import FeatureRows
-from featurestore.shard import ShardReader, newest_rows
-from featurestore.shardfile import write_shard_file
 from featurestore.spec import FileEntry, Manifest
 from featurestore.store import FeatureStore
 from featurestore.upkeep import damage

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from featurestore import log, quarantine
-from featurestore.codec import CODECS, codec_of
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError, StorageError, StoreNotFoundError
-from featurestore.memory import FileMemory
-from featurestore.shard import read_moments
+from featurestore.format.buffers import FileMemory
+from featurestore.format.codec import CODECS, codec_of
+from featurestore.format.shard_reader import read_moments
 from featurestore.spec import FileEntry, Manifest
 from featurestore.staging import STAGING
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from featurestore.store import INFO_PATH, FeatureStore
 from featurestore.upkeep import damage, pins
 from featurestore.upkeep.damage import is_damage

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from featurestore.parsing import parse_json
-from featurestore.regular import read_regular
+from featurestore.storage.regular import read_regular
+from featurestore.text.parsing import parse_json
 from pipeline.demo import truth
 from pipeline.demo.catalogue import Catalogue, Taste
 from pipeline.demo.draw import SHAPES, Garment, catalogue_of, draw_garment, plan_garments
@@ -123,7 +123,7 @@ def _parameters(options: DemoOptions) -> dict[str, Any]:
 
 def _folder_digest(images: Path) -> str:
     """Changes when an image comes, goes or changes."""
-    from pipeline.source import list_images
+    from pipeline.images.source import list_images
 
     digest = xxhash.xxh3_128()
     for ref in list_images(str(images)).images:

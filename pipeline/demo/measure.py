@@ -14,12 +14,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from featurestore.regular import open_regular
-from pipeline.decode import decode
+from featurestore.storage.regular import open_regular
 from pipeline.demo.catalogue import Catalogue, FloatArray, standardize
 from pipeline.demo.errors import DemoError
 from pipeline.errors import BadImageError
-from pipeline.source import ImageRef, bytes_of, list_images
+from pipeline.images.decode import decode
+from pipeline.images.source import ImageRef, bytes_of, list_images
 
 SIDE_PX = 96  # measured on a small copy: quick, and blind to the grain of the camera
 CENTRE = slice(SIDE_PX // 5, SIDE_PX - SIDE_PX // 5)

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from distributed import Client, KilledWorker, as_completed
 
+from featurestore.console.progress import progress
 from pipeline.errors import SampleError, SampleOptionError
-from pipeline.progress import progress
 from pipeline.samples.files import Grouped, Written, group_bucket, plan_files, write_file
 from pipeline.samples.groups import GroupRules
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, Piece, find_pieces

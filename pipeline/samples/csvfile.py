@@ -6,9 +6,9 @@ from typing import Any, Literal
 import pyarrow as pa
 from pyarrow import csv
 
-from featurestore.csvlines import CsvTextError, check_encoding, long_rows
 from featurestore.errors import StorageError
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
+from featurestore.text.csvlines import CsvTextError, check_encoding, long_rows
 from pipeline.errors import SampleError
 
 SWALLOWED = "a quoted value has other rows in it; is a quote not closed?"

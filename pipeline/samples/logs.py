@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from featurestore.errors import StorageError
 from featurestore.keys import keys_of_uris
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError
 from pipeline.samples.csvfile import csv_names, read_csv
 from pipeline.samples.mapping import Layout, TimeUnit

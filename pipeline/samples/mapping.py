@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from featurestore.parsing import parse_yaml
-from featurestore.regular import read_text
+from featurestore.storage.regular import read_text
+from featurestore.text.parsing import parse_yaml
 from pipeline.errors import SampleError
 
 TimeUnit = Literal["s", "ms", "us"]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from featurestore.console.progress import progress
 from pipeline.errors import SampleError
-from pipeline.progress import progress
 from pipeline.samples.publish import MARK, replaced_folder
 from pipeline.semantic import codebook as books
 from pipeline.semantic.codebook import Codebook

@@ -16,8 +16,8 @@ from safetensors.numpy import save
 
 from featurestore.identity import SnapshotId
 from featurestore.index import encode_residual, train_residual_quantizer
-from featurestore.parsing import parse_json
-from featurestore.regular import check_regular
+from featurestore.storage.regular import check_regular
+from featurestore.text.parsing import parse_json
 from pipeline.errors import SampleError
 
 Float32Array = npt.NDArray[np.float32]

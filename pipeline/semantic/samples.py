@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featurestore.errors import StorageError
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError
 from pipeline.semantic.codes import NO_CODE, CodeIndex
 

@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 from featurestore.identity import VECTORS_OF, SnapshotId
 from featurestore.keys import Int64Array, splitmix64
 from featurestore.snapshot import Snapshot
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from featurestore.upkeep.recode import sample as sample_of_store
 from pipeline.errors import VectorImportError
-from pipeline.imports import matrix, parquet
-from pipeline.imports.source import Source, block_rows
+from pipeline.vectors import matrix, parquet
+from pipeline.vectors.source import Source, block_rows
 
 Float32Array = npt.NDArray[np.float32]
 Blocks = Iterator[tuple[Int64Array, Float32Array]]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.imports.xdl import NUM_FILES
 from pipeline.samples.publish import MARK, replaced_folder
+from pipeline.vectors.xdl import NUM_FILES
 from pipeline.xdl.images import append_records
 from pipeline.xdl.line import Line, Tokens, format_line
 

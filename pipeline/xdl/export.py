@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featurestore.errors import StorageError
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError
 from pipeline.xdl.fields import WEIGHT_SUFFIX
 from pipeline.xdl.line import Line, Part, format_ids, format_line, format_number

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from featurestore.distinct import DistinctCount
 from pipeline.errors import SampleError
 from pipeline.xdl.line import WEIGHT, BadLineError, Line, Tokens, read_ids
+from trainer.schema.distinct import DistinctCount
 
 PartName = Literal["user", "ad"]
 Kind = Literal["id", "multi_id", "dense", "content"]

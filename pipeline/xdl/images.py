@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
-from pipeline.imports.xdl import NUM_FILES, record_dtype
 from pipeline.samples.publish import MARK, replaced_folder
+from pipeline.vectors.xdl import NUM_FILES, record_dtype
 
 
 def export_images(snapshot: Snapshot, target: Path, advance: Callable[[int], None] = lambda rows: None) -> int:

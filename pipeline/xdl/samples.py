@@ -17,14 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from distributed import Client
 
+from featurestore.console.progress import progress
 from featurestore.keys import key_of_uri, splitmix64
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
+from pipeline.cluster.tasks import Killed, run_tasks
 from pipeline.errors import SampleError
-from pipeline.imports.source import find_files
-from pipeline.progress import progress
 from pipeline.samples.files import FORMAT
 from pipeline.samples.publish import MARK, replaced_folder
-from pipeline.tasks import Killed, run_tasks
+from pipeline.vectors.source import find_files
 from pipeline.xdl.fields import SeenFields, XdlField, decide, merged, scan
 from pipeline.xdl.groups import Group, ReadRules, Weights, group_samples, read_sample, schema_of, table_of
 from pipeline.xdl.line import BadLineError, Line, parse_line

@@ -20,13 +20,13 @@ from benchmarks.quality.data import DataSet, parse
 from benchmarks.quality.heldout import hold_out
 from benchmarks.quality.rows import Layout, Rows, Vocabulary, padded, read, vocabularies
 from benchmarks.quality.runs import Spec, fuxictr_python, ours_settings
+from featurestore.format.rows import FeatureRows
 from featurestore.keys import keys_of_uris, sampled
-from featurestore.rows import FeatureRows
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
-from trainer.batch import Jagged
-from trainer.config import DEFAULT_PRESET
+from trainer.config.config import DEFAULT_PRESET
 from trainer.errors import DataError
+from trainer.samples.batch import Jagged
 from trainer.schema import load_schema
 
 ITEMS, USERS = 30, 40
@@ -193,7 +193,7 @@ def test_a_run_is_known_by_the_preset_too(place: Path, monkeypatch: pytest.Monke
     changed = OmegaConf.load(DEFAULT_PRESET)
     changed.optim.lr = 0.5
     OmegaConf.save(changed, place / "preset.yaml")
-    monkeypatch.setattr("trainer.config.DEFAULT_PRESET", place / "preset.yaml")
+    monkeypatch.setattr("trainer.config.config.DEFAULT_PRESET", place / "preset.yaml")
     assert spec.digest() != before
 
 

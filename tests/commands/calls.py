@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from featurestore.commandline import run_app
+from featurestore.console.commandline import run_app
 
 ROOT = Path(__file__).parent.parent.parent
 JOBS = (
@@ -28,7 +28,7 @@ JOBS = (
 )
 MODULES = {
     "featurestore": "featurestore.__main__",
-    "dask-submit": "pipeline.submit",
+    "dask-submit": "pipeline.cluster.submit",
     **{f"trainer.{name}": f"trainer.{name}" for name in ("main", "evaluate", "daily")},
     **{
         f"trainer.{name}": f"trainer.{name}.__main__" for name in ("compat", "plan", "experiments", "prerank", "schema")

@@ -13,13 +13,13 @@ import torch
 from distributed import Client
 from PIL import Image
 
-from featurestore.rows import FeatureRows
+from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
 from tests.commands.calls import call
 from tests.jobs.conftest import own_cluster
 from tests.trainer.conftest import make_places
 from trainer.comm import SoloComm
-from trainer.config import load_config
+from trainer.config.config import load_config
 from trainer.main import train
 
 DEEP = 100_000

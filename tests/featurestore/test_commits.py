@@ -9,7 +9,7 @@ import pytest
 from featurestore import FeatureStore, StoreInfo, log, shard_of
 from featurestore.errors import CommitConflictError, StorageError, StoreExistsError
 from featurestore.spec import Manifest
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 
 
 def history(store: FeatureStore) -> list[Manifest]:

@@ -5,7 +5,7 @@ import pytest
 from featurestore import quarantine
 from featurestore.errors import StorageError
 from featurestore.quarantine import QuarantineRow
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 
 
 def row(key, time_s, reason="broken"):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from featurestore import FeatureRows, FeatureStore, QuarantineRow, StoreInfo, shard_of, to_float32
-from featurestore.datafile import schema_of, table_of, tensor_column
 from featurestore.errors import (
     InvalidRowsError,
     KeyCollisionError,
@@ -20,8 +19,9 @@ from featurestore.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
+from featurestore.format.datafile import schema_of, table_of, tensor_column
 from featurestore.staging import read_shards_of_parts
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 
 
 class StoreContract:

@@ -7,7 +7,7 @@ import dask
 import pytest
 from distributed import Client, LocalCluster
 
-from pipeline.cluster import WORKER_CONFIG
+from pipeline.cluster.connect import WORKER_CONFIG
 
 
 @contextmanager

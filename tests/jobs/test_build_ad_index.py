@@ -14,11 +14,11 @@ from featurestore import FeatureRows, FeatureStore
 from jobs.build_ad_index import app
 from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
-from trainer.config import load_config
+from trainer.config.config import load_config
 from trainer.main import train
 from trainer.prerank.artifact import AdIndex
 from trainer.prerank.evaluate import user_queries
-from trainer.trained import open_trained
+from trainer.runs.saved import open_trained
 
 COLUMNS = ("ad_item", "ad_image", "ad_category")
 

@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from featurestore.rows import FeatureRows
+from featurestore.format.rows import FeatureRows
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 from jobs.build_semantic_ids import app
 from pipeline.semantic.codebook import load
 from trainer.comm import SoloComm
-from trainer.config import load_config
+from trainer.config.config import load_config
 from trainer.main import train
 from trainer.schema import load_schema
 

@@ -15,12 +15,12 @@ from featurestore.upkeep.recode import recode
 from jobs import build_semantic_ids
 from jobs.export_embeddings import app
 from tests.trainer.conftest import Places, make_places
-from trainer import export
-from trainer.checkpoint import DENSE
 from trainer.comm import SoloComm
-from trainer.config import load_config
+from trainer.config.config import load_config
 from trainer.main import train
-from trainer.trained import find_checkpoint, open_trained
+from trainer.runs import export_vectors as export
+from trainer.runs.checkpoint import DENSE
+from trainer.runs.saved import find_checkpoint, open_trained
 
 NEW = 1_077
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from featurestore.store import FeatureStore
 from jobs import extract_features
 from pipeline.errors import PipelineError
-from pipeline.parts import BadImage
-from pipeline.summary import RefreshSummary, describe
+from pipeline.features.part import BadImage
+from pipeline.features.summary import RefreshSummary, describe
 
 JOB = Path(extract_features.__file__)
 

@@ -16,7 +16,7 @@ from pipeline.xdl.draw import DrawOptions, draw_lines
 from pipeline.xdl.line import format_line
 from pipeline.xdl.samples import split_of
 from trainer.comm import SoloComm
-from trainer.config import load_config
+from trainer.config.config import load_config
 from trainer.main import train
 from trainer.schema import load_schema
 

@@ -11,13 +11,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from featurestore.format.rows import FeatureRows
 from featurestore.keys import key_of_uri
-from featurestore.rows import FeatureRows
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
 from jobs import build_samples
 from trainer.comm import SoloComm
-from trainer.config import load_config
+from trainer.config.config import load_config
 from trainer.main import train
 from trainer.schema import __main__ as schema_command
 from trainer.schema import load_schema

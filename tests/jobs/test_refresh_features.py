@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 from featurestore import ExtractorSpec, FeatureStore, StoreInfo
 from featurestore.spec import NetworkName
 from jobs import refresh_features
-from pipeline.parts import BadImage
-from pipeline.summary import RefreshSummary
+from pipeline.features.part import BadImage
+from pipeline.features.summary import RefreshSummary
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import torch
 from distributed import Client
 from PIL import Image
 
-from pipeline.backbone import backbone
-from pipeline.layers import DEFAULT_BACKBONE
+from pipeline.network.backbone import backbone
+from pipeline.network.layers import DEFAULT_BACKBONE
 from tests.jobs.conftest import own_cluster
 
 
@@ -56,7 +56,7 @@ def photos(tmp_path: Path) -> Path:
 def client() -> Iterator[Client]:
     """A Dask client whose one worker is a thread of this process, so that tests can look at the network it uses."""
     with pytest.MonkeyPatch.context() as patch, own_cluster() as client:
-        patch.setattr("pipeline.parts.torch_threads", lambda workers_per_host: 1)
+        patch.setattr("pipeline.features.part.torch_threads", lambda workers_per_host: 1)
         yield client
 
 

@@ -23,21 +23,21 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from featurestore.errors import MissingKeysError
-from featurestore.rows import FeatureRows
+from featurestore.format.rows import FeatureRows
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
 from tests.trainer.alike import all_alike
-from trainer.checkpoint import find, read_state
 from trainer.comm import SoloComm
-from trainer.config import load_config
+from trainer.config.config import load_config
+from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError, DataError, RemoteRankError, TrainerError
+from trainer.loop.summary import Totals
 from trainer.main import app, train
+from trainer.runs.checkpoint import find, read_state
 from trainer.stages import AHEAD, Stage, Stages
-from trainer.step import Engine
-from trainer.summary import Totals
 
 HOROVODRUN = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2"]
-WORKER = Path(__file__).parent / "runs" / "worker.py"
+WORKER = Path(__file__).parent / "main_worker.py"
 RANKS_TIMEOUT_S = 150
 # Of the runs of one rank and of two; their numbers are compared, so the type of the products is not the machine's.
 SHARED = {"data__global_batch_size": 16, "train__epochs": 3, "model__compute_dtype": "float32"}
@@ -252,7 +252,7 @@ class TestRefusals:
         def refuse(*_: Any, **__: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr("trainer.run.save_config", refuse)
+        monkeypatch.setattr("trainer.runs.open.save_config", refuse)
         with pytest.raises(ConfigError, match=r"run\.dir=.* cannot be used: .*No space left"):
             run_alone(places, run__name="x", run__dir=tmp_path)
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from trainer.comm import SoloComm
+from trainer.config.options import OptimConfig
 from trainer.errors import CheckpointError
 from trainer.optim import DenseOptimizer, check_names, rates_at
-from trainer.options import OptimConfig
 
 
 class DoublingComm(SoloComm):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.commandline import FAILED, OK, run_app
+from featurestore.console.commandline import FAILED, OK, run_app
 from trainer.cli import run_on_ranks
 from trainer.errors import ConfigError, TrainerError
 from trainer.files import replace_file

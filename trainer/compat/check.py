@@ -12,13 +12,13 @@ from featurestore.identity import SnapshotId
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
 from featurestore.upkeep.likeness import Likeness, Progress, compare
-from trainer import accepted, checkpoint
 from trainer.comm import Comm
 from trainer.compat.scores import Scored, drawn_batches, score
 from trainer.errors import ConfigError, TrainerError
+from trainer.runs import accepted, checkpoint
+from trainer.runs.saved import SavedRun, open_test, read_run
+from trainer.runs.stores import StorePlace, kind_of_features, recorded_kind, store_places
 from trainer.schema import Schema
-from trainer.stores import StorePlace, kind_of_features, recorded_kind, store_places
-from trainer.trained import SavedRun, open_test, read_run
 
 Relation = Literal["the same snapshot", "the same store", "another store", "unknown"]
 Verdict = Literal["compatible", "not compatible", "unknown"]

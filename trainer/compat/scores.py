@@ -14,23 +14,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featurestore.format.rows import FeatureRows
 from featurestore.identity import SnapshotId
 from featurestore.keys import Int64Array, shard_of
-from featurestore.rows import FeatureRows
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
-from trainer import checkpoint
-from trainer.batch import Batch
 from trainer.comm import Comm
-from trainer.data import SampleIndex, SampleReader
+from trainer.engine.machine import share_machine
 from trainer.errors import TrainerError
-from trainer.machine import share_machine
-from trainer.metrics import log_loss
+from trainer.evaluation.metrics import log_loss
 from trainer.models.fields import used_fields
-from trainer.run import engine_of
+from trainer.runs import checkpoint
+from trainer.runs.open import engine_of
+from trainer.runs.saved import SavedRun
+from trainer.runs.stores import open_partition, store_places
+from trainer.samples.batch import Batch
+from trainer.samples.reader import SampleIndex, SampleReader
 from trainer.schema import Schema
-from trainer.stores import open_partition, store_places
-from trainer.trained import SavedRun
 
 Float = NDArray[np.float64]
 _SHARDS, _ROWS_A_PUT = 8, 8_192

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.metrics import auc_of_groups
+from trainer.evaluation.metrics import auc_of_groups
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
@@ -109,7 +109,7 @@ class MetricSums:
     calibration = sum of predicted probabilities / clicks: 1 is right, 1.2 promises 20 % too much. ECE, the expected
     calibration error (Naeini et al., AAAI 2015): the mean over impressions of |mean prediction - click rate| of their
     bin, with bins of equally many impressions (`bins_of`) instead of equal width. Noise alone makes it positive, so it
-    is to be compared between sets of about one size. The others: trainer/metrics.py.
+    is to be compared between sets of about one size. The others: trainer/evaluation/metrics.py.
     """
 
     def __init__(self, logit_N: Float, label_N: Float, user_N: Int) -> None:

@@ -4,7 +4,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from featurestore.output import text_console
+from featurestore.console.output import text_console
 from trainer.comm import Comm
 from trainer.errors import ConfigError
 from trainer.evaluation import report
@@ -14,8 +14,8 @@ from trainer.evaluation.measure import Figures, measure_all
 from trainer.evaluation.opening import Opened, Source, open_source
 from trainer.evaluation.predict import has_feature, predict, predict_without
 from trainer.evaluation.slices import Slicing, slicings
-from trainer.summary import ranks_told
-from trainer.trained import missing_lookups
+from trainer.loop.summary import ranks_told
+from trainer.runs.saved import missing_lookups
 
 HIDDEN_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 

@@ -14,10 +14,10 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
-from trainer.columns import Groups, Index, Rule, decode, rules_of, sizes_of, source_columns
 from trainer.comm import Comm
-from trainer.data import RowGroup, SampleIndex, read_row_group
 from trainer.errors import SchemaError
+from trainer.samples.columns import Groups, Index, Rule, decode, rules_of, sizes_of, source_columns
+from trainer.samples.reader import RowGroup, SampleIndex, read_row_group
 from trainer.schema import Field, Schema
 
 NEVER = np.iinfo(np.int64).max

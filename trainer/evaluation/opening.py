@@ -6,13 +6,13 @@ from typing import Any
 
 from featurestore.errors import FeatureStoreError
 from featurestore.store import FeatureStore
-from trainer import checkpoint
 from trainer.comm import Comm
-from trainer.config import Config
-from trainer.data import SampleIndex, SampleReader, open_index
+from trainer.config.config import Config
 from trainer.errors import ConfigError, DataError
-from trainer.run import Run, open_run, test_reader
-from trainer.trained import TRAIN, SavedRun, open_test, read_run
+from trainer.runs import checkpoint
+from trainer.runs.open import Run, open_run, test_reader
+from trainer.runs.saved import TRAIN, SavedRun, open_test, read_run
+from trainer.samples.reader import SampleIndex, SampleReader, open_index
 
 
 @dataclass(frozen=True)

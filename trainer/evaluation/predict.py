@@ -12,7 +12,7 @@ from trainer.comm import Comm, SoloComm
 from trainer.errors import TrainerError
 from trainer.evaluation.impressions import Impressions, read_impressions
 from trainer.evaluation.opening import Opened, Source, open_source
-from trainer.prefetch import ReadAhead
+from trainer.samples.prefetch import ReadAhead
 
 Float = NDArray[np.float64]
 

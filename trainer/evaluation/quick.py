@@ -5,11 +5,11 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from trainer.batch import Batch
-from trainer.columns import Index
 from trainer.comm import Comm
 from trainer.errors import TrainerError
-from trainer.metrics import measure
+from trainer.evaluation.metrics import measure
+from trainer.samples.batch import Batch
+from trainer.samples.columns import Index
 
 Metrics = dict[str, float | int | None]
 

@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from featurestore.output import print_table
+from featurestore.console.output import print_table
 from trainer.errors import TrainerError
 from trainer.evaluation.bootstrap import LEAST_USERS, LEVEL, METRICS, NUM_BINS, Estimate
 from trainer.evaluation.measure import Figures, Hidden, Measured
 from trainer.evaluation.opening import Opened
 from trainer.evaluation.plots import METRIC_TITLES, draw_all
-from trainer.trained import TEST
+from trainer.runs.saved import TEST
 
 _ABOUT = ("checkpoint", "samples", "missing", "missing_lookups")
 _METHOD = f"""\

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.columns import Index
 from trainer.evaluation.impressions import NEVER, Impressions, SeenInTraining
+from trainer.samples.columns import Index
 
 DAY_S = 86_400
 AGE_DAYS = (1, 3, 7, 14)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.commandline import run_app
-from featurestore.output import text_console
-from trainer.config import Config, load_config
+from featurestore.console.commandline import run_app
+from featurestore.console.output import text_console
+from trainer.config.config import Config, load_config
 from trainer.errors import ConfigError
 from trainer.experiments.grid import Experiment, chosen, experiments
 from trainer.files import read_mapping
@@ -119,7 +119,7 @@ def make(wanted: Sequence[Experiment], seeds: Sequence[int], grid: "Grid", comm:
 
 def settings_of(file: Path) -> list[str]:
     """The values of a YAML file as settings, to be laid over others."""
-    from trainer.checkpoint import flat
+    from trainer.runs.checkpoint import flat
 
     return [f"{name}={value}" for name, value in flat(read_mapping(file, "--semantic-config ", ConfigError))]
 

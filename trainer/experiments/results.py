@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from featurestore.parsing import parse_json
-from featurestore.regular import read_regular
+from featurestore.storage.regular import read_regular
+from featurestore.text.parsing import parse_json
 from trainer.errors import TrainerError
 from trainer.experiments.grid import Experiment, experiments
 from trainer.experiments.plots import draw

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import finished
 from trainer.comm import Comm
-from trainer.config import Config, config_digest, load_config
-from trainer.daytable import report_of
+from trainer.config.config import Config, config_digest, load_config
+from trainer.daily.table import report_of
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.experiments.grid import Experiment, Variant
 from trainer.experiments.sources import Sources
+from trainer.runs.checkpoint import finished
+from trainer.runs.stores import store_places
 from trainer.schema import load_schema
-from trainer.stores import store_places
 
 METRICS = ("gauc", "auc", "logloss", "new_ad_gauc", "new_ad_auc")
 _DIGITS = 10

@@ -4,16 +4,16 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
 
 from featurestore.identity import SnapshotId
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from trainer.comm import Comm
-from trainer.config import Config
-from trainer.content import samples_digest
-from trainer.data import open_index
-from trainer.days import files_by_day
+from trainer.config.config import Config
 from trainer.errors import DataError
+from trainer.runs.samples_digest import samples_digest
+from trainer.runs.stores import StorePlace, missing_places
+from trainer.samples.days import files_by_day
+from trainer.samples.reader import open_index
 from trainer.schema import Schema
-from trainer.stores import StorePlace, missing_places
 
 Found = TypeVar("Found")
 LEAST_DAYS = 3

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from featurestore.output import print_table
+from featurestore.console.output import print_table
 from trainer.experiments.grid import Experiment
 
 LEVEL = 0.95

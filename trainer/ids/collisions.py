@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from featurestore.distinct import DistinctCount
+from trainer.schema.distinct import DistinctCount
 
 WARNED_SHARE = 0.2
 """Of the ids of a table: where more of them share a row, the run warns."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.routing import Int64
+from trainer.exchange.routing import Int64
 
 USED_AT, CLOCK = "used_at", "clock"
 """Names in a checkpoint: the step in which each row was last used, and how many steps there were."""

@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featurestore.keys import UInt64Array, owned_shards, shard_of_hash, splitmix64, stream_start
+from trainer.config.options import ExactTableConfig
 from trainer.errors import CheckpointError, ConfigError
+from trainer.exchange.routing import Int64, unique
 from trainer.ids.admission import CountingFilter, counters_for
 from trainer.ids.eviction import CLOCK, USED_AT, count_to_evict, longest_unused, order_of_use
 from trainer.ids.optimizers import LAST_WEIGHT
 from trainer.ids.rowmap import RowMap, map_bytes
 from trainer.ids.rows import WEIGHT, Rows
 from trainer.ids.tables import IdTable, RowRequest, TableShape, uniform
-from trainer.options import ExactTableConfig
-from trainer.routing import Int64, unique
 
 IDS, LAST_USE, COUNTS, FADED = "ids", "last_use", "counts", "faded"
 _WARM = (IDS, WEIGHT, LAST_USE, COUNTS, FADED)

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from featurestore.distinct import DistinctCount
 from trainer.comm import Comm
 from trainer.ids.collisions import Collisions, collisions_of
 from trainer.ids.exact import ExactShape
 from trainer.ids.tables import IdTable
+from trainer.schema.distinct import DistinctCount
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from trainer.config.options import IdOptimizer, OptimConfig
 from trainer.errors import CheckpointError
 from trainer.ids.drift import Drift
 from trainer.ids.rows import WEIGHT, Rows, StatePart
 from trainer.optim import Rates
-from trainer.options import IdOptimizer, OptimConfig
 
 LAST_WEIGHT = "last_weight"
 """Name in a checkpoint of the weights as the last step that touched the row left them, where `weight` is newer."""

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featurestore.distinct import DistinctCount
 from featurestore.keys import (
     UInt64Array,
     owned_shards,
@@ -26,10 +25,11 @@ from featurestore.keys import (
     unit_interval,
 )
 from trainer.errors import CheckpointError, ConfigError
+from trainer.exchange.routing import Int64, unique
 from trainer.ids.optimizers import LAST_WEIGHT, RowOptimizer
 from trainer.ids.rows import WEIGHT, Rows, StatePart, row_bytes
 from trainer.optim import Rates, check_names
-from trainer.routing import Int64, unique
+from trainer.schema.distinct import DistinctCount
 
 
 @dataclass(frozen=True)

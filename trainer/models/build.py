@@ -2,14 +2,14 @@
 
 from torch import nn
 
+from trainer.config.options import BaseNet, ModelConfig
 from trainer.models.ctr import CtrModel
-from trainer.models.dcn import Dcn
-from trainer.models.dicm import Dicm
-from trainer.models.din import Din
-from trainer.models.finalmlp import FinalMlp
-from trainer.models.lr import Lr
-from trainer.models.two_tower import TwoTower
-from trainer.options import BaseNet, ModelConfig
+from trainer.models.nets.dcn import Dcn
+from trainer.models.nets.dicm import Dicm
+from trainer.models.nets.din import Din
+from trainer.models.nets.finalmlp import FinalMlp
+from trainer.models.nets.lr import Lr
+from trainer.models.nets.two_tower import TwoTower
 from trainer.schema import Schema
 
 _BASE_NETS: dict[BaseNet, type[CtrModel]] = {

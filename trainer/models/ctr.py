@@ -1,6 +1,6 @@
 """What all base nets share: which inputs a sample has, put side by side, images aggregated.
 
-Letters of shapes as in trainer/batch.py; W is any width.
+Letters of shapes as in trainer/samples/batch.py; W is any width.
 """
 
 from collections.abc import Collection, Mapping
@@ -8,15 +8,15 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from trainer.batch import Batch
+from trainer.config.options import ModelConfig
 from trainer.errors import ConfigError, DataError
-from trainer.exchange import FieldVectors
-from trainer.models.aggregators import build_aggregator, mean_pool, sum_pool
+from trainer.exchange.exchange import FieldVectors
 from trainer.models.fields import nearest_of, tiers_of, used_fields, width_of
 from trainer.models.hidden import HiddenLayers, StepPlace
 from trainer.models.layers import take_rows, value_rows
 from trainer.models.newads import build_new_ads
-from trainer.options import ModelConfig
+from trainer.models.pooling.aggregators import build_aggregator, mean_pool, sum_pool
+from trainer.samples.batch import Batch
 from trainer.schema import Field, Schema, Side
 
 Fields = Mapping[str, FieldVectors]

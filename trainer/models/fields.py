@@ -2,8 +2,8 @@
 
 from torch import nn
 
+from trainer.config.options import ModelConfig
 from trainer.errors import ConfigError
-from trainer.options import ModelConfig
 from trainer.schema import Field, Schema, Side
 
 _SIDES: dict[str, frozenset[Side]] = {

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featurestore.embedding import PReLU
+from featurestore.lookup.embedding import PReLU
 from trainer.comm import Comm, SoloComm
-from trainer.dropout import random_words
-from trainer.options import ModelConfig
+from trainer.config.options import ModelConfig
+from trainer.models.id_dropout import random_words
 
 # Of FuxiCTR and torch: eps and the share of a step in the running values.
 _NORM, _DICE = (1e-5, 0.1), (1e-9, 0.01)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer.exchange import FieldVectors
+from trainer.exchange.exchange import FieldVectors
 from trainer.models.hidden import HiddenLayers
 
 

@@ -2,8 +2,9 @@
 
 E knows the pictures of its training by heart, in part; of a new picture it makes a vector that may mean less, or, with
 poor features, nothing. The networks cannot tell, as long as all ads that they see are known. So a share of the images
-is held out of E's training, and half of their samples lose their ad's own IDs (trainer/dropout.py): these look as a new
-ad will. A new ad's visual vector goes through a scale and a shift of its own, which these samples alone train.
+is held out of E's training, and half of their samples lose their ad's own IDs (trainer/models/id_dropout.py): these
+look as a new ad will. A new ad's visual vector goes through a scale and a shift of its own, which
+these samples alone train.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from trainer.dropout import own_ids_of_ads
+from trainer.config.options import ExactTableConfig, ModelConfig
 from trainer.errors import ConfigError
-from trainer.exchange import FieldVectors
+from trainer.exchange.exchange import FieldVectors
 from trainer.models.fields import width_of
+from trainer.models.id_dropout import own_ids_of_ads
 from trainer.models.layers import segment_max, take_rows
-from trainer.options import ExactTableConfig, ModelConfig
 from trainer.schema import Field, Schema
 
 _ROUNDING = 1.01  # a row may have been rounded on its way (exchange.wire_dtype)

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from featurestore.commandline import FAILED, USAGE, run_app, say_error
+from featurestore.console.commandline import FAILED, USAGE, run_app, say_error
 from featurestore.errors import FeatureStoreError
-from trainer.config import Config, load_config
+from trainer.config.config import Config, load_config
 from trainer.errors import ConfigError, SchemaError, TrainerError
 
 EXAMPLES = """

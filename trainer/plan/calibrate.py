@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config, save_config
+from trainer.config.config import Config, save_config
+from trainer.engine.machine import check_threads
 from trainer.errors import PlanError
-from trainer.machine import check_threads
 from trainer.plan.cost import Machine, Network, Piece, Rates, Stage, step_seconds
 from trainer.plan.rates import Measured
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from featurestore.keys import owner_of, shard_of, splitmix64
-from trainer.batch import Batch
+from trainer.exchange.routing import Int64
 from trainer.plan.cost import Keys
 from trainer.plan.growth import Curve, Point, fit
 from trainer.plan.skew import owner_skew
-from trainer.routing import Int64
+from trainer.samples.batch import Batch
 
 _SPANS = 8
 _SMALLEST = 64

@@ -8,14 +8,14 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from featurestore.spec import DType
+from trainer.config.options import Count
+from trainer.config.validate import Section, validated
 from trainer.errors import ConfigError
 from trainer.files import read_mapping
-from trainer.options import Count
 from trainer.plan.build import FEATURE_ITEM_BYTES
 from trainer.plan.cost import BatchCounts, Machine, Network, Piece, Rates, Widths, step_cost
 from trainer.plan.draws import Population
 from trainer.plan.growth import Curve, Point
-from trainer.validate import Section, validated
 
 PAPER = Path(__file__).parent.parent / "presets" / "plan-paper.yaml"
 

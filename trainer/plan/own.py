@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from featurestore.embedding import EmbeddingModel
-from featurestore.mapping import physical_memory_bytes
-from trainer.config import Config
+from featurestore.lookup.embedding import EmbeddingModel
+from featurestore.lookup.mmap import physical_memory_bytes
+from trainer.config.config import Config
+from trainer.engine.wiring import model_name, table_shapes
 from trainer.ids.optimizers import state_of
 from trainer.ids.tables import owned_bytes
 from trainer.models.build import build_model
@@ -19,7 +20,6 @@ from trainer.plan.build import Plan, Stored, build
 from trainer.plan.calibrate import Calibration
 from trainer.plan.cost import BatchCounts, Widths, decoded_samples
 from trainer.plan.sample import LARGEST_MEASURED, Question, Sampled, sample
-from trainer.wiring import model_name, table_shapes
 
 _FLOAT_BYTES = 4
 

@@ -22,25 +22,25 @@ import pyarrow as pa
 import torch
 
 from featurestore.errors import FeatureStoreError
-from featurestore.partition import FeaturePartition
+from featurestore.lookup.partition import FeaturePartition
 from featurestore.store import FeatureStore
-from trainer.batch import Batch
 from trainer.comm import Comm, SoloComm, connect
-from trainer.config import Config, load_config
-from trainer.data import SampleReader, open_index
+from trainer.config.config import Config, load_config
+from trainer.engine.engine import Engine, Prepared
+from trainer.engine.machine import uses_cuda
+from trainer.engine.memory import keep_freed_memory, objects_frozen
+from trainer.engine.wiring import model_name
 from trainer.errors import TrainerError
-from trainer.exchange import ContentRequest
+from trainer.exchange.exchange import ContentRequest
+from trainer.exchange.routing import Int64
 from trainer.ids.tables import RowRequest
-from trainer.inputs.known import with_rough_statistics
-from trainer.machine import uses_cuda
-from trainer.memory import keep_freed_memory, objects_frozen
 from trainer.plan.cost import Piece, Rates
-from trainer.prefetch import ReadAhead, prepare_ahead
-from trainer.routing import Int64
+from trainer.runs.known_statistics import with_rough_statistics
+from trainer.runs.stores import store_places
+from trainer.samples.batch import Batch
+from trainer.samples.prefetch import ReadAhead, prepare_ahead
+from trainer.samples.reader import SampleReader, open_index
 from trainer.schema import load_schema
-from trainer.step import Engine, Prepared
-from trainer.stores import store_places
-from trainer.wiring import model_name
 
 # Rounds of steps by themselves and of the real loop take turns, so that a slow moment of the machine hits both alike.
 _ROUNDS, _STEPS, _LOOP_STEPS, _WARM_UP = 3, 4, 6, 2

@@ -8,16 +8,16 @@ import numpy as np
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
 from trainer.comm import SoloComm
-from trainer.config import Config
-from trainer.data import SampleIndex, SampleReader, open_index
+from trainer.config.config import Config
+from trainer.engine.wiring import model_name, table_shapes
 from trainer.errors import ConfigError
-from trainer.inputs.known import with_rough_statistics
+from trainer.exchange.routing import Int64
 from trainer.models.fields import used_fields
 from trainer.plan.draws import Drawn, Population, population
-from trainer.routing import Int64
+from trainer.runs.known_statistics import with_rough_statistics
+from trainer.runs.stores import store_places
+from trainer.samples.reader import SampleIndex, SampleReader, open_index
 from trainer.schema import Schema, load_schema
-from trainer.stores import store_places
-from trainer.wiring import model_name, table_shapes
 
 _DRAWN_BATCHES = 4
 _LEAST_DRAWN, _MOST_DRAWN = 100_000, 1_000_000

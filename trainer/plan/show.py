@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from featurestore.output import print_table, text_console
+from featurestore.console.output import print_table, text_console
 from trainer.plan.build import Plan
 from trainer.plan.cost import DESIGNS
 

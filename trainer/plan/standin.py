@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from featurestore import FeatureRows, FeatureStore, StoreInfo, to_bits
-from featurestore.mapping import physical_memory_bytes
-from trainer.routing import Int64
+from featurestore.lookup.mmap import physical_memory_bytes
+from trainer.exchange.routing import Int64
 
 _MOST_OF_MEMORY = 0.25
 _STANDIN_OF_MEMORY = 0.05

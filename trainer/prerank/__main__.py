@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featurestore.commandline import run_app
+from featurestore.console.commandline import run_app
 from trainer.cli import run_on_ranks
 from trainer.errors import ConfigError, TrainerError
 
@@ -62,7 +62,7 @@ def evaluate_index(
         from trainer.prerank.artifact import AdIndex
         from trainer.prerank.evaluate import report_of, score, search_figures
         from trainer.prerank.vectors import origin_of
-        from trainer.trained import open_trained
+        from trainer.runs.saved import open_trained
 
         with contextlib.closing(open_trained(run, comm, which=checkpoint, samples=samples)) as trained:
             ads = comm.on_all(lambda: AdIndex.open(index) if comm.rank == 0 else None)
@@ -91,11 +91,11 @@ def search(
     """Find the ads that suit a user best, as the user was in their last test sample."""
 
     def work(comm: "Comm") -> None:
-        from trainer.ids.dictionary import IdDictionary
         from trainer.prerank.artifact import AdIndex
         from trainer.prerank.evaluate import candidates
         from trainer.prerank.vectors import origin_of
-        from trainer.trained import missing_lookups, open_trained
+        from trainer.runs.saved import missing_lookups, open_trained
+        from trainer.samples.dictionary import IdDictionary
 
         if comm.size > 1:
             raise ConfigError("search is for one rank; start it without horovodrun")
@@ -155,7 +155,7 @@ def _figure(value: float | None) -> str:
 def _print_table(names: list[str], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.table import Table
 
-    from featurestore.output import print_table, text_console
+    from featurestore.console.output import print_table, text_console
 
     table = Table()
     for number, name in enumerate(names):

@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from featurestore.errors import StorageError
-from featurestore.storage import Storage
-from trainer.batch import Batch, Jagged
-from trainer.columns import Groups, Index, Rows, Rule, concatenate, decode, rules_of, source_columns
+from featurestore.storage.storage import Storage
 from trainer.comm import SoloComm
-from trainer.data import RowGroup, inputs_of, open_index, read_row_group, row_groups_of_table
 from trainer.errors import DataError
+from trainer.samples.batch import Batch, Jagged
+from trainer.samples.columns import Groups, Index, Rows, Rule, concatenate, decode, rules_of, source_columns
+from trainer.samples.reader import RowGroup, inputs_of, open_index, read_row_group, row_groups_of_table
 from trainer.schema import CROSS, Field, Schema
 
 _SPLITS = ("train", "test")

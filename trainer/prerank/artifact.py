@@ -22,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
-from featurestore.datafile import digest_of, read_verified
 from featurestore.errors import CorruptFileError
+from featurestore.format.datafile import digest_of, read_verified
 from featurestore.identity import SnapshotId
 from featurestore.index import IndexKind, VectorIndex
 from featurestore.spec import FORMAT_VERSION, seal, unseal
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from trainer.errors import AdIndexError
 from trainer.prerank.recall import COUNT, Queries, QuerySource, best_index, reach, sample_of
 from trainer.prerank.vectorfile import from_parquet, merge, to_parquet

@@ -16,19 +16,19 @@ from torch import Tensor
 
 from featurestore.index import VectorIndex, use_threads
 from featurestore.keys import id_of_text
-from trainer.batch import Batch
-from trainer.columns import rules_of
-from trainer.content import samples_digest
-from trainer.data import SampleIndex, SampleReader, distinct_values, open_index
 from trainer.errors import DataError, SchemaError
 from trainer.evaluation.quick import Metrics, evaluate
-from trainer.prefetch import ReadAhead
 from trainer.prerank.ads import key_column
 from trainer.prerank.artifact import AdIndex
 from trainer.prerank.recall import NUM_QUERIES, Queries, recall_at, sample_of
 from trainer.prerank.vectors import towers, user_vectors
-from trainer.run import test_reader
-from trainer.trained import TEST, TRAIN, TrainedRun, finite, missing_lookups, open_test
+from trainer.runs.open import test_reader
+from trainer.runs.samples_digest import samples_digest
+from trainer.runs.saved import TEST, TRAIN, TrainedRun, finite, missing_lookups, open_test
+from trainer.samples.batch import Batch
+from trainer.samples.columns import rules_of
+from trainer.samples.prefetch import ReadAhead
+from trainer.samples.reader import SampleIndex, SampleReader, distinct_values, open_index
 
 Vectors = NDArray[np.float32]
 

@@ -6,13 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.batch import Batch
 from trainer.errors import ConfigError
-from trainer.exchange import FieldVectors
-from trainer.models.two_tower import TwoTower
+from trainer.exchange.exchange import FieldVectors
+from trainer.models.nets.two_tower import TwoTower
 from trainer.prerank.ads import Ads, key_column
 from trainer.prerank.artifact import IndexOrigin
-from trainer.trained import TrainedRun, finite
+from trainer.runs.saved import TrainedRun, finite
+from trainer.samples.batch import Batch
 
 Vectors = NDArray[np.float32]
 

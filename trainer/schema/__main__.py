@@ -9,14 +9,15 @@ from typing import Annotated
 
 import typer
 
-from featurestore.commandline import FAILED, USAGE, run_app, say_error
+from featurestore.console.commandline import FAILED, USAGE, run_app, say_error
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import id_of_text, key_of_uri
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from trainer.errors import DataError, SchemaError, TrainerError
-from trainer.schema import logs, samples
-from trainer.schema.columns import content_of, data_files, inner_type, read_tables
+from trainer.schema import suggest_mapping as logs
+from trainer.schema import suggest_schema as samples
 from trainer.schema.fields import load_schema
+from trainer.schema.profile import content_of, data_files, inner_type, read_tables
 
 BATCH_SIZE = 8192
 SHOWN = 10
@@ -86,9 +87,9 @@ def check(
     Of numbers that are scaled or cut into buckets, what the training samples say of them is printed.
     """
     from trainer.comm import SoloComm
-    from trainer.data import SampleReader, open_index
-    from trainer.inputs.known import statistics_of
-    from trainer.inputs.statistics import fill_in, measure
+    from trainer.runs.known_statistics import statistics_of
+    from trainer.samples.reader import SampleReader, open_index
+    from trainer.samples.statistics import fill_in, measure
 
     with _user_errors():
         fields = load_schema(schema)
@@ -117,7 +118,7 @@ def lookup(
 
     An ID of crossed columns stands for a JSON list of their values.
     """
-    from trainer.ids.dictionary import IdDictionary
+    from trainer.samples.dictionary import IdDictionary
 
     with _user_errors():
         dictionary = IdDictionary.of_run(run)
@@ -133,7 +134,7 @@ def lookup(
 
 
 def _show_dictionary(run: Path, count: int) -> None:
-    from trainer.ids.dictionary import FILE, IdDictionary
+    from trainer.samples.dictionary import FILE, IdDictionary
 
     dictionary = IdDictionary.of_run(run)
     if dictionary is None:

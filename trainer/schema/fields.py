@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 
+from trainer.config.validate import near_match, validated
 from trainer.errors import SchemaError
 from trainer.files import read_mapping
 from trainer.schema.numbers import (
@@ -20,7 +21,6 @@ from trainer.schema.numbers import (
     Positive,
     check_numbers,
 )
-from trainer.validate import near_match, validated
 
 DEFAULT_SCHEMA = Path(__file__).parents[1] / "presets" / "schema.yaml"
 

@@ -26,7 +26,7 @@ from featurestore import FeatureRows, FeatureStore, Snapshot, StoreInfo, key_of_
 from featurestore import store as store_module
 from featurestore.errors import CommitConflictError
 from featurestore.spec import Manifest
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore

@@ -5,8 +5,8 @@ import pytest
 
 from featurestore import FeatureRows, commit, log
 from featurestore import store as store_module
-from featurestore.disk import DiskFiles
-from featurestore.storage import Storage
+from featurestore.storage.local import DiskFiles
+from featurestore.storage.storage import Storage
 
 URIS = [f"u{i}" for i in range(8)]
 

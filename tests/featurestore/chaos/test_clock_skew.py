@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 
 from featurestore import log
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
 
 DAY_S = 86400.0

@@ -9,7 +9,7 @@ import pytest
 
 from featurestore import FeaturePartition, key_of_uri
 from featurestore.errors import CorruptFileError, FeatureStoreError
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from featurestore.upkeep.pins import pin
 
 DAY_S = 86400.0

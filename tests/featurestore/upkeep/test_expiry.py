@@ -15,7 +15,7 @@ from featurestore.__main__ import app
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError
 from featurestore.snapshot import Snapshot
 from featurestore.spec import CodecSpec, seal
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import ExpireReport, expire, kept_versions
 from featurestore.upkeep.pins import pin, unpin

@@ -10,10 +10,10 @@ from typing import IO, Any
 import pytest
 
 from featurestore import FeatureStore, StoreInfo, log
-from featurestore.disk import DiskFiles
 from featurestore.errors import SnapshotNotFoundError
 from featurestore.snapshot import Snapshot
-from featurestore.storage import Storage
+from featurestore.storage.local import DiskFiles
+from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import ExpireReport, expire
 from featurestore.upkeep.history import restore

@@ -14,7 +14,7 @@ from featurestore.errors import (
     KeyCollisionError,
     SnapshotNotFoundError,
 )
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import diff, restore

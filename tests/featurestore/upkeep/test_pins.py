@@ -15,7 +15,7 @@ from featurestore.errors import (
     StorageError,
 )
 from featurestore.spec import Manifest
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
 from featurestore.upkeep.pins import pin, read_pins, unpin

@@ -22,7 +22,7 @@ from featurestore.errors import (
     UnsafeBackendError,
 )
 from featurestore.spec import DType
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from featurestore.upkeep import recode as recode_module
 from featurestore.upkeep.recode import read_report, recode, sample
 from featurestore.upkeep.verify import verify
@@ -182,7 +182,7 @@ KILLED = """
 import os, signal, sys
 from featurestore import FeatureStore
 from featurestore.upkeep.recode import recode
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 
 prefix, left = sys.argv[3], int(sys.argv[4])
 

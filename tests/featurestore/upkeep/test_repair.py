@@ -14,7 +14,7 @@ from featurestore.__main__ import app
 from featurestore.errors import CommitConflictError, CorruptFileError
 from featurestore.log import manifest_path
 from featurestore.spec import FileEntry
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.filecheck import readable_keys

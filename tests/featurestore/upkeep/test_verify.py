@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 
 from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, shard_of
 from featurestore.__main__ import app
-from featurestore.datafile import encode, schema_of, table_of
-from featurestore.disk import DiskFiles
 from featurestore.errors import CorruptFileError, FormatVersionError, SnapshotNotFoundError, StorageError
+from featurestore.format.datafile import encode, schema_of, table_of
+from featurestore.format.shard_reader import newest_rows
 from featurestore.log import manifest_path
-from featurestore.shard import newest_rows
 from featurestore.spec import FileEntry, Manifest, seal, unseal
+from featurestore.storage.local import DiskFiles
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.pins import pin
@@ -260,7 +260,7 @@ def test_two_uris_of_one_key_are_found_and_a_new_one_after_a_delete_is_none(
     store.delete(rows.keys_N)
     store.put(other)
     assert problems_of(store) == []
-    monkeypatch.setattr("featurestore.shard.ShardReader.check_uris", lambda *_: None)
+    monkeypatch.setattr("featurestore.format.shard_reader.ShardReader.check_uris", lambda *_: None)
     store.put(rows)
     store.put(rows)
     found = problems_of(store)

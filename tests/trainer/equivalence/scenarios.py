@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trainer.options import ExactTableConfig, ModelConfig, OptimConfig
+from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig
 from trainer.schema import Field, Schema
 
 DIM, NUM_SHARDS, STEPS, SEED = 16, 8, 20, 7

@@ -19,13 +19,13 @@ from scenarios import OPTIM, SCENARIOS, SEED, Scenario, scenarios_for
 from worlds import batch_of, batch_of_file, slice_of_rank, steps
 
 from featurestore import FeatureStore
-from featurestore.partition import FeaturePartition
+from featurestore.lookup.partition import FeaturePartition
 from trainer.comm import Comm, connect
+from trainer.config.options import ExchangeConfig
+from trainer.engine.engine import Engine
 from trainer.errors import DataError
-from trainer.options import ExchangeConfig
-from trainer.prefetch import prepare_ahead
+from trainer.samples.prefetch import prepare_ahead
 from trainer.stages import Stages
-from trainer.step import Engine
 
 
 def stores_of(store: FeatureStore, scenario: Scenario) -> dict[str, FeatureStore]:

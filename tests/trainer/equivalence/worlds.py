@@ -13,10 +13,10 @@ from scenarios import DIM, NUM_SHARDS, SEED, STEPS, TEXT_DIM, Scenario
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.keys import shard_of
 from featurestore.upkeep.recode import recode
-from trainer.batch import Batch, BatchPosition, Jagged
-from trainer.columns import decode, rules_of
-from trainer.data import Piece, assemble
-from trainer.inputs.transform import bucket_ids, dense_values
+from trainer.samples.batch import Batch, BatchPosition, Jagged
+from trainer.samples.columns import decode, rules_of
+from trainer.samples.reader import Piece, assemble
+from trainer.samples.transform import bucket_ids, dense_values
 from trainer.schema import Schema
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from featurestore.keys import shard_of
+from trainer.config.options import ExactTableConfig, IdOptimizer, OptimConfig
 from trainer.ids.exact import ExactShape, ExactTable
 from trainer.ids.optimizers import row_optimizer
 from trainer.ids.tables import TableShape, apply_gradients, build_tables
 from trainer.optim import Rates
-from trainer.options import ExactTableConfig, IdOptimizer, OptimConfig
 
 RATES = Rates(lr=0.1, ids_lr=0.1)
 SHARDS = 8

@@ -5,7 +5,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trainer.checkpoint import find
+from trainer.runs.checkpoint import find
 
 
 def tensors_of(run: Path) -> dict[str, Tensor]:

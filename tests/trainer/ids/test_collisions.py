@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from featurestore.distinct import DistinctCount
 from trainer.comm import SoloComm
+from trainer.config.options import OptimConfig
 from trainer.ids.collisions import Collisions, collisions_of, rows_for
 from trainer.ids.figures import gather_figures
 from trainer.ids.optimizers import RowOptimizer
 from trainer.ids.tables import TableShape, build_tables
-from trainer.options import OptimConfig
+from trainer.schema.distinct import DistinctCount
 
 READER = RowOptimizer(OptimConfig())
 IDS = np.random.default_rng(0).integers(-(2**62), 2**62, 100_000)

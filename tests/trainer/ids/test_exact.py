@@ -22,10 +22,10 @@ from tests.trainer.ids.exact_tables import (
     train,
     vector_of,
 )
+from trainer.config.options import IdOptimizer
 from trainer.errors import CheckpointError
 from trainer.ids.rows import WEIGHT
 from trainer.ids.tables import TableShape, apply_gradients, owned_bytes
-from trainer.options import IdOptimizer
 
 
 class TestAdmission:

@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 from jobs.export_ids import app
 from tests.trainer.ids.saved import tensors_of
 from trainer.comm import SoloComm
-from trainer.config import load_config
-from trainer.daily import follow
+from trainer.config.config import load_config
+from trainer.daily.__main__ import follow
 from trainer.errors import CheckpointError, ConfigError
 from trainer.ids.exact import ExactTable
 from trainer.main import train
-from trainer.trained import open_trained
+from trainer.runs.saved import open_trained
 
 Places = Any
 Train = Callable[..., Path]

@@ -9,11 +9,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from trainer.config.options import OptimConfig
 from trainer.errors import ConfigError
 from trainer.ids.optimizers import RowOptimizer, row_optimizer, state_of
 from trainer.ids.rows import Rows, row_bytes
 from trainer.optim import rates_at
-from trainer.options import OptimConfig
 
 ROWS, WIDTH, STEPS = 30, 4, 900
 SCHEDULE = {"ids_lr": 0.02, "lr_gamma": 0.7, "lr_every": 40, "warmup_steps": 60}

@@ -13,14 +13,14 @@ import yaml
 from torch import Tensor
 
 from tests.trainer.ids.saved import tensors_of
-from trainer.checkpoint import find, read_state
 from trainer.comm import SoloComm
-from trainer.config import load_config
+from trainer.config.config import load_config
 from trainer.errors import CheckpointError
 from trainer.ids.tables import TableShape, initial_rows
 from trainer.main import train
-from trainer.run import open_run
-from trainer.trained import open_trained
+from trainer.runs.checkpoint import find, read_state
+from trainer.runs.open import open_run
+from trainer.runs.saved import open_trained
 
 Places = Any
 Train = Callable[..., Path]

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from trainer.config.options import OptimConfig
 from trainer.errors import CheckpointError, ConfigError
 from trainer.ids.optimizers import RowOptimizer, row_optimizer
 from trainer.ids.tables import IdTable, TableShape, apply_gradients, build_tables, initial_rows, owned_bytes
 from trainer.optim import Rates
-from trainer.options import OptimConfig
 
 SHAPE = TableShape("item", width=3, num_rows=50, num_shards=8)
 OPTIM = OptimConfig(lr=0.1, ids_lr=None, beta2=0.99, ids="rowwise_adam")

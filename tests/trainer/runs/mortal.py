@@ -10,9 +10,9 @@ import signal
 import sys
 from pathlib import Path
 
-from trainer.config import load_config
+from trainer.config.config import load_config
+from trainer.engine.engine import Engine, Prepared, StepResult
 from trainer.main import on_ranks, train
-from trainer.step import Engine, Prepared, StepResult
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from featurestore import FeatureStore, log
 from featurestore import store as store_module
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from featurestore.upkeep import expiry as expiry_module
 
 DAY_S = 86400.0

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from featurestore import ExtractorSpec, FeaturePartition, FeatureRows, FeatureStore, Snapshot, StoreInfo, key_of_uri
 from featurestore import log as manifests
 from featurestore.errors import SnapshotNotFoundError
-from featurestore.storage import Storage
+from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore

@@ -1,0 +1,115 @@
+"""How every command starts and ends: arguments that are text, numbers that are finite, one line for each mistake.
+
+Exit codes: 0 done, 1 something went wrong, 2 what was typed is wrong, 130 stopped by Ctrl-C.
+"""
+
+import io
+import math
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NoReturn, cast
+
+import click
+import typer
+from typer.main import get_command
+
+from featurestore.text.plain import one_line, printable
+
+OK, FAILED, USAGE, STOPPED = 0, 1, 2, 130
+INT64 = range(-(2**63), 2**63)  # as all whole numbers in files
+
+# typer brings a click of its own, and says nowhere what the roots of its errors are called.
+_USAGE_ERROR = cast("type[click.UsageError]", typer.BadParameter.__mro__[1])
+_ROOT_ERROR = cast("type[click.ClickException]", typer.BadParameter.__mro__[2])
+_HELP_INSTEAD = "NoArgsIsHelpError"
+
+
+def run_app(app: typer.Typer, prog: str | None = None, *, may_be_empty: Collection[str] = ()) -> NoReturn:
+    """Run a command with this process's arguments, and exit with its code. `prog`: its name in messages;
+    `may_be_empty`: options for which no value means something.
+
+    A wrong argument is one line on stderr, `error: ...`, and exit code 2.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that this terminal cannot show is spelled out
+            stream.reconfigure(errors="backslashreplace")
+    _check_text(sys.argv[1:], may_be_empty)
+    command = cast("click.Command", get_command(app))
+    _check_numbers_of(command)
+    try:
+        code = command.main(None, prog, standalone_mode=False)
+    except _ROOT_ERROR as error:
+        sys.exit(tell_usage(error))
+    except typer.Abort:
+        sys.exit(STOPPED)
+    sys.exit(code if isinstance(code, int) else OK)
+
+
+def tell_usage(error: click.ClickException) -> int:
+    """Write a mistake in the arguments as one line, or the help where that was meant; returns the exit code."""
+    message = error.format_message()
+    if type(error).__name__ == _HELP_INSTEAD:
+        sys.stderr.write(f"{message}\n" if message.strip() else "")
+    elif isinstance(error, _USAGE_ERROR | click.UsageError) and error.ctx is not None:
+        say_error(f"{one_line(message)} (see {error.ctx.command_path} {error.ctx.help_option_names[-1]})")
+    else:
+        say_error(one_line(message))
+    return error.exit_code
+
+
+def say_error(error: Exception | str) -> None:
+    """Write what went wrong to stderr, `error: ` before it: one line for one mistake."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    sys.stderr.write("error: " + "".join(f"{printable(line)}\n" for line in lines))
+    sys.stderr.flush()
+
+
+def _check_text(arguments: Sequence[str], may_be_empty: Collection[str]) -> None:
+    """Exit with code 2 where an argument is empty, as of a variable that is not set, or no text.
+
+    So no command has to think of it: an empty path is the folder that one is in, bytes that are no UTF-8 break Parquet
+    files and JSON, control characters every line.
+    """
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument == "" or (argument.startswith("--") and argument.endswith("=")):
+            name = argument.rstrip("=") or before
+            if name in may_be_empty:
+                continue
+            where = f"the value of {name}" if name.startswith("-") else "an argument"
+            say_error(f"{where} is empty: give it a value, or leave it out")
+            sys.exit(USAGE)
+        if any("\ud800" <= each <= "\udfff" for each in argument):
+            problem = "is not UTF-8"
+        elif any(each < " " or "\x7f" <= each < "\xa0" for each in argument):
+            problem = "has a control character"
+        else:
+            continue
+        say_error(f"the argument '{printable(argument)}' {problem}: rename the file, or reach it by a link")
+        sys.exit(USAGE)
+
+
+def _check_numbers_of(command: click.Command) -> None:
+    """Let every number that a person gives be finite, and whole ones fit into 64 bits, whatever its own limits are."""
+    for each in _commands(command):
+        for parameter in each.params:
+            parameter.callback = _number_check(parameter.callback)
+
+
+def _commands(command: click.Command) -> Iterator[click.Command]:
+    yield command
+    for each in getattr(command, "commands", {}).values():
+        yield from _commands(each)
+
+
+def _number_check(then: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Return a parameter's callback that checks its value, or each of its values, and goes on with `then`."""
+
+    def check(context: Any, parameter: Any, value: Any) -> Any:
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, float) and not math.isfinite(each):
+                raise typer.BadParameter(f"{each} is no finite number", ctx=context, param=parameter)
+            if isinstance(each, int) and each not in INT64:
+                raise typer.BadParameter(f"{each} is beyond 64 bits, -2^63 to 2^63 - 1", ctx=context, param=parameter)
+        return value if then is None else then(context, parameter, value)
+
+    return check

@@ -1,0 +1,85 @@
+"""What commands print through: text as it is, and tables in which no number is cut, on a terminal and in a pipe."""
+
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from featurestore.text.plain import printable
+
+_ENDLESS = 1 << 16  # columns; wider than any table
+
+
+class _PlainConsole(Console):
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make text of a string that is printed, or of a cell; lines stay, other control characters are spelled out."""
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
+
+
+class _Bars(Progress):
+    def stop(self) -> None:
+        """Stop; where nothing has begun, without the empty line that ends the bars in a pipe."""
+        if self.tasks:
+            super().stop()
+        else:
+            self.live.stop()
+
+
+def text_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """A console that prints what it is given: no markup, no names of emoji, no colours of its own, no line folded."""
+    return _PlainConsole(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def text_column(text: str = "{task.description}") -> TextColumn:
+    """Return a column of bars, by default with a task's description, that takes no markup."""
+    return TextColumn(text, markup=False)
+
+
+def progress_bars(
+    *columns: ProgressColumn, console: Console | None = None, transient: bool = False, disable: bool = False
+) -> Progress:
+    """Return bars, by default on stderr, each with description, bar and count."""
+    shown = columns or (text_column(), BarColumn(), MofNCompleteColumn())
+    return _Bars(*shown, console=console or text_console(stderr=True), transient=transient, disable=disable)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print the table, its title above it as a line. What stands on the right (numbers) is never folded or cut.
+
+    A terminal that is too narrow gets other texts folded between words, and where that does not suffice one block of
+    lines for each row. Where there is no terminal, the table is as wide as it is.
+    """
+    if table.title:
+        console.print(table.title, style=table.title_style or "bold")
+        table.title = None
+    for column in table.columns:
+        folded = column.justify != "right"
+        column.min_width = max((_width(str(cell), folded) for cell in column.cells), default=0)
+        column.min_width = max(column.min_width, _width(str(column.header), folded=True))
+    least, natural = Measurement.get(console, console.options.update(max_width=_ENDLESS), table)
+    if console.is_terminal and least > console.width:
+        _print_rows(console, table)
+        return
+    table.width = min(natural, console.width) if console.is_terminal else natural
+    console.print(table, soft_wrap=False, crop=False)
+
+
+def _width(text: str, folded: bool) -> int:
+    """Columns that a text takes at least, where it may be `folded` between words or not."""
+    return max(map(cell_len, text.split() if folded else text.splitlines()), default=0)
+
+
+def _print_rows(console: Console, table: Table) -> None:
+    """Each row as lines of a column's name and its value, with an empty line between rows."""
+    names = [" ".join(str(column.header).split()) for column in table.columns]
+    width = max(map(cell_len, names))
+    for number, cells in enumerate(zip(*(column.cells for column in table.columns), strict=True)):
+        if number:
+            console.print()
+        for name, cell in zip(names, cells, strict=True):
+            if str(cell):
+                console.print(Text(f"{name:{width}}  ", style="bold").append(str(cell), style="not bold"))

@@ -1,0 +1,321 @@
+"""Parquet files of rows: columns, checksums, and the way between Arrow tables and `FeatureRows`.
+
+The feature is one FIXED_LEN_BYTE_ARRAY column: an Arrow buffer of it is the matrix, and it reads many times faster than
+a list column. Every page has a checksum, and every read verifies it, except where the digest of the whole file has just
+been verified: that covers the pages, and what lies between them.
+"""
+
+import contextlib
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from pydantic import ValidationError
+
+from featurestore.errors import CorruptFileError, FeatureStoreError, SpecMismatchError
+from featurestore.format.buffers import FileMemory
+from featurestore.format.rows import DIGEST_DTYPE, FeatureRows
+from featurestore.spec import FileEntry, StoreInfo
+from featurestore.storage.storage import Storage
+
+KEY, URI, DELETED, FEATURE = "key", "uri", "deleted", "feature"
+METADATA_COLUMNS = [KEY, URI, "content_digest", "source_tag", "width", "height"]
+ROW_GROUP_BYTES = 8 << 20
+_SMALL_BYTES = 1 << 20
+_BLOCK_BYTES = 2 << 20  # in the processor's cache when it is used, and one huge page when it is written to a file
+Digest = Literal["sha256", "xxh3_128"]
+Check = Literal["size", "sha256", "xxh3_128"]
+_INFO, _STORE_ID = b"featurestore.info", b"featurestore.store_id"
+
+
+def schema_of(info: StoreInfo) -> pa.Schema:
+    """The columns of a data file; dtype and shape of the feature stand in its field's metadata.
+
+    The file's metadata says what kind of store it is of, and which one: a repair makes store.json of that.
+    """
+    feature = pa.field(FEATURE, pa.binary(info.row_bytes), nullable=False)
+    fields: list[Any] = [
+        pa.field(KEY, pa.int64(), nullable=False),
+        pa.field(URI, pa.string(), nullable=False),
+        pa.field("content_digest", pa.binary(16), nullable=False),
+        pa.field("source_tag", pa.string(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field(DELETED, pa.bool_(), nullable=False),
+        feature.with_metadata({"dtype": info.dtype, "shape": f"[{info.dim}]"}),
+    ]
+    return pa.schema(fields, metadata={_INFO: info.kind.model_dump_json(), _STORE_ID: info.store_id})
+
+
+def table_of(rows: FeatureRows, info: StoreInfo) -> pa.Table:
+    """`rows` as an Arrow table; the numbers are not copied."""
+    columns: list[Any] = [
+        pa.array(rows.keys_N),
+        pa.array(rows.uris, pa.string()),
+        _fixed_binary(rows.content_digest_N, 16),
+        pa.array(rows.source_tag, pa.string()),
+        pa.array(rows.width_N),
+        pa.array(rows.height_N),
+        pa.array(rows.deleted_N),
+        _fixed_binary(rows.features_ND, info.row_bytes),
+    ]
+    return pa.Table.from_arrays(columns, schema=schema_of(info))
+
+
+def live_table(metadata: pa.Table, features_MD: npt.NDArray[Any], info: StoreInfo) -> pa.Table:
+    """Live rows from their METADATA_COLUMNS and features; the numbers are not copied."""
+    rest = [pa.array(np.zeros(len(metadata), np.bool_)), _fixed_binary(features_MD, info.row_bytes)]
+    columns: list[Any] = [*metadata.select(METADATA_COLUMNS).columns, *rest]
+    return pa.Table.from_arrays(columns, schema=schema_of(info))
+
+
+def rows_of(table: pa.Table, info: StoreInfo) -> FeatureRows:
+    """The rows of a table that has every column."""
+    return FeatureRows(
+        keys_N=numpy_column(table, KEY),
+        uris=text_column(table, URI),
+        features_ND=matrix_of(table, info),
+        content_digest_N=np.frombuffer(_fixed_buffer(table, "content_digest"), dtype=DIGEST_DTYPE),
+        source_tag=text_column(table, "source_tag"),
+        width_N=numpy_column(table, "width"),
+        height_N=numpy_column(table, "height"),
+        deleted_N=numpy_column(table, DELETED),
+    )
+
+
+def numpy_column(table: pa.Table, name: str) -> npt.NDArray[Any]:
+    """A column of numbers or booleans as one array."""
+    return np.asarray(_one_chunk(table, name).to_numpy(zero_copy_only=False))
+
+
+def text_column(table: pa.Table, name: str) -> list[str]:
+    """A column of texts."""
+    texts: list[Any] = table[name].to_pylist()
+    return texts
+
+
+def matrix_of(table: pa.Table, info: StoreInfo) -> npt.NDArray[Any]:
+    """The features, (N, D) in the storage dtype; a view of the table's memory where that is one piece."""
+    return np.frombuffer(_fixed_buffer(table, FEATURE), dtype=info.storage_dtype).reshape(-1, info.dim)
+
+
+def tensor_column(table: pa.Table, info: StoreInfo) -> "pa.ExtensionArray[Any]":
+    """The features as Arrow's fixed-shape tensor, for tools that know it; bfloat16 as its bits in uint16."""
+    values = pa.array(matrix_of(table, info).reshape(-1))
+    storage = pa.FixedSizeListArray.from_arrays(values, info.dim)
+    tensor = pa.fixed_shape_tensor(values.type, [info.dim])
+    return pa.ExtensionArray.from_storage(tensor, storage)
+
+
+def encode(table: pa.Table, info: StoreInfo, group_bytes: int = ROW_GROUP_BYTES) -> pa.Buffer:
+    """The bytes of a Parquet file with the rows of `table`."""
+    sink = pa.BufferOutputStream()
+    with encoder(sink, info) as writer:
+        writer.write_table(table.cast(schema_of(info)), row_group_rows(info, group_bytes))
+    return sink.getvalue()
+
+
+def encoder(sink: Any, info: StoreInfo) -> pq.ParquetWriter:
+    """What makes a Parquet file out of tables, written into `sink`: each table begins a row group."""
+    return pq.ParquetWriter(
+        sink,
+        schema_of(info),
+        compression="lz4",
+        use_dictionary=False,
+        write_statistics=[KEY],
+        write_page_checksum=True,
+        store_schema=True,
+    )
+
+
+def row_group_rows(info: StoreInfo, group_bytes: int = ROW_GROUP_BYTES) -> int:
+    """Rows whose features take that many bytes, at least one."""
+    return max(1, group_bytes // info.row_bytes)
+
+
+class DataFile:
+    """One Parquet file of a store, open for reading."""
+
+    def __init__(
+        self,
+        source: IO[bytes] | pa.NativeFile,
+        info: StoreInfo,
+        path: str,
+        page_checksums: bool = True,
+        streaming: bool = False,
+        digest_checked: bool = False,
+    ) -> None:
+        """`path` is for messages; `page_checksums`: verify them; `streaming`: read as it goes, not all columns of all
+        row groups first; `digest_checked`: these are the bytes that were committed. Raises CorruptFileError,
+        SpecMismatchError, and MemoryError where `digest_checked`: otherwise a wrong length may ask for that much."""
+        self.path = path
+        self._digest_checked = digest_checked
+        self._block_rows = max(1, _BLOCK_BYTES // info.row_bytes)
+        with self._translated():
+            self._parquet = pq.ParquetFile(source, page_checksum_verification=page_checksums, pre_buffer=not streaming)
+            schema = self._parquet.schema_arrow
+            found = StoreInfo.model_validate_json((schema.metadata or {})[_INFO])
+        if self.group_starts[-1] != self.num_rows:  # the one number of the footer that Arrow believes unseen
+            raise CorruptFileError(f"{path} is damaged: its row groups have not {self.num_rows} rows together")
+        info.check_same(found, path)
+        if not schema.equals(schema_of(info)):
+            raise CorruptFileError(f"{path} has the columns {schema.names} or other types than a store writes")
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, tombstones included."""
+        return int(self._parquet.metadata.num_rows)
+
+    @property
+    def group_starts(self) -> list[int]:
+        """The first row of each row group, and the number of rows at the end."""
+        starts = [0]
+        for group in range(self._parquet.num_row_groups):
+            starts.append(starts[-1] + self._parquet.metadata.row_group(group).num_rows)
+        return starts
+
+    def read(self, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None) -> pa.Table:
+        """Columns (all by default) of row groups (all by default)."""
+        with self._translated():
+            names = list(columns) if columns is not None else None
+            if groups is None:
+                return self._parquet.read(names, use_threads=False)
+            return self._parquet.read_row_groups(list(groups), names, use_threads=False)
+
+    def blocks(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Columns, some megabytes of features at a time."""
+        with self._translated():
+            yield from (
+                pa.Table.from_batches([batch])
+                for batch in self._parquet.iter_batches(self._block_rows, columns=list(columns), use_threads=False)
+            )
+
+    def close(self) -> None:
+        """Close the source."""
+        self._parquet.close(force=True)
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except FeatureStoreError:
+            raise
+        except MemoryError as error:
+            if self._digest_checked:  # a good file must not be taken for a damaged one: a repair would drop it
+                raise
+            raise CorruptFileError(f"{self.path} is damaged: {error}") from error
+        except (pa.ArrowException, OSError, UnicodeDecodeError, ValidationError, KeyError) as error:
+            raise CorruptFileError(f"{self.path} is damaged: {error}") from error
+
+
+@contextlib.contextmanager
+def open_entry(
+    storage: Storage,
+    info: StoreInfo,
+    entry: FileEntry,
+    check: Check = "size",
+    memory: FileMemory | None = None,
+    streaming: bool = False,
+) -> Iterator[DataFile]:
+    """The file of `entry`. A `check` of the "size" reads only what is asked for; one of a digest reads the whole file
+    into `memory`, or without it into memory of its own, and compares before any row is read.
+
+    What was read is valid inside the block. Raises CorruptFileError where size, digest, row count or content differ
+    from what was committed.
+    """
+    path = storage.full(entry.path)
+    with contextlib.ExitStack() as stack:
+        try:
+            if check != "size":
+                view = stack.enter_context((memory or FileMemory(entry.bytes)).borrow(entry.bytes))
+                _read_verified_into(storage, entry, check, view)
+                source: IO[bytes] | pa.NativeFile = stack.enter_context(pa.BufferReader(pa.py_buffer(view)))
+            elif storage.is_local or entry.bytes > _SMALL_BYTES:
+                source = stack.enter_context(storage.open_input(entry.path))
+            else:  # one request instead of one for each piece
+                source = stack.enter_context(pa.BufferReader(storage.read_bytes(entry.path)))
+        except FileNotFoundError as error:
+            raise CorruptFileError(f"{path} is missing") from error
+        source.seek(0, io.SEEK_END)
+        _check_size(path, source.tell(), entry)
+        source.seek(0)
+        try:
+            file = DataFile(
+                source,
+                info,
+                path,
+                page_checksums=check != "xxh3_128",
+                streaming=streaming,
+                digest_checked=check != "size",
+            )
+        except SpecMismatchError as error:
+            if entry.info_digest != info.digest:
+                raise
+            raise CorruptFileError(f"{path} is damaged: {error}") from error
+        if file.num_rows != entry.rows:
+            raise CorruptFileError(f"{path} has {file.num_rows} rows instead of {entry.rows}")
+        yield file
+
+
+def _read_verified_into(storage: Storage, entry: FileEntry, check: Digest, view: memoryview) -> None:
+    path = storage.full(entry.path)
+    _check_size(path, storage.read_into(entry.path, view), entry)
+    if digest_of(view, check) != getattr(entry, check):
+        raise CorruptFileError(damaged_message(path, check))
+
+
+def _check_size(path: str, size_bytes: int, entry: FileEntry) -> None:
+    if size_bytes != entry.bytes:
+        raise CorruptFileError(f"{path} has {size_bytes} bytes instead of {entry.bytes}")
+
+
+def info_in(data: bytes, path: str) -> StoreInfo:
+    """What a data file says of its store; an older one does not know the store's id. Raises CorruptFileError."""
+    try:
+        metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
+        kind = StoreInfo.model_validate_json(metadata[_INFO])
+        return kind.model_copy(update={"store_id": metadata.get(_STORE_ID, b"").decode()})
+    except (pa.ArrowException, OSError, UnicodeDecodeError, ValidationError, KeyError) as error:
+        raise CorruptFileError(f"{path} is damaged: {error}") from error
+
+
+def read_verified(storage: Storage, path: str, algorithm: Digest, expected: str) -> bytes:
+    """A whole small file whose digest is known. Raises CorruptFileError where it differs, FileNotFoundError."""
+    data = storage.read_bytes(path)
+    if digest_of(data, algorithm) != expected:
+        raise CorruptFileError(damaged_message(storage.full(path), algorithm))
+    return data
+
+
+def damaged_message(path: str, algorithm: Digest) -> str:
+    """Of a file whose digest is another than the one that was committed."""
+    return f"{path} is damaged: its {algorithm} is not the one in the manifest"
+
+
+def digest_of(data: bytes | memoryview | pa.Buffer, algorithm: Digest) -> str:
+    """Hexadecimal."""
+    return hashlib.sha256(data).hexdigest() if algorithm == "sha256" else xxhash.xxh3_128_hexdigest(data)
+
+
+def _fixed_binary(array: npt.NDArray[Any], width: int) -> "pa.Array[Any]":
+    flat = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(array), [None, pa.py_buffer(flat.data)])
+
+
+def _one_chunk(table: pa.Table, name: str) -> Any:
+    column = table[name]  # combine_chunks copies even where there is one chunk
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _fixed_buffer(table: pa.Table, name: str) -> memoryview:
+    column = _one_chunk(table, name)
+    width = column.type.byte_width
+    values = column.buffers()[1]
+    assert values is not None
+    return memoryview(values)[column.offset * width : (column.offset + len(column)) * width]

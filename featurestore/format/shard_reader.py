@@ -1,0 +1,226 @@
+"""One shard: its files read as one, the newest row of each key first.
+
+Letters of shapes: N rows of all files, M live rows, K rows of a block or a file, D feature width.
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from featurestore.errors import CorruptFileError
+from featurestore.format.buffers import FileMemory
+from featurestore.format.datafile import (
+    DELETED,
+    FEATURE,
+    KEY,
+    URI,
+    DataFile,
+    matrix_of,
+    numpy_column,
+    open_entry,
+    read_verified,
+    text_column,
+)
+from featurestore.format.rows import check_collisions
+from featurestore.format.statistics import Moments
+from featurestore.keys import Int64Array, splitmix64
+from featurestore.spec import FileEntry, StoreInfo
+from featurestore.storage.storage import Storage
+
+
+def newest_rows(keys_N: Int64Array) -> Int64Array:
+    """Of rows in order of age, the last of each key, in the order of a shard: by splitmix64."""
+    hash_N = splitmix64(keys_N)
+    order_N = np.argsort(hash_N, kind="stable")
+    sorted_N = hash_N[order_N]
+    is_last_N = np.ones(len(sorted_N), np.bool_)
+    is_last_N[:-1] = sorted_N[1:] != sorted_N[:-1]
+    return order_N[is_last_N]
+
+
+def take_rows(table: pa.Table, index_M: npt.NDArray[Any]) -> pa.Table:
+    """The rows at `index_M`; the table itself where that is all of them in order."""
+    if len(index_M) == len(table) and np.array_equal(index_M, np.arange(len(table))):
+        return table
+    return table.take(pa.array(index_M))
+
+
+def read_moments(storage: Storage, entry: FileEntry) -> Moments | None:
+    """The moments of a file's live rows; None where it has no statistics. Raises CorruptFileError."""
+    if entry.statistics_path is None or entry.statistics_sha256 is None:
+        return None
+    try:
+        data = read_verified(storage, entry.statistics_path, "sha256", entry.statistics_sha256)
+    except FileNotFoundError as error:
+        raise CorruptFileError(f"{storage.full(entry.statistics_path)} is missing") from error
+    return Moments.from_bytes(data, entry.num_live, storage.full(entry.statistics_path))
+
+
+class Block(NamedTuple):
+    """Some live rows of a shard: where they belong among all of them by splitmix64, (K,), keys, features (K, D)."""
+
+    place_K: Int64Array
+    keys_K: Int64Array
+    features_KD: npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class ShardReader:
+    """The live rows of one shard, by splitmix64: for each key its newest row, unless that is a tombstone."""
+
+    storage: Storage
+    info: StoreInfo
+    shard: int
+    entries: Sequence[FileEntry]  # oldest first
+
+    @cached_property
+    def _columns(self) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
+        """Keys, and which are tombstones, of the rows of all files one after the other, both (N,)."""
+        if not self.entries:
+            return np.empty(0, np.int64), np.empty(0, np.bool_)
+        table = self._concatenated([KEY, DELETED])
+        return numpy_column(table, KEY), numpy_column(table, DELETED)
+
+    @cached_property
+    def _live(self) -> tuple[Int64Array, Int64Array]:
+        """Keys of the live rows, and their row numbers among the rows of all files, both (M,)."""
+        keys_N, deleted_N = self._columns
+        index_M = newest_rows(keys_N)
+        index_M = index_M[~deleted_N[index_M]]
+        return keys_N[index_M], index_M
+
+    def keys(self) -> Int64Array:
+        """Keys of the live rows (M,). Reads two small columns."""
+        return self._live[0]
+
+    def all_keys(self) -> Int64Array:
+        """Keys of the rows of all files one after the other, tombstones too (N,)."""
+        return self._columns[0]
+
+    def live_rows(self) -> Int64Array:
+        """Numbers of the live rows among the rows of all files one after the other, by splitmix64 (M,)."""
+        return self._live[1]
+
+    @property
+    def num_rows(self) -> int:
+        """Live rows; without any read where there is one file without tombstones."""
+        if self.is_plain:
+            return sum(entry.rows for entry in self.entries)
+        return len(self._live[0])
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Columns (all by default) of the live rows."""
+        if not self.entries:
+            raise AssertionError(f"shard {self.shard} has no files")
+        return take_rows(self._concatenated(columns), self._live[1])
+
+    def features(self, keys_U: Int64Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+        """Features of some keys, (U, D) in the storage dtype, and which of the keys are there. Reads whole row groups
+        around the rows asked for, and no more."""
+        features_UD = np.zeros((len(keys_U), self.info.dim), self.info.storage_dtype)
+        keys_M, index_M = self._live
+        hash_M, hash_U = splitmix64(keys_M), splitmix64(keys_U)
+        place_U = np.searchsorted(hash_M, hash_U)
+        found_U = np.zeros(len(keys_U), np.bool_)
+        inside_U = place_U < len(hash_M)
+        found_U[inside_U] = hash_M[place_U[inside_U]] == hash_U[inside_U]
+        asked_K, row_K = np.flatnonzero(found_U), index_M[place_U[found_U]]
+        file_start = 0
+        for entry in self.entries:
+            here_K = (row_K >= file_start) & (row_K < file_start + entry.rows)
+            if here_K.any():
+                with open_entry(self.storage, self.info, entry) as file:
+                    features_UD[asked_K[here_K]] = _rows_of_groups(file, self.info, row_K[here_K] - file_start)
+            file_start += entry.rows
+        return features_UD, found_U
+
+    def verified_blocks(self, memory: FileMemory | None = None) -> Generator[Block, None, None]:
+        """The live rows, some megabytes at a time; the digest of a file is checked before a row of it is given.
+
+        In order where there is one file without tombstones, else file by file: the block's places say where its rows
+        belong. Needs the memory of one file, taken from `memory`, and of all keys. A block is valid until the next one
+        is asked for. Whoever shares `memory` closes the generator, as an unfinished one keeps it. Raises
+        CorruptFileError.
+        """
+        if self.is_plain:
+            for entry in self.entries:
+                start = 0
+                with open_entry(self.storage, self.info, entry, "xxh3_128", memory) as file:
+                    for table in file.blocks([KEY, FEATURE]):
+                        place_K = np.arange(start, start + len(table))
+                        yield Block(place_K, numpy_column(table, KEY), matrix_of(table, self.info))
+                        start += len(table)
+            return
+        place_N = np.full(len(self._columns[0]), -1, np.int64)
+        place_N[self._live[1]] = np.arange(len(self._live[1]))
+        start = 0
+        for entry in self.entries:
+            yield from self._live_blocks(entry, start, place_N[start : start + entry.rows], memory)
+            start += entry.rows
+
+    def _live_blocks(
+        self, entry: FileEntry, first: int, place_K: Int64Array, memory: FileMemory | None
+    ) -> Iterator[Block]:
+        """Of one file, whose rows begin at `first` of all files and belong at `place_K`, nowhere where that is -1."""
+        keys_N, deleted_N = self._columns
+        columns = [KEY, DELETED, FEATURE] if (place_K >= 0).any() else [KEY, DELETED]
+        start = 0
+        with open_entry(self.storage, self.info, entry, "xxh3_128", memory) as file:
+            for table in file.blocks(columns):
+                here = slice(first + start, first + start + len(table))
+                keys_K = numpy_column(table, KEY)
+                # What decided which rows live was read without the file's digest.
+                same = np.array_equal(keys_K, keys_N[here])
+                if not same or not np.array_equal(numpy_column(table, DELETED), deleted_N[here]):
+                    raise CorruptFileError(f"{file.path} changed while it was read: run python -m featurestore verify")
+                block_place_K = place_K[start : start + len(table)]
+                start += len(table)
+                live_K = block_place_K >= 0
+                if live_K.all():
+                    yield Block(block_place_K, keys_K, matrix_of(table, self.info))
+                elif live_K.any():
+                    yield Block(block_place_K[live_K], keys_K[live_K], matrix_of(table, self.info)[live_K])
+
+    def moments(self) -> Moments:
+        """Of the live rows: what stands beside a single file, else from the rows."""
+        found = read_moments(self.storage, self.entries[0]) if self.entries and self.is_plain else None
+        if found is not None:
+            return found
+        moments = Moments.empty(self.info.dim)
+        for block in self.verified_blocks():
+            moments = moments.merged(Moments.of(block.features_KD, self.info.dtype))
+        return moments
+
+    def check_uris(self, keys_N: Int64Array, uris: Sequence[str]) -> None:
+        """Raise KeyCollisionError where one of the keys lives here under another uri."""
+        keys_M = self.keys()
+        wanted_M = np.isin(keys_M, keys_N)
+        if wanted_M.any():
+            mine = text_column(self.read([URI]).filter(pa.array(wanted_M)), URI)
+            check_collisions(np.concatenate([keys_M[wanted_M], keys_N]), [*mine, *uris])
+
+    @property
+    def is_plain(self) -> bool:
+        return len(self.entries) == 0 or (len(self.entries) == 1 and self.entries[0].num_deleted == 0)
+
+    def _concatenated(self, columns: Sequence[str] | None) -> pa.Table:
+        tables = []
+        for entry in self.entries:
+            with open_entry(self.storage, self.info, entry) as file:
+                tables.append(file.read(columns))
+        return pa.concat_tables(tables)
+
+
+def _rows_of_groups(file: DataFile, info: StoreInfo, rows_K: Int64Array) -> npt.NDArray[Any]:
+    starts = np.asarray(file.group_starts)
+    group_K = np.searchsorted(starts, rows_K, side="right") - 1
+    features_KD = np.empty((len(rows_K), info.dim), info.storage_dtype)
+    for group in np.unique(group_K):
+        here_K = group_K == group
+        features_KD[here_K] = matrix_of(file.read([FEATURE], [int(group)]), info)[rows_K[here_K] - starts[group]]
+    return features_KD

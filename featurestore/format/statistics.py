@@ -1,0 +1,112 @@
+"""Mean and standard deviation of each dimension, in float64, merged over files.
+
+Source of the merge: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm", 1979.
+"""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featurestore.errors import CorruptFileError
+from featurestore.format.codec import Codec
+from featurestore.format.rows import to_float32
+from featurestore.spec import DType
+
+_BLOCK_ROWS = 512
+# A dimension that hardly varies (a unit that fires for one image in thousands) would be blown up by its own deviation.
+_LEAST_RELATIVE_STD = 0.1
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Mean and standard deviation (of the population) of each dimension over `count` live rows, float32 (D,).
+
+    A dimension that never changes has a deviation of 0; so has every dimension of an empty snapshot.
+    """
+
+    count: int
+    mean_D: npt.NDArray[np.float32]
+    std_D: npt.NDArray[np.float32]
+
+
+def inverse_std(std_D: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """What to multiply centred dimensions by, (D,): 1 / std, where deviations below a tenth of their mean are raised to
+    it; 1 for dimensions that never change in a store where none does."""
+    std = np.asarray(std_D, dtype=np.float64)
+    floor = _LEAST_RELATIVE_STD * float(std.mean()) if len(std) else 0.0
+    return np.asarray(1.0 / np.maximum(std, floor if floor > 0 else 1.0))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and sum of squared distances from the mean: what can be merged."""
+
+    count: int
+    mean_D: npt.NDArray[np.float64]
+    m2_D: npt.NDArray[np.float64]
+
+    @classmethod
+    def empty(cls, dim: int) -> "Moments":
+        """Of no rows."""
+        return cls(0, np.zeros(dim), np.zeros(dim))
+
+    @classmethod
+    def of(cls, features_ND: npt.NDArray[Any], dtype: DType) -> "Moments":
+        """Of stored rows, (N, D) in the storage dtype; a block of rows at a time. Those of int8 are of the codes."""
+        moments = cls.empty(features_ND.shape[1])
+        for start in range(0, len(features_ND), _BLOCK_ROWS):
+            stored_ND = features_ND[start : start + _BLOCK_ROWS]
+            block_ND = stored_ND.astype(np.float32) if dtype == "int8" else to_float32(stored_ND, dtype)
+            mean_D = block_ND.mean(axis=0, dtype=np.float64)
+            centred_ND = block_ND - mean_D.astype(np.float32)
+            # Distances from the rounded mean: take the rounding back out of the sum of squares.
+            rounding_D = mean_D - mean_D.astype(np.float32)
+            squares_D = np.einsum("nd,nd->d", centred_ND, centred_ND, dtype=np.float64)
+            m2_D = np.maximum(squares_D - len(block_ND) * rounding_D**2, 0.0)
+            moments = moments.merged(cls(len(block_ND), mean_D, m2_D))
+        return moments
+
+    def merged(self, other: "Moments") -> "Moments":
+        """Of the rows of both."""
+        count = self.count + other.count
+        if count == 0:
+            return self
+        delta_D = other.mean_D - self.mean_D
+        mean_D = self.mean_D + delta_D * (other.count / count)
+        m2_D = self.m2_D + other.m2_D + delta_D**2 * (self.count * other.count / count)
+        return Moments(count, mean_D, m2_D)
+
+    def decoded(self, codec: Codec) -> "Moments":
+        """Of the numbers behind codes, from the moments of the codes; themselves for a dtype without codes."""
+        if not codec.has_codes:
+            return self
+        step_D, offset_D = codec.step_D.astype(np.float64), codec.offset_D.astype(np.float64)
+        return Moments(self.count, offset_D + step_D * self.mean_D, step_D**2 * self.m2_D)
+
+    def statistics(self) -> FeatureStatistics:
+        """Mean and deviation."""
+        std_D = np.sqrt(self.m2_D / max(self.count, 1))
+        return FeatureStatistics(self.count, self.mean_D.astype(np.float32), std_D.astype(np.float32))
+
+    @property
+    def size_bytes(self) -> int:
+        """Of `to_bytes`, but for a header of 128 bytes."""
+        return self.mean_D.nbytes + self.m2_D.nbytes
+
+    def to_bytes(self) -> bytes:
+        """As a .npy file of float64 (2, D); the count stands in the manifest."""
+        buffer = io.BytesIO()
+        np.save(buffer, np.stack([self.mean_D, self.m2_D]))
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview, count: int, path: str) -> "Moments":
+        """What `to_bytes` wrote. Raises CorruptFileError."""
+        try:
+            mean_D, m2_D = np.load(io.BytesIO(data), allow_pickle=False)
+        except ValueError as error:
+            raise CorruptFileError(f"{path} is damaged: {error}") from error
+        return cls(count, mean_D, m2_D)

@@ -1,0 +1,309 @@
+"""The server role of the paper's Advanced Model Server: from image keys to visual vectors, once per unique key.
+
+Knows nothing of ranks or transport. Letters of shapes: Q unique keys, D feature width, H width of the first hidden
+layer, V visual width. This is the only module of the package that imports torch.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from featurestore.format.codec import Codec
+from featurestore.format.statistics import inverse_std
+from featurestore.lookup.feature_dropout import EmbeddingDropout
+from featurestore.lookup.partition import FeaturePartition, MissingPolicy
+
+ComputeDType = Literal["bfloat16", "float32", "float64"]
+
+_BLOCK_ROWS = 1024  # they stay in the processor's cache while numbers are made of them
+
+
+class PReLU(nn.PReLU):
+    """torch's, of one weight, with a backward of operations that run at the speed of memory: on a CPU torch's own takes
+    four times as long, 11 ms for the first hidden layer of 13,600 images."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = _PReLU.apply(input, self.weight)  # type: ignore[no-untyped-call]
+        return output
+
+
+class _PReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        return functional.prelu(input, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        input, weight = ctx.saved_tensors
+        where_positive = torch.ops.aten.threshold_backward(gradient, input, 0.0)
+        passed = torch.lerp(where_positive, gradient, weight)  # the gradient itself, or weight times it
+        return passed, input.clamp_max(0).mul_(gradient).sum().reshape(weight.shape)
+
+
+class EmbeddingModel(nn.Module):
+    """E: fully connected, PReLU between layers, from features (Q, D) to visual vectors (Q, V).
+
+    Weights and everything between two products are of the module's dtype (float32); the products themselves run in
+    `compute_dtype`. The features get no gradient.
+
+    Initial values are torch's: of standardised features they make visual vectors of about 0.1. He's values, ten times
+    as large, would let the sum over dozens of behaviours drown the other inputs.
+
+    Standardisation is part of the first layer: with the mean and deviation of each dimension set, its effective weight
+    is W / std and its effective bias b - (W / std) mean. The large product is the same as without; only the (H, D)
+    weight is scaled once per step. Adam moves W, which is as well conditioned for one backbone as for another.
+
+    So is the codec of an int8 store: code c stands for offset + c step, so codes are multiplied by (W / std) step. They
+    enter the product less the whole number that is nearest to their mean: from -255 to 255, exact even in bfloat16, and
+    without a common part that would cost precision. W, mean and std are those of decoded numbers.
+    """
+
+    mean_D: Tensor
+    inverse_std_D: Tensor
+    offset_D: Tensor
+    step_D: Tensor
+
+    def __init__(
+        self, dim: int, hidden: Sequence[int] = (256, 64), out: int = 12, compute_dtype: ComputeDType = "bfloat16"
+    ) -> None:
+        super().__init__()
+        widths = [dim, *hidden, out]
+        self.dim, self.out = dim, out
+        self.compute_dtype: torch.dtype = getattr(torch, compute_dtype)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        self.activations = nn.ModuleList(PReLU() for _ in hidden)
+        self.register_buffer("mean_D", torch.zeros(dim))
+        self.register_buffer("inverse_std_D", torch.ones(dim))
+        self.register_buffer("offset_D", torch.zeros(dim))
+        self.register_buffer("step_D", torch.ones(dim))
+
+    @torch.no_grad()
+    def fold_standardization_(self, mean_D: NDArray[np.float32], std_D: NDArray[np.float32]) -> None:
+        """Standardises features by `mean_D` and `std_D` inside the first layer, as `statistics.inverse_std` says."""
+        self.mean_D.copy_(torch.as_tensor(np.asarray(mean_D, dtype=np.float64)))
+        self.inverse_std_D.copy_(torch.from_numpy(inverse_std(std_D)))
+
+    @torch.no_grad()
+    def fold_codec_(self, codec: Codec) -> None:
+        """Takes codes of `codec` from now on, inside the first layer; nothing changes for one without codes."""
+        if codec.has_codes:
+            self.offset_D.copy_(torch.from_numpy(codec.offset_D))
+            self.step_D.copy_(torch.from_numpy(codec.step_D))
+
+    def forward(self, features_QD: Tensor) -> Tensor:
+        """Visual vectors (Q, V) of features in any float dtype, or of codes in uint8; Q may be zero."""
+        return self.of_numbers(self.numbers(features_QD), codes=features_QD.dtype == torch.uint8)
+
+    @torch.no_grad()
+    def numbers(self, features_QD: Tensor, out: Tensor | None = None) -> Tensor:
+        """Features as the first product takes them: of the compute dtype, codes less the whole number next to their
+        mean. Written into `out` where that is given, and else the features themselves where nothing is to be done."""
+        if out is None:
+            if features_QD.dtype == self.compute_dtype:
+                return features_QD
+            numbers_QD = features_QD.to(self.compute_dtype)
+        else:
+            numbers_QD = out.copy_(features_QD)
+        return numbers_QD.sub_(self._centre()) if features_QD.dtype == torch.uint8 else numbers_QD
+
+    def of_numbers(self, numbers_QD: Tensor, codes: bool, masks: "StepMasks | None" = None) -> Tensor:
+        """Visual vectors (Q, V) of what `numbers` made; `codes`: of codes. `masks`: what is dropped of these images."""
+        first = self.layers[0]
+        assert isinstance(first, nn.Linear)
+        weight_HD = first.weight * (self.inverse_std_D * self.step_D)
+        zero_D = self.offset_D + self._centre() * self.step_D if codes else self.offset_D
+        bias_H = first.weight @ (self.inverse_std_D * (zero_D - self.mean_D))
+        if masks is not None and masks.dropout.features:
+            mean_D = self._mean_code() - self._centre() if codes else self.mean_D
+            numbers_QD, grown = masks.features(numbers_QD, mean_D)
+            weight_HD, bias_H = weight_HD * grown, bias_H * grown
+        bias_H = first.bias + bias_H
+        hidden_QH = self._product(numbers_QD, weight_HD, bias_H)
+        for number, (activation, layer) in enumerate(zip(self.activations, self.layers[1:], strict=True)):
+            assert isinstance(layer, nn.Linear)
+            hidden_QH = activation(hidden_QH)
+            if masks is not None and masks.dropout.hidden:
+                hidden_QH = masks.hidden(number, hidden_QH)
+            hidden_QH = self._product(hidden_QH, layer.weight, layer.bias)
+        return hidden_QH
+
+    def _centre(self) -> Tensor:
+        """The code nearest to the mean of each dimension; any where there is one code alone."""
+        return self._mean_code().round()
+
+    def _mean_code(self) -> Tensor:
+        """The mean of each dimension in codes, not rounded; any from 0 to 255 where there is one code alone."""
+        code_D = (self.mean_D - self.offset_D) / self.step_D.clamp_min(torch.finfo(self.step_D.dtype).tiny)
+        return code_D.clamp(0, 255)
+
+    def _product(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        dtype = self.compute_dtype
+        return functional.linear(rows.to(dtype), weight.to(dtype), bias.to(dtype)).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class StepMasks:
+    """What one training step drops of the images `keys_Q` in the network `name`."""
+
+    dropout: EmbeddingDropout
+    name: str
+    keys_Q: NDArray[np.int64]
+
+    def features(self, numbers_QD: Tensor, mean_D: Tensor) -> tuple[Tensor, float]:
+        """The numbers with those that are dropped at their mean, and what the distance of all from it grows by."""
+        kept_QD, grown = self._kept("features", numbers_QD, self.dropout.features)
+        return torch.where(kept_QD, numbers_QD, mean_D.to(numbers_QD.dtype)), grown
+
+    def hidden(self, number: int, hidden_QH: Tensor) -> Tensor:
+        """The outputs of a hidden layer with some of them zero, and the others grown."""
+        kept_QH, grown = self._kept(f"hidden{number}", hidden_QH, self.dropout.hidden)
+        return hidden_QH * (kept_QH.to(hidden_QH.dtype) * grown)
+
+    def held_back(self, visual_QV: Tensor) -> Tensor:
+        """The visual vectors, those of held-out images without a gradient."""
+        is_out_Q = torch.from_numpy(self.dropout.is_held_out(self.keys_Q)).to(visual_QV.device)
+        return torch.where(is_out_Q.unsqueeze(1), visual_QV.detach(), visual_QV)
+
+    def _kept(self, layer: str, rows: Tensor, share: float) -> tuple[Tensor, float]:
+        kept, grown = self.dropout.kept(f"{self.name}/{layer}", self.keys_Q, rows.shape[1], share)
+        return torch.from_numpy(kept).to(rows.device), grown
+
+
+@dataclass
+class Gathered:
+    """Features of Q keys, and which keys had none.
+
+    On a CPU they are `EmbeddingModel.numbers`; for a GPU they lie as in the store (int8: codes, in uint8), which is the
+    least to carry there.
+    """
+
+    features_QD: Tensor
+    missing_Q: Tensor | None
+    """Bool (Q,), or None when no key was missing."""
+    keys_Q: NDArray[np.int64] | None = None
+    """Whose features they are; None: not known here, and nothing of them is dropped."""
+    _buffer: Tensor | None = field(default=None, repr=False)
+
+
+class EmbeddingService(nn.Module):
+    """One rank's partition of a store and the E networks that look at it.
+
+    missing="zeros": a key without a feature has the zero vector. "learned": it has a trained vector, one per network.
+    "error": `gather` raises MissingKeysError.
+    """
+
+    def __init__(
+        self, partition: FeaturePartition, models: Mapping[str, EmbeddingModel], missing: MissingPolicy = "error"
+    ) -> None:
+        super().__init__()
+        self.partition = partition
+        for model in models.values():
+            model.fold_codec_(partition.codec)
+        self.models = nn.ModuleDict(models)
+        self.missing = missing
+        self.dropout: EmbeddingDropout | None = None
+        """What a training step drops; None: nothing."""
+        self.no_image = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(model.out)) for name, model in models.items()}
+            if missing == "learned"
+            else {}
+        )
+        self._stored_dtype = as_tensor(np.empty(0, partition.info.storage_dtype)).dtype
+        self._free_buffers: list[Tensor] = []
+
+    def width(self, name: str) -> int:
+        """V of the network `name`."""
+        return self._model(name).out
+
+    def fold_standardization_(self, mean_D: NDArray[np.float32], std_D: NDArray[np.float32]) -> None:
+        """Standardises features inside the first layer of every network."""
+        for name in self.models:
+            self._model(name).fold_standardization_(mean_D, std_D)
+
+    def scaling(self) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+        """Mean of each dimension and what centred ones are multiplied by, (D,) each, as the networks standardise."""
+        model = self._model(next(iter(self.models)))
+        return model.mean_D.cpu().numpy(), model.inverse_std_D.cpu().numpy()
+
+    def gather(self, keys_Q: NDArray[np.int64]) -> Gathered:
+        """Features of `keys_Q` in the order asked. Independent of all weights, so it may run ahead of them; but not of
+        the standardisation. Raises MissingKeysError under policy error.
+        """
+        buffer = self._take_buffer(len(keys_Q))
+        features_QD = buffer[: len(keys_Q)]
+        if features_QD.dtype == self._stored_dtype:
+            missing_Q = self.partition.lookup(keys_Q, out=as_array(features_QD)).missing_U
+        else:
+            missing_Q = self._gather_numbers(keys_Q, features_QD)
+        return Gathered(features_QD, torch.from_numpy(missing_Q) if missing_Q.any() else None, keys_Q, buffer)
+
+    def _gather_numbers(self, keys_Q: NDArray[np.int64], out_QD: Tensor) -> NDArray[np.bool_]:
+        """Makes numbers of the features once, ahead of the step, not in every pass; returns which keys have none."""
+        model = self._model(next(iter(self.models)))  # all have one compute dtype and one standardisation
+        missing_Q, start = np.zeros(len(keys_Q), np.bool_), 0
+        for block in self.partition.lookup_blocks(keys_Q, _BLOCK_ROWS):
+            end = start + len(block.missing_U)
+            model.numbers(as_tensor(block.features_UD), out=out_QD[start:end])
+            missing_Q[start:end] = block.missing_U
+            start = end
+        return missing_Q
+
+    def embed(self, name: str, gathered: Gathered) -> Tensor:
+        """Visual vectors (Q, V) by the network `name`, with autograd attached."""
+        model = self._model(name)
+        device = model.mean_D.device
+        numbers_QD = model.numbers(gathered.features_QD.to(device, non_blocking=True))
+        masks = None
+        if self.dropout is not None and self.training and gathered.keys_Q is not None:
+            masks = StepMasks(self.dropout, name, gathered.keys_Q)
+        visual_QV = model.of_numbers(numbers_QD, codes=self.partition.codec.has_codes, masks=masks)
+        if masks is not None and masks.dropout.held_out:
+            visual_QV = masks.held_back(visual_QV)
+        if gathered.missing_Q is None or self.missing == "error":
+            return visual_QV
+        missing_Q1 = gathered.missing_Q.to(device).unsqueeze(1)
+        instead = self.no_image[name] if self.missing == "learned" else visual_QV.new_zeros(())
+        return torch.where(missing_Q1, instead, visual_QV)
+
+    def release(self, gathered: Gathered) -> None:
+        """Lets the memory of `gathered` serve a later one, after backward; its features must not be used any more.
+
+        Pages that are already mapped make a gather a third faster. Not calling this is safe.
+        """
+        if gathered._buffer is not None:
+            self._free_buffers.append(gathered._buffer)
+            gathered._buffer = None
+
+    def _model(self, name: str) -> EmbeddingModel:
+        model = self.models[name]
+        assert isinstance(model, EmbeddingModel)
+        return model
+
+    def _take_buffer(self, num_rows: int) -> Tensor:
+        """Memory for so many rows or more: of the stored dtype for a GPU, else of the compute dtype."""
+        while self._free_buffers:
+            buffer = self._free_buffers.pop()
+            if len(buffer) >= num_rows:
+                return buffer
+        on_gpu = any(buffer.device.type == "cuda" for buffer in self.buffers())
+        dtype = self._stored_dtype if on_gpu else self._model(next(iter(self.models))).compute_dtype
+        return torch.empty(num_rows + num_rows // 8, self.partition.dim, dtype=dtype, pin_memory=on_gpu)
+
+
+def as_tensor(features: NDArray[np.generic]) -> Tensor:
+    """The same memory as a tensor; 16 unsigned bits are a bfloat16."""
+    tensor = torch.from_numpy(features)
+    return tensor.view(torch.bfloat16) if features.dtype == np.uint16 else tensor
+
+
+def as_array(features: Tensor) -> NDArray[np.generic]:
+    """Undoes `as_tensor`."""
+    return features.view(torch.uint16).numpy() if features.dtype == torch.bfloat16 else features.numpy()

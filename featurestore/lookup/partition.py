@@ -1,0 +1,283 @@
+"""One rank's share of a snapshot, mapped into memory for fast lookups by key.
+
+Letters of shapes: M rows held, U keys asked, C of them in a piece, D feature width.
+"""
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from featurestore.errors import FeatureStoreError, MissingKeysError, StorageError
+from featurestore.identity import SnapshotId
+from featurestore.keys import Int64Array, owned_shards, owner_of, sampled, shard_of, shard_of_hash, splitmix64
+from featurestore.lookup.cache import CachedShard, Progress, default_cache_dir, open_or_build
+from featurestore.lookup.hashindex import HashIndex
+from featurestore.lookup.mmap import huge_page_bytes, map_rows, physical_memory_bytes, populate
+from featurestore.snapshot import Snapshot, missing_message
+from featurestore.spec import DType, StoreInfo
+from featurestore.store import FeatureStore
+
+MissingPolicy = Literal["error", "zeros", "learned"]
+
+_MAX_THREADS = 4
+_PAGE_BYTES = 4096
+_GATHER_ROWS = 1024
+_MEMORY_SHARE = 0.5  # of the machine's; a larger partition is read from the disk as its rows are asked for
+_SMALL_BYTES = 1 << 20  # below this a second thread costs more than it gives
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Features in the order asked, (U, D) in numpy's dtype of the store, and which keys have none, (U,) bool."""
+
+    features_UD: npt.NDArray[Any]
+    missing_U: npt.NDArray[np.bool_]
+
+
+class FeaturePartition:
+    """The rows of the shards that one rank owns. Lookups may run in several threads at once."""
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        rank: int,
+        num_ranks: int,
+        cached: Sequence[CachedShard],
+        missing: MissingPolicy,
+        threads: int,
+    ) -> None:
+        """Use `load`. `cached` are the owned shards, ascending."""
+        self.info: StoreInfo = snapshot.info
+        self.codec = snapshot.codec
+        self.snapshot_version = snapshot.version
+        self.snapshot_id = SnapshotId.of(snapshot)
+        self.missing_policy = missing
+        self.missing_count = 0
+        self._hidden_share, self._hidden_seed = 0.0, 0
+        self._rank, self._num_ranks = rank, num_ranks
+        self._where = f"snapshot {snapshot.version} of {snapshot.storage.url}"
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lookup")
+        self._lock = threading.Lock()
+        self._closed = False
+        counts = [len(shard.hash_M) for shard in cached]
+        owned = owned_shards(self.info.num_shards, rank, num_ranks)
+        self._index = HashIndex(owned, [shard.hash_M for shard in cached], self.info.num_shards)
+        mapped = map_rows([shard.rows_path for shard in cached], counts, self.dim, self.info.storage_dtype)
+        self._matrix = mapped.matrix
+        starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64) if counts else np.empty(0, np.int64)
+        self._gap_S = np.zeros(self.info.num_shards, np.int64)  # from the place of a hash to the row in the matrix
+        self._gap_S[owned] = np.asarray(mapped.first_rows) - starts
+        size_bytes = self.num_rows * self.info.row_bytes
+        self._touch_first = True
+        if size_bytes <= _MEMORY_SHARE * physical_memory_bytes():
+            rows = [self._matrix[first:][:count] for first, count in zip(mapped.first_rows, counts, strict=True)]
+            list(self._pool.map(populate, rows))
+            self._touch_first = 2 * huge_page_bytes(self._matrix) < size_bytes
+
+    @classmethod
+    def load(
+        cls,
+        store_or_url: FeatureStore | str | os.PathLike[str],
+        rank: int = 0,
+        num_ranks: int = 1,
+        cache_dir: str | os.PathLike[str] | None = None,
+        missing: MissingPolicy = "error",
+        threads: int | None = None,
+        version: int | None = None,
+        progress: Progress | None = None,
+    ) -> "FeaturePartition":
+        """The shards of `rank`, of the newest snapshot or of `version`; local files are built where they are not there.
+
+        `threads` build and look up; by default up to 4 build, and half of the cores but no more than 4 look up: copying
+        rows is bound by memory, and other ranks want theirs. A build holds 256 MB of data files, or the largest one,
+        and each thread a few blocks and the keys of a shard. Removes what nobody has opened for a while from the folder
+        (`featurestore.lookup.prune`). Raises what opening a store raises, and CorruptFileError for a damaged data file.
+        """
+        if not 0 <= rank < num_ranks:
+            raise ValueError(f"rank={rank} is not in [0, num_ranks={num_ranks})")
+        if missing not in ("error", "zeros", "learned"):
+            raise ValueError(f"missing={missing!r} is none of error, zeros, learned")
+        store = store_or_url if isinstance(store_or_url, FeatureStore) else FeatureStore.open(store_or_url)
+        snapshot = store.snapshot(version)
+        folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+        cores = len(os.sched_getaffinity(0))
+        build_threads = threads or min(_MAX_THREADS, cores)
+        readers = [snapshot.shard_reader(shard) for shard in owned_shards(store.info.num_shards, rank, num_ranks)]
+        cached = open_or_build(readers, folder, build_threads, progress)
+        try:
+            return cls(snapshot, rank, num_ranks, cached, missing, threads or max(1, min(_MAX_THREADS, cores // 2)))
+        except OSError as error:
+            raise StorageError(f"cannot map the cache files in {folder}: {error}") from error
+
+    @property
+    def dim(self) -> int:
+        """Width of a feature."""
+        return self.info.dim
+
+    @property
+    def dtype(self) -> DType:
+        """The store's dtype; bfloat16 rows come as their bits in uint16, int8 rows as codes in uint8: see `codec`."""
+        return self.info.dtype
+
+    @property
+    def num_rows(self) -> int:
+        """Rows held."""
+        return len(self._index)
+
+    def owns(self, keys_U: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Which keys belong to the shards of this rank, whether they have a feature or not, (U,)."""
+        return np.asarray(owner_of(shard_of(keys_U, self.info.num_shards), self._num_ranks) == self._rank)
+
+    def contains(self, keys_U: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Which keys have a feature among the rows of this rank, (U,); no feature is read, and hidden ones count."""
+        hash_U = splitmix64(keys_U)
+        if self.num_rows == 0:
+            return np.zeros(len(hash_U), np.bool_)
+        place_U = self._index.places(hash_U, shard_of_hash(hash_U, self.info.num_shards))
+        return np.asarray(self.owns(keys_U) & (self._index.hash_M[place_U] == hash_U))
+
+    def hide(self, share: float, seed: int = 0) -> None:
+        """From now on lookups find no feature for this share of all keys (`featurestore.keys.sampled`); 0 ends it.
+
+        For experiments: what is a model worth when images are missing? Needs the policy zeros or learned; ValueError.
+        """
+        if share and self.missing_policy == "error":
+            raise ValueError("keys can be hidden under missing=zeros or learned, not under error")
+        sampled([], share, seed)
+        self._hidden_share, self._hidden_seed = share, seed
+
+    def __enter__(self) -> "FeaturePartition":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads and let go of the files."""
+        self._closed = True
+        self._pool.shutdown()
+        self._matrix = np.empty((0, self.dim), self.info.storage_dtype)
+
+    def lookup(self, keys_U: npt.ArrayLike, out: npt.NDArray[Any] | None = None) -> Lookup:
+        """Features of `keys_U` in the order asked, written into `out` (U, D) where it is given: faster, as new memory
+        costs as much as the rows.
+
+        A key without a feature: the policy `error` raises MissingKeysError; `zeros` and `learned` give a row of zeros
+        and a mask, and add to `missing_count`. A key of a shard that this rank does not own raises MissingKeysError.
+        """
+        row_U, missing_U = self._rows_of(keys_U)
+        features_UD = self._output(len(row_U), out)
+        self._gather(row_U, missing_U, features_UD)
+        return Lookup(features_UD, missing_U)
+
+    def lookup_blocks(self, keys_U: npt.ArrayLike, block_rows: int) -> Iterator[Lookup]:
+        """As `lookup`, but `block_rows` keys at a time, in memory that the next block uses again: for a caller that
+        makes something else of the rows while they are in the processor's cache. What it raises comes before the first.
+        """
+        row_U, missing_U = self._rows_of(keys_U)
+        memory = self._output(min(block_rows, len(row_U)), None)
+        for start in range(0, len(row_U), block_rows):
+            block = slice(start, start + block_rows)
+            features_CD = memory[: len(row_U[block])]
+            self._gather(row_U[block], missing_U[block], features_CD)
+            yield Lookup(features_CD, missing_U[block])
+
+    def places(self, keys_U: npt.ArrayLike) -> Int64Array:
+        """For each key a number of its own in [0, num_rows), (U,); -1 for a key without a feature.
+
+        The same for as long as the partition is open. A key of another rank's shard raises MissingKeysError.
+        """
+        place_U, missing_U, _ = self._find(keys_U)
+        return np.where(missing_U, -1, place_U)
+
+    def _find(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, npt.NDArray[np.bool_], Int64Array]:
+        """Place among the hashes held, whether there is none, and shard of each key, (U,) each."""
+        hash_U = splitmix64(keys_U)
+        shard_U = shard_of_hash(hash_U, self.info.num_shards)
+        if self._num_ranks > 1:
+            self._check_owned(np.asarray(keys_U), shard_U)
+        if self.num_rows == 0:
+            return np.zeros(len(hash_U), np.int64), np.ones(len(hash_U), np.bool_), shard_U
+        place_U = self._index.places(hash_U, shard_U)
+        missing_U = self._index.hash_M[place_U] != hash_U
+        if self._hidden_share:
+            missing_U |= sampled(keys_U, self._hidden_share, self._hidden_seed)
+        return place_U, missing_U, shard_U
+
+    def _rows_of(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
+        """The row of each key in the matrix, and whether there is none, (U,) each; counts or raises the missing."""
+        if self._closed:
+            raise FeatureStoreError("the partition is closed")
+        place_U, missing_U, shard_U = self._find(keys_U)
+        if missing_U.any():
+            self._note_missing(np.asarray(keys_U), missing_U)
+        return place_U + self._gap_S[shard_U], missing_U
+
+    def _gather(self, row_U: Int64Array, missing_U: npt.NDArray[np.bool_], out_UD: npt.NDArray[Any]) -> None:
+        if self.num_rows == 0:
+            out_UD[:] = 0
+            return
+        if missing_U.any():  # any mapped row will do; it is zeroed below
+            row_U = np.where(missing_U, 0, row_U)
+        pieces = self._threads if out_UD.nbytes > _SMALL_BYTES else 1
+        size = -(-len(row_U) // pieces) if len(row_U) else 1
+        spans = [slice(start, start + size) for start in range(0, len(row_U), size)]
+        take = _touch_and_take if self._touch_first else _take
+        work = [(self._matrix, row_U[span], out_UD[span]) for span in spans]
+        if len(work) > 1:
+            list(self._pool.map(lambda arguments: take(*arguments), work))
+        elif work:
+            take(*work[0])
+        if missing_U.any():
+            out_UD[missing_U] = 0
+
+    def _output(self, count: int, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+        if out is None:
+            return np.empty((count, self.dim), self.info.storage_dtype)
+        if out.shape != (count, self.dim) or out.dtype != self.info.storage_dtype or not out.flags.carray:
+            wanted = f"({count}, {self.dim}) {self.info.storage_dtype}, contiguous and writable"
+            raise ValueError(f"out is {out.shape} {out.dtype}, it must be {wanted}")
+        return out
+
+    def _check_owned(self, keys_U: Int64Array, shard_U: Int64Array) -> None:
+        owner_U = owner_of(shard_U, self._num_ranks)
+        strange_U = owner_U != self._rank
+        if strange_U.any():
+            key, owner = keys_U.reshape(-1)[strange_U][0], owner_U[strange_U][0]
+            raise MissingKeysError(
+                f"{int(strange_U.sum())} of the keys asked belong to shards that rank {self._rank} of {self._num_ranks}"
+                f" does not own: key {key} belongs to rank {owner}. Ask the owner (featurestore.keys.owner_of)."
+            )
+
+    def _note_missing(self, keys_U: Int64Array, missing_U: npt.NDArray[np.bool_]) -> None:
+        if self.missing_policy == "error":
+            raise MissingKeysError(missing_message(keys_U.reshape(-1)[missing_U], self._where))
+        with self._lock:
+            self.missing_count += int(missing_U.sum())
+
+
+def _take(matrix: npt.NDArray[Any], row_U: Int64Array, out_UD: npt.NDArray[Any]) -> None:
+    """Copy rows."""
+    # mode="raise" would gather into a buffer first; the rows are inside by construction.
+    np.take(matrix, row_U, axis=0, out=out_UD, mode="clip")
+
+
+def _touch_and_take(matrix: npt.NDArray[Any], row_U: Int64Array, out_UD: npt.NDArray[Any]) -> None:
+    """Copy rows. One number of each page is read first, for many rows at once: the processor then waits for the address
+    translations of many pages together instead of one after the other. A fifth to a half faster on files mapped by
+    small pages; where the kernel maps them by huge ones, translations are few, and it costs 7 %."""
+    flat, dim = matrix.reshape(-1), matrix.shape[1]
+    for start in range(0, len(row_U), _GATHER_ROWS):
+        row_C = row_U[start : start + _GATHER_ROWS]
+        first_C = row_C * dim
+        for offset in range(0, dim, max(1, _PAGE_BYTES // matrix.itemsize)):
+            flat.take(first_C + offset, mode="clip")
+        _take(matrix, row_C, out_UD[start : start + _GATHER_ROWS])

@@ -1,0 +1,1 @@
+"""Files: a folder, S3 or whatever else fsspec opens, behind one door."""

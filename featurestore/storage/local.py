@@ -1,0 +1,177 @@
+"""Files of a folder: written beside and renamed or linked into place, on the disk when the call returns."""
+
+import contextlib
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from featurestore.errors import CorruptFileError
+from featurestore.storage.regular import check_mode, open_regular, read_regular
+
+TEMPORARY = ".tmp-"  # how names of files begin that are not complete
+
+
+class StorageEntry(NamedTuple):
+    """One file of a listing."""
+
+    path: str  # relative to the storage
+    size_bytes: int
+    mtime_s: float  # by the storage's own clock, as `Storage.now`; whole seconds on S3
+    tag: str = ""  # another one when the file was written again; empty where the storage has none
+
+
+class DiskFiles:
+    """Files below a folder of this machine; errors are Python's own.
+
+    With `keep_inside` no symbolic link leads out of the folder: what lies behind one is neither read, written nor
+    removed, but CorruptFileError is raised. The folder itself may be a link. Costs one lstat for each part of a path.
+    """
+
+    def __init__(self, root: str, keep_inside: bool = False) -> None:
+        self._root = root
+        self._keep_inside = keep_inside
+
+    def path(self, path: str, follow: bool = True) -> Path:
+        """Where `path` stands on this machine. Without `follow` it may itself be a link that leads anywhere: to be
+        replaced or removed, which leaves alone what is behind it. Raises CorruptFileError."""
+        place = Path(self._root, path) if path else Path(self._root)
+        if self._keep_inside:
+            parts = path.split("/") if path else []
+            self._check_inside(place, parts if follow else parts[:-1])
+        return place
+
+    def _check_inside(self, place: Path, parts: list[str]) -> None:
+        step = self._root
+        for part in parts:
+            step = f"{step}/{part}"
+            if os.path.islink(step):  # noqa: PTH114 - many times a second; of a Path it costs twice as much
+                target = Path(os.path.realpath(step))  # not Path.resolve, which raises for a circle on Python 3.11
+                if not target.is_relative_to(os.path.realpath(self._root)) or not target.exists():
+                    raise CorruptFileError(
+                        f"{place} is not in the store: {step} is a link that leads to {target}. A store has its files"
+                        " in its own folder: put there what the link leads to, or remove the link"
+                    )
+
+    def read_bytes(self, path: str) -> bytes:
+        """The whole file."""
+        return read_regular(self.path(path))
+
+    def read_into(self, path: str, out: memoryview) -> int:
+        """The beginning of the file; its size."""
+        with open_regular(self.path(path)) as file:
+            filled = 0
+            while filled < len(out) and (count := file.readinto(out[filled:])):
+                filled += count
+            return os.fstat(file.fileno()).st_size
+
+    def open_input(self, path: str) -> IO[bytes]:
+        """The file for reading."""
+        return open_regular(self.path(path))
+
+    def create_exclusive(self, path: str, data: bytes) -> bool:
+        """Link a complete file to its name: False where the name is taken."""
+        with self._temporary(path) as (target, temporary):
+            with temporary.open("xb") as file:
+                file.write(data)
+                _to_disk(file)
+            try:
+                target.hardlink_to(temporary)
+            except FileExistsError:
+                return False
+            _sync_folder(target.parent)
+            return True
+
+    @contextlib.contextmanager
+    def open_output(self, path: str) -> Iterator[IO[bytes]]:
+        """A file that gets its name when the block ends."""
+        with self._temporary(path) as (target, temporary):
+            with temporary.open("xb") as file:
+                yield file
+                _to_disk(file)
+            temporary.replace(target)
+            _sync_folder(target.parent)
+
+    def list(self, path: str) -> list[str]:
+        """Names in a folder."""
+        return os.listdir(self.path(path))  # noqa: PTH208 - names alone are wanted
+
+    def entry(self, path: str) -> StorageEntry:
+        """Size and time of one file, or of a folder. Raises IrregularFileError for what could not be read."""
+        found = self.path(path).stat()
+        if not stat.S_ISDIR(found.st_mode):
+            check_mode(found.st_mode)
+        return _entry(path, found)
+
+    def entries(self, path: str, recursive: bool) -> Iterator[StorageEntry]:
+        """Files of a folder and of the folders in it; a folder or file that vanishes meanwhile is left out, and so is a
+        link to a folder: whoever removes files by this list removes none behind it."""
+        try:
+            found = [*os.scandir(self.path(path))]
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for each in found:
+            relative = f"{path}/{each.name}" if path else each.name
+            if each.is_dir(follow_symlinks=False):
+                if recursive:
+                    yield from self.entries(relative, recursive)
+                continue
+            if each.is_symlink() and Path(each).is_dir():
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                yield _entry(relative, each.stat(follow_symlinks=not self._keep_inside))
+
+    def delete(self, path: str) -> None:
+        """Remove a file, or a folder with all below it; of a link the link alone."""
+        place = self.path(path, follow=False)
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+
+    def delete_files(self, paths: Iterable[str]) -> None:
+        """Remove files; of a link the link alone."""
+        for path in paths:
+            self.path(path, follow=False).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _temporary(self, path: str) -> Iterator[tuple[Path, Path]]:
+        """The place of a file, its folder made, and a name beside it; a file of this name is removed at the end."""
+        target = self.path(path, follow=False)
+        _make_folder(target.parent)
+        temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+        try:
+            yield target, temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _entry(path: str, found: os.stat_result) -> StorageEntry:
+    # The times alone are not enough: mtime can be set, as rsync does, and a rename keeps both.
+    tag = f"{found.st_ino}-{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
+    return StorageEntry(path, found.st_size, found.st_mtime, tag)
+
+
+def _to_disk(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each on the disk before a file in it is."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Dask: dask-submit, the connection to a cluster, and tasks on it."""

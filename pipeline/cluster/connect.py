@@ -1,0 +1,163 @@
+"""A Dask cluster for a job: the one that is configured, else a local one that lives as long as the job."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import struct
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from multiprocessing import resource_tracker
+from pathlib import Path
+
+import dask
+import dask.system
+from distributed import Client, LocalCluster
+from distributed.client import ClosedClientError
+from distributed.comm.core import CommClosedError
+from distributed.comm.core import connect as connect_comm
+from distributed.security import Security
+
+from pipeline.cluster.checks import check_address
+from pipeline.errors import SCHEDULER_LOST, ClusterError, MissingCertificatesError, SchedulerUnreachableError
+
+CONNECT_TIMEOUT_S = 10.0
+# The worker's profiler asks for the frames of all threads many times a second. On Python 3.11 that can stop the whole
+# process for ever (python/cpython#106883: a garbage collection inside sys._current_frames waits for its own lock).
+WORKER_CONFIG = {"distributed.worker.profile.enabled": False}
+
+
+@contextlib.contextmanager
+def connect(
+    workers: int | None = None,
+    threads_per_worker: int | None = None,
+    memory_limit: str | int | None = None,
+    timeout_s: float = CONNECT_TIMEOUT_S,
+) -> Iterator[Client]:
+    """A client of the configured scheduler, else of a local cluster, closed at the end with all that was started.
+
+    A scheduler is configured by DASK_SCHEDULER_ADDRESS (dask-submit sets it for its script), DASK_SCHEDULER_FILE,
+    or the same names in Dask's configuration; it stays running, and `workers`, `threads_per_worker` and
+    `memory_limit` do not count then. Raises SchedulerUnreachableError, MissingCertificatesError, InsecureSchedulerError
+    before anything is sent; in the block, ClusterError in place of what Dask raises when the scheduler dies.
+    """
+    address = configured_address(timeout_s)
+    if address is not None:
+        check_address(address)
+        with _loss_named(), open_client(address, timeout_s) as client:
+            yield client
+        return
+    with _loss_named(), local_cluster(workers, threads_per_worker, memory_limit) as cluster, Client(cluster) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def _loss_named() -> Iterator[None]:
+    """One message when the scheduler is lost, instead of the client's log and one of many errors of its connection."""
+    log = logging.getLogger("distributed.client")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except (CommClosedError, CancelledError, ClosedClientError) as error:
+        raise ClusterError(SCHEDULER_LOST) from error
+    finally:
+        log.setLevel(level)
+
+
+def configured_address(timeout_s: float = CONNECT_TIMEOUT_S) -> str | None:
+    """The scheduler's address from the environment or Dask's configuration; an address goes before a file."""
+    address = os.environ.get("DASK_SCHEDULER_ADDRESS") or dask.config.get("scheduler-address", None)
+    if address:
+        return str(address)
+    file = os.environ.get("DASK_SCHEDULER_FILE") or dask.config.get("scheduler-file", None)
+    return address_in_file(Path(file), timeout_s) if file else None
+
+
+def address_in_file(path: Path, timeout_s: float) -> str:
+    """The address that `dask scheduler --scheduler-file PATH` writes; waits for it, as it may be starting too.
+
+    Raises SchedulerUnreachableError when the file has no address after `timeout_s`.
+    """
+    from featurestore.storage.regular import read_regular  # not above: pipeline.cluster.submit says why
+
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return str(json.loads(read_regular(path))["address"])
+        except FileNotFoundError:
+            reason = "there is no such file"
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = f"not a scheduler file: {error!r}"
+        if time.monotonic() > deadline:
+            raise SchedulerUnreachableError(f"the one of {path}", f"{reason}, after {timeout_s:g} s")
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def open_client(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator[Client]:
+    """A client of the running scheduler at `address`, which stays running.
+
+    Raises SchedulerUnreachableError, MissingCertificatesError.
+    """
+    try:
+        asyncio.run(asyncio.wait_for(_shake_hands(address, timeout_s), 2 * timeout_s))
+        client = Client(address, timeout=timeout_s)
+    except TypeError as error:  # so says distributed.comm where it has no certificates
+        raise MissingCertificatesError(address) from error
+    except (MemoryError, struct.error) as error:  # of the size that other words would have as a message of Dask
+        raise SchedulerUnreachableError(address, "what answers there is no scheduler") from error
+    except (OSError, ValueError) as error:  # ValueError: an unknown protocol
+        reason = str(error) or f"it says nothing for {2 * timeout_s:g} s"  # wait_for's TimeoutError has no text
+        raise SchedulerUnreachableError(address, reason) from error
+    with client:
+        yield client
+
+
+async def _shake_hands(address: str, timeout_s: float) -> None:
+    """Client does this too, but waits for ever for the words of a service that is no scheduler, and stays half open."""
+    comm = await connect_comm(address, timeout=timeout_s, **Security().get_connection_args("client"))
+    await comm.close()
+
+
+@contextlib.contextmanager
+def local_cluster(
+    workers: int | None = None, threads_per_worker: int | None = None, memory_limit: str | int | None = None
+) -> Iterator[LocalCluster]:
+    """A scheduler and worker processes on loopback, closed at the end; the dashboard has a free port.
+
+    Without numbers it is one worker with all cores as threads, which suits torch: one copy of a network, batches
+    that share it. `threads_per_worker` is by default an equal part of the cores; `memory_limit` is per worker.
+    """
+    num_workers = workers or 1
+    limits = {} if memory_limit is None else {"memory_limit": memory_limit}
+    with dask.config.set(WORKER_CONFIG), _interrupt_blocked():
+        cluster = LocalCluster(
+            n_workers=num_workers,
+            threads_per_worker=threads_per_worker or max(1, dask.system.CPU_COUNT // num_workers),
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.ERROR,
+            **limits,
+        )
+    with cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def _interrupt_blocked() -> Iterator[None]:
+    """Threads and processes that start in here never see SIGINT.
+
+    A terminal's ctrl-C goes to every process of the group. The workers must outlive it, so that the job can end in
+    its own way. The mask is inherited by the cluster's thread and by all workers that it starts, later ones too.
+    """
+    resource_tracker.ensure_running()  # multiprocessing would start it with the first worker, and unblock SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

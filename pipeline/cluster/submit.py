@@ -1,0 +1,221 @@
+"""dask-submit: runs a script beside a Dask cluster, the one that is there or one for this run alone.
+
+Also `dask submit`, through Dask's entry-point group dask_cli; hence click, which Dask itself uses, and not typer.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import click
+from distributed.worker_memory import parse_memory_limit
+
+from pipeline.cluster.checks import INSECURE_VARIABLE, check_address, check_packages, check_versions, wait_for_workers
+from pipeline.cluster.connect import address_in_file, configured_address, local_cluster, open_client
+from pipeline.cluster.script import ScriptRunner
+from pipeline.errors import ClusterError, InsecureSchedulerError
+
+EXAMPLES = """\b
+Examples:
+  dask-submit jobs/extract_features.py
+  dask-submit -n 4 --threads-per-worker 1 jobs/build_samples.py --logs data/logs
+  dask-submit --scheduler tls://scheduler:8786 --wait-workers 8 jobs/extract_features.py --images s3://shop/images
+  dask-submit --scheduler-file cluster.json --insecure jobs/build_samples.py
+
+Exit codes: the script's own, 128 + n when signal n ended it; 1 when the cluster cannot be used; 2 for a mistake in
+the command line or a scheduler that is refused."""
+
+LEAST_MEMORY = 128 << 20
+MOST = 1024  # workers of a machine, and threads of a worker
+MEMORY_HELP = "Of one local worker: 4GB, 512MiB, auto, or a share of the machine's memory, as 0.25."
+MOST_S = 1e6  # what clocks of operating systems take, and twelve days
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_STOPPED = 130
+
+
+def _memory_limit(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    try:
+        limit = parse_memory_limit(value or None, 1, logger=logging.getLogger(__name__))
+    except (ValueError, OverflowError) as error:
+        raise click.BadParameter(f"{value!r} is not a size such as 4GB, 512MiB or auto") from error
+    if value == "" or (limit is not None and limit < LEAST_MEMORY):
+        raise click.BadParameter(f"{value!r} is below 128 MiB, and a worker does not start with less; try 1GB or auto")
+    return value
+
+
+def _finite(_: click.Context, __: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number of seconds")
+    return value
+
+
+def _script(_: click.Context, __: click.Parameter, value: Path) -> Path:
+    # Not above: Dask's own commands import this file, on workers too, which may be without our packages.
+    from featurestore.storage.regular import check_regular
+
+    try:
+        check_regular(value)
+    except OSError as error:
+        raise click.BadParameter(f"{value}: {error}") from error
+    return value
+
+
+@click.command(
+    "submit",
+    epilog=EXAMPLES,
+    context_settings={
+        "allow_interspersed_args": False,
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 120,
+    },
+)
+@click.option("--scheduler", metavar="ADDRESS", help="A running scheduler, as tcp://HOST:PORT or tls://HOST:PORT.")
+@click.option(
+    "--scheduler-file",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The file that `dask scheduler --scheduler-file FILE` writes.",
+)
+@click.option("-n", "--workers", metavar="N", type=click.IntRange(1, MOST), help="A local cluster of N workers.")
+@click.option("--threads-per-worker", metavar="T", type=click.IntRange(1, MOST), help="Default: cores / N.")
+@click.option("--memory-limit", metavar="M", callback=_memory_limit, help=MEMORY_HELP)
+@click.option(
+    "--wait-workers",
+    metavar="N",
+    type=click.IntRange(0, MOST * MOST),
+    help="Start the script once N workers are there. Default: 1, or all of a local cluster.",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    metavar="S",
+    callback=_finite,
+    type=click.FloatRange(min=0, max=MOST_S, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Seconds for the scheduler to answer and the workers to come.",
+)
+@click.option("--insecure", is_flag=True, help="Accept a scheduler beyond loopback without TLS.")
+@click.argument("script", callback=_script, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def submit(
+    context: click.Context,
+    scheduler: str | None,
+    scheduler_file: Path | None,
+    workers: int | None,
+    threads_per_worker: int | None,
+    memory_limit: str | None,
+    wait_workers: int | None,
+    timeout_s: float,
+    insecure: bool,
+    script: Path,
+    args: Sequence[str],
+) -> None:
+    """Run the Python SCRIPT with its ARGS beside a Dask cluster, which `pipeline.cluster.connect` finds by itself.
+
+    The cluster is the scheduler of --scheduler, --scheduler-file, DASK_SCHEDULER_ADDRESS or DASK_SCHEDULER_FILE.
+    Without any of these, or with -n, --threads-per-worker or --memory-limit, it is a local one that ends with the
+    script. Options of ours stand before SCRIPT; all that follows belongs to the script.
+    """
+    local = LocalSize(workers, threads_per_worker, memory_limit)
+    if (scheduler is not None) + (scheduler_file is not None) + local.is_given > 1:
+        raise click.UsageError(
+            "--scheduler, --scheduler-file, and -n, --threads-per-worker, --memory-limit (a local cluster) exclude "
+            "each other; give one of the three"
+        )
+    try:
+        with ScriptRunner() as runner:
+            address = _remote_address(scheduler, scheduler_file, local, timeout_s)
+            with _prepared_cluster(address, local, wait_workers, timeout_s, insecure) as address:
+                code = runner.run([sys.executable, str(script), *args], script_environment(address, insecure))
+    except ClusterError as error:
+        _say(f"error: {error}")
+        code = EXIT_USAGE if isinstance(error, InsecureSchedulerError) else EXIT_FAILED
+    context.exit(code)
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalSize:
+    """What the command line says about a local cluster; None leaves it to `local_cluster`."""
+
+    workers: int | None
+    threads_per_worker: int | None
+    memory_limit: str | None
+
+    @property
+    def is_given(self) -> bool:
+        return any(value is not None for value in dataclasses.astuple(self))
+
+
+def _remote_address(scheduler: str | None, file: Path | None, local: LocalSize, timeout_s: float) -> str | None:
+    """The running scheduler to use, None for a local cluster. The command line goes before the environment."""
+    if scheduler is not None:
+        return scheduler
+    if file is not None:
+        return address_in_file(file, timeout_s)
+    return None if local.is_given else configured_address(timeout_s)
+
+
+@contextlib.contextmanager
+def _prepared_cluster(
+    address: str | None, local: LocalSize, wait_workers: int | None, timeout_s: float, insecure: bool
+) -> Iterator[str]:
+    """The address of the scheduler, checked, with its workers; a local cluster where `address` is None."""
+    if address is None:
+        with local_cluster(local.workers, local.threads_per_worker, local.memory_limit) as cluster:
+            address = cluster.scheduler_address
+            _check_cluster(address, (local.workers or 1) if wait_workers is None else wait_workers, timeout_s)
+            yield address
+        return
+    check_address(address, insecure)
+    _check_cluster(address, 1 if wait_workers is None else wait_workers, timeout_s)
+    yield address
+
+
+def _check_cluster(address: str, wait_workers: int, timeout_s: float) -> None:
+    """Says what cluster it is once it is fit to run a script; `timeout_s` is for connecting and waiting together."""
+    deadline = time.monotonic() + timeout_s
+    with open_client(address, timeout_s) as client:
+        if "dashboard" in client.scheduler_info()["services"]:
+            _say(f"dashboard {client.dashboard_link}")
+        wait_for_workers(client, address, wait_workers, max(0.1, deadline - time.monotonic()))
+        check_versions(cast(Mapping[str, Any], client.get_versions()))
+        check_packages(client)
+        threads = client.nthreads()
+        _say(f"scheduler {address}, workers {len(threads)}, threads {sum(threads.values())}")
+
+
+def script_environment(address: str, insecure: bool) -> dict[str, str]:
+    """Our environment for the script: the scheduler in it, which goes before a file, that it was accepted though
+    `insecure`, as `connect` checks it again, and output not held back."""
+    accepted = {INSECURE_VARIABLE: "True"} if insecure else {}
+    return dict(os.environ) | accepted | {"DASK_SCHEDULER_ADDRESS": address, "PYTHONUNBUFFERED": "1"}
+
+
+def _say(text: str) -> None:
+    """One line on stderr; stdout is the script's."""
+    click.echo(f"dask-submit: {text}", err=True)
+
+
+def main() -> None:
+    """The console script dask-submit."""
+    try:
+        code = submit.main(prog_name="dask-submit", standalone_mode=False)
+    except click.ClickException as error:
+        # Not above either, and signals wait for our first line.
+        from featurestore.console.commandline import tell_usage
+
+        sys.exit(tell_usage(error))
+    except click.Abort:
+        sys.exit(EXIT_STOPPED)
+    sys.exit(code)

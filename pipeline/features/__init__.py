@@ -1,0 +1,1 @@
+"""From images to a feature store: extract what is new, refresh what has changed."""

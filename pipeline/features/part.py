@@ -1,0 +1,320 @@
+"""The work on one part of the images, inside a Dask worker: read, decode, network, stage.
+
+Threads read and decode ahead of the network, so that it never waits. Bytes that were seen before in the part are
+neither decoded nor computed again: their row is a copy under its own key.
+"""
+
+import json
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+from distributed import get_worker
+
+from featurestore.format.codec import Codec, codec_of
+from featurestore.format.rows import FeatureRows
+from featurestore.spec import DType
+from featurestore.storage.storage import Storage
+from featurestore.store import FeatureStore
+from featurestore.text.parsing import parse_json
+from pipeline.errors import BadImageError, WeightsError
+from pipeline.images.decode import Pixels, Preset, prepare
+from pipeline.images.source import ImageRef, bytes_of
+from pipeline.network.backbone import Backbone, ComputeDType, backbone
+from pipeline.network.layers import network_of
+
+DEADLY = "brings down the process that decodes it"
+DIGEST_THREADS = 8  # reading and hashing; both wait more than they compute
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class PartSettings:
+    """What all parts of a run have in common."""
+
+    store: str
+    run_id: str
+    backbone: str  # MODEL:LAYER
+    weights: str
+    spec_digest: str
+    compute_dtype: ComputeDType
+    dtype: DType
+    batch_size: int
+    workers_per_host: dict[str, int] = field(default_factory=dict)
+
+
+class BadImage(NamedTuple):
+    """An image for the quarantine."""
+
+    key: int
+    uri: str
+    reason: str
+    was_read: bool = True  # whether its bytes were seen: only then is it known to be bad itself
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """What became of the images of a part; kept beside the staged rows, so that a resumed run still knows."""
+
+    num_rows: int
+    num_computed: int  # images that went through the network
+    num_duplicates: int  # rows copied from an image of equal bytes
+    bad: tuple[BadImage, ...] = ()
+    images: tuple[tuple[int, str], ...] = ()  # key and source tag of each image of the part, bad ones too
+
+    @classmethod
+    def load(cls, store: str, run_id: str, part: str) -> "PartReport":
+        """The report of a staged part."""
+        fields = parse_json(Storage(store, keep_inside=True).read_bytes(_report_path(run_id, part)))
+        lists = {
+            "bad": tuple(BadImage(*bad) for bad in fields["bad"]),
+            "images": tuple((key, tag) for key, tag in fields["images"]),
+        }
+        return cls(**{**fields, **lists})
+
+    def save(self, store: str, run_id: str, part: str) -> None:
+        """Write the report; before the rows, since these make the part complete."""
+        Storage(store, keep_inside=True).write_bytes(_report_path(run_id, part), json.dumps(asdict(self)).encode())
+
+
+class Loaded(NamedTuple):
+    """One image on its way; exactly one of `pixels`, `bad` and (a duplicate) neither."""
+
+    ref: ImageRef
+    digest: bytes  # xxh3-128 of the file's bytes; empty when it could not be read
+    pixels: Pixels | None
+    bad: str | None
+
+
+def extract_part(
+    settings: PartSettings,
+    part: str,
+    refs: Sequence[ImageRef],
+    decode_threads: int | None = None,
+    deadly: Collection[int] = (),
+) -> PartReport:
+    """Stage the features of `refs` as `part` of the run. Bad images are reported, not raised.
+
+    The keys in `deadly` bring down whoever decodes them: they are reported, not touched. Raises WeightsError when this
+    worker's network is another than the run's, StorageError.
+    """
+    network = backbone(settings.backbone, settings.weights, settings.compute_dtype)
+    if network.spec.digest != settings.spec_digest:
+        raise WeightsError(f"weights {settings.weights}: other values on this worker than on the first one")
+    torch.set_num_threads(torch_threads(settings.workers_per_host))
+    store = FeatureStore.open(settings.store)
+    rows = _PartRows(network, codec_of(store.info, store.storage), settings.batch_size)
+    loader = _Loader(network.preset)
+    num_threads = decode_threads or default_decode_threads()
+    safe = [ref for ref in refs if ref.key not in deadly]
+    for image in in_order(loader.load, safe, num_threads, max(2 * settings.batch_size, 2 * num_threads)):
+        rows.add(image)
+    features, report = rows.finish()
+    report = replace(report, bad=(*report.bad, *_deadly(refs, deadly)), images=images_of(refs))
+    report.save(settings.store, settings.run_id, part)
+    store.stage_part(settings.run_id, part, features)
+    return report
+
+
+def check_part(
+    settings: PartSettings,
+    part: str,
+    refs: Sequence[ImageRef],
+    decode_threads: int | None = None,
+    deadly: Collection[int] = (),
+) -> PartReport:
+    """What `extract_part` would report, from decoding alone: no network, and nothing is written."""
+    loader, bad = _loader_of(settings), list(_deadly(refs, deadly))
+    reasons: dict[bytes, str] = {}
+    equal: list[Loaded] = []
+    num_computed = 0
+    safe = [ref for ref in refs if ref.key not in deadly]
+    num_threads = decode_threads or default_decode_threads()
+    for image in in_order(loader.load, safe, num_threads, 2 * num_threads):
+        if image.bad is not None:
+            bad.append(BadImage(image.ref.key, image.ref.uri, image.bad, image.digest != b""))
+            reasons[image.digest] = image.bad
+        elif image.pixels is None:
+            equal.append(image)
+        else:
+            num_computed += 1
+    bad += [BadImage(it.ref.key, it.ref.uri, reasons[it.digest]) for it in equal if it.digest in reasons]
+    num_duplicates = sum(image.digest not in reasons for image in equal)
+    return PartReport(num_computed + num_duplicates, num_computed, num_duplicates, tuple(bad), images_of(refs))
+
+
+def images_of(refs: Iterable[ImageRef]) -> tuple[tuple[int, str], ...]:
+    """What tells images apart over two runs: key and source tag of each."""
+    return tuple((ref.key, ref.source_tag) for ref in refs)
+
+
+def without_unread(report: PartReport) -> PartReport:
+    """The report without the images whose bytes were not seen; its part has no rows of them."""
+    unread = {image.key for image in report.bad if not image.was_read}
+    return replace(
+        report,
+        bad=tuple(image for image in report.bad if image.was_read),
+        images=tuple(image for image in report.images if image[0] not in unread),
+    )
+
+
+def _deadly(refs: Iterable[ImageRef], keys: Collection[int]) -> tuple[BadImage, ...]:
+    return tuple(BadImage(ref.key, ref.uri, DEADLY) for ref in refs if ref.key in keys)
+
+
+def digest_images(refs: Sequence[ImageRef]) -> list[bytes]:
+    """xxh3-128 of each file's bytes, in the order of `refs`; empty where it cannot be read."""
+
+    def digest(ref: ImageRef) -> bytes:
+        try:
+            return xxhash.xxh3_128_digest(bytes_of(ref))
+        except BadImageError:
+            return b""
+
+    return list(in_order(digest, refs, DIGEST_THREADS, 2 * DIGEST_THREADS))
+
+
+def try_image(settings: PartSettings, ref: ImageRef) -> None:
+    """Read and decode one image and forget it: done alone, it shows whether this image brings a worker down."""
+    _loader_of(settings).load(ref)
+
+
+def torch_threads(workers_per_host: dict[str, int]) -> int:
+    """This process's share of its host's cores; all of them when it is the only worker there."""
+    num_workers = workers_per_host.get(host_of(get_worker().address), 1)
+    return max(1, len(os.sched_getaffinity(0)) // num_workers)
+
+
+def default_decode_threads() -> int:
+    """Threads that read and decode: as many as cores, and a few where reading means waiting."""
+    return max(4, len(os.sched_getaffinity(0)))
+
+
+def host_of(address: str) -> str:
+    """The host in a worker's address, tcp://HOST:PORT."""
+    return address.rpartition("://")[2].rpartition(":")[0]
+
+
+def in_order(
+    function: Callable[[ItemT], ResultT], items: Iterable[ItemT], num_threads: int, ahead: int
+) -> Iterator[ResultT]:
+    """`function` of each item, in their order, computed in threads at most `ahead` items before it is asked for."""
+    waiting = iter(items)
+    with ThreadPoolExecutor(num_threads) as pool:
+        running: deque[Future[ResultT]] = deque(pool.submit(function, item) for item in islice(waiting, ahead))
+        try:
+            while running:
+                result = running.popleft().result()
+                running.extend(pool.submit(function, item) for item in islice(waiting, 1))
+                yield result
+        finally:
+            for future in running:
+                future.cancel()
+
+
+class _Loader:
+    """Reads and decodes in threads; the first of equal bytes is decoded, the others are not."""
+
+    def __init__(self, preset: Preset) -> None:
+        self._preset = preset
+        self._first: dict[bytes, int] = {}
+        self._lock = threading.Lock()
+
+    def load(self, ref: ImageRef) -> Loaded:
+        digest = b""
+        try:
+            data = bytes_of(ref)
+            digest = xxhash.xxh3_128_digest(data)
+            with self._lock:
+                is_first = self._first.setdefault(digest, ref.key) == ref.key
+            return Loaded(ref, digest, prepare(data, self._preset) if is_first else None, None)
+        except BadImageError as error:
+            return Loaded(ref, digest, None, str(error))
+
+
+def _loader_of(settings: PartSettings) -> _Loader:
+    return _Loader(network_of(settings.backbone, settings.weights).preset)
+
+
+class _PartRows:
+    """Gathers images to batches, and the rows that come of them."""
+
+    def __init__(self, network: Backbone, codec: Codec, batch_size: int) -> None:
+        self._network = network
+        self._codec = codec
+        self._batch_size = batch_size
+        self._batch: list[tuple[Loaded, Pixels]] = []
+        self._done: list[tuple[Loaded, Pixels, npt.NDArray[Any]]] = []
+        self._duplicates: list[Loaded] = []
+        self._bad: list[BadImage] = []
+        self._bad_digests: dict[bytes, str] = {}
+        self._num_computed = 0
+
+    def add(self, image: Loaded) -> None:
+        """Take the next image; the network runs when a batch is full."""
+        if image.bad is not None:
+            self._reject(image, image.bad)
+        elif image.pixels is None:
+            self._duplicates.append(image)
+        else:
+            self._batch.append((image, image.pixels))
+            if len(self._batch) == self._batch_size:
+                self._compute()
+
+    def finish(self) -> tuple[FeatureRows, PartReport]:
+        """All rows, duplicates included, and the report."""
+        if self._batch:
+            self._compute()
+        by_digest = {image.digest: (pixels, bits_D) for image, pixels, bits_D in self._done}
+        num_duplicates = 0
+        for image in self._duplicates:
+            if image.digest in by_digest:
+                self._done.append((image, *by_digest[image.digest]))
+                num_duplicates += 1
+            else:
+                self._reject(image, self._bad_digests[image.digest])
+        features = self._rows()
+        return features, PartReport(len(features), self._num_computed, num_duplicates, tuple(self._bad))
+
+    def _compute(self) -> None:
+        pixels_BHWC = np.stack([pixels.pixels_HWC for _, pixels in self._batch])
+        bits_BD, storable_B = self._codec.encode_storable(self._network.features(pixels_BHWC))
+        self._num_computed += len(bits_BD)
+        for (image, pixels), bits_D, is_storable in zip(self._batch, bits_BD, storable_B, strict=True):
+            if is_storable:
+                self._done.append((image, pixels, bits_D))
+            else:
+                self._reject(image, f"a feature is not finite in {self._codec.dtype}")
+        self._batch = []
+
+    def _reject(self, image: Loaded, reason: str) -> None:
+        self._bad.append(BadImage(image.ref.key, image.ref.uri, reason, image.digest != b""))
+        self._bad_digests[image.digest] = reason
+
+    def _rows(self) -> FeatureRows:
+        refs = [image.ref for image, _, _ in self._done]
+        empty_0D = self._codec.encode(np.zeros((0, self._network.dim), np.float32))
+        return FeatureRows.of(
+            [ref.uri for ref in refs],
+            np.stack([bits_D for _, _, bits_D in self._done]) if self._done else empty_0D,
+            keys=np.array([ref.key for ref in refs], np.int64),
+            content_digests=[image.digest for image, _, _ in self._done],
+            source_tags=[ref.source_tag for ref in refs],
+            widths=[pixels.width for _, pixels, _ in self._done],
+            heights=[pixels.height for _, pixels, _ in self._done],
+        )
+
+
+def _report_path(run_id: str, part: str) -> str:
+    return f"staging/{run_id}/{part}.json"

@@ -1,0 +1,1 @@
+"""Images: where they are, and how they are decoded."""

@@ -1,0 +1,282 @@
+"""Where images come from: a folder or fsspec address, or a table with keys and uris. The pipeline's door to fsspec."""
+
+import contextlib
+import functools
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple, cast
+
+import fsspec
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem
+from fsspec.core import split_protocol, url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential
+
+from featurestore.errors import KeyCollisionError
+from featurestore.keys import key_of_bytes, key_of_uri
+from featurestore.text.csvlines import CsvTextError, long_rows
+from pipeline.errors import BadImageError, SourceError
+from pipeline.images.localfiles import NOT_TEXT, check_reachable, files_below, is_text, read_regular, spelled
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+TABLE_EXTENSIONS = (".parquet", ".csv")
+STAT_THREADS = 32  # waiting for answers, not computing
+S3_PROTOCOLS = ("s3", "s3a")
+
+
+class ImageRef(NamedTuple):
+    """One image of the listing."""
+
+    key: int
+    uri: str  # as it stands in the store
+    location: str  # where to read it; empty where the listing knows that nobody can
+    source_tag: str  # etag, or size and time; empty where the file cannot be looked at
+    size_bytes: int  # -1 where unknown
+    problem: str = ""  # why nobody can read it
+
+
+class Listing(NamedTuple):
+    """All images, in the order of their uris (folder) or of the table."""
+
+    images: list[ImageRef]
+    num_ignored: int  # files without an image's extension, or rows that repeat another
+
+
+def list_images(address: str) -> Listing:
+    """The images of a folder, of an fsspec address, or of a table (.parquet, .csv).
+
+    In a folder the uri is the path relative to it, with forward slashes, and the key that of the uri. A table has a
+    column `uri` (relative to the table's folder, or a whole address) and `key` (int64), or `id` (string, made into a
+    key), or neither (the key is that of the uri). Raises SourceError, KeyCollisionError.
+    """
+    with _source_errors(f"look at {address}"):
+        fs, root = _open_fs(address)
+        if isinstance(fs, LocalFileSystem):
+            check_reachable(root)
+        is_file, is_folder = fs.isfile(root), fs.isdir(root)
+    if is_file and root.lower().endswith(TABLE_EXTENSIONS):
+        return _list_table(fs, root, address)
+    if is_file:
+        raise SourceError(f"{address} is a file: give a folder of images, or a table ({', '.join(TABLE_EXTENSIONS)})")
+    if not is_folder:
+        raise SourceError(f"there is no folder {address}: give the folder (or table) of your images")
+    return _list_folder(fs, root, address)
+
+
+def bytes_of(ref: ImageRef) -> bytes:
+    """The bytes of a listed image. Raises BadImageError with the reason."""
+    if ref.problem:
+        raise BadImageError(ref.problem)
+    return read_image(ref.location)
+
+
+def read_image(location: str) -> bytes:
+    """The bytes of one image; other errors than a missing or forbidden file are tried three times.
+
+    Raises BadImageError with the reason.
+    """
+    try:
+        return _read(location)
+    except BadImageError:
+        raise
+    except FileNotFoundError as error:
+        raise BadImageError("no such file") from error
+    except Exception as error:  # each object store's client has its own tree of errors
+        raise BadImageError(f"cannot be read: {_reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _source_errors(action: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each object store's client has its own tree of errors
+        raise SourceError(f"cannot {action}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _is_passing(error: BaseException) -> bool:
+    lasting = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    return isinstance(error, OSError) and not isinstance(error, lasting)
+
+
+@retry(
+    retry=retry_if_exception(_is_passing), stop=stop_after_attempt(3), wait=wait_exponential(0.1, max=2), reraise=True
+)
+def _read(location: str) -> bytes:
+    fs, path = _open_fs(location)
+    if isinstance(fs, LocalFileSystem):
+        return read_regular(path)
+    data: bytes = fs.cat_file(path)
+    return data
+
+
+def _open_fs(address: str) -> tuple[Any, str]:
+    """fsspec's file system (one client per process and protocol, it caches them) and the path in it."""
+    protocol, path = split_protocol(address)
+    if protocol is None:
+        return _client("file"), str(_client("file")._strip_protocol(path))
+    if "::" in protocol:
+        fs, chained = url_to_fs(address)
+        return fs, str(chained)
+    client = _client(protocol)
+    return client, str(client._strip_protocol(address))
+
+
+@functools.lru_cache(maxsize=8)
+def _client(protocol: str) -> Any:
+    options = {"use_listings_cache": False} if protocol in S3_PROTOCOLS else {}
+    return fsspec.filesystem(protocol, **options)
+
+
+def _list_folder(fs: Any, root: str, address: str) -> Listing:
+    root = root.rstrip("/")
+    with _source_errors(f"list {address}"):
+        if isinstance(fs, LocalFileSystem):
+            found: Mapping[str, Mapping[str, Any]] = dict(_local_entries(root))
+        else:
+            found = fs.find(root, detail=True) if _has_own_find(fs) else dict(_files_below(fs, root))
+    images, num_ignored = [], 0
+    for path, entry in found.items():
+        uri = path.removeprefix(root).lstrip("/")
+        if PurePosixPath(uri).suffix.lower() not in IMAGE_EXTENSIONS or entry["type"] != "file":
+            num_ignored += 1
+        elif not is_text(uri):
+            images.append(ImageRef(key_of_bytes(os.fsencode(uri)), spelled(uri), "", "", -1, NOT_TEXT))
+        else:
+            images.append(ImageRef(key_of_uri(uri), uri, fs.unstrip_protocol(path), _tag(entry), _size(entry)))
+    if not images:
+        ignored = f" ({num_ignored} other files)" if num_ignored else ""
+        raise SourceError(f"no images in {address}{ignored}: looked for {', '.join(IMAGE_EXTENSIONS)}")
+    return Listing(_unique(sorted(images, key=lambda ref: ref.uri)), num_ignored)
+
+
+def _has_own_find(fs: Any) -> bool:
+    """Whether the file system lists everything in a way of its own, as object stores do, not with fsspec's `find`."""
+    if isinstance(fs, AsyncFileSystem):  # its `find` is made of `_find`
+        return type(fs)._find is not AsyncFileSystem._find
+    return type(fs).find is not AbstractFileSystem.find
+
+
+def _files_below(fs: Any, folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """As fsspec's `find`, which leaves out folders that cannot be listed: their images would be taken for vanished."""
+    for entry in fs.ls(folder or "/", detail=True):
+        if entry["type"] == "directory":
+            if entry["name"].rstrip("/") != folder.rstrip("/"):  # some list the folder itself too
+                yield from _files_below(fs, entry["name"])
+        else:
+            yield entry["name"], entry
+
+
+def _local_entries(root: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The same of a folder on this machine, as fsspec would say it; links are followed, which it does not."""
+    for each in files_below(root or "/"):
+        sizes = {} if each.found is None else {"size": each.found.st_size, "mtime": each.found.st_mtime}
+        yield each.path, {"type": "file" if each.is_regular else "other", **sizes}
+
+
+def _list_table(fs: Any, path: str, address: str) -> Listing:
+    table = _read_table(fs, path, address)
+    uris = _column(table, "uri", pa.string(), address)
+    if "key" in table.column_names:
+        keys = _column(table, "key", pa.int64(), address)
+    elif "id" in table.column_names:
+        keys = [key_of_uri(image_id) for image_id in _column(table, "id", pa.string(), address)]
+    else:
+        keys = [key_of_uri(uri) for uri in uris]
+    if not uris:
+        raise SourceError(f"{address} has no rows")
+    folder = fs.unstrip_protocol(path).rsplit("/", 1)[0]
+    locations = [uri if split_protocol(uri)[0] or uri.startswith("/") else f"{folder}/{uri}" for uri in uris]
+    with ThreadPoolExecutor(STAT_THREADS) as pool:
+        entries = list(pool.map(_look_at, locations))
+    refs = [
+        ImageRef(key, uri, location, _tag(entry), _size(entry))
+        for key, uri, location, entry in zip(keys, uris, locations, entries, strict=True)
+    ]
+    images = _unique(refs)
+    return Listing(images, len(refs) - len(images))
+
+
+def _read_table(fs: Any, path: str, address: str) -> pa.Table:
+    wanted = ("key", "id", "uri")
+    with _source_errors(f"read the table {address}"):
+        data = io.BytesIO(fs.cat_file(path))
+        if path.lower().endswith(".csv"):
+            # As text: type inference would make numbers of ids such as "007".
+            types = pa.csv.ConvertOptions(column_types={"id": pa.string(), "uri": pa.string(), "key": pa.int64()})
+            if long := long_rows(data, ","):
+                line = min(each.line for each in long.values())
+                raise CsvTextError(f"line {line}: a value in quotes has several lines, and no key or uri has; close it")
+            data.seek(0)
+            table = pa.csv.read_csv(data, convert_options=types)
+        else:
+            present = pa.parquet.read_schema(data).names
+            table = pa.parquet.read_table(data, columns=[name for name in wanted if name in present])
+    if "uri" not in table.column_names:
+        raise SourceError(f"{address} has no column 'uri'; it needs uri, and key (int64) or id (string)")
+    return table
+
+
+def _column(table: pa.Table, name: str, wanted: pa.DataType, address: str) -> list[Any]:
+    """A column as Python values. Raises SourceError where it is of another kind or has gaps."""
+    column = table.column(name)
+    fits = (pa.types.is_integer if pa.types.is_integer(wanted) else _is_text)(column.type)
+    if not fits:
+        way_out = "; use the name key for int64 keys" if name == "id" and pa.types.is_integer(column.type) else ""
+        raise SourceError(f"{address}: column {name!r} is {column.type}, not {wanted}{way_out}")
+    if column.null_count:
+        raise SourceError(f"{address}: column {name!r} has {column.null_count} empty values")
+    try:
+        values: list[Any] = cast("Any", column.cast(wanted)).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise SourceError(f"{address}: column {name!r}: {error}") from error
+    return values
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _look_at(location: str) -> Mapping[str, Any]:
+    """fsspec's record of a file; empty where there is none: reading it will say why."""
+    try:
+        fs, path = _open_fs(location)
+        entry: Mapping[str, Any] = fs.info(path)
+    except Exception:  # each object store's client has its own tree of errors
+        return {}
+    return entry
+
+
+def _tag(entry: Mapping[str, Any]) -> str:
+    """What changes when the file does: its etag, or size and time."""
+    for name in ("ETag", "etag", "md5Hash", "content_md5"):
+        if entry.get(name):
+            return str(entry[name]).strip('"')
+    times = (entry.get(name) for name in ("mtime", "LastModified", "last_modified", "modified", "updated", "created"))
+    time = next((str(value) for value in times if value is not None), "")
+    return f"{entry['size']}-{time}" if entry.get("size") is not None else ""
+
+
+def _size(entry: Mapping[str, Any]) -> int:
+    size = entry.get("size")
+    return -1 if size is None else int(size)
+
+
+def _unique(refs: Iterable[ImageRef]) -> list[ImageRef]:
+    """The first of equal rows. Raises KeyCollisionError where two uris have one key."""
+    seen: dict[int, ImageRef] = {}
+    for ref in refs:
+        first = seen.setdefault(ref.key, ref)
+        if first.uri != ref.uri:
+            raise KeyCollisionError(f"key {ref.key} stands for two images, {first.uri!r} and {ref.uri!r}: rename one")
+    return list(seen.values())

@@ -1,0 +1,106 @@
+"""The frozen network with its values, ready to turn pixels into features.
+
+Letters of shapes: B images of a batch, H and W pixels, C colours, D feature width.
+"""
+
+import functools
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torchvision.transforms import functional
+
+from featurestore.spec import ExtractorSpec
+from pipeline.network.layers import network_of
+from pipeline.network.weights import load_weights, weights_digest
+
+CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # bf16: Arm's name
+
+ComputeDType = Literal["bfloat16", "float32"]
+_build_lock = threading.Lock()
+
+
+class Backbone:
+    """The network MODEL:LAYER with its weights, in evaluation, on the GPU when there is one.
+
+    `spec` says which network it is, `dim` how many numbers it makes of an image, `preset` what it wants done to images.
+    Raises BackboneError, WeightsError; `warn` as in `load_weights`.
+    """
+
+    def __init__(self, name: str, weights: str, compute_dtype: ComputeDType, *, warn: bool = True) -> None:
+        network = network_of(name, weights)
+        state = load_weights(network, weights, warn=warn)
+        self.preset = network.preset
+        self.dim = network.dim
+        self.spec = ExtractorSpec(
+            backbone=f"torchvision {network.model}",
+            layer=network.layer,
+            weights_digest=weights_digest(state),
+            preprocessing=self.preset.record(),
+            compute_dtype=compute_dtype,
+        )
+        self.dtype = getattr(torch, compute_dtype)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.network = network.filled(state)
+        self.network.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.lock = threading.Lock()  # one batch at a time: each uses all of the process's torch threads
+
+    def normalise(self, pixels_BHWC: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """What the network takes, (B, C, H, W) channels-last in the compute dtype: torchvision's own scaling."""
+        pixels_BCHW = torch.from_numpy(pixels_BHWC).to(self.device).permute(0, 3, 1, 2)
+        scaled = functional.convert_image_dtype(pixels_BCHW, torch.float32)
+        normal: torch.Tensor = functional.normalize(scaled, list(self.preset.mean), list(self.preset.std))
+        return normal.to(self.dtype, memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def features(self, pixels_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Features (B, D) of images that `pipeline.images.decode.prepare` made for this network's preset."""
+        with self.lock, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            features_BD: npt.NDArray[np.float32] = self.network(self.normalise(pixels_BHWC)).float().cpu().numpy()
+        return features_BD
+
+
+def backbone(name: str, weights: str, compute_dtype: ComputeDType) -> Backbone:
+    """The network, built once per process and kept until another one is asked for. Raises as `Backbone`.
+
+    For the workers: random weights give no warning here, `pipeline.features.extract` gives it once for all of them.
+    """
+    with _build_lock:
+        return _cached_backbone(name, weights, compute_dtype)
+
+
+@functools.lru_cache(maxsize=1)
+def _cached_backbone(name: str, weights: str, compute_dtype: ComputeDType) -> Backbone:
+    return Backbone(name, weights, compute_dtype, warn=False)
+
+
+def fastest_dtype() -> ComputeDType:
+    """bfloat16 where this machine's GPU, or its processor, multiplies it in hardware and is quicker at it.
+
+    Not every processor is that has the instructions: one without matrix units convolved float32 twice as fast, another
+    bfloat16. So a processor is asked: a tenth of a second.
+    """
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    capabilities: Mapping[str, Any] = torch.cpu.get_capabilities()
+    if not any(capabilities.get(name) for name in CPU_BFLOAT16):
+        return "float32"
+    return "bfloat16" if _convolution_s("bfloat16") <= _convolution_s("float32") else "float32"
+
+
+@torch.inference_mode()
+def _convolution_s(dtype: ComputeDType) -> float:
+    """Seconds of a convolution as large as a middle one of VGG16, the fastest of four."""
+    kind = getattr(torch, dtype)
+    pixels_BCHW = torch.ones(2, 256, 28, 28, dtype=kind).to(memory_format=torch.channels_last)
+    layer = torch.nn.Conv2d(256, 256, 3, padding=1, dtype=kind).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    seconds = []
+    for _ in range(4):
+        start_s = time.perf_counter()
+        layer(pixels_BCHW)
+        seconds.append(time.perf_counter() - start_s)
+    return min(seconds)

@@ -1,0 +1,157 @@
+"""The values of a network: torchvision's own, those of a file, or seeded random ones; none stands in for another."""
+
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from pipeline.errors import WeightsError
+from pipeline.network.layers import Network, network_of
+
+NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # a dot that torchvision has since dropped
+
+
+class UntrainedWeightsWarning(UserWarning):
+    """The weights are random: features tell images apart, but know nothing of what is in them."""
+
+
+def check_weights_name(weights: str) -> str:
+    """`weights`, a path made absolute so that worker processes find it. Raises WeightsError on a malformed name."""
+    if weights == "imagenet" or re.fullmatch(r"imagenet:\w+|random:\d{1,18}", weights):
+        return weights
+    if weights.startswith("random"):
+        raise WeightsError(f"weights {weights!r}: the seed of random weights is a number, as in random:0")
+    path = Path(weights).absolute()
+    if not path.is_file():
+        raise WeightsError(f"weights {weights!r}: neither imagenet, random:SEED, nor a file (looked for {path})")
+    return str(path)
+
+
+def check_network(backbone: str, weights: str) -> None:
+    """That there is such a network, and that a file of weights has its names and shapes; no values are read.
+
+    For a job, before it starts a cluster. Raises BackboneError, WeightsError.
+    """
+    checked = check_weights_name(weights)
+    network = network_of(backbone, checked)
+    if not checked.startswith(("imagenet", "random:")):
+        _check_fit(_from_file(Path(checked), values=False), network, weights)
+
+
+def warn_if_untrained(weights: str) -> None:
+    """An UntrainedWeightsWarning for random:SEED."""
+    if weights.startswith("random:"):
+        message = "are NOT pretrained: features tell images apart, but know nothing of what is in them"
+        warnings.warn(f"weights {weights} {message}", UntrainedWeightsWarning, stacklevel=3)
+
+
+def load_weights(network: Network, weights: str, *, warn: bool = True) -> dict[str, torch.Tensor]:
+    """The tensors of the network's layers, by torchvision's names; floating point ones in float32.
+
+    `imagenet` is the model's default in torchvision's enum and `imagenet:ENTRY` another one (downloaded once, cached,
+    the hash checked), `random:SEED` a seeded He initialisation with an UntrainedWeightsWarning unless `warn` is false,
+    everything else a file with a state dict. Raises WeightsError.
+    """
+    if weights.startswith("imagenet"):
+        return _fitting(_downloaded(network), network, weights)
+    if weights.startswith("random:"):
+        if warn:
+            warn_if_untrained(weights)
+        return _random(network, int(weights.removeprefix("random:")))
+    return _fitting(_from_file(Path(weights)), network, weights)
+
+
+def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """xxh3-128 over names, shapes and values, in the order of the names."""
+    digest = xxhash.xxh3_128()
+    for name in sorted(state):
+        tensor = state[name].contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().data)  # a view, no copy
+    return f"xxh3-128:{digest.hexdigest()}"
+
+
+def _downloaded(network: Network) -> object:
+    entry = network.weights_entry
+    try:
+        return entry.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
+        raise WeightsError(
+            f"cannot download the ImageNet weights ({error}). Fetch {entry.url} on a machine with a network and pass"
+            " --weights FILE, or try the pipeline without pretrained weights: --weights random:0"
+        ) from error
+
+
+def _from_file(path: Path, *, values: bool = True) -> object:
+    try:
+        if values:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # zip, pickle and torch each have their own errors for a file that is none of theirs
+        # torch's own texts are essays, and say how to load a file unsafely
+        reason = str(error) if isinstance(error, OSError) else type(error).__name__
+        raise WeightsError(
+            f"weights {path}: not a state dict that torch can load safely ({reason}); one is written by"
+            " torch.save(model.state_dict(), FILE)"
+        ) from error
+
+
+def _check_fit(loaded: object, network: Network, where: str) -> dict[str, torch.Tensor]:
+    """The tensors of the network's layers in `loaded`. Raises WeightsError unless all are there in their shapes."""
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise WeightsError(f"weights {where}: not a state dict, which maps names to tensors")
+    found: dict[str, Any] = {DENSENET_NAME.sub(r"\1\2", name): tensor for name, tensor in loaded.items()}
+    expected = network.tensors()
+    missing = [name for name in expected if name not in found]
+    if missing:
+        model = network.model
+        raise WeightsError(f"weights {where}: not those of torchvision's {model}, without {', '.join(missing[:3])}")
+    for name, like in expected.items():
+        if found[name].shape != like.shape:
+            shape = tuple(found[name].shape)
+            raise WeightsError(f"weights {where}: {name} has shape {shape}, not {tuple(like.shape)}")
+    return {name: found[name] for name in expected}
+
+
+def _fitting(loaded: object, network: Network, where: str) -> dict[str, torch.Tensor]:
+    """The tensors up to the layer, from a state dict of this part or of the whole model. Raises WeightsError."""
+    state = {}
+    for name, found in _check_fit(loaded, network, where).items():
+        tensor = found.detach()
+        if tensor.is_floating_point():
+            tensor = tensor.float()
+            if not tensor.isfinite().all():
+                raise WeightsError(f"weights {where}: {name} holds NaN or infinity")
+        state[name] = tensor
+    return state
+
+
+def _random(network: Network, seed: int) -> dict[str, torch.Tensor]:
+    """He's initialisation (2015) for ReLU: normal, variance 2 / fan-in, biases zero; equal for equal seeds.
+
+    Norms start as the identity; what is neither (a class token, tables of positions) as torchvision starts it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    own: dict[str, torch.Tensor] | None = None
+    state = {}
+    for name, like in network.tensors().items():
+        path, _, kind = name.rpartition(".")
+        owner = network.layers.extractor.get_submodule(path)
+        if isinstance(owner, nn.Conv2d | nn.Linear):
+            tensor = torch.zeros(like.shape)
+            if kind == "weight":
+                nn.init.kaiming_normal_(tensor, nonlinearity="relu", generator=generator)
+        elif isinstance(owner, NORMS):
+            tensor = torch.ones(like.shape) if kind in ("weight", "running_var") else torch.zeros(like.shape)
+        else:
+            own = network.initialised(seed) if own is None else own
+            tensor = own[name]
+        state[name] = tensor
+    return state

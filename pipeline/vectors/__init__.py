@@ -1,0 +1,1 @@
+"""Import vectors that another program made into a feature store."""

@@ -1,0 +1,127 @@
+"""The tables of every command, in a pipe and on narrow terminals: all numbers are there, each on one line."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.report import write_report
+from featurestore.commands.common import print_table
+from featurestore.console.output import text_console
+from tools import demo
+from trainer.config.config import load_config, save_config
+from trainer.daily import table as daytable
+from trainer.evaluation import report
+from trainer.evaluation.bootstrap import METRICS, Estimate
+from trainer.evaluation.measure import Figures, Measured, SlicedBy
+from trainer.experiments.grid import Experiment, Variant
+from trainer.experiments.tables import rows_of, show
+from trainer.ids.collisions import Collisions
+from trainer.loop import summary
+from trainer.prerank.__main__ import _print_table
+
+LONG = "a/very/long/folder/[bold]of[/x]/runs/" + "x" * 90
+Shown = Callable[[Path], list[str]]
+
+
+def of_store(_: Path) -> list[str]:
+    print_table(["version", "writer", "bytes"], [["1", "me", "123,456,789.0 kB"]], numbers=["version", "bytes"])
+    return ["123,456,789.0 kB"]
+
+
+def show_run(unique_ratio_by_field: dict[str, float]) -> None:
+    stages = {"read": {"median_ms": 123456.7, "share_of_step": 0.25, "hidden": 0.5}}
+    figures: dict[str, Any] = dict.fromkeys(("unique_ratio", "owner_skew", "reused_vectors"), 0.123456)
+    figures |= {"samples_per_s": 1234567.8, "bytes_sent_per_step": 98765432, "bytes_by_collective_per_step": {}}
+    figures |= {"name": "n", "folder": LONG, "num_ranks": 2, "global_step": 2040, "metrics": {"gauc": 0.654321}}
+    figures |= {"missing_lookups": 7, "missing_by_store": {}, "seconds": {"wait": 12.5}, "stages": stages}
+    figures["tables"] = {"item": Collisions(123456, 7654321, 120000, 0.5678, False).as_report()}
+    summary.show(text_console(), {**figures, "unique_ratio_by_field": unique_ratio_by_field})
+
+
+def of_training(_: Path) -> list[str]:
+    show_run({"ad_image": 0.456789})
+    return ["1,234,568", "98,765,432", "0.6543", "123456.7", "0.4568", "25%", "about 123,456", "56.8%", LONG]
+
+
+def of_evaluation(folder: Path) -> list[str]:
+    metrics = {name: Estimate(0.5 + at / 1000, 0.4, 0.6) for at, name in enumerate(METRICS)}
+    whole = Measured(1234567, 89, 10, metrics)
+    figures = Figures(whole, {"age": SlicedBy("age of the ad", {"new": whole})}, [], [])
+    report.show(text_console(), {"run": LONG, "checkpoint": "step-7", "notes": []}, figures, folder)
+    return [*(f"{0.5 + at / 1000:.4f}" for at in range(len(METRICS))), "0.4000 to 0.6000", "1,234,567", LONG]
+
+
+def of_days(folder: Path) -> list[str]:
+    day = folder / "2026-01-01"
+    day.mkdir()
+    save_config(
+        load_config(settings=["data.train_days=[2026-01-01]", "data.test_days=[2026-01-02]"]), day / "config.yaml"
+    )
+    metrics = {name: 0.5 + at / 1000 for at, name in enumerate(("logloss", "auc", "gauc", "new_ad_auc", "new_ad_gauc"))}
+    told = {"global_step": 1234567, "store_version": 19, "metrics": {"impressions": 7654321, **metrics}}
+    (day / "report.json").write_text(json.dumps(told))
+    daytable.show(folder)
+    return ["1,234,567", "7,654,321", "2026-01-01", "2026-01-02", *(f"{value:.4f}" for value in metrics.values())]
+
+
+def of_experiments(_: Path) -> list[str]:
+    experiment = Experiment("t", "T", (Variant("base", (), 0.6), Variant("a", (), 0.61)), "Why.")
+    figures = {"base": [{"gauc": 0.61234}, {"gauc": 0.63234}], "a": [{"gauc": 0.71234}, {"gauc": 0.74234}]}
+    show(text_console(), experiment, rows_of(experiment, figures), 2)
+    return ["0.6223 ± 0.1271", "0.7273 ± 0.1906", "+0.1050 ± 0.0635", "+0.0100"]
+
+
+def of_prerank(_: Path) -> list[str]:
+    _print_table(["a measure with a long name", "ivf", "exact"], [("queries per s", "1,234,567", "0.1234")])
+    return ["1,234,567", "0.1234"]
+
+
+def of_benchmarks(_: Path) -> list[str]:
+    write_report({"samples_per_s_" + "of_all_" * 9: 1234567.0, "ratio": 0.12345})
+    return ["1,234,567", "0.1235"]
+
+
+def of_the_demo(_: Path) -> list[str]:
+    metrics = dict.fromkeys(demo.METRICS, 0.61234)
+    variants = dict.fromkeys(demo.VARIANTS, metrics)
+    demo.show({**variants, "unique_ratio": 0.12345, "bytes_sent_per_step": 1234567.0, "samples_per_s": 7654321.0})
+    return ["0.6123 (+0.0000)", "7,654,321 samples/s"]
+
+
+COMMANDS = [
+    of_store, of_training, of_evaluation, of_days, of_experiments, of_prerank, of_benchmarks, of_the_demo,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [None, 120, 40])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_number_is_whole(
+    command: Shown,
+    columns: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    for name in ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    wanted = command(tmp_path)
+    out = capsys.readouterr().out
+    if columns is None:
+        assert "\x1b" not in out
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", out).splitlines()
+    assert [each for each in wanted if not any(each in line for line in lines)] == []
+    assert not any("…" in line for line in lines)
+
+
+def test_a_run_without_a_logged_step_has_no_table_of_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    show_run({"ad_image": 0.456789})
+    assert "different keys of all" in capsys.readouterr().out
+    show_run({})
+    assert "different keys of all" not in capsys.readouterr().out

@@ -1,0 +1,261 @@
+"""Flip bits, cut, swap and replace files of a small store: everything is found, and nothing damaged is ever served.
+
+The store has every kind of file. Each byte of a file (every k-th in the quick tests) gets one bit flipped, every second
+time another one.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo, to_bits
+from featurestore.errors import CorruptFileError
+from featurestore.format.codec import Codec, write_codec
+from featurestore.format.datafile import DataFile, encode, table_of
+from featurestore.log import manifest_path
+from featurestore.spec import Manifest, unseal
+from featurestore.storage.storage import Storage
+from featurestore.upkeep.expiry import expire
+from featurestore.upkeep.pins import pin
+from featurestore.upkeep.verify import verify
+
+KINDS = {
+    "store.json": "store.json",
+    "manifest": "log/*.json",
+    "data": "data/*/*.parquet",
+    "statistics": "data/*/*.stats.npy",
+    "quarantine": "quarantine/*.parquet",
+    "pin": "pins/*.json",
+    "expired manifest": "expired/*.json",
+    "codec": "codec/*.npy",
+}
+FLIPS_OF_A_FILE = 20  # at least, in the quick tests
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory, info: StoreInfo) -> FeatureStore:
+    """Two shards of int8 codes; a base and deltas, tombstones, and each other kind of file. Tests put back what they
+    change."""
+    folder = tmp_path_factory.mktemp("corruption") / "store"
+    values_ND = np.random.default_rng(0).standard_normal((160, 4)).astype(np.float32)
+    ranges_2D = np.stack([values_ND.min(axis=0), np.ptp(values_ND, axis=0)]).astype(np.float32)
+    codec = Codec("int8", ranges_2D)
+    spec = write_codec(Storage(folder), codec)
+    update = {"dim": 4, "num_shards": 2, "dtype": "int8", "codec": spec}
+    store = FeatureStore.create(folder, StoreInfo(**{**dict(info), **update}))
+    rows = FeatureRows.of([f"{i}.jpg" for i in range(160)], codec.encode(values_ND))
+    for seed in range(3):
+        store.put(rows.take(np.arange(40 * seed, 160)))
+    store.delete(rows.keys_N[:30])
+    store.add_quarantine([QuarantineRow(1, "bad.jpg", "not an image", 1.0)])
+    pin(store, "best", 3)
+    expire(store, keep_last=2, keep_days=0, grace_days=1)
+    assert all(list(folder.glob(pattern)) for pattern in KINDS.values())
+    assert verify(store).problems == []
+    return store
+
+
+@pytest.fixture(scope="module")
+def info() -> StoreInfo:
+    extractor = {"backbone": "vgg16", "layer": "fc6", "weights_digest": "0", "preprocessing": "", "compute_dtype": ""}
+    return StoreInfo.model_validate({"dim": 8, "num_shards": 8, "extractor": extractor})
+
+
+def flips(path: Path, step: int) -> Iterator[int]:
+    """Flip one bit after the other, and put the file back at the end."""
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    try:
+        for turn, place in enumerate(range(0, len(whole), step)):
+            damaged[place] ^= 1 << (turn % 8)
+            path.write_bytes(damaged)
+            yield place
+            damaged[place] = whole[place]
+    finally:
+        path.write_bytes(whole)
+
+
+def files_of(store: FeatureStore, kind: str) -> list[Path]:
+    return sorted(Path(store.url).glob(KINDS[kind]))
+
+
+def step_of(path: Path) -> int:
+    return max(1, path.stat().st_size // FLIPS_OF_A_FILE)
+
+
+def check_verify_finds_flips(store: FeatureStore, kind: str, step: Callable[[Path], int]) -> None:
+    for path in files_of(store, kind):
+        for place in flips(path, step(path)):
+            found = verify(store, threads=1).problems
+            assert any(path.name in str(problem) for problem in found), f"byte {place} of {path}"
+            assert all(problem.way_out for problem in found)
+    assert verify(store).problems == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_verify_finds_a_flipped_bit_in_every_kind_of_file(full: FeatureStore, kind: str) -> None:
+    check_verify_finds_flips(full, kind, step_of)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_verify_finds_a_flipped_bit_in_every_third_byte(full: FeatureStore, kind: str) -> None:
+    check_verify_finds_flips(full, kind, lambda _: 3)
+
+
+def check_partition_refuses_flips(store: FeatureStore, cache: Path, step: int) -> None:
+    manifest = store.snapshot().manifest
+    for shard, files in manifest.shards.items():
+        for entry in files:
+            for place in flips(Path(store.url) / entry.path, step):
+                with pytest.raises(CorruptFileError, match=entry.path):
+                    FeaturePartition.load(store, shard, 2, cache / "damaged")
+                    pytest.fail(f"byte {place} of {entry.path}")
+    assert not list((cache / "damaged").iterdir())  # nothing half made
+    for path in (Path(store.url) / manifest_path(manifest.version), Path(store.url) / "store.json"):
+        for place in flips(path, max(1, step // 4)):
+            with pytest.raises(CorruptFileError, match=path.name):
+                FeaturePartition.load(store.url, 0, 2, cache)
+                pytest.fail(f"byte {place} of {path}")
+
+
+def test_a_partition_refuses_every_flipped_bit_of_what_it_uses(full: FeatureStore, tmp_path: Path) -> None:
+    check_partition_refuses_flips(full, tmp_path, 61)
+
+
+@pytest.mark.slow
+def test_a_partition_refuses_a_flipped_bit_in_every_third_byte(full: FeatureStore, tmp_path: Path) -> None:
+    check_partition_refuses_flips(full, tmp_path, 3)
+
+
+def check_reads_by_page_checksum(store: FeatureStore, step: int) -> None:
+    """Without the digest of the file: the right rows, or an error."""
+    snapshot = store.snapshot()
+    whole = snapshot.read_shard(1)
+    for place in flips(Path(store.url) / snapshot.manifest.files(1)[0].path, step):
+        try:
+            found = snapshot.read_shard(1)
+        except CorruptFileError:
+            continue
+        for name, values in whole.__dict__.items():
+            assert np.array_equal(np.asarray(values), np.asarray(getattr(found, name))), f"{name}, byte {place}"
+
+
+def test_reads_of_single_rows_give_the_right_ones_or_an_error(full: FeatureStore) -> None:
+    check_reads_by_page_checksum(full, 13)
+
+
+@pytest.mark.slow
+def test_reads_of_single_rows_with_every_byte_damaged(full: FeatureStore) -> None:
+    check_reads_by_page_checksum(full, 1)
+
+
+def test_a_footer_whose_row_groups_do_not_add_up_is_damaged(full: FeatureStore) -> None:
+    """Arrow reads as many rows as the row group says, whatever the file's own number is."""
+    entry = full.snapshot().manifest.files(0)[0]
+    path = Path(full.url) / entry.path
+    whole = path.read_bytes()
+    num_rows = pq.read_metadata(path).num_rows
+    found = 0
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    try:
+        for place in range(footer, len(whole) - 8):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 2]) + whole[place + 1 :])
+            try:
+                metadata = pq.read_metadata(path)
+                differs = metadata.row_group(0).num_rows != num_rows == metadata.num_rows
+            except (pa.ArrowException, OSError, UnicodeDecodeError):
+                continue
+            if differs:
+                found += 1
+                with pytest.raises(CorruptFileError, match="is damaged"):
+                    full.snapshot().shard_reader(0).keys()
+    finally:
+        path.write_bytes(whole)
+    assert found
+
+
+def test_page_checksums_find_a_flipped_bit_without_the_sha256(info: StoreInfo) -> None:
+    values = to_bits(np.random.default_rng(0).standard_normal((200, 8)).astype(np.float32), "bfloat16")
+    rows = FeatureRows.of([f"{i}.jpg" for i in range(200)], values)
+    data = bytearray(encode(table_of(rows, info), info))
+    place = bytes(data).index(values[100].tobytes())  # lz4 keeps what does not repeat as it is
+    data[place] ^= 1
+    assert pq.read_table(pa.BufferReader(bytes(data))).num_rows == 200  # a default read does not notice
+    with pytest.raises(CorruptFileError, match="x is damaged"):
+        DataFile(pa.BufferReader(bytes(data)), info, "x").read()
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda data: data[:-10],
+    "halved": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "longer": lambda data: data + b"x",
+    "zeros": lambda data: bytes(len(data)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cut_empty_longer_and_missing_files_are_found(full: FeatureStore, kind: str) -> None:
+    for path in files_of(full, kind):
+        whole = path.read_bytes()
+        for name, damage in DAMAGES.items():
+            path.write_bytes(damage(whole))
+            found = verify(full, threads=1).problems
+            assert any(path.name in str(problem) for problem in found), f"{name}: {path}"
+        path.unlink()
+        found = verify(full, threads=1).problems
+        # What nothing else names is gone without a trace: a deleted pin, and an old manifest, which expires so, too.
+        leaves_a_trace = kind in ("store.json", "data", "statistics", "codec")
+        assert any(path.name in str(problem) for problem in found) or not leaves_a_trace, path
+        path.write_bytes(whole)
+    assert verify(full).problems == []
+
+
+@pytest.mark.parametrize("kind", ["manifest", "data", "statistics"])
+def test_two_files_that_changed_places_are_found(full: FeatureStore, tmp_path: Path, kind: str) -> None:
+    first, second = files_of(full, kind)[:2]
+    contents = first.read_bytes(), second.read_bytes()
+    first.write_bytes(contents[1]), second.write_bytes(contents[0])
+    found = " ".join(str(problem) for problem in verify(full).problems)
+    first.write_bytes(contents[0]), second.write_bytes(contents[1])
+    assert first.name in found and second.name in found
+
+
+def test_a_file_replaced_by_an_older_one_is_found(full: FeatureStore, tmp_path: Path) -> None:
+    """A backup put back in the wrong place: valid in itself, of the same store and shard."""
+    older, newer = full.snapshot().manifest.files(0)[:2]
+    path = Path(full.url) / newer.path
+    whole = path.read_bytes()
+    path.write_bytes((Path(full.url) / older.path).read_bytes())
+    found = verify(full).problems
+    with pytest.raises(CorruptFileError, match=newer.path):
+        FeaturePartition.load(full, cache_dir=tmp_path)
+    path.write_bytes(whole)
+    assert len(found) == 1 and found[0].path == newer.path
+    log = Path(full.url) / manifest_path(full.snapshot().version)
+    whole = log.read_bytes()
+    log.write_bytes(files_of(full, "manifest")[0].read_bytes())
+    found = verify(full).problems
+    with pytest.raises(CorruptFileError, match=log.name):
+        full.snapshot()
+    log.write_bytes(whole)
+    assert any(problem.kind == "manifest" and problem.path.endswith(log.name) for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"{}", "format_version is missing in it"),
+        (b'{"format_version": 1}', "digest is missing in it"),
+        (b"[]", "it is no JSON object"),
+        (b"7", "it is no JSON object"),
+    ],
+)
+def test_a_manifest_that_is_something_else_is_told_in_words(data: bytes, words: str) -> None:
+    with pytest.raises(CorruptFileError, match=f"^log/1.json is damaged: {words}$"):
+        unseal(data, Manifest, "log/1.json")

@@ -1,0 +1,102 @@
+"""A new file of a shard: the same in one block or many, refused with rows out of place, read back before it counts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from featurestore import FeatureStore, StoreInfo
+from featurestore.errors import CorruptFileError, InvalidRowsError
+from featurestore.format.datafile import matrix_of, open_entry
+from featurestore.format.shard_reader import read_moments
+from featurestore.format.shard_writer import check_digest, write_shard_file
+from featurestore.format.statistics import Moments
+from featurestore.spec import FileEntry
+from featurestore.staging import sorted_table
+from featurestore.storage.local import DiskFiles
+
+
+@pytest.fixture
+def one(tmp_path: Path, info: StoreInfo) -> FeatureStore:
+    return FeatureStore.create(tmp_path / "one", info.model_copy(update={"num_shards": 1}))
+
+
+@pytest.fixture
+def table(one: FeatureStore, make_rows) -> pa.Table:
+    return sorted_table(make_rows(100, one.info), one.info)
+
+
+def write(store: FeatureStore, *blocks: pa.Table) -> FileEntry:
+    return write_shard_file(store.storage, store.info, 0, blocks, "delta", 7)
+
+
+@pytest.mark.parametrize("sizes", [(100,), (1, 99), (30, 0, 30, 40), (0, 100)])
+def test_in_one_block_or_many(one: FeatureStore, table: pa.Table, sizes: tuple[int, ...]) -> None:
+    starts = np.cumsum([0, *sizes])
+    entry = write(one, *(table.slice(start, size) for start, size in zip(starts, sizes, strict=False)))
+    assert (entry.rows, entry.num_deleted, entry.based_on, entry.kind) == (100, 0, 7, "delta")
+    for check in ("sha256", "xxh3_128"):
+        with open_entry(one.storage, one.info, entry, check) as file:
+            assert file.read().equals(table)
+    assert entry.bytes == one.storage.size(entry.path)
+    moments, expected = read_moments(one.storage, entry), Moments.of(matrix_of(table, one.info), one.info.dtype)
+    assert moments is not None and moments.count == 100
+    np.testing.assert_allclose(moments.mean_D, expected.mean_D, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(moments.m2_D, expected.m2_D, rtol=1e-6)
+
+
+def test_no_rows_are_a_file_too(one: FeatureStore, table: pa.Table) -> None:
+    entry = write(one, table.slice(0, 0))
+    assert (entry.rows, entry.statistics_path) == (0, None)
+    with open_entry(one.storage, one.info, entry, "sha256") as file:
+        assert file.read().equals(table.slice(0, 0))
+
+
+def test_statistics_are_kept_where_they_are_small_beside_the_rows(one: FeatureStore, table: pa.Table) -> None:
+    per_row, statistics = one.info.row_bytes, Moments.empty(one.info.dim).size_bytes
+    enough = -(-4 * statistics // per_row)
+    assert write(one, table.slice(0, enough)).statistics_path is not None
+    assert write(one, table.slice(0, enough - 1)).statistics_path is None
+
+
+def test_rows_of_other_shards_are_refused_and_no_file_appears(store: FeatureStore, make_rows) -> None:
+    with pytest.raises(InvalidRowsError, match="do not belong to shard 0"):
+        write(store, sorted_table(make_rows(50, store.info), store.info))
+    assert store.storage.entries("data") == []
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 1000, 1 << 20])
+@pytest.mark.parametrize("suffix", [".parquet", ".npy"])
+def test_a_disk_that_keeps_other_bytes_is_noticed(
+    one: FeatureStore, table: pa.Table, monkeypatch: pytest.MonkeyPatch, suffix: str, chunk_bytes: int
+) -> None:
+    open_output = DiskFiles.open_output
+
+    @contextmanager
+    def flipping(self: DiskFiles, path: str) -> Iterator[IO[bytes]]:
+        with open_output(self, path) as file:
+            yield file
+        if path.endswith(suffix):
+            data = bytearray(self.path(path).read_bytes())
+            data[len(data) // 2] ^= 16
+            self.path(path).write_bytes(data)
+
+    monkeypatch.setattr(DiskFiles, "open_output", flipping)
+    monkeypatch.setattr("featurestore.format.shard_writer._CHUNK_BYTES", chunk_bytes)
+    with pytest.raises(CorruptFileError, match=rf"{suffix} is damaged"):
+        write(one, table)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1000, 1 << 20])
+def test_a_file_is_checked_in_pieces(
+    one: FeatureStore, table: pa.Table, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr("featurestore.format.shard_writer._CHUNK_BYTES", chunk_bytes)
+    entry = write(one, table)
+    check_digest(one.storage, entry.path, entry.bytes, "xxh3_128", entry.xxh3_128)
+    with pytest.raises(CorruptFileError, match="missing"):
+        check_digest(one.storage, "data/0000/nothing", entry.bytes, "sha256", entry.sha256)

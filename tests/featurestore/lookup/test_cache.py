@@ -1,0 +1,372 @@
+"""Cache files: right rows of any mix of files, bounded memory, damage is found, old ones go."""
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo
+from featurestore.errors import CorruptFileError, StorageError
+from featurestore.format.buffers import FileMemory
+from featurestore.format.shard_reader import ShardReader
+from featurestore.lookup.cache import open_or_build
+from featurestore.lookup.prune import prune
+
+DAY_S = 24 * 3600
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def age(path: Path, days: float) -> None:
+    then_s = time.time() - days * DAY_S
+    os.utime(path, (then_s, then_s))
+
+
+def names(cache: Path) -> set[str]:
+    return {path.name for path in cache.iterdir()}
+
+
+@pytest.mark.parametrize("num_shards", [1, 8])
+def test_any_mix_of_files_gives_the_newest_rows(tmp_path: Path, cache: Path, info: StoreInfo, num_shards: int) -> None:
+    """Random puts and deletes against a dict, with blocks of a few rows."""
+    store = FeatureStore.create(tmp_path / "store", info.model_copy(update={"num_shards": num_shards}))
+    rng = np.random.default_rng(num_shards)
+    model: dict[str, np.ndarray] = {}
+    for _ in range(12):
+        uris = [f"{i}.jpg" for i in rng.choice(300, rng.integers(1, 120), replace=False)]
+        if rng.random() < 0.3:
+            store.delete(FeatureRows.of(uris, np.zeros((len(uris), 8), np.uint16)).keys_N)
+            for uri in uris:
+                model.pop(uri, None)
+        else:
+            values = rng.integers(0, 1000, (len(uris), 8)).astype(np.uint16)
+            store.put(FeatureRows.of(uris, values))
+            model.update(zip(uris, values, strict=True))
+    assert any(len(files) > 3 for files in store.snapshot().manifest.shards.values())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("featurestore.format.datafile._BLOCK_BYTES", 16 * 7)
+        opened = FeaturePartition.load(store, cache_dir=cache, threads=2)
+    with opened as partition:
+        keys = FeatureRows.of(list(model), np.zeros((len(model), 8), np.uint16)).keys_N
+        assert partition.num_rows == len(model)
+        np.testing.assert_array_equal(partition.lookup(keys).features_UD, np.stack(list(model.values())))
+    before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    with pytest.MonkeyPatch.context() as patch:  # the seal's digest is that of the rows in their order
+        patch.setattr("featurestore.lookup.cache._boot_id", lambda: "the next start")
+        FeaturePartition.load(store, cache_dir=cache).close()
+    assert {path for path in before if path.stat().st_mtime_ns == before[path]} == set(cache.glob("*s.*"))
+
+
+def test_a_shard_of_tombstones_alone_is_empty(store: FeatureStore, cache: Path, make_rows) -> None:
+    rows = make_rows(50, store.info)
+    store.put(rows)
+    store.delete(rows.keys_N)
+    with FeaturePartition.load(store, cache_dir=cache, missing="zeros") as partition:
+        assert partition.num_rows == 0 and partition.lookup(rows.keys_N).missing_U.all()
+
+
+def test_keys_that_change_between_the_two_readings_are_found(
+    store: FeatureStore, cache: Path, make_rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which row wins is decided before the digest of a file is known."""
+    store.put(make_rows(200, store.info))
+    store.put(make_rows(100, store.info, seed=1))
+    concatenated = ShardReader._concatenated
+
+    def other_keys(reader: ShardReader, columns: list[str]) -> object:
+        table = concatenated(reader, columns)
+        return table.take([1, 0, *range(2, len(table))])
+
+    monkeypatch.setattr(ShardReader, "_concatenated", other_keys)
+    with pytest.raises(CorruptFileError, match="changed while it was read"):
+        FeaturePartition.load(store, cache_dir=cache)
+    assert names(cache) == set()
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from featurestore import FeatureStore
+from featurestore.lookup import cache
+cache._MEMORY_BYTES = int(sys.argv[3])
+readers = [FeatureStore.open(sys.argv[1]).snapshot().shard_reader(shard) for shard in range(2)]
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+cache.open_or_build(readers[:1], Path(sys.argv[2], "warm"), 1)
+before = peak()
+cache.open_or_build(readers[1:], Path(sys.argv[2], "measured"), 4)
+print(peak() - before, file=sys.stdout)
+"""
+
+
+def test_a_shard_of_many_deltas_is_built_in_the_memory_of_one_file(tmp_path: Path, info: StoreInfo, make_rows) -> None:
+    """Peak of the resident memory of another process; the first shard, a tiny one, warms it up."""
+    big = info.model_copy(update={"dim": 4096, "num_shards": 2})
+    store = FeatureStore.create(tmp_path / "store", big)
+    candidates = make_rows(4000, replace_dim(big, 1)).uris
+    first = FeatureRows.of(candidates, np.zeros((4000, 1), np.uint16))
+    from featurestore import shard_of
+
+    in_shard = [uri for uri, shard in zip(first.uris, shard_of(first.keys_N, 2), strict=True) if shard == 1]
+    other = next(uri for uri, shard in zip(first.uris, shard_of(first.keys_N, 2), strict=True) if shard == 0)
+    rng = np.random.default_rng(0)
+    store.put(FeatureRows.of([other], np.ones((1, 4096), np.uint16)))
+    for part in range(12):
+        uris = in_shard[100 * part : 100 * part + 800]
+        store.put(FeatureRows.of(uris, rng.integers(0, 1 << 14, (len(uris), 4096)).astype(np.uint16)))
+    files = store.snapshot().manifest.files(1)
+    largest, total = max(entry.bytes for entry in files), sum(entry.bytes for entry in files)
+    assert total > 8 * largest
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, store.url, str(tmp_path), str(1 << 20)],
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert int(done.stdout) * 1024 < largest + (28 << 20) < total / 2, (
+        f"{done.stdout} kB for {largest} of {total} bytes"
+    )
+
+
+def replace_dim(info: StoreInfo, dim: int) -> StoreInfo:
+    return info.model_copy(update={"dim": dim})
+
+
+def test_threads_together_stay_below_the_limit(tmp_path: Path, info: StoreInfo, make_rows, cache: Path) -> None:
+    store = FeatureStore.create(tmp_path / "store", info)
+    for seed in range(3):
+        store.put(make_rows(800, info, seed=seed))
+    snapshot = store.snapshot()
+    largest = max(entry.bytes for files in snapshot.manifest.shards.values() for entry in files)
+    lent: list[FileMemory] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("featurestore.lookup.cache._MEMORY_BYTES", 2 * largest)
+        patch.setattr("featurestore.lookup.cache.FileMemory", lambda limit: lent.append(FileMemory(limit)) or lent[0])
+        open_or_build([snapshot.shard_reader(shard) for shard in range(8)], cache, 8)
+    assert len(lent) == 1 and largest <= lent[0].peak_bytes <= 2 * largest
+
+
+def test_memory_is_lent_reused_and_limited() -> None:
+    memory = FileMemory(100)
+    with memory.borrow(40) as view:
+        view[:] = b"x" * 40
+    with memory.borrow(30) as view:
+        assert bytes(view) == b"x" * 30  # the same buffer: no fresh one was made
+    with memory.borrow(50), memory.borrow(50):
+        assert memory.peak_bytes == 100
+        waiter = threading.Thread(target=lambda: memory.borrow(60).__enter__())
+        waiter.start()
+        waiter.join(0.05)
+        assert waiter.is_alive()  # until both are back: 50 and 60 are too much
+    waiter.join(5)
+    assert not waiter.is_alive() and memory.peak_bytes == 100
+    with FileMemory(10).borrow(1000) as view:
+        assert len(view) == 1000  # a single file may be larger than the limit
+
+
+def can_borrow(memory: FileMemory, size_bytes: int) -> bool:
+    """Whether it is lent within seconds."""
+
+    def borrow() -> None:
+        with memory.borrow(size_bytes):
+            pass
+
+    thread = threading.Thread(target=borrow, daemon=True)
+    thread.start()
+    thread.join(5)
+    return not thread.is_alive()
+
+
+def test_memory_that_is_not_there_is_not_lent() -> None:
+    memory = FileMemory(1 << 50)
+    with pytest.raises(MemoryError), memory.borrow(1 << 50):
+        pass
+    assert can_borrow(memory, 10) and memory.peak_bytes == 10
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_full_disk_gives_the_memory_back_to_the_other_threads(
+    store: FeatureStore, cache: Path, make_rows, monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    for seed in range(1 if plain else 2):
+        store.put(make_rows(50, store.info, seed=seed))
+    shared: list[FileMemory] = []
+
+    def make_memory(limit_bytes: int) -> FileMemory:
+        shared.append(FileMemory(limit_bytes))
+        return shared[-1]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("featurestore.lookup.cache.FileMemory", make_memory)
+    monkeypatch.setattr(f"featurestore.lookup.cache.{'append_rows' if plain else '_write_at'}", full)
+    with pytest.raises(StorageError, match="No space left") as caught:
+        open_or_build([store.snapshot().shard_reader(3)], cache, threads=1)
+    assert caught.value.__cause__ is not None  # as in a thread whose error waits to be raised
+    assert can_borrow(shared[0], shared[0].limit_bytes)
+
+
+def test_many_threads_never_hold_more_than_the_limit() -> None:
+    memory = FileMemory(1000)
+    held, most, lock = 0, 0, threading.Lock()
+
+    def work(seed: int) -> None:
+        nonlocal held, most
+        for size in np.random.default_rng(seed).integers(1, 700, 100).tolist():
+            with memory.borrow(size) as view:
+                with lock:
+                    held += len(view)
+                    most = max(most, held)
+                with lock:
+                    held -= len(view)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert held == 0 and most <= 1000 and memory.peak_bytes <= 1000
+
+
+@pytest.mark.parametrize("suffix", ["keys.npy", "json", "rows.bin"])
+def test_a_flipped_bit_in_a_cache_file_is_never_served(
+    store: FeatureStore, cache: Path, make_rows, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """Keys and seal are checked at each opening; rows at the first one after the machine has started."""
+    rows = make_rows(60, store.info)
+    store.put(rows)
+    with FeaturePartition.load(store, cache_dir=cache) as partition:
+        expected = partition.lookup(rows.keys_N).features_UD
+    starts = iter(range(10**6))
+    if suffix == "rows.bin":
+        monkeypatch.setattr("featurestore.lookup.cache._boot_id", lambda: f"start {next(starts)}")
+    path = next(cache.glob(f"shard-0003-*.{suffix}"))
+    size = path.stat().st_size
+    for place in range(0, size, max(1, size // 30)):
+        data = bytearray(path.read_bytes())
+        data[place] ^= 1 << (place % 8)
+        path.write_bytes(data)
+        with FeaturePartition.load(store, cache_dir=cache) as partition:
+            np.testing.assert_array_equal(partition.lookup(rows.keys_N).features_UD, expected)
+
+
+def test_files_of_an_older_snapshot_go_when_nobody_has_opened_them_for_a_day(
+    store: FeatureStore, cache: Path, make_rows
+) -> None:
+    store.put(make_rows(100, store.info))
+    FeaturePartition.load(store, cache_dir=cache).close()
+    old = names(cache)
+    store.put(make_rows(100, store.info, seed=1))
+    FeaturePartition.load(store, cache_dir=cache).close()
+    assert names(cache) > old and len(names(cache)) == 48
+    for seal in cache.glob("*.json"):
+        if seal.name in old:
+            age(seal, 1.1)
+    FeaturePartition.load(store, version=1, cache_dir=cache).close()  # opened: young again
+    FeaturePartition.load(store, cache_dir=cache).close()
+    assert names(cache) > old
+    for seal in cache.glob("*.json"):
+        age(seal, 1.1)
+    with FeaturePartition.load(store, version=1, cache_dir=cache, missing="zeros") as partition:
+        assert names(cache) == old  # the newer ones are as old: a run of the newest snapshot builds them again
+        for seal in cache.glob("*.json"):
+            age(seal, 1.1)
+        FeaturePartition.load(store, cache_dir=cache).close()
+        assert not names(cache) & old
+        rows = make_rows(100, store.info)
+        np.testing.assert_array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
+
+
+def test_files_of_other_stores_and_shards_go_after_a_month(
+    tmp_path: Path, info: StoreInfo, cache: Path, make_rows
+) -> None:
+    kept = []
+    for name in ("a", "b"):
+        store = FeatureStore.create(tmp_path / name, info)
+        store.put(make_rows(100, info, seed=ord(name)))
+        FeaturePartition.load(store, cache_dir=cache).close()
+        kept.append(store)
+    assert len(names(cache)) == 48
+    for days, left in ((29, 48), (31, 24)):
+        for seal in cache.glob(f"*-{kept[0].info.store_id[:8]}-*.json"):
+            age(seal, days)
+        FeaturePartition.load(kept[1], cache_dir=cache).close()
+        assert len(names(cache)) == left
+    for seal in cache.glob("*.json"):
+        age(seal, 29)
+    FeaturePartition.load(kept[1], 0, 8, cache_dir=cache).close()  # other ranks' shards
+    assert len(names(cache)) == 24
+
+
+def test_leftovers_of_killed_builds_go_after_a_day(store: FeatureStore, cache: Path, make_rows) -> None:
+    store.put(make_rows(100, store.info))
+    FeaturePartition.load(store, cache_dir=cache).close()
+    before = names(cache)
+    for name in (".tmp-old", ".tmp-new", "shard-0001-x-y.rows.bin", "shard-0001-x-z.rows.bin", "mine.txt"):
+        (cache / name).write_bytes(b"x")
+    for name in (".tmp-old", "shard-0001-x-y.rows.bin", "mine.txt"):
+        age(cache / name, 1.1)
+    FeaturePartition.load(store, cache_dir=cache).close()
+    assert names(cache) - before == {".tmp-new", "shard-0001-x-z.rows.bin", "mine.txt"}
+
+
+def test_a_file_that_another_rank_removes_meanwhile_does_not_keep_the_others(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.mkdir()
+    for number in range(3):
+        (cache / f".tmp-{number}").touch()
+        age(cache / f".tmp-{number}", 2)
+    listed = [*os.scandir(cache)]
+    Path(listed[0].path).unlink()
+    with monkeypatch.context() as patch:  # from Python 3.13 on, Path.iterdir is made of it too
+        patch.setattr("featurestore.lookup.prune.os.scandir", lambda _: listed)
+        prune(cache, set())
+    assert names(cache) == set()
+
+
+def test_files_opened_while_they_are_removed_stay(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir()
+    for suffix in ("keys.npy", "rows.bin", "json"):
+        (cache / f"shard-0001-store-old.{suffix}").write_bytes(b"x")
+    seal = cache / "shard-0001-store-old.json"
+    age(seal, 2)
+    rename = Path.rename
+
+    def open_first(path: Path, target: Path) -> Path:
+        if path == seal:
+            os.utime(seal)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", open_first)
+    prune(cache, {"shard-0001-store-new"})
+    assert len(names(cache)) == 3
+    monkeypatch.undo()
+    age(seal, 2)
+    prune(cache, {"shard-0001-store-new"})
+    assert names(cache) == set()
+
+
+def test_a_cache_that_may_only_be_read_is_used(
+    store: FeatureStore, cache: Path, make_rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put(make_rows(100, store.info))
+    FeaturePartition.load(store, cache_dir=cache).close()
+    for seal in cache.glob("*.json"):
+        age(seal, 1.1)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr("featurestore.lookup.prune.os.utime", refuse)
+    FeaturePartition.load(store, cache_dir=cache).close()

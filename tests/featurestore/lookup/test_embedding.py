@@ -1,0 +1,301 @@
+"""E and the service around it: standardisation, compute dtypes, missing keys, memory that is used again."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from featurestore import Codec, ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
+from featurestore.errors import MissingKeysError
+from featurestore.format.codec import write_codec
+from featurestore.index import train_ranges
+from featurestore.lookup import embedding
+from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, PReLU, as_tensor
+from featurestore.lookup.feature_dropout import EmbeddingDropout
+from featurestore.lookup.partition import FeaturePartition
+from featurestore.storage.storage import Storage
+
+DIM = 32
+
+
+def features(count: int = 50) -> np.ndarray:
+    """Like fc6 after ReLU: far from centred, of different spread."""
+    draw = np.random.default_rng(0)
+    return np.maximum(draw.normal(3, 1, (count, DIM)) * draw.uniform(0.5, 20, DIM), 0).astype(np.float32)
+
+
+def flat_features() -> np.ndarray:
+    """The same but for a dimension that never changes."""
+    values = features()
+    values[:, 7] = 4.25
+    return values
+
+
+def partition_of(folder: Path, missing: str = "error", dtype: str = "bfloat16") -> FeaturePartition:
+    spec = ExtractorSpec(
+        backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
+    )
+    values = flat_features() if dtype == "int8" else features()
+    codec = Codec("int8", train_ranges(values)) if dtype == "int8" else Codec(dtype)
+    codec_spec = write_codec(Storage(folder / "store"), codec)
+    info = StoreInfo(num_shards=4, name="images", dim=DIM, dtype=dtype, extractor=spec, codec=codec_spec)
+    store = FeatureStore.create(str(folder / "store"), info)
+    store.put(FeatureRows.of([str(k) for k in range(50)], values, keys=np.arange(50)))
+    return FeaturePartition.load(store, cache_dir=folder / "cache", missing=missing)
+
+
+class TestModel:
+    def test_folding_equals_standardising_the_features(self) -> None:
+        torch.manual_seed(0)
+        plain, folded = (EmbeddingModel(DIM, (8,), 3, "float64").double() for _ in range(2))
+        folded.load_state_dict(plain.state_dict())
+        x = features().astype(np.float64)
+        folded.fold_standardization_(x.mean(0), x.std(0))
+        actual = folded(torch.from_numpy(x))
+        expected = plain(torch.from_numpy((x - x.mean(0)) / x.std(0)))
+        torch.testing.assert_close(actual, expected)
+
+    def test_visual_vectors_start_small(self) -> None:
+        torch.manual_seed(0)
+        model = EmbeddingModel(DIM, compute_dtype="float32")
+        model.fold_standardization_(features().mean(0), features().std(0))
+        assert 0.02 < float(model(torch.from_numpy(features())).detach().std()) < 0.2
+
+    def test_a_dimension_that_never_varies_is_not_blown_up(self) -> None:
+        model = EmbeddingModel(4)
+        model.fold_standardization_(np.zeros(4), np.array([2.0, 0.0, 2.0, 0.01]))
+        assert model.inverse_std_D.tolist() == pytest.approx([0.5, 1 / 0.10025, 0.5, 1 / 0.10025])
+        model.fold_standardization_(np.zeros(4), np.zeros(4))
+        assert model.inverse_std_D.tolist() == [1.0] * 4
+
+    def test_bfloat16_products_stay_near_float32(self) -> None:
+        torch.manual_seed(0)
+        models = [EmbeddingModel(DIM, (64, 16), 12, dtype) for dtype in ("bfloat16", "float32")]
+        models[0].load_state_dict(models[1].state_dict())
+        x = torch.from_numpy(features())
+        for model in models:
+            model.fold_standardization_(features().mean(0), features().std(0))
+        low, full = (model(x) for model in models)
+        assert low.dtype == full.dtype == torch.float32
+        assert 0 < float((low - full).detach().abs().max()) < 0.03 * float(full.detach().abs().max())
+        for visual in (low, full):
+            visual.square().sum().backward()
+        for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            assert a.grad is not None and b.grad is not None and a.grad.dtype == torch.float32
+            # The product behind a weight's gradient is rounded before the mean is taken out: a few per cent of noise.
+            assert float((a.grad - b.grad).norm()) < 0.1 * float(b.grad.norm()), name
+
+    @pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
+    def test_no_rows_give_gradients_of_zero(self, compute_dtype: str) -> None:
+        model = EmbeddingModel(DIM, (8,), 3, compute_dtype)
+        visual = model(torch.zeros(0, DIM, dtype=torch.bfloat16))
+        assert visual.shape == (0, 3)
+        visual.sum().backward()
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+class TestCodes:
+    """Codes of an int8 store, beside the same network on the numbers that they stand for."""
+
+    def test_they_enter_the_product_exactly_in_bfloat16(self) -> None:
+        codes = torch.arange(256, dtype=torch.uint8)[:, None]
+        for mean in (0.0, 17.375, 128.0, 255.0, 9000.0, -5.0):
+            model = EmbeddingModel(1, (), 1, "bfloat16")
+            model.fold_codec_(Codec("int8", np.array([[-0.5], [255]], np.float32)))  # code c stands for c
+            model.fold_standardization_(np.array([mean]), np.array([1.0]))
+            with torch.no_grad():
+                model.layers[0].weight.fill_(1.0)
+                model.layers[0].bias.fill_(mean - round(min(max(mean, 0), 255)))  # leaves whole numbers
+            assert torch.equal(model(codes), codes.float() - round(min(max(mean, 0), 255)))
+
+    @pytest.mark.parametrize("standardized", [True, False])
+    @pytest.mark.parametrize("missing", ["zeros", "learned"])
+    def test_vectors_and_gradients_are_those_of_decoded_numbers(
+        self, tmp_path: Path, standardized: bool, missing: str
+    ) -> None:
+        partition = partition_of(tmp_path, missing, "int8")
+        torch.manual_seed(1)
+        models = [EmbeddingModel(DIM, (16, 8), 5, "float64") for _ in range(2)]
+        models[1].load_state_dict(models[0].state_dict())
+        service = EmbeddingService(partition, {"e": models[0]}, missing).double()
+        reference = models[1].double()
+        keys = np.array([3, 999, 49, 0, 7, 998, 20])
+        here = np.array([0, 2, 3, 4, 6])
+        codec = partition.codec
+        codes = codec.encode(flat_features()[keys[here]])
+        assert codec.step_D[7] == 0 and codec.offset_D[7] == 4.25
+        decoded = torch.from_numpy(codec.offset_D + codec.step_D.astype(np.float64) * codes)
+        if standardized:
+            mean, std = decoded.mean(0).float().numpy(), decoded.std(0).float().numpy()
+            service.fold_standardization_(mean, std)
+            reference.fold_standardization_(mean, std)
+        visual, expected = service.embed("e", service.gather(keys)), reference(decoded)
+        torch.testing.assert_close(visual[here], expected, rtol=1e-12, atol=1e-12)
+        weight = torch.randn(expected.shape, dtype=torch.float64)
+        (visual[here] * weight).sum().backward()
+        (expected * weight).sum().backward()
+        for (name, a), b in zip(models[0].named_parameters(), reference.parameters(), strict=True):
+            assert a.grad is not None and b.grad is not None
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12, msg=name)
+        assert bool(torch.isfinite(visual).all()) and not visual[[1, 5]].any()
+
+    def test_a_common_part_costs_no_precision(self, tmp_path: Path) -> None:
+        """Numbers around 1,000 of deviation 1: rounded to bfloat16 they are all but lost, as codes they are not."""
+        values = np.random.default_rng(2).normal(1000, 1, (400, DIM)).astype(np.float32)
+        codec = Codec("int8", train_ranges(values))
+        torch.manual_seed(0)
+        models = {dtype: EmbeddingModel(DIM, (64,), 12, dtype) for dtype in ("bfloat16", "float32")}
+        models["bfloat16"].load_state_dict(models["float32"].state_dict())
+        visual = {}
+        for dtype, model in models.items():
+            model.fold_codec_(codec)
+            model.fold_standardization_(values.mean(0), values.std(0))
+            visual[dtype] = model(torch.from_numpy(codec.encode(values)))
+            visual[dtype].square().sum().backward()
+        low, full = visual["bfloat16"].detach(), visual["float32"].detach()
+        assert float((low - full).norm()) < 0.01 * float(full.norm())
+        for (name, a), b in zip(models["bfloat16"].named_parameters(), models["float32"].parameters(), strict=True):
+            assert a.grad is not None and b.grad is not None
+            assert float((a.grad - b.grad).norm()) < 0.02 * float(b.grad.norm()), name
+
+    def test_the_network_takes_codes_as_they_are(self, tmp_path: Path) -> None:
+        partition = partition_of(tmp_path, dtype="int8")
+        service = EmbeddingService(partition, {"e": EmbeddingModel(DIM, (8,), 3, "float32")})
+        service.fold_standardization_(features().mean(0), features().std(0))
+        keys = np.arange(30)
+        codes = as_tensor(partition.lookup(keys).features_UD)
+        assert codes.dtype == torch.uint8
+        assert torch.equal(service.models["e"](codes), service.embed("e", service.gather(keys)))
+
+    def test_no_rows(self, tmp_path: Path) -> None:
+        service = EmbeddingService(partition_of(tmp_path, dtype="int8"), {"e": EmbeddingModel(DIM)})
+        visual = service.embed("e", service.gather(np.empty(0, np.int64)))
+        visual.sum().backward()
+        assert visual.shape == (0, 12) and not any(p.grad.any() for p in service.parameters() if p.grad is not None)
+
+
+def test_prelu_is_torchs() -> None:
+    x = torch.tensor([[-2.0, -0.0, 0.0], [3.0, -7.0, 1e-30]], dtype=torch.float64)
+    upstream = torch.tensor([[1.0, 2.0, 3.0], [-4.0, 5.0, 6.0]], dtype=torch.float64)
+    found = []
+    for kind in (PReLU, torch.nn.PReLU):
+        activation, given = kind().double(), x.clone().requires_grad_()
+        output = activation(given)
+        output.backward(upstream)
+        found.append([output.detach(), given.grad, activation.weight.grad])
+    for mine, torchs in zip(*found, strict=True):
+        assert torch.equal(mine, torchs)
+
+
+class TestDropout:
+    """A training step drops numbers of images, and E learns nothing from those that are held out."""
+
+    @pytest.mark.parametrize("dtype", ["float32", "int8"])
+    def test_dropped_features_count_as_the_mean_and_the_others_grow(self, tmp_path: Path, dtype: str) -> None:
+        partition = partition_of(tmp_path, dtype=dtype)
+        model = EmbeddingModel(DIM, (), 3, "float64")
+        service = EmbeddingService(partition, {"e": model}).double()
+        mean, std = flat_features().mean(0), flat_features().std(0)
+        service.fold_standardization_(mean, std)
+        service.dropout = EmbeddingDropout(4, features=0.5, step=3)
+        keys = np.array([3, 49, 0, 7])
+        values_QD = partition.codec.decode(partition.lookup(keys).features_UD).astype(np.float64)
+        kept_QD, grown = service.dropout.kept("e/features", keys, DIM, 0.5)
+        standard_QD = torch.from_numpy((values_QD - mean) * kept_QD * grown) * model.inverse_std_D
+        expected = standard_QD @ model.layers[0].weight.T + model.layers[0].bias
+        torch.testing.assert_close(service.embed("e", service.gather(keys)), expected, rtol=1e-4, atol=1e-5)
+
+    def test_hidden_units_are_dropped(self, tmp_path: Path) -> None:
+        model = EmbeddingModel(DIM, (200,), 1, "float32")
+        service = EmbeddingService(partition_of(tmp_path), {"e": model})
+        with torch.no_grad():
+            model.layers[0].weight.zero_()
+            model.layers[0].bias.fill_(1.0)
+            model.layers[1].weight.fill_(1.0)
+            model.layers[1].bias.zero_()
+        keys = np.array([3, 49])
+        service.dropout = EmbeddingDropout(4, hidden=0.5)
+        kept_QH, grown = service.dropout.kept("e/hidden0", keys, 200, 0.5)
+        visual_Q1 = service.embed("e", service.gather(keys))
+        assert visual_Q1.tolist() == [[float(kept.sum() * grown)] for kept in kept_QH]
+        assert 120 < float(visual_Q1[0].detach()) < 280
+
+    def test_evaluation_drops_nothing(self, tmp_path: Path) -> None:
+        service = EmbeddingService(partition_of(tmp_path), {"e": EmbeddingModel(DIM, (8,), 3, "float32")})
+        plain = service.eval().embed("e", service.gather(np.arange(9)))
+        service.dropout = EmbeddingDropout(4, features=0.5, hidden=0.5)
+        assert torch.equal(service.embed("e", service.gather(np.arange(9))), plain)
+        assert not torch.equal(service.train().embed("e", service.gather(np.arange(9))), plain)
+
+    def test_held_out_images_have_vectors_and_no_gradient(self, tmp_path: Path) -> None:
+        service = EmbeddingService(partition_of(tmp_path), {"e": EmbeddingModel(DIM, (8,), 3, "float32")})
+        plain = service.embed("e", service.gather(np.arange(50)))
+        service.dropout = EmbeddingDropout(4, held_out=0.3)
+        is_out_Q = torch.from_numpy(service.dropout.is_held_out(np.arange(50)))
+        assert 0 < is_out_Q.sum() < 50
+        visual = service.embed("e", service.gather(np.arange(50)))
+        assert torch.equal(visual, plain)
+        only_out, others = ((visual * mask.unsqueeze(1)).sum() for mask in (is_out_Q, ~is_out_Q))
+        only_out.backward(retain_graph=True)
+        assert not any(p.grad.any() for p in service.parameters())
+        others.backward()
+        assert all(p.grad.any() for p in service.parameters())
+
+
+class TestService:
+    @pytest.mark.parametrize("rows", [1, 6, 7, 20])
+    @pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32", "float64"])
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
+    def test_numbers_are_made_ahead(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, compute_dtype: str, rows: int
+    ) -> None:
+        monkeypatch.setattr(embedding, "_BLOCK_ROWS", 6)
+        partition = partition_of(tmp_path, "zeros", dtype=dtype)
+        service = EmbeddingService(partition, {"e": EmbeddingModel(DIM, (8,), 3, compute_dtype)}, "zeros")
+        service.fold_standardization_(features().mean(0), features().std(0))
+        keys = np.random.default_rng(rows).permutation(50)[:rows]
+        keys[rows // 2] = 999  # has no feature
+        gathered = service.gather(keys)
+        stored = as_tensor(partition.lookup(keys).features_UD)
+        assert gathered.features_QD.dtype == getattr(torch, compute_dtype)
+        assert torch.equal(gathered.features_QD, service.models["e"].numbers(stored))
+        assert gathered.missing_Q is not None and gathered.missing_Q.tolist() == [key == 999 for key in keys]
+        assert service.gather(keys[keys != 999]).missing_Q is None
+
+    def test_error_names_the_key(self, tmp_path: Path) -> None:
+        service = EmbeddingService(partition_of(tmp_path), {"e": EmbeddingModel(DIM)})
+        with pytest.raises(MissingKeysError, match="999"):
+            service.gather(np.array([3, 999]))
+
+    def test_zeros(self, tmp_path: Path) -> None:
+        service = EmbeddingService(partition_of(tmp_path, "zeros"), {"e": EmbeddingModel(DIM)}, "zeros")
+        visual = service.embed("e", service.gather(np.array([3, 999])))
+        assert visual[0].any() and not visual[1].any()
+        visual[1].sum().backward()
+        assert all(p.grad is None or not p.grad.any() for p in service.parameters())
+
+    def test_learned(self, tmp_path: Path) -> None:
+        models = {"a": EmbeddingModel(DIM), "b": EmbeddingModel(DIM)}
+        service = EmbeddingService(partition_of(tmp_path, "learned"), models, "learned")
+        service.embed("a", service.gather(np.array([999, 3, 998]))).sum().backward()
+        assert service.no_image["a"].grad is not None and (service.no_image["a"].grad == 2).all()
+        assert service.no_image["b"].grad is None
+
+    def test_memory_is_used_again_only_after_release(self, tmp_path: Path) -> None:
+        service = EmbeddingService(partition_of(tmp_path), {"e": EmbeddingModel(DIM)})
+        first = service.gather(np.arange(20))
+        kept, address = first.features_QD.clone(), first.features_QD.data_ptr()
+        second = service.gather(np.arange(20, 40))
+        assert second.features_QD.data_ptr() != address
+        assert torch.equal(first.features_QD, kept)
+        service.release(first)
+        service.release(first)
+        third, fourth = service.gather(np.arange(22)), service.gather(np.arange(22))
+        assert third.features_QD.data_ptr() == address
+        assert fourth.features_QD.data_ptr() != address
+        assert torch.equal(third.features_QD, fourth.features_QD)
+
+    def test_no_keys(self, tmp_path: Path) -> None:
+        service = EmbeddingService(partition_of(tmp_path), {"e": EmbeddingModel(DIM)})
+        assert service.embed("e", service.gather(np.empty(0, np.int64))).shape == (0, 12)

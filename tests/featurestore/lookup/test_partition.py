@@ -1,0 +1,436 @@
+"""One rank's partition: the right row or none, missing keys, caches that are shared, damaged or out of date."""
+
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, owner_of, shard_of, to_bits
+from featurestore.errors import (
+    FeatureStoreError,
+    MissingKeysError,
+    SnapshotNotFoundError,
+    StorageError,
+    StoreNotFoundError,
+)
+from featurestore.keys import sampled, splitmix64
+from featurestore.lookup import partition
+from featurestore.lookup.mmap import sum_huge_pages
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def files_of(cache: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dim", [1, 7, 8, 3000])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_lookup_gives_the_rows_in_the_order_asked(
+    tmp_path: Path, cache: Path, info: StoreInfo, make_rows, dtype: str, dim: int, threads: int
+) -> None:
+    info = info.model_copy(update={"dtype": dtype, "dim": dim})
+    store = FeatureStore.create(tmp_path / "other", info)
+    rows = make_rows(900, info)
+    store.put(rows)
+    index = np.random.default_rng(1).integers(0, 900, 2500)  # duplicates, and more than one piece of work
+    with FeaturePartition.load(store, cache_dir=cache, threads=threads) as partition:
+        assert (partition.dim, partition.dtype, partition.num_rows) == (dim, dtype, 900)
+        assert partition.snapshot_version == 1 and partition.info.kind == info
+        found = partition.lookup(rows.keys_N[index])
+        assert found.features_UD.dtype == info.storage_dtype
+        assert np.array_equal(found.features_UD, rows.features_ND[index])
+        assert not found.missing_U.any()
+        out = np.empty((2500, dim), info.storage_dtype)
+        assert partition.lookup(rows.keys_N[index], out=out).features_UD is out
+        assert np.array_equal(out, rows.features_ND[index])
+        assert len(partition.lookup([]).features_UD) == 0
+
+
+@pytest.mark.parametrize("memory_bytes", [1 << 40, 300 * 16])
+def test_what_is_larger_than_half_of_the_memory_is_not_read_at_its_opening(
+    store: FeatureStore, cache: Path, make_rows, memory_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(300, store.info)  # of 16 bytes
+    store.put(rows)
+    read: list[int] = []
+    monkeypatch.setattr("featurestore.lookup.partition.populate", lambda rows_MD: read.append(len(rows_MD)))
+    monkeypatch.setattr("featurestore.lookup.partition.physical_memory_bytes", lambda: memory_bytes)
+    with FeaturePartition.load(store, cache_dir=cache) as partition:
+        assert sum(read) == (300 if memory_bytes > 300 * 32 else 0)
+        assert np.array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
+
+
+SMAPS = """\
+55d000000000-55d000200000 rw-p 00000000 00:00 0  [heap]
+FilePmdMapped:      4096 kB
+7f0000000000-7f0000400000 r--s 00000000 fe:00 7  /cache/shard-0000.rows.bin
+Size:               4096 kB
+FilePmdMapped:      2048 kB
+VmFlags: rd sh mr mw me ms hg
+7f0000400000-7f0000600000 ---p 00000000 00:00 0
+7f0000600000-7f0000a00000 r--s 00000000 fe:00 8  /cache/shard-0001.rows.bin
+FilePmdMapped:      4096 kB
+7f0000a00000-7f0000c00000 r--s 00000000 fe:00 9  /cache/another
+FilePmdMapped:      2048 kB
+"""
+
+
+def test_huge_pages_are_counted_of_the_rows_alone() -> None:
+    assert sum_huge_pages(SMAPS.splitlines(), 0x7F0000000000, 0x7F0000A00000) == 6 << 20
+    assert sum_huge_pages([], 0, 1) == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.6, 1.0])
+def test_rows_are_the_same_by_small_pages_and_by_huge_ones(
+    store: FeatureStore, cache: Path, make_rows, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """Touched before they are copied only where the pages are small: that makes it faster there, and slower here."""
+    rows = make_rows(300, store.info)
+    store.put(rows)
+    touched = []
+    touch_and_take = partition._touch_and_take
+
+    def watch(*arguments: Any) -> None:
+        touched.append(touch_and_take(*arguments))
+
+    monkeypatch.setattr(partition, "_touch_and_take", watch)
+    monkeypatch.setattr(partition, "huge_page_bytes", lambda _: int(share * 300 * store.info.row_bytes))
+    opened = FeaturePartition.load(store, cache_dir=cache)
+    assert np.array_equal(opened.lookup(rows.keys_N).features_UD, rows.features_ND)
+    assert bool(touched) == (share < 0.5)
+
+
+def test_a_lookup_never_gives_a_wrong_row(store: FeatureStore, cache: Path, make_rows) -> None:
+    rows = make_rows(300, store.info)
+    held = set(rows.keys_N.tolist())
+    store.put(rows)
+    neighbours = [key_of_hash(int(h) + step) for h in splitmix64(rows.keys_N) for step in (-1, 1)]
+    random = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 3000).tolist()
+    close = [key + step for key in rows.keys_N[:200].tolist() for step in (-1, 1)]
+    extremes = [0, -1, 2**63 - 1, -(2**63), key_of_hash(0), key_of_hash(2**64 - 1)]
+    asked = np.array([k for k in [*neighbours, *random, *close, *extremes] if k not in held] + rows.keys_N.tolist())
+    with FeaturePartition.load(store, cache_dir=cache, missing="zeros") as partition:
+        found = partition.lookup(asked)
+        assert found.missing_U[:-300].all() and not found.missing_U[-300:].any()
+        assert not found.features_UD[:-300].any()
+        assert np.array_equal(found.features_UD[-300:], rows.features_ND)
+
+
+def key_of_hash(hash_: int) -> int:
+    """The key whose splitmix64 is `hash_` (mod 2**64), as a signed number."""
+    mask = 2**64 - 1
+
+    def unshift(x: int, bits: int) -> int:
+        result = x
+        for _ in range(64 // bits + 1):
+            result = x ^ (result >> bits)
+        return result & mask
+
+    value = unshift(hash_ & mask, 31) * pow(0x94D049BB133111EB, -1, 2**64) & mask
+    value = unshift(value, 27) * pow(0xBF58476D1CE4E5B9, -1, 2**64) & mask
+    value = (unshift(value, 30) - 0x9E3779B97F4A7C15) & mask
+    return value - 2**64 if value >= 2**63 else value
+
+
+def test_policy_error_names_some_keys_and_the_count(store: FeatureStore, cache: Path, make_rows) -> None:
+    rows = make_rows(10, store.info)
+    store.put(rows)
+    with FeaturePartition.load(store, cache_dir=cache) as partition:
+        with pytest.raises(MissingKeysError, match=r"6 keys have no feature in snapshot 1 .*: 1, 2, 3, 4, 5, …"):
+            partition.lookup([1, 2, 3, int(rows.keys_N[0]), 4, 5, 6])
+        partition.lookup(rows.keys_N)
+        assert partition.missing_count == 0
+
+
+@pytest.mark.parametrize("policy", ["zeros", "learned"])
+def test_policies_zeros_and_learned_give_zeros_a_mask_and_a_count(
+    store: FeatureStore, cache: Path, make_rows, policy: str
+) -> None:
+    rows = make_rows(10, store.info)
+    store.put(rows)
+    store.delete(rows.keys_N[3:4])
+    with FeaturePartition.load(store, cache_dir=cache, missing=policy) as partition:
+        out = np.full((11, 8), 7, np.uint16)
+        found = partition.lookup([*rows.keys_N, 5], out=out)
+        assert np.flatnonzero(found.missing_U).tolist() == [3, 10]
+        assert not out[[3, 10]].any() and np.array_equal(out[:3], rows.features_ND[:3])
+        assert partition.missing_count == 2
+        partition.lookup([5, 5])
+        assert partition.missing_count == 4
+
+
+@pytest.mark.parametrize("block_rows", [1, 4, 11, 100])
+def test_blocks_are_a_lookup_in_pieces(store: FeatureStore, cache: Path, make_rows, block_rows: int) -> None:
+    rows = make_rows(10, store.info)
+    store.put(rows)
+    keys = [*rows.keys_N[:6], 5, *rows.keys_N[6:]]
+    with FeaturePartition.load(store, cache_dir=cache, missing="zeros") as partition:
+        whole = partition.lookup(keys)
+        blocks = [
+            (block.features_UD.copy(), block.missing_U) for block in partition.lookup_blocks(np.array(keys), block_rows)
+        ]
+        assert [len(features) for features, _ in blocks[:-1]] == [min(block_rows, 11)] * (len(blocks) - 1)
+        assert np.array_equal(np.concatenate([features for features, _ in blocks]), whole.features_UD)
+        assert np.array_equal(np.concatenate([missing for _, missing in blocks]), whole.missing_U)
+        assert partition.missing_count == 2
+        assert list(partition.lookup_blocks(np.empty(0, np.int64), block_rows)) == []
+    with FeaturePartition.load(store, cache_dir=cache) as partition, pytest.raises(MissingKeysError, match="1 key"):
+        next(partition.lookup_blocks(np.array(keys), block_rows))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8, 11])
+def test_ranks_share_the_rows_and_the_cache(store: FeatureStore, cache: Path, make_rows, num_ranks: int) -> None:
+    rows = make_rows(400, store.info)
+    store.put(rows)
+    FeaturePartition.load(store, cache_dir=cache).close()
+    before = files_of(cache)
+    assert len(before) == 24
+    total = 0
+    for rank in range(num_ranks):
+        with FeaturePartition.load(store, rank, num_ranks, cache) as partition:
+            mine = owner_of(shard_of(rows.keys_N, 8), num_ranks) == rank
+            assert np.array_equal(partition.owns(rows.keys_N), mine)
+            assert np.array_equal(partition.lookup(rows.keys_N[mine]).features_UD, rows.features_ND[mine])
+            total += partition.num_rows
+            if num_ranks > 1:
+                with pytest.raises(MissingKeysError, match=rf"rank {rank} of {num_ranks} does not own"):
+                    partition.lookup(rows.keys_N[~mine])
+    assert total == 400
+    assert files_of(cache) == before  # nothing was built again
+
+
+def test_only_changed_shards_are_built_again(store: FeatureStore, cache: Path, make_rows) -> None:
+    rows = make_rows(200, store.info)
+    store.put(rows)
+    FeaturePartition.load(store, cache_dir=cache).close()
+    before = files_of(cache)
+    changed = make_rows(["images/0.jpg"], store.info, seed=5)
+    store.put(changed)
+    with FeaturePartition.load(store, cache_dir=cache) as partition:
+        assert np.array_equal(partition.lookup(changed.keys_N).features_UD, changed.features_ND)
+        assert np.array_equal(partition.lookup(rows.keys_N[1:]).features_UD, rows.features_ND[1:])
+    after = files_of(cache)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == len(before) + 3
+
+
+def test_an_open_partition_keeps_its_snapshot(store: FeatureStore, cache: Path, make_rows) -> None:
+    rows = make_rows(50, store.info, seed=1)
+    store.put(rows)
+    with FeaturePartition.load(store, cache_dir=cache) as partition:
+        store.put(make_rows(50, store.info, seed=2))
+        store.delete(rows.keys_N)
+        for path in cache.iterdir():
+            path.unlink()  # mapped files live on
+        assert np.array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
+    with FeaturePartition.load(store, cache_dir=cache, version=1) as old:
+        assert np.array_equal(old.lookup(rows.keys_N).features_UD, rows.features_ND)
+    with FeaturePartition.load(store, cache_dir=cache, missing="zeros") as new:
+        assert new.num_rows == 0 and new.lookup(rows.keys_N).missing_U.all()
+    with pytest.raises(SnapshotNotFoundError):
+        FeaturePartition.load(store, cache_dir=cache, version=9)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [
+        *[(suffix, damage) for suffix in ("rows.bin", "keys.npy", "json") for damage in ("shorter", "empty", "gone")],
+        ("rows.bin", "longer"),
+        ("keys.npy", "another key"),
+        ("json", "another header"),
+        ("keys.npy", "another header"),
+    ],
+)
+def test_damaged_cache_files_are_built_again(
+    store: FeatureStore, cache: Path, make_rows, suffix: str, damage: str
+) -> None:
+    rows = make_rows(100, store.info)
+    store.put(rows)
+    FeaturePartition.load(store, cache_dir=cache).close()
+    victim = next(cache.glob(f"shard-0003-*.{suffix}"))
+    whole = victim.read_bytes()
+    victim.write_bytes(
+        {
+            "shorter": whole[:-1],
+            "empty": b"",
+            "gone": b"",
+            "longer": whole + b"x",
+            "another key": whole[:-8] + bytes(8),
+            "another header": b"\x00" + whole[1:],
+        }[damage]
+    )
+    if damage == "gone":
+        victim.unlink()
+    with FeaturePartition.load(store, cache_dir=cache) as partition:
+        assert np.array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
+    # The seal says which file of rows was checked: where those were built again that is another one.
+    assert victim.read_bytes() == whole or suffix == "json"
+
+
+def test_rows_damaged_by_a_power_cut_are_found_after_the_restart(
+    store: FeatureStore, cache: Path, make_rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(100, store.info)
+    store.put(rows)
+    FeaturePartition.load(store, cache_dir=cache).close()
+    before = files_of(cache)
+    victim = next(cache.glob("shard-0003-*.rows.bin"))
+    whole = victim.read_bytes()
+    victim.write_bytes(bytes(len(whole)))  # the size is right
+    monkeypatch.setattr("featurestore.lookup.cache._boot_id", lambda: "the next start")
+    for _ in range(2):
+        with FeaturePartition.load(store, cache_dir=cache) as partition:
+            assert np.array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
+        assert victim.read_bytes() == whole
+    intact = {name: time for name, time in before.items() if name.endswith("bin") and "0003" not in name}
+    assert {name: files_of(cache)[name] for name in intact} == intact
+    assert all('"the next start"' in path.read_text() for path in cache.glob("*.json"))
+
+
+def test_an_empty_store_serves_nothing(store: FeatureStore, cache: Path) -> None:
+    with FeaturePartition.load(store, cache_dir=cache, missing="learned") as partition:
+        assert (partition.num_rows, partition.snapshot_version) == (0, 0)
+        found = partition.lookup([1, 2])
+        assert found.missing_U.all() and not found.features_UD.any()
+    assert not cache.exists()
+
+
+def test_a_memory_store_is_cached_on_disk_too(memory_url: str, cache: Path, info: StoreInfo, make_rows) -> None:
+    store = FeatureStore.create(memory_url, info)
+    rows = make_rows(30, info)
+    store.put(rows)
+    steps: list[tuple[int, int]] = []
+    with FeaturePartition.load(store, cache_dir=cache, progress=lambda done, total: steps.append((done, total))) as p:
+        assert np.array_equal(p.lookup(rows.keys_N).features_UD, rows.features_ND)
+    assert steps == [(i, 8) for i in range(1, 9)]
+
+
+def load_and_look(url: str, cache: Path, keys: "np.ndarray", results: "multiprocessing.Queue[bytes]") -> None:
+    with FeaturePartition.load(url, cache_dir=cache) as partition:
+        results.put(partition.lookup(keys).features_UD.tobytes())
+
+
+def test_processes_may_build_one_cache_at_once(store: FeatureStore, cache: Path, make_rows) -> None:
+    rows = make_rows(2000, store.info)
+    store.put(rows)
+    context = multiprocessing.get_context("fork")
+    results: multiprocessing.Queue[bytes] = context.Queue()
+    processes = [context.Process(target=load_and_look, args=(store.url, cache, rows.keys_N, results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert found == [rows.features_ND.tobytes()] * 4
+    assert len(list(cache.iterdir())) == 24
+
+
+def test_wrong_arguments_are_named(store: FeatureStore, cache: Path, tmp_path: Path, make_rows) -> None:
+    rows = make_rows(3, store.info)
+    store.put(rows)
+    with pytest.raises(ValueError, match="rank=2"):
+        FeaturePartition.load(store, 2, 2, cache)
+    with pytest.raises(ValueError, match="'skip'"):
+        FeaturePartition.load(store, cache_dir=cache, missing="skip")  # type: ignore[arg-type]
+    with pytest.raises(StoreNotFoundError):
+        FeaturePartition.load(tmp_path / "nothing", cache_dir=cache)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="cache folder"):
+        FeaturePartition.load(store, cache_dir=tmp_path / "file")
+    partition = FeaturePartition.load(store, cache_dir=cache)
+    for out in (np.empty((3, 7), np.uint16), np.empty((3, 8), np.float16), np.empty((8, 3), np.uint16).T):
+        with pytest.raises(ValueError, match="out is"):
+            partition.lookup(rows.keys_N, out=out)
+    partition.close()
+    with pytest.raises(FeatureStoreError, match="closed"):
+        partition.lookup(rows.keys_N)
+
+
+def test_the_default_cache_is_in_the_users_cache_folder(
+    store: FeatureStore, tmp_path: Path, make_rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(tmp_path / "xdg"))
+    store.put(make_rows(3, store.info))
+    FeaturePartition.load(store).close()
+    assert list((tmp_path / "xdg" / "crossmedia" / "features").glob("*.rows.bin"))
+
+
+def test_rows_outlive_the_partition(store: FeatureStore, cache: Path, make_rows) -> None:
+    rows = make_rows(3, store.info)
+    store.put(rows)
+    partition = FeaturePartition.load(store, cache_dir=cache)
+    matrix = partition._matrix
+    partition.close()
+    assert matrix[:1].any()  # an array that looks into the files keeps them mapped
+
+
+def test_rows_wider_than_pages_and_groups(tmp_path: Path, cache: Path, info: StoreInfo) -> None:
+    info = info.model_copy(update={"dim": 9001, "dtype": "float32", "num_shards": 2})
+    values = np.random.default_rng(0).standard_normal((700, 9001)).astype(np.float32)
+    store = FeatureStore.create(tmp_path / "wide", info)
+    rows = FeatureRows.of([f"{i}" for i in range(700)], to_bits(values, "float32"))
+    store.put(rows)
+    with FeaturePartition.load(store, cache_dir=cache, threads=2) as partition:
+        assert np.array_equal(partition.lookup(rows.keys_N).features_UD, values)
+    assert np.array_equal(store.snapshot().get(rows.keys_N[::97]), values[::97])
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_hidden_keys_have_no_feature_until_the_end(store: FeatureStore, cache: Path, make_rows, num_ranks: int) -> None:
+    rows = make_rows(400, store.info)
+    store.put(rows)
+    for rank in range(num_ranks):
+        with FeaturePartition.load(store, rank, num_ranks, cache_dir=cache, missing="zeros") as partition:
+            owned = partition.owns(rows.keys_N)
+            keys_U, features_UD = rows.keys_N[owned], rows.features_ND[owned]
+            partition.hide(0.3, seed=5)
+            found, hidden_U = partition.lookup(keys_U), sampled(keys_U, 0.3, seed=5)
+            assert 0 < hidden_U.sum() < len(hidden_U)
+            assert (found.missing_U == hidden_U).all()
+            assert not found.features_UD[hidden_U].any()
+            assert np.array_equal(found.features_UD[~hidden_U], features_UD[~hidden_U])
+            assert partition.missing_count == hidden_U.sum()
+            assert partition.contains(keys_U).all()
+            partition.hide(0)
+            assert np.array_equal(partition.lookup(keys_U).features_UD, features_UD)
+
+
+def test_nothing_can_be_hidden_where_missing_keys_are_errors(store: FeatureStore, cache: Path, make_rows) -> None:
+    store.put(make_rows(10, store.info))
+    with FeaturePartition.load(store, cache_dir=cache) as partition:
+        with pytest.raises(ValueError, match="missing=zeros or learned"):
+            partition.hide(0.1)
+        partition.hide(0)
+    with (
+        FeaturePartition.load(store, cache_dir=cache, missing="zeros") as partition,
+        pytest.raises(ValueError, match=r"share=1\.5"),
+    ):
+        partition.hide(1.5)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_contains_tells_the_rows_of_this_rank(store: FeatureStore, cache: Path, make_rows, num_ranks: int) -> None:
+    rows = make_rows(100, store.info)
+    store.put(rows)
+    store.delete(rows.keys_N[:10])
+    asked = np.concatenate([rows.keys_N, np.arange(50)])
+    seen = np.zeros(150, np.int64)
+    for rank in range(num_ranks):
+        with FeaturePartition.load(store, rank, num_ranks, cache_dir=cache) as partition:
+            held = partition.contains(asked)
+            assert not (held & ~partition.owns(asked)).any()
+            seen += held
+    assert seen.tolist() == [0] * 10 + [1] * 90 + [0] * 50
+
+
+def test_an_empty_partition_contains_nothing(store: FeatureStore, cache: Path) -> None:
+    with FeaturePartition.load(store, cache_dir=cache) as partition:
+        assert not partition.contains([1, 2]).any()

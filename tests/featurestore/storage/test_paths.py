@@ -1,0 +1,292 @@
+"""What a file of a store names lies below the store, and no link leads out of it: for reading, writing and removing."""
+
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from featurestore import CodecSpec, FeaturePartition, FeatureStore, QuarantineRow, StoreInfo
+from featurestore.__main__ import app
+from featurestore.errors import CorruptFileError
+from featurestore.log import manifest_path
+from featurestore.spec import FileEntry, Manifest, _digest, _encode, unseal
+from featurestore.storage.storage import Storage
+from featurestore.upkeep import damage
+from featurestore.upkeep.compaction import compact
+from featurestore.upkeep.expiry import expire
+from featurestore.upkeep.pins import pin, unpin
+from featurestore.upkeep.repair import repair
+from featurestore.upkeep.verify import verify
+
+SHARD = 3
+OUTSIDE = [
+    "/etc/passwd", "data/../../outside/x.parquet", "../x", "..", ".", "", "data//x", "data/", "/", "data/./x",
+    "data\\..\\x", "data/x\0", "file:///etc/passwd", "s3://other/x", "data/\nx", "C:x", "data/.tmp-1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def filled(store: FeatureStore, make_rows) -> FeatureStore:
+    """Large enough for statistics; with a second snapshot, a pin and a quarantined image."""
+    store.put(make_rows(600, store.info))
+    store.put(make_rows(100, store.info, seed=1))
+    store.add_quarantine([QuarantineRow(1, "bad.jpg", "not an image", 1.0)])
+    pin(store, "best", 1)
+    return store
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    return folder
+
+
+def entry_of(store: FeatureStore) -> FileEntry:
+    return store.snapshot().manifest.files(SHARD)[0]
+
+
+def sealed(fields: dict[str, Any]) -> bytes:
+    """What `seal` would make of them, did they not have to be valid."""
+    import hashlib
+
+    return _encode({**fields, "digest": hashlib.sha256(_encode(fields)).hexdigest()})
+
+
+def name_in_manifest(store: FeatureStore, field: str, path: str) -> None:
+    """A manifest that is sealed well and names another path."""
+    fields = store.snapshot().manifest.model_dump(mode="json")
+    fields["shards"][str(SHARD)][0][field] = path
+    place = Path(store.url) / manifest_path(fields["version"])
+    place.write_bytes(sealed(fields))
+
+
+def link_out(store: FeatureStore, path: str, outside: Path) -> Path:
+    """Move a file or folder of the store out of it, and leave a link; where it went."""
+    place, target = Path(store.url) / path, outside / Path(path).name
+    shutil.move(place, target)
+    place.symlink_to(target)
+    return target
+
+
+def files_below(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_seal_of_this_test_is_that_of_the_store(filled: FeatureStore) -> None:
+    manifest = filled.snapshot().manifest
+    data = (Path(filled.url) / manifest_path(2)).read_bytes()
+    assert sealed(manifest.model_dump(mode="json")) == data and _digest(manifest).encode() in data
+
+
+@pytest.mark.parametrize("path", OUTSIDE)
+@pytest.mark.parametrize("field", ["path", "statistics_path"])
+def test_a_manifest_that_names_a_path_out_of_the_store_is_damaged(
+    filled: FeatureStore, outside: Path, field: str, path: str
+) -> None:
+    shutil.copy(Path(filled.url) / entry_of(filled).path, outside / "x.parquet")
+    name_in_manifest(filled, field, path)
+    with pytest.raises(CorruptFileError) as caught:
+        filled.snapshot()
+    message = str(caught.value)
+    assert manifest_path(2) in message and repr(path)[1:-1] in message and "\n" not in message and len(message) < 600
+    assert f"shards.{SHARD}.0.{field}: " in message and "Value error" not in message
+    with pytest.raises(CorruptFileError):
+        compact(filled, force=True)
+    (problem,) = verify(filled).problems
+    assert problem.kind == "manifest" and problem.path == manifest_path(2)
+    assert repair(filled).version == 3
+    assert verify(filled).problems == [] and filled.snapshot().manifest.shards == filled.snapshot(1).manifest.shards
+
+
+def test_the_paths_that_stores_have_are_accepted_quickly(filled: FeatureStore) -> None:
+    for path in ("data/0003/0a.parquet", "codec/a.npy", "data/0003/ä b+c=d@2..parquet"):
+        assert CodecSpec(path=path, sha256="").path == path
+    data = (Path(filled.url) / manifest_path(2)).read_bytes()
+    assert unseal(data, Manifest, "x").num_files == 16
+
+
+@pytest.mark.parametrize("path", ["codec/../../outside/c.npy", "/etc/passwd"])
+def test_store_json_and_notes_are_held_to_it_too(filled: FeatureStore, path: str) -> None:
+    fields = filled.info.model_dump(mode="json")
+    fields["dtype"], fields["codec"] = "int8", {"kind": "faiss QT_8bit", "path": path, "sha256": "0" * 64}
+    (Path(filled.url) / "store.json").write_bytes(sealed(fields))
+    with pytest.raises(CorruptFileError, match=r"store.json is damaged: codec.path"):
+        FeatureStore.open(filled.url)
+    assert [problem.kind for problem in verify(filled.url).problems] == ["info"]
+    repair(filled.url)
+    assert FeatureStore.open(filled.url).info.codec is None and verify(filled.url).problems == []
+    note = {"format_version": 1, "path": path, "reason": "", "time_s": 1.0}
+    filled.storage.write_bytes("damaged/note-1.json", sealed(note))
+    assert damage.noted_paths(filled.storage) == set()
+
+
+LINKS: dict[str, Callable[[FeatureStore], str]] = {
+    "file": lambda store: entry_of(store).path,
+    "folder of a shard": lambda store: f"data/{SHARD:04d}",
+    "statistics": lambda store: str(entry_of(store).statistics_path),
+}
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_a_link_in_data_that_leads_out_is_damage(
+    filled: FeatureStore, outside: Path, tmp_path: Path, make_rows, kind: str
+) -> None:
+    path = LINKS[kind](filled)
+    link_out(filled, path, outside)
+    before = files_below(outside)
+    if kind == "statistics":
+        with pytest.raises(CorruptFileError, match="is a link that leads to"):
+            filled.snapshot(1).statistics()
+    else:
+        with pytest.raises(CorruptFileError, match="is a link that leads to"):
+            FeaturePartition.load(filled, cache_dir=tmp_path / "cache")
+        with pytest.raises(CorruptFileError, match="is a link that leads to"):
+            filled.snapshot().read_shard(SHARD)
+        with pytest.raises(CorruptFileError, match="is a link that leads to"):
+            compact(filled, force=True)
+    problems = verify(filled).problems
+    assert problems and all(str(outside) in str(problem) and path in str(problem) for problem in problems)
+    repair(filled)
+    assert verify(filled).problems == []
+    if kind == "folder of a shard":
+        with pytest.raises(CorruptFileError, match="remove the link"):
+            filled.put(make_rows(100, filled.info))
+        (Path(filled.url) / path).unlink()
+    filled.put(make_rows(100, filled.info))
+    assert verify(filled).problems == [] and files_below(outside) == before
+
+
+def test_a_manifest_behind_a_link_is_put_aside_without_its_content(filled: FeatureStore, outside: Path) -> None:
+    link_out(filled, manifest_path(2), outside)
+    before = files_below(outside)
+    with pytest.raises(CorruptFileError, match="is a link that leads to"):
+        filled.snapshot()
+    assert [problem.kind for problem in verify(filled).problems] == ["manifest"]
+    assert repair(filled).version == 3
+    assert filled.storage.read_bytes(f"damaged/log-{2:020d}.json") == b""
+    assert files_below(outside) == before and verify(filled).problems == []
+
+
+def test_pins_and_quarantine_files_behind_links_have_their_ways_out(filled: FeatureStore, outside: Path) -> None:
+    link_out(filled, "pins/best.json", outside)
+    name = filled.storage.list("quarantine")[0]
+    link_out(filled, f"quarantine/{name}", outside)
+    before = files_below(outside)
+    with pytest.raises(CorruptFileError, match="is a link that leads to"):
+        filled.quarantine_rows()
+    assert sorted(problem.kind for problem in verify(filled).problems) == ["pin", "quarantine"]
+    repair(filled)
+    unpin(filled, "best")
+    assert verify(filled).problems == [] and files_below(outside) == before
+
+
+@pytest.mark.parametrize("folder", ["log", "data", "quarantine", "pins", "damaged", "staging", "expired", "codec"])
+def test_a_folder_of_the_store_that_is_a_link_is_named_and_left_alone(
+    filled: FeatureStore, outside: Path, make_rows, folder: str
+) -> None:
+    filled.stage_part("run", "1", make_rows(5, filled.info))
+    (Path(filled.url) / folder).mkdir(exist_ok=True)
+    link_out(filled, folder, outside)
+    before = files_below(outside)
+    (problem,) = verify(filled).problems
+    assert (problem.kind, problem.path) == ("folder", folder) and str(outside) in str(problem)
+    assert repair(filled).left == [problem]
+    result = CliRunner().invoke(app, ["repair", filled.url])
+    assert result.exit_code == 1 and "is a link that leads to" in result.output
+    attempts: list[Callable[[], object]] = [
+        lambda: filled.put(make_rows(100, filled.info, seed=2)),
+        lambda: filled.resolve_quarantine(filled.quarantine_rows()),
+        lambda: filled.discard_staging("run"),
+        lambda: unpin(filled, "best"),
+        lambda: expire(filled, keep_last=1, keep_days=0, grace_days=0),
+    ]
+    for attempt in attempts:
+        try:
+            attempt()
+        except CorruptFileError as error:
+            assert "is a link that leads to" in str(error)
+    assert files_below(outside) == before
+
+
+def test_expire_removes_links_and_nothing_behind_them(filled: FeatureStore, outside: Path) -> None:
+    folder = Path(filled.url, "data", "0003")
+    for name in ("a.parquet", "b.parquet"):
+        (outside / name).write_bytes(b"theirs")
+    (folder / "link.parquet").symlink_to(outside / "a.parquet")
+    (folder / "gone.parquet").symlink_to(outside / "nowhere")
+    (folder / "circle.parquet").symlink_to(folder / "circle.parquet")
+    (folder / "folder").symlink_to(outside)
+    before = files_below(outside)
+    old_s = time.time() - 3 * 86_400
+    for path in folder.iterdir():
+        os.utime(path, (old_s, old_s), follow_symlinks=False)
+    report = expire(filled, keep_last=10, keep_days=10, grace_days=1)
+    assert report.num_files == 3 and files_below(outside) == before
+    assert {path.name for path in folder.iterdir() if path.is_symlink()} == {"folder"}
+    assert verify(filled).problems == []
+
+
+def test_links_that_stay_inside_and_a_store_that_is_a_link_are_fine(
+    filled: FeatureStore, tmp_path: Path, outside: Path, make_rows
+) -> None:
+    held = filled.snapshot().read_shard(SHARD).features_ND
+    entry, folder = entry_of(filled), Path(filled.url)
+    (folder / "more").mkdir()
+    shutil.move(folder / entry.path, folder / "more" / "x")
+    (folder / entry.path).symlink_to("../../more/x")
+    shutil.move(folder, outside / "store")
+    folder.symlink_to(outside / "store")
+    store = pickle.loads(pickle.dumps(FeatureStore.open(folder)))
+    np.testing.assert_array_equal(store.snapshot().read_shard(SHARD).features_ND, held)
+    store.put(make_rows(5, store.info, first=9000))
+    assert verify(store).problems == []
+
+
+def test_links_to_nowhere_and_in_circles_are_damage_of_what_is_behind_them(filled: FeatureStore) -> None:
+    place = Path(filled.url) / manifest_path(3)
+    for target in ("nowhere", place.name):
+        place.symlink_to(target)
+        with pytest.raises(CorruptFileError, match="is a link that leads to"):
+            filled.snapshot()
+        assert [problem.path for problem in verify(filled).problems] == [manifest_path(3)]
+        place.unlink()
+
+
+def test_a_store_knows_it_after_pickling(filled: FeatureStore, outside: Path) -> None:
+    path = entry_of(filled).path
+    link_out(filled, path, outside)
+    with pytest.raises(CorruptFileError, match="is a link that leads to"):
+        pickle.loads(pickle.dumps(filled)).storage.read_bytes(path)
+
+
+def test_other_folders_may_have_links_to_files_elsewhere(tmp_path: Path, outside: Path) -> None:
+    """Samples and logs are often collected so; a link to a folder is not gone into, as before."""
+    (outside / "a.parquet").write_bytes(b"four")
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "link.parquet").symlink_to(outside / "a.parquet")
+    (tmp_path / "samples" / "folder").symlink_to(outside)
+    storage = Storage(tmp_path / "samples")
+    (entry,) = storage.entries()
+    assert storage.read_bytes("link.parquet") == b"four"
+    assert (entry.path, entry.size_bytes) == ("link.parquet", 4)
+
+
+def test_an_int8_store_whose_codec_is_a_link_says_so(tmp_path: Path, info: StoreInfo, outside: Path) -> None:
+    from featurestore import Codec
+    from featurestore.format.codec import write_codec
+
+    spec = write_codec(Storage(tmp_path / "int8"), Codec("int8", np.ones((2, 8), np.float32)))
+    store = FeatureStore.create(tmp_path / "int8", info.model_copy(update={"dtype": "int8", "codec": spec}))
+    assert spec is not None
+    link_out(store, spec.path, outside)
+    with pytest.raises(CorruptFileError, match="is a link that leads to"):
+        _ = FeatureStore.open(store.url).codec
+    assert [problem.kind for problem in verify(store).problems] == ["codec"]

@@ -1,0 +1,162 @@
+"""Which places may hold a store: safe ones pass, and every way to be unsafe is named and refused."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from featurestore import FeatureStore, StoreInfo
+from featurestore.__main__ import app
+from featurestore.errors import StorageError, UnsafeBackendError
+from featurestore.storage.safety import check_backend, refuse_unsafe
+from featurestore.storage.storage import Storage
+from tests.proxy import Fault, Proxy, proxy_before
+from tests.servers import environment_of, new_bucket
+
+IGNORED = "the condition (If-None-Match) is ignored"
+SEVERAL = "writers were told that they won"
+
+
+@pytest.fixture(params=["disk", "memory", "seaweedfs", "moto"])
+def safe_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    names = {"memory": "memory_url", "seaweedfs": "s3_url", "moto": "moto_url"}
+    return str(tmp_path) if request.param == "disk" else request.getfixturevalue(names[request.param])
+
+
+@pytest.fixture
+def careless(s3_endpoint: str) -> Iterator[Proxy]:
+    """A real server behind a proxy that does to creates what a test says."""
+    with proxy_before(s3_endpoint) as proxy, environment_of(proxy.endpoint):
+        yield proxy
+
+
+def test_safe_places_pass_the_short_check_and_stay_clean(safe_url: str) -> None:
+    storage = Storage(safe_url)
+    refuse_unsafe(storage)
+    assert storage.entries() == []
+
+
+@pytest.mark.parametrize("place", ["disk", "seaweedfs"])
+def test_processes_race_and_the_command_says_that_all_is_well(
+    place: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    url = str(tmp_path / "new" / "place") if place == "disk" else request.getfixturevalue("s3_url")
+    command = [sys.executable, "-m", "featurestore", "check-backend", url, "--processes", "2", "--rounds", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("safe: 8 races of 2 processes had one winner each; a create takes ")
+    assert Storage(url).entries() == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"), [(Fault.DROP_CONDITION, IGNORED), (Fault.CHECK_THEN_PUT, SEVERAL)], ids=lambda x: str(x)[:20]
+)
+def test_a_server_whose_create_is_not_atomic_is_refused(
+    careless: Proxy, info: StoreInfo, fault: Fault, reason: str
+) -> None:
+    url = new_bucket()
+    careless.rule = lambda request: fault if request.is_create else None
+    with pytest.raises(UnsafeBackendError, match="cannot hold a store") as caught:
+        FeatureStore.create(url, info)
+    assert reason in str(caught.value)
+    result = CliRunner().invoke(app, ["check-backend", url, "--processes", "3", "--rounds", "5"])
+    assert result.exit_code == 1
+    assert reason in result.stderr and "cannot hold a store" in result.stderr and result.stdout == ""
+    assert Storage(url).entries() == [], "neither a store nor files of the check"
+    assert careless.faults
+
+
+def test_files_that_processes_do_not_share_are_refused(memory_url: str) -> None:
+    report = check_backend(Storage(memory_url), num_processes=2, num_rounds=2)
+    assert report.problems[0].startswith("in 2 of 2 races several of 2 writers")
+
+
+class Broken(Storage):
+    """A place with one flaw."""
+
+    def __init__(self, url: str, flaw: str) -> None:
+        super().__init__(url)
+        self.flaw = flaw
+        self.made: dict[str, bytes] = {}
+        self.lock = threading.Lock()
+
+    def create_exclusive(self, path: str, data: bytes) -> bool:
+        with self.lock:
+            self.made.setdefault(path, data)
+        made = super().create_exclusive(path, data)
+        if self.flaw == "says that all were made":
+            return True
+        return False if self.flaw == "says that none was made" and path.endswith("first") else made
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        if self.flaw != "keeps what was replaced":
+            super().write_bytes(path, data)
+
+    def read_bytes(self, path: str) -> bytes:
+        data = super().read_bytes(path)
+        if self.flaw == "reads late":
+            raise FileNotFoundError(path)
+        return data + self.flaw.encode() if self.flaw == "changes in a race" and "round" in path else data
+
+    def list(self, path: str = "") -> list[str]:
+        return [] if self.flaw == "lists late" else super().list(path)
+
+    def delete(self, path: str) -> None:
+        if self.flaw != "keeps what was deleted" or not path.endswith("first"):
+            super().delete(path)
+
+
+@pytest.mark.parametrize(
+    ("flaw", "reason"),
+    [
+        ("says that none was made", "says that it exists"),
+        ("says that all were made", "says that it made it"),
+        ("keeps what was replaced", "still reads as before"),
+        ("reads late", "cannot be read right after"),
+        ("lists late", "does not show a file"),
+        ("keeps what was deleted", "still read or listed"),
+        ("changes in a race", "in 5 of 5 races a file changed or was gone after its creation"),
+    ],
+)
+def test_every_flaw_is_named(tmp_path: Path, flaw: str, reason: str) -> None:
+    with pytest.raises(UnsafeBackendError) as caught:
+        refuse_unsafe(Broken(str(tmp_path), flaw))
+    assert reason in str(caught.value)
+
+
+def test_a_place_that_cannot_be_written_is_an_error_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    result = CliRunner().invoke(app, ["check-backend", str(tmp_path / "file")])
+    assert result.exit_code == 1
+    assert "error: cannot create" in result.stderr and "unsafe" not in result.stderr
+
+
+def test_a_racer_that_dies_ends_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill_one(done: int, total: int) -> None:
+        children = Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children").read_text().split()
+        racers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(racers) == 2
+        os.kill(int(racers[0]), signal.SIGKILL)
+
+    with pytest.raises(StorageError, match="ended early"):
+        check_backend(Storage(tmp_path), num_processes=2, num_rounds=3, progress=kill_one)
+    assert Storage(tmp_path).entries() == []
+
+
+def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "featurestore", "check-backend", str(tmp_path), "--rounds", "100000"]
+    check = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while len(list(tmp_path.glob(".tmp-check-*/*"))) < 10:
+        assert check.poll() is None
+        time.sleep(0.01)
+    os.killpg(check.pid, signal.SIGINT)  # as a terminal does: to the racers too
+    _, said = check.communicate(timeout=20)
+    assert check.returncode != 0 and "Traceback" not in said
+    assert Storage(tmp_path).entries() == []

@@ -1,0 +1,263 @@
+"""The door to files: one contract for a disk, memory and two S3 servers, and what is the disk's alone."""
+
+import errno
+import io
+import os
+import pickle
+import random
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from featurestore.errors import StorageError
+from featurestore.storage.storage import Storage
+
+
+def read_into(storage: Storage, path: str, size: int) -> bytes:
+    """The beginning of a file that is there with its 6 bytes."""
+    out = bytearray(size)
+    assert storage.read_into(path, memoryview(out)) == 6
+    return bytes(out)
+
+
+class StorageContract:
+    """What every place gives; `url` is that of an empty one."""
+
+    num_racers = 8
+
+    @pytest.fixture
+    def storage(self, url: str) -> Storage:
+        return Storage(url)
+
+    def test_reading_writing_listing_and_deleting(self, storage: Storage) -> None:
+        assert storage.list("a") == []
+        for look in (storage.read_bytes, storage.size, storage.open_input, lambda path: read_into(storage, path, 1)):
+            with pytest.raises(FileNotFoundError):
+                look("a/b.bin")
+        storage.write_bytes("a/b.bin", b"one")
+        storage.write_bytes("a/b.bin", b"second")
+        storage.write_bytes("a/c/d.bin", b"")
+        assert storage.read_bytes("a/b.bin") == b"second" == read_into(storage, "a/b.bin", 6)
+        assert read_into(storage, "a/b.bin", 4) == b"seco" and read_into(storage, "a/b.bin", 8) == b"second\0\0"
+        assert storage.size("a/b.bin") == 6
+        assert storage.list("a") == ["b.bin", "c"]
+        storage.delete("a")
+        storage.delete("a")
+        assert storage.entries("a") == []  # SeaweedFS keeps the empty folder
+
+    def test_entries_are_all_files_below_with_size_and_time(self, storage: Storage) -> None:
+        assert storage.entries() == [] and storage.entries("a") == []
+        before = storage.now()
+        for path, size in (("a/b.bin", 3), ("a/c/d.bin", 0), ("a/.tmp-dead", 2), ("ab/e.bin", 1)):
+            storage.write_bytes(path, bytes(size))
+        after = storage.now()
+        sizes = {entry.path: entry.size_bytes for entry in storage.entries("a")}
+        assert sizes == {"a/b.bin": 3, "a/c/d.bin": 0, "a/.tmp-dead": 2}
+        assert [entry.path for entry in storage.entries("a", recursive=False)] == ["a/.tmp-dead", "a/b.bin"]
+        assert [entry.path for entry in storage.entries()] == ["a/.tmp-dead", "a/b.bin", "a/c/d.bin", "ab/e.bin"]
+        assert all(before <= entry.mtime_s <= after for entry in storage.entries())
+        assert before > time.time() - 60 and after < time.time() + 60
+        assert storage.entry("a/b.bin") == storage.entries("a")[1]
+        assert storage.entries("a/b.bin") == []
+
+    def test_only_the_first_exclusive_create_wins(self, storage: Storage) -> None:
+        assert storage.create_exclusive("log/1.json", b"mine")
+        assert not storage.create_exclusive("log/1.json", b"yours")
+        assert not storage.create_exclusive("log/1.json", b"")
+        assert storage.read_bytes("log/1.json") == b"mine"
+        assert storage.list("log") == ["1.json"]
+        storage.delete("log/1.json")
+        assert storage.create_exclusive("log/1.json", b"yours")
+
+    def test_of_racing_creates_one_wins(self, storage: Storage) -> None:
+        start = threading.Barrier(self.num_racers)
+
+        def create(racer: int, path: str) -> bool:
+            start.wait()
+            return storage.create_exclusive(path, str(racer).encode())
+
+        with ThreadPoolExecutor(self.num_racers) as pool:
+            for number in range(10):
+                path = f"log/{number}"
+                won = list(pool.map(create, range(self.num_racers), [path] * self.num_racers))
+                assert sum(won) == 1
+                assert storage.read_bytes(path) == str(won.index(True)).encode()
+
+    def test_an_output_that_fails_leaves_nothing_behind(self, storage: Storage) -> None:
+        storage.write_bytes("a.bin", b"old")
+        for path in ("a.bin", "b.bin"):
+            with pytest.raises(RuntimeError), storage.open_output(path) as file:
+                file.write(b"half")
+                raise RuntimeError
+        assert [entry.path for entry in storage.entries()] == ["a.bin"]
+        assert storage.read_bytes("a.bin") == b"old"
+
+    def test_an_open_file_is_read_in_any_order(self, storage: Storage) -> None:
+        data = random.Random(0).randbytes(700_000)
+        storage.write_bytes("a.bin", data)
+        with storage.open_input("a.bin") as file:
+            for start, size in ((0, 10), (699_990, 100), (300_000, 300_000), (5, 0), (10, 262_144), (700_000, 5)):
+                assert file.seek(start) == start
+                assert file.read(size) == data[start : start + size]
+            assert file.seek(-4, io.SEEK_END) == 699_996 and file.read() == data[-4:]
+            file.seek(1)
+            assert file.seek(1, io.SEEK_CUR) == 2 and file.read() == data[2:]
+
+    def test_names_are_no_patterns_and_no_prefixes(self, storage: Storage) -> None:
+        names = ["a[1]/x", "a1/x", "a*/x", "ab/x", "a/x", "a b?/x"]
+        for name in names:
+            storage.write_bytes(name, name.encode())
+        for name in ("a[1]", "a*", "a", "a b?"):
+            assert [entry.path for entry in storage.entries(name)] == [f"{name}/x"]
+            assert storage.list(name) == ["x"] and storage.read_bytes(f"{name}/x") == f"{name}/x".encode()
+            storage.delete(name)
+        assert [entry.path for entry in storage.entries()] == ["a1/x", "ab/x"]
+        storage.delete_files(["a1/x", "never/there"])
+        assert [entry.path for entry in storage.entries()] == ["ab/x"]
+
+    def test_it_pickles_as_its_address(self, storage: Storage) -> None:
+        storage.write_bytes("a", b"1")
+        copy = pickle.loads(pickle.dumps(storage))
+        assert copy.url == storage.url and copy.read_bytes("a") == b"1"
+
+
+class TestDisk(StorageContract):
+    @pytest.fixture
+    def url(self, tmp_path: Path) -> str:
+        return str(tmp_path / "root")
+
+
+class TestMemory(StorageContract):
+    @pytest.fixture
+    def url(self, memory_url: str) -> str:
+        return memory_url
+
+
+class TestSeaweedFS(StorageContract):
+    num_racers = 2  # it lets a third one wait for a second
+
+    @pytest.fixture
+    def url(self, s3_url: str) -> str:
+        return f"{s3_url}/store"
+
+    def test_what_another_client_does_is_seen_at_once(self, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+        storage.write_bytes("log/1", b"one")
+        assert storage.list("log") == ["1"] and len(storage.entries()) == 1
+        monkeypatch.setattr("featurestore.storage.storage._clients", {})
+        other = Storage(storage.url)
+        other.write_bytes("log/2", b"2")
+        other.write_bytes("log/1", b"other")
+        assert other._remote.client is not storage._remote.client
+        assert storage.list("log") == ["1", "2"] and len(storage.entries()) == 2
+        assert storage.size("log/1") == 5 and storage.read_bytes("log/1") == b"other"
+
+    def test_more_files_than_one_answer_of_a_listing_holds(self, storage: Storage) -> None:
+        names = [f"{number:05d}" for number in range(1_050)]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda name: storage.write_bytes(f"log/{name}", b""), names))
+        assert storage.list("log") == names
+        assert [entry.path for entry in storage.entries()] == [f"log/{name}" for name in names]
+        storage.delete("log")
+        assert storage.entries() == []
+
+    def test_a_file_of_several_parts(self, storage: Storage) -> None:
+        data = random.Random(0).randbytes(1 << 20) * 101  # s3fs puts more than 100 MB in parts
+        assert storage.create_exclusive("big", data)
+        assert not storage.create_exclusive("big", bytes(len(data)))
+        assert storage.read_bytes("big") == data
+
+
+class TestMoto(StorageContract):
+    @pytest.fixture
+    def url(self, moto_url: str) -> str:
+        return f"{moto_url}/store"
+
+    def test_where_there_is_no_bucket_writing_is_an_error_and_reading_finds_nothing(self, url: str) -> None:
+        storage = Storage(f"{url.removesuffix('/store')}-nothing/store")
+        for write in (lambda: storage.write_bytes("a", b""), lambda: storage.create_exclusive("a", b"")):
+            with pytest.raises(StorageError, match=r"cannot .* s3://test-.*-nothing/store/a: .*bucket"):
+                write()
+        assert storage.list() == [] == storage.entries()
+        storage.delete("a")
+        with pytest.raises(FileNotFoundError):
+            storage.read_bytes("a")
+
+
+def test_a_refusing_disk_is_a_storage_error_with_its_cause(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    storage = Storage(tmp_path / "file")  # a folder is needed where a file is
+    for attempt in (
+        lambda: storage.write_bytes("a", b""),
+        lambda: storage.create_exclusive("a", b""),
+        lambda: storage.read_bytes("a"),
+        lambda: storage.delete("a"),
+    ):
+        with pytest.raises(StorageError, match="cannot") as caught:
+            attempt()
+        assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize("call", ["fsync", "link", "replace"])
+def test_a_disk_that_refuses_at_any_point_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def no_space(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, no_space)
+    storage = Storage(tmp_path)
+    for write in (storage.write_bytes, storage.create_exclusive):
+        if (call, write) not in (("link", storage.write_bytes), ("replace", storage.create_exclusive)):
+            with pytest.raises(StorageError, match="No space left"):
+                write("a.bin", b"data")
+            assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_folder_is_on_the_disk_before_its_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink().relative_to(tmp_path)))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    Storage(tmp_path).write_bytes("data/0001/a", b"1")
+    folders = [name for name in synced if ".tmp-" not in name]
+    assert folders == [".", "data", "data/0001"]
+    assert ".tmp-" in synced[2]
+
+
+def test_an_unknown_protocol_is_named() -> None:
+    with pytest.raises(StorageError, match="nonsense"):
+        Storage("nonsense://x").read_bytes("a")
+
+
+def test_a_fork_while_a_client_is_made_does_not_hang(memory_url: str) -> None:
+    import featurestore.storage.storage as module
+
+    with module._clients_lock:
+        child = os.fork()
+        if child == 0:
+            Storage(memory_url).write_bytes("a", b"1")
+            os._exit(0)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
+
+
+def test_importing_the_package_is_quick_silent_and_without_torch() -> None:
+    code = "import sys, featurestore; print([m for m in ('torch', 's3fs', 'dask', 'horovod') if m in sys.modules])"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n" and done.stderr == ""
+    assert time.perf_counter() - start < 5

@@ -1,0 +1,251 @@
+"""Errors at the door to fsspec, each kind told apart; and a disk that is full."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import botocore.exceptions
+import numpy as np
+import pytest
+from fsspec.exceptions import FSTimeoutError
+from s3fs.errors import translate_boto_error
+
+from featurestore import FeatureRows, FeatureStore, StoreInfo
+from featurestore.errors import StorageError
+from featurestore.storage import retries
+from featurestore.storage.storage import Storage
+from featurestore.upkeep.verify import verify
+
+
+def answer(code: str, status: int = 400) -> OSError:
+    """What s3fs raises when the server answers so."""
+    response = {"Error": {"Code": code, "Message": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return translate_boto_error(botocore.exceptions.ClientError(response, "PutObject"))
+
+
+THROTTLED = [answer("SlowDown", 503), answer("ServiceUnavailable", 503), answer("503", 503), answer("429", 429)]
+PASSING = [
+    *THROTTLED,
+    answer("ConditionalRequestConflict", 409),
+    answer("InternalError", 500),
+    answer("500", 500),
+    answer("RequestTimeout", 400),
+    answer("NeverHeardOf", 502),
+    botocore.exceptions.ReadTimeoutError(endpoint_url="http://x"),
+    botocore.exceptions.ConnectTimeoutError(endpoint_url="http://x"),
+    botocore.exceptions.EndpointConnectionError(endpoint_url="http://x", error="refused"),
+    botocore.exceptions.ConnectionClosedError(endpoint_url="http://x"),
+    botocore.exceptions.ResponseStreamingError(error="cut"),
+    aiohttp.ClientPayloadError("cut"),
+    aiohttp.ServerDisconnectedError(),
+    FSTimeoutError(),
+    ConnectionResetError(errno.ECONNRESET, "reset"),
+    TimeoutError(),
+    OSError(errno.EIO, "input/output error"),
+]
+LASTING = [
+    answer("AccessDenied", 403),
+    answer("403", 403),
+    answer("InvalidBucketName", 400),
+    answer("SignatureDoesNotMatch", 403),
+    answer("EntityTooLarge", 400),
+    answer("NotImplemented", 501),
+    botocore.exceptions.NoCredentialsError(),
+    botocore.exceptions.ParamValidationError(report="x"),
+    PermissionError("no"),
+    OSError(errno.ENOSPC, "No space left on device"),
+    ValueError("what?"),
+]
+
+
+class Failing:
+    """An fsspec client that fails as told before it does anything, one error for each call."""
+
+    def __init__(self, client: Any, errors: list[Exception]) -> None:
+        self.client, self.errors, self.calls = client, errors, 0
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.calls += 1
+            if self.errors:
+                raise self.errors.pop(0)
+            return getattr(self.client, name)(*arguments, **options)
+
+        return call
+
+
+def failing(url: str, *errors: Exception) -> tuple[Storage, Failing]:
+    storage = Storage(url)
+    client = Failing(storage._remote.client, list(errors))
+    storage._remote._client = os.getpid(), client
+    return storage, client
+
+
+DOINGS: dict[str, Callable[[Storage], object]] = {
+    "read": lambda storage: storage.read_bytes("a"),
+    "write": lambda storage: storage.write_bytes("b", b"2"),
+    "list": lambda storage: storage.list(),
+    "entries": lambda storage: storage.entries(),
+    "size": lambda storage: storage.size("a"),
+    "open": lambda storage: storage.open_input("a").read(),
+    "delete": lambda storage: storage.delete("a"),
+    "delete files": lambda storage: storage.delete_files(["a"]),
+    "settle": lambda storage: storage.create_or_read("c", b"3"),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.001)
+
+
+@pytest.mark.parametrize("doing", DOINGS)
+def test_everything_but_the_bare_create_is_tried_again(memory_url: str, doing: str) -> None:
+    Storage(memory_url).write_bytes("a", b"1")
+    for error in PASSING:
+        storage, client = failing(memory_url, error, error)
+        DOINGS[doing](storage)
+        assert client.errors == [] and client.calls >= 3
+        storage.write_bytes("a", b"1")
+
+
+@pytest.mark.parametrize("error", LASTING, ids=lambda error: type(error).__name__)
+def test_what_will_not_pass_is_told_at_once(memory_url: str, error: Exception) -> None:
+    Storage(memory_url).write_bytes("a", b"1")
+    for do in DOINGS.values():
+        storage, client = failing(memory_url, error)
+        with pytest.raises(StorageError, match=memory_url) as caught:
+            do(storage)
+        assert caught.value.__cause__ is error
+        assert client.calls == (2 if do is DOINGS["settle"] else 1)  # that looks at what is there
+
+
+def test_a_bare_create_is_tried_again_only_where_nothing_was_done(memory_url: str) -> None:
+    for number, error in enumerate([*THROTTLED, answer("ConditionalRequestConflict", 409), answer("409", 409)]):
+        storage, client = failing(memory_url, error, error)
+        assert storage.create_exclusive(f"log/{number}", b"1")
+        assert client.calls == 3
+    for error in (answer("InternalError", 500), ConnectionResetError(errno.ECONNRESET, "reset")):
+        storage, client = failing(memory_url, error)
+        with pytest.raises(StorageError):
+            storage.create_exclusive("log/x", b"1")
+        assert client.calls == 1
+
+
+@pytest.mark.parametrize(
+    "error", [answer("PreconditionFailed", 412), answer("412", 412), FileExistsError("log/1")], ids=str
+)
+def test_there_are_three_ways_to_say_that_another_was_first(memory_url: str, error: Exception) -> None:
+    storage, client = failing(memory_url, error)
+    assert not storage.create_exclusive("log/1", b"x")
+    assert client.calls == 1
+
+
+def test_at_the_end_of_patience_the_error_says_how_often_it_was_tried(
+    memory_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(retries, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(retries, "_WARN_AFTER_S", 0.01)
+    storage, client = failing(memory_url, *[answer("SlowDown", 503)] * 100_000)
+    with pytest.raises(StorageError, match=r"cannot read memory://.*/a: .*SlowDown.*\(tried \d+ times\)"):
+        storage.read_bytes("a")
+    assert client.calls > 2
+    assert "SlowDown; trying again" in caplog.text
+
+
+def test_a_store_lives_through_errors_at_the_door(memory_url: str, info: StoreInfo, make_rows) -> None:
+    store = FeatureStore.create(memory_url, info)
+    client = Failing(store.storage._remote.client, [])
+    store.storage._remote._client = os.getpid(), client
+    for number in range(len(PASSING)):
+        client.errors = PASSING[number:][:3]
+        assert store.put(make_rows(2, info, seed=number), "put").version == number + 1
+    assert not verify(store).problems
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 600 kB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {done.stderr}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_ends_a_commit_and_leaves_nothing_of_it(small_disk: Path, info: StoreInfo, make_rows) -> None:
+    wide = info.model_copy(update={"dim": 4096})
+    store = FeatureStore.create(small_disk / "store", wide)
+    refused = 0
+    for number in range(60):
+        before = files_below(small_disk)
+        try:
+            store.put(make_rows(4, wide, seed=number, first=4 * number), f"put {number}")
+        except StorageError as error:
+            refused += 1
+            assert "No space left on device" in str(error) and str(small_disk) in str(error)
+            assert not [path for path in files_below(small_disk) if ".tmp-" in path.name]
+            assert {path for path in files_below(small_disk) - before if path.suffix == ".json"} == set()
+            if refused == 3:
+                break
+    assert refused == 3
+    version = store.snapshot().version
+    assert version >= 5 and store.snapshot().num_rows == 4 * version
+    assert not verify(store).problems
+    named = {entry.path for files in store.snapshot().manifest.shards.values() for entry in files}
+    for entry in store.storage.entries("data"):  # what the refused commits built; `expire` does the same in time
+        if entry.path.removesuffix(".stats.npy").removesuffix(".parquet") not in {
+            path.removesuffix(".parquet") for path in named
+        }:
+            store.storage.delete(entry.path)
+    assert store.put(make_rows(1, wide, seed=99), "later").version == version + 1
+    assert not verify(store).problems
+
+
+def files_below(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+WRITER = """
+import sys
+import numpy as np
+from featurestore import FeatureRows, FeatureStore
+from featurestore.errors import StorageError
+store = FeatureStore.open(sys.argv[1])
+rows = np.random.default_rng(0).integers(0, 0x3F80, (400, store.info.dim)).astype(np.uint16)
+try:
+    store.put(FeatureRows.of([str(i) for i in range(400)], rows), "large")
+except StorageError as error:
+    print(error)
+"""
+
+
+def test_a_quota_ends_a_commit_and_leaves_nothing_of_it(tmp_path: Path, info: StoreInfo, make_rows) -> None:
+    """For all users: a limit on the size of a file, in the middle of which the writing stops."""
+    wide = info.model_copy(update={"dim": 4096})
+    store = FeatureStore.create(tmp_path / "store", wide)
+    store.put(make_rows(4, wide), "small")
+    before = files_below(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", WRITER, store.url],
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert "cannot write" in done.stdout and "File too large" in done.stdout
+    assert files_below(tmp_path) == before
+    assert store.put(FeatureRows.of(["x"], np.ones((1, 4096), np.uint16)), "later").version == 2
+    assert not verify(store).problems

@@ -1,0 +1,104 @@
+"""Rows over several lines, as Arrow reads them, and quotes that are not closed, with their lines."""
+
+import io
+import random
+
+import pyarrow as pa
+import pytest
+from pyarrow import csv
+
+from featurestore.text.csvlines import MOST_BREAKS, CsvTextError, LongRow, long_rows
+
+
+def rows(text: str, delimiter: str = ",", most_lines: int | None = None) -> dict[int, LongRow]:
+    return long_rows(io.BytesIO(text.encode()), delimiter, most_lines)
+
+
+def test_lines_and_breaks() -> None:
+    text = 'a,b,c\n1,"x, y",3\n\n4,"two\nlines",6\r\n7,8,9\n"1\n\n2",5" tv,a"b\n'
+    assert rows(text) == {1: LongRow(4, 1, False), 3: LongRow(7, 2, False)}
+    assert rows(text.replace("\r\n", "\r").replace("\n", "\r")) == rows(text)
+    assert rows(text.replace(",", "\t"), "\t") == rows(text)
+    assert rows("") == rows("a,b") == rows('a,b\n"1","2"') == {}
+
+
+def test_rows_in_a_value_are_found_out() -> None:
+    lines = ["a,b,c", '1,"2,3', "4,5,6", '7,"8,9', "1,2,3"]
+    assert rows("\n".join(lines)) == {0: LongRow(2, 2, True)}
+    assert rows("\n".join(['"a,x",b,c', *lines[1:]])) == {0: LongRow(2, 2, True)}
+
+
+@pytest.mark.parametrize("end", ["", "\n", '""\n', 'b,""c""'])
+def test_an_open_quote_is_an_error_with_its_line(end: str) -> None:
+    text = "a,b\n" + "1,2\n" * 7 + '3,"4\n' + "5,6\n" * 20 + end
+    with pytest.raises(CsvTextError, match=r"^line 9: a value that begins with .* does not end; close"):
+        rows(text)
+    with pytest.raises(CsvTextError, match="does not end"):
+        rows(text, most_lines=1_000)
+    assert rows(text, most_lines=20) == {}
+
+
+def test_a_value_of_very_many_lines_is_an_error() -> None:
+    assert rows('a,b\n1,"' + "x\n" * MOST_BREAKS + '"\n') == {0: LongRow(2, MOST_BREAKS, False)}
+    with pytest.raises(CsvTextError, match=f"line 2: .* goes on over more than {MOST_BREAKS} lines"):
+        rows('a,b\n1,"' + "x\n" * (MOST_BREAKS + 1) + '"\n')
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_other_encodings_are_told(encoding: str) -> None:
+    with pytest.raises(CsvTextError, match="in UTF-16 or UTF-32, not in UTF-8"):
+        long_rows(io.BytesIO("a,b\n1,2\n".encode(encoding)), ",")
+    assert long_rows(io.BytesIO("\ufeffa,b\n1,é\n".encode()), ",") == {}
+    assert long_rows(io.BytesIO("a,b\n1,é\n".encode("latin-1")), ",") == {}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_as_many_rows_as_arrow_finds(seed: int) -> None:
+    """Random texts of few signs: where no quote stays open, breaks and rows add up to what Arrow makes of the text."""
+    rng = random.Random(seed)
+    closed = 0
+    for _ in range(300):
+        text = "a,b\n" + "".join(rng.choices('x,"\n', [4, 3, 3, 3], k=rng.randrange(1, 30))) + "\n"
+        torn: list[int] = []
+
+        def keep(row: object, torn: list[int] = torn) -> str:
+            torn.append(1)
+            return "skip"
+
+        options = csv.ParseOptions(newlines_in_values=True, invalid_row_handler=keep)
+        try:
+            long = rows(text)
+        except CsvTextError:
+            continue
+        table = csv.read_csv(pa.BufferReader(text.encode()), csv.ReadOptions(use_threads=False), options)
+        inside = sum(each.breaks for each in long.values())
+        lines = text.split("\n")[1:-1]
+        assert table.num_rows + len(torn) + inside + _empty_outside(text) == len(lines), text
+        closed += 1
+    assert closed > 100
+
+
+def _empty_outside(text: str) -> int:
+    """Empty lines that are in no value, found sign by sign."""
+    found, quoted, start = 0, False, True
+    i = text.index("\n") + 1
+    line_start = True
+    while i < len(text):
+        sign = text[i]
+        if quoted:
+            if sign == '"':
+                if text[i + 1 : i + 2] == '"':
+                    i += 1
+                else:
+                    quoted = False
+            start = False
+        elif sign == "\n":
+            found += line_start
+            start = True
+        elif sign == '"' and start:
+            quoted, start = True, False
+        else:
+            start = sign == ","
+        line_start = sign == "\n" and not quoted
+        i += 1
+    return found

@@ -1,0 +1,277 @@
+"""connect(): the configured scheduler where there is one, else a local cluster that leaves nothing behind."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import dask.system
+import psutil
+import pytest
+from distributed import Client, LocalCluster
+
+from pipeline.cluster.connect import connect, open_client
+from pipeline.errors import InsecureSchedulerError, MissingCertificatesError, SchedulerUnreachableError
+
+
+@pytest.fixture(autouse=True)
+def nothing_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DASK_SCHEDULER_ADDRESS", raising=False)
+    monkeypatch.delenv("DASK_SCHEDULER_FILE", raising=False)
+    monkeypatch.delenv("DASK_CROSSMEDIA__INSECURE_SCHEDULER", raising=False)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster of this process, in threads: cheap, and an outside one for connect()."""
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=":0"
+    ) as cluster:
+        yield cluster
+
+
+def worker_pids(client: Client) -> list[int]:
+    return list(client.run(os.getpid).values())
+
+
+def test_local_cluster_has_the_size_asked_for_and_leaves_no_process():
+    with connect(workers=2, threads_per_worker=3, memory_limit="1GB") as client:
+        info = client.scheduler_info()["workers"].values()
+        assert [worker["nthreads"] for worker in info] == [3, 3]
+        assert {worker["memory_limit"] for worker in info} == {1_000_000_000}
+        assert client.scheduler.address.startswith("tcp://127.0.0.1:")
+        assert client.dashboard_link.startswith("http://127.0.0.1:")
+        assert client.submit(sum, [1, 2]).result() == 3
+        pids = worker_pids(client)
+        assert len(set(pids)) == 2
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_workers_of_a_local_cluster_do_not_profile_themselves():
+    """On Python 3.11 the profiler can stop the whole worker for ever."""
+    with connect() as client:
+        callbacks = client.run(lambda dask_worker: list(dask_worker.periodic_callbacks))
+        assert all("profile" not in names and "heartbeat" in names for names in callbacks.values())
+
+
+def test_local_cluster_is_closed_when_the_job_fails():
+    pids: list[int] = []
+    with pytest.raises(ZeroDivisionError), connect() as client:
+        pids += worker_pids(client)
+        _ = 1 / 0
+    assert pids
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_default_is_one_worker_with_all_cores():
+
+    with connect() as client:
+        assert list(client.nthreads().values()) == [dask.system.CPU_COUNT]
+
+
+@pytest.mark.parametrize("variable", ["DASK_SCHEDULER_ADDRESS", "DASK_SCHEDULER_FILE"])
+def test_configured_scheduler_is_used_and_stays(variable, cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "scheduler.json"
+    file.write_text(json.dumps({"address": cluster.scheduler_address}))
+    monkeypatch.setenv(variable, cluster.scheduler_address if variable.endswith("ADDRESS") else str(file))
+    for _ in range(2):  # the second time shows that the first did not close it
+        with connect(workers=5) as client:
+            assert client.scheduler.address == cluster.scheduler_address
+            assert client.submit(max, 1, 2, pure=False).result(timeout=10) == 2
+
+
+def test_silent_scheduler_is_named_quickly(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "tcp://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(SchedulerUnreachableError, match=r"tcp://127\.0\.0\.1:9 .*DASK_SCHEDULER_ADDRESS"):
+        connect(timeout_s=0.5).__enter__()
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}"])
+def test_scheduler_file_without_an_address_is_named(content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "scheduler.json"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setenv("DASK_SCHEDULER_FILE", str(file))
+    with pytest.raises(SchedulerUnreachableError, match=r"scheduler\.json"):
+        connect(timeout_s=0.1).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "what answers there is no scheduler"),
+        (bytes(64), "what answers there is no scheduler"),
+        (b"", "it says nothing for 2 s"),
+    ],
+)
+def test_another_service_at_the_address_is_named(words: bytes, reason: str):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        held: list[socket.socket] = []
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # the server is closed
+                while True:
+                    held.append(server.accept()[0])
+                    held[-1].sendall(words)
+
+        threading.Thread(target=serve, daemon=True).start()
+        started = time.monotonic()
+        with pytest.raises(SchedulerUnreachableError, match=reason), open_client(address, 1):
+            pass
+        assert time.monotonic() - started < 8
+        for each in held:
+            each.close()
+
+
+def test_wrong_protocol_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "gopher://127.0.0.1:8786")
+    with pytest.raises(SchedulerUnreachableError, match="gopher"):
+        connect(timeout_s=0.5).__enter__()
+
+
+INTERRUPTED_JOB = """
+import os, time
+from pipeline.cluster.connect import connect
+if __name__ == "__main__":
+    with connect(workers=1) as client:
+        try:
+            print(*client.run(os.getpid).values(), flush=True)
+            for _ in range(1200):  # a signal just before a sleep is seen after it
+                time.sleep(0.05)
+        except KeyboardInterrupt:
+            print("still working:", client.submit(sum, [1, 2]).result(timeout=10), flush=True)
+"""
+
+
+def test_ctrl_c_reaches_the_job_and_not_its_workers(tmp_path: Path):
+    script = tmp_path / "job.py"
+    script.write_text(INTERRUPTED_JOB)
+    job = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+    )
+    worker = int(job.stdout.readline())
+
+    os.killpg(job.pid, signal.SIGINT)  # what a terminal does
+    out, err = job.communicate(timeout=20)
+    assert (job.returncode, out) == (0, "still working: 3\n"), err
+    assert "Traceback" not in err
+    assert not psutil.pid_exists(worker)
+
+
+def test_tls_without_certificates_says_how_to_give_them(monkeypatch):
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "tls://127.0.0.1:9")
+    message = r"DASK_DISTRIBUTED__COMM__TLS__CA_FILE.*CLIENT__KEY"
+    with pytest.raises(MissingCertificatesError, match=message), connect():
+        pass
+
+
+@pytest.fixture
+def listener():
+    """A socket on an address of this machine that others reach; who connects there is in its queue."""
+    found = [each.address for card in psutil.net_if_addrs().values() for each in card if each.family == socket.AF_INET]
+    beyond = [address for address in found if not address.startswith("127.")]
+    if not beyond:
+        pytest.skip("this machine has no address beyond loopback")
+    with socket.create_server((beyond[0], 0)) as server:
+        server.settimeout(0.2)
+        yield server
+
+
+def address_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()
+    return f"tcp://{host}:{port}"
+
+
+def was_called(listener: socket.socket) -> bool:
+    try:
+        listener.accept()[0].close()
+    except TimeoutError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("by", ["variable", "file", "configuration"])
+def test_scheduler_beyond_loopback_is_refused_before_anything_is_sent(
+    by: str, listener: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    address, file = address_of(listener), tmp_path / "scheduler.json"
+    file.write_text(json.dumps({"address": address}))
+    if by == "variable":
+        monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", address)
+    elif by == "file":
+        monkeypatch.setenv("DASK_SCHEDULER_FILE", str(file))
+    with dask.config.set({"scheduler-address": address} if by == "configuration" else {}):
+        message = rf"{address} is beyond loopback .*DASK_CROSSMEDIA__INSECURE_SCHEDULER=True"
+        with pytest.raises(InsecureSchedulerError, match=message):
+            connect(timeout_s=0.5).__enter__()
+        assert not was_called(listener)
+        for refused in (False, 0, "yes", ""):
+            with dask.config.set({"crossmedia.insecure-scheduler": refused}), pytest.raises(InsecureSchedulerError):
+                connect(timeout_s=0.5).__enter__()
+        listener.close()  # the client would wait for the answer of one that never gives it
+        with dask.config.set({"crossmedia.insecure-scheduler": True}), pytest.raises(SchedulerUnreachableError):
+            connect(timeout_s=0.5).__enter__()
+
+
+JOBS = {
+    "extract_features": ["--images", "x", "--store", "x", "--weights", "random:0"],
+    "refresh_features": ["--images", "x", "--store", "x"],
+    "build_samples": ["--logs", "x", "--samples", "x"],
+    "import_features": ["--from", "x.npy", "--keys", "keys.npy", "--store", "x"],
+    "import_xdl": ["samples", "--from", "x", "--samples", "x"],
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_jobs_without_dask_submit_refuse_it_too(job: str, listener: socket.socket, tmp_path: Path):
+    import numpy as np
+
+    (tmp_path / "x").mkdir()
+    np.save(tmp_path / "x.npy", np.zeros((2, 4), np.float32))
+    np.save(tmp_path / "keys.npy", np.arange(2))
+    script = Path(__file__).parents[3] / "jobs" / f"{job}.py"
+    done = subprocess.run(
+        [sys.executable, str(script), *JOBS[job]],
+        env=os.environ | {"DASK_SCHEDULER_ADDRESS": address_of(listener)},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "random:0" not in line]
+    assert len(lines) == 1 and f"error: the scheduler {address_of(listener)} is beyond loopback" in lines[0]
+    assert not was_called(listener)
+
+
+def test_a_job_goes_to_a_scheduler_beyond_loopback_that_a_person_has_accepted(
+    listener: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    script = tmp_path / "job.py"
+    script.write_text(
+        "from pipeline.cluster.connect import connect\nwith connect() as client:\n    print(client.scheduler.address)\n"
+    )
+    host = listener.getsockname()[0]
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", host=host, dashboard_address=None
+    ) as beyond:
+        address = beyond.scheduler_address
+        assert address.startswith(f"tcp://{host}:")
+        run = [sys.executable, str(script)]
+        submit = [str(Path(sys.executable).parent / "dask-submit"), "--scheduler", address, "--insecure", str(script)]
+        accepted = {"DASK_SCHEDULER_ADDRESS": address, "DASK_CROSSMEDIA__INSECURE_SCHEDULER": "True"}
+        for command, environment in ((run, accepted), (submit, {}), (submit[:3] + submit[4:], accepted)):
+            done = subprocess.run(
+                command, env=os.environ | environment, capture_output=True, text=True, timeout=100, check=False
+            )
+            assert (done.returncode, done.stdout) == (0, f"{address}\n"), done.stderr

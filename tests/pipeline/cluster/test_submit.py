@@ -1,0 +1,416 @@
+"""dask-submit as its users run it: a command, its script's output and exit code, signals, and what stays behind."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from distributed import Client, LocalCluster
+
+import pipeline.cluster.submit
+from pipeline.cluster.checks import check_address, check_packages, check_versions
+from pipeline.errors import (
+    InsecureSchedulerError,
+    MissingPackagesError,
+    SchedulerUnreachableError,
+    VersionMismatchError,
+)
+
+BIN = Path(sys.executable).parent
+OURS = ("DASK_CROSSMEDIA__INSECURE_SCHEDULER", "DASK_SCHEDULER_ADDRESS", "DASK_SCHEDULER_FILE", "PYTHONUNBUFFERED")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OURS}
+
+
+def start(*args: object, command: str = "dask-submit", **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [str(BIN / command), *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT | environment,
+        process_group=0,
+    )
+
+
+def submit(*args: object, command: str = "dask-submit", **environment: str) -> subprocess.CompletedProcess[str]:
+    process = start(*args, command=command, **environment)
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture
+def script(tmp_path: Path):
+    def write(body: str) -> Path:
+        path = tmp_path / "script.py"
+        path.write_text("import json, os, signal, sys, time\nfrom pipeline.cluster.connect import connect\n" + body)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=None
+    ) as cluster:
+        yield cluster
+
+
+def is_free_of(pids: list[int], patience_s: float = 3.0) -> bool:
+    """Whether all processes are gone; a killed one may need a moment."""
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=patience_s)
+    return not alive
+
+
+WHERE = """
+if __name__ == "__main__":
+    with connect() as client:
+        print(json.dumps({
+            "args": sys.argv[1:],
+            "workers": list(client.run(os.getpid).values()),
+            "threads": list(client.nthreads().values()),
+            "scheduler": client.scheduler.address,
+            "sum": client.submit(sum, [1, 2]).result(),
+        }))
+    sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize(("command", "first"), [("dask-submit", []), ("dask", ["submit"])])
+def test_script_runs_on_a_local_cluster_that_ends_with_it(command, first, script):
+    args = ["--help", "-n", "9", "--", "", "--scheduler=x", "é ü"]
+    done = submit(
+        *first, "-n", 2, "--threads-per-worker", 3, "--memory-limit", "1GB", script(WHERE), *args, command=command
+    )
+    assert done.returncode == 7, done.stderr
+    told = json.loads(done.stdout)
+    assert told["args"] == args
+    assert told["threads"] == [3, 3]
+    assert told["sum"] == 3
+    assert f"scheduler {told['scheduler']}, workers 2, threads 6" in done.stderr
+    assert "dashboard http://127.0.0.1:" in done.stderr
+    assert is_free_of(told["workers"])
+
+
+@pytest.mark.parametrize("by", ["option", "variable", "file", "file variable"])
+def test_running_scheduler_is_used_and_left_running(by, cluster, script, tmp_path):
+    address, file = cluster.scheduler_address, tmp_path / "scheduler.json"
+    file.write_text(json.dumps({"address": address}))
+    options, environment = {
+        "option": (["--scheduler", address], {"DASK_SCHEDULER_ADDRESS": "tcp://127.0.0.1:9"}),
+        "variable": ([], {"DASK_SCHEDULER_ADDRESS": address}),
+        "file": (["--scheduler-file", file], {"DASK_SCHEDULER_ADDRESS": "tcp://127.0.0.1:9"}),
+        "file variable": ([], {"DASK_SCHEDULER_FILE": str(file)}),
+    }[by]
+    done = submit(*options, "--wait-workers", 2, script(WHERE), **environment)
+    assert done.returncode == 7, done.stderr
+    assert json.loads(done.stdout)["scheduler"] == address
+    with Client(cluster) as client:
+        assert len(client.nthreads()) == 2
+
+
+def test_scheduler_and_workers_of_dasks_own_commands_are_used_and_left_running(script, tmp_path):
+    file = tmp_path / "scheduler.json"
+    dask = str(BIN / "dask")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    scheduler = [dask, "scheduler", "--scheduler-file", file, "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
+    worker = [dask, "worker", "--scheduler-file", file, "--nthreads", "1", "--no-dashboard", "--no-nanny"]
+    started = [subprocess.Popen(list(map(str, command)), **quiet, cwd=tmp_path) for command in (scheduler, worker)]
+    try:
+        done = submit("--scheduler-file", file, script(WHERE))
+        assert done.returncode == 7, done.stderr
+        assert json.loads(done.stdout)["workers"] == [started[1].pid]
+        assert [process.poll() for process in started] == [None, None]
+    finally:
+        for process in reversed(started):
+            process.terminate()
+            process.wait(10)
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ("", 0),
+        ("raise ValueError('no')", 1),
+        ("sys.exit(255)", 255),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 128 + signal.SIGKILL),
+    ],
+)
+def test_exit_code_is_the_scripts(body, code, cluster, script):
+    assert submit("--scheduler", cluster.scheduler_address, script(body)).returncode == code
+
+
+def test_output_is_streamed(cluster, script):
+    process = start("--scheduler", cluster.scheduler_address, script("print('now')\ntime.sleep(120)"))
+    began = time.monotonic()
+    try:
+        assert process.stdout.readline() == "now\n"  # without a flush in the script
+        assert time.monotonic() - began < 100  # nor at its end
+    finally:
+        process.terminate()
+        assert process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+CAREFUL = """
+received = []
+def note(number, frame):
+    received.append(number)
+signal.signal(signal.SIGINT, note)
+signal.signal(signal.SIGTERM, note)
+if __name__ == "__main__":
+    with connect() as client:
+        print(json.dumps([os.getpid(), *client.run(os.getpid).values()]), flush=True)
+        while not received:
+            time.sleep(0.05)
+        time.sleep(float(sys.argv[1]))
+        print(json.dumps({"received": received, "sum": client.submit(sum, [1, 2]).result(timeout=10)}))
+    sys.exit(5)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_reaches_the_script_once_and_the_cluster_outlives_it(number, script):
+    process = start(script(CAREFUL), 0.3)
+    pids = json.loads(process.stdout.readline())
+    assert os.getpgid(pids[0]) == pids[0]  # else a terminal's signal would reach the script a second time
+    children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    assert set(pids) <= set(children)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # what a terminal's ctrl-C does: dask-submit and the workers get it
+    else:
+        process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert json.loads(out) == {"received": [number], "sum": 3}, err
+    assert process.returncode == 5
+    assert is_free_of(children)
+    assert "Traceback" not in err
+
+
+def test_second_signal_kills_a_script_that_does_not_stop(script):
+    process = start(script(CAREFUL), 60)
+    json.loads(process.stdout.readline())
+    children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert is_free_of(children)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_before_the_script_runs_ends_dask_submit(number, cluster, script, tmp_path):
+    ran, known = tmp_path / "ran", set(cluster.scheduler.clients)
+    body = script(f"open({str(ran)!r}, 'w')")
+    process = start("--scheduler", cluster.scheduler_address, "--wait-workers", 3, "--timeout", 600, body)
+    end = time.monotonic() + 60
+    # Until it waits for workers: on a busy machine its imports alone take seconds.
+    while set(cluster.scheduler.clients) <= known and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert "Traceback" not in err
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("delay_s", [0.6, 1.0])
+def test_signal_while_the_cluster_starts_leaves_no_process(delay_s, script):
+    process = start(script("time.sleep(60)"))
+    time.sleep(delay_s)
+    children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)  # negative: before any of our lines ran
+    assert is_free_of(children)
+
+
+def refused(*args: object, **environment: str) -> tuple[int, str]:
+    """Exit code and message of a call that must not run its script, and must be quick."""
+    began = time.monotonic()
+    done = submit(*args, **environment)
+    assert time.monotonic() - began < 25  # --timeout is 30 by default; the rest is for a busy machine
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr
+
+
+def test_scheduler_beyond_loopback_needs_tls_or_insecure(script):
+    body = script("print('ran')")
+    code, message = refused("--scheduler", "tcp://192.0.2.1:8786", body)
+    assert code == 2
+    assert "tcp://192.0.2.1:8786" in message
+    assert "--insecure" in message
+    code, message = refused(body, DASK_SCHEDULER_ADDRESS="192.0.2.1:8786")
+    assert code == 2
+    code, message = refused("--scheduler", "tcp://192.0.2.1:8786", "--insecure", "--timeout", 0.5, body)
+    assert code == 1  # tried, and nobody is there
+    assert "no Dask scheduler answers at tcp://192.0.2.1:8786" in message
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "127.8.9.1:1", "tcp://localhost:1", "tcp://[::1]:1"])
+def test_loopback_is_accepted(address):
+    check_address(address)
+
+
+@pytest.mark.parametrize("address", ["tls://192.0.2.1:8786", "wss://192.0.2.1:8786", "inproc://192.0.2.1/7/1"])
+def test_encrypted_address_is_accepted(address):
+    check_address(address)
+
+
+@pytest.mark.parametrize("address", ["tcp://192.0.2.1:8786", "192.0.2.1:8786", "ws://192.0.2.1:1", "tcp://0.0.0.0:1"])
+def test_open_address_beyond_loopback_is_refused(address):
+    with pytest.raises(InsecureSchedulerError, match="without TLS"):
+        check_address(address)
+
+
+def test_name_counts_by_what_it_resolves_to(monkeypatch):
+    import socket
+
+    found = {"inside": ["127.0.0.1", "::1"], "outside": ["192.0.2.1"], "both": ["127.0.0.1", "192.0.2.1"]}
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: [(0, 0, 0, "", (ip, 0)) for ip in found[host]])
+    check_address("tcp://inside:8786")
+    for host in ("outside", "both"):
+        with pytest.raises(InsecureSchedulerError, match=host):
+            check_address(f"tcp://{host}:8786")
+
+
+@pytest.mark.parametrize("address", ["tcp://no-such-host.invalid:1", "gopher://127.0.0.1:1", "tcp://[::1"])
+def test_address_without_a_meaning_is_named(address):
+    with pytest.raises(SchedulerUnreachableError, match=re.escape(address)):
+        check_address(address)
+
+
+def test_unreachable_scheduler_is_named_quickly(script):
+    code, message = refused("--scheduler", "tcp://127.0.0.1:9", "--timeout", 1, script("print('ran')"))
+    assert code == 1
+    assert "no Dask scheduler answers at tcp://127.0.0.1:9" in message
+
+
+def test_lacking_workers_are_counted(cluster, script):
+    address = cluster.scheduler_address
+    code, message = refused("--scheduler", address, "--wait-workers", 5, "--timeout", 1, script("print('ran')"))
+    assert code == 1
+    assert f"2 of 5 workers are at {address} after" in message
+
+
+def test_no_script_no_run():
+    code, message = refused("no_such.py")
+    assert code == 2
+    assert "no_such.py" in message
+    assert refused()[0] == 2
+
+
+@pytest.mark.parametrize(
+    "options", [["-n", "0"], ["-n", "two"], ["--memory-limit", "4x"], ["--timeout", "0"], ["--no-such"]]
+)
+def test_mistake_in_an_option_is_named(options, script):
+    code, message = refused(*options, script("print('ran')"))
+    assert code == 2
+    assert options[0] in message
+
+
+@pytest.mark.parametrize("limit", ["1", "0.5", "4GB", "128MiB", "auto"])
+def test_a_share_of_the_memory_is_a_limit_too(limit):
+    """1 is the whole of it, as Dask has it, and not a byte."""
+    context = pipeline.cluster.submit.submit.make_context("dask-submit", ["--memory-limit", limit, __file__])
+    assert context.params["memory_limit"] == limit
+
+
+def test_local_and_running_cluster_exclude_each_other(script):
+    code, message = refused("-n", 1, "--scheduler", "tcp://127.0.0.1:9", script("print('ran')"))
+    assert code == 2
+    assert "exclude each other" in message
+
+
+def versions(**of_worker: str) -> dict:
+    here = {"python": "3.11.4.final.0", "dask": "2026.8.0", "distributed": "2026.8.0"}
+    node = {"packages": here}
+    return {
+        "client": node,
+        "scheduler": node,
+        "workers": {"tcp://w:1": node, "tcp://w:2": {"packages": here | of_worker}},
+    }
+
+
+@pytest.mark.parametrize("same", [{}, {"python": "3.11.9.final.0"}, {"dask": "2026.8.1"}, {"numpy": "1.0.0"}])
+def test_equal_versions_pass(same):
+    check_versions(versions(**same))
+
+
+@pytest.mark.parametrize(
+    ("package", "version"), [("python", "3.12.4.final.0"), ("dask", "2026.7.0"), ("distributed", "2025.8.0")]
+)
+def test_other_versions_are_named(package, version):
+    with pytest.raises(VersionMismatchError) as caught:
+        check_versions(versions(**{package: version}))
+    assert caught.value.differences == [
+        f"{package} is {version} on worker tcp://w:2 and {versions()['client']['packages'][package]} here"
+    ]
+
+
+def test_missing_package_on_the_scheduler_is_a_mismatch():
+    with pytest.raises(VersionMismatchError, match="dask is None on the scheduler"):
+        check_versions(versions() | {"scheduler": {"packages": {"python": "3.11.1", "distributed": "2026.8.0"}}})
+
+
+def test_workers_without_this_project_are_named(cluster, monkeypatch):
+    with Client(cluster) as client:
+        check_packages(client)
+        monkeypatch.setattr("pipeline.cluster.checks.IMPORT_OURS", "import featurestore, no_such_package")
+        with pytest.raises(MissingPackagesError, match="no_such_package") as caught:
+            check_packages(client)
+    assert set(caught.value.failures) == {worker.address for worker in cluster.workers.values()}
+    assert "pip install" in str(caught.value)
+
+
+WITHOUT_US = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name == "featurestore":
+            raise ModuleNotFoundError("No module named 'featurestore'")
+sys.meta_path.insert(0, Absent())
+"""
+OLD_DASK = "import distributed.versions\ndistributed.versions._version_cached = lambda package: '2020.1.0'\n"
+
+
+@pytest.mark.parametrize(
+    ("preload", "message"),
+    [(WITHOUT_US, "1 workers cannot import this project"), (OLD_DASK, "dask is 2020.1.0 on worker tcp://")],
+)
+def test_worker_that_does_not_fit_stops_the_run(preload, message, script, tmp_path):
+    (tmp_path / "preload.py").write_text(preload)
+    with LocalCluster(
+        n_workers=0, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=":0"
+    ) as scheduler:
+        address = scheduler.scheduler_address
+        options = ["--no-nanny", "--no-dashboard", "--host", "127.0.0.1", "--preload", tmp_path / "preload.py"]
+        worker = subprocess.Popen(
+            list(map(str, [BIN / "dask", "worker", address, *options])),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path,
+        )  # fmt: skip
+        try:
+            done = submit("--scheduler", address, script("print('ran')"))
+        finally:
+            worker.terminate()
+            worker.wait(10)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_shows_examples_and_dask_lists_the_command():
+    assert "dask-submit -n 4" in submit("--help").stdout
+    listed = submit("--help", command="dask").stdout
+    assert any(line.split()[:1] == ["submit"] for line in listed.splitlines())

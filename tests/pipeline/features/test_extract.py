@@ -1,0 +1,244 @@
+"""Images to rows: equal to torchvision's forward, bad and equal images told apart, nothing computed twice."""
+
+import shutil
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.models import VGG16_Weights, vgg16
+
+from featurestore import FeaturePartition
+from featurestore.errors import SpecMismatchError
+from featurestore.format.rows import to_float32
+from featurestore.keys import key_of_uri
+from featurestore.lookup.compute_dtype import VARIABLE
+from featurestore.storage.storage import Storage
+from featurestore.store import FeatureStore
+from pipeline.errors import BackboneError, ExtractionError, SourceError, WeightsError
+from pipeline.features.extract import ExtractOptions, extract
+from pipeline.features.part import in_order
+from pipeline.network.backbone import backbone
+from pipeline.network.compute_dtype import describe_network
+from pipeline.network.layers import DEFAULT_BACKBONE
+
+pytestmark = [pytest.mark.filterwarnings("ignore:weights random"), pytest.mark.usefixtures("one_torch_thread")]
+
+
+@pytest.fixture
+def run(client, tmp_path):
+    """Extracts a folder into a store beside it, in float32."""
+
+    def run(images, **options):
+        settings = {"weights": "random:0", "dtype": "float32", "compute_dtype": "float32", "num_shards": 4} | options
+        return extract(ExtractOptions(str(images), str(tmp_path / "features"), **settings), client)
+
+    return run
+
+
+@pytest.fixture
+def mixed(tmp_path, draw, encode):
+    """Two good images and one of each kind that cannot be used."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    good = encode(draw(50))
+    half = good[: len(good) // 2]
+    files = {
+        "good.jpg": good, "one_pixel.png": encode(Image.new("RGB", (1, 1), "red"), "PNG"), "empty.jpg": b"",
+        "text.jpg": b"just a text", "truncated.jpg": half, "truncated_too.jpg": half,
+        "huge.png": encode(Image.new("1", (9000, 9000)), "PNG"), "notes.txt": b"",
+    }  # fmt: skip
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    (folder / "gone.jpg").symlink_to(folder / "nowhere.jpg")
+    return folder
+
+
+def stored(tmp_path, uris):
+    store = FeatureStore.open(tmp_path / "features")
+    bits = store.snapshot().get([key_of_uri(uri) for uri in uris])
+    return to_float32(bits, store.info.dtype)
+
+
+@torch.inference_mode()
+def torchvision_features(paths):
+    """torchvision's whole network, its own transform, images opened by Pillow as anyone would."""
+    with torch.device("meta"):
+        network = vgg16(weights=None, init_weights=False)
+    state = backbone(DEFAULT_BACKBONE, "random:0", "float32").network.extractor.state_dict()
+    network.load_state_dict(state, strict=False, assign=True)
+    own = VGG16_Weights.IMAGENET1K_V1.transforms()
+    pixels_BCHW = torch.stack([own(Image.open(path).convert("RGB")) for path in paths])
+    return network.eval().classifier[:2](network.avgpool(network.features(pixels_BCHW)).flatten(1)).numpy()
+
+
+def test_stored_rows_are_those_of_torchvisions_own_forward(run, photos, tmp_path, encode):
+    grey = Image.open(photos / "0.jpg").convert("L")
+    (photos / "sub").mkdir()
+    (photos / "sub/grey.png").write_bytes(encode(grey, "PNG"))
+    paths = sorted(path for path in photos.rglob("*.*"))
+    uris = [path.relative_to(photos).as_posix() for path in paths]
+    summary = run(photos, batch_size=3, part_size=4)
+    assert (summary.num_images, summary.num_computed, summary.snapshot) == (5, 5, 1)
+    expected_BD = torchvision_features(paths)
+    np.testing.assert_allclose(stored(tmp_path, uris), expected_BD, rtol=1e-4, atol=1e-4 * expected_BD.max())
+    metadata = FeatureStore.open(tmp_path / "features").snapshot().metadata_table().to_pylist()
+    assert {row["uri"]: (row["width"], row["height"]) for row in metadata} == {
+        uri: Image.open(path).size for uri, path in zip(uris, paths, strict=True)
+    }
+    statistics = FeatureStore.open(tmp_path / "features").snapshot().statistics()
+    np.testing.assert_allclose(statistics.mean_D, expected_BD.mean(0), rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16_is_close(run, photos, tmp_path):
+    run(photos, dtype="bfloat16", compute_dtype="bfloat16")
+    paths = sorted(photos.iterdir())
+    rows_BD = stored(tmp_path, [path.name for path in paths])
+    expected_BD = torchvision_features(paths)
+    norms_B = np.linalg.norm(rows_BD, axis=1) * np.linalg.norm(expected_BD, axis=1)
+    assert ((rows_BD * expected_BD).sum(1) / norms_B).min() > 0.999
+
+
+def test_auto_is_what_the_environment_names(client, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "bfloat16")
+    assert describe_network(client, DEFAULT_BACKBONE, "random:0", "auto").compute_dtype == "bfloat16"
+    monkeypatch.setenv(VARIABLE, "int8")
+    with pytest.raises(BackboneError, match=r"CROSSMEDIA_COMPUTE_DTYPE=int8 is neither bfloat16 nor float32"):
+        describe_network(client, DEFAULT_BACKBONE, "random:0", "auto")
+
+
+def test_equal_bytes_go_through_the_network_once(run, photos, counted, tmp_path):
+    for number in range(4):
+        shutil.copy(photos / f"{number % 2}.jpg", photos / f"copy{number}.jpg")
+    summary = run(photos, part_size=2, batch_size=2)  # by order the copies would fall into other parts
+    assert sum(counted) == summary.num_computed == 4
+    assert summary.num_duplicates == 4
+    rows_BD = stored(tmp_path, ["0.jpg", "copy0.jpg", "copy2.jpg", "1.jpg", "copy1.jpg", "copy3.jpg"])
+    assert (rows_BD[:3] == rows_BD[0]).all()
+    assert (rows_BD[3:] == rows_BD[3]).all()
+    assert (rows_BD[0] != rows_BD[3]).any()
+
+
+def test_bad_images_are_quarantined_with_their_reason_and_counted(run, mixed, counted, tmp_path):
+    summary = run(mixed)
+    reasons = {bad.uri: bad.reason for bad in summary.bad}
+    assert list(reasons) == ["empty.jpg", "gone.jpg", "huge.png", "text.jpg", "truncated.jpg", "truncated_too.jpg"]
+    assert reasons["empty.jpg"] == "empty file"
+    assert reasons["gone.jpg"] == "no such file"
+    assert "more than the limit" in reasons["huge.png"]
+    assert "not an image" in reasons["text.jpg"]
+    assert "truncated" in reasons["truncated.jpg"]
+    assert reasons["truncated_too.jpg"] == reasons["truncated.jpg"]
+    assert (summary.num_computed, summary.num_ignored) == (2, 1)
+    store = FeatureStore.open(tmp_path / "features")
+    assert {(row.key, row.uri, row.reason) for row in store.quarantine_rows()} == {bad[:3] for bad in summary.bad}
+    assert store.snapshot().manifest.num_quarantined == 6
+    assert store.snapshot().num_rows == 2
+
+    again = run(mixed)  # what was bad is tried again, and said again; nothing else happens
+    assert again.bad == summary.bad
+    assert (sum(counted), again.num_computed, again.num_unchanged, again.snapshot) == (2, 0, 2, 1)
+    assert len(list((tmp_path / "features/quarantine").iterdir())) == 1
+
+
+def test_only_bad_images_are_an_error_and_no_commit(run, tmp_path):
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    (folder / "text.jpg").write_text("a text")
+    with pytest.raises(ExtractionError, match=r"none of the 1 images can be used: 1 not an image.*text.jpg"):
+        run(folder)
+    store = FeatureStore.open(tmp_path / "features")
+    assert store.snapshot().version == 0
+    assert [row.uri for row in store.quarantine_rows()] == ["text.jpg"]
+    assert not list((tmp_path / "features/staging").glob("*/*"))
+
+
+def test_an_empty_folder_is_an_error_and_leaves_no_store(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match="no images in"):
+        run(tmp_path / "empty")
+    assert not (tmp_path / "features").exists()
+
+
+def test_unchanged_images_are_not_computed_again(run, photos, counted, draw, encode, tmp_path):
+    first = run(photos)
+    assert sum(counted) == 4
+    assert run(photos).num_unchanged == 4
+    assert sum(counted) == 4
+    (photos / "1.jpg").write_bytes(encode(draw(77)))
+    (photos / "new.jpg").write_bytes(encode(draw(78)))
+    old_D = stored(tmp_path, ["1.jpg"])[0]
+    second = run(photos)
+    assert (sum(counted), second.num_unchanged, second.num_computed) == (6, 3, 2)
+    assert (first.snapshot, second.snapshot) == (1, 2)
+    assert (stored(tmp_path, ["1.jpg"])[0] != old_D).any()
+    assert FeatureStore.open(tmp_path / "features").snapshot().num_rows == 5
+
+
+def test_parts_of_a_run_that_failed_are_not_computed_again(run, mixed, photos, counted, monkeypatch, tmp_path):
+    shutil.copytree(photos, mixed, dirs_exist_ok=True)
+    with monkeypatch.context() as broken:
+        broken.setattr(FeatureStore, "commit", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            run(mixed, part_size=4)
+    assert sum(counted) == 6
+    summary = run(mixed, part_size=4)
+    assert sum(counted) == 6
+    assert summary.num_resumed == summary.num_images - 1  # gone.jpg is looked for again
+    assert len(summary.bad) == 6  # the staged reports remember the others
+    assert FeatureStore.open(tmp_path / "features").snapshot().num_rows == 6
+    assert not list((tmp_path / "features/staging").glob("*/*"))
+
+
+def test_features_of_another_network_or_dtype_are_refused(run, photos):
+    run(photos)
+    with pytest.raises(SpecMismatchError, match=r"extractor.weights_digest is"):
+        run(photos, weights="random:1")
+    with pytest.raises(SpecMismatchError, match="dtype is 'float32' instead of 'bfloat16'"):
+        run(photos, dtype="bfloat16")
+    with pytest.raises(SpecMismatchError, match="num_shards is 4 instead of 8"):
+        run(photos, num_shards=8)
+    assert run(photos, num_shards=None).num_unchanged == 4
+
+
+def test_mistakes_in_options_are_refused_before_any_work(run, photos, tmp_path):
+    with pytest.raises(WeightsError, match="the seed"):
+        run(photos, weights="random:")
+    with pytest.raises(ExtractionError, match="num_shards=3 is not a power of two"):
+        run(photos, num_shards=3)
+    assert not (tmp_path / "features").exists()
+
+
+def test_results_come_in_order_and_not_too_far_ahead():
+    started, lock = [], threading.Lock()
+
+    def work(item):
+        with lock:
+            started.append(item)
+        time.sleep(0.002 * (item % 3))
+        return item * item
+
+    results = in_order(work, range(50), num_threads=4, ahead=6)
+    assert next(results) == 0
+    time.sleep(0.1)
+    assert len(started) <= 7
+    assert list(results) == [item * item for item in range(1, 50)]
+
+
+def test_images_and_store_on_s3_give_what_a_disk_gives(client, run, photos, tmp_path, s3_url):
+    for path in photos.iterdir():
+        Storage(f"{s3_url}/photos").write_bytes(path.name, path.read_bytes())
+    run(photos)
+    options = ExtractOptions(
+        f"{s3_url}/photos", f"{s3_url}/features", "random:0", "float32", compute_dtype="float32", num_shards=4
+    )
+    assert extract(options, client).num_computed == 4
+    assert extract(options, client).num_unchanged == 4
+    keys = [key_of_uri(path.name) for path in photos.iterdir()]
+    with (
+        FeaturePartition.load(f"{s3_url}/features", cache_dir=tmp_path / "s3") as remote,
+        FeaturePartition.load(tmp_path / "features", cache_dir=tmp_path / "disk") as local,
+    ):
+        np.testing.assert_array_equal(remote.lookup(keys).features_UD, local.lookup(keys).features_UD)

@@ -1,0 +1,244 @@
+"""Processes that die: the job, a worker, a worker of every image that is poison, the scheduler. The rows stay right."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import dask
+import numpy as np
+import psutil
+import pytest
+import xxhash
+from distributed import Client, LocalCluster, WorkerPlugin
+
+from featurestore.store import FeatureStore
+from pipeline.cluster.connect import WORKER_CONFIG
+from pipeline.features.extract import ExtractOptions, extract
+from pipeline.features.refresh import RefreshOptions, refresh
+
+BIN, JOBS = Path(sys.executable).parent, Path(__file__).parents[3] / "jobs"
+NETWORK = "mobilenet_v3_small:avgpool"  # small: each worker that starts builds it again
+SLOW_DECODER = """
+import time
+from pipeline.features import part as parts
+def slow(*args, decode=parts.prepare):
+    time.sleep(0.15)
+    return decode(*args)
+parts.prepare = slow
+"""
+
+pytestmark = [pytest.mark.filterwarnings("ignore:weights random"), pytest.mark.usefixtures("one_torch_thread")]
+
+
+@pytest.fixture
+def write(tmp_path, draw, encode):
+    """Draws pictures of these numbers into the folder of images."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+
+    def write(numbers, seed=0):
+        for number in numbers:
+            (folder / f"{number:02d}.jpg").write_bytes(encode(draw(number + seed)))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def make(client, tmp_path):
+    """Extracts the images into a new store, in this process, where nobody dies."""
+
+    def make(images, store="features", cluster=client):
+        options = ExtractOptions(
+            str(images), str(tmp_path / store), "random:0", "float32", "float32", 2, 2, num_shards=4, backbone=NETWORK
+        )
+        return extract(options, cluster)
+
+    return make
+
+
+def assert_same_rows(store, calm):
+    """Everything that two stores say of each image; features but for the rounding that other batches bring."""
+    mine, theirs = (FeatureStore.open(place).snapshot() for place in (store, calm))
+    table = mine.metadata_table().sort_by("key")
+    assert table.to_pylist() == theirs.metadata_table().sort_by("key").to_pylist()
+    keys_N = table["key"].to_numpy()
+    features_ND, expected_ND = mine.get(keys_N), theirs.get(keys_N)
+    np.testing.assert_allclose(features_ND, expected_ND, rtol=1e-3, atol=1e-5 * expected_ND.max())
+
+
+def wait_until(condition, timeout_s=120):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
+
+
+def staged_parts(store):
+    return list(store.glob("staging/*/*.parquet"))
+
+
+def start(*command, **environment):
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **environment}, process_group=0,
+    )  # fmt: skip
+
+
+def kill(process):
+    """All of a process's group, its children included."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def num_resumed(out):
+    return int(re.search(r"\((\d+) images staged by an earlier run\)", out)[1])
+
+
+def test_a_killed_job_goes_on_with_the_parts_that_it_had(client, make, write, tmp_path):
+    folder, store = write(range(4)), tmp_path / "features"
+    make(folder)
+    write(range(2, 12), seed=50)
+    slow = tmp_path / "slow.py"
+    slow.write_text(SLOW_DECODER)
+    job = start(
+        sys.executable, JOBS / "refresh_features.py", "--images", folder, "--store", store,
+        "--batch-size", "2", "--part-size", "2", DASK_DISTRIBUTED__WORKER__PRELOAD=str(slow),
+    )  # fmt: skip
+    try:
+        wait_until(lambda: len(staged_parts(store)) >= 2 or job.poll() is not None)
+        workers = psutil.Process(job.pid).children(recursive=True)
+    finally:
+        job.kill()
+        job.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    kill(job)
+    assert not alive
+    num_staged = 2 * len(staged_parts(store))
+    assert 4 <= num_staged < 10
+    assert FeatureStore.open(store).snapshot().version == 1
+
+    write(range(12, 13))  # the listing may change meanwhile
+    summary = refresh(RefreshOptions(str(folder), str(store), batch_size=2, part_size=2), client)
+    assert (summary.num_new, summary.num_changed, summary.num_unchanged) == (9, 2, 2)
+    assert (summary.num_resumed, summary.num_computed, summary.snapshot) == (num_staged, 11, 2)
+    make(folder, "calm")
+    assert_same_rows(store, tmp_path / "calm")
+    assert not staged_parts(store)
+
+
+class Crash(WorkerPlugin):
+    """Lets the workers' decoder die of some images, as a bug in a C library would; comes back with restarted workers.
+
+    `once` is a folder: of the image whose digest is the name of a file there, one worker dies.
+    """
+
+    def __init__(self, once):
+        self.once = once
+
+    def setup(self, worker):
+        from pipeline.features import part as parts
+
+        decode, parts.torch_threads = parts.prepare, lambda workers_per_host: 1
+
+        def prepare(data, *args):
+            flag = self.once / xxhash.xxh3_64_hexdigest(data)
+            if data.startswith(b"deadly") or flag.exists():
+                flag.unlink(missing_ok=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return decode(data, *args)
+
+        parts.prepare = prepare
+
+    def mark(self, path):
+        """One worker will die of the image at `path`."""
+        (self.once / xxhash.xxh3_64_hexdigest(path.read_bytes())).touch()
+
+
+def test_whichever_workers_die_only_the_image_that_kills_each_time_is_blamed(make, write, tmp_path):
+    folder, store = write(range(1, 9)), tmp_path / "features"
+    make(folder, "calm")
+    (tmp_path / "once").mkdir()
+    crash = Crash(tmp_path / "once")
+    crash.mark(folder / "05.jpg")
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 1, **WORKER_CONFIG}),
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs="CRITICAL"
+        ) as cluster,
+        Client(cluster) as workers,
+    ):
+        workers.register_plugin(crash)
+        assert make(folder, cluster=workers).bad == ()
+        assert not list(crash.once.iterdir())
+        assert_same_rows(store, tmp_path / "calm")
+
+        write(range(2, 6), seed=50)
+        (folder / "06.jpg").write_bytes(b"deadly and changed")
+        (folder / "06-more.jpg").write_bytes(b"deadly and new")
+        cluster.scheduler.allowed_failures = 0  # whoever is near is suspected
+        summary = refresh(RefreshOptions(str(folder), str(store), batch_size=2, part_size=3), workers)
+    blame = "brings down the process that decodes it"
+    assert [bad[1:3] for bad in summary.bad] == [("06-more.jpg", blame), ("06.jpg", blame)]
+    assert (summary.num_changed, summary.num_unchanged, summary.num_gone) == (4, 3, 0)
+    for name in ("06.jpg", "06-more.jpg"):
+        (folder / name).unlink()
+    make(folder, "calm_too")
+    assert_same_rows(store, tmp_path / "calm_too")
+
+
+def test_a_killed_scheduler_ends_the_job_and_dask_submit_goes_on_with_another(make, write, tmp_path):
+    folder, store = write(range(4)), tmp_path / "features"
+    make(folder)
+    write(range(2, 14), seed=50)
+    (folder / "00.jpg").unlink()
+    (tmp_path / "slow.py").write_text(SLOW_DECODER)
+    file = tmp_path / "scheduler.json"
+    refresh_job = [
+        JOBS / "refresh_features.py", "--images", folder, "--store", store, "--batch-size", "2", "--part-size", "2"
+    ]  # fmt: skip
+    scheduler = start(
+        BIN / "dask", "scheduler", "--scheduler-file", file, "--host", "127.0.0.1", "--port", "0", "--no-dashboard"
+    )
+    worker = start(
+        BIN / "dask", "worker", "--scheduler-file", file, "--nthreads", "1", "--no-dashboard", "--no-nanny",
+        "--host", "127.0.0.1", "--preload", tmp_path / "slow.py",
+    )  # fmt: skip
+    try:
+        job = start(sys.executable, *refresh_job, DASK_SCHEDULER_FILE=str(file))
+        try:
+            wait_until(lambda: len(staged_parts(store)) >= 2 or job.poll() is not None)
+            kill(scheduler)
+            out, err = job.communicate(timeout=100)
+        finally:
+            kill(job)
+    finally:
+        kill(worker)
+        kill(scheduler)
+    assert (job.returncode, out) == (1, ""), err
+    assert "error: the Dask scheduler was lost or restarted; run the same command again to go on" in err
+    num_staged = 2 * len(staged_parts(store))
+    assert 4 <= num_staged < 12
+    assert FeatureStore.open(store).snapshot().version == 1
+
+    job = start(BIN / "dask-submit", "-n", "1", *refresh_job)
+    out, err = job.communicate(timeout=100)
+    assert job.returncode == 0, err
+    assert num_resumed(out) == num_staged
+    for line in (
+        "new          10",
+        "changed      2",
+        "unchanged    1",
+        "gone         1",
+        "quarantined  0",
+        "snapshot 2",
+    ):
+        assert line in out
+    make(folder, "calm")
+    assert_same_rows(store, tmp_path / "calm")

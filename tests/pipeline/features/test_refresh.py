@@ -1,0 +1,417 @@
+"""Refresh: what changed is computed, what moved is copied, what vanished goes; one commit, also after a crash."""
+
+import json
+import os
+import shutil
+from unittest.mock import Mock
+
+import pytest
+
+from featurestore.errors import SpecMismatchError, StorageError, StoreNotFoundError
+from featurestore.storage.storage import Storage
+from featurestore.store import FeatureStore
+from featurestore.upkeep.repair import repair
+from featurestore.upkeep.verify import verify
+from pipeline.errors import BadImageError, ExtractionError, SourceError
+from pipeline.features import refresh as refresh_module
+from pipeline.features.extract import ExtractOptions, extract
+from pipeline.features.refresh import RefreshOptions, refresh
+from pipeline.images.source import read_image
+from pipeline.network.backbone import backbone
+
+NETWORK = "mobilenet_v3_small:avgpool"  # small, and another than the tests of extraction use
+
+pytestmark = [pytest.mark.filterwarnings("ignore:weights random"), pytest.mark.usefixtures("one_torch_thread")]
+
+
+@pytest.fixture
+def write(tmp_path, draw, encode):
+    """Draws pictures into the folder of images: write(name=seed)."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+
+    def write(**seeds):
+        for name, seed in seeds.items():
+            (folder / f"{name}.jpg").write_bytes(encode(draw(seed)))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def make(client, tmp_path):
+    """Extracts the images into a new store."""
+
+    def make(images, store="features", **options):
+        settings = {"backbone": NETWORK, "dtype": "float32", "compute_dtype": "float32", "num_shards": 4} | options
+        return extract(ExtractOptions(str(images), str(tmp_path / store), "random:0", **settings), client)
+
+    return make
+
+
+@pytest.fixture
+def run(client, tmp_path):
+    """Refreshes the store."""
+    return lambda images, **options: refresh(RefreshOptions(str(images), str(tmp_path / "features"), **options), client)
+
+
+@pytest.fixture
+def computed(client):
+    """Images of each pass through the network."""
+    rows = []
+    hook = backbone(NETWORK, "random:0", "float32").network.register_forward_hook(
+        lambda network, inputs, output: rows.append(len(output))
+    )
+    yield rows
+    hook.remove()
+
+
+def counts(summary):
+    """new, changed, touched, unchanged, gone, quarantined, resolved, duplicates"""
+    return (
+        summary.num_new, summary.num_changed, summary.num_touched, summary.num_unchanged, summary.num_gone,
+        len(summary.bad), summary.num_resolved, summary.num_duplicates,
+    )  # fmt: skip
+
+
+def rows_of(store):
+    """Everything that a store says of each image, features included."""
+    snapshot = FeatureStore.open(store).snapshot()
+    table = snapshot.metadata_table().sort_by("key")
+    features = snapshot.get(table["key"].to_numpy())
+    return {row["uri"]: (*row.values(), bits.tobytes()) for row, bits in zip(table.to_pylist(), features, strict=True)}
+
+
+def files_of(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def num_staged(store):
+    """Images that went through the network for the parts that are staged."""
+    reports = [path for path in store.glob("staging/*/*.json") if path.with_suffix(".parquet").exists()]
+    return sum(json.loads(path.read_text())["num_computed"] for path in reports)
+
+
+def touch(path, seconds=100):
+    os.utime(path, (path.stat().st_mtime - seconds,) * 2)
+
+
+def quarantine(tmp_path):
+    return {row.uri: row.reason for row in FeatureStore.open(tmp_path / "features").quarantine_rows()}
+
+
+def change_everything(folder, write):
+    """Of six images a, b, c, d, e, f: one stays, one changes, one is touched, one moves, one is copied, one goes."""
+    write(b=20, new=30, new_too=30)
+    touch(folder / "c.jpg")
+    (folder / "d.jpg").rename(folder / "moved.jpg")
+    shutil.copy(folder / "e.jpg", folder / "copy.jpg")
+    (folder / "f.jpg").unlink()
+    (folder / "text.jpg").write_text("no image")
+
+
+def test_the_store_becomes_what_an_extraction_of_the_images_would_give(make, run, write, computed, tmp_path):
+    folder = write(a=1, b=2, c=3, d=4, e=5, f=6)
+    make(folder)
+    change_everything(folder, write)
+    before, done = files_of(tmp_path / "features"), sum(computed)
+    expected = (4, 1, 1, 2, 2, 1, 0, 3)
+    dry = run(folder, dry_run=True)
+    assert counts(dry) == expected
+    assert (dry.is_dry, dry.snapshot, dry.num_computed) == (True, 1, 2)
+    assert files_of(tmp_path / "features") == before
+    summary = run(folder)
+    assert counts(summary) == expected
+    assert summary.num_images == sum(expected[:4]) + expected[5]
+    assert (sum(computed) - done, summary.num_computed, summary.snapshot) == (2, 2, 2)
+    make(folder, "anew")
+    assert rows_of(tmp_path / "features") == rows_of(tmp_path / "anew")
+    assert FeatureStore.open(tmp_path / "features").snapshot().manifest.operation == "refresh"
+    assert not list((tmp_path / "features/staging").glob("*/*"))
+
+
+def test_nothing_changed_is_no_commit_and_needs_no_network(make, run, write, monkeypatch, tmp_path):
+    folder = write(a=1, b=2)
+    make(folder)
+    monkeypatch.setattr(refresh_module, "describe_network", None)
+    before = files_of(tmp_path / "features")
+    assert counts(run(folder)) == (0, 0, 0, 2, 0, 0, 0, 0)
+    assert files_of(tmp_path / "features") == before
+    touch(folder / "a.jpg")
+    (folder / "b.jpg").unlink()
+    summary = run(folder)
+    assert (counts(summary), summary.snapshot) == ((0, 0, 1, 0, 1, 0, 0, 0), 2)
+    assert counts(run(folder)) == (0, 0, 0, 1, 0, 0, 0, 0)
+
+
+def test_bad_images_lose_their_feature_and_come_back(make, run, write, encode, draw, tmp_path):
+    folder = write(a=1, b=2, c=3)
+    (folder / "never.jpg").write_text("never an image")
+    make(folder)
+    good = (folder / "a.jpg").read_bytes()
+    (folder / "a.jpg").write_bytes(good[:300])
+    first = run(folder)
+    assert counts(first) == (0, 0, 0, 2, 0, 2, 0, 0)
+    assert set(rows_of(tmp_path / "features")) == {"b.jpg", "c.jpg"}
+    assert set(quarantine(tmp_path)) == {"a.jpg", "never.jpg"}
+    assert FeatureStore.open(tmp_path / "features").snapshot().manifest.num_quarantined == 2
+    again = run(folder)
+    assert (counts(again), again.snapshot) == (counts(first), first.snapshot)
+
+    (folder / "a.jpg").write_bytes(good)
+    (folder / "never.jpg").unlink()
+    assert counts(run(folder)) == (1, 0, 0, 2, 0, 0, 1, 0)
+    assert quarantine(tmp_path) == {}
+    assert not list((tmp_path / "features/quarantine").iterdir())
+    assert set(rows_of(tmp_path / "features")) == {"a.jpg", "b.jpg", "c.jpg"}
+
+
+def test_changed_images_that_cannot_be_read_keep_their_feature(make, run, write, monkeypatch, tmp_path):
+    folder = write(a=1, b=2)
+    make(folder)
+    before = rows_of(tmp_path / "features")
+    write(a=10)
+
+    def unreachable(location):
+        if location.endswith("a.jpg"):
+            raise BadImageError("cannot be read: no route to host")
+        return read_image(location)
+
+    with monkeypatch.context() as network:
+        network.setattr("pipeline.images.source.read_image", unreachable)
+        summary = run(folder)
+    assert (counts(summary), summary.snapshot) == ((0, 0, 0, 1, 0, 1, 0, 0), 1)
+    assert rows_of(tmp_path / "features") == before
+    assert quarantine(tmp_path) == {"a.jpg": "cannot be read: no route to host"}
+    assert counts(run(folder)) == (0, 1, 0, 1, 0, 0, 1, 0)
+    assert rows_of(tmp_path / "features")["a.jpg"] != before["a.jpg"]
+    assert quarantine(tmp_path) == {}
+
+
+def test_an_image_that_did_not_change_after_all_leaves_the_quarantine(make, run, write, monkeypatch, tmp_path):
+    folder = write(a=1, b=2)
+    make(folder)
+    touch(folder / "a.jpg")
+    with monkeypatch.context() as network:
+        network.setattr("pipeline.features.part.bytes_of", Mock(side_effect=BadImageError("no answer")))
+        assert counts(run(folder)) == (0, 0, 0, 1, 0, 1, 0, 0)
+    touch(folder / "a.jpg", -100)
+    assert counts(run(folder)) == (0, 0, 0, 2, 0, 0, 1, 0)
+    assert quarantine(tmp_path) == {}
+
+
+def test_a_store_that_would_lose_most_of_its_rows_is_left_alone(make, run, write, tmp_path):
+    folder = write(a=1, b=2, c=3, d=4)
+    (folder / "old.jpg").write_text("a text")
+    make(folder)
+    for name in "abc":
+        (folder / f"{name}.jpg").unlink()
+    (folder / "old.jpg").unlink()
+    before = files_of(tmp_path / "features")
+    with pytest.raises(ExtractionError, match=r"3 of the 4 images in .* are not in .*--keep-missing.*--max-gone 1"):
+        run(folder)
+    assert files_of(tmp_path / "features") == before
+    kept = run(folder, keep_missing=True)
+    assert (counts(kept), kept.num_kept, kept.snapshot) == ((0, 0, 0, 1, 0, 0, 0, 0), 3, 1)
+    assert set(quarantine(tmp_path)) == {"old.jpg"}
+    assert counts(run(folder, max_gone=0.75)) == (0, 0, 0, 1, 3, 0, 0, 0)
+    assert set(rows_of(tmp_path / "features")) == {"d.jpg"}
+    assert quarantine(tmp_path) == {}
+
+
+def test_images_that_all_became_garbage_do_not_empty_the_store(make, run, write, tmp_path):
+    folder = write(a=1, b=2, c=3, d=4)
+    make(folder)
+    for name in "abc":
+        (folder / f"{name}.jpg").write_text(f"disk trouble {name}")
+    with pytest.raises(ExtractionError, match=r"3 of the 4 images in .* cannot be decoded any more"):
+        run(folder)
+    assert len(rows_of(tmp_path / "features")) == 4
+    (folder / "d.jpg").write_text("disk trouble d")
+    with pytest.raises(ExtractionError, match="none of the 4 images can be used"):
+        run(folder, max_gone=1.0)
+    assert len(rows_of(tmp_path / "features")) == 4
+    (folder / "d.jpg").unlink()
+    with pytest.raises(ExtractionError, match="none of the 3 images"):
+        run(folder, max_gone=1.0)
+    shutil.rmtree(folder)
+    with pytest.raises(SourceError, match="there is no folder"):
+        run(folder)
+
+
+def test_the_network_is_the_stores_own(make, run, write, tmp_path, client):
+    folder = write(a=1, b=2)
+    with pytest.raises(StoreNotFoundError, match=r"no store at .*extract_features"):
+        run(folder)
+    make(folder)
+    write(c=3)
+    with pytest.raises(SpecMismatchError, match=r"compute_dtype=bfloat16, .* computed in float32"):
+        run(folder, compute_dtype="bfloat16")
+    with pytest.raises(SpecMismatchError, match=r"extractor.weights_digest"):
+        run(folder, weights="random:1")
+    with pytest.raises(SpecMismatchError, match=r"extractor.backbone is 'torchvision mobilenet_v3_small'"):
+        run(folder, backbone="shufflenet_v2_x0_5:fc")
+    assert run(folder, backbone=NETWORK, weights="random:0", compute_dtype="float32").num_new == 1
+
+
+def test_images_without_a_tag_are_compared_by_their_bytes(make, run, write, monkeypatch, tmp_path):
+    monkeypatch.setattr("pipeline.images.source._tag", lambda entry: "")
+    folder = write(a=1, b=2)
+    make(folder)
+    assert counts(run(folder)) == (0, 0, 0, 2, 0, 0, 0, 0)
+    write(a=10)
+    assert counts(run(folder)) == (0, 1, 0, 1, 0, 0, 0, 0)
+
+
+def test_a_broken_decoder_is_forgotten_once_it_works_again(make, run, write, monkeypatch, tmp_path):
+    folder = write(a=1, b=2, c=3, d=4)
+    make(folder)
+    write(a=10, b=20, c=30)
+
+    def broken(data, preset):
+        raise BadImageError("no decoder on this worker")
+
+    for options in ({}, {"dry_run": True}):
+        with monkeypatch.context() as worker:
+            worker.setattr("pipeline.features.part.prepare", broken)
+            with pytest.raises(ExtractionError, match=r"3 of the 4 images in .* cannot be decoded any more"):
+                run(folder, **options)
+    assert counts(run(folder)) == (0, 3, 0, 1, 0, 0, 3, 0)
+    assert len(rows_of(tmp_path / "features")) == 4
+
+
+@pytest.mark.parametrize("part_size", [1, 4])  # alone in its part, and with others that are not computed again
+def test_a_run_that_goes_on_tries_images_that_could_not_be_read_again(
+    part_size, make, run, write, monkeypatch, computed, tmp_path
+):
+    folder = write(a=1, b=2, c=3, d=4)
+    make(folder)
+    write(a=10, b=20, c=30)
+
+    def unreachable(location):
+        if location.endswith("a.jpg"):
+            raise BadImageError("cannot be read: no route to host")
+        return read_image(location)
+
+    def lost(self, *args, **kwargs):
+        raise StorageError("the power went out")
+
+    done = sum(computed)
+    with monkeypatch.context() as trouble:
+        trouble.setattr("pipeline.images.source.read_image", unreachable)
+        trouble.setattr(FeatureStore, "commit", lost)
+        with pytest.raises(StorageError, match="the power went out"):
+            run(folder, part_size=part_size)
+    staged = files_of(tmp_path / "features/staging")
+    assert counts(run(folder, part_size=part_size, dry_run=True)) == (0, 3, 0, 1, 0, 0, 1, 0)
+    assert files_of(tmp_path / "features/staging") == staged
+    assert counts(run(folder, part_size=part_size)) == (0, 3, 0, 1, 0, 0, 1, 0)
+    assert sum(computed) - done == 3  # each once
+    assert len(rows_of(tmp_path / "features")) == 4
+
+
+@pytest.fixture
+def failing_after(monkeypatch):
+    """Lets so many writes of the store and its parts succeed, and no later one."""
+
+    def failing_after(count):
+        left = [count]
+
+        def limited(function):
+            def write(self, *args, **kwargs):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise StorageError("the power went out")
+                return function(self, *args, **kwargs)
+
+            return write
+
+        context = monkeypatch.context()
+        patch = context.__enter__()
+        for name in ("open_output", "create_exclusive", "delete"):
+            patch.setattr(Storage, name, limited(getattr(Storage, name)))
+        return context, left
+
+    return failing_after
+
+
+def test_stopped_at_any_write_it_goes_on_without_repeating_a_part(make, run, write, computed, failing_after, tmp_path):
+    folder = write(a=1, b=2, c=3, d=4, e=5, f=6)
+    make(folder)
+    (tmp_path / "features").rename(tmp_path / "before")
+    change_everything(folder, write)
+    write(x=40, y=41, z=42)
+    make(folder, "anew")
+    expected = rows_of(tmp_path / "anew")
+    points, is_done, lefts = 0, False, set()
+    while not is_done:
+        shutil.rmtree(tmp_path / "features", ignore_errors=True)
+        shutil.copytree(tmp_path / "before", tmp_path / "features")
+        context, left = failing_after(points)
+        try:
+            run(folder, part_size=2)
+            is_done = left[0] >= 0
+        except StorageError:
+            pass
+        finally:
+            context.__exit__(None, None, None)
+        is_committed = FeatureStore.open(tmp_path / "features").snapshot().version == 2
+        num_left = 0 if is_committed else 5 - num_staged(tmp_path / "features")
+        done = sum(computed)
+        summary = run(folder, part_size=2)
+        assert rows_of(tmp_path / "features") == expected
+        assert set(quarantine(tmp_path)) == {"text.jpg"}
+        assert summary.snapshot == 2
+        assert not list((tmp_path / "features/staging").glob("*/*"))
+        assert sum(computed) - done == num_left
+        lefts.add(num_left)
+        points += 1
+    assert points > 12
+    assert lefts == {5, 3, 2, 0}
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_after_a_repair_it_computes_what_was_lost(make, run, write, computed, tmp_path, damaged):
+    """A base of which all keys are lost, or a delta whose keys older files hold too."""
+    folder = write(**{f"i{n}": n for n in range(8)})
+    make(folder, num_shards=1)
+    for n in range(3):
+        (folder / f"i{n}.jpg").write_bytes((folder / f"i{7 - n}.jpg").read_bytes() + b" ")
+        touch(folder / f"i{n}.jpg")
+    run(folder)
+    store = FeatureStore.open(tmp_path / "features")
+    expected = rows_of(store.url)
+    files = store.snapshot().manifest.files(0)
+    path = tmp_path / "features" / files[damaged].path
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :])
+    assert repair(store).version == 3
+    assert len(store.snapshot().keys()) < 8
+    run(folder)
+    assert rows_of(store.url) == expected
+    assert verify(store).problems == [] and store.quarantine_rows() == []
+
+
+def test_images_and_store_on_s3_by_their_etags(client, make, write, s3_url, tmp_path):
+    folder = write(a=1, b=2, c=3)
+    photos = Storage(f"{s3_url}/photos")
+    for path in folder.iterdir():
+        photos.write_bytes(path.name, path.read_bytes())
+    extracted = ExtractOptions(
+        f"{s3_url}/photos", f"{s3_url}/features", "random:0", "float32", "float32", num_shards=4, backbone=NETWORK
+    )
+    extract(extracted, client)
+    options = RefreshOptions(f"{s3_url}/photos", f"{s3_url}/features")
+    write(b=20, d=4)
+    for name in ("a.jpg", "b.jpg", "d.jpg"):  # a is written again, the same: etags do not mind
+        photos.write_bytes(name, (folder / name).read_bytes())
+    photos.delete("c.jpg")
+    (folder / "c.jpg").unlink()
+    assert counts(refresh(options, client)) == (1, 1, 0, 1, 1, 0, 0, 0)
+    assert counts(refresh(options, client)) == (0, 0, 0, 3, 0, 0, 0, 0)
+    make(folder, "local")
+    remote, local = (
+        {uri: (row[2], row[-1]) for uri, row in rows_of(place).items()}
+        for place in (f"{s3_url}/features", tmp_path / "local")
+    )
+    assert remote == local

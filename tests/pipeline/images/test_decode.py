@@ -1,0 +1,181 @@
+"""Every odd image is decoded as torchvision would, or refused with its reason."""
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+from torchvision.models import VGG16_Weights
+
+from pipeline.errors import BadImageError
+from pipeline.images import decode as decode_module
+from pipeline.images.decode import MAX_PIXELS, decode
+from pipeline.network.layers import DEFAULT_BACKBONE, network_of
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+SIDE = 20_000
+OWN = VGG16_Weights.IMAGENET1K_V1.transforms()
+
+
+def prepare(data):
+    return decode_module.prepare(data, network_of(DEFAULT_BACKBONE, "imagenet").preset)
+
+
+@pytest.fixture(scope="module")
+def huge_jpeg(tmp_path_factory):
+    path = tmp_path_factory.mktemp("huge") / "huge.jpg"
+    Image.new("L", (SIDE, SIDE), 77).save(path, quality=50)
+    return path
+
+
+def colour(data):
+    """The colour of an image that has only one, within the precision of JPEG."""
+    pixels_HWC = prepare(data).pixels_HWC.astype(int)
+    assert np.ptp(pixels_HWC.reshape(-1, 3), axis=0).max() <= 2
+    return tuple(pixels_HWC[100, 100])
+
+
+def assert_close(actual, expected, tolerance=2):
+    assert np.abs(np.subtract(actual, expected)).max() <= tolerance
+
+
+def test_a_photograph_gets_the_pixels_of_torchvisions_own_transform(photos):
+    for path in photos.iterdir():
+        pixels_HWC = prepare(path.read_bytes()).pixels_HWC
+        normal_CHW = OWN(Image.open(path).convert("RGB")).numpy()
+        back_HWC = (normal_CHW.transpose(1, 2, 0) * OWN.std + OWN.mean) * 255
+        np.testing.assert_allclose(pixels_HWC, back_HWC, atol=1e-3)
+
+
+def test_grey_and_one_bit(encode):
+    assert_close(colour(encode(Image.new("L", (300, 300), 90))), (90, 90, 90))
+    assert colour(encode(Image.new("1", (300, 300), 1), "PNG")) == WHITE
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(encode):
+    grey = Image.fromarray(np.full((260, 260), 0x8000, np.uint16))
+    assert colour(encode(grey, "PNG")) == (128, 128, 128)
+
+
+def test_cmyk(encode):
+    assert_close(colour(encode(Image.new("CMYK", (300, 300), (0, 255, 255, 0)), quality=95)), RED, 6)
+
+
+def test_palette(encode):
+    palette = Image.new("RGB", (300, 300), BLUE).convert("P", palette=Image.Palette.ADAPTIVE)
+    assert colour(encode(palette, "PNG")) == BLUE
+    assert colour(encode(palette, "GIF")) == BLUE
+
+
+def test_transparent_pixels_lie_on_white(encode):
+    assert colour(encode(Image.new("RGBA", (300, 300), (*RED, 0)), "PNG")) == WHITE
+    assert_close(colour(encode(Image.new("RGBA", (300, 300), (*RED, 128)), "PNG")), (255, 127, 127))
+    assert colour(encode(Image.new("LA", (300, 300), (0, 0)), "PNG")) == WHITE
+    see_through = Image.new("P", (300, 300), 0)
+    see_through.putpalette([255, 0, 0])
+    assert colour(encode(see_through, "PNG", transparency=0)) == WHITE
+
+
+def test_exif_orientation_turns_the_image_and_its_size(encode):
+    image = Image.new("RGB", (400, 300), RED)
+    image.paste(BLUE, (200, 0, 400, 300))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its left side: to be turned clockwise
+    prepared = prepare(encode(image, exif=exif, quality=95))
+    assert (prepared.width, prepared.height) == (300, 400)
+    assert_close(prepared.pixels_HWC[10, 112], RED, 6)
+    assert_close(prepared.pixels_HWC[-10, 112], BLUE, 6)
+
+
+def test_damaged_exif_does_not_lose_the_image(encode):
+    data = encode(Image.new("RGB", (300, 300), RED), exif=b"Exif\0\0II*\0" + b"\xff" * 40)
+    assert_close(colour(data), RED, 6)
+
+
+def test_one_pixel(encode):
+    prepared = prepare(encode(Image.new("RGB", (1, 1), RED), "PNG"))
+    assert (prepared.width, prepared.height) == (1, 1)
+    assert (prepared.pixels_HWC == RED).all()
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1)])
+def test_a_line_is_not_scaled_to_gigabytes(encode, size):
+    line = Image.new("RGB", size, BLUE)
+    line.paste(RED, (0, 0, max(1, size[0] // 4), max(1, size[1] // 4)))  # beyond what the centre crop sees
+    prepared = prepare(encode(line, "PNG"))
+    assert (prepared.width, prepared.height) == size
+    assert (prepared.pixels_HWC == BLUE).all()
+
+
+def test_a_long_image_is_cropped_as_if_scaled_whole(draw, encode):
+    image = draw(3, 2400, 260)
+    normal_CHW = OWN(image).numpy()
+    back_HWC = (normal_CHW.transpose(1, 2, 0) * OWN.std + OWN.mean) * 255
+    difference = np.abs(prepare(encode(image, "PNG")).pixels_HWC - back_HWC)
+    assert difference.mean() < 2.5  # half a pixel apart
+
+
+def test_a_huge_jpeg_is_decoded_small(huge_jpeg):
+    image, full_size = decode(huge_jpeg.read_bytes())
+    assert full_size == (SIDE, SIDE)
+    assert image.size == (SIDE // 8, SIDE // 8)
+    assert_close(colour(huge_jpeg.read_bytes()), (77, 77, 77))
+
+
+def test_a_huge_jpeg_needs_little_memory(huge_jpeg):
+    script = f"""
+import resource
+from pathlib import Path
+from pipeline.images.decode import prepare
+from pipeline.network.layers import network_of
+data, preset = Path({str(huge_jpeg)!r}).read_bytes(), network_of("vgg16:classifier.1", "imagenet").preset
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+prepare(data, preset)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 150_000  # kB; in full it would take 1,200,000
+
+
+def test_a_large_jpeg_decoded_at_half_size_gets_nearly_the_same_pixels(draw, encode):
+    image = draw(1, 2600, 2100)
+    data = encode(image, quality=92)
+    assert decode(data)[0].size == (1300, 1050)
+    normal_CHW = OWN(Image.open(io.BytesIO(data))).numpy()
+    back_HWC = (normal_CHW.transpose(1, 2, 0) * OWN.std + OWN.mean) * 255
+    assert np.abs(prepare(data).pixels_HWC - back_HWC).mean() < 1
+
+
+def test_what_cannot_be_scaled_while_decoding_is_refused_beyond_the_limit(encode, huge_jpeg):
+    side = 9_000
+    assert side * side > MAX_PIXELS
+    for data in (
+        encode(Image.new("1", (side, side)), "PNG"),
+        encode(Image.new("1", (SIDE, SIDE)), "PNG"),
+        huge_jpeg.read_bytes().replace(b"\xff\xc0", b"\xff\xc2", 1),  # progressive, by its header
+    ):
+        with pytest.raises(BadImageError, match="more than the limit of 67,108,864"):
+            prepare(data)
+
+
+def test_truncated_files_are_refused(draw, encode):
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    for kind in ("JPEG", "PNG", "WEBP"):
+        data = encode(draw(0), kind)
+        with pytest.raises(BadImageError, match=r"cannot be decoded|not an image"):
+            prepare(data[: len(data) // 2])
+
+
+def test_other_files_are_refused(draw, encode):
+    with pytest.raises(BadImageError, match="empty file"):
+        prepare(b"")
+    with pytest.raises(BadImageError, match="not an image of a known format"):
+        prepare(b"this is a text\n" * 100)
+    with pytest.raises(BadImageError, match="not an image of a known format"):
+        prepare(encode(draw(0), "EPS"))  # Pillow would start ghostscript
+    with pytest.raises(BadImageError, match="mode F"):
+        prepare(encode(Image.new("F", (30, 30), 0.5), "TIFF"))
+    with pytest.raises(BadImageError):
+        prepare(b"\xff\xd8\xff\xe0 and then nothing of a JPEG")

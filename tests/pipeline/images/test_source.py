@@ -1,0 +1,243 @@
+"""Folders, addresses and tables of images: keys, tags, order, and every mistake in a table."""
+
+import os
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem
+
+from featurestore.errors import KeyCollisionError
+from featurestore.keys import key_of_uri
+from pipeline.errors import BadImageError, SourceError
+from pipeline.images.source import _client, list_images, read_image
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for uri in ("b.jpg", "a/z.PNG", "a/1.jpeg", "notes.txt", "a/.DS_Store"):
+        path = tmp_path / "images" / uri
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(uri.encode())
+    return tmp_path / "images"
+
+
+def write_csv(folder, text):
+    path = folder / "table.csv"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_folder_gives_relative_uris_in_order_and_counts_the_rest(folder):
+    listing = list_images(str(folder))
+    assert [ref.uri for ref in listing.images] == ["a/1.jpeg", "a/z.PNG", "b.jpg"]
+    assert [ref.key for ref in listing.images] == [key_of_uri(ref.uri) for ref in listing.images]
+    assert [read_image(ref.location) for ref in listing.images] == [b"a/1.jpeg", b"a/z.PNG", b"b.jpg"]
+    assert [ref.size_bytes for ref in listing.images] == [8, 7, 5]
+    assert listing.num_ignored == 2
+
+
+def test_keys_do_not_depend_on_how_the_folder_is_written(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    expected = list_images(str(folder))
+    for address in ("images", "images/", "./images", f"file://{folder}"):
+        assert list_images(address) == expected
+
+
+def test_the_tag_changes_with_the_file(folder):
+    before = list_images(str(folder)).images
+    os.utime(folder / "b.jpg", (1, 1))
+    (folder / "a/1.jpeg").write_bytes(b"longer than it was")
+    after = list_images(str(folder)).images
+    assert [a.source_tag == b.source_tag for a, b in zip(before, after, strict=True)] == [False, True, False]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_an_empty_one(folder, monkeypatch):
+    deep = folder / "deeper" / "still"
+    deep.mkdir(parents=True)
+    (deep / "x.jpg").write_bytes(b"x")
+    assert "deeper/still/x.jpg" in [ref.uri for ref in list_images(str(folder)).images]
+    scandir = os.scandir
+
+    def refused(place):
+        if str(place) == str(deep):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(SourceError, match=r"cannot list .*Permission denied.*still"):
+        list_images(str(folder))
+
+
+def test_no_file_system_that_is_walked_folder_by_folder_hides_one(monkeypatch):
+    """Those without a `find` of their own, async ones too, get it from fsspec, which omits what it cannot list."""
+
+    class Remote(AbstractFileSystem):
+        protocol = "remote"
+
+        def ls(self, path, detail=True, **kwargs):
+            here = self._strip_protocol(path)
+            if here == "images/locked":
+                raise PermissionError(13, "Permission denied", here)
+            folders = [{"name": name, "type": "directory", "size": 0} for name in (here, f"{here}/locked")]
+            return [*folders, {"name": f"{here}/a.jpg", "type": "file", "size": 1}]
+
+        def info(self, path, **kwargs):
+            return {"name": path, "type": "directory", "size": 0}
+
+    class AsyncRemote(AsyncFileSystem):
+        protocol = "remote"
+
+        async def _ls(self, path, detail=True, **kwargs):
+            return Remote().ls(path)
+
+        async def _info(self, path, **kwargs):
+            return Remote().info(path)
+
+    for kind in (Remote, AsyncRemote):
+        monkeypatch.setattr("pipeline.images.source._client", lambda protocol, kind=kind: kind())
+        with pytest.raises(SourceError, match=r"cannot list remote://images: .*Permission denied"):
+            list_images("remote://images")
+
+
+def test_no_images_is_a_clear_error(tmp_path):
+    with pytest.raises(SourceError, match="there is no folder"):
+        list_images(str(tmp_path / "nothing"))
+    with pytest.raises(SourceError, match=r"no images in .*: looked for .jpg"):
+        list_images(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("text")
+    with pytest.raises(SourceError, match=r"no images in .* \(1 other files\)"):
+        list_images(str(tmp_path))
+    with pytest.raises(SourceError, match="is a file: give a folder"):
+        list_images(str(tmp_path / "notes.txt"))
+    with pytest.raises(SourceError, match="cannot look at nosuch://"):
+        list_images("nosuch://bucket/images")
+
+
+def test_a_table_with_ids(folder):
+    table = write_csv(folder, f"id,uri,other\n007,b.jpg,1\nshoe,a/z.PNG,2\nabs,{folder}/a/1.jpeg,3\n")
+    listing = list_images(table)
+    assert [ref.key for ref in listing.images] == [key_of_uri("007"), key_of_uri("shoe"), key_of_uri("abs")]
+    assert [ref.uri for ref in listing.images] == ["b.jpg", "a/z.PNG", f"{folder}/a/1.jpeg"]
+    assert [read_image(ref.location) for ref in listing.images] == [b"b.jpg", b"a/z.PNG", b"a/1.jpeg"]
+    assert all(ref.source_tag for ref in listing.images)
+
+
+def test_a_table_with_keys_and_whole_addresses(folder):
+    path = folder / "table.parquet"
+    pq.write_table(pa.table({"key": pa.array([5, -6], pa.int32()), "uri": ["b.jpg", f"file://{folder}/a/z.PNG"]}), path)
+    listing = list_images(f"file://{path}")
+    assert [ref.key for ref in listing.images] == [5, -6]
+    assert [read_image(ref.location) for ref in listing.images] == [b"b.jpg", b"a/z.PNG"]
+
+
+def test_a_table_of_uris_alone_has_the_keys_of_the_folder(folder):
+    listing = list_images(write_csv(folder, "uri\na/1.jpeg\na/z.PNG\nb.jpg\n"))
+    assert listing.images == list_images(str(folder)).images
+
+
+def test_repeated_rows_count_once_and_two_uris_of_a_key_are_refused(folder):
+    listing = list_images(write_csv(folder, "key,uri\n1,b.jpg\n2,a/z.PNG\n1,b.jpg\n"))
+    assert [ref.key for ref in listing.images] == [1, 2]
+    assert listing.num_ignored == 1
+    with pytest.raises(KeyCollisionError, match=r"key 1 stands for two images, 'b.jpg' and 'a/z.PNG'"):
+        list_images(write_csv(folder, "key,uri\n1,b.jpg\n1,a/z.PNG\n"))
+
+
+def test_bad_tables_are_refused(folder):
+    with pytest.raises(SourceError, match="no column 'uri'"):
+        list_images(write_csv(folder, "key,path\n1,b.jpg\n"))
+    with pytest.raises(SourceError, match="has no rows"):
+        list_images(write_csv(folder, "key,uri\n"))
+    with pytest.raises(SourceError, match="cannot read the table"):
+        list_images(write_csv(folder, "key,uri\nseven,b.jpg\n"))
+    with pytest.raises(SourceError, match=r"table\.csv: line 2: a value that begins with the quote \" does not end"):
+        list_images(write_csv(folder, 'key,uri\n1,"b.jpg\n2,a/z.PNG\n'))
+    with pytest.raises(SourceError, match=r"line 3: a value in quotes has several lines, and no key or uri has"):
+        list_images(write_csv(folder, 'key,uri\n2,a/z.PNG\n1,"b.jpg\n3,"\n'))
+    path = folder / "table.parquet"
+    pq.write_table(pa.table({"key": ["1"], "uri": ["b.jpg"]}), path)
+    with pytest.raises(SourceError, match="column 'key' is string, not int64"):
+        list_images(str(path))
+    pq.write_table(pa.table({"id": [1], "uri": ["b.jpg"]}), path)
+    with pytest.raises(SourceError, match="column 'id' is int64, not string; use the name key for int64 keys"):
+        list_images(str(path))
+    pq.write_table(pa.table({"key": [1, None], "uri": ["b.jpg", "c.jpg"]}), path)
+    with pytest.raises(SourceError, match="column 'key' has 1 empty values"):
+        list_images(str(path))
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(SourceError, match="cannot read the table"):
+        list_images(str(path))
+
+
+def test_what_cannot_be_read_is_a_bad_image(folder):
+    (missing, is_folder) = list_images(write_csv(folder, "uri\nnot-there.jpg\na\n")).images
+    assert missing.source_tag == ""
+    with pytest.raises(BadImageError, match="no such file"):
+        read_image(missing.location)
+    with pytest.raises(BadImageError, match=r"cannot be read: .*directory"):
+        read_image(is_folder.location)
+    with pytest.raises(BadImageError, match="cannot be read"):
+        read_image("nosuch://bucket/image.jpg")
+
+
+def test_a_passing_error_is_tried_again(folder, monkeypatch):
+    calls = []
+
+    def flaky(path):
+        calls.append(path)
+        if len(calls) < 3:
+            raise ConnectionResetError("connection reset")
+        return b"data"
+
+    location = list_images(str(folder)).images[0].location
+    monkeypatch.setattr("pipeline.images.source.read_regular", flaky)
+    assert read_image(location) == b"data"
+    assert len(calls) == 3
+
+
+def test_s3(s3_endpoint):
+    fs = fsspec.filesystem("s3", use_listings_cache=False)
+    fs.call_s3("create_bucket", Bucket="photos")
+    fs.pipe({"photos/in/b.jpg": b"bytes of b", "photos/in/deep/a.jpg": b"a", "photos/in/x.txt": b"x"})
+    listing = list_images("s3://photos/in")
+    assert [ref.uri for ref in listing.images] == ["b.jpg", "deep/a.jpg"]
+    assert listing.num_ignored == 1
+    assert read_image(listing.images[0].location) == b"bytes of b"
+    fs.pipe("photos/in/b.jpg", b"other")
+    assert list_images("s3://photos/in").images[0].source_tag != listing.images[0].source_tag
+    with pytest.raises(BadImageError, match="no such file"):
+        read_image("s3://photos/in/none.jpg")
+    with pytest.raises(SourceError, match="there is no folder"):
+        list_images("s3://photos/out")
+
+
+@pytest.fixture
+def no_credentials(s3_endpoint, monkeypatch):
+    """An S3 client that is made anew and finds no credentials; the others' are as before afterwards."""
+
+    def forget_clients():
+        _client.cache_clear()
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, os.devnull)
+    forget_clients()
+    yield
+    forget_clients()
+
+
+@pytest.mark.usefixtures("no_credentials")
+def test_s3_without_credentials(folder):
+    with pytest.raises(SourceError, match="s3://photos/in: Unable to locate credentials"):
+        list_images("s3://photos/in")
+    with pytest.raises(SourceError, match=r"s3://photos/table.csv: Unable to locate credentials"):
+        list_images("s3://photos/table.csv")
+    with pytest.raises(BadImageError, match="cannot be read: Unable to locate credentials"):
+        read_image("s3://photos/in/b.jpg")
+    assert list_images(write_csv(folder, "uri\ns3://photos/in/b.jpg\n")).images[0].source_tag == ""

@@ -1,0 +1,295 @@
+"""The frozen network: equal to torchvision's for any model, its weights' sources, its digest."""
+
+import os
+import pickle
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import models
+
+from pipeline.errors import BackboneError, WeightsError
+from pipeline.images.decode import prepare
+from pipeline.network import backbone
+from pipeline.network import weights as weights_module
+from pipeline.network.backbone import Backbone, fastest_dtype
+from pipeline.network.layers import DEFAULT_BACKBONE, feature_dim, network_of
+from pipeline.network.weights import check_network, check_weights_name, load_weights, weights_digest
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+SMALL = "mobilenet_v3_small:avgpool"
+TABLE = "features.1.0.attn.relative_position_bias_table"
+
+
+def vgg16():
+    return network_of(DEFAULT_BACKBONE, "random:0")
+
+
+@pytest.fixture(scope="module")
+def state():
+    with pytest.warns(UserWarning, match="random:0 are NOT pretrained"):
+        return load_weights(vgg16(), "random:0")
+
+
+@torch.inference_mode()
+def torchvision_features(model, state, layers, images, **arguments):
+    """torchvision's own model and transform; what lies behind `layers` is never used."""
+    with torch.device("meta"):
+        network = models.get_model(model, weights=None, **arguments)
+    network.load_state_dict(state, strict=False, assign=True)
+    own = models.get_model_weights(model).DEFAULT.transforms()
+    pixels_BCHW = torch.stack([own(image) for image in images])
+    return layers(network.eval(), pixels_BCHW).numpy()
+
+
+def fc6(network, pixels_BCHW):
+    return network.classifier[:2](network.avgpool(network.features(pixels_BCHW)).flatten(1))
+
+
+def pooled(network, pixels_BCHW):
+    return network.avgpool(network.features(pixels_BCHW)).flatten(1)
+
+
+def whole(network, pixels_BCHW):
+    return network(pixels_BCHW)
+
+
+def class_token(network, pixels_BCHW):
+    tokens = network._process_input(pixels_BCHW)
+    return network.encoder(torch.cat([network.class_token.expand(len(tokens), -1, -1), tokens], 1))[:, 0]
+
+
+@pytest.mark.filterwarnings("ignore:weights random")
+@pytest.mark.parametrize(
+    ("name", "layers", "arguments"),
+    [
+        (DEFAULT_BACKBONE, fc6, {"init_weights": False}),
+        (SMALL, pooled, {}),
+        ("resnet18:fc", whole, {}),
+        pytest.param("vit_b_16:getitem_5", class_token, {}, marks=pytest.mark.slow),
+        ("inception_v3:fc", whole, {"transform_input": True, "init_weights": False}),
+    ],
+)
+def test_features_are_those_of_torchvisions_own_forward(name, layers, arguments, photos):
+    paths = sorted(photos.iterdir())[:2]
+    single = Backbone(name, "random:0", "float32")
+    filled = {key.removeprefix("extractor."): value for key, value in single.network.state_dict().items()}
+    images = [Image.open(path).convert("RGB") for path in paths]
+    expected_BD = torchvision_features(name.partition(":")[0], filled, layers, images, **arguments)
+    pixels_BHWC = np.stack([prepare(path.read_bytes(), single.preset).pixels_HWC for path in paths])
+    features_BD = single.features(pixels_BHWC)
+    assert features_BD.shape == (2, single.dim) == (2, feature_dim(name, "random:0"))
+    np.testing.assert_allclose(features_BD, expected_BD, rtol=1e-4, atol=1e-4 * np.abs(expected_BD).max())
+    assert (np.abs(expected_BD) > 0.01 * expected_BD.std()).mean() > 0.1
+    assert (features_BD[0] != features_BD[1]).any()
+
+
+@pytest.mark.filterwarnings("ignore:weights random")
+def test_bfloat16_is_close(draw):
+    pixels_BHWC = np.stack([np.asarray(draw(seed, 224, 224)) for seed in range(2)])
+    for name in (DEFAULT_BACKBONE, "resnet18:avgpool"):
+        single_BD, half_BD = (
+            Backbone(name, "random:0", kind).features(pixels_BHWC) for kind in ("float32", "bfloat16")
+        )
+        norms_B = np.linalg.norm(half_BD, axis=1) * np.linalg.norm(single_BD, axis=1)
+        assert ((half_BD * single_BD).sum(1) / norms_B).min() > 0.999
+
+
+@pytest.mark.filterwarnings("ignore:weights random")
+def test_the_default_is_what_it_always_was():
+    """Stores hold features of it: another digest would make their owners compute all of them again."""
+    spec = Backbone(DEFAULT_BACKBONE, "random:0", "float32").spec
+    assert (spec.backbone, spec.layer) == ("torchvision vgg16", "classifier.1")
+    assert spec.weights_digest == "xxh3-128:ba98d63ee5e296794092e487cff71e88"
+    assert spec.preprocessing == (
+        '{"preset":"torchvision VGG16_Weights.IMAGENET1K_V1","resize":[256],"interpolation":"bilinear",'
+        '"antialias":true,"crop":[224],"mean":[0.485,0.456,0.406],"std":[0.229,0.224,0.225],"exif_orientation":true,'
+        '"alpha":"on white","jpeg_scaled_to_at_least":1024}'
+    )
+
+
+def test_preprocessing_is_that_of_the_weights():
+    first, second = (network_of("resnet50:avgpool", f"imagenet:IMAGENET1K_V{n}").preset for n in (1, 2))
+    assert (first.resize, second.resize) == ((256,), (232,))
+    assert network_of("resnet50:avgpool", "random:0").preset == second  # torchvision's default
+    large = network_of("vit_b_16:getitem_5", "imagenet:IMAGENET1K_SWAG_E2E_V1")
+    assert (large.preset.crop, large.preset.interpolation.value) == ((384,), "bicubic")
+    assert large.tensors()["encoder.pos_embedding"].shape == (1, 1 + 24 * 24, 768)
+    assert large.preset.scaled_side == 4 * 384
+    with pytest.raises(WeightsError, match="no such weights of resnet50, only imagenet:IMAGENET1K_V1, "):
+        network_of("resnet50:avgpool", "imagenet:V2")
+
+
+def test_only_the_layers_up_to_the_named_one_are_kept():
+    names = list(vgg16().tensors())
+    assert names[-2:] == ["classifier.0.weight", "classifier.0.bias"]
+    assert len(names) == 2 * 14  # 13 convolutions and fc6
+    kept = network_of(SMALL, "random:0").layers
+    assert not any(name.startswith("extractor.classifier") for name, _ in kept.named_modules())
+    assert all(tensor.is_meta for tensor in kept.state_dict().values())
+
+
+def test_a_name_that_is_none_lists_those_that_are_near():
+    for name, message in {
+        "resnet81:avgpool": "torchvision has no model 'resnet81'; near: resnet18,",
+        "resnet18:avgpol": r"resnet18 has no layer 'avgpol'; near: avgpool.*resnet18:avgpool \(512\)",
+        "resnet18": r"resnet18 is a model: name one of its layers too\. One vector .*resnet18:flatten \(512\)",
+        "resnet18:layer4": r"layer4.1.relu_1 gives \(512, 7, 7\) per image, not one vector.*resnet18:avgpool \(512\)",
+        "vit_b_16:encoder.ln": r"encoder.ln gives \(197, 768\) per image.*vit_b_16:getitem_5 \(768\)",
+        "vit_b_16:encoder.dim": "encoder.dim gives no tensor",
+        "": "torchvision has no model ''",
+    }.items():
+        with pytest.raises(BackboneError, match=message):
+            network_of(name, "random:0")
+
+
+def test_a_block_stands_for_the_last_operation_in_it():
+    assert network_of("vit_b_16:heads", "random:0").layer == "heads.head"
+    with pytest.raises(BackboneError, match=r"no layer 'classifier\.1x'"):
+        network_of("vgg16:classifier.1x", "random:0")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_model_of_torchvision_can_be_cut():
+    for model in models.list_models(module=models):
+        with pytest.raises(BackboneError) as caught:
+            network_of(model, "imagenet")
+        layer = str(caught.value).split("come from: ")[1].split(" (")[0]
+        assert network_of(layer, "imagenet").dim > 0
+
+
+def test_random_weights_are_seeded(state):
+    with pytest.warns(UserWarning, match="NOT pretrained"):
+        again, other = load_weights(vgg16(), "random:0"), load_weights(vgg16(), "random:1")
+    assert weights_digest(again) == weights_digest(state) != weights_digest(other)
+    spread = state["features.28.weight"].std().item()
+    assert spread == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)  # He et al. 2015
+
+
+def test_what_is_neither_weight_nor_norm_is_seeded_too():
+    """Tables of positions are drawn by torchvision; what others draw in this process stays as it would be."""
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first, again, other = (
+        load_weights(network_of("swin_t:flatten", name), name, warn=False)[TABLE]
+        for name in ("random:0", "random:0", "random:1")
+    )
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_the_digest_is_of_names_and_values():
+    first = {"a": torch.ones(2), "b": torch.zeros(2)}
+    assert weights_digest(first) == weights_digest({"b": torch.zeros(2), "a": torch.ones(2)})
+    assert weights_digest(first) != weights_digest({"b": torch.ones(2), "a": torch.zeros(2)})
+    assert weights_digest(first) != weights_digest({"a": torch.ones(2), "b": torch.zeros(1, 2)})
+
+
+def test_a_file_with_the_whole_vgg16_is_accepted(state, tmp_path):
+    behind = {"classifier.3.weight": torch.zeros(4096, 2), "classifier.6.bias": torch.zeros(1000)}
+    half = {name: tensor.bfloat16() for name, tensor in state.items()}
+    torch.save(half | behind, tmp_path / "vgg16.pth")
+    check_network(DEFAULT_BACKBONE, str(tmp_path / "vgg16.pth"))
+    loaded = load_weights(vgg16(), str(tmp_path / "vgg16.pth"))
+    assert list(loaded) == list(state)
+    assert all(torch.equal(loaded[name], half[name].float()) for name in half)
+
+
+def test_names_of_old_densenet_files_are_understood(tmp_path):
+    network = network_of("densenet121:flatten", "random:0")
+    state = load_weights(network, "random:0", warn=False)
+    old = {name.replace("norm1.", "norm.1.").replace("conv2.", "conv.2."): value for name, value in state.items()}
+    assert old.keys() != state.keys()
+    torch.save(old, tmp_path / "densenet.pth")
+    assert weights_digest(load_weights(network, str(tmp_path / "densenet.pth"))) == weights_digest(state)
+
+
+def test_files_that_do_not_fit_are_refused(state, tmp_path):
+    small = {name: torch.zeros(tensor.shape if tensor.ndim == 1 else 1) for name, tensor in state.items()}
+    files = {
+        r"features.0.weight has shape \(1,\), not \(64, 3, 3, 3\)": small,
+        "without features.0.weight, features.0.bias": {"conv1.weight": torch.zeros(2)},
+        "not a state dict, which maps names to tensors": [torch.zeros(2)],
+    }
+    for message, content in files.items():
+        torch.save(content, tmp_path / "weights.pth")
+        with pytest.raises(WeightsError, match=message):
+            load_weights(vgg16(), str(tmp_path / "weights.pth"))
+        with pytest.raises(WeightsError, match=message):
+            check_network(DEFAULT_BACKBONE, str(tmp_path / "weights.pth"))
+    (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04torn")
+    for name, kind in (("text.pth", "UnpicklingError"), ("empty.pth", "EOFError"), ("torn.pth", "RuntimeError")):
+        message = rf"not a state dict that torch can load safely \({kind}\); one is written by torch.save\(model.sta"
+        with pytest.raises(WeightsError, match=message):
+            load_weights(vgg16(), str(tmp_path / name))
+        with pytest.raises(WeightsError, match=message):
+            check_network(DEFAULT_BACKBONE, str(tmp_path / name))
+
+
+def test_weights_with_nan_are_refused(state, monkeypatch):
+    monkeypatch.setattr(
+        weights_module, "_from_file", lambda path: state | {"features.0.bias": torch.full((64,), torch.nan)}
+    )
+    with pytest.raises(WeightsError, match=r"features.0.bias holds NaN"):
+        load_weights(vgg16(), "file.pth")
+
+
+class Payload:
+    """A pickle that makes a folder when it is run."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pickle_is_not_run(tmp_path):
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    with pytest.raises(WeightsError, match="not a state dict that torch can load safely"):
+        load_weights(vgg16(), str(tmp_path / "evil.pth"))
+    assert not (tmp_path / "ran").exists()
+    pickle.loads((tmp_path / "evil.pth").read_bytes())
+    assert (tmp_path / "ran").exists(), "it would have been seen"
+
+
+def test_no_network_is_a_clear_error_and_no_silent_fallback(monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.models.VGG16_Weights.get_state_dict", refuse)
+    with pytest.raises(WeightsError, match=r"no route to host.*https://.*--weights FILE.*--weights random:0"):
+        load_weights(vgg16(), "imagenet")
+
+
+def test_names_of_weights(tmp_path, monkeypatch):
+    (tmp_path / "mine.pth").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    assert check_weights_name("imagenet") == "imagenet"
+    assert check_weights_name("imagenet:IMAGENET1K_V2") == "imagenet:IMAGENET1K_V2"
+    assert check_weights_name("random:12") == "random:12"
+    assert check_weights_name("mine.pth") == str(tmp_path / "mine.pth")
+    for name, message in (("random:x", "the seed"), ("random", "the seed"), ("other.pth", "neither imagenet")):
+        with pytest.raises(WeightsError, match=message):
+            check_weights_name(name)
+
+
+def test_bfloat16_only_where_the_processor_has_it_and_is_quicker_at_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    seconds = {"bfloat16": 1.0, "float32": 2.0}
+    monkeypatch.setattr(backbone, "_convolution_s", seconds.__getitem__)
+    assert fastest_dtype() == "bfloat16"
+    seconds["bfloat16"] = 3.0
+    assert fastest_dtype() == "float32"
+    seconds["bfloat16"] = 1.0
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "avx2": True})
+    assert fastest_dtype() == "float32"

@@ -1,0 +1,197 @@
+"""The configuration: what overrides what, what is refused, and how the refusal reads."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from trainer.config.config import DEFAULT_PRESET, WARM_PARTS, Config, config_digest, load_config, save_config
+from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig
+from trainer.errors import ConfigError
+
+
+def test_preset_names_every_setting() -> None:
+    preset = yaml.safe_load(DEFAULT_PRESET.read_text())
+    assert {name: set(section) for name, section in preset.items()} == {
+        name: set(section) for name, section in load_config().model_dump().items()
+    }
+
+
+def test_preset_has_the_papers_model_and_rates() -> None:
+    config = load_config()
+    assert (config.optim.lr, config.optim.lr_gamma, config.optim.lr_every) == (0.001, 0.9, 24_000)
+    assert (config.train.epochs, config.model.mlp, config.model.embed_hidden) == (2, [200, 80], [256, 64])
+    assert (config.model.id_width, config.model.visual_width, config.model.images) == (12, 12, "both")
+
+
+def test_preset_has_the_defaults_of_the_classes() -> None:
+    config = load_config()
+    assert ModelConfig(tables=config.model.tables) == config.model
+    assert OptimConfig() == config.optim
+
+
+def test_a_long_run_writes_checkpoints_on_the_way() -> None:
+    every = load_config().train.checkpoint_every
+    assert every is not None
+    assert every <= 5_000
+
+
+def test_set_wins_over_file_and_file_over_preset(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("train: {epochs: 5, seed: 7}\nmodel: {mlp: [10]}\n")
+    config = load_config(file, ["train.epochs=3", "optim.lr=1e-2", "model.tables.user=99"])
+    assert (config.train.epochs, config.train.seed, config.model.mlp) == (3, 7, [10])
+    assert (config.optim.lr, config.model.tables["user"], config.model.tables["item"]) == (0.01, 99, 65_536)
+    assert config.data == load_config().data
+
+
+def test_saved_configuration_loads_as_the_same(tmp_path: Path) -> None:
+    config = load_config(settings=["model.embed_hidden=[8,4]", "run.name=x", "data.missing=learned"])
+    save_config(config, tmp_path / "config.yaml")
+    again = load_config(tmp_path / "config.yaml")
+    assert again == config
+    assert config_digest(again.model_dump()) == config_digest(config.model_dump())
+    assert config_digest(load_config().model_dump()) != config_digest(config.model_dump())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.epoch=1", "train.epoch is unknown; did you mean train.epochs?"),
+        ("modell.images=ad", "modell is unknown; did you mean model?"),
+        ("optim.learn_every=1", "optim.learn_every is unknown; did you mean optim.lr_every?"),
+        ("train.zzz=1", "train.zzz is unknown; known: train.checkpoint_every, train.early_stopping,"),
+        ("train.epochs=0", "train.epochs=0: it should be greater than or equal to 1"),
+        ("train.epochs=many", "train.epochs='many': it should be a valid integer"),
+        ("model.images=all", "model.images='all': it should be 'none', 'ad', 'behavior' or 'both'"),
+        ("model.tables.item={kind: exact}", "model.tables.item.max_rows is missing"),
+        (
+            "model.tables.item={kind: exact, max_rows: 9, expire: 3}",
+            "tables.item.expire is unknown; did you mean",
+        ),
+        (
+            "model.tables.item={kind: exact, max_rows: 9, admit_after: 256}",
+            "item.admit_after=256: it should be",
+        ),
+        ("model.tables.item={max_rows: 9}", "a number of rows, or {kind: exact, max_rows: NUMBER}"),
+        ("model.tables.item={kind: hashed}", "a number of rows, or {kind: exact, max_rows: NUMBER}"),
+        ("model.base=fm", "model.base='fm': it should be 'lr', 'mlp', 'din', 'dcn'"),
+        ("model.concat_length=0", "model.concat_length=0: it should be greater than or equal to 1"),
+        ("data.global_batch_size=-4", "data.global_batch_size=-4"),
+        ("model.tables={user: -2}", "model.tables.user=-2"),
+        ("run.name=../x", "run.name='../x'"),
+        ("run.dir=s3://bucket/runs", "runs are written to a local or shared disk"),
+        ("run.resume=latest", "run.resume=latest needs the run's name"),
+        ("data.samples=${nowhere.at.all}", "interpolation"),
+        ("epochs=3", "has to be section.field=value"),
+        ("train.epochs", "has to be section.field=value"),
+        ("run.device=gpu", "run.device='gpu': it should be 'auto', 'cpu' or 'cuda'"),
+        ("data.samples=[", "not readable as YAML"),
+        ("data.train_days=[monday]", "data.train_days.0='monday'"),
+        ("data.train_days=[]", "data.train_days=[]: List should have at least 1 item"),
+        ("model.id_dropout=1", "model.id_dropout=1: it should be less than 1"),
+        ("optim.id_l2=-1", "optim.id_l2=-1: it should be greater than or equal to 0"),
+        ("run.warm_parts=half", "run.warm_parts='half': it should be none, partial, full, or a list of images, model"),
+    ],
+)
+def test_mistakes_are_named(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(settings=[setting])
+    assert message in str(caught.value)
+
+
+def test_the_newest_checkpoint_is_resumed_or_overwritten() -> None:
+    settings = ["run.name=x", "run.overwrite=true"]
+    with pytest.raises(ConfigError, match=r"run\.overwrite=true removes it; set one of them, or resume from the path"):
+        load_config(settings=[*settings, "run.resume=latest"])
+    assert load_config(settings=[*settings, "run.resume=x/checkpoints/step-00000050"]).run.overwrite
+
+
+def test_days_may_be_written_bare() -> None:
+    config = load_config(settings=["data.train_days=[2026-01-01,2026-01-02]", "data.test_days=[2026-01-03]"])
+    assert (config.data.train_days, config.data.test_days) == (["2026-01-01", "2026-01-02"], ["2026-01-03"])
+    with pytest.raises(ConfigError, match="share 2026-01-02"):
+        load_config(settings=["data.train_days=[2026-01-02]", "data.test_days=[2026-01-02]"])
+
+
+def test_warm_parts_have_names() -> None:
+    parts = {name: load_config(settings=[f"run.warm_parts={name}"]).run.warm_parts for name in WARM_PARTS}
+    assert parts == {"none": [], "partial": ["images", "model"], "full": ["images", "model", "ids"]}
+    assert load_config().run.warm_parts == parts["partial"]
+
+
+def test_multi_query_needs_the_ad_image() -> None:
+    with pytest.raises(ConfigError, match=r"model\.pooling='multi_query': it asks with the ad image .* set model"):
+        load_config(settings=["model.images=behavior", "model.pooling=multi_query"])
+    assert load_config(settings=["model.images=none", "model.pooling=multi_query"]).model.images == "none"
+
+
+def test_a_transformer_needs_the_ad_and_heads_that_share_its_width() -> None:
+    with pytest.raises(ConfigError, match=r"model\.pooling='transformer': it looks at the ad .* set model\.base=mlp"):
+        load_config(settings=["model.base=two_tower", "model.pooling=transformer"])
+    with pytest.raises(ConfigError, match=r"model\.transformer_heads=8: model\.transformer_width=20 .*; try 5"):
+        load_config(settings=["model.transformer_width=20", "model.transformer_heads=8"])
+    with pytest.raises(ValidationError, match="transformer_width=31 is not a multiple"):
+        ModelConfig(transformer_width=31)
+    assert (
+        load_config(settings=["model.transformer_width=20", "model.transformer_heads=5"]).model.pooling == "attentive"
+    )
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(settings=["train.epoch=1", "train.epochs=0", "model.images=all"])
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "found a list"),
+        ("train: [", "not a readable YAML"),
+        ("train: 3\n", "train=3 has to be a mapping"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(file)
+    with pytest.raises(ConfigError, match="there is no such file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_an_exact_table_is_saved_and_loaded(tmp_path: Path) -> None:
+    config = load_config(settings=["model.tables.item={kind: exact, max_rows: 9, admit_after: 3}"])
+    assert config.model.tables["item"] == ExactTableConfig(kind="exact", max_rows=9, admit_after=3)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_configuration_is_immutable() -> None:
+    config: Config = load_config()
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.epochs = 3
+
+
+def test_what_several_settings_do_together_is_told_without_all_others() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["optim.ids=ftrl", "optim.ids_weight_decay=0.1"])
+    line = "configuration: optim.ids_weight_decay does nothing with optim.ids=ftrl; set optim.ftrl_l2 instead"
+    assert str(caught.value) == line
+
+
+def test_rows_that_have_no_number_are_refused_with_the_shards_that_would_do() -> None:
+    def load(rows: int, shards: int) -> None:
+        table = f"model.tables.item={{kind: exact, max_rows: {rows}}}"
+        load_config(settings=[table, f"model.table_shards={shards}"])
+
+    most = 2**31 - 1
+    load(4 * most, 4)
+    told = rf"model\.tables\.item\.max_rows={4 * most + 1} is more than {most} rows a shard, with model\.table_shards=4"
+    with pytest.raises(ConfigError, match=told) as caught:
+        load(4 * most + 1, 4)
+    assert str(caught.value).endswith("lower it, or set model.table_shards=8")
+    assert "\n" not in str(caught.value)
+    load(4 * most + 1, 8)

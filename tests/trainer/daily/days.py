@@ -1,0 +1,84 @@
+"""One job of ranks that follows days, is stopped in the midst of one, and stops early; rank 0 writes what ranks saw.
+
+Arguments: the output file, then settings that all runs share.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from worker import signalling
+
+from trainer.comm import connect
+from trainer.config.config import load_config
+from trainer.daily.__main__ import follow
+from trainer.engine.engine import Engine
+from trainer.main import train
+
+
+def main() -> None:
+    out, *shared = Path(sys.argv[1]), *sys.argv[2:]
+    comm = connect()
+
+    def outcome(work: Callable, *settings: str) -> list[str]:
+        try:
+            work(load_config(settings=[*shared, *settings]), comm)
+        except Exception as failure:
+            return comm.allgather_object(f"{type(failure).__name__}: {failure}")
+        return comm.allgather_object("done")
+
+    train_step = Engine.train_step
+
+    def stopped(at: int, work: Callable, *settings: str) -> list[str]:
+        """The outcome where rank 1 gets a signal during every run's step number `at`."""
+        if comm.rank == 1:
+            Engine.train_step = signalling(train_step, at)
+        try:
+            return outcome(work, *settings)
+        finally:
+            Engine.train_step = train_step
+
+    def late() -> dict[str, list[str]]:
+        """The newest day is not there at first; when it has come, one group of the day before it is gone."""
+        samples = Path(load_config(settings=shared).data.samples)
+        own = samples.with_name("late")
+        days = [own / "train" / f"day=2026-01-0{n}.parquet" for n in (1, 2, 3)]
+        newest = own / "test" / "day=2026-01-04.parquet"
+        settings = ("run.name=late", f"data.samples={own}")
+
+        def begin() -> None:
+            shutil.copytree(samples, own)
+            newest.unlink()
+            days[2].rename(newest.with_name(days[2].name))
+
+        def change() -> None:
+            pq.write_table(pq.read_table(newest.with_name(days[2].name), partitioning=None).slice(1), days[2])
+            newest.with_name(days[2].name).unlink()
+            shutil.copy(samples / "test" / newest.name, newest)
+
+        comm.on_rank_0(begin)
+        seen = {"newest missing": outcome(follow, *settings)}
+        comm.on_rank_0(change)
+        return {**seen, "newest there, others late": outcome(follow, *settings)}
+
+    early = ("train.eval_every=4", "train.early_stopping=2", "optim.lr=0.1", "train.keep_checkpoints=1")
+    seen = {
+        "days": outcome(follow, "run.name=days"),
+        "cut": [stopped(2, follow, "run.name=cut") for _ in range(2)],
+        "after the cut": outcome(follow, "run.name=cut"),
+        **late(),
+        "other settings": outcome(follow, "run.name=days", "optim.lr=0.5"),
+        "early": outcome(train, "run.name=early", "train.epochs=9", *early),
+        "early, cut": stopped(7, train, "run.name=early-cut", "train.epochs=9", *early),
+        "early, after": outcome(train, "run.name=early-cut", "train.epochs=9", "run.resume=latest", *early),
+    }
+    if comm.rank == 0:
+        out.write_text(json.dumps(seen))
+    comm.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,377 @@
+"""Day after day: what each day begins with and is evaluated on, the table, and going on after a stop at any point."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from featurestore.format.rows import FeatureRows
+from featurestore.store import FeatureStore
+from tests.trainer.alike import alike
+from trainer.comm import SoloComm
+from trainer.config.config import Config, load_config
+from trainer.daily.__main__ import app, follow, plan
+from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.runs.checkpoint import find, read_state
+from trainer.runs.open import open_run
+
+HOROVODRUN = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2"]
+WORKER = Path(__file__).parent / "days.py"
+DAYS = [f"2026-01-0{n}" for n in range(1, 5)]
+Places = Any
+EXACT = {"model__compute_dtype": "float32"}  # of runs whose numbers are compared between numbers of ranks
+
+
+def make_days(places: Places) -> Places:
+    """Three days in train/, the fourth in test/."""
+    (places.folder / "samples" / "test" / f"day={DAYS[0]}.parquet").rename(
+        places.folder / "samples" / "test" / f"day={DAYS[3]}.parquet"
+    )
+    return places
+
+
+@pytest.fixture
+def days(make_places: Callable[[Path], Places], tmp_path: Path) -> Places:
+    return make_days(make_places(tmp_path))
+
+
+def config_of(places: Places, **changes: Any) -> Config:
+    return load_config(settings=places.settings(**{"train__epochs": 1, **changes}))
+
+
+def table_of(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((folder / "days.json").read_text())
+    assert pq.read_table(folder / "days.parquet").to_pylist() == rows
+    return rows
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    files = find(run / "checkpoints", "latest").glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    for day in DAYS:
+        mine, theirs = tensors(found / day), tensors(expected / day)
+        assert mine.keys() == theirs.keys()
+        assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+    assert [{**row, "warm_start": None} for row in table_of(found)] == [
+        {**row, "warm_start": None} for row in table_of(expected)
+    ]
+
+
+def test_plan() -> None:
+    found = [(day.name, day.train_days, day.test_day) for day in plan(["1", "2", "4"], 2, Path("d"))]
+    assert found == [("1", ("1",), "2"), ("2", ("1", "2"), "4"), ("4", ("2", "4"), None)]
+
+
+def test_each_day_begins_with_the_day_before_and_is_evaluated_on_the_next(days: Places) -> None:
+    follow(config_of(days, run__name="d"), SoloComm())
+    folder = days.folder / "runs" / "d"
+    rows = table_of(folder)
+    assert [(row["day"], row["train_days"], row["test_day"]) for row in rows] == [
+        (DAYS[0], [DAYS[0]], DAYS[1]),
+        (DAYS[1], [DAYS[1]], DAYS[2]),
+        (DAYS[2], [DAYS[2]], DAYS[3]),
+        (DAYS[3], [DAYS[3]], None),
+    ]
+    assert [row["warm_start"] for row in rows] == [None, *(str(folder / day) for day in DAYS[:3])]
+    assert all(0 < row["gauc"] < 1 and row["impressions"] > 100 for row in rows[:3])
+    assert rows[3]["gauc"] is rows[3]["impressions"] is None
+    # The second day's first step starts at what the first day ended with, but for the ID vectors.
+    second = days.settings(run__name="second", data__train_days=f"[{DAYS[1]}]", data__test_days=f"[{DAYS[2]}]")
+    run = open_run(load_config(settings=[*second, f"run.warm_start={folder / DAYS[0]}"]), SoloComm())
+    run.close()
+    state, ended = run.engine.dense_state(), tensors(folder / DAYS[0])
+    assert torch.equal(state["model.mlp.0.weight"], ended["model.mlp.0.weight"])
+    for reader, day in ((run.train_reader, DAYS[1]), (run.test_reader, DAYS[2])):
+        labels = pq.read_table(days.folder / "samples" / "train" / f"day={day}.parquet", partitioning=None)["label"]
+        assert reader.num_samples == sum(len(each) for each in labels.to_pylist())
+
+
+def test_another_day_is_evaluated_when_it_comes_and_trained_on_the_newest_snapshot(days: Places) -> None:
+    newest = days.folder / "samples" / "test" / f"day={DAYS[3]}.parquet"
+    kept = newest.read_bytes()
+    newest.unlink()
+    config = config_of(days, run__name="d", data__missing="zeros")
+    follow(config, SoloComm())
+    folder = days.folder / "runs" / "d"
+    before = table_of(folder)
+    assert [row["test_day"] for row in before] == [DAYS[1], DAYS[2], None]
+    ended = tensors(folder / DAYS[2])
+    store = FeatureStore.open(days.folder / "features")
+    store.put(FeatureRows.of(["more"], np.ones((1, 16), np.float32), keys=np.array([7])))
+    # Samples made anew: the day that was the newest one is a day of training now.
+    third = days.folder / "samples" / "train" / f"day={DAYS[2]}.parquet"
+    moved = days.folder / "samples" / "test" / third.name
+    third.rename(moved)
+    newest.write_bytes(kept)
+    follow(config, SoloComm())
+    after = table_of(folder)
+    assert after[:2] == before[:2]
+    assert [row["test_day"] for row in after] == [*DAYS[1:], None]
+    assert [row["store_version"] for row in after] == [1, 1, 1, 2]
+    assert all(torch.equal(value, tensors(folder / DAYS[2])[name]) for name, value in ended.items())
+    assert [row["samples_changed"] for row in after] == [False] * 4
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*/report.json")}
+    follow(config, SoloComm())
+    assert times == {path: path.stat().st_mtime_ns for path in folder.glob("*/report.json")}
+    assert table_of(folder) == after
+
+
+@pytest.mark.parametrize("point", ["claim", "step", "report", "table"])
+def test_killed_at_any_point_it_goes_on(days: Places, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
+    config = config_of(days, run__name="whole", train__checkpoint_every=2)
+    follow(config, SoloComm())
+    cut = config_of(days, run__name="cut", train__checkpoint_every=2)
+    place = {
+        "claim": "trainer.runs.open.claim_folder",
+        "step": "trainer.engine.engine.Engine.train_step",
+        "report": "trainer.loop.summary.write_report",
+        "table": "trainer.daily.table.write",
+    }[point]
+    module, _, name = place.rpartition(".")
+    owner = sys.modules["trainer.engine.engine"].Engine if point == "step" else sys.modules[module]
+    work, calls = getattr(owner, name), [0]
+
+    def killed(*given: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 7 if point == "step" else calls[0] == 2:
+            raise KeyboardInterrupt
+        return work(*given, **named)
+
+    monkeypatch.setattr(owner, name, killed)
+    with pytest.raises(KeyboardInterrupt):
+        follow(cut, SoloComm())
+    follow(cut, SoloComm())
+    assert_same(days.folder / "runs" / "cut", days.folder / "runs" / "whole")
+
+
+def test_windows_and_chosen_days(days: Places) -> None:
+    follow(config_of(days, run__name="w"), SoloComm(), window_days=2, first=DAYS[1], last=DAYS[2])
+    rows = table_of(days.folder / "runs" / "w")
+    assert [(row["train_days"], row["test_day"]) for row in rows] == [
+        ([DAYS[0], DAYS[1]], DAYS[2]),
+        ([DAYS[1], DAYS[2]], DAYS[3]),
+    ]
+    # Samples of days that were trained may go.
+    (days.folder / "samples" / "train" / f"day={DAYS[0]}.parquet").unlink()
+    (days.folder / "samples" / "train" / f"day={DAYS[1]}.parquet").unlink()
+    follow(config_of(days, run__name="w"), SoloComm(), window_days=2)
+    rows = table_of(days.folder / "runs" / "w")
+    assert [row["day"] for row in rows] == DAYS[1:]
+    assert rows[2]["warm_start"] == str(days.folder / "runs" / "w" / DAYS[2])
+
+
+def test_mistakes(days: Places) -> None:
+    def refused(error: type[Exception], message: str, **changes: Any) -> None:
+        with pytest.raises(error, match=message):
+            follow(config_of(days, run__name="m", **changes), SoloComm())
+
+    refused(ConfigError, r"data\.test_days=\['2026-01-02'\]: trainer\.daily chooses it", data__test_days=f"[{DAYS[1]}]")
+    refused(ConfigError, r"run\.resume=latest: trainer\.daily chooses it", run__resume="latest")
+    refused(ConfigError, "early_stopping=2: a day is trained before", train__early_stopping=2, train__eval_every=5)
+    refused(DataError, r"has no file day=DAY\*\.parquet", data__samples=days.folder / "nothing")
+    assert not (days.folder / "runs" / "m").exists() or not list((days.folder / "runs" / "m").glob("2026*"))
+    with pytest.raises(DataError, match=r"choose none of 2026-01-01 to 2026-01-04"):
+        follow(config_of(days, run__name="n"), SoloComm(), first="2027-01-01")
+
+
+def test_settings_are_kept_when_a_day_has_begun_with_them(days: Places) -> None:
+    empty = days.folder / "empty" / "train"
+    empty.mkdir(parents=True)
+    (empty / f"day={DAYS[0]}.parquet").write_bytes(b"no parquet")
+    for wrong in (days.folder / "sample", empty.parent):  # a typing error, and what is found no samples when it is read
+        with pytest.raises(DataError):
+            follow(config_of(days, run__name="d", data__samples=wrong), SoloComm())
+    with pytest.raises(DataError, match="is no feature store"):
+        follow(config_of(days, run__name="d", data__store=days.folder / "feature"), SoloComm())
+    follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
+    assert len(table_of(days.folder / "runs" / "d")) == 1
+    with pytest.raises(ConfigError, match=r"data\.samples is '.*/empty' here, '.*/samples' there"):
+        follow(config_of(days, run__name="d", data__samples=empty.parent), SoloComm())
+
+
+def test_the_table_has_a_line_for_each_day_in_a_pipe(days: Places, capsys: pytest.CaptureFixture[str]) -> None:
+    follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[1])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "…" not in out
+    for row in table_of(days.folder / "runs" / "d"):
+        (line,) = [
+            each for each in out.splitlines() if re.match(rf"\W*{row['day']}\s", each) and row["test_day"] in each
+        ]
+        assert all(f"{row[name]:.4f}" in line for name in ("logloss", "auc", "gauc"))
+        assert f"{row['impressions']:,}" in line
+
+
+def test_late_logs_of_a_trained_day_change_nothing_but_a_mark(
+    days: Places, sample_table: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = days.folder / "samples"
+    newest, third = samples / "test" / f"day={DAYS[3]}.parquet", samples / "train" / f"day={DAYS[2]}.parquet"
+    kept = newest.read_bytes()
+    newest.unlink()
+    third.rename(samples / "test" / third.name)  # a run's test split is never empty
+    FeatureStore.open(days.folder / "features").delete([1_045, 1_046])  # images of the fourth day alone
+    for name in ("late", "timely"):
+        follow(config_of(days, run__name=name, data__missing="zeros"), SoloComm())
+    (samples / "test" / third.name).rename(third)
+    newest.write_bytes(kept)
+    follow(config_of(days, run__name="timely", data__missing="zeros"), SoloComm())
+    late, timely = (days.folder / "runs" / name for name in ("late", "timely"))
+    ended, trained = tensors(late / DAYS[2]), json.loads((late / DAYS[2] / "report.json").read_text())
+    day = pq.read_table(third, partitioning=None)
+    more = sample_table(30, 7, items=50, first_serial=10_000)
+    pq.write_table(pa.concat_tables([day, more.cast(day.schema)]), third, row_group_size=7)
+    capsys.readouterr()
+    follow(config_of(days, run__name="late", data__missing="zeros"), SoloComm())
+    said = capsys.readouterr().out
+    assert f"samples of {DAYS[2]} have changed since {DAYS[2]} was trained\n" in said
+    assert f"{DAYS[2]}: its training samples had changed before it was evaluated\n" in said
+    assert all(torch.equal(value, tensors(late / DAYS[2])[name]) for name, value in ended.items())
+    rows, expected = table_of(late), table_of(timely)
+    assert [row["samples_changed"] for row in rows] == [False, False, True, False]
+    assert not any(row["samples_changed"] for row in expected)
+    for column in ("day", "train_days", "steps", "test_day", "impressions", "logloss", "auc", "gauc"):
+        assert rows[2][column] == expected[2][column], column
+    report = json.loads((late / DAYS[2] / "report.json").read_text())
+    assert report["samples"] == trained["samples"] > 0, "what training told is still told"
+    assert report["missing_lookups"] == sum(report["missing_by_store"].values()) > trained["missing_lookups"] == 0
+    assert report["history"] == [{"step": trained["global_step"], **report["metrics"]}]
+    assert rows[3]["warm_start"] == str(late / DAYS[2])
+
+
+def test_a_trained_day_without_its_checkpoints_is_not_evaluated(days: Places) -> None:
+    follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
+    run = days.folder / "runs" / "d" / DAYS[0]
+    report = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps({**report, "metrics": {}}))
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*\nTo train 2026-01-01 anew, remove"):
+        follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
+
+
+def test_a_day_cut_short_whose_samples_changed_says_how_to_go_on(days: Places) -> None:
+    follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
+    (days.folder / "runs" / "d" / DAYS[0] / "report.json").unlink()
+    path = days.folder / "samples" / "train" / f"day={DAYS[0]}.parquet"
+    pq.write_table(pq.read_table(path, partitioning=None).slice(1), path)
+    with pytest.raises(
+        CheckpointError, match=r"data\.samples_digest is .*\nTo train 2026-01-01 anew, remove .*/d/2026"
+    ):
+        follow(config_of(days, run__name="d"), SoloComm(), last=DAYS[0])
+
+
+def test_days_that_an_earlier_version_began_go_on(days: Places) -> None:
+    """Its settings of the optimiser stood in section train, some had no name."""
+    old = {"run__name": "d", "optim__ids": "rowwise_adam", "optim__ids_lr": "null"}
+    follow(config_of(days, **old), SoloComm(), last=DAYS[0])
+    folder = days.folder / "runs" / "d"
+    for file, read, write in (
+        (folder / "daily.json", json.loads, json.dumps),
+        (folder / DAYS[0] / "config.yaml", yaml.safe_load, yaml.safe_dump),
+    ):
+        values = read(file.read_text())
+        optim = values.pop("optim")
+        values["train"] |= {name: optim[name] for name in ("lr", "lr_gamma", "lr_every", "id_l2")}
+        file.write_text(write(values))
+    follow(config_of(days, **old), SoloComm(), last=DAYS[1])
+    assert [row["day"] for row in table_of(folder)] == DAYS[:2]
+    with pytest.raises(ConfigError, match=r"optim\.lr is 0\.5 here, 0\.01 there"):
+        follow(config_of(days, **old, optim__lr=0.5), SoloComm(), last=DAYS[1])
+
+
+def test_command(days: Places) -> None:
+    settings = [*days.settings(run__name="c", train__epochs=1)]
+    options = ["--samples-of-days", str(days.folder / "samples"), "--last-day", DAYS[1], "--warm-parts", "full"]
+    result = CliRunner().invoke(app, [*options, "--set", *settings])
+    assert result.exit_code == 0, result.output
+    assert "2026-01-02" in result.stdout and "days.parquet" in result.stdout
+    second = load_config(days.folder / "runs" / "c" / DAYS[1] / "config.yaml")
+    assert second.run.warm_parts == ["images", "model", "ids"]
+    result = CliRunner().invoke(app, ["--first-day", "monday"])
+    assert (result.exit_code, result.stderr) == (2, "error: monday is not a day; write it as 2026-01-31\n")
+    code = "import sys, trainer.daily; sys.exit('torch' in sys.modules or 'horovod' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def job(
+    make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Places, dict[str, Any]]:
+    """What the two ranks of runs/days.py saw."""
+    places = make_days(make_places(tmp_path_factory.mktemp("job")))
+    out = places.folder / "seen.json"
+    command = [*HOROVODRUN, sys.executable, str(WORKER), str(out), *places.settings(train__epochs=1, **EXACT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return places, json.loads(out.read_text())
+
+
+class TestTwoRanks:
+    def test_a_stop_in_the_midst_of_days_changes_nothing(self, job: tuple[Places, dict[str, Any]]) -> None:
+        places, seen = job
+        assert seen["days"] == ["done", "done"]
+        assert seen["cut"] == [["StoppedError: SIGTERM received"] * 2, ["StoppedError: SIGTERM received"] * 2]
+        assert seen["after the cut"] == ["done", "done"]
+        assert_same(places.folder / "runs" / "cut", places.folder / "runs" / "days")
+
+    def test_a_day_is_evaluated_on_both_when_the_next_one_comes(self, job: tuple[Places, dict[str, Any]]) -> None:
+        places, seen = job
+        assert seen["newest missing"] == seen["newest there, others late"] == ["done", "done"]
+        rows, expected = (table_of(places.folder / "runs" / name) for name in ("late", "days"))
+        assert [row["samples_changed"] for row in rows] == [False, False, True, False]
+        for column in ("steps", "test_day", "impressions", "logloss", "auc", "gauc"):
+            assert rows[2][column] == expected[2][column], column
+
+    def test_equals_one_rank(self, job: tuple[Places, dict[str, Any]]) -> None:
+        places, _ = job
+        follow(config_of(places, run__name="alone", **EXACT), SoloComm())
+        alone, two = (table_of(places.folder / "runs" / name) for name in ("alone", "days"))
+        for mine, theirs in zip(alone, two, strict=True):
+            for column in ("steps", "impressions", "logloss", "auc", "gauc"):
+                assert mine[column] == alike(column, theirs[column], within=1e-3), column
+
+    def test_other_settings_are_refused_on_all(self, job: tuple[Places, dict[str, Any]]) -> None:
+        _, seen = job
+        assert [text.partition(":")[0] for text in seen["other settings"]] == ["ConfigError", "RemoteRankError"]
+        assert all("optim.lr is 0.5 here, 0.01 there" in text for text in seen["other settings"])
+
+    def test_early_stopping_is_agreed_on_and_resumed(self, job: tuple[Places, dict[str, Any]]) -> None:
+        places, seen = job
+        assert seen["early"] == seen["early, after"] == ["done", "done"]
+        assert seen["early, cut"] == ["StoppedError: SIGTERM received"] * 2
+        early, cut = (places.folder / "runs" / name for name in ("early", "early-cut"))
+        reports = [json.loads((run / "report.json").read_text()) for run in (early, cut)]
+        history = [(entry["step"], entry["gauc"]) for entry in reports[0]["history"]]
+        best = max(history, key=lambda entry: entry[1])
+        assert history[-1][0] == best[0] + 8 < 9 * 12, "the learning rate is too high to get better for long"
+        assert reports[0]["global_step"] == best[0] == read_state(find(early / "checkpoints", "latest")).step
+        assert reports[1]["history"] == reports[0]["history"]
+        mine, theirs = tensors(cut), tensors(early)
+        assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
+
+    def test_warm_start_of_one_rank_from_two(self, job: tuple[Places, dict[str, Any]]) -> None:
+        places, _ = job
+        run = places.folder / "runs" / "days" / DAYS[0]
+        settings = places.settings(run__warm_start=run, run__warm_parts="full")
+        opened = open_run(load_config(settings=settings), SoloComm())
+        opened.close()
+        expected = tensors(run)
+        state = opened.engine.dense_state() | opened.engine.shard_state()
+        weights = [name for name in expected if "/" not in name or name.endswith("/weight")]
+        assert len([name for name in weights if name.startswith("item/")]) == 4
+        assert all(torch.equal(state[name], expected[name]) for name in weights if name != "num_steps")

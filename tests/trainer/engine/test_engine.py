@@ -1,0 +1,197 @@
+"""The engine alone: what it refuses, what it reports, and that its state is all there is to resume."""
+
+import numpy as np
+import pytest
+import torch
+
+from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
+from featurestore.lookup.compute_dtype import VARIABLE
+from featurestore.lookup.partition import FeaturePartition
+from trainer.comm import SoloComm
+from trainer.config.options import ModelConfig, OptimConfig
+from trainer.engine import precision
+from trainer.engine.engine import Engine
+from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.samples.batch import Batch, Jagged
+from trainer.schema import Field, Schema
+
+DIM = 8
+SCHEMA = Schema(
+    fields=(
+        Field(name="behavior_image", side="user", kind="content"),
+        Field(name="ad_item", side="ad", kind="id", table="item"),
+        Field(name="ad_image", side="ad", kind="content"),
+    )
+)
+
+
+class OtherDigest(SoloComm):
+    """A second rank that built another model."""
+
+    def allgather_object(self, value: object, name: str = "objects") -> list:
+        return [value, "another"] if name == "digest" else [value]
+
+
+@pytest.fixture(scope="module")
+def partition(tmp_path_factory: pytest.TempPathFactory) -> FeaturePartition:
+    folder = tmp_path_factory.mktemp("step")
+    spec = ExtractorSpec(
+        backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
+    )
+    info = StoreInfo(num_shards=4, name="images", dim=DIM, dtype="float32", extractor=spec)
+    store = FeatureStore.create(str(folder / "store"), info)
+    values = np.random.default_rng(0).normal(size=(20, DIM)).astype(np.float32)
+    store.put(FeatureRows.of([str(k) for k in range(20)], values, keys=np.arange(20)))
+    return FeaturePartition.load(store, cache_dir=folder / "cache")
+
+
+def engine_of(partition: FeaturePartition, comm: SoloComm | None = None, seed: int = 0, **model: object) -> Engine:
+    config = {"tables": {"item": 64}, "mlp": [6], "embed_hidden": [6], "compute_dtype": "float32", **model}
+    return Engine(
+        comm or SoloComm(), SCHEMA, {"images": partition}, ModelConfig(**config), OptimConfig(lr=0.01), seed=seed
+    )
+
+
+def batch_of(number: int, samples: int = 6) -> Batch:
+    draw = np.random.default_rng(number)
+    one = np.ones(samples, np.int32)
+    return Batch(
+        fields={
+            "behavior_image": Jagged(draw.integers(0, 20, 2 * samples), 2 * one),
+            "ad_item": Jagged(draw.integers(0, 50, samples), one),
+            "ad_image": Jagged(draw.integers(0, 20, samples), one),
+        },
+        dense={},
+        group_of_sample_B=np.arange(samples),
+        label_B=draw.integers(0, 2, samples).astype(np.float32),
+        group_id_B=np.zeros(samples, np.int64),
+        global_samples=max(samples, 1),
+    )
+
+
+def train(engine: Engine, numbers: range) -> list[float]:
+    return [engine.train_step(engine.prepare(batch_of(number))).loss for number in numbers]
+
+
+def test_loss_falls_on_one_batch(partition: FeaturePartition) -> None:
+    engine = engine_of(partition)
+    losses = [engine.train_step(engine.prepare(batch_of(0))).loss for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_preparing_ahead_changes_nothing(partition: FeaturePartition) -> None:
+    plain, ahead = engine_of(partition), engine_of(partition)
+    expected = train(plain, range(6))
+    prepared, losses = ahead.prepare(batch_of(0)), []
+    for number in range(6):
+        coming = ahead.prepare(batch_of(number + 1))
+        losses.append(ahead.train_step(prepared).loss)
+        prepared = coming
+    assert losses == expected
+
+
+def test_resumes_exactly_from_its_state(partition: FeaturePartition) -> None:
+    through = engine_of(partition)
+    expected = train(through, range(10))
+    first = engine_of(partition)
+    train(first, range(5))
+    second = engine_of(partition, seed=5)
+    second.load_dense_state({name: value.clone() for name, value in first.dense_state().items()})
+    assert set(second.shard_names()) <= set(first.shard_state())
+    second.load_shard_state({name: value.clone() for name, value in first.shard_state().items()})
+    assert second.num_steps == 5
+    assert train(second, range(5, 10)) == expected[5:]
+    for mine, theirs in ((second.dense_state(), through.dense_state()), (second.shard_state(), through.shard_state())):
+        assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+
+
+def test_ids_are_dropped_in_training_alone(partition: FeaturePartition) -> None:
+    plain, dropping = engine_of(partition), engine_of(partition, id_dropout=0.5)
+    logits = [engine.predict(engine.prepare(batch_of(9))) for engine in (plain, dropping)]
+    assert (logits[0] == logits[1]).all()
+    assert train(plain, range(9, 10)) != train(dropping, range(9, 10))
+    again = [dropping.predict(dropping.prepare(batch_of(8))) for _ in range(2)]
+    assert (again[0] == again[1]).all()
+
+
+def test_images_are_dropped_in_training_alone(partition: FeaturePartition) -> None:
+    plain, dropping = engine_of(partition), engine_of(partition, feature_dropout=0.5, embed_dropout=0.5)
+    logits = [engine.predict(engine.prepare(batch_of(9))) for engine in (plain, dropping)]
+    assert (logits[0] == logits[1]).all()
+    assert train(plain, range(9, 10)) != train(dropping, range(9, 10))
+
+
+def test_predicting_changes_nothing(partition: FeaturePartition) -> None:
+    engine = engine_of(partition)
+    train(engine, range(2))
+    before = {n: v.clone() for n, v in (engine.dense_state() | engine.shard_state()).items()}
+    logits = engine.predict(engine.prepare(batch_of(9)))
+    assert logits.shape == (6,) and logits.dtype == np.float64
+    assert engine.predict(engine.prepare(batch_of(9, samples=0))).shape == (0,)
+    after = engine.dense_state() | engine.shard_state()
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+    label = torch.from_numpy(batch_of(9).label_B).double()
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(torch.from_numpy(logits), label)
+    assert train(engine, range(9, 10))[0] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_result_counts_keys(partition: FeaturePartition) -> None:
+    engine, batch = engine_of(partition), batch_of(0)
+    result = engine.train_step(engine.prepare(batch))
+    images = np.concatenate([batch.fields["behavior_image"].values_N, batch.fields["ad_image"].values_N])
+    assert result.num_samples == 6
+    assert result.num_references == 12 + 6 + 6
+    assert result.num_unique == len(np.unique(images)) + len(np.unique(batch.fields["ad_item"].values_N))
+
+
+def test_networks_share_keys_only_when_they_are_one(partition: FeaturePartition) -> None:
+    shared, apart = engine_of(partition), engine_of(partition, shared_image_model=False)
+    assert list(shared.services["images"].models) == ["shared"]
+    assert list(apart.services["images"].models) == ["behavior_image", "ad_image"]
+
+
+def test_an_error_instead_of_a_batch_is_raised(partition: FeaturePartition) -> None:
+    with pytest.raises(DataError, match="label=7"):
+        engine_of(partition).prepare(DataError("label=7"))
+
+
+def test_what_does_not_fit_is_named(partition: FeaturePartition) -> None:
+    with pytest.raises(ConfigError, match=r"field ad_item needs table item.*set model\.tables\.item"):
+        engine_of(partition, tables={"items": 5})
+    with pytest.raises(ConfigError, match="need store images; open are none"):
+        Engine(SoloComm(), SCHEMA, {}, ModelConfig(tables={"item": 5}), OptimConfig(), seed=0)
+    with pytest.raises(ConfigError, match="the ranks built different models"):
+        engine_of(partition, comm=OtherDigest())
+    with pytest.raises(CheckpointError, match="the checkpoint is of another model"):
+        engine_of(partition).load_dense_state({})
+
+
+def test_building_leaves_the_random_state_alone(partition: FeaturePartition) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    engine_of(partition)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_type_of_the_products_is_settled_once(partition: FeaturePartition, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {torch.bfloat16: 1.0, torch.float32: 2.0}
+    monkeypatch.setattr(precision, "_product_s", seconds.__getitem__)
+    monkeypatch.delenv(VARIABLE)
+
+    def dtype_of_auto() -> torch.dtype:
+        return engine_of(partition, compute_dtype="auto").services["images"].models["shared"].compute_dtype
+
+    assert dtype_of_auto() == torch.bfloat16
+    seconds[torch.float32] = 0.5
+    assert dtype_of_auto() == torch.float32
+    config, cpu = ModelConfig(), torch.device("cpu")
+    assert precision.with_compute_dtype(config, SoloComm(), cpu, "bfloat16").compute_dtype == "bfloat16"
+    chosen = ModelConfig(compute_dtype="float64")
+    assert precision.with_compute_dtype(chosen, SoloComm(), cpu, "bfloat16") is chosen
+    monkeypatch.setenv(VARIABLE, "bfloat16")
+    assert dtype_of_auto() == torch.bfloat16, "the environment goes before what the machine is quicker at"
+    assert precision.with_compute_dtype(config, SoloComm(), cpu, "float32").compute_dtype == "float32"
+    monkeypatch.setenv(VARIABLE, "float16")
+    with pytest.raises(ConfigError, match=r"CROSSMEDIA_COMPUTE_DTYPE=float16 is neither bfloat16 nor float32"):
+        dtype_of_auto()

@@ -1,0 +1,52 @@
+"""What a run says of its hardware: its first line and its report name the devices and what carries the collectives."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from trainer.comm import SoloComm
+from trainer.loop.summary import hardware_of, hardware_told
+from trainer.main import app
+
+HOROVODRUN = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2"]
+TIMEOUT_S = 150
+Places = Any
+
+
+def report_of(places: Places, name: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((places.folder / "runs" / name / "report.json").read_text())
+    return report
+
+
+def test_two_ranks_on_cpu_name_gloo(places: Places) -> None:
+    settings = places.settings(run__name="gloo", train__max_steps=1, run__device="cpu")
+    command = [*HOROVODRUN, sys.executable, "-m", "trainer.main", "--set", *settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first = done.stdout.splitlines()[0]
+    assert ", 2 ranks on cpu, collectives by Gloo, step 0 of 1" in first
+    report = report_of(places, "gloo")
+    assert (report["devices"], report["collectives"]) == (["cpu", "cpu"], "Gloo")
+
+
+def test_one_process_has_no_collectives(places: Places) -> None:
+    settings = places.settings(run__name="solo", train__max_steps=1, run__device="cpu")
+    result = CliRunner().invoke(app, ["--set", *settings])
+    assert result.exit_code == 0, result.output
+    assert ", one process on cpu, no collectives, step 0 of 1" in result.stdout.splitlines()[0]
+    report = report_of(places, "solo")
+    assert (report["devices"], report["collectives"]) == (["cpu"], None)
+
+
+def test_gpus_are_named_with_their_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    solo = hardware_of(SoloComm(), torch.device("cuda", 0))
+    assert hardware_told(solo, 1) == "one process on cuda:0 (NVIDIA H100), no collectives"
+    several = {"devices": [f"cuda:{rank} (NVIDIA H100)" for rank in (0, 1, 0, 1)], "collectives": "NCCL"}
+    assert hardware_told(several, 4) == "4 ranks on cuda:0 (NVIDIA H100), cuda:1 (NVIDIA H100), collectives by NCCL"

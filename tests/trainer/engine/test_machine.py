@@ -1,0 +1,131 @@
+"""What a rank takes of its machine: threads of its share of the cores, and the device it computes on."""
+
+import re
+
+import pytest
+import torch
+
+from trainer.comm import SoloComm
+from trainer.config.config import Device, load_config
+from trainer.config.options import OptimConfig
+from trainer.engine import machine
+from trainer.engine.machine import Place, check_memory, device_name, idle_gpus, share_machine, threads_of, uses_cuda
+from trainer.errors import ConfigError
+from trainer.ids.optimizers import state_of
+from trainer.ids.tables import TableShape
+
+STATE = state_of(OptimConfig(ids="rowwise_adam"))
+
+
+def place(host: str, *cores: int) -> Place:
+    return Place(host, frozenset(cores), has_gpu=False)
+
+
+class TestThreads:
+    def test_ranks_that_may_run_anywhere_share_the_cores(self) -> None:
+        places = [place("a", *range(8))] * 3 + [place("b", *range(8))]
+        assert [threads_of(rank, places) for rank in range(4)] == [2, 2, 2, 8]
+
+    def test_a_rank_bound_to_cores_of_its_own_takes_all_of_them(self) -> None:
+        places = [place("a", 0, 1, 2, 3), place("a", 4, 5, 6, 7)]
+        assert [threads_of(rank, places) for rank in range(2)] == [4, 4]
+
+    def test_ranks_bound_to_the_same_socket_share_it(self) -> None:
+        places = [place("a", 0, 1, 2, 3)] * 2 + [place("a", 4, 5, 6, 7)] * 2
+        assert [threads_of(rank, places) for rank in range(4)] == [2, 2, 2, 2]
+
+    def test_threads_without_end_are_refused(self) -> None:
+        with pytest.raises(ConfigError, match=r"run\.threads=1000000: a rank may run on \d+ cores"):
+            share_machine(load_config(None, ["run.threads=1000000"]), SoloComm())
+
+    def test_more_ranks_than_cores_have_a_thread_each(self) -> None:
+        assert threads_of(2, [place("a", 0, 1)] * 4) == 1
+
+
+class TestMemory:
+    SHAPES = (TableShape("item", 12, 1_000_000, 64), TableShape("user", 4, 1_000_000_000, 64))
+
+    def test_tables_that_fit_are_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for free in (None, 41_000_000_000):
+            monkeypatch.setattr(machine, "free_bytes", lambda free=free: free)
+            check_memory(SoloComm(), self.SHAPES, STATE, torch.device("cpu"), torch.float32)
+
+    def test_the_largest_table_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(machine, "free_bytes", lambda: 3_000_000_000)
+        with pytest.raises(ConfigError) as caught:
+            check_memory(SoloComm(), self.SHAPES, STATE, torch.device("cpu"), torch.float32)
+        message = str(caught.value)
+        assert re.match(r"model\.tables\.user=1000000000: 1,000,000,000 rows of 4 .* take 40\.0 GB on ", message)
+        assert "all tables 40.1 GB" in message and "3.0 GB are free" in message
+
+    def test_ranks_of_a_machine_share_its_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each alone would fit; a rank on another machine does not count."""
+        comm = SoloComm()
+        on_both, alone = [("a", 30, [20]), ("a", 31, [20])], [("a", 30, [20]), ("b", 30, [20])]
+        shapes = [TableShape("user", 4, 10, 2)]
+        monkeypatch.setattr(comm, "allgather_object", lambda value, name: alone)
+        check_memory(comm, shapes, STATE, torch.device("cpu"), torch.float32)
+        monkeypatch.setattr(comm, "allgather_object", lambda value, name: on_both)
+        with pytest.raises(ConfigError, match=r"on a \(2 ranks"):
+            check_memory(comm, shapes, STATE, torch.device("cpu"), torch.float32)
+
+    def test_this_machine_says_what_is_free(self) -> None:
+        assert 0 < (machine.free_bytes() or 0) < 1 << 50
+
+
+class TestDevice:
+    @pytest.mark.parametrize(
+        ("device", "available", "moves", "expected"),
+        [
+            ("auto", True, True, True),
+            ("auto", True, False, False),
+            ("auto", False, True, False),
+            ("cpu", True, True, False),
+            ("cpu", False, False, False),
+            ("cuda", True, True, True),
+        ],
+    )
+    def test_choice(self, device: Device, available: bool, moves: bool, expected: bool) -> None:
+        assert uses_cuda(device, available, moves) is expected
+
+    def test_cuda_that_is_not_there_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match="finds no GPU"):
+            uses_cuda("cuda", available=False, moves_cuda_tensors=True)
+        with pytest.raises(ConfigError, match=r"without NCCL.*HOROVOD_GPU_OPERATIONS=NCCL make install"):
+            uses_cuda("cuda", available=True, moves_cuda_tensors=False)
+
+    @pytest.mark.parametrize(
+        ("device", "have_gpu", "moves", "expected"),
+        [
+            ("auto", [True, True], False, "2 of 2 ranks found a GPU, .* without NCCL. .*=NCCL make install"),
+            ("auto", [True, False], False, "1 of 2 ranks found a GPU, .* without NCCL"),
+            ("auto", [True, False], True, "1 of 2 ranks found a GPU, .* not every rank has one"),
+            ("auto", [True, True], True, None),
+            ("auto", [False, False], False, None),
+            ("cpu", [True, True], False, None),
+        ],
+    )
+    def test_gpus_that_stay_idle_are_told(
+        self, device: Device, have_gpu: list[bool], moves: bool, expected: str | None
+    ) -> None:
+        warning = idle_gpus(device, have_gpu, moves)
+        assert warning is None if expected is None else re.match(expected, warning or "")
+
+    def test_rank_0_warns_of_gpus_without_nccl(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        comm = SoloComm()
+        comm.moves_cuda_tensors = False  # as of Horovod that was built for the CPU
+        assert share_machine(load_config(None, []), comm) == torch.device("cpu")
+        assert re.fullmatch(r"warning: 1 of 1 ranks found a GPU.*\n", capsys.readouterr().err)
+        comm.rank = 1
+        places = [Place("a", frozenset({0}), has_gpu=True)] * 2
+        monkeypatch.setattr(comm, "allgather_object", lambda value, name: places)
+        share_machine(load_config(None, ["run.threads=1"]), comm)
+        assert capsys.readouterr().err == "", "rank 0 has said it"
+
+    def test_a_gpu_is_named_with_its_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+        assert device_name(torch.device("cuda", 1)) == "cuda:1 (NVIDIA H100)"
+        assert device_name(torch.device("cpu")) == "cpu"

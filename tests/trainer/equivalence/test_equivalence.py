@@ -1,0 +1,280 @@
+"""P ranks equal one process: the test that the exchange, the sharding and every reduction of a gradient rest on.
+
+The reference (equivalence/reference.py) is plain torch, one occurrence at a time. All scenarios of
+equivalence/scenarios.py run in one job for each P, because ranks take seconds to start.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.trainer.equivalence.scenarios import SCENARIOS
+
+HERE = Path(__file__).parent
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
+RUNS = [
+    "both_attentive/float64",
+    "both_attentive/float32",
+    "two_widths_two_models/float64",
+    "sum_rank_without_data/float64",
+    "sum_rank_without_data/float32",
+    "one_owner/float64",
+    "behavior_sum/float64",
+    "ad_colliding_ids/float64",
+    "ids_only/float64",
+    "missing_zeros/float64",
+    "int8_codes/float64",
+    "l2_and_dropout/float64",
+    "adam/float64",
+    "adam_rank_without_data/float64",
+    "adam_rank_without_data/float32",
+    "dropout_rank_without_data/float64",
+    "exact/float64",
+    "exact_rank_without_data/float64",
+    "exact_evicting/float64",
+    "exact_evicting_rank_without_data/float64",
+    "embedding_dropout/float64",
+    "image_holdout/float64",
+    "missing_learned/float64",
+    "words/float64",
+    "gallery_mean/float64",
+    "transformer/float64",
+    "two_towers/float64",
+    "two_towers/float32",
+    "two_towers_ids_only/float64",
+    "weights/float64",
+    "numbers/float64",
+    "batch_norm/float64",
+    "batch_norm_rank_without_data/float64",
+    "dice/float64",
+    "dice_rank_without_data/float64",
+    "dropout/float64",
+    "paper/float64",
+    "paper/float32",
+]
+MODEL_RUNS = [
+    "rowwise_adam_restart/float64",
+    "adagrad/float64",
+    "rowwise_adagrad/float64",
+    "ftrl/float64",
+    "image_holdout_texts/float64",
+    "image_holdout_two_towers/float64",
+    "concat/float64",
+    "max/float64",
+    "mean/float64",
+    "multi_query/float64",
+    "concat_rank_without_data/float64",
+    "max_rank_without_data/float64",
+    "multi_query_rank_without_data/float64",
+    "transformer_rank_without_data/float64",
+    "lr_ids_only/float64",
+    "lr/float64",
+    "din_ids_only/float64",
+    "din/float64",
+    "dcn_ids_only/float64",
+    "dcn/float64",
+    "weights_din_ids_only/float64",
+    "numbers_din_ids_only/float64",
+    "weights_two_towers_ids_only/float64",
+    "texts/float64",
+    "gallery_max/float64",
+    "gallery_two_towers/float64",
+    "texts_missing/float64",
+    "finalmlp_ids_only/float64",
+    "finalmlp/float64",
+]
+# Layers that take the statistics of all ranks' rows: one collective forward and one backward each.
+NORMS = {"batch_norm": 2, "batch_norm_rank_without_data": 2, "dice": 4, "dice_rank_without_data": 3, "finalmlp": 5}
+OF_FILTERS = ("/counts", "/faded", "/last_use", "/used_at", "/clock")
+"""Of exact tables, beside rows and ids; see tests/trainer/ids."""
+RANKS = [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)]
+
+WITHOUT_MOMENTUM = ("adagrad", "rowwise_adagrad", "ftrl")  # the first gradients of ID rows are not to be seen
+
+Results = dict[str, dict]
+
+
+@pytest.fixture(scope="module")
+def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results]:
+    """Results of a job of P ranks, run once."""
+    folder = tmp_path_factory.mktemp("equivalence")
+    script = "import worlds, pathlib, sys; worlds.make_store(pathlib.Path(sys.argv[1]))"
+    _run([sys.executable, "-c", script, str(folder / "store")])
+    done: dict[int, Results] = {}
+
+    def results(num_ranks: int) -> Results:
+        if num_ranks not in done:
+            launcher = Path(sys.executable).with_name("horovodrun")
+            start = [str(launcher), "-np", str(num_ranks)] if num_ranks > 1 else []
+            out = folder / f"ranks-{num_ranks}.pt"
+            _run([*start, sys.executable, str(HERE / "worker.py"), str(folder / "store"), str(out)])
+            done[num_ranks] = torch.load(out)
+        return done[num_ranks]
+
+    return results
+
+
+@pytest.fixture(scope="module")
+def reference(results_of: Callable[[int], Results], tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Results of the reference, from the initial values of a run of one rank."""
+    folder = tmp_path_factory.mktemp("reference")
+    kept = ("initial", "mean_and_std", "decoded")
+    start = {run: {k: result[k] for k in kept} for run, result in results_of(1).items() if result.get("initial")}
+    torch.save(start, folder / "initial.pt")
+    _run([sys.executable, str(HERE / "reference.py"), str(folder / "initial.pt"), str(folder / "out.pt")])
+    results: Results = torch.load(folder / "out.pt")
+    return results
+
+
+def test_every_scenario_is_checked(reference: Results) -> None:
+    assert sorted(reference) == sorted([*RUNS, *MODEL_RUNS])
+
+
+class Equivalence:
+    def test_losses(self, run: str, num_ranks: int, results_of: Callable[[int], Results], reference: Results) -> None:
+        losses_P = torch.tensor(results_of(num_ranks)[run]["losses_P"], dtype=torch.float64)
+        assert losses_P.shape == (num_ranks, 20)
+        assert (losses_P == losses_P[0]).all()
+        expected = torch.tensor(reference[run]["losses"], dtype=torch.float64)
+        torch.testing.assert_close(losses_P[0], expected, rtol=_tolerance(run), atol=0)
+
+    def test_first_gradients(
+        self, run: str, num_ranks: int, results_of: Callable[[int], Results], reference: Results
+    ) -> None:
+        found, expected = results_of(num_ranks)[run]["gradients"], reference[run]["gradients"]
+        if run.startswith(WITHOUT_MOMENTUM):
+            expected = {name: value for name, value in expected.items() if name in found}
+        _assert_same(found, expected, _tolerance(run))
+
+    def test_parameters_and_optimisers_after_the_last_step(
+        self, run: str, num_ranks: int, results_of: Callable[[int], Results], reference: Results
+    ) -> None:
+        known = ("_D", "num_steps", "learning_rates", *OF_FILTERS)
+        trained = {n: v for n, v in results_of(num_ranks)[run]["trained"].items() if not n.endswith(known)}
+        _assert_same(trained, reference[run]["trained"], _tolerance(run))
+
+    def test_counts_of_ids_without_a_row_are_those_of_one_rank(
+        self, run: str, num_ranks: int, results_of: Callable[[int], Results]
+    ) -> None:
+        mine, alone = (results_of(each)[run]["trained"] for each in (num_ranks, 1))
+        names = [name for name in alone if name.endswith(OF_FILTERS)]
+        assert all(torch.equal(mine[name], alone[name]) for name in names)
+        assert bool(names) == run.startswith("exact")
+
+    def test_two_collectives_forward_and_one_backward(
+        self, run: str, num_ranks: int, results_of: Callable[[int], Results]
+    ) -> None:
+        name = run.partition("/")[0]
+        widths = {"two_widths_two_models": [3, 5], "lr_ids_only": [1], "lr": [1, 5]}.get(name, [5])
+        widths = [3, 5] if "texts" in name else widths
+        dense = ("model",) if SCENARIOS[name].model.get("images") == "none" else ("model", "stores")
+        names = ["keys", *(f"vectors.{w}" for w in widths), *(f"gradients.{w}" for w in widths)]
+        names += [f"dense.{part}" for part in dense]
+        norms = [f"norm.{number + 1}" for number in range(NORMS.get(name, 0))]
+        names += [*norms, *(f"{norm}.gradients" for norm in norms)]
+        assert results_of(num_ranks)[run]["calls"] == {f"step.{name}": 20 for name in names}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("num_ranks", RANKS)
+class TestEquivalence(Equivalence):
+    """The exchange, the sharding and the reductions, on any number of ranks."""
+
+
+@pytest.mark.parametrize("run", MODEL_RUNS)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+class TestModels(Equivalence):
+    """Every aggregator, every base net, and two contents an item, each in a store of its own."""
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_rows_make_room_many_times(num_ranks: int, results_of: Callable[[int], Results], reference: Results) -> None:
+    for run, tables in {
+        "exact_evicting": ("user", "item", "image"),
+        "exact_evicting_rank_without_data": ("user", "image"),
+    }.items():
+        found, expected = (each[f"{run}/float64"]["evicted"] for each in (results_of(num_ranks), reference))
+        assert found == expected
+        assert all(found[table] >= 20 for table in tables), found
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+class TestOverlap:
+    """Of the first scenario, other ways to get through its 20 steps."""
+
+    def test_slow_and_fast_ranks_change_no_bit(self, num_ranks: int, results_of: Callable[[int], Results]) -> None:
+        delayed, usual = results_of(num_ranks)["delayed"], results_of(num_ranks)["both_attentive/float64"]
+        assert delayed["losses_P"] == usual["losses_P"]
+        assert all(torch.equal(delayed["trained"][name], value) for name, value in usual["trained"].items())
+
+    def test_reused_vectors_are_the_same_for_any_number_of_ranks(
+        self, num_ranks: int, results_of: Callable[[int], Results]
+    ) -> None:
+        reused, alone = results_of(num_ranks)["reused"], results_of(1)["reused"]
+        expected = torch.tensor(alone["losses_P"][0], dtype=torch.float64)
+        losses = torch.tensor(reused["losses_P"][0], dtype=torch.float64)
+        torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0)
+        _assert_same(reused["trained"], alone["trained"], 1e-9)
+        exact = torch.tensor(results_of(1)["both_attentive/float64"]["losses_P"][0], dtype=torch.float64)
+        assert losses[0] == pytest.approx(float(exact[0]), rel=1e-9)
+        assert 1e-6 < float((losses - exact).abs().max()) < 0.3
+
+    def test_compared_images_are_the_same_for_any_number_of_ranks(
+        self, num_ranks: int, results_of: Callable[[int], Results]
+    ) -> None:
+        compared, alone = results_of(num_ranks)["compared"], results_of(1)["compared"]
+        expected, losses = (torch.tensor(each["losses_P"][0], dtype=torch.float64) for each in (alone, compared))
+        torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0)
+        _assert_same(compared["trained"], alone["trained"], 1e-9)
+        assert compared["calls"]["step.signatures.3"] == 20
+
+    def test_bfloat16_on_the_wire_is_near(self, num_ranks: int, results_of: Callable[[int], Results]) -> None:
+        rounded = torch.tensor(results_of(num_ranks)["rounded"]["losses_P"][0], dtype=torch.float64)
+        exact = torch.tensor(results_of(1)["both_attentive/float64"]["losses_P"][0], dtype=torch.float64)
+        assert (float((rounded - exact).abs().max()) > 1e-9) == (num_ranks > 1)
+        torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+class TestEndings:
+    def test_a_missing_key_stops_every_rank(self, num_ranks: int, results_of: Callable[[int], Results]) -> None:
+        endings = results_of(num_ranks)["endings"]["missing_key"]
+        own = [e for e in endings if e.startswith("MissingKeysError: ")]
+        remote = [e for e in endings if e.startswith("RemoteRankError: rank ") and "failed: MissingKeysError" in e]
+        assert own
+        assert len(own) + len(remote) == num_ranks
+
+    def test_a_reader_error_stops_every_rank(self, num_ranks: int, results_of: Callable[[int], Results]) -> None:
+        *others, last = results_of(num_ranks)["endings"]["reader"]
+        assert last == "DataError: day=1.parquet: label=7 is not 0 or 1"
+        assert set(others) <= {f"RemoteRankError: rank {num_ranks - 1} failed: {last}"}
+
+
+def _run(command: list[str]) -> None:
+    search = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, f"{shutil.which(command[0])}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def _tolerance(run: str) -> float:
+    return TOLERANCE[run.rpartition("/")[2]]
+
+
+def _assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Same names; each tensor within `tolerance` of its largest value, taken as at least 1e-6 (squares: 1e-12)."""
+    assert sorted(actual) == sorted(expected)
+    for name, value in expected.items():
+        assert actual[name].shape == value.shape, name
+        if value.numel():
+            least = 1e-12 if name.endswith(("exp_avg_sq", "variance", "sum")) else 1e-6
+            scale = max(float(value.double().abs().max()), least)
+            difference = float((actual[name].double() - value.double()).abs().max())
+            assert difference <= tolerance * scale, f"{name}: {difference:.3g} of {scale:.3g}"

@@ -1,0 +1,99 @@
+"""Two models on the same impressions: the difference, its interval, its p-value; and what cannot be compared."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from trainer.errors import DataError
+from trainer.evaluation.bootstrap import probability
+from trainer.evaluation.compare import compare
+from trainer.evaluation.impressions import Impressions
+from trainer.evaluation.metrics import auc, grouped_auc
+from trainer.evaluation.predict import Predictions
+
+USERS, EACH = 120, 8
+
+
+def predictions(world: int, *noises: tuple[int, float]) -> list[Predictions]:
+    """Models that see the true logit through noise: of one seed each, and of a standard deviation each."""
+    random = np.random.default_rng(world)
+    truth_N = random.normal(size=USERS * EACH)
+    impressions = Impressions(
+        label_N=(random.random(USERS * EACH) < probability(truth_N)).astype(np.float32),
+        user_N=np.repeat(np.arange(USERS), EACH),
+        ad_N=random.integers(0, 40, USERS * EACH),
+        image_N=None,
+        history_N=None,
+        time_s_N=None,
+    )
+    return [
+        Predictions(truth_N + np.random.default_rng([world, seed]).normal(size=len(truth_N)) * scale, impressions)
+        for seed, scale in noises
+    ]
+
+
+def test_values_are_those_of_each_side() -> None:
+    good, bad = predictions(0, (1, 0.2), (2, 2.0))
+    found = compare([good], [bad], resamples=200)
+    label_N, user_N = good.impressions.label_N.astype(np.float64), good.impressions.user_N
+    assert found["auc"].ours == pytest.approx(auc(good.logit_N, label_N))
+    assert found["gauc"].baseline == pytest.approx(grouped_auc(bad.logit_N, label_N, user_N)[0])
+    for each in found.values():
+        assert each.value == pytest.approx(each.ours - each.baseline)
+        assert 0 < each.low < each.value < each.high
+        assert each.p_value == pytest.approx(1 / 201)
+
+
+def test_sides_swapped_is_the_other_sign() -> None:
+    good, bad = predictions(0, (1, 0.2), (2, 2.0))
+    there, back = compare([good], [bad], resamples=200)["gauc"], compare([bad], [good], resamples=200)["gauc"]
+    assert (there.value, there.low, there.high) == pytest.approx((-back.value, -back.high, -back.low))
+    assert there.p_value == back.p_value
+
+
+def test_equal_models_do_not_differ() -> None:
+    (one,) = predictions(0, (1, 0.5))
+    found = compare([one], [dataclasses.replace(one, logit_N=one.logit_N * 3)], resamples=100)["gauc"]
+    assert (found.value, found.low, found.high, found.p_value) == (0, 0, 0, 1)
+
+
+def test_pairing_makes_the_interval_narrow() -> None:
+    one, two = predictions(0, (1, 0.5), (1, 0.55))
+    paired = compare([one], [two], resamples=400)["auc"]
+    ones = [compare([each], [dataclasses.replace(each, logit_N=np.zeros(USERS * EACH))])["auc"] for each in (one, two)]
+    # Against a constant (AUC 0.5 in every resample) the width is that of one model's own AUC.
+    assert paired.high - paired.low < 0.3 * min(each.high - each.low for each in ones)
+
+
+def test_p_values_of_equally_good_models_are_seldom_small() -> None:
+    pairs = [predictions(world, (1, 1.0), (2, 1.0)) for world in range(100)]
+    p_values = np.array([compare([one], [two], resamples=200)["gauc"].p_value for one, two in pairs])
+    assert 0 < (p_values < 0.1).mean() < 0.2
+    assert 0.3 < p_values.mean() < 0.7
+
+
+def test_several_runs_a_side_are_averaged_and_widen_the_interval() -> None:
+    runs = predictions(0, (1, 0.2), (2, 1.5), (3, 0.5), (4, 0.5))
+    alone = [compare([run], runs[2:3])["gauc"].ours for run in runs]
+    found = compare(runs[:2], runs[2:])["gauc"]
+    assert (found.ours, found.baseline) == pytest.approx((sum(alone[:2]) / 2, sum(alone[2:]) / 2))
+    # Runs of one side that are alike leave the users as the only reason for doubt.
+    alike = compare([runs[0]] * 2, [runs[2]] * 2)["gauc"]
+    assert alike == compare(runs[:1], runs[2:3])["gauc"]
+    assert found.high - found.low > 1.3 * (alike.high - alike.low)
+
+
+def test_other_impressions_are_refused() -> None:
+    (one,), (other,) = predictions(0, (1, 0.5)), predictions(1, (1, 0.5))
+    with pytest.raises(DataError, match="run 1 of those compared predicted other impressions"):
+        compare([one], [other])
+    with pytest.raises(ValueError, match="one run at least"):
+        compare([], [one])
+
+
+def test_one_class_is_not_defined() -> None:
+    (one,) = predictions(0, (1, 0.5))
+    passes = dataclasses.replace(one.impressions, label_N=np.zeros(USERS * EACH, np.float32))
+    found = compare(*[[dataclasses.replace(one, impressions=passes)]] * 2, resamples=20)["auc"]
+    assert (found.ours, found.value, found.low, found.p_value) == (None, None, None, None)

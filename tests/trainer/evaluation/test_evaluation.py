@@ -1,0 +1,314 @@
+"""python -m trainer.evaluate on tiny runs: what it writes, hidden images, other samples and stores, two ranks."""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from featurestore.identity import SnapshotId
+from featurestore.keys import sampled
+from featurestore.store import FeatureStore
+from tests.trainer.alike import alike
+from trainer.comm import SoloComm
+from trainer.config.config import load_config
+from trainer.evaluate import app
+from trainer.evaluation.bootstrap import METRICS
+from trainer.evaluation.compare import compare
+from trainer.evaluation.opening import Source, open_source
+from trainer.evaluation.predict import predict, predict_run, predict_without
+from trainer.main import train
+from trainer.runs.checkpoint import find
+
+HOROVODRUN = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2"]
+Places = Any
+
+
+def train_run(places: Places, name: str, **changes: Any) -> Path:
+    config = load_config(settings=places.settings(run__name=name, **changes))
+    train(config, SoloComm())
+    return places.folder / "runs" / name
+
+
+def evaluate(run: Path, *options: Any, code: int = 0) -> str:
+    """What the command says; on stdout where it ends well, else on stderr."""
+    result = CliRunner().invoke(app, [str(run), *(str(each) for each in options)])
+    assert result.exit_code == code, result.output
+    return result.stdout if code == 0 else result.stderr
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return report
+
+
+@pytest.fixture(scope="module")
+def own(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """Places of this file alone, with two images that have no feature."""
+    places = make_places(tmp_path_factory.mktemp("evaluation"))
+    FeatureStore.open(places.folder / "features").delete([1_001, 1_045])
+    return places
+
+
+@pytest.fixture(scope="module")
+def run(own: Places) -> Path:
+    exact = {"model__compute_dtype": "float32"}  # its numbers are compared between ranks and batches
+    return train_run(own, "both", data__missing="zeros", train__checkpoint_every=20, **exact)
+
+
+@pytest.fixture(scope="module")
+def ids_only(own: Places) -> Path:
+    return train_run(own, "ids-only", model__images="none", train__max_steps=5)
+
+
+@pytest.fixture(scope="module")
+def evaluated(run: Path) -> Path:
+    """The report of the run with images, the curve of hidden ones included."""
+    said = evaluate(run, "--missing-curve", "--bootstrap", 200)
+    assert f"written to {run / 'evaluation'}" in said
+    assert "50% of the images hidden: GAUC 0." in said
+    return run / "evaluation"
+
+
+class TestReport:
+    def test_whole_is_what_training_reported(self, run: Path, evaluated: Path) -> None:
+        report, trained = report_of(evaluated), report_of(run)["metrics"]
+        whole = report["whole"]
+        assert (whole["impressions"], whole["clicks"]) == (trained["impressions"], trained["clicks"])
+        for name in ("logloss", "auc", "gauc"):
+            assert whole["metrics"][name]["value"] == alike(name, trained[name], within=1e-6)
+        new = report["sliced_by"]["ad_age"]["slices"]["new"]
+        assert new["impressions"] == trained["new_ad_impressions"]
+        assert new["metrics"]["auc"]["value"] == alike("auc", trained["new_ad_auc"])
+        assert (report["checkpoint"], report["missing"]) == ("step-00000046", "zeros")
+        assert report["stores"]["images"]["version"] == 2
+        assert report["notes"] == []
+
+    def test_every_metric_has_an_interval_around_it(self, evaluated: Path) -> None:
+        metrics = report_of(evaluated)["whole"]["metrics"]
+        assert list(metrics) == list(METRICS)
+        for name in METRICS[:4]:
+            assert metrics[name]["low"] < metrics[name]["value"] < metrics[name]["high"]
+        assert 0 <= metrics["ece"]["low"] <= metrics["ece"]["high"]
+
+    def test_slices_hold_every_impression_once(self, evaluated: Path) -> None:
+        report = report_of(evaluated)
+        assert set(report["sliced_by"]) == {"ad_age", "ad_impressions", "history", "image"}
+        for sliced in report["sliced_by"].values():
+            assert sum(each["impressions"] for each in sliced["slices"].values()) == report["whole"]["impressions"]
+            assert sum(each["clicks"] for each in sliced["slices"].values()) == report["whole"]["clicks"]
+            assert len(sliced["slices"]) > 1
+        assert set(report["sliced_by"]["image"]["slices"]) == {"known", "new", "missing"}
+        assert sum(each["impressions"] for each in report["reliability"]) == report["whole"]["impressions"]
+
+    def test_curve_starts_where_nothing_is_hidden(self, evaluated: Path) -> None:
+        report = report_of(evaluated)
+        curve = report["missing_curve"]
+        assert [point["share"] for point in curve] == [0, 0.1, 0.2, 0.3, 0.4, 0.5]
+        assert curve[0]["metrics"] == report["whole"]["metrics"]
+        hidden = [point["impressions_without_ad_image"] for point in curve]
+        assert hidden[0] == 0
+        assert hidden == sorted(hidden)
+        assert len({point["metrics"]["gauc"]["value"] for point in curve}) > 3
+
+    def test_plots_are_pictures_of_something(self, evaluated: Path) -> None:
+        names = {"reliability", "by_ad_age", "by_ad_impressions", "by_history", "by_image", "missing_curve"}
+        files = {path.stem: path for path in evaluated.glob("*.png")}
+        assert set(files) == names
+        for name, path in files.items():
+            pixels = np.asarray(Image.open(path).convert("L"))
+            assert (pixels < 128).sum() > 500, name
+            assert f"![{name}]({name}.png)" in (evaluated / "report.md").read_text()
+
+    def test_markdown_has_a_row_for_every_slice(self, evaluated: Path) -> None:
+        text = (evaluated / "report.md").read_text()
+        for sliced in report_of(evaluated)["sliced_by"].values():
+            assert f"## By {sliced['title']}" in text
+            for name, each in sliced["slices"].items():
+                assert f"| {name} | {each['impressions']:,} | {each['users']:,} | {each['clicks']:,} |" in text
+
+    def test_seed_repeats_it(self, run: Path, evaluated: Path, tmp_path: Path) -> None:
+        options = ("--missing-curve", "--bootstrap", 200, "--json", tmp_path / "a.json", "--out", tmp_path)
+        evaluate(run, *options)
+        assert json.loads((tmp_path / "a.json").read_text()) == report_of(evaluated)
+        evaluate(run, *options, "--seed", 1)
+        other = json.loads((tmp_path / "a.json").read_text())
+        assert other["whole"]["metrics"]["auc"]["value"] == report_of(evaluated)["whole"]["metrics"]["auc"]["value"]
+        assert other["whole"]["metrics"]["auc"]["low"] != report_of(evaluated)["whole"]["metrics"]["auc"]["low"]
+        assert other["missing_curve"][1] != report_of(evaluated)["missing_curve"][1]
+
+    def test_without_intervals_and_another_checkpoint(self, run: Path, tmp_path: Path) -> None:
+        evaluate(run, "--bootstrap", 0, "--checkpoint", 20, "--out", tmp_path)
+        report = report_of(tmp_path)
+        assert report["checkpoint"] == "step-00000020"
+        assert all(each["low"] is None for each in report["whole"]["metrics"].values())
+        assert report["missing_curve"] == []
+        assert "Without intervals." in (tmp_path / "report.md").read_text()
+        path = find(run / "checkpoints", "latest").with_name("step-00000020")
+        evaluate(run, "--bootstrap", 0, "--checkpoint", path, "--out", tmp_path / "again")
+        assert report_of(tmp_path / "again")["whole"] == report["whole"]
+
+    def test_ids_only(self, ids_only: Path) -> None:
+        evaluate(ids_only, "--bootstrap", 20)
+        report = report_of(ids_only / "evaluation")
+        assert report["stores"] == {}
+        assert set(report["sliced_by"]["image"]["slices"]) == {"known", "new"}
+
+
+@pytest.mark.parametrize(("policy", "tiers"), [("zeros", 0), ("learned", 0), ("zeros", 4)])
+def test_hidden_images_are_as_if_they_were_not_in_the_store(
+    own: Places, tmp_path: Path, policy: str, tiers: int
+) -> None:
+    settings = {"data__missing": policy, "model__similarity_tiers": tiers}
+    run = train_run(own, f"hide-{policy}-{tiers}", train__max_steps=30, **settings)
+    shutil.copytree(own.folder / "features", tmp_path / "features")
+    keys = np.arange(1_000, 1_050)
+    with contextlib.closing(open_source(Source(run), SoloComm())) as opened:
+        before_N, hidden_N, after_N = predict(opened), predict_without(opened, 0.3, seed=7), predict(opened)
+    FeatureStore.open(tmp_path / "features").delete(keys[sampled(keys, 0.3, seed=7)])
+    without = predict_run(run, store=str(tmp_path / "features"))
+    assert hidden_N == pytest.approx(without.logit_N, abs=1e-5)
+    assert (before_N == after_N).all()
+    assert np.abs(hidden_N - before_N).max() > 1e-3
+
+
+def test_run_that_refused_missing_images_is_told(places: Places, tmp_path: Path) -> None:
+    run = train_run(places, "refused-missing", train__max_steps=5)
+    evaluate(run, "--bootstrap", 0, "--out", tmp_path / "a")
+    assert report_of(tmp_path / "a")["notes"] == []
+    evaluate(run, "--bootstrap", 0, "--missing-curve", "--out", tmp_path / "b")
+    assert "trained with data.missing=error" in report_of(tmp_path / "b")["notes"][0]
+
+
+class TestOtherPlaces:
+    def test_samples_of_another_day(self, run: Path, write_samples: Callable[..., Any], tmp_path: Path) -> None:
+        write_samples(tmp_path / "day" / "test", [30, 10], seed=70, items=50)
+        evaluate(run, "--samples", tmp_path / "day", "--bootstrap", 0, "--out", tmp_path / "out")
+        report = report_of(tmp_path / "out")
+        assert report["whole"]["impressions"] == len(predict_run(run, samples=str(tmp_path / "day")).logit_N)
+        assert report["whole"]["impressions"] != report_of(run)["metrics"]["impressions"]
+        assert report["samples"] == str(tmp_path / "day" / "test")
+        assert report["notes"] == []
+
+    def test_other_samples_replace_the_test_split_alone(
+        self, make_places: Callable[[Path], Places], write_samples: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        """Neither the run's test samples are needed any more, nor are other training samples looked at."""
+        places = make_places(tmp_path / "places")
+        run = train_run(places, "a", train__max_steps=3)
+        shutil.rmtree(places.folder / "samples" / "test")
+        write_samples(tmp_path / "day" / "test", [30], seed=70, items=50)
+        evaluate(run, "--samples", tmp_path / "day", "--bootstrap", 0, "--out", tmp_path / "a")
+        write_samples(tmp_path / "day" / "train", [30], seed=3, items=50)
+        evaluate(run, "--samples", tmp_path / "day", "--bootstrap", 0, "--out", tmp_path / "b")
+        assert report_of(tmp_path / "a") == report_of(tmp_path / "b")
+        assert report_of(tmp_path / "a")["notes"] == []
+
+    def test_changed_training_samples_are_told(self, make_places: Callable[[Path], Places], tmp_path: Path) -> None:
+        places = make_places(tmp_path / "places")
+        run = train_run(places, "a", train__max_steps=3)
+        next((places.folder / "samples" / "train").iterdir()).unlink()
+        evaluate(run, "--bootstrap", 0)
+        assert "not, or no longer, those of the checkpoint" in report_of(run / "evaluation")["notes"][0]
+
+    def test_moved_samples(self, make_places: Callable[[Path], Places], tmp_path: Path) -> None:
+        places = make_places(tmp_path / "places")
+        run = train_run(places, "a", train__max_steps=3)
+        (places.folder / "samples").rename(tmp_path / "moved")
+        said = evaluate(run, code=1)
+        assert "has no train and no test samples" in said
+        assert "name others by --samples and --store" in said
+        evaluate(run, "--bootstrap", 0, "--samples", tmp_path / "moved")
+        report = report_of(run / "evaluation")
+        assert report["notes"] == []
+        assert report["whole"]["metrics"]["auc"]["value"] == alike("auc", report_of(run)["metrics"]["auc"])
+
+    def test_newer_snapshot_is_told(self, run: Path, own: Places, tmp_path: Path) -> None:
+        shutil.copytree(own.folder / "features", tmp_path / "features")
+        FeatureStore.open(tmp_path / "features").delete([1_002])
+        evaluate(run, "--bootstrap", 0, "--store", tmp_path / "features", "--out", tmp_path / "out")
+        report = report_of(tmp_path / "out")
+        snapshot = SnapshotId.of(FeatureStore.open(tmp_path / "features").snapshot())
+        assert snapshot.version == 3 and report["stores"] == {"images": snapshot.model_dump()}
+        assert "snapshot 3" in report["notes"][0]
+        assert "trained on snapshot 2" in report["notes"][0]
+
+
+class TestRefusals:
+    def test_folder_that_is_no_run(self, run: Path, tmp_path: Path) -> None:
+        assert f"{tmp_path} is not a run's folder" in evaluate(tmp_path, code=2)
+        assert "it holds the runs " in evaluate(run.parent, code=2)
+
+    def test_no_checkpoint(self, run: Path, tmp_path: Path) -> None:
+        shutil.copy(run / "config.yaml", tmp_path)
+        said = evaluate(tmp_path, code=1)
+        assert "has no checkpoint" in said
+        assert f"python -m trainer.main --config {tmp_path / 'config.yaml'}" in said
+
+    def test_no_test_day_yet(self, own: Places) -> None:
+        days = {"data__train_days": "[2026-01-03]", "data__test_days": "[]"}
+        run = train_run(own, "newest", train__max_steps=2, data__missing="zeros", **days)
+        assert "no test samples of its own (data.test_days=[]); name some by --samples" in evaluate(run, code=1)
+
+    def test_unknown_checkpoint_names_those_there_are(self, run: Path) -> None:
+        assert "has step-00000020, step-00000040, step-00000046" in evaluate(run, "--checkpoint", 21, code=1)
+
+    def test_store_gone(self, make_places: Callable[[Path], Places], tmp_path: Path) -> None:
+        places = make_places(tmp_path / "places")
+        run = train_run(places, "a", train__max_steps=3)
+        shutil.rmtree(places.folder / "features")
+        assert "is no feature store" in evaluate(run, code=1)
+        assert "--store" in evaluate(run, "--store", tmp_path / "nothing", code=2)
+        assert not (run / "evaluation").exists()
+
+    def test_no_image_can_be_hidden_from_ids(self, ids_only: Path) -> None:
+        assert "reads no image, so none can be hidden" in evaluate(ids_only, "--missing-curve", code=2)
+
+    def test_out_that_is_a_file(self, run: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        assert "choose another by --out" in evaluate(run, "--bootstrap", 0, "--out", tmp_path / "file", code=1)
+
+    def test_help_has_examples_and_loads_no_torch(self) -> None:
+        code = "import sys, trainer.evaluate; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+        assert "horovodrun -np 4 python -m trainer.evaluate" in CliRunner().invoke(app, ["--help"]).stdout
+
+
+def test_runs_are_compared(run: Path, ids_only: Path) -> None:
+    found = compare([predict_run(run)], [predict_run(ids_only)], resamples=100)
+    assert found["auc"].ours == alike("auc", report_of(run)["metrics"]["auc"])
+    assert found["gauc"].baseline == alike("gauc", report_of(ids_only)["metrics"]["gauc"])
+
+
+def test_two_ranks_equal_one(run: Path, tmp_path: Path) -> None:
+    for folder, start in (("one", []), ("two", HOROVODRUN)):
+        command = [*start, sys.executable, "-m", "trainer.evaluate", str(run), "--missing-curve", "--bootstrap", "50"]
+        done = subprocess.run(
+            [*command, "--out", str(tmp_path / folder)], capture_output=True, text=True, timeout=150, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f" impressions, {'2 ranks' if start else '1 rank'}\n" in done.stdout
+    one, two = report_of(tmp_path / "one"), report_of(tmp_path / "two")
+    assert two.keys() == one.keys()
+    flat_one, flat_two = dict(_flat(one)), dict(_flat(two))
+    assert flat_two.keys() == flat_one.keys()
+    # Unique keys are counted where they are asked for: rank by rank.
+    flat_one.pop("missing_lookups"), flat_two.pop("missing_lookups")
+    for name, value in flat_one.items():
+        assert flat_two[name] == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value), name
+
+
+def _flat(values: Any, name: str = "") -> Any:
+    if isinstance(values, dict | list):
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from _flat(value, f"{name}.{key}".lstrip("."))
+    else:
+        yield name, values

@@ -1,0 +1,169 @@
+"""Early stopping: when it stops, what the run ends with, and that an interrupted run ends with the same."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trainer.comm import SoloComm
+from trainer.config.config import load_config
+from trainer.engine.engine import Engine
+from trainer.errors import ConfigError, TrainerError
+from trainer.loop import training as train_module
+from trainer.loop.signals import StoppedError
+from trainer.loop.stopping import best_step, has_ended, metrics_of
+from trainer.main import train
+from trainer.runs.checkpoint import find, read_state
+
+Places = Any
+GAUC = {3: 0.5, 6: 0.6, 9: 0.7, 12: 0.65, 15: 0.7, 18: 0.6, 21: 0.9}
+
+
+def _history(*gaucs: float | None) -> list[dict[str, Any]]:
+    return [{"step": 10 * (n + 1), "gauc": gauc} for n, gauc in enumerate(gaucs)]
+
+
+class TestDecision:
+    def test_best_is_the_earliest_of_the_highest(self) -> None:
+        assert best_step([]) is None
+        assert best_step(_history(0.5, 0.7, 0.6, 0.7)) == 20
+        assert metrics_of(_history(0.5, 0.7), 20) == {"gauc": 0.7}
+
+    @pytest.mark.parametrize(
+        ("gaucs", "patience", "ended"),
+        [
+            ([], 1, False),
+            ([0.5], 1, False),
+            ([0.5, 0.5], 1, True),
+            ([0.5, 0.4], 2, False),
+            ([0.5, 0.4, 0.45], 2, True),
+            ([0.5, 0.4, 0.6, 0.4], 2, False),
+            ([0.5, 0.4, 0.4, 0.4], None, False),
+        ],
+    )
+    def test_patience(self, gaucs: list[float], patience: int | None, ended: bool) -> None:
+        assert has_ended(_history(*gaucs), patience) is ended
+
+    def test_a_gauc_that_is_not_defined(self) -> None:
+        with pytest.raises(TrainerError, match="goes by GAUC, which the evaluation after step 20 has not"):
+            has_ended(_history(0.5, None), 1)
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Evaluations that find the GAUC of the script; the steps that were evaluated."""
+    steps: list[int] = []
+    counted = Engine.train_step
+    now = {"step": 0}
+
+    def train_step(engine: Engine, prepared: Any) -> Any:
+        result = counted(engine, prepared)
+        now["step"] = engine.num_steps
+        return result
+
+    def evaluate(*_: Any) -> dict[str, Any]:
+        steps.append(now["step"])
+        return {"logloss": 0.5, "auc": 0.5, "gauc": GAUC[now["step"]], "new_ad_auc": None}
+
+    monkeypatch.setattr(Engine, "train_step", train_step)
+    monkeypatch.setattr("trainer.loop.training.evaluate", evaluate)
+    yield steps
+
+
+def _run(places: Places, name: str, folder: Path, **changes: Any) -> Path:
+    settings = places.settings(
+        run__name=name,
+        run__dir=folder,
+        train__eval_every=3,
+        train__early_stopping=2,
+        train__keep_checkpoints=1,
+        train__checkpoint_every=1,
+        **changes,
+    )
+    train(load_config(settings=settings), SoloComm())
+    return folder / name
+
+
+def _tensors(run: Path) -> dict[str, torch.Tensor]:
+    (path,) = (run / "checkpoints").iterdir()
+    return {name: value for file in path.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def test_the_run_ends_with_the_best_evaluation(places: Places, tmp_path: Path, scripted: list[int]) -> None:
+    run = _run(places, "early", tmp_path)
+    assert scripted == [3, 6, 9, 12, 15]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000009"]
+    report = json.loads((run / "report.json").read_text())
+    assert (report["global_step"], report["metrics"]["gauc"]) == (9, 0.7)
+    assert [entry["step"] for entry in report["history"]] == [3, 6, 9, 12, 15]
+    plain = {"train__early_stopping": "null", "train__eval_every": "null", "train__max_steps": 9}
+    settings = places.settings(run__name="nine", run__dir=tmp_path, **plain)
+    train(load_config(settings=settings), SoloComm())
+    mine, theirs = _tensors(run), _tensors(tmp_path / "nine")
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("at", [7, 11, 14])
+def test_an_interrupted_run_ends_with_the_same(
+    places: Places, tmp_path: Path, scripted: list[int], monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    whole = _run(places, "whole", tmp_path)
+    step = Engine.train_step
+
+    def killed(engine: Engine, prepared: Any) -> Any:
+        if engine.num_steps == at:
+            raise KeyboardInterrupt
+        return step(engine, prepared)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "train_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _run(places, "halves", tmp_path)
+    assert read_state(find(tmp_path / "halves" / "checkpoints", "latest")).step == at
+    halves = _run(places, "halves", tmp_path, run__resume="latest")
+    mine, theirs = _tensors(halves), _tensors(whole)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    reports = [json.loads((run / "report.json").read_text()) for run in (halves, whole)]
+    assert reports[0]["history"] == reports[1]["history"]
+    assert reports[0]["metrics"] == reports[1]["metrics"]
+
+
+@pytest.mark.parametrize("at", [6, 9, 15])
+def test_a_signal_in_the_midst_of_an_evaluation_loses_none(
+    places: Places, tmp_path: Path, scripted: list[int], monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    whole = _run(places, "whole", tmp_path)
+    evaluate = train_module.evaluate
+
+    def stopped(*given: Any) -> Any:
+        metrics = evaluate(*given)
+        if scripted[-1] == at:
+            raise StoppedError("SIGTERM received")
+        return metrics
+
+    with monkeypatch.context() as patched:
+        patched.setattr("trainer.loop.training.evaluate", stopped)
+        with pytest.raises(StoppedError):
+            _run(places, "halves", tmp_path)
+    halves = _run(places, "halves", tmp_path, run__resume="latest")
+    reports = [json.loads((run / "report.json").read_text()) for run in (halves, whole)]
+    assert reports[0]["history"] == reports[1]["history"]
+    mine, theirs = _tensors(halves), _tensors(whole)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_best_at_the_very_end_is_kept_as_any_run(places: Places, tmp_path: Path, scripted: list[int]) -> None:
+    run = _run(places, "end", tmp_path, train__max_steps=6)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
+    assert scripted == [3, 6]
+
+
+def test_settings_that_do_not_fit() -> None:
+    with pytest.raises(ConfigError, match=r"early_stopping counts evaluations; set train\.eval_every"):
+        load_config(settings=["train.early_stopping=2"])
+    with pytest.raises(ConfigError, match="needs test samples"):
+        load_config(settings=["train.early_stopping=2", "train.eval_every=5", "data.test_days=[]"])

@@ -1,0 +1,67 @@
+"""One job of ranks that makes several runs, one after the other; rank 0 writes what each rank saw as JSON.
+
+Arguments: the folder of the places, the output file, then settings that all runs share.
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.comm import connect
+from trainer.config.config import load_config
+from trainer.engine.engine import Engine, Prepared, StepResult
+from trainer.main import train
+
+
+def main() -> None:
+    folder, out, *shared = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
+    comm = connect()
+
+    def outcome(*settings: str) -> list[str]:
+        try:
+            train(load_config(settings=[*shared, *settings]), comm)
+        except Exception as failure:
+            return comm.allgather_object(f"{type(failure).__name__}: {failure}")
+        return comm.allgather_object("done")
+
+    seen = {"full": outcome("run.name=full", "train.max_steps=100")}
+    train_step = Engine.train_step
+    for name, ahead in (("stopped", 0), ("stopped-ahead", 2)):
+        stopped = (f"run.name={name}", "train.max_steps=100", f"data.prefetch_batches={ahead}")
+        if comm.rank == 1:
+            Engine.train_step = signalling(train_step, at=50)  # type: ignore[method-assign]
+        seen[name] = outcome(*stopped)
+        Engine.train_step = train_step  # type: ignore[method-assign]
+        seen[f"after {name}"] = outcome(*stopped, "run.resume=latest")
+    branched = ("run.name=branched", "train.max_steps=6", "train.checkpoint_every=2")
+    seen["branched"] = outcome(*branched)
+    earlier = f"run.resume={folder / 'runs' / 'branched' / 'checkpoints' / 'step-00000002'}"
+    elsewhere = outcome("run.name=elsewhere", "train.max_steps=6", "optim.lr=1e-4", earlier)
+    seen["branched, refused"] = outcome(*branched, "optim.lr=1e-4", earlier)
+    seen["branched, overwritten"] = outcome(*branched, "optim.lr=1e-4", earlier, "run.overwrite=true")
+    seen["elsewhere"] = elsewhere
+    broken = f"data.samples={folder / 'broken'}"
+    seen["broken"] = outcome("run.name=broken", "train.max_steps=2", broken)
+    seen["empty"] = outcome("run.name=empty", f"data.samples={folder / 'nothing'}")
+    if comm.rank == 0:
+        out.write_text(json.dumps(seen))
+    comm.close()
+
+
+def signalling(
+    train_step: Callable[[Engine, Prepared], StepResult], at: int
+) -> Callable[[Engine, Prepared], StepResult]:
+    """`train_step` with a SIGTERM to this process during step number `at`."""
+
+    def step(engine: Engine, prepared: Prepared) -> StepResult:
+        if engine.num_steps == at - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(engine, prepared)
+
+    return step
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""Every aggregator against a loop over samples and behaviours: repeated images, groups without any, empty batches."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.config.options import ModelConfig
+from trainer.exchange.exchange import FieldVectors
+from trainer.models.hidden import HiddenLayers, StepPlace
+from trainer.models.pooling.aggregators import build_aggregator, sum_pool
+from trainer.models.pooling.attention import ActivationUnit, BehaviorAttention
+from trainer.models.pooling.transformer import TransformerPooling
+
+WIDTH, LENGTH, HIDDEN = 3, 4, 6
+QUERY_WIDTHS = {"attentive": [2], "multi_query": [2, 5], "transformer": [2, 5]}
+GROUPS = [[1, 1], [], [0, 3, 1], [2, 0, 1, 3, 3, 2], [3]]  # rows of vectors_UV; the fourth is longer than LENGTH
+GROUP_OF_SAMPLE = [0, 0, 1, 2, 3, 3, 3, 1, 4]
+POOLINGS = ["concat", "max", "sum", "mean", "attentive", "multi_query", "transformer"]
+
+
+def values(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+
+def field_of(groups: list[list[int]], vectors: Tensor) -> FieldVectors:
+    flat = [index for group in groups for index in group]
+    return FieldVectors(vectors, torch.tensor(flat, dtype=torch.int64), torch.tensor([len(g) for g in groups]).long())
+
+
+def score(unit: ActivationUnit, key: Tensor, query: Tensor) -> Tensor:
+    """v . PReLU(K k + Q q + C (k * m) + b), one key and one query."""
+    matched = query if isinstance(unit.match, torch.nn.Identity) else unit.match.weight @ query
+    hidden = unit.of_key.weight @ key + unit.of_query.weight @ query + unit.of_query.bias
+    hidden = hidden + unit.of_product.weight @ (key * matched)
+    active = torch.stack([h if h > 0 else unit.activation.weight[0] * h for h in hidden])
+    result = (unit.score.weight[0] * active).sum()
+    return result if unit.score.bias is None else result + unit.score.bias[0]
+
+
+def encoded(pool: TransformerPooling, history: list[Tensor], query: Tensor) -> Tensor:
+    """[maximum over the tokens, the newest one] after the encoder layers, one token at a time."""
+    of_query = pool.of_ad.weight @ query + pool.of_ad.bias
+    tokens = [pool.of_behavior.weight @ v + pool.position_LH[k] + of_query for k, v in enumerate(history)]
+    for layer in pool.layers:
+        attended = []
+        weight, bias = layer.attention.of_tokens.weight, layer.attention.of_tokens.bias
+        asked, key, value = ([w @ x + b for x in tokens] for w, b in zip(weight.chunk(3), bias.chunk(3), strict=True))
+        for q in asked:
+            heads = []
+            for head in torch.arange(HIDDEN).chunk(layer.attention.num_heads):
+                scores = torch.stack([q[head] @ k[head] for k in key]) / len(head) ** 0.5
+                heads.append(sum(s * v[head] for s, v in zip(torch.softmax(scores, 0), value, strict=True)))
+            attended.append(layer.attention.of_heads.weight @ torch.cat(heads) + layer.attention.of_heads.bias)
+        tokens = [normalised(layer.norm_attended, x + y) for x, y in zip(tokens, attended, strict=True)]
+        widen, _, narrow = layer.feed_forward
+        inner = [(widen.weight @ x + widen.bias).clamp_min(0) for x in tokens]
+        outer = [narrow.weight @ x + narrow.bias for x in inner]
+        tokens = [normalised(layer.norm_fed, x + y) for x, y in zip(tokens, outer, strict=True)]
+    return torch.cat([torch.stack([max(x[i] for x in tokens) for i in range(HIDDEN)]), tokens[0]])
+
+
+def normalised(norm: torch.nn.LayerNorm, x: Tensor) -> Tensor:
+    """Mean 0 and variance 1, times the weight, plus the bias."""
+    return (x - x.mean()) / (x.var(correction=0) + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def plain(pooling: str, pool: torch.nn.Module, history: list[Tensor], queries: list[Tensor]) -> Tensor:
+    """One sample's aggregated vector, behaviour by behaviour."""
+    if pooling == "concat":
+        filled = [*history[:LENGTH], *[torch.zeros(WIDTH, dtype=torch.float64)] * (LENGTH - len(history))]
+        return torch.cat(filled)
+    if not history:
+        return torch.zeros(pool.width, dtype=torch.float64)
+    if pooling == "transformer":
+        return encoded(pool, history[:LENGTH], torch.cat(queries))
+    if pooling == "max":
+        return torch.stack([max(v[column] for v in history) for column in range(WIDTH)])
+    if pooling in ("sum", "mean"):
+        total = torch.zeros(WIDTH, dtype=torch.float64)
+        for vector in history:
+            total = total + vector
+        return total / len(history) if pooling == "mean" else total
+    sums = []
+    for unit, query in zip(pool.channels, queries, strict=True):
+        exponentials = [score(unit, vector, query).exp() for vector in history]
+        total = torch.zeros(WIDTH, dtype=torch.float64)
+        for exponential, vector in zip(exponentials, history, strict=True):
+            total = total + exponential / sum(exponentials) * vector
+        sums.append(total)
+    return torch.cat(sums)
+
+
+@pytest.fixture(params=POOLINGS)
+def pooling(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def layers() -> HiddenLayers:
+    return HiddenLayers(ModelConfig(activation="prelu"), StepPlace())
+
+
+def built(pooling: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    queries = QUERY_WIDTHS.get(pooling, [])
+    config = ModelConfig(
+        pooling=pooling,
+        attention_hidden=4,
+        concat_length=LENGTH,
+        transformer_length=LENGTH,
+        transformer_width=HIDDEN,
+        transformer_layers=2,
+    )
+    return build_aggregator(WIDTH, queries, config, layers()).double()
+
+
+class TestAggregators:
+    def test_equals_the_loop_forward_and_backward(self, pooling: str) -> None:
+        pool, samples = built(pooling), torch.tensor(GROUP_OF_SAMPLE)
+        queries = [values(len(samples), width) for width in QUERY_WIDTHS.get(pooling, [])]
+        weight = values(len(samples), pool.width).detach()
+
+        def gradients(pooled: Tensor) -> list[Tensor]:
+            return list(torch.autograd.grad((pooled * weight).sum(), [vectors, *queries, *pool.parameters()]))
+
+        vectors = values(4, WIDTH)
+        pooled = pool(field_of(GROUPS, vectors), samples, queries)
+        expected = torch.stack(
+            [
+                plain(pooling, pool, [vectors[row] for row in GROUPS[group]], [q[sample] for q in queries])
+                for sample, group in enumerate(GROUP_OF_SAMPLE)
+            ]
+        )
+        assert pooled.shape == (len(samples), pool.width)
+        torch.testing.assert_close(pooled, expected)
+        for mine, theirs in zip(gradients(pooled), gradients(expected), strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+    @pytest.mark.parametrize("groups", [[], [[], []]], ids=["no group", "no behaviour"])
+    def test_nothing_to_aggregate(self, pooling: str, groups: list[list[int]]) -> None:
+        pool, vectors = built(pooling), values(4, WIDTH)
+        samples = torch.arange(len(groups))
+        queries = [values(len(samples), width) for width in QUERY_WIDTHS.get(pooling, [])]
+        pooled = pool(field_of(groups, vectors), samples, queries)
+        assert pooled.shape == (len(groups), pool.width)
+        assert not pooled.any()
+        pooled.sum().backward()
+        assert vectors.grad is not None and not vectors.grad.any()
+        assert all(parameter.grad is not None for parameter in pool.parameters())
+
+    def test_same_bits_in_every_run(self, pooling: str) -> None:
+        def run() -> list[Tensor]:
+            pool, generator = built(pooling).float(), torch.Generator().manual_seed(1)
+            vectors = torch.randn(50, WIDTH, generator=generator).requires_grad_()
+            groups = [torch.randint(0, 50, (n % 40,), generator=generator).tolist() for n in range(200)]
+            samples = torch.arange(200).repeat_interleave(4)
+            queries = [torch.randn(800, width, generator=generator) for width in QUERY_WIDTHS.get(pooling, [])]
+            pooled = pool(field_of(groups, vectors), samples, queries)
+            pooled.square().sum().backward()
+            return [pooled, vectors.grad, *(parameter.grad for parameter in pool.parameters())]
+
+        assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
+
+    def test_width(self, pooling: str) -> None:
+        expected = {"concat": WIDTH * LENGTH, "multi_query": WIDTH * 2, "transformer": HIDDEN * 2}
+        assert built(pooling).width == expected.get(pooling, WIDTH)
+
+
+def test_sum_pool() -> None:
+    vectors = values(4, WIDTH)
+    pooled = sum_pool(field_of(GROUPS[:3], vectors))
+    expected = torch.stack([2 * vectors[1], torch.zeros(WIDTH), vectors[0] + vectors[3] + vectors[1]])
+    torch.testing.assert_close(pooled, expected)
+
+
+@pytest.fixture
+def attention() -> BehaviorAttention:
+    torch.manual_seed(0)
+    return BehaviorAttention(5, 5, 4, layers()).double()
+
+
+class TestBehaviorAttention:
+    def test_equals_the_loop(self, attention: BehaviorAttention) -> None:
+        items, categories = values(4, 3), values(6, 2)
+        of_category = [[5 - row for row in group] for group in GROUPS]
+        query, samples = values(len(GROUP_OF_SAMPLE), 5), torch.tensor(GROUP_OF_SAMPLE)
+        summed = attention([field_of(GROUPS, items), field_of(of_category, categories)], samples, query)
+        for sample, group in enumerate(GROUP_OF_SAMPLE):
+            expected = torch.zeros(5, dtype=torch.float64)
+            for item, category in zip(GROUPS[group], of_category[group], strict=True):
+                key = torch.cat([items[item], categories[category]])
+                expected = expected + score(attention.unit, key, query[sample]) * key
+            torch.testing.assert_close(summed[sample], expected)
+
+    def test_gradients(self, attention: BehaviorAttention) -> None:
+        samples, query = torch.tensor(GROUP_OF_SAMPLE), values(len(GROUP_OF_SAMPLE), 5)
+
+        def summed(items: Tensor, categories: Tensor, query: Tensor) -> Tensor:
+            return attention([field_of(GROUPS, items), field_of(GROUPS, categories)], samples, query)
+
+        assert torch.autograd.gradcheck(summed, (values(4, 3), values(4, 2), query))
+
+    @pytest.mark.parametrize("groups", [[], [[], []]], ids=["no group", "no behaviour"])
+    def test_nothing_to_attend_to(self, attention: BehaviorAttention, groups: list[list[int]]) -> None:
+        vectors, query = values(4, 5), values(len(groups), 5)
+        summed = attention([field_of(groups, vectors)], torch.arange(len(groups)), query)
+        assert summed.shape == (len(groups), 5)
+        assert not summed.any()
+        summed.sum().backward()
+        assert all(parameter.grad is not None for parameter in attention.parameters())

@@ -1,0 +1,134 @@
+"""ID dropout: which fields, which samples, and that a run of several ranks drops what one rank drops."""
+
+import numpy as np
+import torch
+
+from trainer.exchange.exchange import FieldVectors
+from trainer.models.id_dropout import IdDropout, dropped, own_ids_of_ads
+from trainer.samples.batch import Batch, Jagged
+from trainer.schema import Field, Schema, load_schema
+
+SCHEMA = Schema(
+    fields=(
+        Field(name="ad_item", side="ad", kind="id", table="item"),
+        Field(name="behavior_item", side="user", kind="multi_id", table="item"),
+        Field(name="ad_picture_ids", side="ad", kind="multi_id", table="image", column="ad_image"),
+        Field(name="ad_image", side="ad", kind="content"),
+        Field(name="ad_category", side="ad", kind="id"),
+    )
+)
+
+
+def _batch(samples: int, first_sample: int = 0) -> Batch:
+    none = np.zeros(0)
+    return Batch({}, {}, none, np.zeros(samples, np.float32), none, 100, first_sample=first_sample)
+
+
+def _field(values: list[list[int]], rows: int = 5) -> FieldVectors:
+    vectors_UV = torch.arange(1.0, 1 + 2 * rows).reshape(rows, 2).requires_grad_()
+    lengths_M = torch.tensor([len(row) for row in values], dtype=torch.int64)
+    return FieldVectors(vectors_UV, torch.tensor([v for row in values for v in row], dtype=torch.int64), lengths_M)
+
+
+def test_own_ids_are_those_that_are_new_with_a_new_ad() -> None:
+    assert own_ids_of_ads(load_schema()) == ("ad_item", "ad_image_id")
+    assert own_ids_of_ads(SCHEMA) == ("ad_item", "ad_picture_ids")
+    crossed = [
+        Field(name=f"ad_{name}_in_scene", side="ad", kind="id", columns=(f"ad_{name}", "ad_scene"))
+        for name in ("item", "image", "category")
+    ]
+    assert own_ids_of_ads(Schema(fields=(*SCHEMA.fields, *crossed)))[2:] == ("ad_item_in_scene", "ad_image_in_scene")
+
+
+def test_share_of_samples() -> None:
+    drawn = np.stack([dropped(3, step, 0, 1000, 0.3) for step in range(50)])
+    assert abs(drawn.mean() - 0.3) < 0.01
+    assert abs(np.corrcoef(drawn[0], drawn[1])[0, 1]) < 0.1
+    assert (drawn[0] != dropped(4, 0, 0, 1000, 0.3)).any()
+    assert dropped(3, 0, 0, 0, 0.3).shape == (0,)
+
+
+def test_ranks_drop_what_one_rank_drops() -> None:
+    whole = dropped(3, 7, 0, 100, 0.5)
+    parts = [dropped(3, 7, first, last - first, 0.5) for first, last in ((0, 33), (33, 33), (33, 100))]
+    assert np.concatenate(parts).tolist() == whole.tolist()
+
+
+def test_vectors_of_dropped_samples_are_zero_and_get_no_gradient() -> None:
+    dropout = IdDropout(SCHEMA, 0.5, seed=1)
+    items = [[0], [1], [2], [3], [4], [0]]
+    pictures = [[0, 1], [], [2], [3, 3, 4], [], [1]]
+    vectors = {"ad_item": _field(items), "ad_picture_ids": _field(pictures), "ad_category": _field(items)}
+    given = dropout(vectors, _batch(6, first_sample=10), step=4)
+    gone = dropped(1, 4, 10, 6, 0.5)
+    assert 0 < gone.sum() < 6
+    assert given["ad_category"] is vectors["ad_category"]
+    for name, rows in (("ad_item", items), ("ad_picture_ids", pictures)):
+        taken = given[name].vectors_UV[given[name].index_N]
+        before = vectors[name].vectors_UV[vectors[name].index_N]
+        keep = torch.tensor([not g for g, row in zip(gone, rows, strict=True) for _ in row], dtype=torch.bool)
+        assert torch.equal(taken[keep], before[keep])
+        assert (taken[~keep] == 0).all()
+        taken.sum().backward()
+        counts = torch.bincount(vectors[name].index_N[keep], minlength=5).float()
+        assert torch.equal(vectors[name].vectors_UV.grad, counts.unsqueeze(1).expand(5, 2))
+
+
+def test_none_dropped_at_zero() -> None:
+    vectors = {"ad_item": _field([[0], [1]])}
+    assert IdDropout(SCHEMA, 0.0, seed=1)(vectors, _batch(2), 0) == vectors
+
+
+def test_a_rank_without_samples() -> None:
+    given = IdDropout(SCHEMA, 0.5, seed=1)({"ad_item": _field([])}, _batch(0), 0)
+    assert given["ad_item"].index_N.shape == (0,)
+
+
+def test_half_of_the_samples_of_held_out_ads_are_dropped() -> None:
+    images = np.arange(1000)
+    batch = Batch(
+        {"ad_image": Jagged(images, np.ones(1000, np.int32))},
+        {},
+        np.zeros(0),
+        np.zeros(1000, np.float32),
+        np.zeros(0),
+        1000,
+    )
+    vectors = {"ad_item": _field([[1]] * 1000)}
+    for rate, of_others in ((0.0, 0.0), (0.2, 0.2)):
+        given = IdDropout(SCHEMA, rate, 1, {"ad_image": lambda keys_N: keys_N % 4 == 0})(vectors, batch, 0)
+        is_gone = (given["ad_item"].vectors_UV[given["ad_item"].index_N] == 0).all(1).numpy()
+        assert abs(is_gone[images % 4 == 0].mean() - 0.5) < 0.1
+        assert abs(is_gone[images % 4 != 0].mean() - of_others) < 0.05
+
+
+def test_an_ad_with_a_gallery_is_held_out_where_all_of_its_images_are() -> None:
+    batch = Batch(
+        {"ad_image": Jagged(np.array([0, 4, 4, 1, 1, 8] * 200), np.array([2, 2, 1, 1, 0] * 200, np.int32))},
+        {},
+        np.zeros(0),
+        np.zeros(1000, np.float32),
+        np.zeros(0),
+        1000,
+        galleries={"ad_image": Jagged(np.array([2, 2, 1, 1, 0] * 200), np.ones(1000, np.int32))},
+    )
+    given = IdDropout(SCHEMA, 0.0, 1, {"ad_image": lambda keys_N: keys_N % 4 == 0})(
+        {"ad_item": _field([[1]] * 1000)}, batch, 0
+    )
+    is_gone = (given["ad_item"].vectors_UV[given["ad_item"].index_N] == 0).all(1).numpy().reshape(200, 5)
+    assert (is_gone.any(0) == [True, False, False, True, False]).all()  # the last has no images
+
+
+def test_an_ad_with_several_contents_is_held_out_where_all_that_it_has_are() -> None:
+    sizes = {"ad_image": [1, 1, 1, 0, 0], "ad_frames": [1, 1, 0, 1, 0]}
+    keys = {"ad_image": [0, 0, 0], "ad_frames": [0, 1, 1]}
+    of_ads = {
+        name: Jagged(np.array(keys[name] * 200), np.array([1] * len(keys[name]) * 200, np.int32)) for name in keys
+    }
+    galleries = {name: Jagged(np.array(sizes[name] * 200), np.ones(1000, np.int32)) for name in sizes}
+    none = np.zeros(0)
+    batch = Batch(of_ads, {}, none, np.zeros(1000, np.float32), none, 1000, galleries=galleries)
+    held_out = dict.fromkeys(keys, lambda keys_N: keys_N == 0)
+    given = IdDropout(SCHEMA, 0.0, 1, held_out)({"ad_item": _field([[1]] * 1000)}, batch, 0)
+    is_gone = (given["ad_item"].vectors_UV[given["ad_item"].index_N] == 0).all(1).numpy().reshape(200, 5)
+    assert (is_gone.any(0) == [True, False, True, False, False]).all()

@@ -1,0 +1,103 @@
+"""Which ads are new, and what becomes of their visual vectors."""
+
+import pytest
+import torch
+
+from trainer.config.config import load_config
+from trainer.config.options import ExactTableConfig, ModelConfig
+from trainer.errors import ConfigError
+from trainer.exchange.exchange import FieldVectors
+from trainer.models.build import build_model
+from trainer.models.newads import NewAds, build_new_ads
+from trainer.schema import Field, Schema
+
+ITEM = Field(name="ad_item", side="ad", kind="id", table="item")
+PICTURES = Field(name="ad_picture_ids", side="ad", kind="multi_id", table="image", column="ad_image")
+IMAGE = Field(name="ad_image", side="ad", kind="content", width=3)
+SCHEMA = Schema(fields=(ITEM, PICTURES, IMAGE))
+START = 1e-4
+
+
+def _config(**values: object) -> ModelConfig:
+    return ModelConfig(images="ad", image_holdout=0.1, id_init_std=START, **values)
+
+
+def _fields(items: list[float], pictures: list[list[float]]) -> dict[str, FieldVectors]:
+    """Of each ad the farthest number of its item's row, and of the rows of its pictures."""
+    ones = torch.ones(len(items), dtype=torch.int64)
+    rows = [row for values in pictures for row in values]
+    lengths = torch.tensor([len(values) for values in pictures])
+    return {
+        "ad_item": FieldVectors(torch.tensor([[0.0, -v] for v in items]), torch.arange(len(items)), ones),
+        "ad_picture_ids": FieldVectors(torch.tensor([[v, 0.0] for v in rows]), torch.arange(len(rows)), lengths),
+        "ad_image": FieldVectors(torch.randn(2, 3).requires_grad_(), torch.arange(len(items)) % 2, ones),
+    }
+
+
+def test_ads_without_a_trained_row_are_new() -> None:
+    gate = NewAds([IMAGE], ("ad_item", "ad_picture_ids"), _config())
+    with torch.no_grad():
+        gate.scale["ad_image"].copy_(torch.tensor([0.5, 0.0, 2.0]))
+        gate.shift["ad_image"].copy_(torch.tensor([0.0, 7.0, 1.0]))
+    edge, trained = START * 3**0.5, 1e-3
+    fields = _fields([edge, trained, edge, 0.0, edge], [[edge, edge], [edge], [edge, trained], [0.0], []])
+    given = gate(fields)["ad_image"]
+    before = fields["ad_image"].vectors_UV[fields["ad_image"].index_N]
+    after = given.vectors_UV[given.index_N]
+    is_new = torch.tensor([True, False, False, True, True])
+    expected = before * torch.tensor([0.5, 0.0, 2.0]) + torch.tensor([0.0, 7.0, 1.0])
+    torch.testing.assert_close(after[is_new], expected[is_new])
+    assert torch.equal(after[~is_new], before[~is_new])
+    after[~is_new].sum().backward()
+    assert all(not p.grad.any() for p in gate.parameters())
+    assert fields["ad_image"].vectors_UV.grad is not None
+
+
+def test_it_changes_nothing_before_it_is_trained() -> None:
+    fields = _fields([0.0, 1.0], [[0.0], [0.0]])
+    given = NewAds([IMAGE], ("ad_item", "ad_picture_ids"), _config())(fields)["ad_image"]
+    assert torch.equal(given.vectors_UV, fields["ad_image"].vectors_UV)
+
+
+def test_a_rank_without_samples() -> None:
+    fields = _fields([], [])
+    fields = {name: FieldVectors(v.vectors_UV.reshape(-1, 3), v.index_N, v.lengths_M) for name, v in fields.items()}
+    given = NewAds([IMAGE], ("ad_item", "ad_picture_ids"), _config())(fields)["ad_image"]
+    assert given.vectors_UV.shape == (0, 3)
+    given.vectors_UV.sum().backward()
+
+
+@pytest.mark.parametrize("values", [{"images": "none"}, {"image_holdout": 0.0}])
+def test_models_that_have_no_use_for_it_have_none(values: dict[str, object]) -> None:
+    config = _config(tables={"item": 9, "image": 9}).model_copy(update=values)
+    assert build_model(SCHEMA, config).new_ads is None
+    assert build_model(SCHEMA, _config(tables={"item": 9, "image": 9})).new_ads is not None
+
+
+def test_an_id_crossed_with_the_context_does_not_tell_a_new_ad() -> None:
+    """The export of ads' vectors has no rows of it."""
+    crossed = Field(name="in_scene", side="ad", kind="id", columns=("ad_item", "ad_scene"), context=True)
+    schema = Schema(fields=(*SCHEMA.fields, crossed))
+    gate = build_new_ads(schema, schema.fields, _config())
+    assert gate is not None
+    nothing = FieldVectors(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+    given = gate(_fields([0.0, 1.0], [[0.0], [0.0]]) | {"in_scene": nothing})
+    assert len(given["ad_image"].vectors_UV) == 2
+
+
+def test_rows_that_start_far_from_zero_cannot_tell_new_ads() -> None:
+    with pytest.raises(ConfigError, match=r"image_holdout=0.1 .* model.id_init_std=0.05 .* set it to 0.001 or less"):
+        load_config(None, ["model.image_holdout=0.1", "model.id_init_std=0.05"])
+
+
+def test_ids_that_wait_for_their_row_cannot_tell_new_ads() -> None:
+    def built(admit_after: int, **values: object) -> bool:
+        exact = ExactTableConfig(kind="exact", max_rows=9, admit_after=admit_after)
+        config = _config(tables={"item": 9, "image": exact}).model_copy(update=values)
+        return build_model(SCHEMA, config).new_ads is not None
+
+    with pytest.raises(ConfigError, match=r"image_holdout=0.1 .* set model.tables.image.admit_after=1, or"):
+        built(2)
+    assert built(1)
+    assert not built(2, image_holdout=0.0)
+    assert not built(2, images="none")

@@ -1,0 +1,242 @@
+"""Weights of ids: from the samples' columns to the pooled vectors, the same offline as online, and what is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests.trainer.models.test_aggregators import field_of
+from trainer.comm import SoloComm
+from trainer.config.config import load_config
+from trainer.config.options import ModelConfig
+from trainer.errors import DataError, SchemaError
+from trainer.exchange.exchange import FieldVectors
+from trainer.main import train
+from trainer.models.build import build_model
+from trainer.models.pooling.aggregators import mean_pool, sum_pool
+from trainer.prerank.ads import ads_of_samples, ads_of_table
+from trainer.prerank.evaluate import reader_of_tests
+from trainer.prerank.vectors import ad_vectors, towers, user_vectors
+from trainer.runs.saved import open_trained
+from trainer.samples.reader import SampleReader, open_index
+from trainer.schema import Field, Schema, load_schema
+from trainer.schema.__main__ import app
+from trainer.schema.text import schema_text
+
+WORDS = Field(name="ad_words", side="ad", kind="multi_id", weights="ad_words_weight")
+Edit = Callable[[pa.Table], pa.Table]
+
+
+def weighted_schema() -> Schema:
+    """The packaged one, with weights of the behaviours' items, of the ad's category, and of its words."""
+    weights = {"behavior_item": "behavior_item_weight", "ad_category": "ad_category_weight"}
+    fields = [field.model_copy(update={"weights": weights.get(field.name)}) for field in load_schema().fields]
+    return Schema(fields=(*fields, WORDS))
+
+
+def with_weights(table: pa.Table) -> pa.Table:
+    """The table with weights, a function of the ids, and 0 to 2 words an ad."""
+    behaviors, ads = (table[name].to_pylist() for name in ("behavior_item", "ad_item"))
+    words = [[[ad * 3 + n for n in range(ad % 3)] for ad in row] for row in ads]
+    columns = {
+        "behavior_item_weight": [[item % 4 - 1.0 for item in row] for row in behaviors],
+        "ad_category_weight": [[1 + ad % 2 / 2 for ad in row] for row in ads],
+        "ad_words": words,
+        "ad_words_weight": [[[1.0 + word % 2 for word in each] for each in row] for row in words],
+    }
+    for name, values in columns.items():
+        inner = pa.list_(pa.float32() if name.endswith("weight") else pa.int64())
+        table = table.append_column(name, pa.array(values, pa.list_(inner) if "words" in name else inner))
+    return table
+
+
+def rewritten(folder: Path, edit: Edit) -> None:
+    for path in folder.glob("*/*.parquet"):
+        pq.write_table(edit(pq.read_table(path, partitioning=None)), path, row_group_size=7)
+
+
+def replaced(name: str, row: int, value: Any) -> Edit:
+    def edit(table: pa.Table) -> pa.Table:
+        values = table[name].to_pylist()
+        values[row] = value(values[row]) if callable(value) else value
+        return table.set_column(table.column_names.index(name), name, pa.array(values, table.schema.field(name).type))
+
+    return edit
+
+
+@pytest.fixture(scope="module")
+def weighted(make_places: Callable[[Path], Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Samples with weights, and a run of two towers on them."""
+    places = make_places(tmp_path_factory.mktemp("weighted"))
+    rewritten(places.folder / "samples", with_weights)
+    (places.folder / "schema.yaml").write_text(schema_text(weighted_schema()))
+    settings = places.settings(
+        data__schema_file=places.folder / "schema.yaml", model__base="two_tower", run__name="towers",
+        train__max_steps=12, model__compute_dtype="float32",
+        model__tables="{user: 64, item: 64, image: 64, category: 16, scene: 16, ad_words: 128}",
+    )  # fmt: skip
+    train(load_config(None, settings), SoloComm())
+    return places
+
+
+class TestPooling:
+    groups, weights = ((1, 1), (), (0, 3, 1), (2,)), (0.5, -1.0, 2.0, 0.0, 1.5, -2.0)
+
+    def field(self, vectors: torch.Tensor) -> FieldVectors:
+        field = field_of([list(group) for group in self.groups], vectors)
+        field.weights_N = torch.tensor(self.weights, dtype=torch.float64)
+        return field
+
+    def test_a_sum_is_that_of_an_embedding_bag(self) -> None:
+        vectors = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+        indices, offsets = torch.tensor([row for group in self.groups for row in group]), torch.tensor([0, 2, 2, 5])
+        weights = torch.tensor(self.weights, dtype=torch.float64)
+        expected = torch.nn.functional.embedding_bag(indices, vectors, offsets, mode="sum", per_sample_weights=weights)
+        mine = sum_pool(self.field(vectors))
+        torch.testing.assert_close(mine, expected)
+        gradients = [torch.autograd.grad((each**2).sum(), vectors, retain_graph=True)[0] for each in (mine, expected)]
+        torch.testing.assert_close(*gradients)
+
+    def test_a_mean_divides_by_the_absolute_weights(self) -> None:
+        vectors = torch.randn(4, 3, dtype=torch.float64)
+        field = self.field(vectors)
+        expected = torch.stack(
+            [
+                (0.5 * vectors[1] - vectors[1]) / 1.5,
+                torch.zeros(3).double(),
+                (2 * vectors[0] + 1.5 * vectors[1]) / 3.5,
+                -vectors[2],
+            ]
+        )
+        torch.testing.assert_close(mean_pool(field), expected)
+        field.weights_N = torch.full((6,), 7.0, dtype=torch.float64)
+        plain = field_of([list(group) for group in self.groups], vectors)
+        torch.testing.assert_close(mean_pool(field), mean_pool(plain))
+        field.weights_N = torch.zeros(6, dtype=torch.float64)
+        assert not mean_pool(field).any()
+
+    @pytest.mark.parametrize("base", ["lr", "mlp", "din", "dcn", "finalmlp", "two_tower"])
+    def test_every_base_net_multiplies(self, base: str) -> None:
+        torch.manual_seed(0)
+        fields = (
+            Field(name="tags", side="user", kind="multi_id", table="t"),
+            Field(name="ad_tag", side="ad", kind="id", table="t"),
+        )
+        config = ModelConfig(base=base, images="none", id_width=3, mlp=[4], tables={"t": 8}, multi_hot="sum")
+        model = build_model(Schema(fields=fields, new_ad_field="ad_tag"), config).double()
+        width = 1 if base == "lr" else 3
+        tags, ads = torch.randn(3, width, dtype=torch.float64), torch.randn(2, width, dtype=torch.float64)
+        lengths, places = torch.tensor([2, 1]), torch.arange(3)
+
+        def logit(tags: FieldVectors, ads: FieldVectors) -> torch.Tensor:
+            result: torch.Tensor = model({"tags": tags, "ad_tag": ads}, {}, torch.tensor([0, 1]))
+            return result
+
+        weights, ad_weights = torch.tensor([2.0, -1.0, 0.5]).double(), torch.tensor([3.0, 0.0]).double()
+        mine = logit(
+            FieldVectors(tags, places, lengths, weights),
+            FieldVectors(ads, places[:2], torch.ones(2).long(), ad_weights),
+        )
+        multiplied = tags * weights[:, None], ads * ad_weights[:, None]
+        expected = logit(
+            FieldVectors(multiplied[0], places, lengths),
+            FieldVectors(multiplied[1], places[:2], torch.ones(2).long()),
+        )
+        torch.testing.assert_close(mine, expected)
+
+
+class TestReading:
+    def test_weights_belong_to_their_ids(self, weighted: Any) -> None:
+        schema = weighted_schema()
+        index = open_index(SoloComm(), str(weighted.folder / "samples"), "train", schema)
+        seen = 0
+        for batch in SampleReader(index, schema, batch_size=64, seed=3, window_groups=2).batches():
+            items, words = batch.fields["behavior_item"], batch.fields["ad_words"]
+            np.testing.assert_array_equal(batch.weights["behavior_item"], items.values_N % 4 - 1.0)
+            np.testing.assert_array_equal(batch.weights["ad_words"], 1.0 + words.values_N % 2)
+            np.testing.assert_array_equal(batch.weights["ad_category"], 1 + batch.fields["ad_item"].values_N % 2 / 2)
+            assert all(weights_N.dtype == np.float32 for weights_N in batch.weights.values())
+            seen += len(words.values_N)
+        assert seen > 500
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("behavior_item_weight", lambda row: [*row, 1.0], r"each value needs one entry in both"),
+            (
+                "ad_words_weight",
+                lambda row: [[*row[0], 1.0], *row[1:]],
+                r"ad_words_weight has \d entries, ad_words has",
+            ),
+            ("ad_words_weight", lambda row: [*row, []], "each impression needs one entry in both"),
+            ("behavior_item_weight", [float("nan")] * 9, "column behavior_item_weight has nan"),
+            ("ad_category_weight", lambda row: [float("inf")] * len(row), "column ad_category_weight has inf"),
+            ("behavior_item_weight", [None], "has a null in its list"),
+            ("behavior_item_weight", None, "column behavior_item_weight is null"),
+        ],
+    )
+    def test_wrong_weights_are_named(self, weighted: Any, tmp_path: Path, name: str, value: Any, message: str) -> None:
+        (tmp_path / "train").mkdir()
+        path = tmp_path / "train/a.parquet"
+        whole = pq.read_table(weighted.folder / "samples/train/day=2026-01-01.parquet", partitioning=None)
+        pq.write_table(replaced(name, 17, value)(whole), path, row_group_size=7)
+        schema = weighted_schema()
+        reader = SampleReader(open_index(SoloComm(), str(tmp_path), "train", schema), schema, batch_size=64)
+        with pytest.raises(DataError, match=message) as caught:
+            list(reader.batches())
+        assert "a.parquet, row 17" in str(caught.value)
+
+    def test_weights_of_dense_fields_and_texts_are_refused(self, weighted: Any, tmp_path: Path) -> None:
+        (tmp_path / "schema.yaml").write_text(
+            "new_ad_field: ad\nfields:\n  - {name: ad, side: ad, kind: id}\n"
+            "  - {name: price, side: ad, kind: dense, weights: w}\n"
+        )
+        with pytest.raises(SchemaError, match="weights=w is for kinds id and multi_id, not dense"):
+            load_schema(tmp_path / "schema.yaml")
+        field = Field(name="ad_item2", side="ad", kind="id", column="ad_item", weights="ad_words")
+        with pytest.raises(SchemaError, match="column ad_words is list<element: list<element: int64>>, expected list"):
+            open_index(SoloComm(), str(weighted.folder / "samples"), "train", Schema(fields=(field,)))
+
+
+def test_inspect_finds_them(weighted: Any, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["inspect", str(weighted.folder / "samples")])
+    (tmp_path / "schema.yaml").write_text(result.output)
+    found = {field.name: field.weights for field in load_schema(tmp_path / "schema.yaml").fields if field.weights}
+    assert found == {field.name: field.weights for field in weighted_schema().fields if field.weights}
+    assert "ad_words_weight:" not in result.output
+
+
+def test_an_ads_vector_is_the_same_from_samples_and_from_a_table(weighted: Any, tmp_path: Path) -> None:
+    trained = open_trained(weighted.folder / "runs/towers", SoloComm())
+    model, samples = towers(trained), str(weighted.folder / "samples")
+    ads = ads_of_samples(samples, trained.schema, model.ad_fields)
+    vector_of = dict(zip(ads.keys_N.tolist(), ad_vectors(trained, ads, batch_size=7), strict=True))
+    words = [[ad * 3 + n for n in range(ad % 3)] for ad in ads.keys_N.tolist()]
+    columns = {
+        "ad_item": ads.keys_N, "ad_image": ads.keys_N + 1_000, "ad_category": ads.keys_N % 5,
+        "ad_category_weight": 1 + ads.keys_N % 2 / 2, "ad_words": words,
+        "ad_words_weight": pa.array([[1.0 + word % 2 for word in row] for row in words], pa.list_(pa.float64())),
+    }  # fmt: skip
+    pq.write_table(pa.table(columns), tmp_path / "ads.parquet")
+    table = ads_of_table(str(tmp_path / "ads.parquet"), trained.schema, model.ad_fields)
+    np.testing.assert_allclose(
+        ad_vectors(trained, table, batch_size=50),
+        [vector_of[key] for key in table.keys_N.tolist()],
+        rtol=1e-4,
+        atol=1e-6,
+    )
+    assert model.context is not None
+    with torch.no_grad():
+        model.context.weight.zero_()
+    for batch, users in user_vectors(trained, reader_of_tests(trained, samples).batches()):
+        vectors = np.array([vector_of[ad] for ad in batch.fields["ad_item"].values_N.tolist()])
+        product = (users[batch.group_of_sample_B] * vectors).sum(axis=1) + float(model.bias.detach())
+        logit = trained.engine.predict(trained.engine.prepare(batch))
+        np.testing.assert_allclose(product, logit, rtol=1e-4, atol=1e-5)
+    trained.close()

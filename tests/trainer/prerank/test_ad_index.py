@@ -1,0 +1,291 @@
+"""An index of ads on disk: versions, additions, what is refused, and that nothing half written is ever seen."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from featurestore.errors import CorruptFileError, InvalidRowsError
+from featurestore.index import IndexKind, VectorIndex
+from featurestore.storage.storage import Storage
+from tests.featurestore.test_index import two_towers
+from trainer.errors import AdIndexError
+from trainer.prerank.artifact import AdIndex, IndexOrigin
+from trainer.prerank.recall import Queries, reach
+
+WIDTH = 4
+ORIGIN = IndexOrigin(run="a", checkpoint="step-1", checkpoint_digest="d1", key_column="ad_item", bias=0.5)
+KEYS = np.array([7, -3, 9_000_000_000_000, 0])
+
+
+def vectors(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, WIDTH)).astype(np.float32)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """Four ads under a flat index."""
+    AdIndex.build(str(tmp_path / "index"), "flat", KEYS, vectors(4), ORIGIN)
+    return str(tmp_path / "index")
+
+
+def test_what_is_written_is_read(url: str) -> None:
+    ads = AdIndex.open(url)
+    assert (ads.state.version, ads.state.num_ads, ads.state.dim, ads.state.kind) == (1, 4, WIDTH, "flat")
+    assert ads.state.origin == ORIGIN
+    keys, found = ads.vectors()
+    order = np.argsort(KEYS)
+    np.testing.assert_array_equal(keys, KEYS[order])
+    np.testing.assert_array_equal(found, vectors(4)[order])
+    best, scores = ads.index.search(vectors(1, seed=5), 1)
+    products = vectors(4) @ vectors(1, seed=5)[0]
+    assert best[0, 0] == KEYS[products.argmax()]
+    np.testing.assert_allclose(scores[0, 0], products.max(), rtol=1e-6)
+
+
+def test_others_can_read_the_vectors(url: str) -> None:
+    table = pq.read_table(next(Path(url).glob("*.parquet")))
+    assert table.column_names == ["key", "vector"]
+    assert table.schema.field("vector").metadata == {b"dtype": b"float32", b"shape": b"[4]"}
+    read = np.stack([np.frombuffer(value, np.float32) for value in table["vector"].to_pylist()])
+    np.testing.assert_array_equal(read, vectors(4))
+
+
+def test_an_addition_has_new_changed_and_unchanged_ads(url: str) -> None:
+    changed = vectors(4)
+    changed[1] += 1
+    changed[2] += 1e-7  # the last bits of a sum in another order
+    keys = np.concatenate([KEYS, [55]])
+    ads, added = AdIndex.open(url).add(keys, np.concatenate([changed, vectors(1, seed=9)]), ORIGIN)
+    assert (added.num_new, added.num_replaced, added.num_unchanged) == (1, 1, 3)
+    assert (ads.state.version, ads.state.num_ads, ads.state.num_unused) == (2, 5, 1)
+    again = AdIndex.open(url)
+    assert again.state == ads.state
+    found = dict(zip(again.vectors()[0].tolist(), again.vectors()[1], strict=True))
+    np.testing.assert_array_equal(found[-3], changed[1])
+    np.testing.assert_array_equal(found[KEYS[2]], vectors(4)[2])
+    np.testing.assert_array_equal(found[55], vectors(1, seed=9)[0])
+    assert again.index.search(10 * changed[1:2], 5)[0].shape == (1, 5)
+    # The first build's vectors were not written again.
+    assert [pq.read_table(path).num_rows for path in sorted(Path(url).glob("*.parquet"))] == [4, 2]
+
+
+def test_nothing_new_makes_no_version(url: str) -> None:
+    before = names(Path(url))
+    ads, added = AdIndex.open(url).add(KEYS[:2], vectors(4)[:2], ORIGIN)
+    assert (added.num_new, added.num_replaced, added.num_unchanged, ads.state.version) == (0, 0, 2, 1)
+    assert names(Path(url)) == before
+
+
+def test_vectors_of_another_checkpoint_are_refused(url: str) -> None:
+    other = ORIGIN.model_copy(update={"checkpoint": "step-2", "checkpoint_digest": "d2"})
+    with pytest.raises(AdIndexError, match="has vectors of checkpoint step-1 of run a, and not of step-2 of run a"):
+        AdIndex.open(url).add(KEYS, vectors(4), other)
+    assert AdIndex.open(url).state.version == 1
+
+
+@pytest.mark.parametrize("wrong", [vectors(4)[:, :3], np.full((4, WIDTH), np.inf, np.float32)])
+def test_vectors_that_do_not_fit_are_refused(url: str, wrong: np.ndarray) -> None:
+    with pytest.raises(InvalidRowsError):
+        AdIndex.open(url).add(KEYS, wrong, ORIGIN)
+    assert AdIndex.open(url).state.version == 1
+
+
+def test_a_build_takes_the_place_of_another_one_in_one_moment(url: str) -> None:
+    held = AdIndex.open(url)
+    other = ORIGIN.model_copy(update={"checkpoint_digest": "d2"})
+    AdIndex.build(url, "hnsw", KEYS[:2], vectors(2, seed=1), other)
+    ads = AdIndex.open(url)
+    assert (ads.state.version, ads.state.kind, ads.state.num_ads) == (2, "hnsw", 2)
+    assert len(held.vectors()[0]) == 4  # a reader of the version before can go on
+    AdIndex.build(url, "flat", KEYS[:1], vectors(1), other)
+    assert [name for name in names(Path(url)) if name.endswith(".json")] == [
+        "index-00000002.json",
+        "index-00000003.json",
+    ]
+    assert len(names(Path(url))) == 7  # three of each, and hnsw's queries
+    with pytest.raises(CorruptFileError, match="is missing"):
+        held.vectors()
+
+
+def test_two_additions_at_once_do_not_lose_one(url: str) -> None:
+    first, second = AdIndex.open(url), AdIndex.open(url)
+    first.add(np.array([1]), vectors(1), ORIGIN)
+    before = names(Path(url))
+    with pytest.raises(AdIndexError, match=r"index-00000002\.json was written by another build meanwhile; run again"):
+        second.add(np.array([2]), vectors(1), ORIGIN)
+    assert names(Path(url)) == before
+    assert AdIndex.open(url).state.num_ads == 5
+
+
+def test_what_a_killed_build_left_is_removed_by_a_later_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(self: Storage, path: str, data: bytes) -> bytes:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "create_or_read", killed)
+        with pytest.raises(KeyboardInterrupt):
+            AdIndex.build(url, "flat", KEYS, vectors(4, seed=2), ORIGIN)
+    assert len(names(Path(url))) == 5
+    np.testing.assert_array_equal(np.sort(AdIndex.open(url).vectors()[1], axis=0), np.sort(vectors(4), axis=0))
+    AdIndex.build(url, "flat", KEYS, vectors(4, seed=3), ORIGIN)
+    assert len(names(Path(url))) == 6
+
+
+@pytest.mark.parametrize("pattern", ["*.json", "*.npz", "*.parquet"])
+def test_damage_is_told(url: str, pattern: str) -> None:
+    file = next(Path(url).glob(pattern))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CorruptFileError, match=rf"{file.name} is damaged"):
+        AdIndex.open(url).vectors()
+
+
+def test_a_place_without_an_index(tmp_path: Path) -> None:
+    with pytest.raises(AdIndexError, match=r"is no index of ads; make it with: python jobs/build_ad_index\.py"):
+        AdIndex.open(str(tmp_path / "nothing"))
+
+
+def found_by(ads: AdIndex, count: int) -> set[int]:
+    return set(ads.index.search(vectors(20, seed=8), count)[0].ravel().tolist())
+
+
+def test_removed_ads_are_in_no_search_and_no_vectors(url: str) -> None:
+    ads, changes = AdIndex.open(url).remove(np.array([7, 55]))
+    assert (changes.num_removed, changes.num_unknown, changes.is_rebuilt) == (1, 1, False)
+    for each in (ads, AdIndex.open(url)):
+        assert (each.state.version, each.state.num_ads, each.state.num_unused) == (2, 3, 1)
+        assert each.vectors()[0].tolist() == [-3, 0, 9_000_000_000_000]
+        assert found_by(each, 4) == {-3, 0, 9_000_000_000_000}
+    ads, _ = AdIndex.open(url).add(np.array([7]), vectors(1, seed=9), ORIGIN)
+    assert dict(zip(*(part.tolist() for part in ads.vectors()), strict=True))[7] == vectors(1, seed=9)[0].tolist()
+    assert found_by(AdIndex.open(url), 4) == set(KEYS.tolist())
+
+
+def test_removing_what_is_not_there_makes_no_version_and_removing_all_is_refused(url: str) -> None:
+    ads, changes = AdIndex.open(url).remove(np.array([1, 2]))
+    assert (changes.num_removed, changes.num_unknown, ads.state.version) == (0, 2, 1)
+    with pytest.raises(InvalidRowsError, match="all 4 keys of the index would be removed"):
+        AdIndex.open(url).remove(KEYS)
+    assert AdIndex.open(url).state.version == 1
+
+
+def test_a_sync_adds_changes_and_removes_in_one_version(url: str) -> None:
+    table = vectors(4)
+    table[1] += 1
+    keys = np.array([7, -3, 55, 9_000_000_000_000])
+    ads, changes = AdIndex.open(url).sync(keys, table, ORIGIN)
+    assert (changes.num_new, changes.num_replaced, changes.num_unchanged, changes.num_removed) == (1, 2, 1, 1)
+    assert ads.state.version == AdIndex.open(url).state.version == 2
+    found = dict(zip(*(part.tolist() for part in AdIndex.open(url).vectors()), strict=True))
+    assert found == dict(zip(keys.tolist(), table.tolist(), strict=True))
+    assert found_by(AdIndex.open(url), 9) == set(keys.tolist())
+
+
+def test_a_sync_that_would_remove_most_is_refused(url: str) -> None:
+    with pytest.raises(AdIndexError, match=r"3 of the 4 ads in .* are not in the table, more than a share of 0\.5"):
+        AdIndex.open(url).sync(KEYS[:1], vectors(4)[:1], ORIGIN)
+    assert AdIndex.open(url).state.num_ads == 4
+    ads, changes = AdIndex.open(url).sync(KEYS[:1], vectors(4)[:1], ORIGIN, max_gone=1)
+    assert (changes.num_removed, ads.state.num_ads, found_by(ads, 4)) == (3, 1, {7})
+
+
+class TestRecall:
+    """Of approximate indexes: measured whenever a version is written."""
+
+    def queries(self) -> Queries:
+        return Queries(vectors(50, seed=3), "users")
+
+    @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+    def test_it_is_kept_and_reached(self, kind: IndexKind, tmp_path: Path) -> None:
+        keys = np.arange(3_000)
+        AdIndex.build(str(tmp_path), kind, keys, vectors(3_000), ORIGIN, self.queries())
+        ads = AdIndex.open(str(tmp_path))
+        assert ads.state.queries and ads.state.queries.source == "users"
+        assert ads.warning is None
+        exact = np.argsort(-(vectors(50, seed=3) @ vectors(3_000).T), axis=1)[:, :10]
+        found = ads.index.search(vectors(50, seed=3), 10)[0]
+        share = np.mean([np.isin(e, f).mean() for e, f in zip(exact, found, strict=True)])
+        assert ads.state.recall == pytest.approx(share, abs=0.01)
+        assert ads.state.recall >= 0.95
+
+    def test_more_effort_is_taken_where_it_is_too_low(self, tmp_path: Path) -> None:
+        numbers = np.random.default_rng(0).normal(size=(4_000, 48)).astype(np.float32)  # hard: no kinds at all
+        users = np.random.default_rng(1).normal(size=(50, 48)).astype(np.float32)
+        plain = VectorIndex.build("ivf", np.arange(4_000), numbers)
+        ads = AdIndex.build(
+            str(tmp_path), "ivf", np.arange(4_000), numbers, ORIGIN, Queries(users, "users"), min_recall=1.0
+        )
+        assert ads.index.effort and plain.effort and ads.index.effort > plain.effort
+        assert ads.state.recall == 1
+        assert AdIndex.open(str(tmp_path)).index.effort == ads.index.effort
+
+    def test_of_two_graphs_the_better_one_is_kept(self, tmp_path: Path) -> None:
+        """The plain one of vectors of very unequal lengths; tests/jobs/test_build_ad_index.py has the other case."""
+        numbers, users = two_towers(8_000, 32, shared=4, norms=0.8)
+        keys, queries = np.arange(8_000), Queries(users, "users")
+        lifted, exact = VectorIndex.build("hnsw", keys, numbers, lifted=True), VectorIndex.build("flat", keys, numbers)
+        assert reach(lifted, exact, queries, 0) < 0.8
+        ads = AdIndex.build(str(tmp_path), "hnsw", keys, numbers, ORIGIN, queries, min_recall=1.0)
+        assert ads.state.recall > 0.98
+
+    def test_where_it_is_never_reached_one_line_says_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(VectorIndex, "largest_effort", 1)
+        numbers = np.random.default_rng(0).normal(size=(4_000, 48)).astype(np.float32)
+        queries = Queries(np.random.default_rng(1).normal(size=(50, 48)).astype(np.float32), "users")
+        ads = AdIndex.build(str(tmp_path), "hnsw", np.arange(4_000), numbers, ORIGIN, queries, min_recall=1.0)
+        ads.state = ads.state.model_copy(update={"recall": 0.5})
+        assert ads.warning
+        assert "recall@10 of this hnsw index is 0.500, below the limit of 1" in ads.warning
+        assert "take --index ivf or flat" in ads.warning
+
+    def test_it_is_built_anew_where_the_best_ads_are_gone(self, tmp_path: Path) -> None:
+        """What is left of the graph leads to the removed ads, and nearly none of the others are found."""
+        draw, keys = np.random.default_rng(0), np.arange(6_000)
+        users = np.array([5, 0, 0, 0, 0, 0, 0, 0]) + draw.normal(size=(50, 8))
+        numbers = draw.normal(size=(6_000, 8)).astype(np.float32)
+        queries = Queries(users.astype(np.float32), "users")
+        best_first = keys[np.argsort(-(numbers @ users.mean(axis=0)))]
+        kept = AdIndex.build(str(tmp_path), "hnsw", keys, numbers, ORIGIN, queries)
+        few, changes = kept.remove(best_first[:100])
+        assert (changes.is_rebuilt, few.state.num_unused) == (False, 100)
+        ads, changes = AdIndex.open(str(tmp_path)).remove(best_first[:4_000])
+        assert changes.is_rebuilt
+        assert (ads.state.num_ads, ads.state.num_unused, len(ads.state.vectors)) == (2_000, 0, 1)
+        assert ads.state.recall >= 0.95
+        assert set(AdIndex.open(str(tmp_path)).vectors()[0].tolist()) == set(best_first[4_000:].tolist())
+
+    def test_it_is_built_anew_where_few_are_gone_and_it_is_too_low(self, tmp_path: Path) -> None:
+        """Fewer than make a build worth it by their number: the lists that a search looks at are nearly empty."""
+        draw, keys = np.random.default_rng(0), np.arange(6_000)
+        users = np.array([5, 0, 0, 0, 0, 0, 0, 0]) + draw.normal(size=(50, 8))
+        numbers = draw.normal(size=(6_000, 8)).astype(np.float32)
+        best_first = keys[np.argsort(-(numbers @ users.mean(axis=0)))]
+        queries = Queries(users.astype(np.float32), "users")
+        ads = AdIndex.build(str(tmp_path), "ivf", keys, numbers, ORIGIN, queries)
+        ads, changes = ads.remove(best_first[:1_440])
+        assert (changes.is_rebuilt, ads.state.num_unused, ads.state.num_ads) == (True, 0, 4_560)
+        assert ads.state.recall >= 0.95
+
+    def test_without_users_it_is_of_ads(self, tmp_path: Path) -> None:
+        ads = AdIndex.build(str(tmp_path), "hnsw", np.arange(2_000), vectors(2_000), ORIGIN)
+        assert ads.state.queries and ads.state.queries.source == "ads"
+
+
+def test_an_index_of_an_earlier_layout_is_refused_and_can_be_replaced(url: str) -> None:
+    file = Path(url) / "index-00000001.json"
+    fields = json.loads(file.read_text())
+    for name in ("layout", "num_unused", "recall", "min_recall", "queries"):
+        del fields[name]
+    file.write_text(json.dumps(fields | {"num_replaced": 0}))
+    with pytest.raises(AdIndexError, match=r"was written by an earlier version of this code.*build it anew"):
+        AdIndex.open(url)
+    AdIndex.build(url, "hnsw", KEYS, vectors(4), ORIGIN)
+    assert AdIndex.open(url).state.version == 2

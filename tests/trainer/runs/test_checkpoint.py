@@ -1,0 +1,273 @@
+"""Checkpoints: whole or absent, readable at another number of ranks, refused when damaged or of another run."""
+
+import json
+import resource
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.comm import Comm, SoloComm
+from trainer.errors import CheckpointError, RemoteRankError
+from trainer.runs import checkpoint
+from trainer.runs.checkpoint import CheckpointState, Origin
+
+SHARDS = 8
+
+
+class Meeting:
+    """Where the ranks of a `ThreadComm` put what they say."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size, timeout=10)
+        self.said: list[Any] = [None] * size
+
+
+class ThreadComm(SoloComm):
+    """Ranks as threads of one process; only what checkpoints ask for."""
+
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        super().__init__()
+        self.rank, self.size, self._meeting = rank, len(meeting.said), meeting
+
+    def allgather_object(self, value: Any, name: str = "objects") -> list[Any]:
+        self._meeting.said[self.rank] = value
+        self._meeting.barrier.wait()
+        said = list(self._meeting.said)
+        self._meeting.barrier.wait()
+        return said
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        return self.allgather_object(value)[root]
+
+
+def on_ranks(size: int, work: Callable[[Comm], Any]) -> list[Any]:
+    """What `work` returns or raises on each of `size` ranks."""
+
+    def caught(comm: Comm) -> Any:
+        try:
+            return work(comm)
+        except Exception as failure:
+            return failure
+
+    meeting = Meeting(size)
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(caught, [ThreadComm(rank, meeting) for rank in range(size)]))
+
+
+class Trained:
+    """A dense part and one table with a number in each shard; shard s is on rank s mod P."""
+
+    def __init__(self, rank: int = 0, size: int = 1, value: float = 0.0, fail: bool = False) -> None:
+        self.dense = {"layer.weight": torch.full((3, 2), value)}
+        self.rows = {f"item/{s:04}/weight": torch.full((2,), value + s) for s in range(rank, SHARDS, size)}
+        self._fail = fail
+
+    def dense_state(self) -> dict[str, Tensor]:
+        return self.dense
+
+    def load_dense_state(self, state: Mapping[str, Tensor]) -> None:
+        self.dense = dict(state)
+
+    def shard_state(self) -> dict[str, Tensor]:
+        if self._fail:
+            raise OSError(28, "No space left on device")
+        return self.rows
+
+    def shard_names(self) -> list[str]:
+        return list(self.rows)
+
+    def load_shard_state(self, state: Mapping[str, Tensor]) -> None:
+        self.rows = {name: state[name] for name in self.rows}
+
+
+def _origin(**changes: Any) -> Origin:
+    values: dict[str, Any] = {
+        "data": {"global_batch_size": 16},
+        "train": {"seed": 0},
+        "model": {"mlp": [200, 80], "fields": {"user": {"kind": "id"}}},
+        "store": {"dim": 8, "extractor": {"backbone": "vgg16", "weights_digest": "abc"}},
+    }
+    return Origin(**{name: {**value, **changes.get(name, {})} for name, value in values.items()})
+
+
+def _state(step: int) -> CheckpointState:
+    return CheckpointState(
+        format_version=checkpoint.FORMAT_VERSION,
+        step=step,
+        epoch=1,
+        step_in_epoch=step - 40,
+        num_ranks=1,
+        origin=_origin(),
+        store_url="features",
+        store_version=3,
+        config_digest="0",
+        history=[{"step": 4, "auc": None, "logloss": 0.25}],
+        files={},
+    )
+
+
+def _save(folder: Path, step: int = 50, value: float = 1.0, size: int = 1, keep: int = 3) -> Path:
+    (path, *others) = on_ranks(
+        size, lambda comm: checkpoint.save(comm, folder, Trained(comm.rank, size, value), _state(step), keep)
+    )
+    assert isinstance(path, Path), path
+    assert {path, *others} == {folder / f"step-{step:08}"}
+    return path
+
+
+def test_layout(tmp_path: Path) -> None:
+    path = _save(tmp_path, size=2)
+    assert sorted(each.name for each in path.iterdir()) == [
+        "dense.safetensors",
+        "rows-00000-of-00002.safetensors",
+        "rows-00001-of-00002.safetensors",
+        "state.json",
+    ]
+    state = checkpoint.read_state(path)
+    assert state.model_dump(exclude={"files"}) == _state(50).model_dump(exclude={"files"})
+    assert (state.position.epoch, state.position.step) == (1, 10)
+    assert set(state.files) == {each.name for each in path.iterdir()} - {"state.json"}
+
+
+@pytest.mark.parametrize(("written", "read"), [(1, 1), (2, 1), (1, 2), (2, 3), (3, 2)])
+def test_loads_at_any_number_of_ranks(tmp_path: Path, written: int, read: int) -> None:
+    path = _save(tmp_path, size=written, value=7.0)
+
+    def load(comm: Comm) -> Trained:
+        trained = Trained(comm.rank, read)
+        checkpoint.load(comm, path, checkpoint.read_state(path), trained)
+        return trained
+
+    loaded = on_ranks(read, load)
+    rows = {name: tensor for trained in loaded for name, tensor in trained.rows.items()}
+    assert {name: tensor.tolist() for name, tensor in rows.items()} == {
+        f"item/{s:04}/weight": [7.0 + s] * 2 for s in range(SHARDS)
+    }
+    assert all((trained.dense["layer.weight"] == 7.0).all() for trained in loaded)
+
+
+def test_failed_save_leaves_no_checkpoint_and_all_ranks_raise(tmp_path: Path) -> None:
+    _save(tmp_path, step=40, size=2)
+    raised = on_ranks(
+        2, lambda comm: checkpoint.save(comm, tmp_path, Trained(comm.rank, 2, fail=comm.rank == 1), _state(50), 3)
+    )
+    assert isinstance(raised[0], RemoteRankError)
+    assert "No space left" in str(raised[0])
+    assert isinstance(raised[1], CheckpointError)
+    assert checkpoint.find(tmp_path, "latest").name == "step-00000040"
+    assert (tmp_path / ".step-00000050").exists()
+    assert _save(tmp_path, step=60, size=2) == checkpoint.find(tmp_path, "latest")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["step-00000040", "step-00000060"]
+
+
+def test_disk_that_takes_no_more_is_a_checkpoint_error(tmp_path: Path) -> None:
+    trained = Trained()
+    trained.dense = {"layer.weight": torch.zeros(1_000, 100)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write .*step-00000050: .*File too large"):
+            checkpoint.save(SoloComm(), tmp_path, trained, _state(50), 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        checkpoint.find(tmp_path, "latest")
+
+
+def test_newest_are_kept_and_order_is_by_number(tmp_path: Path) -> None:
+    for step in (70, 99_999_999, 100_000_000, 50):
+        _save(tmp_path, step=step, keep=2)
+    assert checkpoint.find(tmp_path, "latest").name == "step-100000000"
+    assert {each.name for each in tmp_path.iterdir()} == {"step-99999999", "step-100000000"}
+
+
+def test_same_step_is_written_once(tmp_path: Path) -> None:
+    _save(tmp_path, value=1.0)
+    _save(tmp_path, value=2.0)
+    trained = Trained()
+    path = checkpoint.find(tmp_path, "latest")
+    checkpoint.load(SoloComm(), path, checkpoint.read_state(path), trained)
+    assert trained.dense["layer.weight"][0, 0] == 1.0
+
+
+def _flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name", ["dense.safetensors", "rows-00000-of-00002.safetensors", "rows-00001-of-00002.safetensors"]
+)
+@pytest.mark.parametrize("damage", ["first", "last", "truncated", "missing"])
+def test_damaged_files_are_named(tmp_path: Path, name: str, damage: str) -> None:
+    path = _save(tmp_path, size=2)
+    file = path / name
+    match damage:
+        case "first":
+            _flip(file, 3)
+        case "last":
+            _flip(file, -1)
+        case "truncated":
+            file.write_bytes(file.read_bytes()[:-5])
+        case "missing":
+            file.unlink()
+    raised = on_ranks(2, lambda comm: checkpoint.load(comm, path, checkpoint.read_state(path), Trained(comm.rank, 2)))
+    assert {type(each) for each in raised} == {CheckpointError, RemoteRankError}
+    assert all(str(file) in str(each) for each in raised)
+
+
+def test_damaged_state_is_named(tmp_path: Path) -> None:
+    file = _save(tmp_path) / "state.json"
+    content = file.read_text()
+    for damaged in (
+        content[:-20],
+        content.replace('"step": 50', '"step": 51'),
+        "[]",
+        "{}",
+        content.replace("{", "", 1),
+    ):
+        file.write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"state\.json is damaged"):
+            checkpoint.read_state(file.parent)
+    file.write_text(json.dumps({**json.loads(content), "format_version": 99}))
+    with pytest.raises(CheckpointError, match="has format 99"):
+        checkpoint.read_state(file.parent)
+
+
+def test_what_to_resume_from(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        checkpoint.find(tmp_path / "none", "latest")
+    (tmp_path / ".step-00000099").mkdir()
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        checkpoint.find(tmp_path, "latest")
+    path = _save(tmp_path)
+    assert checkpoint.find(Path("elsewhere"), str(path)) == path
+    with pytest.raises(CheckpointError, match=r"there is no state\.json in it"):
+        checkpoint.find(tmp_path, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"global_batch_size": 8}}, "data.global_batch_size is 8 here, 16 in the checkpoint"),
+        ({"model": {"mlp": [100]}}, "model.mlp is [100] here, [200, 80] in the checkpoint"),
+        ({"model": {"fields": {}}}, "model.fields.user.kind is None here, 'id' in the checkpoint"),
+        (
+            {"store": {"extractor": {"backbone": "vgg16", "weights_digest": "x"}}},
+            "store.extractor.weights_digest is 'x' here",
+        ),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    state = checkpoint.read_state(_save(tmp_path))
+    _origin().check_same(state.origin, tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        _origin(**changes).check_same(state.origin, tmp_path)
+    assert message in str(caught.value)

@@ -1,0 +1,197 @@
+"""Going on from an earlier checkpoint: what came after it is kept, and refused, or replaced as a whole; never mixed."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trainer.comm import SoloComm
+from trainer.config.config import load_config
+from trainer.errors import ConfigError
+from trainer.evaluation.opening import Source, open_source
+from trainer.main import train
+from trainer.runs import checkpoint
+from trainer.runs.checkpoint import find, finished
+
+Places = Any
+
+
+class Runs:
+    """Runs of six steps with three checkpoints, in a folder of their own."""
+
+    def __init__(self, places: Places, folder: Path) -> None:
+        self._places, self.folder = places, folder
+
+    def train(self, name: str, **changes: Any) -> Path:
+        steps = {"train__max_steps": 6, "train__checkpoint_every": 2, "train__seed": 3}
+        settings = self._places.settings(run__dir=self.folder, run__name=name, **{**steps, **changes})
+        train(load_config(settings=settings), SoloComm())
+        return self.folder / name
+
+    def branch(self, name: str, step: int = 2, of: str = "a", **changes: Any) -> Path:
+        """From an earlier checkpoint of run `of`, at another learning rate."""
+        return self.train(name, run__resume=self.step(of, step), **{"optim__lr": 0.5, **changes})
+
+    def step(self, name: str, step: int) -> Path:
+        return checkpoint.place(self.folder / name / "checkpoints", step)
+
+
+@pytest.fixture
+def runs(places: Places, tmp_path: Path) -> Runs:
+    """With a finished run, `a`."""
+    found = Runs(places, tmp_path)
+    found.train("a")
+    return found
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def names(run: Path) -> list[str]:
+    return [path.name for path in finished(run / "checkpoints")]
+
+
+def steps_of(*steps: int) -> list[str]:
+    return [f"step-{step:08}" for step in steps]
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    """Two runs end with the same bits, and tell the same of them."""
+    mine, theirs = (
+        {
+            name: tensor
+            for file in find(run / "checkpoints", "latest").glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+        }
+        for run in (found, expected)
+    )
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+    reports = [json.loads((run / "report.json").read_text()) for run in (found, expected)]
+    assert reports[0]["metrics"] == reports[1]["metrics"]
+
+
+def test_later_checkpoints_refuse_it_and_nothing_is_touched(runs: Runs) -> None:
+    before = content(runs.folder)
+    with pytest.raises(
+        ConfigError,
+        match=r"do not lead to this one, .*: step-00000004, step-00000006; go on from the newest by run\.resume=latest",
+    ):
+        runs.branch("a")
+    assert content(runs.folder) == before
+
+
+def test_overwriting_leaves_the_new_steps_alone(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = runs.branch("b")
+    first = content(runs.step("a", 2))
+    capsys.readouterr()
+    again = runs.branch("a", run__overwrite=True)
+    assert "removed by run.overwrite=true: step-00000004, step-00000006\n" in capsys.readouterr().out
+    assert names(again) == steps_of(2, 4, 6)
+    assert content(runs.step("a", 2)) == first
+    assert_same(again, expected)
+    assert load_config(again / "config.yaml").optim.lr == 0.5
+
+
+def test_the_newest_and_its_path_need_no_overwriting(runs: Runs) -> None:
+    runs.train("a", run__resume="latest", train__max_steps=7)
+    link = runs.folder / "link"
+    link.symlink_to(runs.folder / "a")
+    run = runs.train("a", run__resume=link / "checkpoints" / "step-00000007", train__max_steps=8)
+    assert names(run) == steps_of(6, 7, 8)
+
+
+def test_the_one_resumed_from_is_not_the_first_to_go(runs: Runs) -> None:
+    run = runs.branch(
+        "a", run__overwrite=True, train__max_steps=4, train__checkpoint_every=1, train__keep_checkpoints=3
+    )
+    assert names(run) == steps_of(2, 3, 4)
+
+
+def test_a_checkpoint_of_another_run_replaces_all(runs: Runs) -> None:
+    expected = runs.branch("c")
+    other = runs.train("b", train__max_steps=4)
+    before = content(other)
+    with pytest.raises(ConfigError, match=r"step-00000002, step-00000004; go on from the newest"):
+        runs.branch("b")
+    assert content(other) == before
+    runs.branch("b", run__overwrite=True)
+    assert names(other) == steps_of(4, 6)
+    assert_same(other, expected)
+    assert len(list((other / "tensorboard").iterdir())) == 1
+
+
+def test_killed_between_the_old_steps_and_the_new_ones(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = runs.branch("b")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("trainer.runs.open.save_config", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runs.branch("a", run__overwrite=True)
+    run = runs.folder / "a"
+    assert names(run) == steps_of(2)
+    assert not (run / "report.json").exists(), "it told of the steps that are gone"
+    assert_same(runs.train("a", run__resume="latest", optim__lr=0.5), expected)
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_killed_in_the_midst_of_a_removal(runs: Runs, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
+    expected = runs.branch("b")
+    calls, rmtree = [0], shutil.rmtree
+
+    def killed(path: Path, *given: Any, **named: Any) -> None:
+        calls[0] += 1
+        if calls[0] == nth:
+            next(path.glob("*.safetensors")).unlink()
+            raise KeyboardInterrupt
+        rmtree(path, *given, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("trainer.runs.checkpoint.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runs.branch("a", run__overwrite=True)
+    left = steps_of(2, 4)[: 3 - nth]
+    assert names(runs.folder / "a") == left, "the newest goes first, and none is left in part"
+    run = runs.branch("a", run__overwrite=True)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == steps_of(2, 4, 6)
+    assert_same(run, expected)
+
+
+def test_an_evaluation_of_an_earlier_one_touches_nothing(runs: Runs) -> None:
+    before = content(runs.folder)
+    opened = open_source(Source(runs.folder / "a", "2"), SoloComm())
+    opened.close()
+    assert opened.saved.path == runs.step("a", 2)
+    assert content(runs.folder) == before
+
+
+def test_a_plain_overwriting_that_cannot_remove_says_so(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse: Callable[..., Any] = Path.rename
+
+    def renamed(path: Path, target: Path) -> Path:
+        if path.name.startswith("step-"):
+            raise PermissionError(13, "Permission denied")
+        return refuse(path, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    with pytest.raises(ConfigError, match=r"run\.dir=.* cannot be used: .*Permission denied"):
+        runs.train("a", run__overwrite=True, optim__lr=0.5)
+    assert names(runs.folder / "a") == steps_of(2, 4, 6)
+
+
+def test_reused_vectors_are_in_no_checkpoint(runs: Runs) -> None:
+    reuse = {"exchange__reuse_steps": 3}
+    whole = runs.train("whole", **reuse)
+    runs.train("halves", train__max_steps=3, **reuse)
+    halves = runs.train("halves", run__resume="latest", **reuse)
+    with pytest.raises(AssertionError, match="model"):
+        assert_same(halves, whole)

@@ -1,0 +1,77 @@
+"""What a run's folder says, read for all that look at runs: checkpoints, images without features, mistakes."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xxhash
+
+from trainer.comm import SoloComm
+from trainer.config.config import load_config
+from trainer.errors import CheckpointError, ConfigError
+from trainer.main import train
+from trainer.runs.saved import find_checkpoint, open_trained, read_run
+
+Places = Any
+
+
+@pytest.fixture(scope="module")
+def run(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps, each of which left a checkpoint."""
+    places = make_places(tmp_path_factory.mktemp("trained"))
+    changes = {"train__max_steps": 3, "train__checkpoint_every": 1, "exchange__reuse_steps": 2}
+    train(load_config(settings=places.settings(run__name="a", **changes)), SoloComm())
+    return Path(places.folder) / "runs" / "a"
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    """The same, to be changed."""
+    return shutil.copytree(run, tmp_path / "a")
+
+
+def test_a_checkpoint_is_named_by_step_folder_or_path(run: Path) -> None:
+    second = run / "checkpoints" / "step-00000002"
+    assert {find_checkpoint(run, name) for name in ("2", "step-00000002", str(second))} == {second}
+    assert {find_checkpoint(run, name).name for name in (None, "latest")} == {"step-00000003"}
+    with contextlib.closing(open_trained(run, SoloComm(), which="2")) as trained:
+        assert (trained.path, trained.engine.num_steps, trained.state.step) == (second, 2, 2)
+
+
+def test_mistakes(run: Path, copy: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is not a run's folder: .*; it holds the runs a"):
+        read_run(run.parent)
+    with pytest.raises(CheckpointError, match="step-00000001, step-00000002, step-00000003, and a path"):
+        read_run(run, "7")
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"has no checkpoint in .*; train it first"):
+        read_run(copy)
+
+
+@pytest.mark.parametrize(
+    ("trained_with", "opened_with"), [("error", "zeros"), ("zeros", "zeros"), ("learned", "learned")]
+)
+def test_images_without_a_feature_stop_nothing(copy: Path, trained_with: str, opened_with: str) -> None:
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("missing: error", f"missing: {trained_with}"))
+    saved = read_run(copy)
+    assert (saved.missing_in_training, saved.config.data.missing) == (trained_with, opened_with)
+    assert saved.config.exchange.reuse_steps == 0
+    assert [bool(saved.notes_on_missing(count)) for count in (0, 3)] == [False, trained_with == "error"]
+
+
+def test_a_setting_that_an_older_checkpoint_does_not_know_was_at_its_default(copy: Path) -> None:
+    file = find_checkpoint(copy) / "state.json"
+    state = json.loads(file.read_text())
+    del state["origin"]["model"]["similarity_top_k"], state["digest"]
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True).encode())
+    file.write_text(json.dumps({**state, "digest": digest}))
+    open_trained(copy, SoloComm()).close()
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("visual_width: 12", "visual_width: 13"))
+    with pytest.raises(CheckpointError, match=r"model\.visual_width is 13 here, 12 in the checkpoint"):
+        open_trained(copy, SoloComm())

@@ -1,0 +1,198 @@
+"""Runs on two contents an item, each in a feature store of its own and of another dimension."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from featurestore.errors import AnotherStoreError
+from featurestore.format.rows import FeatureRows
+from featurestore.spec import ExtractorSpec, StoreInfo
+from featurestore.store import FeatureStore
+from tests.trainer.alike import all_alike
+from trainer.comm import SoloComm
+from trainer.compat.__main__ import app as compat_app
+from trainer.config.config import Config, load_config
+from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.main import train
+from trainer.runs.checkpoint import find, read_state
+from trainer.runs.saved import open_trained
+from trainer.runs.stores import store_places
+from trainer.schema import Schema, load_schema
+
+HOROVODRUN = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2"]
+Places = Any
+
+SCHEMA = """
+fields:
+  - {name: user, side: user, kind: id}
+  - {name: behavior_item, side: user, kind: multi_id, table: item}
+  - {name: ad_item, side: ad, kind: id, table: item}
+  - {name: behavior_image, side: user, kind: content}
+  - {name: ad_image, side: ad, kind: content}
+  - {name: behavior_title, side: user, kind: content, store: titles, width: 6, column: behavior_item}
+  - {name: ad_title, side: ad, kind: content, store: titles, width: 6, column: ad_item}
+"""
+
+
+def make_titles(folder: Path, dim: int = 5, weights: str = "0") -> FeatureStore:
+    """Features of the titles of items 0 to 49."""
+    spec = ExtractorSpec(
+        backbone="words", layer="none", weights_digest=weights, preprocessing="none", compute_dtype="float32"
+    )
+    info = StoreInfo(name="titles", num_shards=8, dim=dim, dtype="float32", extractor=spec)
+    store = FeatureStore.create(folder, info)
+    values = np.random.default_rng(8).normal(size=(50, dim)).astype(np.float32)
+    store.put(FeatureRows.of([f"title/{n}" for n in range(50)], values, keys=np.arange(50)))
+    return store
+
+
+@pytest.fixture(scope="module")
+def both(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """Samples, a store of images, 16 wide, and one of titles, 5 wide."""
+    places = make_places(tmp_path_factory.mktemp("stores"))
+    (places.folder / "schema.yaml").write_text(SCHEMA)
+    make_titles(places.folder / "titles")
+    return places
+
+
+def settings_of(places: Places, **changes: Any) -> list[str]:
+    own = {
+        "data__schema_file": places.folder / "schema.yaml",
+        "data__stores": f"{{titles: {places.folder / 'titles'}}}",
+    }
+    return list(places.settings(**{**own, "model__pooling": "multi_query", "train__max_steps": 6, **changes}))
+
+
+def run_alone(places: Places, **changes: Any) -> dict[str, Any]:
+    """The report of a run in this process."""
+    config = load_config(settings=settings_of(places, **changes))
+    train(config, SoloComm())
+    report: dict[str, Any] = json.loads((Path(config.run.dir) / str(config.run.name) / "report.json").read_text())
+    return report
+
+
+class TestRuns:
+    def test_two_ranks_equal_one(self, both: Places) -> None:
+        exact = {"model__compute_dtype": "float32"}
+        one = run_alone(both, run__name="one", **exact)
+        settings = settings_of(both, run__name="two", **exact)
+        command = [*HOROVODRUN, sys.executable, "-m", "trainer.main", "--set", *settings]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        two = json.loads((both.folder / "runs" / "two" / "report.json").read_text())
+        assert two["metrics"] == all_alike(one["metrics"])
+        assert two["images_per_step"] == one["images_per_step"]
+        assert one["store_versions"] == two["store_versions"] == {"images": 1, "titles": 1}
+        state = read_state(find(both.folder / "runs" / "two" / "checkpoints", "latest"))
+        assert state.origin.store["dim"] == 16
+        assert {name: kind["dim"] for name, kind in state.origin.stores.items()} == {"titles": 5}
+        assert state.stores["titles"].url == str(both.folder / "titles")
+
+    def test_each_store_has_its_own_networks(self, both: Places) -> None:
+        run_alone(both, run__name="nets", model__shared_image_model="false", train__max_steps=1)
+        trained = open_trained(both.folder / "runs" / "nets", SoloComm())
+        services = trained.engine.services
+        assert {store: list(service.models) for store, service in services.items()} == {
+            "images": ["behavior_image", "ad_image"],
+            "titles": ["behavior_title", "ad_title"],
+        }
+        assert [services[s].partition.dim for s in ("images", "titles")] == [16, 5]
+        assert [services["images"].width("ad_image"), services["titles"].width("ad_title")] == [12, 6]
+        trained.close()
+
+    def test_ad_side_alone(self, both: Places) -> None:
+        report = run_alone(both, run__name="ad", model__images="ad")
+        assert report["metrics"]["auc"] is not None
+
+    def test_missing_features_are_counted_by_store(self, both: Places, tmp_path: Path) -> None:
+        titles = make_titles(tmp_path / "titles")
+        titles.delete(list(range(0, 50, 2)))
+        changes = {"data__stores": f"{{titles: {tmp_path / 'titles'}}}", "data__missing": "learned"}
+        counts = run_alone(both, run__name="missing", **changes)["missing_by_store"]
+        assert counts["titles"] > counts["images"] == 0
+
+    def test_resumption_opens_the_recorded_snapshots(self, both: Places, tmp_path: Path) -> None:
+        titles = make_titles(tmp_path / "titles")
+        stores = {"data__stores": f"{{titles: {tmp_path / 'titles'}}}", "run__name": "again"}
+        run_alone(both, **stores)
+        titles.put(FeatureRows.of(["title/0"], np.ones((1, 5), np.float32), keys=np.array([0])))
+        again = {**stores, "run__resume": "latest"}
+        assert run_alone(both, **again, train__max_steps=7)["store_versions"] == {"images": 1, "titles": 1}
+        asked = run_alone(both, **again, train__max_steps=8, data__store_versions="{titles: 2}")
+        assert asked["store_versions"] == {"images": 1, "titles": 2}
+
+    def test_resumption_on_features_of_another_kind_is_refused(self, both: Places, tmp_path: Path) -> None:
+        stores = {"data__stores": f"{{titles: {tmp_path / 'titles'}}}", "run__name": "other"}
+        make_titles(tmp_path / "titles")
+        run_alone(both, **stores)
+        shutil.rmtree(tmp_path / "titles")
+        make_titles(tmp_path / "titles", weights="other")
+        with pytest.raises(CheckpointError, match=r"stores\.titles\.extractor\.weights_digest is 'other' here, '0'"):
+            run_alone(both, **stores, run__resume="latest", train__max_steps=7)
+        with pytest.raises(CheckpointError, match=r"trained on features of another kind than .*titles has now"):
+            open_trained(both.folder / "runs" / "other", SoloComm())
+
+    def test_one_of_two_was_made_anew(self, both: Places, tmp_path: Path) -> None:
+        stores = {"data__stores": f"{{titles: {tmp_path / 'titles'}}}", "run__name": "anew"}
+        make_titles(tmp_path / "titles")
+        run_alone(both, **stores)
+        shutil.rmtree(tmp_path / "titles")
+        make_titles(tmp_path / "titles")
+        again = {**stores, "run__resume": "latest", "train__max_steps": 7}
+        with pytest.raises(AnotherStoreError, match=r"set data\.stores\.titles to .* --name titles$"):
+            run_alone(both, **again)
+        words = [str(both.folder / "runs" / "anew"), str(tmp_path / "titles"), "--name", "titles"]
+        found = CliRunner().invoke(compat_app, words)
+        assert found.exit_code == 0 and "log loss, as the run reported it" in found.output, found.output
+        images = [words[0], str(both.folder / "features")]
+        assert CliRunner().invoke(compat_app, images).exit_code == 0
+        assert CliRunner().invoke(compat_app, [*words, "--accept"]).exit_code == 0
+        assert run_alone(both, **again)["store_versions"] == {"images": 1, "titles": 1}
+
+    def test_a_store_that_is_not_there_is_named(self, both: Places, tmp_path: Path) -> None:
+        with pytest.raises(
+            DataError, match=r"data\.stores\.titles=.*nowhere is no feature store; make it with: python"
+        ):
+            run_alone(both, run__name="x", data__stores=f"{{titles: {tmp_path / 'nowhere'}}}")
+
+
+class TestPlaces:
+    @pytest.fixture
+    def schema(self, tmp_path: Path) -> Schema:
+        (tmp_path / "schema.yaml").write_text(SCHEMA)
+        return load_schema(tmp_path / "schema.yaml")
+
+    def config(self, *settings: str) -> Config:
+        return load_config(settings=settings)
+
+    def test_data_store_is_that_of_the_images(self, schema: Schema) -> None:
+        config = self.config("data.store=a", "data.stores.titles=b", "data.store_version=3")
+        places = store_places(config, schema)
+        assert [(p.name, p.url, p.version) for p in places] == [("images", "a", 3), ("titles", "b", None)]
+        assert store_places(self.config("model.images=none", "data.stores.titles=b"), schema) == []
+
+    def test_the_only_store_may_have_any_name(self, schema: Schema) -> None:
+        fields = tuple(field for field in schema.fields if field.store_name == "titles" or field.kind != "content")
+        only = schema.model_copy(update={"fields": fields})
+        assert [(p.name, p.url) for p in store_places(self.config("data.store=a"), only)] == [("titles", "a")]
+        named = self.config("data.store=a", "data.stores.titles=b")
+        assert [(p.name, p.url) for p in store_places(named, only)] == [("titles", "b")]
+
+    def test_a_store_without_an_address(self, schema: Schema) -> None:
+        with pytest.raises(ConfigError, match=r"titles has no address: set data\.stores\.titles"):
+            store_places(self.config(), schema)
+
+    def test_an_address_that_no_field_needs(self, schema: Schema) -> None:
+        settings = ("data.stores.titles=b", "data.stores.tiles=c")
+        with pytest.raises(
+            ConfigError, match=r"data\.stores\.tiles: no content field .* names store tiles, only images"
+        ):
+            store_places(self.config(*settings), schema)

@@ -1,0 +1,324 @@
+"""Warm starts: what is taken and what stays fresh, by group; what does not fit is refused, with the way to go on."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from featurestore.format.rows import FeatureRows
+from featurestore.spec import ExtractorSpec, StoreInfo
+from featurestore.store import FeatureStore
+from featurestore.upkeep.recode import recode
+from trainer import main
+from trainer.comm import SoloComm
+from trainer.config.config import load_config
+from trainer.config.options import ModelConfig
+from trainer.errors import CheckpointError
+from trainer.runs.checkpoint import DENSE, CheckpointState, Origin, find
+from trainer.runs.open import Run, open_run
+from trainer.runs.warmstart import WarmStart, load
+from trainer.schema import DEFAULT_SCHEMA
+
+Places = Any
+State = dict[str, torch.Tensor]
+
+
+def opened(places: Places, **changes: Any) -> Run:
+    return open_run(load_config(settings=places.settings(**changes)), SoloComm())
+
+
+def state_of(run: Run) -> State:
+    run.close()
+    return {name: value.clone() for name, value in (run.engine.dense_state() | run.engine.shard_state()).items()}
+
+
+def trained(places: Places, name: str, steps: int, **changes: Any) -> Path:
+    settings = places.settings(run__name=name, train__max_steps=steps, **changes)
+    main.train(load_config(settings=settings), SoloComm())
+    return Path(places.folder / "runs" / name)
+
+
+@pytest.fixture(scope="module")
+def own(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Places:
+    return make_places(tmp_path_factory.mktemp("warm"))
+
+
+@pytest.fixture(scope="module")
+def before(own: Places) -> Path:
+    """A run of some steps, that warm starts begin with."""
+    return trained(own, "before", 6, train__checkpoint_every=3)
+
+
+@pytest.fixture(scope="module")
+def states(own: Places, before: Path) -> tuple[State, State]:
+    """State of a fresh run, and that at the end of `before`."""
+    return state_of(opened(own)), state_of(opened(own, run__name="before", run__resume="latest"))
+
+
+PARTS = {
+    "none": (),
+    "partial": ("model.", "stores."),
+    "full": ("model.", "stores.", "user/", "item/", "image/", "category/", "scene/"),
+    "[images]": ("stores.",),
+    "[model,ids]": ("model.", "user/", "item/", "image/", "category/", "scene/"),
+}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_what_is_taken(own: Places, before: Path, states: tuple[State, State], parts: str) -> None:
+    fresh, old = states
+    run = opened(own, run__warm_start=before, run__warm_parts=parts)
+    assert (run.position.epoch, run.position.step, run.history, run.engine.num_steps) == (0, 0, [], 0)
+    for name, value in state_of(run).items():
+        is_parameter = "/" not in name or name.endswith(("/weight", "/last_weight"))
+        taken = is_parameter and name.startswith(PARTS[parts])
+        source = name.replace("/last_weight", "/weight")  # what a row is worth now, where it makes up for steps
+        assert torch.equal(value, old[source] if taken else fresh[name]), name
+    moved = [name for name in fresh if not torch.equal(fresh[name], old[name])]
+    assert {name.partition("/")[0].partition(".")[0] for name in moved} >= {"model", "stores", "item", "adam"}
+
+
+def test_a_run_is_its_last_checkpoint_and_a_checkpoint_is_itself(own: Places, before: Path) -> None:
+    def taken(path: Path) -> torch.Tensor:
+        return state_of(opened(own, run__warm_start=path))["model.mlp.0.weight"]
+
+    last, middle = find(before / "checkpoints", "latest"), before / "checkpoints" / "step-00000003"
+    assert torch.equal(taken(before), taken(last))
+    assert not torch.equal(taken(before), taken(middle))
+
+
+def test_resumption_goes_on_instead_of_beginning_again(own: Places, before: Path) -> None:
+    whole = trained(own, "whole", 6, run__warm_start=before)
+    trained(own, "halves", 3, run__warm_start=before)
+    halves = trained(own, "halves", 6, run__warm_start=before, run__resume="latest")
+    mine, theirs = (state_of(opened(own, run__name=run.name, run__resume="latest")) for run in (halves, whole))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_options_of_the_command(own: Places, before: Path) -> None:
+    settings = own.settings(run__name="option", train__max_steps=1)
+    warm = ["--warm-start", str(before), "--warm-parts", "model,ids"]
+    result = CliRunner().invoke(main.app, [*warm, "--set", *settings])
+    assert result.exit_code == 0, result.output
+    assert f"warm start from {before}/checkpoints/step-00000006: model, ids" in result.stdout
+    result = CliRunner().invoke(main.app, [*warm[:-1], "most"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "run.warm_parts.0='most': it should be 'images', 'model' or 'ids'" in result.stderr
+    result = CliRunner().invoke(main.app, ["--set", "run.warm_parts=most"])
+    assert "it should be none, partial, full, or a list of images, model, ids" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("parts", "changes", "message"),
+    [
+        ("partial", {"model__mlp": [9, 4]}, r"part model: model\.mlp\.0\.weight has shape \(8, 132\) .*\(9, 132\)"),
+        ("partial", {"model__embed_hidden": [9, 4]}, r"part images: .*or leave images out of run\.warm_parts"),
+        ("full", {"model__tables__item": 640}, r"part ids: item/0000/weight has shape \(16, 12\) .*leave ids out"),
+        ("full", {"model__table_shards": 8}, r"part ids: .*leave ids out"),
+        ("[ids]", {"model__table_shards": 2}, r"part ids: .*leave ids out"),
+        ("partial", {"model__images": "none"}, "has an E for images, and this run uses none; set model.images"),
+        (
+            "partial",
+            {"model__pooling": "sum"},
+            r"part model: it was trained with model\.pooling=attentive, .* has model\.pooling=sum; .*leave model out",
+        ),
+    ],
+)
+def test_other_shapes_are_named(own: Places, before: Path, parts: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        opened(own, run__warm_start=before, run__warm_parts=parts, **changes)
+
+
+ONE_POOLING = {"model__pooling": "sum", "model__image_products": False}
+
+
+@pytest.mark.parametrize(
+    ("trained_with", "changes", "told"),
+    [
+        ({}, {"model__multi_hot": "sum"}, "model.multi_hot=mean, this run has model.multi_hot=sum"),
+        ({}, {"model__activation": "prelu"}, "model.activation=relu, this run"),
+        (ONE_POOLING, {**ONE_POOLING, "model__pooling": "mean"}, "model.pooling=sum, this run has model.pooling=mean"),
+        (ONE_POOLING, {**ONE_POOLING, "model__similarity_top_k": 2}, "model.similarity_top_k=0, this run"),
+        ({**ONE_POOLING, "model__images": "ad"}, {**ONE_POOLING, "model__images": "behavior"}, "model.images=ad"),
+        ({}, {"model__image_holdout": 0.1}, "model.image_holdout=0.0, this run has model.image_holdout=0.1"),
+        ({}, {"model__base": "dcn", "model__pooling": "sum"}, "model.base=mlp, model.pooling=attentive, this run has"),
+        (
+            {"model__pooling": "transformer", "model__transformer_heads": 4},
+            {"model__pooling": "transformer", "model__transformer_heads": 2},
+            "model.transformer_heads=4, this run",
+        ),
+    ],
+)
+def test_settings_that_no_shape_tells_are_noticed(
+    own: Places, trained_with: dict[str, Any], changes: dict[str, Any], told: str
+) -> None:
+    run = trained(own, re.sub(r"\W+", "-", told), 1, **trained_with)
+    with pytest.raises(CheckpointError, match=rf"trained with {re.escape(told)}.*leave model out"):
+        opened(own, run__warm_start=run, run__warm_parts="[model]", **changes)
+    opened(own, run__warm_start=run, run__warm_parts="[images,ids]", **changes).close()
+    opened(own, run__warm_start=run, **trained_with).close()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__transformer_heads": 4, "model__cross_structure": "stacked", "model__feature_gates": False},  # idle
+        {"model__dropout": 0.2, "model__id_dropout": 0.2, "model__init": "torch", "model__id_init_std": 0.05},
+    ],
+)
+def test_settings_that_change_no_meaning_may_differ(own: Places, before: Path, changes: dict[str, Any]) -> None:
+    opened(own, run__warm_start=before, run__warm_parts="full", **changes).close()
+
+
+def test_rows_that_no_longer_tell_new_ads_are_refused(own: Places) -> None:
+    run = trained(own, "far", 1, model__id_init_std=0.05, model__images="ad")
+    changes = {"model__image_holdout": 0.1, "model__images": "ad", "run__warm_start": run}
+    with pytest.raises(
+        CheckpointError, match=r"part ids: its rows started with model\.id_init_std=0\.05.*leave ids out"
+    ):
+        opened(own, run__warm_parts="[ids]", **changes)
+    opened(own, run__warm_parts="[images]", **changes).close()
+    idle = {"model__image_holdout": 0.1, "model__images": "none", "run__warm_start": run}
+    opened(own, run__warm_parts="[ids]", **idle).close()
+
+
+def test_tables_that_are_not_taken_are_told(own: Places, before: Path, tmp_path: Path) -> None:
+    schema = yaml.safe_load(DEFAULT_SCHEMA.read_text())
+    schema["fields"] = [field for field in schema["fields"] if field.get("table") not in ("scene", "category")]
+    (tmp_path / "schema.yaml").write_text(yaml.safe_dump(schema))
+    settings = own.settings(
+        run__name="fewer",
+        train__max_steps=1,
+        run__warm_start=before,
+        run__warm_parts="[ids]",
+        data__schema_file=tmp_path / "schema.yaml",
+    )
+    said = CliRunner().invoke(main.app, ["--set", *settings]).stdout
+    assert "not taken, as no field of this run has them: ID tables category, scene" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "part", "told"),
+    [
+        ({"age": {"std": [2.0]}}, "model", r"part model: .*other fields \(age, std\)"),
+        ({"ad_image": {"gallery": "max"}}, "model", r"\(ad_image, gallery=None, here max\)"),
+        ({"ad_item": {"weights": "ad_weight"}}, "model", r"\(ad_item, weights=None, here a column\)"),
+        ({"price": {"boundaries": [1.0, 3.0]}}, "ids", "part ids: the buckets of field price begin elsewhere"),
+        ({"price": {"boundaries": [1.0, 3.0]}}, "model", r"other fields \(price, boundaries\)"),
+    ],
+)
+def test_fields_that_mean_something_else_are_noticed(change: dict[str, Any], part: Any, told: str) -> None:
+    """Where neither names nor shapes tell."""
+    fields: dict[str, dict[str, Any]] = {
+        "age": {"side": "user", "kind": "dense", "transform": "standardize", "mean": [0.0], "std": [1.0]},
+        "price": {"side": "ad", "kind": "id", "boundaries": [1.0, 2.0]},
+        "ad_item": {"side": "ad", "kind": "id", "table": "item"},
+        "ad_image": {"side": "ad", "kind": "content"},
+    }
+    model = ModelConfig().model_dump()
+    theirs, mine = (
+        Origin(data={}, train={}, store={}, model={**model, "fields": each})
+        for each in (fields, {name: field | change.get(name, {}) for name, field in fields.items()})
+    )
+    state = CheckpointState.model_construct(origin=theirs, files={DENSE: ""})
+    with pytest.raises(CheckpointError, match=told):
+        load(SoloComm(), WarmStart(Path("old"), state, (part,)), mine, None)  # type: ignore[arg-type]
+
+
+def test_fields_in_another_order_are_noticed(own: Places, before: Path, tmp_path: Path) -> None:
+    schema = yaml.safe_load(DEFAULT_SCHEMA.read_text())
+    schema["fields"].reverse()
+    (tmp_path / "schema.yaml").write_text(yaml.safe_dump(schema))
+    changes = {"run__warm_start": before, "data__schema_file": tmp_path / "schema.yaml"}
+    with pytest.raises(CheckpointError, match=r"other fields \(the same in another order\).*leave model out"):
+        opened(own, **changes)
+    opened(own, run__warm_parts="[images,ids]", **changes).close()
+
+
+def test_places_that_hold_no_run(own: Places, before: Path, tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(CheckpointError, match=r"run\.warm_start=.* is neither a checkpoint nor"):
+            opened(own, run__warm_start=place)
+
+
+def test_a_damaged_file_is_named(own: Places) -> None:
+    run = trained(own, "damaged", 1)
+    (file,) = run.glob("checkpoints/*/rows-*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    opened(own, run__warm_start=run).close()  # partial: the file is not needed
+    with pytest.raises(CheckpointError, match=r"rows-00000-of-00001\.safetensors is damaged"):
+        opened(own, run__warm_start=run, run__warm_parts="full")
+
+
+def _other_store(places: Places, kind: str) -> Path:
+    """A store of other features for the same keys."""
+    path = places.folder / f"other-{kind}"
+    store = FeatureStore.open(places.folder / "features")
+    if kind == "int8":
+        recode(store, path, "int8")
+        return path
+    values = dict(store.info)
+    match kind:
+        case "network":
+            values["extractor"] = ExtractorSpec(**{**store.info.extractor.model_dump(), "weights_digest": "other"})
+        case "dim":
+            values["dim"] = 8
+        case "dtype":
+            values["dtype"] = "bfloat16"
+    other = FeatureStore.create(path, StoreInfo(**values))
+    features_ND = np.random.default_rng(1).normal(size=(50, other.info.dim)).astype(np.float32)
+    other.put(FeatureRows.of([f"item/{n}" for n in range(50)], features_ND, keys=np.arange(1_000, 1_050)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("network", r"store\.extractor\.weights_digest is 'other' here, '0' in the checkpoint"),
+        ("dim", r"store\.dim is 8 here, 16 in the checkpoint"),
+        ("dtype", r"store\.dtype is 'bfloat16' here, 'float32' in the checkpoint"),
+        ("int8", r"store\.dtype is 'int8' here, 'float32' in the checkpoint"),
+    ],
+)
+def test_features_of_another_kind_are_refused_and_the_way_out_works(
+    own: Places, before: Path, kind: str, told: str
+) -> None:
+    other = _other_store(own, kind)
+    for changes in ({"run__name": "before", "run__resume": "latest"}, {"run__warm_start": before}):
+        with pytest.raises(CheckpointError, match=told) as caught:
+            opened(own, data__store=other, **changes)
+        assert "set data.store to a store of that kind" in str(caught.value)
+        assert f"--warm-start {find(before / 'checkpoints', 'latest')} --warm-parts model,ids" in str(caught.value)
+    warm = {"run__warm_start": before, "run__warm_parts": "[model,ids]"}
+    trained(own, f"on-{kind}", 2, data__store=other, **warm)
+
+
+def test_a_run_without_images_is_told_so(own: Places) -> None:
+    run = trained(own, "plain", 1, model__images="none")
+    with pytest.raises(CheckpointError, match=r"was trained without images.*--warm-parts ids"):
+        opened(own, run__warm_start=run)
+    opened(own, run__warm_start=run, run__warm_parts="[ids]").close()
+    opened(own, run__warm_start=run, model__images="none").close()
+
+
+def test_a_newer_snapshot_of_the_same_kind_is_fine(make_places: Callable[[Path], Places], tmp_path: Path) -> None:
+    places = make_places(tmp_path)
+    run = trained(places, "a", 2)
+    more = FeatureRows.of(["new"], np.full((1, 16), 9, np.float32), keys=np.array([9_999]))
+    FeatureStore.open(tmp_path / "features").put(more)
+    old = state_of(opened(places, run__name="a", run__resume="latest"))
+    new = opened(places, run__warm_start=run)
+    assert new.partition is not None and new.partition.snapshot_version == 2
+    state = state_of(new)
+    # E and the standardisation that it was trained with belong together.
+    stores = [name for name in old if name.startswith("stores.")]
+    assert any(name.endswith("mean_D") for name in stores)
+    assert all(torch.equal(state[name], old[name]) for name in stores)

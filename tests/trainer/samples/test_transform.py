@@ -1,0 +1,143 @@
+"""What becomes of a number: each transform against its formula, missing ones, buckets, and settings that do not fit."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainer.config.options import ModelConfig
+from trainer.engine.wiring import table_shapes
+from trainer.errors import ConfigError, SchemaError
+from trainer.samples.transform import bucket_ids, dense_values
+from trainer.schema import Field, Schema, load_schema
+
+NAN = float("nan")
+
+
+def dense(**settings: Any) -> Field:
+    return Field(name="price", side="ad", kind="dense", **settings)
+
+
+def log1p(x: float) -> float:
+    return math.copysign(math.log1p(abs(x)), x)
+
+
+@pytest.mark.parametrize(
+    ("field", "formula"),
+    [
+        (dense(), lambda x: x),
+        (dense(transform="none"), lambda x: x),
+        (dense(transform="standardize", mean=[3.5], std=[0.7]), lambda x: (x - 3.5) / 0.7),
+        (dense(transform="log1p"), log1p),
+        (dense(transform="log_standardize", mean=[1.25], std=[2.0]), lambda x: (log1p(x) - 1.25) / 2),
+    ],
+)
+def test_formulas(field: Field, formula: Any) -> None:
+    values = np.array([-7.5, -1.0, 0.0, 0.3, 2.0, 1e6], np.float32)
+    found = dense_values(field, values)
+    assert found.dtype == np.float32
+    assert found.shape == (6, 1)
+    np.testing.assert_allclose(found[:, 0], [formula(float(x)) for x in values], rtol=1e-6)
+
+
+def test_each_number_of_a_row_has_its_own_scale() -> None:
+    field = dense(width=2, transform="standardize", mean=[1.0, -1.0], std=[2.0, 4.0], fill="mean")
+    found = dense_values(field, np.array([3.0, NAN, 1.0, 7.0], np.float32))
+    np.testing.assert_array_equal(found, [[1.0, 0.0], [0.0, 2.0]])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        (dense(fill=2), 2.0),
+        (dense(fill="mean", mean=[5.0]), 5.0),
+        (dense(fill=-3.0, transform="log1p"), -math.log1p(3)),
+        (dense(fill="mean", transform="standardize", mean=[5.0], std=[2.0]), 0.0),
+        (dense(fill=7.0, transform="standardize", mean=[5.0], std=[2.0]), 1.0),
+    ],
+)
+def test_what_stands_in_for_a_missing_number(field: Field, value: float) -> None:
+    assert dense_values(field, np.array([NAN], np.float32))[0, 0] == pytest.approx(value)
+
+
+class TestBuckets:
+    def test_a_number_on_a_boundary_belongs_to_the_bucket_that_begins_there(self) -> None:
+        field = Field(name="b", side="ad", kind="id", boundaries=[0, 10, 100], fill="bucket")
+        ids = bucket_ids(field, np.array([-5.0, 0.0, 9.99, 10.0, 99.0, 100.0, 1e9, NAN], np.float32))
+        assert ids.tolist() == [0, 1, 1, 2, 2, 3, 3, 4]
+        assert field.num_buckets == 5
+        filled = field.model_copy(update={"fill": 50.0})
+        assert bucket_ids(filled, np.array([NAN])).tolist() == [2]
+
+    def test_a_boundary_is_rounded_as_the_column_is(self) -> None:
+        field = Field(name="b", side="ad", kind="id", boundaries=[0.1, 0.7, 1.3])
+        assert bucket_ids(field, np.array([0.1, 0.7, 1.3], np.float32)).tolist() == [1, 2, 3]
+
+    def test_log2(self) -> None:
+        field = Field(name="age", side="user", kind="multi_id", buckets="log2")
+        ages = np.array([-1, 0, 0.5, 1, 1.9, 2, 3, 4, 1023, 1024, 86_400, 2.0**30, 2.0**40])
+        assert bucket_ids(field, ages).tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 10, 11, 17, 31, 31]
+        assert field.num_buckets == 33
+
+    def test_every_bucket_has_a_row_of_its_own(self) -> None:
+        fields = (
+            Field(name="age", side="user", kind="multi_id", buckets="log2", table="age"),
+            Field(name="ad_age", side="ad", kind="id", buckets=40, boundaries=[1, 2], table="age"),
+        )
+        (shape,) = table_shapes(fields, ModelConfig(table_shards=8, id_width=3))
+        shard, row = shape.place_of(np.arange(41))
+        assert len(set(zip(shard.tolist(), row.tolist(), strict=True))) == 41
+        assert (shape.num_rows, row.max() < shape.rows_per_shard) == (41, True)
+        assert len(set(shape.shards_of(np.arange(41)).tolist())) == 8
+        with pytest.raises(ConfigError, match=r"model\.tables\.age: the table has a row for each bucket of age"):
+            table_shapes(fields, ModelConfig(tables={"age": 64}))
+        item = Field(name="item", side="ad", kind="id", table="age")
+        for together in ((item, *fields), (*fields, item)):
+            with pytest.raises(ConfigError, match="field item shares table age with buckets"):
+                table_shapes(together, ModelConfig(tables={"age": 64}))
+
+
+def test_without_statistics_nothing_is_read() -> None:
+    with pytest.raises(SchemaError, match="field price: its mean, std or boundaries are not known"):
+        dense_values(dense(transform="standardize"), np.zeros(1))
+    with pytest.raises(SchemaError, match="field b: its mean"):
+        bucket_ids(Field(name="b", side="ad", kind="id", buckets=4), np.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("kind: id, transform: log1p", "transform=log1p is for kind dense, not id"),
+        ("kind: dense, transform: log", "transform='log': it should be 'standardize', 'log1p' or 'log_standardize'"),
+        ("kind: dense, buckets: 4", "buckets are for kinds id and multi_id, not dense"),
+        ("kind: id, buckets: 1", "buckets"),
+        ("kind: id, buckets: log10", "buckets"),
+        ("kind: id, boundaries: [1, 1]", "each larger than the one before"),
+        ("kind: id, boundaries: [1, .nan]", "finite numbers"),
+        ("kind: id, buckets: 4, weights: w", "it has buckets and weights=w; give one of them"),
+        ("kind: dense, width: 2, transform: standardize, mean: [1]", "one number for each of the 2 of a row"),
+        ("kind: dense, transform: standardize, mean: [1], std: [0]", "std"),
+        ("kind: dense, mean: [1], std: [2]", "mean does nothing without transform=standardize"),
+        ("kind: dense, transform: log1p, fill: mean, mean: [1], std: [2]", "std does nothing without"),
+        ("kind: id, buckets: 4, fill: mean", "fill=mean is for kind dense"),
+        ("kind: dense, fill: bucket", "fill=bucket is for fields with buckets"),
+        ("kind: id, fill: 0", "fill=0.0 is for kind dense and for fields with buckets"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, settings: str, message: str) -> None:
+    (tmp_path / "schema.yaml").write_text(
+        f"new_ad_field: ad\nfields:\n  - {{name: ad, side: ad, kind: id}}\n  - {{name: price, side: ad, {settings}}}\n"
+    )
+    with pytest.raises(SchemaError) as caught:
+        load_schema(tmp_path / "schema.yaml")
+    assert message in str(caught.value)
+    assert str(tmp_path / "schema.yaml") in str(caught.value)
+
+
+def test_ads_are_not_told_by_buckets(tmp_path: Path) -> None:
+    (tmp_path / "schema.yaml").write_text("new_ad_field: ad\nfields:\n  - {name: ad, side: ad, kind: id, buckets: 4}\n")
+    with pytest.raises(SchemaError, match="new_ad_field=ad has to be a field of side ad and kind id"):
+        load_schema(tmp_path / "schema.yaml")
+    assert Schema(fields=(dense(),)).fields[0].transform is None

@@ -1,0 +1,158 @@
+"""python -m trainer.schema as a person types it: what it suggests, what it finds wrong, and its exit codes."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from trainer.schema import DEFAULT_SCHEMA, Schema, load_schema
+from trainer.schema.__main__ import app
+from trainer.schema.suggest_mapping import match_columns
+from trainer.schema.text import schema_text, settings_text, table_rows
+
+
+def run(*args, code=0):
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert result.exit_code == code, result.output
+    assert code == 0 or isinstance(result.exception, SystemExit)
+    return result.output
+
+
+def by_name(schema: Schema):
+    return {field.name: field.model_dump(exclude_defaults=True) for field in schema.fields}
+
+
+def test_a_schema_of_samples_is_the_packaged_one(places, tmp_path):
+    run("inspect", places.folder / "samples", "--out", tmp_path / "schema.yaml")
+    found, packaged = load_schema(tmp_path / "schema.yaml"), load_schema()
+    mine, theirs = by_name(found), by_name(packaged)
+    assert mine.pop("ad_serial")["kind"] == "id"  # the tests' own column
+    assert mine == theirs
+    assert (found.label, found.group, found.new_ad_field) == ("label", "user", "ad_item")
+    text = (tmp_path / "schema.yaml").read_text()
+    assert "#   item: 256\n" in text
+    assert "#   session: int64, kept for people" in text
+    items = {
+        item
+        for path in places.folder.glob("samples/*/*")
+        for row in pq.read_table(path)["ad_item"].to_pylist()
+        for item in row
+    }
+    assert f"ad_item, side: ad, kind: id, table: item}}  # list<element: int64>, {len(items)} different" in text
+    assert "fit the schema" in run("check", tmp_path / "schema.yaml", places.folder / "samples")
+
+
+def test_bad_rows_beside_samples_are_no_samples(places, tmp_path):
+    samples = tmp_path / "samples"
+    shutil.copytree(places.folder / "samples", samples)
+    pq.write_table(pa.table({"log": ["impressions"], "file": ["a"], "row": [1]}), samples / "quarantine.parquet")
+    assert run("inspect", samples).replace(str(samples), "") == run("inspect", places.folder / "samples").replace(
+        str(places.folder / "samples"), ""
+    )
+
+
+def test_a_column_that_stands_twice_is_told(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/a.csv").write_text("user,label,user\n1,0,1\n")
+    assert "a.csv: column user stands twice in it; rename one of them" in run("inspect", tmp_path / "logs", code=1)
+
+
+def test_sides_kinds_and_widths_come_from_the_values(tmp_path):
+    columns = {
+        "user": [1, 2], "age": [1.5, 2.5], "vector": [[1.0, 2.0], [3.0, 4.0]], "tags": [[1], [2, 3]],
+        "brand": [[7, 8], [9]], "words": [[[1], [2, 3]], [[]]], "price": [[0.5, 1.5], [2.5]],
+        "place": [[[0.0, 1.0], [2.0, 3.0]], [[4.0, 5.0]]], "ragged": [[1.0], [1.0, 2.0]], "name": ["a", "b"],
+        "gone": [None, 1], "same": [4, 4], "clicked": [[1, 0], [0]], "made": [b"a", b"b"],
+    }  # fmt: skip
+    (tmp_path / "train").mkdir()
+    table = pa.table({name: pa.array(values) for name, values in columns.items()})
+    pq.write_table(table, tmp_path / "train/a.parquet")
+    text = run("inspect", tmp_path, "--label", "clicked")
+    (tmp_path / "schema.yaml").write_text(text)
+    found = {
+        field.name: (field.side, field.kind, field.width) for field in load_schema(tmp_path / "schema.yaml").fields
+    }
+    assert found == {
+        "user": ("user", "id", None), "age": ("user", "dense", None), "vector": ("user", "dense", 2),
+        "tags": ("user", "multi_id", None), "brand": ("ad", "id", None), "words": ("ad", "multi_id", None),
+        "price": ("ad", "dense", None), "place": ("ad", "dense", 2), "name": ("user", "id", None),
+    }  # fmt: skip
+    for line in ("ragged: list<element: double> of 1 to 2 numbers", "made: binary; a field reads numbers and texts",
+                 "gone: 1 of 2 rows are null", "same: one value in all rows"):  # fmt: skip
+        assert f"#   {line}" in text
+
+
+def test_check_says_what_does_not_fit(places, tmp_path):
+    wrong = tmp_path / "wrong.yaml"
+    text = DEFAULT_SCHEMA.read_text()
+    wrong.write_text(text.replace("ad_scene, side: ad", "ad_scen, side: ad"))
+    assert "column ad_scen is missing, expected list<integer>" in run("check", wrong, places.folder / "samples", code=2)
+    samples = tmp_path / "samples"
+    for split in ("train", "test"):
+        (samples / split).mkdir(parents=True)
+        table = pq.read_table(places.folder / "samples/test/day=2026-01-01.parquet")
+        if split == "test":
+            labels = pa.array([[2] * len(row) for row in table["label"].to_pylist()], pa.list_(pa.int8()))
+            table = table.set_column(table.schema.get_field_index("label"), "label", labels)
+        pq.write_table(table, samples / split / "a.parquet")
+    output = run("check", DEFAULT_SCHEMA, samples, code=1)
+    assert "train  " in output
+    assert "test/a.parquet, row 0: column label has 2; a label is 0 or 1" in output
+
+
+def test_mistakes_are_one_message(places, tmp_path):
+    samples = places.folder / "samples"
+    assert "no .parquet, .csv or .tsv files" in run("inspect", tmp_path / "no", code=1)
+    assert "column click is not among user, session" in run("inspect", samples, "--label", "click", code=2)
+    (tmp_path / "mine.yaml").touch()
+    assert "mine.yaml is there already" in run("inspect", samples, "--out", tmp_path / "mine.yaml", code=2)
+    assert "there is no such file" in run("check", tmp_path / "no.yaml", samples, code=2)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/a.csv").write_text("user,label\n")
+    assert "1 files and not one row" in run("inspect", tmp_path / "logs", code=1)
+    for name in ("a", "b"):
+        (tmp_path / f"logs/{name}.csv").write_text("user,label\n1,0\n")
+    assert "more than one table of a kind: a.csv (impressions), b.csv (impressions)" in run(
+        "inspect", tmp_path / "logs", code=1
+    )
+    (tmp_path / "logs/a.parquet").write_bytes(b"no parquet")
+    assert "a.parquet cannot be read" in run("inspect", tmp_path / "logs", code=1)
+
+
+def test_columns_are_known_by_their_usual_names():
+    names = ["clk", "time_stamp", "user", "adgroup_id", "pid", "nonclk", "cate_id", "img_url"]
+    assert match_columns(names, "impressions") == {
+        "label": "clk", "timestamp": "time_stamp", "user": "user", "item": "adgroup_id", "scene": "pid",
+        "category": "cate_id", "image": "img_url",
+    }  # fmt: skip
+    assert match_columns(["item", "item_id"], "impressions") == {"item": "item"}
+
+
+@pytest.mark.parametrize(("num_distinct", "rows"), [(0, 256), (64, 256), (65, 512), (1_000, 4_096), (1_024, 4_096)])
+def test_tables_have_four_rows_for_each_id(num_distinct, rows):
+    assert table_rows(num_distinct) == rows
+
+
+def test_a_written_schema_reads_as_it_was(tmp_path):
+    schema = load_schema()
+    (tmp_path / "a.yaml").write_text(schema_text(schema, ["a: #b"], {"ad_item": "c: d"}))
+    assert load_schema(tmp_path / "a.yaml") == schema
+    assert settings_text("s", "f", {"a": 1}, "x") == (
+        "# Over the default preset: python -m trainer.main --config THIS_FILE\n\ndata:\n"
+        "  samples: s\n  schema_file: f\n  store: x\n\nmodel:\n  tables:  # rows; IDs are hashed into them\n    a: 1\n"
+    )
+
+
+def test_it_runs_as_a_module(places):
+    command = [sys.executable, "-m", "trainer.schema", "check", str(DEFAULT_SCHEMA), str(places.folder / "samples")]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "test   " in done.stdout

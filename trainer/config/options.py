@@ -1,0 +1,242 @@
+"""Settings of the model and its optimisers: types and limits, without torch, so quick to import."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+
+from trainer.config.validate import KIND, Section
+
+BaseNet = Literal["lr", "mlp", "din", "dcn", "finalmlp", "two_tower"]
+Activation = Literal["relu", "prelu", "dice"]
+Pooling = Literal["concat", "max", "sum", "mean", "attentive", "multi_query", "transformer"]
+IdOptimizer = Literal["adam", "adagrad", "rowwise_adagrad", "rowwise_adam", "ftrl"]
+ComputeDType = Literal["bfloat16", "float32", "float64"]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+TableRows = Annotated[int, Field(ge=1, le=10**12)]
+LearningRate = Annotated[float, Field(gt=0, le=10)]
+RateDecay = Annotated[float, Field(gt=0, le=1)]
+LARGEST_UNTRAINED = 0.001
+"""Of model.id_init_std: a first step of Adam moves a row as far."""
+MOST_EXACT_ROWS = (1 << 31) - 1
+"""Of a shard: the map from ids to rows holds numbers of 32 bits with a sign (trainer/ids/rowmap.py)."""
+Width = Annotated[int, Field(ge=1, le=65_536)]
+
+
+class ExactTableConfig(Section):
+    """An ID table with a row for each id, as model.tables.NAME={kind: exact, max_rows: 1000000}."""
+
+    kind: Literal["exact"]
+    max_rows: TableRows
+    """Ids that have rows at a time. Every shard takes its part, rounded up."""
+    when_full: Literal["evict", "refuse"] = "evict"
+    """What a new id finds in a full shard: the rows longest unused make room (LRU), or it stays at the cold row."""
+    admit_after: Annotated[int, Field(ge=1, le=255)] = 1
+    """Training steps in which an id has to occur until it has a row of its own; before, it has its shard's cold row."""
+    expire_days: Annotated[int, Field(ge=1, le=36_500)] | None = None
+    """Rows that were not used for more days are let go when a run of a later day begins; null: never."""
+
+
+def _kind_of_table(value: Any) -> str | None:
+    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    if kind == "exact":
+        return f"{KIND}exact"
+    return None if isinstance(value, Mapping) else f"{KIND}rows"
+
+
+TableConfig = Annotated[
+    Annotated[TableRows, Tag(f"{KIND}rows")] | Annotated[ExactTableConfig, Tag(f"{KIND}exact")],
+    Discriminator(
+        _kind_of_table,
+        custom_error_type="kind_of_table",
+        custom_error_message="it should be a number of rows, or {kind: exact, max_rows: NUMBER}",
+    ),
+]
+
+
+class ModelConfig(Section):
+    """The DICM: base net, which images, how they are pooled, the widths, the rows of each ID table."""
+
+    base: BaseNet = "mlp"
+    """What becomes of the inputs: LR, Embedding&MLP, DIN, DCN-v2, FinalMLP; two towers for pre-ranking."""
+    images: Literal["none", "ad", "behavior", "both"] = "both"
+    """Which images the model sees; their ids are ID fields in all four."""
+    pooling: Pooling = "attentive"
+    """How the vectors of the behaviour images become one; two towers sum them."""
+    concat_length: Annotated[int, Field(ge=1, le=1_000)] = 32
+    """Behaviours that pooling=concat takes, the newest; fewer are filled up with zeros."""
+    transformer_length: Annotated[int, Field(ge=1, le=1_000)] = 32
+    """Behaviours that pooling=transformer looks at, the newest."""
+    transformer_width: Width = 32
+    """Hidden width of its tokens; it gives twice as many numbers."""
+    transformer_layers: Annotated[int, Field(ge=1, le=8)] = 1
+    """Encoder layers of it."""
+    transformer_heads: Annotated[int, Field(ge=1, le=64, validate_default=True)] = 2
+    """Heads of attention in each layer; transformer_width is a multiple."""
+    image_products: bool = True
+    """Give the base net the mean of the behaviour images times the ad's vectors, too; not lr and two_tower."""
+    similarity_tiers: Annotated[int, Field(ge=0, le=256)] = 0
+    """SimTier: a histogram, with so many tiers, of how similar the behaviour images are to the ad's; 0: none."""
+    similarity_top_k: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Pool only so many of the behaviours, those whose images are most similar to the ad's; 0: all."""
+    shared_image_model: bool = True
+    """One E for behaviour and ad images, or one each."""
+    visual_width: Width = 12
+    id_width: Width = 12
+    """Width of an ID field's vector where the schema names none."""
+    embed_hidden: list[Width] = Field(default=[256, 64])
+    """E's hidden layers."""
+    mlp: list[Width] = Field(default=[200, 80], min_length=1)
+    """Hidden layers of the MLP."""
+    tower_width: Width = 32
+    """Outputs of each tower with base two_tower: the width of user and ad vectors."""
+    attention_hidden: Width = 16
+    """Hidden units that weigh a behaviour against the ad: its image in attentive pooling, its ids in DIN."""
+    cross_layers: Annotated[int, Field(ge=1, le=16)] = 3
+    """Cross layers of DCN-v2."""
+    cross_structure: Literal["parallel", "stacked"] = "parallel"
+    """DCN-v2's MLP beside the cross layers, or on top of them."""
+    feature_gates: bool = True
+    """FinalMLP's two streams see the inputs through gates, set by the user's fields and by the ad's."""
+    gate_hidden: Width = 64
+    """Hidden units that set FinalMLP's gates."""
+    fusion_heads: Annotated[int, Field(ge=1, le=1024)] = 1
+    """FinalMLP's bilinear fusion works on so many equal slices of what the two streams make."""
+    multi_hot: Literal["mean", "sum"] = "mean"
+    """What becomes of the ID vectors of a field with several values a row."""
+    activation: Activation = "relu"
+    """Of the hidden layers of the networks, E aside."""
+    init: Literal["xavier", "torch"] = "xavier"
+    """Start of the networks' linear layers, E aside: Xavier's normal weights and no bias, or torch's uniform ones."""
+    batch_norm: bool = False
+    """Standardise what goes into each activation of an MLP by mean and variance of the global batch."""
+    dropout: Annotated[float, Field(ge=0, le=0.95)] = 0.0
+    """Share of the units of an MLP's hidden layers that a training sample goes without."""
+    id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of training samples whose ad is taken for a new one: the vectors of its own IDs are zero."""
+    feature_dropout: Annotated[float, Field(ge=0, le=0.95)] = 0.0
+    """Share of an image's features that E takes for the mean in a training step; rounded to a 256th."""
+    embed_dropout: Annotated[float, Field(ge=0, le=0.95)] = 0.0
+    """Share of the outputs of each of E's hidden layers that are zero in a training step; rounded to a 256th."""
+    image_holdout: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of images that E learns nothing from: on them the model learns what a new ad's picture is worth."""
+    compute_dtype: ComputeDType | Literal["auto"] = "auto"
+    """Type of E's matrix products; all else is float32, or float64 with them. auto: what the machine is quicker at."""
+    id_init_std: Annotated[float, Field(ge=0, le=1)] = 0.0001
+    """Standard deviation of an ID vector's first numbers, which are uniform around zero."""
+    table_shards: Annotated[int, Field(ge=1, le=1 << 20)] = 64
+    """Shards of every ID table. A checkpoint loads at any number of ranks, but only at its own number of shards."""
+    tables: dict[str, TableConfig] = Field(default={})
+    """Each ID table by name. A number: so many rows, rounded up to fill every shard, into which ids are hashed. Or a
+    row for each id, see ExactTableConfig."""
+
+    @field_validator("pooling")
+    @classmethod
+    def _queries_there(cls, value: str, info: ValidationInfo) -> str:
+        if value == "multi_query" and info.data.get("images") == "behavior":
+            raise ValueError(
+                "it asks with the ad image and with the ad's IDs; set model.images=both, "
+                "or model.pooling=attentive, where without an ad image the ad's IDs ask"
+            )
+        if value == "transformer" and info.data.get("base") == "two_tower":
+            raise ValueError(
+                "it looks at the ad beside each behaviour, and base=two_tower keeps user and ad apart; "
+                "set model.base=mlp, or model.pooling=sum"
+            )
+        return value
+
+    @field_validator("transformer_heads")
+    @classmethod
+    def _heads_share_the_width(cls, value: int, info: ValidationInfo) -> int:
+        width = info.data.get("transformer_width", value)
+        if width % value:
+            fewer = max(heads for heads in range(1, value) if width % heads == 0)
+            raise ValueError(f"model.transformer_width={width} is not a multiple of it; try {fewer}")
+        return value
+
+    @field_validator("fusion_heads")
+    @classmethod
+    def _equal_slices(cls, value: int, info: ValidationInfo) -> int:
+        last = info.data.get("mlp", [value])[-1]
+        if last % value:
+            raise ValueError(f"it has to divide the last width of model.mlp, {last}, into equal slices")
+        return value
+
+    @model_validator(mode="after")
+    def _new_ads_are_told(self) -> "ModelConfig":
+        if self.image_holdout and self.id_init_std > LARGEST_UNTRAINED:
+            raise ValueError(
+                f"model.image_holdout={self.image_holdout} takes an ad for new while its ID rows lie where rows start, "
+                f"and with model.id_init_std={self.id_init_std} trained rows lie there too; set it to "
+                f"{LARGEST_UNTRAINED} or less"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_have_numbers(self) -> "ModelConfig":
+        for name, table in self.tables.items():
+            if isinstance(table, ExactTableConfig) and -(-table.max_rows // self.table_shards) > MOST_EXACT_ROWS:
+                enough = 1 << (-(-table.max_rows // MOST_EXACT_ROWS) - 1).bit_length()
+                raise ValueError(
+                    f"model.tables.{name}.max_rows={table.max_rows} is more than {MOST_EXACT_ROWS} rows a shard, with "
+                    f"model.table_shards={self.table_shards}; lower it, or set model.table_shards={enough}"
+                )
+        return self
+
+    @field_validator("table_shards")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError("it has to be a power of two, as 64")
+        return value
+
+
+class ExchangeConfig(Section):
+    """How vectors travel between ranks."""
+
+    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of vectors and their gradients on the way. float32: sent as they are; bfloat16: rounded, half of the bytes."""
+    reuse_steps: Annotated[int, Field(ge=0, le=1000)] = 0
+    """An owner may answer with a visual vector that is up to so many steps old. 0: never, which is exact."""
+
+
+class OptimConfig(Section):
+    """Adam for dense parameters, `ids` for the rows of ID tables; every `lr_every` steps rates shrink by `lr_gamma`."""
+
+    lr: LearningRate = 0.001
+    ids: IdOptimizer = "adam"
+    """adam: as on the whole table; rowwise_adam: one second moment a row; all others: McMahan 2013, Duchi 2011."""
+    ids_lr: LearningRate | None = 0.006
+    """Of ID rows; None: `lr`."""
+    ids_restart: bool = False
+    """Begin ID rows and their optimiser anew with each epoch, as MEDA (KDD 2023); the rest goes on."""
+    warmup_steps: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Both rates grow evenly from 1 / warmup_steps of their value in the first step to all of it."""
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Of dense matrices, decoupled as in AdamW: lr x this x the weight is taken off in each step."""
+    embed_weight_decay: Annotated[float, Field(ge=0, le=10)] | None = None
+    """The same of E's matrices; None: `weight_decay`."""
+    ids_weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """The same of ID rows, in steps that touch them alone."""
+    lr_gamma: RateDecay = 0.9
+    lr_every: Count = 24_000
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    id_l2: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Adaptive L2 of ID rows: this / (steps that touched the row) x the row is added to its gradient; 0: none."""
+    ftrl_beta: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """With 0, a weight without any gradient so far would be 0 / 0."""
+    ftrl_l1: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    ftrl_l2: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+
+    @property
+    def alpha(self) -> float:
+        """The learning rate of ID rows before warm-up and decay."""
+        return self.lr if self.ids_lr is None else self.ids_lr
+
+    @model_validator(mode="after")
+    def _decay_fits(self) -> "OptimConfig":
+        if self.ids == "ftrl" and self.ids_weight_decay:
+            raise ValueError("optim.ids_weight_decay does nothing with optim.ids=ftrl; set optim.ftrl_l2 instead")
+        return self

@@ -1,0 +1,1 @@
+"""Train day after day, each day from the run of the day before."""

@@ -1,0 +1,342 @@
+"""Day after day: train each day from the run of the day before, evaluate it on the next one, keep a table.
+
+`python -m trainer.daily` is one rank; `horovodrun -np P python -m trainer.daily` is P of them. What is done stands in
+the runs' folders alone, so a job that was killed at any time goes on where it stopped.
+"""
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from featurestore.console.commandline import run_app
+from featurestore.errors import AnotherStoreError
+from featurestore.storage.regular import read_regular
+from featurestore.text.parsing import parse_json
+from trainer.config import legacy
+from trainer.config.config import Config, load_config, load_saved, save_config
+from trainer.daily import table as daytable
+from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.files import replace_file
+from trainer.main import on_ranks, train, warm_settings
+
+if TYPE_CHECKING:
+    from trainer.comm import Comm
+
+EXAMPLES = """
+Examples:
+
+    python -m trainer.daily
+
+    horovodrun -np 8 python -m trainer.daily --samples-of-days data/samples --set run.name=daily
+
+    horovodrun -np 8 python -m trainer.daily --window-days 18 --warm-parts full --set run.name=full
+
+Every day is one run, RUN.DIR/RUN.NAME/DAY (data/runs/daily/2026-01-31). The table of all days stands beside them, as
+days.json and days.parquet. Start it again when another day's samples are there, or after a kill: it goes on where it
+stopped. The newest day is trained at once, and evaluated when the samples of the day after it have come; where its own
+have changed by then, by late logs, it stays as it was trained, and is marked samples_changed. Exit codes are those of
+trainer.main.
+"""
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command(epilog=EXAMPLES)
+def main(
+    samples: Annotated[
+        str | None,
+        typer.Option(
+            "--samples-of-days", metavar="DIR", help="Folder with day=DAY*.parquet in train/ and test/: data.samples."
+        ),
+    ] = None,
+    window_days: Annotated[int, typer.Option(min=1, help="Days that each run trains on, its own day the last.")] = 1,
+    first_day: Annotated[str | None, typer.Option(metavar="DAY", help="Leave out the days before.")] = None,
+    last_day: Annotated[str | None, typer.Option(metavar="DAY", help="Leave out the days after.")] = None,
+    file: Annotated[Path | None, typer.Option("--config", help="YAML file over the default preset.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="One setting; may be repeated.")
+    ] = None,
+    warm_start: Annotated[
+        str | None, typer.Option(metavar="RUN", help="What the very first day begins with.", show_default="nothing")
+    ] = None,
+    warm_parts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PARTS",
+            help="What a day takes from the day before: none, partial (all but the ID vectors, the default), full, or "
+            "of images,model,ids with commas.",
+        ),
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="SECTION.FIELD=VALUE", help="More settings.")] = None,
+) -> None:
+    """Train day after day, each from the day before, on the newest snapshot of the store, and evaluate on the next."""
+    given = [] if samples is None else [f"data.samples={samples}"]
+    try:
+        loaded: Config | ConfigError = load_config(
+            file, [*(settings or []), *(more or []), *given, *warm_settings(warm_start, warm_parts)]
+        )
+        _check_days_given(first_day, last_day)
+    except ConfigError as failure:
+        loaded = failure
+    raise typer.Exit(on_ranks(loaded, partial(follow, window_days=window_days, first=first_day, last=last_day)))
+
+
+@dataclass(frozen=True)
+class Day:
+    """The run of one day: what it trains on, the day that it is evaluated on if that is there, and where it stands."""
+
+    name: str
+    train_days: tuple[str, ...]
+    test_day: str | None
+    folder: Path
+
+    def report(self) -> dict[str, Any] | None:
+        """What the run reported; None before its end."""
+        return daytable.report_of(self.folder)
+
+    @property
+    def is_done(self) -> bool:
+        """Trained, and evaluated where the next day is there."""
+        report = self.report()
+        return report is not None and (bool(report["metrics"]) or self.test_day is None)
+
+    def config(self, base: Config, before: Path | None) -> Config:
+        """Of the run, which begins with that in folder `before`, or goes on where it stopped."""
+        # Imported here as all of torch's company: not for --help.
+        from trainer.runs.checkpoint import finished
+
+        resume = "latest" if self.report() is not None or finished(self.folder / "checkpoints") else None
+        run = {
+            "dir": str(self.folder.parent),
+            "name": self.name,
+            "resume": resume,
+            "warm_start": str(before) if before else base.run.warm_start,
+        }
+        data = {"train_days": list(self.train_days), "test_days": [self.test_day] if self.test_day else []}
+        return base.model_copy(
+            update={"run": base.run.model_copy(update=run), "data": base.data.model_copy(update=data)}
+        )
+
+
+def plan(days: Sequence[str], window_days: int, folder: Path) -> list[Day]:
+    """One run for each of `days`, ascending; the next day is the next one with samples."""
+    return [
+        Day(
+            day,
+            tuple(days[max(0, at + 1 - window_days) : at + 1]),
+            days[at + 1] if at + 1 < len(days) else None,
+            folder / day,
+        )
+        for at, day in enumerate(days)
+    ]
+
+
+def follow(base: Config, comm: "Comm", window_days: int = 1, first: str | None = None, last: str | None = None) -> None:
+    """All days that are not done yet, one after the other, and the table. Every rank calls it.
+
+    Raises TrainerError and FeatureStoreError, on all ranks together.
+    """
+
+    folder = Path(base.run.dir) / (base.run.name or "daily")
+
+    def opened() -> list[Day]:
+        _check_base(base)
+        _claim(folder, base, window_days)
+        days = plan(_days_of(base.data.samples), window_days, folder)
+        chosen = [day for day in days if (first or day.name) <= day.name <= (last or day.name)]
+        if not chosen:
+            raise DataError(f"--first-day and --last-day choose none of {days[0].name} to {days[-1].name}; change them")
+        return chosen
+
+    for day in comm.on_rank_0(opened):
+
+        def next_run(day: Day = day) -> tuple[Config, dict[str, Any] | None] | None:
+            if day.is_done:
+                return None
+            before = _run_before(day)
+            if before and day.report() is None:
+                _check_stores(before, base)
+            return day.config(base, before), day.report()
+
+        coming = comm.on_rank_0(next_run)
+        if coming is not None:
+            config, report = coming
+            try:
+                if report is None:
+                    train(config, comm)
+                else:
+                    evaluate_trained(day, config, report, comm)
+            except (CheckpointError, AnotherStoreError) as failure:
+                raise CheckpointError(f"{failure}\nTo train {day.name} anew, remove {day.folder}") from failure
+            comm.on_rank_0(lambda: daytable.write(folder))
+    comm.on_rank_0(lambda: daytable.show(folder))
+
+
+def evaluate_trained(day: Day, config: Config, report: Mapping[str, Any], comm: "Comm") -> None:
+    """Adds to the `report` of a trained day what it is worth on the next one. Every rank calls it.
+
+    What was trained stays as it is, also where the samples of its days have changed since; the report tells so then.
+    Raises TrainerError, FeatureStoreError.
+    """
+    from trainer.loop.progress import Progression
+    from trainer.loop.signals import StopSignals
+    from trainer.loop.summary import ranks_told
+    from trainer.loop.training import Training
+    from trainer.runs.open import open_run
+
+    comm.deadline_s = config.run.deadline_s
+    with contextlib.closing(open_run(config, comm, reading=True)) as run, StopSignals() as signals:
+        step = run.engine.num_steps
+        with Progression(run.folder if comm.rank == 0 else None, step, step) as progress:
+            count = f"{run.test_reader.num_samples:,} test samples of {day.test_day}"
+            progress.say(f"{run.folder}: {count}, {ranks_told(comm.size)}, trained before")
+            if run.samples_changed:
+                progress.say(f"samples of {', '.join(day.train_days)} have changed since {day.name} was trained")
+            training = Training(run, progress, signals)
+            training.evaluate()
+        own = {name: partition.missing_count for name, partition in run.partitions.items()}
+        everyone = comm.allgather_object(own, name="missing")
+        missing = {
+            name: count + sum(each[name] for each in everyone) for name, count in report["missing_by_store"].items()
+        }
+        added = {
+            "metrics": training.metrics,
+            "history": run.history,
+            "missing_by_store": missing,
+            "missing_lookups": sum(missing.values()),
+            "samples_changed": run.samples_changed,
+        }
+    comm.on_rank_0(lambda: _write_evaluation(day, {**report, **added}))
+
+
+def _write_evaluation(day: Day, report: Mapping[str, Any]) -> None:
+    """The report last: the day is not done before."""
+    from trainer.loop.summary import write_report
+
+    file = day.folder / "config.yaml"
+    trained = load_saved(file)
+    data = trained.data.model_copy(update={"test_days": [day.test_day]})
+    try:
+        save_config(trained.model_copy(update={"data": data}), file)
+    except OSError as failure:
+        raise ConfigError(f"{file} cannot be written: {failure}") from failure
+    write_report(day.folder / "report.json", report)
+
+
+def _check_days_given(*days: str | None) -> None:
+    for day in days:
+        if day is not None and not _is_day(day):
+            raise ConfigError(f"{day} is not a day; write it as 2026-01-31")
+
+
+def _is_day(text: str) -> bool:
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        return False
+    return daytable.DAY.fullmatch(text) is not None
+
+
+def _check_base(base: Config) -> None:
+    """Refuses settings that the days' runs cannot share."""
+    given = {
+        "run.resume": base.run.resume,
+        "run.overwrite": base.run.overwrite or None,
+        "data.train_days": base.data.train_days,
+        "data.test_days": base.data.test_days,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(f"{name}={value}: trainer.daily chooses it for each day; leave it out")
+    if base.train.early_stopping is not None:
+        raise ConfigError(
+            f"train.early_stopping={base.train.early_stopping}: a day is trained before the next one's samples are "
+            "there, so there is nothing to stop by; leave it out and choose train.epochs"
+        )
+
+
+def _days_of(samples: str) -> list[str]:
+    from featurestore.storage.storage import Storage
+    from trainer.samples.days import files_by_day
+
+    days = list(files_by_day(Storage(samples)))
+    if not days:
+        raise DataError(
+            f"data.samples={samples} has no file day=DAY*.parquet in train/ or test/; "
+            "write samples with: python jobs/build_samples.py"
+        )
+    return days
+
+
+def _claim(folder: Path, base: Config, window_days: int) -> None:
+    """Writes what all days share to `folder`/daily.json, and refuses to go on with something else.
+
+    A day's folder is made when all that its run needs has been opened. Until there is one, nothing has proved that the
+    settings are right, and other ones take their place.
+    """
+    mine = {
+        "window_days": window_days,
+        "warm_parts": list(base.run.warm_parts),
+        "model": base.model.model_dump(mode="json"),
+        "optim": base.optim.model_dump(mode="json"),
+        "train": base.train.model_dump(mode="json"),
+        "data": base.data.model_dump(
+            mode="json", exclude={"store_version", "store_versions", "cache_dir", "prefetch_batches"}
+        ),
+    }
+    file = folder / "daily.json"
+    try:
+        if file.exists() and any(daytable.DAY.fullmatch(each.name) for each in folder.iterdir()):
+            _check_same(mine, parse_json(read_regular(file)), file)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(file, json.dumps(mine, indent=1))
+    except (OSError, ValueError) as failure:
+        raise ConfigError(f"{file} cannot be used: {failure}; choose another run.dir or run.name") from failure
+
+
+def _check_same(mine: dict[str, Any], theirs: dict[str, Any], file: Path) -> None:
+    from trainer.runs.checkpoint import flat
+
+    here, there, preset = (dict(flat(each)) for each in (mine, legacy.up_to_date(theirs), load_config().model_dump()))
+    there = {name: preset[name] for name in here.keys() & preset.keys()} | there  # written before there was the setting
+    differing = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
+    if differing:
+        lines = [f"{name} is {here.get(name)!r} here, {there.get(name)!r} there" for name in differing]
+        raise ConfigError(
+            f"{file} has other settings; set them back, or choose another run.name:\n  " + "\n  ".join(lines)
+        )
+
+
+def _check_stores(before: Path, base: Config) -> None:
+    """Raises AnotherStoreError where a day would go on from the day before on another store: the days of one table
+    have one. A single run may begin so, see trainer.runs.warmstart; a table of days would not show where it changed."""
+    from featurestore.store import FeatureStore
+    from trainer.runs.checkpoint import finished, read_state
+    from trainer.runs.stores import check_identity, missing_places, store_places
+    from trainer.schema import load_schema
+
+    schema = load_schema(Path(base.data.schema_file) if base.data.schema_file else None)
+    places, checkpoints = store_places(base, schema), finished(before / "checkpoints")
+    if not checkpoints or missing_places(places):
+        return  # told when the run is opened
+    state = read_state(checkpoints[-1])
+    for place in places:
+        check_identity(place, FeatureStore.open(place.url).snapshot(place.version), checkpoints[-1], state)
+
+
+def _run_before(day: Day) -> Path | None:
+    """The newest finished run of an earlier day, also where its samples are gone by now."""
+    before = [each for each in daytable.runs(day.folder.parent) if each.name < day.name]
+    return before[-1] if before else None
+
+
+if __name__ == "__main__":
+    run_app(app)

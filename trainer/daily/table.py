@@ -1,0 +1,112 @@
+"""The table of a daily job: what its runs' folders tell, as JSON, as Parquet and on the screen."""
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.table import Table
+
+from featurestore.console.output import print_table, text_console
+from featurestore.storage.regular import read_regular
+from featurestore.text.parsing import parse_json
+from trainer.config.config import load_saved
+from trainer.errors import TrainerError
+from trainer.files import replace_file
+
+DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
+_METRICS = ("impressions", "logloss", "auc", "gauc", "new_ad_auc", "new_ad_gauc")
+SCHEMA = pa.schema(
+    {
+        "day": pa.string(),
+        "train_days": pa.list_(pa.string()),
+        "steps": pa.int64(),
+        "warm_start": pa.string(),
+        "store_version": pa.int64(),
+        "store_id": pa.string(),
+        "commit_id": pa.string(),
+        "samples_changed": pa.bool_(),
+        "test_day": pa.string(),
+        "impressions": pa.int64(),
+        **{name: pa.float64() for name in _METRICS[1:]},
+    }
+)
+
+
+def runs(folder: Path) -> list[Path]:
+    """Folders of the days that were trained to the end, oldest first."""
+    return sorted(each for each in folder.iterdir() if DAY.fullmatch(each.name) and report_of(each) is not None)
+
+
+def report_of(run: Path) -> dict[str, Any] | None:
+    """The run's report.json; None before its end. Raises TrainerError where it cannot be read."""
+    file = run / "report.json"
+    try:
+        report: dict[str, Any] = parse_json(read_regular(file))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as failure:
+        raise TrainerError(f"{file} cannot be read: {failure}; remove it, and the run is ended again") from failure
+    return report
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """One for each trained day, oldest first, with the columns of SCHEMA; None where a day is not evaluated yet.
+
+    `samples_changed`: between its training and its evaluation; only the metrics of new ads may be others by that.
+    """
+    return [_row(run, report_of(run) or {}) for run in runs(folder)]
+
+
+def write(folder: Path) -> None:
+    """`folder`/days.json and days.parquet, each replaced as a whole. Raises TrainerError where the disk refuses."""
+    found, parquet = rows(folder), io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(found, schema=SCHEMA), parquet)
+    try:
+        replace_file(folder / "days.json", json.dumps(found, indent=1) + "\n")
+        replace_file(folder / "days.parquet", parquet.getvalue())
+    except OSError as failure:
+        raise TrainerError(f"cannot write the table of days to {folder}: {failure}") from failure
+
+
+def show(folder: Path) -> None:
+    """The table on the screen."""
+    console = text_console()
+    table = Table(title=str(folder))
+    for name in ("day", "from", "snapshot", "steps", "test day", *_METRICS):
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows(folder):
+        before = Path(row["warm_start"]).name if row["warm_start"] else None
+        cells = [row["day"], before, row["store_version"], row["steps"], row["test_day"]]
+        table.add_row(*(_text(cell) for cell in [*cells, *(row[name] for name in _METRICS)]))
+    print_table(console, table)
+    for row in rows(folder):
+        if row["samples_changed"]:
+            console.print(f"{row['day']}: its training samples had changed before it was evaluated")
+    console.print(f"written to {folder / 'days.json'} and days.parquet")
+
+
+def _row(run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+    config = load_saved(run / "config.yaml")
+    first_store: dict[str, Any] = next(iter(report.get("stores", {}).values()), {})
+    return {
+        "day": run.name,
+        "train_days": config.data.train_days,
+        "steps": report["global_step"],
+        "warm_start": config.run.warm_start,
+        "store_version": report["store_version"],
+        **{name: first_store.get(name) or None for name in ("store_id", "commit_id")},
+        "samples_changed": report.get("samples_changed", False),
+        "test_day": config.data.test_days[0] if config.data.test_days and report["metrics"] else None,
+        **{name: report["metrics"].get(name) for name in _METRICS},
+    }
+
+
+def _text(value: str | int | float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value

@@ -1,0 +1,330 @@
+"""The engine of a run: everything that one step needs, and the step itself. The loop and the tests drive this alone."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import date
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from featurestore.format.statistics import FeatureStatistics
+from featurestore.lookup.embedding import EmbeddingService
+from featurestore.lookup.feature_dropout import EmbeddingDropout
+from featurestore.lookup.partition import FeaturePartition, MissingPolicy
+from featurestore.lookup.signatures import Signatures
+from trainer.comm import Comm
+from trainer.config.options import ExchangeConfig, ModelConfig, OptimConfig
+from trainer.engine.machine import check_memory
+from trainer.engine.precision import with_compute_dtype
+from trainer.engine.similarity import Similarity, pairs_of_fields, similarities
+from trainer.engine.wiring import model_name, services_of, table_shapes
+from trainer.errors import ConfigError
+from trainer.exchange.exchange import ContentSource, Exchange, FieldVectors, Request, Source
+from trainer.exchange.reuse import VectorCache
+from trainer.ids.exact import ExactTable
+from trainer.ids.optimizers import SHARED_STATE, RowOptimizer, row_optimizer
+from trainer.ids.tables import apply_gradients, build_tables
+from trainer.models.build import build_model
+from trainer.models.fields import nearest_of, tiers_of
+from trainer.models.id_dropout import IdDropout
+from trainer.models.pooling.galleries import gallery_vectors
+from trainer.optim import DenseOptimizer, Rates, check_names, rates_at
+from trainer.samples.batch import Batch
+from trainer.schema import Field, Schema
+from trainer.stages import Kind, Stages
+
+# Fields, dense values and the group of each sample in; as trainer.models.ctr.CtrModel.forward.
+Network = Callable[[Mapping[str, FieldVectors], Mapping[str, Tensor], Tensor], Tensor]
+
+
+@dataclass
+class Prepared:
+    """A batch whose keys have been exchanged, and how similar the images of each behaviour field are to the ads'."""
+
+    batch: Batch
+    request: Request
+    similarity: Mapping[str, Similarity]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one training step did; `loss` is the mean over the global batch, the rest is of this rank."""
+
+    loss: float
+    num_samples: int
+    num_references: int
+    num_unique: int
+    learning_rate: float
+
+
+class Engine:
+    """Model, tables, services, optimisers and exchange of one rank.
+
+    Raises ConfigError where schema, configuration and stores do not fit. Every rank builds the same dense parameters
+    from `seed`; that they are the same is checked here.
+    """
+
+    def __init__(
+        self,
+        comm: Comm,
+        schema: Schema,
+        partitions: Mapping[str, FeaturePartition],
+        model: ModelConfig,
+        optim: OptimConfig,
+        exchange: ExchangeConfig | None = None,
+        *,
+        seed: int,
+        missing: MissingPolicy = "error",
+        statistics: Mapping[str, FeatureStatistics] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        reading: bool = False,
+    ) -> None:
+        """`reading`: nothing is trained, so ID rows have no optimiser's state; a checkpoint's is left out."""
+        self.num_steps = 0
+        self.stages = Stages()
+        self._comm, self._optim = comm, optim
+        self._device, self._dtype = torch.device(device), dtype
+        model = with_compute_dtype(model, comm, self._device, None)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = build_model(schema, model)
+            self.services = services_of(self.model.fields, partitions, model, missing)
+        self._modules = nn.ModuleDict({"model": self.model, "stores": nn.ModuleDict(self.services)})
+        self._modules.to(device=self._device, dtype=dtype)
+        for store, service in self.services.items():
+            if statistics and store in statistics:
+                service.fold_standardization_(statistics[store].mean_D, statistics[store].std_D)
+        shapes = table_shapes(self.model.fields, model)
+        self._rows = RowOptimizer(optim) if reading else row_optimizer(optim, dtype, self._device)
+        check_memory(comm, shapes, self._rows.state, self._device, dtype)
+        self.tables = comm.on_all(
+            lambda: build_tables(
+                shapes,
+                comm.rank,
+                comm.size,
+                seed=seed,
+                scale=model.id_init_std,
+                optimizer=self._rows,
+                device=device,
+                dtype=dtype,
+            )
+        )
+        self.model.place.comm, self.model.place.seed = comm, seed
+        self._config, self._compared = model, pairs_of_fields(self.fields, model)
+        self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
+        signatures: dict[str, Signatures] = {}
+        signatures_of_store: dict[str, Signatures] = {}
+        compared = {*self._compared, *self._compared.values()}
+        sources: dict[str, Source] = dict(self.tables)
+        source_of_field = {field.name: field.table_name for field in self.fields if field.is_id}
+        for field in self.fields:
+            if field.kind == "content":
+                network = model_name(field, model)
+                name = source_of_field[field.name] = f"{field.store_name}:{network}"
+                service = self.services[field.store_name]
+                sources[name] = ContentSource(service, network, comm.size, self._cache(service, network, exchange))
+                if field.name in compared:
+                    signatures[name] = signatures_of_store.setdefault(
+                        field.store_name, Signatures(service.partition, service.scaling)
+                    )
+        new_ads = self.model.new_ads
+        self._embedding_dropout = EmbeddingDropout(
+            seed, model.feature_dropout, model.embed_dropout, model.image_holdout if new_ads else 0.0
+        )
+        for service in self.services.values():
+            service.dropout = self._embedding_dropout
+        held_out = dict.fromkeys(new_ads.images if new_ads else (), self._embedding_dropout.is_held_out)
+        self._id_dropout = IdDropout(schema, model.id_dropout, seed, held_out)
+        self._exchange = Exchange(comm, sources, source_of_field, device, dtype, exchange, self.stages, signatures)
+        self._check_same_on_all_ranks()
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """The fields that the model uses; a batch may hold more."""
+        return self.model.fields
+
+    def prepare(self, batch: Batch | Exception, kind: Kind = "step") -> Prepared:
+        """Exchanges the keys of a batch and gathers what its owners need; independent of weights, so it may run a step
+        ahead, in a thread beside the step before.
+
+        All ranks call it, for the batches of one kind in the same order. An exception in place of the batch stops all:
+        this rank raises it, others RemoteRankError.
+        """
+        if isinstance(batch, Batch):
+            batch = self.model.check(batch) or batch
+        if isinstance(batch, Exception):
+            self._exchange.request(batch, kind)
+            raise AssertionError("an exception handed to the exchange is raised by it")
+        request = self._exchange.request(batch.fields, kind)
+        if not self._compared:
+            return Prepared(batch, request, {})
+        with self.stages.timed("compare images", kind):
+            return Prepared(batch, request, similarities(batch, self._compared, request.words_of_field, self._config))
+
+    def train_step(self, prepared: Prepared) -> StepResult:
+        """Forward, backward, one allreduce, and one step of both optimisers. All ranks call it."""
+        batch, request = prepared.batch, prepared.request
+        rates = rates_at(self._optim, self.num_steps)
+        self._modules.train()
+        self._dense.zero_grad()
+        logit_B = self._outputs(prepared, self.model)
+        label_B = torch.from_numpy(batch.label_B).to(device=self._device, dtype=self._dtype)
+        loss = functional.binary_cross_entropy_with_logits(logit_B, label_B, reduction="sum") / batch.global_samples
+        self._dense.loss = loss
+        request.backward = self.stages.begin("worker backward")
+        loss.backward()  # type: ignore[no-untyped-call]
+        request.backward.switch(None)
+        self._dense.start_reduction()
+        with self.stages.timed("update id rows"):
+            self.move_rows(rates)
+        with self.stages.timed("reduce gradients"):
+            self._dense.finish_reduction()
+        with self.stages.timed("update dense"):
+            global_loss = self._dense.step(rates)
+        self._exchange.release(request)
+        self.num_steps += 1
+        return StepResult(
+            loss=global_loss,
+            num_samples=batch.num_samples,
+            num_references=request.num_references,
+            num_unique=request.num_unique,
+            learning_rate=rates.lr,
+        )
+
+    def predict(self, prepared: Prepared) -> NDArray[np.float64]:
+        """Logits (B,) in float64. All ranks call it equally often."""
+        return self.compute(prepared, self.model)
+
+    @torch.no_grad()
+    def compute(self, prepared: Prepared, network: Network) -> NDArray[np.float64]:
+        """What `network`, as a part of the model, makes of a batch; in float64. All ranks call it equally often."""
+        self._modules.eval()
+        values = self._outputs(prepared, network).double().cpu().numpy()
+        self._exchange.release(prepared.request)
+        return values
+
+    def dense_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that every rank holds, named as in `dense_state`; after a step, `.grad` is that of all ranks."""
+        return self._dense.parameters
+
+    def dense_state(self) -> dict[str, Tensor]:
+        """What is the same on every rank: parameters, standardisation, Adam's state, the number of steps, and what the
+        optimiser of ID rows knows beside them."""
+        state = self._dense.state()
+        state.update(self._modules.named_buffers())
+        state.update(self._rows.shared_state())
+        state["num_steps"] = torch.tensor(self.num_steps)
+        return state
+
+    def load_dense_state(self, state: Mapping[str, Tensor]) -> None:
+        """Undoes `dense_state`, on every rank. Raises CheckpointError naming what does not fit."""
+        mine, theirs = (
+            {name: value for name, value in each.items() if not name.startswith(SHARED_STATE)}
+            for each in (self.dense_state(), state)
+        )
+        check_names(mine, theirs)
+        self._rows.load_shared_state(state)
+        with torch.no_grad():
+            for name, value in mine.items():
+                value.copy_(theirs[name])
+        self.num_steps = int(mine["num_steps"])
+
+    def shard_names(self) -> list[str]:
+        """Names that `load_shard_state` reads on this rank."""
+        return [name for table in self.tables.values() for name in table.names()]
+
+    def shard_state(self) -> dict[str, Tensor]:
+        """ID rows that this rank owns and their optimiser's state, <table>/<shard>/<part>, to be written at once."""
+        return {name: rows for table in self.tables.values() for name, rows in table.export_shards().items()}
+
+    def load_shard_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes this rank's shards out of `state`, written by any number of ranks. Raises CheckpointError."""
+        for table in self.tables.values():
+            table.import_shards(state)
+
+    def warm_names(self) -> list[str]:
+        """Names that `begin_with` reads on this rank."""
+        return [name for table in self.tables.values() for name in table.warm_names()]
+
+    def begin_with(self, state: Mapping[str, Tensor]) -> None:
+        """Take the vectors of this rank's ids out of another run's `shard_state`, before the first step. Raises
+        CheckpointError."""
+        for table in self.tables.values():
+            table.begin_with(state)
+
+    def begin_day(self, day: date | None) -> None:
+        """Let go of ids that have not been used for too long on that day, the last one of the training samples; called
+        when all else is loaded, before the first step. Raises ConfigError where a table needs a day and there is none.
+        """
+        for table in self.tables.values():
+            if isinstance(table, ExactTable):
+                table.begin_day(day)
+
+    def move_rows(self, rates: Rates) -> None:
+        """One step of the ID rows' optimiser with the gradients of the last backward. All ranks call it once a step."""
+        apply_gradients(self.tables.values(), self._rows, rates)
+
+    def restart_rows(self, epoch: int) -> None:
+        """Begin all ID rows anew for this epoch, and their optimiser with them. All ranks call it between two steps."""
+        self._rows.restart()
+        for table in self.tables.values():
+            table.restart(epoch)
+
+    def _outputs(self, prepared: Prepared, network: Network) -> Tensor:
+        batch = prepared.batch
+        dense = {
+            field.name: torch.from_numpy(batch.dense[field.name]).to(device=self._device, dtype=self._dtype)
+            for field in self.fields
+            if field.kind == "dense"
+        }
+        group_of_sample_B = torch.from_numpy(batch.group_of_sample_B).to(self._device)
+        for table, served in zip(self.tables.values(), prepared.request.served_S, strict=False):  # tables come first
+            table.expect(served)
+        self._embedding_dropout.step = self.num_steps
+        vectors = self._exchange.vectors(prepared.request)
+        for field in self.fields:
+            if field.gallery is not None:
+                vectors[field.name] = gallery_vectors(vectors[field.name], batch.galleries[field.name], field.gallery)
+        for name in batch.weights.keys() & vectors.keys():
+            vectors[name].weights_N = torch.from_numpy(batch.weights[name]).to(device=self._device, dtype=self._dtype)
+        for name, similar in prepared.similarity.items():
+            tiers_BT = torch.from_numpy(similar.tiers_BT).to(device=self._device, dtype=self._dtype)
+            dense[tiers_of(name)] = tiers_BT
+            vectors[nearest_of(name)] = _nearest(vectors[name], similar, self._device)
+        with self.stages.timed("worker forward", prepared.request.kind):
+            if self._modules.training:
+                self.model.place.step, self.model.place.first_sample = self.num_steps, batch.first_sample
+                vectors = self._id_dropout(vectors, batch, self.num_steps)
+            if self.model.new_ads is not None:
+                vectors = self.model.new_ads(vectors)
+            return network(vectors, dense, group_of_sample_B)
+
+    def _cache(self, service: EmbeddingService, network: str, exchange: ExchangeConfig | None) -> VectorCache | None:
+        """Where the vectors of one E are kept for some steps, if they are to be."""
+        if exchange is None or exchange.reuse_steps == 0:
+            return None
+        rows, width = service.partition.num_rows, service.width(network)
+        return VectorCache(rows, width, exchange.reuse_steps, self._device, self._dtype)
+
+    def _check_same_on_all_ranks(self) -> None:
+        digest = hashlib.sha256()
+        for name, value in self.dense_state().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        digests = self._comm.allgather_object(digest.hexdigest(), name="digest")
+        if len(set(digests)) > 1:
+            raise ConfigError(
+                f"the ranks built different models ({', '.join(d[:8] for d in digests)}); "
+                "start all with one configuration, one seed and one version of the store"
+            )
+
+
+def _nearest(field: FieldVectors, similar: Similarity, device: torch.device) -> FieldVectors:
+    """Of each sample, instead of each group, the behaviours nearest to its ad."""
+    nearest_N, lengths_B = (torch.from_numpy(each).to(device) for each in (similar.nearest_N, similar.lengths_B))
+    return FieldVectors(field.vectors_UV, field.index_N[nearest_N], lengths_B)

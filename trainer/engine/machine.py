@@ -1,0 +1,121 @@
+"""What a rank takes of its machine: threads for its share of the cores, and a GPU or the CPU."""
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+
+from trainer.comm import Comm
+from trainer.config.config import Config, Device
+from trainer.engine.memory import free_bytes, keep_freed_memory
+from trainer.errors import ConfigError
+from trainer.ids.rows import StatePart
+from trainer.ids.tables import TableShape, owned_bytes
+
+_MOST_THREADS = 4  # for each core
+_BUILD_NCCL = "HOROVOD_GPU_OPERATIONS=NCCL make install"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs. `cores`: those that it may run on, which a launcher may have bound it to."""
+
+    host: str
+    cores: frozenset[int]
+    has_gpu: bool
+
+
+def share_machine(config: Config, comm: Comm) -> torch.device:
+    """Sets the threads of torch and Arrow to this rank's share of the cores; returns its GPU or the CPU.
+
+    Raises ConfigError for more threads than a rank can use, or a GPU that is not there; on all ranks alike.
+    """
+    keep_freed_memory()
+    place = Place(socket.gethostname(), frozenset(os.sched_getaffinity(0)), torch.cuda.is_available())
+    places = comm.allgather_object(place, name="places")
+    check_threads(config.run.threads, min(len(each.cores) for each in places))
+    threads = config.run.threads or threads_of(comm.rank, places)
+    torch.set_num_threads(threads)
+    pa.set_cpu_count(threads)
+    have_gpu = [each.has_gpu for each in places]
+    warning = idle_gpus(config.run.device, have_gpu, comm.moves_cuda_tensors)
+    if warning and comm.rank == 0:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if not uses_cuda(config.run.device, all(have_gpu), comm.moves_cuda_tensors):
+        return torch.device("cpu")
+    here = [rank for rank, each in enumerate(places) if each.host == place.host]
+    return torch.device("cuda", here.index(comm.rank) % torch.cuda.device_count())
+
+
+def check_threads(threads: int | None, cores: int) -> None:
+    """Raises ConfigError for more threads than a rank can use on so many cores: the C libraries would just crash."""
+    if threads is not None and threads > _MOST_THREADS * cores:
+        raise ConfigError(f"run.threads={threads}: a rank may run on {cores} cores; by default each takes its share")
+
+
+def threads_of(rank: int, places: Sequence[Place]) -> int:
+    """The cores of a rank over the ranks of its host, itself included, that may run on one of them."""
+    mine = places[rank]
+    sharing = sum(each.host == mine.host and not mine.cores.isdisjoint(each.cores) for each in places)
+    return max(1, len(mine.cores) // sharing)
+
+
+def uses_cuda(device: Device, available: bool, moves_cuda_tensors: bool) -> bool:
+    """Whether the ranks compute on GPUs. `available`: every rank has one. `moves_cuda_tensors`: the Comm's answer.
+
+    Raises ConfigError where run.device=cuda asks for what is not there.
+    """
+    if device == "cuda" and not available:
+        raise ConfigError("run.device=cuda: PyTorch finds no GPU on every rank; take run.device=auto or cpu")
+    if device == "cuda" and not moves_cuda_tensors:
+        raise ConfigError(
+            "run.device=cuda: this Horovod was built without NCCL and cannot move tensors of a GPU; "
+            f"build it with NCCL ({_BUILD_NCCL}), start one rank without horovodrun, or take run.device=cpu"
+        )
+    return device != "cpu" and available and moves_cuda_tensors
+
+
+def idle_gpus(device: Device, have_gpu: Sequence[bool], moves_cuda_tensors: bool) -> str | None:
+    """Say why ranks leave their GPUs alone, and what to do; None where none is idle, or run.device chose the device.
+
+    `have_gpu`: of each rank, whether it has a GPU. `moves_cuda_tensors`: the Comm's answer.
+    """
+    if device != "auto" or not any(have_gpu) or uses_cuda(device, all(have_gpu), moves_cuda_tensors):
+        return None
+    found = f"{sum(have_gpu)} of {len(have_gpu)} ranks found a GPU, but all compute on the CPU"
+    if not moves_cuda_tensors:
+        return f"{found}: this Horovod was built without NCCL. Build it with NCCL: {_BUILD_NCCL}; or set run.device=cpu"
+    return f"{found}: not every rank has one. Start ranks only on hosts with GPUs; or set run.device=cpu"
+
+
+def check_memory(
+    comm: Comm, shapes: Sequence[TableShape], state: Sequence[StatePart], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Raise ConfigError where the ID tables of the ranks of one machine, or of one GPU, do not fit into its memory; on
+    all ranks alike, so every rank has to call it."""
+    host, needs = socket.gethostname(), [owned_bytes(shape, comm.rank, comm.size, state, dtype) for shape in shapes]
+    on_gpu = device.type == "cuda"
+    mine = (f"{host}, {device}", torch.cuda.mem_get_info(device)[0], needs) if on_gpu else (host, free_bytes(), needs)
+    found = comm.allgather_object(mine, name="memory")
+    for place in dict.fromkeys(where for where, _, _ in found):
+        here = [(free, needs) for where, free, needs in found if where == place]
+        free = min((free for free, _ in here if free is not None), default=None)
+        bytes_of_table = [sum(each) for each in zip(*(needs for _, needs in here), strict=True)]
+        if free is None or sum(bytes_of_table) <= free:
+            continue
+        shape, needed = max(zip(shapes, bytes_of_table, strict=True), key=lambda pair: pair[1])
+        raise ConfigError(
+            f"{shape.setting}: {shape.num_rows:,} rows of {shape.width} numbers and their "
+            f"optimiser's state take {needed / 1e9:,.1f} GB on {place} ({len(here)} ranks; all tables "
+            f"{sum(bytes_of_table) / 1e9:,.1f} GB), and {free / 1e9:,.1f} GB are free there; lower it, or use ranks on "
+            "more machines"
+        )
+
+
+def device_name(device: torch.device) -> str:
+    """Name a device with its model, as "cpu" or "cuda:0 (NVIDIA H100)"."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

@@ -1,0 +1,1 @@
+"""Keys to their owners, vectors back, gradients home."""

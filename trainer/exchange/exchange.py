@@ -1,0 +1,397 @@
+"""The exchange: keys to their owners, vectors back, gradients home; two collectives forward and one backward a step.
+
+A *source* is what has vectors for keys: one E over one store, or one ID table. Fields of one source share its keys, so
+a key in several fields is asked for once. All sources ride in one alltoall of keys; those of one width in one alltoall
+of vectors. See trainer/samples/batch.py for the letters of shapes; here also S sources.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featurestore.keys import owner_of, shard_of
+from featurestore.lookup.embedding import EmbeddingService, Gathered
+from featurestore.lookup.signatures import WORDS, Signatures, Words
+from trainer.comm import Comm
+from trainer.config.options import ExchangeConfig
+from trainer.exchange.reuse import ReusePlan, VectorCache
+from trainer.exchange.routing import (
+    FAILED,
+    OK,
+    Bucketized,
+    Int64,
+    KeyBlocks,
+    answer_slices,
+    bucketize_by_owner,
+    pack_key_blocks,
+    reply_rows,
+    unique,
+    unpack_key_blocks,
+)
+from trainer.samples.batch import Jagged
+from trainer.stages import Kind, Stages, StageSequence
+
+
+class Served(Protocol):
+    """What a source keeps of a request: for each of R keys received, its row among the Q unique ones."""
+
+    inverse_R: Int64
+    num_unique: int
+
+
+class Source(Protocol):
+    """One E over one store, or one ID table. `serve` runs ahead of the weights, `vectors` reads them."""
+
+    width: int
+
+    def owner_of(self, keys_U: Int64) -> Int64:
+        """The rank that answers for each key."""
+
+    def serve(self, keys_R: Int64, kind: Kind) -> Any:
+        """A `Served` for keys that this rank owns; the same key may come several times."""
+
+    def vectors(self, served: Any) -> Tensor:
+        """The vectors (Q, V) of the unique keys, with autograd attached."""
+
+    def release(self, served: Any) -> None:
+        """The request is over; its memory may be used again."""
+
+
+@dataclass
+class ContentRequest:
+    """Gathered features of the unique keys; of those that are computed now, where a plan says which."""
+
+    gathered: Gathered
+    inverse_R: Int64
+    num_unique: int
+    plan: ReusePlan | None
+
+    @property
+    def num_computed(self) -> int:
+        """Keys whose vectors E makes now."""
+        return len(self.gathered.features_QD)
+
+
+class ContentSource:
+    """One E of an embedding service, and, where `cache` is given, its vectors of the last steps."""
+
+    def __init__(self, service: EmbeddingService, model: str, num_ranks: int, cache: VectorCache | None = None) -> None:
+        self._service, self._model, self._num_ranks, self._cache = service, model, num_ranks, cache
+        self._num_shards = service.partition.info.num_shards
+        self.width = service.width(model)
+
+    def owner_of(self, keys_U: Int64) -> Int64:
+        return owner_of(shard_of(keys_U, self._num_shards), self._num_ranks)
+
+    def serve(self, keys_R: Int64, kind: Kind) -> ContentRequest:
+        keys_Q, inverse_R = unique(keys_R)
+        num_unique, plan = len(keys_Q), None
+        if self._cache is not None and kind == "step":
+            plan, fresh_Q = self._cache.plan(self._service.partition.places(keys_Q))
+            keys_Q = keys_Q[fresh_Q]
+        return ContentRequest(self._service.gather(keys_Q), inverse_R, num_unique, plan)
+
+    def vectors(self, served: ContentRequest) -> Tensor:
+        computed = self._service.embed(self._model, served.gathered)
+        if self._cache is None or served.plan is None:
+            return computed
+        return self._cache.combine(served.plan, computed)
+
+    def release(self, served: ContentRequest) -> None:
+        self._service.release(served.gathered)
+
+
+@dataclass
+class FieldVectors:
+    """The vectors of one field: value n of the field has `vectors_UV[index_N[n]]`, times `weights_N[n]` where there are
+    weights; row m has `lengths_M[m]` values. `trainer.models.layers.value_rows` puts it together."""
+
+    vectors_UV: Tensor
+    index_N: Tensor
+    lengths_M: Tensor
+    weights_N: Tensor | None = None
+
+
+@dataclass
+class WidthPlan:
+    """How an owner puts the answers of one width together, and an asker takes them apart."""
+
+    width: int
+    sources: list[int]
+    reply_rows: Tensor
+    """For each row to send, its row in [status row, unique rows of the sources]."""
+    reply_splits_P: Tensor
+    answer_splits_P: Tensor
+    status_rows_P: Tensor
+    """Where each owner's status row lies in the answers."""
+    slices_SP: list[list[slice]]
+    """Where each source's vectors lie in the answers, owner by owner."""
+
+
+@dataclass
+class Request:
+    """Keys asked and received for one batch."""
+
+    asked_S: list[Bucketized]
+    served_S: list[Any]
+    plans: list[WidthPlan]
+    index_of_field: dict[str, Tensor]
+    lengths_of_field: dict[str, Tensor]
+    kind: Kind
+    """The first part of its collectives' names, so that one request of each kind may be under way at a time."""
+    words_of_field: dict[str, Words]
+    """The signature of each value of the content fields whose images are compared."""
+    error: Exception | None = field(default=None)
+    """What went wrong on this rank while it served; agreed on together with the vectors."""
+    backward: StageSequence | None = field(default=None)
+    """Stages of the backward pass, which its middle switches."""
+
+    @property
+    def num_references(self) -> int:
+        """Keys in the batch."""
+        return sum(len(asked.inverse_N) for asked in self.asked_S)
+
+    @property
+    def num_unique(self) -> int:
+        """Keys asked for."""
+        return sum(len(asked.keys_U) for asked in self.asked_S)
+
+    def unique_by_field(self) -> dict[str, tuple[int, int]]:
+        """For each field of the batch how many different keys it has, and how many keys in all."""
+        return {
+            name: (int(torch.bincount(index_N).count_nonzero()), len(index_N))
+            for name, index_N in self.index_of_field.items()
+        }
+
+
+class Exchange:
+    """Asks the owners for the vectors of a batch's keys, and answers the other ranks at the same time.
+
+    `source_of_field` says which source each field belongs to; sources and fields are the same, in the same order, on
+    every rank.
+    """
+
+    def __init__(
+        self,
+        comm: Comm,
+        sources: Mapping[str, Source],
+        source_of_field: Mapping[str, str],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        config: ExchangeConfig | None = None,
+        stages: Stages | None = None,
+        signatures: Mapping[str, Signatures] | None = None,
+    ) -> None:
+        """`signatures`: what makes signatures of a source's images, for the sources whose images are compared."""
+        self._comm, self._device, self._dtype = comm, torch.device(device), dtype
+        self._config, self._stages = config or ExchangeConfig(), stages or Stages()
+        self._sources = list(sources.values())
+        self._signatures = {n: signatures[name] for n, name in enumerate(sources) if signatures and name in signatures}
+        self._fields_S = [[f for f, source in source_of_field.items() if source == name] for name in sources]
+        self._widths = sorted({source.width for source in self._sources})
+
+    def request(self, fields: Mapping[str, Jagged] | Exception, kind: Kind) -> Request:
+        """Asks for the keys of `fields` in one alltoall; owners find unique keys and gather what needs no weights.
+
+        An exception in place of fields is agreed on: this rank raises it, the others RemoteRankError. What goes wrong
+        while an owner serves (a missing key) is kept and agreed on by `vectors`. May run in a thread of its own, beside
+        the step of an earlier request; requests of one kind come one after the other.
+        """
+        error = fields if isinstance(fields, Exception) else None
+        fields = {} if isinstance(fields, Exception) else fields
+        with self._stages.timed("unique", kind):
+            asked_S = [self._bucketize(source, fields) for source in range(len(self._sources))]
+            payload, lengths_P = pack_key_blocks(OK if error is None else FAILED, asked_S, self._comm.size)
+        with self._stages.timed("exchange keys", kind):
+            received, recv_lengths_P = self._comm.alltoall(
+                torch.from_numpy(payload), _splits(lengths_P), name=f"{kind}.keys"
+            )
+        blocks = unpack_key_blocks(received.numpy(), recv_lengths_P.numpy().astype(np.int64), len(self._sources))
+        if (blocks.status_P != OK).any():
+            self._comm.agree(error, name=f"{kind}.keys.agree")
+        served_S: list[Any] = []
+        try:
+            with self._stages.timed("gather", kind):
+                for source, keys_R in zip(self._sources, blocks.keys_SR, strict=True):
+                    served_S.append(source.serve(keys_R, kind))
+        except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
+            error = failure
+        words_of_field: dict[str, Words] = {}
+        if self._signatures:
+            with self._stages.timed("exchange signatures", kind):
+                for number, signatures in self._signatures.items():
+                    words_UW, error = self._words(number, signatures, blocks, kind, error)
+                    words_of_field |= self._words_of_fields(number, words_UW, asked_S[number], fields)
+        plans = [self._plan(w, asked_S, None if error else served_S, blocks.counts_PS) for w in self._widths]
+        index, lengths = self._fields_of(asked_S, fields)
+        return Request(asked_S, served_S, plans, index, lengths, kind, words_of_field, error)
+
+    def vectors(self, request: Request) -> dict[str, FieldVectors]:
+        """The vectors of every field, with autograd attached: one alltoall per width, and in backward one per width.
+
+        If one rank runs backward, all have to. Raises this rank's error, or RemoteRankError, on all ranks.
+        """
+        unique_S: list[Tensor] = []
+        try:
+            if request.error is None:
+                with self._stages.timed("embed images", request.kind):
+                    unique_S = [s.vectors(served) for s, served in zip(self._sources, request.served_S, strict=True)]
+        except Exception as failure:  # as above
+            request.error = failure
+        if request.error is not None:
+            unique_S = [torch.zeros(0, s.width, dtype=self._dtype, device=self._device) for s in self._sources]
+        with self._stages.timed("exchange vectors", request.kind):
+            *vectors_S, failures = _Answers.apply(self, request, *unique_S)  # type: ignore[no-untyped-call]
+            num_failures = int(failures)
+        if num_failures:
+            self._comm.agree(request.error, name=f"{request.kind}.vectors.agree")
+        return {
+            name: FieldVectors(vectors_UV, request.index_of_field[name], request.lengths_of_field[name])
+            for vectors_UV, names in zip(vectors_S, self._fields_S, strict=True)
+            for name in names
+        }
+
+    def send(self, rows_NV: Tensor, splits_P: Tensor, name: str) -> Tensor:
+        """Rows to the other ranks, in the wire's dtype on the way. Every rank calls it."""
+        if self._comm.size == 1 or self._config.wire_dtype == "float32":
+            return self._comm.alltoall(rows_NV, splits_P, name=name)[0]
+        # Horovod moves no bfloat16; it moves 16 bits.
+        bits_NV = rows_NV.to(torch.bfloat16).view(torch.int16)
+        received, _ = self._comm.alltoall(bits_NV, splits_P, name=name)
+        return received.view(torch.bfloat16).to(rows_NV.dtype)
+
+    def release(self, request: Request) -> None:
+        """The step is over: lets the sources use the request's memory again."""
+        for source, served in zip(self._sources, request.served_S, strict=False):
+            source.release(served)
+        request.served_S = []
+
+    def _words(
+        self, number: int, signatures: Signatures, blocks: KeyBlocks, kind: Kind, error: Exception | None
+    ) -> tuple[Words, Exception | None]:
+        """Signatures (U, W) of the keys that this rank asked of source `number`, and what has gone wrong so far."""
+        keys_R = blocks.keys_SR[number]
+        reply_RW = np.zeros((len(keys_R), WORDS), np.uint64)
+        try:
+            if error is None:
+                reply_RW = signatures.of(keys_R)
+        except Exception as failure:  # as above
+            error = failure
+        splits = _splits(blocks.counts_PS[:, number])
+        name = f"{kind}.signatures.{number}"
+        received, _ = self._comm.alltoall(torch.from_numpy(reply_RW.view(np.int64)), splits, name=name)
+        return received.numpy().view(np.uint64), error
+
+    def _words_of_fields(
+        self, number: int, words_UW: Words, asked: Bucketized, fields: Mapping[str, Jagged]
+    ) -> dict[str, Words]:
+        found, start = {}, 0
+        for name in self._fields_S[number]:
+            end = start + len(fields[name].values_N)
+            found[name] = words_UW[asked.inverse_N[start:end]]
+            start = end
+        return found
+
+    def _bucketize(self, source: int, fields: Mapping[str, Jagged]) -> Bucketized:
+        values = [fields[name].values_N for name in self._fields_S[source] if name in fields]
+        keys_U, inverse_N = unique(np.concatenate([np.empty(0, dtype=np.int64), *values]))
+        return bucketize_by_owner(keys_U, inverse_N, self._sources[source].owner_of(keys_U), self._comm.size)
+
+    def _plan(
+        self, width: int, asked_S: list[Bucketized], served_S: list[Served] | None, counts_PS: Int64
+    ) -> WidthPlan:
+        sources = [s for s, source in enumerate(self._sources) if source.width == width]
+        recv_counts_PS = counts_PS[:, sources]
+        send_counts_PS = np.stack([asked_S[s].send_counts_P for s in sources], axis=1)
+        status_rows_P, slices_SP = answer_slices(send_counts_PS)
+        reply_splits_P = recv_counts_PS.sum(axis=1) + 1
+        if served_S is None:  # nothing but status rows
+            rows = np.zeros(reply_splits_P.sum(), dtype=np.int64)
+        else:
+            rows = reply_rows(
+                recv_counts_PS, [served_S[s].inverse_R for s in sources], [served_S[s].num_unique for s in sources]
+            )
+        return WidthPlan(
+            width,
+            sources,
+            torch.from_numpy(rows).to(self._device),
+            _splits(reply_splits_P),
+            _splits(send_counts_PS.sum(axis=1) + 1),
+            torch.from_numpy(status_rows_P).to(self._device),
+            slices_SP,
+        )
+
+    def _fields_of(
+        self, asked_S: list[Bucketized], fields: Mapping[str, Jagged]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        index: dict[str, Tensor] = {}
+        lengths: dict[str, Tensor] = {}
+        for asked, names in zip(asked_S, self._fields_S, strict=True):
+            start = 0
+            for name in names:
+                end = start + len(fields[name].values_N)
+                index[name] = torch.from_numpy(asked.inverse_N[start:end]).to(self._device)
+                lengths[name] = torch.from_numpy(fields[name].lengths_M.astype(np.int64)).to(self._device)
+                start = end
+        return index, lengths
+
+
+class _Answers(torch.autograd.Function):
+    """Unique vectors of all sources at their owners -> vectors of the unique keys asked, at the asker.
+
+    One function for all widths, so that backward has its collectives in one order on every rank. Backward sends each
+    key's gradient to its owner, which sums those of equal keys in the order of ranks: the same bits in every run.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, exchange: Exchange, request: Request, *unique_S: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange, ctx.request = exchange, request
+        failed = request.error is not None
+        ctx.num_unique_S = [len(unique_QV) for unique_QV in unique_S]
+        vectors_S = list(unique_S)
+        failures = torch.zeros((), dtype=torch.int64, device=unique_S[0].device)
+        for plan in request.plans:
+            status = unique_S[plan.sources[0]].new_full((1, plan.width), FAILED if failed else OK)
+            table = torch.cat([status, *(unique_S[s] for s in plan.sources)])
+            rows = torch.zeros_like(plan.reply_rows) if failed else plan.reply_rows
+            name = f"{request.kind}.vectors.{plan.width}"
+            answers = exchange.send(table.index_select(0, rows), plan.reply_splits_P, name)
+            failures += (answers[plan.status_rows_P, 0] != OK).sum()
+            for source, slices_P in zip(plan.sources, plan.slices_SP, strict=True):
+                vectors_S[source] = torch.cat([answers[rows] for rows in slices_P])
+        ctx.mark_non_differentiable(failures)
+        return (*vectors_S, failures)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient_S: Tensor) -> tuple[Tensor | None, ...]:
+        unique_S: list[Tensor] = list(gradient_S[:-1])
+        stages = ctx.request.backward
+        if stages is not None:
+            stages.switch("exchange gradients")
+        for plan in ctx.request.plans:
+            like = gradient_S[plan.sources[0]]
+            answers = like.new_zeros(int(plan.answer_splits_P.sum()), plan.width)
+            for source, slices_P in zip(plan.sources, plan.slices_SP, strict=True):
+                start = 0
+                for rows in slices_P:
+                    end = start + rows.stop - rows.start
+                    answers[rows] = gradient_S[source][start:end]
+                    start = end
+            name = f"{ctx.request.kind}.gradients.{plan.width}"
+            received = ctx.exchange.send(answers, plan.answer_splits_P, name)
+            counts = [1, *(ctx.num_unique_S[s] for s in plan.sources)]
+            table = like.new_zeros(sum(counts), plan.width).index_add_(0, plan.reply_rows, received)
+            for source, summed_QV in zip(plan.sources, table.split(counts)[1:], strict=True):
+                unique_S[source] = summed_QV
+        if stages is not None:
+            stages.switch("embed backward")
+        return (None, None, *unique_S)
+
+
+def _splits(counts_P: Int64) -> Tensor:
+    """Counts as Horovod wants them."""
+    return torch.from_numpy(counts_P.astype(np.int32))

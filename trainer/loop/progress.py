@@ -1,0 +1,77 @@
+"""What a person sees of a run: a progress bar where there is a terminal, else plain lines; and TensorBoard's files."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from featurestore.console.output import progress_bars, text_column, text_console
+
+_LINE_EVERY_S = 5.0
+
+
+def figure(value: float) -> str:
+    """Four digits, as 0.0001; from a thousand on all digits before the point, as 11,410."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+class Progression:
+    """Rank 0's log of a run of `total` steps. Without a folder (other ranks) it says and writes nothing."""
+
+    def __init__(self, folder: Path | None, first_step: int, total: int) -> None:
+        self.console = text_console(quiet=folder is None)
+        self._total = total
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step) if folder else None
+        self._next_line_s = 0.0
+        self._bar = progress_bars(
+            text_column(),
+            BarColumn(),
+            MofNCompleteColumn(),
+            text_column("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=folder is None or not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("train", total=total, completed=first_step, text="")
+
+    def __enter__(self) -> "Progression":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        if self._writer:
+            self._writer.close()
+
+    def step(self, step: int, scalars: Mapping[str, float], details: Mapping[str, float]) -> None:
+        """After step number `step`; where there are `details`, these and `scalars` go to TensorBoard."""
+        text = "  ".join(f"{name} {figure(value)}" for name, value in scalars.items())
+        self._bar.update(self._task, completed=step, text=text)
+        if details and self._writer:
+            for name, value in {**{f"train/{name}": value for name, value in scalars.items()}, **details}.items():
+                self._writer.add_scalar(name, value, step)
+        if self._bar.disable and (step == self._total or time.monotonic() >= self._next_line_s):
+            self._next_line_s = time.monotonic() + _LINE_EVERY_S
+            self.console.print(f"step {step}/{self._total}  {text}")
+
+    def metrics(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
+        """After an evaluation at `step`; a metric that is not defined is said to be so, and not drawn."""
+        names = ("logloss", "auc", "gauc", "new_ad_auc")
+        text = "  ".join(f"{n} {'undefined' if metrics[n] is None else format(metrics[n], '.4f')}" for n in names)
+        self.console.print(f"step {step}  test: {text}")
+        self.details(step, {f"test/{name}": value for name, value in metrics.items()})
+
+    def details(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        """Values for TensorBoard alone; one that is not defined is not drawn."""
+        for name, value in values.items():
+            if self._writer and value is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text)

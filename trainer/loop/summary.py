@@ -1,0 +1,272 @@
+"""What a run did: throughput, bytes, unique images, time by phase; summed over ranks, written as report.json."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from featurestore.console.output import print_table
+from trainer.comm import Comm
+from trainer.engine.engine import StepResult
+from trainer.engine.machine import device_name
+from trainer.errors import TrainerError
+from trainer.files import replace_file
+from trainer.stages import AHEAD, WAIT, Stages
+
+Phase = Literal["wait", "compute", "evaluate", "checkpoint"]
+STEP_PHASES: tuple[Phase, ...] = ("wait", "compute")
+
+
+@dataclass(frozen=True)
+class ImageCounts:
+    """Images of one step: keys in this rank's batch; unique ones that this rank, as their owner, answers for; those of
+    them that it runs E on (all, unless exchange.reuse_steps is set)."""
+
+    references: int
+    served: int
+    computed: int
+
+
+@dataclass
+class Totals:
+    """Sums over the training steps of one rank since the run, or its resumption, began.
+
+    `image_references`, `images`, `computed_images`: the sums of `ImageCounts`; over all ranks `images` is the number of
+    unique images of the global batches. `missing_by_store`: lookups of images without a feature, those of evaluations
+    included. `unique_by_field`: different and all keys of a field in a rank's batch, summed over the steps that are
+    logged. `warm_up_*`: the first step, which also pays for buffers and caches.
+    """
+
+    steps: int = 0
+    samples: int = 0
+    references: int = 0
+    image_references: int = 0
+    images: int = 0
+    computed_images: int = 0
+    missing_by_store: dict[str, int] = field(default_factory=dict)
+    unique_by_field: dict[str, tuple[int, int]] = field(default_factory=dict)
+    warm_up_samples: int = 0
+    warm_up_s: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, phase: Phase) -> Iterator[None]:
+        """Adds the block's wall time to the phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def add(self, result: StepResult, images: ImageCounts) -> None:
+        """Counts one training step."""
+        self.steps += 1
+        self.samples += result.num_samples
+        self.references += result.num_references
+        self.image_references += images.references
+        self.images += images.served
+        self.computed_images += images.computed
+        if self.steps == 1:
+            self.warm_up_samples, self.warm_up_s = self.samples, self.step_seconds
+
+    def add_unique(self, unique_by_field: Mapping[str, tuple[int, int]]) -> None:
+        """Counts the keys of one step that is logged."""
+        for name, (different, keys) in unique_by_field.items():
+            before = self.unique_by_field.get(name, (0, 0))
+            self.unique_by_field[name] = (before[0] + different, before[1] + keys)
+
+    @property
+    def step_seconds(self) -> float:
+        """Wall time of training alone, without evaluation and checkpoints."""
+        return sum(self.seconds.get(phase, 0.0) for phase in STEP_PHASES)
+
+    @property
+    def steady(self) -> tuple[int, float]:
+        """Samples and seconds of all steps but the first; with the first where there is no other."""
+        if self.steps <= 1:
+            return self.samples, self.step_seconds
+        return self.samples - self.warm_up_samples, self.step_seconds - self.warm_up_s
+
+
+def gather(comm: Comm, own: Totals, stages: Stages) -> dict[str, Any]:
+    """The run's figures over all ranks, the same on each; called by every rank.
+
+    Bytes are those that ranks sent to others in training steps (keys, vectors, gradients, dense gradients), summed over
+    ranks. Times are the mean over ranks. `samples_per_s` is that of the slowest rank, without the first step unless it
+    is the only one. `owner_skew`: images served by the busiest rank over the mean. A ratio without a denominator is
+    None.
+    """
+    traffic = {name: asdict(each) for name, each in comm.traffic.items() if name.startswith("step.")}
+    mine = (asdict(own), traffic, stages.medians_ms())
+    everyone = comm.allgather_object(mine, name="totals")
+    ranks = [Totals(**values) for values, _, _ in everyone]
+    steps = own.steps
+    sent = {name: sum(each[name]["sent"] for _, each, _ in everyone) for name in sorted(traffic)}
+    received = sum(each["received"] for _, traffics, _ in everyone for each in traffics.values())
+    served = [each.images for each in ranks]
+    steady_samples, slowest_s = sum(each.steady[0] for each in ranks), max(each.steady[1] for each in ranks)
+    references, images = sum(each.image_references for each in ranks), sum(each.images for each in ranks)
+
+    def per_step(total: float) -> float | None:
+        return total / steps if steps else None
+
+    return {
+        "num_ranks": comm.size,
+        "steps": steps,
+        "samples": sum(each.samples for each in ranks),
+        "samples_per_s": steady_samples / slowest_s if slowest_s else None,
+        "unique_ratio": images / references if references else None,
+        "images_per_step": per_step(images),
+        "image_references_per_step": per_step(references),
+        "id_and_image_references_per_step": per_step(sum(each.references for each in ranks)),
+        "bytes_sent_per_step": per_step(sum(sent.values())),
+        "bytes_received_per_step": per_step(received),
+        "bytes_by_collective_per_step": {name: per_step(total) for name, total in sent.items()},
+        "reused_vectors": 1 - sum(each.computed_images for each in ranks) / images if images else None,
+        "unique_ratio_by_field": _unique_ratios(ranks),
+        "owner_skew": max(served) * len(served) / images if images else None,
+        "missing_lookups": sum(sum(each.missing_by_store.values()) for each in ranks),
+        "missing_by_store": {
+            store: sum(each.missing_by_store[store] for each in ranks) for store in own.missing_by_store
+        },
+        "seconds": {
+            phase: sum(each.seconds.get(phase, 0.0) for each in ranks) / len(ranks)
+            for phase in Phase.__args__  # type: ignore[attr-defined]
+        },
+        "stages": stage_table([medians_ms for _, _, medians_ms in everyone]),
+    }
+
+
+def hardware_of(comm: Comm, device: torch.device) -> dict[str, Any]:
+    """What the ranks compute on and talk over, the same on each rank; called by every rank.
+
+    `devices`: of each rank, e.g. "cpu" or "cuda:0 (NVIDIA H100)". `collectives`: "Gloo" or "NCCL"; None in one process
+    without horovodrun.
+    """
+    devices = comm.allgather_object(device_name(device), name="devices")
+    return {"devices": devices, "collectives": comm.carrier(device)}
+
+
+def hardware_told(hardware: Mapping[str, Any], num_ranks: int) -> str:
+    """Format `hardware_of`, e.g. '2 ranks on cpu, collectives by Gloo'."""
+    devices = ", ".join(dict.fromkeys(hardware["devices"]))
+    if hardware["collectives"] is None:
+        return f"one process on {devices}, no collectives"
+    return f"{ranks_told(num_ranks)} on {devices}, collectives by {hardware['collectives']}"
+
+
+def _unique_ratios(ranks: Sequence[Totals]) -> dict[str, float | None]:
+    """Of each field, different keys of a rank's batch over all of them."""
+    ratios: dict[str, float | None] = {}
+    for name in sorted({name for each in ranks for name in each.unique_by_field}):
+        counts = [each.unique_by_field.get(name, (0, 0)) for each in ranks]
+        keys = sum(total for _, total in counts)
+        ratios[name] = sum(different for different, _ in counts) / keys if keys else None
+    return ratios
+
+
+def stage_table(medians_R: list[dict[Any, float]]) -> dict[str, dict[str, float | None]]:
+    """Of each stage the milliseconds (mean over ranks of the medians), and its share of a step.
+
+    `hidden`: of the stages that work ahead, the part of their time for which no step had to wait.
+    """
+    mean_ms = {name: sum(each[name] for each in medians_R) / len(medians_R) for name in medians_R[0]}
+    ahead_ms = sum(mean_ms.get(name, 0.0) for name in AHEAD)
+    wait_ms = mean_ms.get(WAIT, 0.0)
+    step_ms = sum(value for name, value in mean_ms.items() if name not in AHEAD) if WAIT in mean_ms else None
+    hidden = max(0.0, 1 - wait_ms / ahead_ms) if ahead_ms and WAIT in mean_ms else None
+    return {
+        name: {
+            "median_ms": value,
+            "share_of_step": value / step_ms if step_ms else None,
+            "hidden": hidden if name in AHEAD else None,
+        }
+        for name, value in mean_ms.items()
+    }
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """JSON, a whole file or none; a metric that is not defined is null. Raises TrainerError where the disk refuses."""
+    try:
+        replace_file(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    except OSError as failure:
+        raise TrainerError(f"cannot write the report {path}: {failure}; the checkpoint is written") from failure
+
+
+def show(console: Console, report: Mapping[str, Any]) -> None:
+    """The final tables; that of the fields where a step was logged, as their keys are counted then."""
+    table = Table(
+        title=f"{report['name']}: {report['global_step']:,} steps, {ranks_told(report['num_ranks'])}",
+    )
+    table.add_column("test samples")
+    table.add_column("value", justify="right")
+    for name, value in report["metrics"].items():
+        table.add_row(name.replace("_", " "), _text(value, "not defined: no impression, or one class only"))
+    table.add_section()
+    for name in ("samples_per_s", "unique_ratio", "owner_skew", "reused_vectors", "bytes_sent_per_step"):
+        of_all = ", all ranks" if name == "bytes_sent_per_step" else ""
+        table.add_row(name.replace("_", " ") + of_all, _text(report[name], "-"))
+    for name, value in report["bytes_by_collective_per_step"].items():
+        table.add_row(f"  {name}", _text(value, "-"))
+    table.add_row("lookups of images without a feature", _text(report["missing_lookups"], "-"))
+    if len(report["missing_by_store"]) > 1:
+        for store, count in report["missing_by_store"].items():
+            table.add_row(f"  of store {store}", _text(count, "-"))
+    seconds = report["seconds"]
+    table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
+    ratios = report["unique_ratio_by_field"]
+    shown = [table, _stages_shown(report["stages"]), *([_ratios_shown(ratios)] if ratios else [])]
+    for each in [*shown, *([_id_tables_shown(report["tables"])] if report["tables"] else [])]:
+        print_table(console, each)
+    console.print(f"written to {report['folder']}")
+
+
+def ranks_told(count: int) -> str:
+    """As 1 rank, 8 ranks."""
+    return f"{count} rank{'' if count == 1 else 's'}"
+
+
+def _stages_shown(stages: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """Where a step's time goes: first what is done a step ahead, then the step itself."""
+    table = Table("stage of a step")
+    for column in ("median ms", "of a step", "hidden"):
+        table.add_column(column, justify="right")
+    for name, row in stages.items():
+        if name == WAIT:
+            table.add_section()
+        shares = [row["share_of_step"], row["hidden"]]
+        table.add_row(name, f"{row['median_ms']:.1f}", *("" if each is None else f"{each:.0%}" for each in shares))
+    return table
+
+
+def _ratios_shown(ratios: Mapping[str, float | None]) -> Table:
+    table = Table("field")
+    table.add_column("different keys of all, in a rank's batch", justify="right")
+    for name, value in ratios.items():
+        table.add_row(name, _text(value, "-"))
+    return table
+
+
+def _id_tables_shown(tables: Mapping[str, Mapping[str, Any]]) -> Table:
+    shown = Table("ID table")
+    for column in ("different ids", "rows", "ids that share a row"):
+        shown.add_column(column, justify="right")
+    for name, row in tables.items():
+        about = "" if row["is_exact"] else "about "
+        rows = f"{row['rows']:,}" + (f" of {row['max_rows']:,}" if row["kind"] == "exact" else "")
+        share = "-" if row["share"] is None else f"{row['share']:.1%}"
+        shown.add_row(name, f"{about}{row['ids']:,}", rows, share)
+    return shown
+
+
+def _text(value: float | int | None, undefined: str) -> str:
+    if value is None:
+        return undefined
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if abs(value) < 100 else f"{value:,.0f}"

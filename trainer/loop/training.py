@@ -1,0 +1,262 @@
+"""The training loop: batches to steps, evaluations and checkpoints when they are due, and a clean end on a signal."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+
+from trainer.config.config import config_digest
+from trainer.engine.engine import Prepared
+from trainer.engine.memory import objects_frozen
+from trainer.errors import RemoteRankError, TrainerError
+from trainer.evaluation.quick import Metrics, evaluate
+from trainer.exchange.exchange import ContentRequest
+from trainer.ids.figures import TableFigures, gather_figures
+from trainer.loop import stopping, summary
+from trainer.loop.profiling import PLACE, tracing
+from trainer.loop.progress import Progression
+from trainer.loop.signals import StoppedError, StopSignals
+from trainer.loop.summary import ImageCounts
+from trainer.runs import checkpoint
+from trainer.runs.checkpoint import FORMAT_VERSION, CheckpointState
+from trainer.runs.open import Run
+from trainer.samples.batch import Batch, BatchPosition
+from trainer.samples.prefetch import ReadAhead, prepare_ahead
+from trainer.stages import WAIT, Kind
+
+
+class Training:
+    """Trains a run from where it stands to its end. Every rank does the same, and the same number of times."""
+
+    def __init__(self, run: Run, progress: Progression, signals: StopSignals) -> None:
+        self._run, self._engine, self._config = run, run.engine, run.config
+        self._progress, self._signals = progress, signals
+        self._content = [field.name for field in run.engine.fields if field.kind == "content"]
+        self._patience = run.config.train.early_stopping
+        self.totals = summary.Totals()
+        self.metrics: Metrics = {}
+        self.tables: dict[str, TableFigures] = {}
+        """Of the ids since the run, or its resumption, began; known after each epoch."""
+        self._warned: set[str] = set()
+
+    def fit(self) -> None:
+        """All remaining steps, the last evaluation and checkpoint; with early stopping, it ends with the best one.
+
+        On a signal: a checkpoint, then StoppedError.
+        """
+        folder = self._run.folder / PLACE if self._config.run.profile else None
+        try:
+            if self._was_stopped_in_evaluation():
+                self._between_steps()
+            with tracing(folder, self._run.comm.rank) as trace_step, objects_frozen():
+                for epoch in range(self._run.position.epoch, self._config.train.epochs):
+                    self._epoch(epoch, trace_step)
+            self.evaluate()
+        except StoppedError:
+            path = self._save()
+            self._progress.say(f"stopped after step {self._engine.num_steps}; go on with run.resume={path}")
+            raise
+        self._finish()
+
+    def evaluate(self) -> None:
+        """Measures the parameters as they are, unless that was just done; without test samples, nothing."""
+        run = self._run
+        if self._is_evaluated():
+            self.metrics = stopping.metrics_of(run.history, self._engine.num_steps)
+            return
+        if run.test_reader.num_samples == 0:
+            return
+
+        count = run.test_reader.steps_per_epoch
+        with self.totals.timed("evaluate"), self._prepared(run.test_reader.batches(), count, "eval") as coming:
+            predicted = ((each.batch, self._engine.predict(each)) for each in coming)
+            self.metrics = evaluate(run.comm, predicted, run.known_ads, run.schema.new_ad_field)
+        run.history.append({"step": self._engine.num_steps, **self.metrics})
+        self._progress.metrics(self._engine.num_steps, self.metrics)
+
+    def _epoch(self, epoch: int, trace_step: Callable[[], None]) -> None:
+        if self._is_over():
+            return
+        reader, first_step = self._run.train_reader, self._run.position.step
+        if self._config.optim.ids_restart and epoch > 0 and first_step == 0:
+            self._engine.restart_rows(epoch)
+        count = min(reader.steps_per_epoch - first_step, total_steps(self._run) - self._engine.num_steps)
+        batches = reader.batches(epoch, first_step)
+        with self._prepared(batches, count, "step") as coming:
+            for step, prepared in enumerate(coming, first_step):
+                self._step(prepared)
+                last = step + 1 == reader.steps_per_epoch
+                self._run.position = BatchPosition(epoch + 1, 0) if last else BatchPosition(epoch, step + 1)
+                trace_step()
+                self._between_steps()
+                if self._is_over():
+                    break
+        self._tell_tables()
+
+    @contextmanager
+    def _prepared(self, batches: Iterator[Batch], count: int, kind: Kind) -> Iterator[Iterator[Prepared]]:
+        """`count` batches, read ahead, and each one prepared beside the step of the one before."""
+        depth = self._config.data.prefetch_batches
+        with closing(ReadAhead(self._engine.stages.each("read", batches, kind), depth)) as ahead:
+            if depth == 0:
+                yield (self._prepare(next(ahead), kind) for _ in range(count))
+                return
+
+            def prepare() -> Prepared:
+                with self._engine.stages.timed("wait for samples", kind):
+                    item = next(ahead)
+                return self._prepare(item, kind)
+
+            with closing(prepare_ahead(count, prepare)) as waiting:
+                yield (self._waited(each, kind) for each in waiting)
+
+    def _waited(self, result: Callable[[], Prepared], kind: Kind) -> Prepared:
+        if kind == "eval":  # all of an evaluation is timed as such
+            return result()
+        with self.totals.timed("wait"), self._engine.stages.timed(WAIT):
+            return result()
+
+    def _step(self, prepared: Prepared) -> None:
+        start_s = time.perf_counter()
+        images = self._count_images(prepared)
+        with self.totals.timed("compute"):
+            result = self._engine.train_step(prepared)
+        if not math.isfinite(result.loss):
+            raise TrainerError(f"the loss of step {self._engine.num_steps} is {result.loss}; try a lower optim.lr")
+        self.totals.add(result, images)
+        samples, seconds = self.totals.steady
+        speed = samples * self._run.comm.size / seconds
+        scalars = {"loss": result.loss, "learning_rate": result.learning_rate, "samples_per_s": speed}
+        details: dict[str, float] = {}
+        if self._is_due(self._config.train.log_every):
+            unique = prepared.request.unique_by_field()
+            self.totals.add_unique(unique)
+            last_ms = self._engine.stages.last_ms()
+            details |= {f"stage_ms/{name}": value for name, value in last_ms.items()}
+            for name, row in summary.stage_table([last_ms]).items():
+                shares = {of: row[of] for of in ("share_of_step", "hidden")}
+                details |= {f"stage_{of}/{name}": share for of, share in shares.items() if share is not None}
+            details |= {f"unique_ratio/{name}": different / max(keys, 1) for name, (different, keys) in unique.items()}
+            traffic, steps = self._run.comm.traffic, self.totals.steps
+            details |= {
+                f"bytes_sent_per_step/{name}": each.sent / steps
+                for name, each in traffic.items()
+                if name.startswith("step.")
+            }
+            details |= _shares(self._run.comm.allgather_object((images.served, images.computed), name="log.images"))
+        self._progress.step(self._engine.num_steps, scalars, details)
+        self._engine.stages.add_rest(time.perf_counter() - start_s)
+
+    def _between_steps(self) -> None:
+        if self._engine.num_steps == total_steps(self._run):
+            return
+        if self._is_due(self._config.train.eval_every):
+            self.evaluate()
+            if self._best() == self._engine.num_steps:
+                self._save()
+        if self._is_due(self._config.train.checkpoint_every):
+            self._save()
+
+    def _was_stopped_in_evaluation(self) -> bool:
+        """Whether this step's evaluation was due before the run was resumed, and a signal came before its end."""
+        evaluated = [entry["step"] for entry in self._run.history[-1:]]
+        due = self._engine.num_steps > 0 and self._is_due(self._config.train.eval_every)
+        return due and evaluated != [self._engine.num_steps]
+
+    def _is_over(self) -> bool:
+        at_end = self._engine.num_steps == total_steps(self._run)
+        return at_end or (self._is_evaluated() and stopping.has_ended(self._run.history, self._patience))
+
+    def _is_evaluated(self) -> bool:
+        """Whether early stopping has just evaluated these parameters."""
+        history = self._run.history
+        return self._patience is not None and bool(history) and history[-1]["step"] == self._engine.num_steps
+
+    def _best(self) -> int | None:
+        """The step whose parameters early stopping ends with."""
+        return None if self._patience is None else stopping.best_step(self._run.history)
+
+    def _finish(self) -> None:
+        """A checkpoint; or, where early stopping saw better ones before, their checkpoint becomes the last."""
+        run, best = self._run, self._best()
+        if best is None or best == self._engine.num_steps:
+            self._save()
+        elif run.comm.broadcast_object(checkpoint.place(run.checkpoints, best).is_dir()):
+            path = checkpoint.end_with(run.comm, run.checkpoints, best, self._engine)
+            self.metrics = stopping.metrics_of(run.history, best)
+            self._progress.say(f"step {best} had the best GAUC, {self.metrics['gauc']:.4f}: the run ends with {path}")
+        else:
+            self._progress.say(f"step {best} had the best GAUC, but before this run: there is no checkpoint of it here")
+            self._save()
+
+    def _tell_tables(self) -> None:
+        """Figures of the ID tables, and one warning for each where too many ids share a row."""
+        tables = {name: table for name, table in self._engine.tables.items() if not table.shape.direct}
+        self.tables = gather_figures(self._run.comm, tables)
+        for name, figures in self.tables.items():
+            scalars = {f"tables/{name}/{what}": value for what, value in figures.scalars().items()}
+            self._progress.details(self._engine.num_steps, scalars)
+            if name not in self._warned and (warning := figures.warning(name)):
+                self._warned.add(name)
+                self._progress.say(f"warning: {warning}")
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self._engine.num_steps % every == 0
+
+    def _prepare(self, item: Batch | Exception, kind: Kind) -> Prepared:
+        """The engine's `prepare`; a stop signal goes in place of the batch, so that all ranks stop here together."""
+        if self._signals.received and isinstance(item, Batch):
+            item = StoppedError(f"{self._signals.received} received")
+        try:
+            return self._engine.prepare(item, kind)
+        except RemoteRankError as failure:
+            raise StoppedError.sent_by(failure) or failure from None
+
+    def _count_images(self, prepared: Prepared) -> ImageCounts:
+        """Of this rank's batch, and of what this rank does for all."""
+        served = [each for each in prepared.request.served_S if isinstance(each, ContentRequest)]
+        return ImageCounts(
+            references=sum(len(prepared.batch.fields[name].values_N) for name in self._content),
+            served=sum(each.num_unique for each in served),
+            computed=sum(each.num_computed for each in served),
+        )
+
+    def _save(self) -> str:
+        run = self._run
+        state = CheckpointState(
+            format_version=FORMAT_VERSION,
+            step=self._engine.num_steps,
+            epoch=run.position.epoch,
+            step_in_epoch=run.position.step,
+            num_ranks=run.comm.size,
+            origin=run.origin,
+            store_url=next((store.url for store in run.stores.values()), None),
+            store_version=run.partition.snapshot_version if run.partition else None,
+            stores=run.stores,
+            config_digest=config_digest(self._config.model_dump(mode="json")),
+            history=run.history,
+            files={},
+        )
+        with self.totals.timed("checkpoint"):
+            return str(
+                checkpoint.save(
+                    run.comm, run.checkpoints, self._engine, state, self._config.train.keep_checkpoints, self._best()
+                )
+            )
+
+
+def _shares(images_R: list[tuple[int, int]]) -> dict[str, float]:
+    """Of the images that each rank served and computed in a step: how uneven, and how many were not made anew."""
+    served = sum(each for each, _ in images_R)
+    if not served:
+        return {}
+    return {
+        "images/owner_skew": max(each for each, _ in images_R) * len(images_R) / served,
+        "images/reused_vectors": 1 - sum(computed for _, computed in images_R) / served,
+    }
+
+
+def total_steps(run: Run) -> int:
+    """Steps of the whole run, from its very beginning."""
+    everything = run.config.train.epochs * run.train_reader.steps_per_epoch
+    return min(everything, run.config.train.max_steps or everything)

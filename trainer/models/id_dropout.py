@@ -1,0 +1,102 @@
+"""ID dropout: in training, some samples show their ad as if it were new, so that the model learns to go by the rest.
+
+A new ad has a known category and a picture, but rows that nobody trained: of its own ID and of its image's ID. After
+DropoutNet (Volkovs et al., NIPS 2017), which drops the whole preference vector of an item, both are dropped together,
+and nothing is scaled up in return. They become zero, which is the mean of rows before their first step.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from featurestore.keys import splitmix64, stream_start, unit_interval
+from trainer.exchange.exchange import FieldVectors
+from trainer.samples.batch import Batch
+from trainer.schema import Schema
+
+HELD_OUT_RATE = 0.5
+"""Of the samples of ads whose images are held out of E's training (model.image_holdout)."""
+
+
+HeldOut = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
+
+
+class IdDropout:
+    """Drops the ad's own IDs of a share `rate` of samples, and of half of those whose ad's images are all held out.
+
+    `held_out`: by content field of the ad, which of the images of these keys are.
+    """
+
+    def __init__(self, schema: Schema, rate: float, seed: int, held_out: Mapping[str, HeldOut] | None = None) -> None:
+        self.rate, self._seed, self._held_out = rate, seed, held_out or {}
+        self.fields = own_ids_of_ads(schema)
+
+    def __call__(self, vectors: Mapping[str, FieldVectors], batch: Batch, step: int) -> dict[str, FieldVectors]:
+        """`vectors` with those of dropped samples replaced by zeros that have no gradient; for training step `step`."""
+        if self.rate == 0 and not self._held_out:
+            return dict(vectors)
+        rate: float | NDArray[np.float64] = self.rate
+        if self._held_out:
+            rate = np.where(_all_held_out(batch, self._held_out), max(self.rate, HELD_OUT_RATE), self.rate)
+        dropped_B = torch.from_numpy(dropped(self._seed, step, batch.first_sample, batch.num_samples, rate))
+        return {name: _zeroed(field, dropped_B) if name in self.fields else field for name, field in vectors.items()}
+
+
+def _all_held_out(batch: Batch, held_out: Mapping[str, HeldOut]) -> NDArray[np.bool_]:
+    """Of which samples the ad has images and all of them are held out, (B,): of each content one, or a gallery."""
+    num_images_B, num_known_B = np.zeros(batch.num_samples), np.zeros(batch.num_samples)
+    for name, is_held_out in held_out.items():
+        is_known_N = ~is_held_out(batch.fields[name].values_N)
+        sizes_B = batch.galleries[name].values_N if name in batch.galleries else np.ones(batch.num_samples, np.int64)
+        sample_N = np.repeat(np.arange(batch.num_samples), sizes_B)
+        num_images_B += sizes_B
+        num_known_B += np.bincount(sample_N, weights=is_known_N, minlength=batch.num_samples)
+    is_all_B: NDArray[np.bool_] = (num_known_B == 0) & (num_images_B > 0)
+    return is_all_B
+
+
+def own_ids_of_ads(schema: Schema) -> tuple[str, ...]:
+    """Fields whose value is new with a new ad: `new_ad_field`, and the IDs of its contents.
+
+    An ID field of the ad side is a content's ID when it reads the column of a content field. One that crosses such
+    columns with others is new with a new ad too.
+    """
+    own = {f.column_name for f in schema.fields if f.name == schema.new_ad_field}
+    own |= {field.column_name for field in schema.of_kind("content", side="ad")}
+    return tuple(
+        field.name
+        for field in schema.of_kind("id", "multi_id", side="ad")
+        if field.name == schema.new_ad_field or own & {field.column_name, *(field.columns or ())}
+    )
+
+
+def dropped(
+    seed: int, step: int, first_sample: int, num_samples: int, rate: float | NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """Whether each of the samples from `first_sample` of the global batch on is dropped, (B,). `rate`: one, or each's.
+
+    Counter based: the number at the sample's place in the global batch, of a stream for (seed, step). So it depends
+    neither on the number of ranks nor on what was drawn before.
+    """
+    drawn_B = random_words(f"{seed}/id_dropout/{step}", first_sample, num_samples)
+    is_dropped_B: NDArray[np.bool_] = unit_interval(drawn_B) < rate
+    return is_dropped_B
+
+
+def random_words(stream: str, first: int, count: int) -> NDArray[np.uint64]:
+    """Random 64 bits number `first` and the next ones of a stream, (count,), whatever was drawn before: splitmix64 of
+    the stream's start plus the number."""
+    counter_N = np.arange(first, first + count, dtype=np.uint64) + stream_start(stream)
+    return splitmix64(counter_N.view(np.int64))
+
+
+def _zeroed(field: FieldVectors, dropped_B: Tensor) -> FieldVectors:
+    """The values of dropped rows point to a row of zeros behind the others."""
+    vectors_UV = torch.cat([field.vectors_UV, field.vectors_UV.new_zeros(1, field.vectors_UV.shape[1])])
+    dropped_N = torch.repeat_interleave(dropped_B.to(field.index_N.device), field.lengths_M)
+    index_N = field.index_N.masked_fill(dropped_N, len(field.vectors_UV))
+    return replace(field, vectors_UV=vectors_UV, index_N=index_N)

@@ -1,0 +1,1 @@
+"""The base nets: what becomes of the vectors of one sample."""

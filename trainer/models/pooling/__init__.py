@@ -1,0 +1,1 @@
+"""Poolings: many behaviour vectors of a sample become one."""

@@ -1,0 +1,109 @@
+"""Attention over a user's behaviours: each is weighed by what it has to do with the ad of the sample.
+
+All (sample, behaviour) pairs lie one after the other, N' of them here written N, without padding; their keys are read
+through an index, so a group's vectors are kept once, however many samples look at them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from trainer.exchange.exchange import FieldVectors
+from trainer.models.hidden import HiddenLayers
+from trainer.models.layers import expand_rows, segment_softmax, segment_sum, take_rows, value_rows
+
+
+class ActivationUnit(nn.Module):
+    """DIN's unit that scores a key against a query: v . f(K k + Q q + C (k * m) + b), m as wide as the key.
+
+    It is one hidden layer on both vectors and their product (Zhou et al., KDD 2018, figure 2), the layer written as a
+    sum, so that what needs only the query is made once a sample; f is `model.activation`. A difference q - k as further
+    input would add nothing: it is linear in what is there. m is M q where the two differ in width or in meaning
+    (`match`), else q.
+    """
+
+    def __init__(
+        self, key_width: int, query_width: int, hidden: int, layers: HiddenLayers, *, match: bool, bias: bool
+    ) -> None:
+        super().__init__()
+        assert match or key_width == query_width
+        self.of_key = nn.Linear(key_width, hidden, bias=False)
+        self.of_query = nn.Linear(query_width, hidden)
+        self.match = nn.Linear(query_width, key_width, bias=False) if match else nn.Identity()
+        self.of_product = nn.Linear(key_width, hidden, bias=False)
+        self.activation = layers.activation(hidden)
+        self.score = nn.Linear(hidden, 1, bias=bias)
+
+    def forward(self, key_NV: Tensor, query_BW: Tensor, lengths_B: Tensor) -> Tensor:
+        """Scores (N,); the next `lengths_B[b]` keys belong to query b."""
+        hidden_NH = expand_rows(self.of_query(query_BW), lengths_B)
+        hidden_NH = torch.addmm(hidden_NH, key_NV, self.of_key.weight.T)
+        matched_NV = key_NV * expand_rows(self.match(query_BW), lengths_B)
+        hidden_NH = self.activation(torch.addmm(hidden_NH, matched_NV, self.of_product.weight.T))
+        score_N1: Tensor = self.score(hidden_NH)
+        return score_N1.squeeze(1)
+
+
+class AttentivePooling(nn.Module):
+    """Weighted sums of a group's behaviour vectors, one for each query: sum over k of softmax_k(unit(k, q)) k.
+
+    One query is the paper's AttentivePooling. Two, the ad's visual vector and the ad's ID vectors, are its
+    MultiQueryAttentivePooling: every channel has an activation unit of its own and makes its own weights; the weighted
+    sums are concatenated. A group without behaviours gives zero.
+    """
+
+    def __init__(self, width: int, query_widths: Sequence[int], hidden: int, layers: HiddenLayers) -> None:
+        super().__init__()
+        self.width = width * len(query_widths)
+        self.channels = nn.ModuleList(
+            ActivationUnit(width, query_width, hidden, layers, match=True, bias=False) for query_width in query_widths
+        )
+
+    def forward(self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]) -> Tensor:
+        """(B, width) for one query (B, W) of each channel."""
+        position_N, lengths_B = pairs(behaviors.lengths_M, group_of_sample_B)
+        key_NV = take_rows(behaviors.vectors_UV, behaviors.index_N.index_select(0, position_N))
+        pooled = []
+        for unit, query_BW in zip(self.channels, queries, strict=True):
+            weight_N = segment_softmax(unit(key_NV, query_BW, lengths_B), lengths_B)
+            pooled.append(segment_sum(key_NV * weight_N.unsqueeze(1), lengths_B))
+        return torch.cat(pooled, dim=1)
+
+
+class BehaviorAttention(nn.Module):
+    """DIN's attention over behaviour IDs by the ad's: sum over k of unit(k, q) k, the weights not normalised.
+
+    Key k is the concatenation of the vectors of behaviour k (its item, category, image id), the query that of the ad's
+    in the same tables. Without softmax the size of the sum says how much of the history has to do with the ad, as in
+    Zhou et al., KDD 2018, section 4.3. What only a behaviour has (its age) makes keys wider than the query, which a
+    linear layer then brings to their width for the product.
+    """
+
+    def __init__(self, width: int, query_width: int, hidden: int, layers: HiddenLayers) -> None:
+        """`width`: of the keys."""
+        super().__init__()
+        self.width = width
+        self.unit = ActivationUnit(width, query_width, hidden, layers, match=width != query_width, bias=True)
+
+    def forward(self, behaviors: Sequence[FieldVectors], group_of_sample_B: Tensor, query_BW: Tensor) -> Tensor:
+        """(B, width); the fields' values belong together by position, so their lengths are equal."""
+        position_N, lengths_B = pairs(behaviors[0].lengths_M, group_of_sample_B)
+        key_NW = torch.cat([value_rows(field, position_N) for field in behaviors], dim=1)
+        weight_N = self.unit(key_NW, query_BW, lengths_B)
+        return segment_sum(key_NW * weight_N.unsqueeze(1), lengths_B)
+
+
+def pairs(lengths_G: Tensor, group_of_sample_B: Tensor, at_most: int | None = None) -> tuple[Tensor, Tensor]:
+    """All (sample, behaviour) pairs, sample by sample: each one's place in the field's values, and pairs a sample.
+
+    `at_most`: only so many behaviours a group, the first ones, which are the newest.
+    """
+    lengths_B = lengths_G.index_select(0, group_of_sample_B)
+    if at_most is not None:
+        lengths_B = lengths_B.clamp_max(at_most)
+    start_G = lengths_G.cumsum(0) - lengths_G
+    # Pair n of a sample is behaviour (start of its group) + (n - start of the sample's pairs).
+    shift_B = start_G.index_select(0, group_of_sample_B) - (lengths_B.cumsum(0) - lengths_B)
+    shift_N = torch.repeat_interleave(shift_B, lengths_B)
+    return shift_N + torch.arange(len(shift_N), device=shift_N.device), lengths_B

@@ -1,0 +1,1 @@
+"""Runs on disk: their folders, checkpoints and stores; opened to train on, or to ask."""

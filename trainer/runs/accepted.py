@@ -1,0 +1,99 @@
+"""Stores that a person accepted in the place of the one a run was trained on: computed anew after a loss, say.
+
+They stand in the run's folder, so every command that opens one of its checkpoints finds them; `python -m trainer.compat
+RUN STORE --accept` writes them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from featurestore.identity import SnapshotId
+from featurestore.storage.regular import read_regular
+from trainer.config.validate import Section
+from trainer.errors import CheckpointError
+from trainer.files import replace_file
+
+FILE = "accepted-stores.json"
+
+
+class AcceptedStore(Section):
+    """Of the store that content fields call `name`: from now on `accepted` is read where a checkpoint has `recorded`.
+
+    `figures`: what was known of the two when that was decided.
+    """
+
+    name: str
+    recorded: SnapshotId
+    accepted: SnapshotId
+    figures: dict[str, Any]
+
+    def replaces(self, name: str, record: SnapshotId) -> bool:
+        """Whether `record` is of the store that this one stands in for; of one store put back from a backup, whether it
+        is the very snapshot."""
+        if (name, record.store_id) != (self.name, self.recorded.store_id):
+            return False
+        return self.accepted.store_id != record.store_id or record.commit_id == self.recorded.commit_id
+
+
+class _AcceptedStores(Section):
+    accepted: list[AcceptedStore]
+
+
+def standing_in(checkpoint: Path, stores: Mapping[str, SnapshotId]) -> dict[str, SnapshotId]:
+    """What is to be read of each store in place of what the checkpoint recorded: that itself, where nothing was
+    accepted. Raises CheckpointError where the file of accepted stores is damaged."""
+    found = dict(stores)
+    for each in _read(_file_of(checkpoint)):
+        for name, record in found.items():
+            if each.replaces(name, record):
+                found[name] = each.accepted
+    return found
+
+
+def accept(checkpoint: Path, store: AcceptedStore) -> Path:
+    """Adds a store to those of the checkpoint's run, in place of an earlier one for the same; returns the file.
+
+    Raises CheckpointError where it cannot be written.
+    """
+    return _write(checkpoint, [*_others(checkpoint, store.name, store.recorded), store])
+
+
+def withdraw(checkpoint: Path, name: str, recorded: SnapshotId) -> Path | None:
+    """Takes back what was accepted in the place of `recorded`, which is there again.
+
+    Returns the file; None where nothing was accepted. Raises CheckpointError where it cannot be written.
+    """
+    left = _others(checkpoint, name, recorded)
+    return _write(checkpoint, left) if len(left) < len(_read(_file_of(checkpoint))) else None
+
+
+def _others(checkpoint: Path, name: str, recorded: SnapshotId) -> list[AcceptedStore]:
+    return [each for each in _read(_file_of(checkpoint)) if not each.replaces(name, recorded)]
+
+
+def _write(checkpoint: Path, stores: list[AcceptedStore]) -> Path:
+    file = _file_of(checkpoint)
+    try:
+        replace_file(file, _AcceptedStores(accepted=stores).model_dump_json(indent=1) + "\n")
+    except OSError as failure:
+        raise CheckpointError(f"{file} cannot be written: {failure}") from failure
+    return file
+
+
+def _file_of(checkpoint: Path) -> Path:
+    return checkpoint.resolve().parent.parent / FILE
+
+
+def _read(file: Path) -> list[AcceptedStore]:
+    try:
+        return _AcceptedStores.model_validate_json(read_regular(file)).accepted
+    except FileNotFoundError:
+        return []
+    except (OSError, ValidationError) as failure:
+        first = str(failure).splitlines()[0]
+        raise CheckpointError(
+            f"{file} is damaged: {first}; remove it, and accept the store again: python -m trainer.compat RUN STORE"
+        ) from failure

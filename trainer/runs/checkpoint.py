@@ -1,0 +1,372 @@
+"""Checkpoints: a folder of safetensors and one JSON file, published by one rename, readable at any number of ranks.
+
+    checkpoints/step-00000050/
+      state.json                         position, seed, what data, model and store they belong to, digest of each file
+      dense.safetensors                  rank 0: what is the same on every rank: parameters, their Adam state, counts
+      rows-00000-of-00002.safetensors    one per rank: its ID rows and their optimiser's state, by table and shard
+
+Parts are written into a hidden folder and synced; when all are there, rank 0 writes state.json and renames the folder.
+So a folder of that name is whole, and a killed run leaves at most a hidden one, removed by the next save; a removal
+hides a folder first. All ranks write to one place: with several machines it has to be a shared disk.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import xxhash
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from featurestore.identity import SnapshotId
+from featurestore.lookup.cache import digest_of_file
+from featurestore.storage.regular import read_regular
+from featurestore.text.parsing import parse_json
+from trainer.comm import Comm
+from trainer.config import legacy
+from trainer.config.options import ModelConfig
+from trainer.config.validate import Section
+from trainer.errors import CheckpointError
+from trainer.runs import accepted
+from trainer.samples.batch import BatchPosition
+
+_SAMPLES = "data.samples_digest"  # among the values of an origin
+FORMAT_VERSION = 3  # 2: the ids of the stores; 3: the optimiser of ID rows
+_NAME = re.compile(r"step-(\d{8,})")
+DENSE = "dense.safetensors"
+
+
+class Loadable(Protocol):
+    """What a checkpoint is loaded into."""
+
+    def load_dense_state(self, state: Mapping[str, Tensor]) -> None: ...
+    def shard_names(self) -> list[str]: ...
+    def load_shard_state(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+class Trained(Loadable, Protocol):
+    """What of the engine a checkpoint holds."""
+
+    def dense_state(self) -> dict[str, Tensor]: ...
+    def shard_state(self) -> dict[str, Tensor]: ...
+
+
+class Origin(Section):
+    """What a checkpoint belongs to; it is refused where one of these values is another."""
+
+    data: dict[str, Any]
+    """What a position in the data means: batch size, order, digest of the samples."""
+    train: dict[str, Any]
+    """The seed."""
+    model: dict[str, Any]
+    """Section model of the configuration, and the fields of the schema."""
+    store: dict[str, Any]
+    """ExtractorSpec, dimension, dtype and codec of the feature store; empty where the model has no images."""
+    stores: dict[str, dict[str, Any]] = Field(default={})
+    """The same of the further stores, by name, where the model has several contents an item."""
+    optim: dict[str, Any] = Field(default={})
+    """What the optimiser's state means: which one moves ID rows, and its betas where those move rows between steps."""
+
+    def check_same(self, recorded: "Origin", path: Path) -> None:
+        """Raises CheckpointError naming every value that `recorded`, of the checkpoint at `path`, has otherwise.
+
+        A setting of the model that the checkpoint does not know yet was at its default, or as `legacy.BEFORE` says.
+        """
+        self.check_store(recorded, path)
+        unknown = {"model": ModelConfig().model_dump() | legacy.BEFORE["model"], "optim": legacy.BEFORE["optim"]}
+        theirs = {**recorded.model_dump(), "model": legacy.with_tables_up_to_date(recorded.model)}
+        lines = _differing(self.model_dump(), theirs, unknown)
+        if lines:
+            raise CheckpointError(
+                f"{path} belongs to another run; start a new one, or set back:\n  " + "\n  ".join(lines)
+            )
+
+    def check_store(self, recorded: "Origin", path: Path) -> None:
+        """Raises CheckpointError where E of the checkpoint at `path` was trained on features of another kind."""
+        lines = _differing(
+            {"store": self.store, "stores": self.stores}, {"store": recorded.store, "stores": recorded.stores}
+        )
+        if not lines:
+            return
+        if bool(self.store) != bool(recorded.store):
+            was = "was trained without images, and this run uses them"
+            if recorded.store:
+                was = "has an E for images, and this run uses none"
+            raise CheckpointError(
+                f"{path} {was}; set model.images as it was, or take its ID vectors alone into a new run: "
+                f"--warm-start {path} --warm-parts ids"
+            )
+        raise CheckpointError(
+            f"{path} was trained on features of another kind, and its E makes nothing of these:\n  "
+            + "\n  ".join(lines)
+            + "\nset data.store to a store of that kind (data.stores.NAME where stores.NAME differs), or take all but "
+            f"E into a new run, which trains an E for this one: --warm-start {path} --warm-parts model,ids"
+        )
+
+
+class CheckpointState(Section):
+    """state.json."""
+
+    format_version: int
+    step: int
+    epoch: int
+    step_in_epoch: int
+    num_ranks: int
+    origin: Origin
+    store_url: str | None
+    store_version: int | None
+    stores: dict[str, SnapshotId] = Field(default={})
+    """The snapshot of every store by name; the two above are of the first one."""
+    config_digest: str
+    history: list[dict[str, Any]]
+    files: dict[str, str]
+    """xxh3-128 of each file's bytes."""
+
+    @property
+    def position(self) -> BatchPosition:
+        """The batch that comes next."""
+        return BatchPosition(self.epoch, self.step_in_epoch)
+
+    def version_of(self, store: str) -> int | None:
+        """The snapshot of that store; of a checkpoint that knows no names, of the only one."""
+        return self.stores[store].version if store in self.stores else None if self.stores else self.store_version
+
+
+def save(
+    comm: Comm, folder: Path, trained: Trained, state: CheckpointState, keep: int, best: int | None = None
+) -> Path:
+    """Writes `folder`/step-N on all ranks together and removes all but the newest `keep`; `state.files` is filled in.
+    The one of step `best` is kept whatever its age.
+
+    Does nothing where that step is there already: it is this run's own, as `unrelated` ones are gone by then. Raises
+    CheckpointError on all ranks where one cannot write.
+    """
+    final, parts = place(folder, state.step), folder / f".step-{state.step:08}"
+    if comm.broadcast_object(final.exists()):
+        return final
+    with _agreed(comm, f"cannot write {parts}"):
+        if comm.rank == 0:
+            for leftover in folder.glob(".step-*"):
+                shutil.rmtree(leftover)
+            parts.mkdir(parents=True)
+    own: dict[str, str] = {}
+    with _agreed(comm, f"cannot write {parts}"):
+        name = f"rows-{comm.rank:05}-of-{comm.size:05}.safetensors"
+        own[name] = _write(parts / name, trained.shard_state())
+        if comm.rank == 0:
+            own[DENSE] = _write(parts / DENSE, trained.dense_state())
+    files = {name: digest for part in comm.allgather_object(own) for name, digest in part.items()}
+    with _agreed(comm, f"cannot write {final}"):
+        if comm.rank == 0:
+            _write_state(parts / "state.json", state.model_copy(update={"files": files}))
+            parts.rename(final)
+            _sync(folder)
+            best_path = None if best is None else place(folder, best)
+            remove([old for old in finished(folder)[:-keep] if old != best_path])
+    return final
+
+
+def end_with(comm: Comm, folder: Path, step: int, trained: Loadable) -> Path:
+    """Puts the checkpoint of `step` into `trained` and removes those of later steps, so that it is the latest one."""
+    path = place(folder, step)
+    load(comm, path, read_state(path), trained)
+    with _agreed(comm, f"cannot remove the checkpoints after {path}"):
+        if comm.rank == 0:
+            remove(unrelated(folder, path))
+    return path
+
+
+def find(folder: Path, resume: str) -> Path:
+    """The checkpoint that run.resume names: `latest` in `folder`, or a path. Raises CheckpointError."""
+    if resume != "latest":
+        path = Path(resume)
+        if not (path / "state.json").is_file():
+            raise CheckpointError(
+                f"run.resume={resume}: there is no state.json in it; give a folder named step-N, or latest"
+            )
+        return path
+    found = finished(folder)
+    if not found:
+        raise CheckpointError(f"run.resume=latest: no checkpoint in {folder}; leave run.resume out to start afresh")
+    return found[-1]
+
+
+def read_state(path: Path) -> CheckpointState:
+    """As `read_recorded`, with the stores that were accepted in the place of lost ones. Raises CheckpointError."""
+    state = read_recorded(path)
+    return state.model_copy(update={"stores": accepted.standing_in(path, state.stores)})
+
+
+def read_recorded(path: Path) -> CheckpointState:
+    """state.json of the checkpoint at `path`, its own digest verified. Raises CheckpointError."""
+    file = path / "state.json"
+    try:
+        values = parse_json(read_regular(file))
+        digest = values.pop("digest")
+        version = values["format_version"]
+        if version > FORMAT_VERSION:
+            raise CheckpointError(f"{file} has format {version}, this code reads up to {FORMAT_VERSION}; update it")
+        if digest != _json_digest(values):
+            raise CheckpointError(f"{file} is damaged: its digest does not fit; resume from another checkpoint")
+        return CheckpointState.model_validate(values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as failure:
+        raise CheckpointError(f"{file} is damaged: {failure}; resume from another checkpoint") from failure
+
+
+def load(comm: Comm, path: Path, state: CheckpointState, trained: Loadable) -> None:
+    """Puts the checkpoint into `trained`; each rank reads the shards that it owns now, whoever wrote them.
+
+    Raises CheckpointError on all ranks, naming the file, where one is missing, damaged or does not fit.
+    """
+    with _agreed(comm, f"cannot read {path}"):
+        for name in sorted(state.files)[comm.rank :: comm.size]:
+            _verify(path / name, state.files[name])
+    with _agreed(comm, f"cannot read {path}"):
+        trained.load_dense_state(_read_all(path / DENSE))
+        rows = [path / name for name in sorted(state.files) if name != DENSE]
+        trained.load_shard_state(_read_named(rows, set(trained.shard_names())))
+
+
+def read_dense(path: Path, state: CheckpointState, names: Iterable[str]) -> dict[str, Tensor]:
+    """Those tensors of what every rank holds; the rows of IDs are not read. Raises CheckpointError."""
+    try:
+        _verify(path / DENSE, state.files[DENSE])
+        return _read_named([path / DENSE], set(names))
+    except (OSError, SafetensorError) as failure:
+        raise CheckpointError(f"cannot read {path}: {failure}") from failure
+
+
+@contextmanager
+def read_rows(path: Path, state: CheckpointState, names: Iterable[str]) -> Iterator[Callable[[str], Tensor]]:
+    """Gives a function that reads one of those tensors of ID rows, whichever rank wrote it. Raises CheckpointError."""
+    try:
+        with ExitStack() as opened:
+            file_of: dict[str, Any] = {}
+            for file in sorted(set(state.files) - {DENSE}):
+                _verify(path / file, state.files[file])
+                tensors = opened.enter_context(safe_open(path / file, framework="pt"))
+                file_of |= dict.fromkeys(tensors.keys(), tensors)
+            if lacking := sorted(set(names) - file_of.keys()):
+                raise CheckpointError(f"{path} lacks {lacking[0]} and {len(lacking) - 1} more; take another checkpoint")
+            yield lambda name: file_of[name].get_tensor(name)
+    except (OSError, SafetensorError) as failure:
+        raise CheckpointError(f"cannot read {path}: {failure}") from failure
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Names, with dots between the levels, and values of nested mappings."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+@contextmanager
+def _agreed(comm: Comm, what: str) -> Iterator[None]:
+    """Runs the block on every rank and then raises on all if one failed: CheckpointError, disk errors translated."""
+    with comm.agreed():
+        try:
+            yield
+        except (OSError, SafetensorError) as failure:
+            raise CheckpointError(f"{what}: {failure}") from failure
+
+
+def _differing(
+    mine: Mapping[str, Any], theirs: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> list[str]:
+    """One line for each value that is another; `theirs` may lack one that `mine` has at its default."""
+    here, there, default = (dict(flat(values)) for values in (mine, theirs, defaults or {}))
+    there = {name: default[name] for name in default.keys() & here.keys()} | there
+    names = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
+    lines = {name: f"{name} is {here.get(name)!r} here, {there.get(name)!r} in the checkpoint" for name in names}
+    if _SAMPLES in lines:
+        lines[_SAMPLES] += ": these are other training samples, or their files have changed since"
+    return list(lines.values())
+
+
+def place(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return folder / f"step-{step:08}"
+
+
+def finished(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def unrelated(folder: Path, resumed: Path) -> list[Path]:
+    """Checkpoints in `folder` that a run did not come past on its way to `resumed`, oldest first: those of later steps,
+    or all where `resumed` is not one of them."""
+    found = finished(folder)
+    way = next((number for number, path in enumerate(found, 1) if path.samefile(resumed)), 0)
+    return found[way:]
+
+
+def remove(paths: Sequence[Path]) -> None:
+    """Removes checkpoints of one folder, given oldest first.
+
+    A kill in between leaves the older ones whole and nothing after them: the newest one goes first, its name at once.
+    """
+    for path in reversed(paths):
+        hidden = path.with_name(f".{path.name}")
+        path.rename(hidden)
+        _sync(path.parent)
+        shutil.rmtree(hidden)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Writes and syncs the file; returns the digest of what the disk gives back."""
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    _sync(path)
+    return digest_of_file(path)
+
+
+def _write_state(path: Path, state: CheckpointState) -> None:
+    values = state.model_dump(mode="json")
+    path.write_text(json.dumps({**values, "digest": _json_digest(values)}, indent=1), encoding="utf-8")
+    _sync(path)
+    _sync(path.parent)
+
+
+def _verify(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; resume from another checkpoint")
+    if digest_of_file(path) != expected:
+        raise CheckpointError(
+            f"{path} is damaged: its digest is not the one in state.json; resume from another checkpoint"
+        )
+
+
+def _read_all(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
+
+
+def _read_named(paths: Iterable[Path], names: set[str]) -> dict[str, Tensor]:
+    """Those tensors, from whichever files hold them; nothing else is read."""
+    found: dict[str, Tensor] = {}
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            found.update({name: file.get_tensor(name) for name in names.intersection(file.keys())})
+    return found
+
+
+def _json_digest(values: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

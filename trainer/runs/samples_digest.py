@@ -1,0 +1,154 @@
+"""Whether samples are the ones that they were: a digest of the bytes of their files, remembered for the next start.
+
+Names and counts of rows do not tell: labels can be turned round in place. Nor does a checksum in a file's metadata:
+tools that read, change and write a table copy it. So each file is read once, by one of the ranks, and read again only
+when its tag (inode, size and times; an ETag on an object store) is another one.
+"""
+
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from featurestore.console.output import text_console
+from featurestore.errors import StorageError
+from featurestore.lookup.cache import default_cache_dir
+from featurestore.lookup.prune import SAMPLES, is_cache_file
+from featurestore.storage.local import StorageEntry
+from featurestore.storage.private import claim, is_private
+from featurestore.storage.storage import Storage
+from trainer.comm import Comm
+from trainer.errors import DataError
+from trainer.runs.checkpoint import Origin
+from trainer.samples.reader import SampleIndex
+
+_NAME = "samples_digest"  # in the origin of a checkpoint
+_KIND = "bytes:"  # the beginning of one of contents
+_BLOCK_BYTES = 8 << 20
+_THREADS = 4  # waiting for the disk or the network; xxh3 takes 18 GB/s on one core
+_TOLD_BYTES = 1 << 30
+_SETTLED_S = 2.0  # a file that changed twice within a tick of the clock would keep its tag
+
+
+@dataclass(frozen=True)
+class SamplesDigest:
+    """`content` is what checkpoints keep; before they did, they kept the `layout`: names and counts alone."""
+
+    content: str
+    layout: str
+
+    def is_of(self, recorded: Origin) -> bool:
+        """Whether these are the samples of a checkpoint."""
+        return recorded.data.get(_NAME) == self.as_recorded(recorded)[_NAME]
+
+    def as_recorded(self, recorded: Origin) -> dict[str, str]:
+        """What to compare with a checkpoint's, of the kind that it has."""
+        return {_NAME: self.content if str(recorded.data.get(_NAME)).startswith(_KIND) else self.layout}
+
+
+def samples_digest(comm: Comm, index: SampleIndex, cache_dir: str | Path | None = None) -> SamplesDigest:
+    """Reads the files of `index` that are not known yet, each rank its share; every rank calls it.
+
+    What is known is kept in `cache_dir`/samples on rank 0's machine. Raises DataError on all ranks together.
+    """
+    files = list(dict.fromkeys(each.file for each in index.row_groups))  # by name, whichever split they are in
+    memory = _Memory(index.storage, Path(cache_dir or default_cache_dir()) / SAMPLES)
+    known, unknown = comm.on_rank_0(lambda: memory.split(files))
+    size_bytes = sum(unknown.values())
+    if size_bytes > _TOLD_BYTES:
+        console = text_console(quiet=comm.rank != 0)
+        console.print(f"reading {size_bytes / 1e9:.1f} GB of samples in {index.storage.url} to tell them from others")
+    with comm.agreed():
+        by_size = sorted(unknown, key=lambda file: (-unknown[file], file))  # so that no rank has much more to read
+        found = _digests(index.storage, by_size[comm.rank :: comm.size])
+    for share in comm.allgather_object(found, name="samples_digest"):
+        known |= share
+    comm.on_rank_0(lambda: memory.keep(known))
+    layout = index.layout_digest
+    each = xxhash.xxh3_128_hexdigest("\n".join([layout, *(known[file] for file in files)]).encode())
+    return SamplesDigest(f"{_KIND}{each}", layout)
+
+
+def _digests(storage: Storage, files: Sequence[str]) -> dict[str, str]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(files, pool.map(lambda file: _digest(storage, file), files), strict=True))
+
+
+def _digest(storage: Storage, file: str) -> str:
+    digest = xxhash.xxh3_128()
+    try:
+        with storage.open_input(file) as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                digest.update(block)
+    except (OSError, StorageError) as failure:
+        raise DataError(f"{storage.full(file)} cannot be read: {failure}") from failure
+    return digest.hexdigest()
+
+
+class _Memory:
+    """Digests of earlier starts by the files' tags. Where it cannot be read or kept, or other users may write to it, it
+    is empty."""
+
+    def __init__(self, storage: Storage, folder: Path) -> None:
+        self._storage = storage
+        self._file = folder / f"{xxhash.xxh3_64_hexdigest(storage.url.encode())}.json"
+        self._entries: dict[str, StorageEntry] = {}
+        self._tags: dict[str, str] = {}
+        """Of the files whose digests may be kept."""
+
+    def split(self, files: Sequence[str]) -> tuple[dict[str, str], dict[str, int]]:
+        """Digests of the files that are known, and sizes in bytes of the others."""
+        listed = [each for split in ("train", "test") for each in self._storage.entries(split, recursive=False)]
+        self._entries = {each.path: each for each in listed}
+        kept, now_s = self._read(), time.time()
+        known: dict[str, str] = {}
+        for file in files:
+            entry = self._entries.get(file)
+            if entry and entry.tag and now_s - entry.mtime_s > _SETTLED_S:
+                self._tags[file] = entry.tag
+                tag, digest = kept.get(file, ("", ""))
+                if tag == entry.tag:
+                    known[file] = digest
+        sizes = {file: entry.size_bytes for file, entry in self._entries.items()}
+        return known, {file: sizes.get(file, 0) for file in files if file not in known}
+
+    def keep(self, digests: Mapping[str, str]) -> None:
+        """Writes what is new, and forgets files that are gone."""
+        kept = {file: value for file, value in self._read().items() if file in self._entries}
+        mine = {file: [tag, digests[file]] for file, tag in self._tags.items()}
+        if all(kept.get(file) == (tag, digest) for file, (tag, digest) in mine.items()):
+            return
+        remember(self._file, kept | mine)
+
+    def _read(self) -> dict[str, tuple[str, str]]:
+        try:
+            return {str(file): (str(tag), str(digest)) for file, (tag, digest) in remembered(self._file).items()}
+        except (ValueError, TypeError):
+            return {}
+
+
+def remembered(file: Path) -> dict[str, Any]:
+    """What `remember` wrote; nothing where it cannot be read, or where other users may write to it."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if is_private(file.lstat()) else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def remember(file: Path, values: Mapping[str, Any]) -> None:
+    """Keeps `values` as JSON in a file of the cache folder's room for samples; nothing where it cannot be written."""
+    part = file.with_name(f".tmp-{uuid.uuid4().hex}")
+    with contextlib.suppress(OSError, StorageError):
+        claim(file.parent.parent, is_cache_file)
+        claim(file.parent, lambda _: True)
+        part.touch(mode=0o600)
+        part.write_text(json.dumps(values), encoding="utf-8")
+        part.replace(file)

@@ -1,0 +1,211 @@
+"""Warm start: a new run that begins with parameters of an earlier one, by group.
+
+The paper's partial warm-up takes everything but the ID vectors, which start fresh: taking them too overfits ("Image
+Matters", arXiv 1711.06505: GAUC .6260 without, .6283 partial, .6230 full). Optimisers, the counts of ID rows and the
+learning rate's schedule start fresh in any case: Adam's moments are running means of the earlier run's gradients, at
+the end of its schedule and on its data, and a new run's first steps would be made of them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trainer.comm import Comm
+from trainer.config import legacy
+from trainer.config.config import WarmPart
+from trainer.config.options import ModelConfig
+from trainer.errors import CheckpointError
+from trainer.optim import check_names
+from trainer.runs import checkpoint
+from trainer.runs.checkpoint import CheckpointState, Origin
+from trainer.samples.statistics import DECLARED, FOUND
+
+_PREFIXES: Mapping[WarmPart, str] = {"images": "stores.", "model": "model."}
+
+
+class Warmable(Protocol):
+    """What of the engine a warm start needs; `dense_state` gives the tensors themselves."""
+
+    def dense_state(self) -> dict[str, Tensor]: ...
+    def warm_names(self) -> list[str]: ...
+    def begin_with(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """A checkpoint to begin with, and the groups of parameters to take."""
+
+    path: Path
+    state: CheckpointState
+    parts: tuple[WarmPart, ...]
+
+
+def find(run: str, parts: Sequence[WarmPart]) -> WarmStart:
+    """The checkpoint that run.warm_start names: a run's folder means its last one. Raises CheckpointError."""
+    path = Path(run)
+    if not (path / "state.json").is_file():
+        finished = checkpoint.finished(path / "checkpoints")
+        if not finished:
+            raise CheckpointError(
+                f"run.warm_start={run} is neither a checkpoint nor the folder of a run that has one; "
+                "give one of them, as data/runs/NAME"
+            )
+        path = finished[-1]
+    return WarmStart(path, checkpoint.read_state(path), tuple(parts))
+
+
+def load(comm: Comm, warm: WarmStart, origin: Origin, trained: Warmable) -> None:
+    """Copies the chosen groups into `trained`; ranks may be more or fewer than those that wrote the checkpoint.
+
+    Raises CheckpointError on all ranks where a file is damaged, where E would see features of another kind than those
+    it was trained on, where what is chosen has other names or shapes here, or where it would mean something else.
+    """
+    if not warm.parts:
+        return
+    if "images" in warm.parts:
+        origin.check_store(warm.state.origin, warm.path)
+    if "model" in warm.parts:
+        _check_fields(origin.model, warm)
+        _check_layers(origin.model, warm)
+    if "ids" in warm.parts:
+        _check_rows(origin.model, warm)
+    rows = {} if "ids" in warm.parts else {"files": {checkpoint.DENSE: warm.state.files[checkpoint.DENSE]}}
+    checkpoint.load(comm, warm.path, warm.state.model_copy(update=rows), _Chosen(warm, trained))
+
+
+class _Chosen:
+    """The chosen groups of an engine, as something that a checkpoint can be loaded into."""
+
+    def __init__(self, warm: WarmStart, trained: Warmable) -> None:
+        self._warm, self._trained, self._dense = warm, trained, trained.dense_state()
+
+    def load_dense_state(self, state: Mapping[str, Tensor]) -> None:
+        for part, prefix in _PREFIXES.items():
+            if part in self._warm.parts:
+                mine, theirs = (
+                    {name: value for name, value in each.items() if name.startswith(prefix)}
+                    for each in (self._dense, state)
+                )
+                with self._named(part), torch.no_grad():
+                    check_names(mine, theirs)
+                    for name, value in mine.items():
+                        value.copy_(theirs[name])
+
+    def shard_names(self) -> list[str]:
+        return self._trained.warm_names() if "ids" in self._warm.parts else []
+
+    def load_shard_state(self, state: Mapping[str, Tensor]) -> None:
+        if "ids" in self._warm.parts:
+            with self._named("ids"):
+                self._trained.begin_with(state)
+
+    @contextmanager
+    def _named(self, part: WarmPart) -> Iterator[None]:
+        """Says in a CheckpointError of the block which part of which run does not fit."""
+        try:
+            yield
+        except CheckpointError as failure:
+            raise CheckpointError(
+                f"warm start from {self._warm.path}, part {part}: {failure}, or leave {part} out of run.warm_parts"
+            ) from failure
+
+
+def not_taken(model: Mapping[str, Any], warm: WarmStart) -> list[str]:
+    """The earlier run's ID tables that are asked for, and that this run has no field for."""
+    mine, theirs = (
+        {field.get("table") or name for name, field in each["fields"].items() if field["kind"] in ("id", "multi_id")}
+        for each in (model, warm.state.origin.model)
+    )
+    return sorted(theirs - mine) if "ids" in warm.parts else []
+
+
+def _check_layers(model: Mapping[str, Any], warm: WarmStart) -> None:
+    """What the layers make of the same values is a matter of these settings, which the values' shapes may not tell."""
+    theirs = _settings_of(warm)
+    differing = [name for name in sorted(_meaning(model) | _meaning(theirs)) if model[name] != theirs[name]]
+    if _tells_new_ads(model) != _tells_new_ads(theirs):
+        differing.append("image_holdout")
+    if differing:
+        was, has = (", ".join(f"model.{name}={each[name]}" for name in differing) for each in (theirs, model))
+        raise CheckpointError(
+            f"warm start from {warm.path}, part model: it was trained with {was}, this run has {has}; set {was}, or "
+            "leave model out of run.warm_parts"
+        )
+
+
+def _meaning(model: Mapping[str, Any]) -> set[str]:
+    """The settings that decide on what the layers of a model mean, those alone that its other settings do not make
+    idle. How layers are trained (dropout, their start) may differ; their sizes differ by their shapes."""
+    names = {"base", "images", "multi_hot", "activation", "batch_norm"}
+    if model["base"] == "dcn":
+        names.add("cross_structure")
+    if model["base"] == "finalmlp":
+        names.add("feature_gates")
+    if model["images"] in ("behavior", "both") and model["base"] != "two_tower":
+        names |= {"pooling", "similarity_top_k"}
+        if model["base"] != "lr":
+            names.add("image_products")
+        if model["pooling"] == "transformer":
+            names.add("transformer_heads")
+    return names
+
+
+def _tells_new_ads(model: Mapping[str, Any]) -> bool:
+    """Whether the pictures of new ads have a scale and a shift of their own."""
+    return model["image_holdout"] > 0 and model["images"] in ("ad", "both")
+
+
+def _check_rows(model: Mapping[str, Any], warm: WarmStart) -> None:
+    """Rows of the same shape may be of other buckets, or lie where this run does not take them for untrained."""
+    theirs = _settings_of(warm)
+    for name in model["fields"].keys() & theirs["fields"].keys():
+        here, there = ([each["fields"][name].get(key) for key in ("buckets", "boundaries")] for each in (model, theirs))
+        if here != there:
+            raise CheckpointError(
+                f"warm start from {warm.path}, part ids: the buckets of field {name} begin elsewhere in this run; use "
+                "its data.schema_file, or leave ids out of run.warm_parts"
+            )
+    if _tells_new_ads(model) and theirs["id_init_std"] > model["id_init_std"]:
+        raise CheckpointError(
+            f"warm start from {warm.path}, part ids: its rows started with model.id_init_std={theirs['id_init_std']}, "
+            f"and with model.image_holdout={model['image_holdout']} an ad is new while its rows lie within this run's "
+            f"{model['id_init_std']}, so none would be; leave ids out of run.warm_parts, or set model.image_holdout=0"
+        )
+
+
+def _settings_of(warm: WarmStart) -> dict[str, Any]:
+    """The earlier run's model, settings that it did not know yet as they were then."""
+    return ModelConfig().model_dump() | legacy.BEFORE["model"] | warm.state.origin.model
+
+
+def _check_fields(model: Mapping[str, Any], warm: WarmStart) -> None:
+    """The first layer's columns belong to fields by their order, which its shape does not tell; nor does it tell how
+    numbers are scaled, and how the values of a row or the images of a gallery become one."""
+    mine, theirs = _described(model["fields"]), _described(warm.state.origin.model["fields"])
+    differing = [
+        f"{name}, {key}" + ("" if key in FOUND else f"={theirs[name][key]}, here {mine[name][key]}")
+        for name in mine.keys() & theirs.keys()
+        for key in mine[name]
+        if mine[name][key] != theirs[name][key]
+    ]
+    differing += [f"{name} is in one of the two alone" for name in mine.keys() ^ theirs.keys()]
+    if differing or list(mine) != list(theirs):
+        raise CheckpointError(
+            f"warm start from {warm.path}, part model: its schema has other fields "
+            f"({'; '.join(sorted(differing)) or 'the same in another order'}), so its layers read other inputs; "
+            "use its data.schema_file, or leave model out of run.warm_parts"
+        )
+
+
+def _described(fields: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What decides, by field, on the meaning of what the layers read."""
+    keys = ("side", *DECLARED, *FOUND, "gallery")
+    return {
+        name: {key: field.get(key) for key in keys} | {"weights": "a column" if field.get("weights") else None}
+        for name, field in fields.items()
+    }

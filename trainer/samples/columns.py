@@ -1,0 +1,387 @@
+"""From Arrow columns of sample groups to flat numpy arrays: types are checked before reading, values while reading.
+
+Nothing here loops over rows in Python. A value that cannot be used is named with its file, its row (from 0) and column.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from trainer.errors import DataError, SchemaError
+from trainer.samples.texts import Encoded, TextKind, UndecodableTextError, cross, encode_numbers, encode_texts, is_text
+from trainer.schema import Field, Schema, Side
+
+Values = NDArray[Any]
+Index = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a column has to be: `depth` lists around integers, or around real numbers, `width` of them a row.
+
+    `may_miss`: real numbers may be null or NaN, and are NaN then. `lengths_of`: columns whose lists are exactly as long
+    as this one's, as the ids that these weights belong to. `gallery`: its innermost lists are images of one ad or
+    behaviour, see `sizes_of`.
+    `text`: integers may be written as strings, and this is how they become integers. `crossed`: there is no such
+    column; its values are those of these columns, crossed.
+    """
+
+    side: Side
+    depth: int
+    number: Literal["integer", "real"]
+    width: int | None = None
+    may_miss: bool = False
+    lengths_of: tuple[str, ...] = dataclass_field(default=(), compare=False)
+    gallery: bool = dataclass_field(default=False, compare=False)
+    text: TextKind | None = None
+    crossed: tuple[str, ...] = ()
+
+    @property
+    def is_real(self) -> bool:
+        return self.number == "real"
+
+    def __str__(self) -> str:
+        return "list<" * self.depth + self.number + (" or null" if self.may_miss else "") + ">" * self.depth
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A column of one side: row m is `values[offsets[m]:offsets[m + 1]]`, or `values[m]` where there are no offsets."""
+
+    values: Values
+    offsets: Index | None
+
+    def take(self, index_M: Index) -> tuple[Values, NDArray[np.int32]]:
+        """Values of these rows, one after the other, and the length of each."""
+        if self.offsets is None:
+            return self.values[index_M], np.ones(len(index_M), np.int32)
+        starts_M = self.offsets[index_M]
+        lengths_M = self.offsets[index_M + 1] - starts_M
+        return self.values[ranges(starts_M, lengths_M)], lengths_M.astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Sample groups in memory: group g has samples `sample_offsets[g]` to `sample_offsets[g + 1]` of the ad side."""
+
+    columns: Mapping[str, Rows]
+    sample_offsets: Index
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.sample_offsets[-1])
+
+
+def sizes_of(column: str) -> str:
+    """The name under which `Groups` have the numbers of images of a gallery's ads or behaviours; in no file."""
+    return f"{column} sizes"
+
+
+def ranges(starts_M: Index, lengths_M: Index) -> Index:
+    """start, start + 1, … start + length - 1 of each row, one after the other."""
+    ends_M = np.cumsum(lengths_M)
+    total = int(ends_M[-1]) if len(ends_M) else 0
+    return np.repeat(starts_M - (ends_M - lengths_M), lengths_M) + np.arange(total, dtype=np.int64)
+
+
+def rules_of(schema: Schema) -> dict[str, Rule]:
+    """What every column has to be. Raises SchemaError where two fields want different things of one column."""
+    uris = {field.column_name for field in schema.of_kind("content")}  # an image's ID is its key
+    galleries = {field.column_name for field in schema.of_kind("content") if field.gallery}
+    group = Rule("user", 0, "integer", text="uri" if schema.group in uris else "id")
+    rules = {schema.label: Rule("ad", 1, "integer"), schema.group: group}
+    owners = {schema.label: "label", schema.group: "group"}
+    columns = {field.name: field.column_name for field in schema.fields}
+    wanted = []
+    for field in schema.fields:
+        others = () if field.beside is None else (columns[field.beside],)
+        wanted.append((field.column_name, replace(_rule(field, uris), lengths_of=others), f"field {field.name}"))
+    for field in schema.fields:
+        if field.weights is not None:
+            rule = replace(_rule(field, uris), number="real", lengths_of=(field.column_name,), text=None, crossed=())
+            wanted.append((field.weights, rule, f"weights of field {field.name}"))
+    for column, rule, owner in wanted:
+        found = rules.setdefault(column, rule)
+        if found != rule:
+            raise SchemaError(
+                f"column {column}: {owner} reads it as {rule} of side {rule.side}, but {owners[column]} "
+                f"as {found} of side {found.side}; change one of them in the schema"
+            )
+        owners.setdefault(column, owner)
+        lengths_of = tuple(dict.fromkeys((*found.lengths_of, *rule.lengths_of)))
+        rules[column] = replace(found, lengths_of=lengths_of, gallery=column in galleries)
+    return rules
+
+
+def source_columns(rules: Mapping[str, Rule]) -> dict[str, Rule]:
+    """The columns of the files that the rules read, and what each has to be: a crossed one is several."""
+    found: dict[str, Rule] = {}
+    for column, rule in rules.items():
+        each = replace(rule, crossed=())
+        found |= {source: rules.get(source, each) for source in rule.crossed or (column,)}
+    return found
+
+
+def text_columns(found: pa.Schema, rules: Mapping[str, Rule]) -> set[str]:
+    """Those of the rules whose IDs are hashes in files of this schema: of strings, or of crossed values."""
+    return {
+        column
+        for column, rule in rules.items()
+        if rule.crossed or (rule.text and is_text(_element(found.field(column).type, rule.depth)))
+    }
+
+
+def aligned_columns(rules: Mapping[str, Rule]) -> list[list[str]]:
+    """Lists of the user side whose values belong together by position: value k of each describes behaviour k.
+
+    Those called BEHAVIOR_X where the ads have a column ad_X, BEHAVIOR being behavior or a longer name that begins so
+    and is the same for all: behavior_item and behavior_image, behavior_buy_item and behavior_buy_image. Other lists
+    (user_tags) have lengths of their own.
+    """
+    plain = {name: rule for name, rule in rules.items() if not rule.crossed}
+    of_ad = sorted((name for name, rule in plain.items() if rule.side == "ad" and name.startswith("ad_")), key=len)
+    found: dict[str, list[str]] = {}
+    for name, rule in plain.items():
+        is_list = rule.depth == 1 + rule.gallery and rule.width is None
+        if rule.side == "user" and is_list and name.startswith("behavior_"):
+            ends = [ad.removeprefix("ad") for ad in of_ad if name.endswith(ad.removeprefix("ad"))]
+            if ends:
+                found.setdefault(name.removesuffix(ends[-1]), []).append(name)
+    return list(found.values())
+
+
+def check_types(found: pa.Schema, rules: Mapping[str, Rule], file: str) -> None:
+    """Raises SchemaError for the columns of `file` that are missing or of another type than the rules say."""
+    problems = []
+    for column, rule in source_columns(rules).items():
+        expected = f"expected {rule}" + (f" (or {str(rule).replace('integer', 'string')})" if rule.text else "")
+        if not found.names.count(column):
+            problems.append(f"{file}: column {column} is missing, {expected}; found columns: {', '.join(found.names)}")
+        elif found.names.count(column) > 1:
+            problems.append(
+                f"{file}: column {column} stands {found.names.count(column)} times in it, and nobody can tell which is "
+                "meant; write the file with one"
+            )
+        elif not _fits(found.field(column).type, rule):
+            problems.append(f"{file}: column {column} is {found.field(column).type}, {expected}")
+    if problems:
+        raise SchemaError("\n".join(problems))
+
+
+def decode(table: pa.Table, rules: Mapping[str, Rule], label: str, file: str, first_row: int) -> Groups:
+    """The sample groups of a row group, whose first row is number `first_row` of `file`. Raises DataError."""
+    where = _Where(file, first_row)
+    raw = {column: _flatten(table, column, rule, where) for column, rule in rules.items()}
+    sample_offsets = raw[label][1][0]
+    if (empty := np.flatnonzero(np.diff(sample_offsets) == 0)).size:
+        raise DataError(
+            f"{where.row(empty[0])}: column {label} is an empty list; a sample group has at least one impression"
+        )
+    columns = {}
+    for column, rule in rules.items():
+        values, offsets = raw[column]
+        if rule.side == "ad":
+            where.check_equal(offsets[0], sample_offsets, column, label)
+            offsets = offsets[1:]
+        if rule.gallery:
+            items = offsets[0] if len(offsets) > 1 else None
+            columns[sizes_of(column)] = Rows(np.diff(offsets[-1]), items)
+            offsets = (offsets[-1] if items is None else offsets[-1][items],)
+        columns[column] = Rows(values, offsets[0] if offsets else None)
+        _check_width(columns[column], column, rule, where, sample_offsets)
+        for other in rule.lengths_of:
+            if other in raw and offsets:
+                outer = (sample_offsets,) if rule.side == "ad" else ()
+                where.check_equal(offsets[-1], raw[other][1][-1], column, other, "value", outer)
+    for first, *others in aligned_columns(rules):
+        for column in others:
+            where.check_equal(raw[column][1][0], raw[first][1][0], column, first, "behaviour")
+    labels = columns[label].values
+    if (wrong := np.flatnonzero((labels != 0) & (labels != 1))).size:
+        row = where.row_of_value(wrong[0], (sample_offsets,))
+        raise DataError(f"{row}: column {label} has {labels[wrong[0]]}; a label is 0 or 1")
+    return Groups(columns, sample_offsets)
+
+
+def values_of(table: pa.Table, column: str, rule: Rule, file: str, first_row: int) -> Values:
+    """All values of one column, one after the other; see `decode`."""
+    return _flatten(table, column, rule, _Where(file, first_row))[0]
+
+
+def texts_of(table: pa.Table, column: str, rule: Rule, file: str, first_row: int) -> Encoded:
+    """The values of one of the `text_columns` of a table, with what they were written as. Raises DataError."""
+    encoded, _ = _encoded(table, column, rule, _Where(file, first_row))
+    return encoded
+
+
+def concatenate(parts: Sequence[Groups]) -> Groups:
+    """The groups of all parts, in their order."""
+    columns = {
+        column: Rows(
+            np.concatenate([part.columns[column].values for part in parts]),
+            None if first.offsets is None else _joined([_present(part.columns[column].offsets) for part in parts]),
+        )
+        for column, first in parts[0].columns.items()
+    }
+    return Groups(columns, _joined([part.sample_offsets for part in parts]))
+
+
+@dataclass(frozen=True)
+class _Where:
+    file: str
+    first_row: int
+
+    def row(self, group: int) -> str:
+        return f"{self.file}, row {self.first_row + int(group)}"
+
+    def row_of_value(self, value: int, offsets: Sequence[Index]) -> str:
+        for level in reversed(offsets):
+            value = int(np.searchsorted(level, value, side="right")) - 1
+        return self.row(value)
+
+    def check_equal(
+        self,
+        found_M1: Index,
+        expected_M1: Index,
+        column: str,
+        other: str,
+        each: str = "impression",
+        outer: Sequence[Index] = (),
+    ) -> None:
+        """Raises DataError where two columns have lists of unequal lengths; `outer` are offsets of lists around."""
+        differing = np.flatnonzero(np.diff(found_M1) != np.diff(expected_M1))
+        if differing.size:
+            first = int(differing[0])
+            raise DataError(
+                f"{self.row_of_value(first, outer)}: column {column} has {np.diff(found_M1)[first]} entries, "
+                f"{other} has {np.diff(expected_M1)[first]}; each {each} needs one entry in both"
+            )
+
+
+def _rule(field: Field, uris: Collection[str]) -> Rule:
+    ad = int(field.side == "ad")
+    if field.kind == "dense":
+        width = field.width if field.width != 1 else None
+        return Rule(field.side, ad + (width is not None), "real", width, field.fill is not None)
+    text: TextKind = "uri" if field.column_name in uris else "id"
+    if field.kind == "content":
+        return Rule(field.side, 1 + (field.gallery is not None), "integer", text=text)
+    depth = ad + (field.kind == "multi_id")
+    if field.is_bucketed:
+        return Rule(field.side, depth, "real", may_miss=field.fill is not None)
+    return Rule(field.side, depth, "integer", text=text, crossed=field.columns or ())
+
+
+def _fits(found: pa.DataType, rule: Rule) -> bool:
+    kind = _element(found, rule.depth)
+    if kind is None:
+        return False
+    integer = pa.types.is_integer(kind) and kind != pa.uint64()
+    return (
+        integer or (rule.number == "real" and pa.types.is_floating(kind)) or (rule.text is not None and is_text(kind))
+    )
+
+
+def _element(found: pa.DataType, depth: int) -> pa.DataType | None:
+    """The type inside so many lists, of a dictionary that of its values; None where there are fewer lists."""
+    kind: Any = found
+    for _ in range(depth):
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+            return None
+        kind = kind.value_type
+    element: pa.DataType = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return element
+
+
+def _flatten(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Values, tuple[Index, ...]]:
+    """Flat values and the offsets of each level of lists, outermost first. Raises DataError at a null or infinity."""
+    if rule.crossed or is_text(_element(table.schema.field(name).type, rule.depth)):
+        encoded, offsets = _encoded(table, name, rule, where)
+        return encoded.ids, offsets
+    array, offsets = _innermost(table, name, rule, where)
+    values = array.to_numpy(zero_copy_only=False)
+    if rule.number == "integer":
+        return values.astype(np.int64, copy=False), offsets
+    values = values.astype(np.float32)
+    if (wrong := np.flatnonzero(np.isinf(values) if rule.may_miss else ~np.isfinite(values))).size:
+        row = where.row_of_value(wrong[0], offsets)
+        way_out = "; fill in the schema stands in for missing ones" if np.isnan(values[wrong[0]]) else ""
+        raise DataError(f"{row}: column {name} has {values[wrong[0]]}; it has to be a finite float32 number{way_out}")
+    return values, offsets
+
+
+def _encoded(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Encoded, tuple[Index, ...]]:
+    """As `_flatten`, of a column of texts or of crossed ones: each distinct value once."""
+    if rule.crossed:
+        first, *others = (_encoded(table, each, replace(rule, crossed=()), where) for each in rule.crossed)
+        for (_, offsets), column in zip(others, rule.crossed[1:], strict=True):
+            for level, (found, expected) in enumerate(zip(offsets, first[1], strict=True)):
+                where.check_equal(found, expected, column, rule.crossed[0], "crossed value", offsets[:level])
+        return cross([encoded for encoded, _ in (first, *others)]), first[1]
+    array, offsets = _innermost(table, name, rule, where)
+    if not is_text(array.type):
+        return encode_numbers(array.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)), offsets
+    assert rule.text is not None
+    try:
+        return encode_texts(array, rule.text), offsets
+    except UndecodableTextError as failure:
+        row = where.row_of_value(failure.place, offsets)
+        raise DataError(f"{row}: column {name} has text that is not UTF-8; write the file in UTF-8") from None
+
+
+def _innermost(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Any, tuple[Index, ...]]:
+    """The values as an Arrow array without nulls, and the offsets of each level of lists."""
+    array: Any = table.column(name).combine_chunks()
+    offsets: list[Index] = []
+    for _ in range(rule.depth):
+        _refuse_nulls(array, name, offsets, where)
+        array, level = _unwrap(array)
+        offsets.append(level)
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if not rule.may_miss:
+        _refuse_nulls(array, name, offsets, where, "give its field fill, or leave the row out" if rule.is_real else "")
+    return array, tuple(offsets)
+
+
+def _unwrap(array: Any) -> tuple[Any, Index]:
+    """Elements of a list array without nulls, and its offsets from 0."""
+    if pa.types.is_fixed_size_list(array.type):
+        size = array.type.list_size
+        return array.flatten(), np.arange(len(array) + 1, dtype=np.int64) * size
+    offsets = array.offsets.to_numpy().astype(np.int64)
+    return array.values.slice(offsets[0], offsets[-1] - offsets[0]), offsets - offsets[0]
+
+
+def _refuse_nulls(array: Any, name: str, offsets: Sequence[Index], where: _Where, way_out: str = "") -> None:
+    if array.null_count:
+        first = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
+        what = "is null" if not offsets else "has a null in its list"
+        raise DataError(
+            f"{where.row_of_value(first, offsets)}: column {name} {what}; "
+            + (way_out or "write an empty list, or leave the row out")
+        )
+
+
+def _check_width(rows: Rows, column: str, rule: Rule, where: _Where, sample_offsets: Index) -> None:
+    if rule.width is None or rows.offsets is None:
+        return
+    lengths_M = np.diff(rows.offsets)
+    if (wrong := np.flatnonzero(lengths_M != rule.width)).size:
+        row = where.row_of_value(wrong[0], (sample_offsets,) if rule.side == "ad" else ())
+        raise DataError(f"{row}: column {column} has {lengths_M[wrong[0]]} numbers; the schema says width={rule.width}")
+
+
+def _joined(offsets: Sequence[Index]) -> Index:
+    """Offsets of the concatenation of jagged arrays with these offsets."""
+    return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(part) for part in offsets]))]).astype(np.int64)
+
+
+def _present(offsets: Index | None) -> Index:
+    assert offsets is not None
+    return offsets

@@ -1,0 +1,178 @@
+"""ids.parquet in a run's folder: which text each hashed ID of the training samples stands for, to look back.
+
+Columns id, ascending, and text, in 64 row groups by the top bits of the ID; a whole number is its own ID and not in it.
+Each rank collects what its share of the samples has and writes it in parts of the same 64 row groups; rank 0 merges
+them, one row group after the other. So a rank holds `HELD` texts and rank 0 a 64th of all, however many there are.
+"""
+
+import itertools
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from trainer.comm import Comm
+from trainer.errors import DataError
+from trainer.samples.columns import Rule, texts_of
+from trainer.samples.reader import RowGroup, SampleIndex, read_row_group
+
+FILE = "ids.parquet"
+HELD = 500_000
+_BUCKET_BITS = 6
+_FIELDS: list[Any] = [pa.field("id", pa.int64(), nullable=False), pa.field("text", pa.string(), nullable=False)]
+_SCHEMA = pa.schema(_FIELDS)
+
+Int64 = NDArray[np.int64]
+
+
+def write_dictionary(
+    comm: Comm, folder: Path, index: SampleIndex, rules: Mapping[str, Rule], earlier: Path | None = None
+) -> bool:
+    """Writes `folder`/ids.parquet, the same for any number of ranks; False where the samples have no texts. Every rank
+    calls it; `folder` is one for all of them.
+
+    `earlier`: the dictionary of a run whose ID rows this one begins with; its entries are taken in. Raises, on all
+    ranks together, DataError where two texts have one ID, or where samples cannot be read, and OSError.
+    """
+    earlier_parts = [earlier] if earlier is not None and comm.on_rank_0(earlier.is_file) else []
+    columns = sorted(index.text_columns)
+    if not columns and not earlier_parts:
+        return False
+    scratch = folder / comm.broadcast_object(f".ids-{uuid.uuid4().hex}")
+
+    def begin() -> None:
+        for leftover in folder.glob(".ids-*"):
+            shutil.rmtree(leftover)
+        scratch.mkdir()
+
+    comm.on_rank_0(begin)
+    wanted = {column: rules[column] for column in columns}
+    with comm.agreed():
+        collected = _collected(index, index.row_groups[comm.rank :: comm.size], wanted)
+        for number, held in enumerate(collected):
+            _write_part(scratch / f"{comm.rank:05}-{number:05}.parquet", held)
+    comm.on_rank_0(lambda: _publish([*sorted(scratch.iterdir()), *earlier_parts], scratch, folder / FILE))
+    return True
+
+
+@dataclass(frozen=True)
+class IdDictionary:
+    """The dictionary of a run."""
+
+    path: Path
+
+    @classmethod
+    def of_run(cls, folder: Path) -> "IdDictionary | None":
+        """That of the run in `folder`; None where its samples had no texts."""
+        return cls(folder / FILE) if (folder / FILE).is_file() else None
+
+    def texts(self, ids: Iterable[int]) -> dict[int, str]:
+        """The texts of those of the IDs that are in it; reads the row groups that they are in. Raises DataError."""
+        wanted_U = np.unique(np.fromiter(ids, np.int64))
+        found: dict[int, str] = {}
+        with _opened(self.path) as file:
+            for bucket in np.unique(_buckets(wanted_U)).tolist():
+                table = file.read_row_group(bucket)
+                table = table.take(np.flatnonzero(np.isin(table["id"].to_numpy(), wanted_U)))
+                found |= _entries(table)
+        return found
+
+    def first(self, count: int) -> tuple[list[tuple[int, str]], int]:
+        """So many of its entries, and how many there are in all. Raises DataError."""
+        found: list[tuple[int, str]] = []
+        with _opened(self.path) as file:
+            for number in range(file.num_row_groups):
+                found += _entries(file.read_row_group(number).slice(0, count - len(found)))
+                if len(found) == count:
+                    break
+            return found, file.metadata.num_rows
+
+
+def _collected(
+    index: SampleIndex, row_groups: Iterable[RowGroup], rules: Mapping[str, Rule]
+) -> Iterator[dict[int, str]]:
+    """Texts by ID, about `HELD` at a time."""
+    held: dict[int, str] = {}
+    for row_group in row_groups:
+        file = index.storage.full(row_group.file)
+        for column, rule in rules.items():
+            table = read_row_group(index.storage, row_group, list(rule.crossed or (column,)))
+            encoded = texts_of(table, column, rule, file, row_group.first_row)
+            for number, text in zip(encoded.ids_U.tolist(), encoded.texts_U, strict=True):
+                if str(number) != text:
+                    _check_one(number, held.setdefault(number, text), text)
+            if len(held) >= HELD:
+                yield held
+                held = {}
+    yield held
+
+
+def _check_one(number: int, first: str, second: str) -> None:
+    if first != second:
+        raise DataError(f"id {number} stands for two texts of the samples, {first!r} and {second!r}: rename one")
+
+
+def _buckets(ids_N: Int64) -> Int64:
+    """The row group of each ID: its top bits, as a number from 0 on, so that all of one are below those of the next."""
+    return (ids_N >> (64 - _BUCKET_BITS)) + (1 << (_BUCKET_BITS - 1))
+
+
+def _write_part(path: Path, held: Mapping[int, str]) -> None:
+    ids_N = np.fromiter(held.keys(), np.int64, len(held))
+    columns: list[Any] = [pa.array(ids_N), pa.array(list(held.values()), pa.string())]
+    table = pa.Table.from_arrays(columns, schema=_SCHEMA)
+    bucket_N = _buckets(ids_N)
+    order = np.argsort(bucket_N, kind="stable")
+    ends = np.searchsorted(bucket_N[order], np.arange((1 << _BUCKET_BITS) + 1))
+    with _writer(path) as writer:
+        for start, end in itertools.pairwise(ends):
+            _write_bucket(writer, table.take(order[start:end]))
+
+
+def _publish(parts: list[Path], scratch: Path, final: Path) -> None:
+    """Merges the parts into one file, which gets its name when it is whole."""
+    merged = scratch / FILE
+    with _writer(merged) as writer:
+        for bucket in range(1 << _BUCKET_BITS):
+            table = pa.concat_tables([_read_bucket(path, bucket) for path in parts]).sort_by("id")
+            ids_N, texts = table["id"].to_numpy(), cast("Any", table["text"])
+            again_K = np.flatnonzero(ids_N[1:] == ids_N[:-1]) + 1
+            differing_K = pc.not_equal(texts.take(again_K - 1), texts.take(again_K)).to_numpy()
+            for place in again_K[differing_K].tolist():
+                _check_one(int(ids_N[place]), texts[place - 1].as_py(), texts[place].as_py())
+            _write_bucket(writer, table.take(np.setdiff1d(np.arange(len(ids_N)), again_K)))
+    merged.replace(final)
+    shutil.rmtree(scratch)
+
+
+def _entries(table: pa.Table) -> list[tuple[int, str]]:
+    ids, texts = (cast("list[Any]", table[name].to_pylist()) for name in ("id", "text"))
+    return list(zip(ids, texts, strict=True))
+
+
+def _writer(path: Path) -> pq.ParquetWriter:
+    return pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_page_checksum=True)
+
+
+def _write_bucket(writer: Any, table: pa.Table) -> None:
+    writer.write_table(table, row_group_size=max(1, len(table)))
+
+
+def _read_bucket(path: Path, bucket: int) -> pa.Table:
+    with _opened(path) as file:
+        return file.read_row_group(bucket)
+
+
+def _opened(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as failure:
+        raise DataError(f"{path} is not a readable Parquet file: {str(failure).strip()}") from failure

@@ -1,0 +1,132 @@
+"""Work ahead of its use, in threads: reading batches, and preparing the next one beside the step of this one.
+
+numpy, Arrow and Horovod let go of the interpreter for most of it. Where the threads of the step leave no core free, the
+work ahead runs while the step waits for other ranks.
+"""
+
+import contextlib
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from trainer.samples.batch import Batch
+
+Result = TypeVar("Result")
+
+_LOWEST_PRIORITY = 19
+_LATE, _TIMES = 0.2, 3  # of the time of a step; one after the other
+
+
+class ReadAhead(Iterator[Batch | Exception]):
+    """The same batches, read by a thread up to `depth` ahead (0: none). An error comes as the last item, not raised.
+
+    So the caller can bring it to all ranks before it raises. The thread begins at once, with the priority of who made
+    it, not of who first asks for a batch; `close` ends it.
+    """
+
+    def __init__(self, batches: Iterator[Batch], depth: int) -> None:
+        self._items = _guarded(batches)
+        self._ready: queue.Queue[Batch | Exception | None] = queue.Queue(depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="read-samples", daemon=True) if depth else None
+        if self._thread is not None:
+            self._thread.start()
+
+    def __next__(self) -> Batch | Exception:
+        if self._thread is None:
+            return next(self._items)
+        item = None if self._stopped.is_set() else self._ready.get()
+        if item is None:
+            self.close()
+            raise StopIteration
+        return item
+
+    def close(self) -> None:
+        """Ends the thread; no more batches come. Safe to call twice."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _read(self) -> None:
+        for item in self._items:
+            if not self._put(item):
+                return
+        self._put(None)
+
+    def _put(self, item: Batch | Exception | None) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+
+def prepare_ahead(
+    count: int, prepare: Callable[[], Result], *, in_background: bool = True
+) -> Generator[Callable[[], Result], None, None]:
+    """Calls `prepare` `count` times in a thread, a call ahead; gives functions that wait for each result, or raise.
+
+    Call n + 1 begins when result n is asked for. So ranks that ask equally often prepare equally often, and collectives
+    in `prepare` meet: who has one result has begun the next one, and closing the iterator waits for that.
+
+    `in_background`: at the lowest priority, for work that takes less time than the step beside it. Where results are
+    late again and again, because other processes keep the cores busy, a thread of normal priority takes over.
+    """
+    pool = ThreadPoolExecutor(1, "prepare", initializer=_step_back if in_background else None)
+    lateness = _Lateness()
+    try:
+        coming = pool.submit(prepare) if count else None
+        for left in range(count - 1, -1, -1):
+            assert coming is not None
+            current = coming
+            if in_background and lateness.is_habit():
+                pool.shutdown()  # ends with the call that it has begun: one after the other
+                pool, in_background = ThreadPoolExecutor(1, "prepare"), False
+            coming = pool.submit(prepare) if left else None
+            yield partial(lateness.timed, current.result)
+    finally:
+        pool.shutdown()
+
+
+class _Lateness:
+    """Whether those who ask for results have to wait long, compared with the time from one question to the next."""
+
+    def __init__(self) -> None:
+        self._asked_s: float | None = None
+        self._times_late = 0
+
+    def timed(self, result: Callable[[], Result]) -> Result:
+        """The result, once it is there."""
+        start_s = time.perf_counter()
+        value = result()
+        if self._asked_s is not None:
+            late = time.perf_counter() - start_s > _LATE * (start_s - self._asked_s)
+            self._times_late = self._times_late + 1 if late else 0
+        self._asked_s = start_s
+        return value
+
+    def is_habit(self) -> bool:
+        """Whether the last results were all late."""
+        return self._times_late >= _TIMES
+
+
+def _step_back() -> None:
+    """Gives this thread the lowest priority: whatever the step does goes first. Where that is refused, so be it."""
+    if sys.platform == "linux":  # elsewhere priorities are those of processes
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+
+
+def _guarded(batches: Iterator[Batch]) -> Iterator[Batch | Exception]:
+    try:
+        yield from batches
+    except Exception as failure:  # handed on as an item: the caller raises it on all ranks
+        yield failure

@@ -1,0 +1,204 @@
+"""What stands in the columns of Parquet and CSV files: types, nulls, different values, lengths of lists.
+
+Letters of shapes: M rows, N values.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow import csv
+
+from featurestore.errors import StorageError
+from featurestore.keys import id_of_text
+from featurestore.storage.storage import Storage
+from featurestore.text.csvlines import CsvTextError, long_rows
+from trainer.errors import DataError
+from trainer.schema.distinct import DistinctCount
+
+CSV_SUFFIXES = (".csv", ".tsv")
+SUFFIXES = (".parquet", *CSV_SUFFIXES)
+Content = Literal["integer", "real", "text", "time", "other"]
+
+
+@dataclass
+class Column:
+    """One column, as far as it was read. `depth` lists around the values."""
+
+    name: str
+    type: str
+    content: Content
+    depth: int
+    rows: int = 0
+    nulls: int = 0
+    missing: int = 0  # values that are null or NaN, those in lists too
+    values: int = 0
+    distinct: DistinctCount = field(default_factory=DistinctCount)
+    shortest: int | None = None  # of the innermost lists
+    longest: int = 0
+    like_label: bool = True  # the outer lists are as long as the labels'
+    is_binary: bool = True  # all values are 0 or 1
+    smallest: float | None = None
+    largest: float | None = None
+    example: str | None = None  # a text
+
+    @property
+    def fixed_width(self) -> int | None:
+        """Length of all innermost lists, where it is one."""
+        return self.longest if self.depth and self.shortest == self.longest else None
+
+
+@dataclass
+class Table:
+    """Columns of some files, and whether all of their rows were read."""
+
+    columns: dict[str, Column] = field(default_factory=dict)
+    rows: int = 0
+    complete: bool = True
+
+
+def data_files(storage: Storage, path: str = "") -> list[str]:
+    """Paths of the files below `path` (or the one at it) that can be looked into; hidden ones are left out."""
+    found = [entry.path for entry in storage.entries(path)]
+    return [
+        each
+        for each in found
+        if each.endswith(SUFFIXES) and not any(part.startswith((".", "_")) for part in each.split("/"))
+    ]
+
+
+def read_tables(storage: Storage, path: str, most_rows: int) -> Iterator[pa.Table]:
+    """Row groups of a Parquet file, or blocks of a CSV file, until `most_rows` were given. Raises DataError."""
+    left = most_rows
+    try:
+        if path.endswith(CSV_SUFFIXES):
+            with storage.open_input(path) as file:
+                long_rows(file, _delimiter(path), most_rows)
+        with storage.open_input(path) as file:
+            for table in _tables(file, path):
+                yield table.slice(0, left)
+                left -= len(table)
+                if left <= 0:
+                    return
+    except (pa.ArrowException, OSError, StorageError, CsvTextError, UnicodeDecodeError) as error:
+        raise DataError(f"{storage.full(path)} cannot be read: {str(error).strip()}") from error
+
+
+def look(storage: Storage, paths: list[str], label: str | None, most_rows: int) -> Table:
+    """The columns of these files, which have equal names, up to `most_rows` rows. Raises DataError."""
+    found = Table()
+    for path in paths:
+        if found.rows >= most_rows:
+            found.complete = False
+            break
+        for table in read_tables(storage, path, most_rows - found.rows):
+            if twice := sorted(name for name, count in Counter(table.column_names).items() if count > 1):
+                raise DataError(f"{storage.full(path)}: column {twice[0]} stands twice in it; rename one of them")
+            found.rows += len(table)
+            _add(found, table, label)
+    return found
+
+
+def _tables(file: Any, path: str) -> Iterator[pa.Table]:
+    if path.endswith(CSV_SUFFIXES):
+        options = csv.ParseOptions(
+            delimiter=_delimiter(path), newlines_in_values=True, invalid_row_handler=lambda row: "skip"
+        )
+        for batch in csv.open_csv(file, parse_options=options):
+            yield pa.Table.from_batches([batch])
+        return
+    with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+        for number in range(parquet.num_row_groups):
+            yield parquet.read_row_group(number)
+
+
+def _delimiter(path: str) -> str:
+    return "\t" if path.endswith(".tsv") else ","
+
+
+def _add(found: Table, table: pa.Table, label: str | None) -> None:
+    label_lengths = None
+    if label is not None and label in table.column_names and is_list(table.schema.field(label).type):
+        label_lengths = pc.list_value_length(table.column(label).combine_chunks())
+    for name in table.column_names:
+        array: Any = table.column(name).combine_chunks()
+        kind, depth = inner_type(array.type)
+        column = found.columns.setdefault(name, Column(name, str(array.type), content_of(kind), depth))
+        column.rows += len(array)
+        column.nulls += array.null_count
+        if depth:
+            same = label_lengths is not None and pc.list_value_length(array).equals(label_lengths)
+            column.like_label &= same
+        _add_values(column, _innermost(column, array))
+
+
+def _innermost(column: Column, array: Any) -> Any:
+    while is_list(array.type):
+        lengths = pc.list_value_length(array).drop_null()
+        array = array.flatten()
+        if not is_list(array.type) and len(lengths):
+            bounds = pc.min_max(lengths)
+            shortest = int(bounds["min"].as_py())
+            column.shortest = shortest if column.shortest is None else min(column.shortest, shortest)
+            column.longest = max(column.longest, int(bounds["max"].as_py()))
+    return array
+
+
+def _add_values(column: Column, array: Any) -> None:
+    column.missing += array.null_count
+    array = array.drop_null()
+    column.values += len(array)
+    if column.content == "text":
+        try:
+            texts = pc.unique(array.cast(pa.string())).to_pylist()
+        except UnicodeDecodeError as failure:
+            raise DataError(f"column {column.name} has text that is not UTF-8; write the file in UTF-8") from failure
+        column.distinct = column.distinct.with_values(np.array([id_of_text(text) for text in texts], np.int64))
+        column.example = column.example or next(iter(texts), None)
+        column.is_binary &= all(text in ("0", "1") for text in islice(texts, 3))
+    elif column.content in ("integer", "real") and len(array):
+        values_N = array.to_numpy(zero_copy_only=False)
+        if column.content == "real":
+            is_nan_N = np.isnan(values_N)
+            column.missing += int(is_nan_N.sum())
+            values_N = values_N[~is_nan_N]
+            if not len(values_N):
+                return
+        column.is_binary &= bool(((values_N == 0) | (values_N == 1)).all())
+        column.smallest = min(float(values_N.min()), column.smallest if column.smallest is not None else np.inf)
+        column.largest = max(float(values_N.max()), column.largest if column.largest is not None else -np.inf)
+        bits_N = values_N.astype(np.float64).view(np.int64) if column.content == "real" else values_N.astype(np.int64)
+        column.distinct = column.distinct.with_values(bits_N)
+
+
+def inner_type(kind: pa.DataType) -> tuple[pa.DataType, int]:
+    """The type within all lists, and how many lists there are."""
+    inner: Any = kind
+    depth = 0
+    while is_list(inner):
+        inner, depth = inner.value_type, depth + 1
+    return inner, depth
+
+
+def content_of(kind: pa.DataType) -> Content:
+    """What numbers or texts a type has."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
+        return "integer"
+    if pa.types.is_floating(kind):
+        return "real"
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return "text"
+    return "time" if pa.types.is_temporal(kind) else "other"
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether it is a list of any form."""
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
