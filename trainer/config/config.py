@@ -25,7 +25,7 @@ from trainer.config.validate import Section, validated
 from trainer.errors import ConfigError
 from trainer.files import replace_file
 
-PRESETS = Path(__file__).parent / "presets"
+PRESETS = Path(__file__).parents[1] / "presets"
 DEFAULT_PRESET = PRESETS / "dicm.yaml"
 
 Device = Literal["auto", "cpu", "cuda"]
