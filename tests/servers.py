@@ -79,13 +79,25 @@ def seaweedfs(folder: Path) -> Server:
     )
 
 
+# moto looks and then writes, without a lock: on a busy machine two of its threads may both win a conditional put.
+ONE_REQUEST_AT_A_TIME = """
+import threading
+from moto import server
+lock, answer = threading.Lock(), server.DomainDispatcherApplication.__call__
+def locked(*args):
+    with lock:
+        return answer(*args)
+server.DomainDispatcherApplication.__call__ = locked
+server.main()
+"""
+
+
 def moto(folder: Path) -> Server:
     """A mock in Python that keeps everything in memory and checks no signature."""
     (port,) = free_ports(1)
-    program = Path(sys.prefix) / "moto" / "bin" / "moto_server"
-    return Server(
-        [program, "-H", "127.0.0.1", "-p", str(port)], f"http://127.0.0.1:{port}", "/moto-api/data.json", folder
-    )
+    python = Path(sys.prefix) / "moto" / "bin" / "python"
+    command = [python, "-c", ONE_REQUEST_AT_A_TIME, "-H", "127.0.0.1", "-p", str(port)]
+    return Server(command, f"http://127.0.0.1:{port}", "/moto-api/data.json", folder)
 
 
 @contextlib.contextmanager
