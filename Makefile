@@ -13,7 +13,7 @@ PACKAGES := featurestore pipeline trainer jobs benchmarks
 ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format bench clean
+.PHONY: help install demo test test-slow lint format tree bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,7 +42,7 @@ test: $(INSTALLED) ## Run the tests, multi-rank ones under horovodrun included; 
 test-slow: $(INSTALLED) ## Run the tests that take minutes (eight ranks, 500 kills of writers)
 	$(ON_PATH) $(BIN)/python -m pytest -m slow
 
-lint: $(INSTALLED) ## Check style, types, import rules and the tree in the README
+lint: $(INSTALLED) ## Check style, types, import rules, and that each file says what it is for
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
@@ -50,11 +50,14 @@ lint: $(INSTALLED) ## Check style, types, import rules and the tree in the READM
 	$(BIN)/mypy --python-version $(NEWEST_PYTHON) $(addprefix -p ,$(PACKAGES))
 	$(BIN)/lint-imports
 	$(BIN)/python tools/tree.py --check
+	$(BIN)/python tools/commands.py --check
 
-format: $(INSTALLED) ## Rewrite the sources in the project's style, and the tree in the README
+format: $(INSTALLED) ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/python tools/tree.py
+
+tree: ## Print every file with the line that says what it is for
+	@python3 tools/tree.py
 
 bench: $(INSTALLED) ## Run the benchmarks; the figures go to data/bench/*.json
 	mkdir -p $(BENCH_DIR)

@@ -1,7 +1,7 @@
-"""Writes the README's tree: one line per file, the first line of its docstring, between the two markers.
+"""Print every file of the project with the line that says what it is for, folder by folder.
 
-python tools/tree.py            rewrite README.md
-python tools/tree.py --check    exit 1 when README.md does not show the tree as it is
+python tools/tree.py            print the tree
+python tools/tree.py --check    print nothing; exit 1 where a file does not say what it is for
 """
 
 import ast
@@ -10,24 +10,19 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-START, END = "<!-- tree -->\n", "<!-- end of tree -->\n"
 FOLDERS = ("featurestore", "pipeline", "trainer", "jobs", "benchmarks", "tools", "tests")
 SUFFIXES = (".py", ".sh", ".yaml", ".txt")
 
 
 def listed_files() -> list[Path]:
-    """Tracked files, relative to the root. Ends the run when one does not say what it is for."""
+    """List the tracked files, relative to the root, in the order in which the tree has them."""
     listing = subprocess.run(["git", "ls-files", *FOLDERS], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     paths = [path for line in listing.splitlines() if (path := Path(line)).suffix in SUFFIXES]
-    silent = [str(path) for path in paths if not summary_of(path)]
-    if silent:
-        sys.exit(f"these files need a first line that says what they are for: {', '.join(silent)}")
-    return paths
+    return sorted(paths, key=lambda path: (FOLDERS.index(path.parts[0]), path.parent, path.name))
 
 
 def summary_of(path: Path) -> str:
-    """The first sentence of the first line that the file says about itself."""
+    """Return the first sentence of the first line that the file says about itself; empty where it says nothing."""
     text = (ROOT / path).read_text(encoding="utf-8")
     if path.suffix == ".py":
         line = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
@@ -36,31 +31,28 @@ def summary_of(path: Path) -> str:
     return line.partition(". ")[0].rstrip(".")
 
 
-def tree() -> str:
-    """The tree as a text block, folder by folder."""
+def tree(summaries: dict[Path, str]) -> str:
+    """Write the tree as text, one line per file."""
     lines: list[str] = []
+    width = max(len(path.name) for path in summaries) + 2
     folder = Path()
-    width = max(len(path.name) for path in listed_files()) + 2
-    for path in sorted(listed_files(), key=lambda path: (FOLDERS.index(path.parts[0]), path.parent, path.name)):
+    for path, summary in summaries.items():
         if path.parent != folder:
             folder = path.parent
             lines.append(f"{folder}/")
-        lines.append(f"  {path.name:{width}}{summary_of(path)}")
-    return "\n".join(["```", *lines, "```", ""])
+        lines.append(f"  {path.name:{width}}{summary}")
+    return "\n".join(lines)
 
 
 def main() -> int:
-    """Rewrites or checks the README; the exit code."""
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    wanted = before + START + tree() + END + after
-    if text == wanted:
-        return 0
-    if "--check" in sys.argv[1:]:
-        print("README.md does not show the tree as it is: run python tools/tree.py", file=sys.stderr)
+    """Print or check the tree and return the exit code."""
+    summaries = {path: summary_of(path) for path in listed_files()}
+    silent = [str(path) for path, summary in summaries.items() if not summary]
+    if silent:
+        print(f"these files need a first line that says what they are for: {', '.join(silent)}", file=sys.stderr)
         return 1
-    README.write_text(wanted, encoding="utf-8")
+    if "--check" not in sys.argv[1:]:
+        print(tree(summaries))
     return 0
 
 

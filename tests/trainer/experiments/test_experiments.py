@@ -281,10 +281,10 @@ def test_two_ranks_where_one_sees_the_reports_late(places: Places, tmp_path: Pat
     assert len(reports(tmp_path / "out").keys() - first.keys()) == 1
 
 
-def test_help_and_readme_name_every_table() -> None:
-    text, readme = CliRunner().invoke(app, ["--help"]).output, (Path(__file__).parents[3] / "README.md").read_text()
+def test_help_and_guide_name_every_table() -> None:
+    text, guide = CliRunner().invoke(app, ["--help"]).output, (Path(__file__).parents[3] / "docs/GUIDE.md").read_text()
     for name, each in experiments().items():
-        assert f"{name}: {each.title}" in text and f"\n| `{name}` | " in readme
+        assert f"{name}: {each.title}" in text and f"\n| `{name}` | " in guide
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,94 @@
+"""What the README and the pages in docs/ name is there: files, sections, commands with their options, and settings."""
+
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from tools.commands import PAGE, command_files, name_of
+from trainer.config.config import load_config
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+FOLDERS = "|".join(("featurestore", "pipeline", "trainer", "jobs", "benchmarks", "tools", "tests", "docs"))
+
+
+def anchors(page: Path) -> set[str]:
+    """The names by which links reach the sections of a page."""
+    titles = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def command_lines() -> Iterator[tuple[str, list[str]]]:
+    """Every command line in a block of code of a page, as words."""
+    for page in PAGES:
+        for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if page != PAGE and re.match(r"(python|dask-submit|horovodrun) ", line):
+                    yield f"{page.name}: {line}", shlex.split(line, comments=True)
+
+
+@cache
+def commands() -> dict[str, Any]:
+    """The command of each file of a job, and of each module that `python -m` runs."""
+    files = [path for part in ("jobs", "featurestore", "trainer", "benchmarks") for path in command_files(part)]
+    return {
+        name_of(path).split()[-1]: get_command(importlib.import_module(".".join(path.with_suffix("").parts)).app)
+        for path in files
+    }
+
+
+LINES = dict(command_lines())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_that_a_page_names_are_there(name: str) -> None:
+    text = (ROOT / name).read_text()
+    named = set(re.findall(rf"(?<![\w/.-])((?:{FOLDERS})/[\w/.-]*\w/?)(?=[`),:; \n]|\.\s)", text))
+    missing = [each for each in named if not (ROOT / each).exists() and not (ROOT / each.rstrip("/")).is_dir()]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_to_a_page_and_a_section(name: str) -> None:
+    page = ROOT / name
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith("https://"):
+            file, _, section = target.partition("#")
+            other = page.parent / file if file else page
+            assert other.is_file(), target
+            assert not section or section in anchors(other), target
+
+
+def test_pages_stay_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_the_readme_links_every_page() -> None:
+    links = set(re.findall(r"\]\((docs/\w+\.md)\)", (ROOT / "README.md").read_text()))
+    assert links == {name for name in NAMES if name.startswith("docs/")}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_commands_have_the_options_and_settings_that_pages_show(line: str) -> None:
+    words = LINES[line]
+    known = commands()
+    start = next((place for place, word in enumerate(words) if word in known), None)
+    if start is None:  # tools, and what other projects install
+        assert (ROOT / words[1]).is_file(), line
+        return
+    command, rest = known[words[start]], words[start + 1 :]
+    while rest and rest[0] in getattr(command, "commands", {}):
+        command, rest = command.commands[rest[0]], rest[1:]
+    options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    unknown = [word for word in rest if re.match(r"--?[a-z]", word) and word.partition("=")[0] not in options]
+    assert not unknown
+    settings = [rest[place + 1] for place, word in enumerate(rest) if word == "--set"]
+    load_config(None, settings)
