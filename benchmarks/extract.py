@@ -25,12 +25,11 @@ import typer
 from distributed import Client
 
 from benchmarks.report import Figure, JsonPath, write_report
-from featurestore.console.commandline import run_app, say_error
-from featurestore.errors import FeatureStoreError
+from featurestore.console.commandline import CommandApp, run_app
 from pipeline.cluster.connect import connect
 from pipeline.cluster.tasks import run_alone
 from pipeline.demo.draw import draw_garment, plan_garments
-from pipeline.errors import ExtractionError, PipelineError
+from pipeline.errors import ExtractionError
 from pipeline.features.extract import ExtractOptions, extract
 from pipeline.features.part import torch_threads
 from pipeline.features.summary import describe_bad
@@ -43,7 +42,7 @@ from pipeline.network.weights import UntrainedWeightsWarning
 
 WEIGHTS = "random:0"  # the speed does not depend on the values
 
-app = typer.Typer(add_completion=False)
+app = CommandApp()
 
 
 @app.command()
@@ -55,15 +54,11 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per pass, on both sides.")] = 16,
 ) -> None:
     """Compare the extraction with the bare network; prints the figures."""
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            if images is None:
-                draw_images(Path(folder), limit)
-            locations = [ref.location for ref in list_images(images or folder).images[:limit]]
-            figures = compare(locations, rounds, batch_size)
-    except (PipelineError, FeatureStoreError) as error:
-        say_error(error)
-        raise typer.Exit(1) from error
+    with tempfile.TemporaryDirectory() as folder:
+        if images is None:
+            draw_images(Path(folder), limit)
+        locations = [ref.location for ref in list_images(images or folder).images[:limit]]
+        figures = compare(locations, rounds, batch_size)
     write_report(figures, json_file)
 
 

@@ -18,11 +18,10 @@ import typer
 
 from benchmarks.report import Figure, JsonPath, write_report
 from benchmarks.workload import Knobs, Workload, make
-from featurestore.console.commandline import run_app, say_error
+from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars
-from featurestore.errors import FeatureStoreError
 from trainer.config.config import load_config
-from trainer.errors import ConfigError, PlanError, TrainerError
+from trainer.errors import PlanError
 from trainer.plan.build import Plan, Row
 from trainer.plan.own import plan_own
 from trainer.plan.sample import Question, numbers
@@ -30,7 +29,7 @@ from trainer.plan.sample import Question, numbers
 STEPS = 12
 _LOOPBACK_BYTES_PER_S = 1e9  # not used: all ranks are on this machine
 
-app = typer.Typer(add_completion=False)
+app = CommandApp(failures=(OSError,))
 
 
 @app.command()
@@ -42,15 +41,11 @@ def main(
     samples_per_rank: Annotated[int, typer.Option(help="Of a step.", min=16)] = 1_500,
 ) -> None:
     """Compare predicted with measured steps; prints the figures."""
-    try:
-        counts = numbers(ranks)
-        with progress_bars() as progress:
-            knobs = Knobs(images=images, samples_per_rank=samples_per_rank, steps=24, test_samples=600)
-            workload = make(folder, knobs, progress)
-        figures = compare(workload, counts)
-    except (TrainerError, FeatureStoreError, OSError) as error:
-        say_error(error)
-        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
+    counts = numbers(ranks)
+    with progress_bars() as progress:
+        knobs = Knobs(images=images, samples_per_rank=samples_per_rank, steps=24, test_samples=600)
+        workload = make(folder, knobs, progress)
+    figures = compare(workload, counts)
     write_report(figures, json_file)
 
 

@@ -23,10 +23,9 @@ from distributed import Client
 from benchmarks.extract import draw_images
 from benchmarks.report import Figure, JsonPath, write_report
 from benchmarks.written import count_writes, written_bytes
-from featurestore.console.commandline import run_app, say_error
-from featurestore.errors import FeatureStoreError
+from featurestore.console.commandline import CommandApp, run_app
 from pipeline.cluster.connect import connect
-from pipeline.errors import ExtractionError, PipelineError
+from pipeline.errors import ExtractionError
 from pipeline.features.extract import ExtractOptions, extract
 from pipeline.features.refresh import RefreshOptions, refresh
 from pipeline.features.summary import RefreshSummary, describe, describe_bad
@@ -40,7 +39,7 @@ CHANGED_SHARE = 0.01
 SHARD_BYTES = 64 << 20  # DESIGN: shards of 10 to 200 MB are comfortable
 ROW_BYTES = 8192
 
-app = typer.Typer(add_completion=False)
+app = CommandApp()
 
 
 @app.command()
@@ -50,12 +49,8 @@ def main(
     limit: Annotated[int, typer.Option(min=3, help="Draw so many images, or use the first so many of DIR.")] = 1800,
 ) -> None:
     """Compare a refresh of 1 % with the full extraction; prints the figures."""
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            figures = compare(Path(folder), images, limit)
-    except (PipelineError, FeatureStoreError) as error:
-        say_error(error)
-        raise typer.Exit(1) from error
+    with tempfile.TemporaryDirectory() as folder:
+        figures = compare(Path(folder), images, limit)
     write_report(figures, json_file)
 
 

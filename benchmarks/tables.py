@@ -14,7 +14,7 @@ import numpy as np
 import typer
 
 from benchmarks.report import JsonPath, Section, write_sections
-from featurestore.console.commandline import run_app
+from featurestore.console.commandline import CommandApp, run_app
 from trainer.comm import SoloComm
 from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig, TableConfig
 from trainer.engine.engine import Engine
@@ -31,7 +31,7 @@ _SCHEMA = Schema(
 _WARM_UP = 20
 _MOST = 1.15
 
-app = typer.Typer(add_completion=False)
+app = CommandApp()
 
 
 def batch_of(number: int, samples: int, ids: int, behaviors: int) -> Batch:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, to_bits
-from featurestore.console.commandline import run_app, say_error
+from featurestore.console.commandline import CommandApp, power_of_two, run_app
 from featurestore.console.output import progress_bars
 from featurestore.keys import keys_of_uris, shard_of
 from trainer.errors import TrainerError
@@ -261,7 +261,7 @@ def _sample_table(workload: Workload, groups: int, draw: np.random.Generator) ->
     return pa.table(columns)
 
 
-app = typer.Typer(add_completion=False)
+app = CommandApp(failures=(OSError,))
 
 
 @app.command()
@@ -276,22 +276,18 @@ def main(
     impressions: Annotated[int, typer.Option(help="Of a group.", min=1)] = Knobs.impressions,
     zipf: Annotated[float, typer.Option(help="Exponent of the images' popularity.", min=0.0)] = Knobs.zipf,
     users: Annotated[int, typer.Option(min=1)] = Knobs.users,
-    shards: Annotated[int, typer.Option(help="Of the store, a power of two.", min=1)] = Knobs.shards,
+    shards: Annotated[
+        int, typer.Option(help="Of the store, a power of two.", min=1, callback=power_of_two)
+    ] = Knobs.shards,
     row_group: Annotated[int, typer.Option(help="Sample groups of a Parquet row group.", min=1)] = Knobs.row_group,
     seed: Annotated[int, typer.Option(min=0)] = Knobs.seed,
 ) -> None:
     """Write a paper-shaped workload, or find that it is there. Then: python -m trainer.main --config OUT/config.yaml"""
-    if shards & (shards - 1):
-        raise typer.BadParameter(f"{shards} is not a power of two, as 64", param_hint="--shards")
     knobs = Knobs(
         images, dim, samples_per_rank, steps, test_samples, behaviors, impressions, zipf, users, shards, row_group, seed
     )
-    try:
-        with progress_bars() as progress:
-            workload = make(out, knobs, progress)
-    except (WorkloadError, OSError) as failure:
-        say_error(failure)
-        raise typer.Exit(1) from failure
+    with progress_bars() as progress:
+        workload = make(out, knobs, progress)
     print(f"{workload.config}")
 
 

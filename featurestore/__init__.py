@@ -4,15 +4,19 @@ Letters of shapes, as suffixes of array names: P ranks, N rows, M live rows, U u
 The service that turns features into visual vectors is in `featurestore.lookup.embedding`; it alone imports torch.
 """
 
-from featurestore.format.codec import Codec
-from featurestore.format.rows import FeatureRows, to_bits, to_float32
-from featurestore.format.statistics import FeatureStatistics
-from featurestore.keys import key_of_uri, keys_of_uris, owner_of, shard_of
-from featurestore.lookup.partition import FeaturePartition, Lookup
-from featurestore.quarantine import QuarantineRow
-from featurestore.snapshot import Snapshot
-from featurestore.spec import CodecSpec, ExtractorSpec, StoreInfo
-from featurestore.store import FeatureStore
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from featurestore.format.codec import Codec
+    from featurestore.format.rows import FeatureRows, to_bits, to_float32
+    from featurestore.format.statistics import FeatureStatistics
+    from featurestore.keys import key_of_uri, keys_of_uris, owner_of, shard_of
+    from featurestore.lookup.partition import FeaturePartition, Lookup
+    from featurestore.quarantine import QuarantineRow
+    from featurestore.snapshot import Snapshot
+    from featurestore.spec import CodecSpec, ExtractorSpec, StoreInfo
+    from featurestore.store import FeatureStore
 
 __all__ = [
     "Codec",
@@ -33,3 +37,18 @@ __all__ = [
     "to_bits",
     "to_float32",
 ]
+
+_MODULES = (
+    "format.codec", "format.rows", "format.statistics", "keys", "lookup.partition", "quarantine", "snapshot", "spec",
+    "store",
+)  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Load the public names when the first of them is asked for: a command's --help needs none of them."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for module in _MODULES:
+        here = vars(importlib.import_module(f"{__name__}.{module}"))
+        globals().update({each: here[each] for each in __all__ if each in here})
+    return globals()[name]

@@ -1,16 +1,12 @@
 """python -m featurestore: look at a store, go through its history, check every file."""
 
-import typer
-
 from featurestore.commands import backend, check, history, look, recode
-from featurestore.console.commandline import run_app
+from featurestore.console.commandline import CommandApp, run_app
 
-app = typer.Typer(
+app = CommandApp(
     help="Look at a feature store, go through its history, check every file.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for commands in (look, history, check, backend, recode):

@@ -1,5 +1,6 @@
-"""What can go wrong with a store.
+"""Errors that end a command with one line, and those of a feature store.
 
+UserError                     root of all errors of ours, also of pipeline.errors and trainer.errors
 FeatureStoreError
 ├── StoreNotFoundError      no store at the address
 ├── StoreExistsError        a store is there already
@@ -19,13 +20,28 @@ FeatureStoreError
 Every class takes its message alone, so that each survives pickling between processes.
 """
 
+from typing import ClassVar
 
-class FeatureStoreError(Exception):
+FAILED, USAGE = 1, 2
+
+
+class UserError(Exception):
+    """An error whose text is one message for the person who started a command, which ends with `exit_code`.
+
+    1: something went wrong. 2: what was typed is wrong, or names what is not there.
+    """
+
+    exit_code: ClassVar[int] = FAILED
+
+
+class FeatureStoreError(UserError):
     """Root of all errors of the feature store."""
 
 
 class StoreNotFoundError(FeatureStoreError):
     """No store at the address."""
+
+    exit_code = USAGE
 
 
 class StoreExistsError(FeatureStoreError):
@@ -35,9 +51,13 @@ class StoreExistsError(FeatureStoreError):
 class SnapshotNotFoundError(FeatureStoreError):
     """The version was never committed, or its manifest has been removed."""
 
+    exit_code = USAGE
+
 
 class PinError(FeatureStoreError):
     """The name of a pin is taken, unknown, or no name."""
+
+    exit_code = USAGE
 
 
 class FormatVersionError(FeatureStoreError):

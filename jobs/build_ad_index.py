@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from featurestore.commands.common import progress_bar
-from featurestore.console.commandline import run_app
+from featurestore.console.commandline import CommandApp, run_app
 from featurestore.index import IndexKind
-from trainer.cli import WhichCheckpoint, failures_told
+from trainer.cli import WhichCheckpoint
 from trainer.comm import SoloComm
 from trainer.prerank.ads import Ads, ads_of_samples, ads_of_table, keys_to_remove
 from trainer.prerank.artifact import MAX_GONE, MIN_RECALL, AdIndex, Changes, Vectors
@@ -29,7 +29,7 @@ python jobs/build_ad_index.py --run data/runs/towers --sync live-ads.parquet
 python jobs/build_ad_index.py --remove 1017 --remove 1021 --remove expired.csv
 """
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+app = CommandApp(rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
@@ -96,28 +96,27 @@ def main(
     }
     _check_options({name for name, value in given.items() if value not in (None, False, [])})
     start, limit = time.monotonic(), MIN_RECALL if min_recall is None else min_recall
-    with failures_told():
-        if remove:
-            old, lines = AdIndex.open(out), list[str]()
-            index, changes = old.remove(keys_to_remove(remove, old.state.origin.key_column))
-        else:
-            with contextlib.closing(
-                open_trained(run or newest_run(), SoloComm(), which=checkpoint, store_version=store_version)
-            ) as trained:
-                known = AdIndex.open(out) if add or sync else None
-                if known:
-                    known.check_origin(origin_of(trained))
-                chosen = _chosen(trained, sync or ads, samples)
-                with progress_bar("ads") as progress:
-                    vectors_NW = ad_vectors(trained, chosen, batch_size, progress)
-                lines = describe_run(trained)  # before lookups of users' images are counted too
-                if known and sync:
-                    index, changes = known.sync(chosen.keys_N, vectors_NW, origin_of(trained), max_gone)
-                elif known:
-                    index, changes = known.add(chosen.keys_N, vectors_NW, origin_of(trained))
-                else:
-                    index = _built(trained, out, kind or "flat", chosen, vectors_NW, limit)
-                    changes = Changes(num_new=len(chosen.keys_N))
+    if remove:
+        old, lines = AdIndex.open(out), list[str]()
+        index, changes = old.remove(keys_to_remove(remove, old.state.origin.key_column))
+    else:
+        with contextlib.closing(
+            open_trained(run or newest_run(), SoloComm(), which=checkpoint, store_version=store_version)
+        ) as trained:
+            known = AdIndex.open(out) if add or sync else None
+            if known:
+                known.check_origin(origin_of(trained))
+            chosen = _chosen(trained, sync or ads, samples)
+            with progress_bar("ads") as progress:
+                vectors_NW = ad_vectors(trained, chosen, batch_size, progress)
+            lines = describe_run(trained)  # before lookups of users' images are counted too
+            if known and sync:
+                index, changes = known.sync(chosen.keys_N, vectors_NW, origin_of(trained), max_gone)
+            elif known:
+                index, changes = known.add(chosen.keys_N, vectors_NW, origin_of(trained))
+            else:
+                index = _built(trained, out, kind or "flat", chosen, vectors_NW, limit)
+                changes = Changes(num_new=len(chosen.keys_N))
     typer.echo("\n".join([*lines[:2], *describe(index, changes, out, time.monotonic() - start), *lines[2:]]))
     if index.warning:
         typer.echo(f"warning: {index.warning}", err=True)

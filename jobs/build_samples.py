@@ -7,14 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from featurestore.console.commandline import run_app, say_error
-from featurestore.errors import FeatureStoreError
+from featurestore.console.commandline import CommandApp, run_app
 from featurestore.storage.storage import Storage
 from pipeline.cluster.connect import connect
-from pipeline.errors import PipelineError
-from pipeline.outcome import exit_code
 from pipeline.samples.build import DAY_S, SampleOptions, build_samples
-from trainer.errors import TrainerError
 from trainer.schema.suggest_schema import inspect_samples, render
 from trainer.schema.text import SCHEMA_FILE, SETTINGS_FILE, settings_text
 
@@ -30,7 +26,7 @@ LOOKED_AT = 200_000  # groups from which a schema is suggested
 LONGEST_DAYS = 36_500
 MOST_BEHAVIORS = 1_000_000
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+app = CommandApp(rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
@@ -92,12 +88,8 @@ def main(
     describe_files: Callable[[Path], Mapping[str, str]] = (
         partial(describe_samples, samples) if mapping else lambda _: {}
     )
-    try:
-        with connect() as client:
-            summary = build_samples(options, client, describe_files)
-    except (PipelineError, FeatureStoreError, TrainerError) as error:
-        say_error(error)
-        raise typer.Exit(exit_code(error)) from error
+    with connect() as client:
+        summary = build_samples(options, client, describe_files)
     typer.echo(describe(summary))
 
 

@@ -7,15 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from featurestore.console.commandline import run_app, say_error
-from featurestore.errors import FeatureStoreError
+from featurestore.console.commandline import CommandApp, run_app
 from featurestore.store import FeatureStore
 from featurestore.text.parsing import parse_yaml
-from pipeline.errors import PipelineError, SampleOptionError
 from pipeline.semantic.build import SemanticOptions, build_semantic_ids
 from pipeline.semantic.samples import code_columns, sample_files
 from pipeline.semantic.vectors import StoreVectors, Vectors, open_file
-from trainer.errors import SchemaError, TrainerError
+from trainer.errors import SchemaError
 from trainer.schema import Field, Schema, load_schema
 from trainer.schema.text import SCHEMA_FILE, SETTINGS_FILE, schema_text, settings_text, table_rows
 
@@ -30,7 +28,7 @@ python jobs/build_semantic_ids.py --codebook data/sid/codebook.safetensors --out
 
 STORE, SAMPLES = "data/features", "data/samples"
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+app = CommandApp(rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
@@ -79,16 +77,12 @@ def main(
     if not samples and not no_samples and Path(SAMPLES).is_dir():
         samples = SAMPLES
     options = SemanticOptions(out, samples, levels, codes, sample_rows, seed, standardize, codebook, accept_store)
-    try:
-        if samples:
-            sample_files(samples)  # before the store is read through
-        found = load_schema(schema or _schema_beside(samples)) if samples else None
-        columns = _image_columns(found, store_name) if found else []
-        describe_files = partial(describe_samples, found, store_name, options) if found else _nothing
-        summary = build_semantic_ids(_open(store, vectors, keys), options, columns, describe_files)
-    except (PipelineError, FeatureStoreError, TrainerError) as error:
-        say_error(error)
-        raise typer.Exit(2 if isinstance(error, SampleOptionError) else 1) from error
+    if samples:
+        sample_files(samples)  # before the store is read through
+    found = load_schema(schema or _schema_beside(samples)) if samples else None
+    columns = _image_columns(found, store_name) if found else []
+    describe_files = partial(describe_samples, found, store_name, options) if found else _nothing
+    summary = build_semantic_ids(_open(store, vectors, keys), options, columns, describe_files)
     typer.echo(describe(summary, out))
 
 

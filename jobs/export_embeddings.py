@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from featurestore.commands.common import progress_bar
-from featurestore.console.commandline import run_app
-from trainer.cli import WhichCheckpoint, check_ending, failures_told
+from featurestore.console.commandline import CommandApp, run_app
+from trainer.cli import WhichCheckpoint, check_ending
 from trainer.runs.export_vectors import ImageNetwork, export, open_network
 from trainer.runs.saved import newest_run
 
@@ -22,7 +22,7 @@ python jobs/export_embeddings.py --run data/runs/titles --network titles --check
 Exit codes: 0 done, 1 failed, 2 wrong options.
 """
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+app = CommandApp(rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
@@ -48,10 +48,9 @@ def main(
     """
     check_ending(out, ".parquet", ".npy")
     start = time.monotonic()
-    with failures_told():
-        opened = open_network(run or newest_run(), which=checkpoint, network=network, store_version=store_version)
-        with progress_bar("images") as progress:
-            keys = export(opened, out, progress)
+    opened = open_network(run or newest_run(), which=checkpoint, network=network, store_version=store_version)
+    with progress_bar("images") as progress:
+        keys = export(opened, out, progress)
     typer.echo(describe(opened, out, keys, time.monotonic() - start))
 
 

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from featurestore.commands.common import progress_bar
-from featurestore.console.commandline import run_app
-from trainer.cli import WhichCheckpoint, check_ending, failures_told
+from featurestore.console.commandline import CommandApp, run_app
+from trainer.cli import WhichCheckpoint, check_ending
 from trainer.runs.export_ids import export_table, open_table
 from trainer.runs.saved import newest_run
 
@@ -21,7 +21,7 @@ python jobs/export_ids.py --run data/runs/exact --table item --out items.parquet
 Exit codes: 0 done, 1 failed, 2 wrong options.
 """
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+app = CommandApp(rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
@@ -40,10 +40,9 @@ def main(
     """
     check_ending(out, ".parquet")
     start = time.monotonic()
-    with failures_told():
-        opened = open_table(run or newest_run(), table, checkpoint)
-        with progress_bar("shards") as progress:
-            count = export_table(opened, out, progress)
+    opened = open_table(run or newest_run(), table, checkpoint)
+    with progress_bar("shards") as progress:
+        count = export_table(opened, out, progress)
     about = opened.describe()
     typer.echo(f"run          {about['run']}, {about['checkpoint']}, table {about['table']}")
     typer.echo(f"ids          {count:,}, in {about['num_shards']} shards with a cold row each")

@@ -5,13 +5,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from featurestore.console.commandline import run_app
+from featurestore.console.commandline import CONTINUES, CommandApp, power_of_two, run_app
 from pipeline.cluster.connect import connect
 from pipeline.features.extract import ExtractOptions, extract
 from pipeline.features.summary import describe
 from pipeline.network.layers import DEFAULT_BACKBONE
 from pipeline.network.weights import UntrainedWeightsWarning, check_network
-from pipeline.outcome import power_of_two, told
 
 EXAMPLES = """Examples:
 
@@ -43,7 +42,7 @@ DTypeOption = Annotated[
     ),
 ]
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+app = CommandApp(rich_markup_mode="rich", stopped=CONTINUES)
 
 
 @app.command(epilog=EXAMPLES)
@@ -83,12 +82,11 @@ def main(
     )
     if weights.startswith("random:"):
         typer.secho(f"warning: the weights {weights} are NOT pretrained", fg="yellow", bold=True, err=True)
-    with told():
-        check_network(backbone, weights)
-        # One process with all cores for the network: copies of the network would share the same cores.
-        with warnings.catch_warnings(), connect(workers=1, threads_per_worker=1) as client:
-            warnings.simplefilter("ignore", UntrainedWeightsWarning)  # said above
-            summary = extract(options, client)
+    check_network(backbone, weights)
+    # One process with all cores for the network: copies of the network would share the same cores.
+    with warnings.catch_warnings(), connect(workers=1, threads_per_worker=1) as client:
+        warnings.simplefilter("ignore", UntrainedWeightsWarning)  # said above
+        summary = extract(options, client)
     typer.echo(describe(summary))
 
 

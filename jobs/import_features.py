@@ -5,9 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from featurestore.console.commandline import run_app
+from featurestore.console.commandline import CONTINUES, CommandApp, power_of_two, run_app
 from pipeline.cluster.connect import connect
-from pipeline.outcome import power_of_two, told
 from pipeline.vectors import matrix, parquet, xdl
 from pipeline.vectors.import_vectors import ImportOptions, import_vectors
 from pipeline.vectors.report import describe
@@ -31,7 +30,7 @@ DTypeOption = Annotated[
     ),
 ]
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+app = CommandApp(rich_markup_mode="rich", stopped=CONTINUES)
 
 
 @app.command(epilog=EXAMPLES)
@@ -80,10 +79,9 @@ def main(
     quarantine with the reason. Running it again imports what has changed; a killed run goes on where it was.
     """
     options = ImportOptions(store, name, dtype, num_shards, origin, part_size, keep_missing, max_gone)
-    with told():
-        source = open_source(address, file_format, keys, dim, feature_column, binary_dtype)
-        with connect() as client:
-            summary = import_vectors(source, options, client)
+    source = open_source(address, file_format, keys, dim, feature_column, binary_dtype)
+    with connect() as client:
+        summary = import_vectors(source, options, client)
     typer.echo(describe(summary))
 
 

@@ -1,20 +1,16 @@
 """XDL's example formats in and out: text samples, binary images, and random data like the example's."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from featurestore.console.commandline import run_app, say_error
+from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.progress import progress
-from featurestore.errors import FeatureStoreError
 from featurestore.store import FeatureStore
 from pipeline.cluster.connect import connect
-from pipeline.errors import PipelineError
-from pipeline.outcome import exit_code
 from pipeline.vectors import xdl
 from pipeline.vectors.import_vectors import ImportOptions, import_vectors
 from pipeline.vectors.report import describe as describe_import
@@ -24,7 +20,6 @@ from pipeline.xdl.export import export_samples as write_lines
 from pipeline.xdl.fields import WEIGHT_SUFFIX, XdlField
 from pipeline.xdl.images import export_images as write_records
 from pipeline.xdl.samples import SPLITS, XdlOptions, import_samples
-from trainer.errors import TrainerError
 from trainer.schema import Field, Schema, load_schema
 from trainer.schema.text import SCHEMA_FILE, SETTINGS_FILE, schema_text, settings_text, table_rows
 
@@ -40,8 +35,7 @@ python jobs/import_xdl.py export-images --store data/features-xdl --to imgs
 Weights = Literal["refuse", "drop", "keep"]
 Split = Literal["train", "test", "both"]
 
-app = typer.Typer(
-    add_completion=False,
+app = CommandApp(
     no_args_is_help=True,
     rich_markup_mode="rich",
     epilog=EXAMPLES,
@@ -84,7 +78,7 @@ def samples(
         source, samples, test_from, test_share, _names(images), _names(sparse), _names(dense), weights, label_threshold,
         label_index, fill_dense,
     )  # fmt: skip
-    with _one_message(), connect() as client:
+    with connect() as client:
         summary = import_samples(options, client, partial(describe_fields, samples, weights == "keep"))
     typer.echo(describe(summary))
 
@@ -97,7 +91,7 @@ def images(
     origin: Annotated[str | None, typer.Option("--source", help="What made them, in words.")] = None,
 ) -> None:
     """Binary images to a feature store; jobs/import_features.py does the same with more options."""
-    with _one_message(), connect() as client:
+    with connect() as client:
         summary = import_vectors(xdl.plan(address, dim), ImportOptions(store, origin=origin), client)
     typer.echo(describe_import(summary))
 
@@ -112,10 +106,9 @@ def export_samples(
     split: Annotated[Split, typer.Option(help="Which samples.")] = "both",
 ) -> None:
     """Sample groups to text samples, one line an impression."""
-    with _one_message():
-        found = load_schema(schema or _schema_beside(samples))
-        splits = SPLITS if split == "both" else (split,)
-        count = write_lines(samples, to, _columns(found), Roles(found.group, found.label), splits)
+    found = load_schema(schema or _schema_beside(samples))
+    splits = SPLITS if split == "both" else (split,)
+    count = write_lines(samples, to, _columns(found), Roles(found.group, found.label), splits)
     typer.echo(f"lines        {count:,}\nfile         {to}")
 
 
@@ -126,10 +119,9 @@ def export_images(
     version: Annotated[int | None, typer.Option(help="Snapshot.", show_default="the newest")] = None,
 ) -> None:
     """The features of a store to binary images."""
-    with _one_message():
-        snapshot = FeatureStore.open(store).snapshot(version)
-        with progress("writing images", snapshot.num_rows) as advance:
-            count = write_records(snapshot, to, advance)
+    snapshot = FeatureStore.open(store).snapshot(version)
+    with progress("writing images", snapshot.num_rows) as advance:
+        count = write_records(snapshot, to, advance)
     typer.echo(f"images       {count:,} of snapshot {snapshot.version}\nfolder       {to}")
 
 
@@ -147,7 +139,7 @@ def random(
         raise typer.BadParameter(
             f"{ids} is more than --images {image_count}: keys would have no image", param_hint="--ids"
         )
-    with _one_message(), progress("drawing images", image_count) as advance:
+    with progress("drawing images", image_count) as advance:
         draw(DrawOptions(lines, image_count, dim, ids, seed=seed), out, advance)
     typer.echo(
         f"samples      {lines:,} lines: {out / TEXT_FILE}\n"
@@ -236,16 +228,6 @@ def _schema_beside(samples: str) -> Path | None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-@contextmanager
-def _one_message() -> Iterator[None]:
-    """One line instead of a traceback, and exit code 1, or 2 where an option makes no sense."""
-    try:
-        yield
-    except (PipelineError, FeatureStoreError, TrainerError) as error:
-        say_error(error)
-        raise typer.Exit(exit_code(error)) from error
 
 
 if __name__ == "__main__":

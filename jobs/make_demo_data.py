@@ -5,11 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from featurestore.console.commandline import run_app, say_error
+from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.progress import progress
 from pipeline.demo.catalogue import Taste
 from pipeline.demo.make import DemoOptions, DemoSummary, make_demo
-from pipeline.errors import PipelineError
 
 EXAMPLES = """Examples:
 
@@ -22,7 +21,7 @@ python jobs/make_demo_data.py --images photos --labels photos.csv --out data/dem
 DEFAULT = DemoOptions(Path("data"))
 SMALL = {"items": 200, "users": 1500}
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+app = CommandApp(rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
@@ -76,12 +75,8 @@ def main(
         taste,
         force,
     )
-    try:
-        with progress("measuring" if images else "drawing", options.items) as advance:
-            summary = make_demo(options, advance)
-    except PipelineError as error:
-        say_error(error)
-        raise typer.Exit(1) from error
+    with progress("measuring" if images else "drawing", options.items) as advance:
+        summary = make_demo(options, advance)
     typer.echo(describe(options, summary))
 
 

@@ -4,11 +4,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from featurestore.console.commandline import run_app
+from featurestore.console.commandline import CONTINUES, CommandApp, run_app
 from pipeline.cluster.connect import connect
 from pipeline.features.refresh import RefreshOptions, refresh
 from pipeline.features.summary import describe
-from pipeline.outcome import told
 
 EXAMPLES = """Examples:
 
@@ -18,7 +17,7 @@ python jobs/refresh_features.py --images photos --store data/features --dry-run
 python jobs/refresh_features.py --images half-of-them --store data/features --keep-missing
 """
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+app = CommandApp(rich_markup_mode="rich", stopped=CONTINUES)
 
 
 @app.command(epilog=EXAMPLES)
@@ -63,7 +62,7 @@ def main(
         images, store, weights, compute_dtype, batch_size, part_size, backbone, keep_missing, max_gone, dry_run
     )
     # One process with all cores for the network: copies of the network would share the same cores.
-    with told(), connect(workers=1, threads_per_worker=1) as client:
+    with connect(workers=1, threads_per_worker=1) as client:
         summary = refresh(options, client)
     typer.echo(describe(summary))
 

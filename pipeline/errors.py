@@ -20,10 +20,12 @@ PipelineError
 
 from collections.abc import Mapping, Sequence
 
+from featurestore.errors import USAGE, UserError
+
 SCHEDULER_LOST = "the Dask scheduler was lost or restarted; run the same command again to go on"
 
 
-class PipelineError(Exception):
+class PipelineError(UserError):
     """Root of the pipeline's errors; its text is one message for the person who started the job."""
 
 
@@ -38,9 +40,13 @@ class BadImageError(PipelineError):
 class BackboneError(PipelineError):
     """There is no such network or layer, or it gives more than one vector per image."""
 
+    exit_code = USAGE
+
 
 class WeightsError(PipelineError):
     """The network's weights cannot be had or do not fit the network."""
+
+    exit_code = USAGE
 
 
 class ExtractionError(PipelineError):
@@ -87,6 +93,8 @@ class MissingCertificatesError(ClusterError):
 
 class InsecureSchedulerError(ClusterError):
     """A scheduler beyond loopback without TLS."""
+
+    exit_code = USAGE
 
     def __init__(self, address: str):
         super().__init__(address)
@@ -148,3 +156,5 @@ class SampleError(PipelineError):
 
 class SampleOptionError(SampleError):
     """What was asked for makes no sense, or would destroy something; jobs end with the exit code of wrong usage."""
+
+    exit_code = USAGE

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from featurestore.console.commandline import run_app
+from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import print_table, text_console
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,7 +146,7 @@ def main(
     console.print(f"written to {report}; {(time.monotonic() - started) / 60:.1f} minutes in all")
 
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+app = CommandApp(rich_markup_mode="markdown")
 app.command(epilog=EXAMPLES)(main)
 
 if __name__ == "__main__":

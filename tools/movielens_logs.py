@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import typer
 from numpy.typing import NDArray
 
-from featurestore.console.commandline import run_app, say_error
+from featurestore.console.commandline import CommandApp, run_app, say_error
 
 FILES = {name: f"MovieLens100k_{name}.parquet.brotli" for name in ("data", "items", "users")}
 LIKED = 4
@@ -95,7 +95,7 @@ def main(
     typer.echo(f"{len(impressions):,} impressions and {len(behaviors):,} behaviours in {out}")
 
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+app = CommandApp(rich_markup_mode="rich")
 app.command(epilog=EXAMPLES)(main)
 
 if __name__ == "__main__":

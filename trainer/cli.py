@@ -1,21 +1,22 @@
-"""What the commands of the trainer and the jobs on its runs share: they connect, work, close, tell mistakes in a line.
+"""What the commands of the trainer share: work on ranks, with one message for a mistake, and options.
 
-Exit codes: 0 done, 1 failed, 2 wrong settings, 130 stopped by a signal after a checkpoint. Quick to import: torch and
-Horovod are loaded when the ranks connect.
+Exit codes as of every command (`featurestore.console.commandline`); 130 also for a stop by a signal after a checkpoint.
+Quick to import: torch and Horovod are loaded when the ranks connect.
 """
 
 import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.console.commandline import FAILED, OK, STOPPED, USAGE, say_error
-from trainer.errors import ConfigError, LostRankError, RemoteRankError, SchemaError, TrainerError
+from featurestore.console.commandline import OK, STOPPED, say_error
+from featurestore.errors import UserError
+from trainer.errors import LostRankError
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
@@ -29,74 +30,45 @@ WhichCheckpoint = Annotated[
 """The option --checkpoint of a job that reads a trained run."""
 
 
-def run_on_ranks(work: Callable[["Comm"], None], missing_key_advice: str = "") -> int:
-    """Does `work` on the ranks that horovodrun started, or on one alone; returns the exit code.
+def run_on_ranks(work: Callable[["Comm"], None]) -> int:
+    """Do `work` on the ranks that horovodrun started, or on one alone; returns the exit code.
 
-    What goes wrong is told once, by rank 0; where an image had no feature, `missing_key_advice` follows.
+    Rank 0 prints what went wrong, once. Raises what is no error of ours, after leaving the ranks.
     """
     from trainer.comm import connect
 
-    try:
-        comm = connect()
-    except TrainerError as failure:
-        _tell(failure)
-        return FAILED
+    comm = connect()
     with contextlib.closing(comm):
-        code = _guarded(comm, work, missing_key_advice)
+        code = _code_of(comm, work)
     if comm.is_stuck:  # a collective of Horovod is under way for ever, and Python's end would wait for it
         sys.stdout.flush()
         os._exit(code)
     return code
 
 
-@contextlib.contextmanager
-def failures_told() -> Iterator[None]:
-    """Ends a job on one rank with 1 and one line where the trainer or a feature store raises an error of its own."""
-    from featurestore.errors import FeatureStoreError
-
-    try:
-        yield
-    except (TrainerError, FeatureStoreError) as error:
-        say_error(error)
-        raise typer.Exit(FAILED) from error
-
-
 def check_ending(out: str, *endings: str) -> None:
-    """Raises typer.BadParameter unless the file of --out has a name with one of these endings."""
+    """Raise typer.BadParameter unless the file of --out has a name with one of these endings."""
     if PurePosixPath(out).suffix not in endings:
         raise typer.BadParameter(
             f"{out} has to end with {' or '.join(endings)}, a name before that", param_hint="--out"
         )
 
 
-def _guarded(comm: "Comm", work: Callable[["Comm"], None], missing_key_advice: str) -> int:
-    from featurestore.errors import FeatureStoreError
+def _code_of(comm: "Comm", work: Callable[["Comm"], None]) -> int:
     from trainer.loop.signals import StoppedError
 
     try:
         work(comm)
     except StoppedError:
         return STOPPED
-    except (TrainerError, FeatureStoreError) as failure:
+    except UserError as failure:
         if comm.rank == 0 or isinstance(failure, LostRankError):  # rank 0 may be the one that is gone
-            _tell(failure)
-            if missing_key_advice and _is_missing_key(failure):
-                print(missing_key_advice, file=sys.stderr, flush=True)
+            say_error(failure)
         else:
             time.sleep(_GRACE_S)
-        return USAGE if isinstance(failure, ConfigError | SchemaError) else FAILED
+        return failure.exit_code
+    except KeyboardInterrupt:
+        if comm.rank == 0:
+            raise  # the command prints its one line
+        return STOPPED
     return OK
-
-
-def _is_missing_key(failure: Exception) -> bool:
-    """Whether this rank, or the one whose error was sent here, found an image without a feature."""
-    from featurestore.errors import MissingKeysError
-
-    name = failure.text.partition(":")[0] if isinstance(failure, RemoteRankError) else type(failure).__name__
-    return name == MissingKeysError.__name__
-
-
-def _tell(failure: Exception) -> None:
-    text = failure.text if isinstance(failure, RemoteRankError) else str(failure)
-    where = f"rank {failure.rank}: " if isinstance(failure, RemoteRankError) else ""
-    say_error(f"{where}{text}")

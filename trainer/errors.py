@@ -12,17 +12,23 @@ TrainerError
     └── LateRankError another rank has not come to a collective in time
 """
 
+from featurestore.errors import USAGE, UserError
 
-class TrainerError(Exception):
+
+class TrainerError(UserError):
     """Root of every error that trainer raises by itself."""
 
 
 class ConfigError(TrainerError):
     """A setting is unknown, out of range, or does not fit another."""
 
+    exit_code = USAGE
+
 
 class SchemaError(TrainerError):
     """The schema of the samples contradicts itself or the model."""
+
+    exit_code = USAGE
 
 
 class DataError(TrainerError):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.console.commandline import run_app
+from featurestore.console.commandline import CommandApp, run_app
 from trainer.cli import run_on_ranks
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ Relative places in the run's config.yaml are looked for where this is started. E
 settings.
 """
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+app = CommandApp(rich_markup_mode="markdown")
 
 
 @app.command(epilog=EXAMPLES)

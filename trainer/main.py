@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.console.commandline import run_app
+from featurestore.console.commandline import CommandApp, run_app
+from featurestore.errors import MissingKeysError, UserError
 from trainer.cli import run_on_ranks
 from trainer.config.config import WARM_PARTS, Config, load_config
-from trainer.errors import ConfigError
+from trainer.errors import RemoteRankError
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
@@ -43,7 +44,7 @@ Add the images' features with: python jobs/extract_features.py --store {store}
 or train without them: data.missing=zeros, or data.missing=learned for a trained "no image" vector.\
 """
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+app = CommandApp(rich_markup_mode="markdown")
 
 
 @app.command(epilog=EXAMPLES)
@@ -68,28 +69,34 @@ def main(
     ] = False,
 ) -> None:
     """Train DICM on sample groups and stored image features, and evaluate it on the test samples."""
-    try:
-        warm = warm_settings(warm_start, warm_parts)
-        traced = ["run.profile=true"] if profile else []
-        loaded: Config | ConfigError = load_config(file, [*(settings or []), *(more or []), *warm, *traced])
-    except ConfigError as failure:
-        loaded = failure
-    raise typer.Exit(on_ranks(loaded, train))
+    warm, traced = warm_settings(warm_start, warm_parts), ["run.profile=true"] if profile else []
+    given = [*(settings or []), *(more or []), *warm, *traced]
+    raise typer.Exit(on_ranks(lambda: load_config(file, given), train))
 
 
-def on_ranks(loaded: Config | ConfigError, work: Callable[[Config, "Comm"], None]) -> int:
-    """`work` with this rank's Comm; what goes wrong becomes one message of rank 0. Returns the exit code."""
+def on_ranks(load: Callable[[], Config], work: Callable[[Config, "Comm"], None]) -> int:
+    """Do `work` with the loaded settings on every rank, see `run_on_ranks`; returns the exit code."""
 
     def do(comm: "Comm") -> None:
-        if isinstance(loaded, ConfigError):
-            raise loaded
-        work(loaded, comm)
+        config = load()
+        try:
+            work(config, comm)
+        except UserError as failure:
+            if _is_missing_key(failure):
+                failure.add_note(MISSING_KEY_ADVICE.format(store=config.data.store))
+            raise
 
-    return run_on_ranks(do, MISSING_KEY_ADVICE.format(store=loaded.data.store) if isinstance(loaded, Config) else "")
+    return run_on_ranks(do)
+
+
+def _is_missing_key(failure: UserError) -> bool:
+    """Whether this rank, or the one whose error was sent here, found an image without a feature."""
+    name = failure.text.partition(":")[0] if isinstance(failure, RemoteRankError) else type(failure).__name__
+    return name == MissingKeysError.__name__
 
 
 def warm_settings(warm_start: str | None, warm_parts: str | None) -> list[str]:
-    """The options as settings."""
+    """Make settings of the options --warm-start and --warm-parts."""
     settings = [] if warm_start is None else [f"run.warm_start={warm_start}"]
     if warm_parts is not None:
         named = warm_parts in WARM_PARTS

@@ -21,10 +21,8 @@ from benchmarks.quality.compare import NETS, Bench, ids_section, images_section
 from benchmarks.quality.data import SMALL_USERS, USERS, DataSet, parse, simulated
 from benchmarks.quality.runs import QualityRunError, fuxictr_python
 from benchmarks.report import JsonPath, Section, write_sections
-from featurestore.console.commandline import run_app, say_error
+from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars, text_column
-from featurestore.errors import FeatureStoreError
-from trainer.errors import TrainerError
 
 EXAMPLES = """Examples:
 
@@ -45,7 +43,7 @@ SECTIONS: dict[str, Callable[[Bench], list[Section]]] = {
 Name = StrEnum("Name", list(SECTIONS))  # type: ignore[misc]
 Net = StrEnum("Net", list(NETS))  # type: ignore[misc]
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+app = CommandApp(failures=(OSError,), rich_markup_mode="rich")
 
 
 def data_sets(
@@ -93,8 +91,9 @@ def main(
     """Measure how good our models are, beside those of FuxiCTR on the same rows and IDs."""
     chosen = [str(name) for name in only or SECTIONS]
     if chosen != ["cold"] and not fuxictr_python().exists():
-        say_error("FuxiCTR is not installed in this environment (make install says why), and it is what is compared")
-        raise typer.Exit(1)
+        raise QualityRunError(
+            "FuxiCTR is not installed in this environment (make install says why), and it is what is compared"
+        )
     given = settings_of(settings or [])
     try:
         sets = data_sets(folder, data or [], SMALL_USERS if small else USERS, (photos, labels), batch_size)
@@ -103,13 +102,9 @@ def main(
     except subprocess.CalledProcessError as error:
         raise typer.Exit(1) from error
     columns = text_column(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    try:
-        with progress_bars(*columns) as progress:
-            bench = Bench(sets, folder, [str(net) for net in nets or NETS], range(seeds), epochs, tune, progress, given)
-            sections = [section for name in SECTIONS if name in chosen for section in SECTIONS[name](bench)]
-    except (TrainerError, FeatureStoreError, QualityRunError, OSError) as failure:
-        say_error(failure)
-        raise typer.Exit(1) from failure
+    with progress_bars(*columns) as progress:
+        bench = Bench(sets, folder, [str(net) for net in nets or NETS], range(seeds), epochs, tune, progress, given)
+        sections = [section for name in SECTIONS if name in chosen for section in SECTIONS[name](bench)]
     write_sections(sections, json_path)
 
 

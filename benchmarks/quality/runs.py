@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from featurestore.errors import UserError
 from featurestore.store import FeatureStore
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
@@ -30,7 +31,7 @@ _BASES = {"dnn": "mlp", "dcnv2": "dcn"}
 _DIGITS = 16
 
 
-class QualityRunError(Exception):
+class QualityRunError(UserError):
     """A run failed; the text has its last lines."""
 
 

@@ -22,10 +22,8 @@ import typer
 from benchmarks.report import Figure, JsonPath, Section, write_sections
 from benchmarks.resume.runs import CHANGING, End, Float, Runs, checkpoint_every
 from benchmarks.workload import Knobs, make
-from featurestore.console.commandline import run_app, say_error
+from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars
-from featurestore.errors import FeatureStoreError
-from trainer.errors import TrainerError
 
 KNOBS = Knobs(images=2_000, dim=64, steps=1_000, test_samples=3_000, behaviors=10, users=2_000, shards=8, row_group=100)
 STEPS = (10, 100, 1_000)
@@ -40,7 +38,7 @@ class DType(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-app = typer.Typer(add_completion=False)
+app = CommandApp(failures=(OSError,))
 
 
 @app.command()
@@ -55,20 +53,16 @@ def main(
 ) -> None:
     """Compare killed and resumed runs with undisturbed ones; prints the figures."""
     lengths, dtypes = steps or STEPS, dtype or tuple(DType)
-    try:
-        with progress_bars() as progress, tempfile.TemporaryDirectory() as scratch:
-            workload = make(folder, replace(KNOBS, samples_per_rank=samples), progress)
-            task = progress.add_task("train", total=len(dtypes) * len(lengths))
-            sections = []
-            for name in dtypes:
-                grid: dict[str, Mapping[str, Figure]] = {}
-                for length in lengths:
-                    grid |= compare(Runs(workload, Path(scratch), name, length))
-                    progress.advance(task)
-                sections.append(Section(f"{name}: differences from one undisturbed rank", grid=grid, prefix=f"{name}_"))
-    except (TrainerError, FeatureStoreError, OSError) as error:
-        say_error(error)
-        raise typer.Exit(1) from error
+    with progress_bars() as progress, tempfile.TemporaryDirectory() as scratch:
+        workload = make(folder, replace(KNOBS, samples_per_rank=samples), progress)
+        task = progress.add_task("train", total=len(dtypes) * len(lengths))
+        sections = []
+        for name in dtypes:
+            grid: dict[str, Mapping[str, Figure]] = {}
+            for length in lengths:
+                grid |= compare(Runs(workload, Path(scratch), name, length))
+                progress.advance(task)
+            sections.append(Section(f"{name}: differences from one undisturbed rank", grid=grid, prefix=f"{name}_"))
     write_sections(sections, json_file)
 
 

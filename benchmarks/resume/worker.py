@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 
-from featurestore.console.commandline import run_app
+from featurestore.console.commandline import CommandApp, run_app
 from trainer.cli import run_on_ranks
 from trainer.comm import Comm
 from trainer.config.config import Config, load_config
@@ -24,7 +24,7 @@ from trainer.runs.open import claim_folder, open_run
 
 DIES = "this rank dies now"
 
-app = typer.Typer(add_completion=False)
+app = CommandApp()
 
 
 @app.command()

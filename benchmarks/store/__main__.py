@@ -23,7 +23,7 @@ from benchmarks.store.depth import depth_figures
 from benchmarks.store.limit import limit_figures
 from benchmarks.store.lookup import delta_figures, warm_figures
 from benchmarks.store.peers import fill_peers
-from featurestore.console.commandline import run_app, say_error
+from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars, text_column
 
 _HEADLINE = [
@@ -37,7 +37,7 @@ _HEADLINE = [
     "store_over_limit",
 ]
 
-app = typer.Typer(add_completion=False)
+app = CommandApp(failures=(OSError,))
 
 
 class Part(StrEnum):
@@ -118,13 +118,9 @@ def main(
     """Measure the store against numpy.take, LMDB, RocksDB, Lance and plain pyarrow."""
     asked_depths = ascending(depths)
     columns = text_column(), BarColumn(), TimeElapsedColumn()
-    try:
-        with working_folder(folder) as work, progress_bars(*columns) as progress:
-            bench = Bench(work, rows, keys, rounds, threads, progress, seed)
-            sections = measure(bench, asked_depths, limit_mb, only or tuple(Part))
-    except OSError as failure:
-        say_error(failure)
-        raise typer.Exit(1) from failure
+    with working_folder(folder) as work, progress_bars(*columns) as progress:
+        bench = Bench(work, rows, keys, rounds, threads, progress, seed)
+        sections = measure(bench, asked_depths, limit_mb, only or tuple(Part))
     run = {"rows": rows, "dim": DIM, "keys_per_lookup": keys, "threads": threads, "rounds": rounds, "cores": cores()}
     write_sections([*sections, Section("this run", run)], json_path)
 

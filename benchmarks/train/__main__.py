@@ -17,13 +17,12 @@ from rich.progress import BarColumn, TimeElapsedColumn
 
 from benchmarks.report import JsonPath, Section, write_sections
 from benchmarks.train.launch import RunFailedError
-from benchmarks.train.rounds import DifferentLossesError
 from benchmarks.train.sections import FUXICTR, SECTIONS, VARIANTS, Bench, fuxictr_python, measure
-from benchmarks.workload import Knobs, WorkloadError, make
-from featurestore.console.commandline import run_app, say_error
+from benchmarks.workload import Knobs, make
+from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars, text_column
 
-app = typer.Typer(add_completion=False)
+app = CommandApp(failures=(OSError,))
 NAMES = (*VARIANTS, *SECTIONS)
 _QUIET_SPREAD = 1.5
 
@@ -41,8 +40,7 @@ def check_fuxictr(chosen: list[str]) -> None:
         return
     missing = "FuxiCTR is not installed in this environment (make install says why)"
     if asked := [name for name in chosen if name in FUXICTR]:
-        say_error(f"{', '.join(asked)}: {missing}")
-        raise typer.Exit(1)
+        raise RunFailedError(f"{', '.join(asked)}: {missing}")
     if not chosen:
         print(f"note: {missing}; its figures are left out", file=sys.stderr)
 
@@ -93,17 +91,13 @@ def main(
     check_fuxictr(chosen)
     columns = text_column(), BarColumn(), TimeElapsedColumn()
     knobs = Knobs(images=images, dim=dim, samples_per_rank=samples_per_rank, seed=seed)
-    try:
-        with (
-            tempfile.TemporaryDirectory(prefix="train-bench-") as scratch,
-            progress_bars(*columns) as progress,
-        ):
-            workload = make(folder, knobs, progress)
-            bench = Bench(workload, Path(scratch), rounds, steps, memory_steps, settings or [], progress)
-            sections = measure(bench, chosen, others)
-    except (WorkloadError, RunFailedError, DifferentLossesError, OSError) as failure:
-        say_error(failure)
-        raise typer.Exit(1) from failure
+    with (
+        tempfile.TemporaryDirectory(prefix="train-bench-") as scratch,
+        progress_bars(*columns) as progress,
+    ):
+        workload = make(folder, knobs, progress)
+        bench = Bench(workload, Path(scratch), rounds, steps, memory_steps, settings or [], progress)
+        sections = measure(bench, chosen, others)
     if (worst := spread(sections)) > _QUIET_SPREAD:
         print(f"warning: one round was {worst:.1f} times as fast as another: this machine was busy", file=sys.stderr)
     run = {"images": images, "dim": dim, "samples_per_rank": samples_per_rank, "steps": steps, "rounds": rounds}

@@ -14,11 +14,12 @@ from typing import Any
 import psutil
 
 from benchmarks.workload import Workload
+from featurestore.errors import UserError
 
 _POLL_S = 0.25
 
 
-class RunFailedError(Exception):
+class RunFailedError(UserError):
     """A process of a variant failed; the text has its last lines."""
 
 

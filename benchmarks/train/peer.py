@@ -14,12 +14,10 @@ from typing import Annotated, Any, Literal, Protocol
 
 import typer
 
-from featurestore.console.commandline import say_error
-from featurestore.errors import FeatureStoreError
+from featurestore.console.commandline import CommandApp, run_app
 from trainer.comm import Comm, connect
 from trainer.config.config import load_config
 from trainer.engine.memory import objects_frozen
-from trainer.errors import TrainerError
 from trainer.runs.open import Run, open_run
 from trainer.samples.prefetch import prepare_ahead
 
@@ -117,6 +115,10 @@ def summed(ranks: list[Seen], steps: int, global_batch_size: int) -> dict[str, A
     }
 
 
+app = CommandApp()
+
+
+@app.command()
 def main(
     name: Annotated[Name, typer.Argument(metavar="VARIANT")],
     config: Annotated[Path, typer.Option()],
@@ -127,19 +129,15 @@ def main(
     """Train on this rank; `horovodrun` starts several."""
     comm = connect()
     with closing(comm):
-        try:
-            with closing(open_run(load_config(config, settings or []), comm)) as run:
-                variant = variant_of(name, run, config.parent)
-                with objects_frozen():
-                    seen = train(variant, steps, run)
-                size = run.config.data.global_batch_size
-        except (TrainerError, FeatureStoreError) as failure:
-            say_error(failure)
-            raise typer.Exit(1) from failure
+        with closing(open_run(load_config(config, settings or []), comm)) as run:
+            variant = variant_of(name, run, config.parent)
+            with objects_frozen():
+                seen = train(variant, steps, run)
+            size = run.config.data.global_batch_size
         ranks = [Seen(**values) for values in comm.allgather_object(asdict(seen))]
         if comm.rank == 0:
             json_path.write_text(json.dumps(summed(ranks, steps, size)))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_app(app)

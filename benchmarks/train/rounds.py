@@ -8,6 +8,7 @@ from rich.progress import Progress
 
 from benchmarks.report import Figure
 from benchmarks.train.launch import Outcome
+from featurestore.errors import UserError
 
 Run = Callable[[], Outcome]
 
@@ -15,7 +16,7 @@ _CHECKED_LOSSES = 2  # "store in worker" has no more batches on its disk
 _LOSS_TOLERANCE = 2e-3
 
 
-class DifferentLossesError(Exception):
+class DifferentLossesError(UserError):
     """Two variants that should be one model are not; their speeds cannot be compared."""
 
 

@@ -5,11 +5,12 @@ from typing import Annotated
 
 import typer
 
-from featurestore.commands.common import progress_bar, user_errors
+from featurestore.commands.common import progress_bar
+from featurestore.console.commandline import CommandApp
 from featurestore.storage.safety import check_backend as check
 from featurestore.storage.storage import Storage
 
-app = typer.Typer()
+app = CommandApp()
 
 
 @app.command(epilog="Example: `python -m featurestore check-backend s3://bucket/features --processes 16`")
@@ -23,10 +24,9 @@ def check_backend(
     Tries what commits rely on, then lets processes race to create one file, many times. Exit code 1 when the place is
     unsafe: commits would be lost there.
     """
-    with user_errors():
-        storage = Storage(url)
-        with progress_bar("races") as progress:
-            report = check(storage, num_processes=processes, num_rounds=rounds, progress=progress)
+    storage = Storage(url)
+    with progress_bar("races") as progress:
+        report = check(storage, num_processes=processes, num_rounds=rounds, progress=progress)
     for problem in report.problems:
         sys.stderr.write(f"unsafe: {problem}\n")
     if report.problems:

@@ -6,13 +6,14 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from featurestore.commands.common import DryRun, Url, progress_bar, user_errors
+from featurestore.commands.common import DryRun, Url, progress_bar
+from featurestore.console.commandline import CommandApp
 from featurestore.lookup.cache import default_cache_dir
 from featurestore.upkeep.cachecheck import verify_cache
 from featurestore.upkeep.repair import repair as repair_store
 from featurestore.upkeep.verify import verify as verify_store
 
-app = typer.Typer()
+app = CommandApp()
 
 
 @app.command(
@@ -42,7 +43,7 @@ def verify(
         _verify_cache(Path(place) if place else default_cache_dir())
     if not place:
         raise typer.BadParameter("name the store's URL, or --cache")
-    with user_errors(), progress_bar("files") as progress:
+    with progress_bar("files") as progress:
         report = verify_store(place, version, progress)
     for problem in report.problems:
         sys.stderr.write(f"broken: {problem}\n")
@@ -54,7 +55,7 @@ def verify(
 
 
 def _verify_cache(folder: Path) -> NoReturn:
-    with user_errors(), progress_bar() as progress:
+    with progress_bar() as progress:
         report = verify_cache(folder, progress)
     for problem in report.problems:
         sys.stderr.write(f"broken: {problem}\n")
@@ -74,7 +75,7 @@ def repair(url: Url, dry_run: DryRun = False) -> None:
 
     Exit code 1 when something is left that only a backup or a person can mend.
     """
-    with user_errors(), progress_bar("files") as progress:
+    with progress_bar("files") as progress:
         report = repair_store(url, dry_run, progress)
     for action in report.actions:
         sys.stdout.write(f"{'would ' if dry_run else ''}{action}\n")

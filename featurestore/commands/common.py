@@ -1,6 +1,5 @@
-"""What the commands share: options, a progress bar, tables, one line instead of a traceback."""
+"""What the commands share: options, a progress bar, tables."""
 
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -10,8 +9,6 @@ import typer
 from rich.table import Table
 
 from featurestore.console import output
-from featurestore.console.commandline import say_error
-from featurestore.errors import FeatureStoreError
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
 
@@ -52,16 +49,3 @@ def progress_bar(things: str = "shards") -> Iterator[Callable[[int, int], None]]
     with output.progress_bars(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(things)
         yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """One line on stderr instead of a traceback, and exit code 1."""
-    try:
-        yield
-    except FeatureStoreError as error:
-        say_error(error)
-        raise typer.Exit(1) from None
-    except MemoryError:
-        sys.stderr.write("error: out of memory; a command needs about as much as the largest data file, twice\n")
-        raise typer.Exit(1) from None

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal as bytes_text
 
-from featurestore.commands.common import DryRun, Url, print_table, progress_bar, user_errors
+from featurestore.commands.common import DryRun, Url, print_table, progress_bar
+from featurestore.console.commandline import CommandApp
 from featurestore.log import utc_text
 from featurestore.store import FeatureStore
 from featurestore.upkeep.compaction import CompactReport
@@ -22,7 +23,7 @@ from featurestore.upkeep.pins import PIN_NAME_RULE, is_pin_name
 from featurestore.upkeep.pins import pin as pin_snapshot
 from featurestore.upkeep.pins import unpin as unpin_snapshot
 
-app = typer.Typer()
+app = CommandApp()
 
 
 def _pin_name(name: str) -> str:
@@ -40,8 +41,7 @@ def log(
     last: Annotated[int | None, typer.Option("--last", "-n", min=1, help="Only so many; all by default.")] = None,
 ) -> None:
     """List the snapshots that can be opened, newest first. Files, rows and bytes are those that each one needs."""
-    with user_errors():
-        entries = log_of_store(FeatureStore.open(url), last)
+    entries = log_of_store(FeatureStore.open(url), last)
     if not entries:
         sys.stdout.write("no snapshot yet: nothing was committed\n")
         return
@@ -61,7 +61,7 @@ def diff(
     keys: Annotated[bool, typer.Option("--keys", help="Print key and uri of each: + came, ~ changed, - went.")] = False,
 ) -> None:
     """Count the images that came, changed and went from snapshot A to B."""
-    with user_errors(), progress_bar() as progress:
+    with progress_bar() as progress:
         found = diff_snapshots(FeatureStore.open(url), before, after, progress)
     if keys:
         for sign, rows in (("+", found.added), ("~", found.changed), ("-", found.removed)):
@@ -73,8 +73,7 @@ def diff(
 @app.command(epilog="Example: `python -m featurestore restore data/features 12`")
 def restore(url: Url, version: Annotated[int, typer.Argument(metavar="N", help="A kept snapshot.")]) -> None:
     """Commit a new snapshot with the rows of snapshot N. What was committed since stays in the log."""
-    with user_errors():
-        snapshot = restore_snapshot(FeatureStore.open(url), version)
+    snapshot = restore_snapshot(FeatureStore.open(url), version)
     sys.stdout.write(f"snapshot {snapshot.version} holds what snapshot {version} holds\n")
 
 
@@ -89,16 +88,14 @@ def pin(
     version: Annotated[int | None, typer.Argument(metavar="[N]", help="Snapshot; the newest by default.")] = None,
 ) -> None:
     """Keep a snapshot, whatever `expire` is told, until it is unpinned."""
-    with user_errors():
-        made = pin_snapshot(FeatureStore.open(url), name, version)
+    made = pin_snapshot(FeatureStore.open(url), name, version)
     sys.stdout.write(f"{name} keeps snapshot {made.version}\n")
 
 
 @app.command(epilog="Example: `python -m featurestore unpin data/features before-migration`")
 def unpin(url: Url, name: PinName) -> None:
     """Remove a pin. The next `expire` decides about its snapshot."""
-    with user_errors():
-        unpin_snapshot(FeatureStore.open(url), name)
+    unpin_snapshot(FeatureStore.open(url), name)
     sys.stdout.write(f"{name} is no pin any more\n")
 
 
@@ -118,7 +115,7 @@ def compact(
 
     The rows stay exactly the same. Readers and writers may go on meanwhile.
     """
-    with user_errors(), progress_bar() as progress:
+    with progress_bar() as progress:
         report = compact_store(
             FeatureStore.open(url), shards=shard, force=force, threads=threads, dry_run=dry_run, progress=progress
         )
@@ -144,7 +141,7 @@ def expire(
     What dead writers left goes too. The grace time must be longer than your longest job. The newest snapshot stays.
     Exit code 1 when it had to stop half way.
     """
-    with user_errors(), progress_bar("files") as progress:
+    with progress_bar("files") as progress:
         report = expire_store(
             FeatureStore.open(url),
             keep_last=keep_last,

@@ -7,38 +7,38 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from featurestore.commands.common import At, Url, Version, chosen_snapshot, print_table, user_errors
+from featurestore.commands.common import At, Url, Version, chosen_snapshot, print_table
+from featurestore.console.commandline import CommandApp
 from featurestore.errors import FeatureStoreError
 from featurestore.keys import keys_of_uris
 from featurestore.log import utc_text
 from featurestore.storage.regular import check_regular
 from featurestore.store import FeatureStore
 
-app = typer.Typer()
+app = CommandApp()
 
 
 @app.command(epilog="Example: `python -m featurestore info data/features`")
 def info(url: Url, version: Version = None, at: At = None) -> None:
     """Show what a store holds."""
-    with user_errors():
-        store = FeatureStore.open(url)
-        snapshot = chosen_snapshot(store, version, at)
-        manifest = snapshot.manifest
-        extractor = store.info.extractor.model_dump()
-        lines = {
-            "store": store.url,
-            "feature": store.info.name,
-            "dim": f"{store.info.dim:,}",
-            "dtype": store.info.dtype,
-            "snapshot": f"{snapshot.version} ({manifest.operation})",
-            "committed": utc_text(manifest.time_s) if snapshot.version else "never",
-            "rows": f"{snapshot.num_rows:,}",
-            "shards": f"{store.info.num_shards} ({len(manifest.shards)} with files)",
-            "files": f"{manifest.num_files:,}",
-            "bytes": f"{manifest.file_bytes:,}",
-            "quarantined": f"{len(store.quarantine_rows()):,}",
-            **{f"extractor {name}": value for name, value in extractor.items()},
-        }
+    store = FeatureStore.open(url)
+    snapshot = chosen_snapshot(store, version, at)
+    manifest = snapshot.manifest
+    extractor = store.info.extractor.model_dump()
+    lines = {
+        "store": store.url,
+        "feature": store.info.name,
+        "dim": f"{store.info.dim:,}",
+        "dtype": store.info.dtype,
+        "snapshot": f"{snapshot.version} ({manifest.operation})",
+        "committed": utc_text(manifest.time_s) if snapshot.version else "never",
+        "rows": f"{snapshot.num_rows:,}",
+        "shards": f"{store.info.num_shards} ({len(manifest.shards)} with files)",
+        "files": f"{manifest.num_files:,}",
+        "bytes": f"{manifest.file_bytes:,}",
+        "quarantined": f"{len(store.quarantine_rows()):,}",
+        **{f"extractor {name}": value for name, value in extractor.items()},
+    }
     for name, value in lines.items():
         sys.stdout.write(f"{name:<24} {value}\n")
 
@@ -61,12 +61,11 @@ def get(
     if not keys and not uri:
         raise typer.BadParameter("name a KEY or --uri")
     wanted_U = np.concatenate([np.asarray(keys or [], dtype=np.int64), keys_of_uris(uri or [])])
-    with user_errors():
-        store = FeatureStore.open(url)
-        values_UD = store.codec.decode(chosen_snapshot(store, version, at).get(wanted_U))
-        if out is not None:
-            _write_npy(out, values_UD)
-            return
+    store = FeatureStore.open(url)
+    values_UD = store.codec.decode(chosen_snapshot(store, version, at).get(wanted_U))
+    if out is not None:
+        _write_npy(out, values_UD)
+        return
     for key, row_D in zip(wanted_U, values_UD, strict=True):
         sys.stdout.write(f"{key}: {' '.join(f'{value:.6g}' for value in row_D)}\n")
 
@@ -74,8 +73,7 @@ def get(
 @app.command(epilog="Example: `python -m featurestore quarantine data/features`")
 def quarantine(url: Url) -> None:
     """List the images that could not be read or decoded, with the reason of each; a refresh tries them again."""
-    with user_errors():
-        rows = sorted(FeatureStore.open(url).quarantine_rows(), key=lambda row: row.uri)
+    rows = sorted(FeatureStore.open(url).quarantine_rows(), key=lambda row: row.uri)
     print_table(
         ["key", "uri", "since", "reason"],
         [(str(row.key), row.uri, utc_text(row.time_s), row.reason) for row in rows],

@@ -5,13 +5,14 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from featurestore.commands.common import Version, progress_bar, user_errors
+from featurestore.commands.common import Version, progress_bar
+from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_table, text_console
 from featurestore.format.codec import SAMPLE_ROWS
 from featurestore.spec import DType
 from featurestore.store import FeatureStore
 
-app = typer.Typer()
+app = CommandApp()
 
 
 @app.command(
@@ -34,7 +35,7 @@ def recode(
     """
     from featurestore.upkeep.recode import recode as recode_store  # loads faiss
 
-    with user_errors(), progress_bar() as progress:
+    with progress_bar() as progress:
         report = recode_store(
             FeatureStore.open(source), target, dtype, version=version, sample_rows=sample, progress=progress
         )

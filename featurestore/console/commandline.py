@@ -3,25 +3,74 @@
 Exit codes: 0 done, 1 something went wrong, 2 what was typed is wrong, 130 stopped by Ctrl-C.
 """
 
+import functools
 import io
 import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, cast
 
 import click
 import typer
 from typer.main import get_command
 
+from featurestore.errors import FAILED, USAGE, UserError
 from featurestore.text.plain import one_line, printable
 
-OK, FAILED, USAGE, STOPPED = 0, 1, 2, 130
+OK, STOPPED = 0, 130
+STOPPED_BY_PERSON = "stopped by Ctrl-C"
+CONTINUES = f"{STOPPED_BY_PERSON}; what is finished is kept: run the same command again to continue"
 INT64 = range(-(2**63), 2**63)  # as all whole numbers in files
 
 # typer brings a click of its own, and says nowhere what the roots of its errors are called.
 _USAGE_ERROR = cast("type[click.UsageError]", typer.BadParameter.__mro__[1])
 _ROOT_ERROR = cast("type[click.ClickException]", typer.BadParameter.__mro__[2])
 _HELP_INSTEAD = "NoArgsIsHelpError"
+
+
+class CommandApp(typer.Typer):
+    """A Typer app whose commands end with one line and an exit code instead of a traceback, see `command_end`.
+
+    `stopped` is the line for Ctrl-C; `failures` are classes of errors that are not ours and get a line as well.
+    """
+
+    def __init__(
+        self, *, stopped: str = STOPPED_BY_PERSON, failures: tuple[type[Exception], ...] = (), **options: Any
+    ) -> None:
+        super().__init__(add_completion=False, pretty_exceptions_enable=False, **options)
+        self._stopped, self._failures = stopped, failures
+
+    def command(self, *names: Any, **options: Any) -> Callable[[Any], Any]:
+        """Add a function to the commands, as Typer does; the function itself stays as it is."""
+        add = super().command(*names, **options)
+
+        def added(function: Any) -> Any:
+            @functools.wraps(function)
+            def ended(*args: Any, **values: Any) -> Any:
+                with command_end(self._stopped, self._failures):
+                    return function(*args, **values)
+
+            add(ended)
+            return function
+
+        return added
+
+
+@contextmanager
+def command_end(stopped: str = STOPPED_BY_PERSON, failures: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn an error of ours, one of `failures`, a lack of memory or Ctrl-C into one line on stderr and typer.Exit."""
+    try:
+        yield
+    except (UserError, *failures) as error:
+        say_error(error)
+        raise typer.Exit(getattr(error, "exit_code", FAILED)) from error
+    except MemoryError as error:
+        say_error("out of memory: this machine has too little for this command, or other programs take it")
+        raise typer.Exit(FAILED) from error
+    except KeyboardInterrupt:
+        typer.echo(stopped, err=True)
+        raise typer.Exit(STOPPED) from None
 
 
 def run_app(app: typer.Typer, prog: str | None = None, *, may_be_empty: Collection[str] = ()) -> NoReturn:
@@ -58,10 +107,18 @@ def tell_usage(error: click.ClickException) -> int:
 
 
 def say_error(error: Exception | str) -> None:
-    """Write what went wrong to stderr, `error: ` before it: one line for one mistake."""
+    """Write what went wrong to stderr, `error: ` before it: one line for one mistake, then the error's notes."""
     lines = str(error).splitlines() or [type(error).__name__]
+    lines += [line for note in getattr(error, "__notes__", ()) for line in note.splitlines()]
     sys.stderr.write("error: " + "".join(f"{printable(line)}\n" for line in lines))
     sys.stderr.flush()
+
+
+def power_of_two(value: int | None) -> int | None:
+    """Return the value of an option that counts shards. Raises typer.BadParameter."""
+    if value is not None and value & (value - 1):
+        raise typer.BadParameter(f"{value} is not a power of two; try 64 or 128")
+    return value
 
 
 def _check_text(arguments: Sequence[str], may_be_empty: Collection[str]) -> None:

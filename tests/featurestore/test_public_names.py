@@ -39,7 +39,7 @@ def test_the_public_names_are_exactly_the_promised_ones() -> None:
 
 @pytest.mark.parametrize("error", ERRORS)
 def test_every_error_has_one_root_stands_in_the_tree_and_pickles(error: type[Exception]) -> None:
-    assert issubclass(error, errors.FeatureStoreError)
+    assert issubclass(error, errors.UserError)
     assert error.__name__ in (errors.__doc__ or "")
     copy = pickle.loads(pickle.dumps(error("a message")))
     assert type(copy) is error and str(copy) == "a message"

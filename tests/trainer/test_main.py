@@ -275,7 +275,7 @@ class TestCommandLine:
 
         monkeypatch.setattr("trainer.main.train", fail)
         result = CliRunner().invoke(app, [])
-        assert result.stderr.startswith(f"error: rank 1: {error}: 3 keys\n")
+        assert result.stderr.startswith(f"error: rank 1 failed: {error}: 3 keys\n")
         assert ("data.missing=zeros" in result.stderr) is told
 
     def test_empty_places_name_the_jobs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

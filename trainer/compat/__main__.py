@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.console.commandline import FAILED, OK, run_app
+from featurestore.console.commandline import FAILED, OK, CommandApp, run_app
 from trainer.cli import run_on_ranks
 from trainer.errors import ConfigError, TrainerError
 from trainer.files import replace_file
@@ -26,7 +26,7 @@ Examples:
 Exit codes: 0 compatible (or accepted), 1 not, or it cannot be told; 2 wrong settings.
 """
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+app = CommandApp(rich_markup_mode="markdown")
 
 
 @app.command(epilog=EXAMPLES)

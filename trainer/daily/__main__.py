@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featurestore.console.commandline import run_app
+from featurestore.console.commandline import CommandApp, run_app
 from featurestore.errors import AnotherStoreError
 from featurestore.storage.regular import read_regular
 from featurestore.text.parsing import parse_json
@@ -45,7 +45,7 @@ have changed by then, by late logs, it stays as it was trained, and is marked sa
 trainer.main.
 """
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+app = CommandApp(rich_markup_mode="markdown")
 
 
 @app.command(epilog=EXAMPLES)
@@ -78,14 +78,13 @@ def main(
 ) -> None:
     """Train day after day, each from the day before, on the newest snapshot of the store, and evaluate on the next."""
     given = [] if samples is None else [f"data.samples={samples}"]
-    try:
-        loaded: Config | ConfigError = load_config(
-            file, [*(settings or []), *(more or []), *given, *warm_settings(warm_start, warm_parts)]
-        )
+    given += [*(settings or []), *(more or []), *warm_settings(warm_start, warm_parts)]
+
+    def load() -> Config:
         _check_days_given(first_day, last_day)
-    except ConfigError as failure:
-        loaded = failure
-    raise typer.Exit(on_ranks(loaded, partial(follow, window_days=window_days, first=first_day, last=last_day)))
+        return load_config(file, given)
+
+    raise typer.Exit(on_ranks(load, partial(follow, window_days=window_days, first=first_day, last=last_day)))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.console.commandline import run_app
+from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import text_console
 from trainer.config.config import Config, load_config
 from trainer.errors import ConfigError
@@ -43,7 +43,7 @@ that they have in common. Tables and plots go to OUT/results.json, OUT/RESULTS.m
 calls. What is found is what is written: no order of the variants is assumed.
 """
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+app = CommandApp(rich_markup_mode="markdown")
 Name = StrEnum("Name", [*experiments(), "all"])  # type: ignore[misc]
 
 
@@ -67,19 +67,15 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the runs and the results.")] = Path("data/experiments"),
 ) -> None:
     """Train every variant over some seeds, and say which differences are more than noise."""
-    try:
-        loaded: Config | ConfigError = _without_resume(load_config(file, settings or ()))
-        of_semantic = None if semantic is None else tuple(settings_of(semantic))
-    except ConfigError as failure:
-        loaded, of_semantic = failure, None
     wanted = chosen([str(name) for name in names])
 
     def work(config: Config, comm: "Comm") -> None:
         from trainer.experiments.runs import Grid
 
+        of_semantic = None if semantic is None else tuple(settings_of(semantic))
         make(wanted, range(seeds), Grid(out, file, tuple(settings or ()), of_semantic, comm), comm)
 
-    raise typer.Exit(on_ranks(loaded, work))
+    raise typer.Exit(on_ranks(lambda: _without_resume(load_config(file, settings or ())), work))
 
 
 def _without_resume(config: Config) -> Config:

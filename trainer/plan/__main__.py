@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 
-from featurestore.console.commandline import FAILED, USAGE, run_app, say_error
-from featurestore.errors import FeatureStoreError
+from featurestore.console.commandline import CommandApp, run_app
 from trainer.config.config import Config, load_config
-from trainer.errors import ConfigError, SchemaError, TrainerError
+from trainer.errors import ConfigError
 
 EXAMPLES = """
 Examples:
@@ -26,7 +25,7 @@ The first draws batches from the samples, measures this machine for a minute or 
 Exit codes: 0 done, 1 failed, 2 wrong settings.
 """
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+app = CommandApp(rich_markup_mode="markdown")
 
 
 @app.command(epilog=EXAMPLES)
@@ -57,42 +56,38 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:
     """Predict unique images and ids, memory, bytes, time and efficiency for more ranks, beside two other designs."""
-    try:
-        if not math.isfinite(latency_us):
-            raise ConfigError(f"--latency-us {latency_us}: give microseconds, as 50")
-        if paper or described is not None:
-            _refuse_beside(context, "--paper" if paper else "--input")
-            from trainer.plan.inputs import PAPER, load_input
-            from trainer.plan.paper import plan_input
+    if not math.isfinite(latency_us):
+        raise ConfigError(f"--latency-us {latency_us}: give microseconds, as 50")
+    if paper or described is not None:
+        _refuse_beside(context, "--paper" if paper else "--input")
+        from trainer.plan.inputs import PAPER, load_input
+        from trainer.plan.paper import plan_input
 
-            plan = plan_input(load_input(described or PAPER))
-        else:
-            config = _config(file, settings or [], samples, store, device)
-            if global_batch_size is not None and samples_per_rank is not None:
-                raise ConfigError("--global-batch-size and --samples-per-rank exclude each other; give one of them")
-            from trainer.plan.inputs import bytes_per_s
-            from trainer.plan.sample import Question, numbers
+        plan = plan_input(load_input(described or PAPER))
+    else:
+        config = _config(file, settings or [], samples, store, device)
+        if global_batch_size is not None and samples_per_rank is not None:
+            raise ConfigError("--global-batch-size and --samples-per-rank exclude each other; give one of them")
+        from trainer.plan.inputs import bytes_per_s
+        from trainer.plan.sample import Question, numbers
 
-            question = Question(
-                ranks=numbers(ranks),
-                batch_size=samples_per_rank or global_batch_size or config.data.global_batch_size,
-                per_rank=samples_per_rank is not None,
-                ranks_per_machine=ranks_per_machine,
-                link_bytes_per_s=bytes_per_s(network),
-                latency_s=latency_us / 1e6,
-                samples_per_day=samples_per_day,
-            )
-            from trainer.plan.own import plan_own
+        question = Question(
+            ranks=numbers(ranks),
+            batch_size=samples_per_rank or global_batch_size or config.data.global_batch_size,
+            per_rank=samples_per_rank is not None,
+            ranks_per_machine=ranks_per_machine,
+            link_bytes_per_s=bytes_per_s(network),
+            latency_s=latency_us / 1e6,
+            samples_per_day=samples_per_day,
+        )
+        from trainer.plan.own import plan_own
 
-            plan = plan_own(config, question, _say)
-        from trainer.plan.show import as_json, show
+        plan = plan_own(config, question, _say)
+    from trainer.plan.show import as_json, show
 
-        show(plan)
-        if json_file is not None:
-            _write(json_file, json.dumps(as_json(plan), indent=2) + "\n")
-    except (TrainerError, FeatureStoreError) as failure:
-        say_error(failure)
-        raise typer.Exit(USAGE if isinstance(failure, ConfigError | SchemaError) else FAILED) from failure
+    show(plan)
+    if json_file is not None:
+        _write(json_file, json.dumps(as_json(plan), indent=2) + "\n")
 
 
 def _refuse_beside(context: typer.Context, option: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featurestore.console.commandline import run_app
+from featurestore.console.commandline import CommandApp, run_app
 from trainer.cli import run_on_ranks
 from trainer.errors import ConfigError, TrainerError
 
@@ -27,7 +27,7 @@ Samples = Annotated[
     typer.Option(help="Other samples: their test/ is taken.", show_default="those of the run, of its test days"),
 ]
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown", no_args_is_help=True)
+app = CommandApp(rich_markup_mode="markdown", no_args_is_help=True)
 
 
 @app.callback()

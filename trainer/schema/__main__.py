@@ -2,18 +2,15 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from featurestore.console.commandline import FAILED, USAGE, run_app, say_error
-from featurestore.errors import FeatureStoreError
+from featurestore.console.commandline import CommandApp, run_app
 from featurestore.keys import id_of_text, key_of_uri
 from featurestore.storage.storage import Storage
-from trainer.errors import DataError, SchemaError, TrainerError
+from trainer.errors import DataError, SchemaError
 from trainer.schema import suggest_mapping as logs
 from trainer.schema import suggest_schema as samples
 from trainer.schema.fields import load_schema
@@ -33,12 +30,10 @@ Examples:
     python -m trainer.schema lookup data/runs/both 4521387690122 sku-17
 """
 
-app = typer.Typer(
+app = CommandApp(
     help="Look at data and write a first schema of it, and check a schema against samples.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
     epilog=EXAMPLES,
 )
 
@@ -59,22 +54,21 @@ def inspect(
     With types, numbers of different values, and suggested kinds, sides and table sizes as comments. Of a run it prints
     the first texts of its dictionary of IDs.
     """
-    with _user_errors():
-        if (Path(data) / "config.yaml").is_file():
-            if out is not None:
-                raise SchemaError(f"{data} is a run's folder, of which no schema is written; leave --out out")
-            _show_dictionary(Path(data), SHOWN)
-            return
-        storage = Storage(data)
-        if has_lists(storage):
-            schema, made, table = samples.inspect_samples(storage, label, group, rows)
-            text = samples.render(schema, made, table, data)
-        else:
-            text = logs.render(logs.inspect_logs(storage, rows), data)
-        if out is None:
-            sys.stdout.write(text)
-        else:
-            _write_new(out, text)
+    if (Path(data) / "config.yaml").is_file():
+        if out is not None:
+            raise SchemaError(f"{data} is a run's folder, of which no schema is written; leave --out out")
+        _show_dictionary(Path(data), SHOWN)
+        return
+    storage = Storage(data)
+    if has_lists(storage):
+        schema, made, table = samples.inspect_samples(storage, label, group, rows)
+        text = samples.render(schema, made, table, data)
+    else:
+        text = logs.render(logs.inspect_logs(storage, rows), data)
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        _write_new(out, text)
 
 
 @app.command(epilog="Example: `python -m trainer.schema check schema.yaml data/samples`")
@@ -91,17 +85,16 @@ def check(
     from trainer.samples.reader import SampleReader, open_index
     from trainer.samples.statistics import fill_in, measure
 
-    with _user_errors():
-        fields = load_schema(schema)
-        for split in ("train", "test"):
-            index = open_index(SoloComm(), data, split, fields)
-            if split == "train":
-                fields = fill_in(fields, measure(SoloComm(), index, fields))
-                for name, values in statistics_of(fields).items():
-                    typer.echo(f"{name}  {json.dumps(values)}")
-            for _ in SampleReader(index, fields, batch_size=BATCH_SIZE).batches():
-                pass
-            typer.echo(f"{split:<6} {index.num_samples:,} samples in {index.num_groups:,} groups fit the schema")
+    fields = load_schema(schema)
+    for split in ("train", "test"):
+        index = open_index(SoloComm(), data, split, fields)
+        if split == "train":
+            fields = fill_in(fields, measure(SoloComm(), index, fields))
+            for name, values in statistics_of(fields).items():
+                typer.echo(f"{name}  {json.dumps(values)}")
+        for _ in SampleReader(index, fields, batch_size=BATCH_SIZE).batches():
+            pass
+        typer.echo(f"{split:<6} {index.num_samples:,} samples in {index.num_groups:,} groups fit the schema")
 
 
 @app.command(
@@ -120,17 +113,16 @@ def lookup(
     """
     from trainer.samples.dictionary import IdDictionary
 
-    with _user_errors():
-        dictionary = IdDictionary.of_run(run)
-        if dictionary is None:
-            raise DataError(f"{run} has no ids.parquet: its training samples have no texts, or it is no run's folder")
-        ids = [id_of_text(value) for value in values]
-        texts = dictionary.texts([*ids, *(key_of_uri(value) for value in values)])
-        for value, number in zip(values, ids, strict=True):
-            # A text that is a whole number is an ID; as a uri it has a key of its own.
-            found = {each: texts[each] for each in (number, key_of_uri(value)) if each in texts}
-            for each, text in (found or {number: "not in the training samples as a text"}).items():
-                typer.echo(f"{each}  {text}")
+    dictionary = IdDictionary.of_run(run)
+    if dictionary is None:
+        raise DataError(f"{run} has no ids.parquet: its training samples have no texts, or it is no run's folder")
+    ids = [id_of_text(value) for value in values]
+    texts = dictionary.texts([*ids, *(key_of_uri(value) for value in values)])
+    for value, number in zip(values, ids, strict=True):
+        # A text that is a whole number is an ID; as a uri it has a key of its own.
+        found = {each: texts[each] for each in (number, key_of_uri(value)) if each in texts}
+        for each, text in (found or {number: "not in the training samples as a text"}).items():
+            typer.echo(f"{each}  {text}")
 
 
 def _show_dictionary(run: Path, count: int) -> None:
@@ -170,16 +162,6 @@ def _write_new(path: Path, text: str) -> None:
     except OSError as error:
         raise SchemaError(f"--out {path} cannot be written: {error}") from error
     typer.echo(f"written      {path}")
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """One line on stderr instead of a traceback; exit code 2 for a schema, 1 for data."""
-    try:
-        yield
-    except (TrainerError, FeatureStoreError) as error:
-        say_error(error)
-        raise typer.Exit(USAGE if isinstance(error, SchemaError) else FAILED) from None
 
 
 if __name__ == "__main__":

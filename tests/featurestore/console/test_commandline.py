@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from rich.table import Table
+from typer.testing import CliRunner
 
-from featurestore.console.commandline import say_error
+from featurestore.console.commandline import CONTINUES, CommandApp, power_of_two, say_error
 from featurestore.console.output import print_table, progress_bars, text_column, text_console
+from featurestore.errors import StorageError, StoreNotFoundError
 from featurestore.text.plain import one_line, printable
 
 NASTY = ("[/x]", "[bold]", "a[red]b", ":smile:", "[link=http://x]y[/link]")
@@ -54,6 +57,50 @@ def test_every_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert one_line(ValueError("while parsing\n  in line 1\n\n")) == "while parsing in line 1"
 
 
+def failing(error: BaseException) -> CommandApp:
+    """A command that raises `error`."""
+    app = CommandApp(stopped=CONTINUES, failures=(OSError,))
+
+    @app.command()
+    def fail() -> None:
+        raise error
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (StorageError("the disk is full"), 1, "error: the disk is full"),
+        (StoreNotFoundError("no store at x"), 2, "error: no store at x"),
+        (OSError("no space left"), 1, "error: no space left"),
+        (MemoryError(), 1, "error: out of memory"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C; what is finished is kept"),
+    ],
+)
+def test_what_ends_a_command_is_one_line_and_a_code(error: BaseException, code: int, words: str) -> None:
+    done = CliRunner().invoke(failing(error), [])
+    assert done.exit_code == code and done.stdout == ""
+    assert done.stderr.startswith(words) and done.stderr.count("\n") == 1
+
+
+def test_what_is_not_ours_is_left_alone() -> None:
+    assert isinstance(CliRunner().invoke(failing(ZeroDivisionError()), []).exception, ZeroDivisionError)
+
+
+def test_a_note_follows_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+    error = StorageError("first")
+    error.add_note("second\nthird")
+    say_error(error)
+    assert capsys.readouterr().err == "error: first\nsecond\nthird\n"
+
+
+def test_shards_are_a_power_of_two() -> None:
+    assert [power_of_two(value) for value in (None, 1, 64)] == [None, 1, 64]
+    with pytest.raises(typer.BadParameter, match="3 is not a power of two"):
+        power_of_two(3)
+
+
 def featurestore(*arguments: str | bytes, **environment: str) -> "subprocess.CompletedProcess[bytes]":
     return subprocess.run(
         [sys.executable, "-m", "featurestore", *arguments],
@@ -91,7 +138,7 @@ def test_no_command_shows_the_help() -> None:
 
 def test_a_terminal_without_unicode_gets_escapes(tmp_path: Path) -> None:
     done = featurestore("info", str(tmp_path / "é"), PYTHONIOENCODING="ascii", PYTHONUTF8="0")
-    assert done.returncode == 1 and b"\\xe9" in done.stderr
+    assert done.returncode == 2 and b"\\xe9" in done.stderr
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:

@@ -32,7 +32,7 @@ def main() -> None:
         return result
 
     Engine.train_step = noted  # type: ignore[method-assign]
-    sys.exit(on_ranks(load_config(settings=settings), train))
+    sys.exit(on_ranks(lambda: load_config(settings=settings), train))
 
 
 if __name__ == "__main__":
