@@ -29,9 +29,10 @@ JOBS = (
 MODULES = {
     "featurestore": "featurestore.__main__",
     "dask-submit": "pipeline.cluster.submit",
-    **{f"trainer.{name}": f"trainer.{name}" for name in ("main", "evaluate", "daily")},
+    **{f"trainer.{name}": f"trainer.{name}" for name in ("main", "evaluate")},
     **{
-        f"trainer.{name}": f"trainer.{name}.__main__" for name in ("compat", "plan", "experiments", "prerank", "schema")
+        f"trainer.{name}": f"trainer.{name}.__main__"
+        for name in ("compat", "daily", "plan", "experiments", "prerank", "schema")
     },
     **{f"jobs/{name}": f"jobs.{name}" for name in JOBS},
     **{f"benchmarks.{name}": f"benchmarks.{name}" for name in ("extract", "refresh", "plan", "tables", "workload")},
