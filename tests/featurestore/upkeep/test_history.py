@@ -273,15 +273,15 @@ class TestCommands:
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
         [
-            (["diff", "{store}", "1", "12"], 1, "no snapshot 12"),
-            (["restore", "{store}", "12"], 1, "no snapshot 12"),
-            (["unpin", "{store}", "a"], 1, "no pin 'a'"),
+            (["diff", "{store}", "1", "12"], 2, "no snapshot 12"),
+            (["restore", "{store}", "12"], 2, "no snapshot 12"),
+            (["unpin", "{store}", "a"], 2, "no pin 'a'"),
             (["pin", "{store}", "a/b"], 2, "no name of a pin"),
-            (["info", "{store}", "--at", "2020-01-01"], 1, "no snapshot of 2020-01-01"),
+            (["info", "{store}", "--at", "2020-01-01"], 2, "no snapshot of 2020-01-01"),
             (["info", "{store}", "--at", "yesterday"], 2, "does not match"),
             (["info", "{store}", "--at", "2027-01-01", "--version", "1"], 2, "give one of them"),
             (["log", "{store}", "--last", "0"], 2, "Invalid value"),
-            (["log", "{store}x"], 1, "no store at"),
+            (["log", "{store}x"], 2, "no store at"),
         ],
     )
     def test_mistakes_get_one_message(self, timed: FeatureStore, arguments: list[str], code: int, message: str) -> None:

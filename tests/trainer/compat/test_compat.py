@@ -198,9 +198,9 @@ class TestWithTheOldOneGone:
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (("nowhere",), 1, "no store at"),
+        (("nowhere",), 2, "no store at"),
         (("{features}", "--name", "titles"), 2, "--name titles: the content fields of"),
-        (("{features}", "--version", 9), 1, "has no snapshot 9"),
+        (("{features}", "--version", 9), 2, "has no snapshot 9"),
         (("{features}", "--checkpoint", 9), 1, "no such checkpoint"),
         (("{features}", "--json", "/nowhere/x"), 1, "cannot write --json"),
     ],
