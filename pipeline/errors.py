@@ -1,12 +1,14 @@
 """The tree of errors that the pipeline raises; all of them survive pickling between Dask workers and the client.
 
 PipelineError
-├── SourceError        the images cannot be listed: no such folder, nothing in it, a table without the columns needed
+├── SourceError        the images cannot be listed: a table without the columns needed, a file that cannot be read
+│   └── SourceNotFoundError         no such folder or table, or no image in it
 ├── BadImageError      one image cannot be read or decoded; it is quarantined, the run goes on
 ├── BackboneError      no such network or layer, or one that gives more than a vector per image
 ├── WeightsError       the network's weights cannot be had or do not fit
 ├── ExtractionError    the extraction as a whole failed
 ├── VectorImportError  vectors are not what they are said to be, or cannot be imported
+│   └── VectorsNotFoundError        no such file or folder, or no vectors in it
 ├── ClusterError       no usable Dask cluster
 │   ├── SchedulerUnreachableError   nobody answers at the address
 │   ├── MissingCertificatesError    tls:// and no certificates in Dask's configuration
@@ -15,7 +17,7 @@ PipelineError
 │   ├── VersionMismatchError        client, scheduler and workers differ
 │   └── MissingPackagesError        workers that cannot import this project
 └── SampleError        the logs cannot be made into samples
-    └── SampleOptionError           an option makes no sense
+    └── SampleOptionError           an option makes no sense, or names what is not there
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,6 +33,12 @@ class PipelineError(UserError):
 
 class SourceError(PipelineError):
     """The images cannot be listed."""
+
+
+class SourceNotFoundError(SourceError):
+    """There is no such folder or table of images, or no image in it."""
+
+    exit_code = USAGE
 
 
 class BadImageError(PipelineError):
@@ -55,6 +63,12 @@ class ExtractionError(PipelineError):
 
 class VectorImportError(PipelineError):
     """Vectors from elsewhere are not what they are said to be, or cannot be imported."""
+
+
+class VectorsNotFoundError(VectorImportError):
+    """There is no such file or folder, or no vectors in it."""
+
+    exit_code = USAGE
 
 
 class ClusterError(PipelineError):
@@ -155,6 +169,6 @@ class SampleError(PipelineError):
 
 
 class SampleOptionError(SampleError):
-    """What was asked for makes no sense, or would destroy something; jobs end with the exit code of wrong usage."""
+    """An option makes no sense, would destroy something, or names what is not there."""
 
     exit_code = USAGE

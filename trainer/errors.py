@@ -4,9 +4,12 @@ TrainerError
 ├── ConfigError       a setting is unknown, out of range, or does not fit another
 ├── SchemaError       the schema of the samples contradicts itself or the model
 ├── DataError         a sample file or a value in it cannot be used
-├── CheckpointError   a checkpoint is missing, damaged, or of another run
+│   └── DataNotFoundError        no such samples or table, or nothing in it
+├── CheckpointError   a checkpoint is damaged, or of another run
+│   └── CheckpointNotFoundError  no such checkpoint
 ├── PlanError         this machine could not be measured for a plan
-├── AdIndexError      an index of ads is missing, or of another checkpoint
+├── AdIndexError      an index of ads was replaced meanwhile, or is of another checkpoint
+│   └── AdIndexNotFoundError     no index of ads at the address
 ├── RemoteRankError   another rank failed; the text is its error
 └── LostRankError     another rank is gone, or out of reach
     └── LateRankError another rank has not come to a collective in time
@@ -35,8 +38,20 @@ class DataError(TrainerError):
     """A sample file or a value in it cannot be used."""
 
 
+class DataNotFoundError(DataError):
+    """There are no such samples, or no such table."""
+
+    exit_code = USAGE
+
+
 class CheckpointError(TrainerError):
-    """A checkpoint is missing, damaged, or belongs to another run."""
+    """A checkpoint is damaged, or belongs to another run."""
+
+
+class CheckpointNotFoundError(CheckpointError):
+    """There is no such checkpoint."""
+
+    exit_code = USAGE
 
 
 class PlanError(TrainerError):
@@ -44,7 +59,13 @@ class PlanError(TrainerError):
 
 
 class AdIndexError(TrainerError):
-    """An index of ads is missing, was replaced meanwhile, or has vectors of another checkpoint."""
+    """An index of ads was replaced meanwhile, or has vectors of another checkpoint."""
+
+
+class AdIndexNotFoundError(AdIndexError):
+    """There is no index of ads at the address."""
+
+    exit_code = USAGE
 
 
 class RemoteRankError(TrainerError):

@@ -22,7 +22,7 @@ from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponen
 from featurestore.errors import KeyCollisionError
 from featurestore.keys import key_of_bytes, key_of_uri
 from featurestore.text.csvlines import CsvTextError, long_rows
-from pipeline.errors import BadImageError, SourceError
+from pipeline.errors import BadImageError, SourceError, SourceNotFoundError
 from pipeline.images.localfiles import NOT_TEXT, check_reachable, files_below, is_text, read_regular, spelled
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -64,9 +64,11 @@ def list_images(address: str) -> Listing:
     if is_file and root.lower().endswith(TABLE_EXTENSIONS):
         return _list_table(fs, root, address)
     if is_file:
-        raise SourceError(f"{address} is a file: give a folder of images, or a table ({', '.join(TABLE_EXTENSIONS)})")
+        raise SourceNotFoundError(
+            f"{address} is a file: give a folder of images, or a table ({', '.join(TABLE_EXTENSIONS)})"
+        )
     if not is_folder:
-        raise SourceError(f"there is no folder {address}: give the folder (or table) of your images")
+        raise SourceNotFoundError(f"there is no folder {address}: give the folder (or table) of your images")
     return _list_folder(fs, root, address)
 
 
@@ -156,7 +158,7 @@ def _list_folder(fs: Any, root: str, address: str) -> Listing:
             images.append(ImageRef(key_of_uri(uri), uri, fs.unstrip_protocol(path), _tag(entry), _size(entry)))
     if not images:
         ignored = f" ({num_ignored} other files)" if num_ignored else ""
-        raise SourceError(f"no images in {address}{ignored}: looked for {', '.join(IMAGE_EXTENSIONS)}")
+        raise SourceNotFoundError(f"no images in {address}{ignored}: looked for {', '.join(IMAGE_EXTENSIONS)}")
     return Listing(_unique(sorted(images, key=lambda ref: ref.uri)), num_ignored)
 
 

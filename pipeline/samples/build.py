@@ -70,10 +70,10 @@ def build_samples(options: SampleOptions, client: Client, describe: Describe = l
     there is nothing to make samples from.
     """
     if "://" in options.samples:
-        raise SampleError(f"samples={options.samples}: not a folder on disk; write to one and copy it from there")
+        raise SampleOptionError(f"samples={options.samples}: not a folder on disk; write to one and copy it from there")
     mapping = load_mapping(Path(options.mapping)) if options.mapping else None
     if mapping and options.user_columns:
-        raise SampleError(f"user_columns={','.join(options.user_columns)}: with a mapping they stand in it")
+        raise SampleOptionError(f"user_columns={','.join(options.user_columns)}: with a mapping they stand in it")
     shown_as, done_as = (mapping.layout(log) if mapping else None for log in (IMPRESSIONS, BEHAVIORS))
     impressions = find_pieces(options.logs, IMPRESSIONS, options.user_columns, shown_as)
     behaviors = find_pieces(options.logs, BEHAVIORS, (), done_as)

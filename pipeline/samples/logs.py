@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from featurestore.errors import StorageError
 from featurestore.keys import keys_of_uris
 from featurestore.storage.storage import Storage
-from pipeline.errors import SampleError
+from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples.csvfile import csv_names, read_csv
 from pipeline.samples.mapping import Layout, TimeUnit
 from pipeline.samples.texts import parse_ids, parse_labels, parse_numbers, parse_times
@@ -116,13 +116,15 @@ def find_pieces(url: str, log: str, user_columns: Sequence[str] | None, layout: 
     has no row, and for a column that is missing or of a wrong type, with the file's name.
     """
     if reserved := set(user_columns or ()) & set(KINDS):
-        raise SampleError(f"user_columns={','.join(sorted(reserved))}: has a meaning of its own, it is kept anyway")
+        raise SampleOptionError(
+            f"user_columns={','.join(sorted(reserved))}: has a meaning of its own, it is kept anyway"
+        )
     storage = Storage(url)
     if layout is not None:
         return _own_pieces(storage, log, layout)
     files = _parquet_files(storage, log)
     if not files:
-        raise SampleError(
+        raise SampleOptionError(
             f"{storage.full(log)}: no .parquet files in it; --logs must have {IMPRESSIONS}/ and {BEHAVIORS}/"
         )
     pieces: list[Piece] = []

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from featurestore.storage.regular import read_text
 from featurestore.text.parsing import parse_yaml
-from pipeline.errors import SampleError
+from pipeline.errors import SampleOptionError
 
 TimeUnit = Literal["s", "ms", "us"]
 ExtraKind = Literal["id", "dense"]
@@ -123,14 +123,14 @@ class Mapping(_Section):
 
 
 def load_mapping(path: Path) -> Mapping:
-    """The mapping in a YAML file. Raises SampleError naming the file and what is wrong."""
+    """The mapping in a YAML file. Raises SampleOptionError naming the file and what is wrong."""
     try:
         return Mapping.model_validate(parse_yaml(read_text(path)))
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, each['loc'])) or 'mapping'}: {_text(each['msg'])}" for each in error.errors()]
-        raise SampleError("\n".join(f"{path}: {line}" for line in lines)) from error
+        raise SampleOptionError("\n".join(f"{path}: {line}" for line in lines)) from error
     except (OSError, ValueError) as error:
-        raise SampleError(f"--mapping {path} cannot be read as YAML: {error}") from error
+        raise SampleOptionError(f"--mapping {path} cannot be read as YAML: {error}") from error
 
 
 def _text(message: str) -> str:

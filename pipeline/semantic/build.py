@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.console.progress import progress
-from pipeline.errors import SampleError
+from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples.publish import MARK, replaced_folder
 from pipeline.semantic import codebook as books
 from pipeline.semantic.codebook import Codebook
@@ -46,9 +46,9 @@ def build_semantic_ids(
     VectorImportError, FeatureStoreError.
     """
     if options.num_codes & (options.num_codes - 1) or options.num_codes < 2:
-        raise SampleError(f"--codes {options.num_codes} is not a power of two; try 256")
+        raise SampleOptionError(f"--codes {options.num_codes} is not a power of two; try 256")
     if options.num_codes**options.num_levels > _LARGEST_CODE:
-        raise SampleError(f"--levels {options.num_levels} of --codes {options.num_codes} do not fit into 62 bits")
+        raise SampleOptionError(f"--levels {options.num_levels} of --codes {options.num_codes} do not fit into 62 bits")
     with replaced_folder(options.out, "semantic IDs") as folder:
         codebook = _codebook(vectors, options)
         (folder / books.FILE).write_bytes(codebook.to_bytes())

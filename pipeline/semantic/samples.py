@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from featurestore.errors import StorageError
 from featurestore.storage.storage import Storage
-from pipeline.errors import SampleError
+from pipeline.errors import SampleError, SampleOptionError
 from pipeline.semantic.codes import NO_CODE, CodeIndex
 
 SPLITS = ("train", "test")
@@ -60,7 +60,9 @@ def sample_files(samples: str) -> list[str]:
     storage = Storage(samples)
     found = [f"{split}/{name}" for split in SPLITS for name in storage.list(split) if name.endswith(".parquet")]
     if not found:
-        raise SampleError(f"{storage.full('')}: no train/*.parquet or test/*.parquet; --samples is a folder of samples")
+        raise SampleOptionError(
+            f"{storage.full('')}: no train/*.parquet or test/*.parquet; --samples is a folder of samples"
+        )
     return found
 
 

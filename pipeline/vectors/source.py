@@ -14,7 +14,7 @@ import numpy.typing as npt
 from featurestore.keys import Int64Array, key_of_uri
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage
-from pipeline.errors import VectorImportError
+from pipeline.errors import VectorsNotFoundError
 
 BLOCK_BYTES = 32 << 20  # of float32: what a task holds a few times
 
@@ -95,7 +95,7 @@ def find_files(address: str, suffix: str = "", what: str = "vectors") -> tuple[S
         return Storage(folder), [Storage(folder).entry(name)]
     except FileNotFoundError:
         absent = f"are no files that end with {suffix}" if suffix else "is nothing"
-        raise VectorImportError(f"there {absent} at {address}: give the file or folder of your {what}") from None
+        raise VectorsNotFoundError(f"there {absent} at {address}: give the file or folder of your {what}") from None
 
 
 def fingerprint_of(storage: Storage, entries: Iterable[StorageEntry]) -> str:

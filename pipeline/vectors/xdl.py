@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.storage.storage import Storage
-from pipeline.errors import VectorImportError
+from pipeline.errors import VectorImportError, VectorsNotFoundError
 from pipeline.vectors.source import BadRow, Block, Source, block_rows, find_files, fingerprint_of, uri_of_key
 
 NUM_FILES = 1024
@@ -100,7 +100,7 @@ def plan(address: str, dim: int | None) -> Source:
             torn_bytes = rest if stop == count else 0
             slices.append(XdlSlice(storage.url, entry.path, int(match[1]), start, stop, dim, torn_bytes))
     if not used:
-        raise VectorImportError(f"{address} has no files data.0 to data.{NUM_FILES - 1}, as XDL writes them")
+        raise VectorsNotFoundError(f"{address} has no files data.0 to data.{NUM_FILES - 1}, as XDL writes them")
     is_empty = not any(piece.stop for piece in slices)
     if is_empty and not torn:
         raise VectorImportError(f"all {len(used)} files of {address} are empty")

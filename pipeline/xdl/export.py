@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from featurestore.errors import StorageError
 from featurestore.storage.storage import Storage
-from pipeline.errors import SampleError
+from pipeline.errors import SampleError, SampleOptionError
 from pipeline.xdl.fields import WEIGHT_SUFFIX
 from pipeline.xdl.line import Line, Part, format_ids, format_line, format_number
 
@@ -62,7 +62,7 @@ def export_samples(samples: str, target: str, columns: Iterable[Column], roles: 
                 file.write(f"{format_line(line)}\n".encode())
                 num_lines += 1
         if not num_lines:
-            raise SampleError(f"{samples}: no sample group in {', '.join(splits)}")
+            raise SampleOptionError(f"{samples}: no sample group in {', '.join(splits)}")
     return num_lines
 
 

@@ -22,7 +22,7 @@ from featurestore.text.parsing import parse_json
 from trainer.config import legacy
 from trainer.config.config import Config, load_config, load_saved, save_config
 from trainer.daily import table as daytable
-from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.errors import CheckpointError, ConfigError, DataNotFoundError
 from trainer.files import replace_file
 from trainer.main import on_ranks, train, warm_settings
 
@@ -151,7 +151,9 @@ def follow(base: Config, comm: "Comm", window_days: int = 1, first: str | None =
         days = plan(_days_of(base.data.samples), window_days, folder)
         chosen = [day for day in days if (first or day.name) <= day.name <= (last or day.name)]
         if not chosen:
-            raise DataError(f"--first-day and --last-day choose none of {days[0].name} to {days[-1].name}; change them")
+            raise ConfigError(
+                f"--first-day and --last-day choose none of {days[0].name} to {days[-1].name}; change them"
+            )
         return chosen
 
     for day in comm.on_rank_0(opened):
@@ -267,7 +269,7 @@ def _days_of(samples: str) -> list[str]:
 
     days = list(files_by_day(Storage(samples)))
     if not days:
-        raise DataError(
+        raise DataNotFoundError(
             f"data.samples={samples} has no file day=DAY*.parquet in train/ or test/; "
             "write samples with: python jobs/build_samples.py"
         )

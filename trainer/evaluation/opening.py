@@ -58,9 +58,8 @@ def open_source(source: Source, comm: Comm) -> Opened:
     try:
         run = open_run(config, comm, reading=True)
     except DataError as failure:
-        raise DataError(
-            f"{failure}\n(places as in {source.folder / 'config.yaml'}; name others by --samples and --store)"
-        ) from failure
+        failure.add_note(f"(places as in {source.folder / 'config.yaml'}; name others by --samples and --store)")
+        raise
     train = open_index(comm, config.data.samples, TRAIN, run.schema, config.data.train_days)
     test = open_test(comm, config, run.schema, source.samples)
     reader = test_reader(run.config, comm, test, run.schema)

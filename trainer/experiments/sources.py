@@ -8,7 +8,7 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from trainer.comm import Comm
 from trainer.config.config import Config
-from trainer.errors import DataError
+from trainer.errors import DataError, DataNotFoundError
 from trainer.runs.samples_digest import samples_digest
 from trainer.runs.stores import StorePlace, missing_places
 from trainer.samples.days import files_by_day
@@ -60,7 +60,7 @@ class Sources:
 
         def look() -> SnapshotId:
             if problems := missing_places([place]):
-                raise DataError("\n".join(problems))
+                raise DataNotFoundError("\n".join(problems))
             return SnapshotId.of(FeatureStore.open(place.url).snapshot(place.version))
 
         return self._once(("snapshot", place), lambda: self._comm.on_rank_0(look))

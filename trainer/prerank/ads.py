@@ -13,7 +13,7 @@ import pyarrow as pa
 from featurestore.errors import StorageError
 from featurestore.storage.storage import Storage
 from trainer.comm import SoloComm
-from trainer.errors import DataError
+from trainer.errors import DataError, DataNotFoundError
 from trainer.samples.batch import Batch, Jagged
 from trainer.samples.columns import Groups, Index, Rows, Rule, concatenate, decode, rules_of, source_columns
 from trainer.samples.reader import RowGroup, inputs_of, open_index, read_row_group, row_groups_of_table
@@ -59,7 +59,7 @@ def ads_of_table(address: str, schema: Schema, fields: Sequence[Field]) -> Ads:
     }
     parts = [part for name in names for part in _parts(storage, name, rules)]
     if not parts:
-        raise DataError(f"--ads {address}: there is no *.parquet file with a row in it; give a table of ads")
+        raise DataNotFoundError(f"--ads {address}: there is no *.parquet file with a row in it; give a table of ads")
     column = key_column(schema)
     columns = concatenate(parts).columns
     keys_U, count_U = np.unique(columns[column].values, return_counts=True)
@@ -76,7 +76,7 @@ def ads_of_samples(samples: str, schema: Schema, fields: Sequence[Field]) -> Ads
     storage, column = Storage(samples), key_column(schema)
     splits = [split for split in _SPLITS if any(name.endswith(".parquet") for name in storage.list(split))]
     if not splits:
-        raise DataError(
+        raise DataNotFoundError(
             f"--samples {samples}: it has no train and no test samples; give a folder with samples, or --ads"
         )
     rules = {schema.label: Rule("ad", 1, "integer"), **_rules(schema, fields)}
@@ -105,7 +105,7 @@ def _keys_of(value: str, column: str) -> Index:
     if value.endswith(".parquet"):
         storage, names = _files(value)
         if not names:
-            raise DataError(f"--remove {value}: there is no such file")
+            raise DataNotFoundError(f"--remove {value}: there is no such file")
         crossed = tuple(column.split(CROSS)) if CROSS in column else ()
         rules = {column: Rule("user", 0, "integer", text="id", crossed=crossed)}
         parts = [part for name in names for part in _parts(storage, name, rules)]
@@ -114,7 +114,7 @@ def _keys_of(value: str, column: str) -> Index:
     try:
         lines = Storage(folder or slash or ".").read_bytes(name).decode().splitlines()
     except (FileNotFoundError, StorageError, UnicodeDecodeError) as failure:
-        raise DataError(
+        raise DataNotFoundError(
             f"--remove {value}: this is no key (a whole number of 64 bits), no .parquet file, and no text file"
         ) from failure
     keys = []

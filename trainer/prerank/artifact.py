@@ -28,7 +28,7 @@ from featurestore.identity import SnapshotId
 from featurestore.index import IndexKind, VectorIndex
 from featurestore.spec import FORMAT_VERSION, seal, unseal
 from featurestore.storage.storage import Storage
-from trainer.errors import AdIndexError
+from trainer.errors import AdIndexError, AdIndexNotFoundError
 from trainer.prerank.recall import COUNT, Queries, QuerySource, best_index, reach, sample_of
 from trainer.prerank.vectorfile import from_parquet, merge, to_parquet
 
@@ -158,7 +158,7 @@ class AdIndex:
         storage = Storage(url)
         versions = _versions(storage)
         if not versions:
-            raise AdIndexError(
+            raise AdIndexNotFoundError(
                 f"{url} is no index of ads; make it with: python jobs/build_ad_index.py --run RUN --out {url}"
             )
         state = _read_state(storage, versions[-1])

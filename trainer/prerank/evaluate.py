@@ -16,7 +16,7 @@ from torch import Tensor
 
 from featurestore.index import VectorIndex, use_threads
 from featurestore.keys import id_of_text
-from trainer.errors import DataError, SchemaError
+from trainer.errors import DataError, DataNotFoundError, SchemaError
 from trainer.evaluation.quick import Metrics, evaluate
 from trainer.prerank.ads import key_column
 from trainer.prerank.artifact import AdIndex
@@ -175,7 +175,7 @@ def candidates(
             last = batch
     if last is None:
         where = samples or trained.config.data.samples
-        raise DataError(f"user {user} has no test sample in {where}; choose one that has, or other --samples")
+        raise DataNotFoundError(f"user {user} has no test sample in {where}; choose one that has, or other --samples")
     _, vectors_GW = next(user_vectors(trained, iter([last])))
     group = last.group_of_sample_B[last.group_id_B == number][-1]
     keys_1C, score_1C = ads.index.search(vectors_GW[group : group + 1], count)

@@ -33,7 +33,7 @@ from trainer.comm import Comm
 from trainer.config import legacy
 from trainer.config.options import ModelConfig
 from trainer.config.validate import Section
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, CheckpointNotFoundError
 from trainer.runs import accepted
 from trainer.samples.batch import BatchPosition
 
@@ -188,13 +188,15 @@ def find(folder: Path, resume: str) -> Path:
     if resume != "latest":
         path = Path(resume)
         if not (path / "state.json").is_file():
-            raise CheckpointError(
+            raise CheckpointNotFoundError(
                 f"run.resume={resume}: there is no state.json in it; give a folder named step-N, or latest"
             )
         return path
     found = finished(folder)
     if not found:
-        raise CheckpointError(f"run.resume=latest: no checkpoint in {folder}; leave run.resume out to start afresh")
+        raise CheckpointNotFoundError(
+            f"run.resume=latest: no checkpoint in {folder}; leave run.resume out to start afresh"
+        )
     return found[-1]
 
 

@@ -25,7 +25,7 @@ from trainer.config.options import OptimConfig
 from trainer.engine.engine import Engine
 from trainer.engine.machine import share_machine
 from trainer.engine.precision import with_compute_dtype
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataNotFoundError
 from trainer.runs import accepted, checkpoint, warmstart
 from trainer.runs.checkpoint import CheckpointState, Origin
 from trainer.runs.known_statistics import with_statistics, write_statistics
@@ -310,7 +310,7 @@ def _check_places(config: Config, places: list[StorePlace]) -> None:
     if problems:
         if without_store and empty:
             problems.append("without images and logs of your own, draw some first with: python jobs/make_demo_data.py")
-        raise DataError("\n".join(problems))
+        raise DataNotFoundError("\n".join(problems))
 
 
 def _resumed(config: Config, folder: Path) -> tuple[Path, CheckpointState] | None:

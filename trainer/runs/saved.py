@@ -26,7 +26,13 @@ from trainer.comm import Comm
 from trainer.config.config import Config, load_saved
 from trainer.engine.engine import Engine
 from trainer.engine.machine import share_machine
-from trainer.errors import CheckpointError, ConfigError, DataError, TrainerError
+from trainer.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    DataNotFoundError,
+    TrainerError,
+)
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState
 from trainer.runs.open import engine_of, model_of
@@ -179,7 +185,7 @@ def find_checkpoint(folder: Path, name: str | None = None) -> Path:
     steps = sorted(path.name for path in checkpoints.glob("step-*") if (path / "state.json").is_file())
     if name in (None, "latest"):
         if not steps:
-            raise CheckpointError(
+            raise CheckpointNotFoundError(
                 f"{folder} has no checkpoint in {checkpoints}; train it first: "
                 f"python -m trainer.main --config {folder / 'config.yaml'}"
             )
@@ -188,7 +194,7 @@ def find_checkpoint(folder: Path, name: str | None = None) -> Path:
     for path in (inside, Path(name)):
         if (path / "state.json").is_file():
             return path
-    raise CheckpointError(
+    raise CheckpointNotFoundError(
         f"--checkpoint {name}: no such checkpoint; {checkpoints} has {', '.join(steps) or 'none'}, "
         "and a path to a folder step-N will do too"
     )
@@ -228,7 +234,7 @@ def open_test(comm: Comm, config: Config, schema: Schema, samples: str | None) -
     """The impressions to ask about: test/ of `samples`, else the test split or test days of the run. Every rank calls
     it. Raises DataError, SchemaError."""
     if samples is None and config.data.test_days == []:
-        raise DataError("the run has no test samples of its own (data.test_days=[]); name some by --samples")
+        raise DataNotFoundError("the run has no test samples of its own (data.test_days=[]); name some by --samples")
     days = None if samples else config.data.test_days
     return open_index(comm, samples or config.data.samples, TEST, schema, days)
 

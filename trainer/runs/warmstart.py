@@ -19,7 +19,7 @@ from trainer.comm import Comm
 from trainer.config import legacy
 from trainer.config.config import WarmPart
 from trainer.config.options import ModelConfig
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, CheckpointNotFoundError
 from trainer.optim import check_names
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState, Origin
@@ -51,7 +51,7 @@ def find(run: str, parts: Sequence[WarmPart]) -> WarmStart:
     if not (path / "state.json").is_file():
         finished = checkpoint.finished(path / "checkpoints")
         if not finished:
-            raise CheckpointError(
+            raise CheckpointNotFoundError(
                 f"run.warm_start={run} is neither a checkpoint nor the folder of a run that has one; "
                 "give one of them, as data/runs/NAME"
             )

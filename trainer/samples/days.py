@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from datetime import date
 
 from featurestore.storage.storage import Storage
-from trainer.errors import DataError
+from trainer.errors import DataNotFoundError
 
 _NAME = re.compile(r"day=(\d{4}-\d{2}-\d{2})(?!\d)")
 
@@ -29,7 +29,7 @@ def files_of(storage: Storage, days: Sequence[str]) -> list[str]:
     by_day = files_by_day(storage) if days else {}
     if lacking := sorted(set(days) - by_day.keys()):
         known = f"from {min(by_day)} to {max(by_day)}" if by_day else "not named by day, as day=2026-01-31.parquet"
-        raise DataError(
+        raise DataNotFoundError(
             f"{storage.url} has no samples of {', '.join(lacking)}: its files are {known}; "
             "change data.train_days or data.test_days, or write the samples with: python jobs/build_samples.py"
         )

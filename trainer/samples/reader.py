@@ -21,7 +21,7 @@ import xxhash
 
 from featurestore.storage.storage import Storage
 from trainer.comm import Comm
-from trainer.errors import DataError
+from trainer.errors import DataError, DataNotFoundError
 from trainer.samples.batch import Batch, BatchPosition, Jagged
 from trainer.samples.columns import (
     Groups,
@@ -99,7 +99,7 @@ def open_index(comm: Comm, samples: str, split: str, schema: Schema, days: Seque
     if index.num_samples == 0 and days != []:
         what = f"has no *.parquet file with samples ({len(parts)} files)"
         where = storage.full(split) if days is None else f"{storage.url}, days {', '.join(days)}"
-        raise DataError(f"{where} {what}; write them with: python jobs/build_samples.py")
+        raise DataNotFoundError(f"{where} {what}; write them with: python jobs/build_samples.py")
     return index
 
 

@@ -10,7 +10,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.keys import id_of_text, key_of_uri
 from featurestore.storage.storage import Storage
-from trainer.errors import DataError, SchemaError
+from trainer.errors import DataNotFoundError, SchemaError
 from trainer.schema import suggest_mapping as logs
 from trainer.schema import suggest_schema as samples
 from trainer.schema.fields import load_schema
@@ -115,7 +115,9 @@ def lookup(
 
     dictionary = IdDictionary.of_run(run)
     if dictionary is None:
-        raise DataError(f"{run} has no ids.parquet: its training samples have no texts, or it is no run's folder")
+        raise DataNotFoundError(
+            f"{run} has no ids.parquet: its training samples have no texts, or it is no run's folder"
+        )
     ids = [id_of_text(value) for value in values]
     texts = dictionary.texts([*ids, *(key_of_uri(value) for value in values)])
     for value, number in zip(values, ids, strict=True):
@@ -146,7 +148,7 @@ def has_lists(storage: Storage) -> bool:
     """
     files = samples.sample_files(storage) or data_files(storage)
     if not files:
-        raise DataError(f"{storage.url}: no .parquet, .csv or .tsv files")
+        raise DataNotFoundError(f"{storage.url}: no .parquet, .csv or .tsv files")
     for table in read_tables(storage, files[0], 1):
         types = [inner_type(field.type) for field in table.schema]
         return any(depth and content_of(kind) in ("integer", "real") for kind, depth in types)

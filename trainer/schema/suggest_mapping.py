@@ -8,7 +8,7 @@ import pyarrow as pa
 import yaml
 
 from featurestore.storage.storage import Storage
-from trainer.errors import DataError
+from trainer.errors import DataError, DataNotFoundError
 from trainer.schema.profile import Column, Table, data_files, look, read_tables
 from trainer.schema.suggest_schema import describe
 from trainer.schema.text import table_rows
@@ -50,7 +50,7 @@ def inspect_logs(storage: Storage, most_rows: int) -> list[Log]:
     for path in data_files(storage):
         folders.setdefault(path.partition("/")[0], []).append(path)
     if not folders:
-        raise DataError(f"{storage.url}: no .parquet, .csv or .tsv files")
+        raise DataNotFoundError(f"{storage.url}: no .parquet, .csv or .tsv files")
     logs = [_log(storage, place, paths, most_rows) for place, paths in folders.items()]
     names = [log.name for log in logs]
     if len(set(names)) < len(names):
