@@ -1,6 +1,5 @@
 """One way to show and keep the figures of a benchmark run."""
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from featurestore.console.files import write_json
 from featurestore.console.output import print_table, text_console
 
 Figure = float | int | str | bool | None
@@ -81,7 +81,7 @@ def write_sections(sections: Sequence[Section], path: Path | None = None) -> Non
     if path is not None:
         figures = {name: value for section in sections for name, value in section.flat().items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(path, figures)
 
 
 def write_report(figures: Mapping[str, Figure], path: Path | None = None) -> None:

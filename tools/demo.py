@@ -18,6 +18,7 @@ import typer
 from rich.table import Table
 
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.files import write_json
 from featurestore.console.output import print_table, text_console
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,7 +142,7 @@ def main(
     run_jobs(place, seed, small, force, images, labels)
     summary = summarise({variant: train(place, variant, seed, ranks) for variant in VARIANTS})
     report = place / "report.json"
-    report.write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(report, summary)
     show(summary)
     console.print(f"written to {report}; {(time.monotonic() - started) / 60:.1f} minutes in all")
 

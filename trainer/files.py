@@ -1,4 +1,4 @@
-"""Small files that people read: written whole or not at all, and YAML read with one line for each mistake."""
+"""YAML files of a person, read with one line for each mistake."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,13 +7,6 @@ from typing import Any
 from featurestore.storage.regular import read_text
 from featurestore.text.parsing import parse_yaml
 from trainer.errors import TrainerError
-
-
-def replace_file(path: Path, content: str | bytes) -> None:
-    """Writes beside and renames: whoever reads `path` finds all of the old or of the new content. Raises OSError."""
-    part = path.with_name(f".{path.name}")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
-    part.replace(path)
 
 
 def read_mapping(path: Path, setting: str, error: type[TrainerError], wanted: str = "a mapping") -> dict[str, Any]:

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from featurestore.console.files import write_json
 from featurestore.errors import UserError
 from featurestore.store import FeatureStore
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
-from trainer.files import replace_file
 from trainer.main import train
 from trainer.samples.reader import open_index
 from trainer.schema import load_schema
@@ -76,7 +76,7 @@ def curve_of(spec: Spec, folder: Path) -> list[Epoch]:
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         curve = _ours(spec, folder / "runs", name) if spec.side == "ours" else _fuxictr(spec, folder / "runs", name)
-        replace_file(kept, json.dumps({"spec": asdict(spec), "curve": curve}, indent=1))
+        write_json(kept, {"spec": asdict(spec), "curve": curve})
     return list(json.loads(kept.read_text())["curve"])
 
 

@@ -14,8 +14,8 @@ SIGNAL_EXIT = 128  # a shell's exit code for a death by signal is this plus the 
 
 
 class ScriptRunner:
-    """Handles SIGINT, SIGTERM and SIGHUP from `with` on: before the script runs they end this process with
-    SystemExit, while it runs they go to it, and afterwards they are ignored, so that closing is not cut short.
+    """Handles SIGINT, SIGTERM and SIGHUP from `with` on: before the script runs they raise KeyboardInterrupt or
+    SystemExit here, while it runs they go to it, and afterwards they are ignored, so that closing is not cut short.
 
     The script's process has its own group, so that a terminal's ctrl-C reaches it once, by way of us. A second signal
     kills the whole group. Use in the main thread; `run` once.
@@ -61,6 +61,8 @@ class ScriptRunner:
         elif not self._ending:
             self._ending = True
             if self._process is None:
+                if number == signal.SIGINT:
+                    raise KeyboardInterrupt
                 raise SystemExit(SIGNAL_EXIT + number)
             self._process.send_signal(number)
         elif self._process is not None and self._process.returncode is None:

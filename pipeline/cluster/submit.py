@@ -1,6 +1,7 @@
-"""dask-submit: runs a script beside a Dask cluster, the one that is there or one for this run alone.
+"""dask-submit: run a script beside a Dask cluster, the one that is there or one for this run alone.
 
 Also `dask submit`, through Dask's entry-point group dask_cli; hence click, which Dask itself uses, and not typer.
+Dask's own commands import this file, on workers too: Dask and our packages are imported where they are needed.
 """
 
 import contextlib
@@ -15,12 +16,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import click
-from distributed.worker_memory import parse_memory_limit
-
-from pipeline.cluster.checks import INSECURE_VARIABLE, check_address, check_packages, check_versions, wait_for_workers
-from pipeline.cluster.connect import address_in_file, configured_address, local_cluster, open_client
-from pipeline.cluster.script import ScriptRunner
-from pipeline.errors import ClusterError, InsecureSchedulerError
 
 EXAMPLES = """\b
 Examples:
@@ -37,12 +32,12 @@ MOST = 1024  # workers of a machine, and threads of a worker
 MEMORY_HELP = "Of one local worker: 4GB, 512MiB, auto, or a share of the machine's memory, as 0.25."
 MOST_S = 1e6  # what clocks of operating systems take, and twelve days
 
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_STOPPED = 130
-
 
 def _memory_limit(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    if value is None:
+        return None
+    from distributed.worker_memory import parse_memory_limit
+
     try:
         limit = parse_memory_limit(value or None, 1, logger=logging.getLogger(__name__))
     except (ValueError, OverflowError) as error:
@@ -59,7 +54,6 @@ def _finite(_: click.Context, __: click.Parameter, value: float) -> float:
 
 
 def _script(_: click.Context, __: click.Parameter, value: Path) -> Path:
-    # Not above: Dask's own commands import this file, on workers too, which may be without our packages.
     from featurestore.storage.regular import check_regular
 
     try:
@@ -127,6 +121,10 @@ def submit(
     Without any of these, or with -n, --threads-per-worker or --memory-limit, it is a local one that ends with the
     script. Options of ours stand before SCRIPT; all that follows belongs to the script.
     """
+    from featurestore.console.commandline import STOPPED, STOPPED_BY_PERSON
+    from pipeline.cluster.script import ScriptRunner
+    from pipeline.errors import ClusterError
+
     local = LocalSize(workers, threads_per_worker, memory_limit)
     if (scheduler is not None) + (scheduler_file is not None) + local.is_given > 1:
         raise click.UsageError(
@@ -140,7 +138,10 @@ def submit(
                 code = runner.run([sys.executable, str(script), *args], script_environment(address, insecure))
     except ClusterError as error:
         _say(f"error: {error}")
-        code = EXIT_USAGE if isinstance(error, InsecureSchedulerError) else EXIT_FAILED
+        code = error.exit_code
+    except KeyboardInterrupt:
+        _say(STOPPED_BY_PERSON)
+        code = STOPPED
     context.exit(code)
 
 
@@ -161,6 +162,8 @@ def _remote_address(scheduler: str | None, file: Path | None, local: LocalSize, 
     """The running scheduler to use, None for a local cluster. The command line goes before the environment."""
     if scheduler is not None:
         return scheduler
+    from pipeline.cluster.connect import address_in_file, configured_address
+
     if file is not None:
         return address_in_file(file, timeout_s)
     return None if local.is_given else configured_address(timeout_s)
@@ -171,6 +174,9 @@ def _prepared_cluster(
     address: str | None, local: LocalSize, wait_workers: int | None, timeout_s: float, insecure: bool
 ) -> Iterator[str]:
     """The address of the scheduler, checked, with its workers; a local cluster where `address` is None."""
+    from pipeline.cluster.checks import check_address
+    from pipeline.cluster.connect import local_cluster
+
     if address is None:
         with local_cluster(local.workers, local.threads_per_worker, local.memory_limit) as cluster:
             address = cluster.scheduler_address
@@ -184,6 +190,9 @@ def _prepared_cluster(
 
 def _check_cluster(address: str, wait_workers: int, timeout_s: float) -> None:
     """Says what cluster it is once it is fit to run a script; `timeout_s` is for connecting and waiting together."""
+    from pipeline.cluster.checks import check_packages, check_versions, wait_for_workers
+    from pipeline.cluster.connect import open_client
+
     deadline = time.monotonic() + timeout_s
     with open_client(address, timeout_s) as client:
         if "dashboard" in client.scheduler_info()["services"]:
@@ -198,6 +207,8 @@ def _check_cluster(address: str, wait_workers: int, timeout_s: float) -> None:
 def script_environment(address: str, insecure: bool) -> dict[str, str]:
     """Our environment for the script: the scheduler in it, which goes before a file, that it was accepted though
     `insecure`, as `connect` checks it again, and output not held back."""
+    from pipeline.cluster.checks import INSECURE_VARIABLE
+
     accepted = {INSECURE_VARIABLE: "True"} if insecure else {}
     return dict(os.environ) | accepted | {"DASK_SCHEDULER_ADDRESS": address, "PYTHONUNBUFFERED": "1"}
 
@@ -209,13 +220,12 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """The console script dask-submit."""
+    from featurestore.console.commandline import STOPPED, tell_usage
+
     try:
         code = submit.main(prog_name="dask-submit", standalone_mode=False)
     except click.ClickException as error:
-        # Not above either, and signals wait for our first line.
-        from featurestore.console.commandline import tell_usage
-
         sys.exit(tell_usage(error))
     except click.Abort:
-        sys.exit(EXIT_STOPPED)
+        sys.exit(STOPPED)
     sys.exit(code)

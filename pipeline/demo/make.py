@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from featurestore.console.files import write_json
 from featurestore.storage.regular import read_regular
 from featurestore.text.parsing import parse_json
 from pipeline.demo import truth
@@ -21,7 +22,7 @@ from pipeline.demo.catalogue import Catalogue, Taste
 from pipeline.demo.draw import SHAPES, Garment, catalogue_of, draw_garment, plan_garments
 from pipeline.demo.errors import DemoError
 from pipeline.demo.simulate import advertised, simulate
-from pipeline.demo.write import DEMO_FILE, LOGS, describe_truth, log_files, offer_uri, write_json, write_logs
+from pipeline.demo.write import DEMO_FILE, LOGS, describe_truth, log_files, offer_uri, write_logs
 
 FIRST_DAY = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC)
 START_S = int(FIRST_DAY.timestamp())

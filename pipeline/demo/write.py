@@ -1,8 +1,6 @@
 """Writes what happened as raw logs, one Parquet file a day, and the truth behind them as JSON."""
 
 import datetime
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -114,19 +112,6 @@ def describe_truth(world: World) -> dict[str, Any]:
         "oracle_means": truth.ORACLE_MEANS,
         "categories": {name: FIRST_CATEGORY + index for index, name in enumerate(world.catalogue.category_names)},
     }
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replaces `path` in one step, so that nobody reads half of it. NaN (an AUC of one class) becomes null."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nan(inner) for name, inner in value.items()}
-    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def _timestamps(time_N: IntArray) -> Any:

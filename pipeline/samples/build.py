@@ -6,7 +6,6 @@ beside the samples, which takes their place in the end (publish).
 """
 
 import dataclasses
-import json
 import math
 import shutil
 import time
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 
 from distributed import Client, KilledWorker, as_completed
 
+from featurestore.console.files import write_json
 from featurestore.console.progress import progress
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples.files import Grouped, Written, group_bucket, plan_files, write_file
@@ -95,7 +95,7 @@ def build_samples(options: SampleOptions, client: Client, describe: Describe = l
         for name, text in describe(folder).items():
             (folder / name).write_text(text, encoding="utf-8")
         summary = summarise(dataclasses.asdict(options) | {"user_columns": user_columns}, shown, done, grouped, written)
-        (folder / MARK).write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(folder / MARK, summary)
     return summary
 
 

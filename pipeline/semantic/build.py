@@ -1,11 +1,11 @@
 """Semantic IDs from vectors to samples: fit or take a codebook, assign codes, rewrite the samples, publish at once."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from featurestore.console.files import write_json
 from featurestore.console.progress import progress
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples.publish import MARK, replaced_folder
@@ -58,7 +58,7 @@ def build_semantic_ids(
         summary = _summary(vectors, options, codebook, assigned, rewritten)
         for name, text in describe(summary).items() if rewritten else ():
             (folder / name).write_text(text, encoding="utf-8")
-        (folder / MARK).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / MARK, summary)
     return summary
 
 

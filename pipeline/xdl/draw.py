@@ -5,13 +5,13 @@ own; user0 to user3 with 1 to 4 weighted ids from 1 to 1,024, user_img with 1 to
 with one id; a label between 0 and 1. 4,096 images with keys from 1, each 4,096 normal numbers.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from featurestore.console.files import write_json
 from pipeline.samples.publish import MARK, replaced_folder
 from pipeline.vectors.xdl import NUM_FILES
 from pipeline.xdl.images import append_records
@@ -52,7 +52,7 @@ def draw(options: DrawOptions, target: Path, advance: Callable[[int], None] = la
             keys_K = np.arange(start, min(start + rows, options.num_images + 1), dtype=np.int64)
             append_records(images, keys_K, random.normal(size=(len(keys_K), options.dim)).astype(np.float32))
             advance(len(keys_K))
-        (folder / MARK).write_text(json.dumps(asdict(options), indent=2) + "\n", encoding="utf-8")
+        write_json(folder / MARK, asdict(options))
 
 
 def draw_lines(options: DrawOptions) -> Iterator[Line]:

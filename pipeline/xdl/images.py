@@ -3,13 +3,13 @@
 Letters of shapes: K rows of a block, D feature width.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from featurestore.console.files import write_json
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
 from pipeline.samples.publish import MARK, replaced_folder
@@ -32,7 +32,7 @@ def export_images(snapshot: Snapshot, target: Path, advance: Callable[[int], Non
                 num_rows += len(block[0])
                 advance(len(block[0]))
         content = {"store": snapshot.storage.url, "snapshot": snapshot.version, "rows": num_rows}
-        (folder / MARK).write_text(json.dumps(content | {"dim": snapshot.info.dim}, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / MARK, content | {"dim": snapshot.info.dim})
     return num_rows
 
 

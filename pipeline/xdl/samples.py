@@ -3,7 +3,6 @@
 A file is one task, so a group never spans two files: write the lines of a group one after the other.
 """
 
-import json
 import shutil
 import uuid
 from collections import Counter
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from distributed import Client
 
+from featurestore.console.files import write_json
 from featurestore.console.progress import progress
 from featurestore.keys import key_of_uri, splitmix64
 from featurestore.storage.storage import Storage
@@ -116,7 +116,7 @@ def import_samples(options: XdlOptions, client: Client, describe: Describe) -> d
         pq.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE), folder / QUARANTINE_FILE)
         for name, text in describe(fields).items():
             (folder / name).write_text(text, encoding="utf-8")
-        (folder / MARK).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / MARK, summary)
     return summary
 
 

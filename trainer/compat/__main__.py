@@ -1,15 +1,14 @@
 """python -m trainer.compat RUN STORE: may the run go on with this store, is it the one that it was trained on?"""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from featurestore.console.commandline import FAILED, OK, CommandApp, run_app
+from featurestore.console.files import write_json_option
 from trainer.cli import run_on_ranks
-from trainer.errors import ConfigError, TrainerError
-from trainer.files import replace_file
+from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
@@ -72,8 +71,7 @@ def main(
         if table := show.figures(found):
             print_table(("measure", "value"), table, numbers=("value",))
         print("\n".join(show.ending(found)), flush=True)
-        if json_file is not None:
-            _write(json_file, json.dumps(found.report(), indent=2, allow_nan=False) + "\n")
+        write_json_option(json_file, found.report())
         codes.append(OK if found.verdict == "compatible" else FAILED)
         if accept:
             print(f"accepted     {check.accept(found)}")
@@ -81,13 +79,6 @@ def main(
 
     failed = run_on_ranks(work)
     raise typer.Exit(failed or codes[-1])
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        replace_file(path, text)
-    except OSError as failure:
-        raise TrainerError(f"cannot write --json {path}: {failure}") from failure
 
 
 if __name__ == "__main__":

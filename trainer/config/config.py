@@ -17,13 +17,13 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from yaml import YAMLError
 
+from featurestore.console.files import replace_file
 from featurestore.storage.regular import read_text
 from featurestore.text.plain import one_line
 from trainer.config import legacy
 from trainer.config.options import Count, ExchangeConfig, ModelConfig, OptimConfig
 from trainer.config.validate import Section, validated
 from trainer.errors import ConfigError
-from trainer.files import replace_file
 
 PRESETS = Path(__file__).parents[1] / "presets"
 DEFAULT_PRESET = PRESETS / "dicm.yaml"

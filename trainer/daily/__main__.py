@@ -5,7 +5,6 @@ the runs' folders alone, so a job that was killed at any time goes on where it s
 """
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.files import write_json
 from featurestore.errors import AnotherStoreError
 from featurestore.storage.regular import read_regular
 from featurestore.text.parsing import parse_json
@@ -23,7 +23,6 @@ from trainer.config import legacy
 from trainer.config.config import Config, load_config, load_saved, save_config
 from trainer.daily import table as daytable
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError
-from trainer.files import replace_file
 from trainer.main import on_ranks, train, warm_settings
 
 if TYPE_CHECKING:
@@ -298,7 +297,7 @@ def _claim(folder: Path, base: Config, window_days: int) -> None:
             _check_same(mine, parse_json(read_regular(file)), file)
             return
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(file, json.dumps(mine, indent=1))
+        write_json(file, mine)
     except (OSError, ValueError) as failure:
         raise ConfigError(f"{file} cannot be used: {failure}; choose another run.dir or run.name") from failure
 

@@ -1,7 +1,6 @@
 """The table of a daily job: what its runs' folders tell, as JSON, as Parquet and on the screen."""
 
 import io
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.table import Table
 
+from featurestore.console.files import replace_file, write_json
 from featurestore.console.output import print_table, text_console
 from featurestore.storage.regular import read_regular
 from featurestore.text.parsing import parse_json
 from trainer.config.config import load_saved
 from trainer.errors import TrainerError
-from trainer.files import replace_file
 
 DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 _METRICS = ("impressions", "logloss", "auc", "gauc", "new_ad_auc", "new_ad_gauc")
@@ -67,7 +66,7 @@ def write(folder: Path) -> None:
     found, parquet = rows(folder), io.BytesIO()
     pq.write_table(pa.Table.from_pylist(found, schema=SCHEMA), parquet)
     try:
-        replace_file(folder / "days.json", json.dumps(found, indent=1) + "\n")
+        write_json(folder / "days.json", found)
         replace_file(folder / "days.parquet", parquet.getvalue())
     except OSError as failure:
         raise TrainerError(f"cannot write the table of days to {folder}: {failure}") from failure

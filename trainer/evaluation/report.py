@@ -1,6 +1,5 @@
 """The report of an evaluation: report.json for programs, report.md for people, and a short form on the terminal."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from featurestore.console.files import write_json
 from featurestore.console.output import print_table
 from trainer.errors import TrainerError
 from trainer.evaluation.bootstrap import LEAST_USERS, LEVEL, METRICS, NUM_BINS, Estimate
@@ -44,13 +44,12 @@ def about(opened: Opened, num_missing: int, hides: bool, resamples: int, seed: i
 
 def write_report(folder: Path, about: Mapping[str, Any], figures: Figures, also: Path | None = None) -> None:
     """report.json (also under another name), report.md and the plots. Raises TrainerError where the disk refuses."""
-    text = json.dumps({**about, **asdict(figures)}, indent=2, allow_nan=False) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         plots = draw_all(figures, folder)
         (folder / "report.md").write_text(markdown(about, figures, plots), encoding="utf-8")
         for file in (folder / "report.json", *([also] if also else [])):
-            file.write_text(text, encoding="utf-8")
+            write_json(file, {**about, **asdict(figures)})
     except OSError as failure:
         raise TrainerError(f"cannot write the report to {folder}: {failure}; choose another by --out") from failure
 

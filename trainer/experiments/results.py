@@ -1,18 +1,17 @@
 """What all calls found: results.json for programs, RESULTS.md for people; a table stays until a call makes it anew."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from featurestore.console.files import replace_file, write_json
 from featurestore.storage.regular import read_regular
 from featurestore.text.parsing import parse_json
 from trainer.errors import TrainerError
 from trainer.experiments.grid import Experiment, experiments
 from trainer.experiments.plots import draw
 from trainer.experiments.tables import as_markdown, as_values, rows_of, show
-from trainer.files import replace_file
 
 Figures = Mapping[str, Sequence[Mapping[str, float]]]
 """Of one table: the metrics of each variant, by its name, in the order of seeds."""
@@ -47,7 +46,7 @@ def add(folder: Path, name: str, figures: Figures) -> None:
     experiment = experiments()[name]
     draw(experiment.title, rows_of(experiment, figures), folder / "plots" / f"{name}.png")
     replace_file(folder / "RESULTS.md", "\n".join(section(each, tables[each.name]) for each in made))
-    replace_file(folder / "results.json", json.dumps(values, indent=2, allow_nan=False) + "\n")
+    write_json(folder / "results.json", values)
 
 
 def section(experiment: Experiment, figures: Figures) -> str:

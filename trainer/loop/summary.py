@@ -1,6 +1,5 @@
 """What a run did: throughput, bytes, unique images, time by phase; summed over ranks, written as report.json."""
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,12 +11,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from featurestore.console.files import write_json
 from featurestore.console.output import print_table
 from trainer.comm import Comm
 from trainer.engine.engine import StepResult
 from trainer.engine.machine import device_name
 from trainer.errors import TrainerError
-from trainer.files import replace_file
 from trainer.stages import AHEAD, WAIT, Stages
 
 Phase = Literal["wait", "compute", "evaluate", "checkpoint"]
@@ -195,7 +194,7 @@ def stage_table(medians_R: list[dict[Any, float]]) -> dict[str, dict[str, float 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
     """JSON, a whole file or none; a metric that is not defined is null. Raises TrainerError where the disk refuses."""
     try:
-        replace_file(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
+        write_json(path, report)
     except OSError as failure:
         raise TrainerError(f"cannot write the report {path}: {failure}; the checkpoint is written") from failure
 

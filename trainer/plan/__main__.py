@@ -1,6 +1,5 @@
 """python -m trainer.plan: what a run would need and how fast it would be on more machines, before you rent them."""
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.files import write_json_option
 from trainer.config.config import Config, load_config
 from trainer.errors import ConfigError
 
@@ -86,8 +86,7 @@ def main(
     from trainer.plan.show import as_json, show
 
     show(plan)
-    if json_file is not None:
-        _write(json_file, json.dumps(as_json(plan), indent=2) + "\n")
+    write_json_option(json_file, as_json(plan))
 
 
 def _refuse_beside(context: typer.Context, option: str) -> None:
@@ -112,13 +111,6 @@ def _config(file: Path | None, settings: list[str], samples: str | None, store: 
 
 def _say(text: str) -> None:
     print(f"{text} ...", file=sys.stderr, flush=True)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as failure:
-        raise ConfigError(f"--json {path} cannot be written: {failure}; choose another file") from failure
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """python -m trainer.prerank: measure an index of ads, and ask it; the towers are trained by trainer.main."""
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.files import write_json_option
 from trainer.cli import run_on_ranks
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
@@ -73,8 +73,7 @@ def evaluate_index(
                 figures = search_figures(ads, scored.users_KW, counts, queries, effort)
                 report = report_of(trained, ads, scored, figures)
                 _show(report)
-                if out:
-                    _write(out, report)
+                write_json_option(out, report)
 
     raise typer.Exit(run_on_ranks(work))
 
@@ -168,13 +167,6 @@ def _print_table(names: list[str], rows: Sequence[tuple[str, ...]]) -> None:
 def _print_notes(notes: Sequence[str]) -> None:
     for note in notes:
         print(f"note: {note}")
-
-
-def _write(path: Path, report: Mapping[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as failure:
-        raise TrainerError(f"cannot write --json {path}: {failure}") from failure
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from featurestore.console.files import replace_file
 from featurestore.identity import SnapshotId
 from featurestore.storage.regular import read_regular
 from trainer.config.validate import Section
 from trainer.errors import CheckpointError
-from trainer.files import replace_file
 
 FILE = "accepted-stores.json"
 

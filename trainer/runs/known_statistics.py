@@ -8,10 +8,10 @@ from typing import Any
 
 import xxhash
 
+from featurestore.console.files import write_json
 from featurestore.lookup.cache import default_cache_dir
 from featurestore.lookup.prune import SAMPLES
 from trainer.comm import Comm
-from trainer.files import replace_file
 from trainer.runs.samples_digest import remember, remembered
 from trainer.samples.reader import SampleIndex
 from trainer.samples.statistics import FOUND, fill_in, lacking, measure
@@ -65,4 +65,4 @@ def write_statistics(folder: Path, schema: Schema, origin: Mapping[str, Any]) ->
         (folder / FILE).unlink(missing_ok=True)
         return
     values = {"samples_digest": origin["samples_digest"], "fields": fields}
-    replace_file(folder / FILE, json.dumps(values, indent=1) + "\n")
+    write_json(folder / FILE, values)

@@ -1,6 +1,5 @@
 """The logs say what happened: each column of the simulated world comes back from the files."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 
 from pipeline.demo.draw import catalogue_of, plan_garments
 from pipeline.demo.simulate import World, simulate
-from pipeline.demo.write import FIRST_CATEGORY, FIRST_ITEM, FIRST_SESSION, FIRST_USER, log_files, write_json, write_logs
+from pipeline.demo.write import FIRST_CATEGORY, FIRST_ITEM, FIRST_SESSION, FIRST_USER, log_files, write_logs
 
 START_S = 1_772_323_200
 DAYS = 4
@@ -58,12 +57,6 @@ def test_behaviours_come_back(world: World, logs: Path) -> None:
     rows = np.stack([_seconds(table["timestamp"]), *(table[name].to_numpy() for name in ("user", "item", "dwell_s"))])
     wanted = np.stack([done.time_N, FIRST_USER + done.user_N, FIRST_ITEM + done.item_N, done.dwell_s_N])
     np.testing.assert_array_equal(_sorted_rows(rows), _sorted_rows(wanted))
-
-
-def test_a_missing_auc_is_null_and_nothing_else_is_left_behind(tmp_path: Path) -> None:
-    write_json(tmp_path / "demo.json", {"oracle": {"auc": float("nan"), "gauc": 0.5}})
-    assert json.loads((tmp_path / "demo.json").read_text()) == {"oracle": {"auc": None, "gauc": 0.5}}
-    assert [path.name for path in tmp_path.iterdir()] == ["demo.json"]
 
 
 def _sorted_rows(columns: np.ndarray) -> np.ndarray:
