@@ -60,9 +60,10 @@ class CommandApp(typer.Typer):
 @contextmanager
 def command_end(stopped: str = STOPPED_BY_PERSON, failures: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turn an error of ours, one of `failures`, a lack of memory or Ctrl-C into one line on stderr and typer.Exit."""
+    ours: tuple[type[Exception], ...] = (UserError, *failures)
     try:
         yield
-    except (UserError, *failures) as error:
+    except ours as error:
         say_error(error)
         raise typer.Exit(getattr(error, "exit_code", FAILED)) from error
     except MemoryError as error:

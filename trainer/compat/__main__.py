@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.console.commandline import FAILED, OK, CommandApp, run_app
+from featurestore.console.commandline import OK, CommandApp, run_app
 from featurestore.console.files import write_json_option
+from featurestore.errors import FAILED
 from trainer.cli import run_on_ranks
 from trainer.errors import ConfigError
 
