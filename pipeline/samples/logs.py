@@ -141,7 +141,7 @@ def find_pieces(url: str, log: str, user_columns: Sequence[str] | None, layout: 
 def _own_pieces(storage: Storage, log: str, layout: Layout) -> list[Piece]:
     files = _files(storage, layout.files)
     if not files:
-        raise SampleError(
+        raise SampleOptionError(
             f"{storage.full(layout.files)}: no .parquet, .csv or .tsv files there; {log}.files of the mapping names a "
             "file or folder below --logs"
         )
@@ -218,7 +218,7 @@ def _check_columns(schema: pa.Schema, piece: Piece) -> None:
     for ours, kind in piece.columns.items():
         name = piece.name_in_file(ours)
         if name not in schema.names:
-            raise SampleError(f"{where} {name!r} is missing; there are {', '.join(schema.names)}")
+            raise SampleOptionError(f"{where} {name!r} is missing; there are {', '.join(schema.names)}")
         if schema.names.count(name) > 1:
             raise SampleError(f"{where} {name!r} stands {schema.names.count(name)} times in it")
         found = schema.field(name).type

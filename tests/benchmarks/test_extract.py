@@ -24,7 +24,7 @@ def test_drawn_images_all_differ(tmp_path):
 
 def test_a_wrong_folder_is_one_message(tmp_path):
     result = CliRunner().invoke(app, ["--images", str(tmp_path / "none")])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "error: there is no folder" in result.stderr
     assert isinstance(result.exception, SystemExit)  # no traceback
 

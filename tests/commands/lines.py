@@ -299,14 +299,14 @@ JOBS = [
 
 OTHERS = [
     ("benchmarks.extract --limit 0", 2, "--limit"),
-    ("benchmarks.extract --images {missing}", 1, "{missing}"),
-    ("benchmarks.extract --images {brackets}", 1, "[/x]"),
+    ("benchmarks.extract --images {missing}", 2, "{missing}"),
+    ("benchmarks.extract --images {brackets}", 2, "[/x]"),
     ("benchmarks.extract --json {emptydir}", 2, "{emptydir}"),
     ("benchmarks.extract --json ''", 2, "--json"),
     ("benchmarks.extract --json {empty}/x.json", 2, "--json"),
     (f"benchmarks.extract --rounds {HUGE}", 2, HUGE),
     ("benchmarks.refresh --limit 2", 2, "--limit"),
-    ("benchmarks.refresh --images {missing}", 1, "{missing}"),
+    ("benchmarks.refresh --images {missing}", 2, "{missing}"),
     ("benchmarks.refresh --json {emptydir}", 2, "{emptydir}"),
     ("benchmarks.plan --images 1", 2, "--images"),
     ("benchmarks.tables --steps 1", 2, "--steps"),

@@ -147,19 +147,22 @@ def test_ads_are_removed_by_key_and_by_file_without_a_run(folder: Path, out: str
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "code", "message"),
     [
-        ("ad_item\n5\nsix\n", "line 3: 'six' is no key; give whole numbers, one a line"),
-        (None, "this is no key (a whole number of 64 bits), no .parquet file, and no text file"),
+        ("ad_item\n5\nsix\n", 1, "line 3: 'six' is no key; give whole numbers, one a line"),
+        (None, 2, "this is no key (a whole number of 64 bits), no .parquet file, and no text file"),
     ],
 )
-def test_what_cannot_be_removed(text: str | None, message: str, folder: Path, out: str, tmp_path: Path) -> None:
+def test_what_cannot_be_removed(
+    text: str | None, code: int, message: str, folder: Path, out: str, tmp_path: Path
+) -> None:
     done(folder, "--out", out, "--ads", ads_table([5, 6], tmp_path / "a.parquet"))
     if text:
         (tmp_path / "gone.txt").write_text(text)
-    for value, expected in ((tmp_path / "gone.txt", message), (tmp_path / "gone.parquet", "there is no such file")):
+    wrong = {tmp_path / "gone.txt": (code, message), tmp_path / "gone.parquet": (2, "there is no such file")}
+    for value, (expected_code, expected) in wrong.items():
         result = CliRunner().invoke(app, ["--out", out, "--remove", str(value)])
-        assert (result.exit_code, f"error: --remove {value}" in result.stderr) == (1, True)
+        assert (result.exit_code, f"error: --remove {value}" in result.stderr) == (expected_code, True)
         assert expected in result.stderr
     assert set(by_key(out)) == {5, 6}
 
@@ -281,18 +284,20 @@ def test_an_index_of_another_checkpoint_is_left_alone(folder: Path, out: str, tm
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "code", "message"),
     [
-        ({"ad_image": None}, "column ad_image is missing, expected integer"),
-        ({"ad_image": [0.5, 1.5]}, "column ad_image is double, expected integer (or string)"),
-        ({"ad_item": [1, 1]}, "ad_item=1 stands in several rows; an ad has one row"),
-        ({"ad_category": [1, None]}, "row 1: column ad_category is null"),
+        ({"ad_image": None}, 2, "column ad_image is missing, expected integer"),
+        ({"ad_image": [0.5, 1.5]}, 2, "column ad_image is double, expected integer (or string)"),
+        ({"ad_item": [1, 1]}, 1, "ad_item=1 stands in several rows; an ad has one row"),
+        ({"ad_category": [1, None]}, 1, "row 1: column ad_category is null"),
     ],
 )
-def test_wrong_tables(changes: dict[str, object], message: str, folder: Path, out: str, tmp_path: Path) -> None:
+def test_wrong_tables(
+    changes: dict[str, object], code: int, message: str, folder: Path, out: str, tmp_path: Path
+) -> None:
     changes = {name: value and pa.array(value) for name, value in changes.items()}
     result = job(folder, "--out", out, "--ads", ads_table([1, 2], tmp_path / "ads.parquet", **changes))
-    assert result.exit_code == 1
+    assert result.exit_code == code
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert not Path(out).exists()
@@ -304,7 +309,7 @@ def test_without_a_run_it_is_the_newest_one(
     table = str(ads_table([1, 2], tmp_path / "ads.parquet"))
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["--ads", table])
-    assert (result.exit_code, "data/runs has no run with a checkpoint" in result.stderr) == (1, True)
+    assert (result.exit_code, "data/runs has no run with a checkpoint" in result.stderr) == (2, True)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "runs").symlink_to(folder / "runs")
     result = CliRunner().invoke(app, ["--ads", table])
@@ -316,7 +321,7 @@ def test_without_a_run_it_is_the_newest_one(
 def test_a_table_without_rows_and_one_that_is_not_there(folder: Path, out: str, tmp_path: Path) -> None:
     for table in (ads_table([], tmp_path / "ads.parquet"), tmp_path / "none.parquet", tmp_path / "nowhere"):
         result = job(folder, "--out", out, "--ads", table)
-        assert (result.exit_code, "there is no *.parquet file with a row in it" in result.stderr) == (1, True)
+        assert (result.exit_code, "there is no *.parquet file with a row in it" in result.stderr) == (2, True)
 
 
 def test_one_row(folder: Path, out: str, tmp_path: Path) -> None:
@@ -344,7 +349,7 @@ def test_options_that_do_not_go_together(options: list[str], message: str, folde
 
 def test_nothing_to_add_to(folder: Path, out: str) -> None:
     result = job(folder, "--out", out, "--add")
-    assert (result.exit_code, f"error: {out} is no index of ads" in result.stderr) == (1, True)
+    assert (result.exit_code, f"error: {out} is no index of ads" in result.stderr) == (2, True)
 
 
 def test_help_has_examples() -> None:

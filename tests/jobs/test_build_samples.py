@@ -72,7 +72,7 @@ def test_options_reach_the_samples(place):
 
 def test_mistake_is_one_message(place):
     done = run(place, sys.executable, JOB, "--logs", "nowhere")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "error: " in done.stderr
     assert "nowhere/impressions: no .parquet files in it" in done.stderr
     assert "Traceback" not in done.stderr

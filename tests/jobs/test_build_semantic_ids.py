@@ -270,7 +270,7 @@ def test_without_arguments_it_takes_the_default_places(place):
         assert result.exit_code == code, result.output
         return " ".join(result.output.split())
 
-    assert "data/features: store.json is not there" in job(code=1)
+    assert "data/features: store.json is not there" in job(code=2)
     (place / "data").mkdir()
     (place / "store").rename(place / "data/features")
     assert "folder data/samples-sid" in job()
@@ -295,13 +295,13 @@ def test_a_failed_run_leaves_what_was_there(place):
 
 def test_mistakes_are_one_message(place):
     store = from_store(place)
-    assert "no store at" in run(place, "--store", place / "no", code=1)
-    assert "--codes 3 is not a power of two" in run(place, *store, "--codes", 3, code=1)
+    assert "no store at" in run(place, "--store", place / "no", code=2)
+    assert "--codes 3 is not a power of two" in run(place, *store, "--codes", 3, code=2)
     assert "60 vectors are too few for 64 codes" in run(place, *store, "--codes", 64, code=1)
-    assert "do not fit into 62 bits" in run(place, *store, "--codes", 65536, "--levels", 4, code=1)
+    assert "do not fit into 62 bits" in run(place, *store, "--codes", 65536, "--levels", 4, code=2)
     assert "no codebook of this job" in run(place, *store, "--codebook", place / "samples/train/a.parquet", code=1)
-    assert "no train/*.parquet" in run(place, *store, "--samples", place / "store", code=1)
-    assert "its stores: images" in run(place, *with_samples(place), "--store-name", "text", code=1)
+    assert "no train/*.parquet" in run(place, *store, "--samples", place / "store", code=2)
+    assert "its stores: images" in run(place, *with_samples(place), "--store-name", "text", code=2)
     assert "--keys names its keys" in run(place, "--vectors", "v.npy", code=1)
     assert "give one of --store and --vectors" in run(place, *store, "--vectors", "v.npy", code=2)
     assert "give one of --samples and --no-samples" in run(place, *with_samples(place), "--no-samples", code=2)

@@ -230,25 +230,25 @@ def test_without_a_run_it_is_the_newest_one(places: Places, tmp_path: Path, monk
 class TestMistakes:
     def test_runs(self, places: Places, run: Path, tmp_path: Path) -> None:
         out = tmp_path / "v.parquet"
-        assert "is not a run's folder" in failed("--run", tmp_path, "--out", out)
-        assert "; it holds the runs " in failed("--run", run.parent, "--out", out)
+        assert "is not a run's folder" in failed("--run", tmp_path, "--out", out, code=2)
+        assert "; it holds the runs " in failed("--run", run.parent, "--out", out, code=2)
         none = places.folder / "runs" / "none"
-        assert "has model.images=none: it has no E for images" in failed("--run", none, "--out", out)
-        assert "has step-00000002, and a path" in failed("--run", run, "--checkpoint", 7, "--out", out)
+        assert "has model.images=none: it has no E for images" in failed("--run", none, "--out", out, code=2)
+        assert "has step-00000002, and a path" in failed("--run", run, "--checkpoint", 7, "--out", out, code=2)
         assert not out.exists()
 
     def test_networks(self, places: Places, run: Path, tmp_path: Path) -> None:
         two = ["--run", places.folder / "runs" / "two", "--out", tmp_path / "v.parquet"]
         has = "has the networks images:behavior_image, images:ad_image"
-        assert f"{has}; choose one by --network" in failed(*two)
-        assert f"{has}, and --network images names 2 of them" in failed(*two, "--network", "images")
-        assert "--network text names 0 of them" in failed("--run", run, "--network", "text", "--out", two[-1])
+        assert f"{has}; choose one by --network" in failed(*two, code=2)
+        assert f"{has}, and --network images names 2 of them" in failed(*two, "--network", "images", code=2)
+        assert "--network text names 0 of them" in failed("--run", run, "--network", "text", "--out", two[-1], code=2)
 
     def test_places(self, run: Path, tmp_path: Path) -> None:
         assert "has to end with .parquet or .npy" in failed("--run", run, "--out", tmp_path / "v.csv", code=2)
         (tmp_path / "v").touch()
         assert "cannot write" in failed("--run", run, "--out", tmp_path / "v" / "v.parquet")
-        assert "no snapshot 9" in failed("--run", run, "--store-version", 9, "--out", tmp_path / "v.parquet")
+        assert "no snapshot 9" in failed("--run", run, "--store-version", 9, "--out", tmp_path / "v.parquet", code=2)
 
     def test_damage(self, places: Places, tmp_path: Path) -> None:
         run = train_run(places, "damaged", train__max_steps=1)

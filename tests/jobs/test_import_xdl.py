@@ -263,11 +263,11 @@ def test_random_data_trains(job, tmp_path):
 
 
 def test_mistakes_are_one_message(job, lines, tmp_path):
-    assert "there is nothing at" in job("samples", "--from", tmp_path / "no", "--samples", tmp_path / "s", code=1)
+    assert "there is nothing at" in job("samples", "--from", tmp_path / "no", "--samples", tmp_path / "s", code=2)
     assert "not one line of the form" in job("samples", "--from", lines(["x"]), "--samples", tmp_path / "s", code=1)
     assert "only empty files" in job("samples", "--from", lines([]), "--samples", tmp_path / "s", code=1)
-    assert "no store at" in job("export-images", "--store", tmp_path / "no", "--to", tmp_path / "o", code=1)
-    assert "no sample group" in job("export-samples", "--samples", tmp_path / "no", "--to", tmp_path / "o", code=1)
+    assert "no store at" in job("export-images", "--store", tmp_path / "no", "--to", tmp_path / "o", code=2)
+    assert "no sample group" in job("export-samples", "--samples", tmp_path / "no", "--to", tmp_path / "o", code=2)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis").touch()
     assert "mine has files that are no random data" in job("random", "--out", tmp_path / "mine", code=1)

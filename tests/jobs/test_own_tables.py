@@ -237,12 +237,12 @@ def test_units_and_delimiters_are_those_of_the_mapping(job, place):
     ],
 )
 def test_mistakes_in_a_mapping_are_told(job, place, mapping, message):
-    assert message in job(mapping, code=1)
+    assert message in job(mapping, code=2)
     assert not (place / "samples").exists()
 
 
 def test_user_columns_and_a_mapping_exclude_each_other(job):
-    assert "with a mapping they stand in it" in job(MAPPING, "--user-columns", "age", code=1)
+    assert "with a mapping they stand in it" in job(MAPPING, "--user-columns", "age", code=2)
 
 
 def test_empty_csv_is_told(job, place):

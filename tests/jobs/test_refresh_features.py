@@ -48,7 +48,7 @@ def test_mistakes_are_one_message(job, tmp_path):
 def test_what_does_not_fit_the_store_is_one_message(job, store):
     assert_message(job(), 2, "weights.pth': neither imagenet, random:SEED, nor a file")
     assert_message(job("--weights", "random:x"), 2, "the seed of random weights is a number")
-    assert_message(job("--weights", "random:0"), 1, "there is no folder data/images")
+    assert_message(job("--weights", "random:0"), 2, "there is no folder data/images")
     assert_message(job("--compute-dtype", "bfloat16"), 1, "were computed in float32: leave the option away")
 
 

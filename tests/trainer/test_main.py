@@ -281,7 +281,7 @@ class TestCommandLine:
     def test_empty_places_name_the_jobs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         result = CliRunner().invoke(app, [])
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert "python jobs/extract_features.py --store data/features" in result.stderr
         assert "python jobs/build_samples.py --samples data/samples" in result.stderr
         assert "python jobs/make_demo_data.py" in result.stderr

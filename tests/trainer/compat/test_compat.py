@@ -201,7 +201,7 @@ class TestWithTheOldOneGone:
         (("nowhere",), 2, "no store at"),
         (("{features}", "--name", "titles"), 2, "--name titles: the content fields of"),
         (("{features}", "--version", 9), 2, "has no snapshot 9"),
-        (("{features}", "--checkpoint", 9), 1, "no such checkpoint"),
+        (("{features}", "--checkpoint", 9), 2, "no such checkpoint"),
         (("{features}", "--json", "/nowhere/x"), 1, "cannot write --json"),
     ],
 )

@@ -250,7 +250,7 @@ class TestWhatAVariantLacks:
 
     def test_store(self, places: Places, tmp_path: Path) -> None:
         done = call("images", out=tmp_path / "out", settings=places.settings(data__store=tmp_path / "nothing"))
-        assert done.exit_code == 1 and "is no feature store; make it with" in done.output
+        assert done.exit_code == 2 and "is no feature store; make it with" in done.output
         assert not (tmp_path / "out").exists()
 
     def test_clicks(self, make_places: Callable[[Path], Places], tmp_path: Path) -> None:

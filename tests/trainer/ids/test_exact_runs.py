@@ -181,7 +181,7 @@ def test_the_export_has_what_the_engine_looks_up(trained: Train, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (["--table", "user"], 1, "has the exact ID tables item, image; none of them is user"),
+        (["--table", "user"], 2, "has the exact ID tables item, image; none of them is user"),
         (["--out", "x.csv"], 2, ""),
     ],
 )

@@ -214,7 +214,7 @@ class TestDays:
         run, index = self.trained_on(days, "2026-01-04", "[]")
         for command in (("eval",), ("search", "--user", 1)):
             done = call(*command, "--run", run, "--index", index)
-            assert (done.exit_code, "no test samples of its own" in done.stderr) == (1, True)
+            assert (done.exit_code, "no test samples of its own" in done.stderr) == (2, True)
 
     def test_other_samples_need_no_training_samples_and_change_no_known_ads(
         self, days: Places, write_samples: Callable[..., Any], tmp_path: Path
@@ -249,11 +249,11 @@ class TestMistakes:
 
     def test_no_index(self, run: Path, tmp_path: Path) -> None:
         done = call("eval", "--run", run, "--index", tmp_path)
-        assert (done.exit_code, f"error: {tmp_path} is no index of ads" in done.stderr) == (1, True)
+        assert (done.exit_code, f"error: {tmp_path} is no index of ads" in done.stderr) == (2, True)
 
     def test_unknown_user(self, run: Path, index: str) -> None:
         done = call("search", "--run", run, "--index", index, "--user", -1)
-        assert (done.exit_code, "error: user -1 has no test sample in" in done.stderr) == (1, True)
+        assert (done.exit_code, "error: user -1 has no test sample in" in done.stderr) == (2, True)
 
     def test_another_model(self, places: Places, index: str) -> None:
         config = load_config(settings=places.settings(run__name="no-towers", train__max_steps=1))
