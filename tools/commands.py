@@ -19,7 +19,7 @@ from typer.main import get_command
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "COMMANDS.md"
 PARTS = {"jobs": "Jobs", "featurestore": "The store", "trainer": "The trainer", "benchmarks": "Benchmarks"}
-OF_OTHERS = ("worker.py",)  # programs that other programs start
+OF_OTHERS = ("worker.py", "peer.py")  # programs that other programs start
 COMMAND_LINE = re.compile("`?(python|dask-submit|dask|horovodrun) ")
 HEAD = """# Commands
 
@@ -33,7 +33,7 @@ def command_files(part: str) -> list[Path]:
     """List the files of a package that are commands, relative to the root."""
     files = sorted((ROOT / part).rglob("*.py"))
     texts = {path: path.read_text(encoding="utf-8") for path in files if path.name not in OF_OTHERS}
-    found = [path for path, text in texts.items() if 'if __name__ == "__main__"' in text and "= typer.Typer(" in text]
+    found = [path for path, text in texts.items() if '__name__ == "__main__"' in text and "\napp = " in text]
     return [path.relative_to(ROOT) for path in found]
 
 
