@@ -13,7 +13,7 @@ PACKAGES := featurestore pipeline trainer jobs benchmarks
 ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format tree bench clean
+.PHONY: help install demo test-fast test test-slow lint format tree bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ $(INSTALLED): setup.cfg pyproject.toml tools/install.sh tools/build_horovod.sh t
 
 demo: $(INSTALLED) ## Draw images, extract, build samples, train four models under horovodrun -np 2, print a table
 	$(ON_PATH) $(BIN)/python tools/demo.py --dir $(DEMO_DIR) $(DEMO_ARGS)
+
+test-fast: $(INSTALLED) ## Run the tests that start no ranks, no cluster and no server: before each commit
+	$(ON_PATH) $(BIN)/python -m pytest -m "not slow and not services" $(TEST_ARGS)
 
 test: $(INSTALLED) ## Run the tests, multi-rank ones under horovodrun included; TEST_ARGS="--compute-dtype bfloat16"
 	$(ON_PATH) $(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)

@@ -1,4 +1,4 @@
-"""What all tests share: the type of the matrix products, and S3 servers."""
+"""Settings and fixtures that all tests share: the type of the matrix products, ranks and S3 servers."""
 
 import os
 import signal
@@ -8,7 +8,14 @@ from typing import get_args
 import pytest
 
 from featurestore.lookup.compute_dtype import VARIABLE, AutoDType
+from tests.guard import Guard
+from tests.ranks import StandingRanks, standing_ranks
 from tests.servers import environment_of, moto, new_bucket, seaweedfs
+
+SERVICES = {"two_ranks", "client", "cluster", "s3_endpoint", "moto_endpoint"}
+"""Fixtures that start ranks, a Dask cluster or a server: the tests that use one are marked `services`."""
+SERVERS = {"s3", "seaweedfs", "moto", "s3_url", "moto_url"}
+"""Parameters of tests and fixtures that ask for a server."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +32,25 @@ def pytest_configure(config: pytest.Config) -> None:
     shell starts what runs behind it deaf to SIGINT, and so would all be that tests interrupt."""
     os.environ[VARIABLE] = config.getoption("--compute-dtype")
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.pluginmanager.register(Guard())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts a service before `-m` looks at the marks."""
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        asked = {*item.fixturenames, *(each for each in parameters if isinstance(each, str))}
+        if asked & (SERVICES | SERVERS):
+            item.add_marker("services")
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandingRanks]:
+    """Two ranks of Horovod that stay as long as the tests; for command lines that end well."""
+    with standing_ranks(tmp_path_factory.mktemp("two-ranks")) as ranks:
+        yield ranks
 
 
 @pytest.fixture(scope="session")

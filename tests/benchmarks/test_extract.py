@@ -2,12 +2,14 @@
 
 import json
 
+import pytest
 from typer.testing import CliRunner
 
 from benchmarks import refresh
 from benchmarks.extract import app, draw_images
 
 
+@pytest.mark.slow
 def test_it_draws_its_own_images(tmp_path):
     options = ["--limit", "8", "--rounds", "1", "--batch-size", "4", "--json", str(tmp_path / "extract.json")]
     result = CliRunner().invoke(app, options)
@@ -29,6 +31,7 @@ def test_a_wrong_folder_is_one_message(tmp_path):
     assert isinstance(result.exception, SystemExit)  # no traceback
 
 
+@pytest.mark.slow
 def test_a_refresh_is_measured_beside_its_extraction(tmp_path):
     result = CliRunner().invoke(refresh.app, ["--limit", "12", "--json", str(tmp_path / "refresh.json")])
     assert result.exit_code == 0, result.output

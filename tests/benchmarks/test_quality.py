@@ -93,6 +93,7 @@ def _call(place: Path, *more: str) -> dict[str, float]:
     return figures
 
 
+@pytest.mark.slow
 @needs_fuxictr
 def test_both_sides_learn_and_figures_are_kept(place: Path) -> None:
     call = ("--only", "ids", "--net", "dnn", "--net", "din", "--seeds", "1", "--no-tune", "--set", "optim.lr=0.01")
@@ -114,6 +115,7 @@ def test_both_sides_learn_and_figures_are_kept(place: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in (place / "bench" / "figures").iterdir()} == kept
 
 
+@pytest.mark.slow
 @needs_fuxictr
 def test_with_images_and_tuned(place: Path) -> None:
     figures = _call(place, "--only", "images", "--net", "dnn", "--seeds", "2", "--epochs", "1")
@@ -219,6 +221,7 @@ def test_held_out_items_are_nowhere_in_training(place: Path, tmp_path: Path) -> 
     assert gone & set(test["ad_item"].combine_chunks().flatten().to_pylist())
 
 
+@pytest.mark.slow
 def test_the_section_of_held_out_items(place: Path, tmp_path: Path) -> None:
     arguments = ["--data", f"small={place}/samples:{place}/features", "--only", "cold", "--seeds", "2"]
     arguments += ["--batch-size", "64", "--dir", str(tmp_path / "kept"), "--json", str(tmp_path / "cold.json")]

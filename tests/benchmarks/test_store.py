@@ -23,6 +23,7 @@ HEADLINE = [
 TINY = ["--rows", "1000", "--keys", "256", "--rounds", "3", "--depths", "1,2", "--limit-mb", "32"]
 
 
+@pytest.mark.slow
 def test_all_variants_at_a_tiny_size(tmp_path, monkeypatch):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # an arena for each thread would not fit into so small a limit
     monkeypatch.setattr(limit, "TIMES_OVER", 5)

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from benchmarks.tables import app, batch_of
 
 
+@pytest.mark.slow
 def test_figures_are_written(tmp_path: Path) -> None:
     out = tmp_path / "tables.json"
     options = ["--steps", "2", "--samples", "16", "--ids", "50", "--behaviors", "3"]

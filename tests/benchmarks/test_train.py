@@ -31,6 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("train")
 
 
+@pytest.mark.slow
 def test_peers_train_the_same_model(folder: Path) -> None:
     out = folder / "train.json"
     names = [name for name in VARIANTS if name not in FUXICTR or fuxictr_python().exists()]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 from distributed import Client
 
 from tests.commands.calls import ROOT, call, process_of, words_of
@@ -20,13 +21,13 @@ ON_A_CLUSTER = ("build_samples", "extract_features", "import_features", "import_
 
 
 @pytest.fixture(autouse=True)
-def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, client: Client) -> None:
-    """An empty folder to be in, and one cluster for all jobs."""
+def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """An empty folder to be in, and one cluster for all jobs that come as far as to ask for one."""
     monkeypatch.chdir(tmp_path)
 
     @contextlib.contextmanager
     def same(*_: object, **__: object) -> Iterator[Client]:
-        yield client
+        yield request.getfixturevalue("client")
 
     for name in ON_A_CLUSTER:
         module = importlib.import_module(f"jobs.{name}")
@@ -56,8 +57,14 @@ RIGHT = [
 """Lines that end well, and a word of what they print; jobs that make their folders have tests of their own."""
 
 
+def parameters_of(line: str, code: int, text: str) -> ParameterSet:
+    """A line under its own name; those of some jobs may ask for a cluster."""
+    on_a_cluster = line.startswith(tuple(f"jobs/{name}" for name in ON_A_CLUSTER))
+    return pytest.param(line, code, text, id=line, marks=[pytest.mark.services] if on_a_cluster else [])
+
+
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize(("line", "code", "text"), LINES, ids=[line for line, _, _ in LINES])
+@pytest.mark.parametrize(("line", "code", "text"), [parameters_of(*each) for each in LINES])
 def test_a_wrong_line_gets_one_message(
     line: str, code: int, text: str, names: dict[str, object], tmp_path: Path
 ) -> None:
@@ -72,6 +79,7 @@ def test_a_wrong_line_gets_one_message(
     assert called.code == code
 
 
+@pytest.mark.services
 @pytest.mark.parametrize("line", PROCESSES)
 def test_a_process_ends_the_same_way(line: str, names: dict[str, object], tmp_path: Path) -> None:
     code, text = next((code, text) for each, code, text in LINES if each == line)

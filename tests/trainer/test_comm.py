@@ -1,38 +1,31 @@
 """Collectives: alone, and on three ranks of Horovod (collectives.py, late_rank.py)."""
 
-import os
 import pickle
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.ranks import run_ranks
 from trainer.comm import SoloComm, connect
 from trainer.errors import DataError, RemoteRankError
 
 
 def on_three_ranks(script: str) -> subprocess.CompletedProcess[str]:
     """What a script of this folder does under horovodrun."""
-    launcher = Path(sys.executable).with_name("horovodrun")
-    return subprocess.run(
-        [str(launcher), "-np", "3", sys.executable, str(Path(__file__).with_name(script))],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return run_ranks(3, Path(__file__).with_name(script))
 
 
+@pytest.mark.services
 def test_three_ranks() -> None:
     done = on_three_ranks("collectives.py")
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(f"rank {rank} of 3 is done" in done.stdout for rank in range(3))
 
 
+@pytest.mark.services
 def test_a_rank_that_does_not_come_is_named() -> None:
     done = on_three_ranks("late_rank.py")
     assert done.returncode != 0

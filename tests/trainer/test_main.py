@@ -26,6 +26,7 @@ from featurestore.errors import MissingKeysError
 from featurestore.format.rows import FeatureRows
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
+from tests.ranks import StandingRanks, command_of, run_ranks
 from tests.trainer.alike import all_alike
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
@@ -36,11 +37,10 @@ from trainer.main import app, train
 from trainer.runs.checkpoint import find, read_state
 from trainer.stages import AHEAD, Stage, Stages
 
-HOROVODRUN = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2"]
 WORKER = Path(__file__).parent / "main_worker.py"
 RANKS_TIMEOUT_S = 150
 # Of the runs of one rank and of two; their numbers are compared, so the type of the products is not the machine's.
-SHARED = {"data__global_batch_size": 16, "train__epochs": 3, "model__compute_dtype": "float32"}
+SHARED = {"data__global_batch_size": 16, "train__epochs": 3, "model__compute_dtype": "float64"}
 Places = Any
 
 
@@ -307,9 +307,9 @@ class TestCommandLine:
 
 @pytest.fixture(scope="module")
 def job(
-    make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory
+    make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory, two_ranks: StandingRanks
 ) -> tuple[Places, dict[str, list[str]]]:
-    """A job of two ranks that made all the runs of runs/worker.py, and what each rank saw."""
+    """What each of two ranks saw of the runs of main_worker.py."""
     places = make_places(tmp_path_factory.mktemp("job"))
     shutil.copytree(places.folder / "samples", places.folder / "broken")
     file = places.folder / "broken" / "test" / "day=2026-01-01.parquet"
@@ -319,10 +319,7 @@ def job(
     broken = table.set_column(table.schema.get_field_index("label"), "label", pa.array(labels, pa.list_(pa.int8())))
     pq.write_table(broken, file, row_group_size=7)
     out = places.folder / "seen.json"
-    shared = places.settings(**SHARED)
-    command = [*HOROVODRUN, sys.executable, str(WORKER), str(places.folder), str(out), *shared]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=RANKS_TIMEOUT_S, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    two_ranks.run(WORKER, places.folder, out, *places.settings(**SHARED))
     return places, json.loads(out.read_text())
 
 
@@ -365,7 +362,7 @@ class TestTwoRanks:
     def test_equals_one_rank(self, job: tuple[Places, dict[str, list[str]]], alone: Path) -> None:
         places, _ = job
         two, one = (report_of(run)["metrics"] for run in (places.folder / "runs" / "full", alone))
-        assert two == all_alike(one, within=1e-3)
+        assert two == all_alike(one, within=1e-9)
         report = report_of(places.folder / "runs" / "full")
         assert report["num_ranks"] == 2
         assert report["samples"] == report_of(alone)["samples"]
@@ -389,7 +386,7 @@ class TestTwoRanks:
 def endless(places: Places, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """`horovodrun -np 2 python -m trainer.main` in the midst of its training."""
     settings = places.settings(train__epochs=100_000, run__dir=tmp_path)
-    command = [*HOROVODRUN, sys.executable, "-m", "trainer.main", "--set", *settings]
+    command = command_of(2, "-m", "trainer.main", "--set", *settings)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -422,6 +419,7 @@ def _ranks(job: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 class TestEnds:
+    @pytest.mark.services
     @pytest.mark.parametrize("victim", [0, 1])
     def test_killed_rank_ends_the_job(self, endless: subprocess.Popen[str], victim: int) -> None:
         ranks = _ranks(endless)
@@ -436,23 +434,23 @@ class TestEnds:
         _, alive = psutil.wait_procs(ranks, timeout=10)
         assert alive == []
 
-    def test_wrong_setting_is_told_once(self, places: Places) -> None:
-        command = [*HOROVODRUN, sys.executable, "-m", "trainer.main", "--set", "train.epoch=1"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=RANKS_TIMEOUT_S, check=False)
+    @pytest.mark.services
+    def test_wrong_setting_is_told_once(self) -> None:
+        done = run_ranks(2, "-m", "trainer.main", "--set", "train.epoch=1")
         output = done.stdout + done.stderr
         assert done.returncode != 0
         assert output.count("did you mean train.epochs?") == 1
         assert "]<stderr>:Traceback" not in output
 
-    def test_a_table_beyond_the_memory_is_told_once(self, places: Places, tmp_path: Path) -> None:
+    def test_a_table_beyond_the_memory_is_told_once(
+        self, places: Places, tmp_path: Path, two_ranks: StandingRanks
+    ) -> None:
         tables = "{user: 1000000000000, item: 64, image: 64, category: 16, scene: 16}"
         settings = places.settings(model__tables=tables, run__dir=tmp_path)
-        command = [*HOROVODRUN, sys.executable, "-m", "trainer.main", "--set", *settings]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=RANKS_TIMEOUT_S, check=False)
-        output = done.stdout + done.stderr
-        assert done.returncode != 0
+        (code, output), other = two_ranks.call("-m", "trainer.main", "--set", *settings)
+        assert code != 0 and other == (code, "")
         assert output.count("error: model.tables.user=1000000000000: 1,000,000,000,000 rows") == 1
-        assert "(2 ranks; all tables" in output and "]<stderr>:Traceback" not in output
+        assert "(2 ranks; all tables" in output and "Traceback" not in output
 
 
 def test_interrupt_alone_ends_with_a_checkpoint(places: Places, tmp_path: Path) -> None:

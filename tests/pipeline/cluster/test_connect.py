@@ -12,12 +12,16 @@ import time
 from pathlib import Path
 
 import dask.system
+import numpy as np
 import psutil
 import pytest
 from distributed import Client, LocalCluster
 
 from pipeline.cluster.connect import connect, open_client
 from pipeline.errors import InsecureSchedulerError, MissingCertificatesError, SchedulerUnreachableError
+from tests.commands.calls import call
+
+pytestmark = pytest.mark.services
 
 
 @pytest.fixture(autouse=True)
@@ -232,24 +236,17 @@ JOBS = {
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_jobs_without_dask_submit_refuse_it_too(job: str, listener: socket.socket, tmp_path: Path):
-    import numpy as np
-
+def test_jobs_without_dask_submit_refuse_it_too(
+    job: str, listener: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "x").mkdir()
     np.save(tmp_path / "x.npy", np.zeros((2, 4), np.float32))
     np.save(tmp_path / "keys.npy", np.arange(2))
-    script = Path(__file__).parents[3] / "jobs" / f"{job}.py"
-    done = subprocess.run(
-        [sys.executable, str(script), *JOBS[job]],
-        env=os.environ | {"DASK_SCHEDULER_ADDRESS": address_of(listener)},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    lines = [line for line in done.stderr.splitlines() if "random:0" not in line]
+    monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", address_of(listener))
+    done = call([f"jobs/{job}", *JOBS[job]])
+    assert (done.code, done.trace) == (2, ""), done.err
+    lines = [line for line in done.err.splitlines() if "random:0" not in line]
     assert len(lines) == 1 and f"error: the scheduler {address_of(listener)} is beyond loopback" in lines[0]
     assert not was_called(listener)
 

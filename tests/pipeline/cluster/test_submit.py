@@ -23,6 +23,8 @@ from pipeline.errors import (
     VersionMismatchError,
 )
 
+pytestmark = pytest.mark.services
+
 BIN = Path(sys.executable).parent
 OURS = ("DASK_CROSSMEDIA__INSECURE_SCHEDULER", "DASK_SCHEDULER_ADDRESS", "DASK_SCHEDULER_FILE", "PYTHONUNBUFFERED")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OURS}

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from worker import signalling
 
+from tests.trainer.main_worker import signalling
 from trainer.comm import connect
 from trainer.config.config import load_config
 from trainer.daily.__main__ import follow

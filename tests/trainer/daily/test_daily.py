@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
+from tests.ranks import StandingRanks
 from tests.trainer.alike import alike
 from trainer.comm import SoloComm
 from trainer.config.config import Config, load_config
@@ -28,7 +29,6 @@ from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.runs.checkpoint import find, read_state
 from trainer.runs.open import open_run
 
-HOROVODRUN = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2"]
 WORKER = Path(__file__).parent / "days.py"
 DAYS = [f"2026-01-0{n}" for n in range(1, 5)]
 Places = Any
@@ -310,14 +310,12 @@ def test_command(days: Places) -> None:
 
 @pytest.fixture(scope="module")
 def job(
-    make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory
+    make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory, two_ranks: StandingRanks
 ) -> tuple[Places, dict[str, Any]]:
-    """What the two ranks of runs/days.py saw."""
+    """What the two ranks of days.py saw."""
     places = make_days(make_places(tmp_path_factory.mktemp("job")))
     out = places.folder / "seen.json"
-    command = [*HOROVODRUN, sys.executable, str(WORKER), str(out), *places.settings(train__epochs=1, **EXACT)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    two_ranks.run(WORKER, out, *places.settings(train__epochs=1, **EXACT))
     return places, json.loads(out.read_text())
 
 

@@ -1,21 +1,17 @@
 """What a run says of its hardware: its first line and its report name the devices and what carries the collectives."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.ranks import StandingRanks
 from trainer.comm import SoloComm
 from trainer.loop.summary import hardware_of, hardware_told
 from trainer.main import app
 
-HOROVODRUN = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2"]
-TIMEOUT_S = 150
 Places = Any
 
 
@@ -24,12 +20,9 @@ def report_of(places: Places, name: str) -> dict[str, Any]:
     return report
 
 
-def test_two_ranks_on_cpu_name_gloo(places: Places) -> None:
+def test_two_ranks_on_cpu_name_gloo(places: Places, two_ranks: StandingRanks) -> None:
     settings = places.settings(run__name="gloo", train__max_steps=1, run__device="cpu")
-    command = [*HOROVODRUN, sys.executable, "-m", "trainer.main", "--set", *settings]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    first = done.stdout.splitlines()[0]
+    first = two_ranks.run("-m", "trainer.main", "--set", *settings).splitlines()[0]
     assert ", 2 ranks on cpu, collectives by Gloo, step 0 of 1" in first
     report = report_of(places, "gloo")
     assert (report["devices"], report["collectives"]) == (["cpu", "cpu"], "Gloo")

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from featurestore.identity import SnapshotId
 from featurestore.keys import sampled
 from featurestore.store import FeatureStore
+from tests.ranks import StandingRanks
 from tests.trainer.alike import alike
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
@@ -28,7 +29,6 @@ from trainer.evaluation.predict import predict, predict_run, predict_without
 from trainer.main import train
 from trainer.runs.checkpoint import find
 
-HOROVODRUN = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2"]
 Places = Any
 
 
@@ -288,14 +288,12 @@ def test_runs_are_compared(run: Path, ids_only: Path) -> None:
     assert found["gauc"].baseline == alike("gauc", report_of(ids_only)["metrics"]["gauc"])
 
 
-def test_two_ranks_equal_one(run: Path, tmp_path: Path) -> None:
-    for folder, start in (("one", []), ("two", HOROVODRUN)):
-        command = [*start, sys.executable, "-m", "trainer.evaluate", str(run), "--missing-curve", "--bootstrap", "50"]
-        done = subprocess.run(
-            [*command, "--out", str(tmp_path / folder)], capture_output=True, text=True, timeout=150, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert f" impressions, {'2 ranks' if start else '1 rank'}\n" in done.stdout
+def test_two_ranks_equal_one(run: Path, tmp_path: Path, two_ranks: StandingRanks) -> None:
+    options = (str(run), "--missing-curve", "--bootstrap", "50", "--out")
+    done = CliRunner().invoke(app, [*options, str(tmp_path / "one")])
+    assert done.exit_code == 0 and " impressions, 1 rank\n" in done.stdout, done.output
+    text = two_ranks.run("-m", "trainer.evaluate", *options, tmp_path / "two")
+    assert " impressions, 2 ranks\n" in text
     one, two = report_of(tmp_path / "one"), report_of(tmp_path / "two")
     assert two.keys() == one.keys()
     flat_one, flat_two = dict(_flat(one)), dict(_flat(two))

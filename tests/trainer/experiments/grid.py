@@ -3,6 +3,7 @@
 Arguments: the folder of the results, the output file, then settings that all runs share.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from trainer.comm import connect
 from trainer.experiments.__main__ import make
@@ -21,13 +23,12 @@ def main() -> None:
     folder, out, *shared = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
     comm = connect()
     seen = []
-    for _ in range(2):
-        make(chosen(["exactness"]), range(1), Grid(folder, None, tuple(shared), None, comm), comm)
-        if comm.rank == 0:
-            seen.append({path.parent.name: path.stat().st_mtime_ns for path in folder.glob("runs/*/report.json")})
-        else:
-            for name in ("stat", "open"):
-                setattr(Path, name, late(getattr(Path, name)))
+    for is_late in (False, comm.rank != 0):
+        with contextlib.ExitStack() as stack:
+            for name in ("stat", "open") if is_late else ():
+                stack.enter_context(mock.patch.object(Path, name, late(getattr(Path, name))))
+            make(chosen(["exactness"]), range(1), Grid(folder, None, tuple(shared), None, comm), comm)
+        seen.append({path.parent.name: path.stat().st_mtime_ns for path in folder.glob("runs/*/report.json")})
     if comm.rank == 0:
         out.write_text(json.dumps(seen))
     comm.close()

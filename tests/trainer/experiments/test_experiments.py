@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typer.testing import CliRunner
 
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
+from tests.ranks import StandingRanks
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.engine.engine import Engine, Prepared, StepResult
@@ -28,7 +27,6 @@ from trainer.experiments.runs import Grid
 from trainer.experiments.tables import as_markdown, rows_of, seed_mean
 from trainer.schema import DEFAULT_SCHEMA
 
-HOROVODRUN = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2"]
 WORKER = Path(__file__).parent / "grid.py"
 Places = Any
 TABLE = Experiment("t", "T", (Variant("base", (), 0.6), Variant("a", (), 0.61), Variant("b")), "Why.")
@@ -267,11 +265,9 @@ class TestWhatAVariantLacks:
         assert len(reports(tmp_path / "out")) == 1
 
 
-def test_two_ranks_where_one_sees_the_reports_late(places: Places, tmp_path: Path) -> None:
+def test_two_ranks_where_one_sees_the_reports_late(places: Places, tmp_path: Path, two_ranks: StandingRanks) -> None:
     settings = places.settings(train__max_steps=3, run__deadline_s=30)
-    command = [*HOROVODRUN, sys.executable, str(WORKER), str(tmp_path / "out"), str(tmp_path / "seen.json"), *settings]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    two_ranks.run(WORKER, tmp_path / "out", tmp_path / "seen.json", *settings)
     first, second = json.loads((tmp_path / "seen.json").read_text())
     assert len(first) == 5 and second == first
     assert (tmp_path / "out" / "RESULTS.md").read_text().count("| bfloat16 on the wire |") == 1

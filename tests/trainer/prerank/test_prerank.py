@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from featurestore.index import VectorIndex
+from tests.ranks import StandingRanks
 from tests.trainer.alike import alike, all_alike
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
@@ -26,18 +25,17 @@ from trainer.prerank.evaluate import reader_of_tests, search_figures
 from trainer.prerank.vectors import ad_vectors, origin_of, towers, user_vectors
 from trainer.runs.saved import TrainedRun, open_trained
 
-HOROVODRUN = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2"]
 Places = Any
 
 
 @pytest.fixture(scope="module")
-def run(places: Places) -> Path:
+def run(places: Places, two_ranks: StandingRanks) -> Path:
     """Trained by two ranks."""
     settings = places.settings(
         model__base="two_tower", model__tower_width=6, run__name="towers", train__epochs=1, train__max_steps=15,
         model__compute_dtype="float32",  # numbers of ranks and batches of other make-ups are compared
     )  # fmt: skip
-    _ranks("trainer.main", *[part for setting in settings for part in ("--set", setting)])
+    two_ranks.run("-m", "trainer.main", "--set", *settings)
     return Path(places.folder) / "runs" / "towers"
 
 
@@ -58,13 +56,6 @@ def build_index(trained: TrainedRun, places: Places) -> str:
     url = str(places.folder / "ad-index")
     AdIndex.build(url, "flat", ads.keys_N, ad_vectors(trained, ads, batch_size=7), origin_of(trained))
     return url
-
-
-def _ranks(module: str, *arguments: object) -> str:
-    command = [*HOROVODRUN, sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
 
 
 def call(*arguments: object) -> Result:
@@ -118,11 +109,13 @@ def test_vectors_do_not_depend_on_the_batch(trained: TrainedRun, index: str, pla
     assert len(np.unique(whole.round(6), axis=0)) == len(whole)
 
 
-def test_eval_at_one_and_two_ranks(run: Path, index: str, places: Places, tmp_path: Path) -> None:
+def test_eval_at_one_and_two_ranks(
+    run: Path, index: str, places: Places, tmp_path: Path, two_ranks: StandingRanks
+) -> None:
     options = ("eval", "--run", run, "--index", index, "--k", "3,10", "--queries", 50)
     done = call(*options, "--json", tmp_path / "one.json")
     assert done.exit_code == 0, done.stderr
-    text = _ranks("trainer.prerank", *options, "--json", tmp_path / "two.json")
+    text = two_ranks.run("-m", "trainer.prerank", *options, "--json", tmp_path / "two.json")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     trained_with = json.loads((run / "report.json").read_text())["metrics"]
     for report in (one, two):

@@ -8,7 +8,6 @@ import itertools
 import json
 import random
 import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -23,16 +22,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.ranks import command_of
 from trainer.config.config import PRESETS
 from trainer.evaluation.predict import predict_run
 from trainer.runs.checkpoint import find, read_state
 
 WORKER = Path(__file__).parent / "mortal.py"
-HOROVODRUN = str(Path(sys.executable).with_name("horovodrun"))
 TIMEOUT_S = 150
 # Rounding alone stays far below it (docs/RESULTS.md); a lost step, sample or moment is 1e-4 and more.
 TOLERANCE = 1e-9
 Places = Any
+
+pytestmark = pytest.mark.services
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,8 @@ class Killed:
 
     def start(self, number: int, ranks: int, die_at: int = 0) -> "subprocess.Popen[str]":
         resume = [f"run.resume={'latest' if number else 'null'}"]
-        launcher = [HOROVODRUN, "-np", str(ranks)] if ranks > 1 else []
-        command = [sys.executable, str(WORKER), str(self.notes(number)), str(die_at), *self.settings, *resume]
-        return subprocess.Popen([*launcher, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = command_of(ranks, WORKER, self.notes(number), die_at, *self.settings, *resume)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def notes(self, number: int) -> Path:
         return self.folder / f"notes-{number}"

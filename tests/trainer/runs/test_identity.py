@@ -3,8 +3,6 @@
 import contextlib
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from featurestore.upkeep.history import restore
 from featurestore.upkeep.repair import repair
 from jobs.build_ad_index import app as index_app
 from jobs.export_embeddings import app as export_app
+from tests.ranks import StandingRanks
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.daily.__main__ import follow
@@ -35,7 +34,6 @@ from trainer.runs.saved import open_trained
 from trainer.runs.stores import open_partition, store_places
 from trainer.schema import load_schema
 
-HOROVODRUN = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2"]
 KEYS = np.arange(1_000, 1_050)
 URIS = [f"item/{n}" for n in range(50)]
 Places = Any
@@ -147,12 +145,10 @@ class TestRebuilt:
             said = invoke(app, *command, *words, *more, code=1)
             assert all(f"of store {each} at" in said for each in ids)
 
-    def test_two_ranks(self, places: Places, ids: tuple[str, str]) -> None:
+    def test_two_ranks(self, places: Places, ids: tuple[str, str], two_ranks: StandingRanks) -> None:
         settings = settings_of(places, run__resume="latest", train__max_steps=3)
-        command = [*HOROVODRUN, sys.executable, "-m", "trainer.main", *settings]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-        assert done.returncode == 1
-        said = done.stdout + done.stderr
+        (code, said), other = two_ranks.call("-m", "trainer.main", *settings)
+        assert code == 1 and other == (1, "")
         assert said.count("error: ") == 1 and all(f"of store {each} at" in said for each in ids)
 
     def test_a_warm_start_passes(self, places: Places, ids: tuple[str, str]) -> None:

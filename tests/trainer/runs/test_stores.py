@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from featurestore.errors import AnotherStoreError
 from featurestore.format.rows import FeatureRows
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
+from tests.ranks import StandingRanks
 from tests.trainer.alike import all_alike
 from trainer.comm import SoloComm
 from trainer.compat.__main__ import app as compat_app
@@ -27,7 +26,6 @@ from trainer.runs.saved import open_trained
 from trainer.runs.stores import store_places
 from trainer.schema import Schema, load_schema
 
-HOROVODRUN = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2"]
 Places = Any
 
 SCHEMA = """
@@ -80,13 +78,10 @@ def run_alone(places: Places, **changes: Any) -> dict[str, Any]:
 
 
 class TestRuns:
-    def test_two_ranks_equal_one(self, both: Places) -> None:
+    def test_two_ranks_equal_one(self, both: Places, two_ranks: StandingRanks) -> None:
         exact = {"model__compute_dtype": "float32"}
         one = run_alone(both, run__name="one", **exact)
-        settings = settings_of(both, run__name="two", **exact)
-        command = [*HOROVODRUN, sys.executable, "-m", "trainer.main", "--set", *settings]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+        two_ranks.run("-m", "trainer.main", "--set", *settings_of(both, run__name="two", **exact))
         two = json.loads((both.folder / "runs" / "two" / "report.json").read_text())
         assert two["metrics"] == all_alike(one["metrics"])
         assert two["images_per_step"] == one["images_per_step"]

@@ -1,8 +1,6 @@
 """ids.parquet of a run: every text of the training samples, the same at any number of ranks, and the way back."""
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from tests.ranks import StandingRanks
 from tests.trainer.samples.wordy import hashed, replaced, rewrite, written
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
@@ -25,7 +24,6 @@ from trainer.samples.reader import open_index
 from trainer.schema import load_schema
 from trainer.schema.__main__ import app
 
-HOROVODRUN = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2"]
 COLUMNS = ("user", "ad_item", "behavior_item", "ad_scene")
 CROSSED = "  - {name: pair, side: ad, kind: id, table: item, columns: [ad_item, ad_category]}\n"
 Places = Any
@@ -75,11 +73,8 @@ def test_it_has_every_text_of_the_training_samples(run: Path, wordy: Places) -> 
     assert not list(run.glob(".ids-*"))
 
 
-def test_two_ranks_write_the_same_bytes(run: Path, wordy: Places) -> None:
-    options = [part for setting in settings(wordy, run__name="two") for part in ("--set", setting)]
-    command = [*HOROVODRUN, sys.executable, "-m", "trainer.main", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_two_ranks_write_the_same_bytes(run: Path, wordy: Places, two_ranks: StandingRanks) -> None:
+    two_ranks.run("-m", "trainer.main", "--set", *settings(wordy, run__name="two"))
     assert (run.parent / "two" / FILE).read_bytes() == (run / FILE).read_bytes()
 
 

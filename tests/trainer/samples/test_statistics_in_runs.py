@@ -1,8 +1,6 @@
 """Statistics go with the run: from two ranks to its checkpoint, and to all that opens it; refused where missing."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from tests.ranks import StandingRanks
 from tests.trainer.samples.conftest import NUMBERS, SCHEMA, price_of
 from trainer.comm import SoloComm
 from trainer.config.config import Config, load_config
@@ -26,8 +25,6 @@ from trainer.runs.saved import open_trained
 from trainer.schema import Field, Schema, load_schema
 from trainer.schema.__main__ import app as schema_app
 from trainer.schema.text import schema_text
-
-HOROVODRUN = [str(Path(sys.executable).with_name("horovodrun")), "-np", "2"]
 
 
 def settings_of(places: Any, name: str, **changes: Any) -> list[str]:
@@ -49,12 +46,9 @@ def fields_of(run: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def run(numbered: Any) -> Path:
+def run(numbered: Any, two_ranks: StandingRanks) -> Path:
     """Trained by two ranks."""
-    command = [*HOROVODRUN, sys.executable, "-m", "trainer.main"]
-    command += [part for setting in settings_of(numbered, "two") for part in ("--set", setting)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    two_ranks.run("-m", "trainer.main", "--set", *settings_of(numbered, "two"))
     return Path(numbered.folder) / "runs/two"
 
 

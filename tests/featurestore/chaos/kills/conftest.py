@@ -16,23 +16,24 @@ EVENTS = {"open", "os.link", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "
 
 
 class Fuse:
-    """Counts points in the life of a process, and ends it at one of them.
+    """Counts points in the life of a process, and ends it at one of them; at 0, it notes all of them instead.
 
     Between two of them nothing happens to files, so the point before a call is also the point after the last one.
     """
 
     def __init__(self, at: int, trace: Path) -> None:
-        self._left = at
+        self._left, self._is_survey = at, at == 0
         self._trace = trace
         self._lock = threading.Lock()
 
     def point(self, name: str) -> None:
-        """SIGKILL where it is the chosen one; noted, so that a test can see which ones there were."""
+        """Note the point and send SIGKILL where it is the chosen one."""
         with self._lock:
             self._left -= 1
-            if self._left == 0:
+            if self._left == 0 or self._is_survey:
                 with self._trace.open("a") as file:
                     file.write(f"{name}\n")
+            if self._left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def watch_disk(self, root: str) -> None:
@@ -115,14 +116,20 @@ def _kind(path: object) -> str:
 
 @pytest.fixture
 def make_fuse(tmp_path: Path) -> Iterator[Callable[[int], Fuse]]:
-    """A fuse for the process that is forked next; the points at which processes died are in `trace`."""
+    """A fuse for the process that is forked next; the points that it noted are in `trace`."""
     yield lambda at: Fuse(at, tmp_path / "trace")
 
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Callable[[], list[str]]:
-    """The points at which processes died."""
-    return lambda: (tmp_path / "trace").read_text().splitlines()
+    """The points that were noted since the last call."""
+
+    def noted() -> list[str]:
+        points = (tmp_path / "trace").read_text().splitlines()
+        (tmp_path / "trace").unlink()
+        return points
+
+    return noted
 
 
 @pytest.fixture

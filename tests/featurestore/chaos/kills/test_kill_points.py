@@ -1,7 +1,9 @@
 """SIGKILL of a writer before and after each thing it does to files: all of its commit is seen afterwards, or none."""
 
+import signal
 from collections import Counter
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,9 @@ from featurestore.storage.storage import Storage
 from featurestore.upkeep import expiry as expiry_module
 
 DAY_S = 86400.0
+EVERY = pytest.mark.parametrize(
+    "every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["ends", "every point"]
+)
 URIS = [f"u{i}" for i in range(8)]
 
 
@@ -46,24 +51,44 @@ def expire(actor) -> None:
     actor.expire(keep_last=1, grace_s=7 * DAY_S)
 
 
-def die_everywhere(arena, work, make_fuse, watch, num_commits: int = 1) -> int:
-    """Run `work` on a fresh copy of the store until it is through; how often it died before that."""
+def die_everywhere(arena, work, make_fuse, trace, watch, num_commits: int = 1, every: bool = True) -> Counter[str]:
+    """Run `work` on fresh copies of the store, once to its end and then to its death at every point; count the points.
+
+    Unless `every`, it dies at the first and the last point of each name only.
+    """
     num_before = len(arena.check())
-    for deaths in range(1000):
+
+    def run(at: int) -> tuple[Any, int | None]:
         twin = arena.twin()
-        process = twin.start("writer", partial(run_with, make_fuse(deaths + 1), work, watch))
+        process = twin.start("writer", partial(run_with, make_fuse(at), work, watch))
         process.join()
-        before = len(twin.check())
+        found = len(twin.check())
+        assert found in (num_before, num_before + num_commits)
+        assert at or found == num_before + num_commits
         twin.actor("after").put(["u0", "x"])  # nothing that the dead left behind stops the living
-        assert len(twin.check()) == before + 1
-        if process.exitcode == 0:
-            assert before == num_before + num_commits
-            return deaths
-        assert process.exitcode == -9
+        assert len(twin.check()) == found + 1
+        return twin, process.exitcode
+
+    whole, code = run(at=0)
+    assert code == 0
+    whole.discard()
+    points = trace()
+    chosen = range(len(points)) if every else sorted(ends_of(points))
+    for deaths, point in enumerate(chosen):
+        twin, code = run(point + 1)
+        assert code == -signal.SIGKILL
         if deaths % 5 == 0:
             check_swept(twin)
         twin.discard()
-    raise AssertionError("it never came through")
+    assert trace() == [points[point] for point in chosen]
+    return Counter(points)
+
+
+def ends_of(points: list[str]) -> set[int]:
+    """Places of the first and the last point of each name."""
+    last = {name: place for place, name in enumerate(points)}
+    first = {name: len(points) - 1 - place for place, name in enumerate(reversed(points))}
+    return {*first.values(), *last.values()}
 
 
 def check_swept(arena) -> None:
@@ -111,13 +136,12 @@ def watch_s3(fuse, store: FeatureStore) -> None:
     fuse.watch_s3()
 
 
+@EVERY
 @pytest.mark.parametrize("work", [put, delete, extract])
-def test_on_disk(make_arena, make_fuse, trace, work) -> None:
+def test_on_disk(make_arena, make_fuse, trace, work, every: bool) -> None:
     arena = make_arena()
     prepared(arena)
-    deaths = die_everywhere(arena, work, make_fuse, watch_disk)
-    points = Counter(trace())
-    assert points.total() == deaths
+    points = die_everywhere(arena, work, make_fuse, trace, watch_disk, every=every)
     assert points["open log temporary"] == points["os.link log temporary"] == points["os.remove log temporary"] == 1
     assert points["os.rename data temporary"] >= 2
     assert points["write half"] >= 3
@@ -125,15 +149,16 @@ def test_on_disk(make_arena, make_fuse, trace, work) -> None:
     assert points["note done"] == 1  # all is done, and nobody was told
 
 
+@EVERY
 @pytest.mark.parametrize("work", [compact, restore])
-def test_of_compaction_and_restore(make_arena, make_fuse, trace, work) -> None:
+def test_of_compaction_and_restore(make_arena, make_fuse, trace, work, every: bool) -> None:
     arena = make_arena()
     prepared(arena)
-    die_everywhere(arena, work, make_fuse, watch_disk)
-    assert Counter(trace())["os.link log temporary"] == 1
+    assert die_everywhere(arena, work, make_fuse, trace, watch_disk, every=every)["os.link log temporary"] == 1
 
 
-def test_of_expiry(make_arena, make_fuse, trace, monkeypatch: pytest.MonkeyPatch) -> None:
+@EVERY
+def test_of_expiry(make_arena, make_fuse, trace, every: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of one that finds files to delete, left by dead writers and by snapshots that went before."""
     arena = make_arena()
     prepared(arena)
@@ -142,8 +167,7 @@ def test_of_expiry(make_arena, make_fuse, trace, monkeypatch: pytest.MonkeyPatch
     arena.store.storage.write_bytes("data/0000/.tmp-dead", b"half a fi")
     arena.actor("last").put(URIS[1:])
     make_old(monkeypatch)
-    die_everywhere(arena, expire, make_fuse, watch_disk, num_commits=0)
-    points = Counter(trace())
+    points = die_everywhere(arena, expire, make_fuse, trace, watch_disk, num_commits=0, every=every)
     assert points["os.remove log"] == 1
     assert points["os.remove data"] >= 4
     assert points["os.remove expired"] >= 4
@@ -155,7 +179,5 @@ def test_of_expiry(make_arena, make_fuse, trace, monkeypatch: pytest.MonkeyPatch
 def test_on_s3(s3_url: str, make_arena, make_fuse, trace, watch) -> None:
     arena = make_arena(f"{s3_url}/store", num_shards=1 if watch is watch_s3_writes else 2)
     prepared(arena)
-    deaths = die_everywhere(arena, put, make_fuse, watch)
-    points = Counter(trace())
-    assert points.total() == deaths
+    points = die_everywhere(arena, put, make_fuse, trace, watch)
     assert points["before put_object"] == points["after put_object"] >= 2

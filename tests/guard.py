@@ -1,0 +1,50 @@
+"""A guard: a test that starts ranks, a Dask cluster or a server without the mark `services` fails."""
+
+import os
+import sys
+from collections.abc import Generator, Sequence
+from pathlib import PurePath
+
+import pytest
+
+PROGRAMS = {"horovodrun", "dask", "dask-submit", "weed", "moto_server"}
+
+
+class Guard:
+    """A plugin of pytest that watches what this process starts and where it listens."""
+
+    def __init__(self) -> None:
+        self._seen: list[str] | None = None
+        """What a test without the mark has started; None while none runs."""
+        sys.addaudithook(self._audit)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, bool, bool]:
+        self._seen = None if item.get_closest_marker("services") else []
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self) -> Generator[None, object, object]:
+        result = yield
+        if self._seen:
+            pytest.fail(f"without the mark `services` this test started {', '.join(self._seen)}")
+        return result
+
+    def _audit(self, event: str, arguments: tuple) -> None:
+        if self._seen is None:
+            return
+        if event == "subprocess.Popen" and (program := service_of(arguments[1])):
+            self._seen.append(program)
+        elif event == "socket.bind" and isinstance(arguments[1], tuple) and arguments[1][0] != "::1":
+            # (::1 is what urllib3 tries out when it is imported)
+            self._seen.append(f"a server on {arguments[1][0]}")
+
+
+def service_of(command: Sequence[str | bytes | os.PathLike] | str | bytes) -> str | None:
+    """Name what a command line starts, e.g. "horovodrun" or, of a job, its script; None where it starts none."""
+    if isinstance(command, str | bytes):
+        return None
+    words = [PurePath(os.fsdecode(word)) for word in command]
+    programs = [word.name for word in words[:2] if word.name in PROGRAMS]
+    jobs = [word.name for word in words if word.parent.name == "jobs" and word.suffix == ".py"]
+    return next(iter([*programs, *jobs]), None)

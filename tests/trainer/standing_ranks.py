@@ -1,0 +1,59 @@
+"""Ranks that horovodrun starts once, for many command lines: to start ranks takes seconds.
+
+Argument: a folder. Each rank runs the Python arguments of FOLDER/0.json, 1.json, ... as they come, in this process and
+with the ranks of the first one, and writes FOLDER/<number>.<rank>.json: exit code and output. `end` ends all.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import runpy
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from unittest import mock
+
+from trainer import comm as comm_module
+from trainer.comm import HorovodComm
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    warnings.filterwarnings("ignore", message=".* found in sys.modules", category=RuntimeWarning)  # of runpy
+    comm = HorovodComm()
+    with mock.patch.object(HorovodComm, "close"), mock.patch.object(comm_module, "connect", HorovodComm):
+        for number in itertools.count():
+            asked = folder / f"{number}.json"
+            while not asked.exists():
+                if (folder / "end").exists():
+                    return
+                time.sleep(0.02)
+            result = folder / f"{number}.{comm.rank}"
+            result.write_text(json.dumps(run(json.loads(asked.read_text()))))
+            result.rename(f"{result}.json")
+
+
+def run(arguments: list[str]) -> tuple[int, str]:
+    """Exit code and output of `python ARGUMENTS`, which begin with `-m MODULE` or a script."""
+    out, code = io.StringIO(), 0
+    is_module = arguments[0] == "-m"
+    own_words = mock.patch.object(sys, "argv", arguments[1:] if is_module else arguments)
+    with own_words, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            if is_module:
+                runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(arguments[0], run_name="__main__")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            code = 1
+            traceback.print_exc()
+    return code, out.getvalue()
+
+
+if __name__ == "__main__":
+    main()
