@@ -1,5 +1,6 @@
 """What the README and the pages in docs/ name is there: files, sections, commands with their options, and settings."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -92,3 +93,24 @@ def test_commands_have_the_options_and_settings_that_pages_show(line: str) -> No
     assert not unknown
     settings = [rest[place + 1] for place, word in enumerate(rest) if word == "--set"]
     load_config(None, settings)
+
+
+def texts_of(path: Path) -> Iterator[str]:
+    """The texts in a file of code, with an ellipsis for each value that is put in."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_messages_that_operations_explains_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "OPERATIONS.md").read_text().partition("## When something is wrong")[2]
+    quoted = [
+        each for row in re.findall(r"^\| (\".*?) \|", page, re.MULTILINE) for each in re.findall('"([^"]+)"', row)
+    ]
+    parts = {part.strip() for each in quoted for part in each.split("…") if len(part.strip()) > 4}
+    files = [path for part in ("featurestore", "trainer", "pipeline", "jobs") for path in (ROOT / part).rglob("*.py")]
+    texts = "\n".join(text for path in files for text in texts_of(path))
+    assert len(parts) > 20
+    assert not [part for part in parts if part not in texts]
