@@ -91,8 +91,8 @@ def test_commands_have_the_options_and_settings_that_pages_show(line: str) -> No
     options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     unknown = [word for word in rest if re.match(r"--?[a-z]", word) and word.partition("=")[0] not in options]
     assert not unknown
-    settings = [rest[place + 1] for place, word in enumerate(rest) if word == "--set"]
-    load_config(None, settings)
+    if settings := [rest[place + 1] for place, word in enumerate(rest) if word == "--set"]:
+        load_config(None, settings)
 
 
 def texts_of(path: Path) -> Iterator[str]:
