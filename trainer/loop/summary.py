@@ -1,5 +1,6 @@
 """What a run did: throughput, bytes, unique images, time by phase; summed over ranks, written as report.json."""
 
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,15 +55,19 @@ class Totals:
     warm_up_samples: int = 0
     warm_up_s: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
+    step_cpu_s: float = 0.0
+    """Processor time of all threads in the training steps."""
 
     @contextmanager
     def timed(self, phase: Phase) -> Iterator[None]:
-        """Adds the block's wall time to the phase."""
-        start = time.perf_counter()
+        """Add the block's wall time to the phase, and its processor time to that of steps."""
+        start_s, start_cpu_s = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start_s
+            if phase in STEP_PHASES:
+                self.step_cpu_s += time.process_time() - start_cpu_s
 
     def add(self, result: StepResult, images: ImageCounts) -> None:
         """Counts one training step."""
@@ -99,16 +104,17 @@ def gather(comm: Comm, own: Totals, stages: Stages) -> dict[str, Any]:
 
     Bytes are those that ranks sent to others in training steps (keys, vectors, gradients, dense gradients), summed over
     ranks. Times are the mean over ranks. `samples_per_s` is that of the slowest rank, without the first step unless it
-    is the only one. `owner_skew`: images served by the busiest rank over the mean. A ratio without a denominator is
-    None.
+    is the only one. `owner_skew`: images served by the busiest rank over the mean. `step_spread`: the standard
+    deviation of a rank's step over its median. `busy_cores`: of a rank in its steps. A ratio without a
+    denominator is None.
     """
     traffic = {name: asdict(each) for name, each in comm.traffic.items() if name.startswith("step.")}
-    mine = (asdict(own), traffic, stages.medians_ms())
+    mine = (asdict(own), traffic, stages.medians_ms(), stages.step_spread())
     everyone = comm.allgather_object(mine, name="totals")
-    ranks = [Totals(**values) for values, _, _ in everyone]
+    ranks = [Totals(**values) for values, *_ in everyone]
     steps = own.steps
-    sent = {name: sum(each[name]["sent"] for _, each, _ in everyone) for name in sorted(traffic)}
-    received = sum(each["received"] for _, traffics, _ in everyone for each in traffics.values())
+    sent = {name: sum(each[name]["sent"] for _, each, *_ in everyone) for name in sorted(traffic)}
+    received = sum(each["received"] for _, traffics, *_ in everyone for each in traffics.values())
     served = [each.images for each in ranks]
     steady_samples, slowest_s = sum(each.steady[0] for each in ranks), max(each.steady[1] for each in ranks)
     references, images = sum(each.image_references for each in ranks), sum(each.images for each in ranks)
@@ -139,7 +145,9 @@ def gather(comm: Comm, own: Totals, stages: Stages) -> dict[str, Any]:
             phase: sum(each.seconds.get(phase, 0.0) for each in ranks) / len(ranks)
             for phase in Phase.__args__  # type: ignore[attr-defined]
         },
-        "stages": stage_table([medians_ms for _, _, medians_ms in everyone]),
+        "stages": stage_table([medians_ms for _, _, medians_ms, _ in everyone]),
+        "step_spread": statistics.mean(spread for *_, spread in everyone),
+        "busy_cores": statistics.mean(each.step_cpu_s / each.step_seconds if each.steps else 0.0 for each in ranks),
     }
 
 

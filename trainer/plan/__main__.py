@@ -60,8 +60,7 @@ def main(
         raise ConfigError(f"--latency-us {latency_us}: give microseconds, as 50")
     if paper or described is not None:
         _refuse_beside(context, "--paper" if paper else "--input")
-        from trainer.plan.inputs import PAPER, load_input
-        from trainer.plan.paper import plan_input
+        from trainer.plan.inputs import PAPER, load_input, plan_input
 
         plan = plan_input(load_input(described or PAPER))
     else:

@@ -7,7 +7,6 @@ from trainer.plan.cost import DESIGNS, BatchCounts, Design, Keys, Machine, StepC
 
 FEATURE_ITEM_BYTES = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 _SKEW_WORTH_A_WORD = 1.05
-_LEAST_INTERFERENCE = 0.8
 _MOST_OF_MEMORY = 0.8
 _TIE = 1.2  # times are right within a fifth (docs/PLAN.md)
 
@@ -82,8 +81,12 @@ def build(
     stored: Stored,
     samples_per_day: float,
     assumptions: Sequence[str],
+    warnings: Sequence[str] = (),
 ) -> Plan:
-    """The plan for each of `ranks`; `machines` has one for every number of ranks that share a machine."""
+    """The plan for each of `ranks`; `machines` has one for every number of ranks that share a machine.
+
+    `warnings`: lines that come before the advice.
+    """
 
     def costs_at(count: int) -> tuple[BatchCounts, dict[Design, StepCost]]:
         machine = machines[min(count, max(machines))]
@@ -106,7 +109,7 @@ def build(
                 sample_day_bytes=widths.feature_bytes * counts.images.references / counts.samples * samples_per_day,
             )
         )
-    advice = _busy(machines)
+    advice = [*warnings]
     for row in rows:
         advice += advise(row, stored, min(row.ranks, max(machines)))
         speedup = row.efficiency[row.best] * row.ranks / base_ranks
@@ -144,16 +147,6 @@ def advise(row: Row, stored: Stored, local_ranks: int = 1) -> list[str]:
             "the times. Take more machines, or a store of a smaller dtype (python -m featurestore recode)."
         )
     return lines
-
-
-def _busy(machines: Mapping[int, Machine]) -> list[str]:
-    """A loop cannot be much quicker than its stages: then somebody else had the cores while those were timed."""
-    least = min((machine.interference for machine in machines.values()), default=1.0)
-    if least >= _LEAST_INTERFERENCE:
-        return []
-    return [
-        f"This machine was busy while it was measured (steps took {least:.2g} times what their stages say): repeat."
-    ]
 
 
 def _uneven(keys: Keys, ranks: int) -> float:

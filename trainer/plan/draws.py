@@ -7,9 +7,8 @@ import numpy as np
 
 from featurestore.keys import owner_of, shard_of, splitmix64
 from trainer.exchange.routing import Int64
-from trainer.plan.cost import Keys
+from trainer.plan.cost import Keys, owner_skew
 from trainer.plan.growth import Curve, Point, fit
-from trainer.plan.skew import owner_skew
 from trainer.samples.batch import Batch
 
 _SPANS = 8

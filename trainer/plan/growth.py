@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import brentq
 
 _EXPONENTS = np.linspace(0.0, 2.0, 41)
 _MOST_KEYS = 1e13
@@ -77,18 +79,23 @@ def power_law(points: Sequence[Point], samples: float) -> float:
 
 
 def expected_unique(exponent: float, keys: float, draws: float) -> float:
-    """Sum over ranks r = 1 .. keys of 1 - exp(-draws p_r), p_r proportional to r ** -exponent.
+    """Sum over ranks r = 1 .. keys of 1 - exp(-draws p_r), p_r proportional to r ** -exponent; some 1e-4 off."""
+    rank_T, count_T = _ranks(keys)
+    weight_T = rank_T**-exponent
+    return float(count_T @ -np.expm1(-draws / (count_T @ weight_T) * weight_T))
 
-    The first 512 ranks one by one, the others by the trapezium rule over the logarithm of the rank: some 1e-4 off.
-    """
+
+def _ranks(keys: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Some ranks from 1 to `keys`, and how many each stands for: the first 512 for themselves, the others by the
+    trapezium rule over the logarithm of the rank."""
     head_R = np.arange(1.0, min(_HEAD, math.ceil(keys)) + 1)
-    total, weight_R = _generalised_harmonic(exponent, keys), head_R**-exponent
-    found = float(-np.expm1(-draws * weight_R / total).sum())
     if keys <= _HEAD:
-        return found
-    log_T = np.linspace(math.log(_HEAD + 0.5), math.log(keys + 0.5), 2_000)
+        return head_R, np.ones_like(head_R)
+    log_T, step = np.linspace(math.log(_HEAD + 0.5), math.log(keys + 0.5), 2_000, retstep=True)
     rank_T = np.exp(log_T)
-    return found + float(np.trapezoid(-np.expm1(-draws * rank_T**-exponent / total) * rank_T, log_T))
+    count_T = rank_T * step
+    count_T[[0, -1]] /= 2
+    return np.concatenate([head_R, rank_T]), np.concatenate([np.ones_like(head_R), count_T])
 
 
 def fit(points: Sequence[Point], draws: float, most: float = math.inf) -> Curve:
@@ -119,25 +126,13 @@ def _misfit(law: Zipf, points: Sequence[Point]) -> float:
 
 
 def _through(last: Point, exponent: float, draws: float, most: float) -> Zipf | None:
-    """The law of this exponent that gives the last point, by bisection of the logarithm of its number of keys."""
+    """The law of this exponent that gives the last point; None where no number of keys does."""
+
+    def excess(log_keys: float) -> float:
+        return Zipf(exponent, math.exp(log_keys), draws).unique(last.samples) - last.unique
+
     low, high = math.log(max(last.unique, 2.0)), math.log(min(most, _MOST_KEYS))
-    if Zipf(exponent, math.exp(high), draws).unique(last.samples) < 0.98 * last.unique:
+    if excess(high) < -0.02 * last.unique:
         return None
-    for _ in range(50):
-        middle = (low + high) / 2
-        if Zipf(exponent, math.exp(middle), draws).unique(last.samples) < last.unique:
-            low = middle
-        else:
-            high = middle
-    return Zipf(exponent, math.exp(high), draws)
-
-
-def _generalised_harmonic(exponent: float, keys: float) -> float:
-    """Sum of r ** -exponent for r = 1 .. keys; beyond the first 512 ranks the integral from half to half."""
-    head = float((np.arange(1.0, min(_HEAD, math.ceil(keys)) + 1) ** -exponent).sum())
-    if keys <= _HEAD:
-        return head
-    low, high = _HEAD + 0.5, keys + 0.5
-    if abs(exponent - 1) < 1e-9:
-        return head + math.log(high / low)
-    return head + float(high ** (1 - exponent) - low ** (1 - exponent)) / (1 - exponent)
+    log_keys = low if excess(low) >= 0 else high if excess(high) <= 0 else brentq(excess, low, high)
+    return Zipf(exponent, math.exp(log_keys), draws)

@@ -1,7 +1,9 @@
 """A plan for a person's own samples and store: batches drawn, this machine measured, both put together."""
 
+import os
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,14 +16,14 @@ from trainer.ids.optimizers import state_of
 from trainer.ids.tables import owned_bytes
 from trainer.models.build import build_model
 from trainer.models.fields import used_fields, width_of
-from trainer.plan import standin
-from trainer.plan.assumptions import assumptions, samples_per_day
 from trainer.plan.build import Plan, Stored, build
-from trainer.plan.calibrate import Calibration
-from trainer.plan.cost import BatchCounts, Widths, decoded_samples
-from trainer.plan.sample import LARGEST_MEASURED, Question, Sampled, sample
+from trainer.plan.calibrate import Calibration, is_large
+from trainer.plan.cost import Machine, Widths
+from trainer.plan.sample import Question, Sampled, sample
 
 _FLOAT_BYTES = 4
+_MOST_LOAD = 0.5
+_DAY = re.compile(r"day=(\d{4}-\d{2}-\d{2})")
 
 Say = Callable[[str], None]
 
@@ -29,42 +31,27 @@ Say = Callable[[str], None]
 def plan_own(config: Config, question: Question, say: Say) -> Plan:
     """Draws, measures, and computes. Raises TrainerError, FeatureStoreError."""
     question.check()
+    busy = busy_machine(os.getloadavg()[0], len(os.sched_getaffinity(0)))
     say("reading samples")
     sampled = sample(config, question)
     locals_ = sorted({min(count, question.ranks_per_machine) for count in (1, *question.ranks)})
-    fits = standin.fits(sampled.snapshot.info, sampled.snapshot.num_rows)
+    machines: dict[int, Machine] = {}
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
-        measured = config if fits else _with_standin(config, sampled, Path(folder))
-        calibration, machines = Calibration(measured, question.link_bytes_per_s, question.latency_s), {}
+        calibration = Calibration(config, question, sampled, Path(folder))
         for local in locals_:
             say(f"measuring this machine with {local} rank{'s' if local > 1 else ''} on it")
-            size = question.sizes(local)[0]
-            large = max(1, min(LARGEST_MEASURED, size, sampled.index.num_samples // 4))
-            machines[local] = calibration.machine(local, large)
+            machines[local] = calibration.machine(local)
     return build(
         title=f"{config.data.samples} and {config.data.store}, snapshot {sampled.snapshot.version}",
-        counts_of=lambda ranks: counts(config, question, sampled, ranks),
+        counts_of=lambda ranks: sampled.counts(question.global_size(ranks), ranks),
         ranks=question.ranks,
         base_ranks=1,
         widths=widths(config, sampled),
         machines=machines,
         stored=_stored(config, sampled),
         samples_per_day=samples_per_day(question, sampled)[0],
-        assumptions=assumptions(question, sampled, machines, fits, config.exchange.reuse_steps),
-    )
-
-
-def counts(config: Config, question: Question, sampled: Sampled, ranks: int) -> BatchCounts:
-    """Keys of a global batch of `ranks` ranks, and the samples that each of them decodes."""
-    size = question.global_size(ranks)
-    window = config.data.shuffle_window_groups if config.data.shuffle else 1
-    window_samples = sampled.index.num_samples / len(sampled.index.row_groups) * window
-    return BatchCounts(
-        samples=size,
-        ranks=ranks,
-        decoded=decoded_samples(size, ranks, window_samples),
-        images=sampled.images.keys(size, ranks),
-        ids=sampled.ids.keys(size, ranks),
+        assumptions=assumptions(question, sampled, machines, config.exchange.reuse_steps),
+        warnings=busy,
     )
 
 
@@ -88,13 +75,6 @@ def widths(config: Config, sampled: Sampled) -> Widths:
     )
 
 
-def _with_standin(config: Config, sampled: Sampled, folder: Path) -> Config:
-    """The configuration with a small store; images that are not in it are zeros, which cost the same."""
-    standin.make(folder / "features", sampled.snapshot.info, sampled.image_keys_U)
-    places = {"store": str(folder / "features"), "cache_dir": str(folder / "cache"), "store_version": None}
-    return config.model_copy(update={"data": config.data.model_copy(update={**places, "missing": "zeros"})})
-
-
 def _stored(config: Config, sampled: Sampled) -> Stored:
     info, shapes = sampled.snapshot.info, table_shapes(used_fields(sampled.schema, config.model), config.model)
     state = state_of(config.optim)
@@ -107,3 +87,69 @@ def _stored(config: Config, sampled: Sampled) -> Stored:
         table_shards=config.model.table_shards,
         machine_memory_bytes=physical_memory_bytes(),
     )
+
+
+def busy_machine(load: float, cores: int) -> list[str]:
+    """A line of advice where others keep so many cores busy (`load`) that a measurement says little."""
+    if load <= _MOST_LOAD * cores:
+        return []
+    return [f"This machine was busy before it was measured ({load:.2g} of {cores} cores, the last minute): repeat."]
+
+
+def samples_per_day(question: Question, sampled: Sampled) -> tuple[float, str]:
+    """How many, and where that is from."""
+    if question.samples_per_day is not None:
+        return question.samples_per_day, "as given"
+    days = {found.group(1) for group in sampled.index.row_groups if (found := _DAY.search(group.file))}
+    total = sampled.index.num_samples
+    if not days:
+        return total, "all training samples, as their files name no day; --samples-per-day says otherwise"
+    return total / len(days), f"the training samples of {len(days)} days, by the names of their files"
+
+
+def assumptions(question: Question, sampled: Sampled, machines: Mapping[int, Machine], reuse_steps: int) -> list[str]:
+    """One line each; `machines` by ranks on one machine."""
+    per_machine, speed = question.ranks_per_machine, question.link_bytes_per_s * 8 / 1e9
+    per_day, origin = samples_per_day(question, sampled)
+    lines = [
+        f"Every machine is like this one, with {per_machine} rank{'s' if per_machine > 1 else ''} on it; "
+        f"they are joined by a network of {speed:g} Gbit/s each way with {question.latency_s * 1e6:g} us for a message "
+        "(--network, --latency-us); nobody else uses it.",
+        f"A day of logs is {per_day:,.0f} samples: {origin}.",
+        "Features lie in memory (or in the cache of files): see the bytes that a rank holds.",
+        "Store in worker: samples carry the features of each group once, come over the same network, cost nothing to "
+        "decode but a copy, and E runs once per occurrence. Store in server: a rank's unique features travel a step "
+        "ahead. ID vectors, reading and the worker model are those of the exchange in both.",
+        "Evaluation, checkpoints and the start of a run are left out.",
+    ]
+    lines += [
+        f"Measured with {local} on a machine: a step of the real loop takes {machine.interference:.2f} times what its "
+        f"stages say; steps vary by {machine.rates.jitter:.1%}; a collective costs {machine.network.call_s * 1e3:.2g} "
+        f"ms, a rank moves {machine.network.local_bytes_per_s / 1e9:.2g} GB/s."
+        for local, machine in machines.items()
+    ]
+    if reuse_steps:
+        lines.append(
+            f"exchange.reuse_steps={reuse_steps}: E was measured at one rank, with the share of vectors that it reuses."
+        )
+    lines += _extrapolated(question, sampled)
+    if is_large(sampled.snapshot.info, sampled.snapshot.num_rows):
+        lines.append(
+            "The store is larger than a quarter of this machine's memory: drawn features stood in for it while E "
+            "and the gather were measured."
+        )
+    return lines
+
+
+def _extrapolated(question: Question, sampled: Sampled) -> list[str]:
+    """Which figures go beyond the data, and by what law."""
+    lines = []
+    largest = max(question.global_size(ranks) for ranks in question.ranks)
+    for name, population in (("images", sampled.images), ("ids", sampled.ids)):
+        law, drawn = population.curve.beyond, population.curve.points[-1].samples
+        if population.curve.is_extrapolated(largest):
+            how = f"Zipf's law with exponent {law.exponent:.2g} over {law.keys:,.3g} keys" if law else "Heaps' law"
+            error = population.curve.error
+            known = f"; fitted to half of them it was {error:.1%} off at all of them" if error is not None else ""
+            lines.append(f"Batches above {drawn:,} samples are extrapolated: {name} by {how}{known}.")
+    return lines

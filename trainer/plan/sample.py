@@ -1,5 +1,7 @@
 """What is asked of a plan, and what the samples and the store of a configuration say to it."""
 
+import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from trainer.engine.wiring import model_name, table_shapes
 from trainer.errors import ConfigError
 from trainer.exchange.routing import Int64
 from trainer.models.fields import used_fields
+from trainer.plan.cost import BatchCounts, Piece, decoded_samples
 from trainer.plan.draws import Drawn, Population, population
 from trainer.runs.known_statistics import with_rough_statistics
 from trainer.runs.stores import store_places
@@ -76,6 +79,15 @@ class Sampled:
     id_vector_floats: float
     image_keys_U: Int64
     """Keys of the first batches, for a store in the place of one too large."""
+    read: Piece
+    """Per sample decoded, from Parquet to a batch."""
+    window_samples: float
+    """Of one window of the shuffle."""
+
+    def counts(self, size: int, ranks: int) -> BatchCounts:
+        """Keys of a global batch of `size` samples on `ranks`, and the samples that each of them decodes."""
+        decoded = decoded_samples(size, ranks, self.window_samples)
+        return BatchCounts(size, ranks, decoded, self.images.keys(size, ranks), self.ids.keys(size, ranks))
 
 
 def sample(config: Config, question: Question) -> Sampled:
@@ -97,7 +109,12 @@ def sample(config: Config, question: Question) -> Sampled:
     sizes = sorted({size for count in (1, *question.ranks) for size in question.sizes(count)})
     total = min(index.num_samples, max(_LEAST_DRAWN, min(_MOST_DRAWN, _DRAWN_BATCHES * sizes[-1]), sizes[-1]))
     seed, window = (config.train.seed, data.shuffle_window_groups) if data.shuffle else (None, 1)
-    batch = next(SampleReader(index, schema, batch_size=total, seed=seed, window_groups=window).batches())
+    window_samples = index.num_samples / len(index.row_groups) * window
+    reader = SampleReader(index, schema, batch_size=total, seed=seed, window_groups=window)
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
+    batch = next(reader.batches())
+    read_s, read_cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
+    decoded = min(index.num_samples, math.ceil(total / window_samples) * window_samples)
     of_user = frozenset(field.name for field in schema.fields if field.side == "user")
 
     def drawn(source_of: dict[str, str], shards: int) -> Drawn:
@@ -120,4 +137,6 @@ def sample(config: Config, question: Question) -> Sampled:
         ids=population(ids, sizes, float("inf")),
         id_vector_floats=float(np.average(widths_T, weights=unique_T)) if sum(unique_T) else 0.0,
         image_keys_U=np.unique(np.concatenate(first)),
+        read=Piece(0.0, read_s / decoded, read_cpu_s / read_s),
+        window_samples=window_samples,
     )

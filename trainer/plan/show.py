@@ -4,13 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from rich.filesize import decimal
 from rich.table import Table
 
 from featurestore.console.output import print_table, text_console
 from trainer.plan.build import Plan
 from trainer.plan.cost import DESIGNS
-
-_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -63,12 +62,8 @@ def show(plan: Plan) -> None:
 
 
 def size(count: float) -> str:
-    """Bytes with three digits and a unit, as 1.23 MB."""
-    for unit in _UNITS:
-        if count < 1000 or unit == _UNITS[-1]:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError("the last unit takes everything")
+    """Format bytes with a unit, as 1.23 MB."""
+    return decimal(round(count), precision=2)
 
 
 def duration(seconds: float) -> str:

@@ -1,8 +1,9 @@
-"""The plan: costs by hand, unique keys beside real draws, the paper's table 1, and the command on small data."""
+"""The plan: the paper's table 1, its advice, what measuring makes of reports, and the command on small data."""
 
 import dataclasses
 import json
-import math
+import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -10,283 +11,25 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from featurestore.keys import owner_of, shard_of
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
+from tests.trainer.plan.machine import MACHINE, NETWORK, RATES, WIDTHS
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.errors import ConfigError, PlanError
-from trainer.plan import calibrate, standin
+from trainer.plan import calibrate
 from trainer.plan.__main__ import app
-from trainer.plan.build import Row, Stored, advise, build, even_shards
-from trainer.plan.cost import (
-    DESIGNS,
-    BatchCounts,
-    Design,
-    Keys,
-    Machine,
-    Network,
-    Piece,
-    Rates,
-    StepCost,
-    Widths,
-    bytes_by_part,
-    decoded_samples,
-    step_cost,
-)
-from trainer.plan.draws import Drawn, drawn_keys, population
-from trainer.plan.growth import Curve, Point, expected_unique, fit
-from trainer.plan.inputs import PAPER, bytes_per_s, load_input
-from trainer.plan.paper import plan_input
-from trainer.plan.rates import Measured, Timed, line
+from trainer.plan.build import Row, Stored, advise, build
+from trainer.plan.calibrate import Timed, interference, line, timed
+from trainer.plan.cost import DESIGNS, BatchCounts, Design, Keys, Piece, StepCost
+from trainer.plan.inputs import PAPER, bytes_per_s, load_input, plan_input
+from trainer.plan.own import busy_machine
 from trainer.plan.sample import Question, sample
-from trainer.plan.skew import highest_of, owner_skew
-from trainer.samples.batch import Batch, Jagged
-from trainer.samples.columns import decode
-from trainer.samples.reader import SampleReader, open_index
-from trainer.schema import load_schema
+from trainer.samples.days import newest_day
+from trainer.samples.reader import open_index
+from trainer.stages import WAIT
 
 Places = Any
-
-COUNTS = BatchCounts(
-    samples=1000,
-    ranks=4,
-    decoded=300.0,
-    images=Keys(references=8000, asked=1000, served=1100, unique=2000, owned=600),
-    ids=Keys(references=9000, asked=2000, served=2200, unique=5000, owned=1300),
-)
-WIDTHS = Widths(feature_bytes=8192, image_vector_bytes=48, id_vector_bytes=48.0, dense_bytes=4_000_000)
-RATES = Rates(
-    read=Piece(0.0, 1e-5),
-    route=Piece(0.001, 2e-6),
-    gather=Piece(0.0, 1e-6),
-    embed=Piece(0.01, 2e-5),
-    worker=Piece(0.002, 1e-5),
-    rows=Piece(0.0, 1e-7),
-)
-NETWORK = Network(call_s=1e-3, latency_s=1e-4, link_bytes_per_s=1e9, local_bytes_per_s=5e9)
-MACHINE = Machine(RATES, NETWORK, cores=8)
-
-
-class TestCost:
-    def test_bytes_of_each_design(self) -> None:
-        ours = bytes_by_part("exchange", COUNTS, WIDTHS)
-        away = 0.75  # a quarter of a rank's keys are its own
-        assert ours == {
-            "keys": 8 * away * 3000,
-            "id vectors": 48 * away * 2000,
-            "id gradients": 48 * away * 2000,
-            "dense gradients": 1.5 * 4_000_000,
-            "image vectors": 48 * away * 1000,
-            "image gradients": 48 * away * 1000,
-        }
-        server = bytes_by_part("store in server", COUNTS, WIDTHS)
-        assert server["features"] == 8192 * away * 1000
-        assert "image vectors" not in server
-        worker = bytes_by_part("store in worker", COUNTS, WIDTHS)
-        assert worker["samples"] == 8192 * 8000 / 4
-        assert worker["keys"] == 8 * away * 2000
-
-    def test_step_is_the_longest_lane(self) -> None:
-        cost = step_cost("exchange", COUNTS, WIDTHS, MACHINE)
-        embed, worker, rows = 0.01 + 600 * 2e-5, 0.002 + 250 * 1e-5, 1300 * 1e-7
-        # Vectors and gradients: three messages, 10 % more than the mean out of the busiest owner.
-        vectors = 1e-3 + 3 * 1e-4 + 1.1 * (48 * 0.75 * 1000 + 48 * 0.75 * 2000) / 1e9
-        dense = 1e-3 + 6 * 1e-4 + 6e6 / 1e9
-        assert cost.seconds == pytest.approx(embed + worker + rows + 2 * vectors + dense)
-        assert cost.samples_per_s == pytest.approx(1000 / cost.seconds)
-        assert cost.stages["keys"].seconds == pytest.approx(1e-3 + 3e-4 + 1.1 * 8 * 0.75 * 3000 / 1e9)
-        slow_reader = dataclasses.replace(RATES, read=Piece(0.0, 1e-3))
-        assert step_cost("exchange", COUNTS, WIDTHS, dataclasses.replace(MACHINE, rates=slow_reader)).seconds == 0.3
-
-    def test_ranks_of_a_machine_share_its_cores_and_its_link(self) -> None:
-        crowded = dataclasses.replace(
-            MACHINE, cores=1, network=dataclasses.replace(NETWORK, ranks_per_machine=4), rates=RATES
-        )
-        cost = step_cost("exchange", COUNTS, WIDTHS, crowded)
-        busy = sum(stage.busy_s for stage in cost.stages.values())
-        assert cost.seconds == pytest.approx(4 * busy)
-        assert cost.stages["dense gradients"].seconds == pytest.approx(1e-3 + 6e6 / 5e9)  # no latency inside a machine
-        two = dataclasses.replace(NETWORK, ranks_per_machine=2)
-        # Two thirds of what a rank sends leave the machine, over half of its link.
-        assert two.alltoall_s(4, 3e6) == pytest.approx(1e-3 + 3 * 1e-4 + 2e6 / 0.5e9 + 1e6 / 5e9)
-
-    def test_one_rank_has_no_wire(self) -> None:
-        alone = dataclasses.replace(COUNTS, ranks=1)
-        cost = step_cost("exchange", alone, WIDTHS, MACHINE)
-        assert cost.bytes_sent == 0
-        assert cost.stages["vectors"].seconds == cost.stages["dense gradients"].seconds == 0
-
-    def test_designs_compute_and_read_what_they_must(self) -> None:
-        server = step_cost("store in server", COUNTS, WIDTHS, MACHINE)
-        assert server.stages["embed"].seconds == pytest.approx(0.01 + 1000 * 2e-5)
-        assert server.stages["gather"].seconds == pytest.approx(1100 * 1e-6)
-        assert server.stages["features"].seconds == pytest.approx(1e-3 + 3e-4 + 1.1 * 8192 * 750 / 1e9)
-        worker = step_cost("store in worker", COUNTS, WIDTHS, MACHINE)
-        assert worker.stages["embed"].seconds == pytest.approx(0.01 + 2000 * 2e-5)
-        assert worker.stages["samples"].seconds == pytest.approx(8192 * 2000 / 1e9)
-
-    @pytest.mark.parametrize("together", [1, 4])
-    def test_slowest_rank_counts_and_so_does_interference(self, together: int) -> None:
-        network = dataclasses.replace(MACHINE.network, ranks_per_machine=together)
-        machine = dataclasses.replace(MACHINE, network=network)
-        plain = step_cost("exchange", COUNTS, WIDTHS, machine).seconds
-        uneven = dataclasses.replace(machine, rates=dataclasses.replace(RATES, jitter=0.1), interference=1.2)
-        expected = plain * 1.2 * (1 + 0.1 * highest_of(4))
-        assert step_cost("exchange", COUNTS, WIDTHS, uneven).seconds == pytest.approx(expected)
-
-    @pytest.mark.parametrize(("size", "ranks", "window"), [(32, 2, 3), (300, 4, 1)])
-    def test_decoded_samples_are_those_of_the_reader(
-        self, size: int, ranks: int, window: int, places: Places, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """The last rank, over an epoch of batches smaller and larger than a window of the shuffle."""
-        decoded: list[int] = []
-
-        def counted(*arguments: Any) -> Any:
-            groups = decode(*arguments)
-            decoded.append(groups.num_samples)
-            return groups
-
-        monkeypatch.setattr("trainer.samples.reader.decode", counted)
-        index = open_index(SoloComm(), str(places.folder / "samples"), "train", load_schema())
-        options: dict[str, Any] = {"rank": ranks - 1, "num_ranks": ranks, "window_groups": window}
-        reader = SampleReader(index, load_schema(), batch_size=size, seed=0, **options)
-        steps = len(list(reader.batches()))
-        mean_size = index.num_samples / steps  # the last batch is smaller
-        expected = decoded_samples(mean_size, ranks, index.num_samples * window / len(index.row_groups))
-        assert sum(decoded) / steps == pytest.approx(expected, rel=0.15)
-
-
-class TestSkew:
-    def test_highest_of_normal_draws(self) -> None:
-        draws = np.random.default_rng(0).normal(size=(20_000, 20)).max(axis=1).mean()
-        assert highest_of(20) == pytest.approx(draws, rel=0.01)
-        assert highest_of(1) == 0
-
-    @pytest.mark.parametrize(
-        ("ranks", "shards", "unique"), [(4, 64, 2_000), (20, 64, 50_000), (20, 1024, 20_000), (6, 4, 900)]
-    )
-    def test_busiest_owner_of_hashed_keys(self, ranks: int, shards: int, unique: int) -> None:
-        draw = np.random.default_rng(1)
-        highest = [
-            np.bincount(owner_of(shard_of(draw.integers(0, 2**62, unique), shards), ranks), minlength=ranks).max()
-            for _ in range(60)
-        ]
-        assert owner_skew(unique, ranks, shards) == pytest.approx(np.mean(highest) * ranks / unique, rel=0.02)
-
-    def test_even_shards(self) -> None:
-        assert even_shards(8) == 8
-        assert even_shards(20) == 256  # 13 shards of 12.8; of 128 shards some ranks have 7 of 6.4
-
-
-class TestGrowth:
-    @pytest.mark.parametrize(("exponent", "keys"), [(0.8, 20_000), (1.2, 200_000), (0.0, 3_000)])
-    def test_extrapolation_against_real_draws(self, exponent: float, keys: int) -> None:
-        """Ten times the data: within 5 %, where a power law through the last two points is further off."""
-        popularity = np.arange(1, keys + 1.0) ** -exponent
-        draws = np.random.default_rng(2).choice(keys, size=400_000, p=popularity / popularity.sum())
-        points = [Point(n, len(np.unique(draws[: 20 * n]))) for n in (64, 125, 250, 500, 1_000, 2_000)]
-        truth = len(np.unique(draws))
-        curve = fit(points, draws=20)
-        assert curve.unique(20_000) == pytest.approx(truth, rel=0.05)
-        assert curve.error is not None and curve.error < 0.05
-        by_power = Curve(tuple(points)).unique(20_000)
-        assert abs(by_power / truth - 1) > abs(curve.unique(20_000) / truth - 1)
-
-    def test_expected_unique_is_the_sum_over_keys(self) -> None:
-        popularity = np.arange(1, 5_001.0) ** -0.7
-        exact = -np.expm1(-9_000 * popularity / popularity.sum()).sum()
-        assert expected_unique(0.7, 5_000, 9_000) == pytest.approx(exact, rel=1e-3)
-
-    def test_measured_points_are_kept_and_limits_hold(self) -> None:
-        points = [Point(100, 900.0), Point(200, 1_500.0), Point(400, 2_400.0)]
-        curve = fit(points, draws=12, most=3_000)
-        assert [curve.unique(point.samples) for point in points] == pytest.approx([900, 1_500, 2_400])
-        assert 1_500 < curve.unique(300) < 2_400
-        assert 2_400 < curve.unique(800) <= curve.unique(10**9) <= 3_000
-        assert (curve.is_extrapolated(400), curve.is_extrapolated(401)) == (False, True)
-
-    def test_few_points_or_no_keys(self) -> None:
-        assert fit([Point(10, 0.0)], draws=0).unique(1_000) == 0
-        linear = fit([Point(10, 50.0)], draws=5)
-        assert linear.beyond is None and linear.unique(100) == 500
-
-
-def batch_of(groups: int, seed: int) -> Batch:
-    """Groups of one to four samples with up to five behaviours; one key for each ad."""
-    draw = np.random.default_rng(seed)
-    samples_G, lengths_G = draw.integers(1, 5, groups), draw.integers(0, 6, groups)
-    group_B = np.repeat(np.arange(groups), samples_G)
-    keys = np.random.default_rng(9).integers(-(2**62), 2**62, 300)
-    one_B = np.ones(len(group_B), np.int32)
-    fields = {
-        "seen": Jagged(draw.choice(keys, int(lengths_G.sum())), lengths_G.astype(np.int32)),
-        "ad": Jagged(draw.choice(keys, len(group_B)), one_B),
-    }
-    zeros_B = np.zeros(len(group_B), np.float32)
-    return Batch(fields, {}, group_B, zeros_B, group_B, len(group_B))
-
-
-def values_by_hand(batch: Batch, samples: range) -> list[int]:
-    """Keys of these samples: the ads', and the behaviours of every group that has one of them."""
-    starts_G = np.r_[0, np.cumsum(batch.fields["seen"].lengths_M)]
-    groups = sorted({int(batch.group_of_sample_B[b]) for b in samples})
-    seen = [int(v) for g in groups for v in batch.fields["seen"].values_N[starts_G[g] : starts_G[g + 1]]]
-    return seen + [int(batch.fields["ad"].values_N[b]) for b in samples]
-
-
-class TestDraws:
-    def test_keys_of_a_rank_and_of_owners(self) -> None:
-        batch, shards, ranks = batch_of(60, seed=3), 16, 3
-        drawn = Drawn(batch, (("seen", "ad"),), frozenset({"seen"}), shards)
-        size = batch.num_samples
-        found = drawn_keys(drawn, size, ranks, references=2.0)
-        asked, served = [], np.zeros(ranks, int)
-        for rank in range(ranks):
-            keys_U = np.unique(values_by_hand(batch, range(size * rank // ranks, size * (rank + 1) // ranks)))
-            asked.append(len(keys_U))
-            served += np.bincount(owner_of(shard_of(keys_U, shards), ranks), minlength=ranks)
-        whole_U = np.unique(values_by_hand(batch, range(size)))
-        owned = np.bincount(owner_of(shard_of(whole_U, shards), ranks), minlength=ranks)
-        assert (found.asked, found.served) == (np.mean(asked), served.max())
-        assert (found.unique, found.owned, found.references) == (len(whole_U), owned.max(), 2.0 * size)
-
-    def test_sources_do_not_share_keys(self) -> None:
-        batch = batch_of(60, seed=3)
-        both = Drawn(batch, (("seen",), ("ad",)), frozenset({"seen"}), 16)
-        alone = [Drawn(batch, ((name,),), frozenset({"seen"}), 16) for name in ("seen", "ad")]
-        size = batch.num_samples
-        expected = sum(drawn_keys(each, size, 2, 1.0).unique for each in alone)
-        assert drawn_keys(both, size, 2, 1.0).unique == expected
-
-    def test_counts_of_drawn_batches_are_those_of_the_readers(self, places: Places) -> None:
-        """What the plan counts for two ranks is what two readers hand to two ranks, images and ids."""
-        config = load_config(settings=places.settings())
-        question = Question((2,), 64, False, 1, 1e9, 0.0)
-        sampled = sample(config, question)
-        drawn = sampled.images.drawn
-        assert drawn is not None and drawn.num_samples == sampled.index.num_samples
-        found, asked, whole = sampled.images.keys(64, 2), [], []
-        for rank in range(2):
-            options: dict[str, Any] = {"rank": rank, "num_ranks": 2, "window_groups": 3}
-            reader = SampleReader(sampled.index, sampled.schema, batch_size=64, seed=0, **options)
-            fields = [batch.fields for batch in reader.batches()]
-            parts = [np.r_[each["behavior_image"].values_N, each["ad_image"].values_N] for each in fields]
-            asked.append([len(np.unique(keys_N)) for keys_N in parts[:-1]])
-            whole.append(parts[:-1])
-        unique = [len(np.unique(np.r_[a, b])) for a, b in zip(*whole, strict=True)]
-        assert found.asked == pytest.approx(np.mean(asked), rel=0.05)
-        assert found.unique == pytest.approx(np.mean(unique), rel=0.05)
-        assert not found.extrapolated and sampled.images.keys(10_000, 2).extrapolated
-        assert sampled.images.keys(10**6, 2).unique == pytest.approx(40, rel=0.1)  # all items with an image
-        assert sampled.ids.keys(64, 2).unique > found.unique
-
-    def test_points_of_the_curve(self) -> None:
-        drawn = Drawn(batch_of(200, seed=4), (("ad",),), frozenset({"seen"}), 16)
-        curve = population(drawn, [100, 10**6], math.inf).curve
-        assert {point.samples for point in curve.points} >= {100, drawn.num_samples}
-        assert all(point.unique <= 300 for point in curve.points)
-        assert drawn.references() == 1.0 and drawn.draws() <= 1.0
 
 
 class TestPaper:
@@ -405,15 +148,12 @@ class TestBuild:
         advice = build("t", counts_of, [1, 20], 1, WIDTHS, {1: slow}, self.STORED, 1e6, []).advice
         assert any(line.startswith("20 ranks are slower than 1: ") for line in advice)
 
-    def test_a_machine_that_was_busy_is_told(self) -> None:
-        def advice_at(interference: float) -> str:
-            machine = dataclasses.replace(MACHINE, interference=interference)
-            keys = Keys(100, 50, 50, 50, 50)
-            counts = BatchCounts(100, 1, 100, keys, keys)
-            return build("t", lambda _: counts, [1], 1, WIDTHS, {1: machine}, self.STORED, 1e6, []).advice[0]
-
-        assert "was busy" in advice_at(0.5) and "0.5 times" in advice_at(0.5)
-        assert "was busy" not in advice_at(0.9)
+    def test_a_machine_that_was_busy_is_reported(self) -> None:
+        assert "busy" in busy_machine(load=1.5, cores=2)[0] and busy_machine(load=0.5, cores=2) == []
+        keys = Keys(100, 50, 50, 50, 50)
+        counts = BatchCounts(100, 1, 100, keys, keys)
+        plan = build("t", lambda _: counts, [1], 1, WIDTHS, {1: MACHINE}, self.STORED, 1e6, [], warnings=["busy"])
+        assert plan.advice[0] == "busy" and plan.advice[1].startswith("1 rank: ")
 
     def test_times_that_are_near_are_a_tie_of_which_the_fewest_bytes_win(self) -> None:
         def row_of(server_s: float) -> Row:
@@ -428,33 +168,63 @@ class TestBuild:
         assert "the fewest bytes decide" not in advise(row_of(1.1), self.STORED)[0]
 
 
+def report_of(scale: float, **changes: Any) -> dict[str, Any]:
+    """What the trainer reports of steps of 10 ms, `scale` times."""
+    ms = {"read": 1.0, "unique": 1.0, "exchange keys": 0.5, "gather": 2.0, WAIT: 3.0}
+    ms |= {"embed images": 1.5, "embed backward": 2.5, "worker forward": 1.0, "update id rows": 0.5, "rest": 1.5}
+    stages = {name: {"median_ms": value * scale} for name, value in ms.items()}
+    return {"stages": stages, "samples_per_s": 1e4, "busy_cores": 1.25, "step_spread": 0.02, **changes}
+
+
 class TestMeasuring:
+    def test_reports_become_pieces(self) -> None:
+        units = {"embed": 50.0}
+        found = timed([report_of(0.5), report_of(1.5)], size=100, units=units)
+        expected = {"route": 1.5e-3, "gather": 2e-3, "embed": 4e-3, "rows": 5e-4, "worker": 2.5e-3}
+        assert found.seconds == pytest.approx(expected)
+        assert (found.units, found.step_s, found.spread) == (units, pytest.approx(0.01), pytest.approx(0.02))
+        assert found.cores == pytest.approx(1.25 * 10 / 11.5)  # of a step of 10 ms, in stages of 11.5 ms
+
     def test_line_through_two_sizes(self) -> None:
-        small = Timed({"embed": 100.0, "rows": 0.0}, {"embed": 0.3, "rows": 0.0}, (1.0, 1.5))
-        large = Timed({"embed": 300.0, "rows": 0.0}, {"embed": 0.5, "rows": 0.0}, (1.0, 2.0))
+        small = Timed({"embed": 100.0, "rows": 0.0}, {"embed": 0.3, "rows": 0.0}, 1.5, 1.0, 0.0)
+        large = Timed({"embed": 300.0, "rows": 0.0}, {"embed": 0.5, "rows": 0.0}, 2.0, 1.0, 0.0)
         assert line(small, large, "embed") == Piece(pytest.approx(0.2), pytest.approx(0.001), 2.0)
         assert line(small, large, "rows") == Piece(0.0, 0.0, 2.0)
         assert line(large, large, "embed") == Piece(0.0, pytest.approx(0.5 / 300), 2.0)
 
-    def test_interference_is_the_loop_over_its_stages(self) -> None:
+    def test_interference_is_the_step_over_its_stages(self) -> None:
         units = {"read": 100.0, "route": 100.0, "gather": 50.0, "embed": 50.0, "worker": 100.0, "rows": 10.0}
         alone = 0.011 + 0.003 + 1e-6
-        measured = Measured(RATES, 2 * alone, units)
-        assert calibrate.interference(measured, MACHINE, 1) == pytest.approx(2.0)
+        machine = dataclasses.replace(MACHINE, rates=dataclasses.replace(RATES, jitter=0.1))
+        assert interference(Timed(units, {}, 1.0, 2 * alone, 0.0), machine) == pytest.approx(2.0)
 
-    def test_failed_program_is_one_message(self) -> None:
-        with pytest.raises(PlanError, match=r"measuring this machine failed \(trainer\.plan\.rates.*: .*nowhere\.yaml"):
-            calibrate._run("trainer.plan.rates", 1, ["/nowhere.yaml", "10", "1"])
+    def test_failed_run_is_one_message(self) -> None:
+        with pytest.raises(PlanError, match=r"measuring this machine failed \(2 processes\): --config .*nowhere\.yaml"):
+            calibrate._run([[sys.executable, "-m", "trainer.main", "--config", "/nowhere.yaml"], ["true"]])
 
     def test_standin(self, tmp_path: Path) -> None:
         extractor = ExtractorSpec(
             backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
         )
         info = StoreInfo(num_shards=4096, dim=16, dtype="bfloat16", extractor=extractor)
-        store = standin.make(tmp_path / "features", info, np.arange(100))
+        store = calibrate.make_standin(tmp_path / "features", info, np.arange(100))
         snapshot = FeatureStore.open(tmp_path / "features").snapshot()
         assert (snapshot.num_rows, store.info.dim, store.info.dtype) == (100, 16, "bfloat16")
-        assert standin.fits(info, 1_000) and not standin.fits(info, 10**12)
+        assert calibrate.is_large(info, 10**12) and not calibrate.is_large(info, 1_000)
+
+    def test_runs_on_a_standin_and_few_rows(self, places: Places, tmp_path: Path, monkeypatch: Any) -> None:
+        """What is too large for this machine is small in the runs that measure it."""
+        monkeypatch.setattr(calibrate, "is_large", lambda *_: True)
+        monkeypatch.setattr(calibrate, "_MOST_TABLE_ROWS", 16)
+        config = load_config(settings=places.settings(train__early_stopping=1, train__eval_every=1))
+        question = Question((1,), 64, False, 1, 1e9, 0.0)
+        sampled = sample(config, question)
+        runs = calibrate._config_of_runs(config, sampled, tmp_path)
+        assert runs.data.store == str(tmp_path / "features") and runs.data.missing == "zeros"
+        assert set(runs.model.tables.values()) == {16} and runs.train.early_stopping is None
+        index = open_index(SoloComm(), runs.data.samples, "train", sampled.schema)
+        assert index.num_samples == sampled.index.num_samples
+        assert newest_day(group.file for group in index.row_groups) == date(2026, 1, 3)
 
 
 class TestCommand:
