@@ -5,6 +5,7 @@ INSTALLED := $(VENV)/.installed
 DEMO_DIR ?= data/demo
 DEMO_ARGS ?=
 TEST_ARGS ?=
+TEST_WORKERS ?= 2
 BENCH_DIR ?= data/bench
 # Syntax of the oldest supported Python is held by ruff (target-version), what left the newest one by mypy.
 NEWEST_PYTHON := 3.13
@@ -37,10 +38,11 @@ demo: $(INSTALLED) ## Draw images, extract, build samples, train four models und
 	$(ON_PATH) $(BIN)/python tools/demo.py --dir $(DEMO_DIR) $(DEMO_ARGS)
 
 test-fast: $(INSTALLED) ## Run the tests that start no ranks, no cluster and no server: before each commit
-	$(ON_PATH) $(BIN)/python -m pytest -m "not slow and not services" $(TEST_ARGS)
+	$(ON_PATH) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile \
+	    -m "not slow and not services" $(TEST_ARGS) || [ $$? = 5 ]
 
-test: $(INSTALLED) ## Run the tests, multi-rank ones under horovodrun included; TEST_ARGS="--compute-dtype bfloat16"
-	$(ON_PATH) $(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
+test: test-fast ## Run all that guards a promise, also under horovodrun; TEST_ARGS="tests/trainer -k stores"
+	$(ON_PATH) $(BIN)/python -m pytest -m "services and not slow" $(TEST_ARGS) || [ $$? = 5 ]
 
 test-slow: $(INSTALLED) ## Run the tests that take minutes (eight ranks, 500 kills of writers)
 	$(ON_PATH) $(BIN)/python -m pytest -m slow

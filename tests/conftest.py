@@ -12,7 +12,7 @@ from tests.guard import Guard
 from tests.ranks import StandingRanks, standing_ranks
 from tests.servers import environment_of, moto, new_bucket, seaweedfs
 
-SERVICES = {"two_ranks", "client", "cluster", "s3_endpoint", "moto_endpoint", "make_arena", "dies_at"}
+SERVICES = {"two_ranks", "results_of", "client", "cluster", "s3_endpoint", "moto_endpoint", "make_arena", "dies_at"}
 """Fixtures that start ranks, a Dask cluster, a server or writers to be killed: their tests are marked `services`."""
 SERVERS = {"s3", "seaweedfs", "moto", "s3_url", "moto_url"}
 """Parameters of tests and fixtures that ask for a server."""

@@ -325,7 +325,10 @@ class TestS3Store(StoreContract):
         return f"{s3_url}/store"
 
 
+@pytest.mark.slow
 class TestMotoStore(StoreContract):
+    """A second server; the contract of its files is in storage/test_storage.py."""
+
     @pytest.fixture
     def url(self, moto_url: str) -> str:
         return f"{moto_url}/store"
