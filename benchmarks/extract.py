@@ -29,16 +29,15 @@ from featurestore.console.commandline import CommandApp, run_app
 from pipeline.cluster.connect import connect
 from pipeline.cluster.tasks import run_alone
 from pipeline.demo.draw import draw_garment, plan_garments
-from pipeline.errors import ExtractionError
+from pipeline.errors import StoreRunError
 from pipeline.features.extract import ExtractOptions, extract
 from pipeline.features.part import torch_threads
-from pipeline.features.summary import describe_bad
 from pipeline.images.decode import prepare
 from pipeline.images.source import list_images, read_image
-from pipeline.network.backbone import ComputeDType, backbone
-from pipeline.network.compute_dtype import describe_network
+from pipeline.network.backbone import ComputeDType, backbone, describe_network
 from pipeline.network.layers import DEFAULT_BACKBONE
 from pipeline.network.weights import UntrainedWeightsWarning
+from pipeline.store_run import describe_bad
 
 WEIGHTS = "random:0"  # the speed does not depend on the values
 
@@ -117,16 +116,16 @@ def bare_seconds(locations: Sequence[str], batch_size: int, compute_dtype: Compu
 
 
 def extract_seconds(client: Client, locations: Sequence[str], batch_size: int) -> float:
-    """Seconds of a whole extraction of these images into a new store. Raises ExtractionError where one is bad."""
+    """Seconds of a whole extraction of these images into a new store. Raises StoreRunError where one is bad."""
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder, "images.csv")
         table.write_text("\n".join(["uri", *locations]) + "\n")
-        options = ExtractOptions(str(table), f"{folder}/features", WEIGHTS, batch_size=batch_size)
+        options = ExtractOptions(images=str(table), store=f"{folder}/features", weights=WEIGHTS, batch_size=batch_size)
         start_s = time.perf_counter()
         summary = extract(options, client)
         seconds = time.perf_counter() - start_s
     if summary.bad:
-        raise ExtractionError(f"only good images can be timed: {describe_bad(summary.bad)}")
+        raise StoreRunError(f"only good images can be timed: {describe_bad(summary.bad)}")
     return seconds
 
 

@@ -25,14 +25,14 @@ from benchmarks.report import Figure, JsonPath, write_report
 from benchmarks.written import count_writes, written_bytes
 from featurestore.console.commandline import CommandApp, run_app
 from pipeline.cluster.connect import connect
-from pipeline.errors import ExtractionError
+from pipeline.errors import StoreRunError
 from pipeline.features.extract import ExtractOptions, extract
-from pipeline.features.refresh import RefreshOptions, refresh
-from pipeline.features.summary import RefreshSummary, describe, describe_bad
+from pipeline.features.refresh import RefreshOptions, RefreshSummary, refresh
 from pipeline.images.source import list_images, read_image
-from pipeline.network.compute_dtype import describe_network
+from pipeline.network.backbone import describe_network
 from pipeline.network.layers import DEFAULT_BACKBONE
 from pipeline.network.weights import UntrainedWeightsWarning
+from pipeline.store_run import describe_bad
 
 WEIGHTS = "random:0"  # the speed does not depend on the values
 CHANGED_SHARE = 0.01
@@ -74,13 +74,20 @@ def compare(folder: Path, images: str | None, limit: int) -> dict[str, Figure]:
         describe_network(client, DEFAULT_BACKBONE, WEIGHTS, "auto")
         count_writes(client)
         full_s, full_bytes, full = _measured(
-            client, lambda: extract(ExtractOptions(str(photos), store, WEIGHTS, num_shards=num_shards), client)
+            client,
+            lambda: extract(
+                ExtractOptions(images=str(photos), store=store, weights=WEIGHTS, num_shards=num_shards), client
+            ),
         )
         _change(photos, sorted(fresh.iterdir()), num_changed)
-        refresh_s, refresh_bytes, done = _measured(client, lambda: refresh(RefreshOptions(str(photos), store), client))
-        again_s, again_bytes, _ = _measured(client, lambda: refresh(RefreshOptions(str(photos), store), client))
+        refresh_s, refresh_bytes, done = _measured(
+            client, lambda: refresh(RefreshOptions(images=str(photos), store=store), client)
+        )
+        again_s, again_bytes, _ = _measured(
+            client, lambda: refresh(RefreshOptions(images=str(photos), store=store), client)
+        )
     if done.num_new != num_changed or done.num_changed != num_changed or done.num_gone != num_changed:
-        raise ExtractionError(f"the refresh did not find the {num_changed} images of each kind: {describe(done)}")
+        raise StoreRunError(f"the refresh did not find the {num_changed} images of each kind: {done}")
     return {
         "time_share": refresh_s / full_s,
         "bytes_share": refresh_bytes / full_bytes,
@@ -99,13 +106,13 @@ def compare(folder: Path, images: str | None, limit: int) -> dict[str, Figure]:
 
 
 def _measured(client: Client, work: Callable[[], RefreshSummary]) -> tuple[float, int, RefreshSummary]:
-    """Seconds, bytes written and what `work` gives. Raises ExtractionError where an image is bad."""
+    """Seconds, bytes written and what `work` gives. Raises StoreRunError where an image is bad."""
     before = written_bytes(client)
     start_s = time.perf_counter()
     summary = work()
     seconds = time.perf_counter() - start_s
     if summary.bad:
-        raise ExtractionError(f"only good images can be timed: {describe_bad(summary.bad)}")
+        raise StoreRunError(f"only good images can be timed: {describe_bad(summary.bad)}")
     return seconds, written_bytes(client) - before, summary
 
 
@@ -120,10 +127,10 @@ def _change(photos: Path, fresh: Sequence[Path], count: int) -> None:
 
 
 def _copy_images(address: str, photos: Path, count: int) -> None:
-    """The first `count` images. Raises SourceError, ExtractionError where they are too few."""
+    """The first `count` images. Raises SourceError, StoreRunError where they are too few."""
     refs = list_images(address).images[:count]
     if len(refs) < count:
-        raise ExtractionError(f"{address} has {len(refs):,} images, {count:,} are needed: give a smaller --limit")
+        raise StoreRunError(f"{address} has {len(refs):,} images, {count:,} are needed: give a smaller --limit")
     for number, ref in enumerate(refs):
         (photos / f"{number:06d}{Path(ref.uri).suffix}").write_bytes(read_image(ref.location))
 

@@ -1,18 +1,14 @@
 """Make sample groups, the trainer's input, from impression and behaviour logs."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.storage.storage import Storage
 from pipeline.cluster.connect import connect
 from pipeline.samples.build import DAY_S, SampleOptions, build_samples
-from trainer.schema.suggest_schema import inspect_samples, render
-from trainer.schema.text import SCHEMA_FILE, SETTINGS_FILE, settings_text
+from pipeline.samples.mapping import names_in
 
 EXAMPLES = """Examples:
 
@@ -22,7 +18,6 @@ python jobs/build_samples.py --window-days 7 --min-dwell-s 10 --max-behaviors 10
 python jobs/build_samples.py --logs mylogs --mapping mapping.yaml --samples samples
 dask-submit -n 8 --threads-per-worker 1 jobs/build_samples.py --logs s3://shop/logs --samples /shared/samples
 """
-LOOKED_AT = 200_000  # groups from which a schema is suggested
 LONGEST_DAYS = 36_500
 MOST_BEHAVIORS = 1_000_000
 
@@ -74,30 +69,20 @@ def main(
     for the trainer are written beside the samples.
     """
     options = SampleOptions(
-        logs,
-        samples,
-        window_days,
-        min_dwell_s,
-        max_behaviors,
-        test_days,
-        None if user_columns is None else tuple(name.strip() for name in user_columns.split(",") if name.strip()),
-        partitions,
+        logs=logs,
+        samples=samples,
+        window_days=window_days,
+        min_dwell_s=min_dwell_s,
+        max_behaviors=max_behaviors,
+        test_days=test_days,
+        user_columns=None if user_columns is None else names_in(user_columns),
+        partitions=partitions,
         mapping=None if mapping is None else str(mapping),
         behavior_age=behavior_age,
     )
-    describe_files: Callable[[Path], Mapping[str, str]] = (
-        partial(describe_samples, samples) if mapping else lambda _: {}
-    )
     with connect() as client:
-        summary = build_samples(options, client, describe_files)
+        summary = build_samples(options, client)
     typer.echo(describe(summary))
-
-
-def describe_samples(samples: str, folder: Path) -> Mapping[str, str]:
-    """Schema and settings for the samples in `folder`, which will stand at `samples`."""
-    schema, made, table = inspect_samples(Storage(folder), "label", "user", LOOKED_AT)
-    settings = settings_text(samples, str(Path(samples) / SCHEMA_FILE), made.tables)
-    return {SCHEMA_FILE: render(schema, made, table, samples), SETTINGS_FILE: settings}
 
 
 def describe(summary: dict[str, Any]) -> str:

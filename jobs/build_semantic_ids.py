@@ -1,21 +1,13 @@
 """Make semantic IDs: codes of a residual quantiser for every image, as ID fields of the samples."""
 
-from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.store import FeatureStore
-from featurestore.text.parsing import parse_yaml
 from pipeline.semantic.build import SemanticOptions, build_semantic_ids
-from pipeline.semantic.samples import code_columns, sample_files
-from pipeline.semantic.vectors import StoreVectors, Vectors, open_file
-from trainer.errors import SchemaError
-from trainer.schema import Field, Schema, load_schema
-from trainer.schema.text import SCHEMA_FILE, SETTINGS_FILE, schema_text, settings_text, table_rows
+from trainer.schema.text import SETTINGS_FILE
 
 EXAMPLES = """Examples:
 
@@ -76,43 +68,24 @@ def main(
         raise typer.BadParameter("give one of --samples and --no-samples", param_hint="--samples")
     if not samples and not no_samples and Path(SAMPLES).is_dir():
         samples = SAMPLES
-    options = SemanticOptions(out, samples, levels, codes, sample_rows, seed, standardize, codebook, accept_store)
-    if samples:
-        sample_files(samples)  # before the store is read through
-    found = load_schema(schema or _schema_beside(samples)) if samples else None
-    columns = _image_columns(found, store_name) if found else []
-    describe_files = partial(describe_samples, found, store_name, options) if found else _nothing
-    summary = build_semantic_ids(_open(store, vectors, keys), options, columns, describe_files)
+    options = SemanticOptions(
+        out=out,
+        store=store or STORE,
+        vectors=vectors,
+        keys=keys,
+        samples=samples,
+        schema=schema,
+        store_name=store_name,
+        num_levels=levels,
+        num_codes=codes,
+        sample_rows=sample_rows,
+        seed=seed,
+        standardize=standardize,
+        codebook=codebook,
+        accept_store=accept_store,
+    )
+    summary = build_semantic_ids(options)
     typer.echo(describe(summary, out))
-
-
-def describe_samples(
-    schema: Schema, store_name: str, options: SemanticOptions, summary: dict[str, Any]
-) -> Mapping[str, str]:
-    """The schema with the codes as ID fields, and settings with their tables."""
-    fields, tables = list(schema.fields), _tables_beside(options.samples)
-    levels = summary["levels"]
-    seen = set()
-    for field in schema.of_kind("content"):
-        if field.store_name != store_name or field.column_name in seen:
-            continue
-        seen.add(field.column_name)
-        for name, (what, number) in code_columns(field.column_name, len(levels)).items():
-            table = f"{store_name}_sid{number}" if what == "level" else f"{store_name}_sid_prefix{number}"
-            used = levels[number]["used"] if what == "level" else levels[number - 1]["distinct_prefixes"]
-            tables[table] = table_rows(used + 1)
-            kind: Any = "id" if field.side == "ad" else "multi_id"
-            fields.append(Field(name=name, side=field.side, kind=kind, table=table))
-    header = [
-        "Fields of the samples, and the codes of their images: _sid0 is the first code, _sid_prefix2 the first two.",
-        f"Codebook {summary['codebook']['sha256'][:16]}; -1 stands for an image without a code.",
-    ]
-    made = schema.model_copy(update={"fields": tuple(fields)})
-    where = str(options.out / SCHEMA_FILE)
-    return {
-        SCHEMA_FILE: schema_text(made, header),
-        SETTINGS_FILE: settings_text(str(options.out), where, tables, summary["source"].get("store")),
-    }
 
 
 def describe(summary: dict[str, Any], out: Path) -> str:
@@ -141,42 +114,6 @@ def describe(summary: dict[str, Any], out: Path) -> str:
         )
         lines.append(f"next         python -m trainer.main --config {out / SETTINGS_FILE}")
     return "\n".join([*lines, f"folder       {out}"])
-
-
-def _open(store: str | None, vectors: str | None, keys: str | None) -> Vectors:
-    if vectors is not None:
-        return open_file(vectors, keys)
-    return StoreVectors(FeatureStore.open(store or STORE).snapshot())
-
-
-def _image_columns(schema: Schema, store_name: str) -> list[str]:
-    """Columns of the content fields of one store. Raises SchemaError where there are none."""
-    fields = list(schema.of_kind("content"))
-    columns = list(dict.fromkeys(field.column_name for field in fields if field.store_name == store_name))
-    if not columns:
-        known = ", ".join(sorted({field.store_name for field in fields})) or "none"
-        raise SchemaError(f"the schema has no content field of store {store_name}; its stores: {known} (--store-name)")
-    return columns
-
-
-def _schema_beside(samples: str) -> Path | None:
-    path = Path(samples) / SCHEMA_FILE
-    return path if path.is_file() else None
-
-
-def _tables_beside(samples: str | None) -> dict[str, int]:
-    """Tables of the settings that stand beside the samples already."""
-    path = Path(samples or "") / SETTINGS_FILE
-    if not path.is_file():
-        return {}
-    try:
-        return dict(parse_yaml(path.read_text(encoding="utf-8"))["model"]["tables"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise SchemaError(f"{path} has no model.tables: {error}") from error
-
-
-def _nothing(summary: dict[str, Any]) -> Mapping[str, str]:
-    return {}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import typer
 from featurestore.console.commandline import CONTINUES, CommandApp, power_of_two, run_app
 from pipeline.cluster.connect import connect
 from pipeline.features.extract import ExtractOptions, extract
-from pipeline.features.summary import describe
 from pipeline.network.layers import DEFAULT_BACKBONE
 from pipeline.network.weights import UntrainedWeightsWarning, check_network
 
@@ -78,7 +77,16 @@ def main(
     it was when the same command runs again; images that are unchanged in the store are not computed again.
     """
     options = ExtractOptions(
-        images, store, weights, dtype, compute_dtype, batch_size, part_size, num_shards, name, backbone
+        images=images,
+        store=store,
+        backbone=backbone,
+        weights=weights,
+        dtype=dtype,
+        compute_dtype=compute_dtype,
+        batch_size=batch_size,
+        part_size=part_size,
+        num_shards=num_shards,
+        name=name,
     )
     if weights.startswith("random:"):
         typer.secho(f"warning: the weights {weights} are NOT pretrained", fg="yellow", bold=True, err=True)
@@ -87,7 +95,7 @@ def main(
     with warnings.catch_warnings(), connect(workers=1, threads_per_worker=1) as client:
         warnings.simplefilter("ignore", UntrainedWeightsWarning)  # said above
         summary = extract(options, client)
-    typer.echo(describe(summary))
+    typer.echo(summary)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from featurestore.console.commandline import CONTINUES, CommandApp, power_of_two
 from pipeline.cluster.connect import connect
 from pipeline.vectors import matrix, parquet, xdl
 from pipeline.vectors.import_vectors import ImportOptions, import_vectors
-from pipeline.vectors.report import describe
 from pipeline.vectors.source import Source
 
 EXAMPLES = """Examples:
@@ -78,11 +77,20 @@ def main(
     Rows need a key (int64) or an id (text, whose hash is the key, as for images). Bad rows are kept in the store's
     quarantine with the reason. Running it again imports what has changed; a killed run goes on where it was.
     """
-    options = ImportOptions(store, name, dtype, num_shards, origin, part_size, keep_missing, max_gone)
+    options = ImportOptions(
+        store=store,
+        name=name,
+        dtype=dtype,
+        num_shards=num_shards,
+        origin=origin,
+        part_size=part_size,
+        keep_missing=keep_missing,
+        max_gone=max_gone,
+    )
     source = open_source(address, file_format, keys, dim, feature_column, binary_dtype)
     with connect() as client:
         summary = import_vectors(source, options, client)
-    typer.echo(describe(summary))
+    typer.echo(summary)
 
 
 def open_source(

@@ -1,7 +1,5 @@
 """XDL's example formats in and out: text samples, binary images, and random data like the example's."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,17 +9,16 @@ from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.progress import progress
 from featurestore.store import FeatureStore
 from pipeline.cluster.connect import connect
+from pipeline.samples.mapping import names_in
+from pipeline.samples.schema import schema_beside
 from pipeline.vectors import xdl
 from pipeline.vectors.import_vectors import ImportOptions, import_vectors
-from pipeline.vectors.report import describe as describe_import
 from pipeline.xdl.draw import IMAGE_FOLDER, TEXT_FILE, DrawOptions, draw
-from pipeline.xdl.export import Column, Roles
 from pipeline.xdl.export import export_samples as write_lines
-from pipeline.xdl.fields import WEIGHT_SUFFIX, XdlField
 from pipeline.xdl.images import export_images as write_records
 from pipeline.xdl.samples import SPLITS, XdlOptions, import_samples
-from trainer.schema import Field, Schema, load_schema
-from trainer.schema.text import SCHEMA_FILE, SETTINGS_FILE, schema_text, settings_text, table_rows
+from trainer.schema import load_schema
+from trainer.schema.text import SETTINGS_FILE
 
 EXAMPLES = """Examples:
 
@@ -75,11 +72,20 @@ def samples(
     reason, in SAMPLES/quarantine.parquet.
     """
     options = XdlOptions(
-        source, samples, test_from, test_share, _names(images), _names(sparse), _names(dense), weights, label_threshold,
-        label_index, fill_dense,
-    )  # fmt: skip
+        source=source,
+        samples=samples,
+        test_source=test_from,
+        test_share=test_share,
+        images=names_in(images),
+        sparse=names_in(sparse),
+        dense=names_in(dense),
+        weights=weights,
+        label_threshold=label_threshold,
+        label_index=label_index,
+        fill_dense=fill_dense,
+    )
     with connect() as client:
-        summary = import_samples(options, client, partial(describe_fields, samples, weights == "keep"))
+        summary = import_samples(options, client)
     typer.echo(describe(summary))
 
 
@@ -92,8 +98,8 @@ def images(
 ) -> None:
     """Binary images to a feature store; jobs/import_features.py does the same with more options."""
     with connect() as client:
-        summary = import_vectors(xdl.plan(address, dim), ImportOptions(store, origin=origin), client)
-    typer.echo(describe_import(summary))
+        summary = import_vectors(xdl.plan(address, dim), ImportOptions(store=store, origin=origin), client)
+    typer.echo(summary)
 
 
 @app.command()
@@ -106,9 +112,8 @@ def export_samples(
     split: Annotated[Split, typer.Option(help="Which samples.")] = "both",
 ) -> None:
     """Sample groups to text samples, one line an impression."""
-    found = load_schema(schema or _schema_beside(samples))
     splits = SPLITS if split == "both" else (split,)
-    count = write_lines(samples, to, _columns(found), Roles(found.group, found.label), splits)
+    count = write_lines(samples, to, load_schema(schema or schema_beside(samples)), splits)
     typer.echo(f"lines        {count:,}\nfile         {to}")
 
 
@@ -139,53 +144,13 @@ def random(
         raise typer.BadParameter(
             f"{ids} is more than --images {image_count}: keys would have no image", param_hint="--ids"
         )
+    sizes = DrawOptions(num_lines=lines, num_images=image_count, dim=dim, num_ids=ids, seed=seed)
     with progress("drawing images", image_count) as advance:
-        draw(DrawOptions(lines, image_count, dim, ids, seed=seed), out, advance)
+        draw(sizes, out, advance)
     typer.echo(
         f"samples      {lines:,} lines: {out / TEXT_FILE}\n"
         f"images       {image_count:,} of {dim:,} numbers: {out / IMAGE_FOLDER}"
     )
-
-
-def describe_fields(samples: str, keep_weights: bool, fields: Sequence[XdlField]) -> Mapping[str, str]:
-    """Schema and settings for the imported fields. An image field gives its content, and its ids as an ID field."""
-    made: list[Field] = []
-    tables: dict[str, int] = {}
-    notes: dict[str, str] = {}
-    for each in fields:
-        side: dict[str, Any] = {"side": each.part, "column": None}
-        weights = f"{each.column}{WEIGHT_SUFFIX}" if each.is_weighted and keep_weights else None
-        if each.kind == "dense":
-            made.append(Field(name=each.column, kind="dense", width=each.width if each.width > 1 else None, **side))
-            continue
-        if each.kind == "content":
-            made.append(Field(name=each.column, kind="content", store="images", **side))
-            kind: Literal["id", "multi_id"] = "id" if each.part == "ad" else "multi_id"
-            id_field = Field(
-                name=f"{each.column}_id",
-                side=each.part,
-                kind=kind,
-                table="image",
-                column=each.column,
-                weights=weights,
-            )
-            tables["image"] = max(tables.get("image", 0), table_rows(each.num_ids))
-        else:
-            id_field = Field(name=each.column, kind=each.kind, weights=weights, **side)
-            tables[each.column] = table_rows(each.num_ids)
-        made.append(id_field)
-        notes[id_field.name] = f"about {each.num_ids:,} ids, {each.max_ids} a line at most"
-    new_ad = next(field.name for field in made if field.side == "ad" and field.kind == "id")
-    header = [
-        "Fields of XDL's text samples, as they were found.",
-        "kind: id | multi_id | dense | content (image keys).",
-    ]
-    schema = Schema(fields=tuple(made), new_ad_field=new_ad)
-    where = str(Path(samples) / SCHEMA_FILE)
-    return {
-        SCHEMA_FILE: schema_text(schema, header, notes),
-        SETTINGS_FILE: settings_text(samples, where, tables),
-    }
 
 
 def describe(summary: dict[str, Any]) -> str:
@@ -209,25 +174,6 @@ def describe(summary: dict[str, Any]) -> str:
             f"next         python -m trainer.main --config {Path(where) / SETTINGS_FILE} --set data.store=STORE",
         ]
     )
-
-
-def _columns(schema: Schema) -> Iterator[Column]:
-    """One for each column of the samples, however many fields read it."""
-    weights = {field.column_name: field.weights for field in schema.fields if field.weights}
-    first: dict[str, Field] = {}
-    for field in schema.fields:
-        first.setdefault(field.column_name, field)
-    for name, field in first.items():
-        yield Column(name, field.side, field.kind == "dense", weights.get(name))
-
-
-def _schema_beside(samples: str) -> Path | None:
-    path = Path(samples) / SCHEMA_FILE
-    return path if path.is_file() else None
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 if __name__ == "__main__":

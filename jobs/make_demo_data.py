@@ -18,7 +18,7 @@ python jobs/make_demo_data.py --small --out /tmp/demo --seed 7
 python jobs/make_demo_data.py --taste pictures --out data/demo-pictures
 python jobs/make_demo_data.py --images photos --labels photos.csv --out data/demo-photos
 """
-DEFAULT = DemoOptions(Path("data"))
+DEFAULT = DemoOptions(out=Path("data"))
 SMALL = {"items": 200, "users": 1500}
 
 app = CommandApp(rich_markup_mode="rich")
@@ -65,15 +65,15 @@ def main(
     if labels and not images:
         raise typer.BadParameter("goes with --images", param_hint="--labels")
     options = DemoOptions(
-        out,
-        items or (SMALL["items"] if small else DEFAULT.items),
-        users or (SMALL["users"] if small else DEFAULT.users),
-        days,
-        seed,
-        images,
-        labels,
-        taste,
-        force,
+        out=out,
+        items=items or (SMALL["items"] if small else DEFAULT.items),
+        users=users or (SMALL["users"] if small else DEFAULT.users),
+        days=days,
+        seed=seed,
+        images=images,
+        labels=labels,
+        taste=taste,
+        force=force,
     )
     with progress("measuring" if images else "drawing", options.items) as advance:
         summary = make_demo(options, advance)

@@ -7,7 +7,6 @@ import typer
 from featurestore.console.commandline import CONTINUES, CommandApp, run_app
 from pipeline.cluster.connect import connect
 from pipeline.features.refresh import RefreshOptions, refresh
-from pipeline.features.summary import describe
 
 EXAMPLES = """Examples:
 
@@ -59,12 +58,21 @@ def main(
     command runs again.
     """
     options = RefreshOptions(
-        images, store, weights, compute_dtype, batch_size, part_size, backbone, keep_missing, max_gone, dry_run
+        images=images,
+        store=store,
+        backbone=backbone,
+        weights=weights,
+        compute_dtype=compute_dtype,
+        batch_size=batch_size,
+        part_size=part_size,
+        keep_missing=keep_missing,
+        max_gone=max_gone,
+        dry_run=dry_run,
     )
     # One process with all cores for the network: copies of the network would share the same cores.
     with connect(workers=1, threads_per_worker=1) as client:
         summary = refresh(options, client)
-    typer.echo(describe(summary))
+    typer.echo(summary)
 
 
 if __name__ == "__main__":

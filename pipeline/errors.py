@@ -6,9 +6,10 @@ PipelineError
 ├── BadImageError      one image cannot be read or decoded; it is quarantined, the run goes on
 ├── BackboneError      no such network or layer, or one that gives more than a vector per image
 ├── WeightsError       the network's weights cannot be had or do not fit
-├── ExtractionError    the extraction as a whole failed
+├── StoreRunError      a job that writes a store failed as a whole
 ├── VectorImportError  vectors are not what they are said to be, or cannot be imported
 │   └── VectorsNotFoundError        no such file or folder, or no vectors in it
+├── DemoError          demo data cannot be made from what was given
 ├── ClusterError       no usable Dask cluster
 │   ├── SchedulerUnreachableError   nobody answers at the address
 │   ├── MissingCertificatesError    tls:// and no certificates in Dask's configuration
@@ -20,11 +21,9 @@ PipelineError
     └── SampleOptionError           an option makes no sense, or names what is not there
 """
 
-from collections.abc import Mapping, Sequence
-
 from featurestore.errors import USAGE, UserError
 
-SCHEDULER_LOST = "the Dask scheduler was lost or restarted; run the same command again to go on"
+SCHEDULER_LOST = "the Dask scheduler was lost or restarted; run the same command again to continue"
 
 
 class PipelineError(UserError):
@@ -57,8 +56,8 @@ class WeightsError(PipelineError):
     exit_code = USAGE
 
 
-class ExtractionError(PipelineError):
-    """The extraction as a whole failed."""
+class StoreRunError(PipelineError):
+    """A job that writes a store failed as a whole."""
 
 
 class VectorImportError(PipelineError):
@@ -71,6 +70,10 @@ class VectorsNotFoundError(VectorImportError):
     exit_code = USAGE
 
 
+class DemoError(PipelineError):
+    """Demo data cannot be made from what was given."""
+
+
 class ClusterError(PipelineError):
     """There is no usable Dask cluster."""
 
@@ -78,90 +81,34 @@ class ClusterError(PipelineError):
 class SchedulerUnreachableError(ClusterError):
     """No scheduler answers at the address."""
 
-    def __init__(self, address: str, reason: str):
-        super().__init__(address, reason)
-        self.address, self.reason = address, reason
-
     def __str__(self) -> str:
+        address, reason = self.args
         return (
-            f"no Dask scheduler answers at {self.address} ({self.reason}); check the address and that "
-            "`dask scheduler` runs there, or unset DASK_SCHEDULER_ADDRESS and DASK_SCHEDULER_FILE to work on a local "
-            "cluster"
+            f"no Dask scheduler answers at {address} ({reason}); check the address and that `dask scheduler` runs"
+            " there, or unset DASK_SCHEDULER_ADDRESS and DASK_SCHEDULER_FILE to work on a local cluster"
         )
 
 
 class MissingCertificatesError(ClusterError):
     """The scheduler's address is tls:// and Dask's configuration has no certificates."""
 
-    def __init__(self, address: str):
-        super().__init__(address)
-        self.address = address
-
-    def __str__(self) -> str:
-        return (
-            f"the scheduler {self.address} needs TLS certificates, and Dask's configuration has none: set "
-            "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and "
-            "DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY to the .pem files of that cluster"
-        )
-
 
 class InsecureSchedulerError(ClusterError):
-    """A scheduler beyond loopback without TLS."""
+    """A scheduler is beyond loopback and without TLS."""
 
     exit_code = USAGE
 
-    def __init__(self, address: str):
-        super().__init__(address)
-        self.address = address
-
-    def __str__(self) -> str:
-        return (
-            f"the scheduler {self.address} is beyond loopback and without TLS: Dask sends pickles, so whoever "
-            "reaches that port can run code on every worker. Use tls:// with certificates in Dask's configuration "
-            "(distributed.comm.tls), or on a network that you trust pass --insecure to dask-submit, or set "
-            "DASK_CROSSMEDIA__INSECURE_SCHEDULER=True for jobs that you run without it"
-        )
-
 
 class MissingWorkersError(ClusterError):
-    """Fewer workers than asked for within the time."""
-
-    def __init__(self, address: str, wanted: int, found: int, timeout_s: float):
-        super().__init__(address, wanted, found, timeout_s)
-        self.address, self.wanted, self.found, self.timeout_s = address, wanted, found, timeout_s
-
-    def __str__(self) -> str:
-        return (
-            f"{self.found} of {self.wanted} workers are at {self.address} after {self.timeout_s:g} s; "
-            f"start more with `dask worker {self.address}`, or lower --wait-workers, or raise --timeout"
-        )
+    """There are fewer workers than asked for within the time."""
 
 
 class VersionMismatchError(ClusterError):
     """Client, scheduler and workers run versions that do not work together."""
 
-    def __init__(self, differences: Sequence[str]):
-        super().__init__(differences)
-        self.differences = list(differences)
-
-    def __str__(self) -> str:
-        differences = "; ".join(self.differences)
-        return f"versions on the cluster differ from those here: {differences}. Install the same ones on every machine"
-
 
 class MissingPackagesError(ClusterError):
-    """Workers that cannot import this project."""
-
-    def __init__(self, failures: Mapping[str, str]):
-        super().__init__(failures)
-        self.failures = dict(failures)
-
-    def __str__(self) -> str:
-        shown = "; ".join(f"{worker}: {reason}" for worker, reason in list(self.failures.items())[:3])
-        return (
-            f"{len(self.failures)} workers cannot import this project ({shown}). Install it on every worker's "
-            "machine, in the environment that runs `dask worker`: `pip install .` in the project's folder"
-        )
+    """Workers cannot import this project."""
 
 
 class SampleError(PipelineError):

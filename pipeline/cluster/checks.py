@@ -45,7 +45,12 @@ def check_address(address: str, insecure: bool = False) -> None:
     except (OSError, ValueError) as error:
         raise SchedulerUnreachableError(address, str(error)) from error
     if not all(ipaddress.ip_address(sockaddr[0]).is_loopback for *_, sockaddr in found):
-        raise InsecureSchedulerError(address)
+        raise InsecureSchedulerError(
+            f"the scheduler {address} is beyond loopback and without TLS: Dask sends pickles, so anyone who reaches"
+            " that port can run code on every worker. Use tls:// with certificates in Dask's configuration"
+            " (distributed.comm.tls), or on a network that you trust pass --insecure to dask-submit, or set"
+            f" {INSECURE_VARIABLE}=True for jobs that you run without it"
+        )
 
 
 def wait_for_workers(client: Client, address: str, count: int, timeout_s: float) -> None:
@@ -55,7 +60,10 @@ def wait_for_workers(client: Client, address: str, count: int, timeout_s: float)
     try:
         client.wait_for_workers(count, timeout=timeout_s)
     except TimeoutError as error:
-        raise MissingWorkersError(address, count, len(client.nthreads()), timeout_s) from error
+        raise MissingWorkersError(
+            f"{len(client.nthreads())} of {count} workers are at {address} after {timeout_s:g} s; start more with"
+            f" `dask worker {address}`, or lower --wait-workers, or raise --timeout"
+        ) from error
 
 
 def check_versions(versions: Mapping[str, Any]) -> None:
@@ -72,7 +80,10 @@ def check_versions(versions: Mapping[str, Any]) -> None:
         if _major_minor(theirs := node["packages"].get(package)) != _major_minor(here[package])
     ]
     if differences:
-        raise VersionMismatchError(differences)
+        raise VersionMismatchError(
+            f"versions on the cluster differ from those here: {'; '.join(differences)}. Install the same ones on every"
+            " machine"
+        )
 
 
 def _major_minor(version: str | None) -> list[str] | None:
@@ -85,6 +96,9 @@ def check_packages(client: Client) -> None:
     `exec` and not a function of ours is sent: to read that, the worker would have to import us.
     """
     answers = client.run(exec, IMPORT_OURS, {}, on_error="return")
-    failures = {worker: repr(answer) for worker, answer in answers.items() if isinstance(answer, Exception)}
+    failures = [f"{worker}: {answer!r}" for worker, answer in answers.items() if isinstance(answer, Exception)]
     if failures:
-        raise MissingPackagesError(failures)
+        raise MissingPackagesError(
+            f"{len(failures)} workers cannot import this project ({'; '.join(failures[:3])}). Install it on every"
+            " worker's machine, in the environment that runs `dask worker`: `pip install .` in the project's folder"
+        )

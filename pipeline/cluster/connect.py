@@ -107,7 +107,11 @@ def open_client(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator[
         asyncio.run(asyncio.wait_for(_shake_hands(address, timeout_s), 2 * timeout_s))
         client = Client(address, timeout=timeout_s)
     except TypeError as error:  # so says distributed.comm where it has no certificates
-        raise MissingCertificatesError(address) from error
+        raise MissingCertificatesError(
+            f"the scheduler {address} needs TLS certificates, and Dask's configuration has none: set"
+            " DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and"
+            " DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY to the .pem files of that cluster"
+        ) from error
     except (MemoryError, struct.error) as error:  # of the size that other words would have as a message of Dask
         raise SchedulerUnreachableError(address, "what answers there is no scheduler") from error
     except (OSError, ValueError) as error:  # ValueError: an unknown protocol

@@ -1,15 +1,19 @@
-"""Many equal tasks on a Dask cluster: a bounded number in flight, and lost workers told apart from bad input."""
+"""Run many equal tasks on a Dask cluster: a bounded number in flight, and lost workers told apart from bad input."""
 
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dask.typing import Key
 from distributed import Client, Future, KilledWorker, as_completed
 
-from pipeline.errors import SCHEDULER_LOST, ClusterError
+from featurestore.console.progress import progress
+from featurestore.errors import InvalidRowsError, KeyCollisionError
+from pipeline.errors import SCHEDULER_LOST, ClusterError, PipelineError
 
 IN_FLIGHT_PER_THREAD = 3  # enough that no worker waits for the client
 RETRIES = 1  # of a task that raised: a full disk stays full, a lost connection comes back
+MISTAKES = (PipelineError, KeyCollisionError, InvalidRowsError)  # of a person, or of the data: never tried again
 
 
 class Killed:
@@ -19,7 +23,7 @@ class Killed:
 def run_tasks(
     client: Client, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], in_flight: int | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """`function(*call)` for each call on the cluster: (place of the call, result or Killed), as they finish.
+    """Run `function(*call)` for each call on the cluster; yield (place of the call, result or Killed) as they finish.
 
     At most `in_flight` are with the scheduler at once (default: 3 per thread of the cluster). The error of a task is
     raised here and the others are cancelled. A task that was running on a lost worker starts again on another one.
@@ -30,7 +34,8 @@ def run_tasks(
 
     def start_next() -> None:
         for index, call in waiting:
-            future = client.submit(function, *call, pure=False, retries=RETRIES)
+            key = f"{function.__name__}-{uuid.uuid4().hex}"  # so the dashboard has its name
+            future = client.submit(_attempt, function, *call, key=key, retries=RETRIES)
             running[future.key] = index, future
             finished.add(future)
             return
@@ -47,14 +52,42 @@ def run_tasks(
         client.cancel([future for _, future in running.values()])
 
 
+def run_all(
+    client: Client, title: str, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], advice: str
+) -> list[Any]:
+    """Return `function(*call)` of each call, in their order, with a bar called `title`.
+
+    Raises as `run_tasks`; ClusterError with `advice` where workers die again and again.
+    """
+    results: list[Any] = [None] * len(calls)
+    with progress(title, len(calls)) as advance:
+        for place, result in run_tasks(client, function, calls):
+            if isinstance(result, Killed):
+                raise ClusterError(
+                    f"{title}: task {place + 1} of {len(calls)} brings the workers down, most likely for lack of"
+                    f" memory; {advice}"
+                )
+            results[place] = result
+            advance(1)
+    return results
+
+
 def run_alone(client: Client, function: Callable[..., Any], *call: Any) -> Any:
-    """One call while nothing else runs: its result, or Killed, which is proof now."""
+    """Run one call while nothing else runs; return its result, or Killed, which is proof now."""
     return next(run_tasks(client, function, [call], in_flight=1))[1]
 
 
 def num_threads(client: Client) -> int:
-    """Threads of all workers, at least 1."""
+    """Count the threads of all workers, at least 1."""
     return max(1, sum(int(count) for count in client.nthreads().values()))
+
+
+def _attempt(function: Callable[..., Any], *call: Any) -> Any:
+    """A mistake as a result: Dask would log a raised one with its traceback, and try again."""
+    try:
+        return function(*call)
+    except MISTAKES as error:
+        return error
 
 
 def _result(future: Future[Any]) -> Any:
@@ -65,4 +98,7 @@ def _result(future: Future[Any]) -> Any:
         return Killed()
     if error is not None:
         raise error
-    return future.result()
+    result = future.result()
+    if isinstance(result, MISTAKES):
+        raise result
+    return result

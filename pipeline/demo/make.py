@@ -20,9 +20,9 @@ from featurestore.text.parsing import parse_json
 from pipeline.demo import truth
 from pipeline.demo.catalogue import Catalogue, Taste
 from pipeline.demo.draw import SHAPES, Garment, catalogue_of, draw_garment, plan_garments
-from pipeline.demo.errors import DemoError
 from pipeline.demo.simulate import advertised, simulate
 from pipeline.demo.write import DEMO_FILE, LOGS, describe_truth, log_files, offer_uri, write_logs
+from pipeline.errors import DemoError
 
 FIRST_DAY = datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC)
 START_S = int(FIRST_DAY.timestamp())
@@ -34,7 +34,7 @@ LOG_NAME = re.compile(r"day=\d{4}-\d\d-\d\d\.parquet")
 Progress = Callable[[int], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DemoOptions:
     """What to make. `items` counts drawings; with `images` all readable ones of that folder are the items."""
 

@@ -16,8 +16,7 @@ from PIL import Image
 
 from featurestore.storage.regular import open_regular
 from pipeline.demo.catalogue import Catalogue, FloatArray, standardize
-from pipeline.demo.errors import DemoError
-from pipeline.errors import BadImageError
+from pipeline.errors import BadImageError, DemoError
 from pipeline.images.decode import decode
 from pipeline.images.source import ImageRef, bytes_of, list_images
 

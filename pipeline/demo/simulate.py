@@ -8,8 +8,8 @@ from pipeline.demo import truth
 from pipeline.demo.ads import Clicks, Shown, click, show_ads
 from pipeline.demo.browse import Behaviors, browse
 from pipeline.demo.catalogue import BoolArray, Catalogue, FloatArray, IntArray, Taste
-from pipeline.demo.errors import DemoError
 from pipeline.demo.people import People, make_people
+from pipeline.errors import DemoError
 
 _NEVER = 10**6  # days
 

@@ -5,7 +5,6 @@ listing here, so each shard meets its own slice. Letters of shapes: N images lis
 of the listing in a shard, K digests asked for.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
 
 from featurestore.errors import KeyCollisionError
 from featurestore.format.shard_reader import take_rows
 from featurestore.keys import Int64Array, shard_of_hash, splitmix64
 from featurestore.snapshot import Snapshot
 from pipeline.images.source import ImageRef
+from pipeline.store_run import run_id_of
 
 MAX_GROUP_PARTS = 16  # copies of one image fill at most so many parts' worth of one part; beyond, it is computed again
 READ_THREADS = 4
@@ -150,11 +149,6 @@ def split(
             else:
                 compute.append(ref)
     return Plan(num_unchanged, tuple(touched), tuple(duplicates), tuple(compute), frozenset(stored_keys))
-
-
-def run_id_of(*inputs: object) -> str:
-    """The same for the same inputs, so that a killed run finds what it staged: xxh3-128 of all of them."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(inputs).encode())
 
 
 def equal_candidates(refs: Iterable[ImageRef]) -> list[ImageRef]:

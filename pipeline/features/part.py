@@ -31,6 +31,7 @@ from pipeline.images.decode import Pixels, Preset, prepare
 from pipeline.images.source import ImageRef, bytes_of
 from pipeline.network.backbone import Backbone, ComputeDType, backbone
 from pipeline.network.layers import network_of
+from pipeline.store_run import BadRow
 
 DEADLY = "brings down the process that decodes it"
 DIGEST_THREADS = 8  # reading and hashing; both wait more than they compute
@@ -54,15 +55,6 @@ class PartSettings:
     workers_per_host: dict[str, int] = field(default_factory=dict)
 
 
-class BadImage(NamedTuple):
-    """An image for the quarantine."""
-
-    key: int
-    uri: str
-    reason: str
-    was_read: bool = True  # whether its bytes were seen: only then is it known to be bad itself
-
-
 @dataclass(frozen=True)
 class PartReport:
     """What became of the images of a part; kept beside the staged rows, so that a resumed run still knows."""
@@ -70,7 +62,7 @@ class PartReport:
     num_rows: int
     num_computed: int  # images that went through the network
     num_duplicates: int  # rows copied from an image of equal bytes
-    bad: tuple[BadImage, ...] = ()
+    bad: tuple[BadRow, ...] = ()
     images: tuple[tuple[int, str], ...] = ()  # key and source tag of each image of the part, bad ones too
 
     @classmethod
@@ -78,7 +70,7 @@ class PartReport:
         """The report of a staged part."""
         fields = parse_json(Storage(store, keep_inside=True).read_bytes(_report_path(run_id, part)))
         lists = {
-            "bad": tuple(BadImage(*bad) for bad in fields["bad"]),
+            "bad": tuple(BadRow(*bad) for bad in fields["bad"]),
             "images": tuple((key, tag) for key, tag in fields["images"]),
         }
         return cls(**{**fields, **lists})
@@ -143,13 +135,13 @@ def check_part(
     num_threads = decode_threads or default_decode_threads()
     for image in in_order(loader.load, safe, num_threads, 2 * num_threads):
         if image.bad is not None:
-            bad.append(BadImage(image.ref.key, image.ref.uri, image.bad, image.digest != b""))
+            bad.append(BadRow(image.ref.key, image.ref.uri, image.bad, image.digest != b""))
             reasons[image.digest] = image.bad
         elif image.pixels is None:
             equal.append(image)
         else:
             num_computed += 1
-    bad += [BadImage(it.ref.key, it.ref.uri, reasons[it.digest]) for it in equal if it.digest in reasons]
+    bad += [BadRow(it.ref.key, it.ref.uri, reasons[it.digest]) for it in equal if it.digest in reasons]
     num_duplicates = sum(image.digest not in reasons for image in equal)
     return PartReport(num_computed + num_duplicates, num_computed, num_duplicates, tuple(bad), images_of(refs))
 
@@ -169,8 +161,8 @@ def without_unread(report: PartReport) -> PartReport:
     )
 
 
-def _deadly(refs: Iterable[ImageRef], keys: Collection[int]) -> tuple[BadImage, ...]:
-    return tuple(BadImage(ref.key, ref.uri, DEADLY) for ref in refs if ref.key in keys)
+def _deadly(refs: Iterable[ImageRef], keys: Collection[int]) -> tuple[BadRow, ...]:
+    return tuple(BadRow(ref.key, ref.uri, DEADLY) for ref in refs if ref.key in keys)
 
 
 def digest_images(refs: Sequence[ImageRef]) -> list[bytes]:
@@ -257,7 +249,7 @@ class _PartRows:
         self._batch: list[tuple[Loaded, Pixels]] = []
         self._done: list[tuple[Loaded, Pixels, npt.NDArray[Any]]] = []
         self._duplicates: list[Loaded] = []
-        self._bad: list[BadImage] = []
+        self._bad: list[BadRow] = []
         self._bad_digests: dict[bytes, str] = {}
         self._num_computed = 0
 
@@ -299,7 +291,7 @@ class _PartRows:
         self._batch = []
 
     def _reject(self, image: Loaded, reason: str) -> None:
-        self._bad.append(BadImage(image.ref.key, image.ref.uri, reason, image.digest != b""))
+        self._bad.append(BadRow(image.ref.key, image.ref.uri, reason, image.digest != b""))
         self._bad_digests[image.digest] = reason
 
     def _rows(self) -> FeatureRows:

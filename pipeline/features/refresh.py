@@ -1,82 +1,109 @@
 """The store brought up to date with its images: list, compare, compute what is new, remove what is gone, one commit.
 
-A run that was killed goes on where it was when the same command runs again: its parts are staged in the store under a
-run id made of the store, the images' address and the size of parts, and a part counts as long as its images are the
-same.
+A killed run continues when the same command runs again: its parts are staged in the store under a run id made of the
+store, the images' address and the size of parts, and a part counts as long as its images are the same.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 from distributed import Client
 
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
-from featurestore.quarantine import QuarantineRow
 from featurestore.snapshot import Snapshot
 from featurestore.spec import NetworkName, StoreInfo
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from pipeline.cluster.checks import wait_for_workers
-from pipeline.errors import ExtractionError
-from pipeline.features.diff import (
-    Comparison,
-    Plan,
-    compare,
-    equal_candidates,
-    find_digests,
-    pending_images,
-    run_id_of,
-    split,
-)
-from pipeline.features.part import BadImage, PartReport, PartSettings
-from pipeline.features.staged_run import Run, digest_all, workers_per_host
-from pipeline.features.summary import RefreshSummary, describe_bad
+from pipeline.errors import StoreRunError
+from pipeline.features.diff import Comparison, Plan, compare, equal_candidates, find_digests, pending_images, split
+from pipeline.features.part import PartReport, PartSettings
+from pipeline.features.staged_run import ImageRun, digest_all, workers_per_host
 from pipeline.images.source import ImageRef, Listing, list_images
-from pipeline.network.backbone import ComputeDType
-from pipeline.network.compute_dtype import describe_network
+from pipeline.network.backbone import ComputeDType, describe_network
 from pipeline.network.weights import check_weights_name
+from pipeline.store_run import BadRow, check_gone, describe_bad, run_id_of, wait_for_worker
 
-WORKERS_TIMEOUT_S = 60.0
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RefreshOptions:
     """What to refresh, and how. What is None is as the store has it."""
 
     images: str
     store: str
+    backbone: str | None = None  # MODEL:LAYER
     weights: str | None = None
     compute_dtype: ComputeDType | None = None
     batch_size: int = 16
     part_size: int = 256
-    backbone: str | None = None  # MODEL:LAYER
     keep_missing: bool = False
     max_gone: float = 0.5  # share of the store's rows that may vanish in one run
     dry_run: bool = False
 
 
-class Outcome(NamedTuple):
-    """What a run came to, before it is counted."""
+@dataclass(frozen=True, kw_only=True)
+class RefreshSummary:
+    """Counts of one run. Each image of the listing is one of new, changed, touched, unchanged and bad.
 
-    plan: Plan
-    reports: list[PartReport]
-    bad: tuple[BadImage, ...]
-    num_resumed: int
-    num_gone: int
-    num_kept: int
-    num_resolved: int
+    With `is_dry` they are what the run would have done.
+    """
+
+    num_images: int  # listed
+    num_ignored: int  # files that are no images by their extension, or repeated rows of a table
+    num_new: int  # the store did not have them
+    num_changed: int  # the store had other bytes
+    num_touched: int  # the store has these bytes under another tag; the feature stays
+    num_unchanged: int
+    num_gone: int  # rows removed because their image is not listed any more
+    num_kept: int  # rows that stay though their image is not listed
+    num_resolved: int  # were in quarantine and are good now
+    num_computed: int  # new and changed images through the network, earlier, killed runs' included
+    num_duplicates: int  # new and changed images whose feature is that of an image of equal bytes
+    num_resumed: int  # staged by an earlier, killed run
+    bad: tuple[BadRow, ...]  # in quarantine after the run, of the images listed
+    seconds: float
+    store: str
+    snapshot: int  # version after the run
+    is_dry: bool = False
+
+    @property
+    def images_per_s(self) -> float:
+        """New, changed and bad images that this run itself worked on, in a second."""
+        return max(0, self.num_images - self.num_unchanged - self.num_touched - self.num_resumed) / max(
+            self.seconds, 1e-9
+        )
+
+    def __str__(self) -> str:
+        """Give the lines that a job prints."""
+        kept = f" ({self.num_kept:,} not listed, kept)" if self.num_kept else ""
+        lines = [
+            f"images       {self.num_images:,} ({self.num_ignored:,} other files ignored)",
+            f"new          {self.num_new:,}",
+            f"changed      {self.num_changed:,}",
+            f"touched      {self.num_touched:,} (other date or tag, same bytes)",
+            f"unchanged    {self.num_unchanged:,}",
+            f"gone         {self.num_gone:,}{kept}",
+            f"quarantined  {len(self.bad):,}{': ' + describe_bad(self.bad) if self.bad else ''}",
+            f"resolved     {self.num_resolved:,} (were in quarantine)",
+            f"duplicates   {self.num_duplicates:,} (feature copied from equal bytes)",
+            f"computed     {self.num_computed:,} ({self.num_resumed:,} images staged by an earlier run)",
+            f"time         {self.seconds:.1f} s, {self.images_per_s:.1f} images/s",
+            f"store        {self.store}, snapshot {self.snapshot}",
+        ]
+        if self.is_dry:
+            lines.append("dry run      nothing was written")
+        return "\n".join(lines)
 
 
 def refresh(options: RefreshOptions, client: Client) -> RefreshSummary:
     """Bring an existing store up to date with the images; at most one commit, and none when nothing has changed.
 
     Images whose bytes the store knows are copied, the others computed; keys that are not listed any more get
-    tombstones. A changed image that cannot be decoded loses its feature, one that cannot be read keeps it; both stand
+    tombstones. A changed image that cannot be decoded loses its feature, one that cannot be read keeps it; both are
     in the quarantine, which is tried again by the next run. Raises StoreNotFoundError, SourceError, WeightsError,
-    SpecMismatchError, ExtractionError, ClusterError and the errors of storage; what was staged by then stays for the
+    SpecMismatchError, StoreRunError, ClusterError and the errors of storage; what was staged by then stays for the
     next run, unless so much of it is bad that nothing is committed.
     """
     start_s = time.monotonic()
@@ -86,77 +113,76 @@ def refresh(options: RefreshOptions, client: Client) -> RefreshSummary:
         raise StoreNotFoundError(f"{error}; jobs/extract_features.py makes one") from error
     options = _as_stored(options, store.info)
     listing = list_images(options.images)
-    wait_for_workers(client, str(client.scheduler_info()["address"]), 1, WORKERS_TIMEOUT_S)
+    wait_for_worker(client)
     return bring_up_to_date(options, client, store, listing, "refresh", start_s)
 
 
 def bring_up_to_date(
     options: RefreshOptions, client: Client, store: FeatureStore, listing: Listing, operation: str, start_s: float
 ) -> RefreshSummary:
-    """What `refresh` and `extract` share: all after the listing. `start_s` is of `time.monotonic`."""
+    """Do all that follows the listing, for `refresh` and `extract`. `start_s` is of `time.monotonic`."""
     images, snapshot, quarantined = listing.images, store.snapshot(), store.quarantine_rows()
     comparison = compare(images, snapshot)
     gone = comparison.gone_keys[:0] if options.keep_missing else comparison.gone_keys
-    _check_gone(options, len(gone), comparison.num_stored, f"are not in {options.images}")
+    _check_gone(options, len(gone), comparison, f"are not in {options.images}")
     plan, digests = _make_plan(client, images, comparison, snapshot)
     settings = _settings(options, client, store)
-    run = Run(client, store, settings, options.part_size, options.dry_run)
+    run = ImageRun(client, store, settings, snapshot, quarantined, options.part_size, options.dry_run)
     reports = run.compute(plan.compute, digests, lambda: _check_network(client, store, settings))
-    run.copy([*plan.touched, *plan.duplicates], snapshot.version)
+    run.copy([*plan.touched, *plan.duplicates])
     bad = tuple(sorted((image for report in reports for image in report.bad), key=lambda image: image.uri))
     lost = [image.key for image in bad if image.was_read and image.key in plan.stored_keys]
     removed = np.concatenate([gone, np.array(lost, np.int64)])
     run.remove(removed)
-    settled, num_resolved = _settled(quarantined, images, bad, options.keep_missing)
-    if not options.dry_run:
-        _add_quarantine(store, bad, quarantined)
+    run.quarantine(bad)
     try:
         if len(bad) == len(images) and not options.dry_run:
-            raise ExtractionError(f"none of the {len(bad):,} images can be used: {describe_bad(bad)}")
-        _check_gone(options, len(removed), comparison.num_stored, "are gone or cannot be decoded any more")
-    except ExtractionError:
+            raise StoreRunError(f"none of the {len(bad):,} images can be used: {describe_bad(bad)}")
+        _check_gone(options, len(removed), comparison, "are gone or cannot be decoded any more")
+    except StoreRunError:
         run.discard()  # the next run looks at all files again: it may be the decoder that is broken
         raise
-    if not options.dry_run:
-        if run.has_rows:
-            snapshot = store.commit(run.build_shards(), operation, num_quarantined=len(bad))
-        run.discard()
-        store.resolve_quarantine(settled)
-    done = Outcome(plan, reports, bad, run.num_resumed, len(gone), len(comparison.gone_keys) - len(gone), num_resolved)
-    return _summary(options, listing, done, store, snapshot, start_s)
-
-
-def _summary(
-    options: RefreshOptions, listing: Listing, done: Outcome, store: FeatureStore, snapshot: Snapshot, start_s: float
-) -> RefreshSummary:
-    num_changed = len(done.plan.stored_keys - {image.key for image in done.bad})
-    num_pending = len(done.plan.compute) + len(done.plan.duplicates)
-    return RefreshSummary(
-        num_images=len(listing.images),
+    keys_N = np.fromiter((ref.key for ref in images), np.int64, len(images))
+    resolved = run.good_again(keys_N, bad)
+    listed = set(keys_N.tolist())
+    unlisted = [row for row in quarantined if row.key not in listed and not options.keep_missing]
+    version = run.commit(operation, len(bad), [*resolved, *unlisted])
+    return _summarise(
+        plan,
+        reports,
+        bad,
+        num_images=len(images),
         num_ignored=listing.num_ignored,
-        num_new=num_pending - len(done.bad) - num_changed,
-        num_changed=num_changed,
-        num_touched=len(done.plan.touched),
-        num_unchanged=done.plan.num_unchanged,
-        num_gone=done.num_gone,
-        num_kept=done.num_kept,
-        num_resolved=done.num_resolved,
-        num_computed=sum(report.num_computed for report in done.reports),
-        num_duplicates=sum(report.num_duplicates for report in done.reports) + len(done.plan.duplicates),
-        num_resumed=done.num_resumed,
-        bad=done.bad,
+        num_gone=len(gone),
+        num_kept=len(comparison.gone_keys) - len(gone),
+        num_resolved=len(resolved),
+        num_resumed=run.num_resumed,
         seconds=time.monotonic() - start_s,
         store=store.url,
-        snapshot=snapshot.version,
+        snapshot=version,
         is_dry=options.dry_run,
+    )
+
+
+def _summarise(plan: Plan, reports: Sequence[PartReport], bad: tuple[BadRow, ...], **counts: Any) -> RefreshSummary:
+    num_changed = len(plan.stored_keys - {image.key for image in bad})
+    return RefreshSummary(
+        num_new=len(plan.compute) + len(plan.duplicates) - len(bad) - num_changed,
+        num_changed=num_changed,
+        num_touched=len(plan.touched),
+        num_unchanged=plan.num_unchanged,
+        num_computed=sum(report.num_computed for report in reports),
+        num_duplicates=sum(report.num_duplicates for report in reports) + len(plan.duplicates),
+        bad=bad,
+        **counts,
     )
 
 
 def _make_plan(
     client: Client, images: Sequence[ImageRef], comparison: Comparison, snapshot: Snapshot
 ) -> tuple[Plan, dict[int, bytes]]:
-    """The plan, and the digests that it took. An image beside an empty store is read for it only if it may have an
-    equal in the listing; else each that is new, or may have changed, is."""
+    """Plan the run, and return the digests that it took. In an empty store an image is read for its digest only if it
+    may have an equal in the listing; else each that is new, or may have changed, is."""
     pending = pending_images(images, comparison)
     digests = digest_all(client, pending if comparison.num_stored else equal_candidates(pending))
     stored = find_digests(snapshot, digests.values()) if comparison.num_stored else {}
@@ -202,30 +228,6 @@ def _check_network(client: Client, store: FeatureStore, settings: PartSettings) 
     store.info.model_copy(update={"extractor": spec}).check_same(store.info, f"the store at {store.url}")
 
 
-def _check_gone(options: RefreshOptions, num_gone: int, num_stored: int, why: str) -> None:
-    """Raise ExtractionError where more of the store would vanish than the options allow."""
-    if num_gone > options.max_gone * num_stored:
-        raise ExtractionError(
-            f"{num_gone:,} of the {num_stored:,} images in {options.store} {why}, more than a share of"
-            f" {options.max_gone:g}: is --images right? In jobs/refresh_features.py --keep-missing keeps"
-            " them, --max-gone 1 lets them go"
-        )
-
-
-def _add_quarantine(store: FeatureStore, bad: Iterable[BadImage], quarantined: Iterable[QuarantineRow]) -> None:
-    """Keep the bad images in the store's quarantine; those that stand there for the same reason stay as they are."""
-    known = {(row.key, row.uri, row.reason) for row in quarantined}
-    rows = [QuarantineRow(image.key, image.uri, image.reason, time.time()) for image in bad]
-    store.add_quarantine([row for row in rows if (row.key, row.uri, row.reason) not in known])
-
-
-def _settled(
-    quarantined: Sequence[QuarantineRow], images: Sequence[ImageRef], bad: Iterable[BadImage], keep_missing: bool
-) -> tuple[list[QuarantineRow], int]:
-    """Rows that leave the quarantine: of images that are good now (how many), or that are not listed any more."""
-    bad_keys = {image.key for image in bad}
-    keys_Q = np.array([row.key for row in quarantined], np.int64)
-    is_listed_Q = np.isin(keys_Q, np.fromiter((ref.key for ref in images), np.int64, len(images)))
-    resolved = [row for row, here in zip(quarantined, is_listed_Q, strict=True) if here and row.key not in bad_keys]
-    left = [row for row, here in zip(quarantined, is_listed_Q, strict=True) if not here and not keep_missing]
-    return resolved + left, len(resolved)
+def _check_gone(options: RefreshOptions, num_gone: int, comparison: Comparison, fault: str) -> None:
+    advice = "is --images right? In jobs/refresh_features.py --keep-missing keeps them, --max-gone 1 lets them go"
+    check_gone(options.store, num_gone, comparison.num_stored, options.max_gone, fault, advice)

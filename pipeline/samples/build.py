@@ -10,25 +10,23 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from distributed import Client, KilledWorker, as_completed
+from distributed import Client
 
 from featurestore.console.files import write_json
-from featurestore.console.progress import progress
+from pipeline.cluster.tasks import num_threads, run_all
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples.files import Grouped, Written, group_bucket, plan_files, write_file
 from pipeline.samples.groups import GroupRules
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, Piece, find_pieces
-from pipeline.samples.mapping import load_mapping
+from pipeline.samples.mapping import Layout, load_mapping
 from pipeline.samples.publish import MARK, replaced_folder
+from pipeline.samples.schema import write_suggested
 from pipeline.samples.shuffle import Shuffled, shuffle_piece, write_quarantine
 from pipeline.samples.summary import summarise
-
-Result = TypeVar("Result")
-Describe = Callable[[Path], Mapping[str, str]]
 
 DAY_S = 86_400
 BUCKET_ROWS = 250_000  # of both logs; some hundred MB with long lists of behaviours
@@ -36,10 +34,10 @@ LEAST_BUCKET_ROWS = 10_000  # below that a bucket's task and its parts of files 
 FEW_BUCKETS = 64  # which cost nothing worth to speak of
 SHUFFLE_FOLDER = "shuffle"
 QUARANTINE_FILE = "quarantine.parquet"
-RETRIES = 1  # of a task whose worker's disk or memory had a bad moment
+FEWER_ROWS = "raise --partitions, or give workers more memory"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleOptions:
     """What build_samples does. Times are in UTC."""
 
@@ -58,16 +56,16 @@ class SampleOptions:
     behavior_age: bool = False  # a column of seconds from each behaviour to its group's first impression
 
 
-def build_samples(options: SampleOptions, client: Client, describe: Describe = lambda folder: {}) -> dict[str, Any]:
-    """Makes `options.samples` anew and returns its summary, which stands in its summary.json as well.
+def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
+    """Make `options.samples` anew and return its summary, which is its summary.json too.
 
     Reads `impressions/*.parquet` and `behaviors/*.parquet` below `options.logs`, a folder or an address; the samples'
     folder must be on a disk that all workers see. A row per group of pipeline.samples.groups.make_groups, in the files
     `train/day=*.parquet` and `test/day=*.parquet` by the day (UTC) of the group's first impression, sorted by
     timestamp, user and session; equal logs give equal files, whatever the cluster and `partitions`. Bad rows are
-    counted and kept in quarantine.parquet. With a mapping the logs are a person's own tables, CSV or Parquet.
-    `describe` gives files to write beside the samples, by name, from the folder that has them. Raises SampleError when
-    there is nothing to make samples from.
+    counted and kept in quarantine.parquet. With a mapping the logs are a person's own tables, CSV or Parquet, and
+    a schema and settings for the trainer are written beside the samples. Raises SampleError when there is nothing to
+    make samples from; SchemaError.
     """
     if "://" in options.samples:
         raise SampleOptionError(f"samples={options.samples}: not a folder on disk; write to one and copy it from there")
@@ -77,9 +75,8 @@ def build_samples(options: SampleOptions, client: Client, describe: Describe = l
     shown_as, done_as = (mapping.layout(log) if mapping else None for log in (IMPRESSIONS, BEHAVIORS))
     impressions = find_pieces(options.logs, IMPRESSIONS, options.user_columns, shown_as)
     behaviors = find_pieces(options.logs, BEHAVIORS, (), done_as)
-    ad_columns = shown_as.ad_columns if shown_as else ()
     num_buckets = _num_buckets(options.partitions, impressions + behaviors, client)
-    user_columns = impressions[0].user_columns
+    layout = impressions[0].layout
     spared = {"--logs": options.logs} | ({"--mapping": options.mapping} if options.mapping else {})
     with replaced_folder(options.samples, spared=spared) as folder:
         scratch = folder / SHUFFLE_FOLDER
@@ -89,12 +86,13 @@ def build_samples(options: SampleOptions, client: Client, describe: Describe = l
         done = _shuffle(client, behaviors, scratch, num_buckets, options)
         write_quarantine(folder / QUARANTINE_FILE, (*shown, *done))
         _check_rows_left(options.logs, shown)
-        grouped = _group(client, (len(shown), len(done)), scratch, num_buckets, options, user_columns, ad_columns)
+        grouped = _group(client, (len(shown), len(done)), scratch, num_buckets, options, layout)
         written = _write(client, grouped, folder, options)
         shutil.rmtree(scratch)
-        for name, text in describe(folder).items():
-            (folder / name).write_text(text, encoding="utf-8")
-        summary = summarise(dataclasses.asdict(options) | {"user_columns": user_columns}, shown, done, grouped, written)
+        if mapping:
+            write_suggested(folder, options.samples)
+        recorded = dataclasses.asdict(options) | {"user_columns": layout.user_columns}
+        summary = summarise(recorded, shown, done, grouped, written)
         write_json(folder / MARK, summary)
     return summary
 
@@ -109,13 +107,14 @@ def _check_rows_left(logs: str, shown: Sequence[Shuffled]) -> None:
 
 
 def _num_buckets(asked: int | None, pieces: Sequence[Piece], client: Client) -> int:
-    """The number that was asked for, else buckets of about BUCKET_ROWS rows, and work for all threads where there are
-    rows enough to share. Raises SampleOptionError."""
+    """Give the number asked for, else buckets of about BUCKET_ROWS rows, and work for all threads where rows are many.
+
+    Raises SampleOptionError.
+    """
     rows = sum(piece.num_rows for piece in pieces)
     most = max(FEW_BUCKETS, rows // LEAST_BUCKET_ROWS)
     if asked is None:
-        threads: int = sum(client.nthreads().values())
-        return max(1, math.ceil(rows / BUCKET_ROWS), min(threads, rows // LEAST_BUCKET_ROWS))
+        return max(1, math.ceil(rows / BUCKET_ROWS), min(num_threads(client), rows // LEAST_BUCKET_ROWS))
     if not 0 < asked <= most:
         raise SampleOptionError(
             f"--partitions {asked}: these logs have about {rows:,} rows, for which 1 to {most:,} make sense; leave it "
@@ -130,7 +129,7 @@ def _shuffle(
     latest_s = int(time.time()) + DAY_S if options.latest_s is None else options.latest_s
     folder = str(scratch.absolute())
     tasks = [(piece, index, folder, num_buckets, options.min_dwell_s, latest_s) for index, piece in enumerate(pieces)]
-    return _run(client, f"read {pieces[0].log}", shuffle_piece, tasks)
+    return run_all(client, f"read {pieces[0].log}", shuffle_piece, tasks, FEWER_ROWS)
 
 
 def _group(
@@ -139,15 +138,16 @@ def _group(
     scratch: Path,
     num_buckets: int,
     options: SampleOptions,
-    user_columns: tuple[str, ...],
-    ad_columns: tuple[str, ...],
+    layout: Layout,
 ) -> list[Grouped]:
     rules = GroupRules(
         round(options.window_days * DAY_S), options.max_behaviors, options.midnight_pause_s, options.behavior_age
     )
     folder = str(scratch.absolute())
-    tasks = [(bucket, folder, num_pieces, rules, user_columns, ad_columns) for bucket in range(num_buckets)]
-    return _run(client, "make groups", group_bucket, tasks)
+    tasks = [
+        (bucket, folder, num_pieces, rules, layout.user_columns, layout.ad_columns) for bucket in range(num_buckets)
+    ]
+    return run_all(client, "make groups", group_bucket, tasks, FEWER_ROWS)
 
 
 def _write(client: Client, grouped: Sequence[Grouped], folder: Path, options: SampleOptions) -> list[Written]:
@@ -167,35 +167,4 @@ def _write(client: Client, grouped: Sequence[Grouped], folder: Path, options: Sa
             (part.path, part.batch_of_hour[hour]) for part in grouped for hour in hours & part.batch_of_hour.keys()
         ]
         tasks.append((plan, parts, str(folder.absolute())))
-    return _run(client, "write samples", write_file, tasks)
-
-
-def _run(client: Client, title: str, function: Callable[..., Result], tasks: Sequence[tuple[Any, ...]]) -> list[Result]:
-    """`function` of each task's arguments on the cluster, in order. Raises the first SampleError of them."""
-    futures = [client.submit(_attempt, function, *task, pure=False, retries=RETRIES) for task in tasks]
-    results: dict[Any, Result] = {}
-    try:
-        with progress(title, len(futures)) as advance:
-            for future in as_completed(futures):
-                result = future.result()
-                if isinstance(result, SampleError):
-                    raise result
-                results[future.key] = result
-                advance(1)
-    except KilledWorker as error:
-        raise SampleError(
-            f"{title}: a worker died again and again, most likely of too little memory; raise --partitions, or give "
-            f"workers more memory ({error})"
-        ) from error
-    finally:
-        client.cancel(futures)
-    return [results[future.key] for future in futures]
-
-
-def _attempt(function: Callable[..., Result], *arguments: Any) -> Result | SampleError:
-    """The function's result, or what is wrong with the logs: a worker would log that as a failure, with its traceback,
-    and read the same file again."""
-    try:
-        return function(*arguments)
-    except SampleError as error:
-        return error
+    return run_all(client, "write samples", write_file, tasks, FEWER_ROWS)

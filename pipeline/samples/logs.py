@@ -18,9 +18,8 @@ from featurestore.errors import StorageError
 from featurestore.keys import keys_of_uris
 from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError, SampleOptionError
-from pipeline.samples.csvfile import csv_names, read_csv
 from pipeline.samples.mapping import Layout, TimeUnit
-from pipeline.samples.texts import parse_ids, parse_labels, parse_numbers, parse_times
+from pipeline.samples.texts import csv_names, parse_ids, parse_labels, parse_numbers, parse_times, read_csv
 
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -83,29 +82,12 @@ class Piece:
     row_groups: tuple[int, ...]
     first_row: int  # in the file
     num_rows: int  # of CSV a guess from its size
-    user_columns: tuple[str, ...]
-    layout: Layout | None = None  # of a person's own tables
+    layout: Layout
 
     @property
     def is_csv(self) -> bool:
         """Whether the file is text; else it is Parquet."""
         return self.path.endswith(CSV_SUFFIXES)
-
-    @property
-    def time_unit(self) -> TimeUnit:
-        """Of times that are whole numbers."""
-        return self.layout.time_unit if self.layout is not None else "s"
-
-    def name_in_file(self, name: str) -> str:
-        """What the file calls one of our columns."""
-        return self.layout.names[name] if self.layout is not None else name
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """Kind of each column to read."""
-        if self.layout is not None:
-            return self.layout.kinds
-        return {name: KINDS[name] for name in COLUMNS[self.log]} | dict.fromkeys(self.user_columns, "profile")
 
 
 def find_pieces(url: str, log: str, user_columns: Sequence[str] | None, layout: Layout | None = None) -> list[Piece]:
@@ -120,44 +102,50 @@ def find_pieces(url: str, log: str, user_columns: Sequence[str] | None, layout: 
             f"user_columns={','.join(sorted(reserved))}: has a meaning of its own, it is kept anyway"
         )
     storage = Storage(url)
-    if layout is not None:
-        return _own_pieces(storage, log, layout)
-    files = _parquet_files(storage, log)
+    files = _files(storage, layout.files) if layout else _parquet_files(storage, log)
+    place = layout.files if layout else log
+    if not files and layout:
+        raise SampleOptionError(
+            f"{storage.full(place)}: no .parquet, .csv or .tsv files there; {log}.files of the mapping names a file or "
+            "folder below --logs"
+        )
     if not files:
         raise SampleOptionError(
-            f"{storage.full(log)}: no .parquet files in it; --logs must have {IMPRESSIONS}/ and {BEHAVIORS}/"
+            f"{storage.full(place)}: no .parquet files in it; --logs must have {IMPRESSIONS}/ and {BEHAVIORS}/"
         )
-    pieces: list[Piece] = []
-    for path in files:
+    layout = layout or _layout_of(storage, log, files[0], user_columns)
+    pieces = [piece for path in files for piece in _pieces(storage, Piece(log, url, path, (), 0, 0, layout))]
+    if not pieces:
+        raise SampleError(f"{storage.full(place)}: {len(files)} files and not one row")
+    return pieces
+
+
+def _layout_of(storage: Storage, log: str, path: str, user_columns: Sequence[str] | None) -> Layout:
+    """The layout of a log as it is documented; the file at `path` says which of the usual user columns there are."""
+    if log == IMPRESSIONS and user_columns is None:
         with open_parquet(storage, path) as file:
-            if log == IMPRESSIONS and user_columns is None:
-                user_columns = [name for name in ("user_age", "user_gender") if name in file.schema_arrow.names]
-            pieces += _cut(file, Piece(log, url, path, (), 0, 0, tuple(user_columns or ())))
-    if not pieces:
-        raise SampleError(f"{storage.full(log)}: {len(files)} files and not one row")
-    return pieces
+            user_columns = [name for name in ("user_age", "user_gender") if name in file.schema_arrow.names]
+    kinds = {name: KINDS[name] for name in COLUMNS[log]} | dict.fromkeys(user_columns or (), "profile")
+    return Layout(
+        files=log,
+        names={name: name for name in kinds},
+        kinds=kinds,
+        constants={},
+        user_columns=tuple(user_columns or ()),
+        ad_columns=(),
+        delimiter=",",
+        time_unit="s",
+    )
 
 
-def _own_pieces(storage: Storage, log: str, layout: Layout) -> list[Piece]:
-    files = _files(storage, layout.files)
-    if not files:
-        raise SampleOptionError(
-            f"{storage.full(layout.files)}: no .parquet, .csv or .tsv files there; {log}.files of the mapping names a "
-            "file or folder below --logs"
-        )
-    pieces: list[Piece] = []
-    for path in files:
-        piece = Piece(log, storage.url, path, (), 0, 0, layout.user_columns, layout)
-        if piece.is_csv:
-            names = csv_names(storage, path, layout.delimiter)
-            _check_columns(pa.schema([(name, pa.string()) for name in names]), piece)
-            pieces.append(replace(piece, num_rows=storage.size(path) // _CSV_ROW_BYTES))
-        else:
-            with open_parquet(storage, path) as file:
-                pieces += _cut(file, piece)
-    if not pieces:
-        raise SampleError(f"{storage.full(layout.files)}: {len(files)} files and not one row")
-    return pieces
+def _pieces(storage: Storage, empty: Piece) -> list[Piece]:
+    """The pieces of one file, whose columns are checked."""
+    if empty.is_csv:
+        names = csv_names(storage, empty.path, empty.layout.delimiter)
+        _check_columns(pa.schema([(name, pa.string()) for name in names]), empty)
+        return [replace(empty, num_rows=storage.size(empty.path) // _CSV_ROW_BYTES)]
+    with open_parquet(storage, empty.path) as file:
+        return _cut(file, empty)
 
 
 def _files(storage: Storage, place: str) -> list[str]:
@@ -215,8 +203,8 @@ def _cut(file: pq.ParquetFile, empty: Piece) -> list[Piece]:
 
 def _check_columns(schema: pa.Schema, piece: Piece) -> None:
     where = f"{Storage(piece.url).full(piece.path)}: column"
-    for ours, kind in piece.columns.items():
-        name = piece.name_in_file(ours)
+    for ours, kind in piece.layout.kinds.items():
+        name = piece.layout.names[ours]
         if name not in schema.names:
             raise SampleOptionError(f"{where} {name!r} is missing; there are {', '.join(schema.names)}")
         if schema.names.count(name) > 1:
@@ -257,13 +245,12 @@ class Rows:
 def read_piece(piece: Piece, latest_s: int) -> Rows:
     """Reads and checks a piece. Rows later than `latest_s` (seconds since 1970) are bad, as one such row would
     become the last day of the log. A bad row has the first reason in the order of the columns."""
-    columns = piece.columns
-    storage = Storage(piece.url)
+    layout, storage = piece.layout, Storage(piece.url)
     torn: dict[int, str] = {}
     doubtful: dict[int, str] = {}
-    names = [piece.name_in_file(name) for name in columns]
-    if piece.is_csv and piece.layout is not None:
-        read = read_csv(storage, piece.path, names, piece.layout.delimiter)
+    names = [layout.names[name] for name in layout.kinds]
+    if piece.is_csv:
+        read = read_csv(storage, piece.path, names, layout.delimiter)
         table, torn, doubtful = read.table, read.torn, read.doubtful
     else:
         with open_parquet(storage, piece.path) as file:
@@ -277,16 +264,15 @@ def read_piece(piece: Piece, latest_s: int) -> Rows:
     for row, reason in doubtful.items():
         reason_N[np.searchsorted(row_N, row)] = reasons.index(reason)
     good: Columns = {}
-    for name, kind in columns.items():
-        column = table.column(piece.name_in_file(name))
+    for name, kind in layout.kinds.items():
+        column = table.column(layout.names[name])
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
-        good[name], faults = _arrays(column, kind, latest_s, piece.time_unit)
+        good[name], faults = _arrays(column, kind, latest_s, layout.time_unit)
         for fault, is_bad_N in faults.items():
             reason_N[is_bad_N & (reason_N < 0)] = len(reasons)
             reasons.append(f"{name} {fault}")
-    if piece.layout is not None:
-        good |= {name: _constant(value, table.num_rows) for name, value in piece.layout.constants.items()}
+    good |= {name: _constant(value, table.num_rows) for name, value in layout.constants.items()}
     is_good_N = reason_N < 0
     (bad_N,) = np.nonzero(~is_good_N)
     bad = sorted([*zip(row_N[bad_N].tolist(), [reasons[code] for code in reason_N[bad_N]], strict=True), *torn.items()])

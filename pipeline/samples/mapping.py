@@ -137,3 +137,8 @@ def _text(message: str) -> str:
     return (
         message.removeprefix("Value error, ").replace("Input should", "it should").replace("Extra inputs are", "it is")
     )
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """Split an option of names with commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -1,50 +1,58 @@
 """Semantic IDs from vectors to samples: fit or take a codebook, assign codes, rewrite the samples, publish at once."""
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from featurestore.console.files import write_json
 from featurestore.console.progress import progress
+from featurestore.store import FeatureStore
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples.publish import MARK, replaced_folder
+from pipeline.samples.schema import schema_beside
 from pipeline.semantic import codebook as books
 from pipeline.semantic.codebook import Codebook
 from pipeline.semantic.codes import FOLDER, Assigned, assign
-from pipeline.semantic.samples import Rewritten, rewrite
-from pipeline.semantic.vectors import Vectors
+from pipeline.semantic.samples import Rewritten, rewrite, sample_files
+from pipeline.semantic.schema import image_columns, write_code_schema
+from pipeline.semantic.vectors import StoreVectors, Vectors, open_file
+from trainer.schema import Schema, load_schema
 
 _LARGEST_CODE = 1 << 62
 
-Describe = Callable[[dict[str, Any]], Mapping[str, str]]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SemanticOptions:
-    """`samples` None: codes alone. `codebook`: that of an earlier run, in place of a new one; `accept_store`: also one
-    that was fitted to another store of the same network."""
+    """What to make codes of, and how. Vectors are those of a store's images, or of a file in its place."""
 
     out: Path
-    samples: str | None = None
+    store: str = "data/features"
+    vectors: str | None = None
+    keys: str | None = None  # of vectors in a .npy
+    samples: str | None = None  # None: codes alone
+    schema: Path | None = None  # of the samples; None: the one beside them, else the packaged one
+    store_name: str = "images"  # in the schema
     num_levels: int = 3
     num_codes: int = 256
     sample_rows: int = 20_000
     seed: int = 0
     standardize: bool = True
-    codebook: Path | None = None
-    accept_store: bool = False
+    codebook: Path | None = None  # that of an earlier run, in place of a new one
+    accept_store: bool = False  # take a codebook that was fitted to another store of the same network
 
 
-def build_semantic_ids(
-    vectors: Vectors, options: SemanticOptions, columns: Sequence[str], describe: Describe
-) -> dict[str, Any]:
-    """Makes `options.out` anew and returns its summary: codebook, codes by key, and the samples with codes as columns.
+def build_semantic_ids(options: SemanticOptions) -> dict[str, Any]:
+    """Make `options.out` anew: codebook, codes by key, and the samples with codes as columns; return its summary.
 
-    Equal vectors, samples and options give equal files on one machine. `columns` are the image columns of the samples;
-    `describe` gives files to write beside them, by name, from the summary. Holds 16 bytes an image. Raises SampleError,
-    VectorImportError, FeatureStoreError.
+    Equal vectors, samples and options give equal files on one machine. Schema and settings for the trainer are written
+    beside the samples. Holds 16 bytes an image. Raises SampleError, VectorImportError, SchemaError, FeatureStoreError.
     """
+    schema: Schema | None = None
+    if options.samples:
+        sample_files(options.samples)  # before the store is read through
+        schema = load_schema(options.schema or schema_beside(options.samples))
+        image_columns(schema, options.store_name)
+    vectors = _open(options)
     if options.num_codes & (options.num_codes - 1) or options.num_codes < 2:
         raise SampleOptionError(f"--codes {options.num_codes} is not a power of two; try 256")
     if options.num_codes**options.num_levels > _LARGEST_CODE:
@@ -54,12 +62,20 @@ def build_semantic_ids(
         (folder / books.FILE).write_bytes(codebook.to_bytes())
         with progress("assigning codes", vectors.num_parts) as advance:
             assigned = assign(vectors, codebook, folder / FOLDER, advance)
-        rewritten = rewrite(options.samples, folder, columns, assigned.index) if options.samples else None
+        rewritten: Rewritten | None = None
+        if options.samples and schema:
+            rewritten = rewrite(options.samples, folder, image_columns(schema, options.store_name), assigned.index)
         summary = _summary(vectors, options, codebook, assigned, rewritten)
-        for name, text in describe(summary).items() if rewritten else ():
-            (folder / name).write_text(text, encoding="utf-8")
+        if options.samples and schema:
+            write_code_schema(folder, options.out, options.samples, schema, options.store_name, summary)
         write_json(folder / MARK, summary)
     return summary
+
+
+def _open(options: SemanticOptions) -> Vectors:
+    if options.vectors is not None:
+        return open_file(options.vectors, options.keys)
+    return StoreVectors(FeatureStore.open(options.store).snapshot())
 
 
 def _codebook(vectors: Vectors, options: SemanticOptions) -> Codebook:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,27 +24,6 @@ from pipeline.vectors.source import Source, block_rows
 
 Float32Array = npt.NDArray[np.float32]
 Blocks = Iterator[tuple[Int64Array, Float32Array]]
-
-
-class Vectors(Protocol):
-    """Vectors by key, all of one width."""
-
-    @property
-    def dim(self) -> int:
-        """Numbers of a vector."""
-
-    @property
-    def num_parts(self) -> int:
-        """Parts that `blocks` reads."""
-
-    def describe(self) -> dict[str, Any]:
-        """What they are, for the report."""
-
-    def sample(self, num_rows: int, seed: int) -> Float32Array:
-        """At most `num_rows` vectors, drawn by `seed`, (N, D)."""
-
-    def blocks(self, part: int) -> Blocks:
-        """Keys and vectors of a part, some megabytes at a time; finite ones alone."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +94,10 @@ class FileVectors:
             unusable += len(block.bad) + int((~is_finite_N).sum())
             yield block.keys_N[is_finite_N], block.vectors_ND[is_finite_N]
         self.unusable[part] = unusable
+
+
+Vectors = StoreVectors | FileVectors
+"""Vectors by key, all of one width; `blocks` gives the finite ones of a part, some megabytes at a time."""
 
 
 def open_file(address: str, keys: str | None) -> FileVectors:

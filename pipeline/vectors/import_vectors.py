@@ -1,29 +1,32 @@
 """Vectors into a store: plan, stage the units on Dask, compare them with each other, build shards, commit once.
 
-A run that was killed goes on where it was when the same command runs again on the same files and store.
+A killed run continues when the same command runs again on the same files and store.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from distributed import Client
 
 from featurestore.console.progress import progress
-from featurestore.errors import StoreNotFoundError
-from featurestore.format.rows import FeatureRows
 from featurestore.keys import Int64Array
-from featurestore.quarantine import QuarantineRow
-from featurestore.spec import DType, ExtractorSpec, StoreInfo
+from featurestore.spec import DType, ExtractorSpec
 from featurestore.store import FeatureStore
-from pipeline.cluster.checks import wait_for_workers
 from pipeline.cluster.tasks import Killed, run_alone, run_tasks
 from pipeline.errors import VectorImportError
-from pipeline.features.diff import run_id_of
-from pipeline.features.staged_run import build_shards
-from pipeline.vectors.source import BadRow, Slice, Source, block_rows, pack
+from pipeline.store_run import (
+    BadRow,
+    StoreRun,
+    check_gone,
+    describe_bad,
+    find_store,
+    open_or_make,
+    run_id_of,
+    wait_for_worker,
+)
+from pipeline.vectors.source import Slice, Source, block_rows, pack
 from pipeline.vectors.stage import (
     CHANGED,
     INDEX_DTYPE,
@@ -38,13 +41,10 @@ from pipeline.vectors.stage import (
 from pipeline.vectors.xdl import MAX_TORN_SHARE, WRONG_FILE
 
 BACKBONE = "imported"
-UNKNOWN = "unknown"  # what nobody told us about the network
-TOMBSTONES = "tombstones"
-TOMBSTONES_PER_PART = 4096  # their blank features are held in memory
-WORKERS_TIMEOUT_S = 60.0
+UNKNOWN = "unknown"  # what nobody said about the network
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImportOptions:
     """Where to, and how. `num_shards`, `name` and `dtype` count when the store is made; None: as the store has it."""
 
@@ -58,7 +58,7 @@ class ImportOptions:
     max_gone: float = 0.5  # share of the store's rows that may vanish in one run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImportSummary:
     """What an import did. Rows of the source are each one of duplicate, bad, new, changed and unchanged."""
 
@@ -76,41 +76,62 @@ class ImportSummary:
     store: str
     snapshot: int
 
+    def __str__(self) -> str:
+        """Give the lines that a job prints."""
+        kept = f" ({self.num_kept:,} not in the source, kept)" if self.num_kept else ""
+        bad = f": {describe_bad(self.bad)}" if self.bad else ""
+        lines = [
+            f"rows         {self.num_rows:,}",
+            f"new          {self.num_new:,}",
+            f"changed      {self.num_changed:,}",
+            f"unchanged    {self.num_unchanged:,}",
+            f"duplicates   {self.num_duplicates:,} (repeated with the same numbers)",
+            f"gone         {self.num_gone:,}{kept}",
+            f"quarantined  {len(self.bad):,}{bad}",
+            f"resolved     {self.num_resolved:,} (were in quarantine)",
+            f"resumed      {self.num_resumed:,} (staged by an earlier run)",
+            f"time         {self.seconds:.1f} s, {self.num_rows / max(self.seconds, 1e-9):,.0f} rows/s",
+            f"store        {self.store}, snapshot {self.snapshot}",
+        ]
+        return "\n".join(lines)
+
 
 def import_vectors(source: Source, options: ImportOptions, client: Client) -> ImportSummary:
     """Add and replace rows; at most one commit, and none when nothing has changed.
 
-    A key that comes with different numbers, a row that is not finite, and whatever else a format finds wrong goes to
+    A key that comes with different numbers, a row that is not finite, and all else that a format finds wrong goes to
     the quarantine; what the store has under such a key stays. Needs 25 bytes of memory for each row of the source here,
-    and of the store in every worker. Raises VectorImportError, SpecMismatchError, KeyCollisionError, ClusterError and
-    the errors of storage; what was staged by then stays for the next run.
+    and of the store in every worker. Raises VectorImportError, StoreRunError, SpecMismatchError, KeyCollisionError,
+    ClusterError and the errors of storage; what was staged by then stays for the next run.
     """
     start_s = time.monotonic()
-    wait_for_workers(client, str(client.scheduler_info()["address"]), 1, WORKERS_TIMEOUT_S)
-    store = open_store(source, options)
-    run = _Run(client, store, source, options)
+    wait_for_worker(client)
+    run = ImportRun(client, _open_store(source, options), source, options)
     reports = run.stage()
     index = run.index()
     contested = contested_keys(index)
     if len(contested):
         reports |= run.stage_again(contested)
+    num_rows = sum(report.num_rows for report in reports.values())
     bad = tuple(row for report in reports.values() for row in report.bad)
-    _check_bad(source, bad, sum(report.num_rows for report in reports.values()))
+    _check_bad(source, bad, num_rows)
     good = index[~np.isin(index["key"], contested)]
+    run.parts = [part for report in reports.values() for part in report.parts]
+    run.num_rows = int(np.count_nonzero(good["state"] != UNCHANGED))
     keys, first = np.unique(good["key"], return_index=True)
     states = good["state"][first]
-    missing = np.setdiff1d(run.snapshot.keys(), np.concatenate([keys, contested, _keys_of(bad)]))
+    bad_keys = np.array([row.key for row in bad], np.int64)
+    missing = np.setdiff1d(run.snapshot.keys(), np.concatenate([keys, contested, bad_keys]))
     gone = missing[:0] if options.keep_missing else missing
-    _check_gone(options, len(gone), len(missing) + int(np.count_nonzero(states != NEW)))
-    quarantined = store.quarantine_rows()
-    known = {(row.key, row.uri, row.reason) for row in quarantined}
-    store.add_quarantine([QuarantineRow(*row, time.time()) for row in dict.fromkeys(bad) if tuple(row) not in known])
-    version = run.commit([part for report in reports.values() for part in report.parts], gone, len(bad))
-    is_good = np.isin([row.key for row in quarantined], np.setdiff1d(keys, _keys_of(bad)))
-    settled = [row for row, good_now in zip(quarantined, is_good, strict=True) if good_now]
-    store.resolve_quarantine(settled)
+    num_stored = len(missing) + int(np.count_nonzero(states != NEW))
+    advice = "is --from right? --keep-missing keeps them, --max-gone 1 lets them go"
+    check_gone(options.store, len(gone), num_stored, options.max_gone, "are not in the source", advice)
+    run.quarantine(bad)
+    run.remove(gone)
+    resolved = run.good_again(keys, bad)
+    version = run.commit("import", len(bad), resolved)
     return ImportSummary(
-        num_rows=sum(report.num_rows for report in reports.values()),
+        num_rows=num_rows,
         num_new=int(np.count_nonzero(states == NEW)),
         num_changed=int(np.count_nonzero(states == CHANGED)),
         num_unchanged=int(np.count_nonzero(states == UNCHANGED)),
@@ -118,45 +139,36 @@ def import_vectors(source: Source, options: ImportOptions, client: Client) -> Im
         num_gone=len(gone),
         num_kept=len(missing) - len(gone),
         num_resumed=run.num_resumed,
-        num_resolved=len(settled),
+        num_resolved=len(resolved),
         bad=bad,
         seconds=time.monotonic() - start_s,
-        store=store.url,
+        store=run.store.url,
         snapshot=version,
     )
 
 
-def open_store(source: Source, options: ImportOptions) -> FeatureStore:
-    """The store, made when it is new. Raises SpecMismatchError when it is of another origin, width or layout."""
-    given = {"num_shards": options.num_shards, "name": options.name, "dtype": options.dtype}
-    changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    try:
-        store = FeatureStore.open(options.store)
-    except StoreNotFoundError:
-        if options.dtype == "int8":
-            raise VectorImportError(
-                f"{options.store} would be a new store in int8, whose codec is trained on features that are there:"
-                " import into a bfloat16 store first, and make the int8 store of it with `python -m featurestore"
-                " recode`; that one takes imports too"
-            ) from None
-        extractor = extractor_of(options.origin or UNKNOWN)
-        info = StoreInfo.model_validate(changed | {"dim": source.dim, "extractor": extractor})
-        return FeatureStore.open_or_create(options.store, info)
-    origin = options.origin or store.info.extractor.layer
-    changed |= {"dim": source.dim, "extractor": extractor_of(origin)}
-    store.info.model_copy(update=changed).check_same(store.info, f"the store at {store.url}")
-    return store
+def _open_store(source: Source, options: ImportOptions) -> FeatureStore:
+    """Open the store, or make it. Raises SpecMismatchError when it is of another origin, width or layout."""
+    found = find_store(options.store)
+    asked = {
+        "num_shards": options.num_shards,
+        "name": options.name,
+        "dtype": options.dtype,
+        "dim": source.dim,
+        "extractor": extractor_of(options.origin or (found.info.extractor.layer if found else UNKNOWN)),
+    }
+    return open_or_make(options.store, asked)
 
 
 def extractor_of(origin: str) -> ExtractorSpec:
-    """The spec of vectors that came from elsewhere: all that is known of their network is what a person says."""
+    """Give the spec of vectors from elsewhere: all that is known of their network is what a person says."""
     return ExtractorSpec(
         backbone=BACKBONE, layer=origin, weights_digest=UNKNOWN, preprocessing=UNKNOWN, compute_dtype=UNKNOWN
     )
 
 
 def contested_keys(index: IndexArray) -> Int64Array:
-    """Keys that have rows with different numbers, ascending."""
+    """Find the keys that have rows with different numbers, ascending."""
     order = np.lexsort((index["high"], index["low"], index["key"]))
     rows = index[order]
     same_key = rows["key"][1:] == rows["key"][:-1]
@@ -165,82 +177,58 @@ def contested_keys(index: IndexArray) -> Int64Array:
     return contested
 
 
-class _Run:
-    """One import on its cluster."""
+class ImportRun(StoreRun):
+    """A StoreRun of vectors: the units of a source, each staged by one task."""
 
     def __init__(self, client: Client, store: FeatureStore, source: Source, options: ImportOptions) -> None:
-        self._client = client
-        self._store = store
         self._rows = options.part_size or block_rows(source.dim)
         self._units = {f"{number:06d}": slices for number, slices in enumerate(pack(source.slices, self._rows))}
-        self.snapshot = store.snapshot()
-        commit_id = self.snapshot.manifest.commit_id
-        self._run_id = run_id_of("import", store.info.digest, source.fingerprint, source.dim, self._rows, commit_id)
-        self.num_resumed = 0
+        snapshot = store.snapshot()
+        commit_id = snapshot.manifest.commit_id
+        run_id = run_id_of("import", store.info.digest, source.fingerprint, source.dim, self._rows, commit_id)
+        super().__init__(client, store, run_id, snapshot, store.quarantine_rows())
+        self.num_resumed = 0  # rows
 
     def stage(self) -> dict[str, UnitReport]:
-        """The reports of all units, staged now or by an earlier run."""
-        complete = complete_units(self._store.storage, self._run_id)
-        reports = {unit: UnitReport.load(self._store, self._run_id, unit) for unit in self._units if unit in complete}
+        """Stage all units that an earlier run did not; return the reports of all."""
+        complete = complete_units(self.store.storage, self.run_id)
+        reports = {unit: UnitReport.load(self.store, self.run_id, unit) for unit in self._units if unit in complete}
         self.num_resumed = sum(report.num_rows for report in reports.values())
         reports |= self._stage({unit: it for unit, it in self._units.items() if unit not in complete}, ())
         return {unit: reports[unit] for unit in self._units}
 
     def stage_again(self, contested: Int64Array) -> dict[str, UnitReport]:
-        """The reports of the units that hold contested keys, staged without these."""
+        """Stage the units that hold contested keys again, without these; return their reports."""
         keys = contested.tolist()
         units = {
             unit: slices
             for unit, slices in self._units.items()
-            if np.isin(load_index(self._store, self._run_id, unit)["key"], contested).any()
+            if np.isin(load_index(self.store, self.run_id, unit)["key"], contested).any()
         }
         return self._stage(units, keys)
 
     def index(self) -> IndexArray:
-        """The rows of all units, in their order."""
-        indexes = [load_index(self._store, self._run_id, unit) for unit in self._units]
+        """Load the rows of all units, in their order."""
+        indexes = [load_index(self.store, self.run_id, unit) for unit in self._units]
         return np.concatenate([np.empty(0, INDEX_DTYPE), *indexes])
-
-    def commit(self, parts: list[str], gone: Int64Array, num_bad: int) -> int:
-        """The version after one commit, or after none where nothing has changed; staging is gone then."""
-        for start in range(0, len(gone), TOMBSTONES_PER_PART):
-            parts.append(f"{TOMBSTONES}-{start:08d}")
-            chunk = FeatureRows.tombstones(gone[start : start + TOMBSTONES_PER_PART], self._store.info)
-            self._store.stage_part(self._run_id, parts[-1], chunk)
-        version = self.snapshot.version
-        if parts:
-            entries = build_shards(self._client, self._store, self._run_id, parts)
-            version = self._store.commit(entries, "import", num_quarantined=num_bad).version
-        self._store.discard_staging(self._run_id)
-        return version
 
     def _stage(self, units: dict[str, tuple[Slice, ...]], contested: Sequence[int]) -> dict[str, UnitReport]:
         names = list(units)
         version = self.snapshot.version
-        calls = [(self._store, version, self._run_id, name, units[name], self._rows, contested) for name in names]
+        calls = [(self.store, version, self.run_id, name, units[name], self._rows, contested) for name in names]
         num_rows = sum(piece.num_rows for slices in units.values() for piece in slices)
         reports: dict[str, UnitReport] = {}
         with progress("reading again" if len(contested) else "reading", num_rows) as advance:
-            for place, report in run_tasks(self._client, _stage_unit, calls):
-                done = run_alone(self._client, _stage_unit, *calls[place]) if isinstance(report, Killed) else report
+            for place, report in run_tasks(self.client, stage_unit, calls):
+                done = run_alone(self.client, stage_unit, *calls[place]) if isinstance(report, Killed) else report
                 if isinstance(done, Killed):
                     raise VectorImportError(
                         f"reading {units[names[place]][0].place} brings the workers down: give them more memory, or set"
                         " a smaller --part-size"
                     )
-                if isinstance(done, VectorImportError):
-                    raise done
                 reports[names[place]] = done
                 advance(done.num_rows)
         return reports
-
-
-def _stage_unit(*call: Any) -> UnitReport | VectorImportError:
-    """A person's mistake as a result: Dask would log a raised one with its traceback, and try again."""
-    try:
-        return stage_unit(*call)
-    except VectorImportError as error:
-        return error
 
 
 def _check_bad(source: Source, bad: Sequence[BadRow], num_rows: int) -> None:
@@ -254,16 +242,3 @@ def _check_bad(source: Source, bad: Sequence[BadRow], num_rows: int) -> None:
     if len(bad) == num_rows:
         reason = f": {bad[0].uri} {bad[0].reason}" if bad else ""
         raise VectorImportError(f"none of the {num_rows:,} rows can be used{reason}")
-
-
-def _check_gone(options: ImportOptions, num_gone: int, num_stored: int) -> None:
-    """Raise VectorImportError where more of the store would vanish than the options allow."""
-    if num_gone > options.max_gone * num_stored:
-        raise VectorImportError(
-            f"{num_gone:,} of the {num_stored:,} rows in {options.store} are not in the source, more than a share of"
-            f" {options.max_gone:g}: is --from right? --keep-missing keeps them, --max-gone 1 lets them go"
-        )
-
-
-def _keys_of(bad: Sequence[BadRow]) -> Int64Array:
-    return np.array([row.key for row in bad], np.int64)

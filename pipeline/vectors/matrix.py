@@ -16,7 +16,8 @@ from featurestore.keys import Int64Array, keys_of_uris
 from featurestore.spec import DType
 from featurestore.storage.storage import Storage
 from pipeline.errors import VectorImportError
-from pipeline.vectors.source import BadRow, Block, Slice, Source, block_rows, find_files, fingerprint_of, uri_of_key
+from pipeline.store_run import BadRow
+from pipeline.vectors.source import Block, Slice, Source, block_rows, find_files, fingerprint_of, uri_of_key
 
 _CHUNK_BYTES = 8 << 20
 

@@ -19,7 +19,8 @@ from featurestore.keys import key_of_uri
 from featurestore.spec import STORAGE_DTYPES, DType
 from featurestore.storage.storage import Storage
 from pipeline.errors import VectorImportError
-from pipeline.vectors.source import BadRow, Block, Slice, Source, block_rows, find_files, fingerprint_of, uri_of_key
+from pipeline.store_run import BadRow
+from pipeline.vectors.source import Block, Slice, Source, block_rows, find_files, fingerprint_of, uri_of_key
 
 FLOATS: tuple[DType, ...] = ("bfloat16", "float16", "float32")
 FOOTER_THREADS = 16  # waiting for answers, not computing

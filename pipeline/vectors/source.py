@@ -6,31 +6,18 @@ Letters of shapes: N rows of a block, D feature width.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from featurestore.keys import Int64Array, key_of_uri
+from featurestore.keys import Int64Array
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.storage import Storage
 from pipeline.errors import VectorsNotFoundError
+from pipeline.store_run import BadRow
 
 BLOCK_BYTES = 32 << 20  # of float32: what a task holds a few times
-
-
-class BadRow(NamedTuple):
-    """A row for the quarantine. One without a key gets that of its place, which stands as its uri."""
-
-    key: int
-    uri: str
-    reason: str
-
-    @classmethod
-    def at(cls, path: str, row: int, reason: str) -> "BadRow":
-        """A row whose key is not known: `row` counts from 0 in the file at `path`."""
-        uri = f"{path}#{row}"
-        return cls(key_of_uri(uri), uri, reason)
 
 
 @dataclass(frozen=True)

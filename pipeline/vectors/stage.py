@@ -23,7 +23,8 @@ from featurestore.keys import Int64Array
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.text.parsing import parse_json
-from pipeline.vectors.source import BadRow, Block, Slice, gathered
+from pipeline.store_run import BadRow
+from pipeline.vectors.source import Block, Slice, gathered
 
 NEW, CHANGED, UNCHANGED = 0, 1, 2
 INDEX_DTYPE = np.dtype([("key", "<i8"), ("low", "<u8"), ("high", "<u8"), ("state", "u1")])

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from featurestore.storage.storage import Storage
 from pipeline.errors import VectorImportError, VectorsNotFoundError
-from pipeline.vectors.source import BadRow, Block, Source, block_rows, find_files, fingerprint_of, uri_of_key
+from pipeline.store_run import BadRow
+from pipeline.vectors.source import Block, Source, block_rows, find_files, fingerprint_of, uri_of_key
 
 NUM_FILES = 1024
 DEFAULT_DIM = 4096

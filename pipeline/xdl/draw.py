@@ -21,7 +21,7 @@ TEXT_FILE, IMAGE_FOLDER = "data.txt", "imgs"
 _BLOCK_NUMBERS = 1 << 22
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DrawOptions:
     """Sizes; the defaults are the example's."""
 

@@ -6,7 +6,7 @@ A file is one task, so a group never spans two files: write the lines of a group
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,10 +17,9 @@ import pyarrow.parquet as pq
 from distributed import Client
 
 from featurestore.console.files import write_json
-from featurestore.console.progress import progress
 from featurestore.keys import key_of_uri, splitmix64
 from featurestore.storage.storage import Storage
-from pipeline.cluster.tasks import Killed, run_tasks
+from pipeline.cluster.tasks import run_all
 from pipeline.errors import SampleError
 from pipeline.samples.files import FORMAT
 from pipeline.samples.publish import MARK, replaced_folder
@@ -28,6 +27,7 @@ from pipeline.vectors.source import find_files
 from pipeline.xdl.fields import SeenFields, XdlField, decide, merged, scan
 from pipeline.xdl.groups import Group, ReadRules, Weights, group_samples, read_sample, schema_of, table_of
 from pipeline.xdl.line import BadLineError, Line, parse_line
+from pipeline.xdl.schema import write_field_schema
 
 SPLITS = ("train", "test")
 QUARANTINE_FILE = "quarantine.parquet"
@@ -40,11 +40,10 @@ _QUARANTINE_TYPES: dict[str, pa.DataType] = {
 QUARANTINE = pa.schema(_QUARANTINE_TYPES)
 ROW_GROUP_SIZE = 2_048
 _SHARE_STEPS = 1 << 32
+SMALLER = "give them more memory, or cut the files"  # a file is a task
 
-Describe = Callable[[Sequence[XdlField]], Mapping[str, str]]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class XdlOptions:
     """What is imported, and how; see `ReadRules` and `decide` for the names that stand there too."""
 
@@ -86,18 +85,18 @@ class Written:
     clicks: Counter[str] = field(default_factory=Counter)
 
 
-def import_samples(options: XdlOptions, client: Client, describe: Describe) -> dict[str, Any]:
-    """Makes `options.samples` anew, and returns its summary, which stands in its summary.json as well.
+def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
+    """Make `options.samples` anew, with schema and settings beside; return the summary that is its summary.json too.
 
     A row is a group: neighbouring lines of one file with equal group key and equal user part. Bad lines are counted and
-    kept, text and all, in quarantine.parquet. `describe` gives files to write beside the samples, by name, from the
-    fields found. Every line is read twice. Raises SampleError where there is nothing to train on.
+    kept, text and all, in quarantine.parquet. Every line is read twice. Raises SampleError where there is nothing to
+    train on.
     """
     files = _files(options)
     with replaced_folder(Path(options.samples)) as folder:
         for split in SPLITS:
             (folder / split).mkdir()
-        scanned = _run(client, "looking through lines", scan_file, [(file,) for file in files])
+        scanned = run_all(client, "looking through lines", scan_file, [(file,) for file in files], SMALLER)
         num_good = sum(count for count, _ in scanned)
         if not num_good:
             raise SampleError(f"{options.source}: not one line of the form skey|gkey|user part|ad part|label|ts")
@@ -109,13 +108,12 @@ def import_samples(options: XdlOptions, client: Client, describe: Describe) -> d
         )
         share = options.test_share
         calls = [(file, number, rules, share, str(folder.absolute())) for number, file in enumerate(files)]
-        written = _run(client, "writing samples", write_file, calls)
+        written = run_all(client, "writing samples", write_file, calls, SMALLER)
         summary = _summary(options, fields, written)
         _check(options, summary)
         bad = [row for each in written for row in each.bad]
         pq.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE), folder / QUARANTINE_FILE)
-        for name, text in describe(fields).items():
-            (folder / name).write_text(text, encoding="utf-8")
+        write_field_schema(folder, options.samples, fields, options.weights == "keep")
         write_json(folder / MARK, summary)
     return summary
 
@@ -207,19 +205,6 @@ def _write(
     result.groups[split] += len(groups)
     result.samples[split] += len(labels)
     result.clicks[split] += sum(labels)
-
-
-def _run(client: Client, title: str, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-    results: list[Any] = [None] * len(calls)
-    with progress(title, len(calls)) as advance:
-        for place, result in run_tasks(client, function, calls):
-            if isinstance(result, Killed):
-                raise SampleError(
-                    f"{title}: {calls[place][0].path} brings the workers down: give them more memory, or cut the file"
-                )
-            results[place] = result
-            advance(1)
-    return results
 
 
 def _summary(options: XdlOptions, fields: Sequence[XdlField], written: Sequence[Written]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from featurestore.store import FeatureStore
 from jobs import extract_features
 from pipeline.errors import PipelineError
-from pipeline.features.part import BadImage
-from pipeline.features.summary import RefreshSummary, describe
+from pipeline.features.refresh import RefreshSummary
+from pipeline.store_run import BadRow
 
 JOB = Path(extract_features.__file__)
 
@@ -77,8 +77,26 @@ def test_the_help_has_examples(job):
 
 
 def test_the_summary_names_what_was_bad():
-    bad = (BadImage(1, "a.jpg", "empty file"), BadImage(2, "b.jpg", "no such file"), BadImage(3, "c.jpg", "empty file"))
-    counts = RefreshSummary(13, 1, 2, 1, 1, 6, 5, 2, 1, 3, 4, 2, bad, 2.0, "/features", 7, is_dry=True)
+    bad = (BadRow(1, "a.jpg", "empty file"), BadRow(2, "b.jpg", "no such file"), BadRow(3, "c.jpg", "empty file"))
+    counts = RefreshSummary(
+        num_images=13,
+        num_ignored=1,
+        num_new=2,
+        num_changed=1,
+        num_touched=1,
+        num_unchanged=6,
+        num_gone=5,
+        num_kept=2,
+        num_resolved=1,
+        num_computed=3,
+        num_duplicates=4,
+        num_resumed=2,
+        bad=bad,
+        seconds=2.0,
+        store="/features",
+        snapshot=7,
+        is_dry=True,
+    )
     for part in (
         "images       13 (1 other files ignored)", "new          2", "changed      1", "touched      1 (",
         "unchanged    6",
@@ -86,7 +104,7 @@ def test_the_summary_names_what_was_bad():
         "resolved     1 (", "duplicates   4 (", "computed     3 (2 images staged", "2.0 s, 2.0 images/s",
         "/features, snapshot 7", "nothing was written",
     ):  # fmt: skip
-        assert part in describe(counts)
+        assert part in str(counts)
 
 
 def test_under_dask_submit_with_the_default_places(tmp_path):

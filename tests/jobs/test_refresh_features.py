@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 from featurestore import ExtractorSpec, FeatureStore, StoreInfo
 from featurestore.spec import NetworkName
 from jobs import refresh_features
-from pipeline.features.part import BadImage
-from pipeline.features.summary import RefreshSummary
+from pipeline.features.refresh import RefreshSummary
+from pipeline.store_run import BadRow
 
 
 @pytest.fixture
@@ -57,8 +57,26 @@ def test_all_options_arrive_and_the_counts_are_printed(job, monkeypatch):
 
     def refresh(options, client):
         seen.append(options)
-        bad = (BadImage(1, "a.jpg", "empty file"),)
-        return RefreshSummary(10, 0, 1, 2, 3, 3, 5, 0, 1, 3, 0, 0, bad, 1.0, "/features", 4, options.dry_run)
+        bad = (BadRow(1, "a.jpg", "empty file"),)
+        return RefreshSummary(
+            num_images=10,
+            num_ignored=0,
+            num_new=1,
+            num_changed=2,
+            num_touched=3,
+            num_unchanged=3,
+            num_gone=5,
+            num_kept=0,
+            num_resolved=1,
+            num_computed=3,
+            num_duplicates=0,
+            num_resumed=0,
+            bad=bad,
+            seconds=1.0,
+            store="/features",
+            snapshot=4,
+            is_dry=options.dry_run,
+        )
 
     monkeypatch.setattr(refresh_features, "refresh", refresh)
     result = job(
@@ -66,7 +84,20 @@ def test_all_options_arrive_and_the_counts_are_printed(job, monkeypatch):
         "--batch-size", "3", "--part-size", "4", "--keep-missing", "--max-gone", "0.25", "--dry-run",
     )  # fmt: skip
     assert result.exit_code == 0
-    assert seen == [refresh_features.RefreshOptions("i", "s", "w", "bfloat16", 3, 4, "b:l", True, 0.25, True)]
+    assert seen == [
+        refresh_features.RefreshOptions(
+            images="i",
+            store="s",
+            backbone="b:l",
+            weights="w",
+            compute_dtype="bfloat16",
+            batch_size=3,
+            part_size=4,
+            keep_missing=True,
+            max_gone=0.25,
+            dry_run=True,
+        )
+    ]
     for line in (
         "new          1",
         "changed      2",

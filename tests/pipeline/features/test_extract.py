@@ -17,11 +17,10 @@ from featurestore.keys import key_of_uri
 from featurestore.lookup.compute_dtype import VARIABLE
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from pipeline.errors import BackboneError, ExtractionError, SourceError, WeightsError
+from pipeline.errors import BackboneError, SourceError, StoreRunError, WeightsError
 from pipeline.features.extract import ExtractOptions, extract
 from pipeline.features.part import in_order
-from pipeline.network.backbone import backbone
-from pipeline.network.compute_dtype import describe_network
+from pipeline.network.backbone import backbone, describe_network
 from pipeline.network.layers import DEFAULT_BACKBONE
 
 pytestmark = [pytest.mark.filterwarnings("ignore:weights random"), pytest.mark.usefixtures("one_torch_thread")]
@@ -33,7 +32,7 @@ def run(client, tmp_path):
 
     def run(images, **options):
         settings = {"weights": "random:0", "dtype": "float32", "compute_dtype": "float32", "num_shards": 4} | options
-        return extract(ExtractOptions(str(images), str(tmp_path / "features"), **settings), client)
+        return extract(ExtractOptions(images=str(images), store=str(tmp_path / "features"), **settings), client)
 
     return run
 
@@ -147,7 +146,7 @@ def test_only_bad_images_are_an_error_and_no_commit(run, tmp_path):
     folder = tmp_path / "bad"
     folder.mkdir()
     (folder / "text.jpg").write_text("a text")
-    with pytest.raises(ExtractionError, match=r"none of the 1 images can be used: 1 not an image.*text.jpg"):
+    with pytest.raises(StoreRunError, match=r"none of the 1 images can be used: 1 not an image.*text.jpg"):
         run(folder)
     store = FeatureStore.open(tmp_path / "features")
     assert store.snapshot().version == 0
@@ -206,7 +205,7 @@ def test_features_of_another_network_or_dtype_are_refused(run, photos):
 def test_mistakes_in_options_are_refused_before_any_work(run, photos, tmp_path):
     with pytest.raises(WeightsError, match="the seed"):
         run(photos, weights="random:")
-    with pytest.raises(ExtractionError, match="num_shards=3 is not a power of two"):
+    with pytest.raises(StoreRunError, match="num_shards=3 is not a power of two"):
         run(photos, num_shards=3)
     assert not (tmp_path / "features").exists()
 
@@ -232,7 +231,12 @@ def test_images_and_store_on_s3_give_what_a_disk_gives(client, run, photos, tmp_
         Storage(f"{s3_url}/photos").write_bytes(path.name, path.read_bytes())
     run(photos)
     options = ExtractOptions(
-        f"{s3_url}/photos", f"{s3_url}/features", "random:0", "float32", compute_dtype="float32", num_shards=4
+        images=f"{s3_url}/photos",
+        store=f"{s3_url}/features",
+        weights="random:0",
+        dtype="float32",
+        compute_dtype="float32",
+        num_shards=4,
     )
     assert extract(options, client).num_computed == 4
     assert extract(options, client).num_unchanged == 4

@@ -55,7 +55,15 @@ def make(client, tmp_path):
 
     def make(images, store="features", cluster=client):
         options = ExtractOptions(
-            str(images), str(tmp_path / store), "random:0", "float32", "float32", 2, 2, num_shards=4, backbone=NETWORK
+            images=str(images),
+            store=str(tmp_path / store),
+            weights="random:0",
+            dtype="float32",
+            compute_dtype="float32",
+            batch_size=2,
+            part_size=2,
+            num_shards=4,
+            backbone=NETWORK,
         )
         return extract(options, cluster)
 
@@ -125,7 +133,7 @@ def test_a_killed_job_goes_on_with_the_parts_that_it_had(client, make, write, tm
     assert FeatureStore.open(store).snapshot().version == 1
 
     write(range(12, 13))  # the listing may change meanwhile
-    summary = refresh(RefreshOptions(str(folder), str(store), batch_size=2, part_size=2), client)
+    summary = refresh(RefreshOptions(images=str(folder), store=str(store), batch_size=2, part_size=2), client)
     assert (summary.num_new, summary.num_changed, summary.num_unchanged) == (9, 2, 2)
     assert (summary.num_resumed, summary.num_computed, summary.snapshot) == (num_staged, 11, 2)
     make(folder, "calm")
@@ -183,7 +191,7 @@ def test_whichever_workers_die_only_the_image_that_kills_each_time_is_blamed(mak
         (folder / "06.jpg").write_bytes(b"deadly and changed")
         (folder / "06-more.jpg").write_bytes(b"deadly and new")
         cluster.scheduler.allowed_failures = 0  # whoever is near is suspected
-        summary = refresh(RefreshOptions(str(folder), str(store), batch_size=2, part_size=3), workers)
+        summary = refresh(RefreshOptions(images=str(folder), store=str(store), batch_size=2, part_size=3), workers)
     blame = "brings down the process that decodes it"
     assert [bad[1:3] for bad in summary.bad] == [("06-more.jpg", blame), ("06.jpg", blame)]
     assert (summary.num_changed, summary.num_unchanged, summary.num_gone) == (4, 3, 0)
@@ -222,7 +230,7 @@ def test_a_killed_scheduler_ends_the_job_and_dask_submit_goes_on_with_another(ma
         kill(worker)
         kill(scheduler)
     assert (job.returncode, out) == (1, ""), err
-    assert "error: the Dask scheduler was lost or restarted; run the same command again to go on" in err
+    assert "error: the Dask scheduler was lost or restarted; run the same command again to continue" in err
     num_staged = 2 * len(staged_parts(store))
     assert 4 <= num_staged < 12
     assert FeatureStore.open(store).snapshot().version == 1

@@ -12,7 +12,7 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.repair import repair
 from featurestore.upkeep.verify import verify
-from pipeline.errors import BadImageError, ExtractionError, SourceError
+from pipeline.errors import BadImageError, SourceError, StoreRunError
 from pipeline.features import refresh as refresh_module
 from pipeline.features.extract import ExtractOptions, extract
 from pipeline.features.refresh import RefreshOptions, refresh
@@ -44,7 +44,9 @@ def make(client, tmp_path):
 
     def make(images, store="features", **options):
         settings = {"backbone": NETWORK, "dtype": "float32", "compute_dtype": "float32", "num_shards": 4} | options
-        return extract(ExtractOptions(str(images), str(tmp_path / store), "random:0", **settings), client)
+        return extract(
+            ExtractOptions(images=str(images), store=str(tmp_path / store), weights="random:0", **settings), client
+        )
 
     return make
 
@@ -52,7 +54,9 @@ def make(client, tmp_path):
 @pytest.fixture
 def run(client, tmp_path):
     """Refreshes the store."""
-    return lambda images, **options: refresh(RefreshOptions(str(images), str(tmp_path / "features"), **options), client)
+    return lambda images, **options: refresh(
+        RefreshOptions(images=str(images), store=str(tmp_path / "features"), **options), client
+    )
 
 
 @pytest.fixture
@@ -208,7 +212,7 @@ def test_a_store_that_would_lose_most_of_its_rows_is_left_alone(make, run, write
         (folder / f"{name}.jpg").unlink()
     (folder / "old.jpg").unlink()
     before = files_of(tmp_path / "features")
-    with pytest.raises(ExtractionError, match=r"3 of the 4 images in .* are not in .*--keep-missing.*--max-gone 1"):
+    with pytest.raises(StoreRunError, match=r"3 of the 4 rows in .* are not in .*--keep-missing.*--max-gone 1"):
         run(folder)
     assert files_of(tmp_path / "features") == before
     kept = run(folder, keep_missing=True)
@@ -224,15 +228,15 @@ def test_images_that_all_became_garbage_do_not_empty_the_store(make, run, write,
     make(folder)
     for name in "abc":
         (folder / f"{name}.jpg").write_text(f"disk trouble {name}")
-    with pytest.raises(ExtractionError, match=r"3 of the 4 images in .* cannot be decoded any more"):
+    with pytest.raises(StoreRunError, match=r"3 of the 4 rows in .* cannot be decoded any more"):
         run(folder)
     assert len(rows_of(tmp_path / "features")) == 4
     (folder / "d.jpg").write_text("disk trouble d")
-    with pytest.raises(ExtractionError, match="none of the 4 images can be used"):
+    with pytest.raises(StoreRunError, match="none of the 4 images can be used"):
         run(folder, max_gone=1.0)
     assert len(rows_of(tmp_path / "features")) == 4
     (folder / "d.jpg").unlink()
-    with pytest.raises(ExtractionError, match="none of the 3 images"):
+    with pytest.raises(StoreRunError, match="none of the 3 images"):
         run(folder, max_gone=1.0)
     shutil.rmtree(folder)
     with pytest.raises(SourceError, match="there is no folder"):
@@ -274,7 +278,7 @@ def test_a_broken_decoder_is_forgotten_once_it_works_again(make, run, write, mon
     for options in ({}, {"dry_run": True}):
         with monkeypatch.context() as worker:
             worker.setattr("pipeline.features.part.prepare", broken)
-            with pytest.raises(ExtractionError, match=r"3 of the 4 images in .* cannot be decoded any more"):
+            with pytest.raises(StoreRunError, match=r"3 of the 4 rows in .* cannot be decoded any more"):
                 run(folder, **options)
     assert counts(run(folder)) == (0, 3, 0, 1, 0, 0, 3, 0)
     assert len(rows_of(tmp_path / "features")) == 4
@@ -398,10 +402,16 @@ def test_images_and_store_on_s3_by_their_etags(client, make, write, s3_url, tmp_
     for path in folder.iterdir():
         photos.write_bytes(path.name, path.read_bytes())
     extracted = ExtractOptions(
-        f"{s3_url}/photos", f"{s3_url}/features", "random:0", "float32", "float32", num_shards=4, backbone=NETWORK
+        images=f"{s3_url}/photos",
+        store=f"{s3_url}/features",
+        weights="random:0",
+        dtype="float32",
+        compute_dtype="float32",
+        num_shards=4,
+        backbone=NETWORK,
     )
     extract(extracted, client)
-    options = RefreshOptions(f"{s3_url}/photos", f"{s3_url}/features")
+    options = RefreshOptions(images=f"{s3_url}/photos", store=f"{s3_url}/features")
     write(b=20, d=4)
     for name in ("a.jpg", "b.jpg", "d.jpg"):  # a is written again, the same: etags do not mind
         photos.write_bytes(name, (folder / name).read_bytes())

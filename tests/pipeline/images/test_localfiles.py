@@ -127,12 +127,14 @@ def test_a_run_over_all_of_these(client, tmp_path: Path) -> None:
     named = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.jpg"))
     write_image(named, 2)
     os.mkfifo(folder / "pipe.jpg")
-    summary = extract(ExtractOptions(str(folder), store, "random:0", num_shards=1, backbone=NETWORK), client)
+    summary = extract(
+        ExtractOptions(images=str(folder), store=store, weights="random:0", num_shards=1, backbone=NETWORK), client
+    )
     assert (summary.num_images, summary.num_new, summary.num_ignored, len(summary.bad)) == (2, 1, 1, 1)
     (row,) = FeatureStore.open(store).quarantine_rows()
     assert (row.uri, row.reason) == ("caf%E9.jpg", NOT_TEXT)
     named.rename(folder / "café.jpg")
-    summary = refresh(RefreshOptions(str(folder), store), client)
+    summary = refresh(RefreshOptions(images=str(folder), store=store), client)
     assert summary.num_new == 1 and FeatureStore.open(store).quarantine_rows() == []
 
 

@@ -18,9 +18,10 @@ import pytest
 from distributed import Client, LocalCluster
 
 from featurestore.keys import key_of_uri
-from pipeline.errors import SampleError
+from pipeline.cluster.tasks import run_all
+from pipeline.errors import ClusterError, SampleError
 from pipeline.samples import logs as logs_module
-from pipeline.samples.build import SampleOptions, _run, build_samples
+from pipeline.samples.build import FEWER_ROWS, SampleOptions, build_samples
 from pipeline.samples.publish import replaced_folder
 
 Row = dict[str, Any]
@@ -72,7 +73,7 @@ def write(folder: Path, impressions: list[pa.Table], behaviors: list[pa.Table]) 
 
 @pytest.fixture
 def options(tmp_path: Path) -> SampleOptions:
-    return SampleOptions(str(tmp_path / "logs"), str(tmp_path / "samples"), test_days=0)
+    return SampleOptions(logs=str(tmp_path / "logs"), samples=str(tmp_path / "samples"), test_days=0)
 
 
 def read(folder: str | Path, split: str = "*") -> list[Row]:
@@ -604,6 +605,6 @@ def test_worker_that_dies_is_explained():
             n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address=":0", silence_logs=50
         ) as cluster,
         Client(cluster) as processes,
-        pytest.raises(SampleError, match=r"make groups: a worker died.*--partitions"),
+        pytest.raises(ClusterError, match=r"make groups: task 1 of 1 brings the workers down.*; raise --partitions"),
     ):
-        _run(processes, "make groups", os._exit, [(1,)])
+        run_all(processes, "make groups", os._exit, [(1,)], FEWER_ROWS)

@@ -1,0 +1,34 @@
+"""The trainer's schema and settings beside samples that a job made."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from featurestore.storage.storage import Storage
+from trainer.schema.suggest_schema import inspect_samples, render
+from trainer.schema.text import SCHEMA_FILE, SETTINGS_FILE, settings_text
+
+LOOKED_AT = 200_000  # groups from which a schema is suggested
+
+
+def write_suggested(folder: Path, samples: str) -> None:
+    """Suggest a schema from the samples in `folder`, which will be at `samples`, and write it there.
+
+    Raises SchemaError.
+    """
+    schema, made, table = inspect_samples(Storage(folder), "label", "user", LOOKED_AT)
+    write_schema(folder, samples, render(schema, made, table, samples), made.tables)
+
+
+def write_schema(
+    folder: Path, samples: str | Path, schema: str, tables: Mapping[str, int], store: str | None = None
+) -> None:
+    """Write the text of a schema, and settings with the rows of its ID tables, for samples at `samples`."""
+    settings = settings_text(str(samples), str(Path(samples) / SCHEMA_FILE), tables, store)
+    for name, text in {SCHEMA_FILE: schema, SETTINGS_FILE: settings}.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def schema_beside(samples: str) -> Path | None:
+    """Find the schema beside samples, None where there is none."""
+    path = Path(samples) / SCHEMA_FILE
+    return path if path.is_file() else None
