@@ -1,0 +1,112 @@
+"""Rows of logs as the tests of samples write and read them."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from featurestore.keys import key_of_uri
+
+Row = dict[str, Any]
+
+DAY_S = 86_400
+
+START_S = 1_767_225_600  # 2026-01-01, midnight in UTC
+
+IMPRESSION = {"user": 1, "session": 1, "scene": 0, "item": 5, "image": "5.jpg", "category": 2, "label": 0}
+
+BEHAVIOR = {"user": 1, "item": 6, "image": "6.jpg", "category": 2, "dwell_s": 30.0}
+
+INT_COLUMNS = ("user", "session", "scene", "item", "category", "user_age", "user_gender", "city")
+
+
+def shown(at_s: float, **changes: Any) -> Row:
+    """An impression `at_s` seconds after the log's first midnight."""
+    return {"timestamp": START_S + at_s} | IMPRESSION | changes
+
+
+def done(at_s: float, **changes: Any) -> Row:
+    """A behaviour."""
+    return {"timestamp": START_S + at_s} | BEHAVIOR | changes
+
+
+def table(rows: list[Row], seconds: bool = False) -> pa.Table:
+    """Rows as a log has them, time as a timestamp or as whole seconds."""
+    types = dict.fromkeys(INT_COLUMNS, pa.int64()) | {"label": pa.int8(), "dwell_s": pa.float64()}
+    columns = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if name == "timestamp":
+            whole = [None if value is None else round(value * (1 if seconds else 1_000_000)) for value in values]
+            columns[name] = pa.array(whole, pa.int64())
+            if not seconds:
+                columns[name] = columns[name].cast(pa.timestamp("us", "UTC"))
+        else:
+            columns[name] = pa.array(values, types.get(name))
+    return pa.table(columns)
+
+
+def replaced(log: pa.Table, name: str, values: Any) -> pa.Table:
+    return log.set_column(log.schema.get_field_index(name), name, values)
+
+
+def write(folder: Path, impressions: list[pa.Table], behaviors: list[pa.Table]) -> str:
+    for log, tables in (("impressions", impressions), ("behaviors", behaviors)):
+        (folder / log).mkdir(parents=True, exist_ok=True)
+        for number, content in enumerate(tables):
+            pq.write_table(content, folder / log / f"day={number:02d}.parquet", row_group_size=7)
+    return str(folder)
+
+
+def read(folder: str | Path, split: str = "*") -> list[Row]:
+    return [row for path in sorted(Path(folder).glob(f"{split}/*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def behavior_items(rows: list[Row]) -> list[list[int]]:
+    return [row["behavior_item"] for row in rows]
+
+
+def random_logs(rng: random.Random) -> tuple[list[Row], list[Row]]:
+    """Few users, items and moments (half seconds around some midnights): all ties and repetitions occur."""
+    moments = [
+        rng.randrange(20) * DAY_S + rng.choice([-1, 1]) * rng.randrange(200) / 2 * rng.choice([1, 60])
+        for _ in range(25)
+    ]
+    age = [rng.randrange(9) for _ in range(6)]
+
+    def row(make: Any, **changes: Any) -> Row:
+        image = key_of_uri(f"{rng.randrange(2)}")
+        common = {"user": rng.randrange(6), "item": rng.randrange(3), "image": image, "category": rng.randrange(2)}
+        return make(rng.choice(moments), **common, **changes)
+
+    impressions = [
+        row(shown, session=rng.randrange(2), scene=rng.randrange(2), label=rng.randrange(2)) for _ in range(80)
+    ]
+    impressions = [row | {"user_age": age[row["user"]]} for row in impressions]
+    behaviors = [row(done, dwell_s=rng.choice([0.0, 4.9, 5.0, 60.0])) for _ in range(150)]
+    behaviors = [row for row in behaviors if row["user"] != 3]  # one user has none
+    return impressions + impressions[:10], behaviors + behaviors[:20]
+
+
+def in_pieces(rng: random.Random, rows: list[Row]) -> list[pa.Table]:
+    """The rows in any order in some files, so that a user's are in many."""
+    rows = rng.sample(rows, len(rows))
+    edge = rng.randrange(1, len(rows) - 1)
+    return [table(rows[:edge]), table(rows[edge:])]
+
+
+# The files
+
+
+def all_bytes(folder: str) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*.parquet")}
+
+
+# Bad input
+
+
+def quarantine(folder: Path) -> list[tuple[str, int, str]]:
+    rows = pq.read_table(folder / "samples" / "quarantine.parquet").to_pylist()
+    return [(row["file"], row["row"], row["reason"]) for row in rows]

@@ -1,0 +1,191 @@
+"""Bad rows of logs are kept aside and counted; logs that give no samples are named."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import dask
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from distributed import Client, LocalCluster
+
+from pipeline.cluster.tasks import run_all
+from pipeline.errors import ClusterError, SampleError
+from pipeline.samples import logs as logs_module
+from pipeline.samples.build import FEWER_ROWS, build_samples
+from tests.pipeline.samples.rows import (
+    DAY_S,
+    START_S,
+    behavior_items,
+    done,
+    quarantine,
+    read,
+    replaced,
+    shown,
+    table,
+    write,
+)
+
+
+def test_bad_rows_are_counted_and_kept_aside(options, client, tmp_path):
+    changes = [
+        {},
+        *({name: None} for name in ("timestamp", "user", "session", "scene", "item", "image", "category", "label")),
+        {"image": ""}, {"label": 2}, {"label": -1}, {"timestamp": -1}, {"timestamp": 10**10},
+        {"user": None, "label": 5},
+    ]  # fmt: skip
+    impressions = [shown(100) | {"session": number} | change for number, change in enumerate(changes)]
+    behavior_changes = [{}, {"dwell_s": float("nan")}, {"dwell_s": float("inf")}, {"dwell_s": -1.0}, {"dwell_s": None},
+                        {"user": None}, {"timestamp": 10**10}]  # fmt: skip
+    behaviors = [done(0) | change for change in behavior_changes]
+    write(tmp_path / "logs", [table(impressions)], [table(behaviors)])
+    summary = build_samples(options, client)
+    assert [row["session"] for row in read(options.samples)] == [0]
+    nulls = ("timestamp", "user", "session", "scene", "item", "image", "category", "label")
+    reasons = [f"{name} is null" for name in nulls]
+    reasons += ["image is empty", "label is not 0 or 1", "label is not 0 or 1"]
+    reasons += ["timestamp is before 1970", "timestamp is in the future", "user is null"]
+    bad = ["dwell_s is not finite", "dwell_s is not finite", "dwell_s is negative", "dwell_s is null", "user is null",
+           "timestamp is in the future"]  # fmt: skip
+    assert quarantine(tmp_path) == [
+        *(("impressions/day=00.parquet", row, reason) for row, reason in enumerate(reasons, 1)),
+        *(("behaviors/day=00.parquet", row, reason) for row, reason in enumerate(bad, 1)),
+    ]
+    assert summary["impressions"]["quarantined"] == dict(Counter(reasons))
+    assert summary["behaviors"]["quarantined"] == dict(Counter(bad))
+    assert summary["impressions"]["rows"] == len(changes)
+    assert json.loads((tmp_path / "samples/summary.json").read_text())["impressions"] == summary["impressions"]
+
+
+def test_row_numbers_in_quarantine_count_from_the_files_first_row(options, client, tmp_path, monkeypatch):
+    monkeypatch.setattr(logs_module, "PIECE_ROWS", 10)
+    impressions = [shown(at_s, label=3 if at_s in (0, 15, 39) else 0) for at_s in range(40)]
+    write(tmp_path / "logs", [table(impressions), table([shown(50, label=3), shown(51)])], [table([done(0)])])
+    build_samples(options, client)
+    assert [(file[-7:], row) for file, row, _ in quarantine(tmp_path)] == [
+        ("parquet", 0), ("parquet", 15), ("parquet", 39), ("parquet", 0),
+    ]  # fmt: skip
+
+
+def test_row_from_the_future_does_not_become_the_test_day(build):
+    rows, summary = build([shown(0), shown(DAY_S), shown(0, timestamp=2 * 10**9)], [done(0)], test_days=1,
+                          latest_s=START_S + 9 * DAY_S)  # fmt: skip
+    assert summary["test"]["last_day"] == "2026-01-02"
+    assert len(rows) == 2
+    _, summary = build([shown(0), shown(9 * DAY_S), shown(9 * DAY_S + 1)], [done(0)], latest_s=START_S + 9 * DAY_S)
+    assert summary["impressions"]["quarantined"] == {"timestamp is in the future": 1}  # the limit itself is not
+
+
+@pytest.mark.parametrize(("log", "name"), [("impressions", "label"), ("impressions", "user"), ("behaviors", "dwell_s")])
+def test_missing_column_is_named_with_its_file(log, name, options, client, tmp_path):
+    impressions, behaviors = table([shown(0)]), table([done(0)])
+    bad = (impressions if log == "impressions" else behaviors).drop_columns([name])
+    write(tmp_path / "logs", [impressions], [behaviors])
+    pq.write_table(bad, tmp_path / "logs" / log / "day=77.parquet")
+    with pytest.raises(SampleError, match=rf"{log}/day=77.parquet: column '{name}' is missing; there are timestamp"):
+        build_samples(options, client)
+    assert not Path(options.samples).exists()
+
+
+@pytest.mark.parametrize(
+    ("log", "name", "value", "kind"),
+    [
+        ("impressions", "user", "u1", "string"),
+        ("impressions", "timestamp", "2026-01-01", "string"),
+        ("impressions", "timestamp", 1.5, "double"),
+        ("impressions", "image", 1.5, "double"),
+        ("impressions", "label", "yes", "string"),
+        ("impressions", "item", 1.0, "double"),
+        ("impressions", "category", [1], "list<"),
+        ("impressions", "user_age", "old", "string"),
+        ("behaviors", "dwell_s", "long", "string"),
+        ("behaviors", "image", True, "bool"),
+    ],
+)
+def test_wrong_type_is_named_with_column_and_file(log, name, value, kind, options, client, tmp_path):
+    tables = {"impressions": table([shown(0, user_age=1)]), "behaviors": table([done(0)])}
+    tables[log] = replaced(tables[log], name, pa.array([value]))
+    write(tmp_path / "logs", [tables["impressions"]], [tables["behaviors"]])
+    with pytest.raises(SampleError, match=rf"{log}/day=00.parquet: column '{name}' is {kind}.*, wanted is a"):
+        build_samples(options, client)
+
+
+def test_unsigned_64_bit_user_is_refused(options, client, tmp_path):
+    impressions = replaced(table([shown(0)]), "user", pa.array([2**63], pa.uint64()))
+    write(tmp_path / "logs", [impressions], [table([done(0)])])
+    with pytest.raises(SampleError, match="column 'user' is uint64"):
+        build_samples(options, client)
+
+
+def test_column_that_stands_twice_is_named(options, client, tmp_path):
+    impressions = table([shown(0)])
+    write(tmp_path / "logs", [impressions.append_column("user", impressions["user"])], [table([done(0)])])
+    with pytest.raises(SampleError, match="column 'user' stands 2 times"):
+        build_samples(options, client)
+
+
+@pytest.mark.parametrize(("column", "message"), [("city", "column 'city' is missing"), ("item", "user_columns=item")])
+def test_user_column_that_cannot_be_kept_is_named(column, message, build):
+    with pytest.raises(SampleError, match=message):
+        build([shown(0)], [done(0)], user_columns=(column,))
+
+
+@pytest.mark.parametrize("log", ["impressions", "behaviors"])
+def test_log_that_is_not_there_is_named(log, options, client, tmp_path):
+    write(tmp_path / "logs", [table([shown(0)])], [table([done(0)])])
+    (tmp_path / "logs" / log / "day=00.parquet").rename(tmp_path / "logs" / log / "day=00.csv")
+    with pytest.raises(SampleError, match=rf"logs/{log}: no .parquet files in it"):
+        build_samples(options, client)
+
+
+@pytest.mark.parametrize("log", ["impressions", "behaviors"])
+def test_log_without_a_row_is_named(log, options, client, tmp_path):
+    tables = {"impressions": table([shown(0)]), "behaviors": table([done(0)])}
+    tables[log] = tables[log].slice(0, 0)
+    write(tmp_path / "logs", [tables["impressions"]], [tables["behaviors"]])
+    with pytest.raises(SampleError, match=rf"logs/{log}: 1 files and not one row"):
+        build_samples(options, client)
+
+
+def test_log_of_bad_rows_alone_is_named(build):
+    with pytest.raises(SampleError, match=r"impressions: all 2 rows are bad \(label is not 0 or 1: 2\)"):
+        build([shown(0, label=4), shown(1, label=5)], [done(0)])
+
+
+def test_log_of_bad_behaviors_alone_gives_empty_lists(build):
+    rows, summary = build([shown(100)], [done(0, dwell_s=-1.0)])
+    assert behavior_items(rows) == [[]]
+    assert summary["behaviors"]["quarantined"] == {"dwell_s is negative": 1}
+
+
+def test_log_of_test_days_alone_is_refused(build):
+    with pytest.raises(SampleError, match=r"nothing is left to train on.*--test-days"):
+        build([shown(0), shown(DAY_S)], [done(0)], test_days=2)
+
+
+@pytest.mark.parametrize("damage", ["text", "cut", "flipped"])
+def test_damaged_file_is_named(damage, options, client, tmp_path):
+    write(tmp_path / "logs", [table([shown(0)])], [table([done(0)])])
+    path = tmp_path / "logs/behaviors/day=00.parquet"
+    pq.write_table(table([done(at_s) for at_s in range(1000)]), path, write_page_checksum=True, compression="none")
+    data = bytearray(path.read_bytes())
+    if damage == "flipped":
+        data[500] ^= 1
+    path.write_bytes(b"not parquet" if damage == "text" else data[: len(data) // 2] if damage == "cut" else data)
+    with pytest.raises(SampleError, match=r"behaviors/day=00\.parquet: "):
+        build_samples(options, client)
+    assert not Path(options.samples).exists()
+
+
+def test_worker_that_dies_is_explained():
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        LocalCluster(
+            n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address=":0", silence_logs=50
+        ) as cluster,
+        Client(cluster) as processes,
+        pytest.raises(ClusterError, match=r"make groups: task 1 of 1 brings the workers down.*; raise --partitions"),
+    ):
+        run_all(processes, "make groups", os._exit, [(1,)], FEWER_ROWS)

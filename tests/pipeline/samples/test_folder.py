@@ -1,0 +1,132 @@
+"""The files of samples, and the folder that takes its place as a whole."""
+
+import dataclasses
+import random
+
+import fsspec
+import pyarrow.parquet as pq
+import pytest
+from distributed import Client, LocalCluster
+
+from pipeline.errors import SampleError
+from pipeline.samples import logs as logs_module
+from pipeline.samples.build import build_samples
+from pipeline.samples.publish import replaced_folder
+from tests.pipeline.samples.rows import (
+    DAY_S,
+    all_bytes,
+    behavior_items,
+    done,
+    in_pieces,
+    random_logs,
+    read,
+    shown,
+    table,
+    write,
+)
+
+
+def test_equal_logs_give_equal_bytes_whatever_cluster_and_partitions(options, client, tmp_path, monkeypatch):
+    rng = random.Random(1)
+    impressions, behaviors = random_logs(rng)
+    write(tmp_path / "logs", in_pieces(rng, impressions), in_pieces(rng, behaviors))
+    options = dataclasses.replace(options, test_days=2, partitions=1)
+    build_samples(options, client)
+    expected = all_bytes(options.samples)
+    assert len(expected) > 10
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=":0") as cluster,
+        Client(cluster) as processes,
+    ):
+        build_samples(dataclasses.replace(options, partitions=7), processes)
+    assert all_bytes(options.samples) == expected
+    monkeypatch.setattr(logs_module, "PIECE_ROWS", 10)
+    for path in tmp_path.glob("logs/*/*"):
+        path.unlink()
+    write(tmp_path / "logs", in_pieces(rng, impressions), in_pieces(rng, behaviors))  # shuffled anew
+    build_samples(dataclasses.replace(options, partitions=3), client)
+    assert all_bytes(options.samples) == expected
+
+
+def test_long_day_becomes_several_sorted_files(options, client, tmp_path):
+    impressions = [shown(at_s, user=at_s, session=at_s) for at_s in range(0, DAY_S, 60)]
+    write(tmp_path / "logs", [table(impressions)], [table([done(0)])])
+    build_samples(dataclasses.replace(options, groups_per_file=500, partitions=5), client)
+    files = sorted(path.name for path in (tmp_path / "samples/train").iterdir())
+    assert files == [f"day=2026-01-01-00{number}.parquet" for number in range(3)]
+    rows = read(options.samples)
+    assert [row["user"] for row in rows] == [row["user"] for row in impressions]
+
+
+def test_row_groups_are_moderate(options, client, tmp_path):
+    impressions = [shown(at_s, user=at_s) for at_s in range(5000)]
+    write(tmp_path / "logs", [table(impressions)], [table([done(0)])])
+    build_samples(options, client)
+    metadata = pq.read_metadata(next(tmp_path.glob("samples/train/*")))
+    assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [2048, 2048, 904]
+
+
+def test_logs_at_another_address_and_in_folders_by_day(options, client, tmp_path):
+    memory = fsspec.filesystem("memory")
+    for path, rows in {"impressions/day=1/a.parquet": [shown(100)], "behaviors/b.parquet": [done(0)]}.items():
+        pq.write_table(table(rows), tmp_path / "one.parquet")
+        memory.pipe_file(f"/sample-logs/{path}", (tmp_path / "one.parquet").read_bytes())
+    build_samples(dataclasses.replace(options, logs="memory://sample-logs"), client)
+    assert behavior_items(read(options.samples)) == [[6]]
+
+
+# Published as a whole
+
+
+def test_rerun_replaces_everything(build, tmp_path):
+    build([shown(0), shown(5 * DAY_S)], [done(0)])
+    rows, _ = build([shown(DAY_S)], [done(0)])
+    assert [row["day"] for row in rows] == ["2026-01-02"]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "quarantine.parquet", "summary.json", "test", "train",
+    ]  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "samples"]
+
+
+def test_failed_run_leaves_the_old_samples_and_nothing_else(build, tmp_path, monkeypatch):
+    rows, _ = build([shown(0)], [done(0)])
+    monkeypatch.setattr("pipeline.samples.build.summarise", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build([shown(DAY_S)], [done(0)])
+    assert read(tmp_path / "samples") == rows
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "samples"]
+
+
+def test_folder_of_something_else_is_not_replaced(build, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.samples.build._shuffle", lambda *_: pytest.fail("worked before it looked"))
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "thesis.txt").write_text("years of work")
+    with pytest.raises(SampleError, match="samples has files that are no samples"):
+        build([shown(0)], [done(0)])
+    assert (tmp_path / "samples" / "thesis.txt").read_text() == "years of work"
+
+
+def test_file_in_place_of_the_folder_is_named(build, tmp_path):
+    (tmp_path / "samples").write_text("")
+    with pytest.raises(SampleError, match="is a file"):
+        build([shown(0)], [done(0)])
+
+
+def test_samples_at_an_address_are_refused(build):
+    with pytest.raises(SampleError, match="samples=s3://shop/samples"):
+        build([shown(0)], [done(0)], samples="s3://shop/samples")
+
+
+def test_remains_of_a_killed_run_go_and_a_running_one_stays(tmp_path):
+    target = tmp_path / "samples"
+    killed = tmp_path / ".samples.building-1"
+    killed.mkdir()
+    (killed / ".lock").touch()
+    with replaced_folder(target) as running:
+        assert not killed.exists()
+        with replaced_folder(target) as other:
+            assert running.exists()
+            (other / "summary.json").write_text("other")
+        (running / "summary.json").write_text("running")
+    assert (target / "summary.json").read_text() == "running"
+    assert [path.name for path in tmp_path.iterdir()] == ["samples"]
