@@ -1,117 +1,21 @@
-"""Refresh: what changed is computed, what moved is copied, what vanished goes; one commit, also after a crash."""
+"""Refresh: what changed is computed, what moved is copied, what vanished goes; one commit."""
 
-import json
-import os
 import shutil
 from unittest.mock import Mock
 
 import pytest
 
-from featurestore.errors import SpecMismatchError, StorageError, StoreNotFoundError
+from featurestore.errors import SpecMismatchError, StoreNotFoundError
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from featurestore.upkeep.repair import repair
-from featurestore.upkeep.verify import verify
 from pipeline.errors import BadImageError, SourceError, StoreRunError
 from pipeline.features import refresh as refresh_module
 from pipeline.features.extract import ExtractOptions, extract
 from pipeline.features.refresh import RefreshOptions, refresh
 from pipeline.images.source import read_image
-from pipeline.network.backbone import backbone
-
-NETWORK = "mobilenet_v3_small:avgpool"  # small, and another than the tests of extraction use
+from tests.pipeline.features.conftest import NETWORK, change_everything, counts, files_of, quarantine, rows_of, touch
 
 pytestmark = [pytest.mark.filterwarnings("ignore:weights random"), pytest.mark.usefixtures("one_torch_thread")]
-
-
-@pytest.fixture
-def write(tmp_path, draw, encode):
-    """Draws pictures into the folder of images: write(name=seed)."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-
-    def write(**seeds):
-        for name, seed in seeds.items():
-            (folder / f"{name}.jpg").write_bytes(encode(draw(seed)))
-        return folder
-
-    return write
-
-
-@pytest.fixture
-def make(client, tmp_path):
-    """Extracts the images into a new store."""
-
-    def make(images, store="features", **options):
-        settings = {"backbone": NETWORK, "dtype": "float32", "compute_dtype": "float32", "num_shards": 4} | options
-        return extract(
-            ExtractOptions(images=str(images), store=str(tmp_path / store), weights="random:0", **settings), client
-        )
-
-    return make
-
-
-@pytest.fixture
-def run(client, tmp_path):
-    """Refreshes the store."""
-    return lambda images, **options: refresh(
-        RefreshOptions(images=str(images), store=str(tmp_path / "features"), **options), client
-    )
-
-
-@pytest.fixture
-def computed(client):
-    """Images of each pass through the network."""
-    rows = []
-    hook = backbone(NETWORK, "random:0", "float32").network.register_forward_hook(
-        lambda network, inputs, output: rows.append(len(output))
-    )
-    yield rows
-    hook.remove()
-
-
-def counts(summary):
-    """new, changed, touched, unchanged, gone, quarantined, resolved, duplicates"""
-    return (
-        summary.num_new, summary.num_changed, summary.num_touched, summary.num_unchanged, summary.num_gone,
-        len(summary.bad), summary.num_resolved, summary.num_duplicates,
-    )  # fmt: skip
-
-
-def rows_of(store):
-    """Everything that a store says of each image, features included."""
-    snapshot = FeatureStore.open(store).snapshot()
-    table = snapshot.metadata_table().sort_by("key")
-    features = snapshot.get(table["key"].to_numpy())
-    return {row["uri"]: (*row.values(), bits.tobytes()) for row, bits in zip(table.to_pylist(), features, strict=True)}
-
-
-def files_of(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
-def num_staged(store):
-    """Images that went through the network for the parts that are staged."""
-    reports = [path for path in store.glob("staging/*/*.json") if path.with_suffix(".parquet").exists()]
-    return sum(json.loads(path.read_text())["num_computed"] for path in reports)
-
-
-def touch(path, seconds=100):
-    os.utime(path, (path.stat().st_mtime - seconds,) * 2)
-
-
-def quarantine(tmp_path):
-    return {row.uri: row.reason for row in FeatureStore.open(tmp_path / "features").quarantine_rows()}
-
-
-def change_everything(folder, write):
-    """Of six images a, b, c, d, e, f: one stays, one changes, one is touched, one moves, one is copied, one goes."""
-    write(b=20, new=30, new_too=30)
-    touch(folder / "c.jpg")
-    (folder / "d.jpg").rename(folder / "moved.jpg")
-    shutil.copy(folder / "e.jpg", folder / "copy.jpg")
-    (folder / "f.jpg").unlink()
-    (folder / "text.jpg").write_text("no image")
 
 
 def test_the_store_becomes_what_an_extraction_of_the_images_would_give(make, run, write, computed, tmp_path):
@@ -265,135 +169,6 @@ def test_images_without_a_tag_are_compared_by_their_bytes(make, run, write, monk
     assert counts(run(folder)) == (0, 0, 0, 2, 0, 0, 0, 0)
     write(a=10)
     assert counts(run(folder)) == (0, 1, 0, 1, 0, 0, 0, 0)
-
-
-def test_a_broken_decoder_is_forgotten_once_it_works_again(make, run, write, monkeypatch, tmp_path):
-    folder = write(a=1, b=2, c=3, d=4)
-    make(folder)
-    write(a=10, b=20, c=30)
-
-    def broken(data, preset):
-        raise BadImageError("no decoder on this worker")
-
-    for options in ({}, {"dry_run": True}):
-        with monkeypatch.context() as worker:
-            worker.setattr("pipeline.features.part.prepare", broken)
-            with pytest.raises(StoreRunError, match=r"3 of the 4 rows in .* cannot be decoded any more"):
-                run(folder, **options)
-    assert counts(run(folder)) == (0, 3, 0, 1, 0, 0, 3, 0)
-    assert len(rows_of(tmp_path / "features")) == 4
-
-
-@pytest.mark.parametrize("part_size", [1, 4])  # alone in its part, and with others that are not computed again
-def test_a_run_that_goes_on_tries_images_that_could_not_be_read_again(
-    part_size, make, run, write, monkeypatch, computed, tmp_path
-):
-    folder = write(a=1, b=2, c=3, d=4)
-    make(folder)
-    write(a=10, b=20, c=30)
-
-    def unreachable(location):
-        if location.endswith("a.jpg"):
-            raise BadImageError("cannot be read: no route to host")
-        return read_image(location)
-
-    def lost(self, *args, **kwargs):
-        raise StorageError("the power went out")
-
-    done = sum(computed)
-    with monkeypatch.context() as trouble:
-        trouble.setattr("pipeline.images.source.read_image", unreachable)
-        trouble.setattr(FeatureStore, "commit", lost)
-        with pytest.raises(StorageError, match="the power went out"):
-            run(folder, part_size=part_size)
-    staged = files_of(tmp_path / "features/staging")
-    assert counts(run(folder, part_size=part_size, dry_run=True)) == (0, 3, 0, 1, 0, 0, 1, 0)
-    assert files_of(tmp_path / "features/staging") == staged
-    assert counts(run(folder, part_size=part_size)) == (0, 3, 0, 1, 0, 0, 1, 0)
-    assert sum(computed) - done == 3  # each once
-    assert len(rows_of(tmp_path / "features")) == 4
-
-
-@pytest.fixture
-def failing_after(monkeypatch):
-    """Lets so many writes of the store and its parts succeed, and no later one."""
-
-    def failing_after(count):
-        left = [count]
-
-        def limited(function):
-            def write(self, *args, **kwargs):
-                left[0] -= 1
-                if left[0] < 0:
-                    raise StorageError("the power went out")
-                return function(self, *args, **kwargs)
-
-            return write
-
-        context = monkeypatch.context()
-        patch = context.__enter__()
-        for name in ("open_output", "create_exclusive", "delete"):
-            patch.setattr(Storage, name, limited(getattr(Storage, name)))
-        return context, left
-
-    return failing_after
-
-
-def test_stopped_at_any_write_it_goes_on_without_repeating_a_part(make, run, write, computed, failing_after, tmp_path):
-    folder = write(a=1, b=2, c=3, d=4, e=5, f=6)
-    make(folder)
-    (tmp_path / "features").rename(tmp_path / "before")
-    change_everything(folder, write)
-    write(x=40, y=41, z=42)
-    make(folder, "anew")
-    expected = rows_of(tmp_path / "anew")
-    points, is_done, lefts = 0, False, set()
-    while not is_done:
-        shutil.rmtree(tmp_path / "features", ignore_errors=True)
-        shutil.copytree(tmp_path / "before", tmp_path / "features")
-        context, left = failing_after(points)
-        try:
-            run(folder, part_size=2)
-            is_done = left[0] >= 0
-        except StorageError:
-            pass
-        finally:
-            context.__exit__(None, None, None)
-        is_committed = FeatureStore.open(tmp_path / "features").snapshot().version == 2
-        num_left = 0 if is_committed else 5 - num_staged(tmp_path / "features")
-        done = sum(computed)
-        summary = run(folder, part_size=2)
-        assert rows_of(tmp_path / "features") == expected
-        assert set(quarantine(tmp_path)) == {"text.jpg"}
-        assert summary.snapshot == 2
-        assert not list((tmp_path / "features/staging").glob("*/*"))
-        assert sum(computed) - done == num_left
-        lefts.add(num_left)
-        points += 1
-    assert points > 12
-    assert lefts == {5, 3, 2, 0}
-
-
-@pytest.mark.parametrize("damaged", [0, 1])
-def test_after_a_repair_it_computes_what_was_lost(make, run, write, computed, tmp_path, damaged):
-    """A base of which all keys are lost, or a delta whose keys older files hold too."""
-    folder = write(**{f"i{n}": n for n in range(8)})
-    make(folder, num_shards=1)
-    for n in range(3):
-        (folder / f"i{n}.jpg").write_bytes((folder / f"i{7 - n}.jpg").read_bytes() + b" ")
-        touch(folder / f"i{n}.jpg")
-    run(folder)
-    store = FeatureStore.open(tmp_path / "features")
-    expected = rows_of(store.url)
-    files = store.snapshot().manifest.files(0)
-    path = tmp_path / "features" / files[damaged].path
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :])
-    assert repair(store).version == 3
-    assert len(store.snapshot().keys()) < 8
-    run(folder)
-    assert rows_of(store.url) == expected
-    assert verify(store).problems == [] and store.quarantine_rows() == []
 
 
 def test_images_and_store_on_s3_by_their_etags(client, make, write, s3_url, tmp_path):

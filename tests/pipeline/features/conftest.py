@@ -1,0 +1,104 @@
+"""A store made of drawn images, its refresh, and what both say."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from featurestore.store import FeatureStore
+from pipeline.features.extract import ExtractOptions, extract
+from pipeline.features.refresh import RefreshOptions, refresh
+from pipeline.network.backbone import backbone
+
+NETWORK = "mobilenet_v3_small:avgpool"  # small, and another than the tests of extraction use
+
+
+@pytest.fixture
+def write(tmp_path, draw, encode):
+    """Draws pictures into the folder of images: write(name=seed)."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+
+    def write(**seeds):
+        for name, seed in seeds.items():
+            (folder / f"{name}.jpg").write_bytes(encode(draw(seed)))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def make(client, tmp_path):
+    """Extracts the images into a new store."""
+
+    def make(images, store="features", **options):
+        settings = {"backbone": NETWORK, "dtype": "float32", "compute_dtype": "float32", "num_shards": 4} | options
+        return extract(
+            ExtractOptions(images=str(images), store=str(tmp_path / store), weights="random:0", **settings), client
+        )
+
+    return make
+
+
+@pytest.fixture
+def run(client, tmp_path):
+    """Refreshes the store."""
+    return lambda images, **options: refresh(
+        RefreshOptions(images=str(images), store=str(tmp_path / "features"), **options), client
+    )
+
+
+@pytest.fixture
+def computed(client):
+    """Images of each pass through the network."""
+    rows = []
+    hook = backbone(NETWORK, "random:0", "float32").network.register_forward_hook(
+        lambda network, inputs, output: rows.append(len(output))
+    )
+    yield rows
+    hook.remove()
+
+
+def counts(summary):
+    """new, changed, touched, unchanged, gone, quarantined, resolved, duplicates"""
+    return (
+        summary.num_new, summary.num_changed, summary.num_touched, summary.num_unchanged, summary.num_gone,
+        len(summary.bad), summary.num_resolved, summary.num_duplicates,
+    )  # fmt: skip
+
+
+def rows_of(store):
+    """Everything that a store says of each image, features included."""
+    snapshot = FeatureStore.open(store).snapshot()
+    table = snapshot.metadata_table().sort_by("key")
+    features = snapshot.get(table["key"].to_numpy())
+    return {row["uri"]: (*row.values(), bits.tobytes()) for row, bits in zip(table.to_pylist(), features, strict=True)}
+
+
+def files_of(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def num_staged(store):
+    """Images that went through the network for the parts that are staged."""
+    reports = [path for path in store.glob("staging/*/*.json") if path.with_suffix(".parquet").exists()]
+    return sum(json.loads(path.read_text())["num_computed"] for path in reports)
+
+
+def touch(path, seconds=100):
+    os.utime(path, (path.stat().st_mtime - seconds,) * 2)
+
+
+def quarantine(tmp_path):
+    return {row.uri: row.reason for row in FeatureStore.open(tmp_path / "features").quarantine_rows()}
+
+
+def change_everything(folder, write):
+    """Of six images a, b, c, d, e, f: one stays, one changes, one is touched, one moves, one is copied, one goes."""
+    write(b=20, new=30, new_too=30)
+    touch(folder / "c.jpg")
+    (folder / "d.jpg").rename(folder / "moved.jpg")
+    shutil.copy(folder / "e.jpg", folder / "copy.jpg")
+    (folder / "f.jpg").unlink()
+    (folder / "text.jpg").write_text("no image")

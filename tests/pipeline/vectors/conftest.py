@@ -1,0 +1,55 @@
+"""The import job on the tests' cluster, and vectors to import."""
+
+import contextlib
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from typer.testing import CliRunner
+
+from featurestore.store import FeatureStore
+from jobs import import_features
+from pipeline.vectors import xdl
+
+DIM = 6
+
+
+@pytest.fixture
+def job(client, tmp_path, monkeypatch):
+    """Runs the job on the tests' cluster into tmp_path/features."""
+    monkeypatch.setattr(import_features, "connect", lambda **kwargs: contextlib.nullcontext(client))
+
+    def run(source, *args, code=0, store=None):
+        settings = ["--from", str(source), "--store", str(store or tmp_path / "features"), *map(str, args)]
+        result = CliRunner().invoke(import_features.app, settings)
+        assert result.exit_code == code, result.output
+        assert code == 0 or isinstance(result.exception, SystemExit)
+        return " ".join(result.output.split())
+
+    return run
+
+
+@pytest.fixture(name="vectors_ND")
+def draw_vectors():
+    return np.random.default_rng(0).normal(size=(40, DIM)).astype(np.float32)
+
+
+def write_xdl(folder, keys, vectors_ND, number_of=lambda key: key % xdl.NUM_FILES):
+    folder.mkdir(exist_ok=True)
+    for key, vector_D in zip(keys, vectors_ND, strict=False):
+        with (folder / f"data.{number_of(int(key))}").open("ab") as file:
+            file.write(np.int64(key).astype("<i8").tobytes() + vector_D.astype("<f4").tobytes())
+
+
+def stored(path, keys):
+    store = FeatureStore.open(path)
+    return store.codec.decode(store.snapshot().get(list(keys)))
+
+
+def uris(path):
+    return {row["key"]: row["uri"] for row in FeatureStore.open(path).snapshot().metadata_table().to_pylist()}
+
+
+def fixed_binary(data_ND):
+    rows = [row_D.tobytes() for row_D in data_ND]
+    return pa.array(rows, pa.binary(len(rows[0])))
