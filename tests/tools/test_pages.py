@@ -95,6 +95,12 @@ def test_commands_have_the_options_and_settings_that_pages_show(line: str) -> No
         load_config(None, settings)
 
 
+def test_every_job_and_command_is_on_the_page_of_commands() -> None:
+    titles = re.findall(r"^###+ `(.*)`", PAGE.read_text(), re.MULTILINE)
+    assert {title.split()[-1] for title in titles} >= commands().keys() | {"dask-submit"}
+    assert {path.name for path in (ROOT / "jobs").glob("[a-z]*.py")} <= {Path(name).name for name in commands()}
+
+
 def texts_of(path: Path) -> Iterator[str]:
     """The texts in a file of code, with an ellipsis for each value that is put in."""
     for node in ast.walk(ast.parse(path.read_text())):
