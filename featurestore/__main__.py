@@ -1,6 +1,6 @@
 """python -m featurestore: look at a store, go through its history, check every file."""
 
-from featurestore.commands import backend, check, history, look, recode
+from featurestore.commands import check, history, look, recode
 from featurestore.console.commandline import CommandApp, run_app
 
 app = CommandApp(
@@ -9,7 +9,7 @@ app = CommandApp(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (look, history, check, backend, recode):
+for commands in (look, history, check, recode):
     app.add_typer(commands.app)
 
 

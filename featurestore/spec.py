@@ -15,6 +15,7 @@ from featurestore.text.parsing import first_mistake, parse_json
 FORMAT_VERSION = 1
 LAST_SECOND = 253_402_300_799  # of the year 9999, since 1970: no time can be printed after it
 MAX_VERSION = (1 << 63) - 1  # of a snapshot
+SAMPLE_ROWS = 10_000  # from which the ranges of an int8 store are taken
 
 DType = Literal["bfloat16", "float16", "float32", "int8"]
 FileKind = Literal["base", "delta"]

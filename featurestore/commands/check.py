@@ -1,4 +1,4 @@
-"""verify and repair: is every file what was written, and what to do where one is not."""
+"""verify, repair and check-backend: is every file what was written, what mends it, and can a place hold a store."""
 
 import sys
 from pathlib import Path
@@ -8,10 +8,7 @@ import typer
 
 from featurestore.commands.common import DryRun, Url, progress_bar
 from featurestore.console.commandline import CommandApp
-from featurestore.lookup.cache import default_cache_dir
-from featurestore.upkeep.cachecheck import verify_cache
-from featurestore.upkeep.repair import repair as repair_store
-from featurestore.upkeep.verify import verify as verify_store
+from featurestore.errors import UnsafeBackendError
 
 app = CommandApp()
 
@@ -40,9 +37,11 @@ def verify(
     if cache and version is not None:
         raise typer.BadParameter("--version is for a store: a cache is checked whole")
     if cache:
-        _verify_cache(Path(place) if place else default_cache_dir())
+        _verify_cache(place)
     if not place:
         raise typer.BadParameter("name the store's URL, or --cache")
+    from featurestore.upkeep.verify import verify as verify_store
+
     with progress_bar("files") as progress:
         report = verify_store(place, version, progress)
     for problem in report.problems:
@@ -54,7 +53,11 @@ def verify(
     raise typer.Exit(1 if report.problems else 0)
 
 
-def _verify_cache(folder: Path) -> NoReturn:
+def _verify_cache(place: str | None) -> NoReturn:
+    from featurestore.lookup.cache import default_cache_dir
+    from featurestore.upkeep.cachecheck import verify_cache
+
+    folder = Path(place) if place else default_cache_dir()
     with progress_bar() as progress:
         report = verify_cache(folder, progress)
     for problem in report.problems:
@@ -75,6 +78,8 @@ def repair(url: Url, dry_run: DryRun = False) -> None:
 
     Exit code 1 when something is left that only a backup or a person can mend.
     """
+    from featurestore.upkeep.repair import repair as repair_store
+
     with progress_bar("files") as progress:
         report = repair_store(url, dry_run, progress)
     for action in report.actions:
@@ -86,3 +91,28 @@ def repair(url: Url, dry_run: DryRun = False) -> None:
     elif report.version is not None:
         sys.stdout.write(f"committed snapshot {report.version}; {report.num_quarantined:,} images put in quarantine\n")
     raise typer.Exit(1 if report.left else 0)
+
+
+@app.command(epilog="Example: `python -m featurestore check-backend s3://bucket/features --processes 16`")
+def check_backend(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Folder or s3:// address where a store is to be.")],
+    processes: Annotated[int, typer.Option("--processes", min=2, max=256, help="Writers that race.")] = 4,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Races, each for a new file.")] = 50,
+) -> None:
+    """Check that a place can hold a store: one of many writers wins, and what is written is seen.
+
+    Tries what commits rely on, then lets processes race to create one file, many times. Exit code 1 when the place is
+    unsafe: commits would be lost there.
+    """
+    from featurestore.storage.safety import check_backend as race
+    from featurestore.storage.storage import Storage
+
+    storage = Storage(url)
+    with progress_bar("races") as progress:
+        report = race(storage, num_processes=processes, num_rounds=rounds, progress=progress)
+    for problem in report.problems:
+        sys.stderr.write(f"unsafe: {problem}\n")
+    if report.problems:
+        raise UnsafeBackendError(f"{storage.url} cannot hold a store, as commits could be lost there")
+    races = f"{report.num_rounds:,} races of {report.num_writers} processes had one winner each"
+    sys.stdout.write(f"safe: {races}; a create takes {report.create_s * 1000:.1f} ms\n")

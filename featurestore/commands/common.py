@@ -3,14 +3,16 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from featurestore.console import output
-from featurestore.snapshot import Snapshot
-from featurestore.store import FeatureStore
+
+if TYPE_CHECKING:
+    from featurestore.snapshot import Snapshot
+    from featurestore.store import FeatureStore
 
 Url = Annotated[str, typer.Argument(metavar="URL", help="Folder or s3:// address of the store.")]
 Version = Annotated[int | None, typer.Option("--version", help="Snapshot; the newest by default.")]
@@ -25,7 +27,7 @@ At = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and change nothing.")]
 
 
-def chosen_snapshot(store: FeatureStore, version: int | None, at: datetime | None) -> Snapshot:
+def chosen_snapshot(store: "FeatureStore", version: int | None, at: datetime | None) -> "Snapshot":
     """The one that the options name. Raises SnapshotNotFoundError, typer's BadParameter for both options."""
     if version is not None and at is not None:
         raise typer.BadParameter("--version and --at name a snapshot each: give one of them")

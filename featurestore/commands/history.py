@@ -2,31 +2,25 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.filesize import decimal as bytes_text
 
 from featurestore.commands.common import DryRun, Url, print_table, progress_bar
 from featurestore.console.commandline import CommandApp
-from featurestore.log import utc_text
-from featurestore.store import FeatureStore
-from featurestore.upkeep.compaction import CompactReport
-from featurestore.upkeep.compaction import compact as compact_store
-from featurestore.upkeep.expiry import ExpireReport
-from featurestore.upkeep.expiry import expire as expire_store
-from featurestore.upkeep.history import LogEntry, Rows
-from featurestore.upkeep.history import diff as diff_snapshots
-from featurestore.upkeep.history import log as log_of_store
-from featurestore.upkeep.history import restore as restore_snapshot
-from featurestore.upkeep.pins import PIN_NAME_RULE, is_pin_name
-from featurestore.upkeep.pins import pin as pin_snapshot
-from featurestore.upkeep.pins import unpin as unpin_snapshot
+
+if TYPE_CHECKING:
+    from featurestore.upkeep.compaction import CompactReport
+    from featurestore.upkeep.expiry import ExpireReport
+    from featurestore.upkeep.history import LogEntry, Rows
 
 app = CommandApp()
 
 
 def _pin_name(name: str) -> str:
+    from featurestore.upkeep.pins import PIN_NAME_RULE, is_pin_name
+
     if not is_pin_name(name):
         raise typer.BadParameter(PIN_NAME_RULE.format(name=name))
     return name
@@ -41,6 +35,9 @@ def log(
     last: Annotated[int | None, typer.Option("--last", "-n", min=1, help="Only so many; all by default.")] = None,
 ) -> None:
     """List the snapshots that can be opened, newest first. Files, rows and bytes are those that each one needs."""
+    from featurestore.store import FeatureStore
+    from featurestore.upkeep.history import log as log_of_store
+
     entries = log_of_store(FeatureStore.open(url), last)
     if not entries:
         sys.stdout.write("no snapshot yet: nothing was committed\n")
@@ -61,6 +58,9 @@ def diff(
     keys: Annotated[bool, typer.Option("--keys", help="Print key and uri of each: + came, ~ changed, - went.")] = False,
 ) -> None:
     """Count the images that came, changed and went from snapshot A to B."""
+    from featurestore.store import FeatureStore
+    from featurestore.upkeep.history import diff as diff_snapshots
+
     with progress_bar() as progress:
         found = diff_snapshots(FeatureStore.open(url), before, after, progress)
     if keys:
@@ -73,6 +73,9 @@ def diff(
 @app.command(epilog="Example: `python -m featurestore restore data/features 12`")
 def restore(url: Url, version: Annotated[int, typer.Argument(metavar="N", help="A kept snapshot.")]) -> None:
     """Commit a new snapshot with the rows of snapshot N. What was committed since stays in the log."""
+    from featurestore.store import FeatureStore
+    from featurestore.upkeep.history import restore as restore_snapshot
+
     snapshot = restore_snapshot(FeatureStore.open(url), version)
     sys.stdout.write(f"snapshot {snapshot.version} holds what snapshot {version} holds\n")
 
@@ -88,6 +91,9 @@ def pin(
     version: Annotated[int | None, typer.Argument(metavar="[N]", help="Snapshot; the newest by default.")] = None,
 ) -> None:
     """Keep a snapshot, whatever `expire` is told, until it is unpinned."""
+    from featurestore.store import FeatureStore
+    from featurestore.upkeep.pins import pin as pin_snapshot
+
     made = pin_snapshot(FeatureStore.open(url), name, version)
     sys.stdout.write(f"{name} keeps snapshot {made.version}\n")
 
@@ -95,6 +101,9 @@ def pin(
 @app.command(epilog="Example: `python -m featurestore unpin data/features before-migration`")
 def unpin(url: Url, name: PinName) -> None:
     """Remove a pin. The next `expire` decides about its snapshot."""
+    from featurestore.store import FeatureStore
+    from featurestore.upkeep.pins import unpin as unpin_snapshot
+
     unpin_snapshot(FeatureStore.open(url), name)
     sys.stdout.write(f"{name} is no pin any more\n")
 
@@ -115,6 +124,9 @@ def compact(
 
     The rows stay exactly the same. Readers and writers may go on meanwhile.
     """
+    from featurestore.store import FeatureStore
+    from featurestore.upkeep.compaction import compact as compact_store
+
     with progress_bar() as progress:
         report = compact_store(
             FeatureStore.open(url), shards=shard, force=force, threads=threads, dry_run=dry_run, progress=progress
@@ -141,6 +153,9 @@ def expire(
     What dead writers left goes too. The grace time must be longer than your longest job. The newest snapshot stays.
     Exit code 1 when it had to stop half way.
     """
+    from featurestore.store import FeatureStore
+    from featurestore.upkeep.expiry import expire as expire_store
+
     with progress_bar("files") as progress:
         report = expire_store(
             FeatureStore.open(url),
@@ -156,7 +171,9 @@ def expire(
         raise typer.Exit(1)
 
 
-def _log_row(entry: LogEntry) -> Sequence[str]:
+def _log_row(entry: "LogEntry") -> Sequence[str]:
+    from featurestore.log import utc_text
+
     manifest, pins = entry.manifest, ", ".join(entry.pins)
     if manifest is None:
         return f"{entry.version}", "", "damaged: run verify", "", "", "", "", pins
@@ -172,12 +189,12 @@ def _log_row(entry: LogEntry) -> Sequence[str]:
     )
 
 
-def _print_rows(sign: str, rows: Rows) -> None:
+def _print_rows(sign: str, rows: "Rows") -> None:
     for key, uri in zip(rows.keys_N.tolist(), rows.uris, strict=True):
         sys.stdout.write(f"{sign} {key} {uri}\n")
 
 
-def _compact_text(report: CompactReport, dry_run: bool) -> str:
+def _compact_text(report: "CompactReport", dry_run: bool) -> str:
     if not report.shards:
         return f"nothing to compact in snapshot {report.version}\n"
     shards = _count(len(report.shards), "shard")
@@ -189,7 +206,7 @@ def _compact_text(report: CompactReport, dry_run: bool) -> str:
     return f"snapshot {report.version}: {shards} of {before} became {after}{lost}\n"
 
 
-def _expire_text(report: ExpireReport, dry_run: bool) -> str:
+def _expire_text(report: "ExpireReport", dry_run: bool) -> str:
     keep, let_go, delete = ("would keep", "would let go", "would delete") if dry_run else ("kept", "let go", "deleted")
     expired = f": {_ranges(report.expired)}" if report.expired else ""
     runs = f", among them the staged parts of dead runs: {', '.join(report.runs)}" if report.runs else ""

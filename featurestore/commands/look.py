@@ -5,15 +5,12 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import numpy.typing as npt
 import typer
 
 from featurestore.commands.common import At, Url, Version, chosen_snapshot, print_table
 from featurestore.console.commandline import CommandApp
 from featurestore.errors import FeatureStoreError
-from featurestore.keys import keys_of_uris
-from featurestore.log import utc_text
-from featurestore.storage.regular import check_regular
-from featurestore.store import FeatureStore
 
 app = CommandApp()
 
@@ -21,6 +18,9 @@ app = CommandApp()
 @app.command(epilog="Example: `python -m featurestore info data/features`")
 def info(url: Url, version: Version = None, at: At = None) -> None:
     """Show what a store holds."""
+    from featurestore.log import utc_text
+    from featurestore.store import FeatureStore
+
     store = FeatureStore.open(url)
     snapshot = chosen_snapshot(store, version, at)
     manifest = snapshot.manifest
@@ -60,6 +60,9 @@ def get(
     """Fetch the features of images, as float32: printed, or written to a file."""
     if not keys and not uri:
         raise typer.BadParameter("name a KEY or --uri")
+    from featurestore.keys import keys_of_uris
+    from featurestore.store import FeatureStore
+
     wanted_U = np.concatenate([np.asarray(keys or [], dtype=np.int64), keys_of_uris(uri or [])])
     store = FeatureStore.open(url)
     values_UD = store.codec.decode(chosen_snapshot(store, version, at).get(wanted_U))
@@ -73,6 +76,9 @@ def get(
 @app.command(epilog="Example: `python -m featurestore quarantine data/features`")
 def quarantine(url: Url) -> None:
     """List the images that could not be read or decoded, with the reason of each; a refresh tries them again."""
+    from featurestore.log import utc_text
+    from featurestore.store import FeatureStore
+
     rows = sorted(FeatureStore.open(url).quarantine_rows(), key=lambda row: row.uri)
     print_table(
         ["key", "uri", "since", "reason"],
@@ -81,7 +87,9 @@ def quarantine(url: Url) -> None:
     )
 
 
-def _write_npy(path: Path, values_UD: "np.ndarray[tuple[int, ...], np.dtype[np.float32]]") -> None:
+def _write_npy(path: Path, values_UD: npt.NDArray[np.float32]) -> None:
+    from featurestore.storage.regular import check_regular
+
     try:
         if path.exists():
             check_regular(path)

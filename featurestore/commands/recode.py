@@ -8,9 +8,7 @@ from rich.table import Table
 from featurestore.commands.common import Version, progress_bar
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_table, text_console
-from featurestore.format.codec import SAMPLE_ROWS
-from featurestore.spec import DType
-from featurestore.store import FeatureStore
+from featurestore.spec import SAMPLE_ROWS, DType
 
 app = CommandApp()
 
@@ -33,7 +31,8 @@ def recode(
 
     int8 takes half the bytes of bfloat16. After an interruption the same command goes on where it stopped.
     """
-    from featurestore.upkeep.recode import recode as recode_store  # loads faiss
+    from featurestore.store import FeatureStore
+    from featurestore.upkeep.recode import recode as recode_store
 
     with progress_bar() as progress:
         report = recode_store(

@@ -18,7 +18,6 @@ from featurestore.spec import STORAGE_DTYPES, CodecSpec, DType, StoreInfo
 from featurestore.storage.storage import Storage
 
 CODECS = "codec"
-SAMPLE_ROWS = 10_000  # from which ranges are taken
 _BLOCK_NUMBERS = 1 << 16  # in the processor's cache over all passes
 _LARGEST_CODE = 255
 

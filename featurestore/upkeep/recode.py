@@ -22,14 +22,14 @@ from featurestore.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
-from featurestore.format.codec import SAMPLE_ROWS, Codec, write_codec
+from featurestore.format.codec import Codec, write_codec
 from featurestore.format.datafile import URI, live_table, matrix_of
 from featurestore.format.shard_reader import ShardReader
 from featurestore.format.shard_writer import write_shard_file
 from featurestore.index import train_ranges
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
-from featurestore.spec import FORMAT_VERSION, DType, FileEntry, Manifest, StoreInfo, seal, unseal
+from featurestore.spec import FORMAT_VERSION, SAMPLE_ROWS, DType, FileEntry, Manifest, StoreInfo, seal, unseal
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore

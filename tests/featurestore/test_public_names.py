@@ -46,6 +46,6 @@ def test_every_error_has_one_root_stands_in_the_tree_and_pickles(error: type[Exc
 
 
 def test_importing_the_package_and_its_commands_loads_neither_faiss_nor_torch_and_says_nothing() -> None:
-    script = "import sys, featurestore.__main__; sys.exit(bool({'faiss', 'torch'} & set(sys.modules)))"
+    script = "import sys, featurestore.__main__; sys.exit(bool({'faiss', 'pyarrow', 'torch'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
