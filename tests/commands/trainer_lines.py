@@ -218,7 +218,7 @@ TRAINER = [
     ("trainer.plan --input {garbage}", 2, ""),
     ("trainer.plan --input {list}", 2, ""),
     ("trainer.plan --input {deepyaml}", 2, "too deep"),
-    ("trainer.plan --paper --json {emptydir}", 2, "{emptydir}"),
+    ("trainer.plan --paper --json {emptydir}", 1, "{emptydir}"),
     ("trainer.plan --device tpu", 2, "run.device"),
     ("trainer.plan --config {deepyaml}", 2, "nesting depth"),
     ("trainer.experiments", 2, "Missing argument"),

@@ -4,10 +4,8 @@ import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.table import Table
 
 from featurestore.console.files import replace_file, write_json
@@ -17,23 +15,11 @@ from featurestore.text.parsing import parse_json
 from trainer.config.config import load_saved
 from trainer.errors import TrainerError
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 _METRICS = ("impressions", "logloss", "auc", "gauc", "new_ad_auc", "new_ad_gauc")
-SCHEMA = pa.schema(
-    {
-        "day": pa.string(),
-        "train_days": pa.list_(pa.string()),
-        "steps": pa.int64(),
-        "warm_start": pa.string(),
-        "store_version": pa.int64(),
-        "store_id": pa.string(),
-        "commit_id": pa.string(),
-        "samples_changed": pa.bool_(),
-        "test_day": pa.string(),
-        "impressions": pa.int64(),
-        **{name: pa.float64() for name in _METRICS[1:]},
-    }
-)
 
 
 def runs(folder: Path) -> list[Path]:
@@ -54,7 +40,7 @@ def report_of(run: Path) -> dict[str, Any] | None:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """One for each trained day, oldest first, with the columns of SCHEMA; None where a day is not evaluated yet.
+    """One for each trained day, oldest first, with the columns of `_schema`; None where a day is not evaluated yet.
 
     `samples_changed`: between its training and its evaluation; only the metrics of new ads may be others by that.
     """
@@ -63,8 +49,11 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 def write(folder: Path) -> None:
     """`folder`/days.json and days.parquet, each replaced as a whole. Raises TrainerError where the disk refuses."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     found, parquet = rows(folder), io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(found, schema=SCHEMA), parquet)
+    pq.write_table(pa.Table.from_pylist(found, schema=_schema()), parquet)
     try:
         write_json(folder / "days.json", found)
         replace_file(folder / "days.parquet", parquet.getvalue())
@@ -87,6 +76,26 @@ def show(folder: Path) -> None:
         if row["samples_changed"]:
             console.print(f"{row['day']}: its training samples had changed before it was evaluated")
     console.print(f"written to {folder / 'days.json'} and days.parquet")
+
+
+def _schema() -> "pa.Schema":
+    import pyarrow as pa
+
+    return pa.schema(
+        {
+            "day": pa.string(),
+            "train_days": pa.list_(pa.string()),
+            "steps": pa.int64(),
+            "warm_start": pa.string(),
+            "store_version": pa.int64(),
+            "store_id": pa.string(),
+            "commit_id": pa.string(),
+            "samples_changed": pa.bool_(),
+            "test_day": pa.string(),
+            "impressions": pa.int64(),
+            **{name: pa.float64() for name in _METRICS[1:]},
+        }
+    )
 
 
 def _row(run: Path, report: Mapping[str, Any]) -> dict[str, Any]:

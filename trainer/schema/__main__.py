@@ -3,18 +3,17 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.keys import id_of_text, key_of_uri
-from featurestore.storage.storage import Storage
 from trainer.errors import DataNotFoundError, SchemaError
-from trainer.schema import suggest_mapping as logs
-from trainer.schema import suggest_schema as samples
 from trainer.schema.fields import load_schema
-from trainer.schema.profile import content_of, data_files, inner_type, read_tables
+
+if TYPE_CHECKING:
+    from featurestore.storage.storage import Storage
 
 BATCH_SIZE = 8192
 SHOWN = 10
@@ -54,6 +53,10 @@ def inspect(
     With types, numbers of different values, and suggested kinds, sides and table sizes as comments. Of a run it prints
     the first texts of its dictionary of IDs.
     """
+    from featurestore.storage.storage import Storage
+    from trainer.schema import suggest_mapping as logs
+    from trainer.schema import suggest_schema as samples
+
     if (Path(data) / "config.yaml").is_file():
         if out is not None:
             raise SchemaError(f"{data} is a run's folder, of which no schema is written; leave --out out")
@@ -140,13 +143,16 @@ def _show_dictionary(run: Path, count: int) -> None:
         typer.echo(f"{number}  {text}")
 
 
-def has_lists(storage: Storage) -> bool:
+def has_lists(storage: "Storage") -> bool:
     """Whether the first file has columns of lists of numbers, as sample groups do and raw logs do not. Of samples it is
     one in train/ or test/: other files stand beside these, as bad rows.
 
     Raises DataError where there is no file.
     """
-    files = samples.sample_files(storage) or data_files(storage)
+    from trainer.schema.profile import content_of, data_files, inner_type, read_tables
+    from trainer.schema.suggest_schema import sample_files
+
+    files = sample_files(storage) or data_files(storage)
     if not files:
         raise DataNotFoundError(f"{storage.url}: no .parquet, .csv or .tsv files")
     for table in read_tables(storage, files[0], 1):
