@@ -17,27 +17,19 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
-import numpy as np
-import torch
 import typer
-from distributed import Client
 
 from benchmarks.report import Figure, JsonPath, write_report
 from featurestore.console.commandline import CommandApp, run_app
-from pipeline.cluster.connect import connect
-from pipeline.cluster.tasks import run_alone
-from pipeline.demo.draw import draw_garment, plan_garments
 from pipeline.errors import StoreRunError
-from pipeline.features.extract import ExtractOptions, extract
-from pipeline.features.part import torch_threads
-from pipeline.images.decode import prepare
-from pipeline.images.source import list_images, read_image
-from pipeline.network.backbone import ComputeDType, backbone, describe_network
-from pipeline.network.layers import DEFAULT_BACKBONE
-from pipeline.network.weights import UntrainedWeightsWarning
-from pipeline.store_run import describe_bad
+from pipeline.network import DEFAULT_BACKBONE
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from pipeline.network.backbone import ComputeDType
 
 WEIGHTS = "random:0"  # the speed does not depend on the values
 
@@ -53,6 +45,8 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per pass, on both sides.")] = 16,
 ) -> None:
     """Compare the extraction with the bare network; prints the figures."""
+    from pipeline.images.source import list_images
+
     with tempfile.TemporaryDirectory() as folder:
         if images is None:
             draw_images(Path(folder), limit)
@@ -63,6 +57,8 @@ def main(
 
 def draw_images(folder: Path, count: int) -> None:
     """`count` pictures of clothes, no two of equal bytes: a copy would not go through the network."""
+    from pipeline.demo.draw import draw_garment, plan_garments
+
     planned = count
     while len(garments := list(dict.fromkeys(plan_garments(planned, seed=0)))) < count:
         planned *= 2
@@ -72,6 +68,11 @@ def draw_images(folder: Path, count: int) -> None:
 
 def compare(locations: Sequence[str], rounds: int, batch_size: int) -> dict[str, Figure]:
     """The figures of both sides over the images at `locations`. Raises PipelineError, FeatureStoreError."""
+    from pipeline.cluster.connect import connect
+    from pipeline.cluster.tasks import run_alone
+    from pipeline.network.backbone import describe_network
+    from pipeline.network.weights import UntrainedWeightsWarning
+
     with warnings.catch_warnings(), connect(workers=1, threads_per_worker=1) as client:
         warnings.simplefilter("ignore", UntrainedWeightsWarning)
         compute_dtype = cast("ComputeDType", describe_network(client, DEFAULT_BACKBONE, WEIGHTS, "auto").compute_dtype)
@@ -98,8 +99,16 @@ def compare(locations: Sequence[str], rounds: int, batch_size: int) -> dict[str,
     }
 
 
-def bare_seconds(locations: Sequence[str], batch_size: int, compute_dtype: ComputeDType) -> float:
+def bare_seconds(locations: Sequence[str], batch_size: int, compute_dtype: "ComputeDType") -> float:
     """Seconds of the network alone on these images, which are prepared before the clock starts."""
+    import numpy as np
+    import torch
+
+    from pipeline.features.part import torch_threads
+    from pipeline.images.decode import prepare
+    from pipeline.images.source import read_image
+    from pipeline.network.backbone import backbone
+
     network = backbone(DEFAULT_BACKBONE, WEIGHTS, compute_dtype)
     torch.set_num_threads(torch_threads({}))
     batches = [
@@ -115,12 +124,15 @@ def bare_seconds(locations: Sequence[str], batch_size: int, compute_dtype: Compu
     return time.perf_counter() - start_s
 
 
-def extract_seconds(client: Client, locations: Sequence[str], batch_size: int) -> float:
+def extract_seconds(client: "Client", locations: Sequence[str], batch_size: int) -> float:
     """Seconds of a whole extraction of these images into a new store. Raises StoreRunError where one is bad."""
+    from pipeline.features.extract import ExtractOptions, extract
+    from pipeline.store_run import describe_bad
+
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder, "images.csv")
         table.write_text("\n".join(["uri", *locations]) + "\n")
-        options = ExtractOptions(images=str(table), store=f"{folder}/features", weights=WEIGHTS, batch_size=batch_size)
+        options = ExtractOptions(str(table), f"{folder}/features", WEIGHTS, batch_size=batch_size)
         start_s = time.perf_counter()
         summary = extract(options, client)
         seconds = time.perf_counter() - start_s

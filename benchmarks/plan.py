@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,9 +22,9 @@ from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars
 from trainer.config.config import load_config
 from trainer.errors import PlanError
-from trainer.plan.build import Plan, Row
-from trainer.plan.own import plan_own
-from trainer.plan.sample import Question, numbers
+
+if TYPE_CHECKING:
+    from trainer.plan.build import Plan, Row
 
 STEPS = 12
 _LOOPBACK_BYTES_PER_S = 1e9  # not used: all ranks are on this machine
@@ -41,6 +41,8 @@ def main(
     samples_per_rank: Annotated[int, typer.Option(help="Of a step.", min=16)] = 1_500,
 ) -> None:
     """Compare predicted with measured steps; prints the figures."""
+    from trainer.plan.sample import numbers
+
     counts = numbers(ranks)
     with progress_bars() as progress:
         knobs = Knobs(images=images, samples_per_rank=samples_per_rank, steps=24, test_samples=600)
@@ -51,6 +53,9 @@ def main(
 
 def compare(workload: Workload, ranks: tuple[int, ...]) -> dict[str, Figure]:
     """Predicted and measured figures of each number of ranks; the time's largest error as `worst_error`."""
+    from trainer.plan.own import plan_own
+    from trainer.plan.sample import Question
+
     config = load_config(workload.config)
     question = Question(
         ranks=ranks,
@@ -86,7 +91,7 @@ def run(workload: Workload, ranks: int) -> dict[str, Any]:
     return report
 
 
-def _compared(plan: Plan, row: Row, reports: list[dict[str, Any]]) -> dict[str, Figure]:
+def _compared(plan: "Plan", row: "Row", reports: list[dict[str, Any]]) -> dict[str, Figure]:
     cost = row.costs["exchange"]
     machine = plan.machines[min(row.ranks, max(plan.machines))]
     report, step_s = reports[0], statistics.mean(row.counts.samples / each["samples_per_s"] for each in reports)

@@ -15,24 +15,20 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from distributed import Client
 
 from benchmarks.extract import draw_images
 from benchmarks.report import Figure, JsonPath, write_report
-from benchmarks.written import count_writes, written_bytes
 from featurestore.console.commandline import CommandApp, run_app
-from pipeline.cluster.connect import connect
 from pipeline.errors import StoreRunError
-from pipeline.features.extract import ExtractOptions, extract
-from pipeline.features.refresh import RefreshOptions, RefreshSummary, refresh
-from pipeline.images.source import list_images, read_image
-from pipeline.network.backbone import describe_network
-from pipeline.network.layers import DEFAULT_BACKBONE
-from pipeline.network.weights import UntrainedWeightsWarning
-from pipeline.store_run import describe_bad
+from pipeline.network import DEFAULT_BACKBONE
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from pipeline.features.refresh import RefreshSummary
 
 WEIGHTS = "random:0"  # the speed does not depend on the values
 CHANGED_SHARE = 0.01
@@ -56,6 +52,14 @@ def main(
 
 def compare(folder: Path, images: str | None, limit: int) -> dict[str, Figure]:
     """The figures, of `limit` images in a store below `folder`. Raises PipelineError, FeatureStoreError."""
+
+    from benchmarks.written import count_writes
+    from pipeline.cluster.connect import connect
+    from pipeline.features.extract import ExtractOptions, extract
+    from pipeline.features.refresh import RefreshOptions, refresh
+    from pipeline.network.backbone import describe_network
+    from pipeline.network.weights import UntrainedWeightsWarning
+
     photos, fresh = folder / "images", folder / "fresh"
     num_changed = max(1, round(limit * CHANGED_SHARE / 3))
     photos.mkdir()
@@ -74,18 +78,11 @@ def compare(folder: Path, images: str | None, limit: int) -> dict[str, Figure]:
         describe_network(client, DEFAULT_BACKBONE, WEIGHTS, "auto")
         count_writes(client)
         full_s, full_bytes, full = _measured(
-            client,
-            lambda: extract(
-                ExtractOptions(images=str(photos), store=store, weights=WEIGHTS, num_shards=num_shards), client
-            ),
+            client, lambda: extract(ExtractOptions(str(photos), store, WEIGHTS, num_shards=num_shards), client)
         )
         _change(photos, sorted(fresh.iterdir()), num_changed)
-        refresh_s, refresh_bytes, done = _measured(
-            client, lambda: refresh(RefreshOptions(images=str(photos), store=store), client)
-        )
-        again_s, again_bytes, _ = _measured(
-            client, lambda: refresh(RefreshOptions(images=str(photos), store=store), client)
-        )
+        refresh_s, refresh_bytes, done = _measured(client, lambda: refresh(RefreshOptions(str(photos), store), client))
+        again_s, again_bytes, _ = _measured(client, lambda: refresh(RefreshOptions(str(photos), store), client))
     if done.num_new != num_changed or done.num_changed != num_changed or done.num_gone != num_changed:
         raise StoreRunError(f"the refresh did not find the {num_changed} images of each kind: {done}")
     return {
@@ -105,8 +102,11 @@ def compare(folder: Path, images: str | None, limit: int) -> dict[str, Figure]:
     }
 
 
-def _measured(client: Client, work: Callable[[], RefreshSummary]) -> tuple[float, int, RefreshSummary]:
-    """Seconds, bytes written and what `work` gives. Raises StoreRunError where an image is bad."""
+def _measured(client: "Client", work: Callable[[], "RefreshSummary"]) -> tuple[float, int, "RefreshSummary"]:
+    """Measure the seconds of `work` and the bytes that it writes. Raises StoreRunError where an image is bad."""
+    from benchmarks.written import written_bytes
+    from pipeline.store_run import describe_bad
+
     before = written_bytes(client)
     start_s = time.perf_counter()
     summary = work()
@@ -128,6 +128,8 @@ def _change(photos: Path, fresh: Sequence[Path], count: int) -> None:
 
 def _copy_images(address: str, photos: Path, count: int) -> None:
     """The first `count` images. Raises SourceError, StoreRunError where they are too few."""
+    from pipeline.images.source import list_images, read_image
+
     refs = list_images(address).images[:count]
     if len(refs) < count:
         raise StoreRunError(f"{address} has {len(refs):,} images, {count:,} are needed: give a smaller --limit")

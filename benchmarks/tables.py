@@ -8,18 +8,19 @@ A step is the preparation of its batch and the step itself, one after the other,
 
 import statistics
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
 
 from benchmarks.report import JsonPath, Section, write_sections
 from featurestore.console.commandline import CommandApp, run_app
-from trainer.comm import SoloComm
 from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig, TableConfig
-from trainer.engine.engine import Engine
 from trainer.samples.batch import Batch, Jagged
 from trainer.schema import Field, Schema
+
+if TYPE_CHECKING:
+    from trainer.engine.engine import Engine
 
 _SCHEMA = Schema(
     fields=(
@@ -52,8 +53,11 @@ def batch_of(number: int, samples: int, ids: int, behaviors: int) -> Batch:
     )
 
 
-def engine_of(table: TableConfig) -> Engine:
-    """A model of IDs alone, with this table for users and for items."""
+def engine_of(table: TableConfig) -> "Engine":
+    """Make a model of IDs alone, with this table for users and for items."""
+    from trainer.comm import SoloComm
+    from trainer.engine.engine import Engine
+
     model = ModelConfig(images="none", compute_dtype="float32", tables={"user": table, "item": table})
     return Engine(SoloComm(), _SCHEMA, {}, model, OptimConfig(), seed=0)
 

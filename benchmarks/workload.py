@@ -17,14 +17,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import typer
 import yaml
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, to_bits
 from featurestore.console.commandline import CommandApp, power_of_two, run_app
 from featurestore.console.output import progress_bars
 from featurestore.keys import keys_of_uris, shard_of
@@ -32,9 +29,6 @@ from trainer.errors import TrainerError
 
 Int64 = NDArray[np.int64]
 
-_EXTRACTOR = ExtractorSpec(
-    backbone="drawn", layer="none", weights_digest="none", preprocessing="none", compute_dtype="bfloat16"
-)
 _SIGNAL_DIMS = 256
 _CATEGORIES, _SCENES = 2000, 40
 # Four ID fields of each side are in every log; the attributes make 27 of them.
@@ -186,10 +180,13 @@ def _values_of(attribute: int) -> int:
 
 
 def _write_store(workload: Workload, progress: Progress) -> None:
+    from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, to_bits
+
     knobs = workload.knobs
-    store = FeatureStore.create(
-        str(workload.store), StoreInfo(num_shards=knobs.shards, dim=knobs.dim, extractor=_EXTRACTOR)
+    drawn = ExtractorSpec(
+        backbone="drawn", layer="none", weights_digest="none", preprocessing="none", compute_dtype="bfloat16"
     )
+    store = FeatureStore.create(str(workload.store), StoreInfo(num_shards=knobs.shards, dim=knobs.dim, extractor=drawn))
     shard_N, hidden_N = shard_of(workload.keys, knobs.shards), _hidden(knobs)
 
     def put(shard: int) -> None:
@@ -213,6 +210,8 @@ def _hidden(knobs: Knobs) -> NDArray[np.float32]:
 
 
 def _write_samples(workload: Workload, progress: Progress) -> None:
+    import pyarrow.parquet as pq
+
     knobs = workload.knobs
     for split, samples in (("train", knobs.samples_per_rank * knobs.steps), ("test", knobs.test_samples)):
         folder = workload.samples / split
@@ -228,7 +227,9 @@ def _pieces(total: int, size: int) -> Iterator[int]:
         yield min(size, total - start)
 
 
-def _sample_table(workload: Workload, groups: int, draw: np.random.Generator) -> pa.Table:
+def _sample_table(workload: Workload, groups: int, draw: np.random.Generator) -> Any:
+    import pyarrow as pa
+
     knobs = workload.knobs
     popularity = np.cumsum(np.arange(1, knobs.images + 1, dtype=np.float64) ** -knobs.zipf)
 

@@ -8,7 +8,7 @@ import typer
 from featurestore.console.commandline import CONTINUES, CommandApp, power_of_two, run_app
 from pipeline.cluster.connect import connect
 from pipeline.features.extract import ExtractOptions, extract
-from pipeline.network.layers import DEFAULT_BACKBONE
+from pipeline.network import DEFAULT_BACKBONE
 from pipeline.network.weights import UntrainedWeightsWarning, check_network
 
 EXAMPLES = """Examples:

@@ -8,7 +8,6 @@ on the same test rows.
 """
 
 import subprocess
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -16,11 +15,8 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
-from benchmarks.quality.cold import cold_section
-from benchmarks.quality.compare import NETS, Bench, ids_section, images_section
-from benchmarks.quality.data import SMALL_USERS, USERS, DataSet, parse, simulated
-from benchmarks.quality.runs import QualityRunError, fuxictr_python
-from benchmarks.report import JsonPath, Section, write_sections
+from benchmarks.quality.data import NETS, SMALL_USERS, USERS, DataSet, parse, simulated
+from benchmarks.report import JsonPath, write_sections
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars, text_column
 
@@ -35,13 +31,9 @@ python -m benchmarks.quality --only ids --set model.multi_hot=sum
 
 A run that has ended is not made again: its figures are kept in DIR/figures.
 """
-SECTIONS: dict[str, Callable[[Bench], list[Section]]] = {
-    "ids": ids_section,
-    "images": images_section,
-    "cold": cold_section,
-}
-Name = StrEnum("Name", list(SECTIONS))  # type: ignore[misc]
-Net = StrEnum("Net", list(NETS))  # type: ignore[misc]
+SECTIONS = ("ids", "images", "cold")
+Name = StrEnum("Name", SECTIONS)  # type: ignore[misc]
+Net = StrEnum("Net", NETS)  # type: ignore[misc]
 
 app = CommandApp(failures=(OSError,), rich_markup_mode="rich")
 
@@ -89,6 +81,11 @@ def main(
     ] = None,
 ) -> None:
     """Measure how good our models are, beside those of FuxiCTR on the same rows and IDs."""
+    from benchmarks.quality.cold import cold_section
+    from benchmarks.quality.compare import Bench, ids_section, images_section
+    from benchmarks.quality.runs import QualityRunError, fuxictr_python
+
+    made = {"ids": ids_section, "images": images_section, "cold": cold_section}
     chosen = [str(name) for name in only or SECTIONS]
     if chosen != ["cold"] and not fuxictr_python().exists():
         raise QualityRunError(
@@ -104,7 +101,7 @@ def main(
     columns = text_column(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with progress_bars(*columns) as progress:
         bench = Bench(sets, folder, [str(net) for net in nets or NETS], range(seeds), epochs, tune, progress, given)
-        sections = [section for name in SECTIONS if name in chosen for section in SECTIONS[name](bench)]
+        sections = [section for name in SECTIONS if name in chosen for section in made[name](bench)]
     write_sections(sections, json_path)
 
 

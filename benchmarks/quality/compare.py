@@ -14,7 +14,6 @@ from benchmarks.quality.runs import Epoch, Side, Spec, curve_of
 from benchmarks.report import Figure, Section
 from trainer.experiments.tables import seed_mean
 
-NETS = ("dnn", "din", "dcnv2", "finalmlp")
 SIDES: tuple[Side, ...] = ("ours", "fuxictr")
 GRIDS: Mapping[Side, Sequence[Sequence[Mapping[str, Any]]]] = {
     "ours": (

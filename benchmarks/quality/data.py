@@ -10,6 +10,7 @@ from trainer.errors import DataError
 from trainer.samples.days import files_by_day
 
 JOBS = Path(__file__).parents[2] / "jobs"
+NETS = ("dnn", "din", "dcnv2", "finalmlp")
 SMALL_USERS, USERS = 1_200, 12_000
 
 

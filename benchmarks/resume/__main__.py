@@ -14,16 +14,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
 
 from benchmarks.report import Figure, JsonPath, Section, write_sections
-from benchmarks.resume.runs import CHANGING, End, Float, Runs, checkpoint_every
 from benchmarks.workload import Knobs, make
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars
+
+if TYPE_CHECKING:
+    from benchmarks.resume.runs import End, Float, Runs
 
 KNOBS = Knobs(images=2_000, dim=64, steps=1_000, test_samples=3_000, behaviors=10, users=2_000, shards=8, row_group=100)
 STEPS = (10, 100, 1_000)
@@ -52,6 +54,8 @@ def main(
     samples: Annotated[int, typer.Option(help="Of a step.", min=16)] = 64,
 ) -> None:
     """Compare killed and resumed runs with undisturbed ones; prints the figures."""
+    from benchmarks.resume.runs import Runs
+
     lengths, dtypes = steps or STEPS, dtype or tuple(DType)
     with progress_bars() as progress, tempfile.TemporaryDirectory() as scratch:
         workload = make(folder, replace(KNOBS, samples_per_rank=samples), progress)
@@ -66,8 +70,10 @@ def main(
     write_sections(sections, json_file)
 
 
-def compare(runs: Runs) -> dict[str, Mapping[str, Figure]]:
+def compare(runs: "Runs") -> dict[str, Mapping[str, Figure]]:
     """How far each run ends from the undisturbed one of one rank, or of two where it says so."""
+    from benchmarks.resume.runs import CHANGING
+
     kills = kills_of(runs.steps)
     alone, of_two = runs.alone(), runs.on_ranks(2)
     found = {
@@ -83,11 +89,13 @@ def compare(runs: Runs) -> dict[str, Mapping[str, Figure]]:
 
 def kills_of(steps: int) -> list[int]:
     """Steps in which a run is killed, some steps after a checkpoint, so that those are taken twice."""
+    from benchmarks.resume.runs import checkpoint_every
+
     every, count = checkpoint_every(steps), min(MOST_KILLS, 2 + steps // 50)
     return [number * steps // (count + 1) // every * every + every // 2 + 1 for number in range(1, count + 1)]
 
 
-def differences(found: End, expected: End) -> dict[str, Figure]:
+def differences(found: "End", expected: "End") -> dict[str, Figure]:
     """How far two runs ended apart."""
     apart_N = np.abs(found.logit_N - expected.logit_N)
     return {
@@ -99,7 +107,7 @@ def differences(found: End, expected: End) -> dict[str, Figure]:
     }
 
 
-def largest(found: Mapping[str, Float], expected: Mapping[str, Float]) -> float:
+def largest(found: Mapping[str, "Float"], expected: Mapping[str, "Float"]) -> float:
     """The largest difference of any number; both have the same names."""
     assert found.keys() == expected.keys()
     return max(float(np.abs(found[name] - expected[name]).max()) for name in expected)

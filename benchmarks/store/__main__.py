@@ -10,21 +10,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, TimeElapsedColumn
 
 from benchmarks.report import JsonPath, Section, write_sections
-from benchmarks.store.builds import cache_figures, write_figures
-from benchmarks.store.cold import cold_figures
-from benchmarks.store.data import DIM, Bench, cores
-from benchmarks.store.depth import depth_figures
-from benchmarks.store.limit import limit_figures
-from benchmarks.store.lookup import delta_figures, warm_figures
-from benchmarks.store.peers import fill_peers
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars, text_column
+
+if TYPE_CHECKING:
+    from benchmarks.store.data import Bench
 
 _HEADLINE = [
     "lookup_vs_numpy_take",
@@ -52,8 +48,17 @@ class Part(StrEnum):
     limit = "limit"
 
 
-def measure(bench: Bench, depths: Sequence[int], limit_mb: int, parts: Collection[Part] = tuple(Part)) -> list[Section]:
+def measure(
+    bench: "Bench", depths: Sequence[int], limit_mb: int, parts: Collection[Part] = tuple(Part)
+) -> list[Section]:
     """The sections of these parts, the headline first. int8: the lookups once more, on codes."""
+    from benchmarks.store.builds import cache_figures, write_figures
+    from benchmarks.store.cold import cold_figures
+    from benchmarks.store.depth import depth_figures
+    from benchmarks.store.limit import limit_figures
+    from benchmarks.store.lookup import delta_figures, warm_figures
+    from benchmarks.store.peers import fill_peers
+
     held = bench.make_store()
     newest = replace(held, version=bench.add_deltas(held))
     codes = [bench.recode(held)] if Part.int8 in parts else []
@@ -118,6 +123,8 @@ def main(
     """Measure the store against numpy.take, LMDB, RocksDB, Lance and plain pyarrow."""
     asked_depths = ascending(depths)
     columns = text_column(), BarColumn(), TimeElapsedColumn()
+    from benchmarks.store.data import DIM, Bench, cores
+
     with working_folder(folder) as work, progress_bars(*columns) as progress:
         bench = Bench(work, rows, keys, rounds, threads, progress, seed)
         sections = measure(bench, asked_depths, limit_mb, only or tuple(Part))

@@ -10,8 +10,9 @@ from featurestore.spec import DType, NetworkName
 from pipeline.errors import StoreRunError
 from pipeline.features.refresh import RefreshOptions, RefreshSummary, bring_up_to_date
 from pipeline.images.source import list_images
+from pipeline.network import DEFAULT_BACKBONE
 from pipeline.network.backbone import ComputeDType, describe_network
-from pipeline.network.layers import DEFAULT_BACKBONE, feature_dim
+from pipeline.network.layers import feature_dim
 from pipeline.network.weights import check_weights_name, warn_if_untrained
 from pipeline.store_run import open_or_make, wait_for_worker
 

@@ -22,7 +22,6 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.images.decode import Preset
 
-DEFAULT_BACKBONE = "vgg16:classifier.1"  # fc6 after its ReLU
 NUM_NEAR = 5  # names in a message
 NUM_VECTOR_LAYERS = 8
 DRY_IMAGES = 2  # a number that no layer's own shape begins with by chance, as 1 does

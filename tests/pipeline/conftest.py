@@ -11,8 +11,8 @@ import torch
 from distributed import Client
 from PIL import Image
 
+from pipeline.network import DEFAULT_BACKBONE
 from pipeline.network.backbone import backbone
-from pipeline.network.layers import DEFAULT_BACKBONE
 from tests.jobs.conftest import own_cluster
 
 

@@ -20,8 +20,8 @@ from featurestore.store import FeatureStore
 from pipeline.errors import BackboneError, SourceError, StoreRunError, WeightsError
 from pipeline.features.extract import ExtractOptions, extract
 from pipeline.features.part import in_order
+from pipeline.network import DEFAULT_BACKBONE
 from pipeline.network.backbone import backbone, describe_network
-from pipeline.network.layers import DEFAULT_BACKBONE
 
 pytestmark = [pytest.mark.filterwarnings("ignore:weights random"), pytest.mark.usefixtures("one_torch_thread")]
 

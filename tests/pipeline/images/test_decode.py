@@ -12,7 +12,8 @@ from torchvision.models import VGG16_Weights
 from pipeline.errors import BadImageError
 from pipeline.images import decode as decode_module
 from pipeline.images.decode import MAX_PIXELS, decode
-from pipeline.network.layers import DEFAULT_BACKBONE, network_of
+from pipeline.network import DEFAULT_BACKBONE
+from pipeline.network.layers import network_of
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 SIDE = 20_000

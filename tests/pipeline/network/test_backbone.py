@@ -12,10 +12,10 @@ from torchvision import models
 
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.images.decode import prepare
-from pipeline.network import backbone
+from pipeline.network import DEFAULT_BACKBONE, backbone
 from pipeline.network import weights as weights_module
 from pipeline.network.backbone import Backbone, fastest_dtype
-from pipeline.network.layers import DEFAULT_BACKBONE, feature_dim, network_of
+from pipeline.network.layers import feature_dim, network_of
 from pipeline.network.weights import check_network, check_weights_name, load_weights, weights_digest
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
