@@ -132,7 +132,7 @@ def extract_seconds(client: "Client", locations: Sequence[str], batch_size: int)
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder, "images.csv")
         table.write_text("\n".join(["uri", *locations]) + "\n")
-        options = ExtractOptions(str(table), f"{folder}/features", WEIGHTS, batch_size=batch_size)
+        options = ExtractOptions(images=str(table), store=f"{folder}/features", weights=WEIGHTS, batch_size=batch_size)
         start_s = time.perf_counter()
         summary = extract(options, client)
         seconds = time.perf_counter() - start_s

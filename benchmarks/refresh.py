@@ -78,11 +78,18 @@ def compare(folder: Path, images: str | None, limit: int) -> dict[str, Figure]:
         describe_network(client, DEFAULT_BACKBONE, WEIGHTS, "auto")
         count_writes(client)
         full_s, full_bytes, full = _measured(
-            client, lambda: extract(ExtractOptions(str(photos), store, WEIGHTS, num_shards=num_shards), client)
+            client,
+            lambda: extract(
+                ExtractOptions(images=str(photos), store=store, weights=WEIGHTS, num_shards=num_shards), client
+            ),
         )
         _change(photos, sorted(fresh.iterdir()), num_changed)
-        refresh_s, refresh_bytes, done = _measured(client, lambda: refresh(RefreshOptions(str(photos), store), client))
-        again_s, again_bytes, _ = _measured(client, lambda: refresh(RefreshOptions(str(photos), store), client))
+        refresh_s, refresh_bytes, done = _measured(
+            client, lambda: refresh(RefreshOptions(images=str(photos), store=store), client)
+        )
+        again_s, again_bytes, _ = _measured(
+            client, lambda: refresh(RefreshOptions(images=str(photos), store=store), client)
+        )
     if done.num_new != num_changed or done.num_changed != num_changed or done.num_gone != num_changed:
         raise StoreRunError(f"the refresh did not find the {num_changed} images of each kind: {done}")
     return {
