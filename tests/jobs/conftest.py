@@ -21,7 +21,7 @@ def own_cluster() -> Iterator[Client]:
         yield client
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def client() -> Iterator[Client]:
     with own_cluster() as client:
         yield client

@@ -1,0 +1,62 @@
+"""The guard of make test-fast: only a test with the mark may start ranks, a cluster or a server."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.guard import service_of
+from tests.ranks import ROOT
+
+CONFTEST = """
+from tests.guard import Guard
+def pytest_configure(config):
+    config.addinivalue_line("markers", "services: allowed")
+    config.pluginmanager.register(Guard())
+"""
+TESTS = """
+import contextlib, socket, subprocess, pytest
+def start(*command):
+    with contextlib.suppress(OSError):
+        subprocess.run(command)
+def test_ranks(): start("/nowhere/horovodrun", "-np", "2", "python")
+def test_job(): start("/nowhere/python", "jobs/build_samples.py")
+def test_server(): socket.create_server(("127.0.0.1", 0)).close()
+@pytest.mark.services
+def test_marked(): start("/nowhere/horovodrun")
+def test_nothing(): start("/nowhere/python", "-m", "trainer.main")
+"""
+
+
+def test_starts_without_the_mark_fail(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "test_starts.py").write_text(TESTS)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert "3 failed, 2 passed" in done.stdout, done.stdout + done.stderr
+    for started in ("horovodrun", "build_samples.py", "a server on 127.0.0.1"):
+        assert f"without the mark `services` this test started {started}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "service"),
+    [
+        (["/venv/bin/python", "/venv/bin/horovodrun", "-np", "2"], "horovodrun"),
+        ([b"/venv/bin/dask-submit", "-n", "1"], "dask-submit"),
+        ([Path("/venv/bin/weed"), "mini"], "weed"),
+        (["python", "jobs/export_ids.py"], "export_ids.py"),
+        (["python", "-m", "trainer.main", "horovodrun"], None),
+        ("uname -p", None),
+    ],
+)
+def test_services_by_their_command_line(command: list[str] | str, service: str | None) -> None:
+    assert service_of(command) == service
