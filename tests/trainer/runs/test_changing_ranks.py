@@ -150,8 +150,10 @@ def assert_same_in_float64(found: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize(
     "optim",
-    [{"optim__ids": "rowwise_adam"}, {"optim__ids": "adam", "optim__ids_restart": True}],
-    ids=["plain", "adam"],
+    [
+        pytest.param({"optim__ids": "rowwise_adam"}, marks=pytest.mark.slow, id="plain"),
+        pytest.param({"optim__ids": "adam", "optim__ids_restart": True}, id="adam"),
+    ],
 )
 def test_killed_with_other_ranks_each_time(
     settings_of: Callable[..., list[str]], tmp_path: Path, optim: dict[str, Any]
