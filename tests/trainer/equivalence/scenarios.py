@@ -282,6 +282,21 @@ SCENARIOS = {
 }
 
 
-def scenarios_for(num_ranks: int) -> dict[str, Scenario]:
-    """Those that are run on so many ranks."""
-    return {name: scenario for name, scenario in SCENARIOS.items() if num_ranks <= scenario.most_ranks}
+ON_FOUR_RANKS = (
+    "both_attentive",
+    "two_widths_two_models",
+    "sum_rank_without_data",
+    "one_owner",
+    "adam_rank_without_data",
+    "exact_evicting",
+    "exact_evicting_rank_without_data",
+    "two_towers",
+    "batch_norm_rank_without_data",
+)
+"""Scenarios that make test runs on four ranks too; make test-slow runs the others."""
+
+
+def scenarios_for(num_ranks: int, part: str) -> dict[str, Scenario]:
+    """Choose the scenarios of a job: of so many ranks, "all", "few" (those of ON_FOUR_RANKS) or "rest"."""
+    chosen = {"all": SCENARIOS, "few": ON_FOUR_RANKS, "rest": SCENARIOS.keys() - set(ON_FOUR_RANKS)}[part]
+    return {n: each for n, each in SCENARIOS.items() if n in chosen and num_ranks <= each.most_ranks}

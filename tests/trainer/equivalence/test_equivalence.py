@@ -8,14 +8,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.trainer.equivalence.scenarios import SCENARIOS
+from tests.ranks import command_of
+from tests.trainer.equivalence.scenarios import ON_FOUR_RANKS, SCENARIOS
+
+pytestmark = pytest.mark.timeout(900)  # the first test of each number of ranks runs all of its scenarios
 
 HERE = Path(__file__).parent
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
@@ -95,27 +98,49 @@ NORMS = {"batch_norm": 2, "batch_norm_rank_without_data": 2, "dice": 4, "dice_ra
 OF_FILTERS = ("/counts", "/faded", "/last_use", "/used_at", "/clock")
 """Of exact tables, beside rows and ids; see tests/trainer/ids."""
 RANKS = [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)]
+RUNS_ON_RANKS = [
+    pytest.param(num_ranks, run, marks=pytest.mark.slow if is_rest or num_ranks == 8 else ())
+    for num_ranks in (1, 2, 4, 8)
+    for run in RUNS
+    for is_rest in [num_ranks == 4 and run.partition("/")[0] not in ON_FOUR_RANKS]
+]
 
 WITHOUT_MOMENTUM = ("adagrad", "rowwise_adagrad", "ftrl")  # the first gradients of ID rows are not to be seen
 
-Results = dict[str, dict]
+Results = Mapping[str, dict]
+
+
+class Job(dict[str, dict]):
+    """Results of the scenarios on P ranks; on four, the few and the rest are two jobs, run when they are asked for."""
+
+    def __init__(self, folder: Path, num_ranks: int) -> None:
+        super().__init__()
+        self._folder, self._num_ranks = folder, num_ranks
+        if num_ranks != 4:
+            self._run("all")
+
+    def __missing__(self, run: str) -> dict:
+        name, _, dtype = run.partition("/")
+        self._run("few" if name in ON_FOUR_RANKS or not dtype else "rest")
+        return {**self}[run]
+
+    def _run(self, part: str) -> None:
+        out = self._folder / f"ranks-{self._num_ranks}-{part}.pt"
+        _run(command_of(self._num_ranks, HERE / "worker.py", self._folder / "store", out, part))
+        self.update(torch.load(out))
 
 
 @pytest.fixture(scope="module")
 def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results]:
-    """Results of a job of P ranks, run once."""
+    """Results of P ranks; each job runs once."""
     folder = tmp_path_factory.mktemp("equivalence")
     script = "import worlds, pathlib, sys; worlds.make_store(pathlib.Path(sys.argv[1]))"
     _run([sys.executable, "-c", script, str(folder / "store")])
-    done: dict[int, Results] = {}
+    done: dict[int, Job] = {}
 
     def results(num_ranks: int) -> Results:
         if num_ranks not in done:
-            launcher = Path(sys.executable).with_name("horovodrun")
-            start = [str(launcher), "-np", str(num_ranks)] if num_ranks > 1 else []
-            out = folder / f"ranks-{num_ranks}.pt"
-            _run([*start, sys.executable, str(HERE / "worker.py"), str(folder / "store"), str(out)])
-            done[num_ranks] = torch.load(out)
+            done[num_ranks] = Job(folder, num_ranks)
         return done[num_ranks]
 
     return results
@@ -182,8 +207,7 @@ class Equivalence:
         assert results_of(num_ranks)[run]["calls"] == {f"step.{name}": 20 for name in names}
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("num_ranks", RANKS)
+@pytest.mark.parametrize(("num_ranks", "run"), RUNS_ON_RANKS)
 class TestEquivalence(Equivalence):
     """The exchange, the sharding and the reductions, on any number of ranks."""
 
@@ -260,7 +284,7 @@ class TestEndings:
 def _run(command: list[str]) -> None:
     search = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, f"{shutil.which(command[0])}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 

@@ -1,4 +1,4 @@
-"""Every scenario on the ranks that horovodrun starts, or alone:  python worker.py STORE OUT
+"""Every scenario on the ranks that horovodrun starts, or alone:  python worker.py STORE OUT PART
 
 Rank 0 writes to OUT what the engine did: losses on every rank, number of collectives, first gradients, final state; the
 same with delays and with reused vectors; and how each rank ended where one fails.
@@ -181,16 +181,26 @@ def delays(rank: int) -> Iterator[None]:
         Stages.timed = timed
 
 
-def main(store_url: str, out: Path) -> None:
-    """All scenarios, one after the other, in one job: ranks take seconds to start."""
+def main(store_url: str, out: Path, part: str) -> None:
+    """Run the scenarios of a part, one after the other, in one job: ranks take seconds to start."""
     comm = connect()
     count_collectives(comm)
     store = FeatureStore.open(store_url)
     results: dict[str, object] = {
         f"{name}/{dtype}": run(comm, store, scenario, dtype)
-        for name, scenario in scenarios_for(comm.size).items()
+        for name, scenario in scenarios_for(comm.size, part).items()
         for dtype in scenario.dtypes
     }
+    if part != "rest":
+        results |= other_ways(comm, store)
+    if comm.rank == 0:
+        torch.save(results, out)
+    comm.close()
+
+
+def other_ways(comm: Comm, store: FeatureStore) -> dict[str, object]:
+    """Run the usual scenario late, with reused, rounded and compared vectors, and to its failures."""
+    results: dict[str, object] = {}
     usual = SCENARIOS["both_attentive"]
     with delays(comm.rank):
         results["delayed"] = {**run(comm, store, usual, "float64"), "initial": None}
@@ -201,12 +211,9 @@ def main(store_url: str, out: Path) -> None:
         results[name] = {**run(comm, store, usual, "float64", exchange), "initial": None}
     compared = replace(usual, model={**usual.model, "similarity_tiers": 4, "similarity_top_k": 2})
     results["compared"] = {**run(comm, store, compared, "float64"), "initial": None}
-    results["endings"] = endings(comm, store)
-    if comm.rank == 0:
-        torch.save(results, out)
-    comm.close()
+    return {**results, "endings": endings(comm, store)}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
