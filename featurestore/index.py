@@ -6,17 +6,17 @@ Letters of shapes: N rows, K queries, C found of each, D width; of a residual qu
 import io
 import math
 import zipfile
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import faiss as _typed_faiss
 import numpy as np
 import numpy.typing as npt
 
 from featurestore.errors import CorruptFileError, InvalidRowsError
+from featurestore.spec import IndexKind
 
 faiss: Any = _typed_faiss  # its stubs lack some of the classes
 
-IndexKind = Literal["flat", "ivf", "hnsw"]
 Keys = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float32]
 

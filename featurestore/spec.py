@@ -19,6 +19,7 @@ SAMPLE_ROWS = 10_000  # from which the ranges of an int8 store are taken
 
 DType = Literal["bfloat16", "float16", "float32", "int8"]
 FileKind = Literal["base", "delta"]
+IndexKind = Literal["flat", "ivf", "hnsw"]
 
 # numpy has no bfloat16: its 16 bits are carried as uint16. An int8 feature is a code from 0 to 255 (see `CodecSpec`).
 STORAGE_DTYPES: dict[DType, npt.DTypeLike] = {

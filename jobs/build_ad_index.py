@@ -3,20 +3,20 @@
 import contextlib
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from featurestore.commands.common import progress_bar
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.index import IndexKind
+from featurestore.spec import IndexKind
 from trainer.cli import WhichCheckpoint
-from trainer.comm import SoloComm
-from trainer.prerank.ads import Ads, ads_of_samples, ads_of_table, keys_to_remove
-from trainer.prerank.artifact import MAX_GONE, MIN_RECALL, AdIndex, Changes, Vectors
-from trainer.prerank.evaluate import user_queries
-from trainer.prerank.vectors import ad_vectors, origin_of, towers
-from trainer.runs.saved import TrainedRun, missing_lookups, newest_run, open_trained
+from trainer.prerank import MAX_GONE, MIN_RECALL
+
+if TYPE_CHECKING:
+    from trainer.prerank.ads import Ads
+    from trainer.prerank.artifact import AdIndex, Changes, Vectors
+    from trainer.runs.saved import TrainedRun
 
 EXAMPLES = """Examples:
 
@@ -82,6 +82,12 @@ def main(
     vectors as Parquet, the index, and a JSON about both; --add, --sync and --remove write its next version. Recall is
     measured with users of the run's samples, and a search looks at more until --min-recall is reached.
     """
+    from trainer.comm import SoloComm
+    from trainer.prerank.ads import keys_to_remove
+    from trainer.prerank.artifact import AdIndex, Changes
+    from trainer.prerank.vectors import ad_vectors, origin_of
+    from trainer.runs.saved import newest_run, open_trained
+
     given = {
         "--remove": remove,
         "--sync": sync,
@@ -122,8 +128,10 @@ def main(
         typer.echo(f"warning: {index.warning}", err=True)
 
 
-def describe_run(trained: TrainedRun) -> list[str]:
+def describe_run(trained: "TrainedRun") -> list[str]:
     """What the job prints of the run: two lines that come first, then notes that come last."""
+    from trainer.runs.saved import missing_lookups
+
     store = f"snapshot {trained.store_version}" if trained.store_version else "none: a run without images"
     num_missing = missing_lookups(trained.comm, trained.partitions)
     if num_missing:
@@ -135,7 +143,7 @@ def describe_run(trained: TrainedRun) -> list[str]:
     ]
 
 
-def describe(index: AdIndex, changes: Changes, out: str, seconds: float) -> list[str]:
+def describe(index: "AdIndex", changes: "Changes", out: str, seconds: float) -> list[str]:
     """What the job prints of the index."""
     state, ads = index.state, f"{changes.num_new:,} new, {changes.num_replaced:,} changed"
     ads += f", {changes.num_unchanged:,} unchanged, {changes.num_removed:,} removed"
@@ -170,7 +178,10 @@ def _check_options(given: set[str]) -> None:
             raise typer.BadParameter(f"{why}; leave {wrong[0]} out", param_hint=wrong[0])
 
 
-def _chosen(trained: TrainedRun, ads: str | None, samples: str | None) -> Ads:
+def _chosen(trained: "TrainedRun", ads: str | None, samples: str | None) -> "Ads":
+    from trainer.prerank.ads import ads_of_samples, ads_of_table
+    from trainer.prerank.vectors import towers
+
     fields = towers(trained).ad_fields
     if ads:
         return ads_of_table(ads, trained.schema, fields)
@@ -178,8 +189,12 @@ def _chosen(trained: TrainedRun, ads: str | None, samples: str | None) -> Ads:
 
 
 def _built(
-    trained: TrainedRun, out: str, kind: IndexKind, chosen: Ads, vectors_NW: Vectors, min_recall: float
-) -> AdIndex:
+    trained: "TrainedRun", out: str, kind: IndexKind, chosen: "Ads", vectors_NW: "Vectors", min_recall: float
+) -> "AdIndex":
+    from trainer.prerank.artifact import AdIndex
+    from trainer.prerank.evaluate import user_queries
+    from trainer.prerank.vectors import origin_of
+
     queries = None if kind == "flat" else user_queries(trained)
     return AdIndex.build(out, kind, chosen.keys_N, vectors_NW, origin_of(trained), queries, min_recall)
 

@@ -6,9 +6,6 @@ from typing import Annotated, Any
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from pipeline.cluster.connect import connect
-from pipeline.samples.build import DAY_S, SampleOptions, build_samples
-from pipeline.samples.mapping import names_in
 
 EXAMPLES = """Examples:
 
@@ -36,7 +33,7 @@ def main(
         float, typer.Option(min=0, max=LONGEST_DAYS, help="How far before an impression behaviours count.")
     ] = 14,
     min_dwell_s: Annotated[
-        float, typer.Option(min=0, max=LONGEST_DAYS * DAY_S, help="Seconds that a behaviour has to last.")
+        float, typer.Option(min=0, max=LONGEST_DAYS * 86_400, help="Seconds that a behaviour has to last.")
     ] = 5,
     max_behaviors: Annotated[int, typer.Option(min=1, max=MOST_BEHAVIORS, help="The newest so many per group.")] = 50,
     test_days: Annotated[int, typer.Option(min=0, max=LONGEST_DAYS, help="The last so many days are for testing.")] = 1,
@@ -68,6 +65,10 @@ def main(
     SAMPLES/quarantine.parquet; counts of everything are in SAMPLES/summary.json. With --mapping a schema and settings
     for the trainer are written beside the samples.
     """
+    from pipeline.cluster.connect import connect
+    from pipeline.samples.build import SampleOptions, build_samples
+    from pipeline.samples.mapping import names_in
+
     options = SampleOptions(
         logs=logs,
         samples=samples,

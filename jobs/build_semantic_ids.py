@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from pipeline.semantic.build import SemanticOptions, build_semantic_ids
 from trainer.schema.text import SETTINGS_FILE
 
 EXAMPLES = """Examples:
@@ -62,6 +61,8 @@ def main(
     An image column gets the code of each level (_sid0, _sid1 …) and the first two, three … codes as one id
     (_sid_prefix2 …). An image without a vector gets -1. OUT/summary.json has usage, entropy, collisions, error.
     """
+    from pipeline.semantic.build import SemanticOptions, build_semantic_ids
+
     if store and vectors:
         raise typer.BadParameter("give one of --store and --vectors", param_hint="--store")
     if samples and no_samples:

@@ -2,15 +2,16 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from featurestore.commands.common import progress_bar
 from featurestore.console.commandline import CommandApp, run_app
 from trainer.cli import WhichCheckpoint, check_ending
-from trainer.runs.export_vectors import ImageNetwork, export, open_network
-from trainer.runs.saved import newest_run
+
+if TYPE_CHECKING:
+    from trainer.runs.export_vectors import ImageNetwork
 
 EXAMPLES = """Examples:
 
@@ -46,6 +47,9 @@ def main(
     Parquet has the columns key, uri and vector (a list of float32), and says in its metadata (visual_vectors) of which
     run, checkpoint, store and snapshot they are; beside a .npy stands NAME.npy.json. build_semantic_ids takes both.
     """
+    from trainer.runs.export_vectors import export, open_network
+    from trainer.runs.saved import newest_run
+
     check_ending(out, ".parquet", ".npy")
     start = time.monotonic()
     opened = open_network(run or newest_run(), which=checkpoint, network=network, store_version=store_version)
@@ -54,7 +58,7 @@ def main(
     typer.echo(describe(opened, out, keys, time.monotonic() - start))
 
 
-def describe(network: ImageNetwork, out: str, keys: str | None, seconds: float) -> str:
+def describe(network: "ImageNetwork", out: str, keys: str | None, seconds: float) -> str:
     """The lines that the job prints."""
     about = network.describe()
     return "\n".join(

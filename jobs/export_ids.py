@@ -9,8 +9,6 @@ import typer
 from featurestore.commands.common import progress_bar
 from featurestore.console.commandline import CommandApp, run_app
 from trainer.cli import WhichCheckpoint, check_ending
-from trainer.runs.export_ids import export_table, open_table
-from trainer.runs.saved import newest_run
 
 EXAMPLES = """Examples:
 
@@ -38,6 +36,9 @@ def main(
     The file has the columns id, shard, last_use (a day) and vector (a list of float32). A row without an id is the cold
     row of its shard, which stands in for all ids of the shard that are not in the file.
     """
+    from trainer.runs.export_ids import export_table, open_table
+    from trainer.runs.saved import newest_run
+
     check_ending(out, ".parquet")
     start = time.monotonic()
     opened = open_table(run or newest_run(), table, checkpoint)

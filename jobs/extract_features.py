@@ -6,10 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from featurestore.console.commandline import CONTINUES, CommandApp, power_of_two, run_app
-from pipeline.cluster.connect import connect
-from pipeline.features.extract import ExtractOptions, extract
 from pipeline.network import DEFAULT_BACKBONE
-from pipeline.network.weights import UntrainedWeightsWarning, check_network
 
 EXAMPLES = """Examples:
 
@@ -76,6 +73,10 @@ def main(
     Images that cannot be read or decoded are kept in the store's quarantine with the reason. A killed run goes on where
     it was when the same command runs again; images that are unchanged in the store are not computed again.
     """
+    from pipeline.cluster.connect import connect
+    from pipeline.features.extract import ExtractOptions, extract
+    from pipeline.network.weights import UntrainedWeightsWarning, check_network
+
     options = ExtractOptions(
         images=images,
         store=store,

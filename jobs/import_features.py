@@ -1,15 +1,14 @@
 """Import vectors that another network or modality made, into a feature store of their own."""
 
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from featurestore.console.commandline import CONTINUES, CommandApp, power_of_two, run_app
-from pipeline.cluster.connect import connect
-from pipeline.vectors import matrix, parquet, xdl
-from pipeline.vectors.import_vectors import ImportOptions, import_vectors
-from pipeline.vectors.source import Source
+
+if TYPE_CHECKING:
+    from pipeline.vectors.source import Source
 
 EXAMPLES = """Examples:
 
@@ -77,6 +76,9 @@ def main(
     Rows need a key (int64) or an id (text, whose hash is the key, as for images). Bad rows are kept in the store's
     quarantine with the reason. Running it again imports what has changed; a killed run goes on where it was.
     """
+    from pipeline.cluster.connect import connect
+    from pipeline.vectors.import_vectors import ImportOptions, import_vectors
+
     options = ImportOptions(
         store=store,
         name=name,
@@ -100,8 +102,10 @@ def open_source(
     dim: int | None,
     feature_column: str | None,
     binary_dtype: BinaryDType | None,
-) -> Source:
+) -> "Source":
     """What is to be imported. Raises VectorImportError, and typer.BadParameter for options that do not go together."""
+    from pipeline.vectors import matrix, parquet, xdl
+
     suffix = PurePosixPath(address).suffix
     if file_format == "auto":
         file_format = "npy" if suffix == ".npy" else "parquet" if suffix == ".parquet" else "auto"

@@ -7,17 +7,7 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.progress import progress
-from featurestore.store import FeatureStore
-from pipeline.cluster.connect import connect
-from pipeline.samples.mapping import names_in
-from pipeline.samples.schema import schema_beside
-from pipeline.vectors import xdl
-from pipeline.vectors.import_vectors import ImportOptions, import_vectors
 from pipeline.xdl.draw import IMAGE_FOLDER, TEXT_FILE, DrawOptions, draw
-from pipeline.xdl.export import export_samples as write_lines
-from pipeline.xdl.images import export_images as write_records
-from pipeline.xdl.samples import SPLITS, XdlOptions, import_samples
-from trainer.schema import load_schema
 from trainer.schema.text import SETTINGS_FILE
 
 EXAMPLES = """Examples:
@@ -31,6 +21,7 @@ python jobs/import_xdl.py export-images --store data/features-xdl --to imgs
 """
 Weights = Literal["refuse", "drop", "keep"]
 Split = Literal["train", "test", "both"]
+SPLITS = ("train", "test")
 
 app = CommandApp(
     no_args_is_help=True,
@@ -71,6 +62,10 @@ def samples(
     Neighbouring lines with equal group key and user part are one group. Bad lines are counted and kept, with number and
     reason, in SAMPLES/quarantine.parquet.
     """
+    from pipeline.cluster.connect import connect
+    from pipeline.samples.mapping import names_in
+    from pipeline.xdl.samples import XdlOptions, import_samples
+
     options = XdlOptions(
         source=source,
         samples=samples,
@@ -93,10 +88,14 @@ def samples(
 def images(
     address: Annotated[str, typer.Option("--from", help="Folder of data.0 to data.1023.")],
     store: Annotated[str, typer.Option(help="Folder or address of the feature store; made when it is new.")],
-    dim: Annotated[int, typer.Option(min=1, help="Numbers of an image.")] = xdl.DEFAULT_DIM,
+    dim: Annotated[int | None, typer.Option(min=1, help="Numbers of an image.", show_default="4096")] = None,
     origin: Annotated[str | None, typer.Option("--source", help="What made them, in words.")] = None,
 ) -> None:
     """Binary images to a feature store; jobs/import_features.py does the same with more options."""
+    from pipeline.cluster.connect import connect
+    from pipeline.vectors import xdl
+    from pipeline.vectors.import_vectors import ImportOptions, import_vectors
+
     with connect() as client:
         summary = import_vectors(xdl.plan(address, dim), ImportOptions(store=store, origin=origin), client)
     typer.echo(summary)
@@ -112,6 +111,10 @@ def export_samples(
     split: Annotated[Split, typer.Option(help="Which samples.")] = "both",
 ) -> None:
     """Sample groups to text samples, one line an impression."""
+    from pipeline.samples.schema import schema_beside
+    from pipeline.xdl.export import export_samples as write_lines
+    from trainer.schema import load_schema
+
     splits = SPLITS if split == "both" else (split,)
     count = write_lines(samples, to, load_schema(schema or schema_beside(samples)), splits)
     typer.echo(f"lines        {count:,}\nfile         {to}")
@@ -124,6 +127,9 @@ def export_images(
     version: Annotated[int | None, typer.Option(help="Snapshot.", show_default="the newest")] = None,
 ) -> None:
     """The features of a store to binary images."""
+    from featurestore.store import FeatureStore
+    from pipeline.xdl.images import export_images as write_records
+
     snapshot = FeatureStore.open(store).snapshot(version)
     with progress("writing images", snapshot.num_rows) as advance:
         count = write_records(snapshot, to, advance)

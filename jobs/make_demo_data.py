@@ -1,14 +1,16 @@
 """Make demo data: pictures of clothes, and the raw logs of simulated people who look at them."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.progress import progress
-from pipeline.demo.catalogue import Taste
-from pipeline.demo.make import DemoOptions, DemoSummary, make_demo
+from pipeline.demo.options import DemoOptions, Taste
+
+if TYPE_CHECKING:
+    from pipeline.demo.make import DemoSummary
 
 EXAMPLES = """Examples:
 
@@ -56,6 +58,8 @@ def main(
     Colour and pattern are independent of the category, and taste is for looks: that part of the signal is in the
     pixels alone. OUT/demo.json says how much, and which AUC the truth itself would reach.
     """
+    from pipeline.demo.make import make_demo
+
     if images and items:
         raise typer.BadParameter(
             "goes with drawn clothes; with --images every readable image is an item", param_hint="--items"
@@ -80,7 +84,7 @@ def main(
     typer.echo(describe(options, summary))
 
 
-def describe(options: DemoOptions, summary: DemoSummary) -> str:
+def describe(options: DemoOptions, summary: "DemoSummary") -> str:
     """The summary that the job prints."""
     content = summary.content
     counts: dict[str, Any] = content["counts"]
@@ -110,7 +114,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _pointer(options: DemoOptions, summary: DemoSummary) -> str:
+def _pointer(options: DemoOptions, summary: "DemoSummary") -> str:
     """The images stay where they are, so the extraction has to be told."""
     return f"\nnext         jobs/extract_features.py --images {summary.images} --store {options.out / 'features'}"
 

@@ -5,8 +5,6 @@ from typing import Annotated, Literal
 import typer
 
 from featurestore.console.commandline import CONTINUES, CommandApp, run_app
-from pipeline.cluster.connect import connect
-from pipeline.features.refresh import RefreshOptions, refresh
 
 EXAMPLES = """Examples:
 
@@ -57,6 +55,9 @@ def main(
     decoded are kept in quarantine and tried again by the next run. A killed run goes on where it was when the same
     command runs again.
     """
+    from pipeline.cluster.connect import connect
+    from pipeline.features.refresh import RefreshOptions, refresh
+
     options = RefreshOptions(
         images=images,
         store=store,

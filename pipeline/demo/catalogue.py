@@ -1,13 +1,9 @@
 """What the shop sells: one picture per item, its category (an ID) and its look (only in the pixels)."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
-Taste = Literal["items", "pictures"]
-"""What tells a taste: IDs and pictures of well-known items, or pictures alone, where the IDs are rarely seen."""
 
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]

@@ -18,8 +18,9 @@ from featurestore.console.files import write_json
 from featurestore.storage.regular import read_regular
 from featurestore.text.parsing import parse_json
 from pipeline.demo import truth
-from pipeline.demo.catalogue import Catalogue, Taste
+from pipeline.demo.catalogue import Catalogue
 from pipeline.demo.draw import SHAPES, Garment, catalogue_of, draw_garment, plan_garments
+from pipeline.demo.options import DemoOptions
 from pipeline.demo.simulate import advertised, simulate
 from pipeline.demo.write import DEMO_FILE, LOGS, describe_truth, log_files, offer_uri, write_logs
 from pipeline.errors import DemoError
@@ -32,21 +33,6 @@ DRAWN_NAME = re.compile(r"item-\d{5}(-\d\d)?\.jpg")
 LOG_NAME = re.compile(r"day=\d{4}-\d\d-\d\d\.parquet")
 
 Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoOptions:
-    """What to make. `items` counts drawings; with `images` all readable ones of that folder are the items."""
-
-    out: Path
-    items: int = 1400
-    users: int = 8000
-    days: int = 19
-    seed: int = 0
-    images: Path | None = None
-    labels: Path | None = None
-    taste: Taste = "items"
-    force: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import numpy as np
 from pipeline.demo import truth
 from pipeline.demo.ads import Clicks, Shown, click, show_ads
 from pipeline.demo.browse import Behaviors, browse
-from pipeline.demo.catalogue import BoolArray, Catalogue, FloatArray, IntArray, Taste
+from pipeline.demo.catalogue import BoolArray, Catalogue, FloatArray, IntArray
+from pipeline.demo.options import Taste
 from pipeline.demo.people import People, make_people
 from pipeline.errors import DemoError
 

@@ -13,8 +13,6 @@ import numpy as np
 
 from featurestore.console.files import write_json
 from pipeline.samples.publish import MARK, replaced_folder
-from pipeline.vectors.xdl import NUM_FILES
-from pipeline.xdl.images import append_records
 from pipeline.xdl.line import Line, Tokens, format_line
 
 TEXT_FILE, IMAGE_FOLDER = "data.txt", "imgs"
@@ -39,6 +37,9 @@ def draw(options: DrawOptions, target: Path, advance: Callable[[int], None] = la
 
     Equal options give equal bytes. Raises SampleError where the folder holds anything else, or cannot be written.
     """
+    from pipeline.vectors.xdl import NUM_FILES  # loads pyarrow: not for the help of the job
+    from pipeline.xdl.images import append_records
+
     with replaced_folder(target, "random data") as folder:
         with (folder / TEXT_FILE).open("w", encoding="utf-8") as file:
             file.writelines(f"{format_line(line)}\n" for line in draw_lines(options))

@@ -1,7 +1,6 @@
 """No command line ends in a traceback: one message, and exit code 2 for what was typed, 1 for what went wrong."""
 
 import contextlib
-import importlib
 import os
 import re
 import subprocess
@@ -29,9 +28,7 @@ def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.Fixtu
     def same(*_: object, **__: object) -> Iterator[Client]:
         yield request.getfixturevalue("client")
 
-    for name in ON_A_CLUSTER:
-        module = importlib.import_module(f"jobs.{name}")
-        monkeypatch.setattr(module, "connect", same, raising=False)
+    monkeypatch.setattr("pipeline.cluster.connect.connect", same)
 
 
 def test_there_are_enough_of_them() -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from featurestore.errors import CorruptFileError, InvalidRowsError
-from featurestore.index import NOT_FOUND, IndexKind, VectorIndex, use_threads
+from featurestore.index import NOT_FOUND, VectorIndex, use_threads
+from featurestore.spec import IndexKind
 
 DIM = 16
 KINDS: tuple[IndexKind, ...] = get_args(IndexKind)

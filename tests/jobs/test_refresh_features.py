@@ -15,7 +15,7 @@ from pipeline.store_run import BadRow
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     """Runs the job without a cluster."""
-    monkeypatch.setattr(refresh_features, "connect", lambda **kwargs: contextlib.nullcontext(None))
+    monkeypatch.setattr("pipeline.cluster.connect.connect", lambda **kwargs: contextlib.nullcontext(None))
     monkeypatch.chdir(tmp_path)
     return lambda *args: CliRunner().invoke(refresh_features.app, args)
 
@@ -78,7 +78,7 @@ def test_all_options_arrive_and_the_counts_are_printed(job, monkeypatch):
             is_dry=options.dry_run,
         )
 
-    monkeypatch.setattr(refresh_features, "refresh", refresh)
+    monkeypatch.setattr("pipeline.features.refresh.refresh", refresh)
     result = job(
         "--images", "i", "--store", "s", "--backbone", "b:l", "--weights", "w", "--compute-dtype", "bfloat16",
         "--batch-size", "3", "--part-size", "4", "--keep-missing", "--max-gone", "0.25", "--dry-run",

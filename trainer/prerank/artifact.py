@@ -25,15 +25,14 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model
 from featurestore.errors import CorruptFileError
 from featurestore.format.datafile import digest_of, read_verified
 from featurestore.identity import SnapshotId
-from featurestore.index import IndexKind, VectorIndex
-from featurestore.spec import FORMAT_VERSION, seal, unseal
+from featurestore.index import VectorIndex
+from featurestore.spec import FORMAT_VERSION, IndexKind, seal, unseal
 from featurestore.storage.storage import Storage
 from trainer.errors import AdIndexError, AdIndexNotFoundError
+from trainer.prerank import MAX_GONE, MIN_RECALL
 from trainer.prerank.recall import COUNT, Queries, QuerySource, best_index, reach, sample_of
 from trainer.prerank.vectorfile import from_parquet, merge, to_parquet
 
-MIN_RECALL = 0.95
-MAX_GONE = 0.5
 _MAX_UNUSED = 0.25
 _OTHERS: dict[IndexKind, str] = {"hnsw": "ivf or flat", "ivf": "flat", "flat": "flat"}
 _METADATA = re.compile(r"index-(\d{8,})\.json")

@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from featurestore.index import IndexKind, VectorIndex
+from featurestore.index import VectorIndex
+from featurestore.spec import IndexKind
 
 Keys = NDArray[np.int64]
 Vectors = NDArray[np.float32]

@@ -17,7 +17,7 @@ DIM = 6
 @pytest.fixture
 def job(client, tmp_path, monkeypatch):
     """Runs the job on the tests' cluster into tmp_path/features."""
-    monkeypatch.setattr(import_features, "connect", lambda **kwargs: contextlib.nullcontext(client))
+    monkeypatch.setattr("pipeline.cluster.connect.connect", lambda **kwargs: contextlib.nullcontext(client))
 
     def run(source, *args, code=0, store=None):
         settings = ["--from", str(source), "--store", str(store or tmp_path / "features"), *map(str, args)]

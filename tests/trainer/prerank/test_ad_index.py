@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from featurestore.errors import CorruptFileError, InvalidRowsError
-from featurestore.index import IndexKind, VectorIndex
+from featurestore.index import VectorIndex
+from featurestore.spec import IndexKind
 from featurestore.storage.storage import Storage
 from tests.featurestore.test_index import two_towers
 from trainer.errors import AdIndexError

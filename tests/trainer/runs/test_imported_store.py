@@ -23,7 +23,7 @@ def test_a_run_on_imported_vectors(make_places, tmp_path, monkeypatch):
         LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,
     ):
-        monkeypatch.setattr(import_features, "connect", lambda **kwargs: contextlib.nullcontext(client))
+        monkeypatch.setattr("pipeline.cluster.connect.connect", lambda **kwargs: contextlib.nullcontext(client))
         options = ["--keys", str(tmp_path / "keys.npy"), "--store", str(tmp_path / "features-text"), "--name", "text"]
         result = CliRunner().invoke(import_features.app, ["--from", str(tmp_path / "text.npy"), *options])
     assert result.exit_code == 0, result.output
