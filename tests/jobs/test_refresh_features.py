@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from featurestore import ExtractorSpec, FeatureStore, StoreInfo
 from featurestore.spec import NetworkName
 from jobs import refresh_features
-from pipeline.features.refresh import RefreshSummary
+from pipeline.features.refresh import RefreshOptions, RefreshSummary
 from pipeline.store_run import BadRow
 
 
@@ -85,7 +85,7 @@ def test_all_options_arrive_and_the_counts_are_printed(job, monkeypatch):
     )  # fmt: skip
     assert result.exit_code == 0
     assert seen == [
-        refresh_features.RefreshOptions(
+        RefreshOptions(
             images="i",
             store="s",
             backbone="b:l",
