@@ -1,72 +1,136 @@
-"""What a commit makes of the snapshot before it: files added, files replaced, and nothing of other writers lost."""
+"""A commit: files that are added to a store, and those that they replace, onto whichever snapshot is the newest."""
 
 import os
 import platform
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import pyarrow as pa
 
 from featurestore import log
-from featurestore.errors import CommitConflictError
+from featurestore.errors import CommitConflictError, CorruptFileError, InvalidRowsError
+from featurestore.format.datafile import DELETED, KEY, URI, numpy_column, open_entry, text_column
+from featurestore.format.shard_reader import ShardReader
+from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
-from featurestore.spec import FileEntry, FileKind, Manifest, StoreInfo
+from featurestore.spec import FileEntry, Manifest, StoreInfo
 from featurestore.storage.storage import Storage
 
-Shards = Mapping[int, Sequence[FileEntry]]
+Shards = Mapping[int, Sequence[FileEntry]]  # files of each shard, oldest first
 
 
-def publish_shards(
-    storage: Storage,
-    info: StoreInfo,
-    operation: str,
-    following: Callable[[Manifest], Shards],
-    num_quarantined: int = 0,
-) -> Snapshot:
-    """Commit the files that `following` gives for the newest manifest; asked again whenever another writer was first.
+@dataclass(kw_only=True)
+class Commit:
+    """New files of some shards: behind the files that are there, or in the place of those that it `replaces`.
 
-    Whatever `following` raises ends the commit. Raises StorageError, CommitConflictError.
+    Replaced files must all be there still, side by side. Unless only deltas take their place, they must be the oldest
+    of their shard: what they delete must not be older than they are. What others added behind them stays.
     """
-    commit_id = uuid.uuid4().hex
 
-    def manifest_after(parent: Manifest) -> Manifest:
-        shards = {shard: tuple(files) for shard, files in sorted(following(parent).items()) if files}
+    storage: Storage
+    info: StoreInfo
+    operation: str
+    entries: Shards = field(default_factory=dict)
+    replaces: Shards = field(default_factory=dict)
+    only_after: int | None = None  # the one version that it may follow; None: any
+    num_quarantined: int = 0
+    commit_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        self._manifest = cache(lambda version: log.find(self.storage, version) or log.EMPTY)
+        self._compared: dict[int, tuple[FileEntry, ...]] = {}  # files that a shard's entries agree with, after a race
+
+    def publish(self) -> Snapshot:
+        """Commit, all files or none. Raises CommitConflictError, KeyCollisionError, StorageError."""
+        return Snapshot(self.storage, self.info, log.append(self.storage, self))
+
+    def check_files(self) -> None:
+        """Raise CorruptFileError, InvalidRowsError or SpecMismatchError where a new file is not what its entry says."""
+        for shard, entry in ((shard, entry) for shard, entries in self.entries.items() for entry in entries):
+            if not 0 <= shard < self.info.num_shards or not entry.path.startswith(f"data/{shard:04d}/"):
+                raise InvalidRowsError(f"{entry.path} is no file of shard {shard} of {self.info.num_shards}")
+            try:
+                size_bytes = self.storage.size(entry.path)
+            except FileNotFoundError as error:
+                raise CorruptFileError(
+                    f"{self.storage.full(entry.path)} is missing: `expire` removes files that no snapshot names once"
+                    " they are older than its grace time; build it again"
+                ) from error
+            if entry.info_digest != self.info.digest or size_bytes != entry.bytes:
+                with open_entry(self.storage, self.info, entry):
+                    pass  # names what differs
+
+    def onto(self, parent: Manifest) -> Shards:
+        """Return the files of each shard after this commit on `parent`.
+
+        Raises CommitConflictError where another writer has replaced what this commit is about, KeyCollisionError where
+        one has given a key another uri.
+        """
+        if self.only_after is not None and parent.version != self.only_after:
+            raise CommitConflictError(f"{self.storage.url} has snapshot {parent.version}, and not {self.only_after}")
+        self._check_uris(parent)
+        changed = {
+            shard: _files_after(parent.files(shard), self.entries.get(shard, ()), self.replaces.get(shard, ()))
+            for shard in {*self.entries, *self.replaces}
+        }
+        return {**parent.shards, **changed}
+
+    def manifest_after(self, parent: Manifest) -> Manifest:
+        """Return the manifest that this commit makes of `parent`. Raises what `onto` raises."""
+        shards = {shard: tuple(files) for shard, files in sorted(self.onto(parent).items()) if files}
         files = [file for shard_files in shards.values() for file in shard_files]
         return Manifest(
             version=parent.version + 1,
             parent=parent.commit_id or None,
-            commit_id=commit_id,
+            commit_id=self.commit_id,
             writer=writer_name(),
             time_s=max(time.time(), parent.time_s),  # never backwards, whatever the clocks of the writers say
-            operation=operation,
-            num_quarantined=num_quarantined,
+            operation=self.operation,
+            num_quarantined=self.num_quarantined,
             num_files=len(files),
             file_rows=sum(file.rows for file in files),
             file_bytes=sum(file.bytes for file in files),
             shards=shards,
         )
 
-    return Snapshot(storage, info, log.publish(storage, commit_id, manifest_after))
+    def _check_uris(self, parent: Manifest) -> None:
+        """Compare new files with those that other writers have added since they were built, or since the last race."""
+        for shard, entry in ((shard, entry) for shard, entries in self.entries.items() for entry in entries):
+            if self.replaces.get(shard) or entry.based_on == parent.version:
+                continue
+            files = parent.files(shard)
+            known = self._compared[shard] if shard in self._compared else self._manifest(entry.based_on).files(shard)
+            added = files[len(known) :] if files[: len(known)] == known else files  # all, where some were replaced
+            if added:
+                with open_entry(self.storage, self.info, entry) as file:
+                    keys_N, uris = live_uris(file.read([KEY, URI, DELETED]))
+                ShardReader(self.storage, self.info, shard, added).check_uris(keys_N, uris)
+            self._compared[shard] = files
+
+
+def live_uris(table: pa.Table) -> tuple[Int64Array, list[str]]:
+    """Return key and uri of each row that is no tombstone."""
+    live = table.select([KEY, URI]).filter(pa.array(~numpy_column(table, DELETED)))
+    return numpy_column(live, KEY), text_column(live, URI)
 
 
 def writer_name() -> str:
-    """Host and process, for people."""
+    """Return host and process, for people."""
     return f"{platform.node()}:{os.getpid()}"
 
 
-def files_after(older: Sequence[FileEntry], new: FileEntry | None, replaced: Sequence[FileEntry]) -> list[FileEntry]:
-    """A shard's files with `new` behind them, or in the place of `replaced`, which are its neighbours; a base is first.
-
-    Without `new` the replaced files go, which are then the oldest: what they delete must not be older than they are.
-    Raises CommitConflictError where they are not there, or not so.
-    """
+def _files_after(
+    older: Sequence[FileEntry], new: Sequence[FileEntry], replaced: Sequence[FileEntry]
+) -> Sequence[FileEntry]:
     paths, gone = [file.path for file in older], [file.path for file in replaced]
     start = paths.index(gone[0]) if gone and gone[0] in paths else len(paths)
-    may_be_behind = not gone or (new is not None and new.kind == "delta")
+    may_be_behind = not gone or (new and all(file.kind == "delta" for file in new))
     if paths[start : start + len(gone)] != gone or not (start == 0 or may_be_behind):
         raise CommitConflictError(
             f"another writer has replaced or removed {', '.join(gone)} meanwhile: read the newest snapshot and retry"
         )
-    if new is None:
-        return [*older[:start], *older[start + len(gone) :]]
-    kind: FileKind = "delta" if start else "base"
-    return [*older[:start], new.model_copy(update={"kind": kind}), *older[start + len(gone) :]]
+    files = [*older[:start], *new, *older[start + len(gone) :]]
+    return [file.model_copy(update={"kind": "delta" if place else "base"}) for place, file in enumerate(files)]

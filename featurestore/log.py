@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from typing import Protocol
 
 from featurestore.errors import CommitConflictError, CorruptFileError, SnapshotNotFoundError, StorageError
 from featurestore.spec import MAX_VERSION, Manifest, seal, unseal
@@ -86,12 +87,22 @@ def read_manifest_at(storage: Storage, at: datetime) -> Manifest:
     return _settled(storage, lambda known: _newest_not_after(storage, known, time_s))
 
 
-def publish(storage: Storage, commit_id: str, following: Callable[[Manifest], Manifest]) -> Manifest:
-    """Commit `following(parent)` onto the newest manifest, and again onto a newer one when another writer was first.
+class Appendable(Protocol):
+    """What `append` publishes: a `featurestore.commit.Commit`, as the log sees it."""
 
-    `following` gives the same `commit_id` each time. The manifest is read back after success and after every error:
-    what stands in the log decides, not the answer. Raises CommitConflictError after hundreds of lost races,
-    CorruptFileError where the newest manifest is damaged, or has the last number that there can be.
+    commit_id: str
+
+    def manifest_after(self, parent: Manifest) -> Manifest:
+        """Return the next manifest; whatever it raises ends the commit."""
+        ...
+
+
+def append(storage: Storage, commit: Appendable) -> Manifest:
+    """Put a commit onto the newest manifest, and again onto a newer one when another writer was first.
+
+    The manifest is read back after success and after every error: what is in the log decides, not the answer. Raises
+    CommitConflictError after hundreds of lost races, CorruptFileError where the newest manifest is damaged, or has the
+    last number that there can be.
     """
     unsure: set[int] = set()  # versions that may be ours, though no answer and no reading said so
     failures = 0
@@ -99,17 +110,17 @@ def publish(storage: Storage, commit_id: str, following: Callable[[Manifest], Ma
         parent = read_manifest(storage)
         for version in sorted(unsure):
             found = find(storage, version)
-            if found is not None and _counts(storage, found, commit_id):
+            if found is not None and _counts(storage, found, commit.commit_id):
                 return found
         if parent.version == MAX_VERSION:
             raise CorruptFileError(
                 f"{storage.full(manifest_path(MAX_VERSION))} has the last number that there can be, which no store gets"
                 f" to by its commits: move it out of {LOG}/, if it is not yours"
             )
-        manifest = following(parent)
+        manifest = commit.manifest_after(parent)
         try:
             standing = _create_and_read_back(storage, manifest)
-            if _counts(storage, standing, commit_id):
+            if _counts(storage, standing, commit.commit_id):
                 return standing
         except StorageError:
             unsure.add(manifest.version)

@@ -6,30 +6,24 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from featurestore import log, quarantine, staging
-from featurestore.commit import Shards, files_after, publish_shards
-from featurestore.errors import (
-    CorruptFileError,
-    InvalidRowsError,
-    SnapshotNotFoundError,
-    StoreExistsError,
-    StoreNotFoundError,
-)
+from featurestore.commit import Commit, Shards, live_uris
+from featurestore.errors import SnapshotNotFoundError, StoreExistsError, StoreNotFoundError
 from featurestore.format.codec import Codec, codec_of
-from featurestore.format.datafile import DELETED, KEY, URI, numpy_column, open_entry, text_column
+from featurestore.format.datafile import KEY, numpy_column
 from featurestore.format.rows import FeatureRows, check_collisions
-from featurestore.format.shard_reader import ShardReader, newest_rows, take_rows
+from featurestore.format.shard_reader import newest_rows, take_rows
 from featurestore.format.shard_writer import write_shard_file
 from featurestore.keys import shard_of
 from featurestore.quarantine import QuarantineRow
 from featurestore.snapshot import Snapshot
-from featurestore.spec import FileEntry, FileKind, Manifest, StoreInfo, seal, unseal
+from featurestore.spec import FileEntry, FileKind, StoreInfo, seal, unseal
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 
@@ -164,29 +158,19 @@ class FeatureStore:
         """Publish built files, at most one for each shard, as the next snapshot; all of them or none.
 
         Rebases onto commits of other writers; only a key that they gave another uri refuses it (KeyCollisionError).
-
-        Where `replaces` names files of a shard, its new file takes their place, or they go where it has none: the new
-        file holds rows of those alone. They must all be there still, side by side, and first in the shard where the
-        new file is of the kind base or there is none, else CommitConflictError. What others added behind them stays.
+        Where `replaces` names files of a shard, the new file takes their place, or they go where there is none: it
+        holds rows of those alone. `Commit` says when that is a CommitConflictError.
         """
-        replaced = replaces or {}
-        for shard, entry in entries.items():
-            self._check_entry(shard, entry)
-        based_on = cache(lambda version: log.find(self.storage, version))
-        compared: dict[int, tuple[FileEntry, ...]] = {}  # files that an entry agrees with, after a race that was lost
-
-        def following(parent: Manifest) -> Shards:
-            for shard, entry in entries.items():
-                if not replaced.get(shard) and entry.based_on != parent.version:
-                    origin = based_on(entry.based_on) or log.EMPTY
-                    self._check_rebase(shard, entry, compared.get(shard, origin.files(shard)), parent)
-                    compared[shard] = parent.files(shard)
-            return {
-                shard: files_after(parent.files(shard), entries.get(shard), replaced.get(shard, ()))
-                for shard in {*parent.shards, *entries, *replaced}
-            }
-
-        return publish_shards(self.storage, self.info, operation, following, num_quarantined)
+        commit = Commit(
+            storage=self.storage,
+            info=self.info,
+            operation=operation,
+            entries={shard: [entry] for shard, entry in entries.items()},
+            replaces=replaces or {},
+            num_quarantined=num_quarantined,
+        )
+        commit.check_files()
+        return commit.publish()
 
     def add_quarantine(self, rows: Iterable[QuarantineRow]) -> None:
         """Keep images that have no feature, with the reason."""
@@ -214,36 +198,8 @@ class FeatureStore:
             return {shard: future.result() for shard, future in futures.items()}
 
     def _build(self, shard: int, table: pa.Table, snapshot: Snapshot, kind: FileKind) -> FileEntry:
-        keys_N, uris = _live_uris(table)
+        keys_N, uris = live_uris(table)
         check_collisions(keys_N, uris)
         snapshot.shard_reader(shard).check_uris(keys_N, uris)
         newest = take_rows(table, newest_rows(numpy_column(table, KEY)))
         return write_shard_file(self.storage, self.info, shard, [newest], kind, snapshot.version)
-
-    def _check_entry(self, shard: int, entry: FileEntry) -> None:
-        if not 0 <= shard < self.info.num_shards or not entry.path.startswith(f"data/{shard:04d}/"):
-            raise InvalidRowsError(f"{entry.path} is no file of shard {shard} of {self.info.num_shards}")
-        try:
-            size_bytes = self.storage.size(entry.path)
-        except FileNotFoundError as error:
-            raise CorruptFileError(
-                f"{self.storage.full(entry.path)} is missing: `expire` removes files that no snapshot names once they"
-                " are older than its grace; build it again"
-            ) from error
-        if entry.info_digest != self.info.digest or size_bytes != entry.bytes:
-            with open_entry(self.storage, self.info, entry):
-                pass  # names what differs
-
-    def _check_rebase(self, shard: int, entry: FileEntry, compared: tuple[FileEntry, ...], parent: Manifest) -> None:
-        """Files that other writers added behind those that were compared must not hold its keys under other uris."""
-        files, num_compared = parent.files(shard), len(compared)
-        added = files[num_compared:] if files[:num_compared] == compared else files  # all, where some were replaced
-        if added:
-            with open_entry(self.storage, self.info, entry) as file:
-                keys_N, uris = _live_uris(file.read([KEY, URI, DELETED]))
-            ShardReader(self.storage, self.info, shard, added).check_uris(keys_N, uris)
-
-
-def _live_uris(table: pa.Table) -> tuple[npt.NDArray[np.int64], list[str]]:
-    live = table.select([KEY, URI]).filter(pa.array(~numpy_column(table, DELETED)))
-    return numpy_column(live, KEY), text_column(live, URI)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurestore import log as manifests
-from featurestore.commit import Shards, publish_shards
+from featurestore.commit import Commit, Shards
 from featurestore.errors import CorruptFileError
 from featurestore.format.datafile import (
     KEY,
@@ -108,14 +108,26 @@ def diff(store: FeatureStore, before: int, after: int, progress: Progress | None
     return SnapshotDiff(added, changed, removed)
 
 
+@dataclass(kw_only=True)
+class _Restore(Commit):
+    """The files of an old snapshot, in the place of all that there are."""
+
+    store: FeatureStore
+    version: int
+
+    def onto(self, parent: Manifest) -> Shards:
+        """Return the old files, looked up anew each time: the snapshot may expire meanwhile."""
+        return self.store.snapshot(self.version).manifest.shards
+
+
 def restore(store: FeatureStore, version: int) -> Snapshot:
-    """A new snapshot with the rows of an old one, which must be kept still. Nothing is lost: what was committed
-    meanwhile stays in the log, and can be restored as well. Raises SnapshotNotFoundError."""
+    """Commit a new snapshot with the rows of an old one, which must be kept still.
 
-    def following(_: Manifest) -> Shards:
-        return store.snapshot(version).manifest.shards  # read anew each time: it may expire meanwhile
-
-    return publish_shards(store.storage, store.info, f"restore {version}", following)
+    Nothing is lost: what was committed meanwhile stays in the log, and can be restored as well. Raises
+    SnapshotNotFoundError.
+    """
+    operation = f"restore {version}"
+    return _Restore(storage=store.storage, info=store.info, operation=operation, store=store, version=version).publish()
 
 
 def _shard_diff(old: Snapshot, new: Snapshot, shard: int) -> tuple[pa.Table, pa.Table, pa.Table]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from featurestore import log
-from featurestore.commit import Shards, publish_shards
+from featurestore.commit import Commit
 from featurestore.errors import (
     CommitConflictError,
     InvalidRowsError,
@@ -29,7 +29,7 @@ from featurestore.format.shard_writer import write_shard_file
 from featurestore.index import train_ranges
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
-from featurestore.spec import FORMAT_VERSION, SAMPLE_ROWS, DType, FileEntry, Manifest, StoreInfo, seal, unseal
+from featurestore.spec import FORMAT_VERSION, SAMPLE_ROWS, DType, FileEntry, StoreInfo, seal, unseal
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
@@ -287,20 +287,16 @@ def _done_path(shard: int) -> str:
 def _publish(target: FeatureStore, plan: _Plan, done: dict[int, _DoneShard]) -> Snapshot:
     """The one commit; where it was made before a kill, or by a twin, that one. Raises CommitConflictError."""
 
-    def following(parent: Manifest) -> Shards:
-        if parent.version:
-            raise CommitConflictError(
-                f"{target.url} got other rows before its recode was done: remove it, and start anew"
-            )
-        return {shard: [each.entry] for shard, each in done.items() if each.entry is not None}
-
+    entries = {shard: [each.entry] for shard, each in done.items() if each.entry is not None}
+    storage, info = target.storage, target.info
     try:
-        return publish_shards(target.storage, target.info, plan.operation, following)
-    except CommitConflictError:
-        first = log.find(target.storage, 1)
+        return Commit(storage=storage, info=info, operation=plan.operation, entries=entries, only_after=0).publish()
+    except CommitConflictError as error:
+        first = log.find(storage, 1)
         if first is None or first.operation != plan.operation:
-            raise
-        return Snapshot(target.storage, target.info, first)
+            message = f"{target.url} got other rows before its recode was done: remove it, and start anew"
+            raise CommitConflictError(message) from error
+        return Snapshot(storage, info, first)
 
 
 def _report(plan: _Plan, snapshot: Snapshot, made: Snapshot, num_clipped: int) -> RecodeReport:

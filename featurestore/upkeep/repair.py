@@ -19,15 +19,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from featurestore import log
-from featurestore.commit import publish_shards
-from featurestore.errors import CommitConflictError
+from featurestore.commit import Commit
 from featurestore.format.datafile import table_of
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard_reader import ShardReader, newest_rows
 from featurestore.format.shard_writer import write_shard_file
 from featurestore.keys import Int64Array
 from featurestore.quarantine import QuarantineRow
-from featurestore.spec import FileEntry, Manifest
+from featurestore.spec import FileEntry
 from featurestore.store import FeatureStore
 from featurestore.upkeep import damage
 from featurestore.upkeep.filecheck import readable_keys
@@ -116,7 +115,7 @@ def _mend_files(store: FeatureStore, problems: Sequence[Problem], report: Repair
         damage.note(store.storage, path, reason)
     if plan.replacements:
         store.add_quarantine(plan.lost)
-        report.version = _commit(store, plan.replacements, plan.based_on, len(plan.lost))
+        report.version = plan.commit().publish().version
 
 
 class _Plan:
@@ -143,6 +142,21 @@ class _Plan:
                 without = {"statistics_path": None, "statistics_sha256": None}
                 self.replacements[entry.path] = entry.model_copy(update=without)
 
+    def commit(self) -> Commit:
+        """Return what puts each file in the place of the one that it replaces; what others append stays behind it.
+
+        It replaces all files of those shards: by them it is known which keys need a tombstone.
+        """
+        new = {s: [self.replacements.get(e.path, e) for e in files] for s, files in self.based_on.items()}
+        return Commit(
+            storage=self._store.storage,
+            info=self._store.info,
+            operation=OPERATION,
+            entries={shard: [entry for entry in entries if entry is not None] for shard, entries in new.items()},
+            replaces=self.based_on,
+            num_quarantined=len(self.lost),
+        )
+
     def _drop(self, shard: int, entry: FileEntry, older: Int64Array, newer: Int64Array) -> None:
         keys, uris = readable_keys(self._store.storage, self._store.info, shard, entry)
         decides_N = ~np.isin(keys.keys_N, newer)
@@ -166,28 +180,3 @@ class _Plan:
         storage, info = self._store.storage, self._store.info
         rows = FeatureRows.tombstones(keys_N[newest_rows(keys_N)], info)
         return write_shard_file(storage, info, shard, [table_of(rows, info)], "delta", 0)
-
-
-def _commit(
-    store: FeatureStore, replacements: Replacements, based_on: Mapping[int, Sequence[FileEntry]], num_quarantined: int
-) -> int:
-    """Put each file in the place of the one that it replaces; what others append meanwhile stays behind it.
-
-    The files around it must be those that the plan is `based_on`: by them it knows which keys need a tombstone.
-    """
-
-    def following(parent: Manifest) -> dict[int, list[FileEntry]]:
-        for shard, files in based_on.items():
-            if tuple(parent.files(shard)[: len(files)]) != tuple(files):
-                raise CommitConflictError(
-                    f"another writer has replaced files of shard {shard} meanwhile: run the repair again"
-                )
-        return {shard: _replaced(files, replacements) for shard, files in parent.shards.items()}
-
-    return publish_shards(store.storage, store.info, OPERATION, following, num_quarantined).version
-
-
-def _replaced(files: Sequence[FileEntry], replacements: Replacements) -> list[FileEntry]:
-    new = [replacements.get(entry.path, entry) for entry in files]
-    found = [entry for entry in new if entry is not None]
-    return [entry.model_copy(update={"kind": "delta" if place else "base"}) for place, entry in enumerate(found)]

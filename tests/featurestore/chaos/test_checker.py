@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from featurestore import FeatureRows, commit, log
-from featurestore import store as store_module
+from featurestore import FeatureRows, log
+from featurestore.commit import Commit
 from featurestore.storage.local import DiskFiles
 from featurestore.storage.storage import Storage
 
@@ -58,10 +58,8 @@ def test_a_create_that_overwrites(arena, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_compaction_that_forgets_what_came_meanwhile(arena, monkeypatch: pytest.MonkeyPatch) -> None:
     slow, quick = arena.actor("slow"), arena.actor("quick")
     quick.put(URIS[:4])
-    files_after = commit.files_after
-    monkeypatch.setattr(
-        store_module, "files_after", lambda older, new, gone: [new] if gone else files_after(older, new, gone)
-    )
+    onto = Commit.onto
+    monkeypatch.setattr(Commit, "onto", lambda self, parent: onto(self, parent) | (self.replaces and self.entries))
     interrupted(monkeypatch, lambda: quick.put(URIS))
     slow.compact(force=True)
     with pytest.raises(AssertionError, match="is not the log's replay"):
