@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from featurestore.errors import CorruptFileError
 from featurestore.format.datafile import digest_of
-from featurestore.storage.storage import Names, Storage
+from featurestore.storage.storage import Storage
 
 QUARANTINE = "quarantine"
 _READ_ATTEMPTS = 10
@@ -64,7 +64,7 @@ def resolve(storage: Storage, rows: Sequence[QuarantineRow]) -> None:
             storage.delete(f"{QUARANTINE}/{name}")
 
 
-def _read(storage: Storage) -> tuple[Names, list[QuarantineRow]]:
+def _read(storage: Storage) -> tuple[list[str], list[QuarantineRow]]:
     """The files, and the newest row of each key in them, by time; again where another resolves at the same time."""
     for attempt in range(_READ_ATTEMPTS):
         names = storage.list(QUARANTINE)

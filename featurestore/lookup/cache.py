@@ -1,8 +1,16 @@
 """Local files of one shard: its keys and its rows, ready to be mapped into memory, and a small seal.
 
-They are named after the digest of the data files they were made from, so runs, ranks and other numbers of ranks share
-one folder, and a new snapshot rebuilds only the shards that changed. Old ones are removed (`lookup.prune`);
-the folder may be emptied whenever no run uses it.
+They are named `shard-SHARD-STORE-DIGEST`, after the digest of the data files they were made from, so runs, ranks and
+other numbers of ranks share one folder, and a new snapshot rebuilds only the shards that changed. The folder may be
+emptied whenever no run uses it. So that a store that is refreshed daily does not fill the disk, opening a partition
+removes
+
+- files of the same store and shard with another digest (another snapshot's) that nobody has opened for a day;
+- files of any store that nobody has opened for 30 days (a seal's time is that of its last opening, to the hour);
+- what a build that was killed has left, after a day.
+
+Runs that have the files open keep them: on Linux a mapped file lives on without its name. A run that still needs them
+later builds them again.
 
 The seal holds digests of both, and of the data files that they were made from. Keys are checked at each opening. Rows
 may be larger than memory, so they are read through when they may have changed: at the first opening after a restart of
@@ -17,8 +25,9 @@ import contextlib
 import hashlib
 import io
 import os
+import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,10 +42,16 @@ from featurestore.errors import CorruptFileError, StorageError
 from featurestore.format.buffers import FileMemory
 from featurestore.format.shard_reader import Block, ShardReader
 from featurestore.keys import Int64Array, UInt64Array, shard_of_hash, splitmix64
-from featurestore.lookup.prune import SUFFIXES, TEMPORARY, is_cache_file, prune, touch
 from featurestore.storage.private import claim, is_private, open_private
 from featurestore.storage.regular import open_regular
 
+SUFFIXES = (".keys.npy", ".rows.bin", ".json")
+SEAL = ".json"
+SAMPLES = "samples"
+TEMPORARY = ".tmp-"
+_DAY_S = 24 * 3600.0
+_UNUSED_S = 30 * _DAY_S
+_TOUCH_S = 3600.0
 _CACHE_FORMAT = 3
 STEM_DIGITS = 24  # of `made_from`, in a file's name
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -78,6 +93,12 @@ class CacheSeal(BaseModel):
 def default_cache_dir() -> Path:
     """Where cache files go unless a folder is named: crossmedia/features below the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crossmedia" / "features"
+
+
+def is_cache_file(name: str) -> bool:
+    """Whether a name in a cache folder is one that we give; what the trainer knows of samples is in a folder of it."""
+    is_shard = name.startswith("shard-") and name.endswith(SUFFIXES)
+    return is_shard or name.startswith(TEMPORARY) or name == SAMPLES
 
 
 def open_or_build(
@@ -142,7 +163,7 @@ def _made_from(reader: ShardReader) -> str:
 def _open(reader: ShardReader, paths: _Paths) -> CachedShard | None:
     """None where a file is missing, cut short, not what `_build` wrote, or not this user's alone."""
     try:
-        touch(paths.seal)
+        _touch(paths.seal)
         if not all(is_private(path.lstat()) for path in paths):
             return None
         seal = CacheSeal.model_validate_json(paths.seal.read_bytes())
@@ -282,3 +303,57 @@ def _boot_id() -> str:
         return _BOOT_ID.read_text().strip()
     except OSError:
         return ""
+
+
+def _touch(seal: Path) -> None:
+    """Note that the files of a seal are opened. Raises FileNotFoundError where it is gone."""
+    if time.time() - seal.stat().st_mtime > _TOUCH_S:
+        try:
+            os.utime(seal)
+        except FileNotFoundError:
+            raise
+        except OSError:  # a disk that may only be read
+            return
+
+
+def prune(folder: Path, opened: Collection[str]) -> None:
+    """Remove what is old, but for the stems that were just `opened`. One listing; what cannot be removed stays."""
+    slots = {_slot(stem) for stem in opened}
+    now_s = time.time()
+    with contextlib.suppress(OSError):
+        ages = {}
+        for entry in os.scandir(folder):
+            with contextlib.suppress(OSError):  # another rank has removed it meanwhile
+                ages[entry.name] = now_s - entry.stat().st_mtime
+        for name, age_s in ages.items():
+            stem = next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), "")
+            if name.startswith(TEMPORARY) or (stem and f"{stem}{SEAL}" not in ages):
+                if age_s > _DAY_S and stem not in opened:
+                    _unlink(folder / name)
+            elif name.endswith(SEAL) and stem not in opened:
+                limit_s = _DAY_S if _slot(stem) in slots else _UNUSED_S
+                if age_s > limit_s:
+                    _remove(folder, stem, limit_s)
+
+
+def _slot(stem: str) -> str:
+    """Shard and store."""
+    return stem.rpartition("-")[0]
+
+
+def _remove(folder: Path, stem: str, limit_s: float) -> None:
+    """The seal goes first: without it the others are not there for anybody."""
+    seal, aside = folder / f"{stem}{SEAL}", folder / f"{TEMPORARY}{uuid.uuid4().hex}"
+    with contextlib.suppress(OSError):
+        seal.rename(aside)
+        if time.time() - aside.stat().st_mtime < limit_s:  # opened since the listing
+            aside.rename(seal)
+            return
+        for suffix in SUFFIXES[:-1]:
+            _unlink(folder / f"{stem}{suffix}")
+        _unlink(aside)
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()

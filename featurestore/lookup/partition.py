@@ -99,7 +99,7 @@ class FeaturePartition:
         `threads` build and look up; by default up to 4 build, and half of the cores but no more than 4 look up: copying
         rows is bound by memory, and other ranks want theirs. A build holds 256 MB of data files, or the largest one,
         and each thread a few blocks and the keys of a shard. Removes what nobody has opened for a while from the folder
-        (`featurestore.lookup.prune`). Raises what opening a store raises, and CorruptFileError for a damaged data file.
+        (`featurestore.lookup.cache`). Raises what opening a store raises, and CorruptFileError for a damaged data file.
         """
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank={rank} is not in [0, num_ranks={num_ranks})")

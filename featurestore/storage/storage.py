@@ -6,35 +6,20 @@ Foreign errors are translated here: a missing file is FileNotFoundError, everyth
 import contextlib
 import io
 import os
-import threading
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
-from fsspec.core import split_protocol
-from fsspec.utils import stringify_path
 from tenacity import RetryError
 
 from featurestore.errors import CorruptFileError, StorageError
 from featurestore.storage.local import TEMPORARY, DiskFiles, StorageEntry
-from featurestore.storage.retries import is_passing, persist, says_exists, was_not_done
+from featurestore.storage.remote import Names, RemoteFiles, is_passing, persist, protocol_and_path, reason_of
 
-_S3_PROTOCOLS = ("s3", "s3a")
-# Listings would hide new commits; one layer retries, that of featurestore.storage.retries.
-_S3_OPTIONS = {"use_listings_cache": False, "config_kwargs": {"retries": {"total_max_attempts": 1}}}
 _READ_AHEAD_BYTES = 256 << 10
-_PIECE_BYTES = 16 << 20
-_DELETE_THREADS = 16  # waiting for answers, not computing
-_clients: dict[tuple[object, ...], Any] = {}
-_clients_lock = threading.Lock()
-_memory_lock = threading.Lock()
 
-Names = list[str]  # inside the classes, `list` is the method
-Entries = list[StorageEntry]
+Entries = list[StorageEntry]  # inside the class, `list` is the method
 
 
 class Storage:
@@ -46,9 +31,7 @@ class Storage:
     """
 
     def __init__(self, url: str | os.PathLike[str], keep_inside: bool = False) -> None:
-        text = stringify_path(url)
-        protocol, path = split_protocol(text)
-        self._protocol = protocol or "file"
+        self._protocol, path = protocol_and_path(url)
         self._root = str(Path(path).absolute()) if self.is_local else path.rstrip("/")
         self.url = self._root if self.is_local else f"{self._protocol}://{self._root.lstrip('/')}"
         self._keep_inside = keep_inside
@@ -211,110 +194,14 @@ class Storage:
         except RetryError as error:
             cause = error.last_attempt.exception()
             tries = f"tried {error.last_attempt.attempt_number} times"
-            raise StorageError(f"cannot {action} {self.full(path)}: {_reason(cause)} ({tries})") from cause
+            raise StorageError(f"cannot {action} {self.full(path)}: {reason_of(cause)} ({tries})") from cause
         except Exception as error:  # each object store's client has its own tree of errors
             if isinstance(error, StorageError | CorruptFileError) or (
                 isinstance(error, FileNotFoundError) and not writing
             ):
                 raise
             hint = "; are the credentials right?" if isinstance(error, PermissionError) and not self.is_local else ""
-            raise StorageError(f"cannot {action} {self.full(path)}: {_reason(error)}{hint}") from error
-
-
-class RemoteFiles:
-    """Files of an object store through fsspec, with retries; errors are the client's own, or tenacity's at the end."""
-
-    def __init__(self, protocol: str, root: str) -> None:
-        self._protocol = protocol
-        self._root = root
-        self._client: tuple[int, Any] | None = None
-
-    @property
-    def client(self) -> Any:
-        """fsspec's file system, made once in each process."""
-        if self._client is None or self._client[0] != os.getpid():
-            self._client = os.getpid(), _client(self._protocol)
-        return self._client[1]
-
-    def read_bytes(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
-        """The file, or a part of it."""
-        data: bytes = persist(lambda: self.client.cat_file(self._full(path), start=start, end=end))
-        return data
-
-    def read_into(self, path: str, out: memoryview) -> int:
-        """The beginning of the file in pieces, so that no second copy of it stands in memory; its size."""
-        size_bytes = self.entry(path).size_bytes
-        end = min(size_bytes, len(out))
-        for start in range(0, end, _PIECE_BYTES):
-            piece = self.read_bytes(path, start, min(start + _PIECE_BYTES, end))
-            out[start : start + len(piece)] = piece
-        return size_bytes
-
-    def write_bytes(self, path: str, data: bytes) -> None:
-        """Create or replace the file, in one piece."""
-        persist(lambda: self.client.pipe_file(self._full(path), data))
-
-    def create_exclusive(self, path: str, data: bytes) -> bool:
-        """One conditional put; the answer may be lost, or be about one's own file."""
-        # fsspec's memory files have no atomic create of their own.
-        guard = _memory_lock if self._protocol == "memory" else contextlib.nullcontext()
-
-        def create() -> bool:
-            try:
-                with guard:
-                    self.client.pipe_file(self._full(path), data, mode="create")
-            except Exception as error:  # each object store's client has its own tree of errors
-                if says_exists(error):
-                    return False
-                raise
-            return True
-
-        return persist(create, was_not_done)
-
-    def list(self, path: str) -> Names:
-        """Names below a path."""
-        found: Names = persist(lambda: self.client.ls(self._full(path), detail=False))
-        here = self._full(path).strip("/")
-        return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in found if entry.strip("/") != here]
-
-    def entry(self, path: str) -> StorageEntry:
-        """Size and time of one file."""
-        found = persist(lambda: self.client.info(self._full(path)))
-        if found["type"] != "file":
-            raise FileNotFoundError(path)
-        return _entry(path, found)
-
-    def entries(self, path: str, recursive: bool) -> Iterator[StorageEntry]:
-        """Files below a path, from one flat listing or from that of one folder."""
-        # Not find(maxdepth=1): it walks, and leaves out what it cannot list instead of raising.
-        find = self.client.find if recursive else self.client.ls
-        found = persist(lambda: find(self._full(path), detail=True))
-        for each in found.values() if recursive else found:
-            name = each["name"].strip("/").removeprefix(self._root.strip("/")).strip("/")
-            if each["type"] == "file" and name != path:  # `find` of a file is that file
-                yield _entry(name, each)
-
-    def delete(self, path: str) -> None:
-        """Remove a file, or all files below a path."""
-        # Not by the client's own rm: it takes [ and * for patterns, and s3fs's keeps silent where a delete failed.
-        below = persist(lambda: self.client.find(self._full(path), detail=False))
-        self._delete_each(below or [])
-
-    def delete_files(self, paths: Iterable[str]) -> None:
-        """Remove files."""
-        self._delete_each([self._full(path) for path in paths])
-
-    def _delete_each(self, places: Names) -> None:
-        def remove(place: str) -> None:
-            with contextlib.suppress(FileNotFoundError):
-                persist(lambda: self.client.rm_file(place))
-
-        if places:
-            with ThreadPoolExecutor(min(len(places), _DELETE_THREADS)) as pool:
-                list(pool.map(remove, places))
-
-    def _full(self, path: str) -> str:
-        return f"{self._root}/{path}" if path else self._root
+            raise StorageError(f"cannot {action} {self.full(path)}: {reason_of(error)}{hint}") from error
 
 
 class _RangeReader(io.RawIOBase):
@@ -346,52 +233,3 @@ class _RangeReader(io.RawIOBase):
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
-
-
-def _client(protocol: str) -> Any:
-    """fsspec's file system: one for each process and setting of the environment, as making one takes half a second."""
-    settings = sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
-    key = (os.getpid(), protocol, *settings)
-    with _clients_lock:
-        if key not in _clients:
-            try:
-                if protocol in _S3_PROTOCOLS:
-                    _clients[key] = fsspec.filesystem(protocol, skip_instance_cache=True, **_S3_OPTIONS)
-                    _clients[key].retries = 1
-                else:
-                    _clients[key] = fsspec.filesystem(protocol)
-            except (ValueError, ImportError) as error:
-                raise StorageError(f"{protocol}:// cannot be opened: {error}") from error
-        return _clients[key]
-
-
-def _forget_clients() -> None:
-    """In the child of a fork: the parent's clients do not work there, and its locks may be held for ever."""
-    global _clients_lock, _memory_lock
-    _clients.clear()
-    _clients_lock, _memory_lock = threading.Lock(), threading.Lock()
-
-
-os.register_at_fork(after_in_child=_forget_clients)
-
-
-def _reason(error: BaseException | None) -> str:
-    return str(error) or type(error).__name__
-
-
-def _entry(path: str, found: Mapping[str, Any]) -> StorageEntry:
-    tag = found.get("ETag") or found.get("etag") or ""
-    return StorageEntry(path, int(found["size"]), _time_of(found), str(tag).strip('"'))
-
-
-def _time_of(found: Mapping[str, Any]) -> float:
-    """When a file was written, from what fsspec's clients tell of it under different names."""
-    names = ("LastModified", "last_modified", "mtime", "modified", "updated", "created")
-    time = next((found[name] for name in names if found.get(name) is not None), None)
-    if isinstance(time, str):
-        time = datetime.fromisoformat(time)
-    if isinstance(time, datetime):
-        return time.timestamp()
-    if isinstance(time, int | float):
-        return float(time)
-    raise StorageError(f"the storage tells no time of {found.get('name')}: ages of files cannot be known there")

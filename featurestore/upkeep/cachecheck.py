@@ -9,8 +9,7 @@ import xxhash
 from pydantic import ValidationError
 
 from featurestore.errors import StorageError
-from featurestore.lookup.cache import STEM_DIGITS, CacheSeal, digest_of_file
-from featurestore.lookup.prune import SEAL
+from featurestore.lookup.cache import SEAL, STEM_DIGITS, CacheSeal, digest_of_file
 from featurestore.storage.private import check_owner, is_private
 
 Progress = Callable[[int, int], None]  # shards checked, shards in all

@@ -1,21 +1,28 @@
-"""What counts as damage, and what is known to be damaged: manifests put aside, notes of files that cannot be mended
+"""What counts as damage, what is known to be damaged, and how store.json and the newest manifest are made anew.
 
-Manifests are those that a repair took out of the log; notes are of data files that only older snapshots still name.
-Such a file cannot come back but from a backup. `verify` tells of it without alarm, until its snapshots expire.
+In `damaged/` are manifests that a repair took out of the log, and notes of data files that only older snapshots still
+name. Such a file cannot come back but from a backup: `verify` reports it without alarm until its snapshots expire.
 """
 
 import errno
 import hashlib
+import time
+import uuid
+from collections.abc import Collection
 
 from pydantic import BaseModel, ConfigDict
 
 from featurestore import log
+from featurestore.commit import writer_name
 from featurestore.errors import CorruptFileError, StorageError
-from featurestore.spec import FORMAT_VERSION, StorePath, seal, unseal
+from featurestore.format.datafile import info_in, read_verified
+from featurestore.spec import FORMAT_VERSION, MAX_VERSION, Manifest, StoreInfo, StorePath, seal, unseal
 from featurestore.storage.storage import Storage
+from featurestore.store import INFO_PATH
 
 DAMAGED = "damaged"
 _PREFIX = "note-"
+_MOST_BETWEEN_PINS = 1 << 32  # commits; more than a century of one each second
 
 
 def is_damage(storage: Storage, error: Exception) -> bool:
@@ -84,3 +91,91 @@ def is_manifest(path: str) -> bool:
     """Whether a file of `damaged/` was put aside from log/ or expired/."""
     folder, _, name = path.removeprefix(f"{DAMAGED}/").partition("-")
     return folder in (log.LOG, log.EXPIRED) and log.version_of(name) is not None
+
+
+def rebuild_info(url: str, dry_run: bool) -> str:
+    """Write store.json from what stands in a data file of the newest good manifest; the path of that file.
+
+    A damaged one is kept in damaged/. The store keeps its `store_id`; where its data files are too old to know it, it
+    gets a new one. Raises CorruptFileError where no file is good.
+    """
+    storage = Storage(url, keep_inside=True)
+    found = _info_of_a_file(storage, newest_good(storage))
+    if found is None:
+        raise CorruptFileError(
+            f"{storage.full(INFO_PATH)} cannot be rebuilt, as no data file of the newest snapshot is good: put it back"
+            " from a backup"
+        )
+    path, info = found
+    if not dry_run:
+        keep_copy(storage, INFO_PATH)
+        store_id = info.store_id or uuid.uuid4().hex
+        storage.write_bytes(INFO_PATH, seal(info.model_copy(update={"store_id": store_id})))
+    return path
+
+
+def newest_good(storage: Storage, bad: Collection[int] = ()) -> Manifest:
+    """The newest manifest that can be read and is none of the `bad` versions. Raises CorruptFileError without one."""
+    for version in reversed(log.versions(storage)):
+        if version in bad:
+            continue
+        try:
+            return log.read(storage, version)
+        except FileNotFoundError:
+            continue
+        except (CorruptFileError, StorageError) as error:
+            if not is_damage(storage, error):
+                raise
+    raise CorruptFileError(f"no manifest of {storage.url} is good: put {storage.full(log.LOG)} back from a backup")
+
+
+def recommit(storage: Storage, good: Manifest, version: int, operation: str, dry_run: bool) -> None:
+    """Commit the newest good manifest again as `version`, the number behind that of the newest, which is damaged.
+
+    Readers and writers, who stop at a damaged newest manifest, go on with it. Where another repair was first, its
+    commit stands.
+    """
+    if not dry_run:
+        again = good.model_copy(
+            update={
+                "version": version,
+                "parent": good.commit_id,
+                "commit_id": uuid.uuid4().hex,
+                "writer": writer_name(),
+                "time_s": max(time.time(), good.time_s),
+                "operation": operation,
+            }
+        )
+        storage.create_exclusive(log.manifest_path(version), seal(again))
+        log.read(storage, version)  # ours or another's: whole it must be
+
+
+def was_committed(storage: Storage, good: Manifest, version: int) -> bool:
+    """Whether a damaged newest manifest was once a commit, for all that can be known: then its number is used up.
+
+    It was where every number between the newest good manifest and it is in log/, expired/ or damaged/. Else there is a
+    gap, and a stray file. But expiry may have made the gap: behind the newest good one only where a pin keeps that, so
+    where there are pins, and no more numbers in between than commits can be, the gap proves nothing.
+    """
+    aside = [name.partition("-")[2] for name in storage.list(DAMAGED) if is_manifest(name)]
+    known = {*log.versions(storage), *log.versions(storage, log.EXPIRED), *map(log.version_of, aside)}
+    num_between = version - good.version - 1
+    if len([number for number in known if number and good.version < number < version]) == num_between:
+        return version < MAX_VERSION
+    return bool(storage.list(log.PINS)) and num_between < min(_MOST_BETWEEN_PINS, MAX_VERSION - version)
+
+
+def _info_of_a_file(storage: Storage, manifest: Manifest) -> tuple[str, StoreInfo] | None:
+    for files in manifest.shards.values():
+        for entry in files:
+            try:
+                info = info_in(read_verified(storage, entry.path, "sha256", entry.sha256), storage.full(entry.path))
+            except FileNotFoundError:
+                continue
+            except (CorruptFileError, StorageError) as error:
+                if not is_damage(storage, error):
+                    raise
+                continue
+            if info.digest == entry.info_digest:
+                return entry.path, info
+    return None

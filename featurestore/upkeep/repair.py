@@ -29,8 +29,8 @@ from featurestore.quarantine import QuarantineRow
 from featurestore.spec import FileEntry
 from featurestore.store import FeatureStore
 from featurestore.upkeep import damage
+from featurestore.upkeep.damage import newest_good, rebuild_info, recommit, was_committed
 from featurestore.upkeep.filecheck import readable_keys
-from featurestore.upkeep.rebuild import newest_good, rebuild_info, recommit, was_committed
 from featurestore.upkeep.verify import Problem, Progress, verify
 
 OPERATION = "repair"

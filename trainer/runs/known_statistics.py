@@ -9,8 +9,7 @@ from typing import Any
 import xxhash
 
 from featurestore.console.files import write_json
-from featurestore.lookup.cache import default_cache_dir
-from featurestore.lookup.prune import SAMPLES
+from featurestore.lookup.cache import SAMPLES, default_cache_dir
 from trainer.comm import Comm
 from trainer.runs.samples_digest import remember, remembered
 from trainer.samples.reader import SampleIndex

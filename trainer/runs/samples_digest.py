@@ -19,8 +19,7 @@ import xxhash
 
 from featurestore.console.output import text_console
 from featurestore.errors import StorageError
-from featurestore.lookup.cache import default_cache_dir
-from featurestore.lookup.prune import SAMPLES, is_cache_file
+from featurestore.lookup.cache import SAMPLES, default_cache_dir, is_cache_file
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.private import claim, is_private
 from featurestore.storage.storage import Storage

@@ -15,8 +15,7 @@ from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import CorruptFileError, StorageError
 from featurestore.format.buffers import FileMemory
 from featurestore.format.shard_reader import ShardReader
-from featurestore.lookup.cache import open_or_build
-from featurestore.lookup.prune import prune
+from featurestore.lookup.cache import open_or_build, prune
 
 DAY_S = 24 * 3600
 
@@ -330,7 +329,7 @@ def test_a_file_that_another_rank_removes_meanwhile_does_not_keep_the_others(
     listed = [*os.scandir(cache)]
     Path(listed[0].path).unlink()
     with monkeypatch.context() as patch:  # from Python 3.13 on, Path.iterdir is made of it too
-        patch.setattr("featurestore.lookup.prune.os.scandir", lambda _: listed)
+        patch.setattr("featurestore.lookup.cache.os.scandir", lambda _: listed)
         prune(cache, set())
     assert names(cache) == set()
 
@@ -368,5 +367,5 @@ def test_a_cache_that_may_only_be_read_is_used(
     def refuse(*_: object) -> None:
         raise PermissionError("not yours")
 
-    monkeypatch.setattr("featurestore.lookup.prune.os.utime", refuse)
+    monkeypatch.setattr("featurestore.lookup.cache.os.utime", refuse)
     FeaturePartition.load(store, cache_dir=cache).close()

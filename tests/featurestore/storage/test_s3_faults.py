@@ -12,7 +12,7 @@ from s3fs import S3FileSystem
 
 from featurestore import FeaturePartition, FeatureStore, StoreInfo, keys_of_uris, log
 from featurestore.errors import StorageError
-from featurestore.storage import retries
+from featurestore.storage import remote
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.verify import verify
@@ -32,7 +32,7 @@ def module_proxy(s3_endpoint: str) -> Iterator[Proxy]:
 @pytest.fixture
 def proxy(module_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """A proxy that does nothing yet; the environment leads to it."""
-    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.01)
     with environment_of(module_proxy.endpoint):
         yield module_proxy
     module_proxy.rule = lambda request: None
@@ -49,7 +49,7 @@ def s3_store(s3_url: str, info: StoreInfo, request: pytest.FixtureRequest) -> Fe
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retries, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(remote, "PATIENCE_S", 0.3)
 
 
 def first(count: int, fault: Fault, of: Callable[[Request], bool]) -> Callable[[Request], Fault | None]:

@@ -148,7 +148,7 @@ class TestSeaweedFS(StorageContract):
     def test_what_another_client_does_is_seen_at_once(self, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
         storage.write_bytes("log/1", b"one")
         assert storage.list("log") == ["1"] and len(storage.entries()) == 1
-        monkeypatch.setattr("featurestore.storage.storage._clients", {})
+        monkeypatch.setattr("featurestore.storage.remote._clients", {})
         other = Storage(storage.url)
         other.write_bytes("log/2", b"2")
         other.write_bytes("log/1", b"other")
@@ -239,7 +239,7 @@ def test_an_unknown_protocol_is_named() -> None:
 
 
 def test_a_fork_while_a_client_is_made_does_not_hang(memory_url: str) -> None:
-    import featurestore.storage.storage as module
+    import featurestore.storage.remote as module
 
     with module._clients_lock:
         child = os.fork()

@@ -18,7 +18,7 @@ from s3fs.errors import translate_boto_error
 
 from featurestore import FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import StorageError
-from featurestore.storage import retries
+from featurestore.storage import remote
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.verify import verify
 
@@ -102,7 +102,7 @@ DOINGS: dict[str, Callable[[Storage], object]] = {
 
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.001)
 
 
 @pytest.mark.parametrize("doing", DOINGS)
@@ -150,8 +150,8 @@ def test_there_are_three_ways_to_say_that_another_was_first(memory_url: str, err
 def test_at_the_end_of_patience_the_error_says_how_often_it_was_tried(
     memory_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(retries, "PATIENCE_S", 0.05)
-    monkeypatch.setattr(retries, "_WARN_AFTER_S", 0.01)
+    monkeypatch.setattr(remote, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(remote, "_WARN_AFTER_S", 0.01)
     storage, client = failing(memory_url, *[answer("SlowDown", 503)] * 100_000)
     with pytest.raises(StorageError, match=r"cannot read memory://.*/a: .*SlowDown.*\(tried \d+ times\)"):
         storage.read_bytes("a")

@@ -1,0 +1,271 @@
+"""Files of an object store through fsspec, each request tried again while that may help.
+
+The clients' own retries are switched off: one layer decides, with one patience, and says at the end how often it tried.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.core import split_protocol
+from fsspec.utils import stringify_path
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from featurestore.errors import StorageError
+from featurestore.storage.local import StorageEntry
+
+PATIENCE_S = 60.0  # a restarted server is back by then
+_WARN_AFTER_S = 5.0
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
+
+_LOST_RACE_CODES = {"PreconditionFailed", "412"}
+_CONFLICT_CODES = {"ConditionalRequestConflict", "OperationAborted", "409"}
+_THROTTLE_CODES = {"SlowDown", "ServiceUnavailable", "TooManyRequests", "RequestLimitExceeded", "Throttling"}
+_THROTTLE_CODES |= {"ThrottlingException", "429", "503"}
+_SERVER_CODES = {"InternalError", "RequestTimeout", "IncompleteBody", "BadDigest", "500", "502", "504"}
+_SERVER_STATUSES = {500, 502, 503, 504}
+_PASSING_ERRNOS = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.EAGAIN, errno.EPIPE, errno.ETIMEDOUT}
+# By name, as importing the clients takes longer than most commands run.
+_PASSING_CLASSES = {"ConnectionError", "HTTPClientError", "ResponseParserError", "ClientError", "IncompleteRead"}
+_CLIENT_PACKAGES = ("botocore", "aiohttp", "urllib3")
+
+_S3_PROTOCOLS = ("s3", "s3a")
+# Listings would hide new commits; one layer retries, this one.
+_S3_OPTIONS = {"use_listings_cache": False, "config_kwargs": {"retries": {"total_max_attempts": 1}}}
+_PIECE_BYTES = 16 << 20
+_DELETE_THREADS = 16  # waiting for answers, not computing
+_clients: dict[tuple[object, ...], Any] = {}
+_clients_lock = threading.Lock()
+_memory_lock = threading.Lock()
+
+_log = logging.getLogger(__name__)
+ResultT = TypeVar("ResultT")
+Names = list[str]  # inside the classes, `list` is the method
+
+
+def protocol_and_path(url: str | os.PathLike[str]) -> tuple[str, str]:
+    """Split an address into its protocol, "file" by default, and the rest."""
+    protocol, path = split_protocol(stringify_path(url))
+    return protocol or "file", path
+
+
+class RemoteFiles:
+    """Files of an object store through fsspec, with retries; errors are the client's own, or tenacity's at the end."""
+
+    def __init__(self, protocol: str, root: str) -> None:
+        self._protocol = protocol
+        self._root = root
+        self._client: tuple[int, Any] | None = None
+
+    @property
+    def client(self) -> Any:
+        """fsspec's file system, made once in each process."""
+        if self._client is None or self._client[0] != os.getpid():
+            self._client = os.getpid(), _client(self._protocol)
+        return self._client[1]
+
+    def read_bytes(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        """The file, or a part of it."""
+        data: bytes = persist(lambda: self.client.cat_file(self._full(path), start=start, end=end))
+        return data
+
+    def read_into(self, path: str, out: memoryview) -> int:
+        """The beginning of the file in pieces, so that no second copy of it stands in memory; its size."""
+        size_bytes = self.entry(path).size_bytes
+        end = min(size_bytes, len(out))
+        for start in range(0, end, _PIECE_BYTES):
+            piece = self.read_bytes(path, start, min(start + _PIECE_BYTES, end))
+            out[start : start + len(piece)] = piece
+        return size_bytes
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Create or replace the file, in one piece."""
+        persist(lambda: self.client.pipe_file(self._full(path), data))
+
+    def create_exclusive(self, path: str, data: bytes) -> bool:
+        """One conditional put; the answer may be lost, or be about one's own file."""
+        # fsspec's memory files have no atomic create of their own.
+        guard = _memory_lock if self._protocol == "memory" else contextlib.nullcontext()
+
+        def create() -> bool:
+            try:
+                with guard:
+                    self.client.pipe_file(self._full(path), data, mode="create")
+            except Exception as error:  # each object store's client has its own tree of errors
+                if says_exists(error):
+                    return False
+                raise
+            return True
+
+        return persist(create, was_not_done)
+
+    def list(self, path: str) -> Names:
+        """Names below a path."""
+        found: Names = persist(lambda: self.client.ls(self._full(path), detail=False))
+        here = self._full(path).strip("/")
+        return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in found if entry.strip("/") != here]
+
+    def entry(self, path: str) -> StorageEntry:
+        """Size and time of one file."""
+        found = persist(lambda: self.client.info(self._full(path)))
+        if found["type"] != "file":
+            raise FileNotFoundError(path)
+        return _entry(path, found)
+
+    def entries(self, path: str, recursive: bool) -> Iterator[StorageEntry]:
+        """Files below a path, from one flat listing or from that of one folder."""
+        # Not find(maxdepth=1): it walks, and leaves out what it cannot list instead of raising.
+        find = self.client.find if recursive else self.client.ls
+        found = persist(lambda: find(self._full(path), detail=True))
+        for each in found.values() if recursive else found:
+            name = each["name"].strip("/").removeprefix(self._root.strip("/")).strip("/")
+            if each["type"] == "file" and name != path:  # `find` of a file is that file
+                yield _entry(name, each)
+
+    def delete(self, path: str) -> None:
+        """Remove a file, or all files below a path."""
+        # Not by the client's own rm: it takes [ and * for patterns, and s3fs's keeps silent where a delete failed.
+        below = persist(lambda: self.client.find(self._full(path), detail=False))
+        self._delete_each(below or [])
+
+    def delete_files(self, paths: Iterable[str]) -> None:
+        """Remove files."""
+        self._delete_each([self._full(path) for path in paths])
+
+    def _delete_each(self, places: Names) -> None:
+        def remove(place: str) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                persist(lambda: self.client.rm_file(place))
+
+        if places:
+            with ThreadPoolExecutor(min(len(places), _DELETE_THREADS)) as pool:
+                list(pool.map(remove, places))
+
+    def _full(self, path: str) -> str:
+        return f"{self._root}/{path}" if path else self._root
+
+
+def persist(work: Callable[[], ResultT], worth_it: Callable[[BaseException], bool] | None = None) -> ResultT:
+    """The result of `work`, tried again with growing waits for up to `PATIENCE_S` while its error is `worth_it`.
+
+    Passing errors by default. Raises tenacity's RetryError when the patience is at its end, other errors at once.
+    """
+    attempts = Retrying(
+        retry=retry_if_exception(worth_it or is_passing),
+        stop=stop_after_delay(PATIENCE_S),
+        wait=wait_random_exponential(multiplier=_FIRST_WAIT_S, max=_LONGEST_WAIT_S),
+        before_sleep=_warn,
+    )
+    return attempts(work)
+
+
+def is_passing(error: BaseException | None) -> bool:
+    """Whether the same request may succeed later: throttled, failed in the server, cut off, or timed out."""
+    if error is None:
+        return False
+    code = answer_code(error)
+    if code is not None:
+        return code in _THROTTLE_CODES | _SERVER_CODES | _CONFLICT_CODES or _status(error) in _SERVER_STATUSES
+    # Before the errno: some of the clients' classes are OSErrors too, without one.
+    families = (kind for kind in type(error).__mro__ if kind.__module__.startswith(_CLIENT_PACKAGES))
+    if any(kind.__name__ in _PASSING_CLASSES for kind in families):
+        return True
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    return isinstance(error, OSError) and error.errno in _PASSING_ERRNOS
+
+
+def was_not_done(error: BaseException) -> bool:
+    """Whether the server says that it did not do what was asked and that asking again may help.
+
+    Unlike a cut connection, after which nobody knows.
+    """
+    return answer_code(error) in _THROTTLE_CODES | _CONFLICT_CODES
+
+
+def says_exists(error: BaseException) -> bool:
+    """Whether an exclusive create was refused because something is there; servers and clients say it in three ways."""
+    return isinstance(error, FileExistsError) or answer_code(error) in _LOST_RACE_CODES
+
+
+def answer_code(error: BaseException) -> str | None:
+    """S3's name of the error, or the HTTP status as text; None where no answer came."""
+    code = _response(error).get("Error", {}).get("Code")
+    return None if code is None else str(code)
+
+
+def _warn(state: RetryCallState) -> None:
+    """Say what is being waited for, once it takes long enough for a person to wonder."""
+    error = state.outcome.exception() if state.outcome is not None else None
+    if error is not None and (state.seconds_since_start or 0) > _WARN_AFTER_S:
+        _log.warning("storage: %s; trying again for up to %.0f s", str(error) or type(error).__name__, PATIENCE_S)
+
+
+def _status(error: BaseException) -> int:
+    return int(_response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _response(error: BaseException) -> dict[str, dict[str, Any]]:
+    """botocore's record of the answer: s3fs raises Python's own errors, with botocore's as their cause."""
+    for each in (error, error.__cause__):
+        response = getattr(each, "response", None)
+        if isinstance(response, dict):
+            return response
+    return {}
+
+
+def reason_of(error: BaseException | None) -> str:
+    """Return the message of an error, or its class where it has none."""
+    return str(error) or type(error).__name__
+
+
+def _client(protocol: str) -> Any:
+    """fsspec's file system: one for each process and setting of the environment, as making one takes half a second."""
+    settings = sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
+    key = (os.getpid(), protocol, *settings)
+    with _clients_lock:
+        if key not in _clients:
+            try:
+                if protocol in _S3_PROTOCOLS:
+                    _clients[key] = fsspec.filesystem(protocol, skip_instance_cache=True, **_S3_OPTIONS)
+                    _clients[key].retries = 1
+                else:
+                    _clients[key] = fsspec.filesystem(protocol)
+            except (ValueError, ImportError) as error:
+                raise StorageError(f"{protocol}:// cannot be opened: {error}") from error
+        return _clients[key]
+
+
+def _forget_clients() -> None:
+    """In the child of a fork: the parent's clients do not work there, and its locks may be held for ever."""
+    global _clients_lock, _memory_lock
+    _clients.clear()
+    _clients_lock, _memory_lock = threading.Lock(), threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_clients)
+
+
+def _entry(path: str, found: Mapping[str, Any]) -> StorageEntry:
+    tag = found.get("ETag") or found.get("etag") or ""
+    return StorageEntry(path, int(found["size"]), _time_of(found), str(tag).strip('"'))
+
+
+def _time_of(found: Mapping[str, Any]) -> float:
+    """When a file was written, from what fsspec's clients tell of it under different names."""
+    names = ("LastModified", "last_modified", "mtime", "modified", "updated", "created")
+    time = next((found[name] for name in names if found.get(name) is not None), None)
+    if isinstance(time, str):
+        time = datetime.fromisoformat(time)
+    if isinstance(time, datetime):
+        return time.timestamp()
+    if isinstance(time, int | float):
+        return float(time)
+    raise StorageError(f"the storage tells no time of {found.get('name')}: ages of files cannot be known there")
