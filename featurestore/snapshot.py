@@ -1,7 +1,6 @@
 """One published state of a store. It holds its manifest, so later commits never change what it reads."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from featurestore.format.statistics import FeatureStatistics, Moments
 from featurestore.keys import Int64Array, shard_of
 from featurestore.spec import Manifest, StoreInfo
 from featurestore.storage.storage import Storage
+from featurestore.storage.threads import in_threads
 
 _THREADS = 4
 ResultT = TypeVar("ResultT")
@@ -93,8 +93,7 @@ class Snapshot:
     def _each_shard(self, work: Callable[[ShardReader], ResultT]) -> list[ResultT]:
         """`work` on every shard that has files, in the order of shards."""
         readers = [self.shard_reader(shard) for shard in sorted(self.manifest.shards)]
-        with ThreadPoolExecutor(_THREADS) as pool:
-            return list(pool.map(work, readers))
+        return list(in_threads(work, readers, _THREADS))
 
 
 def missing_message(keys: Int64Array, where: str) -> str:

@@ -4,7 +4,6 @@ A part is sorted as shards are, by splitmix64, so the rows of one shard are neig
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +15,7 @@ from featurestore.format.shard_reader import newest_rows, take_rows
 from featurestore.keys import shard_of
 from featurestore.spec import StoreInfo
 from featurestore.storage.storage import Storage
+from featurestore.storage.threads import in_threads
 
 STAGING = "staging"
 _GROUP_BYTES = 1 << 20
@@ -60,20 +60,20 @@ def read_shards_of_parts(
     Each part is opened once, 8 of them at a time. In memory are all these rows, and of the parts being read the row
     groups around them: about 2 MB more than the rows each. Raises InvalidRowsError where a part is not there.
     """
-    cut: dict[int, list[pa.Table]] = {}
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        futures = [pool.submit(_read_part, storage, info, _part_path(run_id, part), shards) for part in parts]
-        try:
-            tables = [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()  # those that wait, after an error
-    for table in tables:
-        shard_N = shard_of(numpy_column(table, KEY), info.num_shards)
-        found, starts = np.unique(shard_N, return_index=True)
-        for shard, start, end in zip(found, starts, np.append(starts, len(shard_N))[1:], strict=True):
-            cut.setdefault(int(shard), []).append(table.slice(start, end - start))
-    return {shard: pa.concat_tables(cut[shard]) for shard in sorted(cut)}
+    found: dict[int, list[pa.Table]] = {}
+    paths = [_part_path(run_id, part) for part in parts]
+    for table in in_threads(lambda path: _read_part(storage, info, path, shards), paths, _READ_THREADS):
+        for shard, rows in cut(table, info).items():
+            found.setdefault(shard, []).append(rows)
+    return {shard: pa.concat_tables(found[shard]) for shard in sorted(found)}
+
+
+def cut(table: pa.Table, info: StoreInfo) -> dict[int, pa.Table]:
+    """Return the rows of each shard, of a table in the order of splitmix64; nothing is copied."""
+    shard_N = shard_of(numpy_column(table, KEY), info.num_shards)  # ascending, as the hashes are
+    shards, starts = np.unique(shard_N, return_index=True)
+    ends = np.append(starts, len(shard_N))[1:]
+    return {int(s): table.slice(start, end - start) for s, start, end in zip(shards, starts, ends, strict=True)}
 
 
 def _read_part(storage: Storage, info: StoreInfo, path: str, shards: range) -> pa.Table:

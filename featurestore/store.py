@@ -4,7 +4,6 @@ import contextlib
 import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import cached_property
 
@@ -20,12 +19,12 @@ from featurestore.format.datafile import KEY, numpy_column
 from featurestore.format.rows import FeatureRows, check_collisions
 from featurestore.format.shard_reader import newest_rows, take_rows
 from featurestore.format.shard_writer import write_shard_file
-from featurestore.keys import shard_of
 from featurestore.quarantine import QuarantineRow
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, FileKind, StoreInfo, seal, unseal
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
+from featurestore.storage.threads import in_threads
 
 INFO_PATH = "store.json"
 _THREADS = 4
@@ -186,16 +185,9 @@ class FeatureStore:
 
     def _entries(self, rows: FeatureRows) -> dict[int, FileEntry]:
         table = staging.sorted_table(rows, self.info)
-        shard_N = shard_of(numpy_column(table, KEY), self.info.num_shards)  # ascending, as the rows are
-        shards, starts = np.unique(shard_N, return_index=True)
-        ends = np.append(starts, len(shard_N))[1:]
-        snapshot = self.snapshot()
-        with ThreadPoolExecutor(_THREADS) as pool:
-            futures = {
-                int(shard): pool.submit(self._build, int(shard), table.slice(start, end - start), snapshot, "delta")
-                for shard, start, end in zip(shards, starts, ends, strict=True)
-            }
-            return {shard: future.result() for shard, future in futures.items()}
+        tables, snapshot = staging.cut(table, self.info), self.snapshot()
+        built = in_threads(lambda shard: self._build(shard, tables[shard], snapshot, "delta"), tables, _THREADS)
+        return dict(zip(tables, built, strict=True))
 
     def _build(self, shard: int, table: pa.Table, snapshot: Snapshot, kind: FileKind) -> FileEntry:
         keys_N, uris = live_uris(table)

@@ -27,8 +27,7 @@ import io
 import os
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +43,7 @@ from featurestore.format.shard_reader import Block, ShardReader
 from featurestore.keys import Int64Array, UInt64Array, shard_of_hash, splitmix64
 from featurestore.storage.private import claim, is_private, open_private
 from featurestore.storage.regular import open_regular
+from featurestore.storage.threads import Progress, in_threads
 
 SUFFIXES = (".keys.npy", ".rows.bin", ".json")
 SEAL = ".json"
@@ -58,8 +58,6 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CHUNK_BYTES = 1 << 20  # stays in the processor's cache
 _MEMORY_BYTES = 256 << 20
 _FILL_BYTES = 4 << 20
-
-Progress = Callable[[int, int], None]  # shards ready, shards in all
 
 
 @dataclass(frozen=True)
@@ -115,12 +113,7 @@ def open_or_build(
         claim(folder, is_cache_file)
     largest = max((entry.bytes for reader in readers for entry in reader.entries), default=0)
     memory = FileMemory(max(largest, _MEMORY_BYTES))
-    cached = []
-    with ThreadPoolExecutor(threads) as pool:
-        for shard in pool.map(lambda reader: _open_or_build(reader, folder, memory), readers):
-            cached.append(shard)
-            if progress is not None:
-                progress(len(cached), len(readers))
+    cached = list(in_threads(lambda reader: _open_or_build(reader, folder, memory), readers, threads, progress))
     prune(folder, {_stem(reader) for reader in readers if reader.entries})
     return cached
 

@@ -17,11 +17,12 @@ import numpy.typing as npt
 from featurestore.errors import FeatureStoreError, MissingKeysError, StorageError
 from featurestore.identity import SnapshotId
 from featurestore.keys import Int64Array, owned_shards, owner_of, sampled, shard_of, shard_of_hash, splitmix64
-from featurestore.lookup.cache import CachedShard, Progress, default_cache_dir, open_or_build
+from featurestore.lookup.cache import CachedShard, default_cache_dir, open_or_build
 from featurestore.lookup.hashindex import HashIndex
 from featurestore.lookup.mmap import huge_page_bytes, map_rows, physical_memory_bytes, populate
 from featurestore.snapshot import Snapshot, missing_message
 from featurestore.spec import DType, StoreInfo
+from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
 
 MissingPolicy = Literal["error", "zeros", "learned"]

@@ -9,7 +9,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_de
 
 from featurestore.errors import StorageError
 from featurestore.storage.local import StorageEntry
+from featurestore.storage.threads import in_threads
 
 PATIENCE_S = 60.0  # a restarted server is back by then
 _WARN_AFTER_S = 5.0
@@ -144,9 +144,7 @@ class RemoteFiles:
             with contextlib.suppress(FileNotFoundError):
                 persist(lambda: self.client.rm_file(place))
 
-        if places:
-            with ThreadPoolExecutor(min(len(places), _DELETE_THREADS)) as pool:
-                list(pool.map(remove, places))
+        list(in_threads(remove, places, _DELETE_THREADS))
 
     def _full(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root

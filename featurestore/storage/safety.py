@@ -20,12 +20,11 @@ from typing import NamedTuple, cast
 from featurestore.errors import StorageError, UnsafeBackendError
 from featurestore.storage.local import TEMPORARY
 from featurestore.storage.storage import Storage
+from featurestore.storage.threads import Progress
 
 _SHORT_THREADS, _SHORT_ROUNDS = 2, 5  # SeaweedFS lets a third one wait for a second
 _HEAD_START_S = 0.002  # so that all racers have heard of the start when it comes
 _ANSWER_TIMEOUT_S = 300.0
-
-Progress = Callable[[int, int], None]
 
 
 class _Outcome(NamedTuple):

@@ -1,7 +1,6 @@
 """Is every file of a cache folder what the run that built it has written? `verify` for the machines of readers."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +10,8 @@ from pydantic import ValidationError
 from featurestore.errors import StorageError
 from featurestore.lookup.cache import SEAL, STEM_DIGITS, CacheSeal, digest_of_file
 from featurestore.storage.private import check_owner, is_private
+from featurestore.storage.threads import Progress
 
-Progress = Callable[[int, int], None]  # shards checked, shards in all
 _KEYS, _ROWS = ".keys.npy", ".rows.bin"
 
 

@@ -3,8 +3,7 @@
 Letters of shapes: M live rows of a shard, K rows of a block or of a file.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -19,12 +18,12 @@ from featurestore.format.shard_writer import check_digest, write_shard_file
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, StoreInfo
+from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import FeatureStore
 
 MAX_DELTAS = 8
 MAX_DELTA_SHARE = 0.25  # of a shard's bytes
 
-Progress = Callable[[int, int], None]  # shards compacted, shards that need it
 Files = Sequence[FileEntry]
 
 
@@ -64,15 +63,8 @@ def compact(
     due = {shard: files for shard, files in due.items() if _is_due(files, force)}
     if dry_run or not due:
         return _report(snapshot.version, due, {}, ())
-    built: dict[int, FileEntry] = {}
-    with ThreadPoolExecutor(threads) as pool:
-        entries = pool.map(lambda shard: _merged_file(snapshot, shard), due)
-        for done, (shard, entry) in enumerate(zip(due, entries, strict=True), start=1):
-            if entry is not None:
-                built[shard] = entry
-            if progress is not None:
-                progress(done, len(due))
-    return _commit(store, due, built)
+    entries = in_threads(lambda shard: _merged_file(snapshot, shard), due, threads, progress)
+    return _commit(store, due, {shard: entry for shard, entry in zip(due, entries, strict=True) if entry is not None})
 
 
 def needs_compaction(files: Files) -> bool:

@@ -8,8 +8,7 @@ anywhere: the next run goes on. All ages are told by the storage's own clock.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,6 +18,7 @@ from featurestore.format.codec import CODECS
 from featurestore.spec import seal
 from featurestore.staging import STAGING
 from featurestore.storage.local import TEMPORARY, StorageEntry
+from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import FeatureStore
 from featurestore.upkeep import damage
 from featurestore.upkeep.pins import read_pins
@@ -28,8 +28,6 @@ _DAY_S = 86_400.0
 _THREADS = 8  # waiting for answers, not computing
 _MOVED_AT_ONCE = 64
 _DELETED_AT_ONCE = 512
-
-Progress = Callable[[int, int], None]  # files deleted, files to delete
 
 
 @dataclass(frozen=True)
@@ -138,8 +136,8 @@ class _Expiry:
         moved: list[int] = []
         for start in range(0, len(leaving), _MOVED_AT_ONCE):
             batch = leaving[start : start + _MOVED_AT_ONCE]
-            with ThreadPoolExecutor(_THREADS) as pool:
-                copies = {v: data for v, data in zip(batch, pool.map(self._copy_aside, batch), strict=True) if data}
+            copied = in_threads(self._copy_aside, batch, _THREADS)
+            copies = {version: data for version, data in zip(batch, copied, strict=True) if data}
             pinned = {pin.version for pin in read_pins(self.storage)}
             if self._is_late():
                 return moved
@@ -187,9 +185,8 @@ class _Expiry:
     def _files(self, versions: Sequence[int], folders: Sequence[str]) -> dict[str, int]:
         """Paths of all files that the manifests name, with the bytes of those with rows; the first folder counts."""
         found: dict[str, int] = {}
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for files in pool.map(lambda version: self._files_of(version, folders), versions):
-                found |= files
+        for files in in_threads(lambda version: self._files_of(version, folders), versions, _THREADS):
+            found |= files
         return found
 
     def _files_of(self, version: int, folders: Sequence[str]) -> dict[str, int]:

@@ -3,8 +3,6 @@
 Letters of shapes: K rows that may differ, N keys.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,13 +26,12 @@ from featurestore.format.datafile import (
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, Manifest
+from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import FeatureStore
 from featurestore.upkeep.pins import read_pins
 
 _THREADS = 4
 _COMPARED = [name for name in METADATA_COLUMNS if name not in (KEY, "source_tag")]  # a touched image has not changed
-
-Progress = Callable[[int, int], None]  # shards compared, shards in all
 
 
 @dataclass(frozen=True)
@@ -85,8 +82,7 @@ def log(store: FeatureStore, last: int | None = None) -> list[LogEntry]:
             return None
         return LogEntry(version, manifest, tuple(pins.get(version, ())))
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return [found for found in pool.map(entry, known) if found is not None]
+    return [found for found in in_threads(entry, known, _THREADS) if found is not None]
 
 
 def diff(store: FeatureStore, before: int, after: int, progress: Progress | None = None) -> SnapshotDiff:
@@ -98,12 +94,9 @@ def diff(store: FeatureStore, before: int, after: int, progress: Progress | None
     old, new = store.snapshot(before), store.snapshot(after)
     shards = sorted({*old.manifest.shards, *new.manifest.shards})
     tables: list[list[pa.Table]] = [[_no_rows(old)] for _ in range(3)]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for done, parts in enumerate(pool.map(lambda shard: _shard_diff(old, new, shard), shards), start=1):
-            for group, part in zip(tables, parts, strict=True):
-                group.append(part)
-            if progress is not None:
-                progress(done, len(shards))
+    for parts in in_threads(lambda shard: _shard_diff(old, new, shard), shards, _THREADS, progress):
+        for group, part in zip(tables, parts, strict=True):
+            group.append(part)
     added, changed, removed = (_rows(pa.concat_tables(group)) for group in tables)
     return SnapshotDiff(added, changed, removed)
 

@@ -3,7 +3,6 @@
 Letters of shapes: C rows that both have, K rows whose features are compared, D feature width.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,7 @@ from featurestore.format.datafile import KEY, numpy_column
 from featurestore.format.shard_reader import ShardReader
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
+from featurestore.storage.threads import Progress
 
 DIGEST = "content_digest"
 # Rounding moves a feature by less than a hundredth of its length, also in bfloat16 and on another processor; features
@@ -21,7 +21,6 @@ DIGEST = "content_digest"
 SAME_WITHIN = 0.05
 _SAMPLED_SHARDS = 16  # keys are dealt to shards by a hash, so rows of a few shards are a fair sample of all
 
-Progress = Callable[[int, int], None]  # shards compared, shards in all
 Float32Array = npt.NDArray[np.float32]
 
 

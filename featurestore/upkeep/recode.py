@@ -5,8 +5,7 @@ Letters of shapes: N rows, M live rows of a shard, D feature width.
 """
 
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import numpy as np
@@ -32,6 +31,7 @@ from featurestore.snapshot import Snapshot
 from featurestore.spec import FORMAT_VERSION, SAMPLE_ROWS, DType, FileEntry, StoreInfo, seal, unseal
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
+from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import FeatureStore
 from featurestore.upkeep.accuracy import compare
 from featurestore.upkeep.compaction import merged_blocks
@@ -43,8 +43,6 @@ _THREADS = 4
 _SAMPLED_SHARDS = 64
 _COMPARED_ROWS = 5_000
 _TRAINING_SEED, _COMPARED_SEED = 0, 1
-
-Progress = Callable[[int, int], None]  # shards ready, shards in all
 
 
 class _Sealed(BaseModel):
@@ -151,14 +149,15 @@ def sample(snapshot: Snapshot, num_rows: int, seed: int) -> tuple[Int64Array, np
         return np.empty(0, np.int64), np.empty((0, snapshot.info.dim), np.float32)
     starts, most = draw.random(len(shards)), -(-num_rows // len(shards))
 
-    def some(shard: int, start: float) -> tuple[Int64Array, npt.NDArray[np.float32]]:
+    def some(place: tuple[int, float]) -> tuple[Int64Array, npt.NDArray[np.float32]]:
+        shard, start = place
         reader = snapshot.shard_reader(shard)
         keys_M = reader.keys()
         place_K = (int(start * len(keys_M)) + np.arange(min(most, len(keys_M)))) % max(1, len(keys_M))
         return keys_M[place_K], snapshot.codec.decode(reader.features(keys_M[place_K])[0])
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        keys, features = zip(*pool.map(some, shards.tolist(), starts.tolist()), strict=True)
+    places = list(zip(shards.tolist(), starts.tolist(), strict=True))
+    keys, features = zip(*in_threads(some, places, _THREADS), strict=True)
     return np.concatenate(keys)[:num_rows], np.concatenate(features)[:num_rows]
 
 
@@ -230,16 +229,11 @@ def _recode_shards(
     """All shards of the snapshot; those done before are not done again."""
     shards = sorted(snapshot.manifest.shards)
     done = {shard: found for shard in shards if (found := _done_shard(target.storage, shard)) is not None}
-    pool = ThreadPoolExecutor(threads)
-    try:
-        work = [shard for shard in shards if shard not in done]
-        futures = {pool.submit(_recode_shard, snapshot, target, shard): shard for shard in work}
-        for future in as_completed(futures):
-            done[futures[future]] = future.result()
-            if progress is not None:
-                progress(len(done), len(shards))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    work = [shard for shard in shards if shard not in done]
+    for shard, made in zip(work, in_threads(lambda s: _recode_shard(snapshot, target, s), work, threads), strict=True):
+        done[shard] = made
+        if progress is not None:
+            progress(len(done), len(shards))
     return done
 
 

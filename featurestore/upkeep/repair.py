@@ -27,11 +27,12 @@ from featurestore.format.shard_writer import write_shard_file
 from featurestore.keys import Int64Array
 from featurestore.quarantine import QuarantineRow
 from featurestore.spec import FileEntry
+from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
 from featurestore.upkeep import damage
 from featurestore.upkeep.damage import newest_good, rebuild_info, recommit, was_committed
 from featurestore.upkeep.filecheck import readable_keys
-from featurestore.upkeep.verify import Problem, Progress, verify
+from featurestore.upkeep.verify import Problem, verify
 
 OPERATION = "repair"
 Replacements = dict[str, FileEntry | None]  # path of a file of the newest snapshot: what takes its place

@@ -1,8 +1,7 @@
 """Is every file of a store what was written? Names each one that is not, and the command that repairs it."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +13,7 @@ from featurestore.format.shard_reader import read_moments
 from featurestore.spec import FileEntry, Manifest
 from featurestore.staging import STAGING
 from featurestore.storage.storage import Storage
+from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import INFO_PATH, FeatureStore
 from featurestore.upkeep import damage, pins
 from featurestore.upkeep.damage import is_damage
@@ -23,7 +23,6 @@ from featurestore.upkeep.filecheck import FileKeys, check_file, collisions
 _MEMORY_BYTES = 256 << 20
 _THREADS = 4
 _ERRORS = (CorruptFileError, StorageError)  # of reading a file; not all of them are damage of it
-Progress = Callable[[int, int], None]  # files checked, files in all
 ProblemKind = Literal[
     "info",
     "folder",
@@ -250,13 +249,12 @@ def _check_data(
         chains = {tuple(map(_id, manifest.files(shard))) for manifest in manifests.values()}
         return list(_shard_problems(store, shard, wanted[shard], chains, newest, memory))
 
-    with ThreadPoolExecutor(threads) as pool:
-        for shard, problems in zip(wanted, pool.map(check, wanted), strict=True):
-            found += problems
-            report.num_files += len(wanted[shard])
-            report.num_bytes += sum(each.entry.bytes for each in wanted[shard].values())
-            if progress is not None:
-                progress(report.num_files, total)
+    for shard, problems in zip(wanted, in_threads(check, wanted, threads), strict=True):
+        found += problems
+        report.num_files += len(wanted[shard])
+        report.num_bytes += sum(each.entry.bytes for each in wanted[shard].values())
+        if progress is not None:
+            progress(report.num_files, total)
     if found:
         kept, noted = set(log.versions(store.storage)), damage.noted_paths(store.storage)
         for problem in found:

@@ -10,8 +10,9 @@ import numpy as np
 from featurestore.errors import FeatureStoreError, SnapshotNotFoundError
 from featurestore.identity import SnapshotId
 from featurestore.snapshot import Snapshot
+from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
-from featurestore.upkeep.likeness import Likeness, Progress, compare
+from featurestore.upkeep.likeness import Likeness, compare
 from trainer.comm import Comm
 from trainer.compat.scores import Scored, drawn_batches, score
 from trainer.errors import ConfigError, TrainerError
