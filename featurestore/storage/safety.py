@@ -8,14 +8,15 @@ import contextlib
 import multiprocessing
 import random
 import signal
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from statistics import median
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 from featurestore.errors import StorageError, UnsafeBackendError
 from featurestore.storage.local import TEMPORARY
@@ -23,8 +24,8 @@ from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress
 
 _SHORT_THREADS, _SHORT_ROUNDS = 2, 5  # SeaweedFS lets a third one wait for a second
-_HEAD_START_S = 0.002  # so that all racers have heard of the start when it comes
-_ANSWER_TIMEOUT_S = 300.0
+_START_TIMEOUT_S = 300.0
+_mine = threading.local()
 
 
 class _Outcome(NamedTuple):
@@ -33,9 +34,6 @@ class _Outcome(NamedTuple):
     claimed: bool
     seen: bytes  # the file, read as soon as the answer was there
     seconds: float  # of the create
-
-
-Race = Callable[[str, Sequence[bytes], Sequence[float]], list[_Outcome]]  # path, content and start of each racer
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,20 @@ def check_backend(
     The race is left out where the first part fails. Writes a folder of its own and removes it. Costs
     `2 * num_processes` requests a round. Raises StorageError where the place refuses altogether.
     """
+    context = multiprocessing.get_context("spawn")
     with _folder(storage) as folder:
         problems = _sequential_problems(storage, folder)
         if problems:
             return BackendReport(tuple(problems), 0, num_processes, 0.0)
-        with _racing_processes(storage, num_processes) as race:
-            return _race(storage, folder, race, num_processes, num_rounds, progress)
+        line: Any = context.Barrier(num_processes)
+        try:
+            with ProcessPoolExecutor(num_processes, context, _prepare, (line,)) as racers:
+                connected = [racers.submit(_connect, storage) for _ in range(num_processes)]
+                for each in connected:
+                    each.result()
+                return _race(storage, folder, racers, num_processes, num_rounds, progress)
+        except BrokenProcessPool as error:
+            raise StorageError("a racing process ended early") from error
 
 
 def refuse_unsafe(storage: Storage) -> None:
@@ -69,15 +75,9 @@ def refuse_unsafe(storage: Storage) -> None:
     with _folder(storage) as folder:
         problems = _sequential_problems(storage, folder)
         if not problems:
-            with ThreadPoolExecutor(_SHORT_THREADS) as pool:
-
-                def race(path: str, contents: Sequence[bytes], starts: Sequence[float]) -> list[_Outcome]:
-                    futures = [
-                        pool.submit(_attempt, storage, path, *each) for each in zip(contents, starts, strict=True)
-                    ]
-                    return [future.result() for future in futures]
-
-                problems = list(_race(storage, folder, race, _SHORT_THREADS, _SHORT_ROUNDS, None).problems)
+            line = threading.Barrier(_SHORT_THREADS)
+            with ThreadPoolExecutor(_SHORT_THREADS, initializer=_prepare, initargs=(line,)) as racers:
+                problems = list(_race(storage, folder, racers, _SHORT_THREADS, _SHORT_ROUNDS, None).problems)
     if problems:
         raise UnsafeBackendError(
             f"{storage.url} cannot hold a store, as commits could be lost there: {'; '.join(problems)}. Use a disk or"
@@ -122,7 +122,7 @@ def _sequential_problems(storage: Storage, folder: str) -> list[str]:
 
 
 def _race(
-    storage: Storage, folder: str, race: Race, num_writers: int, num_rounds: int, progress: Progress | None
+    storage: Storage, folder: str, racers: Executor, num_writers: int, num_rounds: int, progress: Progress | None
 ) -> BackendReport:
     """Let them race, and count the rounds that went wrong."""
     chance = random.Random()
@@ -131,10 +131,10 @@ def _race(
     for number in range(num_rounds):
         # All at once, and in every second round spread over the time of a create: windows of servers lie differently.
         spread = median(seconds[-100:]) if number % 2 else 0.0
-        start = time.monotonic() + _HEAD_START_S
         contents = [f"{uuid.uuid4().hex} of writer {writer}".encode() for writer in range(num_writers)]
         path = f"{folder}/round-{number:06d}"
-        outcomes = race(path, contents, [start + chance.uniform(0, spread) for _ in contents])
+        asked = [racers.submit(_attempt, storage, path, content, chance.uniform(0, spread)) for content in contents]
+        outcomes = [each.result() for each in asked]
         seconds += [outcome.seconds for outcome in outcomes]
         final = _read(storage, path)
         several += sum(outcome.claimed for outcome in outcomes) > 1
@@ -150,8 +150,21 @@ def _race(
     return BackendReport(tuple(problems), num_rounds, num_writers, median(seconds) if seconds else 0.0)
 
 
-def _attempt(storage: Storage, path: str, content: bytes, start_s: float) -> _Outcome:
-    time.sleep(max(0.0, start_s - time.monotonic()))
+def _prepare(line: threading.Barrier) -> None:
+    """Make this thread or process a racer, which begins when all have come to the line."""
+    _mine.line = line
+    if threading.current_thread() is threading.main_thread():  # of a process, whose end is its parent's business
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _connect(storage: Storage) -> None:
+    _mine.line.wait(_START_TIMEOUT_S)
+    storage.list()
+
+
+def _attempt(storage: Storage, path: str, content: bytes, delay_s: float) -> _Outcome:
+    _mine.line.wait(_START_TIMEOUT_S)
+    time.sleep(delay_s)
     begin = time.monotonic()
     claimed = storage.create_exclusive(path, content)
     seconds = time.monotonic() - begin
@@ -163,66 +176,3 @@ def _read(storage: Storage, path: str) -> bytes | None:
         return storage.read_bytes(path)
     except FileNotFoundError:
         return None
-
-
-@contextlib.contextmanager
-def _racing_processes(storage: Storage, num_processes: int) -> Iterator[Race]:
-    """Processes that wait for orders; each has a client of its own, already connected. They end with the block."""
-    context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe() for _ in range(num_processes)]
-    processes = [context.Process(target=_racer, args=(storage, theirs), daemon=True) for _, theirs in pipes]
-
-    def race(path: str, contents: Sequence[bytes], starts: Sequence[float]) -> list[_Outcome]:
-        with _deaths_noticed():
-            for (ours, _), content, start in zip(pipes, contents, starts, strict=True):
-                ours.send((path, content, start))
-            return [_answer(ours) for ours, _ in pipes]
-
-    try:
-        for process, (_, theirs) in zip(processes, pipes, strict=True):
-            process.start()
-            theirs.close()  # so that the end of the process is the end of the pipe
-        with _deaths_noticed():
-            for ours, _ in pipes:
-                _answer(ours)
-        yield race
-    finally:
-        for ours, _ in pipes:
-            ours.close()
-        for process in processes:
-            if process.pid is not None:
-                process.terminate()
-                process.join()
-
-
-def _answer(pipe: "Connection[object, object]") -> _Outcome:
-    answer = pipe.recv() if pipe.poll(_ANSWER_TIMEOUT_S) else StorageError("a racing process does not answer")
-    if isinstance(answer, StorageError):
-        raise answer
-    assert isinstance(answer, _Outcome)
-    return answer
-
-
-@contextlib.contextmanager
-def _deaths_noticed() -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, OSError) as error:
-        raise StorageError("a racing process ended early") from error
-
-
-def _racer(storage: Storage, pipe: "Connection[object, object]") -> None:
-    """One process: an answer once it is connected, then one for each order, until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business, which ends this process
-    order: tuple[str, bytes, float] | None = None
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            try:
-                if order is None:
-                    storage.list()
-                    pipe.send(_Outcome(False, b"", 0.0))
-                else:
-                    pipe.send(_attempt(storage, *order))
-            except StorageError as error:
-                pipe.send(error)
-            order = cast("tuple[str, bytes, float]", pipe.recv())
