@@ -4,6 +4,7 @@ Foreign errors are translated here: a missing file is FileNotFoundError, everyth
 """
 
 import contextlib
+import errno
 import io
 import os
 import uuid
@@ -26,8 +27,9 @@ class Storage:
     """Files below one address; every path is relative to it, with forward slashes.
 
     On an object store throttling, failures of the server, cut connections and timeouts are tried again for a minute.
-    On a disk, with `keep_inside`, a symbolic link that leads out of the folder is damage (CorruptFileError): stores are
-    opened so. Pickles as its address. The client is made on first use in each process, so never shared across a fork.
+    On a disk, with `keep_inside`, a symbolic link that leads out of the folder and a sector that cannot be read are
+    damage (CorruptFileError): stores are opened so. Pickles as its address. The client is made on first use in each
+    process, so never shared across a fork.
     """
 
     def __init__(self, url: str | os.PathLike[str], keep_inside: bool = False) -> None:
@@ -200,6 +202,8 @@ class Storage:
                 isinstance(error, FileNotFoundError) and not writing
             ):
                 raise
+            if self._keep_inside and self.is_local and getattr(error, "errno", 0) == errno.EIO and not writing:
+                raise CorruptFileError(f"{self.full(path)} cannot be read from the disk: {error}") from error
             hint = "; are the credentials right?" if isinstance(error, PermissionError) and not self.is_local else ""
             raise StorageError(f"cannot {action} {self.full(path)}: {reason_of(error)}{hint}") from error
 

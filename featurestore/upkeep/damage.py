@@ -1,10 +1,10 @@
-"""What counts as damage, what is known to be damaged, and how store.json and the newest manifest are made anew.
+"""What is known to be damaged, and how store.json and the newest manifest are made anew.
 
 In `damaged/` are manifests that a repair took out of the log, and notes of data files that only older snapshots still
 name. Such a file cannot come back but from a backup: `verify` reports it without alarm until its snapshots expire.
 """
 
-import errno
+import contextlib
 import hashlib
 import time
 import uuid
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from featurestore import log
 from featurestore.commit import writer_name
-from featurestore.errors import CorruptFileError, StorageError
+from featurestore.errors import CorruptFileError
 from featurestore.format.datafile import info_in, read_verified
 from featurestore.spec import FORMAT_VERSION, MAX_VERSION, Manifest, StoreInfo, StorePath, seal, unseal
 from featurestore.storage.storage import Storage
@@ -23,16 +23,6 @@ from featurestore.store import INFO_PATH
 DAMAGED = "damaged"
 _PREFIX = "note-"
 _MOST_BETWEEN_PINS = 1 << 32  # commits; more than a century of one each second
-
-
-def is_damage(storage: Storage, error: Exception) -> bool:
-    """Whether an error says that one file is not what was written, or that a sector of a local disk cannot be read.
-
-    Else the file may be whole: the storage is away or refuses, or it was written by a newer program.
-    """
-    if isinstance(error, StorageError) and storage.is_local:
-        return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO
-    return isinstance(error, CorruptFileError)
 
 
 class DamageNote(BaseModel):
@@ -60,10 +50,8 @@ def noted_paths(storage: Storage) -> set[str]:
     for name in storage.list(DAMAGED):
         if name.startswith(_PREFIX):
             path = f"{DAMAGED}/{name}"
-            try:
+            with contextlib.suppress(FileNotFoundError, CorruptFileError):
                 found.add(unseal(storage.read_bytes(path), DamageNote, storage.full(path)).path)
-            except (CorruptFileError, FileNotFoundError):
-                continue
     return found
 
 
@@ -74,9 +62,7 @@ def keep_copy(storage: Storage, path: str) -> None:
         data = storage.read_bytes(path)
     except FileNotFoundError:
         return
-    except (CorruptFileError, StorageError) as error:
-        if not is_damage(storage, error):
-            raise
+    except CorruptFileError:
         data = b""
     storage.write_bytes(f"{DAMAGED}/{path.replace('/', '-')}", data)
 
@@ -117,15 +103,9 @@ def rebuild_info(url: str, dry_run: bool) -> str:
 def newest_good(storage: Storage, bad: Collection[int] = ()) -> Manifest:
     """The newest manifest that can be read and is none of the `bad` versions. Raises CorruptFileError without one."""
     for version in reversed(log.versions(storage)):
-        if version in bad:
-            continue
-        try:
-            return log.read(storage, version)
-        except FileNotFoundError:
-            continue
-        except (CorruptFileError, StorageError) as error:
-            if not is_damage(storage, error):
-                raise
+        if version not in bad:
+            with contextlib.suppress(FileNotFoundError, CorruptFileError):
+                return log.read(storage, version)
     raise CorruptFileError(f"no manifest of {storage.url} is good: put {storage.full(log.LOG)} back from a backup")
 
 
@@ -168,14 +148,8 @@ def was_committed(storage: Storage, good: Manifest, version: int) -> bool:
 def _info_of_a_file(storage: Storage, manifest: Manifest) -> tuple[str, StoreInfo] | None:
     for files in manifest.shards.values():
         for entry in files:
-            try:
+            with contextlib.suppress(FileNotFoundError, CorruptFileError):
                 info = info_in(read_verified(storage, entry.path, "sha256", entry.sha256), storage.full(entry.path))
-            except FileNotFoundError:
-                continue
-            except (CorruptFileError, StorageError) as error:
-                if not is_damage(storage, error):
-                    raise
-                continue
-            if info.digest == entry.info_digest:
-                return entry.path, info
+                if info.digest == entry.info_digest:
+                    return entry.path, info
     return None

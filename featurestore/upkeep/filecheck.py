@@ -28,7 +28,6 @@ from featurestore.format.rows import finite_rows
 from featurestore.keys import Int64Array, keys_of_uris, shard_of_hash, splitmix64
 from featurestore.spec import FileEntry, StoreInfo
 from featurestore.storage.storage import Storage
-from featurestore.upkeep.damage import is_damage
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,7 @@ def check_file(
             for block in file.blocks(schema_of(info).names):
                 num_infinite += int(np.count_nonzero(~finite_rows(matrix_of(block, info), info.dtype)))
                 blocks.append(_keys_of(block))
-    except (CorruptFileError, StorageError) as error:
-        if not is_damage(storage, error):
-            raise
+    except CorruptFileError as error:
         return [str(error)], None
     keys = _joined(blocks)
     found = list(_broken_promises(keys, info, shard, entry))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from featurestore import log, quarantine
-from featurestore.errors import CorruptFileError, SnapshotNotFoundError, StorageError, StoreNotFoundError
+from featurestore.errors import CorruptFileError, SnapshotNotFoundError, StoreNotFoundError
 from featurestore.format.buffers import FileMemory
 from featurestore.format.codec import CODECS, codec_of
 from featurestore.format.shard_reader import read_moments
@@ -16,13 +16,11 @@ from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import INFO_PATH, FeatureStore
 from featurestore.upkeep import damage, pins
-from featurestore.upkeep.damage import is_damage
 from featurestore.upkeep.expiry import DATA
 from featurestore.upkeep.filecheck import FileKeys, check_file, collisions
 
 _MEMORY_BYTES = 256 << 20
 _THREADS = 4
-_ERRORS = (CorruptFileError, StorageError)  # of reading a file; not all of them are damage of it
 ProblemKind = Literal[
     "info",
     "folder",
@@ -95,9 +93,8 @@ def verify(
     url = store if isinstance(store, str) else store.url
     try:
         store = FeatureStore.open(url)  # anew: what is in memory was good when it was read
-    except (*_ERRORS, StoreNotFoundError) as error:
-        is_lost = isinstance(error, StoreNotFoundError) and log.versions(Storage(url, keep_inside=True))
-        if not is_lost and not is_damage(Storage(url, keep_inside=True), error):
+    except (CorruptFileError, StoreNotFoundError) as error:
+        if isinstance(error, StoreNotFoundError) and not log.versions(Storage(url, keep_inside=True)):
             raise
         report.problems.append(Problem("info", INFO_PATH, str(error), _repair(url, "rebuilds it from a data file")))
         return report
@@ -138,9 +135,7 @@ def _read_manifests(store: FeatureStore, report: VerifyReport) -> dict[int, Mani
             manifest = log.read(storage, version)
         except FileNotFoundError:
             continue  # expired meanwhile
-        except _ERRORS as error:
-            if not is_damage(storage, error):
-                raise
+        except CorruptFileError as error:
             report.problems.append(Problem("manifest", path, str(error), way_out, (version,)))
             continue
         files = [file for shard_files in manifest.shards.values() for file in shard_files]
@@ -159,9 +154,7 @@ def _read_manifests(store: FeatureStore, report: VerifyReport) -> dict[int, Mani
             log.read(storage, version, log.EXPIRED)
         except FileNotFoundError:
             continue
-        except _ERRORS as error:
-            if not is_damage(storage, error):
-                raise
+        except CorruptFileError as error:
             report.problems.append(Problem("expired", path, str(error), _repair(url, "moves it to damaged/")))
     return good
 
@@ -184,9 +177,7 @@ def _strays(store: FeatureStore) -> Iterator[Problem]:
 def _codec_problems(store: FeatureStore) -> Iterator[Problem]:
     try:
         codec_of(store.info, store.storage)
-    except _ERRORS as error:
-        if not is_damage(store.storage, error):
-            raise
+    except CorruptFileError as error:
         path = store.info.codec.path if store.info.codec is not None else INFO_PATH
         yield Problem("codec", path, str(error), "Put it back from a backup: nothing else has its numbers")
 
@@ -200,9 +191,7 @@ def _pin_problems(store: FeatureStore, manifests: Mapping[int, Manifest]) -> Ite
             pin = pins.read_pin(storage, pin_name)
         except FileNotFoundError:
             continue
-        except _ERRORS as error:
-            if not is_damage(storage, error):
-                raise
+        except CorruptFileError as error:
             yield Problem("pin", path, str(error), way_out)
             continue
         if pin.version not in manifests:
@@ -217,9 +206,7 @@ def _quarantine_problems(store: FeatureStore) -> Iterator[Problem]:
             quarantine.read_file(store.storage, name)
         except FileNotFoundError:
             continue
-        except _ERRORS as error:
-            if not is_damage(store.storage, error):
-                raise
+        except CorruptFileError as error:
             way_out = _repair(store.url, "moves it to damaged/; the next refresh tries its images again")
             yield Problem("quarantine", f"{quarantine.QUARANTINE}/{name}", str(error), way_out)
 
@@ -281,9 +268,7 @@ def _shard_problems(
             yield Problem("data", each.entry.path, message, _way_out(store.url, versions, newest), versions)
         try:
             read_moments(store.storage, each.entry)
-        except _ERRORS as error:
-            if not is_damage(store.storage, error):
-                raise
+        except CorruptFileError as error:
             versions = tuple(each.with_statistics)
             way_out = _repair(store.url, "drops it") if newest in versions else _old(store.url, versions)
             yield Problem("statistics", str(each.entry.statistics_path), str(error), way_out, versions)
