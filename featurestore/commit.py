@@ -81,7 +81,7 @@ class Commit:
     def manifest_after(self, parent: Manifest) -> Manifest:
         """Return the manifest that this commit makes of `parent`. Raises what `onto` raises."""
         shards = {shard: tuple(files) for shard, files in sorted(self.onto(parent).items()) if files}
-        files = [file for shard_files in shards.values() for file in shard_files]
+        files = [file for each in shards.values() for file in each]
         return Manifest(
             version=parent.version + 1,
             parent=parent.commit_id or None,

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from featurestore.errors import CommitConflictError, CorruptFileError, SnapshotNotFoundError, StorageError
-from featurestore.spec import MAX_VERSION, Manifest, seal, unseal
+from featurestore.spec import MAX_VERSION, Manifest, create_sealed, read_sealed
 from featurestore.storage.storage import Storage
 
 LOG = "log"
@@ -38,30 +38,30 @@ EMPTY = Manifest(
 
 
 def manifest_path(version: int, folder: str = LOG) -> str:
-    """Where the manifest of `version` stands, relative to the store."""
+    """Return the path of the manifest of `version`, relative to the store."""
     return f"{folder}/{version:020d}.json"
 
 
 def version_of(name: str) -> int | None:
-    """The version in a manifest's file name; None where it is no manifest's, as one beyond MAX_VERSION is not."""
+    """Return the version in a manifest's file name; None for other names, and for versions beyond MAX_VERSION."""
     match = _NAME.fullmatch(name)
     return int(match[1]) if match and 1 <= int(match[1]) <= MAX_VERSION else None
 
 
 def versions(storage: Storage, folder: str = LOG) -> list[int]:
-    """Committed versions, ascending."""
+    """List the versions of the manifests in a folder, ascending."""
     return [version for version in map(version_of, storage.list(folder)) if version is not None]
 
 
 def strays(storage: Storage, folder: str = LOG) -> list[str]:
-    """Paths of the files in a folder of manifests whose names are no manifest's: no reader and no commit sees them."""
+    """List the files in a folder of manifests that have other names: no reader and no commit sees them."""
     paths = [entry.path for entry in storage.entries(folder, recursive=False)]
     names = [path.rpartition("/")[2] for path in paths]
     return [path for path, name in zip(paths, names, strict=True) if version_of(name) is None and name[0] != "."]
 
 
 def read_manifest(storage: Storage, version: int | None = None) -> Manifest:
-    """The manifest of `version`, the newest by default; version 0 is the empty store. Raises SnapshotNotFoundError."""
+    """Read the manifest of `version`, the newest by default; 0 is the empty store. Raises SnapshotNotFoundError."""
     if version == 0:
         return EMPTY
     if version is None:
@@ -79,7 +79,7 @@ def read_manifest(storage: Storage, version: int | None = None) -> Manifest:
 
 
 def read_manifest_at(storage: Storage, at: datetime) -> Manifest:
-    """The manifest that was the newest at a time, UTC where it has no zone. Reads a few, by halves.
+    """Find the manifest that was the newest at a time, UTC where it has no zone. Reads a few, by halves.
 
     Raises SnapshotNotFoundError before the first one, and where the one of that time has expired.
     """
@@ -119,9 +119,10 @@ def append(storage: Storage, commit: Appendable) -> Manifest:
             )
         manifest = commit.manifest_after(parent)
         try:
-            standing = _create_and_read_back(storage, manifest)
-            if _counts(storage, standing, commit.commit_id):
-                return standing
+            path = manifest_path(manifest.version)
+            first = _checked(storage, path, manifest.version, create_sealed(storage, path, manifest))
+            if _counts(storage, first, commit.commit_id):
+                return first
         except StorageError:
             unsure.add(manifest.version)
             failures += 1
@@ -134,13 +135,13 @@ def append(storage: Storage, commit: Appendable) -> Manifest:
 
 
 def read(storage: Storage, version: int, folder: str = LOG) -> Manifest:
-    """The manifest in a folder. Raises FileNotFoundError, CorruptFileError."""
+    """Read a manifest from a folder. Raises FileNotFoundError, CorruptFileError."""
     path = manifest_path(version, folder)
-    return _unsealed(storage, storage.read_bytes(path), path, version)
+    return _checked(storage, path, version, read_sealed(storage, path, Manifest))
 
 
 def find(storage: Storage, version: int, folders: Sequence[str] = (LOG, EXPIRED)) -> Manifest | None:
-    """A manifest, also one that has expired meanwhile; None where it is gone."""
+    """Read a manifest, also one that has expired meanwhile; None where it is gone."""
     for folder in folders:
         try:
             return read(storage, version, folder)
@@ -150,7 +151,7 @@ def find(storage: Storage, version: int, folders: Sequence[str] = (LOG, EXPIRED)
 
 
 def utc_text(time_s: float) -> str:
-    """Seconds since 1970, for people; also where they are no time that a calendar has."""
+    """Format seconds since 1970 for people, also those that no calendar has."""
     try:
         return f"{datetime.fromtimestamp(time_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
     except (ValueError, OverflowError, OSError):
@@ -158,17 +159,17 @@ def utc_text(time_s: float) -> str:
 
 
 def _settled(storage: Storage, choose: Callable[[list[int]], Manifest]) -> Manifest:
-    """What `choose` reads of the versions in the log, listed anew while `expire` takes away what it would read."""
+    """Return what `choose` reads of the versions in the log, listed anew while `expire` removes what it would read."""
     for _ in range(_MAX_LISTINGS):
         try:
             return choose(versions(storage))
         except FileNotFoundError:
             continue
-    raise StorageError(f"manifests of {storage.url} are listed but not there, {_MAX_LISTINGS} times in a row")
+    raise StorageError(f"manifests of {storage.url} are listed but missing, {_MAX_LISTINGS} times in a row")
 
 
 def _newest_not_after(storage: Storage, known: list[int], time_s: float) -> Manifest:
-    """By halves: the times of manifests never run backwards."""
+    """Search by halves: the times of manifests never run backwards."""
     wanted = utc_text(time_s)
     low, high = 0, len(known)  # known[:low] are not after it, known[high:] are
     found, later = EMPTY, EMPTY
@@ -190,34 +191,27 @@ def _newest_not_after(storage: Storage, known: list[int], time_s: float) -> Mani
     return found
 
 
-def _create_and_read_back(storage: Storage, manifest: Manifest) -> Manifest:
-    """The manifest that stands under the version, ours or that of the writer who was first. Raises StorageError."""
-    path = manifest_path(manifest.version)
-    return _unsealed(storage, storage.create_or_read(path, seal(manifest)), path, manifest.version)
-
-
-def _unsealed(storage: Storage, data: bytes, path: str, version: int) -> Manifest:
-    manifest = unseal(data, Manifest, storage.full(path))
+def _checked(storage: Storage, path: str, version: int, manifest: Manifest) -> Manifest:
     if manifest.version != version:
         raise CorruptFileError(f"{storage.full(path)} is the manifest of version {manifest.version}")
     return manifest
 
 
-def _counts(storage: Storage, standing: Manifest, commit_id: str) -> bool:
-    """Whether this is our commit, and the newest manifest comes after it or is it.
+def _counts(storage: Storage, found: Manifest, commit_id: str) -> bool:
+    """Tell whether this is our commit, and the newest manifest comes after it or is it.
 
     Not so where its version was free only because the commit that had it has expired: it is taken away again.
     """
-    if standing.commit_id != commit_id:
+    if found.commit_id != commit_id:
         return False
-    if versions(storage)[-1:] == [standing.version]:
+    if versions(storage)[-1:] == [found.version]:
         return True
-    follower = find(storage, standing.version + 1)
+    follower = find(storage, found.version + 1)
     if follower is not None and follower.parent == commit_id:
         return True
     # Snapshots go from the oldest on, except pinned ones: ours would have gone before the one that came after it.
     if follower is None and storage.list(PINS):
-        path = storage.full(manifest_path(standing.version))
+        path = storage.full(manifest_path(found.version))
         raise StorageError(f"cannot tell whether {path} counts: the manifest after it is gone")
-    storage.delete(manifest_path(standing.version))
+    storage.delete(manifest_path(found.version))
     return False

@@ -1,4 +1,4 @@
-"""What a store holds (store.json) and what a snapshot is made of (the manifest)."""
+"""What a store holds (store.json), what a snapshot is made of (the manifest), and how both are written: sealed."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from featurestore.errors import CorruptFileError, FormatVersionError, SpecMismatchError
+from featurestore.storage.storage import Storage
 from featurestore.text.parsing import first_mistake, parse_json
 
 FORMAT_VERSION = 1
@@ -47,12 +48,20 @@ Version = Annotated[int, Field(ge=0, le=MAX_VERSION)]  # 0 is the empty store
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """A record that never changes and has no other fields."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ExtractorSpec(_Frozen):
-    """Which network made the features; features of two of them never mix in one store."""
+class Sealed(Frozen):
+    """A record that has a file of its own, written by `seal`."""
+
+    format_version: int = FORMAT_VERSION
+
+
+class ExtractorSpec(Frozen):
+    """The network that made the features; features of two networks never mix in one store."""
 
     backbone: str
     layer: str
@@ -66,15 +75,15 @@ class ExtractorSpec(_Frozen):
         return _digest(self)
 
 
-class NetworkName(_Frozen):
-    """What the maker of a store called the network, so that one can ask for it again; ExtractorSpec says what it is."""
+class NetworkName(Frozen):
+    """The name of the network as the maker of the store typed it; ExtractorSpec says what the network is."""
 
     backbone: str  # MODEL:LAYER
     weights: str  # imagenet, random:SEED or a file
 
 
-class CodecSpec(_Frozen):
-    """What the codes of an int8 store mean: faiss's scalar quantiser, 8 bits, each dimension with its own range.
+class CodecSpec(Frozen):
+    """The meaning of an int8 store's codes: faiss's scalar quantiser, 8 bits, each dimension with its own range.
 
     The file is float32 (2, dim) in .npy: minimum and range. Code c stands for minimum + (c + 0.5) / 255 * range.
     """
@@ -84,10 +93,9 @@ class CodecSpec(_Frozen):
     sha256: str
 
 
-class StoreInfo(_Frozen):
+class StoreInfo(Sealed):
     """store.json: written once, when the store is made."""
 
-    format_version: int = FORMAT_VERSION
     num_shards: Annotated[int, Field(ge=1, le=1 << 16)] = 64
     name: str = "feature"
     dim: Annotated[int, Field(ge=1)]
@@ -115,7 +123,7 @@ class StoreInfo(_Frozen):
 
     @property
     def kind(self) -> "StoreInfo":
-        """All but id and network name: equal for stores whose files may be exchanged; stands in every data file."""
+        """All but id and network name: equal for stores whose files may be exchanged. It is in every data file."""
         return self.model_copy(update={"store_id": "", "network": None})
 
     @property
@@ -142,7 +150,7 @@ class StoreInfo(_Frozen):
             raise SpecMismatchError(f"{where}: {fields}. Features of different kinds do not mix: use another store.")
 
 
-class FileEntry(_Frozen):
+class FileEntry(Frozen):
     """One immutable data file of one shard."""
 
     path: StorePath
@@ -163,10 +171,9 @@ class FileEntry(_Frozen):
         return self.rows - self.num_deleted
 
 
-class Manifest(_Frozen):
+class Manifest(Sealed):
     """One snapshot: the files of every shard, oldest first. Its creation is the commit."""
 
-    format_version: int = FORMAT_VERSION
     version: Version
     parent: str | None
     commit_id: str
@@ -179,18 +186,36 @@ class Manifest(_Frozen):
     file_bytes: int
     shards: dict[int, tuple[FileEntry, ...]]
 
+    @property
+    def entries(self) -> list[FileEntry]:
+        """All files, shard by shard."""
+        return [entry for entries in self.shards.values() for entry in entries]
+
     def files(self, shard: int) -> tuple[FileEntry, ...]:
-        """The files of `shard`, newest last; empty where nothing was ever written."""
+        """Return the files of `shard`, newest last; empty where nothing was ever written."""
         return self.shards.get(shard, ())
 
 
+def read_sealed(storage: Storage, path: str, model_class: type[ModelT]) -> ModelT:
+    """Read a sealed file. Raises FileNotFoundError, FormatVersionError, CorruptFileError."""
+    return unseal(storage.read_bytes(path), model_class, storage.full(path))
+
+
+def create_sealed(storage: Storage, path: str, model: ModelT) -> ModelT:
+    """Create a sealed file unless it is there; return what the file holds then, of this writer or of another.
+
+    Raises StorageError: then nobody knows yet whether it was made.
+    """
+    return unseal(storage.create_or_read(path, seal(model)), type(model), storage.full(path))
+
+
 def seal(model: BaseModel) -> bytes:
-    """`model` as JSON with the sha256 of its own content in it, so that a flipped bit is found."""
+    """Return `model` as JSON with the sha256 of its own content in it, so that a flipped bit is found."""
     return _encode({**model.model_dump(mode="json"), "digest": _digest(model)})
 
 
 def unseal(data: bytes, model_class: type[ModelT], path: str) -> ModelT:
-    """The model that `seal` wrote. Raises FormatVersionError for a newer format, CorruptFileError for changed bytes."""
+    """Return the model that `seal` wrote; CorruptFileError for changed bytes, FormatVersionError for a newer format."""
     try:
         fields = parse_json(data)
     except ValueError as error:

@@ -21,7 +21,7 @@ from featurestore.format.shard_reader import newest_rows, take_rows
 from featurestore.format.shard_writer import write_shard_file
 from featurestore.quarantine import QuarantineRow
 from featurestore.snapshot import Snapshot
-from featurestore.spec import FileEntry, FileKind, StoreInfo, seal, unseal
+from featurestore.spec import FileEntry, FileKind, StoreInfo, create_sealed, read_sealed
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import in_threads
@@ -61,8 +61,7 @@ class FeatureStore:
             raise StoreExistsError(f"{storage.url} is a store already")
         refuse_unsafe(storage)
         mine = info.model_copy(update={"store_id": uuid.uuid4().hex})
-        standing = unseal(storage.create_or_read(INFO_PATH, seal(mine)), StoreInfo, storage.full(INFO_PATH))
-        if standing.store_id != mine.store_id:
+        if create_sealed(storage, INFO_PATH, mine).store_id != mine.store_id:
             raise StoreExistsError(f"{storage.url} is a store already")
         return cls(storage, mine)
 
@@ -71,10 +70,9 @@ class FeatureStore:
         """Open a store. Raises StoreNotFoundError, FormatVersionError, CorruptFileError."""
         storage = Storage(url, keep_inside=True)
         try:
-            data = storage.read_bytes(INFO_PATH)
+            return cls(storage, read_sealed(storage, INFO_PATH, StoreInfo))
         except FileNotFoundError:
             raise StoreNotFoundError(f"no store at {storage.url}: {INFO_PATH} is not there") from None
-        return cls(storage, unseal(data, StoreInfo, storage.full(INFO_PATH)))
 
     @classmethod
     def open_or_create(cls, url: str | os.PathLike[str], info: StoreInfo) -> "FeatureStore":

@@ -10,13 +10,11 @@ import time
 import uuid
 from collections.abc import Collection
 
-from pydantic import BaseModel, ConfigDict
-
 from featurestore import log
 from featurestore.commit import writer_name
 from featurestore.errors import CorruptFileError
 from featurestore.format.datafile import info_in, read_verified
-from featurestore.spec import FORMAT_VERSION, MAX_VERSION, Manifest, StoreInfo, StorePath, seal, unseal
+from featurestore.spec import MAX_VERSION, Manifest, Sealed, StoreInfo, StorePath, read_sealed, seal
 from featurestore.storage.storage import Storage
 from featurestore.store import INFO_PATH
 
@@ -25,19 +23,16 @@ _PREFIX = "note-"
 _MOST_BETWEEN_PINS = 1 << 32  # commits; more than a century of one each second
 
 
-class DamageNote(BaseModel):
-    """One file that a repair found damaged, and could not mend where it stands."""
+class DamageNote(Sealed):
+    """One file that a repair found damaged, and could not mend where it is."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: int = FORMAT_VERSION
     path: StorePath
     reason: str
     time_s: float
 
 
 def note(storage: Storage, path: str, reason: str) -> None:
-    """Remember that a file is damaged; again is no error."""
+    """Remember that a data file is damaged; to note it again is no error."""
     name = hashlib.sha256(path.encode()).hexdigest()[:32]
     storage.write_bytes(
         f"{DAMAGED}/{_PREFIX}{name}.json", seal(DamageNote(path=path, reason=reason, time_s=storage.now()))
@@ -45,13 +40,12 @@ def note(storage: Storage, path: str, reason: str) -> None:
 
 
 def noted_paths(storage: Storage) -> set[str]:
-    """The files that notes name. A note that is damaged itself counts for nothing: its file is reported again."""
+    """Return the files that notes name. A note that is damaged itself does not count: its file is reported again."""
     found = set()
     for name in storage.list(DAMAGED):
         if name.startswith(_PREFIX):
-            path = f"{DAMAGED}/{name}"
             with contextlib.suppress(FileNotFoundError, CorruptFileError):
-                found.add(unseal(storage.read_bytes(path), DamageNote, storage.full(path)).path)
+                found.add(read_sealed(storage, f"{DAMAGED}/{name}", DamageNote).path)
     return found
 
 
@@ -74,13 +68,13 @@ def put_aside(storage: Storage, path: str) -> None:
 
 
 def is_manifest(path: str) -> bool:
-    """Whether a file of `damaged/` was put aside from log/ or expired/."""
+    """Tell whether a file of `damaged/` was put aside from log/ or expired/."""
     folder, _, name = path.removeprefix(f"{DAMAGED}/").partition("-")
     return folder in (log.LOG, log.EXPIRED) and log.version_of(name) is not None
 
 
 def rebuild_info(url: str, dry_run: bool) -> str:
-    """Write store.json from what stands in a data file of the newest good manifest; the path of that file.
+    """Write store.json from the copy in a data file of the newest good manifest; return the path of that file.
 
     A damaged one is kept in damaged/. The store keeps its `store_id`; where its data files are too old to know it, it
     gets a new one. Raises CorruptFileError where no file is good.
@@ -101,7 +95,7 @@ def rebuild_info(url: str, dry_run: bool) -> str:
 
 
 def newest_good(storage: Storage, bad: Collection[int] = ()) -> Manifest:
-    """The newest manifest that can be read and is none of the `bad` versions. Raises CorruptFileError without one."""
+    """Read the newest manifest that is whole and none of the `bad` versions. Raises CorruptFileError without one."""
     for version in reversed(log.versions(storage)):
         if version not in bad:
             with contextlib.suppress(FileNotFoundError, CorruptFileError):
@@ -131,7 +125,7 @@ def recommit(storage: Storage, good: Manifest, version: int, operation: str, dry
 
 
 def was_committed(storage: Storage, good: Manifest, version: int) -> bool:
-    """Whether a damaged newest manifest was once a commit, for all that can be known: then its number is used up.
+    """Tell whether a damaged newest manifest was once a commit, as far as can be known: then its number is used up.
 
     It was where every number between the newest good manifest and it is in log/, expired/ or damaged/. Else there is a
     gap, and a stray file. But expiry may have made the gap: behind the newest good one only where a pin keeps that, so
@@ -146,10 +140,9 @@ def was_committed(storage: Storage, good: Manifest, version: int) -> bool:
 
 
 def _info_of_a_file(storage: Storage, manifest: Manifest) -> tuple[str, StoreInfo] | None:
-    for files in manifest.shards.values():
-        for entry in files:
-            with contextlib.suppress(FileNotFoundError, CorruptFileError):
-                info = info_in(read_verified(storage, entry.path, "sha256", entry.sha256), storage.full(entry.path))
-                if info.digest == entry.info_digest:
-                    return entry.path, info
+    for entry in manifest.entries:
+        with contextlib.suppress(FileNotFoundError, CorruptFileError):
+            info = info_in(read_verified(storage, entry.path, "sha256", entry.sha256), storage.full(entry.path))
+            if info.digest == entry.info_digest:
+                return entry.path, info
     return None

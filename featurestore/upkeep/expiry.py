@@ -196,9 +196,8 @@ class _Expiry:
                 f"the manifest of snapshot {version} of {self.store.url} went away just now, and with it the knowledge"
                 " of its files: run expire again when no repair or other expire is at work"
             )
-        entries = [entry for files in manifest.shards.values() for entry in files]
-        statistics = {entry.statistics_path: 0 for entry in entries if entry.statistics_path is not None}
-        return {entry.path: entry.bytes for entry in entries} | statistics
+        statistics = {e.statistics_path: 0 for e in manifest.entries if e.statistics_path is not None}
+        return {entry.path: entry.bytes for entry in manifest.entries} | statistics
 
     def _doomed(
         self, listed: Sequence[StorageEntry], named: set[str], data_too: bool

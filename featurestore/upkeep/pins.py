@@ -4,12 +4,12 @@ import re
 import time
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from featurestore import log
 from featurestore.commit import writer_name
 from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError
-from featurestore.spec import FORMAT_VERSION, LAST_SECOND, Version, seal, unseal
+from featurestore.spec import LAST_SECOND, Sealed, Version, create_sealed, read_sealed
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 
@@ -19,12 +19,9 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 PIN_NAME_RULE = "{name!r} is no name of a pin: letters, digits, '.', '_' and '-', up to 100, no leading '.'"
 
 
-class Pin(BaseModel):
+class Pin(Sealed):
     """One name, and the snapshot that it keeps."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: int = FORMAT_VERSION
     name: str
     version: Version
     writer: str
@@ -37,7 +34,7 @@ def is_pin_name(name: str) -> bool:
 
 
 def pin(store: FeatureStore, name: str, version: int | None = None) -> Pin:
-    """Keep a snapshot, the newest by default, until `unpin`. The same pin again is no error.
+    """Keep a snapshot, the newest by default, until `unpin`. To make the same pin again is no error.
 
     Raises PinError where the name keeps another snapshot, SnapshotNotFoundError where `expire` was first.
     """
@@ -46,15 +43,15 @@ def pin(store: FeatureStore, name: str, version: int | None = None) -> Pin:
     if wanted == 0:
         raise SnapshotNotFoundError(f"{store.url} has no commit that could be pinned; 0 is the empty store")
     mine = Pin(name=name, version=wanted, writer=writer_name(), time_s=time.time())
-    standing = unseal(storage.create_or_read(path, seal(mine)), Pin, storage.full(path))
-    if standing.version != wanted:
-        raise PinError(f"{name!r} keeps snapshot {standing.version} already: unpin it first, or take another name")
+    kept = create_sealed(storage, path, mine)
+    if kept.version != wanted:
+        raise PinError(f"{name!r} keeps snapshot {kept.version} already: unpin it first, or take another name")
     # `expire` puts a copy aside before it looks at the pins for the last time: one of the two sees the other.
     if not _is_there(storage, log.manifest_path(wanted)) or _is_there(storage, log.manifest_path(wanted, log.EXPIRED)):
-        if standing == mine:
+        if kept == mine:
             storage.delete(path)
         raise SnapshotNotFoundError(f"snapshot {wanted} of {store.url} is expiring just now: pin a newer one")
-    return standing
+    return kept
 
 
 def unpin(store: FeatureStore, name: str) -> None:
@@ -67,7 +64,7 @@ def unpin(store: FeatureStore, name: str) -> None:
 
 
 def read_pins(storage: Storage) -> list[Pin]:
-    """All pins, by name. Raises CorruptFileError: what a damaged one keeps is not known."""
+    """Read all pins, by name. Raises CorruptFileError: what a damaged one keeps is not known."""
     found = []
     for name in storage.list(PINS):
         pin_name = name.removesuffix(_SUFFIX)
@@ -82,9 +79,9 @@ def read_pins(storage: Storage) -> list[Pin]:
 
 
 def read_pin(storage: Storage, name: str) -> Pin:
-    """One pin. Raises FileNotFoundError, CorruptFileError."""
+    """Read one pin. Raises FileNotFoundError, CorruptFileError."""
     path = f"{PINS}/{name}{_SUFFIX}"
-    found = unseal(storage.read_bytes(path), Pin, storage.full(path))
+    found = read_sealed(storage, path, Pin)
     if found.name != name:
         raise CorruptFileError(f"{storage.full(path)} is the pin {found.name!r}")
     return found

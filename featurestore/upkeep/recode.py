@@ -4,6 +4,7 @@ What is done stands below `staging/recode` in the new store, so a recode that wa
 Letters of shapes: N rows, M live rows of a shard, D feature width.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -11,7 +12,6 @@ from dataclasses import asdict
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
 
 from featurestore import log
 from featurestore.commit import Commit
@@ -28,7 +28,7 @@ from featurestore.format.shard_writer import write_shard_file
 from featurestore.index import train_ranges
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
-from featurestore.spec import FORMAT_VERSION, SAMPLE_ROWS, DType, FileEntry, StoreInfo, seal, unseal
+from featurestore.spec import SAMPLE_ROWS, DType, FileEntry, ModelT, Sealed, StoreInfo, read_sealed, seal
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress, in_threads
@@ -45,13 +45,7 @@ _COMPARED_ROWS = 5_000
 _TRAINING_SEED, _COMPARED_SEED = 0, 1
 
 
-class _Sealed(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: int = FORMAT_VERSION
-
-
-class RecodeReport(_Sealed):
+class RecodeReport(Sealed):
     """What a recode did and what it cost in accuracy; `reports/recode.json` of the new store."""
 
     source: str
@@ -73,7 +67,7 @@ class RecodeReport(_Sealed):
     recall_at_10: float | None
 
 
-class _Plan(_Sealed):
+class _Plan(Sealed):
     """What is being made of what; written before the new store, whose codec is trained by then."""
 
     source: str
@@ -87,7 +81,7 @@ class _Plan(_Sealed):
         return f"recode of snapshot {self.source_version} ({self.source_commit_id})"
 
 
-class _DoneShard(_Sealed):
+class _DoneShard(Sealed):
     """A shard whose file is written; without an entry where it has no live rows."""
 
     entry: FileEntry | None
@@ -112,7 +106,7 @@ def recode(
     one, CorruptFileError before anything of a damaged file is used.
     """
     storage = Storage(target_url, keep_inside=True)
-    plan = _read_plan(storage)
+    plan = _read(storage, _PLAN_PATH, _Plan)
     if plan is None:
         finished = _finished(source, storage, dtype, version)
         if finished is not None:
@@ -130,11 +124,8 @@ def recode(
 
 
 def read_report(storage: Storage) -> RecodeReport | None:
-    """The report of the recode that made the store at this place, if one did. Raises CorruptFileError."""
-    try:
-        return unseal(storage.read_bytes(REPORT_PATH), RecodeReport, storage.full(REPORT_PATH))
-    except FileNotFoundError:
-        return None
+    """Read the report of the recode that made the store at this place, if one did. Raises CorruptFileError."""
+    return _read(storage, REPORT_PATH, RecodeReport)
 
 
 def sample(snapshot: Snapshot, num_rows: int, seed: int) -> tuple[Int64Array, npt.NDArray[np.float32]]:
@@ -161,9 +152,9 @@ def sample(snapshot: Snapshot, num_rows: int, seed: int) -> tuple[Int64Array, np
     return np.concatenate(keys)[:num_rows], np.concatenate(features)[:num_rows]
 
 
-def _read_plan(storage: Storage) -> _Plan | None:
+def _read(storage: Storage, path: str, model_class: type[ModelT]) -> ModelT | None:
     try:
-        return unseal(storage.read_bytes(_PLAN_PATH), _Plan, storage.full(_PLAN_PATH))
+        return read_sealed(storage, path, model_class)
     except FileNotFoundError:
         return None
 
@@ -205,7 +196,7 @@ def _make_plan(source: FeatureStore, storage: Storage, dtype: DType, version: in
         info=StoreInfo.model_validate(kind),
     )
     storage.create_exclusive(_PLAN_PATH, seal(plan))
-    first = _read_plan(storage)
+    first = _read(storage, _PLAN_PATH, _Plan)
     assert first is not None, "the plan was made just now"
     return first
 
@@ -238,13 +229,12 @@ def _recode_shards(
 
 
 def _done_shard(storage: Storage, shard: int) -> _DoneShard | None:
-    path = _done_path(shard)
-    try:
-        done = unseal(storage.read_bytes(path), _DoneShard, storage.full(path))
-        whole = done.entry is None or storage.size(done.entry.path) == done.entry.bytes
-    except FileNotFoundError:
+    done = _read(storage, _done_path(shard), _DoneShard)
+    if done is not None and done.entry is not None:
+        with contextlib.suppress(FileNotFoundError):
+            return done if storage.size(done.entry.path) == done.entry.bytes else None
         return None
-    return done if whole else None
+    return done
 
 
 def _recode_shard(snapshot: Snapshot, target: FeatureStore, shard: int) -> _DoneShard:

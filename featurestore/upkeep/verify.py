@@ -138,7 +138,7 @@ def _read_manifests(store: FeatureStore, report: VerifyReport) -> dict[int, Mani
         except CorruptFileError as error:
             report.problems.append(Problem("manifest", path, str(error), way_out, (version,)))
             continue
-        files = [file for shard_files in manifest.shards.values() for file in shard_files]
+        files = manifest.entries
         sums = len(files), sum(file.rows for file in files), sum(file.bytes for file in files)
         if sums != (manifest.num_files, manifest.file_rows, manifest.file_bytes):
             message = f"{storage.full(path)} counts other files, rows or bytes than it names"
