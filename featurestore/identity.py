@@ -39,12 +39,7 @@ class SnapshotId(BaseModel):
 
     def named(self) -> dict[str, Any]:
         """As reports name it: store, snapshot, store_id, commit_id."""
-        return {
-            "store": self.url,
-            "snapshot": self.version,
-            "store_id": self.store_id,
-            "commit_id": self.commit_id,
-        }
+        return {"store": self.url, "snapshot": self.version, "store_id": self.store_id, "commit_id": self.commit_id}
 
     @classmethod
     def from_named(cls, report: Mapping[str, Any]) -> "SnapshotId | None":

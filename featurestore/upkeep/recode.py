@@ -15,12 +15,7 @@ import pyarrow as pa
 
 from featurestore import log
 from featurestore.commit import Commit
-from featurestore.errors import (
-    CommitConflictError,
-    InvalidRowsError,
-    StoreExistsError,
-    StoreNotFoundError,
-)
+from featurestore.errors import CommitConflictError, InvalidRowsError, StoreExistsError, StoreNotFoundError
 from featurestore.format.codec import Codec, write_codec
 from featurestore.format.datafile import URI, live_table, matrix_of
 from featurestore.format.shard_reader import ShardReader

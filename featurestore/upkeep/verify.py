@@ -75,10 +75,7 @@ class _Wanted:
 
 
 def verify(
-    store: FeatureStore | str,
-    version: int | None = None,
-    progress: Progress | None = None,
-    threads: int = _THREADS,
+    store: FeatureStore | str, version: int | None = None, progress: Progress | None = None, threads: int = _THREADS
 ) -> VerifyReport:
     """Check every file of a store: store.json, codec, all manifests, pins, quarantine, and each data file that a kept
     snapshot names (of `version` alone where that is given) with its statistics.
