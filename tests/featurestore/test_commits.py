@@ -10,6 +10,7 @@ from featurestore import FeatureStore, StoreInfo, log, shard_of
 from featurestore.errors import CommitConflictError, StorageError, StoreExistsError
 from featurestore.spec import Manifest
 from featurestore.storage.storage import Storage
+from tests.featurestore.faulty import Fault, fails, faulty, made_but_lost
 
 
 def history(store: FeatureStore) -> list[Manifest]:
@@ -28,72 +29,46 @@ def test_a_writer_that_dies_before_its_commit_leaves_nothing_visible(store: Feat
     assert store.put(rows).version == 1
 
 
-def test_a_commit_whose_answer_was_lost_is_made_once(
-    store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    create = Storage.create_exclusive
-
-    def made_but_denied(self: Storage, path: str, data: bytes) -> bool:
-        create(self, path, data)
+def test_a_commit_whose_answer_was_lost_is_made_once(store: FeatureStore, make_rows) -> None:
+    def made_but_denied(create: Fault, path: str, data: bytes) -> bool:
+        create(path, data)
         return False  # the client's own retry met its own object
 
-    def made_but_lost(self: Storage, path: str, data: bytes) -> bool:
-        create(self, path, data)
-        raise StorageError("connection reset")
-
     for version, answer in enumerate((made_but_denied, made_but_lost), start=1):
-        monkeypatch.setattr(Storage, "create_exclusive", answer)
-        assert store.put(make_rows(1, store.info, seed=version)).version == version
-        monkeypatch.undo()
+        assert faulty(store, create_exclusive=answer).put(make_rows(1, store.info, seed=version)).version == version
     assert [m.version for m in history(store)] == [1, 2]
 
 
-def test_a_commit_is_found_when_its_read_back_failed_and_others_went_on(
-    store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read = Storage.read_bytes
+def test_a_commit_is_found_when_its_read_back_failed_and_others_went_on(store: FeatureStore, make_rows) -> None:
+    times = iter([1])
 
-    def fails_once(self: Storage, path: str) -> bytes:
-        if path == log.manifest_path(1):
-            monkeypatch.setattr(Storage, "read_bytes", read)
-            FeatureStore(self, store.info).put(make_rows(1, store.info, seed=9, first=5), "other")
+    def fails_once(read: Fault, path: str) -> bytes:
+        if path == log.manifest_path(1) and next(times, None):
+            store.put(make_rows(1, store.info, seed=9, first=5), "other")
             raise StorageError("timed out")
-        return read(self, path)
+        return read(path)
 
-    monkeypatch.setattr(Storage, "read_bytes", fails_once)
-    assert store.put(make_rows(1, store.info), "mine").version == 1
+    assert faulty(store, read_bytes=fails_once).put(make_rows(1, store.info), "mine").version == 1
     assert [m.operation for m in history(store)] == ["mine", "other"]
 
 
-def test_a_server_whose_creates_race_is_noticed_by_reading_back(
-    store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    create = Storage.create_exclusive
-    rivals = iter([FeatureStore.open(store.url)])
+def test_a_server_whose_creates_race_is_noticed_by_reading_back(store: FeatureStore, make_rows) -> None:
+    times = iter([1])
 
-    def overwritten(self: Storage, path: str, data: bytes) -> bool:
-        rival = next(rivals, None)
-        if rival is None:
-            return create(self, path, data)
-        monkeypatch.setattr(Storage, "create_exclusive", create)
-        rival.put(make_rows(1, store.info, first=7), "rival")
+    def overwritten(create: Fault, path: str, data: bytes) -> bool:
+        if not next(times, None):
+            return create(path, data)
+        store.put(make_rows(1, store.info, first=7), "rival")
         return True  # it says that both were first
 
-    monkeypatch.setattr(Storage, "create_exclusive", overwritten)
-    assert store.put(make_rows(1, store.info), "mine").version == 2
+    assert faulty(store, create_exclusive=overwritten).put(make_rows(1, store.info), "mine").version == 2
     assert [m.operation for m in history(store)] == ["rival", "mine"]
     assert store.snapshot().num_rows == 2
 
 
-def test_a_disk_that_refuses_ends_the_commit_with_its_error(
-    store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(self: Storage, path: str, data: bytes) -> bool:
-        raise StorageError("No space left on device")
-
-    monkeypatch.setattr(Storage, "create_exclusive", full)
+def test_a_disk_that_refuses_ends_the_commit_with_its_error(store: FeatureStore, make_rows) -> None:
     with pytest.raises(StorageError, match="No space left"):
-        store.put(make_rows(1, store.info))
+        faulty(store, create_exclusive=fails("No space left on device")).put(make_rows(1, store.info))
     assert store.snapshot().version == 0
 
 
@@ -122,7 +97,7 @@ def test_the_manifest_counts_what_it_names(store: FeatureStore, make_rows, info:
     rows = make_rows(30, info)
     store.put(rows)
     manifest = store.delete(rows.keys_N[:4]).manifest
-    entries = [entry for files in manifest.shards.values() for entry in files]
+    entries = manifest.entries
     assert manifest.file_rows == sum(entry.rows for entry in entries) == 34
     assert manifest.num_files == len(entries)
     assert manifest.file_bytes == sum(store.storage.size(entry.path) for entry in entries)
@@ -135,16 +110,16 @@ def test_a_store_whose_answer_was_lost_is_made_once(
 ) -> None:
     create = Storage.create_exclusive
 
-    def made_but_lost(self: Storage, path: str, data: bytes) -> bool:
+    def lost(self: Storage, path: str, data: bytes) -> bool:
         done = create(self, path, data)
         if path == "store.json":
             raise StorageError("connection reset")
         return done
 
-    def made_but_denied(self: Storage, path: str, data: bytes) -> bool:
+    def denied(self: Storage, path: str, data: bytes) -> bool:
         return create(self, path, data) and path != "store.json"
 
-    for name, answer in (("lost", made_but_lost), ("denied", made_but_denied)):
+    for name, answer in (("lost", lost), ("denied", denied)):
         monkeypatch.setattr(Storage, "create_exclusive", answer)
         mine = FeatureStore.create(tmp_path / name, info)
         assert FeatureStore.open(tmp_path / name).info == mine.info

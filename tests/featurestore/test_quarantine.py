@@ -6,6 +6,7 @@ from featurestore import quarantine
 from featurestore.errors import StorageError
 from featurestore.quarantine import QuarantineRow
 from featurestore.storage.storage import Storage
+from tests.featurestore.faulty import FaultyStorage, fails
 
 
 def row(key, time_s, reason="broken"):
@@ -31,31 +32,25 @@ def test_settled_rows_go_and_the_others_stand_in_one_file(storage):
     assert quarantine.read(storage) == [] == storage.list("quarantine")
 
 
-def test_what_another_adds_meanwhile_stays(storage, monkeypatch):
+def test_what_another_adds_meanwhile_stays(storage):
     read = quarantine.read(storage)
     quarantine.add(storage, [row(1, 3.0, "broken again")])
     quarantine.resolve(storage, read)
     assert quarantine.read(storage) == [row(1, 3.0, "broken again")]
 
 
-def test_rows_are_not_lost_when_it_stops_half_way(storage, monkeypatch):
-    def fail(self, path):
-        raise StorageError("the power went out")
-
-    monkeypatch.setattr(Storage, "delete", fail)
+def test_rows_are_not_lost_when_it_stops_half_way(storage):
     with pytest.raises(StorageError):
-        quarantine.resolve(storage, [row(1, 2.0)])
+        quarantine.resolve(FaultyStorage(storage, {"delete": fails("the power went out")}), [row(1, 2.0)])
     assert {found.key for found in quarantine.read(storage)} == {1, 2, 3}
 
 
-def test_a_file_that_vanishes_while_others_are_read_is_no_damage(storage, monkeypatch):
-    names = Storage.list
+def test_a_file_that_vanishes_while_others_are_read_is_no_damage(storage):
     calls = []
 
-    def stale(self, path=""):
+    def stale(names, path):
         calls.append(path)
-        return [*names(self, path), "gone.parquet"] if len(calls) == 1 else names(self, path)
+        return [*names(path), "gone.parquet"] if len(calls) == 1 else names(path)
 
-    monkeypatch.setattr(Storage, "list", stale)
-    assert {found.key for found in quarantine.read(storage)} == {1, 2, 3}
+    assert {found.key for found in quarantine.read(FaultyStorage(storage, {"list": stale}))} == {1, 2, 3}
     assert len(calls) == 2

@@ -4,7 +4,6 @@ import pickle
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from featurestore.errors import (
 )
 from featurestore.format.datafile import schema_of, table_of, tensor_column
 from featurestore.staging import read_shards_of_parts
-from featurestore.storage.storage import Storage
+from tests.featurestore.faulty import faulty
 
 
 class StoreContract:
@@ -169,17 +168,14 @@ class StoreContract:
         store.discard_staging("run")
         assert store.staged_parts("run") == []
 
-    def test_neighbouring_shards_are_built_together(
-        self, store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_neighbouring_shards_are_built_together(self, store: FeatureStore, make_rows) -> None:
         parts = [make_rows(50, store.info, seed=seed, first=40 * seed) for seed in range(3)]
         for number, rows in enumerate(parts):
             store.stage_part("run", f"p{number}", rows)
         opened: list[str] = []
-        open_input = Storage.open_input
-        monkeypatch.setattr(Storage, "open_input", lambda self, path: opened.append(path) or open_input(self, path))
+        noting = faulty(store, open_input=lambda open_input, path: opened.append(path) or open_input(path))
         names = ["p0", "p1", "p2"]
-        built = [store.build_shards("run", shards, names) for shards in (range(3), range(3, 4), range(4, 8))]
+        built = [noting.build_shards("run", shards, names) for shards in (range(3), range(3, 4), range(4, 8))]
         assert sum("staging" in path for path in opened) == 9
         assert [set(entries) for entries in built] == [{0, 1, 2}, {3}, {4, 5, 6, 7}]
         snapshot = store.commit({s: e for entries in built for s, e in entries.items()}, "extract")
@@ -198,20 +194,14 @@ class StoreContract:
         assert np.array_equal(store.commit(entries, "extract").get(rows.keys_N), rows.features_ND)
 
     def test_parts_are_read_side_by_side_and_only_their_rows_stay_in_memory(
-        self, store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
+        self, store: FeatureStore, make_rows
     ) -> None:
         parts = [f"p{number}" for number in range(4)]
         for number, part in enumerate(parts):
             store.stage_part("run", part, make_rows(400, store.info, seed=number))
         together = threading.Barrier(len(parts), timeout=10)
-        open_input = Storage.open_input
-
-        def meet(self: Storage, path: str) -> IO[bytes]:
-            together.wait()
-            return open_input(self, path)
-
-        monkeypatch.setattr(Storage, "open_input", meet)
-        tables = read_shards_of_parts(store.storage, store.info, "run", parts, range(3, 4))
+        meeting = faulty(store, open_input=lambda open_input, path: together.wait() < 9 and open_input(path))
+        tables = read_shards_of_parts(meeting.storage, store.info, "run", parts, range(3, 4))
         assert list(tables) == [3] and 0 < len(tables[3]) < 400 * len(parts) / 4
         assert tables[3].get_total_buffer_size() < 2 * tables[3].nbytes  # the rows around them would be much more
 

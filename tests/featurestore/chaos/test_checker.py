@@ -5,22 +5,14 @@ import pytest
 
 from featurestore import FeatureRows, log
 from featurestore.commit import Commit
-from featurestore.storage.local import DiskFiles
-from featurestore.storage.storage import Storage
+from tests.featurestore.faulty import faulty, preceded_by
 
 URIS = [f"u{i}" for i in range(8)]
 
 
-def interrupted(patch: pytest.MonkeyPatch, meanwhile) -> None:
-    """Let something happen just before the next manifest is created."""
-    create = Storage.create_exclusive
-
-    def first(storage: Storage, path: str, data: bytes) -> bool:
-        patch.setattr(Storage, "create_exclusive", create)
-        meanwhile()
-        return create(storage, path, data)
-
-    patch.setattr(Storage, "create_exclusive", first)
+def interrupt(actor, meanwhile) -> None:
+    """Let something happen just before the actor creates its next manifest."""
+    actor.store = faulty(actor.store, create_exclusive=preceded_by(meanwhile))
 
 
 @pytest.fixture
@@ -31,25 +23,24 @@ def arena(make_arena):
     return made
 
 
-def test_it_passes_a_store_that_is_sound(arena, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_passes_a_store_that_is_sound(arena) -> None:
     slow, quick = arena.actor("slow"), arena.actor("quick")
-    interrupted(monkeypatch, lambda: quick.put(["b"]))
+    interrupt(slow, lambda: quick.put(["b"]))
     slow.put(["a"])
-    interrupted(monkeypatch, lambda: quick.put(["c"]))
+    interrupt(slow, lambda: quick.put(["c"]))
     slow.compact(force=True)
     assert len(arena.check()) == 5
 
 
-def test_a_create_that_overwrites(arena, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_create_that_overwrites(arena) -> None:
     slow, quick = arena.actor("slow"), arena.actor("quick")
 
-    def overwriting(disk: DiskFiles, path: str, data: bytes) -> bool:
-        with disk.open_output(path) as file:
-            file.write(data)
+    def overwriting(create: object, path: str, data: bytes) -> bool:
+        arena.store.storage.write_bytes(path, data)
         return True
 
-    monkeypatch.setattr(DiskFiles, "create_exclusive", overwriting)
-    interrupted(monkeypatch, lambda: quick.put(["b"]))
+    slow.store = faulty(slow.store, create_exclusive=overwriting)
+    interrupt(slow, lambda: quick.put(["b"]))
     slow.put(["a"])
     with pytest.raises(AssertionError, match="was acknowledged to put quick"):
         arena.check()
@@ -60,7 +51,7 @@ def test_a_compaction_that_forgets_what_came_meanwhile(arena, monkeypatch: pytes
     quick.put(URIS[:4])
     onto = Commit.onto
     monkeypatch.setattr(Commit, "onto", lambda self, parent: onto(self, parent) | (self.replaces and self.entries))
-    interrupted(monkeypatch, lambda: quick.put(URIS))
+    interrupt(slow, lambda: quick.put(URIS))
     slow.compact(force=True)
     with pytest.raises(AssertionError, match="is not the log's replay"):
         arena.check()

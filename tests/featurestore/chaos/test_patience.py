@@ -11,6 +11,7 @@ from featurestore import FeaturePartition, key_of_uri
 from featurestore.errors import CorruptFileError, FeatureStoreError
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.pins import pin
+from tests.featurestore.faulty import faulty, preceded_by
 
 DAY_S = 86400.0
 URIS = [f"u{i}" for i in range(8)]
@@ -97,22 +98,10 @@ PAUSES = ["build", "commit", "manifest"]
 
 def write_with_pause(arena, pause: str, meanwhile) -> None:
     """One commit of staged rows; `meanwhile` happens before files are built, before the commit or its last step."""
-    actor, create = arena.actor("slow"), Storage.create_exclusive
-
-    def paused(storage: Storage, path: str, data: bytes) -> bool:
-        patch.undo()
-        meanwhile()
-        return create(storage, path, data)
-
-    with pytest.MonkeyPatch.context() as patch:
-
-        def before(step: str) -> None:
-            if step == pause:
-                meanwhile()
-            elif step == "commit" and pause == "manifest":
-                patch.setattr(Storage, "create_exclusive", paused)
-
-        actor.extract([*URIS, "slow-0", "slow-1"], before)
+    actor = arena.actor("slow")
+    if pause == "manifest":
+        actor.store = faulty(actor.store, create_exclusive=preceded_by(meanwhile))
+    actor.extract([*URIS, "slow-0", "slow-1"], lambda step: meanwhile() if step == pause else None)
 
 
 @pytest.mark.parametrize("pause", PAUSES)

@@ -14,9 +14,9 @@ from featurestore.__main__ import app
 from featurestore.errors import CommitConflictError, CorruptFileError, InvalidRowsError, StorageError
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry
-from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import MAX_DELTAS, compact, merged_blocks, needs_compaction
 from featurestore.upkeep.history import restore
+from tests.featurestore.faulty import fails, faulty
 
 
 def fill(store: FeatureStore, make_rows) -> FeatureRows:
@@ -274,18 +274,10 @@ class TestBesideOthers:
         assert np.array_equal(before.get(before.keys()), rows)
         assert_same(before, filled.snapshot(4))
 
-    def test_one_that_dies_leaves_everything_as_it_was(
-        self, filled: FeatureStore, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_one_that_dies_leaves_everything_as_it_was(self, filled: FeatureStore) -> None:
         before = filled.snapshot()
-
-        def full(self: Storage, path: str, data: bytes) -> bool:
-            raise StorageError("No space left on device")
-
-        monkeypatch.setattr(Storage, "create_exclusive", full)
         with pytest.raises(StorageError, match="No space left"):
-            compact(filled)
-        monkeypatch.undo()
+            compact(faulty(filled, create_exclusive=fails("No space left on device")))
         assert filled.snapshot().version == 4
         compact(filled)
         assert_same(before, filled.snapshot())
@@ -348,9 +340,10 @@ class TestBlockByBlock:
                 num_read += len(data)
                 return data
 
-        reader = store.snapshot().shard_reader(0)
+        counting = faulty(store, open_input=lambda _, path: Counted(f"{store.url}/{path}"))
+        reader = counting.snapshot().shard_reader(0)
         assert len(reader.keys()) == 4000
-        monkeypatch.setattr(Storage, "open_input", lambda self, path: Counted(self.full(path)))
+        num_read = 0
         monkeypatch.setattr("featurestore.upkeep.compaction.check_digest", lambda *arguments: None)
         blocks = merged_blocks(reader)
         assert len(next(blocks)) == 100

@@ -15,11 +15,11 @@ from featurestore.__main__ import app
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError
 from featurestore.snapshot import Snapshot
 from featurestore.spec import CodecSpec, seal
-from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import ExpireReport, expire, kept_versions
 from featurestore.upkeep.pins import pin, unpin
 from featurestore.upkeep.repair import repair
+from tests.featurestore.faulty import faulty
 
 DAY_S = 86_400.0
 
@@ -312,9 +312,7 @@ class TestOtherStorages:
         url = request.getfixturevalue(f"{request.param}_url")
         return FeatureStore.create(f"{url}/store", info.model_copy(update={"num_shards": 2}))
 
-    def test_the_same_on_an_object_store(
-        self, remote: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_same_on_an_object_store(self, remote: FeatureStore, make_rows) -> None:
         remote.put(make_rows(10, remote.info, seed=1))
         remote.put(make_rows(10, remote.info, seed=2))
         compact(remote, force=True)
@@ -323,9 +321,7 @@ class TestOtherStorages:
         report = expire_to(remote, 1)
         assert (report.kept, report.expired, report.num_files) == ((3,), (1, 2), 0)
         assert needs(reader) <= files_of(remote)
-        now = Storage.now
-        monkeypatch.setattr(Storage, "now", lambda self: now(self) + 8 * DAY_S)
-        report = expire_to(remote, 1)
+        report = expire_to(faulty(remote, now=lambda now: now() + 8 * DAY_S), 1)
         assert (report.num_files, report.runs) == (len(needs(reader)) + 1, ("dead",))
         assert files_of(remote) - needs(remote.snapshot()) == {"store.json", log.manifest_path(3)}
         assert remote.snapshot().num_rows == 10

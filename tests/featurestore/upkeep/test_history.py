@@ -14,12 +14,12 @@ from featurestore.errors import (
     KeyCollisionError,
     SnapshotNotFoundError,
 )
-from featurestore.storage.storage import Storage
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import diff, restore
 from featurestore.upkeep.history import log as log_of
 from featurestore.upkeep.pins import pin
+from tests.featurestore.faulty import faulty, preceded_by
 
 T0 = 1_800_000_000.0
 
@@ -160,18 +160,13 @@ class TestDiff:
         store.put(FeatureRows(**{**rows.__dict__, "features_ND": features_ND}))
         assert sorted(diff(store, 1, 2).changed.uris) == sorted(rows.uris[::7])
 
-    def test_shards_with_the_same_files_are_not_read(
-        self, store: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_shards_with_the_same_files_are_not_read(self, store: FeatureStore, make_rows) -> None:
         store.put(make_rows(100, store.info))
         store.put(make_rows(["images/3.jpg"], store.info, seed=2))
         opened = []
-        monkeypatch.setattr(Storage, "open_input", lambda self, path: opened.append(path) or open_input(self, path))
-        assert diff(store, 1, 2).changed.uris == ["images/3.jpg"]
+        noting = faulty(store, open_input=lambda open_input, path: opened.append(path) or open_input(path))
+        assert diff(noting, 1, 2).changed.uris == ["images/3.jpg"]
         assert len({path.split("/")[1] for path in opened}) == 1
-
-
-open_input = Storage.open_input
 
 
 class TestRestore:
@@ -195,21 +190,13 @@ class TestRestore:
             restore(timed, 11)
         assert store_versions(timed) == [9]
 
-    def test_a_snapshot_that_expires_while_others_are_first_is_refused(
-        self, timed: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        create, calls = Storage.create_exclusive, []
+    def test_a_snapshot_that_expires_while_others_are_first_is_refused(self, timed: FeatureStore, make_rows) -> None:
+        def others_are_first() -> None:
+            timed.put(make_rows(1, timed.info, first=5))
+            expire_all_but_the_newest(timed)
 
-        def others_are_first(self: Storage, path: str, data: bytes) -> bool:
-            if not calls:
-                calls.append(path)
-                timed.put(make_rows(1, timed.info, first=5))
-                expire_all_but_the_newest(timed)
-            return create(self, path, data)
-
-        monkeypatch.setattr(Storage, "create_exclusive", others_are_first)
         with pytest.raises(SnapshotNotFoundError, match="3 has expired"):
-            restore(timed, 3)
+            restore(faulty(timed, create_exclusive=preceded_by(others_are_first)), 3)
 
     def test_a_put_that_was_built_before_it_comes_on_top_of_it(self, store: FeatureStore, make_rows) -> None:
         rows = make_rows(1, store.info)

@@ -14,11 +14,11 @@ from featurestore.errors import (
     SnapshotNotFoundError,
     StorageError,
 )
-from featurestore.spec import Manifest
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
 from featurestore.upkeep.pins import pin, read_pins, unpin
+from tests.featurestore.faulty import faulty, made_but_lost, preceded_by
 
 
 def expire_all_but_the_newest(store: FeatureStore) -> None:
@@ -66,15 +66,8 @@ class TestPins:
         with pytest.raises(SnapshotNotFoundError, match="0 is the empty store"):
             pin(store, "a")
 
-    def test_a_lost_answer_is_looked_up(self, nine: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
-        create = Storage.create_exclusive
-
-        def made_but_lost(self: Storage, path: str, data: bytes) -> bool:
-            create(self, path, data)
-            raise StorageError("connection reset")
-
-        monkeypatch.setattr(Storage, "create_exclusive", made_but_lost)
-        assert pin(nine, "a", 4).version == 4
+    def test_a_lost_answer_is_looked_up(self, nine: FeatureStore) -> None:
+        assert pin(faulty(nine, create_exclusive=made_but_lost), "a", 4).version == 4
 
     def test_a_pin_that_comes_after_the_copy_is_refused(
         self, nine: FeatureStore, monkeypatch: pytest.MonkeyPatch
@@ -121,68 +114,46 @@ def test_a_damaged_pin_is_named(nine: FeatureStore) -> None:
 
 
 class TestALogOutOfWhichManifestsGo:
-    def test_the_newest_is_listed_again_when_it_went_meanwhile(
-        self, nine: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        read, calls = log.read, []
+    def test_the_newest_is_listed_again_when_it_went_meanwhile(self, nine: FeatureStore, make_rows) -> None:
+        def goes_meanwhile() -> None:
+            nine.put(make_rows(1, nine.info, first=3))
+            expire_all_but_the_newest(nine)
 
-        def goes_meanwhile(storage: Storage, version: int, folder: str = log.LOG) -> Manifest:
-            if not calls:
-                calls.append(version)
-                nine.put(make_rows(1, nine.info, first=3))
-                expire_all_but_the_newest(nine)
-            return read(storage, version, folder)
+        assert faulty(nine, read_bytes=preceded_by(goes_meanwhile)).snapshot().version == 10
 
-        monkeypatch.setattr(log, "read", goes_meanwhile)
-        assert nine.snapshot().version == 10
-        assert calls == [9]
-
-    def test_a_writer_that_slept_does_not_commit_into_the_past(
-        self, nine: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_writer_that_slept_does_not_commit_into_the_past(self, nine: FeatureStore, make_rows) -> None:
         """Between its reading of snapshot 9 and its creation of 10 others commit 10, 11 and 12, and 10 and 11 go."""
-        create, calls = Storage.create_exclusive, []
 
-        def sleeps(self: Storage, path: str, data: bytes) -> bool:
-            if not calls:
-                calls.append(path)
-                for first in (20, 30, 40):
-                    nine.put(make_rows(1, nine.info, first=first), "others")
-                expire_all_but_the_newest(nine)
-            return create(self, path, data)
+        def others() -> None:
+            for first in (20, 30, 40):
+                nine.put(make_rows(1, nine.info, first=first), "others")
+            expire_all_but_the_newest(nine)
 
-        monkeypatch.setattr(Storage, "create_exclusive", sleeps)
         mine = make_rows(1, nine.info, first=50)
-        assert nine.put(mine, "mine").version == 13
+        assert faulty(nine, create_exclusive=preceded_by(others)).put(mine, "mine").version == 13
         assert store_versions(nine) == [12, 13]
         snapshot = nine.snapshot()
         assert np.array_equal(snapshot.get(mine.keys_N), mine.features_ND)
         assert snapshot.num_rows == 5
 
     @pytest.mark.parametrize("pinned", [False, True])
-    def test_a_writer_that_slept_for_weeks(
-        self, nine: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch, pinned: bool
-    ) -> None:
+    def test_a_writer_that_slept_for_weeks(self, nine: FeatureStore, make_rows, pinned: bool) -> None:
         """Even the copies are gone. Without pins its version would have been the first to go, so it does not count."""
-        create, calls = Storage.create_exclusive, []
 
-        def sleeps_for_weeks(self: Storage, path: str, data: bytes) -> bool:
-            if not calls:
-                calls.append(path)
-                for first in (20, 30, 40):
-                    nine.put(make_rows(1, nine.info, first=first), "others")
-                if pinned:
-                    pin(nine, "other")
-                expire_all_but_the_newest(nine)
-                self.delete(log.EXPIRED)
-            return create(self, path, data)
+        def others() -> None:
+            for first in (20, 30, 40):
+                nine.put(make_rows(1, nine.info, first=first), "others")
+            if pinned:
+                pin(nine, "other")
+            expire_all_but_the_newest(nine)
+            nine.storage.delete(log.EXPIRED)
 
-        monkeypatch.setattr(Storage, "create_exclusive", sleeps_for_weeks)
+        slow = faulty(nine, create_exclusive=preceded_by(others))
         if pinned:
             with pytest.raises(StorageError, match=r"cannot tell whether .*10\.json counts"):
-                nine.put(make_rows(1, nine.info, first=50), "mine")
+                slow.put(make_rows(1, nine.info, first=50), "mine")
         else:
-            assert nine.put(make_rows(1, nine.info, first=50), "mine").version == 13
+            assert slow.put(make_rows(1, nine.info, first=50), "mine").version == 13
             assert store_versions(nine) == [12, 13]
 
     def test_uris_are_checked_though_the_snapshot_that_was_built_on_is_gone(

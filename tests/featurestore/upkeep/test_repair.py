@@ -22,6 +22,7 @@ from featurestore.upkeep.history import restore
 from featurestore.upkeep.pins import pin
 from featurestore.upkeep.repair import RepairReport, repair
 from featurestore.upkeep.verify import verify
+from tests.featurestore.faulty import faulty, preceded_by
 
 SHARD = 3
 
@@ -161,52 +162,27 @@ def test_a_dry_run_changes_nothing(filled: FeatureStore) -> None:
     assert verify(filled).problems == [] and filled.snapshot(4).manifest.operation == "repair"
 
 
-def test_rows_that_others_append_meanwhile_stay(
-    filled: FeatureStore, make_rows, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_others_append_meanwhile_stay(filled: FeatureStore, make_rows) -> None:
     base = files_of(filled)[0]
     spoil(filled, base.path)
     rows = make_rows(10, filled.info, first=1000)
-    quarantine = FeatureStore.add_quarantine
-
-    def put_first(store: FeatureStore, lost: list[QuarantineRow]) -> None:
-        quarantine(store, lost)
-        store.put(rows)
-
-    monkeypatch.setattr(FeatureStore, "add_quarantine", put_first)
-    assert repair(filled).version == 5
+    assert repair(faulty(filled, create_exclusive=preceded_by(lambda: filled.put(rows)))).version == 5
     assert set(rows.keys_N.tolist()) <= set(everything(filled)) and base not in files_of(filled)
     assert verify(filled).problems == []
 
 
-def test_a_repair_that_comes_second_says_so(filled: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repair_that_comes_second_says_so(filled: FeatureStore) -> None:
     spoil(filled, files_of(filled)[0].path)
-    quarantine = FeatureStore.add_quarantine
-
-    def repair_first(store: FeatureStore, lost: list[QuarantineRow]) -> None:
-        monkeypatch.setattr(FeatureStore, "add_quarantine", quarantine)
-        assert repair(store).version == 4
-        quarantine(store, lost)
-
-    monkeypatch.setattr(FeatureStore, "add_quarantine", repair_first)
-    with pytest.raises(CommitConflictError, match="run the repair again"):
-        repair(filled)
+    with pytest.raises(CommitConflictError, match="retry"):
+        repair(faulty(filled, create_exclusive=preceded_by(lambda: repair(filled))))
     assert repair(filled) == RepairReport() and filled.snapshot().version == 4
 
 
-def test_a_restore_meanwhile_makes_it_begin_again(filled: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restore_meanwhile_makes_it_begin_again(filled: FeatureStore) -> None:
     """What newer files decided is no longer decided: the damaged file's keys need other tombstones."""
     spoil_features(filled, files_of(filled)[1])
-    quarantine = FeatureStore.add_quarantine
-
-    def restore_first(store: FeatureStore, lost: list[QuarantineRow]) -> None:
-        monkeypatch.setattr(FeatureStore, "add_quarantine", quarantine)
-        restore(store, 2)
-        quarantine(store, lost)
-
-    monkeypatch.setattr(FeatureStore, "add_quarantine", restore_first)
-    with pytest.raises(CommitConflictError, match="files of shard 3 meanwhile: run the repair again"):
-        repair(filled)
+    with pytest.raises(CommitConflictError, match=r"data/0003/.* meanwhile: read the newest snapshot and retry"):
+        repair(faulty(filled, create_exclusive=preceded_by(lambda: restore(filled, 2))))
     assert repair(filled).version == 5 and verify(filled).problems == []
 
 

@@ -1,0 +1,52 @@
+"""A storage whose calls go wrong as a test plans it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from featurestore import FeatureStore
+from featurestore.errors import StorageError
+from featurestore.storage.storage import Storage
+
+Fault = Callable[..., Any]  # takes the real call, and what it was called with
+
+
+class FaultyStorage(Storage):
+    """The files of `inner`; a method that the plan names does what the plan says, with the real one at hand."""
+
+    def __init__(self, inner: Storage, plan: dict[str, Fault]) -> None:
+        super().__init__(inner.url, keep_inside=True)
+        for name, fault in plan.items():
+            setattr(self, name, partial(fault, getattr(inner, name)))
+
+
+def faulty(store: FeatureStore, **plan: Fault) -> FeatureStore:
+    """Open a store through a FaultyStorage."""
+    return FeatureStore(FaultyStorage(store.storage, plan), store.info)
+
+
+def fails(message: str) -> Fault:
+    """Plan that a call raises an error, and does nothing."""
+
+    def fault(call: Fault, *arguments: Any) -> Any:
+        raise StorageError(message)
+
+    return fault
+
+
+def preceded_by(work: Callable[[], object]) -> Fault:
+    """Plan that something happens before the first call."""
+    left = [work]
+
+    def fault(call: Fault, *arguments: Any) -> Any:
+        if left:
+            left.pop()()
+        return call(*arguments)
+
+    return fault
+
+
+def made_but_lost(call: Fault, *arguments: Any) -> Any:
+    """The call does its work, and its answer is lost."""
+    call(*arguments)
+    raise StorageError("connection reset")
