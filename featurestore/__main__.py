@@ -14,7 +14,7 @@ for commands in (look, history, check, recode):
 
 
 def main() -> None:
-    """Entry of `python -m featurestore`."""
+    """Run `python -m featurestore`."""
     run_app(app, "python -m featurestore")
 
 

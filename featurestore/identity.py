@@ -1,4 +1,4 @@
-"""Which rows: the identity of a snapshot, kept by all that is made of one, and the check of a store against it."""
+"""The identity of a snapshot: kept by all that is made of its rows, and compared with a store before they are used."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ _SHOWN = 8  # digits of an id that tell it from others at a glance
 
 
 class SnapshotId(BaseModel):
-    """A snapshot of a store. The ids are random: a store that was made anew has others, wherever it stands.
+    """Store and commit of a snapshot, by random ids: a store that was made anew has others, also at the same place.
 
     Empty ids: written before they were kept. Such a record is never refused, as nothing can be compared.
     """
@@ -29,7 +29,7 @@ class SnapshotId(BaseModel):
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> "SnapshotId":
-        """That of an open snapshot."""
+        """Return the id of an open snapshot."""
         return cls(
             url=snapshot.storage.url,
             version=snapshot.version,
@@ -38,12 +38,12 @@ class SnapshotId(BaseModel):
         )
 
     def named(self) -> dict[str, Any]:
-        """As reports name it: store, snapshot, store_id, commit_id."""
+        """Return the fields of a report: store, snapshot, store_id, commit_id."""
         return {"store": self.url, "snapshot": self.version, "store_id": self.store_id, "commit_id": self.commit_id}
 
     @classmethod
     def from_named(cls, report: Mapping[str, Any]) -> "SnapshotId | None":
-        """Out of a report that `named` is part of; None where it names no snapshot."""
+        """Read the fields of `named` from a report; None where it names no snapshot."""
         if "store" not in report or "snapshot" not in report:
             return None
         ids = {name: str(report.get(name, "")) for name in ("store_id", "commit_id")}
@@ -55,12 +55,12 @@ class SnapshotId(BaseModel):
         return bool(self.store_id or self.commit_id)
 
     def told(self) -> str:
-        """For a message: `snapshot 3 (commit 0a1b2c3d) of store 4e5f6a7b at URL`."""
+        """Format for a message: `snapshot 3 (commit 0a1b2c3d) of store 4e5f6a7b at URL`."""
         store, commit = self.store_id[:_SHOWN] or "without an id", self.commit_id[:_SHOWN] or "unknown"
         return f"snapshot {self.version} (commit {commit}) of store {store} at {self.url}"
 
     def is_same(self, found: "SnapshotId") -> bool:
-        """Whether `found` is this snapshot or another one of its store.
+        """Tell whether `found` is this snapshot or another one of its store.
 
         Equal numbers must be one commit. Other numbers must be of one store: of one id, or, where store.json was made
         anew, with this commit in the log of `found`. Reads a small file for the latter; raises FeatureStoreError.
@@ -73,7 +73,7 @@ class SnapshotId(BaseModel):
         return kept is not None and kept.commit_id == self.commit_id
 
     def check(self, found: "SnapshotId", what: str, way_out: str) -> None:
-        """Raises AnotherStoreError where `found` is of another store: `what` (a checkpoint, an index) has rows of this
+        """Raise AnotherStoreError where `found` is of another store: `what` (a checkpoint, an index) has rows of this
         one. A store that was copied, restored, compacted or repaired is the same."""
         if not self.is_same(found):
             raise AnotherStoreError(

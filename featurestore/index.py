@@ -31,7 +31,7 @@ _NO_INDEX = (RuntimeError, AttributeError, StopIteration, LookupError, ValueErro
 
 
 def train_ranges(sample_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Minimum and width of each dimension's range, float32 (2, D), for codes of 8 bits: faiss's QT_8bit.
+    """Return minimum and width of each dimension's range, float32 (2, D), for codes of 8 bits: faiss's QT_8bit.
 
     faiss takes the smallest and the largest number of the sample; its codes are cut off, and stand for the middles of
     255 steps. So the range is moved down by half a step: codes then round to nearest, both ends of the sample decode to
@@ -44,7 +44,7 @@ def train_ranges(sample_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def nearest(rows_ND: npt.NDArray[np.float32], queries_KD: npt.NDArray[np.float32], count: int) -> npt.NDArray[Any]:
-    """Of each query the `count` nearest rows by Euclidean distance, nearest first, (K, count). Looks at every row."""
+    """Find the `count` nearest rows of each query by Euclidean distance, nearest first, (K, count). Exact."""
     index = faiss.IndexFlatL2(rows_ND.shape[1])
     index.add(np.ascontiguousarray(rows_ND, np.float32))
     _, found = index.search(np.ascontiguousarray(queries_KD, np.float32), count)
@@ -52,7 +52,7 @@ def nearest(rows_ND: npt.NDArray[np.float32], queries_KD: npt.NDArray[np.float32
 
 
 class VectorIndex:
-    """Keys (int64) by the inner product of their vectors with a query: the largest first.
+    """An index of keys (int64) by the inner product of their vectors with a query, the largest first.
 
     flat looks at every vector and is exact. ivf looks at the `effort` lists whose centres are nearest to the query,
     hnsw walks a graph and keeps `effort` candidates: both are approximate, better and slower with more of it.
@@ -85,7 +85,7 @@ class VectorIndex:
 
     @classmethod
     def build(cls, kind: IndexKind, keys_N: Keys, vectors_ND: Vectors, lifted: bool = False) -> Self:
-        """An index of these vectors; of a key that comes twice the last one counts. Order N log N for hnsw, else N.
+        """Build an index of vectors; of a key that comes twice the last one counts. Order N log N for hnsw, else N.
 
         ivf has 4 sqrt(N) lists, or fewer where a list would have less than 39 vectors. Raises InvalidRowsError
         where there is no vector, and as `add`. `lifted` is for hnsw.
@@ -145,7 +145,7 @@ class VectorIndex:
         return None
 
     def add(self, keys_N: Keys, vectors_ND: Vectors) -> None:
-        """New keys, and new vectors of keys that are there; none at all is fine.
+        """Add new keys, and new vectors of keys that are there; none at all is fine.
 
         Raises InvalidRowsError for vectors of another width, another number of keys, and numbers that are not finite.
         """
@@ -154,7 +154,7 @@ class VectorIndex:
         self._find_live()
 
     def remove(self, keys_N: Keys) -> int:
-        """No search finds these keys any more, until they are added again. Returns how many were there.
+        """Hide these keys from every search until they are added again. Returns how many were there.
 
         Raises InvalidRowsError where no key would be left.
         """
@@ -166,7 +166,7 @@ class VectorIndex:
         return len(places_M)
 
     def search(self, queries_KD: Vectors, count: int, effort: int | None = None) -> tuple[Keys, Vectors]:
-        """Keys and inner products of the `count` largest for each query, largest first: (K, C), (K, C).
+        """Find keys and inner products of the `count` largest for each query, largest first: (K, C), (K, C).
 
         C is `count`, or `num_keys` where that is less. An approximate index may find fewer for a query: the rest has
         the score NOT_FOUND and the key 0. Raises InvalidRowsError for queries of another width.
@@ -188,7 +188,7 @@ class VectorIndex:
         return np.where(here_KC, self._keys_N[place_KC], 0), np.where(here_KC, score_KC, NOT_FOUND)
 
     def save(self) -> bytes:
-        """The bytes of a NumPy archive (.npz): `index`, faiss's own file of an IndexIDMap, and what __init__ says.
+        """Return the bytes of a NumPy archive (.npz): `index`, faiss's file of an IndexIDMap, and what __init__ says.
 
         Another program that searches `index` by faiss alone gets the right order, of removed keys too, with scores
         less <q, centre>, and of a lifted hnsw with distances; to the queries of both that and ivf it appends a zero.
@@ -200,7 +200,7 @@ class VectorIndex:
 
     @classmethod
     def load(cls, data: bytes) -> Self:
-        """Undoes `save`: the same answers. Raises CorruptFileError for other bytes.
+        """Load what `save` returned: the same answers. Raises CorruptFileError for other bytes.
 
         faiss trusts what it reads: check a digest of the bytes first.
         """
@@ -212,7 +212,7 @@ class VectorIndex:
             raise CorruptFileError(f"not an index that this code wrote: {failure}") from failure
 
     def _find_live(self) -> None:
-        """The last vector of each key is its vector, unless it was removed."""
+        """Find the last vector of each key: that is its vector, unless it was removed."""
         self._keys_N: Keys = faiss.vector_to_array(self._index.id_map).astype(np.int64, copy=True)
         last_first, live_N = len(self._keys_N) - 1, np.zeros(len(self._keys_N), np.bool_)
         live_N[last_first - np.unique(self._keys_N[::-1], return_index=True)[1]] = True
@@ -221,7 +221,7 @@ class VectorIndex:
         self._num_keys, self._live_bits = len(self._live_M), np.packbits(live_N, bitorder="little")
 
     def _stored(self, vectors_ND: Vectors) -> Vectors:
-        """The vectors as faiss has them."""
+        """Return the vectors as faiss has them."""
         if self.kind == "flat":
             return vectors_ND
         centred_ND = vectors_ND - self._centre_D
@@ -232,7 +232,7 @@ class VectorIndex:
         return np.hstack([centred_ND, rest_N1.astype(np.float32)])
 
     def _asked(self, queries_KD: Vectors) -> tuple[Vectors, npt.NDArray[np.float64]]:
-        """The queries as faiss has them, and what its scores are multiplied with, (K, 1).
+        """Return the queries as faiss has them, and what its scores are multiplied with, (K, 1).
 
         To ivf all are as long as its vectors: which lists are nearest depends on it. To a lifted hnsw too.
         """
@@ -244,8 +244,8 @@ class VectorIndex:
         return np.hstack([scaled_KD, np.zeros((len(queries_KD), 1), np.float32)]), length_K1
 
     def _by_product(self, asked_KD: Vectors, place_KC: Keys) -> tuple[Vectors, Keys]:
-        """Inner products of the found vectors with the queries, largest first, and their places: of distances the last
-        bits would be lost."""
+        """Return inner products of the found vectors with the queries, largest first, and their places: of distances
+        the last bits would be lost."""
         found_KCD = self._base.reconstruct_batch(place_KC.clip(min=0).ravel()).reshape(*place_KC.shape, -1)
         score_KC = np.einsum("kd,kcd->kc", asked_KD, found_KCD, dtype=np.float64)
         score_KC[place_KC < 0] = NOT_FOUND
@@ -268,7 +268,7 @@ class VectorIndex:
 
 
 def use_threads(count: int) -> None:
-    """Threads of the builds and searches that this process does from now on."""
+    """Set the threads of the builds and searches that this process does from now on."""
     faiss.omp_set_num_threads(count)
 
 
@@ -291,12 +291,12 @@ def _empty(kind: IndexKind, num_vectors: int, dim: int, lifted: bool) -> Any:
 
 
 def _squares(vectors_ND: Vectors) -> npt.NDArray[np.float64]:
-    """Of each vector the square of its length, (N,)."""
+    """Return the squared length of each vector, (N,)."""
     return np.asarray(np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64))
 
 
 def _checked(keys_N: Keys, vectors_ND: Vectors, dim: int) -> tuple[Keys, Vectors]:
-    """As faiss takes them. Raises InvalidRowsError."""
+    """Return keys and vectors as faiss takes them. Raises InvalidRowsError."""
     if vectors_ND.ndim != 2 or vectors_ND.shape[1] != dim:
         raise InvalidRowsError(f"vectors of shape {vectors_ND.shape} do not fit an index of width {dim}")
     if keys_N.shape != (len(vectors_ND),) or keys_N.dtype != np.int64:
@@ -312,8 +312,8 @@ def _checked(keys_N: Keys, vectors_ND: Vectors, dim: int) -> tuple[Keys, Vectors
 def train_residual_quantizer(
     sample_ND: npt.NDArray[np.float32], num_levels: int, num_codes: int, seed: int
 ) -> npt.NDArray[np.float32]:
-    """Codebooks of faiss's ResidualQuantizer, (L, C, D): the first is trained on the sample, each further one on what
-    is left after the levels before it.
+    """Train codebooks of faiss's ResidualQuantizer, (L, C, D): the first is trained on the sample, each further one on
+    what is left after the levels before it.
 
     The nearest code wins at every level (a beam of one), so that a prefix of codes never depends on later levels.
     `num_codes` is a power of two, and the sample has at least so many rows. k-means, 25 passes a level; from the main
@@ -334,7 +334,7 @@ def train_residual_quantizer(
 def encode_residual(
     codebooks_LCD: npt.NDArray[np.float32], rows_ND: npt.NDArray[np.float32]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Codes of the rows, (N, L), and the squared length of what is left of each row after every level, (N, L)."""
+    """Return codes of the rows, (N, L), and the squared length of what is left of each after every level, (N, L)."""
     residual_ND = np.array(rows_ND, np.float32, order="C")
     shape = len(residual_ND), len(codebooks_LCD)
     codes_NL, left_NL = np.empty(shape, np.int64), np.empty(shape, np.float64)

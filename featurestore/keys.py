@@ -18,23 +18,23 @@ _INT64 = range(-(1 << 63), 1 << 63)
 
 
 def key_of_uri(uri: str) -> int:
-    """The key of an image: xxh3-64 of its uri in UTF-8, as a signed 64-bit number."""
+    """Return the key of an image: xxh3-64 of its uri in UTF-8, as a signed 64-bit number."""
     return key_of_bytes(uri.encode())
 
 
 def key_of_bytes(name: bytes) -> int:
-    """The same of a name that may be no text."""
+    """Return the key of a name that may be no text."""
     unsigned = xxhash.xxh3_64_intdigest(name)
     return unsigned - (1 << 64) if unsigned >= 1 << 63 else unsigned
 
 
 def keys_of_uris(uris: Sequence[str]) -> Int64Array:
-    """The keys of `uris`, (N,) int64, in their order."""
+    """Return the keys of `uris`, (N,) int64, in their order."""
     return np.fromiter((key_of_uri(uri) for uri in uris), dtype=np.int64, count=len(uris))
 
 
 def id_of_text(text: str) -> int:
-    """The ID that a text of a log stands for: a whole number as it is written is itself, other text its `key_of_uri`.
+    """Return the ID of a text in a log: a whole number, as it is written, is itself; other text has its `key_of_uri`.
 
     So 7 is the same user in a file that has numbers and in one that has texts. Spaces around the text do not count.
     """
@@ -45,7 +45,7 @@ def id_of_text(text: str) -> int:
 
 
 def splitmix64(keys_N: npt.ArrayLike) -> UInt64Array:
-    """The order of rows: the splitmix64 hash of each key, (N,) uint64.
+    """Hash each key by splitmix64, which is the order of rows, (N,) uint64.
 
     A one-to-one map of 64-bit numbers, so equal hashes mean equal keys. Source: Steele, Lea and Flood, "Fast splittable
     pseudorandom number generators", 2014.
@@ -61,7 +61,7 @@ def splitmix64(keys_N: npt.ArrayLike) -> UInt64Array:
 
 
 def shard_of_hash(hash_N: UInt64Array, num_shards: int) -> Int64Array:
-    """The shard of each splitmix64 hash: its top bits, (N,) int64. `num_shards` is a power of two."""
+    """Return the shard of each splitmix64 hash: its top bits, (N,) int64. `num_shards` is a power of two."""
     if num_shards < 1 or num_shards & (num_shards - 1):
         raise ValueError(f"num_shards={num_shards} is not a power of two")
     if num_shards == 1:  # a shift by all 64 bits is undefined
@@ -70,32 +70,32 @@ def shard_of_hash(hash_N: UInt64Array, num_shards: int) -> Int64Array:
 
 
 def shard_of(keys_N: npt.ArrayLike, num_shards: int) -> Int64Array:
-    """The shard of each key, (N,) int64 in [0, num_shards). `num_shards` is a power of two."""
+    """Return the shard of each key, (N,) int64 in [0, num_shards). `num_shards` is a power of two."""
     return shard_of_hash(splitmix64(keys_N), num_shards)
 
 
 def owner_of(shards_N: npt.ArrayLike, num_ranks: int) -> Int64Array:
-    """The rank that serves each shard, (N,) int64 in [0, num_ranks)."""
+    """Return the rank that serves each shard, (N,) int64 in [0, num_ranks)."""
     return np.asarray(shards_N, dtype=np.int64) % num_ranks
 
 
 def owned_shards(num_shards: int, rank: int, num_ranks: int) -> list[int]:
-    """The shards that `rank` serves, ascending; empty where there are more ranks than shards."""
+    """List the shards that `rank` serves, ascending; empty where there are more ranks than shards."""
     return list(range(rank, num_shards, num_ranks))
 
 
 def stream_start(name: str) -> np.uint64:
-    """Where a stream of random numbers starts: number n of it is the splitmix64 of the start plus n."""
+    """Return the start of a stream of random numbers: number n of it is the splitmix64 of the start plus n."""
     return np.uint64(key_of_uri(name) & 0xFFFFFFFFFFFFFFFF)
 
 
 def unit_interval(words_N: UInt64Array) -> npt.NDArray[np.float64]:
-    """Random 64 bits as numbers in [0, 1), each by its upper 53 bits."""
+    """Turn random 64 bits into numbers in [0, 1), each by its upper 53 bits."""
     return (words_N >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def sampled(keys_N: npt.ArrayLike, share: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Which keys are in a random share of all keys, (N,): decided by key and seed alone, so equal on every rank.
+    """Tell which keys are in a random share of all keys, (N,): decided by key and seed alone, so equal on every rank.
 
     The keys of a smaller share are all in a larger one of the same seed. Independent of the shard: a second hash of the
     one that places a key. Raises ValueError for a share beyond [0, 1].

@@ -32,7 +32,7 @@ class QuarantineRow:
 
 
 def add(storage: Storage, rows: Sequence[QuarantineRow]) -> str | None:
-    """Keep `rows` in a new file, whose name is given back; without rows nothing is written."""
+    """Keep `rows` in a new file; return its name. Without rows nothing is written."""
     if not rows:
         return None
     sink = io.BytesIO()
@@ -45,7 +45,7 @@ def add(storage: Storage, rows: Sequence[QuarantineRow]) -> str | None:
 
 
 def read(storage: Storage) -> list[QuarantineRow]:
-    """The newest row of each key in quarantine, by time. Raises CorruptFileError."""
+    """Read the newest row of each key in quarantine, by time. Raises CorruptFileError."""
     return _read(storage)[1]
 
 
@@ -65,7 +65,8 @@ def resolve(storage: Storage, rows: Sequence[QuarantineRow]) -> None:
 
 
 def _read(storage: Storage) -> tuple[list[str], list[QuarantineRow]]:
-    """The files, and the newest row of each key in them, by time; again where another resolves at the same time."""
+    """List the files, and read the newest row of each key in them, by time; again where another resolves at the same
+    time."""
     for attempt in range(_READ_ATTEMPTS):
         names = storage.list(QUARANTINE)
         newest: dict[int, QuarantineRow] = {}
@@ -82,7 +83,7 @@ def _read(storage: Storage) -> tuple[list[str], list[QuarantineRow]]:
 
 
 def read_file(storage: Storage, name: str) -> list[QuarantineRow]:
-    """The rows of one file. Raises CorruptFileError, FileNotFoundError."""
+    """Read the rows of one file. Raises CorruptFileError, FileNotFoundError."""
     path = f"{QUARANTINE}/{name}"
     data = storage.read_bytes(path)
     if name != f"{digest_of(data, 'xxh3_128')}.parquet":

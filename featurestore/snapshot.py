@@ -47,16 +47,16 @@ class Snapshot:
         return sum(self._each_shard(lambda reader: reader.num_rows))
 
     def shard_reader(self, shard: int) -> ShardReader:
-        """The merged view of one shard."""
+        """Return the merged view of one shard."""
         return ShardReader(self.storage, self.info, shard, self.manifest.files(shard))
 
     def read_shard(self, shard: int) -> FeatureRows:
-        """The live rows of one shard in the order of splitmix64; tombstones are gone."""
+        """Read the live rows of one shard in the order of splitmix64, without tombstones."""
         reader = self.shard_reader(shard)
         return rows_of(reader.read() if reader.entries else schema_of(self.info).empty_table(), self.info)
 
     def keys(self) -> Int64Array:
-        """Keys of all live rows, ascending (M,)."""
+        """Read the keys of all live rows, ascending (M,)."""
         return np.sort(np.concatenate([np.empty(0, np.int64), *self._each_shard(lambda reader: reader.keys())]))
 
     def metadata_table(self) -> pa.Table:
@@ -65,7 +65,7 @@ class Snapshot:
         return pa.concat_tables([empty, *self._each_shard(lambda reader: reader.read(METADATA_COLUMNS))])
 
     def get(self, keys: Sequence[int] | Int64Array) -> npt.NDArray[Any]:
-        """Features in the order asked, (U, D), as they are stored: `codec.decode` makes them float32.
+        """Read features in the order asked, (U, D), as they are stored: `codec.decode` makes them float32.
 
         Raises MissingKeysError. For a few keys; `FeaturePartition` is made for many.
         """
@@ -81,7 +81,7 @@ class Snapshot:
         return features_UD
 
     def statistics(self) -> FeatureStatistics:
-        """Mean and standard deviation of each dimension over the live rows, in decoded numbers.
+        """Compute mean and standard deviation of each dimension over the live rows, in decoded numbers.
 
         From the files' own statistics; small files, and shards with delta files, are read.
         """
@@ -91,12 +91,12 @@ class Snapshot:
         return moments.decoded(self.codec).statistics()
 
     def _each_shard(self, work: Callable[[ShardReader], ResultT]) -> list[ResultT]:
-        """`work` on every shard that has files, in the order of shards."""
+        """Do `work` on every shard that has files, in the order of shards."""
         readers = [self.shard_reader(shard) for shard in sorted(self.manifest.shards)]
         return list(in_threads(work, readers, _THREADS))
 
 
 def missing_message(keys: Int64Array, where: str) -> str:
-    """Up to five of the missing keys, and how many there are."""
+    """Format up to five of the missing keys, and how many there are."""
     shown = ", ".join(str(key) for key in keys[:5])
     return f"{len(keys)} keys have no feature in {where}: {shown}{', …' if len(keys) > 5 else ''}"

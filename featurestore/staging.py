@@ -24,7 +24,7 @@ _READ_THREADS = 8  # waiting for answers of an object store, not computing
 
 
 def sorted_table(rows: FeatureRows, info: StoreInfo) -> pa.Table:
-    """Checked rows as a table in the order of splitmix64; of one key's rows the last stays."""
+    """Return checked rows as a table in the order of splitmix64; of one key's rows the last stays."""
     rows.validate(info)
     return take_rows(table_of(rows, info), newest_rows(rows.keys_N))
 
@@ -37,7 +37,7 @@ def stage_part(storage: Storage, info: StoreInfo, run_id: str, part: str, rows: 
 
 
 def staged_parts(storage: Storage, run_id: str) -> list[str]:
-    """Names of the complete parts of a run, sorted."""
+    """List the names of the complete parts of a run, sorted."""
     names = storage.list(f"{STAGING}/{_checked(run_id)}")
     return [name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)]
 
@@ -55,7 +55,8 @@ def discard(storage: Storage, run_id: str) -> None:
 def read_shards_of_parts(
     storage: Storage, info: StoreInfo, run_id: str, parts: Sequence[str], shards: range
 ) -> dict[int, pa.Table]:
-    """The rows of each of some neighbouring shards in all `parts`, in their order, for shards that have any.
+    """Read the rows of some neighbouring shards in all `parts`, in their order, by shard; shards without rows are
+    absent.
 
     Each part is opened once, 8 of them at a time. In memory are all these rows, and of the parts being read the row
     groups around them: about 2 MB more than the rows each. Raises InvalidRowsError where a part is not there.

@@ -87,7 +87,7 @@ class FeatureStore:
         return store
 
     def snapshot(self, version: int | None = None, at: datetime | None = None) -> Snapshot:
-        """The newest snapshot, that of `version`, or the one that was the newest at a time (UTC without a zone).
+        """Open the newest snapshot, that of `version`, or the one that was the newest at a time (UTC without a zone).
 
         One small file is read, some more for a time. Raises SnapshotNotFoundError, also where it has expired.
         """
@@ -99,14 +99,15 @@ class FeatureStore:
         return Snapshot(self.storage, self.info, manifest)
 
     def stage_part(self, run_id: str, part: str, rows: FeatureRows) -> None:
-        """Keep `rows` as one part of a run, until shards are built. Whole or not at all; again replaces it.
+        """Keep `rows` as one part of a run, until shards are built. Whole or not at all; the same part again replaces
+        it.
 
         Features may be float32, in a store of any dtype.
         """
         staging.stage_part(self.storage, self.info, run_id, part, self.codec.encode_rows(rows))
 
     def staged_parts(self, run_id: str) -> list[str]:
-        """Names of the run's complete parts, sorted."""
+        """List the names of the run's complete parts, sorted."""
         return staging.staged_parts(self.storage, run_id)
 
     def discard_part(self, run_id: str, part: str) -> None:
@@ -118,7 +119,7 @@ class FeatureStore:
         staging.discard(self.storage, run_id)
 
     def build_shard(self, run_id: str, shard: int, parts: Sequence[str], kind: FileKind = "delta") -> FileEntry | None:
-        """One data file of the rows of `shard` in `parts`; of one key's rows that of the last part stays.
+        """Build one data file of the rows of `shard` in `parts`; of one key's rows that of the last part stays.
 
         None where the parts have no row of it. The file is invisible until a commit names it; the commit decides anew
         whether it is base or delta. Raises KeyCollisionError, against the store's rows too.
@@ -128,7 +129,7 @@ class FeatureStore:
     def build_shards(
         self, run_id: str, shards: range, parts: Sequence[str], kind: FileKind = "delta"
     ) -> dict[int, FileEntry]:
-        """As `build_shard` for some neighbouring shards, whose rows are in memory together: parts are opened once."""
+        """Build the files of some neighbouring shards, whose rows are in memory together; each part is opened once."""
         tables = staging.read_shards_of_parts(self.storage, self.info, run_id, parts, shards)
         snapshot = self.snapshot()
         return {shard: self._build(shard, table, snapshot, kind) for shard, table in tables.items()}
@@ -141,7 +142,7 @@ class FeatureStore:
         return self.commit(self._entries(self.codec.encode_rows(rows)), operation)
 
     def delete(self, keys: Sequence[int] | npt.NDArray[np.int64], operation: str = "delete") -> Snapshot:
-        """Remove keys, by tombstones; keys that are not there are no error."""
+        """Remove keys, by tombstones; unknown keys are no error."""
         return self.commit(self._entries(FeatureRows.tombstones(keys, self.info)), operation)
 
     def commit(
@@ -174,7 +175,7 @@ class FeatureStore:
         quarantine.add(self.storage, list(rows))
 
     def quarantine_rows(self) -> list[QuarantineRow]:
-        """The newest row of each key in quarantine, by time."""
+        """Read the newest row of each key in quarantine, by time."""
         return quarantine.read(self.storage)
 
     def resolve_quarantine(self, rows: Sequence[QuarantineRow]) -> None:

@@ -13,7 +13,7 @@ from featurestore.console.commandline import CommandApp
 if TYPE_CHECKING:
     from featurestore.upkeep.compaction import CompactReport
     from featurestore.upkeep.expiry import ExpireReport
-    from featurestore.upkeep.history import LogEntry, Rows
+    from featurestore.upkeep.history import LogEntry, NamedRows
 
 app = CommandApp()
 
@@ -189,7 +189,7 @@ def _log_row(entry: "LogEntry") -> Sequence[str]:
     )
 
 
-def _print_rows(sign: str, rows: "Rows") -> None:
+def _print_rows(sign: str, rows: "NamedRows") -> None:
     for key, uri in zip(rows.keys_N.tolist(), rows.uris, strict=True):
         sys.stdout.write(f"{sign} {key} {uri}\n")
 

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 
 
 class FileMemory:
-    """Buffers that are lent, one for each file being read, and reused: fresh memory costs the kernel as much as the
-    reading itself.
+    """Buffers that are lent, one for each file being read, and used again.
 
-    All buffers together, lent or idle, stay within `limit_bytes`, whatever the number of threads; who finds no room
-    waits until another gives back. A single buffer larger than the limit is lent when no other is.
+    Fresh memory would cost the kernel as much as the reading itself. All buffers together, lent or idle, stay within
+    `limit_bytes`, whatever the number of threads; a thread that finds no room waits until another gives a buffer back.
+    A single buffer larger than the limit is lent when no other is.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -23,7 +23,7 @@ class FileMemory:
 
     @contextmanager
     def borrow(self, size_bytes: int) -> Iterator[memoryview]:
-        """A view of `size_bytes`, whatever was in them before; nothing may look into it after the block."""
+        """Lend a view of `size_bytes`, with any content; nothing may look into it after the block."""
         buffer = self._take(size_bytes)
         try:
             yield memoryview(buffer)[:size_bytes]
@@ -52,7 +52,7 @@ class FileMemory:
                 self._changed.wait()
 
     def _drop_idle(self, size_bytes: int) -> None:
-        """Idle buffers are too small here: the largest gives way to its successor, others where the limit asks."""
+        """Drop the largest of the idle buffers, all too small, for its successor, and others where the limit asks."""
         self._idle.sort(key=len)
         keep = max(0, len(self._idle) - 1)
         while self._idle and (len(self._idle) > keep or self._held_bytes + size_bytes > self.limit_bytes):

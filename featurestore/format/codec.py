@@ -1,4 +1,4 @@
-"""From numbers to what a store keeps of them, and back. Every store has a codec; that of an int8 store has parameters.
+"""The codec of a store: from numbers to what the store keeps of them, and back. That of int8 has parameters.
 
 Letters of shapes: N rows, D feature width.
 """
@@ -23,7 +23,7 @@ _LARGEST_CODE = 255
 
 
 class Codec:
-    """How one store keeps numbers.
+    """The way in which one store keeps numbers.
 
     bfloat16, float16 and float32 round to nearest. int8 is faiss's scalar quantiser QT_8bit: dimension d has a range
     that begins at `ranges_2D[0, d]` and is `ranges_2D[1, d]` wide, cut into 255 steps; code c stands for the middle of
@@ -44,7 +44,7 @@ class Codec:
         return self.dtype == "int8"
 
     def encode(self, values_ND: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
-        """`values_ND` as the store keeps them, (N, D) in its storage dtype; right for every dtype.
+        """Return `values_ND` as the store keeps them, (N, D) in its storage dtype; right for every dtype.
 
         Raises InvalidRowsError where the store cannot hold a row; `encode_storable` says which it can.
         """
@@ -56,7 +56,7 @@ class Codec:
     def encode_storable(
         self, values_ND: npt.NDArray[np.floating[Any]]
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-        """As `encode`, and which rows the store can hold, (N,): those finite before and after. No error for others."""
+        """Encode, and tell which rows the store can hold, (N,): those finite before and after. No error for others."""
         if not self.has_codes:
             bits_ND = to_bits(values_ND, self.dtype)
             return bits_ND, finite_rows(bits_ND, self.dtype)
@@ -79,7 +79,7 @@ class Codec:
         return codes_ND, finite_N
 
     def encode_rows(self, rows: FeatureRows) -> FeatureRows:
-        """`rows` with their features encoded, where these come as numbers of another float type than the store's own.
+        """Return `rows` with their features encoded, where they are of another float type than the store's own.
 
         Raises InvalidRowsError naming the key.
         """
@@ -94,7 +94,7 @@ class Codec:
         return replace(rows, features_ND=bits_ND)
 
     def decode(self, bits_ND: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """The numbers behind stored ones, float32 (N, D): exact but for int8, whose codes become their middles."""
+        """Return the numbers behind stored ones, float32 (N, D): exact, except that an int8 code becomes its middle."""
         if not self.has_codes:
             return to_float32(bits_ND, self.dtype)
         self._check_width(bits_ND)
@@ -104,7 +104,7 @@ class Codec:
         return values_ND
 
     def num_clipped(self, values_ND: npt.NDArray[np.floating[Any]]) -> int:
-        """How many numbers lie more than half a step outside of all codes; 0 where the dtype has no range."""
+        """Count the numbers more than half a step outside of all codes; 0 where the dtype has no range."""
         if not self.has_codes:
             return 0
         low_D = self.offset_D - self.step_D / 2
@@ -123,7 +123,7 @@ class Codec:
 
 
 def codec_of(info: StoreInfo, storage: Storage) -> Codec:
-    """The codec of the store of `info`; reads one small file for int8, nothing else. Raises CorruptFileError."""
+    """Make the codec of the store of `info`; for int8 one small file is read. Raises CorruptFileError."""
     if info.codec is None:
         return Codec(info.dtype)
     path = storage.full(info.codec.path)

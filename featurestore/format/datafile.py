@@ -35,7 +35,7 @@ _INFO, _STORE_ID = b"featurestore.info", b"featurestore.store_id"
 
 
 def schema_of(info: StoreInfo) -> pa.Schema:
-    """The columns of a data file; dtype and shape of the feature stand in its field's metadata.
+    """Return the columns of a data file; dtype and shape of the feature are in its field's metadata.
 
     The file's metadata says what kind of store it is of, and which one: a repair makes store.json of that.
     """
@@ -54,7 +54,7 @@ def schema_of(info: StoreInfo) -> pa.Schema:
 
 
 def table_of(rows: FeatureRows, info: StoreInfo) -> pa.Table:
-    """`rows` as an Arrow table; the numbers are not copied."""
+    """Make an Arrow table of `rows`; the numbers are not copied."""
     columns: list[Any] = [
         pa.array(rows.keys_N),
         pa.array(rows.uris, pa.string()),
@@ -69,14 +69,14 @@ def table_of(rows: FeatureRows, info: StoreInfo) -> pa.Table:
 
 
 def live_table(metadata: pa.Table, features_MD: npt.NDArray[Any], info: StoreInfo) -> pa.Table:
-    """Live rows from their METADATA_COLUMNS and features; the numbers are not copied."""
+    """Make a table of live rows from their METADATA_COLUMNS and features; the numbers are not copied."""
     rest = [pa.array(np.zeros(len(metadata), np.bool_)), _fixed_binary(features_MD, info.row_bytes)]
     columns: list[Any] = [*metadata.select(METADATA_COLUMNS).columns, *rest]
     return pa.Table.from_arrays(columns, schema=schema_of(info))
 
 
 def rows_of(table: pa.Table, info: StoreInfo) -> FeatureRows:
-    """The rows of a table that has every column."""
+    """Return the rows of a table that has every column."""
     return FeatureRows(
         keys_N=numpy_column(table, KEY),
         uris=text_column(table, URI),
@@ -90,18 +90,18 @@ def rows_of(table: pa.Table, info: StoreInfo) -> FeatureRows:
 
 
 def numpy_column(table: pa.Table, name: str) -> npt.NDArray[Any]:
-    """A column of numbers or booleans as one array."""
+    """Return a column of numbers or booleans as one array."""
     return np.asarray(_one_chunk(table, name).to_numpy(zero_copy_only=False))
 
 
 def text_column(table: pa.Table, name: str) -> list[str]:
-    """A column of texts."""
+    """Return a column of texts."""
     texts: list[Any] = table[name].to_pylist()
     return texts
 
 
 def matrix_of(table: pa.Table, info: StoreInfo) -> npt.NDArray[Any]:
-    """The features, (N, D) in the storage dtype; a view of the table's memory where that is one piece."""
+    """Return the features, (N, D) in the storage dtype; a view of the table's memory where that is one piece."""
     return np.frombuffer(_fixed_buffer(table, FEATURE), dtype=info.storage_dtype).reshape(-1, info.dim)
 
 
@@ -114,7 +114,7 @@ def tensor_column(table: pa.Table, info: StoreInfo) -> "pa.ExtensionArray[Any]":
 
 
 def encode(table: pa.Table, info: StoreInfo, group_bytes: int = ROW_GROUP_BYTES) -> pa.Buffer:
-    """The bytes of a Parquet file with the rows of `table`."""
+    """Return the bytes of a Parquet file with the rows of `table`."""
     sink = pa.BufferOutputStream()
     with encoder(sink, info) as writer:
         writer.write_table(table.cast(schema_of(info)), row_group_rows(info, group_bytes))
@@ -122,7 +122,7 @@ def encode(table: pa.Table, info: StoreInfo, group_bytes: int = ROW_GROUP_BYTES)
 
 
 def encoder(sink: Any, info: StoreInfo) -> pq.ParquetWriter:
-    """What makes a Parquet file out of tables, written into `sink`: each table begins a row group."""
+    """Open a writer of a Parquet file into `sink`; each table begins a row group."""
     return pq.ParquetWriter(
         sink,
         schema_of(info),
@@ -135,7 +135,7 @@ def encoder(sink: Any, info: StoreInfo) -> pq.ParquetWriter:
 
 
 def row_group_rows(info: StoreInfo, group_bytes: int = ROW_GROUP_BYTES) -> int:
-    """Rows whose features take that many bytes, at least one."""
+    """Return how many rows have features of that many bytes, at least one."""
     return max(1, group_bytes // info.row_bytes)
 
 
@@ -181,7 +181,7 @@ class DataFile:
         return starts
 
     def read(self, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None) -> pa.Table:
-        """Columns (all by default) of row groups (all by default)."""
+        """Read columns (all by default) of row groups (all by default)."""
         with self._translated():
             names = list(columns) if columns is not None else None
             if groups is None:
@@ -189,7 +189,7 @@ class DataFile:
             return self._parquet.read_row_groups(list(groups), names, use_threads=False)
 
     def blocks(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Columns, some megabytes of features at a time."""
+        """Read columns, some megabytes of features at a time."""
         with self._translated():
             yield from (
                 pa.Table.from_batches([batch])
@@ -223,8 +223,8 @@ def open_entry(
     memory: FileMemory | None = None,
     streaming: bool = False,
 ) -> Iterator[DataFile]:
-    """The file of `entry`. A `check` of the "size" reads only what is asked for; one of a digest reads the whole file
-    into `memory`, or without it into memory of its own, and compares before any row is read.
+    """Open the file of `entry`. A `check` of the "size" reads only what is asked for; one of a digest reads the whole
+    file into `memory`, or without it into memory of its own, and compares before any row is read.
 
     What was read is valid inside the block. Raises CorruptFileError where size, digest, row count or content differ
     from what was committed.
@@ -276,7 +276,7 @@ def _check_size(path: str, size_bytes: int, entry: FileEntry) -> None:
 
 
 def info_in(data: bytes, path: str) -> StoreInfo:
-    """What a data file says of its store; an older one does not know the store's id. Raises CorruptFileError."""
+    """Read the StoreInfo in a data file; older files do not know the store's id. Raises CorruptFileError."""
     try:
         metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
         kind = StoreInfo.model_validate_json(metadata[_INFO])
@@ -286,7 +286,7 @@ def info_in(data: bytes, path: str) -> StoreInfo:
 
 
 def read_verified(storage: Storage, path: str, algorithm: Digest, expected: str) -> bytes:
-    """A whole small file whose digest is known. Raises CorruptFileError where it differs, FileNotFoundError."""
+    """Read a whole small file whose digest is known. Raises CorruptFileError where it differs, FileNotFoundError."""
     data = storage.read_bytes(path)
     if digest_of(data, algorithm) != expected:
         raise CorruptFileError(damaged_message(storage.full(path), algorithm))
@@ -294,12 +294,12 @@ def read_verified(storage: Storage, path: str, algorithm: Digest, expected: str)
 
 
 def damaged_message(path: str, algorithm: Digest) -> str:
-    """Of a file whose digest is another than the one that was committed."""
+    """Return the message about a file whose digest is not the one that was committed."""
     return f"{path} is damaged: its {algorithm} is not the one in the manifest"
 
 
 def digest_of(data: bytes | memoryview | pa.Buffer, algorithm: Digest) -> str:
-    """Hexadecimal."""
+    """Return the digest in hexadecimal."""
     return hashlib.sha256(data).hexdigest() if algorithm == "sha256" else xxhash.xxh3_128_hexdigest(data)
 
 

@@ -46,7 +46,7 @@ class FeatureRows:
         widths: npt.ArrayLike | None = None,
         heights: npt.ArrayLike | None = None,
     ) -> "FeatureRows":
-        """Live rows from plain values; keys default to those of the uris, everything else to empty."""
+        """Make live rows from plain values; keys default to those of the uris, everything else to empty."""
         count = len(uris)
         digests = content_digests if content_digests is not None else [_NO_DIGEST] * count
         return cls(
@@ -62,7 +62,7 @@ class FeatureRows:
 
     @classmethod
     def tombstones(cls, keys: npt.ArrayLike, info: StoreInfo) -> "FeatureRows":
-        """Rows that remove `keys` from the store."""
+        """Make rows that remove `keys` from the store."""
         keys_N = np.asarray(keys, dtype=np.int64)
         blank = cls.of([""] * len(keys_N), np.zeros((len(keys_N), info.dim), info.storage_dtype), keys=keys_N)
         return cls(**{**blank.__dict__, "deleted_N": np.ones(len(keys_N), np.bool_)})
@@ -71,7 +71,7 @@ class FeatureRows:
         return len(self.keys_N)
 
     def take(self, index_M: npt.NDArray[Any]) -> "FeatureRows":
-        """The rows at `index_M`, in that order."""
+        """Return the rows at `index_M`, in that order."""
         return FeatureRows(
             keys_N=self.keys_N[index_M],
             uris=[self.uris[i] for i in index_M],
@@ -110,7 +110,7 @@ class FeatureRows:
 
 
 def digest_array(digests: Sequence[bytes]) -> npt.NDArray[np.void]:
-    """16-byte digests as an (N,) array that keeps trailing zero bytes."""
+    """Make an (N,) array of 16-byte digests that keeps trailing zero bytes."""
     wrong = [digest for digest in digests if len(digest) != 16]
     if wrong:
         raise InvalidRowsError(f"a content digest has {len(wrong[0])} bytes instead of 16")
@@ -128,7 +128,7 @@ def check_collisions(keys_N: Int64Array, uris: Sequence[str]) -> None:
 
 
 def to_bits(values: npt.NDArray[np.floating[Any]], dtype: DType) -> npt.NDArray[Any]:
-    """`values` as a store of `dtype` keeps them: for bfloat16 its bits as uint16, rounded to nearest even.
+    """Return `values` as a store of `dtype` keeps them: for bfloat16 its bits as uint16, rounded to nearest even.
 
     Not for int8, whose codes are each store's own: `Codec.encode` is for all dtypes.
     """
@@ -147,7 +147,7 @@ def to_bits(values: npt.NDArray[np.floating[Any]], dtype: DType) -> npt.NDArray[
 
 
 def to_float32(bits: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.float32]:
-    """The values behind `to_bits`, as float32; exact. Not for int8: `Codec.decode` is for all dtypes."""
+    """Return the values behind `to_bits`, as float32; exact. Not for int8: `Codec.decode` is for all dtypes."""
     _refuse_codes(dtype)
     if dtype != "bfloat16":
         return bits.astype(np.float32, copy=False)
@@ -155,7 +155,7 @@ def to_float32(bits: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.float32]:
 
 
 def finite_rows(features_ND: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.bool_]:
-    """Which stored rows are free of NaN and infinity, (N,); codes always are."""
+    """Tell which stored rows are free of NaN and infinity, (N,); codes always are."""
     if dtype == "int8":
         return np.ones(len(features_ND), np.bool_)
     if dtype == "bfloat16":  # not finite: all bits of the exponent are set

@@ -34,7 +34,7 @@ from featurestore.storage.storage import Storage
 
 
 def newest_rows(keys_N: Int64Array) -> Int64Array:
-    """Of rows in order of age, the last of each key, in the order of a shard: by splitmix64."""
+    """Find the last row of each key among rows in order of age; the result is in the order of a shard, splitmix64."""
     hash_N = splitmix64(keys_N)
     order_N = np.argsort(hash_N, kind="stable")
     sorted_N = hash_N[order_N]
@@ -44,14 +44,14 @@ def newest_rows(keys_N: Int64Array) -> Int64Array:
 
 
 def take_rows(table: pa.Table, index_M: npt.NDArray[Any]) -> pa.Table:
-    """The rows at `index_M`; the table itself where that is all of them in order."""
+    """Return the rows at `index_M`; the table itself where that is all of them in order."""
     if len(index_M) == len(table) and np.array_equal(index_M, np.arange(len(table))):
         return table
     return table.take(pa.array(index_M))
 
 
 def read_moments(storage: Storage, entry: FileEntry) -> Moments | None:
-    """The moments of a file's live rows; None where it has no statistics. Raises CorruptFileError."""
+    """Read the moments of a file's live rows; None where it has no statistics. Raises CorruptFileError."""
     if entry.statistics_path is None or entry.statistics_sha256 is None:
         return None
     try:
@@ -61,7 +61,7 @@ def read_moments(storage: Storage, entry: FileEntry) -> Moments | None:
     return Moments.from_bytes(data, entry.num_live, storage.full(entry.statistics_path))
 
 
-class Block(NamedTuple):
+class RowBlock(NamedTuple):
     """Some live rows of a shard: where they belong among all of them by splitmix64, (K,), keys, features (K, D)."""
 
     place_K: Int64Array
@@ -95,15 +95,15 @@ class ShardReader:
         return keys_N[index_M], index_M
 
     def keys(self) -> Int64Array:
-        """Keys of the live rows (M,). Reads two small columns."""
+        """Return the keys of the live rows (M,). Reads two small columns."""
         return self._live[0]
 
     def all_keys(self) -> Int64Array:
-        """Keys of the rows of all files one after the other, tombstones too (N,)."""
+        """Return the keys of the rows of all files one after the other, tombstones too (N,)."""
         return self._columns[0]
 
     def live_rows(self) -> Int64Array:
-        """Numbers of the live rows among the rows of all files one after the other, by splitmix64 (M,)."""
+        """Return the numbers of the live rows among the rows of all files one after the other, by splitmix64 (M,)."""
         return self._live[1]
 
     @property
@@ -114,14 +114,14 @@ class ShardReader:
         return len(self._live[0])
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Columns (all by default) of the live rows."""
+        """Read columns (all by default) of the live rows."""
         if not self.entries:
             raise AssertionError(f"shard {self.shard} has no files")
         return take_rows(self._concatenated(columns), self._live[1])
 
     def features(self, keys_U: Int64Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-        """Features of some keys, (U, D) in the storage dtype, and which of the keys are there. Reads whole row groups
-        around the rows asked for, and no more."""
+        """Read the features of some keys, (U, D) in the storage dtype, and tell which keys are there. Reads whole row
+        groups around the rows asked for, and no more."""
         features_UD = np.zeros((len(keys_U), self.info.dim), self.info.storage_dtype)
         keys_M, index_M = self._live
         hash_M, hash_U = splitmix64(keys_M), splitmix64(keys_U)
@@ -139,8 +139,8 @@ class ShardReader:
             file_start += entry.rows
         return features_UD, found_U
 
-    def verified_blocks(self, memory: FileMemory | None = None) -> Generator[Block, None, None]:
-        """The live rows, some megabytes at a time; the digest of a file is checked before a row of it is given.
+    def verified_blocks(self, memory: FileMemory | None = None) -> Generator[RowBlock, None, None]:
+        """Read the live rows, some megabytes at a time; the digest of a file is checked before a row of it is given.
 
         In order where there is one file without tombstones, else file by file: the block's places say where its rows
         belong. Needs the memory of one file, taken from `memory`, and of all keys. A block is valid until the next one
@@ -153,7 +153,7 @@ class ShardReader:
                 with open_entry(self.storage, self.info, entry, "xxh3_128", memory) as file:
                     for table in file.blocks([KEY, FEATURE]):
                         place_K = np.arange(start, start + len(table))
-                        yield Block(place_K, numpy_column(table, KEY), matrix_of(table, self.info))
+                        yield RowBlock(place_K, numpy_column(table, KEY), matrix_of(table, self.info))
                         start += len(table)
             return
         place_N = np.full(len(self._columns[0]), -1, np.int64)
@@ -165,8 +165,9 @@ class ShardReader:
 
     def _live_blocks(
         self, entry: FileEntry, first: int, place_K: Int64Array, memory: FileMemory | None
-    ) -> Iterator[Block]:
-        """Of one file, whose rows begin at `first` of all files and belong at `place_K`, nowhere where that is -1."""
+    ) -> Iterator[RowBlock]:
+        """Read the live rows of one file, whose rows begin at `first` of all files and belong at `place_K`, nowhere
+        where that is -1."""
         keys_N, deleted_N = self._columns
         columns = [KEY, DELETED, FEATURE] if (place_K >= 0).any() else [KEY, DELETED]
         start = 0
@@ -182,12 +183,12 @@ class ShardReader:
                 start += len(table)
                 live_K = block_place_K >= 0
                 if live_K.all():
-                    yield Block(block_place_K, keys_K, matrix_of(table, self.info))
+                    yield RowBlock(block_place_K, keys_K, matrix_of(table, self.info))
                 elif live_K.any():
-                    yield Block(block_place_K[live_K], keys_K[live_K], matrix_of(table, self.info)[live_K])
+                    yield RowBlock(block_place_K[live_K], keys_K[live_K], matrix_of(table, self.info)[live_K])
 
     def moments(self) -> Moments:
-        """Of the live rows: what stands beside a single file, else from the rows."""
+        """Return the moments of the live rows: from the statistics of a single file, else from the rows."""
         found = read_moments(self.storage, self.entries[0]) if self.entries and self.is_plain else None
         if found is not None:
             return found
@@ -197,7 +198,7 @@ class ShardReader:
         return moments
 
     def check_uris(self, keys_N: Int64Array, uris: Sequence[str]) -> None:
-        """Raise KeyCollisionError where one of the keys lives here under another uri."""
+        """Raise KeyCollisionError where one of the keys is here under another uri."""
         keys_M = self.keys()
         wanted_M = np.isin(keys_M, keys_N)
         if wanted_M.any():

@@ -1,4 +1,4 @@
-"""A new file of one shard, written block by block, so that it need not fit into memory, and checked before it counts.
+"""Writer of a shard's files: block by block, so that they need not fit into memory, and checked before they count.
 
 Letters of shapes: K rows of a block, D feature width.
 """
@@ -34,14 +34,16 @@ _CHUNK_BYTES = 8 << 20
 def write_shard_file(
     storage: Storage, info: StoreInfo, shard: int, blocks: Iterable[pa.Table], kind: FileKind, based_on: int
 ) -> FileEntry:
-    """Write rows of one shard as a new immutable file, and beside it its statistics, unless those would be larger than
-    a quarter of the rows' features. Over all blocks the rows are in the order of splitmix64, each key once.
+    """Write rows of one shard as a new immutable file, with statistics in a second one.
+
+    There are no statistics where they would be larger than a quarter of the rows' features. Over all blocks the rows
+    are in the order of splitmix64, each key once.
 
     Both are read back and compared before the entry is returned. Nothing is visible before a commit names the entry.
     On a disk the memory of one block is needed, on an object store that of the file. Raises InvalidRowsError.
     """
     name = f"data/{shard:04d}/{uuid.uuid4().hex}"
-    rows = _Rows(info, shard)
+    rows = _WrittenRows(info, shard)
     with storage.open_output(f"{name}.parquet") as output:
         hashed = _HashedOutput(output)
         with encoder(hashed, info) as writer:
@@ -87,8 +89,8 @@ def check_digest(storage: Storage, path: str, size_bytes: int, algorithm: Digest
         raise CorruptFileError(damaged_message(storage.full(path), algorithm))
 
 
-class _Rows:
-    """What is known of the rows written so far; refuses those that are out of place."""
+class _WrittenRows:
+    """Counts and moments of the rows written so far; refuses rows that are out of place."""
 
     def __init__(self, info: StoreInfo, shard: int) -> None:
         self.info, self.shard = info, shard

@@ -33,8 +33,8 @@ class FeatureStatistics:
 
 
 def inverse_std(std_D: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """What to multiply centred dimensions by, (D,): 1 / std, where deviations below a tenth of their mean are raised to
-    it; 1 for dimensions that never change in a store where none does."""
+    """Return what to multiply centred dimensions by, (D,): 1 / std, where deviations below a tenth of their mean are
+    raised to it; 1 for dimensions that never change in a store where none does."""
     std = np.asarray(std_D, dtype=np.float64)
     floor = _LEAST_RELATIVE_STD * float(std.mean()) if len(std) else 0.0
     return np.asarray(1.0 / np.maximum(std, floor if floor > 0 else 1.0))
@@ -50,12 +50,12 @@ class Moments:
 
     @classmethod
     def empty(cls, dim: int) -> "Moments":
-        """Of no rows."""
+        """Return the moments of no rows."""
         return cls(0, np.zeros(dim), np.zeros(dim))
 
     @classmethod
     def of(cls, features_ND: npt.NDArray[Any], dtype: DType) -> "Moments":
-        """Of stored rows, (N, D) in the storage dtype; a block of rows at a time. Those of int8 are of the codes."""
+        """Compute moments of stored rows, (N, D) in the storage dtype, by blocks; those of int8 are of the codes."""
         moments = cls.empty(features_ND.shape[1])
         for start in range(0, len(features_ND), _BLOCK_ROWS):
             stored_ND = features_ND[start : start + _BLOCK_ROWS]
@@ -70,7 +70,7 @@ class Moments:
         return moments
 
     def merged(self, other: "Moments") -> "Moments":
-        """Of the rows of both."""
+        """Merge the moments of two sets of rows."""
         count = self.count + other.count
         if count == 0:
             return self
@@ -80,31 +80,31 @@ class Moments:
         return Moments(count, mean_D, m2_D)
 
     def decoded(self, codec: Codec) -> "Moments":
-        """Of the numbers behind codes, from the moments of the codes; themselves for a dtype without codes."""
+        """Return the moments of the numbers behind codes; of a dtype without codes these moments themselves."""
         if not codec.has_codes:
             return self
         step_D, offset_D = codec.step_D.astype(np.float64), codec.offset_D.astype(np.float64)
         return Moments(self.count, offset_D + step_D * self.mean_D, step_D**2 * self.m2_D)
 
     def statistics(self) -> FeatureStatistics:
-        """Mean and deviation."""
+        """Return mean and deviation."""
         std_D = np.sqrt(self.m2_D / max(self.count, 1))
         return FeatureStatistics(self.count, self.mean_D.astype(np.float32), std_D.astype(np.float32))
 
     @property
     def size_bytes(self) -> int:
-        """Of `to_bytes`, but for a header of 128 bytes."""
+        """Size of `to_bytes`, but for a header of 128 bytes."""
         return self.mean_D.nbytes + self.m2_D.nbytes
 
     def to_bytes(self) -> bytes:
-        """As a .npy file of float64 (2, D); the count stands in the manifest."""
+        """Return a .npy file of float64 (2, D); the count is in the manifest."""
         buffer = io.BytesIO()
         np.save(buffer, np.stack([self.mean_D, self.m2_D]))
         return buffer.getvalue()
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview, count: int, path: str) -> "Moments":
-        """What `to_bytes` wrote. Raises CorruptFileError."""
+        """Read what `to_bytes` wrote. Raises CorruptFileError."""
         try:
             mean_D, m2_D = np.load(io.BytesIO(data), allow_pickle=False)
         except ValueError as error:

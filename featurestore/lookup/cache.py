@@ -39,7 +39,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from featurestore.errors import CorruptFileError, StorageError
 from featurestore.format.buffers import FileMemory
-from featurestore.format.shard_reader import Block, ShardReader
+from featurestore.format.shard_reader import RowBlock, ShardReader
 from featurestore.keys import Int64Array, UInt64Array, shard_of_hash, splitmix64
 from featurestore.storage.private import claim, is_private, open_private
 from featurestore.storage.regular import open_regular
@@ -75,7 +75,7 @@ class _Paths(NamedTuple):
 
 
 class CacheSeal(BaseModel):
-    """What `_build` made, and of what: digests of the whole files."""
+    """Digests of the two files that `_build` made, and of what it made them."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -89,12 +89,12 @@ class CacheSeal(BaseModel):
 
 
 def default_cache_dir() -> Path:
-    """Where cache files go unless a folder is named: crossmedia/features below the user's cache folder."""
+    """Return where cache files go unless a folder is named: crossmedia/features below the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crossmedia" / "features"
 
 
 def is_cache_file(name: str) -> bool:
-    """Whether a name in a cache folder is one that we give; what the trainer knows of samples is in a folder of it."""
+    """Tell whether a name in a cache folder is one that we give; `samples` is the trainer's folder in it."""
     is_shard = name.startswith("shard-") and name.endswith(SUFFIXES)
     return is_shard or name.startswith(TEMPORARY) or name == SAMPLES
 
@@ -102,7 +102,7 @@ def is_cache_file(name: str) -> bool:
 def open_or_build(
     readers: Sequence[ShardReader], folder: Path, threads: int, progress: Progress | None = None
 ) -> list[CachedShard]:
-    """The cached shards, in the order of `readers`. What is not there, or is not what was built, is built first.
+    """Open the cached shards, in the order of `readers`; what is missing, or is not what was built, is built first.
 
     Safe with any number of processes in one folder: files appear whole, and equal names have equal content. All
     threads together hold no more of the data files than 256 MB, or the largest file where that is more. Raises
@@ -144,7 +144,7 @@ def _paths(reader: ShardReader, folder: Path) -> _Paths:
 
 
 def _stem(reader: ShardReader) -> str:
-    """Shard, store, and the content."""
+    """Name the files of a shard by shard, store and content."""
     return f"shard-{reader.shard:04d}-{reader.info.store_id[:8] or 'none'}-{_made_from(reader)[:STEM_DIGITS]}"
 
 
@@ -154,7 +154,7 @@ def _made_from(reader: ShardReader) -> str:
 
 
 def _open(reader: ShardReader, paths: _Paths) -> CachedShard | None:
-    """None where a file is missing, cut short, not what `_build` wrote, or not this user's alone."""
+    """Open the files; None where one is missing, cut short, not what `_build` wrote, or not this user's alone."""
     try:
         _touch(paths.seal)
         if not all(is_private(path.lstat()) for path in paths):
@@ -177,7 +177,7 @@ def _open(reader: ShardReader, paths: _Paths) -> CachedShard | None:
 
 
 def _identity(path: Path) -> str:
-    """Of a file as it is: changes with whatever is done to it, and cannot be set back as a time of writing can."""
+    """Identify a file as it is: changes with whatever is done to it, and cannot be set back as its time can."""
     found = path.stat()
     return f"{found.st_ino} {found.st_ctime_ns}"
 
@@ -210,8 +210,8 @@ def _build(reader: ShardReader, paths: _Paths, memory: FileMemory) -> CachedShar
     return CachedShard(paths.rows, hash_M)
 
 
-def _append(file: io.FileIO, reader: ShardReader, blocks: Iterator[Block]) -> tuple[Int64Array, str]:
-    """Write blocks that come in order; all keys (M,), and the digest of the rows."""
+def _append(file: io.FileIO, reader: ShardReader, blocks: Iterator[RowBlock]) -> tuple[Int64Array, str]:
+    """Write blocks that come in order; return all keys (M,), and the digest of the rows."""
     keys: list[Int64Array] = [np.empty(0, np.int64)]
     digest = xxhash.xxh3_128()
     for block in blocks:
@@ -221,8 +221,8 @@ def _append(file: io.FileIO, reader: ShardReader, blocks: Iterator[Block]) -> tu
     return np.concatenate(keys), digest.hexdigest()
 
 
-def _place(file: io.FileIO, reader: ShardReader, blocks: Iterator[Block]) -> tuple[Int64Array, str]:
-    """Write each row of the blocks to its place; all keys (M,), and the digest of the rows."""
+def _place(file: io.FileIO, reader: ShardReader, blocks: Iterator[RowBlock]) -> tuple[Int64Array, str]:
+    """Write each row of the blocks to its place; return all keys (M,), and the digest of the rows."""
     num_rows, row_bytes = reader.num_rows, reader.info.row_bytes
     keys_M = np.empty(num_rows, np.int64)
     num_written = 0
@@ -240,7 +240,7 @@ def _place(file: io.FileIO, reader: ShardReader, blocks: Iterator[Block]) -> tup
 
 
 def _fill(file: io.FileIO, size: int) -> None:
-    """Zeros in large pieces: the kernel keeps what it is given at once in large pages, which lookups are faster in, and
+    """Write zeros in large pieces: the kernel keeps what it gets at once in large pages, where lookups are faster, and
     rows written one by one in small ones."""
     zeros = np.zeros((1, min(size, _FILL_BYTES)), np.uint8)
     for start in range(0, size, _FILL_BYTES):
@@ -254,14 +254,14 @@ def _write_at(file: io.FileIO, data: memoryview, offset: int) -> None:
 
 
 def _publish_seal(paths: _Paths, seal: CacheSeal) -> None:
-    """The last of the three files: where it is, the others are complete."""
+    """Write the last of the three files: where it is, the others are complete."""
     with _appearing(paths.seal) as file:
         file.write(seal.model_dump_json().encode())
 
 
 @contextlib.contextmanager
 def _appearing(path: Path) -> Iterator[io.FileIO]:
-    """A file to write that gets its name at the end of the block, and vanishes where the block raises."""
+    """Open a file that gets its name at the end of the block, and vanishes where the block raises."""
     temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
         with io.FileIO(temporary, "x", opener=open_private) as file:
@@ -281,7 +281,7 @@ def _check_order(hash_M: UInt64Array, reader: ShardReader) -> None:
 
 
 def digest_of_file(path: Path) -> str:
-    """xxh3-128, hexadecimal. Raises OSError."""
+    """Return the xxh3-128 of a file, hexadecimal. Raises OSError."""
     digest = xxhash.xxh3_128()
     chunk = memoryview(bytearray(_CHUNK_BYTES))
     with open_regular(path) as file:
@@ -291,7 +291,7 @@ def digest_of_file(path: Path) -> str:
 
 
 def _boot_id() -> str:
-    """Empty where the system has none; then rows are read through at each opening."""
+    """Return the id of this run of the machine, empty where it has none: then rows are read through at each opening."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
@@ -330,12 +330,12 @@ def prune(folder: Path, opened: Collection[str]) -> None:
 
 
 def _slot(stem: str) -> str:
-    """Shard and store."""
+    """Return shard and store of a stem."""
     return stem.rpartition("-")[0]
 
 
 def _remove(folder: Path, stem: str, limit_s: float) -> None:
-    """The seal goes first: without it the others are not there for anybody."""
+    """Remove the files of a stem, the seal first: without it nobody opens the others."""
     seal, aside = folder / f"{stem}{SEAL}", folder / f"{TEMPORARY}{uuid.uuid4().hex}"
     with contextlib.suppress(OSError):
         seal.rename(aside)

@@ -8,7 +8,7 @@ AutoDType = Literal["bfloat16", "float32"]
 
 
 def dtype_of_environment() -> AutoDType | None:
-    """The type that CROSSMEDIA_COMPUTE_DTYPE names; None where it is not set, and each machine is to be tried.
+    """Return the type that CROSSMEDIA_COMPUTE_DTYPE names; None where it is not set, and each machine is to be tried.
 
     Raises ValueError where it names something else.
     """

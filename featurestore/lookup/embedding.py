@@ -26,8 +26,9 @@ _BLOCK_ROWS = 1024  # they stay in the processor's cache while numbers are made 
 
 
 class PReLU(nn.PReLU):
-    """torch's, of one weight, with a backward of operations that run at the speed of memory: on a CPU torch's own takes
-    four times as long, 11 ms for the first hidden layer of 13,600 images."""
+    """torch's PReLU of one weight, with a backward that runs at the speed of memory.
+
+    On a CPU torch's own takes four times as long, 11 ms for the first hidden layer of 13,600 images."""
 
     def forward(self, input: Tensor) -> Tensor:
         output: Tensor = _PReLU.apply(input, self.weight)  # type: ignore[no-untyped-call]
@@ -87,25 +88,26 @@ class EmbeddingModel(nn.Module):
 
     @torch.no_grad()
     def fold_standardization_(self, mean_D: NDArray[np.float32], std_D: NDArray[np.float32]) -> None:
-        """Standardises features by `mean_D` and `std_D` inside the first layer, as `statistics.inverse_std` says."""
+        """Standardise features by `mean_D` and `std_D` inside the first layer, as `statistics.inverse_std` says."""
         self.mean_D.copy_(torch.as_tensor(np.asarray(mean_D, dtype=np.float64)))
         self.inverse_std_D.copy_(torch.from_numpy(inverse_std(std_D)))
 
     @torch.no_grad()
     def fold_codec_(self, codec: Codec) -> None:
-        """Takes codes of `codec` from now on, inside the first layer; nothing changes for one without codes."""
+        """Take codes of `codec` from now on, inside the first layer; nothing changes for one without codes."""
         if codec.has_codes:
             self.offset_D.copy_(torch.from_numpy(codec.offset_D))
             self.step_D.copy_(torch.from_numpy(codec.step_D))
 
     def forward(self, features_QD: Tensor) -> Tensor:
-        """Visual vectors (Q, V) of features in any float dtype, or of codes in uint8; Q may be zero."""
+        """Return visual vectors (Q, V) of features in any float dtype, or of codes in uint8; Q may be zero."""
         return self.of_numbers(self.numbers(features_QD), codes=features_QD.dtype == torch.uint8)
 
     @torch.no_grad()
     def numbers(self, features_QD: Tensor, out: Tensor | None = None) -> Tensor:
-        """Features as the first product takes them: of the compute dtype, codes less the whole number next to their
-        mean. Written into `out` where that is given, and else the features themselves where nothing is to be done."""
+        """Return features as the first product takes them: of the compute dtype, codes less the whole number next to
+        their mean. Written into `out` where that is given, and else the features themselves where nothing is to be
+        done."""
         if out is None:
             if features_QD.dtype == self.compute_dtype:
                 return features_QD
@@ -115,7 +117,7 @@ class EmbeddingModel(nn.Module):
         return numbers_QD.sub_(self._centre()) if features_QD.dtype == torch.uint8 else numbers_QD
 
     def of_numbers(self, numbers_QD: Tensor, codes: bool, masks: "StepMasks | None" = None) -> Tensor:
-        """Visual vectors (Q, V) of what `numbers` made; `codes`: of codes. `masks`: what is dropped of these images."""
+        """Return visual vectors (Q, V) of what `numbers` made, of `codes` or not; `masks`: what is dropped of them."""
         first = self.layers[0]
         assert isinstance(first, nn.Linear)
         weight_HD = first.weight * (self.inverse_std_D * self.step_D)
@@ -136,11 +138,11 @@ class EmbeddingModel(nn.Module):
         return hidden_QH
 
     def _centre(self) -> Tensor:
-        """The code nearest to the mean of each dimension; any where there is one code alone."""
+        """Return the code nearest to the mean of each dimension; any where there is one code alone."""
         return self._mean_code().round()
 
     def _mean_code(self) -> Tensor:
-        """The mean of each dimension in codes, not rounded; any from 0 to 255 where there is one code alone."""
+        """Return the mean of each dimension in codes, not rounded; any from 0 to 255 where there is one code alone."""
         code_D = (self.mean_D - self.offset_D) / self.step_D.clamp_min(torch.finfo(self.step_D.dtype).tiny)
         return code_D.clamp(0, 255)
 
@@ -151,24 +153,24 @@ class EmbeddingModel(nn.Module):
 
 @dataclass(frozen=True)
 class StepMasks:
-    """What one training step drops of the images `keys_Q` in the network `name`."""
+    """The masks of one training step: what it drops of the images `keys_Q` in the network `name`."""
 
     dropout: EmbeddingDropout
     name: str
     keys_Q: NDArray[np.int64]
 
     def features(self, numbers_QD: Tensor, mean_D: Tensor) -> tuple[Tensor, float]:
-        """The numbers with those that are dropped at their mean, and what the distance of all from it grows by."""
+        """Set the dropped numbers to their mean; return all, and what the distance of the others from it grows by."""
         kept_QD, grown = self._kept("features", numbers_QD, self.dropout.features)
         return torch.where(kept_QD, numbers_QD, mean_D.to(numbers_QD.dtype)), grown
 
     def hidden(self, number: int, hidden_QH: Tensor) -> Tensor:
-        """The outputs of a hidden layer with some of them zero, and the others grown."""
+        """Return the outputs of a hidden layer with some of them zero, and the others grown."""
         kept_QH, grown = self._kept(f"hidden{number}", hidden_QH, self.dropout.hidden)
         return hidden_QH * (kept_QH.to(hidden_QH.dtype) * grown)
 
     def held_back(self, visual_QV: Tensor) -> Tensor:
-        """The visual vectors, those of held-out images without a gradient."""
+        """Return the visual vectors, those of held-out images without a gradient."""
         is_out_Q = torch.from_numpy(self.dropout.is_held_out(self.keys_Q)).to(visual_QV.device)
         return torch.where(is_out_Q.unsqueeze(1), visual_QV.detach(), visual_QV)
 
@@ -220,22 +222,23 @@ class EmbeddingService(nn.Module):
         self._free_buffers: list[Tensor] = []
 
     def width(self, name: str) -> int:
-        """V of the network `name`."""
+        """Return V of the network `name`."""
         return self._model(name).out
 
     def fold_standardization_(self, mean_D: NDArray[np.float32], std_D: NDArray[np.float32]) -> None:
-        """Standardises features inside the first layer of every network."""
+        """Standardise features inside the first layer of every network."""
         for name in self.models:
             self._model(name).fold_standardization_(mean_D, std_D)
 
     def scaling(self) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
-        """Mean of each dimension and what centred ones are multiplied by, (D,) each, as the networks standardise."""
+        """Return the mean of each dimension and what centred ones are multiplied by, (D,) each, as the networks
+        standardise."""
         model = self._model(next(iter(self.models)))
         return model.mean_D.cpu().numpy(), model.inverse_std_D.cpu().numpy()
 
     def gather(self, keys_Q: NDArray[np.int64]) -> Gathered:
-        """Features of `keys_Q` in the order asked. Independent of all weights, so it may run ahead of them; but not of
-        the standardisation. Raises MissingKeysError under policy error.
+        """Look up the features of `keys_Q` in the order asked. Independent of all weights, so it may run ahead of them;
+        but not of the standardisation. Raises MissingKeysError under policy error.
         """
         buffer = self._take_buffer(len(keys_Q))
         features_QD = buffer[: len(keys_Q)]
@@ -246,7 +249,7 @@ class EmbeddingService(nn.Module):
         return Gathered(features_QD, torch.from_numpy(missing_Q) if missing_Q.any() else None, keys_Q, buffer)
 
     def _gather_numbers(self, keys_Q: NDArray[np.int64], out_QD: Tensor) -> NDArray[np.bool_]:
-        """Makes numbers of the features once, ahead of the step, not in every pass; returns which keys have none."""
+        """Make numbers of the features once, ahead of the step, not in every pass; return which keys have none."""
         model = self._model(next(iter(self.models)))  # all have one compute dtype and one standardisation
         missing_Q, start = np.zeros(len(keys_Q), np.bool_), 0
         for block in self.partition.lookup_blocks(keys_Q, _BLOCK_ROWS):
@@ -257,7 +260,7 @@ class EmbeddingService(nn.Module):
         return missing_Q
 
     def embed(self, name: str, gathered: Gathered) -> Tensor:
-        """Visual vectors (Q, V) by the network `name`, with autograd attached."""
+        """Return visual vectors (Q, V) by the network `name`, with autograd attached."""
         model = self._model(name)
         device = model.mean_D.device
         numbers_QD = model.numbers(gathered.features_QD.to(device, non_blocking=True))
@@ -274,7 +277,7 @@ class EmbeddingService(nn.Module):
         return torch.where(missing_Q1, instead, visual_QV)
 
     def release(self, gathered: Gathered) -> None:
-        """Lets the memory of `gathered` serve a later one, after backward; its features must not be used any more.
+        """Let the memory of `gathered` serve a later one, after backward; its features must not be used any more.
 
         Pages that are already mapped make a gather a third faster. Not calling this is safe.
         """
@@ -288,7 +291,7 @@ class EmbeddingService(nn.Module):
         return model
 
     def _take_buffer(self, num_rows: int) -> Tensor:
-        """Memory for so many rows or more: of the stored dtype for a GPU, else of the compute dtype."""
+        """Return memory for that many rows or more: of the stored dtype for a GPU, else of the compute dtype."""
         while self._free_buffers:
             buffer = self._free_buffers.pop()
             if len(buffer) >= num_rows:
@@ -299,11 +302,11 @@ class EmbeddingService(nn.Module):
 
 
 def as_tensor(features: NDArray[np.generic]) -> Tensor:
-    """The same memory as a tensor; 16 unsigned bits are a bfloat16."""
+    """Return the same memory as a tensor; 16 unsigned bits are a bfloat16."""
     tensor = torch.from_numpy(features)
     return tensor.view(torch.bfloat16) if features.dtype == np.uint16 else tensor
 
 
 def as_array(features: Tensor) -> NDArray[np.generic]:
-    """Undoes `as_tensor`."""
+    """Return the same memory as an array: undoes `as_tensor`."""
     return features.view(torch.uint16).numpy() if features.dtype == torch.bfloat16 else features.numpy()

@@ -1,4 +1,4 @@
-"""Which numbers of which images are dropped in a step: by a stream's name, the image's key and the column alone.
+"""Feature dropout: which numbers of an image are dropped, by the stream's name, the image's key and the column alone.
 
 So an image has one mask wherever its owner is, and whatever else its owner serves. Letters as in embedding.py; W
 columns.
@@ -16,7 +16,7 @@ _LEVELS = 256  # of a random byte
 
 @dataclass
 class EmbeddingDropout:
-    """What E does not see, or does not learn from, in one training step; `step` is set before each.
+    """The shares of features, outputs and images that E does not see or learn from; `step` is set before each step.
 
     `features`: share of an image's features that count as the mean of all images. `hidden`: share of the outputs of
     each hidden layer that are zero. What is left grows by 1 / (1 - share) in both. `held_out`: share of images that E
@@ -30,7 +30,7 @@ class EmbeddingDropout:
     step: int = 0
 
     def kept(self, name: str, keys_Q: NDArray[np.int64], width: int, share: float) -> tuple[NDArray[np.bool_], float]:
-        """Which of `width` columns are kept of each key, (Q, width), and what they are multiplied by.
+        """Tell which of `width` columns are kept of each key, (Q, width), and what they are multiplied by.
 
         `name` names the network and the layer. The share is rounded to a 256th.
         """
@@ -42,5 +42,5 @@ class EmbeddingDropout:
         return drawn_QW >= below, _LEVELS / (_LEVELS - below)
 
     def is_held_out(self, keys_N: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which images E learns nothing from, (N,)."""
+        """Tell which images E learns nothing from, (N,)."""
         return sampled(keys_N, self.held_out, key_of_uri(f"{self.seed}/image_holdout"))

@@ -1,4 +1,4 @@
-"""Where a key stands among the sorted hashes of some shards, by a table of buckets instead of a binary search.
+"""The place of a key among the sorted hashes of some shards, by a table of buckets instead of a binary search.
 
 Letters of shapes: M hashes held, U hashes asked.
 """
@@ -39,7 +39,7 @@ class HashIndex:
         return len(self.hash_M)
 
     def places(self, hash_U: UInt64Array, shard_U: Int64Array) -> Int64Array:
-        """The only place where each hash may be, (U,) inside [0, M); M is not 0. `shard_U` are held shards."""
+        """Return the only place where each hash may be, (U,) inside [0, M); M is not 0. `shard_U` are held shards."""
         place_U: Int64Array = self._begin[self._first_bucket_S[shard_U] + self._bucket(hash_U)].astype(np.int64)
         behind = np.flatnonzero(self._walked[place_U] < hash_U)
         while len(behind):
@@ -49,6 +49,6 @@ class HashIndex:
         return place_U
 
     def _bucket(self, hash_N: UInt64Array) -> Int64Array:
-        """Within its shard."""
+        """Return the bucket within the shard."""
         bucket_N: UInt64Array = (hash_N << np.uint64(self._shard_bits)) >> np.uint64(64 - self._bits)
         return bucket_N.view(np.int64)

@@ -80,7 +80,7 @@ def populate(matrix: npt.NDArray[Any]) -> None:
 
 
 def huge_page_bytes(matrix: npt.NDArray[Any]) -> int:
-    """How much of an array over mapped files lies in huge pages; 0 where the system does not tell."""
+    """Return how many bytes of an array over mapped files are in huge pages; 0 where the system does not say."""
     begin = matrix.ctypes.data
     try:
         with _SMAPS.open() as lines:
@@ -90,7 +90,7 @@ def huge_page_bytes(matrix: npt.NDArray[Any]) -> int:
 
 
 def sum_huge_pages(smaps: Iterable[str], begin: int, end: int) -> int:
-    """Bytes of files mapped by huge pages in the address ranges of /proc/PID/smaps inside [begin, end)."""
+    """Add up the bytes of files mapped by huge pages in the address ranges of /proc/PID/smaps inside [begin, end)."""
     total, inside = 0, False
     for line in smaps:
         name, *values = line.split()
@@ -105,7 +105,7 @@ def sum_huge_pages(smaps: Iterable[str], begin: int, end: int) -> int:
 
 
 def physical_memory_bytes() -> int:
-    """Memory of this machine."""
+    """Return the memory of this machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -95,7 +95,7 @@ class FeaturePartition:
         version: int | None = None,
         progress: Progress | None = None,
     ) -> "FeaturePartition":
-        """The shards of `rank`, of the newest snapshot or of `version`; local files are built where they are not there.
+        """Open the shards of `rank`, of the newest snapshot or of `version`; missing local files are built.
 
         `threads` build and look up; by default up to 4 build, and half of the cores but no more than 4 look up: copying
         rows is bound by memory, and other ranks want theirs. A build holds 256 MB of data files, or the largest one,
@@ -134,11 +134,11 @@ class FeaturePartition:
         return len(self._index)
 
     def owns(self, keys_U: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-        """Which keys belong to the shards of this rank, whether they have a feature or not, (U,)."""
+        """Tell which keys belong to the shards of this rank, whether they have a feature or not, (U,)."""
         return np.asarray(owner_of(shard_of(keys_U, self.info.num_shards), self._num_ranks) == self._rank)
 
     def contains(self, keys_U: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-        """Which keys have a feature among the rows of this rank, (U,); no feature is read, and hidden ones count."""
+        """Tell which keys have a feature among the rows of this rank, (U,); none is read, and hidden ones count."""
         hash_U = splitmix64(keys_U)
         if self.num_rows == 0:
             return np.zeros(len(hash_U), np.bool_)
@@ -146,7 +146,7 @@ class FeaturePartition:
         return np.asarray(self.owns(keys_U) & (self._index.hash_M[place_U] == hash_U))
 
     def hide(self, share: float, seed: int = 0) -> None:
-        """From now on lookups find no feature for this share of all keys (`featurestore.keys.sampled`); 0 ends it.
+        """Hide the features of a share of all keys (`featurestore.keys.sampled`) from lookups; 0 ends it.
 
         For experiments: what is a model worth when images are missing? Needs the policy zeros or learned; ValueError.
         """
@@ -168,8 +168,8 @@ class FeaturePartition:
         self._matrix = np.empty((0, self.dim), self.info.storage_dtype)
 
     def lookup(self, keys_U: npt.ArrayLike, out: npt.NDArray[Any] | None = None) -> Lookup:
-        """Features of `keys_U` in the order asked, written into `out` (U, D) where it is given: faster, as new memory
-        costs as much as the rows.
+        """Return the features of `keys_U` in the order asked, written into `out` (U, D) where it is given: faster, as
+        new memory costs as much as the rows.
 
         A key without a feature: the policy `error` raises MissingKeysError; `zeros` and `learned` give a row of zeros
         and a mask, and add to `missing_count`. A key of a shard that this rank does not own raises MissingKeysError.
@@ -180,8 +180,8 @@ class FeaturePartition:
         return Lookup(features_UD, missing_U)
 
     def lookup_blocks(self, keys_U: npt.ArrayLike, block_rows: int) -> Iterator[Lookup]:
-        """As `lookup`, but `block_rows` keys at a time, in memory that the next block uses again: for a caller that
-        makes something else of the rows while they are in the processor's cache. What it raises comes before the first.
+        """Look up `block_rows` keys at a time, in memory that the next block uses again: for a caller that makes
+        something else of the rows while they are in the processor's cache. What it raises comes before the first.
         """
         row_U, missing_U = self._rows_of(keys_U)
         memory = self._output(min(block_rows, len(row_U)), None)
@@ -192,7 +192,7 @@ class FeaturePartition:
             yield Lookup(features_CD, missing_U[block])
 
     def places(self, keys_U: npt.ArrayLike) -> Int64Array:
-        """For each key a number of its own in [0, num_rows), (U,); -1 for a key without a feature.
+        """Return a number of its own for each key, in [0, num_rows), (U,); -1 for a key without a feature.
 
         The same for as long as the partition is open. A key of another rank's shard raises MissingKeysError.
         """
@@ -200,7 +200,7 @@ class FeaturePartition:
         return np.where(missing_U, -1, place_U)
 
     def _find(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, npt.NDArray[np.bool_], Int64Array]:
-        """Place among the hashes held, whether there is none, and shard of each key, (U,) each."""
+        """Return the place of each key among the hashes held, whether there is none, and its shard, (U,) each."""
         hash_U = splitmix64(keys_U)
         shard_U = shard_of_hash(hash_U, self.info.num_shards)
         if self._num_ranks > 1:
@@ -214,7 +214,7 @@ class FeaturePartition:
         return place_U, missing_U, shard_U
 
     def _rows_of(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
-        """The row of each key in the matrix, and whether there is none, (U,) each; counts or raises the missing."""
+        """Return each key's row in the matrix, and whether there is none, (U,) each; counts or raises the missing."""
         if self._closed:
             raise FeatureStoreError("the partition is closed")
         place_U, missing_U, shard_U = self._find(keys_U)

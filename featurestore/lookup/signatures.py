@@ -40,7 +40,7 @@ class Signatures:
         self._lock = threading.Lock()
 
     def of(self, keys_Q: npt.NDArray[np.int64]) -> Words:
-        """Signatures (Q, W) of keys that this rank owns; zeros for a key without a feature."""
+        """Return the signatures (Q, W) of keys that this rank owns; zeros for a key without a feature."""
         place_Q = self._partition.places(keys_Q)
         with self._lock:
             known_Q = place_Q >= 0
@@ -55,7 +55,7 @@ class Signatures:
         return words_QW
 
     def _drawn(self) -> Scaling:
-        """The mean, and the random planes of scaled features, (D, B)."""
+        """Draw the random planes; return the mean, and the planes of scaled features, (D, B)."""
         mean_D, inverse_std_D = self._scaling()
         planes_DB = np.random.default_rng(self._seed).standard_normal((self._partition.dim, BITS))
         return mean_D.astype(np.float32), (planes_DB * inverse_std_D[:, None]).astype(np.float32)
@@ -67,7 +67,8 @@ class Signatures:
         keys_Q: npt.NDArray[np.int64],
         place_Q: npt.NDArray[np.int64],
     ) -> None:
-        """In blocks of one size, the last one filled up: so a row's bits do not depend on the number of rows."""
+        """Make signatures in blocks of one size, the last one filled up: so a row's bits do not depend on the number of
+        rows."""
         for start in range(0, len(keys_Q), _BLOCK_ROWS):
             here = slice(start, start + _BLOCK_ROWS)
             features_QD = self._partition.codec.decode(self._partition.lookup(keys_Q[here]).features_UD)
@@ -80,7 +81,7 @@ class Signatures:
 
 
 def cosines(one_NW: Words, other_NW: Words) -> npt.NDArray[np.float32]:
-    """The cosine of each pair as their signatures tell it, (N,); NaN where one of them has no feature."""
+    """Estimate the cosine of each pair from their signatures, (N,); NaN where one of them has no feature."""
     differing_N = np.bitwise_count(one_NW[:, :-1] ^ other_NW[:, :-1]).sum(axis=1, dtype=np.int64)
     cosine_N: npt.NDArray[np.float32] = np.cos(np.pi / BITS * differing_N).astype(np.float32)
     cosine_N[(one_NW[:, -1] & other_NW[:, -1]) == 0] = np.nan

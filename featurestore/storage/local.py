@@ -1,4 +1,4 @@
-"""Files of a folder: written beside and renamed or linked into place, on the disk when the call returns."""
+"""Files of a folder: written under another name, then renamed or linked, and on the disk when the call returns."""
 
 import contextlib
 import os
@@ -36,7 +36,7 @@ class DiskFiles:
         self._keep_inside = keep_inside
 
     def path(self, path: str, follow: bool = True) -> Path:
-        """Where `path` stands on this machine. Without `follow` it may itself be a link that leads anywhere: to be
+        """Return where `path` is on this machine. Without `follow` it may itself be a link that leads anywhere: to be
         replaced or removed, which leaves alone what is behind it. Raises CorruptFileError."""
         place = Path(self._root, path) if path else Path(self._root)
         if self._keep_inside:
@@ -57,11 +57,11 @@ class DiskFiles:
                     )
 
     def read_bytes(self, path: str) -> bytes:
-        """The whole file."""
+        """Read the whole file."""
         return read_regular(self.path(path))
 
     def read_into(self, path: str, out: memoryview) -> int:
-        """The beginning of the file; its size."""
+        """Fill `out` from the beginning of the file; return the size of the file."""
         with open_regular(self.path(path)) as file:
             filled = 0
             while filled < len(out) and (count := file.readinto(out[filled:])):
@@ -69,7 +69,7 @@ class DiskFiles:
             return os.fstat(file.fileno()).st_size
 
     def open_input(self, path: str) -> IO[bytes]:
-        """The file for reading."""
+        """Open the file for reading."""
         return open_regular(self.path(path))
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
@@ -87,7 +87,7 @@ class DiskFiles:
 
     @contextlib.contextmanager
     def open_output(self, path: str) -> Iterator[IO[bytes]]:
-        """A file that gets its name when the block ends."""
+        """Open a file that gets its name when the block ends."""
         with self._temporary(path) as (target, temporary):
             with temporary.open("xb") as file:
                 yield file
@@ -96,19 +96,19 @@ class DiskFiles:
             _sync_folder(target.parent)
 
     def list(self, path: str) -> list[str]:
-        """Names in a folder."""
+        """List the names in a folder."""
         return os.listdir(self.path(path))  # noqa: PTH208 - names alone are wanted
 
     def entry(self, path: str) -> StorageEntry:
-        """Size and time of one file, or of a folder. Raises IrregularFileError for what could not be read."""
+        """Look up size and time of one file, or of a folder. Raises IrregularFileError for what could not be read."""
         found = self.path(path).stat()
         if not stat.S_ISDIR(found.st_mode):
             check_mode(found.st_mode)
         return _entry(path, found)
 
     def entries(self, path: str, recursive: bool) -> Iterator[StorageEntry]:
-        """Files of a folder and of the folders in it; a folder or file that vanishes meanwhile is left out, and so is a
-        link to a folder: whoever removes files by this list removes none behind it."""
+        """List the files of a folder and of the folders in it, without what vanishes meanwhile and without a link to a
+        folder: whoever removes files by this list removes none behind it."""
         try:
             found = [*os.scandir(self.path(path))]
         except (FileNotFoundError, NotADirectoryError):
@@ -139,7 +139,7 @@ class DiskFiles:
 
     @contextlib.contextmanager
     def _temporary(self, path: str) -> Iterator[tuple[Path, Path]]:
-        """The place of a file, its folder made, and a name beside it; a file of this name is removed at the end."""
+        """Make the folder of a file; give its place and a temporary name, whose file is removed at the end."""
         target = self.path(path, follow=False)
         _make_folder(target.parent)
         temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"

@@ -54,12 +54,12 @@ def check_owner(folder: Path) -> None:
 
 
 def is_private(found: os.stat_result) -> bool:
-    """Whether that is a regular file of this user, which nobody else may write to."""
+    """Tell whether that is a regular file of this user, which nobody else may write to."""
     return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & _OTHERS_WRITE
 
 
 def open_private(path: str, flags: int) -> int:
-    """An opener for files that only this user may read and write."""
+    """Open, as `opener` of `open`, files that only this user may read and write."""
     return os.open(path, flags, 0o600)
 
 

@@ -1,4 +1,4 @@
-"""Reading regular files of this machine, or what a link leads to: a pipe, a socket or a device could wait for ever."""
+"""Reading of regular files of this machine, directly or by a link: a pipe, a socket or a device could wait for ever."""
 
 import errno
 import io
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class IrregularFileError(OSError):
-    """What is at a path is no regular file; callers that tell OSError tell this too."""
+    """What is at a path is no regular file; callers that report OSError report this too."""
 
     def __str__(self) -> str:
         return str(self.strerror)

@@ -72,12 +72,12 @@ class RemoteFiles:
         return self._client[1]
 
     def read_bytes(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
-        """The file, or a part of it."""
+        """Read the file, or a part of it."""
         data: bytes = persist(lambda: self.client.cat_file(self._full(path), start=start, end=end))
         return data
 
     def read_into(self, path: str, out: memoryview) -> int:
-        """The beginning of the file in pieces, so that no second copy of it stands in memory; its size."""
+        """Fill `out` from the beginning of the file in pieces, without a second copy in memory; return its size."""
         size_bytes = self.entry(path).size_bytes
         end = min(size_bytes, len(out))
         for start in range(0, end, _PIECE_BYTES):
@@ -90,7 +90,7 @@ class RemoteFiles:
         persist(lambda: self.client.pipe_file(self._full(path), data))
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
-        """One conditional put; the answer may be lost, or be about one's own file."""
+        """Do one conditional put; the answer may be lost, or be about one's own file."""
         # fsspec's memory files have no atomic create of their own.
         guard = _memory_lock if self._protocol == "memory" else contextlib.nullcontext()
 
@@ -107,20 +107,20 @@ class RemoteFiles:
         return persist(create, was_not_done)
 
     def list(self, path: str) -> Names:
-        """Names below a path."""
+        """List the names in a path."""
         found: Names = persist(lambda: self.client.ls(self._full(path), detail=False))
         here = self._full(path).strip("/")
         return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in found if entry.strip("/") != here]
 
     def entry(self, path: str) -> StorageEntry:
-        """Size and time of one file."""
+        """Look up size and time of one file."""
         found = persist(lambda: self.client.info(self._full(path)))
         if found["type"] != "file":
             raise FileNotFoundError(path)
         return _entry(path, found)
 
     def entries(self, path: str, recursive: bool) -> Iterator[StorageEntry]:
-        """Files below a path, from one flat listing or from that of one folder."""
+        """List the files below a path, from one flat listing or from that of one folder."""
         # Not find(maxdepth=1): it walks, and leaves out what it cannot list instead of raising.
         find = self.client.find if recursive else self.client.ls
         found = persist(lambda: find(self._full(path), detail=True))
@@ -151,7 +151,7 @@ class RemoteFiles:
 
 
 def persist(work: Callable[[], ResultT], worth_it: Callable[[BaseException], bool] | None = None) -> ResultT:
-    """The result of `work`, tried again with growing waits for up to `PATIENCE_S` while its error is `worth_it`.
+    """Return the result of `work`, tried again with growing waits for up to `PATIENCE_S` while its error is `worth_it`.
 
     Passing errors by default. Raises tenacity's RetryError when the patience is at its end, other errors at once.
     """
@@ -165,7 +165,7 @@ def persist(work: Callable[[], ResultT], worth_it: Callable[[BaseException], boo
 
 
 def is_passing(error: BaseException | None) -> bool:
-    """Whether the same request may succeed later: throttled, failed in the server, cut off, or timed out."""
+    """Tell whether the same request may succeed later: throttled, failed in the server, cut off, or timed out."""
     if error is None:
         return False
     code = answer_code(error)
@@ -181,7 +181,7 @@ def is_passing(error: BaseException | None) -> bool:
 
 
 def was_not_done(error: BaseException) -> bool:
-    """Whether the server says that it did not do what was asked and that asking again may help.
+    """Tell whether the server says that it did not do what was asked and that asking again may help.
 
     Unlike a cut connection, after which nobody knows.
     """
@@ -189,12 +189,12 @@ def was_not_done(error: BaseException) -> bool:
 
 
 def says_exists(error: BaseException) -> bool:
-    """Whether an exclusive create was refused because something is there; servers and clients say it in three ways."""
+    """Tell whether an exclusive create was refused as the file exists; servers and clients say it in three ways."""
     return isinstance(error, FileExistsError) or answer_code(error) in _LOST_RACE_CODES
 
 
 def answer_code(error: BaseException) -> str | None:
-    """S3's name of the error, or the HTTP status as text; None where no answer came."""
+    """Return S3's name of the error, or the HTTP status as text; None where no answer came."""
     code = _response(error).get("Error", {}).get("Code")
     return None if code is None else str(code)
 
@@ -211,7 +211,7 @@ def _status(error: BaseException) -> int:
 
 
 def _response(error: BaseException) -> dict[str, dict[str, Any]]:
-    """botocore's record of the answer: s3fs raises Python's own errors, with botocore's as their cause."""
+    """Return botocore's record of the answer: s3fs raises Python's own errors, with botocore's as their cause."""
     for each in (error, error.__cause__):
         response = getattr(each, "response", None)
         if isinstance(response, dict):
@@ -225,7 +225,7 @@ def reason_of(error: BaseException | None) -> str:
 
 
 def _client(protocol: str) -> Any:
-    """fsspec's file system: one for each process and setting of the environment, as making one takes half a second."""
+    """Return fsspec's file system, one for each process and setting of the environment: making one takes 0.5 s."""
     settings = sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
     key = (os.getpid(), protocol, *settings)
     with _clients_lock:
@@ -242,7 +242,7 @@ def _client(protocol: str) -> Any:
 
 
 def _forget_clients() -> None:
-    """In the child of a fork: the parent's clients do not work there, and its locks may be held for ever."""
+    """Forget the parent's clients in the child of a fork: they do not work there, and locks may be held for ever."""
     global _clients_lock, _memory_lock
     _clients.clear()
     _clients_lock, _memory_lock = threading.Lock(), threading.Lock()
@@ -257,7 +257,7 @@ def _entry(path: str, found: Mapping[str, Any]) -> StorageEntry:
 
 
 def _time_of(found: Mapping[str, Any]) -> float:
-    """When a file was written, from what fsspec's clients tell of it under different names."""
+    """Return when a file was written, which fsspec's clients say under different names."""
     names = ("LastModified", "last_modified", "mtime", "modified", "updated", "created")
     time = next((found[name] for name in names if found.get(name) is not None), None)
     if isinstance(time, str):

@@ -1,4 +1,4 @@
-"""Is a place fit for a store? A commit needs an exclusive create that one of many writers wins, and reads that see it.
+"""Check of a place for a store: of many writers one must win the exclusive create, and reads must see what was written.
 
 Some object stores ignore the condition of a put, and some look first and write then: there two writers can both be told
 that their commit was made, and one of them is lost. Only a race shows the second kind.
@@ -29,7 +29,7 @@ _mine = threading.local()
 
 
 class _Outcome(NamedTuple):
-    """What one racer saw."""
+    """Outcome of a race for one racer."""
 
     claimed: bool
     seen: bytes  # the file, read as soon as the answer was there
@@ -38,7 +38,7 @@ class _Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class BackendReport:
-    """What the check found; fit for a store where there are no problems."""
+    """Findings of the check; the place is fit for a store where there are no problems."""
 
     problems: tuple[str, ...]
     num_rounds: int
@@ -71,7 +71,7 @@ def check_backend(
 
 
 def refuse_unsafe(storage: Storage) -> None:
-    """The short form, with threads, for the first write to a new place. Raises UnsafeBackendError, StorageError."""
+    """Check in short, with threads, for the first write to a new place. Raises UnsafeBackendError, StorageError."""
     with _folder(storage) as folder:
         problems = _sequential_problems(storage, folder)
         if not problems:
@@ -98,7 +98,7 @@ def _folder(storage: Storage) -> Iterator[str]:
 
 
 def _sequential_problems(storage: Storage, folder: str) -> list[str]:
-    """What goes wrong with one writer alone."""
+    """List what goes wrong with one writer alone."""
     path = f"{folder}/first"
     problems: list[str] = []
 
@@ -124,7 +124,7 @@ def _sequential_problems(storage: Storage, folder: str) -> list[str]:
 def _race(
     storage: Storage, folder: str, racers: Executor, num_writers: int, num_rounds: int, progress: Progress | None
 ) -> BackendReport:
-    """Let them race, and count the rounds that went wrong."""
+    """Let the racers race, and count the rounds that went wrong."""
     chance = random.Random()
     seconds: list[float] = []
     several, changed = 0, 0

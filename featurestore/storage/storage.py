@@ -53,21 +53,21 @@ class Storage:
         return self._protocol in ("file", "local")
 
     def join(self, *parts: str) -> str:
-        """One relative path from its parts."""
+        """Join parts to one relative path."""
         return "/".join(part.strip("/") for part in parts if part)
 
     def full(self, path: str) -> str:
-        """The address of `path`, for messages and for other tools."""
+        """Return the address of `path`, for messages and for other tools."""
         return f"{self.url}/{path}" if path else self.url
 
     def read_into(self, path: str, out: memoryview) -> int:
-        """Fill `out` from the beginning of the file; the file's size in bytes, which the caller compares with that of
+        """Fill `out` from the beginning of the file; return the file's size in bytes, to be compared with that of
         `out`. Raises FileNotFoundError where there is none."""
         with self._translated("read", path):
             return self._files.read_into(path, out)
 
     def read_bytes(self, path: str) -> bytes:
-        """The whole file. Raises FileNotFoundError where there is none."""
+        """Read the whole file. Raises FileNotFoundError where there is none."""
         with self._translated("read", path):
             return self._files.read_bytes(path)
 
@@ -87,7 +87,7 @@ class Storage:
             return self._files.create_exclusive(path, data)
 
     def create_or_read(self, path: str, data: bytes) -> bytes:
-        """What stands under the name after an exclusive create: `data` where this call made the file.
+        """Create the file unless it exists, and return what it holds then: `data` where this call made it.
 
         The file is read back after success and after every error, and decides, not the answer: so `data` must be like
         no other's. Passing errors are tried again. Raises StorageError: then nobody knows yet whether it was made.
@@ -112,7 +112,8 @@ class Storage:
             raise error.last_attempt.exception() or error from None
 
     def list(self, path: str = "") -> Names:
-        """Names (not paths) directly below `path`, sorted; empty where nothing is there. Temporary files are hidden."""
+        """List names (not paths) directly below `path`, sorted; empty where nothing is there. Temporary files are
+        hidden."""
         with self._translated("list", path):
             try:
                 names = self._files.list(path)
@@ -121,7 +122,8 @@ class Storage:
         return sorted(name for name in names if not name.startswith(TEMPORARY))
 
     def entries(self, path: str = "", recursive: bool = True) -> Entries:
-        """The files below `path`, by path; temporary files (`.tmp-…`) included, folders not; empty where nothing is.
+        """List the files below `path`, by path; temporary files (`.tmp-…`) included, folders not; empty where nothing
+        is.
 
         On an object store one flat listing, 1,000 files an answer. A file that vanishes meanwhile is left out.
         """
@@ -130,9 +132,9 @@ class Storage:
         return []
 
     def now(self) -> float:
-        """Seconds since 1970 by the clock that stamps the files here: that of the disk or of the object store.
+        """Return seconds since 1970 by the clock that stamps the files here: that of the disk or of the object store.
 
-        Writes, looks at and removes a small file. Ages are told by it, as this machine's own clock may differ.
+        Writes, looks at and removes a small file. Ages are counted by it, as this machine's own clock may differ.
         """
         probe = f"{TEMPORARY}clock-{uuid.uuid4().hex}"
         self.write_bytes(probe, b"")
@@ -142,12 +144,12 @@ class Storage:
             self.delete_files([probe])
 
     def entry(self, path: str) -> StorageEntry:
-        """Size and time of one file. Raises FileNotFoundError where there is none."""
+        """Look up size and time of one file. Raises FileNotFoundError where there is none."""
         with self._translated("look at", path):
             return self._files.entry(path)
 
     def size(self, path: str) -> int:
-        """Bytes of the file. Raises FileNotFoundError where there is none."""
+        """Return the bytes of the file. Raises FileNotFoundError where there is none."""
         return self.entry(path).size_bytes
 
     def delete(self, path: str) -> None:
@@ -161,7 +163,7 @@ class Storage:
             self._files.delete_files(paths)
 
     def open_input(self, path: str) -> IO[bytes]:
-        """The file for reading, seekable; only what is asked for is fetched. Raises FileNotFoundError."""
+        """Open the file for reading, seekable; only what is asked for is fetched. Raises FileNotFoundError."""
         with self._translated("open", path):
             if self.is_local:
                 return self._disk.open_input(path)
@@ -169,13 +171,13 @@ class Storage:
             return io.BufferedReader(reader, _READ_AHEAD_BYTES)
 
     def read_range(self, path: str, start: int, end: int) -> bytes:
-        """Bytes `start` to `end` of a file on an object store. Raises FileNotFoundError where there is none."""
+        """Read bytes `start` to `end` of a file on an object store. Raises FileNotFoundError where there is none."""
         with self._translated("read", path):
             return self._remote.read_bytes(path, start, end)
 
     @contextlib.contextmanager
     def open_output(self, path: str) -> Iterator[IO[bytes]]:
-        """A file to write that appears under its name when the block ends, and not at all when the block raises."""
+        """Open a file to write that gets its name when the block ends, and does not appear when the block raises."""
         if not self.is_local:
             # An exception inside s3fs' own open(path, "wb") leaves half an object: it is put in one piece instead.
             buffer = io.BytesIO()

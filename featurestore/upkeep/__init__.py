@@ -1,1 +1,1 @@
-"""Keeping a store in order over the years: its history, its size, its proof, its dtype."""
+"""Upkeep of a store over the years: its history, its size, its checks and repairs, its dtype."""

@@ -1,4 +1,4 @@
-"""How much of the features a coarser dtype keeps: rows of two stores side by side.
+"""Accuracy of a coarser dtype: what it keeps of the features, by rows of two stores.
 
 Letters of shapes: N rows, K of them queries, D feature width.
 """
@@ -17,7 +17,7 @@ _MOST_QUERIES = 500
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of `num_compared` rows; None where there were too few of them, or all were zero."""
+    """Errors of `num_compared` rows; None where there were too few of them, or all were zero."""
 
     num_compared: int
     num_queries: int
@@ -30,8 +30,8 @@ class Accuracy:
     )  # of the exact nearest neighbours of a row, the share that are so among the kept rows too
 
 
-def compare(exact_ND: npt.NDArray[np.float32], kept_ND: npt.NDArray[np.float32]) -> Accuracy:
-    """Rows before and after, in the same order. Some rows, at most a tenth, ask for their neighbours among the others.
+def measure_accuracy(exact_ND: npt.NDArray[np.float32], kept_ND: npt.NDArray[np.float32]) -> Accuracy:
+    """Compare rows before and after, in the same order; at most a tenth ask for their neighbours among the others.
 
     Rows of zeros have no relative error and no angle. Cost: K x N x D multiplications, twice.
     """
@@ -52,7 +52,7 @@ def compare(exact_ND: npt.NDArray[np.float32], kept_ND: npt.NDArray[np.float32])
 def _errors(
     exact_ND: npt.NDArray[np.float32], kept_ND: npt.NDArray[np.float32]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Relative error and cosine of each row that is not zero."""
+    """Return relative error and cosine of each row that is not zero."""
     length_N, kept_length_N, dot_N = (
         np.einsum("nd,nd->n", a, b, dtype=np.float64)
         for a, b in ((exact_ND, exact_ND), (kept_ND, kept_ND), (exact_ND, kept_ND))
@@ -66,7 +66,7 @@ def _errors(
 
 
 def _recall(exact_ND: npt.NDArray[Any], kept_ND: npt.NDArray[Any], num_queries: int) -> float:
-    """Queries are the first rows: no row is its own neighbour."""
+    """Return the share of neighbours that are kept. Queries are the first rows: no row is its own neighbour."""
     wanted_KN, found_KN = (
         nearest(rows[num_queries:], rows[:num_queries], NUM_NEIGHBOURS) for rows in (exact_ND, kept_ND)
     )

@@ -1,4 +1,4 @@
-"""Is every file of a cache folder what the run that built it has written? `verify` for the machines of readers."""
+"""Check of a cache folder: is every file what the run that built it has written? The `verify` of readers."""
 
 import json
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ _KEYS, _ROWS = ".keys.npy", ".rows.bin"
 
 @dataclass
 class CacheReport:
-    """What was looked at, and a line for each shard that is not what was built, with the way out."""
+    """Counts of what was checked, and a line for each shard that is not what was built, with the way out."""
 
     num_shards: int = 0
     num_bytes: int = 0
@@ -66,7 +66,7 @@ def _check(path: Path, report: CacheReport) -> None:
 
 
 def _wrong(folder: Path, stem: str, seal: CacheSeal, report: CacheReport) -> str:
-    """What is wrong with the files of a seal; empty where nothing is."""
+    """Say what is wrong with the files of a seal; empty where nothing is."""
     keys, rows = folder / f"{stem}{_KEYS}", folder / f"{stem}{_ROWS}"
     if stem.rpartition("-")[2] != seal.made_from[:STEM_DIGITS]:
         return "its seal is that of another"

@@ -1,4 +1,4 @@
-"""Compaction: the files of a shard made into one that holds the same rows, so that reading it is quick again.
+"""Compaction: the files of a shard are made into one with the same rows, so that reading is quick again.
 
 Letters of shapes: M live rows of a shard, K rows of a block or of a file.
 """
@@ -29,7 +29,7 @@ Files = Sequence[FileEntry]
 
 @dataclass(frozen=True)
 class CompactReport:
-    """What a compaction did, or would do."""
+    """Results of a compaction, or of what it would do."""
 
     version: int  # of its snapshot; of the newest where there was nothing to do
     shards: tuple[int, ...]  # made into one file each, or into none where no row lives
@@ -49,8 +49,10 @@ def compact(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> CompactReport:
-    """One base file for each of `shards` (all by default) that has more than 8 deltas, or more than a quarter of its
-    bytes in them; with `force` for each that is not one file without tombstones. One commit, none where nothing is due.
+    """Make one base file of each shard that has more than 8 deltas, or more than a quarter of its bytes in them.
+
+    Looks at `shards`, all by default; with `force` each is due that is not one file without tombstones. One commit, or
+    none where nothing is due.
 
     The rows stay exactly the same, and whatever others put or delete meanwhile stays; a shard that they compact or
     restore is lost for this one (`CompactReport.lost`). Reads those shards twice, the first time for their digests, and
@@ -68,7 +70,7 @@ def compact(
 
 
 def needs_compaction(files: Files) -> bool:
-    """Whether a shard of these files, oldest first, has too many deltas, or too much in them."""
+    """Tell whether a shard of these files, oldest first, has too many deltas, or too much in them."""
     deltas = files[1:]
     total = sum(file.bytes for file in files)
     return len(deltas) > MAX_DELTAS or sum(file.bytes for file in deltas) > MAX_DELTA_SHARE * total
@@ -129,7 +131,7 @@ def _paths(entries: Iterator[FileEntry]) -> list[str]:
 
 
 def _merged_file(snapshot: Snapshot, shard: int) -> FileEntry | None:
-    """A file with the live rows of a shard; None where there are none."""
+    """Write a file with the live rows of a shard; None where there are none."""
     blocks = merged_blocks(snapshot.shard_reader(shard))
     first = next(blocks, None)
     if first is None:
@@ -138,7 +140,7 @@ def _merged_file(snapshot: Snapshot, shard: int) -> FileEntry | None:
 
 
 def merged_blocks(reader: ShardReader) -> Iterator[pa.Table]:
-    """The live rows of a shard in order, as many at a time as a row group holds.
+    """Read the live rows of a shard in order, as many at a time as a row group holds.
 
     Reads each file twice from its beginning, the first time to check its digest; a few blocks are in memory, and the
     shard's keys. Raises CorruptFileError before the first row.
@@ -172,7 +174,7 @@ class _RowSource:
         self._next = 0
 
     def take(self, rows_K: Int64Array) -> pa.Table:
-        """Rows by their numbers, which go on where the last call ended."""
+        """Return rows by their numbers, which continue where the last call ended."""
         if rows_K[0] < self._next or (rows_K[1:] <= rows_K[:-1]).any():
             raise CorruptFileError(f"{self._path} is not in the order of splitmix64: run python -m featurestore verify")
         self._next = int(rows_K[-1]) + 1
@@ -189,6 +191,6 @@ class _RowSource:
 
 
 def _rows_at(table: pa.Table, rows_K: Int64Array) -> pa.Table:
-    """Ascending rows; neighbours are not copied."""
+    """Take ascending rows; neighbours are not copied."""
     first, count = int(rows_K[0]), len(rows_K)
     return table.slice(first, count) if rows_K[-1] - first + 1 == count else table.take(rows_K)

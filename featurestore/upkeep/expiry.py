@@ -1,4 +1,4 @@
-"""Expiry: snapshots that nobody keeps go, and after a grace time the files that only they, or dead writers, had.
+"""Expiry: removes snapshots that nobody keeps, and after a grace time the files that only they, or dead writers, had.
 
 First a manifest moves from log/ to expired/: its snapshot can no longer be opened. Files go when no manifest in log/
 names them, none that has been in expired/ for less than the grace time, and they are older than that themselves. So
@@ -32,7 +32,7 @@ _DELETED_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class ExpireReport:
-    """What an expiry did, or would do."""
+    """Results of an expiry, or of what it would do."""
 
     kept: tuple[int, ...]  # snapshots that can be opened
     expired: tuple[int, ...]  # that no longer can, since this run
@@ -71,7 +71,7 @@ def expire(
 def kept_versions(
     made_s: Sequence[tuple[int, float]], now_s: float, keep_last: int, keep_s: float, pinned: Iterable[int]
 ) -> set[int]:
-    """Which of the versions, ascending with the times they were made at, the policy keeps.
+    """Return those of the versions, ascending with the times they were made at, that the policy keeps.
 
     The age of a snapshot counts from when the next one took its place: any state of the last `keep_s` can be opened.
     """
@@ -93,7 +93,7 @@ class _Expiry:
         self._end_s = time.monotonic() + grace_s / 2 if grace_s else float("inf")
 
     def run(self, progress: Progress | None) -> ExpireReport:
-        """Both steps."""
+        """Move manifests aside, and delete files."""
         made_s = _versions_and_times(self.storage.entries(log.LOG, recursive=False))
         pinned = {pin.version for pin in read_pins(self.storage)}
         wanted = kept_versions(made_s, self.now_s, self.keep_last, self.keep_s, pinned)
@@ -132,7 +132,8 @@ class _Expiry:
         return self.now_s - entry.mtime_s
 
     def _move_aside(self, leaving: Sequence[int]) -> list[int]:
-        """From log/ to expired/: the versions that went. A pin that was made meanwhile is seen, or sees the copy."""
+        """Move manifests from log/ to expired/; return the versions that went. A pin that was made meanwhile is seen,
+        or sees the copy."""
         moved: list[int] = []
         for start in range(0, len(leaving), _MOVED_AT_ONCE):
             batch = leaving[start : start + _MOVED_AT_ONCE]
@@ -152,7 +153,7 @@ class _Expiry:
         return moved
 
     def _copy_aside(self, version: int) -> bytes | None:
-        """The manifest, now in expired/ too; written anew where it was there, so that its grace begins now."""
+        """Copy a manifest to expired/, anew where it was there, so that its grace begins now; None where it is gone."""
         try:
             data = seal(log.read(self.storage, version))
         except FileNotFoundError:  # another expiry was quicker
@@ -170,7 +171,7 @@ class _Expiry:
         return data
 
     def _expired(self, leaving: Iterable[int], kept: Iterable[int]) -> list[int]:
-        """Versions in expired/ that readers may have open, and those that a dry run would move there."""
+        """List versions in expired/ that readers may have open, and those that a dry run would move there."""
         # Twice: POSIX lets a listing miss a file that another expiry puts in the place of its like at that moment.
         listings = [self.storage.entries(log.EXPIRED, recursive=False) for _ in range(2)]
         copies = [copy for listing in listings for copy in _versions_and_times(listing)]
@@ -178,12 +179,13 @@ class _Expiry:
         return sorted((young | set(leaving)) - set(kept))
 
     def _num_put_aside(self) -> int:
-        """Manifests that were found damaged within the grace time: readers may have those snapshots open."""
+        """Count manifests that were found damaged within the grace time: readers may have those snapshots open."""
         aside = self.storage.entries(damage.DAMAGED, recursive=False)
         return sum(damage.is_manifest(entry.path) and self._age_s(entry) <= self.grace_s for entry in aside)
 
     def _files(self, versions: Sequence[int], folders: Sequence[str]) -> dict[str, int]:
-        """Paths of all files that the manifests name, with the bytes of those with rows; the first folder counts."""
+        """Return paths of all files that the manifests name, with the bytes of those with rows; the first folder
+        counts."""
         found: dict[str, int] = {}
         for files in in_threads(lambda version: self._files_of(version, folders), versions, _THREADS):
             found |= files
@@ -202,7 +204,7 @@ class _Expiry:
     def _doomed(
         self, listed: Sequence[StorageEntry], named: set[str], data_too: bool
     ) -> tuple[list[StorageEntry], list[str]]:
-        """Old files that nobody needs, and the runs that some of them were staged by.
+        """List old files that nobody needs, and the runs that some of them were staged by.
 
         Without `data_too` data stays: where there is no manifest, the log may be what was lost; and one that was
         damaged may have named it.
@@ -224,7 +226,7 @@ class _Expiry:
         return [*doomed, *(entry for run in dead for entry in by_run[run])], dead
 
     def _delete(self, paths: Sequence[str], progress: Progress | None) -> int:
-        """How many are gone: all, or those until half the grace time was over."""
+        """Delete files until half the grace time is over; return how many are gone."""
         for start in range(0, len(paths), _DELETED_AT_ONCE):
             if self._is_late():
                 return start
@@ -234,7 +236,7 @@ class _Expiry:
         return len(paths)
 
     def _delete_old_copies(self, kept: Iterable[int]) -> None:
-        """Manifests whose files are gone, and those of kept snapshots, copied by a run that was cut off."""
+        """Delete manifests whose files are gone, and those of kept snapshots, copied by a run that was cut off."""
         still_there = set(kept)
         for version, made_s in _versions_and_times(self.storage.entries(log.EXPIRED, recursive=False)):
             # No run takes longer than half the grace: a copy that is older than that is nobody's.
@@ -244,6 +246,6 @@ class _Expiry:
 
 
 def _versions_and_times(entries: Iterable[StorageEntry]) -> list[tuple[int, float]]:
-    """Of manifests, ascending."""
+    """Return versions and times of the manifests among files, ascending."""
     found = ((log.version_of(entry.path.rsplit("/", 1)[-1]), entry.mtime_s) for entry in entries)
     return sorted((version, made_s) for version, made_s in found if version is not None)

@@ -1,4 +1,4 @@
-"""Is one data file what was committed, and do the files of a shard agree? The rows' part of `verify`.
+"""Check of data files: is each what was committed, and do those of a shard agree? The rows' part of `verify`.
 
 Letters of shapes: N rows of a file, M live rows of several files.
 """
@@ -32,7 +32,7 @@ from featurestore.storage.storage import Storage
 
 @dataclass(frozen=True)
 class FileKeys:
-    """What the comparison of files needs of each row: key, xxh3-64 of its uri, whether it is a tombstone, all (N,)."""
+    """What is compared of each row of a file: key, xxh3-64 of its uri, whether it is a tombstone, all (N,)."""
 
     keys_N: Int64Array
     uri_hash_N: Int64Array
@@ -42,7 +42,7 @@ class FileKeys:
 def check_file(
     storage: Storage, info: StoreInfo, shard: int, entry: FileEntry, memory: FileMemory
 ) -> tuple[list[str], FileKeys | None]:
-    """What is wrong with a data file, and its keys, none where it cannot be read.
+    """List what is wrong with a data file, and return its keys, none where it cannot be read.
 
     Size, sha256, page checksums, columns, row counts, order, duplicates, membership, values. Reads the whole file once;
     needs its size, from `memory`, and a block. Raises StorageError, except for a broken sector of a local disk.
@@ -66,7 +66,7 @@ def check_file(
 
 
 def collisions(files: Sequence[FileKeys]) -> Int64Array:
-    """Keys that get another uri while they live, in files of one shard, oldest first; deleted keys are free."""
+    """Return keys that get another uri while they live, in files of one shard, oldest first; deleted keys are free."""
     keys_M, uri_M = np.empty(0, np.int64), np.empty(0, np.int64)  # live rows, by key
     broken = []
     for file in files:
@@ -81,9 +81,9 @@ def collisions(files: Sequence[FileKeys]) -> Int64Array:
 
 
 def readable_keys(storage: Storage, info: StoreInfo, shard: int, entry: FileEntry) -> tuple[FileKeys, list[str]]:
-    """Keys that can still be read of a damaged file, and uris (empty where those cannot); row groups whose pages do not
-    fit their checksums are left out. Nothing at all where the file is gone, its footer is broken, or it is another file
-    than the one that was committed: of another size, other rows, or with keys of other shards."""
+    """Read the keys that can still be read of a damaged file, and uris (empty where those cannot); row groups whose
+    pages do not fit their checksums are left out. Nothing at all where the file is gone, its footer is broken, or it is
+    another file than the one that was committed: of another size, other rows, or with keys of other shards."""
     found, uris = [], []
     try:
         if storage.size(entry.path) != entry.bytes:

@@ -1,4 +1,4 @@
-"""The snapshots of a store side by side: all of them, what differs between two, and the way back to one.
+"""History of a store: its snapshots, what differs between two, and the way back to one.
 
 Letters of shapes: K rows that may differ, N keys.
 """
@@ -44,8 +44,8 @@ class LogEntry:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Some rows by name: keys (N,) and uris."""
+class NamedRows:
+    """The names of some rows: keys (N,) and uris."""
 
     keys_N: Int64Array
     uris: list[str]
@@ -56,18 +56,18 @@ class Rows:
 
 @dataclass(frozen=True)
 class SnapshotDiff:
-    """From one snapshot to another, each by shard and splitmix64.
+    """Differences from one snapshot to another, each by shard and splitmix64.
 
     Changed: another feature, or another content, uri or size of the image; not where its tag alone is new.
     """
 
-    added: Rows
-    changed: Rows
-    removed: Rows
+    added: NamedRows
+    changed: NamedRows
+    removed: NamedRows
 
 
 def log(store: FeatureStore, last: int | None = None) -> list[LogEntry]:
-    """The kept snapshots, newest first; the `last` ones where that is given. Reads one small file for each."""
+    """List the kept snapshots, newest first; the `last` ones where that is given. Reads one small file for each."""
     known = manifests.versions(store.storage)[::-1][:last]
     pins: dict[int, list[str]] = {}
     for pin in read_pins(store.storage):
@@ -86,7 +86,7 @@ def log(store: FeatureStore, last: int | None = None) -> list[LogEntry]:
 
 
 def diff(store: FeatureStore, before: int, after: int, progress: Progress | None = None) -> SnapshotDiff:
-    """What came, changed and went from snapshot `before` to `after`, in whichever order they were made.
+    """Find what came, changed and went from snapshot `before` to `after`, in whichever order they were made.
 
     Shards with the same files are not read; of others the keys are, and features only of rows in files that one of the
     two snapshots alone has. Raises SnapshotNotFoundError, CorruptFileError.
@@ -124,7 +124,7 @@ def restore(store: FeatureStore, version: int) -> Snapshot:
 
 
 def _shard_diff(old: Snapshot, new: Snapshot, shard: int) -> tuple[pa.Table, pa.Table, pa.Table]:
-    """Key and uri of the rows that came, changed and went."""
+    """Return key and uri of the rows that came, changed and went."""
     old_files, new_files = old.manifest.files(shard), new.manifest.files(shard)
     num_same = 0
     for mine, other in zip(old_files, new_files, strict=False):
@@ -149,7 +149,7 @@ def _shard_diff(old: Snapshot, new: Snapshot, shard: int) -> tuple[pa.Table, pa.
 def _changed(
     old: Snapshot, new: Snapshot, shard: int, old_table: pa.Table, new_table: pa.Table
 ) -> npt.NDArray[np.bool_]:
-    """Which rows of equal keys differ; features are compared as many at a time as a row group holds."""
+    """Tell which rows of equal keys differ; features are compared as many at a time as a row group holds."""
     keys_K = numpy_column(new_table, KEY)
     changed_K = np.zeros(len(keys_K), np.bool_)
     for name in _COMPARED:
@@ -166,7 +166,7 @@ def _changed(
 
 
 def _live_rows(snapshot: Snapshot, shard: int, keys_K: Int64Array) -> pa.Table:
-    """What is compared of the live rows among `keys_K`, by splitmix64, without features."""
+    """Read what is compared of the live rows among `keys_K`, by splitmix64, without features."""
     reader = snapshot.shard_reader(shard)
     columns = [KEY, *_COMPARED]
     table = reader.read(columns) if reader.entries else schema_of(snapshot.info).empty_table().select(columns)
@@ -182,5 +182,5 @@ def _no_rows(snapshot: Snapshot) -> pa.Table:
     return schema_of(snapshot.info).empty_table().select([KEY, URI])
 
 
-def _rows(table: pa.Table) -> Rows:
-    return Rows(numpy_column(table, KEY), text_column(table, URI))
+def _rows(table: pa.Table) -> NamedRows:
+    return NamedRows(numpy_column(table, KEY), text_column(table, URI))

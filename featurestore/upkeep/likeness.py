@@ -1,4 +1,4 @@
-"""Two snapshots, of one store or of two: which images both have, and whether these have the same features.
+"""Likeness of two snapshots, of one store or two: which images both have, and whether with the same features.
 
 Letters of shapes: C rows that both have, K rows whose features are compared, D feature width.
 """
@@ -54,7 +54,7 @@ class Likeness:
 def compare(
     old: Snapshot, new: Snapshot, sample_rows: int, seed: int = 0, progress: Progress | None = None
 ) -> Likeness:
-    """Reads keys and content digests of both snapshots, shard by shard, and the features of about `sample_rows` rows.
+    """Compare keys and content digests of both snapshots, shard by shard, and the features of about `sample_rows` rows.
 
     The two may have different numbers of shards. Raises SpecMismatchError where their features are of different kinds,
     CorruptFileError.
@@ -69,7 +69,7 @@ def compare(
     counts, features = np.zeros(4, np.int64), [np.empty((0, old.info.dim), np.float32)] * 2
     equal = 0
     for group in range(num_groups):
-        mine, theirs = _Rows(old, group, num_groups), _Rows(new, group, num_groups)
+        mine, theirs = _GroupRows(old, group, num_groups), _GroupRows(new, group, num_groups)
         _, at_C, other_C = np.intersect1d(mine.keys, theirs.keys, assume_unique=True, return_indices=True)
         same_C = mine.digests[at_C] == theirs.digests[other_C]
         counts += [len(mine.keys), len(theirs.keys), len(at_C), int((~same_C).sum())]
@@ -95,7 +95,7 @@ def compare(
     )
 
 
-class _Rows:
+class _GroupRows:
     """The live rows of a snapshot in one of `num_groups` groups of neighbouring shards: the shards of a store that has
     no more of them. By splitmix64."""
 
@@ -113,7 +113,7 @@ class _Rows:
         self.keys: Int64Array = np.concatenate([np.empty(0, np.int64), *(keys for _, keys in self._readers)])
 
     def features(self, keys_K: Int64Array) -> npt.NDArray[np.generic]:
-        """As they are stored, (K, D); all keys are there."""
+        """Read features as they are stored, (K, D); all keys are there."""
         features_KD = np.zeros((len(keys_K), self._width), self._dtype)
         for reader, keys in self._readers:
             here_K = np.isin(keys_K, keys)
@@ -123,7 +123,8 @@ class _Rows:
 
 
 def _differences(old_KD: Float32Array, new_KD: Float32Array) -> tuple[int, float | None, float | None]:
-    """Rows that are not the same, mean cosine, and the largest difference in parts of the longer one's length."""
+    """Count rows that are not the same; return that, mean cosine, and the largest difference in parts of the longer
+    one's length."""
     if not len(old_KD):
         return 0, None, None
     length_K, other_K = (np.linalg.norm(each.astype(np.float64), axis=1) for each in (old_KD, new_KD))

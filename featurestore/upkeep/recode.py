@@ -1,6 +1,6 @@
-"""The rows of a store in another dtype, as a new store: sampled, encoded shard by shard, published by one commit.
+"""Recode: a new store with the rows of another in another dtype, made shard by shard and published by one commit.
 
-What is done stands below `staging/recode` in the new store, so a recode that was killed goes on where it stopped.
+What is done is noted in `staging/recode` of the new store, so a recode that was killed continues where it stopped.
 Letters of shapes: N rows, M live rows of a shard, D feature width.
 """
 
@@ -28,7 +28,7 @@ from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import FeatureStore
-from featurestore.upkeep.accuracy import compare
+from featurestore.upkeep.accuracy import measure_accuracy
 from featurestore.upkeep.compaction import merged_blocks
 
 REPORT_PATH = "reports/recode.json"
@@ -41,7 +41,7 @@ _TRAINING_SEED, _COMPARED_SEED = 0, 1
 
 
 class RecodeReport(Sealed):
-    """What a recode did and what it cost in accuracy; `reports/recode.json` of the new store."""
+    """Results of a recode, and what it cost in accuracy; `reports/recode.json` of the new store."""
 
     source: str
     source_version: int
@@ -62,8 +62,8 @@ class RecodeReport(Sealed):
     recall_at_10: float | None
 
 
-class _Plan(Sealed):
-    """What is being made of what; written before the new store, whose codec is trained by then."""
+class _RecodePlan(Sealed):
+    """Plan of a recode: what is made of what; written before the new store, whose codec is trained by then."""
 
     source: str
     source_version: int
@@ -95,13 +95,13 @@ def recode(
 ) -> RecodeReport:
     """Make a store at `target_url` of the live rows of a snapshot (the newest by default), and measure what it keeps.
 
-    The same call again goes on after a kill, with the same snapshot, and gives the report where all is done. Needs the
-    memory of a few blocks for each thread, and of `sample_rows` in float32. Raises StoreExistsError where
-    something else is at the place, InvalidRowsError where there are no rows to take ranges from or `dtype` cannot hold
-    one, CorruptFileError before anything of a damaged file is used.
+    The same call again continues after a kill, with the same snapshot, and gives the report where all is done. Needs
+    the memory of a few blocks for each thread, and of `sample_rows` in float32. Raises StoreExistsError where something
+    else is at the place, InvalidRowsError where there are no rows to take ranges from or `dtype` cannot hold one,
+    CorruptFileError before anything of a damaged file is used.
     """
     storage = Storage(target_url, keep_inside=True)
-    plan = _read(storage, _PLAN_PATH, _Plan)
+    plan = _read(storage, _PLAN_PATH, _RecodePlan)
     if plan is None:
         finished = _finished(source, storage, dtype, version)
         if finished is not None:
@@ -124,7 +124,7 @@ def read_report(storage: Storage) -> RecodeReport | None:
 
 
 def sample(snapshot: Snapshot, num_rows: int, seed: int) -> tuple[Int64Array, npt.NDArray[np.float32]]:
-    """Keys (N,) and decoded features (N, D) of random live rows, at most `num_rows`.
+    """Draw keys (N,) and decoded features (N, D) of random live rows, at most `num_rows`.
 
     From each of up to 64 random shards rows that are neighbours there, so that few row groups are read: keys are
     hashed, so neighbours have nothing in common.
@@ -155,7 +155,7 @@ def _read(storage: Storage, path: str, model_class: type[ModelT]) -> ModelT | No
 
 
 def _finished(source: FeatureStore, storage: Storage, dtype: DType, version: int | None) -> RecodeReport | None:
-    """The report, where just this recode is done already; None where the place is free. Raises StoreExistsError."""
+    """Return the report where this recode is done already; None where the place is free. Raises StoreExistsError."""
     if storage.url == source.url:
         raise StoreExistsError(f"{storage.url} is the source itself: name another place for the new store")
     try:
@@ -169,7 +169,9 @@ def _finished(source: FeatureStore, storage: Storage, dtype: DType, version: int
     return report
 
 
-def _make_plan(source: FeatureStore, storage: Storage, dtype: DType, version: int | None, sample_rows: int) -> _Plan:
+def _make_plan(
+    source: FeatureStore, storage: Storage, dtype: DType, version: int | None, sample_rows: int
+) -> _RecodePlan:
     """Train the codec, and keep what is to be done; of several who start at once all follow the first."""
     refuse_unsafe(storage)  # before anything is written: the new store itself comes after codec and plan
     snapshot = source.snapshot(version)
@@ -183,7 +185,7 @@ def _make_plan(source: FeatureStore, storage: Storage, dtype: DType, version: in
             )
         codec = Codec(dtype, train_ranges(sample_ND))
     kind = source.info.model_dump() | {"dtype": dtype, "codec": write_codec(storage, codec), "store_id": ""}
-    plan = _Plan(
+    plan = _RecodePlan(
         source=source.url,
         source_version=snapshot.version,
         source_commit_id=snapshot.manifest.commit_id,
@@ -191,13 +193,13 @@ def _make_plan(source: FeatureStore, storage: Storage, dtype: DType, version: in
         info=StoreInfo.model_validate(kind),
     )
     storage.create_exclusive(_PLAN_PATH, seal(plan))
-    first = _read(storage, _PLAN_PATH, _Plan)
+    first = _read(storage, _PLAN_PATH, _RecodePlan)
     assert first is not None, "the plan was made just now"
     return first
 
 
 def _planned_snapshot(
-    source: FeatureStore, storage: Storage, plan: _Plan, dtype: DType, version: int | None
+    source: FeatureStore, storage: Storage, plan: _RecodePlan, dtype: DType, version: int | None
 ) -> Snapshot:
     asked = dtype, plan.source_version if version is None else version
     snapshot = source.snapshot(plan.source_version)
@@ -212,7 +214,7 @@ def _planned_snapshot(
 def _recode_shards(
     snapshot: Snapshot, target: FeatureStore, threads: int, progress: Progress | None
 ) -> dict[int, _DoneShard]:
-    """All shards of the snapshot; those done before are not done again."""
+    """Recode all shards of the snapshot; those done before are not done again."""
     shards = sorted(snapshot.manifest.shards)
     done = {shard: found for shard in shards if (found := _done_shard(target.storage, shard)) is not None}
     work = [shard for shard in shards if shard not in done]
@@ -246,7 +248,8 @@ def _recode_shard(snapshot: Snapshot, target: FeatureStore, shard: int) -> _Done
 def _encoded_blocks(
     reader: ShardReader, codec: Codec, target: FeatureStore, num_clipped: list[int]
 ) -> Iterator[pa.Table]:
-    """The live rows of a shard as the new store keeps them; the clipped numbers of each block go to `num_clipped`."""
+    """Encode the live rows of a shard as the new store keeps them; the clipped numbers of each block go to
+    `num_clipped`."""
     for block in merged_blocks(reader):
         values_KD = codec.decode(matrix_of(block, reader.info))
         bits_KD, storable_K = target.codec.encode_storable(values_KD)
@@ -263,8 +266,8 @@ def _done_path(shard: int) -> str:
     return f"{_STAGING}/shard-{shard:04d}.json"
 
 
-def _publish(target: FeatureStore, plan: _Plan, done: dict[int, _DoneShard]) -> Snapshot:
-    """The one commit; where it was made before a kill, or by a twin, that one. Raises CommitConflictError."""
+def _publish(target: FeatureStore, plan: _RecodePlan, done: dict[int, _DoneShard]) -> Snapshot:
+    """Publish the one commit, or find it where it was made before a kill or by a twin. Raises CommitConflictError."""
 
     entries = {shard: [each.entry] for shard, each in done.items() if each.entry is not None}
     storage, info = target.storage, target.info
@@ -278,10 +281,10 @@ def _publish(target: FeatureStore, plan: _Plan, done: dict[int, _DoneShard]) -> 
         return Snapshot(storage, info, first)
 
 
-def _report(plan: _Plan, snapshot: Snapshot, made: Snapshot, num_clipped: int) -> RecodeReport:
-    """Compares rows that are read back from the new store."""
+def _report(plan: _RecodePlan, snapshot: Snapshot, made: Snapshot, num_clipped: int) -> RecodeReport:
+    """Compare rows that are read back from the new store."""
     keys_N, exact_ND = sample(snapshot, _COMPARED_ROWS, _COMPARED_SEED)
-    accuracy = compare(exact_ND, made.codec.decode(made.get(keys_N)))
+    accuracy = measure_accuracy(exact_ND, made.codec.decode(made.get(keys_N)))
     num_rows = made.manifest.file_rows
     return RecodeReport(
         source=plan.source,

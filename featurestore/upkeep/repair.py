@@ -41,7 +41,7 @@ _ASIDE = ("stray", "expired", "quarantine")
 
 @dataclass
 class RepairReport:
-    """What it did (or would do, in a dry run), one line each, and what no program can mend."""
+    """Actions of a repair, or of a dry run, one line each, and what no program can mend."""
 
     actions: list[str] = field(default_factory=list)
     left: list[Problem] = field(default_factory=list)
@@ -80,7 +80,7 @@ def repair(store: FeatureStore | str, dry_run: bool = False, progress: Progress 
 
 
 def _mend_manifests(store: FeatureStore, problems: Sequence[Problem], report: RepairReport, dry_run: bool) -> None:
-    """From the newest on: behind a stray file may be a damaged commit, which is then the newest."""
+    """Mend manifests from the newest on: behind a stray file may be a damaged commit, which is then the newest."""
     if not problems:
         return
     left = set(log.versions(store.storage))
@@ -101,11 +101,11 @@ def _mend_manifests(store: FeatureStore, problems: Sequence[Problem], report: Re
 
 
 def _mend_files(store: FeatureStore, problems: Sequence[Problem], report: RepairReport, dry_run: bool) -> None:
-    """Those of the newest snapshot in one commit; a note for each, as older ones name them, then or from now on."""
+    """Mend files of the newest snapshot in one commit, and note each, as older snapshots name them or soon will."""
     reasons = {problem.path: problem.message for problem in problems}
     if not reasons:
         return
-    plan = _Plan(store, reasons, store.storage.now(), dry_run)
+    plan = _RepairPlan(store, reasons, store.storage.now(), dry_run)
     for shard, files in newest_good(store.storage).shards.items():
         plan.add(shard, files)
     report.num_quarantined = len(plan.lost)
@@ -119,8 +119,9 @@ def _mend_files(store: FeatureStore, problems: Sequence[Problem], report: Repair
         report.version = plan.commit().publish().version
 
 
-class _Plan:
-    """What takes the place of which file, and which images are lost with it. Tombstone files are written at once."""
+class _RepairPlan:
+    """Plan of a repair: what takes the place of which file, and which images are lost. Tombstone files are written at
+    once."""
 
     def __init__(self, store: FeatureStore, reasons: Mapping[str, str], now_s: float, dry_run: bool) -> None:
         """`reasons` by the paths of damaged files."""
@@ -131,7 +132,7 @@ class _Plan:
         self.actions: list[str] = []
 
     def add(self, shard: int, files: Sequence[FileEntry]) -> None:
-        """A shard of the newest snapshot, its files oldest first."""
+        """Plan for a shard of the newest snapshot, its files oldest first."""
         if any(entry.path in self._reasons or entry.statistics_path in self._reasons for entry in files):
             self.based_on[shard] = files
         for place, entry in enumerate(files):
@@ -173,7 +174,7 @@ class _Plan:
         self.replacements[entry.path] = None if self._dry_run or not len(stale) else self._tombstones(shard, stale)
 
     def _keys_of(self, shard: int, files: Sequence[FileEntry]) -> Int64Array:
-        """Of all rows of those files that are good, tombstones too."""
+        """Return the keys of all rows of the good files, tombstones too."""
         good = [entry for entry in files if entry.path not in self._reasons]
         return ShardReader(self._store.storage, self._store.info, shard, good).all_keys()
 

@@ -1,4 +1,4 @@
-"""Is every file of a store what was written? Names each one that is not, and the command that repairs it."""
+"""Check of every file of a store: names each that is not what was written, and the command that repairs it."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,8 +55,8 @@ class Problem:
 
 @dataclass
 class VerifyReport:
-    """What was looked at, and what is wrong. `known` are files that a repair has noted: older snapshots alone name
-    them, and they go when those expire."""
+    """Counts of what was checked, and what is wrong. `known` are files that a repair has noted: older snapshots alone
+    name them, and they go when those expire."""
 
     num_manifests: int = 0
     num_files: int = 0
@@ -120,7 +120,7 @@ def _repair(url: str, does: str) -> str:
 
 
 def _read_manifests(store: FeatureStore, report: VerifyReport) -> dict[int, Manifest]:
-    """Those of the log that are good."""
+    """Read the manifests of the log that are good."""
     good: dict[int, Manifest] = {}
     storage, url = store.storage, store.url
     known = log.versions(storage)
@@ -287,7 +287,7 @@ def _id(entry: FileEntry) -> FileId:
 
 
 def _longest(chains: set[tuple[FileId, ...]]) -> list[tuple[FileId, ...]]:
-    """Without those that others go on from: what is wrong in them is wrong there too."""
+    """Drop chains that others continue: what is wrong in them is wrong there too."""
     ordered = sorted(chains)
     return [
         chain

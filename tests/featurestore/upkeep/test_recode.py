@@ -169,7 +169,7 @@ def test_a_recode_that_was_cut_off_goes_on(
 
 def test_cut_off_after_the_commit(source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(recode_module, "compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(recode_module, "measure_accuracy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             recode(source, tmp_path / "new", "int8")
     new = FeatureStore.open(tmp_path / "new")
