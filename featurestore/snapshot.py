@@ -6,11 +6,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from featurestore.errors import MissingKeysError
 from featurestore.format.codec import Codec, codec_of
-from featurestore.format.datafile import METADATA_COLUMNS, rows_of, schema_of
+from featurestore.format.datafile import rows_of, schema_of
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard_reader import ShardReader
 from featurestore.format.statistics import FeatureStatistics, Moments
@@ -58,11 +57,6 @@ class Snapshot:
     def keys(self) -> Int64Array:
         """Read the keys of all live rows, ascending (M,)."""
         return np.sort(np.concatenate([np.empty(0, np.int64), *self._each_shard(lambda reader: reader.keys())]))
-
-    def metadata_table(self) -> pa.Table:
-        """Key, uri, content_digest, source_tag, width and height of all live rows; no features are read."""
-        empty = schema_of(self.info).empty_table().select(METADATA_COLUMNS)
-        return pa.concat_tables([empty, *self._each_shard(lambda reader: reader.read(METADATA_COLUMNS))])
 
     def get(self, keys: Sequence[int] | Int64Array) -> npt.NDArray[Any]:
         """Read features in the order asked, (U, D), as they are stored: `codec.decode` makes them float32.

@@ -46,14 +46,18 @@ def info(url: Url, version: Version = None, at: At = None) -> None:
 @app.command(
     epilog="Examples:\n\n"
     "- `python -m featurestore get data/features -7079617629412041231`\n\n"
-    "- `python -m featurestore get data/features --uri shirts/1.jpg --out shirt.npy`",
+    "- `python -m featurestore get data/features --uri shirts/1.jpg --out shirt.npy`\n\n"
+    "- `python -m featurestore get data/features --uri shirts/1.jpg --out shirt.arrow`",
     context_settings={"ignore_unknown_options": True},  # half of all keys are negative, and look like options
 )
 def get(
     url: Url,
     keys: Annotated[list[int] | None, typer.Argument(metavar="[KEY]...", help="Keys of images.")] = None,
     uri: Annotated[list[str] | None, typer.Option("--uri", help="Uri of an image, instead of its key.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write float32 (keys, dim) to this .npy file.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Write NAME.npy (keys, dim), or NAME.arrow (key, feature as a tensor)."),
+    ] = None,
     version: Version = None,
     at: At = None,
 ) -> None:
@@ -67,7 +71,7 @@ def get(
     store = FeatureStore.open(url)
     values_UD = store.codec.decode(chosen_snapshot(store, version, at).get(wanted_U))
     if out is not None:
-        _write_npy(out, values_UD)
+        _write(out, wanted_U, values_UD)
         return
     for key, row_D in zip(wanted_U, values_UD, strict=True):
         sys.stdout.write(f"{key}: {' '.join(f'{value:.6g}' for value in row_D)}\n")
@@ -87,13 +91,21 @@ def quarantine(url: Url) -> None:
     )
 
 
-def _write_npy(path: Path, values_UD: npt.NDArray[np.float32]) -> None:
+def _write(path: Path, keys_U: npt.NDArray[np.int64], values_UD: npt.NDArray[np.float32]) -> None:
+    import pyarrow as pa
+
     from featurestore.storage.regular import check_regular
 
     try:
         if path.exists():
             check_regular(path)
         with path.open("wb") as file:
-            np.save(file, values_UD)
+            if path.suffix != ".arrow":
+                np.save(file, values_UD)
+                return
+            feature = pa.FixedShapeTensorArray.from_numpy_ndarray(values_UD)
+            table = pa.table({"key": pa.array(keys_U), "feature": feature})
+            with pa.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table)
     except OSError as error:
         raise FeatureStoreError(f"cannot write {path}: {error}") from error

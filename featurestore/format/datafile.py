@@ -105,14 +105,6 @@ def matrix_of(table: pa.Table, info: StoreInfo) -> npt.NDArray[Any]:
     return np.frombuffer(_fixed_buffer(table, FEATURE), dtype=info.storage_dtype).reshape(-1, info.dim)
 
 
-def tensor_column(table: pa.Table, info: StoreInfo) -> "pa.ExtensionArray[Any]":
-    """The features as Arrow's fixed-shape tensor, for tools that know it; bfloat16 as its bits in uint16."""
-    values = pa.array(matrix_of(table, info).reshape(-1))
-    storage = pa.FixedSizeListArray.from_arrays(values, info.dim)
-    tensor = pa.fixed_shape_tensor(values.type, [info.dim])
-    return pa.ExtensionArray.from_storage(tensor, storage)
-
-
 def encode(table: pa.Table, info: StoreInfo, group_bytes: int = ROW_GROUP_BYTES) -> pa.Buffer:
     """Return the bytes of a Parquet file with the rows of `table`."""
     sink = pa.BufferOutputStream()

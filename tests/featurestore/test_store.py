@@ -18,9 +18,10 @@ from featurestore.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
-from featurestore.format.datafile import schema_of, table_of, tensor_column
+from featurestore.format.datafile import schema_of
 from featurestore.staging import read_shards_of_parts
 from tests.featurestore.faulty import faulty
+from tests.metadata import metadata_of
 
 
 class StoreContract:
@@ -54,7 +55,7 @@ class StoreContract:
         snapshot = store.snapshot()
         assert (snapshot.version, snapshot.num_rows) == (0, 0)
         assert len(snapshot.keys()) == 0
-        assert snapshot.metadata_table().num_rows == 0
+        assert metadata_of(snapshot).num_rows == 0
         assert len(snapshot.read_shard(0)) == 0
         assert snapshot.statistics().count == 0
         with pytest.raises(SnapshotNotFoundError, match="no snapshot 3; the newest is 0"):
@@ -80,14 +81,6 @@ class StoreContract:
             assert part.content_digest_N[j] == rows.content_digest_N[i]
             assert (part.width_N[j], part.height_N[j]) == (rows.width_N[i], rows.height_N[i])
             assert np.array_equal(part.features_ND[j], rows.features_ND[i])
-
-    def test_the_metadata_table_has_no_features(self, store: FeatureStore, make_rows) -> None:
-        rows = make_rows(30, store.info)
-        table = store.put(rows).metadata_table()
-        assert table.column_names == ["key", "uri", "content_digest", "source_tag", "width", "height"]
-        assert dict(zip(table["key"].to_pylist(), table["uri"].to_pylist(), strict=True)) == dict(
-            zip(rows.keys_N.tolist(), rows.uris, strict=True)
-        )
 
     @pytest.mark.parametrize("count", [0, 1])
     def test_no_row_and_one_row(self, store: FeatureStore, make_rows, count: int) -> None:
@@ -324,9 +317,6 @@ class TestMotoStore(StoreContract):
         return f"{moto_url}/store"
 
 
-def test_other_tools_can_read_the_feature_as_a_tensor(info: StoreInfo, make_rows) -> None:
-    rows = make_rows(6, info)
-    tensor = tensor_column(table_of(rows, info), info)
-    assert np.array_equal(tensor.to_numpy_ndarray(), rows.features_ND)
+def test_other_tools_find_dtype_and_shape_of_the_feature(info: StoreInfo) -> None:
     field = schema_of(info).field("feature")
     assert field.metadata == {b"dtype": b"bfloat16", b"shape": b"[8]"}

@@ -12,6 +12,7 @@ import pytest
 import xxhash
 
 from featurestore import FeatureRows, FeatureStore, StoreInfo, to_bits, to_float32
+from tests.metadata import metadata_of
 
 MASK = (1 << 64) - 1
 
@@ -79,9 +80,7 @@ def test_a_reader_written_from_the_page_reads_what_ours_reads(tmp_path: Path, in
     keys = snapshot.keys()
     snapshot = store.delete(keys[::9])
     found = read_store(tmp_path / "store")
-    ours = dict(
-        zip(snapshot.metadata_table()["key"].to_pylist(), snapshot.metadata_table()["uri"].to_pylist(), strict=True)
-    )
+    ours = dict(zip(metadata_of(snapshot)["key"].to_pylist(), metadata_of(snapshot)["uri"].to_pylist(), strict=True))
     assert {key: uri for key, (uri, _) in found.items()} == ours
     assert len(ours) == 260 - len(keys[::9])
     features_UD = to_float32(snapshot.get(list(ours)), info.dtype)

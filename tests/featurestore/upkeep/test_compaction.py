@@ -17,6 +17,7 @@ from featurestore.spec import FileEntry
 from featurestore.upkeep.compaction import MAX_DELTAS, compact, merged_blocks, needs_compaction
 from featurestore.upkeep.history import restore
 from tests.featurestore.faulty import fails, faulty
+from tests.metadata import metadata_of
 
 
 def fill(store: FeatureStore, make_rows) -> FeatureRows:
@@ -39,7 +40,7 @@ def assert_same(old: Snapshot, new: Snapshot) -> None:
     keys = old.keys()
     assert np.array_equal(keys, new.keys()) and old.num_rows == new.num_rows
     assert np.array_equal(old.get(keys), new.get(keys))
-    assert old.metadata_table().equals(new.metadata_table())
+    assert metadata_of(old).equals(metadata_of(new))
     mine, theirs = old.statistics(), new.statistics()
     assert mine.count == theirs.count
     np.testing.assert_allclose(mine.mean_D, theirs.mean_D, rtol=1e-6, atol=1e-7)

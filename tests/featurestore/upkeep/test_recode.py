@@ -26,6 +26,7 @@ from featurestore.storage.storage import Storage
 from featurestore.upkeep import recode as recode_module
 from featurestore.upkeep.recode import read_report, recode, sample
 from featurestore.upkeep.verify import verify
+from tests.metadata import metadata_of
 
 DIM = 32
 
@@ -78,7 +79,7 @@ def test_every_live_row_is_there_in_one_snapshot(source: FeatureStore, tmp_path:
     assert snapshot.version == 1 and report.num_rows == snapshot.num_rows == snapshot.manifest.file_rows == 870
     assert all(len(files) == 1 and files[0].kind == "base" for files in snapshot.manifest.shards.values())
     assert seen == [(n, 8) for n in range(1, 9)]
-    assert snapshot.metadata_table().equals(source.snapshot().metadata_table())
+    assert metadata_of(snapshot).equals(metadata_of(source.snapshot()))
     keys, values = all_of(source)
     assert np.array_equal(new.snapshot().get(keys), new.codec.encode(values))
     same_kind = new.info.model_copy(update={"dtype": "float32", "codec": None}).kind

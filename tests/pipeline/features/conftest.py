@@ -10,6 +10,7 @@ from featurestore.store import FeatureStore
 from pipeline.features.extract import ExtractOptions, extract
 from pipeline.features.refresh import RefreshOptions, refresh
 from pipeline.network.backbone import backbone
+from tests.metadata import metadata_of
 
 NETWORK = "mobilenet_v3_small:avgpool"  # small, and another than the tests of extraction use
 
@@ -71,7 +72,7 @@ def counts(summary):
 def rows_of(store):
     """Everything that a store says of each image, features included."""
     snapshot = FeatureStore.open(store).snapshot()
-    table = snapshot.metadata_table().sort_by("key")
+    table = metadata_of(snapshot).sort_by("key")
     features = snapshot.get(table["key"].to_numpy())
     return {row["uri"]: (*row.values(), bits.tobytes()) for row, bits in zip(table.to_pylist(), features, strict=True)}
 

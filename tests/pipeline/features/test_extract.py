@@ -22,6 +22,7 @@ from pipeline.features.extract import ExtractOptions, extract
 from pipeline.features.part import in_order
 from pipeline.network import DEFAULT_BACKBONE
 from pipeline.network.backbone import backbone, describe_network
+from tests.metadata import metadata_of
 
 pytestmark = [pytest.mark.filterwarnings("ignore:weights random"), pytest.mark.usefixtures("one_torch_thread")]
 
@@ -83,7 +84,7 @@ def test_stored_rows_are_those_of_torchvisions_own_forward(run, photos, tmp_path
     assert (summary.num_images, summary.num_computed, summary.snapshot) == (5, 5, 1)
     expected_BD = torchvision_features(paths)
     np.testing.assert_allclose(stored(tmp_path, uris), expected_BD, rtol=1e-4, atol=1e-4 * expected_BD.max())
-    metadata = FeatureStore.open(tmp_path / "features").snapshot().metadata_table().to_pylist()
+    metadata = metadata_of(FeatureStore.open(tmp_path / "features").snapshot()).to_pylist()
     assert {row["uri"]: (row["width"], row["height"]) for row in metadata} == {
         uri: Image.open(path).size for uri, path in zip(uris, paths, strict=True)
     }

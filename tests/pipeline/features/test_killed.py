@@ -20,6 +20,7 @@ from featurestore.store import FeatureStore
 from pipeline.cluster.connect import WORKER_CONFIG
 from pipeline.features.extract import ExtractOptions, extract
 from pipeline.features.refresh import RefreshOptions, refresh
+from tests.metadata import metadata_of
 
 BIN, JOBS = Path(sys.executable).parent, Path(__file__).parents[3] / "jobs"
 NETWORK = "mobilenet_v3_small:avgpool"  # small: each worker that starts builds it again
@@ -73,8 +74,8 @@ def make(client, tmp_path):
 def assert_same_rows(store, calm):
     """Everything that two stores say of each image; features but for the rounding that other batches bring."""
     mine, theirs = (FeatureStore.open(place).snapshot() for place in (store, calm))
-    table = mine.metadata_table().sort_by("key")
-    assert table.to_pylist() == theirs.metadata_table().sort_by("key").to_pylist()
+    table = metadata_of(mine).sort_by("key")
+    assert table.to_pylist() == metadata_of(theirs).sort_by("key").to_pylist()
     keys_N = table["key"].to_numpy()
     features_ND, expected_ND = mine.get(keys_N), theirs.get(keys_N)
     np.testing.assert_allclose(features_ND, expected_ND, rtol=1e-3, atol=1e-5 * expected_ND.max())

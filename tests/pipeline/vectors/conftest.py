@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from featurestore.store import FeatureStore
 from jobs import import_features
 from pipeline.vectors import xdl
+from tests.metadata import metadata_of
 
 DIM = 6
 
@@ -47,7 +48,7 @@ def stored(path, keys):
 
 
 def uris(path):
-    return {row["key"]: row["uri"] for row in FeatureStore.open(path).snapshot().metadata_table().to_pylist()}
+    return {row["key"]: row["uri"] for row in metadata_of(FeatureStore.open(path).snapshot()).to_pylist()}
 
 
 def fixed_binary(data_ND):

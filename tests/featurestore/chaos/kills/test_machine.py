@@ -20,6 +20,7 @@ from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
 from featurestore.upkeep.pins import pin, unpin
+from tests.metadata import metadata_of
 
 URIS = st.lists(st.sampled_from([f"u{i}" for i in range(12)]), max_size=6)
 AGE_S = 30 * 86400.0
@@ -173,7 +174,7 @@ class StoreMachine(RuleBasedStateMachine):
         contents = self.past[snapshot.version]
         assert snapshot.keys().tolist() == sorted(contents)
         assert list(map(tuple, snapshot.get(sorted(contents)).tolist())) == [contents[k] for k in sorted(contents)]
-        assert snapshot.num_rows == snapshot.metadata_table().num_rows == len(contents)
+        assert snapshot.num_rows == metadata_of(snapshot).num_rows == len(contents)
 
     @rule(back=st.integers(0, 5))
     def open_by_number_and_time(self, back: int) -> None:
