@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -103,7 +103,7 @@ def _write(path: Path, keys_U: npt.NDArray[np.int64], values_UD: npt.NDArray[np.
             if path.suffix != ".arrow":
                 np.save(file, values_UD)
                 return
-            feature = pa.FixedShapeTensorArray.from_numpy_ndarray(values_UD)
+            feature: Any = pa.FixedShapeTensorArray.from_numpy_ndarray(values_UD)
             table = pa.table({"key": pa.array(keys_U), "feature": feature})
             with pa.ipc.new_file(file, table.schema) as writer:
                 writer.write_table(table)
