@@ -96,14 +96,14 @@ class Comm(ABC):
     def agree(self, error: Exception | None, name: str = "agree") -> None:
         """Every rank calls this with its error or None; if any has one, all raise.
 
-        A rank with an error raises it, the others RemoteRankError with the first failed rank and its text.
+        A rank with an error raises it, the others RemoteRankError with the first failed rank and its error.
         """
-        texts = self.allgather_object(None if error is None else f"{type(error).__name__}: {error}", name=name)
+        errors = self.allgather_object(None if error is None else (type(error).__name__, str(error)), name=name)
         if error is not None:
             raise error
-        for rank, text in enumerate(texts):
-            if text is not None:
-                raise RemoteRankError(rank, text)
+        for rank, found in enumerate(errors):
+            if found is not None:
+                raise RemoteRankError(rank, *found)
 
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:

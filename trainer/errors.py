@@ -10,7 +10,7 @@ TrainerError
 ├── PlanError         this machine could not be measured for a plan
 ├── AdIndexError      an index of ads was replaced meanwhile, or is of another checkpoint
 │   └── AdIndexNotFoundError     no index of ads at the address
-├── RemoteRankError   another rank failed; the text is its error
+├── RemoteRankError   another rank failed; kind and text are those of its error
 └── LostRankError     another rank is gone, or out of reach
     └── LateRankError another rank has not come to a collective in time
 """
@@ -69,15 +69,14 @@ class AdIndexNotFoundError(AdIndexError):
 
 
 class RemoteRankError(TrainerError):
-    """Rank `rank` failed with `text`; this rank stops because of it, not because of an error of its own."""
+    """Rank `rank` failed with an error of class `kind`; this rank stops because of it, not because of its own."""
 
-    def __init__(self, rank: int, text: str) -> None:
-        super().__init__(rank, text)
-        self.rank = rank
-        self.text = text
+    def __init__(self, rank: int, kind: str, text: str) -> None:
+        super().__init__(rank, kind, text)
+        self.rank, self.kind, self.text = rank, kind, text
 
     def __str__(self) -> str:
-        return f"rank {self.rank} failed: {self.text}"
+        return f"rank {self.rank} failed: {self.kind}: {self.text}"
 
 
 class LostRankError(TrainerError):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.errors import MissingKeysError, UserError
+from featurestore.errors import MissingKeysError
 from trainer.cli import run_on_ranks
 from trainer.config.config import WARM_PARTS, Config, load_config
 from trainer.errors import RemoteRankError
@@ -75,24 +75,21 @@ def main(
 
 
 def on_ranks(load: Callable[[], Config], work: Callable[[Config, "Comm"], None]) -> int:
-    """Do `work` with the loaded settings on every rank, see `run_on_ranks`; returns the exit code."""
+    """Do `work` with the loaded settings on every rank, see `run_on_ranks`; return the exit code.
+
+    Where an image has no feature, the error gets a note on what to do.
+    """
 
     def do(comm: "Comm") -> None:
         config = load()
         try:
             work(config, comm)
-        except UserError as failure:
-            if _is_missing_key(failure):
+        except (MissingKeysError, RemoteRankError) as failure:
+            if MissingKeysError.__name__ in (type(failure).__name__, getattr(failure, "kind", None)):
                 failure.add_note(MISSING_KEY_ADVICE.format(store=config.data.store))
             raise
 
     return run_on_ranks(do)
-
-
-def _is_missing_key(failure: UserError) -> bool:
-    """Whether this rank, or the one whose error was sent here, found an image without a feature."""
-    name = failure.text.partition(":")[0] if isinstance(failure, RemoteRankError) else type(failure).__name__
-    return name == MissingKeysError.__name__
 
 
 def warm_settings(warm_start: str | None, warm_parts: str | None) -> list[str]:

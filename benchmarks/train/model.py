@@ -47,13 +47,9 @@ class Model:
     def batches(self) -> Iterator[Batch]:
         """This rank's batches, epoch after epoch without end, read ahead: those of the trainer."""
         for epoch in itertools.count():
-            with closing(
-                ReadAhead(self.run.train_reader.batches(epoch), self.run.config.data.prefetch_batches)
-            ) as ahead:
-                for item in ahead:
-                    if isinstance(item, Exception):
-                        raise item
-                    yield item
+            batches, depth = self.run.train_reader.batches(epoch), self.run.config.data.prefetch_batches
+            with closing(ReadAhead(batches, depth)) as ahead:
+                yield from ahead
 
     def loss(self, batch: Batch, vectors: Images) -> Tensor:
         """This rank's part of the mean loss over the global batch."""

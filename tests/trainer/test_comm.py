@@ -58,6 +58,6 @@ class TestSolo:
 
 
 def test_remote_error_survives_pickling() -> None:
-    error = pickle.loads(pickle.dumps(RemoteRankError(3, "DataError: no samples")))
-    assert (error.rank, error.text) == (3, "DataError: no samples")
+    error = pickle.loads(pickle.dumps(RemoteRankError(3, "DataError", "no samples")))
+    assert (error.rank, error.kind, error.text) == (3, "DataError", "no samples")
     assert str(error) == "rank 3 failed: DataError: no samples"

@@ -271,7 +271,7 @@ class TestCommandLine:
     @pytest.mark.parametrize(("error", "told"), [("MissingKeysError", True), ("DataError", False)])
     def test_missing_key_of_another_rank(self, monkeypatch: pytest.MonkeyPatch, error: str, told: bool) -> None:
         def fail(*_: Any) -> None:
-            raise RemoteRankError(1, f"{error}: 3 keys")
+            raise RemoteRankError(1, error, "3 keys")
 
         monkeypatch.setattr("trainer.main.train", fail)
         result = CliRunner().invoke(app, [])

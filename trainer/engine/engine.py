@@ -1,7 +1,7 @@
 """The engine of a run: everything that one step needs, and the step itself. The loop and the tests drive this alone."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 
@@ -20,11 +20,11 @@ from trainer.comm import Comm
 from trainer.config.options import ExchangeConfig, ModelConfig, OptimConfig
 from trainer.engine.machine import check_memory
 from trainer.engine.precision import with_compute_dtype
-from trainer.engine.similarity import Similarity, pairs_of_fields, similarities
+from trainer.engine.similarity import ImageComparison, Similarity, pairs_of_fields
 from trainer.engine.wiring import model_name, services_of, table_shapes
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import ContentSource, Exchange, FieldVectors, Request, Source
-from trainer.exchange.reuse import VectorCache
+from trainer.exchange.reuse import ReusingSource, VectorCache
 from trainer.ids.exact import ExactTable
 from trainer.ids.optimizers import SHARED_STATE, RowOptimizer, row_optimizer
 from trainer.ids.tables import apply_gradients, build_tables
@@ -115,23 +115,15 @@ class Engine:
             )
         )
         self.model.place.comm, self.model.place.seed = comm, seed
-        self._config, self._compared = model, pairs_of_fields(self.fields, model)
         self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
-        signatures: dict[str, Signatures] = {}
-        signatures_of_store: dict[str, Signatures] = {}
-        compared = {*self._compared, *self._compared.values()}
         sources: dict[str, Source] = dict(self.tables)
         source_of_field = {field.name: field.table_name for field in self.fields if field.is_id}
         for field in self.fields:
             if field.kind == "content":
                 network = model_name(field, model)
                 name = source_of_field[field.name] = f"{field.store_name}:{network}"
-                service = self.services[field.store_name]
-                sources[name] = ContentSource(service, network, comm.size, self._cache(service, network, exchange))
-                if field.name in compared:
-                    signatures[name] = signatures_of_store.setdefault(
-                        field.store_name, Signatures(service.partition, service.scaling)
-                    )
+                if name not in sources:
+                    sources[name] = self._content_source(self.services[field.store_name], network, exchange)
         new_ads = self.model.new_ads
         self._embedding_dropout = EmbeddingDropout(
             seed, model.feature_dropout, model.embed_dropout, model.image_holdout if new_ads else 0.0
@@ -140,7 +132,9 @@ class Engine:
             service.dropout = self._embedding_dropout
         held_out = dict.fromkeys(new_ads.images if new_ads else (), self._embedding_dropout.is_held_out)
         self._id_dropout = IdDropout(schema, model.id_dropout, seed, held_out)
-        self._exchange = Exchange(comm, sources, source_of_field, device, dtype, exchange, self.stages, signatures)
+        self._exchange = Exchange(comm, sources, source_of_field, device, dtype, exchange, self.stages)
+        numbers = {name: list(sources).index(source) for name, source in source_of_field.items()}
+        self._comparison = self._comparison_of(model, numbers)
         self._check_same_on_all_ranks()
 
     @property
@@ -148,23 +142,28 @@ class Engine:
         """The fields that the model uses; a batch may hold more."""
         return self.model.fields
 
-    def prepare(self, batch: Batch | Exception, kind: Kind = "step") -> Prepared:
-        """Exchanges the keys of a batch and gathers what its owners need; independent of weights, so it may run a step
-        ahead, in a thread beside the step before.
+    def prepared(self, batches: Iterator[Batch], kind: Kind = "step") -> Iterator[Prepared]:
+        """Exchange the keys of one batch after the other and gather what their owners need; independent of weights, so
+        it may run a step ahead, in a thread beside the step before.
 
-        All ranks call it, for the batches of one kind in the same order. An exception in place of the batch stops all:
-        this rank raises it, others RemoteRankError.
+        All ranks ask for batches of one kind in the same order. One that cannot be read, or does not fit the model,
+        stops all ranks: this one raises its error, others RemoteRankError.
         """
-        if isinstance(batch, Batch):
-            batch = self.model.check(batch) or batch
-        if isinstance(batch, Exception):
-            self._exchange.request(batch, kind)
-            raise AssertionError("an exception handed to the exchange is raised by it")
-        request = self._exchange.request(batch.fields, kind)
-        if not self._compared:
-            return Prepared(batch, request, {})
-        with self.stages.timed("compare images", kind):
-            return Prepared(batch, request, similarities(batch, self._compared, request.words_of_field, self._config))
+        while True:
+            try:
+                batch = next(batches)
+                self.model.check(batch)
+            except StopIteration:
+                return
+            except Exception as failure:  # whatever it is, the other ranks wait for this one's keys
+                self._exchange.refuse(failure, kind)
+            request = self._exchange.request(batch.fields, kind)
+            similarity = {} if self._comparison is None else self._comparison.similarities(batch, request)
+            yield Prepared(batch, request, similarity)
+
+    def prepare(self, batch: Batch, kind: Kind = "step") -> Prepared:
+        """Prepare one batch as `prepared` does; all ranks call it."""
+        return next(self.prepared(iter([batch]), kind))
 
     def train_step(self, prepared: Prepared) -> StepResult:
         """Forward, backward, one allreduce, and one step of both optimisers. All ranks call it."""
@@ -304,12 +303,25 @@ class Engine:
                 vectors = self.model.new_ads(vectors)
             return network(vectors, dense, group_of_sample_B)
 
-    def _cache(self, service: EmbeddingService, network: str, exchange: ExchangeConfig | None) -> VectorCache | None:
-        """Where the vectors of one E are kept for some steps, if they are to be."""
+    def _content_source(self, service: EmbeddingService, network: str, exchange: ExchangeConfig | None) -> Source:
+        """One E as a source; where its vectors are to be kept for some steps, with a cache of them."""
+        source = ContentSource(service, network, self._comm.size)
         if exchange is None or exchange.reuse_steps == 0:
+            return source
+        rows = service.partition.num_rows
+        cache = VectorCache(rows, source.width, exchange.reuse_steps, self._device, self._dtype)
+        return ReusingSource(source, cache)
+
+    def _comparison_of(self, model: ModelConfig, source_of_field: Mapping[str, int]) -> ImageComparison | None:
+        """What compares images with each other; None where the model does not look at that."""
+        pairs = pairs_of_fields(self.fields, model)
+        if not pairs:
             return None
-        rows, width = service.partition.num_rows, service.width(network)
-        return VectorCache(rows, width, exchange.reuse_steps, self._device, self._dtype)
+        compared = {f.name: self.services[f.store_name] for f in self.fields if f.name in {*pairs, *pairs.values()}}
+        made = {service: Signatures(service.partition, service.scaling) for service in compared.values()}
+        numbers = {name: source_of_field[name] for name in compared}
+        signatures = {numbers[name]: made[service] for name, service in compared.items()}
+        return ImageComparison(self._comm, model, pairs, numbers, signatures, self.stages)
 
     def _check_same_on_all_ranks(self) -> None:
         digest = hashlib.sha256()

@@ -12,14 +12,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from featurestore.lookup.signatures import Words, cosines
+from featurestore.lookup.signatures import WORDS, Signatures, Words, cosines
+from trainer.comm import Comm
 from trainer.config.options import ModelConfig
 from trainer.errors import ConfigError
+from trainer.exchange.exchange import Request, splits_of
 from trainer.samples.batch import Batch
 from trainer.samples.columns import ranges
 from trainer.schema import Field
+from trainer.stages import Stages
 
 Int64 = NDArray[np.int64]
 
@@ -101,18 +105,48 @@ def _nearest(
     return value_N[order_N[place_N < top_k]], np.minimum(counts_B, top_k)
 
 
-def similarities(
-    batch: Batch, pairs: Mapping[str, str], words_of_field: Mapping[str, Words], config: ModelConfig
-) -> dict[str, Similarity]:
-    """`similarity` of every behaviour field; `words_of_field` has the signature of each value of the content fields."""
-    return {
-        behaviors: similarity(
-            batch,
-            behaviors,
-            words_of_field[ad],
-            words_of_field[behaviors],
-            config.similarity_tiers,
-            config.similarity_top_k,
-        )
-        for behaviors, ad in pairs.items()
-    }
+class ImageComparison:
+    """Compares a batch's images of behaviours with those of its ads, by signatures that come from their owners."""
+
+    def __init__(
+        self,
+        comm: Comm,
+        config: ModelConfig,
+        pairs: Mapping[str, str],
+        source_of_field: Mapping[str, int],
+        signatures_of_source: Mapping[int, Signatures],
+        stages: Stages,
+    ) -> None:
+        """`pairs`: as `pairs_of_fields`; sources by their numbers in the exchange, the same on all ranks."""
+        self._comm, self._config, self._stages = comm, config, stages
+        self._pairs, self._source_of_field = pairs, source_of_field
+        self._signatures = dict(sorted(signatures_of_source.items()))
+
+    def similarities(self, batch: Batch, request: Request) -> dict[str, Similarity]:
+        """`similarity` of every behaviour field. All ranks call it; what goes wrong is kept in the request."""
+        with self._stages.timed("exchange signatures", request.kind):
+            words_of_source = {number: self._words(number, request) for number in self._signatures}
+        tiers, top_k = self._config.similarity_tiers, self._config.similarity_top_k
+        with self._stages.timed("compare images", request.kind):
+            words = {
+                name: words_of_source[number][request.places_of_field[name]]
+                for name, number in self._source_of_field.items()
+            }
+            return {
+                behaviors: similarity(batch, behaviors, words[ad], words[behaviors], tiers, top_k)
+                for behaviors, ad in self._pairs.items()
+            }
+
+    def _words(self, number: int, request: Request) -> Words:
+        """Signatures (U, W) of the keys that this rank asked of a source, by one alltoall."""
+        keys_R = request.received.keys_SR[number]
+        reply_RW = np.zeros((len(keys_R), WORDS), np.uint64)
+        try:
+            if request.error is None:
+                reply_RW = self._signatures[number].of(keys_R)
+        except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
+            request.error = failure
+        splits_P = splits_of(request.received.counts_PS[:, number])
+        name = f"{request.kind}.signatures.{number}"
+        words_U, _ = self._comm.alltoall(torch.from_numpy(reply_RW.view(np.int64)), splits_P, name=name)
+        return words_U.numpy().view(np.uint64)

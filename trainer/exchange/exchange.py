@@ -7,7 +7,7 @@ of vectors. See trainer/samples/batch.py for the letters of shapes; here also S 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -15,10 +15,8 @@ from torch import Tensor
 
 from featurestore.keys import owner_of, shard_of
 from featurestore.lookup.embedding import EmbeddingService, Gathered
-from featurestore.lookup.signatures import WORDS, Signatures, Words
 from trainer.comm import Comm
 from trainer.config.options import ExchangeConfig
-from trainer.exchange.reuse import ReusePlan, VectorCache
 from trainer.exchange.routing import (
     FAILED,
     OK,
@@ -63,12 +61,11 @@ class Source(Protocol):
 
 @dataclass
 class ContentRequest:
-    """Gathered features of the unique keys; of those that are computed now, where a plan says which."""
+    """Gathered features of the unique keys whose vectors E makes now: all of them, unless `reuse.ReusingSource`."""
 
     gathered: Gathered
     inverse_R: Int64
     num_unique: int
-    plan: ReusePlan | None
 
     @property
     def num_computed(self) -> int:
@@ -77,29 +74,26 @@ class ContentRequest:
 
 
 class ContentSource:
-    """One E of an embedding service, and, where `cache` is given, its vectors of the last steps."""
+    """One E of an embedding service."""
 
-    def __init__(self, service: EmbeddingService, model: str, num_ranks: int, cache: VectorCache | None = None) -> None:
-        self._service, self._model, self._num_ranks, self._cache = service, model, num_ranks, cache
+    def __init__(self, service: EmbeddingService, model: str, num_ranks: int) -> None:
+        self._service, self._model, self._num_ranks = service, model, num_ranks
         self._num_shards = service.partition.info.num_shards
         self.width = service.width(model)
 
     def owner_of(self, keys_U: Int64) -> Int64:
         return owner_of(shard_of(keys_U, self._num_shards), self._num_ranks)
 
+    def places(self, keys_Q: Int64) -> Int64:
+        """The row of each key in the partition, -1 for one without a feature."""
+        return self._service.partition.places(keys_Q)
+
     def serve(self, keys_R: Int64, kind: Kind) -> ContentRequest:
         keys_Q, inverse_R = unique(keys_R)
-        num_unique, plan = len(keys_Q), None
-        if self._cache is not None and kind == "step":
-            plan, fresh_Q = self._cache.plan(self._service.partition.places(keys_Q))
-            keys_Q = keys_Q[fresh_Q]
-        return ContentRequest(self._service.gather(keys_Q), inverse_R, num_unique, plan)
+        return ContentRequest(self._service.gather(keys_Q), inverse_R, len(keys_Q))
 
     def vectors(self, served: ContentRequest) -> Tensor:
-        computed = self._service.embed(self._model, served.gathered)
-        if self._cache is None or served.plan is None:
-            return computed
-        return self._cache.combine(served.plan, computed)
+        return self._service.embed(self._model, served.gathered)
 
     def release(self, served: ContentRequest) -> None:
         self._service.release(served.gathered)
@@ -137,14 +131,16 @@ class Request:
     """Keys asked and received for one batch."""
 
     asked_S: list[Bucketized]
+    received: KeyBlocks
     served_S: list[Any]
     plans: list[WidthPlan]
+    places_of_field: dict[str, Int64]
+    """Of each value its place among the unique keys that its source was asked for."""
     index_of_field: dict[str, Tensor]
+    """The same, on the device."""
     lengths_of_field: dict[str, Tensor]
     kind: Kind
     """The first part of its collectives' names, so that one request of each kind may be under way at a time."""
-    words_of_field: dict[str, Words]
-    """The signature of each value of the content fields whose images are compared."""
     error: Exception | None = field(default=None)
     """What went wrong on this rank while it served; agreed on together with the vectors."""
     backward: StageSequence | None = field(default=None)
@@ -184,51 +180,40 @@ class Exchange:
         dtype: torch.dtype = torch.float32,
         config: ExchangeConfig | None = None,
         stages: Stages | None = None,
-        signatures: Mapping[str, Signatures] | None = None,
     ) -> None:
-        """`signatures`: what makes signatures of a source's images, for the sources whose images are compared."""
         self._comm, self._device, self._dtype = comm, torch.device(device), dtype
         self._config, self._stages = config or ExchangeConfig(), stages or Stages()
         self._sources = list(sources.values())
-        self._signatures = {n: signatures[name] for n, name in enumerate(sources) if signatures and name in signatures}
         self._fields_S = [[f for f, source in source_of_field.items() if source == name] for name in sources]
         self._widths = sorted({source.width for source in self._sources})
 
-    def request(self, fields: Mapping[str, Jagged] | Exception, kind: Kind) -> Request:
+    def request(self, fields: Mapping[str, Jagged], kind: Kind) -> Request:
         """Asks for the keys of `fields` in one alltoall; owners find unique keys and gather what needs no weights.
 
-        An exception in place of fields is agreed on: this rank raises it, the others RemoteRankError. What goes wrong
-        while an owner serves (a missing key) is kept and agreed on by `vectors`. May run in a thread of its own, beside
-        the step of an earlier request; requests of one kind come one after the other.
+        Raises RemoteRankError where another rank refuses. What goes wrong while an owner serves (a missing key) is kept
+        and agreed on by `vectors`. May run in a thread of its own, beside the step of an earlier request; requests of
+        one kind come one after the other.
         """
-        error = fields if isinstance(fields, Exception) else None
-        fields = {} if isinstance(fields, Exception) else fields
-        with self._stages.timed("unique", kind):
-            asked_S = [self._bucketize(source, fields) for source in range(len(self._sources))]
-            payload, lengths_P = pack_key_blocks(OK if error is None else FAILED, asked_S, self._comm.size)
-        with self._stages.timed("exchange keys", kind):
-            received, recv_lengths_P = self._comm.alltoall(
-                torch.from_numpy(payload), _splits(lengths_P), name=f"{kind}.keys"
-            )
-        blocks = unpack_key_blocks(received.numpy(), recv_lengths_P.numpy().astype(np.int64), len(self._sources))
+        asked_S, blocks = self._exchange_keys(fields, kind, OK)
         if (blocks.status_P != OK).any():
-            self._comm.agree(error, name=f"{kind}.keys.agree")
+            self._comm.agree(None, name=f"{kind}.keys.agree")
         served_S: list[Any] = []
+        error: Exception | None = None
         try:
             with self._stages.timed("gather", kind):
                 for source, keys_R in zip(self._sources, blocks.keys_SR, strict=True):
                     served_S.append(source.serve(keys_R, kind))
         except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
             error = failure
-        words_of_field: dict[str, Words] = {}
-        if self._signatures:
-            with self._stages.timed("exchange signatures", kind):
-                for number, signatures in self._signatures.items():
-                    words_UW, error = self._words(number, signatures, blocks, kind, error)
-                    words_of_field |= self._words_of_fields(number, words_UW, asked_S[number], fields)
         plans = [self._plan(w, asked_S, None if error else served_S, blocks.counts_PS) for w in self._widths]
-        index, lengths = self._fields_of(asked_S, fields)
-        return Request(asked_S, served_S, plans, index, lengths, kind, words_of_field, error)
+        places, index, lengths = self._fields_of(asked_S, fields)
+        return Request(asked_S, blocks, served_S, plans, places, index, lengths, kind, error)
+
+    def refuse(self, error: Exception, kind: Kind) -> NoReturn:
+        """Stand in for `request` on a rank that has no batch; raises `error`, on the other ranks RemoteRankError."""
+        self._exchange_keys({}, kind, FAILED)
+        self._comm.agree(error, name=f"{kind}.keys.agree")
+        raise error
 
     def vectors(self, request: Request) -> dict[str, FieldVectors]:
         """The vectors of every field, with autograd attached: one alltoall per width, and in backward one per width.
@@ -270,31 +255,18 @@ class Exchange:
             source.release(served)
         request.served_S = []
 
-    def _words(
-        self, number: int, signatures: Signatures, blocks: KeyBlocks, kind: Kind, error: Exception | None
-    ) -> tuple[Words, Exception | None]:
-        """Signatures (U, W) of the keys that this rank asked of source `number`, and what has gone wrong so far."""
-        keys_R = blocks.keys_SR[number]
-        reply_RW = np.zeros((len(keys_R), WORDS), np.uint64)
-        try:
-            if error is None:
-                reply_RW = signatures.of(keys_R)
-        except Exception as failure:  # as above
-            error = failure
-        splits = _splits(blocks.counts_PS[:, number])
-        name = f"{kind}.signatures.{number}"
-        received, _ = self._comm.alltoall(torch.from_numpy(reply_RW.view(np.int64)), splits, name=name)
-        return received.numpy().view(np.uint64), error
-
-    def _words_of_fields(
-        self, number: int, words_UW: Words, asked: Bucketized, fields: Mapping[str, Jagged]
-    ) -> dict[str, Words]:
-        found, start = {}, 0
-        for name in self._fields_S[number]:
-            end = start + len(fields[name].values_N)
-            found[name] = words_UW[asked.inverse_N[start:end]]
-            start = end
-        return found
+    def _exchange_keys(
+        self, fields: Mapping[str, Jagged], kind: Kind, status: int
+    ) -> tuple[list[Bucketized], KeyBlocks]:
+        """What this rank asks of each source, and what all ranks ask of this one."""
+        with self._stages.timed("unique", kind):
+            asked_S = [self._bucketize(source, fields) for source in range(len(self._sources))]
+            payload, lengths_P = pack_key_blocks(status, asked_S, self._comm.size)
+        with self._stages.timed("exchange keys", kind):
+            received, recv_lengths_P = self._comm.alltoall(
+                torch.from_numpy(payload), splits_of(lengths_P), name=f"{kind}.keys"
+            )
+        return asked_S, unpack_key_blocks(received.numpy(), recv_lengths_P.numpy().astype(np.int64), len(self._sources))
 
     def _bucketize(self, source: int, fields: Mapping[str, Jagged]) -> Bucketized:
         values = [fields[name].values_N for name in self._fields_S[source] if name in fields]
@@ -319,25 +291,27 @@ class Exchange:
             width,
             sources,
             torch.from_numpy(rows).to(self._device),
-            _splits(reply_splits_P),
-            _splits(send_counts_PS.sum(axis=1) + 1),
+            splits_of(reply_splits_P),
+            splits_of(send_counts_PS.sum(axis=1) + 1),
             torch.from_numpy(status_rows_P).to(self._device),
             slices_SP,
         )
 
     def _fields_of(
         self, asked_S: list[Bucketized], fields: Mapping[str, Jagged]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    ) -> tuple[dict[str, Int64], dict[str, Tensor], dict[str, Tensor]]:
+        places: dict[str, Int64] = {}
         index: dict[str, Tensor] = {}
         lengths: dict[str, Tensor] = {}
         for asked, names in zip(asked_S, self._fields_S, strict=True):
             start = 0
             for name in names:
                 end = start + len(fields[name].values_N)
-                index[name] = torch.from_numpy(asked.inverse_N[start:end]).to(self._device)
+                places[name] = asked.inverse_N[start:end]
+                index[name] = torch.from_numpy(places[name]).to(self._device)
                 lengths[name] = torch.from_numpy(fields[name].lengths_M.astype(np.int64)).to(self._device)
                 start = end
-        return index, lengths
+        return places, index, lengths
 
 
 class _Answers(torch.autograd.Function):
@@ -392,6 +366,6 @@ class _Answers(torch.autograd.Function):
         return (None, None, *unique_S)
 
 
-def _splits(counts_P: Int64) -> Tensor:
-    """Counts as Horovod wants them."""
+def splits_of(counts_P: Int64) -> Tensor:
+    """Convert counts to the type that Horovod wants."""
     return torch.from_numpy(counts_P.astype(np.int32))

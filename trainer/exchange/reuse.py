@@ -11,6 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainer.exchange.exchange import ContentRequest, ContentSource
+from trainer.exchange.routing import Int64, unique
+from trainer.stages import Kind
+
 _NEVER = -(2**31)
 
 
@@ -74,6 +78,33 @@ class VectorCache:
         gradient_FV[known_F] += self._waiting_NV.index_select(0, place)
         self._waiting_NV.index_fill_(0, place, 0.0)
         return gradient_FV
+
+
+@dataclass
+class ReusingRequest(ContentRequest):
+    """Features of the unique keys that are computed now, and which those are."""
+
+    plan: ReusePlan
+
+
+class ReusingSource:
+    """A `ContentSource` that skips E in training steps for what `cache` holds."""
+
+    def __init__(self, source: ContentSource, cache: VectorCache) -> None:
+        self._source, self._cache = source, cache
+        self.width, self.owner_of, self.release = source.width, source.owner_of, source.release
+
+    def serve(self, keys_R: Int64, kind: Kind) -> ContentRequest:
+        if kind != "step":
+            return self._source.serve(keys_R, kind)
+        keys_Q, inverse_R = unique(keys_R)
+        plan, fresh_Q = self._cache.plan(self._source.places(keys_Q))
+        fresh = self._source.serve(keys_Q[fresh_Q], kind)
+        return ReusingRequest(fresh.gathered, inverse_R, len(keys_Q), plan)
+
+    def vectors(self, served: ContentRequest) -> Tensor:
+        computed = self._source.vectors(served)
+        return self._cache.combine(served.plan, computed) if isinstance(served, ReusingRequest) else computed
 
 
 class _Combine(torch.autograd.Function):

@@ -1,6 +1,8 @@
 """SIGINT and SIGTERM end a run at a step's end: the ranks agree on the step, write a checkpoint, and exit."""
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -10,11 +12,16 @@ from trainer.errors import RemoteRankError, TrainerError
 class StoppedError(TrainerError):
     """A signal asked for the run to end. It travels to the other ranks as any error does, instead of a batch."""
 
-    @classmethod
-    def sent_by(cls, failure: RemoteRankError) -> "StoppedError | None":
-        """What another rank raised, if that was its wish to stop."""
-        mark = f"{cls.__name__}: "
-        return cls(failure.text.removeprefix(mark)) if failure.text.startswith(mark) else None
+
+@contextlib.contextmanager
+def stopped_together() -> Iterator[None]:
+    """Raise StoppedError in the block where another rank has raised it."""
+    try:
+        yield
+    except RemoteRankError as failure:
+        if failure.kind == StoppedError.__name__:
+            raise StoppedError(failure.text) from None
+        raise
 
 
 class StopSignals:

@@ -18,6 +18,7 @@ from trainer.comm import Comm
 from trainer.engine.engine import StepResult
 from trainer.engine.machine import device_name
 from trainer.errors import TrainerError
+from trainer.exchange.exchange import ContentRequest, Request
 from trainer.stages import AHEAD, WAIT, Stages
 
 Phase = Literal["wait", "compute", "evaluate", "checkpoint"]
@@ -97,6 +98,37 @@ class Totals:
         if self.steps <= 1:
             return self.samples, self.step_seconds
         return self.samples - self.warm_up_samples, self.step_seconds - self.warm_up_s
+
+
+def count_images(request: Request) -> ImageCounts:
+    """Count the images of this rank's batch, and those that this rank serves and computes for all; before its step."""
+    pairs = zip(request.asked_S, request.served_S, strict=True)
+    content = [(asked, served) for asked, served in pairs if isinstance(served, ContentRequest)]
+    return ImageCounts(
+        references=sum(len(asked.inverse_N) for asked, _ in content),
+        served=sum(served.num_unique for _, served in content),
+        computed=sum(served.num_computed for _, served in content),
+    )
+
+
+def step_details(
+    comm: Comm, totals: Totals, stages: Stages, unique_by_field: Mapping[str, tuple[int, int]], images: ImageCounts
+) -> dict[str, float]:
+    """What TensorBoard gets of a step that is logged, beside its loss; called by every rank."""
+    last_ms = stages.last_ms()
+    details = {f"stage_ms/{name}": value for name, value in last_ms.items()}
+    for name, row in stage_table([last_ms]).items():
+        shares = {of: row[of] for of in ("share_of_step", "hidden")}
+        details |= {f"stage_{of}/{name}": share for of, share in shares.items() if share is not None}
+    details |= {f"unique_ratio/{name}": different / max(keys, 1) for name, (different, keys) in unique_by_field.items()}
+    sent = {name: each.sent for name, each in comm.traffic.items() if name.startswith("step.")}
+    details |= {f"bytes_sent_per_step/{name}": total / totals.steps for name, total in sent.items()}
+    images_R = comm.allgather_object((images.served, images.computed), name="log.images")
+    served = sum(each for each, _ in images_R)
+    if served:
+        details["images/owner_skew"] = max(each for each, _ in images_R) * len(images_R) / served
+        details["images/reused_vectors"] = 1 - sum(computed for _, computed in images_R) / served
+    return details
 
 
 def gather(comm: Comm, own: Totals, stages: Stages) -> dict[str, Any]:

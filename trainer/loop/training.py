@@ -1,22 +1,22 @@
 """The training loop: batches to steps, evaluations and checkpoints when they are due, and a clean end on a signal."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 
 from trainer.config.config import config_digest
 from trainer.engine.engine import Prepared
 from trainer.engine.memory import objects_frozen
-from trainer.errors import RemoteRankError, TrainerError
+from trainer.errors import TrainerError
 from trainer.evaluation.quick import Metrics, evaluate
-from trainer.exchange.exchange import ContentRequest
 from trainer.ids.figures import TableFigures, gather_figures
 from trainer.loop import stopping, summary
 from trainer.loop.profiling import PLACE, tracing
 from trainer.loop.progress import Progression
-from trainer.loop.signals import StoppedError, StopSignals
-from trainer.loop.summary import ImageCounts
+from trainer.loop.signals import StoppedError, StopSignals, stopped_together
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import FORMAT_VERSION, CheckpointState
 from trainer.runs.open import Run
@@ -31,7 +31,6 @@ class Training:
     def __init__(self, run: Run, progress: Progression, signals: StopSignals) -> None:
         self._run, self._engine, self._config = run, run.engine, run.config
         self._progress, self._signals = progress, signals
-        self._content = [field.name for field in run.engine.fields if field.kind == "content"]
         self._patience = run.config.train.early_stopping
         self.totals = summary.Totals()
         self.metrics: Metrics = {}
@@ -96,18 +95,13 @@ class Training:
     @contextmanager
     def _prepared(self, batches: Iterator[Batch], count: int, kind: Kind) -> Iterator[Iterator[Prepared]]:
         """`count` batches, read ahead, and each one prepared beside the step of the one before."""
-        depth = self._config.data.prefetch_batches
-        with closing(ReadAhead(self._engine.stages.each("read", batches, kind), depth)) as ahead:
+        depth, stages = self._config.data.prefetch_batches, self._engine.stages
+        with stopped_together(), closing(ReadAhead(stages.each("read", batches, kind), depth)) as ahead:
             if depth == 0:
-                yield (self._prepare(next(ahead), kind) for _ in range(count))
+                yield itertools.islice(self._engine.prepared(self._until_signal(ahead), kind), count)
                 return
-
-            def prepare() -> Prepared:
-                with self._engine.stages.timed("wait for samples", kind):
-                    item = next(ahead)
-                return self._prepare(item, kind)
-
-            with closing(prepare_ahead(count, prepare)) as waiting:
+            prepared = self._engine.prepared(self._until_signal(stages.each("wait for samples", ahead, kind)), kind)
+            with closing(prepare_ahead(count, partial(next, prepared))) as waiting:
                 yield (self._waited(each, kind) for each in waiting)
 
     def _waited(self, result: Callable[[], Prepared], kind: Kind) -> Prepared:
@@ -118,7 +112,7 @@ class Training:
 
     def _step(self, prepared: Prepared) -> None:
         start_s = time.perf_counter()
-        images = self._count_images(prepared)
+        images = summary.count_images(prepared.request)
         with self.totals.timed("compute"):
             result = self._engine.train_step(prepared)
         if not math.isfinite(result.loss):
@@ -131,19 +125,7 @@ class Training:
         if self._is_due(self._config.train.log_every):
             unique = prepared.request.unique_by_field()
             self.totals.add_unique(unique)
-            last_ms = self._engine.stages.last_ms()
-            details |= {f"stage_ms/{name}": value for name, value in last_ms.items()}
-            for name, row in summary.stage_table([last_ms]).items():
-                shares = {of: row[of] for of in ("share_of_step", "hidden")}
-                details |= {f"stage_{of}/{name}": share for of, share in shares.items() if share is not None}
-            details |= {f"unique_ratio/{name}": different / max(keys, 1) for name, (different, keys) in unique.items()}
-            traffic, steps = self._run.comm.traffic, self.totals.steps
-            details |= {
-                f"bytes_sent_per_step/{name}": each.sent / steps
-                for name, each in traffic.items()
-                if name.startswith("step.")
-            }
-            details |= _shares(self._run.comm.allgather_object((images.served, images.computed), name="log.images"))
+            details = summary.step_details(self._run.comm, self.totals, self._engine.stages, unique, images)
         self._progress.step(self._engine.num_steps, scalars, details)
         self._engine.stages.add_rest(time.perf_counter() - start_s)
 
@@ -203,23 +185,12 @@ class Training:
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self._engine.num_steps % every == 0
 
-    def _prepare(self, item: Batch | Exception, kind: Kind) -> Prepared:
-        """The engine's `prepare`; a stop signal goes in place of the batch, so that all ranks stop here together."""
-        if self._signals.received and isinstance(item, Batch):
-            item = StoppedError(f"{self._signals.received} received")
-        try:
-            return self._engine.prepare(item, kind)
-        except RemoteRankError as failure:
-            raise StoppedError.sent_by(failure) or failure from None
-
-    def _count_images(self, prepared: Prepared) -> ImageCounts:
-        """Of this rank's batch, and of what this rank does for all."""
-        served = [each for each in prepared.request.served_S if isinstance(each, ContentRequest)]
-        return ImageCounts(
-            references=sum(len(prepared.batch.fields[name].values_N) for name in self._content),
-            served=sum(each.num_unique for each in served),
-            computed=sum(each.num_computed for each in served),
-        )
+    def _until_signal(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; a stop signal is raised in place of one, so that all ranks stop there together."""
+        for batch in batches:
+            if self._signals.received:
+                raise StoppedError(f"{self._signals.received} received")
+            yield batch
 
     def _save(self) -> str:
         run = self._run
@@ -243,17 +214,6 @@ class Training:
                     run.comm, run.checkpoints, self._engine, state, self._config.train.keep_checkpoints, self._best()
                 )
             )
-
-
-def _shares(images_R: list[tuple[int, int]]) -> dict[str, float]:
-    """Of the images that each rank served and computed in a step: how uneven, and how many were not made anew."""
-    served = sum(each for each, _ in images_R)
-    if not served:
-        return {}
-    return {
-        "images/owner_skew": max(each for each, _ in images_R) * len(images_R) / served,
-        "images/reused_vectors": 1 - sum(computed for _, computed in images_R) / served,
-    }
 
 
 def total_steps(run: Run) -> int:

@@ -23,13 +23,9 @@ _BASE_NETS: dict[BaseNet, type[CtrModel]] = {
 
 
 def build_model(schema: Schema, config: ModelConfig) -> CtrModel:
-    """The model of `config.base` over the fields of the schema. Raises ConfigError where they do not fit.
-
-    Logistic regression has no network but its attention to images, which learns late from Xavier's large weights: GAUC
-    .628 instead of .700 after two epochs of the drawn clothes (docs/RESULTS.md). So it starts as torch's layers do.
-    """
+    """Build the model of `config.base` over the fields of the schema. Raises ConfigError where they do not fit."""
     model = _BASE_NETS[config.base](schema, config)
-    return model.apply(_start_by_xavier) if config.init == "xavier" and config.base != "lr" else model
+    return model.apply(_start_by_xavier) if config.init == "xavier" and model.starts_by_xavier else model
 
 
 def _start_by_xavier(module: nn.Module) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.options import ModelConfig
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError
 from trainer.exchange.exchange import FieldVectors
 from trainer.models.fields import nearest_of, tiers_of, used_fields, width_of
 from trainer.models.hidden import HiddenLayers, StepPlace
@@ -39,6 +39,9 @@ class CtrModel(nn.Module):
     the look of the ad, as its image or its IDs tell it, meet in products, which an MLP hardly makes of numbers side by
     side (docs/RESULTS.md).
     """
+
+    starts_by_xavier = True
+    """Whether its linear layers start as model.init=xavier says."""
 
     def __init__(self, schema: Schema, config: ModelConfig, *, elsewhere: Collection[str] = ()) -> None:
         """`elsewhere`: user fields that the model takes in by itself, not pooled. Raises ConfigError."""
@@ -73,9 +76,8 @@ class CtrModel(nn.Module):
         """Logits (B,). `fields`: id, multi_id and content; `dense`: (M, width) each; M = G or B by the field's side."""
         raise NotImplementedError
 
-    def check(self, batch: Batch) -> DataError | None:
-        """What is wrong with a batch for this model; asked before its keys are exchanged, so that all ranks stop."""
-        return None
+    def check(self, batch: Batch) -> None:
+        """Raise DataError where a batch does not fit this model; called before its keys are exchanged."""
 
     def inputs(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
         """Everything that the model knows of each sample, (B, input_width)."""

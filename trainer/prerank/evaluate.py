@@ -87,9 +87,8 @@ def score(trained: TrainedRun, samples: str | None) -> Score:
         logit_B: Tensor = model(fields, dense, group_of_sample_B)
         return logit_B
 
-    def predicted(items: Iterator[Batch | Exception]) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
-        for item in items:
-            prepared = engine.prepare(item, "eval")
+    def predicted(batches: Iterator[Batch]) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
+        for prepared in engine.prepared(batches, "eval"):
             yield prepared.batch, engine.compute(prepared, network)
 
     with contextlib.closing(ReadAhead(reader.batches(), data.prefetch_batches)) as ahead:

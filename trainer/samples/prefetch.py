@@ -23,28 +23,27 @@ _LOWEST_PRIORITY = 19
 _LATE, _TIMES = 0.2, 3  # of the time of a step; one after the other
 
 
-class ReadAhead(Iterator[Batch | Exception]):
-    """The same batches, read by a thread up to `depth` ahead (0: none). An error comes as the last item, not raised.
+class ReadAhead(Iterator[Batch]):
+    """The same batches, read by a thread up to `depth` ahead (0: none); an error is raised where its batch would come.
 
-    So the caller can bring it to all ranks before it raises. The thread begins at once, with the priority of who made
-    it, not of who first asks for a batch; `close` ends it.
+    The thread begins at once, with the priority of who made it, not of who first asks for a batch; `close` ends it.
     """
 
     def __init__(self, batches: Iterator[Batch], depth: int) -> None:
-        self._items = _guarded(batches)
+        self._batches = batches
         self._ready: queue.Queue[Batch | Exception | None] = queue.Queue(depth)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._read, name="read-samples", daemon=True) if depth else None
         if self._thread is not None:
             self._thread.start()
 
-    def __next__(self) -> Batch | Exception:
+    def __next__(self) -> Batch:
         if self._thread is None:
-            return next(self._items)
+            return next(self._batches)
         item = None if self._stopped.is_set() else self._ready.get()
-        if item is None:
+        if item is None or isinstance(item, Exception):
             self.close()
-            raise StopIteration
+            raise item or StopIteration
         return item
 
     def close(self) -> None:
@@ -54,10 +53,14 @@ class ReadAhead(Iterator[Batch | Exception]):
             self._thread.join()
 
     def _read(self) -> None:
-        for item in self._items:
-            if not self._put(item):
-                return
-        self._put(None)
+        end = None
+        try:
+            for batch in self._batches:
+                if not self._put(batch):
+                    return
+        except Exception as failure:  # raised by who asks for the batch
+            end = failure
+        self._put(end)
 
     def _put(self, item: Batch | Exception | None) -> bool:
         while not self._stopped.is_set():
@@ -123,10 +126,3 @@ def _step_back() -> None:
     if sys.platform == "linux":  # elsewhere priorities are those of processes
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
-
-
-def _guarded(batches: Iterator[Batch]) -> Iterator[Batch | Exception]:
-    try:
-        yield from batches
-    except Exception as failure:  # handed on as an item: the caller raises it on all ranks
-        yield failure

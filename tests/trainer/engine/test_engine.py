@@ -1,5 +1,7 @@
 """The engine alone: what it refuses, what it reports, and that its state is all there is to resume."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -151,8 +153,14 @@ def test_networks_share_keys_only_when_they_are_one(partition: FeaturePartition)
 
 
 def test_an_error_instead_of_a_batch_is_raised(partition: FeaturePartition) -> None:
+    def failing() -> Iterator[Batch]:
+        yield batch_of(0)
+        raise DataError("label=7")
+
+    prepared = engine_of(partition).prepared(failing())
+    next(prepared)
     with pytest.raises(DataError, match="label=7"):
-        engine_of(partition).prepare(DataError("label=7"))
+        next(prepared)
 
 
 def test_what_does_not_fit_is_named(partition: FeaturePartition) -> None:

@@ -24,6 +24,7 @@ from trainer.comm import Comm, connect
 from trainer.config.options import ExchangeConfig
 from trainer.engine.engine import Engine
 from trainer.errors import DataError
+from trainer.samples.batch import Batch
 from trainer.samples.prefetch import prepare_ahead
 from trainer.stages import Stages
 
@@ -133,13 +134,16 @@ def endings(comm: Comm, store: FeatureStore) -> dict[str, list[str]]:
     engine, result = engine_of(comm, store, missing, "float64"), {}
     samples = steps(missing)[0]
     batch = batch_of(slice_of_rank(samples, "even", 0, comm.rank, comm.size), samples)
-    for name, given in {
-        "missing_key": batch,
-        "reader": DataError("day=1.parquet: label=7 is not 0 or 1") if comm.rank == comm.size - 1 else batch,
-    }.items():
+
+    def unreadable() -> Iterator[Batch]:
+        if comm.rank == comm.size - 1:
+            raise DataError("day=1.parquet: label=7 is not 0 or 1")
+        yield batch
+
+    for name, batches in {"missing_key": iter([batch]), "reader": unreadable()}.items():
         started = time.monotonic()
         try:
-            engine.train_step(engine.prepare(given))
+            engine.train_step(next(engine.prepared(batches)))
             ending = "no error"
         except Exception as error:
             ending = f"{type(error).__name__}: {error}"

@@ -48,19 +48,18 @@ class Din(CtrModel):
         logit_B1: Tensor = self.mlp(torch.cat([self.inputs(fields, dense, group_of_sample_B), interest_BW], dim=1))
         return logit_B1.squeeze(1)
 
-    def check(self, batch: Batch) -> DataError | None:
+    def check(self, batch: Batch) -> None:
         first, *others = self._behaviors
         for name in others:
             one_G, other_G = batch.fields[first].lengths_M, batch.fields[name].lengths_M
             differing = np.flatnonzero(one_G != other_G)
             if len(differing):
                 at = differing[0]
-                return DataError(
+                raise DataError(
                     f"model.base=din pairs {first} and {name} value by value, but a user has {one_G[at]} of the one "
                     f"and {other_G[at]} of the other; write lists of equal length, give one of them another table "
                     "in the schema, or set model.base=mlp"
                 )
-        return None
 
 
 def paired_fields(fields: Collection[Field]) -> list[tuple[Field, Field]]:
