@@ -1,4 +1,4 @@
-"""How ranks talk: the one door to Horovod, and a stand-in for a run of one rank.
+"""Collectives between ranks: the one door to Horovod, and a stand-in for a run of one rank.
 
 A collective has a fixed name per kind, so that collectives of several kinds may be under way at once, from several
 threads; every rank calls those of one kind in the same order, from one thread at a time, also with zero rows.
@@ -56,34 +56,34 @@ class Comm(ABC):
 
     @abstractmethod
     def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """Sends the first `splits_P[0]` rows to rank 0, and so on.
+        """Send the first `splits_P[0]` rows to rank 0, and so on.
 
         Returns the rows received, in the order of the ranks that sent them, and their counts (P,) int32.
         """
 
     @abstractmethod
     def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], None]:
-        """Begins to sum `values` over all ranks, in place; the result has the same bits on every rank.
+        """Begin to sum `values` over all ranks, in place; the result has the same bits on every rank.
 
         They must be left alone until the returned function has been called: it waits for the end.
         """
 
     def allreduce_sum_(self, values: Tensor, name: str) -> Tensor:
-        """`start_allreduce_sum_` and its end; returns `values`."""
+        """Sum `values` over all ranks, in place; return them."""
         self.start_allreduce_sum_(values, name=name)()
         return values
 
     @abstractmethod
     def allgather(self, rows_N: Tensor, name: str) -> Tensor:
-        """The rows of all ranks, in the order of ranks; their numbers may differ."""
+        """Return the rows of all ranks, in the order of ranks; their numbers may differ."""
 
     @abstractmethod
     def allgather_object(self, value: Object, name: str = "objects") -> list[Object]:
-        """One value from each rank, in the order of ranks."""
+        """Return one value from each rank, in the order of ranks."""
 
     @abstractmethod
     def broadcast_object(self, value: Object, root: int = 0) -> Object:
-        """The value of rank `root`."""
+        """Return the value of rank `root`."""
 
     @abstractmethod
     def carrier(self, device: torch.device) -> str | None:
@@ -91,10 +91,10 @@ class Comm(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Leaves the ranks. Safe to call twice."""
+        """Leave the ranks. Safe to call twice."""
 
     def agree(self, error: Exception | None, name: str = "agree") -> None:
-        """Every rank calls this with its error or None; if any has one, all raise.
+        """Raise on all ranks where one has an error; every rank calls it with its error or None.
 
         A rank with an error raises it, the others RemoteRankError with the first failed rank and its error.
         """
@@ -107,7 +107,7 @@ class Comm(ABC):
 
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:
-        """Lets every rank come to the end of the block, and then raises on all of them where one failed."""
+        """Let every rank come to the end of the block, then raise on all of them where one failed."""
         error: Exception | None = None
         try:
             yield
@@ -116,12 +116,12 @@ class Comm(ABC):
         self.agree(error)
 
     def on_all(self, work: Callable[[], Object]) -> Object:
-        """The result of `work` on this rank, once it is known that no rank failed."""
+        """Return the result of `work` on this rank, once it is known that no rank failed."""
         with self.agreed():
             return work()
 
     def on_rank_0(self, work: Callable[[], Object]) -> Object:
-        """The result of `work` on rank 0, on every rank; the others do nothing."""
+        """Return the result of `work` on rank 0, on every rank; the others do nothing."""
         result: Object | None = self.on_all(work if self.rank == 0 else lambda: None)
         return cast("Object", self.broadcast_object(result))
 
@@ -227,7 +227,7 @@ class HorovodComm(Comm):
         traffic.received += received
 
     def _wait(self, handle: int, name: str) -> Any:
-        """The result of the collective. Raises LostRankError, LateRankError."""
+        """Return the result of the collective. Raises LostRankError, LateRankError."""
         start_s, pause_s = time.monotonic(), 1e-4
         try:
             while not self._hvd.poll(handle):
@@ -244,7 +244,7 @@ class HorovodComm(Comm):
             ) from error
 
     def _lateness(self, name: str) -> str:
-        """What to say when collective `name` is over its deadline: which ranks have not come to it."""
+        """Say which ranks have not come to collective `name` before its deadline."""
         bulletin = _Bulletin(self.rank)
         bulletin.post(name)
         time.sleep(_GRACE_S)
@@ -259,7 +259,7 @@ class HorovodComm(Comm):
 
 
 class _Bulletin:
-    """Where ranks whose patience is over say in which collectives they are: horovodrun's own key-value store.
+    """A board where ranks past their deadline say in which collectives they are: horovodrun's own key-value store.
 
     A rank may wait in two at once: that of its step, and that of the thread ahead.
     """
@@ -269,7 +269,7 @@ class _Bulletin:
         self._place = (os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR"), os.environ.get("HOROVOD_GLOO_RENDEZVOUS_PORT"))
 
     def post(self, name: str) -> None:
-        """This rank has waited for `name` in vain."""
+        """Note that this rank has waited for `name` in vain."""
         from horovod.runner.http.http_client import put_data_into_kvstore
 
         with contextlib.suppress(RuntimeError, OSError):
@@ -277,11 +277,11 @@ class _Bulletin:
             put_data_into_kvstore(*self._place, "late", str(self._rank), name)
 
     def waits(self, rank: int, name: str) -> bool:
-        """Whether `rank` has waited for `name` in vain."""
+        """Return whether `rank` has waited for `name` in vain."""
         return self._read(f"{rank}.{name}") is not None
 
     def last(self, rank: int) -> str | None:
-        """What `rank` posted last; None where it said nothing."""
+        """Return what `rank` posted last; None where it posted nothing."""
         return self._read(str(rank))
 
     def _read(self, key: str) -> str | None:
@@ -293,11 +293,11 @@ class _Bulletin:
 
 
 def _nothing() -> None:
-    """The end of a collective of one rank."""
+    """End a collective of one rank."""
 
 
 def connect() -> Comm:
-    """Horovod's ranks where `horovodrun` started this process, else one rank alone."""
+    """Return Horovod's ranks where `horovodrun` started this process, else one rank alone."""
     if "HOROVOD_RANK" in os.environ or "HOROVOD_SIZE" in os.environ:
         return HorovodComm()
     return SoloComm()

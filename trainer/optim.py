@@ -20,7 +20,7 @@ class Rates:
 
 
 def rates_at(config: OptimConfig, step: int) -> Rates:
-    """The rates of step `step`, counted from zero: lr x lr_gamma ^ (step // lr_every), less while it warms up."""
+    """Return the rates of step `step`, from zero on: lr x lr_gamma ^ (step // lr_every), less while it warms up."""
     share = config.lr_gamma ** (step // config.lr_every)
     if step < config.warmup_steps:
         share *= (step + 1) / config.warmup_steps
@@ -51,26 +51,26 @@ class DenseOptimizer:
         self._reductions = _reductions(comm, self.parameters, self._flat)
 
     def zero_grad(self) -> None:
-        """Call before backward, which adds to the gradients."""
+        """Clear the gradients, before backward adds to them."""
         self._flat.zero_()
         for each in self._reductions:
             each.reset()
 
     def start_reduction(self) -> None:
-        """After backward: what has not begun to travel begins. Every rank calls it."""
+        """Begin to sum what has not begun yet; every rank calls it after backward."""
         assert self.loss is not None
         self._flat[-1] = self.loss.detach()
         for each in self._reductions:
             each.start()
 
     def finish_reduction(self) -> None:
-        """Waits until all gradients, and the loss, are the sums over ranks."""
+        """Wait until all gradients, and the loss, are the sums over ranks."""
         for each in self._reductions:
             each.finish()
 
     @torch.no_grad()
     def step(self, rates: Rates) -> float:
-        """Moves the parameters; returns the summed loss, the same on every rank."""
+        """Move the parameters; return the summed loss, the same on every rank."""
         for decay, matrices in self._decayed:
             torch._foreach_mul_(matrices, 1 - rates.lr * decay)
         for group in self._adam.param_groups:
@@ -79,7 +79,8 @@ class DenseOptimizer:
         return float(self._flat[-1])
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters by name, and adam/<name>/{exp_avg, exp_avg_sq, step}: the tensors themselves, not copies."""
+        """Return parameters by name, and adam/<name>/{exp_avg, exp_avg_sq, step}: the tensors themselves, not
+        copies."""
         state: dict[str, Tensor] = {name: parameter.detach() for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for part, value in self._moments(parameter).items():
@@ -87,7 +88,7 @@ class DenseOptimizer:
         return state
 
     def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Adam's state of one parameter, made as Adam itself makes it where no step was taken yet."""
+        """Return Adam's state of one parameter, made as Adam itself makes it where no step was taken yet."""
         moments: dict[str, Tensor] = self._adam.state[parameter]
         if not moments:
             moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -97,7 +98,7 @@ class DenseOptimizer:
 
 
 def _matrices_by_decay(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> dict[float, list[Tensor]]:
-    """The matrices that decay, by how much: those of E, which are below `stores`, and all others."""
+    """Return the matrices that decay, by how much: those of E, which are below `stores`, and all others."""
     of_embed = config.weight_decay if config.embed_weight_decay is None else config.embed_weight_decay
     decayed: dict[float, list[Tensor]] = {}
     for name, parameter in parameters.items():
@@ -136,7 +137,7 @@ class _Reduction:
 
 
 def _reductions(comm: Comm, parameters: Mapping[str, nn.Parameter], flat: Tensor) -> list[_Reduction]:
-    """Lays the gradients into `flat`, one after the other, and cuts it by the first part of the names."""
+    """Lay the gradients into `flat`, one after the other, and cut it by the first part of the names."""
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         parts.setdefault(name.partition(".")[0], []).append(parameter)
@@ -152,7 +153,7 @@ def _reductions(comm: Comm, parameters: Mapping[str, nn.Parameter], flat: Tensor
 
 
 def check_names(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError unless both have the same names with the same shapes."""
+    """Raise CheckpointError unless both have the same names with the same shapes."""
     missing, unknown = sorted(set(mine) - set(theirs)), sorted(set(theirs) - set(mine))
     if missing or unknown:
         raise CheckpointError(

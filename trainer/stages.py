@@ -1,4 +1,4 @@
-"""Where the time of a step goes: named stages, timed on whatever thread they run, and named in a profiler's trace."""
+"""The named stages of a step, timed on the thread that runs them, and named in a profiler's trace."""
 
 import contextlib
 import statistics
@@ -56,7 +56,8 @@ class Stages:
 
     @contextmanager
     def timed(self, stage: Stage, kind: Kind = "step") -> Iterator[None]:
-        """The block is one run of the stage; that of an evaluation is named in the trace, but is no part of a step."""
+        """Time the block as one run of the stage; in an evaluation it is named in the trace, but is no part of a
+        step."""
         start_s = time.perf_counter()
         with record_function(stage):
             yield
@@ -64,7 +65,7 @@ class Stages:
             self.add(stage, time.perf_counter() - start_s)
 
     def each(self, stage: Stage, items: Iterator[Item], kind: Kind = "step") -> Iterator[Item]:
-        """The same items; to come by each of them is one run of the stage."""
+        """Yield the items; to get each of them is one run of the stage."""
         with contextlib.suppress(StopIteration):
             while True:
                 with self.timed(stage, kind):
@@ -72,32 +73,33 @@ class Stages:
                 yield item
 
     def add(self, stage: Stage, seconds: float) -> None:
-        """Counts a run of the stage."""
+        """Count a run of the stage."""
         self._seconds.setdefault(stage, deque(maxlen=_KEPT_STEPS)).append(seconds)
 
     def add_rest(self, seconds: float) -> None:
-        """Counts what a step that took `seconds`, without the wait for its batch, took beyond its stages."""
+        """Count what a step that took `seconds`, without the wait for its batch, took beyond its stages."""
         others = {*AHEAD, WAIT, _REST}
         named_s = sum(series[-1] for stage, series in self._seconds.items() if stage not in others)
         self.add(_REST, max(0.0, seconds - named_s))
 
     def begin(self, stage: Stage) -> "StageSequence":
-        """A stage that ends where the next one begins, perhaps in another function."""
+        """Begin a stage that ends where the next one begins, perhaps in another function."""
         return StageSequence(self, stage)
 
     def last_ms(self) -> dict[Stage, float]:
-        """Milliseconds of each stage's newest run."""
+        """Return the milliseconds of each stage's newest run."""
         return {stage: 1e3 * seconds[-1] for stage, seconds in self._seconds.items()}
 
     def medians_ms(self) -> dict[Stage, float]:
-        """Median milliseconds of each stage, without its first run, in the order of a step."""
+        """Return the median milliseconds of each stage, without its first run, in the order of a step."""
         known = [stage for stage in Stage.__args__ if stage in self._seconds]  # type: ignore[attr-defined]
         return {
             stage: 1e3 * statistics.median(list(self._seconds[stage])[1:] or self._seconds[stage]) for stage in known
         }
 
     def step_spread(self) -> float:
-        """Standard deviation of a step over its median, by the median deviation: one slow step in ten is no spread."""
+        """Return a step's standard deviation over its median, from the median deviation: a rare slow step does not
+        count."""
         own = [seconds for stage, seconds in self._seconds.items() if stage not in AHEAD]
         steps_s: list[float] = [sum(each) for each in zip(*own, strict=False)][1:]
         if not steps_s:
@@ -115,7 +117,7 @@ class StageSequence:
         self.switch(stage)
 
     def switch(self, stage: Stage | None) -> None:
-        """Ends the running stage and begins `stage`."""
+        """End the running stage and begins `stage`."""
         if self._running is not None:
             name, start_s, record = self._running
             record.__exit__(None, None, None)

@@ -52,7 +52,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one training step did; `loss` is the mean over the global batch, the rest is of this rank."""
+    """The figures of one training step: `loss` is the mean over the global batch, the rest is of this rank."""
 
     loss: float
     num_samples: int
@@ -139,7 +139,7 @@ class Engine:
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """The fields that the model uses; a batch may hold more."""
+        """Return the fields that the model uses; a batch may hold more."""
         return self.model.fields
 
     def prepared(self, batches: Iterator[Batch], kind: Kind = "step") -> Iterator[Prepared]:
@@ -166,7 +166,7 @@ class Engine:
         return next(self.prepared(iter([batch]), kind))
 
     def train_step(self, prepared: Prepared) -> StepResult:
-        """Forward, backward, one allreduce, and one step of both optimisers. All ranks call it."""
+        """Do one training step: forward, backward, one allreduce, both optimisers. All ranks call it."""
         batch, request = prepared.batch, prepared.request
         rates = rates_at(self._optim, self.num_steps)
         self._modules.train()
@@ -196,24 +196,26 @@ class Engine:
         )
 
     def predict(self, prepared: Prepared) -> NDArray[np.float64]:
-        """Logits (B,) in float64. All ranks call it equally often."""
+        """Return logits (B,) in float64. All ranks call it equally often."""
         return self.compute(prepared, self.model)
 
     @torch.no_grad()
     def compute(self, prepared: Prepared, network: Network) -> NDArray[np.float64]:
-        """What `network`, as a part of the model, makes of a batch; in float64. All ranks call it equally often."""
+        """Return what `network`, as a part of the model, makes of a batch, in float64. All ranks call it equally
+        often."""
         self._modules.eval()
         values = self._outputs(prepared, network).double().cpu().numpy()
         self._exchange.release(prepared.request)
         return values
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters that every rank holds, named as in `dense_state`; after a step, `.grad` is that of all ranks."""
+        """Return parameters that every rank holds, named as in `dense_state`; after a step, `.grad` is that of all
+        ranks."""
         return self._dense.parameters
 
     def dense_state(self) -> dict[str, Tensor]:
-        """What is the same on every rank: parameters, standardisation, Adam's state, the number of steps, and what the
-        optimiser of ID rows knows beside them."""
+        """Return what is the same on every rank: parameters, standardisation, Adam's state, the number of steps, and
+        what the optimiser of ID rows knows beside them."""
         state = self._dense.state()
         state.update(self._modules.named_buffers())
         state.update(self._rows.shared_state())
@@ -221,7 +223,7 @@ class Engine:
         return state
 
     def load_dense_state(self, state: Mapping[str, Tensor]) -> None:
-        """Undoes `dense_state`, on every rank. Raises CheckpointError naming what does not fit."""
+        """Undo `dense_state`, on every rank. Raises CheckpointError naming what does not fit."""
         mine, theirs = (
             {name: value for name, value in each.items() if not name.startswith(SHARED_STATE)}
             for each in (self.dense_state(), state)
@@ -234,20 +236,21 @@ class Engine:
         self.num_steps = int(mine["num_steps"])
 
     def shard_names(self) -> list[str]:
-        """Names that `load_shard_state` reads on this rank."""
+        """Return the names that `load_shard_state` reads on this rank."""
         return [name for table in self.tables.values() for name in table.names()]
 
     def shard_state(self) -> dict[str, Tensor]:
-        """ID rows that this rank owns and their optimiser's state, <table>/<shard>/<part>, to be written at once."""
+        """Return ID rows that this rank owns and their optimiser's state, <table>/<shard>/<part>, to be written at
+        once."""
         return {name: rows for table in self.tables.values() for name, rows in table.export_shards().items()}
 
     def load_shard_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes this rank's shards out of `state`, written by any number of ranks. Raises CheckpointError."""
+        """Take this rank's shards out of `state`, written by any number of ranks. Raises CheckpointError."""
         for table in self.tables.values():
             table.import_shards(state)
 
     def warm_names(self) -> list[str]:
-        """Names that `begin_with` reads on this rank."""
+        """Return the names that `begin_with` reads on this rank."""
         return [name for table in self.tables.values() for name in table.warm_names()]
 
     def begin_with(self, state: Mapping[str, Tensor]) -> None:
@@ -265,7 +268,8 @@ class Engine:
                 table.begin_day(day)
 
     def move_rows(self, rates: Rates) -> None:
-        """One step of the ID rows' optimiser with the gradients of the last backward. All ranks call it once a step."""
+        """Do one step of the ID rows' optimiser with the gradients of the last backward. All ranks call it once a
+        step."""
         apply_gradients(self.tables.values(), self._rows, rates)
 
     def restart_rows(self, epoch: int) -> None:
@@ -304,7 +308,7 @@ class Engine:
             return network(vectors, dense, group_of_sample_B)
 
     def _content_source(self, service: EmbeddingService, network: str, exchange: ExchangeConfig | None) -> Source:
-        """One E as a source; where its vectors are to be kept for some steps, with a cache of them."""
+        """Make a source of one E, with a cache of its vectors where they are to be kept for some steps."""
         source = ContentSource(service, network, self._comm.size)
         if exchange is None or exchange.reuse_steps == 0:
             return source
@@ -313,7 +317,7 @@ class Engine:
         return ReusingSource(source, cache)
 
     def _comparison_of(self, model: ModelConfig, source_of_field: Mapping[str, int]) -> ImageComparison | None:
-        """What compares images with each other; None where the model does not look at that."""
+        """Make what compares images with each other; None where the model does not look at that."""
         pairs = pairs_of_fields(self.fields, model)
         if not pairs:
             return None
@@ -337,6 +341,6 @@ class Engine:
 
 
 def _nearest(field: FieldVectors, similar: Similarity, device: torch.device) -> FieldVectors:
-    """Of each sample, instead of each group, the behaviours nearest to its ad."""
+    """Return for each sample, instead of each group, the behaviours nearest to its ad."""
     nearest_N, lengths_B = (torch.from_numpy(each).to(device) for each in (similar.nearest_N, similar.lengths_B))
     return FieldVectors(field.vectors_UV, field.index_N[nearest_N], lengths_B)

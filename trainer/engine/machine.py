@@ -30,7 +30,7 @@ class Place:
 
 
 def share_machine(config: Config, comm: Comm) -> torch.device:
-    """Sets the threads of torch and Arrow to this rank's share of the cores; returns its GPU or the CPU.
+    """Set the threads of torch and Arrow to this rank's share of the cores; returns its GPU or the CPU.
 
     Raises ConfigError for more threads than a rank can use, or a GPU that is not there; on all ranks alike.
     """
@@ -52,20 +52,21 @@ def share_machine(config: Config, comm: Comm) -> torch.device:
 
 
 def check_threads(threads: int | None, cores: int) -> None:
-    """Raises ConfigError for more threads than a rank can use on so many cores: the C libraries would just crash."""
+    """Raise ConfigError for more threads than a rank can use on so many cores: the C libraries would just crash."""
     if threads is not None and threads > _MOST_THREADS * cores:
         raise ConfigError(f"run.threads={threads}: a rank may run on {cores} cores; by default each takes its share")
 
 
 def threads_of(rank: int, places: Sequence[Place]) -> int:
-    """The cores of a rank over the ranks of its host, itself included, that may run on one of them."""
+    """Return a rank's share of its cores: their number over that of the ranks on its host that may run on one."""
     mine = places[rank]
     sharing = sum(each.host == mine.host and not mine.cores.isdisjoint(each.cores) for each in places)
     return max(1, len(mine.cores) // sharing)
 
 
 def uses_cuda(device: Device, available: bool, moves_cuda_tensors: bool) -> bool:
-    """Whether the ranks compute on GPUs. `available`: every rank has one. `moves_cuda_tensors`: the Comm's answer.
+    """Return whether the ranks compute on GPUs. `available`: every rank has one. `moves_cuda_tensors`: the Comm's
+    answer.
 
     Raises ConfigError where run.device=cuda asks for what is not there.
     """

@@ -26,7 +26,7 @@ def free_bytes() -> int | None:
 
 
 def _limits() -> Iterator[int]:
-    """The limits of the control groups (version 2) that this process is in: in a container its own alone."""
+    """Return the limits of the control groups (version 2) that this process is in: in a container its own alone."""
     with contextlib.suppress(OSError):
         group = _GROUPS / _GROUP.read_text().strip().rpartition(":")[2].lstrip("/")
         for folder in (group, *group.parents):
@@ -36,7 +36,7 @@ def _limits() -> Iterator[int]:
 
 
 def keep_freed_memory() -> None:
-    """Keeps freed blocks of up to 32 MB, half a gigabyte in all, for the next allocation.
+    """Keep freed blocks of up to 32 MB, half a gigabyte in all, for the next allocation.
 
     By default glibc hands large blocks back at once, and each step has the kernel find and clear the same pages anew:
     a tenth of the time of E's forward and backward. Nothing happens where the C library is another one.
@@ -49,7 +49,7 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def objects_frozen() -> Iterator[None]:
-    """Within the block Python's garbage collector passes over the objects that are there now.
+    """Let Python's garbage collector pass over the objects that are there now, within the block.
 
     To look at all that the imported libraries hold takes a fifth of a second. The collector does so once in a while, on
     each rank at a moment of its own, and all ranks wait.

@@ -1,4 +1,4 @@
-"""Which type E's matrix products run in where nobody says: the one that this machine is quicker at."""
+"""The type of E's matrix products with model.compute_dtype=auto: the one that this machine is quicker at."""
 
 import time
 
@@ -13,7 +13,7 @@ _ROWS, _FEATURE, _HIDDEN, _TURNS = 1024, 4096, 256, 4
 
 
 def with_compute_dtype(config: ModelConfig, comm: Comm, device: torch.device, recorded: str | None) -> ModelConfig:
-    """`config` with model.compute_dtype settled, the same on every rank: as it says; for "auto" as `recorded` (in the
+    """Settle model.compute_dtype, the same on every rank: as it says; for "auto" as `recorded` (in the
     checkpoint that a run goes on from), else what rank 0's environment names, else what rank 0 is quicker at. All ranks
     call it. Raises ConfigError on all where the environment names no such type."""
     if config.compute_dtype != "auto":
@@ -30,8 +30,9 @@ def _named_dtype() -> AutoDType | None:
 
 
 def faster_dtype(device: torch.device) -> AutoDType:
-    """bfloat16 on a GPU that has it. A processor is tried, for a fifth of a second, at E's first product of features as
-    they lie in the store: not every one that knows bfloat16 is so quick at it that it pays to leave float32."""
+    """Choose bfloat16 on a GPU that has it. A processor is tried, for a fifth of a second, at E's first product of
+    features as they lie in the store: not every one that knows bfloat16 is so quick at it that it pays to leave
+    float32."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return "bfloat16" if _product_s(torch.bfloat16) <= _product_s(torch.float32) else "float32"
@@ -39,7 +40,7 @@ def faster_dtype(device: torch.device) -> AutoDType:
 
 @torch.inference_mode()
 def _product_s(dtype: torch.dtype) -> float:
-    """Seconds of the first product of E, forward and as in backward; the fastest of some turns."""
+    """Time the first product of E, forward and as in backward; the fastest of some turns."""
     stored_QD = torch.ones(_ROWS, _FEATURE, dtype=torch.bfloat16)
     rows_QD, weight_HD = torch.empty_like(stored_QD, dtype=dtype), torch.ones(_HIDDEN, _FEATURE, dtype=dtype)
     seconds = []

@@ -30,7 +30,7 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Similarity:
-    """Of one behaviour field, for each sample: the histogram, and its nearest behaviours."""
+    """For each sample the histogram of one behaviour field, and its nearest behaviours."""
 
     tiers_BT: NDArray[np.float32]
     """log(1 + behaviours) whose cosine with the ad image lies in each T-th of [-1, 1], the lowest first."""
@@ -41,7 +41,7 @@ class Similarity:
 
 
 def pairs_of_fields(fields: tuple[Field, ...], config: ModelConfig) -> dict[str, str]:
-    """For each behaviour field the ad field that it is compared with: that of the same store.
+    """Return for each behaviour field the ad field that it is compared with: that of the same store.
 
     Empty where the model compares none. Raises ConfigError where there is not exactly one.
     """
@@ -74,7 +74,7 @@ def pairs_of_fields(fields: tuple[Field, ...], config: ModelConfig) -> dict[str,
 def similarity(
     batch: Batch, behaviors: str, words_BW: Words, words_NW: Words, num_tiers: int, top_k: int
 ) -> Similarity:
-    """Of field `behaviors`, whose values have the signatures `words_NW`; `words_BW` are those of the ad images.
+    """Compare field `behaviors`, whose values have the signatures `words_NW`, with the ad images of `words_BW`.
 
     Of behaviours that are equally similar the newer one is nearer. One without a feature is in no tier and is no
     neighbour; a sample whose ad image has none has neither. Cost: 64 bytes read for each pair.
@@ -123,7 +123,7 @@ class ImageComparison:
         self._signatures = dict(sorted(signatures_of_source.items()))
 
     def similarities(self, batch: Batch, request: Request) -> dict[str, Similarity]:
-        """`similarity` of every behaviour field. All ranks call it; what goes wrong is kept in the request."""
+        """Compare every behaviour field. All ranks call it; what goes wrong is kept in the request."""
         with self._stages.timed("exchange signatures", request.kind):
             words_of_source = {number: self._words(number, request) for number in self._signatures}
         tiers, top_k = self._config.similarity_tiers, self._config.similarity_top_k
@@ -138,7 +138,7 @@ class ImageComparison:
             }
 
     def _words(self, number: int, request: Request) -> Words:
-        """Signatures (U, W) of the keys that this rank asked of a source, by one alltoall."""
+        """Return signatures (U, W) of the keys that this rank asked of a source, by one alltoall."""
         keys_R = request.received.keys_SR[number]
         reply_RW = np.zeros((len(keys_R), WORDS), np.uint64)
         try:

@@ -1,4 +1,4 @@
-"""What an engine is put together from: the ID tables, the stores and the networks that the model's fields need."""
+"""The parts of an engine: the ID tables, the stores and the networks that the model's fields need."""
 
 from collections.abc import Mapping
 
@@ -13,12 +13,12 @@ from trainer.schema import Field
 
 
 def model_name(field: Field, config: ModelConfig) -> str:
-    """Which E of its store a content field uses."""
+    """Name the E of its store that a content field uses."""
     return "shared" if config.shared_image_model else field.name
 
 
 def table_shapes(fields: tuple[Field, ...], config: ModelConfig) -> list[TableShape]:
-    """The ID tables of the fields. Raises ConfigError for one without a number of rows."""
+    """Return the shapes of the fields' ID tables. Raises ConfigError for one without a number of rows."""
     shapes: dict[str, TableShape] = {}
     for field in fields:
         name = field.table_name
@@ -37,7 +37,8 @@ def table_shapes(fields: tuple[Field, ...], config: ModelConfig) -> list[TableSh
 
 
 def _table_of_buckets(name: str, users: list[Field], config: ModelConfig) -> TableShape:
-    """A row for each bucket. Raises ConfigError where not all fields have buckets, or the settings give its rows."""
+    """Return the shape of a table with a row for each bucket. Raises ConfigError where not all fields have buckets, or
+    the settings give its rows."""
     if hashed := [field.name for field in users if not field.is_bucketed]:
         raise ConfigError(
             f"field {hashed[0]} shares table {name} with buckets of numbers, which have a row each; name another"
@@ -49,14 +50,14 @@ def _table_of_buckets(name: str, users: list[Field], config: ModelConfig) -> Tab
 
 
 def shape_of(name: str, width: int, table: TableConfig, num_shards: int) -> TableShape:
-    """The shape of an ID table with these settings."""
+    """Return the shape of an ID table with these settings."""
     if isinstance(table, ExactTableConfig):
         return ExactShape(name, width, table.max_rows, num_shards, rules=table)
     return TableShape(name, width, table, num_shards)
 
 
 def networks_of(fields: tuple[Field, ...], config: ModelConfig) -> dict[str, dict[str, int]]:
-    """The names of every store's E, and how wide its visual vectors are."""
+    """Return the names of every store's E, and how wide its visual vectors are."""
     widths_of_store: dict[str, dict[str, int]] = {}
     for field in fields:
         if field.kind == "content":
@@ -66,7 +67,7 @@ def networks_of(fields: tuple[Field, ...], config: ModelConfig) -> dict[str, dic
 
 
 def image_model(dim: int, width: int, config: ModelConfig) -> EmbeddingModel:
-    """An E for features of `dim` numbers, untrained."""
+    """Make an untrained E for features of `dim` numbers."""
     assert config.compute_dtype != "auto"  # settled when the engine began
     return EmbeddingModel(dim, config.embed_hidden, width, config.compute_dtype)
 
@@ -77,7 +78,7 @@ def services_of(
     config: ModelConfig,
     missing: MissingPolicy,
 ) -> dict[str, EmbeddingService]:
-    """The services of this rank: for each store its rows and its networks. Raises ConfigError."""
+    """Make the services of this rank: for each store its rows and its networks. Raises ConfigError."""
     services: dict[str, EmbeddingService] = {}
     for store, widths in networks_of(fields, config).items():
         if store not in partitions:

@@ -35,7 +35,7 @@ from trainer.stages import Kind, Stages, StageSequence
 
 
 class Served(Protocol):
-    """What a source keeps of a request: for each of R keys received, its row among the Q unique ones."""
+    """What every source keeps of a request: for each of R keys received, its row among the Q unique ones."""
 
     inverse_R: Int64
     num_unique: int
@@ -47,16 +47,16 @@ class Source(Protocol):
     width: int
 
     def owner_of(self, keys_U: Int64) -> Int64:
-        """The rank that answers for each key."""
+        """Return the rank that answers for each key."""
 
     def serve(self, keys_R: Int64, kind: Kind) -> Any:
-        """A `Served` for keys that this rank owns; the same key may come several times."""
+        """Return a `Served` for keys that this rank owns; the same key may come several times."""
 
     def vectors(self, served: Any) -> Tensor:
-        """The vectors (Q, V) of the unique keys, with autograd attached."""
+        """Return the vectors (Q, V) of the unique keys, with autograd attached."""
 
     def release(self, served: Any) -> None:
-        """The request is over; its memory may be used again."""
+        """End a request: its memory may be used again."""
 
 
 @dataclass
@@ -69,12 +69,12 @@ class ContentRequest:
 
     @property
     def num_computed(self) -> int:
-        """Keys whose vectors E makes now."""
+        """Count the keys whose vectors E makes now."""
         return len(self.gathered.features_QD)
 
 
 class ContentSource:
-    """One E of an embedding service."""
+    """A source of visual vectors: one E of an embedding service."""
 
     def __init__(self, service: EmbeddingService, model: str, num_ranks: int) -> None:
         self._service, self._model, self._num_ranks = service, model, num_ranks
@@ -85,7 +85,7 @@ class ContentSource:
         return owner_of(shard_of(keys_U, self._num_shards), self._num_ranks)
 
     def places(self, keys_Q: Int64) -> Int64:
-        """The row of each key in the partition, -1 for one without a feature."""
+        """Return the row of each key in the partition, -1 for one without a feature."""
         return self._service.partition.places(keys_Q)
 
     def serve(self, keys_R: Int64, kind: Kind) -> ContentRequest:
@@ -148,16 +148,16 @@ class Request:
 
     @property
     def num_references(self) -> int:
-        """Keys in the batch."""
+        """Count the keys in the batch."""
         return sum(len(asked.inverse_N) for asked in self.asked_S)
 
     @property
     def num_unique(self) -> int:
-        """Keys asked for."""
+        """Count the keys asked for."""
         return sum(len(asked.keys_U) for asked in self.asked_S)
 
     def unique_by_field(self) -> dict[str, tuple[int, int]]:
-        """For each field of the batch how many different keys it has, and how many keys in all."""
+        """Count for each field of the batch its different keys, and all its keys."""
         return {
             name: (int(torch.bincount(index_N).count_nonzero()), len(index_N))
             for name, index_N in self.index_of_field.items()
@@ -188,7 +188,7 @@ class Exchange:
         self._widths = sorted({source.width for source in self._sources})
 
     def request(self, fields: Mapping[str, Jagged], kind: Kind) -> Request:
-        """Asks for the keys of `fields` in one alltoall; owners find unique keys and gather what needs no weights.
+        """Ask for the keys of `fields` in one alltoall; owners find unique keys and gather what needs no weights.
 
         Raises RemoteRankError where another rank refuses. What goes wrong while an owner serves (a missing key) is kept
         and agreed on by `vectors`. May run in a thread of its own, beside the step of an earlier request; requests of
@@ -216,7 +216,8 @@ class Exchange:
         raise error
 
     def vectors(self, request: Request) -> dict[str, FieldVectors]:
-        """The vectors of every field, with autograd attached: one alltoall per width, and in backward one per width.
+        """Return the vectors of every field, with autograd attached: one alltoall per width, and in backward one per
+        width.
 
         If one rank runs backward, all have to. Raises this rank's error, or RemoteRankError, on all ranks.
         """
@@ -241,7 +242,7 @@ class Exchange:
         }
 
     def send(self, rows_NV: Tensor, splits_P: Tensor, name: str) -> Tensor:
-        """Rows to the other ranks, in the wire's dtype on the way. Every rank calls it."""
+        """Send rows to the other ranks, in the wire's dtype on the way. Every rank calls it."""
         if self._comm.size == 1 or self._config.wire_dtype == "float32":
             return self._comm.alltoall(rows_NV, splits_P, name=name)[0]
         # Horovod moves no bfloat16; it moves 16 bits.
@@ -250,7 +251,7 @@ class Exchange:
         return received.view(torch.bfloat16).to(rows_NV.dtype)
 
     def release(self, request: Request) -> None:
-        """The step is over: lets the sources use the request's memory again."""
+        """End a step: the sources may use the request's memory again."""
         for source, served in zip(self._sources, request.served_S, strict=False):
             source.release(served)
         request.served_S = []
@@ -258,7 +259,7 @@ class Exchange:
     def _exchange_keys(
         self, fields: Mapping[str, Jagged], kind: Kind, status: int
     ) -> tuple[list[Bucketized], KeyBlocks]:
-        """What this rank asks of each source, and what all ranks ask of this one."""
+        """Return what this rank asks of each source, and what all ranks ask of this one."""
         with self._stages.timed("unique", kind):
             asked_S = [self._bucketize(source, fields) for source in range(len(self._sources))]
             payload, lengths_P = pack_key_blocks(status, asked_S, self._comm.size)
@@ -315,7 +316,7 @@ class Exchange:
 
 
 class _Answers(torch.autograd.Function):
-    """Unique vectors of all sources at their owners -> vectors of the unique keys asked, at the asker.
+    """Carries unique vectors of all sources from their owners to the ranks that asked, and gradients back.
 
     One function for all widths, so that backward has its collectives in one order on every rank. Backward sends each
     key's gradient to its owner, which sums those of equal keys in the order of ranks: the same bits in every run.

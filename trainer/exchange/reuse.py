@@ -44,7 +44,8 @@ class VectorCache:
         self._waiting_NV = torch.zeros(num_rows, width, device=device, dtype=dtype)
 
     def plan(self, place_Q: NDArray[np.int64]) -> tuple[ReusePlan, NDArray[np.bool_]]:
-        """What the next step computes, and the same as a mask (Q,). Called once a step, in order; reads no vector."""
+        """Plan what the next step computes; also returned as a mask (Q,). Called once a step, in order; reads no
+        vector."""
         fresh_Q = np.ones(len(place_Q), np.bool_)
         known_Q = place_Q >= 0
         fresh_Q[known_Q] = self._step - self._made_at_N[place_Q[known_Q]] > self._reuse_steps
@@ -56,12 +57,12 @@ class VectorCache:
         return ReusePlan(fresh, place[fresh], stale, place[stale]), fresh_Q
 
     def combine(self, plan: ReusePlan, fresh_FV: Tensor) -> Tensor:
-        """Vectors (Q, V) of all keys: those computed now, which are kept, and the kept ones."""
+        """Return vectors (Q, V) of all keys: those computed now, which are kept, and the kept ones."""
         combined: Tensor = _Combine.apply(self, plan, fresh_FV)  # type: ignore[no-untyped-call]
         return combined
 
     def keep(self, plan: ReusePlan, fresh_FV: Tensor) -> Tensor:
-        """`combine` without gradients."""
+        """Combine vectors as `combine` does, without gradients."""
         known_F = plan.place_F >= 0
         self._vectors_NV.index_copy_(0, plan.place_F[known_F], fresh_FV[known_F])
         vectors_QV = fresh_FV.new_empty(len(plan.fresh_F) + len(plan.stale_C), fresh_FV.shape[1])
@@ -70,7 +71,8 @@ class VectorCache:
         return vectors_QV
 
     def collect(self, plan: ReusePlan, gradient_QV: Tensor) -> Tensor:
-        """Gradients (F, V) of the vectors computed now, with those that have waited for them; the others wait."""
+        """Return gradients (F, V) of the vectors computed now, with those that have waited for them; the others
+        wait."""
         self._waiting_NV.index_add_(0, plan.place_C, gradient_QV.index_select(0, plan.stale_C))
         gradient_FV = gradient_QV.index_select(0, plan.fresh_F)
         known_F = plan.place_F >= 0

@@ -27,7 +27,8 @@ class Bucketized:
 
 @dataclass(frozen=True)
 class KeyBlocks:
-    """What P askers want: their status, how many keys of each source, and each source's keys in the order of askers."""
+    """What P ranks ask for: their status, how many keys of each source, and each source's keys in the order of
+    askers."""
 
     status_P: Int64
     counts_PS: Int64
@@ -35,13 +36,13 @@ class KeyBlocks:
 
 
 def unique(keys_N: Int64) -> tuple[Int64, Int64]:
-    """Unique keys, ascending, and for each of `keys_N` its place among them."""
+    """Return unique keys, ascending, and for each of `keys_N` its place among them."""
     keys_U, inverse_N = np.unique(keys_N, return_inverse=True)
     return keys_U, inverse_N
 
 
 def bucketize_by_owner(keys_U: Int64, inverse_N: Int64, owner_U: Int64, num_ranks: int) -> Bucketized:
-    """Sorts unique keys by owner, keeping their order within one, and lets the inverse follow."""
+    """Sort unique keys by owner, keep their order within one owner, and let the inverse follow."""
     if num_ranks == 1:
         return Bucketized(keys_U, np.array([len(keys_U)]), inverse_N)
     order_U = np.argsort(owner_U, kind="stable")
@@ -51,7 +52,7 @@ def bucketize_by_owner(keys_U: Int64, inverse_N: Int64, owner_U: Int64, num_rank
 
 
 def pack_key_blocks(status: int, asked_S: Sequence[Bucketized], num_ranks: int) -> tuple[Int64, Int64]:
-    """One block per owner, and the blocks' lengths (P,)."""
+    """Pack one block for each owner; also return the blocks' lengths (P,)."""
     counts_PS = np.stack([asked.send_counts_P for asked in asked_S], axis=1)
     starts_S = [_starts(asked.send_counts_P) for asked in asked_S]
     pieces: list[Int64] = []
@@ -62,7 +63,7 @@ def pack_key_blocks(status: int, asked_S: Sequence[Bucketized], num_ranks: int) 
 
 
 def unpack_key_blocks(payload: Int64, lengths_P: Int64, num_sources: int) -> KeyBlocks:
-    """Undoes `pack_key_blocks` on what arrived: one block from each asker."""
+    """Undo `pack_key_blocks` on what arrived: one block from each asker."""
     starts_P = _starts(lengths_P)
     status_P = payload[starts_P[:-1]]
     counts_PS = np.stack([payload[s + 1 : s + 1 + num_sources] for s in starts_P[:-1]])
@@ -75,7 +76,8 @@ def unpack_key_blocks(payload: Int64, lengths_P: Int64, num_sources: int) -> Key
 
 
 def reply_rows(counts_PS: Int64, inverse_SR: Sequence[Int64], num_unique_S: Sequence[int]) -> Int64:
-    """For one width, which row of [status row, unique rows of source 0, of source 1, ..] each row of the answer is.
+    """Return, for one width, which row of [status row, unique rows of source 0, of source 1, ..] each row of the answer
+    is.
 
     `counts_PS`: keys that each asker wants of each source of this width; `inverse_SR`: for each key received its row
     among the source's unique ones.
@@ -92,7 +94,7 @@ def reply_rows(counts_PS: Int64, inverse_SR: Sequence[Int64], num_unique_S: Sequ
 
 
 def answer_slices(counts_PS: Int64) -> tuple[Int64, list[list[slice]]]:
-    """For one width, where the status rows (P,) and each source's vectors (S lists of P slices) lie in the answers."""
+    """Return where the status rows (P,) and each source's vectors (S lists of P slices) lie in answers of a width."""
     starts_P = _starts(counts_PS.sum(axis=1) + 1)
     inner_PS = [start + 1 + _starts(counts_S) for start, counts_S in zip(starts_P, counts_PS, strict=False)]
     slices_SP = [[slice(int(i[s]), int(i[s + 1])) for i in inner_PS] for s in range(counts_PS.shape[1])]
@@ -100,7 +102,7 @@ def answer_slices(counts_PS: Int64) -> tuple[Int64, list[list[slice]]]:
 
 
 def _starts(counts: Int64) -> Int64:
-    """[0, c0, c0 + c1, ..]: one longer than `counts`."""
+    """Return [0, c0, c0 + c1, ..], one longer than `counts`."""
     starts = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=starts[1:])
     return starts

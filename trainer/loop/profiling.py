@@ -16,7 +16,7 @@ PLACE = "profile"
 
 
 def traces_told(run: Path) -> str:
-    """Where the traces of a run are, or why there are none."""
+    """Say where the traces of a run are, or why there are none."""
     if any((run / PLACE).glob("trace-*.json")):
         return f"traces, for chrome://tracing or Perfetto: {run / PLACE}"
     return f"no trace was written: it begins after {SKIPPED_STEPS + 1} steps, and this run had no more"
@@ -24,7 +24,7 @@ def traces_told(run: Path) -> str:
 
 @contextmanager
 def tracing(folder: Path | None, rank: int) -> Iterator[Callable[[], None]]:
-    """Call what it gives after every step. Writes `folder`/trace-rank-N.json; nothing where `folder` is None.
+    """Trace some steps into `folder`/trace-rank-N.json: call what it yields after each; without a folder, do nothing.
 
     A run of fewer steps than are skipped and traced has a trace of those that it had, or none.
     """
@@ -47,4 +47,4 @@ def tracing(folder: Path | None, rank: int) -> Iterator[Callable[[], None]]:
 
 
 def _nothing() -> None:
-    """A step of a run that is not traced."""
+    """Do nothing, after a step that is not traced."""

@@ -14,7 +14,7 @@ _LINE_EVERY_S = 5.0
 
 
 def figure(value: float) -> str:
-    """Four digits, as 0.0001; from a thousand on all digits before the point, as 11,410."""
+    """Format four digits, as 0.0001; from a thousand on all digits before the point, as 11,410."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -49,7 +49,7 @@ class Progression:
             self._writer.close()
 
     def step(self, step: int, scalars: Mapping[str, float], details: Mapping[str, float]) -> None:
-        """After step number `step`; where there are `details`, these and `scalars` go to TensorBoard."""
+        """Show step number `step`; where there are `details`, these and `scalars` go to TensorBoard."""
         text = "  ".join(f"{name} {figure(value)}" for name, value in scalars.items())
         self._bar.update(self._task, completed=step, text=text)
         if details and self._writer:
@@ -60,18 +60,18 @@ class Progression:
             self.console.print(f"step {step}/{self._total}  {text}")
 
     def metrics(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
-        """After an evaluation at `step`; a metric that is not defined is said to be so, and not drawn."""
+        """Show an evaluation at `step`; a metric that is not defined is printed as such, and not drawn."""
         names = ("logloss", "auc", "gauc", "new_ad_auc")
         text = "  ".join(f"{n} {'undefined' if metrics[n] is None else format(metrics[n], '.4f')}" for n in names)
         self.console.print(f"step {step}  test: {text}")
         self.details(step, {f"test/{name}": value for name, value in metrics.items()})
 
     def details(self, step: int, values: Mapping[str, float | int | None]) -> None:
-        """Values for TensorBoard alone; one that is not defined is not drawn."""
+        """Write values for TensorBoard alone; one that is not defined is not drawn."""
         for name, value in values.items():
             if self._writer and value is not None:
                 self._writer.add_scalar(name, value, step)
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Print one line."""
         self.console.print(text)

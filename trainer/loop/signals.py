@@ -25,7 +25,7 @@ def stopped_together() -> Iterator[None]:
 
 
 class StopSignals:
-    """Within the block the first SIGINT or SIGTERM is only noted; the second one acts as if this were not here."""
+    """Notes the first SIGINT or SIGTERM within the block; the second one acts as without it."""
 
     def __init__(self) -> None:
         self.received: str | None = None

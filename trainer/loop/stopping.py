@@ -9,7 +9,7 @@ History = Sequence[Mapping[str, Any]]
 
 
 def best_step(history: History) -> int | None:
-    """Step of the evaluation with the highest GAUC, the earliest of equal ones; None without any evaluation.
+    """Return the step of the evaluation with the highest GAUC, the earliest of equal ones; None without any evaluation.
 
     Raises TrainerError where a GAUC is not defined.
     """
@@ -24,7 +24,7 @@ def best_step(history: History) -> int | None:
 
 
 def has_ended(history: History, patience: int | None) -> bool:
-    """Whether the last `patience` evaluations were all no better than the best one before them."""
+    """Return whether the last `patience` evaluations were all no better than the best one before them."""
     if patience is None:
         return False
     best = best_step(history)
@@ -32,6 +32,6 @@ def has_ended(history: History, patience: int | None) -> bool:
 
 
 def metrics_of(history: History, step: int) -> dict[str, Any]:
-    """What the evaluation after `step` measured."""
+    """Return what the evaluation after `step` measured."""
     (entry, *_) = (entry for entry in history if entry["step"] == step)
     return {name: value for name, value in entry.items() if name != "step"}

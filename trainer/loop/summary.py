@@ -71,7 +71,7 @@ class Totals:
                 self.step_cpu_s += time.process_time() - start_cpu_s
 
     def add(self, result: StepResult, images: ImageCounts) -> None:
-        """Counts one training step."""
+        """Count one training step."""
         self.steps += 1
         self.samples += result.num_samples
         self.references += result.num_references
@@ -82,19 +82,19 @@ class Totals:
             self.warm_up_samples, self.warm_up_s = self.samples, self.step_seconds
 
     def add_unique(self, unique_by_field: Mapping[str, tuple[int, int]]) -> None:
-        """Counts the keys of one step that is logged."""
+        """Count the keys of one step that is logged."""
         for name, (different, keys) in unique_by_field.items():
             before = self.unique_by_field.get(name, (0, 0))
             self.unique_by_field[name] = (before[0] + different, before[1] + keys)
 
     @property
     def step_seconds(self) -> float:
-        """Wall time of training alone, without evaluation and checkpoints."""
+        """Return the wall time of training alone, without evaluation and checkpoints."""
         return sum(self.seconds.get(phase, 0.0) for phase in STEP_PHASES)
 
     @property
     def steady(self) -> tuple[int, float]:
-        """Samples and seconds of all steps but the first; with the first where there is no other."""
+        """Return samples and seconds of all steps but the first; with the first where there is no other."""
         if self.steps <= 1:
             return self.samples, self.step_seconds
         return self.samples - self.warm_up_samples, self.step_seconds - self.warm_up_s
@@ -114,7 +114,7 @@ def count_images(request: Request) -> ImageCounts:
 def step_details(
     comm: Comm, totals: Totals, stages: Stages, unique_by_field: Mapping[str, tuple[int, int]], images: ImageCounts
 ) -> dict[str, float]:
-    """What TensorBoard gets of a step that is logged, beside its loss; called by every rank."""
+    """Return what TensorBoard gets of a step that is logged, beside its loss; called by every rank."""
     last_ms = stages.last_ms()
     details = {f"stage_ms/{name}": value for name, value in last_ms.items()}
     for name, row in stage_table([last_ms]).items():
@@ -132,7 +132,7 @@ def step_details(
 
 
 def gather(comm: Comm, own: Totals, stages: Stages) -> dict[str, Any]:
-    """The run's figures over all ranks, the same on each; called by every rank.
+    """Gather the run's figures over all ranks, the same on each; called by every rank.
 
     Bytes are those that ranks sent to others in training steps (keys, vectors, gradients, dense gradients), summed over
     ranks. Times are the mean over ranks. `samples_per_s` is that of the slowest rank, without the first step unless it
@@ -184,7 +184,7 @@ def gather(comm: Comm, own: Totals, stages: Stages) -> dict[str, Any]:
 
 
 def hardware_of(comm: Comm, device: torch.device) -> dict[str, Any]:
-    """What the ranks compute on and talk over, the same on each rank; called by every rank.
+    """Return what the ranks compute on and talk over, the same on each rank; called by every rank.
 
     `devices`: of each rank, e.g. "cpu" or "cuda:0 (NVIDIA H100)". `collectives`: "Gloo" or "NCCL"; None in one process
     without horovodrun.
@@ -202,7 +202,7 @@ def hardware_told(hardware: Mapping[str, Any], num_ranks: int) -> str:
 
 
 def _unique_ratios(ranks: Sequence[Totals]) -> dict[str, float | None]:
-    """Of each field, different keys of a rank's batch over all of them."""
+    """Return of each field the different keys of a rank's batch over all of them."""
     ratios: dict[str, float | None] = {}
     for name in sorted({name for each in ranks for name in each.unique_by_field}):
         counts = [each.unique_by_field.get(name, (0, 0)) for each in ranks]
@@ -212,7 +212,7 @@ def _unique_ratios(ranks: Sequence[Totals]) -> dict[str, float | None]:
 
 
 def stage_table(medians_R: list[dict[Any, float]]) -> dict[str, dict[str, float | None]]:
-    """Of each stage the milliseconds (mean over ranks of the medians), and its share of a step.
+    """Return of each stage the milliseconds (mean over ranks of the medians), and its share of a step.
 
     `hidden`: of the stages that work ahead, the part of their time for which no step had to wait.
     """
@@ -232,7 +232,8 @@ def stage_table(medians_R: list[dict[Any, float]]) -> dict[str, dict[str, float 
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """JSON, a whole file or none; a metric that is not defined is null. Raises TrainerError where the disk refuses."""
+    """Write JSON, a whole file or none; a metric that is not defined is null. Raises TrainerError where the disk
+    refuses."""
     try:
         write_json(path, report)
     except OSError as failure:
@@ -240,7 +241,7 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def show(console: Console, report: Mapping[str, Any]) -> None:
-    """The final tables; that of the fields where a step was logged, as their keys are counted then."""
+    """Print the final tables; that of the fields where a step was logged, as their keys are counted then."""
     table = Table(
         title=f"{report['name']}: {report['global_step']:,} steps, {ranks_told(report['num_ranks'])}",
     )
@@ -268,12 +269,12 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def ranks_told(count: int) -> str:
-    """As 1 rank, 8 ranks."""
+    """Format a number of ranks, as '8 ranks'."""
     return f"{count} rank{'' if count == 1 else 's'}"
 
 
 def _stages_shown(stages: Mapping[str, Mapping[str, float | None]]) -> Table:
-    """Where a step's time goes: first what is done a step ahead, then the step itself."""
+    """Make the table of where a step's time goes: first what is done a step ahead, then the step itself."""
     table = Table("stage of a step")
     for column in ("median ms", "of a step", "hidden"):
         table.add_column(column, justify="right")

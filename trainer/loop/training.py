@@ -39,7 +39,7 @@ class Training:
         self._warned: set[str] = set()
 
     def fit(self) -> None:
-        """All remaining steps, the last evaluation and checkpoint; with early stopping, it ends with the best one.
+        """Do all remaining steps, the last evaluation and checkpoint; with early stopping, end with the best one.
 
         On a signal: a checkpoint, then StoppedError.
         """
@@ -58,7 +58,7 @@ class Training:
         self._finish()
 
     def evaluate(self) -> None:
-        """Measures the parameters as they are, unless that was just done; without test samples, nothing."""
+        """Measure the parameters as they are, unless that was just done; without test samples, do nothing."""
         run = self._run
         if self._is_evaluated():
             self.metrics = stopping.metrics_of(run.history, self._engine.num_steps)
@@ -94,7 +94,7 @@ class Training:
 
     @contextmanager
     def _prepared(self, batches: Iterator[Batch], count: int, kind: Kind) -> Iterator[Iterator[Prepared]]:
-        """`count` batches, read ahead, and each one prepared beside the step of the one before."""
+        """Yield `count` batches, read ahead, each one prepared beside the step of the one before."""
         depth, stages = self._config.data.prefetch_batches, self._engine.stages
         with stopped_together(), closing(ReadAhead(stages.each("read", batches, kind), depth)) as ahead:
             if depth == 0:
@@ -140,7 +140,8 @@ class Training:
             self._save()
 
     def _was_stopped_in_evaluation(self) -> bool:
-        """Whether this step's evaluation was due before the run was resumed, and a signal came before its end."""
+        """Return whether this step's evaluation was due before the run was resumed, and a signal came before its
+        end."""
         evaluated = [entry["step"] for entry in self._run.history[-1:]]
         due = self._engine.num_steps > 0 and self._is_due(self._config.train.eval_every)
         return due and evaluated != [self._engine.num_steps]
@@ -150,16 +151,16 @@ class Training:
         return at_end or (self._is_evaluated() and stopping.has_ended(self._run.history, self._patience))
 
     def _is_evaluated(self) -> bool:
-        """Whether early stopping has just evaluated these parameters."""
+        """Return whether early stopping has just evaluated these parameters."""
         history = self._run.history
         return self._patience is not None and bool(history) and history[-1]["step"] == self._engine.num_steps
 
     def _best(self) -> int | None:
-        """The step whose parameters early stopping ends with."""
+        """Return the step whose parameters early stopping ends with."""
         return None if self._patience is None else stopping.best_step(self._run.history)
 
     def _finish(self) -> None:
-        """A checkpoint; or, where early stopping saw better ones before, their checkpoint becomes the last."""
+        """Save a checkpoint; or, where early stopping saw better parameters before, let theirs become the last."""
         run, best = self._run, self._best()
         if best is None or best == self._engine.num_steps:
             self._save()
@@ -172,7 +173,7 @@ class Training:
             self._save()
 
     def _tell_tables(self) -> None:
-        """Figures of the ID tables, and one warning for each where too many ids share a row."""
+        """Write figures of the ID tables, and print one warning for each where too many ids share a row."""
         tables = {name: table for name, table in self._engine.tables.items() if not table.shape.direct}
         self.tables = gather_figures(self._run.comm, tables)
         for name, figures in self.tables.items():
@@ -186,7 +187,7 @@ class Training:
         return every is not None and self._engine.num_steps % every == 0
 
     def _until_signal(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; a stop signal is raised in place of one, so that all ranks stop there together."""
+        """Yield the batches; a stop signal is raised in place of one, so that all ranks stop there together."""
         for batch in batches:
             if self._signals.received:
                 raise StoppedError(f"{self._signals.received} received")
@@ -217,6 +218,6 @@ class Training:
 
 
 def total_steps(run: Run) -> int:
-    """Steps of the whole run, from its very beginning."""
+    """Count the steps of the whole run, from its very beginning."""
     everything = run.config.train.epochs * run.train_reader.steps_per_epoch
     return min(everything, run.config.train.max_steps or everything)

@@ -1,4 +1,4 @@
-"""From the configuration to the model."""
+"""The model of a configuration: its base net, and how its linear layers start."""
 
 from torch import nn
 
@@ -29,7 +29,7 @@ def build_model(schema: Schema, config: ModelConfig) -> CtrModel:
 
 
 def _start_by_xavier(module: nn.Module) -> None:
-    """Glorot and Bengio's normal weights, (2 / (inputs + outputs)) ** 0.5 their deviation, and biases of zero."""
+    """Draw Glorot and Bengio's normal weights, of deviation (2 / (inputs + outputs)) ** 0.5; biases are zero."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_normal_(module.weight)
         if module.bias is not None:

@@ -73,30 +73,31 @@ class CtrModel(nn.Module):
         self.input_width += self._num_tiers * len(aggregators)
 
     def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
-        """Logits (B,). `fields`: id, multi_id and content; `dense`: (M, width) each; M = G or B by the field's side."""
+        """Return logits (B,). `fields`: id, multi_id and content; `dense`: (M, width) each; M = G or B by the field's
+        side."""
         raise NotImplementedError
 
     def check(self, batch: Batch) -> None:
         """Raise DataError where a batch does not fit this model; called before its keys are exchanged."""
 
     def inputs(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
-        """Everything that the model knows of each sample, (B, input_width)."""
+        """Return all that the model knows of each sample, (B, input_width)."""
         user, ad = self.of_side("user", fields, dense), self.of_side("ad", fields, dense)
         return self.put_together(user, ad, fields, dense, group_of_sample_B)
 
     def of_side(self, side: Side, fields: Fields, dense: Dense) -> list[Tensor]:
-        """ID vectors and dense values of one side, (M, W) for each field."""
+        """Return ID vectors and dense values of one side, (M, W) for each field."""
         return [*self.id_vectors(side, fields), *self.dense_values(side, dense)]
 
     def put_together(
         self, user: list[Tensor], ad: list[Tensor], fields: Fields, dense: Dense, group_of_sample_B: Tensor
     ) -> Tensor:
-        """`inputs`, of what `of_side` has made of both sides."""
+        """Make `inputs` of what `of_side` has made of both sides."""
         images = self.images(fields, dense, group_of_sample_B, ad)
         return torch.cat([*self.of_group(user, group_of_sample_B), *ad, *images], dim=1)
 
     def id_vectors(self, side: Side, fields: Fields) -> list[Tensor]:
-        """ID vectors of one side, (M, W) for each field."""
+        """Return ID vectors of one side, (M, W) for each field."""
         return [
             self.pool(fields[field.name]) if field.kind == "multi_id" else one_each(fields[field.name])
             for field in self._of(side, "id", "multi_id")
@@ -104,12 +105,12 @@ class CtrModel(nn.Module):
         ]
 
     def side_width(self, side: Side, config: ModelConfig) -> int:
-        """Numbers of a row of `of_side`."""
+        """Count the numbers of a row of `of_side`."""
         fields = self._of(side, "id", "multi_id", "dense")
         return sum(width_of(field, config) for field in fields if field.name not in self._elsewhere)
 
     def dense_values(self, side: Side, dense: Dense) -> list[Tensor]:
-        """Dense values of one side, (M, W) for each field."""
+        """Return dense values of one side, (M, W) for each field."""
         return [dense[field.name] for field in self._of(side, "dense")]
 
     def images(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor, ad: list[Tensor]) -> list[Tensor]:
@@ -134,11 +135,11 @@ class CtrModel(nn.Module):
         return [*visual, *pooled, *products, *tiers]
 
     def of_group(self, user: list[Tensor], group_of_sample_B: Tensor) -> list[Tensor]:
-        """The user's part (G, W) put together once per group, then handed to the group's samples: (B, W), or none."""
+        """Put the user's part (G, W) together once per group, and hand it to the group's samples: (B, W), or none."""
         return [take_rows(torch.cat(user, dim=1), group_of_sample_B)] if user else []
 
     def _query_widths(self, config: ModelConfig, width: Mapping[str, int]) -> list[int]:
-        """Widths of what the aggregators ask with; settles which of the two ask. Raises ConfigError."""
+        """Return the widths of what the aggregators ask with, and settle which of the two ask. Raises ConfigError."""
         of_images = sum(width[field.name] for field in self._of("ad", "content"))
         of_ids = sum(width[field.name] for field in self._of("ad", "id", "multi_id", "dense"))
         asks = config.pooling in ("attentive", "multi_query", "transformer") and any(self._of("user", "content"))
@@ -160,5 +161,5 @@ class CtrModel(nn.Module):
 
 
 def one_each(field: FieldVectors) -> Tensor:
-    """The vector of each row of a field that has one value a row, times its weight, (M, V)."""
+    """Return the vector of each row of a field that has one value a row, times its weight, (M, V)."""
     return value_rows(field)

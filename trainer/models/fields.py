@@ -15,7 +15,7 @@ _SIDES: dict[str, frozenset[Side]] = {
 
 
 def used_fields(schema: Schema, config: ModelConfig) -> tuple[Field, ...]:
-    """The fields that the model looks at: all ID and dense ones, and content ones as `images` says.
+    """Return the fields that the model looks at: all ID and dense ones, and content ones as `images` says.
 
     Raises ConfigError where `images` asks for a side on which the schema has no content field.
     """
@@ -34,17 +34,17 @@ def used_fields(schema: Schema, config: ModelConfig) -> tuple[Field, ...]:
 
 
 def tiers_of(behaviors: str) -> str:
-    """Name of the dense input that says how similar a behaviour field's images are to the ad's, (B, T)."""
+    """Name the dense input that says how similar a behaviour field's images are to the ad's, (B, T)."""
     return f"{behaviors}.tiers"
 
 
 def nearest_of(behaviors: str) -> str:
-    """Name of a behaviour field's vectors that are nearest to the ad, a list for each sample instead of each group."""
+    """Name the vectors of a behaviour field that are nearest to the ad, a list for each sample, not each group."""
     return f"{behaviors}.nearest"
 
 
 def _check_names(fields: tuple[Field, ...]) -> None:
-    """Content fields and their stores name modules, in which a few names are taken and dots divide."""
+    """Refuse names of content fields and stores that cannot name modules: a few are taken, and dots divide."""
     taken = nn.ModuleDict()
     for field in fields:
         names = {"name": field.name, "store": field.store_name} if field.kind == "content" else {}
@@ -57,7 +57,8 @@ def _check_names(fields: tuple[Field, ...]) -> None:
 
 
 def width_of(field: Field, config: ModelConfig) -> int:
-    """Width of the field's vectors: as the schema says, else the model's for its kind; dense: numbers a row."""
+    """Return the width of the field's vectors: as the schema says, else the model's for its kind; dense: numbers a
+    row."""
     if field.width is not None:
         return field.width
     if field.kind == "dense":

@@ -39,7 +39,7 @@ class HiddenLayers:
         self._num_norms = self._num_dropouts = 0
 
     def activation(self, width: int) -> nn.Module:
-        """`model.activation` for a layer of `width` units."""
+        """Make `model.activation` for a layer of `width` units."""
         match self._config.activation:
             case "relu":
                 return nn.ReLU()
@@ -49,7 +49,7 @@ class HiddenLayers:
                 return Dice(width, self._norm(width, *_DICE, affine=False))
 
     def after(self, layer: int, width: int) -> Iterator[tuple[str, nn.Module]]:
-        """Names and modules that follow linear layer number `layer`. The activation's name is the same with any
+        """Return names and modules that follow linear layer number `layer`. The activation's name is the same with any
         setting: a checkpoint of a model without dropout fits one with it."""
         if self._config.batch_norm:
             yield f"norm{layer}", self._norm(width, *_NORM, affine=True)
@@ -91,7 +91,8 @@ class GlobalBatchNorm(nn.Module):
         return output_MW * self.weight + self.bias
 
     def _of_step(self, input_MW: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance over all ranks' rows; moves the running values, whose variance is the unbiased one."""
+        """Return mean and variance over all ranks' rows; moves the running values, whose variance is the unbiased
+        one."""
         start_W = self.running_mean.clone()  # sums around it lose fewer digits
         shifted_MW = input_MW - start_W
         count_1 = input_MW.new_full((1,), len(input_MW))

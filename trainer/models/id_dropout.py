@@ -36,7 +36,7 @@ class IdDropout:
         self.fields = own_ids_of_ads(schema)
 
     def __call__(self, vectors: Mapping[str, FieldVectors], batch: Batch, step: int) -> dict[str, FieldVectors]:
-        """`vectors` with those of dropped samples replaced by zeros that have no gradient; for training step `step`."""
+        """Replace the vectors of dropped samples by zeros that have no gradient, for training step `step`."""
         if self.rate == 0 and not self._held_out:
             return dict(vectors)
         rate: float | NDArray[np.float64] = self.rate
@@ -47,7 +47,7 @@ class IdDropout:
 
 
 def _all_held_out(batch: Batch, held_out: Mapping[str, HeldOut]) -> NDArray[np.bool_]:
-    """Of which samples the ad has images and all of them are held out, (B,): of each content one, or a gallery."""
+    """Return which ads have images that are all held out, (B,): of each content one, or a gallery."""
     num_images_B, num_known_B = np.zeros(batch.num_samples), np.zeros(batch.num_samples)
     for name, is_held_out in held_out.items():
         is_known_N = ~is_held_out(batch.fields[name].values_N)
@@ -60,7 +60,7 @@ def _all_held_out(batch: Batch, held_out: Mapping[str, HeldOut]) -> NDArray[np.b
 
 
 def own_ids_of_ads(schema: Schema) -> tuple[str, ...]:
-    """Fields whose value is new with a new ad: `new_ad_field`, and the IDs of its contents.
+    """Return the fields whose value is new with a new ad: `new_ad_field`, and the IDs of its contents.
 
     An ID field of the ad side is a content's ID when it reads the column of a content field. One that crosses such
     columns with others is new with a new ad too.
@@ -77,7 +77,7 @@ def own_ids_of_ads(schema: Schema) -> tuple[str, ...]:
 def dropped(
     seed: int, step: int, first_sample: int, num_samples: int, rate: float | NDArray[np.float64]
 ) -> NDArray[np.bool_]:
-    """Whether each of the samples from `first_sample` of the global batch on is dropped, (B,). `rate`: one, or each's.
+    """Return whether each sample from `first_sample` of the global batch on is dropped, (B,). `rate`: one, or each's.
 
     Counter based: the number at the sample's place in the global batch, of a stream for (seed, step). So it depends
     neither on the number of ranks nor on what was drawn before.
@@ -88,14 +88,14 @@ def dropped(
 
 
 def random_words(stream: str, first: int, count: int) -> NDArray[np.uint64]:
-    """Random 64 bits number `first` and the next ones of a stream, (count,), whatever was drawn before: splitmix64 of
+    """Return random 64 bits number `first` and the next of a stream, (count,), whatever was drawn before: splitmix64 of
     the stream's start plus the number."""
     counter_N = np.arange(first, first + count, dtype=np.uint64) + stream_start(stream)
     return splitmix64(counter_N.view(np.int64))
 
 
 def _zeroed(field: FieldVectors, dropped_B: Tensor) -> FieldVectors:
-    """The values of dropped rows point to a row of zeros behind the others."""
+    """Point the values of dropped rows to a row of zeros behind the others."""
     vectors_UV = torch.cat([field.vectors_UV, field.vectors_UV.new_zeros(1, field.vectors_UV.shape[1])])
     dropped_N = torch.repeat_interleave(dropped_B.to(field.index_N.device), field.lengths_M)
     index_N = field.index_N.masked_fill(dropped_N, len(field.vectors_UV))

@@ -28,13 +28,13 @@ class Mlp(nn.Sequential):
 
 
 def take_rows(vectors_UV: Tensor, index_N: Tensor) -> Tensor:
-    """`vectors_UV[index_N]`, (N, V); backward sums the gradients of equal rows in the order of N."""
+    """Return `vectors_UV[index_N]`, (N, V); backward sums the gradients of equal rows in the order of N."""
     taken: Tensor = _TakeRows.apply(vectors_UV, index_N)  # type: ignore[no-untyped-call]
     return taken
 
 
 def value_rows(field: FieldVectors, at_N: Tensor | None = None) -> Tensor:
-    """The vector of each value of a field, or of those at these places, times its weight, (N, V)."""
+    """Return the vector of each value of a field, or of those at these places, times its weight, (N, V)."""
     index_N, weights_N = field.index_N, field.weights_N
     if at_N is not None:
         index_N = index_N.index_select(0, at_N)
@@ -44,20 +44,20 @@ def value_rows(field: FieldVectors, at_N: Tensor | None = None) -> Tensor:
 
 
 def expand_rows(rows_M: Tensor, lengths_M: Tensor) -> Tensor:
-    """Row m `lengths_M[m]` times, one after the other; backward sums them."""
+    """Repeat row m `lengths_M[m]` times, one after the other; backward sums them."""
     expanded: Tensor = _ExpandRows.apply(rows_M, lengths_M)  # type: ignore[no-untyped-call]
     return expanded
 
 
 def segment_sum(rows_N: Tensor, lengths_M: Tensor) -> Tensor:
-    """Sums of the next `lengths_M[m]` rows for each m, (M, V); an empty segment is zero."""
+    """Sum the next `lengths_M[m]` rows for each m, (M, V); an empty segment is zero."""
     if rows_N.shape[0] == 0:  # segment_reduce has no gradient for no data; an empty sum keeps the graph connected
         return rows_N.sum(0) + rows_N.new_zeros(len(lengths_M), *rows_N.shape[1:])
     return torch.segment_reduce(rows_N, "sum", lengths=lengths_M, axis=0)
 
 
 def segment_max(rows_N: Tensor, lengths_M: Tensor) -> Tensor:
-    """Largest of the next `lengths_M[m]` rows for each m, element by element, (M, V); an empty segment is zero.
+    """Take the maximum of the next `lengths_M[m]` rows for each m, by element, (M, V); an empty segment is zero.
 
     Equal rows share the gradient of their maximum.
     """
@@ -68,7 +68,7 @@ def segment_max(rows_N: Tensor, lengths_M: Tensor) -> Tensor:
 
 
 def segment_softmax(scores_N: Tensor, lengths_M: Tensor) -> Tensor:
-    """Softmax of (N,) scores within each segment of the next `lengths_M[m]`."""
+    """Take the softmax of (N,) scores within each segment of the next `lengths_M[m]`."""
     if scores_N.shape[0] == 0:
         return scores_N
     highest_M = torch.segment_reduce(scores_N.detach(), "max", lengths=lengths_M, axis=0)

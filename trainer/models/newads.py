@@ -39,7 +39,7 @@ class NewAds(nn.Module):
         self.shift = nn.ParameterDict({f.name: nn.Parameter(torch.zeros(width_of(f, config))) for f in images})
 
     def forward(self, fields: Mapping[str, FieldVectors]) -> dict[str, FieldVectors]:
-        """`fields` with the visual vectors of new ads replaced; each ad then has a vector of its own."""
+        """Replace the visual vectors of new ads; each ad then has a vector of its own."""
         is_new_B1 = self._are_new(fields).unsqueeze(1)
         result = dict(fields)
         for name in self.images:
@@ -51,7 +51,7 @@ class NewAds(nn.Module):
 
     @torch.no_grad()
     def _are_new(self, fields: Mapping[str, FieldVectors]) -> Tensor:
-        """Which ads have no trained row, (B,)."""
+        """Return which ads have no trained row, (B,)."""
         farthest = []
         for name in self._own_ids:
             field = fields[name]
@@ -61,8 +61,8 @@ class NewAds(nn.Module):
 
 
 def build_new_ads(schema: Schema, fields: Sequence[Field], config: ModelConfig) -> NewAds | None:
-    """None where no image is held out, or the model sees no picture of the ad, or the ad has no ID of its own. An ID
-    crossed with the context does not count: an ad's vector is made where there is none (trainer.prerank). Raises
+    """Make `NewAds`; None where no image is held out, or the model sees no picture of the ad, or the ad has no own ID.
+    An ID crossed with the context does not count: an ad's vector is made where there is none (trainer.prerank). Raises
     ConfigError where an ID table would hide all new ads."""
     images = [field for field in fields if field.kind == "content" and field.side == "ad"]
     of_context = {field.name for field in fields if field.context}
@@ -74,7 +74,7 @@ def build_new_ads(schema: Schema, fields: Sequence[Field], config: ModelConfig) 
 
 
 def _check_tables(own_tables: Sequence[str], config: ModelConfig) -> None:
-    """Ids that wait for a row of their own share one that is trained, and would never be those of a new ad."""
+    """Refuse tables in which new ids wait for a row: they share a trained one, and would never be those of a new ad."""
     for name in own_tables:
         table = config.tables.get(name)
         if isinstance(table, ExactTableConfig) and table.admit_after > 1:

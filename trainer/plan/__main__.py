@@ -89,7 +89,7 @@ def main(
 
 
 def _refuse_beside(context: typer.Context, option: str) -> None:
-    """A plan of a file measures nothing and takes nothing but the file. Raises ConfigError for any other option."""
+    """Raise ConfigError for any other option: a plan of a file measures nothing and takes nothing but the file."""
     beside = []
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")

@@ -25,18 +25,18 @@ class Stored:
     """Of a machine, where it is known."""
 
     def feature_bytes(self, dtype: str, ranks: int) -> float:
-        """Of the rank that has most shards."""
+        """Return the bytes of features on the rank that has most shards."""
         return self.rows * self.dim * FEATURE_ITEM_BYTES[dtype] * most_shards(self.shards, ranks) / self.shards
 
     def rank_bytes(self, ranks: int) -> float:
-        """Features and ID rows of the rank that has most."""
+        """Return the bytes of features and ID rows on the rank that has most."""
         tables = self.table_bytes * most_shards(self.table_shards, ranks) / self.table_shards
         return self.feature_bytes(self.dtype, ranks) + tables
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number of ranks. `efficiency`: samples/s over those of the base, each divided by its ranks."""
+    """The plan for one number of ranks. `efficiency`: samples/s over those of the base, each divided by its ranks."""
 
     ranks: int
     counts: BatchCounts
@@ -51,7 +51,8 @@ class Row:
 
     @property
     def best(self) -> Design:
-        """Of those that are as fast as the fastest, as far as a plan knows, the one that moves the fewest bytes."""
+        """Choose, of designs that are as fast as the fastest within a plan's error, the one that moves the fewest
+        bytes."""
         fastest_s = min(cost.seconds for cost in self.costs.values())
         as_fast = [design for design in DESIGNS if self.costs[design].seconds <= _TIE * fastest_s]
         return min(as_fast, key=lambda design: sum(self.costs[design].bytes_by_part.values()))
@@ -59,7 +60,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """All rows, the ranks that their efficiency is measured against, and everything that was taken for granted."""
+    """The rows of all numbers of ranks, what their efficiency is measured against, and all assumptions."""
 
     title: str
     base_ranks: int
@@ -83,7 +84,7 @@ def build(
     assumptions: Sequence[str],
     warnings: Sequence[str] = (),
 ) -> Plan:
-    """The plan for each of `ranks`; `machines` has one for every number of ranks that share a machine.
+    """Make the plan for each of `ranks`; `machines` has one for every number of ranks that share a machine.
 
     `warnings`: lines that come before the advice.
     """
@@ -123,7 +124,7 @@ def build(
 
 
 def advise(row: Row, stored: Stored, local_ranks: int = 1) -> list[str]:
-    """Which design to choose for these ranks and why, and what to change about shards and memory."""
+    """Say which design to choose for these ranks and why, and what to change about shards and memory."""
     who = "1 rank" if row.ranks == 1 else f"{row.ranks} ranks"
     best = row.costs[row.best]
     others = [row.costs[design] for design in DESIGNS if design != row.best]
@@ -150,12 +151,12 @@ def advise(row: Row, stored: Stored, local_ranks: int = 1) -> list[str]:
 
 
 def _uneven(keys: Keys, ranks: int) -> float:
-    """Unique keys of the busiest owner over the mean."""
+    """Return the unique keys of the busiest owner over the mean."""
     return keys.owned * ranks / keys.unique if keys.unique else 1.0
 
 
 def _of_shards(who: str, ranks: int, skew: float, shards: int, things: str, way_out: str) -> list[str]:
-    """Advice on shards that do not divide evenly; keys alone may be uneven too, which more shards do not help."""
+    """Advise on shards that do not divide evenly; where keys alone are uneven, more shards do not help."""
     uneven = most_shards(shards, ranks) * ranks / shards
     if min(skew, uneven) <= _SKEW_WORTH_A_WORD:
         return []
@@ -166,12 +167,12 @@ def _of_shards(who: str, ranks: int, skew: float, shards: int, things: str, way_
 
 
 def most_shards(num_shards: int, ranks: int) -> int:
-    """Shards of the rank that has most."""
+    """Count the shards of the rank that has most."""
     return -(-num_shards // ranks)
 
 
 def even_shards(ranks: int) -> int:
-    """The smallest power of two of shards of which no rank has more than 5 % above the mean."""
+    """Return the smallest power of two of shards of which no rank has more than 5 % above the mean."""
     shards = 1
     while most_shards(shards, ranks) * ranks > _SKEW_WORTH_A_WORD * shards:
         shards *= 2

@@ -73,7 +73,8 @@ class Calibration:
         self._measured = cache(self._measure)
 
     def machine(self, local_ranks: int) -> Machine:
-        """The machine with `local_ranks` ranks of the batch size that is asked for, or of one that it can measure."""
+        """Measure the machine with `local_ranks` ranks of the batch size that is asked for, or of one that it can
+        measure."""
         cores = len(os.sched_getaffinity(0))
         check_threads(self._config.run.threads, cores)
         size = min(LARGEST_MEASURED, self._question.sizes(local_ranks)[0], self._sampled.index.num_samples // 4)
@@ -97,7 +98,7 @@ class Calibration:
         return Machine(rates, network, cores, interference(large, Machine(rates, alone, cores)))
 
     def _measure(self, size: int, processes: int, threads: int) -> tuple[Timed, Timed]:
-        """Runs of a third of `size`, and of `size`."""
+        """Time batches of a third of `size`, and of `size`."""
         small, large = (self._train(each, processes, threads) for each in (max(1, size // 3), size))
         return small, large
 
@@ -122,7 +123,7 @@ class Calibration:
 
 
 def timed(reports: Sequence[Mapping[str, Any]], size: int, units: Mapping[str, float]) -> Timed:
-    """What the reports of runs with batches of `size` samples say of a step, mean over the runs."""
+    """Take the figures of a step out of the reports of runs with batches of `size` samples, mean over the runs."""
 
     def median_s(*stages: str) -> float:
         return fmean(sum(r["stages"][s]["median_ms"] for s in stages if s in r["stages"]) / 1e3 for r in reports)
@@ -138,7 +139,8 @@ def timed(reports: Sequence[Mapping[str, Any]], size: int, units: Mapping[str, f
 
 
 def line(small: Timed, large: Timed, name: str) -> Piece:
-    """The piece through two sizes; where a larger one was not slower, or the constant is negative, all is per unit."""
+    """Draw the line of a piece through two sizes; where a larger one was not slower, or the constant is negative, all
+    is per unit."""
     units, seconds = large.units[name], large.seconds[name]
     if units <= small.units[name]:
         return Piece(seconds if units == 0 else 0.0, seconds / units if units else 0.0, large.cores)
@@ -150,7 +152,7 @@ def line(small: Timed, large: Timed, name: str) -> Piece:
 
 
 def interference(measured: Timed, machine: Machine) -> float:
-    """A step of the trainer over what its stages let expect on a machine that is as full as this one was."""
+    """Divide a measured step by what its stages let expect on a machine that is as full as this one was."""
     stages: dict[str, Stage] = {}
     for name, units in measured.units.items():
         piece: Piece = getattr(machine.rates, name)
@@ -161,7 +163,7 @@ def interference(measured: Timed, machine: Machine) -> float:
 
 
 def measure_collectives(ranks: int) -> dict[str, float]:
-    """What `trainer.plan.collectives` measures with so many ranks on this machine."""
+    """Run `trainer.plan.collectives` with these ranks on this machine; return its figures."""
     beside = Path(sys.executable).with_name("horovodrun")
     launcher = str(beside) if beside.exists() else shutil.which("horovodrun")
     if launcher is None:
@@ -172,12 +174,13 @@ def measure_collectives(ranks: int) -> dict[str, float]:
 
 
 def is_large(info: StoreInfo, num_rows: int) -> bool:
-    """Whether all features are more than a quarter of this machine's memory, too many to map for a measurement."""
+    """Return whether all features are more than a quarter of this machine's memory, too many to map for a
+    measurement."""
     return num_rows * info.row_bytes > _STORE_OF_MEMORY * physical_memory_bytes()
 
 
 def make_standin(folder: Path, info: StoreInfo, keys_U: Int64) -> FeatureStore:
-    """A store of drawn features for `keys_U`, or as many of them as a twentieth of the memory holds.
+    """Make a store of drawn features for `keys_U`, or as many of them as a twentieth of the memory holds.
 
     int8 becomes bfloat16, which needs no codec.
     """
@@ -195,7 +198,7 @@ def make_standin(folder: Path, info: StoreInfo, keys_U: Int64) -> FeatureStore:
 
 
 def _config_of_runs(config: Config, sampled: Sampled, folder: Path) -> Config:
-    """The configuration for a few steps on a part of the samples that writes, and evaluates, as little as it can.
+    """Make the configuration of a few steps on a part of the samples, which write as little as they can.
 
     In the place of a large store comes a small one; images that are not in it are zeros, which cost the same. ID tables
     have no more rows than such a run could fill.
@@ -217,7 +220,7 @@ def _config_of_runs(config: Config, sampled: Sampled, folder: Path) -> Config:
 
 
 def _copy_samples(sampled: Sampled, folder: Path, num_samples: int) -> None:
-    """Writes row groups with at least so many samples, drawn from all, as files of their own to this disk."""
+    """Copy row groups with at least `num_samples` samples, drawn from all, as files of their own to this disk."""
     folder.mkdir(parents=True)
     columns = list(source_columns(rules_of(sampled.schema)))
     for number in np.random.default_rng(0).permutation(len(sampled.index.row_groups)):
@@ -231,7 +234,7 @@ def _copy_samples(sampled: Sampled, folder: Path, num_samples: int) -> None:
 
 
 def _run(commands: Sequence[Sequence[str]]) -> list[str]:
-    """What programs that run at the same time print. Raises PlanError with the error of one that fails."""
+    """Run programs at the same time; return what they print. Raises PlanError with the error of one that fails."""
     # A stage ends when its kernels do.
     environment = {"CUDA_LAUNCH_BLOCKING": "1", **os.environ}
 

@@ -19,7 +19,8 @@ _SMALL_FLOATS, _LARGE_FLOATS = 64, 2 << 20
 
 
 def measure(comm: Comm) -> dict[str, float]:
-    """Seconds of a call and of a byte sent by one rank, of an alltoall and of an allreduce; called by every rank.
+    """Measure the seconds of a call and of a byte sent by one rank, of an alltoall and of an allreduce; called by every
+    rank.
 
     The slowest rank counts, the median of the rounds. Bytes are those that leave a rank: of an allreduce in a ring,
     2 (P - 1) / P times its values.

@@ -22,7 +22,7 @@ LANES: tuple[frozenset[str], ...] = (frozenset({"read", "samples"}), frozenset({
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys of one kind (images, ids) in one global batch of P ranks."""
+    """Counts of keys of one kind (images, ids) in one global batch of P ranks."""
 
     references: float
     """In the whole batch, user fields once per group."""
@@ -40,7 +40,8 @@ class Keys:
 
 @dataclass(frozen=True)
 class BatchCounts:
-    """What a global batch of `samples` on `ranks` has to be done for. `decoded`: samples that each rank decodes."""
+    """What one step of a global batch of `samples` on `ranks` has to work on. `decoded`: samples that each rank
+    decodes."""
 
     samples: int
     ranks: int
@@ -58,7 +59,7 @@ class Piece:
     cores: float = 1.0
 
     def seconds(self, units: float) -> float:
-        """Wall time of so many units."""
+        """Return the wall time of `units`."""
         return self.fixed_s + self.unit_s * units
 
 
@@ -84,7 +85,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Widths:
-    """Bytes of what travels."""
+    """The bytes of a feature, a vector and the dense gradients, as they travel."""
 
     feature_bytes: int
     image_vector_bytes: int
@@ -113,11 +114,11 @@ class Network:
     ranks_per_machine: int = 1
 
     def alltoall_s(self, ranks: int, bytes_out: float) -> float:
-        """`bytes_out`: what leaves a rank, or comes to it, whichever is more."""
+        """Return the seconds of an alltoall. `bytes_out`: what leaves a rank, or comes to it, whichever is more."""
         return self._seconds(ranks, ranks - 1, bytes_out)
 
     def allreduce_s(self, ranks: int, size_bytes: float) -> float:
-        """`size_bytes`: of the values that are summed."""
+        """Return the seconds of a ring allreduce. `size_bytes`: of the values that are summed."""
         return self._seconds(ranks, 2 * (ranks - 1), ring_bytes(ranks, size_bytes))
 
     def _seconds(self, ranks: int, messages: int, bytes_out: float) -> float:
@@ -133,7 +134,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Machine:
-    """One machine. Ranks of it share its `cores`.
+    """One machine, whose ranks share its `cores`.
 
     `interference`: how much longer a step of the real loop takes than its stages alone would say, measured at one rank:
     threads that run beside each other fight for memory and processor caches.
@@ -155,7 +156,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class StepCost:
-    """One step of one design. Bytes leave a rank, mean over ranks; those of "samples" come from where samples lie."""
+    """The bytes and seconds of one step of one design. Bytes leave a rank, mean over ranks; those of "samples" come
+    from where samples lie."""
 
     design: Design
     seconds: float
@@ -165,17 +167,17 @@ class StepCost:
 
     @property
     def bytes_sent(self) -> float:
-        """What one rank sends to others in a step."""
+        """Return the bytes that one rank sends to others in a step."""
         return sum(size for part, size in self.bytes_by_part.items() if part != "samples")
 
 
 def ring_bytes(ranks: int, size_bytes: float) -> float:
-    """What leaves a rank in a ring allreduce."""
+    """Return the bytes that leave a rank in a ring allreduce."""
     return 2 * size_bytes * (ranks - 1) / ranks
 
 
 def decoded_samples(global_samples: float, ranks: int, window_samples: float) -> float:
-    """Samples that a rank decodes in a step: its slice and, on average, one window of the shuffle at the slice's edges.
+    """Count what a rank decodes in a step: its slice and, on average, one window of the shuffle at the slice's edges.
 
     Never more than the global batch: a window is decoded once, and serves all the steps that it spans.
     """
@@ -183,7 +185,7 @@ def decoded_samples(global_samples: float, ranks: int, window_samples: float) ->
 
 
 def bytes_by_part(design: Design, counts: BatchCounts, widths: Widths) -> dict[str, float]:
-    """Bytes that leave a rank in a step, mean over ranks: of its keys, (P - 1) / P belong to others."""
+    """Return the bytes that leave a rank in a step, mean over ranks: of its keys, (P - 1) / P belong to others."""
     away = (counts.ranks - 1) / counts.ranks
     images = 0.0 if design == "store in worker" else counts.images.asked
     parts = {
@@ -203,7 +205,7 @@ def bytes_by_part(design: Design, counts: BatchCounts, widths: Widths) -> dict[s
 
 
 def step_cost(design: Design, counts: BatchCounts, widths: Widths, machine: Machine) -> StepCost:
-    """The step of `design`. Owner skew is in it: every step waits for the busiest owner."""
+    """Compute the step of `design`. Every step waits for the busiest owner."""
     sizes = bytes_by_part(design, counts, widths)
     stages = {**_computed(design, counts, machine), **_sent(design, counts, sizes, machine.network)}
     seconds = step_seconds(stages, counts.ranks, machine)
@@ -211,7 +213,7 @@ def step_cost(design: Design, counts: BatchCounts, widths: Widths, machine: Mach
 
 
 def step_seconds(stages: Mapping[str, Stage], ranks: int, machine: Machine) -> float:
-    """The lanes run beside the other stages; none can be faster than the processor time of all ranks of a machine.
+    """Return the longest of the lanes, the other stages, and the processor time of all ranks over a machine's cores.
 
     These are the two bounds of Brent's theorem (The parallel evaluation of general arithmetic expressions, 1974), the
     span and the work. Of ranks whose steps vary independently, the slowest counts.
@@ -225,7 +227,7 @@ def step_seconds(stages: Mapping[str, Stage], ranks: int, machine: Machine) -> f
 
 
 def _computed(design: Design, counts: BatchCounts, machine: Machine) -> dict[str, Stage]:
-    """What a rank does itself; `images` and `gathered` are those of the busiest rank."""
+    """Return the stages that a rank computes; `images` and `gathered` are those of the busiest rank."""
     occurrences = counts.images.references / counts.ranks
     images, gathered = {
         "exchange": (counts.images.owned, counts.images.owned),
@@ -245,7 +247,7 @@ def _computed(design: Design, counts: BatchCounts, machine: Machine) -> dict[str
 
 
 def _sent(design: Design, counts: BatchCounts, sizes: Mapping[str, float], network: Network) -> dict[str, Stage]:
-    """The wire: the busiest owner sends more vectors than the mean."""
+    """Return the stages on the wire: the busiest owner sends more vectors than the mean."""
     ranks = counts.ranks
     image_skew, id_skew = (k.served / k.asked if k.asked else 1.0 for k in (counts.images, counts.ids))
     vectors = image_skew * sizes.get("image vectors", 0.0) + id_skew * sizes["id vectors"]
@@ -274,7 +276,7 @@ def _stage(piece: Piece, units: float) -> Stage:
 
 
 def highest_of(count: int) -> float:
-    """Expected highest of `count` standard normal draws: 0 for one, 1.87 for twenty.
+    """Return the expected highest of `count` standard normal draws: 0 for one, 1.87 for twenty.
 
     Blom's approximation of normal order statistics (Statistical Estimates and Transformed Beta-Variables, 1958).
     """
@@ -282,7 +284,7 @@ def highest_of(count: int) -> float:
 
 
 def owner_skew(unique: float, num_ranks: int, num_shards: int) -> float:
-    """Keys of the busiest owner over the mean of all owners, expected, for `unique` keys that are hashed into shards.
+    """Return the expected keys of the busiest owner over the mean, for `unique` keys that are hashed into shards.
 
     Shards are dealt out in turn, so some ranks have one more than others, which no number of keys evens out; among the
     ranks that have most, the number of keys is binomial, and the highest of them counts. Ranks without a shard idle.

@@ -1,4 +1,4 @@
-"""Counting keys: batches that are really drawn from the samples, cut into ranks and dealt out to owners."""
+"""Counts of keys in batches that are drawn from the samples, cut into ranks and dealt out to owners."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,19 +30,20 @@ class Drawn:
 
     @property
     def num_samples(self) -> int:
-        """How many there are."""
+        """Count the samples."""
         return self.batch.num_samples
 
     def keys_of(self, span: range) -> list[Int64]:
-        """The keys of each source in samples `span`, with repetitions; a group that is cut has its user fields."""
+        """Return the keys of each source in samples `span`, with repetitions; a group that is cut has its user
+        fields."""
         return [np.concatenate([self._values(name, span)[0] for name in names]) for names in self.sources]
 
     def references(self) -> float:
-        """Keys of a sample, user fields once per group."""
+        """Return the keys of a sample, user fields once per group."""
         return sum(len(keys_N) for keys_N in self.keys_of(range(self.num_samples))) / self.num_samples
 
     def draws(self) -> float:
-        """Keys of a sample, those that repeat within a group left out."""
+        """Return the keys of a sample, without those that repeat within a group."""
         total = 0
         for names in self.sources:
             found = [self._values(name, range(self.num_samples)) for name in names]
@@ -52,19 +53,19 @@ class Drawn:
         return total / self.num_samples
 
     def spans(self, samples: int) -> Iterator[range]:
-        """Up to eight runs of so many samples, evenly spread, none of them overlapping another."""
+        """Yield up to eight spans of `samples` samples, evenly spread, none of them overlapping another."""
         count = min(_SPANS, self.num_samples // samples)
         for number in range(count):
             start = (self.num_samples - samples) * number // max(1, count - 1)
             yield range(start, start + samples)
 
     def unique(self, samples: int) -> float:
-        """Different keys among those of `samples` samples, mean over spans."""
+        """Count the different keys among those of `samples` samples, mean over spans."""
         counts = [sum(len(np.unique(keys_N)) for keys_N in self.keys_of(span)) for span in self.spans(samples)]
         return float(np.mean(counts))
 
     def _values(self, name: str, span: range) -> tuple[Int64, Int64]:
-        """Values of a field, and the group of each."""
+        """Return the values of a field, and the group of each."""
         jagged, group_B = self.batch.fields[name], self.batch.group_of_sample_B
         rows = range(int(group_B[span.start]), int(group_B[span.stop - 1]) + 1)
         of_user = name in self.user_fields
@@ -87,7 +88,7 @@ class Population:
     drawn: Drawn | None = None
 
     def keys(self, samples: int, ranks: int) -> Keys:
-        """Of a global batch of `samples` on `ranks`."""
+        """Count the keys of a global batch of `samples` on `ranks`."""
         if self.drawn is not None and samples <= self.drawn.num_samples:
             return drawn_keys(self.drawn, samples, ranks, self.references)
         unique, asked = self.curve.unique(samples), self.curve.unique(samples / ranks)
@@ -103,7 +104,8 @@ class Population:
 
 
 def population(drawn: Drawn, sizes: Sequence[int], most: float) -> Population:
-    """What `drawn` says of its keys; its curve has all of `sizes` that there is data for. `most`: keys at all."""
+    """Make the population of the keys in `drawn`; its curve has all of `sizes` that there is data for. `most`: keys at
+    all."""
     wanted = {size for size in sizes if size <= drawn.num_samples} | {drawn.num_samples}
     size = drawn.num_samples // 2
     while size >= _SMALLEST:
@@ -114,14 +116,14 @@ def population(drawn: Drawn, sizes: Sequence[int], most: float) -> Population:
 
 
 def drawn_keys(drawn: Drawn, samples: int, ranks: int, references: float) -> Keys:
-    """The keys of global batches that are cut into the slices of `ranks` ranks, mean over the batches."""
+    """Count the keys of global batches that are cut into the slices of `ranks` ranks, mean over the batches."""
     found = np.array([_of_batch(drawn, span, ranks) for span in drawn.spans(samples)]).mean(axis=0)
     asked, served, unique, owned = (float(each) for each in found)
     return Keys(references * samples, asked, served, unique, owned)
 
 
 def _of_batch(drawn: Drawn, span: range, ranks: int) -> tuple[float, float, float, float]:
-    """Keys asked by a rank, keys that the busiest owner is asked for, unique keys, those of the busiest owner."""
+    """Count keys asked by a rank, keys that the busiest owner is asked for, unique keys, those of the busiest owner."""
     served_P, owned_P = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)
     for rank in range(ranks):
         part = range(span.start + len(span) * rank // ranks, span.start + len(span) * (rank + 1) // ranks)

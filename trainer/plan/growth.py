@@ -1,4 +1,4 @@
-"""How many different keys so many samples have: measured by drawing, and beyond the data by the law that fits it."""
+"""The number of different keys in a number of samples: measured by drawing, and beyond the data by a law."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ _HEAD = 512
 
 
 class Point(NamedTuple):
-    """Different keys, on average, among the keys of so many samples that follow each other in an epoch's order."""
+    """The mean number of different keys among those of `samples` samples that follow each other in an epoch."""
 
     samples: int
     unique: float
@@ -24,7 +24,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Zipf:
-    """Draws of `keys` keys whose popularity falls as rank ** -exponent, `draws` of them a sample.
+    """A law: `draws` keys a sample, drawn from `keys` keys whose popularity falls as rank ** -exponent.
 
     The number of different keys among n independent draws is the sum over keys of 1 - exp(-n p): Poisson occupancy
     (Good and Toulmin, 1956). For exponents above one it grows as a power of n, which is Heaps' law (van Leijenhorst and
@@ -65,12 +65,12 @@ class Curve:
         return power_law(pair, samples)
 
     def is_extrapolated(self, samples: float) -> bool:
-        """Whether there was not so much data."""
+        """Return whether there was less data."""
         return samples > self.points[-1].samples
 
 
 def power_law(points: Sequence[Point], samples: float) -> float:
-    """Heaps' law through the first and the last of `points`: unique = k samples ** b."""
+    """Return Heaps' law through the first and the last of `points`: unique = k samples ** b."""
     low, high = points[0], points[-1]
     if high.samples == low.samples or low.unique <= 0:
         return high.unique * samples / high.samples
@@ -79,14 +79,14 @@ def power_law(points: Sequence[Point], samples: float) -> float:
 
 
 def expected_unique(exponent: float, keys: float, draws: float) -> float:
-    """Sum over ranks r = 1 .. keys of 1 - exp(-draws p_r), p_r proportional to r ** -exponent; some 1e-4 off."""
+    """Sum over the ranks r = 1 .. keys of 1 - exp(-draws p_r), p_r proportional to r ** -exponent; some 1e-4 off."""
     rank_T, count_T = _ranks(keys)
     weight_T = rank_T**-exponent
     return float(count_T @ -np.expm1(-draws / (count_T @ weight_T) * weight_T))
 
 
 def _ranks(keys: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Some ranks from 1 to `keys`, and how many each stands for: the first 512 for themselves, the others by the
+    """Return some ranks from 1 to `keys`, and how many each stands for: the first 512 for themselves, the others by the
     trapezium rule over the logarithm of the rank."""
     head_R = np.arange(1.0, min(_HEAD, math.ceil(keys)) + 1)
     if keys <= _HEAD:
@@ -99,7 +99,8 @@ def _ranks(keys: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def fit(points: Sequence[Point], draws: float, most: float = math.inf) -> Curve:
-    """The curve through `points`, ascending; beyond them a Zipf law, if there are three points and any repeated key.
+    """Fit the curve through `points`, ascending; beyond them a Zipf law, if there are three points and any repeated
+    key.
 
     `draws`: keys of a sample, those that repeat within a group left out. For each exponent the number of keys is the
     one that meets the last point; the exponent is the one that is nearest to the others, in logarithms.
@@ -126,7 +127,7 @@ def _misfit(law: Zipf, points: Sequence[Point]) -> float:
 
 
 def _through(last: Point, exponent: float, draws: float, most: float) -> Zipf | None:
-    """The law of this exponent that gives the last point; None where no number of keys does."""
+    """Find the law of this exponent that gives the last point; None where no number of keys does."""
 
     def excess(log_keys: float) -> float:
         return Zipf(exponent, math.exp(log_keys), draws).unique(last.samples) - last.unique

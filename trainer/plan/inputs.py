@@ -35,7 +35,7 @@ class KeysInput(Section):
     vector_bytes: Positive
 
     def population(self) -> Population:
-        """The same, as the plan takes it."""
+        """Return the same, as the plan takes it."""
         points = tuple(Point(samples, unique) for samples, unique in sorted(self.unique_of_samples.items()))
         return Population(self.references_per_sample, Curve(points), self.num_shards)
 
@@ -49,7 +49,8 @@ class ReferenceInput(Section):
 
 
 class NetworkInput(Section):
-    """Of the machines: a latency of each message, a speed, and what any collective costs before it moves anything."""
+    """A network between machines: a latency of each message, a speed, and what any collective costs before it moves
+    anything."""
 
     speed: str
     latency_us: NotNegative
@@ -84,14 +85,14 @@ class PlanInput(Section):
     assumptions: list[str]
 
     def counts(self, ranks: int) -> BatchCounts:
-        """Of a global batch on `ranks`."""
+        """Count the keys of a global batch on `ranks`."""
         size = self.global_batch_size
         images, ids = (each.population().keys(size, ranks) for each in (self.images, self.ids))
         return BatchCounts(size, ranks, size / ranks, images, ids)
 
     @property
     def widths(self) -> Widths:
-        """What travels."""
+        """Return the bytes of what travels."""
         return Widths(
             self.dim * FEATURE_ITEM_BYTES[self.dtype],
             int(self.images.vector_bytes),
@@ -100,7 +101,8 @@ class PlanInput(Section):
         )
 
     def machine(self) -> Machine:
-        """A node that computes as fast as the reference run says: all of its time but the wire goes with its images."""
+        """Derive a node that computes as fast as the reference run says: all of its time but the wire goes with its
+        images."""
         speed = bytes_per_s(self.network.speed)
         network = Network(self.network.call_ms / 1e3, self.network.latency_us / 1e6, speed, speed)
         known, counts = self.reference, self.counts(self.reference.ranks)
@@ -117,12 +119,12 @@ class PlanInput(Section):
 
 
 def load_input(path: Path) -> PlanInput:
-    """The cluster that a YAML file describes. Raises ConfigError naming the file and the field."""
+    """Load the cluster that a YAML file describes. Raises ConfigError naming the file and the field."""
     return validated(PlanInput, read_mapping(path, "--input ", ConfigError), str(path), ConfigError)
 
 
 def plan_input(described: PlanInput) -> Plan:
-    """The plan of what the file says; efficiency is against its smallest number of ranks."""
+    """Make the plan of what the file says; efficiency is against its smallest number of ranks."""
     machine, known, network = described.machine(), described.reference, described.network
     derived = (
         f"Compute of a node: {machine.rates.embed.unit_s * 1e6:.3g} us per unique image, which is what {known.hours} h "
@@ -145,7 +147,7 @@ def plan_input(described: PlanInput) -> Plan:
 
 
 def bytes_per_s(speed: str) -> float:
-    """Bytes per second of a network speed in bits, as 10Gb, 400Mbit, 1 Gbit/s. Raises ConfigError."""
+    """Return the bytes per second of a network speed in bits, as 10Gb, 400Mbit, 1 Gbit/s. Raises ConfigError."""
     found = _SPEED.fullmatch(speed.strip().removesuffix("/s"))
     value = float(found.group(1)) * _UNITS[found.group(2).lower()] / 8 if found else 0.0
     if value <= 0:
@@ -154,14 +156,14 @@ def bytes_per_s(speed: str) -> float:
 
 
 def _image_bound(per_image_s: float, jitter: float) -> Rates:
-    """A node of which only the time per image is known."""
+    """Return the rates of a node of which only the time per image is known."""
     nothing = Piece(0.0, 0.0, 0.0)
     embed = Piece(0.0, per_image_s, 0.0)
     return Rates(nothing, nothing, nothing, embed, nothing, nothing, jitter)
 
 
 def _sensitivity(described: PlanInput, stored: Stored) -> list[str]:
-    """What another latency, which is the least known, would make of the efficiency."""
+    """Say what another latency, which is the least known, would make of the efficiency."""
     lines = []
     for latency_us in _OTHER_LATENCIES_US:
         network = described.network.model_copy(update={"latency_us": latency_us})

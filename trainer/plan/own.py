@@ -29,7 +29,7 @@ Say = Callable[[str], None]
 
 
 def plan_own(config: Config, question: Question, say: Say) -> Plan:
-    """Draws, measures, and computes. Raises TrainerError, FeatureStoreError."""
+    """Draw batches, measure this machine, and make the plan. Raises TrainerError, FeatureStoreError."""
     question.check()
     busy = busy_machine(os.getloadavg()[0], len(os.sched_getaffinity(0)))
     say("reading samples")
@@ -56,7 +56,7 @@ def plan_own(config: Config, question: Question, say: Say) -> Plan:
 
 
 def widths(config: Config, sampled: Sampled) -> Widths:
-    """Bytes of what travels, from the schema, the model's settings and the store."""
+    """Return the bytes of what travels, from the schema, the model's settings and the store."""
     model, dim = config.model, sampled.snapshot.info.dim
     on_wire = 2 if config.exchange.wire_dtype == "bfloat16" else _FLOAT_BYTES
     content = {model_name(f, model): f for f in used_fields(sampled.schema, model) if f.kind == "content"}
@@ -90,14 +90,14 @@ def _stored(config: Config, sampled: Sampled) -> Stored:
 
 
 def busy_machine(load: float, cores: int) -> list[str]:
-    """A line of advice where others keep so many cores busy (`load`) that a measurement says little."""
+    """Return a line of advice where other programs keep many cores busy (`load`): a measurement says little then."""
     if load <= _MOST_LOAD * cores:
         return []
     return [f"This machine was busy before it was measured ({load:.2g} of {cores} cores, the last minute): repeat."]
 
 
 def samples_per_day(question: Question, sampled: Sampled) -> tuple[float, str]:
-    """How many, and where that is from."""
+    """Return the samples of a day, and where the number is from."""
     if question.samples_per_day is not None:
         return question.samples_per_day, "as given"
     days = {found.group(1) for group in sampled.index.row_groups if (found := _DAY.search(group.file))}
@@ -108,7 +108,7 @@ def samples_per_day(question: Question, sampled: Sampled) -> tuple[float, str]:
 
 
 def assumptions(question: Question, sampled: Sampled, machines: Mapping[int, Machine], reuse_steps: int) -> list[str]:
-    """One line each; `machines` by ranks on one machine."""
+    """List the assumptions, a line each; `machines` by ranks on one machine."""
     per_machine, speed = question.ranks_per_machine, question.link_bytes_per_s * 8 / 1e9
     per_day, origin = samples_per_day(question, sampled)
     lines = [
@@ -142,7 +142,7 @@ def assumptions(question: Question, sampled: Sampled, machines: Mapping[int, Mac
 
 
 def _extrapolated(question: Question, sampled: Sampled) -> list[str]:
-    """Which figures go beyond the data, and by what law."""
+    """Say which figures go beyond the data, and by what law."""
     lines = []
     largest = max(question.global_size(ranks) for ranks in question.ranks)
     for name, population in (("images", sampled.images), ("ids", sampled.ids)):

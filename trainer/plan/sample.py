@@ -1,4 +1,4 @@
-"""What is asked of a plan, and what the samples and the store of a configuration say to it."""
+"""The question to a plan, and what the samples and the store of a configuration say to it."""
 
 import math
 import time
@@ -30,7 +30,8 @@ LARGEST_MEASURED = 3_000
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked. `per_rank`: the batch size is each rank's, not that of all ranks together."""
+    """The ranks, batch and network of a plan. `per_rank`: the batch size is each rank's, not that of all ranks
+    together."""
 
     ranks: tuple[int, ...]
     batch_size: int
@@ -41,16 +42,16 @@ class Question:
     samples_per_day: int | None = None
 
     def global_size(self, ranks: int) -> int:
-        """Samples of one step of so many ranks."""
+        """Return the samples of one step of `ranks` ranks."""
         return self.batch_size * ranks if self.per_rank else self.batch_size
 
     def sizes(self, ranks: int) -> tuple[int, int]:
-        """Samples of one rank, and of all of them."""
+        """Return the samples of one rank, and of all of them."""
         size = self.global_size(ranks)
         return max(1, size // ranks), size
 
     def check(self) -> None:
-        """Raises ConfigError where ranks would be without samples."""
+        """Raise ConfigError where ranks would be without samples."""
         for count in self.ranks:
             if self.global_size(count) < count:
                 raise ConfigError(
@@ -60,7 +61,7 @@ class Question:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """Numbers of ranks, ascending. Raises ConfigError."""
+    """Parse numbers of ranks, ascending. Raises ConfigError."""
     found = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
     if min(found) < 1:
         raise ConfigError(f"--ranks {text}: write numbers from 1 on with commas between them, as 8,20,40")
@@ -85,13 +86,13 @@ class Sampled:
     """Of one window of the shuffle."""
 
     def counts(self, size: int, ranks: int) -> BatchCounts:
-        """Keys of a global batch of `size` samples on `ranks`, and the samples that each of them decodes."""
+        """Count the keys of a global batch of `size` samples on `ranks`, and the samples that each of them decodes."""
         decoded = decoded_samples(size, ranks, self.window_samples)
         return BatchCounts(size, ranks, decoded, self.images.keys(size, ranks), self.ids.keys(size, ranks))
 
 
 def sample(config: Config, question: Question) -> Sampled:
-    """Draws batches as the trainer would. Raises what opening samples and store raises, ConfigError without images."""
+    """Draw batches as the trainer would. Raises what opening samples and store raises, ConfigError without images."""
     data = config.data
     schema = load_schema(Path(data.schema_file) if data.schema_file else None)
     places = store_places(config, schema)

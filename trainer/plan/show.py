@@ -1,4 +1,4 @@
-"""A plan for a person: tables on stdout; and for programs: JSON."""
+"""The output of a plan: tables on stdout for a person, JSON for programs."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from trainer.plan.cost import DESIGNS
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Everything in the plan, as plain values; `ranks` maps each number of ranks to its row."""
+    """Return everything in the plan as plain values; `ranks` maps each number of ranks to its row."""
     rows = {
         str(row.ranks): {
             "counts": dataclasses.asdict(row.counts),
@@ -48,7 +48,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def show(plan: Plan) -> None:
-    """Tables of counts, memory, bytes and times, then what to choose and what was taken for granted, on stdout."""
+    """Print tables of counts, memory, bytes and times, then what to choose and what was taken for granted."""
     console = text_console()
     console.print(plan.title, style="bold")
     for table in (_counts(plan), _stored(plan), _bytes(plan), _times(plan), _stages(plan)):
@@ -67,7 +67,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """As 1.23 ms, 12.3 s, 4.56 h."""
+    """Format seconds, as 1.23 ms, 12.3 s, 4.56 h."""
     if seconds == 0:
         return "-"
     if seconds < 1:

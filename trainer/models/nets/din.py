@@ -63,7 +63,7 @@ class Din(CtrModel):
 
 
 def paired_fields(fields: Collection[Field]) -> list[tuple[Field, Field]]:
-    """Each multi_id field of side user with the first id field of side ad that has its table."""
+    """Pair each multi_id field of side user with the first id field of side ad that has its table."""
     ads: dict[str, Field] = {}
     for field in fields:
         if field.side == "ad" and field.kind == "id":

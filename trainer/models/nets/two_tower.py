@@ -68,17 +68,18 @@ class TwoTower(CtrModel):
         return logit_B
 
     def user_vectors(self, fields: Fields, dense: Dense) -> Tensor:
-        """One vector a group, (G, W), however many samples look at it."""
+        """Return one vector a group, (G, W), for all samples of the group."""
         user_GW: Tensor = self.user_tower(self._inputs(self.user_fields, fields, dense))
         return user_GW
 
     def ad_vectors(self, fields: Fields, dense: Dense) -> Tensor:
-        """One vector a sample, (B, W); of the ad's fields alone, so any rows of ads will do."""
+        """Return one vector a sample, (B, W), of the ad's fields alone: any rows of ads will do."""
         ad_BW: Tensor = self.ad_tower(self._inputs(self.ad_fields, fields, dense))
         return ad_BW
 
     def _inputs(self, fields: Sequence[Field], vectors: Fields, dense: Dense) -> Tensor:
-        """Vectors and dense values of these fields side by side, (M, width): several vectors of a row become one."""
+        """Put vectors and dense values of these fields side by side, (M, width): several vectors of a row become
+        one."""
         parts = [dense[f.name] if f.kind == "dense" else self._of_rows(f, vectors[f.name]) for f in fields]
         return torch.cat(parts, dim=1)
 
@@ -89,5 +90,5 @@ class TwoTower(CtrModel):
 
 
 def _width(fields: Sequence[Field], config: ModelConfig) -> int:
-    """Numbers that `_inputs` makes of a row."""
+    """Count the numbers that `_inputs` makes of a row."""
     return sum(width_of(field, config) for field in fields)

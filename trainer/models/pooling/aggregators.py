@@ -19,12 +19,12 @@ from trainer.models.pooling.transformer import TransformerPooling
 
 
 def sum_pool(field: FieldVectors) -> Tensor:
-    """Sum of each row's vectors, each times its weight, (M, V); a row without values is zero."""
+    """Sum each row's vectors, each times its weight, (M, V); a row without values is zero."""
     return segment_sum(value_rows(field), field.lengths_M)
 
 
 def mean_pool(field: FieldVectors) -> Tensor:
-    """Mean of each row's vectors, (M, V); a row without values is zero.
+    """Average each row's vectors, (M, V); a row without values is zero.
 
     With weights: the weighted sum over the sum of the absolute weights. So equal weights of any size give the plain
     mean, as in TensorFlow's combiner "mean", and weights that cancel out do not blow it up; a row whose weights are all
@@ -38,7 +38,7 @@ def mean_pool(field: FieldVectors) -> Tensor:
 
 
 class GroupPooling(nn.Module):
-    """What does not look at the ad: made once for each group and handed to the group's samples."""
+    """Pooling that does not look at the ad: made once for each group, and handed to the group's samples."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -95,8 +95,8 @@ class ConcatPooling(GroupPooling):
 def build_aggregator(
     width: int, query_widths: Sequence[int], config: ModelConfig, layers: HiddenLayers
 ) -> GroupPooling | AttentivePooling | TransformerPooling:
-    """The aggregator of `config.pooling` over vectors of `width`; `query_widths` are those that it asks with, if it
-    asks."""
+    """Make the aggregator of `config.pooling` over vectors of `width`; `query_widths` are those that it asks with, if
+    it asks."""
     match config.pooling:
         case "concat":
             return ConcatPooling(width, config.concat_length)
