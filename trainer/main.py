@@ -106,7 +106,7 @@ def train(config: Config, comm: "Comm") -> None:
     from trainer.config.config import config_digest
     from trainer.loop import summary
     from trainer.loop.profiling import traces_told
-    from trainer.loop.progress import Progression
+    from trainer.loop.progress import ProgressLog
     from trainer.loop.signals import StopSignals
     from trainer.loop.training import Training, total_steps
     from trainer.runs.open import claim_folder, open_run
@@ -118,7 +118,7 @@ def train(config: Config, comm: "Comm") -> None:
         removed = claim_folder(run)
         root = comm.rank == 0
         hardware = summary.hardware_of(comm, run.device)
-        with Progression(run.folder if root else None, run.engine.num_steps, total_steps(run)) as progress:
+        with ProgressLog(run.folder if root else None, run.engine.num_steps, total_steps(run)) as progress:
             readers = f"{run.train_reader.num_samples:,} training and {run.test_reader.num_samples:,} test samples"
             progress.say(
                 f"{run.folder}: {readers}, {summary.hardware_told(hardware, comm.size)}, "

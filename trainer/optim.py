@@ -79,8 +79,7 @@ class DenseOptimizer:
         return float(self._flat[-1])
 
     def state(self) -> dict[str, Tensor]:
-        """Return parameters by name, and adam/<name>/{exp_avg, exp_avg_sq, step}: the tensors themselves, not
-        copies."""
+        """Return parameters by name, and adam/<name>/{exp_avg, exp_avg_sq, step}: the tensors, not copies."""
         state: dict[str, Tensor] = {name: parameter.detach() for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for part, value in self._moments(parameter).items():

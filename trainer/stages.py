@@ -56,8 +56,7 @@ class Stages:
 
     @contextmanager
     def timed(self, stage: Stage, kind: Kind = "step") -> Iterator[None]:
-        """Time the block as one run of the stage; in an evaluation it is named in the trace, but is no part of a
-        step."""
+        """Time the block as one run of the stage; in an evaluation it only gets its name in the trace."""
         start_s = time.perf_counter()
         with record_function(stage):
             yield
@@ -98,8 +97,7 @@ class Stages:
         }
 
     def step_spread(self) -> float:
-        """Return a step's standard deviation over its median, from the median deviation: a rare slow step does not
-        count."""
+        """Return a step's deviation over its median, from the median deviation: a rare slow step does not count."""
         own = [seconds for stage, seconds in self._seconds.items() if stage not in AHEAD]
         steps_s: list[float] = [sum(each) for each in zip(*own, strict=False)][1:]
         if not steps_s:
@@ -117,7 +115,7 @@ class StageSequence:
         self.switch(stage)
 
     def switch(self, stage: Stage | None) -> None:
-        """End the running stage and begins `stage`."""
+        """End the running stage and begin `stage`."""
         if self._running is not None:
             name, start_s, record = self._running
             record.__exit__(None, None, None)

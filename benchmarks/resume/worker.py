@@ -16,8 +16,8 @@ from featurestore.console.commandline import CommandApp, run_app
 from trainer.cli import run_on_ranks
 from trainer.comm import Comm
 from trainer.config.config import Config, load_config
-from trainer.engine.engine import Engine, Prepared, StepResult
-from trainer.loop.progress import Progression
+from trainer.engine.engine import Engine, PreparedBatch, StepResult
+from trainer.loop.progress import ProgressLog
 from trainer.loop.signals import StopSignals
 from trainer.loop.training import Training, total_steps
 from trainer.runs.open import claim_folder, open_run
@@ -46,7 +46,7 @@ def train(config: Config, comm: Comm, *, die_at: int | None = None, nudged: bool
             nudge_(run.engine, run.config.model.compute_dtype)
         if die_at is not None and comm.rank == comm.size - 1:
             _kill_at(run.engine, die_at)
-        with Progression(None, run.engine.num_steps, total_steps(run)) as progress:
+        with ProgressLog(None, run.engine.num_steps, total_steps(run)) as progress:
             Training(run, progress, signals).fit()
 
 
@@ -61,7 +61,7 @@ def _kill_at(engine: Engine, step: int) -> None:
     """Lets this process die when step number `step` (from 1) has been prepared and is to be taken."""
     train_step = engine.train_step
 
-    def dying(prepared: Prepared) -> StepResult:
+    def dying(prepared: PreparedBatch) -> StepResult:
         if engine.num_steps == step - 1:
             print(DIES, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trainer.comm import connect
 from trainer.config.config import load_config
-from trainer.engine.engine import Engine, Prepared, StepResult
+from trainer.engine.engine import Engine, PreparedBatch, StepResult
 from trainer.main import train
 
 
@@ -51,11 +51,11 @@ def main() -> None:
 
 
 def signalling(
-    train_step: Callable[[Engine, Prepared], StepResult], at: int
-) -> Callable[[Engine, Prepared], StepResult]:
+    train_step: Callable[[Engine, PreparedBatch], StepResult], at: int
+) -> Callable[[Engine, PreparedBatch], StepResult]:
     """`train_step` with a SIGTERM to this process during step number `at`."""
 
-    def step(engine: Engine, prepared: Prepared) -> StepResult:
+    def step(engine: Engine, prepared: PreparedBatch) -> StepResult:
         if engine.num_steps == at - 1:
             signal.raise_signal(signal.SIGTERM)
         return train_step(engine, prepared)

@@ -32,7 +32,7 @@ from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError, ConfigError, DataError, RemoteRankError, TrainerError
-from trainer.loop.summary import Totals
+from trainer.loop.summary import StepTotals
 from trainer.main import app, train
 from trainer.runs.checkpoint import find, read_state
 from trainer.stages import AHEAD, Stage, Stages
@@ -130,8 +130,8 @@ class TestAlone:
     def test_waits_of_an_evaluation_are_no_part_of_the_steps(
         self, places: Places, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        phases, stages, timed, timed_stage = [], [], Totals.timed, Stages.add
-        monkeypatch.setattr(Totals, "timed", lambda self, phase: phases.append(phase) or timed(self, phase))
+        phases, stages, timed, timed_stage = [], [], StepTotals.timed, Stages.add
+        monkeypatch.setattr(StepTotals, "timed", lambda self, phase: phases.append(phase) or timed(self, phase))
         monkeypatch.setattr(Stages, "add", lambda self, *run: stages.append(run[0]) or timed_stage(self, *run))
         run_alone(places, run__name="waits", train__max_steps=5, train__eval_every=2, data__global_batch_size=16)
         assert phases.count("evaluate") == 3

@@ -23,7 +23,7 @@ from trainer.engine.precision import with_compute_dtype
 from trainer.engine.similarity import ImageComparison, Similarity, pairs_of_fields
 from trainer.engine.wiring import model_name, services_of, table_shapes
 from trainer.errors import ConfigError
-from trainer.exchange.exchange import ContentSource, Exchange, FieldVectors, Request, Source
+from trainer.exchange.exchange import ContentSource, Exchange, FieldVectors, Request, VectorSource
 from trainer.exchange.reuse import ReusingSource, VectorCache
 from trainer.ids.exact import ExactTable
 from trainer.ids.optimizers import SHARED_STATE, RowOptimizer, row_optimizer
@@ -38,11 +38,11 @@ from trainer.schema import Field, Schema
 from trainer.stages import Kind, Stages
 
 # Fields, dense values and the group of each sample in; as trainer.models.ctr.CtrModel.forward.
-Network = Callable[[Mapping[str, FieldVectors], Mapping[str, Tensor], Tensor], Tensor]
+NetworkPart = Callable[[Mapping[str, FieldVectors], Mapping[str, Tensor], Tensor], Tensor]
 
 
 @dataclass
-class Prepared:
+class PreparedBatch:
     """A batch whose keys have been exchanged, and how similar the images of each behaviour field are to the ads'."""
 
     batch: Batch
@@ -116,7 +116,7 @@ class Engine:
         )
         self.model.place.comm, self.model.place.seed = comm, seed
         self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
-        sources: dict[str, Source] = dict(self.tables)
+        sources: dict[str, VectorSource] = dict(self.tables)
         source_of_field = {field.name: field.table_name for field in self.fields if field.is_id}
         for field in self.fields:
             if field.kind == "content":
@@ -142,7 +142,7 @@ class Engine:
         """Return the fields that the model uses; a batch may hold more."""
         return self.model.fields
 
-    def prepared(self, batches: Iterator[Batch], kind: Kind = "step") -> Iterator[Prepared]:
+    def prepared(self, batches: Iterator[Batch], kind: Kind = "step") -> Iterator[PreparedBatch]:
         """Exchange the keys of one batch after the other and gather what their owners need; independent of weights, so
         it may run a step ahead, in a thread beside the step before.
 
@@ -159,13 +159,13 @@ class Engine:
                 self._exchange.refuse(failure, kind)
             request = self._exchange.request(batch.fields, kind)
             similarity = {} if self._comparison is None else self._comparison.similarities(batch, request)
-            yield Prepared(batch, request, similarity)
+            yield PreparedBatch(batch, request, similarity)
 
-    def prepare(self, batch: Batch, kind: Kind = "step") -> Prepared:
+    def prepare(self, batch: Batch, kind: Kind = "step") -> PreparedBatch:
         """Prepare one batch as `prepared` does; all ranks call it."""
         return next(self.prepared(iter([batch]), kind))
 
-    def train_step(self, prepared: Prepared) -> StepResult:
+    def train_step(self, prepared: PreparedBatch) -> StepResult:
         """Do one training step: forward, backward, one allreduce, both optimisers. All ranks call it."""
         batch, request = prepared.batch, prepared.request
         rates = rates_at(self._optim, self.num_steps)
@@ -195,12 +195,12 @@ class Engine:
             learning_rate=rates.lr,
         )
 
-    def predict(self, prepared: Prepared) -> NDArray[np.float64]:
+    def predict(self, prepared: PreparedBatch) -> NDArray[np.float64]:
         """Return logits (B,) in float64. All ranks call it equally often."""
         return self.compute(prepared, self.model)
 
     @torch.no_grad()
-    def compute(self, prepared: Prepared, network: Network) -> NDArray[np.float64]:
+    def compute(self, prepared: PreparedBatch, network: NetworkPart) -> NDArray[np.float64]:
         """Return what `network`, as a part of the model, makes of a batch, in float64. All ranks call it equally
         often."""
         self._modules.eval()
@@ -240,8 +240,7 @@ class Engine:
         return [name for table in self.tables.values() for name in table.names()]
 
     def shard_state(self) -> dict[str, Tensor]:
-        """Return ID rows that this rank owns and their optimiser's state, <table>/<shard>/<part>, to be written at
-        once."""
+        """Return this rank's ID rows and their optimiser's state, <table>/<shard>/<part>, to be written at once."""
         return {name: rows for table in self.tables.values() for name, rows in table.export_shards().items()}
 
     def load_shard_state(self, state: Mapping[str, Tensor]) -> None:
@@ -268,8 +267,7 @@ class Engine:
                 table.begin_day(day)
 
     def move_rows(self, rates: Rates) -> None:
-        """Do one step of the ID rows' optimiser with the gradients of the last backward. All ranks call it once a
-        step."""
+        """Move the ID rows by the gradients of the last backward. All ranks call it once a step."""
         apply_gradients(self.tables.values(), self._rows, rates)
 
     def restart_rows(self, epoch: int) -> None:
@@ -278,7 +276,7 @@ class Engine:
         for table in self.tables.values():
             table.restart(epoch)
 
-    def _outputs(self, prepared: Prepared, network: Network) -> Tensor:
+    def _outputs(self, prepared: PreparedBatch, network: NetworkPart) -> Tensor:
         batch = prepared.batch
         dense = {
             field.name: torch.from_numpy(batch.dense[field.name]).to(device=self._device, dtype=self._dtype)
@@ -307,7 +305,7 @@ class Engine:
                 vectors = self.model.new_ads(vectors)
             return network(vectors, dense, group_of_sample_B)
 
-    def _content_source(self, service: EmbeddingService, network: str, exchange: ExchangeConfig | None) -> Source:
+    def _content_source(self, service: EmbeddingService, network: str, exchange: ExchangeConfig | None) -> VectorSource:
         """Make a source of one E, with a cache of its vectors where they are to be kept for some steps."""
         source = ContentSource(service, network, self._comm.size)
         if exchange is None or exchange.reuse_steps == 0:

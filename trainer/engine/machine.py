@@ -21,7 +21,7 @@ _BUILD_NCCL = "HOROVOD_GPU_OPERATIONS=NCCL make install"
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """Where a rank runs. `cores`: those that it may run on, which a launcher may have bound it to."""
 
     host: str
@@ -35,7 +35,7 @@ def share_machine(config: Config, comm: Comm) -> torch.device:
     Raises ConfigError for more threads than a rank can use, or a GPU that is not there; on all ranks alike.
     """
     keep_freed_memory()
-    place = Place(socket.gethostname(), frozenset(os.sched_getaffinity(0)), torch.cuda.is_available())
+    place = RankPlace(socket.gethostname(), frozenset(os.sched_getaffinity(0)), torch.cuda.is_available())
     places = comm.allgather_object(place, name="places")
     check_threads(config.run.threads, min(len(each.cores) for each in places))
     threads = config.run.threads or threads_of(comm.rank, places)
@@ -57,7 +57,7 @@ def check_threads(threads: int | None, cores: int) -> None:
         raise ConfigError(f"run.threads={threads}: a rank may run on {cores} cores; by default each takes its share")
 
 
-def threads_of(rank: int, places: Sequence[Place]) -> int:
+def threads_of(rank: int, places: Sequence[RankPlace]) -> int:
     """Return a rank's share of its cores: their number over that of the ranks on its host that may run on one."""
     mine = places[rank]
     sharing = sum(each.host == mine.host and not mine.cores.isdisjoint(each.cores) for each in places)
@@ -65,8 +65,7 @@ def threads_of(rank: int, places: Sequence[Place]) -> int:
 
 
 def uses_cuda(device: Device, available: bool, moves_cuda_tensors: bool) -> bool:
-    """Return whether the ranks compute on GPUs. `available`: every rank has one. `moves_cuda_tensors`: the Comm's
-    answer.
+    """Return whether the ranks compute on GPUs. `available`: every rank has one; `moves_cuda_tensors`: as in Comm.
 
     Raises ConfigError where run.device=cuda asks for what is not there.
     """

@@ -34,14 +34,14 @@ from trainer.samples.batch import Jagged
 from trainer.stages import Kind, Stages, StageSequence
 
 
-class Served(Protocol):
+class ServedKeys(Protocol):
     """What every source keeps of a request: for each of R keys received, its row among the Q unique ones."""
 
     inverse_R: Int64
     num_unique: int
 
 
-class Source(Protocol):
+class VectorSource(Protocol):
     """One E over one store, or one ID table. `serve` runs ahead of the weights, `vectors` reads them."""
 
     width: int
@@ -50,7 +50,7 @@ class Source(Protocol):
         """Return the rank that answers for each key."""
 
     def serve(self, keys_R: Int64, kind: Kind) -> Any:
-        """Return a `Served` for keys that this rank owns; the same key may come several times."""
+        """Return a `ServedKeys` for keys that this rank owns; the same key may come several times."""
 
     def vectors(self, served: Any) -> Tensor:
         """Return the vectors (Q, V) of the unique keys, with autograd attached."""
@@ -174,7 +174,7 @@ class Exchange:
     def __init__(
         self,
         comm: Comm,
-        sources: Mapping[str, Source],
+        sources: Mapping[str, VectorSource],
         source_of_field: Mapping[str, str],
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -216,8 +216,7 @@ class Exchange:
         raise error
 
     def vectors(self, request: Request) -> dict[str, FieldVectors]:
-        """Return the vectors of every field, with autograd attached: one alltoall per width, and in backward one per
-        width.
+        """Return the vectors of every field, with autograd attached: by one alltoall per width, as in backward.
 
         If one rank runs backward, all have to. Raises this rank's error, or RemoteRankError, on all ranks.
         """
@@ -275,7 +274,7 @@ class Exchange:
         return bucketize_by_owner(keys_U, inverse_N, self._sources[source].owner_of(keys_U), self._comm.size)
 
     def _plan(
-        self, width: int, asked_S: list[Bucketized], served_S: list[Served] | None, counts_PS: Int64
+        self, width: int, asked_S: list[Bucketized], served_S: list[ServedKeys] | None, counts_PS: Int64
     ) -> WidthPlan:
         sources = [s for s, source in enumerate(self._sources) if source.width == width]
         recv_counts_PS = counts_PS[:, sources]

@@ -44,8 +44,7 @@ class VectorCache:
         self._waiting_NV = torch.zeros(num_rows, width, device=device, dtype=dtype)
 
     def plan(self, place_Q: NDArray[np.int64]) -> tuple[ReusePlan, NDArray[np.bool_]]:
-        """Plan what the next step computes; also returned as a mask (Q,). Called once a step, in order; reads no
-        vector."""
+        """Plan what the next step computes, also as a mask (Q,). Called once a step, in order; reads no vector."""
         fresh_Q = np.ones(len(place_Q), np.bool_)
         known_Q = place_Q >= 0
         fresh_Q[known_Q] = self._step - self._made_at_N[place_Q[known_Q]] > self._reuse_steps
@@ -71,8 +70,7 @@ class VectorCache:
         return vectors_QV
 
     def collect(self, plan: ReusePlan, gradient_QV: Tensor) -> Tensor:
-        """Return gradients (F, V) of the vectors computed now, with those that have waited for them; the others
-        wait."""
+        """Return gradients (F, V) of the vectors computed now, with those that waited for them; the others wait."""
         self._waiting_NV.index_add_(0, plan.place_C, gradient_QV.index_select(0, plan.stale_C))
         gradient_FV = gradient_QV.index_select(0, plan.fresh_F)
         known_F = plan.place_F >= 0

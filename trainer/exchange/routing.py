@@ -27,8 +27,7 @@ class Bucketized:
 
 @dataclass(frozen=True)
 class KeyBlocks:
-    """What P ranks ask for: their status, how many keys of each source, and each source's keys in the order of
-    askers."""
+    """What P ranks ask for: their status, the numbers of keys of each source, and its keys in the order of ranks."""
 
     status_P: Int64
     counts_PS: Int64
@@ -76,8 +75,7 @@ def unpack_key_blocks(payload: Int64, lengths_P: Int64, num_sources: int) -> Key
 
 
 def reply_rows(counts_PS: Int64, inverse_SR: Sequence[Int64], num_unique_S: Sequence[int]) -> Int64:
-    """Return, for one width, which row of [status row, unique rows of source 0, of source 1, ..] each row of the answer
-    is.
+    """Return which row of [status row, unique rows of source 0, of source 1, ..] of one width each row to send is.
 
     `counts_PS`: keys that each asker wants of each source of this width; `inverse_SR`: for each key received its row
     among the source's unique ones.

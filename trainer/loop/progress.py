@@ -18,7 +18,7 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-class Progression:
+class ProgressLog:
     """Rank 0's log of a run of `total` steps. Without a folder (other ranks) it says and writes nothing."""
 
     def __init__(self, folder: Path | None, first_step: int, total: int) -> None:
@@ -37,7 +37,7 @@ class Progression:
         )
         self._task = self._bar.add_task("train", total=total, completed=first_step, text="")
 
-    def __enter__(self) -> "Progression":
+    def __enter__(self) -> "ProgressLog":
         self._bar.start()
         return self
 

@@ -36,7 +36,7 @@ class ImageCounts:
 
 
 @dataclass
-class Totals:
+class StepTotals:
     """Sums over the training steps of one rank since the run, or its resumption, began.
 
     `image_references`, `images`, `computed_images`: the sums of `ImageCounts`; over all ranks `images` is the number of
@@ -112,7 +112,7 @@ def count_images(request: Request) -> ImageCounts:
 
 
 def step_details(
-    comm: Comm, totals: Totals, stages: Stages, unique_by_field: Mapping[str, tuple[int, int]], images: ImageCounts
+    comm: Comm, totals: StepTotals, stages: Stages, unique_by_field: Mapping[str, tuple[int, int]], images: ImageCounts
 ) -> dict[str, float]:
     """Return what TensorBoard gets of a step that is logged, beside its loss; called by every rank."""
     last_ms = stages.last_ms()
@@ -131,7 +131,7 @@ def step_details(
     return details
 
 
-def gather(comm: Comm, own: Totals, stages: Stages) -> dict[str, Any]:
+def gather(comm: Comm, own: StepTotals, stages: Stages) -> dict[str, Any]:
     """Gather the run's figures over all ranks, the same on each; called by every rank.
 
     Bytes are those that ranks sent to others in training steps (keys, vectors, gradients, dense gradients), summed over
@@ -143,7 +143,7 @@ def gather(comm: Comm, own: Totals, stages: Stages) -> dict[str, Any]:
     traffic = {name: asdict(each) for name, each in comm.traffic.items() if name.startswith("step.")}
     mine = (asdict(own), traffic, stages.medians_ms(), stages.step_spread())
     everyone = comm.allgather_object(mine, name="totals")
-    ranks = [Totals(**values) for values, *_ in everyone]
+    ranks = [StepTotals(**values) for values, *_ in everyone]
     steps = own.steps
     sent = {name: sum(each[name]["sent"] for _, each, *_ in everyone) for name in sorted(traffic)}
     received = sum(each["received"] for _, traffics, *_ in everyone for each in traffics.values())
@@ -201,7 +201,7 @@ def hardware_told(hardware: Mapping[str, Any], num_ranks: int) -> str:
     return f"{ranks_told(num_ranks)} on {devices}, collectives by {hardware['collectives']}"
 
 
-def _unique_ratios(ranks: Sequence[Totals]) -> dict[str, float | None]:
+def _unique_ratios(ranks: Sequence[StepTotals]) -> dict[str, float | None]:
     """Return of each field the different keys of a rank's batch over all of them."""
     ratios: dict[str, float | None] = {}
     for name in sorted({name for each in ranks for name in each.unique_by_field}):
@@ -232,8 +232,7 @@ def stage_table(medians_R: list[dict[Any, float]]) -> dict[str, dict[str, float 
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Write JSON, a whole file or none; a metric that is not defined is null. Raises TrainerError where the disk
-    refuses."""
+    """Write JSON, a whole file or none; undefined metrics are null. Raises TrainerError where the disk refuses."""
     try:
         write_json(path, report)
     except OSError as failure:

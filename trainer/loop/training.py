@@ -8,14 +8,14 @@ from contextlib import closing, contextmanager
 from functools import partial
 
 from trainer.config.config import config_digest
-from trainer.engine.engine import Prepared
+from trainer.engine.engine import PreparedBatch
 from trainer.engine.memory import objects_frozen
 from trainer.errors import TrainerError
 from trainer.evaluation.quick import Metrics, evaluate
 from trainer.ids.figures import TableFigures, gather_figures
 from trainer.loop import stopping, summary
 from trainer.loop.profiling import PLACE, tracing
-from trainer.loop.progress import Progression
+from trainer.loop.progress import ProgressLog
 from trainer.loop.signals import StoppedError, StopSignals, stopped_together
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import FORMAT_VERSION, CheckpointState
@@ -28,7 +28,7 @@ from trainer.stages import WAIT, Kind
 class Training:
     """Trains a run from where it stands to its end. Every rank does the same, and the same number of times."""
 
-    def __init__(self, run: Run, progress: Progression, signals: StopSignals) -> None:
+    def __init__(self, run: Run, progress: ProgressLog, signals: StopSignals) -> None:
         self._run, self._engine, self._config = run, run.engine, run.config
         self._progress, self._signals = progress, signals
         self._patience = run.config.train.early_stopping
@@ -93,7 +93,7 @@ class Training:
         self._tell_tables()
 
     @contextmanager
-    def _prepared(self, batches: Iterator[Batch], count: int, kind: Kind) -> Iterator[Iterator[Prepared]]:
+    def _prepared(self, batches: Iterator[Batch], count: int, kind: Kind) -> Iterator[Iterator[PreparedBatch]]:
         """Yield `count` batches, read ahead, each one prepared beside the step of the one before."""
         depth, stages = self._config.data.prefetch_batches, self._engine.stages
         with stopped_together(), closing(ReadAhead(stages.each("read", batches, kind), depth)) as ahead:
@@ -104,13 +104,13 @@ class Training:
             with closing(prepare_ahead(count, partial(next, prepared))) as waiting:
                 yield (self._waited(each, kind) for each in waiting)
 
-    def _waited(self, result: Callable[[], Prepared], kind: Kind) -> Prepared:
+    def _waited(self, result: Callable[[], PreparedBatch], kind: Kind) -> PreparedBatch:
         if kind == "eval":  # all of an evaluation is timed as such
             return result()
         with self.totals.timed("wait"), self._engine.stages.timed(WAIT):
             return result()
 
-    def _step(self, prepared: Prepared) -> None:
+    def _step(self, prepared: PreparedBatch) -> None:
         start_s = time.perf_counter()
         images = summary.count_images(prepared.request)
         with self.totals.timed("compute"):
@@ -140,8 +140,7 @@ class Training:
             self._save()
 
     def _was_stopped_in_evaluation(self) -> bool:
-        """Return whether this step's evaluation was due before the run was resumed, and a signal came before its
-        end."""
+        """Return whether this step's evaluation was due when a signal stopped the run that is resumed."""
         evaluated = [entry["step"] for entry in self._run.history[-1:]]
         due = self._engine.num_steps > 0 and self._is_due(self._config.train.eval_every)
         return due and evaluated != [self._engine.num_steps]

@@ -73,8 +73,7 @@ class CtrModel(nn.Module):
         self.input_width += self._num_tiers * len(aggregators)
 
     def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
-        """Return logits (B,). `fields`: id, multi_id and content; `dense`: (M, width) each; M = G or B by the field's
-        side."""
+        """Return logits (B,). `fields`: id, multi_id, content; `dense`: (M, width) each; M = G or B by side."""
         raise NotImplementedError
 
     def check(self, batch: Batch) -> None:

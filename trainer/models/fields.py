@@ -57,8 +57,7 @@ def _check_names(fields: tuple[Field, ...]) -> None:
 
 
 def width_of(field: Field, config: ModelConfig) -> int:
-    """Return the width of the field's vectors: as the schema says, else the model's for its kind; dense: numbers a
-    row."""
+    """Return the width of a field's vectors: the schema's, else the model's for its kind; dense: numbers a row."""
     if field.width is not None:
         return field.width
     if field.kind == "dense":

@@ -91,8 +91,7 @@ class GlobalBatchNorm(nn.Module):
         return output_MW * self.weight + self.bias
 
     def _of_step(self, input_MW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance over all ranks' rows; moves the running values, whose variance is the unbiased
-        one."""
+        """Return mean and variance over all ranks' rows; move the running values, whose variance is unbiased."""
         start_W = self.running_mean.clone()  # sums around it lose fewer digits
         shifted_MW = input_MW - start_W
         count_1 = input_MW.new_full((1,), len(input_MW))

@@ -68,9 +68,9 @@ def main(
         if global_batch_size is not None and samples_per_rank is not None:
             raise ConfigError("--global-batch-size and --samples-per-rank exclude each other; give one of them")
         from trainer.plan.inputs import bytes_per_s
-        from trainer.plan.sample import Question, numbers
+        from trainer.plan.sample import PlanQuestion, numbers
 
-        question = Question(
+        question = PlanQuestion(
             ranks=numbers(ranks),
             batch_size=samples_per_rank or global_batch_size or config.data.global_batch_size,
             per_rank=samples_per_rank is not None,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from trainer.plan.cost import DESIGNS, BatchCounts, Design, Keys, Machine, StepCost, Widths, step_cost
+from trainer.plan.cost import DESIGNS, BatchCounts, Design, KeyCounts, Machine, StepCost, Widths, step_cost
 
 FEATURE_ITEM_BYTES = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 _SKEW_WORTH_A_WORD = 1.05
@@ -12,7 +12,7 @@ _TIE = 1.2  # times are right within a fifth (docs/PLAN.md)
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredBytes:
     """What ranks hold: the feature store and the ID tables. `table_bytes` is of all tables, with Adam's state."""
 
     rows: int
@@ -35,7 +35,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Row:
+class RankPlan:
     """The plan for one number of ranks. `efficiency`: samples/s over those of the base, each divided by its ranks."""
 
     ranks: int
@@ -51,8 +51,7 @@ class Row:
 
     @property
     def best(self) -> Design:
-        """Choose, of designs that are as fast as the fastest within a plan's error, the one that moves the fewest
-        bytes."""
+        """Choose the one that moves the fewest bytes, of designs as fast as the fastest within a plan's error."""
         fastest_s = min(cost.seconds for cost in self.costs.values())
         as_fast = [design for design in DESIGNS if self.costs[design].seconds <= _TIE * fastest_s]
         return min(as_fast, key=lambda design: sum(self.costs[design].bytes_by_part.values()))
@@ -65,7 +64,7 @@ class Plan:
     title: str
     base_ranks: int
     samples_per_day: float
-    rows: tuple[Row, ...]
+    rows: tuple[RankPlan, ...]
     machines: Mapping[int, Machine]
     """By ranks on one machine."""
     advice: tuple[str, ...]
@@ -79,7 +78,7 @@ def build(
     base_ranks: int,
     widths: Widths,
     machines: Mapping[int, Machine],
-    stored: Stored,
+    stored: StoredBytes,
     samples_per_day: float,
     assumptions: Sequence[str],
     warnings: Sequence[str] = (),
@@ -99,7 +98,7 @@ def build(
     for count in ranks:
         counts, costs = costs_at(count)
         rows.append(
-            Row(
+            RankPlan(
                 ranks=count,
                 counts=counts,
                 costs=costs,
@@ -123,7 +122,7 @@ def build(
     )
 
 
-def advise(row: Row, stored: Stored, local_ranks: int = 1) -> list[str]:
+def advise(row: RankPlan, stored: StoredBytes, local_ranks: int = 1) -> list[str]:
     """Say which design to choose for these ranks and why, and what to change about shards and memory."""
     who = "1 rank" if row.ranks == 1 else f"{row.ranks} ranks"
     best = row.costs[row.best]
@@ -150,7 +149,7 @@ def advise(row: Row, stored: Stored, local_ranks: int = 1) -> list[str]:
     return lines
 
 
-def _uneven(keys: Keys, ranks: int) -> float:
+def _uneven(keys: KeyCounts, ranks: int) -> float:
     """Return the unique keys of the busiest owner over the mean."""
     return keys.owned * ranks / keys.unique if keys.unique else 1.0
 

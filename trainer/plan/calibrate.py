@@ -26,8 +26,8 @@ from trainer.config.config import Config, save_config
 from trainer.engine.machine import check_threads
 from trainer.errors import PlanError
 from trainer.exchange.routing import Int64
-from trainer.plan.cost import Machine, Network, Piece, Rates, Stage, step_seconds
-from trainer.plan.sample import LARGEST_MEASURED, Question, Sampled
+from trainer.plan.cost import Machine, NetworkSpeed, Piece, StageCost, StageRates, step_seconds
+from trainer.plan.sample import LARGEST_MEASURED, PlanQuestion, SampledKeys
 from trainer.samples.columns import rules_of, source_columns
 from trainer.samples.days import name_of
 from trainer.samples.reader import read_row_group
@@ -50,7 +50,7 @@ _STAGES: Mapping[str, tuple[str, ...]] = {
 _PIECES = ("route", "gather", "embed", "worker", "rows")
 
 
-class Timed(NamedTuple):
+class TimedSteps(NamedTuple):
     """Runs of one size: units of work and seconds of each piece of a step, cores busy meanwhile, and the whole step."""
 
     units: dict[str, float]
@@ -67,21 +67,20 @@ class Calibration:
     measurement takes about half a minute; `folder` gets the samples, the runs, and a store in the place of a large one.
     """
 
-    def __init__(self, config: Config, question: Question, sampled: Sampled, folder: Path) -> None:
+    def __init__(self, config: Config, question: PlanQuestion, sampled: SampledKeys, folder: Path) -> None:
         self._question, self._sampled, self._folder = question, sampled, folder
         self._config = _config_of_runs(config, sampled, folder)
         self._measured = cache(self._measure)
 
     def machine(self, local_ranks: int) -> Machine:
-        """Measure the machine with `local_ranks` ranks of the batch size that is asked for, or of one that it can
-        measure."""
+        """Measure the machine with `local_ranks` ranks, at their batch size or the largest that is measured."""
         cores = len(os.sched_getaffinity(0))
         check_threads(self._config.run.threads, cores)
         size = min(LARGEST_MEASURED, self._question.sizes(local_ranks)[0], self._sampled.index.num_samples // 4)
         processes, threads = min(local_ranks, cores), self._config.run.threads or max(1, cores // local_ranks)
         small, large = self._measured(max(1, size), processes, threads)
         wire = measure_collectives(max(2, min(local_ranks, _MOST_PROCESSES)))
-        network = Network(
+        network = NetworkSpeed(
             call_s=(wire["alltoall_call_s"] + wire["allreduce_call_s"]) / 2,
             latency_s=self._question.latency_s,
             link_bytes_per_s=self._question.link_bytes_per_s,
@@ -93,16 +92,16 @@ class Calibration:
         slower = max(1.0, reading.cores / threads)
         read = Piece(0.0, reading.unit_s * slower, reading.cores / slower)
         route, gather, embed, worker, rows = (line(small, large, name) for name in _PIECES)
-        rates = Rates(read, route, gather, embed, worker, rows, jitter=min(_MOST_JITTER, large.spread))
+        rates = StageRates(read, route, gather, embed, worker, rows, jitter=min(_MOST_JITTER, large.spread))
         alone = dataclasses.replace(network, ranks_per_machine=processes)
         return Machine(rates, network, cores, interference(large, Machine(rates, alone, cores)))
 
-    def _measure(self, size: int, processes: int, threads: int) -> tuple[Timed, Timed]:
+    def _measure(self, size: int, processes: int, threads: int) -> tuple[TimedSteps, TimedSteps]:
         """Time batches of a third of `size`, and of `size`."""
         small, large = (self._train(each, processes, threads) for each in (max(1, size // 3), size))
         return small, large
 
-    def _train(self, size: int, processes: int, threads: int) -> Timed:
+    def _train(self, size: int, processes: int, threads: int) -> TimedSteps:
         folder = self._folder / f"runs-{size}-{processes}-{threads}"
         config = self._config.model_copy(
             update={
@@ -122,7 +121,7 @@ class Calibration:
         return timed(reports, size, units)
 
 
-def timed(reports: Sequence[Mapping[str, Any]], size: int, units: Mapping[str, float]) -> Timed:
+def timed(reports: Sequence[Mapping[str, Any]], size: int, units: Mapping[str, float]) -> TimedSteps:
     """Take the figures of a step out of the reports of runs with batches of `size` samples, mean over the runs."""
 
     def median_s(*stages: str) -> float:
@@ -135,12 +134,11 @@ def timed(reports: Sequence[Mapping[str, Any]], size: int, units: Mapping[str, f
     busy_s = step_s * fmean(report["busy_cores"] for report in reports)
     spread = fmean(report["step_spread"] for report in reports)
     cores = max(0.1, busy_s / (sum(seconds.values()) + median_s("read")))
-    return Timed(dict(units), seconds, cores, step_s, spread)
+    return TimedSteps(dict(units), seconds, cores, step_s, spread)
 
 
-def line(small: Timed, large: Timed, name: str) -> Piece:
-    """Draw the line of a piece through two sizes; where a larger one was not slower, or the constant is negative, all
-    is per unit."""
+def line(small: TimedSteps, large: TimedSteps, name: str) -> Piece:
+    """Draw a piece's line through two sizes; all is per unit where it would not grow, or begin below zero."""
     units, seconds = large.units[name], large.seconds[name]
     if units <= small.units[name]:
         return Piece(seconds if units == 0 else 0.0, seconds / units if units else 0.0, large.cores)
@@ -151,12 +149,12 @@ def line(small: Timed, large: Timed, name: str) -> Piece:
     return Piece(fixed, slope, large.cores)
 
 
-def interference(measured: Timed, machine: Machine) -> float:
+def interference(measured: TimedSteps, machine: Machine) -> float:
     """Divide a measured step by what its stages let expect on a machine that is as full as this one was."""
-    stages: dict[str, Stage] = {}
+    stages: dict[str, StageCost] = {}
     for name, units in measured.units.items():
         piece: Piece = getattr(machine.rates, name)
-        stages[name] = Stage(piece.seconds(units), piece.seconds(units) * piece.cores)
+        stages[name] = StageCost(piece.seconds(units), piece.seconds(units) * piece.cores)
     # The runs wait for nobody: the expected time is that of ranks without a wire, and without jitter among them.
     calm = dataclasses.replace(machine, rates=dataclasses.replace(machine.rates, jitter=0.0))
     return measured.step_s / step_seconds(stages, machine.network.ranks_per_machine, calm)
@@ -174,8 +172,7 @@ def measure_collectives(ranks: int) -> dict[str, float]:
 
 
 def is_large(info: StoreInfo, num_rows: int) -> bool:
-    """Return whether all features are more than a quarter of this machine's memory, too many to map for a
-    measurement."""
+    """Return whether all features are more than a quarter of this machine's memory, too many to map here."""
     return num_rows * info.row_bytes > _STORE_OF_MEMORY * physical_memory_bytes()
 
 
@@ -197,7 +194,7 @@ def make_standin(folder: Path, info: StoreInfo, keys_U: Int64) -> FeatureStore:
     return store
 
 
-def _config_of_runs(config: Config, sampled: Sampled, folder: Path) -> Config:
+def _config_of_runs(config: Config, sampled: SampledKeys, folder: Path) -> Config:
     """Make the configuration of a few steps on a part of the samples, which write as little as they can.
 
     In the place of a large store comes a small one; images that are not in it are zeros, which cost the same. ID tables
@@ -219,7 +216,7 @@ def _config_of_runs(config: Config, sampled: Sampled, folder: Path) -> Config:
     return config.model_copy(update=sections)
 
 
-def _copy_samples(sampled: Sampled, folder: Path, num_samples: int) -> None:
+def _copy_samples(sampled: SampledKeys, folder: Path, num_samples: int) -> None:
     """Copy row groups with at least `num_samples` samples, drawn from all, as files of their own to this disk."""
     folder.mkdir(parents=True)
     columns = list(source_columns(rules_of(sampled.schema)))

@@ -19,8 +19,7 @@ _SMALL_FLOATS, _LARGE_FLOATS = 64, 2 << 20
 
 
 def measure(comm: Comm) -> dict[str, float]:
-    """Measure the seconds of a call and of a byte sent by one rank, of an alltoall and of an allreduce; called by every
-    rank.
+    """Measure seconds of a call, and of a byte that a rank sends, of alltoall and allreduce; called by every rank.
 
     The slowest rank counts, the median of the rounds. Bytes are those that leave a rank: of an allreduce in a ring,
     2 (P - 1) / P times its values.

@@ -21,7 +21,7 @@ LANES: tuple[frozenset[str], ...] = (frozenset({"read", "samples"}), frozenset({
 
 
 @dataclass(frozen=True)
-class Keys:
+class KeyCounts:
     """Counts of keys of one kind (images, ids) in one global batch of P ranks."""
 
     references: float
@@ -40,14 +40,13 @@ class Keys:
 
 @dataclass(frozen=True)
 class BatchCounts:
-    """What one step of a global batch of `samples` on `ranks` has to work on. `decoded`: samples that each rank
-    decodes."""
+    """What one step of a global batch of `samples` on `ranks` works on. `decoded`: samples that each rank decodes."""
 
     samples: int
     ranks: int
     decoded: float
-    images: Keys
-    ids: Keys
+    images: KeyCounts
+    ids: KeyCounts
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Rates:
+class StageRates:
     """The stages of one rank without other ranks, measured with the machine as full as it will be."""
 
     read: Piece
@@ -95,7 +94,7 @@ class Widths:
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkSpeed:
     """Collectives by Hockney's model: a call, a latency per message, a time per byte.
 
     An alltoall is P - 1 messages of each rank; a ring allreduce 2 (P - 1), and 2 (P - 1) / P of its values leave a rank
@@ -140,14 +139,14 @@ class Machine:
     threads that run beside each other fight for memory and processor caches.
     """
 
-    rates: Rates
-    network: Network
+    rates: StageRates
+    network: NetworkSpeed
     cores: int
     interference: float = 1.0
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageCost:
     """What one stage of a step takes of a rank; `busy_s` is processor time."""
 
     seconds: float
@@ -163,7 +162,7 @@ class StepCost:
     seconds: float
     samples_per_s: float
     bytes_by_part: Mapping[str, float]
-    stages: Mapping[str, Stage]
+    stages: Mapping[str, StageCost]
 
     @property
     def bytes_sent(self) -> float:
@@ -212,7 +211,7 @@ def step_cost(design: Design, counts: BatchCounts, widths: Widths, machine: Mach
     return StepCost(design, seconds, counts.samples / seconds, sizes, stages)
 
 
-def step_seconds(stages: Mapping[str, Stage], ranks: int, machine: Machine) -> float:
+def step_seconds(stages: Mapping[str, StageCost], ranks: int, machine: Machine) -> float:
     """Return the longest of the lanes, the other stages, and the processor time of all ranks over a machine's cores.
 
     These are the two bounds of Brent's theorem (The parallel evaluation of general arithmetic expressions, 1974), the
@@ -226,7 +225,7 @@ def step_seconds(stages: Mapping[str, Stage], ranks: int, machine: Machine) -> f
     return max(*lanes, own, busy) * machine.interference * (1 + wait)
 
 
-def _computed(design: Design, counts: BatchCounts, machine: Machine) -> dict[str, Stage]:
+def _computed(design: Design, counts: BatchCounts, machine: Machine) -> dict[str, StageCost]:
     """Return the stages that a rank computes; `images` and `gathered` are those of the busiest rank."""
     occurrences = counts.images.references / counts.ranks
     images, gathered = {
@@ -246,7 +245,9 @@ def _computed(design: Design, counts: BatchCounts, machine: Machine) -> dict[str
     return {name: _stage(piece, count) for name, (piece, count) in units.items()}
 
 
-def _sent(design: Design, counts: BatchCounts, sizes: Mapping[str, float], network: Network) -> dict[str, Stage]:
+def _sent(
+    design: Design, counts: BatchCounts, sizes: Mapping[str, float], network: NetworkSpeed
+) -> dict[str, StageCost]:
     """Return the stages on the wire: the busiest owner sends more vectors than the mean."""
     ranks = counts.ranks
     image_skew, id_skew = (k.served / k.asked if k.asked else 1.0 for k in (counts.images, counts.ids))
@@ -266,13 +267,14 @@ def _sent(design: Design, counts: BatchCounts, sizes: Mapping[str, float], netwo
     moved = {"keys": sizes["keys"], "vectors": vectors, "gradients": vectors, "features": sizes.get("features", 0.0)}
     moved["dense gradients"] = sizes["dense gradients"]
     return {
-        name: Stage(each, copied * moved.get(name, 0.0) / network.local_bytes_per_s) for name, each in seconds.items()
+        name: StageCost(each, copied * moved.get(name, 0.0) / network.local_bytes_per_s)
+        for name, each in seconds.items()
     }
 
 
-def _stage(piece: Piece, units: float) -> Stage:
+def _stage(piece: Piece, units: float) -> StageCost:
     seconds = piece.seconds(units)
-    return Stage(seconds, seconds * piece.cores)
+    return StageCost(seconds, seconds * piece.cores)
 
 
 def highest_of(count: int) -> float:

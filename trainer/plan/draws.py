@@ -7,7 +7,7 @@ import numpy as np
 
 from featurestore.keys import owner_of, shard_of, splitmix64
 from trainer.exchange.routing import Int64
-from trainer.plan.cost import Keys, owner_skew
+from trainer.plan.cost import KeyCounts, owner_skew
 from trainer.plan.growth import Curve, Point, fit
 from trainer.samples.batch import Batch
 
@@ -17,7 +17,7 @@ _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnSamples:
     """Many samples in the order in which an epoch has them, as one batch, and the fields of each source.
 
     Fields of one source (one E over a store, one ID table) share its keys: a key in two of them is asked for once.
@@ -34,8 +34,7 @@ class Drawn:
         return self.batch.num_samples
 
     def keys_of(self, span: range) -> list[Int64]:
-        """Return the keys of each source in samples `span`, with repetitions; a group that is cut has its user
-        fields."""
+        """Return the keys of each source in samples `span`, with repetitions; a cut group has its user fields."""
         return [np.concatenate([self._values(name, span)[0] for name in names]) for names in self.sources]
 
     def references(self) -> float:
@@ -79,21 +78,21 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Population:
+class KeyPopulation:
     """Keys of one kind, in any number of samples and ranks: drawn where there is so much data, else by the curve."""
 
     references: float
     curve: Curve
     num_shards: int
-    drawn: Drawn | None = None
+    drawn: DrawnSamples | None = None
 
-    def keys(self, samples: int, ranks: int) -> Keys:
+    def keys(self, samples: int, ranks: int) -> KeyCounts:
         """Count the keys of a global batch of `samples` on `ranks`."""
         if self.drawn is not None and samples <= self.drawn.num_samples:
             return drawn_keys(self.drawn, samples, ranks, self.references)
         unique, asked = self.curve.unique(samples), self.curve.unique(samples / ranks)
         skew = owner_skew(unique, ranks, self.num_shards)
-        return Keys(
+        return KeyCounts(
             references=self.references * samples,
             asked=asked,
             served=asked * skew,
@@ -103,26 +102,25 @@ class Population:
         )
 
 
-def population(drawn: Drawn, sizes: Sequence[int], most: float) -> Population:
-    """Make the population of the keys in `drawn`; its curve has all of `sizes` that there is data for. `most`: keys at
-    all."""
+def population(drawn: DrawnSamples, sizes: Sequence[int], most: float) -> KeyPopulation:
+    """Make the population of the keys in `drawn`, its curve with all `sizes` that have data. `most`: keys at all."""
     wanted = {size for size in sizes if size <= drawn.num_samples} | {drawn.num_samples}
     size = drawn.num_samples // 2
     while size >= _SMALLEST:
         wanted.add(size)
         size //= 2
     points = [Point(size, drawn.unique(size)) for size in sorted(wanted)]
-    return Population(drawn.references(), fit(points, drawn.draws(), most), drawn.num_shards, drawn)
+    return KeyPopulation(drawn.references(), fit(points, drawn.draws(), most), drawn.num_shards, drawn)
 
 
-def drawn_keys(drawn: Drawn, samples: int, ranks: int, references: float) -> Keys:
+def drawn_keys(drawn: DrawnSamples, samples: int, ranks: int, references: float) -> KeyCounts:
     """Count the keys of global batches that are cut into the slices of `ranks` ranks, mean over the batches."""
     found = np.array([_of_batch(drawn, span, ranks) for span in drawn.spans(samples)]).mean(axis=0)
     asked, served, unique, owned = (float(each) for each in found)
-    return Keys(references * samples, asked, served, unique, owned)
+    return KeyCounts(references * samples, asked, served, unique, owned)
 
 
-def _of_batch(drawn: Drawn, span: range, ranks: int) -> tuple[float, float, float, float]:
+def _of_batch(drawn: DrawnSamples, span: range, ranks: int) -> tuple[float, float, float, float]:
     """Count keys asked by a rank, keys that the busiest owner is asked for, unique keys, those of the busiest owner."""
     served_P, owned_P = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)
     for rank in range(ranks):

@@ -99,8 +99,7 @@ def _ranks(keys: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def fit(points: Sequence[Point], draws: float, most: float = math.inf) -> Curve:
-    """Fit the curve through `points`, ascending; beyond them a Zipf law, if there are three points and any repeated
-    key.
+    """Fit the curve through `points`, ascending; beyond them by a Zipf law, from three points and any repeated key.
 
     `draws`: keys of a sample, those that repeat within a group left out. For each exponent the number of keys is the
     one that meets the last point; the exponent is the one that is nearest to the others, in logarithms.

@@ -12,9 +12,9 @@ from trainer.config.options import Count
 from trainer.config.validate import Section, validated
 from trainer.errors import ConfigError
 from trainer.files import read_mapping
-from trainer.plan.build import FEATURE_ITEM_BYTES, Plan, Stored, build
-from trainer.plan.cost import BatchCounts, Machine, Network, Piece, Rates, Widths, step_cost
-from trainer.plan.draws import Population
+from trainer.plan.build import FEATURE_ITEM_BYTES, Plan, StoredBytes, build
+from trainer.plan.cost import BatchCounts, Machine, NetworkSpeed, Piece, StageRates, Widths, step_cost
+from trainer.plan.draws import KeyPopulation
 from trainer.plan.growth import Curve, Point
 
 PAPER = Path(__file__).parent.parent / "presets" / "plan-paper.yaml"
@@ -34,10 +34,10 @@ class KeysInput(Section):
     num_shards: Count
     vector_bytes: Positive
 
-    def population(self) -> Population:
+    def population(self) -> KeyPopulation:
         """Return the same, as the plan takes it."""
         points = tuple(Point(samples, unique) for samples, unique in sorted(self.unique_of_samples.items()))
-        return Population(self.references_per_sample, Curve(points), self.num_shards)
+        return KeyPopulation(self.references_per_sample, Curve(points), self.num_shards)
 
 
 class ReferenceInput(Section):
@@ -49,8 +49,7 @@ class ReferenceInput(Section):
 
 
 class NetworkInput(Section):
-    """A network between machines: a latency of each message, a speed, and what any collective costs before it moves
-    anything."""
+    """A network between machines: the latency of a message, a speed, and what an empty collective costs."""
 
     speed: str
     latency_us: NotNegative
@@ -101,10 +100,9 @@ class PlanInput(Section):
         )
 
     def machine(self) -> Machine:
-        """Derive a node that computes as fast as the reference run says: all of its time but the wire goes with its
-        images."""
+        """Derive a node as fast as the reference run says: all of its time but the wire goes with its images."""
         speed = bytes_per_s(self.network.speed)
-        network = Network(self.network.call_ms / 1e3, self.network.latency_us / 1e6, speed, speed)
+        network = NetworkSpeed(self.network.call_ms / 1e3, self.network.latency_us / 1e6, speed, speed)
         known, counts = self.reference, self.counts(self.reference.ranks)
         steps = known.samples / self.global_batch_size
         idle = Machine(_image_bound(0.0, self.jitter), network, cores=1)
@@ -135,7 +133,7 @@ def plan_input(described: PlanInput) -> Plan:
         "behind the step before, and one allreduce a step.",
         f"Steps of a node vary by {described.jitter:.0%}, and the slowest of P nodes counts.",
     )
-    stored = Stored(
+    stored = StoredBytes(
         rows=described.store_rows,
         dim=described.dim,
         dtype=described.dtype,
@@ -155,14 +153,14 @@ def bytes_per_s(speed: str) -> float:
     return value
 
 
-def _image_bound(per_image_s: float, jitter: float) -> Rates:
+def _image_bound(per_image_s: float, jitter: float) -> StageRates:
     """Return the rates of a node of which only the time per image is known."""
     nothing = Piece(0.0, 0.0, 0.0)
     embed = Piece(0.0, per_image_s, 0.0)
-    return Rates(nothing, nothing, nothing, embed, nothing, nothing, jitter)
+    return StageRates(nothing, nothing, nothing, embed, nothing, nothing, jitter)
 
 
-def _sensitivity(described: PlanInput, stored: Stored) -> list[str]:
+def _sensitivity(described: PlanInput, stored: StoredBytes) -> list[str]:
     """Say what another latency, which is the least known, would make of the efficiency."""
     lines = []
     for latency_us in _OTHER_LATENCIES_US:
@@ -173,7 +171,7 @@ def _sensitivity(described: PlanInput, stored: Stored) -> list[str]:
     return lines
 
 
-def _built(described: PlanInput, stored: Stored, assumptions: list[str]) -> Plan:
+def _built(described: PlanInput, stored: StoredBytes, assumptions: list[str]) -> Plan:
     return build(
         title=described.title,
         counts_of=described.counts,

@@ -16,10 +16,10 @@ from trainer.ids.optimizers import state_of
 from trainer.ids.tables import owned_bytes
 from trainer.models.build import build_model
 from trainer.models.fields import used_fields, width_of
-from trainer.plan.build import Plan, Stored, build
+from trainer.plan.build import Plan, StoredBytes, build
 from trainer.plan.calibrate import Calibration, is_large
 from trainer.plan.cost import Machine, Widths
-from trainer.plan.sample import Question, Sampled, sample
+from trainer.plan.sample import PlanQuestion, SampledKeys, sample
 
 _FLOAT_BYTES = 4
 _MOST_LOAD = 0.5
@@ -28,7 +28,7 @@ _DAY = re.compile(r"day=(\d{4}-\d{2}-\d{2})")
 Say = Callable[[str], None]
 
 
-def plan_own(config: Config, question: Question, say: Say) -> Plan:
+def plan_own(config: Config, question: PlanQuestion, say: Say) -> Plan:
     """Draw batches, measure this machine, and make the plan. Raises TrainerError, FeatureStoreError."""
     question.check()
     busy = busy_machine(os.getloadavg()[0], len(os.sched_getaffinity(0)))
@@ -55,7 +55,7 @@ def plan_own(config: Config, question: Question, say: Say) -> Plan:
     )
 
 
-def widths(config: Config, sampled: Sampled) -> Widths:
+def widths(config: Config, sampled: SampledKeys) -> Widths:
     """Return the bytes of what travels, from the schema, the model's settings and the store."""
     model, dim = config.model, sampled.snapshot.info.dim
     on_wire = 2 if config.exchange.wire_dtype == "bfloat16" else _FLOAT_BYTES
@@ -75,10 +75,10 @@ def widths(config: Config, sampled: Sampled) -> Widths:
     )
 
 
-def _stored(config: Config, sampled: Sampled) -> Stored:
+def _stored(config: Config, sampled: SampledKeys) -> StoredBytes:
     info, shapes = sampled.snapshot.info, table_shapes(used_fields(sampled.schema, config.model), config.model)
     state = state_of(config.optim)
-    return Stored(
+    return StoredBytes(
         rows=sampled.snapshot.num_rows,
         dim=info.dim,
         dtype=info.dtype,
@@ -96,7 +96,7 @@ def busy_machine(load: float, cores: int) -> list[str]:
     return [f"This machine was busy before it was measured ({load:.2g} of {cores} cores, the last minute): repeat."]
 
 
-def samples_per_day(question: Question, sampled: Sampled) -> tuple[float, str]:
+def samples_per_day(question: PlanQuestion, sampled: SampledKeys) -> tuple[float, str]:
     """Return the samples of a day, and where the number is from."""
     if question.samples_per_day is not None:
         return question.samples_per_day, "as given"
@@ -107,7 +107,9 @@ def samples_per_day(question: Question, sampled: Sampled) -> tuple[float, str]:
     return total / len(days), f"the training samples of {len(days)} days, by the names of their files"
 
 
-def assumptions(question: Question, sampled: Sampled, machines: Mapping[int, Machine], reuse_steps: int) -> list[str]:
+def assumptions(
+    question: PlanQuestion, sampled: SampledKeys, machines: Mapping[int, Machine], reuse_steps: int
+) -> list[str]:
     """List the assumptions, a line each; `machines` by ranks on one machine."""
     per_machine, speed = question.ranks_per_machine, question.link_bytes_per_s * 8 / 1e9
     per_day, origin = samples_per_day(question, sampled)
@@ -141,7 +143,7 @@ def assumptions(question: Question, sampled: Sampled, machines: Mapping[int, Mac
     return lines
 
 
-def _extrapolated(question: Question, sampled: Sampled) -> list[str]:
+def _extrapolated(question: PlanQuestion, sampled: SampledKeys) -> list[str]:
     """Say which figures go beyond the data, and by what law."""
     lines = []
     largest = max(question.global_size(ranks) for ranks in question.ranks)

@@ -16,7 +16,7 @@ from trainer.errors import ConfigError
 from trainer.exchange.routing import Int64
 from trainer.models.fields import used_fields
 from trainer.plan.cost import BatchCounts, Piece, decoded_samples
-from trainer.plan.draws import Drawn, Population, population
+from trainer.plan.draws import DrawnSamples, KeyPopulation, population
 from trainer.runs.known_statistics import with_rough_statistics
 from trainer.runs.stores import store_places
 from trainer.samples.reader import SampleIndex, SampleReader, open_index
@@ -29,9 +29,8 @@ LARGEST_MEASURED = 3_000
 
 
 @dataclass(frozen=True)
-class Question:
-    """The ranks, batch and network of a plan. `per_rank`: the batch size is each rank's, not that of all ranks
-    together."""
+class PlanQuestion:
+    """The ranks, batch and network of a plan. `per_rank`: the batch size is each rank's, not of all together."""
 
     ranks: tuple[int, ...]
     batch_size: int
@@ -69,14 +68,14 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledKeys:
     """The samples and the store of a configuration, and what batches drawn from them say."""
 
     schema: Schema
     index: SampleIndex
     snapshot: Snapshot
-    images: Population
-    ids: Population
+    images: KeyPopulation
+    ids: KeyPopulation
     id_vector_floats: float
     image_keys_U: Int64
     """Keys of the first batches, for a store in the place of one too large."""
@@ -91,7 +90,7 @@ class Sampled:
         return BatchCounts(size, ranks, decoded, self.images.keys(size, ranks), self.ids.keys(size, ranks))
 
 
-def sample(config: Config, question: Question) -> Sampled:
+def sample(config: Config, question: PlanQuestion) -> SampledKeys:
     """Draw batches as the trainer would. Raises what opening samples and store raises, ConfigError without images."""
     data = config.data
     schema = load_schema(Path(data.schema_file) if data.schema_file else None)
@@ -118,9 +117,9 @@ def sample(config: Config, question: Question) -> Sampled:
     decoded = min(index.num_samples, math.ceil(total / window_samples) * window_samples)
     of_user = frozenset(field.name for field in schema.fields if field.side == "user")
 
-    def drawn(source_of: dict[str, str], shards: int) -> Drawn:
+    def drawn(source_of: dict[str, str], shards: int) -> DrawnSamples:
         names = [[f for f, s in source_of.items() if s == source] for source in dict.fromkeys(source_of.values())]
-        return Drawn(batch, tuple(tuple(each) for each in names), of_user, shards)
+        return DrawnSamples(batch, tuple(tuple(each) for each in names), of_user, shards)
 
     content = {f.name: model_name(f, config.model) for f in fields if f.kind == "content"}
     images = drawn(content, snapshot.info.num_shards)
@@ -130,7 +129,7 @@ def sample(config: Config, question: Question) -> Sampled:
     unique_T = [len(np.unique(keys_N)) for keys_N in ids.keys_of(range(min(total, sizes[-1])))]
     widths_T = [shapes[name].width for name in dict.fromkeys(id_fields.values())]
     first = images.keys_of(range(min(total, 16 * LARGEST_MEASURED)))
-    return Sampled(
+    return SampledKeys(
         schema=schema,
         index=index,
         snapshot=snapshot,

@@ -9,7 +9,7 @@ from trainer.comm import SoloComm
 from trainer.config.config import Device, load_config
 from trainer.config.options import OptimConfig
 from trainer.engine import machine
-from trainer.engine.machine import Place, check_memory, device_name, idle_gpus, share_machine, threads_of, uses_cuda
+from trainer.engine.machine import RankPlace, check_memory, device_name, idle_gpus, share_machine, threads_of, uses_cuda
 from trainer.errors import ConfigError
 from trainer.ids.optimizers import state_of
 from trainer.ids.tables import TableShape
@@ -17,8 +17,8 @@ from trainer.ids.tables import TableShape
 STATE = state_of(OptimConfig(ids="rowwise_adam"))
 
 
-def place(host: str, *cores: int) -> Place:
-    return Place(host, frozenset(cores), has_gpu=False)
+def place(host: str, *cores: int) -> RankPlace:
+    return RankPlace(host, frozenset(cores), has_gpu=False)
 
 
 class TestThreads:
@@ -120,7 +120,7 @@ class TestDevice:
         assert share_machine(load_config(None, []), comm) == torch.device("cpu")
         assert re.fullmatch(r"warning: 1 of 1 ranks found a GPU.*\n", capsys.readouterr().err)
         comm.rank = 1
-        places = [Place("a", frozenset({0}), has_gpu=True)] * 2
+        places = [RankPlace("a", frozenset({0}), has_gpu=True)] * 2
         monkeypatch.setattr(comm, "allgather_object", lambda value, name: places)
         share_machine(load_config(None, ["run.threads=1"]), comm)
         assert capsys.readouterr().err == "", "rank 0 has said it"

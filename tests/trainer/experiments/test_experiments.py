@@ -19,7 +19,7 @@ from featurestore.store import FeatureStore
 from tests.ranks import StandingRanks
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
-from trainer.engine.engine import Engine, Prepared, StepResult
+from trainer.engine.engine import Engine, PreparedBatch, StepResult
 from trainer.errors import TrainerError
 from trainer.experiments.__main__ import app, settings_of
 from trainer.experiments.grid import Experiment, Variant, chosen, experiments
@@ -214,7 +214,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(
     words, cut, whole = ("prerank", "--seeds", "1"), tmp_path / "cut", tmp_path / "whole"
     train_step = Engine.train_step
 
-    def failing(engine: Engine, prepared: Prepared) -> StepResult:
+    def failing(engine: Engine, prepared: PreparedBatch) -> StepResult:
         if engine.num_steps == 4:
             raise TrainerError("killed")
         return train_step(engine, prepared)

@@ -5,15 +5,15 @@ import pytest
 from trainer.comm import SoloComm
 from trainer.engine.engine import StepResult
 from trainer.loop.progress import figure
-from trainer.loop.summary import ImageCounts, Totals, gather
+from trainer.loop.summary import ImageCounts, StepTotals, gather
 from trainer.stages import Stages
 
 STEP = StepResult(loss=0.5, num_samples=100, num_references=0, num_unique=0, learning_rate=0.1)
 
 
-def totals_of(*seconds: float) -> Totals:
+def totals_of(*seconds: float) -> StepTotals:
     """Steps of 100 samples, each of which took so long."""
-    totals = Totals()
+    totals = StepTotals()
     for each in seconds:
         totals.seconds["compute"] = totals.seconds.get("compute", 0.0) + each
         totals.add(STEP, ImageCounts(0, 0, 0))

@@ -1,16 +1,16 @@
 """Counts, widths and a machine of round numbers, for costs by hand."""
 
-from trainer.plan.cost import BatchCounts, Keys, Machine, Network, Piece, Rates, Widths
+from trainer.plan.cost import BatchCounts, KeyCounts, Machine, NetworkSpeed, Piece, StageRates, Widths
 
 COUNTS = BatchCounts(
     samples=1000,
     ranks=4,
     decoded=300.0,
-    images=Keys(references=8000, asked=1000, served=1100, unique=2000, owned=600),
-    ids=Keys(references=9000, asked=2000, served=2200, unique=5000, owned=1300),
+    images=KeyCounts(references=8000, asked=1000, served=1100, unique=2000, owned=600),
+    ids=KeyCounts(references=9000, asked=2000, served=2200, unique=5000, owned=1300),
 )
 WIDTHS = Widths(feature_bytes=8192, image_vector_bytes=48, id_vector_bytes=48.0, dense_bytes=4_000_000)
-RATES = Rates(
+RATES = StageRates(
     read=Piece(0.0, 1e-5),
     route=Piece(0.001, 2e-6),
     gather=Piece(0.0, 1e-6),
@@ -18,5 +18,5 @@ RATES = Rates(
     worker=Piece(0.002, 1e-5),
     rows=Piece(0.0, 1e-7),
 )
-NETWORK = Network(call_s=1e-3, latency_s=1e-4, link_bytes_per_s=1e9, local_bytes_per_s=5e9)
+NETWORK = NetworkSpeed(call_s=1e-3, latency_s=1e-4, link_bytes_per_s=1e9, local_bytes_per_s=5e9)
 MACHINE = Machine(RATES, NETWORK, cores=8)

@@ -8,9 +8,9 @@ import pytest
 
 from featurestore.keys import owner_of, shard_of
 from trainer.config.config import load_config
-from trainer.plan.draws import Drawn, drawn_keys, population
+from trainer.plan.draws import DrawnSamples, drawn_keys, population
 from trainer.plan.growth import Curve, Point, expected_unique, fit
-from trainer.plan.sample import Question, sample
+from trainer.plan.sample import PlanQuestion, sample
 from trainer.samples.batch import Batch, Jagged
 from trainer.samples.reader import SampleReader
 
@@ -76,7 +76,7 @@ def values_by_hand(batch: Batch, samples: range) -> list[int]:
 class TestDraws:
     def test_keys_of_a_rank_and_of_owners(self) -> None:
         batch, shards, ranks = batch_of(60, seed=3), 16, 3
-        drawn = Drawn(batch, (("seen", "ad"),), frozenset({"seen"}), shards)
+        drawn = DrawnSamples(batch, (("seen", "ad"),), frozenset({"seen"}), shards)
         size = batch.num_samples
         found = drawn_keys(drawn, size, ranks, references=2.0)
         asked, served = [], np.zeros(ranks, int)
@@ -91,8 +91,8 @@ class TestDraws:
 
     def test_sources_do_not_share_keys(self) -> None:
         batch = batch_of(60, seed=3)
-        both = Drawn(batch, (("seen",), ("ad",)), frozenset({"seen"}), 16)
-        alone = [Drawn(batch, ((name,),), frozenset({"seen"}), 16) for name in ("seen", "ad")]
+        both = DrawnSamples(batch, (("seen",), ("ad",)), frozenset({"seen"}), 16)
+        alone = [DrawnSamples(batch, ((name,),), frozenset({"seen"}), 16) for name in ("seen", "ad")]
         size = batch.num_samples
         expected = sum(drawn_keys(each, size, 2, 1.0).unique for each in alone)
         assert drawn_keys(both, size, 2, 1.0).unique == expected
@@ -100,7 +100,7 @@ class TestDraws:
     def test_counts_of_drawn_batches_are_those_of_the_readers(self, places: Places) -> None:
         """What the plan counts for two ranks is what two readers hand to two ranks, images and ids."""
         config = load_config(settings=places.settings())
-        question = Question((2,), 64, False, 1, 1e9, 0.0)
+        question = PlanQuestion((2,), 64, False, 1, 1e9, 0.0)
         sampled = sample(config, question)
         drawn = sampled.images.drawn
         assert drawn is not None and drawn.num_samples == sampled.index.num_samples
@@ -120,7 +120,7 @@ class TestDraws:
         assert sampled.ids.keys(64, 2).unique > found.unique
 
     def test_points_of_the_curve(self) -> None:
-        drawn = Drawn(batch_of(200, seed=4), (("ad",),), frozenset({"seen"}), 16)
+        drawn = DrawnSamples(batch_of(200, seed=4), (("ad",),), frozenset({"seen"}), 16)
         curve = population(drawn, [100, 10**6], math.inf).curve
         assert {point.samples for point in curve.points} >= {100, drawn.num_samples}
         assert all(point.unique <= 300 for point in curve.points)

@@ -19,12 +19,12 @@ from trainer.config.config import load_config
 from trainer.errors import ConfigError, PlanError
 from trainer.plan import calibrate
 from trainer.plan.__main__ import app
-from trainer.plan.build import Row, Stored, advise, build
-from trainer.plan.calibrate import Timed, interference, line, timed
-from trainer.plan.cost import DESIGNS, BatchCounts, Design, Keys, Piece, StepCost
+from trainer.plan.build import RankPlan, StoredBytes, advise, build
+from trainer.plan.calibrate import TimedSteps, interference, line, timed
+from trainer.plan.cost import DESIGNS, BatchCounts, Design, KeyCounts, Piece, StepCost
 from trainer.plan.inputs import PAPER, bytes_per_s, load_input, plan_input
 from trainer.plan.own import busy_machine
-from trainer.plan.sample import Question, sample
+from trainer.plan.sample import PlanQuestion, sample
 from trainer.samples.days import newest_day
 from trainer.samples.reader import open_index
 from trainer.stages import WAIT
@@ -98,7 +98,7 @@ class TestInput:
 
 
 class TestBuild:
-    STORED = Stored(rows=1_000_000, dim=4096, dtype="bfloat16", shards=64, table_bytes=64_000, table_shards=64)
+    STORED = StoredBytes(rows=1_000_000, dim=4096, dtype="bfloat16", shards=64, table_bytes=64_000, table_shards=64)
 
     def test_memory_of_the_rank_with_most_shards(self) -> None:
         assert self.STORED.feature_bytes("bfloat16", 20) == 1_000_000 * 8192 * 4 / 64
@@ -108,8 +108,10 @@ class TestBuild:
     def test_efficiency_and_choice(self) -> None:
         def counts_of(ranks: int) -> BatchCounts:
             unique = 2_000.0
-            images = Keys(8_000, unique / ranks, unique / ranks, unique, unique / ranks * (1.25 if ranks > 1 else 1))
-            return BatchCounts(1_000, ranks, 0.0, images, Keys(0, 0, 0, 0, 0))
+            images = KeyCounts(
+                8_000, unique / ranks, unique / ranks, unique, unique / ranks * (1.25 if ranks > 1 else 1)
+            )
+            return BatchCounts(1_000, ranks, 0.0, images, KeyCounts(0, 0, 0, 0, 0))
 
         plan = build("t", counts_of, [1, 20], 1, WIDTHS, {1: MACHINE}, self.STORED, 1e6, ["granted"])
         alone, many = plan.rows
@@ -120,11 +122,11 @@ class TestBuild:
         assert many.best == "exchange"
 
     def test_advice(self) -> None:
-        def row_of(skew: float, seconds: float) -> Row:
-            keys = Keys(8_000, 100, 100, 2_000, 100 * skew)
+        def row_of(skew: float, seconds: float) -> RankPlan:
+            keys = KeyCounts(8_000, 100, 100, 2_000, 100 * skew)
             counts = BatchCounts(1_000, 20, 0.0, keys, dataclasses.replace(keys, owned=100.0))
             costs = {d: StepCost(d, 1.0 if d == "exchange" else seconds, 1.0, {}, {}) for d in DESIGNS}
-            return Row(20, counts, costs, {}, {}, {}, rank_bytes=6e9, sample_day_bytes=4e12)
+            return RankPlan(20, counts, costs, {}, {}, {}, rank_bytes=6e9, sample_day_bytes=4e12)
 
         chosen = "20 ranks: exchange. Its samples/s are 3 times store in server's and 3 times store in worker's."
         assert advise(row_of(1.04, 3.0), self.STORED) == [chosen]
@@ -141,7 +143,7 @@ class TestBuild:
 
     def test_more_ranks_that_are_slower_are_told(self) -> None:
         def counts_of(ranks: int) -> BatchCounts:
-            keys = Keys(100, 50, 50, 50, 50 / ranks)
+            keys = KeyCounts(100, 50, 50, 50, 50 / ranks)
             return BatchCounts(100, ranks, 100 / ranks, keys, keys)
 
         slow = dataclasses.replace(MACHINE, network=dataclasses.replace(NETWORK, latency_s=1.0))
@@ -150,18 +152,18 @@ class TestBuild:
 
     def test_a_machine_that_was_busy_is_reported(self) -> None:
         assert "busy" in busy_machine(load=1.5, cores=2)[0] and busy_machine(load=0.5, cores=2) == []
-        keys = Keys(100, 50, 50, 50, 50)
+        keys = KeyCounts(100, 50, 50, 50, 50)
         counts = BatchCounts(100, 1, 100, keys, keys)
         plan = build("t", lambda _: counts, [1], 1, WIDTHS, {1: MACHINE}, self.STORED, 1e6, [], warnings=["busy"])
         assert plan.advice[0] == "busy" and plan.advice[1].startswith("1 rank: ")
 
     def test_times_that_are_near_are_a_tie_of_which_the_fewest_bytes_win(self) -> None:
-        def row_of(server_s: float) -> Row:
-            keys = Keys(8_000, 100, 100, 2_000, 100)
+        def row_of(server_s: float) -> RankPlan:
+            keys = KeyCounts(8_000, 100, 100, 2_000, 100)
             seconds: dict[Design, float] = {"exchange": 1.0, "store in server": server_s, "store in worker": 9.0}
             size = {"exchange": 10.0, "store in server": 800.0, "store in worker": 2_000.0}
             costs = {d: StepCost(d, seconds[d], 1.0, {"all": size[d]}, {}) for d in DESIGNS}
-            return Row(20, BatchCounts(1_000, 20, 0.0, keys, keys), costs, {}, {}, {}, 6e9, 4e12)
+            return RankPlan(20, BatchCounts(1_000, 20, 0.0, keys, keys), costs, {}, {}, {}, 6e9, 4e12)
 
         assert row_of(0.84).best == "exchange" and row_of(0.82).best == "store in server"
         assert "the fewest bytes decide" in advise(row_of(0.84), self.STORED)[0]
@@ -186,8 +188,8 @@ class TestMeasuring:
         assert found.cores == pytest.approx(1.25 * 10 / 11.5)  # of a step of 10 ms, in stages of 11.5 ms
 
     def test_line_through_two_sizes(self) -> None:
-        small = Timed({"embed": 100.0, "rows": 0.0}, {"embed": 0.3, "rows": 0.0}, 1.5, 1.0, 0.0)
-        large = Timed({"embed": 300.0, "rows": 0.0}, {"embed": 0.5, "rows": 0.0}, 2.0, 1.0, 0.0)
+        small = TimedSteps({"embed": 100.0, "rows": 0.0}, {"embed": 0.3, "rows": 0.0}, 1.5, 1.0, 0.0)
+        large = TimedSteps({"embed": 300.0, "rows": 0.0}, {"embed": 0.5, "rows": 0.0}, 2.0, 1.0, 0.0)
         assert line(small, large, "embed") == Piece(pytest.approx(0.2), pytest.approx(0.001), 2.0)
         assert line(small, large, "rows") == Piece(0.0, 0.0, 2.0)
         assert line(large, large, "embed") == Piece(0.0, pytest.approx(0.5 / 300), 2.0)
@@ -196,7 +198,7 @@ class TestMeasuring:
         units = {"read": 100.0, "route": 100.0, "gather": 50.0, "embed": 50.0, "worker": 100.0, "rows": 10.0}
         alone = 0.011 + 0.003 + 1e-6
         machine = dataclasses.replace(MACHINE, rates=dataclasses.replace(RATES, jitter=0.1))
-        assert interference(Timed(units, {}, 1.0, 2 * alone, 0.0), machine) == pytest.approx(2.0)
+        assert interference(TimedSteps(units, {}, 1.0, 2 * alone, 0.0), machine) == pytest.approx(2.0)
 
     def test_failed_run_is_one_message(self) -> None:
         with pytest.raises(PlanError, match=r"measuring this machine failed \(2 processes\): --config .*nowhere\.yaml"):
@@ -217,7 +219,7 @@ class TestMeasuring:
         monkeypatch.setattr(calibrate, "is_large", lambda *_: True)
         monkeypatch.setattr(calibrate, "_MOST_TABLE_ROWS", 16)
         config = load_config(settings=places.settings(train__early_stopping=1, train__eval_every=1))
-        question = Question((1,), 64, False, 1, 1e9, 0.0)
+        question = PlanQuestion((1,), 64, False, 1, 1e9, 0.0)
         sampled = sample(config, question)
         runs = calibrate._config_of_runs(config, sampled, tmp_path)
         assert runs.data.store == str(tmp_path / "features") and runs.data.missing == "zeros"

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from trainer.config.config import load_config
-from trainer.engine.engine import Engine, Prepared, StepResult
+from trainer.engine.engine import Engine, PreparedBatch, StepResult
 from trainer.main import on_ranks, train
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     log = (notes / f"{rank}-of-{size}.jsonl").open("a", buffering=1)  # a line is with the system before the next step
     train_step = Engine.train_step
 
-    def noted(engine: Engine, prepared: Prepared) -> StepResult:
+    def noted(engine: Engine, prepared: PreparedBatch) -> StepResult:
         step, serials = engine.num_steps + 1, prepared.batch.fields["ad_serial"].values_N.tolist()
         log.write(json.dumps({"step": step, "samples": serials, "labels": prepared.batch.label_B.tolist()}) + "\n")
         if step == die_at and rank == size - 1:

@@ -78,8 +78,7 @@ class TwoTower(CtrModel):
         return ad_BW
 
     def _inputs(self, fields: Sequence[Field], vectors: Fields, dense: Dense) -> Tensor:
-        """Put vectors and dense values of these fields side by side, (M, width): several vectors of a row become
-        one."""
+        """Put vectors and dense values of these fields side by side, (M, width), several vectors of a row as one."""
         parts = [dense[f.name] if f.kind == "dense" else self._of_rows(f, vectors[f.name]) for f in fields]
         return torch.cat(parts, dim=1)
 

@@ -95,8 +95,7 @@ class ConcatPooling(GroupPooling):
 def build_aggregator(
     width: int, query_widths: Sequence[int], config: ModelConfig, layers: HiddenLayers
 ) -> GroupPooling | AttentivePooling | TransformerPooling:
-    """Make the aggregator of `config.pooling` over vectors of `width`; `query_widths` are those that it asks with, if
-    it asks."""
+    """Make the aggregator of `config.pooling` over vectors of `width`; `query_widths`: of what it asks with, if any."""
     match config.pooling:
         case "concat":
             return ConcatPooling(width, config.concat_length)

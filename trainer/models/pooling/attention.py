@@ -95,8 +95,7 @@ class BehaviorAttention(nn.Module):
 
 
 def pairs(lengths_G: Tensor, group_of_sample_B: Tensor, at_most: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return all (sample, behaviour) pairs, sample by sample: each one's place in the field's values, and pairs a
-    sample.
+    """Return all (sample, behaviour) pairs by sample: each one's place in the field's values, and pairs a sample.
 
     `at_most`: only so many behaviours a group, the first ones, which are the newest.
     """
