@@ -105,7 +105,7 @@ def train(config: Config, comm: "Comm") -> None:
     """One run from opening to report; every rank calls it. Raises TrainerError, FeatureStoreError."""
     from trainer.config.config import config_digest
     from trainer.loop import summary
-    from trainer.loop.profiling import traces_told
+    from trainer.loop.profiling import traces_text
     from trainer.loop.progress import ProgressLog
     from trainer.loop.signals import StopSignals
     from trainer.loop.training import Training, total_steps
@@ -121,7 +121,7 @@ def train(config: Config, comm: "Comm") -> None:
         with ProgressLog(run.folder if root else None, run.engine.num_steps, total_steps(run)) as progress:
             readers = f"{run.train_reader.num_samples:,} training and {run.test_reader.num_samples:,} test samples"
             progress.say(
-                f"{run.folder}: {readers}, {summary.hardware_told(hardware, comm.size)}, "
+                f"{run.folder}: {readers}, {summary.hardware_text(hardware, comm.size)}, "
                 f"step {run.engine.num_steps} of {total_steps(run)}"
             )
             if removed:
@@ -154,7 +154,7 @@ def train(config: Config, comm: "Comm") -> None:
                 summary.write_report(run.folder / "report.json", report)
                 summary.show(progress.console, report)
                 if config.run.profile:
-                    progress.say(traces_told(run.folder))
+                    progress.say(traces_text(run.folder))
 
 
 if __name__ == "__main__":

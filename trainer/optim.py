@@ -1,4 +1,4 @@
-"""Adam for the dense parameters, which every rank holds: gradients are summed over ranks while backward goes on."""
+"""Adam for the dense parameters, which every rank holds: gradients are summed over ranks during backward."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class DenseOptimizer:
 
     Reduction: sum over ranks. The loss of a rank is already divided by the samples of the global batch, so the sum is
     the gradient of the mean over it (tests/trainer/equivalence/test_equivalence.py). One allreduce for each first part
-    of the names: the worker's gradients travel as soon as backward has made the last of them, while it goes on
+    of the names: the worker's gradients travel as soon as backward has made the last of them, while it continues
     through E.
     """
 
@@ -146,7 +146,7 @@ def _reductions(comm: Comm, parameters: Mapping[str, nn.Parameter], flat: Tensor
         for parameter in members:
             parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
             start += parameter.numel()
-        values = flat[first : start + last]  # the loss stands behind the last part
+        values = flat[first : start + last]  # the loss is behind the last part
         reductions.append(_Reduction(comm, f"step.dense.{part}", values, members, last))
     return reductions
 

@@ -187,7 +187,7 @@ def evaluate_trained(day: Day, config: Config, report: Mapping[str, Any], comm: 
     """
     from trainer.loop.progress import Progression
     from trainer.loop.signals import StopSignals
-    from trainer.loop.summary import ranks_told
+    from trainer.loop.summary import ranks_text
     from trainer.loop.training import Training
     from trainer.runs.open import open_run
 
@@ -196,7 +196,7 @@ def evaluate_trained(day: Day, config: Config, report: Mapping[str, Any], comm: 
         step = run.engine.num_steps
         with Progression(run.folder if comm.rank == 0 else None, step, step) as progress:
             count = f"{run.test_reader.num_samples:,} test samples of {day.test_day}"
-            progress.say(f"{run.folder}: {count}, {ranks_told(comm.size)}, trained before")
+            progress.say(f"{run.folder}: {count}, {ranks_text(comm.size)}, trained before")
             if run.samples_changed:
                 progress.say(f"samples of {', '.join(day.train_days)} have changed since {day.name} was trained")
             training = Training(run, progress, signals)

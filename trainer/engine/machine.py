@@ -52,7 +52,7 @@ def share_machine(config: Config, comm: Comm) -> torch.device:
 
 
 def check_threads(threads: int | None, cores: int) -> None:
-    """Raise ConfigError for more threads than a rank can use on so many cores: the C libraries would just crash."""
+    """Raise ConfigError for more threads than a rank can use on `cores` cores: the C libraries would just crash."""
     if threads is not None and threads > _MOST_THREADS * cores:
         raise ConfigError(f"run.threads={threads}: a rank may run on {cores} cores; by default each takes its share")
 

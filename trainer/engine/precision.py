@@ -14,7 +14,7 @@ _ROWS, _FEATURE, _HIDDEN, _TURNS = 1024, 4096, 256, 4
 
 def with_compute_dtype(config: ModelConfig, comm: Comm, device: torch.device, recorded: str | None) -> ModelConfig:
     """Settle model.compute_dtype, the same on every rank: as it says; for "auto" as `recorded` (in the
-    checkpoint that a run goes on from), else what rank 0's environment names, else what rank 0 is quicker at. All ranks
+    checkpoint that a run continues), else what rank 0's environment names, else what rank 0 is quicker at. All ranks
     call it. Raises ConfigError on all where the environment names no such type."""
     if config.compute_dtype != "auto":
         return config

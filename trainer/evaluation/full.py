@@ -14,7 +14,7 @@ from trainer.evaluation.measure import Figures, measure_all
 from trainer.evaluation.opening import Opened, Source, open_source
 from trainer.evaluation.predict import has_feature, predict, predict_without
 from trainer.evaluation.slices import Slicing, slicings
-from trainer.loop.summary import ranks_told
+from trainer.loop.summary import ranks_text
 from trainer.runs.saved import missing_lookups
 
 HIDDEN_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -40,7 +40,7 @@ def evaluate_run(source: Source, options: Options, comm: Comm) -> Figures | None
     with contextlib.closing(open_source(source, comm)) as opened:
         if options.missing_curve and not opened.run.engine.services:
             raise ConfigError("--missing-curve: the run's model.images=none reads no image, so none can be hidden")
-        count = f"{opened.test.num_samples:,} impressions, {ranks_told(comm.size)}"
+        count = f"{opened.test.num_samples:,} impressions, {ranks_text(comm.size)}"
         console.print(f"{opened.saved.path}: {count}")
         impressions = read_impressions(comm, opened.test, opened.run.schema)
         cuts = _slicings(opened, impressions)

@@ -15,7 +15,7 @@ PLACE = "profile"
 """The folder of a run that has the traces."""
 
 
-def traces_told(run: Path) -> str:
+def traces_text(run: Path) -> str:
     """Say where the traces of a run are, or why there are none."""
     if any((run / PLACE).glob("trace-*.json")):
         return f"traces, for chrome://tracing or Perfetto: {run / PLACE}"

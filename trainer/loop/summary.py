@@ -193,12 +193,12 @@ def hardware_of(comm: Comm, device: torch.device) -> dict[str, Any]:
     return {"devices": devices, "collectives": comm.carrier(device)}
 
 
-def hardware_told(hardware: Mapping[str, Any], num_ranks: int) -> str:
+def hardware_text(hardware: Mapping[str, Any], num_ranks: int) -> str:
     """Format `hardware_of`, e.g. '2 ranks on cpu, collectives by Gloo'."""
     devices = ", ".join(dict.fromkeys(hardware["devices"]))
     if hardware["collectives"] is None:
         return f"one process on {devices}, no collectives"
-    return f"{ranks_told(num_ranks)} on {devices}, collectives by {hardware['collectives']}"
+    return f"{ranks_text(num_ranks)} on {devices}, collectives by {hardware['collectives']}"
 
 
 def _unique_ratios(ranks: Sequence[StepTotals]) -> dict[str, float | None]:
@@ -242,7 +242,7 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
 def show(console: Console, report: Mapping[str, Any]) -> None:
     """Print the final tables; that of the fields where a step was logged, as their keys are counted then."""
     table = Table(
-        title=f"{report['name']}: {report['global_step']:,} steps, {ranks_told(report['num_ranks'])}",
+        title=f"{report['name']}: {report['global_step']:,} steps, {ranks_text(report['num_ranks'])}",
     )
     table.add_column("test samples")
     table.add_column("value", justify="right")
@@ -267,7 +267,7 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     console.print(f"written to {report['folder']}")
 
 
-def ranks_told(count: int) -> str:
+def ranks_text(count: int) -> str:
     """Format a number of ranks, as '8 ranks'."""
     return f"{count} rank{'' if count == 1 else 's'}"
 

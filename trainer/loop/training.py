@@ -26,7 +26,7 @@ from trainer.stages import WAIT, Kind
 
 
 class Training:
-    """Trains a run from where it stands to its end. Every rank does the same, and the same number of times."""
+    """Trains a run from its next step to its end. Every rank does the same, and the same number of times."""
 
     def __init__(self, run: Run, progress: ProgressLog, signals: StopSignals) -> None:
         self._run, self._engine, self._config = run, run.engine, run.config
@@ -53,7 +53,7 @@ class Training:
             self.evaluate()
         except StoppedError:
             path = self._save()
-            self._progress.say(f"stopped after step {self._engine.num_steps}; go on with run.resume={path}")
+            self._progress.say(f"stopped after step {self._engine.num_steps}; continue with run.resume={path}")
             raise
         self._finish()
 
@@ -90,7 +90,7 @@ class Training:
                 self._between_steps()
                 if self._is_over():
                     break
-        self._tell_tables()
+        self._report_tables()
 
     @contextmanager
     def _prepared(self, batches: Iterator[Batch], count: int, kind: Kind) -> Iterator[Iterator[PreparedBatch]]:
@@ -171,7 +171,7 @@ class Training:
             self._progress.say(f"step {best} had the best GAUC, but before this run: there is no checkpoint of it here")
             self._save()
 
-    def _tell_tables(self) -> None:
+    def _report_tables(self) -> None:
         """Write figures of the ID tables, and print one warning for each where too many ids share a row."""
         tables = {name: table for name, table in self._engine.tables.items() if not table.shape.direct}
         self.tables = gather_figures(self._run.comm, tables)

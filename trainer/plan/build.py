@@ -130,7 +130,7 @@ def advise(row: RankPlan, stored: StoredBytes, local_ranks: int = 1) -> list[str
     times = " and ".join(f"{each.seconds / best.seconds:.3g} times {each.design}'s" for each in others)
     lines = [f"{who}: {row.best}. Its samples/s are {times}."]
     if any(each.seconds < best.seconds for each in others):
-        lines[0] += " A plan cannot tell times that are so near: the fewest bytes decide."
+        lines[0] += " These times are too near to be compared: the fewest bytes decide."
     if row.best != "exchange":
         lines[0] += " This trainer does not offer it."
     if row.best == "store in worker":

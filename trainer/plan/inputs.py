@@ -27,7 +27,7 @@ _SPEED = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?-i:b)(?:its?|ps|it/s)?", re.I
 
 
 class KeysInput(Section):
-    """Keys of one kind: how many different ones so many samples have, at two sizes at least; the rest by Heaps' law."""
+    """Keys of one kind: the different ones in numbers of samples, two at least; between and beyond by Heaps' law."""
 
     references_per_sample: Positive
     unique_of_samples: Annotated[dict[int, Positive], Field(min_length=2)]

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from tests.ranks import StandingRanks
 from trainer.comm import SoloComm
-from trainer.loop.summary import hardware_of, hardware_told
+from trainer.loop.summary import hardware_of, hardware_text
 from trainer.main import app
 
 Places = Any
@@ -40,6 +40,6 @@ def test_one_process_has_no_collectives(places: Places) -> None:
 def test_gpus_are_named_with_their_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     solo = hardware_of(SoloComm(), torch.device("cuda", 0))
-    assert hardware_told(solo, 1) == "one process on cuda:0 (NVIDIA H100), no collectives"
+    assert hardware_text(solo, 1) == "one process on cuda:0 (NVIDIA H100), no collectives"
     several = {"devices": [f"cuda:{rank} (NVIDIA H100)" for rank in (0, 1, 0, 1)], "collectives": "NCCL"}
-    assert hardware_told(several, 4) == "4 ranks on cuda:0 (NVIDIA H100), cuda:1 (NVIDIA H100), collectives by NCCL"
+    assert hardware_text(several, 4) == "4 ranks on cuda:0 (NVIDIA H100), cuda:1 (NVIDIA H100), collectives by NCCL"

@@ -1,7 +1,7 @@
 """Aggregators: the vectors of a user's behaviour images become one vector a sample.
 
 Groups are jagged: a group's behaviours lie in memory once, however many samples look at them. Those that do not look at
-the ad stand here and are made once a group; attention.py and transformer.py beside it have those that do. All have a
+the ad are here and are made once a group; attention.py and transformer.py beside it have those that do. All have a
 `width`, and `forward(behaviors, group_of_sample_B, queries) -> (B, width)`; a group without behaviours gives zero.
 """
 
@@ -75,7 +75,7 @@ class MaxPooling(GroupPooling):
 
 
 class ConcatPooling(GroupPooling):
-    """[v_1, v_2, .., v_L]: the first L behaviours, which are the newest; zeros stand where there are fewer."""
+    """[v_1, v_2, .., v_L]: the first L behaviours, which are the newest; zeros where there are fewer."""
 
     def __init__(self, width: int, length: int) -> None:
         super().__init__(width * length)

@@ -97,7 +97,7 @@ class BehaviorAttention(nn.Module):
 def pairs(lengths_G: Tensor, group_of_sample_B: Tensor, at_most: int | None = None) -> tuple[Tensor, Tensor]:
     """Return all (sample, behaviour) pairs by sample: each one's place in the field's values, and pairs a sample.
 
-    `at_most`: only so many behaviours a group, the first ones, which are the newest.
+    `at_most`: behaviours taken of a group, the first ones, which are the newest.
     """
     lengths_B = lengths_G.index_select(0, group_of_sample_B)
     if at_most is not None:

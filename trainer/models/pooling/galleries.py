@@ -15,7 +15,7 @@ from trainer.schema.fields import GalleryPooling
 def gallery_vectors(images: FieldVectors, gallery: Jagged, pooling: GalleryPooling) -> FieldVectors:
     """Make one vector for each ad or behaviour, which the model takes as that of one image.
 
-    `gallery`: as in `Batch.galleries`. An image that stands twice in a gallery counts twice in its mean. A gallery
+    `gallery`: as in `Batch.galleries`. An image that is twice in a gallery counts twice in its mean. A gallery
     without images is a vector of zeros, whatever data.missing says: there is no key that could lack a feature.
     """
     device = images.index_N.device

@@ -20,7 +20,7 @@ _POSITION_SCALE = 0.02
 
 @dataclass(frozen=True)
 class Places:
-    """Where tokens stand in the padded (B, L) of their samples."""
+    """Places of tokens in the padded (B, L) of their samples."""
 
     place_N: Tensor
     """Of the token in its sample; 0: the newest behaviour."""
