@@ -465,5 +465,5 @@ def test_interrupt_alone_ends_with_a_checkpoint(places: Places, tmp_path: Path) 
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     path = find(tmp_path / "interrupted" / "checkpoints", "latest")
-    assert f"go on with run.resume={path}" in output
+    assert f"continue with run.resume={path}" in output
     assert read_state(path).step >= 1
