@@ -185,7 +185,7 @@ def evaluate_trained(day: Day, config: Config, report: Mapping[str, Any], comm: 
     What was trained stays as it is, also where the samples of its days have changed since; the report tells so then.
     Raises TrainerError, FeatureStoreError.
     """
-    from trainer.loop.progress import Progression
+    from trainer.loop.progress import ProgressLog
     from trainer.loop.signals import StopSignals
     from trainer.loop.summary import ranks_text
     from trainer.loop.training import Training
@@ -194,7 +194,7 @@ def evaluate_trained(day: Day, config: Config, report: Mapping[str, Any], comm: 
     comm.deadline_s = config.run.deadline_s
     with contextlib.closing(open_run(config, comm, reading=True)) as run, StopSignals() as signals:
         step = run.engine.num_steps
-        with Progression(run.folder if comm.rank == 0 else None, step, step) as progress:
+        with ProgressLog(run.folder if comm.rank == 0 else None, step, step) as progress:
             count = f"{run.test_reader.num_samples:,} test samples of {day.test_day}"
             progress.say(f"{run.folder}: {count}, {ranks_text(comm.size)}, trained before")
             if run.samples_changed:

@@ -32,7 +32,7 @@ class Training:
         self._run, self._engine, self._config = run, run.engine, run.config
         self._progress, self._signals = progress, signals
         self._patience = run.config.train.early_stopping
-        self.totals = summary.Totals()
+        self.totals = summary.StepTotals()
         self.metrics: Metrics = {}
         self.tables: dict[str, TableFigures] = {}
         """Of the ids since the run, or its resumption, began; known after each epoch."""
