@@ -57,7 +57,6 @@ class StepResult:
     loss: float
     num_samples: int
     num_references: int
-    num_unique: int
     learning_rate: float
 
 
@@ -191,7 +190,6 @@ class Engine:
             loss=global_loss,
             num_samples=batch.num_samples,
             num_references=request.num_references,
-            num_unique=request.num_unique,
             learning_rate=rates.lr,
         )
 

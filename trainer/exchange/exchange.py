@@ -151,11 +151,6 @@ class Request:
         """Count the keys in the batch."""
         return sum(len(asked.inverse_N) for asked in self.asked_S)
 
-    @property
-    def num_unique(self) -> int:
-        """Count the keys asked for."""
-        return sum(len(asked.keys_U) for asked in self.asked_S)
-
     def unique_by_field(self) -> dict[str, tuple[int, int]]:
         """Count for each field of the batch its different keys, and all its keys."""
         return {

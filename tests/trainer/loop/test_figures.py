@@ -8,7 +8,7 @@ from trainer.loop.progress import figure
 from trainer.loop.summary import ImageCounts, StepTotals, gather
 from trainer.stages import Stages
 
-STEP = StepResult(loss=0.5, num_samples=100, num_references=0, num_unique=0, learning_rate=0.1)
+STEP = StepResult(loss=0.5, num_samples=100, num_references=0, learning_rate=0.1)
 
 
 def totals_of(*seconds: float) -> StepTotals:
