@@ -115,25 +115,8 @@ class Engine:
         )
         self.model.place.comm, self.model.place.seed = comm, seed
         self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
-        sources: dict[str, VectorSource] = dict(self.tables)
-        source_of_field = {field.name: field.table_name for field in self.fields if field.is_id}
-        for field in self.fields:
-            if field.kind == "content":
-                network = model_name(field, model)
-                name = source_of_field[field.name] = f"{field.store_name}:{network}"
-                if name not in sources:
-                    sources[name] = self._content_source(self.services[field.store_name], network, exchange)
-        new_ads = self.model.new_ads
-        self._embedding_dropout = EmbeddingDropout(
-            seed, model.feature_dropout, model.embed_dropout, model.image_holdout if new_ads else 0.0
-        )
-        for service in self.services.values():
-            service.dropout = self._embedding_dropout
-        held_out = dict.fromkeys(new_ads.images if new_ads else (), self._embedding_dropout.is_held_out)
-        self._id_dropout = IdDropout(schema, model.id_dropout, seed, held_out)
-        self._exchange = Exchange(comm, sources, source_of_field, device, dtype, exchange, self.stages)
-        numbers = {name: list(sources).index(source) for name, source in source_of_field.items()}
-        self._comparison = self._comparison_of(model, numbers)
+        self._embedding_dropout, self._id_dropout = self._dropouts(schema, model, seed)
+        self._exchange, self._comparison = self._exchange_of(model, exchange)
         self._check_same_on_all_ranks()
 
     @property
@@ -302,6 +285,33 @@ class Engine:
             if self.model.new_ads is not None:
                 vectors = self.model.new_ads(vectors)
             return network(vectors, dense, group_of_sample_B)
+
+    def _dropouts(self, schema: Schema, model: ModelConfig, seed: int) -> tuple[EmbeddingDropout, IdDropout]:
+        """Make the dropouts of E and of the ads' own IDs; both hold the same images out."""
+        new_ads = self.model.new_ads
+        of_images = EmbeddingDropout(
+            seed, model.feature_dropout, model.embed_dropout, model.image_holdout if new_ads else 0.0
+        )
+        for service in self.services.values():
+            service.dropout = of_images
+        held_out = dict.fromkeys(new_ads.images if new_ads else (), of_images.is_held_out)
+        return of_images, IdDropout(schema, model.id_dropout, seed, held_out)
+
+    def _exchange_of(
+        self, model: ModelConfig, config: ExchangeConfig | None
+    ) -> tuple[Exchange, ImageComparison | None]:
+        """Make the exchange, ID tables first among its sources, and what compares images by it."""
+        sources: dict[str, VectorSource] = dict(self.tables)
+        source_of_field = {field.name: field.table_name for field in self.fields if field.is_id}
+        for field in self.fields:
+            if field.kind == "content":
+                network = model_name(field, model)
+                name = source_of_field[field.name] = f"{field.store_name}:{network}"
+                if name not in sources:
+                    sources[name] = self._content_source(self.services[field.store_name], network, config)
+        exchange = Exchange(self._comm, sources, source_of_field, self._device, self._dtype, config, self.stages)
+        numbers = {name: list(sources).index(source) for name, source in source_of_field.items()}
+        return exchange, self._comparison_of(model, numbers)
 
     def _content_source(self, service: EmbeddingService, network: str, exchange: ExchangeConfig | None) -> VectorSource:
         """Make a source of one E, with a cache of its vectors where they are to be kept for some steps."""
