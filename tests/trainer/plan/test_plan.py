@@ -229,6 +229,7 @@ class TestMeasuring:
         assert newest_day(group.file for group in index.row_groups) == date(2026, 1, 3)
 
 
+@pytest.mark.services  # horovodrun, for what a collective costs
 class TestCommand:
     @pytest.fixture(scope="class")
     @staticmethod
