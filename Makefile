@@ -44,8 +44,8 @@ test-fast: $(INSTALLED) ## Run the tests that start no ranks, no cluster and no 
 test: test-fast ## Run all that guards a promise, also under horovodrun; TEST_ARGS="tests/trainer -k stores"
 	$(ON_PATH) $(BIN)/python -m pytest -m "services and not slow" $(TEST_ARGS) || [ $$? = 5 ]
 
-test-slow: $(INSTALLED) ## Run the tests that take minutes (eight ranks, 500 kills of writers)
-	$(ON_PATH) $(BIN)/python -m pytest -m slow
+test-slow: $(INSTALLED) ## Run the large numbers: 500 kills of writers, eight ranks, benchmarks at a tiny size
+	$(ON_PATH) $(BIN)/python -m pytest -m slow $(TEST_ARGS)
 
 lint: $(INSTALLED) ## Check style, types, import rules, and that each file says what it is for
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from benchmarks.workload import Knobs, make
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_controls(tmp_path: Path) -> None:
     knobs = Knobs(images=200, dim=8, samples_per_rank=16, steps=20, test_samples=60, users=100, shards=4, row_group=20)
     with Progress(disable=True) as progress:
