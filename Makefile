@@ -38,7 +38,7 @@ demo: $(INSTALLED) ## Draw images, extract, build samples, train four models und
 	$(ON_PATH) $(BIN)/python tools/demo.py --dir $(DEMO_DIR) $(DEMO_ARGS)
 
 test-fast: $(INSTALLED) ## Run the tests that start no ranks, no cluster and no server: before each commit
-	$(ON_PATH) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile \
+	$(ON_PATH) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile \
 	    -m "not slow and not services" $(TEST_ARGS) || [ $$? = 5 ]
 
 test: test-fast ## Run all that guards a promise, also under horovodrun; TEST_ARGS="tests/trainer -k stores"

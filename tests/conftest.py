@@ -28,9 +28,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Settles the type of the products: tried out on a busy machine, it may differ between two runs of one test. And a
-    shell starts what runs behind it deaf to SIGINT, and so would all be that tests interrupt."""
+    """Settle what machines decide differently.
+
+    The type of the products: tried out on a busy machine, it may differ between two runs of one test. The threads of
+    torch: on a busy machine, threads that wait for each other are many times slower than one. SIGINT: a shell starts
+    what runs behind it deaf to it, and so would all be that tests interrupt.
+    """
     os.environ[VARIABLE] = config.getoption("--compute-dtype")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(Guard())
 
