@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import pytest
 
@@ -11,6 +11,9 @@ from featurestore.lookup.compute_dtype import VARIABLE, AutoDType
 from tests.guard import Guard
 from tests.ranks import StandingRanks, standing_ranks
 from tests.servers import environment_of, moto, new_bucket, seaweedfs
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 SERVICES = {"two_ranks", "results_of", "client", "cluster", "s3_endpoint", "moto_endpoint", "make_arena", "dies_at"}
 """Fixtures that start ranks, a Dask cluster, a server or writers to be killed: their tests are marked `services`."""
@@ -56,6 +59,24 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandingRank
     """Two ranks of Horovod that stay as long as the tests; for command lines that end well."""
     with standing_ranks(tmp_path_factory.mktemp("two-ranks")) as ranks:
         yield ranks
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator["Client"]:
+    """A Dask client whose one worker is a thread of this process, so that tests can look at the network it uses."""
+    import dask
+    from distributed import Client, LocalCluster
+
+    from pipeline.cluster.connect import WORKER_CONFIG
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        dask.config.set(WORKER_CONFIG),
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+    ):
+        patch.setattr("pipeline.features.part.torch_threads", lambda workers_per_host: 1)
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -4,31 +4,22 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from distributed import Client
 from PIL import Image
 
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
 from tests.commands.calls import call
-from tests.jobs.conftest import own_cluster
 from tests.trainer.conftest import make_places
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.main import train
 
 DEEP = 100_000
-
-
-@pytest.fixture(scope="session")
-def client() -> Iterator[Client]:
-    with own_cluster() as client:
-        yield client
 
 
 @pytest.fixture(scope="session")

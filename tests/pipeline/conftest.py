@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from distributed import Client
 from PIL import Image
 
 from pipeline.network import DEFAULT_BACKBONE
 from pipeline.network.backbone import backbone
-from tests.jobs.conftest import own_cluster
 
 
 def draw_photo(seed: int, width: int = 300, height: int = 260) -> Image.Image:
@@ -52,14 +50,6 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def client() -> Iterator[Client]:
-    """A Dask client whose one worker is a thread of this process, so that tests can look at the network it uses."""
-    with pytest.MonkeyPatch.context() as patch, own_cluster() as client:
-        patch.setattr("pipeline.features.part.torch_threads", lambda workers_per_host: 1)
-        yield client
-
-
 @pytest.fixture
 def counted(client: Client) -> Iterator[list[int]]:
     """Images of each pass through the network of this process, as the network itself sees them."""
@@ -69,12 +59,3 @@ def counted(client: Client) -> Iterator[list[int]]:
     )
     yield rows
     hook.remove()
-
-
-@pytest.fixture
-def one_torch_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for each other are many times slower than one."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)

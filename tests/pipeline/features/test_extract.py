@@ -24,7 +24,7 @@ from pipeline.network import DEFAULT_BACKBONE
 from pipeline.network.backbone import backbone, describe_network
 from tests.metadata import metadata_of
 
-pytestmark = [pytest.mark.filterwarnings("ignore:weights random"), pytest.mark.usefixtures("one_torch_thread")]
+pytestmark = pytest.mark.filterwarnings("ignore:weights random")
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def slow(*args, decode=parts.prepare):
 parts.prepare = slow
 """
 
-pytestmark = [pytest.mark.filterwarnings("ignore:weights random"), pytest.mark.usefixtures("one_torch_thread")]
+pytestmark = pytest.mark.filterwarnings("ignore:weights random")
 
 
 @pytest.fixture

@@ -17,8 +17,6 @@ from featurestore.upkeep.recode import recode
 from jobs import extract_features
 from pipeline.network.backbone import backbone
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
 
 @pytest.fixture
 def job(client, tmp_path, monkeypatch):

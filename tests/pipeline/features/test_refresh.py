@@ -15,7 +15,7 @@ from pipeline.features.refresh import RefreshOptions, refresh
 from pipeline.images.source import read_image
 from tests.pipeline.features.conftest import NETWORK, change_everything, counts, files_of, quarantine, rows_of, touch
 
-pytestmark = [pytest.mark.filterwarnings("ignore:weights random"), pytest.mark.usefixtures("one_torch_thread")]
+pytestmark = pytest.mark.filterwarnings("ignore:weights random")
 
 
 def test_the_store_becomes_what_an_extraction_of_the_images_would_give(make, run, write, computed, tmp_path):

@@ -13,7 +13,7 @@ from pipeline.errors import BadImageError, StoreRunError
 from pipeline.images.source import read_image
 from tests.pipeline.features.conftest import change_everything, counts, files_of, num_staged, quarantine, rows_of, touch
 
-pytestmark = [pytest.mark.filterwarnings("ignore:weights random"), pytest.mark.usefixtures("one_torch_thread")]
+pytestmark = pytest.mark.filterwarnings("ignore:weights random")
 
 
 def test_a_broken_decoder_is_forgotten_once_it_works_again(make, run, write, monkeypatch, tmp_path):

@@ -119,7 +119,6 @@ def write_image(path: Path, seed: int) -> None:
 
 @pytest.mark.timeout(120)
 @pytest.mark.filterwarnings("ignore:weights random")
-@pytest.mark.usefixtures("one_torch_thread")
 def test_a_run_over_all_of_these(client, tmp_path: Path) -> None:
     """One image comes through, a pipe is ignored, a name that is no text is in quarantine until it is renamed."""
     folder, store = tmp_path / "images", str(tmp_path / "features")

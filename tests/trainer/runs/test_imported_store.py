@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from distributed import Client, LocalCluster
 from typer.testing import CliRunner
 
 from featurestore.store import FeatureStore
@@ -15,17 +14,13 @@ from trainer.config.config import load_config
 from trainer.main import train
 
 
-def test_a_run_on_imported_vectors(make_places, tmp_path, monkeypatch):
+def test_a_run_on_imported_vectors(make_places, tmp_path, monkeypatch, client):
     places = make_places(tmp_path)
     np.save(tmp_path / "text.npy", np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32))
     np.save(tmp_path / "keys.npy", np.arange(1_000, 1_050))
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
-        Client(cluster) as client,
-    ):
-        monkeypatch.setattr("pipeline.cluster.connect.connect", lambda **kwargs: contextlib.nullcontext(client))
-        options = ["--keys", str(tmp_path / "keys.npy"), "--store", str(tmp_path / "features-text"), "--name", "text"]
-        result = CliRunner().invoke(import_features.app, ["--from", str(tmp_path / "text.npy"), *options])
+    monkeypatch.setattr("pipeline.cluster.connect.connect", lambda **kwargs: contextlib.nullcontext(client))
+    options = ["--keys", str(tmp_path / "keys.npy"), "--store", str(tmp_path / "features-text"), "--name", "text"]
+    result = CliRunner().invoke(import_features.app, ["--from", str(tmp_path / "text.npy"), *options])
     assert result.exit_code == 0, result.output
     assert [FeatureStore.open(tmp_path / name).info.dim for name in ("features", "features-text")] == [16, 64]
     settings = places.settings(
