@@ -67,7 +67,10 @@ def main(
     min_recall: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="Recall@10 that ivf and hnsw have to reach; less is told.", show_default=str(MIN_RECALL)
+            min=0,
+            max=1,
+            help="Recall@10 that ivf and hnsw have to reach; less is a warning.",
+            show_default=str(MIN_RECALL),
         ),
     ] = None,
     checkpoint: WhichCheckpoint = None,
@@ -78,7 +81,7 @@ def main(
 ) -> None:
     """Compute the vectors of ads with a trained two-tower run, and put them under an index for the pre-rank.
 
-    An ad is told by its value of the schema's new_ad_field. Columns with context: true are not needed. OUT gets the
+    An ad is known by its value of the schema's new_ad_field. Columns with context: true are not needed. OUT gets the
     vectors as Parquet, the index, and a JSON about both; --add, --sync and --remove write its next version. Recall is
     measured with users of the run's samples, and a search looks at more until --min-recall is reached.
     """
@@ -129,7 +132,7 @@ def main(
 
 
 def describe_run(trained: "TrainedRun") -> list[str]:
-    """What the job prints of the run: two lines that come first, then notes that come last."""
+    """Write what the job prints of the run: two lines that come first, then notes that come last."""
     from trainer.runs.saved import missing_lookups
 
     store = f"snapshot {trained.store_version}" if trained.store_version else "none: a run without images"
@@ -144,7 +147,7 @@ def describe_run(trained: "TrainedRun") -> list[str]:
 
 
 def describe(index: "AdIndex", changes: "Changes", out: str, seconds: float) -> list[str]:
-    """What the job prints of the index."""
+    """Write what the job prints of the index."""
     state, ads = index.state, f"{changes.num_new:,} new, {changes.num_replaced:,} changed"
     ads += f", {changes.num_unchanged:,} unchanged, {changes.num_removed:,} removed"
     if changes.num_unknown:

@@ -35,8 +35,8 @@ def main(
     min_dwell_s: Annotated[
         float, typer.Option(min=0, max=LONGEST_DAYS * 86_400, help="Seconds that a behaviour has to last.")
     ] = 5,
-    max_behaviors: Annotated[int, typer.Option(min=1, max=MOST_BEHAVIORS, help="The newest so many per group.")] = 50,
-    test_days: Annotated[int, typer.Option(min=0, max=LONGEST_DAYS, help="The last so many days are for testing.")] = 1,
+    max_behaviors: Annotated[int, typer.Option(min=1, max=MOST_BEHAVIORS, help="The newest of a group.")] = 50,
+    test_days: Annotated[int, typer.Option(min=0, max=LONGEST_DAYS, help="Last days, for testing.")] = 1,
     user_columns: Annotated[
         str | None,
         typer.Option(help="Columns of users to keep, with commas.", show_default="user_age and user_gender if there"),
@@ -61,9 +61,9 @@ def main(
 ) -> None:
     """Make sample groups, the trainer's input, from impression and behaviour logs.
 
-    Rows that are null where they must not be, have labels beside 0 and 1, or lie in the future are counted and kept in
-    SAMPLES/quarantine.parquet; counts of everything are in SAMPLES/summary.json. With --mapping a schema and settings
-    for the trainer are written beside the samples.
+    Rows that are null where they must not be, have labels other than 0 and 1, or are in the future are counted and
+    kept in SAMPLES/quarantine.parquet; counts of everything are in SAMPLES/summary.json. With --mapping a schema and
+    settings for the trainer are written to SAMPLES too.
     """
     from pipeline.cluster.connect import connect
     from pipeline.samples.build import SampleOptions, build_samples
@@ -87,7 +87,7 @@ def main(
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """The summary that the job prints."""
+    """Write the summary that the job prints."""
     shown, done = summary["impressions"], summary["behaviors"]
     new = summary["new_ads"]
     lines = [

@@ -90,7 +90,7 @@ def main(
 
 
 def describe(summary: dict[str, Any], out: Path) -> str:
-    """The lines that the job prints."""
+    """Write the lines that the job prints."""
     book = summary["codebook"]
     lines = [
         f"images       {summary['images']:,}",

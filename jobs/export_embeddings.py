@@ -45,7 +45,7 @@ def main(
     """Export the visual vectors that a run's trained E makes of all images of a feature store.
 
     Parquet has the columns key, uri and vector (a list of float32), and says in its metadata (visual_vectors) of which
-    run, checkpoint, store and snapshot they are; beside a .npy stands NAME.npy.json. build_semantic_ids takes both.
+    run, checkpoint, store and snapshot they are; a .npy gets that as NAME.npy.json. build_semantic_ids takes both.
     """
     from trainer.runs.export_vectors import export, open_network
     from trainer.runs.saved import newest_run
@@ -59,7 +59,7 @@ def main(
 
 
 def describe(network: "ImageNetwork", out: str, keys: str | None, seconds: float) -> str:
-    """The lines that the job prints."""
+    """Write the lines that the job prints."""
     about = network.describe()
     return "\n".join(
         [

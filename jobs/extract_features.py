@@ -70,8 +70,8 @@ def main(
 ) -> None:
     """Compute the feature of every image once, into the feature store.
 
-    Images that cannot be read or decoded are kept in the store's quarantine with the reason. A killed run goes on where
-    it was when the same command runs again; images that are unchanged in the store are not computed again.
+    Images that cannot be read or decoded are kept in the store's quarantine with the reason. A killed run continues
+    when the same command runs again; images that are unchanged in the store are not computed again.
     """
     from pipeline.cluster.connect import connect
     from pipeline.features.extract import ExtractOptions, extract

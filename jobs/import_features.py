@@ -8,7 +8,7 @@ import typer
 from featurestore.console.commandline import CONTINUES, CommandApp, power_of_two, run_app
 
 if TYPE_CHECKING:
-    from pipeline.vectors.source import Source
+    from pipeline.vectors.source import VectorSource
 
 EXAMPLES = """Examples:
 
@@ -74,7 +74,7 @@ def main(
     """Import vectors that another network or modality made, into a feature store of their own.
 
     Rows need a key (int64) or an id (text, whose hash is the key, as for images). Bad rows are kept in the store's
-    quarantine with the reason. Running it again imports what has changed; a killed run goes on where it was.
+    quarantine with the reason. Running it again imports what has changed; a killed run continues.
     """
     from pipeline.cluster.connect import connect
     from pipeline.vectors.import_vectors import ImportOptions, import_vectors
@@ -102,8 +102,8 @@ def open_source(
     dim: int | None,
     feature_column: str | None,
     binary_dtype: BinaryDType | None,
-) -> "Source":
-    """What is to be imported. Raises VectorImportError, and typer.BadParameter for options that do not go together."""
+) -> "VectorSource":
+    """Find what is to be imported. Raises VectorImportError, and typer.BadParameter for options that do not fit."""
     from pipeline.vectors import matrix, parquet, xdl
 
     suffix = PurePosixPath(address).suffix

@@ -1,4 +1,4 @@
-"""XDL's example formats in and out: text samples, binary images, and random data like the example's."""
+"""Import and export XDL's example formats, text samples and binary images, or draw random data like the example's."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +27,7 @@ app = CommandApp(
     no_args_is_help=True,
     rich_markup_mode="rich",
     epilog=EXAMPLES,
-    help="XDL's example formats in and out: text samples, binary images, and random data like the example's.",
+    help="Import and export XDL's example formats, text samples and binary images, or draw such data at random.",
 )
 
 
@@ -49,15 +49,15 @@ def samples(
     weights: Annotated[
         Weights,
         typer.Option(
-            help="Of ids, beside 1: keep them, so that the trainer multiplies each id's vector by its weight (visual "
-            "vectors have none); drop them; or refuse such lines."
+            help="Of ids, other than 1: keep them, so that the trainer multiplies each id's vector by its weight "
+            "(visual vectors have none); drop them; or refuse such lines."
         ),
     ] = "keep",
     label_threshold: Annotated[float | None, typer.Option(help="Labels from here on are clicks.")] = None,
     label_index: Annotated[int | None, typer.Option(min=0, help="Which of several labels, from 0.")] = None,
     fill_dense: Annotated[float | None, typer.Option(help="For a dense field that a line lacks.")] = None,
 ) -> None:
-    """Text samples to sample groups, with a schema and settings for the trainer beside them.
+    """Import text samples as sample groups, with a schema and settings for the trainer.
 
     Neighbouring lines with equal group key and user part are one group. Bad lines are counted and kept, with number and
     reason, in SAMPLES/quarantine.parquet.
@@ -91,7 +91,7 @@ def images(
     dim: Annotated[int | None, typer.Option(min=1, help="Numbers of an image.", show_default="4096")] = None,
     origin: Annotated[str | None, typer.Option("--source", help="What made them, in words.")] = None,
 ) -> None:
-    """Binary images to a feature store; jobs/import_features.py does the same with more options."""
+    """Import binary images into a feature store; jobs/import_features.py does the same with more options."""
     from pipeline.cluster.connect import connect
     from pipeline.vectors import xdl
     from pipeline.vectors.import_vectors import ImportOptions, import_vectors
@@ -110,7 +110,7 @@ def export_samples(
     ] = None,
     split: Annotated[Split, typer.Option(help="Which samples.")] = "both",
 ) -> None:
-    """Sample groups to text samples, one line an impression."""
+    """Export sample groups as text samples, one line an impression."""
     from pipeline.samples.schema import schema_beside
     from pipeline.xdl.export import export_samples as write_lines
     from trainer.schema import load_schema
@@ -126,7 +126,7 @@ def export_images(
     to: Annotated[Path, typer.Option(help="Folder to write: data.0 to data.1023.")],
     version: Annotated[int | None, typer.Option(help="Snapshot.", show_default="the newest")] = None,
 ) -> None:
-    """The features of a store to binary images."""
+    """Export the features of a store as binary images."""
     from featurestore.store import FeatureStore
     from pipeline.xdl.images import export_images as write_records
 
@@ -145,7 +145,7 @@ def random(
     ids: Annotated[int, typer.Option(min=1, help="Ids are 1 to this, those of images too.")] = DrawOptions.num_ids,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes.")] = 0,
 ) -> None:
-    """Random data as the example's randtxt and randimg draw it, in their sizes (64 MB)."""
+    """Draw random data as the example's randtxt and randimg do, in their sizes (64 MB)."""
     if ids > image_count:
         raise typer.BadParameter(
             f"{ids} is more than --images {image_count}: keys would have no image", param_hint="--ids"
@@ -160,7 +160,7 @@ def random(
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """The lines that the job prints."""
+    """Write the lines that the job prints."""
     bad = summary["quarantined"]
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in bad.items())
     split_lines = [

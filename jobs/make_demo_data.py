@@ -85,7 +85,7 @@ def main(
 
 
 def describe(options: DemoOptions, summary: "DemoSummary") -> str:
-    """The summary that the job prints."""
+    """Write the summary that the job prints."""
     content = summary.content
     counts: dict[str, Any] = content["counts"]
     lines = [f"{options.out} has this demo already, nothing to do"] if summary.already_there else []
@@ -115,7 +115,7 @@ def _number(value: float | None) -> str:
 
 
 def _pointer(options: DemoOptions, summary: "DemoSummary") -> str:
-    """The images stay where they are, so the extraction has to be told."""
+    """Write the next command: the images stay where they are, so the extraction needs their folder."""
     return f"\nnext         jobs/extract_features.py --images {summary.images} --store {options.out / 'features'}"
 
 

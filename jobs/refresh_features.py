@@ -52,8 +52,8 @@ def main(
 
     Images are compared by etag, or size and date, then by the digest of their bytes; only new and changed ones go
     through the network. Features of images that are not listed any more are removed. Images that cannot be read or
-    decoded are kept in quarantine and tried again by the next run. A killed run goes on where it was when the same
-    command runs again.
+    decoded are kept in quarantine and tried again by the next run. A killed run continues when the same command
+    runs again.
     """
     from pipeline.cluster.connect import connect
     from pipeline.features.refresh import RefreshOptions, refresh

@@ -3,7 +3,7 @@
 PipelineError
 ├── SourceError        the images cannot be listed: a table without the columns needed, a file that cannot be read
 │   └── SourceNotFoundError         no such folder or table, or no image in it
-├── BadImageError      one image cannot be read or decoded; it is quarantined, the run goes on
+├── BadImageError      one image cannot be read or decoded; it is quarantined, the run continues
 ├── BackboneError      no such network or layer, or one that gives more than a vector per image
 ├── WeightsError       the network's weights cannot be had or do not fit
 ├── StoreRunError      a job that writes a store failed as a whole
@@ -11,7 +11,7 @@ PipelineError
 │   └── VectorsNotFoundError        no such file or folder, or no vectors in it
 ├── DemoError          demo data cannot be made from what was given
 ├── ClusterError       no usable Dask cluster
-│   ├── SchedulerUnreachableError   nobody answers at the address
+│   ├── SchedulerUnreachableError   nothing answers at the address
 │   ├── MissingCertificatesError    tls:// and no certificates in Dask's configuration
 │   ├── InsecureSchedulerError      beyond loopback and without TLS
 │   ├── MissingWorkersError         too few workers in the time

@@ -1,4 +1,4 @@
-"""What every job that writes a store shares: open or make it, stage under a run id, build shards, commit at most once.
+"""The part that jobs which write a store share: open or make it, stage under a run id, build shards, commit once.
 
 A killed run continues: what it staged is found again under its run id, and the next run of the same id takes it over.
 """
@@ -42,13 +42,13 @@ class BadRow(NamedTuple):
 
     @classmethod
     def at(cls, path: str, row: int, reason: str) -> "BadRow":
-        """A row whose key is not known: `row` counts from 0 in the file at `path`."""
+        """Make a row whose key is not known: `row` counts from 0 in the file at `path`."""
         uri = f"{path}#{row}"
         return cls(key_of_uri(uri), uri, reason)
 
 
 def find_store(url: str) -> FeatureStore | None:
-    """The store at `url`, None where there is none."""
+    """Open the store at `url`; None where there is none."""
     try:
         return FeatureStore.open(url)
     except StoreNotFoundError:
@@ -139,7 +139,7 @@ class StoreRun:
             self.store.add_quarantine([QuarantineRow(*row, time.time()) for row in new])
 
     def good_again(self, keys: Int64Array, bad: Sequence[BadRow]) -> list[QuarantineRow]:
-        """Rows that were in quarantine before, whose keys are among `keys` and not `bad` now."""
+        """List the rows in quarantine before the run whose keys are among `keys` and not `bad` now."""
         good = np.setdiff1d(keys, np.array([row.key for row in bad], np.int64))
         is_good = np.isin(np.array([row.key for row in self.quarantined], np.int64), good)
         return [row for row, is_here in zip(self.quarantined, is_good, strict=True) if is_here]
@@ -182,7 +182,7 @@ def build_shards(client: Client, store: FeatureStore, run_id: str, parts: Sequen
 
 
 def shard_task_bytes(client: Client) -> int:
-    """Bytes of rows that one task may hold on the smallest worker, whose threads all have one."""
+    """Count the bytes of rows that one task may hold on the smallest worker, whose threads all have one."""
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
     rooms: list[int] = [worker["memory_limit"] // worker["nthreads"] // SHARD_MEMORY_SHARE for worker in workers]
     return min([SHARD_TASK_BYTES, *(room for room in rooms if room)])  # 0: no limit

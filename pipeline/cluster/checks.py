@@ -1,4 +1,4 @@
-"""What is made sure of before a cluster is used: a safe address; for dask-submit also workers, versions, packages."""
+"""Checks before a cluster is used: a safe address; for dask-submit also workers, versions and packages."""
 
 import ipaddress
 import socket
@@ -27,7 +27,7 @@ IMPORT_OURS = "\n".join(f"import {package}" for package in OUR_PACKAGES)
 
 
 def check_address(address: str, insecure: bool = False) -> None:
-    """Raises InsecureSchedulerError unless `address` is encrypted, or every IP of its host is loopback.
+    """Raise InsecureSchedulerError unless `address` is encrypted, or every IP of its host is loopback.
 
     Not where a person has accepted it: by `insecure` (dask-submit's option), or for jobs and all by Dask's
     configuration. Raises SchedulerUnreachableError when the host's name has no IP, or the address no meaning.
@@ -54,7 +54,7 @@ def check_address(address: str, insecure: bool = False) -> None:
 
 
 def wait_for_workers(client: Client, address: str, count: int, timeout_s: float) -> None:
-    """Returns once `count` workers are there. Raises MissingWorkersError after `timeout_s`."""
+    """Return once `count` workers are there. Raises MissingWorkersError after `timeout_s`."""
     if count == 0:
         return
     try:
@@ -67,7 +67,7 @@ def wait_for_workers(client: Client, address: str, count: int, timeout_s: float)
 
 
 def check_versions(versions: Mapping[str, Any]) -> None:
-    """Raises VersionMismatchError where major.minor of Python, dask or distributed differ from the client's.
+    """Raise VersionMismatchError where major.minor of Python, dask or distributed differ from the client's.
 
     `versions` is what `Client.get_versions()` gives. A patch version may differ: Dask's protocol does not.
     """
@@ -91,7 +91,7 @@ def _major_minor(version: str | None) -> list[str] | None:
 
 
 def check_packages(client: Client) -> None:
-    """Raises MissingPackagesError, with the reason, for workers that cannot import our packages.
+    """Raise MissingPackagesError, with the reason, for workers that cannot import our packages.
 
     `exec` and not a function of ours is sent: to read that, the worker would have to import us.
     """

@@ -1,4 +1,4 @@
-"""A Dask cluster for a job: the one that is configured, else a local one that lives as long as the job."""
+"""The Dask cluster of a job: the one that is configured, else a local one that lives as long as the job."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ def connect(
     memory_limit: str | int | None = None,
     timeout_s: float = CONNECT_TIMEOUT_S,
 ) -> Iterator[Client]:
-    """A client of the configured scheduler, else of a local cluster, closed at the end with all that was started.
+    """Open a client of the configured scheduler, else of a local cluster; all that was started is closed at the end.
 
     A scheduler is configured by DASK_SCHEDULER_ADDRESS (dask-submit sets it for its script), DASK_SCHEDULER_FILE,
     or the same names in Dask's configuration; it stays running, and `workers`, `threads_per_worker` and
@@ -56,7 +56,7 @@ def connect(
 
 @contextlib.contextmanager
 def _loss_named() -> Iterator[None]:
-    """One message when the scheduler is lost, instead of the client's log and one of many errors of its connection."""
+    """Raise one error when the scheduler is lost, in place of the client's log and one of many errors."""
     log = logging.getLogger("distributed.client")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -69,7 +69,7 @@ def _loss_named() -> Iterator[None]:
 
 
 def configured_address(timeout_s: float = CONNECT_TIMEOUT_S) -> str | None:
-    """The scheduler's address from the environment or Dask's configuration; an address goes before a file."""
+    """Find the scheduler's address in the environment or Dask's configuration; an address goes before a file."""
     address = os.environ.get("DASK_SCHEDULER_ADDRESS") or dask.config.get("scheduler-address", None)
     if address:
         return str(address)
@@ -78,7 +78,7 @@ def configured_address(timeout_s: float = CONNECT_TIMEOUT_S) -> str | None:
 
 
 def address_in_file(path: Path, timeout_s: float) -> str:
-    """The address that `dask scheduler --scheduler-file PATH` writes; waits for it, as it may be starting too.
+    """Read the address that `dask scheduler --scheduler-file PATH` writes; wait for it, as it may be starting.
 
     Raises SchedulerUnreachableError when the file has no address after `timeout_s`.
     """
@@ -99,7 +99,7 @@ def address_in_file(path: Path, timeout_s: float) -> str:
 
 @contextlib.contextmanager
 def open_client(address: str, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator[Client]:
-    """A client of the running scheduler at `address`, which stays running.
+    """Open a client of the running scheduler at `address`, which stays running.
 
     Raises SchedulerUnreachableError, MissingCertificatesError.
     """
@@ -131,7 +131,7 @@ async def _shake_hands(address: str, timeout_s: float) -> None:
 def local_cluster(
     workers: int | None = None, threads_per_worker: int | None = None, memory_limit: str | int | None = None
 ) -> Iterator[LocalCluster]:
-    """A scheduler and worker processes on loopback, closed at the end; the dashboard has a free port.
+    """Start a scheduler and worker processes on loopback, closed at the end; the dashboard has a free port.
 
     Without numbers it is one worker with all cores as threads, which suits torch: one copy of a network, batches
     that share it. `threads_per_worker` is by default an equal part of the cores; `memory_limit` is per worker.
@@ -154,7 +154,7 @@ def local_cluster(
 
 @contextlib.contextmanager
 def _interrupt_blocked() -> Iterator[None]:
-    """Threads and processes that start in here never see SIGINT.
+    """Keep SIGINT from threads and processes that start in the block.
 
     A terminal's ctrl-C goes to every process of the group. The workers must outlive it, so that the job can end in
     its own way. The mask is inherited by the cluster's thread and by all workers that it starts, later ones too.

@@ -1,4 +1,4 @@
-"""A script in a child process that gets the signals of its parent."""
+"""A script in a child process, which gets the signals of its parent."""
 
 import contextlib
 import os
@@ -40,7 +40,7 @@ class ScriptRunner:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
-        """Runs `command`, with our output as its output, and returns its exit code: 128 + n when signal n ended it.
+        """Run `command`, with our output as its output, and return its exit code: 128 + n when signal n ended it.
 
         Its input is ours too, except a terminal: a background group that reads one is stopped for ever.
         """

@@ -1,4 +1,4 @@
-"""dask-submit: run a script beside a Dask cluster, the one that is there or one for this run alone.
+"""dask-submit: run a script with a Dask cluster, the one that is there or one for this run alone.
 
 Also `dask submit`, through Dask's entry-point group dask_cli; hence click, which Dask itself uses, and not typer.
 Dask's own commands import this file, on workers too: Dask and our packages are imported where they are needed.
@@ -115,11 +115,11 @@ def submit(
     script: Path,
     args: Sequence[str],
 ) -> None:
-    """Run the Python SCRIPT with its ARGS beside a Dask cluster, which `pipeline.cluster.connect` finds by itself.
+    """Run the Python SCRIPT with its ARGS and a Dask cluster, which `pipeline.cluster.connect` finds by itself.
 
     The cluster is the scheduler of --scheduler, --scheduler-file, DASK_SCHEDULER_ADDRESS or DASK_SCHEDULER_FILE.
     Without any of these, or with -n, --threads-per-worker or --memory-limit, it is a local one that ends with the
-    script. Options of ours stand before SCRIPT; all that follows belongs to the script.
+    script. Our options go before SCRIPT; all that follows is for the script.
     """
     from featurestore.console.commandline import STOPPED, STOPPED_BY_PERSON
     from pipeline.cluster.script import ScriptRunner
@@ -147,7 +147,7 @@ def submit(
 
 @dataclasses.dataclass(frozen=True)
 class LocalSize:
-    """What the command line says about a local cluster; None leaves it to `local_cluster`."""
+    """The size of a local cluster by the command line; None leaves it to `local_cluster`."""
 
     workers: int | None
     threads_per_worker: int | None
@@ -159,7 +159,7 @@ class LocalSize:
 
 
 def _remote_address(scheduler: str | None, file: Path | None, local: LocalSize, timeout_s: float) -> str | None:
-    """The running scheduler to use, None for a local cluster. The command line goes before the environment."""
+    """Find the running scheduler to use, None for a local cluster. Options go before the environment."""
     if scheduler is not None:
         return scheduler
     from pipeline.cluster.connect import address_in_file, configured_address
@@ -173,7 +173,7 @@ def _remote_address(scheduler: str | None, file: Path | None, local: LocalSize, 
 def _prepared_cluster(
     address: str | None, local: LocalSize, wait_workers: int | None, timeout_s: float, insecure: bool
 ) -> Iterator[str]:
-    """The address of the scheduler, checked, with its workers; a local cluster where `address` is None."""
+    """Give the scheduler's address, checked, with its workers; a local cluster where `address` is None."""
     from pipeline.cluster.checks import check_address
     from pipeline.cluster.connect import local_cluster
 
@@ -189,7 +189,7 @@ def _prepared_cluster(
 
 
 def _check_cluster(address: str, wait_workers: int, timeout_s: float) -> None:
-    """Says what cluster it is once it is fit to run a script; `timeout_s` is for connecting and waiting together."""
+    """Print the cluster once it is fit to run a script; `timeout_s` is for connecting and waiting together."""
     from pipeline.cluster.checks import check_packages, check_versions, wait_for_workers
     from pipeline.cluster.connect import open_client
 
@@ -214,12 +214,12 @@ def script_environment(address: str, insecure: bool) -> dict[str, str]:
 
 
 def _say(text: str) -> None:
-    """One line on stderr; stdout is the script's."""
+    """Print one line on stderr; stdout is the script's."""
     click.echo(f"dask-submit: {text}", err=True)
 
 
 def main() -> None:
-    """The console script dask-submit."""
+    """Run the console script dask-submit."""
     from featurestore.console.commandline import STOPPED, tell_usage
 
     try:

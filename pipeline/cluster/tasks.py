@@ -1,4 +1,4 @@
-"""Run many equal tasks on a Dask cluster: a bounded number in flight, and lost workers told apart from bad input."""
+"""Many equal tasks on a Dask cluster: a bounded number at once, and lost workers distinguished from bad input."""
 
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ MISTAKES = (PipelineError, KeyCollisionError, InvalidRowsError)  # of a person, 
 
 
 class Killed:
-    """The result of a task whose worker died again and again. Not proof: tasks beside a guilty one get this too."""
+    """The result of a task whose worker died again and again. Not proof: other tasks on that worker get this too."""
 
 
 def run_tasks(
@@ -83,7 +83,7 @@ def num_threads(client: Client) -> int:
 
 
 def _attempt(function: Callable[..., Any], *call: Any) -> Any:
-    """A mistake as a result: Dask would log a raised one with its traceback, and try again."""
+    """Return a mistake as a result: Dask would log a raised one with its traceback, and try again."""
     try:
         return function(*call)
     except MISTAKES as error:

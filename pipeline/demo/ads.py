@@ -1,4 +1,4 @@
-"""Ads shown and clicked. Ads are shown without regard to taste; what is clicked follows a logit of named parts."""
+"""The ads shown and clicked: shown without regard to taste, and clicked by a logit of named parts."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +12,8 @@ from pipeline.demo.people import NUM_GENDERS, People
 
 
 @dataclass(frozen=True)
-class Shown:
-    """Which ad was shown to whom, in order of time. Times are whole seconds since the epoch."""
+class ShownAds:
+    """The ads shown, to whom and when, in order of time. Times are whole seconds since the epoch."""
 
     time_N: IntArray
     day_N: IntArray  # 0 is the first day of the log
@@ -25,37 +25,37 @@ class Shown:
 
 @dataclass(frozen=True)
 class Clicks:
-    """What came of the ads shown: label, and the true logit as bias + the sum of its parts."""
+    """The labels of the ads shown, and their true logit as bias + the sum of its parts."""
 
     label_N: IntArray
     parts: dict[str, FloatArray]
     bias: float
 
     def logit(self, *names: str) -> FloatArray:
-        """Bias and the named parts (N,)."""
+        """Add the named parts to the bias, (N,)."""
         total_N: FloatArray = np.full(len(self.label_N), self.bias)
         for name in names:
             total_N = total_N + self.parts[name]
         return total_N
 
 
-def show_ads(people: People, launch_day_I: IntArray, num_days: int, seed: int, start_s: int) -> Shown:
-    """Sessions of every day and the ads in them; about 10 % of the last day's ads show items new on that day."""
+def show_ads(people: People, launch_day_I: IntArray, num_days: int, seed: int, start_s: int) -> ShownAds:
+    """Draw the sessions of every day and the ads in them; 10 % of the last day's ads show items new on that day."""
     rng = np.random.default_rng([seed, 6])
     exposure_I = rng.normal(0, 0.7, size=len(launch_day_I))
-    days: list[Shown] = []
+    days: list[ShownAds] = []
     num_sessions = 0
     for day in range(num_days):
         shown = _one_day(rng, people, launch_day_I, exposure_I, day, num_days, start_s, num_sessions)
         num_sessions = int(shown.session_N.max(initial=num_sessions - 1)) + 1
         days.append(shown)
-    columns = {name: np.concatenate([getattr(day, name) for day in days]) for name in Shown.__dataclass_fields__}
+    columns = {name: np.concatenate([getattr(day, name) for day in days]) for name in ShownAds.__dataclass_fields__}
     order = np.lexsort((columns["session_N"], columns["time_N"]))
-    return Shown(**{name: column[order] for name, column in columns.items()})
+    return ShownAds(**{name: column[order] for name, column in columns.items()})
 
 
-def click(catalogue: Catalogue, people: People, popularity_I: FloatArray, shown: Shown, seed: int) -> Clicks:
-    """Labels drawn from the logit; its bias is set so that `CLICK_RATE` of the ads are clicked."""
+def click(catalogue: Catalogue, people: People, popularity_I: FloatArray, shown: ShownAds, seed: int) -> Clicks:
+    """Draw labels from the logit; its bias is set so that `CLICK_RATE` of the ads are clicked."""
     rng = np.random.default_rng([seed, 7])
     raw = _raw_parts(rng, catalogue, people, popularity_I, shown)
     parts = {name: sd * _standard(raw[name]) for name, sd in truth.LOGIT_PARTS.items()}
@@ -74,8 +74,8 @@ def _one_day(
     num_days: int,
     start_s: int,
     first_session: int,
-) -> Shown:
-    """One day's ads; S sessions with up to A ads each, none twice in one session."""
+) -> ShownAds:
+    """Draw one day's ads; S sessions with up to A ads each, none twice in one session."""
     last = day == num_days - 1
     low, high = truth.ADS_PER_SESSION
     rate_U = people.sessions_U * (truth.TEST_DAY_TRAFFIC if last else 1.0) * (people.first_day_U <= day)
@@ -90,7 +90,7 @@ def _one_day(
     shown_SA = np.arange(high) < rng.integers(low, high + 1, size=len(user_S))[:, None]
     shown_SA &= item_SA >= 0
     row_N = np.nonzero(shown_SA)[0]
-    return Shown(
+    return ShownAds(
         time_N=time_SA[shown_SA],
         day_N=np.full(len(row_N), day, dtype=np.int64),
         user_N=user_S[row_N],
@@ -101,7 +101,7 @@ def _one_day(
 
 
 def _pick(rng: np.random.Generator, exposure_I: FloatArray, live_L: IntArray, num_sessions: int) -> IntArray:
-    """Different items for each session (S, A), drawn by exposure (Gumbel top-k); -1 where too few are on sale."""
+    """Pick different items for each session (S, A) by exposure (Gumbel top-k); -1 where too few are on sale."""
     high = truth.ADS_PER_SESSION[1]
     picked_SA = np.full((num_sessions, high), -1, dtype=np.int64)
     if len(live_L) == 0 or num_sessions == 0:
@@ -113,9 +113,9 @@ def _pick(rng: np.random.Generator, exposure_I: FloatArray, live_L: IntArray, nu
 
 
 def _raw_parts(
-    rng: np.random.Generator, catalogue: Catalogue, people: People, popularity_I: FloatArray, shown: Shown
+    rng: np.random.Generator, catalogue: Catalogue, people: People, popularity_I: FloatArray, shown: ShownAds
 ) -> dict[str, FloatArray]:
-    """The parts of the logit in any unit, (N,) each."""
+    """Compute the parts of the logit in any unit, (N,) each."""
     num_attributes = catalogue.look_IK.shape[1]
     season_K = rng.normal(size=num_attributes)
     season_EK = 0.7 * season_K + 0.7 * rng.normal(size=(NUM_GENDERS, num_attributes))
@@ -137,7 +137,7 @@ def _raw_parts(
 
 
 def _standard(values: NDArray[Any]) -> FloatArray:
-    """Mean 0 and standard deviation 1; zeros where nothing varies."""
+    """Scale to mean 0 and standard deviation 1; zeros where nothing varies."""
     centred: FloatArray = values - values.mean()
     std = float(centred.std())
     return centred / std if std > 1e-12 else np.zeros_like(centred)
@@ -148,7 +148,7 @@ def _sigmoid(logit_N: FloatArray) -> FloatArray:
 
 
 def _bias_for(logit_N: FloatArray, rate: float) -> float:
-    """The bias with which mean(sigmoid(logit + bias)) is `rate`, by bisection."""
+    """Find the bias with which mean(sigmoid(logit + bias)) is `rate`, by bisection."""
     low, high = -30.0, 30.0
     for _ in range(60):
         middle = (low + high) / 2

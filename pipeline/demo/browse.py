@@ -22,7 +22,7 @@ class Behaviors:
 
 
 def match_of(catalogue: Catalogue, taste_UK: FloatArray) -> FloatArray:
-    """How well each picture fits each taste (U, I), standard deviation 1 over all pairs."""
+    """Measure how well each picture fits each taste (U, I), standard deviation 1 over all pairs."""
     match_UI: FloatArray = taste_UK @ catalogue.look_IK.T
     return match_UI / max(float(match_UI.std()), 1e-12)
 
@@ -36,7 +36,7 @@ def browse(
     seed: int,
     start_s: int,
 ) -> Behaviors:
-    """Organic clicks of the history and of every day of the log; never on an item that is new on the last day."""
+    """Draw the organic clicks of the history and of every day of the log, none on items new on the last day."""
     rng = np.random.default_rng([seed, 5])
     steady_UI = (
         truth.BROWSE_POPULARITY * popularity_I
@@ -60,7 +60,7 @@ def browse(
 
 
 def _dwell_s(rng: np.random.Generator, accident_N: NDArray[np.bool_]) -> FloatArray:
-    """Seconds spent: a moment after an accident, half a minute or so otherwise; the two hardly overlap."""
+    """Draw seconds spent: a moment after an accident, half a minute or so otherwise; they hardly overlap."""
     short_s_N = rng.lognormal(np.log(2.0), 0.35, size=len(accident_N))
     long_s_N = 8 + rng.lognormal(np.log(30), 0.8, size=len(accident_N))
     dwell_s_N: FloatArray = np.where(accident_N, short_s_N, long_s_N).round(1)
@@ -68,7 +68,7 @@ def _dwell_s(rng: np.random.Generator, accident_N: NDArray[np.bool_]) -> FloatAr
 
 
 def _draw_columns(rng: np.random.Generator, score_UL: FloatArray, user_N: IntArray) -> IntArray:
-    """One column for each of `user_N`, with probability softmax(the scores of that user)."""
+    """Draw one column for each of `user_N`, with probability softmax(the scores of that user)."""
     mass_UL = np.cumsum(np.exp(score_UL - score_UL.max(axis=1, keepdims=True)), axis=1)
     draw_N = rng.random(len(user_N)) * mass_UL[user_N, -1]
     column_N: IntArray = (mass_UL[user_N] <= draw_N[:, None]).sum(axis=1)

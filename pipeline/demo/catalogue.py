@@ -1,4 +1,4 @@
-"""What the shop sells: one picture per item, its category (an ID) and its look (only in the pixels)."""
+"""The items on sale: one picture each, its category (an ID) and its look (only in the pixels)."""
 
 from dataclasses import dataclass
 
@@ -28,12 +28,12 @@ class Catalogue:
 
     @property
     def num_items(self) -> int:
-        """How many items there are."""
+        """Number of items."""
         return len(self.uris)
 
 
 def standardize(values_IK: FloatArray) -> FloatArray:
-    """Columns with mean 0 and standard deviation 1; a column without any variation becomes 0."""
+    """Scale columns to mean 0 and standard deviation 1; a column without any variation becomes 0."""
     centred_IK = values_IK - values_IK.mean(axis=0)
     std_K = centred_IK.std(axis=0)
     flat_K = std_K < 1e-9 * (1 + np.abs(values_IK).max(axis=0, initial=0))

@@ -1,4 +1,4 @@
-"""Draws clothes: shape, colour, pattern, size and background, each chosen without a look at the others.
+"""Drawn clothes: shape, colour, pattern, size and background, each chosen without a look at the others.
 
 So a category (the shape) says nothing about colour or pattern: who knows only IDs cannot know them.
 """
@@ -74,7 +74,7 @@ class Garment:
 
 
 def plan_garments(num_items: int, seed: int) -> list[Garment]:
-    """`num_items` garments, every property independent of every other; about 3 % repeat an earlier one exactly."""
+    """Draw `num_items` garments, all properties independent; about 3 % repeat an earlier one exactly."""
     rng = np.random.default_rng([seed, 1])
     shapes, hues = tuple(SHAPES), tuple(HUES.values())
     garments: list[Garment] = []
@@ -99,7 +99,7 @@ def plan_garments(num_items: int, seed: int) -> list[Garment]:
 
 
 def draw_garment(garment: Garment) -> bytes:
-    """The JPEG of one garment, 240 x 240; equal garments give equal bytes."""
+    """Draw the JPEG of one garment, 240 x 240; equal garments give equal bytes."""
     main, second = _colours(garment)
     covered = PATTERN_MASKS[garment.pattern](CANVAS_PX, garment.pattern_px)
     cloth = Image.fromarray(np.where(covered[..., None], second, main).astype(np.uint8))
@@ -119,7 +119,7 @@ def draw_garment(garment: Garment) -> bytes:
 
 
 def catalogue_of(garments: list[Garment]) -> Catalogue:
-    """The catalogue of drawn garments; looks come from what was drawn."""
+    """Make the catalogue of drawn garments; looks come from what was drawn."""
     shapes = tuple(SHAPES)
     names, weights, columns = _look_columns(garments)
     return Catalogue(
@@ -134,7 +134,7 @@ def catalogue_of(garments: list[Garment]) -> Catalogue:
 
 
 def _look_columns(garments: list[Garment]) -> tuple[tuple[str, ...], FloatArray, FloatArray]:
-    """Names, weights in a taste, and values (I, K) of the attributes that were drawn."""
+    """Give names, weights in a taste, and values (I, K) of the attributes that were drawn."""
     hue_I = np.deg2rad([garment.hue_deg for garment in garments])
     table: dict[str, tuple[float, NDArray[np.float64]]] = {
         "hue_red_cyan": (2.0, np.cos(hue_I)),
@@ -149,7 +149,7 @@ def _look_columns(garments: list[Garment]) -> tuple[tuple[str, ...], FloatArray,
 
 
 def _colours(garment: Garment) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Main colour and that of the pattern, 0-255: of the same hue, dark on light cloth and pale on dark cloth."""
+    """Give main and pattern colour, 0-255: of the same hue, dark on light cloth and pale on dark cloth."""
     hue = garment.hue_deg / 360
     pale = garment.value < 0.7
     saturation, value = (garment.saturation * 0.35, 1.0) if pale else (garment.saturation, garment.value * 0.35)
@@ -159,7 +159,7 @@ def _colours(garment: Garment) -> tuple[NDArray[np.float64], NDArray[np.float64]
 
 
 def _outline(garment: Garment) -> Image.Image:
-    """The mask (mode L) of the garment on the canvas."""
+    """Draw the mask (mode L) of the garment on the canvas."""
     room_px = (1 - garment.size) * CANVAS_PX
     left_px, top_px = room_px * (0.5 + garment.shift_x), room_px * (0.5 + garment.shift_y)
     scale_px = garment.size * CANVAS_PX

@@ -1,4 +1,4 @@
-"""Makes a demo data set in a folder: pictures, logs, and the truth in demo.json. Equal options give equal bytes."""
+"""A demo data set in a folder: pictures, logs, and the truth in demo.json. Equal options give equal bytes."""
 
 import contextlib
 import datetime
@@ -45,7 +45,7 @@ class DemoSummary:
 
 
 def make_demo(options: DemoOptions, drawn: Progress = lambda count: None) -> DemoSummary:
-    """Pictures, logs and demo.json below `options.out`; `drawn` hears how many pictures were finished.
+    """Make pictures, logs and demo.json below `options.out`; `drawn` gets the number of pictures finished.
 
     Equal options over a finished demo change nothing; over an unfinished one they finish it. A demo made with other
     options is replaced only with `force`, and files that this job did not make are never touched. Raises DemoError,
@@ -86,7 +86,7 @@ def make_demo(options: DemoOptions, drawn: Progress = lambda count: None) -> Dem
 
 @contextlib.contextmanager
 def _os_errors(out: Path) -> Iterator[None]:
-    """Raises DemoError in place of an OSError: a full disk, a folder that cannot be written."""
+    """Raise DemoError in place of an OSError: a full disk, a folder that cannot be written."""
     try:
         yield
     except OSError as error:
@@ -94,7 +94,7 @@ def _os_errors(out: Path) -> Iterator[None]:
 
 
 def _parameters(options: DemoOptions) -> dict[str, Any]:
-    """All that decides the bytes, as it comes back from JSON."""
+    """Collect all that decides the bytes, as it comes back from JSON."""
     parameters: dict[str, Any] = {"format": FORMAT, "users": options.users, "days": options.days, "seed": options.seed}
     if options.taste != "items":
         parameters["taste"] = options.taste
@@ -109,7 +109,7 @@ def _parameters(options: DemoOptions) -> dict[str, Any]:
 
 
 def _folder_digest(images: Path) -> str:
-    """Changes when an image comes, goes or changes."""
+    """Digest a folder of images: it changes when an image comes, goes or changes."""
     from pipeline.images.source import list_images
 
     digest = xxhash.xxh3_128()
@@ -126,7 +126,7 @@ def _file_digest(path: Path) -> str:
 
 
 def _read_demo(out: Path) -> dict[str, Any] | None:
-    """The demo.json of `out`; None where there is none."""
+    """Read the demo.json of `out`; None where there is none."""
     path = out / DEMO_FILE
     try:
         content: dict[str, Any] = parse_json(read_regular(path))
@@ -150,7 +150,7 @@ def _is_whole(options: DemoOptions, found: dict[str, Any]) -> bool:
 
 
 def _refuse_foreign(out: Path) -> None:
-    """Raises DemoError where pictures or logs lie in the way that no demo.json accounts for."""
+    """Raise DemoError where pictures or logs are in the way that no demo.json accounts for."""
     for folder in (out / "images", out / "logs"):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DemoError(f"{folder} is in the way, and was not made by this job: move it, or give another --out")
@@ -173,14 +173,14 @@ def _own_images(out: Path) -> list[Path]:
 
 
 def _remove_own(out: Path) -> None:
-    """Removes the pictures and logs that this job makes, and nothing else."""
+    """Remove the pictures and logs that this job makes, and nothing else."""
     logs = [path for log in LOGS for path in (out / "logs" / log).glob("day=*.parquet") if LOG_NAME.match(path.name)]
     for path in _own_images(out) + logs:
         path.unlink()
 
 
 def _draw(out: Path, uris: Sequence[str], garments: list[Garment], drawn: Progress) -> None:
-    """Draws the pictures, in threads: most of the time is spent in Pillow and numpy."""
+    """Draw the pictures, in threads: most of the time is spent in Pillow and numpy."""
     for shape in SHAPES:
         (out / "images" / shape).mkdir(parents=True, exist_ok=True)
 
@@ -193,7 +193,7 @@ def _draw(out: Path, uris: Sequence[str], garments: list[Garment], drawn: Progre
 
 
 def _offer(out: Path, uris: Sequence[str]) -> None:
-    """Gives every seller an image of its own, a hard link where the disk knows them."""
+    """Give every seller an image of its own, a hard link where the disk knows them."""
     for uri in uris:
         for seller in range(truth.SELLERS):
             image = out / "images" / offer_uri(uri, seller)
@@ -205,7 +205,7 @@ def _offer(out: Path, uris: Sequence[str]) -> None:
 
 
 def _measure(images: Path, labels: Path | None) -> tuple[Catalogue, dict[str, Any]]:
-    """The photographs as a catalogue, and what demo.json says of those that are not in it."""
+    """Measure the photographs as a catalogue; return it, and what demo.json has of those that are not in it."""
     from pipeline.demo.measure import measure_folder
 
     catalogue, unreadable, num_unlabelled = measure_folder(images, labels)

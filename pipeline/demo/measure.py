@@ -1,4 +1,4 @@
-"""Measures the look of photographs from their pixels, for people who bring their own in place of drawn clothes.
+"""The look of photographs, measured from their pixels, for people who bring their own in place of drawn clothes.
 
 Looks are standardised over the catalogue, so a taste is for "redder than most", whatever the photographs are.
 """
@@ -28,7 +28,7 @@ NO_LABEL = "unlabelled"
 ATTRIBUTES = {"red_green": 1.0, "yellow_blue": 1.0, "light": 1.0, "vivid": 0.6, "contrast": 0.4, "texture": 0.4}
 
 
-class Measured(NamedTuple):
+class MeasuredFolder(NamedTuple):
     """The catalogue of a folder, and what is not in it."""
 
     catalogue: Catalogue
@@ -36,8 +36,8 @@ class Measured(NamedTuple):
     num_unlabelled: int
 
 
-def measure_folder(images: Path, labels: Path | None) -> Measured:
-    """Every readable image below `images` as an item, its category from the table `labels` (columns image, label).
+def measure_folder(images: Path, labels: Path | None) -> MeasuredFolder:
+    """Measure each readable image below `images` as an item; its category is from `labels` (image, label).
 
     The uri is the path below `images`; `image` in the table is that path, or the file's name, with or without its
     extension. Raises SourceError (no images) and DemoError (none readable, a table without the columns).
@@ -61,11 +61,11 @@ def measure_folder(images: Path, labels: Path | None) -> Measured:
         weight_K=np.array(list(ATTRIBUTES.values())),
         vivid=tuple(ATTRIBUTES).index("vivid"),
     )
-    return Measured(catalogue, unreadable, labels_I.count(NO_LABEL) if labels else 0)
+    return MeasuredFolder(catalogue, unreadable, labels_I.count(NO_LABEL) if labels else 0)
 
 
 def measure(image: Image.Image) -> FloatArray:
-    """The attributes of one RGB image, (K,) in the order of ATTRIBUTES.
+    """Measure the attributes of one RGB image, (K,) in the order of ATTRIBUTES.
 
     Opponent colours are means over the centre, 0-255 apart; vivid is the colourfulness of Hasler and Suesstrunk
     (2003); contrast the deviation of brightness; texture the logarithm of the mean step between neighbours.
@@ -90,7 +90,7 @@ def measure(image: Image.Image) -> FloatArray:
 
 
 def _try_measure(ref: ImageRef) -> FloatArray | str:
-    """The look, or the reason why there is none."""
+    """Measure the look, or give the reason why there is none."""
     try:
         return measure(decode(bytes_of(ref))[0])
     except BadImageError as error:
@@ -98,7 +98,7 @@ def _try_measure(ref: ImageRef) -> FloatArray | str:
 
 
 def _read_labels(path: Path) -> dict[str, str]:
-    """Label of each value of the column `image`."""
+    """Read the label of each value of the column `image`."""
     with _opened(path) as rows:
         if not {"image", "label"} <= set(rows.fieldnames or ()):
             found = ", ".join(rows.fieldnames or ()) or "none"

@@ -1,4 +1,4 @@
-"""Ceilings: the AUC of those who know the true logit, or the part of it that IDs can tell."""
+"""The ceilings of a demo: the AUC of one who knows the true logit, or the part of it that IDs can tell."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ _SHORT_S = 5  # behaviours that took less were accidents
 
 
 def auc(score_N: FloatArray, label_N: IntArray) -> float:
-    """Area under the ROC curve with ties counted half (Mann-Whitney); NaN where one class is missing."""
+    """Compute the area under the ROC curve, ties counted half (Mann-Whitney); NaN where one class is missing."""
     num_clicks = int(label_N.sum())
     num_others = len(label_N) - num_clicks
     if num_clicks == 0 or num_others == 0:
@@ -25,7 +25,7 @@ def auc(score_N: FloatArray, label_N: IntArray) -> float:
 
 
 def gauc(score_N: FloatArray, label_N: IntArray, user_N: IntArray) -> float:
-    """AUC of each user weighted by the user's rows; users with one class are left out."""
+    """Average the AUC of each user, weighted by the user's rows; users with one class are left out."""
     order = np.argsort(user_N, kind="stable")
     total, weight = 0.0, 0
     for rows in np.split(order, np.flatnonzero(np.diff(user_N[order])) + 1):
@@ -37,7 +37,7 @@ def gauc(score_N: FloatArray, label_N: IntArray, user_N: IntArray) -> float:
 
 
 def ceilings(world: World) -> dict[str, dict[str, float]]:
-    """AUC, GAUC and new-ad AUC on the test day, for those who know different parts of the truth.
+    """Compute AUC, GAUC and new-ad AUC on the test day, for those who know different parts of the truth.
 
     `everything` knows the logit but for its noise; `without_pixels` only the parts that IDs carry;
     `ids_and_memory` in addition remembers, for each item that is not new, how its look does with the average user;
@@ -68,14 +68,14 @@ def ceilings(world: World) -> dict[str, dict[str, float]]:
 
 
 def variance_shares(world: World) -> dict[str, float]:
-    """Share of the logit's variance that each part has; they add up to 1 but for chance correlations."""
+    """Compute the share of the logit's variance of each part; they add up to 1 but for chance correlations."""
     variance = {name: float(np.var(part_N)) for name, part_N in world.clicks.parts.items()}
     total = sum(variance.values())
     return {name: value / total if total else 0.0 for name, value in variance.items()}
 
 
 def read_from_pictures(world: World) -> FloatArray:
-    """What the pictures of a user's behaviours tell of match and mood, (N,): least squares on the days before the test.
+    """Read match and mood from the pictures of users' behaviours, (N,): least squares on the days before.
 
     Inputs: for each attribute of a look its mean over the behaviours times that of the ad, and the mean vividness.
     Behaviours are those of 14 days before the impression that were no accidents. Of ads new on the last day the looks
@@ -94,7 +94,7 @@ def read_from_pictures(world: World) -> FloatArray:
 
 
 def mean_looks(world: World) -> FloatArray:
-    """Mean look of what each impression's user looked at for a while in the 14 days before it, (N, K); 0: nothing."""
+    """Average the looks that each impression's user saw for a while in the 14 days before, (N, K); 0: nothing."""
     done, shown = world.behaviors, world.shown
     long_M = np.flatnonzero(done.dwell_s_N >= _SHORT_S)
     # One number for user and time: the users' behaviours lie one after the other, each user's in order of time.
@@ -112,7 +112,7 @@ def mean_looks(world: World) -> FloatArray:
 
 
 def _mean_by_item(world: World, value_N: NDArray[Any]) -> FloatArray:
-    """For each row, the mean of `value_N` over all rows of its item (N,)."""
+    """Average `value_N` over all rows of the item of each row (N,)."""
     item_N, num_items = world.shown.item_N, world.catalogue.num_items
     sum_I = np.bincount(item_N, weights=value_N, minlength=num_items)
     mean_I: FloatArray = sum_I / np.maximum(np.bincount(item_N, minlength=num_items), 1)

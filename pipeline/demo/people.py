@@ -29,12 +29,12 @@ class People:
 
     @property
     def num_users(self) -> int:
-        """How many users there are."""
+        """Number of users."""
         return len(self.age_U)
 
 
 def make_people(catalogue: Catalogue, num_users: int, history_days: int, log_days: int, seed: int) -> People:
-    """`num_users` people whose tastes are independent of the catalogue's categories."""
+    """Draw `num_users` people whose tastes are independent of the catalogue's categories."""
     rng = np.random.default_rng([seed, 2])
     age_U = rng.integers(1, NUM_AGES + 1, size=num_users)
     gender_U = rng.integers(1, NUM_GENDERS + 1, size=num_users)
@@ -70,7 +70,7 @@ def make_people(catalogue: Catalogue, num_users: int, history_days: int, log_day
 
 
 def _wander(rng: np.random.Generator, shape: tuple[int, ...], memory: float) -> FloatArray:
-    """A first-order autoregression along axis 1, the days: variance 1, correlation `memory` from day to day."""
+    """Draw a first-order autoregression along axis 1, the days: variance 1, correlation `memory` day to day."""
     wave = rng.normal(size=shape)
     for day in range(1, shape[1]):
         wave[:, day] = memory * wave[:, day - 1] + np.sqrt(1 - memory**2) * wave[:, day]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline.demo import truth
-from pipeline.demo.ads import Clicks, Shown, click, show_ads
+from pipeline.demo.ads import Clicks, ShownAds, click, show_ads
 from pipeline.demo.browse import Behaviors, browse
 from pipeline.demo.catalogue import BoolArray, Catalogue, FloatArray, IntArray
 from pipeline.demo.options import Taste
@@ -17,7 +17,7 @@ _NEVER = 10**6  # days
 
 @dataclass(frozen=True)
 class World:
-    """What is on sale, who looks, and what happened."""
+    """A simulated shop: what is on sale, who looks, and what happened."""
 
     catalogue: Catalogue
     people: People
@@ -26,7 +26,7 @@ class World:
     launch_day_I: IntArray  # day of the log on which an item comes in; negative: before the log
     popularity_I: FloatArray
     behaviors: Behaviors
-    shown: Shown
+    shown: ShownAds
     clicks: Clicks
     num_days: int
     start_s: int
@@ -35,7 +35,7 @@ class World:
 def simulate(
     catalogue: Catalogue, num_users: int, num_days: int, seed: int, start_s: int, taste: Taste = "items"
 ) -> World:
-    """The whole world; `start_s` is midnight (UTC) of the first day of the log. Some seconds of numpy.
+    """Simulate the whole world; `start_s` is midnight (UTC) of the first day of the log. Some seconds of numpy.
 
     With taste "items" every item is advertised and looked at. With "pictures" a few items are advertised, so that their
     looks can be learned by their IDs; people look at the others, each offered by `truth.SELLERS` sellers under IDs of
@@ -67,7 +67,7 @@ def simulate(
 
 
 def advertised(num_items: int, seed: int, taste: Taste) -> BoolArray:
-    """Which items are shown as ads, (I,). Raises DemoError where too few are left to be looked at."""
+    """Choose which items are shown as ads, (I,). Raises DemoError where too few are left to be looked at."""
     advertised_I = np.ones(num_items, dtype=np.bool_)
     if taste == "pictures":
         num_ads = max(truth.MIN_ITEMS, round(truth.ADVERTISED_SHARE * num_items))
@@ -80,7 +80,7 @@ def advertised(num_items: int, seed: int, taste: Taste) -> BoolArray:
 
 
 def _supply(num_items: int, num_days: int, seed: int, taste: Taste) -> tuple[BoolArray, IntArray]:
-    """Which items are advertised, and when each comes in: with few ads, some of them are new on the last day, too."""
+    """Choose which items are advertised, and when each comes in; with few ads, some are new on the last day."""
     advertised_I, launch_day_I = advertised(num_items, seed, taste), launch_days(num_items, num_days, seed)
     if taste == "pictures":
         launch_day_I[advertised_I] = launch_days(int(advertised_I.sum()), num_days, seed)
@@ -88,7 +88,7 @@ def _supply(num_items: int, num_days: int, seed: int, taste: Taste) -> tuple[Boo
 
 
 def launch_days(num_items: int, num_days: int, seed: int) -> IntArray:
-    """When each item comes in: most before the log, some on its days, `NEW_ITEM_SHARE` on its last day."""
+    """Draw the day of each item: most before the log, some in it, `NEW_ITEM_SHARE` on its last day."""
     rng = np.random.default_rng([seed, 4])
     num_new = max(1, round(truth.NEW_ITEM_SHARE * num_items))
     num_during = round(truth.LAUNCHED_DURING_LOG * num_items)

@@ -1,4 +1,4 @@
-"""Writes what happened as raw logs, one Parquet file a day, and the truth behind them as JSON."""
+"""The raw logs of a demo, one Parquet file a day, and the truth behind them as JSON."""
 
 import datetime
 from pathlib import Path
@@ -21,13 +21,13 @@ LOGS = ("impressions", "behaviors")
 
 
 def day_name(start_s: int, day: int) -> str:
-    """ISO date of a day of the log (UTC)."""
+    """Give the ISO date of a day of the log (UTC)."""
     moment = datetime.datetime.fromtimestamp(start_s + day * truth.DAY_S, tz=datetime.UTC)
     return moment.date().isoformat()
 
 
 def log_files(out: Path, start_s: int, num_days: int) -> list[Path]:
-    """The files that `write_logs` writes: impressions of the days, behaviours of the history too."""
+    """List the files that `write_logs` writes: impressions of the days, behaviours of the history too."""
     first = {"impressions": 0, "behaviors": -truth.HISTORY_DAYS}
     return [
         out / "logs" / log / f"day={day_name(start_s, day)}.parquet"
@@ -37,12 +37,12 @@ def log_files(out: Path, start_s: int, num_days: int) -> list[Path]:
 
 
 def offer_uri(uri: str, seller: int) -> str:
-    """The image of a seller, of an item that others offer with equal pictures: shape/item-00012-07.jpg of seller 7."""
+    """Name the image of a seller, of an item that others offer with equal pictures: shape/item-00012-07.jpg."""
     return f"{uri.removesuffix('.jpg')}-{seller:02d}.jpg"
 
 
 def write_logs(world: World, out: Path) -> None:
-    """Impressions and behaviours below `out`/logs, rows in order of time; a day without rows is an empty file."""
+    """Write impressions and behaviours below `out`/logs in order of time; a day without rows is an empty file."""
     tables = {"impressions": impressions_table(world), "behaviors": behaviors_table(world)}
     time_of = {"impressions": world.shown.time_N, "behaviors": world.behaviors.time_N}
     for path in log_files(out, world.start_s, world.num_days):
@@ -54,7 +54,7 @@ def write_logs(world: World, out: Path) -> None:
 
 
 def impressions_table(world: World) -> pa.Table:
-    """One row per ad shown."""
+    """Make one row for each ad shown."""
     shown, people = world.shown, world.people
     columns: dict[str, Any] = {
         "timestamp": _timestamps(shown.time_N),
@@ -70,7 +70,7 @@ def impressions_table(world: World) -> pa.Table:
 
 
 def behaviors_table(world: World) -> pa.Table:
-    """One row per organic click."""
+    """Make one row for each organic click."""
     done = world.behaviors
     columns: dict[str, Any] = {
         "timestamp": _timestamps(done.time_N),
@@ -82,7 +82,7 @@ def behaviors_table(world: World) -> pa.Table:
 
 
 def describe_truth(world: World) -> dict[str, Any]:
-    """What the simulation knows and the logs do not say: parts of the logit, ceilings, counts."""
+    """Collect what the simulation knows and the logs do not say: parts of the logit, ceilings, counts."""
     last = world.shown.day_N == world.num_days - 1
     new_T = world.launch_day_I[world.shown.item_N[last]] == world.num_days - 1
     shares = variance_shares(world)
@@ -127,7 +127,7 @@ def _item_columns(world: World, item_N: IntArray) -> dict[str, Any]:
 
 
 def _offer_columns(world: World) -> dict[str, Any]:
-    """As `_item_columns`, of what sellers offer."""
+    """Make the columns of `_item_columns` for what sellers offer."""
     item_N, seller_N = world.behaviors.item_N, world.behaviors.seller_N
     uris = [offer_uri(uri, seller) for uri in world.catalogue.uris for seller in range(truth.SELLERS)]
     offer_N = item_N * truth.SELLERS + seller_N

@@ -1,4 +1,4 @@
-"""Rows of images whose bytes the store knows, inside a Dask worker: the feature is copied, nothing is computed."""
+"""Copies of rows of images whose bytes the store knows, inside a Dask worker: nothing is computed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +11,12 @@ from featurestore.format.shard_reader import take_rows
 from featurestore.keys import Int64Array, shard_of, splitmix64
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
-from pipeline.features.diff import Copy
+from pipeline.features.diff import ImageCopy
 
 _DESCRIPTION = ["key", "content_digest", "width", "height"]
 
 
-def copy_part(store: FeatureStore, run_id: str, part: str, version: int, copies: Sequence[Copy]) -> None:
+def copy_part(store: FeatureStore, run_id: str, part: str, version: int, copies: Sequence[ImageCopy]) -> None:
     """Stage a row for each of `copies` as `part` of the run: its own key, uri and tag, all else from its source.
 
     Reads the row groups around the sources in snapshot `version`. Raises MissingKeysError where a source is not in it.
@@ -39,7 +39,7 @@ def copy_part(store: FeatureStore, run_id: str, part: str, version: int, copies:
 
 
 def _described(snapshot: Snapshot, keys_K: Int64Array) -> pa.Table:
-    """The small columns of `keys_K`, which are all there, in their order."""
+    """Read the small columns of `keys_K`, which are all there, in their order."""
     shard_K = shard_of(keys_K, snapshot.info.num_shards)
     tables, order = [], []
     for shard in np.unique(shard_K):

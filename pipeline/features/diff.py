@@ -1,4 +1,4 @@
-"""What is to be done for a listing: which images the store lacks, which only moved, which have equal bytes.
+"""The difference of a listing and a store: images that it lacks, that only moved, that have equal bytes.
 
 The store's side stays in Arrow and numpy, one shard at a time: rows of a shard are sorted by splitmix64, and so is the
 listing here, so each shard meets its own slice. Letters of shapes: N images listed, M rows stored in a shard, L images
@@ -23,7 +23,7 @@ from featurestore.snapshot import Snapshot
 from pipeline.images.source import ImageRef
 from pipeline.store_run import run_id_of
 
-MAX_GROUP_PARTS = 16  # copies of one image fill at most so many parts' worth of one part; beyond, it is computed again
+MAX_GROUP_PARTS = 16  # copies of one image in a part: at most the room of 16 parts; more are computed again
 READ_THREADS = 4
 DIGEST_TYPE = pa.binary(16)
 
@@ -31,14 +31,14 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Part:
-    """Images that one task works on. The name changes with its images, so a staged part never stands for others."""
+class ImagePart:
+    """Images that one task works on. The name changes with its images, so a staged part is never taken for others."""
 
     name: str
     refs: tuple[ImageRef, ...]
 
 
-class Copy(NamedTuple):
+class ImageCopy(NamedTuple):
     """An image whose feature the store has already, under its own key or another."""
 
     ref: ImageRef
@@ -46,15 +46,15 @@ class Copy(NamedTuple):
 
 
 class CopyPart(NamedTuple):
-    """Copies that one task makes; named like a `Part`."""
+    """Copies that one task makes; named like a `ImagePart`."""
 
     name: str
-    copies: tuple[Copy, ...]
+    copies: tuple[ImageCopy, ...]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A listing beside a snapshot."""
+    """A listing compared with a snapshot."""
 
     num_stored: int  # live rows of the snapshot
     is_stored_N: BoolArray
@@ -64,18 +64,18 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ListingPlan:
     """Every image of the listing in exactly one of four ways."""
 
     num_unchanged: int
-    touched: tuple[Copy, ...]  # another tag on the stored bytes
-    duplicates: tuple[Copy, ...]  # bytes that the store has under another key
+    touched: tuple[ImageCopy, ...]  # another tag on the stored bytes
+    duplicates: tuple[ImageCopy, ...]  # bytes that the store has under another key
     compute: tuple[ImageRef, ...]
     stored_keys: frozenset[int]  # those of `duplicates` and `compute` that the store has with other bytes
 
 
 def compare(images: Sequence[ImageRef], snapshot: Snapshot) -> Comparison:
-    """Keys, uris and tags of the listing beside those of the store; reads its small columns, features never.
+    """Compare keys, uris and tags of the listing with those of the store; reads its small columns, no features.
 
     Raises KeyCollisionError when the store has another image under a key.
     """
@@ -108,12 +108,12 @@ def compare(images: Sequence[ImageRef], snapshot: Snapshot) -> Comparison:
 
 
 def pending_images(images: Sequence[ImageRef], comparison: Comparison) -> list[ImageRef]:
-    """Those that the store does not have, or whose file may have changed since: another tag, or none."""
+    """List the images that the store lacks, or whose file may have changed since: another tag, or none."""
     return [ref for ref, same in zip(images, comparison.is_same_tag_N, strict=True) if not (same and ref.source_tag)]
 
 
 def find_digests(snapshot: Snapshot, digests: Iterable[bytes]) -> dict[bytes, int]:
-    """The smallest key under which the store has each of the digests (K) that it has at all."""
+    """Find the smallest key under which the store has each of the digests (K) that it has at all."""
     wanted = sorted(set(digests) - {b""})
     if not wanted:
         return {}
@@ -129,8 +129,8 @@ def find_digests(snapshot: Snapshot, digests: Iterable[bytes]) -> dict[bytes, in
 
 def split(
     images: Sequence[ImageRef], comparison: Comparison, digests: Mapping[int, bytes], stored: Mapping[bytes, int]
-) -> Plan:
-    """The plan: `digests` of pending images by key (empty or none where unknown), `stored` keys by digest."""
+) -> ListingPlan:
+    """Plan from `digests` of pending images by key (empty or none where unknown) and `stored` keys by digest."""
     num_unchanged = 0
     touched, duplicates, compute, stored_keys = [], [], [], set()
     rows = zip(images, comparison.is_stored_N, comparison.is_same_tag_N, comparison.digest_N, strict=True)
@@ -140,33 +140,33 @@ def split(
         if is_same_tag if ref.source_tag else is_same:
             num_unchanged += 1
         elif is_same:
-            touched.append(Copy(ref, ref.key))
+            touched.append(ImageCopy(ref, ref.key))
         else:
             if is_stored:
                 stored_keys.add(ref.key)
             if digest in stored:
-                duplicates.append(Copy(ref, stored[digest]))
+                duplicates.append(ImageCopy(ref, stored[digest]))
             else:
                 compute.append(ref)
-    return Plan(num_unchanged, tuple(touched), tuple(duplicates), tuple(compute), frozenset(stored_keys))
+    return ListingPlan(num_unchanged, tuple(touched), tuple(duplicates), tuple(compute), frozenset(stored_keys))
 
 
 def equal_candidates(refs: Iterable[ImageRef]) -> list[ImageRef]:
-    """Those whose bytes may equal another's: same size, or size unknown. Only these must be read to find out."""
+    """List the images whose bytes may equal another's: of the same size, or of unknown size. Only these are read."""
     refs = list(refs)
     sizes = Counter(ref.size_bytes for ref in refs)
     return [ref for ref in refs if sizes[ref.size_bytes] > 1 or ref.size_bytes < 0]
 
 
-def make_parts(refs: Sequence[ImageRef], digest_of: Callable[[ImageRef], bytes], part_size: int) -> list[Part]:
-    """Parts of about `part_size` images in the order of `refs`; images of equal digest stand in one part.
+def make_parts(refs: Sequence[ImageRef], digest_of: Callable[[ImageRef], bytes], part_size: int) -> list[ImagePart]:
+    """Make parts of about `part_size` images in the order of `refs`; images of equal digest are in one part.
 
     `digest_of` gives empty bytes for an image that has no equal.
     """
     groups: dict[bytes | int, list[ImageRef]] = {}
     for ref in refs:
         groups.setdefault(digest_of(ref) or ref.key, []).append(ref)
-    parts: list[Part] = []
+    parts: list[ImagePart] = []
     current: list[ImageRef] = []
     for group in groups.values():
         for start in range(0, len(group), MAX_GROUP_PARTS * part_size):
@@ -179,8 +179,8 @@ def make_parts(refs: Sequence[ImageRef], digest_of: Callable[[ImageRef], bytes],
     return parts
 
 
-def make_copy_parts(copies: Iterable[Copy], part_size: int, prefix: str) -> list[CopyPart]:
-    """Parts of `part_size` copies, sources of one shard side by side, so that few tasks read the same shard.
+def make_copy_parts(copies: Iterable[ImageCopy], part_size: int, prefix: str) -> list[CopyPart]:
+    """Make parts of `part_size` copies, those of one shard together, so that few tasks read the same shard.
 
     Their names begin with `prefix`.
     """
@@ -194,12 +194,12 @@ def make_copy_parts(copies: Iterable[Copy], part_size: int, prefix: str) -> list
     return parts
 
 
-def _part(refs: Sequence[ImageRef]) -> Part:
-    return Part(run_id_of([(ref.key, ref.source_tag) for ref in refs]), tuple(refs))
+def _part(refs: Sequence[ImageRef]) -> ImagePart:
+    return ImagePart(run_id_of([(ref.key, ref.source_tag) for ref in refs]), tuple(refs))
 
 
 def _each_shard(snapshot: Snapshot, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
-    """Columns of the live rows of each shard that has files, a few shards ahead."""
+    """Read columns of the live rows of each shard that has files, a few shards ahead."""
     shards = [shard for shard, files in sorted(snapshot.manifest.shards.items()) if files]
     with ThreadPoolExecutor(READ_THREADS) as pool:
         for start in range(0, len(shards), READ_THREADS):

@@ -20,7 +20,7 @@ import torch
 import xxhash
 from distributed import get_worker
 
-from featurestore.format.codec import Codec, codec_of
+from featurestore.format.codec import Codec
 from featurestore.format.rows import FeatureRows
 from featurestore.spec import DType
 from featurestore.storage.storage import Storage
@@ -57,7 +57,7 @@ class PartSettings:
 
 @dataclass(frozen=True)
 class PartReport:
-    """What became of the images of a part; kept beside the staged rows, so that a resumed run still knows."""
+    """The outcome for each image of a part; kept with the staged rows, so that a resumed run knows it."""
 
     num_rows: int
     num_computed: int  # images that went through the network
@@ -67,7 +67,7 @@ class PartReport:
 
     @classmethod
     def load(cls, store: str, run_id: str, part: str) -> "PartReport":
-        """The report of a staged part."""
+        """Load the report of a staged part."""
         fields = parse_json(Storage(store, keep_inside=True).read_bytes(_report_path(run_id, part)))
         lists = {
             "bad": tuple(BadRow(*bad) for bad in fields["bad"]),
@@ -80,7 +80,7 @@ class PartReport:
         Storage(store, keep_inside=True).write_bytes(_report_path(run_id, part), json.dumps(asdict(self)).encode())
 
 
-class Loaded(NamedTuple):
+class LoadedImage(NamedTuple):
     """One image on its way; exactly one of `pixels`, `bad` and (a duplicate) neither."""
 
     ref: ImageRef
@@ -98,24 +98,18 @@ def extract_part(
 ) -> PartReport:
     """Stage the features of `refs` as `part` of the run. Bad images are reported, not raised.
 
-    The keys in `deadly` bring down whoever decodes them: they are reported, not touched. Raises WeightsError when this
-    worker's network is another than the run's, StorageError.
+    The keys in `deadly` bring down their decoder's process: they are reported, not touched. Raises WeightsError when
+    this worker's network is another than the run's, StorageError.
     """
     network = backbone(settings.backbone, settings.weights, settings.compute_dtype)
     if network.spec.digest != settings.spec_digest:
         raise WeightsError(f"weights {settings.weights}: other values on this worker than on the first one")
     torch.set_num_threads(torch_threads(settings.workers_per_host))
     store = FeatureStore.open(settings.store)
-    rows = _PartRows(network, codec_of(store.info, store.storage), settings.batch_size)
-    loader = _Loader(network.preset)
-    num_threads = decode_threads or default_decode_threads()
-    safe = [ref for ref in refs if ref.key not in deadly]
-    for image in in_order(loader.load, safe, num_threads, max(2 * settings.batch_size, 2 * num_threads)):
-        rows.add(image)
-    features, report = rows.finish()
-    report = replace(report, bad=(*report.bad, *_deadly(refs, deadly)), images=images_of(refs))
+    rows = _PartRows(settings.batch_size, network, store.codec)
+    report = _fill(rows, network.preset, refs, decode_threads, deadly)
     report.save(settings.store, settings.run_id, part)
-    store.stage_part(settings.run_id, part, features)
+    store.stage_part(settings.run_id, part, rows.features(network, store.codec))
     return report
 
 
@@ -126,33 +120,35 @@ def check_part(
     decode_threads: int | None = None,
     deadly: Collection[int] = (),
 ) -> PartReport:
-    """What `extract_part` would report, from decoding alone: no network, and nothing is written."""
-    loader, bad = _loader_of(settings), list(_deadly(refs, deadly))
-    reasons: dict[bytes, str] = {}
-    equal: list[Loaded] = []
-    num_computed = 0
-    safe = [ref for ref in refs if ref.key not in deadly]
+    """Report what `extract_part` would, from decoding alone: no network, and nothing is written."""
+    preset = network_of(settings.backbone, settings.weights).preset
+    return _fill(_PartRows(settings.batch_size), preset, refs, decode_threads, deadly)
+
+
+def _fill(
+    rows: "_PartRows",
+    preset: Preset,
+    refs: Sequence[ImageRef],
+    decode_threads: int | None,
+    deadly: Collection[int],
+) -> PartReport:
+    """Read and decode `refs` but the `deadly` ones into `rows`, and report on all."""
     num_threads = decode_threads or default_decode_threads()
-    for image in in_order(loader.load, safe, num_threads, 2 * num_threads):
-        if image.bad is not None:
-            bad.append(BadRow(image.ref.key, image.ref.uri, image.bad, image.digest != b""))
-            reasons[image.digest] = image.bad
-        elif image.pixels is None:
-            equal.append(image)
-        else:
-            num_computed += 1
-    bad += [BadRow(it.ref.key, it.ref.uri, reasons[it.digest]) for it in equal if it.digest in reasons]
-    num_duplicates = sum(image.digest not in reasons for image in equal)
-    return PartReport(num_computed + num_duplicates, num_computed, num_duplicates, tuple(bad), images_of(refs))
+    safe = [ref for ref in refs if ref.key not in deadly]
+    for image in in_order(_Loader(preset).load, safe, num_threads, 2 * max(rows.batch_size, num_threads)):
+        rows.add(image)
+    rows.finish()
+    bad = (*rows.bad, *(BadRow(ref.key, ref.uri, DEADLY) for ref in refs if ref.key in deadly))
+    return PartReport(len(rows.done), rows.num_computed, rows.num_duplicates, bad, images_of(refs))
 
 
 def images_of(refs: Iterable[ImageRef]) -> tuple[tuple[int, str], ...]:
-    """What tells images apart over two runs: key and source tag of each."""
+    """Give what tells images apart over two runs: key and source tag of each."""
     return tuple((ref.key, ref.source_tag) for ref in refs)
 
 
 def without_unread(report: PartReport) -> PartReport:
-    """The report without the images whose bytes were not seen; its part has no rows of them."""
+    """Leave out of the report the images whose bytes were not seen; its part has no rows of them."""
     unread = {image.key for image in report.bad if not image.was_read}
     return replace(
         report,
@@ -161,12 +157,8 @@ def without_unread(report: PartReport) -> PartReport:
     )
 
 
-def _deadly(refs: Iterable[ImageRef], keys: Collection[int]) -> tuple[BadRow, ...]:
-    return tuple(BadRow(ref.key, ref.uri, DEADLY) for ref in refs if ref.key in keys)
-
-
 def digest_images(refs: Sequence[ImageRef]) -> list[bytes]:
-    """xxh3-128 of each file's bytes, in the order of `refs`; empty where it cannot be read."""
+    """Hash each file's bytes by xxh3-128, in the order of `refs`; empty where it cannot be read."""
 
     def digest(ref: ImageRef) -> bytes:
         try:
@@ -179,29 +171,29 @@ def digest_images(refs: Sequence[ImageRef]) -> list[bytes]:
 
 def try_image(settings: PartSettings, ref: ImageRef) -> None:
     """Read and decode one image and forget it: done alone, it shows whether this image brings a worker down."""
-    _loader_of(settings).load(ref)
+    _Loader(network_of(settings.backbone, settings.weights).preset).load(ref)
 
 
 def torch_threads(workers_per_host: dict[str, int]) -> int:
-    """This process's share of its host's cores; all of them when it is the only worker there."""
+    """Give this process's share of its host's cores; all of them when it is the only worker there."""
     num_workers = workers_per_host.get(host_of(get_worker().address), 1)
     return max(1, len(os.sched_getaffinity(0)) // num_workers)
 
 
 def default_decode_threads() -> int:
-    """Threads that read and decode: as many as cores, and a few where reading means waiting."""
+    """Count the threads that read and decode: as many as cores, and at least a few, as reading is waiting."""
     return max(4, len(os.sched_getaffinity(0)))
 
 
 def host_of(address: str) -> str:
-    """The host in a worker's address, tcp://HOST:PORT."""
+    """Give the host in a worker's address, tcp://HOST:PORT."""
     return address.rpartition("://")[2].rpartition(":")[0]
 
 
 def in_order(
     function: Callable[[ItemT], ResultT], items: Iterable[ItemT], num_threads: int, ahead: int
 ) -> Iterator[ResultT]:
-    """`function` of each item, in their order, computed in threads at most `ahead` items before it is asked for."""
+    """Compute `function` of each item, in their order, in threads at most `ahead` items before it is asked for."""
     waiting = iter(items)
     with ThreadPoolExecutor(num_threads) as pool:
         running: deque[Future[ResultT]] = deque(pool.submit(function, item) for item in islice(waiting, ahead))
@@ -223,37 +215,34 @@ class _Loader:
         self._first: dict[bytes, int] = {}
         self._lock = threading.Lock()
 
-    def load(self, ref: ImageRef) -> Loaded:
+    def load(self, ref: ImageRef) -> LoadedImage:
         digest = b""
         try:
             data = bytes_of(ref)
             digest = xxhash.xxh3_128_digest(data)
             with self._lock:
                 is_first = self._first.setdefault(digest, ref.key) == ref.key
-            return Loaded(ref, digest, prepare(data, self._preset) if is_first else None, None)
+            return LoadedImage(ref, digest, prepare(data, self._preset) if is_first else None, None)
         except BadImageError as error:
-            return Loaded(ref, digest, None, str(error))
-
-
-def _loader_of(settings: PartSettings) -> _Loader:
-    return _Loader(network_of(settings.backbone, settings.weights).preset)
+            return LoadedImage(ref, digest, None, str(error))
 
 
 class _PartRows:
-    """Gathers images to batches, and the rows that come of them."""
+    """Gathers images to batches, and the rows that come of them; without a network they are only counted."""
 
-    def __init__(self, network: Backbone, codec: Codec, batch_size: int) -> None:
+    def __init__(self, batch_size: int, network: Backbone | None = None, codec: Codec | None = None) -> None:
+        self.batch_size = batch_size
         self._network = network
         self._codec = codec
-        self._batch_size = batch_size
-        self._batch: list[tuple[Loaded, Pixels]] = []
-        self._done: list[tuple[Loaded, Pixels, npt.NDArray[Any]]] = []
-        self._duplicates: list[Loaded] = []
-        self._bad: list[BadRow] = []
+        self._batch: list[tuple[LoadedImage, Pixels]] = []
+        self._duplicates: list[LoadedImage] = []
         self._bad_digests: dict[bytes, str] = {}
-        self._num_computed = 0
+        self.done: list[tuple[LoadedImage, Pixels, npt.NDArray[Any] | None]] = []  # with the feature's bits
+        self.bad: list[BadRow] = []
+        self.num_computed = 0
+        self.num_duplicates = 0
 
-    def add(self, image: Loaded) -> None:
+    def add(self, image: LoadedImage) -> None:
         """Take the next image; the network runs when a batch is full."""
         if image.bad is not None:
             self._reject(image, image.bad)
@@ -261,51 +250,52 @@ class _PartRows:
             self._duplicates.append(image)
         else:
             self._batch.append((image, image.pixels))
-            if len(self._batch) == self._batch_size:
+            if len(self._batch) == self.batch_size:
                 self._compute()
 
-    def finish(self) -> tuple[FeatureRows, PartReport]:
-        """All rows, duplicates included, and the report."""
+    def finish(self) -> None:
+        """Compute the last batch, and make the rows of duplicates."""
         if self._batch:
             self._compute()
-        by_digest = {image.digest: (pixels, bits_D) for image, pixels, bits_D in self._done}
-        num_duplicates = 0
+        by_digest = {image.digest: (pixels, bits_D) for image, pixels, bits_D in self.done}
         for image in self._duplicates:
             if image.digest in by_digest:
-                self._done.append((image, *by_digest[image.digest]))
-                num_duplicates += 1
+                self.done.append((image, *by_digest[image.digest]))
+                self.num_duplicates += 1
             else:
                 self._reject(image, self._bad_digests[image.digest])
-        features = self._rows()
-        return features, PartReport(len(features), self._num_computed, num_duplicates, tuple(self._bad))
 
-    def _compute(self) -> None:
-        pixels_BHWC = np.stack([pixels.pixels_HWC for _, pixels in self._batch])
-        bits_BD, storable_B = self._codec.encode_storable(self._network.features(pixels_BHWC))
-        self._num_computed += len(bits_BD)
-        for (image, pixels), bits_D, is_storable in zip(self._batch, bits_BD, storable_B, strict=True):
-            if is_storable:
-                self._done.append((image, pixels, bits_D))
-            else:
-                self._reject(image, f"a feature is not finite in {self._codec.dtype}")
-        self._batch = []
-
-    def _reject(self, image: Loaded, reason: str) -> None:
-        self._bad.append(BadRow(image.ref.key, image.ref.uri, reason, image.digest != b""))
-        self._bad_digests[image.digest] = reason
-
-    def _rows(self) -> FeatureRows:
-        refs = [image.ref for image, _, _ in self._done]
-        empty_0D = self._codec.encode(np.zeros((0, self._network.dim), np.float32))
+    def features(self, network: Backbone, codec: Codec) -> FeatureRows:
+        """Make the rows to stage, duplicates included."""
+        refs = [image.ref for image, _, _ in self.done]
+        bits = [bits_D for _, _, bits_D in self.done if bits_D is not None]
         return FeatureRows.of(
             [ref.uri for ref in refs],
-            np.stack([bits_D for _, _, bits_D in self._done]) if self._done else empty_0D,
+            np.stack(bits) if bits else codec.encode(np.zeros((0, network.dim), np.float32)),
             keys=np.array([ref.key for ref in refs], np.int64),
-            content_digests=[image.digest for image, _, _ in self._done],
+            content_digests=[image.digest for image, _, _ in self.done],
             source_tags=[ref.source_tag for ref in refs],
-            widths=[pixels.width for _, pixels, _ in self._done],
-            heights=[pixels.height for _, pixels, _ in self._done],
+            widths=[pixels.width for _, pixels, _ in self.done],
+            heights=[pixels.height for _, pixels, _ in self.done],
         )
+
+    def _compute(self) -> None:
+        batch, self._batch = self._batch, []
+        self.num_computed += len(batch)
+        if self._network is None or self._codec is None:
+            self.done += [(image, pixels, None) for image, pixels in batch]
+            return
+        pixels_BHWC = np.stack([pixels.pixels_HWC for _, pixels in batch])
+        bits_BD, storable_B = self._codec.encode_storable(self._network.features(pixels_BHWC))
+        for (image, pixels), bits_D, is_storable in zip(batch, bits_BD, storable_B, strict=True):
+            if is_storable:
+                self.done.append((image, pixels, bits_D))
+            else:
+                self._reject(image, f"a feature is not finite in {self._codec.dtype}")
+
+    def _reject(self, image: LoadedImage, reason: str) -> None:
+        self.bad.append(BadRow(image.ref.key, image.ref.uri, reason, image.digest != b""))
+        self._bad_digests[image.digest] = reason
 
 
 def _report_path(run_id: str, part: str) -> str:

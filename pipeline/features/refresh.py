@@ -1,4 +1,4 @@
-"""The store brought up to date with its images: list, compare, compute what is new, remove what is gone, one commit.
+"""A refresh of a store by its images: list, compare, compute what is new, remove what is gone, one commit.
 
 A killed run continues when the same command runs again: its parts are staged in the store under a run id made of the
 store, the images' address and the size of parts, and a part counts as long as its images are the same.
@@ -18,7 +18,15 @@ from featurestore.spec import NetworkName, StoreInfo
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from pipeline.errors import StoreRunError
-from pipeline.features.diff import Comparison, Plan, compare, equal_candidates, find_digests, pending_images, split
+from pipeline.features.diff import (
+    Comparison,
+    ListingPlan,
+    compare,
+    equal_candidates,
+    find_digests,
+    pending_images,
+    split,
+)
 from pipeline.features.part import PartReport, PartSettings
 from pipeline.features.staged_run import ImageRun, digest_all, workers_per_host
 from pipeline.images.source import ImageRef, Listing, list_images
@@ -70,7 +78,7 @@ class RefreshSummary:
 
     @property
     def images_per_s(self) -> float:
-        """New, changed and bad images that this run itself worked on, in a second."""
+        """New, changed and bad images a second that this run itself worked on."""
         return max(0, self.num_images - self.num_unchanged - self.num_touched - self.num_resumed) / max(
             self.seconds, 1e-9
         )
@@ -164,7 +172,9 @@ def bring_up_to_date(
     )
 
 
-def _summarise(plan: Plan, reports: Sequence[PartReport], bad: tuple[BadRow, ...], **counts: Any) -> RefreshSummary:
+def _summarise(
+    plan: ListingPlan, reports: Sequence[PartReport], bad: tuple[BadRow, ...], **counts: Any
+) -> RefreshSummary:
     num_changed = len(plan.stored_keys - {image.key for image in bad})
     return RefreshSummary(
         num_new=len(plan.compute) + len(plan.duplicates) - len(bad) - num_changed,
@@ -180,7 +190,7 @@ def _summarise(plan: Plan, reports: Sequence[PartReport], bad: tuple[BadRow, ...
 
 def _make_plan(
     client: Client, images: Sequence[ImageRef], comparison: Comparison, snapshot: Snapshot
-) -> tuple[Plan, dict[int, bytes]]:
+) -> tuple[ListingPlan, dict[int, bytes]]:
     """Plan the run, and return the digests that it took. In an empty store an image is read for its digest only if it
     may have an equal in the listing; else each that is new, or may have changed, is."""
     pending = pending_images(images, comparison)
@@ -190,7 +200,7 @@ def _make_plan(
 
 
 def _as_stored(options: RefreshOptions, info: StoreInfo) -> RefreshOptions:
-    """The options, with what they leave open as the store has it. Raises WeightsError, SpecMismatchError."""
+    """Fill in what the options leave open as the store has it. Raises WeightsError, SpecMismatchError."""
     model = info.extractor.backbone.removeprefix("torchvision ")
     network = info.network or NetworkName(backbone=f"{model}:{info.extractor.layer}", weights="imagenet")
     stored_dtype = info.extractor.compute_dtype

@@ -12,7 +12,7 @@ from featurestore.store import FeatureStore
 from pipeline.cluster.tasks import Killed, run_alone, run_tasks
 from pipeline.errors import StoreRunError
 from pipeline.features.copy_part import copy_part
-from pipeline.features.diff import Copy, Part, make_copy_parts, make_parts
+from pipeline.features.diff import ImageCopy, ImagePart, make_copy_parts, make_parts
 from pipeline.features.part import (
     PartReport,
     PartSettings,
@@ -33,7 +33,7 @@ COPIES = "copies"  # parts of this name have no report
 
 
 def digest_all(client: Client, refs: Sequence[ImageRef]) -> dict[int, bytes]:
-    """xxh3-128 of the bytes of each image, by key; empty or missing where it cannot be read."""
+    """Hash the bytes of each image by xxh3-128, by key; empty or missing where it cannot be read."""
     chunks = [refs[i : i + DIGESTS_PER_TASK] for i in range(0, len(refs), DIGESTS_PER_TASK)]
     digests: dict[int, bytes] = {}
     with progress("comparing", len(refs)) as advance:
@@ -45,7 +45,7 @@ def digest_all(client: Client, refs: Sequence[ImageRef]) -> dict[int, bytes]:
 
 
 def workers_per_host(client: Client) -> dict[str, int]:
-    """How many workers share each host's cores."""
+    """Count the workers that share each host's cores."""
     return dict(Counter(host_of(address) for address in client.scheduler_info(n_workers=-1)["workers"]))
 
 
@@ -95,7 +95,7 @@ class ImageRun(StoreRun):
         self.num_rows += sum(report.num_rows for report in reports)
         return reports
 
-    def copy(self, copies: Iterable[Copy]) -> None:
+    def copy(self, copies: Iterable[ImageCopy]) -> None:
         """Stage rows of images whose bytes the snapshot has."""
         parts = make_copy_parts(copies, self._part_size, COPIES)
         self.parts += [part.name for part in parts]
@@ -111,7 +111,7 @@ class ImageRun(StoreRun):
                 advance(len(waiting[index].copies))
 
     def _taken_over(self, refs: Iterable[ImageRef]) -> tuple[list[PartReport], set[int]]:
-        """Reports of the staged parts whose images are all among `refs`, unchanged; and the keys of these images.
+        """Load the reports of staged parts whose images are all among `refs`, unchanged; and these images' keys.
 
         So the parts outlive a listing that has changed since, but for those with an image that did. Images that could
         not be read are left to do, as that may have been for a moment: the reports are without them.
@@ -142,8 +142,8 @@ class ImageRun(StoreRun):
         except FileNotFoundError:  # expiry removes what was staged long ago
             return None
 
-    def _compute_suspect(self, work: Callable[..., PartReport], part: Part) -> PartReport:
-        """A part that ran when workers died, now alone, without the images that bring a worker down by themselves."""
+    def _compute_suspect(self, work: Callable[..., PartReport], part: ImagePart) -> PartReport:
+        """Compute a part during which workers died, alone, without images that bring a worker down by themselves."""
         tried = {ref.key: run_alone(self.client, try_image, self._settings, ref) for ref in part.refs}
         deadly = {key for key, result in tried.items() if isinstance(result, Killed)}
         report: PartReport | Killed = run_alone(self.client, work, self._settings, part.name, part.refs, 1, deadly)

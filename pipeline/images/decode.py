@@ -1,9 +1,9 @@
-"""From the bytes of an image file to the pixels that the network sees.
+"""Decoding: from the bytes of an image file to the pixels that the network sees.
 
 The steps and sizes are torchvision's own, from the record of the network's weights; for VGG16: short side to 256,
 bilinear with antialiasing, centre crop of 224. What torchvision leaves open is fixed here:
 - EXIF orientation is applied; the first frame of an animation counts; colour profiles are ignored;
-- transparent pixels lie on white; 16-bit grey is scaled to 8 bits; CMYK, palette and grey become RGB;
+- transparent pixels are put on white; 16-bit grey is scaled to 8 bits; CMYK, palette and grey become RGB;
 - a JPEG whose short side is at least 2,048 pixels is decoded at 1/2, 1/4 or 1/8 (libjpeg's scaled decoding), with at
   least 1,024 pixels left (or four times the short side that is asked for, where that is more): three to ten times
   faster, and memory stays small whatever the size of the image;
@@ -35,7 +35,7 @@ PIXELS_WITHOUT_WHITE = ("I", "F")  # 32 bits per pixel: nothing says which numbe
 
 @dataclass(frozen=True)
 class Preset:
-    """What the weights of a network want done to an image; sizes as in torchvision, (short side,) or (H, W)."""
+    """The preprocessing that the weights of a network want; sizes as in torchvision, (short side,) or (H, W)."""
 
     name: str
     resize: tuple[int, ...]
@@ -56,7 +56,7 @@ class Preset:
         return max(MIN_SCALED_SIDE, 4 * max(self.resize))
 
     def record(self) -> str:
-        """All that decides which pixels the network sees, as it stands in the ExtractorSpec: JSON."""
+        """Write all that decides which pixels the network sees, as the ExtractorSpec has it: JSON."""
         record = {
             "preset": self.name,
             "resize": self.resize,
@@ -82,7 +82,7 @@ class Pixels:
 
 
 def prepare(data: bytes, preset: Preset) -> Pixels:
-    """The resized and cropped image in the file `data`, (H, W, 3) uint8, and the size of the whole image.
+    """Decode, resize and crop the image in the file `data`, (H, W, 3) uint8, with the size of the whole image.
 
     Raises BadImageError with the reason. The decoders run without the GIL, so threads share the work.
     """
@@ -95,7 +95,7 @@ def prepare(data: bytes, preset: Preset) -> Pixels:
 
 
 def decode(data: bytes, scaled_side: int = MIN_SCALED_SIDE) -> tuple[Image.Image, tuple[int, int]]:
-    """The image in the file `data`, RGB and upright, and the width and height of the whole image in pixels.
+    """Decode the image in the file `data`, RGB and upright, with width and height of the whole image in pixels.
 
     A large JPEG is smaller than its full size (see above), its short side at least `scaled_side`. Raises BadImageError
     with the reason.
@@ -115,7 +115,7 @@ def decode(data: bytes, scaled_side: int = MIN_SCALED_SIDE) -> tuple[Image.Image
 
 
 def _open(data: bytes, scaled_side: int) -> tuple[Image.Image, tuple[int, int]]:
-    """The image, not yet decoded, and its full size. Raises BadImageError."""
+    """Open the image without decoding it; give its full size too. Raises BadImageError."""
     if data.startswith(JPEG_START):
         # Image.open refuses what is large before it can be scaled down, so the plug-in is called by itself.
         jpeg = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
@@ -136,7 +136,7 @@ def _open(data: bytes, scaled_side: int) -> tuple[Image.Image, tuple[int, int]]:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """FORMATS that this Pillow was built with."""
+    """List the FORMATS that this Pillow was built with."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -148,7 +148,7 @@ def _check_pixels(size: tuple[int, int]) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) to 8; 1 when the EXIF cannot be read."""
+    """Read the EXIF orientation, 1 (upright) to 8; 1 when the EXIF cannot be read."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # the pixels are loaded and good: a damaged EXIF is no reason to lose them
@@ -168,7 +168,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _middle(image: Image.Image) -> Image.Image:
-    """The middle of an image that is very long: else 1 x 20,000 pixels would be scaled to 256 x 5,120,000."""
+    """Cut out the middle of an image that is very long: else 1 x 20,000 pixels would become 256 x 5,120,000."""
     width, height = image.size
     short, long = sorted(image.size)
     if long <= MAX_ASPECT * short:

@@ -38,7 +38,7 @@ def check_reachable(path: str) -> None:
 
 
 def files_below(root: str) -> Iterator[LocalFile]:
-    """All files below a folder. A folder that is there as itself and behind links is listed as itself.
+    """List all files below a folder. A folder that is there as itself and behind links is listed as itself.
 
     Raises OSError where a folder cannot be listed: its images would be taken for vanished.
     """
@@ -64,7 +64,7 @@ def files_below(root: str) -> Iterator[LocalFile]:
 
 
 def read_regular(path: str) -> bytes:
-    """The bytes of a regular file, or of one that a link leads to. Raises BadImageError for others, OSError."""
+    """Read a regular file, or one that a link leads to. Raises BadImageError for others, OSError."""
     try:
         return regular.read_regular(path)
     except regular.IrregularFileError as error:
@@ -82,7 +82,7 @@ def spelled(name: str) -> str:
 
 
 def _target_of(entry: "os.DirEntry[str]") -> os.stat_result | None:
-    """What a file is, or what its link leads to."""
+    """Look at what a file is, or what its link leads to."""
     try:
         return entry.stat()
     except PermissionError:

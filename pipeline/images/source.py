@@ -1,4 +1,4 @@
-"""Where images come from: a folder or fsspec address, or a table with keys and uris. The pipeline's door to fsspec."""
+"""The images of a folder or fsspec address, or of a table with keys and uris. The pipeline's door to fsspec."""
 
 import contextlib
 import functools
@@ -35,11 +35,11 @@ class ImageRef(NamedTuple):
     """One image of the listing."""
 
     key: int
-    uri: str  # as it stands in the store
-    location: str  # where to read it; empty where the listing knows that nobody can
+    uri: str  # as the store has it
+    location: str  # where to read it; empty where the listing knows that it cannot be read
     source_tag: str  # etag, or size and time; empty where the file cannot be looked at
     size_bytes: int  # -1 where unknown
-    problem: str = ""  # why nobody can read it
+    problem: str = ""  # why it cannot be read
 
 
 class Listing(NamedTuple):
@@ -50,7 +50,7 @@ class Listing(NamedTuple):
 
 
 def list_images(address: str) -> Listing:
-    """The images of a folder, of an fsspec address, or of a table (.parquet, .csv).
+    """List the images of a folder, of an fsspec address, or of a table (.parquet, .csv).
 
     In a folder the uri is the path relative to it, with forward slashes, and the key that of the uri. A table has a
     column `uri` (relative to the table's folder, or a whole address) and `key` (int64), or `id` (string, made into a
@@ -73,14 +73,14 @@ def list_images(address: str) -> Listing:
 
 
 def bytes_of(ref: ImageRef) -> bytes:
-    """The bytes of a listed image. Raises BadImageError with the reason."""
+    """Read the bytes of a listed image. Raises BadImageError with the reason."""
     if ref.problem:
         raise BadImageError(ref.problem)
     return read_image(ref.location)
 
 
 def read_image(location: str) -> bytes:
-    """The bytes of one image; other errors than a missing or forbidden file are tried three times.
+    """Read the bytes of one image; other errors than a missing or forbidden file are tried three times.
 
     Raises BadImageError with the reason.
     """
@@ -123,7 +123,7 @@ def _read(location: str) -> bytes:
 
 
 def _open_fs(address: str) -> tuple[Any, str]:
-    """fsspec's file system (one client per process and protocol, it caches them) and the path in it."""
+    """Give fsspec's file system (one client per process and protocol, it caches them) and the path in it."""
     protocol, path = split_protocol(address)
     if protocol is None:
         return _client("file"), str(_client("file")._strip_protocol(path))
@@ -163,14 +163,14 @@ def _list_folder(fs: Any, root: str, address: str) -> Listing:
 
 
 def _has_own_find(fs: Any) -> bool:
-    """Whether the file system lists everything in a way of its own, as object stores do, not with fsspec's `find`."""
+    """Tell whether the file system lists everything its own way, as object stores do, not by fsspec's `find`."""
     if isinstance(fs, AsyncFileSystem):  # its `find` is made of `_find`
         return type(fs)._find is not AsyncFileSystem._find
     return type(fs).find is not AbstractFileSystem.find
 
 
 def _files_below(fs: Any, folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """As fsspec's `find`, which leaves out folders that cannot be listed: their images would be taken for vanished."""
+    """List files as fsspec's `find`, which leaves out folders that it cannot list: their images would seem gone."""
     for entry in fs.ls(folder or "/", detail=True):
         if entry["type"] == "directory":
             if entry["name"].rstrip("/") != folder.rstrip("/"):  # some list the folder itself too
@@ -180,7 +180,7 @@ def _files_below(fs: Any, folder: str) -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def _local_entries(root: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The same of a folder on this machine, as fsspec would say it; links are followed, which it does not."""
+    """List a folder on this machine as fsspec would; links are followed, which it does not do."""
     for each in files_below(root or "/"):
         sizes = {} if each.found is None else {"size": each.found.st_size, "mtime": each.found.st_mtime}
         yield each.path, {"type": "file" if each.is_regular else "other", **sizes}
@@ -230,7 +230,7 @@ def _read_table(fs: Any, path: str, address: str) -> pa.Table:
 
 
 def _column(table: pa.Table, name: str, wanted: pa.DataType, address: str) -> list[Any]:
-    """A column as Python values. Raises SourceError where it is of another kind or has gaps."""
+    """Read a column as Python values. Raises SourceError where it is of another kind or has gaps."""
     column = table.column(name)
     fits = (pa.types.is_integer if pa.types.is_integer(wanted) else _is_text)(column.type)
     if not fits:
@@ -250,7 +250,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _look_at(location: str) -> Mapping[str, Any]:
-    """fsspec's record of a file; empty where there is none: reading it will say why."""
+    """Give fsspec's record of a file; empty where there is none: reading it will say why."""
     try:
         fs, path = _open_fs(location)
         entry: Mapping[str, Any] = fs.info(path)
@@ -260,7 +260,7 @@ def _look_at(location: str) -> Mapping[str, Any]:
 
 
 def _tag(entry: Mapping[str, Any]) -> str:
-    """What changes when the file does: its etag, or size and time."""
+    """Give what changes when the file does: its etag, or size and time."""
     for name in ("ETag", "etag", "md5Hash", "content_md5"):
         if entry.get(name):
             return str(entry[name]).strip('"')
@@ -275,7 +275,7 @@ def _size(entry: Mapping[str, Any]) -> int:
 
 
 def _unique(refs: Iterable[ImageRef]) -> list[ImageRef]:
-    """The first of equal rows. Raises KeyCollisionError where two uris have one key."""
+    """Keep the first of equal rows. Raises KeyCollisionError where two uris have one key."""
     seen: dict[int, ImageRef] = {}
     for ref in refs:
         first = seen.setdefault(ref.key, ref)

@@ -54,7 +54,7 @@ class Backbone:
         self.lock = threading.Lock()  # one batch at a time: each uses all of the process's torch threads
 
     def normalise(self, pixels_BHWC: npt.NDArray[np.uint8]) -> torch.Tensor:
-        """What the network takes, (B, C, H, W) channels-last in the compute dtype: torchvision's own scaling."""
+        """Scale pixels to what the network takes, (B, C, H, W) channels-last in the compute dtype, by torchvision."""
         pixels_BCHW = torch.from_numpy(pixels_BHWC).to(self.device).permute(0, 3, 1, 2)
         scaled = functional.convert_image_dtype(pixels_BCHW, torch.float32)
         normal: torch.Tensor = functional.normalize(scaled, list(self.preset.mean), list(self.preset.std))
@@ -62,14 +62,14 @@ class Backbone:
 
     @torch.inference_mode()
     def features(self, pixels_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Features (B, D) of images that `pipeline.images.decode.prepare` made for this network's preset."""
+        """Compute features (B, D) of images that `pipeline.images.decode.prepare` made for this network's preset."""
         with self.lock, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             features_BD: npt.NDArray[np.float32] = self.network(self.normalise(pixels_BHWC)).float().cpu().numpy()
         return features_BD
 
 
 def backbone(name: str, weights: str, compute_dtype: ComputeDType) -> Backbone:
-    """The network, built once per process and kept until another one is asked for. Raises as `Backbone`.
+    """Build the network once per process, and keep it until another one is asked for. Raises as `Backbone`.
 
     For the workers: random weights give no warning here, `pipeline.features.extract` gives it once for all of them.
     """
@@ -83,7 +83,7 @@ def _cached_backbone(name: str, weights: str, compute_dtype: ComputeDType) -> Ba
 
 
 def fastest_dtype() -> ComputeDType:
-    """bfloat16 where this machine's GPU, or its processor, multiplies it in hardware and is quicker at it.
+    """Choose bfloat16 where this machine's GPU, or its processor, multiplies it in hardware and is quicker at it.
 
     Not every processor is that has the instructions: one without matrix units convolved float32 twice as fast, another
     bfloat16. So a processor is asked: a tenth of a second.
@@ -98,7 +98,7 @@ def fastest_dtype() -> ComputeDType:
 
 @torch.inference_mode()
 def _convolution_s(dtype: ComputeDType) -> float:
-    """Seconds of a convolution as large as a middle one of VGG16, the fastest of four."""
+    """Time a convolution as large as a middle one of VGG16, the fastest of four, in seconds."""
     kind = getattr(torch, dtype)
     pixels_BCHW = torch.ones(2, 256, 28, 28, dtype=kind).to(memory_format=torch.channels_last)
     layer = torch.nn.Conv2d(256, 256, 3, padding=1, dtype=kind).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

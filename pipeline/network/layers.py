@@ -1,7 +1,7 @@
-"""Which network: any torchvision classifier, cut off behind a named layer, and the preprocessing of its weights.
+"""The layers of a network: any torchvision classifier up to a named layer, and its weights' preprocessing.
 
 A network's name is MODEL:LAYER. A layer is named as `torchvision.models.feature_extraction` names it: the path of its
-module, or of the operation (`flatten`, `layer4.1.add`); the path of a block stands for the last operation in it.
+module, or of the operation (`flatten`, `layer4.1.add`); the path of a block means the last operation in it.
 
 Letters of shapes: B images of a batch, C colours, H and W pixels, D feature width.
 """
@@ -25,7 +25,7 @@ from pipeline.images.decode import Preset
 NUM_NEAR = 5  # names in a message
 NUM_VECTOR_LAYERS = 8
 DRY_IMAGES = 2  # a number that no layer's own shape begins with by chance, as 1 does
-SCALES_ITS_INPUT = ("googlenet", "inception_v3")  # their weights want it, and torchvision sets it only beside weights
+SCALES_ITS_INPUT = ("googlenet", "inception_v3")  # their weights want it, and torchvision sets it only with weights
 COUNTER = "num_batches_tracked"  # of batch norm in training: no part of what is computed here
 
 
@@ -38,7 +38,7 @@ class Layers(nn.Module):
         self.layer = layer
 
     def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        """Normalised pixels to features (B, D)."""
+        """Compute features (B, D) of normalised pixels."""
         features_BD: torch.Tensor = torch.flatten(self.extractor(pixels_BCHW)[self.layer], 1)
         return features_BD
 
@@ -59,18 +59,18 @@ class Network:
         return _preset(self.weights_entry)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that weights have to fill, by torchvision's names, without values."""
+        """List the tensors that weights have to fill, by torchvision's names, without values."""
         state = self.layers.extractor.state_dict()
         return {name: tensor for name, tensor in state.items() if not name.endswith(COUNTER)}
 
     def filled(self, state: Mapping[str, torch.Tensor]) -> Layers:
-        """The layers with the values of `state`, which are not copied; this network is used up."""
+        """Fill the layers with the values of `state`, which are not copied; this network is used up."""
         counters = {name: torch.tensor(0) for name in self.layers.extractor.state_dict() if name.endswith(COUNTER)}
         self.layers.extractor.load_state_dict({**state, **counters}, assign=True)
         return self.layers.eval().requires_grad_(False)
 
     def initialised(self, seed: int) -> dict[str, torch.Tensor]:
-        """`tensors()` with the values that torchvision starts from; the whole model is in memory for a moment."""
+        """Fill `tensors()` with torchvision's starting values; the whole model is in memory for a moment."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             state = _model(self.model, self.preset).state_dict()
@@ -78,7 +78,7 @@ class Network:
 
 
 def network_of(name: str, weights: str) -> Network:
-    """The network MODEL:LAYER for `weights` (imagenet, imagenet:ENTRY, a file, random:SEED), without values yet.
+    """Find the network MODEL:LAYER for `weights` (imagenet, imagenet:ENTRY, a file, random:SEED), without values.
 
     Raises BackboneError for an unknown model or layer, or one that gives more than one vector per image; WeightsError
     for an unknown ENTRY.
@@ -105,7 +105,7 @@ def network_of(name: str, weights: str) -> Network:
 
 @functools.cache
 def feature_dim(name: str, weights: str) -> int:
-    """Numbers per image of a network. Raises as `network_of`."""
+    """Count the numbers per image of a network. Raises as `network_of`."""
     return network_of(name, weights).dim
 
 
@@ -134,7 +134,7 @@ def _preset(entry: Any) -> Preset:
 
 
 def _model(model: str, preset: Preset) -> nn.Module:
-    """As torchvision builds it beside the weights that `preset` is from."""
+    """Build the model as torchvision does with the weights that `preset` is from."""
     arguments: dict[str, Any] = {}
     if model in SCALES_ITS_INPUT:
         arguments = {"transform_input": True, "init_weights": True}
@@ -154,19 +154,22 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def _without_memory(model: str, preset: Preset) -> nn.Module:
-    with torch.random.fork_rng(devices=[]), _EmptyOnMeta():  # what is drawn while it is built is nobody's business
+    with (
+        torch.random.fork_rng(devices=[]),
+        _EmptyOnMeta(),
+    ):  # the caller's random numbers stay
         whole = _model(model, preset)
     return whole.to("meta")
 
 
 def _node_names(whole: nn.Module) -> tuple[str, list[str]]:
-    """The name of the input, and those of everything computed in evaluation, in its order."""
+    """Name the input, and everything computed in evaluation, in its order."""
     _, names = get_graph_node_names(whole, suppress_diff_warning=True)
     return names[0], names[1:]
 
 
 def _up_to(whole: nn.Module, input_name: str, layers: Iterable[str]) -> nn.Module:
-    """What computes `layers` in evaluation; the graph for training, which torchvision makes too, is left empty."""
+    """Cut out what computes `layers` in evaluation; torchvision's graph for training is left empty."""
     extractor: nn.Module = create_feature_extractor(
         whole, train_return_nodes=[input_name], eval_return_nodes=list(layers), suppress_diff_warning=True
     )
@@ -182,7 +185,7 @@ def _is_vector(shape: tuple[int, ...]) -> bool:
 
 
 def _vector_layers(whole: nn.Module, model: str, pixels_BCHW: torch.Tensor) -> str:
-    """The last layers of a model that give one vector per image, and its width."""
+    """Name the last layers of a model that give one vector per image, and its width."""
     input_name, names = _node_names(whole)
     outputs = _up_to(whole, input_name, names)(pixels_BCHW)
     shapes = {name: _shape(outputs[name]) for name in names}

@@ -1,4 +1,4 @@
-"""The values of a network: torchvision's own, those of a file, or seeded random ones; none stands in for another."""
+"""The values of a network: torchvision's own, those of a file, or seeded random ones."""
 
 import re
 import warnings
@@ -23,7 +23,7 @@ class UntrainedWeightsWarning(UserWarning):
 
 
 def check_weights_name(weights: str) -> str:
-    """`weights`, a path made absolute so that worker processes find it. Raises WeightsError on a malformed name."""
+    """Return `weights`, a path made absolute for worker processes. Raises WeightsError on a malformed name."""
     if weights == "imagenet" or re.fullmatch(r"imagenet:\w+|random:\d{1,18}", weights):
         return weights
     if weights.startswith("random"):
@@ -35,7 +35,7 @@ def check_weights_name(weights: str) -> str:
 
 
 def check_network(backbone: str, weights: str) -> None:
-    """That there is such a network, and that a file of weights has its names and shapes; no values are read.
+    """Check that the network exists, and that a file of weights has its names and shapes; reads no values.
 
     For a job, before it starts a cluster. Raises BackboneError, WeightsError.
     """
@@ -46,14 +46,14 @@ def check_network(backbone: str, weights: str) -> None:
 
 
 def warn_if_untrained(weights: str) -> None:
-    """An UntrainedWeightsWarning for random:SEED."""
+    """Give an UntrainedWeightsWarning for random:SEED."""
     if weights.startswith("random:"):
         message = "are NOT pretrained: features tell images apart, but know nothing of what is in them"
         warnings.warn(f"weights {weights} {message}", UntrainedWeightsWarning, stacklevel=3)
 
 
 def load_weights(network: Network, weights: str, *, warn: bool = True) -> dict[str, torch.Tensor]:
-    """The tensors of the network's layers, by torchvision's names; floating point ones in float32.
+    """Load the tensors of the network's layers, by torchvision's names; floating point ones in float32.
 
     `imagenet` is the model's default in torchvision's enum and `imagenet:ENTRY` another one (downloaded once, cached,
     the hash checked), `random:SEED` a seeded He initialisation with an UntrainedWeightsWarning unless `warn` is false,
@@ -69,7 +69,7 @@ def load_weights(network: Network, weights: str, *, warn: bool = True) -> dict[s
 
 
 def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """xxh3-128 over names, shapes and values, in the order of the names."""
+    """Digest names, shapes and values by xxh3-128, in the order of the names."""
     digest = xxhash.xxh3_128()
     for name in sorted(state):
         tensor = state[name].contiguous()
@@ -104,7 +104,7 @@ def _from_file(path: Path, *, values: bool = True) -> object:
 
 
 def _check_fit(loaded: object, network: Network, where: str) -> dict[str, torch.Tensor]:
-    """The tensors of the network's layers in `loaded`. Raises WeightsError unless all are there in their shapes."""
+    """Pick the tensors of the network's layers. Raises WeightsError unless all are there in their shapes."""
     if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise WeightsError(f"weights {where}: not a state dict, which maps names to tensors")
     found: dict[str, Any] = {DENSENET_NAME.sub(r"\1\2", name): tensor for name, tensor in loaded.items()}
@@ -121,7 +121,7 @@ def _check_fit(loaded: object, network: Network, where: str) -> dict[str, torch.
 
 
 def _fitting(loaded: object, network: Network, where: str) -> dict[str, torch.Tensor]:
-    """The tensors up to the layer, from a state dict of this part or of the whole model. Raises WeightsError."""
+    """Pick the tensors up to the layer from a state dict of this part or of the whole model. Raises WeightsError."""
     state = {}
     for name, found in _check_fit(loaded, network, where).items():
         tensor = found.detach()
@@ -134,7 +134,7 @@ def _fitting(loaded: object, network: Network, where: str) -> dict[str, torch.Te
 
 
 def _random(network: Network, seed: int) -> dict[str, torch.Tensor]:
-    """He's initialisation (2015) for ReLU: normal, variance 2 / fan-in, biases zero; equal for equal seeds.
+    """Draw He's initialisation (2015) for ReLU: normal, variance 2 / fan-in, biases zero; by the seed alone.
 
     Norms start as the identity; what is neither (a class token, tables of positions) as torchvision starts it.
     """

@@ -1,8 +1,8 @@
-"""From impression and behaviour logs to sample groups, over Dask.
+"""Impression and behaviour logs to sample groups, over Dask.
 
 Three steps, each a task per part: the logs are shuffled by user into buckets (shuffle), each bucket's groups are made
 (groups), and the groups of some hours of all buckets become one sorted file (files). All of it happens in a folder
-beside the samples, which takes their place in the end (publish).
+next to the samples, which takes their place in the end (publish).
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ from distributed import Client
 from featurestore.console.files import write_json
 from pipeline.cluster.tasks import num_threads, run_all
 from pipeline.errors import SampleError, SampleOptionError
-from pipeline.samples.files import Grouped, Written, group_bucket, plan_files, write_file
+from pipeline.samples.files import GroupedBucket, WrittenFile, group_bucket, plan_files, write_file
 from pipeline.samples.groups import GroupRules
-from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, Piece, find_pieces
-from pipeline.samples.mapping import Layout, load_mapping
+from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, LogPiece, find_pieces
+from pipeline.samples.mapping import TableLayout, load_mapping
 from pipeline.samples.publish import MARK, replaced_folder
 from pipeline.samples.schema import write_suggested
-from pipeline.samples.shuffle import Shuffled, shuffle_piece, write_quarantine
+from pipeline.samples.shuffle import ShuffledPiece, shuffle_piece, write_quarantine
 from pipeline.samples.summary import summarise
 
 DAY_S = 86_400
@@ -39,7 +39,7 @@ FEWER_ROWS = "raise --partitions, or give workers more memory"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """What build_samples does. Times are in UTC."""
+    """What samples to build from which logs. Times are in UTC."""
 
     logs: str = "data/logs"
     samples: str = "data/samples"
@@ -64,14 +64,14 @@ def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
     `train/day=*.parquet` and `test/day=*.parquet` by the day (UTC) of the group's first impression, sorted by
     timestamp, user and session; equal logs give equal files, whatever the cluster and `partitions`. Bad rows are
     counted and kept in quarantine.parquet. With a mapping the logs are a person's own tables, CSV or Parquet, and
-    a schema and settings for the trainer are written beside the samples. Raises SampleError when there is nothing to
+    a schema and settings for the trainer are written to their folder. Raises SampleError when there is nothing to
     make samples from; SchemaError.
     """
     if "://" in options.samples:
         raise SampleOptionError(f"samples={options.samples}: not a folder on disk; write to one and copy it from there")
     mapping = load_mapping(Path(options.mapping)) if options.mapping else None
     if mapping and options.user_columns:
-        raise SampleOptionError(f"user_columns={','.join(options.user_columns)}: with a mapping they stand in it")
+        raise SampleOptionError(f"user_columns={','.join(options.user_columns)}: with a mapping they are named in it")
     shown_as, done_as = (mapping.layout(log) if mapping else None for log in (IMPRESSIONS, BEHAVIORS))
     impressions = find_pieces(options.logs, IMPRESSIONS, options.user_columns, shown_as)
     behaviors = find_pieces(options.logs, BEHAVIORS, (), done_as)
@@ -97,7 +97,7 @@ def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
     return summary
 
 
-def _check_rows_left(logs: str, shown: Sequence[Shuffled]) -> None:
+def _check_rows_left(logs: str, shown: Sequence[ShuffledPiece]) -> None:
     if not any(part.num_rows for part in shown):
         raise SampleError(f"{logs}: the impressions have not one row")
     reasons = sum((part.quarantined for part in shown), Counter[str]())
@@ -106,7 +106,7 @@ def _check_rows_left(logs: str, shown: Sequence[Shuffled]) -> None:
         raise SampleError(f"{logs}/{IMPRESSIONS}: all {reasons.total():,} rows are bad ({listed})")
 
 
-def _num_buckets(asked: int | None, pieces: Sequence[Piece], client: Client) -> int:
+def _num_buckets(asked: int | None, pieces: Sequence[LogPiece], client: Client) -> int:
     """Give the number asked for, else buckets of about BUCKET_ROWS rows, and work for all threads where rows are many.
 
     Raises SampleOptionError.
@@ -124,8 +124,8 @@ def _num_buckets(asked: int | None, pieces: Sequence[Piece], client: Client) -> 
 
 
 def _shuffle(
-    client: Client, pieces: Sequence[Piece], scratch: Path, num_buckets: int, options: SampleOptions
-) -> list[Shuffled]:
+    client: Client, pieces: Sequence[LogPiece], scratch: Path, num_buckets: int, options: SampleOptions
+) -> list[ShuffledPiece]:
     latest_s = int(time.time()) + DAY_S if options.latest_s is None else options.latest_s
     folder = str(scratch.absolute())
     tasks = [(piece, index, folder, num_buckets, options.min_dwell_s, latest_s) for index, piece in enumerate(pieces)]
@@ -138,8 +138,8 @@ def _group(
     scratch: Path,
     num_buckets: int,
     options: SampleOptions,
-    layout: Layout,
-) -> list[Grouped]:
+    layout: TableLayout,
+) -> list[GroupedBucket]:
     rules = GroupRules(
         round(options.window_days * DAY_S), options.max_behaviors, options.midnight_pause_s, options.behavior_age
     )
@@ -150,14 +150,14 @@ def _group(
     return run_all(client, "make groups", group_bucket, tasks, FEWER_ROWS)
 
 
-def _write(client: Client, grouped: Sequence[Grouped], folder: Path, options: SampleOptions) -> list[Written]:
+def _write(client: Client, grouped: Sequence[GroupedBucket], folder: Path, options: SampleOptions) -> list[WrittenFile]:
     groups_of_hour: Counter[int] = Counter()
     for part in grouped:
         groups_of_hour.update(part.groups_of_hour)
     plans = plan_files(groups_of_hour, options.test_days, options.groups_per_file)
     if all(plan.split == "test" for plan in plans):
         raise SampleError(
-            f"all impressions lie in the last {options.test_days} days, which are for testing: nothing is left to "
+            f"all impressions are in the last {options.test_days} days, which are for testing: nothing is left to "
             "train on; give a longer log or a smaller --test-days"
         )
     tasks = []

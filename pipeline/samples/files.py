@@ -29,7 +29,7 @@ AD_LISTS = ("item", "image", "category", "scene")
 
 
 @dataclass(frozen=True)
-class Grouped:
+class GroupedBucket:
     """The groups of one bucket: where those of each hour (since 1970) are, and counts."""
 
     path: str
@@ -51,10 +51,10 @@ def group_bucket(
     rules: GroupRules,
     user_columns: Sequence[str],
     ad_columns: Sequence[str] = (),
-) -> Grouped:
-    """Makes the groups of one bucket of users from the shuffled logs in `folder`, and writes them there by hour.
+) -> GroupedBucket:
+    """Make the groups of one bucket of users from the shuffled logs in `folder`, and write them there by hour.
 
-    `num_pieces` is how many pieces the impressions and the behaviours have. `user_columns` stand once in a group,
+    `num_pieces` is how many pieces the impressions and the behaviours have. `user_columns` are once in a group,
     `ad_columns` once for each impression, with `ad_` before their names.
     """
     impressions = read_bucket(folder, IMPRESSIONS, num_pieces[0], bucket)
@@ -68,7 +68,7 @@ def group_bucket(
         table.slice(start, size).combine_chunks().to_batches()[0] for start, size in zip(starts, sizes, strict=True)
     ]
     write_batches(path, batches or [pa.RecordBatch.from_pylist([], schema=table.schema)])
-    return Grouped(
+    return GroupedBucket(
         str(path),
         {int(hour): index for index, hour in enumerate(hours)},
         {int(hour): int(size) for hour, size in zip(hours, sizes, strict=True)},
@@ -83,7 +83,7 @@ def group_bucket(
 
 
 def _table(groups: Groups, user_columns: Sequence[str], ad_columns: Sequence[str]) -> pa.Table:
-    """One row per group, in the order of the samples' columns; timestamp in seconds, day in UTC."""
+    """Make one row per group, in the order of the samples' columns; timestamp in seconds, day in UTC."""
     impressions, first_G = groups.impressions, groups.start_G
     columns: dict[str, Any] = {name: impressions[name][first_G] for name in ("user", "session")}
     columns["timestamp"] = impressions["timestamp"][first_G] // MICROSECONDS
@@ -96,14 +96,14 @@ def _table(groups: Groups, user_columns: Sequence[str], ad_columns: Sequence[str
 
 
 def _lists(values_N: npt.NDArray[Any], sizes_G: npt.NDArray[np.int64]) -> Any:
-    """Lists of the given sizes, one per group, as an Arrow array."""
+    """Make lists of the given sizes, one per group, as an Arrow array."""
     offsets: Any = pa.array(np.concatenate([[0], np.cumsum(sizes_G)]), pa.int32())
     return pa.ListArray.from_arrays(offsets, pa.array(values_N))
 
 
 @dataclass(frozen=True)
 class FilePlan:
-    """One file to write, and what it has."""
+    """A file of samples to write: its day, its number in it, its hours."""
 
     day: str  # as 2026-01-31
     number: int  # of the file in the day
@@ -116,8 +116,8 @@ class FilePlan:
 
 
 @dataclass(frozen=True)
-class Written:
-    """What is in a file of samples."""
+class WrittenFile:
+    """A file of samples that was written, and counts of it."""
 
     plan: FilePlan
     num_groups: int
@@ -128,7 +128,7 @@ class Written:
 
 
 def plan_files(groups_of_hour: Mapping[int, int], test_days: int, groups_per_file: int) -> list[FilePlan]:
-    """Files by day, a long day in several of whole hours; the last `test_days` days that the calendar has are test.
+    """Plan files by day, a long day in several of whole hours; the last `test_days` days are for testing.
 
     The plan hangs on the hours' counts alone, so not on the number of buckets.
     """
@@ -154,8 +154,8 @@ def plan_files(groups_of_hour: Mapping[int, int], test_days: int, groups_per_fil
     ]
 
 
-def write_file(plan: FilePlan, parts: Sequence[tuple[str, int]], folder: str) -> Written:
-    """Writes one file of samples from (file, batch) `parts` of group_bucket, sorted by time, user and session."""
+def write_file(plan: FilePlan, parts: Sequence[tuple[str, int]], folder: str) -> WrittenFile:
+    """Write one file of samples from (file, batch) `parts` of group_bucket, sorted by time, user and session."""
     table = pa.Table.from_batches([read_batch(path, batch) for path, batch in parts]).combine_chunks().sort_by(SORT)
     table = table.replace_schema_metadata({"format": FORMAT})
     pq.write_table(
@@ -167,4 +167,4 @@ def write_file(plan: FilePlan, parts: Sequence[tuple[str, int]], folder: str) ->
     )
     items, counts = np.unique(pc.list_flatten(table.column("ad_item")).to_numpy(), return_counts=True)
     clicks = pc.list_flatten(table.column("label")).to_numpy()
-    return Written(plan, len(table), len(clicks), int(clicks.sum()), items, counts)
+    return WrittenFile(plan, len(table), len(clicks), int(clicks.sum()), items, counts)

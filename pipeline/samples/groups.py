@@ -1,4 +1,4 @@
-"""From rows to sample groups: pure functions on sorted arrays.
+"""Sample groups out of rows: pure functions on sorted arrays.
 
 Letters of shapes: N impressions, H behaviours (the history of all users at hand), G groups, K behaviours in groups.
 """
@@ -19,7 +19,7 @@ IMPRESSION_ORDER = ("user", "session", "timestamp", "scene", "item", "image", "c
 
 @dataclass(frozen=True)
 class GroupRules:
-    """What belongs into a group; see build_samples of pipeline.samples."""
+    """The rules of what belongs into a group; see build_samples of pipeline.samples."""
 
     window_s: int
     max_behaviors: int
@@ -42,10 +42,10 @@ class Groups:
 
 
 def make_groups(impressions: Columns, behaviors: Columns, rules: GroupRules) -> Groups:
-    """Groups of all impressions of some users, with those users' behaviours, all rows in any order.
+    """Make groups of all impressions of some users, with those users' behaviours, all rows in any order.
 
-    A group is a user's session on one day; one that goes on over midnight without a pause longer than
-    `midnight_pause_s` stays one, on the day of its first impression. Its behaviours lie strictly before its first
+    A group is a user's session on one day; one that continues over midnight without a pause longer than
+    `midnight_pause_s` stays one, on the day of its first impression. Its behaviours are strictly before its first
     impression and at most `window_s` back, newest first, ties by larger item, image, category; at most
     `max_behaviors`. Rows that are equal (but for label and user columns) count once, as a click if one of them is.
     """
@@ -83,7 +83,7 @@ def distinct_impressions(impressions: Columns) -> Columns:
 
 
 def _distinct(columns: Columns, order: tuple[str, ...], preference: tuple[str, ...]) -> Columns:
-    """Rows sorted by `order`; of those equal in it, the first by `preference`."""
+    """Sort rows by `order`; of those equal in it, keep the first by `preference`."""
     sorted_N = np.lexsort([columns[name] for name in reversed((*order, *preference))])
     columns = {name: values_N[sorted_N] for name, values_N in columns.items()}
     is_new_N = np.zeros(len(sorted_N), dtype=bool)
@@ -94,7 +94,7 @@ def _distinct(columns: Columns, order: tuple[str, ...], preference: tuple[str, .
 
 
 def _group_starts(impressions: Columns, midnight_pause_s: int) -> Int64Array:
-    """Positions where a group starts in sorted impressions, (G,)."""
+    """Find the positions where a group starts in sorted impressions, (G,)."""
     time_N = impressions["timestamp"]
     is_start_N = np.zeros(len(time_N), dtype=bool)
     is_start_N[:1] = True
@@ -107,7 +107,7 @@ def _group_starts(impressions: Columns, midnight_pause_s: int) -> Int64Array:
 
 
 def _count_before(user_H: Int64Array, time_H: Int64Array, user_G: Int64Array, time_G: Int64Array) -> Int64Array:
-    """How many of the (user, time) pairs H, sorted, are smaller than each pair G: a searchsorted on pairs, (G,)."""
+    """Count the (user, time) pairs H, sorted, that are smaller than each pair G: searchsorted on pairs, (G,)."""
     num_queries = len(user_G)
     is_history = np.repeat([0, 1], [num_queries, len(user_H)])  # a query goes before an equal pair
     order = np.lexsort((is_history, np.concatenate([time_G, time_H]), np.concatenate([user_G, user_H])))
@@ -119,7 +119,7 @@ def _count_before(user_H: Int64Array, time_H: Int64Array, user_G: Int64Array, ti
 
 
 def _descending_runs(high_G: Int64Array, take_G: Int64Array) -> Int64Array:
-    """high - 1, high - 2, ... (`take` numbers) of each group, one after the other, (K,)."""
+    """Count down: high - 1, high - 2, ... (`take` numbers) of each group, one after the other, (K,)."""
     end_G = np.cumsum(take_G)
     rank_K = np.arange(end_G[-1] if len(end_G) else 0) - np.repeat(end_G - take_G, take_G)
     run_K: Int64Array = np.repeat(high_G - 1, take_G) - rank_K
@@ -127,6 +127,6 @@ def _descending_runs(high_G: Int64Array, take_G: Int64Array) -> Int64Array:
 
 
 def _count_covered(low_G: Int64Array, high_G: Int64Array, size: int) -> int:
-    """How many of `size` positions lie in at least one of the ranges [low, high)."""
+    """Count how many of `size` positions are in at least one of the ranges [low, high)."""
     change = np.bincount(low_G, minlength=size + 1) - np.bincount(high_G, minlength=size + 1)
     return int(np.count_nonzero(np.cumsum(change)[:size] > 0))

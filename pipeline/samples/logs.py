@@ -18,7 +18,7 @@ from featurestore.errors import StorageError
 from featurestore.keys import keys_of_uris
 from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError, SampleOptionError
-from pipeline.samples.mapping import Layout, TimeUnit
+from pipeline.samples.mapping import TableLayout, TimeUnit
 from pipeline.samples.texts import csv_names, parse_ids, parse_labels, parse_numbers, parse_times, read_csv
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -73,7 +73,7 @@ PER_SECOND = {"s": 1, "ms": 1_000, "us": MICROSECONDS, "ns": 1_000_000_000}
 
 
 @dataclass(frozen=True)
-class Piece:
+class LogPiece:
     """Some row groups of one file of a log: what one task reads."""
 
     log: str
@@ -82,7 +82,7 @@ class Piece:
     row_groups: tuple[int, ...]
     first_row: int  # in the file
     num_rows: int  # of CSV a guess from its size
-    layout: Layout
+    layout: TableLayout
 
     @property
     def is_csv(self) -> bool:
@@ -90,8 +90,10 @@ class Piece:
         return self.path.endswith(CSV_SUFFIXES)
 
 
-def find_pieces(url: str, log: str, user_columns: Sequence[str] | None, layout: Layout | None = None) -> list[Piece]:
-    """The log's pieces, in the order of its files' names; only the files' footers are read.
+def find_pieces(
+    url: str, log: str, user_columns: Sequence[str] | None, layout: TableLayout | None = None
+) -> list[LogPiece]:
+    """Find the log's pieces, in the order of its files' names; only the files' footers are read.
 
     `user_columns` None takes those of `user_age` and `user_gender` that the first file has; with the `layout` of a
     person's own tables, CSV or Parquet, those count that it names. Raises SampleError for a log that is not there or
@@ -114,19 +116,19 @@ def find_pieces(url: str, log: str, user_columns: Sequence[str] | None, layout: 
             f"{storage.full(place)}: no .parquet files in it; --logs must have {IMPRESSIONS}/ and {BEHAVIORS}/"
         )
     layout = layout or _layout_of(storage, log, files[0], user_columns)
-    pieces = [piece for path in files for piece in _pieces(storage, Piece(log, url, path, (), 0, 0, layout))]
+    pieces = [piece for path in files for piece in _pieces(storage, LogPiece(log, url, path, (), 0, 0, layout))]
     if not pieces:
         raise SampleError(f"{storage.full(place)}: {len(files)} files and not one row")
     return pieces
 
 
-def _layout_of(storage: Storage, log: str, path: str, user_columns: Sequence[str] | None) -> Layout:
-    """The layout of a log as it is documented; the file at `path` says which of the usual user columns there are."""
+def _layout_of(storage: Storage, log: str, path: str, user_columns: Sequence[str] | None) -> TableLayout:
+    """Describe a log as it is documented; the file at `path` says which of the usual user columns there are."""
     if log == IMPRESSIONS and user_columns is None:
         with open_parquet(storage, path) as file:
             user_columns = [name for name in ("user_age", "user_gender") if name in file.schema_arrow.names]
     kinds = {name: KINDS[name] for name in COLUMNS[log]} | dict.fromkeys(user_columns or (), "profile")
-    return Layout(
+    return TableLayout(
         files=log,
         names={name: name for name in kinds},
         kinds=kinds,
@@ -138,8 +140,8 @@ def _layout_of(storage: Storage, log: str, path: str, user_columns: Sequence[str
     )
 
 
-def _pieces(storage: Storage, empty: Piece) -> list[Piece]:
-    """The pieces of one file, whose columns are checked."""
+def _pieces(storage: Storage, empty: LogPiece) -> list[LogPiece]:
+    """Cut one file, whose columns are checked, into pieces."""
     if empty.is_csv:
         names = csv_names(storage, empty.path, empty.layout.delimiter)
         _check_columns(pa.schema([(name, pa.string()) for name in names]), empty)
@@ -149,7 +151,7 @@ def _pieces(storage: Storage, empty: Piece) -> list[Piece]:
 
 
 def _files(storage: Storage, place: str) -> list[str]:
-    """The file at `place`, or those below it that can be read, but hidden ones."""
+    """List the file at `place`, or those below it that can be read, but hidden ones."""
     found = [entry.path for entry in storage.entries(place)]
     if not found:
         with contextlib.suppress(FileNotFoundError):
@@ -163,7 +165,7 @@ def _files(storage: Storage, place: str) -> list[str]:
 
 
 def open_parquet(storage: Storage, path: str) -> pq.ParquetFile:
-    """The file, with page checksums verified where it has them. Raises SampleError for what is no Parquet file."""
+    """Open a file, with page checksums verified where it has them. Raises SampleError where it is no Parquet."""
     try:
         return pq.ParquetFile(storage.open_input(path), page_checksum_verification=True)
     except (pa.ArrowException, OSError, StorageError) as error:
@@ -171,7 +173,7 @@ def open_parquet(storage: Storage, path: str) -> pq.ParquetFile:
 
 
 def _parquet_files(storage: Storage, folder: str) -> list[str]:
-    """Paths of the .parquet files in `folder` and in folders named like day=2026-01-31 below it."""
+    """List the .parquet files in `folder` and in folders named like day=2026-01-31 below it."""
     found: list[str] = []
     try:
         names = storage.list(folder)
@@ -186,8 +188,8 @@ def _parquet_files(storage: Storage, folder: str) -> list[str]:
     return found
 
 
-def _cut(file: pq.ParquetFile, empty: Piece) -> list[Piece]:
-    """Pieces of about PIECE_ROWS rows, in whole row groups, of a file whose columns are right."""
+def _cut(file: pq.ParquetFile, empty: LogPiece) -> list[LogPiece]:
+    """Cut a file whose columns are right into pieces of about PIECE_ROWS rows, in whole row groups."""
     _check_columns(file.schema_arrow, empty)
     groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
     pieces, first_group, first_row, rows = [], 0, 0, 0
@@ -201,14 +203,14 @@ def _cut(file: pq.ParquetFile, empty: Piece) -> list[Piece]:
     return pieces
 
 
-def _check_columns(schema: pa.Schema, piece: Piece) -> None:
+def _check_columns(schema: pa.Schema, piece: LogPiece) -> None:
     where = f"{Storage(piece.url).full(piece.path)}: column"
     for ours, kind in piece.layout.kinds.items():
         name = piece.layout.names[ours]
         if name not in schema.names:
             raise SampleOptionError(f"{where} {name!r} is missing; there are {', '.join(schema.names)}")
         if schema.names.count(name) > 1:
-            raise SampleError(f"{where} {name!r} stands {schema.names.count(name)} times in it")
+            raise SampleError(f"{where} {name!r} is there {schema.names.count(name)} times")
         found = schema.field(name).type
         if not _fits(found, kind):
             raise SampleError(f"{where} {name!r} is {found}, wanted is {WANTED[kind]}")
@@ -233,7 +235,7 @@ def _fits(found: pa.DataType, kind: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Rows:
+class LogRows:
     """A piece as arrays: its good rows, and number and reason of the others."""
 
     num_rows: int
@@ -242,7 +244,7 @@ class Rows:
     bad_reason: list[str]
 
 
-def read_piece(piece: Piece, latest_s: int) -> Rows:
+def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
     """Reads and checks a piece. Rows later than `latest_s` (seconds since 1970) are bad, as one such row would
     become the last day of the log. A bad row has the first reason in the order of the columns."""
     layout, storage = piece.layout, Storage(piece.url)
@@ -276,7 +278,7 @@ def read_piece(piece: Piece, latest_s: int) -> Rows:
     is_good_N = reason_N < 0
     (bad_N,) = np.nonzero(~is_good_N)
     bad = sorted([*zip(row_N[bad_N].tolist(), [reasons[code] for code in reason_N[bad_N]], strict=True), *torn.items()])
-    return Rows(
+    return LogRows(
         table.num_rows + len(torn),
         {name: values_N[is_good_N] for name, values_N in good.items()},
         piece.first_row + np.array([row for row, _ in bad], np.int64),
@@ -292,7 +294,7 @@ Faults = dict[str, npt.NDArray[np.bool_]]  # which rows have each fault
 
 
 def _arrays(column: Any, kind: str, latest_s: int, unit: TimeUnit) -> tuple[npt.NDArray[Any], Faults]:
-    """The values of a chunked Arrow column, anything where they are bad, and their faults."""
+    """Read the values of a chunked Arrow column, anything where they are bad, and their faults."""
     if kind in ANY:
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
             return _text_arrays(column, kind, latest_s, unit)
@@ -312,7 +314,7 @@ def _arrays(column: Any, kind: str, latest_s: int, unit: TimeUnit) -> tuple[npt.
 
 
 def _text_arrays(column: Any, kind: str, latest_s: int, unit: TimeUnit) -> tuple[npt.NDArray[Any], Faults]:
-    """As `_arrays`, of text that has to be read first."""
+    """Read as `_arrays`, but text that has to be parsed first."""
     null_N = column.is_null().to_numpy()
     null = {"is null": null_N}
     if kind == "any_time":
@@ -351,7 +353,7 @@ def _times(column: Any, latest_s: int, whole: str) -> tuple[npt.NDArray[np.int64
 
 
 def _keys(column: Any) -> npt.NDArray[np.int64]:
-    """Key of each uri; equal ones are hashed once."""
+    """Hash the key of each uri; equal ones are hashed once."""
     encoded = column.combine_chunks().dictionary_encode()
     keys_U = keys_of_uris(encoded.dictionary.to_pylist())
     keys_N: npt.NDArray[np.int64] = keys_U[encoded.indices.to_numpy()]

@@ -26,8 +26,8 @@ TAKEN = ("day", "label", *REQUIRED["impressions"], *OPTIONAL["impressions"])
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How the files of one log name and type what is needed; pickles to workers."""
+class TableLayout:
+    """The files of one log: how they name and type what is needed; pickles to workers."""
 
     files: str  # below the logs' folder: a file, or a folder of them
     names: dict[str, str]  # the files' name of each of our columns
@@ -43,7 +43,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Extra(_Section):
+class ExtraColumn(_Section):
     """A further column. id: whole numbers or text; dense: a real number."""
 
     kind: ExtraKind
@@ -55,11 +55,11 @@ def _short_form(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
-Extras = dict[str, Annotated[Extra, BeforeValidator(_short_form)]]
+Extras = dict[str, Annotated[ExtraColumn, BeforeValidator(_short_form)]]
 
 
-class Table(_Section):
-    """One of the two tables."""
+class MappedTable(_Section):
+    """The mapping of one of the two tables."""
 
     files: Annotated[str, Field(min_length=1)] | None = None
     columns: dict[str, str] = {}
@@ -74,18 +74,18 @@ def _delimiter(value: str) -> str:
     return value
 
 
-class Csv(_Section):
+class CsvStyle(_Section):
     """How CSV files are written; the first line names the columns."""
 
     delimiter: Annotated[str, AfterValidator(_delimiter)] = ","
 
 
-class Mapping(_Section):
-    """The whole file."""
+class LogMapping(_Section):
+    """The whole mapping file."""
 
-    impressions: Table
-    behaviors: Table
-    csv: Csv = Csv()
+    impressions: MappedTable
+    behaviors: MappedTable
+    csv: CsvStyle = CsvStyle()
     time_unit: TimeUnit = "s"
     """Of times that are plain whole numbers."""
 
@@ -96,7 +96,7 @@ class Mapping(_Section):
             if unknown := [name for name in table.columns if name not in known]:
                 raise ValueError(f"{log}.columns.{unknown[0]} is unknown; known: {', '.join(known)}")
         if self.behaviors.user or self.behaviors.ad:
-            raise ValueError("behaviors has no user or ad columns; further ones stand below impressions")
+            raise ValueError("behaviors has no user or ad columns; further ones belong below impressions")
         for name in (*self.impressions.user, *self.impressions.ad):
             if name in TAKEN or name.startswith(("behavior_", "ad_")):
                 raise ValueError(
@@ -106,9 +106,9 @@ class Mapping(_Section):
             raise ValueError(f"{min(both)} is below user and below ad; give one of them another name by column:")
         return self
 
-    def layout(self, log: str) -> Layout:
-        """How to read the files of `impressions` or `behaviors`."""
-        table: Table = getattr(self, log)
+    def layout(self, log: str) -> TableLayout:
+        """Describe how to read the files of `impressions` or `behaviors`."""
+        table: MappedTable = getattr(self, log)
         extras = table.user | table.ad
         names = {name: table.columns.get(name, name) for name in REQUIRED[log]}
         names |= {name: table.columns[name] for name in OPTIONAL[log] if name in table.columns}
@@ -116,16 +116,16 @@ class Mapping(_Section):
         names |= {name: extra.column or name for name, extra in extras.items()}
         kinds |= {name: EXTRA_KINDS[extra.kind] for name, extra in extras.items()}
         constants = {name: DEFAULTS[name] for name in OPTIONAL[log] if name not in names}
-        return Layout(
+        return TableLayout(
             table.files or log, names, kinds, constants, tuple(table.user), tuple(table.ad), self.csv.delimiter,
             self.time_unit,
         )  # fmt: skip
 
 
-def load_mapping(path: Path) -> Mapping:
-    """The mapping in a YAML file. Raises SampleOptionError naming the file and what is wrong."""
+def load_mapping(path: Path) -> LogMapping:
+    """Load the mapping in a YAML file. Raises SampleOptionError naming the file and what is wrong."""
     try:
-        return Mapping.model_validate(parse_yaml(read_text(path)))
+        return LogMapping.model_validate(parse_yaml(read_text(path)))
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, each['loc'])) or 'mapping'}: {_text(each['msg'])}" for each in error.errors()]
         raise SampleOptionError("\n".join(f"{path}: {line}" for line in lines)) from error

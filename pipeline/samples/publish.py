@@ -18,9 +18,9 @@ LOCK = ".lock"
 def replaced_folder(
     target: str | Path, what: str = "samples", spared: Mapping[str, str] | None = None
 ) -> Iterator[Path]:
-    """Gives an empty folder beside `target` that takes its place when the block ends, and goes when the block raises.
+    """Give an empty folder next to `target` that takes its place when the block ends, and goes when it raises.
 
-    The block writes MARK into it. `what` it holds is said in messages. What killed runs left beside `target` goes as
+    The block writes MARK into it. `what` it holds is named in messages. What killed runs left next to `target` goes as
     well. Raises SampleError when `target` is there and is not ours, and
     in place of an OSError, the block's too: a full disk, a place that cannot be written. Raises SampleOptionError where
     `target` names no folder, or the place that the program runs in or one of `spared` (by options) would go with it.
@@ -82,7 +82,7 @@ def _check_replaceable(target: Path, what: str) -> None:
 
 
 def _swap(building: Path, target: Path) -> None:
-    """Two renames; should the second fail, the old folder goes back."""
+    """Rename twice; should the second fail, the old folder goes back."""
     old = target.with_name(f".{target.name}.building-{uuid.uuid4().hex}")
     if not target.exists():
         building.rename(target)

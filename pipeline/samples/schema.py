@@ -1,4 +1,4 @@
-"""The trainer's schema and settings beside samples that a job made."""
+"""The trainer's schema and settings in the folder of samples that a job made."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +29,6 @@ def write_schema(
 
 
 def schema_beside(samples: str) -> Path | None:
-    """Find the schema beside samples, None where there is none."""
+    """Find the schema in a folder of samples, None where there is none."""
     path = Path(samples) / SCHEMA_FILE
     return path if path.is_file() else None

@@ -1,4 +1,4 @@
-"""Rows of the logs brought together by user: each piece of a log becomes one file with a batch per bucket of users.
+"""The rows of the logs by user: each piece of a log becomes one file with a batch per bucket of users.
 
 The files are Arrow IPC files in a folder that all workers see; batch b is bucket b, so a bucket is read without the
 rest.
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featurestore.keys import splitmix64
-from pipeline.samples.logs import BEHAVIORS, Columns, Piece, read_piece
+from pipeline.samples.logs import BEHAVIORS, Columns, LogPiece, read_piece
 
 _QUARANTINE_TYPES: dict[str, pa.DataType] = {
     "log": pa.string(),
@@ -28,8 +28,8 @@ QUARANTINE = pa.schema(_QUARANTINE_TYPES)
 
 
 @dataclass(frozen=True)
-class Shuffled:
-    """What became of a piece."""
+class ShuffledPiece:
+    """The outcome of shuffling one piece."""
 
     num_rows: int
     num_short: int  # behaviours below the least dwell time
@@ -38,9 +38,9 @@ class Shuffled:
 
 
 def shuffle_piece(
-    piece: Piece, index: int, folder: str, num_buckets: int, min_dwell_s: float, latest_s: int
-) -> Shuffled:
-    """Reads one piece and writes its good rows by bucket, and the bad ones beside. Raises SampleError."""
+    piece: LogPiece, index: int, folder: str, num_buckets: int, min_dwell_s: float, latest_s: int
+) -> ShuffledPiece:
+    """Read one piece and write its good rows by bucket, and the bad ones to a file. Raises SampleError."""
     rows = read_piece(piece, latest_s)
     columns = rows.good
     num_short = 0
@@ -58,7 +58,7 @@ def shuffle_piece(
             for row, reason in zip(rows.bad_row.tolist(), rows.bad_reason, strict=True)
         ]
         write_batches(quarantine_path, [pa.RecordBatch.from_pylist(bad, schema=QUARANTINE)])
-    return Shuffled(
+    return ShuffledPiece(
         rows.num_rows,
         num_short,
         Counter(rows.bad_reason),
@@ -67,15 +67,15 @@ def shuffle_piece(
 
 
 def read_bucket(folder: str, log: str, num_pieces: int, bucket: int) -> Columns:
-    """All rows of a bucket from the pieces 0 to `num_pieces` of a log, in no order."""
+    """Read all rows of a bucket from the pieces 0 to `num_pieces` of a log, in no order."""
     batches = [read_batch(str(_path(folder, log, index)), bucket) for index in range(num_pieces)]
     return {
         name: np.concatenate([batch.column(name).to_numpy() for batch in batches]) for name in batches[0].schema.names
     }
 
 
-def write_quarantine(path: Path, parts: Sequence[Shuffled]) -> None:
-    """All bad rows of the logs as one Parquet file, in the order of the parts; empty where there are none."""
+def write_quarantine(path: Path, parts: Sequence[ShuffledPiece]) -> None:
+    """Write all bad rows of the logs as one Parquet file, in the order of the parts; empty where none is."""
     with pq.ParquetWriter(path, QUARANTINE) as writer:
         for part in parts:
             if part.quarantine_path is not None:
@@ -95,7 +95,7 @@ def _buckets(columns: Columns, num_buckets: int) -> Iterable[pa.RecordBatch]:
 
 
 def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
-    """One Arrow file of `batches` (at least one), under its name only once it is whole: a task may run twice."""
+    """Write one Arrow file of `batches` (at least one), named only once it is whole: a task may run twice."""
     iterator = iter(batches)
     first = next(iterator)
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
@@ -108,6 +108,6 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
 
 
 def read_batch(path: str, index: int) -> pa.RecordBatch:
-    """Batch `index` of a file of write_batches, without reading the others."""
+    """Read batch `index` of a file of write_batches, without reading the others."""
     with pa.memory_map(path) as file:
         return pa.ipc.open_file(file).get_batch(index)

@@ -1,4 +1,4 @@
-"""The counts that stand beside the samples."""
+"""The counts in the summary of samples."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.samples.files import FORMAT, Grouped, Written
-from pipeline.samples.shuffle import Shuffled
+from pipeline.samples.files import FORMAT, GroupedBucket, WrittenFile
+from pipeline.samples.shuffle import ShuffledPiece
 
 
 def summarise(
     options: Mapping[str, Any],
-    shown: Sequence[Shuffled],
-    done: Sequence[Shuffled],
-    grouped: Sequence[Grouped],
-    written: Sequence[Written],
+    shown: Sequence[ShuffledPiece],
+    done: Sequence[ShuffledPiece],
+    grouped: Sequence[GroupedBucket],
+    written: Sequence[WrittenFile],
 ) -> dict[str, Any]:
-    """What became of every row of the impressions (`shown`) and behaviours (`done`), and what the samples are like.
+    """Count what became of every row of the impressions (`shown`) and behaviours (`done`), and the samples.
 
     `rows` is the sum of the other counts of its log. `used` behaviours are in at least one group; one can be in many,
     so `behaviors_in_groups` counts it again.
@@ -54,12 +54,12 @@ def summarise(
     }
 
 
-def _rows(parts: Sequence[Shuffled]) -> tuple[int, Counter[str]]:
+def _rows(parts: Sequence[ShuffledPiece]) -> tuple[int, Counter[str]]:
     bad = sum((part.quarantined for part in parts), Counter[str]())
     return sum(part.num_rows for part in parts), bad
 
 
-def _split(written: Sequence[Written], split: str) -> dict[str, Any]:
+def _split(written: Sequence[WrittenFile], split: str) -> dict[str, Any]:
     files = [part for part in written if part.plan.split == split]
     days = sorted({part.plan.day for part in files})
     impressions = sum(part.num_impressions for part in files)
@@ -75,8 +75,8 @@ def _split(written: Sequence[Written], split: str) -> dict[str, Any]:
     }
 
 
-def _new_ads(written: Sequence[Written]) -> dict[str, Any]:
-    """Ads (items) of the test days that were never shown on the training days."""
+def _new_ads(written: Sequence[WrittenFile]) -> dict[str, Any]:
+    """Count the ads (items) of the test days that were never shown on the training days."""
     known, _ = _items([part for part in written if part.plan.split == "train"])
     items, counts = _items([part for part in written if part.plan.split == "test"])
     is_new = ~np.isin(items, known)
@@ -87,8 +87,8 @@ def _new_ads(written: Sequence[Written]) -> dict[str, Any]:
     }
 
 
-def _items(files: Sequence[Written]) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct items of the files' ads, and impressions of each."""
+def _items(files: Sequence[WrittenFile]) -> tuple[np.ndarray, np.ndarray]:
+    """List the distinct items of the files' ads, and count impressions of each."""
     if not files:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     items, inverse = np.unique(np.concatenate([part.items for part in files]), return_inverse=True)

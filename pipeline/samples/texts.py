@@ -30,12 +30,12 @@ Parsed = tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]  # values, and which cou
 
 
 def parse_ids(column: Any) -> Parsed:
-    """int64: a whole number as it is written is itself, other text its hash; so 7 is the same user in every file."""
+    """Parse int64: a whole number is itself, other text its hash; so 7 is the same user in every file."""
     return _each(column, id_of_text, np.int64)
 
 
 def parse_times(column: Any, unit: TimeUnit) -> Parsed:
-    """Microseconds since 1970, int64, of ISO 8601 (UTC where it has no zone) or of a number of `unit`."""
+    """Parse microseconds since 1970, int64, of ISO 8601 (UTC where it has no zone) or of a number of `unit`."""
 
     def parse(text: str) -> int:
         if _WHOLE.fullmatch(text):
@@ -48,17 +48,17 @@ def parse_times(column: Any, unit: TimeUnit) -> Parsed:
 
 
 def parse_numbers(column: Any) -> Parsed:
-    """float64."""
+    """Parse float64."""
     return _each(column, float, np.float64)
 
 
 def parse_labels(column: Any) -> Parsed:
-    """float64: 0 or 1 of true and false too, else the number that is written."""
+    """Parse float64: 0 or 1 of true and false too, else the number that is written."""
     return _each(column, lambda text: _LABELS[text.lower()] if text.lower() in _LABELS else float(text), np.float64)
 
 
 def _each(column: Any, parse: Callable[[str], float], dtype: npt.DTypeLike) -> Parsed:
-    """`parse` of each different text; a ValueError or a number beyond the dtype means that it cannot be read."""
+    """Parse each different text; a ValueError or a number beyond the dtype means that it cannot be read."""
     encoded = column.combine_chunks().dictionary_encode()
     texts = encoded.dictionary.to_pylist()
     value_U, wrong_U = np.zeros(len(texts) + 1, dtype), np.zeros(len(texts) + 1, np.bool_)
@@ -72,7 +72,7 @@ def _each(column: Any, parse: Callable[[str], float], dtype: npt.DTypeLike) -> P
 
 
 def csv_names(storage: Storage, path: str, delimiter: str) -> list[str]:
-    """Names in the file's first line. Raises SampleError."""
+    """Read the names in the file's first line. Raises SampleError."""
     try:
         with storage.open_input(path) as file:
             check_encoding(file.read(4))
@@ -93,9 +93,9 @@ class CsvRows:
 
 
 def read_csv(storage: Storage, path: str, names: list[str], delimiter: str) -> CsvRows:
-    """Reads the whole file, twice; its text is in memory meanwhile.
+    """Read the whole file, twice; its text is in memory meanwhile.
 
-    Raises SampleError, also where a quote is not closed: nobody can tell then which of the rows behind it are rows.
+    Raises SampleError, also where a quote is not closed: then it is unknown which of the rows behind it are rows.
     """
     torn: dict[int, str] = {}
     convert = csv.ConvertOptions(

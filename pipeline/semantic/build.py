@@ -12,8 +12,8 @@ from pipeline.samples.publish import MARK, replaced_folder
 from pipeline.samples.schema import schema_beside
 from pipeline.semantic import codebook as books
 from pipeline.semantic.codebook import Codebook
-from pipeline.semantic.codes import FOLDER, Assigned, assign
-from pipeline.semantic.samples import Rewritten, rewrite, sample_files
+from pipeline.semantic.codes import FOLDER, AssignedCodes, assign
+from pipeline.semantic.samples import RewrittenSamples, rewrite, sample_files
 from pipeline.semantic.schema import image_columns, write_code_schema
 from pipeline.semantic.vectors import StoreVectors, Vectors, open_file
 from trainer.schema import Schema, load_schema
@@ -30,7 +30,7 @@ class SemanticOptions:
     vectors: str | None = None
     keys: str | None = None  # of vectors in a .npy
     samples: str | None = None  # None: codes alone
-    schema: Path | None = None  # of the samples; None: the one beside them, else the packaged one
+    schema: Path | None = None  # of the samples; None: the one in their folder, else the packaged one
     store_name: str = "images"  # in the schema
     num_levels: int = 3
     num_codes: int = 256
@@ -45,7 +45,7 @@ def build_semantic_ids(options: SemanticOptions) -> dict[str, Any]:
     """Make `options.out` anew: codebook, codes by key, and the samples with codes as columns; return its summary.
 
     Equal vectors, samples and options give equal files on one machine. Schema and settings for the trainer are written
-    beside the samples. Holds 16 bytes an image. Raises SampleError, VectorImportError, SchemaError, FeatureStoreError.
+    with the samples. Holds 16 bytes an image. Raises SampleError, VectorImportError, SchemaError, FeatureStoreError.
     """
     schema: Schema | None = None
     if options.samples:
@@ -62,7 +62,7 @@ def build_semantic_ids(options: SemanticOptions) -> dict[str, Any]:
         (folder / books.FILE).write_bytes(codebook.to_bytes())
         with progress("assigning codes", vectors.num_parts) as advance:
             assigned = assign(vectors, codebook, folder / FOLDER, advance)
-        rewritten: Rewritten | None = None
+        rewritten: RewrittenSamples | None = None
         if options.samples and schema:
             rewritten = rewrite(options.samples, folder, image_columns(schema, options.store_name), assigned.index)
         summary = _summary(vectors, options, codebook, assigned, rewritten)
@@ -91,7 +91,11 @@ def _codebook(vectors: Vectors, options: SemanticOptions) -> Codebook:
 
 
 def _summary(
-    vectors: Vectors, options: SemanticOptions, codebook: Codebook, assigned: Assigned, rewritten: Rewritten | None
+    vectors: Vectors,
+    options: SemanticOptions,
+    codebook: Codebook,
+    assigned: AssignedCodes,
+    rewritten: RewrittenSamples | None,
 ) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "source": vectors.describe(),

@@ -26,7 +26,7 @@ FILE = "codebook.safetensors"
 
 @dataclass(frozen=True)
 class Codebook:
-    """`source` says of what it was trained; `digest` is the sha256 of its file."""
+    """A residual quantiser: `source` says of what it was trained; `digest` is the sha256 of its file."""
 
     codebooks_LCD: Float32Array
     mean_D: Float32Array
@@ -50,18 +50,18 @@ class Codebook:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def to_bytes(self) -> bytes:
-        """The file's content; equal codebooks give equal bytes."""
+        """Write the file's content; equal codebooks give equal bytes."""
         arrays = {"codebooks": self.codebooks_LCD, "mean": self.mean_D, "std": self.std_D}
         return bytes(save(arrays, {"source": json.dumps(self.source, sort_keys=True)}))
 
     def standardize(self, vectors_ND: Float32Array) -> Float32Array:
-        """The space in which codes are nearest neighbours."""
+        """Move vectors to the space in which codes are nearest neighbours."""
         return ((vectors_ND - self.mean_D) / self.std_D).astype(np.float32, copy=False)
 
     def encode(
         self, vectors_ND: Float32Array
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Codes (N, L), squared lengths of the standardised vectors (N,), and of what each level leaves (N, L)."""
+        """Compute codes (N, L), squared lengths of the standardised vectors (N,), what each level leaves (N, L)."""
         rows_ND = self.standardize(vectors_ND)
         length_N = np.einsum("nd,nd->n", rows_ND, rows_ND, dtype=np.float64)
         codes_NL, left_NL = encode_residual(self.codebooks_LCD, rows_ND)
@@ -76,7 +76,7 @@ def fit(
     source: dict[str, Any],
     standardize: bool = True,
 ) -> Codebook:
-    """Trains on a sample. Every dimension counts alike after `standardize`: features of a ReLU lie close to their mean,
+    """Train on a sample. Every dimension counts alike after `standardize`: features of a ReLU are close to their mean,
     and a few large dimensions would take all codes. Raises SampleError where there are fewer rows than codes."""
     if len(sample_ND) < num_codes:
         raise SampleError(
@@ -92,7 +92,7 @@ def fit(
 
 
 def check_source(fitted: dict[str, Any], found: dict[str, Any], path: Path, accept_store: bool) -> None:
-    """Refuses vectors among which the codes of a codebook do not mean what they meant where it was fitted.
+    """Refuse vectors among which the codes of a codebook do not mean what they meant where it was fitted.
 
     `fitted` and `found`: what the vectors of then and of now say of themselves. Features have to be of one network,
     exported vectors of one checkpoint, and both of one store, unless `accept_store`: another one of the same network,
@@ -116,7 +116,7 @@ def check_source(fitted: dict[str, Any], found: dict[str, Any], path: Path, acce
 
 
 def load(path: Path) -> Codebook:
-    """The codebook of an earlier run. Raises SampleError."""
+    """Load the codebook of an earlier run. Raises SampleError."""
     try:
         check_regular(path)
         with safe_open(path, framework="numpy") as file:

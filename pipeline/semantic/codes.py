@@ -1,4 +1,4 @@
-"""Codes of all images: assigned part by part, written as Parquet, measured, and looked up by key.
+"""The codes of all images: assigned part by part, written as Parquet, measured, and looked up by key.
 
 Letters of shapes: N rows, M images, L levels, C codes of each.
 """
@@ -32,32 +32,32 @@ class CodeIndex:
     num_codes: int
 
     def lookup(self, keys_N: Int64Array) -> Int64Array:
-        """The full code of each key as one number, NO_CODE where it has none, (N,)."""
+        """Look up the full code of each key as one number, NO_CODE where it has none, (N,)."""
         if not len(self.keys_M):
             return np.full(len(keys_N), NO_CODE, np.int64)
         place_N = np.minimum(np.searchsorted(self.keys_M, keys_N), len(self.keys_M) - 1)
         return np.where(self.keys_M[place_N] == keys_N, self.prefix_M[place_N], NO_CODE)
 
     def code(self, full_N: Int64Array, level: int) -> Int64Array:
-        """Codes of one level."""
+        """Give the codes of one level."""
         return np.where(full_N < 0, NO_CODE, self.prefix(full_N, level + 1) % self.num_codes)
 
     def prefix(self, full_N: Int64Array, length: int) -> Int64Array:
-        """The first `length` codes as one number."""
+        """Give the first `length` codes as one number."""
         divisor = self.num_codes ** (self.num_levels - length)
         prefix_N: Int64Array = np.where(full_N < 0, NO_CODE, full_N // divisor)
         return prefix_N
 
 
 @dataclass
-class Assigned:
-    """Codes of all images, and what was measured on the way."""
+class AssignedCodes:
+    """The codes of all images, and what was measured on the way."""
 
     index: CodeIndex
     left_share: list[float] = field(default_factory=list)  # of the squared length, after each level
 
     def report(self) -> dict[str, Any]:
-        """Usage and entropy of each level, prefixes, and how many images share their whole code."""
+        """Measure usage and entropy of each level, prefixes, and how many images share their whole code."""
         index, levels = self.index, []
         for level in range(index.num_levels):
             counts_C = np.bincount(index.code(index.prefix_M, level), minlength=index.num_codes)
@@ -85,15 +85,15 @@ class Assigned:
 
 
 def entropy_bits(counts_C: npt.NDArray[np.int64]) -> float:
-    """Entropy of a code, in bits: log2 C where all codes are used alike."""
+    """Compute the entropy of a code, in bits: log2 C where all codes are used alike."""
     share_C = counts_C[counts_C > 0] / max(1, int(counts_C.sum()))
     return float(-(share_C * np.log2(share_C)).sum()) + 0.0  # no -0.0
 
 
-def assign(vectors: Vectors, codebook: Codebook, folder: Path, advance: Callable[[int], None]) -> Assigned:
-    """Codes of all vectors, written to `folder`/part-*.parquet: key and one column for each level.
+def assign(vectors: Vectors, codebook: Codebook, folder: Path, advance: Callable[[int], None]) -> AssignedCodes:
+    """Compute the codes of all vectors, written to `folder`/part-*.parquet: key and one column for each level.
 
-    Needs the memory of a block of vectors, and 16 bytes an image. `advance` hears of every part. Raises SampleError
+    Needs the memory of a block of vectors, and 16 bytes an image. `advance` is called for each part. Raises SampleError
     for a key that comes twice, or where there is no vector at all.
     """
     folder.mkdir()
@@ -118,7 +118,7 @@ def assign(vectors: Vectors, codebook: Codebook, folder: Path, advance: Callable
         if writer is not None:
             writer.close()
         advance(1)
-    return Assigned(_index(keys, prefixes, codebook), [float(left / max(length, 1e-30)) for left in left_L])
+    return AssignedCodes(_index(keys, prefixes, codebook), [float(left / max(length, 1e-30)) for left in left_L])
 
 
 def _index(keys: list[Int64Array], prefixes: list[Int64Array], codebook: Codebook) -> CodeIndex:

@@ -22,8 +22,8 @@ SPLITS = ("train", "test")
 
 
 @dataclass
-class Rewritten:
-    """What was met on the way."""
+class RewrittenSamples:
+    """The counts of rewritten samples."""
 
     files: int = 0
     groups: int = 0
@@ -33,7 +33,7 @@ class Rewritten:
 
 
 def code_columns(column: str, num_levels: int) -> dict[str, tuple[str, int]]:
-    """Names of the columns that an image column gets: the code of each level, and the prefixes of two codes and more.
+    """Name the columns that an image column gets: the code of each level, and prefixes of two codes and more.
 
     Each with what it is: ("level", 0) … or ("prefix", 2) …
     """
@@ -41,13 +41,13 @@ def code_columns(column: str, num_levels: int) -> dict[str, tuple[str, int]]:
     return names | {f"{column}_sid_prefix{length}": ("prefix", length) for length in range(2, num_levels + 1)}
 
 
-def rewrite(samples: str, folder: Path, columns: Iterable[str], index: CodeIndex) -> Rewritten:
-    """Writes every file of `samples`/SPLIT below `folder`, with `code_columns` of each of the image `columns` added.
+def rewrite(samples: str, folder: Path, columns: Iterable[str], index: CodeIndex) -> RewrittenSamples:
+    """Write every file of `samples`/SPLIT below `folder`, with `code_columns` of the image `columns` added.
 
     Images without a code get NO_CODE, and are counted. Raises SampleError for a column that is missing or no list of
     whole numbers, and where there is no file.
     """
-    storage, done, names = Storage(samples), Rewritten(), list(columns)
+    storage, done, names = Storage(samples), RewrittenSamples(), list(columns)
     for split in SPLITS:
         (folder / split).mkdir()
     for path in sample_files(samples):
@@ -56,7 +56,7 @@ def rewrite(samples: str, folder: Path, columns: Iterable[str], index: CodeIndex
 
 
 def sample_files(samples: str) -> list[str]:
-    """Paths of the files of samples. Raises SampleError where there is none."""
+    """List the files of samples. Raises SampleOptionError where there is none."""
     storage = Storage(samples)
     found = [f"{split}/{name}" for split in SPLITS for name in storage.list(split) if name.endswith(".parquet")]
     if not found:
@@ -67,7 +67,7 @@ def sample_files(samples: str) -> list[str]:
 
 
 def _rewrite_file(
-    storage: Storage, path: str, target: Path, columns: list[str], index: CodeIndex, done: Rewritten
+    storage: Storage, path: str, target: Path, columns: list[str], index: CodeIndex, done: RewrittenSamples
 ) -> None:
     writer: pq.ParquetWriter | None = None
     for read in _row_groups(storage, path):
@@ -89,7 +89,7 @@ def _row_groups(storage: Storage, path: str) -> Iterator[pa.Table]:
         raise SampleError(f"{storage.full(path)}: cannot be read: {error}") from error
 
 
-def _with_codes(table: pa.Table, column: str, index: CodeIndex, where: str, done: Rewritten) -> pa.Table:
+def _with_codes(table: pa.Table, column: str, index: CodeIndex, where: str, done: RewrittenSamples) -> pa.Table:
     if column not in table.column_names:
         raise SampleError(f"{where}: column {column!r} is missing; is it the schema of these samples?")
     array: Any = table.column(column).combine_chunks()

@@ -48,7 +48,7 @@ def write_code_schema(
 
 
 def _tables_beside(samples: str) -> dict[str, int]:
-    """Read the tables of the settings that are beside the samples already."""
+    """Read the tables of the settings that are with the samples already."""
     path = Path(samples) / SETTINGS_FILE
     if not path.is_file():
         return {}

@@ -1,4 +1,4 @@
-"""Where the vectors of images come from: a snapshot of a store, or a file of them; both in blocks, part by part.
+"""The vectors of images, from a snapshot of a store or a file of them; both in blocks, part by part.
 
 Letters of shapes: N rows, D feature width.
 """
@@ -20,7 +20,7 @@ from featurestore.storage.storage import Storage
 from featurestore.upkeep.recode import sample as sample_of_store
 from pipeline.errors import VectorImportError
 from pipeline.vectors import matrix, parquet
-from pipeline.vectors.source import Source, block_rows
+from pipeline.vectors.source import VectorSource, block_rows
 
 Float32Array = npt.NDArray[np.float32]
 Blocks = Iterator[tuple[Int64Array, Float32Array]]
@@ -54,13 +54,13 @@ class StoreVectors:
 
 @dataclass
 class FileVectors:
-    """A .npy matrix with its keys, or Parquet files; see pipeline.imports. A part is a slice of a file.
+    """A .npy matrix with its keys, or Parquet files; see pipeline.vectors. A part is a slice of a file.
 
     `origin`: of which run, checkpoint and snapshot jobs/export_embeddings.py made them; empty for other vectors.
     """
 
     address: str
-    source: Source
+    source: VectorSource
     origin: dict[str, Any] = field(default_factory=dict)
     unusable: dict[int, int] = field(default_factory=dict)  # rows left out, by part
 
@@ -77,7 +77,7 @@ class FileVectors:
         return {"vectors": self.address, "unusable_rows": sum(self.unusable.values()), **of}
 
     def sample(self, num_rows: int, seed: int) -> Float32Array:
-        """Those with the smallest hashes: reads everything once."""
+        """Draw those with the smallest hashes: reads everything once."""
         rank_N, kept_ND = np.empty(0, np.uint64), np.empty((0, self.dim), np.float32)
         for part in range(self.num_parts):
             for keys_N, vectors_ND in self.blocks(part):
@@ -101,7 +101,7 @@ Vectors = StoreVectors | FileVectors
 
 
 def open_file(address: str, keys: str | None) -> FileVectors:
-    """Vectors that another job exported. Raises VectorImportError."""
+    """Open vectors that another job exported. Raises VectorImportError."""
     if PurePosixPath(address).suffix == ".npy":
         if keys is None:
             raise VectorImportError(
@@ -112,7 +112,7 @@ def open_file(address: str, keys: str | None) -> FileVectors:
 
 
 def _origin_beside(address: str) -> dict[str, Any]:
-    """What stands in NAME.npy.json."""
+    """Read NAME.npy.json."""
     folder, slash, name = address.rpartition("/")
     try:
         return _mapping(Storage(folder or slash or ".").read_bytes(f"{name}.json"))
@@ -121,7 +121,7 @@ def _origin_beside(address: str) -> dict[str, Any]:
 
 
 def _origin_in(address: str) -> dict[str, Any]:
-    """What stands in the metadata of a Parquet file; of a folder nothing is known."""
+    """Read the metadata of a Parquet file; of a folder nothing is known."""
     folder, slash, name = address.rpartition("/")
     storage = Storage(folder or slash or ".")
     if not name.endswith(".parquet"):
@@ -131,7 +131,7 @@ def _origin_in(address: str) -> dict[str, Any]:
 
 
 def _mapping(text: bytes) -> dict[str, Any]:
-    """The JSON object; nothing where it is none: another program may use the same names."""
+    """Parse a JSON object; nothing where it is none: another program may use the same names."""
     try:
         found = json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Vectors into a store: plan, stage the units on Dask, compare them with each other, build shards, commit once.
+"""An import of vectors into a store: stage units on Dask, compare them with each other, build shards, commit.
 
 A killed run continues when the same command runs again on the same files and store.
 """
@@ -26,7 +26,7 @@ from pipeline.store_run import (
     run_id_of,
     wait_for_worker,
 )
-from pipeline.vectors.source import Slice, Source, block_rows, pack
+from pipeline.vectors.source import VectorSlice, VectorSource, block_rows, pack
 from pipeline.vectors.stage import (
     CHANGED,
     INDEX_DTYPE,
@@ -41,12 +41,12 @@ from pipeline.vectors.stage import (
 from pipeline.vectors.xdl import MAX_TORN_SHARE, WRONG_FILE
 
 BACKBONE = "imported"
-UNKNOWN = "unknown"  # what nobody said about the network
+UNKNOWN = "unknown"  # what is not known of the network
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """Where to, and how. `num_shards`, `name` and `dtype` count when the store is made; None: as the store has it."""
+    """Where to import, and how. `num_shards`, `name` and `dtype` count for a new store; None: as it has them."""
 
     store: str
     name: str | None = None
@@ -60,7 +60,7 @@ class ImportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportSummary:
-    """What an import did. Rows of the source are each one of duplicate, bad, new, changed and unchanged."""
+    """The counts of an import. Each row of the source is duplicate, bad, new, changed or unchanged."""
 
     num_rows: int
     num_new: int
@@ -96,7 +96,7 @@ class ImportSummary:
         return "\n".join(lines)
 
 
-def import_vectors(source: Source, options: ImportOptions, client: Client) -> ImportSummary:
+def import_vectors(source: VectorSource, options: ImportOptions, client: Client) -> ImportSummary:
     """Add and replace rows; at most one commit, and none when nothing has changed.
 
     A key that comes with different numbers, a row that is not finite, and all else that a format finds wrong goes to
@@ -147,7 +147,7 @@ def import_vectors(source: Source, options: ImportOptions, client: Client) -> Im
     )
 
 
-def _open_store(source: Source, options: ImportOptions) -> FeatureStore:
+def _open_store(source: VectorSource, options: ImportOptions) -> FeatureStore:
     """Open the store, or make it. Raises SpecMismatchError when it is of another origin, width or layout."""
     found = find_store(options.store)
     asked = {
@@ -180,7 +180,7 @@ def contested_keys(index: IndexArray) -> Int64Array:
 class ImportRun(StoreRun):
     """A StoreRun of vectors: the units of a source, each staged by one task."""
 
-    def __init__(self, client: Client, store: FeatureStore, source: Source, options: ImportOptions) -> None:
+    def __init__(self, client: Client, store: FeatureStore, source: VectorSource, options: ImportOptions) -> None:
         self._rows = options.part_size or block_rows(source.dim)
         self._units = {f"{number:06d}": slices for number, slices in enumerate(pack(source.slices, self._rows))}
         snapshot = store.snapshot()
@@ -212,7 +212,7 @@ class ImportRun(StoreRun):
         indexes = [load_index(self.store, self.run_id, unit) for unit in self._units]
         return np.concatenate([np.empty(0, INDEX_DTYPE), *indexes])
 
-    def _stage(self, units: dict[str, tuple[Slice, ...]], contested: Sequence[int]) -> dict[str, UnitReport]:
+    def _stage(self, units: dict[str, tuple[VectorSlice, ...]], contested: Sequence[int]) -> dict[str, UnitReport]:
         names = list(units)
         version = self.snapshot.version
         calls = [(self.store, version, self.run_id, name, units[name], self._rows, contested) for name in names]
@@ -231,7 +231,7 @@ class ImportRun(StoreRun):
         return reports
 
 
-def _check_bad(source: Source, bad: Sequence[BadRow], num_rows: int) -> None:
+def _check_bad(source: VectorSource, bad: Sequence[BadRow], num_rows: int) -> None:
     """Raise VectorImportError where so much is wrong that the rest cannot be right."""
     misplaced = sum(row.reason == WRONG_FILE for row in bad)
     if misplaced > max(1, MAX_TORN_SHARE * num_rows):

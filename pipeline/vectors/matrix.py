@@ -1,4 +1,4 @@
-"""A matrix in a .npy file, and its keys beside it: an int64 .npy or a text file with an id on each line.
+"""A matrix in a .npy file, and its keys in another: an int64 .npy or a text file with an id on each line.
 
 Letters of shapes: N rows, D feature width.
 """
@@ -17,13 +17,21 @@ from featurestore.spec import DType
 from featurestore.storage.storage import Storage
 from pipeline.errors import VectorImportError
 from pipeline.store_run import BadRow
-from pipeline.vectors.source import Block, Slice, Source, block_rows, find_files, fingerprint_of, uri_of_key
+from pipeline.vectors.source import (
+    VectorBlock,
+    VectorSlice,
+    VectorSource,
+    block_rows,
+    find_files,
+    fingerprint_of,
+    uri_of_key,
+)
 
 _CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
-class Array:
+class NpyArray:
     """The array of a .npy file."""
 
     url: str
@@ -33,7 +41,7 @@ class Array:
     offset: int  # bytes before the numbers
 
     def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
-        """Rows `start` to `stop`."""
+        """Read rows `start` to `stop`."""
         row_bytes = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
         with Storage(self.url).open_input(self.path) as file:
             file.seek(self.offset + start * row_bytes)
@@ -44,7 +52,7 @@ class Array:
 
 
 @dataclass(frozen=True)
-class Lines:
+class IdLines:
     """Some lines of a text file: bytes `start` to `stop`."""
 
     url: str
@@ -53,7 +61,7 @@ class Lines:
     stop: int
 
     def texts(self) -> list[str]:
-        """One for each line. Raises VectorImportError."""
+        """Read one text for each line. Raises VectorImportError."""
         with Storage(self.url).open_input(self.path) as file:
             file.seek(self.start)
             data = file.read(self.stop - self.start)
@@ -67,25 +75,25 @@ class Lines:
 class MatrixSlice:
     """Rows `start` to `stop` of a matrix with their keys."""
 
-    matrix: Array
-    keys: Array | Lines
+    matrix: NpyArray
+    keys: NpyArray | IdLines
     start: int
     stop: int
     dtype: DType | None  # of the numbers, where numpy has no such type
 
     @property
     def num_rows(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return self.stop - self.start
 
     @property
     def place(self) -> str:
-        """For messages."""
+        """Name of the place for messages."""
         return f"{self.matrix.path}, rows {self.start} to {self.stop}"
 
-    def read(self, block_rows: int) -> Iterator[Block]:
-        """The rows; those with an empty id are bad."""
-        uris = self.keys.texts() if isinstance(self.keys, Lines) else None
+    def read(self, block_rows: int) -> Iterator[VectorBlock]:
+        """Read the rows; those with an empty id are bad."""
+        uris = self.keys.texts() if isinstance(self.keys, IdLines) else None
         for first in range(self.start, self.stop, block_rows):
             last = min(first + block_rows, self.stop)
             stored_ND = self.matrix.rows(first, last)
@@ -93,12 +101,12 @@ class MatrixSlice:
             if uris is not None:
                 yield _named(self.matrix.path, first, uris[first - self.start : last - self.start], vectors_ND)
             else:
-                keys_N: Int64Array = cast("Array", self.keys).rows(first, last).astype(np.int64)
-                yield Block(keys_N, [uri_of_key(key) for key in keys_N.tolist()], vectors_ND)
+                keys_N: Int64Array = cast("NpyArray", self.keys).rows(first, last).astype(np.int64)
+                yield VectorBlock(keys_N, [uri_of_key(key) for key in keys_N.tolist()], vectors_ND)
 
 
-def plan(address: str, keys_address: str, dtype: DType | None) -> Source:
-    """A matrix and its keys, in slices of some megabytes; `dtype` bfloat16 for its bits in uint16.
+def plan(address: str, keys_address: str, dtype: DType | None) -> VectorSource:
+    """Cut a matrix and its keys into slices of some megabytes; `dtype` bfloat16 for its bits in uint16.
 
     Raises VectorImportError.
     """
@@ -116,24 +124,24 @@ def plan(address: str, keys_address: str, dtype: DType | None) -> Source:
         if array.dtype.kind not in "iu" or array.dtype == np.uint64:
             raise VectorImportError(f"{keys_address} holds {array.dtype}, not int64 keys")
         num_keys = array.shape[0]
-        keys: list[Array | Lines] = [array] * len(starts)
+        keys: list[NpyArray | IdLines] = [array] * len(starts)
     else:
         lines, num_keys, keys_fingerprint = _scan_lines(keys_address, rows)
         keys = list(lines)
     if num_keys != matrix.shape[0]:
         raise VectorImportError(f"{keys_address} has {num_keys:,} keys and {address} {matrix.shape[0]:,} rows")
-    slices: list[Slice] = [
+    slices: list[VectorSlice] = [
         MatrixSlice(matrix, part, start, min(start + rows, num_keys), dtype)
         for start, part in zip(starts, keys, strict=True)
     ]
-    return Source(matrix.shape[1], tuple(slices), f"{fingerprint} {keys_fingerprint} {dtype}")
+    return VectorSource(matrix.shape[1], tuple(slices), f"{fingerprint} {keys_fingerprint} {dtype}")
 
 
-def _named(path: str, first: int, uris: list[str], vectors_ND: npt.NDArray[np.float32]) -> Block:
+def _named(path: str, first: int, uris: list[str], vectors_ND: npt.NDArray[np.float32]) -> VectorBlock:
     named_N = np.array([uri != "" for uri in uris], np.bool_)
     bad = tuple(BadRow.at(path, first + int(row), "empty id") for row in np.flatnonzero(~named_N))
     uris = [uri for uri in uris if uri]
-    return Block(keys_of_uris(uris), uris, vectors_ND[named_N], bad)
+    return VectorBlock(keys_of_uris(uris), uris, vectors_ND[named_N], bad)
 
 
 def _single(values_ND: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
@@ -141,7 +149,7 @@ def _single(values_ND: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         return values_ND.astype(np.float32)
 
 
-def _open_array(address: str, num_dimensions: int) -> tuple[Array, str]:
+def _open_array(address: str, num_dimensions: int) -> tuple[NpyArray, str]:
     storage, entries = find_files(address)
     path = entries[0].path
     with storage.open_input(path) as file:
@@ -153,11 +161,11 @@ def _open_array(address: str, num_dimensions: int) -> tuple[Array, str]:
     if len(shape) != num_dimensions or dtype.hasobject or 0 in shape:
         raise VectorImportError(f"{address} holds {dtype} {shape}, not {num_dimensions} dimension(s) of numbers")
     if is_fortran and num_dimensions > 1:
-        raise VectorImportError(f"{address} lies in memory column by column: save numpy.ascontiguousarray of it")
+        raise VectorImportError(f"{address} is stored column by column: save numpy.ascontiguousarray of it")
     size = offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
     if entries[0].size_bytes != size:
         raise VectorImportError(f"{address} is truncated: {entries[0].size_bytes:,} bytes instead of {size:,}")
-    return Array(storage.url, path, dtype, shape, offset), fingerprint_of(storage, entries)
+    return NpyArray(storage.url, path, dtype, shape, offset), fingerprint_of(storage, entries)
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -169,8 +177,8 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
     raise ValueError(f"format {version} is for arrays of records")
 
 
-def _scan_lines(address: str, rows: int) -> tuple[list[Lines], int, str]:
-    """Where each `rows` lines begin and end, and how many lines there are."""
+def _scan_lines(address: str, rows: int) -> tuple[list[IdLines], int, str]:
+    """Find where each `rows` lines begin and end, and count the lines."""
     storage, entries = find_files(address)
     path, size = entries[0].path, entries[0].size_bytes
     bounds, num_lines, position, last = [0], 0, 0, b"\n"
@@ -185,5 +193,5 @@ def _scan_lines(address: str, rows: int) -> tuple[list[Lines], int, str]:
     num_lines += last != b"\n"  # a last line without its end
     if bounds[-1] != size:
         bounds.append(size)
-    lines = [Lines(storage.url, path, start, stop) for start, stop in pairwise(bounds)]
+    lines = [IdLines(storage.url, path, start, stop) for start, stop in pairwise(bounds)]
     return lines, num_lines, fingerprint_of(storage, entries)

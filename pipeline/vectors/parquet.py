@@ -20,15 +20,23 @@ from featurestore.spec import STORAGE_DTYPES, DType
 from featurestore.storage.storage import Storage
 from pipeline.errors import VectorImportError
 from pipeline.store_run import BadRow
-from pipeline.vectors.source import Block, Slice, Source, block_rows, find_files, fingerprint_of, uri_of_key
+from pipeline.vectors.source import (
+    VectorBlock,
+    VectorSlice,
+    VectorSource,
+    block_rows,
+    find_files,
+    fingerprint_of,
+    uri_of_key,
+)
 
 FLOATS: tuple[DType, ...] = ("bfloat16", "float16", "float32")
 FOOTER_THREADS = 16  # waiting for answers, not computing
 
 
 @dataclass(frozen=True)
-class Columns:
-    """How one file names and types what is needed."""
+class ParquetColumns:
+    """The columns of one file: names and types of what is needed."""
 
     key: str
     is_text: bool
@@ -44,7 +52,7 @@ class ParquetSlice:
 
     url: str
     path: str
-    columns: Columns
+    columns: ParquetColumns
     groups: tuple[int, ...]
     first_row: int
     num_rows: int
@@ -52,11 +60,11 @@ class ParquetSlice:
 
     @property
     def place(self) -> str:
-        """For messages."""
+        """Name of the place for messages."""
         return f"{self.path}, rows {self.first_row} to {self.first_row + self.num_rows}"
 
-    def read(self, block_rows: int) -> Iterator[Block]:
-        """The rows; those without key or feature, or of another width, are bad."""
+    def read(self, block_rows: int) -> Iterator[VectorBlock]:
+        """Read the rows; those without key or feature, or of another width, are bad."""
         wanted = [self.columns.key, self.columns.feature, *([self.columns.uri] if self.columns.uri else [])]
         first = self.first_row
         try:
@@ -67,7 +75,7 @@ class ParquetSlice:
         except (pa.ArrowException, OSError) as error:
             raise VectorImportError(f"{self.path} cannot be read: {error}") from error
 
-    def _block(self, batch: pa.RecordBatch, first: int) -> Block:
+    def _block(self, batch: pa.RecordBatch, first: int) -> VectorBlock:
         reasons_N = np.full(len(batch), "", object)
         vectors_ND = _vectors(batch.column(self.columns.feature), self.columns.dtype, self.dim, reasons_N)
         has_vector_N = reasons_N == ""
@@ -79,10 +87,10 @@ class ParquetSlice:
             bad.append(BadRow(*name, reason) if name else BadRow.at(self.path, first + row, reason))
         good = [name for name, has_vector in zip(names, has_vector_N, strict=True) if name and has_vector]
         keys_N = np.array([key for key, _ in good], np.int64)
-        return Block(keys_N, [uri for _, uri in good], vectors_ND[has_name_N[has_vector_N]], tuple(bad))
+        return VectorBlock(keys_N, [uri for _, uri in good], vectors_ND[has_name_N[has_vector_N]], tuple(bad))
 
     def _names(self, batch: pa.RecordBatch) -> list[tuple[int, str] | None]:
-        """Key and uri of each row; None where one is missing."""
+        """Read key and uri of each row; None where one is missing."""
         keys: list[Any] = batch.column(self.columns.key).to_pylist()
         if self.columns.is_text:
             keys, texts = [key_of_uri(text) if text else None for text in keys], keys
@@ -92,8 +100,8 @@ class ParquetSlice:
         return [(key, uri) if key is not None and uri else None for key, uri in zip(keys, uris, strict=True)]
 
 
-def plan(address: str, dim: int | None, dtype: DType | None, feature: str | None) -> Source:
-    """The file or folder, in slices of row groups. `dtype` is that of binary features, `dim` that of lists.
+def plan(address: str, dim: int | None, dtype: DType | None, feature: str | None) -> VectorSource:
+    """Cut the file or folder into slices of row groups; `dtype` is that of binary features, `dim` of lists.
 
     Raises VectorImportError.
     """
@@ -105,11 +113,11 @@ def plan(address: str, dim: int | None, dtype: DType | None, feature: str | None
     if len(widths) > 1:
         raise VectorImportError(f"{address} has features of different widths: {sorted(widths)}")
     width = widths.pop() if widths else _first_width(storage, [entry.path for entry in entries], columns)
-    slices: list[Slice] = []
+    slices: list[VectorSlice] = []
     for entry, each, (_, counts) in zip(entries, columns, footers, strict=True):
         slices += _slices(storage.url, entry.path, each, counts, width)
     fingerprint = f"{fingerprint_of(storage, entries)} {feature} {dtype}"
-    return Source(width, tuple(slices), fingerprint)
+    return VectorSource(width, tuple(slices), fingerprint)
 
 
 def _footer(storage: Storage, path: str) -> tuple[pa.Schema, list[int]]:
@@ -121,8 +129,8 @@ def _footer(storage: Storage, path: str) -> tuple[pa.Schema, list[int]]:
         raise VectorImportError(f"{storage.full(path)} is no Parquet file that can be read: {error}") from error
 
 
-def _slices(url: str, path: str, columns: Columns, counts: list[int], dim: int) -> list[Slice]:
-    slices: list[Slice] = []
+def _slices(url: str, path: str, columns: ParquetColumns, counts: list[int], dim: int) -> list[VectorSlice]:
+    slices: list[VectorSlice] = []
     groups: list[int] = []
     first, rows = 0, 0
     for group, count in enumerate(counts):
@@ -134,7 +142,7 @@ def _slices(url: str, path: str, columns: Columns, counts: list[int], dim: int) 
     return slices
 
 
-def _columns(schema: pa.Schema, path: str, feature: str | None, dtype: DType | None) -> Columns:
+def _columns(schema: pa.Schema, path: str, feature: str | None, dtype: DType | None) -> ParquetColumns:
     names = schema.names
     key = next((name for name in ("key", "id") if name in names), None)
     if key is None:
@@ -152,7 +160,7 @@ def _columns(schema: pa.Schema, path: str, feature: str | None, dtype: DType | N
     if feature not in names or not _is_vector(schema.field(feature).type):
         raise VectorImportError(f"{path} has no column {feature!r} of lists of numbers or fixed-size binary")
     width, dtype = _width(schema.field(feature), path, dtype)
-    return Columns(key, is_text, uri, feature, dtype, width)
+    return ParquetColumns(key, is_text, uri, feature, dtype, width)
 
 
 def _width(field: "pa.Field[Any]", path: str, dtype: DType | None) -> tuple[int | None, DType | None]:
@@ -170,8 +178,8 @@ def _width(field: "pa.Field[Any]", path: str, dtype: DType | None) -> tuple[int 
     return kind.byte_width // itemsize, named
 
 
-def _first_width(storage: Storage, paths: list[str], columns: list[Columns]) -> int:
-    """The length of the first list that there is."""
+def _first_width(storage: Storage, paths: list[str], columns: list[ParquetColumns]) -> int:
+    """Measure the first list that there is."""
     for path, each in zip(paths, columns, strict=True):
         with pq.ParquetFile(storage.open_input(path)) as file:
             for batch in file.iter_batches(64, columns=[each.feature]):
@@ -182,7 +190,7 @@ def _first_width(storage: Storage, paths: list[str], columns: list[Columns]) -> 
 
 
 def _vectors(column: Any, dtype: DType | None, dim: int, reasons_N: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """The rows that have `dim` numbers, float32 (N, D); `reasons_N` says of every other row why not."""
+    """Read the rows that have `dim` numbers, float32 (N, D); `reasons_N` gets why another row has not."""
     column = getattr(column, "storage", column)
     valid = np.asarray(column.is_valid())
     reasons_N[~valid] = "no feature"

@@ -1,4 +1,4 @@
-"""What every format of vectors gives: slices that a worker reads alone, and blocks of rows out of them.
+"""What every format of vectors provides: slices that a worker reads alone, and blocks of rows out of them.
 
 Letters of shapes: N rows of a block, D feature width.
 """
@@ -21,7 +21,7 @@ BLOCK_BYTES = 32 << 20  # of float32: what a task holds a few times
 
 
 @dataclass(frozen=True)
-class Block:
+class VectorBlock:
     """Rows as a format gives them: values may still be NaN or infinite, keys may repeat."""
 
     keys_N: Int64Array
@@ -33,37 +33,37 @@ class Block:
         return len(self.keys_N)
 
 
-class Slice(Protocol):
-    """Some rows of one file. Pickles as where they are."""
+class VectorSlice(Protocol):
+    """Some rows of one file, which pickle as their place."""
 
     @property
     def num_rows(self) -> int:
-        """Rows, bad ones included."""
+        """Number of rows, bad ones included."""
 
     @property
     def place(self) -> str:
-        """For messages."""
+        """Name of the place for messages."""
 
-    def read(self, block_rows: int) -> Iterator[Block]:
-        """The rows in their order, about `block_rows` at a time. Raises VectorImportError, StorageError."""
+    def read(self, block_rows: int) -> Iterator[VectorBlock]:
+        """Read the rows in their order, about `block_rows` at a time. Raises VectorImportError, StorageError."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """What is to be imported."""
+class VectorSource:
+    """The vectors to import: their slices, and their width."""
 
     dim: int
-    slices: tuple[Slice, ...]
+    slices: tuple[VectorSlice, ...]
     fingerprint: str  # changes when a file does
 
 
 def uri_of_key(key: int) -> str:
-    """The uri of a row that came with an int64 key alone."""
+    """Name a row that came with an int64 key alone."""
     return f"key:{key}"
 
 
 def find_files(address: str, suffix: str = "", what: str = "vectors") -> tuple[Storage, list[StorageEntry]]:
-    """The file at `address`, or the files below it whose names end with `suffix`, and the storage of their paths.
+    """Find the file at `address`, or those below it that end with `suffix`, and the storage of their paths.
 
     Hidden files are left out. Raises VectorImportError where there is none.
     """
@@ -86,19 +86,19 @@ def find_files(address: str, suffix: str = "", what: str = "vectors") -> tuple[S
 
 
 def fingerprint_of(storage: Storage, entries: Iterable[StorageEntry]) -> str:
-    """Changes when a file of the import does."""
+    """Write what changes when a file of the import does."""
     return f"{storage.url} " + " ".join(f"{entry.path}:{entry.size_bytes}:{entry.mtime_s}" for entry in entries)
 
 
 def block_rows(dim: int) -> int:
-    """Rows of a block of BLOCK_BYTES."""
+    """Count the rows of a block of BLOCK_BYTES."""
     return max(1, BLOCK_BYTES // (4 * dim))
 
 
-def pack(slices: Iterable[Slice], rows: int) -> list[tuple[Slice, ...]]:
-    """Slices one after the other, in groups of about `rows` rows."""
-    packed: list[tuple[Slice, ...]] = []
-    current: list[Slice] = []
+def pack(slices: Iterable[VectorSlice], rows: int) -> list[tuple[VectorSlice, ...]]:
+    """Group slices one after the other, about `rows` rows each."""
+    packed: list[tuple[VectorSlice, ...]] = []
+    current: list[VectorSlice] = []
     count = 0
     for piece in slices:
         if current and count + piece.num_rows > rows:
@@ -109,9 +109,9 @@ def pack(slices: Iterable[Slice], rows: int) -> list[tuple[Slice, ...]]:
     return [*packed, tuple(current)] if current else packed
 
 
-def gathered(blocks: Iterable[Block], rows: int) -> Iterator[Block]:
-    """The same rows in blocks of at least `rows` rows, but for the last; and one block where there are no rows."""
-    waiting: list[Block] = []
+def gathered(blocks: Iterable[VectorBlock], rows: int) -> Iterator[VectorBlock]:
+    """Join the rows in blocks of at least `rows`, but for the last; one block where there are no rows."""
+    waiting: list[VectorBlock] = []
     num_blocks = 0
     for block in blocks:
         waiting.append(block)
@@ -123,12 +123,12 @@ def gathered(blocks: Iterable[Block], rows: int) -> Iterator[Block]:
         yield _joined(waiting)
 
 
-def _joined(blocks: list[Block]) -> Block:
+def _joined(blocks: list[VectorBlock]) -> VectorBlock:
     if len(blocks) == 1:
         return blocks[0]
     if not blocks:
-        return Block(np.empty(0, np.int64), [], np.empty((0, 0), np.float32))
-    return Block(
+        return VectorBlock(np.empty(0, np.int64), [], np.empty((0, 0), np.float32))
+    return VectorBlock(
         np.concatenate([block.keys_N for block in blocks]),
         [uri for block in blocks for uri in block.uris],
         np.concatenate([block.vectors_ND for block in blocks]),

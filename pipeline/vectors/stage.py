@@ -1,6 +1,6 @@
 """The work on one unit of an import, inside a Dask worker: read, encode, compare with the store, stage.
 
-Rows that the store has with the same numbers are not staged. What was seen stands in an index beside the parts, with a
+Rows that the store has with the same numbers are not staged. What was seen is in an index with the parts, with a
 digest of each row's numbers, so that the job can compare all units with each other.
 
 Letters of shapes: N rows, M rows of the store, D feature width.
@@ -24,7 +24,7 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.text.parsing import parse_json
 from pipeline.store_run import BadRow
-from pipeline.vectors.source import Block, Slice, gathered
+from pipeline.vectors.source import VectorBlock, VectorSlice, gathered
 
 NEW, CHANGED, UNCHANGED = 0, 1, 2
 INDEX_DTYPE = np.dtype([("key", "<i8"), ("low", "<u8"), ("high", "<u8"), ("state", "u1")])
@@ -36,7 +36,7 @@ IndexArray = npt.NDArray[np.void]
 
 @dataclass(frozen=True)
 class UnitReport:
-    """What became of the rows of a unit; its file is the last that is written, and makes the unit complete."""
+    """The outcome for the rows of a unit; its file is written last, and makes the unit complete."""
 
     parts: tuple[str, ...]
     num_rows: int  # bad ones included
@@ -44,13 +44,13 @@ class UnitReport:
 
     @classmethod
     def load(cls, store: FeatureStore, run_id: str, unit: str) -> "UnitReport":
-        """The report of a complete unit."""
+        """Load the report of a complete unit."""
         fields = parse_json(store.storage.read_bytes(_path(run_id, unit, _REPORT)))
         return cls(tuple(fields["parts"]), fields["num_rows"], tuple(BadRow(*bad) for bad in fields["bad"]))
 
 
 def complete_units(storage: Storage, run_id: str) -> set[str]:
-    """The names of units that an earlier run has staged whole."""
+    """Name the units that an earlier run has staged whole."""
     names = storage.list(f"staging/{run_id}")
     return {name.removesuffix(_REPORT) for name in names if name.endswith(_REPORT)}
 
@@ -60,13 +60,13 @@ def stage_unit(
     version: int,
     run_id: str,
     unit: str,
-    slices: Sequence[Slice],
+    slices: Sequence[VectorSlice],
     rows: int,
     contested: Sequence[int] = (),
 ) -> UnitReport:
     """Stage what `slices` have that snapshot `version` has not, in parts of about `rows` rows.
 
-    Rows with `contested` keys are bad, but stand in the index: whoever looks at that again finds them again. Raises
+    Rows with `contested` keys are bad, but are in the index, where they are found again. Raises
     VectorImportError, StorageError.
     """
     stored = stored_index(store, version)
@@ -98,13 +98,13 @@ def stage_unit(
 
 
 def load_index(store: FeatureStore, run_id: str, unit: str) -> IndexArray:
-    """Keys, digests and states of the good rows of a complete unit, in their order."""
+    """Load keys, digests and states of the good rows of a complete unit, in their order."""
     index: IndexArray = np.load(io.BytesIO(store.storage.read_bytes(_path(run_id, unit, _INDEX))), allow_pickle=False)
     return index
 
 
 def stored_index(store: FeatureStore, version: int) -> IndexArray:
-    """Keys and digests of the rows of a snapshot, by key; 25 bytes a row, kept until another one is asked for."""
+    """Load keys and digests of the rows of a snapshot, by key; 25 bytes a row, kept until another is asked for."""
     commit_id = store.snapshot(version).manifest.commit_id  # another one in a store made anew at the same address
     return _stored_index(store.url, version, store.info.store_id, commit_id)
 
@@ -124,7 +124,7 @@ def _stored_index(url: str, version: int, store_id: str, commit_id: str) -> Inde
     return whole[np.argsort(whole["key"])]
 
 
-def _index(block: Block, stored: IndexArray) -> IndexArray:
+def _index(block: VectorBlock, stored: IndexArray) -> IndexArray:
     index_N = np.zeros(len(block), INDEX_DTYPE)
     index_N["key"] = block.keys_N
     vectors_ND = np.ascontiguousarray(block.vectors_ND, "<f4")
@@ -140,7 +140,7 @@ def _index(block: Block, stored: IndexArray) -> IndexArray:
     return index_N
 
 
-def _rows(block: Block, bits_ND: npt.NDArray[Any], index_N: IndexArray) -> FeatureRows:
+def _rows(block: VectorBlock, bits_ND: npt.NDArray[Any], index_N: IndexArray) -> FeatureRows:
     digests: Int64Array = np.stack([index_N["low"], index_N["high"]], axis=1)
     data = np.ascontiguousarray(digests, "<u8").tobytes()
     return FeatureRows.of(

@@ -1,6 +1,6 @@
 """The XDL framework's binary files: data.0 to data.1023, records of a little-endian int64 key and D float32.
 
-Key k stands in file k modulo 1024. Letters of shapes: N records, D feature width.
+Key k is in file k modulo 1024. Letters of shapes: N records, D feature width.
 """
 
 import re
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from featurestore.storage.storage import Storage
 from pipeline.errors import VectorImportError, VectorsNotFoundError
 from pipeline.store_run import BadRow
-from pipeline.vectors.source import Block, Source, block_rows, find_files, fingerprint_of, uri_of_key
+from pipeline.vectors.source import VectorBlock, VectorSource, block_rows, find_files, fingerprint_of, uri_of_key
 
 NUM_FILES = 1024
 DEFAULT_DIM = 4096
@@ -38,16 +38,16 @@ class XdlSlice:
 
     @property
     def num_rows(self) -> int:
-        """Records, the torn one included."""
+        """Number of records, the torn one included."""
         return self.stop - self.start + (self.torn_bytes > 0)
 
     @property
     def place(self) -> str:
-        """For messages."""
+        """Name of the place for messages."""
         return f"{self.path}, records {self.start} to {self.stop}"
 
-    def read(self, block_rows: int) -> Iterator[Block]:
-        """The records, those of other files reported as bad."""
+    def read(self, block_rows: int) -> Iterator[VectorBlock]:
+        """Read the records; those of other files are bad."""
         record = record_dtype(self.dim)
         with Storage(self.url).open_input(self.path) as file:
             file.seek(self.start * record.itemsize)
@@ -59,29 +59,29 @@ class XdlSlice:
                 yield self._block(np.frombuffer(data, record))
             if self.torn_bytes:
                 bad = (BadRow.at(self.path, self.stop, TRUNCATED),)
-                yield Block(np.empty(0, np.int64), [], np.empty((0, self.dim), np.float32), bad)
+                yield VectorBlock(np.empty(0, np.int64), [], np.empty((0, self.dim), np.float32), bad)
 
-    def _block(self, records_N: npt.NDArray[np.void]) -> Block:
+    def _block(self, records_N: npt.NDArray[np.void]) -> VectorBlock:
         keys_N = records_N["key"].astype(np.int64)
         fits_N = (keys_N & (NUM_FILES - 1)) == self.number
         bad = tuple(BadRow(key, uri_of_key(key), WRONG_FILE) for key in keys_N[~fits_N].tolist())
         keys_N = keys_N[fits_N]
         vectors_ND = records_N["vector"][fits_N].astype(np.float32)
-        return Block(keys_N, [uri_of_key(key) for key in keys_N.tolist()], vectors_ND, bad)
+        return VectorBlock(keys_N, [uri_of_key(key) for key in keys_N.tolist()], vectors_ND, bad)
 
 
 def record_dtype(dim: int) -> np.dtype[np.void]:
-    """One record."""
+    """Give the type of one record."""
     return np.dtype([("key", "<i8"), ("vector", "<f4", (dim,))])
 
 
 def looks_like(address: str) -> bool:
-    """Whether there are such files."""
+    """Tell whether there are such files."""
     return any(NAME.fullmatch(entry.path) for entry in find_files(address)[1])
 
 
-def plan(address: str, dim: int | None) -> Source:
-    """The folder of files, in slices of some megabytes. Raises VectorImportError."""
+def plan(address: str, dim: int | None) -> VectorSource:
+    """Cut the folder of files into slices of some megabytes. Raises VectorImportError."""
     dim = dim or DEFAULT_DIM
     storage, entries = find_files(address)
     record_bytes = record_dtype(dim).itemsize
@@ -111,7 +111,7 @@ def plan(address: str, dim: int | None) -> Source:
             f" (a key and {dim} float32): is --dim {dim} right?"
         )
     _probe([piece for piece in slices if piece.start == 0][:PROBED_FILES], dim)
-    return Source(dim, tuple(slices), fingerprint_of(storage, used))
+    return VectorSource(dim, tuple(slices), fingerprint_of(storage, used))
 
 
 def _probe(slices: Sequence[XdlSlice], dim: int) -> None:

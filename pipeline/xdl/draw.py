@@ -13,7 +13,7 @@ import numpy as np
 
 from featurestore.console.files import write_json
 from pipeline.samples.publish import MARK, replaced_folder
-from pipeline.xdl.line import Line, Tokens, format_line
+from pipeline.xdl.line import Tokens, XdlLine, format_line
 
 TEXT_FILE, IMAGE_FOLDER = "data.txt", "imgs"
 _BLOCK_NUMBERS = 1 << 22
@@ -33,7 +33,7 @@ class DrawOptions:
 
 
 def draw(options: DrawOptions, target: Path, advance: Callable[[int], None] = lambda rows: None) -> None:
-    """Writes data.txt and imgs/data.0 to data.1023 below `target`, which appears as a whole.
+    """Draw data.txt and imgs/data.0 to data.1023 below `target`, which appears as a whole.
 
     Equal options give equal bytes. Raises SampleError where the folder holds anything else, or cannot be written.
     """
@@ -56,8 +56,8 @@ def draw(options: DrawOptions, target: Path, advance: Callable[[int], None] = la
         write_json(folder / MARK, asdict(options))
 
 
-def draw_lines(options: DrawOptions) -> Iterator[Line]:
-    """The text samples."""
+def draw_lines(options: DrawOptions) -> Iterator[XdlLine]:
+    """Draw the text samples."""
     random = np.random.default_rng([options.seed, 0])
 
     def sparse(most: int) -> Tokens:
@@ -68,4 +68,4 @@ def draw_lines(options: DrawOptions) -> Iterator[Line]:
         user = {f"user{field}": sparse(4) for field in range(4)} | {"user_img": sparse(options.max_behaviors)}
         ad = {f"ad{field}": [f"{random.random():f}"] for field in range(4)} | {"ad_img": sparse(1)}
         label = [f"{random.random():f}"]
-        yield Line(f"skey{number}", f"gkey{number}", user, ad, label, str(options.timestamp))
+        yield XdlLine(f"skey{number}", f"gkey{number}", user, ad, label, str(options.timestamp))

@@ -1,4 +1,4 @@
-"""Sample groups back to XDL's text samples, one line an impression."""
+"""An export of sample groups as XDL's text samples, one line an impression."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
@@ -12,7 +12,7 @@ from featurestore.errors import StorageError
 from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.xdl.fields import WEIGHT_SUFFIX
-from pipeline.xdl.line import Line, Part, format_ids, format_line, format_number
+from pipeline.xdl.line import Part, XdlLine, format_ids, format_line, format_number
 from trainer.schema import Field, Schema
 
 _RESERVED_IN_NAMES = "|;@,:"
@@ -54,14 +54,14 @@ def _columns(schema: Schema) -> Columns:
     return [(name, field, weights.get(name, name + WEIGHT_SUFFIX)) for name, field in first.items()]
 
 
-def _lines(group: Mapping[str, Any], schema: Schema, columns: Columns, first: int) -> Iterator[Line]:
-    """The lines of one row of the samples; `first` numbers those that have no key of their own."""
+def _lines(group: Mapping[str, Any], schema: Schema, columns: Columns, first: int) -> Iterator[XdlLine]:
+    """Make the lines of one row of the samples; `first` numbers those that have no key of their own."""
     gkey, labels = str(group.get("gkey", group[schema.group])), group[schema.label]
     user = _part(group, columns, "user", None)
     times = group.get("ad_timestamp") or [group.get("timestamp") or 0] * len(labels)
     for index, label in enumerate(labels):
         skey = group["skey"][index] if "skey" in group else f"sample{first + index}"
-        yield Line(skey, gkey, user, _part(group, columns, "ad", index), [str(label)], str(times[index]))
+        yield XdlLine(skey, gkey, user, _part(group, columns, "ad", index), [str(label)], str(times[index]))
 
 
 def _part(group: Mapping[str, Any], columns: Columns, side: str, index: int | None) -> Part:

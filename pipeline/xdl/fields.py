@@ -1,4 +1,4 @@
-"""Which fields XDL's text samples have, and of what kind: seen in all lines, then decided once for all files."""
+"""The fields of XDL's text samples and their kinds: seen in all lines, then decided once for all files."""
 
 import re
 from collections import Counter
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.errors import SampleError
-from pipeline.xdl.line import WEIGHT, BadLineError, Line, Tokens, read_ids
+from pipeline.xdl.line import WEIGHT, BadLineError, Tokens, XdlLine, read_ids
 from trainer.schema.distinct import DistinctCount
 
 PartName = Literal["user", "ad"]
@@ -29,7 +29,7 @@ class XdlField:
     column: str
     num_ids: int  # different ones, roughly
     max_ids: int  # of one line
-    is_weighted: bool = False  # some id has a weight beside 1
+    is_weighted: bool = False  # some id has another weight than 1
 
     @property
     def is_dense(self) -> bool:
@@ -37,13 +37,13 @@ class XdlField:
 
 
 @dataclass
-class Seen:
-    """What the lines have of one field."""
+class SeenField:
+    """The values of one field in all lines, counted."""
 
     sparse: int = 0  # lines with id:weight
     whole: int = 0  # lines of plain whole numbers
     other: int = 0  # lines of other plain numbers, or of what is none
-    weighted: int = 0  # lines with a weight beside 1
+    weighted: int = 0  # lines with another weight than 1
     lengths: Counter[int] = field(default_factory=Counter)
     distinct: DistinctCount = field(default_factory=DistinctCount)
     _ids: list[int] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Seen:
         return self.lengths.total()
 
     def add(self, tokens: Tokens) -> None:
-        """One line's values."""
+        """Add one line's values."""
         self.lengths[len(tokens)] += 1
         if any(WEIGHT in token for token in tokens):
             self.sparse += 1
@@ -65,7 +65,7 @@ class Seen:
         try:
             ids, weights = read_ids("", tokens)
         except BadLineError:
-            return  # the line is told of when it is read for good
+            return  # the line is reported when it is read again
         self.weighted += any(weight != 1 for weight in weights)
         self._ids += ids
         if len(self._ids) >= _BUFFER:
@@ -76,7 +76,7 @@ class Seen:
         self.distinct = self.distinct.with_values(self._ids)
         self._ids = []
 
-    def merge(self, other: "Seen") -> None:
+    def merge(self, other: "SeenField") -> None:
         """Add what another file has."""
         self.sparse += other.sparse
         self.whole += other.whole
@@ -86,37 +86,37 @@ class Seen:
         self.distinct = self.distinct.merged(other.distinct)
 
 
-SeenFields = dict[tuple[PartName, str], Seen]
+SeenFields = dict[tuple[PartName, str], SeenField]
 
 
-def scan(lines: Iterable[Line]) -> tuple[int, SeenFields]:
-    """Lines, and what they have of every field, in the order of first sight."""
+def scan(lines: Iterable[XdlLine]) -> tuple[int, SeenFields]:
+    """Count lines, and what they have of every field, in the order of first sight."""
     seen: SeenFields = {}
     count = 0
     for line in lines:
         count += 1
         for name, tokens in line.user.items():
-            seen.setdefault(("user", name), Seen()).add(tokens)
+            seen.setdefault(("user", name), SeenField()).add(tokens)
         for name, tokens in line.ad.items():
-            seen.setdefault(("ad", name), Seen()).add(tokens)
+            seen.setdefault(("ad", name), SeenField()).add(tokens)
     for each in seen.values():
         each.settle()
     return count, seen
 
 
 def merged(parts: Iterable[SeenFields]) -> SeenFields:
-    """The fields of all files."""
+    """Merge the fields of all files."""
     total: SeenFields = {}
     for part in parts:
         for key, seen in part.items():
-            total.setdefault(key, Seen()).merge(seen)
+            total.setdefault(key, SeenField()).merge(seen)
     return total
 
 
 def decide(
     seen: SeenFields, num_lines: int, images: Sequence[str], sparse: Sequence[str] = (), dense: Sequence[str] = ()
 ) -> list[XdlField]:
-    """The kind of every field; `images`, `sparse` and `dense` are names for which a person has decided.
+    """Decide the kind of every field; for `images`, `sparse` and `dense`, names, a person has decided.
 
     A field is sparse where most of its lines have weights; plain whole numbers are ids in the user part, which XDL
     takes for sparse, and dense values in the ad part. Raises SampleError for names that no line has, and for samples
@@ -147,7 +147,7 @@ def decide(
     return fields
 
 
-def _looks_sparse(part: PartName, seen: Seen) -> bool:
+def _looks_sparse(part: PartName, seen: SeenField) -> bool:
     if not max(seen.lengths):
         return True  # without any value it is an empty list
     if part == "user":
@@ -156,7 +156,7 @@ def _looks_sparse(part: PartName, seen: Seen) -> bool:
 
 
 def _columns(keys: Sequence[tuple[PartName, str]]) -> dict[tuple[PartName, str], str]:
-    """A column's name for each field: its own, with the part before it where that is taken."""
+    """Name a column for each field: its own name, with the part before it where that is taken."""
     count = Counter(name for _, name in keys)
     taken = {*RESERVED, *(f"{name}{WEIGHT_SUFFIX}" for _, name in keys)}
     columns = {(part, name): f"{part}_{name}" if count[name] > 1 or name in taken else name for part, name in keys}

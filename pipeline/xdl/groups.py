@@ -12,16 +12,16 @@ import pyarrow as pa
 
 from featurestore.keys import key_of_uri
 from pipeline.xdl.fields import WEIGHT_SUFFIX, XdlField
-from pipeline.xdl.line import BadLineError, Line, Part, Tokens, read_ids, read_int, read_number, read_numbers
+from pipeline.xdl.line import BadLineError, Part, Tokens, XdlLine, read_ids, read_int, read_number, read_numbers
 
 Weights = Literal["refuse", "drop", "keep"]
 
 
 @dataclass(frozen=True)
 class ReadRules:
-    """How lines are read.
+    """The rules by which lines are read.
 
-    `weights`: of sparse ids beside 1: keep them in columns of their own, drop them, or refuse such lines.
+    `weights`: of sparse ids, other than 1: keep them in columns of their own, drop them, or refuse such lines.
     """
 
     fields: tuple[XdlField, ...]
@@ -42,7 +42,7 @@ class ReadRules:
 
 
 @dataclass(frozen=True)
-class Sample:
+class XdlSample:
     """One line, read: values by column."""
 
     skey: str
@@ -54,40 +54,40 @@ class Sample:
 
 
 @dataclass
-class Group:
+class XdlGroup:
     """Neighbouring lines with one group key and equal user fields."""
 
     gkey: str
     user: dict[str, Any]
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[XdlSample] = field(default_factory=list)
 
 
-def read_sample(line: Line, rules: ReadRules) -> Sample:
-    """The line's values as the columns want them. Raises BadLineError."""
+def read_sample(line: XdlLine, rules: ReadRules) -> XdlSample:
+    """Read the line's values as the columns want them. Raises BadLineError."""
     user: dict[str, Any] = {}
     ad: dict[str, Any] = {}
     if unknown := [name for part in ("user", "ad") for name in _part(line, part) if (part, name) not in rules.known]:
         raise BadLineError(f"{unknown[0]} was not there when the files were looked through")
     for each in rules.fields:
         _read_field(each, _part(line, each.part).get(each.name), rules, user if each.part == "user" else ad)
-    return Sample(line.skey, line.gkey, _label(line.label, rules), read_int("ts", line.ts), user, ad)
+    return XdlSample(line.skey, line.gkey, _label(line.label, rules), read_int("ts", line.ts), user, ad)
 
 
-def group_samples(samples: Iterable[Sample]) -> Iterator[Group]:
-    """Groups in the order of the lines. A group ends where the group key or a value of the user part changes."""
-    group: Group | None = None
+def group_samples(samples: Iterable[XdlSample]) -> Iterator[XdlGroup]:
+    """Group samples in the order of the lines; a group ends where the key or a value of the user part changes."""
+    group: XdlGroup | None = None
     for sample in samples:
         if group is None or group.gkey != sample.gkey or group.user != sample.user:
             if group is not None:
                 yield group
-            group = Group(sample.gkey, sample.user)
+            group = XdlGroup(sample.gkey, sample.user)
         group.samples.append(sample)
     if group is not None:
         yield group
 
 
 def schema_of(rules: ReadRules) -> pa.Schema:
-    """Columns of the samples."""
+    """List the columns of the samples."""
     types: dict[str, pa.DataType] = {"user": pa.int64(), "gkey": pa.string(), "timestamp": pa.int64()}
     types |= {each.column: _type(each) for each in rules.fields}
     types |= {each.column + WEIGHT_SUFFIX: _weight_type(each) for each in rules.weighted}
@@ -95,8 +95,8 @@ def schema_of(rules: ReadRules) -> pa.Schema:
     return pa.schema(types)
 
 
-def table_of(groups: Sequence[Group], rules: ReadRules) -> pa.Table:
-    """One row for each group; `user` is the hash of the group key, `timestamp` that of the first line."""
+def table_of(groups: Sequence[XdlGroup], rules: ReadRules) -> pa.Table:
+    """Make one row for each group; `user` is the hash of its key, `timestamp` that of the first line."""
     values: dict[str, list[Any]] = {
         "user": [key_of_uri(group.gkey) for group in groups],
         "gkey": [group.gkey for group in groups],
@@ -115,7 +115,7 @@ def table_of(groups: Sequence[Group], rules: ReadRules) -> pa.Table:
     return pa.table(values, schema=schema_of(rules))
 
 
-def _part(line: Line, part: str) -> Part:
+def _part(line: XdlLine, part: str) -> Part:
     return line.user if part == "user" else line.ad
 
 
@@ -125,7 +125,7 @@ def _read_field(each: XdlField, tokens: Tokens | None, rules: ReadRules, into: d
         return
     ids, weights = read_ids(each.name, tokens or [])
     if rules.weights == "refuse" and any(weight != 1 for weight in weights):
-        raise BadLineError(f"{each.name} has weights beside 1; --weights keep or drop says what becomes of them")
+        raise BadLineError(f"{each.name} has weights other than 1; give --weights keep or drop")
     one = _is_one(each)
     if one and len(ids) != 1:
         raise BadLineError(f"{each.name} has not one id")

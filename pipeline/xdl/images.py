@@ -17,7 +17,7 @@ from pipeline.vectors.xdl import NUM_FILES, record_dtype
 
 
 def export_images(snapshot: Snapshot, target: Path, advance: Callable[[int], None] = lambda rows: None) -> int:
-    """Writes every live row, as float32, below the folder `target`, which appears as a whole; the number of rows.
+    """Write each live row, as float32, below the folder `target`, which appears as a whole; return their number.
 
     Shard by shard; in a file the rows are in the order of shards. Equal snapshots give equal files. Raises SampleError
     where the folder holds anything else, or cannot be written; CorruptFileError.
@@ -37,7 +37,7 @@ def export_images(snapshot: Snapshot, target: Path, advance: Callable[[int], Non
 
 
 def append_records(folder: Path, keys_K: Int64Array, features_KD: npt.NDArray[np.float32]) -> None:
-    """Adds records to the files of `folder`, each in the order given."""
+    """Add records to the files of `folder`, each in the order given."""
     records_K = np.empty(len(keys_K), record_dtype(features_KD.shape[1]))
     records_K["key"], records_K["vector"] = keys_K, features_KD
     number_K = keys_K & (NUM_FILES - 1)
@@ -47,7 +47,7 @@ def append_records(folder: Path, keys_K: Int64Array, features_KD: npt.NDArray[np
 
 
 def _in_order(snapshot: Snapshot, shard: int) -> Iterator[tuple[Int64Array, npt.NDArray[np.float32]]]:
-    """The shard's live rows, by splitmix64; read as a whole where deltas put them out of order."""
+    """Read the shard's live rows, by splitmix64; as a whole where deltas put them out of order."""
     reader = snapshot.shard_reader(shard)
     if not reader.is_plain:
         rows = snapshot.read_shard(shard)

@@ -23,8 +23,8 @@ class BadLineError(Exception):
 
 
 @dataclass(frozen=True)
-class Line:
-    """One sample as text. Values are taken as they stand; `read_ids` and `read_numbers` read them."""
+class XdlLine:
+    """One sample as text. Values are taken as they are; `read_ids` and `read_numbers` read them."""
 
     skey: str
     gkey: str
@@ -34,8 +34,8 @@ class Line:
     ts: str
 
 
-def parse_line(data: bytes) -> Line:
-    """The parts of a line. Raises BadLineError."""
+def parse_line(data: bytes) -> XdlLine:
+    """Take a line apart. Raises BadLineError."""
     try:
         text = data.decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
@@ -48,17 +48,17 @@ def parse_line(data: bytes) -> Line:
     skey, gkey, user, ad, label, ts = segments
     if not gkey:
         raise BadLineError("no group key")
-    return Line(skey, gkey, _part("user", user), _part("ad", ad), label.split(VALUE), ts.strip())
+    return XdlLine(skey, gkey, _part("user", user), _part("ad", ad), label.split(VALUE), ts.strip())
 
 
-def format_line(line: Line) -> str:
-    """The line as text, without its end."""
+def format_line(line: XdlLine) -> str:
+    """Write the line as text, without its end."""
     parts = [FIELD.join(f"{name}{NAME}{VALUE.join(part[name])}" for name in part) for part in (line.user, line.ad)]
     return SEGMENT.join([line.skey, line.gkey, *parts, VALUE.join(line.label), line.ts])
 
 
 def read_ids(name: str, tokens: Sequence[str]) -> tuple[list[int], list[float]]:
-    """The ids of a sparse field and their weights. Raises BadLineError."""
+    """Read the ids of a sparse field and their weights. Raises BadLineError."""
     ids, weights = [], []
     for token in tokens:
         number, separator, weight = token.partition(WEIGHT)
@@ -68,7 +68,7 @@ def read_ids(name: str, tokens: Sequence[str]) -> tuple[list[int], list[float]]:
 
 
 def read_int(name: str, text: str) -> int:
-    """A whole number of 64 bits. Raises BadLineError."""
+    """Read a whole number of 64 bits. Raises BadLineError."""
     try:
         value = int(text)
     except ValueError as error:
@@ -79,12 +79,12 @@ def read_int(name: str, text: str) -> int:
 
 
 def read_numbers(name: str, tokens: Sequence[str]) -> list[float]:
-    """The numbers of a dense field. Raises BadLineError."""
+    """Read the numbers of a dense field. Raises BadLineError."""
     return [read_number(name, token) for token in tokens]
 
 
 def read_number(name: str, text: str) -> float:
-    """A number that is finite as float32, which is what XDL makes of it. Raises BadLineError."""
+    """Read a number that is finite as float32, which is what XDL makes of it. Raises BadLineError."""
     try:
         with np.errstate(over="ignore"):
             value = float(np.float32(text))
@@ -96,14 +96,14 @@ def read_number(name: str, text: str) -> float:
 
 
 def format_ids(ids: Sequence[int], weights: Sequence[float] | None = None) -> Tokens:
-    """Values of a sparse field; without weights they are 1."""
+    """Write the values of a sparse field; without weights they are 1."""
     if weights is None:
         return [f"{number}{WEIGHT}1" for number in ids]
     return [f"{number}{WEIGHT}{format_number(weight)}" for number, weight in zip(ids, weights, strict=True)]
 
 
 def format_number(value: float) -> str:
-    """The shortest text that is the same float32."""
+    """Write the shortest text that is the same float32."""
     return str(np.float32(value)).removesuffix(".0")
 
 
@@ -114,6 +114,6 @@ def _part(side: str, text: str) -> Part:
         if not separator or not name:
             raise BadLineError(f"{side} part: a field without a name")
         if name in part:
-            raise BadLineError(f"{side} part: {name} stands twice")
+            raise BadLineError(f"{side} part: {name} is there twice")
         part[name] = values.split(VALUE) if values else []
     return part

@@ -1,4 +1,4 @@
-"""XDL's text samples to sample groups, over Dask: look through all files, decide on the fields, write, publish at once.
+"""An import of XDL's text samples over Dask: look through all files, decide on the fields, write, publish at once.
 
 A file is one task, so a group never spans two files: write the lines of a group one after the other.
 """
@@ -25,8 +25,8 @@ from pipeline.samples.files import FORMAT
 from pipeline.samples.publish import MARK, replaced_folder
 from pipeline.vectors.source import find_files
 from pipeline.xdl.fields import SeenFields, XdlField, decide, merged, scan
-from pipeline.xdl.groups import Group, ReadRules, Weights, group_samples, read_sample, schema_of, table_of
-from pipeline.xdl.line import BadLineError, Line, parse_line
+from pipeline.xdl.groups import ReadRules, Weights, XdlGroup, group_samples, read_sample, schema_of, table_of
+from pipeline.xdl.line import BadLineError, XdlLine, parse_line
 from pipeline.xdl.schema import write_field_schema
 
 SPLITS = ("train", "test")
@@ -45,7 +45,7 @@ SMALLER = "give them more memory, or cut the files"  # a file is a task
 
 @dataclass(frozen=True, kw_only=True)
 class XdlOptions:
-    """What is imported, and how; see `ReadRules` and `decide` for the names that stand there too."""
+    """What to import, and how; `ReadRules` and `decide` explain the names that they share with it."""
 
     source: str
     samples: str
@@ -69,14 +69,14 @@ class TextFile:
     split: str | None  # None: by the hash of the group key
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Number, from 1, and bytes of each line."""
+        """Read number, from 1, and bytes of each line."""
         with Storage(self.url).open_input(self.path) as file:
             yield from enumerate(file, 1)
 
 
 @dataclass
-class Written:
-    """What became of one file's lines, and of their groups in each split."""
+class WrittenGroups:
+    """The outcome for one file's lines, and for their groups in each split."""
 
     num_lines: int = 0
     bad: list[dict[str, Any]] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Written:
 
 
 def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
-    """Make `options.samples` anew, with schema and settings beside; return the summary that is its summary.json too.
+    """Make `options.samples` anew, with schema and settings; return the summary that is its summary.json too.
 
     A row is a group: neighbouring lines of one file with equal group key and equal user part. Bad lines are counted and
     kept, text and all, in quarantine.parquet. Every line is read twice. Raises SampleError where there is nothing to
@@ -119,13 +119,13 @@ def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
 
 
 def scan_file(file: TextFile) -> tuple[int, SeenFields]:
-    """Good lines of a file, and what they have of every field."""
+    """Count the good lines of a file, and what they have of every field."""
     return scan(_parsed(file))
 
 
-def write_file(file: TextFile, number: int, rules: ReadRules, test_share: float, folder: str) -> Written:
-    """Writes the groups of one file as SPLIT/part-NUMBER.parquet, where there are any."""
-    result = Written()
+def write_file(file: TextFile, number: int, rules: ReadRules, test_share: float, folder: str) -> WrittenGroups:
+    """Write the groups of one file as SPLIT/part-NUMBER.parquet, where there are any."""
+    result = WrittenGroups()
     scratch = Path(folder, f".part-{number}-{uuid.uuid4().hex}")  # a task may run twice
     scratch.mkdir()
     writers: dict[str, pq.ParquetWriter] = {}
@@ -146,7 +146,7 @@ def write_file(file: TextFile, number: int, rules: ReadRules, test_share: float,
 
 
 def split_of(gkey: str, test_share: float) -> str:
-    """Split of a group by the hash of its key: all of a user's samples are in one."""
+    """Choose the split of a group by the hash of its key: all of a user's samples are in one."""
     place = int(splitmix64([key_of_uri(gkey)])[0]) >> 32
     return "test" if place < test_share * _SHARE_STEPS else "train"
 
@@ -164,22 +164,22 @@ def _files(options: XdlOptions) -> list[TextFile]:
 
 
 def _images(options: XdlOptions, scanned: Sequence[tuple[int, SeenFields]]) -> tuple[str, ...]:
-    """The image fields; of the default names those that are there."""
+    """Name the image fields; of the default names those that are there."""
     if options.images != XdlOptions.images:
         return options.images
     names = {name for _, seen in scanned for _, name in seen}
     return tuple(name for name in options.images if name in names)
 
 
-def _parsed(file: TextFile) -> Iterator[Line]:
+def _parsed(file: TextFile) -> Iterator[XdlLine]:
     for _, data in file.lines():
         try:
             yield parse_line(data)
         except BadLineError:
-            continue  # told of when the file is read for good
+            continue  # reported when the file is read again
 
 
-def _read(file: TextFile, rules: ReadRules, result: Written) -> Iterator[Any]:
+def _read(file: TextFile, rules: ReadRules, result: WrittenGroups) -> Iterator[Any]:
     for number, data in file.lines():
         result.num_lines += 1
         try:
@@ -189,12 +189,12 @@ def _read(file: TextFile, rules: ReadRules, result: Written) -> Iterator[Any]:
 
 
 def _write(
-    groups: Sequence[Group],
+    groups: Sequence[XdlGroup],
     rules: ReadRules,
     split: str,
     scratch: Path,
     writers: dict[str, pq.ParquetWriter],
-    result: Written,
+    result: WrittenGroups,
 ) -> None:
     if split not in writers:
         schema = schema_of(rules).with_metadata({"format": FORMAT})
@@ -207,7 +207,7 @@ def _write(
     result.clicks[split] += sum(labels)
 
 
-def _summary(options: XdlOptions, fields: Sequence[XdlField], written: Sequence[Written]) -> dict[str, Any]:
+def _summary(options: XdlOptions, fields: Sequence[XdlField], written: Sequence[WrittenGroups]) -> dict[str, Any]:
     reasons = Counter(row["reason"] for each in written for row in each.bad)
     counts = {
         name: sum((getattr(each, name) for each in written), Counter[str]()) for name in ("groups", "samples", "clicks")

@@ -1,4 +1,4 @@
-"""The trainer's schema of XDL's text samples: written beside imported samples."""
+"""The trainer's schema of XDL's text samples, written with imported samples."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -110,7 +110,7 @@ def test_bad_lines_are_kept_with_number_and_reason(job, lines, tmp_path):
         LINES[0].replace("|1|100", "|2|100"): "label is not 0 or 1; --label-threshold makes it so",
         LINES[0].replace("|1|100", "|1,0|100"): "several labels; --label-index says which",
         LINES[0].replace("|100", "|soon"): "ts is no whole number",
-        LINES[0].replace("age@3", "age@3;age@4"): "user part: age stands twice",
+        LINES[0].replace("age@3", "age@3;age@4"): "user part: age is there twice",
         LINES[0].replace("age@3", "age"): "user part: a field without a name",
         LINES[0].replace("7:1", "7:x"): "a weight of user_img is no number",
         LINES[0].replace("7:1", f"{2**63}:1"): "user_img does not fit into 64 bits",
@@ -135,7 +135,7 @@ def test_bad_lines_are_kept_with_number_and_reason(job, lines, tmp_path):
 def test_weights_are_kept_dropped_or_refused(job, lines, tmp_path):
     refuse = ["--weights", "refuse"]
     text = job("samples", "--from", lines(LINES[:2]), "--samples", tmp_path / "s", *refuse, code=1)
-    assert "all 2 lines are bad (item has weights beside 1; --weights keep or drop" in text
+    assert "all 2 lines are bad (item has weights other than 1; give --weights keep or drop" in text
     assert not (tmp_path / "s").exists()
     job("samples", "--from", lines(LINES), "--samples", tmp_path / "s", "--weights", "drop", "--test-share", 0)
     assert "item_weight" not in rows(tmp_path / "s")[0]

@@ -242,7 +242,7 @@ def test_mistakes_in_a_mapping_are_told(job, place, mapping, message):
 
 
 def test_user_columns_and_a_mapping_exclude_each_other(job):
-    assert "with a mapping they stand in it" in job(MAPPING, "--user-columns", "age", code=2)
+    assert "with a mapping they are named in it" in job(MAPPING, "--user-columns", "age", code=2)
 
 
 def test_empty_csv_is_told(job, place):

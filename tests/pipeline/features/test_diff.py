@@ -7,7 +7,7 @@ from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import KeyCollisionError
 from pipeline.features import diff as plan
 from pipeline.features.diff import (
-    Copy,
+    ImageCopy,
     compare,
     equal_candidates,
     find_digests,
@@ -104,8 +104,8 @@ def test_each_image_goes_one_way(store):
     digests = {2: digest(2), 3: digest(33), 4: b"", 20: digest(9), 21: digest(21)}
     made = split(images, compare(images, store.snapshot()), digests, {digest(9): 9})
     assert made.num_unchanged == 1
-    assert made.touched == (Copy(images[1], 2),)
-    assert made.duplicates == (Copy(images[4], 9),)
+    assert made.touched == (ImageCopy(images[1], 2),)
+    assert made.duplicates == (ImageCopy(images[4], 9),)
     assert [image.key for image in made.compute] == [3, 4, 21, 22]
     assert made.stored_keys == {3, 4}
 
@@ -145,7 +145,7 @@ def test_the_name_of_a_part_changes_with_its_images():
 
 
 def test_copies_of_neighbours_stand_in_one_part():
-    copies = [Copy(ref(key), key % 3) for key in range(6)]
+    copies = [ImageCopy(ref(key), key % 3) for key in range(6)]
     parts = make_copy_parts(copies, 2, "copies")
     assert sorted([copy.source_key for copy in part.copies] for part in parts) == [[0, 0], [1, 1], [2, 2]]
     assert len({part.name for part in parts}) == 3

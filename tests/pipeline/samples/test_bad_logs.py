@@ -122,7 +122,7 @@ def test_unsigned_64_bit_user_is_refused(options, client, tmp_path):
 def test_column_that_stands_twice_is_named(options, client, tmp_path):
     impressions = table([shown(0)])
     write(tmp_path / "logs", [impressions.append_column("user", impressions["user"])], [table([done(0)])])
-    with pytest.raises(SampleError, match="column 'user' stands 2 times"):
+    with pytest.raises(SampleError, match="column 'user' is there 2 times"):
         build_samples(options, client)
 
 

@@ -9,7 +9,7 @@ from featurestore.format.rows import to_bits
 from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
 from pipeline.vectors import xdl
-from pipeline.vectors.source import Block, gathered, pack
+from pipeline.vectors.source import VectorBlock, gathered, pack
 from tests.pipeline.vectors.conftest import DIM, fixed_binary, stored, uris, write_xdl
 
 
@@ -160,7 +160,7 @@ def test_files_in_which_much_is_misplaced_are_refused(job, tmp_path, vectors_ND)
 def test_slices_are_packed_and_blocks_gathered():
     def block(first, count):
         keys_N = np.arange(first, first + count)
-        return Block(keys_N, [str(key) for key in keys_N], np.zeros((count, 2), np.float32))
+        return VectorBlock(keys_N, [str(key) for key in keys_N], np.zeros((count, 2), np.float32))
 
     pieces = [xdl.XdlSlice("", "", 0, 0, count, 1) for count in (3, 3, 9, 1, 0, 2)]
     assert [[piece.num_rows for piece in unit] for unit in pack(pieces, 6)] == [[3, 3], [9], [1, 0, 2]]
