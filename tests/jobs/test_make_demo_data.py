@@ -105,6 +105,7 @@ def test_taste_in_pictures_needs_items_and_drawings(tmp_path: Path) -> None:
     assert _make(tmp_path, "--images", str(tmp_path), "--taste", "pictures").exit_code == 2
 
 
+@pytest.mark.services  # a job in another process
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
 def test_equal_seeds_give_equal_bytes_in_any_process(demo: Path, tmp_path: Path, hash_seed: str) -> None:
     command = [sys.executable, str(JOB), "--out", str(tmp_path / "again"), *TINY]
