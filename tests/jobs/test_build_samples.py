@@ -43,6 +43,7 @@ def run(place: Path, *command: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.services
 @pytest.mark.parametrize("runner", [[sys.executable], [BIN / "dask-submit", "-n", 2]])
 def test_defaults_make_samples_of_both_splits(runner, place):
     done = run(place, *runner, JOB)
@@ -57,6 +58,7 @@ def test_defaults_make_samples_of_both_splits(runner, place):
     assert "20 impressions, 50.00% clicks" in done.stdout
 
 
+@pytest.mark.services
 def test_options_reach_the_samples(place):
     options = "--logs data/logs --samples out --min-dwell-s 10 --window-days 0.5 --max-behaviors 7 --test-days 0"
     done = run(place, sys.executable, JOB, *options.split(), "--user-columns", "", "--partitions", 3)
@@ -69,6 +71,7 @@ def test_options_reach_the_samples(place):
     assert summary["options"]["partitions"] == 3
 
 
+@pytest.mark.services
 def test_mistake_is_one_message(place):
     done = run(place, sys.executable, JOB, "--logs", "nowhere")
     assert done.returncode == 2
@@ -78,6 +81,7 @@ def test_mistake_is_one_message(place):
     assert not (place / "data/samples").exists()
 
 
+@pytest.mark.services
 @pytest.mark.parametrize("samples", ["file/samples", "/proc/samples"])
 def test_a_place_that_cannot_be_written_is_one_message(samples, place):
     (place / "file").write_text("mine")

@@ -107,6 +107,7 @@ def test_the_summary_names_what_was_bad():
         assert part in str(counts)
 
 
+@pytest.mark.services
 def test_under_dask_submit_with_the_default_places(tmp_path):
     images = tmp_path / "data/images"
     images.mkdir(parents=True)

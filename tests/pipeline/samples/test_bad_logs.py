@@ -179,6 +179,7 @@ def test_damaged_file_is_named(damage, options, client, tmp_path):
     assert not Path(options.samples).exists()
 
 
+@pytest.mark.services
 def test_worker_that_dies_is_explained():
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 0}),
