@@ -56,6 +56,7 @@ lint: $(INSTALLED) ## Check style, types, import rules, and that each file says 
 	$(BIN)/lint-imports
 	$(BIN)/python tools/tree.py --check
 	$(BIN)/python tools/commands.py --check
+	$(BIN)/python tools/settings.py --check
 
 format: $(INSTALLED) ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .

@@ -89,7 +89,8 @@ def main(
     from trainer.prerank.ads import keys_to_remove
     from trainer.prerank.artifact import AdIndex, Changes
     from trainer.prerank.vectors import ad_vectors, origin_of
-    from trainer.runs.saved import newest_run, open_trained
+    from trainer.runs.folder import newest_run
+    from trainer.runs.saved import open_trained
 
     given = {
         "--remove": remove,
@@ -133,16 +134,14 @@ def main(
 
 def describe_run(trained: "TrainedRun") -> list[str]:
     """Write what the job prints of the run: two lines that come first, then notes that come last."""
-    from trainer.runs.saved import missing_lookups
-
     store = f"snapshot {trained.store_version}" if trained.store_version else "none: a run without images"
-    num_missing = missing_lookups(trained.comm, trained.partitions)
+    num_missing = trained.missing_lookups()
     if num_missing:
         store += f"; {num_missing:,} lookups of images that have none"
     return [
-        f"run          {trained.folder}, {trained.path.name}",
+        f"run          {trained.saved.folder}, {trained.saved.path.name}",
         f"features     {store}",
-        *(f"note         {note}" for note in trained.notes_on_missing(num_missing)),
+        *(f"note         {note}" for note in trained.saved.notes_on_missing(num_missing)),
     ]
 
 

@@ -11,7 +11,7 @@ from featurestore.console.commandline import CommandApp, run_app
 from trainer.cli import WhichCheckpoint, check_ending
 
 if TYPE_CHECKING:
-    from trainer.runs.export_vectors import ImageNetwork
+    from trainer.runs.export import ImageNetwork
 
 EXAMPLES = """Examples:
 
@@ -47,14 +47,14 @@ def main(
     Parquet has the columns key, uri and vector (a list of float32), and says in its metadata (visual_vectors) of which
     run, checkpoint, store and snapshot they are; a .npy gets that as NAME.npy.json. build_semantic_ids takes both.
     """
-    from trainer.runs.export_vectors import export, open_network
-    from trainer.runs.saved import newest_run
+    from trainer.runs.export import export_vectors, open_network
+    from trainer.runs.folder import newest_run
 
     check_ending(out, ".parquet", ".npy")
     start = time.monotonic()
     opened = open_network(run or newest_run(), which=checkpoint, network=network, store_version=store_version)
     with progress_bar("images") as progress:
-        keys = export(opened, out, progress)
+        keys = export_vectors(opened, out, progress)
     typer.echo(describe(opened, out, keys, time.monotonic() - start))
 
 

@@ -36,8 +36,8 @@ def main(
     The file has the columns id, shard, last_use (a day) and vector (a list of float32). A row without an id is the cold
     row of its shard, which stands in for all ids of the shard that are not in the file.
     """
-    from trainer.runs.export_ids import export_table, open_table
-    from trainer.runs.saved import newest_run
+    from trainer.runs.export import export_table, open_table
+    from trainer.runs.folder import newest_run
 
     check_ending(out, ".parquet")
     start = time.monotonic()

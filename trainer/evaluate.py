@@ -1,4 +1,4 @@
-"""python -m trainer.evaluate RUN: what a trained run is worth, on what, and how sure that is.
+"""python -m trainer.evaluate RUN: measure a trained run on test samples, with intervals, or compare it with another.
 
 `horovodrun -np P python -m trainer.evaluate RUN` does it on P ranks, whatever number the run was trained on.
 """
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from trainer.cli import run_on_ranks
+from trainer.cli import WhichCheckpoint, run_on_ranks
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
@@ -25,6 +25,8 @@ Examples:
 
     python -m trainer.evaluate data/runs/both --checkpoint 1000 --bootstrap 0 --json figures.json
 
+    python -m trainer.evaluate data/runs/both --against data/runs/ids-only
+
 Relative places in the run's config.yaml are looked for where this is started. Exit codes: 0 done, 1 failed, 2 wrong
 settings.
 """
@@ -35,9 +37,7 @@ app = CommandApp(rich_markup_mode="markdown")
 @app.command(epilog=EXAMPLES)
 def main(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as data/runs/NAME.")],
-    checkpoint: Annotated[
-        str | None, typer.Option(help="A step, or the path of a checkpoint; by default the newest.")
-    ] = None,
+    checkpoint: WhichCheckpoint = None,
     samples: Annotated[
         str | None, typer.Option(help="Other samples: their test/ is evaluated. By default those of the run.")
     ] = None,
@@ -52,18 +52,32 @@ def main(
         bool, typer.Option("--missing-curve", help="Also hide 10 to 50 % of the images at random.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the resamples, and of the images that are hidden.")] = 0,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN2", help="Only compare: by how much is RUN's AUC and GAUC higher than RUN2's, and is it chance?"
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report; by default RUN/evaluation.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
 ) -> None:
     """Evaluate a run: log loss, AUC, GAUC and calibration with intervals, whole and by slices, plotted."""
 
+    if against is not None and missing_curve:
+        raise typer.BadParameter("it compares the runs as they are; leave --missing-curve out", param_hint="--against")
+
     def work(comm: "Comm") -> None:
         # Torch and matplotlib take seconds to load: not for --help.
+        from trainer.evaluation.compare import compare_runs
         from trainer.evaluation.full import Options, evaluate_run
-        from trainer.evaluation.opening import Source
+        from trainer.runs.saved import Source
 
+        source = Source(folder, checkpoint, samples, store)
+        if against is not None:
+            compare_runs(source, against, comm, resamples=bootstrap, seed=seed, out=out, json_file=json_file)
+            return
         options = Options(bootstrap, seed, missing_curve, out, json_file)
-        evaluate_run(Source(folder, checkpoint, samples, store), options, comm)
+        evaluate_run(source, options, comm)
 
     raise typer.Exit(run_on_ranks(work))
 

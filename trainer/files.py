@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.storage.regular import read_text
+from featurestore.storage.storage import Storage
 from featurestore.text.parsing import parse_yaml
 from trainer.errors import TrainerError
 
@@ -20,3 +21,9 @@ def read_mapping(path: Path, setting: str, error: type[TrainerError], wanted: st
     if not isinstance(values, Mapping):
         raise error(f"{path} has to be {wanted}, found {type(values).__name__}")
     return dict(values)
+
+
+def file_at(address: str) -> tuple[Storage, str]:
+    """Split the address of a file into its folder and its name there."""
+    folder, slash, name = address.rpartition("/")
+    return Storage(folder or slash or "."), name

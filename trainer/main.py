@@ -33,8 +33,8 @@ Examples:
 
     horovodrun -np 2 python -m trainer.main --warm-start data/runs/yesterday --warm-parts partial
 
-Without settings it trains on data/samples and data/features, and writes to data/runs. All settings and their defaults:
-trainer/presets/dicm.yaml. Exit codes: 0 done, 1 failed, 2 wrong settings, 130 stopped by a
+Without settings it trains on data/samples and data/features, and writes to data/runs. All settings:
+docs/SETTINGS.md. Exit codes: 0 done, 1 failed, 2 wrong settings, 130 stopped by a
 signal, after a checkpoint once training has begun. horovodrun itself exits with 1 where a rank does not exit with 0.
 """
 

@@ -181,7 +181,7 @@ def _project_once(layer: PretrainedEmbedding) -> None:
 def run(spec: Spec, folder: Path) -> dict[str, Any]:
     """Trains and returns the metrics of the test rows after each epoch."""
     torch.set_num_threads(spec.threads)
-    schema = load_schema(Path(spec.schema) if spec.schema else None)
+    schema = load_schema(spec.schema)
     layout = Layout.of(schema)
     train, test = (
         read(spec.samples, split, schema, days)

@@ -56,7 +56,7 @@ class Spec:
 
     def digest(self) -> str:
         """Names the run: of what it is told and, roughly, of what its samples and store hold."""
-        schema = load_schema(Path(self.schema) if self.schema else None)
+        schema = load_schema(self.schema)
         pairs = (("train", self.train_days), ("test", self.test_days))
         samples = [open_index(SoloComm(), self.samples, split, schema, days).layout_digest for split, days in pairs]
         snapshot = None if self.store is None else FeatureStore.open(self.store).snapshot()
@@ -89,7 +89,7 @@ def fuxictr_python() -> Path:
 
 def ours_settings(spec: Spec) -> dict[str, Any]:
     """All settings of a run of ours, over the preset."""
-    schema = load_schema(Path(spec.schema) if spec.schema else None)
+    schema = load_schema(spec.schema)
     index = open_index(SoloComm(), spec.samples, "train", schema, spec.train_days)
     days = {name: getattr(spec, name) for name in ("train_days", "test_days")}
     settings: dict[str, Any] = {

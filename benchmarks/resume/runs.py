@@ -18,8 +18,8 @@ from trainer.config.config import load_config
 from trainer.errors import TrainerError
 from trainer.evaluation.predict import predict_run
 from trainer.ids.optimizers import SHARED_STATE
-from trainer.runs import checkpoint
 from trainer.runs.checkpoint import DENSE
+from trainer.runs.folder import find_checkpoint
 
 Float = NDArray[np.float64]
 CHANGING = (4, 1, 2)
@@ -103,7 +103,7 @@ def checkpoint_every(steps: int) -> int:
 
 def _end(folder: Path) -> End:
     """Of a run, whose folder is removed."""
-    path = checkpoint.find(folder / "checkpoints", "latest")
+    path = find_checkpoint(folder)
     dense = {name: value for name, value in load_file(path / DENSE).items() if _is_parameter(name)}
     rows = {
         name: value

@@ -18,7 +18,7 @@ from torch.nn import functional
 from featurestore.format.codec import Codec
 from featurestore.format.statistics import inverse_std
 from featurestore.lookup.feature_dropout import EmbeddingDropout
-from featurestore.lookup.partition import FeaturePartition, MissingPolicy
+from featurestore.lookup.partition import FeaturePartition
 
 ComputeDType = Literal["bfloat16", "float32", "float64"]
 
@@ -198,24 +198,21 @@ class Gathered:
 class EmbeddingService(nn.Module):
     """One rank's partition of a store and the E networks that look at it.
 
-    missing="zeros": a key without a feature has the zero vector. "learned": it has a trained vector, one per network.
-    "error": `gather` raises MissingKeysError.
+    The partition says what becomes of a key without a feature: it has the zero vector ("zeros"), a trained vector, one
+    per network ("learned"), or `gather` raises MissingKeysError ("error").
     """
 
-    def __init__(
-        self, partition: FeaturePartition, models: Mapping[str, EmbeddingModel], missing: MissingPolicy = "error"
-    ) -> None:
+    def __init__(self, partition: FeaturePartition, models: Mapping[str, EmbeddingModel]) -> None:
         super().__init__()
         self.partition = partition
         for model in models.values():
             model.fold_codec_(partition.codec)
         self.models = nn.ModuleDict(models)
-        self.missing = missing
         self.dropout: EmbeddingDropout | None = None
         """What a training step drops; None: nothing."""
         self.no_image = nn.ParameterDict(
             {name: nn.Parameter(torch.zeros(model.out)) for name, model in models.items()}
-            if missing == "learned"
+            if partition.missing_policy == "learned"
             else {}
         )
         self._stored_dtype = as_tensor(np.empty(0, partition.info.storage_dtype)).dtype
@@ -270,10 +267,10 @@ class EmbeddingService(nn.Module):
         visual_QV = model.of_numbers(numbers_QD, codes=self.partition.codec.has_codes, masks=masks)
         if masks is not None and masks.dropout.held_out:
             visual_QV = masks.held_back(visual_QV)
-        if gathered.missing_Q is None or self.missing == "error":
+        if gathered.missing_Q is None or self.partition.missing_policy == "error":
             return visual_QV
         missing_Q1 = gathered.missing_Q.to(device).unsqueeze(1)
-        instead = self.no_image[name] if self.missing == "learned" else visual_QV.new_zeros(())
+        instead = self.no_image[name] if self.partition.missing_policy == "learned" else visual_QV.new_zeros(())
         return torch.where(missing_Q1, instead, visual_QV)
 
     def release(self, gathered: Gathered) -> None:

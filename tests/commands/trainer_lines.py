@@ -96,6 +96,7 @@ SETTINGS = [
     ("run.dir=s3://x/y", "run.dir"),
     ("run.dir=''", "run.dir"),
     ("run.resume=latest", "run.resume"),
+    ("run.resume=1000", "run.resume=1000 needs"),
     ("run.warm_parts=[x]", "run.warm_parts"),
     ("run.warm_parts=x", "run.warm_parts"),
     ("run.warm_parts=1", "run.warm_parts"),

@@ -288,7 +288,7 @@ def test_an_index_of_another_checkpoint_is_left_alone(folder: Path, out: str, tm
     [
         ({"ad_image": None}, 2, "column ad_image is missing, expected integer"),
         ({"ad_image": [0.5, 1.5]}, 2, "column ad_image is double, expected integer (or string)"),
-        ({"ad_item": [1, 1]}, 1, "ad_item=1 stands in several rows; an ad has one row"),
+        ({"ad_item": [1, 1]}, 1, "ad_item=1 is in several rows; an ad has one row"),
         ({"ad_category": [1, None]}, 1, "row 1: column ad_category is null"),
     ],
 )

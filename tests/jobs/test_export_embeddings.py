@@ -18,7 +18,7 @@ from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.main import train
-from trainer.runs import export_vectors as export
+from trainer.runs import export
 from trainer.runs.checkpoint import DENSE
 from trainer.runs.saved import find_checkpoint, open_trained
 
@@ -116,7 +116,7 @@ def test_the_file_says_of_what_it_is(run: Path, places: Places, tmp_path: Path) 
     assert about == {
         "run": str(run),
         "checkpoint": "step-00000002",
-        "checkpoint_digest": trained.digest,
+        "checkpoint_digest": trained.saved.digest,
         "network": "images:shared",
         "dim": 12,
         "store": str(places.folder / "features"),

@@ -122,3 +122,11 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
 @pytest.fixture(name="make_places", scope="session")
 def _make_places() -> Callable[[Path], Places]:
     return make_places
+
+
+@pytest.fixture(scope="session")
+def alone(places: Places) -> Path:
+    """100 steps of one rank."""
+    from tests.trainer.whole_runs import SHARED, run_alone  # torch: not for tests that need none
+
+    return run_alone(places, run__name="alone", train__max_steps=100, **SHARED)

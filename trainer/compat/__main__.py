@@ -1,4 +1,4 @@
-"""python -m trainer.compat RUN STORE: may the run go on with this store, is it the one that it was trained on?"""
+"""python -m trainer.compat RUN STORE: may the run use this store, and is it the one that it was trained on?"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,7 +8,7 @@ import typer
 from featurestore.console.commandline import OK, CommandApp, run_app
 from featurestore.console.files import write_json_option
 from featurestore.errors import FAILED
-from trainer.cli import run_on_ranks
+from trainer.cli import WhichCheckpoint, run_on_ranks
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ Examples:
 
     python -m trainer.compat data/runs/both data/features --accept
 
-Exit codes: 0 compatible (or accepted), 1 not, or it cannot be told; 2 wrong settings.
+Exit codes: 0 compatible (or accepted), 1 not, or not known; 2 wrong settings.
 """
 
 app = CommandApp(rich_markup_mode="markdown")
@@ -33,9 +33,7 @@ app = CommandApp(rich_markup_mode="markdown")
 def main(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as data/runs/NAME.")],
     store: Annotated[str, typer.Argument(metavar="STORE", help="Folder or address of a feature store.")],
-    checkpoint: Annotated[
-        str | None, typer.Option(help="A step, or the path of a checkpoint; by default the newest.")
-    ] = None,
+    checkpoint: WhichCheckpoint = None,
     version: Annotated[int | None, typer.Option(min=1, help="Snapshot of STORE; by default the newest.")] = None,
     name: Annotated[
         str | None, typer.Option(help="Which store of the run, by its name in the schema; by default the first.")
@@ -53,7 +51,7 @@ def main(
     """Compare a store with the one that a run was trained on: network, identity, rows, features and scores.
 
     A store that was deleted and computed anew is refused by all that was trained on the old one, though it may be as
-    good: this tells, and --accept lets RUN go on with it, unless something speaks against that. Where the old
+    good: this compares them, and --accept lets RUN use it, unless something speaks against that. Where the old
     snapshot cannot be read any more, all test impressions are scored and compared with the run's own log loss.
     """
     codes: list[int] = []

@@ -1,4 +1,4 @@
-"""Whether a run may go on with a store: same network, same rows, same scores; each as far as it can still be told."""
+"""Check whether a run may use a store: same network, same rows, same scores, as far as each can still be found out."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,8 +18,7 @@ from trainer.compat.scores import Scored, drawn_batches, score
 from trainer.errors import ConfigError, TrainerError
 from trainer.runs import accepted, checkpoint
 from trainer.runs.saved import SavedRun, open_test, read_run
-from trainer.runs.stores import StorePlace, kind_of_features, recorded_kind, store_places
-from trainer.schema import Schema
+from trainer.runs.stores import StorePlace, kind_of_features, recorded_kind
 
 Relation = Literal["the same snapshot", "the same store", "another store", "unknown"]
 Verdict = Literal["compatible", "not compatible", "unknown"]
@@ -87,7 +86,7 @@ class Compatibility:
         return "compatible" if self.relation == "the same snapshot" or scored or compared else "unknown"
 
     def report(self) -> dict[str, Any]:
-        """All of it, ready for JSON."""
+        """Return all of it, ready for JSON."""
         rows = {**asdict(self.rows), "gained": self.rows.num_gained, "lost": self.rows.num_lost} if self.rows else None
         scores = {**asdict(self.scores), "change": self.scores.change} if self.scores else None
         return {
@@ -104,13 +103,12 @@ class Compatibility:
 def examine(
     folder: Path, url: str, options: Options, comm: Comm, progress: Progress = lambda done, total: None
 ) -> Compatibility:
-    """Compares the store at `url` with the one that the run in `folder` was trained on.
+    """Compare the store at `url` with the one that the run in `folder` was trained on.
 
     Raises ConfigError for a run without images or a wrong name of a store, and TrainerError, FeatureStoreError.
     """
     saved = read_run(folder, options.checkpoint)
-    schema = saved.checked_schema()
-    place = _place(saved, schema, options.store_name)
+    place = _place(saved, options.store_name)
     snapshot = FeatureStore.open(url).snapshot(options.version)
     recorded = checkpoint.read_recorded(saved.path).stores.get(place.name)
     recorded = recorded if recorded and recorded.is_known else None
@@ -134,12 +132,12 @@ def examine(
     if before is not None:
         result.rows = compare(before, snapshot, options.sample, progress=progress)
         result.problems += _row_problems(result.rows)
-    _score(saved, schema, place, snapshot, before, options, comm, result)
+    _score(saved, place, snapshot, before, options, comm, result)
     return result
 
 
 def accept(found: Compatibility) -> str:
-    """From now on the run's commands take this store for the one that it was trained on.
+    """Let the run's commands take this store for the one that it was trained on, from now on.
 
     Says what was done for that. Raises TrainerError where something speaks against the store.
     """
@@ -155,8 +153,8 @@ def accept(found: Compatibility) -> str:
     return f"kept in {accepted.accept(found.checkpoint, entry)}"
 
 
-def _place(saved: SavedRun, schema: Schema, name: str | None) -> StorePlace:
-    places = {place.name: place for place in store_places(saved.config, schema)}
+def _place(saved: SavedRun, name: str | None) -> StorePlace:
+    places = {place.name: place for place in saved.places}
     if not places:
         raise ConfigError(f"{saved.folder} has model.images=none: it was trained without a store")
     if name is not None and name not in places:
@@ -205,7 +203,6 @@ def _row_problems(rows: Likeness) -> list[str]:
 
 def _score(
     saved: SavedRun,
-    schema: Schema,
     place: StorePlace,
     snapshot: Snapshot,
     before: Snapshot | None,
@@ -215,16 +212,14 @@ def _score(
 ) -> None:
     """Adds the scores of test impressions to `result`, and what speaks against it."""
     try:
-        index = open_test(comm, saved.config, schema, None)
+        index = open_test(comm, saved.config, saved.schema, None)
     except TrainerError as failure:
         result.notes.append(f"no scores to compare: {failure}")
         return
-    batches = drawn_batches(saved, schema, index, None if before is None else options.sample)
-    others = {
-        each.name: _other(saved, each, result) for each in store_places(saved.config, schema) if each.name != place.name
-    }
-    here = score(saved, schema, {**others, place.name: snapshot}, batches, comm)
-    old = None if before is None else score(saved, schema, {**others, place.name: before}, batches, comm)
+    batches = drawn_batches(saved, index, None if before is None else options.sample)
+    others = {each.name: _other(saved, each, result) for each in saved.places if each.name != place.name}
+    here = score(saved, {**others, place.name: snapshot}, batches, comm)
+    old = None if before is None else score(saved, {**others, place.name: before}, batches, comm)
     told = _reported(saved, len(here.label_N)) if old is None else old.logloss
     if told is None:
         result.notes.append("the run has no log loss of these test impressions at this checkpoint to compare with")

@@ -1,4 +1,4 @@
-"""What a run says of test impressions with the features of one snapshot or another, without a rank's cache of a store.
+"""Scores of test impressions by a run with the features of one snapshot or another, without a rank's cache of a store.
 
 Of a store of any size only the rows are read that the impressions name: they go into a small store of their own.
 Letters of shapes: N impressions, U unique keys.
@@ -27,10 +27,9 @@ from trainer.models.fields import used_fields
 from trainer.runs import checkpoint
 from trainer.runs.open import engine_of
 from trainer.runs.saved import SavedRun
-from trainer.runs.stores import open_partition, store_places
+from trainer.runs.stores import open_partition
 from trainer.samples.batch import Batch
 from trainer.samples.reader import SampleIndex, SampleReader
-from trainer.schema import Schema
 
 Float = NDArray[np.float64]
 _SHARDS, _ROWS_A_PUT = 8, 8_192
@@ -52,37 +51,34 @@ class Scored:
         return log_loss(self.logit_N, self.label_N)
 
 
-def drawn_batches(saved: SavedRun, schema: Schema, index: SampleIndex, count: int | None) -> list[Batch]:
-    """About `count` impressions out of windows of the files that a fixed seed draws; all of them for None."""
+def drawn_batches(saved: SavedRun, index: SampleIndex, count: int | None) -> list[Batch]:
+    """Draw about `count` impressions out of windows of the files that a fixed seed draws; all of them for None."""
     data, size = saved.config.data, saved.config.train.eval_batch_size
     seed, window = (None, 1) if count is None else (0, data.shuffle_window_groups)
     size = size if count is None else min(size, count)
-    reader = SampleReader(index, schema, batch_size=size, seed=seed, window_groups=window)
+    reader = SampleReader(index, saved.schema, batch_size=size, seed=seed, window_groups=window)
     steps = reader.steps_per_epoch if count is None else min(reader.steps_per_epoch, -(-count // size))
     batches = reader.batches()
     return [next(batches) for _ in range(steps)]
 
 
-def score(
-    saved: SavedRun, schema: Schema, snapshots: Mapping[str, Snapshot], batches: Sequence[Batch], comm: Comm
-) -> Scored:
-    """The impressions of `batches` by the run's checkpoint, each store's features from the snapshot under its name.
+def score(saved: SavedRun, snapshots: Mapping[str, Snapshot], batches: Sequence[Batch], comm: Comm) -> Scored:
+    """Score the impressions of `batches` by the run's checkpoint, each store's features from the snapshot of its name.
 
     For one rank. Raises TrainerError where a logit is not finite, and FeatureStoreError.
     """
     device = share_machine(saved.config, comm)
     with TemporaryDirectory() as folder, contextlib.ExitStack() as opened:
-        data = saved.config.data.model_copy(update={"cache_dir": f"{folder}/cache"})
-        config = saved.config.model_copy(update={"data": data})
+        config = saved.config.changed(data={"cache_dir": f"{folder}/cache"})
         partitions, images, missing = {}, 0, 0
-        for place in store_places(config, schema):
-            keys_U = _keys(saved, schema, place.name, batches)
+        for place in saved.places:
+            keys_U = _keys(saved, place.name, batches)
             small = _small_store(Path(folder) / place.name, snapshots[place.name], keys_U)
             here = SnapshotId.of(small.snapshot())
             partition = opened.enter_context(open_partition(config, comm, replace(place, url=here.url), here))
             partitions[place.name] = partition
             images, missing = images + len(keys_U), missing + len(keys_U) - partition.num_rows
-        engine = engine_of(config, comm, schema, partitions, device)
+        engine = engine_of(config, comm, saved.schema, partitions, device, reading=True)
         checkpoint.load(comm, saved.path, saved.state, engine)
         logits: list[Any] = [np.empty(0), *(engine.predict(engine.prepare(batch, "eval")) for batch in batches)]
     logit_N = np.concatenate(logits).astype(np.float64)
@@ -92,11 +88,11 @@ def score(
     return Scored(logit_N, np.concatenate(labels).astype(np.float64), images, missing)
 
 
-def _keys(saved: SavedRun, schema: Schema, store: str, batches: Sequence[Batch]) -> Int64Array:
+def _keys(saved: SavedRun, store: str, batches: Sequence[Batch]) -> Int64Array:
     """All that content fields of the store ask for, ascending."""
     names = [
         each.name
-        for each in used_fields(schema, saved.config.model)
+        for each in used_fields(saved.schema, saved.config.model)
         if each.kind == "content" and each.store_name == store
     ]
     values = [batch.fields[name].values_N for name in names for batch in batches]

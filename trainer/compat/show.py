@@ -11,7 +11,7 @@ _IDENTITY = {
 
 
 def lines(found: Compatibility) -> list[str]:
-    """What was compared with what."""
+    """Say what was compared with what."""
     recorded = found.recorded.told() if found.recorded else "not known"
     if found.recorded and found.can_read_recorded is False:
         recorded += " (cannot be read any more)"
@@ -25,12 +25,12 @@ def lines(found: Compatibility) -> list[str]:
 
 
 def figures(found: Compatibility) -> list[tuple[str, str]]:
-    """Names and values of the table; empty where nothing was compared."""
+    """List names and values of the table; empty where nothing was compared."""
     return [*_rows(found), *_scores(found)]
 
 
 def ending(found: Compatibility) -> list[str]:
-    """Notes, what speaks against the store, and the verdict."""
+    """List notes, what speaks against the store, and the verdict."""
     against = [f"against it   {each}" for each in found.problems]
     return [*(f"note         {each}" for each in found.notes), *against, f"verdict      {found.verdict}"]
 

@@ -1,7 +1,7 @@
 """The configuration of a run: preset < file < `--set`, merged by OmegaConf, checked by pydantic before all else.
 
-Every value has its default, and its explanation, in `presets/dicm.yaml`; here and in `options.py`
-stand the types and the limits.
+Every setting has its type, limits, default and text in the classes here and in `options.py`; `presets/dicm.yaml` and
+docs/SETTINGS.md are written from them by `python tools/settings.py`.
 """
 
 import hashlib
@@ -51,50 +51,82 @@ Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$"), AfterValidator(_cale
 class DataConfig(Section):
     """What is read, in which order, and how much of it makes one step."""
 
-    samples: Place
-    train_days: Annotated[list[Day], Field(min_length=1)] | None
-    test_days: list[Day] | None
-    store: Place
-    store_version: Version | None
-    stores: dict[str, Place]
-    store_versions: dict[str, Version]
-    cache_dir: Place | None
-    schema_file: Place | None
-    global_batch_size: Count
-    shuffle: bool
-    shuffle_window_groups: Count
-    prefetch_batches: Annotated[int, Field(ge=0, le=16)]
-    missing: MissingPolicy
+    samples: Place = "data/samples"
+    """Folder or s3:// url with train/*.parquet and test/*.parquet, from jobs/build_samples.py."""
+    train_days: Annotated[list[Day], Field(min_length=1)] | None = None
+    """Train on the files day=DAY*.parquet of these days, as [2026-01-01], in train/ or test/; null: all of train/."""
+    test_days: list[Day] | None = None
+    """Evaluate on these days; []: no evaluation; null: all of test/."""
+    store: Place = "data/features"
+    """Feature store, from jobs/extract_features.py."""
+    store_version: Version | None = None
+    """A snapshot's number; null: the newest, or on resume the one recorded in the checkpoint."""
+    stores: dict[str, Place] = Field(default={})
+    """Further stores of content fields by name, as {titles: data/titles}; data.store is the one named images."""
+    store_versions: dict[str, Version] = Field(default={})
+    """As store_version, of the stores above."""
+    cache_dir: Place | None = None
+    """Folder of the memory-mapped rows of this machine's shards; null: the store's default place."""
+    schema_file: Place | None = None
+    """Which columns are what; null: trainer/presets/schema.yaml."""
+    global_batch_size: Count = 512
+    """Samples of one step, over all ranks; raise it with the data (the paper: 60,000)."""
+    shuffle: bool = True
+    """Read every epoch in another order, drawn from train.seed."""
+    shuffle_window_groups: Count = 128
+    """Parquet row groups (of 2,048 sample groups) in memory, and mixed, at once; lower it to save memory."""
+    prefetch_batches: Annotated[int, Field(ge=0, le=16)] = 2
+    """Batches read ahead by a thread; 0: none."""
+    missing: MissingPolicy = "error"
+    """What an image key without a feature does: end the run, be zeros, or have a trained "no image" vector."""
 
 
 class TrainConfig(Section):
     """Length of the run, and what happens every so many steps."""
 
-    epochs: Count
-    max_steps: Count | None
-    seed: Annotated[int, Field(ge=0, lt=2**63)]
-    log_every: Count
-    eval_every: Count | None
-    eval_batch_size: Count
-    early_stopping: Count | None
-    checkpoint_every: Count | None
-    keep_checkpoints: Count
+    epochs: Count = 2
+    """Passes over the training samples; 2 as in the paper, a third one overfits on the demo."""
+    max_steps: Count | None = None
+    """Stop after so many steps in all; null: after all epochs."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the initial parameters and of the order of the samples."""
+    log_every: Count = 10
+    """Steps between two entries of TensorBoard and of the log."""
+    eval_every: Count | None = None
+    """Steps between two evaluations on the test samples; null: at the end only."""
+    eval_batch_size: Count = 8192
+    """Samples of one step of an evaluation, over all ranks."""
+    early_stopping: Count | None = None
+    """Stop after so many evaluations in a row without a better GAUC, and end with the best; null: never."""
+    checkpoint_every: Count | None = 1000
+    """Steps between two checkpoints; null: at the end only."""
+    keep_checkpoints: Count = 3
+    """Checkpoints that are kept; older ones are removed."""
 
 
 class RunConfig(Section):
-    """Where the run is written, and whether it goes on from, or begins with, an earlier one."""
+    """Where the run is written, and whether it continues, or begins with, an earlier one."""
 
-    dir: Place
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None
-    resume: Place | None
-    warm_start: Place | None
-    warm_parts: list[WarmPart]
-    """What a warm start takes; a file or --set may also say none, partial (all but ids) or full."""
-    overwrite: bool
-    device: Device
-    threads: Count | None
-    deadline_s: Annotated[float, Field(gt=0)]
-    profile: bool
+    dir: Place = "data/runs"
+    """Folder of runs, on a local or shared disk: every rank writes its part of a checkpoint there."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    """Folder below run.dir; null: made from the time."""
+    resume: Place | None = None
+    """Continue from a checkpoint: latest, a step, or a path."""
+    warm_start: Place | None = None
+    """Begin with parameters of this run (its folder, or a checkpoint); optimisers and schedule start afresh."""
+    warm_parts: list[WarmPart] = Field(default="partial", validate_default=True)
+    """What a warm start takes: none, partial (all but the ID vectors), full, or a list of images (E), model, ids."""
+    overwrite: bool = False
+    """Replace a run of the same name; with a step or path in resume, what came after that checkpoint."""
+    device: Device = "auto"
+    """What to compute on; auto: cuda if every rank has a GPU and Horovod was built with NCCL."""
+    threads: Count | None = None
+    """Threads of torch, for each rank; null: processor cores / ranks on this machine."""
+    deadline_s: Annotated[float, Field(gt=0)] = 600
+    """Seconds; a collective that takes longer ends the run and names the rank that did not come."""
+    profile: bool = False
+    """Write a trace of a few steps, for chrome://tracing, into the run's folder."""
 
     @field_validator("warm_parts", mode="before")
     @classmethod
@@ -102,6 +134,11 @@ class RunConfig(Section):
         if isinstance(value, str) and value not in WARM_PARTS:
             raise ValueError("it should be none, partial, full, or a list of images, model, ids, as [images,model]")
         return WARM_PARTS[value] if isinstance(value, str) else value
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _step(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value
 
     @field_validator("dir")
     @classmethod
@@ -114,22 +151,28 @@ class RunConfig(Section):
 class Config(Section):
     """A whole, checked configuration."""
 
-    data: DataConfig
-    model: ModelConfig
-    exchange: ExchangeConfig
-    optim: OptimConfig
-    train: TrainConfig
-    run: RunConfig
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    exchange: ExchangeConfig = ExchangeConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    run: RunConfig = RunConfig()
+
+    def changed(self, **sections: dict[str, Any]) -> "Config":
+        """Copy the configuration with these values, by section; they are not checked."""
+        updated = {name: getattr(self, name).model_copy(update=values) for name, values in sections.items()}
+        return self.model_copy(update=updated)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         if self.run.resume == "latest" and self.run.overwrite:
             raise ValueError(
-                "run.resume=latest goes on from the newest checkpoint and run.overwrite=true removes it; set one of "
+                "run.resume=latest continues from the newest checkpoint and run.overwrite=true removes it; set one of "
                 "them, or resume from the path of an earlier one"
             )
-        if self.run.resume == "latest" and self.run.name is None:
-            raise ValueError("run.resume=latest needs the run's name; add run.name=NAME")
+        resume = self.run.resume or ""
+        if self.run.name is None and (resume == "latest" or resume.isdecimal()):
+            raise ValueError(f"run.resume={resume} needs the run's name; add run.name=NAME")
         if self.train.early_stopping and self.train.eval_every is None:
             raise ValueError("train.early_stopping counts evaluations; set train.eval_every=STEPS too")
         if self.train.early_stopping and self.data.test_days == []:
@@ -140,14 +183,14 @@ class Config(Section):
 
 
 def load_config(file: Path | None = None, settings: Sequence[str] = ()) -> Config:
-    """The preset, over it `file`, over that `settings` (each `section.field=value`). Raises ConfigError."""
+    """Merge the preset, over it `file`, over that `settings` (each `section.field=value`). Raises ConfigError."""
     if file is not None and legacy.is_saved(file):
         return load_saved(file, settings)
     return _checked([] if file is None else [(_read(file), str(file))], settings)
 
 
 def load_saved(file: Path, settings: Sequence[str] = ()) -> Config:
-    """As `load_config`, of a `file` that an earlier version of the project may have saved. Raises ConfigError."""
+    """Do as `load_config`, with a `file` that an earlier version of the project may have saved. Raises ConfigError."""
     return _checked([(OmegaConf.create(legacy.up_to_date(_plain(_read(file)))), str(file))], settings)
 
 
@@ -166,12 +209,12 @@ def _checked(files: Sequence[tuple[DictConfig, str]], settings: Sequence[str]) -
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Writes the resolved configuration as YAML, all of it or none; `load_config(path)` gives an equal one."""
+    """Write the resolved configuration as YAML, all of it or none; `load_config(path)` gives an equal one."""
     replace_file(path, OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
 
 
 def config_digest(values: dict[str, Any]) -> str:
-    """sha256 of a configuration (or a section of it) in canonical JSON."""
+    """Compute the sha256 of a configuration (or a section of it) in canonical JSON."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -210,7 +253,7 @@ def _merge(below: DictConfig, above: DictConfig, source: str) -> DictConfig:
         merged = OmegaConf.merge(below, above)
     except TypeError as failure:
         raise ConfigError(
-            f"{source}: a list stands where a mapping of names to values belongs, or the other way round"
+            f"{source}: there is a list where a mapping of names to values belongs, or the other way round"
         ) from failure
     except OmegaConfBaseException as failure:
         raise ConfigError(f"{source}: {one_line(failure)}") from failure

@@ -1,8 +1,10 @@
-"""What earlier versions wrote: settings that have moved since, and what was so before there was a setting for it."""
+"""Files of earlier versions: settings that have moved since, and what was so before there was a setting for it."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from trainer.config.options import ModelConfig
 
 MOVED = {f"train.{name}": f"optim.{name}" for name in ("lr", "lr_gamma", "lr_every", "id_l2")}
 """From the name of a setting in earlier versions to its name now."""
@@ -20,14 +22,20 @@ BEFORE: dict[str, dict[str, Any]] = {
     "optim": {"ids": "rowwise_adam", "ids_lr": None, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
 }
 """What was so before there was the setting, by section, where the preset may say something else now: a saved run that
-lacks one goes on as it was."""
+lacks one continues as it was."""
+
+
+def model_before() -> dict[str, Any]:
+    """List the settings of the model that an old checkpoint does not know, as they were then."""
+    return ModelConfig(tables={}).model_dump() | BEFORE["model"]
+
 
 OF_EXACT_TABLES = {"when_full": "refuse"}
 """The same of the settings of an exact ID table."""
 
 
 def moved(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The old and the new name of each setting in `values`, by section, that has moved."""
+    """List the old and the new name of each setting in `values`, by section, that has moved."""
     for old, new in MOVED.items():
         section, _, name = old.partition(".")
         if isinstance(values.get(section), Mapping) and name in values[section]:
@@ -35,8 +43,7 @@ def moved(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def up_to_date(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved configuration, by section, with each setting under the name that it has now, and `BEFORE` where there was
-    none."""
+    """Give each setting of a saved configuration the name that it has now, and `BEFORE` what it lacks."""
     values = {name: dict(section) if isinstance(section, Mapping) else section for name, section in saved.items()}
     for old, new in moved(saved):
         (section, _, name), (new_section, _, new_name) = old.partition("."), new.partition(".")
@@ -50,7 +57,7 @@ def up_to_date(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_tables_up_to_date(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Section model of a saved configuration, with `OF_EXACT_TABLES` where there was none."""
+    """Add `OF_EXACT_TABLES` to the exact tables of a saved section model where they lack it."""
     if not isinstance(tables := model.get("tables"), Mapping):
         return dict(model)
     filled = {name: OF_EXACT_TABLES | table if _is_exact(table) else table for name, table in tables.items()}

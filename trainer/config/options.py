@@ -1,4 +1,8 @@
-"""Settings of the model and its optimisers: types and limits, without torch, so quick to import."""
+"""Settings of the model, its exchange and its optimisers: types, limits, defaults and what each means.
+
+The line below a setting is its text in `presets/dicm.yaml` and docs/SETTINGS.md (`python tools/settings.py` writes
+both). Quick to import: without torch.
+"""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -24,17 +28,18 @@ Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
 class ExactTableConfig(Section):
-    """An ID table with a row for each id, as model.tables.NAME={kind: exact, max_rows: 1000000}."""
+    """An ID table with a row for each id, as model.tables.NAME={kind: exact, max_rows: 1000000} (docs/ID_TABLES.md)."""
 
     kind: Literal["exact"]
+    """Says that the table has a row for each id."""
     max_rows: TableRows
-    """Ids that have rows at a time. Every shard takes its part, rounded up."""
+    """Ids that have rows at a time; every shard takes its part, rounded up."""
     when_full: Literal["evict", "refuse"] = "evict"
-    """What a new id finds in a full shard: the rows longest unused make room (LRU), or it stays at the cold row."""
+    """What happens to a new id in a full shard: evict removes the rows longest unused; refuse gives it the cold row."""
     admit_after: Annotated[int, Field(ge=1, le=255)] = 1
-    """Training steps in which an id has to occur until it has a row of its own; before, it has its shard's cold row."""
+    """Training steps in which an id has to occur before it has a row of its own; until then it has the cold row."""
     expire_days: Annotated[int, Field(ge=1, le=36_500)] | None = None
-    """Rows that were not used for more days are let go when a run of a later day begins; null: never."""
+    """Rows unused for more days are removed when a run of a later day begins; null: never."""
 
 
 def _kind_of_table(value: Any) -> str | None:
@@ -58,56 +63,60 @@ class ModelConfig(Section):
     """The DICM: base net, which images, how they are pooled, the widths, the rows of each ID table."""
 
     base: BaseNet = "mlp"
-    """What becomes of the inputs: LR, Embedding&MLP, DIN, DCN-v2, FinalMLP; two towers for pre-ranking."""
+    """The net above the inputs: LR, Embedding&MLP, DIN, DCN-v2, FinalMLP, or two towers for pre-ranking."""
     images: Literal["none", "ad", "behavior", "both"] = "both"
-    """Which images the model sees; their ids are ID fields in all four."""
+    """Which images the model sees; image ids are ID fields in all four."""
     pooling: Pooling = "attentive"
-    """How the vectors of the behaviour images become one; two towers sum them."""
+    """How the vectors of the behaviour images become one: attentive asks with the ad image, multi_query also with the
+    ad's ids, transformer sees the ad beside each behaviour and costs most; two towers sum."""
     concat_length: Annotated[int, Field(ge=1, le=1_000)] = 32
-    """Behaviours that pooling=concat takes, the newest; fewer are filled up with zeros."""
+    """Pooling concat: behaviours taken, the newest; fewer are filled up with zeros."""
     transformer_length: Annotated[int, Field(ge=1, le=1_000)] = 32
-    """Behaviours that pooling=transformer looks at, the newest."""
+    """Pooling transformer: behaviours taken, the newest."""
     transformer_width: Width = 32
-    """Hidden width of its tokens; it gives twice as many numbers."""
+    """Pooling transformer: hidden width of a behaviour's token; it gives twice as many numbers."""
     transformer_layers: Annotated[int, Field(ge=1, le=8)] = 1
-    """Encoder layers of it."""
+    """Pooling transformer: encoder layers."""
     transformer_heads: Annotated[int, Field(ge=1, le=64, validate_default=True)] = 2
-    """Heads of attention in each layer; transformer_width is a multiple."""
+    """Pooling transformer: heads of attention in each layer; transformer_width is a multiple."""
     image_products: bool = True
-    """Give the base net the mean of the behaviour images times the ad's vectors, too; not lr and two_tower."""
+    """Give the base net the mean of the behaviour images times a projection of the ad's vectors, too; not lr and
+    two_tower."""
     similarity_tiers: Annotated[int, Field(ge=0, le=256)] = 0
-    """SimTier: a histogram, with so many tiers, of how similar the behaviour images are to the ad's; 0: none."""
+    """Tiers of SimTier's histogram of how similar the behaviour images are to the ad's; 0: none."""
     similarity_top_k: Annotated[int, Field(ge=0, le=10_000)] = 0
-    """Pool only so many of the behaviours, those whose images are most similar to the ad's; 0: all."""
+    """Pool only so many behaviours, those whose images are most similar to the ad's; 0: all."""
     shared_image_model: bool = True
-    """One E for behaviour and ad images, or one each."""
-    visual_width: Width = 12
+    """One E for all content fields of a store, or one for each field."""
     id_width: Width = 12
     """Width of an ID field's vector where the schema names none."""
+    visual_width: Width = 12
+    """Width of the vector that E makes where the schema names none; equal to id_width it saves a collective."""
     embed_hidden: list[Width] = Field(default=[256, 64])
-    """E's hidden layers."""
+    """E's hidden layers: E is 4096-256-64-12."""
     mlp: list[Width] = Field(default=[200, 80], min_length=1)
     """Hidden layers of the MLP."""
-    tower_width: Width = 32
-    """Outputs of each tower with base two_tower: the width of user and ad vectors."""
     attention_hidden: Width = 16
     """Hidden units that weigh a behaviour against the ad: its image in attentive pooling, its ids in DIN."""
+    tower_width: Width = 32
+    """Base two_tower: width of user and ad vectors."""
     cross_layers: Annotated[int, Field(ge=1, le=16)] = 3
-    """Cross layers of DCN-v2."""
+    """Base dcn: cross layers."""
     cross_structure: Literal["parallel", "stacked"] = "parallel"
-    """DCN-v2's MLP beside the cross layers, or on top of them."""
+    """Base dcn: the MLP beside the cross layers, or on top of them."""
     feature_gates: bool = True
-    """FinalMLP's two streams see the inputs through gates, set by the user's fields and by the ad's."""
+    """Base finalmlp: its two streams see the inputs through gates that the user's and the ad's fields set."""
     gate_hidden: Width = 64
-    """Hidden units that set FinalMLP's gates."""
+    """Base finalmlp: hidden units that set the gates."""
     fusion_heads: Annotated[int, Field(ge=1, le=1024)] = 1
-    """FinalMLP's bilinear fusion works on so many equal slices of what the two streams make."""
+    """Base finalmlp: equal slices of both streams' outputs that are multiplied with each other."""
     multi_hot: Literal["mean", "sum"] = "mean"
-    """What becomes of the ID vectors of a field with several values a row."""
+    """How the ID vectors of a field with several values a row become one."""
     activation: Activation = "relu"
-    """Of the hidden layers of the networks, E aside."""
+    """Of the networks' hidden layers, E aside; the paper has prelu."""
     init: Literal["xavier", "torch"] = "xavier"
-    """Start of the networks' linear layers, E aside: Xavier's normal weights and no bias, or torch's uniform ones."""
+    """Start of the networks' linear layers, E aside: normal weights and no bias, or torch's own; base lr
+    has torch's."""
     batch_norm: bool = False
     """Standardise what goes into each activation of an MLP by mean and variance of the global batch."""
     dropout: Annotated[float, Field(ge=0, le=0.95)] = 0.0
@@ -115,20 +124,24 @@ class ModelConfig(Section):
     id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of training samples whose ad is taken for a new one: the vectors of its own IDs are zero."""
     feature_dropout: Annotated[float, Field(ge=0, le=0.95)] = 0.0
-    """Share of an image's features that E takes for the mean in a training step; rounded to a 256th."""
+    """Share of an image's features that E takes for their mean in a training step; rounded to a 256th."""
     embed_dropout: Annotated[float, Field(ge=0, le=0.95)] = 0.0
     """Share of the outputs of each of E's hidden layers that are zero in a training step; rounded to a 256th."""
     image_holdout: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Share of images that E learns nothing from: on them the model learns what a new ad's picture is worth."""
+    """Share of images that E learns nothing from: on their ads the model learns what a new ad's picture is worth
+    (docs/NEW_ADS.md); needs id_init_std of 0.001 or less."""
     compute_dtype: ComputeDType | Literal["auto"] = "auto"
-    """Type of E's matrix products; all else is float32, or float64 with them. auto: what the machine is quicker at."""
+    """Type of E's matrix products; all else is float32, or float64 with them, which is slow and for checks. auto: what
+    the machine is quicker at; a run keeps what it began with."""
     id_init_std: Annotated[float, Field(ge=0, le=1)] = 0.0001
     """Standard deviation of an ID vector's first numbers, which are uniform around zero."""
     table_shards: Annotated[int, Field(ge=1, le=1 << 20)] = 64
-    """Shards of every ID table. A checkpoint loads at any number of ranks, but only at its own number of shards."""
-    tables: dict[str, TableConfig] = Field(default={})
-    """Each ID table by name. A number: so many rows, rounded up to fill every shard, into which ids are hashed. Or a
-    row for each id, see ExactTableConfig."""
+    """Shards of every ID table, a power of two; a checkpoint needs the same number, at any number of ranks."""
+    tables: dict[str, TableConfig] = Field(
+        default={"user": 65_536, "item": 65_536, "image": 65_536, "category": 4_096, "scene": 256}
+    )
+    """Each ID table by name: a number of rows into which ids are hashed, rounded up to fill every shard; or a row for
+    each id, as {kind: exact, max_rows: 2000000, admit_after: 3, expire_days: 30} (docs/ID_TABLES.md)."""
 
     @field_validator("pooling")
     @classmethod
@@ -195,40 +208,49 @@ class ExchangeConfig(Section):
     """How vectors travel between ranks."""
 
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of vectors and their gradients on the way. float32: sent as they are; bfloat16: rounded, half of the bytes."""
+    """Type of vectors and their gradients on the way; bfloat16: rounded, half of the bytes."""
     reuse_steps: Annotated[int, Field(ge=0, le=1000)] = 0
-    """An owner may answer with a visual vector that is up to so many steps old. 0: never, which is exact."""
+    """An owner may answer with a visual vector that is up to so many steps old; 0: never, which is exact."""
 
 
 class OptimConfig(Section):
     """Adam for dense parameters, `ids` for the rows of ID tables; every `lr_every` steps rates shrink by `lr_gamma`."""
 
     lr: LearningRate = 0.001
+    """Learning rate."""
     ids: IdOptimizer = "adam"
-    """adam: as on the whole table; rowwise_adam: one second moment a row; all others: McMahan 2013, Duchi 2011."""
+    """Optimiser of ID rows: adam as on the whole table, at the cost of the touched rows; rowwise_adam with one second
+    moment a row; the others as McMahan 2013 and Duchi 2011."""
     ids_lr: LearningRate | None = 0.006
-    """Of ID rows; None: `lr`."""
+    """Learning rate of ID rows; null: lr. It is the alpha of ftrl, without warm-up and schedule."""
     ids_restart: bool = False
-    """Begin ID rows and their optimiser anew with each epoch, as MEDA (KDD 2023); the rest goes on."""
+    """Begin ID rows and their optimiser anew with each epoch (MEDA, KDD 2023); the rest continues."""
     warmup_steps: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Both rates grow evenly from 1 / warmup_steps of their value in the first step to all of it."""
+    """Steps in which both rates grow evenly, from 1 / warmup_steps of their values to all of them."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Of dense matrices, decoupled as in AdamW: lr x this x the weight is taken off in each step."""
     embed_weight_decay: Annotated[float, Field(ge=0, le=10)] | None = None
-    """The same of E's matrices; None: `weight_decay`."""
+    """The same of E's matrices; null: as weight_decay."""
     ids_weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """The same of ID rows, in steps that touch them alone."""
+    """The same of ID rows, in steps that touch them."""
     lr_gamma: RateDecay = 0.9
+    """Both rates times this after every lr_every steps."""
     lr_every: Count = 24_000
+    """Steps between two times that the rates shrink."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Adam: weight of the past in the running mean of gradients."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Adam: the same of their squares."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam: added to the root of the latter."""
     id_l2: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Adaptive L2 of ID rows: this / (steps that touched the row) x the row is added to its gradient; 0: none."""
     ftrl_beta: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    """With 0, a weight without any gradient so far would be 0 / 0."""
+    """FTRL's beta; with 0, a weight without any gradient so far would be 0 / 0."""
     ftrl_l1: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """FTRL's L1."""
     ftrl_l2: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """FTRL's L2."""
 
     @property
     def alpha(self) -> float:

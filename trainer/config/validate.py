@@ -22,7 +22,7 @@ class Section(BaseModel):
 
 
 def near_match(name: str, known: Sequence[str], prefix: str = "") -> str:
-    """The end of a message about an unknown name: the nearest known one, or all of them when none is near."""
+    """End a message about an unknown name: with the nearest known one, or with all of them when none is near."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if near:
         return f"did you mean {prefix}{near[0]}?"
@@ -30,7 +30,10 @@ def near_match(name: str, known: Sequence[str], prefix: str = "") -> str:
 
 
 def validated(model: type[Model], values: Mapping[str, Any], source: str, error: type[TrainerError]) -> Model:
-    """`values` as `model`. Raises `error`, one line per mistake: the field, the value, the limit, the way out."""
+    """Check `values` and return them as `model`.
+
+    Raises `error`, one line per mistake: the field, the value, the limit, the way out.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as failure:
@@ -57,7 +60,7 @@ def _explain(model: type[BaseModel], details: ErrorDetails) -> str:
 
 
 def _names_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """Names of the fields of the model that stands at `path` inside `model`; list positions in the path are skipped."""
+    """Names of the fields of the model at `path` inside `model`; list positions in the path are skipped."""
     for part in path:
         if part in model.model_fields:
             model = _model_inside(model.model_fields[part].annotation) or model

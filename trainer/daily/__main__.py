@@ -1,7 +1,7 @@
-"""Day after day: train each day from the run of the day before, evaluate it on the next one, keep a table.
+"""Train each day from the run of the day before, evaluate it on the next one, and keep a table.
 
-`python -m trainer.daily` is one rank; `horovodrun -np P python -m trainer.daily` is P of them. What is done stands in
-the runs' folders alone, so a job that was killed at any time goes on where it stopped.
+`python -m trainer.daily` is one rank; `horovodrun -np P python -m trainer.daily` is P of them. What is done is in the
+runs' folders alone, so a job that was killed at any time continues where it stopped.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from trainer.config.config import Config, load_config, load_saved, save_config
 from trainer.daily import table as daytable
 from trainer.errors import CheckpointError, ConfigError, DataNotFoundError
 from trainer.main import on_ranks, train, warm_settings
+from trainer.runs.folder import finished, report_of
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
@@ -37,8 +38,8 @@ Examples:
 
     horovodrun -np 8 python -m trainer.daily --window-days 18 --warm-parts full --set run.name=full
 
-Every day is one run, RUN.DIR/RUN.NAME/DAY (data/runs/daily/2026-01-31). The table of all days stands beside them, as
-days.json and days.parquet. Start it again when another day's samples are there, or after a kill: it goes on where it
+Every day is one run, RUN.DIR/RUN.NAME/DAY (data/runs/daily/2026-01-31). The table of all days is beside them, as
+days.json and days.parquet. Start it again when another day's samples are there, or after a kill: it continues where it
 stopped. The newest day is trained at once, and evaluated when the samples of the day after it have come; where its own
 have changed by then, by late logs, it stays as it was trained, and is marked samples_changed. Exit codes are those of
 trainer.main.
@@ -88,7 +89,7 @@ def main(
 
 @dataclass(frozen=True)
 class Day:
-    """The run of one day: what it trains on, the day that it is evaluated on if that is there, and where it stands."""
+    """The run of one day: what it trains on, the day that it is evaluated on if that is there, and its folder."""
 
     name: str
     train_days: tuple[str, ...]
@@ -96,8 +97,8 @@ class Day:
     folder: Path
 
     def report(self) -> dict[str, Any] | None:
-        """What the run reported; None before its end."""
-        return daytable.report_of(self.folder)
+        """Read what the run reported; None before its end."""
+        return report_of(self.folder)
 
     @property
     def is_done(self) -> bool:
@@ -106,10 +107,7 @@ class Day:
         return report is not None and (bool(report["metrics"]) or self.test_day is None)
 
     def config(self, base: Config, before: Path | None) -> Config:
-        """Of the run, which begins with that in folder `before`, or goes on where it stopped."""
-        # Imported here as all of torch's company: not for --help.
-        from trainer.runs.checkpoint import finished
-
+        """Make the settings of the run, which begins with that in folder `before`, or continues where it stopped."""
         resume = "latest" if self.report() is not None or finished(self.folder / "checkpoints") else None
         run = {
             "dir": str(self.folder.parent),
@@ -118,13 +116,11 @@ class Day:
             "warm_start": str(before) if before else base.run.warm_start,
         }
         data = {"train_days": list(self.train_days), "test_days": [self.test_day] if self.test_day else []}
-        return base.model_copy(
-            update={"run": base.run.model_copy(update=run), "data": base.data.model_copy(update=data)}
-        )
+        return base.changed(run=run, data=data)
 
 
 def plan(days: Sequence[str], window_days: int, folder: Path) -> list[Day]:
-    """One run for each of `days`, ascending; the next day is the next one with samples."""
+    """Plan one run for each of `days`, ascending; the next day is the next one with samples."""
     return [
         Day(
             day,
@@ -137,7 +133,7 @@ def plan(days: Sequence[str], window_days: int, folder: Path) -> list[Day]:
 
 
 def follow(base: Config, comm: "Comm", window_days: int = 1, first: str | None = None, last: str | None = None) -> None:
-    """All days that are not done yet, one after the other, and the table. Every rank calls it.
+    """Train all days that are not done yet, one after the other, and write the table. Every rank calls it.
 
     Raises TrainerError and FeatureStoreError, on all ranks together.
     """
@@ -180,7 +176,7 @@ def follow(base: Config, comm: "Comm", window_days: int = 1, first: str | None =
 
 
 def evaluate_trained(day: Day, config: Config, report: Mapping[str, Any], comm: "Comm") -> None:
-    """Adds to the `report` of a trained day what it is worth on the next one. Every rank calls it.
+    """Add to the `report` of a trained day what it is worth on the next one. Every rank calls it.
 
     What was trained stays as it is, also where the samples of its days have changed since; the report tells so then.
     Raises TrainerError, FeatureStoreError.
@@ -222,9 +218,8 @@ def _write_evaluation(day: Day, report: Mapping[str, Any]) -> None:
 
     file = day.folder / "config.yaml"
     trained = load_saved(file)
-    data = trained.data.model_copy(update={"test_days": [day.test_day]})
     try:
-        save_config(trained.model_copy(update={"data": data}), file)
+        save_config(trained.changed(data={"test_days": [day.test_day]}), file)
     except OSError as failure:
         raise ConfigError(f"{file} cannot be written: {failure}") from failure
     write_report(day.folder / "report.json", report)
@@ -276,7 +271,7 @@ def _days_of(samples: str) -> list[str]:
 
 
 def _claim(folder: Path, base: Config, window_days: int) -> None:
-    """Writes what all days share to `folder`/daily.json, and refuses to go on with something else.
+    """Write what all days share to `folder`/daily.json, and refuse to continue with something else.
 
     A day's folder is made when all that its run needs has been opened. Until there is one, nothing has proved that the
     settings are right, and other ones take their place.
@@ -316,17 +311,18 @@ def _check_same(mine: dict[str, Any], theirs: dict[str, Any], file: Path) -> Non
 
 
 def _check_stores(before: Path, base: Config) -> None:
-    """Raises AnotherStoreError where a day would go on from the day before on another store: the days of one table
-    have one. A single run may begin so, see trainer.runs.warmstart; a table of days would not show where it changed."""
+    """Raise AnotherStoreError where a day would continue the day before on another store: a table of days has one.
+
+    A single run may begin so, see trainer.runs.warmstart; a table of days would not show where it changed."""
     from featurestore.store import FeatureStore
-    from trainer.runs.checkpoint import finished, read_state
+    from trainer.runs.checkpoint import read_state
     from trainer.runs.stores import check_identity, missing_places, store_places
     from trainer.schema import load_schema
 
-    schema = load_schema(Path(base.data.schema_file) if base.data.schema_file else None)
+    schema = load_schema(base.data.schema_file)
     places, checkpoints = store_places(base, schema), finished(before / "checkpoints")
     if not checkpoints or missing_places(places):
-        return  # told when the run is opened
+        return  # reported when the run is opened
     state = read_state(checkpoints[-1])
     for place in places:
         check_identity(place, FeatureStore.open(place.url).snapshot(place.version), checkpoints[-1], state)

@@ -10,10 +10,9 @@ from rich.table import Table
 
 from featurestore.console.files import replace_file, write_json
 from featurestore.console.output import print_table, text_console
-from featurestore.storage.regular import read_regular
-from featurestore.text.parsing import parse_json
 from trainer.config.config import load_saved
 from trainer.errors import TrainerError
+from trainer.runs.folder import report_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,24 +22,12 @@ _METRICS = ("impressions", "logloss", "auc", "gauc", "new_ad_auc", "new_ad_gauc"
 
 
 def runs(folder: Path) -> list[Path]:
-    """Folders of the days that were trained to the end, oldest first."""
+    """List the folders of the days that were trained to the end, oldest first."""
     return sorted(each for each in folder.iterdir() if DAY.fullmatch(each.name) and report_of(each) is not None)
 
 
-def report_of(run: Path) -> dict[str, Any] | None:
-    """The run's report.json; None before its end. Raises TrainerError where it cannot be read."""
-    file = run / "report.json"
-    try:
-        report: dict[str, Any] = parse_json(read_regular(file))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as failure:
-        raise TrainerError(f"{file} cannot be read: {failure}; remove it, and the run is ended again") from failure
-    return report
-
-
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """One for each trained day, oldest first, with the columns of `_schema`; None where a day is not evaluated yet.
+    """List the trained days, oldest first, with the columns of `_schema`; None where a day is not evaluated yet.
 
     `samples_changed`: between its training and its evaluation; only the metrics of new ads may be others by that.
     """
@@ -48,7 +35,10 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def write(folder: Path) -> None:
-    """`folder`/days.json and days.parquet, each replaced as a whole. Raises TrainerError where the disk refuses."""
+    """Write `folder`/days.json and days.parquet, each replaced as a whole.
+
+    Raises TrainerError where the disk refuses.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -62,7 +52,7 @@ def write(folder: Path) -> None:
 
 
 def show(folder: Path) -> None:
-    """The table on the screen."""
+    """Print the table."""
     console = text_console()
     table = Table(title=str(folder))
     for name in ("day", "from", "snapshot", "steps", "test day", *_METRICS):

@@ -14,7 +14,7 @@ from torch.nn import functional
 from featurestore.format.statistics import FeatureStatistics
 from featurestore.lookup.embedding import EmbeddingService
 from featurestore.lookup.feature_dropout import EmbeddingDropout
-from featurestore.lookup.partition import FeaturePartition, MissingPolicy
+from featurestore.lookup.partition import FeaturePartition
 from featurestore.lookup.signatures import Signatures
 from trainer.comm import Comm
 from trainer.config.options import ExchangeConfig, ModelConfig, OptimConfig
@@ -77,7 +77,6 @@ class Engine:
         exchange: ExchangeConfig | None = None,
         *,
         seed: int,
-        missing: MissingPolicy = "error",
         statistics: Mapping[str, FeatureStatistics] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -92,7 +91,7 @@ class Engine:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = build_model(schema, model)
-            self.services = services_of(self.model.fields, partitions, model, missing)
+            self.services = services_of(self.model.fields, partitions, model)
         self._modules = nn.ModuleDict({"model": self.model, "stores": nn.ModuleDict(self.services)})
         self._modules.to(device=self._device, dtype=dtype)
         for store, service in self.services.items():

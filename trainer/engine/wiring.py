@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService
-from featurestore.lookup.partition import FeaturePartition, MissingPolicy
+from featurestore.lookup.partition import FeaturePartition
 from trainer.config.options import ExactTableConfig, ModelConfig, TableConfig
 from trainer.errors import ConfigError
 from trainer.ids.exact import ExactShape
@@ -76,7 +76,6 @@ def services_of(
     fields: tuple[Field, ...],
     partitions: Mapping[str, FeaturePartition],
     config: ModelConfig,
-    missing: MissingPolicy,
 ) -> dict[str, EmbeddingService]:
     """Make the services of this rank: for each store its rows and its networks. Raises ConfigError."""
     services: dict[str, EmbeddingService] = {}
@@ -86,5 +85,5 @@ def services_of(
                 f"the schema's content fields need store {store}; open are {sorted(partitions) or 'none'}"
             )
         models = {name: image_model(partitions[store].dim, width, config) for name, width in widths.items()}
-        services[store] = EmbeddingService(partitions[store], models, missing)
+        services[store] = EmbeddingService(partitions[store], models)
     return services

@@ -1,1 +1,1 @@
-"""What a trained run is worth on test samples: metrics with intervals, slices of them, plots, and runs side by side."""
+"""Evaluations of trained runs on test samples: metrics with intervals, slices of them, plots, comparisons of runs."""

@@ -46,7 +46,7 @@ class Statistic(Protocol):
     """What can be measured of resamples."""
 
     def at(self, weight_BU: Float) -> Float:
-        """Values (B, M) with user u counted `weight_BU[b, u]` times; NaN where one is not defined."""
+        """Compute values (B, M) with user u counted `weight_BU[b, u]` times; NaN where one is not defined."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Replicates:
 
 
 def bootstrap(statistics: Sequence[Statistic], num_users: int, resamples: int, seed: int) -> list[Replicates]:
-    """Each statistic on the same resamples, so that differences between them are paired.
+    """Measure each statistic on the same resamples, so that differences between them are paired.
 
     Cost: a gather of every impression for each resample and AUC, about 1 s for 1,000 resamples of 100,000 impressions.
     """
@@ -71,7 +71,7 @@ def bootstrap(statistics: Sequence[Statistic], num_users: int, resamples: int, s
 
 
 def draws(num_users: int, resamples: int, seed: int, block: int | None = None) -> Iterator[Float]:
-    """How often each user is drawn, (B, U), until `resamples` are done: equal for equal seeds, whatever the block."""
+    """Draw how often each user counts, (B, U), `resamples` times: equal for equal seeds, whatever the block."""
     random = np.random.default_rng(seed)
     block = block or max(1, min(64, _BLOCK_ELEMENTS // max(1, num_users)))
     for start in range(0, resamples, block):
@@ -81,7 +81,7 @@ def draws(num_users: int, resamples: int, seed: int, block: int | None = None) -
 
 
 def interval(value: float, draws_R: Float, *, users: int, pivotal: bool = False) -> Estimate:
-    """The middle `LEVEL` of the resamples; None where the value, or half of the resamples, are not defined.
+    """Find the middle `LEVEL` of the resamples; None where the value, or half of the resamples, are not defined.
 
     No interval either for a value that fewer than LEAST_USERS `users` contribute to: resamples of a few say nothing of
     the others. `pivotal`: mirrored at the value, for a statistic that is larger in resamples than in the sample.
@@ -98,7 +98,7 @@ def interval(value: float, draws_R: Float, *, users: int, pivotal: bool = False)
 
 
 def probability(logit_N: Float) -> Float:
-    """Sigmoid, without overflow."""
+    """Compute the sigmoid, without overflow."""
     values: Float = torch.sigmoid(torch.from_numpy(np.asarray(logit_N, np.float64))).numpy()
     return values
 
@@ -133,7 +133,7 @@ class MetricSums:
         """How many users contribute to each of the METRICS."""
 
     def at(self, weight_BU: Float) -> Float:
-        """The METRICS of resamples, (B, M)."""
+        """Compute the METRICS of resamples, (B, M)."""
         sums_BC = weight_BU[:, self._users_V] @ self.sums_VC
         return np.stack(
             [
@@ -185,13 +185,13 @@ class ReliabilitySums:
         self.users_K = (self._sums_U3K[:, 0] > 0).sum(axis=0)
 
     def at(self, weight_BU: Float) -> Float:
-        """Mean predictions and then click rates, (B, 2 K)."""
+        """Compute mean predictions and then click rates, (B, 2 K)."""
         sums_B3K = np.asarray(np.tensordot(weight_BU, self._sums_U3K, axes=1), np.float64)
         return np.concatenate([ratio(sums_B3K[:, 1], sums_B3K[:, 0]), ratio(sums_B3K[:, 2], sums_B3K[:, 0])], axis=1)
 
 
 def bins_of(score_N: Float) -> Int:
-    """Bins of equally many impressions, 0 the lowest scores: up to NUM_BINS of at least LEAST_PER_BIN, or one.
+    """Cut into bins of equally many impressions, 0 the lowest scores: up to NUM_BINS of at least LEAST_PER_BIN, or one.
 
     Equal scores are in one bin.
     """
@@ -204,5 +204,5 @@ def bins_of(score_N: Float) -> Int:
 
 
 def ratio(above: Float, below: Float) -> Float:
-    """Above / below, NaN where below is zero."""
+    """Divide above by below; NaN where below is zero."""
     return np.divide(above, below, out=np.full_like(above, np.nan), where=below != 0)

@@ -1,4 +1,4 @@
-"""Two models on the same impressions: the difference of AUC and GAUC, its interval, and how likely chance alone is.
+"""Compare two models on the same impressions: the difference of AUC and GAUC, its interval, and its p-value.
 
 Both sides are measured on the same resamples of users, so what makes a day easy or hard for both cancels out. Where a
 side has several runs (seeds), its metric is their mean, and a resample draws runs as well as users: the interval covers
@@ -6,26 +6,75 @@ both the users and the luck of training.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
+from rich.table import Table
 
-from trainer.errors import DataError
-from trainer.evaluation.bootstrap import METRICS, Float, MetricSums, bootstrap, interval
-from trainer.evaluation.predict import Predictions
+from featurestore.console.files import write_json
+from featurestore.console.output import print_table, text_console
+from trainer.comm import Comm
+from trainer.errors import DataError, TrainerError
+from trainer.evaluation.bootstrap import LEVEL, METRICS, Estimate, Float, MetricSums, bootstrap, interval
+from trainer.evaluation.plots import METRIC_TITLES
+from trainer.evaluation.predict import Predictions, predict_run
+from trainer.evaluation.report import number, range_of
+from trainer.runs.saved import Source
 
 
-@dataclass(frozen=True)
-class Difference:
-    """`value` = ours - baseline. `p_value`: two-sided, for a true difference of 0. None where it is not defined."""
+@dataclass(frozen=True, kw_only=True)
+class Difference(Estimate):
+    """A metric of ours - that of the baseline. `p_value`: two-sided, for a true difference of 0; None if undefined."""
 
     metric: str
     ours: float | None
     baseline: float | None
-    value: float | None
-    low: float | None
-    high: float | None
     p_value: float | None
+
+
+def compare_runs(
+    source: Source, against: Path, comm: Comm, *, resamples: int, seed: int, out: Path | None, json_file: Path | None
+) -> None:
+    """Compare a run with the newest checkpoint of the run in folder `against`; print and write the differences.
+
+    The samples and the store that `source` names are those of both. They are written to comparison.json in `out`, by
+    default RUN/evaluation, and to `json_file`. Every rank calls it. Raises TrainerError, FeatureStoreError; DataError
+    where the test samples of the two differ.
+    """
+    console, places = text_console(quiet=comm.rank != 0), {"samples": source.samples, "store": source.store}
+    ours = predict_run(source.folder, comm, checkpoint=source.checkpoint, **places)
+    baseline = predict_run(against, comm, **places)
+    _check_same_impressions([ours, baseline], [str(source.folder), str(against)])
+    if comm.rank != 0:
+        return
+    found = compare([ours], [baseline], resamples=resamples, seed=seed)
+    title = f"{source.folder} against {against}, {len(ours.logit_N):,} impressions"
+    table = Table("", "run", "against", "difference", f"{LEVEL:.0%} interval", "p", title=title)
+    for name, each in found.items():
+        values = (number(value) for value in (each.ours, each.baseline, each.value))
+        p_value = "-" if each.p_value is None else f"{each.p_value:.3g}"
+        table.add_row(METRIC_TITLES[name], *values, range_of(each), p_value)
+    print_table(console, table)
+    notes = [f"{folder}: {note}" for folder, run in ((source.folder, ours), (against, baseline)) for note in run.notes]
+    for note in notes:
+        console.print(f"note: {note}")
+    written = {
+        "run": str(source.folder),
+        "against": str(against),
+        "impressions": len(ours.logit_N),
+        "bootstrap": {"resamples": resamples, "seed": seed, "level": LEVEL},
+        "differences": {name: asdict(each) for name, each in found.items()},
+        "notes": notes,
+    }
+    folder = out or source.folder / "evaluation"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (folder / "comparison.json", *([json_file] if json_file else [])):
+            write_json(file, written)
+    except OSError as failure:
+        raise TrainerError(f"cannot write the comparison to {folder}: {failure}; choose another by --out") from failure
+    console.print(f"written to {folder / 'comparison.json'}")
 
 
 def compare(
@@ -36,7 +85,7 @@ def compare(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Difference]:
-    """The paired difference of each metric between runs `ours` and runs `baseline`, each of which has one or more.
+    """Measure the paired difference of each metric between runs `ours` and `baseline`, one or more on each side.
 
     p = (1 + resamples whose difference lies as far from the one found as that does from 0) / (1 + resamples), the
     bootstrap test with the null put at the centre (Hall and Wilson, Biometrics 1991); so never below 1 / (1 + R).
@@ -44,7 +93,7 @@ def compare(
     """
     if not ours or not baseline:
         raise ValueError("each side needs the predictions of one run at least")
-    _check_same_impressions([*ours, *baseline])
+    _check_same_impressions([*ours, *baseline], [f"run {n}" for n in range(len(ours) + len(baseline))])
     users_U, user_N = np.unique(ours[0].impressions.user_N, return_inverse=True)
     label_N = ours[0].impressions.label_N.astype(np.float64)
     sums = [MetricSums(each.logit_N, label_N, user_N) for each in (*ours, *baseline)]
@@ -73,25 +122,23 @@ def _mean_of_drawn(draws_SRM: Float, random: np.random.Generator) -> Float:
 
 def _difference(name: str, ours: float, baseline: float, draws_R: Float, users: int) -> Difference:
     value = ours - baseline
-    if np.isnan(value):
-        return Difference(name, *(None if np.isnan(x) else float(x) for x in (ours, baseline)), *[None] * 4)
     estimate = interval(value, draws_R, users=users)
     defined_R = draws_R[~np.isnan(draws_R)]
     # A difference of rounding errors (equal models in another order of sums) is none.
     as_far = np.abs(defined_R - value) >= abs(value) - 1e-12
     p_value = float((1 + as_far.sum()) / (1 + len(defined_R))) if estimate.low is not None else None
-    return Difference(name, float(ours), float(baseline), estimate.value, estimate.low, estimate.high, p_value)
+    mine, theirs = (None if np.isnan(each) else float(each) for each in (ours, baseline))
+    return Difference(**asdict(estimate), metric=name, ours=mine, baseline=theirs, p_value=p_value)
 
 
-def _check_same_impressions(predictions: Sequence[Predictions]) -> None:
+def _check_same_impressions(predictions: Sequence[Predictions], names: Sequence[str]) -> None:
     first = predictions[0].impressions
-    for number, each in enumerate(predictions):
-        other = each.impressions
+    for run, other in zip(names, (each.impressions for each in predictions), strict=True):
         same = len(first.label_N) == len(other.label_N) and all(
             np.array_equal(getattr(first, name), getattr(other, name)) for name in ("label_N", "user_N", "ad_N")
         )
         if not same:
             raise DataError(
-                f"run {number} of those compared predicted other impressions ({len(other.label_N):,}) than the first "
-                f"({len(first.label_N):,}); evaluate both on the same test samples"
+                f"{run} predicted other impressions ({len(other.label_N):,}) than {names[0]} "
+                f"({len(first.label_N):,}); evaluate both on the same test samples, by --samples"
             )

@@ -11,11 +11,9 @@ from trainer.evaluation import report
 from trainer.evaluation.bootstrap import Float
 from trainer.evaluation.impressions import Impressions, ad_image_field, read_impressions, seen_in_training
 from trainer.evaluation.measure import Figures, measure_all
-from trainer.evaluation.opening import Opened, Source, open_source
 from trainer.evaluation.predict import has_feature, predict, predict_without
 from trainer.evaluation.slices import Slicing, slicings
-from trainer.loop.summary import ranks_text
-from trainer.runs.saved import missing_lookups
+from trainer.runs.saved import Opened, Source, open_source
 
 HIDDEN_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 
@@ -32,7 +30,7 @@ class Options:
 
 
 def evaluate_run(source: Source, options: Options, comm: Comm) -> Figures | None:
-    """Evaluates a run and writes the report; every rank calls it, rank 0 measures, writes and returns the figures.
+    """Evaluate a run and write the report; every rank calls it, rank 0 measures, writes and returns the figures.
 
     Raises TrainerError or FeatureStoreError.
     """
@@ -40,12 +38,12 @@ def evaluate_run(source: Source, options: Options, comm: Comm) -> Figures | None
     with contextlib.closing(open_source(source, comm)) as opened:
         if options.missing_curve and not opened.run.engine.services:
             raise ConfigError("--missing-curve: the run's model.images=none reads no image, so none can be hidden")
-        count = f"{opened.test.num_samples:,} impressions, {ranks_text(comm.size)}"
+        count = f"{opened.test.num_samples:,} impressions, {comm.size} rank{'s' * (comm.size > 1)}"
         console.print(f"{opened.saved.path}: {count}")
         impressions = read_impressions(comm, opened.test, opened.run.schema)
         cuts = _slicings(opened, impressions)
         logits = {0.0: predict(opened)}
-        num_missing = missing_lookups(comm, opened.run.partitions)
+        num_missing = opened.run.missing_lookups()
         if options.missing_curve:
             logits |= {share: predict_without(opened, share, options.seed) for share in HIDDEN_SHARES}
         about = report.about(opened, num_missing, options.missing_curve, options.resamples, options.seed)

@@ -1,4 +1,4 @@
-"""What is known of test impressions beside their scores, and what training saw of their ads and images.
+"""What is known of test impressions besides their scores, and what training saw of their ads and images.
 
 Letters of shapes: N test impressions, A distinct ads and I distinct ad images among them. What training saw is counted
 for those alone, in one pass over the training samples, each rank over its share.
@@ -53,7 +53,7 @@ class SeenInTraining:
 
 
 def read_impressions(comm: Comm, index: SampleIndex, schema: Schema) -> Impressions:
-    """The impressions of a split, the same on every rank; each rank reads its share of the files.
+    """Read the impressions of a split, the same on every rank; each rank reads its share of the files.
 
     Raises DataError or SchemaError on all ranks together.
     """
@@ -83,7 +83,7 @@ def read_impressions(comm: Comm, index: SampleIndex, schema: Schema) -> Impressi
 
 
 def seen_in_training(comm: Comm, index: SampleIndex, schema: Schema, impressions: Impressions) -> SeenInTraining:
-    """What the split `index` holds of the ads and ad images of `impressions`; the same on every rank.
+    """Count what the split `index` holds of the ads and ad images of `impressions`; the same on every rank.
 
     Raises DataError or SchemaError on all ranks together.
     """
@@ -118,7 +118,7 @@ def _count(seen: SeenInTraining, index: SampleIndex, row_groups: Sequence[RowGro
 
 
 def ad_image_field(schema: Schema) -> Field | None:
-    """The field whose keys are the ads' images, one each; None where the schema has none."""
+    """Find the field whose keys are the ads' images, one each; None where the schema has none."""
     return next((field for field in schema.of_kind("content", side="ad") if field.gallery is None), None)
 
 
@@ -148,7 +148,7 @@ def _lengths(groups: Groups, column: str) -> Index:
 
 
 def places(sorted_A: Index, values_N: Index) -> tuple[Index, NDArray[np.bool_]]:
-    """Where each value stands in `sorted_A`, and whether it does."""
+    """Find where each value is in `sorted_A`, and whether it is."""
     if len(sorted_A) == 0:
         return np.zeros(len(values_N), np.int64), np.zeros(len(values_N), np.bool_)
     at_N = np.minimum(np.searchsorted(sorted_A, values_N), len(sorted_A) - 1)

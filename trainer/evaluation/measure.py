@@ -76,7 +76,10 @@ def measure_all(
     resamples: int,
     seed: int,
 ) -> Figures:
-    """Metrics with intervals. `logits_of_share`: (N,) for each share of hidden images; hidden by `seed` as well."""
+    """Measure metrics with intervals.
+
+    `logits_of_share`: (N,) for each share of hidden images; hidden by `seed` as well.
+    """
     users_U, user_N = np.unique(impressions.user_N, return_inverse=True)
     label_N = impressions.label_N.astype(np.float64)
     reliability = ReliabilitySums(logit_N, label_N, user_N, len(users_U))

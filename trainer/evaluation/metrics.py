@@ -29,12 +29,12 @@ class Metrics:
     gauc_impressions: int
 
     def named(self, prefix: str = "") -> dict[str, float | int | None]:
-        """The values by name, each with `prefix` before it."""
+        """Return the values by name, each with `prefix` before it."""
         return {prefix + name: value for name, value in asdict(self).items()}
 
 
 def measure(logit_N: Float, label_N: Float, group_N: Int) -> Metrics:
-    """Metrics of N impressions; `group_N` is the user of each. Order N log N."""
+    """Measure N impressions; `group_N` is the user of each. Order N log N."""
     gauc, gauc_impressions = grouped_auc(logit_N, label_N, group_N)
     return Metrics(
         impressions=len(label_N),
@@ -47,7 +47,10 @@ def measure(logit_N: Float, label_N: Float, group_N: Int) -> Metrics:
 
 
 def log_loss(logit_N: Float, label_N: Float) -> float | None:
-    """Mean binary cross entropy in nats, from logits: exact where a probability rounds to 0 or 1. None if empty."""
+    """Compute mean binary cross entropy in nats, of logits: exact where a probability rounds to 0 or 1.
+
+    None if empty.
+    """
     if len(label_N) == 0:
         return None
     logit, label = torch.from_numpy(np.asarray(logit_N, np.float64)), torch.from_numpy(np.asarray(label_N, np.float64))
@@ -55,12 +58,12 @@ def log_loss(logit_N: Float, label_N: Float) -> float | None:
 
 
 def auc(score_N: Float, label_N: Float) -> float | None:
-    """Area under the ROC curve; None with one class only."""
+    """Compute the area under the ROC curve; None with one class only."""
     return grouped_auc(score_N, label_N, np.zeros(len(label_N), np.int64))[0]
 
 
 def grouped_auc(score_N: Float, label_N: Float, group_N: Int) -> tuple[float | None, int]:
-    """GAUC and the number of impressions that it counts; None and 0 when no group has both classes."""
+    """Compute GAUC and the number of impressions that it counts; None and 0 when no group has both classes."""
     groups = auc_of_groups(score_N, label_N, group_N)
     counted = int(groups.impressions_G.sum())
     if counted == 0:
@@ -78,7 +81,7 @@ class GroupAucs:
 
 
 def auc_of_groups(score_N: Float, label_N: Float, group_N: Int) -> GroupAucs:
-    """AUC of each group by itself. Order N log N."""
+    """Compute the AUC of each group by itself. Order N log N."""
     if len(label_N) == 0:
         return GroupAucs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
     order_N = np.lexsort((score_N, group_N))

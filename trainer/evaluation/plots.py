@@ -21,7 +21,7 @@ _COLOR = "#1f5fa8"
 
 
 def draw_all(figures: Figures, folder: Path) -> list[Path]:
-    """Writes every plot that the figures have data for into `folder`; returns the files."""
+    """Write every plot that the figures have data for into `folder`; returns the files."""
     drawn = {"reliability": reliability(figures.reliability)}
     for name, sliced in figures.sliced_by.items():
         drawn[f"by_{name}"] = by_slice(sliced, figures.whole)
@@ -35,7 +35,7 @@ def draw_all(figures: Figures, folder: Path) -> list[Path]:
 
 
 def reliability(bins: Sequence[Bin]) -> Figure:
-    """Click rate against mean prediction, one point for each bin; on the diagonal, predictions are right."""
+    """Plot click rate against mean prediction, one point for each bin; on the diagonal, predictions are right."""
     figure, axes = _one_panel()
     _points(axes, [each.predicted for each in bins], [each.clicked for each in bins])
     reached = [value for each in bins for value in (each.predicted, each.clicked.value, each.clicked.high) if value]
@@ -48,7 +48,7 @@ def reliability(bins: Sequence[Bin]) -> Figure:
 
 
 def by_slice(sliced: SlicedBy, whole: Measured) -> Figure:
-    """A panel for each metric, a row for each slice; the band is the interval of all impressions together."""
+    """Plot a panel for each metric, a row for each slice; the band is the interval of all impressions together."""
     names = list(sliced.slices)
     figure = Figure(figsize=(2.6 * len(METRICS) + 1.6, 1.4 + 0.42 * len(names)), layout="constrained")
     panels: Sequence[Axes] = figure.subplots(1, len(METRICS), sharey=True)
@@ -69,7 +69,7 @@ def by_slice(sliced: SlicedBy, whole: Measured) -> Figure:
 
 
 def missing_curve(points: Sequence[Hidden]) -> Figure:
-    """GAUC against the share of image keys that are hidden."""
+    """Plot GAUC against the share of image keys that are hidden."""
     figure, axes = _one_panel()
     shares = [100 * each.share for each in points]
     _points(axes, shares, [each.metrics["gauc"] for each in points])

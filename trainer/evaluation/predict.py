@@ -1,6 +1,7 @@
-"""Predictions of a run for every test impression, as arrays: what metrics, slices and comparisons start from."""
+"""Predictions of a run for every test impression, as arrays; and the few metrics of them that a run itself reports."""
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,15 @@ from numpy.typing import NDArray
 
 from trainer.comm import Comm, SoloComm
 from trainer.errors import TrainerError
-from trainer.evaluation.impressions import Impressions, read_impressions
-from trainer.evaluation.opening import Opened, Source, open_source
+from trainer.evaluation.impressions import Impressions, places, read_impressions
+from trainer.evaluation.metrics import measure
+from trainer.runs.saved import Opened, Source, open_source
+from trainer.samples.batch import Batch
+from trainer.samples.columns import Index
 from trainer.samples.prefetch import ReadAhead
 
 Float = NDArray[np.float64]
+Metrics = dict[str, float | int | None]
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,8 @@ class Predictions:
 
     logit_N: Float
     impressions: Impressions
+    notes: tuple[str, ...] = ()
+    """What a reader of the figures should know."""
 
 
 def predict_run(
@@ -33,18 +40,20 @@ def predict_run(
     samples: str | None = None,
     store: str | None = None,
 ) -> Predictions:
-    """The predictions of the run in `folder` for its test samples, or for those of `samples`; see `open_source`.
+    """Predict by the run in `folder` for its test samples, or for those of `samples`; see `open_source`.
 
     One rank where no `comm` is given, else on all of its ranks, the same on each.
     """
     comm = comm or SoloComm()
     with contextlib.closing(open_source(Source(Path(folder), checkpoint, samples, store), comm)) as opened:
         impressions = read_impressions(comm, opened.test, opened.run.schema)
-        return Predictions(predict(opened), impressions)
+        logit_N = predict(opened)
+        missing = opened.saved.notes_on_missing(opened.run.missing_lookups())
+        return Predictions(logit_N, impressions, (*opened.notes, *missing))
 
 
 def predict(opened: Opened) -> Float:
-    """Logits of all test impressions (N,), the same on every rank; every rank calls it. Raises TrainerError."""
+    """Predict logits of all test impressions (N,), the same on every rank; all call it. Raises TrainerError."""
     run = opened.run
     with contextlib.closing(ReadAhead(opened.reader.batches(), run.config.data.prefetch_batches)) as ahead:
         own = np.concatenate([np.empty(0), *(run.engine.predict(each) for each in run.engine.prepared(ahead))])
@@ -55,7 +64,7 @@ def predict(opened: Opened) -> Float:
 
 
 def predict_without(opened: Opened, share: float, seed: int) -> Float:
-    """Logits (N,) as if this share of all image keys had no feature, in every store that the model reads.
+    """Predict logits (N,) as if this share of all image keys had no feature, in every store that the model reads.
 
     Keys are chosen by a hash of key and seed: the same at any number of ranks, and a larger share hides all that a
     smaller one hid. They get what the run gives to images without a feature: zeros, or its trained vector.
@@ -71,10 +80,35 @@ def predict_without(opened: Opened, share: float, seed: int) -> Float:
 
 
 def has_feature(opened: Opened, store: str, key_I: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-    """Which keys have a feature in the store that a field names, (I,); None where the model does not read it."""
+    """Find which keys have a feature in the store that a field names, (I,); None where the model does not read it."""
     service = opened.run.engine.services.get(store)
     if service is None:
         return None
     held_I = torch.from_numpy(service.partition.contains(key_I).astype(np.int64))
     found: NDArray[np.bool_] = opened.run.comm.allreduce_sum_(held_I, "has_feature").numpy() > 0
     return found
+
+
+def evaluate(comm: Comm, predicted: Iterable[tuple[Batch, Float]], known_ads: Index, new_ad_field: str) -> Metrics:
+    """Measure all test impressions, and under `new_ad_…` those whose ad is in no training sample.
+
+    `predicted`: this rank's batches, each with its logits. `known_ads`: sorted values of `new_ad_field` in training.
+    Every rank predicts its part and calls this, rank 0 measures the whole. Raises TrainerError where a prediction is
+    not finite.
+    """
+    parts = []
+    for batch, logit_B in predicted:
+        is_new_B = ~places(known_ads, batch.fields[new_ad_field].values_N)[1]
+        parts.append((logit_B, batch.label_B, batch.group_id_B, is_new_B))
+    logit_N, label_N, user_N, new_N = (np.concatenate(column) for column in zip(*parts, strict=True))
+    real_N2 = comm.allgather(
+        torch.from_numpy(np.stack([logit_N.astype(np.float64), label_N], axis=1)), "scores"
+    ).numpy()
+    whole_N2 = comm.allgather(torch.from_numpy(np.stack([user_N, new_N.astype(np.int64)], axis=1)), "users").numpy()
+    if not np.isfinite(real_N2).all():
+        raise TrainerError("the model's predictions are not finite numbers; try a lower optim.lr")
+    metrics: Metrics = {}
+    if comm.rank == 0:
+        for prefix, chosen in {"": slice(None), "new_ad_": whole_N2[:, 1] == 1}.items():
+            metrics |= measure(real_N2[chosen, 0], real_N2[chosen, 1], whole_N2[chosen, 0]).named(prefix)
+    return comm.broadcast_object(metrics)

@@ -14,9 +14,8 @@ from featurestore.console.output import print_table
 from trainer.errors import TrainerError
 from trainer.evaluation.bootstrap import LEAST_USERS, LEVEL, METRICS, NUM_BINS, Estimate
 from trainer.evaluation.measure import Figures, Hidden, Measured
-from trainer.evaluation.opening import Opened
 from trainer.evaluation.plots import METRIC_TITLES, draw_all
-from trainer.runs.saved import TEST
+from trainer.runs.saved import TEST, Opened
 
 _ABOUT = ("checkpoint", "samples", "missing", "missing_lookups")
 _METHOD = f"""\
@@ -27,8 +26,9 @@ _HEADINGS = ("impressions", "users", "clicks", *(METRIC_TITLES[each] for each in
 
 
 def about(opened: Opened, num_missing: int, hides: bool, resamples: int, seed: int) -> dict[str, Any]:
-    """What was evaluated, on what, and how. `num_missing`: lookups of images that had no feature; `hides`: some were
-    hidden as well."""
+    """Say what was evaluated, on what, and how.
+
+    `num_missing`: lookups of images that had no feature; `hides`: some were hidden as well."""
     run = opened.run
     return {
         "run": str(opened.source.folder),
@@ -43,7 +43,10 @@ def about(opened: Opened, num_missing: int, hides: bool, resamples: int, seed: i
 
 
 def write_report(folder: Path, about: Mapping[str, Any], figures: Figures, also: Path | None = None) -> None:
-    """report.json (also under another name), report.md and the plots. Raises TrainerError where the disk refuses."""
+    """Write report.json (also under another name), report.md and the plots.
+
+    Raises TrainerError where the disk refuses.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         plots = draw_all(figures, folder)
@@ -55,7 +58,7 @@ def write_report(folder: Path, about: Mapping[str, Any], figures: Figures, also:
 
 
 def markdown(about: Mapping[str, Any], figures: Figures, plots: Sequence[Path]) -> str:
-    """The whole report; plots are named relative to its folder."""
+    """Write the whole report as Markdown; plots are named relative to its folder."""
     names = {path.stem: f"![{path.stem}]({path.name})\n" for path in plots}
     parts = [
         f"# Evaluation of {about['run']}\n",
@@ -74,13 +77,13 @@ def markdown(about: Mapping[str, Any], figures: Figures, plots: Sequence[Path]) 
 
 
 def show(console: Console, about: Mapping[str, Any], figures: Figures, folder: Path) -> None:
-    """The metrics of all impressions with their intervals, and of the slices without."""
+    """Print the metrics of all impressions with their intervals, and of the slices without."""
     whole = Table(title=f"{about['run']}, {about['checkpoint']}")
     for heading in (f"{figures.whole.impressions:,} impressions", "value", f"{LEVEL:.0%} interval"):
         whole.add_column(heading, justify="left" if heading.endswith("impressions") else "right")
     for metric in METRICS:
         estimate = figures.whole.metrics[metric]
-        whole.add_row(METRIC_TITLES[metric], number(estimate.value), _range(estimate))
+        whole.add_row(METRIC_TITLES[metric], number(estimate.value), range_of(estimate))
     print_table(console, whole)
     slices = Table(title="Slices")
     slices.add_column("")
@@ -102,16 +105,17 @@ def show(console: Console, about: Mapping[str, Any], figures: Figures, folder: P
 
 
 def number(value: float | None) -> str:
-    """Four digits after the point; a dash for what is not defined."""
+    """Format with four digits after the point; a dash for what is not defined."""
     return "-" if value is None else f"{value:.4f}"
 
 
 def with_interval(estimate: Estimate) -> str:
-    """As 0.6260 (0.6241 to 0.6279)."""
-    return f"{number(estimate.value)} ({_range(estimate)})" if estimate.low is not None else number(estimate.value)
+    """Format an estimate, as 0.6260 (0.6241 to 0.6279)."""
+    return f"{number(estimate.value)} ({range_of(estimate)})" if estimate.low is not None else number(estimate.value)
 
 
-def _range(estimate: Estimate) -> str:
+def range_of(estimate: Estimate) -> str:
+    """Format an interval, as 0.6241 to 0.6279; a dash where there is none."""
     return "-" if estimate.low is None else f"{number(estimate.low)} to {number(estimate.high)}"
 
 

@@ -29,7 +29,7 @@ class Slicing:
 
 
 def slicings(impressions: Impressions, seen: SeenInTraining, has_feature_I: NDArray[np.bool_] | None) -> list[Slicing]:
-    """By ad age, impressions of the ad in training, history length, and image: those that the schema has.
+    """Cut by ad age, impressions of the ad in training, history length, and image: those that the schema has.
 
     `has_feature_I`: which of `seen.image_I` have one; None where the model reads no store.
     """

@@ -37,9 +37,9 @@ Examples:
 
     horovodrun -np 2 python -m trainer.experiments exactness
 
-Runs are kept in OUT/runs and found again by their settings, samples and stores' snapshots: an interrupted call goes on
-where it was, from the last checkpoint of the run that it was in (train.checkpoint_every), and two tables share the runs
-that they have in common. Tables and plots go to OUT/results.json, OUT/RESULTS.md and OUT/plots, beside those of earlier
+Runs are kept in OUT/runs and found again by their settings, samples and stores' snapshots: an interrupted call
+continues from the last checkpoint of the run that it was in (train.checkpoint_every), and tables share the runs that
+they have in common. Tables and plots go to OUT/results.json, OUT/RESULTS.md and OUT/plots, beside those of earlier
 calls. What is found is what is written: no order of the variants is assumed.
 """
 
@@ -80,12 +80,12 @@ def main(
 
 def _without_resume(config: Config) -> Config:
     if config.run.resume is not None:
-        raise ConfigError(f"run.resume={config.run.resume}: every run goes on from its own checkpoints; leave it out")
+        raise ConfigError(f"run.resume={config.run.resume}: every run continues from its own checkpoints; leave it out")
     return config
 
 
 def make(wanted: Sequence[Experiment], seeds: Sequence[int], grid: "Grid", comm: "Comm") -> None:
-    """Runs what is missing, then writes and prints the tables. Every rank calls it.
+    """Run what is missing, then write and print the tables. Every rank calls it.
 
     Raises TrainerError, FeatureStoreError; what any of the runs lacks, before the first one.
     """
@@ -114,7 +114,7 @@ def make(wanted: Sequence[Experiment], seeds: Sequence[int], grid: "Grid", comm:
 
 
 def settings_of(file: Path) -> list[str]:
-    """The values of a YAML file as settings, to be laid over others."""
+    """Read the values of a YAML file as settings, to be laid over others."""
     from trainer.runs.checkpoint import flat
 
     return [f"{name}={value}" for name, value in flat(read_mapping(file, "--semantic-config ", ConfigError))]

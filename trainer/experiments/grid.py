@@ -35,7 +35,7 @@ class Experiment:
     """(variant, its own baseline) where that is not the first one."""
 
     def baseline_of(self, name: str) -> str:
-        """The variant that `name` is compared with."""
+        """Name the variant that `name` is compared with."""
         return dict(self.pairs).get(name, self.variants[0].name)
 
 
@@ -54,7 +54,7 @@ def _base_nets() -> tuple[tuple[Variant, ...], tuple[tuple[str, str], ...]]:
 
 
 def experiments() -> dict[str, Experiment]:
-    """All of them, by name."""
+    """List all experiments by name."""
     nets, pairs = _base_nets()
     both = Variant("ad and behaviour images", _BEST, 0.6260)
     listed = [
@@ -142,6 +142,6 @@ def experiments() -> dict[str, Experiment]:
 
 
 def chosen(names: Sequence[str]) -> list[Experiment]:
-    """Those of these names, or every one for "all"; in the order of the paper."""
+    """Choose the experiments of these names, or all for "all", in the order of the paper."""
     known = experiments()
     return [each for name, each in known.items() if name in names or "all" in names]

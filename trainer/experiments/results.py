@@ -1,4 +1,4 @@
-"""What all calls found: results.json for programs, RESULTS.md for people; a table stays until a call makes it anew."""
+"""Results of all calls: results.json for programs, RESULTS.md for people; a table stays until a call makes it anew."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,15 +10,14 @@ from featurestore.storage.regular import read_regular
 from featurestore.text.parsing import parse_json
 from trainer.errors import TrainerError
 from trainer.experiments.grid import Experiment, experiments
-from trainer.experiments.plots import draw
-from trainer.experiments.tables import as_markdown, as_values, rows_of, show
+from trainer.experiments.tables import Row, as_markdown, as_values, rows_of, show
 
 Figures = Mapping[str, Sequence[Mapping[str, float]]]
 """Of one table: the metrics of each variant, by its name, in the order of seeds."""
 
 
 def read(folder: Path) -> dict[str, Figures]:
-    """Figures of the tables that are there, by name. Raises TrainerError."""
+    """Read the figures of the tables that are there, by name. Raises TrainerError."""
     file = folder / "results.json"
     try:
         tables = parse_json(read_regular(file))
@@ -32,7 +31,7 @@ def read(folder: Path) -> dict[str, Figures]:
 
 
 def add(folder: Path, name: str, figures: Figures) -> None:
-    """Puts one table among those that are there, in the order of the paper, and draws its picture."""
+    """Put one table among those that are there, in the order of the paper, and draw its picture."""
     tables = {**read(folder), name: figures}
     made = [each for each in experiments().values() if each.name in tables]
     values = {
@@ -50,7 +49,7 @@ def add(folder: Path, name: str, figures: Figures) -> None:
 
 
 def section(experiment: Experiment, figures: Figures) -> str:
-    """One table in Markdown."""
+    """Write one table in Markdown."""
     num_seeds = len(next(iter(figures.values())))
     return as_markdown(experiment, rows_of(experiment, figures), num_seeds)
 
@@ -58,3 +57,24 @@ def section(experiment: Experiment, figures: Figures) -> str:
 def show_section(console: Console, experiment: Experiment, figures: Figures) -> None:
     """Print one table."""
     show(console, experiment, rows_of(experiment, figures), len(next(iter(figures.values()))))
+
+
+def draw(title: str, rows: Sequence[Row], path: Path) -> None:
+    """Write the GAUC of every row with its interval as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 0.9 + 0.38 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for place, row in enumerate(rows):
+        gauc = row.metrics["gauc"]
+        marker = "o" if row.gain is not None else "s"
+        axes.errorbar(gauc.mean, place, xerr=gauc.half_width, fmt=marker, color="C0", capsize=3)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("GAUC, mean over seeds with its 95 % interval")
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.grid(axis="x", alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

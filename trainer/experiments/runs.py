@@ -8,11 +8,10 @@ from typing import Any
 
 from trainer.comm import Comm
 from trainer.config.config import Config, config_digest, load_config
-from trainer.daily.table import report_of
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.experiments.grid import Experiment, Variant
 from trainer.experiments.sources import Sources
-from trainer.runs.checkpoint import finished
+from trainer.runs.folder import finished, report_of
 from trainer.runs.stores import store_places
 from trainer.schema import load_schema
 
@@ -23,7 +22,7 @@ _CHANGES_NO_FIGURE = {
     "train": {"seed", "log_every", "checkpoint_every", "keep_checkpoints"},
     "run": {"dir", "name", "resume", "warm_start", "overwrite", "threads", "deadline_s", "profile"},
 }
-"""Not in a run's digest. The seed stands beside it in the name; the fields of the schema and the run that it begins
+"""Not in a run's digest. The seed is beside it in the name; the fields of the schema and the run that it begins
 with are in it by themselves."""
 
 
@@ -56,11 +55,11 @@ class Grid:
         self._known: dict[Variant, tuple[Config, str]] = {}
 
     def variants_of(self, experiment: Experiment) -> list[Variant]:
-        """Those that can be made: without semantic IDs, not all."""
+        """List the variants that can be made: without semantic IDs, not all."""
         return [v for v in experiment.variants if self._semantic_settings is not None or not v.needs_semantic_ids]
 
     def plan(self, variant: Variant, seed: int) -> Planned:
-        """The variant's run with this seed. Trains nothing; samples and stores are looked at.
+        """Plan the variant's run with this seed; it trains nothing and looks at samples and stores.
 
         Raises TrainerError, FeatureStoreError where the run lacks something.
         """
@@ -69,10 +68,10 @@ class Grid:
         run: dict[str, Any] = {"dir": str(self.folder / "runs"), "name": f"{digest}-seed-{seed}"}
         if warm is not None:
             run["warm_start"] = str(warm.folder)
-        return Planned(_changed(config, train={"seed": seed}, run=run), self.folder / "runs" / run["name"], warm)
+        return Planned(config.changed(train={"seed": seed}, run=run), self.folder / "runs" / run["name"], warm)
 
     def figures(self, planned: Planned) -> dict[str, float]:
-        """METRICS of the run; it is made now, or gone on with, unless that was done before.
+        """Find the METRICS of the run, which is trained first, from its newest checkpoint, unless that was done before.
 
         Raises TrainerError, FeatureStoreError, from the run or where it has no GAUC.
         """
@@ -90,12 +89,12 @@ class Grid:
         log = self.folder / "logs" / f"{planned.folder.name}.txt" if self._comm.rank == 0 else Path(os.devnull)
         try:
             with log.open("a") as stream, contextlib.redirect_stdout(stream):
-                train(_changed(planned.config, run=beginning), self._comm)
+                train(planned.config.changed(run=beginning), self._comm)
         except CheckpointError as failure:
             raise CheckpointError(f"{failure}\nTo train this run anew, remove {planned.folder}") from failure
 
     def _beginning(self, run: Path) -> dict[str, Any] | None:
-        """Settings of section run with which it starts, or goes on from its newest checkpoint; None after its end."""
+        """Settings of section run to start with, or to continue from the newest checkpoint; None after its end."""
         try:
             (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         except OSError as failure:
@@ -114,10 +113,10 @@ class Grid:
     def _look(self, variant: Variant) -> tuple[Config, str]:
         semantic = (self._semantic_settings or ()) if variant.needs_semantic_ids else ()
         config = load_config(self._file, [*self._settings, *variant.settings, *semantic])
-        config = _changed(config, data=self._days(config, variant))
+        config = config.changed(data=self._days(config, variant))
         if config.data.test_days == []:
             raise ConfigError("data.test_days=[] names no test samples, and the tables compare GAUC on them; set some")
-        schema = load_schema(Path(config.data.schema_file) if config.data.schema_file else None)
+        schema = load_schema(config.data.schema_file)
         versions: dict[str, Any] = {"store_versions": dict(config.data.store_versions)}
         stores = {}
         for place in store_places(config, schema):
@@ -127,7 +126,7 @@ class Grid:
                 versions["store_version"] = snapshot.version
             else:
                 versions["store_versions"][place.name] = snapshot.version
-        config = _changed(config, data=versions)
+        config = config.changed(data=versions)
         depends_on = {
             "config": config.model_dump(mode="json", exclude=_CHANGES_NO_FIGURE),
             "schema": schema.model_dump(mode="json"),
@@ -158,9 +157,3 @@ def _figures_of(run: Path) -> dict[str, float]:
             " without a click; test on more of them (data.test_days, or test/ in data.samples)"
         )
     return {name: float(metrics[name]) for name in METRICS if metrics[name] is not None}
-
-
-def _changed(config: Config, **sections: dict[str, Any]) -> Config:
-    """The configuration with these values, by section."""
-    updated = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
-    return config.model_copy(update=updated)

@@ -27,7 +27,7 @@ class Sources:
         self._seen: dict[tuple[Any, ...], Any] = {}
 
     def days(self, samples: str) -> list[str]:
-        """Days of the samples, ascending. Raises DataError where they are too few for a warm-up."""
+        """List the days of the samples, ascending. Raises DataError where they are too few for a warm-up."""
 
         def look() -> list[str]:
             days = list(files_by_day(Storage(samples)))
@@ -42,7 +42,7 @@ class Sources:
         return self._once(("days", samples), lambda: self._comm.on_rank_0(look))
 
     def digest(self, config: Config, schema: Schema, split: Literal["train", "test"]) -> str:
-        """Of the files that the run learns from, or is tested on: names, counts and bytes.
+        """Compute the digest of the files that the run learns from, or is tested on: of names, counts and bytes.
 
         Raises DataError, SchemaError, as the run would.
         """
@@ -56,7 +56,7 @@ class Sources:
         return self._once(("digest", data.samples, split, data.schema_file, str(days)), look)
 
     def snapshot(self, place: StorePlace) -> SnapshotId:
-        """The snapshot to train on. Raises DataError, FeatureStoreError."""
+        """Find the snapshot to train on. Raises DataError, FeatureStoreError."""
 
         def look() -> SnapshotId:
             if problems := missing_places([place]):

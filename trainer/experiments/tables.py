@@ -42,7 +42,7 @@ class Row:
 
 
 def seed_mean(values: Sequence[float]) -> SeedMean:
-    """Mean and Student's interval."""
+    """Compute the mean and Student's interval."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return SeedMean(mean, None)
@@ -51,7 +51,7 @@ def seed_mean(values: Sequence[float]) -> SeedMean:
 
 
 def rows_of(experiment: Experiment, figures: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Row]:
-    """`figures`: the metrics of each variant, one mapping for each seed, in the same order of seeds."""
+    """Make the rows of `figures`, the metrics of each variant, one mapping for each seed in the same order."""
     paper = {variant.name: variant.paper_gauc for variant in experiment.variants}
     rows: list[Row] = []
     for variant in experiment.variants:
@@ -72,7 +72,7 @@ def rows_of(experiment: Experiment, figures: Mapping[str, Sequence[Mapping[str, 
 
 
 def as_markdown(experiment: Experiment, rows: Sequence[Row], num_seeds: int) -> str:
-    """A section with one table."""
+    """Write a section with one table."""
     lines = [f"### {experiment.title} (`{experiment.name}`)", ""]
     lines += [experiment.note, ""] if experiment.note else []
     lines += [_method(num_seeds), "", f"| | {' | '.join(_HEADINGS)} |", "|---" * (1 + len(_HEADINGS)) + "|"]
@@ -94,7 +94,7 @@ def show(console: Console, experiment: Experiment, rows: Sequence[Row], num_seed
 
 
 def as_values(rows: Sequence[Row]) -> list[dict[str, object]]:
-    """For JSON."""
+    """Return the rows for JSON."""
     return [asdict(row) for row in rows]
 
 

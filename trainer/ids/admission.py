@@ -27,7 +27,7 @@ class CountingFilter:
         self.counts_SC: Counts = np.zeros((num_slots, counters_per_shard), np.uint8)
 
     def add(self, slot_N: Int64, hash_N: UInt64Array) -> Counts:
-        """Counts different ids once more, all at the same time, and returns their counts, (N,), up to 255.
+        """Count different ids once more, all at the same time, and return their counts, (N,), up to 255.
 
         `hash_N`: splitmix64 of the ids. What the counters are then does not depend on the order of the ids.
         """
@@ -40,13 +40,13 @@ class CountingFilter:
         return count_N
 
     def counts(self, slot_N: Int64, hash_N: UInt64Array) -> Counts:
-        """How often each id was counted, (N,), or more."""
+        """Return how often each id was counted, (N,), or more."""
         one_N, other_N = self._places(slot_N, hash_N)
         counts = self.counts_SC.reshape(-1)
         return np.minimum(counts[one_N], counts[other_N])
 
     def fade(self, slot: int) -> None:
-        """Halves the counts of a shard, so that what was seen long ago counts less."""
+        """Halve the counts of a shard, so that what was seen long ago counts less."""
         self.counts_SC[slot] >>= 1
 
     def _places(self, slot_N: Int64, hash_N: UInt64Array) -> tuple[Int64, Int64]:
@@ -59,5 +59,5 @@ class CountingFilter:
 
 
 def counters_for(rows: int) -> int:
-    """Counters of a shard of so many rows: a power of two, at least eight for each row."""
+    """Return how many counters a shard of so many rows has: a power of two, at least eight for each row."""
     return 1 << (_COUNTERS_A_ROW * rows - 1).bit_length()

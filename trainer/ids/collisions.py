@@ -25,7 +25,7 @@ class Hashed(Protocol):
         """Rows of all shards."""
 
     def rows_of_hashes(self, hash_N: Any) -> Any:
-        """The row of each splitmix64 hash, by its place in the whole table."""
+        """Find the row of each splitmix64 hash, by its place in the whole table."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ class Collisions:
     """Whether ids were few enough to be counted; else their number is an estimate and the others follow from it."""
 
     def as_report(self) -> dict[str, Any]:
-        """The figures as report.json has them."""
+        """Return the figures as report.json has them."""
         return {"kind": "hashed", **asdict(self)}
 
     def scalars(self) -> dict[str, float | None]:
-        """What TensorBoard shows."""
+        """Return what TensorBoard shows."""
         return {"collisions": self.share}
 
     def warning(self, name: str) -> str | None:
-        """One line with the way out, where too many ids share a row."""
+        """Warn in one line, with the way out, where too many ids share a row."""
         if self.share is None or self.share <= WARNED_SHARE:
             return None
         rows = rows_for(self.ids)
@@ -61,7 +61,7 @@ class Collisions:
 
 
 def collisions_of(shape: Hashed, seen: DistinctCount) -> Collisions:
-    """Figures of a table that has met the ids of `seen`: counted up to some thousand ids, else what is to be expected.
+    """Measure a table that has met the ids of `seen`: counted up to some thousand ids, else what is to be expected.
 
     With n ids hashed evenly into m rows, an id is alone with probability (1 - 1/m)^(n - 1), and a row stays empty with
     (1 - 1/m)^n.
@@ -75,7 +75,7 @@ def collisions_of(shape: Hashed, seen: DistinctCount) -> Collisions:
 
 
 def rows_for(num_ids: int, share: float = _GOOD_SHARE) -> int | None:
-    """The rows, rounded up to three digits, in which at most `share` of the ids share a row; None beyond the limit."""
+    """Find the rows, rounded up to three digits, of which at most `share` of the ids share one; None if too many."""
     if num_ids < 2:
         return 1
     exact = -1 / math.expm1(math.log1p(-share) / (num_ids - 1))

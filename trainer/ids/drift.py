@@ -1,4 +1,4 @@
-"""How far Adam moves a row in the steps that do not touch it, at the cost of the steps that do.
+"""Moves of rows by Adam in the steps that do not touch them, at the cost of the steps that do.
 
 Without a gradient, a step of Adam still moves a weight: its moments m and v shrink by beta1 and beta2, and the weight
 goes by lr m_hat / (sqrt(v_hat) + eps). A row last touched in step t, with moments m and v then, has moved by step T by
@@ -63,7 +63,7 @@ class Drift:
         return len(self.rates)
 
     def restart(self) -> None:
-        """As before the first step: the rows have begun anew."""
+        """Return to the state before the first step: the rows have begun anew."""
         self.rates = array("d")
         """The learning rate of each step."""
         # Of the last `window` steps, oldest first, at the end of what is in use: values at the nodes, and c.
@@ -72,13 +72,13 @@ class Drift:
         self._table[:, :-1], self._table[:, -1] = 0, 1
 
     def resume(self, rates: Sequence[float]) -> None:
-        """As after steps with these learning rates."""
+        """Take the state after steps with these learning rates."""
         self.restart()
         for rate in rates:
             self.add_step(rate)
 
     def add_step(self, rate: float) -> None:
-        """One more step of Adam, with this learning rate."""
+        """Add one more step of Adam, with this learning rate."""
         self.rates.append(rate)
         step, count = self.num_steps, min(self.num_steps - 1, self.window)
         self._reserve(step + 1)
@@ -101,7 +101,7 @@ class Drift:
         self._end = last + 1
 
     def moved(self, weight_QV: Tensor, momentum_QV: Tensor, variance_QV: Tensor, last_Q: Tensor) -> Tensor:
-        """The weights of rows that step `last_Q` has left with these weights and moments, as they are now."""
+        """Compute today's weights of rows that step `last_Q` has left with these weights and moments."""
         poly_QN = self._table.index_select(0, last_Q)
         scaled_QV = variance_QV.sqrt() * poly_QN[:, -1:]
         deviation_QV = scaled_QV + self._eps
@@ -119,7 +119,7 @@ class Drift:
 
 
 def window_of(beta1: float, dtype: torch.dtype) -> int:
-    """Steps after which beta1 has shrunk a momentum to nothing. Raises ConfigError where they are too many."""
+    """Find after how many steps beta1 has shrunk a momentum to nothing. Raises ConfigError where they are too many."""
     window = 1 if beta1 == 0 else math.ceil(math.log(_NEGLIGIBLE[dtype]) / math.log(beta1))
     if window > _LONGEST_WINDOW:
         raise ConfigError(f"optim.beta1={beta1}: with optim.ids=adam it should be at most 0.998; lower it")
@@ -156,7 +156,7 @@ class _Powers:
 
 
 def polynomial_error(beta1: float, beta2: float, dtype: torch.dtype, degree: int, step: int, missed: int) -> float:
-    """The largest error of the polynomial, relative to Y(q), for a row that missed so many steps after `step`."""
+    """Find the largest error of the polynomial, relative to Y(q), of a row that missed so many steps after `step`."""
     powers = _Powers(beta1, beta2, window_of(beta1, dtype))
     weight_W, c_W = (each[-missed:] for each in powers.coming(step))
     spread_W = c_W / powers.centre(step) - 1
@@ -172,7 +172,7 @@ def polynomial_error(beta1: float, beta2: float, dtype: torch.dtype, degree: int
 
 @cache
 def degree_of(beta1: float, beta2: float, dtype: torch.dtype) -> int:
-    """The smallest degree with which no error is above TOLERANCE. Raises ConfigError where there is none."""
+    """Find the smallest degree with which no error is above TOLERANCE. Raises ConfigError where there is none."""
     if beta1 == 0:
         return 1  # without momentum nothing moves
     with np.errstate(all="ignore"):

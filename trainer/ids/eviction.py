@@ -1,4 +1,4 @@
-"""Which rows make room in a full shard of an exact ID table: those longest unused (LRU), many at once.
+"""Eviction from a full shard of an exact ID table: the rows longest unused (LRU) make room, many at once.
 
 The shard has a clock, which counts its training steps, and notes for each row in which of them it was last used. So the
 choice depends on the ids of each step alone, and not on the number of ranks.
@@ -19,14 +19,16 @@ _AT_ONCE = 1 / 16
 
 
 def count_to_evict(lacking: int, capacity: int) -> int:
-    """How many of a full shard's `capacity` rows to free where `lacking` more are needed: at least a sixteenth, because
-    finding them reads all rows, and the shard's map is made again."""
+    """Return how many of a full shard's `capacity` rows to free where `lacking` more are needed.
+
+    At least a sixteenth, because finding them reads all rows, and the shard's map is made again."""
     return max(lacking, math.ceil(capacity * _AT_ONCE))
 
 
 def longest_unused(used_at_N: NDArray[np.int32], ids_N: Int64, most: int, now: int) -> Int64:
-    """Which `most` of N rows were used longest ago, before step `now`, by their index, ascending; fewer where fewer
-    were. Of rows that were last used in one step those with the smaller ids come first."""
+    """Find which `most` of N rows were used longest ago, before step `now`, by their index, ascending; or fewer.
+
+    Of rows that were last used in one step those with the smaller ids come first."""
     most = min(most, int(np.count_nonzero(used_at_N < now)))
     if not most:
         return np.empty(0, np.int64)
@@ -37,8 +39,9 @@ def longest_unused(used_at_N: NDArray[np.int32], ids_N: Int64, most: int, now: i
 
 
 def order_of_use(state: Mapping[str, Tensor], shard: str, last_use_N: Tensor) -> dict[str, Tensor]:
-    """The order in which a shard's rows were used, out of the checkpoint that a run begins with: by steps, or by days
-    where rows did not make room then. `shard` is how its names begin."""
+    """Read the order in which a shard's rows were used out of the checkpoint that a run begins with.
+
+    It is by steps, or by days where rows did not make room then. `shard` is how its names begin."""
     if shard + CLOCK in state:
         return {part: state[shard + part] for part in (USED_AT, CLOCK)}
     return {USED_AT: last_use_N, CLOCK: last_use_N.max().reshape(1)}

@@ -117,8 +117,9 @@ class ExactTable(IdTable):
         super().__init__(shape, rank, num_ranks, **others)
 
     def serve(self, ids_R: Int64, kind: str = "step") -> ExactRequest:
-        """The unique ids, and the rows of those that have one. Runs ahead of the steps, so ids without a row are
-        looked for again by `vectors`."""
+        """Find the unique ids, and the rows of those that have one.
+
+        Runs ahead of the steps, so ids without a row are looked for again by `vectors`."""
         ids_Q, inverse_R = unique(ids_R)
         if kind == "step":
             self.seen = self.seen.with_values(ids_Q)
@@ -134,8 +135,10 @@ class ExactTable(IdTable):
         super().expect(self._settle(request))
 
     def vectors(self, request: RowRequest) -> Tensor:
-        """The vectors of the ids (Q, V), with autograd attached. In a training step, ids are counted and admitted
-        before: one that has occurred in `admit_after` steps, this one included, gets a row of its own."""
+        """Return the vectors of the ids (Q, V), with autograd attached.
+
+        In a training step, ids are counted and admitted before: one that has occurred in `admit_after` steps, this one
+        included, gets a row of its own."""
         assert isinstance(request, ExactRequest)
         settled, request.settled = request.settled or self._settle(request), None
         rows_UV = super().vectors(settled)
@@ -162,11 +165,10 @@ class ExactTable(IdTable):
         return {"rows": int(self.map.used_S.sum()), **asdict(self.counts)}
 
     def begin_day(self, date_: date | None) -> None:
-        """From now on rows are used on this day; those that were last used more than `expire_days` before are let go.
-        Counts of ids without a row are halved every `expire_days` days.
+        """Use rows on this day from now on, and free those that were last used more than `expire_days` before.
 
-        Called before the first step alone, with no request under way. Raises ConfigError where rows go by days and
-        there is none.
+        Counts of ids without a row are halved every `expire_days` days. Called before the first step alone, with no
+        request under way. Raises ConfigError where rows go by days and there is none.
         """
         days = self.shape.rules.expire_days
         if date_ is None:
@@ -188,24 +190,24 @@ class ExactTable(IdTable):
                 self._faded_S[slot] = day
 
     def restart(self, epoch: int) -> None:
-        """All rows in use begin anew for this epoch; ids keep theirs. Memory that no row has used stays untouched."""
+        """Begin all rows in use anew for this epoch; ids keep theirs. Memory that no row has used stays untouched."""
         for slot in range(len(self.shards)):
             for part in self._of_slot(slot).parts.values():
                 part.zero_()
         self._fill(epoch)
 
     def import_shards(self, state: Mapping[str, Tensor]) -> None:
-        """Takes the owned shards out of `state`, which may hold others. Raises CheckpointError."""
+        """Take the owned shards out of `state`, which may hold others. Raises CheckpointError."""
         for slot in range(len(self.shards)):
             self._import(slot, self._parts_of(slot, state, list(self._kept_of(slot))))
 
     def warm_names(self) -> list[str]:
-        """Those of `used_at` and `clock` may be lacking."""
+        """List names of the tensors that `begin_with` takes; those of `used_at` and `clock` may be lacking."""
         parts = (*_WARM, USED_AT, CLOCK) if self.shape.evicts else _WARM
         return [self._name(shard, part) for shard in self.shards for part in parts]
 
     def begin_with(self, state: Mapping[str, Tensor]) -> None:
-        """Takes ids, weights and days of last use; and counts, where there are as many counters here."""
+        """Take ids, weights and days of last use; and counts, where there are as many counters here."""
         for slot in range(len(self.shards)):
             parts = self._parts_of(slot, state, _WARM)
             if self.optimizer.lags:
@@ -365,9 +367,10 @@ class ExactTable(IdTable):
 def first_vectors(
     shape: TableShape, hash_N: UInt64Array, seed: int, scale: float, epoch: int = 0
 ) -> NDArray[np.float64]:
-    """The first values of the rows of ids with these splitmix64 hashes, (N, width): as those of hashed rows, uniform
-    with mean 0 and standard deviation `scale`, and by counter; here from (seed, table, id) and, after the first one,
-    the epoch."""
+    """Draw the first values of the rows of ids with these splitmix64 hashes, (N, width).
+
+    As those of hashed rows they are uniform with mean 0 and standard deviation `scale`, and by counter; here from
+    (seed, table, id) and, after the first one, the epoch."""
     stream = f"{seed}/{shape.name}" + (f"/{epoch}" if epoch else "")
     start_N = splitmix64((hash_N ^ stream_start(stream)).view(np.int64))
     counter_NV: UInt64Array = start_N[:, None] + np.arange(shape.width, dtype=np.uint64)[None, :]

@@ -1,4 +1,4 @@
-"""What became of the ids in each ID table, over all ranks: for report.json, TensorBoard and warnings.
+"""Figures of the ids in each ID table, over all ranks: for report.json, TensorBoard and warnings.
 
 Each owner notes the ids that it serves in training; together they know the same of a table for any number of ranks.
 """
@@ -36,15 +36,15 @@ class ExactFigures:
         return self.cold / self.served if self.served else None
 
     def as_report(self) -> dict[str, Any]:
-        """The figures as report.json has them."""
+        """Return the figures as report.json has them."""
         return {"kind": "exact", **asdict(self), "share": self.share}
 
     def scalars(self) -> dict[str, float | None]:
-        """What TensorBoard shows."""
+        """Return what TensorBoard shows."""
         return {"rows": self.rows, "cold_share": self.share, "evicted": self.evicted}
 
     def warning(self, name: str) -> str | None:
-        """One line with the way out, where a shard was full of rows in use, or more rows made room than there are."""
+        """Warn in one line, with the way out, where a shard was full of rows in use, or more made room than fit."""
         if self.evicted > self.max_rows:
             what = f"{self.evicted:,} rows made room for other ids, so few are trained for long"
         elif self.refused:
@@ -61,7 +61,7 @@ TableFigures = Collisions | ExactFigures
 
 
 def gather_figures(comm: Comm, tables: Mapping[str, IdTable]) -> dict[str, TableFigures]:
-    """By table, of what all ranks have served since the run, or its resumption, began; every rank calls it."""
+    """Gather by table what all ranks have served since the run, or its resumption, began; every rank calls it."""
     own = {name: (table.seen.hashes_K, table.tally()) for name, table in tables.items()}
     everyone = comm.allgather_object(own, name="tables")
     found: dict[str, TableFigures] = {}

@@ -38,12 +38,12 @@ class RowOptimizer:
 
     @classmethod
     def state_with(cls, config: OptimConfig) -> tuple[StatePart, ...]:
-        """What is kept of a row beside its weights; adaptive L2 needs the number of its steps."""
+        """List what is kept of a row beside its weights; adaptive L2 needs the number of its steps."""
         lacks = bool(config.id_l2 and cls.state) and _STEPS not in cls.state
         return (*cls.state, _STEPS) if lacks else cls.state
 
     def current(self, rows: Rows, rows_Q: Tensor) -> Tensor:
-        """A copy of the weights (Q, V) of these rows as they are now."""
+        """Copy the weights (Q, V) of these rows as they are now."""
         return rows.weight.index_select(0, rows_Q)
 
     @torch.no_grad()
@@ -69,13 +69,13 @@ class RowOptimizer:
         rows.put(rows_Q, Rows({**touched.parts, WEIGHT: weight_QV}))
 
     def end_step(self, rates: Rates) -> None:
-        """The step is over, with or without rows; every rank calls it."""
+        """End the step, with or without rows; every rank calls it."""
 
     def restart(self) -> None:
-        """All rows begin anew, and their state is zero."""
+        """Begin all rows anew, with zero as their state."""
 
     def shared_state(self) -> dict[str, Tensor]:
-        """What a checkpoint needs beside the rows: the same on every rank."""
+        """Return what a checkpoint needs beside the rows: the same on every rank."""
         return {}
 
     def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
@@ -200,14 +200,14 @@ _PLAIN: Mapping[IdOptimizer, type[RowOptimizer]] = {
 
 
 def row_optimizer(config: OptimConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> RowOptimizer:
-    """The optimiser that optim.ids names. Raises ConfigError where it cannot have these settings."""
+    """Make the optimiser that optim.ids names. Raises ConfigError where it cannot have these settings."""
     if config.ids == "adam":
         return Adam(config, dtype, device)
     return _PLAIN[config.ids](config)
 
 
 def state_of(config: OptimConfig) -> Sequence[StatePart]:
-    """What the optimiser that optim.ids names keeps of a row."""
+    """List what the optimiser that optim.ids names keeps of a row."""
     return (Adam if config.ids == "adam" else _PLAIN[config.ids]).state_with(config)
 
 

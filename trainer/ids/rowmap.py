@@ -1,6 +1,6 @@
 """Id -> row for the shards that one rank owns: open addressing over arrays, whole batches of ids at a time.
 
-Row 0 of a shard belongs to no id: whoever asks for an id that has no row is given that one. Rows 1, 2, ... are given
+Row 0 of a shard belongs to no id: an id that has no row is given that one. Rows 1, 2, ... are given
 out in the order of arrival and, among ids that arrive together, of the ids; so they do not depend on the number of
 ranks. Letters of shapes: N ids, S shards owned; a *slot* is a shard's place among those.
 
@@ -43,7 +43,7 @@ class RowMap:
         self._row_of_entry: NDArray[np.int32] = np.zeros(num_slots * self._span, np.int32)  # 0: empty
 
     def places(self, slot_N: Int64, hash_N: UInt64Array, ids_N: Int64) -> Int64:
-        """The place slot x rows_per_shard + row of each id, (N,); row 0 of its shard where it has none.
+        """Find the place slot x rows_per_shard + row of each id, (N,); row 0 of its shard where it has none.
 
         `hash_N`: splitmix64 of the ids.
         """
@@ -62,8 +62,7 @@ class RowMap:
         return found_N
 
     def insert(self, slot_N: Int64, hash_N: UInt64Array, ids_N: Int64) -> Int64:
-        """Gives rows to different ids, ascending, that have none, and returns their places; row 0 where a shard is
-        full."""
+        """Give rows to different ids, ascending, that have none; returns their places, row 0 where a shard is full."""
         order_N = np.argsort(slot_N, kind="stable")
         slot_M = slot_N[order_N]
         count_S = np.bincount(slot_M, minlength=len(self.used_S))
@@ -81,15 +80,15 @@ class RowMap:
         return place_N
 
     def holds(self, slot_N: Int64, place_N: Int64, ids_N: Int64) -> Bool:
-        """Whether each place, found by an earlier `places`, is a row that still belongs to the id, (N,)."""
+        """Tell whether each place, found by an earlier `places`, is a row that still belongs to the id, (N,)."""
         row_N = place_N - slot_N * self.rows_per_shard
         holds_N: Bool = (row_N > 0) & (row_N <= self.used_S[slot_N]) & (self.id_of_place[place_N] == ids_N)
         return holds_N
 
     def remove(self, slot: int, gone_K: Int64) -> tuple[Int64, Int64]:
-        """Takes the rows `gone_K` of a shard, ascending, from their ids; the last rows take their numbers, so that 1 ..
-        used are in use again. Returns which rows those are, (M,), and their new numbers, (M,), both ascending.
+        """Take the rows `gone_K` of a shard, ascending, from their ids; the last rows get their numbers.
 
+        So 1 .. used are in use again. Returns which rows those are, (M,), and their new numbers, (M,), both ascending.
         The shard's part of the map is made again: remove many rows at once.
         """
         used, start = int(self.used_S[slot]) - len(gone_K), slot * self.rows_per_shard
@@ -101,7 +100,7 @@ class RowMap:
         return from_M, to_M
 
     def set_ids(self, slot: int, ids_N: Int64) -> None:
-        """Makes `ids_N` the ids of rows 1, 2, .. of a shard, in the place of those that were there."""
+        """Make `ids_N` the ids of rows 1, 2, .. of a shard, in the place of those that were there."""
         assert len(ids_N) < self.rows_per_shard
         start = slot * self.rows_per_shard + 1
         self.id_of_place[start : start + len(ids_N)] = ids_N
@@ -110,7 +109,7 @@ class RowMap:
         self._enter_again(np.array([slot]))
 
     def ids_of(self, slot: int) -> Int64:
-        """Ids of rows 1, 2, .. of a shard."""
+        """Return the ids of rows 1, 2, .. of a shard."""
         start = slot * self.rows_per_shard + 1
         return self.id_of_place[start : start + int(self.used_S[slot])]
 
@@ -143,7 +142,7 @@ class RowMap:
 
     def _enter(self, slot_N: Int64, hash_N: UInt64Array, row_N: Int64) -> None:
         """Writes rows into the first empty entries from their hash on. Of rows that want one entry the last one to be
-        written gets it, and the others go on; a row that is in already stays."""
+        written gets it, and the others look further; a row that is in already stays."""
         first_N, mask_N = self._first_S[slot_N], self._mask_S[slot_N]
         at_N = (hash_N & mask_N.view(np.uint64)).view(np.int64)
         entries, open_N = self._row_of_entry, np.arange(len(row_N))
@@ -157,7 +156,7 @@ class RowMap:
 
 
 def map_bytes(rows_per_shard: int) -> int:
-    """Bytes of a shard's part of a map."""
+    """Compute the bytes of a shard's part of a map."""
     return 8 * rows_per_shard + 4 * _entries_for(rows_per_shard - 1)
 
 

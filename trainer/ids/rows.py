@@ -19,14 +19,15 @@ class StatePart:
     kind: Literal["vector", "number", "count"]
 
     def bytes_of(self, width: int, dtype: torch.dtype) -> int:
-        """Bytes of one row whose vector has `width` numbers."""
+        """Compute the bytes of one row whose vector has `width` numbers."""
         if self.kind == "count":
             return torch.int32.itemsize
         return dtype.itemsize * (width if self.kind == "vector" else 1)
 
     def zeros(self, num_rows: int, width: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """Of so many rows: (num_rows, width), or (num_rows,). On a CPU the system hands out memory when it is first
-        written to: rows that nothing has touched take none."""
+        """Make zeros for so many rows: (num_rows, width), or (num_rows,).
+
+        On a CPU the system hands out memory when it is first written to: rows that nothing has touched take none."""
         shape = (num_rows, width) if self.kind == "vector" else (num_rows,)
         dtype = torch.int32 if self.kind == "count" else dtype
         if torch.device(device).type == "cpu":  # torch.zeros writes
@@ -44,7 +45,7 @@ class Rows:
     def zeros(
         cls, num_rows: int, width: int, state: Sequence[StatePart], device: torch.device | str, dtype: torch.dtype
     ) -> "Rows":
-        """So many rows of zeros, never touched."""
+        """Make so many rows of zeros, never touched."""
         every = (StatePart(WEIGHT, "vector"), *state)
         return cls({part.name: part.zeros(num_rows, width, device, dtype) for part in every})
 
@@ -54,11 +55,11 @@ class Rows:
         return self.parts[WEIGHT]
 
     def narrow(self, first: int, count: int) -> "Rows":
-        """A view of neighbouring rows."""
+        """View neighbouring rows."""
         return Rows({name: part.narrow(0, first, count) for name, part in self.parts.items()})
 
     def take(self, rows_Q: Tensor, names: Sequence[str] | None = None) -> "Rows":
-        """A copy of chosen rows; of the parts of these names alone, if there are any."""
+        """Copy chosen rows; only the parts of these names, if there are any."""
         return Rows({name: self.parts[name].index_select(0, rows_Q) for name in names or self.parts})
 
     def put(self, rows_Q: Tensor, rows: "Rows") -> None:
@@ -68,5 +69,5 @@ class Rows:
 
 
 def row_bytes(width: int, state: Sequence[StatePart], dtype: torch.dtype) -> int:
-    """Bytes of a row and of its optimiser's state."""
+    """Compute the bytes of a row and of its optimiser's state."""
     return sum(part.bytes_of(width, dtype) for part in (StatePart(WEIGHT, "vector"), *state))

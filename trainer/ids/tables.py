@@ -64,21 +64,21 @@ class TableShape:
         return self.num_shards * self.rows_per_shard
 
     def table(self, rank: int, num_ranks: int, **others: Any) -> "IdTable":
-        """The table of this shape; see `build_tables`."""
+        """Make the table of this shape; see `build_tables`."""
         return IdTable(self, rank, num_ranks, **others)
 
     def place_of(self, ids_N: Int64) -> tuple[Int64, Int64]:
-        """Shard and row in the shard of each id. Top bits of the hash choose the shard, low bits the row."""
+        """Find shard and row in the shard of each id. Top bits of the hash choose the shard, low bits the row."""
         if self.direct:
             return ids_N % self.num_shards, ids_N // self.num_shards
         return self._place_of_hash(splitmix64(ids_N))
 
     def shards_of(self, ids_N: Int64) -> Int64:
-        """Shard of each id."""
+        """Find the shard of each id."""
         return ids_N % self.num_shards if self.direct else shard_of(ids_N, self.num_shards)
 
     def rows_of_hashes(self, hash_N: UInt64Array) -> Int64:
-        """The row of each splitmix64 hash of an id, by its place in the whole table, shard by shard."""
+        """Find the row of each splitmix64 hash of an id, by its place in the whole table, shard by shard."""
         shard_N, row_N = self._place_of_hash(hash_N)
         return shard_N * self.rows_per_shard + row_N
 
@@ -106,13 +106,13 @@ class SharedRows:
         self._read: dict[str, Tensor] = {}
 
     def expect(self, table: str, rows_Q: Tensor) -> None:
-        """`read` comes next, for the same rows, before any of them changes."""
+        """Prepare for `read`, which comes next, for the same rows, before any of them changes."""
         if self._optimizer.lags:
             self._expected[table] = rows_Q
             self._read.pop(table, None)
 
     def read(self, table: str, rows_Q: Tensor) -> Tensor:
-        """A copy of the weights (Q, V) as they are now; of rows that were expected, if any were."""
+        """Copy the weights (Q, V) as they are now; of rows that were expected, if any were."""
         if table not in self._expected and table not in self._read:
             return self._optimizer.current(self.rows, rows_Q)
         if table in self._expected:
@@ -154,11 +154,11 @@ class IdTable:
         """Different ids that this rank has served in training."""
 
     def owner_of(self, ids_U: Int64) -> Int64:
-        """The rank that has the row of each id."""
+        """Find the rank that has the row of each id."""
         return owner_of(self.shape.shards_of(ids_U), self._num_ranks)
 
     def serve(self, ids_R: Int64, kind: str = "step") -> RowRequest:
-        """The unique rows behind ids that this rank owns; two ids of one row get the same. Reads no weight.
+        """Find the unique rows behind ids that this rank owns; two ids of one row get the same. Reads no weight.
 
         The ids of a training step, which comes in the order of steps, are noted in `seen`.
         """
@@ -171,11 +171,11 @@ class IdTable:
         return RowRequest(torch.from_numpy(rows_Q).to(self.rows.weight.device), inverse_R, len(rows_Q))
 
     def expect(self, request: RowRequest) -> None:
-        """`vectors` comes next: tables that share memory are read at once."""
+        """Prepare for `vectors`, which comes next: tables that share memory are read at once."""
         self.shared.expect(self.shape.name, request.rows_Q + self._first_row)
 
     def vectors(self, request: RowRequest) -> Tensor:
-        """The rows (Q, V) as an autograd leaf; `take_gradients` hands out what has gathered in its `.grad`."""
+        """Return the rows (Q, V) as an autograd leaf; `take_gradients` hands out what has gathered in its `.grad`."""
         rows_QV = self.shared.read(self.shape.name, request.rows_Q + self._first_row)
         if torch.is_grad_enabled():
             rows_QV.requires_grad_()
@@ -183,14 +183,14 @@ class IdTable:
         return rows_QV
 
     def release(self, request: RowRequest) -> None:
-        """Nothing to give back."""
+        """Do nothing: there is nothing to give back."""
 
     def tally(self) -> dict[str, int]:
-        """What is counted on this rank beside `seen`, to be summed over ranks."""
+        """Return what is counted on this rank beside `seen`, to be summed over ranks."""
         return {}
 
     def take_gradients(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The rows of the last `vectors` (Q,), by their place in `shared`, their values and gradients (Q, V); once."""
+        """Give once the rows of the last `vectors` (Q,), by place in `shared`, their values and gradients (Q, V)."""
         touched, self._touched = self._touched, None
         if touched is None:
             return None
@@ -200,19 +200,21 @@ class IdTable:
         return rows_Q + self._first_row, leaf_QV.detach(), leaf_QV.grad
 
     def restart(self, epoch: int) -> None:
-        """All rows begin anew for this epoch, with other values than before, and their state is zero."""
+        """Begin all rows anew for this epoch, with other values than before, and with zero as their state."""
         for part in self.rows.parts.values():
             part.zero_()
         self._fill(epoch)
 
     def names(self) -> list[str]:
-        """Names of the tensors that `import_shards` takes of a checkpoint: <table>/<shard>/<part>."""
+        """List names of the tensors that `import_shards` takes of a checkpoint: <table>/<shard>/<part>."""
         return list(self._kept())
 
     def export_shards(self) -> dict[str, Tensor]:
-        """Weights as they are now and state of the owned shards, <table>/<shard>/<part>, to be written before the next
-        step: views, but for weights that make up for steps that did not touch them; then the others are there too, as
-        part last_weight."""
+        """Return weights as they are now and state of the owned shards, <table>/<shard>/<part>.
+
+        They are to be written before the next step: views, but for weights that make up for steps that did not touch
+        them; then the others are there too, as part last_weight.
+        """
         exported = self._kept()
         if self.optimizer.lags:
             for slot, shard in enumerate(self.shards):
@@ -222,23 +224,24 @@ class IdTable:
         return exported
 
     def weights(self) -> dict[str, Tensor]:
-        """Views of the owned shards' weights, <table>/<shard>/weight, for new values before the first step."""
+        """View the owned shards' weights, <table>/<shard>/weight, for new values before the first step."""
         return {self._name(shard, WEIGHT): self._of_slot(slot).weight for slot, shard in enumerate(self.shards)}
 
     def warm_names(self) -> list[str]:
-        """Names of what `begin_with` takes."""
+        """List names of the tensors that `begin_with` takes."""
         return list(self.weights())
 
     def begin_with(self, state: Mapping[str, Tensor]) -> None:
-        """Takes the owned shards' weights out of a checkpoint, before the first step; the optimiser's state stays as it
-        is. Raises CheckpointError."""
+        """Take the owned shards' weights out of a checkpoint, before the first step; the optimiser's state stays.
+
+        Raises CheckpointError."""
         mine = self.weights()
         check_names(mine, {name: state[name] for name in mine if name in state})
         for name, values in mine.items():
             values.copy_(state[name])
 
     def import_shards(self, state: Mapping[str, Tensor]) -> None:
-        """Takes the owned shards out of `state`, which may hold others. Raises CheckpointError."""
+        """Take the owned shards out of `state`, which may hold others. Raises CheckpointError."""
         for name, mine in self._kept().items():
             if name not in state:
                 settings = "model.table_shards" if name.endswith(WEIGHT) else "optim.ids, or without optim.id_l2"
@@ -277,12 +280,12 @@ class IdTable:
 
 
 def owned_rows(shape: TableShape, rank: int, num_ranks: int) -> int:
-    """Rows of a table that a rank holds."""
+    """Count the rows of a table that a rank holds."""
     return len(owned_shards(shape.num_shards, rank, num_ranks)) * shape.rows_per_shard
 
 
 def owned_bytes(shape: TableShape, rank: int, num_ranks: int, state: Sequence[StatePart], dtype: torch.dtype) -> int:
-    """Bytes of a rank's rows of a table, of their optimiser's state and of what finds them."""
+    """Compute the bytes of a rank's rows of a table, of their optimiser's state and of what finds them."""
     index_bytes = len(owned_shards(shape.num_shards, rank, num_ranks)) * shape.index_bytes
     return owned_rows(shape, rank, num_ranks) * row_bytes(shape.width, state, dtype) + index_bytes
 
@@ -298,7 +301,7 @@ def build_tables(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, IdTable]:
-    """The tables by name; the rows of those of one width lie one after the other. `scale`: see `initial_rows`.
+    """Make the tables by name; the rows of those of one width lie one after the other. `scale`: see `initial_rows`.
 
     Raises ConfigError where the system refuses the memory.
     """
@@ -347,7 +350,7 @@ def _memory_of(
 
 
 def apply_gradients(tables: Iterable[IdTable], optimizer: RowOptimizer, rates: Rates) -> None:
-    """One step of the optimiser on the rows of every table's last `vectors`, and on no others. Every rank calls it."""
+    """Step the optimiser on the rows of every table's last `vectors`, and on no others. Every rank calls it."""
     of_memory: dict[int, tuple[SharedRows, list[tuple[Tensor, Tensor, Tensor]]]] = {}
     for table in tables:
         if (taken := table.take_gradients()) is not None:
@@ -359,7 +362,7 @@ def apply_gradients(tables: Iterable[IdTable], optimizer: RowOptimizer, rates: R
 
 
 def initial_rows(shape: TableShape, shard: int, seed: int, scale: float, epoch: int = 0) -> NDArray[np.float64]:
-    """The first values of one shard, (rows_per_shard, width): uniform with mean 0 and standard deviation `scale`.
+    """Draw the first values of one shard, (rows_per_shard, width): uniform with mean 0 and standard deviation `scale`.
 
     Counter based: splitmix64 of a stream start, drawn from (seed, table, shard) and, after the first one, the epoch,
     plus row x width + column.
@@ -370,7 +373,7 @@ def initial_rows(shape: TableShape, shard: int, seed: int, scale: float, epoch: 
 
 
 def uniform(counter_N: UInt64Array, scale: float) -> NDArray[np.float64]:
-    """Numbers of mean 0 and standard deviation `scale`, (N,), each by its counter alone."""
+    """Draw numbers of mean 0 and standard deviation `scale`, (N,), each by its counter alone."""
     unit_N = unit_interval(splitmix64(counter_N.view(np.int64)))
     unit_N -= 0.5
     unit_N *= scale * 12**0.5

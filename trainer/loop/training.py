@@ -11,7 +11,7 @@ from trainer.config.config import config_digest
 from trainer.engine.engine import PreparedBatch
 from trainer.engine.memory import objects_frozen
 from trainer.errors import TrainerError
-from trainer.evaluation.quick import Metrics, evaluate
+from trainer.evaluation.predict import Metrics, evaluate
 from trainer.ids.figures import TableFigures, gather_figures
 from trainer.loop import stopping, summary
 from trainer.loop.profiling import PLACE, tracing
@@ -19,6 +19,7 @@ from trainer.loop.progress import ProgressLog
 from trainer.loop.signals import StoppedError, StopSignals, stopped_together
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import FORMAT_VERSION, CheckpointState
+from trainer.runs.folder import place
 from trainer.runs.open import Run
 from trainer.samples.batch import Batch, BatchPosition
 from trainer.samples.prefetch import ReadAhead, prepare_ahead
@@ -163,7 +164,7 @@ class Training:
         run, best = self._run, self._best()
         if best is None or best == self._engine.num_steps:
             self._save()
-        elif run.comm.broadcast_object(checkpoint.place(run.checkpoints, best).is_dir()):
+        elif run.comm.broadcast_object(place(run.checkpoints, best).is_dir()):
             path = checkpoint.end_with(run.comm, run.checkpoints, best, self._engine)
             self.metrics = stopping.metrics_of(run.history, best)
             self._progress.say(f"step {best} had the best GAUC, {self.metrics['gauc']:.4f}: the run ends with {path}")

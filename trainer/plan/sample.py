@@ -3,7 +3,6 @@
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -93,7 +92,7 @@ class SampledKeys:
 def sample(config: Config, question: PlanQuestion) -> SampledKeys:
     """Draw batches as the trainer would. Raises what opening samples and store raises, ConfigError without images."""
     data = config.data
-    schema = load_schema(Path(data.schema_file) if data.schema_file else None)
+    schema = load_schema(data.schema_file)
     places = store_places(config, schema)
     if not places:
         raise ConfigError("model.images=none: a plan is about training with images; set it to ad, behavior or both")

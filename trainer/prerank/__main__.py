@@ -9,7 +9,7 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import write_json_option
-from trainer.cli import run_on_ranks
+from trainer.cli import WhichCheckpoint, run_on_ranks
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 Run = Annotated[Path, typer.Option(help="Folder of a run with model.base=two_tower.")]
 Index = Annotated[str, typer.Option(help="Folder or address of the index, from jobs/build_ad_index.py.")]
-Checkpoint = Annotated[
-    str | None, typer.Option(help="A step, or the path of a checkpoint.", show_default="the newest one")
-]
 MOST_FOUND = 1_000_000  # ads of one search: a search keeps them all in memory
 
 Samples = Annotated[
@@ -52,10 +49,10 @@ def evaluate_index(
         typer.Option(min=1, help="Lists that ivf looks at, candidates that hnsw keeps.", show_default="the index's"),
     ] = None,
     samples: Samples = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: WhichCheckpoint = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
 ) -> None:
-    """GAUC of the run, recall of the index against exact search, and the time that a search takes."""
+    """Measure the GAUC of the run, the recall of the index against exact search, and the time of a search."""
     counts = _counts(k)
 
     def work(comm: "Comm") -> None:
@@ -85,7 +82,7 @@ def search(
     index: Index = "data/ad-index",
     k: Annotated[int, typer.Option(min=1, max=MOST_FOUND, help="Ads to find.")] = 10,
     samples: Samples = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: WhichCheckpoint = None,
 ) -> None:
     """Find the ads that suit a user best, as the user was in their last test sample."""
 
@@ -93,7 +90,7 @@ def search(
         from trainer.prerank.artifact import AdIndex
         from trainer.prerank.evaluate import candidates
         from trainer.prerank.vectors import origin_of
-        from trainer.runs.saved import missing_lookups, open_trained
+        from trainer.runs.saved import open_trained
         from trainer.samples.dictionary import IdDictionary
 
         if comm.size > 1:
@@ -109,13 +106,13 @@ def search(
                 names.append("text")
                 rows = [(key, texts.get(int(key), ""), value) for key, value in rows]
             _print_table([*names, "inner product"], rows)
-            _print_notes(trained.notes_on_missing(missing_lookups(comm, trained.partitions)))
+            _print_notes(trained.saved.notes_on_missing(trained.missing_lookups()))
 
     raise typer.Exit(run_on_ranks(work))
 
 
 def _counts(text: str) -> list[int]:
-    """The numbers of `--k`."""
+    """Read the numbers of `--k`."""
     try:
         counts = sorted({int(part) for part in text.split(",")})
     except ValueError:
@@ -152,16 +149,9 @@ def _figure(value: float | None) -> str:
 
 
 def _print_table(names: list[str], rows: Sequence[tuple[str, ...]]) -> None:
-    from rich.table import Table
+    from featurestore.commands.common import print_table
 
-    from featurestore.console.output import print_table, text_console
-
-    table = Table()
-    for number, name in enumerate(names):
-        table.add_column(name, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    print_table(text_console(), table)
+    print_table(names, rows, numbers=names[1:])
 
 
 def _print_notes(notes: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from featurestore.errors import StorageError
 from featurestore.storage.storage import Storage
 from trainer.comm import SoloComm
 from trainer.errors import DataError, DataNotFoundError
+from trainer.files import file_at
 from trainer.samples.batch import Batch, Jagged
 from trainer.samples.columns import Groups, Index, Rows, Rule, concatenate, decode, rules_of, source_columns
 from trainer.samples.reader import RowGroup, inputs_of, open_index, read_row_group, row_groups_of_table
@@ -31,7 +32,7 @@ class Ads:
     columns: Mapping[str, Rows]
 
     def batches(self, schema: Schema, fields: Sequence[Field], size: int) -> Iterator[Batch]:
-        """The ads as batches without users and context: of all fields but `fields` there is no row."""
+        """Cut the ads into batches without users and context: of all fields but `fields` there is no row."""
         names = {field.name for field in fields}
         nothing = Jagged(np.empty(0, np.int64), np.empty(0, np.int32))
         for start in range(0, len(self.keys_N), size):
@@ -43,13 +44,8 @@ class Ads:
             yield _batch(inputs_of(schema, taken), len(index_B))
 
 
-def key_column(schema: Schema) -> str:
-    """The column that tells ads apart: that of the schema's `new_ad_field`."""
-    return next(field.column_name for field in schema.fields if field.name == schema.new_ad_field)
-
-
 def ads_of_table(address: str, schema: Schema, fields: Sequence[Field]) -> Ads:
-    """The rows of a Parquet file, or of a folder of them, with the columns of `fields`: one value or list a row.
+    """Read the rows of a Parquet file, or of a folder of them, with the columns of `fields`: one value or list a row.
 
     Raises DataError for bad files and values and for a key that comes twice, SchemaError for missing columns.
     """
@@ -60,20 +56,20 @@ def ads_of_table(address: str, schema: Schema, fields: Sequence[Field]) -> Ads:
     parts = [part for name in names for part in _parts(storage, name, rules)]
     if not parts:
         raise DataNotFoundError(f"--ads {address}: there is no *.parquet file with a row in it; give a table of ads")
-    column = key_column(schema)
+    column = schema.new_ad_column
     columns = concatenate(parts).columns
     keys_U, count_U = np.unique(columns[column].values, return_counts=True)
     if (twice := keys_U[count_U > 1]).size:
-        raise DataError(f"--ads {address}: {column}={twice[0]} stands in several rows; an ad has one row")
+        raise DataError(f"--ads {address}: {column}={twice[0]} is in several rows; an ad has one row")
     return Ads(columns[column].values, columns)
 
 
 def ads_of_samples(samples: str, schema: Schema, fields: Sequence[Field]) -> Ads:
-    """The distinct ads of train and test samples; one that changed is taken as its last impression has it.
+    """Find the distinct ads of train and test samples; one that changed is taken as its last impression has it.
 
     Last: in the order of test after train, of file names, and of rows. Raises DataError, SchemaError.
     """
-    storage, column = Storage(samples), key_column(schema)
+    storage, column = Storage(samples), schema.new_ad_column
     splits = [split for split in _SPLITS if any(name.endswith(".parquet") for name in storage.list(split))]
     if not splits:
         raise DataNotFoundError(
@@ -91,7 +87,7 @@ def ads_of_samples(samples: str, schema: Schema, fields: Sequence[Field]) -> Ads
 
 
 def keys_to_remove(values: Sequence[str], column: str) -> Index:
-    """The keys that `--remove` names: each value is a key, a Parquet file with the column, or a text file of keys.
+    """Read the keys that `--remove` names: each value is a key, a Parquet file with the column, or a text file of keys.
 
     A text file has one key a line, after the column's name or not; empty lines count nothing. Raises DataError.
     """
@@ -110,9 +106,9 @@ def _keys_of(value: str, column: str) -> Index:
         rules = {column: Rule("user", 0, "integer", text="id", crossed=crossed)}
         parts = [part for name in names for part in _parts(storage, name, rules)]
         return np.concatenate([np.empty(0, np.int64), *(part.columns[column].values for part in parts)])
-    folder, slash, name = value.rpartition("/")
+    storage, name = file_at(value)
     try:
-        lines = Storage(folder or slash or ".").read_bytes(name).decode().splitlines()
+        lines = storage.read_bytes(name).decode().splitlines()
     except (FileNotFoundError, StorageError, UnicodeDecodeError) as failure:
         raise DataNotFoundError(
             f"--remove {value}: this is no key (a whole number of 64 bits), no .parquet file, and no text file"
@@ -138,7 +134,7 @@ def _key(text: str) -> int | None:
 
 def _rules(schema: Schema, fields: Sequence[Field]) -> dict[str, Rule]:
     """Of the columns of these fields and of the key, as they are in samples."""
-    wanted = {field.column_name for field in fields} | {field.weights for field in fields} | {key_column(schema)}
+    wanted = {field.column_name for field in fields} | {field.weights for field in fields} | {schema.new_ad_column}
     return {column: rule for column, rule in rules_of(schema).items() if column in wanted}
 
 
@@ -147,8 +143,7 @@ def _files(address: str) -> tuple[Storage, list[str]]:
     if not address.endswith(".parquet"):
         storage = Storage(address)
         return storage, [each for each in storage.list() if each.endswith(".parquet")]
-    folder, slash, name = address.rpartition("/")
-    storage = Storage(folder or slash or ".")
+    storage, name = file_at(address)
     return storage, [each for each in storage.list() if each == name]
 
 

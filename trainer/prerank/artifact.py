@@ -134,7 +134,7 @@ class AdIndex:
         queries: Queries | None = None,
         min_recall: float = MIN_RECALL,
     ) -> "AdIndex":
-        """A new index at `url`, as the version after the one that is there.
+        """Build a new index at `url`, as the version after the one that is there.
 
         Of ivf and hnsw the recall is measured with `queries`, without them with some of the ads, and the effort of a
         search is raised until it is `min_recall`; `warning` says where it never is. Raises InvalidRowsError for vectors
@@ -153,7 +153,7 @@ class AdIndex:
 
     @classmethod
     def open(cls, url: str) -> "AdIndex":
-        """The newest version at `url`. Raises AdIndexError, CorruptFileError, StorageError."""
+        """Open the newest version at `url`. Raises AdIndexError, CorruptFileError, StorageError."""
         storage = Storage(url)
         versions = _versions(storage)
         if not versions:
@@ -178,8 +178,10 @@ class AdIndex:
         )
 
     def check_origin(self, origin: IndexOrigin) -> None:
-        """Raises AdIndexError where the index has vectors of another checkpoint, and AnotherStoreError where it has
-        vectors of images that were looked up in another store."""
+        """Check whose vectors these are.
+
+        Raises AdIndexError where they are of another checkpoint, and AnotherStoreError where their images were looked
+        up in another store."""
         mine = self.state.origin
         if mine.checkpoint_digest != origin.checkpoint_digest:
             raise AdIndexError(
@@ -193,12 +195,12 @@ class AdIndex:
             )
 
     def vectors(self) -> tuple[Keys, Vectors]:
-        """Keys, ascending, and vectors of all ads, (N,) and (N, W). Raises CorruptFileError."""
+        """Read keys, ascending, and vectors of all ads, (N,) and (N, W). Raises CorruptFileError."""
         files = self.state.vectors
         return merge([from_parquet(_read(self._storage, each), self.state.dim, each.path) for each in files])
 
     def add(self, keys_N: Keys, vectors_NW: Vectors, origin: IndexOrigin) -> tuple["AdIndex", Changes]:
-        """The next version, with these ads too; only vectors that are new or differ are appended.
+        """Write the next version, with these ads too; only vectors that are new or differ are appended.
 
         Nothing is built anew, unless recall would be below the limit, or more than a quarter of the vectors unused.
         This object must not be used any more. Raises AdIndexError, InvalidRowsError, StorageError.
@@ -207,13 +209,13 @@ class AdIndex:
         return self._change(keys_N, vectors_NW, _NONE, origin)
 
     def remove(self, keys_R: Keys) -> tuple["AdIndex", Changes]:
-        """The next version, without these ads; those that are not there are counted. Otherwise as `add`."""
+        """Write the next version, without these ads; those that are not there are counted. Otherwise as `add`."""
         return self._change(_NONE, np.empty((0, self.state.dim), np.float32), keys_R, self.state.origin)
 
     def sync(
         self, keys_N: Keys, vectors_NW: Vectors, origin: IndexOrigin, max_gone: float = MAX_GONE
     ) -> tuple["AdIndex", Changes]:
-        """The next version, with these ads alone. Otherwise as `add`.
+        """Write the next version, with these ads alone. Otherwise as `add`.
 
         Raises AdIndexError too where more than a share of `max_gone` of the ads would go: a table may be cut short.
         """

@@ -1,4 +1,4 @@
-"""What pre-ranking by a run and its index is worth: GAUC of the towers, recall of the index, time of a search.
+"""Measure pre-ranking by a run and its index: GAUC of the towers, recall of the index, time of a search.
 
 Letters of shapes: K queries, C candidates found of each, W width of the vectors.
 """
@@ -17,18 +17,16 @@ from torch import Tensor
 from featurestore.index import VectorIndex, use_threads
 from featurestore.keys import id_of_text
 from trainer.errors import DataError, DataNotFoundError, SchemaError
-from trainer.evaluation.quick import Metrics, evaluate
-from trainer.prerank.ads import key_column
+from trainer.evaluation.predict import Metrics, evaluate
 from trainer.prerank.artifact import AdIndex
 from trainer.prerank.recall import NUM_QUERIES, Queries, recall_at, sample_of
 from trainer.prerank.vectors import towers, user_vectors
 from trainer.runs.open import test_reader
 from trainer.runs.samples_digest import samples_digest
-from trainer.runs.saved import TEST, TRAIN, TrainedRun, finite, missing_lookups, open_test
+from trainer.runs.saved import TEST, TRAIN, TrainedRun, finite, open_test
 from trainer.samples.batch import Batch
-from trainer.samples.columns import rules_of
 from trainer.samples.prefetch import ReadAhead
-from trainer.samples.reader import SampleIndex, SampleReader, distinct_values, open_index
+from trainer.samples.reader import SampleIndex, SampleReader, known_ads, open_index
 
 Vectors = NDArray[np.float32]
 
@@ -65,22 +63,21 @@ class Score:
 
 
 def reader_of_tests(trained: TrainedRun, samples: str | None) -> SampleReader:
-    """The test impressions of `samples`, else of the run: this rank's part. Raises DataError, SchemaError."""
+    """Open the test impressions of `samples`, else of the run: this rank's part. Raises DataError, SchemaError."""
     index = open_test(trained.comm, trained.config, trained.schema, samples)
     return test_reader(trained.config, trained.comm, index, trained.schema)
 
 
 def score(trained: TrainedRun, samples: str | None) -> Score:
-    """The run on the test impressions of `samples`, else on its own; the same on every rank.
+    """Measure the run on the test impressions of `samples`, else on its own; the same on every rank.
 
     An ad is new where the run's training samples do not have it. Every rank calls it. Raises DataError, SchemaError,
     TrainerError.
     """
     comm, engine, model, data = trained.comm, trained.engine, towers(trained), trained.config.data
-    column, kept = key_column(trained.schema), [torch.empty(0, model.width)]
+    kept = [torch.empty(0, model.width)]
     reader = reader_of_tests(trained, samples)
     train = open_index(comm, data.samples, TRAIN, trained.schema, data.train_days)
-    known_ads = distinct_values(comm, train, column, rules_of(trained.schema)[column])
 
     def network(fields: Any, dense: Any, group_of_sample_B: Tensor) -> Tensor:
         kept.append(model.user_vectors(fields, dense).cpu())
@@ -92,17 +89,17 @@ def score(trained: TrainedRun, samples: str | None) -> Score:
             yield prepared.batch, engine.compute(prepared, network)
 
     with contextlib.closing(ReadAhead(reader.batches(), data.prefetch_batches)) as ahead:
-        metrics = evaluate(comm, predicted(ahead), known_ads, trained.schema.new_ad_field)
+        metrics = evaluate(comm, predicted(ahead), known_ads(comm, train, trained.schema), trained.schema.new_ad_field)
     users_KW = finite(comm.allgather(torch.cat(kept).float(), "user_vectors").numpy())
-    notes = trained.notes_on_missing(missing_lookups(comm, trained.partitions))
-    changed = not samples_digest(comm, train, data.cache_dir).is_of(trained.state.origin)
-    return Score(metrics, users_KW, [*trained.notes_on_samples(changed), *notes])
+    notes = trained.saved.notes_on_missing(trained.missing_lookups())
+    changed = not samples_digest(comm, train, data.cache_dir).is_of(trained.saved.state.origin)
+    return Score(metrics, users_KW, [*trained.saved.notes_on_samples(changed), *notes])
 
 
 def search_figures(
     ads: AdIndex, users_KW: Vectors, counts: Sequence[int], max_queries: int, effort: int | None = None
 ) -> SearchFigures:
-    """Recall and time of searches for at most so many of the users, drawn by a fixed seed; K >= 1.
+    """Measure recall and time of searches for at most so many of the users, drawn by a fixed seed; K >= 1.
 
     Exact is a flat index over the exported vectors. Times are of the largest of `counts`.
     """
@@ -121,11 +118,11 @@ def search_figures(
 
 
 def report_of(trained: TrainedRun, ads: AdIndex, scored: Score, figures: SearchFigures) -> dict[str, Any]:
-    """Everything, ready for JSON."""
+    """Return everything, ready for JSON."""
     state = ads.state
     return {
-        "run": str(trained.folder),
-        "checkpoint": trained.path.name,
+        "run": str(trained.saved.folder),
+        "checkpoint": trained.saved.path.name,
         "store_version": trained.store_version,
         "index": {
             "kind": state.kind,
@@ -141,7 +138,7 @@ def report_of(trained: TrainedRun, ads: AdIndex, scored: Score, figures: SearchF
 
 
 def user_queries(trained: TrainedRun) -> Queries | None:
-    """Vectors of users of the run's own samples, of the test days where there are some, to measure an index with.
+    """Compute vectors of users of the run's own samples, of the test days if there are any, to measure an index with.
 
     For a run opened by one rank. None where the samples are gone or empty.
     """
@@ -162,7 +159,7 @@ def user_queries(trained: TrainedRun) -> Queries | None:
 def candidates(
     trained: TrainedRun, ads: AdIndex, samples: str | None, user: str, count: int
 ) -> list[tuple[int, float]]:
-    """Keys and inner products of the ads that suit a user best, as the user was in their last test group.
+    """Find keys and inner products of the ads that suit a user best, as the user was in their last test group.
 
     For one rank. `user`: a number or a text, as the samples have it. Raises DataError where no test sample is of that
     user.

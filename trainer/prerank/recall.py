@@ -31,7 +31,7 @@ class Queries:
 
 
 def sample_of(vectors_NW: Vectors, source: QuerySource) -> Queries:
-    """At most NUM_QUERIES of these vectors, drawn by a fixed seed."""
+    """Draw at most NUM_QUERIES of these vectors by a fixed seed."""
     chosen_K = np.random.default_rng(0).permutation(len(vectors_NW))[:NUM_QUERIES]
     return Queries(np.ascontiguousarray(vectors_NW[np.sort(chosen_K)]), source)
 
@@ -39,7 +39,7 @@ def sample_of(vectors_NW: Vectors, source: QuerySource) -> Queries:
 def recall_at(
     index: VectorIndex, exact: VectorIndex, queries_KW: Vectors, count: int, effort: int | None = None
 ) -> float:
-    """The share of the `count` best of `exact`, a flat index of the same ads, that `index` finds; K >= 1.
+    """Measure the share of the `count` best of `exact`, a flat index of the same ads, that `index` finds; K >= 1.
 
     An ad whose score is that of the last of the best is one of them: ads with equal vectors must not count as misses.
     """
@@ -52,7 +52,7 @@ def recall_at(
 def best_index(
     kind: IndexKind, keys_N: Keys, vectors_NW: Vectors, exact: VectorIndex, queries: Queries, limit: float
 ) -> tuple[VectorIndex, float]:
-    """An index of these ads whose recall@COUNT is `limit`, or as near as it gets, and that recall.
+    """Build an index of these ads whose recall@COUNT is `limit`, or as near as it gets; returns that recall too.
 
     Where hnsw is below it, its graph in the other space is tried too, and the better one taken: which of the two finds
     more depends on the vectors.
@@ -67,7 +67,7 @@ def best_index(
 
 
 def reach(index: VectorIndex, exact: VectorIndex, queries: Queries, limit: float) -> float:
-    """Recall@COUNT of the index, whose effort is doubled as long as that is below `limit` and more effort helps."""
+    """Measure recall@COUNT of the index, whose effort is doubled while that is below `limit` and more effort helps."""
     recall = recall_at(index, exact, queries.vectors_KW, COUNT)
     while recall < limit and index.effort and index.largest_effort and index.effort < index.largest_effort:
         index.effort = min(2 * index.effort, index.largest_effort)

@@ -20,7 +20,7 @@ Mask = NDArray[np.bool_]
 
 
 def to_parquet(keys_N: Keys, vectors_NW: Vectors, removed_R: Keys | None = None) -> bytes:
-    """Columns key and vector, the removed keys last; dtype and shape of the vector stand in its field's metadata."""
+    """Write columns key and vector, removed keys last; dtype and shape of the vector are in its field's metadata."""
     width, removed_R = vectors_NW.shape[1], np.empty(0, np.int64) if removed_R is None else removed_R
     values = np.concatenate([vectors_NW, np.zeros((len(removed_R), width), np.float32)]).astype(np.float32)
     has_vector_N = np.arange(len(values)) < len(keys_N)
@@ -42,7 +42,10 @@ def to_parquet(keys_N: Keys, vectors_NW: Vectors, removed_R: Keys | None = None)
 
 
 def from_parquet(data: bytes, width: int, path: str) -> tuple[Keys, Vectors, Mask]:
-    """Undoes `to_parquet`: keys (N,), vectors (N, W), and which rows have one (N,). Raises CorruptFileError."""
+    """Read what `to_parquet` wrote: keys (N,), vectors (N, W), and which rows have one (N,).
+
+    Raises CorruptFileError.
+    """
     table = pq.read_table(pa.BufferReader(data)).combine_chunks()
     vector: Any = table[VECTOR].combine_chunks()
     if vector.type != pa.binary(4 * width):
@@ -53,7 +56,7 @@ def from_parquet(data: bytes, width: int, path: str) -> tuple[Keys, Vectors, Mas
 
 
 def merge(parts: Sequence[tuple[Keys, Vectors, Mask]]) -> tuple[Keys, Vectors]:
-    """What several files say together, oldest first: keys, ascending, and their vectors."""
+    """Merge several files, oldest first, into keys, ascending, and their vectors."""
     keys_N, vectors_NW, has_vector_N = (np.concatenate(each) for each in zip(*parts, strict=True))
     last_M = len(keys_N) - 1 - np.unique(keys_N[::-1], return_index=True)[1]
     last_M = last_M[has_vector_N[last_M]]

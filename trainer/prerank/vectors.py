@@ -9,7 +9,7 @@ from torch import Tensor
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import FieldVectors
 from trainer.models.nets.two_tower import TwoTower
-from trainer.prerank.ads import Ads, key_column
+from trainer.prerank.ads import Ads
 from trainer.prerank.artifact import IndexOrigin
 from trainer.runs.saved import TrainedRun, finite
 from trainer.samples.batch import Batch
@@ -18,23 +18,23 @@ Vectors = NDArray[np.float32]
 
 
 def towers(trained: TrainedRun) -> TwoTower:
-    """The run's model. Raises ConfigError where it is another."""
+    """Return the run's two towers. Raises ConfigError where it has another model."""
     model = trained.engine.model
     if not isinstance(model, TwoTower):
         raise ConfigError(
-            f"{trained.folder} has model.base={trained.config.model.base}: it has no vector of an ad; "
+            f"{trained.saved.folder} has model.base={trained.config.model.base}: it has no vector of an ad; "
             "train one with model.base=two_tower"
         )
     return model
 
 
 def origin_of(trained: TrainedRun) -> IndexOrigin:
-    """What an index has to say of the vectors of this run and checkpoint."""
+    """Describe the vectors of this run and checkpoint for an index."""
     return IndexOrigin(
-        run=trained.folder.name,
-        checkpoint=trained.path.name,
-        checkpoint_digest=trained.digest,
-        key_column=key_column(trained.schema),
+        run=trained.saved.folder.name,
+        checkpoint=trained.saved.path.name,
+        checkpoint_digest=trained.saved.digest,
+        key_column=trained.schema.new_ad_column,
         bias=float(towers(trained).bias.detach()),
         stores={name: partition.snapshot_id for name, partition in trained.partitions.items()},
     )
@@ -43,9 +43,9 @@ def origin_of(trained: TrainedRun) -> IndexOrigin:
 def ad_vectors(
     trained: TrainedRun, ads: Ads, batch_size: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Vectors:
-    """The vectors of all ads, (N, W) float32; for a run opened by one rank.
+    """Compute the vectors of all ads, (N, W) float32; for a run opened by one rank.
 
-    `progress` is told ads done and all of them. Raises TrainerError where a vector is not finite.
+    `progress` gets ads done and all of them. Raises TrainerError where a vector is not finite.
     """
     model = towers(trained)
 
@@ -60,7 +60,7 @@ def ad_vectors(
 
 
 def user_vectors(trained: TrainedRun, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Vectors]]:
-    """Each batch with the vectors of its groups, (G, W) float32. All ranks take equally many."""
+    """Give each batch with the vectors of its groups, (G, W) float32. All ranks take equally many."""
     model = towers(trained)
 
     def network(fields: Mapping[str, FieldVectors], dense: Mapping[str, Tensor], _: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ FILE = "accepted-stores.json"
 
 
 class AcceptedStore(Section):
-    """Of the store that content fields call `name`: from now on `accepted` is read where a checkpoint has `recorded`.
+    """A store that replaces the one called `name` in the schema: `accepted` is read where a checkpoint has `recorded`.
 
     `figures`: what was known of the two when that was decided.
     """
@@ -31,8 +31,9 @@ class AcceptedStore(Section):
     figures: dict[str, Any]
 
     def replaces(self, name: str, record: SnapshotId) -> bool:
-        """Whether `record` is of the store that this one stands in for; of one store put back from a backup, whether it
-        is the very snapshot."""
+        """Tell whether `record` is of the store that was replaced.
+
+        Of one store put back from a backup, it has to be the very snapshot."""
         if (name, record.store_id) != (self.name, self.recorded.store_id):
             return False
         return self.accepted.store_id != record.store_id or record.commit_id == self.recorded.commit_id
@@ -43,8 +44,9 @@ class _AcceptedStores(Section):
 
 
 def standing_in(checkpoint: Path, stores: Mapping[str, SnapshotId]) -> dict[str, SnapshotId]:
-    """What is to be read of each store in place of what the checkpoint recorded: that itself, where nothing was
-    accepted. Raises CheckpointError where the file of accepted stores is damaged."""
+    """Find what is to be read of each store: what was accepted in the place of what the checkpoint recorded, or that.
+
+    Raises CheckpointError where the file of accepted stores is damaged."""
     found = dict(stores)
     for each in _read(_file_of(checkpoint)):
         for name, record in found.items():
@@ -54,7 +56,7 @@ def standing_in(checkpoint: Path, stores: Mapping[str, SnapshotId]) -> dict[str,
 
 
 def accept(checkpoint: Path, store: AcceptedStore) -> Path:
-    """Adds a store to those of the checkpoint's run, in place of an earlier one for the same; returns the file.
+    """Accept a store for the checkpoint's run, in place of an earlier one for the same; returns the file.
 
     Raises CheckpointError where it cannot be written.
     """
@@ -62,7 +64,7 @@ def accept(checkpoint: Path, store: AcceptedStore) -> Path:
 
 
 def withdraw(checkpoint: Path, name: str, recorded: SnapshotId) -> Path | None:
-    """Takes back what was accepted in the place of `recorded`, which is there again.
+    """Take back what was accepted in the place of `recorded`, which is there again.
 
     Returns the file; None where nothing was accepted. Raises CheckpointError where it cannot be written.
     """

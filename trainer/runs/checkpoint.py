@@ -11,10 +11,8 @@ hides a folder first. All ranks write to one place: with several machines it has
 """
 
 import json
-import os
-import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,15 +29,14 @@ from featurestore.storage.regular import read_regular
 from featurestore.text.parsing import parse_json
 from trainer.comm import Comm
 from trainer.config import legacy
-from trainer.config.options import ModelConfig
 from trainer.config.validate import Section
-from trainer.errors import CheckpointError, CheckpointNotFoundError
+from trainer.errors import CheckpointError
 from trainer.runs import accepted
+from trainer.runs.folder import finished, place, remove, sync, unrelated
 from trainer.samples.batch import BatchPosition
 
 _SAMPLES = "data.samples_digest"  # among the values of an origin
 FORMAT_VERSION = 3  # 2: the ids of the stores; 3: the optimiser of ID rows
-_NAME = re.compile(r"step-(\d{8,})")
 DENSE = "dense.safetensors"
 
 
@@ -59,7 +56,7 @@ class Trained(Loadable, Protocol):
 
 
 class Origin(Section):
-    """What a checkpoint belongs to; it is refused where one of these values is another."""
+    """What a checkpoint belongs to: it is refused where one of these values differs."""
 
     data: dict[str, Any]
     """What a position in the data means: batch size, order, digest of the samples."""
@@ -75,12 +72,12 @@ class Origin(Section):
     """What the optimiser's state means: which one moves ID rows, and its betas where those move rows between steps."""
 
     def check_same(self, recorded: "Origin", path: Path) -> None:
-        """Raises CheckpointError naming every value that `recorded`, of the checkpoint at `path`, has otherwise.
+        """Raise CheckpointError naming every value that `recorded`, of the checkpoint at `path`, has otherwise.
 
         A setting of the model that the checkpoint does not know yet was at its default, or as `legacy.BEFORE` says.
         """
         self.check_store(recorded, path)
-        unknown = {"model": ModelConfig().model_dump() | legacy.BEFORE["model"], "optim": legacy.BEFORE["optim"]}
+        unknown = {"model": legacy.model_before(), "optim": legacy.BEFORE["optim"]}
         theirs = {**recorded.model_dump(), "model": legacy.with_tables_up_to_date(recorded.model)}
         lines = _differing(self.model_dump(), theirs, unknown)
         if lines:
@@ -89,7 +86,7 @@ class Origin(Section):
             )
 
     def check_store(self, recorded: "Origin", path: Path) -> None:
-        """Raises CheckpointError where E of the checkpoint at `path` was trained on features of another kind."""
+        """Raise CheckpointError where E of the checkpoint at `path` was trained on features of another kind."""
         lines = _differing(
             {"store": self.store, "stores": self.stores}, {"store": recorded.store, "stores": recorded.stores}
         )
@@ -135,18 +132,17 @@ class CheckpointState(Section):
         return BatchPosition(self.epoch, self.step_in_epoch)
 
     def version_of(self, store: str) -> int | None:
-        """The snapshot of that store; of a checkpoint that knows no names, of the only one."""
+        """Return the snapshot of that store; of a checkpoint that knows no names, of the only one."""
         return self.stores[store].version if store in self.stores else None if self.stores else self.store_version
 
 
 def save(
     comm: Comm, folder: Path, trained: Trained, state: CheckpointState, keep: int, best: int | None = None
 ) -> Path:
-    """Writes `folder`/step-N on all ranks together and removes all but the newest `keep`; `state.files` is filled in.
-    The one of step `best` is kept whatever its age.
+    """Write `folder`/step-N on all ranks together and remove all but the newest `keep`; `state.files` is filled in.
 
-    Does nothing where that step is there already: it is this run's own, as `unrelated` ones are gone by then. Raises
-    CheckpointError on all ranks where one cannot write.
+    The one of step `best` is kept whatever its age. Does nothing where that step is there already: it is this run's
+    own, as `unrelated` ones are gone by then. Raises CheckpointError on all ranks where one cannot write.
     """
     final, parts = place(folder, state.step), folder / f".step-{state.step:08}"
     if comm.broadcast_object(final.exists()):
@@ -167,14 +163,14 @@ def save(
         if comm.rank == 0:
             _write_state(parts / "state.json", state.model_copy(update={"files": files}))
             parts.rename(final)
-            _sync(folder)
+            sync(folder)
             best_path = None if best is None else place(folder, best)
             remove([old for old in finished(folder)[:-keep] if old != best_path])
     return final
 
 
 def end_with(comm: Comm, folder: Path, step: int, trained: Loadable) -> Path:
-    """Puts the checkpoint of `step` into `trained` and removes those of later steps, so that it is the latest one."""
+    """Put the checkpoint of `step` into `trained` and remove those of later steps, so that it is the latest one."""
     path = place(folder, step)
     load(comm, path, read_state(path), trained)
     with _agreed(comm, f"cannot remove the checkpoints after {path}"):
@@ -183,31 +179,14 @@ def end_with(comm: Comm, folder: Path, step: int, trained: Loadable) -> Path:
     return path
 
 
-def find(folder: Path, resume: str) -> Path:
-    """The checkpoint that run.resume names: `latest` in `folder`, or a path. Raises CheckpointError."""
-    if resume != "latest":
-        path = Path(resume)
-        if not (path / "state.json").is_file():
-            raise CheckpointNotFoundError(
-                f"run.resume={resume}: there is no state.json in it; give a folder named step-N, or latest"
-            )
-        return path
-    found = finished(folder)
-    if not found:
-        raise CheckpointNotFoundError(
-            f"run.resume=latest: no checkpoint in {folder}; leave run.resume out to start afresh"
-        )
-    return found[-1]
-
-
 def read_state(path: Path) -> CheckpointState:
-    """As `read_recorded`, with the stores that were accepted in the place of lost ones. Raises CheckpointError."""
+    """Read state.json with the stores that were accepted in the place of lost ones. Raises as `read_recorded`."""
     state = read_recorded(path)
     return state.model_copy(update={"stores": accepted.standing_in(path, state.stores)})
 
 
 def read_recorded(path: Path) -> CheckpointState:
-    """state.json of the checkpoint at `path`, its own digest verified. Raises CheckpointError."""
+    """Read state.json of the checkpoint at `path` and verify its digest. Raises CheckpointError."""
     file = path / "state.json"
     try:
         values = parse_json(read_regular(file))
@@ -223,7 +202,7 @@ def read_recorded(path: Path) -> CheckpointState:
 
 
 def load(comm: Comm, path: Path, state: CheckpointState, trained: Loadable) -> None:
-    """Puts the checkpoint into `trained`; each rank reads the shards that it owns now, whoever wrote them.
+    """Put the checkpoint into `trained`; each rank reads the shards that it owns now, whichever rank wrote them.
 
     Raises CheckpointError on all ranks, naming the file, where one is missing, damaged or does not fit.
     """
@@ -237,7 +216,7 @@ def load(comm: Comm, path: Path, state: CheckpointState, trained: Loadable) -> N
 
 
 def read_dense(path: Path, state: CheckpointState, names: Iterable[str]) -> dict[str, Tensor]:
-    """Those tensors of what every rank holds; the rows of IDs are not read. Raises CheckpointError."""
+    """Read these tensors of what every rank holds, without the rows of IDs. Raises CheckpointError."""
     try:
         _verify(path / DENSE, state.files[DENSE])
         return _read_named([path / DENSE], set(names))
@@ -247,7 +226,7 @@ def read_dense(path: Path, state: CheckpointState, names: Iterable[str]) -> dict
 
 @contextmanager
 def read_rows(path: Path, state: CheckpointState, names: Iterable[str]) -> Iterator[Callable[[str], Tensor]]:
-    """Gives a function that reads one of those tensors of ID rows, whichever rank wrote it. Raises CheckpointError."""
+    """Give a function that reads one of these tensors of ID rows, whichever rank wrote it. Raises CheckpointError."""
     try:
         with ExitStack() as opened:
             file_of: dict[str, Any] = {}
@@ -263,7 +242,7 @@ def read_rows(path: Path, state: CheckpointState, names: Iterable[str]) -> Itera
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Names, with dots between the levels, and values of nested mappings."""
+    """List names, with dots between the levels, and values of nested mappings."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")
@@ -294,49 +273,18 @@ def _differing(
     return list(lines.values())
 
 
-def place(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands."""
-    return folder / f"step-{step:08}"
-
-
-def finished(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
-
-
-def unrelated(folder: Path, resumed: Path) -> list[Path]:
-    """Checkpoints in `folder` that a run did not come past on its way to `resumed`, oldest first: those of later steps,
-    or all where `resumed` is not one of them."""
-    found = finished(folder)
-    way = next((number for number, path in enumerate(found, 1) if path.samefile(resumed)), 0)
-    return found[way:]
-
-
-def remove(paths: Sequence[Path]) -> None:
-    """Removes checkpoints of one folder, given oldest first.
-
-    A kill in between leaves the older ones whole and nothing after them: the newest one goes first, its name at once.
-    """
-    for path in reversed(paths):
-        hidden = path.with_name(f".{path.name}")
-        path.rename(hidden)
-        _sync(path.parent)
-        shutil.rmtree(hidden)
-
-
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Writes and syncs the file; returns the digest of what the disk gives back."""
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    _sync(path)
+    sync(path)
     return digest_of_file(path)
 
 
 def _write_state(path: Path, state: CheckpointState) -> None:
     values = state.model_dump(mode="json")
     path.write_text(json.dumps({**values, "digest": _json_digest(values)}, indent=1), encoding="utf-8")
-    _sync(path)
-    _sync(path.parent)
+    sync(path)
+    sync(path.parent)
 
 
 def _verify(path: Path, expected: str) -> None:
@@ -364,11 +312,3 @@ def _read_named(paths: Iterable[Path], names: set[str]) -> dict[str, Tensor]:
 
 def _json_digest(values: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

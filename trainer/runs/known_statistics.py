@@ -1,4 +1,4 @@
-"""A run's schema with its statistics: those of the checkpoint that it goes on from, else of its training samples."""
+"""A run's schema with its statistics: those of the checkpoint that it continues, else of its training samples."""
 
 import json
 from collections.abc import Mapping
@@ -26,8 +26,10 @@ _FEW_ROW_GROUPS = 32
 def with_statistics(
     comm: Comm, index: SampleIndex, schema: Schema, samples_digest: str, cache_dir: str | None = None
 ) -> Schema:
-    """The schema with the statistics of the samples of `index` filled in; what is measured is kept in the cache folder
-    of rank 0's machine, by the digest of the samples. Every rank calls it. Raises DataError on all ranks together."""
+    """Fill in the statistics of the samples of `index`.
+
+    What is measured is kept in the cache folder of rank 0's machine, by the digest of the samples. Every rank calls it.
+    Raises DataError on all ranks together."""
     fields = lacking(schema)
     if not fields:
         return schema
@@ -45,20 +47,21 @@ def with_statistics(
 
 
 def with_rough_statistics(comm: Comm, index: SampleIndex, schema: Schema) -> Schema:
-    """The same of a few row groups alone: for what looks at the cost of a run and not at its figures."""
+    """Fill in the statistics of a few row groups: for what looks at the cost of a run and not at its figures."""
     few = replace(index, row_groups=index.row_groups[:_FEW_ROW_GROUPS])
     return fill_in(schema, measure(comm, few, schema))
 
 
 def statistics_of(schema: Schema) -> dict[str, dict[str, Any]]:
-    """Mean, std and boundaries by field, of the fields that have some."""
+    """List mean, std and boundaries by field, of the fields that have any."""
     named = {f.name: f.model_dump(mode="json", include=set(FOUND), exclude_none=True) for f in schema.fields}
     return {name: values for name, values in named.items() if values}
 
 
 def write_statistics(folder: Path, schema: Schema, origin: Mapping[str, Any]) -> None:
-    """Writes inputs.json for people and other programs, where there are statistics, in the place of an earlier run's;
-    runs read their checkpoint's."""
+    """Write inputs.json for people and other programs, where there are statistics, in the place of an earlier run's.
+
+    Runs read their checkpoint's statistics."""
     fields = statistics_of(schema)
     if not fields:
         (folder / FILE).unlink(missing_ok=True)

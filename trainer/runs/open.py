@@ -1,13 +1,12 @@
-"""Opening a run: samples, feature store, engine and, on resumption, a checkpoint; each checked before the next one.
+"""Open a run: samples, feature store, engine and, on resumption, a checkpoint; each checked before the next one.
 
 Every rank calls the same functions; what can go wrong on one of them is agreed on, so that all raise together.
 """
 
-import os
+import contextlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from featurestore.format.statistics import FeatureStatistics
 from featurestore.identity import SnapshotId
 from featurestore.lookup.partition import FeaturePartition
+from featurestore.snapshot import Snapshot
 from featurestore.storage.storage import Storage
 from trainer.comm import Comm
 from trainer.config.config import Config, save_config
@@ -25,9 +25,10 @@ from trainer.config.options import OptimConfig
 from trainer.engine.engine import Engine
 from trainer.engine.machine import share_machine
 from trainer.engine.precision import with_compute_dtype
-from trainer.errors import ConfigError, DataNotFoundError
+from trainer.errors import DataNotFoundError
 from trainer.runs import accepted, checkpoint, warmstart
 from trainer.runs.checkpoint import CheckpointState, Origin
+from trainer.runs.folder import check_folder, find_checkpoint, finished, in_the_way, naming_run_dir, remove
 from trainer.runs.known_statistics import with_statistics, write_statistics
 from trainer.runs.samples_digest import samples_digest
 from trainer.runs.stores import (
@@ -44,29 +45,52 @@ from trainer.samples import dictionary
 from trainer.samples.batch import BatchPosition
 from trainer.samples.columns import Index, rules_of
 from trainer.samples.days import newest_day, sample_files
-from trainer.samples.reader import SampleIndex, SampleReader, distinct_values, open_index
+from trainer.samples.reader import SampleIndex, SampleReader, known_ads, open_index
 from trainer.samples.statistics import fill_in
 from trainer.schema import Schema, load_schema
 
 
-@dataclass
-class Run:
-    """All state of a run; `position` is the batch that comes next."""
+@dataclass(kw_only=True)
+class OpenRun:
+    """A run's engine and this rank's rows of its stores, by their names; close it."""
 
     config: Config
     comm: Comm
     schema: Schema
-    folder: Path
     engine: Engine
-    device: torch.device
     partitions: dict[str, FeaturePartition]
     stores: dict[str, SnapshotId]
+
+    @property
+    def partition(self) -> FeaturePartition | None:
+        """The rows of the first store, that of data.store where the model has it; None where it sees no content."""
+        return next(iter(self.partitions.values()), None)
+
+    def missing_lookups(self) -> int:
+        """Count the lookups, of all ranks, of images without a feature, hidden ones too; every rank calls it."""
+        own = torch.tensor([sum(partition.missing_count for partition in self.partitions.values())])
+        return int(self.comm.allreduce_sum_(own, "missing_lookups"))
+
+    def close(self) -> None:
+        """Release the stores' rows."""
+        for partition in self.partitions.values():
+            partition.close()
+
+
+@dataclass(kw_only=True)
+class Run(OpenRun):
+    """All state of a run that is trained; `position` is the batch that comes next."""
+
+    folder: Path
+    device: torch.device
     train_reader: SampleReader
     test_reader: SampleReader
     known_ads: Index
     origin: Origin
     position: BatchPosition
     history: list[dict[str, Any]]
+    resumed: Path | None
+    """The checkpoint that the run continues from."""
     warm_start: WarmStart | None
     samples_changed: bool
     """Whether the training samples are not, or no longer, those of the checkpoint; only where the run is just read."""
@@ -76,51 +100,40 @@ class Run:
         """Folder of the run's checkpoints."""
         return self.folder / "checkpoints"
 
-    @property
-    def partition(self) -> FeaturePartition | None:
-        """Of the first store, that of data.store where the model has it; None where it sees no content."""
-        return next(iter(self.partitions.values()), None)
-
-    def close(self) -> None:
-        """Lets go of the stores' rows."""
-        for partition in self.partitions.values():
-            partition.close()
-
 
 def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
-    """Everything but the folder's content, which `claim_folder` writes. Raises TrainerError or FeatureStoreError.
+    """Open everything but the folder's content, which `claim_folder` writes. Raises TrainerError or FeatureStoreError.
 
-    `reading`: the run is looked at and not gone on with, so its folder may be read-only, and its training samples may
-    have changed; the model and the kind of features still have to be the checkpoint's.
+    `reading`: the run is evaluated and not trained further, so its folder may be read-only, and its training samples
+    may have changed; the model and the kind of features still have to be the checkpoint's.
     """
-    schema = load_schema(Path(config.data.schema_file) if config.data.schema_file else None)
+    schema = load_schema(config.data.schema_file)
     places = store_places(config, schema)
     folder = Path(config.run.dir) / comm.broadcast_object(config.run.name or time.strftime("run-%Y%m%d-%H%M%S"))
-    if not reading:
-        comm.on_all(lambda: _check_folder(config, folder))
-    comm.on_rank_0(lambda: _check_places(config, places))
     resumed = comm.on_all(lambda: _resumed(config, folder))
+    if not reading:
+        comm.on_all(lambda: check_folder(config, folder, resumed[0] if resumed else None))
+    comm.on_rank_0(lambda: _check_places(config, places))
+    recorded = resumed[1].origin if resumed else None
     warm = None if resumed else comm.on_all(lambda: _warm_start(config))
     device = share_machine(config, comm)
-    recorded_dtype = resumed[1].origin.model.get("compute_dtype") if resumed else None
-    model = with_compute_dtype(config.model, comm, device, recorded_dtype)
-    config = config.model_copy(update={"model": model})
+    dtype = recorded.model.get("compute_dtype") if recorded else None
+    config = config.model_copy(update={"model": with_compute_dtype(config.model, comm, device, dtype)})
     train = open_index(comm, config.data.samples, "train", schema, config.data.train_days)
     test = open_index(comm, config.data.samples, "test", schema, config.data.test_days)
-    partitions, statistics = {}, {}
-    for place in places:
-        chosen, statistics[place.name] = comm.on_rank_0(partial(snapshot_of, place, resumed))
-        partitions[place.name] = comm.on_all(partial(open_partition, config, comm, place, chosen))
+    partitions, statistics = open_stores(
+        config, comm, places, lambda place: snapshot_of(place, resumed), measured=not resumed
+    )
     digest = samples_digest(comm, train, config.data.cache_dir)
-    schema = _with_statistics(config, comm, schema, train, digest.content, resumed[1] if resumed else None, warm)
+    schema = _with_statistics(config, comm, schema, train, digest.content, recorded, warm)
     origin = _origin(config, schema, digest.content, partitions)
-    samples_changed = False
-    if resumed:
-        recorded = resumed[1].origin
-        samples_changed = not digest.is_of(recorded)
+    if resumed and recorded:
+        expected = recorded
         if reading:
-            recorded = recorded.model_copy(update={name: getattr(origin, name) for name in ("data", "train", "optim")})
-        origin.model_copy(update={"data": origin.data | digest.as_recorded(recorded)}).check_same(recorded, resumed[0])
+            same = {name: getattr(origin, name) for name in ("data", "train", "optim")}
+            expected = recorded.model_copy(update=same)
+        mine = origin.model_copy(update={"data": origin.data | digest.as_recorded(expected)})
+        mine.check_same(expected, resumed[0])
     engine = engine_of(config, comm, schema, partitions, device, statistics, reading=reading)
     if resumed:
         checkpoint.load(comm, *resumed, engine)
@@ -128,7 +141,6 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
         warmstart.load(comm, warm, origin, engine)
     if not reading:
         engine.begin_day(newest_day(each.file for each in train.row_groups))
-    new_ad_column = next(field.column_name for field in schema.fields if field.name == schema.new_ad_field)
     return Run(
         config=config,
         comm=comm,
@@ -140,13 +152,38 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
         stores=records(places, partitions),
         train_reader=_train_reader(config, comm, train, schema),
         test_reader=test_reader(config, comm, test, schema),
-        known_ads=distinct_values(comm, train, new_ad_column, rules_of(schema)[new_ad_column]),
+        known_ads=known_ads(comm, train, schema),
         origin=origin,
         position=resumed[1].position if resumed else BatchPosition(0, 0),
         history=resumed[1].history if resumed else [],
+        resumed=resumed[0] if resumed else None,
         warm_start=warm,
-        samples_changed=samples_changed,
+        samples_changed=recorded is not None and not digest.is_of(recorded),
     )
+
+
+def open_stores(
+    config: Config, comm: Comm, places: list[StorePlace], choose: Callable[[StorePlace], Snapshot], *, measured: bool
+) -> tuple[dict[str, FeaturePartition], dict[str, FeatureStatistics | None]]:
+    """Open this rank's rows of the snapshots that rank 0 chooses.
+
+    `measured`: with their statistics; a checkpoint that is loaded next has them already. Every rank calls it. Raises
+    FeatureStoreError or what `choose` raises, on all ranks together; what was opened before is closed then.
+    """
+
+    def chosen_at(place: StorePlace) -> tuple[SnapshotId, FeatureStatistics | None]:
+        snapshot = choose(place)
+        return SnapshotId.of(snapshot), snapshot.statistics() if measured else None
+
+    partitions: dict[str, FeaturePartition] = {}
+    statistics: dict[str, FeatureStatistics | None] = {}
+    with contextlib.ExitStack() as opened:
+        for place in places:
+            chosen, statistics[place.name] = comm.on_rank_0(partial(chosen_at, place))
+            partition = comm.on_all(partial(open_partition, config, comm, place, chosen))
+            partitions[place.name] = opened.enter_context(partition)
+        opened.pop_all()
+    return partitions, statistics
 
 
 def _with_statistics(
@@ -155,13 +192,16 @@ def _with_statistics(
     schema: Schema,
     train: SampleIndex,
     samples: str,
-    resumed: CheckpointState | None,
+    recorded: Origin | None,
     warm: WarmStart | None,
 ) -> Schema:
-    """The schema with the statistics of its numbers: of the checkpoint that the run goes on from, or whose layers or
-    rows it begins with, as these have learned numbers on that scale; else of the training samples."""
-    if resumed is not None:  # what is not there differs from the checkpoint, and is refused
-        return fill_in(schema, resumed.origin.model.get("fields", {}))
+    """Fill in the statistics of the schema's numbers.
+
+    They are those of the checkpoint that the run continues from, or whose layers or rows it begins with, as these have
+    learned numbers on that scale; else those of the training samples.
+    """
+    if recorded is not None:  # what is not there differs from the checkpoint, and is refused
+        return fill_in(schema, recorded.model.get("fields", {}))
     if warm is not None and {"model", "ids"} & set(warm.parts):
         schema = fill_in(schema, warm.state.origin.model.get("fields", {}))
     return with_statistics(comm, train, schema, samples, config.data.cache_dir)
@@ -173,12 +213,12 @@ def engine_of(
     schema: Schema,
     partitions: Mapping[str, FeaturePartition],
     device: torch.device,
-    statistics: Mapping[str, FeatureStatistics] | None = None,
+    statistics: Mapping[str, FeatureStatistics | None] | None = None,
     *,
     reading: bool = False,
 ) -> Engine:
-    """The engine of a run. Without `statistics`, a checkpoint that is loaded next has the standardisation; `reading`:
-    the run is looked at and not trained."""
+    """Build the engine of a run. Without `statistics`, a checkpoint that is loaded next has the standardisation;
+    `reading`: the run is asked and not trained."""
     return Engine(
         comm,
         schema,
@@ -187,8 +227,7 @@ def engine_of(
         config.optim,
         config.exchange,
         seed=config.train.seed,
-        missing=config.data.missing,
-        statistics=statistics,
+        statistics={store: each for store, each in (statistics or {}).items() if each is not None},
         device=device,
         dtype=torch.float64 if config.model.compute_dtype == "float64" else torch.float32,
         reading=reading,
@@ -196,19 +235,19 @@ def engine_of(
 
 
 def claim_folder(run: Run) -> list[Path]:
-    """Makes the run's folder and writes config.yaml and, where the samples have texts, ids.parquet. Returns the
-    checkpoints that run.overwrite removed before that. Every rank calls it.
+    """Make the run's folder and write config.yaml and, where the samples have texts, ids.parquet.
 
-    Called when all else is open. Killed at any point, it leaves the earlier run at one of its steps, or
-    this one at its first. Raises ConfigError where the folder cannot be written to.
+    Returns the checkpoints that run.overwrite removed before that. Every rank calls it, when all else is open. Killed
+    at any point, it leaves the earlier run at one of its steps, or this one at its first. Raises ConfigError where the
+    folder cannot be written to.
     """
 
     def claim() -> list[Path]:
-        with _disk_errors_told(run.config):
+        with naming_run_dir(run.config):
             removed = _overwrite(run) if run.config.run.overwrite else []
             run.folder.mkdir(parents=True, exist_ok=True)
             if _resumed_folder(run) != run.folder:
-                (run.folder / dictionary.FILE).unlink(missing_ok=True)  # of a run that this one does not go on with
+                (run.folder / dictionary.FILE).unlink(missing_ok=True)  # of a run that this one does not continue
             save_config(run.config, run.folder / "config.yaml")
             write_statistics(run.folder, run.schema, run.origin.data)
         return removed
@@ -219,8 +258,11 @@ def claim_folder(run: Run) -> list[Path]:
 
 
 def _keep_dictionary(run: Run) -> None:
-    """Writes ids.parquet, unless the run goes on and has it; with the entries of the run whose ID rows it goes on from,
-    or begins with, in another folder. Raises DataError, ConfigError on all ranks together."""
+    """Write ids.parquet, unless the run is continued and has it.
+
+    It begins with the entries of the run whose ID rows this one continues, or begins with, in another folder. Raises
+    DataError, ConfigError on all ranks together.
+    """
     if run.comm.on_rank_0((run.folder / dictionary.FILE).is_file):
         return  # `claim_folder` removes another run's
     warm = run.warm_start
@@ -228,76 +270,32 @@ def _keep_dictionary(run: Run) -> None:
     if before is None and warm is not None and "ids" in warm.parts:
         before = warm.path.absolute().parents[1]
     earlier = before / dictionary.FILE if before is not None else None
-    with _disk_errors_told(run.config):
+    with naming_run_dir(run.config):
         dictionary.write_dictionary(run.comm, run.folder, run.train_reader.index, rules_of(run.schema), earlier)
 
 
 def _resumed_folder(run: Run) -> Path | None:
-    """The folder of the run that wrote the checkpoint which this one goes on from: its own, or another one's."""
-    if run.config.run.resume is None:
+    """Give the folder of the run that wrote the checkpoint which this one continues: its own, or another one's."""
+    if run.resumed is None:
         return None
-    path = checkpoint.find(run.checkpoints, run.config.run.resume).absolute()
+    path = run.resumed.absolute()
     is_own = run.checkpoints.is_dir() and path.parent.samefile(run.checkpoints)
     return run.folder if is_own else path.parents[1]
 
 
 def _overwrite(run: Run) -> list[Path]:
-    """Removes what this run does not go on with of the one in its folder; returns the checkpoints among that."""
-    removed = _in_the_way(run.folder, run.config.run.resume)
+    """Remove what this run does not continue of the one in its folder; returns the checkpoints among that."""
+    removed = in_the_way(run.folder, run.resumed)
     (run.folder / "report.json").unlink(missing_ok=True)
-    checkpoint.remove(removed)
-    if not checkpoint.finished(run.checkpoints):
+    remove(removed)
+    if not finished(run.checkpoints):
         shutil.rmtree(run.folder / "tensorboard", ignore_errors=True)
         (run.folder / accepted.FILE).unlink(missing_ok=True)
     return removed
 
 
-def _in_the_way(folder: Path, resume: str | None) -> list[Path]:
-    """Checkpoints of the run in `folder` that one which starts afresh, or from `resume`, would take for its own."""
-    checkpoints = folder / "checkpoints"
-    if resume is None:
-        return checkpoint.finished(checkpoints)
-    return checkpoint.unrelated(checkpoints, checkpoint.find(checkpoints, resume))
-
-
-def _check_folder(config: Config, folder: Path) -> None:
-    """Refuses a folder that cannot be written to, and one that holds a checkpoint or a report of another run."""
-    resume = config.run.resume
-    with _disk_errors_told(config):
-        place = next(each for each in (folder, *folder.parents) if each.exists())
-        writable = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
-        in_the_way = _in_the_way(folder, resume) if writable else []
-        taken = bool(in_the_way) or (resume is None and (folder / "report.json").exists())
-    if not writable:
-        raise ConfigError(
-            f"run.dir={config.run.dir}: {place} is not a folder that this user can write to; choose another"
-        )
-    if not taken or config.run.overwrite:
-        return
-    if resume is None:
-        raise ConfigError(
-            f"{folder} holds a run already; go on with it by run.resume=latest, choose another run.name, "
-            "or replace it by run.overwrite=true"
-        )
-    names = ", ".join(path.name for path in in_the_way)
-    raise ConfigError(
-        f"run.resume={resume}: {folder} holds checkpoints that do not lead to this one, and would be taken for this "
-        f"run's: {names}; go on from the newest by run.resume=latest, choose another run.name, or remove them by "
-        "run.overwrite=true"
-    )
-
-
-@contextmanager
-def _disk_errors_told(config: Config) -> Iterator[None]:
-    """Makes an OSError of the block a ConfigError that names run.dir."""
-    try:
-        yield
-    except OSError as failure:
-        raise ConfigError(f"run.dir={config.run.dir} cannot be used: {failure}; choose another") from failure
-
-
 def _check_places(config: Config, places: list[StorePlace]) -> None:
-    """Says which job to run where a place is empty, for all of them at once."""
+    """Name the job to run where a place is empty, for all of them at once."""
     samples, problems = Storage(config.data.samples), missing_places(places)
     without_store = bool(problems)
     splits = {"train": config.data.train_days, "test": config.data.test_days}
@@ -316,7 +314,7 @@ def _check_places(config: Config, places: list[StorePlace]) -> None:
 def _resumed(config: Config, folder: Path) -> tuple[Path, CheckpointState] | None:
     if config.run.resume is None:
         return None
-    path = checkpoint.find(folder / "checkpoints", config.run.resume)
+    path = find_checkpoint(folder, config.run.resume, "run.resume=")
     return path, checkpoint.read_state(path)
 
 
@@ -342,13 +340,13 @@ def _origin(config: Config, schema: Schema, samples: str, partitions: Mapping[st
 
 
 def _optim_of(optim: OptimConfig) -> dict[str, Any]:
-    """What must stay the same for ID rows to go on: Adam moves them by its betas between the steps that touch them."""
+    """List what must stay the same for ID rows: Adam moves them by its betas between the steps that touch them."""
     betas = {"beta1": optim.beta1, "beta2": optim.beta2, "eps": optim.eps} if optim.ids == "adam" else {}
     return {"ids": optim.ids, **betas}
 
 
 def model_of(config: Config, schema: Schema) -> dict[str, Any]:
-    """What of a run decides on its parameters: the model's settings and the fields, as a checkpoint's origin has it."""
+    """List what decides on a run's parameters: the model's settings and the fields, as an origin has them."""
     fields = {field.name: field.model_dump(mode="json", exclude={"name"}, exclude_none=True) for field in schema.fields}
     return {**config.model.model_dump(), "fields": fields, "label": schema.label}
 
@@ -368,6 +366,6 @@ def _train_reader(config: Config, comm: Comm, index: SampleIndex, schema: Schema
 
 
 def test_reader(config: Config, comm: Comm, index: SampleIndex, schema: Schema) -> SampleReader:
-    """This rank's batches of samples to evaluate on: one part of them for each rank."""
+    """Make the reader of samples to evaluate on: of one part of them for each rank."""
     batch_size = config.train.eval_batch_size
     return SampleReader(index, schema, rank=comm.rank, num_ranks=comm.size, batch_size=batch_size, by_part=True)

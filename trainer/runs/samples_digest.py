@@ -1,4 +1,4 @@
-"""Whether samples are the ones that they were: a digest of the bytes of their files, remembered for the next start.
+"""A digest of the bytes of sample files, remembered for the next start: it tells whether samples have changed.
 
 Names and counts of rows do not tell: labels can be turned round in place. Nor does a checksum in a file's metadata:
 tools that read, change and write a table copy it. So each file is read once, by one of the ranks, and read again only
@@ -44,16 +44,16 @@ class SamplesDigest:
     layout: str
 
     def is_of(self, recorded: Origin) -> bool:
-        """Whether these are the samples of a checkpoint."""
+        """Tell whether these are the samples of a checkpoint."""
         return recorded.data.get(_NAME) == self.as_recorded(recorded)[_NAME]
 
     def as_recorded(self, recorded: Origin) -> dict[str, str]:
-        """What to compare with a checkpoint's, of the kind that it has."""
+        """Return the digest of the kind that a checkpoint has, to compare with it."""
         return {_NAME: self.content if str(recorded.data.get(_NAME)).startswith(_KIND) else self.layout}
 
 
 def samples_digest(comm: Comm, index: SampleIndex, cache_dir: str | Path | None = None) -> SamplesDigest:
-    """Reads the files of `index` that are not known yet, each rank its share; every rank calls it.
+    """Read the files of `index` that are not known yet, each rank its share; every rank calls it.
 
     What is known is kept in `cache_dir`/samples on rank 0's machine. Raises DataError on all ranks together.
     """
@@ -134,7 +134,7 @@ class _Memory:
 
 
 def remembered(file: Path) -> dict[str, Any]:
-    """What `remember` wrote; nothing where it cannot be read, or where other users may write to it."""
+    """Read what `remember` wrote; nothing where it cannot be read, or where other users may write to it."""
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if is_private(file.lstat()) else {}
     except (OSError, ValueError):
@@ -143,7 +143,7 @@ def remembered(file: Path) -> dict[str, Any]:
 
 
 def remember(file: Path, values: Mapping[str, Any]) -> None:
-    """Keeps `values` as JSON in a file of the cache folder's room for samples; nothing where it cannot be written."""
+    """Keep `values` as JSON in a file of the cache folder for samples; do nothing where it cannot be written."""
     part = file.with_name(f".tmp-{uuid.uuid4().hex}")
     with contextlib.suppress(OSError, StorageError):
         claim(file.parent.parent, is_cache_file)

@@ -1,63 +1,50 @@
-"""Trained runs, opened to be asked and not to be trained on: what their folders say, and a model out of a checkpoint.
+"""Trained runs, opened to be asked and not to be trained: what their folders say, and a model out of a checkpoint.
 
 Every command that looks at runs reads their folders by `read_run`, so a checkpoint is chosen, and an image without a
-feature treated, in one way. `open_trained` opens no samples and looks images up in the newest snapshot.
+feature treated, in one way. `open_trained` opens no samples and looks images up in the newest snapshot; `open_source`
+opens the samples too, and looks images up where training did.
 """
 
-import contextlib
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from featurestore.identity import SnapshotId
-from featurestore.lookup.partition import FeaturePartition, MissingPolicy
+from featurestore.errors import FeatureStoreError
+from featurestore.lookup.partition import MissingPolicy
 from featurestore.snapshot import Snapshot
 from featurestore.storage.regular import read_regular
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from trainer.comm import Comm
 from trainer.config.config import Config, load_saved
-from trainer.engine.engine import Engine
 from trainer.engine.machine import share_machine
-from trainer.errors import (
-    CheckpointError,
-    CheckpointNotFoundError,
-    ConfigError,
-    DataNotFoundError,
-    TrainerError,
-)
+from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError, TrainerError
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState
-from trainer.runs.open import engine_of, model_of
-from trainer.runs.stores import (
-    StorePlace,
-    check_identity,
-    kind_of_features,
-    open_partition,
-    recorded_kind,
-    store_places,
-)
+from trainer.runs.folder import find_checkpoint
+from trainer.runs.open import OpenRun, Run, engine_of, model_of, open_run, open_stores, test_reader
+from trainer.runs.stores import StorePlace, check_identity, kind_of_features, recorded_kind, records, store_places
 from trainer.samples.days import sample_files
-from trainer.samples.reader import SampleIndex, open_index
+from trainer.samples.reader import SampleIndex, SampleReader, open_index
 from trainer.samples.statistics import fill_in
 from trainer.schema import Schema, load_schema
 
 Vectors = NDArray[np.float32]
 TRAIN, TEST = "train", "test"
-RUNS = Path("data/runs")
 
 
 @dataclass
 class SavedRun:
-    """What a run's folder says. `config` is as in training, but for what looking at a run takes: images without a
-    feature stop nothing, they are zeros at least, and no visual vector is an earlier step's."""
+    """A run as its folder and one of its checkpoints describe it.
+
+    `config` is as in training, but for what asking a run takes: images without a feature stop nothing, they are zeros
+    at least, and no visual vector is an earlier step's.
+    """
 
     folder: Path
     config: Config
@@ -69,19 +56,24 @@ class SavedRun:
 
     @property
     def digest(self) -> str:
-        """Tells the checkpoint from every other one: sha256 of its state.json, which has the digest of each file."""
+        """The sha256 of the checkpoint's state.json, which has the digest of each file: no other one has the same."""
         return hashlib.sha256(read_regular(self.path / "state.json")).hexdigest()
 
-    def checked_schema(self) -> Schema:
-        """That of the run. Raises SchemaError, and CheckpointError where model or fields are not the checkpoint's."""
-        schema = load_schema(Path(self.config.data.schema_file) if self.config.data.schema_file else None)
+    @cached_property
+    def schema(self) -> Schema:
+        """The run's schema. Raises SchemaError, and CheckpointError where model or fields are not the checkpoint's."""
         recorded = self.state.origin
-        schema = fill_in(schema, recorded.model.get("fields", {}))
+        schema = fill_in(load_schema(self.config.data.schema_file), recorded.model.get("fields", {}))
         recorded.model_copy(update={"model": model_of(self.config, schema)}).check_same(recorded, self.path)
         return schema
 
+    @cached_property
+    def places(self) -> list[StorePlace]:
+        """Where the stores are that the model's content fields name. Raises as `schema`, and ConfigError."""
+        return store_places(self.config, self.schema)
+
     def snapshot(self, place: StorePlace, version: int | None = None) -> Snapshot:
-        """A snapshot to look images up in: the newest of the store, or the one that is asked for.
+        """Choose a snapshot to look images up in: the newest of the store, or the one that is asked for.
 
         Raises CheckpointError where it has other features than those that the run's E was trained on, and
         AnotherStoreError where it is of another store.
@@ -97,7 +89,7 @@ class SavedRun:
         return snapshot
 
     def notes_on_missing(self, num_lookups: int, hides: bool = False) -> list[str]:
-        """What a reader of figures should know where lookups found no feature; `hides`: some were hidden as well."""
+        """Say what matters about figures where lookups found no feature; `hides`: some were hidden as well."""
         if self.missing_in_training != "error" or not (num_lookups or hides):
             return []
         return [
@@ -106,46 +98,33 @@ class SavedRun:
         ]
 
     def named(self) -> dict[str, str]:
-        """Of which run and checkpoint an exported file is, for its metadata."""
+        """Say which run and checkpoint an exported file is of, for its metadata."""
         return {"run": str(self.folder), "checkpoint": self.path.name, "checkpoint_digest": self.digest}
 
     def notes_on_samples(self, changed: bool) -> list[str]:
-        """The same where the training samples that are there now are not those of the checkpoint."""
+        """Say what matters about figures where the training samples that are there now are not the checkpoint's."""
         if not changed:
             return []
         return [
             f"the training samples in {self.config.data.samples} are not, or no longer, those of the checkpoint: what "
-            "is new, and what was seen how often, is told by the samples that are there now"
+            "is new, and what was seen how often, is counted in the samples that are there now"
         ]
 
 
-@dataclass
-class TrainedRun(SavedRun):
-    """A run's engine as `path`, one of its checkpoints, has it; close it."""
+@dataclass(kw_only=True)
+class TrainedRun(OpenRun):
+    """A run's engine as one of its checkpoints has it; close it."""
 
-    comm: Comm
-    schema: Schema
-    engine: Engine
-    partitions: dict[str, FeaturePartition]
-
-    @property
-    def partition(self) -> FeaturePartition | None:
-        """Of the first store; None where the model has no images."""
-        return next(iter(self.partitions.values()), None)
+    saved: SavedRun
 
     @property
     def store_version(self) -> int | None:
         """The snapshot that images are looked up in; None where the model has no images."""
         return self.partition.snapshot_version if self.partition else None
 
-    def close(self) -> None:
-        """Lets go of the stores' rows."""
-        for partition in self.partitions.values():
-            partition.close()
-
 
 def read_run(folder: Path, which: str | None = None, samples: str | None = None) -> SavedRun:
-    """The run in `folder`, with the checkpoint that `which` says; see `find_checkpoint`.
+    """Read the run in `folder`, with the checkpoint that `which` says; see `find_checkpoint`.
 
     `samples` are other ones to ask about: those of training are looked for there where the run's own are gone. Raises
     ConfigError for a folder that holds no run, CheckpointError where there is no such checkpoint.
@@ -160,93 +139,144 @@ def read_run(folder: Path, which: str | None = None, samples: str | None = None)
     data: dict[str, Any] = {"missing": "zeros" if config.data.missing == "error" else config.data.missing}
     if samples and not _has_training_samples(config):
         data["samples"] = samples
-    sections = {
-        "data": config.data.model_copy(update=data),
-        "exchange": config.exchange.model_copy(update={"reuse_steps": 0}),
-    }
-    looking = config.model_copy(update=sections)
-    return SavedRun(folder, looking, path, checkpoint.read_state(path), config.data.missing)
-
-
-def newest_run(folder: Path = RUNS) -> Path:
-    """The run in `folder`, or in a folder of it (those of trainer.daily), that wrote the last checkpoint. Raises
-    ConfigError where there is none."""
-    states = list(folder.glob("**/checkpoints/step-*/state.json"))
-    if not states:
-        raise ConfigError(
-            f"{folder} has no run with a checkpoint; train one: python -m trainer.main, or name it by --run"
-        )
-    return max(states, key=lambda state: state.stat().st_mtime_ns).parents[2]
-
-
-def find_checkpoint(folder: Path, name: str | None = None) -> Path:
-    """The newest checkpoint of a run, or the one that `name` says: latest, a step, a folder step-N, a path to one."""
-    checkpoints = folder / "checkpoints"
-    steps = sorted(path.name for path in checkpoints.glob("step-*") if (path / "state.json").is_file())
-    if name in (None, "latest"):
-        if not steps:
-            raise CheckpointNotFoundError(
-                f"{folder} has no checkpoint in {checkpoints}; train it first: "
-                f"python -m trainer.main --config {folder / 'config.yaml'}"
-            )
-        return checkpoint.find(checkpoints, "latest")
-    inside = checkpoints / (f"step-{int(name):08}" if name.isdecimal() else name)
-    for path in (inside, Path(name)):
-        if (path / "state.json").is_file():
-            return path
-    raise CheckpointNotFoundError(
-        f"--checkpoint {name}: no such checkpoint; {checkpoints} has {', '.join(steps) or 'none'}, "
-        "and a path to a folder step-N will do too"
-    )
+    asked = config.changed(data=data, exchange={"reuse_steps": 0})
+    return SavedRun(folder, asked, path, checkpoint.read_state(path), config.data.missing)
 
 
 def open_trained(
     folder: Path, comm: Comm, *, which: str | None = None, samples: str | None = None, store_version: int | None = None
 ) -> TrainedRun:
-    """The run in `folder`; `which` and `samples` as in `read_run`. Every rank calls it.
+    """Open the run in `folder`; `which` and `samples` as in `read_run`. Every rank calls it.
 
     `store_version`: the snapshot of the (first) feature store to look images up in, by default the newest, so that
     images that came after the training are known; further stores are opened at their newest. Raises TrainerError,
     FeatureStoreError, on all ranks together.
     """
     saved = comm.on_all(lambda: read_run(folder, which, samples))
-    schema = comm.on_all(saved.checked_schema)
+    schema, places = comm.on_all(lambda: (saved.schema, saved.places))
     config, comm.deadline_s = saved.config, saved.config.run.deadline_s
     device = share_machine(config, comm)
-    with contextlib.ExitStack() as opened:
-        partitions: dict[str, FeaturePartition] = {}
-        for number, place in enumerate(store_places(config, schema)):
-            asked = store_version if number == 0 else None
-            chosen = comm.on_rank_0(partial(_snapshot_id, saved, place, asked))
-            partition = comm.on_all(partial(open_partition, config, comm, place, chosen))
-            partitions[place.name] = opened.enter_context(partition)
-        engine = engine_of(config, comm, schema, partitions, device, reading=True)
-        checkpoint.load(comm, saved.path, saved.state, engine)
-        opened.pop_all()
-    return TrainedRun(**vars(saved), comm=comm, schema=schema, engine=engine, partitions=partitions)
+
+    def chosen(place: StorePlace) -> Snapshot:
+        return saved.snapshot(place, store_version if place is places[0] else None)
+
+    partitions, _ = open_stores(config, comm, places, chosen, measured=False)
+    engine = engine_of(config, comm, schema, partitions, device, reading=True)
+    checkpoint.load(comm, saved.path, saved.state, engine)
+    return TrainedRun(
+        saved=saved,
+        config=config,
+        comm=comm,
+        schema=schema,
+        engine=engine,
+        partitions=partitions,
+        stores=records(places, partitions),
+    )
 
 
-def _snapshot_id(saved: SavedRun, place: StorePlace, version: int | None) -> SnapshotId:
-    return SnapshotId.of(saved.snapshot(place, version))
+@dataclass(frozen=True)
+class Source:
+    """What to open: a run's folder, and what is to be other than in the run. `checkpoint`: see `find_checkpoint`."""
+
+    folder: Path
+    checkpoint: str | None = None
+    samples: str | None = None
+    store: str | None = None
+
+
+@dataclass
+class Opened:
+    """A run with a checkpoint in its engine, and the samples to predict, on the ranks of its `comm`; close it."""
+
+    source: Source
+    saved: SavedRun
+    run: Run
+    train: SampleIndex
+    test: SampleIndex
+    reader: SampleReader
+    notes: list[str]
+    """What a reader of the figures should know."""
+
+    def close(self) -> None:
+        """Release the stores' rows."""
+        self.run.close()
+
+
+def open_source(source: Source, comm: Comm) -> Opened:
+    """Open a run with its newest checkpoint, or another, on as many ranks as there are. Every rank calls it.
+
+    Samples, stores and snapshots are those that the run was trained on; `store`, where that one is now, replaces
+    data.store, at its newest snapshot. Image keys without a feature are treated as in training, and as zeros where
+    they stopped it. Raises, on all ranks together, ConfigError for a folder that holds no run, CheckpointError where
+    there is no checkpoint or the store holds other features than those of training, DataError for missing places.
+    """
+    with comm.agreed():
+        saved = read_run(source.folder, source.checkpoint, source.samples)
+        config = _config_of(source, saved)
+    comm.deadline_s = config.run.deadline_s
+    try:
+        run = open_run(config, comm, reading=True)
+    except DataError as failure:
+        failure.add_note(f"(places as in {source.folder / 'config.yaml'}; name others by --samples and --store)")
+        raise
+    test = open_test(comm, config, run.schema, source.samples)
+    reader = test_reader(run.config, comm, test, run.schema)
+    return Opened(source, saved, run, run.train_reader.index, test, reader, _notes(source, saved, run))
+
+
+def _config_of(source: Source, saved: SavedRun) -> Config:
+    """The run's configuration as `open_run` is to have it."""
+    data: dict[str, Any] = {}
+    if source.samples is not None:
+        data["test_days"] = []  # the run's own test samples are not needed
+    if source.store is not None and saved.config.model.images != "none":
+        data |= {"store": source.store, "store_version": _newest(source.store)}
+    run = {"dir": str(saved.folder.parent), "name": saved.folder.name, "resume": str(saved.path), "overwrite": False}
+    return saved.config.changed(data=data, run=run)
+
+
+def _newest(store: str) -> int:
+    try:
+        return FeatureStore.open(store).snapshot().version
+    except FeatureStoreError as failure:
+        raise ConfigError(f"--store {store}: {failure}") from failure
+
+
+def _notes(source: Source, saved: SavedRun, run: Run) -> list[str]:
+    """Say what a reader of the figures should know."""
+    notes = []
+    if source.store is not None and all(record.url != source.store for record in run.stores.values()):
+        notes.append(f"the model reads nothing from data.store: --store {source.store} is not used")
+    notes += saved.notes_on_samples(run.samples_changed)
+    recorded = checkpoint.read_recorded(saved.path).stores
+    for name, record in saved.state.stores.items():
+        if record != recorded[name]:
+            trained_on = recorded[name].told()
+            notes.append(
+                f"store {name}: the run was trained on {trained_on}; {record.told()} was accepted in its place"
+            )
+    for name, record in run.stores.items():
+        if record.version != saved.state.version_of(name):
+            notes.append(
+                f"store {name} is at snapshot {record.version} ({record.url}); the run was trained on snapshot "
+                f"{saved.state.version_of(name)}"
+            )
+    return notes
 
 
 def open_test(comm: Comm, config: Config, schema: Schema, samples: str | None) -> SampleIndex:
-    """The impressions to ask about: test/ of `samples`, else the test split or test days of the run. Every rank calls
-    it. Raises DataError, SchemaError."""
+    """Index the impressions to ask about: test/ of `samples`, else the test split or test days of the run.
+
+    Every rank calls it. Raises DataError, SchemaError.
+    """
     if samples is None and config.data.test_days == []:
         raise DataNotFoundError("the run has no test samples of its own (data.test_days=[]); name some by --samples")
     days = None if samples else config.data.test_days
     return open_index(comm, samples or config.data.samples, TEST, schema, days)
 
 
-def missing_lookups(comm: Comm, partitions: Mapping[str, FeaturePartition]) -> int:
-    """Lookups since the opening of images without a feature, hidden ones too, of all ranks; every rank calls it."""
-    own = torch.tensor([sum(partition.missing_count for partition in partitions.values())])
-    return int(comm.allreduce_sum_(own, "missing_lookups"))
-
-
 def finite(vectors_NW: Vectors) -> Vectors:
-    """The same vectors. Raises TrainerError where one is not finite: an index of such numbers would lie."""
+    """Return the vectors. Raises TrainerError where one is not finite: an index of such numbers would lie."""
     if not np.isfinite(vectors_NW).all():
         raise TrainerError("the run's vectors are not finite numbers; its training went wrong, try a lower optim.lr")
     return vectors_NW

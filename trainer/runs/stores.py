@@ -32,13 +32,13 @@ class StorePlace:
     version_setting: str
 
     def make_it(self) -> str:
-        """The command that fills it."""
+        """Name the command that fills it."""
         job = "extract_features" if self.setting == "data.store" else "import_features"
         return f"python jobs/{job}.py --store {self.url}"
 
 
 def store_places(config: Config, schema: Schema) -> list[StorePlace]:
-    """The stores that the model's content fields name, that of data.store first; none where it sees no content.
+    """List the stores that the model's content fields name, that of data.store first; none where it sees no content.
 
     data.store is the one named images, or the only one that is named; the others stand in data.stores. Raises
     ConfigError.
@@ -74,7 +74,7 @@ def store_places(config: Config, schema: Schema) -> list[StorePlace]:
 
 
 def missing_places(places: list[StorePlace]) -> list[str]:
-    """One line for each place that holds no store, with the job that makes it."""
+    """Describe each place that holds no store in one line, with the job that makes it."""
     problems = []
     for place in places:
         try:
@@ -84,8 +84,8 @@ def missing_places(places: list[StorePlace]) -> list[str]:
     return problems
 
 
-def snapshot_of(place: StorePlace, resumed: tuple[Path, CheckpointState] | None) -> tuple[SnapshotId, Any]:
-    """Id and statistics of the snapshot to train on: the one asked for, else the checkpoint's, else the newest.
+def snapshot_of(place: StorePlace, resumed: tuple[Path, CheckpointState] | None) -> Snapshot:
+    """Choose the snapshot to train on: the one asked for, else the checkpoint's, else the newest.
 
     Raises AnotherStoreError where it is not of the store that the checkpoint was trained on.
     """
@@ -100,7 +100,7 @@ def snapshot_of(place: StorePlace, resumed: tuple[Path, CheckpointState] | None)
         check_identity(place, store.snapshot(), path, state)
         raise CheckpointError(
             f"the checkpoint was trained on snapshot {recorded} of {place.url}: {failure}; "
-            f"{place.version_setting}=N goes on with another one"
+            f"{place.version_setting}=N continues with another one"
         ) from failure
     check_identity(place, snapshot, path, state)
     if snapshot.num_rows == 0:
@@ -108,14 +108,14 @@ def snapshot_of(place: StorePlace, resumed: tuple[Path, CheckpointState] | None)
             f"{place.setting}={place.url} has no features in snapshot {snapshot.version}; "
             f"add them with: {place.make_it()}"
         )
-    return SnapshotId.of(snapshot), snapshot.statistics()
+    return snapshot
 
 
 def check_identity(place: StorePlace, snapshot: Snapshot, path: Path, state: CheckpointState | None) -> None:
-    """Raises AnotherStoreError where the snapshot is not of the store that the checkpoint at `path` was trained on.
+    """Raise AnotherStoreError where the snapshot is not of the store that the checkpoint at `path` was trained on.
 
-    Features of another kind are told by Origin.check_store, in better words; a checkpoint from before ids were kept
-    passes.
+    Features of another kind are found by Origin.check_store, which has better words; a checkpoint from before ids were
+    kept passes.
     """
     recorded = state.stores.get(place.name) if state else None
     if state is None or recorded is None or kind_of_features(snapshot.info) != recorded_kind(state, place.name):
@@ -130,13 +130,15 @@ def check_identity(place: StorePlace, snapshot: Snapshot, path: Path, state: Che
 
 
 def recorded_kind(state: CheckpointState, name: str) -> dict[str, Any]:
-    """`kind_of_features` of the store of that name, as the checkpoint has it."""
+    """Return `kind_of_features` of the store of that name, as the checkpoint has it."""
     return state.origin.stores.get(name, state.origin.store)
 
 
 def open_partition(config: Config, comm: Comm, place: StorePlace, chosen: SnapshotId) -> FeaturePartition:
-    """This rank's part of the snapshot that rank 0 chose. Raises AnotherStoreError where this rank finds another one
-    under the same address: each machine has its own disk, or the store was made anew meanwhile."""
+    """Open this rank's part of the snapshot that rank 0 chose.
+
+    Raises AnotherStoreError where this rank finds another one under the same address: each machine has its own disk, or
+    the store was made anew meanwhile."""
     partition = FeaturePartition.load(
         place.url,
         rank=comm.rank,
@@ -156,13 +158,13 @@ def open_partition(config: Config, comm: Comm, place: StorePlace, chosen: Snapsh
 
 
 def kind_of_features(info: StoreInfo) -> dict[str, Any]:
-    """What E must not see change: ExtractorSpec, dimension, dtype and codec."""
+    """Describe what E must not see change: ExtractorSpec, dimension, dtype and codec."""
     codec = {"codec": info.codec.sha256} if info.codec else {}
     return {"dim": info.dim, "dtype": info.dtype, "extractor": info.extractor.model_dump(), **codec}
 
 
 def kinds_by_store(partitions: Mapping[str, FeaturePartition]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """`kind_of_features` of the first store, and of the others by name: as a checkpoint's origin keeps them."""
+    """Return `kind_of_features` of the first store, and of the others by name: as a checkpoint's origin keeps them."""
     first, *others = partitions or [None]
     return (
         kind_of_features(partitions[first].info) if first else {},
@@ -171,5 +173,5 @@ def kinds_by_store(partitions: Mapping[str, FeaturePartition]) -> tuple[dict[str
 
 
 def records(places: list[StorePlace], partitions: Mapping[str, FeaturePartition]) -> dict[str, SnapshotId]:
-    """What a checkpoint keeps of the stores that it was trained on; addresses as they were set."""
+    """Return what a checkpoint keeps of the stores that it was trained on; addresses as they were set."""
     return {p.name: partitions[p.name].snapshot_id.model_copy(update={"url": p.url}) for p in places}

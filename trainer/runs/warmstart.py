@@ -18,11 +18,11 @@ from torch import Tensor
 from trainer.comm import Comm
 from trainer.config import legacy
 from trainer.config.config import WarmPart
-from trainer.config.options import ModelConfig
-from trainer.errors import CheckpointError, CheckpointNotFoundError
+from trainer.errors import CheckpointError
 from trainer.optim import check_names
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState, Origin
+from trainer.runs.folder import find_checkpoint
 from trainer.samples.statistics import DECLARED, FOUND
 
 _PREFIXES: Mapping[WarmPart, str] = {"images": "stores.", "model": "model."}
@@ -46,21 +46,15 @@ class WarmStart:
 
 
 def find(run: str, parts: Sequence[WarmPart]) -> WarmStart:
-    """The checkpoint that run.warm_start names: a run's folder means its last one. Raises CheckpointError."""
+    """Read the checkpoint that run.warm_start names: a run's folder means its newest one. Raises CheckpointError."""
     path = Path(run)
     if not (path / "state.json").is_file():
-        finished = checkpoint.finished(path / "checkpoints")
-        if not finished:
-            raise CheckpointNotFoundError(
-                f"run.warm_start={run} is neither a checkpoint nor the folder of a run that has one; "
-                "give one of them, as data/runs/NAME"
-            )
-        path = finished[-1]
+        path = find_checkpoint(path, "latest", f"run.warm_start={run}, ")
     return WarmStart(path, checkpoint.read_state(path), tuple(parts))
 
 
 def load(comm: Comm, warm: WarmStart, origin: Origin, trained: Warmable) -> None:
-    """Copies the chosen groups into `trained`; ranks may be more or fewer than those that wrote the checkpoint.
+    """Copy the chosen groups into `trained`; ranks may be more or fewer than those that wrote the checkpoint.
 
     Raises CheckpointError on all ranks where a file is damaged, where E would see features of another kind than those
     it was trained on, where what is chosen has other names or shapes here, or where it would mean something else.
@@ -116,7 +110,7 @@ class _Chosen:
 
 
 def not_taken(model: Mapping[str, Any], warm: WarmStart) -> list[str]:
-    """The earlier run's ID tables that are asked for, and that this run has no field for."""
+    """List the earlier run's ID tables that are asked for, and that this run has no field for."""
     mine, theirs = (
         {field.get("table") or name for name, field in each["fields"].items() if field["kind"] in ("id", "multi_id")}
         for each in (model, warm.state.origin.model)
@@ -180,7 +174,7 @@ def _check_rows(model: Mapping[str, Any], warm: WarmStart) -> None:
 
 def _settings_of(warm: WarmStart) -> dict[str, Any]:
     """The earlier run's model, settings that it did not know yet as they were then."""
-    return ModelConfig().model_dump() | legacy.BEFORE["model"] | warm.state.origin.model
+    return legacy.model_before() | warm.state.origin.model
 
 
 def _check_fields(model: Mapping[str, Any], warm: WarmStart) -> None:

@@ -22,7 +22,7 @@ class Jagged:
 
 @dataclass(frozen=True)
 class BatchPosition:
-    """Where in the run a global batch stands; both count from zero."""
+    """Where in the run a global batch is; both count from zero."""
 
     epoch: int
     step: int

@@ -57,7 +57,7 @@ class Rows:
     offsets: Index | None
 
     def take(self, index_M: Index) -> tuple[Values, NDArray[np.int32]]:
-        """Values of these rows, one after the other, and the length of each."""
+        """Take the values of these rows, one after the other, and the length of each."""
         if self.offsets is None:
             return self.values[index_M], np.ones(len(index_M), np.int32)
         starts_M = self.offsets[index_M]
@@ -78,19 +78,19 @@ class Groups:
 
 
 def sizes_of(column: str) -> str:
-    """The name under which `Groups` have the numbers of images of a gallery's ads or behaviours; in no file."""
+    """Name what `Groups` call the numbers of images of a gallery's ads or behaviours; no file has it."""
     return f"{column} sizes"
 
 
 def ranges(starts_M: Index, lengths_M: Index) -> Index:
-    """start, start + 1, … start + length - 1 of each row, one after the other."""
+    """List start, start + 1, … start + length - 1 of each row, one after the other."""
     ends_M = np.cumsum(lengths_M)
     total = int(ends_M[-1]) if len(ends_M) else 0
     return np.repeat(starts_M - (ends_M - lengths_M), lengths_M) + np.arange(total, dtype=np.int64)
 
 
 def rules_of(schema: Schema) -> dict[str, Rule]:
-    """What every column has to be. Raises SchemaError where two fields want different things of one column."""
+    """Say what every column has to be. Raises SchemaError where two fields want different things of one column."""
     uris = {field.column_name for field in schema.of_kind("content")}  # an image's ID is its key
     galleries = {field.column_name for field in schema.of_kind("content") if field.gallery}
     group = Rule("user", 0, "integer", text="uri" if schema.group in uris else "id")
@@ -119,7 +119,7 @@ def rules_of(schema: Schema) -> dict[str, Rule]:
 
 
 def source_columns(rules: Mapping[str, Rule]) -> dict[str, Rule]:
-    """The columns of the files that the rules read, and what each has to be: a crossed one is several."""
+    """List the columns of the files that the rules read, and what each has to be: a crossed one is several."""
     found: dict[str, Rule] = {}
     for column, rule in rules.items():
         each = replace(rule, crossed=())
@@ -128,7 +128,7 @@ def source_columns(rules: Mapping[str, Rule]) -> dict[str, Rule]:
 
 
 def text_columns(found: pa.Schema, rules: Mapping[str, Rule]) -> set[str]:
-    """Those of the rules whose IDs are hashes in files of this schema: of strings, or of crossed values."""
+    """List the rules whose IDs are hashes in files of this schema: of strings, or of crossed values."""
     return {
         column
         for column, rule in rules.items()
@@ -137,7 +137,7 @@ def text_columns(found: pa.Schema, rules: Mapping[str, Rule]) -> set[str]:
 
 
 def aligned_columns(rules: Mapping[str, Rule]) -> list[list[str]]:
-    """Lists of the user side whose values belong together by position: value k of each describes behaviour k.
+    """Find lists of the user side whose values belong together by position: value k of each describes behaviour k.
 
     Those called BEHAVIOR_X where the ads have a column ad_X, BEHAVIOR being behavior or a longer name that begins so
     and is the same for all: behavior_item and behavior_image, behavior_buy_item and behavior_buy_image. Other lists
@@ -156,7 +156,7 @@ def aligned_columns(rules: Mapping[str, Rule]) -> list[list[str]]:
 
 
 def check_types(found: pa.Schema, rules: Mapping[str, Rule], file: str) -> None:
-    """Raises SchemaError for the columns of `file` that are missing or of another type than the rules say."""
+    """Raise SchemaError for the columns of `file` that are missing or of another type than the rules say."""
     problems = []
     for column, rule in source_columns(rules).items():
         expected = f"expected {rule}" + (f" (or {str(rule).replace('integer', 'string')})" if rule.text else "")
@@ -164,7 +164,7 @@ def check_types(found: pa.Schema, rules: Mapping[str, Rule], file: str) -> None:
             problems.append(f"{file}: column {column} is missing, {expected}; found columns: {', '.join(found.names)}")
         elif found.names.count(column) > 1:
             problems.append(
-                f"{file}: column {column} stands {found.names.count(column)} times in it, and nobody can tell which is "
+                f"{file}: column {column} is in it {found.names.count(column)} times, and nobody can tell which is "
                 "meant; write the file with one"
             )
         elif not _fits(found.field(column).type, rule):
@@ -174,7 +174,7 @@ def check_types(found: pa.Schema, rules: Mapping[str, Rule], file: str) -> None:
 
 
 def decode(table: pa.Table, rules: Mapping[str, Rule], label: str, file: str, first_row: int) -> Groups:
-    """The sample groups of a row group, whose first row is number `first_row` of `file`. Raises DataError."""
+    """Decode the sample groups of a row group, whose first row is number `first_row` of `file`. Raises DataError."""
     where = _Where(file, first_row)
     raw = {column: _flatten(table, column, rule, where) for column, rule in rules.items()}
     sample_offsets = raw[label][1][0]
@@ -209,18 +209,18 @@ def decode(table: pa.Table, rules: Mapping[str, Rule], label: str, file: str, fi
 
 
 def values_of(table: pa.Table, column: str, rule: Rule, file: str, first_row: int) -> Values:
-    """All values of one column, one after the other; see `decode`."""
+    """Decode all values of one column, one after the other; see `decode`."""
     return _flatten(table, column, rule, _Where(file, first_row))[0]
 
 
 def texts_of(table: pa.Table, column: str, rule: Rule, file: str, first_row: int) -> Encoded:
-    """The values of one of the `text_columns` of a table, with what they were written as. Raises DataError."""
+    """Decode the values of one of the `text_columns` of a table, with what they were written as. Raises DataError."""
     encoded, _ = _encoded(table, column, rule, _Where(file, first_row))
     return encoded
 
 
 def concatenate(parts: Sequence[Groups]) -> Groups:
-    """The groups of all parts, in their order."""
+    """Join the groups of all parts, in their order."""
     columns = {
         column: Rows(
             np.concatenate([part.columns[column].values for part in parts]),
@@ -310,7 +310,7 @@ def _flatten(table: pa.Table, name: str, rule: Rule, where: _Where) -> tuple[Val
     values = values.astype(np.float32)
     if (wrong := np.flatnonzero(np.isinf(values) if rule.may_miss else ~np.isfinite(values))).size:
         row = where.row_of_value(wrong[0], offsets)
-        way_out = "; fill in the schema stands in for missing ones" if np.isnan(values[wrong[0]]) else ""
+        way_out = "; fill in the schema replaces missing ones" if np.isnan(values[wrong[0]]) else ""
         raise DataError(f"{row}: column {name} has {values[wrong[0]]}; it has to be a finite float32 number{way_out}")
     return values, offsets
 

@@ -11,12 +11,12 @@ _NAME = re.compile(r"day=(\d{4}-\d{2}-\d{2})(?!\d)")
 
 
 def sample_files(storage: Storage, split: str) -> list[str]:
-    """The Parquet files of a split, in the order of their names."""
+    """List the Parquet files of a split, in the order of their names."""
     return sorted(f"{split}/{name}" for name in storage.list(split) if name.endswith(".parquet"))
 
 
 def files_by_day(storage: Storage) -> dict[str, list[str]]:
-    """The files of each day, written 2026-01-31, by the beginning of their names, day=; days ascending."""
+    """List the files of each day, written 2026-01-31, by the beginning of their names, day=; days ascending."""
     found: dict[str, list[str]] = {}
     for file in [each for split in ("train", "test") for each in sample_files(storage, split)]:
         if match := _NAME.match(name_of(file)):
@@ -25,7 +25,7 @@ def files_by_day(storage: Storage) -> dict[str, list[str]]:
 
 
 def files_of(storage: Storage, days: Sequence[str]) -> list[str]:
-    """The files of these days. Raises DataError where one has none."""
+    """List the files of these days. Raises DataError where one has none."""
     by_day = files_by_day(storage) if days else {}
     if lacking := sorted(set(days) - by_day.keys()):
         known = f"from {min(by_day)} to {max(by_day)}" if by_day else "not named by day, as day=2026-01-31.parquet"
@@ -37,12 +37,12 @@ def files_of(storage: Storage, days: Sequence[str]) -> list[str]:
 
 
 def newest_day(files: Iterable[str]) -> date | None:
-    """The last day that the names of the files tell; None where one of them tells none, or there are none."""
+    """Find the last day that the names of the files tell; None where one of them tells none, or there are none."""
     found = [_NAME.match(name_of(file)) for file in files]
     days = [date.fromisoformat(match[1]) for match in found if match]
     return max(days) if days and len(days) == len(found) else None
 
 
 def name_of(file: str) -> str:
-    """A file's name without its split: its files move from test/ to train/ as days go by, and stay the same."""
+    """Drop the split from a file's name: files move from test/ to train/ as days go by, and stay the same."""
     return file.partition("/")[2]

@@ -36,11 +36,11 @@ Int64 = NDArray[np.int64]
 def write_dictionary(
     comm: Comm, folder: Path, index: SampleIndex, rules: Mapping[str, Rule], earlier: Path | None = None
 ) -> bool:
-    """Writes `folder`/ids.parquet, the same for any number of ranks; False where the samples have no texts. Every rank
-    calls it; `folder` is one for all of them.
+    """Write `folder`/ids.parquet, the same for any number of ranks; returns False where the samples have no texts.
 
-    `earlier`: the dictionary of a run whose ID rows this one begins with; its entries are taken in. Raises, on all
-    ranks together, DataError where two texts have one ID, or where samples cannot be read, and OSError.
+    Every rank calls it; `folder` is one for all of them. `earlier`: the dictionary of a run whose ID rows this one
+    begins with; its entries are taken in. Raises, on all ranks together, DataError where two texts have one ID, or
+    where samples cannot be read, and OSError.
     """
     earlier_parts = [earlier] if earlier is not None and comm.on_rank_0(earlier.is_file) else []
     columns = sorted(index.text_columns)
@@ -71,11 +71,14 @@ class IdDictionary:
 
     @classmethod
     def of_run(cls, folder: Path) -> "IdDictionary | None":
-        """That of the run in `folder`; None where its samples had no texts."""
+        """Open the dictionary of the run in `folder`; None where its samples had no texts."""
         return cls(folder / FILE) if (folder / FILE).is_file() else None
 
     def texts(self, ids: Iterable[int]) -> dict[int, str]:
-        """The texts of those of the IDs that are in it; reads the row groups that they are in. Raises DataError."""
+        """Find the texts of those of the IDs that are in it; reads the row groups that they are in.
+
+        Raises DataError.
+        """
         wanted_U = np.unique(np.fromiter(ids, np.int64))
         found: dict[int, str] = {}
         with _opened(self.path) as file:
@@ -86,7 +89,7 @@ class IdDictionary:
         return found
 
     def first(self, count: int) -> tuple[list[tuple[int, str]], int]:
-        """So many of its entries, and how many there are in all. Raises DataError."""
+        """Read so many of its entries, and how many there are in all. Raises DataError."""
         found: list[tuple[int, str]] = []
         with _opened(self.path) as file:
             for number in range(file.num_row_groups):

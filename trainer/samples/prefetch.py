@@ -47,7 +47,7 @@ class ReadAhead(Iterator[Batch]):
         return item
 
     def close(self) -> None:
-        """Ends the thread; no more batches come. Safe to call twice."""
+        """End the thread; no more batches come. Safe to call twice."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
@@ -75,7 +75,7 @@ class ReadAhead(Iterator[Batch]):
 def prepare_ahead(
     count: int, prepare: Callable[[], Result], *, in_background: bool = True
 ) -> Generator[Callable[[], Result], None, None]:
-    """Calls `prepare` `count` times in a thread, a call ahead; gives functions that wait for each result, or raise.
+    """Call `prepare` `count` times in a thread, a call ahead; gives functions that wait for each result, or raise.
 
     Call n + 1 begins when result n is asked for. So ranks that ask equally often prepare equally often, and collectives
     in `prepare` meet: who has one result has begun the next one, and closing the iterator waits for that.

@@ -82,7 +82,7 @@ class SampleIndex:
 
 
 def open_index(comm: Comm, samples: str, split: str, schema: Schema, days: Sequence[str] | None = None) -> SampleIndex:
-    """Reads the footers of `samples`/`split`/*.parquet, each rank those of its share of the files.
+    """Read the footers of `samples`/`split`/*.parquet, each rank those of its share of the files.
 
     With `days`, those of the files of these days instead, whichever split they are in; no days, no samples. Raises, on
     all ranks together, DataError where there is no sample, or none of a day, or a file is damaged, SchemaError where a
@@ -137,7 +137,10 @@ class SampleReader:
         return -(-max(len(self._part(rank)) for rank in range(self._num_ranks)) // self._part_size)
 
     def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
-        """This rank's batches from `first_step` of the epoch on; a batch may be without samples. Raises DataError."""
+        """Read this rank's batches from `first_step` of the epoch on; a batch may be without samples.
+
+        Raises DataError.
+        """
         windows = _Windows(self._index, self._rules, self._schema.label, self._seed, epoch, self._window_groups)
         for step in range(first_step, self.steps_per_epoch):
             span, global_samples = self._span(step)
@@ -174,7 +177,7 @@ class Piece(NamedTuple):
 
 
 def assemble(schema: Schema, pieces: Sequence[Piece], global_samples: int, position: BatchPosition) -> Batch:
-    """The batch that these pieces make, in their order."""
+    """Make a batch of these pieces, in their order."""
     samples = [ranges(piece.begin_G, piece.end_G - piece.begin_G) for piece in pieces]
     counts_G = np.concatenate([piece.end_G - piece.begin_G for piece in pieces])
 
@@ -197,7 +200,7 @@ def assemble(schema: Schema, pieces: Sequence[Piece], global_samples: int, posit
 
 
 def inputs_of(schema: Schema, taken: Callable[[Field, str], Jagged]) -> dict[str, Any]:
-    """What a batch has of the schema's fields, by the names that `Batch` gives it; `taken` gives rows of a column."""
+    """Take what a batch has of the schema's fields, by the names of `Batch`; `taken` gives rows of a column."""
 
     def keys(field: Field) -> Jagged:
         rows = taken(field, field.column_name)
@@ -212,7 +215,7 @@ def inputs_of(schema: Schema, taken: Callable[[Field, str], Jagged]) -> dict[str
 
 
 def read_row_group(storage: Storage, row_group: RowGroup, columns: list[str]) -> pa.Table:
-    """Those of the columns that the file has. Raises DataError for a file that is gone or damaged."""
+    """Read those of the columns that the file has. Raises DataError for a file that is gone or damaged."""
     with _opened(storage, row_group.file) as parquet:
         try:
             return parquet.read_row_group(row_group.number, columns=columns)
@@ -222,7 +225,7 @@ def read_row_group(storage: Storage, row_group: RowGroup, columns: list[str]) ->
 
 
 def row_groups_of_table(storage: Storage, file: str, rules: Mapping[str, Rule]) -> list[RowGroup]:
-    """The row groups of a table whose rows are one sample each, its columns checked. Raises DataError, SchemaError."""
+    """List the row groups of a table with one sample a row, and check its columns. Raises DataError, SchemaError."""
     with _opened(storage, file) as parquet:
         check_types(parquet.schema_arrow, rules, storage.full(file))
         counts = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
@@ -230,20 +233,22 @@ def row_groups_of_table(storage: Storage, file: str, rules: Mapping[str, Rule]) 
     return [RowGroup(file, n, starts[n], count, count) for n, count in enumerate(counts) if count]
 
 
-def distinct_values(comm: Comm, index: SampleIndex, column: str, rule: Rule) -> Index:
-    """Sorted distinct integers of an ad-side column over the whole split; each rank reads its share of the row groups.
+def known_ads(comm: Comm, index: SampleIndex, schema: Schema) -> Index:
+    """List the distinct values of the schema's `new_ad_field` in a split, ascending; each rank reads a share of it.
 
     Raises DataError on all ranks together.
     """
     import torch
 
+    column = schema.new_ad_column
+    rule = rules_of(schema)[column]
     own = np.empty(0, np.int64)
     with comm.agreed():
         for row_group in index.row_groups[comm.rank :: comm.size]:
             table = read_row_group(index.storage, row_group, list(source_columns({column: rule})))
             file = index.storage.full(row_group.file)
             own = np.union1d(own, values_of(table, column, rule, file, row_group.first_row))
-    return np.unique(comm.allgather(torch.from_numpy(own), name="distinct_values").numpy())
+    return np.unique(comm.allgather(torch.from_numpy(own), name="known_ads").numpy())
 
 
 class _Windows:

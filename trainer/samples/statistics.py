@@ -47,7 +47,7 @@ class Part:
 
     @classmethod
     def of_all(cls, parts: Sequence["Part"]) -> "Part":
-        """Of several row groups, merged in their order."""
+        """Merge the parts of several row groups, in their order."""
         return cls(
             tuple(reduce(Moments.merged, each) for each in zip(*(part.moments_W for part in parts), strict=True)),
             sum(part.missing for part in parts),
@@ -59,17 +59,17 @@ class Part:
 
 
 def fill_in(schema: Schema, found: Mapping[str, Mapping[str, Any]]) -> Schema:
-    """The schema with what `found` has of each field that lacks statistics, if it was declared there as it is here."""
+    """Fill in what `found` has of each field that lacks statistics, if it was declared there as it is here."""
     return schema.model_copy(update={"fields": tuple(_filled_in(field, found) for field in schema.fields)})
 
 
 def lacking(schema: Schema) -> tuple[Field, ...]:
-    """Fields that the training samples have to tell something of."""
+    """List the fields that the training samples have to tell something of."""
     return tuple(field for field in schema.fields if field.lacks_statistics)
 
 
 def measure(comm: Comm, index: SampleIndex, schema: Schema) -> dict[str, dict[str, Any]]:
-    """What the samples of `index` say of the fields that lack statistics, for `fill_in`; every rank calls it.
+    """Measure what the samples of `index` say of the fields that lack statistics, for `fill_in`; every rank calls it.
 
     Each rank reads every P-th row group, of the columns needed. Raises DataError on all ranks together, where a value
     cannot be used or a field has none.
@@ -98,7 +98,7 @@ def _parts(
 
 
 def part_of(field: Field, values_N: NDArray[Any], budget: int) -> Part:
-    """What these values of a field say; of buckets at most `budget` values are kept."""
+    """Summarise these values of a field; of buckets at most `budget` values are kept."""
     width = field.width or 1 if field.kind == "dense" else 1
     numbers_MW = filled(field, values_N) if field.is_bucketed else before_scaling(field, values_N)
     numbers_MW = numbers_MW.reshape(-1, width)
@@ -120,7 +120,7 @@ def part_of(field: Field, values_N: NDArray[Any], budget: int) -> Part:
 
 
 def quantile_boundaries(part: Part, buckets: int) -> tuple[float, ...]:
-    """Where `buckets` equally full buckets begin, but for the first; fewer, where a value fills more than one."""
+    """Find where `buckets` equally full buckets begin, but for the first; fewer, where a value fills more than one."""
     order_S = np.argsort(part.kept_S, kind="stable")
     kept_S, until_S = part.kept_S[order_S], np.cumsum(part.counts_S[order_S])
     shares = np.arange(1, buckets) / buckets * until_S[-1]

@@ -44,12 +44,12 @@ class Encoded:
 
 
 def is_text(kind: pa.DataType | None) -> bool:
-    """Whether an Arrow type has strings, of any size of their offsets."""
+    """Tell whether an Arrow type has strings, of any size of their offsets."""
     return kind is not None and (pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def encode_texts(array: Any, kind: TextKind) -> Encoded:
-    """The IDs of a string array without nulls. Raises UndecodableTextError."""
+    """Hash a string array without nulls to IDs. Raises UndecodableTextError."""
     encoded = array.dictionary_encode()
     index_N = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
     try:
@@ -63,13 +63,13 @@ def encode_texts(array: Any, kind: TextKind) -> Encoded:
 
 
 def encode_numbers(values_N: Int64) -> Encoded:
-    """Integers, each written as it is."""
+    """Encode integers, each written as it is."""
     ids_U, index_N = np.unique(values_N, return_inverse=True)
     return Encoded(ids_U, [str(number) for number in ids_U.tolist()], index_N)
 
 
 def cross(parts: Sequence[Encoded]) -> Encoded:
-    """One ID for the values of several columns together: the hash of what stands there as a JSON list, ["shoes",3].
+    """Make one ID of the values of several columns together: the hash of them as a JSON list, ["shoes",3].
 
     No two tuples of values have one list, whatever their texts hold.
     """

@@ -17,7 +17,7 @@ Float64 = NDArray[np.float64]
 
 
 def dense_values(field: Field, values_N: NDArray[Any]) -> NDArray[np.float32]:
-    """The values of a dense field, a whole number of rows, as float32 (M, W). Computed in float64."""
+    """Compute the values of a dense field, a whole number of rows, as float32 (M, W), by way of float64."""
     width = field.width or 1
     if field.transform is None and field.fill is None:
         return values_N.astype(np.float32, copy=False).reshape(-1, width)
@@ -31,7 +31,7 @@ def dense_values(field: Field, values_N: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def before_scaling(field: Field, values: NDArray[Any]) -> Float64:
-    """The values of which mean and standard deviation are taken: filled by a number, and their logarithm if asked for.
+    """Compute the values whose mean and deviation are taken: filled by a number, and their logarithm if asked for.
 
     sign(x) log(1 + |x|) has a value for negative numbers too, and is log(1 + x) for the others.
     """
@@ -42,13 +42,13 @@ def before_scaling(field: Field, values: NDArray[Any]) -> Float64:
 
 
 def filled(field: Field, values: NDArray[Any]) -> Float64:
-    """The values in float64, missing ones replaced where `fill` is a number."""
+    """Return the values in float64, missing ones replaced where `fill` is a number."""
     numbers = values.astype(np.float64)
     return np.where(np.isnan(numbers), field.fill, numbers) if isinstance(field.fill, float) else numbers
 
 
 def bucket_ids(field: Field, values_N: NDArray[Any]) -> NDArray[np.int64]:
-    """The bucket of each number (N,): how many buckets begin at it or before it. A missing number's is the last.
+    """Find the bucket of each number (N,): how many buckets begin at it or before it. A missing number's is the last.
 
     Compared in float32, as columns are read: 0.7 lies in the bucket that begins at 0.7, whatever either is rounded to.
     """

@@ -46,7 +46,7 @@ def inspect(
     out: Annotated[Path | None, typer.Option(help="File to write; must be new.", show_default="the terminal")] = None,
     label: Annotated[str, typer.Option(help="Column of labels, in sample groups.")] = "label",
     group: Annotated[str, typer.Option(help="Column that groups samples for GAUC.")] = "user",
-    rows: Annotated[int, typer.Option(min=1, help="Look at so many rows at most.")] = 200_000,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to look at, at most.")] = 200_000,
 ) -> None:
     """Write a first schema of sample groups, or a first mapping of raw logs for jobs/build_samples.py.
 
@@ -144,10 +144,10 @@ def _show_dictionary(run: Path, count: int) -> None:
 
 
 def has_lists(storage: "Storage") -> bool:
-    """Whether the first file has columns of lists of numbers, as sample groups do and raw logs do not. Of samples it is
-    one in train/ or test/: other files stand beside these, as bad rows.
+    """Tell whether the first file has columns of lists of numbers, as sample groups do and raw logs do not.
 
-    Raises DataError where there is no file.
+    Of samples it is one in train/ or test/: other files are beside these, as bad rows. Raises DataError where there is
+    no file.
     """
     from trainer.schema.profile import content_of, data_files, inner_type, read_tables
     from trainer.schema.suggest_schema import sample_files

@@ -21,11 +21,11 @@ class DistinctCount:
     hashes_K: UInt64Array = field(default_factory=lambda: np.empty(0, np.uint64))  # ascending
 
     def with_values(self, values_N: npt.ArrayLike) -> "DistinctCount":
-        """What was seen, and these int64 values too."""
+        """Add these int64 values to what was seen."""
         return self._kept(splitmix64(values_N) if np.size(values_N) else np.empty(0, np.uint64))
 
     def merged(self, other: "DistinctCount") -> "DistinctCount":
-        """What either saw."""
+        """Merge what both saw."""
         return self._kept(other.hashes_K)
 
     @property

@@ -72,7 +72,7 @@ class Field(BaseModel):
     std: Positive | None = None
     """Kind dense: of each number of a row, after the logarithm; default: those of the training samples."""
     fill: Fill | None = None
-    """What stands in for a missing number (null, NaN): a number, mean, or bucket (one of its own). Default: nothing, a
+    """What replaces a missing number (null, NaN): a number, mean, or bucket (one of its own). Default: nothing, a
     missing number is an error."""
     beside: str | None = None
     """Kind multi_id of side user: the multi_id field whose value k this one's value k belongs to, as the age of each
@@ -201,14 +201,19 @@ class Schema(BaseModel):
                 f"one without beside; there are {', '.join(lists) or 'none'}"
             )
 
+    @property
+    def new_ad_column(self) -> str:
+        """The column that tells ads apart: that of `new_ad_field`."""
+        return next(field.column_name for field in self.fields if field.name == self.new_ad_field)
+
     def of_kind(self, *kinds: Kind, side: Side | None = None) -> Iterator[Field]:
-        """Fields of these kinds, on one side or both, in the schema's order."""
+        """List fields of these kinds, on one side or both, in the schema's order."""
         return (f for f in self.fields if f.kind in kinds and side in (None, f.side))
 
 
-def load_schema(path: Path | None = None) -> Schema:
-    """The schema in a YAML file, by default the packaged one. Raises SchemaError naming the file and the field."""
-    path = path or DEFAULT_SCHEMA
+def load_schema(path: Path | str | None = None) -> Schema:
+    """Read the schema in a YAML file, by default the packaged one. Raises SchemaError naming the file and the field."""
+    path = Path(path or DEFAULT_SCHEMA)
     values = read_mapping(path, "data.schema_file=", SchemaError, "a mapping with the name fields")
     schema = validated(Schema, values, str(path), SchemaError)
     ad_ids = [field.name for field in schema.of_kind("id", side="ad") if not field.is_bucketed]

@@ -38,7 +38,7 @@ Fill = Literal["mean", "bucket"] | Finite
 
 
 def check_numbers(field: "SchemaField") -> None:
-    """Raises ValueError where the settings of a field's numbers do not fit its kind or each other."""
+    """Raise ValueError where the settings of a field's numbers do not fit its kind or each other."""
     name, width = f"field {field.name}", field.width or 1
     is_dense = field.kind == "dense"
     if field.transform is not None and not is_dense:

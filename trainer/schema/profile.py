@@ -1,4 +1,4 @@
-"""What stands in the columns of Parquet and CSV files: types, nulls, different values, lengths of lists.
+"""What is in the columns of Parquet and CSV files: types, nulls, different values, lengths of lists.
 
 Letters of shapes: M rows, N values.
 """
@@ -64,7 +64,7 @@ class Table:
 
 
 def data_files(storage: Storage, path: str = "") -> list[str]:
-    """Paths of the files below `path` (or the one at it) that can be looked into; hidden ones are left out."""
+    """List the files below `path` (or the one at it) that can be looked into; hidden ones are left out."""
     found = [entry.path for entry in storage.entries(path)]
     return [
         each
@@ -74,7 +74,7 @@ def data_files(storage: Storage, path: str = "") -> list[str]:
 
 
 def read_tables(storage: Storage, path: str, most_rows: int) -> Iterator[pa.Table]:
-    """Row groups of a Parquet file, or blocks of a CSV file, until `most_rows` were given. Raises DataError."""
+    """Read row groups of a Parquet file, or blocks of a CSV file, until `most_rows` were given. Raises DataError."""
     left = most_rows
     try:
         if path.endswith(CSV_SUFFIXES):
@@ -91,7 +91,7 @@ def read_tables(storage: Storage, path: str, most_rows: int) -> Iterator[pa.Tabl
 
 
 def look(storage: Storage, paths: list[str], label: str | None, most_rows: int) -> Table:
-    """The columns of these files, which have equal names, up to `most_rows` rows. Raises DataError."""
+    """Profile the columns of these files, which have equal names, up to `most_rows` rows. Raises DataError."""
     found = Table()
     for path in paths:
         if found.rows >= most_rows:
@@ -99,7 +99,7 @@ def look(storage: Storage, paths: list[str], label: str | None, most_rows: int) 
             break
         for table in read_tables(storage, path, most_rows - found.rows):
             if twice := sorted(name for name, count in Counter(table.column_names).items() if count > 1):
-                raise DataError(f"{storage.full(path)}: column {twice[0]} stands twice in it; rename one of them")
+                raise DataError(f"{storage.full(path)}: column {twice[0]} is in it twice; rename one of them")
             found.rows += len(table)
             _add(found, table, label)
     return found
@@ -178,7 +178,7 @@ def _add_values(column: Column, array: Any) -> None:
 
 
 def inner_type(kind: pa.DataType) -> tuple[pa.DataType, int]:
-    """The type within all lists, and how many lists there are."""
+    """Return the type within all lists, and how many lists there are."""
     inner: Any = kind
     depth = 0
     while is_list(inner):
@@ -187,7 +187,7 @@ def inner_type(kind: pa.DataType) -> tuple[pa.DataType, int]:
 
 
 def content_of(kind: pa.DataType) -> Content:
-    """What numbers or texts a type has."""
+    """Say what numbers or texts a type has."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
@@ -200,5 +200,5 @@ def content_of(kind: pa.DataType) -> Content:
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Whether it is a list of any form."""
+    """Tell whether it is a list of any form."""
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)

@@ -45,7 +45,7 @@ class Log:
 
 
 def inspect_logs(storage: Storage, most_rows: int) -> list[Log]:
-    """The tables below a place: one with a label is impressions, the other behaviours. Raises DataError."""
+    """Profile the tables below a place: one with a label is impressions, the other behaviours. Raises DataError."""
     folders: dict[str, list[str]] = {}
     for path in data_files(storage):
         folders.setdefault(path.partition("/")[0], []).append(path)
@@ -56,14 +56,14 @@ def inspect_logs(storage: Storage, most_rows: int) -> list[Log]:
     if len(set(names)) < len(names):
         places = ", ".join(f"{log.files} ({log.name})" for log in logs)
         raise DataError(
-            f"{storage.url}: more than one table of a kind: {places}; impressions are told by a label. Put the files "
+            f"{storage.url}: more than one table of a kind: {places}; impressions are known by a label. Put the files "
             "of each table into a folder of its own"
         )
     return sorted(logs, key=lambda log: log.name != "impressions")
 
 
 def render(logs: list[Log], where: str) -> str:
-    """The mapping as YAML, with what was found as comments."""
+    """Write the mapping as YAML, with what was found as comments."""
     lines = [
         f"# First mapping of {where}: look through it, then make samples of it:",
         f"# python jobs/build_samples.py --logs {where} --mapping THIS_FILE --samples SAMPLES",
@@ -89,7 +89,7 @@ def render(logs: list[Log], where: str) -> str:
 
 
 def match_columns(names: list[str], log: str) -> dict[str, str]:
-    """Our columns by the files' names, as far as the names tell."""
+    """Match our columns to the files' names, as far as the names tell."""
     ours: dict[str, str] = {}
     for name in OF_LOG[log]:
         free = [each for each in names if each not in ours.values()]

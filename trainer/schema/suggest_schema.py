@@ -1,4 +1,4 @@
-"""A first schema of sample groups, suggested by what stands in their columns."""
+"""A first schema of sample groups, suggested by what is in their columns."""
 
 import re
 from dataclasses import dataclass, field
@@ -36,14 +36,14 @@ class Suggestion:
 
 
 def sample_files(storage: Storage) -> list[str]:
-    """Parquet files of samples below a folder: those of train/ and test/, or all."""
+    """List Parquet files of samples below a folder: those of train/ and test/, or all."""
     files = [path for path in data_files(storage) if path.endswith(".parquet")]
     split = [path for path in files if path.startswith(("train/", "test/"))]
     return split or files
 
 
 def inspect_samples(storage: Storage, label: str, group: str, most_rows: int) -> tuple[Schema, Suggestion, Table]:
-    """A schema that fits sample files, suggested from at most `most_rows` groups. Raises SchemaError, DataError."""
+    """Suggest a schema that fits sample files from at most `most_rows` groups. Raises SchemaError, DataError."""
     table = look(storage, sample_files(storage), label, most_rows)
     roles: tuple[tuple[str, int, str, tuple[Content, ...]], ...] = (
         (label, 1, "a list of 0 and 1 in each group", ("integer",)),
@@ -59,13 +59,13 @@ def inspect_samples(storage: Storage, label: str, group: str, most_rows: int) ->
     suggestion = suggest(table, label)
     ad_ids = [each.name for each in suggestion.fields if each.side == "ad" and each.kind == "id"]
     if not ad_ids:
-        raise SchemaError(f"{storage.url}: no column has one id for each impression, by which new ads are told")
+        raise SchemaError(f"{storage.url}: no column has one id for each impression, by which new ads are known")
     new_ad = next((name for name in ("ad_item", "ad", "ad_id") if name in ad_ids), ad_ids[0])
     return Schema(fields=tuple(suggestion.fields), label=label, group=group, new_ad_field=new_ad), suggestion, table
 
 
 def suggest(table: Table, label: str) -> Suggestion:
-    """Fields of every column that a field can read."""
+    """Suggest fields of every column that a field can read."""
     made = Suggestion()
     for column in table.columns.values():
         ids = table.columns.get(column.name.removesuffix(WEIGHT_SUFFIX))
@@ -87,9 +87,9 @@ def suggest(table: Table, label: str) -> Suggestion:
 
 
 def render(schema: Schema, made: Suggestion, table: Table, where: str) -> str:
-    """The schema as YAML with comments: what was found, and what is left out."""
+    """Write the schema as YAML with comments: what was found, and what is left out."""
     header = [
-        f"First schema of {where}: look through it, then go on with python -m trainer.schema check.",
+        f"First schema of {where}: look through it, then continue with python -m trainer.schema check.",
         f"Suggested from {'all' if table.complete else 'the first'} {table.rows:,} sample groups.",
         "side: user (once a group) | ad (one entry an impression). kind: id | multi_id | dense | content (image keys).",
         "Rows of the ID tables, for model.tables of the settings:",
@@ -101,7 +101,7 @@ def render(schema: Schema, made: Suggestion, table: Table, where: str) -> str:
 
 
 def side_of(column: Column) -> Side:
-    """By the name's beginning, else by whether its lists are as long as the labels'."""
+    """Find the side by the name's beginning, else by whether its lists are as long as the labels'."""
     if column.name.startswith(USER_PREFIXES):
         return "user"
     if column.name.startswith(AD_PREFIX) and column.like_label and column.depth:
@@ -110,7 +110,7 @@ def side_of(column: Column) -> Side:
 
 
 def describe(column: Column) -> str:
-    """Type, different values, nulls and lengths, in a few words."""
+    """Describe type, different values, nulls and lengths, in a few words."""
     about = "" if column.distinct.is_exact else "about "
     parts = [column.type, f"{about}{column.distinct.estimate:,} different"]
     if column.nulls:

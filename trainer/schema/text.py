@@ -1,4 +1,4 @@
-"""A schema, and the settings of a run that fit it, as YAML that a person can go on editing."""
+"""A schema, and the settings of a run that fit it, as YAML that a person can edit further."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,12 +16,12 @@ _ENDLESS = 1 << 30  # a field stays on its line
 
 
 def table_rows(num_distinct: int) -> int:
-    """Rows of an ID table for so many different IDs: a power of two, at least `ROWS_PER_ID` for each."""
+    """Choose the rows of an ID table for so many different IDs: a power of two, at least `ROWS_PER_ID` for each."""
     return max(SMALLEST_TABLE, 1 << (ROWS_PER_ID * max(1, num_distinct) - 1).bit_length())
 
 
 def schema_text(schema: Schema, header: Iterable[str] = (), comments: Mapping[str, str] | None = None) -> str:
-    """The schema as YAML, one field a line; `load_schema` reads an equal one.
+    """Write the schema as YAML, one field a line; `load_schema` reads an equal one.
 
     `header` is lines of comment at the top, `comments` one for each field by its name.
     """
@@ -36,7 +36,7 @@ def schema_text(schema: Schema, header: Iterable[str] = (), comments: Mapping[st
 
 
 def settings_text(samples: str, schema_file: str, tables: Mapping[str, int], store: str | None = None) -> str:
-    """Settings for `python -m trainer.main --config`: where samples and schema are, and rows of each ID table."""
+    """Write settings for `python -m trainer.main --config`: where samples and schema are, and rows of each ID table."""
     data = {"samples": samples, "schema_file": schema_file} | ({"store": store} if store else {})
     lines = ["# Over the default preset: python -m trainer.main --config THIS_FILE", "", "data:"]
     lines += [f"  {_one_line({name: value})}" for name, value in data.items()]

@@ -118,7 +118,7 @@ class TestCodes:
         torch.manual_seed(1)
         models = [EmbeddingModel(DIM, (16, 8), 5, "float64") for _ in range(2)]
         models[1].load_state_dict(models[0].state_dict())
-        service = EmbeddingService(partition, {"e": models[0]}, missing).double()
+        service = EmbeddingService(partition, {"e": models[0]}).double()
         reference = models[1].double()
         keys = np.array([3, 999, 49, 0, 7, 998, 20])
         here = np.array([0, 2, 3, 4, 6])
@@ -252,7 +252,7 @@ class TestService:
     ) -> None:
         monkeypatch.setattr(embedding, "_BLOCK_ROWS", 6)
         partition = partition_of(tmp_path, "zeros", dtype=dtype)
-        service = EmbeddingService(partition, {"e": EmbeddingModel(DIM, (8,), 3, compute_dtype)}, "zeros")
+        service = EmbeddingService(partition, {"e": EmbeddingModel(DIM, (8,), 3, compute_dtype)})
         service.fold_standardization_(features().mean(0), features().std(0))
         keys = np.random.default_rng(rows).permutation(50)[:rows]
         keys[rows // 2] = 999  # has no feature
@@ -269,7 +269,7 @@ class TestService:
             service.gather(np.array([3, 999]))
 
     def test_zeros(self, tmp_path: Path) -> None:
-        service = EmbeddingService(partition_of(tmp_path, "zeros"), {"e": EmbeddingModel(DIM)}, "zeros")
+        service = EmbeddingService(partition_of(tmp_path, "zeros"), {"e": EmbeddingModel(DIM)})
         visual = service.embed("e", service.gather(np.array([3, 999])))
         assert visual[0].any() and not visual[1].any()
         visual[1].sum().backward()
@@ -277,7 +277,7 @@ class TestService:
 
     def test_learned(self, tmp_path: Path) -> None:
         models = {"a": EmbeddingModel(DIM), "b": EmbeddingModel(DIM)}
-        service = EmbeddingService(partition_of(tmp_path, "learned"), models, "learned")
+        service = EmbeddingService(partition_of(tmp_path, "learned"), models)
         service.embed("a", service.gather(np.array([999, 3, 998]))).sum().backward()
         assert service.no_image["a"].grad is not None and (service.no_image["a"].grad == 2).all()
         assert service.no_image["b"].grad is None

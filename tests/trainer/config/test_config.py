@@ -1,5 +1,7 @@
 """The configuration: what overrides what, what is refused, and how the refusal reads."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,15 +9,21 @@ import yaml
 from pydantic import ValidationError
 
 from trainer.config.config import DEFAULT_PRESET, WARM_PARTS, Config, config_digest, load_config, save_config
-from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig
+from trainer.config.options import ExactTableConfig, ModelConfig
 from trainer.errors import ConfigError
 
 
-def test_preset_names_every_setting() -> None:
+def test_preset_has_every_setting_at_the_default_of_its_class() -> None:
     preset = yaml.safe_load(DEFAULT_PRESET.read_text())
     assert {name: set(section) for name, section in preset.items()} == {
-        name: set(section) for name, section in load_config().model_dump().items()
+        name: set(section) for name, section in Config().model_dump().items()
     }
+    assert load_config() == Config()
+
+
+def test_texts_of_the_settings_are_those_of_the_classes() -> None:
+    check = [sys.executable, "tools/settings.py", "--check"]
+    assert subprocess.run(check, cwd=Path(__file__).parents[3], check=False).returncode == 0
 
 
 def test_preset_has_the_papers_model_and_rates() -> None:
@@ -23,12 +31,6 @@ def test_preset_has_the_papers_model_and_rates() -> None:
     assert (config.optim.lr, config.optim.lr_gamma, config.optim.lr_every) == (0.001, 0.9, 24_000)
     assert (config.train.epochs, config.model.mlp, config.model.embed_hidden) == (2, [200, 80], [256, 64])
     assert (config.model.id_width, config.model.visual_width, config.model.images) == (12, 12, "both")
-
-
-def test_preset_has_the_defaults_of_the_classes() -> None:
-    config = load_config()
-    assert ModelConfig(tables=config.model.tables) == config.model
-    assert OptimConfig() == config.optim
 
 
 def test_a_long_run_writes_checkpoints_on_the_way() -> None:

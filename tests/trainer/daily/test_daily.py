@@ -26,7 +26,8 @@ from trainer.comm import SoloComm
 from trainer.config.config import Config, load_config
 from trainer.daily.__main__ import app, follow, plan
 from trainer.errors import CheckpointError, ConfigError, DataError
-from trainer.runs.checkpoint import find, read_state
+from trainer.runs.checkpoint import read_state
+from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import open_run
 
 WORKER = Path(__file__).parent / "days.py"
@@ -59,7 +60,7 @@ def table_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
-    files = find(run / "checkpoints", "latest").glob("*.safetensors")
+    files = find_checkpoint(run).glob("*.safetensors")
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
@@ -357,7 +358,7 @@ class TestTwoRanks:
         history = [(entry["step"], entry["gauc"]) for entry in reports[0]["history"]]
         best = max(history, key=lambda entry: entry[1])
         assert history[-1][0] == best[0] + 8 < 9 * 12, "the learning rate is too high to get better for long"
-        assert reports[0]["global_step"] == best[0] == read_state(find(early / "checkpoints", "latest")).step
+        assert reports[0]["global_step"] == best[0] == read_state(find_checkpoint(early)).step
         assert reports[1]["history"] == reports[0]["history"]
         mine, theirs = tensors(cut), tensors(early)
         assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []

@@ -55,7 +55,6 @@ def engine_of(
         scenario.optim,
         exchange,
         seed=SEED,
-        missing=scenario.missing,
         statistics=statistics if scenario.standardized else None,
         dtype=getattr(torch, dtype),
     )

@@ -86,7 +86,7 @@ def test_several_runs_a_side_are_averaged_and_widen_the_interval() -> None:
 
 def test_other_impressions_are_refused() -> None:
     (one,), (other,) = predictions(0, (1, 0.5)), predictions(1, (1, 0.5))
-    with pytest.raises(DataError, match="run 1 of those compared predicted other impressions"):
+    with pytest.raises(DataError, match="run 1 predicted other impressions"):
         compare([one], [other])
     with pytest.raises(ValueError, match="one run at least"):
         compare([], [one])

@@ -23,11 +23,10 @@ from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.evaluate import app
 from trainer.evaluation.bootstrap import METRICS
-from trainer.evaluation.compare import compare
-from trainer.evaluation.opening import Source, open_source
 from trainer.evaluation.predict import predict, predict_run, predict_without
 from trainer.main import train
-from trainer.runs.checkpoint import find
+from trainer.runs.folder import find_checkpoint
+from trainer.runs.saved import Source, open_source
 
 Places = Any
 
@@ -152,7 +151,7 @@ class TestReport:
         assert all(each["low"] is None for each in report["whole"]["metrics"].values())
         assert report["missing_curve"] == []
         assert "Without intervals." in (tmp_path / "report.md").read_text()
-        path = find(run / "checkpoints", "latest").with_name("step-00000020")
+        path = find_checkpoint(run).with_name("step-00000020")
         evaluate(run, "--bootstrap", 0, "--checkpoint", path, "--out", tmp_path / "again")
         assert report_of(tmp_path / "again")["whole"] == report["whole"]
 
@@ -223,7 +222,7 @@ class TestOtherPlaces:
         places = make_places(tmp_path / "places")
         run = train_run(places, "a", train__max_steps=3)
         (places.folder / "samples").rename(tmp_path / "moved")
-        said = evaluate(run, code=1)
+        said = evaluate(run, code=2)
         assert "has no train and no test samples" in said
         assert "name others by --samples and --store" in said
         evaluate(run, "--bootstrap", 0, "--samples", tmp_path / "moved")
@@ -249,23 +248,23 @@ class TestRefusals:
 
     def test_no_checkpoint(self, run: Path, tmp_path: Path) -> None:
         shutil.copy(run / "config.yaml", tmp_path)
-        said = evaluate(tmp_path, code=1)
+        said = evaluate(tmp_path, code=2)
         assert "has no checkpoint" in said
         assert f"python -m trainer.main --config {tmp_path / 'config.yaml'}" in said
 
     def test_no_test_day_yet(self, own: Places) -> None:
         days = {"data__train_days": "[2026-01-03]", "data__test_days": "[]"}
         run = train_run(own, "newest", train__max_steps=2, data__missing="zeros", **days)
-        assert "no test samples of its own (data.test_days=[]); name some by --samples" in evaluate(run, code=1)
+        assert "no test samples of its own (data.test_days=[]); name some by --samples" in evaluate(run, code=2)
 
     def test_unknown_checkpoint_names_those_there_are(self, run: Path) -> None:
-        assert "has step-00000020, step-00000040, step-00000046" in evaluate(run, "--checkpoint", 21, code=1)
+        assert "has step-00000020, step-00000040, step-00000046" in evaluate(run, "--checkpoint", 21, code=2)
 
     def test_store_gone(self, make_places: Callable[[Path], Places], tmp_path: Path) -> None:
         places = make_places(tmp_path / "places")
         run = train_run(places, "a", train__max_steps=3)
         shutil.rmtree(places.folder / "features")
-        assert "is no feature store" in evaluate(run, code=1)
+        assert "is no feature store" in evaluate(run, code=2)
         assert "--store" in evaluate(run, "--store", tmp_path / "nothing", code=2)
         assert not (run / "evaluation").exists()
 
@@ -282,10 +281,40 @@ class TestRefusals:
         assert "horovodrun -np 4 python -m trainer.evaluate" in CliRunner().invoke(app, ["--help"]).stdout
 
 
-def test_runs_are_compared(run: Path, ids_only: Path) -> None:
-    found = compare([predict_run(run)], [predict_run(ids_only)], resamples=100)
-    assert found["auc"].ours == alike("auc", report_of(run)["metrics"]["auc"])
-    assert found["gauc"].baseline == alike("gauc", report_of(ids_only)["metrics"]["gauc"])
+class TestAgainst:
+    def test_differences_are_printed_and_written(self, run: Path, ids_only: Path, tmp_path: Path) -> None:
+        file = tmp_path / "a.json"
+        said = evaluate(run, "--against", ids_only, "--bootstrap", 100, "--out", tmp_path, "--json", file)
+        written = json.loads((tmp_path / "comparison.json").read_text())
+        assert written == json.loads(file.read_text())
+        assert (written["run"], written["against"]) == (str(run), str(ids_only))
+        auc, gauc = (written["differences"][name] for name in ("auc", "gauc"))
+        assert auc["ours"] == alike("auc", report_of(run)["metrics"]["auc"])
+        assert gauc["baseline"] == alike("gauc", report_of(ids_only)["metrics"]["gauc"])
+        for each in (auc, gauc):
+            assert each["value"] == pytest.approx(each["ours"] - each["baseline"])
+            assert each["low"] < each["value"] < each["high"] and 0 < each["p_value"] <= 1
+            assert f"{each['value']:.4f}" in said and f"{each['low']:.4f} to {each['high']:.4f}" in said
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "comparison.json"]
+
+    def test_a_run_does_not_differ_from_itself(self, run: Path, tmp_path: Path) -> None:
+        evaluate(run, "--against", run, "--bootstrap", 50, "--out", tmp_path)
+        found = json.loads((tmp_path / "comparison.json").read_text())["differences"]["auc"]
+        assert (found["value"], found["low"], found["high"], found["p_value"]) == (0, 0, 0, 1)
+
+    def test_other_test_samples_are_refused(
+        self, run: Path, make_places: Callable[[Path], Places], tmp_path: Path
+    ) -> None:
+        places = make_places(tmp_path / "places")
+        other = train_run(places, "other", train__max_steps=2)
+        (first, *_) = sorted((places.folder / "samples" / "test").iterdir())
+        first.unlink()
+        said = evaluate(run, "--against", other, "--bootstrap", 0, "--out", tmp_path / "out", code=1)
+        assert f"{other} predicted other impressions" in said and len(said.splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+
+    def test_the_curve_is_of_one_run(self, run: Path) -> None:
+        assert "leave --missing-curve out" in evaluate(run, "--against", run, "--missing-curve", code=2)
 
 
 def test_two_ranks_equal_one(run: Path, tmp_path: Path, two_ranks: StandingRanks) -> None:

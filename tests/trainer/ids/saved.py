@@ -5,10 +5,10 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trainer.runs.checkpoint import find
+from trainer.runs.folder import find_checkpoint
 
 
 def tensors_of(run: Path) -> dict[str, Tensor]:
     """All tensors of all of its files, by name."""
-    path = find(run / "checkpoints", "latest")
+    path = find_checkpoint(run)
     return {name: value for file in path.glob("*.safetensors") for name, value in load_file(file).items()}

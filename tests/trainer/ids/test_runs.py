@@ -18,7 +18,8 @@ from trainer.config.config import load_config
 from trainer.errors import CheckpointError
 from trainer.ids.tables import TableShape, initial_rows
 from trainer.main import train
-from trainer.runs.checkpoint import find, read_state
+from trainer.runs.checkpoint import read_state
+from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import open_run
 from trainer.runs.saved import open_trained
 
@@ -42,7 +43,7 @@ def trained(places: Places, tmp_path: Path) -> Train:
 def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(trained: Train, ids: str) -> None:
     settings = {"optim__ids": ids, "optim__ids_restart": True, "optim__id_l2": 0.01, "optim__warmup_steps": 30}
     through = trained("through", **settings)
-    steps = read_state(find(through / "checkpoints", "latest")).step
+    steps = read_state(find_checkpoint(through)).step
     for stop in (steps // 3 + 2, steps // 3 * 2):  # in the second epoch, and between it and the third
         trained("stopped", **settings, train__max_steps=stop, run__resume="latest" if stop > steps // 2 else "null")
     again = trained("stopped", **settings, run__resume="latest")
@@ -56,7 +57,7 @@ def test_rows_begin_anew_with_each_epoch(trained: Train) -> None:
     settings = {"optim__ids": "adam", "optim__id_l2": 1e-6}  # which counts a row's steps
     folders = {restart: trained(f"r-{restart}", **settings, optim__ids_restart=restart) for restart in (True, False)}
     runs = {restart: tensors_of(folder) for restart, folder in folders.items()}
-    steps_of_epoch = read_state(find(folders[True] / "checkpoints", "latest")).step // 3
+    steps_of_epoch = read_state(find_checkpoint(folders[True])).step // 3
     assert [int(whole(runs[restart], "scene/", "steps").max()) // steps_of_epoch for restart in (True, False)] == [1, 3]
     shape, std = TableShape("user", 12, 64, 4), load_config().model.id_init_std
     rows = [np.concatenate([initial_rows(shape, n, 0, std, epoch) for n in range(4)]) for epoch in range(3)]
@@ -139,7 +140,7 @@ class TestEarlierVersions:
     @pytest.fixture
     def run(self, trained: Train) -> Path:
         folder = trained("old", optim__ids="rowwise_adam", model__id_init_std=0.05, train__max_steps=5)
-        file = find(folder / "checkpoints", "latest") / "state.json"
+        file = find_checkpoint(folder) / "state.json"
         state = json.loads(file.read_text())
         del state["origin"]["optim"], state["digest"]
         state["format_version"] = 2
@@ -155,11 +156,11 @@ class TestEarlierVersions:
     def test_go_on(self, run: Path, trained: Train) -> None:
         as_then = {"optim__ids": "rowwise_adam", "model__id_init_std": 0.05}
         trained("old", **as_then, train__max_steps=7, run__resume="latest")
-        assert read_state(find(run / "checkpoints", "latest")).step == 7
+        assert read_state(find_checkpoint(run)).step == 7
 
     def test_go_on_from_their_own_configuration(self, run: Path) -> None:
         train(load_config(run / "config.yaml", ["run.resume=latest", "train.max_steps=7"]), SoloComm())
-        assert read_state(find(run / "checkpoints", "latest")).step == 7
+        assert read_state(find_checkpoint(run)).step == 7
 
     def test_are_evaluated(self, run: Path) -> None:
         reader = open_trained(run, SoloComm())

@@ -17,7 +17,8 @@ from trainer.loop import training as train_module
 from trainer.loop.signals import StoppedError
 from trainer.loop.stopping import best_step, has_ended, metrics_of
 from trainer.main import train
-from trainer.runs.checkpoint import find, read_state
+from trainer.runs.checkpoint import read_state
+from trainer.runs.folder import find_checkpoint
 
 Places = Any
 GAUC = {3: 0.5, 6: 0.6, 9: 0.7, 12: 0.65, 15: 0.7, 18: 0.6, 21: 0.9}
@@ -123,7 +124,7 @@ def test_an_interrupted_run_ends_with_the_same(
         patched.setattr(Engine, "train_step", killed)
         with pytest.raises(KeyboardInterrupt):
             _run(places, "halves", tmp_path)
-    assert read_state(find(tmp_path / "halves" / "checkpoints", "latest")).step == at
+    assert read_state(find_checkpoint(tmp_path / "halves")).step == at
     halves = _run(places, "halves", tmp_path, run__resume="latest")
     mine, theirs = _tensors(halves), _tensors(whole)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)

@@ -166,7 +166,7 @@ def test_search_for_a_user(run: Path, index: str, trained: TrainedRun, places: P
     expected = keys[np.argsort(-(vectors @ vector))[:4]]
     done = call("search", "--run", run, "--index", index, "--user", user, "--k", 4)
     assert done.exit_code == 0, done.stderr
-    found = [int(line.split("│")[1]) for line in done.stdout.splitlines() if line.startswith("│")]
+    found = [int(line.split()[0]) for line in done.stdout.splitlines()[1:]]
     assert found == expected.tolist()
 
 

@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from tests.ranks import command_of
 from trainer.config.config import PRESETS
 from trainer.evaluation.predict import predict_run
-from trainer.runs.checkpoint import find, read_state
+from trainer.runs.checkpoint import read_state
+from trainer.runs.folder import find_checkpoint
 
 WORKER = Path(__file__).parent / "mortal.py"
 TIMEOUT_S = 150
@@ -115,7 +116,7 @@ def settings_of(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 
 def parameters_and_moments(run: Path) -> dict[str, torch.Tensor]:
-    path = find(run / "checkpoints", "latest")
+    path = find_checkpoint(run)
     return {name: value for file in path.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
@@ -167,7 +168,7 @@ def test_killed_with_other_ranks_each_time(
     assert [leg.first_step for leg in legs] == [1, 41, 101]
     assert_no_step_or_sample_is_lost(legs, whole, steps)
     assert_same_in_float64(killed.run, undisturbed.run)
-    assert read_state(find(killed.run / "checkpoints", "latest")).num_ranks == 2
+    assert read_state(find_checkpoint(killed.run)).num_ranks == 2
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError, RemoteRankError
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState, Origin
+from trainer.runs.folder import find_checkpoint, finished
 
 SHARDS = 8
 
@@ -160,9 +161,9 @@ def test_failed_save_leaves_no_checkpoint_and_all_ranks_raise(tmp_path: Path) ->
     assert isinstance(raised[0], RemoteRankError)
     assert "No space left" in str(raised[0])
     assert isinstance(raised[1], CheckpointError)
-    assert checkpoint.find(tmp_path, "latest").name == "step-00000040"
+    assert finished(tmp_path)[-1].name == "step-00000040"
     assert (tmp_path / ".step-00000050").exists()
-    assert _save(tmp_path, step=60, size=2) == checkpoint.find(tmp_path, "latest")
+    assert _save(tmp_path, step=60, size=2) == finished(tmp_path)[-1]
     assert sorted(each.name for each in tmp_path.iterdir()) == ["step-00000040", "step-00000060"]
 
 
@@ -176,14 +177,13 @@ def test_disk_that_takes_no_more_is_a_checkpoint_error(tmp_path: Path) -> None:
             checkpoint.save(SoloComm(), tmp_path, trained, _state(50), 3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    with pytest.raises(CheckpointError, match="no checkpoint in"):
-        checkpoint.find(tmp_path, "latest")
+    assert finished(tmp_path) == []
 
 
 def test_newest_are_kept_and_order_is_by_number(tmp_path: Path) -> None:
     for step in (70, 99_999_999, 100_000_000, 50):
         _save(tmp_path, step=step, keep=2)
-    assert checkpoint.find(tmp_path, "latest").name == "step-100000000"
+    assert finished(tmp_path)[-1].name == "step-100000000"
     assert {each.name for each in tmp_path.iterdir()} == {"step-99999999", "step-100000000"}
 
 
@@ -191,7 +191,7 @@ def test_same_step_is_written_once(tmp_path: Path) -> None:
     _save(tmp_path, value=1.0)
     _save(tmp_path, value=2.0)
     trained = Trained()
-    path = checkpoint.find(tmp_path, "latest")
+    path = finished(tmp_path)[-1]
     checkpoint.load(SoloComm(), path, checkpoint.read_state(path), trained)
     assert trained.dense["layer.weight"][0, 0] == 1.0
 
@@ -241,16 +241,20 @@ def test_damaged_state_is_named(tmp_path: Path) -> None:
         checkpoint.read_state(file.parent)
 
 
-def test_what_to_resume_from(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no checkpoint in"):
-        checkpoint.find(tmp_path / "none", "latest")
-    (tmp_path / ".step-00000099").mkdir()
-    with pytest.raises(CheckpointError, match="no checkpoint in"):
-        checkpoint.find(tmp_path, "latest")
-    path = _save(tmp_path)
-    assert checkpoint.find(Path("elsewhere"), str(path)) == path
-    with pytest.raises(CheckpointError, match=r"there is no state\.json in it"):
-        checkpoint.find(tmp_path, str(tmp_path))
+def test_what_a_name_means(tmp_path: Path) -> None:
+    """The same for run.resume, run.warm_start and --checkpoint."""
+    folder, other = tmp_path / "run" / "checkpoints", _save(tmp_path / "other" / "checkpoints")
+    for leftover in ("none", ".step-00000099"):
+        (folder / leftover).mkdir(parents=True)
+        with pytest.raises(CheckpointError, match=r"run\.resume=latest: .*/run has no checkpoint in"):
+            find_checkpoint(tmp_path / "run", "latest", "run.resume=")
+    first, last = _save(folder, step=50), _save(folder, step=60)
+    assert [find_checkpoint(tmp_path / "run", name) for name in (None, "latest", "60")] == [last] * 3
+    assert [find_checkpoint(tmp_path / "run", name) for name in ("50", "step-00000050", str(first))] == [first] * 3
+    assert find_checkpoint(tmp_path / "run", str(other)) == other
+    for name in ("7", str(tmp_path)):
+        with pytest.raises(CheckpointError, match=rf"--checkpoint {name}: no such checkpoint; .* has step-00000050, s"):
+            find_checkpoint(tmp_path / "run", name)
 
 
 @pytest.mark.parametrize(

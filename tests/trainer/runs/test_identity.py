@@ -30,6 +30,7 @@ from trainer.evaluate import app as evaluate_app
 from trainer.main import train
 from trainer.prerank.__main__ import app as prerank_app
 from trainer.runs import accepted, checkpoint
+from trainer.runs.folder import find_checkpoint
 from trainer.runs.saved import open_trained
 from trainer.runs.stores import open_partition, store_places
 from trainer.schema import load_schema
@@ -90,7 +91,7 @@ def resume(places: Places, **changes: Any) -> None:
 def test_a_checkpoint_says_of_which_snapshot_it_is(places: Places) -> None:
     run = places.folder / "runs" / "a"
     snapshot = FeatureStore.open(places.folder / "features").snapshot()
-    state = checkpoint.read_state(checkpoint.find(run / "checkpoints", "latest"))
+    state = checkpoint.read_state(find_checkpoint(run))
     assert state.stores == {"images": SnapshotId.of(snapshot)}
     assert state.stores["images"].store_id and state.stores["images"].commit_id
     assert json.loads((run / "report.json").read_text())["stores"] == {
@@ -157,7 +158,7 @@ class TestRebuilt:
         assert (places.folder / "runs" / "b" / "report.json").is_file()
 
     def test_a_checkpoint_from_before_ids_were_kept_loads(self, places: Places, ids: tuple[str, str]) -> None:
-        file = checkpoint.find(places.folder / "runs" / "a" / "checkpoints", "latest") / "state.json"
+        file = find_checkpoint(places.folder / "runs" / "a") / "state.json"
         state = json.loads(file.read_text())
         for record in state["stores"].values():
             del record["store_id"], record["commit_id"]
@@ -169,7 +170,7 @@ class TestRebuilt:
 
     def test_an_accepted_one_is_read_in_its_place(self, places: Places, ids: tuple[str, str], tmp_path: Path) -> None:
         run = places.folder / "runs" / "a"
-        path = checkpoint.find(run / "checkpoints", "latest")
+        path = find_checkpoint(run)
         recorded = checkpoint.read_recorded(path).stores["images"]
         found = SnapshotId.of(FeatureStore.open(places.folder / "features").snapshot())
         entry = accepted.AcceptedStore(name="images", recorded=recorded, accepted=found, figures={})
@@ -179,7 +180,7 @@ class TestRebuilt:
         assert all(f"of store {each} at" in note for each in ids)
         resume(places)
         invoke(export_app, "--run", run, "--out", tmp_path / "visual.parquet")
-        assert checkpoint.read_recorded(checkpoint.find(run / "checkpoints", "latest")).stores["images"] == found
+        assert checkpoint.read_recorded(find_checkpoint(run)).stores["images"] == found
         again = rebuild(places.folder / "features", seed=2)
         with pytest.raises(AnotherStoreError, match=f"This is .* of store {again.info.store_id[:8]}"):
             resume(places)
@@ -208,7 +209,7 @@ class TestIndex:
             FeatureRows.of(["more"], np.ones((1, 16), np.float32), keys=np.array([7]))
         )
         invoke(index_app, *words, "--add")  # another snapshot of the same store
-        path = checkpoint.find(run / "checkpoints", "latest")
+        path = find_checkpoint(run)
         recorded = checkpoint.read_recorded(path).stores["images"]
         made = rebuild(places.folder / "features")
         found = SnapshotId.of(made.snapshot())

@@ -15,7 +15,7 @@ from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.errors import CheckpointError
 from trainer.main import train
-from trainer.runs.checkpoint import find
+from trainer.runs.folder import find_checkpoint
 
 Places = Any
 
@@ -37,7 +37,7 @@ def run(places: Places, name: str, store: str = "int8", **changes: Any) -> Path:
 
 
 def dense(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(find(folder / "checkpoints", "latest") / "dense.safetensors")
+    return load_file(find_checkpoint(folder) / "dense.safetensors")
 
 
 def test_a_run_learns_what_it_learns_from_the_numbers(recoded: Places) -> None:

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.errors import ConfigError
-from trainer.evaluation.opening import Source, open_source
 from trainer.main import train
-from trainer.runs import checkpoint
-from trainer.runs.checkpoint import find, finished
+from trainer.runs.checkpoint import finished
+from trainer.runs.folder import find_checkpoint, place
+from trainer.runs.saved import Source, open_source
 
 Places = Any
 
@@ -35,10 +35,11 @@ class Runs:
 
     def branch(self, name: str, step: int = 2, of: str = "a", **changes: Any) -> Path:
         """From an earlier checkpoint of run `of`, at another learning rate."""
-        return self.train(name, run__resume=self.step(of, step), **{"optim__lr": 0.5, **changes})
+        resume = step if of == name else self.step(of, step)
+        return self.train(name, run__resume=resume, **{"optim__lr": 0.5, **changes})
 
     def step(self, name: str, step: int) -> Path:
-        return checkpoint.place(self.folder / name / "checkpoints", step)
+        return place(self.folder / name / "checkpoints", step)
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def assert_same(found: Path, expected: Path) -> None:
     mine, theirs = (
         {
             name: tensor
-            for file in find(run / "checkpoints", "latest").glob("*.safetensors")
+            for file in find_checkpoint(run).glob("*.safetensors")
             for name, tensor in load_file(file).items()
         }
         for run in (found, expected)
@@ -81,7 +82,7 @@ def test_later_checkpoints_refuse_it_and_nothing_is_touched(runs: Runs) -> None:
     before = content(runs.folder)
     with pytest.raises(
         ConfigError,
-        match=r"do not lead to this one, .*: step-00000004, step-00000006; go on from the newest by run\.resume=latest",
+        match=r"do not lead to this one, .*: step-00000004, step-00000006; continue from the newest",
     ):
         runs.branch("a")
     assert content(runs.folder) == before
@@ -118,7 +119,7 @@ def test_a_checkpoint_of_another_run_replaces_all(runs: Runs) -> None:
     expected = runs.branch("c")
     other = runs.train("b", train__max_steps=4)
     before = content(other)
-    with pytest.raises(ConfigError, match=r"step-00000002, step-00000004; go on from the newest"):
+    with pytest.raises(ConfigError, match=r"step-00000002, step-00000004; continue from the newest"):
         runs.branch("b")
     assert content(other) == before
     runs.branch("b", run__overwrite=True)
@@ -156,7 +157,7 @@ def test_killed_in_the_midst_of_a_removal(runs: Runs, monkeypatch: pytest.Monkey
         rmtree(path, *given, **named)
 
     with monkeypatch.context() as patched:
-        patched.setattr("trainer.runs.checkpoint.shutil.rmtree", killed)
+        patched.setattr("trainer.runs.folder.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             runs.branch("a", run__overwrite=True)
     left = steps_of(2, 4)[: 3 - nth]

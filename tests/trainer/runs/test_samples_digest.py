@@ -18,7 +18,8 @@ from trainer.daily.__main__ import follow
 from trainer.errors import CheckpointError
 from trainer.main import train
 from trainer.runs import samples_digest as content
-from trainer.runs.checkpoint import find, read_state
+from trainer.runs.checkpoint import read_state
+from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import open_run
 from trainer.runs.samples_digest import SamplesDigest, samples_digest
 from trainer.samples.reader import SampleIndex, open_index
@@ -91,7 +92,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_and_is_compared_by_content_f
             train(load_config(settings=mine.settings(run__name=name, train__max_steps=3)), SoloComm())
     go_on = {"run__resume": "latest", "train__max_steps": 4}
     train(load_config(settings=mine.settings(run__name="r", **go_on)), SoloComm())
-    state = read_state(find(mine.folder / "runs" / "r" / "checkpoints", "latest"))
+    state = read_state(find_checkpoint(mine.folder / "runs" / "r"))
     assert state.origin.data["samples_digest"] == samples_digest(SoloComm(), index_of(samples)).content != layout
     with pytest.raises(CheckpointError, match=rf"data\.samples_digest is '{layout}' here, '0{{32}}' in the checkpoint"):
         open_run(load_config(settings=mine.settings(run__name="other", **go_on)), SoloComm())

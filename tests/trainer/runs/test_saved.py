@@ -39,7 +39,7 @@ def test_a_checkpoint_is_named_by_step_folder_or_path(run: Path) -> None:
     assert {find_checkpoint(run, name) for name in ("2", "step-00000002", str(second))} == {second}
     assert {find_checkpoint(run, name).name for name in (None, "latest")} == {"step-00000003"}
     with contextlib.closing(open_trained(run, SoloComm(), which="2")) as trained:
-        assert (trained.path, trained.engine.num_steps, trained.state.step) == (second, 2, 2)
+        assert (trained.saved.path, trained.engine.num_steps, trained.saved.state.step) == (second, 2, 2)
 
 
 def test_mistakes(run: Path, copy: Path) -> None:

@@ -21,7 +21,8 @@ from trainer.compat.__main__ import app as compat_app
 from trainer.config.config import Config, load_config
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.main import train
-from trainer.runs.checkpoint import find, read_state
+from trainer.runs.checkpoint import read_state
+from trainer.runs.folder import find_checkpoint
 from trainer.runs.saved import open_trained
 from trainer.runs.stores import store_places
 from trainer.schema import Schema, load_schema
@@ -86,7 +87,7 @@ class TestRuns:
         assert two["metrics"] == all_alike(one["metrics"])
         assert two["images_per_step"] == one["images_per_step"]
         assert one["store_versions"] == two["store_versions"] == {"images": 1, "titles": 1}
-        state = read_state(find(both.folder / "runs" / "two" / "checkpoints", "latest"))
+        state = read_state(find_checkpoint(both.folder / "runs" / "two"))
         assert state.origin.store["dim"] == 16
         assert {name: kind["dim"] for name, kind in state.origin.stores.items()} == {"titles": 5}
         assert state.stores["titles"].url == str(both.folder / "titles")

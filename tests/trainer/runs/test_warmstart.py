@@ -20,7 +20,8 @@ from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.config.options import ModelConfig
 from trainer.errors import CheckpointError
-from trainer.runs.checkpoint import DENSE, CheckpointState, Origin, find
+from trainer.runs.checkpoint import DENSE, CheckpointState, Origin
+from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import Run, open_run
 from trainer.runs.warmstart import WarmStart, load
 from trainer.schema import DEFAULT_SCHEMA
@@ -88,7 +89,7 @@ def test_a_run_is_its_last_checkpoint_and_a_checkpoint_is_itself(own: Places, be
     def taken(path: Path) -> torch.Tensor:
         return state_of(opened(own, run__warm_start=path))["model.mlp.0.weight"]
 
-    last, middle = find(before / "checkpoints", "latest"), before / "checkpoints" / "step-00000003"
+    last, middle = find_checkpoint(before), before / "checkpoints" / "step-00000003"
     assert torch.equal(taken(before), taken(last))
     assert not torch.equal(taken(before), taken(middle))
 
@@ -243,7 +244,7 @@ def test_fields_in_another_order_are_noticed(own: Places, before: Path, tmp_path
 
 def test_places_that_hold_no_run(own: Places, before: Path, tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(CheckpointError, match=r"run\.warm_start=.* is neither a checkpoint nor"):
+        with pytest.raises(CheckpointError, match=r"run\.warm_start=.* has no checkpoint in"):
             opened(own, run__warm_start=place)
 
 
@@ -296,7 +297,7 @@ def test_features_of_another_kind_are_refused_and_the_way_out_works(
         with pytest.raises(CheckpointError, match=told) as caught:
             opened(own, data__store=other, **changes)
         assert "set data.store to a store of that kind" in str(caught.value)
-        assert f"--warm-start {find(before / 'checkpoints', 'latest')} --warm-parts model,ids" in str(caught.value)
+        assert f"--warm-start {find_checkpoint(before)} --warm-parts model,ids" in str(caught.value)
     warm = {"run__warm_start": before, "run__warm_parts": "[model,ids]"}
     trained(own, f"on-{kind}", 2, data__store=other, **warm)
 

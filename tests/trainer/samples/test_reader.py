@@ -18,7 +18,7 @@ from trainer.errors import DataError, SchemaError
 from trainer.samples.batch import Batch
 from trainer.samples.columns import aligned_columns, rules_of
 from trainer.samples.prefetch import ReadAhead
-from trainer.samples.reader import SampleReader, distinct_values, open_index
+from trainer.samples.reader import SampleReader, known_ads, open_index
 from trainer.schema import Field, Schema, load_schema
 
 SCHEMA = Schema(
@@ -216,7 +216,7 @@ def _edited(table: pa.Table, column: str, row: int, value: Any) -> pa.Table:
         ),
         (lambda table: _replaced(table, "user", table.column("user").cast(pa.float64())), "column user is double"),
         (lambda table: _replaced(table, "user", table.column("ad_item")), "column user is list<"),
-        (lambda table: table.append_column("user", table.column("user")), "column user stands 2 times in it"),
+        (lambda table: table.append_column("user", table.column("user")), "column user is in it 2 times"),
     ],
 )
 def test_wrong_columns_are_refused_before_reading(
@@ -368,11 +368,11 @@ def test_one_column_read_two_ways_is_refused() -> None:
         rules_of(clash)
 
 
-def test_distinct_values(samples: tuple[Path, list[pa.Table]]) -> None:
+def test_known_ads(samples: tuple[Path, list[pa.Table]]) -> None:
     folder, tables = samples
     index = open_index(SoloComm(), str(folder), "train", SCHEMA)
     expected = sorted({item for row in pa.concat_tables(tables).column("ad_item").to_pylist() for item in row})
-    assert distinct_values(SoloComm(), index, "ad_item", rules_of(SCHEMA)["ad_item"]).tolist() == expected
+    assert known_ads(SoloComm(), index, SCHEMA).tolist() == expected
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])

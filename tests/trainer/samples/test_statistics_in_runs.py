@@ -20,6 +20,7 @@ from trainer.main import train
 from trainer.prerank.ads import ads_of_samples, ads_of_table
 from trainer.prerank.vectors import ad_vectors, towers
 from trainer.runs import checkpoint
+from trainer.runs.folder import finished
 from trainer.runs.known_statistics import FILE, write_statistics
 from trainer.runs.saved import open_trained
 from trainer.schema import Field, Schema, load_schema
@@ -40,7 +41,7 @@ def configured(places: Any, name: str, **changes: Any) -> Config:
 
 
 def fields_of(run: Path) -> dict[str, Any]:
-    (path, *_) = reversed(checkpoint.finished(run / "checkpoints"))
+    (path, *_) = reversed(finished(run / "checkpoints"))
     fields: dict[str, Any] = checkpoint.read_state(path).origin.model["fields"]
     return fields
 

@@ -23,8 +23,7 @@ from trainer.errors import DataError, SchemaError
 from trainer.main import train
 from trainer.runs.open import open_run
 from trainer.samples.batch import Batch
-from trainer.samples.columns import rules_of
-from trainer.samples.reader import SampleReader, distinct_values, open_index
+from trainer.samples.reader import SampleReader, known_ads, open_index
 from trainer.schema import Field, Schema, load_schema
 
 SCHEMA = load_schema()
@@ -98,8 +97,7 @@ def test_crossed_columns(texts: tuple[str, ...], tmp_path: Path, sample_table: C
     assert batch.fields["behavior_pair"].values_N.tolist() == pairs("behavior_item", "behavior_category")
     assert set(batch.fields["ad_pair"].lengths_M) == {1}
     index = open_index(SoloComm(), str(tmp_path), "train", CROSSED)
-    rule = rules_of(CROSSED)["ad_item x ad_scene"]
-    found = distinct_values(SoloComm(), index, "ad_item x ad_scene", rule)
+    found = known_ads(SoloComm(), index, CROSSED.model_copy(update={"new_ad_field": "ad_pair"}))
     assert found.tolist() == sorted(set(pairs("ad_item", "ad_scene")))
 
 

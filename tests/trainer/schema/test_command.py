@@ -59,7 +59,7 @@ def test_bad_rows_beside_samples_are_no_samples(places, tmp_path):
 def test_a_column_that_stands_twice_is_told(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/a.csv").write_text("user,label,user\n1,0,1\n")
-    assert "a.csv: column user stands twice in it; rename one of them" in run("inspect", tmp_path / "logs", code=1)
+    assert "a.csv: column user is in it twice; rename one of them" in run("inspect", tmp_path / "logs", code=1)
 
 
 def test_sides_kinds_and_widths_come_from_the_values(tmp_path):

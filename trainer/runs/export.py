@@ -1,0 +1,293 @@
+"""Files of a run's vectors, out of a checkpoint: the visual vectors of all images of a snapshot, and the rows of ids.
+
+No engine, no samples and no partition of a store are opened. Images are read shard by shard, in the memory of the
+largest data file; of an ID table no more than a shard is in memory. Who looks ids up in the file does as the trainer
+does: an id that is not in it has the cold row of its shard, `shard_of(id, num_shards)` (docs/ID_TABLES.md). A file gets
+its name when it is whole; what was there stays until then.
+
+Letters of shapes: K rows of a block, D feature width, V visual width, N ids of a shard.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from featurestore.format.datafile import KEY, URI
+from featurestore.identity import VECTORS_OF, SnapshotId
+from featurestore.keys import Int64Array
+from featurestore.lookup.embedding import EmbeddingModel, as_tensor
+from featurestore.snapshot import Snapshot
+from featurestore.storage.storage import Storage
+from trainer.comm import SoloComm
+from trainer.config.options import ExactTableConfig
+from trainer.engine.machine import share_machine
+from trainer.engine.wiring import image_model, networks_of
+from trainer.errors import ConfigError, DataError
+from trainer.files import file_at
+from trainer.ids.exact import IDS, LAST_USE
+from trainer.ids.rows import WEIGHT
+from trainer.models.fields import used_fields
+from trainer.optim import check_names
+from trainer.runs.checkpoint import read_dense, read_rows
+from trainer.runs.saved import SavedRun, finite, read_run
+
+VECTOR = "vector"
+ROWS_OF = "id_rows"
+"""Name of the metadata that say what the rows are of."""
+_PARTS = (IDS, LAST_USE, WEIGHT)
+# Also rows of a row group. E takes .3 to .6 of the time an image that it takes in the store's blocks of 256.
+_BATCH_ROWS = 4096
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ImageNetwork:
+    """One E of a run, and the images that it is to look at: what is exported of a store."""
+
+    saved: SavedRun
+    store: str
+    name: str
+    model: EmbeddingModel
+    snapshot: Snapshot
+
+    @property
+    def num_images(self) -> int:
+        """Live rows of the snapshot."""
+        return self.snapshot.num_rows
+
+    def describe(self) -> dict[str, Any]:
+        """Say what its vectors are of."""
+        return {
+            **self.saved.named(),
+            "network": f"{self.store}:{self.name}",
+            "dim": self.model.out,
+            **SnapshotId.of(self.snapshot).named(),
+        }
+
+    def schema(self) -> pa.Schema:
+        """Describe the columns of the file: key, uri and vector."""
+        fields: list[Any] = [
+            pa.field(KEY, pa.int64(), nullable=False),
+            pa.field(URI, pa.string(), nullable=False),
+            pa.field(VECTOR, pa.list_(pa.float32(), self.model.out), nullable=False),
+        ]
+        return pa.schema(fields, metadata={VECTORS_OF: json.dumps(self.describe())})
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Compute key, uri and visual vector of all images, some thousands at a time.
+
+        Raises TrainerError for a number that is not finite.
+        """
+        waiting: list[_Rows] = []
+        for rows in self._rows():
+            waiting.append(rows)
+            if sum(len(each.keys_K) for each in waiting) >= _BATCH_ROWS:
+                yield self._table(waiting)
+                waiting = []
+        if waiting:
+            yield self._table(waiting)
+
+    def _rows(self) -> "Iterator[_Rows]":
+        for shard in sorted(self.snapshot.manifest.shards):
+            reader = self.snapshot.shard_reader(shard)
+            uris = reader.read([URI])[URI]
+            for block in reader.verified_blocks():
+                yield _Rows(block.keys_K, uris.take(block.place_K).to_pylist(), block.features_KD.copy())
+
+    def _table(self, parts: "list[_Rows]") -> pa.Table:
+        features_KD = as_tensor(np.concatenate([part.features_KD for part in parts]))
+        with torch.inference_mode():
+            visual_KV = finite(self.model(features_KD.to(self.model.mean_D.device)).float().cpu().numpy())
+        columns: list[Any] = [
+            pa.array(np.concatenate([part.keys_K for part in parts])),
+            pa.array([uri for part in parts for uri in part.uris], pa.string()),
+            _lists(visual_KV),
+        ]
+        return pa.Table.from_arrays(columns, [KEY, URI, VECTOR])
+
+
+class _Rows(NamedTuple):
+    """Images as the store has them; features in its dtype, (K, D)."""
+
+    keys_K: Int64Array
+    uris: list[Any]
+    features_KD: NDArray[Any]
+
+
+def open_network(
+    folder: Path, *, which: str | None = None, network: str | None = None, store_version: int | None = None
+) -> ImageNetwork:
+    """Read an E of the run in `folder`, as the checkpoint `which` has it (see `find_checkpoint`), and open a snapshot.
+
+    The snapshot is the newest one by default, whichever the run was trained on. `network`: which E, where there are
+    several; STORE:NAME, or as much of it as tells. Raises ConfigError, CheckpointError, SchemaError, DataError,
+    FeatureStoreError.
+    """
+    saved = read_run(folder, which)
+    config = saved.config
+    widths_of_store = networks_of(used_fields(saved.schema, config.model), config.model)
+    store, name = _chosen(
+        folder, [(store, name) for store, names in widths_of_store.items() for name in names], network
+    )
+    place = next(place for place in saved.places if place.name == store)
+    snapshot = saved.snapshot(place, store_version)
+    if snapshot.num_rows == 0:
+        raise DataError(f"{place.url} has no features in snapshot {snapshot.version}; add them with: {place.make_it()}")
+    model = image_model(snapshot.info.dim, widths_of_store[store][name], config.model)
+    mine, prefix = model.state_dict(), f"stores.{store}.models.{name}."
+    found = read_dense(saved.path, saved.state, [prefix + each for each in mine])
+    found = {each.removeprefix(prefix): tensor for each, tensor in found.items()}
+    check_names(mine, found)
+    model.load_state_dict(found)
+    return ImageNetwork(saved, store, name, model.to(share_machine(config, SoloComm())), snapshot)
+
+
+def export_vectors(network: ImageNetwork, out: str, progress: Progress = lambda done, total: None) -> str | None:
+    """Write the vectors of all images to `out`, NAME.parquet or NAME.npy, and report images done and all of them.
+
+    Returns where the keys of a .npy are: NAME.keys.npy. On an object store each file is put in
+    one piece, out of memory. Raises TrainerError, FeatureStoreError.
+    """
+    storage, name = file_at(out)
+
+    def reported() -> Iterator[pa.Table]:
+        done = 0
+        for table in network.tables():
+            yield table
+            done += len(table)
+            progress(done, network.num_images)
+
+    if not name.endswith(".npy"):
+        with _parquet(storage, name, network.schema()) as write:
+            for table in reported():
+                write(table)
+        return None
+    keys_name = f"{name.removesuffix('.npy')}.keys.npy"
+    _write_npy(storage, name, keys_name, network, reported())
+    return out.removesuffix(name) + keys_name
+
+
+def _write_npy(storage: Storage, name: str, keys_name: str, network: ImageNetwork, tables: Iterator[pa.Table]) -> None:
+    """Write the matrix with its own keys, or nothing: an older one is removed before other keys come."""
+    rows, width = network.num_images, network.model.out
+    with storage.open_output(name) as matrix, storage.open_output(keys_name) as keys:
+        for file, dtype, shape in ((matrix, "<f4", (rows, width)), (keys, "<i8", (rows,))):
+            header = {"descr": dtype, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+        for table in tables:
+            numbers: Any = table[VECTOR].combine_chunks()
+            matrix.write(numbers.flatten().to_numpy().astype("<f4").tobytes())
+            keys.write(table[KEY].to_numpy().astype("<i8").tobytes())
+        storage.delete(name)
+        storage.write_bytes(f"{name}.json", (json.dumps(network.describe(), indent=1) + "\n").encode())
+
+
+def _chosen(folder: Path, networks: list[tuple[str, str]], asked: str | None) -> tuple[str, str]:
+    """Find the store and name of the E that is asked for."""
+    if not networks:
+        raise ConfigError(f"{folder} has model.images=none: it has no E for images; name another run by --run")
+    found = [each for each in networks if asked in (None, ":".join(each), *each)]
+    if len(found) == 1:
+        return found[0]
+    has = f"{folder} has the networks {', '.join(':'.join(each) for each in networks)}"
+    if asked is None:
+        raise ConfigError(f"{has}; choose one by --network")
+    raise ConfigError(f"{has}, and --network {asked} names {len(found)} of them")
+
+
+@dataclass(frozen=True)
+class SavedTable:
+    """An exact ID table of a run, as one of its checkpoints has it."""
+
+    saved: SavedRun
+    name: str
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of every table of the run."""
+        return self.saved.config.model.table_shards
+
+    def describe(self) -> dict[str, Any]:
+        """Say what its rows are of."""
+        return {**self.saved.named(), "table": self.name, "num_shards": self.num_shards}
+
+    def shards(self) -> Iterator[pa.Table]:
+        """Read columns id, shard, last_use and vector of each shard; first its cold row, whose id is null.
+
+        Raises CheckpointError, and TrainerError for a number that is not finite.
+        """
+        parts = [f"{self.name}/{shard:04d}/{part}" for shard in range(self.num_shards) for part in _PARTS]
+        with read_rows(self.saved.path, self.saved.state, parts) as read:
+            for shard in range(self.num_shards):
+                ids_N, last_use_N, vectors_NV = (read(f"{self.name}/{shard:04d}/{part}").numpy() for part in _PARTS)
+                yield _table_of(shard, ids_N, last_use_N, finite(vectors_NV.astype(np.float32)))
+
+
+def open_table(folder: Path, name: str | None = None, which: str | None = None) -> SavedTable:
+    """Find an exact table of the run in `folder`, as the checkpoint `which` has it (see `find_checkpoint`).
+
+    `name` may be left out where the run has only one. Raises ConfigError, CheckpointError.
+    """
+    saved = read_run(folder, which)
+    exact = [table for table, settings in saved.config.model.tables.items() if isinstance(settings, ExactTableConfig)]
+    if not exact:
+        raise ConfigError(f"{folder} has no exact ID table (model.tables.NAME={{kind: exact, ...}}); name another run")
+    if name is None and len(exact) == 1:
+        return SavedTable(saved, exact[0])
+    if name not in exact:
+        asked = "choose one by" if name is None else f"none of them is {name}:"
+        raise ConfigError(f"{folder} has the exact ID tables {', '.join(exact)}; {asked} --table")
+    return SavedTable(saved, name)
+
+
+def export_table(table: SavedTable, out: str, progress: Progress = lambda done, total: None) -> int:
+    """Write all rows to `out`, NAME.parquet, and report shards done and all of them; returns how many ids there are.
+
+    Raises TrainerError, FeatureStoreError.
+    """
+    count, (storage, name) = 0, file_at(out)
+    described = {ROWS_OF: json.dumps(table.describe())}
+    with contextlib.ExitStack() as opened:
+        write: Callable[[pa.Table], None] | None = None
+        for number, rows in enumerate(table.shards(), 1):
+            write = write or opened.enter_context(_parquet(storage, name, rows.schema.with_metadata(described)))
+            write(rows)
+            count += len(rows) - 1
+            progress(number, table.num_shards)
+    return count
+
+
+def _table_of(shard: int, ids_N: Any, last_use_N: Any, vectors_NV: Any) -> pa.Table:
+    no_id: Any = pa.array([None], pa.int64())
+    columns: dict[str, Any] = {
+        "id": pa.concat_arrays([no_id, pa.array(ids_N)]),
+        "shard": pa.array(np.full(len(vectors_NV), shard, np.int32)),
+        "last_use": pa.array(last_use_N, pa.int32()).cast(pa.date32()),
+        VECTOR: _lists(vectors_NV),
+    }
+    return pa.table(columns)
+
+
+def _lists(vectors_NV: NDArray[np.float32]) -> Any:
+    """Turn the rows of a matrix into lists of one width."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors_NV.reshape(-1)), vectors_NV.shape[1])
+
+
+@contextlib.contextmanager
+def _parquet(storage: Storage, name: str, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    """Give what adds rows to a Parquet file, which gets its name at the end of the block."""
+    with (
+        storage.open_output(name) as output,
+        pq.ParquetWriter(output, schema, compression="lz4", write_page_checksum=True) as writer,
+    ):
+        yield lambda table: writer.write_table(table.cast(schema))

@@ -1,0 +1,152 @@
+"""A run's folder: its report, its checkpoints, which of these a name means, and what a new run may replace."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from featurestore.storage.regular import read_regular
+from featurestore.text.parsing import parse_json
+from trainer.config.config import Config
+from trainer.errors import CheckpointNotFoundError, ConfigError, TrainerError
+
+RUNS = Path("data/runs")
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def newest_run(folder: Path = RUNS) -> Path:
+    """Find the run in `folder`, or in a folder of it (those of trainer.daily), that wrote the last checkpoint.
+
+    Raises ConfigError where there is none.
+    """
+    states = list(folder.glob("**/checkpoints/step-*/state.json"))
+    if not states:
+        raise ConfigError(
+            f"{folder} has no run with a checkpoint; train one: python -m trainer.main, or name it by --run"
+        )
+    return max(states, key=lambda state: state.stat().st_mtime_ns).parents[2]
+
+
+def find_checkpoint(run: Path, name: str | None = None, setting: str = "--checkpoint ") -> Path:
+    """Find a checkpoint of the run in folder `run`: the newest, or the one that `name` says.
+
+    `name`: latest, a step, a folder step-N, or a path to the checkpoint of any run. Raises CheckpointNotFoundError; it
+    names the `setting`, an option with its = or its space, that gave the name.
+    """
+    checkpoints = run / "checkpoints"
+    found = finished(checkpoints)
+    if name in (None, "latest"):
+        if not found:
+            asked = f"{setting}{name}: " if name else ""
+            raise CheckpointNotFoundError(
+                f"{asked}{run} has no checkpoint in {checkpoints}; train it first, without run.resume: "
+                f"python -m trainer.main --config {run / 'config.yaml'}"
+            )
+        return found[-1]
+    inside = place(checkpoints, int(name)) if name.isdecimal() else checkpoints / name
+    for path in (inside, Path(name)):
+        if (path / "state.json").is_file():
+            return path
+    raise CheckpointNotFoundError(
+        f"{setting}{name}: no such checkpoint; {checkpoints} has {', '.join(path.name for path in found) or 'none'}, "
+        "and a path to a folder step-N will do too"
+    )
+
+
+def report_of(run: Path) -> dict[str, Any] | None:
+    """Read the run's report.json; None before its end. Raises TrainerError where it cannot be read."""
+    file = run / "report.json"
+    try:
+        report: dict[str, Any] = parse_json(read_regular(file))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as failure:
+        raise TrainerError(f"{file} cannot be read: {failure}; remove it, and the run is ended again") from failure
+    return report
+
+
+def place(checkpoints: Path, step: int) -> Path:
+    """Give the path of the checkpoint of a step."""
+    return checkpoints / f"step-{step:08}"
+
+
+def finished(checkpoints: Path) -> list[Path]:
+    """List whole checkpoints, oldest first."""
+    found = [(int(match[1]), path) for path in checkpoints.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def unrelated(checkpoints: Path, resumed: Path) -> list[Path]:
+    """List the checkpoints that a run did not pass on its way to `resumed`, oldest first.
+
+    Those are the checkpoints of later steps, or all where `resumed` is not one of them.
+    """
+    found = finished(checkpoints)
+    way = next((number for number, path in enumerate(found, 1) if path.samefile(resumed)), 0)
+    return found[way:]
+
+
+def remove(checkpoints: Sequence[Path]) -> None:
+    """Remove checkpoints of one folder, given oldest first.
+
+    A kill in between leaves the older ones whole and nothing after them: the newest one goes first, its name at once.
+    """
+    for path in reversed(checkpoints):
+        hidden = path.with_name(f".{path.name}")
+        path.rename(hidden)
+        sync(path.parent)
+        shutil.rmtree(hidden)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def in_the_way(run: Path, resumed: Path | None) -> list[Path]:
+    """List the checkpoints in `run` that a run which starts afresh, or from `resumed`, would take for its own."""
+    checkpoints = run / "checkpoints"
+    return finished(checkpoints) if resumed is None else unrelated(checkpoints, resumed)
+
+
+def check_folder(config: Config, run: Path, resumed: Path | None) -> None:
+    """Refuse a folder that cannot be written to, and one that holds a checkpoint or a report of another run."""
+    resume = config.run.resume
+    with naming_run_dir(config):
+        there = next(each for each in (run, *run.parents) if each.exists())
+        writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        others = in_the_way(run, resumed) if writable else []
+        taken = bool(others) or (resume is None and (run / "report.json").exists())
+    if not writable:
+        raise ConfigError(
+            f"run.dir={config.run.dir}: {there} is not a folder that this user can write to; choose another"
+        )
+    if not taken or config.run.overwrite:
+        return
+    if resume is None:
+        raise ConfigError(
+            f"{run} holds a run already; continue it by run.resume=latest, choose another run.name, "
+            "or replace it by run.overwrite=true"
+        )
+    names = ", ".join(path.name for path in others)
+    raise ConfigError(
+        f"run.resume={resume}: {run} holds checkpoints that do not lead to this one, and would be taken for this "
+        f"run's: {names}; continue from the newest by run.resume=latest, choose another run.name, or remove them by "
+        "run.overwrite=true"
+    )
+
+
+@contextmanager
+def naming_run_dir(config: Config) -> Iterator[None]:
+    """Turn an OSError of the block into a ConfigError that names run.dir."""
+    try:
+        yield
+    except OSError as failure:
+        raise ConfigError(f"run.dir={config.run.dir} cannot be used: {failure}; choose another") from failure
