@@ -66,6 +66,7 @@ def test_recall_on_clusters(kind: IndexKind) -> None:
     assert reached == 1 if kind == "flat" else reached > 0.95
 
 
+@pytest.mark.long
 @kinds
 @pytest.mark.parametrize(
     ("count", "dim", "shared", "norms"),

@@ -43,6 +43,7 @@ def test_the_largest_version_is_the_last_name_that_counts() -> None:
     assert [version_of(name) for name in IMPOSSIBLE] == [None] * len(IMPOSSIBLE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", IMPOSSIBLE)
 @pytest.mark.parametrize("good", [False, True])
 def test_a_file_with_an_impossible_name_is_seen_by_verify_alone_and_put_aside(

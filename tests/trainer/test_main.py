@@ -227,6 +227,7 @@ class TestEnds:
         assert "(2 ranks; all tables" in output and "Traceback" not in output
 
 
+@pytest.mark.long
 def test_interrupt_alone_ends_with_a_checkpoint(places: Places, tmp_path: Path) -> None:
     settings = places.settings(train__epochs=100_000, run__dir=tmp_path, run__name="interrupted")
     command = [sys.executable, "-m", "trainer.main", "--set", *settings]

@@ -96,6 +96,7 @@ def check_verify_finds_flips(store: FeatureStore, kind: str, step: Callable[[Pat
     assert verify(store).problems == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_verify_finds_a_flipped_bit_in_every_kind_of_file(full: FeatureStore, kind: str) -> None:
     check_verify_finds_flips(full, kind, step_of)
@@ -123,6 +124,7 @@ def check_partition_refuses_flips(store: FeatureStore, cache: Path, step: int) -
                 pytest.fail(f"byte {place} of {path}")
 
 
+@pytest.mark.long
 def test_a_partition_refuses_every_flipped_bit_of_what_it_uses(full: FeatureStore, tmp_path: Path) -> None:
     check_partition_refuses_flips(full, tmp_path, 61)
 

@@ -244,6 +244,7 @@ class TestDropout:
 
 
 class TestService:
+    @pytest.mark.long
     @pytest.mark.parametrize("rows", [1, 6, 7, 20])
     @pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32", "float64"])
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])

@@ -25,6 +25,7 @@ def check(index, asked_U, num_shards, owned):
     assert np.array_equal(index.hash_M[place_U] == asked_U, np.isin(asked_U, index.hash_M))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_shards", [1, 2, 64, 1 << 16])
 @pytest.mark.parametrize("num_ranks", [1, 3])
 @pytest.mark.parametrize("count", [1, 2, 500, 20_000])

@@ -30,6 +30,7 @@ def files_of(cache: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("dim", [1, 7, 8, 3000])
 @pytest.mark.parametrize("threads", [1, 3])

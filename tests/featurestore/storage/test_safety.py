@@ -43,6 +43,7 @@ def test_safe_places_pass_the_short_check_and_stay_clean(safe_url: str) -> None:
     assert storage.entries() == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", ["disk", "seaweedfs"])
 def test_processes_race_and_the_command_says_that_all_is_well(
     place: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -150,6 +151,7 @@ def test_a_racer_that_dies_ends_the_check(tmp_path: Path, monkeypatch: pytest.Mo
     assert Storage(tmp_path).entries() == []
 
 
+@pytest.mark.long
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "featurestore", "check-backend", str(tmp_path), "--rounds", "100000"]
     check = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -202,6 +202,7 @@ recode(FeatureStore.open(sys.argv[1]), sys.argv[2], "int8", threads=1)
 """
 
 
+@pytest.mark.long
 def test_kill_9_again_and_again(source: FeatureStore, tmp_path: Path) -> None:
     """Before the store is made, between a shard's file and the note of it, and after the commit."""
     for prefix, writes, num_noted in (("store.json", 0, 0), ("staging/recode/shard", 3, 3), ("reports", 0, 8)):

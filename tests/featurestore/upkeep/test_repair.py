@@ -366,6 +366,7 @@ def repair_until(patch: pytest.MonkeyPatch, store: FeatureStore, num_writes: int
     return True
 
 
+@pytest.mark.long
 def test_killed_before_any_write_it_is_whole_after_the_next_run(
     filled: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ def _match(world: World, day_N: np.ndarray, user_N: np.ndarray, item_N: np.ndarr
     return match_N
 
 
+@pytest.mark.long
 def test_equal_seeds_give_equal_worlds(world: World) -> None:
     again, other = (simulate(world.catalogue, 1200, DAYS, seed, START_S) for seed in (0, 1))
     for part in ("shown", "behaviors", "clicks"):

@@ -125,6 +125,7 @@ def test_a_huge_jpeg_is_decoded_small(huge_jpeg):
     assert_close(colour(huge_jpeg.read_bytes()), (77, 77, 77))
 
 
+@pytest.mark.long
 def test_a_huge_jpeg_needs_little_memory(huge_jpeg):
     script = f"""
 import resource

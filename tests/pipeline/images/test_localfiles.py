@@ -180,6 +180,7 @@ def open_folder(tmp_path_factory: pytest.TempPathFactory, folder: Path):
         parent.chmod(mode)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("locked", "mode", "expected"),
     [

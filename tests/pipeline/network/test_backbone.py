@@ -60,6 +60,7 @@ def class_token(network, pixels_BCHW):
     return network.encoder(torch.cat([network.class_token.expand(len(tokens), -1, -1), tokens], 1))[:, 0]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:weights random")
 @pytest.mark.parametrize(
     ("name", "layers", "arguments"),
@@ -130,6 +131,7 @@ def test_only_the_layers_up_to_the_named_one_are_kept():
     assert all(tensor.is_meta for tensor in kept.state_dict().values())
 
 
+@pytest.mark.long
 def test_a_name_that_is_none_lists_those_that_are_near():
     for name, message in {
         "resnet81:avgpool": "torchvision has no model 'resnet81'; near: resnet18,",
@@ -168,6 +170,7 @@ def test_random_weights_are_seeded(state):
     assert spread == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)  # He et al. 2015
 
 
+@pytest.mark.long
 def test_what_is_neither_weight_nor_norm_is_seeded_too():
     """Tables of positions are drawn by torchvision; what others draw in this process stays as it would be."""
     torch.manual_seed(5)

@@ -75,6 +75,7 @@ def torch_adam(table: Table) -> Callable[[], None]:
 
 
 class TestAdam:
+    @pytest.mark.long
     @pytest.mark.parametrize("seed", [0, 1])
     @pytest.mark.parametrize(
         "settings",

@@ -203,6 +203,7 @@ def fitted_loss(image_products: bool) -> float:
     return float(loss.detach())
 
 
+@pytest.mark.long
 def test_products_let_an_mlp_learn_what_behaviours_and_ad_tell_together() -> None:
     assert fitted_loss(image_products=True) < 0.85 * fitted_loss(image_products=False)
 

@@ -139,6 +139,7 @@ def test_other_shapes_are_named(own: Places, before: Path, parts: str, changes: 
 ONE_POOLING = {"model__pooling": "sum", "model__image_products": False}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("trained_with", "changes", "told"),
     [
@@ -280,6 +281,7 @@ def _other_store(places: Places, kind: str) -> Path:
     return path
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "told"),
     [

@@ -85,6 +85,7 @@ def test_every_value_of_every_sample(samples: tuple[Path, list[pa.Table]]) -> No
         assert len(rows) == len(expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 64, 1_000])
 @pytest.mark.parametrize(("num_ranks", "seed"), [(2, 3), (3, None), (8, 3)])
 def test_ranks_together_have_the_batches_of_one_rank(
