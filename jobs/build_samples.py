@@ -18,7 +18,7 @@ dask-submit -n 8 --threads-per-worker 1 jobs/build_samples.py --logs s3://shop/l
 LONGEST_DAYS = 36_500
 MOST_BEHAVIORS = 1_000_000
 
-app = CommandApp(rich_markup_mode="rich")
+app = CommandApp(rich_markup_mode="rich", may_be_empty=("--user-columns",))
 
 
 @app.command(epilog=EXAMPLES)
@@ -119,4 +119,4 @@ def _split(name: str, split: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_app(app, may_be_empty=("--user-columns",))
+    run_app(app)

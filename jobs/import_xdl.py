@@ -24,6 +24,7 @@ Split = Literal["train", "test", "both"]
 SPLITS = ("train", "test")
 
 app = CommandApp(
+    may_be_empty=("--images", "--sparse", "--dense"),
     no_args_is_help=True,
     rich_markup_mode="rich",
     epilog=EXAMPLES,
@@ -183,4 +184,4 @@ def describe(summary: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_app(app, may_be_empty=("--images", "--sparse", "--dense"))
+    run_app(app)

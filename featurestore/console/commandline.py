@@ -32,14 +32,20 @@ _HELP_INSTEAD = "NoArgsIsHelpError"
 class CommandApp(typer.Typer):
     """A Typer app whose commands end with one line and an exit code instead of a traceback, see `command_end`.
 
-    `stopped` is the line for Ctrl-C; `failures` are classes of errors that are not ours and get a line as well.
+    `stopped` is the line for Ctrl-C; `failures` are classes of errors that are not ours and get a line as well;
+    `may_be_empty` are options for which no value means something.
     """
 
     def __init__(
-        self, *, stopped: str = STOPPED_BY_PERSON, failures: tuple[type[Exception], ...] = (), **options: Any
+        self,
+        *,
+        stopped: str = STOPPED_BY_PERSON,
+        failures: tuple[type[Exception], ...] = (),
+        may_be_empty: Collection[str] = (),
+        **options: Any,
     ) -> None:
         super().__init__(add_completion=False, pretty_exceptions_enable=False, **options)
-        self._stopped, self._failures = stopped, failures
+        self._stopped, self._failures, self.may_be_empty = stopped, failures, may_be_empty
 
     def command(self, *names: Any, **options: Any) -> Callable[[Any], Any]:
         """Add a function to the commands, as Typer does; the function itself stays as it is."""
@@ -74,16 +80,15 @@ def command_end(stopped: str = STOPPED_BY_PERSON, failures: tuple[type[Exception
         raise typer.Exit(STOPPED) from None
 
 
-def run_app(app: typer.Typer, prog: str | None = None, *, may_be_empty: Collection[str] = ()) -> NoReturn:
-    """Run a command with this process's arguments, and exit with its code. `prog`: its name in messages;
-    `may_be_empty`: options for which no value means something.
+def run_app(app: CommandApp, prog: str | None = None) -> NoReturn:
+    """Run a command with this process's arguments, and exit with its code. `prog`: its name in messages.
 
     A wrong argument is one line on stderr, `error: ...`, and exit code 2.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that this terminal cannot show is spelled out
             stream.reconfigure(errors="backslashreplace")
-    _check_text(sys.argv[1:], may_be_empty)
+    _check_text(sys.argv[1:], app.may_be_empty)
     command = cast("click.Command", get_command(app))
     _check_numbers_of(command)
     try:

@@ -7,7 +7,6 @@ that their commit was made, and one of them is lost. Only a race shows the secon
 import contextlib
 import multiprocessing
 import random
-import signal
 import threading
 import time
 import uuid
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
+from featurestore.console.interrupt import interrupt_blocked
 from featurestore.errors import StorageError, UnsafeBackendError
 from featurestore.storage.local import TEMPORARY
 from featurestore.storage.storage import Storage
@@ -62,7 +62,8 @@ def check_backend(
         line: Any = context.Barrier(num_processes)
         try:
             with ProcessPoolExecutor(num_processes, context, _prepare, (line,)) as racers:
-                connected = [racers.submit(_connect, storage) for _ in range(num_processes)]
+                with interrupt_blocked():  # the processes start
+                    connected = [racers.submit(_connect, storage) for _ in range(num_processes)]
                 for each in connected:
                     each.result()
                 return _race(storage, folder, racers, num_processes, num_rounds, progress)
@@ -153,8 +154,6 @@ def _race(
 def _prepare(line: threading.Barrier) -> None:
     """Make this thread or process a racer, which begins when all have come to the line."""
     _mine.line = line
-    if threading.current_thread() is threading.main_thread():  # of a process, whose end is its parent's business
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _connect(storage: Storage) -> None:

@@ -5,12 +5,10 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
-from multiprocessing import resource_tracker
 from pathlib import Path
 
 import dask
@@ -21,6 +19,7 @@ from distributed.comm.core import CommClosedError
 from distributed.comm.core import connect as connect_comm
 from distributed.security import Security
 
+from featurestore.console.interrupt import interrupt_blocked
 from pipeline.cluster.checks import check_address
 from pipeline.errors import SCHEDULER_LOST, ClusterError, MissingCertificatesError, SchedulerUnreachableError
 
@@ -138,7 +137,7 @@ def local_cluster(
     """
     num_workers = workers or 1
     limits = {} if memory_limit is None else {"memory_limit": memory_limit}
-    with dask.config.set(WORKER_CONFIG), _interrupt_blocked():
+    with dask.config.set(WORKER_CONFIG), interrupt_blocked():
         cluster = LocalCluster(
             n_workers=num_workers,
             threads_per_worker=threads_per_worker or max(1, dask.system.CPU_COUNT // num_workers),
@@ -150,18 +149,3 @@ def local_cluster(
         )
     with cluster:
         yield cluster
-
-
-@contextlib.contextmanager
-def _interrupt_blocked() -> Iterator[None]:
-    """Keep SIGINT from threads and processes that start in the block.
-
-    A terminal's ctrl-C goes to every process of the group. The workers must outlive it, so that the job can end in
-    its own way. The mask is inherited by the cluster's thread and by all workers that it starts, later ones too.
-    """
-    resource_tracker.ensure_running()  # multiprocessing would start it with the first worker, and unblock SIGINT
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

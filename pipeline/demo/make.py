@@ -188,8 +188,12 @@ def _draw(out: Path, uris: Sequence[str], garments: list[Garment], drawn: Progre
         (out / "images" / uri).write_bytes(draw_garment(garment))
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(draw, uris, garments):
-            drawn(1)
+        try:
+            for _ in pool.map(draw, uris, garments):
+                drawn(1)
+        except BaseException:  # Ctrl-C too, while all are still being handed over
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _offer(out: Path, uris: Sequence[str]) -> None:

@@ -14,35 +14,33 @@ from unittest import mock
 from featurestore.console.commandline import run_app
 
 ROOT = Path(__file__).parent.parent.parent
-JOBS = (
-    "build_ad_index",
-    "build_samples",
-    "build_semantic_ids",
-    "export_embeddings",
-    "export_ids",
-    "extract_features",
-    "import_features",
-    "import_xdl",
-    "make_demo_data",
-    "refresh_features",
-)
-MODULES = {
-    "featurestore": "featurestore.__main__",
-    "dask-submit": "pipeline.cluster.submit",
-    **{f"trainer.{name}": f"trainer.{name}" for name in ("main", "evaluate")},
-    **{
-        f"trainer.{name}": f"trainer.{name}.__main__"
-        for name in ("compat", "daily", "plan", "experiments", "prerank", "schema")
-    },
-    **{f"jobs/{name}": f"jobs.{name}" for name in JOBS},
-    **{f"benchmarks.{name}": f"benchmarks.{name}" for name in ("extract", "refresh", "plan", "tables", "workload")},
-    **{f"benchmarks.{name}": f"benchmarks.{name}.__main__" for name in ("resume", "train", "store")},
-    "tools/demo": "tools.demo",
+PROGRAMS = {
+    "benchmarks.quality.fuxi",
+    "benchmarks.resume.worker",
+    "benchmarks.store.limit",
+    "benchmarks.train.peer",
+    "tools.commands",
+    "tools.horovod_plan",
+    "tools.settings",
+    "tools.tree",
+    "trainer.plan.collectives",
 }
-"""The first word of a line, and the module whose `app` it calls."""
+"""Programs that other programs start, or that keep this repository in order: no commands of its users."""
 
-MAY_BE_EMPTY = {"jobs/build_samples": ("--user-columns",), "jobs/import_xdl": ("--images", "--sparse", "--dense")}
-"""As the commands themselves say."""
+
+def commands() -> dict[str, str]:
+    """Find all commands: the first word of a line, and the module whose `app` it calls."""
+    found = {"dask-submit": "pipeline.cluster.submit"}
+    for package in ("featurestore", "pipeline", "trainer", "jobs", "benchmarks", "tools"):
+        for file in sorted((ROOT / package).rglob("*.py")):
+            module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+            if '\nif __name__ == "__main__":' in file.read_text(encoding="utf-8") and module not in PROGRAMS:
+                name = module.removesuffix(".__main__")
+                found[name.replace(".", "/") if package in ("jobs", "tools") else name] = module
+    return found
+
+
+COMMANDS = commands()
 
 
 @dataclass(frozen=True)
@@ -79,11 +77,11 @@ def call(words: list[str]) -> Called:
         contextlib.redirect_stderr(err),
     ):
         try:
-            module = importlib.import_module(MODULES[words[0]])
+            module = importlib.import_module(COMMANDS[words[0]])
             if words[0] == "dask-submit":
                 module.main()
             else:
-                run_app(module.app, words[0], may_be_empty=MAY_BE_EMPTY.get(words[0], ()))
+                run_app(module.app, words[0])
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 1
         except BaseException:

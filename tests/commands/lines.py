@@ -68,6 +68,17 @@ FEATURESTORE = [
     (f"featurestore diff {{store}} 1 {HUGE}", 2, HUGE),
     ("featurestore diff {store} a b", 2, ""),
     ("featurestore diff {nanstore} 0 1", 1, "damaged"),
+    *(
+        (f"featurestore {command}", 2, "no store at")
+        for command in (
+            "compact {missing}",
+            "diff {missing} 1 2",
+            "expire {missing}",
+            "pin {missing} a",
+            "restore {missing} 1",
+            "unpin {missing} a",
+        )
+    ),
     ("featurestore restore {store} 12", 2, "no snapshot 12"),
     (f"featurestore restore {{store}} {HUGE}", 2, HUGE),
     ("featurestore pin {store} a/b", 2, "no name of a pin"),
@@ -343,6 +354,10 @@ OTHERS = [
     ("benchmarks.store --rows 1", 2, "--rows"),
     ("benchmarks.store --limit-mb 1", 2, "--limit-mb"),
     ("benchmarks.store --dir {empty}", 1, "{empty}"),
+    ("tools/efficientnet_features --images {missing} --out {new}.npy", 2, "{missing}"),
+    ("tools/efficientnet_features --images {emptydir} --out {new}.npy", 2, "has no images"),
+    ("tools/movielens_logs {missing}", 2, "{missing}"),
+    ("tools/movielens_logs {emptydir}", 1, "MovieLens100k"),
     ("tools/demo --ranks 0", 2, "--ranks"),
     (f"tools/demo --seed {HUGE}", 2, HUGE),
     ("tools/demo --seed x", 2, "--seed"),

@@ -234,6 +234,7 @@ TRAINER = [
     ("trainer.experiments images --semantic-config {list}", 2, ""),
     ("trainer.experiments images --semantic-config {deepyaml}", 2, "too deep"),
     ("trainer.prerank nosuch", 2, "No such command"),
+    ("trainer.prerank search --run {missing} --user 1", 2, "{missing}"),
     ("trainer.prerank eval --run {missing}", 2, "{missing}"),
     ("trainer.prerank eval --run {brackets}", 2, "[/x]"),
     ("trainer.prerank eval --run {run} --index {missing}", 2, ""),

@@ -1,0 +1,175 @@
+"""Every command, found by itself: a quick help, a line for each kind of mistake, and one line for Ctrl-C."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from featurestore.console.commandline import CommandApp
+from tests.commands.calls import COMMANDS, PROGRAMS, ROOT, call, process_of
+from tests.commands.lines import LINES
+
+HEAVY = ("dask", "distributed", "faiss", "matplotlib", "pandas", "pyarrow", "s3fs", "scipy", "sklearn", "torch")
+"""Libraries that take longest to import; a help needs none of them."""
+WITHOUT_PLACES = {"benchmarks.quality", "benchmarks.tables", "tools/demo"}
+"""Commands that read no folder themselves: they draw what they need, or hand their options to other commands."""
+WRITERS = {f"benchmarks.{name}" for name in ("plan", "resume", "store", "train", "workload")} | {
+    "jobs/import_xdl random",
+    "featurestore check-backend",
+}
+"""Commands whose one folder is made where it is not there."""
+FILES = {"file", "described", "semantic", "schema", "mapping", "labels", "codebook", "scheduler_file"}
+"""Parameters that name a file which a person wrote or chose."""
+WRONG_FILES = ("{garbage}", "{list}", "{unknown}", "{deepyaml}", "{empty}", "{pipe}", "{pipe_yaml}", "{wrongshape}")
+
+
+def leaves() -> Iterator[tuple[str, Any]]:
+    """Yield each command with its subcommand, as a line begins, and its click command."""
+    for name, module in COMMANDS.items():
+        if name == "dask-submit":
+            continue
+        command = get_command(importlib.import_module(module).app)
+        subcommands = getattr(command, "commands", {})
+        yield from ((f"{name} {each}", subcommands[each]) for each in subcommands) if subcommands else [(name, command)]
+
+
+LEAVES = dict(leaves())
+
+
+def least_words(command: Any) -> list[str]:
+    """Words for what a command requires, of the right types."""
+    words: list[str] = []
+    for each in command.params:
+        if each.required:
+            value = {"dtype": "int8", "names": "images", "folder": ".", "images": "."}.get(each.name, "3")
+            words += [value] if each.param_type_name == "argument" else [each.opts[0], value]
+    return words
+
+
+def test_what_can_be_started_is_a_command_or_a_known_program() -> None:
+    for name, module in COMMANDS.items():
+        assert name == "dask-submit" or isinstance(importlib.import_module(module).app, CommandApp), name
+    for module in PROGRAMS - {"tools.settings"}:
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+
+
+def test_no_help_loads_a_heavy_library() -> None:
+    script = f"""
+import contextlib, importlib, io, json, sys
+from featurestore.console.commandline import run_app
+found = {{}}
+for line, module in json.loads(sys.argv[1]):
+    sys.argv = [*line.split(), "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        module = importlib.import_module(module)
+        module.main() if line == "dask-submit" else run_app(module.app)
+    assert "Usage" in out.getvalue(), line
+    if heavy := [name for name in {HEAVY} if name in sys.modules]:
+        sys.exit(f"{{line}} --help loads {{heavy}}")
+"""
+    lines = [("dask-submit", COMMANDS["dask-submit"]), *((line, COMMANDS[line.split()[0]]) for line in LEAVES)]
+    command = [sys.executable, "-c", script, json.dumps(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("line", [*LEAVES, "dask-submit"])
+def test_a_wrong_option_is_named(line: str) -> None:
+    called = call([*line.split(), "--no-such-option", "1", "2"])
+    assert (called.code, called.trace) == (2, "") and called.err.startswith("error: ")
+    assert called.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", sorted(set(LEAVES) - WITHOUT_PLACES))
+def test_a_missing_folder_has_a_line(line: str) -> None:
+    """A line of lines.py names a folder that is not there, or one that cannot be made."""
+    place = "{empty}" if line in WRITERS else "{missing}"
+    codes = {code for each, code, _ in LINES if each.startswith(f"{line} ") and place in each}
+    assert codes and codes <= ({1} if line in WRITERS else {1, 2})
+
+
+@pytest.mark.parametrize("line", LEAVES)
+def test_a_wrong_file_has_a_line(line: str) -> None:
+    named = [each for each in LEAVES[line].params if each.name in FILES]
+    wrong = [each for each, _, _ in LINES if each.startswith(f"{line} ") and any(file in each for file in WRONG_FILES)]
+    assert wrong or not named or line in WITHOUT_PLACES
+
+
+@pytest.mark.parametrize("line", LEAVES)
+def test_ctrl_c_is_one_line_and_130(line: str) -> None:
+    """The signal comes when the command's own function begins."""
+    name, *_ = line.split()
+    app = importlib.import_module(COMMANDS[name]).app
+    codes = {each.callback.__wrapped__.__code__ for each in functions(app)}
+
+    def interrupt(frame: FrameType, event: str, _: Any) -> None:
+        if frame.f_code in codes:
+            raise KeyboardInterrupt
+
+    before = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        called = call([*line.split(), *least_words(LEAVES[line])])
+    finally:
+        sys.settrace(before)
+    assert (called.code, called.trace, called.out) == (130, "", ""), called.err
+    assert called.err.startswith("stopped by Ctrl-C") and called.err.count("\n") == 1
+
+
+def functions(app: CommandApp) -> Iterator[Any]:
+    """Yield what typer knows of each command of an app, those of apps in it too."""
+    yield from app.registered_commands
+    for each in app.registered_groups:
+        yield from functions(each.typer_instance)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [
+        ("trainer.main", "trainer.main.load_config"),
+        ("trainer.daily", "trainer.daily.__main__.load_config"),
+        ("trainer.evaluate run", "trainer.evaluation.full.evaluate_run"),
+    ],
+)
+def test_ctrl_c_on_ranks(line: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupt)
+    called = call(line.split())
+    assert (called.code, called.trace, called.err) == (130, "", "stopped by Ctrl-C\n")
+
+
+@pytest.mark.services
+@pytest.mark.parametrize(
+    ("words", "begun"),
+    [
+        (["featurestore", "check-backend", "{}/store", "--rounds", "100000"], "store"),
+        (["jobs/make_demo_data", "--out", "{}/demo", "--items", "6000"], "demo/images"),
+    ],
+)
+def test_ctrl_c_of_a_terminal(words: list[str], begun: str, tmp_path: Path) -> None:
+    """As a terminal does it: SIGINT to the process and to all that it has started."""
+    command = process_of([word.format(tmp_path) for word in words])
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    end = time.monotonic() + 60
+    while not (tmp_path / begun).exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == "" and [line for line in err.splitlines() if line] == ["stopped by Ctrl-C"]
