@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
-from featurestore.console.interrupt import interrupt_blocked
 from featurestore.errors import StorageError, UnsafeBackendError
+from featurestore.storage.interrupt import interrupt_blocked
 from featurestore.storage.local import TEMPORARY
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress

@@ -19,7 +19,7 @@ from distributed.comm.core import CommClosedError
 from distributed.comm.core import connect as connect_comm
 from distributed.security import Security
 
-from featurestore.console.interrupt import interrupt_blocked
+from featurestore.storage.interrupt import interrupt_blocked
 from pipeline.cluster.checks import check_address
 from pipeline.errors import SCHEDULER_LOST, ClusterError, MissingCertificatesError, SchedulerUnreachableError
 
