@@ -58,7 +58,7 @@ class RankPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """The rows of all numbers of ranks, what their efficiency is measured against, and all assumptions."""
 
     title: str
@@ -82,7 +82,7 @@ def build(
     samples_per_day: float,
     assumptions: Sequence[str],
     warnings: Sequence[str] = (),
-) -> Plan:
+) -> TrainingPlan:
     """Make the plan for each of `ranks`; `machines` has one for every number of ranks that share a machine.
 
     `warnings`: lines that come before the advice.
@@ -117,7 +117,7 @@ def build(
             advice.append(
                 f"{row.ranks} ranks are slower than {base_ranks}: they make {speedup:.2g} times its samples/s."
             )
-    return Plan(
+    return TrainingPlan(
         title, base_ranks, samples_per_day, tuple(rows), machines, tuple(dict.fromkeys(advice)), tuple(assumptions)
     )
 

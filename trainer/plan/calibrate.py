@@ -26,7 +26,7 @@ from trainer.config.config import Config, save_config
 from trainer.engine.machine import check_threads
 from trainer.errors import PlanError
 from trainer.exchange.routing import Int64
-from trainer.plan.cost import Machine, NetworkSpeed, Piece, StageCost, StageRates, step_seconds
+from trainer.plan.cost import Machine, NetworkSpeed, StageCost, StageRate, StageRates, step_seconds
 from trainer.plan.sample import LARGEST_MEASURED, PlanQuestion, SampledKeys
 from trainer.samples.columns import rules_of, source_columns
 from trainer.samples.days import name_of
@@ -90,7 +90,7 @@ class Calibration:
         # Decoding has no more threads in a run than here.
         reading = self._sampled.read
         slower = max(1.0, reading.cores / threads)
-        read = Piece(0.0, reading.unit_s * slower, reading.cores / slower)
+        read = StageRate(0.0, reading.unit_s * slower, reading.cores / slower)
         route, gather, embed, worker, rows = (line(small, large, name) for name in _PIECES)
         rates = StageRates(read, route, gather, embed, worker, rows, jitter=min(_MOST_JITTER, large.spread))
         alone = dataclasses.replace(network, ranks_per_machine=processes)
@@ -137,23 +137,23 @@ def timed(reports: Sequence[Mapping[str, Any]], size: int, units: Mapping[str, f
     return TimedSteps(dict(units), seconds, cores, step_s, spread)
 
 
-def line(small: TimedSteps, large: TimedSteps, name: str) -> Piece:
+def line(small: TimedSteps, large: TimedSteps, name: str) -> StageRate:
     """Draw a piece's line through two sizes; all is per unit where it would not grow, or begin below zero."""
     units, seconds = large.units[name], large.seconds[name]
     if units <= small.units[name]:
-        return Piece(seconds if units == 0 else 0.0, seconds / units if units else 0.0, large.cores)
+        return StageRate(seconds if units == 0 else 0.0, seconds / units if units else 0.0, large.cores)
     slope = (seconds - small.seconds[name]) / (units - small.units[name])
     fixed = seconds - slope * units
     if slope <= 0 or fixed < 0:
-        return Piece(0.0, seconds / units, large.cores)
-    return Piece(fixed, slope, large.cores)
+        return StageRate(0.0, seconds / units, large.cores)
+    return StageRate(fixed, slope, large.cores)
 
 
 def interference(measured: TimedSteps, machine: Machine) -> float:
     """Divide a measured step by what its stages let expect on a machine that is as full as this one was."""
     stages: dict[str, StageCost] = {}
     for name, units in measured.units.items():
-        piece: Piece = getattr(machine.rates, name)
+        piece: StageRate = getattr(machine.rates, name)
         stages[name] = StageCost(piece.seconds(units), piece.seconds(units) * piece.cores)
     # The runs wait for nobody: the expected time is that of ranks without a wire, and without jitter among them.
     calm = dataclasses.replace(machine, rates=dataclasses.replace(machine.rates, jitter=0.0))

@@ -50,7 +50,7 @@ class BatchCounts:
 
 
 @dataclass(frozen=True)
-class Piece:
+class StageRate:
     """A stage of the step, timed at two sizes: a constant and so much per unit; `cores` were busy meanwhile."""
 
     fixed_s: float
@@ -66,17 +66,17 @@ class Piece:
 class StageRates:
     """The stages of one rank without other ranks, measured with the machine as full as it will be."""
 
-    read: Piece
+    read: StageRate
     """Per sample decoded: Parquet to a batch."""
-    route: Piece
+    route: StageRate
     """Per sample of the rank: unique, owners, unique again, everything of the key exchange but its wire."""
-    gather: Piece
+    gather: StageRate
     """Per image: its feature out of the mapped store."""
-    embed: Piece
+    embed: StageRate
     """Per image: E, forward and backward."""
-    worker: Piece
+    worker: StageRate
     """Per sample of the rank: worker model forward and backward, the way from unique vectors to the batch and back."""
-    rows: Piece
+    rows: StageRate
     """Per unique id: its vector, and its step of Adam."""
     jitter: float = 0.0
     """Standard deviation of a rank's step over its mean: every step waits for the slowest rank."""
@@ -272,7 +272,7 @@ def _sent(
     }
 
 
-def _stage(piece: Piece, units: float) -> StageCost:
+def _stage(piece: StageRate, units: float) -> StageCost:
     seconds = piece.seconds(units)
     return StageCost(seconds, seconds * piece.cores)
 

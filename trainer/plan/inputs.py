@@ -12,8 +12,8 @@ from trainer.config.options import Count
 from trainer.config.validate import Section, validated
 from trainer.errors import ConfigError
 from trainer.files import read_mapping
-from trainer.plan.build import FEATURE_ITEM_BYTES, Plan, StoredBytes, build
-from trainer.plan.cost import BatchCounts, Machine, NetworkSpeed, Piece, StageRates, Widths, step_cost
+from trainer.plan.build import FEATURE_ITEM_BYTES, StoredBytes, TrainingPlan, build
+from trainer.plan.cost import BatchCounts, Machine, NetworkSpeed, StageRate, StageRates, Widths, step_cost
 from trainer.plan.draws import KeyPopulation
 from trainer.plan.growth import Curve, Point
 
@@ -121,7 +121,7 @@ def load_input(path: Path) -> PlanInput:
     return validated(PlanInput, read_mapping(path, "--input ", ConfigError), str(path), ConfigError)
 
 
-def plan_input(described: PlanInput) -> Plan:
+def plan_input(described: PlanInput) -> TrainingPlan:
     """Make the plan of what the file says; efficiency is against its smallest number of ranks."""
     machine, known, network = described.machine(), described.reference, described.network
     derived = (
@@ -155,8 +155,8 @@ def bytes_per_s(speed: str) -> float:
 
 def _image_bound(per_image_s: float, jitter: float) -> StageRates:
     """Return the rates of a node of which only the time per image is known."""
-    nothing = Piece(0.0, 0.0, 0.0)
-    embed = Piece(0.0, per_image_s, 0.0)
+    nothing = StageRate(0.0, 0.0, 0.0)
+    embed = StageRate(0.0, per_image_s, 0.0)
     return StageRates(nothing, nothing, nothing, embed, nothing, nothing, jitter)
 
 
@@ -171,7 +171,7 @@ def _sensitivity(described: PlanInput, stored: StoredBytes) -> list[str]:
     return lines
 
 
-def _built(described: PlanInput, stored: StoredBytes, assumptions: list[str]) -> Plan:
+def _built(described: PlanInput, stored: StoredBytes, assumptions: list[str]) -> TrainingPlan:
     return build(
         title=described.title,
         counts_of=described.counts,

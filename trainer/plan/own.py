@@ -16,7 +16,7 @@ from trainer.ids.optimizers import state_of
 from trainer.ids.tables import owned_bytes
 from trainer.models.build import build_model
 from trainer.models.fields import used_fields, width_of
-from trainer.plan.build import Plan, StoredBytes, build
+from trainer.plan.build import StoredBytes, TrainingPlan, build
 from trainer.plan.calibrate import Calibration, is_large
 from trainer.plan.cost import Machine, Widths
 from trainer.plan.sample import PlanQuestion, SampledKeys, sample
@@ -28,7 +28,7 @@ _DAY = re.compile(r"day=(\d{4}-\d{2}-\d{2})")
 Say = Callable[[str], None]
 
 
-def plan_own(config: Config, question: PlanQuestion, say: Say) -> Plan:
+def plan_own(config: Config, question: PlanQuestion, say: Say) -> TrainingPlan:
     """Draw batches, measure this machine, and make the plan. Raises TrainerError, FeatureStoreError."""
     question.check()
     busy = busy_machine(os.getloadavg()[0], len(os.sched_getaffinity(0)))

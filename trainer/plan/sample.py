@@ -14,7 +14,7 @@ from trainer.engine.wiring import model_name, table_shapes
 from trainer.errors import ConfigError
 from trainer.exchange.routing import Int64
 from trainer.models.fields import used_fields
-from trainer.plan.cost import BatchCounts, Piece, decoded_samples
+from trainer.plan.cost import BatchCounts, StageRate, decoded_samples
 from trainer.plan.draws import DrawnSamples, KeyPopulation, population
 from trainer.runs.known_statistics import with_rough_statistics
 from trainer.runs.stores import store_places
@@ -78,7 +78,7 @@ class SampledKeys:
     id_vector_floats: float
     image_keys_U: Int64
     """Keys of the first batches, for a store in the place of one too large."""
-    read: Piece
+    read: StageRate
     """Per sample decoded, from Parquet to a batch."""
     window_samples: float
     """Of one window of the shuffle."""
@@ -136,6 +136,6 @@ def sample(config: Config, question: PlanQuestion) -> SampledKeys:
         ids=population(ids, sizes, float("inf")),
         id_vector_floats=float(np.average(widths_T, weights=unique_T)) if sum(unique_T) else 0.0,
         image_keys_U=np.unique(np.concatenate(first)),
-        read=Piece(0.0, read_s / decoded, read_cpu_s / read_s),
+        read=StageRate(0.0, read_s / decoded, read_cpu_s / read_s),
         window_samples=window_samples,
     )

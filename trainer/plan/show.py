@@ -8,11 +8,11 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from featurestore.console.output import print_table, text_console
-from trainer.plan.build import Plan
+from trainer.plan.build import TrainingPlan
 from trainer.plan.cost import DESIGNS
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: TrainingPlan) -> dict[str, Any]:
     """Return everything in the plan as plain values; `ranks` maps each number of ranks to its row."""
     rows = {
         str(row.ranks): {
@@ -47,7 +47,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def show(plan: Plan) -> None:
+def show(plan: TrainingPlan) -> None:
     """Print tables of counts, memory, bytes and times, then what to choose and what was taken for granted."""
     console = text_console()
     console.print(plan.title, style="bold")
@@ -77,7 +77,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:,.3g} h"
 
 
-def _counts(plan: Plan) -> Table:
+def _counts(plan: TrainingPlan) -> Table:
     table = _table("A global batch (~ is extrapolated)", "ranks", "samples", "images", "of a rank", "images used")
     for name in ("busiest owner", "ids", "ids of a rank"):
         table.add_column(name, justify="right")
@@ -96,14 +96,14 @@ def _counts(plan: Plan) -> Table:
     return table
 
 
-def _stored(plan: Plan) -> Table:
+def _stored(plan: TrainingPlan) -> Table:
     table = _table("Features of a rank, by dtype of the store", "ranks", *plan.rows[0].stored, "with ID rows, as it is")
     for row in plan.rows:
         table.add_row(str(row.ranks), *(size(value) for value in row.stored.values()), size(row.rank_bytes))
     return table
 
 
-def _bytes(plan: Plan) -> Table:
+def _bytes(plan: TrainingPlan) -> Table:
     parts = list(dict.fromkeys(part for row in plan.rows for cost in row.costs.values() for part in cost.bytes_by_part))
     table = _table("Bytes of a step, out of each rank; samples are read, not sent", "ranks", "design", *parts, "sent")
     table.columns[1].justify = "left"
@@ -115,7 +115,7 @@ def _bytes(plan: Plan) -> Table:
     return table
 
 
-def _times(plan: Plan) -> Table:
+def _times(plan: TrainingPlan) -> Table:
     against = f"efficiency against its own {plan.base_ranks}"
     table = _table("Time", "ranks", "design", "step", "samples/s", f"a day of {plan.samples_per_day:,.0f}", against)
     table.columns[1].justify = "left"
@@ -127,7 +127,7 @@ def _times(plan: Plan) -> Table:
     return table
 
 
-def _stages(plan: Plan) -> Table:
+def _stages(plan: TrainingPlan) -> Table:
     names = list(plan.rows[0].costs["exchange"].stages)
     table = _table("Stages of a step of the exchange, each by itself", "ranks", *names)
     for row in plan.rows:

@@ -1,6 +1,6 @@
 """Counts, widths and a machine of round numbers, for costs by hand."""
 
-from trainer.plan.cost import BatchCounts, KeyCounts, Machine, NetworkSpeed, Piece, StageRates, Widths
+from trainer.plan.cost import BatchCounts, KeyCounts, Machine, NetworkSpeed, StageRate, StageRates, Widths
 
 COUNTS = BatchCounts(
     samples=1000,
@@ -11,12 +11,12 @@ COUNTS = BatchCounts(
 )
 WIDTHS = Widths(feature_bytes=8192, image_vector_bytes=48, id_vector_bytes=48.0, dense_bytes=4_000_000)
 RATES = StageRates(
-    read=Piece(0.0, 1e-5),
-    route=Piece(0.001, 2e-6),
-    gather=Piece(0.0, 1e-6),
-    embed=Piece(0.01, 2e-5),
-    worker=Piece(0.002, 1e-5),
-    rows=Piece(0.0, 1e-7),
+    read=StageRate(0.0, 1e-5),
+    route=StageRate(0.001, 2e-6),
+    gather=StageRate(0.0, 1e-6),
+    embed=StageRate(0.01, 2e-5),
+    worker=StageRate(0.002, 1e-5),
+    rows=StageRate(0.0, 1e-7),
 )
 NETWORK = NetworkSpeed(call_s=1e-3, latency_s=1e-4, link_bytes_per_s=1e9, local_bytes_per_s=5e9)
 MACHINE = Machine(RATES, NETWORK, cores=8)

@@ -10,7 +10,7 @@ from featurestore.keys import owner_of, shard_of
 from tests.trainer.plan.machine import COUNTS, MACHINE, NETWORK, RATES, WIDTHS
 from trainer.comm import SoloComm
 from trainer.plan.build import even_shards
-from trainer.plan.cost import Piece, bytes_by_part, decoded_samples, highest_of, owner_skew, step_cost
+from trainer.plan.cost import StageRate, bytes_by_part, decoded_samples, highest_of, owner_skew, step_cost
 from trainer.samples.columns import decode
 from trainer.samples.reader import SampleReader, open_index
 from trainer.schema import load_schema
@@ -46,7 +46,7 @@ class TestCost:
         assert cost.seconds == pytest.approx(embed + worker + rows + 2 * vectors + dense)
         assert cost.samples_per_s == pytest.approx(1000 / cost.seconds)
         assert cost.stages["keys"].seconds == pytest.approx(1e-3 + 3e-4 + 1.1 * 8 * 0.75 * 3000 / 1e9)
-        slow_reader = dataclasses.replace(RATES, read=Piece(0.0, 1e-3))
+        slow_reader = dataclasses.replace(RATES, read=StageRate(0.0, 1e-3))
         assert step_cost("exchange", COUNTS, WIDTHS, dataclasses.replace(MACHINE, rates=slow_reader)).seconds == 0.3
 
     def test_ranks_of_a_machine_share_its_cores_and_its_link(self) -> None:

@@ -21,7 +21,7 @@ from trainer.plan import calibrate
 from trainer.plan.__main__ import app
 from trainer.plan.build import RankPlan, StoredBytes, advise, build
 from trainer.plan.calibrate import TimedSteps, interference, line, timed
-from trainer.plan.cost import DESIGNS, BatchCounts, Design, KeyCounts, Piece, StepCost
+from trainer.plan.cost import DESIGNS, BatchCounts, Design, KeyCounts, StageRate, StepCost
 from trainer.plan.inputs import PAPER, bytes_per_s, load_input, plan_input
 from trainer.plan.own import busy_machine
 from trainer.plan.sample import PlanQuestion, sample
@@ -190,9 +190,9 @@ class TestMeasuring:
     def test_line_through_two_sizes(self) -> None:
         small = TimedSteps({"embed": 100.0, "rows": 0.0}, {"embed": 0.3, "rows": 0.0}, 1.5, 1.0, 0.0)
         large = TimedSteps({"embed": 300.0, "rows": 0.0}, {"embed": 0.5, "rows": 0.0}, 2.0, 1.0, 0.0)
-        assert line(small, large, "embed") == Piece(pytest.approx(0.2), pytest.approx(0.001), 2.0)
-        assert line(small, large, "rows") == Piece(0.0, 0.0, 2.0)
-        assert line(large, large, "embed") == Piece(0.0, pytest.approx(0.5 / 300), 2.0)
+        assert line(small, large, "embed") == StageRate(pytest.approx(0.2), pytest.approx(0.001), 2.0)
+        assert line(small, large, "rows") == StageRate(0.0, 0.0, 2.0)
+        assert line(large, large, "embed") == StageRate(0.0, pytest.approx(0.5 / 300), 2.0)
 
     def test_interference_is_the_step_over_its_stages(self) -> None:
         units = {"read": 100.0, "route": 100.0, "gather": 50.0, "embed": 50.0, "worker": 100.0, "rows": 10.0}
