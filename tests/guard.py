@@ -8,6 +8,10 @@ from pathlib import PurePath
 import pytest
 
 PROGRAMS = {"horovodrun", "dask", "dask-submit", "weed", "moto_server"}
+JOBS = {
+    f"{name}.py" for name in ("build_samples", "extract_features", "import_features", "import_xdl", "refresh_features")
+}
+"""Those that start a cluster of their own."""
 
 
 class Guard:
@@ -41,10 +45,10 @@ class Guard:
 
 
 def service_of(command: Sequence[str | bytes | os.PathLike] | str | bytes) -> str | None:
-    """Name what a command line starts, e.g. "horovodrun" or, of a job, its script; None where it starts none."""
+    """Name the service that a command line starts, e.g. "horovodrun" or a job's script; None where it starts none."""
     if isinstance(command, str | bytes):
         return None
     words = [PurePath(os.fsdecode(word)) for word in command]
     programs = [word.name for word in words[:2] if word.name in PROGRAMS]
-    jobs = [word.name for word in words if word.parent.name == "jobs" and word.suffix == ".py"]
+    jobs = [word.name for word in words[:2] if word.parent.name == "jobs" and word.name in JOBS]
     return next(iter([*programs, *jobs]), None)
