@@ -18,6 +18,7 @@ from trainer.config.config import load_config
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+LETTERS = {"keys_U", "feature_QD"}  # examples of names of arrays
 FOLDERS = "|".join(("featurestore", "pipeline", "trainer", "jobs", "benchmarks", "tools", "tests", "docs"))
 
 
@@ -68,8 +69,19 @@ def test_links_lead_to_a_page_and_a_section(name: str) -> None:
             assert not section or section in anchors(other), target
 
 
-def test_pages_stay_short() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+@pytest.mark.parametrize(("name", "most_lines"), [("README.md", 200), ("docs/CODE.md", 150)])
+def test_pages_stay_short(name: str, most_lines: int) -> None:
+    assert len((ROOT / name).read_text().splitlines()) <= most_lines
+
+
+def test_classes_and_functions_of_the_walks_are_there() -> None:
+    named = re.findall(r"`((?:_?[A-Z]\w*|[a-z]+_\w+|[A-Z]\w*\.\w+))`", (ROOT / "docs" / "CODE.md").read_text())
+    files = [path for part in FOLDERS.split("|") for path in (ROOT / part).rglob("*.py")]
+    code = "\n".join(path.read_text() for path in files)
+    known = set(re.findall(r"^ *(?:class|def) (\w+)|^(\w+) = ", code, re.MULTILINE))
+    known_names = {name for pair in known for name in pair} | {path.stem for path in files} | LETTERS
+    assert len(named) > 20
+    assert not [name for name in named if not known_names.issuperset(name.split("."))]
 
 
 def test_the_readme_links_every_page() -> None:
