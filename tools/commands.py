@@ -25,7 +25,8 @@ HEAD = """# Commands
 
 Written by `python tools/commands.py` from the commands' own help; `make lint` checks it. Jobs also run under
 `dask-submit` (on several processes or machines), and the trainer's commands under `horovodrun -np P` (on P ranks).
-Exit codes of all: 0 done, 1 failed or found a problem, 2 a mistake in what was typed, 130 stopped by a signal.
+Exit codes: 0 done, 1 failed or found a problem, 2 the command line is wrong or names something that is not there, 130
+stopped by a signal.
 """
 
 
