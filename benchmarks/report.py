@@ -11,6 +11,7 @@ from rich.table import Table
 
 from featurestore.console.files import write_json
 from featurestore.console.output import print_table, text_console
+from featurestore.errors import UserError
 
 Figure = float | int | str | bool | None
 
@@ -62,9 +63,9 @@ def _writable(path: Path | None) -> Path | None:
             with tempfile.TemporaryFile(dir=path.parent):
                 pass
         except OSError as error:
-            raise typer.BadParameter(f"{path} cannot be written: {error}") from error
+            raise UserError(f"cannot write --json {path}: {error}") from error
         if path.is_dir():
-            raise typer.BadParameter(f"{path} is a folder")
+            raise UserError(f"cannot write --json {path}: it is a folder")
     return path
 
 

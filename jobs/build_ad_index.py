@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurestore.commands.common import progress_bar
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.progress import progress_bar
 from featurestore.spec import IndexKind
 from trainer.cli import WhichCheckpoint
 from trainer.prerank import MAX_GONE, MIN_RECALL

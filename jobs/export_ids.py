@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from featurestore.commands.common import progress_bar
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.progress import progress_bar
 from trainer.cli import WhichCheckpoint, check_ending
 
 EXAMPLES = """Examples:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.progress import progress
+from featurestore.console.progress import progress_bar
 from pipeline.xdl.draw import IMAGE_FOLDER, TEXT_FILE, DrawOptions, draw
 from trainer.schema.text import SETTINGS_FILE
 
@@ -132,8 +132,8 @@ def export_images(
     from pipeline.xdl.images import export_images as write_records
 
     snapshot = FeatureStore.open(store).snapshot(version)
-    with progress("writing images", snapshot.num_rows) as advance:
-        count = write_records(snapshot, to, advance)
+    with progress_bar("writing images", snapshot.num_rows) as bar:
+        count = write_records(snapshot, to, bar.advance)
     typer.echo(f"images       {count:,} of snapshot {snapshot.version}\nfolder       {to}")
 
 
@@ -152,8 +152,8 @@ def random(
             f"{ids} is more than --images {image_count}: keys would have no image", param_hint="--ids"
         )
     sizes = DrawOptions(num_lines=lines, num_images=image_count, dim=dim, num_ids=ids, seed=seed)
-    with progress("drawing images", image_count) as advance:
-        draw(sizes, out, advance)
+    with progress_bar("drawing images", image_count) as bar:
+        draw(sizes, out, bar.advance)
     typer.echo(
         f"samples      {lines:,} lines: {out / TEXT_FILE}\n"
         f"images       {image_count:,} of {dim:,} numbers: {out / IMAGE_FOLDER}"

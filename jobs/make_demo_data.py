@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.progress import progress
+from featurestore.console.progress import progress_bar
 from pipeline.demo.options import DemoOptions, Taste
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ def main(
         taste=taste,
         force=force,
     )
-    with progress("measuring" if images else "drawing", options.items) as advance:
-        summary = make_demo(options, advance)
+    with progress_bar("measuring" if images else "drawing", options.items) as bar:
+        summary = make_demo(options, bar.advance)
     typer.echo(describe(options, summary))
 
 

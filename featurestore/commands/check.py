@@ -6,8 +6,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from featurestore.commands.common import DryRun, Url, progress_bar
+from featurestore.commands.common import DryRun, Url
 from featurestore.console.commandline import CommandApp
+from featurestore.console.progress import progress_bar
 from featurestore.errors import UnsafeBackendError
 
 app = CommandApp()
@@ -58,7 +59,7 @@ def _verify_cache(place: str | None) -> NoReturn:
     from featurestore.upkeep.cachecheck import verify_cache
 
     folder = Path(place) if place else default_cache_dir()
-    with progress_bar() as progress:
+    with progress_bar("shards") as progress:
         report = verify_cache(folder, progress)
     for problem in report.problems:
         sys.stderr.write(f"broken: {problem}\n")

@@ -1,7 +1,6 @@
 """What the commands share: options, a progress bar, tables."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,12 +41,3 @@ def print_table(names: Sequence[str], rows: Iterable[Sequence[str]], numbers: Co
     for row in rows:
         table.add_row(*row)
     output.print_table(output.text_console(), table)
-
-
-@contextmanager
-def progress_bar(things: str = "shards") -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, where that is a terminal: call what comes out with the `things` done, and all of them."""
-    console = output.text_console(stderr=True)
-    with output.progress_bars(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(things)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

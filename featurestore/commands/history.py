@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.filesize import decimal as bytes_text
 
-from featurestore.commands.common import DryRun, Url, print_table, progress_bar
+from featurestore.commands.common import DryRun, Url, print_table
 from featurestore.console.commandline import CommandApp
+from featurestore.console.progress import progress_bar
 
 if TYPE_CHECKING:
     from featurestore.upkeep.compaction import CompactReport
@@ -61,7 +62,7 @@ def diff(
     from featurestore.store import FeatureStore
     from featurestore.upkeep.history import diff as diff_snapshots
 
-    with progress_bar() as progress:
+    with progress_bar("shards") as progress:
         found = diff_snapshots(FeatureStore.open(url), before, after, progress)
     if keys:
         for sign, rows in (("+", found.added), ("~", found.changed), ("-", found.removed)):
@@ -127,7 +128,7 @@ def compact(
     from featurestore.store import FeatureStore
     from featurestore.upkeep.compaction import compact as compact_store
 
-    with progress_bar() as progress:
+    with progress_bar("shards") as progress:
         report = compact_store(
             FeatureStore.open(url), shards=shard, force=force, threads=threads, dry_run=dry_run, progress=progress
         )

@@ -5,9 +5,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from featurestore.commands.common import Version, progress_bar
+from featurestore.commands.common import Version
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_table, text_console
+from featurestore.console.progress import progress_bar
 from featurestore.spec import SAMPLE_ROWS, DType
 
 app = CommandApp()
@@ -34,7 +35,7 @@ def recode(
     from featurestore.store import FeatureStore
     from featurestore.upkeep.recode import recode as recode_store
 
-    with progress_bar() as progress:
+    with progress_bar("shards") as progress:
         report = recode_store(
             FeatureStore.open(source), target, dtype, version=version, sample_rows=sample, progress=progress
         )

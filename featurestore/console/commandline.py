@@ -1,6 +1,13 @@
 """How every command starts and ends: arguments that are text, numbers that are finite, one line for each mistake.
 
-Exit codes: 0 done, 1 something went wrong, 2 what was typed is wrong, 130 stopped by Ctrl-C.
+Exit codes:
+0    done
+1    something went wrong, or a check has found a problem: a file is damaged, of another kind or cannot be written, the
+     disk is full, a server does not answer
+2    what was typed is wrong, here or in a file of settings: an option is unknown or out of range, does not go with
+     another, or names what is not there: a store, a snapshot, a run, a checkpoint, a folder, or one with nothing of the
+     kind in it
+130  stopped by Ctrl-C or another signal
 """
 
 import functools
@@ -92,9 +99,12 @@ def run_app(app: CommandApp, prog: str | None = None) -> NoReturn:
     command = cast("click.Command", get_command(app))
     _check_numbers_of(command)
     try:
-        code = command.main(None, prog, standalone_mode=False)
+        with command_end():  # of what is checked before the command's own function begins
+            code = command.main(None, prog, standalone_mode=False)
     except _ROOT_ERROR as error:
         sys.exit(tell_usage(error))
+    except typer.Exit as end:
+        code = end.exit_code
     except typer.Abort:
         sys.exit(STOPPED)
     sys.exit(code if isinstance(code, int) else OK)

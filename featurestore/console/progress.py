@@ -1,46 +1,50 @@
-"""How far a job is: a bar on a terminal, a line now and then in a log."""
+"""How far a command is: a bar on a terminal, a line now and then in a log."""
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 
 from featurestore.console.output import progress_bars, text_column, text_console
 
 LINE_EVERY_S = 10.0
 
-Advance = Callable[[int], None]
+
+class ProgressBar:
+    """One bar: `advance` it by what was finished since, or call it with all that is finished, and the total."""
+
+    def __init__(self, bars: Progress, title: str, total: int, done: int) -> None:
+        self._bars, self._title, self._total, self._done = bars, title, total, done
+        self._task: TaskID | None = None
+        self._started_s = self._shown_s = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        """Show `count` more of the total."""
+        self(self._done + count, self._total)
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` are finished."""
+        if self._bars.disable:
+            self._print_line(done, total)
+        elif self._task is None:
+            self._task = self._bars.add_task(self._title, total=total, completed=done)
+        else:
+            self._bars.update(self._task, completed=done, total=total)
+        self._done, self._total = done, total
+
+    def _print_line(self, done: int, total: int) -> None:
+        now_s = time.monotonic()
+        if now_s - self._shown_s >= LINE_EVERY_S or (done >= total > self._done and self._shown_s > self._started_s):
+            self._shown_s = now_s
+            print(f"{self._title}: {done:,} of {total:,}", file=sys.stderr, flush=True)
 
 
 @contextmanager
-def progress(title: str, total: int, done: int = 0) -> Iterator[Advance]:
-    """Gives a function that takes how many of `total` were finished since its last call. Writes to stderr.
-
-    Nothing to do is nothing to show.
-    """
-    if not total:
-        yield lambda count: None
-        return
+def progress_bar(title: str, total: int = 0, done: int = 0) -> Iterator[ProgressBar]:
+    """Give a bar on stderr, which goes with the block; in a log a line every 10 s, and none of what is quick."""
     console = text_console(stderr=True)
-    if not console.is_terminal:
-        yield _lines(title, total, done)
-        return
     columns = (text_column(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with progress_bars(*columns, console=console) as bar:
-        task = bar.add_task(title, total=total, completed=done)
-        yield lambda count: bar.advance(task, count)
-
-
-def _lines(title: str, total: int, done: int) -> Advance:
-    state = {"done": done, "shown_s": time.monotonic()}
-
-    def advance(count: int) -> None:
-        state["done"] += count
-        now_s = time.monotonic()
-        if now_s - state["shown_s"] >= LINE_EVERY_S or state["done"] >= total:
-            state["shown_s"] = now_s
-            print(f"{title}: {state['done']:,} of {total:,}", file=sys.stderr, flush=True)
-
-    return advance
+    with progress_bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        yield ProgressBar(bars, title, total, done)

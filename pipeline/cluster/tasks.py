@@ -7,7 +7,7 @@ from typing import Any
 from dask.typing import Key
 from distributed import Client, Future, KilledWorker, as_completed
 
-from featurestore.console.progress import progress
+from featurestore.console.progress import progress_bar
 from featurestore.errors import InvalidRowsError, KeyCollisionError
 from pipeline.errors import SCHEDULER_LOST, ClusterError, PipelineError
 
@@ -60,7 +60,7 @@ def run_all(
     Raises as `run_tasks`; ClusterError with `advice` where workers die again and again.
     """
     results: list[Any] = [None] * len(calls)
-    with progress(title, len(calls)) as advance:
+    with progress_bar(title, len(calls)) as bar:
         for place, result in run_tasks(client, function, calls):
             if isinstance(result, Killed):
                 raise ClusterError(
@@ -68,7 +68,7 @@ def run_all(
                     f" memory; {advice}"
                 )
             results[place] = result
-            advance(1)
+            bar.advance(1)
     return results
 
 

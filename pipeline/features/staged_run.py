@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from distributed import Client
 
-from featurestore.console.progress import progress
+from featurestore.console.progress import progress_bar
 from featurestore.quarantine import QuarantineRow
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
@@ -36,9 +36,9 @@ def digest_all(client: Client, refs: Sequence[ImageRef]) -> dict[int, bytes]:
     """Hash the bytes of each image by xxh3-128, by key; empty or missing where it cannot be read."""
     chunks = [refs[i : i + DIGESTS_PER_TASK] for i in range(0, len(refs), DIGESTS_PER_TASK)]
     digests: dict[int, bytes] = {}
-    with progress("comparing", len(refs)) as advance:
+    with progress_bar("comparing", len(refs)) as bar:
         for index, found in run_tasks(client, digest_images, [(chunk,) for chunk in chunks]):
-            advance(len(chunks[index]))
+            bar.advance(len(chunks[index]))
             if not isinstance(found, Killed):  # then equal images are computed twice, and equally
                 digests |= {ref.key: digest for ref, digest in zip(chunks[index], found, strict=True)}
     return digests
@@ -80,17 +80,17 @@ class ImageRun(StoreRun):
             before()
         work = check_part if self.is_dry else extract_part
         suspects = []
-        with progress("decoding" if self.is_dry else "extracting", len(refs), len(covered)) as advance:
+        with progress_bar("decoding" if self.is_dry else "extracting", len(refs), len(covered)) as bar:
             calls = [(self._settings, part.name, part.refs) for part in waiting]
             for index, report in run_tasks(self.client, work, calls):
                 if isinstance(report, Killed):
                     suspects.append(waiting[index])
                     continue
                 reports.append(report)
-                advance(len(waiting[index].refs))
+                bar.advance(len(waiting[index].refs))
             for part in suspects:
                 reports.append(self._compute_suspect(work, part))
-                advance(len(part.refs))
+                bar.advance(len(part.refs))
         self.parts += [part.name for part in waiting]
         self.num_rows += sum(report.num_rows for report in reports)
         return reports
@@ -104,11 +104,11 @@ class ImageRun(StoreRun):
             return
         waiting = [part for part in parts if part.name not in self.staged]
         calls = [(self.store, self.run_id, part.name, self.snapshot.version, part.copies) for part in waiting]
-        with progress("copying", sum(len(part.copies) for part in waiting)) as advance:
+        with progress_bar("copying", sum(len(part.copies) for part in waiting)) as bar:
             for index, done in run_tasks(self.client, copy_part, calls):
                 if isinstance(done, Killed):
                     raise StoreRunError("copying rows brings the workers down: try a smaller --part-size")
-                advance(len(waiting[index].copies))
+                bar.advance(len(waiting[index].copies))
 
     def _taken_over(self, refs: Iterable[ImageRef]) -> tuple[list[PartReport], set[int]]:
         """Load the reports of staged parts whose images are all among `refs`, unchanged; and these images' keys.

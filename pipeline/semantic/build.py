@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.console.files import write_json
-from featurestore.console.progress import progress
+from featurestore.console.progress import progress_bar
 from featurestore.store import FeatureStore
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples.publish import MARK, replaced_folder
@@ -60,8 +60,8 @@ def build_semantic_ids(options: SemanticOptions) -> dict[str, Any]:
     with replaced_folder(options.out, "semantic IDs") as folder:
         codebook = _codebook(vectors, options)
         (folder / books.FILE).write_bytes(codebook.to_bytes())
-        with progress("assigning codes", vectors.num_parts) as advance:
-            assigned = assign(vectors, codebook, folder / FOLDER, advance)
+        with progress_bar("assigning codes", vectors.num_parts) as bar:
+            assigned = assign(vectors, codebook, folder / FOLDER, bar.advance)
         rewritten: RewrittenSamples | None = None
         if options.samples and schema:
             rewritten = rewrite(options.samples, folder, image_columns(schema, options.store_name), assigned.index)

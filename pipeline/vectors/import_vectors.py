@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from distributed import Client
 
-from featurestore.console.progress import progress
+from featurestore.console.progress import progress_bar
 from featurestore.keys import Int64Array
 from featurestore.spec import DType, ExtractorSpec
 from featurestore.store import FeatureStore
@@ -218,7 +218,7 @@ class ImportRun(StoreRun):
         calls = [(self.store, version, self.run_id, name, units[name], self._rows, contested) for name in names]
         num_rows = sum(piece.num_rows for slices in units.values() for piece in slices)
         reports: dict[str, UnitReport] = {}
-        with progress("reading again" if len(contested) else "reading", num_rows) as advance:
+        with progress_bar("reading again" if len(contested) else "reading", num_rows) as bar:
             for place, report in run_tasks(self.client, stage_unit, calls):
                 done = run_alone(self.client, stage_unit, *calls[place]) if isinstance(report, Killed) else report
                 if isinstance(done, Killed):
@@ -227,7 +227,7 @@ class ImportRun(StoreRun):
                         " a smaller --part-size"
                     )
                 reports[names[place]] = done
-                advance(done.num_rows)
+                bar.advance(done.num_rows)
         return reports
 
 

@@ -202,5 +202,5 @@ class TestRefusals:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr("trainer.runs.open.save_config", refuse)
-        with pytest.raises(ConfigError, match=r"run\.dir=.* cannot be used: .*No space left"):
+        with pytest.raises(TrainerError, match=r"run\.dir=.* cannot be used: .*No space left"):
             run_alone(places, run__name="x", run__dir=tmp_path)

@@ -58,13 +58,14 @@ def main(
 
     def work(comm: "Comm") -> None:
         # Torch takes seconds to load: not for --help.
-        from featurestore.commands.common import print_table, progress_bar
+        from featurestore.commands.common import print_table
+        from featurestore.console.progress import progress_bar
         from trainer.compat import check, show
 
         if comm.size > 1:
             raise ConfigError("trainer.compat is for one rank; start it without horovodrun")
         options = check.Options(checkpoint, name, version, sample, max_logloss_change)
-        with progress_bar() as progress:
+        with progress_bar("shards") as progress:
             found = check.examine(run, store, options, comm, progress)
         print("\n".join(show.lines(found)))
         if table := show.figures(found):

@@ -22,7 +22,7 @@ from featurestore.text.parsing import parse_json
 from trainer.config import legacy
 from trainer.config.config import Config, load_config, load_saved, save_config
 from trainer.daily import table as daytable
-from trainer.errors import CheckpointError, ConfigError, DataNotFoundError
+from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, TrainerError
 from trainer.main import on_ranks, train, warm_settings
 from trainer.runs.folder import finished, report_of
 
@@ -221,7 +221,7 @@ def _write_evaluation(day: Day, report: Mapping[str, Any]) -> None:
     try:
         save_config(trained.changed(data={"test_days": [day.test_day]}), file)
     except OSError as failure:
-        raise ConfigError(f"{file} cannot be written: {failure}") from failure
+        raise TrainerError(f"{file} cannot be written: {failure}") from failure
     write_report(day.folder / "report.json", report)
 
 
@@ -294,7 +294,7 @@ def _claim(folder: Path, base: Config, window_days: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, mine)
     except (OSError, ValueError) as failure:
-        raise ConfigError(f"{file} cannot be used: {failure}; choose another run.dir or run.name") from failure
+        raise TrainerError(f"{file} cannot be used: {failure}; choose another run.dir or run.name") from failure
 
 
 def _check_same(mine: dict[str, Any], theirs: dict[str, Any], file: Path) -> None:

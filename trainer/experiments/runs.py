@@ -98,7 +98,7 @@ class Grid:
         try:
             (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         except OSError as failure:
-            raise ConfigError(f"--out {self.folder} cannot be used: {failure}; choose another") from failure
+            raise TrainerError(f"--out {self.folder} cannot be used: {failure}; choose another") from failure
         if report_of(run) is not None:
             return None
         goes_on = bool(finished(run / "checkpoints"))

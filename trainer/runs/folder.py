@@ -149,4 +149,4 @@ def naming_run_dir(config: Config) -> Iterator[None]:
     try:
         yield
     except OSError as failure:
-        raise ConfigError(f"run.dir={config.run.dir} cannot be used: {failure}; choose another") from failure
+        raise TrainerError(f"run.dir={config.run.dir} cannot be used: {failure}; choose another") from failure

@@ -9,7 +9,7 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.keys import id_of_text, key_of_uri
-from trainer.errors import DataNotFoundError, SchemaError
+from trainer.errors import DataNotFoundError, SchemaError, TrainerError
 from trainer.schema.fields import load_schema
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _write_new(path: Path, text: str) -> None:
     except FileExistsError as error:
         raise SchemaError(f"--out {path} is there already; name another file, or remove it") from error
     except OSError as error:
-        raise SchemaError(f"--out {path} cannot be written: {error}") from error
+        raise TrainerError(f"--out {path} cannot be written: {error}") from error
     typer.echo(f"written      {path}")
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, TrainerError
 from trainer.main import train
 from trainer.runs.checkpoint import finished
 from trainer.runs.folder import find_checkpoint, place
@@ -184,7 +184,7 @@ def test_a_plain_overwriting_that_cannot_remove_says_so(runs: Runs, monkeypatch:
         return refuse(path, target)
 
     monkeypatch.setattr(Path, "rename", renamed)
-    with pytest.raises(ConfigError, match=r"run\.dir=.* cannot be used: .*Permission denied"):
+    with pytest.raises(TrainerError, match=r"run\.dir=.* cannot be used: .*Permission denied"):
         runs.train("a", run__overwrite=True, optim__lr=0.5)
     assert names(runs.folder / "a") == steps_of(2, 4, 6)
 
