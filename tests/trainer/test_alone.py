@@ -192,7 +192,7 @@ class TestRefusals:
     @pytest.mark.parametrize("below", [".", "deeper/runs"])
     def test_run_dir_that_is_a_file(self, places: Places, tmp_path: Path, below: str) -> None:
         (tmp_path / "file").touch()
-        with pytest.raises(ConfigError, match=r"run\.dir=.*file is not a folder that this user can write to"):
+        with pytest.raises(TrainerError, match=r"run\.dir=.*file is not a folder that this user can write to"):
             run_alone(places, run__name="x", run__dir=tmp_path / "file" / below)
 
     def test_run_dir_on_a_disk_that_refuses(

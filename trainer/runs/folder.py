@@ -125,7 +125,7 @@ def check_folder(config: Config, run: Path, resumed: Path | None) -> None:
         others = in_the_way(run, resumed) if writable else []
         taken = bool(others) or (resume is None and (run / "report.json").exists())
     if not writable:
-        raise ConfigError(
+        raise TrainerError(
             f"run.dir={config.run.dir}: {there} is not a folder that this user can write to; choose another"
         )
     if not taken or config.run.overwrite:
