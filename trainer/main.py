@@ -7,18 +7,20 @@ import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.errors import MissingKeysError
 from trainer.cli import run_on_ranks
-from trainer.config.config import WARM_PARTS, Config, load_config
+from trainer.config.config import WARM_PARTS, Config, config_digest, load_config
 from trainer.errors import RemoteRankError
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
+    from trainer.loop.training import Training
+    from trainer.runs.open import Run
 
 EXAMPLES = """
 Examples:
@@ -102,8 +104,7 @@ def warm_settings(warm_start: str | None, warm_parts: str | None) -> list[str]:
 
 
 def train(config: Config, comm: "Comm") -> None:
-    """One run from opening to report; every rank calls it. Raises TrainerError, FeatureStoreError."""
-    from trainer.config.config import config_digest
+    """Train one run from opening to report; every rank calls it. Raises TrainerError, FeatureStoreError."""
     from trainer.loop import summary
     from trainer.loop.profiling import traces_text
     from trainer.loop.progress import ProgressLog
@@ -134,27 +135,31 @@ def train(config: Config, comm: "Comm") -> None:
             training.fit()
             training.totals.missing_by_store = {name: each.missing_count for name, each in run.partitions.items()}
             figures = summary.gather(comm, training.totals, run.engine.stages)
-            report = {
-                "name": run.folder.name,
-                "folder": str(run.folder),
-                "metrics": training.metrics,
-                **hardware,
-                **figures,
-                "tables": {name: each.as_report() for name, each in training.tables.items()},
-                "global_step": run.engine.num_steps,
-                "history": run.history,
-                "warm_start": str(run.warm_start.path) if run.warm_start else None,
-                "store_version": run.partition.snapshot_version if run.partition else None,
-                "store_versions": {name: store.version for name, store in run.stores.items()},
-                "stores": {name: store.model_dump() for name, store in run.stores.items()},
-                "config_digest": config_digest(config.model_dump(mode="json")),
-                "wall_s": time.time() - started,
-            }
+            digest = config_digest(config.model_dump(mode="json"))
+            measured = {**hardware, **figures, "config_digest": digest, "wall_s": time.time() - started}
+            report = _report(run, training, measured)
             if root:
                 summary.write_report(run.folder / "report.json", report)
                 summary.show(progress.console, report)
                 if config.run.profile:
                     progress.say(traces_text(run.folder))
+
+
+def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[str, Any]:
+    """Put together what report.json says of a run."""
+    return {
+        "name": run.folder.name,
+        "folder": str(run.folder),
+        "metrics": training.metrics,
+        **measured,
+        "tables": {name: each.as_report() for name, each in training.tables.items()},
+        "global_step": run.engine.num_steps,
+        "history": run.history,
+        "warm_start": str(run.warm_start.path) if run.warm_start else None,
+        "store_version": run.partition.snapshot_version if run.partition else None,
+        "store_versions": {name: store.version for name, store in run.stores.items()},
+        "stores": {name: store.model_dump() for name, store in run.stores.items()},
+    }
 
 
 if __name__ == "__main__":

@@ -53,92 +53,94 @@ def _base_nets() -> tuple[tuple[Variant, ...], tuple[tuple[str, str], ...]]:
     return tuple(variants), tuple(pairs)
 
 
+_NETS, _PAIRS = _base_nets()
+_BOTH = Variant("ad and behaviour images", _BEST, 0.6260)
+_EXPERIMENTS = (
+    Experiment(
+        "images",
+        "Table 3: which images",
+        (
+            Variant("ids only", ("model.images=none", *_BEST), 0.6205),
+            Variant("ad image", ("model.images=ad", *_BEST), 0.6235),
+            Variant("behaviour images", ("model.images=behavior", "model.pooling=attentive"), 0.6219),
+            _BOTH,
+        ),
+        "Image ids are ID fields in all four. With behaviour images alone there is no ad image to ask with: the"
+        " ad's IDs ask.",
+    ),
+    Experiment(
+        "aggregators",
+        "Table 4: aggregators of behaviour images",
+        (
+            Variant("concat", ("model.pooling=concat",), 0.6232),
+            Variant("max", ("model.pooling=max",), 0.6236),
+            Variant("sum", ("model.pooling=sum",), 0.6248),
+            Variant("mean", ("model.pooling=mean",)),
+            Variant("attentive", ("model.pooling=attentive",), 0.6257),
+            Variant("multi-query attentive", _BEST, 0.6260),
+            Variant("transformer", ("model.pooling=transformer",)),
+        ),
+    ),
+    Experiment("basenets", "Figure 5: base nets without and with images", _NETS, "Each net beside itself.", _PAIRS),
+    Experiment(
+        "warmup",
+        "Table 5: warm-up from the day before",
+        tuple(
+            Variant(name, (*_BEST, f"run.warm_parts={name}"), gauc, days="current", warm=_PREVIOUS)
+            for name, gauc in (("none", 0.6260), ("partial", 0.6283), ("full", 0.6230))
+        ),
+        "The run before learns the days before; partial takes everything but the ID vectors.",
+    ),
+    Experiment(
+        "best",
+        "Table 6: all together",
+        (
+            Variant("ids only", ("model.images=none", *_BEST), 0.6205, days="current"),
+            Variant(
+                "images, multi-query, partial warm-up",
+                (*_BEST, "run.warm_parts=partial"),
+                0.6283,
+                days="current",
+                warm=_PREVIOUS,
+            ),
+        ),
+    ),
+    Experiment(
+        "prerank",
+        "Table 8: two towers for pre-ranking",
+        (
+            Variant("ids only", ("model.base=two_tower", "model.images=none"), 0.6165),
+            Variant("with images", ("model.base=two_tower", "model.images=both"), 0.6225),
+        ),
+    ),
+    Experiment(
+        "similarity",
+        "Beyond the paper: similarity on the owners, semantic IDs",
+        (
+            _BOTH,
+            Variant("+ SimTier, 16 tiers", (*_BEST, "model.similarity_tiers=16")),
+            Variant("only the 8 nearest behaviours", (*_BEST, "model.similarity_top_k=8")),
+            Variant("ids + semantic IDs, no images", ("model.images=none", *_BEST), needs_semantic_ids=True),
+            Variant("images + semantic IDs", _BEST, needs_semantic_ids=True),
+        ),
+        "Semantic IDs are codes of a residual quantiser on the store's features (jobs/build_semantic_ids.py).",
+    ),
+    Experiment(
+        "exactness",
+        "Beyond the paper: settings that trade exactness for time",
+        (
+            _BOTH,
+            *(Variant(f"vectors up to {k} steps old", (*_BEST, f"exchange.reuse_steps={k}")) for k in (1, 4, 16)),
+            Variant("bfloat16 on the wire", (*_BEST, "exchange.wire_dtype=bfloat16")),
+        ),
+        "One rank has no wire: the last row says something from two ranks on.",
+    ),
+)
+
+
 def experiments() -> dict[str, Experiment]:
     """List all experiments by name."""
-    nets, pairs = _base_nets()
-    both = Variant("ad and behaviour images", _BEST, 0.6260)
-    listed = [
-        Experiment(
-            "images",
-            "Table 3: which images",
-            (
-                Variant("ids only", ("model.images=none", *_BEST), 0.6205),
-                Variant("ad image", ("model.images=ad", *_BEST), 0.6235),
-                Variant("behaviour images", ("model.images=behavior", "model.pooling=attentive"), 0.6219),
-                both,
-            ),
-            "Image ids are ID fields in all four. With behaviour images alone there is no ad image to ask with: the"
-            " ad's IDs ask.",
-        ),
-        Experiment(
-            "aggregators",
-            "Table 4: aggregators of behaviour images",
-            (
-                Variant("concat", ("model.pooling=concat",), 0.6232),
-                Variant("max", ("model.pooling=max",), 0.6236),
-                Variant("sum", ("model.pooling=sum",), 0.6248),
-                Variant("mean", ("model.pooling=mean",)),
-                Variant("attentive", ("model.pooling=attentive",), 0.6257),
-                Variant("multi-query attentive", _BEST, 0.6260),
-                Variant("transformer", ("model.pooling=transformer",)),
-            ),
-        ),
-        Experiment("basenets", "Figure 5: base nets without and with images", nets, "Each net beside itself.", pairs),
-        Experiment(
-            "warmup",
-            "Table 5: warm-up from the day before",
-            tuple(
-                Variant(name, (*_BEST, f"run.warm_parts={name}"), gauc, days="current", warm=_PREVIOUS)
-                for name, gauc in (("none", 0.6260), ("partial", 0.6283), ("full", 0.6230))
-            ),
-            "The run before learns the days before; partial takes everything but the ID vectors.",
-        ),
-        Experiment(
-            "best",
-            "Table 6: all together",
-            (
-                Variant("ids only", ("model.images=none", *_BEST), 0.6205, days="current"),
-                Variant(
-                    "images, multi-query, partial warm-up",
-                    (*_BEST, "run.warm_parts=partial"),
-                    0.6283,
-                    days="current",
-                    warm=_PREVIOUS,
-                ),
-            ),
-        ),
-        Experiment(
-            "prerank",
-            "Table 8: two towers for pre-ranking",
-            (
-                Variant("ids only", ("model.base=two_tower", "model.images=none"), 0.6165),
-                Variant("with images", ("model.base=two_tower", "model.images=both"), 0.6225),
-            ),
-        ),
-        Experiment(
-            "similarity",
-            "Beyond the paper: similarity on the owners, semantic IDs",
-            (
-                both,
-                Variant("+ SimTier, 16 tiers", (*_BEST, "model.similarity_tiers=16")),
-                Variant("only the 8 nearest behaviours", (*_BEST, "model.similarity_top_k=8")),
-                Variant("ids + semantic IDs, no images", ("model.images=none", *_BEST), needs_semantic_ids=True),
-                Variant("images + semantic IDs", _BEST, needs_semantic_ids=True),
-            ),
-            "Semantic IDs are codes of a residual quantiser on the store's features (jobs/build_semantic_ids.py).",
-        ),
-        Experiment(
-            "exactness",
-            "Beyond the paper: settings that trade exactness for time",
-            (
-                both,
-                *(Variant(f"vectors up to {k} steps old", (*_BEST, f"exchange.reuse_steps={k}")) for k in (1, 4, 16)),
-                Variant("bfloat16 on the wire", (*_BEST, "exchange.wire_dtype=bfloat16")),
-            ),
-            "One rank has no wire: the last row says something from two ranks on.",
-        ),
-    ]
-    return {each.name: each for each in listed}
+    return {each.name: each for each in _EXPERIMENTS}
 
 
 def chosen(names: Sequence[str]) -> list[Experiment]:

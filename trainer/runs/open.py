@@ -30,7 +30,7 @@ from trainer.runs import accepted, checkpoint, warmstart
 from trainer.runs.checkpoint import CheckpointState, Origin
 from trainer.runs.folder import check_folder, find_checkpoint, finished, in_the_way, naming_run_dir, remove
 from trainer.runs.known_statistics import with_statistics, write_statistics
-from trainer.runs.samples_digest import samples_digest
+from trainer.runs.samples_digest import SamplesDigest, samples_digest
 from trainer.runs.stores import (
     StorePlace,
     kinds_by_store,
@@ -127,13 +127,8 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
     digest = samples_digest(comm, train, config.data.cache_dir)
     schema = _with_statistics(config, comm, schema, train, digest.content, recorded, warm)
     origin = _origin(config, schema, digest.content, partitions)
-    if resumed and recorded:
-        expected = recorded
-        if reading:
-            same = {name: getattr(origin, name) for name in ("data", "train", "optim")}
-            expected = recorded.model_copy(update=same)
-        mine = origin.model_copy(update={"data": origin.data | digest.as_recorded(expected)})
-        mine.check_same(expected, resumed[0])
+    if resumed:
+        _check_origin(origin, digest, *resumed, reading=reading)
     engine = engine_of(config, comm, schema, partitions, device, statistics, reading=reading)
     if resumed:
         checkpoint.load(comm, *resumed, engine)
@@ -160,6 +155,14 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
         warm_start=warm,
         samples_changed=recorded is not None and not digest.is_of(recorded),
     )
+
+
+def _check_origin(origin: Origin, digest: SamplesDigest, path: Path, state: CheckpointState, *, reading: bool) -> None:
+    """Raise CheckpointError where the checkpoint is of another run; `reading`: of another model or store."""
+    recorded = state.origin
+    if reading:
+        recorded = recorded.model_copy(update={name: getattr(origin, name) for name in ("data", "train", "optim")})
+    origin.model_copy(update={"data": origin.data | digest.as_recorded(recorded)}).check_same(recorded, path)
 
 
 def open_stores(
