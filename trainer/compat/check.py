@@ -28,8 +28,11 @@ OTHER_SHARE = 0.001
 
 @dataclass(frozen=True)
 class Options:
-    """`sample`: rows and impressions to look at; where the recorded snapshot is gone, all test impressions are scored,
-    as only their whole can be compared with what the run reported."""
+    """What to compare, and how much of it: `sample` is the number of rows and of impressions to look at.
+
+    Where the recorded snapshot is gone, all test impressions are scored, as only their whole can be compared with what
+    the run reported.
+    """
 
     checkpoint: str | None = None
     store_name: str | None = None

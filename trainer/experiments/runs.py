@@ -36,7 +36,7 @@ class Planned:
 
 
 class Grid:
-    """What all runs share: the settings under those of the variants, and where the runs are kept.
+    """All runs of a call: the settings that they share, under those of the variants, and their folder.
 
     `semantic_settings`: samples and schema with semantic IDs; None where there are none. Every rank calls the same
     functions, rank 0 alone looks at the runs' folders: on a shared disk the others may see them later.

@@ -18,7 +18,7 @@ _MOST_ROWS = 10**12  # of the configuration
 
 
 class Hashed(Protocol):
-    """What is asked of a table's shape."""
+    """The shape of a hashed table, as far as collisions depend on it."""
 
     @property
     def size(self) -> int:
@@ -30,7 +30,7 @@ class Hashed(Protocol):
 
 @dataclass(frozen=True)
 class Collisions:
-    """Of one table: different ids that training has met, the table's rows and those of them that these ids use."""
+    """Figures of a hashed table: different ids that training has met, its rows, and those that these ids use."""
 
     ids: int
     rows: int

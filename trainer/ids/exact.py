@@ -35,7 +35,7 @@ _WARM = (IDS, WEIGHT, LAST_USE, COUNTS, FADED)
 
 @dataclass(frozen=True, kw_only=True)
 class ExactShape(TableShape):
-    """`num_rows` is the largest number of ids that have rows; every shard takes its part, rounded up."""
+    """Shape of an exact table: `num_rows` is the most ids that have rows; every shard takes its part, rounded up."""
 
     rules: ExactTableConfig
 
@@ -82,7 +82,7 @@ class ExactRequest(RowRequest):
 
 @dataclass
 class ExactCounts:
-    """What happened on this rank since the run, or its resumption, began.
+    """Counts of what happened on this rank since the run, or its resumption, began.
 
     `served`: unique ids of training steps, summed over steps; `cold`: those of them that got the cold row; `refused`:
     those that got it because their shard was full. `evicted`: rows that made room for others; `expired`: rows that were

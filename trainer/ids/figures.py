@@ -17,8 +17,11 @@ from trainer.schema.distinct import DistinctCount
 
 @dataclass(frozen=True)
 class ExactFigures:
-    """Of an exact table. `ids`: different ids that training has met, counted where `is_exact`, else estimated. `rows`:
-    in use, of `max_rows`. The others: see trainer/ids/exact.py, ExactCounts."""
+    """Figures of the ids of an exact table.
+
+    `ids`: different ids that training has met, counted where `is_exact`, else estimated. `rows`: in use, of `max_rows`.
+    The others: see trainer/ids/exact.py, ExactCounts.
+    """
 
     ids: int
     is_exact: bool

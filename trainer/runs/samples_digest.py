@@ -38,7 +38,7 @@ _SETTLED_S = 2.0  # a file that changed twice within a tick of the clock would k
 
 @dataclass(frozen=True)
 class SamplesDigest:
-    """`content` is what checkpoints keep; before they did, they kept the `layout`: names and counts alone."""
+    """Digests of samples: checkpoints keep the `content`; early ones kept the `layout`, names and counts alone."""
 
     content: str
     layout: str

@@ -34,7 +34,7 @@ DECLARED = ("kind", "width", "transform", "buckets", "fill")
 
 @dataclass(frozen=True)
 class Part:
-    """What one row group, or several, say of a field's numbers; missing ones are counted and left out of the rest."""
+    """A field's numbers in one or several row groups, summed up; missing ones are counted and left out of the rest."""
 
     moments_W: tuple[Moments, ...]
     missing: int
