@@ -1,6 +1,5 @@
 """The training loop: batches to steps, evaluations and checkpoints when they are due, and a clean end on a signal."""
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -98,11 +97,12 @@ class Training:
         """Yield `count` batches, read ahead, each one prepared beside the step of the one before."""
         depth, stages = self._config.data.prefetch_batches, self._engine.stages
         with stopped_together(), closing(ReadAhead(stages.each("read", batches, kind), depth)) as ahead:
+            coming = stages.each("wait for samples", ahead, kind) if depth else ahead
+            prepare = partial(next, self._engine.prepared(self._until_signal(coming), kind))
             if depth == 0:
-                yield itertools.islice(self._engine.prepared(self._until_signal(ahead), kind), count)
+                yield (self._waited(prepare, kind) for _ in range(count))
                 return
-            prepared = self._engine.prepared(self._until_signal(stages.each("wait for samples", ahead, kind)), kind)
-            with closing(prepare_ahead(count, partial(next, prepared))) as waiting:
+            with closing(prepare_ahead(count, prepare)) as waiting:
                 yield (self._waited(each, kind) for each in waiting)
 
     def _waited(self, result: Callable[[], PreparedBatch], kind: Kind) -> PreparedBatch:
