@@ -7,7 +7,11 @@ that the engine uses. It shares nothing with the engine but what worker.py run a
 and what the codes of an int8 store stand for), the place of an id's row, and the numbers that dropout draws.
 """
 
+import functools
+import io
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -265,23 +269,36 @@ class Reference:
         return state
 
 
+@functools.cache
+def known_of(initial: Path) -> dict[str, dict[str, Any]]:
+    """What worker.py wrote, read once in each process."""
+    return torch.load(initial)
+
+
+def outcome_of(initial: Path, run: str) -> bytes:
+    """All that the reference writes of one run, NAME/DTYPE, as torch saves it."""
+    torch.set_num_threads(1)
+    name, dtype = run.split("/")
+    model = Reference(SCENARIOS[name], dtype, known_of(initial)[run])
+    outcomes = [model.step(samples, number) for number, samples in enumerate(steps(SCENARIOS[name]))]
+    result = {
+        "losses": [loss for loss, _ in outcomes],
+        "gradients": outcomes[0][1],
+        "trained": model.trained(),
+        "evicted": {table: exact.evicted for table, exact in model.exact.items()},
+    }
+    file = io.BytesIO()
+    torch.save(result, file)
+    return file.getvalue()
+
+
 def main(initial: Path, out: Path) -> None:
-    """All scenarios."""
-    start = torch.load(initial)
-    results = {}
-    for name, scenario in SCENARIOS.items():
-        for dtype in scenario.dtypes:
-            model = Reference(scenario, dtype, start[f"{name}/{dtype}"])
-            outcomes = [model.step(samples, number) for number, samples in enumerate(steps(scenario))]
-            results[f"{name}/{dtype}"] = {
-                "losses": [loss for loss, _ in outcomes],
-                "gradients": outcomes[0][1],
-                "trained": model.trained(),
-                "evicted": {name: exact.evicted for name, exact in model.exact.items()},
-            }
-    torch.save(results, out)
+    """All scenarios, on all processors: they have nothing to do with each other."""
+    runs = [f"{name}/{dtype}" for name, scenario in SCENARIOS.items() for dtype in scenario.dtypes]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(functools.partial(outcome_of, initial), runs)
+        torch.save({run: torch.load(io.BytesIO(each)) for run, each in zip(runs, results, strict=True)}, out)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main(Path(sys.argv[1]), Path(sys.argv[2]))
