@@ -126,7 +126,8 @@ def bare_seconds(locations: Sequence[str], batch_size: int, compute_dtype: "Comp
 
 def extract_seconds(client: "Client", locations: Sequence[str], batch_size: int) -> float:
     """Seconds of a whole extraction of these images into a new store. Raises StoreRunError where one is bad."""
-    from pipeline.features.extract import ExtractOptions, extract
+    from pipeline.features.extract import extract
+    from pipeline.options import ExtractOptions
     from pipeline.store_run import describe_bad
 
     with tempfile.TemporaryDirectory() as folder:

@@ -55,10 +55,11 @@ def compare(folder: Path, images: str | None, limit: int) -> dict[str, Figure]:
 
     from benchmarks.written import count_writes
     from pipeline.cluster.connect import connect
-    from pipeline.features.extract import ExtractOptions, extract
-    from pipeline.features.refresh import RefreshOptions, refresh
+    from pipeline.features.extract import extract
+    from pipeline.features.refresh import refresh
     from pipeline.network.backbone import describe_network
     from pipeline.network.weights import UntrainedWeightsWarning
+    from pipeline.options import ExtractOptions, RefreshOptions
 
     photos, fresh = folder / "images", folder / "fresh"
     num_changed = max(1, round(limit * CHANGED_SHARE / 3))

@@ -94,11 +94,14 @@ def images(
 ) -> None:
     """Import binary images into a feature store; jobs/import_features.py does the same with more options."""
     from pipeline.cluster.connect import connect
+    from pipeline.options import ImportOptions
     from pipeline.vectors import xdl
-    from pipeline.vectors.import_vectors import ImportOptions, import_vectors
+    from pipeline.vectors.import_vectors import import_vectors
 
     with connect() as client:
-        summary = import_vectors(xdl.plan(address, dim), ImportOptions(store=store, origin=origin), client)
+        summary = import_vectors(
+            xdl.plan(address, dim), ImportOptions(address=address, store=store, origin=origin), client
+        )
     typer.echo(summary)
 
 

@@ -1,36 +1,19 @@
 """Images to features, once per image: a refresh that makes the store when it is new and keeps what is not listed."""
 
 import time
-from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 from distributed import Client
 
-from featurestore.spec import DType, NetworkName
+from featurestore.spec import NetworkName
 from pipeline.errors import StoreRunError
-from pipeline.features.refresh import RefreshOptions, RefreshSummary, bring_up_to_date
+from pipeline.features.refresh import RefreshSummary, bring_up_to_date
 from pipeline.images.source import list_images
-from pipeline.network import DEFAULT_BACKBONE
 from pipeline.network.backbone import ComputeDType, describe_network
 from pipeline.network.layers import feature_dim
 from pipeline.network.weights import check_weights_name, warn_if_untrained
+from pipeline.options import ExtractOptions, RefreshOptions
 from pipeline.store_run import open_or_make, wait_for_worker
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractOptions:
-    """What to extract, and how. `num_shards` and `name` count when the store is made."""
-
-    images: str
-    store: str
-    backbone: str = DEFAULT_BACKBONE  # MODEL:LAYER
-    weights: str = "imagenet"
-    dtype: DType | None = None  # as the store has it; bfloat16 in a new one
-    compute_dtype: ComputeDType | Literal["auto"] = "auto"
-    batch_size: int = 16
-    part_size: int = 256
-    num_shards: int | None = None
-    name: str | None = None
 
 
 def extract(options: ExtractOptions, client: Client) -> RefreshSummary:

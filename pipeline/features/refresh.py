@@ -32,23 +32,8 @@ from pipeline.features.staged_run import ImageRun, digest_all, workers_per_host
 from pipeline.images.source import ImageRef, Listing, list_images
 from pipeline.network.backbone import ComputeDType, describe_network
 from pipeline.network.weights import check_weights_name
+from pipeline.options import RefreshOptions
 from pipeline.store_run import BadRow, check_gone, describe_bad, run_id_of, wait_for_worker
-
-
-@dataclass(frozen=True, kw_only=True)
-class RefreshOptions:
-    """What to refresh, and how. What is None is as the store has it."""
-
-    images: str
-    store: str
-    backbone: str | None = None  # MODEL:LAYER
-    weights: str | None = None
-    compute_dtype: ComputeDType | None = None
-    batch_size: int = 16
-    part_size: int = 256
-    keep_missing: bool = False
-    max_gone: float = 0.5  # share of the store's rows that may vanish in one run
-    dry_run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,11 @@ from distributed import Client
 
 from featurestore.console.progress import progress_bar
 from featurestore.keys import Int64Array
-from featurestore.spec import DType, ExtractorSpec
+from featurestore.spec import ExtractorSpec
 from featurestore.store import FeatureStore
 from pipeline.cluster.tasks import Killed, run_alone, run_tasks
 from pipeline.errors import VectorImportError
+from pipeline.options import ImportOptions
 from pipeline.store_run import (
     BadRow,
     StoreRun,
@@ -42,20 +43,6 @@ from pipeline.vectors.xdl import MAX_TORN_SHARE, WRONG_FILE
 
 BACKBONE = "imported"
 UNKNOWN = "unknown"  # what is not known of the network
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportOptions:
-    """Where to import, and how. `num_shards`, `name` and `dtype` count for a new store; None: as it has them."""
-
-    store: str
-    name: str | None = None
-    dtype: DType | None = None
-    num_shards: int | None = None
-    origin: str | None = None  # what made the vectors, for people and against mixing
-    part_size: int | None = None  # rows; None: some megabytes
-    keep_missing: bool = True
-    max_gone: float = 0.5  # share of the store's rows that may vanish in one run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,10 @@ import shutil
 import pytest
 
 from featurestore.store import FeatureStore
-from pipeline.features.extract import ExtractOptions, extract
-from pipeline.features.refresh import RefreshOptions, refresh
+from pipeline.features.extract import extract
+from pipeline.features.refresh import refresh
 from pipeline.network.backbone import backbone
+from pipeline.options import ExtractOptions, RefreshOptions
 from tests.metadata import metadata_of
 
 NETWORK = "mobilenet_v3_small:avgpool"  # small, and another than the tests of extraction use

@@ -18,10 +18,11 @@ from featurestore.lookup.compute_dtype import VARIABLE
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from pipeline.errors import BackboneError, SourceError, StoreRunError, WeightsError
-from pipeline.features.extract import ExtractOptions, extract
+from pipeline.features.extract import extract
 from pipeline.features.part import in_order
 from pipeline.network import DEFAULT_BACKBONE
 from pipeline.network.backbone import backbone, describe_network
+from pipeline.options import ExtractOptions
 from tests.metadata import metadata_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:weights random")

@@ -18,8 +18,9 @@ from distributed import Client, LocalCluster, WorkerPlugin
 
 from featurestore.store import FeatureStore
 from pipeline.cluster.connect import WORKER_CONFIG
-from pipeline.features.extract import ExtractOptions, extract
-from pipeline.features.refresh import RefreshOptions, refresh
+from pipeline.features.extract import extract
+from pipeline.features.refresh import refresh
+from pipeline.options import ExtractOptions, RefreshOptions
 from tests.metadata import metadata_of
 
 BIN, JOBS = Path(sys.executable).parent, Path(__file__).parents[3] / "jobs"

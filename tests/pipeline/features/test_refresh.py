@@ -10,9 +10,10 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from pipeline.errors import BadImageError, SourceError, StoreRunError
 from pipeline.features import refresh as refresh_module
-from pipeline.features.extract import ExtractOptions, extract
-from pipeline.features.refresh import RefreshOptions, refresh
+from pipeline.features.extract import extract
+from pipeline.features.refresh import refresh
 from pipeline.images.source import read_image
+from pipeline.options import ExtractOptions, RefreshOptions
 from tests.pipeline.features.conftest import NETWORK, change_everything, counts, files_of, quarantine, rows_of, touch
 
 pytestmark = pytest.mark.filterwarnings("ignore:weights random")

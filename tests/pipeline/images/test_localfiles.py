@@ -15,10 +15,11 @@ from PIL import Image
 from featurestore import FeatureStore
 from featurestore.keys import key_of_uri
 from pipeline.errors import BadImageError, SourceError
-from pipeline.features.extract import ExtractOptions, extract
-from pipeline.features.refresh import RefreshOptions, refresh
+from pipeline.features.extract import extract
+from pipeline.features.refresh import refresh
 from pipeline.images.localfiles import NOT_TEXT
 from pipeline.images.source import bytes_of, list_images, read_image
+from pipeline.options import ExtractOptions, RefreshOptions
 
 NETWORK = "mobilenet_v3_small:avgpool"
 ROOT = Path(__file__).parents[3]
