@@ -1,11 +1,13 @@
 """Make semantic IDs: codes of a residual quantiser for every image, as ID fields of the samples."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
+from pipeline.options import DEFAULT_SAMPLES, SemanticOptions, takes
 from trainer.schema.text import SETTINGS_FILE
 
 EXAMPLES = """Examples:
@@ -17,76 +19,28 @@ python jobs/build_semantic_ids.py --vectors data/visual.parquet --levels 2
 python jobs/build_semantic_ids.py --codebook data/sid/codebook.safetensors --out data/sid-tuesday --no-samples
 """
 
-STORE, SAMPLES = "data/features", "data/samples"
 
 app = CommandApp(rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
-def main(
-    out: Annotated[
-        Path, typer.Option(help="Folder to write: codebook, codes, samples, schema, settings; replaced.")
-    ] = Path("data/samples-sid"),
-    store: Annotated[str | None, typer.Option(help="Feature store whose images get codes.", show_default=STORE)] = None,
-    vectors: Annotated[
-        str | None, typer.Option(help="In place of --store: what export_embeddings.py made, or any with keys.")
-    ] = None,
-    keys: Annotated[str | None, typer.Option(help="Keys of a .npy: .npy of int64, or a text file of ids.")] = None,
-    samples: Annotated[
-        str | None,
-        typer.Option(help="Sample groups that get the codes as columns.", show_default=f"{SAMPLES} where it is there"),
-    ] = None,
-    no_samples: Annotated[bool, typer.Option("--no-samples", help="Codes alone.")] = False,
-    schema: Annotated[
-        Path | None, typer.Option(help="Of the samples.", show_default="SAMPLES/schema.yaml, else the packaged one")
-    ] = None,
-    store_name: Annotated[str, typer.Option(help="The store's name in the schema.")] = "images",
-    levels: Annotated[int, typer.Option(min=1, max=8, help="Codes of an image.")] = 3,
-    codes: Annotated[int, typer.Option(min=2, max=65536, help="Different codes of a level, a power of two.")] = 256,
-    sample_rows: Annotated[int, typer.Option(min=2, help="Vectors to fit on, drawn at random.")] = 20_000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw and of k-means.")] = 0,
-    standardize: Annotated[
-        bool, typer.Option("--standardize/--raw", help="Each dimension to mean 0 and deviation 1 first.")
-    ] = True,
-    codebook: Annotated[
-        Path | None, typer.Option(help="Of an earlier run, so that codes keep their meaning; nothing is fitted.")
-    ] = None,
-    accept_store: Annotated[
-        bool,
-        typer.Option("--accept-store", help="Take --codebook also where it is of another store of the same network."),
-    ] = False,
-) -> None:
+@takes(SemanticOptions)
+def main(options: SemanticOptions) -> None:
     """Make semantic IDs: codes of a residual quantiser for every image, as ID fields of the samples.
 
     An image column gets the code of each level (_sid0, _sid1 …) and the first two, three … codes as one id
     (_sid_prefix2 …). An image without a vector gets -1. OUT/summary.json has usage, entropy, collisions, error.
     """
-    from pipeline.semantic.build import SemanticOptions, build_semantic_ids
+    from pipeline.semantic.build import build_semantic_ids
 
-    if store and vectors:
+    if options.store and options.vectors:
         raise typer.BadParameter("give one of --store and --vectors", param_hint="--store")
-    if samples and no_samples:
+    if options.samples and options.no_samples:
         raise typer.BadParameter("give one of --samples and --no-samples", param_hint="--samples")
-    if not samples and not no_samples and Path(SAMPLES).is_dir():
-        samples = SAMPLES
-    options = SemanticOptions(
-        out=out,
-        store=store or STORE,
-        vectors=vectors,
-        keys=keys,
-        samples=samples,
-        schema=schema,
-        store_name=store_name,
-        num_levels=levels,
-        num_codes=codes,
-        sample_rows=sample_rows,
-        seed=seed,
-        standardize=standardize,
-        codebook=codebook,
-        accept_store=accept_store,
-    )
+    if not options.samples and not options.no_samples and Path(DEFAULT_SAMPLES).is_dir():
+        options = replace(options, samples=DEFAULT_SAMPLES)
     summary = build_semantic_ids(options)
-    typer.echo(describe(summary, out))
+    typer.echo(describe(summary, options.out))
 
 
 def describe(summary: dict[str, Any], out: Path) -> str:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
@@ -12,6 +13,10 @@ from featurestore.console.commandline import power_of_two
 from pipeline.network import DEFAULT_BACKBONE
 
 Options = TypeVar("Options")
+
+DEFAULT_STORE, DEFAULT_SAMPLES = "data/features", "data/samples"
+LONGEST_DAYS = 36_500
+MOST_BEHAVIORS = 1_000_000
 
 StoreDType = Literal["bfloat16", "float16", "float32", "int8"]
 DTypeOption = Annotated[
@@ -70,7 +75,7 @@ class ExtractOptions:
     """What to extract, and how. `num_shards` and `name` count when the store is made."""
 
     images: ImagesOption = "data/images"
-    store: NewStoreOption = "data/features"
+    store: NewStoreOption = DEFAULT_STORE
     backbone: Annotated[
         str,
         typer.Option(
@@ -100,7 +105,7 @@ class RefreshOptions:
     """What to refresh, and how. What is None is as the store has it."""
 
     images: ImagesOption = "data/images"
-    store: Annotated[str, typer.Option(help="Folder or address of a feature store that is there.")] = "data/features"
+    store: Annotated[str, typer.Option(help="Folder or address of a feature store that is there.")] = DEFAULT_STORE
     backbone: Annotated[
         str | None, typer.Option(metavar="MODEL:LAYER", help="The store's network.", show_default="as in extraction")
     ] = None
@@ -135,7 +140,7 @@ class ImportOptions:
             "--from", help="A .parquet file or a folder of them, a .npy matrix, or a folder of XDL's data.0, data.1 …"
         ),
     ]
-    store: NewStoreOption = "data/features"
+    store: NewStoreOption = DEFAULT_STORE
     name: NameOption = None
     origin: Annotated[
         str | None, typer.Option("--source", help="What made the vectors, in words; another one is refused later.")
@@ -161,3 +166,90 @@ class ImportOptions:
     max_gone: Annotated[float, typer.Option(min=0, max=1, help="Share of the store that --drop-missing may drop.")] = (
         0.5
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """What samples to build from which logs. Times are in UTC."""
+
+    logs: Annotated[str, typer.Option(help="Folder or address with impressions/*.parquet and behaviors/*.parquet.")] = (
+        "data/logs"
+    )
+    samples: Annotated[
+        str, typer.Option(help="Folder to write, on a disk that all workers see; samples in it are replaced.")
+    ] = DEFAULT_SAMPLES
+    window_days: Annotated[
+        float, typer.Option(min=0, max=LONGEST_DAYS, help="How far before an impression behaviours count.")
+    ] = 14
+    min_dwell_s: Annotated[
+        float, typer.Option(min=0, max=LONGEST_DAYS * 86_400, help="Seconds that a behaviour has to last.")
+    ] = 5
+    max_behaviors: Annotated[int, typer.Option(min=1, max=MOST_BEHAVIORS, help="The newest of a group.")] = 50
+    test_days: Annotated[int, typer.Option(min=0, max=LONGEST_DAYS, help="Last days, for testing.")] = 1
+    user_columns: Annotated[
+        str | None,
+        typer.Option(help="Columns of users to keep, with commas.", show_default="user_age and user_gender if there"),
+    ] = None
+    behavior_age: Annotated[
+        bool,
+        typer.Option(
+            "--behavior-age",
+            help="Add the column behavior_age: seconds from each behaviour to the first impression of its group.",
+        ),
+    ] = False
+    mapping: Annotated[
+        str | None,
+        typer.Option(
+            help="YAML file that says how your own tables are called, CSV or Parquet; python -m trainer.schema inspect "
+            "LOGS writes a first one."
+        ),
+    ] = None
+    partitions: Annotated[
+        int | None, typer.Option(min=1, help="Buckets of users, one task each; the samples do not change with it.")
+    ] = None
+    midnight_pause_s: int = 3_600
+    latest_s: int | None = None  # rows later than this are refused; None: a day from now
+    groups_per_file: int = 131_072
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticOptions:
+    """What to make codes of, and how. Vectors are those of a store's images, or of a file in its place."""
+
+    out: Annotated[
+        Path, typer.Option(help="Folder to write: codebook, codes, samples, schema, settings; replaced.")
+    ] = Path("data/samples-sid")
+    store: Annotated[
+        str | None, typer.Option(help="Feature store whose images get codes.", show_default=DEFAULT_STORE)
+    ] = None
+    vectors: Annotated[
+        str | None, typer.Option(help="In place of --store: what export_embeddings.py made, or any with keys.")
+    ] = None
+    keys: Annotated[str | None, typer.Option(help="Keys of a .npy: .npy of int64, or a text file of ids.")] = None
+    samples: Annotated[
+        str | None,
+        typer.Option(
+            help="Sample groups that get the codes as columns.", show_default=f"{DEFAULT_SAMPLES} where it is there"
+        ),
+    ] = None
+    no_samples: Annotated[bool, typer.Option("--no-samples", help="Codes alone.")] = False
+    schema: Annotated[
+        Path | None, typer.Option(help="Of the samples.", show_default="SAMPLES/schema.yaml, else the packaged one")
+    ] = None
+    store_name: Annotated[str, typer.Option(help="The store's name in the schema.")] = "images"
+    num_levels: Annotated[int, typer.Option("--levels", min=1, max=8, help="Codes of an image.")] = 3
+    num_codes: Annotated[
+        int, typer.Option("--codes", min=2, max=65536, help="Different codes of a level, a power of two.")
+    ] = 256
+    sample_rows: Annotated[int, typer.Option(min=2, help="Vectors to fit on, drawn at random.")] = 20_000
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw and of k-means.")] = 0
+    standardize: Annotated[
+        bool, typer.Option("--standardize/--raw", help="Each dimension to mean 0 and deviation 1 first.")
+    ] = True
+    codebook: Annotated[
+        Path | None, typer.Option(help="Of an earlier run, so that codes keep their meaning; nothing is fitted.")
+    ] = None
+    accept_store: Annotated[
+        bool,
+        typer.Option("--accept-store", help="Take --codebook also where it is of another store of the same network."),
+    ] = False

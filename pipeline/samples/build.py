@@ -19,10 +19,11 @@ from distributed import Client
 from featurestore.console.files import write_json
 from pipeline.cluster.tasks import num_threads, run_all
 from pipeline.errors import SampleError, SampleOptionError
+from pipeline.options import SampleOptions
 from pipeline.samples.files import GroupedBucket, WrittenFile, group_bucket, plan_files, write_file
 from pipeline.samples.groups import GroupRules
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, LogPiece, find_pieces
-from pipeline.samples.mapping import TableLayout, load_mapping
+from pipeline.samples.mapping import TableLayout, load_mapping, names_in
 from pipeline.samples.publish import MARK, replaced_folder
 from pipeline.samples.schema import write_suggested
 from pipeline.samples.shuffle import ShuffledPiece, shuffle_piece, write_quarantine
@@ -35,25 +36,6 @@ FEW_BUCKETS = 64  # which cost nothing worth to speak of
 SHUFFLE_FOLDER = "shuffle"
 QUARANTINE_FILE = "quarantine.parquet"
 FEWER_ROWS = "raise --partitions, or give workers more memory"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleOptions:
-    """What samples to build from which logs. Times are in UTC."""
-
-    logs: str = "data/logs"
-    samples: str = "data/samples"
-    window_days: float = 14
-    min_dwell_s: float = 5
-    max_behaviors: int = 50
-    test_days: int = 1
-    user_columns: tuple[str, ...] | None = None  # None: those of user_age and user_gender that are there
-    partitions: int | None = None  # buckets of users; None: from the number of rows. The result is the same
-    midnight_pause_s: int = 3_600
-    mapping: str | None = None  # file of a Mapping: the logs are a person's own tables
-    latest_s: int | None = None  # rows later than this are refused; None: a day from now
-    groups_per_file: int = 131_072
-    behavior_age: bool = False  # a column of seconds from each behaviour to its group's first impression
 
 
 def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
@@ -70,10 +52,11 @@ def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
     if "://" in options.samples:
         raise SampleOptionError(f"samples={options.samples}: not a folder on disk; write to one and copy it from there")
     mapping = load_mapping(Path(options.mapping)) if options.mapping else None
-    if mapping and options.user_columns:
-        raise SampleOptionError(f"user_columns={','.join(options.user_columns)}: with a mapping they are named in it")
+    user_columns = None if options.user_columns is None else names_in(options.user_columns)
+    if mapping and user_columns:
+        raise SampleOptionError(f"user_columns={','.join(user_columns)}: with a mapping they are named in it")
     shown_as, done_as = (mapping.layout(log) if mapping else None for log in (IMPRESSIONS, BEHAVIORS))
-    impressions = find_pieces(options.logs, IMPRESSIONS, options.user_columns, shown_as)
+    impressions = find_pieces(options.logs, IMPRESSIONS, user_columns, shown_as)
     behaviors = find_pieces(options.logs, BEHAVIORS, (), done_as)
     num_buckets = _num_buckets(options.partitions, impressions + behaviors, client)
     layout = impressions[0].layout

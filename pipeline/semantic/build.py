@@ -1,13 +1,12 @@
 """Semantic IDs from vectors to samples: fit or take a codebook, assign codes, rewrite the samples, publish at once."""
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from featurestore.console.files import write_json
 from featurestore.console.progress import progress_bar
 from featurestore.store import FeatureStore
 from pipeline.errors import SampleError, SampleOptionError
+from pipeline.options import DEFAULT_STORE, SemanticOptions
 from pipeline.samples.publish import MARK, replaced_folder
 from pipeline.samples.schema import schema_beside
 from pipeline.semantic import codebook as books
@@ -19,26 +18,6 @@ from pipeline.semantic.vectors import StoreVectors, Vectors, open_file
 from trainer.schema import Schema, load_schema
 
 _LARGEST_CODE = 1 << 62
-
-
-@dataclass(frozen=True, kw_only=True)
-class SemanticOptions:
-    """What to make codes of, and how. Vectors are those of a store's images, or of a file in its place."""
-
-    out: Path
-    store: str = "data/features"
-    vectors: str | None = None
-    keys: str | None = None  # of vectors in a .npy
-    samples: str | None = None  # None: codes alone
-    schema: Path | None = None  # of the samples; None: the one in their folder, else the packaged one
-    store_name: str = "images"  # in the schema
-    num_levels: int = 3
-    num_codes: int = 256
-    sample_rows: int = 20_000
-    seed: int = 0
-    standardize: bool = True
-    codebook: Path | None = None  # that of an earlier run, in place of a new one
-    accept_store: bool = False  # take a codebook that was fitted to another store of the same network
 
 
 def build_semantic_ids(options: SemanticOptions) -> dict[str, Any]:
@@ -75,7 +54,7 @@ def build_semantic_ids(options: SemanticOptions) -> dict[str, Any]:
 def _open(options: SemanticOptions) -> Vectors:
     if options.vectors is not None:
         return open_file(options.vectors, options.keys)
-    return StoreVectors(FeatureStore.open(options.store).snapshot())
+    return StoreVectors(FeatureStore.open(options.store or DEFAULT_STORE).snapshot())
 
 
 def _codebook(vectors: Vectors, options: SemanticOptions) -> Codebook:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from distributed import Client
 
-from pipeline.samples.build import SampleOptions, build_samples
+from pipeline.options import SampleOptions
+from pipeline.samples.build import build_samples
 from tests.pipeline.samples.rows import Row, read, table, write
 
 

@@ -129,7 +129,7 @@ def test_column_that_stands_twice_is_named(options, client, tmp_path):
 @pytest.mark.parametrize(("column", "message"), [("city", "column 'city' is missing"), ("item", "user_columns=item")])
 def test_user_column_that_cannot_be_kept_is_named(column, message, build):
     with pytest.raises(SampleError, match=message):
-        build([shown(0)], [done(0)], user_columns=(column,))
+        build([shown(0)], [done(0)], user_columns=column)
 
 
 @pytest.mark.parametrize("log", ["impressions", "behaviors"])

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.options import SampleOptions
 from pipeline.samples import logs as logs_module
-from pipeline.samples.build import SampleOptions, build_samples
+from pipeline.samples.build import build_samples
 from tests.pipeline.samples.rows import DAY_S, Row, in_pieces, random_logs, read, write
 
 # The reference
