@@ -7,6 +7,7 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.progress import progress_bar
+from pipeline.options import ImportOptions, XdlOptions, takes
 from pipeline.xdl.draw import IMAGE_FOLDER, TEXT_FILE, DrawOptions, draw
 from trainer.schema.text import SETTINGS_FILE
 
@@ -19,7 +20,6 @@ python jobs/import_xdl.py samples --from data/xdl/data.txt --samples data/sample
 python jobs/import_xdl.py export-samples --samples data/samples-xdl --to lines.txt
 python jobs/import_xdl.py export-images --store data/features-xdl --to imgs
 """
-Weights = Literal["refuse", "drop", "keep"]
 Split = Literal["train", "test", "both"]
 SPLITS = ("train", "test")
 
@@ -33,53 +33,16 @@ app = CommandApp(
 
 
 @app.command()
-def samples(
-    source: Annotated[
-        str, typer.Option("--from", help="File or folder of lines skey|gkey|user part|ad part|label|ts.")
-    ],
-    samples: Annotated[str, typer.Option(help="Folder to write, on a disk that all workers see; replaced.")],
-    test_from: Annotated[
-        str | None, typer.Option(help="Lines of the test samples.", show_default="a share of --from")
-    ] = None,
-    test_share: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Of the groups of --from, by their key's hash.")
-    ] = 0.1,
-    images: Annotated[str, typer.Option(help="Fields whose ids are image keys, with commas.")] = "user_img,ad_img",
-    sparse: Annotated[str, typer.Option(help="Fields of ids that look dense, with commas.")] = "",
-    dense: Annotated[str, typer.Option(help="Fields of numbers that look like ids, with commas.")] = "",
-    weights: Annotated[
-        Weights,
-        typer.Option(
-            help="Of ids, other than 1: keep them, so that the trainer multiplies each id's vector by its weight "
-            "(visual vectors have none); drop them; or refuse such lines."
-        ),
-    ] = "keep",
-    label_threshold: Annotated[float | None, typer.Option(help="Labels from here on are clicks.")] = None,
-    label_index: Annotated[int | None, typer.Option(min=0, help="Which of several labels, from 0.")] = None,
-    fill_dense: Annotated[float | None, typer.Option(help="For a dense field that a line lacks.")] = None,
-) -> None:
+@takes(XdlOptions)
+def samples(options: XdlOptions) -> None:
     """Import text samples as sample groups, with a schema and settings for the trainer.
 
     Neighbouring lines with equal group key and user part are one group. Bad lines are counted and kept, with number and
     reason, in SAMPLES/quarantine.parquet.
     """
     from pipeline.cluster.connect import connect
-    from pipeline.samples.mapping import names_in
-    from pipeline.xdl.samples import XdlOptions, import_samples
+    from pipeline.xdl.samples import import_samples
 
-    options = XdlOptions(
-        source=source,
-        samples=samples,
-        test_source=test_from,
-        test_share=test_share,
-        images=names_in(images),
-        sparse=names_in(sparse),
-        dense=names_in(dense),
-        weights=weights,
-        label_threshold=label_threshold,
-        label_index=label_index,
-        fill_dense=fill_dense,
-    )
     with connect() as client:
         summary = import_samples(options, client)
     typer.echo(describe(summary))
@@ -94,7 +57,6 @@ def images(
 ) -> None:
     """Import binary images into a feature store; jobs/import_features.py does the same with more options."""
     from pipeline.cluster.connect import connect
-    from pipeline.options import ImportOptions
     from pipeline.vectors import xdl
     from pipeline.vectors.import_vectors import import_vectors
 

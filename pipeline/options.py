@@ -253,3 +253,30 @@ class SemanticOptions:
         bool,
         typer.Option("--accept-store", help="Take --codebook also where it is of another store of the same network."),
     ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class XdlOptions:
+    """Which of XDL's text samples to import, and how."""
+
+    source: Annotated[str, typer.Option("--from", help="File or folder of lines skey|gkey|user part|ad part|label|ts.")]
+    samples: Annotated[str, typer.Option(help="Folder to write, on a disk that all workers see; replaced.")]
+    test_source: Annotated[
+        str | None, typer.Option("--test-from", help="Lines of the test samples.", show_default="a share of --from")
+    ] = None
+    test_share: Annotated[float, typer.Option(min=0, max=0.9, help="Of the groups of --from, by their key's hash.")] = (
+        0.1
+    )
+    images: Annotated[str, typer.Option(help="Fields whose ids are image keys, with commas.")] = "user_img,ad_img"
+    sparse: Annotated[str, typer.Option(help="Fields of ids that look dense, with commas.")] = ""
+    dense: Annotated[str, typer.Option(help="Fields of numbers that look like ids, with commas.")] = ""
+    weights: Annotated[
+        Literal["refuse", "drop", "keep"],
+        typer.Option(
+            help="Of ids, other than 1: keep them, so that the trainer multiplies each id's vector by its weight "
+            "(visual vectors have none); drop them; or refuse such lines."
+        ),
+    ] = "keep"
+    label_threshold: Annotated[float | None, typer.Option(help="Labels from here on are clicks.")] = None
+    label_index: Annotated[int | None, typer.Option(min=0, help="Which of several labels, from 0.")] = None
+    fill_dense: Annotated[float | None, typer.Option(help="For a dense field that a line lacks.")] = None

@@ -21,11 +21,13 @@ from featurestore.keys import key_of_uri, splitmix64
 from featurestore.storage.storage import Storage
 from pipeline.cluster.tasks import run_all
 from pipeline.errors import SampleError
+from pipeline.options import XdlOptions
 from pipeline.samples.files import FORMAT
+from pipeline.samples.mapping import names_in
 from pipeline.samples.publish import MARK, replaced_folder
 from pipeline.vectors.source import find_files
 from pipeline.xdl.fields import SeenFields, XdlField, decide, merged, scan
-from pipeline.xdl.groups import ReadRules, Weights, XdlGroup, group_samples, read_sample, schema_of, table_of
+from pipeline.xdl.groups import ReadRules, XdlGroup, group_samples, read_sample, schema_of, table_of
 from pipeline.xdl.line import BadLineError, XdlLine, parse_line
 from pipeline.xdl.schema import write_field_schema
 
@@ -41,23 +43,6 @@ QUARANTINE = pa.schema(_QUARANTINE_TYPES)
 ROW_GROUP_SIZE = 2_048
 _SHARE_STEPS = 1 << 32
 SMALLER = "give them more memory, or cut the files"  # a file is a task
-
-
-@dataclass(frozen=True, kw_only=True)
-class XdlOptions:
-    """What to import, and how; `ReadRules` and `decide` explain the names that they share with it."""
-
-    source: str
-    samples: str
-    test_source: str | None = None  # files of the test samples; None: a share of the groups of `source`
-    test_share: float = 0.1
-    images: tuple[str, ...] = ("user_img", "ad_img")
-    sparse: tuple[str, ...] = ()
-    dense: tuple[str, ...] = ()
-    weights: Weights = "keep"
-    label_threshold: float | None = None
-    label_index: int | None = None
-    fill_dense: float | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +86,11 @@ def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
         if not num_good:
             raise SampleError(f"{options.source}: not one line of the form skey|gkey|user part|ad part|label|ts")
         fields = decide(
-            merged(seen for _, seen in scanned), num_good, _images(options, scanned), options.sparse, options.dense
+            merged(seen for _, seen in scanned),
+            num_good,
+            _images(options, scanned),
+            names_in(options.sparse),
+            names_in(options.dense),
         )
         rules = ReadRules(
             tuple(fields), options.weights, options.label_threshold, options.label_index, options.fill_dense
@@ -165,10 +154,11 @@ def _files(options: XdlOptions) -> list[TextFile]:
 
 def _images(options: XdlOptions, scanned: Sequence[tuple[int, SeenFields]]) -> tuple[str, ...]:
     """Name the image fields; of the default names those that are there."""
+    asked = names_in(options.images)
     if options.images != XdlOptions.images:
-        return options.images
+        return asked
     names = {name for _, seen in scanned for _, name in seen}
-    return tuple(name for name in options.images if name in names)
+    return tuple(name for name in asked if name in names)
 
 
 def _parsed(file: TextFile) -> Iterator[XdlLine]:
@@ -214,7 +204,7 @@ def _summary(options: XdlOptions, fields: Sequence[XdlField], written: Sequence[
     }
     return {
         "format": FORMAT,
-        "options": asdict(options),
+        "options": asdict(options) | {name: names_in(getattr(options, name)) for name in ("images", "sparse", "dense")},
         "lines": sum(each.num_lines for each in written),
         "quarantined": dict(sorted(reasons.items())),
         **{split: {name: counts[name][split] for name in counts} for split in SPLITS},
