@@ -39,7 +39,7 @@ def place(tmp_path: Path) -> Path:
 
 def run(place: Path, *command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        list(map(str, command)), cwd=place, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
+        list(map(str, command)), cwd=place, env=ENVIRONMENT, capture_output=True, text=True, timeout=150, check=False
     )
 
 

@@ -36,7 +36,7 @@ def start(*args: object, command: str = "dask-submit", **environment: str) -> su
 
 def submit(*args: object, command: str = "dask-submit", **environment: str) -> subprocess.CompletedProcess[str]:
     process = start(*args, command=command, **environment)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=150)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -205,7 +205,7 @@ def test_signal_before_the_script_runs_ends_dask_submit(number, cluster, script,
         time.sleep(0.05)
     time.sleep(0.3)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=150)
     assert process.returncode == 128 + number, err
     assert "Traceback" not in err and err.count("stopped by Ctrl-C\n") == (number == signal.SIGINT)
     assert not ran.exists()
