@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from featurestore.console.files import write_json
-from featurestore.console.output import print_table, text_console
+from featurestore.console.output import figure, print_table, text_console
 from featurestore.errors import UserError
 
 Figure = float | int | str | bool | None
@@ -42,7 +42,7 @@ class Section:
             table = Table("figure", title=self.title)
             table.add_column("value", justify="right")
             for name, value in self.figures.items():
-                table.add_row(name, _shown(value))
+                table.add_row(name, figure(value))
             shown.append(table)
         if self.grid:
             columns = list(dict.fromkeys(column for cells in self.grid.values() for column in cells))
@@ -50,7 +50,7 @@ class Section:
             for column in columns:
                 table.add_column(column.replace("_", " "), justify="right")
             for row, cells in self.grid.items():
-                table.add_row(row.replace("_", " "), *(_shown(cells[c]) if c in cells else "" for c in columns))
+                table.add_row(row.replace("_", " "), *(figure(cells[c]) if c in cells else "" for c in columns))
             shown.append(table)
         return shown
 
@@ -88,11 +88,3 @@ def write_sections(sections: Sequence[Section], path: Path | None = None) -> Non
 def write_report(figures: Mapping[str, Figure], path: Path | None = None) -> None:
     """Print `figures` as a table on stdout and, where `path` is given, write them there as one JSON object."""
     write_sections([Section("figures of this run", figures)], path)
-
-
-def _shown(value: Figure) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return "-" if value is None else str(value)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.output import figure
 from featurestore.console.progress import progress_bar
 from pipeline.demo.options import DemoOptions, Taste
 
@@ -99,7 +100,7 @@ def describe(options: DemoOptions, summary: "DemoSummary") -> str:
         f"clicked      {content['click_rate']:.1%} of the impressions",
     ]
     for name, metrics in content["oracle"].items():
-        shown = ", ".join(f"{metric} {_number(value)}" for metric, value in metrics.items())
+        shown = ", ".join(f"{metric} {figure(value)}" for metric, value in metrics.items())
         lines.append(f"ceiling      {shown}: {content['oracle_means'][name]}")
     if content.get("num_unreadable"):
         lines.append(f"unreadable   {content['num_unreadable']:,} images left out, listed in demo.json")
@@ -108,10 +109,6 @@ def describe(options: DemoOptions, summary: "DemoSummary") -> str:
     lines.append(f"images       {summary.images}" + (_pointer(options, summary) if options.images else ""))
     lines.append(f"logs         {options.out / 'logs'}")
     return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _pointer(options: DemoOptions, summary: "DemoSummary") -> str:

@@ -1,13 +1,9 @@
 """What the commands share: options, a progress bar, tables."""
 
-from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
-
-from featurestore.console import output
 
 if TYPE_CHECKING:
     from featurestore.snapshot import Snapshot
@@ -31,13 +27,3 @@ def chosen_snapshot(store: "FeatureStore", version: int | None, at: datetime | N
     if version is not None and at is not None:
         raise typer.BadParameter("--version and --at name a snapshot each: give one of them")
     return store.snapshot(version, at)
-
-
-def print_table(names: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str] = ()) -> None:
-    """Print columns on stdout; those of `numbers` stand on the right."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in names:
-        table.add_column(name, justify="right" if name in numbers else "left")
-    for row in rows:
-        table.add_row(*row)
-    output.print_table(output.text_console(), table)

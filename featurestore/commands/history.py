@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.filesize import decimal as bytes_text
 
-from featurestore.commands.common import DryRun, Url, print_table
+from featurestore.commands.common import DryRun, Url
 from featurestore.console.commandline import CommandApp
+from featurestore.console.output import print_rows
 from featurestore.console.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def log(
         sys.stdout.write("no snapshot yet: nothing was committed\n")
         return
     names = ("version", "committed", "operation", "files", "rows", "bytes", "writer", "pinned")
-    print_table(names, map(_log_row, entries), numbers=("version", "files", "rows", "bytes"))
+    print_rows(names, map(_log_row, entries), numbers=("version", "files", "rows", "bytes"))
 
 
 @app.command(

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from featurestore.commands.common import At, Url, Version, chosen_snapshot, print_table
+from featurestore.commands.common import At, Url, Version, chosen_snapshot
 from featurestore.console.commandline import CommandApp
+from featurestore.console.output import print_rows
 from featurestore.errors import FeatureStoreError
 
 app = CommandApp()
@@ -84,7 +85,7 @@ def quarantine(url: Url) -> None:
     from featurestore.store import FeatureStore
 
     rows = sorted(FeatureStore.open(url).quarantine_rows(), key=lambda row: row.uri)
-    print_table(
+    print_rows(
         ["key", "uri", "since", "reason"],
         [(str(row.key), row.uri, utc_text(row.time_s), row.reason) for row in rows],
         numbers=["key"],

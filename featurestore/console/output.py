@@ -1,5 +1,6 @@
 """What commands print through: text as it is, and tables in which no number is cut, on a terminal and in a pipe."""
 
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -47,6 +48,15 @@ def progress_bars(
     return _Bars(*shown, console=console or text_console(stderr=True), transient=transient, disable=disable)
 
 
+def figure(value: float | int | str | None) -> str:
+    """Format a number for a table: four digits, as 0.0001, from a thousand on all before the point; None as -."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "-" if value is None else str(value)
+
+
 def print_table(console: Console, table: Table) -> None:
     """Print the table, its title above it as a line. What stands on the right (numbers) is never folded or cut.
 
@@ -62,10 +72,20 @@ def print_table(console: Console, table: Table) -> None:
         column.min_width = max(column.min_width, _width(str(column.header), folded=True))
     least, natural = Measurement.get(console, console.options.update(max_width=_ENDLESS), table)
     if console.is_terminal and least > console.width:
-        _print_rows(console, table)
+        _print_blocks(console, table)
         return
     table.width = min(natural, console.width) if console.is_terminal else natural
     console.print(table, soft_wrap=False, crop=False)
+
+
+def print_rows(names: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str] = ()) -> None:
+    """Print a table of these columns on stdout; those of `numbers` are aligned on the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        table.add_column(name, justify="right" if name in numbers else "left")
+    for row in rows:
+        table.add_row(*row)
+    print_table(text_console(), table)
 
 
 def _width(text: str, folded: bool) -> int:
@@ -73,7 +93,7 @@ def _width(text: str, folded: bool) -> int:
     return max(map(cell_len, text.split() if folded else text.splitlines()), default=0)
 
 
-def _print_rows(console: Console, table: Table) -> None:
+def _print_blocks(console: Console, table: Table) -> None:
     """Each row as lines of a column's name and its value, with an empty line between rows."""
     names = [" ".join(str(column.header).split()) for column in table.columns]
     width = max(map(cell_len, names))

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.report import write_report
-from featurestore.commands.common import print_table
-from featurestore.console.output import text_console
+from featurestore.console.output import print_rows, text_console
 from tools import demo
 from trainer.config.config import load_config, save_config
 from trainer.daily import table as daytable
@@ -21,14 +20,13 @@ from trainer.experiments.grid import Experiment, Variant
 from trainer.experiments.tables import rows_of, show
 from trainer.ids.collisions import Collisions
 from trainer.loop import summary
-from trainer.prerank.__main__ import _print_table
 
 LONG = "a/very/long/folder/[bold]of[/x]/runs/" + "x" * 90
 Shown = Callable[[Path], list[str]]
 
 
 def of_store(_: Path) -> list[str]:
-    print_table(["version", "writer", "bytes"], [["1", "me", "123,456,789.0 kB"]], numbers=["version", "bytes"])
+    print_rows(["version", "writer", "bytes"], [["1", "me", "123,456,789.0 kB"]], numbers=["version", "bytes"])
     return ["123,456,789.0 kB"]
 
 
@@ -76,7 +74,9 @@ def of_experiments(_: Path) -> list[str]:
 
 
 def of_prerank(_: Path) -> list[str]:
-    _print_table(["a measure with a long name", "ivf", "exact"], [("queries per s", "1,234,567", "0.1234")])
+    print_rows(
+        ["a measure with a long name", "ivf", "exact"], [("queries per s", "1,234,567", "0.1234")], ["ivf", "exact"]
+    )
     return ["1,234,567", "0.1234"]
 
 

@@ -58,7 +58,7 @@ def main(
 
     def work(comm: "Comm") -> None:
         # Torch takes seconds to load: not for --help.
-        from featurestore.commands.common import print_table
+        from featurestore.console.output import print_rows
         from featurestore.console.progress import progress_bar
         from trainer.compat import check, show
 
@@ -69,7 +69,7 @@ def main(
             found = check.examine(run, store, options, comm, progress)
         print("\n".join(show.lines(found)))
         if table := show.figures(found):
-            print_table(("measure", "value"), table, numbers=("value",))
+            print_rows(("measure", "value"), table, numbers=("value",))
         print("\n".join(show.ending(found)), flush=True)
         write_json_option(json_file, found.report())
         codes.append(OK if found.verdict == "compatible" else FAILED)

@@ -8,14 +8,9 @@ from types import TracebackType
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from featurestore.console.output import progress_bars, text_column, text_console
+from featurestore.console.output import figure, progress_bars, text_column, text_console
 
 _LINE_EVERY_S = 5.0
-
-
-def figure(value: float) -> str:
-    """Format four digits, as 0.0001; from a thousand on all digits before the point, as 11,410."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 class ProgressLog:

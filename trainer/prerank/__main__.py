@@ -9,6 +9,7 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import write_json_option
+from featurestore.console.output import figure, print_rows
 from trainer.cli import WhichCheckpoint, run_on_ranks
 from trainer.errors import ConfigError
 
@@ -105,7 +106,7 @@ def search(
                 texts = dictionary.texts(key for key, _ in found)
                 names.append("text")
                 rows = [(key, texts.get(int(key), ""), value) for key, value in rows]
-            _print_table([*names, "inner product"], rows)
+            print_rows([*names, "inner product"], rows, numbers=["inner product"])
             _print_notes(trained.saved.notes_on_missing(trained.missing_lookups()))
 
     raise typer.Exit(run_on_ranks(work))
@@ -130,28 +131,18 @@ def _show(report: Mapping[str, Any]) -> None:
         f"{report['run']}, {report['checkpoint']}: {metrics['impressions']:,} test impressions, "
         f"{index['ads']:,} ads under {index['kind']}, {figures['queries']:,} searches on one thread"
     )
-    rows = [(name, _figure(metrics[name])) for name in ("gauc", "auc", "logloss", "new_ad_gauc", "new_ad_auc")]
+    rows = [(name, figure(metrics[name])) for name in ("gauc", "auc", "logloss", "new_ad_gauc", "new_ad_auc")]
     rows += [(f"recall@{count}", f"{recall:.4f}") for count, recall in figures["recall"].items()]
-    _print_table(["measure", "value"], rows)
+    print_rows(["measure", "value"], rows, numbers=["value"])
     names = ("queries_per_s", "p50_ms", "p95_ms", "p99_ms", "batched_queries_per_s")
     exact, mine = figures["exact"], figures["index"]
-    _print_table(
-        [f"search for {max(figures['recall'])}", index["kind"], "exact"],
-        [(name.replace("_", " "), _figure(mine[name]), _figure(exact[name])) for name in names],
+    kinds = (index["kind"], "exact")
+    print_rows(
+        [f"search for {max(figures['recall'])}", *kinds],
+        [(name.replace("_", " "), figure(mine[name]), figure(exact[name])) for name in names],
+        numbers=kinds,
     )
     _print_notes(report["notes"])
-
-
-def _figure(value: float | None) -> str:
-    if value is None:
-        return "not defined"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
-
-
-def _print_table(names: list[str], rows: Sequence[tuple[str, ...]]) -> None:
-    from featurestore.commands.common import print_table
-
-    print_table(names, rows, numbers=names[1:])
 
 
 def _print_notes(notes: Sequence[str]) -> None:

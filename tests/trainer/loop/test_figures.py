@@ -2,9 +2,9 @@
 
 import pytest
 
+from featurestore.console.output import figure
 from trainer.comm import SoloComm
 from trainer.engine.engine import StepResult
-from trainer.loop.progress import figure
 from trainer.loop.summary import ImageCounts, StepTotals, gather
 from trainer.stages import Stages
 
