@@ -20,6 +20,9 @@ from trainer.prerank.artifact import AdIndex
 from trainer.prerank.evaluate import user_queries
 from trainer.runs.saved import open_trained
 
+pytestmark = pytest.mark.long  # they train whole runs
+
+
 COLUMNS = ("ad_item", "ad_image", "ad_category")
 
 

@@ -23,6 +23,8 @@ from trainer.errors import CheckpointError, ConfigError, DataError, TrainerError
 from trainer.loop.summary import StepTotals
 from trainer.stages import AHEAD, Stage, Stages
 
+pytestmark = pytest.mark.long  # they train whole runs
+
 
 def ads_of(folder: Path) -> np.ndarray:
     """The ad of every impression of a split."""

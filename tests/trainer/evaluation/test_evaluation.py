@@ -28,6 +28,9 @@ from trainer.main import train
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.saved import Source, open_source
 
+pytestmark = pytest.mark.long  # they train whole runs
+
+
 Places = Any
 
 

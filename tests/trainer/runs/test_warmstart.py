@@ -26,6 +26,9 @@ from trainer.runs.open import Run, open_run
 from trainer.runs.warmstart import WarmStart, load
 from trainer.schema import DEFAULT_SCHEMA
 
+pytestmark = pytest.mark.long  # they train whole runs
+
+
 Places = Any
 State = dict[str, torch.Tensor]
 
