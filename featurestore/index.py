@@ -119,30 +119,21 @@ class VectorIndex:
     @property
     def effort(self) -> int | None:
         """What a search takes by default; None for flat, which has no choice. It is saved with the index."""
-        match self.kind:
-            case "ivf":
-                return int(self._base.nprobe)
-            case "hnsw":
-                return int(self._base.hnsw.efSearch)
-        return None
+        return None if self.kind == "flat" else int(getattr(*self._effort_field))
 
     @effort.setter
     def effort(self, value: int) -> None:
-        match self.kind:
-            case "ivf":
-                self._base.nprobe = value
-            case "hnsw":
-                self._base.hnsw.efSearch = value
+        if self.kind != "flat":
+            setattr(*self._effort_field, value)
+
+    @property
+    def _effort_field(self) -> tuple[Any, str]:
+        return (self._base, "nprobe") if self.kind == "ivf" else (self._base.hnsw, "efSearch")
 
     @property
     def largest_effort(self) -> int | None:
         """More than this helps no more: all lists of ivf; for hnsw 16 times what it begins with."""
-        match self.kind:
-            case "ivf":
-                return int(self._base.nlist)
-            case "hnsw":
-                return _LARGEST_EFFORT
-        return None
+        return {"flat": None, "hnsw": _LARGEST_EFFORT}.get(self.kind) if self.kind != "ivf" else int(self._base.nlist)
 
     def add(self, keys_N: Keys, vectors_ND: Vectors) -> None:
         """Add new keys, and new vectors of keys that are there; none at all is fine.

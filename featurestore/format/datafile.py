@@ -70,8 +70,8 @@ def table_of(rows: FeatureRows, info: StoreInfo) -> pa.Table:
 
 def live_table(metadata: pa.Table, features_MD: npt.NDArray[Any], info: StoreInfo) -> pa.Table:
     """Make a table of live rows from their METADATA_COLUMNS and features; the numbers are not copied."""
-    rest = [pa.array(np.zeros(len(metadata), np.bool_)), _fixed_binary(features_MD, info.row_bytes)]
-    columns: list[Any] = [*metadata.select(METADATA_COLUMNS).columns, *rest]
+    deleted, features = pa.array(np.zeros(len(metadata), np.bool_)), _fixed_binary(features_MD, info.row_bytes)
+    columns: list[Any] = [*metadata.select(METADATA_COLUMNS).columns, deleted, features]
     return pa.Table.from_arrays(columns, schema=schema_of(info))
 
 
@@ -139,18 +139,19 @@ class DataFile:
         source: IO[bytes] | pa.NativeFile,
         info: StoreInfo,
         path: str,
-        page_checksums: bool = True,
+        checked: Check = "size",
         streaming: bool = False,
-        digest_checked: bool = False,
     ) -> None:
-        """`path` is for messages; `page_checksums`: verify them; `streaming`: read as it goes, not all columns of all
-        row groups first; `digest_checked`: these are the bytes that were committed. Raises CorruptFileError,
-        SpecMismatchError, and MemoryError where `digest_checked`: otherwise a wrong length may ask for that much."""
+        """`path` is for messages; `checked`: what of the bytes was compared with the commit, a digest or their number
+        alone; `streaming`: read as it goes, not all columns of all row groups first. Raises CorruptFileError,
+        SpecMismatchError, and MemoryError after a digest: without one a wrong length may ask for that much."""
         self.path = path
-        self._digest_checked = digest_checked
+        self._digest_checked = checked != "size"
         self._block_rows = max(1, _BLOCK_BYTES // info.row_bytes)
         with self._translated():
-            self._parquet = pq.ParquetFile(source, page_checksum_verification=page_checksums, pre_buffer=not streaming)
+            self._parquet = pq.ParquetFile(
+                source, page_checksum_verification=checked != "xxh3_128", pre_buffer=not streaming
+            )
             schema = self._parquet.schema_arrow
             found = StoreInfo.model_validate_json((schema.metadata or {})[_INFO])
         if self.group_starts[-1] != self.num_rows:  # the one number of the footer that Arrow believes unseen
@@ -238,14 +239,7 @@ def open_entry(
         _check_size(path, source.tell(), entry)
         source.seek(0)
         try:
-            file = DataFile(
-                source,
-                info,
-                path,
-                page_checksums=check != "xxh3_128",
-                streaming=streaming,
-                digest_checked=check != "size",
-            )
+            file = DataFile(source, info, path, check, streaming)
         except SpecMismatchError as error:
             if entry.info_digest != info.digest:
                 raise

@@ -72,16 +72,9 @@ class FeatureRows:
 
     def take(self, index_M: npt.NDArray[Any]) -> "FeatureRows":
         """Return the rows at `index_M`, in that order."""
-        return FeatureRows(
-            keys_N=self.keys_N[index_M],
-            uris=[self.uris[i] for i in index_M],
-            features_ND=self.features_ND[index_M],
-            content_digest_N=self.content_digest_N[index_M],
-            source_tag=[self.source_tag[i] for i in index_M],
-            width_N=self.width_N[index_M],
-            height_N=self.height_N[index_M],
-            deleted_N=self.deleted_N[index_M],
-        )
+        taken: dict[str, Any] = {name: getattr(self, name)[index_M] for name in self.__dict__ if name[-1].isupper()}
+        taken |= {name: [getattr(self, name)[i] for i in index_M] for name in ("uris", "source_tag")}
+        return FeatureRows(**taken)
 
     def validate(self, info: StoreInfo) -> None:
         """Raise InvalidRowsError unless a store of `info` may hold these rows; KeyCollisionError: two uris, one key."""

@@ -25,7 +25,7 @@ class StorageEntry(NamedTuple):
 
 
 class DiskFiles:
-    """Files below a folder of this machine; errors are Python's own.
+    """Files below a folder of this machine, behind `Storage`, whose methods say what these do; errors are Python's own.
 
     With `keep_inside` no symbolic link leads out of the folder: what lies behind one is neither read, written nor
     removed, but CorruptFileError is raised. The folder itself may be a link. Costs one lstat for each part of a path.
@@ -57,11 +57,9 @@ class DiskFiles:
                     )
 
     def read_bytes(self, path: str) -> bytes:
-        """Read the whole file."""
         return read_regular(self.path(path))
 
     def read_into(self, path: str, out: memoryview) -> int:
-        """Fill `out` from the beginning of the file; return the size of the file."""
         with open_regular(self.path(path)) as file:
             filled = 0
             while filled < len(out) and (count := file.readinto(out[filled:])):
@@ -69,7 +67,6 @@ class DiskFiles:
             return os.fstat(file.fileno()).st_size
 
     def open_input(self, path: str) -> IO[bytes]:
-        """Open the file for reading."""
         return open_regular(self.path(path))
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
@@ -96,7 +93,6 @@ class DiskFiles:
             _sync_folder(target.parent)
 
     def list(self, path: str) -> list[str]:
-        """List the names in a folder."""
         return os.listdir(self.path(path))  # noqa: PTH208 - names alone are wanted
 
     def entry(self, path: str) -> StorageEntry:
@@ -133,7 +129,6 @@ class DiskFiles:
             place.unlink(missing_ok=True)
 
     def delete_files(self, paths: Iterable[str]) -> None:
-        """Remove files; of a link the link alone."""
         for path in paths:
             self.path(path, follow=False).unlink(missing_ok=True)
 

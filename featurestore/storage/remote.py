@@ -57,7 +57,10 @@ def protocol_and_path(url: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 class RemoteFiles:
-    """Files of an object store through fsspec, with retries; errors are the client's own, or tenacity's at the end."""
+    """Files of an object store, behind `Storage`, whose methods say what these do, with retries.
+
+    Errors are the client's own, or tenacity's at the end.
+    """
 
     def __init__(self, protocol: str, root: str) -> None:
         self._protocol = protocol
@@ -72,7 +75,6 @@ class RemoteFiles:
         return self._client[1]
 
     def read_bytes(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
-        """Read the file, or a part of it."""
         data: bytes = persist(lambda: self.client.cat_file(self._full(path), start=start, end=end))
         return data
 
@@ -86,7 +88,6 @@ class RemoteFiles:
         return size_bytes
 
     def write_bytes(self, path: str, data: bytes) -> None:
-        """Create or replace the file, in one piece."""
         persist(lambda: self.client.pipe_file(self._full(path), data))
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
@@ -107,13 +108,11 @@ class RemoteFiles:
         return persist(create, was_not_done)
 
     def list(self, path: str) -> Names:
-        """List the names in a path."""
         found: Names = persist(lambda: self.client.ls(self._full(path), detail=False))
         here = self._full(path).strip("/")
         return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in found if entry.strip("/") != here]
 
     def entry(self, path: str) -> StorageEntry:
-        """Look up size and time of one file."""
         found = persist(lambda: self.client.info(self._full(path)))
         if found["type"] != "file":
             raise FileNotFoundError(path)
@@ -130,13 +129,11 @@ class RemoteFiles:
                 yield _entry(name, each)
 
     def delete(self, path: str) -> None:
-        """Remove a file, or all files below a path."""
         # Not by the client's own rm: it takes [ and * for patterns, and s3fs's keeps silent where a delete failed.
         below = persist(lambda: self.client.find(self._full(path), detail=False))
         self._delete_each(below or [])
 
     def delete_files(self, paths: Iterable[str]) -> None:
-        """Remove files."""
         self._delete_each([self._full(path) for path in paths])
 
     def _delete_each(self, places: Names) -> None:

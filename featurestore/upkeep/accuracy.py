@@ -25,9 +25,7 @@ class Accuracy:
     relative_error_p99: float | None
     cosine_mean: float | None
     cosine_min: float | None
-    recall_at_10: (
-        float | None
-    )  # of the exact nearest neighbours of a row, the share that are so among the kept rows too
+    recall_at_10: float | None  # share of a row's exact nearest neighbours that are so among the kept rows too
 
 
 def measure_accuracy(exact_ND: npt.NDArray[np.float32], kept_ND: npt.NDArray[np.float32]) -> Accuracy:
@@ -53,12 +51,9 @@ def _errors(
     exact_ND: npt.NDArray[np.float32], kept_ND: npt.NDArray[np.float32]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return relative error and cosine of each row that is not zero."""
-    length_N, kept_length_N, dot_N = (
-        np.einsum("nd,nd->n", a, b, dtype=np.float64)
-        for a, b in ((exact_ND, exact_ND), (kept_ND, kept_ND), (exact_ND, kept_ND))
-    )
     difference_ND = exact_ND - kept_ND
-    distance_N = np.einsum("nd,nd->n", difference_ND, difference_ND, dtype=np.float64)
+    pairs = (exact_ND, exact_ND), (kept_ND, kept_ND), (exact_ND, kept_ND), (difference_ND, difference_ND)
+    length_N, kept_length_N, dot_N, distance_N = (np.einsum("nd,nd->n", *pair, dtype=np.float64) for pair in pairs)
     nonzero_N = length_N > 0
     error_N = np.sqrt(distance_N[nonzero_N] / length_N[nonzero_N])
     both_N = np.sqrt(length_N[nonzero_N]) * np.sqrt(kept_length_N[nonzero_N])

@@ -14,7 +14,7 @@ from featurestore import log
 from featurestore.commit import writer_name
 from featurestore.errors import CorruptFileError
 from featurestore.format.datafile import info_in, read_verified
-from featurestore.spec import MAX_VERSION, Manifest, Sealed, StoreInfo, StorePath, read_sealed, seal
+from featurestore.spec import MAX_VERSION, Manifest, Sealed, StoreInfo, StorePath, create_sealed, read_sealed, seal
 from featurestore.storage.storage import Storage
 from featurestore.store import INFO_PATH
 
@@ -120,8 +120,7 @@ def recommit(storage: Storage, good: Manifest, version: int, operation: str, dry
                 "operation": operation,
             }
         )
-        storage.create_exclusive(log.manifest_path(version), seal(again))
-        log.read(storage, version)  # ours or another's: whole it must be
+        create_sealed(storage, log.manifest_path(version), again)
 
 
 def was_committed(storage: Storage, good: Manifest, version: int) -> bool:

@@ -4,6 +4,7 @@ Letters of shapes: K rows that may differ, N keys.
 """
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import numpy.typing as npt
@@ -126,11 +127,8 @@ def restore(store: FeatureStore, version: int) -> Snapshot:
 def _shard_diff(old: Snapshot, new: Snapshot, shard: int) -> tuple[pa.Table, pa.Table, pa.Table]:
     """Return key and uri of the rows that came, changed and went."""
     old_files, new_files = old.manifest.files(shard), new.manifest.files(shard)
-    num_same = 0
-    for mine, other in zip(old_files, new_files, strict=False):
-        if mine.path != other.path:
-            break
-        num_same += 1
+    same = (mine.path == other.path for mine, other in zip(old_files, new_files, strict=False))
+    num_same = sum(1 for _ in takewhile(bool, same))
     # What the common first files decide, and no later one touches, is the same on both sides.
     files = [*old_files[num_same:], *new_files[num_same:]]
     if not files:

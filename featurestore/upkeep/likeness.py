@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from featurestore.errors import SpecMismatchError
 from featurestore.format.datafile import KEY, numpy_column
-from featurestore.format.shard_reader import ShardReader
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
 from featurestore.storage.threads import Progress
@@ -69,13 +68,14 @@ def compare(
     counts, features = np.zeros(4, np.int64), [np.empty((0, old.info.dim), np.float32)] * 2
     equal = 0
     for group in range(num_groups):
-        mine, theirs = _GroupRows(old, group, num_groups), _GroupRows(new, group, num_groups)
-        _, at_C, other_C = np.intersect1d(mine.keys, theirs.keys, assume_unique=True, return_indices=True)
-        same_C = mine.digests[at_C] == theirs.digests[other_C]
-        counts += [len(mine.keys), len(theirs.keys), len(at_C), int((~same_C).sum())]
+        old_keys, old_digests = _live_rows(old, group, num_groups)
+        new_keys, new_digests = _live_rows(new, group, num_groups)
+        common_C, at_C, other_C = np.intersect1d(old_keys, new_keys, assume_unique=True, return_indices=True)
+        same_C = np.asarray(old_digests[at_C] == new_digests[other_C], np.bool_)
+        counts += [len(old_keys), len(new_keys), len(common_C), int((~same_C).sum())]
         if group in chosen:
-            keys_K = mine.keys[np.sort(at_C[same_C])][: -(-sample_rows // len(chosen))]
-            stored = [each.features(keys_K) for each in (mine, theirs)]
+            keys_K = old_keys[np.sort(at_C[same_C])][: -(-sample_rows // len(chosen))]
+            stored = [each.get(keys_K) for each in (old, new)]
             equal += int((stored[0] == stored[1]).all(axis=1).sum())
             decoded = [each.codec.decode(rows) for each, rows in zip((old, new), stored, strict=True)]
             features = [np.concatenate(pair) for pair in zip(features, decoded, strict=True)]
@@ -95,31 +95,14 @@ def compare(
     )
 
 
-class _GroupRows:
-    """The live rows of a snapshot in one of `num_groups` groups of neighbouring shards: the shards of a store that has
-    no more of them. By splitmix64."""
-
-    def __init__(self, snapshot: Snapshot, group: int, num_groups: int) -> None:
-        size = snapshot.info.num_shards // num_groups
-        readers = [snapshot.shard_reader(shard) for shard in range(group * size, (group + 1) * size)]
-        self._readers: list[tuple[ShardReader, Int64Array]] = []
-        self._width, self._dtype = snapshot.info.dim, snapshot.info.storage_dtype
-        self.digests = np.empty(0, object)
-        for reader in readers:
-            if reader.entries:
-                table = reader.read([KEY, DIGEST])
-                self._readers.append((reader, numpy_column(table, KEY)))
-                self.digests = np.concatenate([self.digests, np.asarray(table[DIGEST].to_pylist(), object)])
-        self.keys: Int64Array = np.concatenate([np.empty(0, np.int64), *(keys for _, keys in self._readers)])
-
-    def features(self, keys_K: Int64Array) -> npt.NDArray[np.generic]:
-        """Read features as they are stored, (K, D); all keys are there."""
-        features_KD = np.zeros((len(keys_K), self._width), self._dtype)
-        for reader, keys in self._readers:
-            here_K = np.isin(keys_K, keys)
-            if here_K.any():
-                features_KD[here_K] = reader.features(keys_K[here_K])[0]
-        return features_KD
+def _live_rows(snapshot: Snapshot, group: int, num_groups: int) -> tuple[Int64Array, npt.NDArray[np.object_]]:
+    """Read keys and content digests of one of `num_groups` groups of neighbouring shards."""
+    size = snapshot.info.num_shards // num_groups
+    readers = [snapshot.shard_reader(shard) for shard in range(group * size, (group + 1) * size)]
+    tables = [reader.read([KEY, DIGEST]) for reader in readers if reader.entries]
+    digests = [each for table in tables for each in table[DIGEST].to_pylist()]
+    keys = [np.empty(0, np.int64), *(numpy_column(table, KEY) for table in tables)]
+    return np.concatenate(keys), np.asarray(digests, object)
 
 
 def _differences(old_KD: Float32Array, new_KD: Float32Array) -> tuple[int, float | None, float | None]:

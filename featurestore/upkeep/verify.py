@@ -1,8 +1,9 @@
 """Check of every file of a store: names each that is not what was written, and the command that repairs it."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from featurestore import log, quarantine
@@ -21,22 +22,13 @@ from featurestore.upkeep.filecheck import FileKeys, check_file, collisions
 
 _MEMORY_BYTES = 256 << 20
 _THREADS = 4
-ProblemKind = Literal[
-    "info",
-    "folder",
-    "codec",
-    "manifest",
-    "stray",
-    "order",
-    "expired",
-    "pin",
-    "quarantine",
-    "data",
-    "statistics",
-    "collision",
-]
+ProblemKind = (
+    Literal["info", "folder", "codec", "manifest", "stray", "order", "expired"]
+    | Literal["pin", "quarantine", "data", "statistics", "collision"]
+)
 _FOLDERS = (log.LOG, log.EXPIRED, log.PINS, DATA, CODECS, quarantine.QUARANTINE, STAGING, damage.DAMAGED)
 FileId = tuple[str, str]  # path and sha256
+_SmallFile = tuple[ProblemKind, str, Callable[[], object], str]  # kind, path, what reads it, and the way out
 
 
 @dataclass(frozen=True)
@@ -95,16 +87,13 @@ def verify(
             raise
         report.problems.append(Problem("info", INFO_PATH, str(error), _repair(url, "rebuilds it from a data file")))
         return report
-    report.problems += _folder_problems(store)
+    behind_links = "Then verify again: nothing else was checked"
+    folders = ((folder, partial(store.storage.list, folder)) for folder in _FOLDERS)
+    report.problems += _unreadable(("folder", folder, read, behind_links) for folder, read in folders)
     if report.problems:  # what is behind such a link is not the store's
         return report
     manifests = _read_manifests(store, report)
-    report.problems += [
-        *_strays(store),
-        *_codec_problems(store),
-        *_pin_problems(store, manifests),
-        *_quarantine_problems(store),
-    ]
+    report.problems += [*_strays(store), *_unreadable(_small_files(store)), *_pin_problems(store, manifests)]
     if version is not None:
         if version not in manifests and not any(version in problem.versions for problem in report.problems):
             raise SnapshotNotFoundError(f"{store.url} has no snapshot {version}: see python -m featurestore log")
@@ -145,23 +134,32 @@ def _read_manifests(store: FeatureStore, report: VerifyReport) -> dict[int, Mani
             message = f"{storage.full(path)} does not follow the manifest before it"
             report.problems.append(Problem("order", path, message, "Put the right one back from a backup", (version,)))
         good[version] = manifest
-    for version in log.versions(storage, log.EXPIRED):
-        path = log.manifest_path(version, log.EXPIRED)
-        try:
-            log.read(storage, version, log.EXPIRED)
-        except FileNotFoundError:
-            continue
-        except CorruptFileError as error:
-            report.problems.append(Problem("expired", path, str(error), _repair(url, "moves it to damaged/")))
     return good
 
 
-def _folder_problems(store: FeatureStore) -> Iterator[Problem]:
-    for folder in _FOLDERS:
+def _unreadable(files: Iterable[_SmallFile]) -> Iterator[Problem]:
+    """Read files, and yield a problem for each damaged one."""
+    for kind, path, read, way_out in files:
         try:
-            store.storage.list(folder)
+            read()
+        except FileNotFoundError:  # it has expired meanwhile, or is settled
+            continue
         except CorruptFileError as error:
-            yield Problem("folder", folder, str(error), "Then verify again: nothing else was checked")
+            yield Problem(kind, path, str(error), way_out)
+
+
+def _small_files(store: FeatureStore) -> Iterator[_SmallFile]:
+    storage, url = store.storage, store.url
+    for version in log.versions(storage, log.EXPIRED):
+        read = partial(log.read, storage, version, log.EXPIRED)
+        yield "expired", log.manifest_path(version, log.EXPIRED), read, _repair(url, "moves it to damaged/")
+    if store.info.codec is not None:
+        way_out = "Put it back from a backup: nothing else has its numbers"
+        yield "codec", store.info.codec.path, partial(codec_of, store.info, storage), way_out
+    for name in storage.list(quarantine.QUARANTINE):
+        way_out = _repair(url, "moves it to damaged/; the next refresh tries its images again")
+        path = f"{quarantine.QUARANTINE}/{name}"
+        yield "quarantine", path, partial(quarantine.read_file, storage, name), way_out
 
 
 def _strays(store: FeatureStore) -> Iterator[Problem]:
@@ -169,14 +167,6 @@ def _strays(store: FeatureStore) -> Iterator[Problem]:
     for path in [path for folder in (log.LOG, log.EXPIRED) for path in log.strays(store.storage, folder)]:
         message = f"{store.storage.full(path)} has a name that no manifest can have: no reader and no commit sees it"
         yield Problem("stray", path, message, way_out)
-
-
-def _codec_problems(store: FeatureStore) -> Iterator[Problem]:
-    try:
-        codec_of(store.info, store.storage)
-    except CorruptFileError as error:
-        path = store.info.codec.path if store.info.codec is not None else INFO_PATH
-        yield Problem("codec", path, str(error), "Put it back from a backup: nothing else has its numbers")
 
 
 def _pin_problems(store: FeatureStore, manifests: Mapping[int, Manifest]) -> Iterator[Problem]:
@@ -195,17 +185,6 @@ def _pin_problems(store: FeatureStore, manifests: Mapping[int, Manifest]) -> Ite
             yield Problem(
                 "pin", path, f"{storage.full(path)} keeps snapshot {pin.version}, which is not there", way_out
             )
-
-
-def _quarantine_problems(store: FeatureStore) -> Iterator[Problem]:
-    for name in store.storage.list(quarantine.QUARANTINE):
-        try:
-            quarantine.read_file(store.storage, name)
-        except FileNotFoundError:
-            continue
-        except CorruptFileError as error:
-            way_out = _repair(store.url, "moves it to damaged/; the next refresh tries its images again")
-            yield Problem("quarantine", f"{quarantine.QUARANTINE}/{name}", str(error), way_out)
 
 
 def _check_data(
