@@ -20,11 +20,6 @@ from featurestore.lookup.cache import open_or_build, prune
 DAY_S = 24 * 3600
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
-
 def age(path: Path, days: float) -> None:
     then_s = time.time() - days * DAY_S
     os.utime(path, (then_s, then_s))

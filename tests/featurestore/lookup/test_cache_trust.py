@@ -20,11 +20,6 @@ IS_ROOT = os.geteuid() == 0
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
-
-@pytest.fixture
 def rows(store: FeatureStore, make_rows) -> FeatureRows:
     made: FeatureRows = make_rows(200, store.info)
     store.put(made)
