@@ -307,7 +307,7 @@ def train_residual_quantizer(
     what is left after the levels before it.
 
     The nearest code wins at every level (a beam of one), so that a prefix of codes never depends on later levels.
-    `num_codes` is a power of two, and the sample has at least so many rows. k-means, 25 passes a level; from the main
+    `num_codes` is a power of two, and the sample has at least that many rows. k-means, 25 passes a level; from the main
     directions to all of them, where the sample has as many rows as dimensions and so has such directions.
     """
     quantizer = faiss.ResidualQuantizer(sample_ND.shape[1], num_levels, num_codes.bit_length() - 1)

@@ -103,7 +103,7 @@ class StoreInfo(Sealed):
     extractor: ExtractorSpec
     codec: CodecSpec | None = None  # of int8, and of it alone
     network: NetworkName | None = None  # information only
-    store_id: str = ""  # random, given when the store is made: tells it from others made alike
+    store_id: str = ""  # random, given when the store is made: differs from that of others made alike
 
     @field_validator("num_shards")
     @classmethod
@@ -162,7 +162,7 @@ class FileEntry(Frozen):
     kind: FileKind
     info_digest: str
     based_on: Version = 0  # the snapshot against which its keys were checked for collisions
-    statistics_path: StorePath | None = None  # none beside a small file: its rows are read instead
+    statistics_path: StorePath | None = None  # none for a small file: its rows are read instead
     statistics_sha256: str | None = None
 
     @property

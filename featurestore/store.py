@@ -80,7 +80,7 @@ class FeatureStore:
         try:
             store = cls.open(url)
         except StoreNotFoundError:
-            with contextlib.suppress(StoreExistsError):  # whoever was first, the check below decides
+            with contextlib.suppress(StoreExistsError):  # another was first: the check below decides
                 return cls.create(url, info)
             store = cls.open(url)
         info.check_same(store.info, f"the store at {store.url}")

@@ -168,7 +168,7 @@ def _open(reader: ShardReader, paths: _Paths) -> CachedShard | None:
     if not whole or seal.made_from != _made_from(reader) or size != seal.num_rows * reader.info.row_bytes:
         return None
     keys_M: Int64Array = np.load(io.BytesIO(keys_file), allow_pickle=False)
-    boot_id = _boot_id()
+    boot_id = current_boot()
     if (seal.boot_id, seal.rows_identity) != (boot_id, identity) or not boot_id:
         if digest_of_file(paths.rows) != seal.rows_xxh3_128:
             return None
@@ -204,7 +204,7 @@ def _build(reader: ShardReader, paths: _Paths, memory: FileMemory) -> CachedShar
             keys_xxh3_128=xxhash.xxh3_128_hexdigest(keys_file.getbuffer()),
             rows_xxh3_128=rows_digest,
             rows_identity=_identity(paths.rows),
-            boot_id=_boot_id(),
+            boot_id=current_boot(),
         ),
     )
     return CachedShard(paths.rows, hash_M)
@@ -290,7 +290,7 @@ def digest_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _boot_id() -> str:
+def current_boot() -> str:
     """Return the id of this run of the machine, empty where it has none: then rows are read through at each opening."""
     try:
         return _BOOT_ID.read_text().strip()

@@ -20,7 +20,7 @@ class HashIndex:
 
     def __init__(self, shards: Sequence[int], hashes: Sequence[UInt64Array], num_shards: int) -> None:
         """`hashes[i]` are those of `shards[i]`, ascending."""
-        # Behind the last one stands what no hash exceeds, so that no walk leaves the array.
+        # After the last one comes a number that no hash exceeds, so that no walk leaves the array.
         self._walked: UInt64Array = np.concatenate([*hashes, np.array([2**64 - 1], np.uint64)])
         self.hash_M = self._walked[:-1]
         most = max((len(each) for each in hashes), default=0)

@@ -26,7 +26,7 @@ class Signatures:
 
     Two vectors at angle a differ in a share a / pi of such bits (Charikar, "Similarity estimation techniques from
     rounding algorithms", STOC 2002): of 512, with a deviation of 0.07 rad at most. Features are standardised first:
-    those of images point nearly all the same way, and only what differs from the mean tells them apart.
+    those of images point nearly all the same way, and only what differs from the mean distinguishes them.
 
     A signature depends on the feature, the scaling and the seed alone, not on the rank or on what else is asked. It
     is made at the first look at its image and kept: 72 bytes a row, and a product of D x 512 once.

@@ -104,7 +104,7 @@ class DiskFiles:
 
     def entries(self, path: str, recursive: bool) -> Iterator[StorageEntry]:
         """List the files of a folder and of the folders in it, without what vanishes meanwhile and without a link to a
-        folder: whoever removes files by this list removes none behind it."""
+        folder: so nobody removes files behind one by this list."""
         try:
             found = [*os.scandir(self.path(path))]
         except (FileNotFoundError, NotADirectoryError):

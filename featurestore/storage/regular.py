@@ -37,7 +37,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raise OSError where code that opens the file by itself would find none, or could wait."""
+    """Raise OSError where code that opens the file on its own would find none, or could wait."""
     mode = Path(path).stat().st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

@@ -263,4 +263,4 @@ def _time_of(found: Mapping[str, Any]) -> float:
         return time.timestamp()
     if isinstance(time, int | float):
         return float(time)
-    raise StorageError(f"the storage tells no time of {found.get('name')}: ages of files cannot be known there")
+    raise StorageError(f"the storage gives no time of {found.get('name')}: ages of files cannot be known there")

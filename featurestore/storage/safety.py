@@ -1,6 +1,6 @@
 """Check of a place for a store: of many writers one must win the exclusive create, and reads must see what was written.
 
-Some object stores ignore the condition of a put, and some look first and write then: there two writers can both be told
+Some object stores ignore the condition of a put, and some look first and write then: there two writers can both hear
 that their commit was made, and one of them is lost. Only a race shows the second kind.
 """
 

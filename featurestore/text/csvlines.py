@@ -1,4 +1,4 @@
-"""What a reader of CSV overlooks in silence: a quote that is not closed, which makes one value of many rows; UTF-16.
+"""Check of CSV texts for what readers accept silently: a quote that is not closed, which swallows rows; UTF-16.
 
 Quotes count as Arrow takes them: at the beginning of a value alone, doubled within it, with line breaks between them.
 """
@@ -16,21 +16,21 @@ _BUFFER_BYTES = 8 << 20
 
 
 class CsvTextError(ValueError):
-    """The text cannot be told apart into rows; says where and what to do."""
+    """The text cannot be split into rows; says where and what to do."""
 
 
 @dataclass(frozen=True)
 class LongRow:
-    """A row whose quoted values go on over several lines, the first of them `line` (from 1, that of the names)."""
+    """A row whose quoted values continue over several lines, the first of them `line` (from 1, that of the names)."""
 
     line: int
     breaks: int
     swallowed: bool
-    """A value has a delimiter for each value of as many rows as it has line breaks: rows stand in it, most likely."""
+    """A value has a delimiter for each value of as many rows as it has line breaks: it holds rows, most likely."""
 
 
 def long_rows(file: IO[bytes], delimiter: str, most_lines: int | None = None) -> dict[int, LongRow]:
-    """Rows over several lines by their numbers, from 0, the names not counted; empty lines are no rows.
+    """Find rows over several lines by their numbers, from 0, the names not counted; empty lines are no rows.
 
     Reads the file once, or its first `most_lines`. Raises CsvTextError for text in UTF-16 or UTF-32, and for a quoted
     value that does not end, or not within MOST_BREAKS lines.
@@ -46,13 +46,13 @@ def long_rows(file: IO[bytes], delimiter: str, most_lines: int | None = None) ->
 
 
 def check_encoding(beginning: bytes) -> None:
-    """Raises CsvTextError where the first bytes of a text are not UTF-8's."""
+    """Raise CsvTextError where the first bytes of a text are not UTF-8's."""
     if beginning[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in beginning[:4]:
         raise CsvTextError("the text is in UTF-16 or UTF-32, not in UTF-8; write it anew, as with: iconv -t UTF-8")
 
 
 class _Scan:
-    """Where the lines of a file stand: outside of values in quotes, or in one that began in an earlier line."""
+    """Scan of the lines of a file: outside of values in quotes, or inside one that began in an earlier line."""
 
     def __init__(self, delimiter: str) -> None:
         self._delimiter = delimiter

@@ -106,8 +106,8 @@ def newest_good(storage: Storage, bad: Collection[int] = ()) -> Manifest:
 def recommit(storage: Storage, good: Manifest, version: int, operation: str, dry_run: bool) -> None:
     """Commit the newest good manifest again as `version`, the number behind that of the newest, which is damaged.
 
-    Readers and writers, who stop at a damaged newest manifest, go on with it. Where another repair was first, its
-    commit stands.
+    Readers and writers stop at a damaged newest manifest, and continue with this one. Where another repair was first,
+    its commit stays.
     """
     if not dry_run:
         again = good.model_copy(

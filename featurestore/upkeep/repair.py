@@ -3,11 +3,11 @@
 - A damaged data file of the newest snapshot leaves it. Keys that can still be read of it go into the quarantine with
   the reason; where older files hold them too, tombstones take the file's place, so that no stale row shows again. The
   next refresh computes what is missing.
-- A file whose statistics are damaged goes on without them: its rows are read instead, until it is compacted.
+- A file whose statistics are damaged stays without them: its rows are read instead, until it is compacted.
 - Files that older snapshots alone name are noted, and no alarm any more: those snapshots cannot be changed.
 - A damaged manifest moves to damaged/. Where it was the newest, the newest good one is committed again first, under the
   next number; the files of the lost commit stay until `expire` removes them. Where nothing was committed under its
-  number, as there is a gap before it, it is a stray file, and the numbers go on behind the newest good one.
+  number, as there is a gap before it, it is a stray file, and the numbers continue after the newest good one.
 - A file with a name that no manifest can have moves from log/ to damaged/.
 - Damaged quarantine files and expired manifests move to damaged/. A damaged store.json is rebuilt from a data file.
 """

@@ -55,7 +55,7 @@ def test_any_mix_of_files_gives_the_newest_rows(tmp_path: Path, cache: Path, inf
         np.testing.assert_array_equal(partition.lookup(keys).features_UD, np.stack(list(model.values())))
     before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     with pytest.MonkeyPatch.context() as patch:  # the seal's digest is that of the rows in their order
-        patch.setattr("featurestore.lookup.cache._boot_id", lambda: "the next start")
+        patch.setattr("featurestore.lookup.cache.current_boot", lambda: "the next start")
         FeaturePartition.load(store, cache_dir=cache).close()
     assert {path for path in before if path.stat().st_mtime_ns == before[path]} == set(cache.glob("*s.*"))
 
@@ -243,7 +243,7 @@ def test_a_flipped_bit_in_a_cache_file_is_never_served(
         expected = partition.lookup(rows.keys_N).features_UD
     starts = iter(range(10**6))
     if suffix == "rows.bin":
-        monkeypatch.setattr("featurestore.lookup.cache._boot_id", lambda: f"start {next(starts)}")
+        monkeypatch.setattr("featurestore.lookup.cache.current_boot", lambda: f"start {next(starts)}")
     path = next(cache.glob(f"shard-0003-*.{suffix}"))
     size = path.stat().st_size
     for place in range(0, size, max(1, size // 30)):

@@ -104,7 +104,7 @@ def test_rows_damaged_by_a_power_cut_are_found_after_the_restart(
     victim = next(cache.glob("shard-0003-*.rows.bin"))
     whole = victim.read_bytes()
     victim.write_bytes(bytes(len(whole)))  # the size is right
-    monkeypatch.setattr("featurestore.lookup.cache._boot_id", lambda: "the next start")
+    monkeypatch.setattr("featurestore.lookup.cache.current_boot", lambda: "the next start")
     for _ in range(2):
         with FeaturePartition.load(store, cache_dir=cache) as partition:
             assert np.array_equal(partition.lookup(rows.keys_N).features_UD, rows.features_ND)
