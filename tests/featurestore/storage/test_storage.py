@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from featurestore.errors import StorageError
+from featurestore.errors import CorruptFileError, StorageError
+from featurestore.storage.local import DiskFiles
 from featurestore.storage.storage import Storage
 
 
@@ -231,6 +232,18 @@ def test_a_new_folder_is_on_the_disk_before_its_file_is(tmp_path: Path, monkeypa
     folders = [name for name in synced if ".tmp-" not in name]
     assert folders == [".", "data", "data/0001"]
     assert ".tmp-" in synced[2]
+
+
+def test_a_sector_that_cannot_be_read_is_damage_in_a_store_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(disk: DiskFiles, path: str) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(DiskFiles, "read_bytes", fail)
+    for keep_inside, expected in ((True, CorruptFileError), (False, StorageError)):
+        with pytest.raises(expected, match="a cannot be read|cannot read .*a: "):
+            Storage(tmp_path, keep_inside=keep_inside).read_bytes("a")
 
 
 def test_an_unknown_protocol_is_named() -> None:
