@@ -242,7 +242,7 @@ def test_a_sector_that_cannot_be_read_is_damage_in_a_store_alone(
 
     monkeypatch.setattr(DiskFiles, "read_bytes", fail)
     for keep_inside, expected in ((True, CorruptFileError), (False, StorageError)):
-        with pytest.raises(expected, match="a cannot be read|cannot read .*a: "):
+        with pytest.raises(expected, match=r"a cannot be read|cannot read .*a: "):
             Storage(tmp_path, keep_inside=keep_inside).read_bytes("a")
 
 
