@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.errors import CorruptFileError, InvalidRowsError
+from featurestore.keys import Int64Array
 from featurestore.spec import IndexKind
 
 faiss: Any = _typed_faiss  # its stubs lack some of the classes
 
-Keys = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float32]
 
 NOT_FOUND = np.float32(-np.inf)
@@ -70,7 +70,7 @@ class VectorIndex:
     index is without them. Where they lie between the query and its best keys, hnsw finds less: measure.
     """
 
-    def __init__(self, index: Any, centre_D: Vectors, radius: float, removed_M: Keys) -> None:
+    def __init__(self, index: Any, centre_D: Vectors, radius: float, removed_M: Int64Array) -> None:
         """`index`: a faiss.IndexIDMap over one of the three; `build` and `load` make it.
 
         `centre_D` is what the vectors lie less, `radius` the length of the longest of them when ivf was trained, and
@@ -84,7 +84,7 @@ class VectorIndex:
         self._find_live()
 
     @classmethod
-    def build(cls, kind: IndexKind, keys_N: Keys, vectors_ND: Vectors, lifted: bool = False) -> Self:
+    def build(cls, kind: IndexKind, keys_N: Int64Array, vectors_ND: Vectors, lifted: bool = False) -> Self:
         """Build an index of vectors; of a key that comes twice the last one counts. Order N log N for hnsw, else N.
 
         ivf has 4 sqrt(N) lists, or fewer where a list would have less than 39 vectors. Raises InvalidRowsError
@@ -108,7 +108,7 @@ class VectorIndex:
 
     @property
     def num_keys(self) -> int:
-        """Keys that a search can find."""
+        """Number of keys that a search can find."""
         return self._num_keys
 
     @property
@@ -135,7 +135,7 @@ class VectorIndex:
         """More than this helps no more: all lists of ivf; for hnsw 16 times what it begins with."""
         return {"flat": None, "hnsw": _LARGEST_EFFORT}.get(self.kind) if self.kind != "ivf" else int(self._base.nlist)
 
-    def add(self, keys_N: Keys, vectors_ND: Vectors) -> None:
+    def add(self, keys_N: Int64Array, vectors_ND: Vectors) -> None:
         """Add new keys, and new vectors of keys that are there; none at all is fine.
 
         Raises InvalidRowsError for vectors of another width, another number of keys, and numbers that are not finite.
@@ -144,7 +144,7 @@ class VectorIndex:
         self._index.add_with_ids(self._stored(vectors_ND), keys_N)
         self._find_live()
 
-    def remove(self, keys_N: Keys) -> int:
+    def remove(self, keys_N: Int64Array) -> int:
         """Hide these keys from every search until they are added again. Returns how many were there.
 
         Raises InvalidRowsError where no key would be left.
@@ -156,7 +156,7 @@ class VectorIndex:
         self._find_live()
         return len(places_M)
 
-    def search(self, queries_KD: Vectors, count: int, effort: int | None = None) -> tuple[Keys, Vectors]:
+    def search(self, queries_KD: Vectors, count: int, effort: int | None = None) -> tuple[Int64Array, Vectors]:
         """Find keys and inner products of the `count` largest for each query, largest first: (K, C), (K, C).
 
         C is `count`, or `num_keys` where that is less. An approximate index may find fewer for a query: the rest has
@@ -204,7 +204,7 @@ class VectorIndex:
 
     def _find_live(self) -> None:
         """Find the last vector of each key: that is its vector, unless it was removed."""
-        self._keys_N: Keys = faiss.vector_to_array(self._index.id_map).astype(np.int64, copy=True)
+        self._keys_N: Int64Array = faiss.vector_to_array(self._index.id_map).astype(np.int64, copy=True)
         last_first, live_N = len(self._keys_N) - 1, np.zeros(len(self._keys_N), np.bool_)
         live_N[last_first - np.unique(self._keys_N[::-1], return_index=True)[1]] = True
         live_N[self._removed_M] = False
@@ -234,7 +234,7 @@ class VectorIndex:
         scaled_KD = (queries_KD / length_K1).astype(np.float32)
         return np.hstack([scaled_KD, np.zeros((len(queries_KD), 1), np.float32)]), length_K1
 
-    def _by_product(self, asked_KD: Vectors, place_KC: Keys) -> tuple[Vectors, Keys]:
+    def _by_product(self, asked_KD: Vectors, place_KC: Int64Array) -> tuple[Vectors, Int64Array]:
         """Return inner products of the found vectors with the queries, largest first, and their places: of distances
         the last bits would be lost."""
         found_KCD = self._base.reconstruct_batch(place_KC.clip(min=0).ravel()).reshape(*place_KC.shape, -1)
@@ -286,7 +286,7 @@ def _squares(vectors_ND: Vectors) -> npt.NDArray[np.float64]:
     return np.asarray(np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64))
 
 
-def _checked(keys_N: Keys, vectors_ND: Vectors, dim: int) -> tuple[Keys, Vectors]:
+def _checked(keys_N: Int64Array, vectors_ND: Vectors, dim: int) -> tuple[Int64Array, Vectors]:
     """Return keys and vectors as faiss takes them. Raises InvalidRowsError."""
     if vectors_ND.ndim != 2 or vectors_ND.shape[1] != dim:
         raise InvalidRowsError(f"vectors of shape {vectors_ND.shape} do not fit an index of width {dim}")

@@ -8,11 +8,11 @@ import xxhash
 from pydantic import ValidationError
 
 from featurestore.errors import StorageError
-from featurestore.lookup.cache import SEAL, STEM_DIGITS, CacheSeal, digest_of_file
+from featurestore.lookup.cache import SEAL, STEM_DIGITS, SUFFIXES, CacheSeal, digest_of_file
 from featurestore.storage.private import check_owner, is_private
 from featurestore.storage.threads import Progress
 
-_KEYS, _ROWS = ".keys.npy", ".rows.bin"
+_KEYS, _ROWS, _ = SUFFIXES
 
 
 @dataclass
