@@ -1,6 +1,7 @@
 """What the README and the pages in docs/ name is there: files, sections, commands with their options, and settings."""
 
 import ast
+import configparser
 import importlib
 import re
 import shlex
@@ -72,6 +73,17 @@ def test_links_lead_to_a_page_and_a_section(name: str) -> None:
 @pytest.mark.parametrize(("name", "most_lines"), [("README.md", 200), ("docs/CODE.md", 150)])
 def test_pages_stay_short(name: str, most_lines: int) -> None:
     assert len((ROOT / name).read_text().splitlines()) <= most_lines
+
+
+def test_the_page_of_the_code_has_the_layers_as_they_are() -> None:
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    contracts = [section for section in settings.values() if "containers" in section]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "docs" / "CODE.md").read_text(), re.MULTILINE))
+    assert len(contracts) == 3
+    for contract in contracts:
+        layers = ", ".join(line for line in contract["layers"].split("\n") if line)
+        assert rows[contract["containers"]].replace("\\", "").replace("`", "") == layers
 
 
 def test_classes_and_functions_of_the_walks_are_there() -> None:
