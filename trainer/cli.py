@@ -1,4 +1,4 @@
-"""What the commands of the trainer share: work on ranks, with one message for a mistake, and options.
+"""Commands on ranks: connect, work, print one message for a mistake, and return the exit code.
 
 Exit codes as of every command (`featurestore.console.commandline`); 130 also for a stop by a signal after a checkpoint.
 Quick to import: torch and Horovod are loaded when the ranks connect.

@@ -1,4 +1,4 @@
-"""verify, repair and check-backend: is every file what was written, what mends it, and can a place hold a store."""
+"""Commands verify, repair and check-backend: find broken files, repair them, and test a place for a store."""
 
 import sys
 from pathlib import Path
@@ -25,15 +25,15 @@ def verify(
         str | None,
         typer.Argument(metavar="URL|DIR", help="Folder or s3:// address of the store; with --cache of the cache."),
     ] = None,
-    version: Annotated[int | None, typer.Option(help="Snapshot whose data to check; all kept ones by default.")] = None,
+    version: Annotated[int | None, typer.Option(help="Snapshot whose data to check; by default all kept ones.")] = None,
     cache: Annotated[
         bool, typer.Option("--cache", help="Check a cache folder of this machine instead, by default the usual one.")
     ] = False,
 ) -> None:
     """Check every file of a store: manifests, pins, quarantine, and the data of all kept snapshots, or of one.
 
-    With --cache every file of a cache folder instead. Exit code 1 when one is broken: the line says which, what is
-    wrong, and what mends it.
+    With --cache it checks every file of a cache folder instead. Exit code 1 when one is broken: the line names it, what
+    is wrong, and what repairs it.
     """
     if cache and version is not None:
         raise typer.BadParameter("--version is for a store: a cache is checked whole")
@@ -75,9 +75,9 @@ def _verify_cache(place: str | None) -> NoReturn:
 
 @app.command(epilog="Example: `python -m featurestore repair data/features --dry-run`")
 def repair(url: Url, dry_run: DryRun = False) -> None:
-    """Mend what verify finds, in one commit. What is lost of a broken file, the next refresh computes again.
+    """Repair what verify finds, in one commit. Rows that are lost with a broken file are computed by the next refresh.
 
-    Exit code 1 when something is left that only a backup or a person can mend.
+    Exit code 1 when something is left that only a backup or a person can repair.
     """
     from featurestore.upkeep.repair import repair as repair_store
 
@@ -100,7 +100,7 @@ def check_backend(
     processes: Annotated[int, typer.Option("--processes", min=2, max=256, help="Writers that race.")] = 4,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Races, each for a new file.")] = 50,
 ) -> None:
-    """Check that a place can hold a store: one of many writers wins, and what is written is seen.
+    """Check that a place can hold a store: one of many writers wins, and what is written can be read at once.
 
     Tries what commits rely on, then lets processes race to create one file, many times. Exit code 1 when the place is
     unsafe: commits would be lost there.

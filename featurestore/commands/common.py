@@ -1,4 +1,4 @@
-"""What the commands share: options, a progress bar, tables."""
+"""Options that several commands of a store share."""
 
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
@@ -19,11 +19,11 @@ At = Annotated[
         help="Snapshot that was the newest at this time, UTC unless it says otherwise.",
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and change nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and change nothing.")]
 
 
 def chosen_snapshot(store: "FeatureStore", version: int | None, at: datetime | None) -> "Snapshot":
-    """The one that the options name. Raises SnapshotNotFoundError, typer's BadParameter for both options."""
+    """Return the snapshot that --version or --at names. Raises SnapshotNotFoundError, typer.BadParameter for both."""
     if version is not None and at is not None:
         raise typer.BadParameter("--version and --at name a snapshot each: give one of them")
     return store.snapshot(version, at)

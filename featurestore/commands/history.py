@@ -1,4 +1,4 @@
-"""log, diff, restore, pin, unpin, compact and expire: the snapshots of a store over time."""
+"""Commands log, diff, restore, pin, unpin, compact and expire: the snapshots of a store over time."""
 
 import sys
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ PinName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the pin.",
 @app.command(epilog="Example: `python -m featurestore log data/features --last 20`")
 def log(
     url: Url,
-    last: Annotated[int | None, typer.Option("--last", "-n", min=1, help="Only so many; all by default.")] = None,
+    last: Annotated[int | None, typer.Option("--last", "-n", min=1, help="How many to list; all by default.")] = None,
 ) -> None:
     """List the snapshots that can be opened, newest first. Files, rows and bytes are those that each one needs."""
     from featurestore.store import FeatureStore
@@ -59,7 +59,7 @@ def diff(
     after: Annotated[int, typer.Argument(metavar="B", help="Another one, newer or older.")],
     keys: Annotated[bool, typer.Option("--keys", help="Print key and uri of each: + came, ~ changed, - went.")] = False,
 ) -> None:
-    """Count the images that came, changed and went from snapshot A to B."""
+    """Count the images that were added, changed and removed from snapshot A to B."""
     from featurestore.store import FeatureStore
     from featurestore.upkeep.history import diff as diff_snapshots
 
@@ -92,7 +92,7 @@ def pin(
     name: PinName,
     version: Annotated[int | None, typer.Argument(metavar="[N]", help="Snapshot; the newest by default.")] = None,
 ) -> None:
-    """Keep a snapshot, whatever `expire` is told, until it is unpinned."""
+    """Keep a snapshot, whatever the options of `expire`, until it is unpinned."""
     from featurestore.store import FeatureStore
     from featurestore.upkeep.pins import pin as pin_snapshot
 
@@ -124,7 +124,7 @@ def compact(
 ) -> None:
     """Merge the files of shards with more than 8 deltas, or more than a quarter of their bytes in deltas.
 
-    The rows stay exactly the same. Readers and writers may go on meanwhile.
+    The rows stay exactly the same. Readers and writers may continue meanwhile.
     """
     from featurestore.store import FeatureStore
     from featurestore.upkeep.compaction import compact as compact_store
@@ -143,17 +143,18 @@ def compact(
 )
 def expire(
     url: Url,
-    keep_last: Annotated[int, typer.Option("--keep-last", min=0, help="Keep so many of the last snapshots.")] = 10,
-    keep_days: Annotated[float, typer.Option("--keep-days", min=0, help="Keep every state of so many days.")] = 30.0,
+    keep_last: Annotated[int, typer.Option("--keep-last", min=0, help="How many of the last snapshots to keep.")] = 10,
+    keep_days: Annotated[float, typer.Option("--keep-days", min=0, help="Days of which every state is kept.")] = 30.0,
     grace_days: Annotated[
-        float, typer.Option("--grace-days", min=0, help="Leave files to readers and writers for so many days more.")
+        float,
+        typer.Option("--grace-days", min=0, help="Days for which files stay after that for their users."),
     ] = 7.0,
     dry_run: DryRun = False,
 ) -> None:
-    """Let go of snapshots that neither these options nor a pin keep, and delete files that nobody needs any more.
+    """Remove snapshots that neither these options nor a pin keep, and delete the files that no other one needs.
 
-    What dead writers left goes too. The grace time must be longer than your longest job. The newest snapshot stays.
-    Exit code 1 when it had to stop half way.
+    Files of writers that died are deleted too. The grace time must be longer than your longest job. The newest snapshot
+    stays. Exit code 1 when it had to stop before the end.
     """
     from featurestore.store import FeatureStore
     from featurestore.upkeep.expiry import expire as expire_store
@@ -231,7 +232,7 @@ def _count(number: int, thing: str) -> str:
 
 
 def _ranges(versions: Sequence[int]) -> str:
-    """`1 to 3, 7, 8`."""
+    """Format versions in short, e.g. `1 to 3, 7, 8`."""
     groups: list[list[int]] = []
     for version in versions:
         if groups and version == groups[-1][-1] + 1:

@@ -1,4 +1,4 @@
-"""info, get and quarantine: what a store holds, and what it could not take."""
+"""Commands info, get and quarantine: what a store holds, and which images it could not take."""
 
 import sys
 from pathlib import Path

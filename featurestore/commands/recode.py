@@ -1,4 +1,4 @@
-"""recode: the rows of a store in another dtype, as a new store, and how exact they still are."""
+"""Command recode: a copy of a store in another dtype, and how exact it is."""
 
 from typing import Annotated
 
@@ -30,7 +30,7 @@ def recode(
 ) -> None:
     """Make a new store of another dtype, and measure what it keeps: relative error, angles, nearest neighbours.
 
-    int8 takes half the bytes of bfloat16. After an interruption the same command goes on where it stopped.
+    int8 takes half the bytes of bfloat16. After an interruption the same command continues where it stopped.
     """
     from featurestore.store import FeatureStore
     from featurestore.upkeep.recode import recode as recode_store

@@ -1,1 +1,1 @@
-"""What a command prints, and how it ends."""
+"""The console of all commands: arguments, exit codes, one-line errors, progress, tables and JSON files."""

@@ -1,4 +1,4 @@
-"""How every command starts and ends: arguments that are text, numbers that are finite, one line for each mistake.
+"""Start and end of every command: arguments are text, numbers are finite, and each mistake is one line.
 
 Exit codes:
 0    done
@@ -111,7 +111,7 @@ def run_app(app: CommandApp, prog: str | None = None) -> NoReturn:
 
 
 def tell_usage(error: click.ClickException) -> int:
-    """Write a mistake in the arguments as one line, or the help where that was meant; returns the exit code."""
+    """Print a mistake in the arguments as one line, or the help where no argument was given; returns the exit code."""
     message = error.format_message()
     if type(error).__name__ == _HELP_INSTEAD:
         sys.stderr.write(f"{message}\n" if message.strip() else "")
@@ -123,7 +123,7 @@ def tell_usage(error: click.ClickException) -> int:
 
 
 def say_error(error: Exception | str) -> None:
-    """Write what went wrong to stderr, `error: ` before it: one line for one mistake, then the error's notes."""
+    """Print an error on stderr after `error: `, one line for one mistake, then the error's notes."""
     lines = str(error).splitlines() or [type(error).__name__]
     lines += [line for note in getattr(error, "__notes__", ()) for line in note.splitlines()]
     sys.stderr.write("error: " + "".join(f"{printable(line)}\n" for line in lines))
@@ -131,17 +131,17 @@ def say_error(error: Exception | str) -> None:
 
 
 def power_of_two(value: int | None) -> int | None:
-    """Return the value of an option that counts shards. Raises typer.BadParameter."""
+    """Check an option that counts shards, and return its value. Raises typer.BadParameter."""
     if value is not None and value & (value - 1):
         raise typer.BadParameter(f"{value} is not a power of two; try 64 or 128")
     return value
 
 
 def _check_text(arguments: Sequence[str], may_be_empty: Collection[str]) -> None:
-    """Exit with code 2 where an argument is empty, as of a variable that is not set, or no text.
+    """Exit with code 2 where an argument is empty, e.g. from a variable that is not set, or is no text.
 
-    So no command has to think of it: an empty path is the folder that one is in, bytes that are no UTF-8 break Parquet
-    files and JSON, control characters every line.
+    So no command has to check it. An empty path would be the current folder, bytes that are no UTF-8 break Parquet
+    files and JSON, and control characters break every line.
     """
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if argument == "" or (argument.startswith("--") and argument.endswith("=")):
@@ -162,7 +162,7 @@ def _check_text(arguments: Sequence[str], may_be_empty: Collection[str]) -> None
 
 
 def _check_numbers_of(command: click.Command) -> None:
-    """Let every number that a person gives be finite, and whole ones fit into 64 bits, whatever its own limits are."""
+    """Let every option check that its number is finite and, if whole, fits into 64 bits, before its own limits."""
     for each in _commands(command):
         for parameter in each.params:
             parameter.callback = _number_check(parameter.callback)
@@ -175,7 +175,7 @@ def _commands(command: click.Command) -> Iterator[click.Command]:
 
 
 def _number_check(then: Callable[..., Any] | None) -> Callable[..., Any]:
-    """Return a parameter's callback that checks its value, or each of its values, and goes on with `then`."""
+    """Return a parameter's callback that checks its value, or each of its values, and continues with `then`."""
 
     def check(context: Any, parameter: Any, value: Any) -> Any:
         for each in value if isinstance(value, list | tuple) else [value]:

@@ -1,4 +1,4 @@
-"""Files that commands write: whole or not at all, and JSON that every reader takes."""
+"""Files that commands write: complete or not at all; numbers that JSON does not have become null."""
 
 import json
 import math
@@ -9,19 +9,20 @@ from featurestore.errors import UserError
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file beside `path` and rename it: readers find all of the old or of the new content. Raises OSError."""
+    """Write to a hidden file in the same folder and rename it, so that readers find all of the old or of the new
+    content. Raises OSError."""
     part = path.with_name(f".{path.name}")
     part.write_bytes(content.encode() if isinstance(content, str) else content)
     part.replace(path)
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write `values` as JSON, what is not finite as null, by `replace_file`. Raises OSError."""
+    """Write `values` as JSON by `replace_file`; numbers that are not finite become null. Raises OSError."""
     replace_file(path, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
 
 
 def write_json_option(path: Path | None, values: Any) -> None:
-    """Write what a command found to the file of its option --json, where that is given. Raises UserError."""
+    """Write the figures of a command to the file of its option --json, if that is given. Raises UserError."""
     try:
         if path is not None:
             write_json(path, values)

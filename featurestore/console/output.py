@@ -1,4 +1,4 @@
-"""What commands print through: text as it is, and tables in which no number is cut, on a terminal and in a pipe."""
+"""Printing of all commands: text as it is, and tables in which no number is cut, on a terminal and in a pipe."""
 
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ class _PlainConsole(Console):
 
 class _Bars(Progress):
     def stop(self) -> None:
-        """Stop; where nothing has begun, without the empty line that ends the bars in a pipe."""
+        """Stop the bars; where none has begun, without the empty line that ends them in a pipe."""
         if self.tasks:
             super().stop()
         else:
@@ -31,19 +31,19 @@ class _Bars(Progress):
 
 
 def text_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console that prints what it is given: no markup, no names of emoji, no colours of its own, no line folded."""
+    """Make a console that prints text as it is: no markup, no names of emoji, no colours of its own, no folded line."""
     return _PlainConsole(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def text_column(text: str = "{task.description}") -> TextColumn:
-    """Return a column of bars, by default with a task's description, that takes no markup."""
+    """Make a column of bars that takes no markup; by default it shows a task's description."""
     return TextColumn(text, markup=False)
 
 
 def progress_bars(
     *columns: ProgressColumn, console: Console | None = None, transient: bool = False, disable: bool = False
 ) -> Progress:
-    """Return bars, by default on stderr, each with description, bar and count."""
+    """Make progress bars, by default on stderr, each with description, bar and count."""
     shown = columns or (text_column(), BarColumn(), MofNCompleteColumn())
     return _Bars(*shown, console=console or text_console(stderr=True), transient=transient, disable=disable)
 
@@ -58,7 +58,7 @@ def figure(value: float | int | str | None) -> str:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print the table, its title above it as a line. What stands on the right (numbers) is never folded or cut.
+    """Print the table, its title above it as a line. Columns aligned on the right (numbers) are never folded or cut.
 
     A terminal that is too narrow gets other texts folded between words, and where that does not suffice one block of
     lines for each row. Where there is no terminal, the table is as wide as it is.
@@ -89,12 +89,12 @@ def print_rows(names: Sequence[str], rows: Iterable[Sequence[str]], numbers: Col
 
 
 def _width(text: str, folded: bool) -> int:
-    """Columns that a text takes at least, where it may be `folded` between words or not."""
+    """Count the columns of a terminal that a text needs at least; `folded`: it may be folded between words."""
     return max(map(cell_len, text.split() if folded else text.splitlines()), default=0)
 
 
 def _print_blocks(console: Console, table: Table) -> None:
-    """Each row as lines of a column's name and its value, with an empty line between rows."""
+    """Print each row as lines of a column's name and its value, with an empty line between rows."""
     names = [" ".join(str(column.header).split()) for column in table.columns]
     width = max(map(cell_len, names))
     for number, cells in enumerate(zip(*(column.cells for column in table.columns), strict=True)):

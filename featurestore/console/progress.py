@@ -1,4 +1,4 @@
-"""How far a command is: a bar on a terminal, a line now and then in a log."""
+"""Progress of a command: a bar on a terminal, a line every 10 seconds in a log."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ LINE_EVERY_S = 10.0
 
 
 class ProgressBar:
-    """One bar: `advance` it by what was finished since, or call it with all that is finished, and the total."""
+    """A progress bar: `advance` it by what was finished since the last call, or call it with all that is finished."""
 
     def __init__(self, bars: Progress, title: str, total: int, done: int) -> None:
         self._bars, self._title, self._total, self._done = bars, title, total, done
@@ -43,7 +43,7 @@ class ProgressBar:
 
 @contextmanager
 def progress_bar(title: str, total: int = 0, done: int = 0) -> Iterator[ProgressBar]:
-    """Give a bar on stderr, which goes with the block; in a log a line every 10 s, and none of what is quick."""
+    """Show progress on stderr: a bar until the end of the block; in a log a line every 10 s, none for quick work."""
     console = text_console(stderr=True)
     columns = (text_column(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with progress_bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:

@@ -205,8 +205,8 @@ def _check_cluster(address: str, wait_workers: int, timeout_s: float) -> None:
 
 
 def script_environment(address: str, insecure: bool) -> dict[str, str]:
-    """Our environment for the script: the scheduler in it, which goes before a file, that it was accepted though
-    `insecure`, as `connect` checks it again, and output not held back."""
+    """Make the script's environment: ours with the scheduler's address, which goes before a file; whether an insecure
+    one was accepted, as `connect` checks it again; and output that is not buffered."""
     from pipeline.cluster.checks import INSECURE_VARIABLE
 
     accepted = {INSECURE_VARIABLE: "True"} if insecure else {}

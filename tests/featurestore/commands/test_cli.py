@@ -69,7 +69,7 @@ def test_verify_checks_all_kept_snapshots_and_says_so(filled: FeatureStore, make
     assert run("verify", filled.url).exit_code == 1
     assert run("verify", filled.url, "--version", 1).exit_code == 0
     said = " ".join(run("verify", "--help").output.replace("│", " ").split())
-    assert "Snapshot whose data to check; all kept ones by default." in said
+    assert "Snapshot whose data to check; by default all kept ones." in said
 
 
 def test_verify_names_the_broken_file_and_exits_1(filled: FeatureStore) -> None:
