@@ -61,14 +61,7 @@ def main(
     """
     from pipeline.demo.make import make_demo
 
-    if images and items:
-        raise typer.BadParameter(
-            "goes with drawn clothes; with --images every readable image is an item", param_hint="--items"
-        )
-    if images and taste == "pictures":
-        raise typer.BadParameter("pictures goes with drawn clothes: sellers need copies of them", param_hint="--taste")
-    if labels and not images:
-        raise typer.BadParameter("goes with --images", param_hint="--labels")
+    _check_options(images, labels, items, taste)
     options = DemoOptions(
         out=out,
         items=items or (SMALL["items"] if small else DEFAULT.items),
@@ -83,6 +76,18 @@ def main(
     with progress_bar("measuring" if images else "drawing", options.items) as bar:
         summary = make_demo(options, bar.advance)
     typer.echo(describe(options, summary))
+
+
+def _check_options(images: Path | None, labels: Path | None, items: int | None, taste: Taste) -> None:
+    """Raise BadParameter for options that do not go together."""
+    if images and items:
+        raise typer.BadParameter(
+            "goes with drawn clothes; with --images every readable image is an item", param_hint="--items"
+        )
+    if images and taste == "pictures":
+        raise typer.BadParameter("pictures goes with drawn clothes: sellers need copies of them", param_hint="--taste")
+    if labels and not images:
+        raise typer.BadParameter("goes with --images", param_hint="--labels")
 
 
 def describe(options: DemoOptions, summary: "DemoSummary") -> str:
