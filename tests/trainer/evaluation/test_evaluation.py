@@ -306,18 +306,18 @@ class TestAgainst:
         assert (found["value"], found["low"], found["high"], found["p_value"]) == (0, 0, 0, 1)
 
     def test_other_test_samples_are_refused(
-        self, run: Path, make_places: Callable[[Path], Places], tmp_path: Path
+        self, run: Path, own: Places, write_samples: Callable[..., Any], tmp_path: Path
     ) -> None:
-        places = make_places(tmp_path / "places")
-        other = train_run(places, "other", train__max_steps=2)
-        (first, *_) = sorted((places.folder / "samples" / "test").iterdir())
-        first.unlink()
+        shutil.copytree(own.folder / "samples" / "train", tmp_path / "samples" / "train")
+        write_samples(tmp_path / "samples" / "test", [30], seed=91, items=50)
+        settings = {"data__samples": tmp_path / "samples", "data__missing": "zeros"}
+        other = train_run(own, "other", train__max_steps=2, **settings)
         said = evaluate(run, "--against", other, "--bootstrap", 0, "--out", tmp_path / "out", code=1)
         assert f"{other} predicted other impressions" in said and len(said.splitlines()) == 1
         assert not (tmp_path / "out").exists()
 
     def test_the_curve_is_of_one_run(self, run: Path) -> None:
-        assert "leave --missing-curve out" in evaluate(run, "--against", run, "--missing-curve", code=2)
+        assert "--against: it compares the runs" in evaluate(run, "--against", run, "--missing-curve", code=2)
 
 
 def test_two_ranks_equal_one(run: Path, tmp_path: Path, two_ranks: StandingRanks) -> None:
