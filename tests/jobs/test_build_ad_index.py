@@ -239,7 +239,10 @@ def test_the_best_ads_of_a_trained_run_are_found(kind: str, run_on_tastes: Path,
     assert (products_KN < 0).mean() > 0.8
     tenth_K1 = np.sort(products_KN, axis=1)[:, -10:][:, :1]
     scores = ads.index.search(queries.vectors_KW, 10)[1]
-    assert (scores >= tenth_K1 - 1e-5 * np.abs(tenth_K1)).mean() >= 0.95
+    found = (scores >= tenth_K1 - 1e-5 * np.abs(tenth_K1)).mean()
+    assert found == pytest.approx(ads.state.recall, abs=0.01)
+    # Training leaves vectors nearly equal; on some processors the graph of hnsw misses many, and the job has to say so.
+    assert found >= 0.95 or (kind == "hnsw" and "warning: recall@10 of this hnsw index is" in result.stderr)
 
 
 def test_a_low_recall_is_one_line_on_stderr(folder: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
