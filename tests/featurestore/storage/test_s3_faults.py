@@ -212,6 +212,7 @@ def test_an_answer_cut_in_the_middle_of_a_file_is_no_damage(
         assert len(proxy.faults) == 12
 
 
+@pytest.mark.services
 def test_a_server_killed_during_commits_forgets_no_acknowledged_one(
     tmp_path: Path, info: StoreInfo, make_rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
