@@ -218,7 +218,7 @@ def test_semantic_ids_are_made_of_it(suffix: str, run: Path, places: Places, tmp
 
 def test_without_a_run_it_is_the_newest_one(places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "data/runs has no run with a checkpoint; train one" in failed()
+    assert "data/runs has no run with a checkpoint; train one" in failed(code=2)
     for folder, name in (("data/runs/daily", "2026-01-02"), ("data/runs", "older"), ("data/runs", "newer")):
         run = train_run(places, name, train__max_steps=1, run__dir=folder)
     assert "run          data/runs/newer, step-00000001" in done()
