@@ -12,7 +12,7 @@ PIPES = [
     ("trainer.main --set data.store={store} --set data.samples={pipesamples}", 1, A_PIPE),
     ("trainer.main --set data.samples={samples} --set data.store={pipestore}", 1, A_PIPE),
     ("trainer.main --set data.samples={samples} --set data.store={store} --warm-start {piperun}", 1, A_PIPE),
-    ("trainer.evaluate {piperun}", 2, "has no checkpoint"),
+    ("trainer.evaluate {piperun}", 1, A_PIPE),
     ("trainer.evaluate {run} --samples {pipesamples}", 1, ""),
     ("trainer.plan --input {pipe}", 2, A_PIPE),
     ("trainer.plan --config {pipe}", 2, A_PIPE),
