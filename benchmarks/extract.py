@@ -40,7 +40,7 @@ app = CommandApp()
 def main(
     images: Annotated[str | None, typer.Option(help="Folder of photographs.", show_default="drawn ones")] = None,
     json_file: JsonPath = None,
-    limit: Annotated[int, typer.Option(min=1, help="Draw so many images, or use the first so many of DIR.")] = 320,
+    limit: Annotated[int, typer.Option(min=1, help="Draw this many images, or use the first ones of DIR.")] = 320,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each side over all of these images.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per pass, on both sides.")] = 16,
 ) -> None:

@@ -42,7 +42,7 @@ app = CommandApp()
 def main(
     images: Annotated[str | None, typer.Option(help="Folder of photographs.", show_default="drawn ones")] = None,
     json_file: JsonPath = None,
-    limit: Annotated[int, typer.Option(min=3, help="Draw so many images, or use the first so many of DIR.")] = 1800,
+    limit: Annotated[int, typer.Option(min=3, help="Draw this many images, or use the first ones of DIR.")] = 1800,
 ) -> None:
     """Compare a refresh of 1 % with the full extraction; prints the figures."""
     with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.progress import progress_bar
 from featurestore.spec import IndexKind
 from trainer.cli import WhichCheckpoint
-from trainer.prerank import MAX_GONE, MIN_RECALL
+from trainer.prerank import INDEX, MAX_GONE, MIN_RECALL
 
 if TYPE_CHECKING:
     from trainer.prerank.ads import Ads
@@ -44,9 +44,7 @@ def main(
     samples: Annotated[
         str | None, typer.Option(help="Instead: the distinct ads of these samples.", show_default="those of the run")
     ] = None,
-    out: Annotated[str, typer.Option(help="Folder or address of the index; what is there is replaced.")] = (
-        "data/ad-index"
-    ),
+    out: Annotated[str, typer.Option(help="Folder or address of the index; what is there is replaced.")] = INDEX,
     kind: Annotated[
         IndexKind | None, typer.Option("--index", help="flat is exact; ivf and hnsw are faster.", show_default="flat")
     ] = None,

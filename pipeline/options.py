@@ -14,7 +14,8 @@ from pipeline.network import DEFAULT_BACKBONE
 
 Options = TypeVar("Options")
 
-DEFAULT_STORE, DEFAULT_SAMPLES = "data/features", "data/samples"
+DEFAULT_IMAGES, DEFAULT_STORE, DEFAULT_SAMPLES = "data/images", "data/features", "data/samples"
+DEFAULT_MAX_GONE = 0.5
 LONGEST_DAYS = 36_500
 MOST_BEHAVIORS = 1_000_000
 
@@ -74,7 +75,7 @@ def takes(kind: Callable[..., Options]) -> Callable[[Callable[[Options], None]],
 class ExtractOptions:
     """What to extract, and how. `num_shards` and `name` count when the store is made."""
 
-    images: ImagesOption = "data/images"
+    images: ImagesOption = DEFAULT_IMAGES
     store: NewStoreOption = DEFAULT_STORE
     backbone: Annotated[
         str,
@@ -104,14 +105,14 @@ class ExtractOptions:
 class RefreshOptions:
     """What to refresh, and how. What is None is as the store has it."""
 
-    images: ImagesOption = "data/images"
+    images: ImagesOption = DEFAULT_IMAGES
     store: Annotated[str, typer.Option(help="Folder or address of a feature store that is there.")] = DEFAULT_STORE
     backbone: Annotated[
-        str | None, typer.Option(metavar="MODEL:LAYER", help="The store's network.", show_default="as in extraction")
+        str | None, typer.Option(metavar="MODEL:LAYER", help="The store's network.", show_default="the store's")
     ] = None
     weights: Annotated[
         str | None,
-        typer.Option(help="The store's weights: imagenet, random:SEED or a file.", show_default="as in extraction"),
+        typer.Option(help="The store's weights: imagenet, random:SEED or a file.", show_default="the store's"),
     ] = None
     compute_dtype: Annotated[
         Literal["bfloat16", "float32"] | None,
@@ -124,7 +125,7 @@ class RefreshOptions:
     ] = False
     max_gone: Annotated[
         float, typer.Option(min=0, max=1, help="Refuse when more than this share of the store would vanish.")
-    ] = 0.5
+    ] = DEFAULT_MAX_GONE
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read and decode what is new, print the counts, write nothing.")
     ] = False
@@ -164,7 +165,7 @@ class ImportOptions:
         bool, typer.Option("--keep-missing/--drop-missing", help="Rows of the store that the source does not have.")
     ] = True
     max_gone: Annotated[float, typer.Option(min=0, max=1, help="Share of the store that --drop-missing may drop.")] = (
-        0.5
+        DEFAULT_MAX_GONE
     )
 
 

@@ -82,12 +82,12 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    """Length of the run, and what happens every so many steps."""
+    """Length of the run, and how often it logs, evaluates and writes a checkpoint."""
 
     epochs: Count = 2
     """Passes over the training samples; 2 as in the paper, a third one overfits on the demo."""
     max_steps: Count | None = None
-    """Stop after so many steps in all; null: after all epochs."""
+    """Stop after this many steps in all; null: after all epochs."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the initial parameters and of the order of the samples."""
     log_every: Count = 10
@@ -97,7 +97,7 @@ class TrainConfig(Section):
     eval_batch_size: Count = 8192
     """Samples of one step of an evaluation, over all ranks."""
     early_stopping: Count | None = None
-    """Stop after so many evaluations in a row without a better GAUC, and end with the best; null: never."""
+    """Stop after this many evaluations in a row without a better GAUC, and end with the best; null: never."""
     checkpoint_every: Count | None = 1000
     """Steps between two checkpoints; null: at the end only."""
     keep_checkpoints: Count = 3

@@ -68,7 +68,7 @@ class ModelConfig(Section):
     """Which images the model sees; image ids are ID fields in all four."""
     pooling: Pooling = "attentive"
     """How the vectors of the behaviour images become one: attentive asks with the ad image, multi_query also with the
-    ad's ids, transformer sees the ad beside each behaviour and costs most; two towers sum."""
+    ad's ids, transformer sees the ad next to each behaviour and costs most; two towers sum."""
     concat_length: Annotated[int, Field(ge=1, le=1_000)] = 32
     """Pooling concat: behaviours taken, the newest; fewer are filled up with zeros."""
     transformer_length: Annotated[int, Field(ge=1, le=1_000)] = 32
@@ -85,7 +85,7 @@ class ModelConfig(Section):
     similarity_tiers: Annotated[int, Field(ge=0, le=256)] = 0
     """Tiers of SimTier's histogram of how similar the behaviour images are to the ad's; 0: none."""
     similarity_top_k: Annotated[int, Field(ge=0, le=10_000)] = 0
-    """Pool only so many behaviours, those whose images are most similar to the ad's; 0: all."""
+    """Pool only this many behaviours, those whose images are most similar to the ad's; 0: all."""
     shared_image_model: bool = True
     """One E for all content fields of a store, or one for each field."""
     id_width: Width = 12
@@ -103,7 +103,7 @@ class ModelConfig(Section):
     cross_layers: Annotated[int, Field(ge=1, le=16)] = 3
     """Base dcn: cross layers."""
     cross_structure: Literal["parallel", "stacked"] = "parallel"
-    """Base dcn: the MLP beside the cross layers, or on top of them."""
+    """Base dcn: the MLP next to the cross layers, or on top of them."""
     feature_gates: bool = True
     """Base finalmlp: its two streams see the inputs through gates that the user's and the ad's fields set."""
     gate_hidden: Width = 64
@@ -153,7 +153,7 @@ class ModelConfig(Section):
             )
         if value == "transformer" and info.data.get("base") == "two_tower":
             raise ValueError(
-                "it looks at the ad beside each behaviour, and base=two_tower keeps user and ad apart; "
+                "it looks at the ad next to each behaviour, and base=two_tower keeps user and ad apart; "
                 "set model.base=mlp, or model.pooling=sum"
             )
         return value
@@ -210,7 +210,7 @@ class ExchangeConfig(Section):
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of vectors and their gradients on the way; bfloat16: rounded, half of the bytes."""
     reuse_steps: Annotated[int, Field(ge=0, le=1000)] = 0
-    """An owner may answer with a visual vector that is up to so many steps old; 0: never, which is exact."""
+    """An owner may answer with a visual vector that is up to this many steps old; 0: never, which is exact."""
 
 
 class OptimConfig(Section):

@@ -38,7 +38,7 @@ Examples:
 
     horovodrun -np 8 python -m trainer.daily --window-days 18 --warm-parts full --set run.name=full
 
-Every day is one run, RUN.DIR/RUN.NAME/DAY (data/runs/daily/2026-01-31). The table of all days is beside them, as
+Every day is one run, RUN.DIR/RUN.NAME/DAY (data/runs/daily/2026-01-31). The table of all days is next to them, as
 days.json and days.parquet. Start it again when another day's samples are there, or after a kill: it continues where it
 stopped. The newest day is trained at once, and evaluated when the samples of the day after it have come; where its own
 have changed by then, by late logs, it stays as it was trained, and is marked samples_changed. Exit codes are those of

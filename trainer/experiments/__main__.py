@@ -39,7 +39,7 @@ Examples:
 
 Runs are kept in OUT/runs and found again by their settings, samples and stores' snapshots: an interrupted call
 continues from the last checkpoint of the run that it was in (train.checkpoint_every), and tables share the runs that
-they have in common. Tables and plots go to OUT/results.json, OUT/RESULTS.md and OUT/plots, beside those of earlier
+they have in common. Tables and plots go to OUT/results.json, OUT/RESULTS.md and OUT/plots, next to those of earlier
 calls. What is found is what is written: no order of the variants is assumed.
 """
 

@@ -55,7 +55,7 @@ def main(
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:
-    """Predict unique images and ids, memory, bytes, time and efficiency for more ranks, beside two other designs."""
+    """Predict unique images and ids, memory, bytes, time and efficiency for more ranks, and for two other designs."""
     if not math.isfinite(latency_us):
         raise ConfigError(f"--latency-us {latency_us}: give microseconds, as 50")
     if paper or described is not None:

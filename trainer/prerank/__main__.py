@@ -12,6 +12,7 @@ from featurestore.console.files import write_json_option
 from featurestore.console.output import figure, print_rows
 from trainer.cli import WhichCheckpoint, run_on_ranks
 from trainer.errors import ConfigError
+from trainer.prerank import INDEX
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
@@ -42,7 +43,7 @@ def main() -> None:
 )
 def evaluate_index(
     run: Run,
-    index: Index = "data/ad-index",
+    index: Index = INDEX,
     k: Annotated[str, typer.Option(metavar="K,K", help="Candidates of a search.")] = "10,100",
     queries: Annotated[int, typer.Option(min=1, help="Users to search for, at most.")] = 1000,
     effort: Annotated[
@@ -80,7 +81,7 @@ def evaluate_index(
 def search(
     run: Run,
     user: Annotated[str, typer.Option(help="A user of the test samples, as the samples have it: a number or a text.")],
-    index: Index = "data/ad-index",
+    index: Index = INDEX,
     k: Annotated[int, typer.Option(min=1, max=MOST_FOUND, help="Ads to find.")] = 10,
     samples: Samples = None,
     checkpoint: WhichCheckpoint = None,

@@ -10,10 +10,10 @@ from typing import Any
 
 from featurestore.storage.regular import read_regular
 from featurestore.text.parsing import parse_json
-from trainer.config.config import Config
+from trainer.config.config import Config, RunConfig
 from trainer.errors import CheckpointNotFoundError, ConfigError, TrainerError
 
-RUNS = Path("data/runs")
+RUNS = Path(RunConfig().dir)
 _NAME = re.compile(r"step-(\d{8,})")
 
 
