@@ -79,7 +79,7 @@ class DiskFiles:
                 target.hardlink_to(temporary)
             except FileExistsError:
                 return False
-            _sync_folder(target.parent)
+            sync(target.parent)
             return True
 
     @contextlib.contextmanager
@@ -90,7 +90,7 @@ class DiskFiles:
                 yield file
                 _to_disk(file)
             temporary.replace(target)
-            _sync_folder(target.parent)
+            sync(target.parent)
 
     def list(self, path: str) -> list[str]:
         return os.listdir(self.path(path))  # noqa: PTH208 - names alone are wanted
@@ -161,11 +161,12 @@ def _make_folder(folder: Path) -> None:
         return
     _make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
-    _sync_folder(folder.parent)
+    sync(folder.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from featurestore.identity import SnapshotId
 from featurestore.lookup.cache import digest_of_file
+from featurestore.storage.local import sync
 from featurestore.storage.regular import read_regular
 from featurestore.text.parsing import parse_json
 from trainer.comm import Comm
@@ -32,7 +33,7 @@ from trainer.config import legacy
 from trainer.config.validate import Section
 from trainer.errors import CheckpointError
 from trainer.runs import accepted
-from trainer.runs.folder import finished, place, remove, sync, unrelated
+from trainer.runs.folder import finished, place, remove, unrelated
 from trainer.samples.batch import BatchPosition
 
 _SAMPLES = "data.samples_digest"  # among the values of an origin

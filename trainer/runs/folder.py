@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from featurestore.storage.local import sync
 from featurestore.storage.regular import read_regular
 from featurestore.text.parsing import parse_json
 from trainer.config.config import Config, RunConfig
@@ -99,15 +100,6 @@ def remove(checkpoints: Sequence[Path]) -> None:
         path.rename(hidden)
         sync(path.parent)
         shutil.rmtree(hidden)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def in_the_way(run: Path, resumed: Path | None) -> list[Path]:
