@@ -142,9 +142,8 @@ def test_order_depends_on_seed_and_epoch_alone(samples: tuple[Path, list[pa.Tabl
 
 
 def test_reading_can_start_at_any_step(samples: tuple[Path, list[pa.Table]]) -> None:
-    folder, _ = samples
-    full = [_rows(batch) for batch in _reader(folder).batches(epoch=2)]
-    assert [_rows(batch) for batch in _reader(folder).batches(epoch=2, first_step=5)] == full[5:]
+    full = [_rows(batch) for batch in _reader(samples[0]).batches(epoch=2)]
+    assert [_rows(batch) for batch in _reader(samples[0]).batches(epoch=2, first_step=5)] == full[5:]
 
 
 def test_an_epoch_in_pieces_that_other_numbers_of_ranks_read(samples: tuple[Path, list[pa.Table]]) -> None:
@@ -159,8 +158,7 @@ def test_an_epoch_in_pieces_that_other_numbers_of_ranks_read(samples: tuple[Path
 
 
 def test_ranks_without_samples_have_empty_fields(samples: tuple[Path, list[pa.Table]]) -> None:
-    folder, _ = samples
-    batch = next(_reader(folder, rank=0, num_ranks=4, batch_size=2).batches())
+    batch = next(_reader(samples[0], rank=0, num_ranks=4, batch_size=2).batches())
     assert batch.num_samples == 0
     assert batch.global_samples == 2
     assert all(len(field.values_N) == len(field.lengths_M) == 0 for field in batch.fields.values())
@@ -392,9 +390,8 @@ def test_reading_ahead_keeps_order_and_hands_errors_on(samples: tuple[Path, list
 
 
 def test_reading_ahead_ends_its_thread(samples: tuple[Path, list[pa.Table]]) -> None:
-    folder, _ = samples
     before = threading.active_count()
-    ahead = ReadAhead(_reader(folder, batch_size=1).batches(), 2)
+    ahead = ReadAhead(_reader(samples[0], batch_size=1).batches(), 2)
     next(ahead)
     assert threading.active_count() == before + 1
     ahead.close()
