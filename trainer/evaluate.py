@@ -69,14 +69,14 @@ def main(
     def work(comm: "Comm") -> None:
         # Torch and matplotlib take seconds to load: not for --help.
         from trainer.evaluation.compare import compare_runs
-        from trainer.evaluation.full import Options, evaluate_run
-        from trainer.runs.saved import Source
+        from trainer.evaluation.full import EvaluationOptions, evaluate_run
+        from trainer.runs.saved import RunSource
 
-        source = Source(folder, checkpoint, samples, store)
+        source = RunSource(folder, checkpoint, samples, store)
         if against is not None:
             compare_runs(source, against, comm, resamples=bootstrap, seed=seed, out=out, json_file=json_file)
             return
-        options = Options(bootstrap, seed, missing_curve, out, json_file)
+        options = EvaluationOptions(bootstrap, seed, missing_curve, out, json_file)
         evaluate_run(source, options, comm)
 
     raise typer.Exit(run_on_ranks(work))

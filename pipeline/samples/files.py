@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.samples.groups import GroupRules, Groups, make_groups
+from pipeline.samples.groups import GroupRules, LogGroups, make_groups
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, MICROSECONDS
 from pipeline.samples.shuffle import read_batch, read_bucket, write_batches
 
@@ -82,7 +82,7 @@ def group_bucket(
     )
 
 
-def _table(groups: Groups, user_columns: Sequence[str], ad_columns: Sequence[str]) -> pa.Table:
+def _table(groups: LogGroups, user_columns: Sequence[str], ad_columns: Sequence[str]) -> pa.Table:
     """Make one row per group, in the order of the samples' columns; timestamp in seconds, day in UTC."""
     impressions, first_G = groups.impressions, groups.start_G
     columns: dict[str, Any] = {name: impressions[name][first_G] for name in ("user", "session")}

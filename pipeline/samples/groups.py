@@ -28,7 +28,7 @@ class GroupRules:
 
 
 @dataclass(frozen=True)
-class Groups:
+class LogGroups:
     """Groups in any order: `first_N` and `size_G` cut the impressions, `take_G` the behaviours."""
 
     impressions: Columns  # sorted and distinct, (N,)
@@ -41,7 +41,7 @@ class Groups:
     num_used: int  # of them, in some group
 
 
-def make_groups(impressions: Columns, behaviors: Columns, rules: GroupRules) -> Groups:
+def make_groups(impressions: Columns, behaviors: Columns, rules: GroupRules) -> LogGroups:
     """Make groups of all impressions of some users, with those users' behaviours, all rows in any order.
 
     A group is a user's session on one day; one that continues over midnight without a pause longer than
@@ -63,7 +63,7 @@ def make_groups(impressions: Columns, behaviors: Columns, rules: GroupRules) -> 
     chosen = {name: behaviors[name][chosen_K] for name in ("item", "image", "category")}
     if rules.behavior_age:
         chosen["age"] = (np.repeat(first_G, take_G) - behaviors["timestamp"][chosen_K]) // MICROSECONDS
-    return Groups(
+    return LogGroups(
         impressions,
         chosen,
         start_G,

@@ -64,7 +64,7 @@ def main(
 
         if comm.size > 1:
             raise ConfigError("trainer.compat is for one rank; start it without horovodrun")
-        options = check.Options(checkpoint, name, version, sample, max_logloss_change)
+        options = check.CompatOptions(checkpoint, name, version, sample, max_logloss_change)
         with progress_bar("shards") as progress:
             found = check.examine(run, store, options, comm, progress)
         print("\n".join(show.lines(found)))

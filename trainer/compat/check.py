@@ -27,7 +27,7 @@ OTHER_SHARE = 0.001
 
 
 @dataclass(frozen=True)
-class Options:
+class CompatOptions:
     """What to compare, and how much of it: `sample` is the number of rows and of impressions to look at.
 
     Where the recorded snapshot is gone, all test impressions are scored, as only their whole can be compared with what
@@ -104,7 +104,7 @@ class Compatibility:
 
 
 def examine(
-    folder: Path, url: str, options: Options, comm: Comm, progress: Progress = lambda done, total: None
+    folder: Path, url: str, options: CompatOptions, comm: Comm, progress: Progress = lambda done, total: None
 ) -> Compatibility:
     """Compare the store at `url` with the one that the run in `folder` was trained on.
 
@@ -209,7 +209,7 @@ def _score(
     place: StorePlace,
     snapshot: Snapshot,
     before: Snapshot | None,
-    options: Options,
+    options: CompatOptions,
     comm: Comm,
     result: Compatibility,
 ) -> None:
@@ -251,7 +251,7 @@ def _other(saved: SavedRun, place: StorePlace, result: Compatibility) -> Snapsho
     return snapshot
 
 
-def _score_problems(drift: ScoreDrift, saved: SavedRun, options: Options) -> list[str]:
+def _score_problems(drift: ScoreDrift, saved: SavedRun, options: CompatOptions) -> list[str]:
     problems = []
     if drift.change is not None and abs(drift.change) > options.max_logloss_change:
         problems.append(

@@ -23,7 +23,7 @@ from trainer.engine.precision import with_compute_dtype
 from trainer.engine.similarity import ImageComparison, Similarity, pairs_of_fields
 from trainer.engine.wiring import model_name, services_of, table_shapes
 from trainer.errors import ConfigError
-from trainer.exchange.exchange import ContentSource, Exchange, FieldVectors, Request, VectorSource
+from trainer.exchange.exchange import ContentSource, Exchange, ExchangeSource, FieldVectors, Request
 from trainer.exchange.reuse import ReusingSource, VectorCache
 from trainer.ids.exact import ExactTable
 from trainer.ids.optimizers import SHARED_STATE, RowOptimizer, row_optimizer
@@ -300,7 +300,7 @@ class Engine:
         self, model: ModelConfig, config: ExchangeConfig | None
     ) -> tuple[Exchange, ImageComparison | None]:
         """Make the exchange, ID tables first among its sources, and what compares images by it."""
-        sources: dict[str, VectorSource] = dict(self.tables)
+        sources: dict[str, ExchangeSource] = dict(self.tables)
         source_of_field = {field.name: field.table_name for field in self.fields if field.is_id}
         for field in self.fields:
             if field.kind == "content":
@@ -312,7 +312,9 @@ class Engine:
         numbers = {name: list(sources).index(source) for name, source in source_of_field.items()}
         return exchange, self._comparison_of(model, numbers)
 
-    def _content_source(self, service: EmbeddingService, network: str, exchange: ExchangeConfig | None) -> VectorSource:
+    def _content_source(
+        self, service: EmbeddingService, network: str, exchange: ExchangeConfig | None
+    ) -> ExchangeSource:
         """Make a source of one E, with a cache of its vectors where they are to be kept for some steps."""
         source = ContentSource(service, network, self._comm.size)
         if exchange is None or exchange.reuse_steps == 0:

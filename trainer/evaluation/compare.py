@@ -20,7 +20,7 @@ from trainer.evaluation.bootstrap import LEVEL, METRICS, Estimate, Float, Metric
 from trainer.evaluation.plots import METRIC_TITLES
 from trainer.evaluation.predict import Predictions, predict_run
 from trainer.evaluation.report import number, range_of
-from trainer.runs.saved import Source
+from trainer.runs.saved import RunSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Difference(Estimate):
 
 
 def compare_runs(
-    source: Source, against: Path, comm: Comm, *, resamples: int, seed: int, out: Path | None, json_file: Path | None
+    source: RunSource, against: Path, comm: Comm, *, resamples: int, seed: int, out: Path | None, json_file: Path | None
 ) -> None:
     """Compare a run with the newest checkpoint of the run in folder `against`; print and write the differences.
 

@@ -13,13 +13,13 @@ from trainer.evaluation.impressions import Impressions, ad_image_field, read_imp
 from trainer.evaluation.measure import Figures, measure_all
 from trainer.evaluation.predict import has_feature, predict, predict_without
 from trainer.evaluation.slices import Slicing, slicings
-from trainer.runs.saved import Opened, Source, open_source
+from trainer.runs.saved import Opened, RunSource, open_source
 
 HIDDEN_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluationOptions:
     """How to measure, and where the report goes: by default to RUN/evaluation, and no further JSON file."""
 
     resamples: int = 1000
@@ -29,7 +29,7 @@ class Options:
     json_file: Path | None = None
 
 
-def evaluate_run(source: Source, options: Options, comm: Comm) -> Figures | None:
+def evaluate_run(source: RunSource, options: EvaluationOptions, comm: Comm) -> Figures | None:
     """Evaluate a run and write the report; every rank calls it, rank 0 measures, writes and returns the figures.
 
     Raises TrainerError or FeatureStoreError.

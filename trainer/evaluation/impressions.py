@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from trainer.comm import Comm
 from trainer.errors import SchemaError
-from trainer.samples.columns import Groups, Index, Rule, decode, rules_of, sizes_of, source_columns
+from trainer.samples.columns import DecodedGroups, Index, Rule, decode, rules_of, sizes_of, source_columns
 from trainer.samples.reader import RowGroup, SampleIndex, read_row_group
 from trainer.schema import Field, Schema
 
@@ -60,7 +60,7 @@ def read_impressions(comm: Comm, index: SampleIndex, schema: Schema) -> Impressi
     image, history, ad = ad_image_field(schema), _history_field(schema), _ad_field(schema)
     rules = _rules(schema, {field.column_name for field in (ad, image, history) if field} | {schema.group})
     share = np.array_split(np.arange(len(index.row_groups)), comm.size)[comm.rank]
-    parts: list[Groups] = []
+    parts: list[DecodedGroups] = []
     with comm.agreed():
         parts = [_read(index, index.row_groups[each], schema, rules) for each in share]
 
@@ -135,12 +135,12 @@ def _rules(schema: Schema, columns: set[str]) -> dict[str, Rule]:
     return {name: rule for name, rule in rules_of(schema).items() if name in columns | {schema.label}}
 
 
-def _of_samples(groups: Groups, values_G: Index) -> Index:
+def _of_samples(groups: DecodedGroups, values_G: Index) -> Index:
     """A group's value for each of its samples."""
     return np.repeat(values_G, np.diff(groups.sample_offsets))
 
 
-def _lengths(groups: Groups, column: str) -> Index:
+def _lengths(groups: DecodedGroups, column: str) -> Index:
     """The length of a user-side list, for each sample; of galleries the number of behaviours."""
     offsets = groups.columns.get(sizes_of(column), groups.columns[column]).offsets
     assert offsets is not None
@@ -155,7 +155,7 @@ def places(sorted_A: Index, values_N: Index) -> tuple[Index, NDArray[np.bool_]]:
     return at_N, sorted_A[at_N] == values_N
 
 
-def _read(index: SampleIndex, row_group: RowGroup, schema: Schema, rules: dict[str, Rule]) -> Groups:
+def _read(index: SampleIndex, row_group: RowGroup, schema: Schema, rules: dict[str, Rule]) -> DecodedGroups:
     """These columns, and the time where the samples have it."""
     table = read_row_group(index.storage, row_group, [*source_columns(rules), schema.time])
     file = index.storage.full(row_group.file)

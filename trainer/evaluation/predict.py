@@ -13,7 +13,7 @@ from trainer.comm import Comm, SoloComm
 from trainer.errors import TrainerError
 from trainer.evaluation.impressions import Impressions, places, read_impressions
 from trainer.evaluation.metrics import measure
-from trainer.runs.saved import Opened, Source, open_source
+from trainer.runs.saved import Opened, RunSource, open_source
 from trainer.samples.batch import Batch
 from trainer.samples.columns import Index
 from trainer.samples.prefetch import ReadAhead
@@ -45,7 +45,7 @@ def predict_run(
     One rank where no `comm` is given, else on all of its ranks, the same on each.
     """
     comm = comm or SoloComm()
-    with contextlib.closing(open_source(Source(Path(folder), checkpoint, samples, store), comm)) as opened:
+    with contextlib.closing(open_source(RunSource(Path(folder), checkpoint, samples, store), comm)) as opened:
         impressions = read_impressions(comm, opened.test, opened.run.schema)
         logit_N = predict(opened)
         missing = opened.saved.notes_on_missing(opened.run.missing_lookups())

@@ -41,7 +41,7 @@ class ServedKeys(Protocol):
     num_unique: int
 
 
-class VectorSource(Protocol):
+class ExchangeSource(Protocol):
     """One E over one store, or one ID table. `serve` runs ahead of the weights, `vectors` reads them."""
 
     width: int
@@ -169,7 +169,7 @@ class Exchange:
     def __init__(
         self,
         comm: Comm,
-        sources: Mapping[str, VectorSource],
+        sources: Mapping[str, ExchangeSource],
         source_of_field: Mapping[str, str],
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,

@@ -26,7 +26,7 @@ from trainer.ids.admission import CountingFilter, counters_for
 from trainer.ids.eviction import CLOCK, USED_AT, count_to_evict, longest_unused, order_of_use
 from trainer.ids.optimizers import LAST_WEIGHT
 from trainer.ids.rowmap import RowMap, map_bytes
-from trainer.ids.rows import WEIGHT, Rows
+from trainer.ids.rows import WEIGHT, IdRows
 from trainer.ids.tables import IdTable, RowRequest, TableShape, uniform
 
 IDS, LAST_USE, COUNTS, FADED = "ids", "last_use", "counts", "faded"
@@ -328,7 +328,7 @@ class ExactTable(IdTable):
                 )
             values.copy_(parts[part])
 
-    def _of_slot(self, slot: int) -> Rows:
+    def _of_slot(self, slot: int) -> IdRows:
         """A view of a shard's rows in use, the cold row first."""
         return self.rows.narrow(slot * self.shape.rows_per_shard, 1 + int(self.map.used_S[slot]))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer.config.options import IdOptimizer, OptimConfig
 from trainer.errors import CheckpointError
 from trainer.ids.drift import Drift
-from trainer.ids.rows import WEIGHT, Rows, StatePart
+from trainer.ids.rows import WEIGHT, IdRows, StatePart
 from trainer.optim import Rates
 
 LAST_WEIGHT = "last_weight"
@@ -42,12 +42,12 @@ class RowOptimizer:
         lacks = bool(config.id_l2 and cls.state) and _STEPS not in cls.state
         return (*cls.state, _STEPS) if lacks else cls.state
 
-    def current(self, rows: Rows, rows_Q: Tensor) -> Tensor:
+    def current(self, rows: IdRows, rows_Q: Tensor) -> Tensor:
         """Copy the weights (Q, V) of these rows as they are now."""
         return rows.weight.index_select(0, rows_Q)
 
     @torch.no_grad()
-    def step(self, rows: Rows, rows_Q: Tensor, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> None:
+    def step(self, rows: IdRows, rows_Q: Tensor, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> None:
         """Move these rows, whose weights now are `weight_QV`, and their state.
 
         With `id_l2`, the adaptive L2 of DIN (Zhou et al., arXiv 1706.06978, section 5.1): id_l2 / n x the row is added
@@ -66,7 +66,7 @@ class RowOptimizer:
         if self._config.ids_weight_decay:
             weight_QV = weight_QV * (1 - rates.ids_lr * self._config.ids_weight_decay)
         weight_QV = self._move(touched, weight_QV, gradient_QV, rates)
-        rows.put(rows_Q, Rows({**touched.parts, WEIGHT: weight_QV}))
+        rows.put(rows_Q, IdRows({**touched.parts, WEIGHT: weight_QV}))
 
     def end_step(self, rates: Rates) -> None:
         """End the step, with or without rows; every rank calls it."""
@@ -81,7 +81,7 @@ class RowOptimizer:
     def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
         """Take `shared_state` out of `state`. Raises CheckpointError where it is not there."""
 
-    def _move(self, touched: Rows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
+    def _move(self, touched: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
         """Change the state in `touched` in place; return the new weights."""
         raise AssertionError("these rows are read and not trained")
 
@@ -101,11 +101,11 @@ class Adam(RowOptimizer):
         super().__init__(config)
         self._drift = Drift(config.beta1, config.beta2, config.eps, dtype, device)
 
-    def current(self, rows: Rows, rows_Q: Tensor) -> Tensor:
+    def current(self, rows: IdRows, rows_Q: Tensor) -> Tensor:
         found = rows.take(rows_Q, [WEIGHT, "momentum", "variance", "last_step"]).parts
         return self._drift.moved(found[WEIGHT], found["momentum"], found["variance"], found["last_step"])
 
-    def _move(self, touched: Rows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
+    def _move(self, touched: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
         config, number, parts = self._config, self._drift.num_steps + 1, touched.parts
         steps_Q = (number - parts["last_step"]).double()
         momentum_QV = parts["momentum"].mul_(_power(config.beta1, steps_Q, weight_QV.dtype))
@@ -137,7 +137,7 @@ class RowwiseAdam(RowOptimizer):
 
     state = (StatePart("momentum", "vector"), StatePart("variance", "number"), _STEPS)
 
-    def _move(self, touched: Rows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
+    def _move(self, touched: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
         config, parts = self._config, touched.parts
         momentum_QV = parts["momentum"].lerp_(gradient_QV, 1 - config.beta1)
         variance_Q = parts["variance"].lerp_(gradient_QV.square().mean(1), 1 - config.beta2)
@@ -152,7 +152,7 @@ class Adagrad(RowOptimizer):
 
     state = (StatePart("sum", "vector"),)
 
-    def _move(self, touched: Rows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
+    def _move(self, touched: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
         sum_QV = touched.parts["sum"].addcmul_(gradient_QV, gradient_QV)
         return torch.addcdiv(weight_QV, gradient_QV, sum_QV.sqrt().add_(self._config.eps), value=-rates.ids_lr)
 
@@ -162,7 +162,7 @@ class RowwiseAdagrad(RowOptimizer):
 
     state = (StatePart("sum", "number"),)
 
-    def _move(self, touched: Rows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
+    def _move(self, touched: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
         sum_Q = touched.parts["sum"].add_(gradient_QV.square().mean(1))
         step_Q = rates.ids_lr / sum_Q.sqrt().add_(self._config.eps)
         return weight_QV - gradient_QV * step_Q.unsqueeze(1)
@@ -177,7 +177,7 @@ class Ftrl(RowOptimizer):
 
     state = (StatePart("linear", "vector"), StatePart("sum", "vector"))
 
-    def _move(self, touched: Rows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
+    def _move(self, touched: IdRows, weight_QV: Tensor, gradient_QV: Tensor, rates: Rates) -> Tensor:
         config, linear_QV, sum_QV = self._config, touched.parts["linear"], touched.parts["sum"]
         alpha, beta, l1, l2 = config.alpha, config.ftrl_beta, config.ftrl_l1, config.ftrl_l2
         started_QV = weight_QV * -(beta / alpha + l2) - weight_QV.sign() * l1

@@ -36,7 +36,7 @@ class StatePart:
 
 
 @dataclass(frozen=True)
-class Rows:
+class IdRows:
     """Rows by part: `weight` (N, V), and the parts of an optimiser's state, each (N, V) or (N,)."""
 
     parts: Mapping[str, Tensor]
@@ -44,7 +44,7 @@ class Rows:
     @classmethod
     def zeros(
         cls, num_rows: int, width: int, state: Sequence[StatePart], device: torch.device | str, dtype: torch.dtype
-    ) -> "Rows":
+    ) -> "IdRows":
         """Make so many rows of zeros, never touched."""
         every = (StatePart(WEIGHT, "vector"), *state)
         return cls({part.name: part.zeros(num_rows, width, device, dtype) for part in every})
@@ -54,15 +54,15 @@ class Rows:
         """(N, V); see `RowOptimizer.current` for what it is worth."""
         return self.parts[WEIGHT]
 
-    def narrow(self, first: int, count: int) -> "Rows":
+    def narrow(self, first: int, count: int) -> "IdRows":
         """View neighbouring rows."""
-        return Rows({name: part.narrow(0, first, count) for name, part in self.parts.items()})
+        return IdRows({name: part.narrow(0, first, count) for name, part in self.parts.items()})
 
-    def take(self, rows_Q: Tensor, names: Sequence[str] | None = None) -> "Rows":
+    def take(self, rows_Q: Tensor, names: Sequence[str] | None = None) -> "IdRows":
         """Copy chosen rows; only the parts of these names, if there are any."""
-        return Rows({name: self.parts[name].index_select(0, rows_Q) for name in names or self.parts})
+        return IdRows({name: self.parts[name].index_select(0, rows_Q) for name in names or self.parts})
 
-    def put(self, rows_Q: Tensor, rows: "Rows") -> None:
+    def put(self, rows_Q: Tensor, rows: "IdRows") -> None:
         """Write the parts that `rows` has to places `rows_Q`, all different."""
         for name, values in rows.parts.items():
             self.parts[name].index_put_((rows_Q,), values)

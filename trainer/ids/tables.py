@@ -27,7 +27,7 @@ from featurestore.keys import (
 from trainer.errors import CheckpointError, ConfigError
 from trainer.exchange.routing import Int64, unique
 from trainer.ids.optimizers import LAST_WEIGHT, RowOptimizer
-from trainer.ids.rows import WEIGHT, Rows, StatePart, row_bytes
+from trainer.ids.rows import WEIGHT, IdRows, StatePart, row_bytes
 from trainer.optim import Rates, check_names
 from trainer.schema.distinct import DistinctCount
 
@@ -100,7 +100,7 @@ class SharedRows:
     """Rows of all tables of one width. What several of them expect to read is read at once: a few operations on all
     rows instead of as many for each table."""
 
-    def __init__(self, rows: Rows, optimizer: RowOptimizer) -> None:
+    def __init__(self, rows: IdRows, optimizer: RowOptimizer) -> None:
         self.rows, self._optimizer = rows, optimizer
         self._expected: dict[str, Tensor] = {}
         self._read: dict[str, Tensor] = {}
@@ -257,7 +257,7 @@ class IdTable:
     def _name(self, shard: int, part: str) -> str:
         return f"{self.shape.name}/{shard:04d}/{part}"
 
-    def _of_slot(self, slot: int) -> Rows:
+    def _of_slot(self, slot: int) -> IdRows:
         return self.rows.narrow(slot * self.shape.rows_per_shard, self.shape.rows_per_shard)
 
     def _kept(self) -> dict[str, Tensor]:
@@ -336,10 +336,10 @@ def _memory_of(
     state: Sequence[StatePart],
     device: torch.device | str,
     dtype: torch.dtype,
-) -> Rows:
+) -> IdRows:
     """Rows of all tables of one width. Raises ConfigError that names the largest one."""
     try:
-        return Rows.zeros(count, width, state, device, dtype)
+        return IdRows.zeros(count, width, state, device, dtype)
     except (RuntimeError, MemoryError) as failure:  # torch has no class of its own for the memory of a CPU
         shape = max((shape for shape in shapes if shape.width == width), key=lambda shape: shape.num_rows)
         raise ConfigError(

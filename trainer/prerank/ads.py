@@ -16,7 +16,16 @@ from trainer.comm import SoloComm
 from trainer.errors import DataError, DataNotFoundError
 from trainer.files import file_at
 from trainer.samples.batch import Batch, Jagged
-from trainer.samples.columns import Groups, Index, Rows, Rule, concatenate, decode, rules_of, source_columns
+from trainer.samples.columns import (
+    ColumnRows,
+    DecodedGroups,
+    Index,
+    Rule,
+    concatenate,
+    decode,
+    rules_of,
+    source_columns,
+)
 from trainer.samples.reader import RowGroup, inputs_of, open_index, read_row_group, row_groups_of_table
 from trainer.schema import CROSS, Field, Schema
 
@@ -29,7 +38,7 @@ class Ads:
     """Ads in memory: row n of every column belongs to ad n, whose key is `keys_N[n]`; no key comes twice."""
 
     keys_N: Index
-    columns: Mapping[str, Rows]
+    columns: Mapping[str, ColumnRows]
 
     def batches(self, schema: Schema, fields: Sequence[Field], size: int) -> Iterator[Batch]:
         """Cut the ads into batches without users and context: of all fields but `fields` there is no row."""
@@ -147,7 +156,7 @@ def _files(address: str) -> tuple[Storage, list[str]]:
     return storage, [each for each in storage.list() if each == name]
 
 
-def _parts(storage: Storage, file: str, rules: Mapping[str, Rule]) -> Iterator[Groups]:
+def _parts(storage: Storage, file: str, rules: Mapping[str, Rule]) -> Iterator[DecodedGroups]:
     """The row groups of a table of ads."""
     for row_group in row_groups_of_table(storage, file, rules):
         table, count = read_row_group(storage, row_group, list(source_columns(rules))), row_group.num_groups
@@ -157,27 +166,29 @@ def _parts(storage: Storage, file: str, rules: Mapping[str, Rule]) -> Iterator[G
         with_label = {**rules, _ONE_A_ROW: Rule("ad", 1, "integer")}
         groups = decode(table, with_label, _ONE_A_ROW, storage.full(file), row_group.first_row)
         columns = {column: rows for column, rows in groups.columns.items() if column != _ONE_A_ROW}
-        yield Groups(columns, groups.sample_offsets)
+        yield DecodedGroups(columns, groups.sample_offsets)
 
 
 def _last_ads(
     storage: Storage, row_group: RowGroup, rules: Mapping[str, Rule], label: str, column: str, seen: Index
-) -> Groups:
+) -> DecodedGroups:
     """Of every ad of the row group that is not among `seen` its last impression."""
     table = read_row_group(storage, row_group, list(source_columns(rules)))
     columns = decode(table, rules, label, storage.full(row_group.file), row_group.first_row).columns
     keys_B = columns[column].values
     keys_U, first_U = np.unique(keys_B[::-1], return_index=True)
     index_U = (len(keys_B) - 1 - first_U)[~np.isin(keys_U, seen)]
-    return Groups(
+    return DecodedGroups(
         {name: _rows(rows, index_U) for name, rows in columns.items() if name != label}, np.arange(len(index_U) + 1)
     )
 
 
-def _rows(rows: Rows, index_M: Index) -> Rows:
+def _rows(rows: ColumnRows, index_M: Index) -> ColumnRows:
     """These rows alone."""
     values, lengths_M = rows.take(index_M)
-    return Rows(values, None if rows.offsets is None else np.concatenate([[0], np.cumsum(lengths_M)]).astype(np.int64))
+    return ColumnRows(
+        values, None if rows.offsets is None else np.concatenate([[0], np.cumsum(lengths_M)]).astype(np.int64)
+    )
 
 
 def _batch(inputs: Mapping[str, Any], count: int) -> Batch:

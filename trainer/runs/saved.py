@@ -175,7 +175,7 @@ def open_trained(
 
 
 @dataclass(frozen=True)
-class Source:
+class RunSource:
     """What to open: a run's folder, and what is to be other than in the run. `checkpoint`: see `find_checkpoint`."""
 
     folder: Path
@@ -188,7 +188,7 @@ class Source:
 class Opened:
     """A run with a checkpoint in its engine, and the samples to predict, on the ranks of its `comm`; close it."""
 
-    source: Source
+    source: RunSource
     saved: SavedRun
     run: Run
     train: SampleIndex
@@ -202,7 +202,7 @@ class Opened:
         self.run.close()
 
 
-def open_source(source: Source, comm: Comm) -> Opened:
+def open_source(source: RunSource, comm: Comm) -> Opened:
     """Open a run with its newest checkpoint, or another, on as many ranks as there are. Every rank calls it.
 
     Samples, stores and snapshots are those that the run was trained on; `store`, where that one is now, replaces
@@ -224,7 +224,7 @@ def open_source(source: Source, comm: Comm) -> Opened:
     return Opened(source, saved, run, run.train_reader.index, test, reader, _notes(source, saved, run))
 
 
-def _config_of(source: Source, saved: SavedRun) -> Config:
+def _config_of(source: RunSource, saved: SavedRun) -> Config:
     """The run's configuration as `open_run` is to have it."""
     data: dict[str, Any] = {}
     if source.samples is not None:
@@ -242,7 +242,7 @@ def _newest(store: str) -> int:
         raise ConfigError(f"--store {store}: {failure}") from failure
 
 
-def _notes(source: Source, saved: SavedRun, run: Run) -> list[str]:
+def _notes(source: RunSource, saved: SavedRun, run: Run) -> list[str]:
     """Say what a reader of the figures should know."""
     notes = []
     if source.store is not None and all(record.url != source.store for record in run.stores.values()):

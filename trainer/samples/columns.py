@@ -50,7 +50,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Rows:
+class ColumnRows:
     """A column of one side: row m is `values[offsets[m]:offsets[m + 1]]`, or `values[m]` where there are no offsets."""
 
     values: Values
@@ -66,10 +66,10 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Groups:
+class DecodedGroups:
     """Sample groups in memory: group g has samples `sample_offsets[g]` to `sample_offsets[g + 1]` of the ad side."""
 
-    columns: Mapping[str, Rows]
+    columns: Mapping[str, ColumnRows]
     sample_offsets: Index
 
     @property
@@ -78,7 +78,7 @@ class Groups:
 
 
 def sizes_of(column: str) -> str:
-    """Name what `Groups` call the numbers of images of a gallery's ads or behaviours; no file has it."""
+    """Name what `DecodedGroups` call the numbers of images of a gallery's ads or behaviours; no file has it."""
     return f"{column} sizes"
 
 
@@ -173,7 +173,7 @@ def check_types(found: pa.Schema, rules: Mapping[str, Rule], file: str) -> None:
         raise SchemaError("\n".join(problems))
 
 
-def decode(table: pa.Table, rules: Mapping[str, Rule], label: str, file: str, first_row: int) -> Groups:
+def decode(table: pa.Table, rules: Mapping[str, Rule], label: str, file: str, first_row: int) -> DecodedGroups:
     """Decode the sample groups of a row group, whose first row is number `first_row` of `file`. Raises DataError."""
     where = _Where(file, first_row)
     raw = {column: _flatten(table, column, rule, where) for column, rule in rules.items()}
@@ -190,9 +190,9 @@ def decode(table: pa.Table, rules: Mapping[str, Rule], label: str, file: str, fi
             offsets = offsets[1:]
         if rule.gallery:
             items = offsets[0] if len(offsets) > 1 else None
-            columns[sizes_of(column)] = Rows(np.diff(offsets[-1]), items)
+            columns[sizes_of(column)] = ColumnRows(np.diff(offsets[-1]), items)
             offsets = (offsets[-1] if items is None else offsets[-1][items],)
-        columns[column] = Rows(values, offsets[0] if offsets else None)
+        columns[column] = ColumnRows(values, offsets[0] if offsets else None)
         _check_width(columns[column], column, rule, where, sample_offsets)
         for other in rule.lengths_of:
             if other in raw and offsets:
@@ -205,7 +205,7 @@ def decode(table: pa.Table, rules: Mapping[str, Rule], label: str, file: str, fi
     if (wrong := np.flatnonzero((labels != 0) & (labels != 1))).size:
         row = where.row_of_value(wrong[0], (sample_offsets,))
         raise DataError(f"{row}: column {label} has {labels[wrong[0]]}; a label is 0 or 1")
-    return Groups(columns, sample_offsets)
+    return DecodedGroups(columns, sample_offsets)
 
 
 def values_of(table: pa.Table, column: str, rule: Rule, file: str, first_row: int) -> Values:
@@ -219,16 +219,16 @@ def texts_of(table: pa.Table, column: str, rule: Rule, file: str, first_row: int
     return encoded
 
 
-def concatenate(parts: Sequence[Groups]) -> Groups:
+def concatenate(parts: Sequence[DecodedGroups]) -> DecodedGroups:
     """Join the groups of all parts, in their order."""
     columns = {
-        column: Rows(
+        column: ColumnRows(
             np.concatenate([part.columns[column].values for part in parts]),
             None if first.offsets is None else _joined([_present(part.columns[column].offsets) for part in parts]),
         )
         for column, first in parts[0].columns.items()
     }
-    return Groups(columns, _joined([part.sample_offsets for part in parts]))
+    return DecodedGroups(columns, _joined([part.sample_offsets for part in parts]))
 
 
 @dataclass(frozen=True)
@@ -368,7 +368,7 @@ def _refuse_nulls(array: Any, name: str, offsets: Sequence[Index], where: _Where
         )
 
 
-def _check_width(rows: Rows, column: str, rule: Rule, where: _Where, sample_offsets: Index) -> None:
+def _check_width(rows: ColumnRows, column: str, rule: Rule, where: _Where, sample_offsets: Index) -> None:
     if rule.width is None or rows.offsets is None:
         return
     lengths_M = np.diff(rows.offsets)

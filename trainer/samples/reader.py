@@ -24,7 +24,7 @@ from trainer.comm import Comm
 from trainer.errors import DataError, DataNotFoundError
 from trainer.samples.batch import Batch, BatchPosition, Jagged
 from trainer.samples.columns import (
-    Groups,
+    DecodedGroups,
     Index,
     Rule,
     check_types,
@@ -170,7 +170,7 @@ class SampleReader:
 class Piece(NamedTuple):
     """Part of a batch: of the groups in memory the rows `group_G`, of each its samples `begin_G` to before `end_G`."""
 
-    groups: Groups
+    groups: DecodedGroups
     group_G: Index
     begin_G: Index
     end_G: Index
@@ -270,7 +270,7 @@ class _Windows:
         self._members = [row_groups[at : at + window_groups] for at in range(0, len(row_groups), window_groups)]
         counts_W = [sum(index.row_groups[each].num_samples for each in window) for window in self._members]
         self._starts = np.concatenate([[0], np.cumsum(counts_W)]).astype(np.int64)
-        self._held: dict[int, tuple[Groups, Index, Index]] = {}
+        self._held: dict[int, tuple[DecodedGroups, Index, Index]] = {}
 
     def cut(self, span: range) -> Iterator[Piece]:
         """The samples at these positions of the epoch's order: one piece for each window that they are in."""
@@ -298,7 +298,7 @@ class _Windows:
         none_G = np.empty(0, np.int64)
         return Piece(groups, none_G, none_G, none_G)
 
-    def _hold(self, window: int) -> tuple[Groups, Index, Index]:
+    def _hold(self, window: int) -> tuple[DecodedGroups, Index, Index]:
         """The window's groups, its order, and where each group of that order ends in the window's samples."""
         if window not in self._held:
             parts = [self._decode(self._index.row_groups[each]) for each in self._members[window]]
@@ -309,7 +309,7 @@ class _Windows:
             self._held[window] = groups, order_G, np.cumsum(np.diff(groups.sample_offsets)[order_G])
         return self._held[window]
 
-    def _decode(self, row_group: RowGroup) -> Groups:
+    def _decode(self, row_group: RowGroup) -> DecodedGroups:
         table = read_row_group(self._index.storage, row_group, list(source_columns(self._rules)))
         full = self._index.storage.full(row_group.file)
         groups = decode(table, self._rules, self._label, full, row_group.first_row)

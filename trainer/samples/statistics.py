@@ -33,7 +33,7 @@ DECLARED = ("kind", "width", "transform", "buckets", "fill")
 
 
 @dataclass(frozen=True)
-class Part:
+class NumberSums:
     """A field's numbers in one or several row groups, summed up; missing ones are counted and left out of the rest."""
 
     moments_W: tuple[Moments, ...]
@@ -46,7 +46,7 @@ class Part:
     """How many values each of them stands for."""
 
     @classmethod
-    def of_all(cls, parts: Sequence["Part"]) -> "Part":
+    def of_all(cls, parts: Sequence["NumberSums"]) -> "NumberSums":
         """Merge the parts of several row groups, in their order."""
         return cls(
             tuple(reduce(Moments.merged, each) for each in zip(*(part.moments_W for part in parts), strict=True)),
@@ -82,12 +82,12 @@ def measure(comm: Comm, index: SampleIndex, schema: Schema) -> dict[str, dict[st
     own = comm.on_all(lambda: [_parts(index, row_group, fields, rules, budget) for row_group in mine])
     by_rank = comm.allgather_object(own, name="statistics")
     in_order = [by_rank[number % comm.size][number // comm.size] for number in range(len(index.row_groups))]
-    return {f.name: _statistics(f, Part.of_all([parts[f.name] for parts in in_order])) for f in fields}
+    return {f.name: _statistics(f, NumberSums.of_all([parts[f.name] for parts in in_order])) for f in fields}
 
 
 def _parts(
     index: SampleIndex, row_group: RowGroup, fields: Sequence[Field], rules: Mapping[str, Rule], budget: int
-) -> dict[str, Part]:
+) -> dict[str, NumberSums]:
     table = read_row_group(index.storage, row_group, list({field.column_name for field in fields}))
     file, parts = index.storage.full(row_group.file), {}
     for field in fields:
@@ -97,7 +97,7 @@ def _parts(
     return parts
 
 
-def part_of(field: Field, values_N: NDArray[Any], budget: int) -> Part:
+def part_of(field: Field, values_N: NDArray[Any], budget: int) -> NumberSums:
     """Summarise these values of a field; of buckets at most `budget` values are kept."""
     width = field.width or 1 if field.kind == "dense" else 1
     numbers_MW = filled(field, values_N) if field.is_bucketed else before_scaling(field, values_N)
@@ -109,7 +109,7 @@ def part_of(field: Field, values_N: NDArray[Any], budget: int) -> Part:
     if len(kept_S) > budget:
         each = len(kept_S) / budget
         kept_S = kept_S[((np.arange(budget) + 0.5) * each).astype(np.int64)]
-    return Part(
+    return NumberSums(
         tuple(_moments(column) for column in present),
         numbers_MW.size - len(everything),
         np.array([column.min(initial=np.inf) for column in present]),
@@ -119,7 +119,7 @@ def part_of(field: Field, values_N: NDArray[Any], budget: int) -> Part:
     )
 
 
-def quantile_boundaries(part: Part, buckets: int) -> tuple[float, ...]:
+def quantile_boundaries(part: NumberSums, buckets: int) -> tuple[float, ...]:
     """Find where `buckets` equally full buckets begin, but for the first; fewer, where a value fills more than one."""
     order_S = np.argsort(part.kept_S, kind="stable")
     kept_S, until_S = part.kept_S[order_S], np.cumsum(part.counts_S[order_S])
@@ -135,7 +135,7 @@ def _moments(column_M: Float64) -> Moments:
     return Moments(len(column_M), np.array([mean]), np.array([np.square(column_M - mean).sum()]))
 
 
-def _statistics(field: Field, part: Part) -> dict[str, Any]:
+def _statistics(field: Field, part: NumberSums) -> dict[str, Any]:
     """A constant column has a deviation of 1, so that it becomes zero and not NaN."""
     counts = [moments.count for moments in part.moments_W]
     if not all(counts):

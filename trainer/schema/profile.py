@@ -55,7 +55,7 @@ class Column:
 
 
 @dataclass
-class Table:
+class TableProfile:
     """Columns of some files, and whether all of their rows were read."""
 
     columns: dict[str, Column] = field(default_factory=dict)
@@ -90,9 +90,9 @@ def read_tables(storage: Storage, path: str, most_rows: int) -> Iterator[pa.Tabl
         raise DataError(f"{storage.full(path)} cannot be read: {str(error).strip()}") from error
 
 
-def look(storage: Storage, paths: list[str], label: str | None, most_rows: int) -> Table:
+def look(storage: Storage, paths: list[str], label: str | None, most_rows: int) -> TableProfile:
     """Profile the columns of these files, which have equal names, up to `most_rows` rows. Raises DataError."""
-    found = Table()
+    found = TableProfile()
     for path in paths:
         if found.rows >= most_rows:
             found.complete = False
@@ -122,7 +122,7 @@ def _delimiter(path: str) -> str:
     return "\t" if path.endswith(".tsv") else ","
 
 
-def _add(found: Table, table: pa.Table, label: str | None) -> None:
+def _add(found: TableProfile, table: pa.Table, label: str | None) -> None:
     label_lengths = None
     if label is not None and label in table.column_names and is_list(table.schema.field(label).type):
         label_lengths = pc.list_value_length(table.column(label).combine_chunks())

@@ -9,7 +9,7 @@ import yaml
 
 from featurestore.storage.storage import Storage
 from trainer.errors import DataError, DataNotFoundError
-from trainer.schema.profile import Column, Table, data_files, look, read_tables
+from trainer.schema.profile import Column, TableProfile, data_files, look, read_tables
 from trainer.schema.suggest_schema import describe
 from trainer.schema.text import table_rows
 
@@ -39,7 +39,7 @@ class Log:
 
     name: str  # impressions | behaviors
     files: str
-    table: Table
+    table: TableProfile
     ours: Mapping[str, str]  # our columns, by their names in the files
     of_user: frozenset[str]  # further columns that are the same in all rows of a user
 

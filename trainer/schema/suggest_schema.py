@@ -8,7 +8,7 @@ from featurestore.storage.storage import Storage
 from trainer.errors import SchemaError
 from trainer.schema.fields import Field, GalleryPooling, Kind, Schema, Side
 from trainer.schema.numbers import LOG2
-from trainer.schema.profile import Column, Content, Table, data_files, look
+from trainer.schema.profile import Column, Content, TableProfile, data_files, look
 from trainer.schema.text import schema_text, table_rows
 
 IMAGE_NAME = re.compile(r"(^|_)(image|img|picture|pic|photo|cover)s?($|_)", re.IGNORECASE)
@@ -42,7 +42,9 @@ def sample_files(storage: Storage) -> list[str]:
     return split or files
 
 
-def inspect_samples(storage: Storage, label: str, group: str, most_rows: int) -> tuple[Schema, Suggestion, Table]:
+def inspect_samples(
+    storage: Storage, label: str, group: str, most_rows: int
+) -> tuple[Schema, Suggestion, TableProfile]:
     """Suggest a schema that fits sample files from at most `most_rows` groups. Raises SchemaError, DataError."""
     table = look(storage, sample_files(storage), label, most_rows)
     roles: tuple[tuple[str, int, str, tuple[Content, ...]], ...] = (
@@ -64,7 +66,7 @@ def inspect_samples(storage: Storage, label: str, group: str, most_rows: int) ->
     return Schema(fields=tuple(suggestion.fields), label=label, group=group, new_ad_field=new_ad), suggestion, table
 
 
-def suggest(table: Table, label: str) -> Suggestion:
+def suggest(table: TableProfile, label: str) -> Suggestion:
     """Suggest fields of every column that a field can read."""
     made = Suggestion()
     for column in table.columns.values():
@@ -86,7 +88,7 @@ def suggest(table: Table, label: str) -> Suggestion:
     return made
 
 
-def render(schema: Schema, made: Suggestion, table: Table, where: str) -> str:
+def render(schema: Schema, made: Suggestion, table: TableProfile, where: str) -> str:
     """Write the schema as YAML with comments: what was found, and what is left out."""
     header = [
         f"First schema of {where}: look through it, then continue with python -m trainer.schema check.",
@@ -157,7 +159,7 @@ def _add(made: Suggestion, column: Column, new: Field) -> None:
     made.notes[new.name] = describe(column)
 
 
-def _add_ids(made: Suggestion, table: Table, column: Column, side: Side, kind: Kind) -> None:
+def _add_ids(made: Suggestion, table: TableProfile, column: Column, side: Side, kind: Kind) -> None:
     """An ID field; of images their content too."""
     name = column.name
     images = _has_images(column) and kind in ("content", "id" if side == "ad" else "multi_id")
@@ -200,7 +202,7 @@ def _is_gallery(column: Column) -> bool:
     return _has_images(column) and column.depth == 2
 
 
-def _weights_of(column: Column, table: Table) -> str | None:
+def _weights_of(column: Column, table: TableProfile) -> str | None:
     """The column of weights of these ids, where there is one: called as they are, and of real numbers."""
     weights = table.columns.get(f"{column.name}{WEIGHT_SUFFIX}")
     if weights is None or column.content == "real" or weights.content != "real" or weights.nulls or weights.missing:
@@ -208,7 +210,7 @@ def _weights_of(column: Column, table: Table) -> str | None:
     return weights.name if weights.depth == column.depth else None
 
 
-def _table_name(name: str, table: Table) -> str:
+def _table_name(name: str, table: TableProfile) -> str:
     """ad_x and behavior_x share table x."""
     for prefix, other in ((AD_PREFIX, "behavior_"), ("behavior_", AD_PREFIX)):
         if name.startswith(prefix):

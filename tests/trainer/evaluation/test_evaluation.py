@@ -26,7 +26,7 @@ from trainer.evaluation.bootstrap import METRICS
 from trainer.evaluation.predict import predict, predict_run, predict_without
 from trainer.main import train
 from trainer.runs.folder import find_checkpoint
-from trainer.runs.saved import Source, open_source
+from trainer.runs.saved import RunSource, open_source
 
 pytestmark = pytest.mark.long  # they train whole runs
 
@@ -173,7 +173,7 @@ def test_hidden_images_are_as_if_they_were_not_in_the_store(
     run = train_run(own, f"hide-{policy}-{tiers}", train__max_steps=30, **settings)
     shutil.copytree(own.folder / "features", tmp_path / "features")
     keys = np.arange(1_000, 1_050)
-    with contextlib.closing(open_source(Source(run), SoloComm())) as opened:
+    with contextlib.closing(open_source(RunSource(run), SoloComm())) as opened:
         before_N, hidden_N, after_N = predict(opened), predict_without(opened, 0.3, seed=7), predict(opened)
     FeatureStore.open(tmp_path / "features").delete(keys[sampled(keys, 0.3, seed=7)])
     without = predict_run(run, store=str(tmp_path / "features"))

@@ -12,7 +12,7 @@ from torch import Tensor
 from trainer.config.options import OptimConfig
 from trainer.errors import ConfigError
 from trainer.ids.optimizers import RowOptimizer, row_optimizer, state_of
-from trainer.ids.rows import Rows, row_bytes
+from trainer.ids.rows import IdRows, row_bytes
 from trainer.optim import rates_at
 
 ROWS, WIDTH, STEPS = 30, 4, 900
@@ -25,7 +25,7 @@ class Table:
     def __init__(self, dtype: torch.dtype = torch.float64, **settings: Any) -> None:
         self.config = OptimConfig(**{**SCHEDULE, **settings})
         self.optimizer = row_optimizer(self.config, dtype)
-        self.rows = Rows.zeros(ROWS, WIDTH, self.optimizer.state, "cpu", dtype)
+        self.rows = IdRows.zeros(ROWS, WIDTH, self.optimizer.state, "cpu", dtype)
         draw = np.random.default_rng(1)
         self.rows.weight.copy_(torch.from_numpy(draw.normal(0, 0.05, (ROWS, WIDTH))))
         self.dense = self.now().clone().requires_grad_()

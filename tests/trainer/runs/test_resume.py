@@ -16,7 +16,7 @@ from trainer.errors import ConfigError, TrainerError
 from trainer.main import train
 from trainer.runs.checkpoint import finished
 from trainer.runs.folder import find_checkpoint, place
-from trainer.runs.saved import Source, open_source
+from trainer.runs.saved import RunSource, open_source
 
 Places = Any
 
@@ -169,7 +169,7 @@ def test_killed_in_the_midst_of_a_removal(runs: Runs, monkeypatch: pytest.Monkey
 
 def test_an_evaluation_of_an_earlier_one_touches_nothing(runs: Runs) -> None:
     before = content(runs.folder)
-    opened = open_source(Source(runs.folder / "a", "2"), SoloComm())
+    opened = open_source(RunSource(runs.folder / "a", "2"), SoloComm())
     opened.close()
     assert opened.saved.path == runs.step("a", 2)
     assert content(runs.folder) == before
