@@ -48,7 +48,7 @@ test: $(INSTALLED) ## Run all that guards a promise, also under horovodrun; TEST
 test-slow: $(INSTALLED) ## Run the large numbers: 500 kills of writers, eight ranks, benchmarks at a tiny size
 	$(ON_PATH) $(BIN)/python -m pytest -m slow $(TEST_ARGS)
 
-lint: $(INSTALLED) ## Check style, types, import rules, and that each file says what it is for
+lint: $(INSTALLED) ## Check style, types, import rules, first lines and sizes of files, and the generated pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))

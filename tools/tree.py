@@ -1,17 +1,20 @@
 """Print every file of the project with the line that says what it is for, folder by folder.
 
 python tools/tree.py            print the tree
-python tools/tree.py --check    print nothing; exit 1 where a file does not say what it is for
+python tools/tree.py --check    print what is wrong; exit 1 where a file does not say what it is for, or a file or a
+                                folder has grown too large
 """
 
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("featurestore", "pipeline", "trainer", "jobs", "benchmarks", "tools", "tests")
 SUFFIXES = (".py", ".sh", ".yaml", ".txt")
+MOST_LINES, MOST_MODULES = 400, 12
 
 
 def listed_files() -> list[Path]:
@@ -44,16 +47,35 @@ def tree(summaries: dict[Path, str]) -> str:
     return "\n".join(lines)
 
 
+def problems(summaries: dict[Path, str]) -> list[str]:
+    """List silent files, files with too many lines, and folders of packages with too many modules side by side."""
+    sources = [path for path in summaries if path.suffix == ".py"]
+    lines = {path: len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in sources}
+    modules = Counter(path.parent for path in sources if path.name != "__init__.py" and path.parts[0] != "tests")
+    return [
+        *(f"{path} needs a first line that says what it is for" for path, summary in summaries.items() if not summary),
+        *(
+            f"{path} has {count} lines: over {MOST_LINES} it has two jobs"
+            for path, count in lines.items()
+            if count > MOST_LINES
+        ),
+        *(
+            f"{folder}/ has {count} modules side by side: a {MOST_MODULES + 1}th asks for a folder"
+            for folder, count in modules.items()
+            if count > MOST_MODULES
+        ),
+    ]
+
+
 def main() -> int:
     """Print or check the tree and return the exit code."""
     summaries = {path: summary_of(path) for path in listed_files()}
-    silent = [str(path) for path, summary in summaries.items() if not summary]
-    if silent:
-        print(f"these files need a first line that says what they are for: {', '.join(silent)}", file=sys.stderr)
-        return 1
     if "--check" not in sys.argv[1:]:
         print(tree(summaries))
-    return 0
+        return 0
+    found = problems(summaries)
+    sys.stderr.writelines(f"{problem}\n" for problem in found)
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
