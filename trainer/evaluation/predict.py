@@ -56,7 +56,7 @@ def predict(opened: Opened) -> Float:
     """Predict logits of all test impressions (N,), the same on every rank; all call it. Raises TrainerError."""
     run = opened.run
     with contextlib.closing(ReadAhead(opened.reader.batches(), run.config.data.prefetch_batches)) as ahead:
-        own = np.concatenate([np.empty(0), *(run.engine.predict(each) for each in run.engine.prepared(ahead))])
+        own = np.concatenate([np.empty(0), *(run.engine.predict(each) for each in run.engine.prepared(ahead, "eval"))])
     logit_N: Float = run.comm.allgather(torch.from_numpy(own), "logits").numpy()
     if len(logit_N) != opened.test.num_samples or not np.isfinite(logit_N).all():
         raise TrainerError("the model's predictions are not finite numbers; try a checkpoint from before")
