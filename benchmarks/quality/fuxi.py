@@ -164,7 +164,8 @@ def write_features(store: str, name: str, folder: Path) -> Vocabulary:
     keys_N = snapshot.keys()
     values_ND = snapshot.codec.decode(snapshot.get(keys_N)).astype(np.float32)
     deviation_D = values_ND.std(0)
-    values_ND = (values_ND - values_ND.mean(0)) / np.where(deviation_D > 0, deviation_D, 1)
+    values_ND -= values_ND.mean(0)
+    values_ND /= np.where(deviation_D > 0, deviation_D, 1)
     np.savez(folder / "features.npz", key=keys_N, value=values_ND)
     vocabulary = Vocabulary(keys_N)
     numbers = {str(key): 1 + place for place, key in enumerate(keys_N.tolist())}

@@ -51,8 +51,8 @@ class NumberSums:
         return cls(
             tuple(reduce(Moments.merged, each) for each in zip(*(part.moments_W for part in parts), strict=True)),
             sum(part.missing for part in parts),
-            np.min([part.smallest_W for part in parts], axis=0),
-            np.max([part.largest_W for part in parts], axis=0),
+            np.minimum.reduce([part.smallest_W for part in parts]),
+            np.maximum.reduce([part.largest_W for part in parts]),
             np.concatenate([part.kept_S for part in parts]),
             np.concatenate([part.counts_S for part in parts]),
         )

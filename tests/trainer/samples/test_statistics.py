@@ -116,7 +116,7 @@ def test_quantiles_of_more_values_than_are_kept(monkeypatch: pytest.MonkeyPatch)
     field = Field(name="x", side="ad", kind="id", buckets=10)
     values = np.random.default_rng(0).lognormal(3, 2, 50_000).astype(np.float32)
     parts = [part_of(field, chunk, 200) for chunk in np.array_split(values, 13)]
-    merged = statistics.Part.of_all(parts)
+    merged = statistics.NumberSums.of_all(parts)
     assert len(merged.kept_S) == 2_600
     assert merged.counts_S.sum() == pytest.approx(50_000)
     starts = quantile_boundaries(merged, 10)
