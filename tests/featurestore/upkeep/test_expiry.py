@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -285,8 +286,9 @@ class TestLate:
         start_s, calls = time.monotonic(), []
 
         def slow(done: int, total: int) -> None:
-            calls.append((done, total))
-            monkeypatch.setattr("featurestore.upkeep.expiry.time.monotonic", lambda: start_s + 3.6 * DAY_S)
+            calls.append((done, total))  # expiry's clock alone: Dask's loop in this process would sleep for days
+            later = SimpleNamespace(monotonic=lambda: start_s + 3.6 * DAY_S)
+            monkeypatch.setattr("featurestore.upkeep.expiry.time", later)
 
         report = expire_to(merged, 10, progress=slow)
         assert (calls, report.num_files, report.is_complete) == ([(1, 3)], 1, False)
