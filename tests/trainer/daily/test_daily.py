@@ -187,7 +187,7 @@ def test_mistakes(days: Places) -> None:
     refused(ConfigError, "early_stopping=2: a day is trained before", train__early_stopping=2, train__eval_every=5)
     refused(DataError, r"has no file day=DAY\*\.parquet", data__samples=days.folder / "nothing")
     assert not (days.folder / "runs" / "m").exists() or not list((days.folder / "runs" / "m").glob("2026*"))
-    with pytest.raises(DataError, match=r"choose none of 2026-01-01 to 2026-01-04"):
+    with pytest.raises(ConfigError, match=r"choose none of 2026-01-01 to 2026-01-04"):
         follow(config_of(days, run__name="n"), SoloComm(), first="2027-01-01")
 
 
