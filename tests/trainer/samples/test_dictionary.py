@@ -187,7 +187,7 @@ def test_lookup_goes_both_ways(run: Path) -> None:
 
 
 def test_lookup_needs_a_dictionary(tmp_path: Path) -> None:
-    assert f"{tmp_path} has no ids.parquet" in said("lookup", tmp_path, 3, code=1)
+    assert f"{tmp_path} has no ids.parquet" in said("lookup", tmp_path, 3, code=2)
 
 
 def test_a_damaged_dictionary_is_named(run: Path, tmp_path: Path) -> None:
