@@ -1,4 +1,4 @@
-"""A guard: a test that starts ranks, a Dask cluster or a server without the mark `services` fails."""
+"""A guard: a test that starts ranks, a Dask cluster or a server without the mark `services` (or `slow`) fails."""
 
 import os
 import sys
@@ -24,7 +24,8 @@ class Guard:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, bool, bool]:
-        self._seen = None if item.get_closest_marker("services") else []
+        marked = item.get_closest_marker("services") or item.get_closest_marker("slow")
+        self._seen = None if marked else []
         return (yield)
 
     @pytest.hookimpl(wrapper=True)
