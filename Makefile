@@ -11,7 +11,7 @@ IN_PARALLEL = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 BENCH_DIR ?= data/bench
 # Syntax of the oldest supported Python is held by ruff (target-version), what left the newest one by mypy.
 NEWEST_PYTHON := 3.13
-PACKAGES := featurestore pipeline trainer jobs benchmarks
+PACKAGES := featurestore pipeline trainer serving jobs benchmarks
 # horovodrun and dask-submit are looked for on the path.
 ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 

@@ -19,7 +19,13 @@ from typer.main import get_command
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # benchmarks and jobs are not installed everywhere that this runs
 PAGE = ROOT / "docs" / "COMMANDS.md"
-PARTS = {"jobs": "Jobs", "featurestore": "The store", "trainer": "The trainer", "benchmarks": "Benchmarks"}
+PARTS = {
+    "jobs": "Jobs",
+    "featurestore": "The store",
+    "trainer": "The trainer",
+    "serving": "Serving",
+    "benchmarks": "Benchmarks",
+}
 OF_OTHERS = ("worker.py", "peer.py")  # programs that other programs start
 COMMAND_LINE = re.compile("`?(python|dask-submit|dask|horovodrun) ")
 HEAD = """# Commands

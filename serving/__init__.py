@@ -1,0 +1,1 @@
+"""Serving: a trained run published as a bundle, and the scorer that answers requests with it."""

@@ -1,0 +1,35 @@
+"""Errors of bundles and of requests to the scorer.
+
+UserError
+└── ServingError
+    ├── BundleNotFoundError    no bundle at the address, or no such version
+    ├── BrokenBundleError      a file of a bundle is missing, or not what was published
+    └── RequestError           a request that cannot be scored: which field, which value, the way out
+        └── RequestTooLargeError   more candidates or bytes than the scorer takes
+
+Every class takes its message alone, so that each survives pickling between processes.
+"""
+
+from featurestore.errors import USAGE, UserError
+
+
+class ServingError(UserError):
+    """Root of all errors of serving."""
+
+
+class BundleNotFoundError(ServingError):
+    """No bundle at the address, or no such version of it."""
+
+    exit_code = USAGE
+
+
+class BrokenBundleError(ServingError):
+    """A file of a bundle is missing, or is not what was published."""
+
+
+class RequestError(ServingError):
+    """A request that cannot be scored; the message names the field, the value and the way out."""
+
+
+class RequestTooLargeError(RequestError):
+    """A request with more candidates, values or bytes than the scorer takes."""

@@ -1,0 +1,1 @@
+"""The scorer over HTTP: the one door to the web framework."""

@@ -1,0 +1,41 @@
+"""A request to the scorer and its answer, whatever way they come and go."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Places = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One user and C candidates, by columns of the samples, with the values that logs have.
+
+    `user` has the columns of side user, lists for behaviours; `candidates` those of side ad, a list of C each;
+    `context` columns of side ad that are the same for all candidates (the scene), one value each.
+    """
+
+    user: Mapping[str, Any]
+    candidates: Mapping[str, Sequence[Any]]
+    context: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """The answer to a request: a logit for each candidate, in their order, and what the model did not know.
+
+    `unknown`: by field, the places (ad side: of candidates; user side: of values) whose ID no training sample had.
+    `missing`: by content field, the places whose image has no vector; the run's policy replaced it.
+    """
+
+    logits_C: NDArray[np.float32]
+    unknown: Mapping[str, Places]
+    missing: Mapping[str, Places]
+
+    def probabilities(self) -> NDArray[np.float32]:
+        """Compute the probability of a click of each candidate, 1 / (1 + exp(-logit)), (C,)."""
+        logits_C = self.logits_C.astype(np.float64)
+        return (1 / (1 + np.exp(-logits_C))).astype(np.float32)
