@@ -4,6 +4,7 @@ UserError
 └── ServingError
     ├── BundleNotFoundError    no bundle at the address, or no such version
     ├── BrokenBundleError      a file of a bundle is missing, or not what was published
+    ├── ServerSettingsError    what the server was started with does not work
     └── RequestError           a request that cannot be scored: which field, which value, the way out
         └── RequestTooLargeError   more candidates or bytes than the scorer takes
 
@@ -33,3 +34,9 @@ class RequestError(ServingError):
 
 class RequestTooLargeError(RequestError):
     """A request with more candidates, values or bytes than the scorer takes."""
+
+
+class ServerSettingsError(ServingError):
+    """What the server was started with does not work: a certificate, a key, a file of tokens, an address."""
+
+    exit_code = USAGE

@@ -1,0 +1,233 @@
+"""The application: routes, and the way of every request from its headers to its answer, measured.
+
+starlette, because it is the thinnest kept layer over ASGI that routes; no framework that validates bodies stands
+between orjson and the scorer.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from featurestore.text.plain import printable
+from serving.http.codec import ARROW, JSON, ArrowBody, Body, JsonBody
+from serving.http.errors import error_response, response_of
+from serving.http.inference.protocol import SERVER, TensorBody, model_metadata
+from serving.http.inference.tensors import HEADER
+from serving.http.limits import BodyReader, RefusedError
+from serving.http.live.model import ModelSource, Scores
+from serving.http.live.switch import LiveModel
+from serving.http.live.warmup import Recorder
+from serving.http.logs import log_slow, logger
+from serving.http.metrics import Metrics
+from serving.http.queue import ScoringQueue
+from serving.http.security import TokenGuard
+from serving.http.settings import ServerSettings
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+_MODEL = "/v2/models/{name}"
+_VERSION = "/v2/models/{name}/versions/{version}"
+
+
+@dataclass
+class Scoring:
+    """All parts of a worker's server, put together; `app` answers with them."""
+
+    settings: ServerSettings
+    source: ModelSource
+    on_failure: Callable[[Exception], None]
+    """Called where the first model cannot be loaded."""
+    on_ready: Callable[[], None] | None = None
+    """Of one of several workers: called when it can answer. It listens only then, as others can answer meanwhile."""
+    tokens: list[str] | None = None
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        self.recorder = Recorder(settings.record, settings.record_file)
+        self.live = LiveModel(self.source, self.recorder, self.metrics, settings.poll_s)
+        self.queue = ScoringQueue(self.live, settings.max_candidates, settings.max_wait_ms / 1000)
+        self.reader = BodyReader(settings.max_body_bytes, settings.read_timeout_s)
+        self.stopping = False
+
+    def app(self) -> ASGIApp:
+        """Make the application. Its lifespan loads the model, scores, and looks for newer models."""
+        routes = [
+            ("GET", "/", self.about),
+            ("POST", "/v1/score", self.score),
+            ("GET", "/metrics", self.figures),
+            ("GET", "/v2/health/live", self.is_live),
+            ("GET", "/v2/health/ready", self.is_ready),
+            ("GET", "/v2", self.server_metadata),
+            *[("GET", path, self.model_metadata) for path in (_MODEL, _VERSION)],
+            *[("GET", f"{path}/ready", self.model_is_ready) for path in (_MODEL, _VERSION)],
+            *[("POST", f"{path}/infer", self.infer) for path in (_MODEL, _VERSION)],
+        ]
+        app = Starlette(
+            routes=[Route(path, self._measured(path, endpoint), methods=[method]) for method, path, endpoint in routes],
+            exception_handlers={HTTPException: self._no_route},
+            lifespan=self._lifespan,
+        )
+        return app if self.tokens is None else TokenGuard(app, self.tokens)
+
+    async def about(self, request: Request) -> Response:
+        """Say what this is."""
+        identity = self.live.model.identity if self.live.is_ready else None
+        return _json(
+            {
+                "name": self.settings.name,
+                "what": "click probabilities of candidates for a user: POST /v1/score, or the Open Inference Protocol",
+                "version": identity and identity.version,
+                "vectors": identity and dict(identity.vectors),
+                "addresses": ["/v1/score", "/v2", f"/v2/models/{self.settings.name}", "/v2/health/ready", "/metrics"],
+            }
+        )
+
+    async def score(self, request: Request) -> Response:
+        """Score the requests of a JSON or Arrow body."""
+        kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+        if kind not in (JSON, ARROW):
+            raise RefusedError(415, f"Content-Type is {kind[:60]!r}: send {JSON}, or {ARROW}")
+        content = await self._read(request)
+        logits = request.query_params.get("logits") == "true" if request.url.query else False
+        return await self._scored(request, ArrowBody(content) if kind == ARROW else JsonBody(content, logits), content)
+
+    async def infer(self, request: Request) -> Response:
+        """Score the tensors of an inference request."""
+        self._check_name(request)
+        content = await self._read(request)
+        body = TensorBody(content, request.headers.get(HEADER), self.settings.name)
+        return await self._scored(request, body, content)
+
+    async def figures(self, request: Request) -> Response:
+        """Give the figures for Prometheus."""
+        if self.live.is_ready:
+            self.metrics.tell_age(self.live.model)
+        self.metrics.queue.set(len(self.queue))
+        self.metrics.predicted.set(self.queue.predicted_wait_s)
+        text = await asyncio.to_thread(self.metrics.text)
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+    async def is_live(self, request: Request) -> Response:
+        """Tell that the process answers."""
+        return _json({"live": True})
+
+    async def is_ready(self, request: Request) -> Response:
+        """Tell whether a model is warmed up, and the server not about to stop."""
+        ready = self.live.is_ready and not self.stopping
+        return _json({"ready": ready}, 200 if ready else 503)
+
+    async def server_metadata(self, request: Request) -> Response:
+        """Describe the server."""
+        return _json(SERVER | {"version": _own_version()})
+
+    async def model_metadata(self, request: Request) -> Response:
+        """Describe the model and its tensors."""
+        self._check_name(request)
+        return _json(model_metadata(self.settings.name, self.live.model))
+
+    async def model_is_ready(self, request: Request) -> Response:
+        """Tell whether the model is warmed up."""
+        self._check_name(request)
+        return _json({"name": self.settings.name, "ready": self.live.is_ready}, 200 if self.live.is_ready else 503)
+
+    async def _read(self, request: Request) -> bytes:
+        start_s = time.perf_counter()
+        content = await self.reader.read(request)
+        request.state.read_s = time.perf_counter() - start_s
+        if self.settings.log_requests:
+            logger.info("%s %s", request.url.path, printable(content.decode("utf-8", "backslashreplace")))
+        return content
+
+    async def _scored(self, request: Request, body: Body, content: bytes) -> Response:
+        scores = await self.queue.score(body, len(content))
+        start_s = time.perf_counter()
+        answer = body.answer(scores)
+        scores.stages["read"] = request.state.read_s
+        scores.stages["encode"] = time.perf_counter() - start_s
+        self.metrics.tell_scored(scores.fields, scores)
+        if isinstance(scores.decoded, list):
+            self.recorder.add(scores.decoded, len(content))
+        request.state.scores, request.state.sizes = scores, (len(content), len(answer.body))
+        return Response(answer.body, headers=dict(answer.headers), media_type=answer.media_type)
+
+    def _check_name(self, request: Request) -> None:
+        """Raise RefusedError (404) where the address names another model or version."""
+        name, asked = request.path_params["name"], request.path_params.get("version")
+        if name != self.settings.name:
+            raise RefusedError(404, f"no model {name[:60]!r} here: the one served is {self.settings.name}")
+        if asked is not None and asked != (served := str(self.live.model.identity.version)):
+            raise RefusedError(404, f"version {asked[:20]!r} is not served: it is {served}; leave the version out")
+
+    def _measured(self, route: str, endpoint: Endpoint) -> Endpoint:
+        """Wrap an endpoint: errors become answers, and the answer is counted, timed and, where slow, logged."""
+
+        async def answered(request: Request) -> Response:
+            start_s = time.perf_counter()
+            try:
+                response = await endpoint(request)
+            except Exception as error:
+                response = response_of(error)
+            seconds = time.perf_counter() - start_s
+            self.metrics.requests.labels(route, response.status_code).inc()
+            self.metrics.seconds.labels(route).observe(seconds)
+            if 1000 * seconds >= self.settings.slow_ms:
+                scores: Scores | None = getattr(request.state, "scores", None)
+                log_slow(route, response.status_code, seconds, scores, getattr(request.state, "sizes", (0, 0)))
+            return response
+
+        return answered
+
+    async def _no_route(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        self.metrics.requests.labels("other", error.status_code).inc()
+        way_out = {404: "GET / lists the addresses", 405: f"it takes {(error.headers or {}).get('Allow', 'another')}"}
+        message = f"{request.method} {request.url.path[:100]}: {error.detail}; {way_out.get(error.status_code, '')}"
+        return error_response(error.status_code, message, error.headers)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """Load the model, while health checks are answered or, with other workers, before."""
+        task = asyncio.create_task(self._work())
+        try:
+            while self.on_ready is not None and not self.live.is_ready and not task.done():
+                await asyncio.sleep(0.02)
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            self.recorder.save()
+            self.live.close()
+
+    async def _work(self) -> None:
+        try:
+            await self.live.start()
+        except Exception as error:
+            self.on_failure(error)
+            return
+        if self.on_ready is not None:
+            self.on_ready()
+        await asyncio.gather(self.queue.run(), self.live.follow())
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(value), status, media_type=JSON)
+
+
+def _own_version() -> str:
+    try:
+        return version("crossmedia")
+    except PackageNotFoundError:  # run from its sources
+        return "0"

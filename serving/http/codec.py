@@ -1,0 +1,217 @@
+"""Bodies of /v1/score: JSON and Arrow IPC to requests, and scores back in the form in which they were asked.
+
+JSON: one request {"user": …, "context": …, "candidates": …}, or several as {"requests": [...]} or as a list.
+Arrow: a stream (application/vnd.apache.arrow.stream) of rows with the columns of the sample files, a request a row.
+"""
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+from serving.errors import RequestError
+from serving.http.live.model import Decoded, Identity, Model, Scores
+from serving.scoring.request import Request, Scored
+
+JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
+_PARTS = ("user", "context", "candidates")
+_EXAMPLE = '{"user": {...}, "context": {...}, "candidates": {...}}'
+_OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+_NO_COMPRESSION = "write the stream without compression"
+_RECORD_BATCH, _DICTIONARY_BATCH = 3, 2  # of the union MessageHeader in Arrow's Message.fbs
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A written answer."""
+
+    body: bytes
+    media_type: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class Body(Protocol):
+    """A body that came, in one of the forms: `decode` is called first, and `answer` with its scores."""
+
+    def decode(self, model: Model) -> Decoded:
+        """Decode it to requests or a table. Raises RequestError."""
+        ...
+
+    def answer(self, scores: Scores) -> Answer:
+        """Write the scores in the same form."""
+        ...
+
+
+@dataclass
+class JsonBody:
+    """A JSON body: one request or several; `?logits=true` asks for logits as well."""
+
+    body: bytes
+    logits: bool = False
+    _alone: bool = True
+
+    def decode(self, model: Model) -> Decoded:
+        """Parse it, see `requests_of`."""
+        requests, self._alone = requests_of(parse_json(self.body))
+        return requests
+
+    def answer(self, scores: Scores) -> Answer:
+        """Write one object, or one with `answers` for several requests."""
+        answers = [_answer(each, self.logits) for each in scores.scored]
+        told = {"version": scores.identity.version, "vectors": dict(scores.identity.vectors)}
+        answer = answers[0] if self._alone else {"answers": answers}
+        return Answer(orjson.dumps(answer | told, option=_OPTIONS), JSON)
+
+
+@dataclass(frozen=True)
+class ArrowBody:
+    """An Arrow stream: a request a row."""
+
+    body: bytes
+
+    def decode(self, model: Model) -> Decoded:
+        """Read the table, see `arrow_table`."""
+        return arrow_table(self.body)
+
+    def answer(self, scores: Scores) -> Answer:
+        """Write a row for each request, version and snapshots in the schema's metadata."""
+        return Answer(arrow_answer(scores.identity, scores.scored), ARROW)
+
+
+def parse_json(body: bytes) -> Any:
+    """Parse JSON. Raises RequestError: not JSON, NaN, text that is not UTF-8, lists a thousand deep."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as failure:
+        raise RequestError(f"the body is no JSON: {failure}; send one object, {_EXAMPLE}") from None
+
+
+def requests_of(value: Any) -> tuple[list[Request], bool]:
+    """Make requests of a parsed body, and tell whether it was one alone. Raises RequestError naming what is wrong."""
+    if isinstance(value, dict) and "requests" not in value:
+        return [request_of(value, "the body")], True
+    several = value["requests"] if isinstance(value, dict) else value
+    if isinstance(value, dict) and len(value) > 1:
+        extra = next(key for key in value if key != "requests")
+        raise RequestError(f"the body has {shown(extra)} next to requests; put it into each request, or leave it out")
+    if not isinstance(several, list):
+        where = "requests" if isinstance(value, dict) else "the body"
+        raise RequestError(f"{where} is {shown(several)}, and has to be a list of requests, each {_EXAMPLE}")
+    return [request_of(each, f"requests[{place}]") for place, each in enumerate(several)], False
+
+
+def request_of(value: Any, where: str) -> Request:
+    """Make one request of its JSON object. What its columns hold is checked by the scorer. Raises RequestError."""
+    if not isinstance(value, dict):
+        raise RequestError(f"{where} is {shown(value)}, and has to be an object, {_EXAMPLE}")
+    for part, columns in value.items():
+        if part not in _PARTS:
+            raise RequestError(f"{where} has {shown(part)}; a request has {', '.join(_PARTS)}: put it into one of them")
+        if not isinstance(columns, dict):
+            raise RequestError(f"{where}: {part} is {shown(columns)}, and has to be an object with a value per column")
+    if "candidates" not in value:
+        raise RequestError(f"{where} has no candidates; send {_EXAMPLE}, with empty lists where there are none")
+    for column, values in value["candidates"].items():
+        if not isinstance(values, list):
+            raise RequestError(
+                f"{where}: candidates.{shown(column)} is {shown(values)}, and has to be a list with an entry for each "
+                "candidate; what is the same for all goes into context"
+            )
+    return Request(user=value.get("user", {}), context=value.get("context", {}), candidates=value["candidates"])
+
+
+def as_json(request: Request) -> dict[str, Any]:
+    """Give a request the form in which it came as JSON."""
+    return {"user": request.user, "context": request.context, "candidates": request.candidates}
+
+
+def _answer(scored: Scored, logits: bool) -> dict[str, Any]:
+    answer: dict[str, Any] = {"scores": scored.probabilities()}
+    if logits:
+        answer["logits"] = scored.logits_C
+    return answer | {"unknown": _places(scored.unknown), "missing": _places(scored.missing)}
+
+
+def _places(places: Mapping[str, Any]) -> dict[str, Any]:
+    return {field: found for field, found in places.items() if len(found)}
+
+
+def arrow_table(body: bytes) -> pa.Table:
+    """Read an Arrow stream and check every offset and text in it. Raises RequestError."""
+    try:
+        for message in pa.ipc.MessageReader.open_stream(body):
+            if _is_compressed(message.metadata.to_pybytes()):
+                raise RequestError(f"the Arrow stream is compressed, and may grow without limit: {_NO_COMPRESSION}")
+        table = pa.ipc.open_stream(body).read_all()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, struct.error, StopIteration) as failure:
+        raise RequestError(f"the body is no Arrow stream: {failure}; write it by pyarrow.ipc.new_stream") from None
+    return table
+
+
+def arrow_answer(identity: Identity, scored: Sequence[Scored]) -> bytes:
+    """Write the answer to an Arrow body: a row for each request, and version and snapshots in the schema's metadata."""
+    told = {"version": str(identity.version)}
+    told |= {f"vectors.{store}": str(snapshot) for store, snapshot in identity.vectors.items()}
+    table = pa.table(
+        {
+            "score": _lists([each.probabilities() for each in scored], pa.float32()),
+            "logit": _lists([each.logits_C for each in scored], pa.float32()),
+            "unknown": _maps([each.unknown for each in scored]),
+            "missing": _maps([each.missing for each in scored]),
+        }
+    ).replace_schema_metadata(told)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def shown(value: Any) -> str:
+    """Show a value that a client sent in a message: as JSON, and short."""
+    text = orjson.dumps(value, option=_OPTIONS, default=str).decode()
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _lists(parts: Sequence[Any], kind: pa.DataType) -> Any:
+    offsets: Any = pa.array(np.cumsum([0, *(len(part) for part in parts)]), pa.int32())
+    return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([*parts, []]), kind))
+
+
+def _maps(parts: Sequence[Mapping[str, Any]]) -> Any:
+    rows = [[(field, list(map(int, found))) for field, found in _places(part).items()] for part in parts]
+    return pa.array(rows, pa.map_(pa.string(), pa.list_(pa.int64())))
+
+
+def _is_compressed(message: bytes) -> bool:
+    """Tell whether a message of a stream has compressed buffers: pyarrow does not say, and a few bytes may be many.
+
+    Reads Arrow's flatbuffers: Message{version, header_type, header, …}, RecordBatch{length, nodes, buffers,
+    compression}, DictionaryBatch{id, data: RecordBatch}.
+    """
+    table = struct.unpack_from("<I", message)[0]
+    kind_at, header_at = _field_at(message, table, 1), _field_at(message, table, 2)
+    if not kind_at or not header_at or message[kind_at] not in (_RECORD_BATCH, _DICTIONARY_BATCH):
+        return False
+    batch = _follow(message, header_at)
+    if message[kind_at] == _DICTIONARY_BATCH:
+        data_at = _field_at(message, batch, 1)
+        batch = _follow(message, data_at) if data_at else batch
+    return _field_at(message, batch, 3) != 0
+
+
+def _field_at(message: bytes, table: int, number: int) -> int:
+    """Find where a field of a flatbuffer's table is; 0 where it is left out."""
+    vtable = table - struct.unpack_from("<i", message, table)[0]
+    if 4 + 2 * number >= struct.unpack_from("<H", message, vtable)[0]:
+        return 0
+    offset = struct.unpack_from("<H", message, vtable + 4 + 2 * number)[0]
+    return table + offset if offset else 0
+
+
+def _follow(message: bytes, at: int) -> int:
+    return at + int(struct.unpack_from("<I", message, at)[0])

@@ -1,0 +1,163 @@
+"""Tensors of the Open Inference Protocol: JSON data or binary data (Triton's extension) to Python lists, and back.
+
+Binary data of all tensors follows the JSON, in the order of the tensors: numbers little-endian, a text of BYTES after
+its length as uint32. The header Inference-Header-Content-Length says where the JSON ends.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.errors import RequestError
+from serving.http.codec import parse_json, shown
+
+HEADER = "inference-header-content-length"
+DTYPES = {
+    "BOOL": "?", "UINT8": "<u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "INT8": "<i1", "INT16": "<i2",
+    "INT32": "<i4", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
+}  # fmt: skip
+MAX_DIMENSIONS = 3
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a request: `values` are flat Python numbers or texts, in row-major order."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    values: list[Any]
+
+
+def split_body(body: bytes, header: str | None) -> tuple[Any, memoryview]:
+    """Parse a body's JSON and return the binary data after it. Raises RequestError."""
+    if header is None:
+        return parse_json(body), memoryview(b"")
+    if not header.isdigit() or len(header) > 12 or int(header) > len(body):
+        raise RequestError(
+            f"{HEADER} is {shown(header[:40])}, and has to be the length of the JSON at the beginning of the body, at "
+            f"most {len(body)}"
+        )
+    return parse_json(body[: int(header)]), memoryview(body)[int(header) :]
+
+
+def tensors_of(value: Any, binary: memoryview) -> dict[str, Tensor]:
+    """Read the tensors of a request by their names. Raises RequestError naming the tensor and what is wrong."""
+    inputs = value.get("inputs") if isinstance(value, dict) else None
+    if not isinstance(inputs, list):
+        raise RequestError('the body has no inputs; send {"inputs": [{"name", "shape", "datatype", "data"}, ...]}')
+    found: dict[str, Tensor] = {}
+    for each in inputs:
+        if not isinstance(each, dict) or not isinstance(each.get("name"), str):
+            raise RequestError(f"an input is {shown(each)}; it has to be an object with name, shape, datatype and data")
+        tensor, binary = _tensor(each, binary)
+        if found.setdefault(tensor.name, tensor) is not tensor:
+            raise RequestError(f"input {shown(tensor.name)} is sent twice; send each tensor once")
+    if len(binary):
+        raise RequestError(f"{len(binary)} bytes follow the last tensor; give each tensor its binary_data_size")
+    return found
+
+
+def _tensor(each: dict[str, Any], binary: memoryview) -> tuple[Tensor, memoryview]:
+    name, datatype, shape = each["name"], each.get("datatype"), each.get("shape")
+    where = f"input {shown(name)}"
+    if not isinstance(datatype, str) or (datatype not in DTYPES and datatype != "BYTES"):
+        raise RequestError(f"{where}: datatype is {shown(datatype)}; it is BYTES, {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or not _is_shape(shape):
+        raise RequestError(f"{where}: shape is {shown(shape)}, and has to be a list of 1 to {MAX_DIMENSIONS} sizes")
+    parameters = each.get("parameters") or {}
+    size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
+    if size is None:
+        if "data" not in each:
+            raise RequestError(f"{where} has neither data nor the parameter binary_data_size")
+        values = _flat(each["data"], where)
+    else:
+        if type(size) is not int or not 0 <= size <= len(binary):
+            raise RequestError(f"{where}: binary_data_size is {shown(size)}; {len(binary)} bytes are left")
+        values, binary = _from_binary(binary[:size], datatype, where), binary[size:]
+    if prod(shape) != len(values):
+        raise RequestError(f"{where}: shape {shown(shape)} has {prod(shape)} values, but {len(values)} came")
+    _check_type(values, datatype, where)
+    return Tensor(name, datatype, tuple(shape), values), binary
+
+
+def _is_shape(shape: list[Any]) -> bool:
+    return 1 <= len(shape) <= MAX_DIMENSIONS and all(type(size) is int and size >= 0 for size in shape)
+
+
+def _flat(data: Any, where: str) -> list[Any]:
+    """Flatten nested lists, as deep as a tensor may be; null, for a missing number, stays."""
+    values = data if isinstance(data, list) else [data]
+    for _ in range(MAX_DIMENSIONS - 1):
+        if not any(isinstance(each, list) for each in values):
+            return values
+        if not all(isinstance(each, list) for each in values):
+            raise RequestError(f"{where}: data has lists next to values; nest all alike, or send one flat list")
+        values = [value for each in values for value in each]
+    return values
+
+
+def _check_type(values: list[Any], datatype: str, where: str) -> None:
+    """JSON and datatype have to agree; a number's size is checked where its column is decoded."""
+    if datatype == "BYTES":
+        kinds: tuple[type, ...] = (str,)
+    elif datatype.startswith("FP"):
+        kinds = (int, float, type(None))
+    else:
+        kinds = (bool,) if datatype == "BOOL" else (int,)
+    if wrong := [each for each in values if type(each) not in kinds]:
+        raise RequestError(f"{where}: data has {shown(wrong[0])}, which is no {datatype}")
+
+
+def _from_binary(data: memoryview, datatype: str, where: str) -> list[Any]:
+    if datatype == "BYTES":
+        return _texts(data, where)
+    dtype = np.dtype(DTYPES[datatype])
+    if len(data) % dtype.itemsize:
+        raise RequestError(f"{where}: {len(data)} bytes are no whole number of {datatype}")
+    values: list[Any] = np.frombuffer(data, dtype).tolist()
+    return values
+
+
+def _texts(data: memoryview, where: str) -> list[str]:
+    texts: list[str] = []
+    place = 0
+    while place < len(data):
+        if place + 4 > len(data):
+            raise RequestError(f"{where}: the binary data ends inside the length of text {len(texts)}")
+        (length,) = struct.unpack_from("<I", data, place)
+        place += 4
+        if place + length > len(data):
+            raise RequestError(f"{where}: text {len(texts)} has {length} bytes, but {len(data) - place} are left")
+        try:
+            texts.append(str(data[place : place + length], "utf-8"))
+        except UnicodeDecodeError:
+            raise RequestError(f"{where}: text {len(texts)} is no UTF-8") from None
+        place += length
+    return texts
+
+
+def encode(
+    outputs: Sequence[tuple[str, NDArray[Any], bool]], answer: dict[str, Any]
+) -> tuple[list[bytes], dict[str, Any]]:
+    """Add tensors to an answer, each its name, FP32 or INT32 values, and whether they go as binary data.
+
+    Returns the binary parts, and the answer with its outputs.
+    """
+    parts: list[bytes] = []
+    written: list[dict[str, Any]] = []
+    for name, values, as_binary in outputs:
+        datatype = "FP32" if values.dtype == np.float32 else "INT32"
+        tensor: dict[str, Any] = {"name": name, "datatype": datatype, "shape": [len(values)]}
+        if as_binary:
+            parts.append(values.astype(DTYPES[datatype]).tobytes())
+            tensor["parameters"] = {"binary_data_size": len(parts[-1])}
+        else:
+            tensor["data"] = values
+        written.append(tensor)
+    return parts, answer | {"outputs": written}

@@ -1,0 +1,100 @@
+"""What the server needs of a model and of the place where models are published, and nothing more."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from serving.scoring.request import Request, Scored
+from trainer.samples.columns import Rule
+from trainer.schema import Field
+
+Decoded = Sequence[Request] | pa.Table
+"""What a body holds: requests, or a table with a request a row."""
+
+
+class Identity(Protocol):
+    """Which model answers; compared as a whole, so two equal ones are the same model."""
+
+    @property
+    def version(self) -> int:
+        """Number of the bundle's version."""
+        ...
+
+    @property
+    def vectors(self) -> Mapping[str, int]:
+        """The snapshot of the visual vectors of each store."""
+        ...
+
+
+class Model(Protocol):
+    """A loaded model: `serving.scoring.Scorer` has these methods."""
+
+    @property
+    def identity(self) -> Identity:
+        """Version of the bundle and snapshots of its vectors."""
+        ...
+
+    @property
+    def columns(self) -> Mapping[str, Rule]:
+        """The columns of a request, and what each has to be."""
+        ...
+
+    @property
+    def fields(self) -> Sequence[Field]:
+        """The fields that the model uses."""
+        ...
+
+    @property
+    def vectors_time_s(self) -> Mapping[str, float]:
+        """When the vectors in use of each store were committed, in seconds since 1970."""
+        ...
+
+    def score(self, requests: Sequence[Request]) -> list[Scored]:
+        """Score all requests in one call of the network. Raises RequestError."""
+        ...
+
+    def score_table(self, table: pa.Table) -> list[Scored]:
+        """Score a table with columns as in the sample files, a request a row. Raises RequestError."""
+        ...
+
+    def close(self) -> None:
+        """Unmap the files."""
+        ...
+
+
+class ModelSource(Protocol):
+    """The place where versions of a model are published."""
+
+    def newest(self) -> Identity:
+        """Find out which version is in use, and the newest snapshots of its vectors; a few small reads."""
+        ...
+
+    def open(self, identity: Identity) -> Model:
+        """Load that version with these vectors. Takes seconds. Raises BundleNotFoundError, BrokenBundleError."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The answers to one body, all of one model, and the seconds that each stage took."""
+
+    identity: Identity
+    fields: Sequence[Field]
+    decoded: Decoded
+    scored: Sequence[Scored]
+    stages: dict[str, float]
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates of all requests of the body."""
+        return sum(len(each.logits_C) for each in self.scored)
+
+
+def num_entries(column: Any) -> int:
+    """Count the entries of all lists of a column of a table; rows, where it has no lists."""
+    kind = column.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return sum(len(chunk.flatten()) for chunk in column.chunks)
+    return len(column)

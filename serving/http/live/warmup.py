@@ -1,0 +1,127 @@
+"""Requests that warm up a model before it answers: recorded ones, else made-up ones that fit its columns.
+
+Warming up is also the last check of a new version: it has to score every request, each with finite numbers.
+Recording keeps what users sent in memory, and writes it to a disk only where a file is named (--record-file).
+"""
+
+import logging
+import os
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from featurestore.text.plain import one_line
+from serving.errors import BrokenBundleError, RequestError
+from serving.http.codec import as_json, request_of
+from serving.http.live.model import Model
+from serving.scoring.request import Request
+from trainer.samples.columns import Rule
+
+logger = logging.getLogger("serving")
+
+MADE_UP_CANDIDATES = (1, 200, 0, 2, 1)
+MADE_UP_HISTORY = (30, 30, 0, 1, 2)
+ROUNDS = 3
+MAX_RECORDED_BYTES = 256 << 10
+
+
+class Recorder:
+    """Keeps up to `capacity` requests of all that came, each with the same chance (reservoir sampling)."""
+
+    def __init__(self, capacity: int, file: Path | None = None) -> None:
+        self._capacity, self._file = capacity, file
+        self._requests: list[Request] = []
+        self._seen = 0
+        self._random = random.Random(0)
+        if file is not None and file.exists():
+            self._requests = _read(file)[:capacity]
+
+    def add(self, requests: Sequence[Request], size_bytes: int) -> None:
+        """Keep some of the requests of one body; large bodies are left out."""
+        if not self._capacity or size_bytes > MAX_RECORDED_BYTES:
+            return
+        for request in requests:
+            self._seen += 1
+            if len(self._requests) < self._capacity:
+                self._requests.append(request)
+            elif (place := self._random.randrange(self._seen)) < self._capacity:
+                self._requests[place] = request
+
+    def recorded(self) -> list[Request]:
+        """List what is kept."""
+        return list(self._requests)
+
+    def save(self) -> None:
+        """Write what is kept to the file, if one is named: readable by its owner alone, a JSON object a line."""
+        if self._file is None or not self._requests:
+            return
+        lines = [orjson.dumps(as_json(each)) + b"\n" for each in self._requests]
+        temporary = self._file.with_name(f".{self._file.name}.{os.getpid()}")
+        try:
+            temporary.touch(0o600)
+            temporary.write_bytes(b"".join(lines))
+            temporary.replace(self._file)
+        except OSError as failure:
+            logger.warning("cannot write recorded requests to %s: %s", self._file, failure.strerror)
+
+
+def warm_up(model: Model, recorder: Recorder) -> int:
+    """Score recorded requests, or made-up ones where none fits the model; returns how many.
+
+    Raises BrokenBundleError where a score is not finite, and whatever else the model raises.
+    """
+    fitting = [request for request in recorder.recorded() if _fits(model, request)]
+    requests = fitting or list(made_up(model.columns))
+    for _ in range(ROUNDS):
+        for request in requests:
+            _score(model, [request])
+        _score(model, requests)
+    return len(requests)
+
+
+def made_up(columns: Mapping[str, Rule]) -> Iterable[Request]:
+    """Make up requests with the model's columns: one candidate and many, a long history and none."""
+    for num_candidates, num_behaviors in zip(MADE_UP_CANDIDATES, MADE_UP_HISTORY, strict=True):
+        user = {name: _value(rule, num_behaviors) for name, rule in columns.items() if rule.side == "user"}
+        ads = {name: _value(rule, num_candidates) for name, rule in columns.items() if rule.side == "ad"}
+        yield Request(user=user, candidates=ads)
+
+
+def _value(rule: Rule, count: int) -> Any:
+    """A value of a column: outermost `count` entries, inside them as many as the rule says or one."""
+    number: Any = 1 if rule.number == "integer" else 0.5
+    if rule.depth == 0:
+        return number
+    if rule.side == "user" and rule.depth == 1 and rule.width is not None:
+        return [number] * rule.width
+    inner = number if rule.depth == 1 else [number] * (rule.width or 1)
+    return [inner] * count
+
+
+def _fits(model: Model, request: Request) -> bool:
+    try:
+        model.score([request])
+    except RequestError:  # of columns that this version does not have any more
+        return False
+    return True
+
+
+def _score(model: Model, requests: Sequence[Request]) -> None:
+    for scored in model.score(requests):
+        if not np.isfinite(scored.logits_C).all():
+            raise BrokenBundleError(
+                f"version {model.identity.version} gives scores that are no finite numbers: export a sound run, or go "
+                "back by `python -m serving use`"
+            )
+
+
+def _read(file: Path) -> list[Request]:
+    try:
+        return [request_of(orjson.loads(line), str(file)) for line in file.read_bytes().splitlines()]
+    except (OSError, orjson.JSONDecodeError, RequestError) as failure:
+        logger.warning("cannot warm up by %s, and take made-up requests: %s", file, one_line(str(failure)))
+        return []

@@ -1,0 +1,137 @@
+"""Figures for Prometheus: requests, latency by stage, candidates, what was unknown, versions, queue and switches.
+
+With several workers, prometheus-client keeps every process's figures in files of one folder and adds them up when any
+worker is asked (its multiprocess mode). It decides so when it is imported, by the variable
+PROMETHEUS_MULTIPROC_DIR, which serving/http/workers.py sets for its worker processes.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import pyarrow as pa
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from serving.http.live.model import Model, Scores, num_entries
+from trainer.schema import Field
+
+FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+_SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_SIZES = (0, 1, 10, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
+
+
+class Metrics:
+    """All figures of a worker, with names as /metrics gives them."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # a series more for each, with the time when it was made
+        registry = CollectorRegistry()
+        self._registry = registry
+        self.requests = Counter(
+            "serving_requests", "Answers by route and status code", ["route", "code"], registry=registry
+        )
+        self.seconds = Histogram(
+            "serving_request_seconds",
+            "Seconds from a request's headers to its answer",
+            ["route"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.stages = Histogram(
+            "serving_stage_seconds",
+            "Seconds of a scored body in each stage: read, wait, parse, score, encode",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.candidates = Counter("serving_candidates", "Candidates scored", registry=registry)
+        self.candidates_each = Histogram(
+            "serving_request_candidates", "Candidates of each scored body", buckets=_SIZES, registry=registry
+        )
+        self.values = Counter("serving_values", "Values by field that were looked up", ["field"], registry=registry)
+        self.unknown = Counter(
+            "serving_unknown", "IDs by field that no training sample had", ["field"], registry=registry
+        )
+        self.missing = Counter("serving_missing", "Images by field without a vector", ["field"], registry=registry)
+        self.switches = Counter(
+            "serving_switches", "Newer models by result: switched or refused", ["result"], registry=registry
+        )
+        self._version = self._gauge("serving_model_version", "Version of the bundle that answers", [], "livemin")
+        self._snapshot = self._gauge("serving_vectors_snapshot", "Snapshot of the vectors in use", ["store"], "livemin")
+        self._age = self._gauge(
+            "serving_vectors_age_seconds", "Seconds since the vectors in use were committed", ["store"], "livemax"
+        )
+        self.queue = self._gauge("serving_queue_bodies", "Bodies that wait for the model", [], "livesum")
+        self.predicted = self._gauge(
+            "serving_predicted_wait_seconds", "Seconds that a body that came now would wait", [], "livemax"
+        )
+        self.ready = self._gauge("serving_ready_workers", "Workers with a warmed-up model", [], "livesum")
+        if FOLDER_VARIABLE not in os.environ:
+            for collector in (ProcessCollector, PlatformCollector, GCCollector):
+                collector(registry=registry)
+
+    def _gauge(
+        self, name: str, text: str, labels: Sequence[str], mode: Literal["livemin", "livemax", "livesum"]
+    ) -> Gauge:
+        return Gauge(name, text, labels, registry=self._registry, multiprocess_mode=mode)
+
+    def tell_model(self, model: Model, switched: bool) -> None:
+        """Record which model answers from now on, and whether another one did before."""
+        self._version.set(model.identity.version)
+        for store, snapshot in model.identity.vectors.items():
+            self._snapshot.labels(store).set(snapshot)
+        self.tell_age(model)
+        self.ready.set(1)
+        if switched:
+            self.switches.labels("switched").inc()
+
+    def tell_age(self, model: Model) -> None:
+        """Record how old the vectors are by now."""
+        for store, time_s in model.vectors_time_s.items():
+            self._age.labels(store).set(max(0.0, time.time() - time_s))
+
+    def tell_scored(self, model_fields: Sequence[Field], scores: Scores) -> None:
+        """Count a body's candidates, its values by field, and those that were unknown or missing."""
+        self.candidates.inc(scores.num_candidates)
+        self.candidates_each.observe(scores.num_candidates)
+        for field in model_fields:
+            if field.kind != "dense":
+                self.values.labels(field.name).inc(_count(field, scores))
+        for each in scores.scored:
+            for counter, places in ((self.unknown, each.unknown), (self.missing, each.missing)):
+                for name, found in places.items():
+                    if len(found):
+                        counter.labels(name).inc(len(found))
+        for stage, seconds in scores.stages.items():
+            self.stages.labels(stage).observe(seconds)
+
+    def text(self) -> bytes:
+        """Write all figures in Prometheus' text format; of all workers, where there are several."""
+        registry = self._registry
+        if FOLDER_VARIABLE in os.environ:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
+
+
+def _count(field: Field, scores: Scores) -> int:
+    """Count a field's values as its places are counted: candidates on the ad side, values on the user side."""
+    if field.side == "ad":
+        return scores.num_candidates
+    column = field.columns[0] if field.columns else field.column_name
+    if isinstance(scores.decoded, pa.Table):
+        return num_entries(scores.decoded.column(column)) if column in scores.decoded.column_names else 0
+    values = [request.user[column] for request in scores.decoded if column in request.user]
+    return sum(len(value) if isinstance(value, list) else 1 for value in values)

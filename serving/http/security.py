@@ -1,0 +1,144 @@
+"""Who may ask, and by which certificate the server is known.
+
+A token is sent as `Authorization: Bearer TOKEN` and compared in constant time; a file may hold several, one a line, so
+that a new one can be handed out before the old one goes. Health checks need none. Certificate and key are tried out
+before the server listens, so that a wrong file is one line and not a failed handshake later.
+"""
+
+import hashlib
+import hmac
+import logging
+import ssl
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography import x509
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from featurestore.log import utc_text
+from serving.errors import ServerSettingsError
+from serving.http.errors import error_response
+from serving.http.settings import ServerSettings
+
+logger = logging.getLogger("serving")
+
+LOOPBACKS = ("127.0.0.1", "::1", "localhost")
+OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
+_WARN_DAYS = 14
+
+
+class TokenGuard:
+    """ASGI middleware that answers 401 to requests without one of the tokens, except health checks."""
+
+    def __init__(self, app: ASGIApp, tokens: list[str]) -> None:
+        self._app = app
+        self._digests = [hashlib.sha256(token.encode()).digest() for token in tokens]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._allows(scope):
+            message = "no valid token: send the header Authorization: Bearer TOKEN, with a token of the server's file"
+            response = error_response(401, message, {"WWW-Authenticate": "Bearer", "Connection": "close"})
+            await response(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _allows(self, scope: Scope) -> bool:
+        sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        kind, _, token = sent.partition(b" ")
+        digest = hashlib.sha256(token.strip()).digest()
+        # Every token is compared, whether an earlier one fitted or not: the time says nothing.
+        fits = [hmac.compare_digest(digest, each) for each in self._digests]
+        return any(fits) and kind.lower() == b"bearer"
+
+
+def check_files(settings: ServerSettings) -> None:
+    """Try out the files of tokens, certificate and key before the server listens. Raises ServerSettingsError."""
+    if settings.token_file is not None:
+        read_tokens(settings.token_file)
+        if settings.token_file.stat().st_mode & 0o004:
+            logger.warning("everybody on this machine may read %s: chmod 600 it", settings.token_file)
+    if settings.tls_cert is not None:
+        tls_context(settings.tls_cert, settings.tls_key)
+        _warn_of_dates(settings.tls_cert)
+    elif settings.tls_key is not None:
+        raise ServerSettingsError("--tls-key needs --tls-cert: give both, or neither")
+    if settings.host not in LOOPBACKS and settings.tls_cert is None:
+        logger.warning("listening on %s without TLS: what users send can be read on the way", settings.host)
+
+
+def read_tokens(file: Path) -> list[str]:
+    """Read a file with a token a line; empty lines and those that begin with # do not count.
+
+    Raises ServerSettingsError.
+    """
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="ascii").splitlines()]
+    except OSError as failure:
+        raise ServerSettingsError(f"--token-file {file}: {failure.strerror}; name a file with a token a line") from None
+    except UnicodeDecodeError:
+        raise ServerSettingsError(
+            f"--token-file {file} is no ASCII text; a token is a line of letters, digits and signs"
+        ) from None
+    tokens = [line for line in lines if line and not line.startswith("#")]
+    if not tokens:
+        raise ServerSettingsError(f"--token-file {file} has no token; write one a line, e.g. of `openssl rand -hex 32`")
+    if short := next((token for token in tokens if len(token) < 16), None):
+        raise ServerSettingsError(
+            f"--token-file {file}: a token has {len(short)} characters and can be guessed; write 16 or more"
+        )
+    return tokens
+
+
+def tls_context(cert: Path, key: Path | None) -> ssl.SSLContext:
+    """Make the server's TLS context of a certificate chain and its key, both PEM. Raises ServerSettingsError."""
+    key = key or cert
+    for option, file in (("--tls-cert", cert), ("--tls-key", key)):
+        try:
+            file.read_bytes()
+        except OSError as failure:
+            raise ServerSettingsError(f"{option} {file}: {failure.strerror}; name a PEM file") from None
+    _certificate(cert)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(cert, key, password=_no_password)
+    except _EncryptedKeyError:
+        raise ServerSettingsError(f"--tls-key {key} has a password; decrypt it by `openssl pkey`") from None
+    except (ssl.SSLError, OSError) as failure:
+        reason = getattr(failure, "reason", None)
+        if reason == "KEY_VALUES_MISMATCH":
+            problem = f"is not the key of --tls-cert {cert}; give those of one pair"
+        else:
+            problem = f"has no usable key ({reason}); give the certificate's, in PEM"
+        raise ServerSettingsError(f"--tls-key {key} {problem}") from None
+    return context
+
+
+class _EncryptedKeyError(Exception):
+    pass
+
+
+def _no_password() -> str:
+    raise _EncryptedKeyError
+
+
+def _certificate(file: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificates(file.read_bytes())[0]
+    except ValueError:
+        raise ServerSettingsError(
+            f"--tls-cert {file} has no certificate; give a PEM file, the server's certificate first"
+        ) from None
+
+
+def _warn_of_dates(file: Path) -> None:
+    """Warn of a certificate that has expired, is not valid yet, or expires soon: clients that check will refuse it."""
+    certificate, now = _certificate(file), datetime.now(UTC)
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    refused = "clients that check certificates will refuse it"
+    if end < now:
+        logger.warning("%s expired at %s: %s", file, utc_text(end.timestamp()), refused)
+    elif begin > now:
+        logger.warning("%s is not valid before %s: %s", file, utc_text(begin.timestamp()), refused)
+    elif (days := (end - now).days) < _WARN_DAYS:
+        logger.warning("%s expires in %d days", file, days)

@@ -1,0 +1,45 @@
+"""What a person may set about the server: one frozen object that also travels to its worker processes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """All options of `python -m serving serve`, see there; times in seconds or milliseconds, sizes in bytes."""
+
+    model: str
+    """Folder or address of the bundle."""
+    name: str
+    """Of the model in the addresses of the Open Inference Protocol."""
+    host: str = "127.0.0.1"
+    port: int = 8080
+    workers: int = 1
+    threads: int = 1
+    """Of torch, in each worker."""
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    token_file: Path | None = None
+    max_body_mb: float = 8.0
+    max_candidates: int = 10_000
+    """Of all requests of one body together."""
+    max_wait_ms: float = 50.0
+    read_timeout_s: float = 30.0
+    """For a client to send a request, and to take its answer."""
+    drain_s: int = 30
+    poll_s: float = 2.0
+    record: int = 32
+    record_file: Path | None = None
+    slow_ms: float = 100.0
+    log_requests: bool = False
+    cache_dir: Path | None = None
+
+    @property
+    def max_body_bytes(self) -> int:
+        """The largest body that is read."""
+        return round(self.max_body_mb * 1e6)
+
+    @property
+    def scheme(self) -> str:
+        """https where a certificate is given."""
+        return "https" if self.tls_cert is not None else "http"

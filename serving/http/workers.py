@@ -1,0 +1,261 @@
+"""The processes of the server: one, or a supervisor and several that share one listening socket.
+
+Uvicorn's own supervisor (`uvicorn.supervisors.Multiprocess`) was not enough: it does not hear a second signal while it
+waits for workers to drain, it takes a worker that is busy loading a model for a hung one, its new workers answer before
+they can score, and it ends with exit code 0 when no worker could start. This one does what is needed and no more.
+
+A worker of several accepts connections only when its model is warm, so that those before it in the queue of the
+kernel are answered by workers that can. A worker that died is started again at once, and with growing pauses where it
+dies before it is ready. SIGTERM and SIGINT drain; a second signal ends at once.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from multiprocessing.synchronize import Event
+from types import FrameType
+
+import uvicorn
+
+from featurestore.console.commandline import STOPPED, say_error
+from featurestore.errors import FAILED, UserError
+from serving.errors import ServerSettingsError
+from serving.http.app import Scoring
+from serving.http.limits import allow_connections, limit_writes, protocol_with
+from serving.http.live.model import ModelSource
+from serving.http.logs import configure_logging, logger
+from serving.http.metrics import FOLDER_VARIABLE
+from serving.http.security import check_files, read_tokens, tls_context
+from serving.http.settings import ServerSettings
+
+MakeSource = Callable[[ServerSettings], ModelSource]
+
+BACKLOG = 2048
+KEEP_ALIVE_S = 75
+"""Longer than the minute after which proxies close idle connections, so that the server is not the first."""
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_MAX_PAUSE_S = 30.0
+
+
+def serve(settings: ServerSettings, make_source: MakeSource) -> int:
+    """Listen and answer until a signal, and return the exit code.
+
+    Raises ServerSettingsError for an address, a certificate or a token file that does not work, and what the source
+    raises where the first model cannot be loaded.
+    """
+    configure_logging()
+    check_files(settings)
+    listener = _listen(settings)
+    host, port = listener.getsockname()[:2]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    logger.info("listening on %s://%s for model %s of %s", settings.scheme, address, settings.name, settings.model)
+    with listener:
+        if settings.workers == 1:
+            return run_worker(settings, listener, make_source)
+        return Supervisor(settings, listener, make_source).run()
+
+
+def run_worker(
+    settings: ServerSettings,
+    listener: socket.socket,
+    make_source: MakeSource,
+    on_ready: Callable[[], None] | None = None,
+) -> int:
+    """Answer on the listening socket in this process, and return the exit code; `on_ready`: it is one of several."""
+    import torch
+
+    torch.set_num_threads(settings.threads)
+    allow_connections()
+    tokens = None if settings.token_file is None else read_tokens(settings.token_file)
+    failures: list[Exception] = []
+    scoring = Scoring(settings, make_source(settings), failures.append, on_ready, tokens)
+    server = DrainingServer(_config(settings, scoring), scoring, failures)
+    server.run(sockets=[listener])
+    if failures:
+        raise failures[0]
+    logger.info("stopped")
+    return 0
+
+
+class DrainingServer(uvicorn.Server):
+    """Uvicorn's server, which stops as ours does: a first signal drains, a second one ends the process at once.
+
+    A worker of several leaves the second one to its supervisor: a signal to the whole group reaches it twice.
+    """
+
+    def __init__(self, config: uvicorn.Config, scoring: Scoring, failures: list[Exception]) -> None:
+        super().__init__(config)
+        self._scoring, self._failures = scoring, failures
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take the signals over until the server has stopped, and do not raise them again afterwards."""
+        before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain; on a second signal end."""
+        if self.should_exit and self._scoring.on_ready is None:
+            os._exit(STOPPED)
+        self.should_exit = self._scoring.stopping = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Stop also where the first model could not be loaded."""
+        return await super().on_tick(counter) or bool(self._failures)
+
+
+@dataclass
+class _Worker:
+    process: SpawnProcess
+    ready: Event
+    pause_s: float = 0.0
+
+
+@dataclass
+class Supervisor:
+    """Starts the workers, starts those again that died, and ends them all."""
+
+    settings: ServerSettings
+    listener: socket.socket
+    make_source: MakeSource
+    _workers: list[_Worker] = field(default_factory=list)
+    _signals: int = 0
+
+    def run(self) -> int:
+        """Run until a signal or until no worker can start; returns the exit code."""
+        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        folder = tempfile.mkdtemp(prefix="serving-metrics-")
+        os.environ[FOLDER_VARIABLE] = folder  # spawned workers see it when they import prometheus_client
+        try:
+            self._workers = [self._start() for _ in range(self.settings.workers)]
+            return self._watch(folder)
+        finally:
+            for worker in self._workers:
+                worker.process.kill()
+                worker.process.join()
+            del os.environ[FOLDER_VARIABLE]
+            shutil.rmtree(folder, ignore_errors=True)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _start(self, pause_s: float = 0.0) -> _Worker:
+        context = multiprocessing.get_context("spawn")
+        ready = context.Event()
+        arguments = (self.settings, self.listener, self.make_source, ready, pause_s)
+        process = context.Process(target=_work, args=arguments, name="serving worker")
+        process.start()
+        return _Worker(process, ready, pause_s)
+
+    def _watch(self, folder: str) -> int:
+        ever_ready = False
+        while True:
+            wait([worker.process.sentinel for worker in self._workers], timeout=0.2)
+            ever_ready = ever_ready or any(worker.ready.is_set() for worker in self._workers)
+            dead = [worker for worker in self._workers if worker.process.exitcode is not None]
+            if self._signals:
+                self.listener.close()
+                if len(dead) == len(self._workers):
+                    return 0 if self._signals == 1 else STOPPED
+                continue
+            for worker in dead:
+                code = worker.process.exitcode or 0
+                if not ever_ready:
+                    return code if code > 0 else FAILED
+                self._replace(worker, code, folder)
+
+    def _replace(self, worker: _Worker, code: int, folder: str) -> None:
+        from prometheus_client.multiprocess import mark_process_dead
+
+        pause_s = 0.0 if worker.ready.is_set() else min(_MAX_PAUSE_S, 2 * worker.pause_s or 1.0)
+        mark_process_dead(worker.process.pid, path=folder)  # type: ignore[no-untyped-call]
+        logger.error("worker %s ended with %d; starting another in %g s", worker.process.pid, code, pause_s)
+        worker.process.join()
+        self._workers[self._workers.index(worker)] = self._start(pause_s)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        for worker in self._workers:
+            if worker.process.exitcode is None:
+                (worker.process.terminate if self._signals == 1 else worker.process.kill)()
+
+
+def _work(
+    settings: ServerSettings,
+    listener: socket.socket,
+    make_source: MakeSource,
+    ready: Event,
+    pause_s: float,
+) -> None:
+    """Be one of several workers; ends with its supervisor."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and the supervisor passes it on
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    configure_logging()
+    time.sleep(pause_s)
+    try:
+        code = run_worker(settings, listener, make_source, ready.set)
+    except UserError as error:
+        say_error(error)
+        code = error.exit_code
+    sys.exit(code)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _listen(settings: ServerSettings) -> socket.socket:
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, number)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        limit_writes(listener, settings.read_timeout_s)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as failure:
+        raise ServerSettingsError(
+            f"cannot listen on --host {settings.host} --port {settings.port}: {failure.strerror}; choose another, or "
+            "end what listens there"
+        ) from None
+    return listener
+
+
+def _config(settings: ServerSettings, scoring: Scoring) -> uvicorn.Config:
+    tls = None
+    if settings.tls_cert is not None:
+        context = tls_context(settings.tls_cert, settings.tls_key)
+        tls = lambda config, default: context  # noqa: E731
+    return uvicorn.Config(
+        scoring.app(),
+        http=protocol_with(settings.read_timeout_s),
+        loop="uvloop",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=settings.drain_s,
+        ssl_context_factory=tls,
+    )

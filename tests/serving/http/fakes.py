@@ -1,0 +1,107 @@
+"""A model without a bundle, for tests of what surrounds a model: it is slow, broken or replaced when a test says so."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from serving.errors import BrokenBundleError, RequestError
+from serving.http.settings import ServerSettings
+from serving.scoring.request import Request, Scored
+from trainer.samples.columns import Rule, rules_of
+from trainer.schema import Field, load_schema
+
+
+@dataclass(frozen=True)
+class FakeIdentity:
+    """Version and snapshots."""
+
+    version: int
+    vectors: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class FakeModel:
+    """Scores a candidate by its item and the model's version: logit = version + item / 1000."""
+
+    identity: FakeIdentity
+    score_s: float = 0.0
+    closed: bool = False
+
+    @cached_property
+    def columns(self) -> Mapping[str, Rule]:
+        schema = load_schema()
+        return {name: rule for name, rule in rules_of(schema).items() if name != schema.label}
+
+    @cached_property
+    def fields(self) -> Sequence[Field]:
+        return load_schema().fields
+
+    @property
+    def vectors_time_s(self) -> Mapping[str, float]:
+        return {store: time.time() - 60 for store in self.identity.vectors}
+
+    def score(self, requests: Sequence[Request]) -> list[Scored]:
+        assert not self.closed
+        time.sleep(self.score_s)
+        return [self._score(request) for request in requests]
+
+    def score_table(self, table: pa.Table) -> list[Scored]:
+        if "ad_item" not in table.column_names:
+            raise RequestError("column ad_item is missing; send it")
+        return [
+            self._score(Request(user={}, candidates={"ad_item": row})) for row in table.column("ad_item").to_pylist()
+        ]
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _score(self, request: Request) -> Scored:
+        items = request.candidates.get("ad_item")
+        if items is None:
+            raise RequestError("candidates.ad_item is missing; send a list with the item of each candidate")
+        for place, item in enumerate(items):
+            if type(item) not in (int, str) or (type(item) is int and not -(2**63) <= item < 2**63):
+                raise RequestError(f"candidates.ad_item[{place}] is {item!r}; it has to be an integer or a string")
+        numbers = np.array([item if isinstance(item, int) else 7 for item in items], np.float64)
+        logits_C = (self.identity.version + numbers / 1000).astype(np.float32)
+        unknown = np.flatnonzero(numbers >= 1000)
+        return Scored(logits_C=logits_C, unknown={"ad_item": unknown}, missing={})
+
+
+@dataclass
+class FakeSource:
+    """Reads which version is in use from a file that tests write: {"version", "vectors", "broken", "score_s"}."""
+
+    file: Path
+    opened: list[FakeModel] = field(default_factory=list)
+
+    def newest(self) -> FakeIdentity:
+        value = json.loads(self.file.read_text())
+        return FakeIdentity(value["version"], value.get("vectors", {}))
+
+    def open(self, identity: FakeIdentity) -> FakeModel:
+        value = json.loads(self.file.read_text())
+        if value.get("broken"):
+            raise BrokenBundleError(f"bundle {identity.version}: network.pt2 is not what was published")
+        time.sleep(value.get("open_s", 0))
+        self.opened.append(FakeModel(identity, value.get("score_s", 0)))
+        return self.opened[-1]
+
+
+def write_state(folder: Path, **state: object) -> Path:
+    """Put a version in use, in the file that the sources of this folder read."""
+    file, temporary = folder / "fake.json", folder / "fake.json.new"
+    temporary.write_text(json.dumps(state))
+    temporary.replace(file)
+    return file
+
+
+def fake_source(settings: ServerSettings) -> FakeSource:
+    """Make the source of a server process; `settings.model` is the file."""
+    return FakeSource(Path(settings.model))

@@ -1,0 +1,346 @@
+"""Routes, forms of bodies and answers, errors, limits and figures, in one process with a fake model."""
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import orjson
+import pyarrow as pa
+import pytest
+
+from serving.http.app import Scoring
+from serving.http.codec import ARROW
+from tests.serving.http.fakes import FakeSource, write_state
+from tests.serving.http.in_process import client_of, run_with, scoring_of
+
+TOKEN = "0123456789abcdef0123"
+ONE = {"user": {"user": 1, "behavior_item": [4, 5]}, "candidates": {"ad_item": [1, 2, 2000]}}
+
+
+def logits(*items: int, version: int = 3) -> list[float]:
+    return [version + item / 1000 for item in items]
+
+
+def chances(*items: int, version: int = 3) -> list[float]:
+    return list(1 / (1 + np.exp(-np.array(logits(*items, version=version)))))
+
+
+def table_of(*items: list[int]) -> pa.Table:
+    return pa.table({"user": list(range(len(items))), "ad_item": pa.array(items, pa.list_(pa.int64()))})
+
+
+def stream_of(table: pa.Table, **options: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+async def figures(client: httpx.AsyncClient) -> dict[str, float]:
+    lines = (await client.get("/metrics")).text.splitlines()
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
+
+
+def test_one_request_is_answered_by_one_object(tmp_path: Path) -> None:
+    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+        answer = (await client.post("/v1/score", json=ONE)).json()
+        assert answer["scores"] == pytest.approx(chances(1, 2, 2000), abs=1e-6)
+        assert answer["unknown"] == {"ad_item": [2]}
+        assert answer["missing"] == {}
+        assert (answer["version"], answer["vectors"]) == (3, {"images": 7})
+        assert "logits" not in answer
+        answer = (await client.post("/v1/score?logits=true", json=ONE)).json()
+        assert answer["logits"] == pytest.approx(logits(1, 2, 2000), abs=1e-6)
+
+    run_with(tmp_path, test)
+
+
+@pytest.mark.parametrize("form", ["list", "object"])
+def test_several_requests_are_answered_in_their_order(tmp_path: Path, form: str) -> None:
+    requests = [ONE, {"candidates": {"ad_item": []}}, {"context": {"ad_scene": 1}, "candidates": {"ad_item": [7]}}]
+
+    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+        body = requests if form == "list" else {"requests": requests}
+        answer = (await client.post("/v1/score", json=body)).json()
+        assert [len(each["scores"]) for each in answer["answers"]] == [3, 0, 1]
+        assert answer["answers"][2]["scores"] == pytest.approx(chances(7))
+        assert answer["version"] == 3
+        assert (await client.post("/v1/score", json=[])).json()["answers"] == []
+
+    run_with(tmp_path, test)
+
+
+def test_arrow_comes_back_as_arrow(tmp_path: Path) -> None:
+    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+        content = stream_of(table_of([1, 2000], [], [5]))
+        answer = await client.post("/v1/score", content=content, headers={"content-type": ARROW})
+        assert answer.headers["content-type"] == ARROW
+        table = pa.ipc.open_stream(answer.content).read_all()
+        assert table.schema.metadata == {b"version": b"3", b"vectors.images": b"7"}
+        assert [len(row) for row in table.column("score").to_pylist()] == [2, 0, 1]
+        assert table.column("logit").to_pylist()[0] == pytest.approx(logits(1, 2000))
+        assert table.column("unknown").to_pylist() == [[("ad_item", [1])], [], []]
+        empty = await client.post("/v1/score", content=stream_of(table_of()), headers={"content-type": ARROW})
+        assert pa.ipc.open_stream(empty.content).read_all().num_rows == 0
+
+    run_with(tmp_path, test)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "no JSON"),
+        (b"{", "no JSON"),
+        (b'{"candidates": {"ad_item": [NaN]}}', "no JSON"),
+        (b"\xff\xfe", "no JSON"),
+        (b"[" * 5000, "no JSON"),
+        (b'"\\ud800"', "no JSON"),
+        (b"3", "the body is 3"),
+        (b'{"users": {}}', '"users"'),
+        (b'{"user": {}}', "no candidates"),
+        (b'{"candidates": []}', "candidates is []"),
+        (b'{"candidates": {"ad_item": 3}}', "candidates.\"ad_item\" is 3"),
+        (b'{"requests": 3}', "requests is 3"),
+        (b'{"requests": [], "user": {}}', '"user"'),
+        (b'[{"candidates": {"ad_item": [1]}}, 3]', "requests[1] is 3"),
+        (b'{"candidates": {"ad_item": [1.5]}}', "ad_item[0] is 1.5"),
+        (b'{"candidates": {"ad_item": [99999999999999999999]}}', "ad_item[0] is 1e+20"),
+    ],
+)  # fmt: skip
+def test_bad_bodies_get_400_that_names_what_is_wrong(tmp_path: Path, body: bytes, words: str) -> None:
+    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+        answer = await client.post("/v1/score", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 400
+        assert words in answer.json()["error"]
+        assert answer.json()["status"] == 400
+
+    run_with(tmp_path, test)
+
+
+@pytest.mark.parametrize("cut", [0, 7, 100, 300, -1])
+def test_damaged_arrow_gets_400(tmp_path: Path, cut: int) -> None:
+    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+        content = stream_of(table_of([1, 2000], [5]))[:cut]
+        answer = await client.post("/v1/score", content=content, headers={"content-type": ARROW})
+        if cut >= 0:  # without its end mark alone a stream is whole
+            assert answer.status_code == 400
+            assert "Arrow" in answer.json()["error"] or "missing" in answer.json()["error"]
+
+    run_with(tmp_path, test)
+
+
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_compressed_arrow_is_refused_as_it_may_grow_without_limit(tmp_path: Path, compression: str) -> None:
+    bomb = pa.table({"user": [1], "ad_item": [[0] * 1_000_000]})
+    texts = pa.table({"user": pa.array(["a" * 9999]).dictionary_encode(), "ad_item": [[1]]})
+
+    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+        for table in (bomb, texts):
+            content = stream_of(table, compression=compression)
+            answer = await client.post("/v1/score", content=content, headers={"content-type": ARROW})
+            assert answer.status_code == 400
+            assert "compressed" in answer.json()["error"]
+        assert (await client.post("/v1/score", content=stream_of(texts), headers={"content-type": ARROW})).is_success
+
+    run_with(tmp_path, test)
+
+
+def test_wrong_addresses_methods_and_types_are_told(tmp_path: Path) -> None:
+    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+        for answer, status, words in (
+            (await client.get("/nothing"), 404, "GET / lists"),
+            (await client.get("/v1/score"), 405, "POST"),
+            (await client.delete("/"), 405, "GET"),
+            (await client.post("/v1/score", content=b"a=1"), 200, None),
+            (await client.post("/v1/score", data={"a": "1"}), 415, "application/json"),
+            (await client.post("/v1/score", json=ONE, headers={"content-encoding": "gzip"}), 415, "uncompressed"),
+        ):
+            if words is None:
+                assert answer.status_code == 400  # no Content-Type counts as JSON
+            else:
+                assert answer.status_code == status
+                assert words in answer.json()["error"]
+        assert (await client.get("/")).json()["name"] == "ctr"
+
+    run_with(tmp_path, test)
+
+
+def test_too_large_bodies_and_too_many_candidates_get_413(tmp_path: Path) -> None:
+    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+        answer = await client.post("/v1/score", json={"candidates": {"ad_item": [1] * 11}})
+        assert answer.status_code == 413
+        assert "11 candidates" in answer.json()["error"]
+        assert (await client.post("/v1/score", json={"candidates": {"ad_item": [1] * 10}})).is_success
+        several = await client.post("/v1/score", json=[{"candidates": {"ad_item": [1] * 6}}] * 2)
+        assert several.status_code == 413
+        table = stream_of(table_of([1] * 6, [1] * 6))
+        assert (await client.post("/v1/score", content=table, headers={"content-type": ARROW})).status_code == 413
+        answer = await client.post("/v1/score", content=b" " * 5_001)
+        assert answer.status_code == 413
+        assert answer.headers["connection"] == "close"
+
+        async def endless() -> Any:
+            for _ in range(1_000_000):
+                yield b" " * 1_000
+
+        answer = await client.post("/v1/score", content=endless())
+        assert answer.status_code == 413
+        assert scoring.reader.held_bytes == 0
+
+    run_with(tmp_path, test, max_candidates=10, max_body_mb=0.005)
+
+
+def test_a_token_is_asked_for_except_by_health_checks(tmp_path: Path) -> None:
+    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+        for path in ("/v2/health/live", "/v2/health/ready"):
+            assert (await client.get(path)).status_code == 200
+        for headers in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": f"Basic {TOKEN}"},
+            {"authorization": TOKEN},
+        ):
+            for path in ("/", "/v2", "/metrics"):
+                answer = await client.get(path, headers=headers)
+                assert answer.status_code == 401
+                assert answer.headers["www-authenticate"] == "Bearer"
+            assert (await client.post("/v1/score", json=ONE, headers=headers)).status_code == 401
+        for token in (TOKEN, "another-token-of-the-file"):
+            headers = {"authorization": f"Bearer {token}"}
+            assert (await client.post("/v1/score", json=ONE, headers=headers)).status_code == 200
+
+    run_with(tmp_path, test, tokens=[TOKEN, "another-token-of-the-file"])
+
+
+def test_overload_is_refused_before_latency_collapses(tmp_path: Path) -> None:
+    state = write_state(tmp_path, version=3, score_s=0.02)
+
+    async def run() -> None:
+        scoring = scoring_of(FakeSource(state), max_wait_ms=100)
+        async with client_of(scoring) as client:
+            scoring.queue.seconds_per_byte = 0.02 / 2_050
+            answers = await asyncio.gather(*(client.post("/v1/score", json=ONE) for _ in range(60)))
+            codes = [answer.status_code for answer in answers]
+            assert set(codes) == {200, 503}
+            assert 4 <= codes.count(200) <= 12  # those that 100 ms have room for
+            refused = next(answer for answer in answers if answer.status_code == 503)
+            assert int(refused.headers["retry-after"]) >= 1
+            assert "busy" in refused.json()["error"]
+            assert (await client.post("/v1/score", json=ONE)).status_code == 200
+            found = await figures(client)
+            assert found['serving_requests_total{code="503",route="/v1/score"}'] == codes.count(503)
+
+    asyncio.run(run())
+
+
+def test_one_wrong_body_does_not_spoil_those_that_are_scored_with_it(tmp_path: Path) -> None:
+    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+        wrong = {"candidates": {"ad_item": [None]}}
+        answers = await asyncio.gather(*(client.post("/v1/score", json=body) for body in [ONE, wrong, ONE, wrong] * 5))
+        assert [answer.status_code for answer in answers] == [200, 400, 200, 400] * 5
+
+    run_with(tmp_path, test)
+
+
+def test_before_the_model_is_loaded_the_server_is_live_but_not_ready(tmp_path: Path) -> None:
+    state = write_state(tmp_path, version=3, open_s=0.3)
+
+    async def run() -> None:
+        scoring = scoring_of(FakeSource(state))
+        async with client_of(scoring, wait=False) as client:
+            assert (await client.get("/v2/health/live")).status_code == 200
+            assert (await client.get("/v2/health/ready")).status_code == 503
+            assert (await client.get("/v2/models/ctr/ready")).status_code == 503
+            assert (await client.get("/v2/models/ctr")).status_code == 503
+            answer = await client.post("/v1/score", json=ONE)
+            assert answer.status_code == 503
+            assert answer.headers["retry-after"] == "1"
+            while (await client.get("/v2/health/ready")).status_code != 200:
+                await asyncio.sleep(0.02)
+            assert (await client.post("/v1/score", json=ONE)).status_code == 200
+
+    asyncio.run(run())
+
+
+def test_figures_count_requests_candidates_and_what_was_unknown(tmp_path: Path) -> None:
+    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+        before = await figures(client)
+        assert before["serving_model_version"] == 3
+        assert before['serving_vectors_snapshot{store="images"}'] == 7
+        assert 55 < before['serving_vectors_age_seconds{store="images"}'] < 90
+        for _ in range(3):
+            await client.post("/v1/score", json=ONE)
+        await client.post("/v1/score", content=stream_of(table_of([1, 2])), headers={"content-type": ARROW})
+        await client.post("/v1/score", content=b"{")
+        found = await figures(client)
+        assert found['serving_requests_total{code="200",route="/v1/score"}'] == 4
+        assert found['serving_requests_total{code="400",route="/v1/score"}'] == 1
+        assert found["serving_candidates_total"] == 11
+        assert found['serving_unknown_total{field="ad_item"}'] == 3
+        assert found['serving_values_total{field="ad_item"}'] == 11
+        assert found['serving_values_total{field="behavior_item"}'] == 6
+        for stage in ("read", "wait", "parse", "score", "encode"):
+            assert found[f'serving_stage_seconds_count{{stage="{stage}"}}'] == 4
+
+    run_with(tmp_path, test)
+
+
+def test_what_users_send_is_logged_only_when_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    body = {"user": {"user": "secret-name"}, "candidates": {"ad_item": [1, 2]}}
+
+    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+        for value in (body, {"users": "secret-name"}, {"candidates": {"ad_item": ["secret-name", None]}}):
+            await client.post("/v1/score?logits=true", json=value)
+        await client.get("/secret-name")
+
+    run_with(tmp_path, test, slow_ms=0)
+    # (httpx logs its own requests in this process)
+    logged = "\n".join(record.getMessage() for record in caplog.records if not record.name.startswith("httpx"))
+    assert "slow: /v1/score 200" in logged
+    assert "1 requests, 2 candidates" in logged
+    assert "secret-name" not in logged
+    run_with(tmp_path, test, log_requests=True)
+    assert any("secret-name" in record.getMessage() for record in caplog.records if record.name == "serving")
+
+
+def test_a_bug_is_500_and_its_message_stays_out_of_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+        def broken(requests: object) -> None:
+            raise ValueError("-".join(["secret", "name"]))
+
+        monkeypatch.setattr(scoring.live.model, "score", broken)
+        answer = await client.post("/v1/score", json=ONE)
+        assert answer.status_code == 500
+        assert "secret-name" not in answer.text
+        monkeypatch.undo()
+        assert (await client.post("/v1/score", json=ONE)).status_code == 200
+
+    run_with(tmp_path, test)
+    assert "ValueError" in caplog.text
+    assert "secret-name" not in caplog.text
+
+
+def test_requests_are_recorded_up_to_the_number_and_kept_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "recorded"
+
+    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+        for item in range(20):
+            await client.post("/v1/score", json={"user": {"user": item}, "candidates": {"ad_item": [item]}})
+        assert len(scoring.recorder.recorded()) == 5
+
+    run_with(tmp_path, test, record=5, record_file=file)
+    assert file.stat().st_mode & 0o777 == 0o600
+    lines = [orjson.loads(line) for line in file.read_bytes().splitlines()]
+    assert len(lines) == 5
+    assert all(line["user"]["user"] == line["candidates"]["ad_item"][0] for line in lines)
+
+    async def again(client: httpx.AsyncClient, scoring: Scoring) -> None:
+        assert len(scoring.recorder.recorded()) == 5
+
+    run_with(tmp_path, again, record=5, record_file=file)
