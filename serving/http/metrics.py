@@ -36,7 +36,7 @@ class Metrics:
     """All figures of a worker, with names as /metrics gives them."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # a series more for each, with the time when it was made
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = CollectorRegistry()
         self._registry = registry
         self.requests = Counter(
