@@ -160,13 +160,13 @@ def _read(index: SampleIndex, row_group: RowGroup, schema: Schema, rules: dict[s
     table = read_row_group(index.storage, row_group, [*source_columns(rules), schema.time])
     file = index.storage.full(row_group.file)
     if schema.time in table.column_names:
-        table = table.append_column(_TIME, _seconds(table.column(schema.time), schema.time, file))
+        table = table.append_column(_TIME, seconds_of(table.column(schema.time), schema.time, file))
         rules = {**rules, _TIME: Rule("user", 0, "integer")}
     return decode(table, rules, schema.label, file, row_group.first_row)
 
 
-def _seconds(column: Any, name: str, file: str) -> Any:
-    """Seconds since 1970 as int64. Raises SchemaError for a column of another kind."""
+def seconds_of(column: Any, name: str, file: str) -> Any:
+    """Compute whole seconds since 1970 as int64. Raises SchemaError for a column of another kind."""
     if pa.types.is_timestamp(column.type):
         return pc.floor_temporal(column, unit="second").cast(pa.timestamp("s", tz=column.type.tz)).cast(pa.int64())
     if pa.types.is_integer(column.type) and column.type != pa.uint64():

@@ -168,7 +168,7 @@ def export_vectors(network: ImageNetwork, out: str, progress: Progress = lambda 
             progress(done, network.num_images)
 
     if not name.endswith(".npy"):
-        with _parquet(storage, name, network.schema()) as write:
+        with parquet_file(storage, name, network.schema()) as write:
             for table in reported():
                 write(table)
         return None
@@ -260,7 +260,7 @@ def export_table(table: SavedTable, out: str, progress: Progress = lambda done, 
     with contextlib.ExitStack() as opened:
         write: Callable[[pa.Table], None] | None = None
         for number, rows in enumerate(table.shards(), 1):
-            write = write or opened.enter_context(_parquet(storage, name, rows.schema.with_metadata(described)))
+            write = write or opened.enter_context(parquet_file(storage, name, rows.schema.with_metadata(described)))
             write(rows)
             count += len(rows) - 1
             progress(number, table.num_shards)
@@ -284,7 +284,7 @@ def _lists(vectors_NV: NDArray[np.float32]) -> Any:
 
 
 @contextlib.contextmanager
-def _parquet(storage: Storage, name: str, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+def parquet_file(storage: Storage, name: str, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
     """Give what adds rows to a Parquet file, which gets its name at the end of the block."""
     with (
         storage.open_output(name) as output,

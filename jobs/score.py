@@ -1,0 +1,81 @@
+"""Score the test impressions of a trained run, one row each, as a Parquet file."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from featurestore.console.commandline import CommandApp, run_app
+from trainer.cli import WhichCheckpoint, check_ending, run_on_ranks
+
+if TYPE_CHECKING:
+    from trainer.comm import Comm
+    from trainer.evaluation.scores import Written
+
+EXAMPLES = """Examples:
+
+\b
+python jobs/score.py
+python jobs/score.py --run data/runs/both --samples data/tomorrow --out s3://shop/scores.parquet
+horovodrun -np 4 python jobs/score.py --run data/runs/both
+
+Exit codes: 0 done, 1 failed, 2 wrong options.
+"""
+
+app = CommandApp(rich_markup_mode="rich")
+
+
+@app.command(epilog=EXAMPLES)
+def main(
+    run: Annotated[Path | None, typer.Option(help="Folder of a run.", show_default="the newest in data/runs")] = None,
+    checkpoint: WhichCheckpoint = None,
+    samples: Annotated[
+        str | None, typer.Option(help="Other samples: their test/ is scored.", show_default="those of the run")
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the run's store is, at its newest snapshot.", show_default="the snapshot that it was trained on"
+        ),
+    ] = None,
+    out: Annotated[str, typer.Option(help="File to write, or replace: NAME.parquet.")] = "data/scores.parquet",
+) -> None:
+    """Score test impressions with a trained run: a Parquet file with a row for each.
+
+    It has the columns user, ad, time, label, logit and probability; file, row and place say where in the samples an
+    impression is: the sample group of a file, and the impression in the group, from 0. On several ranks (horovodrun)
+    each scores its part; the file is the same.
+    """
+    check_ending(out, ".parquet")
+    start = time.monotonic()
+
+    def work(comm: "Comm") -> None:
+        # Torch takes seconds to load: not for --help.
+        from trainer.evaluation.scores import score_run
+        from trainer.runs.folder import newest_run
+        from trainer.runs.saved import RunSource
+
+        source = comm.on_rank_0(lambda: RunSource(run or newest_run(), checkpoint, samples, store))
+        if written := score_run(source, out, comm):
+            typer.echo("\n".join(describe(written, comm.size, out, time.monotonic() - start)))
+
+    raise typer.Exit(run_on_ranks(work))
+
+
+def describe(written: "Written", num_ranks: int, out: str, seconds: float) -> list[str]:
+    """Write the lines that the job prints."""
+    about = written.about
+    ranks = f"{num_ranks} rank{'s' * (num_ranks > 1)}"
+    return [
+        f"run          {about['run']}, {about['checkpoint']}",
+        f"samples      {about['samples']}, {written.impressions:,} impressions",
+        f"scores       mean {written.mean_probability:.4f}; {written.mean_label:.4f} of the labels are 1",
+        *(f"note         {note}" for note in written.notes),
+        f"time         {seconds:.1f} s on {ranks}",
+        f"written to   {out}",
+    ]
+
+
+if __name__ == "__main__":
+    run_app(app)
