@@ -16,7 +16,7 @@ from featurestore.format.datafile import DELETED, KEY, URI, numpy_column, open_e
 from featurestore.format.shard_reader import ShardReader
 from featurestore.keys import Int64Array
 from featurestore.snapshot import Snapshot
-from featurestore.spec import FileEntry, Manifest, StoreInfo
+from featurestore.spec import FileEntry, Manifest, SourceSnapshot, StoreInfo
 from featurestore.storage.storage import Storage
 
 Shards = Mapping[int, Sequence[FileEntry]]  # files of each shard, oldest first
@@ -37,6 +37,7 @@ class Commit:
     replaces: Shards = field(default_factory=dict)
     only_after: int | None = None  # the one version that it may follow; None: any
     num_quarantined: int = 0
+    mirrors: SourceSnapshot | None = None  # None: what the rows mirrored before
     commit_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:
@@ -94,6 +95,7 @@ class Commit:
             file_rows=sum(file.rows for file in files),
             file_bytes=sum(file.bytes for file in files),
             shards=shards,
+            mirrors=self.mirrors or parent.mirrors,
         )
 
     def _check_uris(self, parent: Manifest) -> None:

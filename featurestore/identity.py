@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from featurestore import log
 from featurestore.errors import AnotherStoreError
 from featurestore.snapshot import Snapshot
+from featurestore.spec import SourceSnapshot
 from featurestore.storage.storage import Storage
 
 VECTORS_OF = "visual_vectors"  # in the metadata of exported vectors (Parquet): what they are of, as JSON
@@ -36,6 +37,15 @@ class SnapshotId(BaseModel):
             store_id=snapshot.info.store_id,
             commit_id=snapshot.manifest.commit_id,
         )
+
+    @classmethod
+    def of_source(cls, source: SourceSnapshot) -> "SnapshotId":
+        """Return the id of the snapshot that another store's rows are made of."""
+        return cls(**source.model_dump())
+
+    def as_source(self) -> SourceSnapshot:
+        """Return what a store keeps whose rows are made of this snapshot's."""
+        return SourceSnapshot(**self.model_dump())
 
     def named(self) -> dict[str, Any]:
         """Return the fields of a report: store, snapshot, store_id, commit_id."""

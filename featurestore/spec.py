@@ -7,7 +7,17 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from featurestore.errors import CorruptFileError, FormatVersionError, SpecMismatchError
 from featurestore.storage.storage import Storage
@@ -171,6 +181,15 @@ class FileEntry(Frozen):
         return self.rows - self.num_deleted
 
 
+class SourceSnapshot(Frozen):
+    """A snapshot of another store, by its ids (`featurestore.identity`), of whose rows a snapshot's own are made."""
+
+    url: str
+    version: Version
+    store_id: str
+    commit_id: str
+
+
 class Manifest(Sealed):
     """One snapshot: the files of every shard, oldest first. Its creation is the commit."""
 
@@ -185,6 +204,12 @@ class Manifest(Sealed):
     file_rows: int
     file_bytes: int
     shards: dict[int, tuple[FileEntry, ...]]
+    mirrors: SourceSnapshot | None = None  # of a store whose rows are made of another store's
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        return fields if self.mirrors else {name: value for name, value in fields.items() if name != "mirrors"}
 
     @property
     def entries(self) -> list[FileEntry]:

@@ -21,7 +21,7 @@ from featurestore.format.shard_reader import newest_rows, take_rows
 from featurestore.format.shard_writer import write_shard_file
 from featurestore.quarantine import QuarantineRow
 from featurestore.snapshot import Snapshot
-from featurestore.spec import FileEntry, FileKind, StoreInfo, create_sealed, read_sealed
+from featurestore.spec import FileEntry, FileKind, SourceSnapshot, StoreInfo, create_sealed, read_sealed
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import in_threads
@@ -139,11 +139,21 @@ class FeatureStore:
 
         Raises InvalidRowsError, KeyCollisionError.
         """
-        return self.commit(self._entries(self.codec.encode_rows(rows)), operation)
+        return self.commit(self.write(rows), operation)
 
     def delete(self, keys: Sequence[int] | npt.NDArray[np.int64], operation: str = "delete") -> Snapshot:
         """Remove keys, by tombstones; unknown keys are no error."""
-        return self.commit(self._entries(FeatureRows.tombstones(keys, self.info)), operation)
+        return self.commit(self.write(FeatureRows.tombstones(keys, self.info)), operation)
+
+    def write(self, rows: FeatureRows) -> dict[int, FileEntry]:
+        """Write rows, tombstones among them too, as a new file for each shard; invisible until a commit names them.
+
+        Features may be float32, in a store of any dtype. Raises InvalidRowsError, KeyCollisionError.
+        """
+        table = staging.sorted_table(self.codec.encode_rows(rows), self.info)
+        tables, snapshot = staging.cut(table, self.info), self.snapshot()
+        built = in_threads(lambda shard: self._build(shard, tables[shard], snapshot, "delta"), tables, _THREADS)
+        return dict(zip(tables, built, strict=True))
 
     def commit(
         self,
@@ -152,12 +162,15 @@ class FeatureStore:
         *,
         num_quarantined: int = 0,
         replaces: Shards | None = None,
+        only_after: int | None = None,
+        mirrors: SourceSnapshot | None = None,
     ) -> Snapshot:
         """Publish built files, at most one for each shard, as the next snapshot; all of them or none.
 
         Rebases onto commits of other writers; only a key that they gave another uri refuses it (KeyCollisionError).
         Where `replaces` names files of a shard, the new file takes their place, or they go where there is none: it
-        holds rows of those alone. `Commit` says when that is a CommitConflictError.
+        holds rows of those alone. `Commit` says when that is a CommitConflictError; with `only_after` it is one where
+        the newest snapshot is another. `mirrors`: the snapshot of another store that the rows are made of from now on.
         """
         commit = Commit(
             storage=self.storage,
@@ -166,6 +179,8 @@ class FeatureStore:
             entries={shard: [entry] for shard, entry in entries.items()},
             replaces=replaces or {},
             num_quarantined=num_quarantined,
+            only_after=only_after,
+            mirrors=mirrors,
         )
         commit.check_files()
         return commit.publish()
@@ -181,12 +196,6 @@ class FeatureStore:
     def resolve_quarantine(self, rows: Sequence[QuarantineRow]) -> None:
         """Take `rows` out of quarantine: their images are good now, or are none any more."""
         quarantine.resolve(self.storage, rows)
-
-    def _entries(self, rows: FeatureRows) -> dict[int, FileEntry]:
-        table = staging.sorted_table(rows, self.info)
-        tables, snapshot = staging.cut(table, self.info), self.snapshot()
-        built = in_threads(lambda shard: self._build(shard, tables[shard], snapshot, "delta"), tables, _THREADS)
-        return dict(zip(tables, built, strict=True))
 
     def _build(self, shard: int, table: pa.Table, snapshot: Snapshot, kind: FileKind) -> FileEntry:
         keys_N, uris = live_uris(table)

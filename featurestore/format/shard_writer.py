@@ -45,7 +45,7 @@ def write_shard_file(
     name = f"data/{shard:04d}/{uuid.uuid4().hex}"
     rows = _WrittenRows(info, shard)
     with storage.open_output(f"{name}.parquet") as output:
-        hashed = _HashedOutput(output)
+        hashed = HashedOutput(output)
         with encoder(hashed, info) as writer:
             for block in blocks:
                 rows.add(block)
@@ -113,7 +113,7 @@ class _WrittenRows:
         self._last_hash = int(hash_K[-1]) if len(block) else self._last_hash
 
 
-class _HashedOutput:
+class HashedOutput:
     """A file to write, and the digests of what went into it."""
 
     def __init__(self, file: IO[bytes]) -> None:

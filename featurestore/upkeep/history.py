@@ -113,6 +113,11 @@ class _Restore(Commit):
         """Return the old files, looked up anew each time: the snapshot may expire meanwhile."""
         return self.store.snapshot(self.version).manifest.shards
 
+    def manifest_after(self, parent: Manifest) -> Manifest:
+        """Return the next manifest; its rows mirror what the old snapshot's did."""
+        mirrors = self.store.snapshot(self.version).manifest.mirrors
+        return super().manifest_after(parent).model_copy(update={"mirrors": mirrors})
+
 
 def restore(store: FeatureStore, version: int) -> Snapshot:
     """Commit a new snapshot with the rows of an old one, which must be kept still.

@@ -216,11 +216,15 @@ def load(comm: Comm, path: Path, state: CheckpointState, trained: Loadable) -> N
         trained.load_shard_state(_read_named(rows, set(trained.shard_names())))
 
 
-def read_dense(path: Path, state: CheckpointState, names: Iterable[str]) -> dict[str, Tensor]:
-    """Read these tensors of what every rank holds, without the rows of IDs. Raises CheckpointError."""
+def read_dense(path: Path, state: CheckpointState, prefix: str) -> dict[str, Tensor]:
+    """Read what every rank holds of one part of the networks, or of its networks together, as `model.` or `stores.`.
+
+    The names are those that begin with `prefix`, without it. Raises CheckpointError."""
     try:
         _verify(path / DENSE, state.files[DENSE])
-        return _read_named([path / DENSE], set(names))
+        with safe_open(path / DENSE, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - the file is no mapping
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as failure:
         raise CheckpointError(f"cannot read {path}: {failure}") from failure
 

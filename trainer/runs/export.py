@@ -10,7 +10,7 @@ Letters of shapes: K rows of a block, D feature width, V visual width, N ids of 
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from featurestore.format.datafile import KEY, URI
 from featurestore.identity import VECTORS_OF, SnapshotId
@@ -144,12 +145,15 @@ def open_network(
     if snapshot.num_rows == 0:
         raise DataError(f"{place.url} has no features in snapshot {snapshot.version}; add them with: {place.make_it()}")
     model = image_model(snapshot.info.dim, widths_of_store[store][name], config.model)
-    mine, prefix = model.state_dict(), f"stores.{store}.models.{name}."
-    found = read_dense(saved.path, saved.state, [prefix + each for each in mine])
-    found = {each.removeprefix(prefix): tensor for each, tensor in found.items()}
-    check_names(mine, found)
-    model.load_state_dict(found)
+    load_part(model, read_dense(saved.path, saved.state, f"stores.{store}.models.{name}."))
     return ImageNetwork(saved, store, name, model.to(share_machine(config, SoloComm())), snapshot)
+
+
+def load_part(part: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Fill a part of a run's networks, which gets the type of the checkpoint's numbers. Raises CheckpointError."""
+    check_names(part.state_dict(), state)
+    part.to(next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32))
+    part.load_state_dict(dict(state))
 
 
 def export_vectors(network: ImageNetwork, out: str, progress: Progress = lambda done, total: None) -> str | None:

@@ -1,0 +1,184 @@
+"""A trained run as the next version of a bundle: files first, each read back, then the manifest that names them.
+
+Nobody sees anything of a version before its manifest is there, and then all of it is. What exports that died have left
+is removed by a later one.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import save
+
+from featurestore.commit import writer_name
+from featurestore.errors import FeatureStoreError
+from featurestore.storage.safety import refuse_unsafe
+from featurestore.storage.storage import Storage
+from featurestore.storage.threads import Progress
+from featurestore.store import FeatureStore
+from serving.bundle import log
+from serving.bundle.files import WrittenFiles
+from serving.bundle.images import export_vectors
+from serving.bundle.manifest import (
+    BUNDLES,
+    IMAGES,
+    MODEL,
+    SCHEMA,
+    BundleManifest,
+    Missing,
+    RowDType,
+    ScoreError,
+    VectorsOf,
+)
+from serving.bundle.sample import write_sample
+from serving.bundle.writerows import SavedTables, write_rows
+from serving.errors import BrokenBundleError
+from trainer.runs.checkpoint import read_dense
+from trainer.runs.folder import report_of
+from trainer.runs.saved import SavedRun, read_run
+
+_GRACE_S = 24 * 3600.0
+
+WriteNetwork = Callable[[SavedRun, WrittenFiles], None]
+MeasureRows = Callable[[SavedRun, BundleManifest], ScoreError | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What is exported, and how."""
+
+    run: Path
+    checkpoint: str | None = None
+    """See `find_checkpoint`; by default the newest."""
+    id_dtype: RowDType = "float32"
+    sample_groups: int = 64
+    """Groups of the run's test samples that go into the bundle."""
+    use: bool = True
+    """Serve this version from now on."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A version that was published, and notes on it for people."""
+
+    manifest: BundleManifest
+    notes: list[str] = field(default_factory=list)
+
+
+def export_model(
+    url: str,
+    options: ExportOptions,
+    write_network: WriteNetwork,
+    measure: MeasureRows,
+    progress: Callable[[str], Progress] | None = None,
+) -> Exported:
+    """Publish a run's checkpoint as the next version of the bundle at `url`.
+
+    `write_network` adds the files of the network; `measure` says what the type of ID rows does to scores. In memory
+    are one shard of ID rows or of vectors at a time, on an object store one file. Raises TrainerError,
+    FeatureStoreError, ServingError; nothing is published then.
+    """
+    saved, storage = read_run(options.run, options.checkpoint), Storage(url)
+    tables = SavedTables(saved)
+    refuse_unsafe(storage)
+    remove_leftovers(storage)
+    bundle_id = uuid.uuid4().hex
+    files = WrittenFiles(storage, f"{BUNDLES}/{bundle_id}")
+    files.write(SCHEMA, yaml.safe_dump(saved.schema.model_dump(mode="json", exclude_none=True)).encode())
+    files.write(MODEL, (json.dumps(saved.config.model.model_dump(mode="json"), indent=1) + "\n").encode())
+    write_network(saved, files)
+    id_tables, rows = write_rows(tables, files, options.id_dtype)
+    vectors = _write_vectors(saved, files, progress)
+    no_sample = write_sample(saved, files, options.sample_groups)
+    draft = BundleManifest(
+        version=1,
+        bundle_id=bundle_id,
+        time_s=time.time(),
+        writer=writer_name(),
+        run=str(saved.folder),
+        checkpoint=saved.path.name,
+        checkpoint_digest=saved.digest,
+        id_dtype=options.id_dtype,
+        id_error=None,
+        rows=rows,
+        tables=id_tables,
+        vectors=vectors,
+        missing=_missing(saved),
+        missing_in_training=saved.missing_in_training,
+        metrics=_metrics(saved),
+        files=tuple(files.files),
+    )
+    if options.id_dtype != "float32":
+        draft = draft.model_copy(update={"id_error": measure(saved, draft)})
+    _check_there(storage, draft)
+    published = log.publish(storage, lambda version: draft.model_copy(update={"version": version}))
+    if options.use:
+        log.use(storage, published.version)
+    notes = [f"no sample of test samples is in the bundle: {no_sample}"] if no_sample else []
+    return Exported(published, notes)
+
+
+def remove_leftovers(storage: Storage, grace_s: float = _GRACE_S) -> list[str]:
+    """Remove the folders of versions that no manifest names, and to which nothing was written for the grace time.
+
+    Returns their names. Raises BrokenBundleError where a manifest is damaged: then nobody knows what it names."""
+    entries = storage.entries(BUNDLES)
+    newest_s: dict[str, float] = {}
+    for entry in entries:
+        _, bundle_id, *_ = entry.path.split("/")
+        newest_s[bundle_id] = max(entry.mtime_s, newest_s.get(bundle_id, 0.0))
+    named = {log.read_version(storage, version).bundle_id for version in log.known_versions(storage)}
+    unnamed = sorted(newest_s.keys() - named)
+    if not unnamed:
+        return []
+    now_s = storage.now()
+    dead = [bundle_id for bundle_id in unnamed if now_s - newest_s[bundle_id] > grace_s]
+    for bundle_id in dead:
+        storage.delete(f"{BUNDLES}/{bundle_id}")
+    return dead
+
+
+def _write_vectors(
+    saved: SavedRun, files: WrittenFiles, progress: Callable[[str], Progress] | None
+) -> tuple[VectorsOf, ...]:
+    """Write the networks E, and a vectors store for each feature store that the model looks at."""
+    if not saved.places:
+        return ()
+    state = read_dense(saved.path, saved.state, "stores.")
+    files.write(IMAGES, save(state, saved.named()))
+    url = files.storage.full(files.folder)
+    return tuple(
+        export_vectors(saved, place, state, _missing(saved), url, progress(place.name) if progress else None)
+        for place in saved.places
+    )
+
+
+def _missing(saved: SavedRun) -> Missing:
+    policy = saved.config.data.missing
+    assert policy != "error"  # read_run has made zeros of it
+    return policy
+
+
+def _metrics(saved: SavedRun) -> dict[str, Any]:
+    """Return what was measured of the checkpoint's step on the test samples; nothing where nothing was."""
+    report, step = report_of(saved.folder), saved.state.step
+    if report is not None and report.get("global_step") == step:
+        metrics: dict[str, Any] = report["metrics"]
+        return metrics
+    return next((entry for entry in reversed(saved.state.history) if entry["step"] == step), {})
+
+
+def _check_there(storage: Storage, draft: BundleManifest) -> None:
+    """Raise BrokenBundleError where a file went away since it was written."""
+    try:
+        for file in draft.files:
+            storage.size(f"{draft.folder}/{file.name}")
+        for of in draft.vectors:
+            FeatureStore.open(storage.full(f"{draft.folder}/{of.folder}"))
+    except (FileNotFoundError, FeatureStoreError) as error:
+        raise BrokenBundleError(f"{storage.full(draft.folder)} was removed while it was written: {error}") from error

@@ -1,0 +1,116 @@
+"""Files of a version: written with their digests and read back; opened on a disk where they are what was written."""
+
+import contextlib
+import hashlib
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from featurestore.errors import CorruptFileError, StorageError
+from featurestore.format.shard_writer import HashedOutput, check_digest
+from featurestore.lookup.cache import default_cache_dir
+from featurestore.storage.storage import Storage
+from serving.bundle.manifest import BundleFile, BundleManifest
+from serving.errors import BrokenBundleError
+
+_CHUNK_BYTES = 8 << 20
+
+
+class WrittenFiles:
+    """The files that an export has written so far into the folder of its version."""
+
+    def __init__(self, storage: Storage, folder: str) -> None:
+        self.storage, self.folder = storage, folder
+        self.files: list[BundleFile] = []
+
+    @contextlib.contextmanager
+    def output(self, name: str) -> Iterator[Any]:
+        """Open a file to write; at the end of the block it gets its name, and is read back and compared.
+
+        On a disk it streams; on an object store the file is in memory until its end. Raises StorageError, and
+        CorruptFileError where the storage gives back other bytes."""
+        path = f"{self.folder}/{name}"
+        with self.storage.open_output(path) as file:
+            hashed = HashedOutput(file)
+            yield hashed
+        digest = hashed.sha256.hexdigest()
+        check_digest(self.storage, path, hashed.size_bytes, "sha256", digest)
+        self.files.append(BundleFile(name=name, bytes=hashed.size_bytes, sha256=digest))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file."""
+        with self.output(name) as file:
+            file.write(data)
+
+
+class LocalFiles:
+    """The files of a version on this machine's disk: where they were written, or copies of an object store's.
+
+    A file is opened once its size and digest are those of the manifest; without `verify` its size alone.
+    """
+
+    def __init__(self, storage: Storage, manifest: BundleManifest, cache_dir: Path | None, verify: bool) -> None:
+        self._storage, self._manifest, self._verify = storage, manifest, verify
+        cache = (cache_dir or default_cache_dir().parent / "bundles") / manifest.bundle_id
+        self._folder = Path(storage.url, manifest.folder) if storage.is_local else cache
+
+    def path(self, name: str) -> Path:
+        """Return where the file is, fetched first where it has to be. Raises BrokenBundleError, StorageError."""
+        file = self._manifest.file(name)
+        if file is None:
+            raise BrokenBundleError(
+                f"version {self._manifest.version} of {self._storage.url} has no file {name}: it was made without it, "
+                "or by another version of this code; export the model again"
+            )
+        place = self._folder / name
+        if self._storage.is_local:
+            self._check(file, place)
+        elif not self._is_there(file, place):
+            self._fetch(file, place)
+        return place
+
+    def _check(self, file: BundleFile, place: Path) -> None:
+        try:
+            size_bytes = self._storage.size(f"{self._manifest.folder}/{file.name}")
+            if size_bytes != file.bytes:
+                raise BrokenBundleError(f"{place} has {size_bytes:,} bytes instead of {file.bytes:,}")
+            if self._verify:
+                check_digest(self._storage, f"{self._manifest.folder}/{file.name}", file.bytes, "sha256", file.sha256)
+        except FileNotFoundError as error:
+            raise BrokenBundleError(f"{place} is missing") from error
+        except CorruptFileError as error:
+            raise BrokenBundleError(str(error)) from error
+
+    def _is_there(self, file: BundleFile, place: Path) -> bool:
+        """Tell whether an earlier fetch has left the file, whole."""
+        try:
+            if place.stat().st_size != file.bytes:
+                return False
+            if self._verify:
+                check_digest(Storage(place.parent), place.name, file.bytes, "sha256", file.sha256)
+        except (OSError, CorruptFileError):
+            return False
+        return True
+
+    def _fetch(self, file: BundleFile, place: Path) -> None:
+        """Copy a file from the object store; it gets its name once its digest is right."""
+        source, digest = f"{self._manifest.folder}/{file.name}", hashlib.sha256()
+        temporary = place.with_name(f".tmp-{uuid.uuid4().hex}")
+        try:
+            place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with self._storage.open_input(source) as reader, temporary.open("xb") as writer:
+                while chunk := reader.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+                    writer.write(chunk)
+            if digest.hexdigest() != file.sha256:
+                raise BrokenBundleError(
+                    f"{self._storage.full(source)} is damaged: its sha256 is not the one in the manifest"
+                )
+            temporary.replace(place)
+        except FileNotFoundError as error:
+            raise BrokenBundleError(f"{self._storage.full(source)} is missing") from error
+        except OSError as error:
+            raise StorageError(f"cannot copy {self._storage.full(source)} to {place.parent}: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)

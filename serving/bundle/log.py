@@ -1,0 +1,97 @@
+"""Versions of a bundle and the choices among them: numbered files, each made by one exclusive create for ever."""
+
+import time
+import uuid
+from collections.abc import Callable
+from typing import TypeVar
+
+from featurestore.commit import writer_name
+from featurestore.errors import CorruptFileError
+from featurestore.log import manifest_path, versions
+from featurestore.spec import Sealed, create_sealed, read_sealed
+from featurestore.storage.storage import Storage
+from serving.bundle.manifest import LOG, USE, BundleManifest, Choice
+from serving.errors import BrokenBundleError, BundleNotFoundError, ServingError
+
+_MAX_ATTEMPTS = 300
+SealedT = TypeVar("SealedT", bound=Sealed)
+
+
+def publish(storage: Storage, manifest_of: Callable[[int], BundleManifest]) -> BundleManifest:
+    """Publish a manifest as the next version, whichever number that is by then. Raises StorageError."""
+    return _append(storage, LOG, manifest_of)
+
+
+def use(storage: Storage, version: int) -> Choice:
+    """Choose the version that is served from now on. Raises BundleNotFoundError, BrokenBundleError."""
+    read_version(storage, version)
+    writer, nonce, now_s = writer_name(), uuid.uuid4().hex, time.time()
+    return _append(
+        storage,
+        USE,
+        lambda number: Choice(choice=number, version=version, time_s=now_s, writer=writer, nonce=nonce),
+    )
+
+
+def known_versions(storage: Storage) -> list[int]:
+    """List the published versions, ascending."""
+    return versions(storage, LOG)
+
+
+def version_in_use(storage: Storage) -> int | None:
+    """Return the version that was chosen last; None where none was. Raises BrokenBundleError."""
+    choices = versions(storage, USE)
+    return _read(storage, USE, choices[-1], Choice).version if choices else None
+
+
+def choices(storage: Storage) -> list[Choice]:
+    """Read all choices, the first one first. Raises BrokenBundleError."""
+    return [_read(storage, USE, number, Choice) for number in versions(storage, USE)]
+
+
+def read_version(storage: Storage, version: int | None = None) -> BundleManifest:
+    """Read the manifest of a version, by default of the one in use. Raises BundleNotFoundError, BrokenBundleError."""
+    known = known_versions(storage)
+    if not known:
+        raise BundleNotFoundError(
+            f"{storage.url} has no published model; make one with: python jobs/export_model.py --run RUN --out "
+            f"{storage.url}"
+        )
+    if version is None and (version := version_in_use(storage)) is None:
+        raise BundleNotFoundError(
+            f"no version of {storage.url} is in use; it has {_shown(known)}: choose one with python -m serving use "
+            f"{storage.url} VERSION"
+        )
+    if version not in known:
+        raise BundleNotFoundError(f"{storage.url} has no version {version}; it has {_shown(known)}")
+    manifest = _read(storage, LOG, version, BundleManifest)
+    if manifest.version != version:
+        raise BrokenBundleError(
+            f"{storage.full(manifest_path(version, LOG))} is the manifest of version {manifest.version}"
+        )
+    return manifest
+
+
+def _append(storage: Storage, folder: str, model_of: Callable[[int], SealedT]) -> SealedT:
+    """Create the next file of a folder; where another writer was first, the one after it."""
+    for _ in range(_MAX_ATTEMPTS):
+        number = max(versions(storage, folder), default=0) + 1
+        mine = model_of(number)
+        if create_sealed(storage, manifest_path(number, folder), mine) == mine:
+            return mine
+    raise ServingError(f"other writers were first {_MAX_ATTEMPTS} times in a row at {storage.url}: run it again")
+
+
+def _read(storage: Storage, folder: str, number: int, model_class: type[SealedT]) -> SealedT:
+    path = manifest_path(number, folder)
+    try:
+        return read_sealed(storage, path, model_class)
+    except FileNotFoundError as error:
+        raise BrokenBundleError(f"{storage.full(path)} is missing") from error
+    except CorruptFileError as error:
+        raise BrokenBundleError(str(error)) from error
+
+
+def _shown(known: list[int]) -> str:
+    """Format the last versions, e.g. `versions 7, 8, 9`."""
+    return f"version{'s' if len(known) > 1 else ''} {', '.join(map(str, known[-10:]))}"

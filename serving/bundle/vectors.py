@@ -1,0 +1,90 @@
+"""Visual vectors of a bundle, out of its vectors store: what the networks E made of each image, and its signature.
+
+Letters of shapes: N keys, D columns of a row, V width of a visual vector, W words of a signature.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featurestore.errors import CorruptFileError, StoreNotFoundError
+from featurestore.keys import Int64Array
+from featurestore.lookup.partition import FeaturePartition
+from featurestore.lookup.signatures import BITS, WORDS, Words
+from featurestore.store import FeatureStore
+from serving.bundle.manifest import VectorsOf
+from serving.errors import BrokenBundleError
+
+_BITS_OF_A_COLUMN = 16
+SIGNATURE_COLUMNS = BITS // _BITS_OF_A_COLUMN
+Float32 = NDArray[np.float32]
+Bool = NDArray[np.bool_]
+
+
+class VectorTable:
+    """The vectors of one feature store's images at one snapshot of the vectors store. Lookups may run in threads."""
+
+    def __init__(self, of: VectorsOf, partition: FeaturePartition) -> None:
+        """Use `open`."""
+        self.manifest, self._partition = of, partition
+        self.no_image: Mapping[str, Float32] = {
+            each.name: np.asarray(each.no_image, np.float32) for each in of.networks
+        }
+        """By network: what stands in for the vector of an image that has none, (V,)."""
+        self._columns = {each.name: slice(each.start, each.start + each.width) for each in of.networks}
+        self._no_image_D = np.zeros(partition.dim, np.float32)
+        for name, columns in self._columns.items():
+            self._no_image_D[columns] = self.no_image[name]
+
+    @classmethod
+    def open(cls, of: VectorsOf, url: str, version: int | None = None, cache_dir: Path | None = None) -> "VectorTable":
+        """Map the rows of a snapshot, by default the newest, of the vectors store at `url` by a `FeaturePartition`.
+
+        Raises BrokenBundleError where the store is damaged, not there, or another one; StorageError."""
+        try:
+            store = FeatureStore.open(url)
+            if store.info.store_id != of.store_id:
+                raise BrokenBundleError(f"{url} is not the vectors store that was exported, but one made later")
+            partition = FeaturePartition.load(store, cache_dir=cache_dir, missing="zeros", threads=1, version=version)
+        except (CorruptFileError, StoreNotFoundError) as error:
+            raise BrokenBundleError(str(error)) from error
+        return cls(of, partition)
+
+    @property
+    def snapshot(self) -> int:
+        """Number of the vectors store's snapshot."""
+        return self._partition.snapshot_version
+
+    @property
+    def num_images(self) -> int:
+        """Images that have vectors."""
+        return self._partition.num_rows
+
+    def lookup(self, keys_N: Int64Array) -> tuple[Float32, Bool]:
+        """Copy the rows of images, (N, D), and tell which have none, (N,): their vectors are `no_image`."""
+        found = self._partition.lookup(keys_N)
+        if found.missing_U.any():
+            found.features_UD[found.missing_U] = self._no_image_D
+        return found.features_UD, found.missing_U
+
+    def of(self, network: str) -> slice:
+        """Return the columns of a row that are the visual vector by that E."""
+        return self._columns[network]
+
+    def words(self, rows_ND: Float32, missing_N: Bool) -> Words:
+        """Return the signatures of rows that `lookup` gave, (N, W), for `featurestore.lookup.signatures.cosines`."""
+        words_NW = np.zeros((len(rows_ND), WORDS), np.uint64)
+        words_NW[:, :-1] = rows_ND[:, -SIGNATURE_COLUMNS:].astype("<u2").view(np.uint64)
+        words_NW[:, -1] = ~missing_N
+        return words_NW
+
+    def close(self) -> None:
+        """Let go of the mapped rows."""
+        self._partition.close()
+
+
+def columns_of_signatures(bits_N64: NDArray[np.uint8]) -> Float32:
+    """Return signatures as columns of rows, (N, 32): each number holds 16 bits, which float32 has exactly."""
+    return bits_N64.view("<u2").astype(np.float32)

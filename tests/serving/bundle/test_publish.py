@@ -1,0 +1,274 @@
+"""A delta publish: what is new and changed, and nothing else; nothing the second time; what is gone goes."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from featurestore import FeatureRows, FeatureStore
+from featurestore.errors import AnotherStoreError, SpecMismatchError
+from featurestore.format.shard_reader import ShardReader
+from featurestore.lookup.signatures import Signatures
+from featurestore.upkeep.compaction import compact
+from featurestore.upkeep.expiry import expire
+from featurestore.upkeep.history import restore
+from serving.bundle import publish as publish_module
+from serving.bundle.images import networks_for
+from serving.bundle.open import Bundle
+from serving.bundle.publish import PublishReport, publish
+from tests.serving.bundle.conftest import Exported
+from trainer.comm import SoloComm
+from trainer.runs.saved import open_trained
+
+ALL = np.arange(995, 1_100)
+
+
+class World:
+    """A bundle and its feature store, both this test's own."""
+
+    def __init__(self, made: Exported, folder: Path) -> None:
+        self.run = made.run
+        self.url, self.features = str(folder / "model"), str(folder / "features")
+        shutil.copytree(made.url, self.url)
+        shutil.copytree(made.places.folder / "features", self.features)
+        self.source = FeatureStore.open(self.features)
+        self.cache = folder / "cache"
+        self._random = np.random.default_rng(1)
+
+    @property
+    def vectors(self) -> FeatureStore:
+        bundle = self.open()
+        url = bundle.vectors_url(bundle.manifest.vectors[0])
+        bundle.close()
+        return FeatureStore.open(url)
+
+    def open(self) -> Bundle:
+        return Bundle.open(self.url, cache_dir=self.cache)
+
+    def publish(self, **options: object) -> PublishReport:
+        bundle = self.open()
+        (of,) = bundle.manifest.vectors
+        report = publish(
+            FeatureStore.open(bundle.vectors_url(of)),
+            of,
+            networks_for(bundle, of),
+            **{"source_url": self.features, **options},
+        )
+        bundle.close()
+        return report
+
+    def put(self, *keys: int, noise: float | None = None) -> None:
+        """New features of images, or the old ones with a little noise."""
+        features = self._random.normal(size=(len(keys), 16)).astype(np.float32)
+        if noise is not None:
+            features = self.source.snapshot().get(keys) + np.float32(noise) * features
+        self.source.put(FeatureRows.of([f"item/{key - 1_000}" for key in keys], features, keys=np.array(keys)))
+
+    def check(self, network: str = "shared", atol: float = 0.0) -> None:
+        """The vectors are those that the run's own E makes of the newest features, and no others are there."""
+        trained, bundle = open_trained(self.run, SoloComm()), self.open()
+        trained.close()
+        service = trained.engine.services["images"]
+        snapshot = self.source.snapshot()
+        table, keys = bundle.vectors["images"], snapshot.keys()
+        rows, missing = table.lookup(ALL)
+        np.testing.assert_array_equal(ALL[~missing], keys[np.isin(keys, ALL)])
+        assert table.num_images == len(keys)
+        features = torch.from_numpy(snapshot.get(ALL[~missing]))
+        with torch.no_grad():
+            wanted = service.models[network](features).numpy()
+        np.testing.assert_allclose(rows[~missing][:, table.of(network)], wanted, rtol=1e-6, atol=1e-6 + atol)
+        bundle.close()
+
+
+@pytest.fixture
+def world(exported: Callable[[str], Exported], tmp_path: Path) -> World:
+    return World(exported("plain"), tmp_path)
+
+
+def counts(report: PublishReport) -> tuple[int, int, int, int]:
+    return report.added, report.changed, report.removed, report.stayed
+
+
+def test_new_changed_and_removed_images_in_one_commit(world: World) -> None:
+    world.check()
+    world.put(1_050, 1_051, 1_007)
+    world.source.delete([1_010, 1_045])
+    report = world.publish()
+    assert counts(report) == (2, 1, 1, 0)
+    assert (report.mirrored, report.source, report.snapshot, report.committed) == (2, 4, 2, True)
+    assert set(report.moved_keys.tolist()) == {1_050, 1_051, 1_007, 1_010}
+    world.check()
+    manifest = world.vectors.snapshot().manifest
+    assert (manifest.operation, manifest.version) == ("publish", 2)
+    assert manifest.mirrors is not None
+    assert manifest.mirrors.version == 4
+
+
+def test_the_second_time_nothing_happens(world: World) -> None:
+    world.put(1_050)
+    world.publish()
+    report = world.publish()
+    assert (report.committed, report.snapshot, counts(report), report.num_bytes) == (False, 2, (0, 0, 0, 0), 0)
+    assert world.vectors.snapshot().version == 2
+
+
+def test_only_what_differs_is_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.put(1_050, 1_007)
+    looked: list[int] = []
+    features = ShardReader.features
+
+    def noting(reader: ShardReader, keys: np.ndarray) -> object:
+        if reader.info.dim == 16:
+            looked.extend(keys.tolist())
+        return features(reader, keys)
+
+    monkeypatch.setattr(ShardReader, "features", noting)
+    world.publish()
+    assert set(looked) == {1_050, 1_007}
+
+
+def test_what_moved_less_than_eps_stays_and_never_drifts_away(world: World) -> None:
+    for _ in range(5):
+        world.put(*range(1_020, 1_030), noise=0.01)
+        report = world.publish(eps=0.005)
+        assert report.committed
+        assert report.stayed + report.changed == 10
+        world.check(atol=0.005)
+    assert world.publish(eps=0.005).committed is False
+
+
+def test_with_eps_0_the_vectors_are_exact(world: World) -> None:
+    world.put(*range(1_020, 1_030), noise=1e-4)
+    assert counts(world.publish(eps=10.0)) == (0, 0, 0, 10)
+    world.put(*range(1_020, 1_030), noise=1e-4)
+    assert counts(world.publish(eps=0.0)) == (0, 10, 0, 0)
+    world.check()
+
+
+def test_a_commit_without_rows_says_where_the_next_one_begins(world: World) -> None:
+    compact(world.source, force=True)
+    report = world.publish()
+    assert (report.committed, counts(report), report.num_bytes) == (True, (0, 0, 0, 0), 0)
+    assert world.publish().committed is False
+    world.check()
+
+
+def test_all_images_are_looked_at_where_the_snapshot_has_expired(world: World) -> None:
+    world.put(1_050, 1_007)
+    world.source.delete([1_010])
+    expire(world.source, keep_last=1, keep_days=0, grace_days=0)
+    report = world.publish()
+    assert report.mirrored is None
+    assert counts(report) == (1, 1, 1, 46)
+    world.check()
+
+
+def test_after_a_restore_of_the_vectors_a_publish_brings_them_up_again(world: World) -> None:
+    world.put(1_050, 1_007)
+    world.publish()
+    restore(world.vectors, 1)
+    with pytest.raises(AssertionError):
+        world.check()
+    assert counts(world.publish()) == (1, 1, 0, 0)
+    world.check()
+
+
+def test_after_compaction_and_expiry_of_the_vectors_it_goes_on(world: World) -> None:
+    world.put(1_050)
+    world.publish()
+    compact(world.vectors, force=True)
+    expire(world.vectors, keep_last=1, keep_days=0, grace_days=0)
+    assert world.publish().committed is False
+    world.put(1_051)
+    assert counts(world.publish()) == (1, 0, 0, 0)
+    world.check()
+
+
+def test_a_restore_of_the_features_is_followed(world: World) -> None:
+    world.put(1_050, 1_007)
+    world.publish()
+    restore(world.source, 2)
+    assert counts(world.publish()) == (0, 1, 1, 0)
+    world.check()
+
+
+def test_an_image_whose_uri_changes_keeps_the_one_that_it_had(world: World) -> None:
+    world.source.delete([1_020])
+    features = np.ones((1, 16), np.float32)
+    world.source.put(FeatureRows.of(["another"], features, keys=np.array([1_020])))
+    assert counts(world.publish()) == (0, 1, 0, 0)
+    world.check()
+
+
+def test_another_store_of_the_same_kind_is_refused(world: World, tmp_path: Path) -> None:
+    other = FeatureStore.create(tmp_path / "other", world.source.info)
+    other.put(FeatureRows.of(["item/0"], np.ones((1, 16), np.float32), keys=np.array([1_000])))
+    with pytest.raises(AnotherStoreError, match=r"the vectors in .* belongs to snapshot 2"):
+        world.publish(source_url=other.url)
+    assert world.vectors.snapshot().version == 1
+
+
+def test_features_of_another_kind_are_refused(world: World, tmp_path: Path) -> None:
+    kind = world.source.info.model_copy(update={"num_shards": 8})
+    other = FeatureStore.create(tmp_path / "other", kind)
+    store_json = tmp_path / "other" / "store.json"
+    with pytest.raises((SpecMismatchError, AnotherStoreError)):
+        world.publish(source_url=other.url)
+    assert store_json.exists()
+
+
+def test_two_publishes_at_once_make_what_one_makes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another publish commits between this one's reading and its commit; features have changed once more by then."""
+    world.put(1_050)
+    found = publish_module.diff
+    first = True
+
+    def overtaken(*arguments: object) -> object:
+        nonlocal first
+        result = found(*arguments)
+        if first:
+            first = False
+            world.put(1_050, 1_051)
+            assert counts(world.publish()) == (2, 0, 0, 0)
+        return result
+
+    monkeypatch.setattr(publish_module, "diff", overtaken)
+    report = world.publish()
+    assert (report.committed, report.snapshot) == (False, 2)
+    world.check()
+
+
+def test_signatures_are_published_too(exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    world = World(exported("similarity"), tmp_path)
+    world.put(1_050, 1_007)
+    assert counts(world.publish(eps=1e-3)) == (1, 1, 0, 0)
+    world.check()
+    trained, bundle = open_trained(world.run, SoloComm()), world.open()
+    service, table = trained.engine.services["images"], bundle.vectors["images"]
+    del service.partition
+    rows, missing = table.lookup(ALL)
+    from featurestore.lookup.partition import FeaturePartition
+
+    partition = FeaturePartition.load(world.source, cache_dir=world.cache, missing="zeros")
+    wanted = Signatures(partition, service.scaling).of(ALL)
+    np.testing.assert_array_equal(table.words(rows, missing), wanted)
+
+
+def test_a_signature_that_changes_is_a_change(exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    """Where E makes the same vector of two features, their signatures still differ."""
+    world = World(exported("similarity"), tmp_path)
+    world.put(*range(1_020, 1_030), noise=0.02)
+    report = world.publish(eps=1e-3)
+    assert report.changed == 10
+
+
+def test_every_network_of_a_store_is_published(exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    world = World(exported("two_networks"), tmp_path)
+    world.put(1_050, 1_007)
+    world.publish()
+    for network in ("behavior_image", "ad_image"):
+        world.check(network)

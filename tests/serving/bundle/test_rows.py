@@ -1,0 +1,134 @@
+"""An open bundle has what the trainer reads: ID rows, visual vectors and signatures, for every kind of run."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from featurestore.lookup.signatures import Signatures
+from serving.bundle.open import Bundle
+from tests.serving.bundle.conftest import VARIANTS, Exported
+from tests.trainer.conftest import Places
+from trainer.comm import SoloComm
+from trainer.ids.exact import ExactTable
+from trainer.runs.saved import TrainedRun, open_trained
+
+IDS = np.r_[np.arange(-5, 70), 1_000:1_060, 2**62]
+KEYS = np.arange(995, 1_055)
+
+
+@pytest.fixture(scope="module", params=list(VARIANTS))
+def pair(
+    request: pytest.FixtureRequest, exported: Callable[[str], Exported], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Bundle, TrainedRun]]:
+    """A bundle, and the run that it was made of, both open."""
+    made = exported(request.param)
+    trained = open_trained(made.run, SoloComm())
+    bundle = Bundle.open(made.url, cache_dir=tmp_path_factory.mktemp("cache"))
+    yield bundle, trained
+    bundle.close()
+    trained.close()
+
+
+def ids_of(trained: TrainedRun, table: str) -> np.ndarray:
+    shape = trained.engine.tables[table].shape
+    return np.arange(shape.num_rows) if shape.direct else IDS
+
+
+def test_id_rows_are_those_that_the_trainer_reads(pair: tuple[Bundle, TrainedRun]) -> None:
+    bundle, trained = pair
+    assert {each.name for each in bundle.manifest.tables} == set(trained.engine.tables)
+    for name, table in trained.engine.tables.items():
+        ids = ids_of(trained, name)
+        request = table.serve(ids, "eval")
+        wanted = table.vectors(request).detach().numpy()[request.inverse_R]
+        rows, _ = bundle.ids.find(name, ids)
+        found = bundle.ids.gather(table.width, rows)
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, wanted.astype(np.float32))
+        assert len(np.unique(found, axis=0)) > 2
+
+
+def trained_ids(places: Places, bundle: Bundle) -> dict[str, np.ndarray]:
+    """The ids that training samples have of each hashed table."""
+    files = sorted((places.folder / "samples" / "train").glob("*.parquet"))
+    samples = pa.concat_tables([pq.read_table(file) for file in files])
+    found: dict[str, list[np.ndarray]] = {}
+    for field in bundle.fields:
+        if field.is_id and not field.is_bucketed:
+            column = samples[field.column_name].combine_chunks()
+            values = column if pa.types.is_integer(column.type) else column.flatten()
+            found.setdefault(field.table_name, []).append(values.to_numpy())
+    return {name: np.unique(np.concatenate(values)) for name, values in found.items()}
+
+
+def test_an_id_is_known_where_training_has_touched_its_row(
+    pair: tuple[Bundle, TrainedRun], bundle_places: Places
+) -> None:
+    bundle, trained = pair
+    for name, ids_in_training in trained_ids(bundle_places, bundle).items():
+        table = trained.engine.tables[name]
+        rows, known = bundle.ids.find(name, IDS)
+        if isinstance(table, ExactTable):
+            own = np.concatenate([table.map.ids_of(slot) for slot in range(len(table.shards))])
+            np.testing.assert_array_equal(known, np.isin(IDS, own))
+            continue
+        touched = np.isin(rows, bundle.ids.find(name, ids_in_training)[0])
+        assert 0 < touched.sum() < len(IDS)
+        if trained.config.optim.ids in ("adam", "rowwise_adam"):
+            np.testing.assert_array_equal(known, touched)
+        else:  # a row whose gradients were all zero, as they often are with few small layers
+            assert not known[~touched].any()
+            assert known.sum() > 0.4 * touched.sum()
+
+
+def test_rows_of_several_tables_are_found_at_once(pair: tuple[Bundle, TrainedRun]) -> None:
+    bundle, trained = pair
+    tables = [*trained.engine.tables, *trained.engine.tables]
+    ids = [ids_of(trained, name)[: 3 * number] for number, name in enumerate(tables)]
+    rows, known = bundle.ids.find_many(tables, np.concatenate(ids), np.array([len(each) for each in ids]))
+    each = [bundle.ids.find(name, some) for name, some in zip(tables, ids, strict=True)]
+    np.testing.assert_array_equal(rows, np.concatenate([one for one, _ in each]))
+    np.testing.assert_array_equal(known, np.concatenate([one for _, one in each]))
+
+
+def test_visual_vectors_are_those_of_the_run(pair: tuple[Bundle, TrainedRun]) -> None:
+    bundle, trained = pair
+    assert set(bundle.vectors) == set(trained.engine.services)
+    for store, service in trained.engine.services.items():
+        table = bundle.vectors[store]
+        rows, missing = table.lookup(KEYS)
+        assert missing.sum() == KEYS.size - service.partition.num_rows
+        for network in service.models:
+            with torch.no_grad():
+                wanted = service.embed(network, service.gather(KEYS)).numpy()
+            np.testing.assert_allclose(rows[:, table.of(network)], wanted, rtol=1e-6, atol=1e-7)
+            instead = service.no_image[network].detach().numpy() if network in service.no_image else 0
+            assert (rows[missing][:, table.of(network)] == np.float32(instead)).all()
+            assert (table.no_image[network] == np.float32(instead)).all()
+
+
+def test_signatures_have_the_bits_of_training(exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    made = exported("similarity")
+    trained, bundle = open_trained(made.run, SoloComm()), Bundle.open(made.url, cache_dir=tmp_path)
+    service, table = trained.engine.services["images"], bundle.vectors["images"]
+    wanted = Signatures(service.partition, service.scaling).of(KEYS)
+    rows, missing = table.lookup(KEYS)
+    np.testing.assert_array_equal(table.words(rows, missing), wanted)
+    assert 0 < (wanted[:, -1] == 0).sum() < len(KEYS)
+
+
+def test_a_missing_image_has_the_trained_vector(exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    bundle = Bundle.open(exported("learned").url, cache_dir=tmp_path)
+    assert np.abs(bundle.vectors["images"].no_image["shared"]).max() > 0
+
+
+def test_schema_and_model_are_those_of_the_run(pair: tuple[Bundle, TrainedRun]) -> None:
+    bundle, trained = pair
+    assert bundle.schema == trained.schema
+    assert bundle.model == trained.config.model
+    assert bundle.fields == trained.engine.fields
