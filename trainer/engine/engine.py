@@ -31,6 +31,7 @@ from trainer.ids.tables import apply_gradients, build_tables
 from trainer.models.build import build_model
 from trainer.models.fields import nearest_of, tiers_of
 from trainer.models.id_dropout import IdDropout
+from trainer.models.layers import chosen_values
 from trainer.models.pooling.galleries import gallery_vectors
 from trainer.optim import DenseOptimizer, Rates, check_names, rates_at
 from trainer.samples.batch import Batch
@@ -270,7 +271,10 @@ class Engine:
         vectors = self._exchange.vectors(prepared.request)
         for field in self.fields:
             if field.gallery is not None:
-                vectors[field.name] = gallery_vectors(vectors[field.name], batch.galleries[field.name], field.gallery)
+                gallery = batch.galleries[field.name]
+                sizes_K = torch.from_numpy(gallery.values_N).to(self._device)
+                lengths_M = torch.from_numpy(gallery.lengths_M).to(device=self._device, dtype=torch.int64)
+                vectors[field.name] = gallery_vectors(vectors[field.name], sizes_K, lengths_M, field.gallery)
         for name in batch.weights.keys() & vectors.keys():
             vectors[name].weights_N = torch.from_numpy(batch.weights[name]).to(device=self._device, dtype=self._dtype)
         for name, similar in prepared.similarity.items():
@@ -350,4 +354,4 @@ class Engine:
 def _nearest(field: FieldVectors, similar: Similarity, device: torch.device) -> FieldVectors:
     """Return for each sample, instead of each group, the behaviours nearest to its ad."""
     nearest_N, lengths_B = (torch.from_numpy(each).to(device) for each in (similar.nearest_N, similar.lengths_B))
-    return FieldVectors(field.vectors_UV, field.index_N[nearest_N], lengths_B)
+    return chosen_values(field, nearest_N, lengths_B)

@@ -99,6 +99,20 @@ class ContentSource:
         self._service.release(served.gathered)
 
 
+@dataclass(frozen=True)
+class EvenLengths:
+    """The lengths of M = `rows` rows that hold `each` values, all of them: what a network is exported with, for one
+    user, whose lists every candidate sees. So segments are planes of a block."""
+
+    rows: int
+    each: int
+    lengths_M: Tensor
+    """The same as numbers: torch.export takes a size for 2 at least, and would compute with it as if it were."""
+
+
+Lengths = Tensor | EvenLengths
+
+
 @dataclass
 class FieldVectors:
     """The vectors of one field: value n of the field has `vectors_UV[index_N[n]]`, times `weights_N[n]` where there are
@@ -106,7 +120,7 @@ class FieldVectors:
 
     vectors_UV: Tensor
     index_N: Tensor
-    lengths_M: Tensor
+    lengths_M: Lengths
     weights_N: Tensor | None = None
 
 

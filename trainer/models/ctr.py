@@ -123,7 +123,7 @@ class CtrModel(nn.Module):
         tiers = [dense[tiers_of(name)] for name in names] if self._num_tiers else []
         if self._only_nearest:
             names = [nearest_of(name) for name in names]
-            of_sample_B = torch.arange(len(group_of_sample_B), device=group_of_sample_B.device)
+            of_sample_B = torch.arange(group_of_sample_B.shape[0], device=group_of_sample_B.device)
         pools = zip(self.aggregators.values(), names, strict=True)
         pooled = [pool(fields[name], of_sample_B, queries) for pool, name in pools]
         products = []

@@ -97,6 +97,7 @@ def random_words(stream: str, first: int, count: int) -> NDArray[np.uint64]:
 def _zeroed(field: FieldVectors, dropped_B: Tensor) -> FieldVectors:
     """Point the values of dropped rows to a row of zeros behind the others."""
     vectors_UV = torch.cat([field.vectors_UV, field.vectors_UV.new_zeros(1, field.vectors_UV.shape[1])])
+    assert isinstance(field.lengths_M, Tensor)
     dropped_N = torch.repeat_interleave(dropped_B.to(field.index_N.device), field.lengths_M)
     index_N = field.index_N.masked_fill(dropped_N, len(field.vectors_UV))
     return replace(field, vectors_UV=vectors_UV, index_N=index_N)

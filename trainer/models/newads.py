@@ -45,7 +45,7 @@ class NewAds(nn.Module):
         for name in self.images:
             visual_BV = take_rows(fields[name].vectors_UV, fields[name].index_N)
             visual_BV = torch.where(is_new_B1, torch.addcmul(self.shift[name], visual_BV, self.scale[name]), visual_BV)
-            index_N = torch.arange(len(visual_BV), device=visual_BV.device)
+            index_N = torch.arange(visual_BV.shape[0], device=visual_BV.device)
             result[name] = FieldVectors(visual_BV, index_N, fields[name].lengths_M, fields[name].weights_N)
         return result
 

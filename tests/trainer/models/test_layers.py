@@ -42,8 +42,8 @@ class TestLayers:
 
     def test_expand_rows_and_segment_sum(self) -> None:
         rows = values(3, 2)
-        assert torch.equal(expand_rows(rows, LENGTHS), rows[[0, 0, 2, 2, 2]])
-        assert torch.autograd.gradcheck(expand_rows, (rows, LENGTHS))
+        assert torch.equal(expand_rows(rows, LENGTHS, 5), rows[[0, 0, 2, 2, 2]])
+        assert torch.autograd.gradcheck(expand_rows, (rows, LENGTHS, 5))
         summed = segment_sum(values(5, 2), LENGTHS)
         expected = torch.stack([values(5, 2)[:2].sum(0), torch.zeros(2), values(5, 2)[2:].sum(0)])
         torch.testing.assert_close(summed, expected)

@@ -26,7 +26,7 @@ from trainer.prerank.ads import ads_of_samples, ads_of_table
 from trainer.prerank.vectors import ad_vectors, towers
 from trainer.runs.open import open_run
 from trainer.runs.saved import open_trained
-from trainer.samples.batch import Batch, Jagged
+from trainer.samples.batch import Batch
 from trainer.samples.reader import SampleReader, open_index
 from trainer.schema import DEFAULT_SCHEMA, Field, Schema, load_schema
 from trainer.schema.__main__ import app as schema_app
@@ -98,9 +98,9 @@ def test_reading(num_ranks: int, make_places: Callable[[Path], Places], tmp_path
 def test_pooling() -> None:
     vectors_UV = torch.tensor([[1.0, -8.0], [3.0, 2.0], [8.0, 0.0]], requires_grad=True)
     images = FieldVectors(vectors_UV, torch.tensor([0, 1, 2, 2]), torch.tensor([3, 1]))
-    gallery = Jagged(np.array([2, 0, 1, 1]), np.array([3, 1], np.int32))
+    sizes, lengths = torch.tensor([2, 0, 1, 1]), torch.tensor([3, 1])
     for pooling, first in (("mean", [2.0, -3.0]), ("max", [3.0, 2.0])):
-        pooled = gallery_vectors(images, gallery, pooling)
+        pooled = gallery_vectors(images, sizes, lengths, pooling)
         assert pooled.vectors_UV[pooled.index_N].tolist() == [first, [0.0, 0.0], [8.0, 0.0], [8.0, 0.0]]
         assert pooled.lengths_M.tolist() == [3, 1]
         pooled.vectors_UV.sum().backward()

@@ -34,9 +34,9 @@ class Din(CtrModel):
             )
         paired = [behavior.name for behavior, _ in pairs]
         beside = [field for field in used_fields(schema, config) if field.beside in paired]
-        self._behaviors = [*paired, *(field.name for field in beside if field.name not in paired)]
+        self.behaviors = [*paired, *(field.name for field in beside if field.name not in paired)]
         self._ads = [ad.name for _, ad in pairs]
-        super().__init__(schema, config, elsewhere=self._behaviors)
+        super().__init__(schema, config, elsewhere=self.behaviors)
         query_width = sum(width_of(ad, config) for _, ad in pairs)
         width = query_width + sum(width_of(field, config) for field in beside if field.name not in paired)
         self.attention = BehaviorAttention(width, query_width, config.attention_hidden, self.hidden)
@@ -44,12 +44,12 @@ class Din(CtrModel):
 
     def forward(self, fields: Fields, dense: Dense, group_of_sample_B: Tensor) -> Tensor:
         query_BW = torch.cat([one_each(fields[name]) for name in self._ads], dim=1)
-        interest_BW = self.attention([fields[name] for name in self._behaviors], group_of_sample_B, query_BW)
+        interest_BW = self.attention([fields[name] for name in self.behaviors], group_of_sample_B, query_BW)
         logit_B1: Tensor = self.mlp(torch.cat([self.inputs(fields, dense, group_of_sample_B), interest_BW], dim=1))
         return logit_B1.squeeze(1)
 
     def check(self, batch: Batch) -> None:
-        first, *others = self._behaviors
+        first, *others = self.behaviors
         for name in others:
             one_G, other_G = batch.fields[first].lengths_M, batch.fields[name].lengths_M
             differing = np.flatnonzero(one_G != other_G)

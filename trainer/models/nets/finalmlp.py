@@ -38,7 +38,7 @@ class BilinearFusion(nn.Module):
 
     def forward(self, x_BW: Tensor, y_BW: Tensor) -> Tensor:
         """Logits (B,)."""
-        x_BHE, y_BHE = (each.view(len(each), *self.weight.shape[:2]) for each in (x_BW, y_BW))
+        x_BHE, y_BHE = (each.view(each.shape[0], *self.weight.shape[:2]) for each in (x_BW, y_BW))
         logit_B: Tensor = self.linear(torch.cat([x_BW, y_BW], dim=1)).squeeze(1)
         return logit_B + (torch.einsum("bhi,hij->bhj", x_BHE, self.weight) * y_BHE).sum((1, 2))
 

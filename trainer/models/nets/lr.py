@@ -43,7 +43,7 @@ class Lr(CtrModel):
             *dense_of_ad,
             *self.images(fields, dense, group_of_sample_B, [*ids_of_ad, *dense_of_ad]),
         ]
-        logit_B = self.bias.expand(len(group_of_sample_B))
+        logit_B = self.bias.expand(group_of_sample_B.shape[0])
         if ids:
             logit_B = logit_B + torch.cat(ids, dim=1).sum(dim=1)
         if others:

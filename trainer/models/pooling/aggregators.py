@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainer.config.options import ModelConfig
 from trainer.exchange.exchange import FieldVectors
 from trainer.models.hidden import HiddenLayers
-from trainer.models.layers import segment_max, segment_sum, take_rows, value_rows
+from trainer.models.layers import lengths_of, segment_max, segment_sum, take_rows, value_rows
 from trainer.models.pooling.attention import AttentivePooling
 from trainer.models.pooling.transformer import TransformerPooling
 
@@ -32,7 +32,8 @@ def mean_pool(field: FieldVectors) -> Tensor:
     """
     summed_MV = sum_pool(field)
     if field.weights_N is None:
-        return summed_MV / field.lengths_M.clamp_min(1).to(summed_MV.dtype).unsqueeze(1)
+        lengths_M = lengths_of(field.lengths_M)
+        return summed_MV / lengths_M.clamp_min(1).to(summed_MV.dtype).unsqueeze(1)
     total_M = segment_sum(field.weights_N.abs(), field.lengths_M)
     return summed_MV / total_M.masked_fill(total_M == 0, 1).unsqueeze(1)
 
@@ -82,7 +83,10 @@ class ConcatPooling(GroupPooling):
         self.length = length
 
     def per_group(self, behaviors: FieldVectors) -> Tensor:
-        lengths_G, num_groups = behaviors.lengths_M, len(behaviors.lengths_M)
+        lengths_G = lengths_of(behaviors.lengths_M)
+        num_groups = lengths_G.shape[0]
+        if torch.compiler.is_exporting():
+            return self._by_place(behaviors, lengths_G).view(num_groups, self.width)
         kept_G = lengths_G.clamp_max(self.length)
         group_K = torch.repeat_interleave(torch.arange(num_groups, device=kept_G.device), kept_G)
         place_K = torch.arange(len(group_K), device=kept_G.device) - (kept_G.cumsum(0) - kept_G)[group_K]
@@ -90,6 +94,15 @@ class ConcatPooling(GroupPooling):
         rows_KV = take_rows(behaviors.vectors_UV, behaviors.index_N.index_select(0, value_K))
         padded = rows_KV.new_zeros(num_groups * self.length, rows_KV.shape[1])
         return padded.index_copy(0, group_K * self.length + place_K, rows_KV).view(num_groups, self.width)
+
+    def _by_place(self, behaviors: FieldVectors, lengths_G: Tensor) -> Tensor:
+        """Look up what each place of each group holds, (G, L, V), so that no size depends on what the lengths are."""
+        place_L = torch.arange(self.length, device=lengths_G.device)
+        is_there_GL = place_L < lengths_G.unsqueeze(1)
+        next_GL = (lengths_G.cumsum(0) - lengths_G).unsqueeze(1) + place_L + 1
+        rows_NV = take_rows(behaviors.vectors_UV, behaviors.index_N)
+        rows_behind_zero = torch.cat([rows_NV.new_zeros(1, rows_NV.shape[1]), rows_NV])
+        return rows_behind_zero.index_select(0, next_GL.masked_fill(~is_there_GL, 0).flatten())
 
 
 def build_aggregator(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from trainer.exchange.exchange import FieldVectors
+from trainer.exchange.exchange import EvenLengths, FieldVectors, Lengths
 from trainer.models.hidden import HiddenLayers
 from trainer.models.layers import expand_rows, segment_softmax, segment_sum, take_rows, value_rows
 
@@ -35,11 +35,12 @@ class ActivationUnit(nn.Module):
         self.activation = layers.activation(hidden)
         self.score = nn.Linear(hidden, 1, bias=bias)
 
-    def forward(self, key_NV: Tensor, query_BW: Tensor, lengths_B: Tensor) -> Tensor:
+    def forward(self, key_NV: Tensor, query_BW: Tensor, lengths_B: Lengths) -> Tensor:
         """Scores (N,); the next `lengths_B[b]` keys belong to query b."""
-        hidden_NH = expand_rows(self.of_query(query_BW), lengths_B)
+        num_keys = key_NV.shape[0]
+        hidden_NH = expand_rows(self.of_query(query_BW), lengths_B, num_keys)
         hidden_NH = torch.addmm(hidden_NH, key_NV, self.of_key.weight.T)
-        matched_NV = key_NV * expand_rows(self.match(query_BW), lengths_B)
+        matched_NV = key_NV * expand_rows(self.match(query_BW), lengths_B, num_keys)
         hidden_NH = self.activation(torch.addmm(hidden_NH, matched_NV, self.of_product.weight.T))
         score_N1: Tensor = self.score(hidden_NH)
         return score_N1.squeeze(1)
@@ -94,11 +95,13 @@ class BehaviorAttention(nn.Module):
         return segment_sum(key_NW * weight_N.unsqueeze(1), lengths_B)
 
 
-def pairs(lengths_G: Tensor, group_of_sample_B: Tensor, at_most: int | None = None) -> tuple[Tensor, Tensor]:
+def pairs(lengths_G: Lengths, group_of_sample_B: Tensor, at_most: int | None = None) -> tuple[Tensor, Lengths]:
     """Return all (sample, behaviour) pairs by sample: each one's place in the field's values, and pairs a sample.
 
     `at_most`: behaviours taken of a group, the first ones, which are the newest.
     """
+    if isinstance(lengths_G, EvenLengths):
+        return _pairs_with_all(lengths_G, group_of_sample_B, at_most)
     lengths_B = lengths_G.index_select(0, group_of_sample_B)
     if at_most is not None:
         lengths_B = lengths_B.clamp_max(at_most)
@@ -106,4 +109,17 @@ def pairs(lengths_G: Tensor, group_of_sample_B: Tensor, at_most: int | None = No
     # Pair n of a sample is behaviour (start of its group) + (n - start of the sample's pairs).
     shift_B = start_G.index_select(0, group_of_sample_B) - (lengths_B.cumsum(0) - lengths_B)
     shift_N = torch.repeat_interleave(shift_B, lengths_B)
-    return shift_N + torch.arange(len(shift_N), device=shift_N.device), lengths_B
+    return shift_N + torch.arange(shift_N.shape[0], device=shift_N.device), lengths_B
+
+
+def _pairs_with_all(
+    lengths_G: EvenLengths, group_of_sample_B: Tensor, at_most: int | None
+) -> tuple[Tensor, EvenLengths]:
+    """Make `pairs` of one group, which all samples belong to."""
+    assert lengths_G.rows == 1
+    each, length_1, rows = lengths_G.each, lengths_G.lengths_M, group_of_sample_B.shape[0]
+    if at_most is not None:
+        each = torch.sym_min(each, at_most)  # type: ignore[no-untyped-call]
+        length_1 = length_1.clamp_max(at_most)
+    place_L = torch.arange(each, device=group_of_sample_B.device)
+    return place_L.expand(rows, each).flatten(), EvenLengths(rows, each, length_1.expand(rows))

@@ -4,26 +4,24 @@ K ads or behaviours, N images of all of them; other letters as in trainer/sample
 """
 
 import torch
+from torch import Tensor
 
-from trainer.exchange.exchange import FieldVectors
+from trainer.exchange.exchange import FieldVectors, Lengths
 from trainer.models.layers import segment_max, take_rows
 from trainer.models.pooling.aggregators import mean_pool
-from trainer.samples.batch import Jagged
 from trainer.schema.fields import GalleryPooling
 
 
-def gallery_vectors(images: FieldVectors, gallery: Jagged, pooling: GalleryPooling) -> FieldVectors:
+def gallery_vectors(images: FieldVectors, sizes_K: Tensor, lengths_M: Lengths, pooling: GalleryPooling) -> FieldVectors:
     """Make one vector for each ad or behaviour, which the model takes as that of one image.
 
-    `gallery`: as in `Batch.galleries`. An image that is twice in a gallery counts twice in its mean. A gallery
-    without images is a vector of zeros, whatever data.missing says: there is no key that could lack a feature.
+    `sizes_K`, `lengths_M`: the gallery of `Batch.galleries`. An image that is twice in a gallery counts twice in its
+    mean. A gallery without images is a vector of zeros, whatever data.missing says: there is no key that could lack a
+    feature.
     """
-    device = images.index_N.device
-    sizes_K = torch.from_numpy(gallery.values_N).to(device)
     per_item = FieldVectors(images.vectors_UV, images.index_N, sizes_K)
     if pooling == "mean":
         vectors_KV = mean_pool(per_item)
     else:
         vectors_KV = segment_max(take_rows(per_item.vectors_UV, per_item.index_N), sizes_K)
-    lengths_M = torch.from_numpy(gallery.lengths_M).to(device=device, dtype=torch.int64)
-    return FieldVectors(vectors_KV, torch.arange(len(sizes_K), device=device), lengths_M)
+    return FieldVectors(vectors_KV, torch.arange(sizes_K.shape[0], device=sizes_K.device), lengths_M)

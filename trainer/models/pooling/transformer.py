@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.exchange.exchange import FieldVectors
-from trainer.models.layers import expand_rows, segment_max, segment_sum, take_rows
+from trainer.exchange.exchange import FieldVectors, Lengths
+from trainer.models.layers import expand_rows, lengths_of, segment_max, segment_sum, take_rows
 from trainer.models.pooling.attention import pairs
 
 _POSITION_SCALE = 0.02
@@ -59,10 +59,10 @@ class TransformerPooling(nn.Module):
     def forward(self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]) -> Tensor:
         """(B, width) for the ad's vectors (B, W) each."""
         value_N, lengths_B = pairs(behaviors.lengths_M, group_of_sample_B, self.length)
-        places = _places(lengths_B, self.length)
+        places = _places(lengths_B, value_N, self.length)
         token_NH = take_rows(self.of_behavior(behaviors.vectors_UV), behaviors.index_N.index_select(0, value_N))
         token_NH = token_NH + take_rows(self.position_LH, places.place_N)
-        token_NH = token_NH + expand_rows(self.of_ad(torch.cat(list(queries), dim=1)), lengths_B)
+        token_NH = token_NH + expand_rows(self.of_ad(torch.cat(list(queries), dim=1)), lengths_B, value_N.shape[0])
         for layer in self.layers:
             token_NH = layer(token_NH, places)
         newest_BH = segment_sum(token_NH.masked_fill(places.place_N.unsqueeze(1) > 0, 0.0), lengths_B)
@@ -111,11 +111,14 @@ class TokenAttention(nn.Module):
         return result_NH
 
 
-def _places(lengths_B: Tensor, length: int) -> Places:
+def _places(pairs_B: Lengths, value_N: Tensor, length: int) -> Places:
+    """`pairs_B`, `value_N`: the pairs of each sample."""
+    lengths_B = lengths_of(pairs_B)
     place_L = torch.arange(length, device=lengths_B.device)
     start_B = lengths_B.cumsum(0) - lengths_B
-    sample_N = torch.repeat_interleave(torch.arange(len(lengths_B), device=lengths_B.device), lengths_B)
-    place_N = torch.arange(len(sample_N), device=lengths_B.device) - start_B.index_select(0, sample_N)
+    sample_B = torch.arange(lengths_B.shape[0], device=lengths_B.device)
+    sample_N = expand_rows(sample_B, pairs_B, value_N.shape[0])
+    place_N = torch.arange(value_N.shape[0], device=lengths_B.device) - start_B.index_select(0, sample_N)
     # The first place of a sample without behaviours counts as a token: softmax over none is no number.
     is_token_BL = place_L < lengths_B.clamp_min(1).unsqueeze(1)
     return Places(place_N, sample_N * length + place_N, is_token_BL)

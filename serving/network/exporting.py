@@ -1,0 +1,132 @@
+"""A trained model as a program of torch.export, and as compiled code of this machine (AOTInductor).
+
+    export_network(model, config, folder, compiled=True)
+
+writes `network.pt2`, which runs wherever this version of torch does, and `network-<machine>.pt2` (`machine.py`). The
+model is the trainer's own: nothing of its mathematics is written a second time. Takes some ten seconds, and half a
+minute of one core for compiled code, which needs a C++ compiler.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from serving.network.machine import compiled_name
+from serving.network.slots import Slots
+from trainer.config.options import ModelConfig
+from trainer.exchange.exchange import EvenLengths, FieldVectors, Lengths
+from trainer.models.ctr import CtrModel
+from trainer.models.fields import nearest_of, tiers_of
+from trainer.models.layers import chosen_values
+from trainer.models.pooling.galleries import gallery_vectors
+from trainer.schema import Field
+
+PORTABLE = "network.pt2"
+SLOTS = "slots.json"
+"""Inside a portable file, and among the metadata of a compiled one."""
+
+# Example sizes, all different: torch.export takes equal ones for one size.
+_CANDIDATES = 13
+_SIZES = tuple(range(14, 10_000))
+
+
+class OneUser(nn.Module):
+    """A model as it is exported: the tensors of `slots`, one after the other, in, the logits (B,) out."""
+
+    def __init__(self, model: CtrModel, slots: Slots) -> None:
+        super().__init__()
+        self.model, self.slots = model, slots
+
+    def forward(self, candidates_B: Tensor, counts: Tensor, *tensors: Tensor) -> Tensor:
+        """(B,)."""
+        named = zip(self.slots.slots, tensors, strict=True)
+        given: dict[tuple[str, str], Tensor] = {(slot.field, slot.part): tensor for slot, tensor in named}
+        num_candidates = candidates_B.shape[0]
+        ones_B = torch.ones(num_candidates, dtype=torch.int64)
+        even_B = EvenLengths(num_candidates, 1, ones_B)
+        dense, vectors = {}, {}
+        for field in self.model.fields:
+            if field.kind == "dense":
+                dense[field.name] = given[field.name, "dense"]
+            else:
+                rows_NV = given[field.name, "rows_NV"]
+                lengths_M = self._lengths(field, given, counts, even_B)
+                weights_N = given.get((field.name, "weights_N"))
+                vectors[field.name] = FieldVectors(rows_NV, torch.arange(rows_NV.shape[0]), lengths_M, weights_N)
+            if field.gallery is not None:
+                images, sizes_K = vectors[field.name], given[field.name, "sizes_K"]
+                vectors[field.name] = gallery_vectors(images, sizes_K, images.lengths_M, field.gallery)
+        for name in self.model.aggregators:
+            if (name, "tiers_BT") in given:
+                dense[tiers_of(name)] = given[name, "tiers_BT"]
+            if (name, "nearest_N") in given:
+                places_N, lengths_B = given[name, "nearest_N"], given[name, "lengths_B"]
+                vectors[nearest_of(name)] = chosen_values(vectors[name], places_N, lengths_B)
+        if self.model.new_ads is not None:
+            vectors = self.model.new_ads(vectors)
+        logits_B: Tensor = self.model(vectors, dense, torch.zeros(num_candidates, dtype=torch.int64))
+        return logits_B
+
+    def _lengths(self, field: Field, given: dict[tuple[str, str], Tensor], counts: Tensor, even_B: Lengths) -> Lengths:
+        if field.side == "ad":
+            return given.get((field.name, "lengths_M"), even_B)
+        if field.name not in self.slots.lists:
+            return EvenLengths(1, 1, torch.ones(1, dtype=torch.int64))
+        place = self.slots.lists.index(field.name)
+        values = given.get((field.name, "sizes_K"), given[field.name, "rows_NV"])
+        return EvenLengths(1, values.shape[0], counts[place : place + 1])
+
+
+def export_network(model: CtrModel, config: ModelConfig, folder: Path, *, compiled: bool = False) -> list[Path]:
+    """Write the network of a trained model, on a CPU, into a folder that is there; return the files.
+
+    `compiled`: write compiled code of this machine as well.
+    """
+    slots = Slots.of(model, config)
+    program = exported(model, slots)
+    portable = folder / PORTABLE
+    torch.export.save(program, portable, extra_files={SLOTS: slots.to_json()})
+    return [portable, _compile(program, slots, folder / compiled_name())] if compiled else [portable]
+
+
+def exported(model: CtrModel, slots: Slots) -> ExportedProgram:
+    """Return the program of a model, for any number of candidates and of values of each list."""
+    network = OneUser(model, slots).eval()
+    examples, dynamic = _examples(slots)
+    with torch.no_grad():
+        return torch.export.export(network, examples, dynamic_shapes=dynamic, strict=False)
+
+
+def _examples(slots: Slots) -> tuple[tuple[Tensor, ...], Any]:
+    """Make inputs to export with, and say which dimensions are free."""
+    sizes = dict(zip(slots.lists, _SIZES, strict=False))
+    sizes |= dict.fromkeys(slots.equal_lists, sizes[slots.equal_lists[0]] if slots.equal_lists else 0)
+    others = iter(_SIZES[len(slots.lists) :])
+    any_of: dict[str, int] = {}
+    tensors = [torch.zeros(_CANDIDATES, dtype=torch.int64), torch.tensor([sizes[name] for name in slots.lists])]
+    dynamic: list[dict[int, Any]] = [{0: Dim.AUTO}, {}]
+    for slot in slots.slots:
+        match slot.size:
+            case "one":
+                size = 1
+            case "candidates":
+                size = _CANDIDATES
+            case "list":
+                size = sizes[slot.field]
+            case "any":
+                size = any_of[slot.field] = any_of.get(slot.field) or next(others)
+        shape = (size, slot.width) if slot.width else (size,)
+        tensors.append(torch.zeros(shape, dtype=torch.float32 if slot.is_real else torch.int64))
+        dynamic.append({} if size == 1 else {0: Dim.AUTO})
+    return tuple(tensors), (*dynamic[:2], tuple(dynamic[2:]))
+
+
+def _compile(program: ExportedProgram, slots: Slots, path: Path) -> Path:
+    from torch._inductor import aoti_compile_and_package  # a second's import, of those who compile alone
+
+    settings = {"aot_inductor.metadata": {SLOTS: slots.to_json()}, "cpp.threads": 1}
+    aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+    return path

@@ -1,0 +1,123 @@
+"""The network of a bundle, loaded: the rows of some users and their candidates in, logits out.
+
+    network = ServedNetwork.load(folder)
+    network.score(inputs)        (B,) float32
+    network.form, network.note   "compiled" or "portable", and why not compiled where there is such code
+
+Compiled code is taken where it is of this machine (`machine.py`); the portable form gives the same logits up to
+rounding, and takes some milliseconds a user. One core a call: torch's number of threads is set for the whole process.
+"""
+
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from serving.errors import BrokenBundleError
+from serving.network.exporting import PORTABLE, SLOTS
+from serving.network.inputs import Float32, NetworkInputs
+from serving.network.machine import compiled_name
+from serving.network.slots import Slots
+from serving.network.users import by_user
+
+Form = Literal["compiled", "portable"]
+Run = Callable[[list[Tensor]], Sequence[Tensor]]
+
+
+class ServedNetwork:
+    """An exported network; calls from several threads may run at the same time."""
+
+    def __init__(self, run: Run, slots: Slots, form: Form, note: str | None) -> None:
+        self._run, self._slots = run, slots
+        self.form = form
+        self.note = note
+        """Why compiled code that is there is not used."""
+
+    @classmethod
+    def load(cls, folder: Path, *, threads: int = 1, portable: bool = False) -> Self:
+        """Load the network that `export_network` wrote into `folder`. Takes about two seconds.
+
+        `threads`: of torch, in the whole process. `portable`: compiled code is not looked for. Raises
+        BrokenBundleError where a file is missing or is not what was written.
+        """
+        torch.set_num_threads(threads)
+        note = None
+        if not portable:
+            compiled = folder / compiled_name()
+            if compiled.is_file():
+                try:
+                    return cls(*_load_compiled(compiled), "compiled", None)
+                except OSError as failure:
+                    note = f"{compiled.name} cannot be loaded ({failure}); the portable network is used, and is slower"
+            elif others := sorted(path.name for path in folder.glob("network-*.pt2")):
+                note = (
+                    f"{', '.join(others)} is compiled for another machine than this one ({compiled.name}); the "
+                    "portable network is used, and is slower. Export the model here with --compile"
+                )
+        return cls(*_load_portable(folder / PORTABLE), "portable", note)
+
+    def score(self, inputs: NetworkInputs) -> Float32:
+        """Return the logits of all candidates, (B,), in their order: one run of the network a user."""
+        if len(inputs.group_of_sample_B) == 0:
+            return np.empty(0, np.float32)
+        if inputs.num_groups == 1:
+            return self._score(inputs)
+        users = by_user(inputs, self._slots.of_user)
+        return np.concatenate([self._score(user) for user in users if len(user.group_of_sample_B)])
+
+    def _score(self, inputs: NetworkInputs) -> Float32:
+        with torch.inference_mode():
+            (logits_B,) = self._run([_as_tensor(array) for array in self._slots.arrays(inputs)])
+        logits: NDArray[np.float32] = logits_B.numpy()
+        return logits
+
+
+def _as_tensor(array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _load_compiled(path: Path) -> tuple[Run, Slots]:
+    """Load compiled code. Raises BrokenBundleError, and OSError where this machine cannot run it."""
+    from torch._inductor import aoti_load_package
+
+    try:
+        _check_archive(path)
+        loader = aoti_load_package(str(path)).loader
+        slots = Slots.from_json(loader.get_metadata()[SLOTS])
+    except _UNREADABLE as failure:
+        raise _broken(path, failure) from failure
+    return loader.boxed_run, slots
+
+
+def _load_portable(path: Path) -> tuple[Run, Slots]:
+    if not path.is_file():
+        raise BrokenBundleError(f"{path} is missing; export the model again, or use another version")
+    written = {SLOTS: ""}
+    try:
+        _check_archive(path)
+        network = torch.export.load(path, extra_files=written).module()
+        slots = Slots.from_json(written[SLOTS])
+    except _UNREADABLE as failure:
+        raise _broken(path, failure) from failure
+    return lambda tensors: (network(*tensors),), slots
+
+
+def _check_archive(path: Path) -> None:
+    """Compare each part of a file with its checksum: torch looks at some of them alone."""
+    with zipfile.ZipFile(path) as archive:
+        part = archive.testzip()
+    if part is not None:
+        raise zipfile.BadZipFile(f"{part} is not what was written")
+
+
+_UNREADABLE = (zipfile.BadZipFile, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError)
+
+
+def _broken(path: Path, failure: Exception) -> BrokenBundleError:
+    reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
+    return BrokenBundleError(f"{path} is not a network as it was exported: {reason}. Export the model again")

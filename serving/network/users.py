@@ -1,0 +1,71 @@
+"""The inputs of several users, divided into those of each."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from serving.network.inputs import FieldRows, Int64, NearestRows, NetworkInputs
+
+
+def by_user(inputs: NetworkInputs, of_user: Collection[str]) -> Iterator[NetworkInputs]:
+    """Divide the inputs into those of each user, in their order, by views. `of_user`: the fields of side user."""
+    fields = {name: _Rows.of(field) for name, field in inputs.fields.items()}
+    ends_similar = {name: _ends(each.lengths_B) for name, each in inputs.similar.items()}
+    ends_G = np.searchsorted(inputs.group_of_sample_B, np.arange(inputs.num_groups), side="right").tolist()
+    start = 0
+    for user, end in enumerate(ends_G):
+        at = {True: (user, user + 1), False: (start, end)}
+        yield NetworkInputs(
+            group_of_sample_B=np.zeros(end - start, np.int64),
+            num_groups=1,
+            fields={name: rows.cut(*at[name in of_user]) for name, rows in fields.items()},
+            dense={name: rows_MW[slice(*at[name in of_user])] for name, rows_MW in inputs.dense.items()},
+            similar={
+                name: _nearest(each, ends_similar[name], start, end, int(fields[name].ends_M[user]))
+                for name, each in inputs.similar.items()
+            },
+        )
+        start = end
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A field, and where the values of each row, and the images of each gallery, begin and end."""
+
+    field: FieldRows
+    ends_M: Int64
+    """(M + 1,): row m has the values from `ends_M[m]` to `ends_M[m + 1]`."""
+    ends_K: Int64 | None
+
+    @classmethod
+    def of(cls, field: FieldRows) -> "_Rows":
+        return cls(field, _ends(field.lengths_M), None if field.sizes_K is None else _ends(field.sizes_K))
+
+    def cut(self, start: int, end: int) -> FieldRows:
+        """Return the rows from `start` to `end`."""
+        field = self.field
+        values = images = slice(self.ends_M[start], self.ends_M[end])
+        if self.ends_K is not None:
+            images = slice(self.ends_K[values.start], self.ends_K[values.stop])
+        return FieldRows(
+            rows_NV=field.rows_NV[images],
+            lengths_M=field.lengths_M[start:end],
+            weights_N=None if field.weights_N is None else field.weights_N[values],
+            sizes_K=None if field.sizes_K is None else field.sizes_K[values],
+        )
+
+
+def _nearest(all_users: NearestRows, ends_B: Int64, start: int, end: int, first_value: int) -> NearestRows:
+    """Cut out the candidates from `start` to `end`, whose behaviours begin at `first_value` of the field."""
+    return NearestRows(
+        tiers_BT=all_users.tiers_BT[start:end],
+        nearest_N=all_users.nearest_N[ends_B[start] : ends_B[end]] - first_value,
+        lengths_B=all_users.lengths_B[start:end],
+    )
+
+
+def _ends(lengths_M: Int64) -> Int64:
+    ends_M = np.zeros(len(lengths_M) + 1, np.int64)
+    np.cumsum(lengths_M, out=ends_M[1:])
+    return ends_M

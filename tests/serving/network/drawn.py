@@ -1,0 +1,150 @@
+"""Models with drawn weights, drawn inputs of some users, and the logits that the trainer's own code makes of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from serving.network.inputs import FieldRows, NearestRows, NetworkInputs
+from trainer.config.options import ModelConfig
+from trainer.exchange.exchange import FieldVectors
+from trainer.models.build import build_model
+from trainer.models.ctr import CtrModel
+from trainer.models.fields import nearest_of, tiers_of, width_of
+from trainer.models.layers import chosen_values
+from trainer.models.pooling.galleries import gallery_vectors
+from trainer.schema import Field, Schema
+
+_PAIRED = ("behavior_item", "behavior_shop", "behavior_age")
+"""What DIN takes value by value."""
+
+
+def schema(*, gallery: str | None = None) -> Schema:
+    """A field of every kind on both sides, with weights and of two contents; or one content with galleries."""
+    titles = (
+        Field(name="behavior_title", side="user", kind="content", store="titles", width=2),
+        Field(name="ad_title", side="ad", kind="content", store="titles", width=2),
+    )
+    return Schema(
+        fields=(
+            Field(name="user", side="user", kind="id"),
+            Field(name="age", side="user", kind="dense"),
+            Field(name="interests", side="user", kind="multi_id", weights="interest_weights", width=2),
+            Field(name="behavior_item", side="user", kind="multi_id", table="item", width=4),
+            Field(name="behavior_shop", side="user", kind="multi_id", table="shop"),
+            Field(name="behavior_age", side="user", kind="multi_id", beside="behavior_item", buckets=4),
+            Field(name="behavior_image", side="user", kind="content", gallery=gallery),
+            Field(name="ad_item", side="ad", kind="id", table="item", width=4),
+            Field(name="ad_shop", side="ad", kind="id", table="shop", weights="shop_weight"),
+            Field(name="ad_tags", side="ad", kind="multi_id", weights="tag_weights"),
+            Field(name="ad_words", side="ad", kind="multi_id"),
+            Field(name="scene", side="ad", kind="id", context=True),
+            Field(name="price", side="ad", kind="dense", width=2),
+            Field(name="ad_image", side="ad", kind="content", gallery=gallery),
+            *(() if gallery else titles),
+        )
+    )
+
+
+def config(**settings: object) -> ModelConfig:
+    small = {"id_width": 3, "visual_width": 5, "mlp": [6], "attention_hidden": 4, "concat_length": 4, "gate_hidden": 4}
+    return ModelConfig.model_validate({**small, "transformer_length": 20, "transformer_width": 6, **settings})
+
+
+def model_of(fields: Schema, settings: ModelConfig) -> CtrModel:
+    """A model none of whose parameters and running values is where it starts."""
+    torch.manual_seed(0)
+    model = build_model(fields, settings).eval()
+    with torch.no_grad():
+        for value in (*model.parameters(), *model.buffers()):
+            value.add_(torch.randn_like(value) * 0.2).abs_() if value.min() == 1 else value.add_(
+                torch.randn_like(value) * 0.2
+            )
+    return model
+
+
+@dataclass
+class Drawn:
+    """Draws inputs of a model: for each user so many candidates, and so many values in each list."""
+
+    model: CtrModel
+    settings: ModelConfig
+    seed: int = 0
+
+    def __call__(self, candidates: Sequence[int], behaviors: Sequence[int]) -> NetworkInputs:
+        self.rng = np.random.default_rng(self.seed)
+        num_groups, num_samples = len(candidates), sum(candidates)
+        group_of_sample_B = np.repeat(np.arange(num_groups), candidates)
+        fields, dense = {}, {}
+        for number, field in enumerate(self.model.fields):
+            rows = num_groups if field.side == "user" else num_samples
+            if field.kind == "dense":
+                dense[field.name] = self._reals(rows, width_of(field, self.settings))
+                continue
+            lengths_M = np.ones(rows, np.int64)
+            if field.side == "user" and field.kind != "id":
+                longer = 0 if field.name in _PAIRED else number
+                lengths_M = np.array([length and length + longer for length in behaviors], np.int64)
+            elif field.kind == "multi_id":
+                lengths_M = self.rng.integers(0, 4, rows)
+            fields[field.name] = self._rows(field, lengths_M)
+        similar = {
+            name: self._nearest(fields[name].lengths_M, group_of_sample_B)
+            for name in self.model.aggregators
+            if self.settings.similarity_tiers or self.settings.similarity_top_k
+        }
+        return NetworkInputs(
+            group_of_sample_B=group_of_sample_B, num_groups=num_groups, fields=fields, dense=dense, similar=similar
+        )
+
+    def _rows(self, field: Field, lengths_M: np.ndarray) -> FieldRows:
+        count = int(lengths_M.sum())
+        sizes_K = self.rng.integers(0, 4, count) if field.gallery else None
+        rows_NV = self._reals(count if sizes_K is None else int(sizes_K.sum()), width_of(field, self.settings))
+        if field.name == "ad_item":
+            rows_NV[::3] *= 1e-7  # new ads, for model.image_holdout
+        weights_N = self._reals(count) if field.weights else None
+        return FieldRows(rows_NV=rows_NV, lengths_M=lengths_M, weights_N=weights_N, sizes_K=sizes_K)
+
+    def _nearest(self, lengths_G: np.ndarray, group_of_sample_B: np.ndarray) -> NearestRows:
+        starts_G = np.cumsum(lengths_G) - lengths_G
+        lengths_B = np.minimum(lengths_G[group_of_sample_B], self.settings.similarity_top_k)
+        lengths_B = np.maximum(lengths_B - self.rng.integers(0, 2, len(lengths_B)), 0)  # some image has no feature
+        chosen = [
+            starts_G[group] + self.rng.permutation(lengths_G[group])[:length]
+            for group, length in zip(group_of_sample_B, lengths_B, strict=True)
+        ]
+        tiers_BT = self._reals(len(lengths_B), self.settings.similarity_tiers)
+        return NearestRows(
+            tiers_BT=tiers_BT,
+            nearest_N=np.concatenate([*chosen, []]).astype(np.int64),
+            lengths_B=lengths_B.astype(np.int64),
+        )
+
+    def _reals(self, *shape: int) -> np.ndarray:
+        return self.rng.standard_normal(shape, dtype=np.float32) * np.float32(0.3)
+
+
+@torch.no_grad()
+def trainers_logits(model: CtrModel, inputs: NetworkInputs) -> np.ndarray:
+    """What the trainer's code makes of all users at once, as trainer.engine does it."""
+    vectors, dense = {}, {name: torch.from_numpy(values) for name, values in inputs.dense.items()}
+    for field in model.fields:
+        if field.kind == "dense":
+            continue
+        given = inputs.fields[field.name]
+        rows_NV, lengths_M = torch.from_numpy(given.rows_NV), torch.from_numpy(given.lengths_M)
+        vectors[field.name] = FieldVectors(rows_NV, torch.arange(len(rows_NV)), lengths_M)
+        if field.gallery is not None:
+            sizes_K = torch.from_numpy(given.sizes_K)
+            vectors[field.name] = gallery_vectors(vectors[field.name], sizes_K, lengths_M, field.gallery)
+        if given.weights_N is not None:
+            vectors[field.name].weights_N = torch.from_numpy(given.weights_N)
+    for name, similar in inputs.similar.items():
+        dense[tiers_of(name)] = torch.from_numpy(similar.tiers_BT)
+        places_N, lengths_B = torch.from_numpy(similar.nearest_N), torch.from_numpy(similar.lengths_B)
+        vectors[nearest_of(name)] = chosen_values(vectors[name], places_N, lengths_B)
+    if model.new_ads is not None:
+        vectors = model.new_ads(vectors)
+    return model(vectors, dense, torch.from_numpy(inputs.group_of_sample_B)).numpy()
