@@ -4,6 +4,7 @@ JSON: one request {"user": …, "context": …, "candidates": …}, or several a
 Arrow: a stream (application/vnd.apache.arrow.stream) of rows with the columns of the sample files, a request a row.
 """
 
+import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -173,7 +174,7 @@ def arrow_answer(identity: Identity, scored: Sequence[Scored]) -> bytes:
 
 def shown(value: Any) -> str:
     """Show a value that a client sent in a message: as JSON, and short."""
-    text = orjson.dumps(value, option=_OPTIONS, default=str).decode()
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -41,7 +41,7 @@ class BodyReader:
         if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
             raise RefusedError(415, f"Content-Encoding is {encoding[:40]!r}: send the body uncompressed", CLOSE)
         announced = request.headers.get("content-length", "0")
-        if announced.isdigit() and int(announced[:20]) > self.max_bytes:
+        if announced.isascii() and announced.isdigit() and int(announced[:20]) > self.max_bytes:
             raise self._too_large(f"{announced[:20]} bytes")
         try:
             async with asyncio.timeout(self.timeout_s):

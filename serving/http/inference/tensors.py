@@ -38,7 +38,7 @@ def split_body(body: bytes, header: str | None) -> tuple[Any, memoryview]:
     """Parse a body's JSON and return the binary data after it. Raises RequestError."""
     if header is None:
         return parse_json(body), memoryview(b"")
-    if not header.isdigit() or len(header) > 12 or int(header) > len(body):
+    if not (header.isascii() and header.isdigit()) or len(header) > 12 or int(header) > len(body):
         raise RequestError(
             f"{HEADER} is {shown(header[:40])}, and has to be the length of the JSON at the beginning of the body, at "
             f"most {len(body)}"

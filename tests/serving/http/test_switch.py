@@ -1,0 +1,222 @@
+"""Hot switch, warm-up and refusal of broken versions, in one process with a fake model."""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from serving.errors import BrokenBundleError, RequestError
+from serving.http.live.switch import LiveModel, NotReadyError
+from serving.http.live.warmup import ROUNDS, Recorder, made_up, warm_up
+from serving.http.metrics import Metrics
+from serving.scoring.request import Request, Scored
+from tests.serving.http.fakes import FakeIdentity, FakeModel, FakeSource, write_state
+from tests.serving.http.in_process import client_of, scoring_of
+from trainer.samples.columns import Rule
+
+
+def value_of(metrics: Metrics, line: str) -> float:
+    found = [text for text in metrics.text().decode().splitlines() if text.startswith(f"{line} ")]
+    return float(found[0].rpartition(" ")[2]) if found else 0.0
+
+
+def live_of(folder: Path, **state: object) -> LiveModel:
+    return LiveModel(FakeSource(write_state(folder, **state)), Recorder(4), Metrics(), poll_s=0.01)
+
+
+def test_a_newer_version_and_newer_vectors_are_switched_to_and_the_old_one_is_closed(tmp_path: Path) -> None:
+    async def run() -> None:
+        live = live_of(tmp_path, version=1, vectors={"images": 5})
+        with pytest.raises(NotReadyError):
+            _ = live.model
+        await live.start()
+        first = live.model
+        await live.look()
+        assert live.model is first
+        write_state(tmp_path, version=1, vectors={"images": 6})
+        await live.look()
+        second = live.model
+        assert second.identity == FakeIdentity(1, {"images": 6})
+        assert (first.closed, second.closed) == (True, False)
+        write_state(tmp_path, version=2, vectors={"images": 1})
+        await live.look()
+        assert live.model.identity.version == 2
+        write_state(tmp_path, version=1, vectors={"images": 6})  # a rollback is a switch like any other
+        await live.look()
+        assert live.model.identity.version == 1
+        assert value_of(live.metrics, 'serving_switches_total{result="switched"}') == 3
+        assert value_of(live.metrics, "serving_model_version") == 1
+        live.close()
+        assert not live.is_ready
+
+    asyncio.run(run())
+
+
+def test_a_broken_version_is_refused_logged_and_counted_and_the_old_one_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        live = live_of(tmp_path, version=1)
+        await live.start()
+        write_state(tmp_path, version=2, broken=True)
+        for _ in range(5):
+            await live.look()  # tried again after a pause only
+        assert live.model.identity.version == 1
+        assert value_of(live.metrics, 'serving_switches_total{result="refused"}') == 1
+        write_state(tmp_path, version=2)
+        await asyncio.sleep(0.03)
+        await live.look()
+        assert live.model.identity.version == 2
+
+    asyncio.run(run())
+    assert "refused version 2, still serving version 1" in caplog.text
+    assert "network.pt2" in caplog.text
+
+
+def test_pauses_between_tries_of_a_broken_version_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("serving.http.live.switch.time.monotonic", lambda: now_s)
+
+    async def run() -> None:
+        nonlocal now_s
+        live = live_of(tmp_path, version=1)
+        await live.start()
+        write_state(tmp_path, version=2, broken=True)
+        for _ in range(1000):
+            await live.look()
+            now_s += live.poll_s
+        assert 8 <= value_of(live.metrics, 'serving_switches_total{result="refused"}') <= 12
+
+    asyncio.run(run())
+
+
+def test_a_place_that_cannot_be_read_is_told_once_and_tried_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        live = live_of(tmp_path, version=1)
+        await live.start()
+        (tmp_path / "fake.json").unlink()
+        for _ in range(3):
+            await live.look()
+        assert live.model.identity.version == 1
+        write_state(tmp_path, version=2)
+        await live.look()
+        assert live.model.identity.version == 2
+
+    asyncio.run(run())
+    assert caplog.text.count("cannot look for a newer model") == 1
+
+
+def test_the_first_model_has_to_load(tmp_path: Path) -> None:
+    live = live_of(tmp_path, version=1, broken=True)
+    with pytest.raises(BrokenBundleError):
+        asyncio.run(live.start())
+    state = write_state(tmp_path, version=1, broken=True)
+
+    async def run() -> None:
+        scoring = scoring_of(FakeSource(state))
+        async with client_of(scoring, wait=False) as client:
+            while not scoring.failures:
+                await asyncio.sleep(0.01)
+            assert (await client.get("/v2/health/ready")).status_code == 503
+        assert "network.pt2" in str(scoring.failures[0])
+
+    asyncio.run(run())
+
+
+class Counting(FakeModel):
+    """Counts the requests it scores, refuses those of another schema, and may give NaN."""
+
+    calls: int = 0
+    nan: bool = False
+
+    def score(self, requests: list[Request]) -> list[Scored]:
+        if any("old_column" in request.user for request in requests):
+            raise RequestError("old_column is none of the columns")
+        self.calls += len(requests)
+        scored = super().score(requests)
+        if self.nan:
+            scored[0].logits_C[:] = np.nan
+        return scored
+
+
+def test_a_model_is_warmed_up_by_recorded_requests_that_it_takes_else_by_made_up_ones() -> None:
+    recorder = Recorder(8)
+    recorder.add([Request(user={"old_column": 1}, candidates={"ad_item": [1]})], 100)
+    model = Counting(FakeIdentity(1))
+    assert warm_up(model, recorder) == len(list(made_up(model.columns)))
+    recorder.add([Request(user={"user": 1}, candidates={"ad_item": [1]})], 100)
+    model.calls = 0
+    assert warm_up(model, recorder) == 1
+    assert model.calls == 1 + 2 * ROUNDS
+
+
+def test_a_model_whose_scores_are_no_numbers_is_refused_at_its_warm_up() -> None:
+    model = Counting(FakeIdentity(1))
+    model.nan = True
+    with pytest.raises(BrokenBundleError, match="no finite numbers"):
+        warm_up(model, Recorder(0))
+
+
+def test_made_up_requests_have_every_column_in_its_form() -> None:
+    columns = {
+        "user": Rule("user", 0, "integer"),
+        "age": Rule("user", 0, "real"),
+        "vector": Rule("user", 1, "real", width=3),
+        "history": Rule("user", 1, "integer"),
+        "galleries": Rule("user", 2, "integer", gallery=True),
+        "ad": Rule("ad", 1, "integer"),
+        "numbers": Rule("ad", 2, "real", width=2),
+    }
+    request = list(made_up(columns))[1]
+    assert request.user["user"] == 1
+    assert request.user["age"] == 0.5
+    assert request.user["vector"] == [0.5] * 3
+    assert request.user["history"] == [1] * 30
+    assert request.user["galleries"] == [[1]] * 30
+    assert request.candidates == {"ad": [1] * 200, "numbers": [[0.5, 0.5]] * 200}
+    assert {len(each.candidates["ad"]) for each in made_up(columns)} == {0, 1, 2, 200}
+
+
+def test_large_requests_are_not_recorded_and_each_has_the_same_chance() -> None:
+    recorder = Recorder(10)
+    recorder.add([Request(user={}, candidates={"ad_item": [0]})], 10**6)
+    assert recorder.recorded() == []
+    for item in range(1_000):
+        recorder.add([Request(user={}, candidates={"ad_item": [item]})], 100)
+    items = [request.candidates["ad_item"][0] for request in recorder.recorded()]
+    assert len(set(items)) == 10
+    assert 200 < np.mean(items) < 800
+
+
+def test_no_answer_mixes_versions_and_none_fails_while_models_are_switched(tmp_path: Path) -> None:
+    async def run() -> None:
+        source = FakeSource(write_state(tmp_path, version=1))
+        scoring = scoring_of(source, poll_s=0.005, max_wait_ms=10_000)
+        switched, answered = 0, 0
+        async with client_of(scoring) as client:
+            body = [{"candidates": {"ad_item": [0, 1]}}, {"candidates": {"ad_item": [2]}}]
+
+            async def ask() -> None:
+                nonlocal answered
+                while switched < 30:
+                    answer = (await client.post("/v1/score?logits=true", json=body)).json()
+                    logits = [logit for each in answer["answers"] for logit in each["logits"]]
+                    np.testing.assert_allclose(logits, answer["version"] + np.arange(3) / 1000, rtol=1e-6)
+                    answered += 1
+
+            async def switch() -> None:
+                nonlocal switched
+                for switched in range(1, 31):
+                    write_state(tmp_path, version=1 + switched)
+                    while scoring.live.model.identity.version != 1 + switched:
+                        await asyncio.sleep(0.005)
+
+            await asyncio.gather(switch(), *(ask() for _ in range(8)))
+            assert answered > 100
+            assert [model.closed for model in source.opened] == [True] * 30 + [False]
+        assert all(model.closed for model in source.opened)
+
+    asyncio.run(run())
