@@ -73,9 +73,6 @@ def run_worker(
     on_ready: Callable[[], None] | None = None,
 ) -> int:
     """Answer on the listening socket in this process, and return the exit code; `on_ready`: it is one of several."""
-    import torch
-
-    torch.set_num_threads(settings.threads)
     allow_connections()
     tokens = None if settings.token_file is None else read_tokens(settings.token_file)
     failures: list[Exception] = []

@@ -1,0 +1,151 @@
+"""TLS by certificate and key, and token files: good ones, and every mistake as one line at the start."""
+
+import datetime
+import ssl
+from pathlib import Path
+
+import httpx
+import pytest
+import trustme
+from cryptography.hazmat.primitives import serialization
+
+from serving.errors import ServerSettingsError
+from serving.http.security import check_files, read_tokens
+from serving.http.settings import ServerSettings
+from tests.serving.http.fakes import write_state
+from tests.serving.http.processes import fake_server
+
+
+class Pair:
+    """A certificate and its key in PEM files, and a context of a client that trusts their authority."""
+
+    def __init__(self, folder: Path, **options: object) -> None:
+        authority = trustme.CA()
+        issued = authority.issue_cert("127.0.0.1", "localhost", **options)
+        self.cert, self.key = folder / "tls.crt", folder / "tls.key"
+        issued.private_key_pem.write_to_path(self.key)
+        self.cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+        self.client = ssl.create_default_context()
+        authority.configure_trust(self.client)
+        self.both = folder / "both.pem"
+        self.both.write_bytes(self.key.read_bytes() + self.cert.read_bytes())
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    return Pair(tmp_path)
+
+
+def check(**settings: object) -> None:
+    check_files(ServerSettings(model="-", name="ctr", **settings))
+
+
+@pytest.mark.services
+def test_tls_with_a_token(tmp_path: Path, pair: Pair) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("# tokens\n0123456789abcdef0123\n")
+    tokens.chmod(0o600)
+    settings = {"tls_cert": str(pair.cert), "tls_key": str(pair.key), "token_file": str(tokens)}
+    with fake_server(write_state(tmp_path, version=3), tmp_path, verify=pair.client, **settings) as server:
+        assert server.scheme == "https"
+        body = {"candidates": {"ad_item": [1]}}
+        assert server.client.post("/v1/score", json=body).status_code == 401
+        headers = {"authorization": "Bearer 0123456789abcdef0123"}
+        assert server.client.post("/v1/score", json=body, headers=headers).status_code == 200
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            httpx.get(f"{server.url}/v2/health/live")
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"http://127.0.0.1:{server.port}/v2/health/live")
+        assert server.client.get("/v2/health/live").status_code == 200
+
+
+@pytest.mark.services
+def test_an_expired_certificate_warns_and_clients_refuse_it(tmp_path: Path) -> None:
+    yesterday = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
+    pair = Pair(tmp_path, not_after=yesterday)
+    with fake_server(
+        write_state(tmp_path, version=3), tmp_path, verify=False, tls_cert=str(pair.cert), tls_key=str(pair.key)
+    ) as server:
+        assert "expired at" in server.log()
+        with pytest.raises(httpx.ConnectError, match="expired"):
+            httpx.get(f"{server.url}/v2/health/live", verify=pair.client)
+
+
+def test_certificates_that_are_not_valid_yet_or_end_soon_warn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    now = datetime.datetime.now(datetime.UTC)
+    for name, options, words in (
+        ("later", {"not_before": now + datetime.timedelta(days=2)}, "is not valid before"),
+        ("soon", {"not_after": now + datetime.timedelta(days=3)}, "expires in 2 days"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        pair = Pair(folder, **options)
+        check(tls_cert=pair.cert, tls_key=pair.key)
+        assert words in caplog.text
+        caplog.clear()
+    folder = tmp_path / "sound"
+    folder.mkdir()
+    pair = Pair(folder)
+    check(tls_cert=pair.both)
+    assert caplog.text == ""
+
+
+def test_wrong_files_of_a_certificate_are_one_line_each(tmp_path: Path, pair: Pair) -> None:
+    other_folder = tmp_path / "other"
+    other_folder.mkdir()
+    other = Pair(other_folder)
+    empty, locked = tmp_path / "empty", tmp_path / "locked"
+    empty.touch()
+    key = serialization.load_pem_private_key(pair.key.read_bytes(), None)
+    form = serialization.BestAvailableEncryption(b"password")
+    locked.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, form))
+    missing = tmp_path / "missing"
+    for cert, key_file, words in (
+        (missing, pair.key, f"--tls-cert {missing}: No such file"),
+        (pair.cert, missing, f"--tls-key {missing}: No such file"),
+        (tmp_path, pair.key, "Is a directory"),
+        (empty, pair.key, "has no certificate"),
+        (pair.key, pair.key, "has no certificate"),
+        (pair.cert, other.key, "is not the key of"),
+        (pair.cert, empty, "has no usable key"),
+        (pair.cert, pair.cert, "has no usable key"),
+        (pair.cert, locked, "has a password"),
+        (pair.cert, None, "has no usable key"),
+        (None, pair.key, "needs --tls-cert"),
+    ):
+        with pytest.raises(ServerSettingsError) as failure:
+            check(tls_cert=cert, tls_key=key_file)
+        assert words in str(failure.value)
+        assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "has no token"),
+        (b"# a comment\n\n", "has no token"),
+        (b"short\n", "has 5 characters"),
+        ("ä".encode() * 20, "no ASCII"),
+        (None, "No such file"),
+    ],
+)
+def test_wrong_token_files_are_one_line_each(tmp_path: Path, content: bytes | None, words: str) -> None:
+    file = tmp_path / "tokens"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ServerSettingsError, match=words):
+        check(token_file=file)
+
+
+def test_a_token_file_that_everybody_can_read_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("0123456789abcdef0123\nfedcba98765432100123 \n")
+    file.chmod(0o644)
+    check(token_file=file)
+    assert "chmod 600" in caplog.text
+    assert read_tokens(file) == ["0123456789abcdef0123", "fedcba98765432100123"]
+
+
+def test_listening_beyond_this_machine_without_tls_warns(caplog: pytest.LogCaptureFixture) -> None:
+    check(host="0.0.0.0")
+    assert "without TLS" in caplog.text

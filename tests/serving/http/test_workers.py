@@ -1,0 +1,158 @@
+"""Processes and signals: draining, a second signal, several workers, one that is killed, and starts that fail."""
+
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.serving.http.fakes import write_state
+from tests.serving.http.processes import ServerProcess, fake_server, post_head
+
+pytestmark = [pytest.mark.services, pytest.mark.long]
+
+ONE = {"candidates": {"ad_item": [1, 2]}}
+
+
+class Load:
+    """Requests one after the other in threads, until the block ends; keeps what went wrong."""
+
+    def __init__(self, server: ServerProcess, threads: int = 4) -> None:
+        self.answers: list[int] = []
+        self.failures: list[str] = []
+        self._server, self._ended = server, threading.Event()
+        self._threads = [threading.Thread(target=self._run) for _ in range(threads)]
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        with httpx.Client(base_url=self._server.url, timeout=30) as client:
+            while not self._ended.is_set():
+                try:
+                    answer = client.post("/v1/score", json=ONE)
+                except httpx.TransportError as error:
+                    self.failures.append(repr(error))
+                    continue
+                self.answers.append(answer.json().get("version", -1))
+                if answer.status_code != 200:
+                    self.failures.append(answer.text)
+
+
+def workers_of(server: ServerProcess) -> list[psutil.Process]:
+    return [each for each in psutil.Process(server.process.pid).children() if "spawn_main" in " ".join(each.cmdline())]
+
+
+def test_sigterm_lets_running_requests_end(tmp_path: Path) -> None:
+    with fake_server(write_state(tmp_path, version=3, score_s=0.5), tmp_path) as server:
+        answers: list[httpx.Response] = []
+        ask = lambda: answers.append(httpx.post(f"{server.url}/v1/score", json=ONE, timeout=30))  # noqa: E731
+        asking = threading.Thread(target=ask)
+        asking.start()
+        time.sleep(0.25)
+        assert server.stop(signal.SIGTERM) == 0
+        asking.join()
+        assert answers[0].status_code == 200
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(server.url)
+        assert "stopped" in server.log()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_second_signal_ends_at_once(tmp_path: Path, workers: int) -> None:
+    state = write_state(tmp_path, version=3)
+    server_of = fake_server(state, tmp_path, workers=workers, drain_s=60, read_timeout_s=60.0)
+    with server_of as server, server.connect() as connection:
+        connection.sendall(post_head(9))  # a request that does not end
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.7)
+        assert server.process.poll() is None
+        start_s = time.monotonic()
+        assert server.stop(signal.SIGINT) == 130
+        assert time.monotonic() - start_s < 5
+
+
+def test_draining_ends_after_its_time(tmp_path: Path) -> None:
+    server_of = fake_server(write_state(tmp_path, version=3), tmp_path, drain_s=1, read_timeout_s=60.0)
+    with server_of as server, server.connect() as connection:
+        connection.sendall(post_head(9))
+        time.sleep(0.3)
+        start_s = time.monotonic()
+        assert server.stop(signal.SIGTERM) == 0
+        assert 0.8 < time.monotonic() - start_s < 10
+
+
+def test_two_workers_share_a_port_and_one_that_is_killed_comes_back(tmp_path: Path) -> None:
+    state = write_state(tmp_path, version=3)
+    with fake_server(state, tmp_path, workers=2, poll_s=0.1) as server:
+        server.wait_for("loaded version 3", 2)
+        with Load(server) as load:
+            first, second = workers_of(server)
+            os.kill(first.pid, signal.SIGKILL)
+            server.wait_for("starting another")
+            count = len(load.answers)
+            server.wait_for("loaded version 3", 3)
+            assert len(load.answers) > count  # the other one answered meanwhile
+            assert second.is_running()
+            write_state(tmp_path, version=4)
+            server.wait_for("switched from version 3 to version 4", 2)
+        # Connections of the killed worker broke, and with them at most the request that each had open.
+        assert len(load.failures) <= 4
+        assert all("Disconnect" in each or "Read" in each or "Connect" in each for each in load.failures)
+        assert set(load.answers) == {3, 4}
+        text = server.client.get("/metrics").text
+        counted = float(re.findall("^serving_candidates_total (.*)", text, re.MULTILINE)[0])
+        assert len(load.answers) * 2 <= counted <= (len(load.answers) + 4) * 2
+        assert "serving_ready_workers 2.0" in text
+        assert "serving_model_version 4.0" in text
+        pids = [each.pid for each in workers_of(server)]
+        assert server.stop() == 0
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_workers_end_with_their_supervisor(tmp_path: Path) -> None:
+    with fake_server(write_state(tmp_path, version=3), tmp_path, workers=2) as server:
+        workers = workers_of(server)
+        server.process.kill()
+        server.process.wait()
+        _, alive = psutil.wait_procs(workers, timeout=20)
+        assert not alive
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_first_model_that_cannot_be_loaded_ends_the_server_with_one_line(tmp_path: Path, workers: int) -> None:
+    state = write_state(tmp_path, version=3, broken=True)
+    with fake_server(state, tmp_path, workers=workers, ready=False) as server:
+        assert server.process.wait(60) == 1
+        assert "network.pt2" in server.log()
+        assert "Traceback" not in server.log()
+
+
+def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
+    with fake_server(write_state(tmp_path, version=3), tmp_path, ready=False) as server:
+        with pytest.raises(AssertionError) as failure, fake_server(tmp_path / "fake.json", tmp_path, port=server.port):
+            pass
+        assert f"error: cannot listen on --host 127.0.0.1 --port {server.port}: Address already" in str(failure.value)
+
+
+def test_no_request_fails_while_models_are_switched_under_load(tmp_path: Path) -> None:
+    with fake_server(write_state(tmp_path, version=1), tmp_path, poll_s=0.05) as server:
+        with Load(server, threads=2) as load:
+            for version in range(2, 42):
+                write_state(tmp_path, version=version)
+                server.wait_for(f"to version {version}\n")
+        assert load.failures == []
+        assert set(load.answers) >= {1, 41}
