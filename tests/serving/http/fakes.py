@@ -63,7 +63,7 @@ class FakeModel:
 
     def _score(self, request: Request) -> Scored:
         items = request.candidates.get("ad_item")
-        if items is None:
+        if not isinstance(items, list):
             raise RequestError("candidates.ad_item is missing; send a list with the item of each candidate")
         for place, item in enumerate(items):
             if type(item) not in (int, str) or (type(item) is int and not -(2**63) <= item < 2**63):

@@ -1,0 +1,133 @@
+"""Bodies that no client should send: valid ones of a model's columns, damaged in their values or in their bytes."""
+
+import random
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+from serving.http.codec import ARROW, JSON, as_json
+from serving.http.inference.tensors import HEADER
+from serving.http.live.model import Model
+from serving.http.live.warmup import made_up
+from trainer.samples.columns import Rule
+
+ODD = [
+    None, True, False, 0, -1, 1, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1, -(2**63), 1e308, -1e-308, 0.5, 1e20,
+    "", " ", "1", "-0", "\0", "a" * 300, "ä", "\u202e", "😀", "9" * 25, "1e5", "NaN", "\x7f", "Infinity", "null",
+    [], {}, [[]], [None], [[1, 2], [3]], {"a": 1}, [[[[1]]]], ["a", 1], [1.5, None, "x"], [True],
+]  # fmt: skip
+
+
+class FuzzBody(NamedTuple):
+    """What is sent."""
+
+    path: str
+    headers: dict[str, str]
+    content: bytes
+
+
+def bodies(model: Model, count: int, seed: int = 0) -> Iterator[FuzzBody]:
+    """Bodies in all forms, in turn; about one in ten is valid."""
+    chance = random.Random(seed)
+    requests = [as_json(each) for each in made_up(model.columns)]
+    for number in range(count):
+        request = orjson.loads(orjson.dumps(chance.choice(requests)))
+        kind = number % 4
+        if kind == 0:
+            yield FuzzBody("/v1/score", {"content-type": JSON}, damaged_bytes(chance, orjson.dumps(request)))
+        elif kind == 1:
+            value: Any = [damaged(chance, request) for _ in range(chance.randrange(1, 3))]
+            yield FuzzBody("/v1/score", {"content-type": JSON}, orjson.dumps(chance.choice([value, value[0]])))
+        elif kind == 2:
+            yield tensors(chance, model.columns, request)
+        else:
+            yield FuzzBody("/v1/score", {"content-type": ARROW}, arrow(chance, request))
+
+
+def damaged(chance: random.Random, value: Any, depth: int = 0) -> Any:
+    """Replace, drop, repeat or rename something somewhere inside a JSON value."""
+    if isinstance(value, list) and len(value) > 5:
+        value = value[: chance.randrange(6)]
+    if chance.random() < 0.12 or not isinstance(value, dict | list) or not value:
+        return chance.choice(ODD) if chance.random() < 0.3 else value
+    if isinstance(value, dict):
+        key = chance.choice(list(value))
+        changed = {name: each[:3] if isinstance(each, list) else each for name, each in value.items()}
+        changed[key] = damaged(chance, value[key], depth + 1)
+        if chance.random() < 0.1:
+            changed[chance.choice(["", "user", "ad_item", "x", "candidates", "\0"])] = changed.pop(key)
+        return changed
+    place = chance.randrange(len(value))
+    return [*value[:place], damaged(chance, value[place], depth + 1), *value[place + 1 :]]
+
+
+def damaged_bytes(chance: random.Random, content: bytes) -> bytes:
+    """Flip, cut, repeat or insert bytes."""
+    data = bytearray(content[:2_000] if chance.random() < 0.1 else content)
+    for _ in range(chance.choice([0, 1, 1, 2, 8])):
+        place = chance.randrange(len(data) + 1)
+        action = chance.randrange(4)
+        if action == 0 and place < len(data):
+            data[place] = chance.randrange(256)
+        elif action == 1:
+            del data[place : place + chance.choice([1, 2, 50])]
+        elif action == 2:
+            data[place:place] = data[place : place + 20]
+        else:
+            data[place:place] = chance.choice([b"\0", b"NaN", b"]", b"{", b'"', b"\xff", b"1e999", b"9" * 20])
+    return bytes(data)
+
+
+def tensors(chance: random.Random, columns: Any, request: dict[str, Any]) -> FuzzBody:
+    """An inference request, in JSON and binary tensors, some of them damaged."""
+    inputs, parts = [], []
+    for name, rule in columns.items():
+        values = (request["user"] if rule.side == "user" else request["candidates"])[name]
+        tensor, part = one_tensor(chance, name, rule, values)
+        inputs.append(tensor)
+        parts.append(part)
+    head = orjson.dumps(damaged(chance, {"inputs": inputs}) if chance.random() < 0.7 else {"inputs": inputs})
+    length = chance.choice([len(head)] * 9 + [0, 3, len(head) + 1, 10**9, "x"])
+    content = head + b"".join(parts)
+    if chance.random() < 0.3:
+        content = damaged_bytes(chance, content)
+    return FuzzBody("/v2/models/ctr/infer", {HEADER: str(length)}, content)
+
+
+def one_tensor(chance: random.Random, name: str, rule: Rule, value: Any) -> tuple[dict[str, Any], bytes]:
+    """A column's tensor, in JSON or in binary."""
+    array = np.array(value)
+    shape = list(array.shape) or [1]
+    datatype = "FP32" if rule.is_real else "INT64"
+    tensor: dict[str, Any] = {"name": name, "datatype": datatype, "shape": shape}
+    if chance.random() < 0.5:
+        return tensor | {"data": array.ravel().tolist()}, b""
+    part = array.astype("<f4" if rule.is_real else "<i8").tobytes()
+    if chance.random() < 0.1:
+        part = damaged_bytes(chance, part)
+    return tensor | {"parameters": {"binary_data_size": len(part)}}, part
+
+
+def arrow(chance: random.Random, request: dict[str, Any]) -> bytes:
+    """A stream with one or two rows, of other types here and there, with its bytes damaged or not."""
+    columns = {**request["user"], **request["candidates"]}
+    if chance.random() < 0.5:
+        name = chance.choice(list(columns))
+        odd = chance.choice(ODD)
+        columns[name] = odd
+    rows = chance.randrange(1, 3)
+    arrays = {}
+    for name, value in columns.items():
+        try:
+            arrays[name] = pa.array([value] * rows)
+        except (pa.ArrowException, OverflowError):
+            arrays[name] = pa.array(["x"] * rows)
+    table = pa.table(arrays)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    content = sink.getvalue().to_pybytes()
+    return damaged_bytes(chance, content) if chance.random() < 0.7 else content

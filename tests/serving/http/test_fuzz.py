@@ -1,0 +1,62 @@
+"""Ten thousand damaged bodies: each gets an answer that is no 500, and memory does not grow."""
+
+import asyncio
+import gc
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from serving.http.app import Scoring
+from serving.http.live.model import ModelSource
+from tests.serving.http.fakes import FakeSource, write_state
+from tests.serving.http.fuzz import FuzzBody, bodies
+from tests.serving.http.in_process import scoring_of
+
+COUNT = 10_400
+ALLOWED = {200, 400, 404, 413, 415}
+
+
+async def answer_of(app: Any, body: FuzzBody) -> tuple[int, bytes]:
+    """Call the application without a client: ten times as quick."""
+    sent: list[dict[str, Any]] = []
+    scope = {
+        "type": "http", "http_version": "1.1", "method": "POST", "path": body.path, "raw_path": body.path.encode(),
+        "query_string": b"", "root_path": "", "scheme": "http", "server": ("scorer", 80), "client": ("test", 1),
+        "headers": [(name.encode(), value.encode()) for name, value in body.headers.items()], "state": {},
+    }  # fmt: skip
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body.content, "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    return sent[0]["status"], sent[1]["body"]
+
+
+async def fuzz(scoring: Scoring) -> None:
+    app, codes, process = scoring.app(), Counter(), psutil.Process()
+    memory_mb: list[float] = []
+    async with app.router.lifespan_context(app):
+        while not scoring.live.is_ready:
+            await asyncio.sleep(0.01)
+        for number, body in enumerate(bodies(scoring.live.model, COUNT)):
+            code, content = await answer_of(app, body)
+            codes[code] += 1
+            assert code in ALLOWED, (number, body, code, content)
+            if number in (COUNT // 2, COUNT - 1):
+                gc.collect()
+                memory_mb.append(process.memory_info().rss / 1e6)
+    assert codes[200] > COUNT / 20
+    assert codes[400] > COUNT / 3
+    assert memory_mb[1] - memory_mb[0] < 15
+
+
+@pytest.mark.long
+def test_no_damaged_body_is_an_error_of_the_server_and_none_stays_in_memory(tmp_path: Path) -> None:
+    source: ModelSource = FakeSource(write_state(tmp_path, version=3))
+    asyncio.run(fuzz(scoring_of(source)))
