@@ -149,7 +149,7 @@ def arrow_table(body: bytes) -> pa.Table:
                 raise RequestError(f"the Arrow stream is compressed, and may grow without limit: {_NO_COMPRESSION}")
         table = pa.ipc.open_stream(body).read_all()
         table.validate(full=True)
-    except (pa.ArrowException, OSError, struct.error, StopIteration) as failure:
+    except (pa.ArrowException, OSError, ValueError, struct.error) as failure:
         raise RequestError(f"the body is no Arrow stream: {failure}; write it by pyarrow.ipc.new_stream") from None
     return table
 

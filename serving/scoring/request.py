@@ -38,4 +38,5 @@ class Scored:
     def probabilities(self) -> NDArray[np.float32]:
         """Compute the probability of a click of each candidate, 1 / (1 + exp(-logit)), (C,)."""
         logits_C = self.logits_C.astype(np.float64)
-        return (1 / (1 + np.exp(-logits_C))).astype(np.float32)
+        with np.errstate(over="ignore"):  # a logit below -709, whose probability is 0
+            return (1 / (1 + np.exp(-logits_C))).astype(np.float32)
