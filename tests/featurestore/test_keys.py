@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featurestore.keys import key_of_uri, keys_of_uris, owned_shards, owner_of, sampled, shard_of, splitmix64
+from featurestore.keys import (
+    id_of_text,
+    ids_of_texts,
+    key_of_uri,
+    keys_of_uris,
+    owned_shards,
+    owner_of,
+    sampled,
+    shard_of,
+    splitmix64,
+)
 
 ANY_KEY = st.integers(-(2**63), 2**63 - 1)
 
@@ -34,6 +44,18 @@ def test_key_of_uri_is_xxh3_64_as_a_signed_number() -> None:
     uris = [f"{i}" for i in range(100)]
     assert keys_of_uris(uris).tolist() == [key_of_uri(uri) for uri in uris]
     assert min(keys_of_uris(uris)) < 0 < max(keys_of_uris(uris))
+
+
+@given(
+    st.lists(st.text(max_size=4) | st.integers().map(str) | st.sampled_from(["007", " 7 ", "-0", "1\0002", "", "٣"]))
+)
+def test_ids_of_texts_are_those_of_each_text(texts: list[str]) -> None:
+    assert ids_of_texts(texts).tolist() == [id_of_text(text) for text in texts]
+
+
+@pytest.mark.parametrize("texts", [["7", "-12", "0"], ["sku 7", "größe"], ["7", "sku"], ["1\0002"], ["9" * 19, "7"]])
+def test_each_way_to_many_ids_gives_those_of_one_text(texts: list[str]) -> None:
+    assert ids_of_texts(texts).tolist() == [id_of_text(text) for text in texts]
 
 
 def test_splitmix64_is_the_published_sequence() -> None:

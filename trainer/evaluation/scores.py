@@ -111,7 +111,7 @@ class ScoreFile:
             if column not in self._index.text_columns:
                 return pa.array(groups.columns[column].values)
             encoded = texts_of(table, column, self._rules[column], full, row_group.first_row)
-            return pa.array(encoded.texts_U, pa.string()).take(pa.array(encoded.index_N))
+            return pa.array(encoded.texts_U, pa.string()).take(encoded.index_N)
 
         time_G: Any = pa.nulls(len(counts_G), pa.int64())
         if schema.time in table.column_names:

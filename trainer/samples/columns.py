@@ -176,17 +176,33 @@ def check_types(found: pa.Schema, rules: Mapping[str, Rule], file: str) -> None:
 def decode(table: pa.Table, rules: Mapping[str, Rule], label: str, file: str, first_row: int) -> DecodedGroups:
     """Decode the sample groups of a row group, whose first row is number `first_row` of `file`. Raises DataError."""
     where = _Where(file, first_row)
-    raw = {column: _flatten(table, column, rule, where) for column, rule in rules.items()}
-    sample_offsets = raw[label][1][0]
-    if (empty := np.flatnonzero(np.diff(sample_offsets) == 0)).size:
+    groups = _decoded(table, rules, label, where)
+    if (empty := np.flatnonzero(np.diff(groups.sample_offsets) == 0)).size:
         raise DataError(
             f"{where.row(empty[0])}: column {label} is an empty list; a sample group has at least one impression"
         )
+    labels = groups.columns[label].values
+    if (wrong := np.flatnonzero((labels != 0) & (labels != 1))).size:
+        row = where.row_of_value(wrong[0], (groups.sample_offsets,))
+        raise DataError(f"{row}: column {label} has {labels[wrong[0]]}; a label is 0 or 1")
+    return groups
+
+
+def decode_unlabelled(table: pa.Table, rules: Mapping[str, Rule], file: str) -> DecodedGroups:
+    """Decode groups of ads to be scored, which may be empty: no rule is that of labels. Raises DataError."""
+    first = next(column for column, rule in rules.items() if rule.side == "ad")
+    return _decoded(table, rules, first, _Where(file, 0))
+
+
+def _decoded(table: pa.Table, rules: Mapping[str, Rule], counted: str, where: "_Where") -> DecodedGroups:
+    """Decode all columns; each of the ads' side is as long as the one called `counted`."""
+    raw = {column: _flatten(table, column, rule, where) for column, rule in rules.items()}
+    sample_offsets = raw[counted][1][0]
     columns = {}
     for column, rule in rules.items():
         values, offsets = raw[column]
         if rule.side == "ad":
-            where.check_equal(offsets[0], sample_offsets, column, label)
+            where.check_equal(offsets[0], sample_offsets, column, counted)
             offsets = offsets[1:]
         if rule.gallery:
             items = offsets[0] if len(offsets) > 1 else None
@@ -201,10 +217,6 @@ def decode(table: pa.Table, rules: Mapping[str, Rule], label: str, file: str, fi
     for first, *others in aligned_columns(rules):
         for column in others:
             where.check_equal(raw[column][1][0], raw[first][1][0], column, first, "behaviour")
-    labels = columns[label].values
-    if (wrong := np.flatnonzero((labels != 0) & (labels != 1))).size:
-        row = where.row_of_value(wrong[0], (sample_offsets,))
-        raise DataError(f"{row}: column {label} has {labels[wrong[0]]}; a label is 0 or 1")
     return DecodedGroups(columns, sample_offsets)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from featurestore.keys import id_of_text, keys_of_uris
+from featurestore.keys import ids_of_texts, keys_of_uris
 
 TextKind = Literal["id", "uri"]
 """id: a whole number as it is written is itself, other text its hash, as in build_samples. uri: always the hash, which
@@ -59,7 +59,7 @@ def encode_texts(array: Any, kind: TextKind) -> Encoded:
     if kind == "uri":
         return Encoded(keys_of_uris(texts_U), texts_U, index_N)
     texts_U = [text.strip() for text in texts_U]
-    return Encoded(np.array([id_of_text(text) for text in texts_U], np.int64), texts_U, index_N)
+    return Encoded(ids_of_texts(texts_U), texts_U, index_N)
 
 
 def encode_numbers(values_N: Int64) -> Encoded:

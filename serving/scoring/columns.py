@@ -1,0 +1,102 @@
+"""Which columns a request has, on which side, and what each has to be: those of the fields that the model uses."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from serving.errors import RequestError
+from serving.scoring.request import Request
+from serving.scoring.values import as_list, shown
+from trainer.config.validate import near_match
+from trainer.samples.columns import Rule, aligned_columns, rules_of, source_columns
+from trainer.schema import Field, Schema
+
+_WAYS_OUT = {"user": "put it into user", "ad": "put it into candidates, or into context if all have the same"}
+
+
+class RequestColumns:
+    """The columns of a request to a model with these fields of a schema."""
+
+    def __init__(self, schema: Schema, fields: Sequence[Field]) -> None:
+        self.schema = schema.model_copy(update={"fields": tuple(fields)})
+        """With the fields that the model uses."""
+        every = rules_of(schema)  # an image's text is a uri, whichever field reads its column
+        used = {column for field in fields for column in (field.column_name, field.weights) if column}
+        self.rules: Mapping[str, Rule] = {column: rule for column, rule in every.items() if column in used}
+        """What decoding makes; crossed columns are one here."""
+        self.sources: Mapping[str, Rule] = source_columns(self.rules)
+        """What a request holds."""
+        self.aligned = aligned_columns(self.rules)
+        self.nullable = {field.column_name for field in fields if field.kind == "content"}
+        """Columns of images, where null is an image that is missing."""
+        self._of_side = {side: self._names(side) for side in ("user", "ad")}
+        roles = {schema.label, schema.group, schema.time}
+        self._ignored = (roles | set(source_columns(every))) - set(self.sources)
+
+    def num_candidates(self, request: Request, where: str = "") -> int:
+        """Check the names of a request's columns, and count its candidates; `where` begins messages.
+
+        Raises RequestError: a column is missing, unknown, in the wrong part or in two, or lists of candidates are not
+        equally long.
+        """
+        user, context, candidates = request.user, request.context, request.candidates
+        self._check_known(user, "user", "user", where)
+        self._check_known(context, "context", "ad", where)
+        self._check_known(candidates, "candidates", "ad", where)
+        if context and (twice := context.keys() & candidates.keys() - self._ignored):
+            raise RequestError(f"{where}column {min(twice)} is in context and in candidates; leave one out")
+        counts = {column: self._length(column, values, where) for column, values in candidates.items()}
+        count = next(iter(counts.values()), 0)
+        if counts and set(counts.values()) != {count}:
+            first, other = next(
+                (first, other) for first in counts for other in counts if counts[first] != counts[other]
+            )
+            raise RequestError(
+                f"{where}candidates.{first} has {counts[first]} entries and candidates.{other} has {counts[other]}; "
+                "each candidate needs one entry in every column"
+            )
+        absent = self._of_side["user"].difference(user)
+        if count and not absent:
+            absent = self._of_side["ad"].difference(candidates, context)
+        if absent:
+            raise RequestError(where + self._missing(absent))
+        return count
+
+    def check_table(self, names: Collection[str]) -> None:
+        """Raise RequestError where a table has a column that is not known. (Missing ones: `check_types`.)"""
+        for name in names:
+            if name not in self.sources and name not in self._ignored:
+                raise RequestError(f"column {shown(name)} is no column of the model's; {self._near(name)}")
+
+    def _names(self, side: str) -> frozenset[str]:
+        return frozenset(column for column, rule in self.sources.items() if rule.side == side)
+
+    def _check_known(self, columns: Mapping[str, object], part: str, side: str, where: str) -> None:
+        if columns.keys() <= self._of_side[side]:
+            return
+        for name in columns.keys() - self._of_side[side] - self._ignored:
+            if isinstance(name, str) and name in self.sources:
+                of_side = self.sources[name].side
+                raise RequestError(f"{where}{part}.{name} is a column of side {of_side}; {_WAYS_OUT[of_side]}")
+            raise RequestError(f"{where}{part}.{shown(name)} is no column of the model's; {self._near(name)}")
+
+    def _near(self, name: object) -> str:
+        return near_match(str(name), list(self.sources))
+
+    def _missing(self, absent: Iterable[str]) -> str:
+        name = min(absent)
+        rule = self.sources[name]
+        return f"column {name} is missing, expected {expected(rule)}; {_WAYS_OUT[rule.side]}"
+
+    def _length(self, column: str, values: object, where: str) -> int:
+        if (entries := as_list(values)) is None:
+            raise RequestError(
+                f"{where}candidates.{column} is {shown(values)}, and has to be a list with an entry for each candidate"
+            )
+        return len(entries)
+
+
+def expected(rule: Rule) -> str:
+    """Say what a column has to be, in a user's or an ad's row."""
+    inner = rule.depth - (rule.side == "ad")
+    number = "number" if rule.is_real else "whole number or text" if rule.text else "whole number"
+    each = f"a {number}" if inner == 0 else "a list of " + "lists of " * (inner - 1) + f"{number}s"
+    return f"{each} for each candidate" if rule.side == "ad" else each

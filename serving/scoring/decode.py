@@ -1,0 +1,226 @@
+"""Requests to the arrays that training makes of sample files (trainer/samples/columns.py): the same rules, in one pass.
+
+All requests of a call become one batch: G users, B candidates of all of them, M = G or B by side, N values of a column.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.errors import RequestError
+from serving.scoring import values as of_values
+from serving.scoring.columns import RequestColumns, expected
+from serving.scoring.request import Request
+from serving.scoring.values import UnusableValueError, as_list, flattened
+from trainer.samples.batch import Batch, Jagged
+from trainer.samples.columns import Index, Rule, Values, sizes_of
+from trainer.samples.reader import inputs_of
+from trainer.samples.texts import Encoded, cross
+from trainer.schema import Field
+
+Bool = NDArray[np.bool_]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class DecodedRequests:
+    """The candidates of all requests as the trainer's batch, without labels."""
+
+    batch: Batch
+    counts_G: Index
+    """Candidates of each request."""
+    nulls: Mapping[str, Bool]
+    """By column of images: the values that were null, whose key is 0, (N,); columns without one are left out."""
+
+
+def decode_requests(columns: RequestColumns, requests: Sequence[Request]) -> DecodedRequests:
+    """Decode and check the requests. Raises RequestError that names the column, the place and the value."""
+    counts = [columns.num_candidates(each, _where(place, requests)) for place, each in enumerate(requests)]
+    reader = _Reader(columns, requests, np.array(counts, np.int64))
+    found = {column: reader.read(column, rule) for column, rule in columns.rules.items()}
+    for column, rule in columns.rules.items():
+        for other in rule.lengths_of:
+            reader.check_equal(found, column, other, rule, "value")
+    for first, *others in columns.aligned:
+        for column in others:
+            reader.check_equal(found, column, first, columns.rules[column], "behaviour")
+    return reader.decoded(found)
+
+
+def batch_of(columns: RequestColumns, taken: Callable[[Field, str], Jagged], counts_G: Index) -> Batch:
+    """Make the trainer's batch of requests with so many candidates each; `taken` gives the rows of a column."""
+    num_samples = int(counts_G.sum())
+    return Batch(
+        **inputs_of(columns.schema, taken),
+        group_of_sample_B=np.repeat(np.arange(len(counts_G)), counts_G),
+        label_B=np.zeros(num_samples, np.float32),
+        group_id_B=np.zeros(num_samples, np.int64),
+        global_samples=num_samples,
+    )
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Flat values; the lengths of the lists around them within a row, outermost first; which values are null."""
+
+    values: Values
+    levels: tuple[Index, ...]
+    is_null_N: Bool | None
+
+
+class _Reader:
+    """Reads the columns of some requests."""
+
+    def __init__(self, columns: RequestColumns, requests: Sequence[Request], counts_G: Index) -> None:
+        self._columns, self._requests, self._counts_G = columns, requests, counts_G
+        self._num_samples = int(counts_G.sum())
+        self._ones = {
+            "user": np.ones(len(requests), np.int32),
+            "ad": np.ones(self._num_samples, np.int32),
+        }
+
+    def read(self, column: str, rule: Rule) -> _Column:
+        """Read one of the columns that the fields have."""
+        if rule.crossed:
+            parts = [self._encoded(each) for each in rule.crossed]
+            for source, (_, levels) in zip(rule.crossed[1:], parts[1:], strict=True):
+                self._check_levels(source, rule, levels, rule.crossed[0], parts[0][1], "crossed value")
+            return _Column(cross([encoded for encoded, _ in parts]).ids, parts[0][1], None)
+        once = rule.side == "ad" and rule.depth == 1 and all(column in each.context for each in self._requests)
+        entries = [each.context[column] for each in self._requests] if once else self._entries(column, rule)
+        (values, is_null_N), levels = self._flat(column, rule, entries, partial(self._converted, column, rule), once)
+        if rule.width is not None and (levels[-1] != rule.width).any():
+            self._refuse_width(column, rule, levels)
+        if once:
+            values = np.repeat(values, self._counts_G)
+            is_null_N = None if is_null_N is None else np.repeat(is_null_N, self._counts_G)
+        return _Column(values, levels, is_null_N)
+
+    def check_equal(self, found: Mapping[str, _Column], column: str, other: str, rule: Rule, each: str) -> None:
+        """Raise RequestError where two columns have lists of unequal lengths."""
+        if found[column].levels:
+            level = 0 if each == "behaviour" else -1
+            one, two = (found[name].levels[level] for name in (column, other))
+            self._check_levels(column, rule, (one,), other, (two,), each)
+
+    def decoded(self, found: Mapping[str, _Column]) -> DecodedRequests:
+        """Put the columns together as a batch of the trainer."""
+
+        def taken(field: Field, column: str) -> Jagged:
+            return jagged[column]
+
+        jagged: dict[str, Jagged] = {}
+        for name, column in found.items():
+            rule, levels = self._columns.rules[name], column.levels
+            if rule.gallery:
+                jagged[sizes_of(name)] = Jagged(levels[-1], _int32(levels[0]) if len(levels) > 1 else self._ones["ad"])
+            lengths = _int32(_images_of(levels) if len(levels) > 1 else levels[0]) if levels else self._ones[rule.side]
+            jagged[name] = Jagged(column.values, lengths)
+        batch = batch_of(self._columns, taken, self._counts_G)
+        nulls = {name: column.is_null_N for name, column in found.items() if column.is_null_N is not None}
+        return DecodedRequests(batch, self._counts_G, nulls)
+
+    def _entries(self, column: str, rule: Rule) -> Sequence[Any]:
+        """A value for each user or candidate."""
+        if rule.side == "user":
+            return [each.user[column] for each in self._requests]
+        entries: list[Any] = []
+        for each, count in zip(self._requests, self._counts_G.tolist(), strict=True):
+            if column in each.candidates:
+                values = as_list(each.candidates[column])
+                assert values is not None
+                if len(self._requests) == 1:
+                    return values
+                entries += values
+            elif count:
+                entries += [each.context[column]] * count
+        return entries
+
+    def _encoded(self, column: str) -> tuple[Encoded, tuple[Index, ...]]:
+        rule = self._columns.sources[column]
+        return self._flat(column, rule, self._entries(column, rule), of_values.encoded)
+
+    def _converted(self, column: str, rule: Rule, entries: Sequence[Any]) -> tuple[Values, Bool | None]:
+        if rule.is_real:
+            return of_values.real_numbers(entries, rule.may_miss), None
+        if column in self._columns.nullable:
+            return of_values.images(entries)
+        return of_values.whole_numbers(entries, rule.text), None
+
+    def _flat(
+        self,
+        column: str,
+        rule: Rule,
+        entries: Sequence[Any],
+        convert: Callable[[Sequence[Any]], Result],
+        once: bool = False,
+    ) -> tuple[Result, tuple[Index, ...]]:
+        """Convert the values in the lists of a column's entries; and return the lengths of these, outermost first.
+
+        `once`: an entry is of a request, and not of a candidate.
+        """
+        levels: tuple[Index, ...] = ()
+        try:
+            for _ in range(rule.depth - (rule.side == "ad")):
+                entries, lengths = flattened(entries, expected(rule))
+                levels = (*levels, lengths)
+            return convert(entries), levels
+        except UnusableValueError as failure:
+            message = f"{self._path(column, rule, levels, failure.place, once)} is {failure.why}"
+        raise RequestError(message)
+
+    def _check_levels(
+        self, column: str, rule: Rule, one: Sequence[Index], other: str, two: Sequence[Index], each: str
+    ) -> None:
+        for level, (found, expected_M) in enumerate(zip(one, two, strict=True)):
+            if not np.array_equal(found, expected_M):
+                place = int((found != expected_M).argmax())
+                path = self._path(column, rule, one[:level], place)
+                raise RequestError(
+                    f"{path} has {found[place]} entries, and {other} has {expected_M[place]} there; each {each} needs "
+                    "one entry in both"
+                )
+
+    def _refuse_width(self, column: str, rule: Rule, levels: Sequence[Index]) -> NoReturn:
+        place = int((levels[-1] != rule.width).argmax())
+        path = self._path(column, rule, levels[:-1], place)
+        raise RequestError(f"{path} has {levels[-1][place]} numbers; the schema says width={rule.width}")
+
+    def _path(self, column: str, rule: Rule, levels: Sequence[Index], place: int, once: bool = False) -> str:
+        """Say where a value is: requests[1]: candidates.ad_categories[7][2]. `once`: see `_flat`."""
+        places: list[int] = []
+        for lengths in reversed(levels):
+            ends = np.cumsum(lengths)
+            row = int(np.searchsorted(ends, place, side="right"))
+            places.insert(0, place - int(ends[row] - lengths[row]))
+            place = row
+        request = place
+        if rule.side == "ad" and not once:
+            ends = np.cumsum(self._counts_G)
+            request = int(np.searchsorted(ends, place, side="right"))
+            place -= int(ends[request] - self._counts_G[request])
+        part = "user" if rule.side == "user" else "candidates"
+        if rule.side == "ad" and column in self._requests[request].context:
+            part = "context"
+        if part == "candidates":
+            places.insert(0, place)
+        return f"{_where(request, self._requests)}{part}.{column}" + "".join(f"[{each}]" for each in places)
+
+
+def _images_of(levels: Sequence[Index]) -> Index:
+    """Count the images of each row, of a gallery of behaviours."""
+    ends_K = np.append(0, np.cumsum(levels[1]))
+    lengths_M: Index = np.diff(ends_K[np.append(0, np.cumsum(levels[0]))])
+    return lengths_M
+
+
+def _int32(lengths: Index) -> NDArray[np.int32]:
+    return lengths.astype(np.int32)
+
+
+def _where(place: int, requests: Sequence[Request]) -> str:
+    return f"requests[{place}]: " if len(requests) > 1 else ""
