@@ -177,10 +177,6 @@ def decode(table: pa.Table, rules: Mapping[str, Rule], label: str, file: str, fi
     """Decode the sample groups of a row group, whose first row is number `first_row` of `file`. Raises DataError."""
     where = _Where(file, first_row)
     groups = _decoded(table, rules, label, where)
-    if (empty := np.flatnonzero(np.diff(groups.sample_offsets) == 0)).size:
-        raise DataError(
-            f"{where.row(empty[0])}: column {label} is an empty list; a sample group has at least one impression"
-        )
     labels = groups.columns[label].values
     if (wrong := np.flatnonzero((labels != 0) & (labels != 1))).size:
         row = where.row_of_value(wrong[0], (groups.sample_offsets,))
@@ -191,13 +187,18 @@ def decode(table: pa.Table, rules: Mapping[str, Rule], label: str, file: str, fi
 def decode_unlabelled(table: pa.Table, rules: Mapping[str, Rule], file: str) -> DecodedGroups:
     """Decode groups of ads to be scored, which may be empty: no rule is that of labels. Raises DataError."""
     first = next(column for column, rule in rules.items() if rule.side == "ad")
-    return _decoded(table, rules, first, _Where(file, 0))
+    return _decoded(table, rules, first, _Where(file, 0), may_be_empty=True)
 
 
-def _decoded(table: pa.Table, rules: Mapping[str, Rule], counted: str, where: "_Where") -> DecodedGroups:
+def _decoded(
+    table: pa.Table, rules: Mapping[str, Rule], counted: str, where: "_Where", may_be_empty: bool = False
+) -> DecodedGroups:
     """Decode all columns; each of the ads' side is as long as the one called `counted`."""
     raw = {column: _flatten(table, column, rule, where) for column, rule in rules.items()}
     sample_offsets = raw[counted][1][0]
+    if not may_be_empty and (empty := np.flatnonzero(np.diff(sample_offsets) == 0)).size:
+        what = f"column {counted} is an empty list; a sample group has at least one impression"
+        raise DataError(f"{where.row(empty[0])}: {what}")
     columns = {}
     for column, rule in rules.items():
         values, offsets = raw[column]
