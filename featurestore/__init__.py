@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from featurestore.flight.client import FeatureClient, connect
     from featurestore.format.codec import Codec
     from featurestore.format.rows import FeatureRows, to_bits, to_float32
     from featurestore.format.statistics import FeatureStatistics
@@ -22,6 +23,7 @@ __all__ = [
     "Codec",
     "CodecSpec",
     "ExtractorSpec",
+    "FeatureClient",
     "FeaturePartition",
     "FeatureRows",
     "FeatureStatistics",
@@ -30,6 +32,7 @@ __all__ = [
     "QuarantineRow",
     "Snapshot",
     "StoreInfo",
+    "connect",
     "key_of_uri",
     "keys_of_uris",
     "owner_of",
@@ -42,13 +45,14 @@ _MODULES = (
     "format.codec", "format.rows", "format.statistics", "keys", "lookup.partition", "quarantine", "snapshot", "spec",
     "store",
 )  # fmt: skip
+_CLIENT, _OF_CLIENT = "flight.client", ("FeatureClient", "connect")  # nobody else needs to load Arrow Flight
 
 
 def __getattr__(name: str) -> Any:
     """Load the public names when the first of them is asked for: a command's --help needs none of them."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for module in _MODULES:
+    for module in (_CLIENT,) if name in _OF_CLIENT else _MODULES:
         here = vars(importlib.import_module(f"{__name__}.{module}"))
         globals().update({each: here[each] for each in __all__ if each in here})
     return globals()[name]

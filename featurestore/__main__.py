@@ -1,15 +1,15 @@
-"""python -m featurestore: look at a store, go through its history, check every file."""
+"""python -m featurestore: look at a store, go through its history, check every file, serve it, ask it in SQL."""
 
-from featurestore.commands import check, history, look, recode
+from featurestore.commands import check, history, look, recode, serve, sql
 from featurestore.console.commandline import CommandApp, run_app
 
 app = CommandApp(
-    help="Look at a feature store, go through its history, check every file.",
+    help="Look at a feature store, go through its history, check every file, serve it, ask it in SQL.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (look, history, check, recode):
+for commands in (look, history, check, recode, serve, sql):
     app.add_typer(commands.app)
 
 

@@ -14,6 +14,11 @@ FeatureStoreError
 ├── MissingKeysError        keys without a feature
 ├── CommitConflictError     another writer was in the way: read again and retry
 ├── CorruptFileError        a file is not what was written
+├── QueryError              a query that SQL does not understand
+├── ServerError             a feature server does not answer as it should
+│   ├── UnavailableError    nobody listens there, or it has too many calls now: try again
+│   ├── DeadlineError       no answer in time
+│   └── AccessError         a token or a certificate is refused
 └── StorageError            the disk or the object store refused
     └── UnsafeBackendError  the place cannot hold a store: its exclusive create is not atomic
 
@@ -90,6 +95,28 @@ class CommitConflictError(FeatureStoreError):
 
 class CorruptFileError(FeatureStoreError):
     """A file is not what was written: damaged, truncated or replaced."""
+
+
+class QueryError(FeatureStoreError):
+    """A query that SQL does not understand, or that asks for more than rows of a store."""
+
+    exit_code = USAGE
+
+
+class ServerError(FeatureStoreError):
+    """A feature server does not answer as it should."""
+
+
+class UnavailableError(ServerError):
+    """Nobody listens at the address, the connection broke, or the server has too many calls now: try again."""
+
+
+class DeadlineError(ServerError):
+    """No answer of a feature server in time."""
+
+
+class AccessError(ServerError):
+    """A feature server refuses the token, or its certificate is not one to trust."""
 
 
 class StorageError(FeatureStoreError):

@@ -1,13 +1,15 @@
 """One published state of a store. It holds its manifest, so later commits never change what it reads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from featurestore.errors import MissingKeysError
+from featurestore.format.arrow import live_batches, live_schema
 from featurestore.format.codec import Codec, codec_of
 from featurestore.format.datafile import rows_of, schema_of
 from featurestore.format.rows import FeatureRows
@@ -73,6 +75,32 @@ class Snapshot:
         if not found_U.all():
             raise MissingKeysError(missing_message(keys_U[~found_U], f"snapshot {self.version} of {self.storage.url}"))
         return features_UD
+
+    def to_arrow(self, columns: Sequence[str] | None = None, decode: bool = True) -> pa.Table:
+        """Read all live rows, or columns of them, as one table: key, uri, content_digest, source_tag, width, height,
+        feature.
+
+        `decode` makes the features fixed-size lists of float32; else they are bytes as stored. The newest row of each
+        key is there, tombstones are not; shard by shard. Raises ValueError for an unknown column, CorruptFileError.
+        """
+        schema = live_schema(self.info, columns, decode)
+        codec = self.codec
+        batches = self._each_shard(lambda reader: list(live_batches(reader, codec, columns, decode)))
+        return pa.Table.from_batches([batch for shard in batches for batch in shard], schema)
+
+    def arrow_reader(
+        self, columns: Sequence[str] | None = None, decode: bool = True, shards: Iterable[int] | None = None
+    ) -> pa.RecordBatchReader:
+        """Stream what `to_arrow` reads, of all shards or of some, a few megabytes at a time."""
+        schema = live_schema(self.info, columns, decode)
+        return pa.RecordBatchReader.from_batches(schema, self.arrow_batches(columns, decode, shards))
+
+    def arrow_batches(
+        self, columns: Sequence[str] | None = None, decode: bool = True, shards: Iterable[int] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield the record batches of `arrow_reader`."""
+        for shard in sorted(self.manifest.shards) if shards is None else shards:
+            yield from live_batches(self.shard_reader(shard), self.codec, columns, decode)
 
     def statistics(self) -> FeatureStatistics:
         """Compute mean and standard deviation of each dimension over the live rows, in decoded numbers.

@@ -15,7 +15,17 @@ from tests.servers import environment_of, moto, new_bucket, seaweedfs
 if TYPE_CHECKING:
     from distributed import Client
 
-SERVICES = {"two_ranks", "results_of", "client", "cluster", "s3_endpoint", "moto_endpoint", "make_arena", "dies_at"}
+SERVICES = {
+    "two_ranks",
+    "results_of",
+    "client",
+    "cluster",
+    "s3_endpoint",
+    "moto_endpoint",
+    "make_arena",
+    "dies_at",
+    "serve",
+}
 """Fixtures that start ranks, a Dask cluster, a server or writers to be killed: their tests are marked `services`."""
 SERVERS = {"s3", "seaweedfs", "moto", "s3_url", "moto_url"}
 """Parameters of tests and fixtures that ask for a server."""

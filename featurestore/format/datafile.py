@@ -29,6 +29,7 @@ METADATA_COLUMNS = [KEY, URI, "content_digest", "source_tag", "width", "height"]
 ROW_GROUP_BYTES = 8 << 20
 _SMALL_BYTES = 1 << 20
 _BLOCK_BYTES = 2 << 20  # in the processor's cache when it is used, and one huge page when it is written to a file
+_METADATA_BYTES = 128  # of the other columns of a row, roughly
 Digest = Literal["sha256", "xxh3_128"]
 Check = Literal["size", "sha256", "xxh3_128"]
 _INFO, _STORE_ID = b"featurestore.info", b"featurestore.store_id"
@@ -182,11 +183,12 @@ class DataFile:
             return self._parquet.read_row_groups(list(groups), names, use_threads=False)
 
     def blocks(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Read columns, some megabytes of features at a time."""
+        """Read columns, some megabytes at a time."""
+        rows = self._block_rows if FEATURE in columns else _BLOCK_BYTES // _METADATA_BYTES
         with self._translated():
             yield from (
                 pa.Table.from_batches([batch])
-                for batch in self._parquet.iter_batches(self._block_rows, columns=list(columns), use_threads=False)
+                for batch in self._parquet.iter_batches(rows, columns=list(columns), use_threads=False)
             )
 
     def close(self) -> None:

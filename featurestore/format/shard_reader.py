@@ -119,6 +119,29 @@ class ShardReader:
             raise AssertionError(f"shard {self.shard} has no files")
         return take_rows(self._concatenated(columns), self._live[1])
 
+    def live_tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Read columns of the live rows, a few megabytes at a time, file by file, the oldest first.
+
+        Needs no more memory than that, and of more than one file that of all keys. Pages are checked, not the digests
+        of whole files. Raises CorruptFileError.
+        """
+        live_N = np.ones(sum(entry.rows for entry in self.entries), np.bool_)
+        if not self.is_plain:
+            live_N[:] = False
+            live_N[self._live[1]] = True
+        start = 0
+        for entry in self.entries:
+            live_K = live_N[start : start + entry.rows]
+            start += entry.rows
+            if not live_K.any():
+                continue
+            with open_entry(self.storage, self.info, entry, streaming=True) as file:
+                first = 0
+                for table in file.blocks(columns):
+                    here = live_K[first : first + len(table)]
+                    first += len(table)
+                    yield table if here.all() else table.filter(pa.array(here))
+
     def features(self, keys_U: Int64Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
         """Read the features of some keys, (U, D) in the storage dtype, and tell which keys are there. Reads whole row
         groups around the rows asked for, and no more."""

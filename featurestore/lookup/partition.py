@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from featurestore.errors import FeatureStoreError, MissingKeysError, StorageError
 from featurestore.identity import SnapshotId
-from featurestore.keys import Int64Array, owned_shards, owner_of, sampled, shard_of, shard_of_hash, splitmix64
+from featurestore.keys import Int64Array, owned_shards, sampled, shard_of, shard_of_hash, splitmix64
 from featurestore.lookup.cache import CachedShard, default_cache_dir, open_or_build
 from featurestore.lookup.hashindex import HashIndex
 from featurestore.lookup.mmap import huge_page_bytes, map_rows, physical_memory_bytes, populate
@@ -48,13 +48,13 @@ class FeaturePartition:
     def __init__(
         self,
         snapshot: Snapshot,
-        rank: int,
-        num_ranks: int,
+        shards: Sequence[int],
         cached: Sequence[CachedShard],
         missing: MissingPolicy,
         threads: int,
+        owner: str,
     ) -> None:
-        """Use `load`. `cached` are the owned shards, ascending."""
+        """Use `load`. `shards` are those held, ascending, `cached` their files; `owner` is for messages."""
         self.info: StoreInfo = snapshot.info
         self.codec = snapshot.codec
         self.snapshot_version = snapshot.version
@@ -62,20 +62,22 @@ class FeaturePartition:
         self.missing_policy = missing
         self.missing_count = 0
         self._hidden_share, self._hidden_seed = 0.0, 0
-        self._rank, self._num_ranks = rank, num_ranks
+        self._owner = owner
+        self._owned_S = np.zeros(self.info.num_shards, np.bool_)
+        self._owned_S[list(shards)] = True
+        self._owns_all = bool(self._owned_S.all())
         self._where = f"snapshot {snapshot.version} of {snapshot.storage.url}"
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lookup")
         self._lock = threading.Lock()
         self._closed = False
         counts = [len(shard.hash_M) for shard in cached]
-        owned = owned_shards(self.info.num_shards, rank, num_ranks)
-        self._index = HashIndex(owned, [shard.hash_M for shard in cached], self.info.num_shards)
+        self._index = HashIndex(shards, [shard.hash_M for shard in cached], self.info.num_shards)
         mapped = map_rows([shard.rows_path for shard in cached], counts, self.dim, self.info.storage_dtype)
         self._matrix = mapped.matrix
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64) if counts else np.empty(0, np.int64)
         self._gap_S = np.zeros(self.info.num_shards, np.int64)  # from the place of a hash to the row in the matrix
-        self._gap_S[owned] = np.asarray(mapped.first_rows) - starts
+        self._gap_S[list(shards)] = np.asarray(mapped.first_rows) - starts
         size_bytes = self.num_rows * self.info.row_bytes
         self._touch_first = True
         if size_bytes <= _MEMORY_SHARE * physical_memory_bytes():
@@ -94,8 +96,11 @@ class FeaturePartition:
         threads: int | None = None,
         version: int | None = None,
         progress: Progress | None = None,
+        shards: Sequence[int] | None = None,
     ) -> "FeaturePartition":
         """Open the shards of `rank`, of the newest snapshot or of `version`; missing local files are built.
+
+        `shards` names others than those of a rank, for who shares them out in another way (`featurestore.flight`).
 
         `threads` build and look up; by default up to 4 build, and half of the cores but no more than 4 look up: copying
         rows is bound by memory, and other ranks want theirs. A build holds 256 MB of data files, or the largest one,
@@ -111,10 +116,13 @@ class FeaturePartition:
         folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
         cores = len(os.sched_getaffinity(0))
         build_threads = threads or min(_MAX_THREADS, cores)
-        readers = [snapshot.shard_reader(shard) for shard in owned_shards(store.info.num_shards, rank, num_ranks)]
-        cached = open_or_build(readers, folder, build_threads, progress)
+        owner = f"rank {rank} of {num_ranks}" if shards is None else f"a partition of {len(shards)} shards"
+        held = owned_shards(store.info.num_shards, rank, num_ranks) if shards is None else sorted(set(shards))
+        if held and not 0 <= held[0] <= held[-1] < store.info.num_shards:
+            raise ValueError(f"shards={held[0]} to {held[-1]} are not in [0, num_shards={store.info.num_shards})")
+        cached = open_or_build([snapshot.shard_reader(shard) for shard in held], folder, build_threads, progress)
         try:
-            return cls(snapshot, rank, num_ranks, cached, missing, threads or max(1, min(_MAX_THREADS, cores // 2)))
+            return cls(snapshot, held, cached, missing, threads or max(1, min(_MAX_THREADS, cores // 2)), owner)
         except OSError as error:
             raise StorageError(f"cannot map the cache files in {folder}: {error}") from error
 
@@ -135,7 +143,7 @@ class FeaturePartition:
 
     def owns(self, keys_U: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Tell which keys belong to the shards of this rank, whether they have a feature or not, (U,)."""
-        return np.asarray(owner_of(shard_of(keys_U, self.info.num_shards), self._num_ranks) == self._rank)
+        return self._owned_S[shard_of(keys_U, self.info.num_shards)]
 
     def contains(self, keys_U: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Tell which keys have a feature among the rows of this rank, (U,); none is read, and hidden ones count."""
@@ -203,7 +211,7 @@ class FeaturePartition:
         """Return the place of each key among the hashes held, whether there is none, and its shard, (U,) each."""
         hash_U = splitmix64(keys_U)
         shard_U = shard_of_hash(hash_U, self.info.num_shards)
-        if self._num_ranks > 1:
+        if not self._owns_all:
             self._check_owned(np.asarray(keys_U), shard_U)
         if self.num_rows == 0:
             return np.zeros(len(hash_U), np.int64), np.ones(len(hash_U), np.bool_), shard_U
@@ -249,13 +257,12 @@ class FeaturePartition:
         return out
 
     def _check_owned(self, keys_U: Int64Array, shard_U: Int64Array) -> None:
-        owner_U = owner_of(shard_U, self._num_ranks)
-        strange_U = owner_U != self._rank
+        strange_U = ~self._owned_S[shard_U]
         if strange_U.any():
-            key, owner = keys_U.reshape(-1)[strange_U][0], owner_U[strange_U][0]
+            key, shard = keys_U.reshape(-1)[strange_U][0], shard_U[strange_U][0]
             raise MissingKeysError(
-                f"{int(strange_U.sum())} of the keys asked belong to shards that rank {self._rank} of {self._num_ranks}"
-                f" does not own: key {key} belongs to rank {owner}. Ask the owner (featurestore.keys.owner_of)."
+                f"{int(strange_U.sum())} of the keys asked belong to shards that {self._owner} does not own: key {key}"
+                f" belongs to shard {shard}. Ask the owner (featurestore.keys.owner_of)."
             )
 
     def _note_missing(self, keys_U: Int64Array, missing_U: npt.NDArray[np.bool_]) -> None:

@@ -1,0 +1,90 @@
+"""Command serve: answer lookups of other processes, machines and languages over Arrow Flight."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from featurestore.commands.common import Url
+from featurestore.console.commandline import CommandApp
+
+app = CommandApp()
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `python -m featurestore serve data/features --port 8815`\n\n"
+    "- `python -m featurestore serve s3://bucket/features --host 0.0.0.0 --port 8815 --shards 0-31"
+    " --tls-cert server.pem --tls-key server.key --token-file tokens.txt`"
+)
+def serve(
+    url: Url,
+    host: Annotated[str, typer.Option("--host", help="Address to listen at; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port to listen at; 0 takes a free one.")
+    ] = 8815,
+    shards: Annotated[
+        str | None, typer.Option("--shards", help="Shards to offer, as 0-31 or 0,4,8-11; all by default.")
+    ] = None,
+    version: Annotated[
+        int | None, typer.Option("--version", help="Offer this snapshot alone; by default the newest, also later ones.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option("--tls-cert", help="Certificate of the server, PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option("--tls-key", help="Key of the certificate, PEM.")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option("--token-file", help="File of tokens, one a line; a client needs one of them.")
+    ] = None,
+    cache_dir: Annotated[Path | None, typer.Option("--cache-dir", help="Folder of local files of shards.")] = None,
+    max_calls: Annotated[
+        int, typer.Option("--max-calls", min=1, help="Calls answered at once; more are refused.")
+    ] = 64,
+    poll_s: Annotated[
+        float, typer.Option("--poll-s", min=0.1, help="Seconds between looks for a new snapshot.")
+    ] = 10.0,
+    stuck_s: Annotated[
+        float, typer.Option("--stuck-s", min=0.1, help="Seconds after which a client that does not read is cut off.")
+    ] = 60.0,
+    drain_s: Annotated[
+        float, typer.Option("--drain-s", min=0, help="Seconds that calls have to end at SIGTERM.")
+    ] = 20.0,
+) -> None:
+    """Answer lookups over Arrow Flight: keys in, features and a mask out. `featurestore.connect` is the client.
+
+    Prints its address when it answers. It offers newer snapshots as they are committed. SIGTERM ends it.
+    """
+    from featurestore.flight.access import read_tokens
+    from featurestore.flight.server import Listening
+    from featurestore.flight.service import ServingOptions, ended_by_sigterm, parse_shards, read_tls
+    from featurestore.flight.service import serve as serve_store
+    from featurestore.store import FeatureStore
+
+    if (tls_cert is None) != (tls_key is None):
+        raise typer.BadParameter("--tls-cert and --tls-key go together")
+    store = FeatureStore.open(url)
+    try:
+        chosen = None if shards is None else parse_shards(shards, store.info.num_shards)
+    except ValueError as error:
+        raise typer.BadParameter(f"--shards: {error}") from error
+    listening = Listening(
+        host=host,
+        port=port,
+        tls=read_tls(tls_cert, tls_key) if tls_cert and tls_key else None,
+        tokens=read_tokens(token_file) if token_file else (),
+    )
+    options = ServingOptions(
+        shards=chosen,
+        version=version,
+        cache_dir=cache_dir,
+        max_calls=max_calls,
+        poll_s=poll_s,
+        stuck_s=stuck_s,
+        drain_s=drain_s,
+    )
+    with ended_by_sigterm() as ended:
+        serve_store(store, listening, options, _say, ended)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()

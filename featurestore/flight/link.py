@@ -1,0 +1,163 @@
+"""The connection of a client to one server: requests and answers, and what can go wrong on the way as errors of ours.
+
+Letters of shapes: U keys asked, C of them in a block, K in one message, D feature width.
+"""
+
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pyarrow import flight
+
+from featurestore.errors import AccessError, DeadlineError, ServerError, UnavailableError
+from featurestore.flight.access import bearer
+from featurestore.flight.protocol import (
+    DESCRIBE,
+    FOUND,
+    KEYS_SCHEMA,
+    SECURE,
+    Asked,
+    Described,
+    error_received,
+    keys_batch,
+    parsed,
+)
+from featurestore.format.datafile import matrix_of, numpy_column
+from featurestore.keys import Int64Array
+from featurestore.spec import StoreInfo
+
+# Two messages of keys are on their way at most. They fit into what HTTP/2 lets a sender send unasked (64 kB), so a
+# client never waits to send while its server waits for it to read.
+_KEYS_PER_MESSAGE = 3_000
+_PROBE_S = 5.0
+
+
+class ServerLink:
+    """One server, asked by any number of threads. Every request has `timeout_s` to its end."""
+
+    def __init__(self, address: str, token: str | None, ca: str | None, timeout_s: float) -> None:
+        self.address = address
+        self._timeout_s, self._ca = timeout_s, ca
+        headers: Any = [] if token is None else [bearer(token)]
+        self._options = flight.FlightCallOptions(timeout=timeout_s, headers=headers)
+        self._client = flight.FlightClient(address, tls_root_certs=ca)
+
+    def describe(self, version: int | None) -> tuple[Described, bytes]:
+        """Ask for a snapshot, the newest by default: what the server has of it, and the ranges of an int8 store."""
+        action = flight.Action(DESCRIBE, Asked(version=version).model_dump_json().encode())
+        with self._translated():
+            described, ranges = (each.body.to_pybytes() for each in self._client.do_action(action, self._options))
+        return parsed(Described, described), ranges
+
+    def exchange(self, version: int, keys_U: Int64Array, out: "Answer", features: bool = True) -> None:
+        """Ask for keys of a snapshot, and put what comes into `out`; `features`: false asks which are there alone."""
+        asked = Asked(version=version, features=features).model_dump_json().encode()
+        descriptor = flight.FlightDescriptor.for_command(asked)
+        with self._translated():
+            writer, reader = self._client.do_exchange(descriptor, self._options)
+            # Where the call fails, closing says the same once more.
+            with writer:
+                writer.begin(KEYS_SCHEMA)
+                sent = self._send(writer, keys_U, 0)
+                done = 0
+                while done < len(keys_U):
+                    sent = self._send(writer, keys_U, sent)
+                    end = min(done + _KEYS_PER_MESSAGE, len(keys_U))
+                    while done < end:
+                        done += out.put(done, reader.read_chunk().data)
+
+    def _send(self, writer: Any, keys_U: Int64Array, start: int) -> int:
+        """Send the next message of keys, or say that there is none; return how many keys are sent."""
+        keys_K = keys_U[start : start + _KEYS_PER_MESSAGE]
+        if len(keys_K):
+            writer.write_batch(keys_batch(keys_K))
+            if start + len(keys_K) == len(keys_U):
+                writer.done_writing()
+        return start + len(keys_K)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except StopIteration:
+            raise ServerError(f"{self.address} ended its answer too early") from None
+        except (pa.ArrowException, OSError) as error:
+            raise self._translation(error) from error
+
+    def _translation(self, error: Exception) -> ServerError | Exception:
+        ours = error_received(error)
+        if ours is not None:
+            ours.add_note(f"(said by the feature server {self.address})")
+            return ours
+        first = str(error).partition("\n")[0]
+        if isinstance(error, flight.FlightTimedOutError):
+            return DeadlineError(f"{self.address} did not answer within timeout_s={self._timeout_s:g}")
+        if isinstance(error, flight.FlightUnauthenticatedError | flight.FlightUnauthorizedError):
+            return AccessError(f"{self.address} refuses the token: it must be one of the server's --token-file")
+        if isinstance(error, flight.FlightUnavailableError):
+            return certificate_error(self.address, self._ca) or UnavailableError(
+                f"no feature server answers at {self.address}, or the connection broke: {first}"
+            )
+        return ServerError(f"{self.address} failed: {first}")
+
+
+class Answer:
+    """Where the answers to some keys go: rows of a matrix, and of a mask of what is missing.
+
+    Several threads may put parts of one answer, as each has rows of its own.
+    """
+
+    def __init__(
+        self,
+        info: StoreInfo,
+        out_UD: npt.NDArray[Any] | None,
+        missing_U: npt.NDArray[np.bool_],
+        rows: slice | Int64Array,
+    ) -> None:
+        """`rows` are those of the keys asked, a stretch or any; without `out_UD` there are no features."""
+        self._info, self._out_UD, self._missing_U, self._rows = info, out_UD, missing_U, rows
+
+    def put(self, first: int, batch: Any) -> int:
+        """Put the answer to the keys from number `first` on; return how many those are."""
+        table = pa.Table.from_batches([batch])
+        block = slice(first, first + len(table))
+        rows = self._rows
+        place: slice | Int64Array = (
+            slice(rows.start + block.start, rows.start + block.stop) if isinstance(rows, slice) else rows[block]
+        )
+        self._missing_U[place] = ~numpy_column(table, FOUND)
+        if self._out_UD is not None:
+            self._out_UD[place] = matrix_of(table, self._info)
+        return len(table)
+
+
+def certificate_error(address: str, ca: str | None) -> AccessError | None:
+    """Find out whether it is a server's certificate that ends all connections; None where it is not.
+
+    gRPC says no more than that there is no connection.
+    """
+    parts = urlsplit(address)
+    if parts.scheme != SECURE:
+        return None
+    context = ssl.create_default_context(cadata=ca)
+    context.set_alpn_protocols(["h2"])
+    try:
+        with (
+            socket.create_connection((parts.hostname or "", parts.port or 0), _PROBE_S) as plain,
+            context.wrap_socket(plain, server_hostname=parts.hostname),
+        ):
+            return None
+    except ssl.SSLCertVerificationError as error:
+        return AccessError(f"{address}: its certificate is refused, {error.verify_message}; see ca=")
+    except (OSError, ValueError):
+        return None

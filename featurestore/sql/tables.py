@@ -1,0 +1,109 @@
+"""The tables of a store for SQL, each read when a query scans it: images, quarantine, snapshots, shards."""
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+
+from featurestore.errors import FeatureStoreError
+from featurestore.format.arrow import live_schema
+from featurestore.snapshot import Snapshot
+from featurestore.store import FeatureStore
+from featurestore.upkeep import history
+
+IMAGES = "images"
+_TIME: Any = pa.timestamp("us")  # of UTC; DuckDB has zones in an extension alone
+_QUARANTINE = pa.schema([("key", pa.int64()), ("uri", pa.string()), ("reason", pa.string()), ("since", _TIME)])
+_SNAPSHOTS = pa.schema(
+    [
+        ("version", pa.int64()),
+        ("committed", _TIME),
+        ("operation", pa.string()),
+        *((name, pa.int64()) for name in ("files", "rows", "bytes", "quarantined")),
+        ("writer", pa.string()),
+        ("pins", pa.list_(pa.string())),
+    ]
+)
+_SHARDS = pa.schema([(name, pa.int64()) for name in ("shard", "files", "rows", "tombstones", "bytes")])
+
+
+class ScannedTable:
+    """A table that is read anew, batch by batch, whenever a query scans it (Arrow's PyCapsule interface)."""
+
+    def __init__(self, schema: pa.Schema, batches: Callable[[], Iterator[pa.RecordBatch]]) -> None:
+        self.schema = schema
+        self.error: FeatureStoreError | None = None  # what ended a scan: DuckDB keeps no more than its text
+        self._batches = batches
+
+    def __arrow_c_schema__(self) -> Any:
+        """Return the columns."""
+        return self.schema.__arrow_c_schema__()
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+        """Begin a scan."""
+        reader: Any = pa.RecordBatchReader.from_batches(self.schema, self._noted())
+        return reader.__arrow_c_stream__(requested_schema)
+
+    def _noted(self) -> Iterator[pa.RecordBatch]:
+        try:
+            yield from self._batches()
+        except FeatureStoreError as error:
+            self.error = error
+            raise
+
+
+def tables_of(store: FeatureStore, snapshot: Snapshot) -> dict[str, ScannedTable]:
+    """Return the tables by name; of images all columns."""
+    return {
+        IMAGES: images_table(snapshot),
+        "quarantine": _of_rows(_QUARANTINE, lambda: map(_quarantine_row, store.quarantine_rows())),
+        "snapshots": _of_rows(_SNAPSHOTS, lambda: map(_snapshot_row, history.log(store))),
+        "shards": _of_rows(_SHARDS, lambda: _shard_rows(snapshot)),
+    }
+
+
+def images_table(snapshot: Snapshot, columns: Sequence[str] | None = None) -> ScannedTable:
+    """Return the live rows: all columns, or some."""
+    return ScannedTable(live_schema(snapshot.info, columns), lambda: snapshot.arrow_batches(columns))
+
+
+def _of_rows(schema: pa.Schema, rows: Callable[[], Iterator[dict[str, Any]]]) -> ScannedTable:
+    return ScannedTable(schema, lambda: iter(pa.Table.from_pylist(list(rows()), schema).to_batches()))
+
+
+def _quarantine_row(row: Any) -> dict[str, Any]:
+    return {"key": row.key, "uri": row.uri, "reason": row.reason, "since": _time(row.time_s)}
+
+
+def _snapshot_row(entry: history.LogEntry) -> dict[str, Any]:
+    manifest = entry.manifest
+    if manifest is None:
+        return {"version": entry.version, "operation": "damaged: run verify", "pins": list(entry.pins)}
+    return {
+        "version": entry.version,
+        "committed": _time(manifest.time_s),
+        "operation": manifest.operation,
+        "files": manifest.num_files,
+        "rows": manifest.file_rows,
+        "bytes": manifest.file_bytes,
+        "quarantined": manifest.num_quarantined,
+        "writer": manifest.writer,
+        "pins": list(entry.pins),
+    }
+
+
+def _shard_rows(snapshot: Snapshot) -> Iterator[dict[str, Any]]:
+    for shard in range(snapshot.info.num_shards):
+        files = snapshot.manifest.files(shard)
+        yield {
+            "shard": shard,
+            "files": len(files),
+            "rows": sum(entry.num_live for entry in files),
+            "tombstones": sum(entry.num_deleted for entry in files),
+            "bytes": sum(entry.bytes for entry in files),
+        }
+
+
+def _time(time_s: float) -> datetime:
+    return datetime.fromtimestamp(time_s, UTC).replace(tzinfo=None)

@@ -1,0 +1,109 @@
+"""Who may ask, and whom a client trusts: tokens and certificates, right, wrong and expired."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import trustme
+from pyarrow import flight
+
+from featurestore import FeatureStore, StoreInfo, connect, keys_of_uris
+from featurestore.errors import AccessError, FeatureStoreError
+from featurestore.flight.access import read_tokens
+from featurestore.flight.service import read_tls
+from tests.featurestore.conftest import MakeRows
+from tests.featurestore.flight.conftest import Serve
+
+TOKEN, OTHER = "0123456789abcdef-first", "0123456789abcdef-second"
+KEYS = keys_of_uris([f"images/{i}.jpg" for i in range(20)])
+
+
+class Certificates:
+    """An authority, and the files of a server's certificate."""
+
+    def __init__(self, folder: Path, *names: str, expired: bool = False) -> None:
+        folder.mkdir()
+        authority = trustme.CA()
+        until = datetime.now(UTC) - timedelta(days=1) if expired else None
+        issued = authority.issue_cert(*names, not_before=datetime(2020, 1, 1, tzinfo=UTC), not_after=until)
+        self.ca, self.cert, self.key = folder / "ca.pem", folder / "server.pem", folder / "server.key"
+        authority.cert_pem.write_to_path(self.ca)
+        self.key.write_bytes(issued.private_key_pem.bytes())
+        self.cert.write_bytes(b"".join(each.bytes() for each in issued.cert_chain_pems))
+
+
+@pytest.fixture
+def filled(store: FeatureStore, info: StoreInfo, make_rows: MakeRows) -> FeatureStore:
+    store.put(make_rows(20, info))
+    return store
+
+
+@pytest.mark.long
+def test_tokens(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
+    """Every token of the file opens all calls; without one, none is."""
+    file = tmp_path / "tokens.txt"
+    file.write_text(f"# of the notebooks\n{TOKEN}\n\n{OTHER}\n")
+    server = serve(filled, "--token-file", file)
+    for token in (TOKEN, OTHER):
+        with connect(server.address, token=token) as client:
+            assert not client.lookup(KEYS).missing_U.any()
+    for wrong in (None, "", "x", TOKEN[:-1], TOKEN + "x", TOKEN.upper()):
+        with pytest.raises(AccessError, match="refuses the token"):
+            connect(server.address, token=wrong)
+    with flight.FlightClient(server.address) as client:
+        for call in (
+            lambda: list(client.list_flights()),
+            lambda: list(client.list_actions()),
+            lambda: list(client.do_action(flight.Action("snapshot", b""))),
+            lambda: client.get_flight_info(flight.FlightDescriptor.for_path("newest")),
+            lambda: client.do_get(flight.Ticket(b"{}")).read_all(),
+            lambda: list(client.do_exchange(flight.FlightDescriptor.for_command(b"{}"))[1]),
+        ):
+            with pytest.raises(flight.FlightUnauthenticatedError):
+                call()
+
+
+@pytest.mark.long
+def test_tls(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
+    """The right authority is trusted; another one, and a name that the certificate has not, are refused and named."""
+    good, other = Certificates(tmp_path / "good", "localhost"), Certificates(tmp_path / "other", "localhost")
+    server = serve(filled, "--host", "localhost", "--tls-cert", good.cert, "--tls-key", good.key)
+    assert server.address == f"grpc+tls://localhost:{server.port}"
+    with connect(server.address, ca=good.ca) as client:
+        assert not client.lookup(KEYS).missing_U.any()
+    for ca in (other.ca, None):
+        with pytest.raises(AccessError, match="its certificate is refused"):
+            connect(server.address, ca=ca)
+    with pytest.raises(AccessError, match=r"127\.0\.0\.1"):
+        connect(f"grpc+tls://127.0.0.1:{server.port}", ca=good.ca)
+    with pytest.raises(FeatureStoreError, match="no feature server answers"):
+        connect(f"grpc://localhost:{server.port}", timeout_s=5)
+    with pytest.raises(AccessError, match="cannot read"):
+        connect(server.address, ca=tmp_path / "nosuch.pem")
+
+
+@pytest.mark.long
+def test_an_expired_certificate(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
+    old = Certificates(tmp_path / "old", "127.0.0.1", expired=True)
+    server = serve(filled, "--tls-cert", old.cert, "--tls-key", old.key)
+    with pytest.raises(AccessError, match="expired"):
+        connect(server.address, ca=old.ca)
+
+
+def test_certificate_and_key_must_fit(tmp_path: Path) -> None:
+    one, two = Certificates(tmp_path / "one", "localhost"), Certificates(tmp_path / "two", "localhost")
+    assert read_tls(one.cert, one.key)[0].startswith("-----BEGIN")
+    for cert, key in ((one.cert, two.key), (one.key, one.cert), (one.cert, tmp_path / "nosuch")):
+        with pytest.raises(FeatureStoreError, match="no pair of PEM"):
+            read_tls(cert, key)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "# nothing\n\n", "short\n", "0123456789abcdef with space\n", "0123456789é01234\n"]
+)
+def test_a_file_without_good_tokens_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text(content)
+    with pytest.raises(FeatureStoreError, match="token"):
+        read_tokens(tmp_path / "tokens")
+    with pytest.raises(FeatureStoreError, match="cannot read"):
+        read_tokens(tmp_path / "nosuch")

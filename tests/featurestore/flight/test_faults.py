@@ -1,0 +1,276 @@
+"""What goes wrong between a client and a server: each is a clear error in time, and the server answers others."""
+
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import flight
+
+from featurestore import FeatureClient, FeatureStore, StoreInfo, connect, keys_of_uris
+from featurestore.errors import (
+    DeadlineError,
+    UnavailableError,
+)
+from featurestore.flight.client import addresses
+from featurestore.flight.protocol import KEYS_SCHEMA, keys_batch
+from tests.featurestore.conftest import MakeRows
+from tests.featurestore.flight.conftest import Serve, ServerProcess
+
+WIDE = 4096
+
+
+@pytest.fixture
+def wide(info: StoreInfo, make_rows: MakeRows, tmp_path: Path) -> FeatureStore:
+    """A store whose answers are larger than what a connection holds on the way."""
+    store = FeatureStore.create(tmp_path / "wide", info.model_copy(update={"dim": WIDE}))
+    store.put(make_rows(64, store.info))
+    return store
+
+
+KEYS = keys_of_uris([f"images/{i}.jpg" for i in range(64)])
+
+
+@contextmanager
+def stuck_reader(address: str) -> Iterator[flight.FlightStreamReader]:
+    """A client that asks for 100 MB, and does not read them."""
+    client = flight.FlightClient(address)
+    writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(b"{}"))
+    writer.begin(KEYS_SCHEMA)
+    for _ in range(4):
+        writer.write_batch(keys_batch(np.resize(KEYS, 3_000)))
+    try:
+        yield reader
+    finally:
+        reader.cancel()
+        client.close()
+
+
+def wait_until_refused(address: str, timeout_s: float = 10) -> None:
+    """Wait until a server is full."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        try:
+            with connect(address) as client:
+                client.lookup(KEYS[:1])
+        except UnavailableError:
+            return
+        time.sleep(0.05)
+    pytest.fail("the server is not full")
+
+
+@pytest.mark.long
+def test_over_the_limit_is_refused_and_another_program_sees_unavailable(serve: Serve, wide: FeatureStore) -> None:
+    server = serve(wide, "--max-calls", "2")
+    with connect(server.address) as client:
+        with stuck_reader(server.address), stuck_reader(server.address):
+            wait_until_refused(server.address)
+            with pytest.raises(UnavailableError, match=r"answers 2 calls at once.*--max-calls"):
+                client.lookup(KEYS)
+            with flight.FlightClient(server.address) as plain, pytest.raises(flight.FlightUnavailableError):
+                plain.do_get(flight.Ticket(b"{}")).read_all()
+        end = time.monotonic() + 20
+        while time.monotonic() < end:  # cancelled calls end soon
+            try:
+                assert len(client.lookup(KEYS).features_UD) == 64
+                break
+            except UnavailableError:
+                time.sleep(0.05)
+        else:
+            pytest.fail("the server stays full")
+
+
+@pytest.mark.long
+def test_a_client_that_never_reads_is_cut_off(serve: Serve, wide: FeatureStore) -> None:
+    """Its place is free again after --stuck-s; it learns so when it reads."""
+    server = serve(wide, "--max-calls", "1", "--stuck-s", "1")
+    with stuck_reader(server.address) as reader:
+        with connect(server.address) as client:
+            answers_again(client)
+        with pytest.raises(flight.FlightUnavailableError):
+            while True:
+                reader.read_chunk()
+
+
+@pytest.mark.long
+def test_a_scan_that_nobody_reads_is_cut_off(serve: Serve, wide: FeatureStore, make_rows: MakeRows) -> None:
+    wide.put(make_rows(3_000, wide.info))
+    server = serve(wide, "--max-calls", "1", "--stuck-s", "1")
+    with flight.FlightClient(server.address) as scanner:
+        stream = scanner.do_get(flight.Ticket(b'{"columns": ["feature"]}'))
+        stream.read_chunk()
+        wait_until_refused(server.address)
+        with connect(server.address) as client:
+            answers_again(client)
+        with pytest.raises(flight.FlightUnavailableError):
+            stream.read_all()
+
+
+def answers_again(client: FeatureClient, timeout_s: float = 20) -> None:
+    """Wait until a server that was full answers."""
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            assert len(client.lookup(KEYS).features_UD) == 64
+            return
+        except UnavailableError:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+
+@pytest.mark.long
+def test_a_server_killed_in_the_middle(serve: Serve, wide: FeatureStore) -> None:
+    server = serve(wide)
+    keys_U = np.resize(KEYS, 100_000)
+    with connect(server.address, timeout_s=30) as client:
+        client.lookup(KEYS)
+        threading.Timer(0.1, lambda: server.end(signal.SIGKILL)).start()
+        begun = time.monotonic()
+        with pytest.raises(UnavailableError, match="connection broke"):
+            client.lookup(keys_U)
+        assert time.monotonic() - begun < 30
+        with pytest.raises(UnavailableError, match="no feature server answers"):
+            client.contains(KEYS)
+
+
+@pytest.mark.long
+def test_one_of_two_servers_dies(serve: Serve, wide: FeatureStore) -> None:
+    low, high = serve(wide, "--shards", "0-3"), serve(wide, "--shards", "4-7")
+    with connect(f"{low.address},{high.address}") as client:
+        assert not client.lookup(KEYS).missing_U.any()
+        high.end(signal.SIGKILL)
+        with pytest.raises(UnavailableError, match=high.address):
+            client.lookup(KEYS)
+
+
+@pytest.mark.long
+def test_a_server_that_does_not_answer_in_time(serve: Serve, wide: FeatureStore) -> None:
+    server = serve(wide)
+    with connect(server.address, timeout_s=1) as client:
+        client.lookup(KEYS)
+        server.process.send_signal(signal.SIGSTOP)
+        begun = time.monotonic()
+        with pytest.raises(DeadlineError, match="timeout_s=1"):
+            client.lookup(KEYS)
+        assert time.monotonic() - begun < 5
+        server.process.send_signal(signal.SIGCONT)
+        assert len(client.lookup(KEYS).features_UD) == 64
+
+
+@pytest.mark.services
+def test_who_listens_is_no_feature_server() -> None:
+    """A server of another kind that says nothing, and a port where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"grpc://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises((DeadlineError, UnavailableError), match=address):
+            connect(address, timeout_s=1)
+    with pytest.raises(UnavailableError, match="no feature server answers"):
+        connect(address, timeout_s=5)
+
+
+@pytest.mark.long
+def test_sigterm_lets_calls_end_but_not_for_ever(serve: Serve, wide: FeatureStore) -> None:
+    quick = serve(wide)
+    with connect(quick.address) as client:
+        client.lookup(KEYS)
+        begun = time.monotonic()
+        assert quick.end() == 0 and time.monotonic() - begun < 10
+    server = serve(wide, "--drain-s", "1")
+    with stuck_reader(server.address):
+        time.sleep(0.5)
+        begun = time.monotonic()
+        assert server.end() == 0
+        assert 0.9 < time.monotonic() - begun < 15
+    assert "cut off 1 calls" in server.wait_for("cut off")
+    assert serve(wide).end(signal.SIGINT) == 130
+
+
+@pytest.mark.long
+def test_sigterm_waits_for_a_lookup_and_refuses_new_ones(serve: Serve, wide: FeatureStore) -> None:
+    server = serve(wide, "--drain-s", "30")
+    with connect(server.address) as client:
+        found: list[object] = []
+        slow = threading.Thread(target=lambda: found.append(client.lookup(np.resize(KEYS, 30_000))))
+        slow.start()
+        time.sleep(0.05)
+        server.process.send_signal(signal.SIGTERM)
+        slow.join()
+        assert server.process.wait(timeout=30) == 0
+    assert len(found) == 1
+
+
+@pytest.mark.long
+def test_a_newest_snapshot_that_is_damaged_is_not_offered(
+    serve: Serve, wide: FeatureStore, make_rows: MakeRows, tmp_path: Path
+) -> None:
+    server = serve(wide, "--poll-s", "0.1")
+    before = set((tmp_path / "wide" / "data").rglob("*.parquet"))
+    server.process.send_signal(signal.SIGSTOP)  # so that it sees the commit only when its files are damaged
+    wide.put(make_rows(64, wide.info, seed=3))
+    for path in set((tmp_path / "wide" / "data").rglob("*.parquet")) - before:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    server.process.send_signal(signal.SIGCONT)
+    assert "damaged" in server.wait_for("stays at snapshot 1")
+    with connect(server.address) as client:
+        assert client.snapshot_version == 1 and len(client.lookup(KEYS).features_UD) == 64
+
+
+@pytest.mark.long
+def test_requests_that_are_none(serve: Serve, wide: FeatureStore) -> None:
+    """Other columns, nulls, other commands and actions: an error each, and the server lives."""
+    server = serve(wide, "--shards", "0-3")
+
+    def exchange(command: bytes, batch: pa.RecordBatch) -> None:
+        writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(command))
+        writer.begin(batch.schema)
+        writer.write_batch(batch)
+        writer.done_writing()
+        reader.read_all()
+
+    keys = keys_batch(KEYS)
+    with flight.FlightClient(server.address) as client:
+        for command, batch, word in (
+            (b"{", keys, "Asked"),
+            (b'{"version": "x"}', keys, "version"),
+            (b'{"version": -1}', keys, "-1 is no version"),
+            (b'{"nosuch": 1}', keys, "nosuch"),
+            (b"{}", pa.record_batch([pa.array(["a"])], names=["key"]), "int64"),
+            (b"{}", pa.record_batch([pa.array([1, None])], names=["key"]), "nulls"),
+            (b"{}", pa.record_batch([pa.array([1])], names=["id"]), "one column"),
+            (b"{}", keys, "belong to shards"),
+        ):
+            with pytest.raises(flight.FlightServerError, match=word):
+                exchange(command, batch)
+        with pytest.raises(flight.FlightServerError, match="no action"):
+            list(client.do_action(flight.Action("stop", b"")))
+        with pytest.raises(flight.FlightServerError, match="a path is"):
+            client.get_flight_info(flight.FlightDescriptor.for_path("../x"))
+        assert len(list(client.do_action(flight.Action("snapshot", b"{}")))) == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["", "127.0.0.1:1", "http://a:1", "grpc://a", "grpc://a:x", "grpc://a:1,", "grpc://a:99999", "grpc://a:1/x"]
+)
+def test_what_is_no_address_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match="is no address of a feature server"):
+        addresses(text)
+
+
+def test_addresses_of_several_servers() -> None:
+    assert addresses("grpc+tls://a:1,b:2,grpc://[::1]:3") == ["grpc+tls://a:1", "grpc+tls://b:2", "grpc://[::1]:3"]
+
+
+@pytest.mark.services
+def test_ipv6(serve: Serve, wide: FeatureStore) -> None:
+    server: ServerProcess = serve(wide, "--host", "::1", "--stuck-s", "0.5", "--max-calls", "1")
+    assert server.address.startswith("grpc://[::1]:")
+    with stuck_reader(server.address), connect(server.address) as client:
+        answers_again(client)

@@ -1,0 +1,223 @@
+"""The bits that come over the wire are those of a partition: every dtype, one server and several, any keys."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from featurestore import (
+    Codec,
+    FeatureClient,
+    FeaturePartition,
+    FeatureRows,
+    FeatureStore,
+    StoreInfo,
+    connect,
+    keys_of_uris,
+)
+from featurestore.errors import AnotherStoreError, MissingKeysError, ServerError, SnapshotNotFoundError
+from featurestore.format.codec import write_codec
+from featurestore.storage.storage import Storage
+from tests.featurestore.conftest import MakeRows
+from tests.featurestore.flight.conftest import Serve
+
+ROWS = 3_000
+
+
+def make_store(folder: Path, info: StoreInfo, rows: int = ROWS) -> FeatureStore:
+    """A store of drawn rows, some of which were replaced and removed since."""
+    rng = np.random.default_rng(5)
+    if info.dtype == "int8":
+        codec = Codec("int8", np.stack([np.full(info.dim, -3), np.full(info.dim, 6)]).astype(np.float32))
+        info = info.model_copy(update={"codec": write_codec(Storage(folder), codec)})
+    store = FeatureStore.create(folder, info)
+    for first in (0, rows // 3):
+        names = [f"images/{i}.jpg" for i in range(first, rows)]
+        store.put(FeatureRows.of(names, rng.standard_normal((len(names), info.dim)).astype(np.float32)))
+    store.delete(keys_of_uris([f"images/{i}.jpg" for i in range(0, rows, 7)]))
+    return store
+
+
+def any_keys(rows: int = ROWS) -> np.ndarray:
+    """Keys that are there, twice, removed ones, and strange ones, shuffled."""
+    known = keys_of_uris([f"images/{i}.jpg" for i in range(rows)])
+    strange = np.array([0, -1, np.iinfo(np.int64).min, np.iinfo(np.int64).max])
+    return np.random.default_rng(1).permutation(np.concatenate([known, known[::3], strange]))
+
+
+def assert_same(client: FeatureClient, store: FeatureStore, folder: Path, keys_U: np.ndarray) -> None:
+    """Client and partition give the same bits, the same mask and the same properties."""
+    with FeaturePartition.load(store, cache_dir=folder / "cache", missing="zeros") as partition:
+        expected, found = partition.lookup(keys_U), client.lookup(keys_U)
+        assert found.features_UD.dtype == expected.features_UD.dtype
+        assert found.features_UD.tobytes() == expected.features_UD.tobytes()
+        np.testing.assert_array_equal(found.missing_U, expected.missing_U)
+        np.testing.assert_array_equal(client.contains(keys_U), partition.contains(keys_U))
+        for name in ("dim", "dtype", "num_rows", "snapshot_version", "snapshot_id", "info", "missing_count"):
+            assert getattr(client, name) == getattr(partition, name), name
+        values_ND = partition.codec.decode(expected.features_UD)
+        np.testing.assert_array_equal(client.codec.decode(found.features_UD), values_ND)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
+def test_the_bits_of_a_partition(dtype: str, info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", info.model_copy(update={"dtype": dtype, "dim": 12}))
+    server = serve(store)
+    with connect(server.address, missing="zeros") as client:
+        assert_same(client, store, tmp_path, any_keys())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cuts", [["0-3", "4-7"], ["0,2,4,6", "1,3", "5,7"]])
+def test_servers_that_share_the_shards(cuts: list[str], info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", info)
+    servers = [serve(store, "--shards", cut) for cut in cuts]
+    with connect(",".join(server.address for server in servers), missing="zeros") as client:
+        assert_same(client, store, tmp_path, any_keys())
+    with pytest.raises(ServerError, match="lack"):
+        connect(servers[0].address)
+    with pytest.raises(ServerError, match="both have"):
+        connect(f"{servers[0].address},{servers[0].address}")
+    with connect(",".join(server.address for server in servers)) as client, pytest.raises(MissingKeysError, match="17"):
+        client.lookup([17])
+
+
+@pytest.mark.long
+def test_a_partition_of_chosen_shards_refuses_others(info: StoreInfo, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", info)
+    keys_U = any_keys()
+    with (
+        FeaturePartition.load(store, cache_dir=tmp_path, missing="zeros", shards=[2, 5]) as some,
+        FeaturePartition.load(store, cache_dir=tmp_path, missing="zeros") as whole,
+    ):
+        mine_U = some.owns(keys_U)
+        assert 0 < mine_U.sum() < len(keys_U)
+        expected = whole.lookup(keys_U[mine_U])
+        assert some.lookup(keys_U[mine_U]).features_UD.tobytes() == expected.features_UD.tobytes()
+        with pytest.raises(MissingKeysError, match="belongs to shard"):
+            some.lookup(keys_U[~mine_U][:1])
+        with pytest.raises(ValueError, match="not in"):
+            FeaturePartition.load(store, cache_dir=tmp_path, shards=[8])
+
+
+@pytest.mark.long
+def test_few_keys_many_keys_and_none(info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
+    """None, one, one that is missing, one key very often, and more than fit into one message, block or call."""
+    store = make_store(tmp_path / "store", info.model_copy(update={"dim": 2048}), 300)
+    known = keys_of_uris(["images/1.jpg"])
+    server = serve(store)
+    with connect(server.address, missing="zeros") as client:
+        for keys_U in (known[:0], known, np.array([3]), np.repeat(known, 5_000), np.resize(any_keys(300), 80_000)):
+            client.missing_count = 0
+            assert_same(client, store, tmp_path, keys_U)
+        out = np.empty((1, 2048), np.uint16)
+        assert client.lookup(known, out=out).features_UD is out
+        with pytest.raises(ValueError, match="out is"):
+            client.lookup(known, out=out[:, ::2])
+    assert 80_000 * store.info.row_bytes > 256 << 20
+
+
+@pytest.mark.long
+def test_missing_policies(info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", info)
+    server = serve(store)
+    gone = keys_of_uris(["images/7.jpg", "images/8.jpg"])
+    with connect(server.address) as client, pytest.raises(MissingKeysError, match=str(gone[0])):
+        client.lookup(gone)
+    for missing in ("zeros", "learned"):
+        with connect(server.address, missing=missing) as client:
+            found = client.lookup(gone)
+            assert found.missing_U.tolist() == [True, False] and not found.features_UD[0].any()
+            assert client.missing_count == 1 and client.missing_policy == missing
+
+
+@pytest.mark.long
+def test_two_clients_in_two_threads_each(info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", info)
+    server = serve(store)
+    keys_U = any_keys()
+    with FeaturePartition.load(store, cache_dir=tmp_path / "cache", missing="zeros") as partition:
+        expected = partition.lookup(keys_U).features_UD.tobytes()
+    same = []
+    with connect(server.address, missing="zeros") as one, connect(server.address, missing="zeros") as two:
+
+        def ask(client: FeatureClient) -> None:
+            same.extend(client.lookup(keys_U).features_UD.tobytes() == expected for _ in range(10))
+
+        threads = [threading.Thread(target=ask, args=[client]) for client in (one, one, two, two)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert same == [True] * 40
+
+
+@pytest.mark.long
+def test_a_snapshot_committed_meanwhile(
+    info: StoreInfo, make_rows: MakeRows, store: FeatureStore, serve: Serve, tmp_path: Path
+) -> None:
+    """Who is connected keeps what it has; who connects next gets the newest; both numbers can be asked for."""
+    store.put(make_rows(50, info))
+    server = serve(store, "--poll-s", "0.1")
+    keys_U = keys_of_uris([f"images/{i}.jpg" for i in range(60)])
+    with connect(server.address, missing="zeros") as before:
+        old = before.lookup(keys_U)
+        store.put(make_rows(60, info, seed=2))
+        server.wait_for("offers snapshot 2")
+        assert before.lookup(keys_U).features_UD.tobytes() == old.features_UD.tobytes()
+    with connect(server.address) as after, connect(server.address, version=1, missing="zeros") as first:
+        assert (after.snapshot_version, first.snapshot_version) == (2, 1)
+        assert_same(after, store, tmp_path, keys_U)
+        assert first.lookup(keys_U).features_UD.tobytes() == old.features_UD.tobytes()
+    with pytest.raises(SnapshotNotFoundError, match="no snapshot 3"):
+        connect(server.address, version=3)
+    fixed = serve(store, "--version", "1")
+    with pytest.raises(SnapshotNotFoundError, match=r"snapshot 1 of .* alone"):
+        connect(fixed.address, version=2)
+
+
+@pytest.mark.long
+def test_servers_of_different_snapshots_and_stores(
+    info: StoreInfo, make_rows: MakeRows, store: FeatureStore, serve: Serve, tmp_path: Path
+) -> None:
+    """The newest that all offer is taken; a store of the same kind that is another one is refused."""
+    store.put(make_rows(50, info))
+    low = serve(store, "--shards", "0-3", "--poll-s", "1000")
+    store.put(make_rows(60, info, seed=2))
+    high = serve(store, "--shards", "4-7")
+    with connect(f"{low.address},{high.address}") as client:
+        assert client.snapshot_version == 1
+    other = FeatureStore.create(tmp_path / "other", info)
+    other.put(make_rows(50, info))
+    with pytest.raises(AnotherStoreError, match="share one store"):
+        connect(f"{low.address},{serve(other, '--shards', '4-7').address}")
+
+
+@pytest.mark.long
+def test_other_languages_scan_a_snapshot(info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
+    """All that a client of Flight needs is what list_flights gives."""
+    from pyarrow import flight
+
+    store = make_store(tmp_path / "store", info)
+    server = serve(store, "--shards", "0-5")
+    with flight.FlightClient(server.address) as client:
+        flights = list(client.list_flights())
+        assert [each.descriptor.path for each in flights] == [[b"3"], [b"2"], [b"1"]]
+        newest = client.get_flight_info(flight.FlightDescriptor.for_path("newest"))
+        tables = [client.do_get(endpoint.ticket).read_all() for endpoint in newest.endpoints]
+        whole = client.do_get(flight.Ticket(b'{"columns": ["key"]}')).read_all()
+        raw = client.do_get(flight.Ticket(b'{"shard": 2, "decode": false}')).read_all()
+        for ticket, word in (
+            (b'{"columns": ["x"]}', "choose from"),
+            (b'{"shard": 6}', "shards 0-5"),
+            (b"[]", "Ticket"),
+        ):
+            with pytest.raises(flight.FlightServerError, match=word):
+                client.do_get(flight.Ticket(ticket)).read_all()
+    expected = [store.snapshot().arrow_reader(shards=[shard]).read_all() for shard in range(6)]
+    assert pa.concat_tables(tables).equals(pa.concat_tables(expected))
+    assert newest.total_records == len(whole) == sum(map(len, expected))
+    assert set(raw["feature"].to_pylist()) == {bytes(row) for row in store.snapshot().read_shard(2).features_ND}
