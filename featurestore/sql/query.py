@@ -73,7 +73,9 @@ def _translated(duckdb: ModuleType, tables: dict[str, ScannedTable]) -> Iterator
                 raise table.error from error
         if isinstance(error, OSError) and not isinstance(error, pa.ArrowException):
             raise  # of the file that the rows go to
-        raise QueryError(str(error).strip()) from error
+        # DuckDB puts a caret below the place in the query that it means.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
+        raise QueryError("; ".join(lines)) from error
 
 
 def _check_select(duckdb: ModuleType, connection: Any, query: str) -> None:

@@ -121,7 +121,7 @@ FEATURESTORE = [
     ("featurestore sql {store} ''", 2, "is empty"),
     ("featurestore sql {store} 'drop table images'", 2, "one SELECT"),
     ("featurestore sql {store} 'select 1; select 2'", 2, "one SELECT"),
-    ("featurestore sql {store} 'select [/x]'", 2, "[/x]"),
+    ("featurestore sql {store} 'from \"[/x]\"'", 2, "[/x]"),
     ("featurestore sql {store} 'select x from images'", 2, "x"),
     ("featurestore sql {store} 'select * from nosuch'", 2, "nosuch"),
     ("featurestore sql {store} 'select 1' --version 9", 2, "no snapshot 9"),
