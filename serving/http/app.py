@@ -156,7 +156,7 @@ class Scoring:
         answer = body.answer(scores)
         scores.stages["read"] = request.state.read_s
         scores.stages["encode"] = time.perf_counter() - start_s
-        self.metrics.tell_scored(scores.fields, scores)
+        self.metrics.tell_scored(scores)
         if isinstance(scores.decoded, list):
             self.recorder.add(scores.decoded, len(content))
         request.state.scores, request.state.sizes = scores, (len(content), len(answer.body))
@@ -180,8 +180,7 @@ class Scoring:
             except Exception as error:
                 response = response_of(error)
             seconds = time.perf_counter() - start_s
-            self.metrics.requests.labels(route, response.status_code).inc()
-            self.metrics.seconds.labels(route).observe(seconds)
+            self.metrics.tell_answer(route, response.status_code, seconds)
             if 1000 * seconds >= self.settings.slow_ms:
                 scores: Scores | None = getattr(request.state, "scores", None)
                 log_slow(route, response.status_code, seconds, scores, getattr(request.state, "sizes", (0, 0)))

@@ -8,7 +8,7 @@ PROMETHEUS_MULTIPROC_DIR, which serving/http/workers.py sets for its worker proc
 import os
 import time
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 from prometheus_client import (
@@ -27,6 +27,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from serving.http.live.model import Model, Scores, num_entries
 from trainer.schema import Field
 
+MetricT = TypeVar("MetricT", Counter, Histogram)
+
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _SIZES = (0, 1, 10, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
@@ -39,6 +41,7 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = CollectorRegistry()
         self._registry = registry
+        self._children: dict[tuple[object, ...], Any] = {}
         self.requests = Counter(
             "serving_requests", "Answers by route and status code", ["route", "code"], registry=registry
         )
@@ -102,20 +105,34 @@ class Metrics:
         for store, time_s in model.vectors_time_s.items():
             self._age.labels(store).set(max(0.0, time.time() - time_s))
 
-    def tell_scored(self, model_fields: Sequence[Field], scores: Scores) -> None:
-        """Count a body's candidates, its values by field, and those that were unknown or missing."""
-        self.candidates.inc(scores.num_candidates)
-        self.candidates_each.observe(scores.num_candidates)
-        for field in model_fields:
+    def tell_answer(self, route: str, code: int, seconds: float) -> None:
+        """Count an answer and the time it took."""
+        self._child(self.requests, route, code).inc()
+        self._child(self.seconds, route).observe(seconds)
+
+    def tell_scored(self, scores: Scores) -> None:
+        """Count a body's candidates, its values by field, those that were unknown or missing, and each stage's time."""
+        num_candidates = scores.num_candidates
+        self.candidates.inc(num_candidates)
+        self.candidates_each.observe(num_candidates)
+        for field in scores.fields:
             if field.kind != "dense":
-                self.values.labels(field.name).inc(_count(field, scores))
+                count = num_candidates if field.side == "ad" else _count(field, scores)
+                self._child(self.values, field.name).inc(count)
         for each in scores.scored:
             for counter, places in ((self.unknown, each.unknown), (self.missing, each.missing)):
                 for name, found in places.items():
                     if len(found):
-                        counter.labels(name).inc(len(found))
+                        self._child(counter, name).inc(len(found))
         for stage, seconds in scores.stages.items():
-            self.stages.labels(stage).observe(seconds)
+            self._child(self.stages, stage).observe(seconds)
+
+    def _child(self, metric: MetricT, *labels: str | int) -> MetricT:
+        """Find a metric's series with these labels; prometheus_client takes long to."""
+        found: MetricT | None = self._children.get((metric, *labels))
+        if found is None:
+            found = self._children[metric, *labels] = metric.labels(*labels)
+        return found
 
     def text(self) -> bytes:
         """Write all figures in Prometheus' text format; of all workers, where there are several."""
@@ -127,9 +144,7 @@ class Metrics:
 
 
 def _count(field: Field, scores: Scores) -> int:
-    """Count a field's values as its places are counted: candidates on the ad side, values on the user side."""
-    if field.side == "ad":
-        return scores.num_candidates
+    """Count the values of a field of the user's side, as its places are counted."""
     column = field.columns[0] if field.columns else field.column_name
     if isinstance(scores.decoded, pa.Table):
         return num_entries(scores.decoded.column(column)) if column in scores.decoded.column_names else 0

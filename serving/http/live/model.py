@@ -71,8 +71,11 @@ class ModelSource(Protocol):
         """Find out which version is in use, and the newest snapshots of its vectors; a few small reads."""
         ...
 
-    def open(self, identity: Identity) -> Model:
-        """Load that version with these vectors. Takes seconds. Raises BundleNotFoundError, BrokenBundleError."""
+    def open(self, identity: Identity, current: Model | None) -> Model:
+        """Load that version with these vectors; what it shares with the current model is not loaded again.
+
+        Takes seconds. Raises BundleNotFoundError, BrokenBundleError, StorageError.
+        """
         ...
 
 

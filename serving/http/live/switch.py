@@ -100,7 +100,7 @@ class LiveModel:
 
     def _load(self, identity: Identity) -> Model:
         start_s = time.perf_counter()
-        model = self.source.open(identity)
+        model = self.source.open(identity, self._model)
         try:
             count = warm_up(model, self.recorder)
         except BaseException:

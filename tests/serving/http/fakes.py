@@ -85,7 +85,7 @@ class FakeSource:
         value = json.loads(self.file.read_text())
         return FakeIdentity(value["version"], value.get("vectors", {}))
 
-    def open(self, identity: FakeIdentity) -> FakeModel:
+    def open(self, identity: FakeIdentity, current: object) -> FakeModel:
         value = json.loads(self.file.read_text())
         if value.get("broken"):
             raise BrokenBundleError(f"bundle {identity.version}: network.pt2 is not what was published")

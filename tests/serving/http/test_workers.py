@@ -151,8 +151,10 @@ def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
 def test_no_request_fails_while_models_are_switched_under_load(tmp_path: Path) -> None:
     with fake_server(write_state(tmp_path, version=1), tmp_path, poll_s=0.05) as server:
         with Load(server, threads=2) as load:
+            while not load.answers:
+                time.sleep(0.01)
             for version in range(2, 42):
                 write_state(tmp_path, version=version)
                 server.wait_for(f"to version {version}\n")
         assert load.failures == []
-        assert set(load.answers) >= {1, 41}
+        assert len(set(load.answers)) > 20
