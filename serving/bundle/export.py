@@ -5,10 +5,12 @@ is removed by a later one.
 """
 
 import json
+import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import yaml
 from safetensors.torch import save
 
 from featurestore.commit import writer_name
-from featurestore.errors import FeatureStoreError
+from featurestore.errors import StoreNotFoundError
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress
@@ -38,14 +40,18 @@ from serving.bundle.manifest import (
 from serving.bundle.sample import write_sample
 from serving.bundle.writerows import SavedTables, write_rows
 from serving.errors import BrokenBundleError
+from serving.network.exporting import export_network
+from trainer.models.build import build_model
 from trainer.runs.checkpoint import read_dense
+from trainer.runs.export import load_part
 from trainer.runs.folder import report_of
 from trainer.runs.saved import SavedRun, read_run
 
 _GRACE_S = 24 * 3600.0
+_COPY_BYTES = 8 << 20
 
 WriteNetwork = Callable[[SavedRun, WrittenFiles], None]
-MeasureRows = Callable[[SavedRun, BundleManifest], ScoreError | None]
+MeasureRows = Callable[[SavedRun, BundleManifest, Storage], ScoreError | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,26 +68,30 @@ class ExportOptions:
     """Serve this version from now on."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A version that was published, and notes on it for people."""
+    """A version that was published."""
 
     manifest: BundleManifest
-    notes: list[str] = field(default_factory=list)
+    num_images: dict[str, int]
+    """With vectors, by feature store."""
+    notes: list[str]
+    """For people."""
 
 
 def export_model(
     url: str,
     options: ExportOptions,
-    write_network: WriteNetwork,
+    *,
+    network: WriteNetwork,
     measure: MeasureRows,
-    progress: Callable[[str], Progress] | None = None,
+    progress: Progress | None = None,
 ) -> Exported:
     """Publish a run's checkpoint as the next version of the bundle at `url`.
 
-    `write_network` adds the files of the network; `measure` says what the type of ID rows does to scores. In memory
-    are one shard of ID rows or of vectors at a time, on an object store one file. Raises TrainerError,
-    FeatureStoreError, ServingError; nothing is published then.
+    `network` adds the files of the network, by `write_network`; `measure` says how far ID rows that are not float32
+    move scores. In memory are one shard of ID rows or of vectors at a time, on an object store one file. Raises
+    TrainerError, FeatureStoreError, ServingError; nothing is published then.
     """
     saved, storage = read_run(options.run, options.checkpoint), Storage(url)
     tables = SavedTables(saved)
@@ -91,7 +101,7 @@ def export_model(
     files = WrittenFiles(storage, f"{BUNDLES}/{bundle_id}")
     files.write(SCHEMA, yaml.safe_dump(saved.schema.model_dump(mode="json", exclude_none=True)).encode())
     files.write(MODEL, (json.dumps(saved.config.model.model_dump(mode="json"), indent=1) + "\n").encode())
-    write_network(saved, files)
+    network(saved, files)
     id_tables, rows = write_rows(tables, files, options.id_dtype)
     vectors = _write_vectors(saved, files, progress)
     no_sample = write_sample(saved, files, options.sample_groups)
@@ -113,20 +123,33 @@ def export_model(
         metrics=_metrics(saved),
         files=tuple(files.files),
     )
-    if options.id_dtype != "float32":
-        draft = draft.model_copy(update={"id_error": measure(saved, draft)})
-    _check_there(storage, draft)
+    if options.id_dtype != "float32" and not no_sample:
+        draft = draft.model_copy(update={"id_error": measure(saved, draft, storage)})
+    num_images = _count_images(storage, draft)
     published = log.publish(storage, lambda version: draft.model_copy(update={"version": version}))
     if options.use:
         log.use(storage, published.version)
-    notes = [f"no sample of test samples is in the bundle: {no_sample}"] if no_sample else []
-    return Exported(published, notes)
+    notes = [f"no test samples are in the bundle, to warm up with: {no_sample}"] if no_sample else []
+    return Exported(manifest=published, num_images=num_images, notes=notes)
+
+
+def write_network(saved: SavedRun, files: WrittenFiles, *, compiled: bool = False) -> None:
+    """Export the network of the checkpoint, in float32, into the files of a version; `compiled`: code of this machine
+    too. Raises CheckpointError, OSError."""
+    model = build_model(saved.schema, saved.config.model)
+    load_part(model, read_dense(saved.path, saved.state, "model."))
+    with tempfile.TemporaryDirectory(prefix="export-") as folder:
+        for path in export_network(model.float().eval(), saved.config.model, Path(folder), compiled=compiled):
+            with files.output(path.name) as output, path.open("rb") as written:
+                shutil.copyfileobj(written, output, _COPY_BYTES)
 
 
 def remove_leftovers(storage: Storage, grace_s: float = _GRACE_S) -> list[str]:
-    """Remove the folders of versions that no manifest names, and to which nothing was written for the grace time.
+    """Remove the files of versions that no manifest names, and to which nothing was written for the grace time.
 
-    Returns their names. Raises BrokenBundleError where a manifest is damaged: then nobody knows what it names."""
+    Returns the names of their folders. Raises BrokenBundleError where a manifest is damaged: then nobody knows what it
+    names.
+    """
     entries = storage.entries(BUNDLES)
     newest_s: dict[str, float] = {}
     for entry in entries:
@@ -143,19 +166,14 @@ def remove_leftovers(storage: Storage, grace_s: float = _GRACE_S) -> list[str]:
     return dead
 
 
-def _write_vectors(
-    saved: SavedRun, files: WrittenFiles, progress: Callable[[str], Progress] | None
-) -> tuple[VectorsOf, ...]:
+def _write_vectors(saved: SavedRun, files: WrittenFiles, progress: Progress | None) -> tuple[VectorsOf, ...]:
     """Write the networks E, and a vectors store for each feature store that the model looks at."""
     if not saved.places:
         return ()
     state = read_dense(saved.path, saved.state, "stores.")
     files.write(IMAGES, save(state, saved.named()))
-    url = files.storage.full(files.folder)
-    return tuple(
-        export_vectors(saved, place, state, _missing(saved), url, progress(place.name) if progress else None)
-        for place in saved.places
-    )
+    url, missing = files.storage.full(files.folder), _missing(saved)
+    return tuple(export_vectors(saved, place, state, missing, url, progress) for place in saved.places)
 
 
 def _missing(saved: SavedRun) -> Missing:
@@ -173,12 +191,12 @@ def _metrics(saved: SavedRun) -> dict[str, Any]:
     return next((entry for entry in reversed(saved.state.history) if entry["step"] == step), {})
 
 
-def _check_there(storage: Storage, draft: BundleManifest) -> None:
-    """Raise BrokenBundleError where a file went away since it was written."""
+def _count_images(storage: Storage, draft: BundleManifest) -> dict[str, int]:
+    """Count the images of each vectors store. Raises BrokenBundleError where a file went away since it was written."""
     try:
         for file in draft.files:
             storage.size(f"{draft.folder}/{file.name}")
-        for of in draft.vectors:
-            FeatureStore.open(storage.full(f"{draft.folder}/{of.folder}"))
-    except (FileNotFoundError, FeatureStoreError) as error:
+        stores = {of.store: FeatureStore.open(storage.full(f"{draft.folder}/{of.folder}")) for of in draft.vectors}
+        return {name: store.snapshot().num_rows for name, store in stores.items()}
+    except (FileNotFoundError, StoreNotFoundError) as error:
         raise BrokenBundleError(f"{storage.full(draft.folder)} was removed while it was written: {error}") from error

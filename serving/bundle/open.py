@@ -2,14 +2,52 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Self
 
+from featurestore.errors import FeatureStoreError, StorageError
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from serving.bundle.idrows import IdRows
+from serving.bundle.log import read_version
 from serving.bundle.manifest import TRAINED, BundleManifest
 from serving.bundle.vectors import VectorTable
 from serving.bundle.version import ModelVersion
+from serving.errors import BrokenBundleError
+from serving.network.exporting import PORTABLE
+from serving.network.machine import compiled_name
+from serving.network.served import ServedNetwork
+
+
+@dataclass(frozen=True)
+class BundleIdentity:
+    """Which model answers: the version, and the snapshot of each vectors store by the name of its feature store."""
+
+    version: int
+    vectors: Mapping[str, int]
+
+    @classmethod
+    def newest(cls, url: str) -> "BundleIdentity":
+        """Find out which version of the bundle at `url` is in use, and its newest vectors; a few small reads.
+
+        Raises BundleNotFoundError, BrokenBundleError, StorageError."""
+        storage = Storage(url)
+        return cls.of(storage, read_version(storage))
+
+    @classmethod
+    def of(cls, storage: Storage, manifest: BundleManifest) -> "BundleIdentity":
+        """Find out the newest vectors of a version. Raises BrokenBundleError, StorageError."""
+        try:
+            urls = {of.store: storage.full(f"{manifest.folder}/{of.folder}") for of in manifest.vectors}
+            return cls(
+                manifest.version, {name: FeatureStore.open(url).snapshot().version for name, url in urls.items()}
+            )
+        except StorageError:
+            raise
+        except FeatureStoreError as error:
+            raise BrokenBundleError(str(error)) from error
 
 
 class Bundle(ModelVersion):
@@ -20,49 +58,68 @@ class Bundle(ModelVersion):
     """
 
     def __init__(self, storage: Storage, manifest: BundleManifest, cache_dir: Path | None, verify: bool) -> None:
+        """Use `open`; this one has no vectors yet, see `with_vectors`."""
         super().__init__(storage, manifest, cache_dir, verify)
         self.ids = self._ids()
-        self.vectors: Mapping[str, VectorTable] = self._newest_vectors()
-        """By the name of their feature store; at the newest snapshots when it was opened."""
+        self.vectors: Mapping[str, VectorTable] = {}
+        """By the name of their feature store."""
+
+    @classmethod
+    def open(
+        cls,
+        url: str,
+        version: int | None = None,
+        *,
+        vectors: Mapping[str, int] | None = None,
+        cache_dir: str | Path | None = None,
+        verify: bool = True,
+    ) -> Self:
+        """Open a version, by default the one in use, with the newest vectors, or with these snapshots of them.
+
+        Files of an object store are copied to `cache_dir` first, and rows of vectors are decoded there. With `verify`
+        each file is read once and its digest compared. Raises BundleNotFoundError; BrokenBundleError, which names what
+        is missing or not what was published; SnapshotNotFoundError; StorageError.
+        """
+        bundle = super().open(url, version, cache_dir=cache_dir, verify=verify)
+        return bundle.with_vectors(vectors)
 
     @property
-    def identity(self) -> dict[str, int]:
-        """The version, and the snapshot of each vectors store by the name of its feature store."""
-        return {"version": self.manifest.version, **self._snapshots()}
+    def identity(self) -> BundleIdentity:
+        """The version, and the snapshots of the vectors that are open."""
+        return BundleIdentity(self.manifest.version, {name: table.snapshot for name, table in self.vectors.items()})
 
-    def newest_snapshots(self) -> dict[str, int]:
-        """Look up the newest snapshot of each vectors store: a small request each. Raises FeatureStoreError."""
-        return {of.store: FeatureStore.open(self.vectors_url(of)).snapshot().version for of in self.manifest.vectors}
+    @cached_property
+    def network(self) -> ServedNetwork:
+        """The network, verified and loaded at the first look, which takes about two seconds. Raises BrokenBundleError.
 
-    def with_newest_vectors(self) -> "Bundle":
-        """Open the newest vectors beside these, with the same ID rows and network; itself where nothing is newer.
+        Compiled code of this machine is taken where the version has it."""
+        portable = self.files.path(PORTABLE)
+        if self.manifest.file(compiled_name()) is not None:
+            self.files.path(compiled_name())
+        return ServedNetwork.load(portable.parent)
+
+    def with_vectors(self, snapshots: Mapping[str, int] | None = None) -> Self:
+        """Open vectors beside these, the newest or these snapshots, with the same ID rows and network.
 
         Either may be closed while the other is used. Raises as `open`."""
-        if self.newest_snapshots() == self._snapshots():
-            return self
-        newer = copy.copy(self)
-        newer.vectors = self._newest_vectors()
-        return newer
+        chosen = snapshots or {}
+        other, cache_dir = copy.copy(self), self.cache_dir / "vectors" if self.cache_dir else None
+        opened: dict[str, VectorTable] = {}
+        try:
+            for of in self.manifest.vectors:
+                url = self.vectors_url(of)
+                opened[of.store] = VectorTable.open(of, url, chosen.get(of.store), cache_dir=cache_dir)
+        except BaseException:
+            for table in opened.values():
+                table.close()
+            raise
+        other.vectors = opened
+        return other
 
     def close(self) -> None:
         """Let go of the vectors; ID rows go with the last bundle that has them."""
         for table in self.vectors.values():
             table.close()
-
-    def _snapshots(self) -> dict[str, int]:
-        return {name: table.snapshot for name, table in self.vectors.items()}
-
-    def _newest_vectors(self) -> dict[str, VectorTable]:
-        cache_dir = self.cache_dir / "vectors" if self.cache_dir else None
-        opened: dict[str, VectorTable] = {}
-        try:
-            for of in self.manifest.vectors:
-                opened[of.store] = VectorTable.open(of, self.vectors_url(of), cache_dir=cache_dir)
-        except BaseException:
-            for table in opened.values():
-                table.close()
-            raise
-        return opened
 
     def _ids(self) -> IdRows:
         names = {each.name for each in self.manifest.rows}

@@ -26,9 +26,11 @@ Bool = NDArray[np.bool_]
 class VectorTable:
     """The vectors of one feature store's images at one snapshot of the vectors store. Lookups may run in threads."""
 
-    def __init__(self, of: VectorsOf, partition: FeaturePartition) -> None:
+    def __init__(self, of: VectorsOf, partition: FeaturePartition, time_s: float) -> None:
         """Use `open`."""
         self.manifest, self._partition = of, partition
+        self.time_s = time_s
+        """When the snapshot was committed, in seconds since 1970."""
         self.no_image: Mapping[str, Float32] = {
             each.name: np.asarray(each.no_image, np.float32) for each in of.networks
         }
@@ -47,10 +49,13 @@ class VectorTable:
             store = FeatureStore.open(url)
             if store.info.store_id != of.store_id:
                 raise BrokenBundleError(f"{url} is not the vectors store that was exported, but one made later")
-            partition = FeaturePartition.load(store, cache_dir=cache_dir, missing="zeros", threads=1, version=version)
+            snapshot = store.snapshot(version)
+            partition = FeaturePartition.load(
+                store, cache_dir=cache_dir, missing="zeros", threads=1, version=snapshot.version
+            )
         except (CorruptFileError, StoreNotFoundError) as error:
             raise BrokenBundleError(str(error)) from error
-        return cls(of, partition)
+        return cls(of, partition, snapshot.manifest.time_s)
 
     @property
     def snapshot(self) -> int:

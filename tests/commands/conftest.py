@@ -13,7 +13,9 @@ from PIL import Image
 
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
+from serving.bundle.export import ExportOptions, export_model
 from tests.commands.calls import call
+from tests.serving.bundle.conftest import no_network, no_scores
 from tests.trainer.conftest import make_places
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
@@ -33,6 +35,8 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     train(towers, SoloComm())
     folders = f"--run {folder}/good/runs/towers --samples {folder}/good/samples --out {folder}/index"
     assert call(shlex.split(f"jobs/build_ad_index {folders}")).code == 0
+    model = ExportOptions(run=folder / "good" / "runs" / "run")
+    export_model(str(folder / "model"), model, network=no_network, measure=no_scores)
     found: dict[str, object] = {
         "dir": folder,
         "store": folder / "good" / "features",
@@ -40,6 +44,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         "run": folder / "good" / "runs" / "run",
         "towers": folder / "good" / "runs" / "towers",
         "index": folder / "index",
+        "model": folder / "model",
         "new": folder / "new",
         "missing": folder / "missing",
         "brackets": folder / "[/x]",
@@ -124,6 +129,8 @@ def _damaged(folder: Path, store: Path, run: object) -> dict[str, object]:
         (next((folder / f"run-{name}" / "checkpoints").glob("step-*")) / "state.json").write_text(text)
         found[f"{name}info"] = shutil.copytree(store, folder / f"info-{name}")
         (folder / f"info-{name}" / "store.json").write_text(text)
+        found[f"{name}model"] = shutil.copytree(folder / "model", folder / f"model-{name}")
+        (folder / f"model-{name}" / "log" / f"{1:020}.json").write_text(text)
     found["piperun"] = shutil.copytree(str(run), folder / "run-pipe")
     state = next((folder / "run-pipe" / "checkpoints").glob("step-*")) / "state.json"
     state.unlink()

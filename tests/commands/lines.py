@@ -4,6 +4,7 @@ Code 2: what was typed is wrong. Code 1: something else is. Words in braces are 
 """
 
 from tests.commands.pipes import PIPES
+from tests.commands.serving_lines import SERVING
 from tests.commands.store_lines import FEATURESTORE
 from tests.commands.trainer_lines import HUGE, TRAINER
 
@@ -263,4 +264,4 @@ OTHERS = [
     ("tools/demo --nosuch", 2, "No such option"),
 ]
 
-LINES: list[tuple[str, int, str]] = [*FEATURESTORE, *DASK_SUBMIT, *TRAINER, *JOBS, *OTHERS, *PIPES]
+LINES: list[tuple[str, int, str]] = [*FEATURESTORE, *DASK_SUBMIT, *TRAINER, *JOBS, *SERVING, *OTHERS, *PIPES]

@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
+from featurestore.storage.storage import Storage
 from serving.bundle.export import ExportOptions, export_model
 from serving.bundle.files import WrittenFiles
-from serving.bundle.manifest import NETWORK, BundleManifest
+from serving.bundle.manifest import NETWORK, BundleManifest, ScoreError
 from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
@@ -111,7 +112,11 @@ def no_network(saved: SavedRun, files: WrittenFiles) -> None:
 
 def export(url: object, run: Path, **options: Any) -> BundleManifest:
     """Export a run without its network."""
-    return export_model(str(url), ExportOptions(run=run, **options), no_network, lambda saved, draft: None).manifest
+    return export_model(str(url), ExportOptions(run=run, **options), network=no_network, measure=no_scores).manifest
+
+
+def no_scores(saved: SavedRun, draft: BundleManifest, storage: Storage) -> ScoreError | None:
+    return None
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,153 @@
+"""Commands info, log and use: what a version of a model holds, which versions there are, and which one is served."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.filesize import decimal as bytes_text
+
+from featurestore.console.commandline import CommandApp
+from featurestore.console.files import write_json_option
+from featurestore.console.output import figure, print_rows
+
+if TYPE_CHECKING:
+    from featurestore.storage.storage import Storage
+    from serving.bundle.manifest import BundleManifest, VectorsOf
+
+app = CommandApp()
+
+Url = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or s3:// address of the published model.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")]
+
+
+@app.command(
+    epilog="Examples:\n\n- `python -m serving info data/models/ctr`\n\n"
+    "- `python -m serving info s3://shop/models/ctr --version 3`"
+)
+def info(
+    url: Url,
+    version: Annotated[int | None, typer.Option("--version", min=1, help="By default the one in use.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Show what a version holds: of which run it is, its ID rows, and of which snapshots its vectors are now."""
+    from featurestore.log import utc_text
+    from featurestore.storage.storage import Storage
+    from serving.bundle.log import read_version, version_in_use
+
+    storage = Storage(url)
+    manifest = read_version(storage, version)
+    in_use = version_in_use(storage) == manifest.version
+    vectors = {of.store: _vectors_of(storage, manifest, of) for of in manifest.vectors}
+    rows_bytes = sum(file.bytes for file in manifest.files if file.name in {each.name for each in manifest.rows})
+    error = manifest.id_error
+    lines = {
+        "model": storage.url,
+        "version": f"{manifest.version} ({'in use' if in_use else 'not in use'})",
+        "published": f"{utc_text(manifest.time_s)} by {manifest.writer}",
+        "run": f"{manifest.run}, {manifest.checkpoint} ({manifest.checkpoint_digest[:12]})",
+        "files": f"{len(manifest.files)}, {sum(file.bytes for file in manifest.files):,} bytes",
+        "id rows": f"{sum(each.num_rows for each in manifest.rows):,} as {manifest.id_dtype}, {rows_bytes:,} bytes",
+        **({"error of id rows": f"worst {error.worst:.2g}, mean {error.mean:.2g} of a logit"} if error else {}),
+        **{f"table {each.name}": f"{each.kind}, {each.num_rows:,} rows of {each.width}" for each in manifest.tables},
+        **{f"vectors of {name}": _vectors_text(each) for name, each in vectors.items()},
+        "missing images": manifest.missing
+        + (" (stopped the training)" if manifest.missing_in_training == "error" else ""),
+        **{f"test {name}": figure(value) for name, value in manifest.metrics.items()},
+    }
+    for name, value in lines.items():
+        sys.stdout.write(f"{name:<24} {value}\n")
+    write_json_option(json_file, {**manifest.model_dump(mode="json"), "in_use": in_use, "vectors_now": vectors})
+
+
+@app.command(epilog="Example: `python -m serving log data/models/ctr --last 20`")
+def log(
+    url: Url,
+    last: Annotated[int | None, typer.Option("--last", "-n", min=1, help="How many to list; all by default.")] = None,
+    json_file: Json = None,
+) -> None:
+    """List the published versions, newest first, and when each was chosen to be served."""
+    from featurestore.storage.storage import Storage
+    from serving.bundle.log import choices, known_versions, read_version, version_in_use
+
+    storage = Storage(url)
+    read_version(storage, max(known_versions(storage), default=None))  # says what is wrong where there is none
+    in_use, chosen = version_in_use(storage), choices(storage)
+    found = [read_version(storage, version) for version in known_versions(storage)[::-1][:last]]
+    rows = [
+        _log_row(manifest, in_use, [each.time_s for each in chosen if each.version == manifest.version])
+        for manifest in found
+    ]
+    print_rows(
+        ("version", "published", "run", "checkpoint", "id rows", "bytes", "in use"), rows, numbers=("version", "bytes")
+    )
+    write_json_option(
+        json_file,
+        {
+            "in_use": in_use,
+            "versions": [manifest.model_dump(mode="json") for manifest in found],
+            "choices": [each.model_dump(mode="json") for each in chosen],
+        },
+    )
+
+
+@app.command(epilog="Example: `python -m serving use data/models/ctr 3`")
+def use(
+    url: Url, version: Annotated[int, typer.Argument(metavar="VERSION", min=1, help="A published version.")]
+) -> None:
+    """Choose the version that is served from now on, an earlier one too. Scorers that run change to it."""
+    from featurestore.storage.storage import Storage
+    from serving.bundle.log import use as use_version
+    from serving.bundle.log import version_in_use
+
+    storage = Storage(url)
+    before = version_in_use(storage)
+    use_version(storage, version)
+    instead = f" in the place of version {before}" if before not in (None, version) else ""
+    sys.stdout.write(f"version {version} of {storage.url} is in use{instead}\n")
+
+
+def _vectors_of(storage: "Storage", manifest: "BundleManifest", of: "VectorsOf") -> dict[str, Any]:
+    """Look up the newest snapshot of a vectors store, and of which snapshot of the features its rows are."""
+    from featurestore.store import FeatureStore
+
+    snapshot = FeatureStore.open(storage.full(f"{manifest.folder}/{of.folder}")).snapshot()
+    mirrors = snapshot.manifest.mirrors
+    return {
+        "snapshot": snapshot.version,
+        "images": snapshot.num_rows,
+        "bytes": snapshot.manifest.file_bytes,
+        "committed_s": snapshot.manifest.time_s,
+        "mirrors": mirrors.model_dump() if mirrors else None,
+    }
+
+
+def _vectors_text(found: dict[str, Any]) -> str:
+    of = (
+        f"of snapshot {found['mirrors']['version']} of {found['mirrors']['url']}"
+        if found["mirrors"]
+        else "of unknown features"
+    )
+    return f"snapshot {found['snapshot']}: {found['images']:,} images {of}, {found['bytes']:,} bytes"
+
+
+def _log_row(manifest: "BundleManifest", in_use: int | None, chosen_s: Sequence[float]) -> Sequence[str]:
+    from featurestore.log import utc_text
+
+    since = (
+        f"since {utc_text(chosen_s[-1])}"
+        if manifest.version == in_use
+        else f"was, {utc_text(chosen_s[-1])}"
+        if chosen_s
+        else ""
+    )
+    return (
+        f"{manifest.version}",
+        utc_text(manifest.time_s),
+        manifest.run,
+        manifest.checkpoint,
+        manifest.id_dtype,
+        bytes_text(sum(file.bytes for file in manifest.files)),
+        since,
+    )

@@ -1,0 +1,76 @@
+"""A bundle on an object store: published, opened through a local copy, its vectors brought up to date."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from featurestore import FeatureRows, FeatureStore
+from featurestore.storage.storage import Storage
+from serving.bundle import log
+from serving.bundle.export import remove_leftovers
+from serving.bundle.images import networks_for
+from serving.bundle.open import Bundle, BundleIdentity
+from serving.bundle.publish import publish
+from serving.errors import BrokenBundleError
+from tests.serving.bundle.conftest import Exported, export
+
+IDS, KEYS = np.arange(200), np.arange(995, 1_055)
+
+
+@pytest.fixture
+def made(exported: Callable[[str], Exported]) -> Exported:
+    return exported("exact")
+
+
+def test_published_opened_and_brought_up_to_date(made: Exported, s3_url: str, tmp_path: Path) -> None:
+    features = tmp_path / "features"
+    shutil.copytree(made.places.folder / "features", features)
+    url = f"{s3_url}/models/ctr"
+    first = export(url, made.run)
+    second = export(url, made.run, use=False)
+    assert (first.version, second.version, log.version_in_use(Storage(url))) == (1, 2, 1)
+    here, there = Bundle.open(made.url, cache_dir=tmp_path), Bundle.open(url, cache_dir=tmp_path / "cache")
+    for table in here.manifest.tables:
+        found = [bundle.ids.gather(12, bundle.ids.find(table.name, IDS)[0]) for bundle in (here, there)]
+        np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(*(bundle.vectors["images"].lookup(KEYS)[0] for bundle in (here, there)))
+
+    FeatureStore.open(features).put(FeatureRows.of(["new"], np.ones((1, 16), np.float32), keys=np.array([1_050])))
+    (of,) = there.manifest.vectors
+    vectors = FeatureStore.open(there.vectors_url(of))
+    report = publish(vectors, of, networks_for(there, of), source_url=str(features))
+    assert (report.added, report.snapshot) == (1, 2)
+    assert BundleIdentity.newest(url) == BundleIdentity(1, {"images": 2})
+    newer = there.with_vectors()
+    assert not newer.vectors["images"].lookup(np.array([1_050]))[1].any()
+    assert remove_leftovers(Storage(url), grace_s=-1) == []
+
+
+def test_a_copy_is_fetched_once_and_again_where_it_is_damaged(made: Exported, s3_url: str, tmp_path: Path) -> None:
+    url = f"{s3_url}/ctr"
+    manifest = export(url, made.run)
+    Bundle.open(url, cache_dir=tmp_path).close()
+    copy = tmp_path / manifest.bundle_id / "ids-12.bin"
+    data, fetched = copy.read_bytes(), copy.stat().st_mtime_ns
+    Bundle.open(url, cache_dir=tmp_path).close()
+    assert copy.stat().st_mtime_ns == fetched
+    copy.write_bytes(data[:-1] + b"x")
+    Bundle.open(url, cache_dir=tmp_path).close()
+    assert copy.read_bytes() == data
+    assert [path.name for path in copy.parent.iterdir() if path.name.startswith(".tmp")] == []
+
+
+def test_a_file_that_is_damaged_or_gone_is_refused_by_name(made: Exported, s3_url: str, tmp_path: Path) -> None:
+    url = f"{s3_url}/ctr"
+    manifest, storage = export(url, made.run), Storage(url)
+    path = f"{manifest.folder}/ids-trained.bin"
+    data = storage.read_bytes(path)
+    storage.write_bytes(path, bytes([data[0] ^ 1]) + data[1:])
+    with pytest.raises(BrokenBundleError, match=r"ids-trained\.bin is damaged: its sha256"):
+        Bundle.open(url, cache_dir=tmp_path)
+    storage.delete(path)
+    with pytest.raises(BrokenBundleError, match=r"ids-trained\.bin is missing"):
+        Bundle.open(url, cache_dir=tmp_path)

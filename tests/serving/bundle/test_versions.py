@@ -1,0 +1,228 @@
+"""Versions and the choice among them: numbered, immutable, two writers at once; what is damaged is refused by name."""
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from featurestore.storage.storage import Storage
+from featurestore.store import FeatureStore
+from serving.bundle import log
+from serving.bundle.export import remove_leftovers
+from serving.bundle.manifest import BUNDLES
+from serving.bundle.open import Bundle, BundleIdentity
+from serving.bundle.version import ModelVersion
+from serving.errors import BrokenBundleError, BundleNotFoundError
+from tests.serving.bundle.conftest import Exported, export
+from trainer.runs.folder import finished
+
+DAY_S = 24 * 3600
+
+
+@pytest.fixture
+def made(exported: Callable[[str], Exported]) -> Exported:
+    return exported("plain")
+
+
+@pytest.fixture
+def url(made: Exported, tmp_path: Path) -> str:
+    """A copy of a bundle with one version."""
+    shutil.copytree(made.url, tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def open_bundle(url: str, tmp_path: Path, version: int | None = None) -> Bundle:
+    return Bundle.open(url, version, cache_dir=tmp_path / "cache")
+
+
+def test_an_export_is_the_next_version_and_is_in_use(url: str, made: Exported, tmp_path: Path) -> None:
+    manifest = export(url, made.run)
+    assert manifest.version == 2
+    assert open_bundle(url, tmp_path).manifest == manifest
+    first = open_bundle(url, tmp_path, 1)
+    assert first.manifest == made.manifest
+    assert first.identity == BundleIdentity(1, {"images": 1})
+
+
+def test_an_export_may_leave_the_choice_alone(url: str, made: Exported) -> None:
+    export(url, made.run, use=False)
+    storage = Storage(url)
+    assert log.known_versions(storage) == [1, 2]
+    assert log.version_in_use(storage) == 1
+
+
+def test_use_goes_back_and_forth(url: str, made: Exported) -> None:
+    export(url, made.run)
+    storage = Storage(url)
+    log.use(storage, 1)
+    assert ModelVersion.open(url).manifest.version == 1
+    log.use(storage, 2)
+    assert ModelVersion.open(url).manifest.version == 2
+    assert [each.version for each in log.choices(storage)] == [1, 2, 1, 2]
+
+
+def test_another_checkpoint_is_exported_by_name(url: str, made: Exported) -> None:
+    (newest,) = finished(made.run / "checkpoints")
+    assert export(url, made.run, checkpoint=newest.name).checkpoint == newest.name
+
+
+def test_what_is_not_there_is_named(url: str, tmp_path: Path) -> None:
+    with pytest.raises(BundleNotFoundError, match=r"no version 7; it has version 1"):
+        ModelVersion.open(url, 7)
+    with pytest.raises(BundleNotFoundError, match=r"has no version 7"):
+        log.use(Storage(url), 7)
+    with pytest.raises(BundleNotFoundError, match=r"make one with: python jobs/export_model\.py"):
+        ModelVersion.open(str(tmp_path / "nothing"))
+    shutil.rmtree(f"{url}/use")
+    with pytest.raises(BundleNotFoundError, match=r"no version of .* is in use; it has version 1: choose one"):
+        ModelVersion.open(url)
+
+
+def test_two_exports_at_once_both_get_a_version(url: str, made: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = log.versions
+    raced: list[int] = []
+
+    def overtaken(storage: Storage, folder: str) -> list[int]:
+        found = numbers(storage, folder)
+        if folder == log.LOG and not raced and found == [1]:
+            raced.append(1)
+            raced.append(export(url, made.run).version)
+        return found
+
+    monkeypatch.setattr("serving.bundle.export.remove_leftovers", lambda storage: None)
+    monkeypatch.setattr(log, "versions", overtaken)
+    manifest = export(url, made.run)
+    assert raced == [1, 2]
+    assert manifest.version == 3
+    assert log.version_in_use(Storage(url)) == 3
+
+
+def test_many_choices_at_once_are_all_kept(url: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: log.use(Storage(url), 1), range(16)))
+    assert sorted(each.choice for each in made) == list(range(2, 18))
+
+
+def files_of(url: str) -> list[Path]:
+    return sorted(path for path in Path(url, BUNDLES).rglob("*") if path.is_file() and "vectors" not in path.parts)
+
+
+def test_each_file_is_verified(url: str, made: Exported, tmp_path: Path) -> None:
+    names = {path.name for path in files_of(url)}
+    assert names == {file.name for file in made.manifest.files}
+    used = names - {"network.pt2", "images.safetensors", "sample.parquet"}
+    for path in files_of(url):
+        data = path.read_bytes()
+        for place in (0, len(data) // 2, len(data) - 1):
+            damaged = bytearray(data)
+            damaged[place] ^= 1
+            path.write_bytes(damaged)
+            bundle = None
+            with pytest.raises(BrokenBundleError, match=rf"{path.name} is damaged: its sha256"):
+                if path.name in used:
+                    open_bundle(url, tmp_path)
+                bundle = ModelVersion.open(url)
+                bundle.files.path(path.name)
+        path.write_bytes(data[:-1])
+        with pytest.raises(BrokenBundleError, match=rf"{path.name} has .* bytes instead of"):
+            ModelVersion.open(url).files.path(path.name)
+        path.unlink()
+        with pytest.raises(BrokenBundleError, match=rf"{path.name} is missing"):
+            ModelVersion.open(url).files.path(path.name)
+        path.write_bytes(data)
+    open_bundle(url, tmp_path)
+
+
+def test_a_damaged_manifest_or_choice_is_refused(url: str, tmp_path: Path) -> None:
+    for folder in ("log", "use"):
+        path = Path(url, folder, f"{1:020}.json")
+        data = path.read_bytes()
+        for place in range(0, len(data), 7):
+            damaged = bytearray(data)
+            damaged[place] ^= 1
+            path.write_bytes(damaged)
+            with pytest.raises(BrokenBundleError, match=f"{folder}/{1:020}.json is damaged"):
+                open_bundle(url, tmp_path)
+        path.write_bytes(data)
+    shutil.copy(Path(url, "log", f"{1:020}.json"), Path(url, "log", f"{2:020}.json"))
+    with pytest.raises(BrokenBundleError, match=r"2\.json is the manifest of version 1"):
+        open_bundle(url, tmp_path, 2)
+
+
+def test_damaged_vectors_are_refused(url: str, tmp_path: Path) -> None:
+    vectors = next(Path(url, BUNDLES).rglob("vectors/images"))
+    (data_file,) = vectors.glob("data/*/*.parquet")
+    data = data_file.read_bytes()
+    damaged = bytearray(data)
+    damaged[len(data) // 2] ^= 1
+    data_file.write_bytes(damaged)
+    with pytest.raises(BrokenBundleError, match=rf"{data_file.name} is damaged"):
+        open_bundle(url, tmp_path)
+    data_file.unlink()
+    with pytest.raises(BrokenBundleError, match=rf"{data_file.name} is missing"):
+        open_bundle(url, tmp_path)
+    data_file.write_bytes(data)
+    open_bundle(url, tmp_path).close()
+    (vectors / "store.json").rename(vectors / "aside")
+    with pytest.raises(BrokenBundleError, match=r"no store at .*vectors/images"):
+        open_bundle(url, tmp_path)
+
+
+def test_a_vectors_store_that_was_made_anew_is_refused(url: str, made: Exported, tmp_path: Path) -> None:
+    other = export(tmp_path / "other", made.run)
+    mine = Path(url, made.manifest.folder, "vectors", "images")
+    shutil.rmtree(mine)
+    shutil.copytree(tmp_path / "other" / other.folder / "vectors" / "images", mine)
+    with pytest.raises(BrokenBundleError, match="is not the vectors store that was exported"):
+        open_bundle(url, tmp_path)
+
+
+def test_leftovers_go_after_the_grace_time(url: str, made: Exported) -> None:
+    dead = Path(url, BUNDLES, "0123456789abcdef")
+    (dead / "vectors" / "images").mkdir(parents=True)
+    for name in ("ids-12.bin", ".tmp-1", "vectors/images/store.json"):
+        (dead / name).write_bytes(b"half")
+        os.utime(dead / name, (0, 0))
+    young = Path(url, BUNDLES, "fedcba9876543210")
+    young.mkdir()
+    (young / "schema.yaml").write_bytes(b"half")
+    before = sorted(path for path in Path(url, made.manifest.folder).rglob("*"))
+    export(url, made.run)
+    assert not dead.exists()
+    assert young.exists()
+    assert sorted(path for path in Path(url, made.manifest.folder).rglob("*")) == before
+    assert remove_leftovers(Storage(url), grace_s=-1) == [young.name]
+    assert log.known_versions(Storage(url)) == [1, 2]
+
+
+def test_nothing_is_removed_where_a_manifest_is_damaged(url: str) -> None:
+    dead = Path(url, BUNDLES, "0123456789abcdef")
+    dead.mkdir()
+    (dead / "ids-12.bin").write_bytes(b"half")
+    path = Path(url, "log", f"{1:020}.json")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BrokenBundleError):
+        remove_leftovers(Storage(url), grace_s=-1)
+    assert dead.exists()
+
+
+def test_newer_vectors_are_opened_beside(url: str, tmp_path: Path) -> None:
+    bundle = open_bundle(url, tmp_path)
+    assert BundleIdentity.newest(url) == bundle.identity
+    store = FeatureStore.open(bundle.vectors_url(bundle.manifest.vectors[0]))
+    store.delete([1_000])
+    newer = bundle.with_vectors()
+    assert BundleIdentity.newest(url) == newer.identity == BundleIdentity(1, {"images": 2})
+    assert Bundle.open(url, vectors={"images": 1}, cache_dir=tmp_path / "cache").identity == bundle.identity
+    assert newer.vectors["images"].time_s > bundle.vectors["images"].time_s
+    assert newer.ids is bundle.ids
+    keys = np.array([1_000, 1_001])
+    assert newer.vectors["images"].lookup(keys)[1].tolist() == [True, False]
+    assert bundle.vectors["images"].lookup(keys)[1].tolist() == [False, False]
+    bundle.close()
+    assert newer.vectors["images"].lookup(keys)[1].tolist() == [True, False]
+    newer.close()
