@@ -17,6 +17,7 @@ _SIDES: dict[str, frozenset[Side]] = {
 def used_fields(schema: Schema, config: ModelConfig) -> tuple[Field, ...]:
     """Return the fields that the model looks at: all ID and dense ones, and content ones as `images` says.
 
+    Logistic regression has one weight for each id: ID fields are one wide there, whatever the schema says.
     Raises ConfigError where `images` asks for a side on which the schema has no content field.
     """
     wanted = _SIDES[config.images]
@@ -27,6 +28,8 @@ def used_fields(schema: Schema, config: ModelConfig) -> tuple[Field, ...]:
                 "add one to the schema, or set model.images to what it has"
             )
     fields = tuple(f for f in schema.fields if f.kind != "content" or f.side in wanted)
+    if config.base == "lr":
+        fields = tuple(f.model_copy(update={"width": 1}) if f.is_id else f for f in fields)
     _check_names(fields)
     if not any(field.is_id or field.kind == "content" for field in fields):
         raise ConfigError("the schema has no field of kind id, multi_id or content; the model needs one")

@@ -1,6 +1,6 @@
 """DIN, the Deep Interest Network: the behaviours' IDs are weighed by the ad's; then an MLP as in DICM."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -32,13 +32,12 @@ class Din(CtrModel):
                 "model.base=din needs a multi_id field on side user that shares its table with an id field on side ad, "
                 "as behavior_item and ad_item share table item; add it to the schema, or set model.base=mlp"
             )
-        paired = [behavior.name for behavior, _ in pairs]
-        beside = [field for field in used_fields(schema, config) if field.beside in paired]
-        self.behaviors = [*paired, *(field.name for field in beside if field.name not in paired)]
+        self.behaviors = behaviors_of(used_fields(schema, config))
         self._ads = [ad.name for _, ad in pairs]
         super().__init__(schema, config, elsewhere=self.behaviors)
         query_width = sum(width_of(ad, config) for _, ad in pairs)
-        width = query_width + sum(width_of(field, config) for field in beside if field.name not in paired)
+        beside = [field for field in self.fields if field.name in self.behaviors[len(pairs) :]]
+        width = query_width + sum(width_of(field, config) for field in beside)
         self.attention = BehaviorAttention(width, query_width, config.attention_hidden, self.hidden)
         self.mlp = Mlp([self.input_width + self.attention.width, *config.mlp, 1], self.hidden)
 
@@ -49,17 +48,28 @@ class Din(CtrModel):
         return logit_B1.squeeze(1)
 
     def check(self, batch: Batch) -> None:
-        first, *others = self.behaviors
-        for name in others:
-            one_G, other_G = batch.fields[first].lengths_M, batch.fields[name].lengths_M
-            differing = np.flatnonzero(one_G != other_G)
-            if len(differing):
-                at = differing[0]
-                raise DataError(
-                    f"model.base=din pairs {first} and {name} value by value, but a user has {one_G[at]} of the one "
-                    f"and {other_G[at]} of the other; write lists of equal length, give one of them another table "
-                    "in the schema, or set model.base=mlp"
-                )
+        check_equal_lists(batch, self.behaviors)
+
+
+def behaviors_of(fields: Collection[Field]) -> list[str]:
+    """Name the fields of side user that describe behaviours value by value: the paired ones, then those beside them."""
+    paired = [behavior.name for behavior, _ in paired_fields(fields)]
+    return [*paired, *(field.name for field in fields if field.beside in paired and field.name not in paired)]
+
+
+def check_equal_lists(batch: Batch, behaviors: Sequence[str]) -> None:
+    """Raise DataError where a user's lists of these fields are not equally long."""
+    first, *others = behaviors
+    for name in others:
+        one_G, other_G = batch.fields[first].lengths_M, batch.fields[name].lengths_M
+        differing = np.flatnonzero(one_G != other_G)
+        if len(differing):
+            at = differing[0]
+            raise DataError(
+                f"model.base=din pairs {first} and {name} value by value, but a user has {one_G[at]} of the one "
+                f"and {other_G[at]} of the other; write lists of equal length, give one of them another table "
+                "in the schema, or set model.base=mlp"
+            )
 
 
 def paired_fields(fields: Collection[Field]) -> list[tuple[Field, Field]]:

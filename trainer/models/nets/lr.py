@@ -25,12 +25,7 @@ class Lr(CtrModel):
     starts_by_xavier = False
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
-        narrow = tuple(field.model_copy(update={"width": 1}) if field.is_id else field for field in schema.fields)
-        schema, config = (
-            schema.model_copy(update={"fields": narrow}),
-            config.model_copy(update={"image_products": False}),
-        )
-        super().__init__(schema, config)
+        super().__init__(schema, config.model_copy(update={"image_products": False}))
         num_ids = sum(field.is_id for field in self.fields)
         self.weight = nn.Parameter(torch.zeros(self.input_width - num_ids))
         self.bias = nn.Parameter(torch.zeros(()))

@@ -1,0 +1,144 @@
+"""From decoded requests to what the network takes: rows of IDs and vectors of images, looked up for all fields at once.
+
+All ids of all fields are one array: one hash, and one gather for each width; all images of a store are one lookup.
+"""
+
+from collections.abc import Mapping
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+
+from serving.bundle.open import Bundle
+from serving.bundle.vectors import Float32
+from serving.network.inputs import FieldRows, NearestRows, NetworkInputs
+from serving.scoring.decode import Bool, DecodedRequests
+from trainer.engine.similarity import pairs_of_fields, similarity
+from trainer.engine.wiring import model_name
+from trainer.models.fields import width_of
+from trainer.samples.batch import Batch
+from trainer.samples.columns import Index
+from trainer.schema import Field
+
+
+class Lookups(NamedTuple):
+    """The network's inputs, and by field which of its values are unknown IDs, or images without a vector, (N,).
+
+    Fields all of whose values are known are left out.
+    """
+
+    inputs: NetworkInputs
+    unknown: Mapping[str, Bool]
+    missing: Mapping[str, Bool]
+
+
+class _Images(NamedTuple):
+    """The images of a field: rows of the vectors store, (N, D), which have none, (N,), and the visual vectors."""
+
+    rows_ND: Float32
+    missing_N: Bool
+    visual_NV: Float32
+
+
+class InputMaker:
+    """Looks up what a bundle knows of the ids and images of requests."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Make no copy of the bundle's rows: it has to stay open."""
+        self._bundle, model = bundle, bundle.model
+        of_ids = sorted((field for field in bundle.fields if field.is_id), key=lambda field: width_of(field, model))
+        self._ids_by_width = {
+            width: [field.name for field in fields] for width, fields in groupby(of_ids, lambda f: width_of(f, model))
+        }
+        self._column_of_id = {field.name: field.column_name for field in of_ids}
+        self._tables = [field.table_name for field in of_ids]
+        self._fields_of_store: dict[str, list[Field]] = {}
+        for field in bundle.fields:
+            if field.kind == "content":
+                self._fields_of_store.setdefault(field.store_name, []).append(field)
+        self._dense = [field.name for field in bundle.fields if field.kind == "dense"]
+        self._pairs = pairs_of_fields(bundle.fields, model)
+
+    def make(self, decoded: DecodedRequests) -> Lookups:
+        """Look up the ids and images of some requests."""
+        batch, missing = decoded.batch, dict[str, Bool]()
+        fields, unknown = self._ids(decoded)
+        found: dict[str, _Images] = {}
+        for store, of_store in self._fields_of_store.items():
+            found |= self._images(store, of_store, decoded)
+        for name, images in found.items():
+            gallery = batch.galleries.get(name)
+            lengths_M = (gallery or batch.fields[name]).lengths_M.astype(np.int64)
+            fields[name] = FieldRows(
+                rows_NV=images.visual_NV, lengths_M=lengths_M, sizes_K=None if gallery is None else gallery.values_N
+            )
+            if images.missing_N.any():
+                missing[name] = images.missing_N
+        inputs = NetworkInputs(
+            group_of_sample_B=batch.group_of_sample_B,
+            num_groups=len(decoded.counts_G),
+            fields=fields,
+            dense={name: batch.dense[name] for name in self._dense},
+            similar={name: self._nearest(batch, name, ad, found) for name, ad in self._pairs.items()},
+        )
+        return Lookups(inputs, unknown, missing)
+
+    def _ids(self, decoded: DecodedRequests) -> tuple[dict[str, FieldRows], dict[str, Bool]]:
+        """The rows of all ID fields, and which ids no training sample had."""
+        batch, ids = decoded.batch, self._bundle.ids
+        values = [batch.fields[name].values_N for name in self._column_of_id]
+        lengths_T = np.array([len(values_N) for values_N in values], np.int64)
+        rows_N, known_N = ids.find_many(self._tables, np.concatenate(values), lengths_T)
+        places = dict(zip(self._column_of_id, _slices(lengths_T), strict=True))
+        fields: dict[str, FieldRows] = {}
+        for width, names in self._ids_by_width.items():
+            first = places[names[0]].start
+            rows_NV = ids.gather(width, rows_N[first : places[names[-1]].stop])
+            for name in names:
+                here = places[name]
+                fields[name] = FieldRows(
+                    rows_NV=rows_NV[here.start - first : here.stop - first],
+                    lengths_M=batch.fields[name].lengths_M.astype(np.int64),
+                    weights_N=batch.weights.get(name),
+                )
+        unknown: dict[str, Bool] = {}
+        if decoded.nulls or not known_N.all():
+            for name, column in self._column_of_id.items():
+                own_N = ~known_N[places[name]] | decoded.nulls.get(column, False)
+                if own_N.any():
+                    unknown[name] = own_N
+        return fields, unknown
+
+    def _images(self, store: str, fields: list[Field], decoded: DecodedRequests) -> dict[str, _Images]:
+        table = self._bundle.vectors[store]
+        keys = [decoded.batch.fields[field.name].values_N for field in fields]
+        rows_ND, missing_N = table.lookup(np.concatenate(keys))
+        found: dict[str, _Images] = {}
+        places = _slices(np.array([len(keys_N) for keys_N in keys], np.int64))
+        for field, here in zip(fields, places, strict=True):
+            network = model_name(field, self._bundle.model)
+            visual_NV, lacks_N = rows_ND[here, table.of(network)], missing_N[here]
+            is_null_N = decoded.nulls.get(field.column_name)
+            if is_null_N is not None:
+                visual_NV = np.where(is_null_N[:, None], table.no_image[network], visual_NV)
+                lacks_N = lacks_N | is_null_N
+            found[field.name] = _Images(rows_ND[here], lacks_N, visual_NV)
+        return found
+
+    def _nearest(self, batch: Batch, behaviors: str, ad: str, found: Mapping[str, _Images]) -> NearestRows:
+        """Compare the images of a behaviour field with those of the candidates, as training does."""
+        model, stores = self._bundle.model, {field.name: field.store_name for field in self._bundle.fields}
+        words = {
+            name: self._bundle.vectors[stores[name]].words(found[name].rows_ND, found[name].missing_N)
+            for name in (behaviors, ad)
+        }
+        similar = similarity(
+            batch, behaviors, words[ad], words[behaviors], model.similarity_tiers, model.similarity_top_k
+        )
+        return NearestRows(tiers_BT=similar.tiers_BT, nearest_N=similar.nearest_N, lengths_B=similar.lengths_B)
+
+
+def _slices(lengths_T: Index) -> list[slice]:
+    """The places of arrays of these lengths that are one after the other."""
+    ends = np.cumsum(lengths_T).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]

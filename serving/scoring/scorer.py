@@ -1,0 +1,141 @@
+"""The scorer: a bundle, open, that gives users' candidates their logits, and says what it did not know."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from serving.bundle.open import Bundle, BundleIdentity
+from serving.errors import RequestError
+from serving.scoring.arrow import decode_table
+from serving.scoring.columns import RequestColumns
+from serving.scoring.decode import Bool, DecodedRequests, decode_requests
+from serving.scoring.inputs import InputMaker, Lookups
+from serving.scoring.request import Places, Request, Scored
+from trainer.errors import DataError
+from trainer.models.nets.din import behaviors_of, check_equal_lists
+from trainer.samples.columns import Rule
+from trainer.schema import Field
+
+
+class Scorer:
+    """Scores requests by one version of a bundle and one snapshot of its vectors; any number of threads may ask.
+
+    Ids that training has not seen have the row that they would have had, which nothing has trained; an image that is
+    null or has no vector gets what the run's `data.missing` says; no behaviours pool to zeros. All three are told.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Use `open`, but for a bundle that is open; `close` closes it."""
+        self._bundle = bundle
+        self._columns = RequestColumns(bundle.schema, bundle.fields)
+        self._maker = InputMaker(bundle)
+        self._network = bundle.network
+        self._equal_lists = behaviors_of(bundle.fields) if bundle.model.base == "din" else []
+
+    @classmethod
+    def open(
+        cls,
+        url: str,
+        version: int | None = None,
+        *,
+        vectors: Mapping[str, int] | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> "Scorer":
+        """Open a version of the bundle at `url`, by default the one in use, with the newest or these vectors.
+
+        Takes seconds. Raises BundleNotFoundError, BrokenBundleError, StorageError; see `Bundle.open`.
+        """
+        bundle = Bundle.open(url, version, vectors=vectors, cache_dir=cache_dir)
+        try:
+            return cls(bundle)
+        except BaseException:
+            bundle.close()
+            raise
+
+    @property
+    def identity(self) -> BundleIdentity:
+        """The version, and the snapshots of its vectors."""
+        return self._bundle.identity
+
+    @property
+    def bundle(self) -> Bundle:
+        """What it scores with."""
+        return self._bundle
+
+    @property
+    def columns(self) -> Mapping[str, Rule]:
+        """The columns of a request, and what each has to be."""
+        return self._columns.sources
+
+    @property
+    def fields(self) -> Sequence[Field]:
+        """The fields that the model uses."""
+        return self._bundle.fields
+
+    @property
+    def vectors_time_s(self) -> Mapping[str, float]:
+        """When the vectors of each store were committed, in seconds since 1970."""
+        return {name: table.time_s for name, table in self._bundle.vectors.items()}
+
+    def score(self, requests: Sequence[Request]) -> list[Scored]:
+        """Score all requests, in one call of the network; none of them, if one is wrong. Raises RequestError."""
+        return self._scored(decode_requests(self._columns, requests)) if requests else []
+
+    def score_table(self, table: pa.Table) -> list[Scored]:
+        """Score a table with the columns of sample files, one row a request; labels are not needed. As `score`."""
+        return self._scored(decode_table(self._columns, table)) if table.num_rows else []
+
+    def close(self) -> None:
+        """Let go of the bundle."""
+        self._bundle.close()
+
+    def _scored(self, decoded: DecodedRequests) -> list[Scored]:
+        if self._equal_lists:
+            try:
+                check_equal_lists(decoded.batch, self._equal_lists)
+            except DataError as failure:
+                raise RequestError(str(failure)) from None
+        lookups = self._maker.make(decoded)
+        logits_B = self._network.score(lookups.inputs)
+        parts = np.split(logits_B, np.cumsum(decoded.counts_G)[:-1])
+        unknown, missing = self._told(decoded, lookups)
+        return [
+            Scored(logits_C=part, unknown=unknown.get(place, {}), missing=missing.get(place, {}))
+            for place, part in enumerate(parts)
+        ]
+
+    def _told(
+        self, decoded: DecodedRequests, lookups: Lookups
+    ) -> tuple[dict[int, dict[str, Places]], dict[int, dict[str, Places]]]:
+        """What is unknown and missing, by request and field."""
+        told: tuple[dict[int, dict[str, Places]], dict[int, dict[str, Places]]] = ({}, {})
+        sides = {field.name: field.side for field in self.fields}
+        for found, masks in zip(told, (lookups.unknown, lookups.missing), strict=True):
+            for name, mask_N in masks.items():
+                for request, places in _by_request(decoded, name, sides[name], mask_N):
+                    found.setdefault(request, {})[name] = places
+        return told
+
+
+def _by_request(decoded: DecodedRequests, name: str, side: str, mask_N: Bool) -> Iterator[tuple[int, Places]]:
+    """The places of a field's marked values in each request that has any: of behaviours (user), of candidates (ad)."""
+    batch = decoded.batch
+    gallery, rows = batch.galleries.get(name), batch.fields[name]
+    if gallery is not None:  # an ad or behaviour lacks an image as soon as one of its images does
+        mask_N, rows = _any(mask_N, gallery.values_N), gallery
+    if side == "ad":
+        mask_N = _any(mask_N, rows.lengths_M)
+    counts_G = decoded.counts_G if side == "ad" else rows.lengths_M
+    for request, of_request in enumerate(np.split(mask_N, np.cumsum(counts_G)[:-1])):
+        if of_request.any():
+            yield request, np.flatnonzero(of_request)
+
+
+def _any(mask_N: Bool, lengths_K: NDArray[np.integer]) -> Bool:
+    """Tell of each list whether one of its values is marked, (K,)."""
+    list_N = np.repeat(np.arange(len(lengths_K)), lengths_K)
+    marked_K: Bool = np.bincount(list_N[mask_N], minlength=len(lengths_K)) > 0
+    return marked_K

@@ -1,0 +1,60 @@
+"""The matrix: a bundle's scores are the trainer's own logits, for every kind of model, inputs and missing images."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serving.scoring.request import Request
+from serving.scoring.scorer import Scorer
+from tests.serving.scoring.variants import VARIANTS, Exported, exported, placed
+from tests.trainer.conftest import Places
+from trainer.evaluation.predict import predict_run
+
+pytestmark = pytest.mark.long
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    return placed(tmp_path_factory.mktemp("matrix"))
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest, places: Places) -> Exported:
+    return exported(places, request.param)
+
+
+@pytest.fixture
+def scorer(variant: Exported) -> Iterator[Scorer]:
+    with contextlib.closing(Scorer.open(variant.url)) as opened:
+        yield opened
+
+
+def requests_of(table: Any, scorer: Scorer) -> list[Request]:
+    """A table's rows as requests."""
+    sides = {name: rule.side for name, rule in scorer.columns.items()}
+    return [
+        Request(
+            user={name: row[name] for name, side in sides.items() if side == "user"},
+            candidates={name: row[name] for name, side in sides.items() if side == "ad"},
+        )
+        for row in table.to_pylist()
+    ]
+
+
+def test_scores_are_the_trainers_logits(variant: Exported, scorer: Scorer) -> None:
+    store = str(variant.places.folder / "features") if variant.run.name == "error" else None
+    expected_N = predict_run(variant.run, store=store).logit_N
+    assert np.ptp(expected_N) > 0.05
+    table = variant.table.select([name for name in variant.table.column_names if name in scorer.columns])
+    of_table = np.concatenate([each.logits_C for each in scorer.score_table(table)])
+    np.testing.assert_allclose(of_table, expected_N, rtol=0, atol=TOLERANCE)
+    requests = requests_of(table, scorer)
+    of_requests = np.concatenate([each.logits_C for each in scorer.score(requests)])
+    np.testing.assert_array_equal(of_requests, of_table)
+    one_by_one = np.concatenate([scorer.score([each])[0].logits_C for each in requests])
+    np.testing.assert_allclose(one_by_one, expected_N, rtol=0, atol=TOLERANCE)

@@ -1,0 +1,171 @@
+"""Small trained runs of every kind of model and of inputs, each with its bundle, made once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
+from serving.bundle.export import ExportOptions, export_model, write_network
+from tests.trainer.conftest import Places, make_places
+from tests.trainer.samples.wordy import rewrite
+from trainer.comm import SoloComm
+from trainer.config.config import load_config
+from trainer.main import train
+from trainer.schema import DEFAULT_SCHEMA
+
+EXACT = "{kind: exact, max_rows: 24, admit_after: 2}"
+TABLES = "user: 64, item: 64, image: 64, category: 16, scene: 16, shop: 32, both: 64, scene_item: 64, tags: 32, age: 64"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lr": {"model__base": "lr", "model__pooling": "sum"},
+    "mlp": {"model__image_products": "false", "model__multi_hot": "sum"},
+    "mlp_concat": {"model__pooling": "concat", "model__concat_length": 3},
+    "mlp_transformer": {"model__pooling": "transformer"},
+    "din_inputs": {"schema": "inputs", "model__base": "din", "model__pooling": "mean"},
+    "dcn_learned": {"model__base": "dcn", "model__pooling": "max", "data__missing": "learned"},
+    "finalmlp": {"model__base": "finalmlp", "model__pooling": "multi_query"},
+    "two_tower": {"model__base": "two_tower", "model__pooling": "sum"},
+    "contents": {"schema": "contents", "model__shared_image_model": "false", "data__missing": "learned"},
+    "similar": {"schema": "contents", "model__similarity_tiers": 4, "model__similarity_top_k": 2},
+    "tiers": {"model__similarity_tiers": 5, "model__pooling": "multi_query"},
+    "nearest": {"model__similarity_top_k": 1, "model__pooling": "mean"},
+    "gallery_mean": {"schema": "mean", "data__missing": "learned"},
+    "gallery_max": {"schema": "max", "model__base": "dcn", "model__pooling": "transformer"},
+    "exact": {"tables": f"user: {EXACT}, item: {EXACT}, image: 64, category: 16, scene: 16"},
+    "new_ads": {"model__image_holdout": 0.3, "model__id_dropout": 0.3},
+    "images_none": {"model__images": "none"},
+    "images_ad": {"model__images": "ad", "model__pooling": "sum"},
+    "images_behavior": {"model__images": "behavior"},
+    "error": {"data__missing": "error", "data__store_version": 1},
+}
+"""Settings of a run, by name; `schema` names what its schema has besides the packaged fields."""
+
+INPUTS: list[dict[str, Any]] = [
+    {"name": "ad_price", "side": "ad", "kind": "dense", "transform": "log_standardize", "fill": "mean"},
+    {"name": "ad_shape", "side": "ad", "kind": "dense", "width": 2},
+    {"name": "ad_price_bucket", "side": "ad", "kind": "id", "column": "ad_price", "buckets": 6, "fill": "bucket"},
+    {"name": "ad_shop", "side": "ad", "kind": "id", "table": "shop", "width": 5},
+    {"name": "ad_tags", "side": "ad", "kind": "multi_id", "table": "tags", "weights": "ad_tag_weights"},
+    {"name": "ad_scene_item", "side": "ad", "kind": "id", "columns": ["ad_scene", "ad_shop"], "table": "scene_item"},
+    {"name": "behavior_shop", "side": "user", "kind": "multi_id", "table": "shop", "width": 5},
+    {"name": "behavior_both", "side": "user", "kind": "multi_id", "columns": ["behavior_item", "behavior_shop"]}
+    | {"table": "both"},
+    {"name": "behavior_age", "side": "user", "kind": "multi_id", "buckets": "log2", "beside": "behavior_item"}
+    | {"table": "age", "width": 3},
+]
+TEXTS = [
+    {"name": f"{side}_text", "side": of, "kind": "content", "store": "texts", "width": 3, "column": f"{side}_image"}
+    for side, of in (("behavior", "user"), ("ad", "ad"))
+]
+GONE = (1_003, 1_045)
+"""Images that have no feature, one of the training samples and one that only test samples have."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A run and its bundle."""
+
+    run: Path
+    url: str
+    places: Places
+
+    @property
+    def test_file(self) -> Path:
+        return self.places.folder / "samples" / "test" / "day=2026-01-01.parquet"
+
+    @property
+    def table(self) -> pa.Table:
+        """The test samples."""
+        return pq.read_table(self.test_file, partitioning=None)
+
+
+def placed(folder: Path) -> Places:
+    """Samples with a column of every kind, images without two of them, and a second content."""
+    places = make_places(folder)
+    rewrite(places.folder / "samples", with_columns)
+    extractor = ExtractorSpec(
+        backbone="drawn", layer="texts", weights_digest="0", preprocessing="none", compute_dtype="float32"
+    )
+    info = StoreInfo(num_shards=8, dim=7, dtype="float32", extractor=extractor)
+    features_ND = np.random.default_rng(6).normal(size=(49, 7)).astype(np.float32)
+    texts = FeatureStore.create(places.folder / "texts", info)
+    texts.put(FeatureRows.of([f"item/{n}" for n in range(49)], features_ND, keys=np.arange(1_000, 1_049)))
+    FeatureStore.open(places.folder / "features").delete(GONE)
+    return places
+
+
+def with_columns(table: pa.Table) -> pa.Table:
+    """Add a column of each kind to samples."""
+    rows = table.to_pylist()
+    ads, behaviors = ([row[f"{side}_item"] for row in rows] for side in ("ad", "behavior"))
+
+    def added(name: str, lists: list[list[int]], value: Callable[[int], Any], kind: Any) -> None:
+        nonlocal table
+        values = [[value(item) for item in items] for items in lists]
+        table = table.append_column(name, pa.array(values, pa.list_(kind)))
+
+    added("ad_price", ads, lambda item: None if item % 7 == 0 else item**2 / 8, pa.float64())
+    added("ad_shape", ads, lambda item: [item / 40, -item % 3], pa.list_(pa.float32()))
+    added("ad_shop", ads, lambda item: f"shop ü{item % 9}", pa.string())
+    added("ad_tags", ads, lambda item: list(range(item % 4)), pa.list_(pa.int64()))
+    added("ad_tag_weights", ads, lambda item: [tag - 0.5 for tag in range(item % 4)], pa.list_(pa.float32()))
+    added("behavior_shop", behaviors, lambda item: f"shop ü{item % 9}", pa.string())
+    added("behavior_age", behaviors, lambda item: item * 20.0, pa.float32())
+    for side, lists in (("ad", ads), ("behavior", behaviors)):
+        added(f"{side}_gallery", lists, gallery_of, pa.list_(pa.int64()))
+    return table
+
+
+def gallery_of(item: int) -> list[int]:
+    """None to three images, some without a feature."""
+    return [1_000 + (item * step) % 50 for step in range(1, 4)][: item % 4]
+
+
+def write_schema(path: Path, extra: str | None) -> None:
+    values = yaml.safe_load(DEFAULT_SCHEMA.read_text())
+    values["fields"] += {"inputs": INPUTS, "contents": TEXTS}.get(extra or "", [])
+    if extra in ("mean", "max"):
+        for field in values["fields"]:
+            if field["kind"] == "content":
+                field |= {"column": field["name"].replace("image", "gallery"), "gallery": extra}
+    path.write_text(yaml.safe_dump(values))
+
+
+def train_run(places: Places, name: str, schema: str | None = None, tables: str = TABLES, **changes: Any) -> Path:
+    """Train for some steps, fast, so that logits differ."""
+    path = places.folder / f"schema-{name}.yaml"
+    write_schema(path, schema)
+    own: dict[str, Any] = {
+        "run__name": name,
+        "train__max_steps": 12,
+        "optim__lr": 0.05,
+        "data__missing": "zeros",
+        "data__schema_file": path,
+        "model__compute_dtype": "float32",
+        "model__tables": f"{{{tables}}}",
+        **changes,
+    }
+    if schema == "contents":
+        own["data__stores"] = f"{{texts: {places.folder / 'texts'}}}"
+    config = load_config(settings=places.settings(**own))
+    train(config, SoloComm())
+    return Path(config.run.dir) / name
+
+
+def export(run: Path, url: str, **options: Any) -> None:
+    """Export a run as a person does, without compiled code."""
+    export_model(url, ExportOptions(run=run, **options), network=partial(write_network), measure=lambda *_: None)
+
+
+def exported(places: Places, name: str) -> Exported:
+    """Train and export a variant."""
+    run = train_run(places, name, **VARIANTS[name])
+    url = str(places.folder / "models" / name)
+    export(run, url)
+    return Exported(run, url, places)
