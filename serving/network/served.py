@@ -23,7 +23,9 @@ from serving.network.exporting import PORTABLE, SLOTS
 from serving.network.inputs import Float32, NetworkInputs
 from serving.network.machine import compiled_name
 from serving.network.slots import Slots
-from serving.network.users import by_user
+from serving.network.users import user_blocks
+
+_BLOCK = 256  # candidates a run: what it makes of them stays in the processor's cache
 
 Form = Literal["compiled", "portable"]
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -50,10 +52,12 @@ class ServedNetwork:
         if not portable:
             compiled = folder / compiled_name()
             if compiled.is_file():
+                _check_archive(compiled)
                 try:
                     return cls(*_load_compiled(compiled), "compiled", None)
-                except OSError as failure:
-                    note = f"{compiled.name} cannot be loaded ({failure}); the portable network is used, and is slower"
+                except (RuntimeError, OSError) as failure:
+                    reason = _first_line(failure)
+                    note = f"{compiled.name} cannot be loaded ({reason}); the portable network is used, and is slower"
             elif others := sorted(path.name for path in folder.glob("network-*.pt2")):
                 note = (
                     f"{', '.join(others)} is compiled for another machine than this one ({compiled.name}); the "
@@ -62,13 +66,13 @@ class ServedNetwork:
         return cls(*_load_portable(folder / PORTABLE), "portable", note)
 
     def score(self, inputs: NetworkInputs) -> Float32:
-        """Return the logits of all candidates, (B,), in their order: one run of the network a user."""
-        if len(inputs.group_of_sample_B) == 0:
-            return np.empty(0, np.float32)
-        if inputs.num_groups == 1:
+        """Return the logits of all candidates, (B,), in their order: one run of the network for 256 of a user."""
+        num_candidates = len(inputs.group_of_sample_B)
+        if inputs.num_groups == 1 and 0 < num_candidates <= _BLOCK:
             return self._score(inputs)
-        users = by_user(inputs, self._slots.of_user)
-        return np.concatenate([self._score(user) for user in users if len(user.group_of_sample_B)])
+        blocks = user_blocks(inputs, self._slots.of_user, _BLOCK)
+        logits = [self._score(block) for block in blocks]
+        return np.concatenate(logits) if logits else np.empty(0, np.float32)
 
     def _score(self, inputs: NetworkInputs) -> Float32:
         with torch.inference_mode():
@@ -82,42 +86,41 @@ def _as_tensor(array: NDArray[Any]) -> Tensor:
 
 
 def _load_compiled(path: Path) -> tuple[Run, Slots]:
-    """Load compiled code. Raises BrokenBundleError, and OSError where this machine cannot run it."""
-    from torch._inductor import aoti_load_package
+    """Load compiled code. Raises RuntimeError or OSError where this machine cannot run it."""
+    from torch._inductor import aoti_load_package  # a second's import
 
-    try:
-        _check_archive(path)
-        loader = aoti_load_package(str(path)).loader
-        slots = Slots.from_json(loader.get_metadata()[SLOTS])
-    except _UNREADABLE as failure:
-        raise _broken(path, failure) from failure
-    return loader.boxed_run, slots
+    loader = aoti_load_package(str(path)).loader
+    return loader.boxed_run, Slots.from_json(loader.get_metadata()[SLOTS])
 
 
 def _load_portable(path: Path) -> tuple[Run, Slots]:
-    if not path.is_file():
-        raise BrokenBundleError(f"{path} is missing; export the model again, or use another version")
+    """Load the program of torch.export. Raises BrokenBundleError."""
+    _check_archive(path)
     written = {SLOTS: ""}
     try:
-        _check_archive(path)
         network = torch.export.load(path, extra_files=written).module()
         slots = Slots.from_json(written[SLOTS])
-    except _UNREADABLE as failure:
-        raise _broken(path, failure) from failure
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as failure:
+        raise _broken(path, _first_line(failure)) from failure
     return lambda tensors: (network(*tensors),), slots
 
 
 def _check_archive(path: Path) -> None:
-    """Compare each part of a file with its checksum: torch looks at some of them alone."""
-    with zipfile.ZipFile(path) as archive:
-        part = archive.testzip()
+    """Compare each part of a file with its checksum: torch looks at some of them alone. Raises BrokenBundleError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except FileNotFoundError as failure:
+        raise BrokenBundleError(f"{path} is missing; export the model again, or use another version") from failure
+    except zipfile.BadZipFile as failure:
+        raise _broken(path, str(failure)) from failure
     if part is not None:
-        raise zipfile.BadZipFile(f"{part} is not what was written")
+        raise _broken(path, f"its part {part} has changed")
 
 
-_UNREADABLE = (zipfile.BadZipFile, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError)
+def _broken(path: Path, reason: str) -> BrokenBundleError:
+    return BrokenBundleError(f"{path} is not a network as it was exported ({reason}); export the model again")
 
 
-def _broken(path: Path, failure: Exception) -> BrokenBundleError:
-    reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
-    return BrokenBundleError(f"{path} is not a network as it was exported: {reason}. Export the model again")
+def _first_line(failure: Exception) -> str:
+    return next(iter(str(failure).splitlines()), type(failure).__name__)

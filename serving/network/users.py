@@ -1,5 +1,6 @@
-"""The inputs of several users, divided into those of each."""
+"""The inputs of several users, divided into blocks of candidates that belong to one user each."""
 
+import itertools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -8,13 +9,14 @@ import numpy as np
 from serving.network.inputs import FieldRows, Int64, NearestRows, NetworkInputs
 
 
-def by_user(inputs: NetworkInputs, of_user: Collection[str]) -> Iterator[NetworkInputs]:
-    """Divide the inputs into those of each user, in their order, by views. `of_user`: the fields of side user."""
+def user_blocks(inputs: NetworkInputs, of_user: Collection[str], at_most: int) -> Iterator[NetworkInputs]:
+    """Divide the inputs into blocks of a user and at most so many candidates, one at least, in their order, by views.
+
+    `of_user`: the fields of side user.
+    """
     fields = {name: _Rows.of(field) for name, field in inputs.fields.items()}
     ends_similar = {name: _ends(each.lengths_B) for name, each in inputs.similar.items()}
-    ends_G = np.searchsorted(inputs.group_of_sample_B, np.arange(inputs.num_groups), side="right").tolist()
-    start = 0
-    for user, end in enumerate(ends_G):
+    for user, start, end in _blocks(inputs, at_most):
         at = {True: (user, user + 1), False: (start, end)}
         yield NetworkInputs(
             group_of_sample_B=np.zeros(end - start, np.int64),
@@ -26,7 +28,14 @@ def by_user(inputs: NetworkInputs, of_user: Collection[str]) -> Iterator[Network
                 for name, each in inputs.similar.items()
             },
         )
-        start = end
+
+
+def _blocks(inputs: NetworkInputs, at_most: int) -> Iterator[tuple[int, int, int]]:
+    """List the user of each block, and where its candidates begin and end."""
+    starts_G = np.searchsorted(inputs.group_of_sample_B, np.arange(inputs.num_groups + 1)).tolist()
+    for user, (first, last) in enumerate(itertools.pairwise(starts_G)):
+        for start in range(first, last, at_most):
+            yield user, start, min(start + at_most, last)
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,10 @@ def model_of(fields: Schema, settings: ModelConfig) -> CtrModel:
     model = build_model(fields, settings).eval()
     with torch.no_grad():
         for value in (*model.parameters(), *model.buffers()):
-            value.add_(torch.randn_like(value) * 0.2).abs_() if value.min() == 1 else value.add_(
-                torch.randn_like(value) * 0.2
-            )
+            is_variance = bool((value == 1).all())
+            value.add_(torch.randn_like(value) * 0.2)
+            if is_variance:
+                value.abs_()
     return model
 
 

@@ -1,12 +1,18 @@
 """Exported networks give the trainer's logits: every base net, aggregator and setting, at any number of anything."""
 
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from serving.errors import BrokenBundleError
 from serving.network.exporting import PORTABLE, export_network
+from serving.network.machine import compiled_name
 from serving.network.served import ServedNetwork
+from serving.network.slots import Slots
 from tests.serving.network.drawn import Drawn, config, model_of, schema, trainers_logits
 
 BASES = ["lr", "mlp", "din", "dcn", "finalmlp", "two_tower"]
@@ -54,9 +60,144 @@ def drawn_of(settings: dict) -> Drawn:
     return Drawn(model_of(fields, chosen), chosen)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_portable(settings: dict, tmp_path: Path) -> None:
+SOME = [{"base": "din"}, {"similarity_tiers": 3, "similarity_top_k": 5}, {"gallery": "mean", "image_holdout": 0.1}]
+"""Lists paired value by value, lists of uneven length a candidate, and galleries."""
+
+
+def check_portable(settings: dict, folder: Path) -> None:
     drawn = drawn_of(settings)
-    assert export_network(drawn.model, drawn.settings, tmp_path) == [tmp_path / PORTABLE]
-    check(ServedNetwork.load(tmp_path), drawn)
+    assert export_network(drawn.model, drawn.settings, folder) == [folder / PORTABLE]
+    check(ServedNetwork.load(folder), drawn)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("settings", SOME, ids=str)
+def test_some_networks(settings: dict, tmp_path: Path) -> None:
+    check_portable(settings, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_every_network(settings: dict, tmp_path: Path) -> None:
+    check_portable(settings, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *SOME,
+        {"base": "finalmlp", "pooling": "multi_query", "activation": "dice", "batch_norm": True},
+        {"base": "two_tower"},
+        {"base": "lr", "pooling": "concat"},
+        {"base": "dcn", "pooling": "transformer", "similarity_top_k": 6, "transformer_length": 3},
+        {"pooling": "transformer", "transformer_length": 1},
+        {"gallery": "max", "pooling": "max"},
+    ],
+    ids=str,
+)
+def test_compiled(settings: dict, tmp_path: Path) -> None:
+    drawn = drawn_of(settings)
+    files = export_network(drawn.model, drawn.settings, tmp_path, compiled=True)
+    assert files == [tmp_path / PORTABLE, tmp_path / compiled_name()]
+    network = ServedNetwork.load(tmp_path)
+    assert (network.form, network.note) == ("compiled", None)
+    check(network, drawn)
+
+
+SMALL = schema().model_copy(update={"fields": schema().fields[:1] + schema().fields[7:9]})
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The network of three ID fields, portable and compiled: quick to make."""
+    folder = tmp_path_factory.mktemp("small")
+    settings = config(images="none")
+    export_network(model_of(SMALL, settings), settings, folder, compiled=True)
+    return folder
+
+
+def copied(folder: Path, to: Path) -> Path:
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def flip(file: Path, at: float) -> None:
+    data = bytearray(file.read_bytes())
+    data[int(len(data) * at)] ^= 4
+    file.write_bytes(data)
+
+
+@pytest.mark.long
+class TestFiles:
+    def test_compiled_code_gives_the_trainers_logits(self, small: Path) -> None:
+        settings = config(images="none")
+        network = ServedNetwork.load(small)
+        assert (network.form, network.note) == ("compiled", None)
+        check(network, Drawn(model_of(SMALL, settings), settings))
+
+    @pytest.mark.parametrize("portable", [True, False])
+    @pytest.mark.parametrize("damage", ["bit", "end", "all"])
+    def test_a_damaged_file(self, small: Path, tmp_path: Path, portable: bool, damage: str) -> None:
+        file = copied(small, tmp_path) / (PORTABLE if portable else compiled_name())
+        if damage == "bit":
+            flip(file, 0.4)
+        else:
+            file.write_bytes(file.read_bytes()[: 5000 if damage == "end" else 0])
+        with pytest.raises(BrokenBundleError, match=f"{file.name} is not a network as it was exported"):
+            ServedNetwork.load(tmp_path, portable=portable)
+
+    def test_another_archive(self, small: Path, tmp_path: Path) -> None:
+        with zipfile.ZipFile(tmp_path / PORTABLE, "w") as archive:
+            archive.writestr("network/data", "nothing")
+        with pytest.raises(BrokenBundleError, match=f"{PORTABLE} is not a network as it was exported"):
+            ServedNetwork.load(tmp_path)
+
+    def test_a_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(BrokenBundleError, match=f"{PORTABLE} is missing"):
+            ServedNetwork.load(tmp_path)
+
+    def test_code_of_another_machine(self, small: Path, tmp_path: Path) -> None:
+        copied(small, tmp_path)
+        (tmp_path / compiled_name()).rename(tmp_path / "network-aarch64-default-0123456789ab.pt2")
+        network = ServedNetwork.load(tmp_path)
+        assert network.form == "portable"
+        assert "network-aarch64-default-0123456789ab.pt2 is compiled for another machine" in network.note
+
+    def test_code_that_this_machine_cannot_load(self, small: Path, tmp_path: Path) -> None:
+        """As where its libraries are older: an archive that is whole, with a library that is none."""
+        copied(small, tmp_path)
+        compiled = tmp_path / compiled_name()
+        with zipfile.ZipFile(small / compiled_name()) as old, zipfile.ZipFile(compiled, "w") as new:
+            for name in old.namelist():
+                new.writestr(name, b"no library" if name.endswith(".so") else old.read(name))
+        network = ServedNetwork.load(tmp_path)
+        assert network.form == "portable"
+        assert f"{compiled.name} cannot be loaded" in network.note
+
+
+def test_names_of_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = compiled_name()
+    assert name == compiled_name()
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    assert compiled_name() != name
+
+
+def test_inputs_that_do_not_fit_are_own_bugs() -> None:
+    """Compiled code reads what lies behind too short an array."""
+    settings = config()
+    drawn = Drawn(model_of(schema(), settings), settings)
+    slots = Slots.of(drawn.model, settings)
+    whole = drawn([3], [4])
+    slots.arrays(whole)
+    for name, part in (
+        ("ad_item", "rows_NV"),
+        ("user", "rows_NV"),
+        ("interests", "weights_N"),
+        ("ad_tags", "lengths_M"),
+    ):
+        field = whole.fields[name]
+        short = replace(field, **{part: getattr(field, part)[:-1]})
+        with pytest.raises(AssertionError, match=rf"{name}\.{part} has"):
+            slots.arrays(replace(whole, fields={**whole.fields, name: short}))
