@@ -1,10 +1,12 @@
 """The connection of a client to one server: requests and answers, and what can go wrong on the way as errors of ours.
 
-Letters of shapes: U keys asked, C of them in a block, K in one message, D feature width.
+Letters of shapes: U keys asked, D feature width.
 """
 
+import contextlib
 import socket
 import ssl
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,9 +34,8 @@ from featurestore.format.datafile import matrix_of, numpy_column
 from featurestore.keys import Int64Array
 from featurestore.spec import StoreInfo
 
-# Two messages of keys are on their way at most. They fit into what HTTP/2 lets a sender send unasked (64 kB), so a
-# client never waits to send while its server waits for it to read.
-_KEYS_PER_MESSAGE = 3_000
+_KEYS_AT_ONCE = 4_096  # half of what HTTP/2 lets a sender send unasked
+_KEYS_PER_MESSAGE = 1 << 14
 _PROBE_S = 5.0
 
 
@@ -61,25 +62,12 @@ class ServerLink:
         descriptor = flight.FlightDescriptor.for_command(asked)
         with self._translated():
             writer, reader = self._client.do_exchange(descriptor, self._options)
-            # Where the call fails, closing says the same once more.
-            with writer:
+            with writer:  # where the call fails, closing says the same once more
                 writer.begin(KEYS_SCHEMA)
-                sent = self._send(writer, keys_U, 0)
-                done = 0
-                while done < len(keys_U):
-                    sent = self._send(writer, keys_U, sent)
-                    end = min(done + _KEYS_PER_MESSAGE, len(keys_U))
-                    while done < end:
+                with _sending(writer, reader, keys_U):
+                    done = 0
+                    while done < len(keys_U):
                         done += out.put(done, reader.read_chunk().data)
-
-    def _send(self, writer: Any, keys_U: Int64Array, start: int) -> int:
-        """Send the next message of keys, or say that there is none; return how many keys are sent."""
-        keys_K = keys_U[start : start + _KEYS_PER_MESSAGE]
-        if len(keys_K):
-            writer.write_batch(keys_batch(keys_K))
-            if start + len(keys_K) == len(keys_U):
-                writer.done_writing()
-        return start + len(keys_K)
 
     def close(self) -> None:
         """Close the connection."""
@@ -109,6 +97,38 @@ class ServerLink:
                 f"no feature server answers at {self.address}, or the connection broke: {first}"
             )
         return ServerError(f"{self.address} failed: {first}")
+
+
+@contextmanager
+def _sending(writer: Any, reader: Any, keys_U: Int64Array) -> Iterator[None]:
+    """Send keys while the block reads answers: one message at once, more of them in a thread.
+
+    HTTP/2 lets a sender send 64 kB unasked. With more, a client could wait to send for a server that waits to send.
+    """
+    if len(keys_U) <= _KEYS_AT_ONCE:
+        _send(writer, keys_U)
+        yield
+        return
+
+    def send() -> None:
+        with contextlib.suppress(pa.ArrowException, OSError):  # the reader learns what it is
+            _send(writer, keys_U)
+
+    thread = threading.Thread(target=send, name="keys", daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        reader.cancel()  # so that the thread does not wait for the server
+        raise
+    finally:
+        thread.join()
+
+
+def _send(writer: Any, keys_U: Int64Array) -> None:
+    for start in range(0, len(keys_U), _KEYS_PER_MESSAGE):
+        writer.write_batch(keys_batch(keys_U[start : start + _KEYS_PER_MESSAGE]))
+    writer.done_writing()
 
 
 class Answer:

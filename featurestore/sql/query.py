@@ -38,9 +38,9 @@ def sql_reader(store: FeatureStore, snapshot: Snapshot, query: str) -> Iterator[
         for name, table in tables.items():
             connection.register(name, table)
         connection.sql(query)  # finds what is wrong with it; nothing is read yet
-        columns = _needed_columns(connection, query)
-        if columns:
-            tables[IMAGES] = images_table(snapshot, columns)
+        needed = _needed_columns(connection, query)
+        if needed:
+            tables[IMAGES] = images_table(snapshot, needed)
             connection.register(IMAGES, tables[IMAGES])
         yield connection.sql(query).to_arrow_reader(_BATCH_ROWS)
 

@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from featurestore.errors import FeatureStoreError
-from featurestore.format.arrow import live_schema
+from featurestore.format.arrow import LIVE_COLUMNS, live_schema
+from featurestore.format.datafile import FEATURE
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
 from featurestore.upkeep import history
@@ -63,9 +65,28 @@ def tables_of(store: FeatureStore, snapshot: Snapshot) -> dict[str, ScannedTable
     }
 
 
-def images_table(snapshot: Snapshot, columns: Sequence[str] | None = None) -> ScannedTable:
-    """Return the live rows: all columns, or some."""
-    return ScannedTable(live_schema(snapshot.info, columns), lambda: snapshot.arrow_batches(columns))
+def images_table(snapshot: Snapshot, needed: Sequence[str] = LIVE_COLUMNS) -> ScannedTable:
+    """Return the live rows with all columns, as a query may name one without reading it; only those `needed` are read.
+
+    The others are blank, in memory that is never touched.
+    """
+    schema = live_schema(snapshot.info)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for batch in snapshot.arrow_batches(needed):
+            arrays = [
+                batch[name] if name in needed else _blank(len(batch), schema.field(name)) for name in schema.names
+            ]
+            yield pa.record_batch(arrays, schema=schema)
+
+    return ScannedTable(schema, batches)
+
+
+def _blank(count: int, field: "pa.Field[Any]") -> Any:
+    if field.name != FEATURE:
+        return pa.nulls(count, field.type)
+    dim = field.type.list_size
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(count * dim, np.float32)), dim)
 
 
 def _of_rows(schema: pa.Schema, rows: Callable[[], Iterator[dict[str, Any]]]) -> ScannedTable:
