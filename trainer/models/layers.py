@@ -87,7 +87,8 @@ def segment_max(rows_N: Tensor, lengths_M: Lengths) -> Tensor:
     if torch.compiler.is_exporting():
         lowest_MV = rows_N.new_full((lengths_M.shape[0], *rows_N.shape[1:]), -torch.inf)
         row_N = _row_of_value(lengths_M, rows_N.shape[0])
-        return _zero_if_empty(lowest_MV.index_reduce(0, row_N, rows_N, "amax"))
+        rows_of_values = row_N.view(-1, *[1] * (rows_N.dim() - 1)).expand_as(rows_N)
+        return _zero_if_empty(lowest_MV.scatter_reduce(0, rows_of_values, rows_N, "amax"))
     if rows_N.shape[0] == 0:
         return segment_sum(rows_N, lengths_M)
     highest_MV: Tensor = _SegmentMax.apply(rows_N, lengths_M)  # type: ignore[no-untyped-call]

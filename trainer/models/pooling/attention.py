@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainer.exchange.exchange import EvenLengths, FieldVectors, Lengths
 from trainer.models.hidden import HiddenLayers
-from trainer.models.layers import expand_rows, segment_softmax, segment_sum, take_rows, value_rows
+from trainer.models.layers import expand_rows, lengths_of, segment_softmax, segment_sum, take_rows, value_rows
 
 
 class ActivationUnit(nn.Module):
@@ -100,8 +100,9 @@ def pairs(lengths_G: Lengths, group_of_sample_B: Tensor, at_most: int | None = N
 
     `at_most`: behaviours taken of a group, the first ones, which are the newest.
     """
-    if isinstance(lengths_G, EvenLengths):
-        return _pairs_with_all(lengths_G, group_of_sample_B, at_most)
+    if isinstance(lengths_G, EvenLengths) and at_most is None:
+        return _pairs_with_all(lengths_G, group_of_sample_B)
+    lengths_G = lengths_of(lengths_G)
     lengths_B = lengths_G.index_select(0, group_of_sample_B)
     if at_most is not None:
         lengths_B = lengths_B.clamp_max(at_most)
@@ -112,14 +113,9 @@ def pairs(lengths_G: Lengths, group_of_sample_B: Tensor, at_most: int | None = N
     return shift_N + torch.arange(shift_N.shape[0], device=shift_N.device), lengths_B
 
 
-def _pairs_with_all(
-    lengths_G: EvenLengths, group_of_sample_B: Tensor, at_most: int | None
-) -> tuple[Tensor, EvenLengths]:
+def _pairs_with_all(lengths_G: EvenLengths, group_of_sample_B: Tensor) -> tuple[Tensor, EvenLengths]:
     """Make `pairs` of one group, which all samples belong to."""
     assert lengths_G.rows == 1
-    each, length_1, rows = lengths_G.each, lengths_G.lengths_M, group_of_sample_B.shape[0]
-    if at_most is not None:
-        each = torch.sym_min(each, at_most)  # type: ignore[no-untyped-call]
-        length_1 = length_1.clamp_max(at_most)
+    each, rows = lengths_G.each, group_of_sample_B.shape[0]
     place_L = torch.arange(each, device=group_of_sample_B.device)
-    return place_L.expand(rows, each).flatten(), EvenLengths(rows, each, length_1.expand(rows))
+    return place_L.expand(rows, each).flatten(), EvenLengths(rows, each, lengths_G.lengths_M.expand(rows))
