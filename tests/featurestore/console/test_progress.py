@@ -1,5 +1,7 @@
 """How far a command is: lines now and then in a log, and a bar on a terminal that goes with the work."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from featurestore.console import progress
@@ -10,7 +12,7 @@ from featurestore.console.progress import progress_bar
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, in a list of one, which a test sets."""
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Sets this machine's clock, in seconds after T0."""
 
     def set_to(seconds: float) -> None:
-        monkeypatch.setattr("featurestore.commit.time.time", lambda: T0 + seconds)
+        monkeypatch.setattr("featurestore.commit.time", SimpleNamespace(time=lambda: T0 + seconds))
 
     return set_to
 

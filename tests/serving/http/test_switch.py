@@ -1,7 +1,9 @@
 """Hot switch, warm-up and refusal of broken versions, in one process with a fake model."""
 
 import asyncio
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,7 +78,8 @@ def test_a_broken_version_is_refused_logged_and_counted_and_the_old_one_stays(
 
 def test_pauses_between_tries_of_a_broken_version_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
-    monkeypatch.setattr("serving.http.live.switch.time.monotonic", lambda: now_s)
+    clock = SimpleNamespace(monotonic=lambda: now_s, perf_counter=time.perf_counter)
+    monkeypatch.setattr("serving.http.live.switch.time", clock)
 
     async def run() -> None:
         nonlocal now_s
