@@ -2,6 +2,10 @@
 
 import contextlib
 import hashlib
+import os
+import re
+import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +14,14 @@ from typing import Any
 from featurestore.errors import CorruptFileError, StorageError
 from featurestore.format.shard_writer import HashedOutput, check_digest
 from featurestore.lookup.cache import default_cache_dir
+from featurestore.storage.private import claim, open_private
 from featurestore.storage.storage import Storage
 from serving.bundle.manifest import BundleFile, BundleManifest
 from serving.errors import BrokenBundleError
 
 _CHUNK_BYTES = 8 << 20
+_UNUSED_S = 30 * 24 * 3600.0
+_BUNDLE_ID = re.compile(r"[0-9a-f]{32}")
 
 
 class WrittenFiles:
@@ -47,13 +54,20 @@ class WrittenFiles:
 class LocalFiles:
     """The files of a version on this machine's disk: where they were written, or copies of an object store's.
 
-    A file is opened once its size and digest are those of the manifest; without `verify` its size alone.
+    A file is opened once its size and digest are those of the manifest; without `verify` its size alone. Copies belong
+    to this user alone, as compiled networks are programs; those of versions that nobody has opened for 30 days go.
     """
 
     def __init__(self, storage: Storage, manifest: BundleManifest, cache_dir: Path | None, verify: bool) -> None:
         self._storage, self._manifest, self._verify = storage, manifest, verify
-        cache = (cache_dir or default_cache_dir().parent / "bundles") / manifest.bundle_id
-        self._folder = Path(storage.url, manifest.folder) if storage.is_local else cache
+        if storage.is_local:
+            self._folder = Path(storage.url, manifest.folder)
+        else:
+            cache = cache_dir or default_cache_dir().parent / "bundles"
+            self._folder = cache / manifest.bundle_id
+            claim(self._folder, lambda name: True)
+            os.utime(self._folder)
+            _prune(cache)
 
     def path(self, name: str) -> Path:
         """Return where the file is, fetched first where it has to be. Raises BrokenBundleError, StorageError."""
@@ -98,8 +112,10 @@ class LocalFiles:
         source, digest = f"{self._manifest.folder}/{file.name}", hashlib.sha256()
         temporary = place.with_name(f".tmp-{uuid.uuid4().hex}")
         try:
-            place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with self._storage.open_input(source) as reader, temporary.open("xb") as writer:
+            with (
+                self._storage.open_input(source) as reader,
+                open(temporary, "xb", opener=open_private) as writer,
+            ):
                 while chunk := reader.read(_CHUNK_BYTES):
                     digest.update(chunk)
                     writer.write(chunk)
@@ -114,3 +130,11 @@ class LocalFiles:
             raise StorageError(f"cannot copy {self._storage.full(source)} to {place.parent}: {error}") from error
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _prune(cache: Path) -> None:
+    """Remove copies of versions that nobody has opened for a while; who has them open keeps what is mapped."""
+    for folder in cache.iterdir():
+        with contextlib.suppress(OSError):  # another process has removed it meanwhile
+            if _BUNDLE_ID.fullmatch(folder.name) and time.time() - folder.stat().st_mtime > _UNUSED_S:
+                shutil.rmtree(folder)

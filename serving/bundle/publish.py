@@ -6,6 +6,7 @@ differs between that snapshot and the newest one is looked at, and nothing else.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,8 +41,10 @@ class PublishReport:
     """The snapshot of the features that the vectors are of now."""
     mirrored: int | None
     """Of which they were before; None where nobody knew, or it has expired: then all images were looked at."""
+    before: int
+    """Snapshot of the vectors store that was the newest before."""
     snapshot: int
-    """The newest one of the vectors store."""
+    """The newest one now."""
     committed: bool = True
     """Not so where the vectors were of the newest snapshot already."""
     added: int = 0
@@ -53,6 +56,10 @@ class PublishReport:
     """Of the files written."""
     moved_keys: Int64Array = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
     """Of images added, changed and removed."""
+
+    def figures(self) -> dict[str, Any]:
+        """Return all but the keys, for a file of figures."""
+        return {name: value for name, value in vars(self).items() if name != "moved_keys"}
 
 
 def publish(
@@ -82,6 +89,7 @@ def publish(
                 store=of.store,
                 source=newest.version,
                 mirrored=newest.version,
+                before=now.version,
                 snapshot=now.version,
                 committed=False,
             )
@@ -153,6 +161,7 @@ class _Delta:
             store=self._of.store,
             source=self._newest.version,
             mirrored=mirrored.version if mirrored else None,
+            before=self._now.version,
             snapshot=self._now.version,
             num_bytes=sum(entry.bytes for entry in self.entries.values()),
             moved_keys=np.concatenate(self._moved),

@@ -1,22 +1,18 @@
 """Some groups of a run's test samples in a bundle: to warm up with, and to measure changes of scores on."""
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from featurestore.errors import StorageError
 from featurestore.text.plain import one_line
 from serving.bundle.files import WrittenFiles
 from serving.bundle.manifest import SAMPLE
-from serving.errors import BrokenBundleError
 from trainer.comm import SoloComm
-from trainer.errors import DataError
+from trainer.errors import TrainerError
 from trainer.runs.saved import SavedRun, open_test
-from trainer.samples.batch import Batch, BatchPosition
-from trainer.samples.columns import decode, rules_of, source_columns
-from trainer.samples.reader import Piece, assemble, read_row_group
-from trainer.schema import Schema
+from trainer.samples.columns import rules_of, source_columns
+from trainer.samples.reader import read_row_group
 
 _MOST_ROW_GROUPS = 8
 
@@ -33,22 +29,10 @@ def write_sample(saved: SavedRun, files: WrittenFiles, num_groups: int) -> str |
         chosen = np.linspace(0, len(index.row_groups) - 1, count).astype(int)
         columns = list(source_columns(rules_of(saved.schema)))
         tables = [read_row_group(index.storage, index.row_groups[n], columns) for n in chosen]
-    except DataError as error:
+    except (TrainerError, StorageError, pa.ArrowException) as error:
         return one_line(error)
     share = -(-num_groups // count)
     rows = pa.concat_tables([table.slice(0, share) for table in tables], promote_options="permissive")
     with files.output(SAMPLE) as output:
         pq.write_table(rows.slice(0, num_groups), output, compression="zstd")
     return None
-
-
-def read_sample(path: Path, schema: Schema) -> Batch:
-    """Read all groups of a bundle's sample as one batch of the trainer. Raises BrokenBundleError."""
-    try:
-        table = pq.read_table(path)
-        groups = decode(table, rules_of(schema), schema.label, str(path), 0)
-    except (DataError, pa.ArrowException, OSError) as error:
-        raise BrokenBundleError(f"{path}: {one_line(error)}") from error
-    ends_G = groups.sample_offsets[1:]
-    piece = Piece(groups, np.arange(len(ends_G)), groups.sample_offsets[:-1], ends_G)
-    return assemble(schema, [piece], groups.num_samples, BatchPosition(0, 0))

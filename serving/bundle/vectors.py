@@ -5,14 +5,16 @@ Letters of shapes: N keys, D columns of a row, V width of a visual vector, W wor
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featurestore.errors import CorruptFileError, StoreNotFoundError
-from featurestore.keys import Int64Array
-from featurestore.lookup.partition import FeaturePartition
+from featurestore.keys import Int64Array, shard_of
+from featurestore.lookup.partition import FeaturePartition, Lookup
 from featurestore.lookup.signatures import BITS, WORDS, Words
+from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
 from serving.bundle.manifest import VectorsOf
 from serving.errors import BrokenBundleError
@@ -23,11 +25,35 @@ Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
 
 
+class RowsByKey(Protocol):
+    """What a table looks rows up in: a partition, mapped into memory, or the snapshot itself."""
+
+    @property
+    def dim(self) -> int:
+        """Numbers in a row."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """Rows there are."""
+        ...
+
+    snapshot_version: int
+
+    def lookup(self, keys_U: Int64Array) -> Lookup:
+        """Return rows in the order asked, zeros for a key without one, and which these are."""
+        ...
+
+    def close(self) -> None:
+        """Let go of them."""
+        ...
+
+
 class VectorTable:
     """The vectors of one feature store's images at one snapshot of the vectors store. Lookups may run in threads."""
 
-    def __init__(self, of: VectorsOf, partition: FeaturePartition, time_s: float) -> None:
-        """Use `open`."""
+    def __init__(self, of: VectorsOf, partition: RowsByKey, time_s: float) -> None:
+        """Use `open` or `of_snapshot`."""
         self.manifest, self._partition = of, partition
         self.time_s = time_s
         """When the snapshot was committed, in seconds since 1970."""
@@ -56,6 +82,11 @@ class VectorTable:
         except (CorruptFileError, StoreNotFoundError) as error:
             raise BrokenBundleError(str(error)) from error
         return cls(of, partition, snapshot.manifest.time_s)
+
+    @classmethod
+    def of_snapshot(cls, of: VectorsOf, snapshot: Snapshot) -> "VectorTable":
+        """Look rows up in the files of a snapshot, for a few lookups: nothing is copied or mapped."""
+        return cls(of, _SnapshotRows(snapshot), snapshot.manifest.time_s)
 
     @property
     def snapshot(self) -> int:
@@ -88,6 +119,34 @@ class VectorTable:
     def close(self) -> None:
         """Let go of the mapped rows."""
         self._partition.close()
+
+
+class _SnapshotRows:
+    """The rows of a snapshot, read out of its files at each lookup."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self.snapshot_version = snapshot.version
+
+    @property
+    def dim(self) -> int:
+        return self._snapshot.info.dim
+
+    @property
+    def num_rows(self) -> int:
+        return self._snapshot.num_rows
+
+    def lookup(self, keys_U: Int64Array) -> Lookup:
+        features_UD = np.zeros((len(keys_U), self.dim), np.float32)
+        found_U = np.zeros(len(keys_U), np.bool_)
+        shard_U = shard_of(keys_U, self._snapshot.info.num_shards)
+        for shard in np.unique(shard_U).tolist():
+            here_U = shard_U == shard
+            features_UD[here_U], found_U[here_U] = self._snapshot.shard_reader(shard).features(keys_U[here_U])
+        return Lookup(features_UD, ~found_U)
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def columns_of_signatures(bits_N64: NDArray[np.uint8]) -> Float32:

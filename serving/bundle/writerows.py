@@ -4,14 +4,14 @@ A checkpoint has as `weight` what a lookup would read at that step, also where r
 (`trainer.ids.optimizers`). Letters of shapes: R rows of a shard, V numbers in a row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featurestore.keys import UInt64Array, splitmix64
+from featurestore.keys import Int64Array, UInt64Array, splitmix64
 from serving.bundle.files import WrittenFiles
 from serving.bundle.idrows import Bool, Float32, encoded
 from serving.bundle.manifest import TRAINED, RowDType, RowsFile, TableRows
@@ -77,6 +77,21 @@ class SavedTables:
             first_RV = initial_rows(shape, shard, seed, scale, begun).astype(weight_RV.numpy().dtype)
             moved_R &= (weight_RV.numpy() != first_RV).any(axis=1)
         return trained_R | moved_R
+
+
+def rows_at(tables: SavedTables, asked: Mapping[int, Int64Array]) -> dict[int, Float32]:
+    """Read rows as the checkpoint has them, by the width of their file: those at the places `asked`, ascending.
+
+    Reads all tables of these widths once. Raises CheckpointError, TrainerError."""
+    found: dict[int, Float32] = {}
+    for width, place_U in asked.items():
+        found[width], first_row = np.empty((len(place_U), width), np.float32), 0
+        for shape in (shape for shape in tables.shapes if shape.width == width):
+            for shard in tables.shards(shape):
+                start, end = np.searchsorted(place_U, (first_row, first_row + len(shard.rows_RV)))
+                found[width][start:end] = shard.rows_RV[place_U[start:end] - first_row]
+                first_row += len(shard.rows_RV)
+    return found
 
 
 def write_rows(

@@ -1,5 +1,6 @@
 """A bundle on an object store: published, opened through a local copy, its vectors brought up to date."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,19 @@ def test_a_copy_is_fetched_once_and_again_where_it_is_damaged(made: Exported, s3
     Bundle.open(url, cache_dir=tmp_path).close()
     assert copy.read_bytes() == data
     assert [path.name for path in copy.parent.iterdir() if path.name.startswith(".tmp")] == []
+
+
+def test_copies_of_versions_that_nobody_opens_go(made: Exported, s3_url: str, tmp_path: Path) -> None:
+    url = f"{s3_url}/ctr"
+    first, second = export(url, made.run), export(url, made.run)
+    Bundle.open(url, 1, cache_dir=tmp_path).close()
+    os.utime(tmp_path / first.bundle_id, (0, 0))
+    (tmp_path / "another").mkdir()
+    os.utime(tmp_path / "another", (0, 0))
+    Bundle.open(url, 2, cache_dir=tmp_path).close()
+    assert {path.name for path in tmp_path.iterdir()} == {second.bundle_id, "vectors", "another"}
+    assert (tmp_path / second.bundle_id).stat().st_mode & 0o077 == 0
+    Bundle.open(url, 1, cache_dir=tmp_path).close()
 
 
 def test_a_file_that_is_damaged_or_gone_is_refused_by_name(made: Exported, s3_url: str, tmp_path: Path) -> None:

@@ -1,0 +1,123 @@
+"""Publish a trained run as the next version of a model that python -m serving answers requests with."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.files import write_json_option
+from featurestore.console.progress import progress_bar
+from trainer.cli import WhichCheckpoint
+
+if TYPE_CHECKING:
+    from serving.bundle.export import Exported
+
+EXAMPLES = """Examples:
+
+\b
+python jobs/export_model.py
+python jobs/export_model.py --run data/runs/both --out data/models/ctr
+python jobs/export_model.py --run data/runs/both --out s3://shop/models/ctr --id-dtype int8 --compile
+python jobs/export_model.py --run data/runs/both --checkpoint 1000 --no-use
+
+Exit codes: 0 done, 1 failed, 2 wrong options.
+"""
+
+app = CommandApp(rich_markup_mode="rich")
+
+
+@app.command(epilog=EXAMPLES)
+def main(
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of a trained run.", show_default="the newest in data/runs")
+    ] = None,
+    checkpoint: WhichCheckpoint = None,
+    out: Annotated[
+        str, typer.Option(help="Folder or s3:// address of the model, which keeps its other versions.")
+    ] = "data/models/ctr",
+    id_dtype: Annotated[
+        Literal["float32", "float16", "int8"],
+        typer.Option(help="Type of the ID rows; others than float32 are smaller, and scores move a little."),
+    ] = "float32",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the network for this machine as well; it is faster then.")
+    ] = False,
+    sample_groups: Annotated[
+        int,
+        typer.Option(
+            min=0, max=10_000, help="Groups of the run's test samples to put in, which a scorer warms up with; 0: none."
+        ),
+    ] = 64,
+    use: Annotated[bool, typer.Option("--use/--no-use", help="Serve this version from now on.")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
+) -> None:
+    """Publish a trained run as the next version of a model that python -m serving answers requests with.
+
+    A version holds all that scores need: the network, the ID rows, and the visual vectors of all images of the newest
+    snapshot of each feature store. It never changes, but for the vectors: publish_vectors keeps them up to date. What
+    killed exports have left is removed after a day.
+    """
+    from functools import partial
+
+    from serving.bundle.export import ExportOptions, export_model, write_network
+    from serving.scoring.changes import error_of_rows
+    from trainer.runs.folder import newest_run
+
+    start = time.monotonic()
+    options = ExportOptions(
+        run=run or newest_run(),
+        checkpoint=checkpoint,
+        id_dtype=id_dtype,
+        sample_groups=sample_groups,
+        use=use,
+    )
+    with progress_bar("images") as progress:
+        exported = export_model(
+            out, options, network=partial(write_network, compiled=compiled), measure=error_of_rows, progress=progress
+        )
+    seconds = time.monotonic() - start
+    typer.echo(describe(exported, out, use, seconds))
+    write_json_option(json_file, {**exported.manifest.model_dump(mode="json"), "in_use": use, "seconds": seconds})
+
+
+def describe(exported: "Exported", out: str, in_use: bool, seconds: float) -> str:
+    """Write the lines that the job prints."""
+    manifest = exported.manifest
+    rows = sum(each.num_rows for each in manifest.rows)
+    names = {each.name for each in manifest.rows}
+    rows_bytes = sum(file.bytes for file in manifest.files if file.name in names)
+    error = manifest.id_error
+    lines = [
+        f"run          {manifest.run}, {manifest.checkpoint}",
+        f"id rows      {rows:,} in {len(manifest.tables)} tables, {manifest.id_dtype}, {rows_bytes:,} bytes",
+    ]
+    if error:
+        lines.append(
+            f"error        {error.worst:.2g} of a logit at worst, {error.mean:.2g} on average of {error.num_scores:,}, "
+            f"as ID rows are {manifest.id_dtype}"
+        )
+    for of in manifest.vectors:
+        networks = ", ".join(f"{each.name} {each.width}" for each in of.networks)
+        lines.append(
+            f"vectors      {of.store}: {exported.num_images[of.store]:,} images of snapshot "
+            f"{of.source.version} of {of.source.url} ({networks})"
+        )
+    compiled = [file.name for file in manifest.files if file.name.startswith("network-")]
+    lines += [f"compiled     {name}" for name in compiled]
+    lines += [f"note         {note}" for note in exported.notes]
+    return "\n".join(
+        [
+            *lines,
+            f"time         {seconds:.1f} s",
+            f"published    version {manifest.version} of {out}, {'in use' if in_use else 'not in use yet'}",
+            f"next         python -m serving {out}"
+            if in_use
+            else f"next         python -m serving use {out} {manifest.version}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    run_app(app)

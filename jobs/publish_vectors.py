@@ -1,0 +1,134 @@
+"""Bring the visual vectors of a published model up to the newest images of its feature stores."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.files import write_json_option
+from featurestore.console.progress import progress_bar
+
+if TYPE_CHECKING:
+    from serving.bundle.manifest import ScoreError
+    from serving.bundle.publish import PublishReport
+
+EXAMPLES = """Examples:
+
+\b
+python jobs/publish_vectors.py
+python jobs/publish_vectors.py --model s3://shop/models/ctr --eps 0
+python jobs/publish_vectors.py --model data/models/ctr --store s3://shop/features
+python jobs/publish_vectors.py --model data/models/ctr --store images=s3://shop/features --store titles=data/titles
+
+Exit codes: 0 done, also where there was nothing to do, 1 failed, 2 wrong options.
+"""
+
+app = CommandApp(rich_markup_mode="rich")
+
+
+@app.command(epilog=EXAMPLES)
+def main(
+    model: Annotated[str, typer.Option(help="Folder or s3:// address of the published model.")] = "data/models/ctr",
+    version: Annotated[int | None, typer.Option(min=1, help="Its version.", show_default="the one in use")] = None,
+    eps: Annotated[
+        float,
+        typer.Option(min=0, help="Vectors stay of which no number moved as far as this; 0: those that are the same."),
+    ] = 1e-3,
+    store: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]URL",
+            help="Where a feature store is now; again for more.",
+            show_default="where it was at the export",
+        ),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
+) -> None:
+    """Bring the visual vectors of a published model up to the newest images of its feature stores.
+
+    Only images that are new, changed or gone since the last time are looked at; their vectors become one commit, which
+    scorers take over by themselves. Run it again, and nothing happens. How far it moves scores is measured on the
+    sample in the model.
+    """
+    from featurestore.store import FeatureStore
+    from serving.bundle.images import networks_for
+    from serving.bundle.open import Bundle
+    from serving.bundle.publish import publish
+    from serving.bundle.version import ModelVersion
+    from serving.scoring.changes import change_of_scores
+
+    opened = ModelVersion.open(model, version)
+    places = _places(store or [], [of.store for of in opened.manifest.vectors])
+    figures: list[dict[str, Any]] = []
+    reports, start = [], time.monotonic()
+    if not opened.manifest.vectors:
+        typer.echo("vectors      none: the model sees no images, there is nothing to do")
+    for of in opened.manifest.vectors:
+        began = time.monotonic()
+        with progress_bar("shards") as progress:
+            report = publish(
+                FeatureStore.open(opened.vectors_url(of)),
+                of,
+                networks_for(opened, of),
+                source_url=places.get(of.store),
+                eps=eps,
+                progress=progress,
+            )
+        reports.append(report)
+        figures.append({**report.figures(), "seconds": time.monotonic() - began})
+        typer.echo(describe(report, eps))
+    change, moved = None, [report for report in reports if len(report.moved_keys)]
+    if moved:
+        change = change_of_scores(Bundle(opened.storage, opened.manifest, None, verify=False), moved)
+        typer.echo(describe_change(change))
+    typer.echo(f"time         {time.monotonic() - start:.1f} s")
+    write_json_option(
+        json_file,
+        {"version": opened.manifest.version, "stores": figures, "change": change.model_dump() if change else None},
+    )
+
+
+def describe(report: "PublishReport", eps: float) -> str:
+    """Write what the job prints of one feature store."""
+    since = f"since snapshot {report.mirrored}" if report.mirrored is not None else "all of them looked at"
+    head = f"vectors      {report.store}: of snapshot {report.source} of the features"
+    if not report.committed:
+        return f"{head} already, nothing to do"
+    rows = report.added + report.changed + report.removed
+    return "\n".join(
+        [
+            head,
+            f"images       {since}: {report.added:,} new, {report.changed:,} changed, {report.removed:,} gone"
+            + (f", {report.stayed:,} moved less than {eps:g} and stay" if report.stayed else ""),
+            f"published    {rows:,} rows, {report.num_bytes:,} bytes, as snapshot {report.snapshot} of the vectors",
+        ]
+    )
+
+
+def describe_change(change: "ScoreError | None") -> str:
+    """Write what the job prints of scores."""
+    if change is None:
+        return "scores       not measured: the model was exported without a sample"
+    return f"scores       {change.worst:.2g} of a logit at worst, {change.mean:.2g} on average of {change.num_scores:,}"
+
+
+def _places(given: list[str], names: list[str]) -> dict[str, str]:
+    """Read the options --store: an address alone is of the only store."""
+    places: dict[str, str] = {}
+    for each in given:
+        name, _, url = each.partition("=")
+        if name not in names:
+            if len(names) != 1:
+                raise typer.BadParameter(
+                    f"{each}: the model has vectors of the stores {', '.join(names) or 'none'}; write NAME=URL",
+                    param_hint="--store",
+                )
+            name, url = names[0], each
+        places[name] = url
+    return places
+
+
+if __name__ == "__main__":
+    run_app(app)

@@ -1,0 +1,97 @@
+"""How far logits move on a bundle's sample: by the type of its ID rows, or by a publish of vectors."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from featurestore.keys import Int64Array
+from featurestore.storage.storage import Storage
+from featurestore.store import FeatureStore
+from serving.bundle.idrows import Float32, IdRows
+from serving.bundle.manifest import SAMPLE, BundleManifest, ScoreError
+from serving.bundle.open import Bundle
+from serving.bundle.publish import PublishReport
+from serving.bundle.vectors import VectorTable
+from serving.bundle.writerows import SavedTables, rows_at
+from serving.scoring.scorer import Scorer
+from trainer.runs.saved import SavedRun
+
+
+def error_of_rows(saved: SavedRun, draft: BundleManifest, storage: Storage) -> ScoreError:
+    """Measure how far the ID rows of a version, as they were written, move logits from those of the checkpoint's rows.
+
+    Reads the run's ID tables once. Raises BrokenBundleError, CheckpointError, TrainerError."""
+    bundle = _with_vectors(Bundle(storage, draft, None, verify=False), {})
+    sample = _sample_of(bundle)
+    asking = _NotedRows(bundle.ids)
+    bundle.ids = asking
+    as_written = _logits(bundle, sample)
+    asked = {width: np.unique(np.concatenate(places)) for width, places in asking.asked.items()}
+    bundle = copy.copy(bundle)
+    bundle.ids = _GivenRows(bundle.ids, asked, rows_at(SavedTables(saved), asked))
+    return _error(as_written, _logits(bundle, sample))
+
+
+def change_of_scores(bundle: Bundle, reports: Sequence[PublishReport]) -> ScoreError | None:
+    """Measure how far a publish has moved logits; None where the bundle has no sample. `bundle`: without vectors.
+
+    Vectors are read out of the snapshots' files, for the images of the sample alone. Raises BrokenBundleError,
+    SnapshotNotFoundError, StorageError."""
+    if bundle.manifest.file(SAMPLE) is None:
+        return None
+    sample, _ = _sample_of(bundle), bundle.network  # loaded once for both
+    before = _with_vectors(bundle, {each.store: each.before for each in reports})
+    after = _with_vectors(bundle, {each.store: each.snapshot for each in reports})
+    return _error(_logits(before, sample), _logits(after, sample))
+
+
+class _NotedRows(IdRows):
+    """The same rows; what is gathered is noted, by width."""
+
+    def __init__(self, rows: IdRows) -> None:
+        self.__dict__.update(rows.__dict__)
+        self.asked: dict[int, list[Int64Array]] = {}
+
+    def gather(self, width: int, rows_N: Int64Array) -> Float32:
+        self.asked.setdefault(width, []).append(rows_N)
+        return super().gather(width, rows_N)
+
+
+class _GivenRows(IdRows):
+    """Found in the same places, and given values: of places (U,), ascending, by width."""
+
+    def __init__(self, rows: IdRows, places: dict[int, Int64Array], values: dict[int, Float32]) -> None:
+        self.__dict__.update(rows.__dict__)
+        self._places, self._values = places, values
+
+    def gather(self, width: int, rows_N: Int64Array) -> Float32:
+        return self._values[width][np.searchsorted(self._places[width], rows_N)]
+
+
+def _with_vectors(bundle: Bundle, snapshots: dict[str, int]) -> Bundle:
+    """The bundle with these snapshots of its vectors, the newest ones by default, for a few lookups."""
+    other = copy.copy(bundle)
+    other.vectors = {
+        of.store: VectorTable.of_snapshot(
+            of, FeatureStore.open(bundle.vectors_url(of)).snapshot(snapshots.get(of.store))
+        )
+        for of in bundle.manifest.vectors
+    }
+    return other
+
+
+def _sample_of(bundle: Bundle) -> pa.Table:
+    return pq.read_table(bundle.files.path(SAMPLE))
+
+
+def _logits(bundle: Bundle, sample: pa.Table) -> Float32:
+    return np.concatenate([scored.logits_C for scored in Scorer(bundle).score_table(sample)])
+
+
+def _error(one: Float32, other: Float32) -> ScoreError:
+    moved: Any = np.abs(one.astype(np.float64) - other)
+    return ScoreError(num_scores=len(moved), worst=float(moved.max()), mean=float(moved.mean()))

@@ -1,0 +1,131 @@
+"""The jobs export_model and publish_vectors as a person types them, with the network: scores are those of the run."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from featurestore import FeatureRows, FeatureStore
+from jobs import export_model, publish_vectors
+from serving.bundle.manifest import SAMPLE
+from serving.bundle.open import Bundle
+from serving.scoring.scorer import Scorer
+from tests.serving.bundle.conftest import VARIANTS, train_run
+from tests.trainer.conftest import Places, make_places
+from trainer.comm import SoloComm
+from trainer.runs.saved import open_trained
+from trainer.samples.batch import BatchPosition
+from trainer.samples.columns import decode, rules_of
+from trainer.samples.reader import Piece, assemble
+
+pytestmark = pytest.mark.long
+
+
+def job(app: Any, *options: object) -> Any:
+    return CliRunner().invoke(app, [str(each) for each in options])
+
+
+def done(app: Any, *options: object) -> str:
+    result = job(app, *options)
+    assert result.exit_code == 0, result.output
+    return str(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    places = make_places(tmp_path_factory.mktemp("places"))
+    train_run(places, "both", model__compute_dtype="float32", **VARIANTS["similarity"])
+    train_run(places, "ids", **VARIANTS["ids_only"])
+    return places
+
+
+@pytest.fixture(scope="module")
+def text(places: Places) -> str:
+    """What the job prints of the model that the tests below share."""
+    run, out = places.folder / "runs" / "both", places.folder / "model"
+    return done(export_model.app, "--run", run, "--out", out, "--json", places.folder / "export.json")
+
+
+@pytest.fixture
+def model(places: Places, text: str) -> str:
+    return str(places.folder / "model")
+
+
+def test_the_job_tells_what_it_published(places: Places, text: str) -> None:
+    assert "id rows      224 in 5 tables, float32, 10,752 bytes" in text
+    assert f"vectors      images: 50 images of snapshot 1 of {places.folder}/features (shared 12)" in text
+    assert f"published    version 1 of {places.folder}/model, in use" in text
+    figures = json.loads((places.folder / "export.json").read_text())
+    assert (figures["version"], figures["in_use"], figures["metrics"]["impressions"]) == (1, True, 210)
+    assert {file["name"] for file in figures["files"]} >= {"network.pt2", "ids-12.bin", SAMPLE}
+
+
+def test_the_scores_of_the_sample_are_those_of_the_run(places: Places, model: str, tmp_path: Path) -> None:
+    bundle = Bundle.open(model, cache_dir=tmp_path)
+    sample = pq.read_table(bundle.files.path(SAMPLE))
+    assert 0 < sample.num_rows <= 64
+    found = np.concatenate([each.logits_C for each in Scorer(bundle).score_table(sample)])
+    with contextlib.closing(open_trained(places.folder / "runs" / "both", SoloComm())) as trained:
+        groups = decode(sample, rules_of(trained.schema), "label", "sample", 0)
+        ends = groups.sample_offsets[1:]
+        piece = Piece(groups, np.arange(len(ends)), groups.sample_offsets[:-1], ends)
+        batch = assemble(trained.schema, [piece], groups.num_samples, BatchPosition(0, 0))
+        wanted = trained.engine.predict(trained.engine.prepare(batch, "eval"))
+    assert len(found) > 100
+    np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float16", 1e-3), ("int8", 1e-2)])
+def test_other_types_of_rows_print_their_error(places: Places, tmp_path: Path, dtype: str, limit: float) -> None:
+    out = tmp_path / "model"
+    options = ("--run", places.folder / "runs" / "both", "--out", out, "--id-dtype", dtype)
+    text = done(export_model.app, *options, "--json", tmp_path / "export.json")
+    assert f"as ID rows are {dtype}" in text
+    error = json.loads((tmp_path / "export.json").read_text())["id_error"]
+    assert 0 < error["mean"] <= error["worst"] < limit
+    assert error["num_scores"] > 100
+
+
+def test_a_publish_tells_what_moved(places: Places, model: str, tmp_path: Path) -> None:
+    store = FeatureStore.open(places.folder / "features")
+    keys = np.array([1_050, 1_007, 1_008])
+    features = np.random.default_rng(1).normal(size=(3, 16)).astype(np.float32)
+    store.put(FeatureRows.of([f"item/{key - 1_000}" for key in keys], features, keys=keys))
+    store.delete([1_049])
+    text = done(publish_vectors.app, "--model", model, "--json", tmp_path / "publish.json")
+    assert "vectors      images: of snapshot 3 of the features\n" in text
+    assert "images       since snapshot 1: 1 new, 2 changed, 1 gone\n" in text
+    assert "published    4 rows, " in text
+    figures = json.loads((tmp_path / "publish.json").read_text())
+    assert 0 < figures["change"]["mean"] < figures["change"]["worst"]
+    assert figures["stores"][0]["added"] == 1
+    again = done(publish_vectors.app, "--model", model)
+    assert "vectors      images: of snapshot 3 of the features already, nothing to do\n" in again
+    assert "scores" not in again
+
+
+def test_a_model_without_images(places: Places, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    text = done(
+        export_model.app, "--run", places.folder / "runs" / "ids", "--out", out, "--no-use", "--sample-groups", 0
+    )
+    assert "note         no test samples are in the bundle, to warm up with: none were asked for" in text
+    assert f"published    version 1 of {out}, not in use yet" in text
+    assert "the model sees no images" in done(publish_vectors.app, "--model", out, "--version", 1)
+    refused = job(publish_vectors.app, "--model", out)
+    assert (refused.exit_code, "no version of" in refused.stderr) == (2, True)
+
+
+def test_places_of_stores_are_told_apart() -> None:
+    assert publish_vectors._places(["s3://a/b=c"], ["images"]) == {"images": "s3://a/b=c"}
+    assert publish_vectors._places(["images=x", "texts=y"], ["images", "texts"]) == {"images": "x", "texts": "y"}
+    with pytest.raises(typer.BadParameter, match="write NAME=URL"):
+        publish_vectors._places(["x"], ["images", "texts"])
+    with pytest.raises(typer.BadParameter, match="the stores none"):
+        publish_vectors._places(["x"], [])
