@@ -15,8 +15,6 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8080
     workers: int = 1
-    threads: int = 1
-    """Of torch, in each worker."""
     tls_cert: Path | None = None
     tls_key: Path | None = None
     token_file: Path | None = None
