@@ -1,0 +1,98 @@
+"""A bundle of a small trained run, with a second version and newer vectors to switch to."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from featurestore.format.rows import FeatureRows
+from featurestore.store import FeatureStore
+from tests.trainer.conftest import make_places
+
+NEW_IMAGE = 1_050
+
+
+@dataclass(frozen=True)
+class Published:
+    """A bundle with versions 1, in use, and 2; each test has a copy of its own."""
+
+    folder: Path
+
+    @property
+    def url(self) -> str:
+        """Of the bundle."""
+        return str(self.folder / "models" / "ctr")
+
+    @property
+    def samples(self) -> Path:
+        """A file of test samples."""
+        return self.folder / "samples" / "test" / "day=2026-01-01.parquet"
+
+    def use(self, version: int) -> None:
+        """Put a version in use."""
+        from featurestore.storage.storage import Storage
+        from serving.bundle.log import use
+
+        use(Storage(self.url), version)
+
+    def add_image(self, key: int = NEW_IMAGE, seed: int = 0) -> None:
+        """Add an image to the feature store, or change one, and publish its vector."""
+        from serving.bundle.images import networks_for
+        from serving.bundle.publish import publish
+        from serving.bundle.version import ModelVersion
+
+        features_1D = np.random.default_rng(seed).normal(size=(1, 16)).astype(np.float32)
+        store = FeatureStore.open(self.folder / "features")
+        store.put(FeatureRows.of([f"item/{key - 1_000}"], features_1D, keys=np.array([key])))
+        version = ModelVersion.open(self.url)
+        for of in version.manifest.vectors:
+            vectors = FeatureStore.open(version.vectors_url(of))
+            publish(vectors, of, networks_for(version, of), source_url=store.url)
+
+
+@pytest.fixture(scope="session")
+def published_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train two runs and publish both."""
+    from serving.bundle.export import ExportOptions, export_model, write_network
+    from trainer.comm import SoloComm
+    from trainer.config.config import load_config
+    from trainer.main import train
+
+    places = make_places(tmp_path_factory.mktemp("published"))
+    for number in (1, 2):
+        config = load_config(
+            settings=places.settings(
+                run__name=f"run{number}", train__seed=number, train__max_steps=20, data__missing="zeros", train__epochs=1
+            )
+        )
+        train(config, SoloComm())
+        options = ExportOptions(run=Path(config.run.dir) / f"run{number}", use=number == 1)
+        export_model(str(places.folder / "models" / "ctr"), options, network=write_network, measure=lambda *_: None)
+    return places.folder
+
+
+@pytest.fixture
+def publish(published_once: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Copies the bundle, so that a test can change it."""
+
+    def copy() -> Published:
+        shutil.copytree(published_once, tmp_path / "published")
+        return Published(tmp_path / "published")
+
+    return copy
+
+
+@pytest.fixture
+def published(publish: Callable[[], Published]) -> Published:
+    """A copy of the bundle."""
+    return publish()
+
+
+@pytest.fixture(scope="session")
+def bundle(published_once: Path) -> Published:
+    """The bundle itself, for tests that only read it."""
+    return Published(published_once)

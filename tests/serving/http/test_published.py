@@ -1,0 +1,249 @@
+"""The server with a real bundle: the scorer's own scores in every form, switches under load, and damaged versions."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from serving.http.live.source import BundleSource
+from serving.scoring.scorer import Scorer
+
+from featurestore.store import FeatureStore
+from featurestore.upkeep.expiry import expire
+from serving.bundle.open import BundleIdentity
+from serving.http.codec import ARROW, as_json
+from serving.http.settings import ServerSettings
+from serving.scoring.request import Request
+from tests.serving.http.conftest import NEW_IMAGE, Published
+from tests.serving.http.processes import ServerProcess, ended
+
+pytestmark = [pytest.mark.services, pytest.mark.long]
+
+ADS = ("ad_item", "ad_image", "ad_category", "ad_scene")
+USERS = ("user", "behavior_item", "behavior_image", "behavior_category")
+
+
+def start(published: Published, folder: Path, *options: str) -> ServerProcess:
+    words = [published.url, "--port", "0", "--poll-s", "0.1", "--cache-dir", str(folder / "cache"), *options]
+    server = ServerProcess([sys.executable, "-m", "serving", *words], folder)
+    server.wait_until_ready()
+    return server
+
+
+def table_of(published: Published) -> pa.Table:
+    return pq.read_table(published.samples).slice(0, 30)
+
+
+def requests_of(published: Published) -> list[dict[str, Any]]:
+    rows = table_of(published).to_pylist()
+    return [
+        {"user": {name: row[name] for name in USERS}, "candidates": {name: row[name] for name in ADS}} for row in rows
+    ]
+
+
+def one_image(key: int) -> dict[str, Any]:
+    user = {"user": 1, "behavior_item": [], "behavior_image": [], "behavior_category": []}
+    return {"user": user, "candidates": {"ad_item": [1], "ad_image": [key], "ad_category": [1], "ad_scene": [0]}}
+
+
+@pytest.fixture(scope="module")
+def server(bundle: Published, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("published-server")
+    with ended(start(bundle, folder)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def logits(bundle: Published) -> list[np.ndarray]:
+    scorer = Scorer.open(bundle.url)
+    return [each.logits_C for each in scorer.score([Request(**each) for each in requests_of(bundle)])]
+
+
+def test_json_has_the_scorers_scores(server: ServerProcess, bundle: Published, logits: list[np.ndarray]) -> None:
+    together = server.client.post("/v1/score?logits=true", json=requests_of(bundle)).json()
+    assert together["version"] == 1
+    for request, expected, answer in zip(requests_of(bundle), logits, together["answers"], strict=True):
+        alone = server.client.post("/v1/score?logits=true", json=request).json()
+        for found in (alone, answer):
+            np.testing.assert_allclose(found["logits"], expected, atol=1e-5)
+            np.testing.assert_allclose(found["scores"], 1 / (1 + np.exp(-expected)), atol=1e-6)
+        assert (alone["unknown"], alone["missing"]) == (answer["unknown"], answer["missing"])
+
+
+def test_arrow_has_the_scorers_scores(server: ServerProcess, bundle: Published, logits: list[np.ndarray]) -> None:
+    table = table_of(bundle).select([*USERS, *ADS, "label"])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    content = sink.getvalue().to_pybytes()
+    answer = server.client.post("/v1/score", content=content, headers={"content-type": ARROW})
+    assert answer.status_code == 200, answer.text
+    found = pa.ipc.open_stream(answer.content).read_all()["logit"].to_pylist()
+    for each, expected in zip(found, logits, strict=True):
+        np.testing.assert_allclose(each, expected, atol=1e-5)
+
+
+def test_tensors_have_the_scorers_scores(server: ServerProcess, bundle: Published, logits: list[np.ndarray]) -> None:
+    http = pytest.importorskip("tritonclient.http")
+    with http.InferenceServerClient(f"{server.host}:{server.port}") as client:
+        names = {each["name"] for each in client.get_model_metadata("ctr")["inputs"]}
+        assert names == {*USERS, *ADS}
+        for request, expected in zip(requests_of(bundle)[:10], logits, strict=False):
+            inputs = []
+            for name, value in {**request["user"], **request["candidates"]}.items():
+                values = np.array(value, np.int64).reshape(-1)
+                inputs.append(http.InferInput(name, [len(values)], "INT64").set_data_from_numpy(values))
+            found = client.infer("ctr", inputs).as_numpy("logit")
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_unknown_and_missing_are_told_and_counted(server: ServerProcess) -> None:
+    request = one_image(1_001)
+    request["candidates"] = {
+        "ad_item": [1, 987_654, 2],
+        "ad_image": [1_001, 1_002, 987_654],
+        "ad_category": [1, 1, 1],
+        "ad_scene": [0, 0, 0],
+    }
+    answer = server.client.post("/v1/score", json=request).json()
+    assert answer["missing"]["ad_image"] == [2]
+    assert 1 in answer["unknown"].get("ad_item", [1])  # a hashed table may know the row of another item
+    assert 'serving_missing_total{field="ad_image"}' in server.client.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ad_item": [1.5]}, "ad_item"),
+        ({"ad_item": [None]}, "ad_item"),
+        ({"ad_item": [2**64]}, "ad_item"),
+        ({"ad_item": [1, 2]}, "ad_item"),
+        ({"ad_itm": [1]}, "ad_itm"),
+    ],
+)
+def test_a_wrong_value_is_named(server: ServerProcess, change: dict[str, Any], words: str) -> None:
+    request = one_image(1_001)
+    request["candidates"] |= change
+    answer = server.client.post("/v1/score", json=request)
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]
+
+
+def test_switches_under_load_fail_no_request_and_mix_no_versions(published: Published, tmp_path: Path) -> None:
+    requests = requests_of(published)[:4]
+    expected = {}
+    for version in (1, 2):
+        scorer = Scorer.open(published.url, version)
+        scored = scorer.score([Request(**each) for each in requests])
+        expected[version] = np.concatenate([each.logits_C for each in scored])
+    assert np.abs(expected[1] - expected[2]).max() > 0.01
+    with ended(start(published, tmp_path)) as server:
+        failures: list[str] = []
+        versions: list[int] = []
+        over = threading.Event()
+
+        def ask() -> None:
+            with httpx.Client(base_url=server.url, timeout=60) as client:
+                while not over.is_set():
+                    answer = client.post("/v1/score?logits=true", json=requests)
+                    if answer.status_code != 200:
+                        failures.append(answer.text)
+                        continue
+                    value = answer.json()
+                    found = np.concatenate([each["logits"] for each in value["answers"]])
+                    if np.abs(found - expected[value["version"]]).max() > 1e-5:
+                        failures.append(f"version {value['version']} with scores of another")
+                    versions.append(value["version"])
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        try:
+            for number, version in enumerate((2, 1, 2, 1), 1):
+                published.use(version)
+                server.wait_for("switched from", number)
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+        assert failures == []
+        assert set(versions) == {1, 2}
+
+
+def test_a_new_image_is_scored_without_a_restart_and_old_vectors_expire(published: Published, tmp_path: Path) -> None:
+    with ended(start(published, tmp_path)) as server:
+        answer = server.client.post("/v1/score", json=one_image(NEW_IMAGE)).json()
+        assert answer["missing"] == {"ad_image": [0]}
+        published.add_image()
+        server.wait_for("switched from version 1")
+        later = server.client.post("/v1/score", json=one_image(NEW_IMAGE)).json()
+        assert later["missing"] == {}
+        assert later["vectors"]["images"] == answer["vectors"]["images"] + 1
+        assert later["scores"] != answer["scores"]
+        # What the scorer has open goes away below it: it scores on, and then takes the newest vectors.
+        (folder,) = Path(published.url).glob("bundles/*/vectors/images")
+        for seed in (1, 2):
+            published.add_image(seed=seed)
+        expire(FeatureStore.open(folder), keep_last=1, keep_days=0, grace_days=0)
+        assert server.client.post("/v1/score", json=one_image(NEW_IMAGE)).status_code == 200
+        deadline = time.monotonic() + 30
+        while server.client.get("/").json()["vectors"]["images"] != answer["vectors"]["images"] + 3:
+            assert time.monotonic() < deadline, server.log()
+            time.sleep(0.05)
+        assert server.client.post("/v1/score", json=one_image(1_001)).json()["missing"] == {}
+
+
+def test_a_damaged_version_is_refused_by_name_and_the_old_one_stays(published: Published, tmp_path: Path) -> None:
+    with ended(start(published, tmp_path)) as server:
+        newest = Scorer.open(published.url, 2).bundle
+        (file,) = (Path(published.url) / newest.manifest.folder).glob("ids-[0-9]*.bin")
+        content = bytearray(file.read_bytes())
+        content[100] ^= 1
+        file.write_bytes(content)
+        published.use(2)
+        server.wait_for("refused version 2")
+        assert file.name in server.log()
+        assert server.client.post("/v1/score", json=one_image(1_001)).json()["version"] == 1
+        content[100] ^= 1
+        file.write_bytes(content)
+        server.wait_for("switched from version 1")
+        assert server.client.post("/v1/score", json=one_image(1_001)).json()["version"] == 2
+
+
+def test_the_server_scores_on_when_the_place_of_its_files_goes_away(published: Published, tmp_path: Path) -> None:
+    with ended(start(published, tmp_path)) as server:
+        Path(published.url).rename(tmp_path / "elsewhere")
+        server.wait_for("cannot look for a newer model")
+        assert server.client.post("/v1/score", json=one_image(1_001)).status_code == 200
+
+
+@pytest.mark.parametrize("folder", ["nothing", "models"])
+def test_no_bundle_is_one_line(published: Published, tmp_path: Path, folder: str) -> None:
+    command = [sys.executable, "-m", "serving", str(published.folder / folder), "--port", "0"]
+    server = ServerProcess(command, tmp_path)
+    with ended(server):
+        assert server.process.wait(60) == 2
+        assert "error: " in server.log()
+        assert "Traceback" not in server.log()
+
+
+def test_newer_vectors_keep_the_network_and_the_rows(published: Published, tmp_path: Path) -> None:
+    source = BundleSource(ServerSettings(model=published.url, name="ctr", cache_dir=tmp_path))
+    first = source.open(source.newest(), None)
+    published.add_image()
+    newest = source.newest()
+    assert newest == BundleIdentity(1, {"images": first.identity.vectors["images"] + 1})
+    second = source.open(newest, first)
+    assert second.identity == newest
+    assert second.bundle.network is first.bundle.network
+    assert second.bundle.ids is first.bundle.ids
+    first.close()
+    assert np.isfinite(second.score([Request(**one_image(NEW_IMAGE))])[0].logits_C).all()
+    assert as_json(Request(**one_image(1))) == one_image(1) | {"context": {}}
