@@ -1,15 +1,29 @@
 """python -m serving: answer requests with a published model, and look at its versions."""
 
+from typing import Any
+
+from typer.core import TyperGroup
+
 from featurestore.console.commandline import CommandApp, run_app
-from serving.commands import bundle
+from serving.commands import bundle, serve
+
+
+class ServingGroup(TyperGroup):
+    """Takes a first word that is no command for the model to serve: `python -m serving data/models/ctr`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command of these words."""
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["serve", *args])
+
 
 app = CommandApp(
+    cls=ServingGroup,
     help="Answer requests with a published model, and look at its versions.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (bundle,):
+for commands in (serve, bundle):
     app.add_typer(commands.app)
 
 

@@ -3,7 +3,7 @@
 from tests.commands.trainer_lines import HUGE
 
 SERVING = [
-    ("serving look {model}", 2, "No such command"),
+    ("serving look {model}", 2, "unexpected extra argument"),  # the model look, and one word more
     ("serving info {missing}", 2, "no published model"),
     ("serving info {emptydir}", 2, "no published model"),
     ("serving info {brackets}", 2, "[/x]"),
@@ -20,6 +20,20 @@ SERVING = [
     ("serving log {missing}", 2, "no published model"),
     ("serving log {model} --last 0", 2, "--last"),
     ("serving log {deepmodel}", 1, "too deep"),
+    ("serving serve", 2, "Missing argument"),
+    ("serving serve {model} --port 65536", 2, "--port"),
+    ("serving serve {model} --port -1", 2, "--port"),
+    ("serving serve {model} --workers 0", 2, "--workers"),
+    (f"serving serve {{model}} --max-candidates {HUGE}", 2, HUGE),
+    ("serving serve {model} --max-wait-ms nan", 2, "--max-wait-ms"),
+    ("serving serve {model} --poll-s 0", 2, "--poll-s"),
+    ("serving serve {model} --tls-cert {missing}", 2, "{missing}"),
+    ("serving serve {model} --tls-cert {empty}", 2, "{empty} has no certificate"),
+    ("serving serve {model} --tls-cert {emptydir}", 2, "{emptydir}"),
+    ("serving serve {model} --tls-key {empty}", 2, "--tls-cert"),
+    ("serving serve {model} --token-file {missing}", 2, "{missing}"),
+    ("serving {model} --token-file {empty}", 2, "{empty} has no token"),
+    ("serving serve {model} --token-file {emptydir}", 2, "{emptydir}"),
     ("serving use {model}", 2, "Missing argument"),
     ("serving use {missing} 1", 2, "no published model"),
     ("serving use {model} 2", 2, "has no version 2"),

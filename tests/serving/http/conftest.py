@@ -64,11 +64,8 @@ def published_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     places = make_places(tmp_path_factory.mktemp("published"))
     for number in (1, 2):
-        config = load_config(
-            settings=places.settings(
-                run__name=f"run{number}", train__seed=number, train__max_steps=20, data__missing="zeros", train__epochs=1
-            )
-        )
+        changes = {"train__seed": number, "train__max_steps": 20, "train__epochs": 1, "data__missing": "zeros"}
+        config = load_config(settings=places.settings(run__name=f"run{number}", **changes))
         train(config, SoloComm())
         options = ExportOptions(run=Path(config.run.dir) / f"run{number}", use=number == 1)
         export_model(str(places.folder / "models" / "ctr"), options, network=write_network, measure=lambda *_: None)

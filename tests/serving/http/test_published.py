@@ -12,15 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from serving.http.live.source import BundleSource
-from serving.scoring.scorer import Scorer
 
 from featurestore.store import FeatureStore
 from featurestore.upkeep.expiry import expire
 from serving.bundle.open import BundleIdentity
 from serving.http.codec import ARROW, as_json
+from serving.http.live.source import BundleSource
 from serving.http.settings import ServerSettings
 from serving.scoring.request import Request
+from serving.scoring.scorer import Scorer
 from tests.serving.http.conftest import NEW_IMAGE, Published
 from tests.serving.http.processes import ServerProcess, ended
 

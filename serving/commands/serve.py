@@ -1,0 +1,104 @@
+"""Command serve: answer requests over HTTP with the version of a model that is in use."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from featurestore.console.commandline import CommandApp
+from serving.http.settings import ServerSettings
+
+app = CommandApp()
+
+_DAY_S = 86_400
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `python -m serving data/models/ctr --port 8080`\n\n"
+    "- `python -m serving serve s3://models/ctr --host 0.0.0.0 --workers 4 --tls-cert tls.crt --tls-key tls.key "
+    "--token-file tokens.txt`"
+)
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or s3:// address of the published model.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")
+    ] = ServerSettings.host,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = ServerSettings.port,
+    workers: Annotated[
+        int, typer.Option(min=1, max=1024, help="Processes that share the port.")
+    ] = ServerSettings.workers,
+    name: Annotated[
+        str | None, typer.Option(help="Name in /v2/models/NAME; by default the last part of MODEL.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain of the server, PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM; by default in the file of --tls-cert.")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with a token a line; requests without one of them get 401.")
+    ] = None,
+    max_body_mb: Annotated[
+        float, typer.Option(min=0.001, max=1024, help="Largest body, in MB; above it 413.")
+    ] = ServerSettings.max_body_mb,
+    max_candidates: Annotated[
+        int, typer.Option(min=1, help="Most candidates of all requests of a body; above it 413.")
+    ] = ServerSettings.max_candidates,
+    max_wait_ms: Annotated[
+        float, typer.Option(min=0, max=60_000, help="A request that would wait longer gets 503 at once.")
+    ] = ServerSettings.max_wait_ms,
+    read_timeout_s: Annotated[
+        float, typer.Option(min=0.1, max=_DAY_S, help="Time for a client to send a request, and to take its answer.")
+    ] = ServerSettings.read_timeout_s,
+    drain_s: Annotated[
+        int, typer.Option(min=0, max=_DAY_S, help="Time for running requests to end after SIGTERM.")
+    ] = ServerSettings.drain_s,
+    poll_s: Annotated[
+        float, typer.Option(min=0.05, max=_DAY_S, help="How often to look for another version and newer vectors.")
+    ] = ServerSettings.poll_s,
+    record: Annotated[
+        int, typer.Option(min=0, max=10_000, help="Requests kept in memory, to warm up the next version.")
+    ] = ServerSettings.record,
+    record_file: Annotated[
+        Path | None, typer.Option(help="File that keeps them over restarts. It holds what users sent.")
+    ] = None,
+    slow_ms: Annotated[
+        float, typer.Option(min=0, help="Log requests that take longer, with their stages and sizes.")
+    ] = ServerSettings.slow_ms,
+    log_requests: Annotated[
+        bool, typer.Option("--log-requests", help="Log the body of every request. It holds what users sent.")
+    ] = False,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Folder for local copies; by default that of the feature store.")
+    ] = None,
+) -> None:
+    """Answer requests over HTTP: /v1/score, the Open Inference Protocol, and /metrics.
+
+    A version that is put in use, and newer vectors, are loaded beside the old ones and switched to without a failed
+    request. SIGTERM ends running requests first; a second signal ends at once.
+    """
+    from serving.http.live.source import BundleSource
+    from serving.http.workers import serve as listen_and_answer
+
+    settings = ServerSettings(
+        model=model,
+        name=name or model.rstrip("/").rpartition("/")[2] or "model",
+        host=host,
+        port=port,
+        workers=workers,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        token_file=token_file,
+        max_body_mb=max_body_mb,
+        max_candidates=max_candidates,
+        max_wait_ms=max_wait_ms,
+        read_timeout_s=read_timeout_s,
+        drain_s=drain_s,
+        poll_s=poll_s,
+        record=record,
+        record_file=record_file,
+        slow_ms=slow_ms,
+        log_requests=log_requests,
+        cache_dir=cache_dir,
+    )
+    raise typer.Exit(listen_and_answer(settings, BundleSource))
