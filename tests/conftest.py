@@ -1,8 +1,11 @@
 """Settings and fixtures that all tests share: the type of the matrix products, ranks and S3 servers."""
 
+import gc
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import pytest
@@ -62,6 +65,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         asked = {*item.fixturenames, *(each for each in parameters if isinstance(each, str))}
         if asked & (SERVICES | SERVERS):
             item.add_marker("services")
+    _begin_with_the_longest(items)
+
+
+def _begin_with_the_longest(items: list[pytest.Item]) -> None:
+    """Put the files first that take longest, by their marks: a long one at the end would run beside an idle worker."""
+    seconds = Counter[Path]()
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            is_long = item.get_closest_marker("services") or item.get_closest_marker("long")
+            seconds[item.path] += 3 if is_long else 0.1
+    items.sort(key=lambda item: -seconds[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what tests and libraries hold: to look at it takes a third of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +93,10 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandingRank
 
 @pytest.fixture(scope="session")
 def client() -> Iterator["Client"]:
-    """A Dask client whose one worker is a thread of this process, so that tests can look at the network it uses."""
+    """A Dask client whose one worker is a thread of this process, so that tests can look at the network it uses.
+
+    However long a test keeps the worker from saying that it is there, the scheduler waits for it: there is no other.
+    """
     import dask
     from distributed import Client, LocalCluster
 
@@ -81,7 +104,7 @@ def client() -> Iterator["Client"]:
 
     with (
         pytest.MonkeyPatch.context() as patch,
-        dask.config.set(WORKER_CONFIG),
+        dask.config.set({**WORKER_CONFIG, "distributed.scheduler.worker-ttl": None}),
         LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,
     ):

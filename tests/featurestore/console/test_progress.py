@@ -10,7 +10,7 @@ from featurestore.console.progress import progress_bar
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, in a list of one, which a test sets."""
+    """The time of the bar alone, in a list of one, which a test sets: loops of other threads live by the real one."""
     now = [100.0]
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
