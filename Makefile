@@ -6,14 +6,17 @@ DEMO_DIR ?= data/demo
 DEMO_ARGS ?=
 TEST_ARGS ?=
 TEST_WORKERS ?= 2
-# All tests of a file run in one process, which makes what they share once.
-IN_PARALLEL = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+# All tests of a file run in one process, which makes what they share once; in the order of tests/conftest.py.
+IN_PARALLEL = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 BENCH_DIR ?= data/bench
 # Syntax of the oldest supported Python is held by ruff (target-version), what left the newest one by mypy.
 NEWEST_PYTHON := 3.13
 PACKAGES := featurestore pipeline trainer serving jobs benchmarks
 # horovodrun and dask-submit are looked for on the path.
 ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
+
+# The tests start a hundred processes: compiled modules are kept, also where the environment says otherwise.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test-fast test test-slow lint format tree bench clean

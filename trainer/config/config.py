@@ -249,8 +249,9 @@ def _parse_setting(setting: str) -> DictConfig:
 
 
 def _merge(below: DictConfig, above: DictConfig, source: str) -> DictConfig:
+    """Merge the values above into those below, which are not to be used any more."""
     try:
-        merged = OmegaConf.merge(below, above)
+        merged = OmegaConf.unsafe_merge(below, above)  # into `below` itself: to copy it takes most of the time
     except TypeError as failure:
         raise ConfigError(
             f"{source}: there is a list where a mapping of names to values belongs, or the other way round"

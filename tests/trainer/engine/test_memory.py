@@ -2,6 +2,7 @@
 
 import gc
 import resource
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,12 +10,28 @@ import torch
 from trainer.engine.memory import keep_freed_memory, objects_frozen
 
 
+@pytest.fixture
+def nothing_frozen() -> Iterator[None]:
+    """Let go of what tests/conftest.py has frozen for all tests."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("nothing_frozen")
 def test_objects_are_frozen_for_the_block_alone() -> None:
-    before = gc.get_freeze_count()
     with pytest.raises(ZeroDivisionError), objects_frozen():
-        assert gc.get_freeze_count() > before
+        assert gc.get_freeze_count() > 0
         raise ZeroDivisionError
     assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.usefixtures("nothing_frozen")
+def test_what_was_frozen_before_stays_frozen() -> None:
+    gc.freeze()
+    with objects_frozen():
+        inside = gc.get_freeze_count()
+    assert inside == gc.get_freeze_count() > 0
 
 
 def test_freed_blocks_are_used_again() -> None:
