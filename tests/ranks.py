@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 HOROVODRUN = str(Path(sys.executable).with_name("horovodrun"))
 TIMEOUT_S = 200
 ROOT = Path(__file__).parent.parent
@@ -17,8 +19,11 @@ STANDING = ROOT / "tests" / "trainer" / "standing_ranks.py"
 
 
 def command_of(num_ranks: int, *arguments: object) -> list[str]:
-    """The command line that runs `python ARGUMENTS` on ranks of their own; without a launcher where it is one."""
-    launcher = [HOROVODRUN, "-np", str(num_ranks)] if num_ranks > 1 else []
+    """The command line that runs `python ARGUMENTS` on ranks of their own; without a launcher where it is one.
+
+    --gloo: else horovodrun starts one more process that imports torch, to ask whether there is MPI.
+    """
+    launcher = [HOROVODRUN, "--gloo", "-np", str(num_ranks)] if num_ranks > 1 else []
     return [*launcher, sys.executable, *map(str, arguments)]
 
 
@@ -40,17 +45,29 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search}
 
 
+def ranks_of(launcher: subprocess.Popen[bytes] | subprocess.Popen[str], *arguments: str) -> list[psutil.Process]:
+    """The processes `python ARGUMENTS ...` that a launcher has started, in the order of ranks; none after its end."""
+    wanted, found = list(arguments), {}
+    children = psutil.Process(launcher.pid).children(recursive=True) if launcher.poll() is None else []
+    for process in children:
+        if process.cmdline()[1 : 1 + len(wanted)] == wanted:
+            found[int(process.environ()["HOROVOD_RANK"])] = process
+    return [found[rank] for rank in sorted(found)]
+
+
 class StandingRanks:
     """Two ranks that run one command line after the other.
 
     For lines that end in order on every rank, well or with an error: a killed or hung rank takes all later lines along.
+    Between two lines they are stopped: Horovod's threads meet a thousand times a second, also when there is no work.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._numbers = folder, itertools.count()
+        patient = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "86400"}  # the time that they are stopped counts too
         with (folder / "log.txt").open("wb") as log:
             command = command_of(2, STANDING, folder)
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment())
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment() | patient)
 
     def run(self, *arguments: object) -> str:
         """Run `python ARGUMENTS`, which has to end with exit code 0 on both ranks; return what rank 0 prints."""
@@ -64,15 +81,24 @@ class StandingRanks:
         asked = self._folder / f"{number}.part"
         asked.write_text(json.dumps(list(map(str, arguments))))
         asked.rename(asked.with_suffix(".json"))
-        return [self._result(f"{number}.{rank}.json") for rank in range(2)]
+        self._resume()
+        results = [self._result(f"{number}.{rank}.json") for rank in range(2)]
+        for rank in ranks_of(self._process, str(STANDING)):
+            rank.suspend()
+        return results
 
     def close(self) -> None:
+        self._resume()
         (self._folder / "end").touch()
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
             self._process.terminate()
             self._process.wait()
+
+    def _resume(self) -> None:
+        for rank in ranks_of(self._process, str(STANDING)):
+            rank.resume()
 
     def _result(self, name: str) -> tuple[int, str]:
         end = time.monotonic() + TIMEOUT_S

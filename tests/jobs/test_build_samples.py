@@ -58,39 +58,6 @@ def test_defaults_make_samples_of_both_splits(runner, place):
     assert "20 impressions, 50.00% clicks" in done.stdout
 
 
-@pytest.mark.services
-def test_options_reach_the_samples(place):
-    options = "--logs data/logs --samples out --min-dwell-s 10 --window-days 0.5 --max-behaviors 7 --test-days 0"
-    done = run(place, sys.executable, JOB, *options.split(), "--user-columns", "", "--partitions", 3)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((place / "out/summary.json").read_text())
-    assert summary["behaviors"]["short_dwell"] == 10
-    assert summary["behaviors_in_groups"] == 10  # of the first day alone: the second is beyond the window
-    assert summary["test"]["files"] == 0
-    assert summary["options"]["max_behaviors"] == 7
-    assert summary["options"]["partitions"] == 3
-
-
-@pytest.mark.services
-def test_mistake_is_one_message(place):
-    done = run(place, sys.executable, JOB, "--logs", "nowhere")
-    assert done.returncode == 2
-    assert "error: " in done.stderr
-    assert "nowhere/impressions: no .parquet files in it" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (place / "data/samples").exists()
-
-
-@pytest.mark.services
-@pytest.mark.parametrize("samples", ["file/samples", "/proc/samples"])
-def test_a_place_that_cannot_be_written_is_one_message(samples, place):
-    (place / "file").write_text("mine")
-    done = run(place, sys.executable, JOB, "--samples", samples)
-    assert done.returncode == 1
-    assert f"error: cannot make the samples in {samples}: [Errno" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 @pytest.mark.parametrize("options", [["--max-behaviors", "0"], ["--test-days", "-1"], ["--window-days", "two"], ["-x"]])
 def test_wrong_option_is_a_usage_error(options):
     done = CliRunner().invoke(app, options)
@@ -130,6 +97,32 @@ def inside(place, client, monkeypatch):
         return done.exit_code, lines[0] if lines else ""
 
     return run_inside
+
+
+def test_options_reach_the_samples(inside, place):
+    options = "--logs data/logs --samples out --min-dwell-s 10 --window-days 0.5 --max-behaviors 7 --test-days 0"
+    assert inside(*options.split(), "--user-columns", "", "--partitions", 3) == (0, "")
+    summary = json.loads((place / "out/summary.json").read_text())
+    assert summary["behaviors"]["short_dwell"] == 10
+    assert summary["behaviors_in_groups"] == 10  # of the first day alone: the second is beyond the window
+    assert summary["test"]["files"] == 0
+    assert summary["options"]["max_behaviors"] == 7
+    assert summary["options"]["partitions"] == 3
+
+
+def test_mistake_is_one_message(inside, place):
+    code, line = inside("--logs", "nowhere")
+    assert code == 2
+    assert "nowhere/impressions: no .parquet files in it" in line
+    assert not (place / "data/samples").exists()
+
+
+@pytest.mark.parametrize("samples", ["file/samples", "/proc/samples"])
+def test_a_place_that_cannot_be_written_is_one_message(samples, inside, place):
+    (place / "file").write_text("mine")
+    code, line = inside("--samples", samples)
+    assert code == 1
+    assert line.startswith(f"error: cannot make the samples in {samples}: [Errno")
 
 
 def test_a_number_of_partitions_beyond_the_rows_is_refused_at_once(inside, place):

@@ -1,16 +1,29 @@
-"""Run by test_comm.py on three ranks: every expected value is computed from rank and size."""
+"""Run by test_comm.py on three ranks: collectives that all take, then two that rank 1 does not come to.
 
+Every expected value is computed from rank and size.
+"""
+
+import os
 import sys
+import threading
+import time
 
 import torch
 
-from trainer.comm import HorovodComm, Traffic, connect
-from trainer.errors import DataError, RemoteRankError
+from trainer.comm import Comm, HorovodComm, Traffic, connect
+from trainer.errors import DataError, LateRankError, RemoteRankError
 
 
 def main() -> None:
     comm = connect()
     assert isinstance(comm, HorovodComm)
+    check(comm)
+    say(f"rank {comm.rank} of {comm.size} is done")
+    miss_rank_1(comm)
+
+
+def check(comm: Comm) -> None:
+    """Take every collective, with rows for some peers, for none, and with an error on one rank."""
     rank, size = comm.rank, comm.size
     assert comm.carrier(torch.device("cpu")) == "Gloo"
 
@@ -44,9 +57,36 @@ def main() -> None:
         assert rank == 1 or str(error) == "rank 1 failed: DataError: no samples"
     else:
         raise AssertionError("nobody raised")
+
+
+def miss_rank_1(comm: Comm) -> None:
+    """Wait for rank 1 in two collectives at once, beyond the deadline, and end."""
+    comm.deadline_s = 1.0
+    if comm.rank == 1:
+        time.sleep(60)
+    ahead = threading.Thread(target=exchange, args=(comm, "step.keys"))
+    ahead.start()
+    exchange(comm, "step.vectors")
+    ahead.join()
+    assert comm.is_stuck
     comm.close()
-    comm.close()
-    sys.stdout.write(f"rank {rank} of {size} is done\n")
+    time.sleep(1)  # the other one has to be given the time to say so too
+    os._exit(7)
+
+
+def exchange(comm: Comm, name: str) -> None:
+    """Say which rank is missing, and after how long."""
+    started = time.monotonic()
+    try:
+        comm.alltoall(torch.zeros(3, 2), torch.ones(3, dtype=torch.int32), name=name)
+    except LateRankError as error:
+        say(f"after {time.monotonic() - started:.0f} s: {error}")
+
+
+def say(text: str) -> None:
+    """Print a line at once: these ranks end in a hurry."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

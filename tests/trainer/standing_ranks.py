@@ -5,6 +5,7 @@ with the ranks of the first one, and writes FOLDER/<number>.<rank>.json: exit co
 """
 
 import contextlib
+import gc
 import io
 import itertools
 import json
@@ -24,6 +25,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     warnings.filterwarnings("ignore", message=".* found in sys.modules", category=RuntimeWarning)  # of runpy
     comm = HorovodComm()
+    gc.freeze()  # what is imported lives as long as the process
     with mock.patch.object(HorovodComm, "close"), mock.patch.object(comm_module, "connect", HorovodComm):
         for number in itertools.count():
             asked = folder / f"{number}.json"

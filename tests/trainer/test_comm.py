@@ -1,4 +1,4 @@
-"""Collectives: alone, and on three ranks of Horovod (collectives.py, late_rank.py)."""
+"""Collectives: alone, and on three ranks of Horovod (collectives.py)."""
 
 import pickle
 import re
@@ -13,28 +13,28 @@ from trainer.comm import SoloComm, connect
 from trainer.errors import DataError, RemoteRankError
 
 
-def on_three_ranks(script: str) -> subprocess.CompletedProcess[str]:
-    """What a script of this folder does under horovodrun."""
-    return run_ranks(3, Path(__file__).with_name(script))
+@pytest.fixture(scope="module")
+def three_ranks() -> subprocess.CompletedProcess[str]:
+    """What collectives.py did on three ranks of horovodrun."""
+    return run_ranks(3, Path(__file__).with_name("collectives.py"))
 
 
 @pytest.mark.services
-def test_three_ranks() -> None:
-    done = on_three_ranks("collectives.py")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert all(f"rank {rank} of 3 is done" in done.stdout for rank in range(3))
+class TestThreeRanks:
+    def test_each_collective_gives_what_it_says(self, three_ranks: subprocess.CompletedProcess[str]) -> None:
+        for rank in range(3):
+            assert f"rank {rank} of 3 is done" in three_ranks.stdout, three_ranks.stderr[-3000:]
 
-
-@pytest.mark.services
-def test_a_rank_that_does_not_come_is_named() -> None:
-    done = on_three_ranks("late_rank.py")
-    assert done.returncode != 0
-    said = re.findall(
-        r"after (\d+) s: collective (step\.\w+) has taken more than .* not there: (rank .*?)\. See", done.stdout
-    )
-    assert sorted(name for _, name, _ in said) == ["step.keys"] * 2 + ["step.vectors"] * 2, done.stdout + done.stderr
-    assert {late for _, _, late in said} == {"rank 1"}
-    assert all(int(seconds) < 20 for seconds, _, _ in said)
+    def test_a_rank_that_does_not_come_is_named(self, three_ranks: subprocess.CompletedProcess[str]) -> None:
+        assert three_ranks.returncode != 0
+        said = re.findall(
+            r"after (\d+) s: collective (step\.\w+) has taken more than .* not there: (rank .*?)\. See",
+            three_ranks.stdout,
+        )
+        names = sorted(name for _, name, _ in said)
+        assert names == ["step.keys"] * 2 + ["step.vectors"] * 2, three_ranks.stdout + three_ranks.stderr
+        assert {late for _, _, late in said} == {"rank 1"}
+        assert all(int(seconds) < 20 for seconds, _, _ in said)
 
 
 class TestSolo:

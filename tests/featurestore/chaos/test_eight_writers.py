@@ -55,6 +55,6 @@ def run_writers(arena, num_commits: int) -> None:
     assert operations.count("compact") > num_commits // 100
 
 
-@pytest.mark.parametrize("num_commits", [120, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("num_commits", [64, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_many_commits_of_eight_writers(make_arena, num_commits: int) -> None:
     run_writers(make_arena(), num_commits)

@@ -15,6 +15,7 @@ from distributed import Client, LocalCluster
 import pipeline.cluster.submit
 
 pytestmark = pytest.mark.services
+slow = pytest.mark.slow
 
 BIN = Path(sys.executable).parent
 
@@ -70,7 +71,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("command", "first"), [("dask-submit", []), ("dask", ["submit"])])
+@pytest.mark.parametrize(("command", "first"), [pytest.param("dask-submit", [], marks=slow), ("dask", ["submit"])])
 def test_script_runs_on_a_local_cluster_that_ends_with_it(command, first, script):
     args = ["--help", "-n", "9", "--", "", "--scheduler=x", "é ü"]
     done = submit(
@@ -86,7 +87,9 @@ def test_script_runs_on_a_local_cluster_that_ends_with_it(command, first, script
     assert is_free_of(told["workers"])
 
 
-@pytest.mark.parametrize("by", ["option", "variable", "file", "file variable"])
+@pytest.mark.parametrize(
+    "by", ["option", *(pytest.param(by, marks=slow) for by in ("variable", "file")), "file variable"]
+)
 def test_running_scheduler_is_used_and_left_running(by, cluster, script, tmp_path):
     address, file = cluster.scheduler_address, tmp_path / "scheduler.json"
     file.write_text(json.dumps({"address": address}))
@@ -124,8 +127,8 @@ def test_scheduler_and_workers_of_dasks_own_commands_are_used_and_left_running(s
 @pytest.mark.parametrize(
     ("body", "code"),
     [
-        ("", 0),
-        ("raise ValueError('no')", 1),
+        pytest.param("", 0, marks=slow),
+        pytest.param("raise ValueError('no')", 1, marks=slow),
         ("sys.exit(255)", 255),
         ("os.kill(os.getpid(), signal.SIGKILL)", 128 + signal.SIGKILL),
     ],
@@ -194,7 +197,7 @@ def test_second_signal_kills_a_script_that_does_not_stop(script):
     assert is_free_of(children)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=slow)])
 def test_signal_before_the_script_runs_ends_dask_submit(number, cluster, script, tmp_path):
     ran, known = tmp_path / "ran", set(cluster.scheduler.clients)
     body = script(f"open({str(ran)!r}, 'w')")
@@ -211,7 +214,7 @@ def test_signal_before_the_script_runs_ends_dask_submit(number, cluster, script,
     assert not ran.exists()
 
 
-@pytest.mark.parametrize("delay_s", [0.6, 1.0])
+@pytest.mark.parametrize("delay_s", [pytest.param(0.6, marks=slow), 1.0])
 def test_signal_while_the_cluster_starts_leaves_no_process(delay_s, script):
     process = start(script("time.sleep(60)"))
     time.sleep(delay_s)
@@ -258,18 +261,34 @@ def test_lacking_workers_are_counted(cluster, script):
     assert f"2 of 5 workers are at {address} after" in message
 
 
-def test_no_script_no_run():
-    code, message = refused("no_such.py")
+@pytest.fixture
+def mistaken(monkeypatch, capsys):
+    """Exit code and message of a line that is refused before anything starts, and before our packages are imported."""
+
+    def call(*args: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["dask-submit", *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            pipeline.cluster.submit.main()
+        out, err = capsys.readouterr()
+        assert out == "" and "Traceback" not in err
+        return end.value.code, err
+
+    return call
+
+
+def test_no_script_no_run(mistaken):
+    assert refused("no_such.py")[0] == 2
+    code, message = mistaken("no_such.py")
     assert code == 2
     assert "no_such.py" in message
-    assert refused()[0] == 2
+    assert mistaken()[0] == 2
 
 
 @pytest.mark.parametrize(
     "options", [["-n", "0"], ["-n", "two"], ["--memory-limit", "4x"], ["--timeout", "0"], ["--no-such"]]
 )
-def test_mistake_in_an_option_is_named(options, script):
-    code, message = refused(*options, script("print('ran')"))
+def test_mistake_in_an_option_is_named(options, script, mistaken):
+    code, message = mistaken(*options, script("print('ran')"))
     assert code == 2
     assert options[0] in message
 
@@ -281,8 +300,8 @@ def test_a_share_of_the_memory_is_a_limit_too(limit):
     assert context.params["memory_limit"] == limit
 
 
-def test_local_and_running_cluster_exclude_each_other(script):
-    code, message = refused("-n", 1, "--scheduler", "tcp://127.0.0.1:9", script("print('ran')"))
+def test_local_and_running_cluster_exclude_each_other(script, mistaken):
+    code, message = mistaken("-n", 1, "--scheduler", "tcp://127.0.0.1:9", script("print('ran')"))
     assert code == 2
     assert "exclude each other" in message
 
@@ -301,7 +320,10 @@ OLD_DASK = "import distributed.versions\ndistributed.versions._version_cached = 
 
 @pytest.mark.parametrize(
     ("preload", "message"),
-    [(WITHOUT_US, "1 workers cannot import this project"), (OLD_DASK, "dask is 2020.1.0 on worker tcp://")],
+    [
+        (WITHOUT_US, "1 workers cannot import this project"),
+        pytest.param(OLD_DASK, "dask is 2020.1.0 on worker tcp://", marks=slow),
+    ],
 )
 def test_worker_that_does_not_fit_stops_the_run(preload, message, script, tmp_path):
     (tmp_path / "preload.py").write_text(preload)

@@ -141,12 +141,15 @@ class Reference:
 
     def dropped_of_image(self, x: Tensor, layer: str, key: int, share: float) -> Tensor:
         """One image's numbers, standardised: those that are dropped are zero, the others grow."""
-        dropout = EmbeddingDropout(SEED, step=self.number)
-        kept_1W, grown = dropout.kept(layer, np.array([key]), len(x), share)
-        return torch.stack([grown * v if kept else 0 * v for v, kept in zip(x, kept_1W[0], strict=True)])
+        if share == 0:
+            return x
+        kept_1W, grown = EmbeddingDropout(SEED, step=self.number).kept(layer, np.array([key]), len(x), share)
+        return x * torch.tensor([grown if kept else 0.0 for kept in kept_1W[0]], dtype=x.dtype)
 
     def is_held_out(self, key: int) -> bool:
         """Whether E learns nothing from the image."""
+        if self.config.image_holdout == 0:
+            return False
         return bool(EmbeddingDropout(SEED, held_out=self.config.image_holdout).is_held_out(np.array([key]))[0])
 
     def as_new(self, vector: Tensor, s: Sample, content: str, new_ad: bool) -> Tensor:
@@ -186,10 +189,12 @@ class Reference:
     def dropout(self, x: Tensor, layer: int) -> Tensor:
         """A quarter of a word of 64 bits a unit, lowest bits first."""
         rate, words = self.config.dropout, -(-len(x) // 4)
+        if rate == 0:
+            return x
         drawn = random_words(f"{SEED}/dropout/{layer}/{self.number}", self.place * words, words)
         units = [int(drawn[unit // 4]) >> 16 * (unit % 4) & 0xFFFF for unit in range(len(x))]
         below = round(rate * 65536)
-        return torch.stack([v / (1 - below / 65536) if u >= below else 0 * v for v, u in zip(x, units, strict=True)])
+        return x * torch.tensor([1 / (1 - below / 65536) if u >= below else 0.0 for u in units], dtype=x.dtype)
 
     def logits(self, samples: list[Sample], number: int) -> list[Tensor]:
         """Once more for every layer whose statistics all samples decide on, the first ones first."""
@@ -255,7 +260,7 @@ class Reference:
         return dropped(SEED, number, 0, len(samples), np.array(rates))
 
     def trained(self) -> dict[str, Tensor]:
-        """Everything that 20 steps moved, by the engine's names."""
+        """Everything that the steps moved, by the engine's names."""
         state = {name: value.detach() for name, value in self.dense.items()} | self.running
         for name, value in self.dense.items():
             state |= {f"adam/{name}/{part}": moment for part, moment in self.adam.state[value].items()}

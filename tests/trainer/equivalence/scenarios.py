@@ -6,9 +6,9 @@ from typing import Literal
 from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig
 from trainer.schema import Field, Schema
 
-DIM, NUM_SHARDS, STEPS, SEED = 16, 8, 20, 7
+DIM, NUM_SHARDS, STEPS, SEED = 16, 8, 12, 7
 # eps lies above the rounding of float32: below it, Adam makes whole steps of the noise around a gradient of zero.
-OPTIM = OptimConfig(lr=0.01, ids_lr=None, lr_gamma=0.5, lr_every=8, eps=1e-6, ids="rowwise_adam")
+OPTIM = OptimConfig(lr=0.01, ids_lr=None, lr_gamma=0.5, lr_every=5, eps=1e-6, ids="rowwise_adam")
 
 SCHEMA = Schema(
     fields=(
@@ -152,10 +152,10 @@ SCENARIOS = {
         optimizers={"ids": "adam", "ids_weight_decay": 0.3, "weight_decay": 0.2},
         id_l2=0.3,
         deal="starve",
-        restart_at=11,
+        restart_at=6,
         dtypes=("float64", "float32"),
     ),
-    "rowwise_adam_restart": Scenario({"images": "ad"}, optimizers={"weight_decay": 0.5}, restart_at=9, most_ranks=2),
+    "rowwise_adam_restart": Scenario({"images": "ad"}, optimizers={"weight_decay": 0.5}, restart_at=5, most_ranks=2),
     "adagrad": Scenario({"images": "none"}, optimizers={"ids": "adagrad", "ids_lr": 0.2}, deal="starve", most_ranks=2),
     "rowwise_adagrad": Scenario(
         {"images": "none"}, optimizers={"ids": "rowwise_adagrad", "warmup_steps": 30}, id_l2=0.3, most_ranks=2
@@ -164,7 +164,7 @@ SCENARIOS = {
         {"images": "none"},
         optimizers={"ids": "ftrl", "ids_lr": 0.5, "ftrl_l1": 0.05, "ftrl_l2": 0.1},
         deal="starve",
-        restart_at=13,
+        restart_at=8,
         most_ranks=2,
     ),
     # A row for each id that has come three times; the others share the cold row of their shard.
@@ -177,7 +177,7 @@ SCENARIOS = {
         tables={"user": exact(16, 1, "refuse"), "item": 96, "image": exact(900, 2)},
         optimizers={"ids": "adam"},
         deal="starve",
-        restart_at=12,
+        restart_at=7,
     ),
     # Full shards in which the rows longest unused make room, one at a time.
     "exact_evicting": Scenario(
@@ -192,7 +192,7 @@ SCENARIOS = {
         tables={"user": exact(20, 1), "item": exact(24, 2), "image": exact(40, 1)},
         deal="starve",
         one_shard=True,
-        restart_at=12,
+        restart_at=7,
     ),
     # Masks by image, two E's on int8 codes; images that E learns nothing from, whose ads are taken for new ones.
     "embedding_dropout": Scenario(

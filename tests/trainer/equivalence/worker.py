@@ -63,7 +63,7 @@ def engine_of(
 def run(
     comm: Comm, store: FeatureStore, scenario: Scenario, dtype: str, exchange: ExchangeConfig | None = None
 ) -> dict[str, object]:
-    """20 steps; each one is prepared in a thread beside the one before, as in a real run."""
+    """All steps; each one is prepared in a thread beside the one before, as in a real run."""
     engine = engine_of(comm, store, scenario, dtype, exchange)
     initial = {name: parameter.detach().clone() for name, parameter in engine.dense_parameters().items()}
     batches = []
@@ -199,6 +199,7 @@ def main(store_url: str, out: Path, part: str) -> None:
     if comm.rank == 0:
         torch.save(results, out)
     comm.close()
+    comm.close()  # a second time it is nothing
 
 
 def other_ways(comm: Comm, store: FeatureStore) -> dict[str, object]:

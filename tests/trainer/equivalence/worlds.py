@@ -106,7 +106,7 @@ def steps(scenario: Scenario) -> list[list[Sample]]:
     session, result = 0, []
     for _ in range(STEPS):
         samples: list[Sample] = []
-        size = int(draw.integers(5, 24))
+        size = int(draw.integers(3, 12))
         while len(samples) < size:
             session += 1
             count = int(draw.integers(0, 7)) if session % 5 else 0
