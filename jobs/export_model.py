@@ -9,6 +9,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import write_json_option
 from featurestore.console.progress import progress_bar
+from serving.bundle import MODELS, SAMPLE_GROUPS
 from trainer.cli import WhichCheckpoint
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def main(
     checkpoint: WhichCheckpoint = None,
     out: Annotated[
         str, typer.Option(help="Folder or s3:// address of the model, which keeps its other versions.")
-    ] = "data/models/ctr",
+    ] = MODELS,
     id_dtype: Annotated[
         Literal["float32", "float16", "int8"],
         typer.Option(help="Type of the ID rows; others than float32 are smaller, and scores move a little."),
@@ -49,7 +50,7 @@ def main(
         typer.Option(
             min=0, max=10_000, help="Groups of the run's test samples to put in, which a scorer warms up with; 0: none."
         ),
-    ] = 64,
+    ] = SAMPLE_GROUPS,
     use: Annotated[bool, typer.Option("--use/--no-use", help="Serve this version from now on.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
 ) -> None:

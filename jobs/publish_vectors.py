@@ -9,6 +9,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import write_json_option
 from featurestore.console.progress import progress_bar
+from serving.bundle import EPS, MODELS
 
 if TYPE_CHECKING:
     from serving.bundle.manifest import ScoreError
@@ -30,12 +31,12 @@ app = CommandApp(rich_markup_mode="rich")
 
 @app.command(epilog=EXAMPLES)
 def main(
-    model: Annotated[str, typer.Option(help="Folder or s3:// address of the published model.")] = "data/models/ctr",
+    model: Annotated[str, typer.Option(help="Folder or s3:// address of the published model.")] = MODELS,
     version: Annotated[int | None, typer.Option(min=1, help="Its version.", show_default="the one in use")] = None,
     eps: Annotated[
         float,
         typer.Option(min=0, help="Vectors stay of which no number moved as far as this; 0: those that are the same."),
-    ] = 1e-3,
+    ] = EPS,
     store: Annotated[
         list[str] | None,
         typer.Option(

@@ -23,7 +23,7 @@ from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
-from serving.bundle import log
+from serving.bundle import SAMPLE_GROUPS, log
 from serving.bundle.files import WrittenFiles
 from serving.bundle.images import export_vectors
 from serving.bundle.manifest import (
@@ -62,7 +62,7 @@ class ExportOptions:
     checkpoint: str | None = None
     """See `find_checkpoint`; by default the newest."""
     id_dtype: RowDType = "float32"
-    sample_groups: int = 64
+    sample_groups: int = SAMPLE_GROUPS
     """Groups of the run's test samples that go into the bundle."""
     use: bool = True
     """Serve this version from now on."""

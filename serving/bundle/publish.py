@@ -22,12 +22,12 @@ from featurestore.spec import FileEntry
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
 from featurestore.upkeep.history import NamedRows, diff
+from serving.bundle import EPS
 from serving.bundle.images import StoreNetworks
 from serving.bundle.manifest import VectorsOf
 from serving.bundle.vectors import SIGNATURE_COLUMNS, Float32
 from serving.errors import ServingError
 
-EPS = 1e-3
 _BLOCK_ROWS = 4096
 _MAX_ATTEMPTS = 5
 

@@ -1,16 +1,22 @@
 """Versions and the choice among them: numbered, immutable, two writers at once; what is damaged is refused by name."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from featurestore.errors import StorageError
+from featurestore.storage.local import DiskFiles
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
+from featurestore.upkeep.compaction import compact
+from featurestore.upkeep.expiry import expire
 from serving.bundle import log
 from serving.bundle.export import remove_leftovers
 from serving.bundle.manifest import BUNDLES
@@ -208,6 +214,47 @@ def test_nothing_is_removed_where_a_manifest_is_damaged(url: str) -> None:
     with pytest.raises(BrokenBundleError):
         remove_leftovers(Storage(url), grace_s=-1)
     assert dead.exists()
+
+
+@pytest.mark.parametrize("at", [1, 4, 6, 8, 9])
+def test_a_full_disk_publishes_nothing(
+    url: str, made: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: int
+) -> None:
+    left = [at]
+    real = DiskFiles.open_output
+
+    def full(disk: DiskFiles, path: str) -> Any:
+        left[0] -= BUNDLES in f"{disk.path(path)}"
+        if left[0] == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(disk, path)
+
+    monkeypatch.setattr("serving.bundle.export.refuse_unsafe", lambda storage: None)
+    monkeypatch.setattr("featurestore.store.refuse_unsafe", lambda storage: None)
+    monkeypatch.setattr(DiskFiles, "open_output", full)
+    with pytest.raises(StorageError, match="No space left on device"):
+        export(url, made.run)
+    assert left[0] <= 0
+    assert log.known_versions(Storage(url)) == [1]
+    open_bundle(url, tmp_path).close()
+
+
+def test_open_vectors_outlive_their_files(url: str, tmp_path: Path) -> None:
+    """They are expired, or all that is on the disk goes away: what is mapped stays."""
+    bundle = open_bundle(url, tmp_path)
+    keys, ids = np.arange(995, 1_055), np.arange(50)
+    rows, _ = bundle.vectors["images"].lookup(keys)
+    of_ids = bundle.ids.gather(12, bundle.ids.find("item", ids)[0])
+    store = FeatureStore.open(bundle.vectors_url(bundle.manifest.vectors[0]))
+    store.delete(keys)
+    compact(store, force=True)
+    expire(store, keep_last=1, keep_days=0, grace_days=0)
+    np.testing.assert_array_equal(bundle.vectors["images"].lookup(keys)[0], rows)
+    shutil.rmtree(url)
+    shutil.rmtree(tmp_path / "cache")
+    np.testing.assert_array_equal(bundle.vectors["images"].lookup(keys)[0], rows)
+    np.testing.assert_array_equal(bundle.ids.gather(12, bundle.ids.find("item", ids)[0]), of_ids)
+    bundle.close()
 
 
 def test_newer_vectors_are_opened_beside(url: str, tmp_path: Path) -> None:
