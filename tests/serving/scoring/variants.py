@@ -21,7 +21,7 @@ from trainer.main import train
 from trainer.schema import DEFAULT_SCHEMA
 
 EXACT = "{kind: exact, max_rows: 24, admit_after: 2}"
-TABLES = "user: 64, item: 64, image: 64, category: 16, scene: 16, shop: 32, both: 64, scene_item: 64, tags: 32, age: 64"
+TABLES = "user: 64, item: 64, image: 64, category: 16, scene: 16, shop: 32, both: 64, scene_item: 64, tags: 32"
 VARIANTS: dict[str, dict[str, Any]] = {
     "lr": {"model__base": "lr", "model__pooling": "sum"},
     "mlp": {"model__image_products": "false", "model__multi_hot": "sum"},
@@ -57,7 +57,7 @@ INPUTS: list[dict[str, Any]] = [
     {"name": "behavior_both", "side": "user", "kind": "multi_id", "columns": ["behavior_item", "behavior_shop"]}
     | {"table": "both"},
     {"name": "behavior_age", "side": "user", "kind": "multi_id", "buckets": "log2", "beside": "behavior_item"}
-    | {"table": "age", "width": 3},
+    | {"width": 3},
 ]
 TEXTS = [
     {"name": f"{side}_text", "side": of, "kind": "content", "store": "texts", "width": 3, "column": f"{side}_image"}
@@ -144,7 +144,7 @@ def train_run(places: Places, name: str, schema: str | None = None, tables: str 
     own: dict[str, Any] = {
         "run__name": name,
         "train__max_steps": 12,
-        "optim__lr": 0.05,
+        "optim__lr": 0.02,
         "data__missing": "zeros",
         "data__schema_file": path,
         "model__compute_dtype": "float32",
