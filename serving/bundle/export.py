@@ -96,7 +96,7 @@ def export_model(
     saved, storage = read_run(options.run, options.checkpoint), Storage(url)
     tables = SavedTables(saved)
     refuse_unsafe(storage)
-    remove_leftovers(storage)
+    notes = _clean(storage)
     bundle_id = uuid.uuid4().hex
     files = WrittenFiles(storage, f"{BUNDLES}/{bundle_id}")
     files.write(SCHEMA, yaml.safe_dump(saved.schema.model_dump(mode="json", exclude_none=True)).encode())
@@ -129,7 +129,8 @@ def export_model(
     published = log.publish(storage, lambda version: draft.model_copy(update={"version": version}))
     if options.use:
         log.use(storage, published.version)
-    notes = [f"no test samples are in the bundle, to warm up with: {no_sample}"] if no_sample else []
+    if no_sample:
+        notes.append(f"no test samples are in the bundle, to warm up with: {no_sample}")
     return Exported(manifest=published, num_images=num_images, notes=notes)
 
 
@@ -164,6 +165,15 @@ def remove_leftovers(storage: Storage, grace_s: float = _GRACE_S) -> list[str]:
     for bundle_id in dead:
         storage.delete(f"{BUNDLES}/{bundle_id}")
     return dead
+
+
+def _clean(storage: Storage) -> list[str]:
+    """Remove leftovers; returns a note where a damaged manifest is in the way, which stops no export."""
+    try:
+        remove_leftovers(storage)
+    except BrokenBundleError as error:
+        return [f"what dead exports left stays, as nobody knows what another version needs: {error}"]
+    return []
 
 
 def _write_vectors(saved: SavedRun, files: WrittenFiles, progress: Progress | None) -> tuple[VectorsOf, ...]:

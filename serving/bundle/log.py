@@ -8,7 +8,7 @@ from typing import TypeVar
 from featurestore.commit import writer_name
 from featurestore.errors import CorruptFileError
 from featurestore.log import manifest_path, versions
-from featurestore.spec import Sealed, create_sealed, read_sealed
+from featurestore.spec import Sealed, read_sealed, seal
 from featurestore.storage.storage import Storage
 from serving.bundle.manifest import LOG, USE, BundleManifest, Choice
 from serving.errors import BrokenBundleError, BundleNotFoundError, ServingError
@@ -77,7 +77,8 @@ def _append(storage: Storage, folder: str, model_of: Callable[[int], SealedT]) -
     for _ in range(_MAX_ATTEMPTS):
         number = max(versions(storage, folder), default=0) + 1
         mine = model_of(number)
-        if create_sealed(storage, manifest_path(number, folder), mine) == mine:
+        data = seal(mine)  # like no other's; read back, a NaN in it would be null
+        if storage.create_or_read(manifest_path(number, folder), data) == data:
             return mine
     raise ServingError(f"other writers were first {_MAX_ATTEMPTS} times in a row at {storage.url}: run it again")
 

@@ -197,7 +197,7 @@ def _check_source(of: VectorsOf, now: Snapshot, newest: Snapshot) -> None:
     """Raise AnotherStoreError or SpecMismatchError where the features are not those that the vectors are made of."""
     SnapshotId.of_source(now.manifest.mirrors or of.source).check(
         SnapshotId.of(newest),
-        f"the vectors in {now.storage.url}",
+        f"the vectors store {now.storage.url}",
         "name the address of that store by --store, or export the model again",
     )
     if newest.info.digest != of.features:

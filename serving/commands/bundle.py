@@ -72,12 +72,14 @@ def log(
     from serving.bundle.log import choices, known_versions, read_version, version_in_use
 
     storage = Storage(url)
-    read_version(storage, max(known_versions(storage), default=None))  # says what is wrong where there is none
+    known = known_versions(storage)
+    if not known:
+        read_version(storage)  # says what is wrong
     in_use, chosen = version_in_use(storage), choices(storage)
-    found = [read_version(storage, version) for version in known_versions(storage)[::-1][:last]]
+    found = {version: _readable(storage, version) for version in known[::-1][:last]}
     rows = [
-        _log_row(manifest, in_use, [each.time_s for each in chosen if each.version == manifest.version])
-        for manifest in found
+        _log_row(version, manifest, version == in_use, [each.time_s for each in chosen if each.version == version])
+        for version, manifest in found.items()
     ]
     print_rows(
         ("version", "published", "run", "checkpoint", "id rows", "bytes", "in use"), rows, numbers=("version", "bytes")
@@ -86,7 +88,8 @@ def log(
         json_file,
         {
             "in_use": in_use,
-            "versions": [manifest.model_dump(mode="json") for manifest in found],
+            "versions": [manifest.model_dump(mode="json") for manifest in found.values() if manifest],
+            "damaged": [version for version, manifest in found.items() if not manifest],
             "choices": [each.model_dump(mode="json") for each in chosen],
         },
     )
@@ -132,18 +135,25 @@ def _vectors_text(found: dict[str, Any]) -> str:
     return f"snapshot {found['snapshot']}: {found['images']:,} images {of}, {found['bytes']:,} bytes"
 
 
-def _log_row(manifest: "BundleManifest", in_use: int | None, chosen_s: Sequence[float]) -> Sequence[str]:
+def _readable(storage: "Storage", version: int) -> "BundleManifest | None":
+    """Read the manifest of a version; None where it is damaged."""
+    from serving.bundle.log import read_version
+    from serving.errors import BrokenBundleError
+
+    try:
+        return read_version(storage, version)
+    except BrokenBundleError:
+        return None
+
+
+def _log_row(version: int, manifest: "BundleManifest | None", in_use: bool, chosen_s: Sequence[float]) -> Sequence[str]:
     from featurestore.log import utc_text
 
-    since = (
-        f"since {utc_text(chosen_s[-1])}"
-        if manifest.version == in_use
-        else f"was, {utc_text(chosen_s[-1])}"
-        if chosen_s
-        else ""
-    )
+    since = f"{'since' if in_use else 'was,'} {utc_text(chosen_s[-1])}" if chosen_s else ""
+    if manifest is None:
+        return f"{version}", "damaged", "", "", "", "", since
     return (
-        f"{manifest.version}",
+        f"{version}",
         utc_text(manifest.time_s),
         manifest.run,
         manifest.checkpoint,

@@ -131,6 +131,8 @@ def _damaged(folder: Path, store: Path, run: object) -> dict[str, object]:
         (folder / f"info-{name}" / "store.json").write_text(text)
         found[f"{name}model"] = shutil.copytree(folder / "model", folder / f"model-{name}")
         (folder / f"model-{name}" / "log" / f"{1:020}.json").write_text(text)
+        found[f"{name}use"] = shutil.copytree(folder / "model", folder / f"use-{name}")
+        (folder / f"use-{name}" / "use" / f"{1:020}.json").write_text(text)
     found["piperun"] = shutil.copytree(str(run), folder / "run-pipe")
     state = next((folder / "run-pipe" / "checkpoints").glob("step-*")) / "state.json"
     state.unlink()

@@ -54,3 +54,11 @@ def test_use_and_log(url: str, made: Exported, tmp_path: Path) -> None:
     assert [each["version"] for each in figures["versions"]] == [2, 1]
     assert [each["version"] for each in figures["choices"]] == [1, 2, 1]
     assert len(done("log", url, "--last", 1).split(str(made.run))) == 2
+
+
+def test_log_tells_which_versions_are_damaged(url: str, tmp_path: Path) -> None:
+    path = Path(url, "log", f"{1:020}.json")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert " 1 damaged was, 20" in done("log", url, "--json", tmp_path / "log.json")
+    figures = json.loads((tmp_path / "log.json").read_text())
+    assert (figures["damaged"], [each["version"] for each in figures["versions"]]) == ([1], [2])

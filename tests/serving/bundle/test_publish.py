@@ -207,7 +207,7 @@ def test_an_image_whose_uri_changes_keeps_the_one_that_it_had(world: World) -> N
 def test_another_store_of_the_same_kind_is_refused(world: World, tmp_path: Path) -> None:
     other = FeatureStore.create(tmp_path / "other", world.source.info)
     other.put(FeatureRows.of(["item/0"], np.ones((1, 16), np.float32), keys=np.array([1_000])))
-    with pytest.raises(AnotherStoreError, match=r"the vectors in .* belongs to snapshot 2"):
+    with pytest.raises(AnotherStoreError, match=r"the vectors store .* belongs to snapshot 2"):
         world.publish(source_url=other.url)
     assert world.vectors.snapshot().version == 1
 

@@ -18,12 +18,12 @@ from featurestore.store import FeatureStore
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from serving.bundle import log
-from serving.bundle.export import remove_leftovers
+from serving.bundle.export import ExportOptions, export_model, remove_leftovers
 from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle, BundleIdentity
 from serving.bundle.version import ModelVersion
 from serving.errors import BrokenBundleError, BundleNotFoundError
-from tests.serving.bundle.conftest import Exported, export
+from tests.serving.bundle.conftest import Exported, export, no_network, no_scores
 from trainer.runs.folder import finished
 
 DAY_S = 24 * 3600
@@ -214,6 +214,24 @@ def test_nothing_is_removed_where_a_manifest_is_damaged(url: str) -> None:
     with pytest.raises(BrokenBundleError):
         remove_leftovers(Storage(url), grace_s=-1)
     assert dead.exists()
+
+
+def test_a_damaged_version_is_in_the_way_of_no_other(url: str, made: Exported, tmp_path: Path) -> None:
+    path = Path(url, "log", f"{1:020}.json")
+    path.write_bytes(path.read_bytes()[:-1])
+    exported = export_model(url, ExportOptions(run=made.run), network=no_network, measure=no_scores)
+    assert exported.manifest.version == 2
+    assert any("1.json is damaged" in note for note in exported.notes)
+    open_bundle(url, tmp_path).close()
+
+
+def test_metrics_that_are_no_numbers_are_published_once(
+    url: str, made: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.bundle.export._metrics", lambda saved: {"auc": float("nan")})
+    assert export(url, made.run).version == 2
+    assert log.known_versions(Storage(url)) == [1, 2]
+    assert log.read_version(Storage(url), 2).metrics == {"auc": None}
 
 
 @pytest.mark.parametrize("at", [1, 4, 6, 8, 9])
