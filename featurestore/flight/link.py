@@ -62,12 +62,17 @@ class ServerLink:
         descriptor = flight.FlightDescriptor.for_command(asked)
         with self._translated():
             writer, reader = self._client.do_exchange(descriptor, self._options)
-            with writer:  # where the call fails, closing says the same once more
-                writer.begin(KEYS_SCHEMA)
+            try:
                 with _sending(writer, reader, keys_U):
                     done = 0
                     while done < len(keys_U):
                         done += out.put(done, reader.read_chunk().data)
+                writer.close()
+            except BaseException:
+                reader.cancel()
+                with contextlib.suppress(pa.ArrowException, OSError):
+                    writer.close()
+                raise
 
     def close(self) -> None:
         """Close the connection."""
@@ -106,7 +111,11 @@ def _sending(writer: Any, reader: Any, keys_U: Int64Array) -> Iterator[None]:
     HTTP/2 lets a sender send 64 kB unasked. With more, a client could wait to send for a server that waits to send.
     """
     if len(keys_U) <= _KEYS_AT_ONCE:
-        _send(writer, keys_U)
+        try:
+            _send(writer, keys_U)
+        except (pa.ArrowException, OSError):
+            writer.close()  # says why
+            raise
         yield
         return
 
@@ -126,6 +135,7 @@ def _sending(writer: Any, reader: Any, keys_U: Int64Array) -> Iterator[None]:
 
 
 def _send(writer: Any, keys_U: Int64Array) -> None:
+    writer.begin(KEYS_SCHEMA)
     for start in range(0, len(keys_U), _KEYS_PER_MESSAGE):
         writer.write_batch(keys_batch(keys_U[start : start + _KEYS_PER_MESSAGE]))
     writer.done_writing()

@@ -19,6 +19,7 @@ from featurestore.errors import (
     UnavailableError,
 )
 from featurestore.flight.client import addresses
+from featurestore.flight.link import Answer
 from featurestore.flight.protocol import KEYS_SCHEMA, keys_batch
 from tests.featurestore.conftest import MakeRows
 from tests.featurestore.flight.conftest import Serve, ServerProcess
@@ -137,6 +138,26 @@ def test_a_server_killed_in_the_middle(serve: Serve, wide: FeatureStore) -> None
         assert time.monotonic() - begun < 30
         with pytest.raises(UnavailableError, match="no feature server answers"):
             client.contains(KEYS)
+        serve(wide, "--port", str(server.port))
+        answers_again(client)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("count", [10, 20_000])
+def test_an_error_here_is_that_error(
+    serve: Serve, wide: FeatureStore, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while answers come, and while keys are sent, ends the call at once; the client is good for the next."""
+    server = serve(wide, "--max-calls", "1")
+    with connect(server.address) as client:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+            def interrupted(*_: object) -> int:
+                raise KeyboardInterrupt
+
+            patch.setattr(Answer, "put", interrupted)
+            client.lookup(np.resize(KEYS, count))
+        answers_again(client)
 
 
 @pytest.mark.long
