@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from featurestore.errors import CorruptFileError, InvalidRowsError
 from featurestore.format.datafile import digest_of, read_verified
+from featurestore.format.npy import read_npy
 from featurestore.format.rows import FeatureRows, finite_rows, to_bits, to_float32
 from featurestore.spec import STORAGE_DTYPES, CodecSpec, DType, StoreInfo
 from featurestore.storage.storage import Storage
@@ -133,7 +134,7 @@ def codec_of(info: StoreInfo, storage: Storage) -> Codec:
         raise CorruptFileError(f"{path} is missing: without it the codes of the store mean nothing") from error
     if digest_of(data, "sha256") != info.codec.sha256:
         raise CorruptFileError(f"{path} is damaged: its sha256 is not the one in store.json")
-    ranges_2D = np.load(io.BytesIO(data), allow_pickle=False)
+    ranges_2D = read_npy(data)
     if ranges_2D.shape != (2, info.dim) or ranges_2D.dtype != np.float32:
         raise CorruptFileError(f"{path} holds {ranges_2D.dtype} {ranges_2D.shape} instead of float32 (2, {info.dim})")
     return Codec(info.dtype, ranges_2D)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from featurestore.errors import CorruptFileError
 from featurestore.format.codec import Codec
+from featurestore.format.npy import read_npy
 from featurestore.format.rows import to_float32
 from featurestore.spec import DType
 
@@ -106,7 +107,7 @@ class Moments:
     def from_bytes(cls, data: bytes | memoryview, count: int, path: str) -> "Moments":
         """Read what `to_bytes` wrote. Raises CorruptFileError."""
         try:
-            mean_D, m2_D = np.load(io.BytesIO(data), allow_pickle=False)
+            mean_D, m2_D = read_npy(data)
         except ValueError as error:
             raise CorruptFileError(f"{path} is damaged: {error}") from error
         return cls(count, mean_D, m2_D)

@@ -39,6 +39,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from featurestore.errors import CorruptFileError, StorageError
 from featurestore.format.buffers import FileMemory
+from featurestore.format.npy import read_npy
 from featurestore.format.shard_reader import RowBlock, ShardReader
 from featurestore.keys import Int64Array, UInt64Array, shard_of_hash, splitmix64
 from featurestore.storage.private import claim, is_private, open_private
@@ -167,7 +168,7 @@ def _open(reader: ShardReader, paths: _Paths) -> CachedShard | None:
     whole = xxhash.xxh3_128_hexdigest(keys_file) == seal.keys_xxh3_128  # before numpy looks into it
     if not whole or seal.made_from != _made_from(reader) or size != seal.num_rows * reader.info.row_bytes:
         return None
-    keys_M: Int64Array = np.load(io.BytesIO(keys_file), allow_pickle=False)
+    keys_M: Int64Array = read_npy(keys_file)
     boot_id = current_boot()
     if (seal.boot_id, seal.rows_identity) != (boot_id, identity) or not boot_id:
         if digest_of_file(paths.rows) != seal.rows_xxh3_128:

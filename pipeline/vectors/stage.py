@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from featurestore.format.npy import read_npy
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import Int64Array
 from featurestore.storage.storage import Storage
@@ -99,7 +100,7 @@ def stage_unit(
 
 def load_index(store: FeatureStore, run_id: str, unit: str) -> IndexArray:
     """Load keys, digests and states of the good rows of a complete unit, in their order."""
-    index: IndexArray = np.load(io.BytesIO(store.storage.read_bytes(_path(run_id, unit, _INDEX))), allow_pickle=False)
+    index: IndexArray = read_npy(store.storage.read_bytes(_path(run_id, unit, _INDEX)))
     return index
 
 

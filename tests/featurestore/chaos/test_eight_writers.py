@@ -34,7 +34,7 @@ def compact(actor) -> None:
 
 def expire(actor) -> None:
     while True:
-        actor.expire(keep_last=20, grace_s=10)
+        actor.expire(keep_last=20, grace_s=30)
         time.sleep(0.5)
 
 
