@@ -27,7 +27,10 @@ FIRST_GUESS_S = 2e-7
 """Seconds for each byte, before any was measured."""
 BATCH_BYTES = 64 << 10
 """What waits is scored together up to this size: more would let the first ones wait for the last."""
+ALWAYS_WAIT = 4
+"""So many bodies may always wait: a few clients are no overload, not while a model is loaded either."""
 _WEIGHT = 0.1
+_MOST_GROWTH = 3.0
 
 
 @dataclass
@@ -66,7 +69,7 @@ class ScoringQueue:
     async def score(self, body: Body, size_bytes: int) -> Scores:
         """Wait for the model and score a body. Raises NotReadyError, RefusedError (503), RequestError."""
         self._live.model  # noqa: B018 (raises where there is none yet)
-        if self._waiting and (wait_s := self.predicted_wait_s) > self._max_wait_s:
+        if len(self._waiting) >= ALWAYS_WAIT and (wait_s := self.predicted_wait_s) > self._max_wait_s:
             raise RefusedError(
                 503,
                 f"the server is busy: a request would wait {1000 * wait_s:.0f} ms, over {1000 * self._max_wait_s:g}; "
@@ -124,6 +127,7 @@ class ScoringQueue:
             self._score(model, together)
         if works:
             measured = (time.perf_counter() - start_s) / sum(work.cost for work in works)
+            measured = min(measured, _MOST_GROWTH * self.seconds_per_byte)  # one pause says little of the next batch
             self.seconds_per_byte += _WEIGHT * (measured - self.seconds_per_byte)
 
     def _decoded(self, model: Model, work: Work) -> Decoded:

@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 LETTERS = {"keys_U", "feature_QD"}  # examples of names of arrays
-FOLDERS = "|".join(("featurestore", "pipeline", "trainer", "jobs", "benchmarks", "tools", "tests", "docs"))
+FOLDERS = "|".join(
+    ("featurestore", "pipeline", "trainer", "serving", "jobs", "benchmarks", "deploy", "tools", "tests", "docs")
+)
 
 
 def anchors(page: Path) -> set[str]:
@@ -41,7 +43,9 @@ def command_lines() -> Iterator[tuple[str, list[str]]]:
 @cache
 def commands() -> dict[str, Any]:
     """The command of each file of a job, and of each module that `python -m` runs."""
-    files = [path for part in ("jobs", "featurestore", "trainer", "benchmarks") for path in command_files(part)]
+    files = [
+        path for part in ("jobs", "featurestore", "trainer", "serving", "benchmarks") for path in command_files(part)
+    ]
     return {
         name_of(path).split()[-1]: get_command(importlib.import_module(".".join(path.with_suffix("").parts)).app)
         for path in files
@@ -80,7 +84,7 @@ def test_the_page_of_the_code_has_the_layers_as_they_are() -> None:
     settings.read(ROOT / "setup.cfg")
     contracts = [section for section in settings.values() if "containers" in section]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "docs" / "CODE.md").read_text(), re.MULTILINE))
-    assert len(contracts) == 3
+    assert len(contracts) == 4
     for contract in contracts:
         layers = ", ".join(line for line in contract["layers"].split("\n") if line)
         assert rows[contract["containers"]].replace("\\", "").replace("`", "") == layers
@@ -110,6 +114,8 @@ def test_commands_have_the_options_and_settings_that_pages_show(line: str) -> No
         assert (ROOT / words[1]).is_file(), line
         return
     command, rest = known[words[start]], words[start + 1 :]
+    if words[start] == "serving" and rest[0] not in command.commands:  # a model: `serve` is left out
+        rest = ["serve", *rest]
     while rest and rest[0] in getattr(command, "commands", {}):
         command, rest = command.commands[rest[0]], rest[1:]
     options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}

@@ -1,10 +1,7 @@
 """A bundle of a small trained run, with a second version and newer vectors to switch to."""
 
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +15,7 @@ NEW_IMAGE = 1_050
 
 @dataclass(frozen=True)
 class Published:
-    """A bundle with versions 1, in use, and 2; each test has a copy of its own."""
+    """A bundle with versions 1, in use, and 2."""
 
     folder: Path
 
@@ -70,23 +67,6 @@ def published_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
         options = ExportOptions(run=Path(config.run.dir) / f"run{number}", use=number == 1)
         export_model(str(places.folder / "models" / "ctr"), options, network=write_network, measure=lambda *_: None)
     return places.folder
-
-
-@pytest.fixture
-def publish(published_once: Path, tmp_path: Path) -> Callable[..., Any]:
-    """Copies the bundle, so that a test can change it."""
-
-    def copy() -> Published:
-        shutil.copytree(published_once, tmp_path / "published")
-        return Published(tmp_path / "published")
-
-    return copy
-
-
-@pytest.fixture
-def published(publish: Callable[[], Published]) -> Published:
-    """A copy of the bundle."""
-    return publish()
 
 
 @pytest.fixture(scope="session")

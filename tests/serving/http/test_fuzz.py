@@ -10,8 +10,9 @@ import psutil
 import pytest
 
 from serving.http.app import Scoring
-from serving.http.live.model import ModelSource
-from tests.serving.http.fakes import FakeSource, write_state
+from serving.http.live.source import BundleSource
+from serving.http.settings import ServerSettings
+from tests.serving.http.conftest import Published
 from tests.serving.http.fuzz import FuzzBody, bodies
 from tests.serving.http.in_process import scoring_of
 
@@ -57,6 +58,6 @@ async def fuzz(scoring: Scoring) -> None:
 
 
 @pytest.mark.long
-def test_no_damaged_body_is_an_error_of_the_server_and_none_stays_in_memory(tmp_path: Path) -> None:
-    source: ModelSource = FakeSource(write_state(tmp_path, version=3))
-    asyncio.run(fuzz(scoring_of(source)))
+def test_no_damaged_body_is_an_error_of_the_server_and_none_stays_in_memory(bundle: Published, tmp_path: Path) -> None:
+    settings = ServerSettings(model=bundle.url, name="ctr", cache_dir=tmp_path)
+    asyncio.run(fuzz(scoring_of(BundleSource(settings), slow_ms=1e9)))

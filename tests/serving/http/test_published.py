@@ -1,9 +1,13 @@
 """The server with a real bundle: the scorer's own scores in every form, switches under load, and damaged versions."""
 
+import json
+import re
+import shutil
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import pytest
 from featurestore.store import FeatureStore
 from featurestore.upkeep.expiry import expire
 from serving.bundle.open import BundleIdentity
+from serving.bundle.version import ModelVersion
 from serving.http.codec import ARROW, as_json
 from serving.http.live.source import BundleSource
 from serving.http.settings import ServerSettings
@@ -24,6 +29,7 @@ from serving.scoring.scorer import Scorer
 from tests.serving.http.conftest import NEW_IMAGE, Published
 from tests.serving.http.processes import ServerProcess, ended
 
+PAGE = Path(__file__).parents[3] / "docs" / "SERVING.md"
 pytestmark = [pytest.mark.services, pytest.mark.long]
 
 ADS = ("ad_item", "ad_image", "ad_category", "ad_scene")
@@ -54,10 +60,38 @@ def one_image(key: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def server(bundle: Published, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    folder = tmp_path_factory.mktemp("published-server")
-    with ended(start(bundle, folder)) as server:
+def published(published_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Published:
+    """A copy of the bundle that the tests of this file change."""
+    folder = tmp_path_factory.mktemp("changing") / "published"
+    shutil.copytree(published_once, folder)
+    return Published(folder)
+
+
+@pytest.fixture(scope="module")
+def running(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with ended(start(published, tmp_path_factory.mktemp("published-server"))) as server:
         yield server
+
+
+@pytest.fixture
+def server(running: ServerProcess, published: Published) -> ServerProcess:
+    """The server, with version 1."""
+    switch_to(running, published, 1)
+    return running
+
+
+def switch_to(server: ServerProcess, published: Published, version: int) -> None:
+    if server.client.get("/").json()["version"] != version:
+        published.use(version)
+        wait_until(server, lambda state: state["version"] == version)
+
+
+def wait_until(server: ServerProcess, holds: Callable[[dict[str, Any]], bool]) -> None:
+    """Wait until what the server says about itself is so."""
+    deadline = time.monotonic() + 100
+    while not holds(server.client.get("/").json()):
+        assert time.monotonic() < deadline, server.log()
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +170,7 @@ def test_a_wrong_value_is_named(server: ServerProcess, change: dict[str, Any], w
     assert words in answer.json()["error"]
 
 
-def test_switches_under_load_fail_no_request_and_mix_no_versions(published: Published, tmp_path: Path) -> None:
+def test_switches_under_load_fail_no_request_and_mix_no_versions(server: ServerProcess, published: Published) -> None:
     requests = requests_of(published)[:4]
     expected = {}
     for version in (1, 2):
@@ -144,94 +178,123 @@ def test_switches_under_load_fail_no_request_and_mix_no_versions(published: Publ
         scored = scorer.score([Request(**each) for each in requests])
         expected[version] = np.concatenate([each.logits_C for each in scored])
     assert np.abs(expected[1] - expected[2]).max() > 0.01
-    with ended(start(published, tmp_path)) as server:
-        failures: list[str] = []
-        versions: list[int] = []
-        over = threading.Event()
+    failures: list[str] = []
+    versions: list[int] = []
+    over = threading.Event()
 
-        def ask() -> None:
-            with httpx.Client(base_url=server.url, timeout=60) as client:
-                while not over.is_set():
-                    answer = client.post("/v1/score?logits=true", json=requests)
-                    if answer.status_code != 200:
-                        failures.append(answer.text)
-                        continue
-                    value = answer.json()
-                    found = np.concatenate([each["logits"] for each in value["answers"]])
-                    if np.abs(found - expected[value["version"]]).max() > 1e-5:
-                        failures.append(f"version {value['version']} with scores of another")
-                    versions.append(value["version"])
+    def ask() -> None:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            while not over.is_set():
+                answer = client.post("/v1/score?logits=true", json=requests)
+                if answer.status_code != 200:
+                    failures.append(answer.text)
+                    continue
+                value = answer.json()
+                found = np.concatenate([each["logits"] for each in value["answers"]])
+                if np.abs(found - expected[value["version"]]).max() > 1e-5:
+                    failures.append(f"version {value['version']} with scores of another")
+                versions.append(value["version"])
 
-        threads = [threading.Thread(target=ask) for _ in range(2)]
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for version in (2, 1, 2):
+            switch_to(server, published, version)
+    finally:
+        over.set()
         for thread in threads:
-            thread.start()
-        try:
-            for number, version in enumerate((2, 1, 2, 1), 1):
-                published.use(version)
-                server.wait_for("switched from", number)
-        finally:
-            over.set()
-            for thread in threads:
-                thread.join()
-        assert failures == []
-        assert set(versions) == {1, 2}
+            thread.join()
+    assert failures == []
+    assert set(versions) == {1, 2}
 
 
-def test_a_new_image_is_scored_without_a_restart_and_old_vectors_expire(published: Published, tmp_path: Path) -> None:
-    with ended(start(published, tmp_path)) as server:
-        answer = server.client.post("/v1/score", json=one_image(NEW_IMAGE)).json()
-        assert answer["missing"] == {"ad_image": [0]}
-        published.add_image()
-        server.wait_for("switched from version 1")
-        later = server.client.post("/v1/score", json=one_image(NEW_IMAGE)).json()
-        assert later["missing"] == {}
-        assert later["vectors"]["images"] == answer["vectors"]["images"] + 1
-        assert later["scores"] != answer["scores"]
-        # What the scorer has open goes away below it: it scores on, and then takes the newest vectors.
-        (folder,) = Path(published.url).glob("bundles/*/vectors/images")
-        for seed in (1, 2):
-            published.add_image(seed=seed)
-        expire(FeatureStore.open(folder), keep_last=1, keep_days=0, grace_days=0)
-        assert server.client.post("/v1/score", json=one_image(NEW_IMAGE)).status_code == 200
-        deadline = time.monotonic() + 30
-        while server.client.get("/").json()["vectors"]["images"] != answer["vectors"]["images"] + 3:
-            assert time.monotonic() < deadline, server.log()
-            time.sleep(0.05)
-        assert server.client.post("/v1/score", json=one_image(1_001)).json()["missing"] == {}
+def test_a_new_image_is_scored_without_a_restart_and_old_vectors_expire(
+    server: ServerProcess, published: Published
+) -> None:
+    answer = server.client.post("/v1/score", json=one_image(NEW_IMAGE)).json()
+    assert answer["missing"] == {"ad_image": [0]}
+    before = answer["vectors"]["images"]
+    published.add_image()
+    wait_until(server, lambda state: state["vectors"]["images"] == before + 1)
+    later = server.client.post("/v1/score", json=one_image(NEW_IMAGE)).json()
+    assert later["missing"] == {}
+    assert later["scores"] != answer["scores"]
+    # What the scorer has open goes away below it: it scores on, and then takes the newest vectors.
+    for seed in (1, 2):
+        published.add_image(seed=seed)
+    version = ModelVersion.open(published.url)
+    (of,) = version.manifest.vectors
+    expire(FeatureStore.open(version.vectors_url(of)), keep_last=1, keep_days=0, grace_days=0)
+    assert server.client.post("/v1/score", json=one_image(NEW_IMAGE)).status_code == 200
+    wait_until(server, lambda state: state["vectors"]["images"] == before + 3)
+    assert server.client.post("/v1/score", json=one_image(1_001)).json()["missing"] == {}
 
 
-def test_a_damaged_version_is_refused_by_name_and_the_old_one_stays(published: Published, tmp_path: Path) -> None:
-    with ended(start(published, tmp_path)) as server:
-        newest = Scorer.open(published.url, 2).bundle
-        (file,) = (Path(published.url) / newest.manifest.folder).glob("ids-[0-9]*.bin")
-        content = bytearray(file.read_bytes())
-        content[100] ^= 1
-        file.write_bytes(content)
-        published.use(2)
-        server.wait_for("refused version 2")
-        assert file.name in server.log()
-        assert server.client.post("/v1/score", json=one_image(1_001)).json()["version"] == 1
-        content[100] ^= 1
-        file.write_bytes(content)
-        server.wait_for("switched from version 1")
-        assert server.client.post("/v1/score", json=one_image(1_001)).json()["version"] == 2
+def test_a_damaged_version_is_refused_by_name_and_the_old_one_stays(
+    server: ServerProcess, published: Published
+) -> None:
+    manifest = ModelVersion.open(published.url, 2).manifest
+    file = next((Path(published.url) / manifest.folder).glob("ids-[0-9]*.bin"))
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    published.use(2)
+    server.wait_for("refused version 2")
+    assert file.name in server.log()
+    assert server.client.post("/v1/score", json=one_image(1_001)).json()["version"] == 1
+    content[100] ^= 1
+    file.write_bytes(content)
+    wait_until(server, lambda state: state["version"] == 2)
 
 
-def test_the_server_scores_on_when_the_place_of_its_files_goes_away(published: Published, tmp_path: Path) -> None:
-    with ended(start(published, tmp_path)) as server:
-        Path(published.url).rename(tmp_path / "elsewhere")
+def test_the_server_scores_on_while_the_place_of_its_files_is_away(
+    server: ServerProcess, published: Published, tmp_path: Path
+) -> None:
+    place = Path(published.url)
+    place.rename(tmp_path / "elsewhere")
+    try:
         server.wait_for("cannot look for a newer model")
         assert server.client.post("/v1/score", json=one_image(1_001)).status_code == 200
+    finally:
+        (tmp_path / "elsewhere").rename(place)
+    switch_to(server, published, 2)
 
 
-@pytest.mark.parametrize("folder", ["nothing", "models"])
-def test_no_bundle_is_one_line(published: Published, tmp_path: Path, folder: str) -> None:
-    command = [sys.executable, "-m", "serving", str(published.folder / folder), "--port", "0"]
-    server = ServerProcess(command, tmp_path)
-    with ended(server):
+def test_no_bundle_is_one_line(published: Published, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "serving", str(published.folder / "nothing"), "--port", "0"]
+    with ended(ServerProcess(command, tmp_path)) as server:
         assert server.process.wait(60) == 2
         assert "error: " in server.log()
         assert "Traceback" not in server.log()
+
+
+def blocks(language: str) -> list[str]:
+    """The blocks of code of docs/SERVING.md in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_what_the_page_shows_works(server: ServerProcess, published: Published, tmp_path: Path) -> None:
+    request = json.loads(blocks("json")[0])
+    expected = server.client.post("/v1/score", json=request).json()
+    assert expected.keys() == json.loads(blocks("json")[1]).keys()
+    assert expected["missing"] == {"ad_image": [2]}
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    curl = blocks("sh")[0].replace("localhost:8080", f"{server.host}:{server.port}")
+    shell = subprocess.run(["bash", "-c", curl], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(shell.stdout) == expected
+    by_client, by_arrow, by_tensors = (
+        code.replace("localhost:8080", f"{server.host}:{server.port}") for code in blocks("python")
+    )
+    names: dict[str, Any] = {"request": request}
+    exec(by_client, names)
+    assert names["scores"] == expected["scores"]
+    names = {"samples": published.samples}
+    exec(by_arrow, names)
+    assert [len(scores) for scores in names["scores"]] == [len(each) for each in names["table"]["ad_item"].to_pylist()]
+    names = {}
+    exec(by_tensors, names)
+    np.testing.assert_allclose(names["scores"][:2], expected["scores"][:2], atol=1e-6)  # the third has an image here
 
 
 def test_newer_vectors_keep_the_network_and_the_rows(published: Published, tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""deploy/kserve.yaml is what KServe and Kubernetes take, and what our own command line takes.
+
+The pod is checked by Kubernetes' own schema, with unknown fields refused. Of InferenceService the fields used are
+checked by a schema written after KServe's published API (serving.kserve.io/v1beta1: InferenceServiceSpec,
+PredictorSpec, ComponentExtensionSpec, and PodSpec inline).
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from typer.main import get_command
+
+FILE = Path(__file__).parents[2] / "deploy" / "kserve.yaml"
+COUNT = {"type": "integer", "minimum": 0}
+EXTENSION = {
+    "minReplicas": COUNT,
+    "maxReplicas": COUNT,
+    "scaleTarget": COUNT,
+    "scaleMetric": {"enum": ["cpu", "memory", "concurrency", "rps"]},
+    "containerConcurrency": COUNT,
+    "timeout": COUNT,
+    "canaryTrafficPercent": {"type": "integer", "minimum": 0, "maximum": 100},
+}
+"""ComponentExtensionSpec: what a predictor has beyond a pod."""
+SCHEMA = {
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "additionalProperties": False,
+    "properties": {
+        "apiVersion": {"const": "serving.kserve.io/v1beta1"},
+        "kind": {"const": "InferenceService"},
+        "metadata": {
+            "type": "object",
+            "required": ["name"],
+            "additionalProperties": False,
+            "properties": {
+                "name": {"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$"},
+                "annotations": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {
+                        "serving.kserve.io/deploymentMode": {"enum": ["Serverless", "RawDeployment", "ModelMesh"]}
+                    },
+                },
+            },
+        },
+        "spec": {
+            "type": "object",
+            "required": ["predictor"],
+            "additionalProperties": False,
+            "properties": {"predictor": {"type": "object", "required": ["containers"], "properties": EXTENSION}},
+        },
+    },
+}
+
+
+def service() -> dict[str, Any]:
+    return yaml.safe_load(FILE.read_text())
+
+
+def check(manifest: dict[str, Any]) -> None:
+    """Raise ValidationError where KServe or Kubernetes would not take it."""
+    jsonschema.validate(manifest, SCHEMA)
+    pod = {name: value for name, value in manifest["spec"]["predictor"].items() if name not in EXTENSION}
+    manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "scorer"}, "spec": pod}
+    kubernetes_validate.validate(manifest, "1.33", strict=True)
+
+
+def test_kserve_and_kubernetes_take_it() -> None:
+    check(service())
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["spec", "predictor", "minReplica"], 2),
+        (["spec", "predictor", "scaleMetric"], "gpu"),
+        (["spec", "predictors"], {}),
+        (["metadata", "annotations", "serving.kserve.io/deployMode"], "RawDeployment"),
+        (["metadata", "annotations", "serving.kserve.io/deploymentMode"], "raw"),
+        (["spec", "predictor", "containers", 0, "livenessProbe", "httpGet", "paths"], "/"),
+        (["spec", "predictor", "containers", 0, "ports", 0, "containerPort"], "8080"),
+        (["spec", "predictor", "volumes", 0, "secret", "name"], "x"),
+    ],
+)
+def test_a_misspelt_field_is_found(path: list[Any], value: Any) -> None:
+    manifest = copy.deepcopy(service())
+    place: Any = manifest
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        check(manifest)
+
+
+def test_the_arguments_are_those_of_our_command() -> None:
+    from serving.commands.serve import app
+
+    (container,) = service()["spec"]["predictor"]["containers"]
+    assert container["command"] == ["python", "-m", "serving"]
+    values = get_command(app).make_context("serve", list(container["args"])).params
+    (port,) = container["ports"]
+    assert values["port"] == port["containerPort"]
+    assert values["host"] == "0.0.0.0"
+    mounts = [Path(mount["mountPath"]) for mount in container["volumeMounts"]]
+    assert values["cache_dir"] in mounts
+    assert values["token_file"].parent in mounts
+    pod = service()["spec"]["predictor"]
+    wait_s = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["terminationGracePeriodSeconds"] > values["drain_s"] + wait_s
+    names = {volume["name"] for volume in pod["volumes"]}
+    assert names == {mount["name"] for mount in container["volumeMounts"]}
+
+
+def test_the_probes_ask_addresses_that_need_no_token() -> None:
+    from serving.http.security import OPEN_PATHS
+
+    (container,) = service()["spec"]["predictor"]["containers"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"]["path"] in OPEN_PATHS
