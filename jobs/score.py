@@ -1,4 +1,4 @@
-"""Score the test impressions of a trained run, one row each, as a Parquet file."""
+"""Score test impressions with a trained run or a published model, one row each, as a Parquet file."""
 
 import time
 from pathlib import Path
@@ -19,6 +19,7 @@ EXAMPLES = """Examples:
 python jobs/score.py
 python jobs/score.py --run data/runs/both --samples data/tomorrow --out s3://shop/scores.parquet
 horovodrun -np 4 python jobs/score.py --run data/runs/both
+python jobs/score.py --model data/models/ctr --samples data/tomorrow
 
 Exit codes: 0 done, 1 failed, 2 wrong options.
 """
@@ -39,35 +40,65 @@ def main(
             help="Where the run's store is, at its newest snapshot.", show_default="the snapshot that it was trained on"
         ),
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="In the place of a run: a published model, its version in use.")
+    ] = None,
+    version: Annotated[
+        int | None, typer.Option("--version", min=1, help="Of the model.", show_default="the one in use")
+    ] = None,
     out: Annotated[str, typer.Option(help="File to write, or replace: NAME.parquet.")] = "data/scores.parquet",
 ) -> None:
-    """Score test impressions with a trained run: a Parquet file with a row for each.
+    """Score test impressions with a trained run, or a published model: a Parquet file with a row for each.
 
     It has the columns user, ad, time, label, logit and probability; file, row and place say where in the samples an
     impression is: the sample group of a file, and the impression in the group, from 0. On several ranks (horovodrun)
-    each scores its part; the file is the same.
+    a run scores a part on each; the file is the same.
     """
     check_ending(out, ".parquet")
+    _check_options(model, samples, version, {"--run": run, "--checkpoint": checkpoint, "--store": store})
     start = time.monotonic()
 
     def work(comm: "Comm") -> None:
         # Torch takes seconds to load: not for --help.
+        from trainer.errors import ConfigError
         from trainer.evaluation.scores import score_run
         from trainer.runs.folder import newest_run
         from trainer.runs.saved import RunSource
 
-        source = comm.on_rank_0(lambda: RunSource(run or newest_run(), checkpoint, samples, store))
-        if written := score_run(source, out, comm):
+        if model is not None and samples is not None:
+            if comm.size > 1:
+                raise ConfigError(f"--model {model} is scored on one rank, and there are {comm.size}; leave them out")
+            from serving.scoring.samples import score_model
+
+            written: Written | None = score_model(model, samples, out, version)
+        else:
+            source = comm.on_rank_0(lambda: RunSource(run or newest_run(), checkpoint, samples, store))
+            written = score_run(source, out, comm)
+        if written:
             typer.echo("\n".join(describe(written, comm.size, out, time.monotonic() - start)))
 
     raise typer.Exit(run_on_ranks(work))
+
+
+def _check_options(model: str | None, samples: str | None, version: int | None, of_run: dict[str, object]) -> None:
+    """Raise BadParameter for options that do not go together."""
+    if model is None:
+        if version is not None:
+            raise typer.BadParameter("it is of a model; name it by --model", param_hint="--version")
+        return
+    if given := [name for name, value in of_run.items() if value is not None]:
+        raise typer.BadParameter(f"it is of a run; leave it out, or --model {model}", param_hint=given[0])
+    if samples is None:
+        raise typer.BadParameter("--model needs it: a model has no samples of its own", param_hint="--samples")
 
 
 def describe(written: "Written", num_ranks: int, out: str, seconds: float) -> list[str]:
     """Write the lines that the job prints."""
     about = written.about
     ranks = f"{num_ranks} rank{'s' * (num_ranks > 1)}"
+    model = [f"model        {about['model']}, version {about['version']}"] if "model" in about else []
     return [
+        *model,
         f"run          {about['run']}, {about['checkpoint']}",
         f"samples      {about['samples']}, {written.impressions:,} impressions",
         f"scores       mean {written.mean_probability:.4f}; {written.mean_label:.4f} of the labels are 1",

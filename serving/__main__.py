@@ -5,7 +5,7 @@ from typing import Any
 from typer.core import TyperGroup
 
 from featurestore.console.commandline import CommandApp, run_app
-from serving.commands import bundle, serve
+from serving.commands import bundle, check, serve
 
 
 class ServingGroup(TyperGroup):
@@ -23,7 +23,7 @@ app = CommandApp(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (serve, bundle):
+for commands in (serve, bundle, check):
     app.add_typer(commands.app)
 
 

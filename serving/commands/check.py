@@ -1,0 +1,88 @@
+"""Command check: whether a model answers with the logits of the run that it was exported from."""
+
+import contextlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from featurestore.console.commandline import CommandApp
+from featurestore.console.files import write_json_option
+from featurestore.errors import FAILED
+from serving.commands.bundle import Json, Url
+
+app = CommandApp()
+
+TOLERANCE = 1e-5
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `python -m serving check data/models/ctr`\n\n"
+    "- `python -m serving check data/models/ctr --samples data/tomorrow --url http://127.0.0.1:8080`"
+)
+def check(
+    model: Url,
+    samples: Annotated[
+        str | None, typer.Option(help="Samples whose test/ is scored.", show_default="those of the run")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="A running server to ask.", show_default="the model is scored in this process")
+    ] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File whose first line is the token for the server.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of the run.", show_default="where it was exported from")
+    ] = None,
+    version: Annotated[int | None, typer.Option("--version", min=1, help="By default the one in use.")] = None,
+    impressions: Annotated[int, typer.Option(min=1, help="Impressions to score, about.")] = 100_000,
+    tolerance: Annotated[float, typer.Option(min=0, help="Largest difference of a logit.")] = TOLERANCE,
+    json_file: Json = None,
+) -> None:
+    """Compare a model's logits with its run's on the same impressions; exit 1 where one differs too much.
+
+    The run's engine looks images up in the snapshot that the model's vectors are of.
+    """
+    from serving.bundle.version import ModelVersion
+    from serving.errors import ServingError
+    from serving.scoring.check import compare
+    from serving.scoring.samples import RemoteScorer, in_process
+    from serving.scoring.scorer import Scorer
+
+    opened = ModelVersion.open(model, version, verify=url is None)
+    with contextlib.ExitStack() as stack:
+        if url is None:
+            scorer = stack.enter_context(contextlib.closing(Scorer.open(model, opened.manifest.version)))
+            score, answered = in_process(scorer), f"this process ({scorer.bundle.network.form} network)"
+        else:
+            remote = RemoteScorer(url, _token(token_file))
+            score, answered = remote.score, url
+        found = compare(opened, score, run=run, samples=samples, impressions=impressions)
+    if url is not None and remote.version != opened.manifest.version:
+        raise ServingError(
+            f"{url} answers with version {remote.version}, and not with {opened.manifest.version} of {model}; name it "
+            f"by --version {remote.version}, or wait until the server has switched"
+        )
+    typer.echo(f"model        {opened.storage.url}, version {opened.manifest.version}, answers by {answered}")
+    typer.echo(f"run          {run or opened.manifest.run}, {opened.manifest.checkpoint}")
+    typer.echo(f"impressions  {found.impressions:,}")
+    typer.echo(f"logits       differ by {found.worst:.3g} at most ({found.worst_at}), {found.mean:.3g} on average")
+    for note in found.notes:
+        typer.echo(f"note         {note}")
+    write_json_option(json_file, asdict(found))
+    if not found.worst <= tolerance:
+        typer.echo(f"{found.worst:.3g} is more than --tolerance {tolerance:g}", err=True)
+        raise typer.Exit(FAILED)
+
+
+def _token(file: Path | None) -> str | None:
+    """Read the first token of a file."""
+    from featurestore.storage.regular import read_text
+    from serving.errors import ServingError
+
+    if file is None:
+        return None
+    try:
+        return read_text(file).split()[0]
+    except (OSError, ValueError, IndexError) as failure:
+        raise ServingError(f"--token-file {file} holds no token: {failure}") from None

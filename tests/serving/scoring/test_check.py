@@ -1,0 +1,97 @@
+"""python -m serving check and jobs/score.py --model: equal to the run, in process and over HTTP; wrong options."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner, Result
+
+from featurestore import FeatureStore
+from jobs.score import app as score_app
+from serving.__main__ import app
+from tests.serving.http.processes import ServerProcess, ended
+from tests.serving.scoring.variants import Exported
+from trainer.evaluation.predict import predict_run
+
+pytestmark = pytest.mark.long
+
+Variants = Callable[[str], Exported]
+
+
+@pytest.fixture(scope="module")
+def model(variants: Variants) -> Exported:
+    return variants("contents")
+
+
+def check(*options: object) -> Result:
+    return CliRunner().invoke(app, ["check", *(str(each) for each in options)])
+
+
+def score(*options: object) -> Result:
+    return CliRunner().invoke(score_app, [str(each) for each in options])
+
+
+def test_a_bundle_equals_its_run(model: Exported, tmp_path: Path) -> None:
+    found = check(model.url, "--json", tmp_path / "figures.json")
+    assert found.exit_code == 0, found.output
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["impressions"] == len(predict_run(model.run).logit_N)
+    assert 0 <= figures["mean"] <= figures["worst"] <= 1e-5
+    fewer = check(model.url, "--impressions", 10, "--json", tmp_path / "figures.json")
+    assert fewer.exit_code == 0
+    assert 10 <= json.loads((tmp_path / "figures.json").read_text())["impressions"] < figures["impressions"]
+
+
+def test_a_bundle_of_other_vectors_does_not(model: Exported, tmp_path: Path) -> None:
+    """Vectors that are not those of E, as after a commit by hand."""
+    url = tmp_path / "model"
+    shutil.copytree(model.url, url)
+    (vectors,) = url.glob("bundles/*/vectors/images")
+    FeatureStore.open(vectors).delete(np.arange(1_000, 1_010))
+    found = check(url)
+    assert found.exit_code == 1, found.output
+    assert "is more than --tolerance 1e-05" in found.stderr and "impression" in found.stdout
+    assert check(url, "--tolerance", 100).exit_code == 0
+
+
+def test_another_checkpoint_is_refused(model: Exported, variants: Variants) -> None:
+    found = check(model.url, "--run", variants("mlp").run)
+    assert found.exit_code == 1 and "is not the checkpoint that version 1 was made of" in found.stderr
+
+
+def test_a_file_of_scores_by_a_model_is_that_of_its_run(model: Exported, tmp_path: Path) -> None:
+    samples = model.places.folder / "samples"
+    done = score("--model", model.url, "--samples", samples, "--out", tmp_path / "model.parquet")
+    assert done.exit_code == 0 and f"model        {model.url}, version 1" in done.stdout, done.output
+    assert score("--run", model.run, "--out", tmp_path / "run.parquet").exit_code == 0
+    of_model, of_run = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("model", "run"))
+    scores = ["logit", "probability"]
+    assert of_model.drop_columns(scores).equals(of_run.drop_columns(scores))
+    np.testing.assert_allclose(of_model["logit"].to_numpy(), of_run["logit"].to_numpy(), rtol=0, atol=1e-5)
+    assert json.loads(of_model.schema.metadata[b"scores"])["version"] == 1
+
+
+def test_options_that_do_not_go_together(model: Exported) -> None:
+    for options, word in (
+        (("--model", model.url), "--samples"),
+        (("--model", model.url, "--run", model.run), "--run"),
+        (("--version", 1), "--version"),
+    ):
+        wrong = score(*options)
+        assert wrong.exit_code == 2 and word in wrong.stderr, wrong.output
+
+
+@pytest.mark.services
+def test_a_server_equals_the_run(model: Exported, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "serving", model.url, "--port", "0"]
+    with ended(ServerProcess(command, tmp_path)) as server:
+        server.wait_until_ready()
+        found = check(model.url, "--url", server.url)
+        assert found.exit_code == 0 and f"answers by {server.url}" in found.stdout, found.output
+    gone = check(model.url, "--url", server.url)
+    assert gone.exit_code == 1 and "does not answer" in gone.stderr
