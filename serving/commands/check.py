@@ -45,6 +45,7 @@ def check(
     """
     from serving.bundle.version import ModelVersion
     from serving.errors import ServingError
+    from serving.http.security import read_tokens
     from serving.scoring.check import compare
     from serving.scoring.samples import RemoteScorer, in_process
     from serving.scoring.scorer import Scorer
@@ -55,7 +56,7 @@ def check(
             scorer = stack.enter_context(contextlib.closing(Scorer.open(model, opened.manifest.version)))
             score, answered = in_process(scorer), f"this process ({scorer.bundle.network.form} network)"
         else:
-            remote = RemoteScorer(url, _token(token_file))
+            remote = RemoteScorer(url, read_tokens(token_file)[0] if token_file else None)
             score, answered = remote.score, url
         found = compare(opened, score, run=run, samples=samples, impressions=impressions)
     if url is not None and remote.version != opened.manifest.version:
@@ -73,16 +74,3 @@ def check(
     if not found.worst <= tolerance:
         typer.echo(f"{found.worst:.3g} is more than --tolerance {tolerance:g}", err=True)
         raise typer.Exit(FAILED)
-
-
-def _token(file: Path | None) -> str | None:
-    """Read the first token of a file."""
-    from featurestore.storage.regular import read_text
-    from serving.errors import ServingError
-
-    if file is None:
-        return None
-    try:
-        return read_text(file).split()[0]
-    except (OSError, ValueError, IndexError) as failure:
-        raise ServingError(f"--token-file {file} holds no token: {failure}") from None

@@ -91,8 +91,8 @@ class RemoteScorer:
 
     def _post(self, body: bytes) -> bytes:
         headers = {"Content-Type": _ARROW} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
-        request = urllib.request.Request(f"{self.url.rstrip('/')}/v1/score", body, headers)
         try:
+            request = urllib.request.Request(f"{self.url.rstrip('/')}/v1/score", body, headers)
             with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
                 answer: bytes = response.read()
                 return answer
