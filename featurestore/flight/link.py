@@ -37,7 +37,7 @@ from featurestore.spec import StoreInfo
 _KEYS_AT_ONCE = 4_096  # half of what HTTP/2 lets a sender send unasked
 _KEYS_PER_MESSAGE = 1 << 14
 _PROBE_S = 5.0
-# What a server may send ahead: fills 1 Gbit/s at 60 ms. Left to itself, gRPC lets it grow to where answers lie in memory
+# What a server may send ahead; it fills 1 Gbit/s at 60 ms. Left to itself, gRPC lets it grow, and answers lie in memory
 # for so long that they have left the processor's cache: a tenth slower, and 200 MB more in the client.
 _WINDOW: Any = [("grpc.http2.lookahead_bytes", 8 << 20), ("grpc.http2.bdp_probe", 0)]
 
