@@ -6,6 +6,8 @@ M live rows of a shard, D feature width, V columns of a row.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -17,15 +19,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from featurestore.format.codec import Codec
-from featurestore.format.datafile import KEY, URI, numpy_column, table_of, text_column
+from featurestore.format.datafile import (
+    DELETED,
+    FEATURE,
+    KEY,
+    URI,
+    matrix_of,
+    numpy_column,
+    open_entry,
+    table_of,
+    text_column,
+)
 from featurestore.format.rows import FeatureRows
-from featurestore.format.shard_reader import ShardReader
+from featurestore.format.shard_reader import ShardReader, newest_rows, take_rows
 from featurestore.format.shard_writer import write_shard_file
 from featurestore.identity import SnapshotId
 from featurestore.lookup.embedding import EmbeddingModel, as_tensor
 from featurestore.lookup.signatures import Planes
 from featurestore.snapshot import Snapshot
-from featurestore.spec import ExtractorSpec, StoreInfo
+from featurestore.spec import ExtractorSpec, FileEntry, StoreInfo
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
 from serving.bundle.manifest import IMAGES, VECTORS, Missing, NetworkColumns, VectorsOf
@@ -42,7 +54,8 @@ from trainer.runs.stores import StorePlace
 from trainer.schema import Field
 
 # E takes .3 to .6 of the time an image that it takes in the store's blocks of 256.
-_BATCH_ROWS = 4096
+BATCH_ROWS = 4096
+_NO_KEYS = np.empty(0, np.int64)
 _SHARD_BYTES = 32 << 20
 """Of vectors, in a shard at most: a publish writes a file for each shard that it changes, so there are few."""
 
@@ -213,6 +226,69 @@ def _num_shards(size_bytes: int, most: int) -> int:
     return min(most, 1 << max(0, -(-size_bytes // _SHARD_BYTES) - 1).bit_length())
 
 
+class ImageRows(NamedTuple):
+    """Some images with their features, as the store has them."""
+
+    keys_K: NDArray[np.int64]
+    uris: list[str]
+    features_KD: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class ChangedImages:
+    """What may have changed in the features from one snapshot to another, found by the files that are not in both."""
+
+    mirrored: Snapshot | None
+    """None: all may have."""
+    newest: Snapshot
+
+    def of_shard(self, shard: int) -> tuple[Iterator[ImageRows], NDArray[np.int64]]:
+        """Give the images of a shard that are new or may be others, and the keys of those that may be gone.
+
+        Where files were added behind the old ones these alone are read, and are in memory together."""
+        new = self.newest.manifest.files(shard)
+        old = self.mirrored.manifest.files(shard) if self.mirrored else ()
+        num_same = sum(1 for _ in takewhile(lambda pair: pair[0].path == pair[1].path, zip(old, new, strict=False)))
+        added, replaced = new[num_same:], old[num_same:]
+        if not added and not replaced:
+            return iter(()), _NO_KEYS
+        if self.mirrored is not None and not replaced:
+            return self._appended(added)
+        live = self.newest.shard_reader(shard).keys()
+        touched = live
+        if self.mirrored is not None:
+            reader = ShardReader(self.newest.storage, self.newest.info, shard, [*added, *replaced])
+            touched = np.unique(reader.all_keys())
+        return self._blocks(shard, touched), np.setdiff1d(touched, live)
+
+    def _appended(self, added: Sequence[FileEntry]) -> tuple[Iterator[ImageRows], NDArray[np.int64]]:
+        """Read each new file once: of a key's rows the last one counts, and may be a tombstone."""
+        tables = []
+        for entry in added:
+            with open_entry(self.newest.storage, self.newest.info, entry) as file:
+                tables.append(file.read([KEY, URI, DELETED, FEATURE]))
+        table = pa.concat_tables(tables)
+        table = take_rows(table, newest_rows(numpy_column(table, KEY)))
+        is_gone_K = numpy_column(table, DELETED)
+        gone, table = numpy_column(table, KEY)[is_gone_K], table.filter(pa.array(~is_gone_K))
+        keys_K, features_KD = numpy_column(table, KEY), matrix_of(table, self.newest.info)
+        return iter([ImageRows(keys_K, text_column(table, URI), features_KD)]), gone
+
+    def _blocks(self, shard: int, touched: NDArray[np.int64]) -> Iterator[ImageRows]:
+        """Read the live rows among some keys of a shard, a few thousand at a time."""
+        reader = self.newest.shard_reader(shard)
+        if not reader.entries:
+            return
+        names = reader.read([KEY, URI])
+        names = names.filter(pa.array(np.isin(numpy_column(names, KEY), touched)))
+        for start in range(0, len(names), BATCH_ROWS):
+            block = names.slice(start, BATCH_ROWS)
+            keys_K = numpy_column(block, KEY)
+            features_KD, is_there_K = reader.features(keys_K)
+            assert is_there_K.all()
+            yield ImageRows(keys_K, text_column(block, URI), features_KD)
+
+
 def _batches(reader: ShardReader) -> Iterator[tuple[NDArray[np.int64], NDArray[np.generic]]]:
     """Give places in the shard and features of some thousand images at a time."""
     places: list[NDArray[np.int64]] = []
@@ -220,7 +296,7 @@ def _batches(reader: ShardReader) -> Iterator[tuple[NDArray[np.int64], NDArray[n
     for block in reader.verified_blocks():
         places.append(block.place_K)
         features.append(block.features_KD.copy())
-        if sum(map(len, places)) >= _BATCH_ROWS:
+        if sum(map(len, places)) >= BATCH_ROWS:
             yield np.concatenate(places), np.concatenate(features)
             places, features = [], []
     if places:

@@ -4,31 +4,31 @@ The vectors store's own manifest says of which snapshot of the features its rows
 differs between that snapshot and the newest one is looked at, and nothing else. Letters of shapes: K images looked at.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from featurestore.errors import CommitConflictError, SnapshotNotFoundError, SpecMismatchError
 from featurestore.format.datafile import KEY, URI, numpy_column, text_column
 from featurestore.format.rows import FeatureRows
+from featurestore.format.shard_reader import ShardReader
 from featurestore.identity import SnapshotId
-from featurestore.keys import Int64Array, shard_of
+from featurestore.keys import Int64Array
 from featurestore.lookup.signatures import BITS
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
-from featurestore.upkeep.history import NamedRows, diff
 from serving.bundle import EPS
-from serving.bundle.images import StoreNetworks
+from serving.bundle.images import BATCH_ROWS, ChangedImages, StoreNetworks
 from serving.bundle.manifest import VectorsOf
 from serving.bundle.vectors import SIGNATURE_COLUMNS, Float32
 from serving.errors import ServingError
 
-_BLOCK_ROWS = 4096
 _MAX_ATTEMPTS = 5
 
 
@@ -74,9 +74,10 @@ def publish(
     """Bring a vectors store up to the newest snapshot of its features, which are at `source_url` by now.
 
     A vector stays where no number of it moved by `eps`, nor that share of its signature's bits; with 0, where it is the
-    same. Another publish at the same time is waited for, not written over. Cost: that of what differs between the two
-    snapshots, and of the keys in shards that differ. Raises AnotherStoreError, SpecMismatchError, TrainerError,
-    FeatureStoreError; nothing is published then.
+    same. Another publish at the same time is waited for, not written over. Cost: reading the files of features that
+    were added since, and the vectors of shards that they change; all features where the snapshot of the last time is
+    not known any more. Raises AnotherStoreError, SpecMismatchError, TrainerError, FeatureStoreError; nothing is
+    published then.
     """
     for _ in range(_MAX_ATTEMPTS):
         now = vectors.snapshot()
@@ -93,9 +94,11 @@ def publish(
                 snapshot=now.version,
                 committed=False,
             )
-        delta = _Delta(vectors, of, now, newest, networks_for(newest), eps)
-        for shard, looked, removed in _differences(source, mirrored, newest, now, progress):
-            delta.add(shard, looked, removed)
+        delta = _Delta(vectors, of, now, networks_for(newest), ChangedImages(mirrored, newest), eps)
+        for shard in range(now.info.num_shards):
+            delta.add(shard)
+            if progress is not None:
+                progress(shard + 1, now.info.num_shards)
         try:
             made = vectors.commit(
                 delta.entries, "publish", only_after=now.version, mirrors=SnapshotId.of(newest).as_source()
@@ -116,50 +119,48 @@ class _Delta:
         vectors: FeatureStore,
         of: VectorsOf,
         now: Snapshot,
-        newest: Snapshot,
         networks: StoreNetworks,
+        changes: ChangedImages,
         eps: float,
     ) -> None:
-        self._vectors, self._of, self._now, self._newest = vectors, of, now, newest
-        self._networks, self._eps = networks, eps
+        self._vectors, self._of, self._now = vectors, of, now
+        self._networks, self._changes, self._eps = networks, changes, eps
         self.entries: dict[int, FileEntry] = {}
         self._added = self._changed = self._removed = self._stayed = 0
         self._moved: list[Int64Array] = [np.empty(0, np.int64)]
 
-    def add(self, shard: int, looked: NamedRows, removed: Int64Array) -> None:
+    def add(self, shard: int) -> None:
         """Write what changes in one shard: new vectors, and tombstones of images that are gone."""
+        keys_K, uris, new_KV, gone = self._looked_at(shard)
+        if not len(keys_K) and gone is not None and not len(gone):
+            return
         reader = self._now.shard_reader(shard)
         known = reader.keys()
-        old_KV, is_known_K = reader.features(looked.keys_N)
-        new_KV = self._rows(looked.keys_N)
+        old_KV, is_known_K = reader.features(keys_K)
         distance_K = _distances(old_KV, new_KV, SIGNATURE_COLUMNS if self._of.signatures else 0)
         is_far_K = distance_K >= self._eps if self._eps else distance_K > 0
         place_M = np.flatnonzero(~is_known_K | is_far_K)
-        gone = removed[np.isin(removed, known)]
+        gone = known[~np.isin(known, keys_K)] if gone is None else gone[np.isin(gone, known)]
         self._added += int((~is_known_K).sum())
         self._changed += int((is_known_K & is_far_K).sum())
         self._stayed += int((is_known_K & ~is_far_K).sum())
         self._removed += len(gone)
         if not len(place_M) and not len(gone):
             return
-        uri_of = self._uris(shard, looked.keys_N[is_known_K & is_far_K])
-        keys_M = looked.keys_N[place_M]
-        uris = [uri_of.get(key, looked.uris[place]) for key, place in zip(keys_M.tolist(), place_M, strict=True)]
-        blank_KV = np.zeros((len(gone), self._networks.width), np.float32)
+        keys_M = keys_K[place_M]
         rows = FeatureRows.of(
-            [*uris, *[""] * len(gone)],
-            np.concatenate([new_KV[place_M], blank_KV]),
+            [*self._uris(reader, keys_M, [uris[place] for place in place_M]), *[""] * len(gone)],
+            np.concatenate([new_KV[place_M], np.zeros((len(gone), self._networks.width), np.float32)]),
             keys=np.concatenate([keys_M, gone]),
         )
-        is_gone = np.arange(len(rows)) >= len(keys_M)
-        self.entries |= self._vectors.write(replace(rows, deleted_N=is_gone))
+        self.entries |= self._vectors.write(replace(rows, deleted_N=np.arange(len(rows)) >= len(keys_M)))
         self._moved += [keys_M, gone]
 
     def report(self, mirrored: Snapshot | None) -> PublishReport:
         """Sum up; the snapshot is that before the commit."""
         return PublishReport(
             store=self._of.store,
-            source=self._newest.version,
+            source=self._changes.newest.version,
             mirrored=mirrored.version if mirrored else None,
             before=self._now.version,
             snapshot=self._now.version,
@@ -171,26 +172,38 @@ class _Delta:
             stayed=self._stayed,
         )
 
-    def _rows(self, keys_K: Int64Array) -> Float32:
-        """Compute the rows of images, in the order asked; features are read some thousand at a time."""
-        shard_K = shard_of(keys_K, self._newest.info.num_shards)
-        rows_KV = np.empty((len(keys_K), self._networks.width), np.float32)
-        for shard in np.unique(shard_K).tolist():
-            reader, place_M = self._newest.shard_reader(shard), np.flatnonzero(shard_K == shard)
-            for start in range(0, len(place_M), _BLOCK_ROWS):
-                block = place_M[start : start + _BLOCK_ROWS]
-                features, is_there = reader.features(keys_K[block])
-                assert is_there.all()
-                rows_KV[block] = self._networks.rows(features)
-        return rows_KV
+    def _looked_at(self, shard: int) -> tuple[Int64Array, list[str], Float32, Int64Array | None]:
+        """Keys, uris and new rows of the images of a shard that may have changed, and keys of those that may be gone;
+        None: all that are not among them. Networks run on some thousand images at a time."""
+        per_shard = self._changes.newest.info.num_shards // self._now.info.num_shards
+        keys, rows = [np.empty(0, np.int64)], [np.empty((0, self._networks.width), np.float32)]
+        uris: list[str] = []
+        gone: list[Int64Array] = [np.empty(0, np.int64)]
+        waiting: list[NDArray[Any]] = []
+        for number in range(shard * per_shard, (shard + 1) * per_shard):
+            images, left = self._changes.of_shard(number)
+            gone.append(left)
+            for block in images:
+                keys.append(block.keys_K)
+                uris += block.uris
+                waiting.append(block.features_KD)
+                if sum(map(len, waiting)) >= BATCH_ROWS:
+                    rows.append(self._networks.rows(np.concatenate(waiting)))
+                    waiting = []
+        if waiting:
+            rows.append(self._networks.rows(np.concatenate(waiting)))
+        all_gone = np.concatenate(gone) if self._changes.mirrored else None
+        return np.concatenate(keys), uris, np.concatenate(rows), all_gone
 
-    def _uris(self, shard: int, keys: Int64Array) -> dict[int, str]:
-        """The uris that images have in the vectors store. A key keeps the one that it has, as no store takes another
-        under one key; features that people bring may give a key another."""
-        if not len(keys):
-            return {}
-        table = self._now.shard_reader(shard).read([KEY, URI])
-        return dict(zip(numpy_column(table, KEY).tolist(), text_column(table, URI), strict=True))
+    def _uris(self, reader: ShardReader, keys_M: Int64Array, uris: list[str]) -> list[str]:
+        """The uris of images, of those that the vectors store knows as they are there: no store takes another one
+        under a key, and features that people bring may give a key another."""
+        if not reader.entries:
+            return uris
+        table = reader.read([KEY, URI])
+        table = table.filter(pa.array(np.isin(numpy_column(table, KEY), keys_M)))
+        known = dict(zip(numpy_column(table, KEY).tolist(), text_column(table, URI), strict=True))
+        return [known.get(key, uri) for key, uri in zip(keys_M.tolist(), uris, strict=True)]
 
 
 def _check_source(of: VectorsOf, now: Snapshot, newest: Snapshot) -> None:
@@ -217,38 +230,6 @@ def _mirrored(source: FeatureStore, now: Snapshot) -> Snapshot | None:
     except SnapshotNotFoundError:
         return None
     return found if found.manifest.commit_id == mirrors.commit_id else None
-
-
-def _differences(
-    source: FeatureStore, mirrored: Snapshot | None, newest: Snapshot, now: Snapshot, progress: Progress | None
-) -> Iterator[tuple[int, NamedRows, Int64Array]]:
-    """Give for each shard of the vectors store the images to look at, and those that may be gone."""
-    num_shards = now.info.num_shards
-    if mirrored is None:
-        per_shard = newest.info.num_shards // num_shards
-        for shard in range(num_shards):
-            numbers = range(shard * per_shard, (shard + 1) * per_shard)
-            yield shard, *_all_rows(newest, numbers, now.shard_reader(shard).keys())
-            if progress is not None:
-                progress(shard + 1, num_shards)
-        return
-    found = diff(source, mirrored.version, newest.version, progress)
-    looked = NamedRows(
-        np.concatenate([found.added.keys_N, found.changed.keys_N]), [*found.added.uris, *found.changed.uris]
-    )
-    looked_shard, gone_shard = shard_of(looked.keys_N, num_shards), shard_of(found.removed.keys_N, num_shards)
-    for shard in np.unique(np.concatenate([looked_shard, gone_shard])).tolist():
-        place = np.flatnonzero(looked_shard == shard)
-        here = NamedRows(looked.keys_N[place], [looked.uris[each] for each in place])
-        yield shard, here, found.removed.keys_N[gone_shard == shard]
-
-
-def _all_rows(newest: Snapshot, numbers: range, known: Int64Array) -> tuple[NamedRows, Int64Array]:
-    """All images of some shards of the features, and the known ones that are not among them."""
-    tables = [newest.shard_reader(n).read([KEY, URI]) for n in numbers if newest.manifest.files(n)]
-    keys = np.concatenate([np.empty(0, np.int64), *(numpy_column(table, KEY) for table in tables)])
-    uris = [uri for table in tables for uri in text_column(table, URI)]
-    return NamedRows(keys, uris), known[~np.isin(known, keys)]
 
 
 def _distances(old_KV: Float32, new_KV: Float32, signature_columns: int) -> NDArray[np.float32]:

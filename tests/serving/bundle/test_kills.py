@@ -21,7 +21,7 @@ from tests.serving.bundle.test_publish import World
 
 pytestmark = pytest.mark.services
 EVERY = pytest.mark.parametrize(
-    "step", [pytest.param(9, id="some", marks=pytest.mark.long), pytest.param(1, id="all", marks=pytest.mark.slow)]
+    "step", [pytest.param(40, id="some", marks=pytest.mark.long), pytest.param(1, id="all", marks=pytest.mark.slow)]
 )
 
 

@@ -10,15 +10,17 @@ import torch
 
 from featurestore import FeatureRows, FeatureStore
 from featurestore.errors import AnotherStoreError, SpecMismatchError
-from featurestore.format.shard_reader import ShardReader
+from featurestore.format.datafile import open_entry
+from featurestore.lookup.partition import FeaturePartition
 from featurestore.lookup.signatures import Signatures
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.history import restore
 from serving.bundle import publish as publish_module
-from serving.bundle.images import networks_for
+from serving.bundle.images import ChangedImages, StoreNetworks, networks_for
 from serving.bundle.open import Bundle
 from serving.bundle.publish import PublishReport, publish
+from serving.bundle.vectors import SIGNATURE_COLUMNS
 from tests.serving.bundle.conftest import Exported
 from trainer.comm import SoloComm
 from trainer.runs.saved import open_trained
@@ -116,19 +118,30 @@ def test_the_second_time_nothing_happens(world: World) -> None:
     assert world.vectors.snapshot().version == 2
 
 
-def test_only_what_differs_is_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_differs_is_looked_at(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features of two files, and E on two images; the newer feature of one that changed twice."""
     world.put(1_050, 1_007)
+    world.put(1_007)
     looked: list[int] = []
-    features = ShardReader.features
+    rows, read = StoreNetworks.rows, []
 
-    def noting(reader: ShardReader, keys: np.ndarray) -> object:
-        if reader.info.dim == 16:
-            looked.extend(keys.tolist())
-        return features(reader, keys)
+    def noting(networks: StoreNetworks, features: np.ndarray) -> object:
+        looked.append(len(features))
+        return rows(networks, features)
 
-    monkeypatch.setattr(ShardReader, "features", noting)
+    def noting_files(*arguments: object, **options: object) -> object:
+        read.append(arguments[2].path)  # type: ignore[attr-defined]
+        return open_entry(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(StoreNetworks, "rows", noting)
+    monkeypatch.setattr("featurestore.format.shard_reader.open_entry", noting_files)
+    monkeypatch.setattr("serving.bundle.images.open_entry", noting_files)
     world.publish()
-    assert set(looked) == {1_050, 1_007}
+    assert looked == [2]
+    manifests = [world.source.snapshot(version).manifest for version in (2, 4)]
+    old, new = ({entry.path for entry in manifest.entries} for manifest in manifests)
+    assert set(read) & (old | new) == new - old
+    world.check()
 
 
 def test_what_moved_less_than_eps_stays_and_never_drifts_away(world: World) -> None:
@@ -152,7 +165,8 @@ def test_with_eps_0_the_vectors_are_exact(world: World) -> None:
 def test_a_commit_without_rows_says_where_the_next_one_begins(world: World) -> None:
     compact(world.source, force=True)
     report = world.publish()
-    assert (report.committed, counts(report), report.num_bytes) == (True, (0, 0, 0, 0), 0)
+    assert (report.committed, report.num_bytes) == (True, 0)
+    assert counts(report) == (0, 0, 0, 10)  # of the one shard whose files were merged
     assert world.publish().committed is False
     world.check()
 
@@ -164,6 +178,23 @@ def test_all_images_are_looked_at_where_the_snapshot_has_expired(world: World) -
     report = world.publish()
     assert report.mirrored is None
     assert counts(report) == (1, 1, 1, 46)
+    world.check()
+
+
+def test_all_images_are_looked_at_where_a_backup_of_the_features_has_gone_another_way(
+    world: World, tmp_path: Path
+) -> None:
+    """The number of the snapshot is there again, and stands for another commit."""
+    shutil.copytree(world.features, tmp_path / "backup")
+    world.put(1_050, 1_007)
+    assert world.publish().source == 3
+    shutil.rmtree(world.features)
+    shutil.copytree(tmp_path / "backup", world.features)
+    world.put(1_051)
+    world.put(1_008)
+    report = world.publish()
+    assert (report.mirrored, report.source) == (None, 4)
+    assert counts(report) == (1, 2, 1, 46)
     world.check()
 
 
@@ -224,19 +255,19 @@ def test_features_of_another_kind_are_refused(world: World, tmp_path: Path) -> N
 def test_two_publishes_at_once_make_what_one_makes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another publish commits between this one's reading and its commit; features have changed once more by then."""
     world.put(1_050)
-    found = publish_module.diff
+    found = ChangedImages.of_shard
     first = True
 
-    def overtaken(*arguments: object) -> object:
+    def overtaken(changes: ChangedImages, shard: int) -> object:
         nonlocal first
-        result = found(*arguments)
+        result = found(changes, shard)
         if first:
             first = False
             world.put(1_050, 1_051)
             assert counts(world.publish()) == (2, 0, 0, 0)
         return result
 
-    monkeypatch.setattr(publish_module, "diff", overtaken)
+    monkeypatch.setattr(ChangedImages, "of_shard", overtaken)
     report = world.publish()
     assert (report.committed, report.snapshot) == (False, 2)
     world.check()
@@ -249,21 +280,21 @@ def test_signatures_are_published_too(exported: Callable[[str], Exported], tmp_p
     world.check()
     trained, bundle = open_trained(world.run, SoloComm()), world.open()
     service, table = trained.engine.services["images"], bundle.vectors["images"]
-    del service.partition
     rows, missing = table.lookup(ALL)
-    from featurestore.lookup.partition import FeaturePartition
-
     partition = FeaturePartition.load(world.source, cache_dir=world.cache, missing="zeros")
     wanted = Signatures(partition, service.scaling).of(ALL)
     np.testing.assert_array_equal(table.words(rows, missing), wanted)
 
 
-def test_a_signature_that_changes_is_a_change(exported: Callable[[str], Exported], tmp_path: Path) -> None:
-    """Where E makes the same vector of two features, their signatures still differ."""
-    world = World(exported("similarity"), tmp_path)
-    world.put(*range(1_020, 1_030), noise=0.02)
-    report = world.publish(eps=1e-3)
-    assert report.changed == 10
+def test_bits_of_signatures_count_by_their_share() -> None:
+    """E may make nearly the same vector of two features whose signatures differ."""
+    old = np.zeros((4, 12 + SIGNATURE_COLUMNS), np.float32)
+    new = old.copy()
+    new[1, 3] = -0.25
+    new[2, 12], new[2, -1] = 0b101, 0x8000
+    new[3, 0], new[3, 20] = 0.001, 0xFFFF
+    distances = publish_module._distances(old, new, SIGNATURE_COLUMNS)
+    np.testing.assert_allclose(distances, [0, 0.25, 3 / 512, 16 / 512])
 
 
 def test_every_network_of_a_store_is_published(exported: Callable[[str], Exported], tmp_path: Path) -> None:
