@@ -8,6 +8,7 @@ import typer
 
 from featurestore.commands.common import Url
 from featurestore.console.commandline import CommandApp
+from featurestore.console.progress import progress_bar
 
 app = CommandApp()
 
@@ -54,6 +55,7 @@ def serve(
     Prints its address when it answers. It offers newer snapshots as they are committed. SIGTERM ends it.
     """
     from featurestore.flight.access import read_tokens
+    from featurestore.flight.opened import OpenSnapshots
     from featurestore.flight.server import Listening
     from featurestore.flight.service import ServingOptions, ended_by_sigterm, parse_shards, read_tls
     from featurestore.flight.service import serve as serve_store
@@ -63,7 +65,7 @@ def serve(
         raise typer.BadParameter("--tls-cert and --tls-key go together")
     store = FeatureStore.open(url)
     try:
-        chosen = None if shards is None else parse_shards(shards, store.info.num_shards)
+        chosen = range(store.info.num_shards) if shards is None else parse_shards(shards, store.info.num_shards)
     except ValueError as error:
         raise typer.BadParameter(f"--shards: {error}") from error
     listening = Listening(
@@ -72,17 +74,11 @@ def serve(
         tls=read_tls(tls_cert, tls_key) if tls_cert and tls_key else None,
         tokens=read_tokens(token_file) if token_file else (),
     )
-    options = ServingOptions(
-        shards=chosen,
-        version=version,
-        cache_dir=cache_dir,
-        max_calls=max_calls,
-        poll_s=poll_s,
-        stuck_s=stuck_s,
-        drain_s=drain_s,
-    )
+    with progress_bar("shards") as progress:
+        snapshots = OpenSnapshots(store, chosen, version=version, cache_dir=cache_dir, progress=progress)
+    options = ServingOptions(max_calls=max_calls, poll_s=poll_s, stuck_s=stuck_s, drain_s=drain_s)
     with ended_by_sigterm() as ended:
-        serve_store(store, listening, options, _say, ended)
+        serve_store(snapshots, listening, options, _say, ended)
 
 
 def _say(line: str) -> None:

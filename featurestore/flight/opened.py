@@ -9,6 +9,7 @@ from pathlib import Path
 
 from featurestore.errors import FeatureStoreError, SnapshotNotFoundError, UnavailableError
 from featurestore.lookup.partition import FeaturePartition
+from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
 
 MAX_OPEN = 4
@@ -37,16 +38,18 @@ class OpenSnapshots:
         *,
         version: int | None = None,
         cache_dir: Path | None = None,
+        progress: Progress | None = None,
         max_open: int = MAX_OPEN,
         keep_s: float = KEEP_S,
     ) -> None:
         self.store, self.shards, self.fixed = store, tuple(shards), version is not None
+        self._progress = progress  # of the first one, which may have to be built
         self._cache_dir, self._max_open, self._keep_s = cache_dir, max_open, keep_s
         self._lock = threading.Lock()
         self._opened: dict[int, _Opened] = {}
         self.newest = store.snapshot(version).version
         with self.use(None):
-            pass
+            self._progress = None
 
     @contextmanager
     def use(self, version: int | None) -> Iterator[FeaturePartition]:
@@ -60,7 +63,12 @@ class OpenSnapshots:
             with opened.lock:
                 if opened.partition is None:
                     opened.partition = FeaturePartition.load(
-                        self.store, cache_dir=self._cache_dir, missing="zeros", version=wanted, shards=self.shards
+                        self.store,
+                        cache_dir=self._cache_dir,
+                        missing="zeros",
+                        version=wanted,
+                        progress=self._progress,
+                        shards=self.shards,
                     )
             yield opened.partition
         finally:

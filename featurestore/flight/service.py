@@ -5,7 +5,7 @@ import signal
 import ssl
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +17,14 @@ from featurestore.errors import FeatureStoreError, ServerError
 from featurestore.flight.limits import CallLimits
 from featurestore.flight.opened import Follower, OpenSnapshots
 from featurestore.flight.server import FeatureServer, Listening
-from featurestore.store import FeatureStore
 
 _SHUTDOWN_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServingOptions:
-    """What a server offers, and its limits; times in seconds."""
+    """Limits of a server; times in seconds."""
 
-    shards: Sequence[int] | None = None  # all by default
-    version: int | None = None  # this one alone; by default the newest ones
-    cache_dir: Path | None = None
     max_calls: int = 64
     poll_s: float = 10.0
     stuck_s: float = 60.0
@@ -36,19 +32,17 @@ class ServingOptions:
 
 
 def serve(
-    store: FeatureStore,
+    snapshots: OpenSnapshots,
     listening: Listening,
     options: ServingOptions,
     report: Callable[[str], None],
     ended: threading.Event,
 ) -> None:
-    """Serve a store until `ended` is set, or Ctrl-C; then wait `drain_s` for the calls that run.
+    """Serve snapshots until `ended` is set, or Ctrl-C; then wait `drain_s` for the calls that run, and close them.
 
     Calls that last longer are cut off. `report` gets a line when the server answers, and one for every newer snapshot.
-    Raises what opening a snapshot raises, and ServerError where nobody can listen at the address.
+    Raises ServerError where nobody can listen at the address.
     """
-    shards = range(store.info.num_shards) if options.shards is None else options.shards
-    snapshots = OpenSnapshots(store, shards, version=options.version, cache_dir=options.cache_dir)
     limits = CallLimits(options.max_calls, options.stuck_s)
     try:
         server = FeatureServer(snapshots, limits, listening)
@@ -56,7 +50,7 @@ def serve(
         raise ServerError(f"cannot listen at {listening.host}:{listening.port}: {error}") from error
     follower = Follower(snapshots, options.poll_s, report)
     try:
-        report(f"{server.address} offers snapshot {snapshots.newest} of {store.url}, {_shares(snapshots)}")
+        report(f"{server.address} offers snapshot {snapshots.newest} of {snapshots.store.url}, {_shares(snapshots)}")
         ended.wait()
     finally:
         follower.stop()

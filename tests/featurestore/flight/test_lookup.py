@@ -1,6 +1,7 @@
 """The bits that come over the wire are those of a partition: every dtype, one server and several, any keys."""
 
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,16 @@ from featurestore import (
     connect,
     keys_of_uris,
 )
-from featurestore.errors import AnotherStoreError, MissingKeysError, ServerError, SnapshotNotFoundError
+from featurestore.errors import (
+    AnotherStoreError,
+    MissingKeysError,
+    ServerError,
+    SnapshotNotFoundError,
+    UnavailableError,
+)
 from featurestore.format.codec import write_codec
 from featurestore.storage.storage import Storage
+from featurestore.upkeep.expiry import expire
 from tests.featurestore.conftest import MakeRows
 from tests.featurestore.flight.conftest import Serve
 
@@ -180,6 +188,37 @@ def test_a_snapshot_committed_meanwhile(
     fixed = serve(store, "--version", "1")
     with pytest.raises(SnapshotNotFoundError, match=r"snapshot 1 of .* alone"):
         connect(fixed.address, version=2)
+
+
+@pytest.mark.long
+def test_a_snapshot_that_expires_meanwhile(
+    info: StoreInfo, make_rows: MakeRows, store: FeatureStore, serve: Serve
+) -> None:
+    """It is there for as long as the server has it open, and a clear error afterwards."""
+    store.put(make_rows(50, info))
+    server = serve(store, "--poll-s", "0.1")
+    keys_U = make_rows(50, info).keys_N
+    with connect(server.address) as client:
+        old = client.lookup(keys_U).features_UD.tobytes()
+        store.put(make_rows(60, info, seed=2))
+        expire(store, keep_last=1, keep_days=0, grace_days=0)
+        server.wait_for("offers snapshot 2")
+        assert client.lookup(keys_U).features_UD.tobytes() == old
+        server.end()
+        serve(store, "--port", str(server.port))
+        with pytest.raises(SnapshotNotFoundError, match="1 has expired"):
+            ask_until_connected(client, keys_U)
+
+
+def ask_until_connected(client: FeatureClient, keys_U: np.ndarray, timeout_s: float = 20) -> None:
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            client.lookup(keys_U)
+            return
+        except UnavailableError:
+            assert time.monotonic() < end
+            time.sleep(0.1)
 
 
 @pytest.mark.long
