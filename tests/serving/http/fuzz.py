@@ -14,6 +14,8 @@ from serving.http.live.model import Model
 from serving.http.live.warmup import made_up
 from trainer.samples.columns import Rule
 
+ALLOWED = {200, 400, 404, 413, 415}
+"""Status codes of their answers."""
 ODD = [
     None, True, False, 0, -1, 1, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1, -(2**63), 1e308, -1e-308, 0.5, 1e20,
     "", " ", "1", "-0", "\0", "a" * 300, "ä", "\u202e", "😀", "9" * 25, "1e5", "NaN", "\x7f", "Infinity", "null",

@@ -13,11 +13,10 @@ from serving.http.app import Scoring
 from serving.http.live.source import BundleSource
 from serving.http.settings import ServerSettings
 from tests.serving.http.conftest import Published
-from tests.serving.http.fuzz import FuzzBody, bodies
+from tests.serving.http.fuzz import ALLOWED, FuzzBody, bodies
 from tests.serving.http.in_process import scoring_of
 
 COUNT = 10_400
-ALLOWED = {200, 400, 404, 413, 415}
 
 
 async def answer_of(app: Any, body: FuzzBody) -> tuple[int, bytes]:

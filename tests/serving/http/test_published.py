@@ -27,6 +27,7 @@ from serving.http.settings import ServerSettings
 from serving.scoring.request import Request
 from serving.scoring.scorer import Scorer
 from tests.serving.http.conftest import NEW_IMAGE, Published
+from tests.serving.http.fuzz import ALLOWED, bodies
 from tests.serving.http.processes import ServerProcess, ended
 
 PAGE = Path(__file__).parents[3] / "docs" / "SERVING.md"
@@ -170,6 +171,13 @@ def test_a_wrong_value_is_named(server: ServerProcess, change: dict[str, Any], w
     assert words in answer.json()["error"]
 
 
+def test_damaged_bodies_over_the_socket(server: ServerProcess, published: Published) -> None:
+    for path, headers, content in bodies(Scorer.open(published.url, 1), 400, seed=1):
+        answer = server.client.post(path, content=content, headers=headers)
+        assert answer.status_code in ALLOWED, (path, headers, content, answer.text)
+    assert "bug" not in server.log()
+
+
 def test_switches_under_load_fail_no_request_and_mix_no_versions(server: ServerProcess, published: Published) -> None:
     requests = requests_of(published)[:4]
     expected = {}
@@ -298,9 +306,10 @@ def test_what_the_page_shows_works(server: ServerProcess, published: Published, 
 
 
 def test_newer_vectors_keep_the_network_and_the_rows(published: Published, tmp_path: Path) -> None:
+    published.use(1)
     source = BundleSource(ServerSettings(model=published.url, name="ctr", cache_dir=tmp_path))
     first = source.open(source.newest(), None)
-    published.add_image()
+    published.add_image(NEW_IMAGE + 1)
     newest = source.newest()
     assert newest == BundleIdentity(1, {"images": first.identity.vectors["images"] + 1})
     second = source.open(newest, first)
