@@ -54,6 +54,7 @@ def main(
     sample in the model.
     """
     from featurestore.store import FeatureStore
+    from featurestore.upkeep.compaction import MAX_DELTAS
     from serving.bundle.images import networks_for
     from serving.bundle.open import Bundle
     from serving.bundle.publish import publish
@@ -80,6 +81,8 @@ def main(
         reports.append(report)
         figures.append({**report.figures(), "seconds": time.monotonic() - began})
         typer.echo(describe(report, eps))
+        if report.most_files > 1 + MAX_DELTAS:
+            typer.echo(f"next         python -m featurestore compact {opened.vectors_url(of)}")
     change, moved = None, [report for report in reports if len(report.moved_keys)]
     if moved:
         change = change_of_scores(Bundle(opened.storage, opened.manifest, None, verify=False), moved)

@@ -54,6 +54,8 @@ class PublishReport:
     """Images looked at whose vectors moved less than eps."""
     num_bytes: int = 0
     """Of the files written."""
+    most_files: int = 0
+    """Files of the shard of the vectors that has most; every publish adds one."""
     moved_keys: Int64Array = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
     """Of images added, changed and removed."""
 
@@ -105,7 +107,8 @@ def publish(
             )
         except CommitConflictError:
             continue
-        return replace(delta.report(mirrored), snapshot=made.version)
+        most_files = max(map(len, made.manifest.shards.values()), default=0)
+        return replace(delta.report(mirrored), snapshot=made.version, most_files=most_files)
     raise ServingError(
         f"other writers committed to {vectors.url} meanwhile, {_MAX_ATTEMPTS} times in a row: run it again"
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from featurestore import FeatureRows, FeatureStore
+from featurestore.upkeep.compaction import compact
 from jobs import export_model, publish_vectors
 from serving.bundle.manifest import SAMPLE
 from serving.bundle.open import Bundle
@@ -108,6 +110,24 @@ def test_a_publish_tells_what_moved(places: Places, model: str, tmp_path: Path) 
     again = done(publish_vectors.app, "--model", model)
     assert "vectors      images: of snapshot 3 of the features already, nothing to do\n" in again
     assert "scores" not in again
+
+
+def test_after_many_publishes_the_vectors_want_to_be_compacted(
+    places: Places, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featurestore.upkeep.compaction.MAX_DELTAS", 2)
+    store = FeatureStore.open(places.folder / "features")
+
+    def publish(number: float) -> str:
+        features = np.full((1, 16), number, np.float32)
+        store.put(FeatureRows.of(["item/20"], features, keys=np.array([1_020])))
+        return done(publish_vectors.app, "--model", model)
+
+    *_, last = [publish(number) for number in range(3)]
+    advice = re.search("next         python -m featurestore compact (.*)", last)
+    assert advice is not None
+    compact(FeatureStore.open(advice[1]), force=True)
+    assert "featurestore compact" not in publish(3.5)
 
 
 def test_a_model_without_images(places: Places, tmp_path: Path) -> None:

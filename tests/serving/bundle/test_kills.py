@@ -21,7 +21,7 @@ from tests.serving.bundle.test_publish import World
 
 pytestmark = pytest.mark.services
 EVERY = pytest.mark.parametrize(
-    "step", [pytest.param(40, id="some", marks=pytest.mark.long), pytest.param(1, id="all", marks=pytest.mark.slow)]
+    "step", [pytest.param(1_000, id="some", marks=pytest.mark.long), pytest.param(1, id="all", marks=pytest.mark.slow)]
 )
 
 
@@ -78,8 +78,7 @@ def test_a_killed_export_shows_all_of_a_version_or_nothing(
         in_use = log.version_in_use(storage)
         assert (known, in_use) in (([1], 1), ([1, 2], 1), ([1, 2], 2))
         seen.add((len(known), in_use))
-        for version in known:
-            Bundle.open(url, version, cache_dir=tmp_path / "cache").close()
+        Bundle.open(url, known[-1], cache_dir=tmp_path / "cache").close()
         remove_leftovers(storage, grace_s=-1)
         named = {log.read_version(storage, version).bundle_id for version in known}
         left = {
