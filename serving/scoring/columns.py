@@ -1,6 +1,7 @@
 """Which columns a request has, on which side, and what each has to be: those of the fields that the model uses."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from serving.errors import RequestError
 from serving.scoring.request import Request
@@ -43,16 +44,7 @@ class RequestColumns:
         self._check_known(candidates, "candidates", "ad", where)
         if context and (twice := context.keys() & candidates.keys() - self._ignored):
             raise RequestError(f"{where}column {min(twice)} is in context and in candidates; leave one out")
-        counts = {column: self._length(column, values, where) for column, values in candidates.items()}
-        count = next(iter(counts.values()), 0)
-        if counts and set(counts.values()) != {count}:
-            first, other = next(
-                (first, other) for first in counts for other in counts if counts[first] != counts[other]
-            )
-            raise RequestError(
-                f"{where}candidates.{first} has {counts[first]} entries and candidates.{other} has {counts[other]}; "
-                "each candidate needs one entry in every column"
-            )
+        count = self._count(candidates, where)
         absent = self._of_side["user"].difference(user)
         if count and not absent:
             absent = self._of_side["ad"].difference(candidates, context)
@@ -86,6 +78,21 @@ class RequestColumns:
         rule = self.sources[name]
         return f"column {name} is missing, expected {expected(rule)}; {_WAYS_OUT[rule.side]}"
 
+    def _count(self, candidates: Mapping[str, Sequence[Any]], where: str) -> int:
+        if set(map(type, candidates.values())) <= {list}:
+            lengths = set(map(len, candidates.values()))
+            if len(lengths) < 2:
+                return lengths.pop() if lengths else 0
+        counts = {column: self._length(column, values, where) for column, values in candidates.items()}
+        first, count = next(iter(counts.items()))
+        for other, other_count in counts.items():
+            if other_count != count:
+                raise RequestError(
+                    f"{where}candidates.{first} has {count} entries and candidates.{other} has {other_count}; each "
+                    "candidate needs one entry in every column"
+                )
+        return count
+
     def _length(self, column: str, values: object, where: str) -> int:
         if (entries := as_list(values)) is None:
             raise RequestError(
@@ -97,6 +104,8 @@ class RequestColumns:
 def expected(rule: Rule) -> str:
     """Say what a column has to be, in a user's or an ad's row."""
     inner = rule.depth - (rule.side == "ad")
-    number = "number" if rule.is_real else "whole number or text" if rule.text else "whole number"
-    each = f"a {number}" if inner == 0 else "a list of " + "lists of " * (inner - 1) + f"{number}s"
+    one, several = ("number", "numbers") if rule.is_real else ("whole number", "whole numbers")
+    if rule.text:
+        one, several = f"{one} or text", f"{several} or texts"
+    each = f"a {one}" if inner == 0 else "a list of " + "lists of " * (inner - 1) + several
     return f"{each} for each candidate" if rule.side == "ad" else each

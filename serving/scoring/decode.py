@@ -6,7 +6,7 @@ All requests of a call become one batch: G users, B candidates of all of them, M
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from serving.scoring.values import UnusableValueError, as_list, flattened
 from trainer.samples.batch import Batch, Jagged
 from trainer.samples.columns import Index, Rule, Values, sizes_of
 from trainer.samples.reader import inputs_of
-from trainer.samples.texts import Encoded, cross
+from trainer.samples.texts import cross
 from trainer.schema import Field
 
 Bool = NDArray[np.bool_]
@@ -41,7 +41,7 @@ def decode_requests(columns: RequestColumns, requests: Sequence[Request]) -> Dec
     """Decode and check the requests. Raises RequestError that names the column, the place and the value."""
     counts = [columns.num_candidates(each, _where(place, requests)) for place, each in enumerate(requests)]
     reader = _Reader(columns, requests, np.array(counts, np.int64))
-    found = {column: reader.read(column, rule) for column, rule in columns.rules.items()}
+    found = reader.read()
     for column, rule in columns.rules.items():
         for other in rule.lengths_of:
             reader.check_equal(found, column, other, rule, "value")
@@ -72,33 +72,77 @@ class _Column:
     is_null_N: Bool | None
 
 
+class _Flat(NamedTuple):
+    """Values as they came, out of their lists, and the lengths of these, outermost first. `once`: it is a column of
+    the ads that has been taken once for each request, out of its context."""
+
+    values: Sequence[Any]
+    levels: tuple[Index, ...]
+    once: bool
+
+
 class _Reader:
     """Reads the columns of some requests."""
 
     def __init__(self, columns: RequestColumns, requests: Sequence[Request], counts_G: Index) -> None:
         self._columns, self._requests, self._counts_G = columns, requests, counts_G
         self._num_samples = int(counts_G.sum())
+        self._in_contexts = set(requests[0].context).intersection(*(each.context for each in requests))
+        """Columns that all requests have in their context."""
         self._ones = {
             "user": np.ones(len(requests), np.int32),
             "ad": np.ones(self._num_samples, np.int32),
         }
 
-    def read(self, column: str, rule: Rule) -> _Column:
-        """Read one of the columns that the fields have."""
-        if rule.crossed:
-            parts = [self._encoded(each) for each in rule.crossed]
-            for source, (_, levels) in zip(rule.crossed[1:], parts[1:], strict=True):
-                self._check_levels(source, rule, levels, rule.crossed[0], parts[0][1], "crossed value")
-            return _Column(cross([encoded for encoded, _ in parts]).ids, parts[0][1], None)
-        once = rule.side == "ad" and rule.depth == 1 and all(column in each.context for each in self._requests)
-        entries = [each.context[column] for each in self._requests] if once else self._entries(column, rule)
-        (values, is_null_N), levels = self._flat(column, rule, entries, partial(self._converted, column, rule), once)
-        if rule.width is not None and (levels[-1] != rule.width).any():
-            self._refuse_width(column, rule, levels)
-        if once:
+    def read(self) -> dict[str, _Column]:
+        """Read all columns that the fields have; those of integers, most of them, at once."""
+        flat, found = dict[str, _Flat](), dict[str, _Column]()
+        for column, rule in self._columns.rules.items():
+            if rule.crossed:
+                found[column] = self._crossed(rule)
+            else:
+                flat[column] = self._flat(column, rule)
+        integers = {column: each for column, each in flat.items() if self._may_be_integers(column, each.values)}
+        values = of_values.all_integers([each.values for each in integers.values()])
+        known = dict(zip(integers, values, strict=True)) if values else {}
+        for column, each in flat.items():
+            found[column] = self._column(column, self._columns.rules[column], each, known.get(column))
+        return found
+
+    def _may_be_integers(self, column: str, values: Sequence[Any]) -> bool:
+        is_image = column in self._columns.nullable
+        return (
+            bool(values)
+            and type(values[0]) is int
+            and not self._columns.rules[column].is_real
+            and not (is_image and None in values)
+        )
+
+    def _crossed(self, rule: Rule) -> _Column:
+        parts = []
+        for source in rule.crossed:
+            flat = self._flat(source, self._columns.sources[source], once=False)
+            parts.append((self._converted(source, flat, of_values.encoded), flat.levels))
+        first = parts[0][1]
+        for source, (_, levels) in zip(rule.crossed[1:], parts[1:], strict=True):
+            self._check_levels(source, rule, levels, rule.crossed[0], first, "crossed value")
+        return _Column(cross([encoded for encoded, _ in parts]).ids, first, None)
+
+    def _column(self, column: str, rule: Rule, flat: _Flat, values: Values | None) -> _Column:
+        """Convert and check a column; `values` are those of a column of integers."""
+        is_null_N: Bool | None = None
+        if rule.is_real:
+            values = self._converted(column, flat, partial(of_values.real_numbers, may_miss=rule.may_miss))
+        elif values is None and column in self._columns.nullable:
+            values, is_null_N = self._converted(column, flat, of_values.images)
+        elif values is None:
+            values = self._converted(column, flat, partial(of_values.whole_numbers, text=rule.text))
+        if rule.width is not None and (flat.levels[-1] != rule.width).any():
+            self._refuse_width(column, rule, flat.levels)
+        if flat.once:
             values = np.repeat(values, self._counts_G)
             is_null_N = None if is_null_N is None else np.repeat(is_null_N, self._counts_G)
-        return _Column(values, levels, is_null_N)
+        return _Column(values, flat.levels, is_null_N)
 
     def check_equal(self, found: Mapping[str, _Column], column: str, other: str, rule: Rule, each: str) -> None:
         """Raise RequestError where two columns have lists of unequal lengths."""
@@ -140,38 +184,28 @@ class _Reader:
                 entries += [each.context[column]] * count
         return entries
 
-    def _encoded(self, column: str) -> tuple[Encoded, tuple[Index, ...]]:
-        rule = self._columns.sources[column]
-        return self._flat(column, rule, self._entries(column, rule), of_values.encoded)
-
-    def _converted(self, column: str, rule: Rule, entries: Sequence[Any]) -> tuple[Values, Bool | None]:
-        if rule.is_real:
-            return of_values.real_numbers(entries, rule.may_miss), None
-        if column in self._columns.nullable:
-            return of_values.images(entries)
-        return of_values.whole_numbers(entries, rule.text), None
-
-    def _flat(
-        self,
-        column: str,
-        rule: Rule,
-        entries: Sequence[Any],
-        convert: Callable[[Sequence[Any]], Result],
-        once: bool = False,
-    ) -> tuple[Result, tuple[Index, ...]]:
-        """Convert the values in the lists of a column's entries; and return the lengths of these, outermost first.
-
-        `once`: an entry is of a request, and not of a candidate.
-        """
+    def _flat(self, column: str, rule: Rule, once: bool = True) -> _Flat:
+        """Take the lists of a column's entries apart. `once`: take what is in all contexts once a request."""
+        once = once and rule.depth == 1 and column in self._in_contexts
+        entries = [each.context[column] for each in self._requests] if once else self._entries(column, rule)
         levels: tuple[Index, ...] = ()
-        try:
-            for _ in range(rule.depth - (rule.side == "ad")):
+        for _ in range(rule.depth - (rule.side == "ad")):
+            try:
                 entries, lengths = flattened(entries, expected(rule))
-                levels = (*levels, lengths)
-            return convert(entries), levels
+            except UnusableValueError as failure:
+                self._refuse(column, _Flat(entries, levels, once), failure)
+            levels = (*levels, lengths)
+        return _Flat(entries, levels, once)
+
+    def _converted(self, column: str, flat: _Flat, convert: Callable[[Sequence[Any]], Result]) -> Result:
+        try:
+            return convert(flat.values)
         except UnusableValueError as failure:
-            message = f"{self._path(column, rule, levels, failure.place, once)} is {failure.why}"
-        raise RequestError(message)
+            self._refuse(column, flat, failure)
+
+    def _refuse(self, column: str, flat: _Flat, failure: UnusableValueError) -> NoReturn:
+        path = self._path(column, self._columns.sources[column], flat.levels, failure.place, flat.once)
+        raise RequestError(f"{path} is {failure.why}") from None
 
     def _check_levels(
         self, column: str, rule: Rule, one: Sequence[Index], other: str, two: Sequence[Index], each: str
@@ -191,7 +225,7 @@ class _Reader:
         raise RequestError(f"{path} has {levels[-1][place]} numbers; the schema says width={rule.width}")
 
     def _path(self, column: str, rule: Rule, levels: Sequence[Index], place: int, once: bool = False) -> str:
-        """Say where a value is: requests[1]: candidates.ad_categories[7][2]. `once`: see `_flat`."""
+        """Say where a value is: requests[1]: candidates.ad_categories[7][2]. `once`: see `_Flat`."""
         places: list[int] = []
         for lengths in reversed(levels):
             ends = np.cumsum(lengths)

@@ -91,6 +91,8 @@ class InputMaker:
         rows_N, known_N = ids.find_many(self._tables, np.concatenate(values), lengths_T)
         places = dict(zip(self._column_of_id, _slices(lengths_T), strict=True))
         fields: dict[str, FieldRows] = {}
+        lengths = {id(each.lengths_M): each.lengths_M for each in batch.fields.values()}  # most fields share theirs
+        wide_of = {number: lengths_M.astype(np.int64) for number, lengths_M in lengths.items()}
         for width, names in self._ids_by_width.items():
             first = places[names[0]].start
             rows_NV = ids.gather(width, rows_N[first : places[names[-1]].stop])
@@ -98,15 +100,18 @@ class InputMaker:
                 here = places[name]
                 fields[name] = FieldRows(
                     rows_NV=rows_NV[here.start - first : here.stop - first],
-                    lengths_M=batch.fields[name].lengths_M.astype(np.int64),
+                    lengths_M=wide_of[id(batch.fields[name].lengths_M)],
                     weights_N=batch.weights.get(name),
                 )
-        unknown: dict[str, Bool] = {}
-        if decoded.nulls or not known_N.all():
+        unknown_N, unknown = ~known_N, dict[str, Bool]()
+        if decoded.nulls or unknown_N.any():
+            counts_N = np.append(0, np.cumsum(unknown_N))
             for name, column in self._column_of_id.items():
-                own_N = ~known_N[places[name]] | decoded.nulls.get(column, False)
-                if own_N.any():
-                    unknown[name] = own_N
+                here, is_null_N = places[name], decoded.nulls.get(column)
+                if is_null_N is not None:
+                    unknown[name] = unknown_N[here] | is_null_N
+                elif counts_N[here.stop] > counts_N[here.start]:
+                    unknown[name] = unknown_N[here]
         return fields, unknown
 
     def _images(self, store: str, fields: list[Field], decoded: DecodedRequests) -> dict[str, _Images]:

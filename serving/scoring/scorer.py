@@ -112,23 +112,23 @@ class Scorer:
     ) -> tuple[dict[int, dict[str, Places]], dict[int, dict[str, Places]]]:
         """What is unknown and missing, by request and field."""
         told: tuple[dict[int, dict[str, Places]], dict[int, dict[str, Places]]] = ({}, {})
-        sides = {field.name: field.side for field in self.fields}
+        fields = {field.name: field for field in self.fields}
         for found, masks in zip(told, (lookups.unknown, lookups.missing), strict=True):
             for name, mask_N in masks.items():
-                for request, places in _by_request(decoded, name, sides[name], mask_N):
+                for request, places in _by_request(decoded, fields[name], mask_N):
                     found.setdefault(request, {})[name] = places
         return told
 
 
-def _by_request(decoded: DecodedRequests, name: str, side: str, mask_N: Bool) -> Iterator[tuple[int, Places]]:
+def _by_request(decoded: DecodedRequests, field: Field, mask_N: Bool) -> Iterator[tuple[int, Places]]:
     """The places of a field's marked values in each request that has any: of behaviours (user), of candidates (ad)."""
     batch = decoded.batch
-    gallery, rows = batch.galleries.get(name), batch.fields[name]
+    gallery, rows = batch.galleries.get(field.name), batch.fields[field.name]
     if gallery is not None:  # an ad or behaviour lacks an image as soon as one of its images does
         mask_N, rows = _any(mask_N, gallery.values_N), gallery
-    if side == "ad":
+    if field.side == "ad" and field.kind == "multi_id":
         mask_N = _any(mask_N, rows.lengths_M)
-    counts_G = decoded.counts_G if side == "ad" else rows.lengths_M
+    counts_G = decoded.counts_G if field.side == "ad" else rows.lengths_M
     for request, of_request in enumerate(np.split(mask_N, np.cumsum(counts_G)[:-1])):
         if of_request.any():
             yield request, np.flatnonzero(of_request)

@@ -5,7 +5,7 @@ A whole column is converted at once: 200 numbers take some 20 us. What cannot be
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,19 @@ def whole_numbers(values: Sequence[Any], text: TextKind | None) -> NDArray[np.in
         return _int64([_id_of(value, place, text) for place, value in enumerate(values)])
     wanted = "a whole number" + (" or a text" if text else "")
     raise _first(values, lambda value: _is_whole(type(value)) or (text is not None and type(value) is str), wanted)
+
+
+def all_integers(columns: Sequence[Sequence[Any]]) -> list[NDArray[np.int64]] | None:
+    """Convert several columns at once, (N,) each; None where one of their values is no integer of 64 bits."""
+    joined = list(chain.from_iterable(columns))
+    if set(map(type, joined)) != {int}:
+        return None
+    try:
+        values_N = np.fromiter(joined, np.int64, len(joined))
+    except OverflowError:
+        return None
+    ends = list(accumulate(map(len, columns)))
+    return [values_N[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def images(values: Sequence[Any]) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
