@@ -17,6 +17,7 @@ from featurestore.upkeep.compaction import compact
 from jobs import export_model, publish_vectors
 from serving.bundle.manifest import SAMPLE
 from serving.bundle.open import Bundle
+from serving.network.machine import compiled_name
 from serving.scoring.scorer import Scorer
 from tests.serving.bundle.conftest import VARIANTS, train_run
 from tests.trainer.conftest import Places, make_places
@@ -92,6 +93,18 @@ def test_other_types_of_rows_print_their_error(places: Places, tmp_path: Path, d
     error = json.loads((tmp_path / "export.json").read_text())["id_error"]
     assert 0 < error["mean"] <= error["worst"] < limit
     assert error["num_scores"] > 100
+
+
+@pytest.mark.slow
+def test_compiled_code_of_this_machine_is_taken(places: Places, model: str, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    text = done(export_model.app, "--run", places.folder / "runs" / "both", "--out", out, "--compile")
+    assert f"compiled     {compiled_name()}" in text
+    compiled, portable = (Bundle.open(str(url), cache_dir=tmp_path) for url in (out, model))
+    assert (compiled.network.form, portable.network.form) == ("compiled", "portable")
+    sample = pq.read_table(portable.files.path(SAMPLE))
+    found = [np.concatenate([each.logits_C for each in Scorer(b).score_table(sample)]) for b in (compiled, portable)]
+    np.testing.assert_allclose(*found, atol=1e-6)
 
 
 def test_a_publish_tells_what_moved(places: Places, model: str, tmp_path: Path) -> None:
