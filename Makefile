@@ -40,7 +40,7 @@ $(INSTALLED): setup.cfg pyproject.toml tools/install.sh tools/build_horovod.sh t
 	tools/install.sh $(VENV)
 
 demo: $(INSTALLED) ## Draw images, extract, build samples, train four models under horovodrun -np 2, print a table
-	$(ON_PATH) $(BIN)/python tools/demo.py --dir $(DEMO_DIR) $(DEMO_ARGS)
+	$(ON_PATH) $(BIN)/python -m tools.demo --dir $(DEMO_DIR) $(DEMO_ARGS)
 
 test-fast: $(INSTALLED) ## Run the tests that start no ranks, no cluster and no server: before each commit
 	$(ON_PATH) $(IN_PARALLEL) -m "not slow and not services and not long" $(TEST_ARGS)
@@ -55,7 +55,7 @@ lint: $(INSTALLED) ## Check style, types, import rules, first lines and sizes of
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
-	$(BIN)/mypy tools
+	$(BIN)/mypy -p tools
 	$(BIN)/mypy --python-version $(NEWEST_PYTHON) $(addprefix -p ,$(PACKAGES))
 	$(BIN)/lint-imports
 	$(BIN)/python tools/tree.py --check

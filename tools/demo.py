@@ -1,4 +1,4 @@
-"""The whole chain on drawn clothes or your own photographs: data, features, samples, four trainings, one table.
+"""The whole chain on drawn clothes or your own photographs: data, features, samples, trainings, a table, a scorer.
 
 Every step is a command that a person could type; it is printed before it runs. A second call keeps the images and their
 features, and makes the samples and the trainings anew.
@@ -20,18 +20,28 @@ from rich.table import Table
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import write_json
 from featurestore.console.output import print_table, text_console
+from featurestore.keys import key_of_uri
+from tools.demo_serving import (
+    NUM_CANDIDATES,
+    draw_new_picture,
+    latencies_ms,
+    request_of,
+    running_scorer,
+    wait_for_picture,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
+SUBMIT = ["dask-submit", "-n", "1"]
 VARIANTS = {"none": "IDs only", "ad": "+ ad image", "behavior": "+ behaviour images", "both": "+ both"}
 METRICS = {"auc": "AUC", "gauc": "GAUC", "new_ad_auc": "AUC, new ads", "logloss": "log loss"}
 EXAMPLES = """
 Examples:
 
-    python tools/demo.py
+    python -m tools.demo
 
-    python tools/demo.py --small --dir /tmp/demo
+    python -m tools.demo --small --dir /tmp/demo
 
-    python tools/demo.py --images ~/photos --labels ~/photos.csv --dir data/demo-photos
+    python -m tools.demo --images ~/photos --labels ~/photos.csv --dir data/demo-photos
 """
 
 console = text_console()
@@ -60,7 +70,6 @@ def run_jobs(place: Path, seed: int, small: bool, force: bool, images: Path | No
     run_step("Demo data", [sys.executable, *data])
     if force:  # features of other images, or of another network, do not mix with these
         shutil.rmtree(place / "features", ignore_errors=True)
-    submit = ["dask-submit", "-n", "1"]
     extract: list[str | Path] = [
         ROOT / "jobs/extract_features.py",
         "--images",
@@ -68,7 +77,7 @@ def run_jobs(place: Path, seed: int, small: bool, force: bool, images: Path | No
         "--store",
         place / "features",
     ]
-    run_step("Features: frozen VGG16 once per image", [*submit, *extract, "--weights", f"random:{seed}"])
+    run_step("Features: frozen VGG16 once per image", [*SUBMIT, *extract, "--weights", f"random:{seed}"])
     samples: list[str | Path] = [
         ROOT / "jobs/build_samples.py",
         "--logs",
@@ -76,7 +85,7 @@ def run_jobs(place: Path, seed: int, small: bool, force: bool, images: Path | No
         "--samples",
         place / "samples",
     ]
-    run_step("Samples: image keys only", [*submit, *samples])
+    run_step("Samples: image keys only", [*SUBMIT, *samples])
 
 
 def train(place: Path, variant: str, seed: int, ranks: int) -> dict[str, Any]:
@@ -95,6 +104,36 @@ def train(place: Path, variant: str, seed: int, ranks: int) -> dict[str, Any]:
     run_step(f"Training: {VARIANTS[variant]}", trainer)
     report: dict[str, Any] = json.loads((place / "runs" / variant / "report.json").read_text())
     return report
+
+
+def serve(place: Path) -> dict[str, float]:
+    """Publishes the run with both images, scores it over HTTP, and gives a new picture a score without a restart."""
+    python, model, store, pictures = sys.executable, place / "models/ctr", place / "features", place / "new-images"
+    export: list[str | Path] = [python, ROOT / "jobs/export_model.py", "--run", place / "runs/both", "--out", model]
+    run_step("The model as a bundle: network, ID rows, 12 numbers per image", export)
+    console.print("\nScorer", style="bold")
+    with running_scorer(model, lambda line: console.print(line, style="cyan")) as scorer:
+        request = request_of(place / "samples")
+        figures = latencies_ms(scorer, request)
+        name = draw_new_picture(pictures)
+        request["candidates"]["ad_image"][0] = key_of_uri(name)
+        before = scorer.score(request)
+        refresh: list[str | Path] = [
+            ROOT / "jobs/refresh_features.py",
+            "--images",
+            place / "new-images",
+            "--store",
+            store,
+        ]
+        run_step("A new picture: its features", [*SUBMIT, *refresh, "--keep-missing"])
+        run_step("A new picture: its 12 numbers", [python, ROOT / "jobs/publish_vectors.py", "--model", model])
+        figures["new_picture_score"] = wait_for_picture(scorer, request)
+    console.print(
+        f"\nthe score of an ad with the new picture {name}: {before['scores'][0]:.4f} while the picture was unknown, "
+        f"{figures['new_picture_score']:.4f} now, from the same scorer, without a restart\n"
+        f"{NUM_CANDIDATES} candidates over HTTP: median {figures['p50_ms']:.1f} ms, p99 {figures['p99_ms']:.1f} ms"
+    )
+    return figures
 
 
 def summarise(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -141,9 +180,9 @@ def main(
     started = time.monotonic()
     run_jobs(place, seed, small, force, images, labels)
     summary = summarise({variant: train(place, variant, seed, ranks) for variant in VARIANTS})
-    report = place / "report.json"
-    write_json(report, summary)
     show(summary)
+    report = place / "report.json"
+    write_json(report, summary | {"serving": serve(place)})
     console.print(f"written to {report}; {(time.monotonic() - started) / 60:.1f} minutes in all")
 
 
