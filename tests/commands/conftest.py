@@ -21,7 +21,7 @@ from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.main import train
 
-DEEP = 100_000
+DEEP = 20_000
 
 
 @pytest.fixture(scope="session")

@@ -79,6 +79,7 @@ def test_plan() -> None:
     assert found == [("1", ("1",), "2"), ("2", ("1", "2"), "4"), ("4", ("2", "4"), None)]
 
 
+@pytest.mark.long
 def test_each_day_begins_with_the_day_before_and_is_evaluated_on_the_next(days: Places) -> None:
     follow(config_of(days, run__name="d"), SoloComm())
     folder = days.folder / "runs" / "d"
@@ -103,6 +104,7 @@ def test_each_day_begins_with_the_day_before_and_is_evaluated_on_the_next(days: 
         assert reader.num_samples == sum(len(each) for each in labels.to_pylist())
 
 
+@pytest.mark.long
 def test_another_day_is_evaluated_when_it_comes_and_trained_on_the_newest_snapshot(days: Places) -> None:
     newest = days.folder / "samples" / "test" / f"day={DAYS[3]}.parquet"
     kept = newest.read_bytes()
@@ -133,11 +135,17 @@ def test_another_day_is_evaluated_when_it_comes_and_trained_on_the_newest_snapsh
     assert table_of(folder) == after
 
 
+@pytest.fixture(scope="module")
+def followed(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """Days that a run named `whole` has followed to the end."""
+    places = make_days(make_places(tmp_path_factory.mktemp("followed")))
+    follow(config_of(places, run__name="whole", train__checkpoint_every=2), SoloComm())
+    return places
+
+
 @pytest.mark.parametrize("point", ["claim", "step", "report", "table"])
-def test_killed_at_any_point_it_goes_on(days: Places, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
-    config = config_of(days, run__name="whole", train__checkpoint_every=2)
-    follow(config, SoloComm())
-    cut = config_of(days, run__name="cut", train__checkpoint_every=2)
+def test_killed_at_any_point_it_goes_on(followed: Places, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
+    cut = config_of(followed, run__name=f"cut-{point}", train__checkpoint_every=2)
     place = {
         "claim": "trainer.runs.open.claim_folder",
         "step": "trainer.engine.engine.Engine.train_step",
@@ -158,7 +166,7 @@ def test_killed_at_any_point_it_goes_on(days: Places, monkeypatch: pytest.Monkey
     with pytest.raises(KeyboardInterrupt):
         follow(cut, SoloComm())
     follow(cut, SoloComm())
-    assert_same(days.folder / "runs" / "cut", days.folder / "runs" / "whole")
+    assert_same(followed.folder / "runs" / f"cut-{point}", followed.folder / "runs" / "whole")
 
 
 def test_windows_and_chosen_days(days: Places) -> None:

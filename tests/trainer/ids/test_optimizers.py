@@ -105,6 +105,7 @@ class TestAdam:
             table.step(rows_Q, gradient_QV)
         assert torch.equal(table.now()[-1], before)
 
+    @pytest.mark.long
     def test_float32_is_about_as_near_as_torch_in_float32(self) -> None:
         table, exact = Table(torch.float32, ids="adam"), Table(ids="adam")
         exact.rows.weight.copy_(table.rows.weight)

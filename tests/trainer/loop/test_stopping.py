@@ -1,5 +1,6 @@
 """Early stopping: when it stops, what the run ends with, and that an interrupted run ends with the same."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,9 +55,9 @@ class TestDecision:
             has_ended(_history(0.5, None), 1)
 
 
-@pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Evaluations that find the GAUC of the script; the steps that were evaluated."""
+@contextlib.contextmanager
+def _scripted() -> Iterator[list[int]]:
+    """Let evaluations find the GAUC of the script, within the block; gives the steps that were evaluated."""
     steps: list[int] = []
     counted = Engine.train_step
     now = {"step": 0}
@@ -70,9 +71,24 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         steps.append(now["step"])
         return {"logloss": 0.5, "auc": 0.5, "gauc": GAUC[now["step"]], "new_ad_auc": None}
 
-    monkeypatch.setattr(Engine, "train_step", train_step)
-    monkeypatch.setattr("trainer.loop.training.evaluate", evaluate)
-    yield steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "train_step", train_step)
+        patch.setattr("trainer.loop.training.evaluate", evaluate)
+        yield steps
+
+
+@pytest.fixture
+def scripted() -> Iterator[list[int]]:
+    """Evaluations that find the GAUC of the script; the steps that were evaluated."""
+    with _scripted() as steps:
+        yield steps
+
+
+@pytest.fixture(scope="module")
+def whole(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing has interrupted."""
+    with _scripted():
+        return _run(places, "whole", tmp_path_factory.mktemp("stopping"))
 
 
 def _run(places: Places, name: str, folder: Path, **changes: Any) -> Path:
@@ -110,9 +126,8 @@ def test_the_run_ends_with_the_best_evaluation(places: Places, tmp_path: Path, s
 
 @pytest.mark.parametrize("at", [7, 11, 14])
 def test_an_interrupted_run_ends_with_the_same(
-    places: Places, tmp_path: Path, scripted: list[int], monkeypatch: pytest.MonkeyPatch, at: int
+    places: Places, whole: Path, tmp_path: Path, scripted: list[int], monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    whole = _run(places, "whole", tmp_path)
     step = Engine.train_step
 
     def killed(engine: Engine, prepared: Any) -> Any:
@@ -135,9 +150,8 @@ def test_an_interrupted_run_ends_with_the_same(
 
 @pytest.mark.parametrize("at", [6, 9, 15])
 def test_a_signal_in_the_midst_of_an_evaluation_loses_none(
-    places: Places, tmp_path: Path, scripted: list[int], monkeypatch: pytest.MonkeyPatch, at: int
+    places: Places, whole: Path, tmp_path: Path, scripted: list[int], monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    whole = _run(places, "whole", tmp_path)
     evaluate = train_module.evaluate
 
     def stopped(*given: Any) -> Any:

@@ -200,6 +200,7 @@ class TestMeasuring:
         machine = dataclasses.replace(MACHINE, rates=dataclasses.replace(RATES, jitter=0.1))
         assert interference(TimedSteps(units, {}, 1.0, 2 * alone, 0.0), machine) == pytest.approx(2.0)
 
+    @pytest.mark.long
     def test_failed_run_is_one_message(self) -> None:
         with pytest.raises(PlanError, match=r"measuring this machine failed \(2 processes\): --config .*nowhere\.yaml"):
             calibrate._run([[sys.executable, "-m", "trainer.main", "--config", "/nowhere.yaml"], ["true"]])
