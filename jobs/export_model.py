@@ -96,8 +96,8 @@ def describe(exported: "Exported", out: str, in_use: bool, seconds: float) -> st
     ]
     if error:
         lines.append(
-            f"error        {error.worst:.2g} of a logit at worst, {error.mean:.2g} on average of {error.num_scores:,}, "
-            f"as ID rows are {manifest.id_dtype}"
+            f"error        {error.worst:.2g} of a logit at worst, {error.mean:.2g} on average of {error.num_scores:,} "
+            f"of {error.inputs}, as ID rows are {manifest.id_dtype}"
         )
     for of in manifest.vectors:
         networks = ", ".join(f"{each.name} {each.width}" for each in of.networks)

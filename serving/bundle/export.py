@@ -123,7 +123,7 @@ def export_model(
         metrics=_metrics(saved),
         files=tuple(files.files),
     )
-    if options.id_dtype != "float32" and not no_sample:
+    if options.id_dtype != "float32":
         draft = draft.model_copy(update={"id_error": measure(saved, draft, storage)})
     num_images = _count_images(storage, draft)
     published = log.publish(storage, lambda version: draft.model_copy(update={"version": version}))

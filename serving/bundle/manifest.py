@@ -102,8 +102,9 @@ class VectorsOf(Frozen):
 
 
 class ScoreError(Frozen):
-    """How far logits move by something, on a sample of inputs: the ID rows' type, or vectors that are not published."""
+    """How far logits move by something, on a sample of inputs: the ID rows' type, or a publish of vectors."""
 
+    inputs: Literal["test samples", "drawn ids"] = "test samples"
     num_scores: int
     worst: float
     mean: float

@@ -1,7 +1,7 @@
 """How far logits move on a bundle's sample: by the type of its ID rows, or by a publish of vectors."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,29 +11,39 @@ import pyarrow.parquet as pq
 from featurestore.keys import Int64Array
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
+from serving.bundle import SAMPLE_GROUPS
 from serving.bundle.idrows import Float32, IdRows
 from serving.bundle.manifest import SAMPLE, BundleManifest, ScoreError
 from serving.bundle.open import Bundle
 from serving.bundle.publish import PublishReport
 from serving.bundle.vectors import VectorTable
 from serving.bundle.writerows import SavedTables, rows_at
+from serving.scoring.request import Request
 from serving.scoring.scorer import Scorer
 from trainer.runs.saved import SavedRun
+from trainer.samples.columns import Rule
+from trainer.schema import Side
+
+_DRAWN_VALUES = 8
+_DRAWN_IDS = 1 << 40
 
 
 def error_of_rows(saved: SavedRun, draft: BundleManifest, storage: Storage) -> ScoreError:
-    """Measure how far the ID rows of a version, as they were written, move logits from those of the checkpoint's rows.
+    """Measure how far the ID rows of a version, as they were written, move logits from those of the checkpoint's rows:
+    on its sample, or on drawn requests where it has none.
 
     Reads the run's ID tables once. Raises BrokenBundleError, CheckpointError, TrainerError."""
     bundle = _with_vectors(Bundle(storage, draft, None, verify=False), {})
-    sample = _sample_of(bundle)
+    has_sample = draft.file(SAMPLE) is not None
+    sample = _sample_of(bundle) if has_sample else _drawn(Scorer(bundle).columns)
     asking = _NotedRows(bundle.ids)
     bundle.ids = asking
     as_written = _logits(bundle, sample)
     asked = {width: np.unique(np.concatenate(places)) for width, places in asking.asked.items()}
     bundle = copy.copy(bundle)
     bundle.ids = _GivenRows(bundle.ids, asked, rows_at(SavedTables(saved), asked))
-    return _error(as_written, _logits(bundle, sample))
+    error = _error(as_written, _logits(bundle, sample))
+    return error if has_sample else error.model_copy(update={"inputs": "drawn ids"})
 
 
 def change_of_scores(bundle: Bundle, reports: Sequence[PublishReport]) -> ScoreError | None:
@@ -88,8 +98,33 @@ def _sample_of(bundle: Bundle) -> pa.Table:
     return pq.read_table(bundle.files.path(SAMPLE))
 
 
-def _logits(bundle: Bundle, sample: pa.Table) -> Float32:
-    return np.concatenate([scored.logits_C for scored in Scorer(bundle).score_table(sample)])
+def _drawn(columns: Mapping[str, Rule]) -> list[Request]:
+    """Draw requests with these columns: ids whose hashes are anywhere, numbers around zero."""
+    random = np.random.default_rng(0)
+
+    def values(rule: Rule, *shape: int) -> Any:
+        if rule.is_real:
+            return random.normal(size=shape).tolist()
+        return random.integers(0, _DRAWN_IDS, shape).tolist()
+
+    def column(rule: Rule) -> Any:
+        inner = rule.width or 1
+        if rule.depth == 0:
+            return values(rule)
+        if rule.side == "user" and rule.depth == 1 and rule.width is not None:
+            return values(rule, inner)
+        return values(rule, _DRAWN_VALUES, *[inner] * (rule.depth - 1))
+
+    def of_side(side: Side) -> dict[str, Any]:
+        return {name: column(rule) for name, rule in columns.items() if rule.side == side}
+
+    return [Request(user=of_side("user"), candidates=of_side("ad")) for _ in range(SAMPLE_GROUPS)]
+
+
+def _logits(bundle: Bundle, sample: pa.Table | list[Request]) -> Float32:
+    scorer = Scorer(bundle)
+    scored = scorer.score(sample) if isinstance(sample, list) else scorer.score_table(sample)
+    return np.concatenate([each.logits_C for each in scored])
 
 
 def _error(one: Float32, other: Float32) -> ScoreError:

@@ -95,6 +95,15 @@ def test_other_types_of_rows_print_their_error(places: Places, tmp_path: Path, d
     assert error["num_scores"] > 100
 
 
+def test_without_test_samples_the_error_is_that_of_drawn_ids(places: Places, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    options = ("--run", places.folder / "runs" / "both", "--out", out, "--id-dtype", "int8", "--sample-groups", 0)
+    text = done(export_model.app, *options, "--json", tmp_path / "export.json")
+    assert "on average of 512 of drawn ids, as ID rows are int8" in text
+    error = json.loads((tmp_path / "export.json").read_text())["id_error"]
+    assert 0 < error["mean"] <= error["worst"] < 1e-2
+
+
 @pytest.mark.slow
 def test_compiled_code_of_this_machine_is_taken(places: Places, model: str, tmp_path: Path) -> None:
     out = tmp_path / "model"

@@ -1,0 +1,36 @@
+"""Requests that are drawn where a bundle has no sample fit every kind of column."""
+
+import numpy as np
+import pytest
+
+from serving.scoring.changes import _drawn
+from serving.scoring.columns import RequestColumns
+from serving.scoring.decode import decode_requests
+from tests.trainer.equivalence.scenarios import BUCKETS, SCHEMA, Scenario
+from trainer.schema import Field, Schema
+
+PRICE = Field(name="ad_price", side="ad", kind="dense", transform="standardize", mean=(0.0,), std=(1.0,))
+NUMBERS = Schema(fields=(*(field for field in SCHEMA.fields if field.name != "ad_price"), PRICE, *BUCKETS))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        SCHEMA,
+        Scenario({}, texts=True).schema,
+        Scenario({}, words=True).schema,
+        Scenario({}, gallery="mean").schema,
+        Scenario({}, weighted=True).schema,
+        NUMBERS,
+    ],
+    ids=["plain", "texts", "crossed", "galleries", "weights", "numbers"],
+)
+def test_drawn_requests_are_decoded(schema: Schema) -> None:
+    columns = RequestColumns(schema, schema.fields)
+    requests = _drawn(columns.sources)
+    batch = decode_requests(columns, requests).batch
+    assert batch.num_samples == 8 * len(requests) == 512
+    for field in schema.of_kind("id", "multi_id"):
+        if not field.is_bucketed:
+            values = batch.fields[field.name].values_N
+            assert len(np.unique(values)) == len(values)
