@@ -72,6 +72,7 @@ tree: ## Print every file with the line that says what it is for
 bench: $(INSTALLED) ## Run the benchmarks; the figures go to data/bench/*.json
 	mkdir -p $(BENCH_DIR)
 	$(ON_PATH) $(BIN)/python -m benchmarks.store --json $(BENCH_DIR)/store.json
+	$(ON_PATH) $(BIN)/python -m benchmarks.flight --json $(BENCH_DIR)/flight.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.extract --json $(BENCH_DIR)/extract.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.refresh --json $(BENCH_DIR)/refresh.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.train --dir $(BENCH_DIR)/workload --json $(BENCH_DIR)/train.json
