@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from serving.network.machine import compiled_name
+from serving.network.once import multiply_once
 from serving.network.slots import Slots
 from trainer.config.options import ModelConfig
 from trainer.exchange.exchange import EvenLengths, FieldVectors, Lengths
@@ -97,7 +98,9 @@ def exported(model: CtrModel, slots: Slots) -> ExportedProgram:
     network = OneUser(model, slots).eval()
     examples, dynamic = _examples(slots)
     with torch.no_grad():
-        return torch.export.export(network, examples, dynamic_shapes=dynamic, strict=False)
+        program = torch.export.export(network, examples, dynamic_shapes=dynamic, strict=False)
+        multiply_once(program)
+    return program
 
 
 def _examples(slots: Slots) -> tuple[tuple[Tensor, ...], Any]:
