@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from serving.errors import RequestError
 from serving.scoring.arrow import decode_table
@@ -175,3 +177,38 @@ def test_wrong_tables_are_named(change: Callable[[pa.Table], pa.Table], message:
     with pytest.raises(RequestError) as error:
         decode_table(COLUMNS, change(table))
     assert message in str(error.value)
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(exclude_categories=()), max_size=4)
+    | st.sampled_from([2**63, -(2**63) - 1, 1e308, "0", ""]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=6,
+)
+
+
+@pytest.mark.long
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_anything_is_decoded_or_refused(data: st.DataObject) -> None:
+    """Nothing that a body can hold raises another error, or makes a batch of uneven columns."""
+    made = [parts(), parts()]
+    for _ in range(data.draw(st.integers(1, 3))):
+        columns = data.draw(st.sampled_from(made))[data.draw(st.sampled_from(["user", "context", "candidates"]))]
+        column = data.draw(st.sampled_from([*ROW, "label", "x"]))
+        value = data.draw(ANYTHING | st.lists(ANYTHING, min_size=2, max_size=2))
+        columns[column] = value
+    try:
+        decoded = decode_requests(COLUMNS, [Request(**each) for each in made])
+    except RequestError as failure:
+        str(failure).encode()
+        return
+    batch = decoded.batch
+    for field in SCHEMA.of_kind("id", "multi_id", "content"):
+        jagged = batch.fields[field.name]
+        assert len(jagged.lengths_M) == (batch.num_samples if field.side == "ad" else 2)
+        assert jagged.lengths_M.sum() == len(jagged.values_N)
