@@ -4,7 +4,6 @@ JSON: one request {"user": …, "context": …, "candidates": …}, or several a
 Arrow: a stream (application/vnd.apache.arrow.stream) of rows with the columns of the sample files, a request a row.
 """
 
-import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import pyarrow as pa
 from serving.errors import RequestError
 from serving.http.live.model import Decoded, Identity, Model, Scores
 from serving.scoring.request import Request, Scored
+from serving.scoring.values import shown
 
 JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
 _PARTS = ("user", "context", "candidates")
@@ -170,12 +170,6 @@ def arrow_answer(identity: Identity, scored: Sequence[Scored]) -> bytes:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue().to_pybytes()
-
-
-def shown(value: Any) -> str:
-    """Show a value that a client sent in a message: as JSON, and short."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _lists(parts: Sequence[Any], kind: pa.DataType) -> Any:

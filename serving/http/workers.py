@@ -161,7 +161,7 @@ class Supervisor:
     def _watch(self, folder: str) -> int:
         ever_ready = False
         while True:
-            wait([worker.process.sentinel for worker in self._workers], timeout=0.2)
+            wait([each.process.sentinel for each in self._workers if each.process.exitcode is None], timeout=0.2)
             ever_ready = ever_ready or any(worker.ready.is_set() for worker in self._workers)
             dead = [worker for worker in self._workers if worker.process.exitcode is not None]
             if self._signals:

@@ -15,9 +15,9 @@ from math import isnan
 from typing import Any
 
 from serving.errors import RequestError
-from serving.http.codec import shown
 from serving.http.inference.tensors import Tensor
 from serving.scoring.request import Request
+from serving.scoring.values import shown
 from trainer.samples.columns import Rule
 
 LENGTHS = ".lengths"

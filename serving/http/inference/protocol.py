@@ -13,11 +13,12 @@ import orjson
 from numpy.typing import NDArray
 
 from serving.errors import RequestError
-from serving.http.codec import JSON, Answer, shown
+from serving.http.codec import JSON, Answer
 from serving.http.inference.columns import metadata, request_of
 from serving.http.inference.tensors import HEADER, encode, split_body, tensors_of
 from serving.http.live.model import Decoded, Model, Scores
 from serving.scoring.request import Scored
+from serving.scoring.values import shown
 
 OUTPUTS = {"score": "FP32", "logit": "FP32", "unknown": "INT32", "missing": "INT32"}
 BINARY = "application/octet-stream"

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import RequestError
-from serving.http.codec import parse_json, shown
+from serving.http.codec import parse_json
+from serving.scoring.values import shown
 
 HEADER = "inference-header-content-length"
 DTYPES = {
