@@ -253,7 +253,7 @@ OTHERS = [
     ("benchmarks.train --dir {empty}", 1, "{empty}"),
     ("benchmarks.train --json {emptydir}", 1, "{emptydir}"),
     ("benchmarks.flight --rows 1", 2, "--rows"),
-    (f"benchmarks.flight --keys {HUGE}", 2, HUGE),
+    (f"benchmarks.flight --keys {HUGE}", 2, "--keys"),
     ("benchmarks.flight --rounds x", 2, "--rounds"),
     ("benchmarks.flight --dir {empty}", 1, "{empty}"),
     ("benchmarks.flight --json {emptydir}", 1, "{emptydir}"),
