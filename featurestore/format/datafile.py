@@ -184,7 +184,7 @@ class DataFile:
 
     def blocks(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Read columns, some megabytes at a time."""
-        rows = self._block_rows if FEATURE in columns else _BLOCK_BYTES // _METADATA_BYTES
+        rows = self._block_rows if FEATURE in columns else max(1, _BLOCK_BYTES // _METADATA_BYTES)
         with self._translated():
             yield from (
                 pa.Table.from_batches([batch])
