@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from featurestore.errors import UserError
 from pipeline.demo.draw import draw_garment, plan_garments
@@ -37,13 +36,20 @@ class Scorer:
 
     def score(self, request: dict[str, Any]) -> dict[str, Any]:
         """Post one request, over a connection that stays open, and return the answer. Raises ScorerError."""
-        self.connection.request("POST", "/v1/score", json.dumps(request), {"Content-Type": "application/json"})
-        answer = self.connection.getresponse()
+        try:
+            answer = self._post(request)
+        except ConnectionError:  # the scorer closes connections that are not used for some seconds
+            self.connection.close()
+            answer = self._post(request)
         body = answer.read()
         if answer.status != 200:
             raise ScorerError(f"the scorer answered {answer.status}: {body.decode()}")
         found: dict[str, Any] = json.loads(body)
         return found
+
+    def _post(self, request: dict[str, Any]) -> http.client.HTTPResponse:
+        self.connection.request("POST", "/v1/score", json.dumps(request), {"Content-Type": "application/json"})
+        return self.connection.getresponse()
 
     def is_ready(self) -> bool:
         """Tell whether the model is loaded and warmed up. Raises ScorerError where the process has ended."""
@@ -82,6 +88,8 @@ def running_scorer(model: Path, say: Callable[[str], None]) -> Iterator[Scorer]:
 
 def request_of(samples: Path) -> dict[str, Any]:
     """Make a request for the test user with the longest history: the ads of the test samples are the candidates."""
+    import pyarrow.parquet as pq  # --help needs none of it
+
     rows = pq.read_table(sorted((samples / "test").glob("*.parquet"))[0]).to_pylist()
     user = max(rows, key=lambda row: len(row["behavior_item"]))
     ads = [name for name in rows[0] if name.startswith("ad_")]
