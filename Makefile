@@ -78,6 +78,7 @@ bench: $(INSTALLED) ## Run the benchmarks; the figures go to data/bench/*.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.train --dir $(BENCH_DIR)/workload --json $(BENCH_DIR)/train.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.plan --dir $(BENCH_DIR)/plan --json $(BENCH_DIR)/plan.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.resume --dir $(BENCH_DIR)/resume --json $(BENCH_DIR)/resume.json
+	$(ON_PATH) $(BIN)/python -m benchmarks.serve --dir $(BENCH_DIR)/serve --json $(BENCH_DIR)/serve.json
 
 clean: ## Remove the virtual environment, the caches and the demo; features and runs of your own stay
 	rm -rf $(VENV) $(DEMO_DIR) $(BENCH_DIR) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

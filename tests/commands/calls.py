@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = {
     "benchmarks.quality.fuxi",
     "benchmarks.resume.worker",
+    "benchmarks.serve.rivals",
     "benchmarks.store.limit",
     "benchmarks.train.peer",
     "tools.commands",

@@ -1,0 +1,85 @@
+"""Measure the scorer over HTTP against the trainer's engine, eager torch behind FastAPI, and itself without images.
+
+python -m benchmarks.serve --json data/bench/serve.json
+
+A model of the paper-shaped workload is trained for a few steps, with images and without, and published for this
+machine. The server has the first core, the client the others; a user has 33 behaviours. Goals: http_p50_ms_200 2,
+http_p99_ms_200 6, images_vs_none 1.05, vs_engine_rps 5, vs_fastapi_eager_rps 2, switch_failed 0, delta_share .03,
+rss_growth_mb 20. flight_vs_local is a figure of benchmarks.flight.
+"""
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.report import JsonPath, Section, write_sections
+from benchmarks.workload import Knobs, make
+from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.output import progress_bars
+
+
+class Part(StrEnum):
+    """A part of the benchmark."""
+
+    SPEED = "speed"
+    SWITCH = "switch"
+    DELTA = "delta"
+    GROWTH = "growth"
+
+
+app = CommandApp(failures=(OSError,))
+
+
+@app.command()
+def main(
+    json_path: JsonPath = None,
+    folder: Annotated[Path, typer.Option("--dir", help="Of the workload and the models, kept.")] = Path(
+        "data/bench/serve"
+    ),
+    only: Annotated[list[Part] | None, typer.Option(help="May be repeated. Default: all.")] = None,
+    images: Annotated[int, typer.Option(help="Of the store.", min=100)] = 20_000,
+    dim: Annotated[int, typer.Option(help="Width of a feature.", min=2)] = Knobs.dim,
+    steps: Annotated[int, typer.Option(help="That each model is trained for.", min=2)] = 6,
+    samples: Annotated[int, typer.Option(help="Of a training step.", min=20)] = 1000,
+    requests: Annotated[int, typer.Option(help="Of each number of candidates and round.", min=10)] = 1000,
+    rounds: Annotated[int, typer.Option(help="Of all servers.", min=1)] = 3,
+    switches: Annotated[int, typer.Option(help="Between two versions.", min=1)] = 200,
+    growth_requests: Annotated[int, typer.Option(help="Over which memory must not grow.", min=100)] = 100_000,
+) -> None:
+    """Measure the scorer over HTTP against the engine, FastAPI, and itself without images."""
+    from benchmarks.serve import speed, switch, upkeep
+    from benchmarks.serve.world import World
+
+    chosen = only or list(Part)
+    knobs = Knobs(images=images, dim=dim, samples_per_rank=samples, steps=steps, test_samples=samples)
+    with progress_bars() as progress:
+        world = World(make(folder / "workload", knobs, progress), folder.absolute(), steps)
+        task = progress.add_task("models", total=4 + len(chosen))
+        for name, settings in {"both": [], "later": ["train.seed=1"], "none": ["model.images=none"]}.items():
+            world.train(name, *settings)
+            progress.advance(task)
+        world.publish("both", "both", "later")
+        world.publish("none", "none")
+        progress.advance(task)
+        sections: list[Section] = []
+        for part in chosen:
+            progress.update(task, description=part.value)
+            match part:
+                case Part.SPEED:
+                    sections += speed.measure(world, speed.Rounds(requests, rounds))
+                case Part.SWITCH:
+                    sections += switch.measure(world, switches)
+                case Part.DELTA:
+                    sections += upkeep.delta(world)
+                case Part.GROWTH:
+                    sections += upkeep.growth(world, growth_requests)
+            progress.advance(task)
+    run = {"images": images, "dim": dim, "requests": requests, "rounds": rounds}
+    write_sections([*sections, Section("this run", {**run, "cores": len(os.sched_getaffinity(0))})], json_path)
+
+
+if __name__ == "__main__":
+    run_app(app)

@@ -1,0 +1,90 @@
+"""What the benchmark serves: runs trained for a few steps, published as models, and request bodies of test samples."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow.parquet as pq
+
+from benchmarks.train.launch import RunFailedError
+from benchmarks.workload import Workload
+
+SETTINGS = ("model.pooling=attentive", "train.epochs=1000", "train.checkpoint_every=null")
+
+
+@dataclass(frozen=True)
+class World:
+    """A workload, and where what is made of it lies."""
+
+    workload: Workload
+    folder: Path
+    steps: int
+
+    def run(self, name: str) -> Path:
+        """Return the folder of a trained run."""
+        return self.folder / "runs" / name
+
+    def model(self, name: str) -> Path:
+        """Return the folder of a published model."""
+        return self.folder / "models" / name
+
+    def train(self, name: str, *settings: str) -> Path:
+        """Train the workload's model for some steps, at one rank; nothing where that has been done."""
+        folder = self.run(name)
+        if not (folder / "report.json").exists():
+            every = [f"run.dir={folder.parent}", f"run.name={name}", "run.overwrite=true"]
+            every += [f"train.max_steps={self.steps}", *SETTINGS, *settings]
+            words = [word for each in every for word in ("--set", each)]
+            finished(["-m", "trainer.main", "--config", str(self.workload.config), *words])
+        return folder
+
+    def publish(self, name: str, *runs: str) -> Path:
+        """Publish runs as the versions of a new model, compiled for this machine; the first one is in use."""
+        folder = self.model(name)
+        shutil.rmtree(folder, ignore_errors=True)
+        for place, run in enumerate(runs):
+            use = "--no-use" if place else "--use"
+            finished(["jobs/export_model.py", "--run", str(self.run(run)), "--out", str(folder), "--compile", use])
+        return folder
+
+    def bodies(self, candidates: int, count: int, seed: int = 0) -> list[bytes]:
+        """Draw JSON bodies of requests: a user of the test samples, and candidates among all ads shown in them."""
+        table: Any = pq.read_table(self.workload.samples / "test")
+        of_ad = [name for name in table.column_names if name.startswith("ad_")]
+        of_user = [name for name in table.column_names if name not in (*of_ad, "label")]
+        users = table.select(of_user).to_pylist()
+        ads = {name: table.column(name).combine_chunks().flatten().to_numpy() for name in of_ad}
+        return list(_bodies(users, ads, candidates, count, np.random.default_rng([seed, candidates])))
+
+
+def _bodies(
+    users: Sequence[dict[str, Any]], ads: dict[str, Any], candidates: int, count: int, draw: np.random.Generator
+) -> Iterator[bytes]:
+    for _ in range(count):
+        shown = draw.integers(0, len(ads["ad_item"]), candidates)
+        columns = {name: values[shown] for name, values in ads.items()}
+        request = {"user": users[int(draw.integers(0, len(users)))], "candidates": columns}
+        yield orjson.dumps(request, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def finished(arguments: Sequence[str]) -> str:
+    """Run a program of this repository to its end and return what it printed. Raises RunFailedError."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
+        raise RunFailedError(f"{' '.join(arguments)}\nended with {done.returncode}:\n{tail}")
+    return done.stdout
+
+
+def figures_of(arguments: Sequence[str], path: Path) -> dict[str, Any]:
+    """Run a program that writes figures by --json, and read them. Raises RunFailedError."""
+    finished([*arguments, "--json", str(path)])
+    figures: dict[str, Any] = json.loads(path.read_text())
+    return figures
