@@ -4,6 +4,7 @@ A whole column is converted at once: 200 numbers take some 20 us. What cannot be
 """
 
 import json
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain
 from typing import Any
@@ -70,11 +71,12 @@ def whole_numbers(values: Sequence[Any], text: TextKind | None) -> NDArray[np.in
 def all_integers(columns: Sequence[Sequence[Any]]) -> list[NDArray[np.int64]] | None:
     """Convert several columns at once, (N,) each; None where one of their values is no integer of 64 bits."""
     joined = list(chain.from_iterable(columns))
-    if set(map(type, joined)) != {int}:
-        return None
     try:
-        values_N = np.fromiter(joined, np.int64, len(joined))
-    except OverflowError:
+        values_N = np.frombuffer(array("q", joined), np.int64)
+    except (TypeError, OverflowError):
+        return None
+    # An array takes a bool for 0 or 1; to look at every type takes as long as all the rest.
+    if ((values_N | 1) == 1).any() and bool in set(map(type, joined)):
         return None
     ends = list(accumulate(map(len, columns)))
     return [values_N[start:end] for start, end in zip([0, *ends], ends, strict=False)]
