@@ -87,6 +87,7 @@ def test_features_are_those_of_torchvisions_own_forward(name, layers, arguments,
 
 
 @pytest.mark.filterwarnings("ignore:weights random")
+@pytest.mark.long
 def test_bfloat16_is_close(draw):
     pixels_BHWC = np.stack([np.asarray(draw(seed, 224, 224)) for seed in range(2)])
     for name in (DEFAULT_BACKBONE, "resnet18:avgpool"):

@@ -144,6 +144,7 @@ def followed(make_places: Callable[[Path], Places], tmp_path_factory: pytest.Tem
 
 
 @pytest.mark.parametrize("point", ["claim", "step", "report", "table"])
+@pytest.mark.long
 def test_killed_at_any_point_it_goes_on(followed: Places, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
     cut = config_of(followed, run__name=f"cut-{point}", train__checkpoint_every=2)
     place = {
@@ -226,6 +227,7 @@ def test_the_table_has_a_line_for_each_day_in_a_pipe(days: Places, capsys: pytes
         assert f"{row['impressions']:,}" in line
 
 
+@pytest.mark.long
 def test_late_logs_of_a_trained_day_change_nothing_but_a_mark(
     days: Places, sample_table: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,6 +98,7 @@ def test_a_grid_resumes_from_nothing(tmp_path: Path) -> None:
     assert "leave it out" in done.stderr
 
 
+@pytest.mark.long
 def test_a_grid_is_run_once(places: Places, tmp_path: Path) -> None:
     settings = places.settings(train__max_steps=4)
     done = call("images", "warmup", "--seeds", "2", out=tmp_path, settings=settings)

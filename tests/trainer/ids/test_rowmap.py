@@ -127,6 +127,7 @@ def test_no_ids_are_no_matter() -> None:
     assert owned.rows(np.empty(0, np.int64)) == []
 
 
+@pytest.mark.long
 def test_a_thread_finds_the_right_row_or_none_while_ids_come() -> None:
     owned, batches = Owned(40_000), steps(150, 2000, 150_000)
     expected = by_dict(batches, 39_999)
