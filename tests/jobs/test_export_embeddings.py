@@ -22,6 +22,8 @@ from trainer.runs import export
 from trainer.runs.checkpoint import DENSE
 from trainer.runs.saved import find_checkpoint, open_trained
 
+pytestmark = pytest.mark.long  # they train whole runs
+
 NEW = 1_077
 
 

@@ -18,6 +18,8 @@ from typer.testing import CliRunner, Result
 from jobs.make_demo_data import app
 from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, find_pieces
 
+pytestmark = pytest.mark.long  # they draw whole data sets
+
 JOB = Path(__file__).parents[2] / "jobs" / "make_demo_data.py"
 TINY = ["--items", "40", "--users", "60", "--days", "5"]
 

@@ -18,6 +18,8 @@ from pipeline.network.backbone import Backbone, fastest_dtype
 from pipeline.network.layers import feature_dim, network_of
 from pipeline.network.weights import check_network, check_weights_name, load_weights, weights_digest
 
+pytestmark = pytest.mark.long  # they make whole networks
+
 SMALL = "mobilenet_v3_small:avgpool"
 TABLE = "features.1.0.attn.relative_position_bias_table"
 

@@ -22,6 +22,8 @@ from trainer.compat.__main__ import app
 from trainer.config.config import load_config
 from trainer.main import train
 
+pytestmark = pytest.mark.long  # they train whole runs
+
 KEYS = np.arange(1_000, 1_050)
 URIS = [f"item/{n}" for n in range(50)]
 Places = Any

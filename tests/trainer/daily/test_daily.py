@@ -30,6 +30,8 @@ from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import open_run
 
+pytestmark = pytest.mark.long  # they train whole runs
+
 WORKER = Path(__file__).parent / "days.py"
 DAYS = [f"2026-01-0{n}" for n in range(1, 5)]
 Places = Any

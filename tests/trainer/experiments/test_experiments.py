@@ -27,6 +27,8 @@ from trainer.experiments.runs import Grid
 from trainer.experiments.tables import as_markdown, rows_of, seed_mean
 from trainer.schema import DEFAULT_SCHEMA
 
+pytestmark = pytest.mark.long  # they train whole runs
+
 WORKER = Path(__file__).parent / "grid.py"
 Places = Any
 TABLE = Experiment("t", "T", (Variant("base", (), 0.6), Variant("a", (), 0.61), Variant("b")), "Why.")

@@ -23,6 +23,8 @@ from trainer.ids.exact import ExactTable
 from trainer.main import train
 from trainer.runs.saved import open_trained
 
+pytestmark = pytest.mark.long  # they train whole runs
+
 Places = Any
 Train = Callable[..., Path]
 TABLES = (

@@ -18,6 +18,8 @@ from trainer.runs.checkpoint import finished
 from trainer.runs.folder import find_checkpoint, place
 from trainer.runs.saved import RunSource, open_source
 
+pytestmark = pytest.mark.long  # they train whole runs
+
 Places = Any
 
 

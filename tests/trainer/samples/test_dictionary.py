@@ -1,11 +1,12 @@
 """ids.parquet of a run: every text of the training samples, the same at any number of ranks, and the way back."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -102,7 +103,11 @@ def test_two_texts_of_one_id_are_refused(
 ) -> None:
     monkeypatch.setattr(dictionary, "HELD", held)
     colliding = {written("item", 3), written("user", 5)}
-    monkeypatch.setattr(texts, "id_of_text", lambda text: 5 << 60 if text in colliding else hashed(text))
+
+    def ids_of(found: Sequence[str]) -> np.ndarray:
+        return np.array([5 << 60 if text in colliding else hashed(text) for text in found], np.int64)
+
+    monkeypatch.setattr(texts, "ids_of_texts", ids_of)
     with pytest.raises(DataError, match="id 5764607523034234880 stands for two texts of the samples, ") as caught:
         written_to(tmp_path, wordy)
     assert all(repr(text) in str(caught.value) for text in colliding)
