@@ -244,6 +244,7 @@ OTHERS = [
     ("benchmarks.serve --images 1", 2, "--images"),
     (f"benchmarks.serve --switches {HUGE}", 2, HUGE),
     ("benchmarks.serve --json {emptydir}", 1, "{emptydir}"),
+    ("benchmarks.serve --dir {empty}", 1, "{empty}"),
     ("benchmarks.workload --out {empty}", 1, "{empty}"),
     ("benchmarks.workload --out {emptydir}/..", 1, "holds no workload"),
     ("benchmarks.workload --out {new} --zipf nan", 2, "--zipf"),
