@@ -48,7 +48,9 @@ def main(
     sample_groups: Annotated[
         int,
         typer.Option(
-            min=0, max=10_000, help="Groups of the run's test samples to put in, which a scorer warms up with; 0: none."
+            min=0,
+            max=10_000,
+            help="Groups of the run's test samples to put in, on which changes of scores are measured; 0: none.",
         ),
     ] = SAMPLE_GROUPS,
     use: Annotated[bool, typer.Option("--use/--no-use", help="Serve this version from now on.")] = True,
@@ -100,7 +102,7 @@ def describe(exported: "Exported", out: str, in_use: bool, seconds: float) -> st
             f"of {error.inputs}, as ID rows are {manifest.id_dtype}"
         )
     for of in manifest.vectors:
-        networks = ", ".join(f"{each.name} {each.width}" for each in of.networks)
+        networks = ", ".join(f"network {each.name}: {each.width} numbers" for each in of.networks)
         lines.append(
             f"vectors      {of.store}: {exported.num_images[of.store]:,} images of snapshot "
             f"{of.source.version} of {of.source.url} ({networks})"

@@ -124,9 +124,9 @@ def _places(given: list[str], names: list[str]) -> dict[str, str]:
     for each in given:
         name, _, url = each.partition("=")
         if name not in names:
-            if len(names) != 1:
+            if len(names) != 1 or ("/" not in name and url):
                 raise typer.BadParameter(
-                    f"{each}: the model has vectors of the stores {', '.join(names) or 'none'}; write NAME=URL",
+                    f"{each}: the model has vectors of {', '.join(names) or 'no store'}; write NAME=URL",
                     param_hint="--store",
                 )
             name, url = names[0], each

@@ -95,6 +95,7 @@ def export_model(
     """
     saved, storage = read_run(options.run, options.checkpoint), Storage(url)
     tables = SavedTables(saved)
+    log.refuse_store(storage)
     refuse_unsafe(storage)
     notes = _clean(storage)
     bundle_id = uuid.uuid4().hex
@@ -110,7 +111,7 @@ def export_model(
         bundle_id=bundle_id,
         time_s=time.time(),
         writer=writer_name(),
-        run=str(saved.folder),
+        run=str(saved.folder.absolute()),
         checkpoint=saved.path.name,
         checkpoint_digest=saved.digest,
         id_dtype=options.id_dtype,
@@ -130,7 +131,7 @@ def export_model(
     if options.use:
         log.use(storage, published.version)
     if no_sample:
-        notes.append(f"no test samples are in the bundle, to warm up with: {no_sample}")
+        notes.append(f"no test samples are in the bundle, to measure changes of scores on: {no_sample}")
     return Exported(manifest=published, num_images=num_images, notes=notes)
 
 

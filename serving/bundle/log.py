@@ -10,11 +10,18 @@ from featurestore.errors import CorruptFileError
 from featurestore.log import manifest_path, versions
 from featurestore.spec import Sealed, read_sealed, seal
 from featurestore.storage.storage import Storage
+from featurestore.store import INFO_PATH
 from serving.bundle.manifest import LOG, USE, BundleManifest, Choice
 from serving.errors import BrokenBundleError, BundleNotFoundError, ServingError
 
 _MAX_ATTEMPTS = 300
 SealedT = TypeVar("SealedT", bound=Sealed)
+
+
+def refuse_store(storage: Storage) -> None:
+    """Refuse the place of a feature store: its snapshots are numbered in a log as well. Raises BundleNotFoundError."""
+    if INFO_PATH in storage.list():
+        raise BundleNotFoundError(f"{storage.url} is a feature store, and no model: name a model's folder")
 
 
 def publish(storage: Storage, manifest_of: Callable[[int], BundleManifest]) -> BundleManifest:
@@ -58,6 +65,7 @@ def read_version(storage: Storage, version: int | None = None) -> BundleManifest
             f"{storage.url}"
         )
     if version is None and (version := version_in_use(storage)) is None:
+        refuse_store(storage)
         raise BundleNotFoundError(
             f"no version of {storage.url} is in use; it has {_shown(known)}: choose one with python -m serving use "
             f"{storage.url} VERSION"
@@ -90,6 +98,7 @@ def _read(storage: Storage, folder: str, number: int, model_class: type[SealedT]
     except FileNotFoundError as error:
         raise BrokenBundleError(f"{storage.full(path)} is missing") from error
     except CorruptFileError as error:
+        refuse_store(storage)
         raise BrokenBundleError(str(error)) from error
 
 

@@ -10,7 +10,7 @@ data/models/ctr/
     ids-<table>.hashes.bin           of an exact table: the hashes of the ids that have rows, ascending
     ids-trained.bin                  a bit for each row of all tables: whether training has touched it
     images.safetensors               the networks E, by which later images get their vectors
-    sample.parquet                   some rows of test samples: to warm up with, and to measure scores on
+    sample.parquet                   some rows of test samples, to measure changes of scores on
     vectors/<store>/                 the visual vectors of all images of a feature store: a store as well
 """
 

@@ -1,4 +1,4 @@
-"""Some groups of a run's test samples in a bundle: to warm up with, and to measure changes of scores on."""
+"""Some groups of a run's test samples in a bundle, to measure changes of scores on."""
 
 import numpy as np
 import pyarrow as pa

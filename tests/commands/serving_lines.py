@@ -74,5 +74,6 @@ SERVING = [
     ("jobs/publish_vectors --model {model} --store {missing}", 2, "no store at"),
     ("jobs/publish_vectors --model {model} --store images={missing}", 2, "no store at"),
     ("jobs/publish_vectors --model {model} --store {deepinfo}", 1, "too deep"),
+    ("jobs/publish_vectors --model {model} --store other={store}", 2, "the model has vectors of"),
     ("jobs/publish_vectors --model {model} --json {emptydir}", 1, "{emptydir}"),
 ]

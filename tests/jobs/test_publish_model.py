@@ -62,7 +62,9 @@ def model(places: Places, text: str) -> str:
 
 def test_the_job_tells_what_it_published(places: Places, text: str) -> None:
     assert "id rows      224 in 5 tables, float32, 10,752 bytes" in text
-    assert f"vectors      images: 50 images of snapshot 1 of {places.folder}/features (shared 12)" in text
+    assert (
+        f"vectors      images: 50 images of snapshot 1 of {places.folder}/features (network shared: 12 numbers)" in text
+    )
     assert f"published    version 1 of {places.folder}/model, in use" in text
     figures = json.loads((places.folder / "export.json").read_text())
     assert (figures["version"], figures["in_use"], figures["metrics"]["impressions"]) == (1, True, 210)
@@ -157,7 +159,9 @@ def test_a_model_without_images(places: Places, tmp_path: Path) -> None:
     text = done(
         export_model.app, "--run", places.folder / "runs" / "ids", "--out", out, "--no-use", "--sample-groups", 0
     )
-    assert "note         no test samples are in the bundle, to warm up with: none were asked for" in text
+    assert (
+        "note         no test samples are in the bundle, to measure changes of scores on: none were asked for" in text
+    )
     assert f"published    version 1 of {out}, not in use yet" in text
     assert "the model sees no images" in done(publish_vectors.app, "--model", out, "--version", 1)
     refused = job(publish_vectors.app, "--model", out)

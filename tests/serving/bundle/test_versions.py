@@ -88,6 +88,27 @@ def test_what_is_not_there_is_named(url: str, tmp_path: Path) -> None:
         ModelVersion.open(url)
 
 
+def test_a_feature_store_is_no_place_for_a_model(made: Exported, tmp_path: Path) -> None:
+    url = str(tmp_path / "features")
+    shutil.copytree(made.places.folder / "features", url)
+    before = {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()}
+    for refused in (
+        lambda: export(url, made.run),
+        lambda: ModelVersion.open(url),
+        lambda: ModelVersion.open(url, 1),
+        lambda: log.use(Storage(url), 1),
+    ):
+        with pytest.raises(BundleNotFoundError, match="is a feature store, and no model"):
+            refused()
+    assert {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()} == before
+    assert FeatureStore.open(url).snapshot().num_rows
+
+
+def test_a_run_is_found_from_any_folder(made: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(made.run.parent)
+    assert export(tmp_path / "model", Path(made.run.name)).run == str(made.run)
+
+
 def test_two_exports_at_once_both_get_a_version(url: str, made: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = log.versions
     raced: list[int] = []
