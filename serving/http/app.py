@@ -101,7 +101,7 @@ class Scoring:
         if kind not in (JSON, ARROW):
             raise RefusedError(415, f"Content-Type is {kind[:60]!r}: send {JSON}, or {ARROW}")
         content = await self._read(request)
-        logits = request.query_params.get("logits") == "true" if request.url.query else False
+        logits = _asks_for_logits(request) if request.url.query else False
         return await self._scored(request, ArrowBody(content) if kind == ARROW else JsonBody(content, logits), content)
 
     async def infer(self, request: Request) -> Response:
@@ -227,6 +227,15 @@ def _let_be_what_stays() -> None:
     """Let Python's garbage collector pass over all that is loaded by now: to look at it takes a fifth of a second."""
     gc.collect()
     gc.freeze()
+
+
+def _asks_for_logits(request: Request) -> bool:
+    """Read the words after `?`. Raises RefusedError: a misspelt one must not pass for nothing."""
+    words = dict(request.query_params)
+    answer = words.pop("logits", "false")
+    if words or answer not in ("true", "false"):
+        raise RefusedError(400, f"?{request.url.query[:60]} is unknown here: ?logits=true is all that can be asked for")
+    return answer == "true"
 
 
 def _json(value: Any, status: int = 200) -> Response:

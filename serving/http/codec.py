@@ -100,8 +100,8 @@ def requests_of(value: Any) -> tuple[list[Request], bool]:
         extra = next(key for key in value if key != "requests")
         raise RequestError(f"the body has {shown(extra)} next to requests; put it into each request, or leave it out")
     if not isinstance(several, list):
-        where = "requests" if isinstance(value, dict) else "the body"
-        raise RequestError(f"{where} is {shown(several)}, and has to be a list of requests, each {_EXAMPLE}")
+        where, wanted = ("requests", "") if isinstance(value, dict) else ("the body", f"one request, {_EXAMPLE}, or ")
+        raise RequestError(f"{where} is {shown(several)}, and has to be {wanted}a list of requests, each {_EXAMPLE}")
     return [request_of(each, f"requests[{place}]") for place, each in enumerate(several)], False
 
 

@@ -62,6 +62,8 @@ def check_files(settings: ServerSettings) -> None:
         _warn_of_dates(settings.tls_cert)
     elif settings.tls_key is not None:
         raise ServerSettingsError("--tls-key needs --tls-cert: give both, or neither")
+    if settings.record_file is not None and not settings.record_file.absolute().parent.is_dir():
+        raise ServerSettingsError(f"--record-file {settings.record_file}: its folder is not there; make it first")
     if settings.host not in LOOPBACKS and settings.tls_cert is None:
         logger.warning("listening on %s without TLS: what users send can be read on the way", settings.host)
 
