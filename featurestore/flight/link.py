@@ -48,7 +48,7 @@ class ServerLink:
 
     def __init__(self, address: str, token: str | None, ca: str | None, timeout_s: float) -> None:
         self.address = address
-        self._timeout_s, self._ca = timeout_s, ca
+        self._timeout_s, self._ca, self._has_token = timeout_s, ca, token is not None
         _keep_freed_memory()
         headers: Any = [] if token is None else [bearer(token)]
         self._options = flight.FlightCallOptions(timeout=timeout_s, headers=headers)
@@ -101,7 +101,8 @@ class ServerLink:
         if isinstance(error, flight.FlightTimedOutError):
             return DeadlineError(f"{self.address} did not answer within timeout_s={self._timeout_s:g}")
         if isinstance(error, flight.FlightUnauthenticatedError | flight.FlightUnauthorizedError):
-            return AccessError(f"{self.address} refuses the token: it must be one of the server's --token-file")
+            refused = "refuses the token: it must be" if self._has_token else "needs a token: connect(..., token=...),"
+            return AccessError(f"{self.address} {refused} one of the server's --token-file")
         if isinstance(error, flight.FlightUnavailableError):
             return certificate_error(self.address, self._ca) or UnavailableError(
                 f"no feature server answers at {self.address}, or the connection broke: {first}"

@@ -47,7 +47,10 @@ def serve(
     try:
         server = FeatureServer(snapshots, limits, listening)
     except (pa.ArrowException, OSError) as error:
-        raise ServerError(f"cannot listen at {listening.host}:{listening.port}: {error}") from error
+        raise ServerError(
+            f"cannot listen at {listening.host}:{listening.port}: {error}; if another program has the port, choose "
+            "another by --port, or end what listens there"
+        ) from error
     follower = Follower(snapshots, options.poll_s, report)
     try:
         report(f"{server.address} offers snapshot {snapshots.newest} of {snapshots.store.url}, {_shares(snapshots)}")

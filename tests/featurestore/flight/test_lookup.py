@@ -25,6 +25,7 @@ from featurestore.errors import (
     SnapshotNotFoundError,
     UnavailableError,
 )
+from featurestore.flight.client import _keys
 from featurestore.format.codec import write_codec
 from featurestore.storage.storage import Storage
 from featurestore.upkeep.expiry import expire
@@ -70,6 +71,13 @@ def assert_same(client: FeatureClient, store: FeatureStore, folder: Path, keys_U
 
 
 @pytest.mark.long
+def test_keys_that_are_no_whole_numbers_are_refused() -> None:
+    for keys_U in ([1.5], [2.0**60]):
+        with pytest.raises(TypeError, match="keys are float64, and have to be whole numbers"):
+            _keys(keys_U)
+    assert _keys([]).shape == (0,)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
 def test_the_bits_of_a_partition(dtype: str, info: StoreInfo, serve: Serve, tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", info.model_copy(update={"dtype": dtype, "dim": 12}))
