@@ -18,7 +18,11 @@ class ServingGroup(TyperGroup):
 
 app = CommandApp(
     cls=ServingGroup,
-    help="Answer requests with a published model, and look at its versions.",
+    help="Answer requests with a published model, and look at its versions.\n\n"
+    "A model in the place of a command is served: `python -m serving MODEL` is `python -m serving serve MODEL`.",
+    epilog="Examples:\n\n"
+    "- `python -m serving data/models/ctr --port 8080`\n\n"
+    "- `python -m serving log data/models/ctr`",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},

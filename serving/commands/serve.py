@@ -16,7 +16,7 @@ _DAY_S = 86_400
 @app.command(
     epilog="Examples:\n\n"
     "- `python -m serving data/models/ctr --port 8080`\n\n"
-    "- `python -m serving serve s3://models/ctr --host 0.0.0.0 --workers 4 --tls-cert tls.crt --tls-key tls.key "
+    "- `python -m serving serve s3://shop/models/ctr --host 0.0.0.0 --workers 4 --tls-cert tls.crt --tls-key tls.key "
     "--token-file tokens.txt`"
 )
 def serve(
