@@ -77,6 +77,11 @@ def serve(
     A version that is put in use, and newer vectors, are loaded beside the old ones and switched to without a failed
     request. SIGTERM ends running requests first; a second signal ends at once.
     """
+    from featurestore.storage.storage import Storage
+    from serving.bundle.log import read_version
+
+    read_version(Storage(model))  # a wrong folder is told at once, before Torch is loaded and the port is taken
+
     from serving.http.live.source import BundleSource
     from serving.http.workers import serve as listen_and_answer
 
