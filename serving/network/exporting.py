@@ -7,6 +7,7 @@ model is the trainer's own: nothing of its mathematics is written a second time.
 minute of one core for compiled code, which needs a C++ compiler.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,7 @@ def _examples(slots: Slots) -> tuple[tuple[Tensor, ...], Any]:
 def _compile(program: ExportedProgram, slots: Slots, path: Path) -> Path:
     from torch._inductor import aoti_compile_and_package  # a second's import, of those who compile alone
 
+    warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated", FutureWarning)  # Torch's own code
     settings = {"aot_inductor.metadata": {SLOTS: slots.to_json()}, "cpp.threads": 1}
     aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
     return path
