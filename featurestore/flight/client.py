@@ -231,6 +231,10 @@ class _CallPart(NamedTuple):
 
 def _keys(keys_U: npt.ArrayLike) -> Int64Array:
     given_U = np.asarray(keys_U)
+    if given_U.ndim > 1:
+        raise ValueError(f"keys have shape {given_U.shape}, and have to be one list")
+    if given_U.dtype.kind in "US":
+        raise TypeError("keys are texts, and have to be whole numbers (int64): featurestore.keys_of_uris makes them")
     if given_U.size and given_U.dtype.kind == "f":  # 1.5 would ask for 1, and 2**60 as a float for a key beside it
         raise TypeError(f"keys are {given_U.dtype}, and have to be whole numbers (int64)")
     return np.ascontiguousarray(np.array(keys_U, dtype=np.int64, ndmin=1, copy=None))

@@ -75,7 +75,12 @@ def test_keys_that_are_no_whole_numbers_are_refused() -> None:
     for keys_U in ([1.5], [2.0**60]):
         with pytest.raises(TypeError, match="keys are float64, and have to be whole numbers"):
             _keys(keys_U)
+    with pytest.raises(TypeError, match="keys are texts"):
+        _keys(["shoe/1.jpg"])
+    with pytest.raises(ValueError, match=r"keys have shape \(1, 2\), and have to be one list"):
+        _keys([[1, 2]])
     assert _keys([]).shape == (0,)
+    assert _keys(7).tolist() == [7]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
