@@ -42,7 +42,16 @@ def sql_reader(store: FeatureStore, snapshot: Snapshot, query: str) -> Iterator[
         if needed:
             tables[IMAGES] = images_table(snapshot, needed)
             connection.register(IMAGES, tables[IMAGES])
-        yield connection.sql(query).to_arrow_reader(_BATCH_ROWS)
+        reader = connection.sql(query).to_arrow_reader(_BATCH_ROWS)
+        yield pa.RecordBatchReader.from_batches(reader.schema, _batches(reader))
+
+
+def _batches(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+    """Give the rows of a query. What ends it may come as an OSError, which would be taken for one of a file."""
+    try:
+        yield from reader
+    except OSError as error:
+        raise pa.ArrowInvalid(str(error)) from error
 
 
 def _settings(folder: str) -> dict[str, Any]:
