@@ -173,5 +173,7 @@ def test_places_of_stores_are_told_apart() -> None:
     assert publish_vectors._places(["images=x", "texts=y"], ["images", "texts"]) == {"images": "x", "texts": "y"}
     with pytest.raises(typer.BadParameter, match="write NAME=URL"):
         publish_vectors._places(["x"], ["images", "texts"])
-    with pytest.raises(typer.BadParameter, match="the stores none"):
+    with pytest.raises(typer.BadParameter, match="other=x: the model has vectors of images"):
+        publish_vectors._places(["other=x"], ["images"])
+    with pytest.raises(typer.BadParameter, match="vectors of no store"):
         publish_vectors._places(["x"], [])
