@@ -18,7 +18,7 @@ from featurestore.errors import AccessError, AnotherStoreError, MissingKeysError
 from featurestore.flight.link import Answer, ServerLink
 from featurestore.flight.protocol import SCHEMES, Described, codec_from
 from featurestore.keys import Int64Array, shard_of
-from featurestore.lookup.partition import Lookup, MissingPolicy
+from featurestore.lookup.partition import Lookup, MissingPolicy, output_for
 from featurestore.snapshot import missing_message
 from featurestore.spec import DType
 
@@ -120,12 +120,7 @@ class FeatureClient:
         DeadlineError, AccessError, ServerError; then `out` may be filled in part.
         """
         asked_U = _keys(keys_U)
-        shape = (len(asked_U), self.dim)
-        if out is None:
-            out = np.empty(shape, self.info.storage_dtype)
-        elif out.shape != shape or out.dtype != self.info.storage_dtype or not out.flags.carray:
-            wanted = f"{shape} {self.info.storage_dtype}, contiguous and writable"
-            raise ValueError(f"out is {out.shape} {out.dtype}, it must be {wanted}")
+        out = output_for(self.info, len(asked_U), out)
         missing_U = self._ask(asked_U, out)
         if missing_U.any():
             self._note_missing(asked_U[missing_U])

@@ -183,7 +183,7 @@ class FeaturePartition:
         and a mask, and add to `missing_count`. A key of a shard that this rank does not own raises MissingKeysError.
         """
         row_U, missing_U = self._rows_of(keys_U)
-        features_UD = self._output(len(row_U), out)
+        features_UD = output_for(self.info, len(row_U), out)
         self._gather(row_U, missing_U, features_UD)
         return Lookup(features_UD, missing_U)
 
@@ -192,7 +192,7 @@ class FeaturePartition:
         something else of the rows while they are in the processor's cache. What it raises comes before the first.
         """
         row_U, missing_U = self._rows_of(keys_U)
-        memory = self._output(min(block_rows, len(row_U)), None)
+        memory = output_for(self.info, min(block_rows, len(row_U)), None)
         for start in range(0, len(row_U), block_rows):
             block = slice(start, start + block_rows)
             features_CD = memory[: len(row_U[block])]
@@ -248,14 +248,6 @@ class FeaturePartition:
         if missing_U.any():
             out_UD[missing_U] = 0
 
-    def _output(self, count: int, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
-        if out is None:
-            return np.empty((count, self.dim), self.info.storage_dtype)
-        if out.shape != (count, self.dim) or out.dtype != self.info.storage_dtype or not out.flags.carray:
-            wanted = f"({count}, {self.dim}) {self.info.storage_dtype}, contiguous and writable"
-            raise ValueError(f"out is {out.shape} {out.dtype}, it must be {wanted}")
-        return out
-
     def _check_owned(self, keys_U: Int64Array, shard_U: Int64Array) -> None:
         strange_U = ~self._owned_S[shard_U]
         if strange_U.any():
@@ -270,6 +262,17 @@ class FeaturePartition:
             raise MissingKeysError(missing_message(keys_U.reshape(-1)[missing_U], self._where))
         with self._lock:
             self.missing_count += int(missing_U.sum())
+
+
+def output_for(info: StoreInfo, count: int, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+    """Return `out`, or new memory for `count` rows of a store. Raises ValueError where `out` does not fit."""
+    shape = (count, info.dim)
+    if out is None:
+        return np.empty(shape, info.storage_dtype)
+    if out.shape != shape or out.dtype != info.storage_dtype or not out.flags.carray:
+        wanted = f"{shape} {info.storage_dtype}, contiguous and writable"
+        raise ValueError(f"out is {out.shape} {out.dtype}, it must be {wanted}")
+    return out
 
 
 def _take(matrix: npt.NDArray[Any], row_U: Int64Array, out_UD: npt.NDArray[Any]) -> None:
