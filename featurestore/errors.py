@@ -15,6 +15,7 @@ FeatureStoreError
 ├── CommitConflictError     another writer was in the way: read again and retry
 ├── CorruptFileError        a file is not what was written
 ├── QueryError              a query that SQL does not understand
+├── TokenFileError          a file of tokens is not there, or has none that is long enough
 ├── ServerError             a feature server does not answer as it should
 │   ├── UnavailableError    nobody listens there, or it has too many calls now: try again
 │   ├── DeadlineError       no answer in time
@@ -99,6 +100,12 @@ class CorruptFileError(FeatureStoreError):
 
 class QueryError(FeatureStoreError):
     """A query that SQL does not understand, or that asks for more than rows of a store."""
+
+    exit_code = USAGE
+
+
+class TokenFileError(FeatureStoreError):
+    """A file of tokens is not there, has no token, or one that can be guessed."""
 
     exit_code = USAGE
 

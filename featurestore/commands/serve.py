@@ -54,7 +54,7 @@ def serve(
 
     Prints its address when it answers. It offers newer snapshots as they are committed. SIGTERM ends it.
     """
-    from featurestore.flight.access import read_tokens
+    from featurestore.console.tokens import read_tokens
     from featurestore.flight.opened import OpenSnapshots
     from featurestore.flight.server import Listening
     from featurestore.flight.service import ServingOptions, ended_by_sigterm, parse_shards, read_tls

@@ -1,37 +1,13 @@
-"""Who may ask a server: bearer tokens, read from a file, one a line."""
+"""Who may ask a server: whoever sends one of its bearer tokens."""
 
 import hmac
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pyarrow import flight
 
-from featurestore.errors import FeatureStoreError
-
 HEADER = "authorization"
 _SCHEME = "Bearer "
-_FEWEST = 16  # characters of a token
-
-
-def read_tokens(path: Path) -> list[str]:
-    """Read the tokens in a file, one a line; empty lines and those that begin with # do not count.
-
-    Raises FeatureStoreError where there is none, or one that is short or no ASCII.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise FeatureStoreError(f"cannot read --token-file {path}: {error}") from error
-    tokens = [line for line in lines if line and not line.startswith("#")]
-    if not tokens:
-        raise FeatureStoreError(f"--token-file {path} has no token: write one a line, e.g. of openssl rand -hex 32")
-    for number, token in enumerate(tokens, start=1):
-        if len(token) < _FEWEST or not token.isascii() or not token.isprintable() or " " in token:
-            raise FeatureStoreError(
-                f"token {number} in {path} is no token: {_FEWEST} ASCII characters at least, without spaces"
-            )
-    return tokens
 
 
 def bearer(token: str) -> tuple[bytes, bytes]:

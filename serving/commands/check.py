@@ -43,9 +43,9 @@ def check(
 
     The run's engine looks images up in the snapshot that the model's vectors are of.
     """
+    from featurestore.console.tokens import read_tokens
     from serving.bundle.version import ModelVersion
     from serving.errors import ServingError
-    from serving.http.security import read_tokens
     from serving.scoring.check import compare
     from serving.scoring.samples import RemoteScorer, in_process
     from serving.scoring.scorer import Scorer

@@ -15,6 +15,7 @@ from pathlib import Path
 from cryptography import x509
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from featurestore.console.tokens import read_tokens
 from featurestore.log import utc_text
 from serving.errors import ServerSettingsError
 from serving.http.errors import error_response
@@ -52,7 +53,8 @@ class TokenGuard:
 
 
 def check_files(settings: ServerSettings) -> None:
-    """Try out the files of tokens, certificate and key before the server listens. Raises ServerSettingsError."""
+    """Try out the files of tokens, certificate and key before the server listens. Raises
+    ServerSettingsError, TokenFileError."""
     if settings.token_file is not None:
         read_tokens(settings.token_file)
         if settings.token_file.stat().st_mode & 0o004:
@@ -66,29 +68,6 @@ def check_files(settings: ServerSettings) -> None:
         raise ServerSettingsError(f"--record-file {settings.record_file}: its folder is not there; make it first")
     if settings.host not in LOOPBACKS and settings.tls_cert is None:
         logger.warning("listening on %s without TLS: what users send can be read on the way", settings.host)
-
-
-def read_tokens(file: Path) -> list[str]:
-    """Read a file with a token a line; empty lines and those that begin with # do not count.
-
-    Raises ServerSettingsError.
-    """
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="ascii").splitlines()]
-    except OSError as failure:
-        raise ServerSettingsError(f"--token-file {file}: {failure.strerror}; name a file with a token a line") from None
-    except UnicodeDecodeError:
-        raise ServerSettingsError(
-            f"--token-file {file} is no ASCII text; a token is a line of letters, digits and signs"
-        ) from None
-    tokens = [line for line in lines if line and not line.startswith("#")]
-    if not tokens:
-        raise ServerSettingsError(f"--token-file {file} has no token; write one a line, e.g. of `openssl rand -hex 32`")
-    if short := next((token for token in tokens if len(token) < 16), None):
-        raise ServerSettingsError(
-            f"--token-file {file}: a token has {len(short)} characters and can be guessed; write 16 or more"
-        )
-    return tokens
 
 
 def tls_context(cert: Path, key: Path | None) -> ssl.SSLContext:

@@ -29,6 +29,7 @@ from types import FrameType
 import uvicorn
 
 from featurestore.console.commandline import STOPPED, say_error
+from featurestore.console.tokens import read_tokens
 from featurestore.errors import FAILED, UserError
 from serving.errors import ServerSettingsError
 from serving.http.app import Scoring
@@ -36,7 +37,7 @@ from serving.http.limits import allow_connections, limit_writes, protocol_with
 from serving.http.live.model import ModelSource
 from serving.http.logs import configure_logging, logger
 from serving.http.metrics import FOLDER_VARIABLE
-from serving.http.security import check_files, read_tokens, tls_context
+from serving.http.security import check_files, tls_context
 from serving.http.settings import ServerSettings
 
 MakeSource = Callable[[ServerSettings], ModelSource]

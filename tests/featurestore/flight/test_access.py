@@ -9,7 +9,6 @@ from pyarrow import flight
 
 from featurestore import FeatureStore, StoreInfo, connect, keys_of_uris
 from featurestore.errors import AccessError, FeatureStoreError
-from featurestore.flight.access import read_tokens
 from featurestore.flight.service import read_tls
 from tests.featurestore.conftest import MakeRows
 from tests.featurestore.flight.conftest import Serve
@@ -97,14 +96,3 @@ def test_certificate_and_key_must_fit(tmp_path: Path) -> None:
     for cert, key in ((one.cert, two.key), (one.key, one.cert), (one.cert, tmp_path / "nosuch")):
         with pytest.raises(FeatureStoreError, match="no pair of PEM"):
             read_tls(cert, key)
-
-
-@pytest.mark.parametrize(
-    "content", ["", "# nothing\n\n", "short\n", "0123456789abcdef with space\n", "0123456789é01234\n"]
-)
-def test_a_file_without_good_tokens_is_refused(content: str, tmp_path: Path) -> None:
-    (tmp_path / "tokens").write_text(content)
-    with pytest.raises(FeatureStoreError, match="token"):
-        read_tokens(tmp_path / "tokens")
-    with pytest.raises(FeatureStoreError, match="cannot read"):
-        read_tokens(tmp_path / "nosuch")

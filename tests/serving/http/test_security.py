@@ -10,7 +10,7 @@ import trustme
 from cryptography.hazmat.primitives import serialization
 
 from serving.errors import ServerSettingsError
-from serving.http.security import check_files, read_tokens
+from serving.http.security import check_files
 from serving.http.settings import ServerSettings
 from tests.serving.http.fakes import write_state
 from tests.serving.http.processes import fake_server
@@ -125,31 +125,12 @@ def test_wrong_files_of_a_certificate_are_one_line_each(tmp_path: Path, pair: Pa
         assert "\n" not in str(failure.value)
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", "has no token"),
-        (b"# a comment\n\n", "has no token"),
-        (b"short\n", "has 5 characters"),
-        ("ä".encode() * 20, "no ASCII"),
-        (None, "No such file"),
-    ],
-)
-def test_wrong_token_files_are_one_line_each(tmp_path: Path, content: bytes | None, words: str) -> None:
-    file = tmp_path / "tokens"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(ServerSettingsError, match=words):
-        check(token_file=file)
-
-
 def test_a_token_file_that_everybody_can_read_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "tokens"
     file.write_text("0123456789abcdef0123\nfedcba98765432100123 \n")
     file.chmod(0o644)
     check(token_file=file)
     assert "chmod 600" in caplog.text
-    assert read_tokens(file) == ["0123456789abcdef0123", "fedcba98765432100123"]
 
 
 def test_listening_beyond_this_machine_without_tls_warns(caplog: pytest.LogCaptureFixture) -> None:
