@@ -104,6 +104,15 @@ class CodecSpec(Frozen):
     sha256: str
 
 
+class ReductionSpec(Frozen):
+    """The basis of a compact store, whose rows are made of wider ones: `featurestore.format.basis` has the file."""
+
+    kind: Literal["principal components"] = "principal components"
+    path: StorePath
+    sha256: str
+    full_dim: Annotated[int, Field(ge=1)]  # numbers of a row before
+
+
 class StoreInfo(Sealed):
     """store.json: written once, when the store is made."""
 
@@ -115,6 +124,11 @@ class StoreInfo(Sealed):
     codec: CodecSpec | None = None  # of int8, and of it alone
     network: NetworkName | None = None  # information only
     store_id: str = ""  # random, given when the store is made: differs from that of others made alike
+    reduction: ReductionSpec | None = None  # of a compact store, and of it alone
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_none(serialize(self), "reduction")
 
     @field_validator("num_shards")
     @classmethod
@@ -141,6 +155,16 @@ class StoreInfo(Sealed):
     def digest(self) -> str:
         """sha256 of `kind`, hexadecimal."""
         return _digest(self.kind)
+
+    @property
+    def full_dim(self) -> int:
+        """Numbers of a row as its network makes it: `dim`, unless the store is compact."""
+        return self.reduction.full_dim if self.reduction else self.dim
+
+    @property
+    def width_text(self) -> str:
+        """Numbers of a row, for people: 256, or of a compact store 256 of 4,096."""
+        return f"{self.dim:,} of {self.full_dim:,}" if self.reduction else f"{self.dim:,}"
 
     @property
     def storage_dtype(self) -> np.dtype[Any]:
@@ -209,8 +233,7 @@ class Manifest(Sealed):
 
     @model_serializer(mode="wrap")
     def _as_written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = serialize(self)
-        return fields if self.mirrors else {name: value for name, value in fields.items() if name != "mirrors"}
+        return _without_none(serialize(self), "mirrors")
 
     @property
     def entries(self) -> list[FileEntry]:
@@ -271,9 +294,15 @@ def _digest_line(digest: str) -> bytes:
     return f',\n "digest": "{digest}"'.encode() + _END
 
 
+def _without_none(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    """Leave out a field that is younger than the format where it says nothing: older readers do not know it."""
+    return fields if fields[name] is not None else {each: value for each, value in fields.items() if each != name}
+
+
 def _flat(info: StoreInfo) -> dict[str, Any]:
     fields = info.model_dump(mode="json")
-    nested = {name: fields.pop(name) or dict.fromkeys(CodecSpec.model_fields) for name in ("extractor", "codec")}
+    groups: dict[str, type[Frozen]] = {"extractor": ExtractorSpec, "codec": CodecSpec, "reduction": ReductionSpec}
+    nested = {name: fields.pop(name, None) or dict.fromkeys(each.model_fields) for name, each in groups.items()}
     return {**fields, **{f"{group}.{name}": value for group, each in nested.items() for name, value in each.items()}}
 
 

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,8 @@ import pyarrow as pa
 
 from featurestore import log, quarantine, staging
 from featurestore.commit import Commit, Shards, live_uris
-from featurestore.errors import SnapshotNotFoundError, StoreExistsError, StoreNotFoundError
+from featurestore.errors import SnapshotNotFoundError, SpecMismatchError, StoreExistsError, StoreNotFoundError
+from featurestore.format.basis import ENDING, Basis, basis_of
 from featurestore.format.codec import Codec, codec_of
 from featurestore.format.datafile import KEY, numpy_column
 from featurestore.format.rows import FeatureRows, check_collisions
@@ -49,6 +51,18 @@ class FeatureStore:
     def codec(self) -> Codec:
         """How the store keeps numbers. Reads a small file for int8; raises CorruptFileError."""
         return codec_of(self.info, self.storage)
+
+    @cached_property
+    def basis(self) -> Basis | None:
+        """Return what the rows of a compact store are coordinates in; None of others. Raises CorruptFileError."""
+        return basis_of(self.info, self.storage)
+
+    def project(self, values_ND: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
+        """Return what the store keeps of full rows (N, full_dim): themselves, or their coordinates where it is compact.
+
+        Numbers, not encoded yet. Raises InvalidRowsError for another width.
+        """
+        return values_ND if self.basis is None else self.basis.project(values_ND)
 
     @classmethod
     def create(cls, url: str | os.PathLike[str], info: StoreInfo) -> "FeatureStore":
@@ -203,3 +217,29 @@ class FeatureStore:
         snapshot.shard_reader(shard).check_uris(keys_N, uris)
         newest = take_rows(table, newest_rows(numpy_column(table, KEY)))
         return write_shard_file(self.storage, self.info, shard, [newest], kind, snapshot.version)
+
+
+class Reduction(NamedTuple):
+    """What makes rows of a compact store: the basis, and the codec and dtype of the store that has it, if one does."""
+
+    basis: Basis
+    codec: Codec | None
+
+    @classmethod
+    def at(cls, address: str) -> "Reduction":
+        """Find it in a compact store, or in the file of a basis, at this address.
+
+        Raises StoreNotFoundError, SpecMismatchError for a store that is not compact, CorruptFileError.
+        """
+        if address.endswith(ENDING):
+            folder, _, name = address.rpartition("/")
+            try:
+                return cls(Basis.from_bytes(Storage(folder or ".").read_bytes(name), address), None)
+            except FileNotFoundError:
+                raise StoreNotFoundError(f"no basis at {address}") from None
+        store = FeatureStore.open(address)
+        if store.basis is None:
+            raise SpecMismatchError(
+                f"{store.url} is not compact: make a compact store of it with `python -m featurestore reduce`"
+            )
+        return cls(store.basis, store.codec)

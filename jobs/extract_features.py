@@ -14,6 +14,7 @@ python jobs/extract_features.py --images photos --weights imagenet
 dask-submit -n 4 jobs/extract_features.py --images s3://shop/photos --store s3://shop/features
 python jobs/extract_features.py --images catalogue.parquet --weights random:0
 python jobs/extract_features.py --backbone resnet50:avgpool --store data/features-resnet50
+python jobs/extract_features.py --images all-photos --reduce data/features-256 --store data/features-all-256
 """
 
 app = CommandApp(rich_markup_mode="rich", stopped=CONTINUES)

@@ -99,6 +99,14 @@ class ExtractOptions:
     part_size: PartOption = 256
     num_shards: NumShardsOption = None
     name: NameOption = None
+    reduce: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASIS",
+            help="Make a compact store: by the basis, and in the dtype, of this compact store (featurestore reduce), or"
+            " by the basis in a .safetensors file.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

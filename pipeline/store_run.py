@@ -13,14 +13,18 @@ import numpy as np
 import xxhash
 from distributed import Client
 
-from featurestore.errors import StoreNotFoundError
+from featurestore.errors import SpecMismatchError, StoreNotFoundError
+from featurestore.format.basis import Basis, reduction_of, write_basis
+from featurestore.format.codec import write_codec
 from featurestore.format.rows import FeatureRows
 from featurestore.keys import Int64Array, key_of_uri, splitmix64
 from featurestore.quarantine import QuarantineRow
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, StoreInfo
 from featurestore.staging import STAGING
-from featurestore.store import FeatureStore
+from featurestore.storage.safety import refuse_unsafe
+from featurestore.storage.storage import Storage
+from featurestore.store import FeatureStore, Reduction
 from pipeline.cluster.checks import wait_for_workers
 from pipeline.cluster.tasks import num_threads, run_all
 from pipeline.errors import StoreRunError
@@ -55,24 +59,52 @@ def find_store(url: str) -> FeatureStore | None:
         return None
 
 
-def open_or_make(url: str, asked: Mapping[str, Any], **new: Any) -> FeatureStore:
-    """Open the store at `url`, or make it when it is new.
+def open_or_make(url: str, asked: Mapping[str, Any], reduction: Reduction | None = None, **new: Any) -> FeatureStore:
+    """Open the store at `url`, or make it when it is new: compact, by the basis of `reduction`, where that is given.
 
-    `asked` are fields of StoreInfo that the store must have, None: as it has them; a new one gets those of `new` too.
-    Raises SpecMismatchError when the store differs, StoreRunError for a new one in int8.
+    `asked` are fields of StoreInfo that the store must have, None: as it has them; its `dim` is that of the rows before
+    a compact store reduces them. A new one gets those of `new` too. Raises SpecMismatchError when the store differs,
+    StoreRunError for a new one in int8 without the codec of another.
     """
     given = {name: value for name, value in asked.items() if value is not None}
     store = find_store(url)
+    if reduction is not None:
+        _check_basis(reduction.basis, given)
+        given |= {"dim": reduction.basis.dim, "reduction": reduction_of(reduction.basis)}
+        if store is None and reduction.codec is not None:
+            given.setdefault("dtype", reduction.codec.dtype)
+    elif store is not None and store.info.reduction is not None and given.get("dim") == store.info.full_dim:
+        given["dim"] = store.info.dim
     if store is None:
-        if given.get("dtype") == "int8":
+        storage = Storage(url, keep_inside=True)
+        codec = reduction.codec if reduction is not None else None
+        if given.get("dtype") == "int8" and codec is not None and codec.has_codes:
+            refuse_unsafe(storage)
+            new["codec"] = write_codec(storage, codec)
+        elif given.get("dtype") == "int8":
             raise StoreRunError(
                 f"{url} would be a new store in int8, whose codec is trained on features that are there: make a"
                 " bfloat16 store first, and the int8 store of it with `python -m featurestore recode`; that one takes"
                 " new rows too"
             )
+        if reduction is not None:
+            refuse_unsafe(storage)
+            write_basis(storage, reduction.basis)
         return FeatureStore.open_or_create(url, StoreInfo.model_validate(given | new))
     store.info.model_copy(update=given).check_same(store.info, f"the store at {store.url}")
     return store
+
+
+def _check_basis(basis: Basis, given: Mapping[str, Any]) -> None:
+    """Raise SpecMismatchError where the basis is of other rows than those to come."""
+    made, wanted = basis.origin.extractor, given["extractor"]
+    if basis.full_dim != given["dim"] or made != wanted:
+        differing = [name for name in type(made).model_fields if getattr(made, name) != getattr(wanted, name)]
+        of = "; ".join(f"{name} {getattr(made, name)!r}, here {getattr(wanted, name)!r}" for name in differing)
+        raise SpecMismatchError(
+            f"the basis is of {basis.full_dim:,} numbers of another network than the {given['dim']:,} here"
+            f"{': ' + of if of else ''}; reduce a store of this one"
+        )
 
 
 def wait_for_worker(client: Client) -> None:

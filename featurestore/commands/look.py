@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,9 @@ from featurestore.commands.common import At, Url, Version, chosen_snapshot
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_rows
 from featurestore.errors import FeatureStoreError
+
+if TYPE_CHECKING:
+    from featurestore.store import FeatureStore
 
 app = CommandApp()
 
@@ -29,7 +32,7 @@ def info(url: Url, version: Version = None, at: At = None) -> None:
     lines = {
         "store": store.url,
         "feature": store.info.name,
-        "dim": f"{store.info.dim:,}",
+        "dim": store.info.width_text,
         "dtype": store.info.dtype,
         "snapshot": f"{snapshot.version} ({manifest.operation})",
         "committed": utc_text(manifest.time_s) if snapshot.version else "never",
@@ -38,6 +41,7 @@ def info(url: Url, version: Version = None, at: At = None) -> None:
         "files": f"{manifest.num_files:,}",
         "bytes": f"{manifest.file_bytes:,}",
         "quarantined": f"{len(store.quarantine_rows()):,}",
+        **_basis_lines(store),
         **{f"extractor {name}": value for name, value in extractor.items()},
     }
     for name, value in lines.items():
@@ -90,6 +94,18 @@ def quarantine(url: Url) -> None:
         [(str(row.key), row.uri, utc_text(row.time_s), row.reason) for row in rows],
         numbers=["key"],
     )
+
+
+def _basis_lines(store: "FeatureStore") -> dict[str, str]:
+    """Say what the rows of a compact store are coordinates in; nothing of others."""
+    if (basis := store.basis) is None or store.info.reduction is None:
+        return {}
+    origin = basis.origin
+    return {
+        "reduced from": f"snapshot {origin.version} of store {origin.store_id}, {origin.num_rows:,} rows",
+        "variance kept": f"{basis.variance_kept:.4%}",
+        "basis": store.info.reduction.sha256,
+    }
 
 
 def _write(path: Path, keys_U: npt.NDArray[np.int64], values_UD: npt.NDArray[np.float32]) -> None:

@@ -1,6 +1,7 @@
 """Command recode: a copy of a store in another dtype, and how exact it is."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -10,6 +11,10 @@ from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_table, text_console
 from featurestore.console.progress import progress_bar
 from featurestore.spec import SAMPLE_ROWS, DType
+
+if TYPE_CHECKING:
+    from featurestore.upkeep.remake.recode import RecodeReport
+    from featurestore.upkeep.remake.reduce import ReduceReport
 
 app = CommandApp()
 
@@ -33,18 +38,29 @@ def recode(
     int8 takes half the bytes of bfloat16. After an interruption the same command continues where it stopped.
     """
     from featurestore.store import FeatureStore
-    from featurestore.upkeep.recode import recode as recode_store
+    from featurestore.upkeep.remake.recode import recode as recode_store
 
     with progress_bar("shards") as progress:
         report = recode_store(
             FeatureStore.open(source), target, dtype, version=version, sample_rows=sample, progress=progress
         )
+    show_remade(report, {}, {})
+
+
+def show_remade(
+    report: "RecodeReport | ReduceReport", sizes: Mapping[str, tuple[str, str]], kept: Mapping[str, str]
+) -> None:
+    """Print what a store and the one that was made of it have, and what the new one keeps of the rows; `sizes` and
+    `kept` are more rows of the table, of both stores and of the new one."""
     table = Table("")
     for dtype_name in (report.source_dtype, report.dtype):
         table.add_column(dtype_name, justify="right")
+    for name, (before, after) in sizes.items():
+        table.add_row(name, before, after)
     table.add_row("rows", f"{report.num_rows:,}", f"{report.num_rows:,}")
     table.add_row("bytes", f"{report.source_bytes:,}", f"{report.bytes:,}")
     for name, value in {
+        **kept,
         "numbers out of range": f"{report.clipped_share:.4%}" if report.dtype == "int8" else "none",
         "relative error, mean": _shown(report.relative_error_mean),
         "relative error, 99 % of rows below": _shown(report.relative_error_p99),

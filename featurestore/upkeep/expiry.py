@@ -209,7 +209,7 @@ class _Expiry:
         Without `data_too` data stays: where there is no manifest, the log may be what was lost; and one that was
         damaged may have named it.
         """
-        needed = named | ({self.store.info.codec.path} if self.store.info.codec is not None else set())
+        needed = named | {each.path for each in (self.store.info.codec, self.store.info.reduction) if each is not None}
         folders = {CODECS, DATA} if data_too else {CODECS}
         doomed: list[StorageEntry] = []
         by_run: dict[str, list[StorageEntry]] = {}

@@ -8,6 +8,7 @@ from typing import Literal
 
 from featurestore import log, quarantine
 from featurestore.errors import CorruptFileError, SnapshotNotFoundError, StoreNotFoundError
+from featurestore.format.basis import basis_of
 from featurestore.format.buffers import FileMemory
 from featurestore.format.codec import CODECS, codec_of
 from featurestore.format.shard_reader import read_moments
@@ -23,7 +24,7 @@ from featurestore.upkeep.filecheck import FileKeys, check_file, collisions
 _MEMORY_BYTES = 256 << 20
 _THREADS = 4
 ProblemKind = (
-    Literal["info", "folder", "codec", "manifest", "stray", "order", "expired"]
+    Literal["info", "folder", "codec", "basis", "manifest", "stray", "order", "expired"]
     | Literal["pin", "quarantine", "data", "statistics", "collision"]
 )
 _FOLDERS = (log.LOG, log.EXPIRED, log.PINS, DATA, CODECS, quarantine.QUARANTINE, STAGING, damage.DAMAGED)
@@ -156,6 +157,9 @@ def _small_files(store: FeatureStore) -> Iterator[_SmallFile]:
     if store.info.codec is not None:
         way_out = "Put it back from a backup: nothing else has its numbers"
         yield "codec", store.info.codec.path, partial(codec_of, store.info, storage), way_out
+    if store.info.reduction is not None:
+        way_out = "Put it back from a backup, or from another store of the same basis, where it has the same name"
+        yield "basis", store.info.reduction.path, partial(basis_of, store.info, storage), way_out
     for name in storage.list(quarantine.QUARANTINE):
         way_out = _repair(url, "moves it to damaged/; the next refresh tries its images again")
         path = f"{quarantine.QUARANTINE}/{name}"

@@ -6,6 +6,7 @@ from typing import cast
 from distributed import Client
 
 from featurestore.spec import NetworkName
+from featurestore.store import Reduction
 from pipeline.errors import StoreRunError
 from pipeline.features.refresh import RefreshSummary, bring_up_to_date
 from pipeline.images.source import list_images
@@ -20,7 +21,8 @@ def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
     """Do as `pipeline.features.refresh.refresh`, but make a new store, and keep the rows of other images.
 
     Raises SourceError, WeightsError, SpecMismatchError, StoreRunError, ClusterError and the errors of storage; what
-    was staged by then stays for the next run. Random weights give an UntrainedWeightsWarning.
+    was staged by then stays for the next run. A compact store is made by the basis of `options.reduce`, and keeps its
+    own basis without being told. Random weights give an UntrainedWeightsWarning.
     """
     start_s = time.monotonic()
     num_shards = options.num_shards
@@ -28,6 +30,7 @@ def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
         raise StoreRunError(f"num_shards={num_shards} is not a power of two; try 64 or 128")
     weights = check_weights_name(options.weights)
     warn_if_untrained(weights)
+    reduction = None if options.reduce is None else Reduction.at(options.reduce)
     listing = list_images(options.images)
     wait_for_worker(client)
     spec = describe_network(client, options.backbone, weights, options.compute_dtype)
@@ -38,7 +41,8 @@ def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
         "dim": feature_dim(options.backbone, weights),
         "extractor": spec,
     }
-    store = open_or_make(options.store, asked, network=NetworkName(backbone=options.backbone, weights=weights))
+    network = NetworkName(backbone=options.backbone, weights=weights)
+    store = open_or_make(options.store, asked, reduction, network=network)
     refreshed = RefreshOptions(
         images=options.images,
         store=options.store,

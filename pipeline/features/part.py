@@ -20,7 +20,6 @@ import torch
 import xxhash
 from distributed import get_worker
 
-from featurestore.format.codec import Codec
 from featurestore.format.rows import FeatureRows
 from featurestore.spec import DType
 from featurestore.storage.storage import Storage
@@ -106,10 +105,10 @@ def extract_part(
         raise WeightsError(f"weights {settings.weights}: other values on this worker than on the first one")
     torch.set_num_threads(torch_threads(settings.workers_per_host))
     store = FeatureStore.open(settings.store)
-    rows = _PartRows(settings.batch_size, network, store.codec)
+    rows = _PartRows(settings.batch_size, network, store)
     report = _fill(rows, network.preset, refs, decode_threads, deadly)
     report.save(settings.store, settings.run_id, part)
-    store.stage_part(settings.run_id, part, rows.features(network, store.codec))
+    store.stage_part(settings.run_id, part, rows.features())
     return report
 
 
@@ -230,10 +229,10 @@ class _Loader:
 class _PartRows:
     """Gathers images to batches, and the rows that come of them; without a network they are only counted."""
 
-    def __init__(self, batch_size: int, network: Backbone | None = None, codec: Codec | None = None) -> None:
+    def __init__(self, batch_size: int, network: Backbone | None = None, store: FeatureStore | None = None) -> None:
         self.batch_size = batch_size
         self._network = network
-        self._codec = codec
+        self._store = store
         self._batch: list[tuple[LoadedImage, Pixels]] = []
         self._duplicates: list[LoadedImage] = []
         self._bad_digests: dict[bytes, str] = {}
@@ -265,13 +264,15 @@ class _PartRows:
             else:
                 self._reject(image, self._bad_digests[image.digest])
 
-    def features(self, network: Backbone, codec: Codec) -> FeatureRows:
+    def features(self) -> FeatureRows:
         """Make the rows to stage, duplicates included."""
+        assert self._store is not None, "without a store rows are only counted"
+        info = self._store.info
         refs = [image.ref for image, _, _ in self.done]
         bits = [bits_D for _, _, bits_D in self.done if bits_D is not None]
         return FeatureRows.of(
             [ref.uri for ref in refs],
-            np.stack(bits) if bits else codec.encode(np.zeros((0, network.dim), np.float32)),
+            np.stack(bits) if bits else np.zeros((0, info.dim), info.storage_dtype),
             keys=np.array([ref.key for ref in refs], np.int64),
             content_digests=[image.digest for image, _, _ in self.done],
             source_tags=[ref.source_tag for ref in refs],
@@ -282,16 +283,17 @@ class _PartRows:
     def _compute(self) -> None:
         batch, self._batch = self._batch, []
         self.num_computed += len(batch)
-        if self._network is None or self._codec is None:
+        if self._network is None or self._store is None:
             self.done += [(image, pixels, None) for image, pixels in batch]
             return
         pixels_BHWC = np.stack([pixels.pixels_HWC for _, pixels in batch])
-        bits_BD, storable_B = self._codec.encode_storable(self._network.features(pixels_BHWC))
+        values_BD = self._store.project(self._network.features(pixels_BHWC))
+        bits_BD, storable_B = self._store.codec.encode_storable(values_BD)
         for (image, pixels), bits_D, is_storable in zip(batch, bits_BD, storable_B, strict=True):
             if is_storable:
                 self.done.append((image, pixels, bits_D))
             else:
-                self._reject(image, f"a feature is not finite in {self._codec.dtype}")
+                self._reject(image, f"a feature is not finite in {self._store.info.dtype}")
 
     def _reject(self, image: LoadedImage, reason: str) -> None:
         self.bad.append(BadRow(image.ref.key, image.ref.uri, reason, image.digest != b""))

@@ -79,7 +79,7 @@ def stage_unit(
         bad += block.bad
         if not len(block):
             continue
-        bits_ND, storable_N = store.codec.encode_storable(block.vectors_ND)
+        bits_ND, storable_N = store.codec.encode_storable(store.project(block.vectors_ND))
         reason = f"not finite in {store.info.dtype}"
         bad += [BadRow(int(block.keys_N[row]), block.uris[row], reason) for row in np.flatnonzero(~storable_N)]
         index_N = _index(block, stored)

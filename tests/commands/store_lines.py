@@ -141,4 +141,12 @@ FEATURESTORE = [
     ("featurestore recode {missing} {new} --dtype int8", 2, "no store at"),
     ("featurestore recode {store} {store} --dtype int8", 1, ""),
     ("featurestore recode {store} {empty} --dtype int8", 1, ""),
+    ("featurestore reduce {store}", 2, "Missing"),
+    ("featurestore reduce {store} {new}", 2, "--dims"),
+    ("featurestore reduce {store} {new} --dims 0", 2, "--dims"),
+    (f"featurestore reduce {{store}} {{new}} --dims {HUGE}", 1, HUGE),
+    ("featurestore reduce {store} {new} --dims 2 --dtype int9", 2, "--dtype"),
+    ("featurestore reduce {missing} {new} --dims 2", 2, "no store at"),
+    ("featurestore reduce {store} {store} --dims 2", 1, ""),
+    ("featurestore reduce {empty} {new} --dims 2", 1, ""),
 ]

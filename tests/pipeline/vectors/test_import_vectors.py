@@ -12,7 +12,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.spec import StoreInfo
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
-from featurestore.upkeep.recode import recode
+from featurestore.upkeep.remake.recode import recode
 from jobs import import_features
 from pipeline.vectors import stage
 from pipeline.vectors.import_vectors import extractor_of

@@ -12,7 +12,7 @@ from scenarios import DIM, NUM_SHARDS, SEED, STEPS, TEXT_DIM, Scenario
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.keys import shard_of
-from featurestore.upkeep.recode import recode
+from featurestore.upkeep.remake.recode import recode
 from trainer.samples.batch import Batch, BatchPosition, Jagged
 from trainer.samples.columns import decode, rules_of
 from trainer.samples.reader import Piece, assemble

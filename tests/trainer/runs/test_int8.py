@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from featurestore.store import FeatureStore
-from featurestore.upkeep.recode import recode
+from featurestore.upkeep.remake.recode import recode
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.errors import CheckpointError

@@ -21,10 +21,13 @@ from featurestore.errors import (
     StoreExistsError,
     UnsafeBackendError,
 )
+from featurestore.snapshot import Snapshot
 from featurestore.spec import DType
 from featurestore.storage.storage import Storage
-from featurestore.upkeep import recode as recode_module
-from featurestore.upkeep.recode import read_report, recode, sample
+from featurestore.upkeep.remake import recode as recode_module
+from featurestore.upkeep.remake import remaking
+from featurestore.upkeep.remake.recode import read_report, recode
+from featurestore.upkeep.remake.remaking import Remake, Transform, sample
 from featurestore.upkeep.verify import verify
 from tests.metadata import metadata_of
 
@@ -136,7 +139,7 @@ def test_a_sample_is_of_live_rows_and_reads_from_many_shards(source: FeatureStor
 def test_a_recode_that_was_cut_off_goes_on(
     source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, written = recode_module.write_shard_file, []
+    write, written = remaking.write_shard_file, []
 
     def fails_in_the_fifth(storage: Storage, info: StoreInfo, shard: int, *rest: object) -> object:
         if len(written) == 4:
@@ -145,10 +148,10 @@ def test_a_recode_that_was_cut_off_goes_on(
         written.append(shard)
         return entry
 
-    monkeypatch.setattr(recode_module, "write_shard_file", fails_in_the_fifth)
+    monkeypatch.setattr(remaking, "write_shard_file", fails_in_the_fifth)
     with pytest.raises(StorageError, match="full"):
         recode(source, tmp_path / "new", "int8", threads=1)
-    monkeypatch.setattr(recode_module, "write_shard_file", write)
+    monkeypatch.setattr(remaking, "write_shard_file", write)
     new = FeatureStore.open(tmp_path / "new")
     assert new.snapshot().version == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "new" / "data").rglob("*.parquet")}
@@ -182,7 +185,7 @@ def test_cut_off_after_the_commit(source: FeatureStore, tmp_path: Path, monkeypa
 KILLED = """
 import os, signal, sys
 from featurestore import FeatureStore
-from featurestore.upkeep.recode import recode
+from featurestore.upkeep.remake.recode import recode
 from featurestore.storage.storage import Storage
 
 prefix, left = sys.argv[3], int(sys.argv[4])
@@ -238,14 +241,14 @@ def test_finished_is_finished_and_another_store_is_not_touched(source: FeatureSt
 def test_rows_put_before_the_end_are_not_overwritten(
     source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shard_done = recode_module._recode_shard
+    make_shard = Remake._make_shard
 
-    def others_put(snapshot: object, target: FeatureStore, shard: int) -> object:
+    def others_put(self: Remake, snapshot: Snapshot, target: FeatureStore, transform: Transform, shard: int) -> object:
         if shard == 7:
             target.put(rows_of(0, 5, seed=9))
-        return shard_done(snapshot, target, shard)  # type: ignore[arg-type]
+        return make_shard(self, snapshot, target, transform, shard)
 
-    monkeypatch.setattr(recode_module, "_recode_shard", others_put)
+    monkeypatch.setattr(Remake, "_make_shard", others_put)
     with pytest.raises(CommitConflictError, match="other rows before its recode was done"):
         recode(source, tmp_path / "new", "bfloat16")
     new = FeatureStore.open(tmp_path / "new")
@@ -278,7 +281,7 @@ def test_an_unsafe_place_is_refused_before_anything_is_written(
     def refuse(_: Storage) -> None:
         raise UnsafeBackendError("two were told that they were first")
 
-    for module in ("store", "upkeep.recode"):
+    for module in ("store", "upkeep.remake.remaking"):
         monkeypatch.setattr(f"featurestore.{module}.refuse_unsafe", refuse, raising=False)
     with pytest.raises(UnsafeBackendError):
         recode(source, tmp_path / "new", "int8")

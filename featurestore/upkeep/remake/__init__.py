@@ -1,0 +1,1 @@
+"""Stores that are made of another one: in another dtype, or of fewer numbers."""

@@ -1,0 +1,326 @@
+"""A compact store: its basis is that of numpy's SVD, the same bits every time, and rows of two bases never mix."""
+
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_limits
+from typer.testing import CliRunner
+
+from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo, to_bits
+from featurestore.__main__ import app
+from featurestore.errors import CorruptFileError, InvalidRowsError, SpecMismatchError, StorageError, StoreExistsError
+from featurestore.format.basis import basis_of
+from featurestore.storage.storage import Storage
+from featurestore.upkeep.compaction import compact
+from featurestore.upkeep.expiry import expire
+from featurestore.upkeep.likeness import compare
+from featurestore.upkeep.remake import components as components_module
+from featurestore.upkeep.remake import remaking
+from featurestore.upkeep.remake.components import CoMoments, principal_components
+from featurestore.upkeep.remake.recode import recode
+from featurestore.upkeep.remake.reduce import read_report, reduce
+from featurestore.upkeep.verify import verify
+from tests.metadata import metadata_of
+
+DIM, ROWS = 40, 600
+
+
+def drawn(count: int, seed: int = 0) -> np.ndarray:
+    """Rows far from zero that vary along a few directions, and a little along all."""
+    draw = np.random.default_rng(seed)
+    directions = np.random.default_rng(99).standard_normal((8, DIM)) * np.geomspace(4, 0.3, 8)[:, None]
+    return (draw.standard_normal((count, 8)) @ directions + 0.05 * draw.standard_normal((count, DIM)) + 20).astype(
+        np.float32
+    )
+
+
+def rows_of(first: int, count: int, seed: int = 0) -> FeatureRows:
+    return FeatureRows.of(
+        [f"{i}.jpg" for i in range(first, first + count)],
+        drawn(count, seed),
+        content_digests=[i.to_bytes(15, "big") + b"\0" for i in range(first, first + count)],
+        source_tags=[f"tag-{i}" for i in range(first, first + count)],
+    )
+
+
+@pytest.fixture
+def source(tmp_path: Path, info: StoreInfo) -> FeatureStore:
+    """Three snapshots: 600 rows, 50 of them replaced, 30 others deleted."""
+    store = FeatureStore.create(tmp_path / "source", info.model_copy(update={"dim": DIM, "dtype": "float32"}))
+    rows = rows_of(0, ROWS)
+    store.put(rows)
+    store.put(rows_of(100, 50, seed=1))
+    store.delete(rows.keys_N[500:530])
+    return store
+
+
+def full_rows(store: FeatureStore) -> tuple[np.ndarray, np.ndarray]:
+    keys = store.snapshot().keys()
+    return keys, store.codec.decode(store.snapshot().get(keys))
+
+
+def test_components_are_those_of_an_svd(source: FeatureStore) -> None:
+    _, values = full_rows(source)
+    exact = values.astype(np.float64)
+    centred = exact - exact.mean(axis=0)
+    _, singular, directions = np.linalg.svd(centred, full_matrices=False)
+    basis = principal_components(source.snapshot(), 12)
+    np.testing.assert_allclose(basis.mean_D, exact.mean(axis=0), rtol=1e-13)
+    np.testing.assert_allclose(basis.spectrum_K, singular[:12] ** 2 / len(values), rtol=1e-10)
+    np.testing.assert_allclose(np.abs(basis.components_KD @ directions[:12].T), np.eye(12), atol=1e-7)
+    np.testing.assert_allclose(basis.components_KD @ basis.components_KD.T, np.eye(12), atol=1e-13)
+    np.testing.assert_allclose(basis.origin.total_variance, centred.var(axis=0).sum(), rtol=1e-12)
+    largest = np.take_along_axis(basis.components_KD, np.abs(basis.components_KD).argmax(axis=1)[:, None], 1)
+    assert (largest > 0).all() and basis.origin.num_rows == ROWS - 30
+
+
+def test_streamed_equals_at_once_over_several_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = drawn(300) + np.arange(300)[:, None]  # each block has another mean
+    monkeypatch.setattr(components_module, "_PANEL", 16)
+    with ThreadPoolExecutor(2) as pool:
+        blocks, whole = CoMoments(DIM, pool), CoMoments(DIM, pool)
+        for block in (values[:7], values[7:7], values[7:100], values[100:]):
+            blocks.add(block)
+        whole.add(values)
+        assert blocks.count == whole.count == 300
+        np.testing.assert_allclose(blocks.mean_D, values.mean(axis=0, dtype=np.float64), rtol=1e-13)
+        np.testing.assert_allclose(blocks.total_variance(), whole.total_variance(), rtol=1e-12)
+        (some, directions), (all_at_once, others) = blocks.components(5), whole.components(5)
+    np.testing.assert_allclose(some, all_at_once, rtol=1e-10)
+    np.testing.assert_allclose(directions, others, atol=1e-8)
+    covariance = np.cov(values.T.astype(np.float64), bias=True)
+    np.testing.assert_allclose(some, np.linalg.eigvalsh(covariance)[::-1][:5], rtol=1e-10)
+
+
+def test_the_same_bits_at_any_number_of_threads_and_after_a_compaction(source: FeatureStore, tmp_path: Path) -> None:
+    first = reduce(source, tmp_path / "one", 12, "float32", threads=1)
+    with threadpool_limits(2, "blas"):
+        again = reduce(source, tmp_path / "two", 12, "float32", threads=2)
+    assert first.basis_sha256 == again.basis_sha256
+    one, two = (FeatureStore.open(tmp_path / name) for name in ("one", "two"))
+    assert np.array_equal(one.snapshot().get(one.snapshot().keys()), two.snapshot().get(one.snapshot().keys()))
+    before = principal_components(source.snapshot(), 12)
+    compact(source, force=True)
+    after = principal_components(source.snapshot(), 12)
+    assert np.array_equal(before.components_KD, after.components_KD) and np.array_equal(before.mean_D, after.mean_D)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_rows_are_coordinates_and_keep_what_is_known_of_them(source: FeatureStore, tmp_path: Path, dtype) -> None:
+    seen: list[tuple[int, int]] = []
+    report = reduce(source, tmp_path / "new", 8, dtype, progress=lambda done, total: seen.append((done, total)))
+    new, (keys, values) = FeatureStore.open(tmp_path / "new"), full_rows(source)
+    assert seen[-1] == (16, 16) and sorted(seen) == seen and len(seen) == 16
+    assert new.info.dim == 8 and new.info.dtype == dtype and new.info.full_dim == DIM
+    assert new.info.extractor == source.info.extractor and new.info.num_shards == source.info.num_shards
+    basis = new.basis
+    assert basis is not None
+    projected = (values - basis.mean_D) @ basis.components_KD.T
+    assert np.array_equal(new.snapshot().get(keys), new.codec.encode(projected.astype(np.float32)))
+    assert metadata_of(new.snapshot()) == metadata_of(source.snapshot())
+    assert report.num_rows == len(keys) and report.source_dim == DIM and report.dim == 8 and verify(new).problems == []
+    assert report.row_bytes_share == 8 * np.dtype(new.info.storage_dtype).itemsize / (DIM * 4)
+    restored = basis.restored(new.codec.decode(new.snapshot().get(keys)))
+    left = ((values - restored).astype(np.float64) ** 2).sum() / ((values - basis.mean_D) ** 2).sum()
+    assert left == pytest.approx(1 - report.variance_kept, abs=1e-3) and report.variance_kept > 0.99
+    assert report.cosine_min is not None and report.cosine_min > 0.999
+    assert read_report(new.storage) == report == reduce(source, tmp_path / "new", 8, dtype)
+
+
+def test_as_many_components_as_numbers_lose_nothing(source: FeatureStore, tmp_path: Path) -> None:
+    report = reduce(source, tmp_path / "new", DIM)
+    new, (keys, values) = FeatureStore.open(tmp_path / "new"), full_rows(source)
+    assert new.basis is not None and report.variance_kept == pytest.approx(1, abs=1e-12)
+    assert report.recall_at_10 == 1
+    np.testing.assert_allclose(new.basis.restored(new.snapshot().get(keys)), values, rtol=1e-6, atol=1e-5)
+
+
+def test_mistakes_are_named(source: FeatureStore, tmp_path: Path, info: StoreInfo) -> None:
+    def refused(match: str, store: FeatureStore = source, dims: int = 8, place: str = "new") -> None:
+        with pytest.raises((InvalidRowsError, StoreExistsError), match=match):
+            reduce(store, tmp_path / place, dims)
+        assert not (tmp_path / "new").exists() or Storage(tmp_path / "new").entries() == []
+
+    refused("dims=41: .*source has rows of 40 numbers; choose 1 to 40", dims=41)
+    refused("the source itself", place="source")
+    empty = FeatureStore.create(tmp_path / "empty", source.info.model_copy(update={"store_id": ""}))
+    refused("has 0 rows", empty)
+    empty.put(rows_of(0, 6))
+    refused("has 6 rows, which vary in 5 directions at most", empty, 6)
+    flat = FeatureStore.create(tmp_path / "flat", info.model_copy(update={"dim": DIM, "dtype": "float32"}))
+    flat.put(FeatureRows.of([f"{i}" for i in range(50)], np.ones((50, DIM), np.float32)))
+    refused("all rows of .*flat are equal", flat)
+    plane = FeatureStore.create(tmp_path / "plane", info.model_copy(update={"dim": DIM, "dtype": "float32"}))
+    two = np.random.default_rng(0).integers(-8, 8, (50, 2)).astype(np.float32)
+    plane.put(FeatureRows.of([f"{i}" for i in range(50)], np.tile(two, DIM // 2)))
+    refused("vary in 2 directions alone; choose up to 2", plane, 3)
+    assert reduce(plane, tmp_path / "plane2", 2).variance_kept == pytest.approx(1)
+    with pytest.raises(InvalidRowsError, match=r"plane2 is compact already, float32, 2 of 40 numbers"):
+        reduce(FeatureStore.open(tmp_path / "plane2"), tmp_path / "plane1", 1)
+
+
+def test_a_row_that_is_not_finite_is_named(source: FeatureStore, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("featurestore.format.rows.finite_rows", lambda bits, dtype: np.ones(len(bits), np.bool_))
+    bad = rows_of(900, 1)
+    bad.features_ND[0, 3] = np.nan
+    source.put(bad)
+    with pytest.raises(InvalidRowsError, match=r"900\.jpg in .*source has numbers that are not finite"):
+        reduce(source, tmp_path / "new", 8)
+
+
+def test_rows_of_two_bases_never_mix(source: FeatureStore, tmp_path: Path) -> None:
+    reduce(source, tmp_path / "a", 8)
+    source.put(rows_of(2000, 40, seed=5))
+    reduce(source, tmp_path / "b", 8)
+    a, b = FeatureStore.open(tmp_path / "a"), FeatureStore.open(tmp_path / "b")
+    assert (a.info.dim, a.info.dtype, a.info.extractor) == (b.info.dim, b.info.dtype, b.info.extractor)
+    entry = b.snapshot().manifest.entries[0]
+    shard = next(shard for shard, files in b.snapshot().manifest.shards.items() if entry in files)
+    (tmp_path / "a" / entry.path).write_bytes((tmp_path / "b" / entry.path).read_bytes())
+    with pytest.raises(SpecMismatchError, match=r"reduction\.sha256 is .* instead of"):
+        a.commit({shard: entry}, "copied")
+    with pytest.raises(SpecMismatchError, match="different kinds"):
+        compare(a.snapshot(), b.snapshot(), 10)
+    with pytest.raises(SpecMismatchError, match=r"reduction\.sha256"):
+        FeatureStore.open_or_create(a.url, b.info)
+    manifest = b.snapshot().manifest
+    a.storage.write_bytes("log/00000000000000000002.json", b.storage.read_bytes(f"log/{manifest.version:020}.json"))
+    with pytest.raises((SpecMismatchError, CorruptFileError)):
+        FeaturePartition.load(a.url, rank=0, num_ranks=1, cache_dir=tmp_path / "cache")
+    with pytest.raises(StoreExistsError, match=r"made of snapshot 3 of .*source as float32, 8 of 40 numbers"):
+        reduce(source, tmp_path / "a", 8)
+    with pytest.raises(StoreExistsError, match="is a store already"):
+        reduce(source, tmp_path / "b", 9)
+
+
+def test_a_recoded_compact_store_has_the_same_basis(source: FeatureStore, tmp_path: Path) -> None:
+    reduce(source, tmp_path / "a", 8)
+    report = recode(FeatureStore.open(tmp_path / "a"), tmp_path / "b", "int8")
+    a, b = FeatureStore.open(tmp_path / "a"), FeatureStore.open(tmp_path / "b")
+    assert a.info.reduction == b.info.reduction and b.info.dtype == "int8" and report.num_rows == ROWS - 30
+    assert a.basis is not None and b.basis is not None and a.basis.to_bytes() == b.basis.to_bytes()
+    assert verify(b).problems == []
+
+
+def test_verify_finds_a_flipped_bit_and_expiry_keeps_the_basis(source: FeatureStore, tmp_path: Path) -> None:
+    reduce(source, tmp_path / "a", 8)
+    a = FeatureStore.open(tmp_path / "a")
+    assert a.info.reduction is not None
+    a.put(FeatureRows.of(["x.jpg"], np.zeros((1, 8), np.float32)))
+    expire(a, keep_last=1, keep_days=0, grace_days=0)
+    file = tmp_path / "a" / a.info.reduction.path
+    good = file.read_bytes()
+    for place in (len(good) // 2, 60):
+        file.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        (problem,) = verify(a).problems
+        assert problem.kind == "basis" and problem.path == a.info.reduction.path and "another store" in str(problem)
+        with pytest.raises(CorruptFileError, match="damaged"):
+            basis_of(a.info, a.storage)
+    file.unlink()
+    (problem,) = verify(a).problems
+    assert "is missing: without it nobody can make rows" in str(problem)
+    file.write_bytes(good)
+    assert verify(a).problems == []
+
+
+def test_a_reduction_that_was_cut_off_goes_on(source: FeatureStore, tmp_path: Path, monkeypatch) -> None:
+    write, written = remaking.write_shard_file, []
+
+    def fails_in_the_fifth(storage: Storage, info: StoreInfo, shard: int, *rest: object) -> object:
+        if len(written) == 4:
+            raise StorageError("the disk is full")
+        written.append(shard)
+        return write(storage, info, shard, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(remaking, "write_shard_file", fails_in_the_fifth)
+    with pytest.raises(StorageError, match="full"):
+        reduce(source, tmp_path / "new", 8, threads=1)
+    monkeypatch.setattr(remaking, "write_shard_file", write)
+    assert FeatureStore.open(tmp_path / "new").snapshot().version == 0
+    expected = principal_components(source.snapshot(), 8)
+    source.put(rows_of(3000, 10, seed=4))  # the snapshot that was begun with is kept to
+    for wrong in ({"dims": 7}, {"dims": 8, "dtype": "int8"}, {"dims": 8, "version": 1}):
+        with pytest.raises(StoreExistsError, match=r"becoming a store of snapshot 3 .* as float32, 8 of 40 numbers"):
+            reduce(source, tmp_path / "new", **wrong)
+    seen: list[int] = []
+    report = reduce(source, tmp_path / "new", 8, progress=lambda done, _: seen.append(done))
+    assert seen == [13, 14, 15, 16] and report.source_version == 3 and report.num_rows == ROWS - 30
+    new = FeatureStore.open(tmp_path / "new")
+    assert new.basis is not None and np.array_equal(new.basis.components_KD, expected.components_KD)
+    assert new.storage.list("staging/reduce") == [] and verify(new).problems == []
+
+
+KILLED = """
+import os, signal, sys
+from featurestore import FeatureStore
+from featurestore.upkeep.remake.reduce import reduce
+from featurestore.storage.storage import Storage
+
+prefix, left = sys.argv[3], int(sys.argv[4])
+
+def dying(method):
+    def call(storage, path, *rest):
+        global left
+        left -= path.startswith(prefix)
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(storage, path, *rest)
+    return call
+
+for name in ("create_exclusive", "open_output", "write_bytes"):
+    setattr(Storage, name, dying(getattr(Storage, name)))
+reduce(FeatureStore.open(sys.argv[1]), sys.argv[2], 8, "int8", threads=1)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.services
+def test_kill_9_again_and_again(source: FeatureStore, tmp_path: Path) -> None:
+    """Before the basis, before the plan, before the store is made, among the shards, and after the commit."""
+    places = (("codec", 0), ("staging/reduce/plan", 0), ("store.json", 0), ("staging/reduce/shard", 3), ("reports", 0))
+    for prefix, writes in places:
+        command = [sys.executable, "-c", KILLED, source.url, str(tmp_path / "new"), prefix, str(writes)]
+        died = subprocess.run(command, check=False, capture_output=True)
+        assert died.returncode == -signal.SIGKILL, died.stderr
+        published = list((tmp_path / "new" / "log").glob("0*.json"))
+        assert bool(published) == (prefix == "reports")
+    assert reduce(source, tmp_path / "new", 8, "int8").num_rows == ROWS - 30
+    reduce(source, tmp_path / "calm", 8, "int8")
+    new, calm = FeatureStore.open(tmp_path / "new"), FeatureStore.open(tmp_path / "calm")
+    keys = source.snapshot().keys()
+    assert new.info.reduction == calm.info.reduction and new.snapshot().version == 1
+    assert np.array_equal(new.snapshot().get(keys), calm.snapshot().get(keys)) and verify(new).problems == []
+
+
+@pytest.mark.services
+def test_to_an_object_store(source: FeatureStore, s3_url: str, tmp_path: Path) -> None:
+    report = reduce(source, f"{s3_url}/compact", 8, "int8")
+    new = FeatureStore.open(f"{s3_url}/compact")
+    assert verify(new).problems == [] and new.snapshot().num_rows == report.num_rows == ROWS - 30
+    assert reduce(source, tmp_path / "here", 8, "int8").basis_sha256 == report.basis_sha256
+
+
+def test_the_command_says_what_is_kept(source: FeatureStore, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["reduce", source.url, str(tmp_path / "new"), "--dims", "8", "--dtype", "int8"])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"numbers of a row\W+40\W+8\W", result.output) and "0.0500" in result.output
+    assert re.search(r"variance kept\W+99\.\d+%", result.output), result.output
+    shown = CliRunner().invoke(app, ["info", str(tmp_path / "new")]).output
+    assert re.search(r"dim +8 of 40\n", shown) and re.search(r"reduced from +snapshot 3 of store \w+, 570 rows", shown)
+
+
+def test_bits_of_a_compact_store_are_bits_of_its_dtype(source: FeatureStore, tmp_path: Path) -> None:
+    reduce(source, tmp_path / "new", 8, "bfloat16")
+    new = FeatureStore.open(tmp_path / "new")
+    values = np.arange(8, dtype=np.float32)[None]
+    new.put(FeatureRows.of(["mine.jpg"], values))
+    key = FeatureRows.of(["mine.jpg"], values).keys_N
+    assert np.array_equal(new.snapshot().get(key), to_bits(values, "bfloat16"))
+    assert np.array_equal(new.project(drawn(3)), new.basis.project(drawn(3)))  # type: ignore[union-attr]
+    assert source.project(drawn(3)).shape == (3, DIM)
