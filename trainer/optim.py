@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from trainer.comm import Comm
 from trainer.config.options import OptimConfig
@@ -41,9 +42,9 @@ class DenseOptimizer:
         values = list(self.parameters.values())
         # One more element: the loss, so that its mean over the global batch costs no collective of its own.
         self._flat = torch.zeros(sum(p.numel() for p in values) + 1, dtype=values[0].dtype, device=values[0].device)
-        self._adam = torch.optim.Adam(
-            values, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-        )
+        self._config = config
+        # The function below torch.optim.Adam: the class imports torch's compiler, a second and a half of every start.
+        self._moments = {name: _Moments.of(parameter) for name, parameter in self.parameters.items()}
         # Matrices alone: biases, slopes of PReLU and the like have one dimension.
         self._decayed = list(_matrices_by_decay(self.parameters, config).items())
         self.loss: Tensor | None = None
@@ -73,27 +74,47 @@ class DenseOptimizer:
         """Move the parameters; return the summed loss, the same on every rank."""
         for decay, matrices in self._decayed:
             torch._foreach_mul_(matrices, 1 - rates.lr * decay)
-        for group in self._adam.param_groups:
-            group["lr"] = rates.lr
-        self._adam.step()
+        values: list[Tensor] = list(self.parameters.values())
+        moments, config = list(self._moments.values()), self._config
+        adam(
+            values,
+            [value.grad for value in values if value.grad is not None],
+            [each.exp_avg for each in moments],
+            [each.exp_avg_sq for each in moments],
+            [],
+            [each.step for each in moments],
+            fused=True,
+            amsgrad=False,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            lr=rates.lr,
+            weight_decay=0.0,
+            eps=config.eps,
+            maximize=False,
+        )
         return float(self._flat[-1])
 
     def state(self) -> dict[str, Tensor]:
         """Return parameters by name, and adam/<name>/{exp_avg, exp_avg_sq, step}: the tensors, not copies."""
         state: dict[str, Tensor] = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            for part, value in self._moments(parameter).items():
-                state[f"adam/{name}/{part}"] = value
+        for name, moments in self._moments.items():
+            state |= {f"adam/{name}/{part}": value for part, value in vars(moments).items()}
         return state
 
-    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Return Adam's state of one parameter, made as Adam itself makes it where no step was taken yet."""
-        moments: dict[str, Tensor] = self._adam.state[parameter]
-        if not moments:
-            moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            moments["exp_avg"] = torch.zeros_like(parameter)
-            moments["exp_avg_sq"] = torch.zeros_like(parameter)
-        return moments
+
+@dataclass(frozen=True)
+class _Moments:
+    """Adam's state of one parameter."""
+
+    step: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter) -> "_Moments":
+        """Make the state that Adam begins with."""
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        return cls(step, torch.zeros_like(parameter.detach()), torch.zeros_like(parameter.detach()))
 
 
 def _matrices_by_decay(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> dict[float, list[Tensor]]:
