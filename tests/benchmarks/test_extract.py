@@ -19,6 +19,7 @@ def test_it_draws_its_own_images(tmp_path):
     assert figures["extract_vs_bare"] > 0
 
 
+@pytest.mark.long
 def test_drawn_images_all_differ(tmp_path):
     draw_images(tmp_path, 50)
     assert len({path.read_bytes() for path in tmp_path.glob("*.jpg")}) == 50

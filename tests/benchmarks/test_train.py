@@ -50,6 +50,7 @@ def test_peers_train_the_same_model(folder: Path) -> None:
 
 
 class TestWorkload:
+    @pytest.mark.long
     def test_shape_of_the_files(self, folder: Path) -> None:
         with Progress(disable=True) as progress:
             made = make(folder / "workload", KNOBS, progress)

@@ -63,6 +63,7 @@ def test_what_can_be_started_is_a_command_or_a_known_program() -> None:
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
 
 
+@pytest.mark.long
 def test_no_help_loads_a_heavy_library() -> None:
     script = f"""
 import contextlib, importlib, io, json, sys

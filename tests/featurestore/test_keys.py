@@ -46,6 +46,7 @@ def test_key_of_uri_is_xxh3_64_as_a_signed_number() -> None:
     assert min(keys_of_uris(uris)) < 0 < max(keys_of_uris(uris))
 
 
+@pytest.mark.long
 @given(
     st.lists(st.text(max_size=4) | st.integers().map(str) | st.sampled_from(["007", " 7 ", "-0", "1\0002", "", "٣"]))
 )

@@ -119,6 +119,7 @@ def test_a_toolkit_that_is_named_is_the_only_one(make_toolkit: MakeToolkit) -> N
     assert look({"PATH": str(incomplete / "bin")}).toolkits[0] == incomplete
 
 
+@pytest.mark.long
 def test_an_error_is_one_line(tmp_path: Path) -> None:
     environment = {"HOROVOD_GPU_OPERATIONS": "NCCL", "CUDA_HOME": str(tmp_path), "PATH": "/usr/bin"}
     command = [sys.executable, str(ROOT / "tools" / "horovod_plan.py")]

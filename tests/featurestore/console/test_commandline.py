@@ -110,6 +110,7 @@ def featurestore(*arguments: str | bytes, **environment: str) -> "subprocess.Com
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

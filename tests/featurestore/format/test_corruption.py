@@ -147,6 +147,7 @@ def check_reads_by_page_checksum(store: FeatureStore, step: int) -> None:
             assert np.array_equal(np.asarray(values), np.asarray(getattr(found, name))), f"{name}, byte {place}"
 
 
+@pytest.mark.long
 def test_reads_of_single_rows_give_the_right_ones_or_an_error(full: FeatureStore) -> None:
     check_reads_by_page_checksum(full, 13)
 

@@ -29,6 +29,7 @@ def names(cache: Path) -> set[str]:
     return {path.name for path in cache.iterdir()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_shards", [1, 8])
 def test_any_mix_of_files_gives_the_newest_rows(tmp_path: Path, cache: Path, info: StoreInfo, num_shards: int) -> None:
     """Random puts and deletes against a dict, with blocks of a few rows."""
@@ -102,6 +103,7 @@ print(peak() - before, file=sys.stdout)
 """
 
 
+@pytest.mark.long
 def test_a_shard_of_many_deltas_is_built_in_the_memory_of_one_file(tmp_path: Path, info: StoreInfo, make_rows) -> None:
     """Peak of the resident memory of another process; the first shard, a tiny one, warms it up."""
     big = info.model_copy(update={"dim": 4096, "num_shards": 2})
@@ -232,6 +234,7 @@ def test_many_threads_never_hold_more_than_the_limit() -> None:
     assert held == 0 and most <= 1000 and memory.peak_bytes <= 1000
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("suffix", ["keys.npy", "json", "rows.bin"])
 def test_a_flipped_bit_in_a_cache_file_is_never_served(
     store: FeatureStore, cache: Path, make_rows, monkeypatch: pytest.MonkeyPatch, suffix: str

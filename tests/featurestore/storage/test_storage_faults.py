@@ -232,6 +232,7 @@ except StorageError as error:
 """
 
 
+@pytest.mark.long
 def test_a_quota_ends_a_commit_and_leaves_nothing_of_it(tmp_path: Path, info: StoreInfo, make_rows) -> None:
     """For all users: a limit on the size of a file, in the middle of which the writing stops."""
     wide = info.model_copy(update={"dim": 4096})

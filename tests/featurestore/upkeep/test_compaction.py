@@ -268,6 +268,7 @@ class TestBesideOthers:
         compact(filled)
         assert np.array_equal(filled.commit(entries, "extract").get(rows.keys_N), rows.features_ND)
 
+    @pytest.mark.long
     def test_a_reader_of_the_old_snapshot_goes_on(self, filled: FeatureStore) -> None:
         before = filled.snapshot()
         rows = before.get(before.keys())

@@ -112,6 +112,7 @@ class TestLog:
         assert [entry.version for entry in log_of(timed) if entry.manifest is None] == [4]
 
 
+@pytest.mark.long
 def test_diff_agrees_with_a_dict_over_random_commits(store: FeatureStore, make_rows) -> None:
     chance = np.random.default_rng(7)
     contents: dict[str, int] = {}

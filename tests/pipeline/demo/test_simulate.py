@@ -48,6 +48,7 @@ def test_equal_seeds_give_equal_worlds(world: World) -> None:
     assert not np.array_equal(world.behaviors.item_N[:100], other.behaviors.item_N[:100])
 
 
+@pytest.mark.long
 def test_a_tenth_of_the_last_days_ads_is_new(world: World, last: np.ndarray) -> None:
     new = np.flatnonzero(world.launch_day_I == DAYS - 1)
     assert np.isin(world.shown.item_N[last], new).mean() == pytest.approx(truth.NEW_AD_SHARE, abs=0.02)

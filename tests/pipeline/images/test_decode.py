@@ -118,6 +118,7 @@ def test_a_long_image_is_cropped_as_if_scaled_whole(draw, encode):
     assert difference.mean() < 2.5  # half a pixel apart
 
 
+@pytest.mark.long
 def test_a_huge_jpeg_is_decoded_small(huge_jpeg):
     image, full_size = decode(huge_jpeg.read_bytes())
     assert full_size == (SIDE, SIDE)
@@ -150,6 +151,7 @@ def test_a_large_jpeg_decoded_at_half_size_gets_nearly_the_same_pixels(draw, enc
     assert np.abs(prepare(data).pixels_HWC - back_HWC).mean() < 1
 
 
+@pytest.mark.long
 def test_what_cannot_be_scaled_while_decoding_is_refused_beyond_the_limit(encode, huge_jpeg):
     side = 9_000
     assert side * side > MAX_PIXELS

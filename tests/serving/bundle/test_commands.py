@@ -31,6 +31,7 @@ def done(*words: object) -> str:
     return " ".join(result.stdout.split()) if words[0] == "log" else result.stdout
 
 
+@pytest.mark.long
 def test_info_tells_what_a_version_holds(url: str, made: Exported, tmp_path: Path) -> None:
     text = done("info", url, "--json", tmp_path / "info.json")
     assert "version                  2 (in use)" in text

@@ -144,6 +144,7 @@ def test_only_what_differs_is_looked_at(world: World, monkeypatch: pytest.Monkey
     world.check()
 
 
+@pytest.mark.long
 def test_what_moved_less_than_eps_stays_and_never_drifts_away(world: World) -> None:
     for _ in range(5):
         world.put(*range(1_020, 1_030), noise=0.01)
@@ -273,6 +274,7 @@ def test_two_publishes_at_once_make_what_one_makes(world: World, monkeypatch: py
     world.check()
 
 
+@pytest.mark.long
 def test_signatures_are_published_too(exported: Callable[[str], Exported], tmp_path: Path) -> None:
     world = World(exported("similarity"), tmp_path)
     world.put(1_050, 1_007)
@@ -297,6 +299,7 @@ def test_bits_of_signatures_count_by_their_share() -> None:
     np.testing.assert_allclose(distances, [0, 0.25, 3 / 512, 16 / 512])
 
 
+@pytest.mark.long
 def test_every_network_of_a_store_is_published(exported: Callable[[str], Exported], tmp_path: Path) -> None:
     world = World(exported("two_networks"), tmp_path)
     world.put(1_050, 1_007)

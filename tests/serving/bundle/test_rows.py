@@ -39,6 +39,7 @@ def ids_of(trained: TrainedRun, table: str) -> np.ndarray:
     return np.arange(shape.num_rows) if shape.direct else IDS
 
 
+@pytest.mark.long
 def test_id_rows_are_those_that_the_trainer_reads(pair: tuple[Bundle, TrainedRun]) -> None:
     bundle, trained = pair
     assert {each.name for each in bundle.manifest.tables} == set(trained.engine.tables)

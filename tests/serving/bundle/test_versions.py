@@ -45,6 +45,7 @@ def open_bundle(url: str, tmp_path: Path, version: int | None = None) -> Bundle:
     return Bundle.open(url, version, cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.long
 def test_an_export_is_the_next_version_and_is_in_use(url: str, made: Exported, tmp_path: Path) -> None:
     manifest = export(url, made.run)
     assert manifest.version == 2

@@ -194,6 +194,7 @@ def test_large_requests_are_not_recorded_and_each_has_the_same_chance() -> None:
     assert 200 < np.mean(items) < 800
 
 
+@pytest.mark.long
 def test_no_answer_mixes_versions_and_none_fails_while_models_are_switched(tmp_path: Path) -> None:
     async def run() -> None:
         source = FakeSource(write_state(tmp_path, version=1))

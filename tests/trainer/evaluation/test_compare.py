@@ -66,6 +66,7 @@ def test_pairing_makes_the_interval_narrow() -> None:
     assert paired.high - paired.low < 0.3 * min(each.high - each.low for each in ones)
 
 
+@pytest.mark.long
 def test_p_values_of_equally_good_models_are_seldom_small() -> None:
     pairs = [predictions(world, (1, 1.0), (2, 1.0)) for world in range(100)]
     p_values = np.array([compare([one], [two], resamples=200)["gauc"].p_value for one, two in pairs])

@@ -142,6 +142,7 @@ class TestRows:
 
 
 class TestRanks:
+    @pytest.mark.long
     @pytest.mark.parametrize("ids", ["rowwise_adam", "adam"])
     @pytest.mark.parametrize("rules", [{}, {"admit_after": 3}, {"max_rows": 40, "admit_after": 2}])
     @pytest.mark.parametrize("num_ranks", [2, 3, 11])

@@ -110,6 +110,7 @@ def _tensors(run: Path) -> dict[str, torch.Tensor]:
     return {name: value for file in path.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
+@pytest.mark.long
 def test_the_run_ends_with_the_best_evaluation(places: Places, tmp_path: Path, scripted: list[int]) -> None:
     run = _run(places, "early", tmp_path)
     assert scripted == [3, 6, 9, 12, 15]
@@ -124,6 +125,7 @@ def test_the_run_ends_with_the_best_evaluation(places: Places, tmp_path: Path, s
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("at", [7, 11, 14])
 def test_an_interrupted_run_ends_with_the_same(
     places: Places, whole: Path, tmp_path: Path, scripted: list[int], monkeypatch: pytest.MonkeyPatch, at: int
@@ -148,6 +150,7 @@ def test_an_interrupted_run_ends_with_the_same(
     assert reports[0]["metrics"] == reports[1]["metrics"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("at", [6, 9, 15])
 def test_a_signal_in_the_midst_of_an_evaluation_loses_none(
     places: Places, whole: Path, tmp_path: Path, scripted: list[int], monkeypatch: pytest.MonkeyPatch, at: int

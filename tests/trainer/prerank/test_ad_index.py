@@ -228,6 +228,7 @@ class TestRecall:
         assert ads.state.recall == 1
         assert AdIndex.open(str(tmp_path)).index.effort == ads.index.effort
 
+    @pytest.mark.long
     def test_of_two_graphs_the_better_one_is_kept(self, tmp_path: Path) -> None:
         """The plain one of vectors of very unequal lengths; tests/jobs/test_build_ad_index.py has the other case."""
         numbers, users = two_towers(8_000, 32, shared=4, norms=0.8)
@@ -247,6 +248,7 @@ class TestRecall:
         assert "recall@10 of this hnsw index is 0.500, below the limit of 1" in ads.warning
         assert "take --index ivf or flat" in ads.warning
 
+    @pytest.mark.long
     def test_it_is_built_anew_where_the_best_ads_are_gone(self, tmp_path: Path) -> None:
         """What is left of the graph leads to the removed ads, and nearly none of the others are found."""
         draw, keys = np.random.default_rng(0), np.arange(6_000)

@@ -63,6 +63,7 @@ class TestTurnedLabels:
         ):
             train(load_config(settings=again), SoloComm())
 
+    @pytest.mark.long
     def test_a_daily_job_tells(self, mine: Places, capsys: pytest.CaptureFixture[str]) -> None:
         samples = mine.folder / "samples"
         (samples / "test" / FIRST).rename(samples / "test" / "day=2026-01-04.parquet")
@@ -81,6 +82,7 @@ class TestTurnedLabels:
         assert [row["samples_changed"] for row in rows] == [True, False]
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_an_earlier_version_goes_on_and_is_compared_by_content_from_then(
     mine: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:

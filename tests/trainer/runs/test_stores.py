@@ -115,6 +115,7 @@ class TestRuns:
         counts = run_alone(both, run__name="missing", **changes)["missing_by_store"]
         assert counts["titles"] > counts["images"] == 0
 
+    @pytest.mark.long
     def test_resumption_opens_the_recorded_snapshots(self, both: Places, tmp_path: Path) -> None:
         titles = make_titles(tmp_path / "titles")
         stores = {"data__stores": f"{{titles: {tmp_path / 'titles'}}}", "run__name": "again"}
@@ -136,6 +137,7 @@ class TestRuns:
         with pytest.raises(CheckpointError, match=r"trained on features of another kind than .*titles has now"):
             open_trained(both.folder / "runs" / "other", SoloComm())
 
+    @pytest.mark.long
     def test_one_of_two_was_made_anew(self, both: Places, tmp_path: Path) -> None:
         stores = {"data__stores": f"{{titles: {tmp_path / 'titles'}}}", "run__name": "anew"}
         make_titles(tmp_path / "titles")

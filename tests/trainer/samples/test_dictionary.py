@@ -79,6 +79,7 @@ def test_two_ranks_write_the_same_bytes(run: Path, wordy: Places, two_ranks: Sta
     assert (run.parent / "two" / FILE).read_bytes() == (run / FILE).read_bytes()
 
 
+@pytest.mark.long
 def test_little_memory_writes_the_same_bytes(
     run: Path, wordy: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +142,7 @@ def as_numbers(table: pa.Table) -> pa.Table:
     return table
 
 
+@pytest.mark.long
 def test_a_run_that_takes_id_rows_takes_their_texts(run: Path, wordy: Places, tmp_path: Path) -> None:
     earlier = tmp_path / "earlier"
     earlier.mkdir()

@@ -107,6 +107,7 @@ def test_pooling() -> None:
     assert vectors_UV.grad.tolist() == [[0.5, 0.5], [1.5, 1.5], [4.0, 4.0]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pooling", ["mean", "max"])
 def test_galleries_of_one_image_are_that_image(
     pooling: str, make_places: Callable[[Path], Places], tmp_path: Path
@@ -169,6 +170,7 @@ def test_vectors_of_ads_for_an_index(trained_towers: Places, tmp_path: Path) -> 
         assert len(np.unique(found.round(4), axis=0)) == len(items)
 
 
+@pytest.mark.long
 def test_evaluation(trained_towers: Places) -> None:
     run = trained_towers.folder / "runs" / "towers"
     done = CliRunner().invoke(evaluate_app, [str(run)])

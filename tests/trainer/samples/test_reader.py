@@ -109,6 +109,7 @@ def test_ranks_together_have_the_batches_of_one_rank(
         assert [part.first_sample for part in parts] == [sum(sizes[:rank]) for rank in range(num_ranks)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_ranks", [1, 2, 5, 200])
 def test_evaluation_order_has_each_sample_once_and_reads_its_own_part(
     samples: tuple[Path, list[pa.Table]], num_ranks: int

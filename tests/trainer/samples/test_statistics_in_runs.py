@@ -84,6 +84,7 @@ def test_it_goes_on_by_those_of_the_checkpoint(run: Path, numbered: Any) -> None
         train(configured(numbered, "two", run__resume="latest", train__max_steps=12, schema=other), SoloComm())
 
 
+@pytest.mark.long
 def test_a_run_that_has_none_is_refused(numbered: Any, tmp_path: Path) -> None:
     plain = tmp_path / "plain.yaml"
     fields = tuple(f.model_copy(update={"transform": None}) if f.name == "ad_price" else f for f in SCHEMA.fields)

@@ -185,6 +185,7 @@ def test_wrong_crossings_in_a_schema(values: dict[str, Any], message: str) -> No
     assert message in str(caught.value)
 
 
+@pytest.mark.long
 def test_training_on_texts_is_training_on_their_hashes(make_places: Callable[[Path], Any], tmp_path: Path) -> None:
     trained = []
     columns = ("user", "ad_item", "behavior_item", "ad_scene", "ad_category", "behavior_category")
@@ -207,6 +208,7 @@ def test_training_on_texts_is_training_on_their_hashes(make_places: Callable[[Pa
         assert value.equal(texts[name]), name
 
 
+@pytest.mark.long
 def test_images_by_their_uris(make_places: Callable[[Path], Any], tmp_path: Path) -> None:
     places = make_places(tmp_path / "places")
     by_key = FeatureStore.open(places.folder / "features").snapshot()

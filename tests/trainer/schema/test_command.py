@@ -148,6 +148,7 @@ def test_a_written_schema_reads_as_it_was(tmp_path):
     )
 
 
+@pytest.mark.long
 def test_it_runs_as_a_module(places):
     command = [sys.executable, "-m", "trainer.schema", "check", str(DEFAULT_SCHEMA), str(places.folder / "samples")]
     done = subprocess.run(

@@ -12,6 +12,7 @@ def test_few_values_are_counted_exactly():
     assert DistinctCount().estimate == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num", [4_000, 4_096, 50_000, 1_000_000])
 def test_many_values_are_counted_closely_however_they_come(num):
     values_N = np.random.default_rng(num).permutation(num)

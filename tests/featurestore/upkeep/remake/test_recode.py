@@ -72,6 +72,7 @@ def cli(*arguments: object) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float16", "float32"])
 def test_every_live_row_is_there_in_one_snapshot(source: FeatureStore, tmp_path: Path, dtype: DType) -> None:
     source.add_quarantine([QuarantineRow(1, "bad.jpg", "truncated", 0.0)])
