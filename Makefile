@@ -76,6 +76,7 @@ bench: $(INSTALLED) ## Run the benchmarks; the figures go to data/bench/*.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.extract --json $(BENCH_DIR)/extract.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.refresh --json $(BENCH_DIR)/refresh.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.train --dir $(BENCH_DIR)/workload --json $(BENCH_DIR)/train.json
+	$(ON_PATH) $(BIN)/python -m benchmarks.compact --dir $(BENCH_DIR)/compact --json $(BENCH_DIR)/compact.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.plan --dir $(BENCH_DIR)/plan --json $(BENCH_DIR)/plan.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.resume --dir $(BENCH_DIR)/resume --json $(BENCH_DIR)/resume.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.serve --dir $(BENCH_DIR)/serve --json $(BENCH_DIR)/serve.json

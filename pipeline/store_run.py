@@ -73,7 +73,12 @@ def open_or_make(url: str, asked: Mapping[str, Any], reduction: Reduction | None
         given |= {"dim": reduction.basis.dim, "reduction": reduction_of(reduction.basis)}
         if store is None and reduction.codec is not None:
             given.setdefault("dtype", reduction.codec.dtype)
-    elif store is not None and store.info.reduction is not None and given.get("dim") == store.info.full_dim:
+    elif store is not None and store.info.reduction is not None:
+        if given["dim"] != store.info.full_dim:
+            raise SpecMismatchError(
+                f"the store at {store.url} is compact and takes rows of {store.info.full_dim:,} numbers, of which it"
+                f" keeps {store.info.dim:,} components: those here have {given['dim']:,}"
+            )
         given["dim"] = store.info.dim
     if store is None:
         storage = Storage(url, keep_inside=True)

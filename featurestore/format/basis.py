@@ -3,7 +3,7 @@
 Letters of shapes: N rows, D width of the wider rows, K components, which is the width of the compact ones.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,10 @@ class Basis:
         """Share of the total variance that the components have; 1 where nothing varies."""
         total = self.origin.total_variance
         return min(1.0, float(self.spectrum_K.sum()) / total) if total else 1.0
+
+    def first(self, dims: int) -> "Basis":
+        """Return the basis of the first `dims` components."""
+        return replace(self, components_KD=self.components_KD[:dims], spectrum_K=self.spectrum_K[:dims])
 
     def project(self, values_ND: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
         """Return the coordinates (N, K) of full rows (N, D): of their distance from the mean along each component.

@@ -224,6 +224,8 @@ OTHERS = [
     ("benchmarks.refresh --limit 2", 2, "--limit"),
     ("benchmarks.refresh --images {missing}", 2, "{missing}"),
     ("benchmarks.refresh --json {emptydir}", 1, "{emptydir}"),
+    ("benchmarks.compact --dims 0", 2, "--dims"),
+    ("benchmarks.compact --results {missing}", 2, "{missing}"),
     ("benchmarks.plan --images 1", 2, "--images"),
     ("benchmarks.tables --steps 1", 2, "--steps"),
     ("benchmarks.plan --ranks x", 2, "--ranks"),

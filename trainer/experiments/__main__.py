@@ -100,7 +100,10 @@ def make(wanted: Sequence[Experiment], seeds: Sequence[int], grid: "Grid", comm:
     made = []
     for experiment, runs in planned:
         if len(runs) < len(experiment.variants) * len(seeds):
-            console.print(f"{experiment.name}: without --semantic-config, rows with semantic IDs are left out")
+            why = "the store's rows have too few dimensions for the others"
+            if any(variant.needs_semantic_ids for variant in experiment.variants):
+                why = "without --semantic-config, rows with semantic IDs are left out"
+            console.print(f"{experiment.name}: {why}")
         figures: dict[str, list[dict[str, float]]] = {}
         for variant, seed, run in runs:
             measured = grid.figures(run)

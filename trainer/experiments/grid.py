@@ -6,13 +6,15 @@ Source of the figures: Ge et al., "Image Matters" (arXiv 1711.06505), tables 3, 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from featurestore.spec import DType
+
 
 @dataclass(frozen=True)
 class Variant:
     """One row of a table: settings of a run over those that all rows share, and what the paper measured, if it did.
 
     `days`: which days a run learns and is tested on, where the samples have days; `warm`: the variant that it begins
-    with, of the same seed.
+    with, of the same seed; `reduced`: dims and dtype of the compact store in the place of data.store's, made once.
     """
 
     name: str
@@ -21,6 +23,7 @@ class Variant:
     days: str = "all"
     warm: "Variant | None" = None
     needs_semantic_ids: bool = False
+    reduced: tuple[int, DType] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,10 @@ class Experiment:
 
 _BEST = ("model.pooling=multi_query",)
 _PREVIOUS = Variant("the day before", _BEST, days="previous")
+
+
+_WIDTHS = (1024, 512, 256, 128, 64, 32, 16)
+_COMPACT: tuple[tuple[int, DType], ...] = (*((dims, "bfloat16") for dims in _WIDTHS), (512, "int8"), (256, "int8"))
 
 
 def _base_nets() -> tuple[tuple[Variant, ...], tuple[tuple[str, str], ...]]:
@@ -124,6 +131,16 @@ _EXPERIMENTS = (
             Variant("images + semantic IDs", _BEST, needs_semantic_ids=True),
         ),
         "Semantic IDs are codes of a residual quantiser on the store's features (jobs/build_semantic_ids.py).",
+    ),
+    Experiment(
+        "compact",
+        "Beyond the paper: compact features",
+        (
+            Variant("full width", _BEST),
+            *(Variant(f"{dims:,} components, {dtype}", _BEST, reduced=(dims, dtype)) for dims, dtype in _COMPACT),
+        ),
+        "Principal components of the features in data.store (python -m featurestore reduce); widths that its rows do"
+        " not span are left out.",
     ),
     Experiment(
         "exactness",

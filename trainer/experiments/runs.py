@@ -55,8 +55,8 @@ class Grid:
         self._known: dict[Variant, tuple[Config, str]] = {}
 
     def variants_of(self, experiment: Experiment) -> list[Variant]:
-        """List the variants that can be made: without semantic IDs, not all."""
-        return [v for v in experiment.variants if self._semantic_settings is not None or not v.needs_semantic_ids]
+        """List the variants that can be made: without semantic IDs, or of narrow features, not all."""
+        return [each for each in experiment.variants if self._can_be_made(each)]
 
     def plan(self, variant: Variant, seed: int) -> Planned:
         """Plan the variant's run with this seed; it trains nothing and looks at samples and stores.
@@ -104,6 +104,16 @@ class Grid:
         goes_on = bool(finished(run / "checkpoints"))
         return {"resume": "latest" if goes_on else None, "overwrite": not goes_on}
 
+    def _can_be_made(self, variant: Variant) -> bool:
+        if variant.reduced is not None:
+            return self._reduced(load_config(self._file, [*self._settings, *variant.settings]), variant) is not None
+        return self._semantic_settings is not None or not variant.needs_semantic_ids
+
+    def _reduced(self, config: Config, variant: Variant) -> str | None:
+        """Give the address of the variant's compact store; None where there can be none."""
+        assert variant.reduced is not None
+        return self._sources.reduced(config, *variant.reduced, self.folder / "stores")
+
     def _looked_up(self, variant: Variant) -> tuple[Config, str]:
         """The variant's configuration for every seed, with its days and snapshots, and the digest of its runs."""
         if variant not in self._known:
@@ -114,6 +124,8 @@ class Grid:
         semantic = (self._semantic_settings or ()) if variant.needs_semantic_ids else ()
         config = load_config(self._file, [*self._settings, *variant.settings, *semantic])
         config = config.changed(data=self._days(config, variant))
+        if variant.reduced is not None:
+            config = config.changed(data={"store": self._reduced(config, variant), "store_version": None})
         if config.data.test_days == []:
             raise ConfigError("data.test_days=[] names no test samples, and the tables compare GAUC on them; set some")
         schema = load_schema(config.data.schema_file)

@@ -1,11 +1,17 @@
 """What the runs learn from, looked at once: all runs of a call see the same days, samples and snapshots."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+from featurestore.format.basis import Basis
 from featurestore.identity import SnapshotId
+from featurestore.snapshot import Snapshot
+from featurestore.spec import DType
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
+from featurestore.upkeep.remake.components import principal_components
+from featurestore.upkeep.remake.reduce import reduce
 from trainer.comm import Comm
 from trainer.config.config import Config
 from trainer.errors import DataError, DataNotFoundError
@@ -17,6 +23,7 @@ from trainer.schema import Schema
 
 Found = TypeVar("Found")
 LEAST_DAYS = 3
+_DIGITS = 10
 
 
 class Sources:
@@ -64,6 +71,28 @@ class Sources:
             return SnapshotId.of(FeatureStore.open(place.url).snapshot(place.version))
 
         return self._once(("snapshot", place), lambda: self._comm.on_rank_0(look))
+
+    def reduced(self, config: Config, dims: int, dtype: DType, folder: Path) -> str | None:
+        """Find the compact store of the snapshot of data.store that is to be trained on, made now where it is not there
+        yet, in `folder`; None where the store's rows have not so many dimensions. Raises FeatureStoreError."""
+        data = config.data
+
+        def look() -> str | None:
+            store = FeatureStore.open(data.store)
+            snapshot = store.snapshot(data.store_version)
+            if dims >= min(snapshot.info.dim, snapshot.num_rows):
+                return None
+            place = folder / f"{snapshot.manifest.commit_id[:_DIGITS]}-{dims}-{dtype}"
+            reduce(store, place, dims, dtype, version=snapshot.version, find=self._components)
+            return str(place)
+
+        return self._once(("reduced", data.store, dims, dtype), lambda: self._comm.on_rank_0(look))
+
+    def _components(self, snapshot: Snapshot, dims: int) -> Basis:
+        """Find the components for all widths at once, with the first that is asked for, which is the greatest."""
+        key = "components", snapshot.storage.url, snapshot.version
+        basis: Basis = self._once(key, lambda: principal_components(snapshot, dims))
+        return basis.first(dims) if dims <= basis.dim else principal_components(snapshot, dims)
 
     def _once(self, key: tuple[Any, ...], look: Callable[[], Found]) -> Found:
         if key not in self._seen:

@@ -4,7 +4,9 @@ Letters of shapes: N rows, D width of the full rows, K components.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 
@@ -72,14 +74,16 @@ def reduce(
     sample_rows: int = SAMPLE_ROWS,
     threads: int | None = None,
     progress: Progress | None = None,
+    find: Callable[[Snapshot, int], Basis] | None = None,
 ) -> ReduceReport:
     """Make a compact store at `target_url`: the coordinates of a snapshot's live rows along their `dims` principal
     components, in `dtype` (None: as the source, bfloat16 for int8).
 
-    Reads all rows twice, for the components and for the rows; `progress` counts the shards of both times. After a kill
-    the same call again continues with the rows, while components that were not found yet are begun anew; it gives the
-    report where all is done. `principal_components` says what memory and time it needs, and when it raises
-    InvalidRowsError; StoreExistsError where something else is at the place; CorruptFileError.
+    Reads all rows twice, for the components and for the rows; `progress` counts the shards of both times. `find` gives
+    the components where they are known already. After a kill the same call again continues with the rows, while
+    components that were not found yet are begun anew; it gives the report where all is done. `principal_components`
+    says what memory and time it needs, and when it raises InvalidRowsError; StoreExistsError where something else is at
+    the place; CorruptFileError.
     """
     remake = Remake("reduce", source, Storage(target_url, keep_inside=True))
     dtype = dtype or ("bfloat16" if source.info.dtype == "int8" else source.info.dtype)
@@ -92,8 +96,8 @@ def reduce(
         if not remake.check_free():
             return _finished(remake, dims, dtype, version)
         snapshot = source.snapshot(version)
-        basis = principal_components(snapshot, dims, threads=threads, progress=_part(progress, 0))
-        plan = _make_plan(remake, snapshot, basis, dtype, sample_rows)
+        read = partial(principal_components, threads=threads, progress=_part(progress, 0))
+        plan = _make_plan(remake, snapshot, (find or read)(snapshot, dims), dtype, sample_rows)
     snapshot = remake.planned_snapshot(plan, {"dim": dims, "dtype": dtype}, version)
     basis = _planned_basis(remake, plan)
     made = remake.make(plan, snapshot, basis.project, threads or default_threads(), _part(progress, 1))

@@ -13,6 +13,7 @@ from featurestore.spec import StoreInfo
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake.recode import recode
+from featurestore.upkeep.remake.reduce import reduce
 from jobs import import_features
 from pipeline.vectors import stage
 from pipeline.vectors.import_vectors import extractor_of
@@ -130,6 +131,24 @@ def test_an_int8_store_takes_imports(job, tmp_path, vectors_ND):
     assert "changed 1 unchanged 38" in text
     assert "1 not finite in int8 (key:1)" in text
     np.testing.assert_array_equal(*(stored(small, [key]) for key in (0, 30)))
+
+
+def test_a_compact_store_takes_imports_of_full_vectors(job, tmp_path, vectors_ND):
+    np.save(tmp_path / "a.npy", vectors_ND)
+    np.save(tmp_path / "keys.npy", range(40))
+    arguments = (tmp_path / "a.npy", "--keys", tmp_path / "keys.npy")
+    job(*arguments, "--dtype", "float32")
+    reduce(FeatureStore.open(tmp_path / "features"), tmp_path / "small", 3)
+    assert "unchanged 40" in job(*arguments, store=tmp_path / "small"), "digests are those of the full vectors"
+    vectors_ND[0], vectors_ND[1, 0] = vectors_ND[30], np.nan
+    np.save(tmp_path / "a.npy", vectors_ND)
+    text = job(*arguments, store=tmp_path / "small")
+    assert "changed 1 unchanged 38" in text and "1 not finite in float32 (key:1)" in text
+    made, expected = (stored(tmp_path / "small", [key]) for key in (0, 30))
+    np.testing.assert_allclose(made, expected, rtol=1e-6)
+    np.save(tmp_path / "narrow.npy", vectors_ND[:, :3])
+    text = job(tmp_path / "narrow.npy", "--keys", tmp_path / "keys.npy", store=tmp_path / "small", code=1)
+    assert "takes rows of" in text
 
 
 def test_mistakes_are_one_message(job, tmp_path, vectors_ND):

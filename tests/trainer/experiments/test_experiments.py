@@ -120,6 +120,26 @@ def test_a_grid_is_run_once(places: Places, tmp_path: Path) -> None:
     assert again.exit_code == 0 and reports(tmp_path) == made
 
 
+@pytest.mark.long
+def test_compact_features_are_made_once_and_trained_on(places: Places, tmp_path: Path) -> None:
+    settings = places.settings(train__max_steps=2)
+    grid = Grid(tmp_path, None, tuple(settings), None, SoloComm())
+    wide, small = Variant("4", reduced=(4, "float32")), Variant("3", reduced=(3, "int8"))
+    table = Experiment("compact", "", (Variant("full width"), Variant("16", reduced=(16, "float32")), wide, small))
+    assert [each.name for each in grid.variants_of(table)] == ["full width", "4", "3"], (
+        "16 numbers have no 16 components"
+    )
+    for variant, dims in ((wide, 4), (small, 3)):
+        planned = grid.plan(variant, 0)
+        store = FeatureStore.open(planned.config.data.store)
+        assert store.info.dim == dims and store.info.full_dim == 16 and store.storage.url.startswith(str(tmp_path))
+        assert 0 < grid.figures(planned)["gauc"] < 1
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "stores").rglob("*.parquet")}
+    again = Grid(tmp_path, None, tuple(settings), None, SoloComm())
+    assert again.plan(wide, 0).folder == grid.plan(wide, 0).folder != grid.plan(small, 0).folder
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "stores").rglob("*.parquet")}
+
+
 def test_a_call_leaves_the_tables_of_earlier_calls_in_the_order_of_the_paper(places: Places, tmp_path: Path) -> None:
     settings = places.settings(train__max_steps=2)
     for words in (["prerank", "--seeds", "2"], ["images", "--seeds", "1"]):

@@ -1,0 +1,133 @@
+"""Measure compact features beside the full width: samples per second, bytes, and what experiments say of GAUC.
+
+    python -m benchmarks.compact --json data/bench/compact.json
+    python -m benchmarks.compact --results drawn/experiments/results.json --results photos/experiments/results.json
+
+The paper-shaped workload is trained at both widths in interleaved rounds, each run a process of its own. GAUC is from
+finished tables of `python -m trainer.experiments compact`, one for each data set.
+"""
+
+import os
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TimeElapsedColumn
+
+from benchmarks.report import Figure, JsonPath, Section, write_sections
+from benchmarks.train.launch import Launcher
+from benchmarks.train.rounds import Run, interleaved
+from benchmarks.workload import Knobs, Workload, make
+from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.output import progress_bars, text_column
+from featurestore.errors import UserError
+from featurestore.spec import DType
+from featurestore.storage.storage import Storage
+from featurestore.store import FeatureStore
+from featurestore.upkeep.remake.reduce import read_report, reduce
+from trainer.experiments.grid import experiments
+from trainer.experiments.results import read
+from trainer.experiments.tables import SeedMean, seed_mean
+
+DTYPES: tuple[DType, ...] = ("bfloat16", "int8")
+MOST_BYTES = 1 / 8  # of the full width's: the gap of GAUC is that of rows which take no more
+
+app = CommandApp(failures=(OSError,))
+
+
+@app.command()
+def main(
+    json_path: JsonPath = None,
+    folder: Annotated[Path, typer.Option("--dir", help="Of the workload, which is kept.")] = Path("data/bench/compact"),
+    dims: Annotated[int, typer.Option(min=1, help="Numbers of a compact row.")] = 256,
+    rounds: Annotated[int, typer.Option(help="Of all variants.", min=1)] = 3,
+    steps: Annotated[int, typer.Option(help="Of a run.", min=2)] = 24,
+    images: Annotated[int, typer.Option(help="Of the store.", min=100)] = 20_000,
+    dim: Annotated[int, typer.Option(help="Width of a full row.", min=2)] = Knobs.dim,
+    samples_per_rank: Annotated[int, typer.Option(help="Of a step.", min=1)] = Knobs.samples_per_rank,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="results.json with the table compact; the data set is called as its folder's folder.",
+        ),
+    ] = None,
+) -> None:
+    """Measure compact features beside the full width."""
+    sections = [gauc_section(path) for path in results or ()]
+    columns = text_column(), BarColumn(), TimeElapsedColumn()
+    knobs = Knobs(images=images, dim=dim, samples_per_rank=samples_per_rank)
+    with tempfile.TemporaryDirectory(prefix="compact-bench-") as scratch, progress_bars(*columns) as progress:
+        workload = make(folder, knobs, progress)
+        sections += speed_sections(workload, Path(scratch), dims, rounds, steps, progress)
+    run = {"images": images, "dim": dim, "dims": dims, "samples_per_rank": samples_per_rank, "rounds": rounds}
+    write_sections([*sections, Section("this run", {**run, "cores": len(os.sched_getaffinity(0))})], json_path)
+
+
+def speed_sections(
+    workload: Workload, scratch: Path, dims: int, rounds: int, steps: int, progress: Progress
+) -> list[Section]:
+    """Reduce the workload's store, and train on it and on the compact ones in turn."""
+    full = FeatureStore.open(workload.store)
+    places = {dtype: workload.folder / f"features-{dims}-{dtype}" for dtype in DTYPES}
+    reports = {dtype: reduce(full, place, dims, dtype) for dtype, place in places.items()}
+    launcher = Launcher(workload, scratch)
+    variants: dict[str, Run] = {"full": partial(launcher.trainer, "full", steps)}
+    for dtype, place in places.items():
+        variants[dtype] = partial(launcher.trainer, dtype, steps, [f"data.store={place}"])
+    timed = interleaved(variants, rounds, progress, "train")
+    figures: dict[str, Figure] = {
+        "compact_vs_full": timed.ratio("bfloat16", "full"),
+        "compact_vs_full_int8": timed.ratio("int8", "full"),
+        "compact_bytes_share": reports["int8"].row_bytes_share,
+        "compact_bytes_share_bfloat16": reports["bfloat16"].row_bytes_share,
+        "compact_files_share": reports["int8"].bytes / reports["int8"].source_bytes,
+    }
+    return [Section("speed and bytes", figures, timed.grid())]
+
+
+def gauc_section(path: Path) -> Section:
+    """Compare GAUC of compact features with that of the full width, paired by seed, from a table of experiments.
+
+    The gap is what the best width loses among those whose rows take at most an eighth of the bytes, with half of its
+    95 % interval beside it. Raises UserError where the table is not there.
+    """
+    runs = read(path.parent).get("compact")
+    if runs is None:
+        raise UserError(f"{path} has no table compact: make it with `python -m trainer.experiments compact`")
+    name, full = path.absolute().parent.parent.name, [each["gauc"] for each in runs["full width"]]
+    grid: dict[str, dict[str, Figure]] = {}
+    small: dict[str, SeedMean] = {}
+    for variant in experiments()["compact"].variants:
+        if variant.name not in runs:
+            continue
+        gauc = [each["gauc"] for each in runs[variant.name]]
+        gap = seed_mean([a - b for a, b in zip(full, gauc, strict=True)])
+        share = 1.0 if variant.reduced is None else _share(path.parent, *variant.reduced)
+        grid[variant.name] = {"gauc": seed_mean(gauc).mean, "gap": gap.mean, "interval": gap.half_width, "bytes": share}
+        if share <= MOST_BYTES:
+            small[variant.name] = gap
+    if not small:
+        return Section(f"GAUC, {name}", {}, grid, f"{name}_")
+    best = min(small, key=lambda each: small[each].mean)
+    figures: dict[str, Figure] = {
+        f"compact_gauc_gap_{name}": small[best].mean,
+        f"compact_gauc_gap_interval_{name}": small[best].half_width,
+        f"compact_gauc_gap_of_{name}": best,
+    }
+    return Section(f"GAUC, {name}", figures, grid, f"{name}_")
+
+
+def _share(folder: Path, dims: int, dtype: DType) -> float:
+    """Divide the bytes of a compact row by those of a full one, as the store of the experiments has it."""
+    for place in sorted((folder / "stores").glob(f"*-{dims}-{dtype}")):
+        if (report := read_report(Storage(place))) is not None:
+            return report.row_bytes_share
+    raise UserError(f"{folder}/stores lacks the store of {dims} components in {dtype} that the table was made of")
+
+
+if __name__ == "__main__":
+    run_app(app)
