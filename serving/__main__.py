@@ -1,19 +1,21 @@
 """python -m serving: answer requests with a published model, and look at its versions."""
 
+from pathlib import Path
 from typing import Any
 
 from typer.core import TyperGroup
 
 from featurestore.console.commandline import CommandApp, run_app
-from serving.commands import bundle, check, serve
+from serving.commands import bundle, check, expire, serve
 
 
 class ServingGroup(TyperGroup):
     """Takes a first word that is no command for the model to serve: `python -m serving data/models/ctr`."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command of these words."""
-        return super().resolve_command(ctx, args if args[0] in self.commands else ["serve", *args])
+        """Find the command of these words. A word that is neither a command nor a place is a mistyped command."""
+        is_place = "/" in args[0] or Path(args[0]).exists()
+        return super().resolve_command(ctx, ["serve", *args] if is_place and args[0] not in self.commands else args)
 
 
 app = CommandApp(
@@ -27,7 +29,7 @@ app = CommandApp(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (serve, bundle, check):
+for commands in (serve, bundle, expire, check):
     app.add_typer(commands.app)
 
 

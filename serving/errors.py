@@ -5,6 +5,7 @@ UserError
     ├── BundleNotFoundError    no bundle at the address, or no such version
     ├── BrokenBundleError      a file of a bundle is missing, or not what was published
     ├── ServerSettingsError    what the server was started with does not work
+    ├── ListenError            nobody can listen at the address: the port is taken, the name unknown
     └── RequestError           a request that cannot be scored: which field, which value, the way out
         └── RequestTooLargeError   more candidates or bytes than the scorer takes
 
@@ -37,6 +38,10 @@ class RequestTooLargeError(RequestError):
 
 
 class ServerSettingsError(ServingError):
-    """What the server was started with does not work: a certificate, a key, a file of tokens, an address."""
+    """What the server was started with does not work: a certificate, a key, a folder that is not there."""
 
     exit_code = USAGE
+
+
+class ListenError(ServingError):
+    """Nobody can listen at the address: another program has the port, or this machine has no such address."""

@@ -11,6 +11,7 @@ from featurestore.commands.common import DryRun, Url
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_rows
 from featurestore.console.progress import progress_bar
+from featurestore.text.plain import count_text, ranges_text
 
 if TYPE_CHECKING:
     from featurestore.upkeep.compaction import CompactReport
@@ -200,44 +201,28 @@ def _print_rows(sign: str, rows: "NamedRows") -> None:
 def _compact_text(report: "CompactReport", dry_run: bool) -> str:
     if not report.shards:
         return f"nothing to compact in snapshot {report.version}\n"
-    shards = _count(len(report.shards), "shard")
-    before = f"{_count(report.num_files_before, 'file')}, {bytes_text(report.num_bytes_before)}"
+    shards = count_text(len(report.shards), "shard")
+    before = f"{count_text(report.num_files_before, 'file')}, {bytes_text(report.num_bytes_before)}"
     if dry_run:
         return f"would compact {shards} of {before}\n"
-    after = f"{_count(report.num_files_after, 'file')}, {bytes_text(report.num_bytes_after)}"
-    lost = f"; another writer replaced {_count(len(report.lost), 'shard')} more meanwhile" if report.lost else ""
+    after = f"{count_text(report.num_files_after, 'file')}, {bytes_text(report.num_bytes_after)}"
+    lost = f"; another writer replaced {count_text(len(report.lost), 'shard')} more meanwhile" if report.lost else ""
     return f"snapshot {report.version}: {shards} of {before} became {after}{lost}\n"
 
 
 def _expire_text(report: "ExpireReport", dry_run: bool) -> str:
     keep, let_go, delete = ("would keep", "would let go", "would delete") if dry_run else ("kept", "let go", "deleted")
-    expired = f": {_ranges(report.expired)}" if report.expired else ""
+    expired = f": {ranges_text(report.expired)}" if report.expired else ""
     runs = f", among them the staged parts of dead runs: {', '.join(report.runs)}" if report.runs else ""
     lines = [
-        f"{keep} {_count(len(report.kept), 'snapshot')}: {_ranges(report.kept) or 'none'}",
+        f"{keep} {count_text(len(report.kept), 'snapshot')}: {ranges_text(report.kept) or 'none'}",
         f"{let_go} of {len(report.expired):,}{expired}",
-        f"{delete} {_count(report.num_files, 'file')}, {bytes_text(report.num_bytes)}{runs}",
+        f"{delete} {count_text(report.num_files, 'file')}, {bytes_text(report.num_bytes)}{runs}",
     ]
     if report.num_waiting:
-        waiting = f"{_count(report.num_waiting, 'file')}, {bytes_text(report.num_waiting_bytes)}"
+        waiting = f"{count_text(report.num_waiting, 'file')}, {bytes_text(report.num_waiting_bytes)}"
         lines.append(f"left {waiting}, of expired snapshots, for the grace time")
     if report.num_damaged:
-        damaged = _count(report.num_damaged, "manifest")
+        damaged = count_text(report.num_damaged, "manifest")
         lines.append(f"left all data, as nobody knows what {damaged} named that a repair put aside, for the grace time")
     return "".join(f"{line}\n" for line in lines)
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
-def _ranges(versions: Sequence[int]) -> str:
-    """Format versions in short, e.g. `1 to 3, 7, 8`."""
-    groups: list[list[int]] = []
-    for version in versions:
-        if groups and version == groups[-1][-1] + 1:
-            groups[-1].append(version)
-        else:
-            groups.append([version])
-    texts = (f"{group[0]} to {group[-1]}" if len(group) > 2 else ", ".join(map(str, group)) for group in groups)
-    return ", ".join(texts)

@@ -37,6 +37,8 @@ from featurestore.spec import StoreInfo
 _KEYS_AT_ONCE = 4_096  # half of what HTTP/2 lets a sender send unasked
 _KEYS_PER_MESSAGE = 1 << 14
 _PROBE_S = 5.0
+_NOT_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "UNEXPECTED_MESSAGE")
+"""What OpenSSL calls an answer that is none of TLS; it differs between versions."""
 _LARGEST_COUNTED = (32 << 20) - (8 << 10)
 # What a server may send ahead; it fills 1 Gbit/s at 60 ms. Left to itself, gRPC lets it grow, and answers lie in memory
 # for so long that they have left the processor's cache: a tenth slower, and 200 MB more in the client.
@@ -104,7 +106,7 @@ class ServerLink:
             refused = "refuses the token: it must be" if self._has_token else "needs a token: connect(..., token=...),"
             return AccessError(f"{self.address} {refused} one of the server's --token-file")
         if isinstance(error, flight.FlightUnavailableError):
-            return certificate_error(self.address, self._ca) or UnavailableError(
+            return tls_error(self.address, self._ca) or UnavailableError(
                 f"no feature server answers at {self.address}, or the connection broke: {first}"
             )
         return ServerError(f"{self.address} failed: {first}")
@@ -187,23 +189,33 @@ def _keep_freed_memory() -> None:
     np.empty(_LARGEST_COUNTED, np.uint8)
 
 
-def certificate_error(address: str, ca: str | None) -> AccessError | None:
-    """Find out whether it is a server's certificate that ends all connections; None where it is not.
+def tls_error(address: str, ca: str | None) -> ServerError | None:
+    """Find out whether it is TLS that ends all connections: a certificate, or that one side alone speaks it; None where
+    it is not.
 
     gRPC says no more than that there is no connection.
     """
     parts = urlsplit(address)
-    if parts.scheme != SECURE:
-        return None
+    is_secure = parts.scheme == SECURE
     context = ssl.create_default_context(cadata=ca)
     context.set_alpn_protocols(["h2"])
+    if not is_secure:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
         with (
             socket.create_connection((parts.hostname or "", parts.port or 0), _PROBE_S) as plain,
             context.wrap_socket(plain, server_hostname=parts.hostname),
         ):
-            return None
+            return (
+                None if is_secure else ServerError(f"{address} answers by TLS alone: write {SECURE}://{parts.netloc}")
+            )
     except ssl.SSLCertVerificationError as error:
         return AccessError(f"{address}: its certificate is refused, {error.verify_message}; see ca=")
+    except ssl.SSLError as error:
+        if not is_secure or error.reason not in _NOT_TLS:
+            return None
+        return ServerError(
+            f"{address} answers without TLS: write grpc://{parts.netloc}, or start the server with --tls-cert"
+        )
     except (OSError, ValueError):
         return None

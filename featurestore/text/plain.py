@@ -1,5 +1,7 @@
 """Text as a person sees it: in one line, with what cannot be seen spelled out."""
 
+from collections.abc import Sequence
+
 
 def printable(text: str) -> str:
     r"""Return `text` with what cannot be seen spelled out, e.g. a line break as \n and a stray byte as \xff."""
@@ -9,6 +11,23 @@ def printable(text: str) -> str:
 def one_line(error: Exception | str) -> str:
     """Return the message of another library, whatever its layout, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def count_text(number: int, thing: str) -> str:
+    """Format a number of things, e.g. `1 file` or `2,000 files`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def ranges_text(numbers: Sequence[int]) -> str:
+    """Format ascending numbers in short, e.g. `1 to 3, 7, 8`."""
+    groups: list[list[int]] = []
+    for number in numbers:
+        if groups and number == groups[-1][-1] + 1:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    texts = (f"{group[0]} to {group[-1]}" if len(group) > 2 else ", ".join(map(str, group)) for group in groups)
+    return ", ".join(texts)
 
 
 def _spelled(character: str) -> str:

@@ -38,6 +38,7 @@ from serving.bundle.manifest import (
     VectorsOf,
 )
 from serving.bundle.sample import write_sample
+from serving.bundle.upkeep.expiry import remove_leftovers
 from serving.bundle.writerows import SavedTables, write_rows
 from serving.errors import BrokenBundleError
 from serving.network.exporting import export_network
@@ -47,7 +48,6 @@ from trainer.runs.export import load_part
 from trainer.runs.folder import report_of
 from trainer.runs.saved import SavedRun, read_run
 
-_GRACE_S = 24 * 3600.0
 _COPY_BYTES = 8 << 20
 
 WriteNetwork = Callable[[SavedRun, WrittenFiles], None]
@@ -144,28 +144,6 @@ def write_network(saved: SavedRun, files: WrittenFiles, *, compiled: bool = Fals
         for path in export_network(model.float().eval(), saved.config.model, Path(folder), compiled=compiled):
             with files.output(path.name) as output, path.open("rb") as written:
                 shutil.copyfileobj(written, output, _COPY_BYTES)
-
-
-def remove_leftovers(storage: Storage, grace_s: float = _GRACE_S) -> list[str]:
-    """Remove the files of versions that no manifest names, and to which nothing was written for the grace time.
-
-    Returns the names of their folders. Raises BrokenBundleError where a manifest is damaged: then nobody knows what it
-    names.
-    """
-    entries = storage.entries(BUNDLES)
-    newest_s: dict[str, float] = {}
-    for entry in entries:
-        _, bundle_id, *_ = entry.path.split("/")
-        newest_s[bundle_id] = max(entry.mtime_s, newest_s.get(bundle_id, 0.0))
-    named = {log.read_version(storage, version).bundle_id for version in log.known_versions(storage)}
-    unnamed = sorted(newest_s.keys() - named)
-    if not unnamed:
-        return []
-    now_s = storage.now()
-    dead = [bundle_id for bundle_id in unnamed if now_s - newest_s[bundle_id] > grace_s]
-    for bundle_id in dead:
-        storage.delete(f"{BUNDLES}/{bundle_id}")
-    return dead
 
 
 def _clean(storage: Storage) -> list[str]:

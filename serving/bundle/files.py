@@ -51,6 +51,23 @@ class WrittenFiles:
             file.write(data)
 
 
+def check_file(storage: Storage, manifest: BundleManifest, file: BundleFile, verify: bool) -> None:
+    """Compare the size of a version's file, where it was written, and with `verify` its content, with the manifest.
+
+    Raises BrokenBundleError, StorageError."""
+    path = f"{manifest.folder}/{file.name}"
+    try:
+        size_bytes = storage.size(path)
+        if size_bytes != file.bytes:
+            raise BrokenBundleError(f"{storage.full(path)} has {size_bytes:,} bytes instead of {file.bytes:,}")
+        if verify:
+            check_digest(storage, path, file.bytes, "sha256", file.sha256)
+    except FileNotFoundError as error:
+        raise BrokenBundleError(f"{storage.full(path)} is missing") from error
+    except CorruptFileError as error:
+        raise BrokenBundleError(str(error)) from error
+
+
 class LocalFiles:
     """The files of a version on this machine's disk: where they were written, or copies of an object store's.
 
@@ -79,22 +96,10 @@ class LocalFiles:
             )
         place = self._folder / name
         if self._storage.is_local:
-            self._check(file, place)
+            check_file(self._storage, self._manifest, file, self._verify)
         elif not self._is_there(file, place):
             self._fetch(file, place)
         return place
-
-    def _check(self, file: BundleFile, place: Path) -> None:
-        try:
-            size_bytes = self._storage.size(f"{self._manifest.folder}/{file.name}")
-            if size_bytes != file.bytes:
-                raise BrokenBundleError(f"{place} has {size_bytes:,} bytes instead of {file.bytes:,}")
-            if self._verify:
-                check_digest(self._storage, f"{self._manifest.folder}/{file.name}", file.bytes, "sha256", file.sha256)
-        except FileNotFoundError as error:
-            raise BrokenBundleError(f"{place} is missing") from error
-        except CorruptFileError as error:
-            raise BrokenBundleError(str(error)) from error
 
     def _is_there(self, file: BundleFile, place: Path) -> bool:
         """Tell whether an earlier fetch has left the file, whole."""

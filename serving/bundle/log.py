@@ -32,12 +32,12 @@ def publish(storage: Storage, manifest_of: Callable[[int], BundleManifest]) -> B
 def use(storage: Storage, version: int) -> Choice:
     """Choose the version that is served from now on. Raises BundleNotFoundError, BrokenBundleError."""
     read_version(storage, version)
-    writer, nonce, now_s = writer_name(), uuid.uuid4().hex, time.time()
-    return _append(
-        storage,
-        USE,
-        lambda number: Choice(choice=number, version=version, time_s=now_s, writer=writer, nonce=nonce),
-    )
+    choice = _choose(storage, version)
+    if version not in known_versions(storage):  # an expiry was at work, and may not have seen the choice
+        if others := [each.version for each in choices(storage) if each.choice != choice.choice]:
+            _choose(storage, others[-1])
+        raise BundleNotFoundError(f"version {version} of {storage.url} was removed by an expiry at this moment")
+    return choice
 
 
 def known_versions(storage: Storage) -> list[int]:
@@ -51,9 +51,9 @@ def version_in_use(storage: Storage) -> int | None:
     return _read(storage, USE, choices[-1], Choice).version if choices else None
 
 
-def choices(storage: Storage) -> list[Choice]:
-    """Read all choices, the first one first. Raises BrokenBundleError."""
-    return [_read(storage, USE, number, Choice) for number in versions(storage, USE)]
+def choices(storage: Storage, after: int = 0) -> list[Choice]:
+    """Read all choices, or those with a higher number than `after`, the first one first. Raises BrokenBundleError."""
+    return [_read(storage, USE, number, Choice) for number in versions(storage, USE) if number > after]
 
 
 def read_version(storage: Storage, version: int | None = None) -> BundleManifest:
@@ -78,6 +78,15 @@ def read_version(storage: Storage, version: int | None = None) -> BundleManifest
             f"{storage.full(manifest_path(version, LOG))} is the manifest of version {manifest.version}"
         )
     return manifest
+
+
+def _choose(storage: Storage, version: int) -> Choice:
+    writer, nonce, now_s = writer_name(), uuid.uuid4().hex, time.time()
+    return _append(
+        storage,
+        USE,
+        lambda number: Choice(choice=number, version=version, time_s=now_s, writer=writer, nonce=nonce),
+    )
 
 
 def _append(storage: Storage, folder: str, model_of: Callable[[int], SealedT]) -> SealedT:

@@ -11,12 +11,20 @@ from rich.filesize import decimal as bytes_text
 from featurestore.console.commandline import CommandApp
 from featurestore.console.files import write_json_option
 from featurestore.console.output import figure, print_rows
+from featurestore.errors import FAILED
 
 if TYPE_CHECKING:
     from featurestore.storage.storage import Storage
     from serving.bundle.manifest import BundleManifest, VectorsOf
 
 app = CommandApp()
+
+_MISSING = {
+    "zeros": "count as zeros",
+    "learned": "count as the vector that training has learned for them",
+    "error": "count as zeros; training has met none, as it would have stopped",
+}
+"""By what an image without a feature was in training."""
 
 Url = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or s3:// address of the published model.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")]
@@ -31,14 +39,19 @@ def info(
     version: Annotated[int | None, typer.Option("--version", min=1, help="By default the one in use.")] = None,
     json_file: Json = None,
 ) -> None:
-    """Show what a version holds: of which run it is, its ID rows, and of which snapshots its vectors are now."""
+    """Show what a version holds: of which run it is, its ID rows, and of which snapshots its vectors are now.
+
+    Exit code 1 where a file of it is missing or of another size.
+    """
     from featurestore.log import utc_text
     from featurestore.storage.storage import Storage
     from serving.bundle.log import read_version, version_in_use
+    from serving.bundle.upkeep.soundness import damage_of
 
     storage = Storage(url)
     manifest = read_version(storage, version)
     in_use = version_in_use(storage) == manifest.version
+    damage = damage_of(storage, manifest)
     vectors = {of.store: _vectors_of(storage, manifest, of) for of in manifest.vectors}
     rows_bytes = sum(file.bytes for file in manifest.files if file.name in {each.name for each in manifest.rows})
     error = manifest.id_error
@@ -52,13 +65,16 @@ def info(
         **({"error of id rows": f"worst {error.worst:.2g}, mean {error.mean:.2g} of a logit"} if error else {}),
         **{f"table {each.name}": f"{each.kind}, {each.num_rows:,} rows of {each.width}" for each in manifest.tables},
         **{f"vectors of {name}": _vectors_text(each) for name, each in vectors.items()},
-        "missing images": manifest.missing
-        + (" (stopped the training)" if manifest.missing_in_training == "error" else ""),
-        **{f"test {name}": figure(value) for name, value in manifest.metrics.items()},
+        "missing images": _MISSING[manifest.missing_in_training],
+        **{f"test {name.replace('_', ' ')}": figure(value) for name, value in manifest.metrics.items()},
     }
-    for name, value in lines.items():
-        sys.stdout.write(f"{name:<24} {value}\n")
-    write_json_option(json_file, {**manifest.model_dump(mode="json"), "in_use": in_use, "vectors_now": vectors})
+    width = max(24, *map(len, lines))
+    for name, value in [*lines.items(), *(("damage", each) for each in damage)]:
+        sys.stdout.write(f"{name:<{width}} {value}\n")
+    values = {**manifest.model_dump(mode="json"), "in_use": in_use, "vectors_now": vectors, "damage": damage}
+    write_json_option(json_file, values)
+    if damage:
+        raise typer.Exit(FAILED)
 
 
 @app.command(epilog="Example: `python -m serving log data/models/ctr --last 20`")
@@ -97,36 +113,59 @@ def log(
 
 @app.command(epilog="Example: `python -m serving use data/models/ctr 3`")
 def use(
-    url: Url, version: Annotated[int, typer.Argument(metavar="VERSION", min=1, help="A published version.")]
+    url: Url,
+    version: Annotated[int, typer.Argument(metavar="VERSION", min=1, help="A published version.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Compare the sizes of its files alone.")] = False,
 ) -> None:
-    """Choose the version that is served from now on, an earlier one too. Scorers that run change to it."""
+    """Choose the version that is served from now on, an earlier one too. Scorers that run change to it.
+
+    All of its files are read first and compared with what was published; one that is damaged is refused.
+    """
+    from featurestore.console.progress import progress_bar
     from featurestore.storage.storage import Storage
+    from serving.bundle.log import read_version, version_in_use
     from serving.bundle.log import use as use_version
-    from serving.bundle.log import version_in_use
+    from serving.bundle.upkeep.soundness import damage_of
+    from serving.errors import BrokenBundleError
 
     storage = Storage(url)
-    before = version_in_use(storage)
+    manifest, before = read_version(storage, version), version_in_use(storage)
+    with progress_bar("files") as progress:
+        damage = damage_of(storage, manifest, digests=not quick, progress=progress)
+    if damage:
+        stays = f"; version {before} stays in use" if before is not None else ""
+        raise BrokenBundleError("\n".join([f"version {version} of {storage.url} is damaged{stays}:", *damage]))
     use_version(storage, version)
     instead = f" in the place of version {before}" if before not in (None, version) else ""
     sys.stdout.write(f"version {version} of {storage.url} is in use{instead}\n")
 
 
-def _vectors_of(storage: "Storage", manifest: "BundleManifest", of: "VectorsOf") -> dict[str, Any]:
-    """Look up the newest snapshot of a vectors store, and of which snapshot of the features its rows are."""
+def _vectors_of(storage: "Storage", manifest: "BundleManifest", of: "VectorsOf") -> dict[str, Any] | None:
+    """Look up the newest snapshot of a vectors store, and of which snapshot of the features its rows are; None where
+    it is damaged."""
+    from featurestore.errors import FeatureStoreError, StorageError
     from featurestore.store import FeatureStore
 
-    snapshot = FeatureStore.open(storage.full(f"{manifest.folder}/{of.folder}")).snapshot()
+    try:
+        snapshot = FeatureStore.open(storage.full(f"{manifest.folder}/{of.folder}")).snapshot()
+        num_images = snapshot.num_rows
+    except StorageError:
+        raise
+    except FeatureStoreError:
+        return None
     mirrors = snapshot.manifest.mirrors
     return {
         "snapshot": snapshot.version,
-        "images": snapshot.num_rows,
+        "images": num_images,
         "bytes": snapshot.manifest.file_bytes,
         "committed_s": snapshot.manifest.time_s,
         "mirrors": mirrors.model_dump() if mirrors else None,
     }
 
 
-def _vectors_text(found: dict[str, Any]) -> str:
+def _vectors_text(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "damaged"
     of = (
         f"of snapshot {found['mirrors']['version']} of {found['mirrors']['url']}"
         if found["mirrors"]

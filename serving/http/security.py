@@ -1,5 +1,7 @@
 """Who may ask, and by which certificate the server is known.
 
+All three files are read again when they change, so that nothing has to be started again when one is renewed.
+
 A token is sent as `Authorization: Bearer TOKEN` and compared in constant time; a file may hold several, one a line, so
 that a new one can be handed out before the old one goes. Health checks need none. Certificate and key are tried out
 before the server listens, so that a wrong file is one line and not a failed handshake later.
@@ -16,6 +18,7 @@ from cryptography import x509
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from featurestore.console.tokens import read_tokens
+from featurestore.errors import TokenFileError
 from featurestore.log import utc_text
 from serving.errors import ServerSettingsError
 from serving.http.errors import error_response
@@ -32,8 +35,8 @@ class TokenGuard:
     """ASGI middleware that answers 401 to requests without one of the tokens, except health checks."""
 
     def __init__(self, app: ASGIApp, tokens: list[str]) -> None:
-        self._app = app
-        self._digests = [hashlib.sha256(token.encode()).digest() for token in tokens]
+        """`tokens` may change later."""
+        self._app, self._tokens = app, tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._allows(scope):
@@ -48,8 +51,49 @@ class TokenGuard:
         kind, _, token = sent.partition(b" ")
         digest = hashlib.sha256(token.strip()).digest()
         # Every token is compared, whether an earlier one fitted or not: the time says nothing.
-        fits = [hmac.compare_digest(digest, each) for each in self._digests]
+        fits = [hmac.compare_digest(digest, hashlib.sha256(each.encode()).digest()) for each in self._tokens]
         return any(fits) and kind.lower() == b"bearer"
+
+
+class Credentials:
+    """The tokens and the TLS context of a server by what their files hold now; `refresh` looks at them again."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        """Read the files. Raises ServerSettingsError, TokenFileError."""
+        self._settings = settings
+        self._seen = self._look()
+        self.tokens = None if settings.token_file is None else read_tokens(settings.token_file)
+        """One list for ever, whose tokens change."""
+        self.context: ssl.SSLContext | None = None
+        """Of every handshake, which goes on with the newest certificate."""
+        if settings.tls_cert is not None:
+            self.context = self._newest = tls_context(settings.tls_cert, settings.tls_key)
+            self.context.sni_callback = self._choose
+
+    def refresh(self) -> None:
+        """Read the files again where one has changed; where they are wrong, those before stay in use."""
+        seen, settings = self._look(), self._settings
+        if seen == self._seen:
+            return
+        self._seen = seen
+        try:
+            if settings.tls_cert is not None:
+                newest = tls_context(settings.tls_cert, settings.tls_key)
+                _warn_of_dates(settings.tls_cert)
+                self._newest = newest
+            if settings.token_file is not None and self.tokens is not None:
+                self.tokens[:] = read_tokens(settings.token_file)
+        except (ServerSettingsError, TokenFileError) as error:
+            logger.error("what was read before stays in use: %s", error)
+            return
+        logger.info("read certificate and tokens again, as a file of them has changed")
+
+    def _choose(self, connection: ssl.SSLSocket | ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        connection.context = self._newest
+
+    def _look(self) -> list[tuple[int, int, int] | None]:
+        files = (self._settings.token_file, self._settings.tls_cert, self._settings.tls_key)
+        return [_identity(file) for file in files if file is not None]
 
 
 def check_files(settings: ServerSettings) -> None:
@@ -93,6 +137,15 @@ def tls_context(cert: Path, key: Path | None) -> ssl.SSLContext:
             problem = f"has no usable key ({reason}); give the certificate's, in PEM"
         raise ServerSettingsError(f"--tls-key {key} {problem}") from None
     return context
+
+
+def _identity(file: Path) -> tuple[int, int, int] | None:
+    """Tell one state of a file from another; None where it cannot be looked at."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class _EncryptedKeyError(Exception):

@@ -29,15 +29,14 @@ from types import FrameType
 import uvicorn
 
 from featurestore.console.commandline import STOPPED, say_error
-from featurestore.console.tokens import read_tokens
 from featurestore.errors import FAILED, UserError
-from serving.errors import ServerSettingsError
+from serving.errors import ListenError
 from serving.http.app import Scoring
 from serving.http.limits import allow_connections, limit_writes, protocol_with
 from serving.http.live.model import ModelSource
 from serving.http.logs import configure_logging, logger
 from serving.http.metrics import FOLDER_VARIABLE
-from serving.http.security import check_files, tls_context
+from serving.http.security import Credentials, check_files
 from serving.http.settings import ServerSettings
 
 MakeSource = Callable[[ServerSettings], ModelSource]
@@ -47,13 +46,15 @@ KEEP_ALIVE_S = 75
 """Longer than the minute after which proxies close idle connections, so that the server is not the first."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _MAX_PAUSE_S = 30.0
+_TICKS_TO_REFRESH = 20
+"""Ten are a second."""
 
 
 def serve(settings: ServerSettings, make_source: MakeSource) -> int:
     """Listen and answer until a signal, and return the exit code.
 
-    Raises ServerSettingsError for an address, a certificate or a token file that does not work, and what the source
-    raises where the first model cannot be loaded.
+    Raises ServerSettingsError or TokenFileError for a file that does not work, ListenError where the port is taken,
+    and what the source raises where the first model cannot be loaded.
     """
     configure_logging()
     check_files(settings)
@@ -75,10 +76,9 @@ def run_worker(
 ) -> int:
     """Answer on the listening socket in this process, and return the exit code; `on_ready`: it is one of several."""
     allow_connections()
-    tokens = None if settings.token_file is None else read_tokens(settings.token_file)
-    failures: list[Exception] = []
-    scoring = Scoring(settings, make_source(settings), failures.append, on_ready, tokens)
-    server = DrainingServer(_config(settings, scoring), scoring, failures)
+    credentials, failures = Credentials(settings), list[Exception]()
+    scoring = Scoring(settings, make_source(settings), failures.append, on_ready, credentials.tokens)
+    server = DrainingServer(_config(settings, scoring, credentials), scoring, credentials, failures)
     server.run(sockets=[listener])
     if failures:
         raise failures[0]
@@ -92,9 +92,11 @@ class DrainingServer(uvicorn.Server):
     A worker of several leaves the second one to its supervisor: a signal to the whole group reaches it twice.
     """
 
-    def __init__(self, config: uvicorn.Config, scoring: Scoring, failures: list[Exception]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, scoring: Scoring, credentials: Credentials, failures: list[Exception]
+    ) -> None:
         super().__init__(config)
-        self._scoring, self._failures = scoring, failures
+        self._scoring, self._credentials, self._failures = scoring, credentials, failures
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -113,7 +115,9 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = self._scoring.stopping = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Stop also where the first model could not be loaded."""
+        """Look for renewed certificates and tokens; stop also where the first model could not be loaded."""
+        if counter % _TICKS_TO_REFRESH == 0:
+            self._credentials.refresh()
         return await super().on_tick(counter) or bool(self._failures)
 
 
@@ -230,17 +234,16 @@ def _listen(settings: ServerSettings) -> socket.socket:
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError as failure:
-        raise ServerSettingsError(
+        raise ListenError(
             f"cannot listen on --host {settings.host} --port {settings.port}: {failure.strerror}; choose another, or "
             "end what listens there"
         ) from None
     return listener
 
 
-def _config(settings: ServerSettings, scoring: Scoring) -> uvicorn.Config:
+def _config(settings: ServerSettings, scoring: Scoring, credentials: Credentials) -> uvicorn.Config:
     tls = None
-    if settings.tls_cert is not None:
-        context = tls_context(settings.tls_cert, settings.tls_key)
+    if (context := credentials.context) is not None:
         tls = lambda config, default: context  # noqa: E731
     return uvicorn.Config(
         scoring.app(),

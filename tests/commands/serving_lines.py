@@ -3,7 +3,7 @@
 from tests.commands.trainer_lines import HUGE
 
 SERVING = [
-    ("serving look {model}", 2, "unexpected extra argument"),  # the model look, and one word more
+    ("serving look {model}", 2, "No such command 'look'. Did you mean 'log'"),
     ("serving info {missing}", 2, "no published model"),
     ("serving info {emptydir}", 2, "no published model"),
     ("serving info {brackets}", 2, "[/x]"),
@@ -27,6 +27,14 @@ SERVING = [
     ("serving check {model} --url nosuch", 1, "does not answer"),
     ("serving check {model} --url http://127.0.0.1:1 --token-file {missing}", 2, "{missing}"),
     ("serving check {deepmodel}", 1, "too deep"),
+    ("serving expire {missing}", 2, "no published model"),
+    ("serving expire {emptydir}", 2, "no published model"),
+    ("serving expire {model} --keep-last -1", 2, "--keep-last"),
+    (f"serving expire {{model}} --keep-last {HUGE}", 2, "--keep-last"),
+    ("serving expire {model} --keep-days nan", 2, "--keep-days"),
+    ("serving expire {model} --grace-days -1", 2, "--grace-days"),
+    ("serving expire {listmodel}", 1, "damaged"),
+    ("serving expire {listuse}", 1, "damaged"),
     ("serving log {missing}", 2, "no published model"),
     ("serving log {model} --last 0", 2, "--last"),
     ("serving log {listuse}", 1, "damaged"),
@@ -37,6 +45,7 @@ SERVING = [
     (f"serving serve {{model}} --max-candidates {HUGE}", 2, HUGE),
     ("serving serve {model} --max-wait-ms nan", 2, "--max-wait-ms"),
     ("serving serve {model} --poll-s 0", 2, "--poll-s"),
+    ("serving serve {model} --host nosuch.invalid", 1, "cannot listen on --host nosuch.invalid"),
     ("serving serve {model} --tls-cert {missing}", 2, "{missing}"),
     ("serving serve {model} --tls-cert {empty}", 2, "{empty} has no certificate"),
     ("serving serve {model} --tls-cert {emptydir}", 2, "{emptydir}"),

@@ -157,18 +157,18 @@ def aligned_columns(rules: Mapping[str, Rule]) -> list[list[str]]:
 
 def check_types(found: pa.Schema, rules: Mapping[str, Rule], file: str) -> None:
     """Raise SchemaError for the columns of `file` that are missing or of another type than the rules say."""
-    problems = []
+    problems, missing = [], []
     for column, rule in source_columns(rules).items():
         expected = f"expected {rule}" + (f" (or {str(rule).replace('integer', 'string')})" if rule.text else "")
-        if not found.names.count(column):
-            problems.append(f"{file}: column {column} is missing, {expected}; found columns: {', '.join(found.names)}")
-        elif found.names.count(column) > 1:
-            problems.append(
-                f"{file}: column {column} is in it {found.names.count(column)} times, and nobody can tell which is "
-                "meant; write the file with one"
-            )
+        if not (count := found.names.count(column)):
+            missing.append(f"column {column} is missing, {expected}")
+        elif count > 1:
+            told = f"is in it {count} times, and nobody can tell which is meant; write the file with one"
+            problems.append(f"{file}: column {column} {told}")
         elif not _fits(found.field(column).type, rule):
             problems.append(f"{file}: column {column} is {found.field(column).type}, {expected}")
+    if missing:
+        problems.insert(0, f"{file}: {'; '.join(missing)}; found columns: {', '.join(found.names)}")
     if problems:
         raise SchemaError("\n".join(problems))
 

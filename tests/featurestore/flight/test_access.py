@@ -8,7 +8,7 @@ import trustme
 from pyarrow import flight
 
 from featurestore import FeatureStore, StoreInfo, connect, keys_of_uris
-from featurestore.errors import AccessError, FeatureStoreError
+from featurestore.errors import AccessError, FeatureStoreError, ServerError
 from featurestore.flight.service import read_tls
 from tests.featurestore.conftest import MakeRows
 from tests.featurestore.flight.conftest import Serve
@@ -76,10 +76,18 @@ def test_tls(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
             connect(server.address, ca=ca)
     with pytest.raises(AccessError, match=r"127\.0\.0\.1"):
         connect(f"grpc+tls://127.0.0.1:{server.port}", ca=good.ca)
-    with pytest.raises(FeatureStoreError, match="no feature server answers"):
+    with pytest.raises(ServerError, match=rf"answers by TLS alone: write grpc\+tls://localhost:{server.port}$"):
         connect(f"grpc://localhost:{server.port}", timeout_s=5)
     with pytest.raises(AccessError, match="cannot read"):
         connect(server.address, ca=tmp_path / "nosuch.pem")
+
+
+@pytest.mark.long
+def test_tls_to_a_server_without(serve: Serve, filled: FeatureStore) -> None:
+    server = serve(filled)
+    with pytest.raises(ServerError, match=rf"answers without TLS: write grpc://127\.0\.0\.1:{server.port}, or") as told:
+        connect(f"grpc+tls://127.0.0.1:{server.port}", timeout_s=5)
+    assert "SSL" not in str(told.value)
 
 
 @pytest.mark.long

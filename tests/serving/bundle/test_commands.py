@@ -1,6 +1,7 @@
 """Commands info, log and use, as a person types them."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from serving.__main__ import app
+from serving.__main__ import app, main
 from tests.serving.bundle.conftest import Exported, export
 
 
@@ -28,21 +29,26 @@ def url(made: Exported, tmp_path: Path) -> str:
 def done(*words: object) -> str:
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output
-    return " ".join(result.stdout.split()) if words[0] == "log" else result.stdout
+    return " ".join(result.stdout.split()) if words[0] == "log" else narrow(result.stdout)
+
+
+def narrow(text: str) -> str:
+    """The same lines with one space between columns."""
+    return re.sub(" +", " ", text)
 
 
 @pytest.mark.long
 def test_info_tells_what_a_version_holds(url: str, made: Exported, tmp_path: Path) -> None:
     text = done("info", url, "--json", tmp_path / "info.json")
-    assert "version                  2 (in use)" in text
-    assert f"run                      {made.run}, step-00000023" in text
-    assert "table item               hashed, 64 rows of 12" in text
+    assert "version 2 (in use)" in text
+    assert f"run {made.run}, step-00000023" in text
+    assert "table item hashed, 64 rows of 12" in text
     assert f"snapshot 1: 48 images of snapshot 2 of {made.places.folder}/features" in text
     assert f"snapshot 1: 49 images of snapshot 1 of {made.places.folder}/texts" in text
     figures = json.loads((tmp_path / "info.json").read_text())
     assert (figures["version"], figures["in_use"]) == (2, True)
     assert figures["vectors_now"]["texts"]["images"] == 49
-    assert "version                  1 (not in use)" in done("info", url, "--version", 1)
+    assert "version 1 (not in use)" in done("info", url, "--version", 1)
 
 
 def test_use_and_log(url: str, made: Exported, tmp_path: Path) -> None:
@@ -63,3 +69,78 @@ def test_log_tells_which_versions_are_damaged(url: str, tmp_path: Path) -> None:
     assert " 1 damaged was, 20" in done("log", url, "--json", tmp_path / "log.json")
     figures = json.loads((tmp_path / "log.json").read_text())
     assert (figures["damaged"], [each["version"] for each in figures["versions"]]) == ([1], [2])
+
+
+def refused(*words: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_use_refuses_what_is_damaged_by_name(url: str, made: Exported) -> None:
+    """A flipped bit is found by reading, a missing file by --quick too; the choice stays."""
+    folder = Path(url, made.manifest.folder)
+    path = folder / "ids-12.bin"
+    sound = path.read_bytes()
+    path.write_bytes(bytes([sound[0] ^ 1]) + sound[1:])
+    code, _, said = refused("use", url, 1)
+    assert (code, said.splitlines()) == (
+        1,
+        [
+            f"error: version 1 of {url} is damaged; version 2 stays in use:",
+            f"{path} is damaged: its sha256 is not the one in the manifest",
+        ],
+    )
+    path.write_bytes(sound)
+    (vectors,) = (folder / "vectors" / "texts" / "data").glob("*/*.parquet")
+    (folder / "schema.yaml").unlink()
+    vectors.write_bytes(vectors.read_bytes()[:-1])
+    code, _, said = refused("use", url, 1, "--quick")
+    assert code == 1
+    assert said.splitlines()[1] == f"{folder}/schema.yaml is missing"
+    assert f"{vectors} has " in said.splitlines()[2]
+    assert "version 2 (in use)" in done("info", url)
+
+
+def test_info_says_what_is_damaged(url: str, made: Exported, tmp_path: Path) -> None:
+    folder = Path(url, made.manifest.folder)
+    (folder / "ids-12.bin").write_bytes(b"half")
+    shutil.rmtree(folder / "vectors" / "texts")
+    code, text, _ = refused("info", url, "--version", 1, "--json", tmp_path / "info.json")
+    assert code == 1
+    text = narrow(text)
+    assert f"\ndamage {folder}/ids-12.bin has 4 bytes instead of " in text
+    assert f"\ndamage no store at {folder}/vectors/texts" in text
+    assert "\nvectors of texts damaged\n" in text
+    assert len(json.loads((tmp_path / "info.json").read_text())["damage"]) == 2
+
+
+def test_vectors_without_their_log_are_damage(url: str, made: Exported) -> None:
+    shutil.rmtree(Path(url, made.manifest.folder, "vectors", "texts", "log"))
+    code, _, said = refused("use", url, 1)
+    assert code == 1
+    assert "vectors/texts has no snapshot" in said
+
+
+def test_info_writes_plain_words(url: str, exported: Callable[[str], Exported]) -> None:
+    assert "missing images count as the vector that training has learned for them\n" in done("info", url)
+    assert "test gauc impressions " in done("info", url)
+    assert "missing images count as zeros\n" in done("info", exported("plain").url)
+
+
+def test_a_mistyped_command_is_not_taken_for_a_model(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for word, said in (("infos", "No such command 'infos'. Did you mean 'info'"), ("scor", "No such command 'scor'")):
+        monkeypatch.setattr("sys.argv", ["serving", word, url])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err
+    # A folder of that name, and an address, are models.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "infos").mkdir()
+    for word in ("infos", f"{tmp_path}/info"):
+        monkeypatch.setattr("sys.argv", ["serving", word])
+        with pytest.raises(SystemExit):
+            main()
+        assert "has no published model" in capsys.readouterr().err

@@ -12,9 +12,9 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.verify import verify
 from serving.bundle import log
-from serving.bundle.export import remove_leftovers
 from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle
+from serving.bundle.upkeep.expiry import remove_leftovers
 from tests.featurestore.chaos.kills.conftest import FORK, Fuse
 from tests.serving.bundle.conftest import Exported, export
 from tests.serving.bundle.test_publish import World

@@ -11,10 +11,10 @@ import pytest
 from featurestore import FeatureRows, FeatureStore
 from featurestore.storage.storage import Storage
 from serving.bundle import log
-from serving.bundle.export import remove_leftovers
 from serving.bundle.images import networks_for
 from serving.bundle.open import Bundle, BundleIdentity
 from serving.bundle.publish import publish
+from serving.bundle.upkeep.expiry import remove_leftovers
 from serving.errors import BrokenBundleError
 from tests.serving.bundle.conftest import Exported, export
 

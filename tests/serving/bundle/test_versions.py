@@ -18,9 +18,10 @@ from featurestore.store import FeatureStore
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
 from serving.bundle import log
-from serving.bundle.export import ExportOptions, export_model, remove_leftovers
+from serving.bundle.export import ExportOptions, export_model
 from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle, BundleIdentity
+from serving.bundle.upkeep.expiry import remove_leftovers
 from serving.bundle.version import ModelVersion
 from serving.errors import BrokenBundleError, BundleNotFoundError
 from tests.serving.bundle.conftest import Exported, export, no_network, no_scores

@@ -60,6 +60,41 @@ def test_tls_with_a_token(tmp_path: Path, pair: Pair) -> None:
 
 
 @pytest.mark.services
+@pytest.mark.parametrize("workers", [1, 2])
+def test_renewed_certificates_and_tokens_are_read_again(tmp_path: Path, pair: Pair, workers: int) -> None:
+    """Without a restart: the new authority's certificate, and the new token alone; wrong files leave the old ones."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("0123456789abcdef0123\n")
+    tokens.chmod(0o600)
+    settings = {"tls_cert": str(pair.cert), "tls_key": str(pair.key), "token_file": str(tokens), "workers": workers}
+    state, body = write_state(tmp_path, version=3), {"candidates": {"ad_item": [1]}}
+    with fake_server(state, tmp_path, verify=pair.client, **settings) as server:
+
+        def status(token: str, verify: ssl.SSLContext) -> int:
+            """Of several new connections, which reach all workers, the same answer."""
+            headers = {"authorization": f"Bearer {token}"}
+            posts = [httpx.post(f"{server.url}/v1/score", json=body, headers=headers, verify=verify) for _ in range(8)]
+            assert len({post.status_code for post in posts}) == 1
+            return posts[0].status_code
+
+        assert status("0123456789abcdef0123", pair.client) == 200
+        (tmp_path / "other").mkdir()
+        other = Pair(tmp_path / "other")
+        other.cert.replace(pair.cert)
+        server.wait_for("what was read before stays in use: --tls-key", count=workers)
+        assert status("0123456789abcdef0123", pair.client) == 200
+        other.key.replace(pair.key)
+        server.wait_for("read certificate and tokens again", count=workers)
+        assert status("0123456789abcdef0123", other.client) == 200
+        tokens.write_text("fedcba98765432100123\n")
+        server.wait_for("read certificate and tokens again", count=2 * workers)
+        assert status("fedcba98765432100123", other.client) == 200
+        assert status("0123456789abcdef0123", other.client) == 401
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            status("fedcba98765432100123", pair.client)
+
+
+@pytest.mark.services
 def test_an_expired_certificate_warns_and_clients_refuse_it(tmp_path: Path) -> None:
     yesterday = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
     pair = Pair(tmp_path, not_after=yesterday)

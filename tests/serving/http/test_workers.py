@@ -146,6 +146,8 @@ def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(AssertionError) as failure, fake_server(tmp_path / "fake.json", tmp_path, port=server.port):
             pass
         assert f"error: cannot listen on --host 127.0.0.1 --port {server.port}: Address already" in str(failure.value)
+        with fake_server(tmp_path / "fake.json", tmp_path, port=server.port, ready=False) as second:
+            assert second.process.wait(60) == 1
 
 
 def test_no_request_fails_while_models_are_switched_under_load(tmp_path: Path) -> None:

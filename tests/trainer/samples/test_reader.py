@@ -205,7 +205,7 @@ def _edited(table: pa.Table, column: str, row: int, value: Any) -> pa.Table:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda table: table.drop_columns(["ad_scene"]), "column ad_scene is missing, expected list<integer>"),
+        (lambda table: table.drop_columns(["user", "ad_scene"]), "(or string); column ad_scene is missing, expected"),
         (
             lambda table: _replaced(table, "user", table.column("user").cast(pa.bool_())),
             "column user is bool, expected integer (or string)",

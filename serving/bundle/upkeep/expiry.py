@@ -1,0 +1,149 @@
+"""Removal of old versions, and of the files that killed exports have left.
+
+First a version's manifest goes: nobody can open or choose it any more. Then its files go. Cut off between the two, the
+files are leftovers, which the next run removes. Ages count by the storage's own clock.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from featurestore.log import manifest_path, version_of
+from featurestore.storage.local import StorageEntry
+from featurestore.storage.storage import Storage
+from serving.bundle import log
+from serving.bundle.manifest import BUNDLES, LOG, USE, BundleManifest
+
+_DAY_S = 86_400.0
+LEFTOVER_S = _DAY_S
+"""An export that has written nothing for this long is dead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpireReport:
+    """Results of an expiry, or of what it would do."""
+
+    kept: tuple[int, ...]
+    expired: tuple[int, ...]
+    num_files: int
+    """Deleted, leftovers among them."""
+    num_bytes: int
+    num_leftovers: int
+    """Folders of killed exports."""
+
+
+def expire(
+    storage: Storage, *, keep_last: int = 5, keep_days: float = 30.0, grace_days: float = 1.0, dry_run: bool = False
+) -> ExpireReport:
+    """Keep the version in use, the `keep_last` last ones, those that were published or in use in the last `keep_days`,
+    and those in use in the last `grace_days`, as a scorer may not have switched yet; remove the others.
+
+    The newest version always stays, so that no number is given twice. What killed exports have left for a day goes as
+    well. Scorers, exports and publishes may be at work. Lists all files once. Raises BundleNotFoundError; and
+    BrokenBundleError where a manifest or a choice is damaged, as then nobody knows what is needed: nothing is removed.
+    """
+    for name, value in (("keep_last", keep_last), ("keep_days", keep_days), ("grace_days", grace_days)):
+        if not value >= 0:
+            raise ValueError(f"{name}={value} is less than 0")
+    now_s = storage.now()
+    folders = _folders(storage)  # before the manifests: what is published from here on is named by one of them
+    manifests = {version: log.read_version(storage, version) for version in _known(storage)}
+    uses = log.choices(storage)
+    wanted = set(list(manifests)[-max(1, keep_last) :])
+    for version, times in _times(storage, [each.version for each in uses]).items():
+        if now_s - times.used_s < max(keep_days, grace_days) * _DAY_S or now_s - times.made_s < keep_days * _DAY_S:
+            wanted.add(version)
+    leaving = [version for version in manifests if version not in wanted]
+    if not dry_run:
+        seen = max((each.choice for each in uses), default=0)
+        leaving = [version for version in leaving if _remove(storage, manifests[version], seen)]
+    dead = _dead(folders, {each.bundle_id for each in manifests.values()}, now_s, LEFTOVER_S)
+    if not dry_run:
+        _delete(storage, dead)
+    gone = [entry for bundle_id in (*(manifests[v].bundle_id for v in leaving), *dead) for entry in folders[bundle_id]]
+    return ExpireReport(
+        kept=tuple(version for version in manifests if version not in leaving),
+        expired=tuple(leaving),
+        num_files=len(gone),
+        num_bytes=sum(entry.size_bytes for entry in gone),
+        num_leftovers=len(dead),
+    )
+
+
+def remove_leftovers(storage: Storage, grace_s: float = LEFTOVER_S) -> list[str]:
+    """Remove the files of versions that no manifest names, and to which nothing was written for the grace time.
+
+    Returns the names of their folders. Raises BrokenBundleError where a manifest is damaged: then nobody knows what it
+    names.
+    """
+    folders = _folders(storage)
+    named = {log.read_version(storage, version).bundle_id for version in log.known_versions(storage)}
+    if folders.keys() <= named:
+        return []
+    dead = _dead(folders, named, storage.now(), grace_s)
+    _delete(storage, dead)
+    return dead
+
+
+@dataclass
+class _Times:
+    """When a version was published, and until when it was in use, in seconds since 1970: without end it still is."""
+
+    made_s: float = float("-inf")
+    used_s: float = float("-inf")
+
+
+def _times(storage: Storage, chosen: Sequence[int]) -> Mapping[int, _Times]:
+    """Find out the times of all versions; `chosen`: the version of each choice, the first one first."""
+    found: dict[int, _Times] = defaultdict(_Times)
+    for version, made_s in _numbers_and_times(storage, LOG):
+        found[version].made_s = made_s
+    begins_s = [made_s for _, made_s in _numbers_and_times(storage, USE)][: len(chosen)]
+    for version, (_, end_s) in zip(chosen, pairwise([*begins_s, float("inf")]), strict=True):
+        found[version].used_s = max(found[version].used_s, end_s)
+    return found
+
+
+def _numbers_and_times(storage: Storage, folder: str) -> list[tuple[int, float]]:
+    entries = storage.entries(folder, recursive=False)
+    found = ((version_of(entry.path.rpartition("/")[2]), entry.mtime_s) for entry in entries)
+    return sorted((number, made_s) for number, made_s in found if number is not None)
+
+
+def _known(storage: Storage) -> list[int]:
+    known = log.known_versions(storage)
+    if not known:
+        log.read_version(storage)  # says what is wrong
+    return known
+
+
+def _remove(storage: Storage, manifest: BundleManifest, seen: int) -> bool:
+    """Remove a version; not so where it was chosen since choice number `seen`: then its manifest comes back."""
+    path = manifest_path(manifest.version, LOG)
+    data = storage.read_bytes(path)
+    storage.delete(path)
+    # `use` looks again at the manifest once its choice is written: one of the two sees the other.
+    if any(each.version == manifest.version for each in log.choices(storage, after=seen)):
+        storage.create_or_read(path, data)
+        return False
+    storage.delete(manifest.folder)
+    return True
+
+
+def _folders(storage: Storage) -> dict[str, list[StorageEntry]]:
+    """List the files of all versions, by the id of their bundle."""
+    found: dict[str, list[StorageEntry]] = defaultdict(list)
+    for entry in storage.entries(BUNDLES):
+        found[entry.path.split("/")[1]].append(entry)
+    return found
+
+
+def _dead(folders: Mapping[str, list[StorageEntry]], named: set[str], now_s: float, grace_s: float) -> list[str]:
+    unnamed = sorted(folders.keys() - named)
+    return [each for each in unnamed if now_s - max(entry.mtime_s for entry in folders[each]) > grace_s]
+
+
+def _delete(storage: Storage, bundle_ids: Sequence[str]) -> None:
+    for bundle_id in bundle_ids:
+        storage.delete(f"{BUNDLES}/{bundle_id}")

@@ -1,0 +1,60 @@
+"""Command expire: remove versions of a model that nobody needs any more."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.filesize import decimal as bytes_text
+
+from featurestore.console.commandline import CommandApp
+from featurestore.text.plain import count_text, ranges_text
+from serving.commands.bundle import Url
+
+if TYPE_CHECKING:
+    from serving.bundle.upkeep.expiry import ExpireReport
+
+app = CommandApp()
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "- `python -m serving expire data/models/ctr --dry-run`\n\n"
+    "- `python -m serving expire s3://shop/models/ctr --keep-last 3 --keep-days 7`"
+)
+def expire(
+    url: Url,
+    keep_last: Annotated[int, typer.Option("--keep-last", min=0, help="How many of the last versions to keep.")] = 5,
+    keep_days: Annotated[
+        float, typer.Option("--keep-days", min=0, help="Days for which a version stays that was published or in use.")
+    ] = 30.0,
+    grace_days: Annotated[
+        float,
+        typer.Option(
+            "--grace-days", min=0, help="Days for which a version that was in use stays, whatever the others say."
+        ),
+    ] = 1.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and change nothing.")] = False,
+) -> None:
+    """Remove versions that none of these options keeps, with all of their files.
+
+    The version in use and the newest one stay. What killed exports have left for a day goes too. The grace time must be
+    longer than a scorer takes to switch. Snapshots of vectors are removed by `python -m featurestore expire`.
+    """
+    from featurestore.storage.storage import Storage
+    from serving.bundle.upkeep.expiry import expire as expire_versions
+
+    report = expire_versions(
+        Storage(url), keep_last=keep_last, keep_days=keep_days, grace_days=grace_days, dry_run=dry_run
+    )
+    sys.stdout.write(_text(report, dry_run))
+
+
+def _text(report: "ExpireReport", dry_run: bool) -> str:
+    keep, remove, delete = ("would keep", "would remove", "would delete") if dry_run else ("kept", "removed", "deleted")
+    expired = f": {ranges_text(report.expired)}" if report.expired else ""
+    left = f", with what {count_text(report.num_leftovers, 'killed export')} left" if report.num_leftovers else ""
+    return (
+        f"{keep} {count_text(len(report.kept), 'version')}: {ranges_text(report.kept)}\n"
+        f"{remove} {count_text(len(report.expired), 'version')}{expired}\n"
+        f"{delete} {count_text(report.num_files, 'file')}, {bytes_text(report.num_bytes)}{left}\n"
+    )

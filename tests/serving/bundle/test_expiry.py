@@ -1,0 +1,211 @@
+"""Old versions go, and nothing that anybody may still need; two of them meet in a race, and one sees the other."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from featurestore.storage.storage import Storage
+from serving.__main__ import app
+from serving.bundle import log
+from serving.bundle.manifest import BUNDLES
+from serving.bundle.open import Bundle
+from serving.bundle.upkeep import expiry
+from serving.bundle.upkeep.expiry import ExpireReport, expire
+from serving.errors import BrokenBundleError, BundleNotFoundError
+from tests.serving.bundle.conftest import Exported, export
+
+DAY_S = 24 * 3600
+
+
+class Versions:
+    """A model with four versions; each is used, in their order, and all of it is 100 days old."""
+
+    def __init__(self, made: Exported, folder: Path) -> None:
+        self.folder = folder / "model"
+        shutil.copytree(made.url, self.folder)
+        self.manifests = [made.manifest, *(export(self.folder, made.run) for _ in range(3))]
+        self.storage = Storage(self.folder)
+        self.age(self.folder, 100)
+
+    def age(self, place: Path, days: float) -> None:
+        """Make a file, or all of a folder, so old."""
+        then = time.time() - days * DAY_S
+        for path in [place, *place.rglob("*")]:
+            os.utime(path, (then, then))
+
+    def use(self, version: int, days_ago: float) -> None:
+        """Choose a version, as if some days ago."""
+        choice = log.use(self.storage, version)
+        self.age(self.folder / "use" / f"{choice.choice:020}.json", days_ago)
+
+    def expire(self, **options: float) -> ExpireReport:
+        return expire(self.storage, **{"keep_last": 1, "keep_days": 0, "grace_days": 1, **options})  # type: ignore[arg-type]
+
+    @property
+    def there(self) -> list[int]:
+        """Versions whose manifest and files are there, which have to be the same."""
+        known = log.known_versions(self.storage)
+        folders = {path.name for path in (self.folder / BUNDLES).iterdir()}
+        assert folders == {log.read_version(self.storage, version).bundle_id for version in known}
+        return known
+
+
+@pytest.fixture
+def versions(exported: Callable[[str], Exported], tmp_path: Path) -> Versions:
+    return Versions(exported("plain"), tmp_path)
+
+
+def test_old_versions_go_with_their_files(versions: Versions, tmp_path: Path) -> None:
+    sizes = [path.stat().st_size for m in versions.manifests[:2] for path in files_of(versions, m.bundle_id)]
+    versions.use(3, 50)
+    report = versions.expire()
+    assert (report.kept, report.expired, report.num_leftovers) == ((3, 4), (1, 2), 0)
+    assert (report.num_files, report.num_bytes) == (len(sizes), sum(sizes))
+    assert versions.there == [3, 4]
+    bundle = Bundle.open(str(versions.folder), cache_dir=tmp_path / "cache")
+    assert bundle.manifest.version == 3
+    bundle.close()
+    assert versions.expire().expired == ()
+    with pytest.raises(BundleNotFoundError, match=r"has no version 2; it has versions 3, 4"):
+        log.use(versions.storage, 2)
+
+
+def test_the_last_ones_and_the_newest_stay(versions: Versions) -> None:
+    assert versions.expire(keep_last=3).expired == (1,)
+    versions.use(2, 50)
+    # The newest stays although nobody uses it: the next export gets a number that was never given.
+    assert versions.expire(keep_last=0, grace_days=0).expired == (3,)
+    assert versions.there == [2, 4]
+
+
+def test_a_version_stays_for_scorers_that_have_not_switched_from_it_yet(versions: Versions) -> None:
+    versions.use(2, 60)
+    versions.use(4, 0.5)
+    assert versions.expire(grace_days=1).expired == (1, 3)
+    assert versions.expire(grace_days=0.4).expired == (2,)
+
+
+def test_versions_of_the_last_days_stay(versions: Versions) -> None:
+    versions.use(2, 60)
+    versions.use(4, 20)
+    versions.age(versions.folder / "log" / f"{1:020}.json", 10)
+    assert versions.expire(keep_days=30).expired == (3,)
+    assert versions.expire(keep_days=15).expired == (2,)
+    assert versions.there == [1, 4]
+
+
+def test_a_dry_run_changes_nothing(versions: Versions) -> None:
+    wanted = expire(versions.storage, keep_last=1, keep_days=0, dry_run=True)
+    assert versions.there == [1, 2, 3, 4]
+    assert versions.expire() == wanted
+
+
+def test_what_killed_exports_left_goes_after_a_day(versions: Versions) -> None:
+    for name, days in (("dead", 2.0), ("young", 0.5)):
+        folder = versions.folder / BUNDLES / (name[0] * 32)
+        folder.mkdir()
+        (folder / "network.pt2").write_bytes(b"123")
+        versions.age(folder, days)
+    report = versions.expire(keep_last=4, grace_days=0)
+    assert (report.expired, report.num_leftovers, report.num_files, report.num_bytes) == ((), 1, 1, 3)
+    assert {path.name[0] for path in (versions.folder / BUNDLES).iterdir() if len(set(path.name)) == 1} == {"y"}
+
+
+def test_nothing_goes_where_a_manifest_is_damaged(versions: Versions) -> None:
+    path = versions.folder / "log" / f"{3:020}.json"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BrokenBundleError, match="damaged"):
+        versions.expire()
+    assert len(list((versions.folder / BUNDLES).iterdir())) == 4
+
+
+def test_a_version_that_is_chosen_meanwhile_stays(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`use` has written its choice, and looks whether the version is there, when its manifest has just gone."""
+    real = log.known_versions
+    looks = 0
+
+    def known(storage: Storage) -> list[int]:
+        nonlocal looks
+        looks += 1
+        if looks == 2:  # after the choice was written
+            monkeypatch.setattr(log, "known_versions", real)
+            report.append(versions.expire())
+        return real(storage)
+
+    report: list[ExpireReport] = []
+    monkeypatch.setattr(log, "known_versions", known)
+    log.use(versions.storage, 1)
+    assert report[0].expired == (2, 3)
+    assert log.version_in_use(versions.storage) == 1
+    assert versions.there == [1, 4]
+
+
+def test_an_expiry_puts_back_what_was_chosen_after_it_looked(
+    versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = expiry._remove
+
+    def overtaken(storage: Storage, manifest: object, seen: int) -> bool:
+        if not raced:
+            raced.append(log.use(storage, 1))
+        return real(storage, manifest, seen)  # type: ignore[arg-type]
+
+    raced: list[object] = []
+    monkeypatch.setattr(expiry, "_remove", overtaken)
+    assert versions.expire().expired == (2, 3)
+    assert versions.there == [1, 4]
+    assert log.version_in_use(versions.storage) == 1
+
+
+def test_a_choice_of_what_has_just_gone_is_undone(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The expiry has looked for choices for the last time when `use` writes its own."""
+    real = log.read_version
+
+    def overtaken(storage: Storage, version: int | None = None) -> object:
+        found = real(storage, version)
+        monkeypatch.setattr(log, "read_version", real)
+        versions.expire()
+        return found
+
+    monkeypatch.setattr(log, "read_version", overtaken)
+    with pytest.raises(BundleNotFoundError, match=r"version 1 of .* was removed by an expiry at this moment"):
+        log.use(versions.storage, 1)
+    assert log.version_in_use(versions.storage) == 4
+
+
+def test_cut_off_between_manifest_and_files_the_next_run_continues(
+    versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Storage.delete
+
+    def killed(storage: Storage, path: str) -> None:
+        if path.startswith(BUNDLES):
+            raise KeyboardInterrupt
+        real(storage, path)
+
+    monkeypatch.setattr(Storage, "delete", killed)
+    with pytest.raises(KeyboardInterrupt):
+        versions.expire()
+    monkeypatch.undo()
+    report = versions.expire()
+    assert (report.expired, report.num_leftovers) == ((2, 3), 1)
+    assert versions.there == [4]
+
+
+def test_the_command_says_what_it_did(versions: Versions) -> None:
+    words = ["expire", str(versions.folder), "--keep-last", "1", "--keep-days", "0"]
+    done = CliRunner().invoke(app, [*words, "--dry-run"])
+    assert done.exit_code == 0
+    assert done.stdout.startswith("would keep 1 version: 4\nwould remove 3 versions: 1 to 3\nwould delete ")
+    done = CliRunner().invoke(app, words)
+    assert done.stdout.startswith("kept 1 version: 4\nremoved 3 versions: 1 to 3\ndeleted ")
+    assert versions.there == [4]
+
+
+def files_of(versions: Versions, bundle_id: str) -> list[Path]:
+    return [path for path in (versions.folder / BUNDLES / bundle_id).rglob("*") if path.is_file()]
