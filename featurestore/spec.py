@@ -178,6 +178,8 @@ class StoreInfo(Sealed):
 
     def check_same(self, other: "StoreInfo", where: str) -> None:
         """Raise SpecMismatchError, naming every field in which `other` (found at `where`) differs."""
+        if self.kind == other.kind:
+            return
         mine, theirs = _flat(self.kind), _flat(other.kind)
         differing = [name for name in mine if mine[name] != theirs[name]]
         if differing:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import IO, Any, Literal
 
 import numpy as np
@@ -35,6 +36,7 @@ Check = Literal["size", "sha256", "xxh3_128"]
 _INFO, _STORE_ID = b"featurestore.info", b"featurestore.store_id"
 
 
+@lru_cache(maxsize=64)
 def schema_of(info: StoreInfo) -> pa.Schema:
     """Return the columns of a data file; dtype and shape of the feature are in its field's metadata.
 
@@ -154,7 +156,7 @@ class DataFile:
                 source, page_checksum_verification=checked != "xxh3_128", pre_buffer=not streaming
             )
             schema = self._parquet.schema_arrow
-            found = StoreInfo.model_validate_json((schema.metadata or {})[_INFO])
+            found = _parsed((schema.metadata or {})[_INFO])
         if self.group_starts[-1] != self.num_rows:  # the one number of the footer that Arrow believes unseen
             raise CorruptFileError(f"{path} is damaged: its row groups have not {self.num_rows} rows together")
         info.check_same(found, path)
@@ -231,9 +233,9 @@ def open_entry(
                 view = stack.enter_context((memory or FileMemory(entry.bytes)).borrow(entry.bytes))
                 _read_verified_into(storage, entry, check, view)
                 source: IO[bytes] | pa.NativeFile = stack.enter_context(pa.BufferReader(pa.py_buffer(view)))
-            elif storage.is_local or entry.bytes > _SMALL_BYTES:
+            elif entry.bytes > _SMALL_BYTES:
                 source = stack.enter_context(storage.open_input(entry.path))
-            else:  # one request instead of one for each piece
+            else:  # one request instead of one for each piece; on a disk Arrow's reader threads cost more than the rest
                 source = stack.enter_context(pa.BufferReader(storage.read_bytes(entry.path)))
         except FileNotFoundError as error:
             raise CorruptFileError(f"{path} is missing") from error
@@ -249,6 +251,11 @@ def open_entry(
         if file.num_rows != entry.rows:
             raise CorruptFileError(f"{path} has {file.num_rows} rows instead of {entry.rows}")
         yield file
+
+
+@lru_cache(maxsize=64)
+def _parsed(info: bytes) -> StoreInfo:
+    return StoreInfo.model_validate_json(info)
 
 
 def _read_verified_into(storage: Storage, entry: FileEntry, check: Digest, view: memoryview) -> None:
