@@ -40,7 +40,7 @@ def main(
         "data/bench/serve"
     ),
     only: Annotated[list[Part] | None, typer.Option(help="May be repeated. Default: all.")] = None,
-    images: Annotated[int, typer.Option(help="Of the store.", min=100)] = 20_000,
+    images: Annotated[int, typer.Option(help="Of the store.", min=100)] = 60_000,
     dim: Annotated[int, typer.Option(help="Width of a feature.", min=2)] = Knobs.dim,
     steps: Annotated[int, typer.Option(help="That each model is trained for.", min=2)] = 6,
     samples: Annotated[int, typer.Option(help="Of a training step.", min=20)] = 1000,

@@ -6,6 +6,7 @@ A request and its answer cost the client about 40 us of its core, so that the se
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -71,7 +72,12 @@ class Load:
 
     latency_s: Float64
     seconds: float
-    failed: int
+    statuses: Counter[int]
+
+    @property
+    def failed(self) -> int:
+        """Requests with another answer than 200."""
+        return self.statuses.total() - self.statuses[200]
 
     @property
     def rps(self) -> float:
@@ -102,7 +108,7 @@ def _load(
     port: int, bodies: Sequence[bytes], *, connections: int, count: int, due_s: Callable[[int], float] | None
 ) -> Load:
     latency_s, lock, numbers = np.zeros(count), threading.Lock(), iter(range(count))
-    failed: list[int] = []
+    statuses: Counter[int] = Counter()
     begin = time.perf_counter()
 
     def work() -> None:
@@ -119,12 +125,12 @@ def _load(
                     start = due
                 status, _ = connection.post(bodies[number % len(bodies)])
                 latency_s[number] = time.perf_counter() - start
-                if status != 200:
-                    failed.append(status)
+                with lock:
+                    statuses[status] += 1
 
     threads = [threading.Thread(target=work) for _ in range(min(connections, count))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return Load(latency_s, time.perf_counter() - begin, len(failed))
+    return Load(latency_s, time.perf_counter() - begin, statuses)

@@ -28,10 +28,20 @@ class Server:
     process: "subprocess.Popen[bytes]"
 
     @property
-    def resident_mb(self) -> float:
-        """Memory of the process and its children."""
+    def memory(self) -> "Memory":
+        """What the process and its children have in memory now."""
         root = psutil.Process(self.process.pid)
-        return sum(each.memory_info().rss for each in (root, *root.children(recursive=True))) / 1e6
+        found = [each.memory_info() for each in (root, *root.children(recursive=True))]
+        resident, shared = sum(each.rss for each in found), sum(each.shared for each in found)
+        return Memory(resident / 1e6, (resident - shared) / 1e6)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of a server, in MB: all of it, and what is left of it without mapped files."""
+
+    resident_mb: float
+    private_mb: float
 
 
 @contextlib.contextmanager

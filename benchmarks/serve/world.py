@@ -36,9 +36,10 @@ class World:
         return self.folder / "models" / name
 
     def train(self, name: str, *settings: str) -> Path:
-        """Train the workload's model for some steps, at one rank; nothing where that has been done."""
-        folder = self.run(name)
-        if not (folder / "report.json").exists():
+        """Train the workload's model for some steps, at one rank; nothing where that has been done with it."""
+        folder, made = self.run(name), self.workload.folder / "workload.json"
+        report = folder / "report.json"
+        if not report.exists() or report.stat().st_mtime < made.stat().st_mtime:
             every = [f"run.dir={folder.parent}", f"run.name={name}", "run.overwrite=true"]
             every += [f"train.max_steps={self.steps}", *SETTINGS, *settings]
             words = [word for each in every for word in ("--set", each)]
@@ -56,12 +57,16 @@ class World:
 
     def bodies(self, candidates: int, count: int, seed: int = 0) -> list[bytes]:
         """Draw JSON bodies of requests: a user of the test samples, and candidates among all ads shown in them."""
+        users, ads = self.logged()
+        return list(_bodies(users, ads, candidates, count, np.random.default_rng([seed, candidates])))
+
+    def logged(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Read the test samples: each user's columns, and the columns of all ads shown, an array each."""
         table: Any = pq.read_table(self.workload.samples / "test")
         of_ad = [name for name in table.column_names if name.startswith("ad_")]
         of_user = [name for name in table.column_names if name not in (*of_ad, "label")]
-        users = table.select(of_user).to_pylist()
         ads = {name: table.column(name).combine_chunks().flatten().to_numpy() for name in of_ad}
-        return list(_bodies(users, ads, candidates, count, np.random.default_rng([seed, candidates])))
+        return table.select(of_user).to_pylist(), ads
 
 
 def _bodies(

@@ -4,12 +4,17 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
+import orjson
 import pytest
 from typer.testing import CliRunner
 
 from benchmarks.serve.__main__ import app
 from benchmarks.serve.client import as_many_as_it_can, at_rate, one_after_the_other
+from benchmarks.serve.variety import VariedBodies
+from benchmarks.serve.world import World
 
 
 @pytest.mark.slow
@@ -25,6 +30,7 @@ def test_figures_are_written(tmp_path: Path) -> None:
     assert figures["vs_fastapi_eager_rps"] == figures["http_scorer_rps_200"] / figures["http_fastapi_rps_200"]
     assert figures["vs_engine_rps"] == figures["http_scorer_rps_100"] / figures["http_engine_rps_100"]
     assert (figures["switch_failed"], figures["switch_mixed"], figures["rss_failed"]) == (0, 0, 0)
+    assert figures["rss_wrongly_answered"] == 0
     assert figures["delta_images"] == 3 and figures["switch_requests"] > 0
 
 
@@ -58,3 +64,32 @@ def test_client() -> None:
         late = at_rate(port, [b"yes"], 20, rate=200, connections=1)
         assert late.ms(100) > 200
         server.shutdown()
+
+
+class Logged:
+    """A world of two users and five ads."""
+
+    def logged(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        users = [{"user": number, "behavior_item": [1, 2, 3], "behavior_image": [7, 8, 9]} for number in range(2)]
+        ads = {name: np.arange(5) for name in ("ad_item", "ad_image", "ad_category", "ad_scene")}
+        return users, ads
+
+
+def test_bodies_of_all_kinds() -> None:
+    bodies = VariedBodies.of(cast(World, Logged()), 5_000)
+    assert (len(bodies), len(bodies[4_000:])) == (5_000, 1_000)
+    assert len(set(bodies)) > 4_000  # those without an id of their own come again
+    assert bodies[4_000:][7] == bodies[4_007]
+    sizes, is_new, is_empty, images = [], 0, 0, set()
+    for number, body in enumerate(bodies):
+        if bodies.refused(number, number + 1):
+            continue
+        request = orjson.loads(body)
+        sizes.append(len(request["candidates"]["ad_item"]))
+        is_new += request["user"]["user"] > 1
+        is_empty += not request["user"]["behavior_item"]
+        images |= set(request["candidates"]["ad_image"])
+    assert (min(sizes), max(sizes) > 950, None in images) == (1, True, True)
+    assert len(images) > 1_000  # ids that no other request has
+    assert is_new > 2_000 and is_empty > 300
+    assert bodies.refused(0, 5_000) == 5_000 - len(sizes) > 50
