@@ -14,6 +14,7 @@ import psutil
 import pytest
 import xxhash
 from distributed import Client, LocalCluster, WorkerPlugin
+from distributed.utils import get_mp_context
 
 from featurestore.store import FeatureStore
 from pipeline.cluster.connect import WORKER_CONFIG
@@ -166,14 +167,23 @@ class Crash(WorkerPlugin):
         (self.once / xxhash.xxh3_64_hexdigest(path.read_bytes())).touch()
 
 
+@contextlib.contextmanager
+def preloaded(*modules):
+    """Workers are forked from one process, which has imported these modules: those that die start again at once."""
+    get_mp_context().set_forkserver_preload(list(modules))
+    yield
+
+
 def test_whichever_workers_die_only_the_image_that_kills_each_time_is_blamed(make, write, tmp_path):
     folder, store = write(range(1, 9)), tmp_path / "features"
     make(folder, "calm")
     (tmp_path / "once").mkdir()
     crash = Crash(tmp_path / "once")
     crash.mark(folder / "05.jpg")
+    forked = {"distributed.worker.multiprocessing-method": "forkserver"}
     with (
-        dask.config.set({"distributed.scheduler.allowed-failures": 1, **WORKER_CONFIG}),
+        dask.config.set({"distributed.scheduler.allowed-failures": 1, **WORKER_CONFIG, **forked}),
+        preloaded("distributed", "pipeline.features.part"),
         LocalCluster(
             n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs="CRITICAL"
         ) as cluster,
