@@ -126,7 +126,7 @@ def check_partition_refuses_flips(store: FeatureStore, cache: Path, step: int) -
 
 @pytest.mark.long
 def test_a_partition_refuses_every_flipped_bit_of_what_it_uses(full: FeatureStore, tmp_path: Path) -> None:
-    check_partition_refuses_flips(full, tmp_path, 61)
+    check_partition_refuses_flips(full, tmp_path, 127)
 
 
 @pytest.mark.slow

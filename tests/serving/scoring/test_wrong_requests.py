@@ -192,7 +192,7 @@ ANYTHING = st.recursive(
 
 
 @pytest.mark.long
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_anything_is_decoded_or_refused(data: st.DataObject) -> None:
     """Nothing that a body can hold raises another error, or makes a batch of uneven columns."""

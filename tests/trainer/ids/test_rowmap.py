@@ -129,7 +129,7 @@ def test_no_ids_are_no_matter() -> None:
 
 @pytest.mark.long
 def test_a_thread_finds_the_right_row_or_none_while_ids_come() -> None:
-    owned, batches = Owned(40_000), steps(150, 2000, 150_000)
+    owned, batches = Owned(40_000), steps(60, 2000, 150_000)
     expected = by_dict(batches, 39_999)
     asked = np.unique(np.concatenate(batches))
     rows, turn = np.array([expected[each] for each in asked.tolist()]), slice(None, None, 29)

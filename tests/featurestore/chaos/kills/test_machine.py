@@ -242,7 +242,7 @@ def test_files_of_a_writer_that_died_before_the_first_commit_stay(dies_at) -> No
 
 
 def test_random_commits_against_a_dict(dies_at) -> None:
-    run_machine(dies_at, 15, 12)
+    run_machine(dies_at, 8, 12)
 
 
 @pytest.mark.slow
