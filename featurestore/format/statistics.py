@@ -5,7 +5,7 @@ Source of the merge: Chan, Golub and LeVeque, "Updating formulae and a pairwise 
 
 import io
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,8 @@ from featurestore.format.codec import Codec
 from featurestore.format.npy import read_npy
 from featurestore.format.rows import to_float32
 from featurestore.spec import DType
+
+Scaling = Literal["each", "common"]
 
 _BLOCK_ROWS = 512
 # A dimension that hardly varies (a unit that fires for one image in thousands) would be blown up by its own deviation.
@@ -39,6 +41,19 @@ def inverse_std(std_D: npt.ArrayLike) -> npt.NDArray[np.float64]:
     std = np.asarray(std_D, dtype=np.float64)
     floor = _LEAST_RELATIVE_STD * float(std.mean()) if len(std) else 0.0
     return np.asarray(1.0 / np.maximum(std, floor if floor > 0 else 1.0))
+
+
+def input_scale(std_D: npt.ArrayLike, scaling: Scaling) -> npt.NDArray[np.float64]:
+    """Return what E multiplies centred dimensions by, (D,): each by its `inverse_std`, or all by one number in common.
+
+    The one number gives the dimensions a variance of 1 in the mean. So those that vary little stay small, which suits
+    components, of which the last are mostly noise; 1 where nothing varies.
+    """
+    if scaling == "each":
+        return inverse_std(std_D)
+    std = np.asarray(std_D, dtype=np.float64)
+    mean_square = float(np.mean(std**2)) if len(std) else 0.0
+    return np.full(len(std), 1.0 / np.sqrt(mean_square) if mean_square > 0 else 1.0)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featurestore.format.codec import Codec
-from featurestore.format.statistics import inverse_std
+from featurestore.format.statistics import Scaling, input_scale
 from featurestore.lookup.feature_dropout import EmbeddingDropout
 from featurestore.lookup.partition import FeaturePartition
 
@@ -59,8 +59,9 @@ class EmbeddingModel(nn.Module):
     as large, would let the sum over dozens of behaviours drown the other inputs.
 
     Standardisation is part of the first layer: with the mean and deviation of each dimension set, its effective weight
-    is W / std and its effective bias b - (W / std) mean. The large product is the same as without; only the (H, D)
-    weight is scaled once per step. Adam moves W, which is as well conditioned for one backbone as for another.
+    is W / std and its effective bias b - (W / std) mean. Of components, one number takes the place of every std. The
+    large product is the same as without; only the (H, D) weight is scaled once per step. Adam moves W, which is as well
+    conditioned for one backbone as for another.
 
     So is the codec of an int8 store: code c stands for offset + c step, so codes are multiplied by (W / std) step. They
     enter the product less the whole number that is nearest to their mean: from -255 to 255, exact even in bfloat16, and
@@ -87,10 +88,12 @@ class EmbeddingModel(nn.Module):
         self.register_buffer("step_D", torch.ones(dim))
 
     @torch.no_grad()
-    def fold_standardization_(self, mean_D: NDArray[np.float32], std_D: NDArray[np.float32]) -> None:
-        """Standardise features by `mean_D` and `std_D` inside the first layer, as `statistics.inverse_std` says."""
+    def fold_standardization_(
+        self, mean_D: NDArray[np.float32], std_D: NDArray[np.float32], scaling: Scaling = "each"
+    ) -> None:
+        """Standardise features by `mean_D` and `std_D` inside the first layer, as `statistics.input_scale` says."""
         self.mean_D.copy_(torch.as_tensor(np.asarray(mean_D, dtype=np.float64)))
-        self.inverse_std_D.copy_(torch.from_numpy(inverse_std(std_D)))
+        self.inverse_std_D.copy_(torch.from_numpy(input_scale(std_D, scaling)))
 
     @torch.no_grad()
     def fold_codec_(self, codec: Codec) -> None:
@@ -222,10 +225,15 @@ class EmbeddingService(nn.Module):
         """Return V of the network `name`."""
         return self._model(name).out
 
-    def fold_standardization_(self, mean_D: NDArray[np.float32], std_D: NDArray[np.float32]) -> None:
-        """Standardise features inside the first layer of every network."""
+    def fold_standardization_(
+        self, mean_D: NDArray[np.float32], std_D: NDArray[np.float32], scaling: Scaling | None = None
+    ) -> None:
+        """Standardise features inside the first layer of every network. None: the components of a compact store by one
+        number in common, other features each by its own."""
+        if scaling is None:
+            scaling = "common" if self.partition.info.reduction is not None else "each"
         for name in self.models:
-            self._model(name).fold_standardization_(mean_D, std_D)
+            self._model(name).fold_standardization_(mean_D, std_D, scaling)
 
     def scaling(self) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
         """Return the mean of each dimension and what centred ones are multiplied by, (D,) each, as the networks

@@ -5,8 +5,10 @@ Source of the figures: Ge et al., "Image Matters" (arXiv 1711.06505), tables 3, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from featurestore.spec import DType
+if TYPE_CHECKING:
+    from featurestore.spec import DType  # not at --help, which is quick
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Variant:
     days: str = "all"
     warm: "Variant | None" = None
     needs_semantic_ids: bool = False
-    reduced: tuple[int, DType] | None = None
+    reduced: "tuple[int, DType] | None" = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ _PREVIOUS = Variant("the day before", _BEST, days="previous")
 
 
 _WIDTHS = (1024, 512, 256, 128, 64, 32, 16)
-_COMPACT: tuple[tuple[int, DType], ...] = (*((dims, "bfloat16") for dims in _WIDTHS), (512, "int8"), (256, "int8"))
+_COMPACT: "tuple[tuple[int, DType], ...]" = (*((dims, "bfloat16") for dims in _WIDTHS), (512, "int8"), (256, "int8"))
 
 
 def _base_nets() -> tuple[tuple[Variant, ...], tuple[tuple[str, str], ...]]:

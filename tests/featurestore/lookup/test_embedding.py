@@ -9,12 +9,14 @@ import torch
 from featurestore import Codec, ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import MissingKeysError
 from featurestore.format.codec import write_codec
+from featurestore.format.statistics import Scaling
 from featurestore.index import train_ranges
 from featurestore.lookup import embedding
 from featurestore.lookup.embedding import EmbeddingModel, EmbeddingService, PReLU, as_tensor
 from featurestore.lookup.feature_dropout import EmbeddingDropout
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.storage.storage import Storage
+from featurestore.upkeep.remake.reduce import reduce
 
 DIM = 32
 
@@ -45,6 +47,13 @@ def partition_of(folder: Path, missing: str = "error", dtype: str = "bfloat16") 
     return FeaturePartition.load(store, cache_dir=folder / "cache", missing=missing)
 
 
+def _folded(service: EmbeddingService, store: Path, scaling: Scaling | None = None) -> np.ndarray:
+    """What each dimension is multiplied by, where the deviations are those of the service's own store."""
+    statistics = FeatureStore.open(store).snapshot().statistics()
+    service.fold_standardization_(statistics.mean_D, statistics.std_D, scaling)
+    return service.scaling()[1]
+
+
 class TestModel:
     def test_folding_equals_standardising_the_features(self) -> None:
         torch.manual_seed(0)
@@ -68,6 +77,24 @@ class TestModel:
         assert model.inverse_std_D.tolist() == pytest.approx([0.5, 1 / 0.10025, 0.5, 1 / 0.10025])
         model.fold_standardization_(np.zeros(4), np.zeros(4))
         assert model.inverse_std_D.tolist() == [1.0] * 4
+
+    def test_components_are_scaled_by_one_number_and_other_features_each_by_its_own(self, tmp_path: Path) -> None:
+        std = np.array([3.0, 1.0, 0.5, 0.1], np.float32)
+        model = EmbeddingModel(4)
+        model.fold_standardization_(np.zeros(4), std, "common")
+        np.testing.assert_allclose(model.inverse_std_D.numpy(), 1 / np.sqrt((std.astype(float) ** 2).mean()), rtol=1e-6)
+        assert float(((model.inverse_std_D * torch.from_numpy(std)) ** 2).mean()) == pytest.approx(1)
+        model.fold_standardization_(np.zeros(4), np.zeros(4), "common")
+        assert model.inverse_std_D.tolist() == [1.0] * 4
+        with partition_of(tmp_path, dtype="float32") as partition:
+            service = EmbeddingService(partition, {"e": EmbeddingModel(DIM)})
+            assert len(set(_folded(service, tmp_path / "store").tolist())) > 10
+            assert len(set(_folded(service, tmp_path / "store", "common").tolist())) == 1
+        reduce(FeatureStore.open(tmp_path / "store"), tmp_path / "small", 4)
+        with FeaturePartition.load(tmp_path / "small", cache_dir=tmp_path / "cache") as partition:
+            service = EmbeddingService(partition, {"e": EmbeddingModel(4)})
+            assert len(set(_folded(service, tmp_path / "small").tolist())) == 1
+            assert len(set(_folded(service, tmp_path / "small", "each").tolist())) > 1
 
     def test_bfloat16_products_stay_near_float32(self) -> None:
         torch.manual_seed(0)

@@ -128,6 +128,8 @@ class Reference:
         hidden = feature_of[key]
         if self.scenario.standardized:
             mean, std = self.mean_and_std[store_name]
+            if self.scenario.compact:
+                std = (sum(each**2 for each in std) / len(std)) ** 0.5
             hidden = (hidden - mean) / std
         hidden = self.dropped_of_image(hidden, f"{name}/features", key, self.config.feature_dropout)
         for layer in range(3):

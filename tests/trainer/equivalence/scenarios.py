@@ -68,6 +68,7 @@ class Scenario:
     one_shard: bool = False
     standardized: bool = False
     int8: bool = False
+    compact: bool = False
     id_l2: float = 0.0
     optimizers: dict[str, object] = field(default_factory=dict)
     restart_at: int | None = None
@@ -140,6 +141,8 @@ SCENARIOS = {
     "missing_zeros": Scenario({"images": "both", "init": "torch"}, missing="zeros", lacking=True),
     # Codes go into E as they are; the reference takes the numbers that they stand for.
     "int8_codes": Scenario({"images": "both"}, missing="learned", lacking=True, standardized=True, int8=True),
+    # The components of a compact store, as codes, all scaled by one number.
+    "compact": Scenario({"images": "both"}, standardized=True, compact=True),
     # Many ids in one row, which its owner shrinks once a step; samples whose ad is taken for a new one.
     "l2_and_dropout": Scenario(
         {"images": "both", "id_dropout": 0.4}, id_l2=0.3, tables={"user": 8, "item": 3, "image": 200}

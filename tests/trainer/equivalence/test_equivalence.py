@@ -36,6 +36,7 @@ RUNS = [
     "ids_only/float64",
     "missing_zeros/float64",
     "int8_codes/float64",
+    "compact/float64",
     "l2_and_dropout/float64",
     "adam/float64",
     "adam_rank_without_data/float64",

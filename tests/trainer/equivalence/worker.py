@@ -31,7 +31,8 @@ from trainer.stages import Stages
 
 def stores_of(store: FeatureStore, scenario: Scenario) -> dict[str, FeatureStore]:
     """The stores of a scenario by name."""
-    images = FeatureStore.open(f"{store.url}-int8") if scenario.int8 else store
+    made = "-int8" if scenario.int8 else "-compact" if scenario.compact else ""
+    images = FeatureStore.open(f"{store.url}{made}")
     return {"images": images, **({"texts": FeatureStore.open(f"{store.url}-texts")} if scenario.texts else {})}
 
 
@@ -91,7 +92,7 @@ def run(
     return {
         "initial": initial,
         "mean_and_std": {name: mean_and_std(each) for name, each in stores_of(store, scenario).items()},
-        "decoded": decoded(stores_of(store, scenario)["images"]) if scenario.int8 else None,
+        "decoded": decoded(stores_of(store, scenario)["images"]) if scenario.int8 or scenario.compact else None,
         "losses_P": comm.allgather_object(losses),
         "calls": calls,
         "gradients": gradients,

@@ -13,6 +13,7 @@ from scenarios import DIM, NUM_SHARDS, SEED, STEPS, TEXT_DIM, Scenario
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.keys import shard_of
 from featurestore.upkeep.remake.recode import recode
+from featurestore.upkeep.remake.reduce import reduce
 from trainer.samples.batch import Batch, BatchPosition, Jagged
 from trainer.samples.columns import decode, rules_of
 from trainer.samples.reader import Piece, assemble
@@ -80,9 +81,10 @@ def keys_in_one_shard() -> list[int]:
 
 
 def make_store(path: Path) -> None:
-    """A store of `features`, and beside it one of their codes and one of `texts`."""
+    """A store of `features`, and beside it one of their codes, one of their components, and one of `texts`."""
     images = _make(str(path), "images", features())
     recode(images, f"{path}-int8", "int8")
+    reduce(images, f"{path}-compact", 6, "int8")
     _make(f"{path}-texts", "texts", texts())
 
 
