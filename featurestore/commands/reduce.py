@@ -51,3 +51,4 @@ def reduce(
         },
         {"variance kept": f"{report.variance_kept:.4%}"},
     )
+    typer.echo(f"next: python -m trainer.plan --store {target} predicts bytes and time of a step with it")
