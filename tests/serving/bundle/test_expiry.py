@@ -50,7 +50,8 @@ class Versions:
     def there(self) -> list[int]:
         """Versions whose manifest and files are there, which have to be the same."""
         known = log.known_versions(self.storage)
-        folders = {path.name for path in (self.folder / BUNDLES).iterdir()}
+        bundles = self.folder / BUNDLES
+        folders = {path.relative_to(bundles).parts[0] for path in bundles.rglob("*") if path.is_file()}
         assert folders == {log.read_version(self.storage, version).bundle_id for version in known}
         return known
 

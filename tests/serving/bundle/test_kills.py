@@ -15,8 +15,10 @@ from serving.bundle import log
 from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle
 from serving.bundle.upkeep.expiry import remove_leftovers
+from serving.bundle.upkeep.soundness import damage_of
 from tests.featurestore.chaos.kills.conftest import FORK, Fuse
 from tests.serving.bundle.conftest import Exported, export
+from tests.serving.bundle.test_expiry import Versions
 from tests.serving.bundle.test_publish import World
 
 pytestmark = pytest.mark.services
@@ -85,6 +87,30 @@ def test_a_killed_export_shows_all_of_a_version_or_nothing(
         }
         assert left == named
     assert seen == {(1, 1), (2, 1), (2, 2)}
+
+
+@EVERY
+def test_a_killed_expiry_leaves_whole_versions_and_the_next_one_continues(
+    exported: Callable[[str], Exported], tmp_path: Path, step: int
+) -> None:
+    versions, kept = Versions(exported("plain"), tmp_path), tmp_path / "kept"
+    shutil.copytree(versions.folder, kept)
+
+    def renew() -> None:
+        shutil.rmtree(versions.folder)
+        shutil.copytree(kept, versions.folder)
+
+    seen = set()
+    for _ in deaths(versions.expire, str(versions.folder), tmp_path / "trace", step, renew):
+        known = log.known_versions(versions.storage)
+        assert log.version_in_use(versions.storage) == known[-1] == 4
+        assert not [
+            bad for each in known for bad in damage_of(versions.storage, log.read_version(versions.storage, each))
+        ]
+        seen.add(len(known))
+        versions.expire()
+        assert versions.there == [4]
+    assert seen == {1, 2, 3, 4}
 
 
 @EVERY

@@ -14,7 +14,8 @@ from serving.bundle import log
 from serving.bundle.images import networks_for
 from serving.bundle.open import Bundle, BundleIdentity
 from serving.bundle.publish import publish
-from serving.bundle.upkeep.expiry import remove_leftovers
+from serving.bundle.upkeep.expiry import expire, remove_leftovers
+from serving.bundle.upkeep.soundness import damage_of
 from serving.errors import BrokenBundleError
 from tests.serving.bundle.conftest import Exported, export
 
@@ -48,6 +49,23 @@ def test_published_opened_and_brought_up_to_date(made: Exported, s3_url: str, tm
     newer = there.with_vectors()
     assert not newer.vectors["images"].lookup(np.array([1_050]))[1].any()
     assert remove_leftovers(Storage(url), grace_s=-1) == []
+
+
+def test_old_versions_go_and_what_is_damaged_is_found(made: Exported, s3_url: str) -> None:
+    url = f"{s3_url}/ctr"
+    first, _ = export(url, made.run), export(url, made.run)
+    storage = Storage(url)
+    sample = f"{first.folder}/sample.parquet"
+    storage.write_bytes(sample, storage.read_bytes(sample)[:-1] + b"x")
+    assert damage_of(storage, first) == []
+    assert damage_of(storage, first, digests=True) == [
+        f"{storage.full(sample)} is damaged: its sha256 is not the one in the manifest"
+    ]
+    report = expire(storage, keep_last=1, keep_days=0, grace_days=0)
+    assert (report.kept, report.expired) == ((2,), (1,))
+    assert report.num_bytes > sum(file.bytes for file in first.files)
+    assert storage.entries(first.folder) == []
+    assert damage_of(storage, log.read_version(storage), digests=True) == []
 
 
 def test_a_copy_is_fetched_once_and_again_where_it_is_damaged(made: Exported, s3_url: str, tmp_path: Path) -> None:
