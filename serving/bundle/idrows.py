@@ -4,7 +4,7 @@ Letters of shapes: N ids, T runs of ids that are of one table each, R rows of a 
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from serving.bundle.manifest import RowDType, RowsFile, TableRows
 
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
-_LOW_BITS = np.uint64(0xFFFFFFFF)
 _SCALE_BYTES = 4
 LARGEST_CODE = 127
 
@@ -41,10 +40,6 @@ class IdRows:
         self._tables = [_finder(table, paths) for table in tables]
         first_bit = {each.width: each.first_bit for each in rows}
         self._first_bit_T = np.array([first_bit[table.width] for table in tables], np.int64)
-        self._is_hashed_T = np.array([table.kind == "hashed" for table in tables], np.bool_)
-        self._first_row_T = np.array([table.first_row for table in tables], np.int64)
-        self._rows_per_shard_T = np.array([max(table.rows_per_shard, 1) for table in tables], np.int64)
-        self._num_shards_T = np.array([table.num_shards for table in tables], np.int64)
 
     def find(self, table: str, ids_N: Int64Array) -> tuple[Int64Array, Bool]:
         """Find the row of each id in the file of its table's width, (N,), and tell whether it was touched by training.
@@ -56,22 +51,14 @@ class IdRows:
         rows_N = self._tables[number].rows(ids_N)
         return rows_N, self._known(rows_N + self._first_bit_T[number])
 
-    def find_many(self, tables: Sequence[str], ids_N: Int64Array, lengths_T: Int64Array) -> tuple[Int64Array, Bool]:
-        """Find the rows of ids of several tables: the first `lengths_T[0]` are of `tables[0]`, and so on. As `find`,
-        in a quarter of the time where there are many tables and few ids."""
-        number_T = np.array([self._number[table] for table in tables], np.int64)
-        number_N = np.repeat(number_T, lengths_T)
-        if self._is_hashed_T[number_T].all() and len(set(self._num_shards_T[number_T].tolist())) == 1:
-            hash_N = splitmix64(ids_N)
-            per_shard_N = self._rows_per_shard_T[number_N]
-            shard_N = shard_of_hash(hash_N, int(self._num_shards_T[number_T[0]]))
-            rows_N = _hashed_row(hash_N, shard_N, per_shard_N) + self._first_row_T[number_N]
-        else:
-            ends_T = np.cumsum(lengths_T)
-            rows_N = np.empty(len(ids_N), np.int64)
-            for number, start, end in zip(number_T, ends_T - lengths_T, ends_T, strict=True):
-                rows_N[start:end] = self._tables[number].rows(ids_N[start:end])
-        return rows_N, self._known(rows_N + self._first_bit_T[number_N])
+    def many(self, tables: Sequence[str]) -> "ManyTables":
+        """Prepare to find ids of several tables at once, always in this order."""
+        numbers = [self._number[table] for table in tables]
+        return ManyTables(
+            finders=[self._tables[number] for number in numbers],
+            first_bit_T=self._first_bit_T[numbers],
+            known=self._known,
+        )
 
     def gather(self, width: int, rows_N: Int64Array) -> Float32:
         """Copy rows of the tables of that width, (N, width) float32."""
@@ -82,16 +69,49 @@ class IdRows:
         return known_N
 
 
+class ManyTables:
+    """Finds the rows of ids of several tables at once, in a quarter of the time where tables are many and ids few."""
+
+    def __init__(
+        self,
+        finders: Sequence["_HashedTable | _DirectTable | _ExactTable"],
+        first_bit_T: Int64Array,
+        known: Callable[[Int64Array], Bool],
+    ) -> None:
+        """Use `IdRows.many`."""
+        self._finders, self._first_bit_T, self._is_known = finders, first_bit_T, known
+        hashed = [each.table for each in finders if isinstance(each, _HashedTable)]
+        shards = {table.num_shards for table in hashed}
+        self._num_shards = shards.pop() if len(hashed) == len(finders) and len(shards) == 1 else None
+        """Of all tables, where all are hashed and have as many."""
+        self._first_row_T = np.array([table.first_row for table in hashed], np.int64)
+        self._rows_per_shard_T = np.array([table.rows_per_shard for table in hashed], np.uint32)
+
+    def find(self, ids_N: Int64Array, lengths_T: Int64Array) -> tuple[Int64Array, Bool]:
+        """Do what `IdRows.find` does, the first `lengths_T[0]` ids being of the first table, and so on."""
+        if self._num_shards is not None:
+            hash_N = splitmix64(ids_N)
+            shard_N = shard_of_hash(hash_N, self._num_shards)
+            rows_N = _hashed_row(hash_N, shard_N, np.repeat(self._rows_per_shard_T, lengths_T))
+            rows_N += np.repeat(self._first_row_T, lengths_T)
+        else:
+            ends_T = np.cumsum(lengths_T)
+            rows_N = np.empty(len(ids_N), np.int64)
+            for finder, start, end in zip(self._finders, ends_T - lengths_T, ends_T, strict=True):
+                rows_N[start:end] = finder.rows(ids_N[start:end])
+        return rows_N, self._is_known(rows_N + np.repeat(self._first_bit_T, lengths_T))
+
+
 class _HashedTable:
     """A table whose rows hashes choose."""
 
     def __init__(self, table: TableRows) -> None:
-        self._table = table
+        self.table = table
 
     def rows(self, ids_N: Int64Array) -> Int64Array:
         hash_N = splitmix64(ids_N)
-        shard_N = shard_of_hash(hash_N, self._table.num_shards)
-        return _hashed_row(hash_N, shard_N, self._table.rows_per_shard) + self._table.first_row
+        shard_N = shard_of_hash(hash_N, self.table.num_shards)
+        return _hashed_row(hash_N, shard_N, np.uint32(self.table.rows_per_shard)) + self.table.first_row
 
 
 class _DirectTable:
@@ -168,10 +188,10 @@ def _finder(table: TableRows, paths: dict[str, Path]) -> "_HashedTable | _Direct
     return _DirectTable(table) if table.kind == "direct" else _HashedTable(table)
 
 
-def _hashed_row(hash_N: UInt64Array, shard_N: Int64Array, rows_per_shard: Int64Array | int) -> Int64Array:
+def _hashed_row(hash_N: UInt64Array, shard_N: Int64Array, rows_per_shard: NDArray[np.uint32] | np.uint32) -> Int64Array:
     """The row in its table that a hash chooses, as `trainer.ids.tables.TableShape`: top bits the shard, low the row."""
-    rows_per_shard = np.asarray(rows_per_shard)
-    rows_N: Int64Array = shard_N * rows_per_shard + (hash_N & _LOW_BITS).astype(np.int64) % rows_per_shard
+    row_N = hash_N.astype(np.uint32) % rows_per_shard  # the low 32 bits; a third of the time of 64
+    rows_N: Int64Array = shard_N * rows_per_shard + row_N
     return rows_N
 
 

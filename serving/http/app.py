@@ -101,7 +101,7 @@ class Scoring:
         if kind not in (JSON, ARROW):
             raise RefusedError(415, f"Content-Type is {kind[:60]!r}: send {JSON}, or {ARROW}")
         content = await self._read(request)
-        logits = _asks_for_logits(request) if request.url.query else False
+        logits = _asks_for_logits(request) if request.scope["query_string"] else False
         return await self._scored(request, ArrowBody(content) if kind == ARROW else JsonBody(content, logits), content)
 
     async def infer(self, request: Request) -> Response:
@@ -117,6 +117,7 @@ class Scoring:
             self.metrics.tell_age(self.live.model)
         self.metrics.queue.set(len(self.queue))
         self.metrics.predicted.set(self.queue.predicted_wait_s)
+        self.metrics.flush()
         text = await asyncio.to_thread(self.metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4")
 
@@ -220,7 +221,7 @@ class Scoring:
         await asyncio.to_thread(_let_be_what_stays)
         if self.on_ready is not None:
             self.on_ready()
-        await asyncio.gather(self.queue.run(), self.live.follow())
+        await asyncio.gather(self.queue.run(), self.live.follow(), self.metrics.flush_often())
 
 
 def _let_be_what_stays() -> None:

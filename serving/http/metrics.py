@@ -5,8 +5,10 @@ worker is asked (its multiprocess mode). It decides so when it is imported, by t
 PROMETHEUS_MULTIPROC_DIR, which serving/http/workers.py sets for its worker processes.
 """
 
+import asyncio
 import os
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
@@ -31,6 +33,7 @@ MetricT = TypeVar("MetricT", Counter, Histogram)
 
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_FLUSH_S = 0.5
 _SIZES = (0, 1, 10, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
 
 
@@ -42,6 +45,8 @@ class Metrics:
         registry = CollectorRegistry()
         self._registry = registry
         self._children: dict[tuple[object, ...], Any] = {}
+        self._waiting: defaultdict[tuple[Counter, str], int] = defaultdict(int)
+        """Counts by counter and field; "": of a counter without."""
         self.requests = Counter(
             "serving_requests", "Answers by route and status code", ["route", "code"], registry=registry
         )
@@ -111,21 +116,37 @@ class Metrics:
         self._child(self.seconds, route).observe(seconds)
 
     def tell_scored(self, scores: Scores) -> None:
-        """Count a body's candidates, its values by field, those that were unknown or missing, and each stage's time."""
+        """Count a body's candidates, its values by field, those that were unknown or missing, and each stage's time.
+
+        Counts wait in this process until `flush`: prometheus_client takes longer to add one than the network a row.
+        """
         num_candidates = scores.num_candidates
-        self.candidates.inc(num_candidates)
         self.candidates_each.observe(num_candidates)
+        waiting = self._waiting
+        waiting[self.candidates, ""] += num_candidates
         for field in scores.fields:
             if field.kind != "dense":
                 count = num_candidates if field.side == "ad" else _count(field, scores)
-                self._child(self.values, field.name).inc(count)
+                waiting[self.values, field.name] += count
         for each in scores.scored:
             for counter, places in ((self.unknown, each.unknown), (self.missing, each.missing)):
                 for name, found in places.items():
-                    if len(found):
-                        self._child(counter, name).inc(len(found))
+                    waiting[counter, name] += len(found)
         for stage, seconds in scores.stages.items():
             self._child(self.stages, stage).observe(seconds)
+
+    def flush(self) -> None:
+        """Add what `tell_scored` counted, for whoever reads the figures next; with several workers that is any."""
+        waiting, self._waiting = self._waiting, defaultdict(int)
+        for (counter, field), count in waiting.items():
+            if count:
+                (self._child(counter, field) if field else counter).inc(count)
+
+    async def flush_often(self) -> None:
+        """Flush twice a second, until cancelled."""
+        while True:
+            self.flush()
+            await asyncio.sleep(_FLUSH_S)
 
     def _child(self, metric: MetricT, *labels: str | int) -> MetricT:
         """Find a metric's series with these labels; prometheus_client takes long to."""

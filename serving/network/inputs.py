@@ -6,6 +6,7 @@ user's after the other's; M = G on the user side and B on the ad side; N values 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,7 @@ Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
 
-@dataclass(frozen=True, kw_only=True)
-class FieldRows:
+class FieldRows(NamedTuple):
     """The vectors of an id, multi_id or content field: row m holds the next `lengths_M[m]` of `rows_NV`."""
 
     rows_NV: Float32

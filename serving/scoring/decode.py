@@ -63,8 +63,7 @@ def batch_of(columns: RequestColumns, taken: Callable[[Field, str], Jagged], cou
     )
 
 
-@dataclass(frozen=True)
-class _Column:
+class _Column(NamedTuple):
     """Flat values; the lengths of the lists around them within a row, outermost first; which values are null."""
 
     values: Values
@@ -102,8 +101,8 @@ class _Reader:
                 found[column] = self._crossed(rule)
             else:
                 flat[column] = self._flat(column, rule)
-        integers = {column: each for column, each in flat.items() if self._may_be_integers(column, each.values)}
-        values = of_values.all_integers([each.values for each in integers.values()])
+        integers = [column for column, each in flat.items() if self._may_be_integers(column, each.values)]
+        values = of_values.all_integers([flat[column].values for column in integers])
         known = dict(zip(integers, values, strict=True)) if values else {}
         for column, each in flat.items():
             found[column] = self._column(column, self._columns.rules[column], each, known.get(column))
@@ -172,13 +171,14 @@ class _Reader:
         """A value for each user or candidate."""
         if rule.side == "user":
             return [each.user[column] for each in self._requests]
+        first = self._requests[0].candidates.get(column)
+        if len(self._requests) == 1 and type(first) is list:
+            return first
         entries: list[Any] = []
         for each, count in zip(self._requests, self._counts_G.tolist(), strict=True):
             if column in each.candidates:
                 values = as_list(each.candidates[column])
                 assert values is not None
-                if len(self._requests) == 1:
-                    return values
                 entries += values
             elif count:
                 entries += [each.context[column]] * count

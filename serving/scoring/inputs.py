@@ -51,7 +51,7 @@ class InputMaker:
             width: [field.name for field in fields] for width, fields in groupby(of_ids, lambda f: width_of(f, model))
         }
         self._column_of_id = {field.name: field.column_name for field in of_ids}
-        self._tables = [field.table_name for field in of_ids]
+        self._rows_of_ids = bundle.ids.many([field.table_name for field in of_ids])
         self._fields_of_store: dict[str, list[Field]] = {}
         for field in bundle.fields:
             if field.kind == "content":
@@ -86,33 +86,37 @@ class InputMaker:
     def _ids(self, decoded: DecodedRequests) -> tuple[dict[str, FieldRows], dict[str, Bool]]:
         """The rows of all ID fields, and which ids no training sample had."""
         batch, ids = decoded.batch, self._bundle.ids
-        values = [batch.fields[name].values_N for name in self._column_of_id]
-        lengths_T = np.array([len(values_N) for values_N in values], np.int64)
-        rows_N, known_N = ids.find_many(self._tables, np.concatenate(values), lengths_T)
+        of_field = [batch.fields[name] for name in self._column_of_id]
+        lengths_T = np.array([len(each.values_N) for each in of_field], np.int64)
+        rows_N, known_N = self._rows_of_ids.find(np.concatenate([each.values_N for each in of_field]), lengths_T)
         places = dict(zip(self._column_of_id, _slices(lengths_T), strict=True))
         fields: dict[str, FieldRows] = {}
-        lengths = {id(each.lengths_M): each.lengths_M for each in batch.fields.values()}  # most fields share theirs
+        lengths = {id(each.lengths_M): each.lengths_M for each in of_field}  # most fields share theirs
         wide_of = {number: lengths_M.astype(np.int64) for number, lengths_M in lengths.items()}
         for width, names in self._ids_by_width.items():
             first = places[names[0]].start
             rows_NV = ids.gather(width, rows_N[first : places[names[-1]].stop])
             for name in names:
                 here = places[name]
-                fields[name] = FieldRows(
-                    rows_NV=rows_NV[here.start - first : here.stop - first],
-                    lengths_M=wide_of[id(batch.fields[name].lengths_M)],
-                    weights_N=batch.weights.get(name),
-                )
-        unknown_N, unknown = ~known_N, dict[str, Bool]()
+                rows = rows_NV[here.start - first : here.stop - first]
+                fields[name] = FieldRows(rows, wide_of[id(batch.fields[name].lengths_M)], batch.weights.get(name))
+        return fields, self._unknown(decoded, ~known_N, places)
+
+    def _unknown(self, decoded: DecodedRequests, unknown_N: Bool, places: Mapping[str, slice]) -> dict[str, Bool]:
+        """By field, which of its ids no training sample had; fields without one are left out."""
+        unknown = dict[str, Bool]()
         if decoded.nulls or unknown_N.any():
-            counts_N = np.append(0, np.cumsum(unknown_N))
-            for name, column in self._column_of_id.items():
-                here, is_null_N = places[name], decoded.nulls.get(column)
+            counts = np.cumsum(unknown_N).tolist()
+            before = 0
+            for name, here in places.items():
+                count = counts[here.stop - 1] if here.stop else 0
+                is_null_N = decoded.nulls.get(self._column_of_id[name])
                 if is_null_N is not None:
                     unknown[name] = unknown_N[here] | is_null_N
-                elif counts_N[here.stop] > counts_N[here.start]:
+                elif count > before:
                     unknown[name] = unknown_N[here]
-        return fields, unknown
+                before = count
+        return unknown
 
     def _images(self, store: str, fields: list[Field], decoded: DecodedRequests) -> dict[str, _Images]:
         table = self._bundle.vectors[store]

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Places = NDArray[np.int64]
+_LOWEST = -700.0  # its probability is 0 in float32, and exp does not overflow yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,5 @@ class Scored:
 
     def probabilities(self) -> NDArray[np.float32]:
         """Compute the probability of a click of each candidate, 1 / (1 + exp(-logit)), (C,)."""
-        logits_C = self.logits_C.astype(np.float64)
-        with np.errstate(over="ignore"):  # a logit below -709, whose probability is 0
-            return (1 / (1 + np.exp(-logits_C))).astype(np.float32)
+        logits_C = np.maximum(self.logits_C.astype(np.float64), _LOWEST)
+        return (1 / (1 + np.exp(-logits_C))).astype(np.float32)

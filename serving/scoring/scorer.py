@@ -33,6 +33,7 @@ class Scorer:
         self._columns = RequestColumns(bundle.schema, bundle.fields)
         self._maker = InputMaker(bundle)
         self._network = bundle.network
+        self._field_of = {field.name: field for field in bundle.fields}
         self._equal_lists = behaviors_of(bundle.fields) if bundle.model.base == "din" else []
 
     @classmethod
@@ -100,7 +101,8 @@ class Scorer:
                 raise RequestError(str(failure)) from None
         lookups = self._maker.make(decoded)
         logits_B = self._network.score(lookups.inputs)
-        parts = np.split(logits_B, np.cumsum(decoded.counts_G)[:-1])
+        ends = np.cumsum(decoded.counts_G).tolist()
+        parts = [logits_B[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         unknown, missing = self._told(decoded, lookups)
         return [
             Scored(logits_C=part, unknown=unknown.get(place, {}), missing=missing.get(place, {}))
@@ -112,10 +114,9 @@ class Scorer:
     ) -> tuple[dict[int, dict[str, Places]], dict[int, dict[str, Places]]]:
         """What is unknown and missing, by request and field."""
         told: tuple[dict[int, dict[str, Places]], dict[int, dict[str, Places]]] = ({}, {})
-        fields = {field.name: field for field in self.fields}
         for found, masks in zip(told, (lookups.unknown, lookups.missing), strict=True):
             for name, mask_N in masks.items():
-                for request, places in _by_request(decoded, fields[name], mask_N):
+                for request, places in _by_request(decoded, self._field_of[name], mask_N):
                     found.setdefault(request, {})[name] = places
         return told
 
@@ -129,7 +130,7 @@ def _by_request(decoded: DecodedRequests, field: Field, mask_N: Bool) -> Iterato
     if field.side == "ad" and field.kind == "multi_id":
         mask_N = _any(mask_N, rows.lengths_M)
     if len(decoded.counts_G) == 1:  # a fifth of the time of what follows
-        yield 0, np.flatnonzero(mask_N)
+        yield 0, mask_N.nonzero()[0]
         return
     counts_G = decoded.counts_G if field.side == "ad" else rows.lengths_M
     for request, of_request in enumerate(np.split(mask_N, np.cumsum(counts_G)[:-1])):

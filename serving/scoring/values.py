@@ -4,7 +4,7 @@ A whole column is converted at once: 200 numbers take some 20 us. What cannot be
 """
 
 import json
-from array import array
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain
 from typing import Any
@@ -72,11 +72,12 @@ def all_integers(columns: Sequence[Sequence[Any]]) -> list[NDArray[np.int64]] | 
     """Convert several columns at once, (N,) each; None where one of their values is no integer of 64 bits."""
     joined = list(chain.from_iterable(columns))
     try:
-        values_N = np.frombuffer(array("q", joined), np.int64)
-    except (TypeError, OverflowError):
+        values_N = np.frombuffer(struct.pack(f"{len(joined)}q", *joined), np.int64)  # half the time of array("q")
+    except struct.error:
         return None
-    # An array takes a bool for 0 or 1; to look at every type takes as long as all the rest.
-    if ((values_N | 1) == 1).any() and bool in set(map(type, joined)):
+    # A bool passes for 0 or 1; to look at every type takes longer than all the rest.
+    doubtful = ((values_N | 1) == 1).nonzero()[0].tolist()
+    if bool in {type(joined[place]) for place in doubtful}:
         return None
     ends = list(accumulate(map(len, columns)))
     return [values_N[start:end] for start, end in zip([0, *ends], ends, strict=False)]

@@ -51,8 +51,6 @@ def chosen_values(field: FieldVectors, at_N: Tensor, lengths_M: Lengths) -> Fiel
 
 def expand_rows(rows_M: Tensor, lengths_M: Lengths, num_values: int) -> Tensor:
     """Repeat row m `lengths_M[m]` times, one after the other, N = `num_values` in all; backward sums them."""
-    if isinstance(lengths_M, EvenLengths):
-        return rows_M.unsqueeze(1).expand(-1, lengths_M.each, *rows_M.shape[1:]).flatten(0, 1)
     if torch.compiler.is_exporting():
         return rows_M.index_select(0, _row_of_value(lengths_M, num_values))
     expanded: Tensor = _ExpandRows.apply(rows_M, lengths_M)  # type: ignore[no-untyped-call]
@@ -97,8 +95,6 @@ def segment_max(rows_N: Tensor, lengths_M: Lengths) -> Tensor:
 
 def segment_softmax(scores_N: Tensor, lengths_M: Lengths) -> Tensor:
     """Take the softmax of (N,) scores within each segment of the next `lengths_M[m]`."""
-    if isinstance(lengths_M, EvenLengths):
-        return _planes(scores_N, lengths_M).softmax(1).flatten()
     num_values = scores_N.shape[0]
     if torch.compiler.is_exporting():
         exponential_N = (scores_N - expand_rows(segment_max(scores_N, lengths_M), lengths_M, num_values)).exp()

@@ -45,6 +45,19 @@ class ActivationUnit(nn.Module):
         score_N1: Tensor = self.score(hidden_NH)
         return score_N1.squeeze(1)
 
+    def of_all(self, key_LV: Tensor, query_BW: Tensor) -> Tensor:
+        """Return what `forward` does where all queries have the same keys, (L, B): C (k * m) is (C m) k, so that no
+        pair's key is laid out, and one product makes the hidden units of all pairs."""
+        num_queries, hidden = query_BW.shape[0], self.score.in_features
+        matched_VB1 = self.match(query_BW).T.unsqueeze(2)
+        weights_VBH = self.of_product.weight.T.unsqueeze(1) * matched_VB1 + self.of_key.weight.T.unsqueeze(1)
+        product_LBH = (key_LV @ weights_VBH.flatten(1)).view(-1, num_queries, hidden)
+        hidden_NH = self.activation((product_LBH + self.of_query(query_BW)).view(-1, hidden))
+        score_N = (hidden_NH * self.score.weight).sum(1)
+        if self.score.bias is not None:
+            score_N = score_N + self.score.bias
+        return score_N.view(-1, num_queries)
+
 
 class AttentivePooling(nn.Module):
     """Weighted sums of a group's behaviour vectors, one for each query: sum over k of softmax_k(unit(k, q)) k.
@@ -63,6 +76,10 @@ class AttentivePooling(nn.Module):
 
     def forward(self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]) -> Tensor:
         """(B, width) for one query (B, W) of each channel."""
+        if isinstance(behaviors.lengths_M, EvenLengths):
+            key_LV = value_rows(behaviors)
+            weights = [unit.of_all(key_LV, query_BW) for unit, query_BW in zip(self.channels, queries, strict=True)]
+            return torch.cat([weight_LB.softmax(0).T @ key_LV for weight_LB in weights], dim=1)
         position_N, lengths_B = pairs(behaviors.lengths_M, group_of_sample_B)
         key_NV = take_rows(behaviors.vectors_UV, behaviors.index_N.index_select(0, position_N))
         pooled = []
@@ -89,6 +106,9 @@ class BehaviorAttention(nn.Module):
 
     def forward(self, behaviors: Sequence[FieldVectors], group_of_sample_B: Tensor, query_BW: Tensor) -> Tensor:
         """(B, width); the fields' values belong together by position, so their lengths are equal."""
+        if isinstance(behaviors[0].lengths_M, EvenLengths):
+            key_LW = torch.cat([value_rows(field) for field in behaviors], dim=1)
+            return self.unit.of_all(key_LW, query_BW).T @ key_LW
         position_N, lengths_B = pairs(behaviors[0].lengths_M, group_of_sample_B)
         key_NW = torch.cat([value_rows(field, position_N) for field in behaviors], dim=1)
         weight_N = self.unit(key_NW, query_BW, lengths_B)
@@ -100,8 +120,6 @@ def pairs(lengths_G: Lengths, group_of_sample_B: Tensor, at_most: int | None = N
 
     `at_most`: behaviours taken of a group, the first ones, which are the newest.
     """
-    if isinstance(lengths_G, EvenLengths) and at_most is None:
-        return _pairs_with_all(lengths_G, group_of_sample_B)
     lengths_G = lengths_of(lengths_G)
     lengths_B = lengths_G.index_select(0, group_of_sample_B)
     if at_most is not None:
@@ -111,11 +129,3 @@ def pairs(lengths_G: Lengths, group_of_sample_B: Tensor, at_most: int | None = N
     shift_B = start_G.index_select(0, group_of_sample_B) - (lengths_B.cumsum(0) - lengths_B)
     shift_N = torch.repeat_interleave(shift_B, lengths_B)
     return shift_N + torch.arange(shift_N.shape[0], device=shift_N.device), lengths_B
-
-
-def _pairs_with_all(lengths_G: EvenLengths, group_of_sample_B: Tensor) -> tuple[Tensor, EvenLengths]:
-    """Make `pairs` of one group, which all samples belong to."""
-    assert lengths_G.rows == 1
-    each, rows = lengths_G.each, group_of_sample_B.shape[0]
-    place_L = torch.arange(each, device=group_of_sample_B.device)
-    return place_L.expand(rows, each).flatten(), EvenLengths(rows, each, lengths_G.lengths_M.expand(rows))
