@@ -1,9 +1,8 @@
-"""What is the same for many rows of a product is multiplied once: a rewriting of exported programs.
+"""What is the same for all rows of a product is multiplied once: a rewriting of exported programs.
 
-A model puts the user's part beside each candidate's and multiplies both by one weight; attention multiplies the key of
-a behaviour anew for each candidate that looks at it. A product of rows is a product of each row, so that taking rows
-and multiplying may change places: the user's part is multiplied for one row, and a key for one candidate. It moves
-nothing but the order of a sum, and saves a third of the operations of the paper's model.
+A model puts the user's part beside each candidate's and multiplies both by one weight. The user's part is multiplied
+for one row here, and added to all. It moves nothing but the order of a sum, and saves a third of the operations of the
+paper's model.
 """
 
 from collections.abc import Callable
@@ -21,8 +20,6 @@ def multiply_once(program: ExportedProgram) -> None:
     for node in list(program.graph.nodes):
         if node.target is _aten.linear.default:
             _split_linear(node)
-        elif node.target is _aten.addmm.default:
-            _product_before_rows(node)
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
 
@@ -43,18 +40,6 @@ def _split_linear(node: Node) -> None:
         others_BW = _call(node, _aten.cat.default, others, 1)
         once = _call(node, _aten.linear.default, row_1W, of_row, *bias)
         result = _call(node, _aten.add.Tensor, _call(node, _aten.linear.default, others_BW, of_others), once)
-    node.replace_all_uses_with(result)
-
-
-def _product_before_rows(node: Node) -> None:
-    """h + rows[places] W = h + (rows W)[places]."""
-    added, rows, weight = _args(node)
-    if not (isinstance(rows, Node) and rows.target is _aten.index_select.default and not node.kwargs):
-        return
-    source, dim, places = _args(rows)
-    with node.graph.inserting_before(node):
-        product = _call(node, _aten.mm.default, source, weight)
-        result = _call(node, _aten.add.Tensor, added, _call(node, _aten.index_select.default, product, dim, places))
     node.replace_all_uses_with(result)
 
 

@@ -198,6 +198,6 @@ def test_inputs_that_do_not_fit_are_own_bugs() -> None:
         ("ad_tags", "lengths_M"),
     ):
         field = whole.fields[name]
-        short = replace(field, **{part: getattr(field, part)[:-1]})
+        short = field._replace(**{part: getattr(field, part)[:-1]})
         with pytest.raises(AssertionError, match=rf"{name}\.{part} has"):
             slots.arrays(replace(whole, fields={**whole.fields, name: short}))
