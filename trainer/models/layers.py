@@ -49,7 +49,7 @@ def chosen_values(field: FieldVectors, at_N: Tensor, lengths_M: Lengths) -> Fiel
     return FieldVectors(field.vectors_UV, field.index_N.index_select(0, at_N), lengths_M)
 
 
-def expand_rows(rows_M: Tensor, lengths_M: Lengths, num_values: int) -> Tensor:
+def expand_rows(rows_M: Tensor, lengths_M: Tensor, num_values: int) -> Tensor:
     """Repeat row m `lengths_M[m]` times, one after the other, N = `num_values` in all; backward sums them."""
     if torch.compiler.is_exporting():
         return rows_M.index_select(0, _row_of_value(lengths_M, num_values))
@@ -93,7 +93,7 @@ def segment_max(rows_N: Tensor, lengths_M: Lengths) -> Tensor:
     return highest_MV
 
 
-def segment_softmax(scores_N: Tensor, lengths_M: Lengths) -> Tensor:
+def segment_softmax(scores_N: Tensor, lengths_M: Tensor) -> Tensor:
     """Take the softmax of (N,) scores within each segment of the next `lengths_M[m]`."""
     num_values = scores_N.shape[0]
     if torch.compiler.is_exporting():

@@ -5,6 +5,7 @@ through an index, so a group's vectors are kept once, however many samples look 
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class ActivationUnit(nn.Module):
         self.activation = layers.activation(hidden)
         self.score = nn.Linear(hidden, 1, bias=bias)
 
-    def forward(self, key_NV: Tensor, query_BW: Tensor, lengths_B: Lengths) -> Tensor:
+    def forward(self, key_NV: Tensor, query_BW: Tensor, lengths_B: Tensor) -> Tensor:
         """Scores (N,); the next `lengths_B[b]` keys belong to query b."""
         num_keys = key_NV.shape[0]
         hidden_NH = expand_rows(self.of_query(query_BW), lengths_B, num_keys)
@@ -53,7 +54,7 @@ class ActivationUnit(nn.Module):
         weights_VBH = self.of_product.weight.T.unsqueeze(1) * matched_VB1 + self.of_key.weight.T.unsqueeze(1)
         product_LBH = (key_LV @ weights_VBH.flatten(1)).view(-1, num_queries, hidden)
         hidden_NH = self.activation((product_LBH + self.of_query(query_BW)).view(-1, hidden))
-        score_N = (hidden_NH * self.score.weight).sum(1)
+        score_N: Tensor = (hidden_NH * self.score.weight).sum(1)
         if self.score.bias is not None:
             score_N = score_N + self.score.bias
         return score_N.view(-1, num_queries)
@@ -78,8 +79,9 @@ class AttentivePooling(nn.Module):
         """(B, width) for one query (B, W) of each channel."""
         if isinstance(behaviors.lengths_M, EvenLengths):
             key_LV = value_rows(behaviors)
-            weights = [unit.of_all(key_LV, query_BW) for unit, query_BW in zip(self.channels, queries, strict=True)]
-            return torch.cat([weight_LB.softmax(0).T @ key_LV for weight_LB in weights], dim=1)
+            units = zip(self.channels, queries, strict=True)
+            scores = [cast(ActivationUnit, unit).of_all(key_LV, query_BW) for unit, query_BW in units]
+            return torch.cat([score_LB.softmax(0).T @ key_LV for score_LB in scores], dim=1)
         position_N, lengths_B = pairs(behaviors.lengths_M, group_of_sample_B)
         key_NV = take_rows(behaviors.vectors_UV, behaviors.index_N.index_select(0, position_N))
         pooled = []
@@ -115,7 +117,7 @@ class BehaviorAttention(nn.Module):
         return segment_sum(key_NW * weight_N.unsqueeze(1), lengths_B)
 
 
-def pairs(lengths_G: Lengths, group_of_sample_B: Tensor, at_most: int | None = None) -> tuple[Tensor, Lengths]:
+def pairs(lengths_G: Lengths, group_of_sample_B: Tensor, at_most: int | None = None) -> tuple[Tensor, Tensor]:
     """Return all (sample, behaviour) pairs by sample: each one's place in the field's values, and pairs a sample.
 
     `at_most`: behaviours taken of a group, the first ones, which are the newest.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.exchange.exchange import FieldVectors, Lengths
-from trainer.models.layers import expand_rows, lengths_of, segment_max, segment_sum, take_rows
+from trainer.exchange.exchange import FieldVectors
+from trainer.models.layers import expand_rows, segment_max, segment_sum, take_rows
 from trainer.models.pooling.attention import pairs
 
 _POSITION_SCALE = 0.02
@@ -111,13 +111,12 @@ class TokenAttention(nn.Module):
         return result_NH
 
 
-def _places(pairs_B: Lengths, value_N: Tensor, length: int) -> Places:
-    """`pairs_B`, `value_N`: the pairs of each sample."""
-    lengths_B = lengths_of(pairs_B)
+def _places(lengths_B: Tensor, value_N: Tensor, length: int) -> Places:
+    """`lengths_B`, `value_N`: the pairs of each sample."""
     place_L = torch.arange(length, device=lengths_B.device)
     start_B = lengths_B.cumsum(0) - lengths_B
     sample_B = torch.arange(lengths_B.shape[0], device=lengths_B.device)
-    sample_N = expand_rows(sample_B, pairs_B, value_N.shape[0])
+    sample_N = expand_rows(sample_B, lengths_B, value_N.shape[0])
     place_N = torch.arange(value_N.shape[0], device=lengths_B.device) - start_B.index_select(0, sample_N)
     # The first place of a sample without behaviours counts as a token: softmax over none is no number.
     is_token_BL = place_L < lengths_B.clamp_min(1).unsqueeze(1)
