@@ -1,5 +1,7 @@
 """A compact store: its basis is that of numpy's SVD, the same bits every time, and rows of two bases never mix."""
 
+import hashlib
+import json
 import re
 import signal
 import subprocess
@@ -131,6 +133,32 @@ def test_rows_are_coordinates_and_keep_what_is_known_of_them(source: FeatureStor
     assert left == pytest.approx(1 - report.variance_kept, abs=1e-3) and report.variance_kept > 0.99
     assert report.cosine_min is not None and report.cosine_min > 0.999
     assert read_report(new.storage) == report == reduce(source, tmp_path / "new", 8, dtype)
+
+
+def test_the_basis_is_what_the_page_of_the_format_says(source: FeatureStore, tmp_path: Path) -> None:
+    """docs/FORMAT.md alone is enough to read it."""
+    reduce(source, tmp_path / "new", 8, "float32")
+    fields = json.loads((tmp_path / "new" / "store.json").read_bytes())["reduction"]
+    data = (tmp_path / "new" / fields["path"]).read_bytes()
+    assert (
+        hashlib.sha256(data).hexdigest() == fields["sha256"] == Path(fields["path"]).stem and fields["full_dim"] == DIM
+    )
+    header_bytes = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + header_bytes])
+    arrays = {}
+    for name in ("mean", "components", "spectrum"):
+        start, end = header[name]["data_offsets"]
+        raw = data[8 + header_bytes + start : 8 + header_bytes + end]
+        assert header[name]["dtype"] == "F64"
+        arrays[name] = np.frombuffer(raw, "<f8").reshape(header[name]["shape"])
+    keys, values = full_rows(source)
+    coordinates = (values - arrays["mean"]) @ arrays["components"].T
+    stored = FeatureStore.open(tmp_path / "new").snapshot().get(keys)
+    np.testing.assert_array_equal(stored, coordinates.astype(np.float32))
+    np.testing.assert_allclose(arrays["spectrum"], coordinates.var(axis=0), rtol=1e-9)
+    origin = json.loads(header["__metadata__"]["origin"])
+    assert origin["store_id"] == source.info.store_id and origin["num_rows"] == len(keys) and origin["version"] == 3
+    assert origin["extractor"] == source.info.extractor.model_dump() and origin["total_variance"] > 0
 
 
 def test_as_many_components_as_numbers_lose_nothing(source: FeatureStore, tmp_path: Path) -> None:
