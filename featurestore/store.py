@@ -232,9 +232,9 @@ class Reduction(NamedTuple):
         Raises StoreNotFoundError, SpecMismatchError for a store that is not compact, CorruptFileError.
         """
         if address.endswith(ENDING):
-            folder, _, name = address.rpartition("/")
+            folder, slash, name = address.rpartition("/")
             try:
-                return cls(Basis.from_bytes(Storage(folder or ".").read_bytes(name), address), None)
+                return cls(Basis.from_bytes(Storage(folder or slash or ".").read_bytes(name), address), None)
             except FileNotFoundError:
                 raise StoreNotFoundError(f"no basis at {address}") from None
         store = FeatureStore.open(address)

@@ -1,0 +1,80 @@
+"""Runs on a compact store: resumed exactly, scaled by one number in common, refused with another basis."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from featurestore.format.rows import FeatureRows
+from featurestore.store import FeatureStore
+from featurestore.upkeep.remake.reduce import reduce
+from trainer.comm import SoloComm
+from trainer.config.config import load_config
+from trainer.errors import CheckpointError
+from trainer.main import train
+from trainer.runs.folder import find_checkpoint
+
+Places = Any
+DIMS = 6
+
+pytestmark = pytest.mark.long  # it trains whole runs
+
+
+@pytest.fixture(scope="module")
+def reduced(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """Samples, a store, and two of its components in `compact` and `int8`."""
+    places = make_places(tmp_path_factory.mktemp("compact"))
+    for name, dtype in (("compact", "float32"), ("int8", "int8")):
+        reduce(FeatureStore.open(places.folder / "features"), places.folder / name, DIMS, dtype)
+    return places
+
+
+def run(places: Places, name: str, store: str = "compact", **changes: Any) -> Path:
+    small = {"train__epochs": 3, "data__global_batch_size": 16, "train__max_steps": 60}
+    changes = {**small, "model__compute_dtype": "float32", **changes}  # numbers are compared
+    config = load_config(settings=places.settings(run__name=name, data__store=places.folder / store, **changes))
+    train(config, SoloComm())
+    return Path(config.run.dir) / name
+
+
+def dense(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(find_checkpoint(folder) / "dense.safetensors")
+
+
+def scales(folder: Path) -> torch.Tensor:
+    (found,) = [value for name, value in dense(folder).items() if name.endswith("inverse_std_D")]
+    return found
+
+
+def test_resumption_is_exact_and_knows_the_basis(reduced: Places) -> None:
+    whole = run(reduced, "whole")
+    run(reduced, "halves", train__max_steps=30)
+    halves = run(reduced, "halves", run__resume="latest")
+    mine, theirs = dense(halves), dense(whole)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    store = FeatureStore.open(reduced.folder / "features")
+    store.put(FeatureRows.of(["more"], np.ones((1, 16), np.float32)))
+    reduce(store, reduced.folder / "other", DIMS, "float32")
+    with pytest.raises(CheckpointError, match=r"store\.basis is '\w{64}' here, '\w{64}' in the checkpoint"):
+        run(reduced, "halves", "other", run__resume="latest", train__max_steps=90)
+    with pytest.raises(CheckpointError, match=r"store\.dim is 16 here, 6"):
+        run(reduced, "halves", "features", run__resume="latest", train__max_steps=90)
+    with pytest.raises(CheckpointError, match=r"model\.embed_scaling"):
+        run(reduced, "halves", run__resume="latest", train__max_steps=90, model__embed_scaling="each")
+
+
+def test_codes_of_components_are_as_good_and_scaled_alike(reduced: Places) -> None:
+    runs = {name: run(reduced, f"on-{name}", name) for name in ("compact", "int8")}
+    metrics = {name: json.loads((path / "report.json").read_text())["metrics"] for name, path in runs.items()}
+    assert metrics["int8"]["logloss"] == pytest.approx(metrics["compact"]["logloss"], abs=0.01)
+    assert len(set(scales(runs["compact"]).tolist())) == 1 and len(scales(runs["int8"])) == DIMS
+    assert scales(runs["int8"])[0] == pytest.approx(float(scales(runs["compact"])[0]), rel=0.01)
+    each = run(reduced, "each", train__max_steps=1, model__embed_scaling="each")
+    assert len(set(scales(each).tolist())) > 1
+    full = run(reduced, "full", "features", train__max_steps=1)
+    assert len(set(scales(full).tolist())) > 1, "features of all numbers are scaled each by its own"
