@@ -1,17 +1,13 @@
 """Images drawn for the tests, and a Dask cluster inside this process."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from distributed import Client
 from PIL import Image
-
-from pipeline.network import DEFAULT_BACKBONE
-from pipeline.network.backbone import backbone
 
 
 def draw_photo(seed: int, width: int = 300, height: int = 260) -> Image.Image:
@@ -48,14 +44,3 @@ def photos(tmp_path: Path) -> Path:
     for number in range(4):
         (folder / f"{number}.jpg").write_bytes(encode_image(draw_photo(number)))
     return folder
-
-
-@pytest.fixture
-def counted(client: Client) -> Iterator[list[int]]:
-    """Images of each pass through the network of this process, as the network itself sees them."""
-    rows: list[int] = []
-    hook = backbone(DEFAULT_BACKBONE, "random:0", "float32").network.register_forward_hook(
-        lambda network, inputs, output: rows.append(len(output))
-    )
-    yield rows
-    hook.remove()
