@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from scipy import linalg
 from threadpoolctl import threadpool_limits
 
 from featurestore.errors import InvalidRowsError
 from featurestore.format.basis import Basis, BasisOrigin, Float64Array
-from featurestore.format.datafile import URI, matrix_of, text_column
+from featurestore.format.datafile import URI, matrix_of
 from featurestore.snapshot import Snapshot
 from featurestore.storage.threads import Progress
 from featurestore.upkeep.compaction import merged_blocks
@@ -39,6 +40,12 @@ def principal_components(
         raise InvalidRowsError(
             f"dims={dims}: {snapshot.storage.url} has rows of {info.dim} numbers; choose 1 to {info.dim}"
         )
+    num_rows = snapshot.num_rows
+    if dims >= num_rows:
+        raise InvalidRowsError(
+            f"dims={dims}: snapshot {snapshot.version} of {snapshot.storage.url} has {num_rows} rows, which vary in"
+            f" {max(0, num_rows - 1)} directions at most: choose fewer dims, or add rows"
+        )
     shards = sorted(snapshot.manifest.shards)
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
         moments = CoMoments(info.dim, pool)
@@ -46,15 +53,10 @@ def principal_components(
             reader = snapshot.shard_reader(shard)
             for block in merged_blocks(reader):
                 values_ND = snapshot.codec.decode(matrix_of(block, info))
-                _check_finite(values_ND, text_column(block, URI), snapshot.storage.url)
+                _check_finite(values_ND, block, snapshot.storage.url)
                 moments.add(values_ND)
             if progress is not None:
                 progress(number, len(shards))
-        if dims >= moments.count:
-            raise InvalidRowsError(
-                f"dims={dims}: snapshot {snapshot.version} of {snapshot.storage.url} has {moments.count} rows, which"
-                f" vary in {max(0, moments.count - 1)} directions at most: choose fewer dims, or add rows"
-            )
         total_variance = moments.total_variance()
         spectrum_K, components_KD = moments.components(dims)
     rank = int(np.count_nonzero(spectrum_K > info.dim * np.finfo(np.float64).eps * spectrum_K[0]))
@@ -135,10 +137,10 @@ class CoMoments:
         return spectrum_K, components_KD
 
 
-def _check_finite(values_ND: npt.NDArray[np.float32], uris: list[str], url: str) -> None:
+def _check_finite(values_ND: npt.NDArray[np.float32], block: pa.Table, url: str) -> None:
     finite_N = np.isfinite(values_ND).all(axis=1)
     if not finite_N.all():
-        first = uris[int(np.flatnonzero(~finite_N)[0])]
+        first = block[URI][int(np.flatnonzero(~finite_N)[0])]
         raise InvalidRowsError(
             f"{first} in {url} has numbers that are not finite: no store should hold such a row; delete its key, or"
             " extract it again"
