@@ -14,7 +14,7 @@ from urllib.request import urlopen
 
 import psutil
 
-from benchmarks.train.launch import RunFailedError
+from benchmarks.process import RunFailedError
 
 _START_S = 180.0
 _STOP_S = 30.0

@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 import pyarrow.parquet as pq
 
-from benchmarks.train.launch import RunFailedError
+from benchmarks.process import RunFailedError
 from benchmarks.workload import Workload
 
 SETTINGS = ("model.pooling=attentive", "train.epochs=1000", "train.checkpoint_every=null")

@@ -15,8 +15,8 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, TimeElapsedColumn
 
+from benchmarks.process import RunFailedError
 from benchmarks.report import JsonPath, Section, write_sections
-from benchmarks.train.launch import RunFailedError
 from benchmarks.train.sections import FUXICTR, SECTIONS, VARIANTS, Bench, fuxictr_python, measure
 from benchmarks.workload import Knobs, make
 from featurestore.console.commandline import CommandApp, run_app

@@ -2,25 +2,14 @@
 
 import json
 import shutil
-import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from benchmarks.process import run_to_end
 from benchmarks.workload import Workload
-from featurestore.errors import UserError
-
-_POLL_S = 0.25
-
-
-class RunFailedError(UserError):
-    """A process of a variant failed; the text has its last lines."""
 
 
 @dataclass(frozen=True)
@@ -74,56 +63,8 @@ class Launcher:
         if self.ranks > 1 and not self.prefix:
             horovodrun = str(Path(sys.executable).with_name("horovodrun"))
             command = [horovodrun, "-np", str(self.ranks), *command]
-        log = self.scratch / "output.txt"
-        with log.open("wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=self.environment)
-            with _ended(process), _watched(process.pid) as resident:
-                code = process.wait()
-        if code:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            raise RunFailedError(f"{' '.join(command)}\nended with {code}:\n{tail}")
-        return resident
-
-
-@contextmanager
-def _ended(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """The process is gone behind the block, also after Ctrl-C; horovodrun ends its ranks at SIGTERM."""
-    try:
-        yield
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
-
-
-@contextmanager
-def _watched(pid: int) -> Iterator[list[int]]:
-    """Resident bytes of the largest process below `pid`, itself included, four times a second."""
-    sizes: list[int] = []
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(_POLL_S):
-            try:
-                root = psutil.Process(pid)
-                sizes.append(max(_resident(each) for each in (root, *root.children(recursive=True))))
-            except psutil.NoSuchProcess:
-                return
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield sizes
-    finally:
-        ended.set()
-        watcher.join()
-
-
-def _resident(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_info().rss)
-    except psutil.NoSuchProcess:
-        return 0
+        memory = run_to_end(command, self.scratch / "output.txt", self.environment)
+        return [each.largest_resident for each in memory]
 
 
 def _losses(folder: Path) -> list[float]:

@@ -1,0 +1,1 @@
+"""How time, memory and bytes of each stage grow with the data."""
