@@ -23,7 +23,9 @@ HEAVY = ("dask", "distributed", "faiss", "matplotlib", "pandas", "pyarrow", "s3f
 """Libraries that take longest to import; a help needs none of them."""
 WITHOUT_PLACES = {"benchmarks.quality", "benchmarks.tables", "tools/demo"}
 """Commands that read no folder themselves: they draw what they need, or hand their options to other commands."""
-WRITERS = {f"benchmarks.{name}" for name in ("flight", "plan", "resume", "serve", "store", "train", "workload")} | {
+WRITERS = {
+    f"benchmarks.{name}" for name in ("flight", "plan", "resume", "scale", "serve", "store", "train", "workload")
+} | {
     "jobs/import_xdl random",
     "featurestore check-backend",
 }
