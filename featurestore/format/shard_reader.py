@@ -146,13 +146,9 @@ class ShardReader:
         """Read the features of some keys, (U, D) in the storage dtype, and tell which keys are there. Reads whole row
         groups around the rows asked for, and no more."""
         features_UD = np.zeros((len(keys_U), self.info.dim), self.info.storage_dtype)
-        keys_M, index_M = self._live
-        hash_M, hash_U = splitmix64(keys_M), splitmix64(keys_U)
-        place_U = np.searchsorted(hash_M, hash_U)
-        found_U = np.zeros(len(keys_U), np.bool_)
-        inside_U = place_U < len(hash_M)
-        found_U[inside_U] = hash_M[place_U[inside_U]] == hash_U[inside_U]
-        asked_K, row_K = np.flatnonzero(found_U), index_M[place_U[found_U]]
+        row_U = self._rows_of(keys_U)
+        found_U = row_U >= 0
+        asked_K, row_K = np.flatnonzero(found_U), row_U[found_U]
         file_start = 0
         for entry in self.entries:
             here_K = (row_K >= file_start) & (row_K < file_start + entry.rows)
@@ -220,17 +216,37 @@ class ShardReader:
             moments = moments.merged(Moments.of(block.features_KD, self.info.dtype))
         return moments
 
+    def contains(self, keys_U: Int64Array) -> npt.NDArray[np.bool_]:
+        """Tell which keys have a live row, (U,). Reads two small columns."""
+        return self._rows_of(keys_U) >= 0
+
+    def uris(self, keys_U: Int64Array) -> tuple[Int64Array, list[str]]:
+        """Return those of the keys that have a live row, in the order asked, and the uri of each."""
+        row_U = self._rows_of(keys_U)
+        row_K = row_U[row_U >= 0]
+        if not len(row_K):
+            return row_K, []
+        return keys_U[row_U >= 0], text_column(take_rows(self._concatenated([URI]), row_K), URI)
+
     def check_uris(self, keys_N: Int64Array, uris: Sequence[str]) -> None:
         """Raise KeyCollisionError where one of the keys is here under another uri."""
-        keys_M = self.keys()
-        wanted_M = np.isin(keys_M, keys_N)
-        if wanted_M.any():
-            mine = text_column(self.read([URI]).filter(pa.array(wanted_M)), URI)
-            check_collisions(np.concatenate([keys_M[wanted_M], keys_N]), [*mine, *uris])
+        keys_K, mine = self.uris(keys_N)
+        check_collisions(np.concatenate([keys_K, keys_N]), [*mine, *uris])
 
     @property
     def is_plain(self) -> bool:
         return len(self.entries) == 0 or (len(self.entries) == 1 and self.entries[0].num_deleted == 0)
+
+    def _rows_of(self, keys_U: Int64Array) -> Int64Array:
+        """Find the live rows of keys among the rows of all files, (U,); -1 for a key without one."""
+        keys_M, index_M = self._live
+        hash_M, hash_U = splitmix64(keys_M), splitmix64(keys_U)
+        place_U = np.searchsorted(hash_M, hash_U)
+        row_U = np.full(len(keys_U), -1, np.int64)
+        inside_U = np.flatnonzero(place_U < len(hash_M))
+        found_U = inside_U[hash_M[place_U[inside_U]] == hash_U[inside_U]]
+        row_U[found_U] = index_M[place_U[found_U]]
+        return row_U
 
     def _concatenated(self, columns: Sequence[str] | None) -> pa.Table:
         tables = []

@@ -267,10 +267,12 @@ class ChangedImages:
         for entry in added:
             with open_entry(self.newest.storage, self.newest.info, entry) as file:
                 tables.append(file.read([KEY, URI, DELETED, FEATURE]))
-        table = pa.concat_tables(tables)
-        table = take_rows(table, newest_rows(numpy_column(table, KEY)))
-        is_gone_K = numpy_column(table, DELETED)
-        gone, table = numpy_column(table, KEY)[is_gone_K], table.filter(pa.array(~is_gone_K))
+        table, gone = tables[0], _NO_KEYS
+        if len(added) > 1 or added[0].num_deleted:
+            table = pa.concat_tables(tables)
+            table = take_rows(table, newest_rows(numpy_column(table, KEY)))
+            is_gone_K = numpy_column(table, DELETED)
+            gone, table = numpy_column(table, KEY)[is_gone_K], table.filter(pa.array(~is_gone_K))
         keys_K, features_KD = numpy_column(table, KEY), matrix_of(table, self.newest.info)
         return iter([ImageRows(keys_K, text_column(table, URI), features_KD)]), gone
 

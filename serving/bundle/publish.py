@@ -9,11 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from featurestore.errors import CommitConflictError, SnapshotNotFoundError, SpecMismatchError
-from featurestore.format.datafile import KEY, URI, numpy_column, text_column
 from featurestore.format.rows import FeatureRows
 from featurestore.format.shard_reader import ShardReader
 from featurestore.identity import SnapshotId
@@ -143,7 +141,7 @@ class _Delta:
         distance_K = _distances(old_KV, new_KV, SIGNATURE_COLUMNS if self._of.signatures else 0)
         is_far_K = distance_K >= self._eps if self._eps else distance_K > 0
         place_M = np.flatnonzero(~is_known_K | is_far_K)
-        gone = known[~np.isin(known, keys_K)] if gone is None else gone[np.isin(gone, known)]
+        gone = known[~np.isin(known, keys_K)] if gone is None else gone[reader.contains(gone)]
         self._added += int((~is_known_K).sum())
         self._changed += int((is_known_K & is_far_K).sum())
         self._stayed += int((is_known_K & ~is_far_K).sum())
@@ -201,11 +199,8 @@ class _Delta:
     def _uris(self, reader: ShardReader, keys_M: Int64Array, uris: list[str]) -> list[str]:
         """The uris of images, of those that the vectors store knows as they are there: no store takes another one
         under a key, and features that people bring may give a key another."""
-        if not reader.entries:
-            return uris
-        table = reader.read([KEY, URI])
-        table = table.filter(pa.array(np.isin(numpy_column(table, KEY), keys_M)))
-        known = dict(zip(numpy_column(table, KEY).tolist(), text_column(table, URI), strict=True))
+        keys_K, theirs = reader.uris(keys_M)
+        known = dict(zip(keys_K.tolist(), theirs, strict=True))
         return [known.get(key, uri) for key, uri in zip(keys_M.tolist(), uris, strict=True)]
 
 
