@@ -25,7 +25,8 @@ from trainer.comm import SoloComm
 from trainer.runs.saved import open_trained
 from trainer.samples.batch import BatchPosition
 from trainer.samples.columns import decode, rules_of
-from trainer.samples.reader import Piece, assemble
+from trainer.samples.reader import assemble
+from trainer.samples.stream import Piece
 
 pytestmark = pytest.mark.long
 

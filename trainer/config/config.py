@@ -74,7 +74,10 @@ class DataConfig(Section):
     shuffle: bool = True
     """Read every epoch in another order, drawn from train.seed."""
     shuffle_window_groups: Count = 128
-    """Parquet row groups (of 2,048 sample groups) in memory, and mixed, at once; lower it to save memory."""
+    """Row groups of the files (of 2,048 sample groups) that all ranks together mix, and hold; fewer save memory."""
+    shuffle_streams: Count | None = None
+    """Streams of samples that every batch is made of; a rank reads its own ones, so take a multiple of the ranks;
+    null: one for 64 samples of a batch, and no more than shuffle_window_groups."""
     prefetch_batches: Annotated[int, Field(ge=0, le=16)] = 2
     """Batches read ahead by a thread; 0: none."""
     missing: MissingPolicy = "error"

@@ -10,6 +10,7 @@ MOVED = {f"train.{name}": f"optim.{name}" for name in ("lr", "lr_gamma", "lr_eve
 """From the name of a setting in earlier versions to its name now."""
 
 BEFORE: dict[str, dict[str, Any]] = {
+    "data": {"shuffle_streams": 1},
     "model": {
         "multi_hot": "sum",
         "activation": "prelu",

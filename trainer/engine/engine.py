@@ -284,7 +284,7 @@ class Engine:
             vectors[nearest_of(name)] = _nearest(vectors[name], similar, self._device)
         with self.stages.timed("worker forward", prepared.request.kind):
             if self._modules.training:
-                self.model.place.step, self.model.place.first_sample = self.num_steps, batch.first_sample
+                self.model.place.step, self.model.place.place_B = self.num_steps, batch.places
                 vectors = self._id_dropout(vectors, batch, self.num_steps)
             if self.model.new_ads is not None:
                 vectors = self.model.new_ads(vectors)

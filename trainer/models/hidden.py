@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from featurestore.lookup.embedding import PReLU
@@ -27,8 +29,8 @@ class StepPlace:
     comm: Comm = field(default_factory=SoloComm)
     seed: int = 0
     step: int = 0
-    first_sample: int = 0
-    """Place in the global batch of this rank's first sample."""
+    place_B: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """Place of each sample in the global batch."""
 
 
 class HiddenLayers:
@@ -139,7 +141,7 @@ class PlacedDropout(nn.Module):
         place, width = self._place, input_BW.shape[1]
         words = -(-width // 4)  # of 64 bits a sample
         stream = f"{place.seed}/dropout/{self._layer}/{place.step}"
-        drawn = random_words(stream, place.first_sample * words, len(input_BW) * words)
+        drawn = random_words(stream, (place.place_B[:, None] * words + np.arange(words)).ravel())
         kept_BW = torch.from_numpy(drawn.view("<u2").reshape(len(input_BW), -1)[:, :width] >= self._below)
         return input_BW * (kept_BW.to(input_BW) * (1 / (1 - self._below / 65536)))
 

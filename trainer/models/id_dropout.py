@@ -42,7 +42,7 @@ class IdDropout:
         rate: float | NDArray[np.float64] = self.rate
         if self._held_out:
             rate = np.where(_all_held_out(batch, self._held_out), max(self.rate, HELD_OUT_RATE), self.rate)
-        dropped_B = torch.from_numpy(dropped(self._seed, step, batch.first_sample, batch.num_samples, rate))
+        dropped_B = torch.from_numpy(dropped(self._seed, step, batch.places, rate))
         return {name: _zeroed(field, dropped_B) if name in self.fields else field for name, field in vectors.items()}
 
 
@@ -74,23 +74,20 @@ def own_ids_of_ads(schema: Schema) -> tuple[str, ...]:
     )
 
 
-def dropped(
-    seed: int, step: int, first_sample: int, num_samples: int, rate: float | NDArray[np.float64]
-) -> NDArray[np.bool_]:
-    """Return whether each sample from `first_sample` of the global batch on is dropped, (B,). `rate`: one, or each's.
+def dropped(seed: int, step: int, place_B: NDArray[np.int64], rate: float | NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return whether the samples at these places of the global batch are dropped, (B,). `rate`: one, or each's.
 
     Counter based: the number at the sample's place in the global batch, of a stream for (seed, step). So it depends
     neither on the number of ranks nor on what was drawn before.
     """
-    drawn_B = random_words(f"{seed}/id_dropout/{step}", first_sample, num_samples)
-    is_dropped_B: NDArray[np.bool_] = unit_interval(drawn_B) < rate
+    is_dropped_B: NDArray[np.bool_] = unit_interval(random_words(f"{seed}/id_dropout/{step}", place_B)) < rate
     return is_dropped_B
 
 
-def random_words(stream: str, first: int, count: int) -> NDArray[np.uint64]:
-    """Return random 64 bits number `first` and the next of a stream, (count,), whatever was drawn before: splitmix64 of
-    the stream's start plus the number."""
-    counter_N = np.arange(first, first + count, dtype=np.uint64) + stream_start(stream)
+def random_words(stream: str, number_N: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return the random 64 bits of these numbers in a stream, (N,), whatever was drawn before: splitmix64 of the
+    stream's start plus the number."""
+    counter_N = number_N.astype(np.uint64) + stream_start(stream)
     return splitmix64(counter_N.view(np.int64))
 
 

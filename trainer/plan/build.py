@@ -7,6 +7,7 @@ from trainer.plan.cost import DESIGNS, BatchCounts, Design, KeyCounts, Machine, 
 
 FEATURE_ITEM_BYTES = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 _SKEW_WORTH_A_WORD = 1.05
+_DECODED_WORTH_A_WORD = 1.31
 _MOST_OF_MEMORY = 0.8
 _TIE = 1.2  # times are right within a fifth (docs/PLAN.md)
 
@@ -136,6 +137,11 @@ def advise(row: RankPlan, stored: StoredBytes, local_ranks: int = 1) -> list[str
     if row.best == "store in worker":
         lines.append(f"{who}: the samples of a day with their features are {row.sample_day_bytes / 1e12:.3g} TB.")
         return lines
+    if (decoded := row.counts.decoded * row.ranks / row.counts.samples) > _DECODED_WORTH_A_WORD:
+        lines.append(
+            f"{who}: a rank decodes {decoded:.2g} times its own samples, as ranks share streams of them. Set "
+            f"data.shuffle_streams to a multiple of {row.ranks}, and write ten row groups or more for each rank."
+        )
     images, ids = (_uneven(keys, row.ranks) for keys in (row.counts.images, row.counts.ids))
     lines += _of_shards(who, row.ranks, images, stored.shards, "images", "make the store with --num-shards")
     lines += _of_shards(who, row.ranks, ids, stored.table_shards, "ids", "set model.table_shards to")

@@ -175,14 +175,6 @@ def ring_bytes(ranks: int, size_bytes: float) -> float:
     return 2 * size_bytes * (ranks - 1) / ranks
 
 
-def decoded_samples(global_samples: float, ranks: int, window_samples: float) -> float:
-    """Count what a rank decodes in a step: its slice and, on average, one window of the shuffle at the slice's edges.
-
-    Never more than the global batch: a window is decoded once, and serves all the steps that it spans.
-    """
-    return min(global_samples, global_samples / ranks + window_samples)
-
-
 def bytes_by_part(design: Design, counts: BatchCounts, widths: Widths) -> dict[str, float]:
     """Return the bytes that leave a rank in a step, mean over ranks: of its keys, (P - 1) / P belong to others."""
     away = (counts.ranks - 1) / counts.ranks

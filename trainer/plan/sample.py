@@ -1,6 +1,5 @@
 """The question to a plan, and what the samples and the store of a configuration say to it."""
 
-import math
 import time
 from dataclasses import dataclass
 
@@ -14,9 +13,10 @@ from trainer.engine.wiring import model_name, table_shapes
 from trainer.errors import ConfigError
 from trainer.exchange.routing import Int64
 from trainer.models.fields import used_fields
-from trainer.plan.cost import BatchCounts, StageRate, decoded_samples
+from trainer.plan.cost import BatchCounts, StageRate
 from trainer.plan.draws import DrawnSamples, KeyPopulation, population
 from trainer.runs.known_statistics import with_rough_statistics
+from trainer.runs.open import train_reader
 from trainer.runs.stores import store_places
 from trainer.samples.reader import SampleIndex, SampleReader, open_index
 from trainer.schema import Schema, load_schema
@@ -80,12 +80,12 @@ class SampledKeys:
     """Keys of the first batches, for a store in the place of one too large."""
     read: StageRate
     """Per sample decoded, from Parquet to a batch."""
-    window_samples: float
-    """Of one window of the shuffle."""
+    config: Config
 
     def counts(self, size: int, ranks: int) -> BatchCounts:
-        """Count the keys of a global batch of `size` samples on `ranks`, and the samples that each of them decodes."""
-        decoded = decoded_samples(size, ranks, self.window_samples)
+        """Count the keys of a global batch of `size` samples on `ranks`, and what the rank decodes that has most to."""
+        reader = train_reader(self.config.changed(data={"global_batch_size": size}), self.index, self.schema)
+        decoded = size / ranks * max(reader.decode_shares(ranks))
         return BatchCounts(size, ranks, decoded, self.images.keys(size, ranks), self.ids.keys(size, ranks))
 
 
@@ -108,12 +108,10 @@ def sample(config: Config, question: PlanQuestion) -> SampledKeys:
     sizes = sorted({size for count in (1, *question.ranks) for size in question.sizes(count)})
     total = min(index.num_samples, max(_LEAST_DRAWN, min(_MOST_DRAWN, _DRAWN_BATCHES * sizes[-1]), sizes[-1]))
     seed, window = (config.train.seed, data.shuffle_window_groups) if data.shuffle else (None, 1)
-    window_samples = index.num_samples / len(index.row_groups) * window
     reader = SampleReader(index, schema, batch_size=total, seed=seed, window_groups=window)
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
     batch = next(reader.batches())
     read_s, read_cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
-    decoded = min(index.num_samples, math.ceil(total / window_samples) * window_samples)
     of_user = frozenset(field.name for field in schema.fields if field.side == "user")
 
     def drawn(source_of: dict[str, str], shards: int) -> DrawnSamples:
@@ -136,6 +134,6 @@ def sample(config: Config, question: PlanQuestion) -> SampledKeys:
         ids=population(ids, sizes, float("inf")),
         id_vector_floats=float(np.average(widths_T, weights=unique_T)) if sum(unique_T) else 0.0,
         image_keys_U=np.unique(np.concatenate(first)),
-        read=StageRate(0.0, read_s / decoded, read_cpu_s / read_s),
-        window_samples=window_samples,
+        read=StageRate(0.0, read_s / reader.num_decoded, read_cpu_s / read_s),
+        config=config,
     )

@@ -75,10 +75,10 @@ class Origin(Section):
     def check_same(self, recorded: "Origin", path: Path) -> None:
         """Raise CheckpointError naming every value that `recorded`, of the checkpoint at `path`, has otherwise.
 
-        A setting of the model that the checkpoint does not know yet was at its default, or as `legacy.BEFORE` says.
+        A setting that the checkpoint does not know yet was as `legacy.BEFORE` says, or at its default.
         """
         self.check_store(recorded, path)
-        unknown = {"model": legacy.model_before(), "optim": legacy.BEFORE["optim"]}
+        unknown = {"data": legacy.BEFORE["data"], "model": legacy.model_before(), "optim": legacy.BEFORE["optim"]}
         theirs = {**recorded.model_dump(), "model": legacy.with_tables_up_to_date(recorded.model)}
         lines = _differing(self.model_dump(), theirs, unknown)
         if lines:

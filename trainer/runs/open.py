@@ -45,6 +45,7 @@ from trainer.samples import dictionary
 from trainer.samples.batch import BatchPosition
 from trainer.samples.columns import Index, rules_of
 from trainer.samples.days import newest_day, sample_files
+from trainer.samples.order import streams_of
 from trainer.samples.reader import SampleIndex, SampleReader, known_ads, open_index
 from trainer.samples.statistics import fill_in
 from trainer.schema import Schema, load_schema
@@ -126,7 +127,7 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
     )
     digest = samples_digest(comm, train, config.data.cache_dir)
     schema = _with_statistics(config, comm, schema, train, digest.content, recorded, warm)
-    origin = _origin(config, schema, digest.content, partitions)
+    origin = _origin(config, schema, digest.content, streams_of(config.data, len(train.row_groups)), partitions)
     if resumed:
         _check_origin(origin, digest, *resumed, reading=reading)
     engine = engine_of(config, comm, schema, partitions, device, statistics, reading=reading)
@@ -145,7 +146,7 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
         device=device,
         partitions=partitions,
         stores=records(places, partitions),
-        train_reader=_train_reader(config, comm, train, schema),
+        train_reader=train_reader(config, train, schema, comm.rank, comm.size),
         test_reader=test_reader(config, comm, test, schema),
         known_ads=known_ads(comm, train, schema),
         origin=origin,
@@ -325,7 +326,9 @@ def _warm_start(config: Config) -> WarmStart | None:
     return warmstart.find(config.run.warm_start, config.run.warm_parts) if config.run.warm_start else None
 
 
-def _origin(config: Config, schema: Schema, samples: str, partitions: Mapping[str, FeaturePartition]) -> Origin:
+def _origin(
+    config: Config, schema: Schema, samples: str, streams: int, partitions: Mapping[str, FeaturePartition]
+) -> Origin:
     store, stores = kinds_by_store(partitions)
     return Origin(
         data={
@@ -333,6 +336,7 @@ def _origin(config: Config, schema: Schema, samples: str, partitions: Mapping[st
             "global_batch_size": config.data.global_batch_size,
             "shuffle": config.data.shuffle,
             "shuffle_window_groups": config.data.shuffle_window_groups,
+            "shuffle_streams": streams,
         },
         train={"seed": config.train.seed},
         optim=_optim_of(config.optim),
@@ -354,17 +358,19 @@ def model_of(config: Config, schema: Schema) -> dict[str, Any]:
     return {**config.model.model_dump(), "fields": fields, "label": schema.label}
 
 
-def _train_reader(config: Config, comm: Comm, index: SampleIndex, schema: Schema) -> SampleReader:
+def train_reader(config: Config, index: SampleIndex, schema: Schema, rank: int = 0, num_ranks: int = 1) -> SampleReader:
+    """Make the reader of samples to train on, of one of so many ranks."""
     data = config.data
     seed, window_groups = (config.train.seed, data.shuffle_window_groups) if data.shuffle else (None, 1)
     return SampleReader(
         index,
         schema,
-        rank=comm.rank,
-        num_ranks=comm.size,
+        rank=rank,
+        num_ranks=num_ranks,
         batch_size=data.global_batch_size,
         seed=seed,
         window_groups=window_groups,
+        streams=streams_of(data, len(index.row_groups)),
     )
 
 

@@ -49,10 +49,15 @@ class Batch:
     """Of content fields with galleries: `values_N` are the numbers of images of each ad or behaviour (in `fields` their
     keys stand one after the other), `lengths_M` the ads (1) or behaviours of a row."""
     position: BatchPosition = field(default=BatchPosition(0, 0))
-    first_sample: int = 0
-    """Place in the global batch of this rank's first sample; the others follow it."""
+    place_B: NDArray[np.int64] | None = None
+    """Place of each sample in the global batch; None: in this order, from 0 on."""
 
     @property
     def num_samples(self) -> int:
         """B."""
         return len(self.label_B)
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """Place of each sample in the global batch."""
+        return np.arange(self.num_samples) if self.place_B is None else self.place_B

@@ -1,15 +1,16 @@
 """Sample groups from Parquet as global batches, the same for any number of ranks.
 
-The order of an epoch depends on the seed alone: the row groups of all files are shuffled, windows of `window_groups`
-of them are formed, and inside each window the sample groups are shuffled. Global batch t is samples [t N, (t + 1) N)
-of that order (the last one is smaller; nothing is dropped), and a rank takes an even, contiguous slice of it. A group
-that is cut appears on both sides, with its user fields repeated.
+The order of an epoch depends on the seed alone: the row groups of all files are shuffled and dealt out to streams (see
+trainer.samples.order), and inside each window of a stream the sample groups are shuffled. A global batch has its part
+of each stream, one after the other; nothing is dropped, and the last batch is smaller. A group that is cut, between two
+batches or two ranks, appears on both sides, with its user fields repeated.
 
-Cost: a rank holds the one or two windows that its slice is in, so memory is bounded by the window; and it decodes every
-window that one of its slices meets, so for batches smaller than a window, each rank decodes all of them. Evaluation
-needs no order: there each rank has one contiguous part of the files and decodes that alone.
+Cost: a rank decodes the streams that it has a share of, and holds one or two windows of each. So with as many streams
+as ranks, or more, it decodes little else than its own samples; with one stream, all of them. Evaluation needs no order:
+there each rank has one contiguous part of the files and decodes that alone.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -28,7 +29,6 @@ from trainer.samples.columns import (
     Index,
     Rule,
     check_types,
-    concatenate,
     decode,
     ranges,
     rules_of,
@@ -38,6 +38,8 @@ from trainer.samples.columns import (
     values_of,
 )
 from trainer.samples.days import files_of, name_of, sample_files
+from trainer.samples.order import batch_parts, deal, decode_shares, shares_by_rank, windows_of
+from trainer.samples.stream import Piece, Stream
 from trainer.samples.transform import bucket_ids, dense_values
 from trainer.schema import Field, Schema
 
@@ -103,9 +105,17 @@ def open_index(comm: Comm, samples: str, split: str, schema: Schema, days: Seque
     return index
 
 
+class Span(NamedTuple):
+    """Samples of a stream, by their positions in it, and the place in the global batch of the first of them."""
+
+    stream: int
+    positions: range
+    place: int
+
+
 class SampleReader:
-    """Batches of one split for one rank. `seed` None: in the files' order. `by_part`: each rank has one contiguous part
-    of the split, cut into equally many batches; else a slice of each global batch."""
+    """Batches of one split for one rank. `seed` None: in the files' order, for which `streams` has to be 1. `by_part`:
+    each rank has one contiguous part of the split, cut into equally many batches; else a part of each global batch."""
 
     def __init__(
         self,
@@ -117,12 +127,16 @@ class SampleReader:
         batch_size: int,
         seed: int | None = None,
         window_groups: int = 1,
+        streams: int = 1,
         by_part: bool = False,
     ) -> None:
         self._index, self._schema, self._rules = index, schema, rules_of(schema)
         self._rank, self._num_ranks, self._batch_size = rank, num_ranks, batch_size
         self._seed, self._window_groups, self._by_part = seed, window_groups, by_part
+        self.num_streams = max(1, min(streams, len(index.row_groups)))
         self.num_samples = index.num_samples
+        self.num_decoded = 0
+        """Samples decoded so far."""
 
     @property
     def index(self) -> SampleIndex:
@@ -136,18 +150,56 @@ class SampleReader:
             return -(-self.num_samples // self._batch_size)
         return -(-max(len(self._part(rank)) for rank in range(self._num_ranks)) // self._part_size)
 
+    def decode_shares(self, num_ranks: int) -> list[float]:
+        """Compute for each of so many ranks the samples of an epoch that it decodes over those that it has."""
+        return decode_shares([stream.num_samples for stream in self._streams(epoch=0)], num_ranks)
+
     def batches(self, epoch: int = 0, first_step: int = 0) -> Iterator[Batch]:
         """Read this rank's batches from `first_step` of the epoch on; a batch may be without samples.
 
         Raises DataError.
         """
-        windows = _Windows(self._index, self._rules, self._schema.label, self._seed, epoch, self._window_groups)
-        for step in range(first_step, self.steps_per_epoch):
-            span, global_samples = self._span(step)
-            pieces = list(windows.cut(span)) or [windows.nothing()]
-            batch = assemble(self._schema, pieces, global_samples, BatchPosition(epoch, step))
-            # Parts of an evaluation are no slices of one global batch, and need no places in it.
-            yield batch if self._by_part else replace(batch, first_sample=span.start - step * self._batch_size)
+        streams = self._streams(epoch)
+        steps = self._own_parts() if self._by_part else self._slices([stream.num_samples for stream in streams])
+        for step, (spans, global_samples) in enumerate(itertools.islice(steps, first_step, None), first_step):
+            pieces = [piece for span in spans for piece in streams[span.stream].cut(span.positions)]
+            batch = assemble(self._schema, pieces or [self._nothing()], global_samples, BatchPosition(epoch, step))
+            # Parts of an evaluation are no parts of one global batch, and need no places in it.
+            yield batch if self._by_part else replace(batch, place_B=_places(spans))
+
+    def _streams(self, epoch: int) -> list[Stream]:
+        """Deal out the row groups of an epoch."""
+        sizes_R = [each.num_samples for each in self._index.row_groups]
+        order_R = np.arange(len(sizes_R))
+        if self._seed is not None:
+            order_R = np.random.default_rng([self._seed, epoch]).permutation(order_R)
+        streams, first = [], 1
+        for number, members in enumerate(deal(sizes_R, order_R.tolist(), self.num_streams)):
+            windows = windows_of(members, number, self.num_streams, self._window_groups)
+            counts_W = [sum(sizes_R[each] for each in window) for window in windows]
+            seed = None if self._seed is None else (self._seed, epoch, first)
+            streams.append(Stream(windows, counts_W, seed, self._decode))
+            first += len(windows)
+        return streams
+
+    def _slices(self, lengths_S: Sequence[int]) -> Iterator[tuple[list[Span], int]]:
+        """Yield this rank's part of each batch, and the batch's samples."""
+        own = shares_by_rank(lengths_S, self._num_ranks)[self._rank]
+        for begin_S, count_S in batch_parts(lengths_S, self._batch_size):
+            place_S = np.cumsum(count_S) - count_S
+            spans = []
+            for share in own:
+                begin, part = int(begin_S[share.stream]), share.of(int(count_S[share.stream]))
+                positions = range(begin + part.start, begin + part.stop)
+                spans.append(Span(share.stream, positions, int(place_S[share.stream]) + part.start))
+            yield spans, int(count_S.sum())
+
+    def _own_parts(self) -> Iterator[tuple[list[Span], int]]:
+        """Yield this rank's part of each step of an evaluation, and the samples of all ranks' parts."""
+        for step in range(self.steps_per_epoch):
+            here = slice(step * self._part_size, (step + 1) * self._part_size)
+            together = sum(len(self._part(rank)[here]) for rank in range(self._num_ranks))
+            yield [Span(0, self._part(self._rank)[here], 0)], together
 
     @property
     def _part_size(self) -> int:
@@ -156,24 +208,22 @@ class SampleReader:
     def _part(self, rank: int) -> range:
         return range(self.num_samples * rank // self._num_ranks, self.num_samples * (rank + 1) // self._num_ranks)
 
-    def _span(self, step: int) -> tuple[range, int]:
-        """Positions of this rank's samples of a step in the epoch's order, and the samples of all ranks."""
-        if self._by_part:
-            here = slice(step * self._part_size, (step + 1) * self._part_size)
-            return self._part(self._rank)[here], sum(len(self._part(rank)[here]) for rank in range(self._num_ranks))
-        start = step * self._batch_size
-        count = min(self._batch_size, self.num_samples - start)
-        first, last = count * self._rank // self._num_ranks, count * (self._rank + 1) // self._num_ranks
-        return range(start + first, start + last), count
+    def _decode(self, number: int) -> DecodedGroups:
+        row_group = self._index.row_groups[number]
+        table = read_row_group(self._index.storage, row_group, list(source_columns(self._rules)))
+        full = self._index.storage.full(row_group.file)
+        groups = decode(table, self._rules, self._schema.label, full, row_group.first_row)
+        if groups.num_samples != row_group.num_samples:
+            raise DataError(f"{full} has changed since the run began; start the run again")
+        self.num_decoded += groups.num_samples
+        return groups
 
-
-class Piece(NamedTuple):
-    """Part of a batch: of the groups in memory the rows `group_G`, of each its samples `begin_G` to before `end_G`."""
-
-    groups: DecodedGroups
-    group_G: Index
-    begin_G: Index
-    end_G: Index
+    def _nothing(self) -> Piece:
+        """Make a piece without groups, for a rank without data."""
+        columns = source_columns(self._rules)
+        nothing = pa.table({column: pa.array([], _arrow_type(rule)) for column, rule in columns.items()})
+        none_G = np.empty(0, np.int64)
+        return Piece(decode(nothing, self._rules, self._schema.label, "", 0), none_G, none_G, none_G)
 
 
 def assemble(schema: Schema, pieces: Sequence[Piece], global_samples: int, position: BatchPosition) -> Batch:
@@ -251,73 +301,6 @@ def known_ads(comm: Comm, index: SampleIndex, schema: Schema) -> Index:
     return np.unique(comm.allgather(torch.from_numpy(own), name="known_ads").numpy())
 
 
-class _Windows:
-    """The epoch's order, and the windows of it that are in memory."""
-
-    def __init__(
-        self,
-        index: SampleIndex,
-        rules: Mapping[str, Rule],
-        label: str,
-        seed: int | None,
-        epoch: int,
-        window_groups: int,
-    ) -> None:
-        self._index, self._rules, self._label, self._seed, self._epoch = index, rules, label, seed, epoch
-        row_groups = np.arange(len(index.row_groups))
-        if seed is not None:
-            row_groups = np.random.default_rng([seed, epoch]).permutation(row_groups)
-        self._members = [row_groups[at : at + window_groups] for at in range(0, len(row_groups), window_groups)]
-        counts_W = [sum(index.row_groups[each].num_samples for each in window) for window in self._members]
-        self._starts = np.concatenate([[0], np.cumsum(counts_W)]).astype(np.int64)
-        self._held: dict[int, tuple[DecodedGroups, Index, Index]] = {}
-
-    def cut(self, span: range) -> Iterator[Piece]:
-        """The samples at these positions of the epoch's order: one piece for each window that they are in."""
-        if not span:
-            return
-        first = int(np.searchsorted(self._starts, span.start, side="right")) - 1
-        last = int(np.searchsorted(self._starts, span.stop, side="left"))
-        self._held = {window: held for window, held in self._held.items() if window >= first}
-        for window in range(first, last):
-            groups, order_G, ends_G = self._hold(window)
-            low = max(span.start - int(self._starts[window]), 0)
-            high = min(span.stop - int(self._starts[window]), groups.num_samples)
-            chosen = slice(int(np.searchsorted(ends_G, low, side="right")), int(np.searchsorted(ends_G, high)) + 1)
-            group_G = order_G[chosen]
-            begin_G, end_G = groups.sample_offsets[group_G], groups.sample_offsets[group_G + 1]
-            cut_before_G = np.maximum(low - (ends_G[chosen] - (end_G - begin_G)), 0)
-            cut_after_G = np.maximum(ends_G[chosen] - high, 0)
-            yield Piece(groups, group_G, begin_G + cut_before_G, end_G - cut_after_G)
-
-    def nothing(self) -> Piece:
-        """A piece without groups, for a rank without data."""
-        columns = source_columns(self._rules)
-        nothing = pa.table({column: pa.array([], _arrow_type(rule)) for column, rule in columns.items()})
-        groups = decode(nothing, self._rules, self._label, "", 0)
-        none_G = np.empty(0, np.int64)
-        return Piece(groups, none_G, none_G, none_G)
-
-    def _hold(self, window: int) -> tuple[DecodedGroups, Index, Index]:
-        """The window's groups, its order, and where each group of that order ends in the window's samples."""
-        if window not in self._held:
-            parts = [self._decode(self._index.row_groups[each]) for each in self._members[window]]
-            groups = concatenate(parts)
-            order_G = np.arange(len(groups.sample_offsets) - 1)
-            if self._seed is not None:
-                order_G = np.random.default_rng([self._seed, self._epoch, 1 + window]).permutation(order_G)
-            self._held[window] = groups, order_G, np.cumsum(np.diff(groups.sample_offsets)[order_G])
-        return self._held[window]
-
-    def _decode(self, row_group: RowGroup) -> DecodedGroups:
-        table = read_row_group(self._index.storage, row_group, list(source_columns(self._rules)))
-        full = self._index.storage.full(row_group.file)
-        groups = decode(table, self._rules, self._label, full, row_group.first_row)
-        if groups.num_samples != row_group.num_samples:
-            raise DataError(f"{full} has changed since the run began; start the run again")
-        return groups
-
-
 def _read_footer(storage: Storage, file: str, rules: Mapping[str, Rule], label: str) -> tuple[list[RowGroup], set[str]]:
     """The file's row groups, and its columns of texts.
 
@@ -333,6 +316,12 @@ def _read_footer(storage: Storage, file: str, rules: Mapping[str, Rule], label: 
                 found.append(RowGroup(file, number, first_row, rows.num_rows, rows.column(leaf).num_values))
             first_row += rows.num_rows
         return found, text_columns(parquet.schema_arrow, rules)
+
+
+def _places(spans: Sequence[Span]) -> Index:
+    """Return the place of each sample in the global batch."""
+    places = [np.arange(span.place, span.place + len(span.positions)) for span in spans]
+    return np.concatenate([np.empty(0, np.int64), *places])
 
 
 def _opened(storage: Storage, file: str) -> pq.ParquetFile:

@@ -14,7 +14,8 @@ from serving.scoring.decode import decode_requests
 from tests.serving.scoring.wide import SCHEMA, groups, request_of, table_of
 from trainer.samples.batch import Batch, BatchPosition
 from trainer.samples.columns import decode, rules_of
-from trainer.samples.reader import Piece, assemble
+from trainer.samples.reader import assemble
+from trainer.samples.stream import Piece
 
 COLUMNS = RequestColumns(SCHEMA, SCHEMA.fields)
 TEXTUAL = [name for name, rule in COLUMNS.sources.items() if rule.text]

@@ -193,7 +193,7 @@ class Reference:
         rate, words = self.config.dropout, -(-len(x) // 4)
         if rate == 0:
             return x
-        drawn = random_words(f"{SEED}/dropout/{layer}/{self.number}", self.place * words, words)
+        drawn = random_words(f"{SEED}/dropout/{layer}/{self.number}", self.place * words + np.arange(words))
         units = [int(drawn[unit // 4]) >> 16 * (unit % 4) & 0xFFFF for unit in range(len(x))]
         below = round(rate * 65536)
         return x * torch.tensor([1 / (1 - below / 65536) if u >= below else 0.0 for u in units], dtype=x.dtype)
@@ -259,7 +259,7 @@ class Reference:
                 max(rate, HELD_OUT_RATE) if self.is_held_out(s.ad_image) else rate
                 for rate, s in zip(rates, samples, strict=True)
             ]
-        return dropped(SEED, number, 0, len(samples), np.array(rates))
+        return dropped(SEED, number, np.arange(len(samples)), np.array(rates))
 
     def trained(self) -> dict[str, Tensor]:
         """Everything that the steps moved, by the engine's names."""

@@ -57,7 +57,8 @@ SCHEMA_OF_FILES = Schema(
 
 @dataclass(frozen=True)
 class Scenario:
-    """`deal`: how samples are dealt to ranks: "even" slices, or in turn all to the last or to the first rank.
+    """`deal`: how samples are dealt to ranks: "even" slices, in "streams" that lie scattered over the batch, or, to
+    "starve" the others, in turn all to the last or to the first rank.
     `words`: batches are read from files of `SCHEMA_OF_FILES`; `gallery`: there each image is several. `restart_at`: the
     step before which all ID rows begin anew. `most_ranks`: it is not run on more, to save time."""
 
@@ -251,6 +252,7 @@ SCENARIOS = {
     "dice": Scenario({"base": "din", "images": "both", "activation": "dice"}),
     "dice_rank_without_data": Scenario({"base": "din", "images": "none", "activation": "dice"}, deal="starve"),
     "dropout": Scenario({"images": "none", "dropout": 0.5}, deal="starve"),
+    "dropout_streams": Scenario({"images": "behavior", "dropout": 0.5, "id_dropout": 0.4}, deal="streams"),
     "paper": Scenario(
         {"images": "both", "activation": "prelu", "multi_hot": "sum", "init": "torch"}, dtypes=("float64", "float32")
     ),

@@ -16,7 +16,8 @@ from featurestore.upkeep.remake.recode import recode
 from featurestore.upkeep.remake.reduce import reduce
 from trainer.samples.batch import Batch, BatchPosition, Jagged
 from trainer.samples.columns import decode, rules_of
-from trainer.samples.reader import Piece, assemble
+from trainer.samples.reader import assemble
+from trainer.samples.stream import Piece
 from trainer.samples.transform import bucket_ids, dense_values
 from trainer.schema import Schema
 
@@ -156,6 +157,8 @@ def slice_of_rank(samples: list[Sample], deal: str, step: int, rank: int, num_ra
     if deal == "starve":
         chosen = (num_ranks - 1, 0)[step % 2]
         return samples if rank == chosen else []
+    if deal == "streams":
+        return samples[rank::num_ranks]
     return samples[rank * len(samples) // num_ranks : (rank + 1) * len(samples) // num_ranks]
 
 
@@ -203,7 +206,7 @@ def batch_of(samples: list[Sample], global_batch: list[Sample], scenario: Scenar
         }
         if scenario is not None and scenario.weighted
         else {},
-        first_sample=global_batch.index(samples[0]) if samples else 0,
+        place_B=np.array([global_batch.index(sample) for sample in samples], np.int64),
     )
 
 
@@ -227,7 +230,7 @@ def batch_of_file(samples: list[Sample], global_batch: list[Sample], schema: Sch
     read = decode(pa.table(columns), rules_of(schema), schema.label, "words.parquet", 0)
     piece = Piece(read, np.arange(len(groups)), read.sample_offsets[:-1], read.sample_offsets[1:])
     batch = assemble(schema, [piece], len(global_batch), BatchPosition(0, 0))
-    return replace(batch, first_sample=global_batch.index(samples[0]) if samples else 0)
+    return replace(batch, place_B=np.array([global_batch.index(sample) for sample in samples], np.int64))
 
 
 def _jagged(rows: list) -> Jagged:

@@ -1,5 +1,8 @@
 """Hidden layers of the networks: batch norm and Dice against torch's, dropout by a sample's place, starts."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -66,29 +69,30 @@ class TestDropout:
     def test_depends_on_the_place_of_a_sample_and_not_on_the_rank(self) -> None:
         place = StepPlace(seed=3, step=5)
         dropout = PlacedDropout(0.3, place, layer=1)
+        place.place_B = np.arange(10)
         whole = dropout(torch.ones(10, 7))
-        parts = []
-        for place.first_sample, count in ((0, 4), (4, 0), (4, 6)):
-            parts.append(dropout(torch.ones(count, 7)))
-        assert torch.equal(torch.cat(parts), whole)
+        for place.place_B in (np.arange(4), np.arange(0), np.array([9, 2, 3])):
+            assert torch.equal(dropout(torch.ones(len(place.place_B), 7)), whole[place.place_B])
 
     def test_share_and_scale(self) -> None:
-        dropped = PlacedDropout(0.3, StepPlace(), layer=1)(torch.ones(1000, 50))
+        dropped = PlacedDropout(0.3, StepPlace(place_B=np.arange(1000)), layer=1)(torch.ones(1000, 50))
         assert float((dropped == 0).double().mean()) == pytest.approx(0.3, abs=0.01)
         assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7], abs=1e-4)
 
     @pytest.mark.parametrize("other", [{"seed": 1}, {"step": 1}])
     def test_every_step_layer_and_seed_drops_others(self, other: dict[str, int]) -> None:
-        ones, usual = torch.ones(20, 20), PlacedDropout(0.5, StepPlace(), layer=1)
-        assert not torch.equal(usual(ones), PlacedDropout(0.5, StepPlace(**other), layer=1)(ones))
-        assert not torch.equal(usual(ones), PlacedDropout(0.5, StepPlace(), layer=2)(ones))
-        assert torch.equal(usual(ones), PlacedDropout(0.5, StepPlace(), layer=1)(ones))
+        ones, place = torch.ones(20, 20), StepPlace(place_B=np.arange(20))
+        usual = PlacedDropout(0.5, place, layer=1)
+        assert not torch.equal(usual(ones), PlacedDropout(0.5, replace(place, **other), layer=1)(ones))
+        assert not torch.equal(usual(ones), PlacedDropout(0.5, place, layer=2)(ones))
+        assert torch.equal(usual(ones), PlacedDropout(0.5, replace(place), layer=1)(ones))
 
     def test_the_largest_share_leaves_some(self) -> None:
         """Shares are rounded, and what is left grows by 1 / (1 - share)."""
         with pytest.raises(ValidationError, match=r"less than or equal to 0\.95"):
             ModelConfig(dropout=0.999999)
-        dropped = PlacedDropout(ModelConfig(dropout=0.95).dropout, StepPlace(), layer=1)(torch.ones(1000, 50))
+        place = StepPlace(place_B=np.arange(1000))
+        dropped = PlacedDropout(ModelConfig(dropout=0.95).dropout, place, layer=1)(torch.ones(1000, 50))
         assert dropped.unique().tolist() == pytest.approx([0, 20], abs=0.01)
 
     def test_evaluation_drops_nothing(self) -> None:

@@ -19,9 +19,10 @@ SCHEMA = Schema(
 )
 
 
-def _batch(samples: int, first_sample: int = 0) -> Batch:
+def _batch(samples: int, first_place: int = 0) -> Batch:
     none = np.zeros(0)
-    return Batch({}, {}, none, np.zeros(samples, np.float32), none, 100, first_sample=first_sample)
+    places_B = np.arange(first_place, first_place + samples)
+    return Batch({}, {}, none, np.zeros(samples, np.float32), none, 100, place_B=places_B)
 
 
 def _field(values: list[list[int]], rows: int = 5) -> FieldVectors:
@@ -41,17 +42,17 @@ def test_own_ids_are_those_that_are_new_with_a_new_ad() -> None:
 
 
 def test_share_of_samples() -> None:
-    drawn = np.stack([dropped(3, step, 0, 1000, 0.3) for step in range(50)])
+    drawn = np.stack([dropped(3, step, np.arange(1000), 0.3) for step in range(50)])
     assert abs(drawn.mean() - 0.3) < 0.01
     assert abs(np.corrcoef(drawn[0], drawn[1])[0, 1]) < 0.1
-    assert (drawn[0] != dropped(4, 0, 0, 1000, 0.3)).any()
-    assert dropped(3, 0, 0, 0, 0.3).shape == (0,)
+    assert (drawn[0] != dropped(4, 0, np.arange(1000), 0.3)).any()
+    assert dropped(3, 0, np.arange(0), 0.3).shape == (0,)
 
 
 def test_ranks_drop_what_one_rank_drops() -> None:
-    whole = dropped(3, 7, 0, 100, 0.5)
-    parts = [dropped(3, 7, first, last - first, 0.5) for first, last in ((0, 33), (33, 33), (33, 100))]
-    assert np.concatenate(parts).tolist() == whole.tolist()
+    whole = dropped(3, 7, np.arange(100), 0.5)
+    for places_B in (np.arange(33), np.arange(0), np.r_[40:60, 90:100, 3]):
+        assert dropped(3, 7, places_B, 0.5).tolist() == whole[places_B].tolist()
 
 
 def test_vectors_of_dropped_samples_are_zero_and_get_no_gradient() -> None:
@@ -59,8 +60,8 @@ def test_vectors_of_dropped_samples_are_zero_and_get_no_gradient() -> None:
     items = [[0], [1], [2], [3], [4], [0]]
     pictures = [[0, 1], [], [2], [3, 3, 4], [], [1]]
     vectors = {"ad_item": _field(items), "ad_picture_ids": _field(pictures), "ad_category": _field(items)}
-    given = dropout(vectors, _batch(6, first_sample=10), step=4)
-    gone = dropped(1, 4, 10, 6, 0.5)
+    given = dropout(vectors, _batch(6, first_place=10), step=4)
+    gone = dropped(1, 4, np.arange(10, 16), 0.5)
     assert 0 < gone.sum() < 6
     assert given["ad_category"] is vectors["ad_category"]
     for name, rows in (("ad_item", items), ("ad_picture_ids", pictures)):

@@ -8,12 +8,8 @@ import pytest
 
 from featurestore.keys import owner_of, shard_of
 from tests.trainer.plan.machine import COUNTS, MACHINE, NETWORK, RATES, WIDTHS
-from trainer.comm import SoloComm
 from trainer.plan.build import even_shards
-from trainer.plan.cost import StageRate, bytes_by_part, decoded_samples, highest_of, owner_skew, step_cost
-from trainer.samples.columns import decode
-from trainer.samples.reader import SampleReader, open_index
-from trainer.schema import load_schema
+from trainer.plan.cost import StageRate, bytes_by_part, highest_of, owner_skew, step_cost
 
 Places = Any
 
@@ -84,27 +80,6 @@ class TestCost:
         uneven = dataclasses.replace(machine, rates=dataclasses.replace(RATES, jitter=0.1), interference=1.2)
         expected = plain * 1.2 * (1 + 0.1 * highest_of(4))
         assert step_cost("exchange", COUNTS, WIDTHS, uneven).seconds == pytest.approx(expected)
-
-    @pytest.mark.parametrize(("size", "ranks", "window"), [(32, 2, 3), (300, 4, 1)])
-    def test_decoded_samples_are_those_of_the_reader(
-        self, size: int, ranks: int, window: int, places: Places, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """The last rank, over an epoch of batches smaller and larger than a window of the shuffle."""
-        decoded: list[int] = []
-
-        def counted(*arguments: Any) -> Any:
-            groups = decode(*arguments)
-            decoded.append(groups.num_samples)
-            return groups
-
-        monkeypatch.setattr("trainer.samples.reader.decode", counted)
-        index = open_index(SoloComm(), str(places.folder / "samples"), "train", load_schema())
-        options: dict[str, Any] = {"rank": ranks - 1, "num_ranks": ranks, "window_groups": window}
-        reader = SampleReader(index, load_schema(), batch_size=size, seed=0, **options)
-        steps = len(list(reader.batches()))
-        mean_size = index.num_samples / steps  # the last batch is smaller
-        expected = decoded_samples(mean_size, ranks, index.num_samples * window / len(index.row_groups))
-        assert sum(decoded) / steps == pytest.approx(expected, rel=0.15)
 
 
 class TestSkew:

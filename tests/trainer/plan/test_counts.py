@@ -11,6 +11,7 @@ from trainer.config.config import load_config
 from trainer.plan.draws import DrawnSamples, drawn_keys, population
 from trainer.plan.growth import Curve, Point, expected_unique, fit
 from trainer.plan.sample import PlanQuestion, sample
+from trainer.runs.open import train_reader
 from trainer.samples.batch import Batch, Jagged
 from trainer.samples.reader import SampleReader
 
@@ -118,6 +119,21 @@ class TestDraws:
         assert not found.extrapolated and sampled.images.keys(10_000, 2).extrapolated
         assert sampled.images.keys(10**6, 2).unique == pytest.approx(40, rel=0.1)  # all items with an image
         assert sampled.ids.keys(64, 2).unique > found.unique
+
+    @pytest.mark.parametrize(("size", "ranks", "streams"), [(64, 2, 1), (64, 2, 4), (300, 4, 8)])
+    def test_decoded_samples_are_those_of_the_reader(self, size: int, ranks: int, streams: int, places: Places) -> None:
+        """Of the rank that decodes most, over an epoch."""
+        settings = places.settings(data__shuffle_streams=streams)
+        sampled = sample(load_config(settings=settings), PlanQuestion((ranks,), size, False, 1, 1e9, 0.0))
+        config = sampled.config.changed(data={"global_batch_size": size})
+        decoded = []
+        for rank in range(ranks):
+            reader = train_reader(config, sampled.index, sampled.schema, rank, ranks)
+            steps = len(list(reader.batches()))
+            decoded.append(reader.num_decoded / steps)
+        mean_size = sampled.index.num_samples / steps  # the last batch is smaller
+        assert max(decoded) == pytest.approx(sampled.counts(size, ranks).decoded * mean_size / size, rel=0.15)
+        assert (max(decoded) > 0.9 * mean_size) == (streams == 1)
 
     def test_points_of_the_curve(self) -> None:
         drawn = DrawnSamples(batch_of(200, seed=4), (("ad",),), frozenset({"seen"}), 16)

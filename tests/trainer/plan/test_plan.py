@@ -138,6 +138,12 @@ class TestBuild:
         assert (
             "a machine has to hold 12 GB, and this one has 10 GB" in advise(row_of(1.0, 3.0), small, local_ranks=2)[1]
         )
+        row = row_of(1.0, 3.0)
+        assert advise(dataclasses.replace(row, counts=dataclasses.replace(row.counts, decoded=65.0)), self.STORED) == [
+            chosen
+        ]
+        sharing = dataclasses.replace(row, counts=dataclasses.replace(row.counts, decoded=200.0))
+        assert "a rank decodes 4 times its own samples" in advise(sharing, self.STORED)[1]
         assert "20 ranks: store in server. " in advise(row_of(1.25, 0.5), self.STORED)[0]
         assert advise(row_of(1.25, 0.5), self.STORED)[0].endswith("This trainer does not offer it.")
 

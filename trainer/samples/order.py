@@ -1,0 +1,129 @@
+"""The order of an epoch's samples, and which rank reads which of them: pure functions of the row groups' sizes.
+
+An epoch is several streams. Each is a sequence of row groups, mixed within windows of some of them, and every batch
+takes from each stream in proportion to its length, so all streams end together. Batches depend on the seed, the epoch
+and the number of streams, not on the number of ranks. What depends on that is who reads: a rank has some of the
+streams to itself, so it decodes these alone. Where whole streams do not come out evenly, two ranks share one.
+
+With one stream that all ranks share, each of them decodes everything: so it was before there were streams.
+Letters of shapes: R row groups, S streams.
+"""
+
+import heapq
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.config.config import DataConfig
+
+Int64 = NDArray[np.int64]
+
+_SAMPLES_PER_STREAM = 64
+"""Of a batch, at least: each stream ends its part of a batch within a sample group, which is then in two batches."""
+_UNEVEN = 1.03
+"""The samples of the rank that has most, over their mean, up to which no stream is shared."""
+_HUGE = 2
+"""Times the mean size of a row group."""
+_LAST = 3
+"""Row groups of each stream, about."""
+
+
+class Share(NamedTuple):
+    """The part of each step that a rank has of a stream: of `end - begin` of every `length` samples."""
+
+    stream: int
+    begin: int
+    end: int
+    length: int
+
+    def of(self, count: int) -> range:
+        """Return which of `count` samples, the stream's in a batch, are this rank's."""
+        return range(count * self.begin // self.length, count * self.end // self.length)
+
+
+def streams_of(data: DataConfig, row_groups: int) -> int:
+    """Choose the streams for training on so many row groups: as set, else the largest power of
+    two that a batch, the row groups and the window have room for."""
+    if not data.shuffle:
+        return 1
+    if data.shuffle_streams is not None:
+        return max(1, min(data.shuffle_streams, row_groups))
+    most = min(row_groups, data.shuffle_window_groups, data.global_batch_size // _SAMPLES_PER_STREAM)
+    return 1 << max(0, most.bit_length() - 1)
+
+
+def deal(sizes_R: Sequence[int], order_R: Sequence[int], streams: int) -> list[list[int]]:
+    """Deal row groups out in the order given, each to the shortest stream; a stream keeps that order.
+
+    Only huge ones come before their turn, and the last ones by their size, so that the streams end about equally long.
+    """
+    huge = _HUGE * sum(sizes_R) / max(len(sizes_R), 1)
+    last = len(order_R) - _LAST * streams
+
+    def turn(place: int) -> tuple[int, int]:
+        size = sizes_R[order_R[place]]
+        return (0, place) if size > huge else (1, place) if place < last else (2, -size)
+
+    dealt: list[list[int]] = [[] for _ in range(streams)]
+    shortest = [(0, stream) for stream in range(streams)]
+    for place in sorted(range(len(order_R)), key=turn):
+        length, stream = shortest[0]
+        heapq.heapreplace(shortest, (length + sizes_R[order_R[place]], stream))
+        dealt[stream].append(place)
+    return [[order_R[place] for place in sorted(places)] for places in dealt]
+
+
+def windows_of(row_groups: Sequence[int], stream: int, streams: int, window_groups: int) -> list[Sequence[int]]:
+    """Cut a stream's row groups into what is mixed at a time; all streams together hold `window_groups`."""
+    size = max(1, window_groups // streams + (stream < window_groups % streams))
+    return [row_groups[at : at + size] for at in range(0, len(row_groups), size)]
+
+
+def batch_parts(lengths_S: Sequence[int], batch_size: int) -> Iterator[tuple[Int64, Int64]]:
+    """Yield for each batch where it begins in each stream, and its samples of each: (S,) and (S,).
+
+    Every batch has `batch_size` samples, the last one what is left. Each stream gives its share of what is left of all,
+    rounded so that the sum is exact; what rounding takes from a stream, later batches give back.
+    """
+    begin_S, left_S = np.zeros(len(lengths_S), np.int64), np.array(lengths_S, np.int64)
+    while left := int(left_S.sum()):
+        edges_S = (np.cumsum(left_S) * min(batch_size, left) + left // 2) // left
+        count_S = np.diff(edges_S, prepend=0)
+        yield begin_S, count_S
+        begin_S, left_S = begin_S + count_S, left_S - count_S
+
+
+def shares_by_rank(lengths_S: Sequence[int], num_ranks: int) -> list[list[Share]]:
+    """Divide the streams among the ranks: whole ones, the longest first, to the rank that has least.
+
+    While a rank has over `_UNEVEN` times the mean then, it gives of its last stream to the rank that has least. A
+    stream longer than a rank's part is always shared.
+    """
+    part = sum(lengths_S)  # of a rank, in parts of a sample: there are `num_ranks` to one
+    most = int(_UNEVEN * part)
+    shares: list[list[Share]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for stream in sorted(range(len(lengths_S)), key=lambda stream: -lengths_S[stream]):
+        length, rank = lengths_S[stream] * num_ranks, loads.index(min(loads))
+        shares[rank].append(Share(stream, 0, length, length))
+        loads[rank] += length
+    while max(loads) > most:
+        giver, taker = loads.index(max(loads)), loads.index(min(loads))
+        moved = min(loads[giver] - part, (part if len(lengths_S) < num_ranks else most) - loads[taker])
+        stream, begin, end, length = shares[giver].pop()
+        shares[giver].append(Share(stream, begin, end - moved, length))
+        shares[taker].append(Share(stream, end - moved, end, length))
+        loads[giver] -= moved
+        loads[taker] += moved
+    return [sorted(own) for own in shares]
+
+
+def decode_shares(lengths_S: Sequence[int], num_ranks: int) -> list[float]:
+    """Compute for each rank the samples that it decodes over those that it has; 1 where it has none."""
+    found = []
+    for own in shares_by_rank(lengths_S, num_ranks):
+        has = sum(share.end - share.begin for share in own)
+        found.append(sum(share.length for share in own) / has if has else 1.0)
+    return found
