@@ -78,6 +78,7 @@ bench: $(INSTALLED) ## Run the benchmarks; the figures go to data/bench/*.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.train --dir $(BENCH_DIR)/workload --json $(BENCH_DIR)/train.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.compact --dir $(BENCH_DIR)/compact --json $(BENCH_DIR)/compact.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.plan --dir $(BENCH_DIR)/plan --json $(BENCH_DIR)/plan.json
+	$(ON_PATH) $(BIN)/python -m benchmarks.days --dir $(BENCH_DIR)/days --json $(BENCH_DIR)/days.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.read --dir $(BENCH_DIR)/read --json $(BENCH_DIR)/read.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.resume --dir $(BENCH_DIR)/resume --json $(BENCH_DIR)/resume.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.scale --dir $(BENCH_DIR)/scale --json $(BENCH_DIR)/scale.json

@@ -76,7 +76,7 @@ def main(
         [
             Section("figures of this run", shares),
             Section("samples decoded over own, of the rank with most", grid=grid),
-            Section("one stream, the old way", old, prefix="old_"),
+            Section("one stream, the old way", {f"old_{name}": value for name, value in old.items()}),
             Section("mixing, over a full shuffle", mixed),
             Section("read from S3", from_s3),
         ],

@@ -13,6 +13,8 @@ EXAMPLES = """Examples:
 python jobs/build_samples.py --logs logs --samples samples
 python jobs/build_samples.py --window-days 7 --min-dwell-s 10 --max-behaviors 100 --test-days 2
 python jobs/build_samples.py --logs mylogs --mapping mapping.yaml --samples samples
+python jobs/build_samples.py --samples samples --days 2026-03-20
+python jobs/build_samples.py --samples samples --since 2026-03-01
 dask-submit -n 8 --threads-per-worker 1 jobs/build_samples.py --logs s3://shop/logs --samples /shared/samples
 """
 
@@ -26,14 +28,22 @@ def main(options: SampleOptions) -> None:
 
     Rows that are null where they must not be, have labels other than 0 and 1, or are in the future are counted and
     kept in SAMPLES/quarantine.parquet; counts of everything are in SAMPLES/summary.json. With --mapping a schema and
-    settings for the trainer are written to SAMPLES too.
+    settings for the trainer are written to SAMPLES too. --days and --since add days to samples that are there.
     """
     from pipeline.cluster.connect import connect
+    from pipeline.samples.added import add_days
     from pipeline.samples.build import build_samples
 
+    if options.days is None and options.since is None:
+        with connect() as client:
+            summary = build_samples(options, client)
+        typer.echo(describe(summary))
+        return
     with connect() as client:
-        summary = build_samples(options, client)
-    typer.echo(describe(summary))
+        made = add_days(options, client)
+    typer.echo(f"days         {', '.join(made['days']) or 'none is missing'}")
+    typer.echo(f"groups       {made['groups']:,}, with {made['impressions']:,} impressions")
+    typer.echo(f"samples      {made['samples']}")
 
 
 def describe(summary: dict[str, Any]) -> str:

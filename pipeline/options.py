@@ -216,6 +216,17 @@ class SampleOptions:
     partitions: Annotated[
         int | None, typer.Option(min=1, help="Buckets of users, one task each; the samples do not change with it.")
     ] = None
+    days: Annotated[
+        str | None,
+        typer.Option(
+            help="Make only these days, as 2026-03-20,2026-03-21, new or anew; the samples keep all others.",
+            show_default="all",
+        ),
+    ] = None
+    since: Annotated[
+        str | None,
+        typer.Option(help="Make only the days from this one on that the samples do not have.", show_default="all"),
+    ] = None
     midnight_pause_s: int = 3_600
     latest_s: int | None = None  # rows later than this are refused; None: a day from now
     groups_per_file: int = 131_072

@@ -10,7 +10,8 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from featurestore.console.files import write_json
 from pipeline.cluster.tasks import num_threads, run_all
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
-from pipeline.samples.files import GroupedBucket, WrittenFile, group_bucket, plan_files, write_file
+from pipeline.samples.files import FilePlan, GroupedBucket, WrittenFile, group_bucket, plan_files, write_file
 from pipeline.samples.groups import GroupRules
-from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, LogPiece, find_pieces
 from pipeline.samples.mapping import TableLayout, load_mapping, names_in
+from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS, LogPiece, WantedRows, find_pieces
 from pipeline.samples.publish import MARK, replaced_folder
 from pipeline.samples.schema import write_suggested
 from pipeline.samples.shuffle import ShuffledPiece, shuffle_piece, write_quarantine
@@ -49,35 +50,62 @@ def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
     a schema and settings for the trainer are written to their folder. Raises SampleError when there is nothing to
     make samples from; SchemaError.
     """
+    tables = open_tables(options)
+    impressions, behaviors = tables.pieces(IMPRESSIONS), tables.pieces(BEHAVIORS)
+    buckets = num_buckets(options.partitions, impressions + behaviors, client)
+    layout = impressions[0].layout
+    with replaced_folder(options.samples, spared=tables.spared) as folder:
+        scratch = folder / SHUFFLE_FOLDER
+        for made in (scratch, folder / "train", folder / "test"):
+            made.mkdir()
+        shown = shuffle(client, impressions, scratch, buckets, options)
+        done = shuffle(client, behaviors, scratch, buckets, options)
+        write_quarantine(folder / QUARANTINE_FILE, (*shown, *done))
+        _check_rows_left(options.logs, shown)
+        grouped = group(client, (len(shown), len(done)), scratch, buckets, options, layout)
+        groups_of_hour = sum((Counter(part.groups_of_hour) for part in grouped), Counter[int]())
+        plans = plan_files(groups_of_hour, options.test_days, options.groups_per_file)
+        check_train(plans, options.test_days)
+        written = write(client, grouped, plans, folder)
+        shutil.rmtree(scratch)
+        if options.mapping:
+            write_suggested(folder, options.samples)
+        recorded = dataclasses.asdict(options) | {"user_columns": layout.user_columns}
+        summary = summarise(recorded, shown, done, grouped, written)
+        write_json(folder / MARK, summary)
+    return summary
+
+
+@dataclass(frozen=True)
+class LogTables:
+    """Where both logs of some options lie, and how they name their columns."""
+
+    options: SampleOptions
+    layouts: Mapping[str, TableLayout | None]
+    user_columns: tuple[str, ...] | None
+
+    @property
+    def spared(self) -> dict[str, str]:
+        """Give the places, by option, that samples must not replace."""
+        mapping = {"--mapping": self.options.mapping} if self.options.mapping else {}
+        return {"--logs": self.options.logs, **mapping}
+
+    def pieces(self, log: str, wanted: WantedRows | None = None) -> list[LogPiece]:
+        """Find the pieces of one log; see `find_pieces`."""
+        user_columns = self.user_columns if log == IMPRESSIONS else ()
+        return find_pieces(self.options.logs, log, user_columns, self.layouts[log], wanted)
+
+
+def open_tables(options: SampleOptions) -> LogTables:
+    """Read what `options` say of the logs. Raises SampleOptionError."""
     if "://" in options.samples:
         raise SampleOptionError(f"samples={options.samples}: not a folder on disk; write to one and copy it from there")
     mapping = load_mapping(Path(options.mapping)) if options.mapping else None
     user_columns = None if options.user_columns is None else names_in(options.user_columns)
     if mapping and user_columns:
         raise SampleOptionError(f"user_columns={','.join(user_columns)}: with a mapping they are named in it")
-    shown_as, done_as = (mapping.layout(log) if mapping else None for log in (IMPRESSIONS, BEHAVIORS))
-    impressions = find_pieces(options.logs, IMPRESSIONS, user_columns, shown_as)
-    behaviors = find_pieces(options.logs, BEHAVIORS, (), done_as)
-    num_buckets = _num_buckets(options.partitions, impressions + behaviors, client)
-    layout = impressions[0].layout
-    spared = {"--logs": options.logs} | ({"--mapping": options.mapping} if options.mapping else {})
-    with replaced_folder(options.samples, spared=spared) as folder:
-        scratch = folder / SHUFFLE_FOLDER
-        for made in (scratch, folder / "train", folder / "test"):
-            made.mkdir()
-        shown = _shuffle(client, impressions, scratch, num_buckets, options)
-        done = _shuffle(client, behaviors, scratch, num_buckets, options)
-        write_quarantine(folder / QUARANTINE_FILE, (*shown, *done))
-        _check_rows_left(options.logs, shown)
-        grouped = _group(client, (len(shown), len(done)), scratch, num_buckets, options, layout)
-        written = _write(client, grouped, folder, options)
-        shutil.rmtree(scratch)
-        if mapping:
-            write_suggested(folder, options.samples)
-        recorded = dataclasses.asdict(options) | {"user_columns": layout.user_columns}
-        summary = summarise(recorded, shown, done, grouped, written)
-        write_json(folder / MARK, summary)
-    return summary
+    layouts = {log: mapping.layout(log) if mapping else None for log in (IMPRESSIONS, BEHAVIORS)}
+    return LogTables(options, layouts, user_columns)
 
 
 def _check_rows_left(logs: str, shown: Sequence[ShuffledPiece]) -> None:
@@ -89,7 +117,7 @@ def _check_rows_left(logs: str, shown: Sequence[ShuffledPiece]) -> None:
         raise SampleError(f"{logs}/{IMPRESSIONS}: all {reasons.total():,} rows are bad ({listed})")
 
 
-def _num_buckets(asked: int | None, pieces: Sequence[LogPiece], client: Client) -> int:
+def num_buckets(asked: int | None, pieces: Sequence[LogPiece], client: Client) -> int:
     """Give the number asked for, else buckets of about BUCKET_ROWS rows, and work for all threads where rows are many.
 
     Raises SampleOptionError.
@@ -106,16 +134,17 @@ def _num_buckets(asked: int | None, pieces: Sequence[LogPiece], client: Client) 
     return asked
 
 
-def _shuffle(
+def shuffle(
     client: Client, pieces: Sequence[LogPiece], scratch: Path, num_buckets: int, options: SampleOptions
 ) -> list[ShuffledPiece]:
+    """Write the rows of a log by bucket of users into `scratch`."""
     latest_s = int(time.time()) + DAY_S if options.latest_s is None else options.latest_s
     folder = str(scratch.absolute())
     tasks = [(piece, index, folder, num_buckets, options.min_dwell_s, latest_s) for index, piece in enumerate(pieces)]
     return run_all(client, f"read {pieces[0].log}", shuffle_piece, tasks, FEWER_ROWS)
 
 
-def _group(
+def group(
     client: Client,
     num_pieces: tuple[int, int],
     scratch: Path,
@@ -123,6 +152,7 @@ def _group(
     options: SampleOptions,
     layout: TableLayout,
 ) -> list[GroupedBucket]:
+    """Make the groups of every bucket."""
     rules = GroupRules(
         round(options.window_days * DAY_S), options.max_behaviors, options.midnight_pause_s, options.behavior_age
     )
@@ -133,16 +163,19 @@ def _group(
     return run_all(client, "make groups", group_bucket, tasks, FEWER_ROWS)
 
 
-def _write(client: Client, grouped: Sequence[GroupedBucket], folder: Path, options: SampleOptions) -> list[WrittenFile]:
-    groups_of_hour: Counter[int] = Counter()
-    for part in grouped:
-        groups_of_hour.update(part.groups_of_hour)
-    plans = plan_files(groups_of_hour, options.test_days, options.groups_per_file)
+def check_train(plans: Sequence[FilePlan], test_days: int) -> None:
+    """Raise SampleError where nothing is left to train on."""
     if all(plan.split == "test" for plan in plans):
         raise SampleError(
-            f"all impressions are in the last {options.test_days} days, which are for testing: nothing is left to "
+            f"all impressions are in the last {test_days} days, which are for testing: nothing is left to "
             "train on; give a longer log or a smaller --test-days"
         )
+
+
+def write(
+    client: Client, grouped: Sequence[GroupedBucket], plans: Sequence[FilePlan], folder: Path
+) -> list[WrittenFile]:
+    """Write the planned files of samples below `folder`."""
     tasks = []
     for plan in plans:
         hours = set(plan.hours)

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.samples.groups import GroupRules, LogGroups, make_groups
-from pipeline.samples.logs import BEHAVIORS, IMPRESSIONS, MICROSECONDS
+from pipeline.samples.groups import DAY, GroupRules, LogGroups, make_groups
+from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS, MICROSECONDS
 from pipeline.samples.shuffle import read_batch, read_bucket, write_batches
 
 HOUR_S = 3_600
@@ -42,6 +42,7 @@ class GroupedBucket:
     num_references: int  # behaviours in groups
     num_over_limit: int  # behaviours that did not fit into their group
     num_without: int  # groups without behaviours
+    latest_of_day: dict[int, int]  # by day since 1970: the last impression (µs) of groups that begin then
 
 
 def group_bucket(
@@ -79,7 +80,14 @@ def group_bucket(
         int(groups.take_G.sum()),
         int(groups.over_limit_G.sum()),
         int(np.count_nonzero(groups.take_G == 0)),
+        _latest_of_day(groups),
     )
+
+
+def _latest_of_day(groups: LogGroups) -> dict[int, int]:
+    time_N = groups.impressions["timestamp"]
+    day_G, last_G = time_N[groups.start_G] // DAY, time_N[groups.start_G + groups.size_G - 1]
+    return {int(day): int(last_G[day_G == day].max()) for day in np.unique(day_G)}
 
 
 def _table(groups: LogGroups, user_columns: Sequence[str], ad_columns: Sequence[str]) -> pa.Table:
@@ -127,10 +135,13 @@ class WrittenFile:
     impressions_of_item: npt.NDArray[np.int64]
 
 
-def plan_files(groups_of_hour: Mapping[int, int], test_days: int, groups_per_file: int) -> list[FilePlan]:
+def plan_files(
+    groups_of_hour: Mapping[int, int], test_days: int, groups_per_file: int, last_day: int | None = None
+) -> list[FilePlan]:
     """Plan files by day, a long day in several of whole hours; the last `test_days` days are for testing.
 
-    The plan hangs on the hours' counts alone, so not on the number of buckets.
+    The plan hangs on the hours' counts alone, so not on the number of buckets. `last_day`: of all samples (since 1970),
+    where these are not the last ones.
     """
     days: dict[int, list[list[int]]] = {}
     room = 0
@@ -141,10 +152,10 @@ def plan_files(groups_of_hour: Mapping[int, int], test_days: int, groups_per_fil
             room = groups_per_file
         files[-1].append(hour)
         room -= groups_of_hour[hour]
-    first_test_day = max(days) - test_days + 1
+    first_test_day = (max(days) if last_day is None else last_day) - test_days + 1
     return [
         FilePlan(
-            f"{datetime.fromtimestamp(day * HOURS_PER_DAY * HOUR_S, UTC):%Y-%m-%d}",
+            name_of_day(day),
             number,
             "test" if day >= first_test_day else "train",
             tuple(hours),
@@ -152,6 +163,11 @@ def plan_files(groups_of_hour: Mapping[int, int], test_days: int, groups_per_fil
         for day, files in days.items()
         for number, hours in enumerate(files)
     ]
+
+
+def name_of_day(day: int) -> str:
+    """Write a day since 1970 as 2026-01-31."""
+    return f"{datetime.fromtimestamp(day * HOURS_PER_DAY * HOUR_S, UTC):%Y-%m-%d}"
 
 
 def write_file(plan: FilePlan, parts: Sequence[tuple[str, int]], folder: str) -> WrittenFile:

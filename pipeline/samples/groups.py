@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.samples.logs import MICROSECONDS, Columns
+from pipeline.samples.logs import Columns
+from pipeline.samples.pieces import MICROSECONDS
 
 Int64Array = npt.NDArray[np.int64]
 

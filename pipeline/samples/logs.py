@@ -1,237 +1,26 @@
-"""Impression and behaviour logs: their columns, the check of their files, and rows as plain arrays.
+"""Rows of impression and behaviour logs as plain arrays, good ones and bad ones.
 
 Letters of shapes: N rows of a piece of a log.
 """
 
-import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from featurestore.errors import StorageError
 from featurestore.keys import keys_of_uris
 from featurestore.storage.storage import Storage
-from pipeline.errors import SampleError, SampleOptionError
+from pipeline.errors import SampleError
 from pipeline.samples.mapping import TableLayout, TimeUnit
-from pipeline.samples.texts import csv_names, parse_ids, parse_labels, parse_numbers, parse_times, read_csv
+from pipeline.samples.pieces import ANY, MICROSECONDS, PER_SECOND, LogPiece, open_parquet
+from pipeline.samples.texts import parse_ids, parse_labels, parse_numbers, parse_times, read_csv
 
 Columns = dict[str, npt.NDArray[Any]]
 
-IMPRESSIONS = "impressions"
-BEHAVIORS = "behaviors"
-MICROSECONDS = 1_000_000
 UNKNOWN = -1  # a user column without a value
-PIECE_ROWS = 1_000_000
-
-KINDS = {
-    "timestamp": "time",
-    "user": "id",
-    "session": "id",
-    "scene": "id",
-    "item": "id",
-    "image": "image",
-    "category": "id",
-    "label": "label",
-    "dwell_s": "seconds",
-}
-COLUMNS = {
-    IMPRESSIONS: ("timestamp", "user", "session", "scene", "item", "image", "category", "label"),
-    BEHAVIORS: ("timestamp", "user", "item", "image", "category", "dwell_s"),
-}
-WANTED = {
-    "time": "a timestamp, or a whole number of seconds since 1970",
-    "id": "a whole number of at most 64 bits, signed",
-    "image": "a string (the image's uri) or its int64 key",
-    "label": "a whole number, a boolean or a float that is 0 or 1",
-    "seconds": "a number of seconds",
-    "profile": "a whole number of at most 64 bits, signed",
-    "any_time": "a timestamp, a whole number, or text in ISO 8601",
-    "any_id": "a whole number of at most 64 bits, signed, or text",
-    "extra_id": "a whole number of at most 64 bits, signed, or text",
-    "any_label": "a number, boolean or text that is 0 or 1",
-    "any_seconds": "a number of seconds",
-    "dense": "a number",
-}
-# Kinds of a person's own tables, which may be text too; behind each the kind of those that are numbers.
-ANY = {
-    "any_time": "time",
-    "any_id": "id",
-    "extra_id": "profile",
-    "any_label": "label",
-    "any_seconds": "seconds",
-    "dense": "dense",
-}
-CSV_SUFFIXES = (".csv", ".tsv")
-_CSV_ROW_BYTES = 60  # for a guess at the number of rows
-PER_SECOND = {"s": 1, "ms": 1_000, "us": MICROSECONDS, "ns": 1_000_000_000}
-
-
-@dataclass(frozen=True)
-class LogPiece:
-    """Some row groups of one file of a log: what one task reads."""
-
-    log: str
-    url: str  # of the folder that has the logs
-    path: str  # below it
-    row_groups: tuple[int, ...]
-    first_row: int  # in the file
-    num_rows: int  # of CSV a guess from its size
-    layout: TableLayout
-
-    @property
-    def is_csv(self) -> bool:
-        """Whether the file is text; else it is Parquet."""
-        return self.path.endswith(CSV_SUFFIXES)
-
-
-def find_pieces(
-    url: str, log: str, user_columns: Sequence[str] | None, layout: TableLayout | None = None
-) -> list[LogPiece]:
-    """Find the log's pieces, in the order of its files' names; only the files' footers are read.
-
-    `user_columns` None takes those of `user_age` and `user_gender` that the first file has; with the `layout` of a
-    person's own tables, CSV or Parquet, those count that it names. Raises SampleError for a log that is not there or
-    has no row, and for a column that is missing or of a wrong type, with the file's name.
-    """
-    if reserved := set(user_columns or ()) & set(KINDS):
-        raise SampleOptionError(
-            f"user_columns={','.join(sorted(reserved))}: has a meaning of its own, it is kept anyway"
-        )
-    storage = Storage(url)
-    files = _files(storage, layout.files) if layout else _parquet_files(storage, log)
-    place = layout.files if layout else log
-    if not files and layout:
-        raise SampleOptionError(
-            f"{storage.full(place)}: no .parquet, .csv or .tsv files there; {log}.files of the mapping names a file or "
-            "folder below --logs"
-        )
-    if not files:
-        raise SampleOptionError(
-            f"{storage.full(place)}: no .parquet files in it; --logs must have {IMPRESSIONS}/ and {BEHAVIORS}/"
-        )
-    layout = layout or _layout_of(storage, log, files[0], user_columns)
-    pieces = [piece for path in files for piece in _pieces(storage, LogPiece(log, url, path, (), 0, 0, layout))]
-    if not pieces:
-        raise SampleError(f"{storage.full(place)}: {len(files)} files and not one row")
-    return pieces
-
-
-def _layout_of(storage: Storage, log: str, path: str, user_columns: Sequence[str] | None) -> TableLayout:
-    """Describe a log as it is documented; the file at `path` says which of the usual user columns there are."""
-    if log == IMPRESSIONS and user_columns is None:
-        with open_parquet(storage, path) as file:
-            user_columns = [name for name in ("user_age", "user_gender") if name in file.schema_arrow.names]
-    kinds = {name: KINDS[name] for name in COLUMNS[log]} | dict.fromkeys(user_columns or (), "profile")
-    return TableLayout(
-        files=log,
-        names={name: name for name in kinds},
-        kinds=kinds,
-        constants={},
-        user_columns=tuple(user_columns or ()),
-        ad_columns=(),
-        delimiter=",",
-        time_unit="s",
-    )
-
-
-def _pieces(storage: Storage, empty: LogPiece) -> list[LogPiece]:
-    """Cut one file, whose columns are checked, into pieces."""
-    if empty.is_csv:
-        names = csv_names(storage, empty.path, empty.layout.delimiter)
-        _check_columns(pa.schema([(name, pa.string()) for name in names]), empty)
-        return [replace(empty, num_rows=storage.size(empty.path) // _CSV_ROW_BYTES)]
-    with open_parquet(storage, empty.path) as file:
-        return _cut(file, empty)
-
-
-def _files(storage: Storage, place: str) -> list[str]:
-    """List the file at `place`, or those below it that can be read, but hidden ones."""
-    found = [entry.path for entry in storage.entries(place)]
-    if not found:
-        with contextlib.suppress(FileNotFoundError):
-            found = [storage.entry(place).path]
-    return [
-        path
-        for path in found
-        if path.endswith((".parquet", *CSV_SUFFIXES))
-        and not any(part.startswith((".", "_")) for part in path.split("/"))
-    ]
-
-
-def open_parquet(storage: Storage, path: str) -> pq.ParquetFile:
-    """Open a file, with page checksums verified where it has them. Raises SampleError where it is no Parquet."""
-    try:
-        return pq.ParquetFile(storage.open_input(path), page_checksum_verification=True)
-    except (pa.ArrowException, OSError, StorageError) as error:
-        raise SampleError(f"{storage.full(path)}: not readable as Parquet: {error}") from error
-
-
-def _parquet_files(storage: Storage, folder: str) -> list[str]:
-    """List the .parquet files in `folder` and in folders named like day=2026-01-31 below it."""
-    found: list[str] = []
-    try:
-        names = storage.list(folder)
-        for name in names:
-            path = storage.join(folder, name)
-            if name.endswith(".parquet") and not name.startswith((".", "_")):
-                found.append(path)
-            elif "=" in name and "." not in name:
-                found += _parquet_files(storage, path)
-    except StorageError as error:
-        raise SampleError(str(error)) from error
-    return found
-
-
-def _cut(file: pq.ParquetFile, empty: LogPiece) -> list[LogPiece]:
-    """Cut a file whose columns are right into pieces of about PIECE_ROWS rows, in whole row groups."""
-    _check_columns(file.schema_arrow, empty)
-    groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-    pieces, first_group, first_row, rows = [], 0, 0, 0
-    for group, num_rows in enumerate(groups):
-        rows += num_rows
-        if rows >= PIECE_ROWS or group == len(groups) - 1:
-            if rows:
-                which = tuple(range(first_group, group + 1))
-                pieces.append(replace(empty, row_groups=which, first_row=first_row, num_rows=rows))
-            first_group, first_row, rows = group + 1, first_row + rows, 0
-    return pieces
-
-
-def _check_columns(schema: pa.Schema, piece: LogPiece) -> None:
-    where = f"{Storage(piece.url).full(piece.path)}: column"
-    for ours, kind in piece.layout.kinds.items():
-        name = piece.layout.names[ours]
-        if name not in schema.names:
-            raise SampleOptionError(f"{where} {name!r} is missing; there are {', '.join(schema.names)}")
-        if schema.names.count(name) > 1:
-            raise SampleError(f"{where} {name!r} is there {schema.names.count(name)} times")
-        found = schema.field(name).type
-        if not _fits(found, kind):
-            raise SampleError(f"{where} {name!r} is {found}, wanted is {WANTED[kind]}")
-
-
-def _fits(found: pa.DataType, kind: str) -> bool:
-    if pa.types.is_dictionary(found):
-        found = found.value_type
-    if kind in ANY and (pa.types.is_string(found) or pa.types.is_large_string(found)):
-        return True
-    kind = ANY.get(kind, kind)
-    whole = pa.types.is_integer(found) and found != pa.uint64()
-    if kind == "time":
-        return whole or pa.types.is_timestamp(found)
-    if kind == "image":
-        return whole or pa.types.is_string(found) or pa.types.is_large_string(found)
-    if kind == "label":
-        return whole or pa.types.is_boolean(found) or pa.types.is_floating(found)
-    if kind in ("seconds", "dense"):
-        return whole or pa.types.is_floating(found)
-    return whole
 
 
 @dataclass(frozen=True)
@@ -265,12 +54,12 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
     reason_N = np.full(table.num_rows, -1)
     for row, reason in doubtful.items():
         reason_N[np.searchsorted(row_N, row)] = reasons.index(reason)
+    if piece.wanted is not None:
+        kept_N = piece.wanted.of(*(_column(table, name, layout, latest_s)[0] for name in ("timestamp", "user")))
+        table, row_N, reason_N = table.filter(pa.array(kept_N)), row_N[kept_N], reason_N[kept_N]
     good: Columns = {}
-    for name, kind in layout.kinds.items():
-        column = table.column(layout.names[name])
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        good[name], faults = _arrays(column, kind, latest_s, layout.time_unit)
+    for name in layout.kinds:
+        good[name], faults = _column(table, name, layout, latest_s)
         for fault, is_bad_N in faults.items():
             reason_N[is_bad_N & (reason_N < 0)] = len(reasons)
             reasons.append(f"{name} {fault}")
@@ -284,6 +73,14 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
         piece.first_row + np.array([row for row, _ in bad], np.int64),
         [reason for _, reason in bad],
     )
+
+
+def _column(table: pa.Table, name: str, layout: TableLayout, latest_s: int) -> tuple[npt.NDArray[Any], "Faults"]:
+    """Read one of our columns of a table as the file has them."""
+    column = table.column(layout.names[name])
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return _arrays(column, layout.kinds[name], latest_s, layout.time_unit)
 
 
 def _constant(value: float, count: int) -> npt.NDArray[Any]:

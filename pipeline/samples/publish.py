@@ -1,6 +1,7 @@
 """A folder that is made aside and takes its place as a whole."""
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import shutil
@@ -12,6 +13,7 @@ from pipeline.errors import SampleError, SampleOptionError
 
 MARK = "summary.json"  # a folder without it was not made here, and is not replaced
 LOCK = ".lock"
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 
 
 @contextlib.contextmanager
@@ -82,11 +84,16 @@ def _check_replaceable(target: Path, what: str) -> None:
 
 
 def _swap(building: Path, target: Path) -> None:
-    """Rename twice; should the second fail, the old folder goes back."""
+    """Exchange both in one step, so that who reads finds all of the old or of the new files.
+
+    Where the system cannot do that, rename twice; should the second fail, the old folder goes back.
+    """
     old = target.with_name(f".{target.name}.building-{uuid.uuid4().hex}")
     if not target.exists():
         building.rename(target)
         return
+    if _exchange(building, target):
+        return  # the old one goes with what was made aside
     target.rename(old)
     try:
         building.rename(target)
@@ -94,6 +101,12 @@ def _swap(building: Path, target: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders by renameat2, which Linux has; tell whether that was done."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and rename(_HERE, bytes(one), _HERE, bytes(other), _EXCHANGE) == 0
 
 
 def _remove_unless_in_use(folder: Path) -> None:

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featurestore.keys import splitmix64
-from pipeline.samples.logs import BEHAVIORS, Columns, LogPiece, read_piece
+from pipeline.samples.logs import Columns, read_piece
+from pipeline.samples.pieces import BEHAVIORS, LogPiece
 
 _QUARANTINE_TYPES: dict[str, pa.DataType] = {
     "log": pa.string(),

@@ -13,7 +13,7 @@ from distributed import Client, LocalCluster
 
 from pipeline.cluster.tasks import run_all
 from pipeline.errors import ClusterError, SampleError
-from pipeline.samples import logs as logs_module
+from pipeline.samples import pieces as pieces_module
 from pipeline.samples.build import FEWER_ROWS, build_samples
 from tests.pipeline.samples.rows import (
     DAY_S,
@@ -60,7 +60,7 @@ def test_bad_rows_are_counted_and_kept_aside(options, client, tmp_path):
 
 
 def test_row_numbers_in_quarantine_count_from_the_files_first_row(options, client, tmp_path, monkeypatch):
-    monkeypatch.setattr(logs_module, "PIECE_ROWS", 10)
+    monkeypatch.setattr(pieces_module, "PIECE_ROWS", 10)
     impressions = [shown(at_s, label=3 if at_s in (0, 15, 39) else 0) for at_s in range(40)]
     write(tmp_path / "logs", [table(impressions), table([shown(50, label=3), shown(51)])], [table([done(0)])])
     build_samples(options, client)

@@ -9,7 +9,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 from pipeline.errors import SampleError
-from pipeline.samples import logs as logs_module
+from pipeline.samples import pieces as pieces_module
 from pipeline.samples.build import build_samples
 from pipeline.samples.publish import replaced_folder
 from tests.pipeline.samples.rows import (
@@ -40,7 +40,7 @@ def test_equal_logs_give_equal_bytes_whatever_cluster_and_partitions(options, cl
     ):
         build_samples(dataclasses.replace(options, partitions=7), processes)
     assert all_bytes(options.samples) == expected
-    monkeypatch.setattr(logs_module, "PIECE_ROWS", 10)
+    monkeypatch.setattr(pieces_module, "PIECE_ROWS", 10)
     for path in tmp_path.glob("logs/*/*"):
         path.unlink()
     write(tmp_path / "logs", in_pieces(rng, impressions), in_pieces(rng, behaviors))  # shuffled anew
@@ -98,7 +98,7 @@ def test_failed_run_leaves_the_old_samples_and_nothing_else(build, tmp_path, mon
 
 
 def test_folder_of_something_else_is_not_replaced(build, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.samples.build._shuffle", lambda *_: pytest.fail("worked before it looked"))
+    monkeypatch.setattr("pipeline.samples.build.shuffle", lambda *_: pytest.fail("worked before it looked"))
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "thesis.txt").write_text("years of work")
     with pytest.raises(SampleError, match="samples has files that are no samples"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.options import SampleOptions
-from pipeline.samples import logs as logs_module
+from pipeline.samples import pieces as pieces_module
 from pipeline.samples.build import build_samples
 from tests.pipeline.samples.rows import DAY_S, Row, in_pieces, random_logs, read, write
 
@@ -69,7 +69,7 @@ def sample(group: list[Row], behaviors: list[Row], options: SampleOptions) -> Ro
 
 @pytest.mark.parametrize("seed", range(20))
 def test_groups_are_those_of_the_reference(seed, options, client, tmp_path, monkeypatch):
-    monkeypatch.setattr(logs_module, "PIECE_ROWS", 20)  # several tasks per file
+    monkeypatch.setattr(pieces_module, "PIECE_ROWS", 20)  # several tasks per file
     rng = random.Random(seed)
     impressions, behaviors = random_logs(rng)
     write(tmp_path / "logs", in_pieces(rng, impressions), in_pieces(rng, behaviors))

@@ -88,6 +88,7 @@ MODEL_RUNS = [
     "dcn/float64",
     "weights_din_ids_only/float64",
     "numbers_din_ids_only/float64",
+    "dropout_streams/float64",
     "weights_two_towers_ids_only/float64",
     "texts/float64",
     "gallery_max/float64",

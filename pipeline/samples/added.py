@@ -1,0 +1,279 @@
+"""Days that are added to samples, or made anew in them, from the part of the logs that they need.
+
+A day's groups are those that begin on it, so they hang on a few other days alone: behaviours of the window before it,
+the last impressions of the day before (a session that goes on over midnight is of that day), and the next day, where
+sessions go on. The other way round, a new day may lengthen groups of the day before; that one is made anew then too.
+Each file of a day is, byte for byte, what building all samples anew would write.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from distributed import Client
+
+from featurestore.console.files import write_json
+from featurestore.text.parsing import parse_json
+from pipeline.errors import SampleError, SampleOptionError
+from pipeline.options import SampleOptions
+from pipeline.samples.build import (
+    DAY_S,
+    QUARANTINE_FILE,
+    SHUFFLE_FOLDER,
+    LogTables,
+    check_train,
+    group,
+    num_buckets,
+    open_tables,
+    shuffle,
+    write,
+)
+from pipeline.samples.files import HOURS_PER_DAY, FilePlan, GroupedBucket, name_of_day, plan_files
+from pipeline.samples.groups import DAY
+from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS, MICROSECONDS, WantedRows
+from pipeline.samples.publish import MARK, replaced_folder
+from pipeline.samples.shuffle import QUARANTINE, ShuffledPiece, read_bucket, write_quarantine
+
+SPLITS = ("train", "test")
+_FILE = re.compile(r"day=(\d{4}-\d{2}-\d{2})-\d{3,}\.parquet")
+_FREE = ("logs", "samples", "partitions", "days", "since")
+"""Options that may differ from those of the samples."""
+_FOREVER = 1 << 62
+
+
+@dataclasses.dataclass(frozen=True)
+class DayGroups:
+    """Groups of some days and of those around them; `days` are to be written."""
+
+    grouped: list[GroupedBucket]
+    shuffled: list[ShuffledPiece]
+    days: set[int]
+
+
+class _NothingMissingError(Exception):
+    """There is nothing to make."""
+
+
+def add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
+    """Make the days of `options` in samples that are there, all at once; return what was made.
+
+    Logs are read as the samples were made: an option that says otherwise raises SampleOptionError. Days without
+    impressions raise SampleError; with `since` there may be nothing to do. The other files stay as they are, so a
+    trainer that reads them goes on; the last `test_days` days are for testing as ever, so a day may move to train.
+    Columns of the logs, schema and settings stay those of the samples.
+    """
+    with contextlib.suppress(_NothingMissingError):  # the folder that is made aside is not to take its place then
+        return _add_days(options, client)
+    return {"days": [], "groups": 0, "impressions": 0, "samples": options.samples}
+
+
+def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
+    target, asked = Path(options.samples), _asked(options)
+    recorded = _recorded(target)
+    options = _as_made(options, recorded["options"])
+    tables, there = open_tables(options), _files_by_day(target)
+    with replaced_folder(options.samples, spared=tables.spared) as folder:
+        made = _made_groups(client, tables, folder / SHUFFLE_FOLDER, asked, there.keys())
+        if not made.days:
+            raise _NothingMissingError
+        groups_of_hour: Counter[int] = Counter()
+        for part in made.grouped:
+            groups_of_hour.update({h: n for h, n in part.groups_of_hour.items() if h // HOURS_PER_DAY in made.days})
+        last_day = max(there.keys() | made.days)
+        plans = plan_files(groups_of_hour, options.test_days, options.groups_per_file, last_day)
+        first_test_day = last_day - options.test_days + 1
+        kept = {day: "test" if day >= first_test_day else "train" for day in there if day not in made.days}
+        check_train([*plans, *(FilePlan("", 0, split, ()) for split in kept.values())], options.test_days)
+        for split in SPLITS:
+            (folder / split).mkdir()
+        for day, split in kept.items():
+            for file in there[day]:
+                _link(file, folder / split / file.name)
+        written = write(client, made.grouped, plans, folder)
+        _check_same_columns(folder, plans, [file for day in kept for file in there[day]])
+        _keep_the_rest(target, folder, made.shuffled)
+        shutil.rmtree(folder / SHUFFLE_FOLDER)
+        days = sorted(name_of_day(day) for day in made.days)
+        added = sorted({*recorded.get("added_days", []), *days})
+        write_json(folder / MARK, recorded | _counts(folder) | {"new_ads": None, "added_days": added})
+    return {
+        "days": days,
+        "groups": sum(part.num_groups for part in written),
+        "impressions": sum(part.num_impressions for part in written),
+        "samples": options.samples,
+    }
+
+
+def day_of(text: str, option: str) -> int:
+    """Parse a day as 2026-03-20 into days since 1970. Raises SampleOptionError."""
+    try:
+        moment = datetime.strptime(text.strip(), "%Y-%m-%d").replace(tzinfo=UTC)
+    except ValueError:
+        raise SampleOptionError(f"{option} {text}: write days as 2026-03-20, with commas between them") from None
+    return int(moment.timestamp()) // DAY_S
+
+
+def _asked(options: SampleOptions) -> "set[int] | int":
+    """Return the days that are asked for, or the first of them."""
+    if options.days is not None and options.since is not None:
+        raise SampleOptionError("give one of --days and --since")
+    if options.days is not None:
+        return {day_of(each, "--days") for each in options.days.split(",")}
+    return day_of(options.since or "", "--since")
+
+
+def _recorded(target: Path) -> dict[str, Any]:
+    try:
+        recorded: dict[str, Any] = parse_json((target / MARK).read_text(encoding="utf-8"))
+        if "window_days" in recorded["options"]:
+            return recorded
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise SampleOptionError(f"{target} has no samples of build_samples; make them without --days and --since first")
+
+
+def _as_made(options: SampleOptions, recorded: dict[str, Any]) -> SampleOptions:
+    """Complete the options by those that the samples were made with. Raises SampleOptionError where one differs."""
+    made: dict[str, Any] = {
+        field.name: recorded.get(field.name, field.default) for field in dataclasses.fields(options)
+    }
+    columns = made["user_columns"]
+    made["user_columns"] = ",".join(columns) if columns is not None and not made["mapping"] else None
+    for field in dataclasses.fields(options):
+        mine = getattr(options, field.name)
+        if field.name not in _FREE and mine not in (field.default, made[field.name]):
+            raise SampleOptionError(
+                f"--{field.name.replace('_', '-')} {mine}: {options.samples} was made with {made[field.name]}; leave "
+                "the option out, or make all days anew"
+            )
+    free = {name: getattr(options, name) for name in _FREE}
+    if options.logs == SampleOptions.logs:
+        free["logs"] = made["logs"]
+    return SampleOptions(**made | free)
+
+
+def _files_by_day(target: Path) -> dict[int, list[Path]]:
+    """List the files of each day. Raises SampleOptionError for one whose name tells no day."""
+    found: dict[int, list[Path]] = {}
+    for file in sorted(file for split in SPLITS for file in (target / split).glob("*")):
+        match = _FILE.fullmatch(file.name)
+        if match is None:
+            raise SampleOptionError(f"{file} is not named by its day, as build_samples does; make all samples anew")
+        found.setdefault(day_of(match[1], "day"), []).append(file)
+    return found
+
+
+def _made_groups(
+    client: Client, tables: LogTables, scratch: Path, asked: "set[int] | int", there: Iterable[int]
+) -> DayGroups:
+    """Make the groups of all days that have to be written, from as little of the logs as will do."""
+    is_asked: Callable[[int], bool] = (
+        (lambda day: day in asked) if isinstance(asked, set) else (lambda day: day >= asked and day not in known)
+    )
+    known = set(there)
+    low = (min(asked) if isinstance(asked, set) else asked) - 1
+    high = max(asked) + 2 if isinstance(asked, set) else None  # groups may go on over midnight
+    pause_us = tables.options.midnight_pause_s * MICROSECONDS
+    while True:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        grouped, shuffled = _grouped(client, tables, scratch, low, high)
+        latest: dict[int, int] = {}
+        for part in grouped:
+            for day, moment in part.latest_of_day.items():
+                latest[day] = max(moment, latest.get(day, 0))
+        days = {day for day in latest if is_asked(day)}
+        # Groups of an earlier day that go on into one that is asked for have rows of it.
+        reached = {day: set(filter(is_asked, range(day + 1, moment // DAY + 1))) for day, moment in latest.items()}
+        lengthened = {day for day, each in reached.items() if each}
+        if isinstance(asked, set) and (without := asked - days - set().union(*reached.values())):
+            names = ", ".join(name_of_day(day) for day in sorted(without))
+            raise SampleError(f"{tables.options.logs}/{IMPRESSIONS}: no impressions on {names}")
+        days |= lengthened & known
+        # Late rows may have taken groups of a later day into theirs.
+        days |= {each for day in days for each in range(day + 1, latest[day] // DAY + 1)} & known
+        if high is not None and any(latest[day] + pause_us >= high * DAY for day in days):
+            high += 1
+        elif min(lengthened, default=low) < low:
+            low -= 1
+        else:
+            return DayGroups(grouped, shuffled, days)
+
+
+def _grouped(
+    client: Client, tables: LogTables, scratch: Path, low: int, high: int | None
+) -> tuple[list[GroupedBucket], list[ShuffledPiece]]:
+    """Make the groups of impressions from a pause before day `low` to before day `high`."""
+    options = tables.options
+    high_us = _FOREVER if high is None else high * DAY
+    wanted = WantedRows(low * DAY - options.midnight_pause_s * MICROSECONDS, high_us)
+    impressions = tables.pieces(IMPRESSIONS, wanted)
+    if not impressions:
+        return [], []
+    buckets = num_buckets(options.partitions, impressions, client)
+    shown = shuffle(client, impressions, scratch, buckets, options)
+    users = [read_bucket(str(scratch), IMPRESSIONS, len(shown), bucket)["user"] for bucket in range(buckets)]
+    np.save(scratch / "users.npy", np.unique(np.concatenate(users)))
+    window_us = round(options.window_days * DAY) + options.midnight_pause_s * MICROSECONDS
+    history = WantedRows(low * DAY - window_us, high_us, str((scratch / "users.npy").absolute()))
+    behaviors = tables.pieces(BEHAVIORS, history) or tables.pieces(BEHAVIORS)[:1]
+    done = shuffle(client, behaviors, scratch, buckets, options)
+    grouped = group(client, (len(shown), len(done)), scratch, buckets, options, impressions[0].layout)
+    return grouped, [*shown, *done]
+
+
+def _check_same_columns(folder: Path, plans: Sequence[FilePlan], kept: Sequence[Path]) -> None:
+    if plans and kept:
+        new, old = (pq.read_schema(path) for path in (folder / plans[0].split / plans[0].name, kept[0]))
+        if not new.equals(old):
+            raise SampleError(
+                f"the columns of the new days ({', '.join(new.names)}) are not those of {kept[0]} "
+                f"({', '.join(old.names)}), or of other types; make all days anew"
+            )
+
+
+def _keep_the_rest(target: Path, folder: Path, shuffled: Sequence[ShuffledPiece]) -> None:
+    """Take over what else lies in the samples, bad rows too; those of the new days join them."""
+    for file in target.iterdir():
+        if file.is_file() and file.name not in (MARK, QUARANTINE_FILE):
+            _link(file, folder / file.name)
+    write_quarantine(folder / QUARANTINE_FILE, shuffled)
+    with contextlib.suppress(FileNotFoundError):
+        new, old = pq.read_table(folder / QUARANTINE_FILE), pq.read_table(target / QUARANTINE_FILE)
+        rows = {tuple(row.values()): row for table in (old, new) for row in table.to_pylist()}
+        pq.write_table(pa.Table.from_pylist(list(rows.values()), schema=QUARANTINE), folder / QUARANTINE_FILE)
+
+
+def _counts(folder: Path) -> dict[str, Any]:
+    """Count the samples of each split by the files' footers; what these do not tell is left out."""
+    found: dict[str, Any] = {}
+    for split in SPLITS:
+        files = sorted((folder / split).iterdir())
+        days = sorted({file.name[4:14] for file in files})
+        metadata = [pq.read_metadata(file) for file in files]
+        found[split] = {
+            "first_day": days[0] if days else None,
+            "last_day": days[-1] if days else None,
+            "days": len(days),
+            "files": len(files),
+            "groups": sum(each.num_rows for each in metadata),
+        }
+    return found
+
+
+def _link(file: Path, to: Path) -> None:
+    """Give a file a second name; a copy, where the disk has no links."""
+    try:
+        os.link(file, to)
+    except OSError:
+        shutil.copy2(file, to)

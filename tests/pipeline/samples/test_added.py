@@ -1,0 +1,180 @@
+"""Days added to samples: the bytes of samples made anew, whatever crosses midnight, and other files as they were."""
+
+import dataclasses
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import Client
+
+from pipeline.errors import SampleError, SampleOptionError
+from pipeline.options import SampleOptions
+from pipeline.samples.added import add_days
+from pipeline.samples.build import build_samples
+from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS
+from tests.pipeline.samples.rows import (
+    DAY_S,
+    START_S,
+    Row,
+    all_bytes,
+    done,
+    in_pieces,
+    random_logs,
+    shown,
+    table,
+    write,
+)
+
+FIRST = "2026-01-"
+
+
+def day_of(row: Row) -> int:
+    """Days since the first one."""
+    return int((row["timestamp"] - START_S) // DAY_S)
+
+
+def write_until(folder: Path, rng: random.Random, impressions: list[Row], behaviors: list[Row], day: int) -> None:
+    """Write what is known at the end of a day: logs of any file and order."""
+    for file in folder.glob("*/*"):
+        file.unlink()
+    known = [[row for row in rows if day_of(row) <= day] for rows in (impressions, behaviors)]
+    write(folder, *(in_pieces(rng, rows) for rows in known))
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("test_days", [0, 2])
+def test_a_day_after_the_other_gives_the_bytes_of_a_rebuild(
+    options: SampleOptions, client: Client, tmp_path: Path, seed: int, test_days: int
+) -> None:
+    """Sessions go on over midnights, some for days; at the end, late rows of one day."""
+    rng = random.Random(seed)
+    impressions, behaviors = random_logs(rng)
+    for day in (4, 5, 6):  # a session that goes on for three days
+        moments = range(day * DAY_S, (day + 1) * DAY_S, 3_500)
+        impressions += [shown(at_s, user=99, session=5, user_age=1, image=7) for at_s in moments]
+    last = max(map(day_of, impressions))
+    days = sorted({day_of(row) for row in impressions})
+    late = [row for row in impressions if day_of(row) == days[-3]][:2]
+    early = [row for row in impressions if row not in late]
+    options = dataclasses.replace(options, test_days=test_days, window_days=3, partitions=rng.choice([1, 4]))
+    write_until(tmp_path / "logs", rng, early, behaviors, days[len(days) // 3])
+    build_samples(options, client)
+    for day in days[len(days) // 3 + 1 :]:
+        write_until(tmp_path / "logs", rng, early, behaviors, day)
+        way = {"since": FIRST + "01"} if rng.random() < 0.5 else {"days": f"{FIRST}{day + 1:02}"}
+        if way == {"since": FIRST + "01"} or any(day_of(row) == day for row in early):
+            try:
+                add_days(SampleOptions(samples=options.samples, **way), client)
+            except SampleError as error:  # all of the day's rows are of groups of the day before
+                assert "no group begins on" in str(error)
+                add_days(SampleOptions(samples=options.samples, since=FIRST + "01"), client)
+    write_until(tmp_path / "logs", rng, impressions, behaviors, last)
+    add_days(SampleOptions(samples=options.samples, days=f"{FIRST}{days[-3] + 1:02}"), client)
+    found = all_bytes(options.samples)
+    build_samples(dataclasses.replace(options, samples=str(tmp_path / "anew")), client)
+    expected = all_bytes(str(tmp_path / "anew"))
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if name != "quarantine.parquet" and found[name] != expected[name]] == []
+
+
+@pytest.fixture
+def made(options: SampleOptions, client: Client, tmp_path: Path) -> SampleOptions:
+    """Samples of four days, a user each, with behaviours of the day before."""
+    impressions = [shown(day * DAY_S + 9_000 + user, user=user) for day in range(4) for user in range(5)]
+    behaviors = [done(day * DAY_S + user, user=user, item=day) for day in range(4) for user in range(5)]
+    write(tmp_path / "logs", [table(impressions)], [table(behaviors)])
+    build_samples(dataclasses.replace(options, test_days=1), client)
+    return options
+
+
+class TestAddDays:
+    def test_other_files_stay_and_the_last_days_are_for_testing(
+        self, made: SampleOptions, client: Client, tmp_path: Path
+    ) -> None:
+        before = {path.name: path.stat().st_ino for path in Path(made.samples).glob("*/*.parquet")}
+        write(
+            tmp_path / "logs",
+            [table([shown(day * DAY_S + 9_000) for day in range(4)]), table([shown(4 * DAY_S + 9_000)])],
+            [table([done(0)])],
+        )
+        summary = add_days(SampleOptions(samples=made.samples, days="2026-01-05"), client)
+        assert (summary["days"], summary["groups"]) == (["2026-01-05"], 1)
+        after = {path.name: path.stat().st_ino for path in Path(made.samples).glob("*/*.parquet")}
+        assert {name: after[name] for name in before} == before
+        test = [path.name for path in Path(made.samples, "test").iterdir()]
+        assert test == ["day=2026-01-05-000.parquet"]
+
+    def test_only_the_window_is_read(
+        self, made: SampleOptions, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Row groups before it are not, and of the behaviours only those of the day's users."""
+        read: dict[str, set[int]] = {IMPRESSIONS: set(), BEHAVIORS: set()}
+        from pipeline.samples import shuffle
+
+        original = shuffle.read_piece
+
+        def noted(piece: Any, latest_s: int) -> Any:
+            rows = original(piece, latest_s)
+            read[piece.log] |= {int(t) // (DAY_S * 10**6) for t in rows.good["timestamp"]}
+            return rows
+
+        monkeypatch.setattr(shuffle, "read_piece", noted)
+        options = SampleOptions(samples=made.samples, days="2026-01-04")
+        assert add_days(options, client)["groups"] == 5
+        first = START_S // DAY_S
+        assert read[IMPRESSIONS] == {first + 2, first + 3}
+        write(
+            tmp_path / "logs", [table([shown(3 * DAY_S + 9_000, user=1)])], [table([done(0, user=2), done(1, user=1)])]
+        )
+        read[BEHAVIORS].clear()
+        assert add_days(options, client)["groups"] == 1
+        assert read[BEHAVIORS] == {first}
+
+    def test_who_reads_finds_every_other_day_at_any_time(self, made: SampleOptions, client: Client) -> None:
+        file, ended, reads = Path(made.samples, "train", "day=2026-01-02-000.parquet"), threading.Event(), []
+        failures: list[OSError] = []
+
+        def read() -> None:
+            while not ended.is_set():
+                try:
+                    reads.append(file.read_bytes())
+                except OSError as failure:
+                    failures.append(failure)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            for _ in range(5):
+                add_days(SampleOptions(samples=made.samples, days="2026-01-04"), client)
+        finally:
+            ended.set()
+            reader.join()
+        assert failures == [] and len(reads) > 100 and len(set(reads)) == 1
+
+    def test_nothing_is_missing(self, made: SampleOptions, client: Client) -> None:
+        before = all_bytes(made.samples)
+        assert add_days(SampleOptions(samples=made.samples, since="2026-01-02"), client)["days"] == []
+        assert all_bytes(made.samples) == before
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"days": "2026-01-09"}, "no impressions on 2026-01-09"),
+            ({"days": "yesterday"}, "--days yesterday: write days as 2026-03-20"),
+            ({"days": "2026-01-04", "since": "2026-01-02"}, "give one of --days and --since"),
+            ({"days": "2026-01-04", "max_behaviors": 3}, "--max-behaviors 3: .* was made with 50"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(
+        self, made: SampleOptions, client: Client, changes: dict[str, Any], message: str
+    ) -> None:
+        before = all_bytes(made.samples)
+        with pytest.raises((SampleError, SampleOptionError), match=message):
+            add_days(SampleOptions(samples=made.samples, **changes), client)
+        assert all_bytes(made.samples) == before
+
+    def test_samples_of_others_are_refused(self, client: Client, tmp_path: Path) -> None:
+        with pytest.raises(SampleOptionError, match="has no samples of build_samples"):
+            add_days(SampleOptions(samples=str(tmp_path), days="2026-01-04"), client)
