@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.read import LAYOUTS, app, files_of
+from benchmarks.read.__main__ import app
+from benchmarks.read.layouts import LAYOUTS, files_of
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -13,7 +13,6 @@ of the samples of a batch that come from one file; 1 or less is as well mixed. `
 groups are, in the mean, that are neighbours in a file; what stays in a window stays near.
 """
 
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,9 +25,9 @@ from unittest import mock
 
 import numpy as np
 import typer
-import yaml
 from numpy.typing import NDArray
 
+from benchmarks.read.layouts import LAYOUTS, ROW_GROUP, write_layouts
 from benchmarks.report import Figure, JsonPath, Section, write_sections
 from benchmarks.workload import Knobs, make
 from featurestore.console.commandline import CommandApp, run_app
@@ -38,11 +37,9 @@ if TYPE_CHECKING:
     from trainer.samples.reader import SampleIndex, SampleReader
     from trainer.schema import Schema
 
-LAYOUTS = ("even", "uneven", "huge", "single")
 RANKS = (1, 8, 40)
 DEFAULT_FOLDER = Path("data/bench/read")
 WINDOW_GROUPS = 128  # as in the preset
-_ROW_GROUP, _IN_FILE, _HUGE = 128, 8, 20
 
 app = CommandApp(failures=(OSError,))
 
@@ -59,7 +56,7 @@ def main(
 ) -> None:
     """Read what 1, 8 and 40 ranks would; prints the figures."""
     with progress_bars() as progress:
-        sizes = {"samples_per_rank": 5 * _ROW_GROUP, "steps": row_groups, "test_samples": 320, "row_group": _ROW_GROUP}
+        sizes = {"samples_per_rank": 5 * ROW_GROUP, "steps": row_groups, "test_samples": 320, "row_group": ROW_GROUP}
         workload = make(folder / "workload", Knobs(images=2_000, dim=2, **sizes), progress)
         schema = write_layouts(folder, workload.samples / "train", workload.folder / "schema.yaml", row_groups)
         grid: dict[str, dict[str, Figure]] = {layout: {} for layout in LAYOUTS}
@@ -123,56 +120,6 @@ class Source:
             window_groups=WINDOW_GROUPS,
             streams=streams_of(data, len(index.row_groups)),
         )
-
-
-def write_layouts(folder: Path, samples: Path, schema_file: Path, row_groups: int) -> "Schema":
-    """Write the samples in each layout, with a number for each sample, unless that was done; returns their schema."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from trainer.schema import load_schema
-
-    schema = yaml.safe_load(schema_file.read_text())
-    schema["fields"].append({"name": "serial", "side": "ad", "kind": "id", "column": "ad_serial"})
-    (folder / "schema.yaml").write_text(yaml.safe_dump(schema))
-    mark, wanted = folder / "layouts.txt", f"{row_groups}\n"
-    if not mark.exists() or mark.read_text() != wanted:
-        whole = pq.read_table(samples).combine_chunks()
-        labels: Any = whole.column("label").chunk(0)
-        whole = whole.append_column(
-            "ad_serial", pa.ListArray.from_arrays(labels.offsets, pa.array(np.arange(len(labels.values))))
-        )
-        for layout in LAYOUTS:
-            train = folder / layout / "train"
-            shutil.rmtree(train, ignore_errors=True)
-            train.mkdir(parents=True)
-            at = 0
-            for number, sizes in enumerate(files_of(layout, row_groups)):
-                with pq.ParquetWriter(train / f"part-{number:05d}.parquet", whole.schema, compression="zstd") as writer:
-                    for size in sizes:
-                        writer.write_table(whole.slice(at, size), row_group_size=size)
-                        at += size
-        mark.write_text(wanted)
-    return load_schema(folder / "schema.yaml")
-
-
-def files_of(layout: str, row_groups: int) -> Iterator[list[int]]:
-    """Yield for each file the sample groups of its row groups; the sum is the same for every layout."""
-    left, draw = row_groups * _ROW_GROUP, np.random.default_rng(0)
-    first = True
-    while left > 0:
-        wanted = _IN_FILE * _ROW_GROUP
-        if layout == "uneven":
-            wanted = int(draw.integers(1, 2 * wanted))
-        elif layout == "single":
-            wanted = _ROW_GROUP
-        count = min(wanted, left)
-        sizes = [min(_ROW_GROUP, count - at) for at in range(0, count, _ROW_GROUP)]
-        if layout == "huge" and first:
-            count = min(_HUGE * _ROW_GROUP, left)
-            sizes = [count]
-        yield sizes
-        left, first = left - count, False
 
 
 def decoded(source: Source, num_ranks: int, *, every: bool) -> dict[str, Figure]:
