@@ -40,7 +40,7 @@ def main(
         "data/bench/serve"
     ),
     only: Annotated[list[Part] | None, typer.Option(help="May be repeated. Default: all.")] = None,
-    images: Annotated[int, typer.Option(help="Of the store.", min=100)] = 60_000,
+    images: Annotated[int, typer.Option(help="Of the store.", min=100)] = Knobs.images,
     dim: Annotated[int, typer.Option(help="Width of a feature.", min=2)] = Knobs.dim,
     steps: Annotated[int, typer.Option(help="That each model is trained for.", min=2)] = 6,
     samples: Annotated[int, typer.Option(help="Of a training step.", min=20)] = 1000,
@@ -57,12 +57,13 @@ def main(
     knobs = Knobs(images=images, dim=dim, samples_per_rank=samples, steps=steps, test_samples=samples)
     with progress_bars() as progress:
         world = World(make(folder / "workload", knobs, progress), folder.absolute(), steps)
-        task = progress.add_task("models", total=4 + len(chosen))
-        for name, settings in {"both": [], "later": ["train.seed=1"], "none": ["model.images=none"]}.items():
-            world.train(name, *settings)
-            progress.advance(task)
-        world.publish("both", "both", "later")
-        world.publish("none", "none")
+        task = progress.add_task("models", total=1 + len(chosen))
+        world.train("both")
+        later = [world.train("later", "train.seed=1").name] if Part.SWITCH in chosen else []
+        world.publish("both", "both", *later)
+        if Part.SPEED in chosen:
+            world.train("none", "model.images=none")
+            world.publish("none", "none")
         progress.advance(task)
         sections: list[Section] = []
         for part in chosen:
