@@ -64,7 +64,7 @@ def _files(folder: Path) -> dict[str, object]:
         "list": b"- a\n- b\n",
         "scalar": b"just words\n",
         "unclosed": b"data: {samples: [",
-        "deepyaml": b"a: " + b"[" * DEEP + b"]" * DEEP,
+        "deepyaml": b"a: " + b"[\n" * DEEP + b"]\n" * DEEP,
         "deepjson": b"[" * DEEP + b"]" * DEEP,
         "utf16": "data: {samples: x}\n".encode("utf-16"),
         "wrongshape": b"data: [1, 2]\n",

@@ -3,7 +3,7 @@
 from tests.commands.trainer_lines import HUGE
 
 SERVING = [
-    ("serving look {model}", 2, "No such command 'look'. Did you mean 'log'"),
+    ("serving look {model}", 2, "No such command 'look'"),
     ("serving info {missing}", 2, "no published model"),
     ("serving info {emptydir}", 2, "no published model"),
     ("serving info {brackets}", 2, "[/x]"),

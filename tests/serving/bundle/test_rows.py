@@ -21,7 +21,11 @@ IDS = np.r_[np.arange(-5, 70), 1_000:1_060, 2**62]
 KEYS = np.arange(995, 1_055)
 
 
-@pytest.fixture(scope="module", params=list(VARIANTS))
+# Each trains a run of its own: make test-fast has one.
+@pytest.fixture(
+    scope="module",
+    params=["plain", *(pytest.param(name, marks=pytest.mark.long) for name in VARIANTS if name != "plain")],
+)
 def pair(
     request: pytest.FixtureRequest, exported: Callable[[str], Exported], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Bundle, TrainedRun]]:
@@ -39,7 +43,6 @@ def ids_of(trained: TrainedRun, table: str) -> np.ndarray:
     return np.arange(shape.num_rows) if shape.direct else IDS
 
 
-@pytest.mark.long
 def test_id_rows_are_those_that_the_trainer_reads(pair: tuple[Bundle, TrainedRun]) -> None:
     bundle, trained = pair
     assert {each.name for each in bundle.manifest.tables} == set(trained.engine.tables)

@@ -17,6 +17,8 @@ from trainer.errors import CheckpointError
 from trainer.main import train
 from trainer.runs.folder import find_checkpoint
 
+pytestmark = pytest.mark.long  # they train whole runs
+
 Places = Any
 
 
