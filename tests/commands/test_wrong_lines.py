@@ -76,6 +76,7 @@ def test_a_wrong_line_gets_one_message(
     assert all(each.startswith(warned) or " WARNING " in each or each.endswith(" ...") for each in others), called.err
     assert text.format_map(names) in told[0]
     assert called.code == code
+    assert not Path(str(names["missing"])).exists(), "a command made the folder that it missed"
 
 
 @pytest.mark.services

@@ -46,9 +46,9 @@ def expire(
     for name, value in (("keep_last", keep_last), ("keep_days", keep_days), ("grace_days", grace_days)):
         if not value >= 0:
             raise ValueError(f"{name}={value} is less than 0")
-    now_s = storage.now()
     folders = _folders(storage)  # before the manifests: what is published from here on is named by one of them
     manifests = {version: log.read_version(storage, version) for version in _known(storage)}
+    now_s = storage.now()  # it writes: not where there is no model
     uses = log.choices(storage)
     wanted = set(list(manifests)[-max(1, keep_last) :])
     for version, times in _times(storage, [each.version for each in uses]).items():
