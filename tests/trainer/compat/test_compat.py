@@ -37,12 +37,21 @@ def places(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempP
     return made
 
 
-@pytest.fixture
-def lost(make_places: Callable[[Path], Places], tmp_path: Path) -> Places:
-    """The same, whose store a test may lose."""
-    made = make_places(tmp_path / "lost")
+@pytest.fixture(scope="module")
+def kept(make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """The same in a folder of its own, of which there is a copy beside it."""
+    made = make_places(tmp_path_factory.mktemp("lost") / "lost")
     train(load_config(settings=settings_of(made)), SoloComm())
+    shutil.copytree(made.folder, made.folder.with_name("copy"))
     return made
+
+
+@pytest.fixture
+def lost(kept: Places) -> Places:
+    """The same, whose store a test may lose: the next one gets it back, in the place that the run has recorded."""
+    shutil.rmtree(kept.folder)
+    shutil.copytree(kept.folder.with_name("copy"), kept.folder)
+    return kept
 
 
 def settings_of(places: Places, **changes: Any) -> list[str]:
