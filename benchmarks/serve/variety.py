@@ -1,4 +1,4 @@
-"""Bodies of requests of all kinds, no two alike: sizes, users and ids that vary, empty histories, and broken ones."""
+"""Bodies of requests of all kinds: sizes, users and ids that vary, empty histories, and broken ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

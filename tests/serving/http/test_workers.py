@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -146,8 +148,8 @@ def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(AssertionError) as failure, fake_server(tmp_path / "fake.json", tmp_path, port=server.port):
             pass
         assert f"error: cannot listen on --host 127.0.0.1 --port {server.port}: Address already" in str(failure.value)
-        with fake_server(tmp_path / "fake.json", tmp_path, port=server.port, ready=False) as second:
-            assert second.process.wait(60) == 1
+        words = ["-m", "tests.serving.http.fake_server", str(tmp_path / "fake.json"), f"port={server.port}"]
+        assert subprocess.run([sys.executable, *words], capture_output=True, check=False).returncode == 1
 
 
 def test_no_request_fails_while_models_are_switched_under_load(tmp_path: Path) -> None:
