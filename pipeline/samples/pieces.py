@@ -79,7 +79,9 @@ class WantedRows:
         """Tell which of these rows are wanted, (N,)."""
         wanted_N: npt.NDArray[np.bool_] = (time_N >= self.low_us) & (time_N < self.high_us)
         if self.users_path is not None:
-            wanted_N[wanted_N] = np.isin(user_N[wanted_N], np.load(self.users_path, mmap_mode="r"))
+            users_U = np.load(self.users_path)
+            place_N = np.searchsorted(users_U, user_N).clip(max=len(users_U) - 1)
+            wanted_N &= users_U[place_N] == user_N  # np.isin takes ten times as long
         return wanted_N
 
     def may_have(self, statistics: Any, column_type: Any, unit: str) -> bool:

@@ -43,6 +43,7 @@ def write_until(folder: Path, rng: random.Random, impressions: list[Row], behavi
     write(folder, *(in_pieces(rng, rows) for rows in known))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("test_days", [0, 2])
 def test_a_day_after_the_other_gives_the_bytes_of_a_rebuild(

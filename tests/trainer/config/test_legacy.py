@@ -78,6 +78,25 @@ def test_a_run_of_the_time_before_image_products_has_none(tmp_path: Path) -> Non
     assert load_config().model.image_products
 
 
+def test_a_run_of_the_time_before_streams_has_one(tmp_path: Path) -> None:
+    """Its position in an epoch is one in that order, so another number of streams is refused."""
+    config = load_config(settings=["run.name=x", "data.shuffle_streams=8"])
+    save_config(config, tmp_path / "config.yaml")
+    values = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del values["data"]["shuffle_streams"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert load_saved(tmp_path / "config.yaml").data.shuffle_streams == 1
+    assert load_config().data.shuffle_streams is None
+
+    def origin(**data: int) -> Origin:
+        return Origin(data=data, train={}, model={}, store={})
+
+    recorded = origin(global_batch_size=512)
+    origin(global_batch_size=512, shuffle_streams=1).check_same(recorded, tmp_path)
+    with pytest.raises(CheckpointError, match=r"data\.shuffle_streams is 8 here, 1 in the checkpoint"):
+        origin(global_batch_size=512, shuffle_streams=8).check_same(recorded, tmp_path)
+
+
 def test_an_exact_table_of_the_time_before_evictions_refuses(tmp_path: Path) -> None:
     table = "model.tables.item={kind: exact, max_rows: 9, admit_after: 3}"
     config = load_config(settings=["run.name=x", table])
