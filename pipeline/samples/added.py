@@ -89,7 +89,7 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
         groups_of_hour: Counter[int] = Counter()
         for part in made.grouped:
             groups_of_hour.update({h: n for h, n in part.groups_of_hour.items() if h // HOURS_PER_DAY in made.days})
-        last_day = max(there.keys() | made.days)
+        last_day = max({hour // HOURS_PER_DAY for hour in groups_of_hour} | there.keys() - made.days)
         plans = plan_files(groups_of_hour, options.test_days, options.groups_per_file, last_day)
         first_test_day = last_day - options.test_days + 1
         kept = {day: "test" if day >= first_test_day else "train" for day in there if day not in made.days}
@@ -202,7 +202,7 @@ def _made_groups(
         days |= lengthened & known
         # Late rows may have taken groups of a later day into theirs.
         days |= {each for day in days for each in range(day + 1, latest[day] // DAY + 1)} & known
-        if high is not None and any(latest[day] + pause_us >= high * DAY for day in days):
+        if high is not None and any(latest.get(day, 0) + pause_us >= high * DAY for day in days):
             high += 1
         elif min(lengthened, default=low) < low:
             low -= 1

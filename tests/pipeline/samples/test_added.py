@@ -52,7 +52,8 @@ def test_a_day_after_the_other_gives_the_bytes_of_a_rebuild(
     """Sessions go on over midnights, some for days; at the end, late rows of one day."""
     rng = random.Random(seed)
     impressions, behaviors = random_logs(rng)
-    for day in (4, 5, 6):  # a session that goes on for three days
+    behaviors += [done(9 * DAY_S + 20_000, user=99, image=7)]
+    for day in (12, 13, 14):  # a session that goes on for three days
         moments = range(day * DAY_S, (day + 1) * DAY_S, 3_500)
         impressions += [shown(at_s, user=99, session=5, user_age=1, image=7) for at_s in moments]
     last = max(map(day_of, impressions))
