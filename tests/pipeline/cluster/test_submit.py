@@ -166,7 +166,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=slow), signal.SIGTERM])
 def test_signal_reaches_the_script_once_and_the_cluster_outlives_it(number, script):
     process = start(script(CAREFUL), 0.3)
     pids = json.loads(process.stdout.readline())
