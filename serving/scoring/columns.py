@@ -1,6 +1,6 @@
 """Which columns a request has, on which side, and what each has to be: those of the fields that the model uses."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from serving.errors import RequestError
@@ -46,8 +46,8 @@ class RequestColumns:
             raise RequestError(f"{where}column {min(twice)} is in context and in candidates; leave one out")
         count = self._count(candidates, where)
         absent = self._of_side["user"].difference(user)
-        if count and not absent:
-            absent = self._of_side["ad"].difference(candidates, context)
+        if count:
+            absent |= self._of_side["ad"].difference(candidates, context)
         if absent:
             raise RequestError(where + self._missing(absent))
         return count
@@ -73,10 +73,14 @@ class RequestColumns:
     def _near(self, name: object) -> str:
         return near_match(str(name), list(self.sources))
 
-    def _missing(self, absent: Iterable[str]) -> str:
-        name = min(absent)
-        rule = self.sources[name]
-        return f"column {name} is missing, expected {expected(rule)}; {_WAYS_OUT[rule.side]}"
+    def _missing(self, absent: Collection[str]) -> str:
+        if len(absent) == 1:
+            (name,) = absent
+            rule = self.sources[name]
+            return f"column {name} is missing, expected {expected(rule)}; {_WAYS_OUT[rule.side]}"
+        of_side = {side: ", ".join(sorted(names & set(absent))) for side, names in self._of_side.items()}
+        told = [f"{names}: {_WAYS_OUT[side].replace(' it ', ' each ')}" for side, names in of_side.items() if names]
+        return f"{len(absent)} columns are missing. {'. '.join(told)}"
 
     def _count(self, candidates: Mapping[str, Sequence[Any]], where: str) -> int:
         if set(map(type, candidates.values())) <= {list}:

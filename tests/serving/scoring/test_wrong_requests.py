@@ -92,6 +92,10 @@ def request(**changes: Any) -> Request:
         ({"candidates__ad_scene": [1, 2]}, "column ad_scene is in context and in candidates; leave one out"),
         ({"context__ad_scene": "\udfff"}, 'context.ad_scene is "\\udfff", a text that is not Unicode'),
         ({"context__ad_scene": []}, "context.ad_scene is [], and has to be a whole number or a text"),
+        (
+            {"user__user": ..., "candidates__ad_price": ...},
+            "2 columns are missing. user: put each into user. ad_price: put each into candidates, or into context",
+        ),
         ({"user__user": ...}, "column user is missing, expected a whole number or text; put it into user"),
         ({"user__user": ["anna"]}, 'user.user is ["anna"], and has to be a whole number or a text'),
         ({"user__user_age": float("inf")}, "user.user_age is inf, and has to be a finite float32 number"),
