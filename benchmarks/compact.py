@@ -47,7 +47,7 @@ def main(
     dims: Annotated[int, typer.Option(min=1, help="Numbers of a compact row.")] = 256,
     rounds: Annotated[int, typer.Option(help="Of all variants.", min=1)] = 3,
     steps: Annotated[int, typer.Option(help="Of a run.", min=2)] = 24,
-    images: Annotated[int, typer.Option(help="Of the store.", min=100)] = 20_000,
+    images: Annotated[int, typer.Option(help="Of the store.", min=100)] = Knobs.images,
     dim: Annotated[int, typer.Option(help="Width of a full row.", min=2)] = Knobs.dim,
     samples_per_rank: Annotated[int, typer.Option(help="Of a step.", min=1)] = Knobs.samples_per_rank,
     results: Annotated[
