@@ -12,16 +12,17 @@ import os
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, TimeElapsedColumn
 
 from benchmarks.report import Figure, JsonPath, Section, write_sections
-from benchmarks.scale.logs import Shop
-from benchmarks.scale.stages import Place, Stage
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars, text_column
+
+if TYPE_CHECKING:
+    from benchmarks.scale.stages import Stage
 
 app = CommandApp(failures=(OSError,))
 _COSTS = ("seconds", "memory_mb", "written_mb")
@@ -42,7 +43,10 @@ def main(
     dims: Annotated[int, typer.Option(min=1, help="Numbers of a vector.")] = 256,
 ) -> None:
     """Measure how time, memory and bytes of each stage grow with the data."""
-    sizes = dict.fromkeys(sorted(impressions or [100000, 1000000]), False)
+    from benchmarks.scale.logs import Shop
+    from benchmarks.scale.stages import Place
+
+    sizes = dict.fromkeys(sorted(impressions or [100_000, 1_000_000]), False)
     if samples_alone:
         sizes.setdefault(samples_alone, True)
     found: dict[str, dict[int, Stage]] = {}
@@ -60,12 +64,12 @@ def main(
     write_sections([*sections, _growth(found, dims)], json_path)
 
 
-def _costs(found: Mapping[str, Mapping[int, Stage]], cost: str) -> Section:
+def _costs(found: Mapping[str, Mapping[int, "Stage"]], cost: str) -> Section:
     grid = {name: {str(size): getattr(stage, cost) for size, stage in of.items()} for name, of in found.items()}
     return Section(f"{cost} of each stage, by impressions", grid=grid, prefix=f"{cost}_")
 
 
-def _growth(found: Mapping[str, Mapping[int, Stage]], dims: int) -> Section:
+def _growth(found: Mapping[str, Mapping[int, "Stage"]], dims: int) -> Section:
     """Compute the exponents between the two largest sizes of each stage, and the largest of all."""
     figures: dict[str, Figure] = {}
     for name, of in found.items():

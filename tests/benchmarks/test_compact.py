@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.compact import app, gauc_section
+from benchmarks.compact.__main__ import app
+from benchmarks.compact.sections import gauc_section
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import UserError
 from featurestore.upkeep.remake.reduce import reduce

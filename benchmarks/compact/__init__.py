@@ -1,0 +1,1 @@
+"""Compact features beside the full width."""

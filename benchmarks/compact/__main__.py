@@ -1,0 +1,59 @@
+"""Measure compact features beside the full width: samples per second, bytes, and what experiments say of GAUC.
+
+    python -m benchmarks.compact --json data/bench/compact.json
+    python -m benchmarks.compact --results drawn/experiments/results.json --results photos/experiments/results.json
+
+The paper-shaped workload is trained at both widths in interleaved rounds, each run a process of its own. GAUC is from
+finished tables of `python -m trainer.experiments compact`, one for each data set.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, TimeElapsedColumn
+
+from benchmarks.report import JsonPath, Section, write_sections
+from benchmarks.workload import Knobs, make
+from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.output import progress_bars, text_column
+
+app = CommandApp(failures=(OSError,))
+
+
+@app.command()
+def main(
+    json_path: JsonPath = None,
+    folder: Annotated[Path, typer.Option("--dir", help="Of the workload, which is kept.")] = Path("data/bench/compact"),
+    dims: Annotated[int, typer.Option(min=1, help="Numbers of a compact row.")] = 256,
+    rounds: Annotated[int, typer.Option(help="Of all variants.", min=1)] = 3,
+    steps: Annotated[int, typer.Option(help="Of a run.", min=2)] = 24,
+    images: Annotated[int, typer.Option(help="Of the store.", min=100)] = Knobs.images,
+    dim: Annotated[int, typer.Option(help="Width of a full row.", min=2)] = Knobs.dim,
+    samples_per_rank: Annotated[int, typer.Option(help="Of a step.", min=1)] = Knobs.samples_per_rank,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="results.json with the table compact; the data set is called as its folder's folder.",
+        ),
+    ] = None,
+) -> None:
+    """Measure compact features beside the full width."""
+    from benchmarks.compact.sections import gauc_section, speed_sections
+
+    sections = [gauc_section(path) for path in results or ()]
+    columns = text_column(), BarColumn(), TimeElapsedColumn()
+    knobs = Knobs(images=images, dim=dim, samples_per_rank=samples_per_rank)
+    with tempfile.TemporaryDirectory(prefix="compact-bench-") as scratch, progress_bars(*columns) as progress:
+        workload = make(folder, knobs, progress)
+        sections += speed_sections(workload, Path(scratch), dims, rounds, steps, progress)
+    run = {"images": images, "dim": dim, "dims": dims, "samples_per_rank": samples_per_rank, "rounds": rounds}
+    write_sections([*sections, Section("this run", {**run, "cores": len(os.sched_getaffinity(0))})], json_path)
+
+
+if __name__ == "__main__":
+    run_app(app)
