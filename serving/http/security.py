@@ -111,7 +111,7 @@ def check_files(settings: ServerSettings) -> None:
     if settings.record_file is not None and not settings.record_file.absolute().parent.is_dir():
         raise ServerSettingsError(f"--record-file {settings.record_file}: its folder is not there; make it first")
     if settings.host not in LOOPBACKS and settings.tls_cert is None:
-        logger.warning("listening on %s without TLS: what users send can be read on the way", settings.host)
+        logger.warning("no TLS on %s: what users send can be read on the way", settings.host)
 
 
 def tls_context(cert: Path, key: Path | None) -> ssl.SSLContext:

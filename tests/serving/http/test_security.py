@@ -170,4 +170,4 @@ def test_a_token_file_that_everybody_can_read_warns(tmp_path: Path, caplog: pyte
 
 def test_listening_beyond_this_machine_without_tls_warns(caplog: pytest.LogCaptureFixture) -> None:
     check(host="0.0.0.0")
-    assert "without TLS" in caplog.text
+    assert "no TLS" in caplog.text
