@@ -96,7 +96,7 @@ def moto(folder: Path) -> Server:
     """A mock in Python that keeps everything in memory and checks no signature."""
     (port,) = free_ports(1)
     python = Path(sys.prefix) / "moto" / "bin" / "python"
-    command = [python, "-c", ONE_REQUEST_AT_A_TIME, "-H", "127.0.0.1", "-p", str(port)]
+    command: list[str | Path] = [python, "-c", ONE_REQUEST_AT_A_TIME, "-H", "127.0.0.1", "-p", str(port)]
     return Server(command, f"http://127.0.0.1:{port}", "/moto-api/data.json", folder)
 
 
