@@ -49,7 +49,7 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
                 table = file.read_row_groups(list(piece.row_groups), columns=names)
             except (pa.ArrowException, OSError) as error:
                 raise SampleError(f"{storage.full(piece.path)}: cannot be read: {error}") from error
-    row_N = np.setdiff1d(np.arange(table.num_rows + len(torn)), list(torn))  # in the file
+    row_N = np.delete(np.arange(table.num_rows + len(torn)), list(torn))  # in the file
     reasons = sorted(set(doubtful.values()))
     reason_N = np.full(table.num_rows, -1)
     for row, reason in doubtful.items():
