@@ -8,18 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake.reduce import reduce
-from trainer.comm import SoloComm
-from trainer.config.config import load_config
+from tests.trainer.runs.short import Places, dense, train_on
 from trainer.errors import CheckpointError
-from trainer.main import train
-from trainer.runs.folder import find_checkpoint
 
-Places = Any
 DIMS = 6
 
 pytestmark = pytest.mark.long  # it trains whole runs
@@ -35,15 +30,7 @@ def reduced(make_places: Callable[[Path], Places], tmp_path_factory: pytest.Temp
 
 
 def run(places: Places, name: str, store: str = "compact", **changes: Any) -> Path:
-    small = {"train__epochs": 3, "data__global_batch_size": 16, "train__max_steps": 60}
-    changes = {**small, "model__compute_dtype": "float32", **changes}  # numbers are compared
-    config = load_config(settings=places.settings(run__name=name, data__store=places.folder / store, **changes))
-    train(config, SoloComm())
-    return Path(config.run.dir) / name
-
-
-def dense(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(find_checkpoint(folder) / "dense.safetensors")
+    return train_on(places, name, store, **changes)
 
 
 def scales(folder: Path) -> torch.Tensor:

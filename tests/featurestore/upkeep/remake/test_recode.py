@@ -1,9 +1,6 @@
 """A store in another dtype: every row, one commit, a report that is right, and a recode that goes on after a kill."""
 
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +26,7 @@ from featurestore.upkeep.remake import remaking
 from featurestore.upkeep.remake.recode import read_report, recode
 from featurestore.upkeep.remake.remaking import Remake, Transform, sample
 from featurestore.upkeep.verify import verify
+from tests.featurestore.upkeep.remake.killed import kill_at
 from tests.metadata import metadata_of
 
 DIM = 32
@@ -183,36 +181,12 @@ def test_cut_off_after_the_commit(source: FeatureStore, tmp_path: Path, monkeypa
     assert new.snapshot().version == 1 and report.num_rows == 870 and new.storage.list("staging/recode") == []
 
 
-KILLED = """
-import os, signal, sys
-from featurestore import FeatureStore
-from featurestore.upkeep.remake.recode import recode
-from featurestore.storage.storage import Storage
-
-prefix, left = sys.argv[3], int(sys.argv[4])
-
-def dying(method):
-    def call(storage, path, *rest):
-        global left
-        left -= path.startswith(prefix)
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return method(storage, path, *rest)
-    return call
-
-for name in ("create_exclusive", "open_output"):
-    setattr(Storage, name, dying(getattr(Storage, name)))
-recode(FeatureStore.open(sys.argv[1]), sys.argv[2], "int8", threads=1)
-"""
-
-
 @pytest.mark.long
 def test_kill_9_again_and_again(source: FeatureStore, tmp_path: Path) -> None:
     """Before the store is made, between a shard's file and the note of it, and after the commit."""
+    call, methods = 'recode(source, target, "int8", threads=1)', ("create_exclusive", "open_output")
     for prefix, writes, num_noted in (("store.json", 0, 0), ("staging/recode/shard", 3, 3), ("reports", 0, 8)):
-        command = [sys.executable, "-c", KILLED, source.url, str(tmp_path / "new"), prefix, str(writes)]
-        died = subprocess.run(command, check=False, capture_output=True)
-        assert died.returncode == -signal.SIGKILL, died.stderr
+        kill_at(prefix, writes, source.url, str(tmp_path / "new"), call, methods)
         assert len(list((tmp_path / "new").rglob("shard-*.json"))) == num_noted
     assert recode(source, tmp_path / "new", "int8").num_rows == 870
     new = FeatureStore.open(tmp_path / "new")

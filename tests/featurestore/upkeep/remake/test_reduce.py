@@ -3,9 +3,6 @@
 import hashlib
 import json
 import re
-import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +25,7 @@ from featurestore.upkeep.remake.components import CoMoments, principal_component
 from featurestore.upkeep.remake.recode import recode
 from featurestore.upkeep.remake.reduce import read_report, reduce
 from featurestore.upkeep.verify import verify
+from tests.featurestore.upkeep.remake.killed import kill_at
 from tests.metadata import metadata_of
 
 DIM, ROWS = 40, 600
@@ -284,38 +282,14 @@ def test_a_reduction_that_was_cut_off_goes_on(source: FeatureStore, tmp_path: Pa
     assert new.storage.list("staging/reduce") == [] and verify(new).problems == []
 
 
-KILLED = """
-import os, signal, sys
-from featurestore import FeatureStore
-from featurestore.upkeep.remake.reduce import reduce
-from featurestore.storage.storage import Storage
-
-prefix, left = sys.argv[3], int(sys.argv[4])
-
-def dying(method):
-    def call(storage, path, *rest):
-        global left
-        left -= path.startswith(prefix)
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return method(storage, path, *rest)
-    return call
-
-for name in ("create_exclusive", "open_output", "write_bytes"):
-    setattr(Storage, name, dying(getattr(Storage, name)))
-reduce(FeatureStore.open(sys.argv[1]), sys.argv[2], 8, "int8", threads=1)
-"""
-
-
 @pytest.mark.long
 @pytest.mark.services
 def test_kill_9_again_and_again(source: FeatureStore, tmp_path: Path) -> None:
     """Before the basis, before the plan, before the store is made, among the shards, and after the commit."""
+    call, methods = 'reduce(source, target, 8, "int8", threads=1)', ("create_exclusive", "open_output", "write_bytes")
     places = (("codec", 0), ("staging/reduce/plan", 0), ("store.json", 0), ("staging/reduce/shard", 3), ("reports", 0))
     for prefix, writes in places:
-        command = [sys.executable, "-c", KILLED, source.url, str(tmp_path / "new"), prefix, str(writes)]
-        died = subprocess.run(command, check=False, capture_output=True)
-        assert died.returncode == -signal.SIGKILL, died.stderr
+        kill_at(prefix, writes, source.url, str(tmp_path / "new"), call, methods)
         published = list((tmp_path / "new" / "log").glob("0*.json"))
         assert bool(published) == (prefix == "reports")
     assert reduce(source, tmp_path / "new", 8, "int8").num_rows == ROWS - 30
