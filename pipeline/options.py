@@ -42,6 +42,21 @@ PartOption = Annotated[
 ]
 
 
+ScratchOption = Annotated[
+    str | None,
+    typer.Option(
+        help="For an address: folder for files in between, on a disk that all workers see.",
+        show_default="the system's temporary folder",
+    ),
+]
+KeepDaysOption = Annotated[
+    float,
+    typer.Option(
+        min=1, max=LONGEST_DAYS, help="For an address: days for which replaced files stay for those who read them."
+    ),
+]
+
+
 def takes(kind: Callable[..., Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
     """Make a command of a function of one object: its options are the fields of the dataclass `kind` with a help."""
     hints = {
@@ -185,7 +200,11 @@ class SampleOptions:
         "data/logs"
     )
     samples: Annotated[
-        str, typer.Option(help="Folder to write, on a disk that all workers see; samples in it are replaced.")
+        str,
+        typer.Option(
+            help="Folder to write, on a disk that all workers see, or an address, as s3://shop/samples; samples there "
+            "are replaced."
+        ),
     ] = DEFAULT_SAMPLES
     window_days: Annotated[
         float, typer.Option(min=0, max=LONGEST_DAYS, help="How far before an impression behaviours count.")
@@ -227,6 +246,8 @@ class SampleOptions:
         str | None,
         typer.Option(help="Make only the days from this one on that the samples do not have.", show_default="all"),
     ] = None
+    scratch: ScratchOption = None
+    keep_days: KeepDaysOption = 7
     midnight_pause_s: int = 3_600
     latest_s: int | None = None  # rows later than this are refused; None: a day from now
     groups_per_file: int = 131_072

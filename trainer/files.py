@@ -4,23 +4,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from featurestore.errors import StorageError
 from featurestore.storage.regular import read_text
 from featurestore.storage.storage import Storage
 from featurestore.text.parsing import parse_yaml
 from trainer.errors import TrainerError
 
 
-def read_mapping(path: Path, setting: str, error: type[TrainerError], wanted: str = "a mapping") -> dict[str, Any]:
-    """What a YAML file says, which `setting`, an option with its = or its space, names. Raises `error`."""
+def read_mapping(
+    path: Path | str, setting: str, error: type[TrainerError], wanted: str = "a mapping"
+) -> dict[str, Any]:
+    """What a YAML file says, which `setting`, an option with its = or its space, names. Raises `error`.
+
+    The file may be at an address, as s3://shop/samples/schema.yaml.
+    """
     try:
-        values = parse_yaml(read_text(path))
+        values = parse_yaml(_text(path))
     except FileNotFoundError as failure:
         raise error(f"{setting}{path}: there is no such file") from failure
-    except (OSError, ValueError) as failure:
+    except (OSError, ValueError, StorageError) as failure:
         raise error(f"{path} is not a readable YAML file: {failure}") from failure
     if not isinstance(values, Mapping):
         raise error(f"{path} has to be {wanted}, found {type(values).__name__}")
     return dict(values)
+
+
+def _text(path: Path | str) -> str:
+    if "://" not in str(path):
+        return read_text(Path(path))
+    storage, name = file_at(str(path))
+    return storage.read_bytes(name).decode()
 
 
 def file_at(address: str) -> tuple[Storage, str]:

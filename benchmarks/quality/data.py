@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from featurestore.storage.storage import Storage
+from featurestore.published import open_published
 from trainer.errors import DataError
 from trainer.samples.days import files_by_day
 
@@ -25,7 +25,7 @@ class DataSet:
 
     def tuning_days(self) -> tuple[list[str], list[str]]:
         """The first nine tenths of the training days, and the rest, on which settings are chosen. Raises DataError."""
-        by_day = files_by_day(Storage(self.samples))
+        by_day = files_by_day(open_published(self.samples))
         days = [day for day, files in by_day.items() if files[0].startswith("train/")]
         if len(days) < 2:
             raise DataError(

@@ -8,11 +8,10 @@ Each file of a day is, byte for byte, what building all samples anew would write
 
 import contextlib
 import dataclasses
-import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,9 @@ import pyarrow.parquet as pq
 from distributed import Client
 
 from featurestore.console.files import write_json
+from featurestore.errors import StorageError
+from featurestore.published import open_published
+from featurestore.storage.storage import Storage
 from featurestore.text.parsing import parse_json
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
@@ -41,12 +43,12 @@ from pipeline.samples.build import (
 from pipeline.samples.files import HOURS_PER_DAY, FilePlan, GroupedBucket, name_of_day, plan_files
 from pipeline.samples.groups import DAY
 from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS, MICROSECONDS, WantedRows
-from pipeline.samples.publish import MARK, replaced_folder
+from pipeline.samples.publish import MARK, NewFiles, replaced_files
 from pipeline.samples.shuffle import QUARANTINE, ShuffledPiece, read_bucket, write_quarantine
 
 SPLITS = ("train", "test")
 _FILE = re.compile(r"day=(\d{4}-\d{2}-\d{2})-\d{3,}\.parquet")
-_FREE = ("logs", "samples", "partitions", "days", "since")
+_FREE = ("logs", "samples", "partitions", "days", "since", "scratch", "keep_days")
 """Options that may differ from those of the samples."""
 _FOREVER = 1 << 62
 
@@ -78,11 +80,18 @@ def add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
 
 
 def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
-    target, asked = Path(options.samples), _asked(options)
-    recorded = _recorded(target)
+    before, asked = open_published(options.samples), _asked(options)
+    recorded = _recorded(before)
     options = _as_made(options, recorded["options"])
-    tables, there = open_tables(options), _files_by_day(target)
-    with replaced_folder(options.samples, spared=tables.spared) as folder:
+    tables, there = open_tables(options), _files_by_day(before)
+    with replaced_files(
+        options.samples,
+        before=before,
+        spared=tables.spared,
+        scratch=options.scratch,
+        keep_days=options.keep_days,
+    ) as new:
+        folder = new.folder
         made = _made_groups(client, tables, folder / SHUFFLE_FOLDER, asked, there.keys())
         if not made.days:
             raise _NothingMissingError
@@ -98,14 +107,15 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
             (folder / split).mkdir()
         for day, split in kept.items():
             for file in there[day]:
-                _link(file, folder / split / file.name)
+                new.keep(f"{split}/{_name(file)}", file)
         written = write(client, made.grouped, plans, folder)
-        _check_same_columns(folder, plans, [file for day in kept for file in there[day]])
-        _keep_the_rest(target, folder, made.shuffled)
+        _check_same_columns(new, plans)
+        _keep_the_rest(new, made.shuffled)
         shutil.rmtree(folder / SHUFFLE_FOLDER)
         days = sorted(name_of_day(day) for day in made.days)
         added = sorted({*recorded.get("added_days", []), *days})
-        write_json(folder / MARK, recorded | _counts(folder) | {"new_ads": None, "added_days": added})
+        groups = {part.plan.name: part.num_groups for part in written}
+        write_json(folder / MARK, recorded | _counts(new, recorded, groups) | {"new_ads": None, "added_days": added})
     return {
         "days": days,
         "groups": sum(part.num_groups for part in written),
@@ -132,14 +142,17 @@ def _asked(options: SampleOptions) -> "set[int] | int":
     return day_of(options.since or "", "--since")
 
 
-def _recorded(target: Path) -> dict[str, Any]:
+def _recorded(before: Storage) -> dict[str, Any]:
     try:
-        recorded: dict[str, Any] = parse_json((target / MARK).read_text(encoding="utf-8"))
+        recorded: dict[str, Any] = parse_json(before.read_bytes(MARK))
         if "window_days" in recorded["options"]:
             return recorded
+    except StorageError:
+        if not before.is_local:
+            raise
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise SampleOptionError(f"{target} has no samples of build_samples; make them without --days and --since first")
+    raise SampleOptionError(f"{before.url} has no samples of build_samples; make them without --days and --since first")
 
 
 def _as_made(options: SampleOptions, recorded: dict[str, Any]) -> SampleOptions:
@@ -162,13 +175,20 @@ def _as_made(options: SampleOptions, recorded: dict[str, Any]) -> SampleOptions:
     return SampleOptions(**made | free)
 
 
-def _files_by_day(target: Path) -> dict[int, list[Path]]:
+def _name(file: str) -> str:
+    """Drop the split."""
+    return file.rpartition("/")[2]
+
+
+def _files_by_day(before: Storage) -> dict[int, list[str]]:
     """List the files of each day. Raises SampleOptionError for one whose name tells no day."""
-    found: dict[int, list[Path]] = {}
-    for file in sorted(file for split in SPLITS for file in (target / split).glob("*")):
-        match = _FILE.fullmatch(file.name)
+    found: dict[int, list[str]] = {}
+    for file in [f"{split}/{name}" for split in SPLITS for name in before.list(split)]:
+        match = _FILE.fullmatch(_name(file))
         if match is None:
-            raise SampleOptionError(f"{file} is not named by its day, as build_samples does; make all samples anew")
+            raise SampleOptionError(
+                f"{before.full(file)} is not named by its day, as build_samples does; make all samples anew"
+            )
         found.setdefault(day_of(match[1], "day"), []).append(file)
     return found
 
@@ -232,48 +252,60 @@ def _grouped(
     return grouped, [*shown, *done]
 
 
-def _check_same_columns(folder: Path, plans: Sequence[FilePlan], kept: Sequence[Path]) -> None:
-    if plans and kept:
-        new, old = (pq.read_schema(path) for path in (folder / plans[0].split / plans[0].name, kept[0]))
-        if not new.equals(old):
+def _check_same_columns(new: NewFiles, plans: Sequence[FilePlan]) -> None:
+    if plans and new.kept:
+        file = next(iter(new.kept.values()))
+        made = pq.read_schema(new.folder / plans[0].split / plans[0].name)
+        try:
+            with new.before.open_input(file) as opened:
+                old = pq.read_schema(opened)
+        except (pa.ArrowException, OSError, StorageError) as error:
+            raise SampleError(f"{new.before.full(file)}: cannot be read: {error}") from error
+        if not made.equals(old):
             raise SampleError(
-                f"the columns of the new days ({', '.join(new.names)}) are not those of {kept[0]} "
+                f"the columns of the new days ({', '.join(made.names)}) are not those of {new.before.full(file)} "
                 f"({', '.join(old.names)}), or of other types; make all days anew"
             )
 
 
-def _keep_the_rest(target: Path, folder: Path, shuffled: Sequence[ShuffledPiece]) -> None:
+def _keep_the_rest(new: NewFiles, shuffled: Sequence[ShuffledPiece]) -> None:
     """Take over what else lies in the samples, bad rows too; those of the new days join them."""
-    for file in target.iterdir():
-        if file.is_file() and file.name not in (MARK, QUARANTINE_FILE):
-            _link(file, folder / file.name)
-    write_quarantine(folder / QUARANTINE_FILE, shuffled)
+    for file in new.before.entries(recursive=False):
+        if file.path not in (MARK, QUARANTINE_FILE) and not file.path.startswith("."):
+            new.keep(file.path, file.path)
+    path = new.folder / QUARANTINE_FILE
+    write_quarantine(path, shuffled)
     with contextlib.suppress(FileNotFoundError):
-        new, old = pq.read_table(folder / QUARANTINE_FILE), pq.read_table(target / QUARANTINE_FILE)
-        rows = {tuple(row.values()): row for table in (old, new) for row in table.to_pylist()}
-        pq.write_table(pa.Table.from_pylist(list(rows.values()), schema=QUARANTINE), folder / QUARANTINE_FILE)
+        with new.before.open_input(QUARANTINE_FILE) as opened:
+            old = pq.read_table(opened)
+        rows = {tuple(row.values()): row for table in (old, pq.read_table(path)) for row in table.to_pylist()}
+        pq.write_table(pa.Table.from_pylist(list(rows.values()), schema=QUARANTINE), path)
 
 
-def _counts(folder: Path) -> dict[str, Any]:
-    """Count the samples of each split by the files' footers; what these do not tell is left out."""
-    found: dict[str, Any] = {}
-    for split in SPLITS:
-        files = sorted((folder / split).iterdir())
-        days = sorted({file.name[4:14] for file in files})
-        metadata = [pq.read_metadata(file) for file in files]
+def _counts(new: NewFiles, recorded: Mapping[str, Any], written: Mapping[str, int]) -> dict[str, Any]:
+    """Count the samples of each split; what a file's number of groups does not tell is left out.
+
+    `written`: groups of the new files by name. Footers are read only of files that an earlier version made.
+    """
+    known = recorded.get("groups_of_file", {}) | written
+    files = {split: [path.name for path in (new.folder / split).iterdir()] for split in SPLITS}
+    for name, name_before in new.kept.items():
+        split, _, last = name.rpartition("/")
+        if split in files:
+            files[split].append(last)
+            if last not in known:
+                with new.before.open_input(name_before) as opened:
+                    known[last] = pq.read_metadata(opened).num_rows
+    found: dict[str, Any] = {
+        "groups_of_file": {name: known[name] for name in sorted(name for names in files.values() for name in names)}
+    }
+    for split, names in files.items():
+        days = sorted({name[4:14] for name in names})
         found[split] = {
             "first_day": days[0] if days else None,
             "last_day": days[-1] if days else None,
             "days": len(days),
-            "files": len(files),
-            "groups": sum(each.num_rows for each in metadata),
+            "files": len(names),
+            "groups": sum(known[name] for name in names),
         }
     return found
-
-
-def _link(file: Path, to: Path) -> None:
-    """Give a file a second name; a copy, where the disk has no links."""
-    try:
-        os.link(file, to)
-    except OSError:
-        shutil.copy2(file, to)

@@ -25,7 +25,7 @@ from pipeline.samples.files import FilePlan, GroupedBucket, WrittenFile, group_b
 from pipeline.samples.groups import GroupRules
 from pipeline.samples.mapping import TableLayout, load_mapping, names_in
 from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS, LogPiece, WantedRows, find_pieces
-from pipeline.samples.publish import MARK, replaced_folder
+from pipeline.samples.publish import MARK, replaced_files
 from pipeline.samples.schema import write_suggested
 from pipeline.samples.shuffle import ShuffledPiece, shuffle_piece, write_quarantine
 from pipeline.samples.summary import summarise
@@ -42,20 +42,22 @@ FEWER_ROWS = "raise --partitions, or give workers more memory"
 def build_samples(options: SampleOptions, client: Client) -> dict[str, Any]:
     """Make `options.samples` anew and return its summary, which is its summary.json too.
 
-    Reads `impressions/*.parquet` and `behaviors/*.parquet` below `options.logs`, a folder or an address; the samples'
-    folder must be on a disk that all workers see. A row per group of pipeline.samples.groups.make_groups, in the files
-    `train/day=*.parquet` and `test/day=*.parquet` by the day (UTC) of the group's first impression, sorted by
-    timestamp, user and session; equal logs give equal files, whatever the cluster and `partitions`. Bad rows are
-    counted and kept in quarantine.parquet. With a mapping the logs are a person's own tables, CSV or Parquet, and
-    a schema and settings for the trainer are written to their folder. Raises SampleError when there is nothing to
-    make samples from; SchemaError.
+    Reads `impressions/*.parquet` and `behaviors/*.parquet` below `options.logs`, a folder or an address. The samples'
+    folder must be on a disk that all workers see; where the samples are at an address, `options.scratch`. A row per
+    group of pipeline.samples.groups.make_groups, in the files `train/day=*.parquet` and `test/day=*.parquet` by the day
+    (UTC) of the group's first impression, sorted by timestamp, user and session; equal logs give equal files, whatever
+    the cluster and `partitions`. Bad rows are counted and kept in quarantine.parquet. With a mapping the logs are a
+    person's own tables, CSV or Parquet, and a schema and settings for the trainer are written to their folder. Raises
+    SampleError when there is nothing to make samples from; SchemaError.
     """
     tables = open_tables(options)
     impressions, behaviors = tables.pieces(IMPRESSIONS), tables.pieces(BEHAVIORS)
     buckets = num_buckets(options.partitions, impressions + behaviors, client)
     layout = impressions[0].layout
-    with replaced_folder(options.samples, spared=tables.spared) as folder:
-        scratch = folder / SHUFFLE_FOLDER
+    with replaced_files(
+        options.samples, spared=tables.spared, scratch=options.scratch, keep_days=options.keep_days
+    ) as new:
+        folder, scratch = new.folder, new.folder / SHUFFLE_FOLDER
         for made in (scratch, folder / "train", folder / "test"):
             made.mkdir()
         shown = shuffle(client, impressions, scratch, buckets, options)
@@ -98,8 +100,6 @@ class LogTables:
 
 def open_tables(options: SampleOptions) -> LogTables:
     """Read what `options` say of the logs. Raises SampleOptionError."""
-    if "://" in options.samples:
-        raise SampleOptionError(f"samples={options.samples}: not a folder on disk; write to one and copy it from there")
     mapping = load_mapping(Path(options.mapping)) if options.mapping else None
     user_columns = None if options.user_columns is None else names_in(options.user_columns)
     if mapping and user_columns:

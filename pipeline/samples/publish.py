@@ -1,19 +1,139 @@
-"""A folder that is made aside and takes its place as a whole."""
+"""Files that are made aside and take the place of others as a whole: a folder, or a version of an address."""
 
 import contextlib
 import ctypes
 import fcntl
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from featurestore.console.progress import progress_bar
+from featurestore.errors import CommitConflictError
+from featurestore.published import (
+    FILES,
+    VERSIONS,
+    PublishedFile,
+    PublishedFiles,
+    PublishedVersion,
+    expire,
+    open_published,
+    publish,
+    upload,
+)
+from featurestore.storage.safety import refuse_unsafe
+from featurestore.storage.storage import Storage
+from featurestore.storage.threads import in_threads
 from pipeline.errors import SampleError, SampleOptionError
 
 MARK = "summary.json"  # a folder without it was not made here, and is not replaced
 LOCK = ".lock"
+KEEP_DAYS = 7
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+_UPLOADS = 4  # at once, each with its file in memory
+_DAY_S = 86_400
+
+
+@dataclass(frozen=True)
+class NewFiles:
+    """Files in the making: `folder` is where they are written; `kept` are taken over from those that are there."""
+
+    folder: Path
+    before: Storage
+    kept: dict[str, str] = field(default_factory=dict)
+    """By their names from now on, their names in `before`."""
+
+    def keep(self, name: str, name_before: str) -> None:
+        """Take a file over as it is: its bytes are neither read nor written."""
+        self.kept[name] = name_before
+
+
+@contextlib.contextmanager
+def replaced_files(
+    target: str,
+    what: str = "samples",
+    *,
+    before: Storage | None = None,
+    spared: Mapping[str, str] | None = None,
+    scratch: str | None = None,
+    keep_days: float = KEEP_DAYS,
+) -> Iterator[NewFiles]:
+    """Give a folder whose files, with those that are kept, take the place of all at `target` when the block ends.
+
+    On a disk that is `replaced_folder`. At another address they become its next version (see featurestore.published):
+    the folder is in `scratch` then, and each file is uploaded, which holds `_UPLOADS` of them in memory; versions that
+    were replaced more than `keep_days` ago go. Files beside the splits are put at the address as well, for people.
+    `before`: the files that the new ones were made from. Raises, besides what `replaced_folder` does, StorageError, and
+    CommitConflictError where another command has replaced these by the end of the block.
+    """
+    place = Storage(target) if target.strip() else None
+    if place is None or place.is_local:
+        with replaced_folder(place.url if place and "://" in target else target, what, spared) as folder:
+            new = NewFiles(folder, before or Storage(target))
+            folder_before = _inode(new.before)
+            yield new
+            for name, name_before in new.kept.items():
+                _link(Path(new.before.url, name_before), folder / name)
+            if before is not None and _inode(before) != folder_before:
+                raise CommitConflictError(f"{target} was replaced by another command meanwhile; run it again")
+        return
+    new_before = before or open_published(target)
+    _check_publishable(new_before, what)
+    if not isinstance(new_before, PublishedFiles):
+        refuse_unsafe(place)
+    try:
+        with _building(Path(scratch or tempfile.gettempdir()), f".crossmedia-{os.getuid()}.building-") as folder:
+            new = NewFiles(folder, new_before)
+            yield new
+            _publish(place, new, before is not None)
+    except OSError as error:
+        raise SampleError(f"cannot make the {what} for {target}: {error or type(error).__name__}") from error
+    expire(place, keep_days * _DAY_S)
+
+
+def _inode(folder: Storage) -> int | None:
+    with contextlib.suppress(FileNotFoundError):
+        return Path(folder.url).stat().st_ino
+    return None
+
+
+def _publish(place: Storage, new: NewFiles, is_made_from_before: bool) -> None:
+    names = sorted(str(path.relative_to(new.folder)) for path in new.folder.rglob("*") if path.is_file())
+    names.remove(LOCK)
+    with progress_bar("uploading", len(names)) as bar:
+        uploads = in_threads(
+            lambda name: upload(place, new.folder / name, name), names, _UPLOADS, lambda *_: bar.advance(1)
+        )
+        files = dict(zip(names, uploads, strict=True))
+    files |= {name: _published(new.before, name_before) for name, name_before in new.kept.items()}
+    after = _version(new.before).version if is_made_from_before else None
+    publish(place, files, after)
+    for name in names:
+        if "/" not in name:
+            place.write_bytes(name, (new.folder / name).read_bytes())
+
+
+def _published(before: Storage, name: str) -> PublishedFile:
+    """Name a file that is there, of a version or of a plain folder."""
+    files = _version(before).files
+    return files[name] if files else PublishedFile(path=name, size_bytes=before.size(name))
+
+
+def _version(before: Storage) -> PublishedVersion:
+    if isinstance(before, PublishedFiles):
+        return before.published
+    return PublishedVersion(version=0, publication="", writer="", time_s=0.0, files={})
+
+
+def _check_publishable(before: Storage, what: str) -> None:
+    names = set(before.list()) - {FILES, VERSIONS}  # these may be of a first build that was killed
+    if names and MARK not in names:
+        raise SampleError(
+            f"{before.url} has files that are no {what} (it has no {MARK}); name another place or empty it"
+        )
 
 
 @contextlib.contextmanager
@@ -38,19 +158,25 @@ def replaced_folder(
 @contextlib.contextmanager
 def _replaced_folder(target: Path, what: str) -> Iterator[Path]:
     _check_replaceable(target, what)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}.building-"
-    for left in target.parent.glob(f"{prefix}*"):
+    with _building(target.parent, f".{target.name}.building-") as building:
+        yield building
+        (building / LOCK).unlink()
+        _check_replaceable(target, what)
+        _swap(building, target)
+
+
+@contextlib.contextmanager
+def _building(parent: Path, prefix: str) -> Iterator[Path]:
+    """Make a folder for the time of the block; those of killed runs go."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.glob(f"{prefix}*"):
         _remove_unless_in_use(left)
-    building = target.with_name(f"{prefix}{uuid.uuid4().hex}")
+    building = parent / f"{prefix}{uuid.uuid4().hex}"
     building.mkdir()
     try:
         with (building / LOCK).open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield building
-            (building / LOCK).unlink()
-            _check_replaceable(target, what)
-            _swap(building, target)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -107,6 +233,15 @@ def _exchange(one: Path, other: Path) -> bool:
     """Exchange the names of two folders by renameat2, which Linux has; tell whether that was done."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     return rename is not None and rename(_HERE, bytes(one), _HERE, bytes(other), _EXCHANGE) == 0
+
+
+def _link(file: Path, to: Path) -> None:
+    """Give a file a second name; a copy, where the disk has no links."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, to)
+    except OSError:
+        shutil.copy2(file, to)
 
 
 def _remove_unless_in_use(folder: Path) -> None:

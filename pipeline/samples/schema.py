@@ -23,12 +23,13 @@ def write_schema(
     folder: Path, samples: str | Path, schema: str, tables: Mapping[str, int], store: str | None = None
 ) -> None:
     """Write the text of a schema, and settings with the rows of its ID tables, for samples at `samples`."""
-    settings = settings_text(str(samples), str(Path(samples) / SCHEMA_FILE), tables, store)
+    beside = Storage(samples).full(SCHEMA_FILE) if "://" in str(samples) else str(Path(samples) / SCHEMA_FILE)
+    settings = settings_text(str(samples), beside, tables, store)
     for name, text in {SCHEMA_FILE: schema, SETTINGS_FILE: settings}.items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def schema_beside(samples: str) -> Path | None:
+def schema_beside(samples: str) -> str | None:
     """Find the schema in a folder of samples, None where there is none."""
-    path = Path(samples) / SCHEMA_FILE
-    return path if path.is_file() else None
+    storage = Storage(samples)
+    return storage.full(SCHEMA_FILE) if SCHEMA_FILE in storage.list() else None

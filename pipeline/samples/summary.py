@@ -51,6 +51,7 @@ def summarise(
         "behaviors_over_limit": sum(part.num_over_limit for part in grouped),
         **{split: _split(written, split) for split in ("train", "test")},
         "new_ads": _new_ads(written),
+        "groups_of_file": {part.plan.name: part.num_groups for part in written},
     }
 
 

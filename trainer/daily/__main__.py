@@ -258,10 +258,10 @@ def _check_base(base: Config) -> None:
 
 
 def _days_of(samples: str) -> list[str]:
-    from featurestore.storage.storage import Storage
+    from featurestore.published import open_published
     from trainer.samples.days import files_by_day
 
-    days = list(files_by_day(Storage(samples)))
+    days = list(files_by_day(open_published(samples)))
     if not days:
         raise DataNotFoundError(
             f"data.samples={samples} has no file day=DAY*.parquet in train/ or test/; "

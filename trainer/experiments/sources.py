@@ -6,9 +6,9 @@ from typing import Any, Literal, TypeVar, cast
 
 from featurestore.format.basis import Basis
 from featurestore.identity import SnapshotId
+from featurestore.published import open_published
 from featurestore.snapshot import Snapshot
 from featurestore.spec import DType
-from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.upkeep.remake.components import principal_components
 from featurestore.upkeep.remake.reduce import reduce
@@ -37,7 +37,7 @@ class Sources:
         """List the days of the samples, ascending. Raises DataError where they are too few for a warm-up."""
 
         def look() -> list[str]:
-            days = list(files_by_day(Storage(samples)))
+            days = list(files_by_day(open_published(samples)))
             if len(days) < LEAST_DAYS:
                 raise DataError(
                     f"data.samples={samples} has {len(days)} days of samples; warm-up from the day before needs"

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from featurestore.errors import StorageError
+from featurestore.published import open_published
 from featurestore.storage.storage import Storage
 from trainer.comm import SoloComm
 from trainer.errors import DataError, DataNotFoundError
@@ -78,7 +79,7 @@ def ads_of_samples(samples: str, schema: Schema, fields: Sequence[Field]) -> Ads
 
     Last: in the order of test after train, of file names, and of rows. Raises DataError, SchemaError.
     """
-    storage, column = Storage(samples), schema.new_ad_column
+    storage, column = open_published(samples), schema.new_ad_column
     splits = [split for split in _SPLITS if any(name.endswith(".parquet") for name in storage.list(split))]
     if not splits:
         raise DataNotFoundError(
@@ -87,7 +88,7 @@ def ads_of_samples(samples: str, schema: Schema, fields: Sequence[Field]) -> Ads
     rules = {schema.label: Rule("ad", 1, "integer"), **_rules(schema, fields)}
     seen, parts = np.empty(0, np.int64), []
     for split in reversed(splits):
-        for row_group in reversed(open_index(SoloComm(), samples, split, schema).row_groups):
+        for row_group in reversed(open_index(SoloComm(), storage, split, schema).row_groups):
             last = _last_ads(storage, row_group, rules, schema.label, column, seen)
             seen = np.union1d(seen, last.columns[column].values)
             parts.append(last)

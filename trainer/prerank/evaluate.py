@@ -77,7 +77,8 @@ def score(trained: TrainedRun, samples: str | None) -> Score:
     comm, engine, model, data = trained.comm, trained.engine, towers(trained), trained.config.data
     kept = [torch.empty(0, model.width)]
     reader = reader_of_tests(trained, samples)
-    train = open_index(comm, data.samples, TRAIN, trained.schema, data.train_days)
+    here = data.samples if samples else reader.index.storage
+    train = open_index(comm, here, TRAIN, trained.schema, data.train_days)
 
     def network(fields: Any, dense: Any, group_of_sample_B: Tensor) -> Tensor:
         kept.append(model.user_vectors(fields, dense).cpu())

@@ -17,6 +17,7 @@ import torch
 from featurestore.format.statistics import FeatureStatistics
 from featurestore.identity import SnapshotId
 from featurestore.lookup.partition import FeaturePartition
+from featurestore.published import open_published
 from featurestore.snapshot import Snapshot
 from featurestore.storage.storage import Storage
 from trainer.comm import Comm
@@ -114,14 +115,14 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
     resumed = comm.on_all(lambda: _resumed(config, folder))
     if not reading:
         comm.on_all(lambda: check_folder(config, folder, resumed[0] if resumed else None))
-    comm.on_rank_0(lambda: _check_places(config, places))
+    samples = comm.on_rank_0(lambda: _open_samples(config, places))
     recorded = resumed[1].origin if resumed else None
     warm = None if resumed else comm.on_all(lambda: _warm_start(config))
     device = share_machine(config, comm)
     dtype = recorded.model.get("compute_dtype") if recorded else None
     config = config.model_copy(update={"model": with_compute_dtype(config.model, comm, device, dtype)})
-    train = open_index(comm, config.data.samples, "train", schema, config.data.train_days)
-    test = open_index(comm, config.data.samples, "test", schema, config.data.test_days)
+    train = open_index(comm, samples, "train", schema, config.data.train_days)
+    test = open_index(comm, samples, "test", schema, config.data.test_days)
     partitions, statistics = open_stores(
         config, comm, places, lambda place: snapshot_of(place, resumed), measured=not resumed
     )
@@ -298,9 +299,9 @@ def _overwrite(run: Run) -> list[Path]:
     return removed
 
 
-def _check_places(config: Config, places: list[StorePlace]) -> None:
-    """Name the job to run where a place is empty, for all of them at once."""
-    samples, problems = Storage(config.data.samples), missing_places(places)
+def _open_samples(config: Config, places: list[StorePlace]) -> Storage:
+    """Open the samples that all indexes of the run are of; name the jobs to run for all places that are empty."""
+    samples, problems = open_published(config.data.samples), missing_places(places)
     without_store = bool(problems)
     splits = {"train": config.data.train_days, "test": config.data.test_days}
     empty = [split for split, days in splits.items() if days is None and not sample_files(samples, split)]
@@ -313,6 +314,7 @@ def _check_places(config: Config, places: list[StorePlace]) -> None:
         if without_store and empty:
             problems.append("without images and logs of your own, draw some first with: python jobs/make_demo_data.py")
         raise DataNotFoundError("\n".join(problems))
+    return samples
 
 
 def _resumed(config: Config, folder: Path) -> tuple[Path, CheckpointState] | None:

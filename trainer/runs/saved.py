@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from featurestore.errors import FeatureStoreError
 from featurestore.lookup.partition import MissingPolicy
+from featurestore.published import open_published
 from featurestore.snapshot import Snapshot
 from featurestore.storage.regular import read_regular
-from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from trainer.comm import Comm
 from trainer.config.config import Config, load_saved
@@ -219,7 +219,9 @@ def open_source(source: RunSource, comm: Comm) -> Opened:
     except DataError as failure:
         failure.add_note(f"(places as in {source.folder / 'config.yaml'}; name others by --samples and --store)")
         raise
-    test = open_test(comm, config, run.schema, source.samples)
+    test = run.test_reader.index  # of the same version of the samples
+    if source.samples is not None or config.data.test_days == []:
+        test = open_test(comm, config, run.schema, source.samples)
     reader = test_reader(run.config, comm, test, run.schema)
     return Opened(source, saved, run, run.train_reader.index, test, reader, _notes(source, saved, run))
 
@@ -284,4 +286,4 @@ def finite(vectors_NW: Vectors) -> Vectors:
 
 def _has_training_samples(config: Config) -> bool:
     splits = (TRAIN, TEST) if config.data.train_days else (TRAIN,)  # a day's file may be in either
-    return any(sample_files(Storage(config.data.samples), split) for split in splits)
+    return any(sample_files(open_published(config.data.samples), split) for split in splits)

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from featurestore.published import open_published
 from featurestore.storage.storage import Storage
 from trainer.comm import Comm
 from trainer.errors import DataError, DataNotFoundError
@@ -83,14 +84,18 @@ class SampleIndex:
         return xxhash.xxh3_128_hexdigest(repr(row_groups).encode())
 
 
-def open_index(comm: Comm, samples: str, split: str, schema: Schema, days: Sequence[str] | None = None) -> SampleIndex:
+def open_index(
+    comm: Comm, samples: str | Storage, split: str, schema: Schema, days: Sequence[str] | None = None
+) -> SampleIndex:
     """Read the footers of `samples`/`split`/*.parquet, each rank those of its share of the files.
 
-    With `days`, those of the files of these days instead, whichever split they are in; no days, no samples. Raises, on
-    all ranks together, DataError where there is no sample, or none of a day, or a file is damaged, SchemaError where a
-    column is missing or of another type.
+    With `days`, those of the files of these days instead, whichever split they are in; no days, no samples. At an
+    address with published versions, all ranks read the newest one; who opens several indexes opens it once, and gives
+    the storage. Raises, on all ranks together, DataError where there is no sample, or none of a day, or a file is
+    damaged, SchemaError where a column is missing or of another type.
     """
-    storage, rules = Storage(samples), rules_of(schema)
+    rules = rules_of(schema)
+    storage = samples if isinstance(samples, Storage) else comm.on_rank_0(lambda: open_published(samples))
     with comm.agreed():
         files = sample_files(storage, split) if days is None else files_of(storage, days)
         own = [(file, _read_footer(storage, file, rules, schema.label)) for file in files[comm.rank :: comm.size]]

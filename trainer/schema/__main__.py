@@ -53,7 +53,7 @@ def inspect(
     With types, numbers of different values, and suggested kinds, sides and table sizes as comments. Of a run it prints
     the first texts of its dictionary of IDs.
     """
-    from featurestore.storage.storage import Storage
+    from featurestore.published import open_published
     from trainer.schema import suggest_mapping as logs
     from trainer.schema import suggest_schema as samples
 
@@ -62,7 +62,7 @@ def inspect(
             raise SchemaError(f"{data} is a run's folder, of which no schema is written; leave --out out")
         _show_dictionary(Path(data), SHOWN)
         return
-    storage = Storage(data)
+    storage = open_published(data)
     if has_lists(storage):
         schema, made, table = samples.inspect_samples(storage, label, group, rows)
         text = samples.render(schema, made, table, data)

@@ -213,7 +213,7 @@ class Schema(BaseModel):
 
 def load_schema(path: Path | str | None = None) -> Schema:
     """Read the schema in a YAML file, by default the packaged one. Raises SchemaError naming the file and the field."""
-    path = Path(path or DEFAULT_SCHEMA)
+    path = path or DEFAULT_SCHEMA
     values = read_mapping(path, "data.schema_file=", SchemaError, "a mapping with the name fields")
     schema = validated(Schema, values, str(path), SchemaError)
     ad_ids = [field.name for field in schema.of_kind("id", side="ad") if not field.is_bucketed]

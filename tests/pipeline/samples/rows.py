@@ -48,6 +48,11 @@ def table(rows: list[Row], seconds: bool = False) -> pa.Table:
     return pa.table(columns)
 
 
+def day_of(row: Row) -> int:
+    """Days since the first one."""
+    return int((row["timestamp"] - START_S) // DAY_S)
+
+
 def replaced(log: pa.Table, name: str, values: Any) -> pa.Table:
     return log.set_column(log.schema.get_field_index(name), name, values)
 

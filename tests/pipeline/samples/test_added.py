@@ -19,6 +19,7 @@ from tests.pipeline.samples.rows import (
     START_S,
     Row,
     all_bytes,
+    day_of,
     done,
     in_pieces,
     random_logs,
@@ -28,11 +29,6 @@ from tests.pipeline.samples.rows import (
 )
 
 FIRST = "2026-01-"
-
-
-def day_of(row: Row) -> int:
-    """Days since the first one."""
-    return int((row["timestamp"] - START_S) // DAY_S)
 
 
 def write_until(folder: Path, rng: random.Random, impressions: list[Row], behaviors: list[Row], day: int) -> None:

@@ -112,11 +112,6 @@ def test_file_in_place_of_the_folder_is_named(build, tmp_path):
         build([shown(0)], [done(0)])
 
 
-def test_samples_at_an_address_are_refused(build):
-    with pytest.raises(SampleError, match="samples=s3://shop/samples"):
-        build([shown(0)], [done(0)], samples="s3://shop/samples")
-
-
 def test_remains_of_a_killed_run_go_and_a_running_one_stays(tmp_path):
     target = tmp_path / "samples"
     killed = tmp_path / ".samples.building-1"

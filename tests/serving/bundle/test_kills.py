@@ -16,7 +16,7 @@ from serving.bundle.manifest import BUNDLES
 from serving.bundle.open import Bundle
 from serving.bundle.upkeep.expiry import remove_leftovers
 from serving.bundle.upkeep.soundness import damage_of
-from tests.featurestore.chaos.kills.conftest import FORK, Fuse
+from tests.fuse import FORK, Fuse
 from tests.serving.bundle.conftest import Exported, export
 from tests.serving.bundle.test_expiry import Versions
 from tests.serving.bundle.test_publish import World

@@ -4,10 +4,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from featurestore.published import publish, upload
 from featurestore.storage.storage import Storage
 from tests.proxy import Fault, Request, proxy_before
 from tests.servers import environment_of
 from tests.trainer.runs.legs import Killed, assert_no_step_or_sample_is_lost
+from trainer.comm import SoloComm
+from trainer.config.config import load_config
+from trainer.runs import open as open_module
+from trainer.runs.open import Run, open_run
+from trainer.samples.reader import SampleIndex
 
 Places = Any
 
@@ -35,3 +43,38 @@ def test_cut_connections_lose_and_repeat_no_sample(
         on_s3 = far.leg(0, ranks=2)
     assert_no_step_or_sample_is_lost([on_s3], on_disk, steps)
     assert min(proxy.faults.count(fault) for fault in (Fault.CUT, Fault.CUT_ANSWER)) > 5
+
+
+def test_a_run_has_the_files_of_one_version(
+    places: Places, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another one is published between its training and its test samples; its checkpoint knows the next."""
+    samples, storage = places.folder / "samples", Storage(s3_url)
+    files = {str(file.relative_to(samples)): upload(storage, file, file.name) for file in samples.glob("*/*.parquet")}
+    publish(storage, files)
+    opened = open_module.open_index
+    moved = min(name for name in files if name.startswith("train/"))
+
+    def publishes_before_the_second(*arguments: Any) -> SampleIndex:
+        if arguments[2] == "test":
+            publish(storage, {name.replace(moved, "test/moved.parquet"): file for name, file in files.items()})
+        return opened(*arguments)
+
+    def run_on(place: object, name: str) -> Run:
+        settings = places.settings(data__samples=place, run__dir=tmp_path, run__name=name, train__max_steps=9)
+        run = open_run(load_config(settings=settings), SoloComm())
+        run.close()
+        return run
+
+    on_disk = run_on(samples, "disk")
+    monkeypatch.setattr(open_module, "open_index", publishes_before_the_second)
+    run = run_on(s3_url, "s3")
+    monkeypatch.undo()
+    for mine, same in ((run.train_reader, on_disk.train_reader), (run.test_reader, on_disk.test_reader)):
+        assert mine.num_samples == same.num_samples
+        labels, expected = ([batch.label_B.tolist() for batch in reader.batches()] for reader in (mine, same))
+        assert labels == expected
+    assert run.origin.data["samples_digest"] == on_disk.origin.data["samples_digest"]  # a copy of samples is the same
+    later = run_on(s3_url, "later")
+    assert later.test_reader.num_samples > run.test_reader.num_samples
+    assert later.origin.data["samples_digest"] != run.origin.data["samples_digest"]

@@ -1,0 +1,239 @@
+"""Versions of files on a real S3 server: readers of one version, writers at once, death at every write, expiry."""
+
+import contextlib
+import pickle
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from featurestore.errors import CommitConflictError, StorageError
+from featurestore.published import PublishedFile, PublishedFiles, expire, open_published, publish, upload
+from featurestore.storage.local import StorageEntry
+from featurestore.storage.storage import Storage
+from tests.fuse import FORK, Fuse
+
+
+@pytest.fixture
+def storage(s3_url: str) -> Storage:
+    return Storage(f"{s3_url}/samples")
+
+
+def uploaded(storage: Storage, folder: Path, files: dict[str, str]) -> dict[str, PublishedFile]:
+    found = {}
+    for name, text in files.items():
+        (folder / "one").write_text(text)
+        found[name] = upload(storage, folder / "one", name)
+    return found
+
+
+def content(storage: Storage) -> dict[str, str]:
+    """Every file that the splits list."""
+    names = [f"{split}/{name}" for split in ("train", "test") for name in storage.list(split)]
+    return {name: storage.read_bytes(name).decode() for name in names}
+
+
+FIRST = {"train/day=1.parquet": "one", "test/day=2.parquet": "two"}
+SECOND = {"train/day=1.parquet": "one", "train/day=2.parquet": "two", "test/day=3.parquet": "three"}
+
+
+@pytest.fixture
+def first(storage: Storage, tmp_path: Path) -> PublishedFiles:
+    publish(storage, uploaded(storage, tmp_path, FIRST), after=0)
+    return newest(storage)
+
+
+def newest(storage: Storage) -> PublishedFiles:
+    opened = open_published(storage.url)
+    assert isinstance(opened, PublishedFiles)
+    return opened
+
+
+def publish_second(storage: Storage, first: PublishedFiles, folder: Path) -> None:
+    kept = {"train/day=1.parquet": "train/day=1.parquet", "train/day=2.parquet": "test/day=2.parquet"}
+    files = {name: first.published.files[before] for name, before in kept.items()}
+    publish(storage, files | uploaded(storage, folder, {"test/day=3.parquet": "three"}), first.published.version)
+
+
+class TestReading:
+    def test_a_version_is_a_folder_that_never_changes(
+        self, storage: Storage, first: PublishedFiles, tmp_path: Path
+    ) -> None:
+        sent = pickle.loads(pickle.dumps(first))  # as to another rank
+        publish_second(storage, first, tmp_path)
+        assert content(first) == content(sent) == FIRST
+        assert content(newest(storage)) == SECOND
+        with first.open_input("test/day=2.parquet") as file:
+            assert file.read() == b"two"
+        out = bytearray(3)
+        assert (first.read_into("test/day=2.parquet", memoryview(out)), bytes(out)) == (3, b"two")
+        assert first.size("test/day=2.parquet") == first.entry("test/day=2.parquet").size_bytes == 3
+        assert first.list() == ["test", "train"]
+
+    def test_kept_files_keep_place_and_tag(self, storage: Storage, first: PublishedFiles, tmp_path: Path) -> None:
+        publish_second(storage, first, tmp_path)
+        second = newest(storage)
+        assert second.full("train/day=2.parquet") == first.full("test/day=2.parquet")
+        moved = first.entries("test")[0]._replace(path="train/day=2.parquet")
+        assert second.entries("train") == [*first.entries("train"), moved]
+        assert [entry.path for entry in second.entries()] == sorted(SECOND)
+
+    def test_what_a_version_does_not_have_is_not_there(self, storage: Storage, first: PublishedFiles) -> None:
+        stray = next(iter(first.published.files.values())).path
+        for path in ("train/day=9.parquet", stray):
+            with pytest.raises(FileNotFoundError, match="version 1, has no file"):
+                first.read_bytes(path)
+
+    def test_nothing_is_written_through_it(self, first: PublishedFiles) -> None:
+        for write in (
+            lambda: first.write_bytes("train/day=1.parquet", b""),
+            lambda: first.create_exclusive("train/new", b""),
+            lambda: first.delete("train/day=1.parquet"),
+            lambda: first.delete_files(["train/day=1.parquet"]),
+        ):
+            with pytest.raises(StorageError, match="version 1"):
+                write()
+
+    def test_an_address_without_versions_is_a_plain_folder(self, storage: Storage) -> None:
+        storage.write_bytes("train/day=1.parquet", b"one")
+        assert content(open_published(storage.url)) == {"train/day=1.parquet": "one"}
+
+    def test_plain_files_may_become_part_of_a_version(self, storage: Storage) -> None:
+        storage.write_bytes("test/day=1.parquet", b"one")
+        plain = PublishedFile(path="test/day=1.parquet", size_bytes=3)
+        publish(storage, {"train/day=1.parquet": plain}, after=0)
+        assert content(newest(storage)) == {"train/day=1.parquet": "one"}
+
+
+class TestWriters:
+    def test_of_many_at_once_one_publishes_after_a_version(
+        self, storage: Storage, first: PublishedFiles, tmp_path: Path
+    ) -> None:
+        parts = [uploaded(storage, tmp_path, {"train/day=1.parquet": str(number)}) for number in range(6)]
+
+        def attempt(files: dict[str, PublishedFile]) -> bool:
+            try:
+                publish(storage, files, after=first.published.version)
+            except CommitConflictError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(6) as pool:
+            won = list(pool.map(attempt, parts))
+        assert sum(won) == 1
+        assert content(newest(storage)) == {"train/day=1.parquet": str(won.index(True))}
+
+    def test_those_that_need_no_version_before_all_publish(self, storage: Storage, tmp_path: Path) -> None:
+        parts = [uploaded(storage, tmp_path, {"train/day=1.parquet": str(number)}) for number in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            numbers = [made.version for made in pool.map(lambda files: publish(storage, files), parts)]
+        assert sorted(numbers) == [1, 2, 3, 4]
+        assert content(newest(storage)) == {"train/day=1.parquet": str(numbers.index(4))}
+
+    def test_a_file_that_is_gone_is_never_published(
+        self, storage: Storage, first: PublishedFiles, tmp_path: Path
+    ) -> None:
+        files = uploaded(storage, tmp_path, {"train/day=1.parquet": "new"})
+        storage.delete_files([files["train/day=1.parquet"].path])
+        with pytest.raises(CommitConflictError, match="was removed before it was published"):
+            publish(storage, files)
+        assert content(newest(storage)) == FIRST
+
+
+def test_killed_at_any_request_it_is_published_or_not(storage: Storage, first: PublishedFiles, tmp_path: Path) -> None:
+    """And the same again publishes it, where it was not."""
+    before, at, killed = first, 1, 0
+    while True:
+        fuse = Fuse(at, tmp_path / "trace")
+
+        def writer(fuse: Fuse = fuse, before: PublishedFiles = before) -> None:
+            fuse.watch_s3()
+            publish_second(Storage(storage.url), before, tmp_path)
+
+        process = FORK.Process(target=writer)
+        process.start()
+        process.join()
+        now = newest(storage)
+        is_new = now.published.version > before.published.version
+        assert content(now) == (SECOND if is_new else content(before))
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        killed += 1
+        if is_new:  # back to the first one, for the next death
+            publish(storage, first.published.files)
+            before = newest(storage)
+        at += 1
+    assert is_new and killed >= 8  # before and after two puts, listings and the reading back
+
+
+class TestExpire:
+    @pytest.fixture
+    def aged(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+        """Ages, in seconds, of paths that begin so; the others are new."""
+        ages: dict[str, float] = {}
+        entries = Storage.entries
+
+        def older(storage: Storage, path: str = "", recursive: bool = True) -> list[StorageEntry]:
+            return [
+                each._replace(mtime_s=each.mtime_s - sum(age for start, age in ages.items() if start in each.path))
+                for each in entries(storage, path, recursive)
+            ]
+
+        monkeypatch.setattr(Storage, "entries", older)
+        return ages
+
+    def test_versions_replaced_long_ago_go_with_their_files(
+        self, storage: Storage, first: PublishedFiles, tmp_path: Path, aged: dict[str, float]
+    ) -> None:
+        publish_second(storage, first, tmp_path)
+        second = newest(storage)
+        orphan = upload(storage, tmp_path / "one", "train/day=9.parquet").path  # of a writer that was killed
+        storage.write_bytes("files/notes.txt", b"of a person")
+        storage.write_bytes("train/day=0.parquet", b"plain")
+        publish(storage, uploaded(storage, tmp_path, {"train/day=7.parquet": "seven"}))
+        third = newest(storage)
+        aged |= {"files/": 3 * 86_400, "versions/": 3 * 86_400}
+        assert expire(storage, 7 * 86_400) == []
+        assert content(first) == FIRST and content(second) == SECOND
+        aged["0000001.json"] = aged["0000002.json"] = 86_400 * 9  # the first one was replaced long ago by the second
+        removed = expire(storage, 7 * 86_400)
+        assert removed == ["versions/00000000000000000001.json"]
+        aged["files/"] = 9 * 86_400
+        assert expire(storage, 7 * 86_400) == [orphan]
+        assert content(second) == SECOND
+        aged["0000003.json"] = 86_400 * 9
+        assert len(expire(storage, 7 * 86_400)) == 1 + len(SECOND)
+        assert content(newest(storage)) == content(third) == {"train/day=7.parquet": "seven"}
+        assert storage.read_bytes("files/notes.txt") == b"of a person"
+        assert storage.read_bytes("train/day=0.parquet") == b"plain"
+
+    def test_files_of_a_writer_at_work_stay(self, storage: Storage, first: PublishedFiles, tmp_path: Path) -> None:
+        files = uploaded(storage, tmp_path, {"train/day=1.parquet": "new"})
+        assert expire(storage, 86_400) == []
+        publish(storage, files)
+        assert content(newest(storage)) == {"train/day=1.parquet": "new"}
+
+    def test_killed_at_any_request_it_ends_the_next_time(
+        self, storage: Storage, first: PublishedFiles, tmp_path: Path, aged: dict[str, float]
+    ) -> None:
+        publish_second(storage, first, tmp_path)
+        publish(storage, uploaded(storage, tmp_path, {"train/day=7.parquet": "seven"}))
+        aged |= {"files/": 9 * 86_400, "versions/": 9 * 86_400}
+
+        for at in range(1, 60):
+
+            def expirer(at: int = at) -> None:
+                Fuse(at, tmp_path / "trace").watch_s3({"delete_object", "delete_objects"})
+                expire(Storage(storage.url), 7 * 86_400)
+
+            process = FORK.Process(target=expirer)
+            process.start()
+            process.join()
+            assert content(newest(storage)) == {"train/day=7.parquet": "seven"}
+            if process.exitcode == 0:
+                break
+        assert at > 3
+        with contextlib.suppress(FileNotFoundError):
+            assert len(storage.entries("files")) == 1
