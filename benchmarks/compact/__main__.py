@@ -1,9 +1,10 @@
-"""Measure compact features beside the full width: samples per second, bytes, and what experiments say of GAUC.
+"""Measure compact features: samples per second beside the full width, its own products and FuxiCTR; bytes; GAUC.
 
     python -m benchmarks.compact --json data/bench/compact.json
     python -m benchmarks.compact --results drawn/experiments/results.json --results photos/experiments/results.json
 
-The paper-shaped workload is trained at both widths in interleaved rounds, each run a process of its own. GAUC is from
+The paper-shaped workload is trained at both widths in interleaved rounds, each run a process of its own; beside them,
+on the same compact rows, E and the worker model in isolation, and FuxiCTR's layer in the place of E. GAUC is from
 finished tables of `python -m trainer.experiments compact`, one for each data set.
 """
 

@@ -7,7 +7,8 @@ from rich.progress import Progress
 
 from benchmarks.report import Figure, Section
 from benchmarks.train.launch import Launcher
-from benchmarks.train.rounds import Run, interleaved
+from benchmarks.train.rounds import Run, check_losses, interleaved
+from benchmarks.train.sections import FUXICTR, fuxictr_python
 from benchmarks.workload import Workload
 from featurestore.errors import UserError
 from featurestore.format.basis import Basis
@@ -22,6 +23,9 @@ from trainer.experiments.results import read
 from trainer.experiments.tables import SeedMean, seed_mean
 
 DTYPES: tuple[DType, ...] = ("bfloat16", "int8")
+SAME_STEPS = ("compute", "compute_from_numbers")
+"""E and the worker model in isolation: what no step can be shorter than."""
+_CHECKED_STEPS = 3
 MOST_BYTES = 1 / 8  # of the full width's: the gap of GAUC is that of rows which take no more
 
 
@@ -43,10 +47,23 @@ def speed_sections(
     variants: dict[str, Run] = {"full": partial(launcher.trainer, "full", steps)}
     for dtype, place in places.items():
         variants[dtype] = partial(launcher.trainer, dtype, steps, [f"data.store={place}"])
+    compact = [f"data.store={places['bfloat16']}"]
+    for name in SAME_STEPS:
+        variants[name] = partial(launcher.peer, name, max(3, steps // 2), compact)
+    if (python := fuxictr_python()).exists():
+        for name in FUXICTR:
+            variants[name] = partial(launcher.peer, name, max(3, steps // 2), compact, python=str(python))
+    checked = launcher.trainer("check", _CHECKED_STEPS, [*compact, "train.log_every=1"])
     timed = interleaved(variants, rounds, progress, "train")
+    check_losses({**timed.outcomes, "bfloat16": [checked]}, ("bfloat16", *SAME_STEPS))
     figures: dict[str, Figure] = {
         "compact_vs_full": timed.ratio("bfloat16", "full"),
         "compact_vs_full_int8": timed.ratio("int8", "full"),
+        "step_vs_compute_compact": timed.ratio("compute", "bfloat16"),
+        "step_vs_compute_compact_from_numbers": timed.ratio("compute_from_numbers", "bfloat16"),
+        "samples_per_s_compact": timed.speed("bfloat16"),
+        "vs_fuxictr_compact": timed.ratio("bfloat16", "fuxictr"),
+        "vs_fuxictr_compact_grouped": timed.ratio("bfloat16", "fuxictr_grouped"),
         "compact_bytes_share": reports["int8"].row_bytes_share,
         "compact_bytes_share_bfloat16": reports["bfloat16"].row_bytes_share,
         "compact_files_share": reports["int8"].bytes / reports["int8"].source_bytes,

@@ -26,9 +26,9 @@ _BLOCK_ROWS = 1024  # they stay in the processor's cache while numbers are made 
 
 
 class PReLU(nn.PReLU):
-    """torch's PReLU of one weight, with a backward that runs at the speed of memory.
+    """torch's PReLU of one weight, with a backward that goes block by block on a CPU, in the processor's cache.
 
-    On a CPU torch's own takes four times as long, 11 ms for the first hidden layer of 13,600 images."""
+    For the first hidden layer of 13,600 images that takes 2.4 ms; whole it takes 14, and torch's own 18."""
 
     def forward(self, input: Tensor) -> Tensor:
         output: Tensor = _PReLU.apply(input, self.weight)  # type: ignore[no-untyped-call]
@@ -44,9 +44,14 @@ class _PReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         input, weight = ctx.saved_tensors
-        where_positive = torch.ops.aten.threshold_backward(gradient, input, 0.0)
-        passed = torch.lerp(where_positive, gradient, weight)  # the gradient itself, or weight times it
-        return passed, input.clamp_max(0).mul_(gradient).sum().reshape(weight.shape)
+        passed, of_weight = torch.empty_like(gradient), gradient.new_zeros(())
+        num_rows = _BLOCK_ROWS if input.device.type == "cpu" else max(1, len(input))
+        for rows in zip(*(each.split(num_rows) for each in (input, gradient, passed)), strict=True):
+            input_block, gradient_block, passed_block = rows
+            where_positive = torch.ops.aten.threshold_backward(gradient_block, input_block, 0.0)
+            torch.lerp(where_positive, gradient_block, weight, out=passed_block)  # the gradient, or weight times it
+            of_weight += input_block.clamp_max(0).mul_(gradient_block).sum()
+        return passed, of_weight.reshape(weight.shape)
 
 
 class EmbeddingModel(nn.Module):

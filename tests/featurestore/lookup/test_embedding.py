@@ -215,6 +215,19 @@ def test_prelu_is_torchs() -> None:
         assert torch.equal(mine, torchs)
 
 
+@pytest.mark.parametrize("num_rows", [0, 1, 2500])
+def test_prelu_of_several_blocks_has_the_gradients_of_torchs(num_rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, upstream = (torch.randn(num_rows, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    found = []
+    for kind in (PReLU, torch.nn.PReLU):
+        activation, given = kind().double(), rows.clone().requires_grad_()
+        activation(given).backward(upstream)
+        found.append([given.grad, activation.weight.grad])
+    for mine, torchs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, torchs, rtol=1e-12, atol=1e-12)
+
+
 class TestDropout:
     """A training step drops numbers of images, and E learns nothing from those that are held out."""
 

@@ -14,6 +14,7 @@ from trainer.exchange.routing import (
     pack_key_blocks,
     reply_rows,
     unique,
+    unique_below,
     unpack_key_blocks,
 )
 
@@ -33,6 +34,23 @@ def alltoall(payload_P: list[np.ndarray], lengths_PP: list[np.ndarray]) -> list[
 def asked_by(keys: list[int], num_ranks: int) -> Bucketized:
     keys_U, inverse_N = unique(np.array(keys, dtype=np.int64))
     return bucketize_by_owner(keys_U, inverse_N, keys_U % num_ranks, num_ranks)
+
+
+class TestUnique:
+    @pytest.mark.parametrize("num_keys", [0, 1, 100, 20_000])
+    @pytest.mark.parametrize("num_different", [1, 70, 1 << 62])
+    def test_as_numpy(self, num_keys: int, num_different: int) -> None:
+        keys_N = np.random.default_rng(0).integers(-num_different, num_different, num_keys)
+        for asked_N in (keys_N, np.unique(keys_N)):
+            for mine, theirs in zip(unique(asked_N), np.unique(asked_N, return_inverse=True), strict=True):
+                assert mine.dtype == np.int64 and mine.tolist() == theirs.tolist()
+
+    @pytest.mark.parametrize("limit", [1, 128, 100_000, 1 << 40])
+    def test_below_a_limit(self, limit: int) -> None:
+        numbers_N = np.random.default_rng(0).integers(0, limit, 5000)
+        for asked_N in (numbers_N, numbers_N[:3], numbers_N[:0], np.array([limit - 1])):
+            for mine, theirs in zip(unique_below(asked_N, limit), np.unique(asked_N, return_inverse=True), strict=True):
+                assert mine.dtype == np.int64 and mine.tolist() == theirs.tolist()
 
 
 class TestBucketize:

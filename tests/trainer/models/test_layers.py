@@ -31,13 +31,16 @@ class TestLayers:
         assert vectors.grad is not None
         assert vectors.grad.tolist() == [[(torch.tensor(1e8) + 1 - 1e8).item()], [1.0]]
 
-    def test_take_rows_sums_many_gradients_in_order(self) -> None:
+    @pytest.mark.parametrize("num_rows", [41, 1 << 16, 200_000])
+    def test_take_rows_sums_many_gradients_in_order(self, num_rows: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        index_N, weight_N = torch.randint(0, 40, (5000,), generator=generator), torch.randn(5000, generator=generator)
-        vectors = torch.zeros(41, requires_grad=True)
+        high_N = torch.randint(0, 1 + (num_rows >> 16), (5000,), generator=generator) << 16
+        index_N = (high_N + torch.randint(0, 40, (5000,), generator=generator)).clamp_max(num_rows - 1)
+        weight_N = torch.randn(5000, generator=generator)
+        vectors = torch.zeros(num_rows, requires_grad=True)
         (take_rows(vectors, index_N) * weight_N).sum().backward()
         order_N = torch.argsort(index_N, stable=True)
-        counts_U = torch.bincount(index_N, minlength=41)
+        counts_U = torch.bincount(index_N, minlength=num_rows)
         assert torch.equal(vectors.grad, torch.segment_reduce(weight_N[order_N], "sum", lengths=counts_U))
 
     def test_expand_rows_and_segment_sum(self) -> None:
