@@ -1,8 +1,8 @@
-"""Export the visual vectors that a run's trained E makes of all images of a feature store."""
+"""Export embeddings of a run: what its E makes of all images of a feature store, or the rows of an exact ID table."""
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -10,15 +10,13 @@ from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.progress import progress_bar
 from trainer.cli import WhichCheckpoint, check_ending
 
-if TYPE_CHECKING:
-    from trainer.runs.export import ImageNetwork
-
 EXAMPLES = """Examples:
 
 \b
 python jobs/export_embeddings.py
 python jobs/export_embeddings.py --run data/runs/both --out visual.parquet
 python jobs/export_embeddings.py --run data/runs/titles --network titles --checkpoint 1000 --out titles.npy
+python jobs/export_embeddings.py --run data/runs/exact --table item --out items.parquet
 
 Exit codes: 0 done, 1 failed, 2 wrong options.
 """
@@ -28,9 +26,7 @@ app = CommandApp(rich_markup_mode="rich")
 
 @app.command(epilog=EXAMPLES)
 def main(
-    run: Annotated[
-        Path | None, typer.Option(help="Folder of a run with images.", show_default="the newest in data/runs")
-    ] = None,
+    run: Annotated[Path | None, typer.Option(help="Folder of a run.", show_default="the newest in data/runs")] = None,
     checkpoint: WhichCheckpoint = None,
     network: Annotated[
         str | None, typer.Option(help="Which E, by STORE:NAME or a part of it; needed where a run has several.")
@@ -38,39 +34,68 @@ def main(
     store_version: Annotated[
         int | None, typer.Option(min=1, help="Snapshot of the features.", show_default="the newest")
     ] = None,
+    table: Annotated[str | None, typer.Option(help="An exact ID table, whose rows are exported instead.")] = None,
     out: Annotated[
-        str, typer.Option(help="File to write, or replace: NAME.parquet; or NAME.npy, with its keys in NAME.keys.npy.")
-    ] = "data/visual.parquet",
+        str | None,
+        typer.Option(
+            help="File to write, or replace: NAME.parquet; or, of images, NAME.npy, with its keys in NAME.keys.npy.",
+            show_default="data/visual.parquet or data/TABLE.parquet",
+        ),
+    ] = None,
 ) -> None:
-    """Export the visual vectors that a run's trained E makes of all images of a feature store.
+    """Export embeddings of a run: what its E makes of all images of a feature store, or the rows of an exact ID table.
 
-    Parquet has the columns key, uri and vector (a list of float32), and says in its metadata (visual_vectors) of which
-    run, checkpoint, store and snapshot they are; a .npy gets that as NAME.npy.json. build_semantic_ids takes both.
+    Parquet of images has the columns key, uri and vector (a list of float32), and says in its metadata (visual_vectors)
+    of which run, checkpoint, store and snapshot they are; a .npy gets that as NAME.npy.json. build_semantic_ids takes
+    both.
+
+    Parquet of a table has the columns id, shard, last_use (a day) and vector (a list of float32). A row without an id
+    is the cold row of its shard, which stands in for all ids of the shard that are not in the file.
     """
-    from trainer.runs.export import export_vectors, open_network
     from trainer.runs.folder import newest_run
 
-    check_ending(out, ".parquet", ".npy")
+    if table is None:
+        out = out or "data/visual.parquet"
+        check_ending(out, ".parquet", ".npy")
+        export_images(run or newest_run(), checkpoint, network, store_version, out)
+    elif network is not None or store_version is not None:
+        raise typer.BadParameter("a table has no network and no snapshot: leave these out", param_hint="--table")
+    else:
+        out = out or f"data/{table}.parquet"
+        check_ending(out, ".parquet")
+        export_ids(run or newest_run(), checkpoint, table, out)
+
+
+def export_images(run: Path, checkpoint: str | None, network: str | None, store_version: int | None, out: str) -> None:
+    """Write the visual vectors of all images, and print what was done."""
+    from trainer.runs.export import export_vectors, open_network
+
     start = time.monotonic()
-    opened = open_network(run or newest_run(), which=checkpoint, network=network, store_version=store_version)
+    opened = open_network(run, which=checkpoint, network=network, store_version=store_version)
     with progress_bar("images") as progress:
         keys = export_vectors(opened, out, progress)
-    typer.echo(describe(opened, out, keys, time.monotonic() - start))
+    about = opened.describe()
+    typer.echo(f"run          {about['run']}, {about['checkpoint']}, network {about['network']}")
+    typer.echo(f"features     snapshot {about['snapshot']} of {about['store']}")
+    typer.echo(f"images       {opened.num_images:,}, {about['dim']} numbers each")
+    typer.echo(f"time         {time.monotonic() - start:.1f} s")
+    typer.echo(f"written to   {out}" + (f", keys {keys}" if keys else ""))
+    typer.echo(f"next         python jobs/build_semantic_ids.py --vectors {out}" + (f" --keys {keys}" if keys else ""))
 
 
-def describe(network: "ImageNetwork", out: str, keys: str | None, seconds: float) -> str:
-    """Write the lines that the job prints."""
-    about = network.describe()
-    return "\n".join(
-        [
-            f"run          {about['run']}, {about['checkpoint']}, network {about['network']}",
-            f"features     snapshot {about['snapshot']} of {about['store']}",
-            f"images       {network.num_images:,}, {about['dim']} numbers each",
-            f"time         {seconds:.1f} s",
-            f"written to   {out}" + (f", keys {keys}" if keys else ""),
-            f"next         python jobs/build_semantic_ids.py --vectors {out}" + (f" --keys {keys}" if keys else ""),
-        ]
-    )
+def export_ids(run: Path, checkpoint: str | None, table: str, out: str) -> None:
+    """Write the rows of an exact table, and print what was done."""
+    from trainer.runs.export import export_table, open_table
+
+    start = time.monotonic()
+    opened = open_table(run, table, checkpoint)
+    with progress_bar("shards") as progress:
+        count = export_table(opened, out, progress)
+    about = opened.describe()
+    typer.echo(f"run          {about['run']}, {about['checkpoint']}, table {about['table']}")
+    typer.echo(f"ids          {count:,}, in {about['num_shards']} shards with a cold row each")
+    typer.echo(f"time         {time.monotonic() - start:.1f} s")
+    typer.echo(f"written to   {out}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def test_starts_without_the_mark_fail(tmp_path: Path) -> None:
         ([b"/venv/bin/dask-submit", "-n", "1"], "dask-submit"),
         ([Path("/venv/bin/weed"), "mini"], "weed"),
         (["python", "jobs/import_xdl.py", "samples"], "import_xdl.py"),
-        (["python", "jobs/export_ids.py"], None),
+        (["python", "jobs/score.py"], None),
         (["python", "-m", "trainer.main", "horovodrun"], None),
         ("uname -p", None),
     ],

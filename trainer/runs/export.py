@@ -237,20 +237,17 @@ class SavedTable:
                 yield _table_of(shard, ids_N, last_use_N, finite(vectors_NV.astype(np.float32)))
 
 
-def open_table(folder: Path, name: str | None = None, which: str | None = None) -> SavedTable:
+def open_table(folder: Path, name: str, which: str | None = None) -> SavedTable:
     """Find an exact table of the run in `folder`, as the checkpoint `which` has it (see `find_checkpoint`).
 
-    `name` may be left out where the run has only one. Raises ConfigError, CheckpointError.
+    Raises ConfigError, CheckpointError.
     """
     saved = read_run(folder, which)
     exact = [table for table, settings in saved.config.model.tables.items() if isinstance(settings, ExactTableConfig)]
     if not exact:
         raise ConfigError(f"{folder} has no exact ID table (model.tables.NAME={{kind: exact, ...}}); name another run")
-    if name is None and len(exact) == 1:
-        return SavedTable(saved, exact[0])
     if name not in exact:
-        asked = "choose one by" if name is None else f"none of them is {name}:"
-        raise ConfigError(f"{folder} has the exact ID tables {', '.join(exact)}; {asked} --table")
+        raise ConfigError(f"--table {name}: {folder} has the exact ID tables {', '.join(exact)}")
     return SavedTable(saved, name)
 
 

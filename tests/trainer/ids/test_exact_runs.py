@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from jobs.export_ids import app
+from jobs.export_embeddings import app
 from tests.trainer.ids.saved import tensors_of
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
@@ -184,11 +184,12 @@ def test_the_export_has_what_the_engine_looks_up(trained: Train, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (["--table", "user"], 2, "has the exact ID tables item, image; none of them is user"),
-        (["--out", "x.csv"], 2, ""),
+        (["--table", "user"], 2, "--table user: {run} has the exact ID tables item, image"),
+        (["--table", "item", "--out", "x.csv"], 2, ".parquet"),
     ],
 )
 def test_mistakes(trained: Train, options: list[str], code: int, said: str) -> None:
-    done = CliRunner().invoke(app, ["--run", str(trained("mistaken", train__max_steps=1)), *options])
+    run = trained("mistaken", train__max_steps=1)
+    done = CliRunner().invoke(app, ["--run", str(run), *options])
     assert done.exit_code == code
-    assert said in " ".join(done.output.split())
+    assert said.format(run=run) in " ".join(done.output.replace("│", " ").split())
