@@ -30,7 +30,7 @@ class RankPlace:
 
 
 def share_machine(config: Config, comm: Comm) -> torch.device:
-    """Set the threads of torch and Arrow to this rank's share of the cores; returns its GPU or the CPU.
+    """Set the threads of torch and Arrow to this rank's share of the cores, and its GPU; return that, or the CPU.
 
     Raises ConfigError for more threads than a rank can use, or a GPU that is not there; on all ranks alike.
     """
@@ -48,7 +48,9 @@ def share_machine(config: Config, comm: Comm) -> torch.device:
     if not uses_cuda(config.run.device, all(have_gpu), comm.moves_cuda_tensors):
         return torch.device("cpu")
     here = [rank for rank, each in enumerate(places) if each.host == place.host]
-    return torch.device("cuda", here.index(comm.rank) % torch.cuda.device_count())
+    device = torch.device("cuda", here.index(comm.rank) % torch.cuda.device_count())
+    torch.cuda.set_device(device)  # Horovod's NCCL, and all that names no device, would take the first GPU
+    return device
 
 
 def check_threads(threads: int | None, cores: int) -> None:

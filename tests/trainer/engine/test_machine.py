@@ -1,6 +1,7 @@
 """What a rank takes of its machine: threads of its share of the cores, and the device it computes on."""
 
 import re
+import socket
 
 import pytest
 import torch
@@ -124,6 +125,19 @@ class TestDevice:
         monkeypatch.setattr(comm, "allgather_object", lambda value, name: places)
         share_machine(load_config(None, ["run.threads=1"]), comm)
         assert capsys.readouterr().err == "", "rank 0 has said it"
+
+    def test_a_rank_takes_the_gpu_of_its_place_on_the_host(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        taken: list[torch.device] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+        comm, here = SoloComm(), socket.gethostname()
+        hosts = ["other", here, here, here]
+        places = [RankPlace(host, frozenset({0}), has_gpu=True) for host in hosts]
+        monkeypatch.setattr(comm, "allgather_object", lambda value, name: places)
+        for comm.rank in (1, 2, 3):
+            assert share_machine(load_config(None, ["run.threads=1"]), comm) == taken[-1]
+        assert taken == [torch.device("cuda", number) for number in (0, 1, 0)]
 
     def test_a_gpu_is_named_with_its_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
