@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -40,17 +41,18 @@ def main(
     days: Annotated[int, typer.Option(help="With impressions.", min=3)] = 20,
     sessions: Annotated[int, typer.Option(help="Of five impressions, on each day.", min=10)] = 10_000,
     users: Annotated[int, typer.Option(min=10)] = 50_000,
+    rounds: Annotated[int, typer.Option(help="Of both; medians count.", min=1)] = 3,
 ) -> None:
     """Build all days, then add the last one to the others; prints the figures."""
     from pipeline.cluster.connect import connect
 
-    for name in ("logs", "earlier", "all", "added"):
+    for name in ("logs", "earlier", "all", "before", "added"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for day in range(-_HISTORY_DAYS, days):
         write_day(folder / "logs", day, sessions, users)
     with connect(workers=2, threads_per_worker=1) as client:
-        figures = compare(folder, days, client)
-    write_report(figures | {"days": days, "sessions_per_day": sessions, "users": users}, json_file)
+        figures = compare(folder, days, rounds, client)
+    write_report(figures | {"days": days, "sessions_per_day": sessions, "users": users, "rounds": rounds}, json_file)
 
 
 def write_day(logs: Path, day: int, sessions: int, users: int) -> None:
@@ -83,31 +85,39 @@ def write_day(logs: Path, day: int, sessions: int, users: int) -> None:
         pq.write_table(pa.table(columns), logs / log / name)
 
 
-def compare(folder: Path, days: int, client: "Client") -> dict[str, Figure]:
-    """Seconds of all days and of the last one. Raises SampleError where a file differs."""
+def compare(folder: Path, days: int, rounds: int, client: "Client") -> dict[str, Figure]:
+    """Seconds of all days and of the last one, medians of rounds. Raises SampleError where a file differs."""
     from pipeline.samples.added import add_days
     from pipeline.samples.build import build_samples
 
     options = SampleOptions(logs=str(folder / "logs"), samples=str(folder / "all"))
-    build_samples(replace(options, samples=str(folder / "added")), client)  # warms the workers up
-    start_s = time.perf_counter()
-    build_samples(options, client)
-    all_s = time.perf_counter() - start_s
-
     earlier = folder / "earlier"
     for file in without_last_day(folder / "logs", days):
         (earlier / file.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(file, earlier / file.parent.name / file.name)
-    added = replace(options, logs=str(earlier), samples=str(folder / "added"))
-    build_samples(added, client)
-    last_day = np.datetime64(_FIRST + days - 1, "D")
-    start_s = time.perf_counter()
-    made = add_days(SampleOptions(logs=options.logs, samples=added.samples, days=str(last_day)), client)
-    day_s = time.perf_counter() - start_s
-    for file in (folder / "all").glob("*/*.parquet"):
-        if file.read_bytes() != (folder / "added" / file.relative_to(folder / "all")).read_bytes():
-            raise SampleError(f"{file} differs from the one that was added")
-    return {"day_share": day_s / all_s, "all_days_s": all_s, "day_s": day_s, "days_written": len(made["days"])}
+    before = replace(options, logs=str(earlier), samples=str(folder / "before"))
+    build_samples(before, client)  # warms the workers up, too
+    last_day = str(np.datetime64(_FIRST + days - 1, "D"))
+    all_s, day_s = [], []
+    for _ in range(rounds):
+        start_s = time.perf_counter()
+        build_samples(options, client)
+        all_s.append(time.perf_counter() - start_s)
+
+        shutil.rmtree(folder / "added", ignore_errors=True)
+        shutil.copytree(before.samples, folder / "added")
+        start_s = time.perf_counter()
+        made = add_days(SampleOptions(logs=options.logs, samples=str(folder / "added"), days=last_day), client)
+        day_s.append(time.perf_counter() - start_s)
+        for file in (folder / "all").glob("*/*.parquet"):
+            if file.read_bytes() != (folder / "added" / file.relative_to(folder / "all")).read_bytes():
+                raise SampleError(f"{file} differs from the one that was added")
+    return {
+        "day_share": median(day_s) / median(all_s),
+        "all_days_s": median(all_s),
+        "day_s": median(day_s),
+        "days_written": len(made["days"]),
+    }
 
 
 def without_last_day(logs: Path, days: int) -> Iterator[Path]:

@@ -10,13 +10,15 @@ import contextlib
 import dataclasses
 import re
 import shutil
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from distributed import Client
@@ -26,10 +28,12 @@ from featurestore.errors import StorageError
 from featurestore.published import open_published
 from featurestore.storage.storage import Storage
 from featurestore.text.parsing import parse_json
+from pipeline.cluster.tasks import run_all
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
 from pipeline.samples.build import (
     DAY_S,
+    FEWER_ROWS,
     QUARANTINE_FILE,
     SHUFFLE_FOLDER,
     LogTables,
@@ -40,7 +44,7 @@ from pipeline.samples.build import (
     shuffle,
     write,
 )
-from pipeline.samples.files import HOURS_PER_DAY, FilePlan, GroupedBucket, name_of_day, plan_files
+from pipeline.samples.files import HOURS_PER_DAY, FilePlan, GroupedBucket, name_of_day, plan_files, take_groups
 from pipeline.samples.groups import DAY
 from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS, MICROSECONDS, WantedRows
 from pipeline.samples.publish import MARK, NewFiles, replaced_files
@@ -51,15 +55,20 @@ _FILE = re.compile(r"day=(\d{4}-\d{2}-\d{2})-\d{3,}\.parquet")
 _FREE = ("logs", "samples", "partitions", "days", "since", "scratch", "keep_days")
 """Options that may differ from those of the samples."""
 _FOREVER = 1 << 62
+EARLY_USERS = "early.npy"
 
 
 @dataclasses.dataclass(frozen=True)
 class DayGroups:
-    """Groups of some days and of those around them; `days` are to be written."""
+    """Groups of some days and of those around them; `days` are to be written.
+
+    Of the days in `partial` they are those of the users in EARLY_USERS alone; the others' are as they were.
+    """
 
     grouped: list[GroupedBucket]
     shuffled: list[ShuffledPiece]
     days: set[int]
+    partial: set[int]
 
 
 class _NothingMissingError(Exception):
@@ -91,10 +100,12 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
         scratch=options.scratch,
         keep_days=options.keep_days,
     ) as new:
-        folder = new.folder
-        made = _made_groups(client, tables, folder / SHUFFLE_FOLDER, asked, there.keys())
-        if not made.days:
+        folder, scratch = new.folder, new.folder / SHUFFLE_FOLDER
+        is_since = isinstance(asked, int)
+        wanted = _missing_days(tables, asked, there) if isinstance(asked, int) else asked
+        if not wanted or not (made := _made_groups(client, tables, scratch, wanted, there, is_since)).days:
             raise _NothingMissingError
+        made.grouped.extend(_groups_of_others(client, before, there, made, scratch))
         groups_of_hour: Counter[int] = Counter()
         for part in made.grouped:
             groups_of_hour.update({h: n for h, n in part.groups_of_hour.items() if h // HOURS_PER_DAY in made.days})
@@ -111,7 +122,7 @@ def _add_days(options: SampleOptions, client: Client) -> dict[str, Any]:
         written = write(client, made.grouped, plans, folder)
         _check_same_columns(new, plans)
         _keep_the_rest(new, made.shuffled)
-        shutil.rmtree(folder / SHUFFLE_FOLDER)
+        shutil.rmtree(scratch)
         days = sorted(name_of_day(day) for day in made.days)
         added = sorted({*recorded.get("added_days", []), *days})
         groups = {part.plan.name: part.num_groups for part in written}
@@ -193,63 +204,91 @@ def _files_by_day(before: Storage) -> dict[int, list[str]]:
     return found
 
 
+def _missing_days(tables: LogTables, since: int, known: Iterable[int]) -> set[int]:
+    """List the days from `since` on that the samples do not have, and that the logs may have impressions on.
+
+    What the footers of the logs tell; without statistics of times, every day up to the one after the log's end.
+    """
+    pieces = tables.pieces(IMPRESSIONS, WantedRows(since * DAY, _FOREVER))
+    today = int(time.time()) // DAY_S + 1
+    spans = [(piece.times[0] // DAY, piece.times[1] // DAY) if piece.times else (since, today) for piece in pieces]
+    return {day for low, high in spans for day in range(max(low, since), min(high, today) + 1)} - set(known)
+
+
 def _made_groups(
-    client: Client, tables: LogTables, scratch: Path, asked: "set[int] | int", there: Iterable[int]
+    client: Client, tables: LogTables, scratch: Path, asked: set[int], there: Iterable[int], may_lack: bool
 ) -> DayGroups:
-    """Make the groups of all days that have to be written, from as little of the logs as will do."""
-    is_asked: Callable[[int], bool] = (
-        (lambda day: day in asked) if isinstance(asked, set) else (lambda day: day >= asked and day not in known)
-    )
-    known = set(there)
-    low = (min(asked) if isinstance(asked, set) else asked) - 1
-    high = max(asked) + 2 if isinstance(asked, set) else None  # groups may go on over midnight
+    """Make the groups of all days that have to be written, from as little of the logs as will do.
+
+    From the first of the days on they are those of all users; before it, those of users whose groups may go on into it.
+    """
+    known, first = set(there), min(asked)
+    low, high = first - 1, max(asked) + 2  # groups may go on over midnight
     pause_us = tables.options.midnight_pause_s * MICROSECONDS
     while True:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        grouped, shuffled = _grouped(client, tables, scratch, low, high)
+        grouped, shuffled = _grouped(client, tables, scratch, (low, first, high))
         latest: dict[int, int] = {}
         for part in grouped:
             for day, moment in part.latest_of_day.items():
                 latest[day] = max(moment, latest.get(day, 0))
-        days = {day for day in latest if is_asked(day)}
+        days = latest.keys() & asked
         # Groups of an earlier day that go on into one that is asked for have rows of it.
-        reached = {day: set(filter(is_asked, range(day + 1, moment // DAY + 1))) for day, moment in latest.items()}
+        reached = {day: asked & set(range(day + 1, moment // DAY + 1)) for day, moment in latest.items()}
         lengthened = {day for day, each in reached.items() if each}
-        if isinstance(asked, set) and (without := asked - days - set().union(*reached.values())):
+        if not may_lack and (without := asked - days - set().union(*reached.values())):
             names = ", ".join(name_of_day(day) for day in sorted(without))
             raise SampleError(f"{tables.options.logs}/{IMPRESSIONS}: no impressions on {names}")
         days |= lengthened & known
         # Late rows may have taken groups of a later day into theirs.
         days |= {each for day in days for each in range(day + 1, latest[day] // DAY + 1)} & known
-        if high is not None and any(latest.get(day, 0) + pause_us >= high * DAY for day in days):
+        if any(latest.get(day, 0) + pause_us >= high * DAY for day in days):
             high += 1
         elif min(lengthened, default=low) < low:
             low -= 1
         else:
-            return DayGroups(grouped, shuffled, days)
+            return DayGroups(grouped, shuffled, days, {day for day in days if day < first})
 
 
 def _grouped(
-    client: Client, tables: LogTables, scratch: Path, low: int, high: int | None
+    client: Client, tables: LogTables, scratch: Path, span: tuple[int, int, int]
 ) -> tuple[list[GroupedBucket], list[ShuffledPiece]]:
-    """Make the groups of impressions from a pause before day `low` to before day `high`."""
-    options = tables.options
-    high_us = _FOREVER if high is None else high * DAY
-    wanted = WantedRows(low * DAY - options.midnight_pause_s * MICROSECONDS, high_us)
-    impressions = tables.pieces(IMPRESSIONS, wanted)
+    """Make the groups of the impressions from day `first` to before day `high` of a span (low, first, high), and, of
+    users that have impressions within a pause of day `first`, those from a pause before day `low` on."""
+    options, (low, first, high) = tables.options, span
+    pause_us = options.midnight_pause_s * MICROSECONDS
+    impressions = tables.pieces(IMPRESSIONS, WantedRows(first * DAY, high * DAY))
     if not impressions:
         return [], []
     buckets = num_buckets(options.partitions, impressions, client)
     shown = shuffle(client, impressions, scratch, buckets, options)
-    users = [read_bucket(str(scratch), IMPRESSIONS, len(shown), bucket)["user"] for bucket in range(buckets)]
-    np.save(scratch / "users.npy", np.unique(np.concatenate(users)))
-    window_us = round(options.window_days * DAY) + options.midnight_pause_s * MICROSECONDS
-    history = WantedRows(low * DAY - window_us, high_us, str((scratch / "users.npy").absolute()))
+    rows = [read_bucket(str(scratch), IMPRESSIONS, len(shown), bucket) for bucket in range(buckets)]
+    users = _save_users(scratch / "users.npy", [each["user"] for each in rows])
+    early = [each["user"][each["timestamp"] < first * DAY + pause_us] for each in rows]
+    wanted = WantedRows(low * DAY - pause_us, first * DAY, _save_users(scratch / EARLY_USERS, early))
+    if any(len(each) for each in early) and (pieces := tables.pieces(IMPRESSIONS, wanted)):
+        shown += shuffle(client, pieces, scratch, buckets, options, len(shown))
+    window_us = round(options.window_days * DAY) + pause_us
+    history = WantedRows(low * DAY - window_us, high * DAY, users)
     behaviors = tables.pieces(BEHAVIORS, history) or tables.pieces(BEHAVIORS)[:1]
     done = shuffle(client, behaviors, scratch, buckets, options)
     grouped = group(client, (len(shown), len(done)), scratch, buckets, options, impressions[0].layout)
     return grouped, [*shown, *done]
+
+
+def _groups_of_others(
+    client: Client, before: Storage, there: Mapping[int, Sequence[str]], made: DayGroups, scratch: Path
+) -> list[GroupedBucket]:
+    """Take the groups of users that are not among the EARLY_USERS from the samples of days that are made in part."""
+    like, users, folder = made.grouped[0].path, str((scratch / EARLY_USERS).absolute()), str(scratch.absolute())
+    tasks = [(before, each, users, like, folder) for day in sorted(made.partial) for each in there[day]]
+    return run_all(client, "take over groups", take_groups, tasks, FEWER_ROWS)
+
+
+def _save_users(path: Path, users: Sequence[npt.NDArray[np.int64]]) -> str:
+    np.save(path, np.unique(np.concatenate(users)))
+    return str(path.absolute())
 
 
 def _check_same_columns(new: NewFiles, plans: Sequence[FilePlan]) -> None:

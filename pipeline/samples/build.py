@@ -135,12 +135,14 @@ def num_buckets(asked: int | None, pieces: Sequence[LogPiece], client: Client) -
 
 
 def shuffle(
-    client: Client, pieces: Sequence[LogPiece], scratch: Path, num_buckets: int, options: SampleOptions
+    client: Client, pieces: Sequence[LogPiece], scratch: Path, num_buckets: int, options: SampleOptions, first: int = 0
 ) -> list[ShuffledPiece]:
-    """Write the rows of a log by bucket of users into `scratch`."""
+    """Write the rows of a log by bucket of users into `scratch`; `first` is how many pieces are there already."""
     latest_s = int(time.time()) + DAY_S if options.latest_s is None else options.latest_s
     folder = str(scratch.absolute())
-    tasks = [(piece, index, folder, num_buckets, options.min_dwell_s, latest_s) for index, piece in enumerate(pieces)]
+    tasks = [
+        (piece, index, folder, num_buckets, options.min_dwell_s, latest_s) for index, piece in enumerate(pieces, first)
+    ]
     return run_all(client, f"read {pieces[0].log}", shuffle_piece, tasks, FEWER_ROWS)
 
 

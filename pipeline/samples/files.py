@@ -12,6 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from featurestore.errors import StorageError
+from featurestore.storage.storage import Storage
+from pipeline.errors import SampleError
 from pipeline.samples.groups import DAY, GroupRules, LogGroups, make_groups
 from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS, MICROSECONDS
 from pipeline.samples.shuffle import read_batch, read_bucket, write_batches
@@ -61,18 +64,12 @@ def group_bucket(
     impressions = read_bucket(folder, IMPRESSIONS, num_pieces[0], bucket)
     groups = make_groups(impressions, read_bucket(folder, BEHAVIORS, num_pieces[1], bucket), rules)
     table = _table(groups, user_columns, ad_columns).sort_by(SORT)
-    hour_G = table.column("timestamp").to_numpy() // HOUR_S
-    hours, starts = np.unique(hour_G, return_index=True)
-    sizes = np.diff(starts, append=len(hour_G))
     path = Path(folder, f"groups-{bucket:06d}.arrow")
-    batches = [
-        table.slice(start, size).combine_chunks().to_batches()[0] for start, size in zip(starts, sizes, strict=True)
-    ]
-    write_batches(path, batches or [pa.RecordBatch.from_pylist([], schema=table.schema)])
+    batch_of_hour, groups_of_hour = _write_hours(path, table)
     return GroupedBucket(
         str(path),
-        {int(hour): index for index, hour in enumerate(hours)},
-        {int(hour): int(size) for hour, size in zip(hours, sizes, strict=True)},
+        batch_of_hour,
+        groups_of_hour,
         len(np.unique(groups.impressions["user"])),
         len(groups.impressions["user"]),
         groups.num_behaviors,
@@ -82,6 +79,39 @@ def group_bucket(
         int(np.count_nonzero(groups.take_G == 0)),
         _latest_of_day(groups),
     )
+
+
+def take_groups(before: Storage, name: str, users_path: str, like: str, folder: str) -> GroupedBucket:
+    """Write the groups of one file of samples to `folder` by hour, but those of the users in a .npy file.
+
+    `like`: a file of `group_bucket`, whose columns they have to have. Raises SampleError.
+    """
+    schema = read_batch(like, 0).schema
+    try:
+        with before.open_input(name) as opened:
+            table = pq.read_table(opened, page_checksum_verification=True)
+        table = table.replace_schema_metadata(None).select(schema.names).cast(schema)
+    except (pa.ArrowException, KeyError, OSError, StorageError) as error:
+        raise SampleError(
+            f"{before.full(name)} cannot be read, or does not have the columns of the new days: {error}; make all days"
+            " anew"
+        ) from error
+    is_gone = pc.is_in(table.column("user"), value_set=pa.array(np.load(users_path)))
+    path = Path(folder, f"others-{Path(name).stem}.arrow")
+    batch_of_hour, groups_of_hour = _write_hours(path, table.filter(pc.invert(is_gone)))
+    return GroupedBucket(str(path), batch_of_hour, groups_of_hour, 0, 0, 0, 0, 0, 0, 0, {})
+
+
+def _write_hours(path: Path, table: pa.Table) -> tuple[dict[int, int], dict[int, int]]:
+    """Write sorted groups with a batch for each hour; return the place and the size of each hour's batch."""
+    hour_G = table.column("timestamp").to_numpy() // HOUR_S
+    hours, starts = np.unique(hour_G, return_index=True)
+    sizes = np.diff(starts, append=len(hour_G))
+    batches = [
+        table.slice(start, size).combine_chunks().to_batches()[0] for start, size in zip(starts, sizes, strict=True)
+    ]
+    write_batches(path, batches or [pa.RecordBatch.from_pylist([], schema=table.schema)])
+    return {int(h): n for n, h in enumerate(hours)}, {int(h): int(n) for h, n in zip(hours, sizes, strict=True)}
 
 
 def _latest_of_day(groups: LogGroups) -> dict[int, int]:

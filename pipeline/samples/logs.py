@@ -44,7 +44,7 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
         read = read_csv(storage, piece.path, names, layout.delimiter)
         table, torn, doubtful = read.table, read.torn, read.doubtful
     else:
-        with open_parquet(storage, piece.path) as file:
+        with open_parquet(storage, piece.path, encoded=[layout.names["image"]]) as file:
             try:
                 table = file.read_row_groups(list(piece.row_groups), columns=names)
             except (pa.ArrowException, OSError) as error:
@@ -79,6 +79,8 @@ def _column(table: pa.Table, name: str, layout: TableLayout, latest_s: int) -> t
     """Read one of our columns of a table as the file has them."""
     column = table.column(layout.names[name])
     if pa.types.is_dictionary(column.type):
+        if layout.kinds[name] == "image" and pa.types.is_string(column.type.value_type):
+            return _encoded_images(column)
         column = column.cast(column.type.value_type)
     return _arrays(column, layout.kinds[name], latest_s, layout.time_unit)
 
@@ -108,6 +110,20 @@ def _arrays(column: Any, kind: str, latest_s: int, unit: TimeUnit) -> tuple[npt.
         return value_N, null | faults
     value_N = column.cast(pa.int64()).fill_null(UNKNOWN).to_numpy()
     return value_N, {} if kind == "profile" else null
+
+
+def _encoded_images(column: Any) -> tuple[npt.NDArray[Any], "Faults"]:
+    """Read uris that a file has as a dictionary: only those that rows have are hashed, each once."""
+    encoded = column.unify_dictionaries().combine_chunks()
+    uris = encoded.dictionary
+    null_N = column.is_null().to_numpy()
+    place_N = encoded.indices.fill_null(0).to_numpy(zero_copy_only=False)
+    used_U = np.unique(place_N[~null_N])
+    keys_M, is_empty_M = np.zeros(max(1, len(uris)), np.int64), np.zeros(max(1, len(uris)), np.bool_)
+    texts = uris.take(pa.array(used_U))
+    keys_M[used_U] = keys_of_uris(texts.to_pylist())
+    is_empty_M[used_U] = pc.binary_length(texts).to_numpy(zero_copy_only=False) == 0
+    return keys_M[place_N], {"is null": null_N, "is empty": is_empty_M[place_N] & ~null_N}
 
 
 def _text_arrays(column: Any, kind: str, latest_s: int, unit: TimeUnit) -> tuple[npt.NDArray[Any], Faults]:

@@ -6,11 +6,11 @@ Letters of shapes: N rows of a piece of a log.
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from featurestore.errors import StorageError
@@ -69,7 +69,7 @@ PER_SECOND = {"s": 1, "ms": 1_000, "us": MICROSECONDS, "ns": 1_000_000_000}
 
 @dataclass(frozen=True)
 class WantedRows:
-    """Which rows of a log are read: of a time, and of some users where `users_path` names a file (.npy, ascending)."""
+    """Which rows of a log are read: of a time, and of some users where `users_path` names a file (.npy)."""
 
     low_us: int
     high_us: int
@@ -79,19 +79,13 @@ class WantedRows:
         """Tell which of these rows are wanted, (N,)."""
         wanted_N: npt.NDArray[np.bool_] = (time_N >= self.low_us) & (time_N < self.high_us)
         if self.users_path is not None:
-            users_U = np.load(self.users_path)
-            place_N = np.searchsorted(users_U, user_N).clip(max=len(users_U) - 1)
-            wanted_N &= users_U[place_N] == user_N  # np.isin takes ten times as long
+            users_U = pa.array(np.load(self.users_path))
+            wanted_N &= pc.is_in(pa.array(user_N), value_set=users_U).to_numpy(zero_copy_only=False)
         return wanted_N
 
-    def may_have(self, statistics: Any, column_type: Any, unit: str) -> bool:
-        """Tell whether a row group with these statistics of its times may have a wanted row."""
-        if statistics is None or not statistics.has_min_max:
-            return True
-        unit = column_type.unit if pa.types.is_timestamp(column_type) else unit
-        ends = pa.array([statistics.min, statistics.max], column_type).cast(pa.int64()).to_pylist()
-        low_us, high_us = (int(each) * MICROSECONDS // PER_SECOND[unit] for each in ends)
-        return low_us < self.high_us and high_us >= self.low_us
+    def may_have(self, times: tuple[int, int] | None) -> bool:
+        """Tell whether rows whose first and last time are these may have a wanted one; None: it is not known."""
+        return times is None or (times[0] < self.high_us and times[1] >= self.low_us)
 
 
 @dataclass(frozen=True)
@@ -106,6 +100,7 @@ class LogPiece:
     num_rows: int  # of CSV a guess from its size
     layout: TableLayout
     wanted: WantedRows | None = None  # None: every row
+    times: tuple[int, int] | None = None  # µs of its first and last row, where the file tells
 
     @property
     def is_csv(self) -> bool:
@@ -193,10 +188,14 @@ def _files(storage: Storage, place: str) -> list[str]:
     ]
 
 
-def open_parquet(storage: Storage, path: str) -> pq.ParquetFile:
-    """Open a file, with page checksums verified where it has them. Raises SampleError where it is no Parquet."""
+def open_parquet(storage: Storage, path: str, encoded: Sequence[str] = ()) -> pq.ParquetFile:
+    """Open a file, with page checksums verified where it has them; texts in `encoded` columns stay dictionaries.
+
+    Raises SampleError where it is no Parquet.
+    """
     try:
-        return pq.ParquetFile(storage.open_input(path), page_checksum_verification=True)
+        file = storage.open_input(path)
+        return pq.ParquetFile(file, read_dictionary=list(encoded), page_checksum_verification=True)
     except (pa.ArrowException, OSError, StorageError) as error:
         raise SampleError(f"{storage.full(path)}: not readable as Parquet: {error}") from error
 
@@ -221,26 +220,42 @@ def _cut(file: pq.ParquetFile, empty: LogPiece) -> list[LogPiece]:
     """Cut a file whose columns are right into pieces of about PIECE_ROWS rows, in whole row groups."""
     _check_columns(file.schema_arrow, empty)
     groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+    if empty.wanted is None:
+        times: list[tuple[int, int] | None] = [None] * len(groups)
+        wanted = [True] * len(groups)
+    else:
+        times = [_times(file, group, empty) for group in range(len(groups))]
+        wanted = [empty.wanted.may_have(each) for each in times]
     pieces: list[LogPiece] = []
     held: list[int] = []
     for group in range(len(groups)):
-        if _may_be_wanted(file, group, empty):
+        if wanted[group]:
             held.append(group)
-        ends = group == len(groups) - 1 or not _may_be_wanted(file, group + 1, empty)
+        ends = group == len(groups) - 1 or not wanted[group + 1]
         rows = sum(groups[each] for each in held)
         if rows and (ends or rows >= PIECE_ROWS):
-            piece = replace(empty, row_groups=tuple(held), first_row=sum(groups[: held[0]]), num_rows=rows)
-            pieces.append(piece)
+            known = [span for each in held if (span := times[each])]
+            span = (min(known)[0], max(end for _, end in known)) if len(known) == len(held) else None
+            first_row = sum(groups[: held[0]])
+            pieces.append(replace(empty, row_groups=tuple(held), first_row=first_row, num_rows=rows, times=span))
             held = []
     return pieces
 
 
-def _may_be_wanted(file: pq.ParquetFile, group: int, piece: LogPiece) -> bool:
-    if piece.wanted is None:
-        return True
-    column = file.schema_arrow.names.index(piece.layout.names["timestamp"])
-    statistics = file.metadata.row_group(group).column(column).statistics
-    return piece.wanted.may_have(statistics, file.schema_arrow.field(column).type, piece.layout.time_unit)
+def _times(file: pq.ParquetFile, group: int, piece: LogPiece) -> tuple[int, int] | None:
+    """Read from a file's footer the first and last time of a row group, µs; None where it does not tell."""
+    names = [file.metadata.schema.column(column).path for column in range(file.metadata.num_columns)]
+    name = piece.layout.names["timestamp"]
+    statistics = file.metadata.row_group(group).column(names.index(name)).statistics
+    if statistics is None or not statistics.has_min_max:
+        return None
+    kind = file.schema_arrow.field(name).type
+    if not (pa.types.is_timestamp(kind) or pa.types.is_integer(kind)):
+        return None
+    unit = kind.unit if pa.types.is_timestamp(kind) else piece.layout.time_unit
+    ends = pa.array([statistics.min, statistics.max], kind).cast(pa.int64()).to_numpy().tolist()
+    low_us, high_us = (each * MICROSECONDS // PER_SECOND[unit] for each in ends)
+    return low_us, high_us
 
 
 def _check_columns(schema: pa.Schema, piece: LogPiece) -> None:

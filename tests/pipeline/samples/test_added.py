@@ -107,8 +107,10 @@ class TestAddDays:
     def test_only_the_window_is_read(
         self, made: SampleOptions, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Row groups before it are not, and of the behaviours only those of the day's users."""
+        """Row groups before it are not, of the day before only users who are there at midnight, and of the behaviours
+        only those of the day's users."""
         read: dict[str, set[int]] = {IMPRESSIONS: set(), BEHAVIORS: set()}
+        users: dict[str, set[int]] = {IMPRESSIONS: set(), BEHAVIORS: set()}
         from pipeline.samples import shuffle
 
         original = shuffle.read_piece
@@ -116,19 +118,25 @@ class TestAddDays:
         def noted(piece: Any, latest_s: int) -> Any:
             rows = original(piece, latest_s)
             read[piece.log] |= {int(t) // (DAY_S * 10**6) for t in rows.good["timestamp"]}
+            users[piece.log] |= set(rows.good["user"].tolist())
             return rows
 
         monkeypatch.setattr(shuffle, "read_piece", noted)
         options = SampleOptions(samples=made.samples, days="2026-01-04")
         assert add_days(options, client)["groups"] == 5
         first = START_S // DAY_S
-        assert read[IMPRESSIONS] == {first + 2, first + 3}
-        write(
-            tmp_path / "logs", [table([shown(3 * DAY_S + 9_000, user=1)])], [table([done(0, user=2), done(1, user=1)])]
-        )
-        read[BEHAVIORS].clear()
-        assert add_days(options, client)["groups"] == 1
-        assert read[BEHAVIORS] == {first}
+        assert read[IMPRESSIONS] == {first + 3}
+        impressions = [
+            *(shown(2 * DAY_S + 9_000 + user, user=user, session=9) for user in range(5)),
+            *(shown(3 * DAY_S + at_s, user=1, session=9) for at_s in range(-8_000, 3_000, 1_000)),
+            shown(3 * DAY_S + 9_000, user=3),
+        ]
+        write(tmp_path / "logs", [table(impressions)], [table([done(0, user=2), done(1, user=1)])])
+        for each in (*read.values(), *users.values()):
+            each.clear()
+        assert add_days(options, client)["days"] == ["2026-01-03", "2026-01-04"]  # a session goes on
+        assert read == {IMPRESSIONS: {first + 2, first + 3}, BEHAVIORS: {first}}
+        assert users == {IMPRESSIONS: {1, 3}, BEHAVIORS: {1}}
 
     def test_who_reads_finds_every_other_day_at_any_time(self, made: SampleOptions, client: Client) -> None:
         file, ended, reads = Path(made.samples, "train", "day=2026-01-02-000.parquet"), threading.Event(), []
