@@ -17,6 +17,7 @@ python jobs/build_semantic_ids.py
 python jobs/build_semantic_ids.py --store data/features --samples data/samples --out data/samples-sid
 python jobs/build_semantic_ids.py --vectors data/visual.parquet --levels 2
 python jobs/build_semantic_ids.py --codebook data/sid/codebook.safetensors --out data/sid-tuesday --no-samples
+python jobs/build_semantic_ids.py --codebook data/samples-sid/codebook.safetensors --out data/samples-sid
 """
 
 
@@ -43,7 +44,7 @@ def main(options: SemanticOptions) -> None:
     typer.echo(describe(summary, options.out))
 
 
-def describe(summary: dict[str, Any], out: Path) -> str:
+def describe(summary: dict[str, Any], out: str) -> str:
     """Write the lines that the job prints."""
     book = summary["codebook"]
     lines = [
@@ -65,9 +66,10 @@ def describe(summary: dict[str, Any], out: Path) -> str:
     if made := summary.get("samples"):
         lines.append(
             f"samples      {made['groups']:,} groups, {made['references']:,} images in them, "
-            f"{made['references_without_code']:,} without a code (of {made['images_without_code']:,} images)"
+            f"{made['references_without_code']:,} without a code (of {made['images_without_code']:,} images); "
+            f"{made['files'] - made['kept']:,} of {made['files']:,} files written"
         )
-        lines.append(f"next         python -m trainer.main --config {out / SETTINGS_FILE}")
+        lines.append(f"next         python -m trainer.main --config {out.rstrip('/')}/{SETTINGS_FILE}")
     return "\n".join([*lines, f"folder       {out}"])
 
 

@@ -258,8 +258,8 @@ class SemanticOptions:
     """What to make codes of, and how. Vectors are those of a store's images, or of a file in its place."""
 
     out: Annotated[
-        Path, typer.Option(help="Folder to write: codebook, codes, samples, schema, settings; replaced.")
-    ] = Path("data/samples-sid")
+        str, typer.Option(help="Folder or address to write: codebook, codes, samples, schema, settings; replaced.")
+    ] = "data/samples-sid"
     store: Annotated[
         str | None, typer.Option(help="Feature store whose images get codes.", show_default=DEFAULT_STORE)
     ] = None
@@ -288,12 +288,18 @@ class SemanticOptions:
         bool, typer.Option("--standardize/--raw", help="Each dimension to mean 0 and deviation 1 first.")
     ] = True
     codebook: Annotated[
-        Path | None, typer.Option(help="Of an earlier run, so that codes keep their meaning; nothing is fitted.")
+        Path | None,
+        typer.Option(
+            help="Of an earlier run, so that codes keep their meaning; nothing is fitted. Where it is OUT's own, files "
+            "of samples that would get the same bytes are kept."
+        ),
     ] = None
     accept_store: Annotated[
         bool,
         typer.Option("--accept-store", help="Take --codebook also where it is of another store of the same network."),
     ] = False
+    scratch: ScratchOption = None
+    keep_days: KeepDaysOption = 7
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,26 @@ from typing import Any
 
 from featurestore.console.files import write_json
 from featurestore.console.progress import progress_bar
+from featurestore.errors import StorageError
+from featurestore.published import open_published
+from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
+from featurestore.text.parsing import parse_json
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import DEFAULT_STORE, SemanticOptions
-from pipeline.samples.publish import MARK, replaced_folder
+from pipeline.samples.publish import MARK, replaced_files
 from pipeline.samples.schema import schema_beside
 from pipeline.semantic import codebook as books
 from pipeline.semantic.codebook import Codebook
-from pipeline.semantic.codes import FOLDER, AssignedCodes, assign
-from pipeline.semantic.samples import RewrittenSamples, rewrite, sample_files
+from pipeline.semantic.codes import FOLDER, AssignedCodes, assign, changed_keys, read_codes
+from pipeline.semantic.samples import (
+    WITHOUT_CODE,
+    EarlierSamples,
+    RewrittenSamples,
+    earlier_samples,
+    rewrite,
+    sample_files,
+)
 from pipeline.semantic.schema import image_columns, write_code_schema
 from pipeline.semantic.vectors import StoreVectors, Vectors, open_file
 from trainer.schema import Schema, load_schema
@@ -24,31 +35,63 @@ def build_semantic_ids(options: SemanticOptions) -> dict[str, Any]:
     """Make `options.out` anew: codebook, codes by key, and the samples with codes as columns; return its summary.
 
     Equal vectors, samples and options give equal files on one machine. Schema and settings for the trainer are written
-    with the samples. Holds 16 bytes an image. Raises SampleError, VectorImportError, SchemaError, FeatureStoreError.
+    with the samples. With the codebook of what is there already, files of samples that would get the same bytes are
+    kept. Holds 16 bytes an image, then 32. Raises SampleError, VectorImportError, SchemaError, FeatureStoreError.
     """
     schema: Schema | None = None
-    if options.samples:
-        sample_files(options.samples)  # before the store is read through
-        schema = load_schema(options.schema or schema_beside(options.samples))
+    samples = open_published(options.samples) if options.samples else None
+    if samples is not None:
+        sample_files(samples)  # before the store is read through
+        schema = load_schema(options.schema or schema_beside(samples.url))
         image_columns(schema, options.store_name)
     vectors = _open(options)
     if options.num_codes & (options.num_codes - 1) or options.num_codes < 2:
         raise SampleOptionError(f"--codes {options.num_codes} is not a power of two; try 256")
     if options.num_codes**options.num_levels > _LARGEST_CODE:
         raise SampleOptionError(f"--levels {options.num_levels} of --codes {options.num_codes} do not fit into 62 bits")
-    with replaced_folder(options.out, "semantic IDs") as folder:
-        codebook = _codebook(vectors, options)
+    codebook = _codebook(vectors, options)
+    before, recorded = _before(options, codebook)
+    with replaced_files(
+        options.out, "semantic IDs", before=before, scratch=options.scratch, keep_days=options.keep_days
+    ) as new:
+        folder = new.folder
         (folder / books.FILE).write_bytes(codebook.to_bytes())
         with progress_bar("assigning codes", vectors.num_parts) as bar:
             assigned = assign(vectors, codebook, folder / FOLDER, bar.advance)
         rewritten: RewrittenSamples | None = None
-        if options.samples and schema:
-            rewritten = rewrite(options.samples, folder, image_columns(schema, options.store_name), assigned.index)
+        if samples is not None and schema:
+            columns = image_columns(schema, options.store_name)
+            earlier = _earlier(before, recorded, list(columns), assigned)
+            rewritten = rewrite(samples, new, columns, assigned.index, earlier)
+            rewritten.write_keys(folder / WITHOUT_CODE)
         summary = _summary(vectors, options, codebook, assigned, rewritten)
-        if options.samples and schema:
-            write_code_schema(folder, options.out, options.samples, schema, options.store_name, summary)
+        if samples is not None and schema:
+            summary["samples"]["columns"] = list(columns)
+            write_code_schema(folder, options.out, samples, schema, options.store_name, summary)
         write_json(folder / MARK, summary)
     return summary
+
+
+def _before(options: SemanticOptions, codebook: Codebook) -> tuple[Storage | None, dict[str, Any]]:
+    """Open what an earlier run made with the same codebook, and read its summary; None where there is no such thing."""
+    if options.codebook is None or not options.samples:
+        return None, {}
+    before = open_published(options.out)
+    try:
+        recorded: dict[str, Any] = parse_json(before.read_bytes(MARK))
+        is_same = recorded["codebook"]["sha256"] == codebook.digest
+    except (FileNotFoundError, StorageError, ValueError, KeyError, TypeError):
+        return None, {}
+    return (before, recorded) if is_same else (None, {})
+
+
+def _earlier(
+    before: Storage | None, recorded: dict[str, Any], columns: list[str], assigned: AssignedCodes
+) -> EarlierSamples | None:
+    if before is None or recorded.get("samples", {}).get("columns") != columns:
+        return None
+    changed = changed_keys(read_codes(before, assigned.index.num_codes), assigned.index)
+    return earlier_samples(before, recorded, changed)
 
 
 def _open(options: SemanticOptions) -> Vectors:
@@ -88,12 +131,5 @@ def _summary(
         **assigned.report(),
     }
     if rewritten is not None:
-        summary["samples"] = {
-            "from": options.samples,
-            "files": rewritten.files,
-            "groups": rewritten.groups,
-            "references": rewritten.references,
-            "references_without_code": rewritten.references_without_code,
-            "images_without_code": len(rewritten.keys_without_code),
-        }
+        summary["samples"] = {"from": options.samples, "kept": rewritten.kept, **rewritten.report()}
     return summary

@@ -13,7 +13,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from featurestore.errors import StorageError
 from featurestore.keys import Int64Array
+from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError
 from pipeline.semantic.codebook import Codebook
 from pipeline.semantic.vectors import Vectors
@@ -118,10 +120,37 @@ def assign(vectors: Vectors, codebook: Codebook, folder: Path, advance: Callable
         if writer is not None:
             writer.close()
         advance(1)
-    return AssignedCodes(_index(keys, prefixes, codebook), [float(left / max(length, 1e-30)) for left in left_L])
+    index = _index(keys, prefixes, codebook.num_levels, codebook.num_codes)
+    return AssignedCodes(index, [float(left / max(length, 1e-30)) for left in left_L])
 
 
-def _index(keys: list[Int64Array], prefixes: list[Int64Array], codebook: Codebook) -> CodeIndex:
+def read_codes(storage: Storage, num_codes: int) -> CodeIndex:
+    """Read the codes that `assign` wrote below FOLDER of a storage. Raises SampleError."""
+    keys, prefixes, levels = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
+    for name in storage.list(FOLDER):
+        path = f"{FOLDER}/{name}"
+        try:
+            with storage.open_input(path) as file:
+                table = pq.read_table(file)
+        except (pa.ArrowException, OSError, StorageError) as error:
+            raise SampleError(f"{storage.full(path)}: cannot be read: {error}") from error
+        levels = table.num_columns - 1
+        full_N = np.zeros(len(table), np.int64)
+        for level in range(levels):
+            full_N = full_N * num_codes + table.column(f"sid{level}").to_numpy()
+        keys.append(table.column("key").to_numpy())
+        prefixes.append(full_N)
+    return _index(keys, prefixes, levels, num_codes)
+
+
+def changed_keys(before: CodeIndex, now: CodeIndex) -> Int64Array:
+    """List the keys that have another code than before, or have one only before or only now."""
+    keys_N = np.union1d(before.keys_M, now.keys_M)
+    changed_N: Int64Array = keys_N[before.lookup(keys_N) != now.lookup(keys_N)]
+    return changed_N
+
+
+def _index(keys: list[Int64Array], prefixes: list[Int64Array], num_levels: int, num_codes: int) -> CodeIndex:
     keys_M, prefix_M = np.concatenate(keys), np.concatenate(prefixes)
     if not len(keys_M):
         raise SampleError("there is not one vector to make codes of")
@@ -129,4 +158,4 @@ def _index(keys: list[Int64Array], prefixes: list[Int64Array], codebook: Codeboo
     keys_M, prefix_M = keys_M[order_M], prefix_M[order_M]
     if (twice := np.flatnonzero(keys_M[1:] == keys_M[:-1])).size:
         raise SampleError(f"key {keys_M[twice[0]]} has several vectors; which is its image's?")
-    return CodeIndex(keys_M, prefix_M, codebook.num_levels, codebook.num_codes)
+    return CodeIndex(keys_M, prefix_M, num_levels, num_codes)

@@ -3,33 +3,124 @@
 Letters of shapes: G groups, N values of a column.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import reduce
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from featurestore.errors import StorageError
+from featurestore.keys import Int64Array
 from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError, SampleOptionError
+from pipeline.samples.publish import NewFiles
 from pipeline.semantic.codes import NO_CODE, CodeIndex
 
 SPLITS = ("train", "test")
+WITHOUT_CODE = "without_code.parquet"
+_BLOCK_BYTES = 8 << 20
+_SETTLED_S = 2.0  # a file that changes twice within a tick of the clock may keep its tag
+
+
+@dataclass
+class FileCounts:
+    """The counts of a rewritten file; tag and digest are those of the file that it was made from."""
+
+    tag: str
+    digest: str
+    groups: int = 0
+    references: int = 0
+    references_without_code: int = 0
 
 
 @dataclass
 class RewrittenSamples:
-    """The counts of rewritten samples."""
+    """The counts of rewritten samples, by the paths of their files, and the images without a code in each."""
 
-    files: int = 0
-    groups: int = 0
-    references: int = 0
-    references_without_code: int = 0
-    keys_without_code: set[int] = field(default_factory=set)
+    files: dict[str, FileCounts] = field(default_factory=dict)
+    keys_without_code: dict[str, set[int]] = field(default_factory=dict)
+    kept: int = 0
+    """Files that are as they were."""
+
+    def report(self) -> dict[str, Any]:
+        """Sum the counts up; those of each file are for the next time."""
+        names = ("groups", "references", "references_without_code")
+        sums = {name: sum(getattr(each, name) for each in self.files.values()) for name in names}
+        without = len(set().union(*self.keys_without_code.values()))
+        sources = {path: asdict(each) for path, each in self.files.items()}
+        return {"files": len(self.files), **sums, "images_without_code": without, "sources": sources}
+
+    def write_keys(self, path: Path) -> None:
+        """Write which images of each file have no code."""
+        rows = [(name, sorted(keys)) for name, keys in self.keys_without_code.items()]
+        names = [name for name, keys in rows for _ in keys]
+        keys = [key for _, keys in rows for key in keys]
+        pq.write_table(pa.table({"file": pa.array(names, pa.string()), "key": pa.array(keys, pa.int64())}), path)
+
+
+@dataclass(frozen=True)
+class EarlierSamples:
+    """Samples that an earlier run rewrote with the same codebook; `changed_keys`: images with another code now."""
+
+    storage: Storage
+    rewritten: RewrittenSamples
+    changed_keys: Int64Array
+
+    def same(self, samples: Storage, path: str, tag: str, columns: Sequence[str]) -> str | None:
+        """Find the file that `path` of the samples would be rewritten to again: from equal bytes, with equal codes."""
+        name = path.partition("/")[2]
+        for earlier in (path, *(f"{split}/{name}" for split in SPLITS)):  # days move from test to train
+            counts = self.rewritten.files.get(earlier)
+            if counts is None or not (counts.tag == tag != "" or counts.digest == digest_of(samples, path)):
+                continue
+            return None if self._has_changed(earlier, columns) else earlier
+        return None
+
+    def _has_changed(self, path: str, columns: Sequence[str]) -> bool:
+        """Tell whether the file has an image with another code now; it is read only where a code has changed at all."""
+        if not len(self.changed_keys):
+            return False
+        without = np.array(sorted(self.rewritten.keys_without_code.get(path, ())), np.int64)
+        if np.isin(without, self.changed_keys).any():
+            return True
+        for table in _row_groups(self.storage, path, columns):
+            for column in columns:
+                array: Any = table.column(column).combine_chunks()
+                keys_N = array.flatten().to_numpy(zero_copy_only=False)
+                if np.isin(keys_N, self.changed_keys).any():
+                    return True
+        return False
+
+
+def earlier_samples(storage: Storage, recorded: dict[str, Any], changed_keys: Int64Array) -> EarlierSamples | None:
+    """Open what an earlier run wrote, by its summary; None where that is of an earlier version of this code."""
+    try:
+        files = {path: FileCounts(**each) for path, each in recorded["samples"]["sources"].items()}
+        with storage.open_input(WITHOUT_CODE) as file:
+            table = pq.read_table(file)
+    except (KeyError, TypeError, FileNotFoundError, pa.ArrowException, StorageError):
+        return None
+    keys: dict[str, set[int]] = {}
+    for row in table.to_pylist():
+        keys.setdefault(row["file"], set()).add(row["key"])
+    return EarlierSamples(storage, RewrittenSamples(files, keys), changed_keys)
+
+
+def digest_of(storage: Storage, path: str) -> str:
+    """Compute the xxh3-128 of the bytes of a file. Raises SampleError."""
+    digest = xxhash.xxh3_128()
+    try:
+        with storage.open_input(path) as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+    except (OSError, StorageError) as error:
+        raise SampleError(f"{storage.full(path)}: cannot be read: {error}") from error
+    return digest.hexdigest()
 
 
 def code_columns(column: str, num_levels: int) -> dict[str, tuple[str, int]]:
@@ -41,23 +132,41 @@ def code_columns(column: str, num_levels: int) -> dict[str, tuple[str, int]]:
     return names | {f"{column}_sid_prefix{length}": ("prefix", length) for length in range(2, num_levels + 1)}
 
 
-def rewrite(samples: str, folder: Path, columns: Iterable[str], index: CodeIndex) -> RewrittenSamples:
-    """Write every file of `samples`/SPLIT below `folder`, with `code_columns` of the image `columns` added.
+def rewrite(
+    samples: Storage,
+    new: NewFiles,
+    columns: Iterable[str],
+    index: CodeIndex,
+    earlier: EarlierSamples | None = None,
+) -> RewrittenSamples:
+    """Write every file of `samples`/SPLIT to the new files, with `code_columns` of the image `columns` added.
 
-    Images without a code get NO_CODE, and are counted. Raises SampleError for a column that is missing or no list of
-    whole numbers, and where there is no file.
+    Files that `earlier` has, and would get the same bytes, are kept: of these the bytes are read at most, and the
+    image columns where an image has another code now. Images without a code get NO_CODE, and are counted. Raises
+    SampleError for a column that is missing or no list of whole numbers, and where there is no file.
     """
-    storage, done, names = Storage(samples), RewrittenSamples(), list(columns)
+    done, names = RewrittenSamples(), list(columns)
+    settled_s = time.time() - _SETTLED_S
+    entries = [entry for split in SPLITS for entry in samples.entries(split, recursive=False)]
+    tags = {entry.path: entry.tag for entry in entries if entry.mtime_s < settled_s}
     for split in SPLITS:
-        (folder / split).mkdir()
+        (new.folder / split).mkdir()
     for path in sample_files(samples):
-        _rewrite_file(storage, path, folder / path, names, index, done)
+        tag = tags.get(path, "")
+        if earlier is not None and (same := earlier.same(samples, path, tag, names)):
+            before = earlier.rewritten
+            new.keep(path, same)
+            done.files[path] = FileCounts(**asdict(before.files[same]) | {"tag": tag})
+            done.keys_without_code[path] = before.keys_without_code.get(same, set())
+            done.kept += 1
+            continue
+        done.files[path], done.keys_without_code[path] = FileCounts(tag, digest_of(samples, path)), set()
+        _rewrite_file(samples, path, new.folder / path, names, index, done)
     return done
 
 
-def sample_files(samples: str) -> list[str]:
+def sample_files(storage: Storage) -> list[str]:
     """List the files of samples. Raises SampleOptionError where there is none."""
-    storage = Storage(samples)
     found = [f"{split}/{name}" for split in SPLITS for name in storage.list(split) if name.endswith(".parquet")]
     if not found:
         raise SampleOptionError(
@@ -71,25 +180,28 @@ def _rewrite_file(
 ) -> None:
     writer: pq.ParquetWriter | None = None
     for read in _row_groups(storage, path):
-        table = reduce(lambda made, column: _with_codes(made, column, index, storage.full(path), done), columns, read)
+        table = read
+        for column in columns:
+            table = _with_codes(table, column, index, storage.full(path), done, path)
         writer = writer or pq.ParquetWriter(target, table.schema, compression="zstd", write_page_checksum=True)
         writer.write_table(table, row_group_size=max(1, len(table)))
-        done.groups += len(table)
+        done.files[path].groups += len(table)
     if writer is not None:
         writer.close()
-    done.files += 1
 
 
-def _row_groups(storage: Storage, path: str) -> Iterator[pa.Table]:
+def _row_groups(storage: Storage, path: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     try:
         with pq.ParquetFile(storage.open_input(path), page_checksum_verification=True) as file:
             for number in range(file.num_row_groups):
-                yield file.read_row_group(number)
+                yield file.read_row_group(number, columns=None if columns is None else list(columns))
     except (pa.ArrowException, OSError, StorageError) as error:
         raise SampleError(f"{storage.full(path)}: cannot be read: {error}") from error
 
 
-def _with_codes(table: pa.Table, column: str, index: CodeIndex, where: str, done: RewrittenSamples) -> pa.Table:
+def _with_codes(
+    table: pa.Table, column: str, index: CodeIndex, where: str, done: RewrittenSamples, path: str
+) -> pa.Table:
     if column not in table.column_names:
         raise SampleError(f"{where}: column {column!r} is missing; is it the schema of these samples?")
     array: Any = table.column(column).combine_chunks()
@@ -101,9 +213,9 @@ def _with_codes(table: pa.Table, column: str, index: CodeIndex, where: str, done
     keys_N = values.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
     full_N = index.lookup(keys_N)
     without_N = full_N == NO_CODE
-    done.references += len(keys_N)
-    done.references_without_code += int(without_N.sum())
-    done.keys_without_code.update(np.unique(keys_N[without_N]).tolist())
+    done.files[path].references += len(keys_N)
+    done.files[path].references_without_code += int(without_N.sum())
+    done.keys_without_code[path].update(np.unique(keys_N[without_N]).tolist())
     lengths_G = np.diff(array.offsets.to_numpy())
     offsets: Any = pa.array(np.concatenate([[0], np.cumsum(lengths_G)]), pa.int32())
     for name, (what, number) in code_columns(column, index.num_levels).items():

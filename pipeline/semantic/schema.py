@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from featurestore.storage.storage import Storage
 from featurestore.text.parsing import parse_yaml
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.samples.schema import write_schema
@@ -27,7 +28,7 @@ def image_columns(schema: Schema, store_name: str) -> dict[str, Field]:
 
 
 def write_code_schema(
-    folder: Path, target: Path, samples: str, schema: Schema, store_name: str, summary: dict[str, Any]
+    folder: Path, target: str, samples: Storage, schema: Schema, store_name: str, summary: dict[str, Any]
 ) -> None:
     """Write the schema with the codes as ID fields, and settings with their tables, for samples at `target`."""
     fields, tables = list(schema.fields), _tables_beside(samples)
@@ -47,12 +48,11 @@ def write_code_schema(
     write_schema(folder, target, schema_text(made, header), tables, summary["source"].get("store"))
 
 
-def _tables_beside(samples: str) -> dict[str, int]:
+def _tables_beside(samples: Storage) -> dict[str, int]:
     """Read the tables of the settings that are with the samples already."""
-    path = Path(samples) / SETTINGS_FILE
-    if not path.is_file():
-        return {}
     try:
-        return dict(parse_yaml(path.read_text(encoding="utf-8"))["model"]["tables"])
+        return dict(parse_yaml(samples.read_bytes(SETTINGS_FILE).decode())["model"]["tables"])
+    except FileNotFoundError:
+        return {}
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise SampleError(f"{path} has no model.tables: {error}") from error
+        raise SampleError(f"{samples.full(SETTINGS_FILE)} has no model.tables: {error}") from error
