@@ -17,6 +17,7 @@ EXAMPLES = """Examples:
 python jobs/import_xdl.py random --out data/xdl
 python jobs/import_xdl.py images --from data/xdl/imgs --store data/features-xdl
 python jobs/import_xdl.py samples --from data/xdl/data.txt --samples data/samples-xdl --label-threshold 0.5
+python jobs/import_xdl.py samples --from data/xdl-days --samples data/samples-xdl --add
 python jobs/import_xdl.py export-samples --samples data/samples-xdl --to lines.txt
 python jobs/import_xdl.py export-images --store data/features-xdl --to imgs
 """
@@ -136,14 +137,18 @@ def describe(summary: dict[str, Any]) -> str:
     ]
     fields = ", ".join(f"{each['column']} ({each['part']} {each['kind']})" for each in summary["fields"])
     where = summary["options"]["samples"]
+    added = (
+        [f"added        {summary['added']:,} of {len(summary['sources']):,} files"] if summary["options"]["add"] else []
+    )
     return "\n".join(
         [
+            *added,
             f"lines        {summary['lines']:,}",
             f"quarantined  {sum(bad.values()):,}" + (f" ({reasons})" if reasons else ""),
             *split_lines,
             f"fields       {fields}",
             f"samples      {where}",
-            f"next         python -m trainer.main --config {Path(where) / SETTINGS_FILE} --set data.store=STORE",
+            f"next         python -m trainer.main --config {where.rstrip('/')}/{SETTINGS_FILE} --set data.store=STORE",
         ]
     )
 

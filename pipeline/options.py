@@ -307,7 +307,9 @@ class XdlOptions:
     """Which of XDL's text samples to import, and how."""
 
     source: Annotated[str, typer.Option("--from", help="File or folder of lines skey|gkey|user part|ad part|label|ts.")]
-    samples: Annotated[str, typer.Option(help="Folder to write, on a disk that all workers see; replaced.")]
+    samples: Annotated[
+        str, typer.Option(help="Folder to write, on a disk that all workers see, or an address; replaced.")
+    ]
     test_source: Annotated[
         str | None, typer.Option("--test-from", help="Lines of the test samples.", show_default="a share of --from")
     ] = None
@@ -327,3 +329,11 @@ class XdlOptions:
     label_threshold: Annotated[float | None, typer.Option(help="Labels from here on are clicks.")] = None
     label_index: Annotated[int | None, typer.Option(min=0, help="Which of several labels, from 0.")] = None
     fill_dense: Annotated[float | None, typer.Option(help="For a dense field that a line lacks.")] = None
+    add: Annotated[
+        bool,
+        typer.Option(
+            "--add", help="Keep the samples of files that were imported, and import the others; options as then."
+        ),
+    ] = False
+    scratch: ScratchOption = None
+    keep_days: KeepDaysOption = 7

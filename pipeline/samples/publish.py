@@ -6,13 +6,16 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import xxhash
+
 from featurestore.console.progress import progress_bar
-from featurestore.errors import CommitConflictError
+from featurestore.errors import CommitConflictError, StorageError
 from featurestore.published import (
     FILES,
     VERSIONS,
@@ -24,6 +27,7 @@ from featurestore.published import (
     publish,
     upload,
 )
+from featurestore.storage.local import StorageEntry
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import in_threads
@@ -35,6 +39,8 @@ KEEP_DAYS = 7
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 _UPLOADS = 4  # at once, each with its file in memory
 _DAY_S = 86_400
+_BLOCK_BYTES = 8 << 20
+_SETTLED_S = 2.0  # a file that changes twice within a tick of the clock may keep its tag
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,24 @@ def replaced_files(
     except OSError as error:
         raise SampleError(f"cannot make the {what} for {target}: {error or type(error).__name__}") from error
     expire(place, keep_days * _DAY_S)
+
+
+def digest_of(storage: Storage, path: str) -> str:
+    """Compute the xxh3-128 of the bytes of a file. Raises SampleError."""
+    digest = xxhash.xxh3_128()
+    try:
+        with storage.open_input(path) as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+    except (OSError, StorageError) as error:
+        raise SampleError(f"{storage.full(path)}: cannot be read: {error}") from error
+    return digest.hexdigest()
+
+
+def settled_tags(entries: Iterable[StorageEntry]) -> dict[str, str]:
+    """Give the tags of files by path: of those that are old enough that another content has another tag."""
+    settled_s = time.time() - _SETTLED_S
+    return {entry.path: entry.tag for entry in entries if entry.tag and entry.mtime_s < settled_s}
 
 
 def _inode(folder: Storage) -> int | None:

@@ -3,7 +3,6 @@
 Letters of shapes: G groups, N values of a column.
 """
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,19 +11,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from featurestore.errors import StorageError
 from featurestore.keys import Int64Array
 from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError, SampleOptionError
-from pipeline.samples.publish import NewFiles
+from pipeline.samples.publish import NewFiles, digest_of, settled_tags
 from pipeline.semantic.codes import NO_CODE, CodeIndex
 
 SPLITS = ("train", "test")
 WITHOUT_CODE = "without_code.parquet"
-_BLOCK_BYTES = 8 << 20
-_SETTLED_S = 2.0  # a file that changes twice within a tick of the clock may keep its tag
 
 
 @dataclass
@@ -111,18 +107,6 @@ def earlier_samples(storage: Storage, recorded: dict[str, Any], changed_keys: In
     return EarlierSamples(storage, RewrittenSamples(files, keys), changed_keys)
 
 
-def digest_of(storage: Storage, path: str) -> str:
-    """Compute the xxh3-128 of the bytes of a file. Raises SampleError."""
-    digest = xxhash.xxh3_128()
-    try:
-        with storage.open_input(path) as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
-    except (OSError, StorageError) as error:
-        raise SampleError(f"{storage.full(path)}: cannot be read: {error}") from error
-    return digest.hexdigest()
-
-
 def code_columns(column: str, num_levels: int) -> dict[str, tuple[str, int]]:
     """Name the columns that an image column gets: the code of each level, and prefixes of two codes and more.
 
@@ -146,9 +130,7 @@ def rewrite(
     SampleError for a column that is missing or no list of whole numbers, and where there is no file.
     """
     done, names = RewrittenSamples(), list(columns)
-    settled_s = time.time() - _SETTLED_S
-    entries = [entry for split in SPLITS for entry in samples.entries(split, recursive=False)]
-    tags = {entry.path: entry.tag for entry in entries if entry.mtime_s < settled_s}
+    tags = settled_tags(entry for split in SPLITS for entry in samples.entries(split, recursive=False))
     for split in SPLITS:
         (new.folder / split).mkdir()
     for path in sample_files(samples):

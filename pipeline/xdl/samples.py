@@ -18,20 +18,30 @@ from distributed import Client
 
 from featurestore.console.files import write_json
 from featurestore.keys import key_of_uri, splitmix64
-from featurestore.storage.storage import Storage
 from pipeline.cluster.tasks import run_all
 from pipeline.errors import SampleError
 from pipeline.options import XdlOptions
 from pipeline.samples.files import FORMAT
 from pipeline.samples.mapping import names_in
-from pipeline.samples.publish import MARK, replaced_folder
+from pipeline.samples.publish import MARK, replaced_files
 from pipeline.vectors.source import find_files
-from pipeline.xdl.fields import SeenFields, XdlField, decide, merged, scan
+from pipeline.xdl.fields import SeenFields, XdlField, decide, merged, scan, seen_table
 from pipeline.xdl.groups import ReadRules, XdlGroup, group_samples, read_sample, schema_of, table_of
+from pipeline.xdl.imported import (
+    SEEN_FILE,
+    SPLITS,
+    TextFile,
+    as_made,
+    check_fields,
+    earlier_import,
+    keep_parts,
+    new_files_of,
+    part_name,
+    read_table,
+)
 from pipeline.xdl.line import BadLineError, XdlLine, parse_line
 from pipeline.xdl.schema import write_field_schema
 
-SPLITS = ("train", "test")
 QUARANTINE_FILE = "quarantine.parquet"
 _QUARANTINE_TYPES: dict[str, pa.DataType] = {
     "file": pa.string(),
@@ -43,20 +53,6 @@ QUARANTINE = pa.schema(_QUARANTINE_TYPES)
 ROW_GROUP_SIZE = 2_048
 _SHARE_STEPS = 1 << 32
 SMALLER = "give them more memory, or cut the files"  # a file is a task
-
-
-@dataclass(frozen=True)
-class TextFile:
-    """One file of lines."""
-
-    url: str
-    path: str
-    split: str | None  # None: by the hash of the group key
-
-    def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Read number, from 1, and bytes of each line."""
-        with Storage(self.url).open_input(self.path) as file:
-            yield from enumerate(file, 1)
 
 
 @dataclass
@@ -74,36 +70,56 @@ def import_samples(options: XdlOptions, client: Client) -> dict[str, Any]:
     """Make `options.samples` anew, with schema and settings; return the summary that is its summary.json too.
 
     A row is a group: neighbouring lines of one file with equal group key and equal user part. Bad lines are counted and
-    kept, text and all, in quarantine.parquet. Every line is read twice. Raises SampleError where there is nothing to
-    train on.
+    kept, text and all, in quarantine.parquet. Every line is read twice. With `options.add`, files that were imported
+    are kept as they are, and the others are added: what importing all of them would make, where new ones come last by
+    name. Raises SampleError where there is nothing to train on, for a file that has changed, and where the fields of
+    all files would be others than before.
     """
-    files = _files(options)
-    with replaced_folder(Path(options.samples)) as folder:
+    earlier = earlier_import(options) if options.add else None
+    options = as_made(options, earlier.summary["options"]) if earlier else options
+    imported = earlier.files if earlier else []
+    new_files = new_files_of(_files(options), imported)
+    if earlier and not new_files:
+        return earlier.summary | {"added": 0, "options": earlier.summary["options"] | {"add": True}}
+    with replaced_files(
+        options.samples,
+        before=earlier.storage if earlier else None,
+        scratch=options.scratch,
+        keep_days=options.keep_days,
+    ) as new:
         for split in SPLITS:
-            (folder / split).mkdir()
-        scanned = run_all(client, "looking through lines", scan_file, [(file,) for file in files], SMALLER)
-        num_good = sum(count for count, _ in scanned)
+            (new.folder / split).mkdir()
+        text_files = [TextFile(each.url, each.path, each.split) for each in new_files]
+        scanned = run_all(client, "looking through lines", scan_file, [(file,) for file in text_files], SMALLER)
+        seen = merged([*([earlier.seen] if earlier else []), *(each for _, each in scanned)])
+        num_good = sum(count for count, _ in scanned) + (earlier.summary["good_lines"] if earlier else 0)
         if not num_good:
             raise SampleError(f"{options.source}: not one line of the form skey|gkey|user part|ad part|label|ts")
-        fields = decide(
-            merged(seen for _, seen in scanned),
-            num_good,
-            _images(options, scanned),
-            names_in(options.sparse),
-            names_in(options.dense),
-        )
+        names = _images(options, seen), names_in(options.sparse), names_in(options.dense)
+        fields = decide(seen, num_good, *names)
+        if earlier:
+            check_fields(options, fields, earlier.summary["fields"])
+        files = sorted([*imported, *new_files], key=lambda each: each.place)
+        numbers = {each.place: number for number, each in enumerate(files)}
         rules = ReadRules(
             tuple(fields), options.weights, options.label_threshold, options.label_index, options.fill_dense
         )
-        share = options.test_share
-        calls = [(file, number, rules, share, str(folder.absolute())) for number, file in enumerate(files)]
+        folder, share = str(new.folder.absolute()), options.test_share
+        calls = [
+            (file, numbers[each.place], rules, share, folder) for file, each in zip(text_files, new_files, strict=True)
+        ]
         written = run_all(client, "writing samples", write_file, calls, SMALLER)
-        summary = _summary(options, fields, written)
+        summary = _summary(options, fields, written, earlier.summary if earlier else None)
+        summary |= {"good_lines": num_good, "sources": [asdict(each) for each in files], "added": len(new_files)}
         _check(options, summary)
-        bad = [row for each in written for row in each.bad]
-        pq.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE), folder / QUARANTINE_FILE)
-        write_field_schema(folder, options.samples, fields, options.weights == "keep")
-        write_json(folder / MARK, summary)
+        bad = pa.Table.from_pylist([row for each in written for row in each.bad], schema=QUARANTINE)
+        if earlier:
+            bad = pa.concat_tables([read_table(earlier.storage, QUARANTINE_FILE), bad])
+            keep_parts(new, imported, numbers)
+        pq.write_table(bad, new.folder / QUARANTINE_FILE)
+        pq.write_table(seen_table(seen), new.folder / SEEN_FILE)
+        write_field_schema(new.folder, options.samples, fields, options.weights == "keep")
+        write_json(new.folder / MARK, summary)
     return summary
 
 
@@ -128,7 +144,7 @@ def write_file(file: TextFile, number: int, rules: ReadRules, test_share: float,
         for writer in writers.values():
             writer.close()
         for split in writers:
-            (scratch / f"{split}.parquet").replace(Path(folder, split, f"part-{number:05d}.parquet"))
+            (scratch / f"{split}.parquet").replace(Path(folder, split, part_name(number)))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return result
@@ -152,12 +168,12 @@ def _files(options: XdlOptions) -> list[TextFile]:
     return files
 
 
-def _images(options: XdlOptions, scanned: Sequence[tuple[int, SeenFields]]) -> tuple[str, ...]:
+def _images(options: XdlOptions, seen: SeenFields) -> tuple[str, ...]:
     """Name the image fields; of the default names those that are there."""
     asked = names_in(options.images)
     if options.images != XdlOptions.images:
         return asked
-    names = {name for _, seen in scanned for _, name in seen}
+    names = {name for _, name in seen}
     return tuple(name for name in asked if name in names)
 
 
@@ -197,15 +213,27 @@ def _write(
     result.clicks[split] += sum(labels)
 
 
-def _summary(options: XdlOptions, fields: Sequence[XdlField], written: Sequence[WrittenGroups]) -> dict[str, Any]:
+def _summary(
+    options: XdlOptions,
+    fields: Sequence[XdlField],
+    written: Sequence[WrittenGroups],
+    earlier: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Count what was written, and what is there already."""
     reasons = Counter(row["reason"] for each in written for row in each.bad)
     counts = {
         name: sum((getattr(each, name) for each in written), Counter[str]()) for name in ("groups", "samples", "clicks")
     }
+    lines = sum(each.num_lines for each in written)
+    if earlier is not None:
+        lines += earlier["lines"]
+        reasons.update(earlier["quarantined"])
+        for name, by_split in counts.items():
+            by_split.update({split: earlier[split][name] for split in SPLITS})
     return {
         "format": FORMAT,
         "options": asdict(options) | {name: names_in(getattr(options, name)) for name in ("images", "sparse", "dense")},
-        "lines": sum(each.num_lines for each in written),
+        "lines": lines,
         "quarantined": dict(sorted(reasons.items())),
         **{split: {name: counts[name][split] for name in counts} for split in SPLITS},
         "fields": [asdict(each) for each in fields],

@@ -1,0 +1,166 @@
+"""The files of an import of text samples: what is there of an earlier one, and which files are new."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from featurestore.errors import StorageError
+from featurestore.published import open_published
+from featurestore.storage.storage import Storage
+from featurestore.text.parsing import parse_json
+from pipeline.errors import SampleError, SampleOptionError
+from pipeline.options import XdlOptions
+from pipeline.samples.publish import MARK, NewFiles, digest_of, settled_tags
+from pipeline.xdl.fields import SeenFields, XdlField, seen_of_table
+
+SPLITS = ("train", "test")
+SEEN_FILE = "fields.parquet"
+_FREE = ("source", "samples", "test_source", "add", "scratch", "keep_days")
+"""Options that may differ from those of the samples that files are added to."""
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """One file of lines."""
+
+    url: str
+    path: str
+    split: str | None  # None: by the hash of the group key
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Read number, from 1, and bytes of each line."""
+        with Storage(self.url).open_input(self.path) as file:
+            yield from enumerate(file, 1)
+
+
+@dataclass(frozen=True)
+class ImportedFile:
+    """A file of lines that was imported, and what tells whether it is the same; its place in a list is its number."""
+
+    split: str | None
+    url: str
+    path: str
+    tag: str
+    digest: str
+
+    @property
+    def place(self) -> tuple[bool, str, str]:
+        """What files are sorted by: those of test samples last, then by name."""
+        return self.split == "test", self.url, self.path
+
+
+@dataclass(frozen=True)
+class EarlierImport:
+    """Samples that are there, to which files are added."""
+
+    storage: Storage
+    summary: dict[str, Any]
+    seen: SeenFields
+
+    @property
+    def files(self) -> list[ImportedFile]:
+        """List what was imported."""
+        return [ImportedFile(**each) for each in self.summary["sources"]]
+
+
+def earlier_import(options: XdlOptions) -> EarlierImport:
+    """Open the samples that files are added to. Raises SampleOptionError where there are none, SampleError."""
+    storage = open_published(options.samples)
+    try:
+        summary = parse_json(storage.read_bytes(MARK))
+        if "good_lines" in summary:
+            return EarlierImport(storage, summary, seen_of_table(read_table(storage, SEEN_FILE)))
+    except StorageError:
+        if not storage.is_local:
+            raise
+    except (FileNotFoundError, ValueError, TypeError):
+        pass
+    raise SampleOptionError(
+        f"{options.samples} has no samples of this job that files can be added to; import them without --add first"
+    )
+
+
+def as_made(options: XdlOptions, recorded: Mapping[str, Any]) -> XdlOptions:
+    """Complete the options by those of the import that is there. Raises SampleOptionError where one differs."""
+    made = {name: ",".join(value) if isinstance(value, list) else value for name, value in recorded.items()}
+    changes: dict[str, Any] = {}
+    for each in dataclass_fields(options):
+        mine = getattr(options, each.name)
+        if each.name in _FREE or mine == made.get(each.name, each.default):
+            continue
+        if mine != each.default:
+            raise SampleOptionError(
+                f"--{each.name.replace('_', '-')} {mine}: {options.samples} was made with {made[each.name]}; leave the "
+                "option out, or import all files anew, without --add"
+            )
+        changes[each.name] = made[each.name]
+    return replace(options, **changes)
+
+
+def new_files_of(files: Sequence[TextFile], imported: Sequence[ImportedFile]) -> list[ImportedFile]:
+    """List the files that are not imported yet. Raises SampleError for one that was, with another content."""
+    known, digests = {each.place: each for each in imported}, {each.digest for each in imported}
+    tags: dict[str, dict[str, str]] = {}
+    found = []
+    for file in files:
+        storage = Storage(file.url)
+        if file.url not in tags:
+            tags[file.url] = settled_tags([storage.entry(each.path) for each in files if each.url == file.url])
+        tag = tags[file.url].get(file.path, "")
+        before = known.get(ImportedFile(file.split, file.url, file.path, "", "").place)
+        if before is not None and before.tag == tag != "":
+            continue
+        digest = digest_of(storage, file.path)
+        if before is not None and before.digest != digest:
+            raise SampleError(
+                f"{storage.full(file.path)} has changed since it was imported; import all files anew, without --add"
+            )
+        if digest not in digests:  # the same file of a folder that was moved is there already
+            found.append(ImportedFile(file.split, file.url, file.path, tag, digest))
+    return found
+
+
+def check_fields(options: XdlOptions, fields: Sequence[XdlField], recorded: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse fields that all files together would have, where those that are there have others."""
+    now, before = [_shown(asdict(each)) for each in fields], [_shown(each) for each in recorded]
+    if now != before:
+        shown = ", ".join([each for each in now if each not in before] or now)
+        raise SampleError(
+            f"with the new files of {options.source}, fields would be others than in {options.samples}: {shown}; "
+            "import all files anew, without --add"
+        )
+
+
+def _shown(field: Mapping[str, Any]) -> str:
+    """Format what samples need to be the same of a field."""
+    width = f", {field['width']} numbers" if field["kind"] == "dense" else ""
+    column = f" in column {field['column']}" if field["column"] != field["name"] else ""
+    weighted = ", weighted" if field["is_weighted"] else ""
+    return f"{field['part']} {field['name']}{column} ({field['kind']}{width}{weighted})"
+
+
+def keep_parts(new: NewFiles, imported: Sequence[ImportedFile], numbers: Mapping[tuple[bool, str, str], int]) -> None:
+    """Keep the samples of files that were imported, under the numbers that these have now."""
+    for split in SPLITS:
+        names = set(new.before.list(split))
+        for number, each in enumerate(imported):
+            if (name := part_name(number)) in names:
+                new.keep(f"{split}/{part_name(numbers[each.place])}", f"{split}/{name}")
+
+
+def read_table(storage: Storage, name: str) -> pa.Table:
+    """Read a table of an earlier import. Raises SampleError."""
+    try:
+        with storage.open_input(name) as file:
+            return pq.read_table(file)
+    except (pa.ArrowException, FileNotFoundError) as error:
+        raise SampleError(f"{storage.full(name)} cannot be read: {error}; import all files anew") from error
+
+
+def part_name(number: int) -> str:
+    """Name the samples of the file of this number."""
+    return f"part-{number:05d}.parquet"
