@@ -32,6 +32,7 @@ from pipeline.cluster.tasks import run_all
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
 from pipeline.samples.build import (
+    BUCKET_ROWS,
     DAY_S,
     FEWER_ROWS,
     QUARANTINE_FILE,
@@ -261,7 +262,12 @@ def _grouped(
     impressions = tables.pieces(IMPRESSIONS, WantedRows(first * DAY, high * DAY))
     if not impressions:
         return [], []
+    window_us = round(options.window_days * DAY) + pause_us
+    history = WantedRows(low * DAY - window_us, high * DAY)
+    behaviors = tables.pieces(BEHAVIORS, history) or tables.pieces(BEHAVIORS)[:1]
     buckets = num_buckets(options.partitions, impressions, client)
+    if options.partitions is None:  # few of the behaviours are of these users, but all may be
+        buckets = max(buckets, sum(piece.num_rows for piece in behaviors) // (4 * BUCKET_ROWS))
     shown = shuffle(client, impressions, scratch, buckets, options)
     rows = [read_bucket(str(scratch), IMPRESSIONS, len(shown), bucket) for bucket in range(buckets)]
     users = _save_users(scratch / "users.npy", [each["user"] for each in rows])
@@ -269,9 +275,7 @@ def _grouped(
     wanted = WantedRows(low * DAY - pause_us, first * DAY, _save_users(scratch / EARLY_USERS, early))
     if any(len(each) for each in early) and (pieces := tables.pieces(IMPRESSIONS, wanted)):
         shown += shuffle(client, pieces, scratch, buckets, options, len(shown))
-    window_us = round(options.window_days * DAY) + pause_us
-    history = WantedRows(low * DAY - window_us, high * DAY, users)
-    behaviors = tables.pieces(BEHAVIORS, history) or tables.pieces(BEHAVIORS)[:1]
+    behaviors = [dataclasses.replace(piece, wanted=history.of_users(users)) for piece in behaviors]
     done = shuffle(client, behaviors, scratch, buckets, options)
     grouped = group(client, (len(shown), len(done)), scratch, buckets, options, impressions[0].layout)
     return grouped, [*shown, *done]

@@ -49,14 +49,16 @@ def read_piece(piece: LogPiece, latest_s: int) -> LogRows:
                 table = file.read_row_groups(list(piece.row_groups), columns=names)
             except (pa.ArrowException, OSError) as error:
                 raise SampleError(f"{storage.full(piece.path)}: cannot be read: {error}") from error
-    row_N = np.delete(np.arange(table.num_rows + len(torn)), list(torn))  # in the file
+    row_N = np.arange(table.num_rows + len(torn))  # in the file
+    if torn:
+        row_N = np.delete(row_N, list(torn))
+    if piece.wanted is not None:
+        kept_N = piece.wanted.of(*(_column(table, name, layout, latest_s)[0] for name in ("timestamp", "user")))
+        table, row_N = table.filter(pa.array(kept_N)), row_N[kept_N]
     reasons = sorted(set(doubtful.values()))
     reason_N = np.full(table.num_rows, -1)
     for row, reason in doubtful.items():
-        reason_N[np.searchsorted(row_N, row)] = reasons.index(reason)
-    if piece.wanted is not None:
-        kept_N = piece.wanted.of(*(_column(table, name, layout, latest_s)[0] for name in ("timestamp", "user")))
-        table, row_N, reason_N = table.filter(pa.array(kept_N)), row_N[kept_N], reason_N[kept_N]
+        reason_N[row_N == row] = reasons.index(reason)
     good: Columns = {}
     for name in layout.kinds:
         good[name], faults = _column(table, name, layout, latest_s)
@@ -160,7 +162,8 @@ def _times(column: Any, latest_s: int, whole: str) -> tuple[npt.NDArray[np.int64
     unit = column.type.unit if pa.types.is_timestamp(column.type) else whole
     value_N = column.cast(pa.int64()).fill_null(0).to_numpy()
     is_early_N, is_late_N = value_N < 0, value_N > latest_s * PER_SECOND[unit]
-    value_N = np.where(is_early_N | is_late_N, 0, value_N)
+    if is_early_N.any() or is_late_N.any():
+        value_N = np.where(is_early_N | is_late_N, 0, value_N)
     time_N = value_N // 1_000 if unit == "ns" else value_N * (MICROSECONDS // PER_SECOND[unit])
     return time_N, {"is before 1970": is_early_N, "is in the future": is_late_N}
 

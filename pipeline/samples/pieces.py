@@ -83,6 +83,10 @@ class WantedRows:
             wanted_N &= pc.is_in(pa.array(user_N), value_set=users_U).to_numpy(zero_copy_only=False)
         return wanted_N
 
+    def of_users(self, path: str) -> "WantedRows":
+        """Want only those rows whose users are in a file."""
+        return WantedRows(self.low_us, self.high_us, path)
+
     def may_have(self, times: tuple[int, int] | None) -> bool:
         """Tell whether rows whose first and last time are these may have a wanted one; None: it is not known."""
         return times is None or (times[0] < self.high_us and times[1] >= self.low_us)

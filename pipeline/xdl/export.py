@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featurestore.errors import StorageError
+from featurestore.published import open_published
 from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.xdl.fields import WEIGHT_SUFFIX
@@ -81,7 +82,7 @@ def _part(group: Mapping[str, Any], columns: Columns, side: str, index: int | No
 
 
 def _groups(samples: str, splits: Iterable[str], schema: Schema, columns: Columns) -> Iterator[dict[str, Any]]:
-    storage = Storage(samples)
+    storage = open_published(samples)
     needed = {schema.group, schema.label, *(name for name, _, _ in columns)}
     optional = {"gkey", "skey", "timestamp", "ad_timestamp", *(weights for _, _, weights in columns)}
     for split in splits:
