@@ -11,6 +11,8 @@ from trainer.comm import Comm
 from trainer.config.options import OptimConfig
 from trainer.errors import CheckpointError
 
+_IN_FRONT = 2
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -40,15 +42,14 @@ class DenseOptimizer:
     def __init__(self, comm: Comm, parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
         self.parameters = dict(parameters)
         values = list(self.parameters.values())
-        # One more element: the loss, so that its mean over the global batch costs no collective of its own.
-        self._flat = torch.zeros(sum(p.numel() for p in values) + 1, dtype=values[0].dtype, device=values[0].device)
+        # In front: the loss and the number of failures, so that their sums over ranks cost no collective of their own.
+        size = _IN_FRONT + sum(value.numel() for value in values)
+        self._flat = torch.zeros(size, dtype=values[0].dtype, device=values[0].device)
         self._config = config
         # The function below torch.optim.Adam: the class imports torch's compiler, a second and a half of every start.
         self._moments = {name: _Moments.of(parameter) for name, parameter in self.parameters.items()}
         # Matrices alone: biases, slopes of PReLU and the like have one dimension.
         self._decayed = list(_matrices_by_decay(self.parameters, config).items())
-        self.loss: Tensor | None = None
-        """Of this rank, to be summed with the gradients; set before backward."""
         self._reductions = _reductions(comm, self.parameters, self._flat)
 
     def zero_grad(self) -> None:
@@ -57,21 +58,33 @@ class DenseOptimizer:
         for each in self._reductions:
             each.reset()
 
+    def note(self, loss: Tensor, failures: Tensor | None = None) -> None:
+        """Take this rank's loss, and whether this step has failed, before backward: they are summed over ranks with the
+        first gradients."""
+        self._flat[0] = loss.detach()
+        if failures is not None:
+            self._flat[1] = failures
+
     def start_reduction(self) -> None:
         """Begin to sum what has not begun yet; every rank calls it after backward."""
-        assert self.loss is not None
-        self._flat[-1] = self.loss.detach()
         for each in self._reductions:
             each.start()
 
+    def outcome(self) -> tuple[float, int]:
+        """Return the loss and the number of failures, summed over ranks: the one time in a step that the host waits for
+        the device. The first gradients are there as well then."""
+        self._reductions[0].finish()
+        loss, failures = self._flat[:_IN_FRONT].tolist()
+        return loss, int(failures)
+
     def finish_reduction(self) -> None:
-        """Wait until all gradients, and the loss, are the sums over ranks."""
+        """Wait until all gradients are the sums over ranks."""
         for each in self._reductions:
             each.finish()
 
     @torch.no_grad()
-    def step(self, rates: Rates) -> float:
-        """Move the parameters; return the summed loss, the same on every rank."""
+    def step(self, rates: Rates) -> None:
+        """Move the parameters."""
         for decay, matrices in self._decayed:
             torch._foreach_mul_(matrices, 1 - rates.lr * decay)
         values: list[Tensor] = list(self.parameters.values())
@@ -92,7 +105,6 @@ class DenseOptimizer:
             eps=config.eps,
             maximize=False,
         )
-        return float(self._flat[-1])
 
     def state(self) -> dict[str, Tensor]:
         """Return parameters by name, and adam/<name>/{exp_avg, exp_avg_sq, step}: the tensors, not copies."""
@@ -135,12 +147,13 @@ class _Reduction:
         self._comm, self._name, self._values, self._count = comm, name, values, len(parameters)
         self._waiting = 0
         self._finish: Callable[[], None] | None = None
-        if not last and comm.size > 1:  # the last part ends with the loss, and backward ends with it
+        self._is_done = False
+        if not last and comm.size > 1:  # backward ends with the last part
             for parameter in parameters:
                 parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
-        self._waiting, self._finish = self._count, None
+        self._waiting, self._finish, self._is_done = self._count, None, False
 
     def start(self) -> None:
         if self._finish is None:
@@ -148,7 +161,9 @@ class _Reduction:
 
     def finish(self) -> None:
         assert self._finish is not None
-        self._finish()
+        if not self._is_done:
+            self._finish()
+            self._is_done = True
 
     def _note(self, _: Tensor) -> None:
         self._waiting -= 1
@@ -157,18 +172,18 @@ class _Reduction:
 
 
 def _reductions(comm: Comm, parameters: Mapping[str, nn.Parameter], flat: Tensor) -> list[_Reduction]:
-    """Lay the gradients into `flat`, one after the other, and cut it by the first part of the names."""
+    """Lay the gradients into `flat`, one after the other behind what is in front, and cut it by the first part of the
+    names."""
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         parts.setdefault(name.partition(".")[0], []).append(parameter)
-    reductions, start = [], 0
+    reductions, start = [], _IN_FRONT
     for number, (part, members) in enumerate(parts.items()):
-        first, last = start, number == len(parts) - 1
+        first, last = (start if number else 0), number == len(parts) - 1
         for parameter in members:
             parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
             start += parameter.numel()
-        values = flat[first : start + last]  # the loss is behind the last part
-        reductions.append(_Reduction(comm, f"step.dense.{part}", values, members, last))
+        reductions.append(_Reduction(comm, f"step.dense.{part}", flat[first:start], members, last))
     return reductions
 
 

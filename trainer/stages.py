@@ -33,6 +33,7 @@ Stage = Literal[
     "worker backward",
     "exchange gradients",
     "embed backward",
+    "wait for the loss",
     "update id rows",
     "reduce gradients",
     "update dense",

@@ -62,8 +62,9 @@ class Compute:
             for field, place_N in zip(fields, places, strict=True):
                 vectors[field] = FieldVectors(visual_UV, place_N, lengths[field])
         loss = self.model.loss(batch, vectors)
+        self.model.note(loss)
         loss.backward()  # type: ignore[no-untyped-call]
         seconds = time.perf_counter() - start
         torch.autograd.backward(list(rows.values()), [leaves[each].grad for each in rows])
         self.model.ids.release(request)
-        return self.model.update(loss), seconds
+        return self.model.update(), seconds

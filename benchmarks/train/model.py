@@ -65,23 +65,29 @@ class Model:
         """Forward, backward and update; the loss over the global batch."""
         self.zero_grad()
         loss = self.loss(batch, {**self.ids.vectors(request), **image_path(batch)})
+        self.note(loss)
         loss.backward()  # type: ignore[no-untyped-call]
         self.ids.release(request)
-        return self.update(loss)
+        return self.update()
 
     def zero_grad(self) -> None:
         """Before a backward that `update` follows."""
         self._dense.zero_grad()
 
-    def update(self, loss: Tensor) -> float:
+    def note(self, loss: Tensor) -> None:
+        """Before a backward that `update` follows: the loss over this rank's samples."""
+        self._dense.note(loss)
+
+    def update(self) -> float:
         """After backward: one step of both optimisers; the loss over the global batch."""
         rates = rates_at(self._optim, self._steps)
-        self._dense.loss = loss
         self._dense.start_reduction()
+        loss, _ = self._dense.outcome()
         self.run.engine.move_rows(rates)
         self._dense.finish_reduction()
         self._steps += 1
-        return self._dense.step(rates)
+        self._dense.step(rates)
+        return loss
 
 
 class StoredFeatures:

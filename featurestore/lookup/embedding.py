@@ -179,12 +179,12 @@ class StepMasks:
 
     def held_back(self, visual_QV: Tensor) -> Tensor:
         """Return the visual vectors, those of held-out images without a gradient."""
-        is_out_Q = torch.from_numpy(self.dropout.is_held_out(self.keys_Q)).to(visual_QV.device)
+        is_out_Q = on_device(self.dropout.is_held_out(self.keys_Q), visual_QV.device)
         return torch.where(is_out_Q.unsqueeze(1), visual_QV.detach(), visual_QV)
 
     def _kept(self, layer: str, rows: Tensor, share: float) -> tuple[Tensor, float]:
         kept, grown = self.dropout.kept(f"{self.name}/{layer}", self.keys_Q, rows.shape[1], share)
-        return torch.from_numpy(kept).to(rows.device), grown
+        return on_device(kept, rows.device), grown
 
 
 @dataclass
@@ -196,7 +196,7 @@ class Gathered:
     """
 
     features_QD: Tensor
-    missing_Q: Tensor | None
+    missing_Q: NDArray[np.bool_] | None
     """Bool (Q,), or None when no key was missing."""
     keys_Q: NDArray[np.int64] | None = None
     """Whose features they are; None: not known here, and nothing of them is dropped."""
@@ -256,7 +256,7 @@ class EmbeddingService(nn.Module):
             missing_Q = self.partition.lookup(keys_Q, out=as_array(features_QD)).missing_U
         else:
             missing_Q = self._gather_numbers(keys_Q, features_QD)
-        return Gathered(features_QD, torch.from_numpy(missing_Q) if missing_Q.any() else None, keys_Q, buffer)
+        return Gathered(features_QD, missing_Q if missing_Q.any() else None, keys_Q, buffer)
 
     def _gather_numbers(self, keys_Q: NDArray[np.int64], out_QD: Tensor) -> NDArray[np.bool_]:
         """Make numbers of the features once, ahead of the step, not in every pass; return which keys have none."""
@@ -282,7 +282,7 @@ class EmbeddingService(nn.Module):
             visual_QV = masks.held_back(visual_QV)
         if gathered.missing_Q is None or self.partition.missing_policy == "error":
             return visual_QV
-        missing_Q1 = gathered.missing_Q.to(device).unsqueeze(1)
+        missing_Q1 = on_device(gathered.missing_Q, device).unsqueeze(1)
         instead = self.no_image[name] if self.partition.missing_policy == "learned" else visual_QV.new_zeros(())
         return torch.where(missing_Q1, instead, visual_QV)
 
@@ -309,6 +309,13 @@ class EmbeddingService(nn.Module):
         on_gpu = any(buffer.device.type == "cuda" for buffer in self.buffers())
         dtype = self._stored_dtype if on_gpu else self._model(next(iter(self.models))).compute_dtype
         return torch.empty(num_rows + num_rows // 8, self.partition.dim, dtype=dtype, pin_memory=on_gpu)
+
+
+def on_device(values: NDArray[Any], device: torch.device) -> Tensor:
+    """Copy an array to a device without waiting for it: to a GPU from pinned memory, kept by torch until it is read.
+    On a CPU it is the same memory."""
+    tensor = torch.from_numpy(values)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def as_tensor(features: NDArray[np.generic]) -> Tensor:

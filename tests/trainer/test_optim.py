@@ -35,15 +35,17 @@ def step(
 ) -> float:
     optimizer.zero_grad()
     loss = sum((p**2 * (number + 1)).sum() for p in optimizer.parameters.values())
-    optimizer.loss = loss
+    optimizer.note(loss)
     if isinstance(comm, DoublingComm):
         comm.is_backward = True
     loss.backward()
     if isinstance(comm, DoublingComm):
         comm.is_backward = False
     optimizer.start_reduction()
+    summed, _ = optimizer.outcome()
     optimizer.finish_reduction()
-    return optimizer.step(rates_at(config or OptimConfig(lr=0.1), number))
+    optimizer.step(rates_at(config or OptimConfig(lr=0.1), number))
+    return summed
 
 
 def test_rates_fall_every_so_many_steps() -> None:
@@ -79,11 +81,13 @@ def test_a_part_without_gradients_is_reduced_too() -> None:
     comm = DoublingComm()
     optimizer = DenseOptimizer(comm, parameters(), OptimConfig())
     optimizer.zero_grad()
-    optimizer.loss = (optimizer.parameters["stores.b"] ** 2).sum()
-    optimizer.loss.backward()
+    loss = (optimizer.parameters["stores.b"] ** 2).sum()
+    optimizer.note(loss, torch.tensor(3))
+    loss.backward()
     optimizer.start_reduction()
     optimizer.finish_reduction()
     assert sorted(name for name, _ in comm.calls) == ["step.dense.model", "step.dense.stores"]
+    assert optimizer.outcome() == (8.0, 6), "of both ranks"
     assert (optimizer.parameters["model.a"].grad == 0).all()
 
 
@@ -154,7 +158,7 @@ def test_matrices_of_e_decay_by_their_own_rate(
     config = OptimConfig(lr=0.1, weight_decay=all_of_it, embed_weight_decay=of_embed)
     optimizer = DenseOptimizer(SoloComm(), values, config)
     optimizer.zero_grad()
-    optimizer.loss = torch.zeros(())
+    optimizer.note(torch.zeros(()))
     optimizer.start_reduction()
     optimizer.finish_reduction()
     optimizer.step(rates_at(config, 0))

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featurestore.format.statistics import FeatureStatistics
-from featurestore.lookup.embedding import EmbeddingService
+from featurestore.lookup.embedding import EmbeddingService, on_device
 from featurestore.lookup.feature_dropout import EmbeddingDropout
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.lookup.signatures import Signatures
@@ -23,7 +24,8 @@ from trainer.engine.precision import with_compute_dtype
 from trainer.engine.similarity import ImageComparison, Similarity, pairs_of_fields
 from trainer.engine.wiring import model_name, services_of, table_shapes
 from trainer.errors import ConfigError
-from trainer.exchange.exchange import ContentSource, Exchange, ExchangeSource, FieldVectors, Request
+from trainer.exchange.content import ContentSource
+from trainer.exchange.exchange import Exchange, ExchangeSource, FieldVectors, HostLengths, Request
 from trainer.exchange.reuse import ReusingSource, VectorCache
 from trainer.ids.exact import ExactTable
 from trainer.ids.optimizers import SHARED_STATE, RowOptimizer, row_optimizer
@@ -149,25 +151,35 @@ class Engine:
         return next(self.prepared(iter([batch]), kind))
 
     def train_step(self, prepared: PreparedBatch) -> StepResult:
-        """Do one training step: forward, backward, one allreduce, both optimisers. All ranks call it."""
+        """Do one training step: forward, backward, one allreduce, both optimisers. All ranks call it.
+
+        The host waits for the device once, for loss and failures, before anything is updated. Where a rank failed, it
+        raises its error and the others RemoteRankError: no parameter and no row has moved then (the running values of
+        batch norm may have).
+        """
         batch, request = prepared.batch, prepared.request
         rates = rates_at(self._optim, self.num_steps)
         self._modules.train()
         self._dense.zero_grad()
         logit_B = self._outputs(prepared, self.model)
-        label_B = torch.from_numpy(batch.label_B).to(device=self._device, dtype=self._dtype)
+        label_B = self._on_device(batch.label_B, self._dtype)
         loss = functional.binary_cross_entropy_with_logits(logit_B, label_B, reduction="sum") / batch.global_samples
-        self._dense.loss = loss
+        self._dense.note(loss, request.failures)
         request.backward = self.stages.begin("worker backward")
         loss.backward()  # type: ignore[no-untyped-call]
         request.backward.switch(None)
         self._dense.start_reduction()
+        with self.stages.timed("wait for the loss"):
+            global_loss, num_failures = self._dense.outcome()
+        if num_failures:
+            self._dense.finish_reduction()  # so that nothing is under way when the error is raised
+        self._exchange.check(request, num_failures)
         with self.stages.timed("update id rows"):
             self.move_rows(rates)
         with self.stages.timed("reduce gradients"):
             self._dense.finish_reduction()
         with self.stages.timed("update dense"):
-            global_loss = self._dense.step(rates)
+            self._dense.step(rates)
         self._exchange.release(request)
         self.num_steps += 1
         return StepResult(
@@ -187,6 +199,8 @@ class Engine:
         often."""
         self._modules.eval()
         values = self._outputs(prepared, network).double().cpu().numpy()
+        failures = prepared.request.failures
+        self._exchange.check(prepared.request, 0 if failures is None else int(failures))
         self._exchange.release(prepared.request)
         return values
 
@@ -261,11 +275,11 @@ class Engine:
     def _outputs(self, prepared: PreparedBatch, network: NetworkPart) -> Tensor:
         batch = prepared.batch
         dense = {
-            field.name: torch.from_numpy(batch.dense[field.name]).to(device=self._device, dtype=self._dtype)
+            field.name: self._on_device(batch.dense[field.name], self._dtype)
             for field in self.fields
             if field.kind == "dense"
         }
-        group_of_sample_B = torch.from_numpy(batch.group_of_sample_B).to(self._device)
+        group_of_sample_B = self._on_device(batch.group_of_sample_B)
         for table, served in zip(self.tables.values(), prepared.request.served_S, strict=False):  # tables come first
             table.expect(served)
         self._embedding_dropout.step = self.num_steps
@@ -273,15 +287,18 @@ class Engine:
         for field in self.fields:
             if field.gallery is not None:
                 gallery = batch.galleries[field.name]
-                sizes_K = torch.from_numpy(gallery.values_N).to(self._device)
-                lengths_M = torch.from_numpy(gallery.lengths_M).to(device=self._device, dtype=torch.int64)
+                sizes_K = self._on_device(gallery.values_N)
+                lengths_M = self._on_device(gallery.lengths_M, torch.int64)
                 vectors[field.name] = gallery_vectors(vectors[field.name], sizes_K, lengths_M, field.gallery)
         for name in batch.weights.keys() & vectors.keys():
-            vectors[name].weights_N = torch.from_numpy(batch.weights[name]).to(device=self._device, dtype=self._dtype)
+            vectors[name].weights_N = self._on_device(batch.weights[name], self._dtype)
+        for field in self.fields:
+            if field.side == "user" and field.name in vectors:
+                rows = batch.galleries if field.gallery is not None else batch.fields
+                vectors[field.name].on_host = HostLengths(rows[field.name].lengths_M, batch.group_of_sample_B)
         for name, similar in prepared.similarity.items():
-            tiers_BT = torch.from_numpy(similar.tiers_BT).to(device=self._device, dtype=self._dtype)
-            dense[tiers_of(name)] = tiers_BT
-            vectors[nearest_of(name)] = _nearest(vectors[name], similar, self._device)
+            dense[tiers_of(name)] = self._on_device(similar.tiers_BT, self._dtype)
+            vectors[nearest_of(name)] = self._nearest(vectors[name], similar)
         with self.stages.timed("worker forward", prepared.request.kind):
             if self._modules.training:
                 self.model.place.step, self.model.place.place_B = self.num_steps, batch.places
@@ -289,6 +306,16 @@ class Engine:
             if self.model.new_ads is not None:
                 vectors = self.model.new_ads(vectors)
             return network(vectors, dense, group_of_sample_B)
+
+    def _nearest(self, field: FieldVectors, similar: Similarity) -> FieldVectors:
+        """Return for each sample, instead of each group, the behaviours nearest to its ad."""
+        nearest_N, lengths_B = self._on_device(similar.nearest_N), self._on_device(similar.lengths_B)
+        nearest = chosen_values(field, nearest_N, lengths_B)
+        nearest.on_host = HostLengths(similar.lengths_B, np.arange(len(similar.lengths_B)))
+        return nearest
+
+    def _on_device(self, values: NDArray[Any], dtype: torch.dtype | None = None) -> Tensor:
+        return on_device(values, self._device).to(dtype=dtype)
 
     def _dropouts(self, schema: Schema, model: ModelConfig, seed: int) -> tuple[EmbeddingDropout, IdDropout]:
         """Make the dropouts of E and of the ads' own IDs; both hold the same images out."""
@@ -350,9 +377,3 @@ class Engine:
                 f"the ranks built different models ({', '.join(d[:8] for d in digests)}); "
                 "start all with one configuration, one seed and one version of the store"
             )
-
-
-def _nearest(field: FieldVectors, similar: Similarity, device: torch.device) -> FieldVectors:
-    """Return for each sample, instead of each group, the behaviours nearest to its ad."""
-    nearest_N, lengths_B = (torch.from_numpy(each).to(device) for each in (similar.nearest_N, similar.lengths_B))
-    return chosen_values(field, nearest_N, lengths_B)

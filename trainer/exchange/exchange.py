@@ -11,10 +11,10 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from featurestore.keys import owner_of, shard_of
-from featurestore.lookup.embedding import EmbeddingService, Gathered
+from featurestore.lookup.embedding import on_device
 from trainer.comm import Comm
 from trainer.config.options import ExchangeConfig
 from trainer.exchange.routing import (
@@ -30,6 +30,7 @@ from trainer.exchange.routing import (
     unique,
     unpack_key_blocks,
 )
+from trainer.exchange.sums import sum_rows
 from trainer.samples.batch import Jagged
 from trainer.stages import Kind, Stages, StageSequence
 
@@ -59,46 +60,6 @@ class ExchangeSource(Protocol):
         """End a request: its memory may be used again."""
 
 
-@dataclass
-class ContentRequest:
-    """Gathered features of the unique keys whose vectors E makes now: all of them, unless `reuse.ReusingSource`."""
-
-    gathered: Gathered
-    inverse_R: Int64
-    num_unique: int
-
-    @property
-    def num_computed(self) -> int:
-        """Count the keys whose vectors E makes now."""
-        return len(self.gathered.features_QD)
-
-
-class ContentSource:
-    """A source of visual vectors: one E of an embedding service."""
-
-    def __init__(self, service: EmbeddingService, model: str, num_ranks: int) -> None:
-        self._service, self._model, self._num_ranks = service, model, num_ranks
-        self._num_shards = service.partition.info.num_shards
-        self.width = service.width(model)
-
-    def owner_of(self, keys_U: Int64) -> Int64:
-        return owner_of(shard_of(keys_U, self._num_shards), self._num_ranks)
-
-    def places(self, keys_Q: Int64) -> Int64:
-        """Return the row of each key in the partition, -1 for one without a feature."""
-        return self._service.partition.places(keys_Q)
-
-    def serve(self, keys_R: Int64, kind: Kind) -> ContentRequest:
-        keys_Q, inverse_R = unique(keys_R)
-        return ContentRequest(self._service.gather(keys_Q), inverse_R, len(keys_Q))
-
-    def vectors(self, served: ContentRequest) -> Tensor:
-        return self._service.embed(self._model, served.gathered)
-
-    def release(self, served: ContentRequest) -> None:
-        self._service.release(served.gathered)
-
-
 @dataclass(frozen=True)
 class EvenLengths:
     """The lengths of M = `rows` rows that hold `each` values, all of them: what a network is exported with, for one
@@ -113,6 +74,24 @@ class EvenLengths:
 Lengths = Tensor | EvenLengths
 
 
+@dataclass(frozen=True)
+class HostLengths:
+    """What a batch itself knows of a field's lengths, so that no size has to be fetched from a GPU."""
+
+    lengths_M: NDArray[np.integer[Any]]
+    row_of_sample_B: Int64
+    """Of a field of the user: its row that each sample looks at."""
+
+    def num_values(self, at_most: int) -> int:
+        """Count the values of all rows, of each the first `at_most`."""
+        return int(np.minimum(self.lengths_M, at_most).sum())
+
+    def num_pairs(self, at_most: int | None) -> int:
+        """Count the values that all samples look at, each at the first `at_most` of its row."""
+        lengths_B = self.lengths_M[self.row_of_sample_B]
+        return int((lengths_B if at_most is None else np.minimum(lengths_B, at_most)).sum())
+
+
 @dataclass
 class FieldVectors:
     """The vectors of one field: value n of the field has `vectors_UV[index_N[n]]`, times `weights_N[n]` where there are
@@ -122,6 +101,8 @@ class FieldVectors:
     index_N: Tensor
     lengths_M: Lengths
     weights_N: Tensor | None = None
+    on_host: HostLengths | None = None
+    """None: a size that depends on lengths is computed from them."""
 
 
 @dataclass
@@ -156,7 +137,9 @@ class Request:
     kind: Kind
     """The first part of its collectives' names, so that one request of each kind may be under way at a time."""
     error: Exception | None = field(default=None)
-    """What went wrong on this rank while it served; agreed on together with the vectors."""
+    """What went wrong on this rank while it served; see `Exchange.check`."""
+    failures: Tensor | None = field(default=None)
+    """How often an owner had an error in place of vectors, on the device; the same on every rank."""
     backward: StageSequence | None = field(default=None)
     """Stages of the backward pass, which its middle switches."""
 
@@ -168,8 +151,8 @@ class Request:
     def unique_by_field(self) -> dict[str, tuple[int, int]]:
         """Count for each field of the batch its different keys, and all its keys."""
         return {
-            name: (int(torch.bincount(index_N).count_nonzero()), len(index_N))
-            for name, index_N in self.index_of_field.items()
+            name: (int(np.count_nonzero(np.bincount(places_N))), len(places_N))
+            for name, places_N in self.places_of_field.items()
         }
 
 
@@ -200,7 +183,7 @@ class Exchange:
         """Ask for the keys of `fields` in one alltoall; owners find unique keys and gather what needs no weights.
 
         Raises RemoteRankError where another rank refuses. What goes wrong while an owner serves (a missing key) is kept
-        and agreed on by `vectors`. May run in a thread of its own, beside the step of an earlier request; requests of
+        and raised by `check`. May run in a thread of its own, beside the step of an earlier request; requests of
         one kind come one after the other.
         """
         asked_S, blocks = self._exchange_keys(fields, kind, OK)
@@ -227,7 +210,8 @@ class Exchange:
     def vectors(self, request: Request) -> dict[str, FieldVectors]:
         """Return the vectors of every field, with autograd attached: by one alltoall per width, as in backward.
 
-        If one rank runs backward, all have to. Raises this rank's error, or RemoteRankError, on all ranks.
+        If one rank runs backward, all have to. Where a rank has an error they are zeros, and worth nothing: `check`
+        has to be called before anything is made of them that stays.
         """
         unique_S: list[Tensor] = []
         try:
@@ -237,17 +221,23 @@ class Exchange:
         except Exception as failure:  # as above
             request.error = failure
         if request.error is not None:
-            unique_S = [torch.zeros(0, s.width, dtype=self._dtype, device=self._device) for s in self._sources]
+            none = torch.zeros(0, dtype=self._dtype, device=self._device, requires_grad=torch.is_grad_enabled())
+            unique_S = [none.view(0, source.width) for source in self._sources]
         with self._stages.timed("exchange vectors", request.kind):
-            *vectors_S, failures = _Answers.apply(self, request, *unique_S)  # type: ignore[no-untyped-call]
-            num_failures = int(failures)
-        if num_failures:
-            self._comm.agree(request.error, name=f"{request.kind}.vectors.agree")
+            *vectors_S, request.failures = _Answers.apply(self, request, *unique_S)  # type: ignore[no-untyped-call]
         return {
             name: FieldVectors(vectors_UV, request.index_of_field[name], request.lengths_of_field[name])
             for vectors_UV, names in zip(vectors_S, self._fields_S, strict=True)
             for name in names
         }
+
+    def check(self, request: Request, num_failures: int) -> None:
+        """Raise this rank's error, or RemoteRankError, on all ranks where one had an error in `request` or `vectors`.
+
+        `num_failures`: `request.failures`, which the caller has fetched from the device, along with other numbers.
+        """
+        if num_failures:
+            self._comm.agree(request.error, name=f"{request.kind}.vectors.agree")
 
     def send(self, rows_NV: Tensor, splits_P: Tensor, name: str) -> Tensor:
         """Send rows to the other ranks, in the wire's dtype on the way. Every rank calls it."""
@@ -299,10 +289,10 @@ class Exchange:
         return WidthPlan(
             width,
             sources,
-            torch.from_numpy(rows).to(self._device),
+            on_device(rows, self._device),
             splits_of(reply_splits_P),
             splits_of(send_counts_PS.sum(axis=1) + 1),
-            torch.from_numpy(status_rows_P).to(self._device),
+            on_device(status_rows_P, self._device),
             slices_SP,
         )
 
@@ -317,8 +307,8 @@ class Exchange:
             for name in names:
                 end = start + len(fields[name].values_N)
                 places[name] = asked.inverse_N[start:end]
-                index[name] = torch.from_numpy(places[name]).to(self._device)
-                lengths[name] = torch.from_numpy(fields[name].lengths_M.astype(np.int64)).to(self._device)
+                index[name] = on_device(places[name], self._device)
+                lengths[name] = on_device(fields[name].lengths_M.astype(np.int64), self._device)
                 start = end
         return places, index, lengths
 
@@ -334,13 +324,14 @@ class _Answers(torch.autograd.Function):
     def forward(ctx: Any, exchange: Exchange, request: Request, *unique_S: Tensor) -> tuple[Tensor, ...]:
         ctx.exchange, ctx.request = exchange, request
         failed = request.error is not None
+        ctx.failed = failed
         ctx.num_unique_S = [len(unique_QV) for unique_QV in unique_S]
         vectors_S = list(unique_S)
         failures = torch.zeros((), dtype=torch.int64, device=unique_S[0].device)
         for plan in request.plans:
             status = unique_S[plan.sources[0]].new_full((1, plan.width), FAILED if failed else OK)
             table = torch.cat([status, *(unique_S[s] for s in plan.sources)])
-            rows = torch.zeros_like(plan.reply_rows) if failed else plan.reply_rows
+            rows = _rows_of(plan, failed)
             name = f"{request.kind}.vectors.{plan.width}"
             answers = exchange.send(table.index_select(0, rows), plan.reply_splits_P, name)
             failures += (answers[plan.status_rows_P, 0] != OK).sum()
@@ -357,7 +348,7 @@ class _Answers(torch.autograd.Function):
             stages.switch("exchange gradients")
         for plan in ctx.request.plans:
             like = gradient_S[plan.sources[0]]
-            answers = like.new_zeros(int(plan.answer_splits_P.sum()), plan.width)
+            answers = like.new_zeros(int(plan.answer_splits_P.numpy().sum()), plan.width)
             for source, slices_P in zip(plan.sources, plan.slices_SP, strict=True):
                 start = 0
                 for rows in slices_P:
@@ -367,12 +358,17 @@ class _Answers(torch.autograd.Function):
             name = f"{ctx.request.kind}.gradients.{plan.width}"
             received = ctx.exchange.send(answers, plan.answer_splits_P, name)
             counts = [1, *(ctx.num_unique_S[s] for s in plan.sources)]
-            table = like.new_zeros(sum(counts), plan.width).index_add_(0, plan.reply_rows, received)
-            for source, summed_QV in zip(plan.sources, table.split(counts)[1:], strict=True):
+            table = sum_rows(received, _rows_of(plan, ctx.failed), sum(counts))
+            for source, summed_QV in zip(plan.sources, torch.split(table, counts)[1:], strict=True):
                 unique_S[source] = summed_QV
         if stages is not None:
             stages.switch("embed backward")
         return (None, None, *unique_S)
+
+
+def _rows_of(plan: WidthPlan, failed: bool) -> Tensor:
+    """Return the rows to send: of an owner with an error, nothing but its status row."""
+    return torch.zeros_like(plan.reply_rows) if failed else plan.reply_rows
 
 
 def splits_of(counts_P: Int64) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.exchange.exchange import ContentRequest, ContentSource
+from featurestore.lookup.embedding import on_device
+from trainer.exchange.content import ContentRequest, ContentSource
 from trainer.exchange.routing import Int64, unique
 from trainer.stages import Kind
 
@@ -23,8 +24,10 @@ class ReusePlan:
     """Which of Q keys are computed now (rows `fresh_F`), and which come from the cache (`stale_C`, at `place_C`)."""
 
     fresh_F: Tensor
-    place_F: Tensor
-    """Where the vectors of the computed ones are kept; -1: a key without a feature, which is not kept."""
+    known_K: Tensor
+    """Which of the F have a feature, so that they are kept, .."""
+    place_K: Tensor
+    """.. and where."""
     stale_C: Tensor
     place_C: Tensor
 
@@ -51,9 +54,10 @@ class VectorCache:
         self._made_at_N[place_Q[fresh_Q & known_Q]] = self._step
         self._step += 1
         device = self._vectors_NV.device
-        fresh, stale = (torch.from_numpy(np.flatnonzero(mask)).to(device) for mask in (fresh_Q, ~fresh_Q))
-        place = torch.from_numpy(place_Q).to(device)
-        return ReusePlan(fresh, place[fresh], stale, place[stale]), fresh_Q
+        place_F, stale_C = place_Q[fresh_Q], np.flatnonzero(~fresh_Q)
+        known_K = np.flatnonzero(place_F >= 0)
+        parts = (np.flatnonzero(fresh_Q), known_K, place_F[known_K], stale_C, place_Q[stale_C])
+        return ReusePlan(*(on_device(part, device) for part in parts)), fresh_Q
 
     def combine(self, plan: ReusePlan, fresh_FV: Tensor) -> Tensor:
         """Return vectors (Q, V) of all keys: those computed now, which are kept, and the kept ones."""
@@ -62,8 +66,7 @@ class VectorCache:
 
     def keep(self, plan: ReusePlan, fresh_FV: Tensor) -> Tensor:
         """Combine vectors as `combine` does, without gradients."""
-        known_F = plan.place_F >= 0
-        self._vectors_NV.index_copy_(0, plan.place_F[known_F], fresh_FV[known_F])
+        self._vectors_NV.index_copy_(0, plan.place_K, fresh_FV.index_select(0, plan.known_K))
         vectors_QV = fresh_FV.new_empty(len(plan.fresh_F) + len(plan.stale_C), fresh_FV.shape[1])
         vectors_QV.index_copy_(0, plan.fresh_F, fresh_FV)
         vectors_QV.index_copy_(0, plan.stale_C, self._vectors_NV.index_select(0, plan.place_C))
@@ -73,10 +76,8 @@ class VectorCache:
         """Return gradients (F, V) of the vectors computed now, with those that waited for them; the others wait."""
         self._waiting_NV.index_add_(0, plan.place_C, gradient_QV.index_select(0, plan.stale_C))
         gradient_FV = gradient_QV.index_select(0, plan.fresh_F)
-        known_F = plan.place_F >= 0
-        place = plan.place_F[known_F]
-        gradient_FV[known_F] += self._waiting_NV.index_select(0, place)
-        self._waiting_NV.index_fill_(0, place, 0.0)
+        gradient_FV.index_add_(0, plan.known_K, self._waiting_NV.index_select(0, plan.place_K))  # all different
+        self._waiting_NV.index_fill_(0, plan.place_K, 0.0)
         return gradient_FV
 
 

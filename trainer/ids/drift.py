@@ -31,6 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from featurestore.lookup.embedding import on_device
 from trainer.errors import ConfigError
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
@@ -88,7 +89,7 @@ class Drift:
             weight_W, c_W = self._powers.terms(step, count)
             values_WN, centre_W = self._values_WN[first:last], self._centre_W[first:last]
             values_WN += (rate * weight_W)[:, None] / (1 + (c_W / centre_W - 1)[:, None] * self._node_N)
-            self._table[step - count : step, :-1].copy_(torch.from_numpy(_polynomials(values_WN)))
+            self._table[step - count : step, :-1].copy_(on_device(_polynomials(values_WN), self._table.device))
         if last == len(self._values_WN):
             kept = self.window - 1
             self._values_WN[:kept], self._centre_W[:kept] = (

@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featurestore.keys import UInt64Array, owned_shards, shard_of_hash, splitmix64, stream_start
+from featurestore.lookup.embedding import on_device
 from trainer.config.options import ExactTableConfig
 from trainer.errors import CheckpointError, ConfigError
 from trainer.exchange.routing import Int64, unique
+from trainer.exchange.sums import take_rows
 from trainer.ids.admission import CountingFilter, counters_for
 from trainer.ids.eviction import CLOCK, USED_AT, count_to_evict, longest_unused, order_of_use
 from trainer.ids.optimizers import LAST_WEIGHT
@@ -144,7 +146,7 @@ class ExactTable(IdTable):
         rows_UV = super().vectors(settled)
         if settled.num_unique == request.num_unique:
             return rows_UV
-        return rows_UV.index_select(0, self._on_device(settled.inverse_R))
+        return take_rows(rows_UV, self._on_device(settled.inverse_R))
 
     def _settle(self, request: ExactRequest) -> RowRequest:
         """Which rows the ids of a request have in this step, (U,), and the one of each id, (Q,): several ids have one
@@ -271,7 +273,7 @@ class ExactTable(IdTable):
         self.counts.refused += len(wanting_M) - len(new_M)
         first_MV = first_vectors(self.shape, hash_M[new_M], self._seed, self._scale)
         self.rows.weight.index_copy_(
-            0, self._on_device(place_M[new_M]), torch.from_numpy(first_MV).to(self.rows.weight)
+            0, self._on_device(place_M[new_M]), self._on_device(first_MV).to(self.rows.weight.dtype)
         )
         return place_M
 
@@ -360,8 +362,8 @@ class ExactTable(IdTable):
             first_NV = first_vectors(self.shape, splitmix64(ids_N), self._seed, self._scale, epoch)
             self._of_slot(slot).weight[1:].copy_(torch.from_numpy(first_NV))
 
-    def _on_device(self, places: Int64) -> Tensor:
-        return torch.from_numpy(places).to(self.rows.weight.device)
+    def _on_device(self, places: NDArray[Any]) -> Tensor:
+        return on_device(places, self.rows.weight.device)
 
 
 def first_vectors(

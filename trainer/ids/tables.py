@@ -24,6 +24,7 @@ from featurestore.keys import (
     stream_start,
     unit_interval,
 )
+from featurestore.lookup.embedding import on_device
 from trainer.errors import CheckpointError, ConfigError
 from trainer.exchange.routing import Int64, unique_below
 from trainer.ids.optimizers import LAST_WEIGHT, RowOptimizer
@@ -169,7 +170,7 @@ class IdTable:
         assert (slot_R >= 0).all(), f"table {self.shape.name}: asked for rows that another rank owns"
         num_rows = len(self.shards) * self.shape.rows_per_shard
         rows_Q, inverse_R = unique_below(slot_R * self.shape.rows_per_shard + row_R, num_rows)
-        return RowRequest(torch.from_numpy(rows_Q).to(self.rows.weight.device), inverse_R, len(rows_Q))
+        return RowRequest(on_device(rows_Q, self.rows.weight.device), inverse_R, len(rows_Q))
 
     def expect(self, request: RowRequest) -> None:
         """Prepare for `vectors`, which comes next: tables that share memory are read at once."""

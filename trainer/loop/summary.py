@@ -18,7 +18,8 @@ from trainer.comm import Comm
 from trainer.engine.engine import StepResult
 from trainer.engine.machine import device_name
 from trainer.errors import TrainerError
-from trainer.exchange.exchange import ContentRequest, Request
+from trainer.exchange.content import ContentRequest
+from trainer.exchange.exchange import Request
 from trainer.stages import AHEAD, WAIT, Stages
 
 Phase = Literal["wait", "compute", "evaluate", "checkpoint"]

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from trainer.config.options import ModelConfig
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import FieldVectors
+from trainer.exchange.sums import take_rows
 from trainer.models.fields import nearest_of, tiers_of, used_fields, width_of
 from trainer.models.hidden import HiddenLayers, StepPlace
-from trainer.models.layers import take_rows, value_rows
+from trainer.models.layers import value_rows
 from trainer.models.newads import build_new_ads
 from trainer.models.pooling.aggregators import build_aggregator, mean_pool, sum_pool
 from trainer.samples.batch import Batch

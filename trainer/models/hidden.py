@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from featurestore.lookup.embedding import PReLU
+from featurestore.lookup.embedding import PReLU, on_device
 from trainer.comm import Comm, SoloComm
 from trainer.config.options import ModelConfig
 from trainer.models.id_dropout import random_words
@@ -102,10 +102,10 @@ class GlobalBatchNorm(nn.Module):
         count = sums[0].detach()
         mean_W, square_W = (sums[1:] / count.clamp_min(1)).chunk(2)
         variance_W = (square_W - mean_W.square()).clamp_min(0)
-        if count > 0:
-            unbiased_W = variance_W.detach() * (count / (count - 1).clamp_min(1))
-            self.running_mean.lerp_(start_W + mean_W.detach(), self._momentum)
-            self.running_var.lerp_(unbiased_W, self._momentum)
+        share = (count > 0).to(count.dtype) * self._momentum  # without rows nothing moves
+        unbiased_W = variance_W.detach() * (count / (count - 1).clamp_min(1))
+        self.running_mean.lerp_(start_W + mean_W.detach(), share)
+        self.running_var.lerp_(unbiased_W, share)
         return start_W + mean_W, variance_W
 
 
@@ -142,8 +142,8 @@ class PlacedDropout(nn.Module):
         words = -(-width // 4)  # of 64 bits a sample
         stream = f"{place.seed}/dropout/{self._layer}/{place.step}"
         drawn = random_words(stream, (place.place_B[:, None] * words + np.arange(words)).ravel())
-        kept_BW = torch.from_numpy(drawn.view("<u2").reshape(len(input_BW), -1)[:, :width] >= self._below)
-        return input_BW * (kept_BW.to(input_BW) * (1 / (1 - self._below / 65536)))
+        kept_BW = on_device(drawn.view("<u2").reshape(len(input_BW), -1)[:, :width] >= self._below, input_BW.device)
+        return input_BW * (kept_BW.to(input_BW.dtype) * (1 / (1 - self._below / 65536)))
 
 
 class _SumOverRanks(torch.autograd.Function):

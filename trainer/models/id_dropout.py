@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featurestore.keys import splitmix64, stream_start, unit_interval
+from featurestore.lookup.embedding import on_device
 from trainer.exchange.exchange import FieldVectors
 from trainer.samples.batch import Batch
 from trainer.schema import Schema
@@ -42,7 +43,7 @@ class IdDropout:
         rate: float | NDArray[np.float64] = self.rate
         if self._held_out:
             rate = np.where(_all_held_out(batch, self._held_out), max(self.rate, HELD_OUT_RATE), self.rate)
-        dropped_B = torch.from_numpy(dropped(self._seed, step, batch.places, rate))
+        dropped_B = dropped(self._seed, step, batch.places, rate)
         return {name: _zeroed(field, dropped_B) if name in self.fields else field for name, field in vectors.items()}
 
 
@@ -91,10 +92,11 @@ def random_words(stream: str, number_N: NDArray[np.int64]) -> NDArray[np.uint64]
     return splitmix64(counter_N.view(np.int64))
 
 
-def _zeroed(field: FieldVectors, dropped_B: Tensor) -> FieldVectors:
+def _zeroed(field: FieldVectors, dropped_B: NDArray[np.bool_]) -> FieldVectors:
     """Point the values of dropped rows to a row of zeros behind the others."""
     vectors_UV = torch.cat([field.vectors_UV, field.vectors_UV.new_zeros(1, field.vectors_UV.shape[1])])
     assert isinstance(field.lengths_M, Tensor)
-    dropped_N = torch.repeat_interleave(dropped_B.to(field.index_N.device), field.lengths_M)
+    of_row_B = on_device(dropped_B, field.index_N.device)
+    dropped_N = torch.repeat_interleave(of_row_B, field.lengths_M, output_size=len(field.index_N))
     index_N = field.index_N.masked_fill(dropped_N, len(field.vectors_UV))
     return replace(field, vectors_UV=vectors_UV, index_N=index_N)

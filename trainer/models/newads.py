@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from trainer.config.options import ExactTableConfig, ModelConfig
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import FieldVectors
+from trainer.exchange.sums import take_rows
 from trainer.models.fields import width_of
 from trainer.models.id_dropout import own_ids_of_ads
-from trainer.models.layers import segment_max, take_rows
+from trainer.models.layers import segment_max
 from trainer.schema import Field, Schema
 
 _ROUNDING = 1.01  # a row may have been rounded on its way (exchange.wire_dtype)

@@ -284,6 +284,16 @@ class TestEndings:
         assert last == "DataError: day=1.parquet: label=7 is not 0 or 1"
         assert set(others) <= {f"RemoteRankError: rank {num_ranks - 1} failed: {last}"}
 
+    def test_an_error_in_e_stops_every_rank_before_anything_moves(
+        self, num_ranks: int, results_of: Callable[[int], Results]
+    ) -> None:
+        endings = results_of(num_ranks)["endings"]
+        *others, last = endings["embed"]
+        assert last.startswith("MemoryError: no room for what ")
+        assert others == [f"RemoteRankError: rank {num_ranks - 1} failed: {last}"] * (num_ranks - 1)
+        assert endings["moved"] == [[]] * num_ranks
+        assert len(set(endings["losses"])) == 1
+
 
 def _run(command: list[str]) -> None:
     search = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])

@@ -149,7 +149,34 @@ def endings(comm: Comm, store: FeatureStore) -> dict[str, list[str]]:
             ending = f"{type(error).__name__}: {error}"
         assert time.monotonic() - started < 20
         result[name] = comm.allgather_object(ending)
-    return result
+    return result | ending_in_e(comm, store)
+
+
+def ending_in_e(comm: Comm, store: FeatureStore) -> dict[str, list[object]]:
+    """How every rank ends where E fails on the last one; whether the engine is then as it was before, and goes on."""
+    usual = SCENARIOS["both_attentive"]
+    engine = engine_of(comm, store, usual, "float64")
+    batches = [batch_of(slice_of_rank(each, "even", 0, comm.rank, comm.size), each) for each in steps(usual)[:3]]
+    service, ending = engine.services["images"], "no error"
+    engine.train_step(engine.prepare(batches[0]))  # momentum moves what gets no gradient
+    before = {name: value.clone() for name, value in (engine.dense_state() | engine.shard_state()).items()}
+    embed = service.embed
+    if comm.rank == comm.size - 1:
+        service.embed = failing
+    try:
+        engine.train_step(engine.prepare(batches[1]))
+    except Exception as error:
+        ending = f"{type(error).__name__}: {error}"
+    after = engine.dense_state() | engine.shard_state()
+    moved = [name for name, value in before.items() if not torch.equal(after[name], value)]
+    service.embed = embed
+    losses = comm.allgather_object(engine.train_step(engine.prepare(batches[2])).loss)
+    return {"embed": comm.allgather_object(ending), "moved": comm.allgather_object(moved), "losses": losses}
+
+
+def failing(name: str, gathered: object) -> torch.Tensor:
+    """Stand in for an E that finds no memory."""
+    raise MemoryError(f"no room for what {name} makes")
 
 
 CALLS: list[str] = []

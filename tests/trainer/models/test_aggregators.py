@@ -7,6 +7,7 @@ from torch import Tensor
 from trainer.config.options import ModelConfig
 from trainer.exchange.exchange import FieldVectors
 from trainer.models.hidden import HiddenLayers, StepPlace
+from trainer.models.pooling import transformer
 from trainer.models.pooling.aggregators import build_aggregator, sum_pool
 from trainer.models.pooling.attention import ActivationUnit, BehaviorAttention
 from trainer.models.pooling.transformer import TransformerPooling
@@ -164,6 +165,24 @@ class TestAggregators:
     def test_width(self, pooling: str) -> None:
         expected = {"concat": WIDTH * LENGTH, "multi_query": WIDTH * 2, "transformer": HIDDEN * 2}
         assert built(pooling).width == expected.get(pooling, WIDTH)
+
+
+def test_attention_on_a_gpu_is_the_same_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU takes, plain products, on a CPU."""
+
+    def run() -> list[Tensor]:
+        pool, vectors = built("transformer"), values(6, WIDTH)
+        queries = [torch.ones(len(GROUP_OF_SAMPLE), width).double() for width in QUERY_WIDTHS["transformer"]]
+        pooled = pool(field_of(GROUPS, vectors), torch.tensor(GROUP_OF_SAMPLE), queries)
+        pooled.square().sum().backward()
+        return [pooled, *(parameter.grad for parameter in pool.parameters())]
+
+    usual, kernels, taken = run(), transformer._kernels, []
+    monkeypatch.setattr(transformer, "_kernels", lambda device: taken.append(device) or kernels("cuda"))
+    plainly = run()
+    assert set(taken) == {"cpu"}
+    for one, other in zip(usual, plainly, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_sum_pool() -> None:

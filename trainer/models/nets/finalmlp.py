@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.options import ModelConfig
+from trainer.exchange.sums import take_rows
 from trainer.models.ctr import CtrModel, Dense, Fields
-from trainer.models.layers import Mlp, take_rows
+from trainer.models.layers import Mlp
 from trainer.schema import Schema
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from trainer.config.options import ModelConfig
 from trainer.errors import ConfigError
 from trainer.exchange.exchange import FieldVectors
+from trainer.exchange.sums import take_rows
 from trainer.models.ctr import CtrModel, Dense, Fields, one_each
 from trainer.models.fields import width_of
-from trainer.models.layers import Mlp, take_rows
+from trainer.models.layers import Mlp
 from trainer.models.pooling.aggregators import sum_pool
 from trainer.schema import Field, Schema
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from trainer.config.options import ModelConfig
 from trainer.exchange.exchange import FieldVectors
+from trainer.exchange.sums import take_rows
 from trainer.models.hidden import HiddenLayers
-from trainer.models.layers import lengths_of, segment_max, segment_sum, take_rows, value_rows
+from trainer.models.layers import lengths_of, segment_max, segment_sum, value_rows
 from trainer.models.pooling.attention import AttentivePooling
 from trainer.models.pooling.transformer import TransformerPooling
 
@@ -88,7 +89,9 @@ class ConcatPooling(GroupPooling):
         if torch.compiler.is_exporting():
             return self._by_place(behaviors, lengths_G).view(num_groups, self.width)
         kept_G = lengths_G.clamp_max(self.length)
-        group_K = torch.repeat_interleave(torch.arange(num_groups, device=kept_G.device), kept_G)
+        num_kept = None if behaviors.on_host is None else behaviors.on_host.num_values(self.length)
+        groups_G = torch.arange(num_groups, device=kept_G.device)
+        group_K = torch.repeat_interleave(groups_G, kept_G, output_size=num_kept)
         place_K = torch.arange(len(group_K), device=kept_G.device) - (kept_G.cumsum(0) - kept_G)[group_K]
         value_K = (lengths_G.cumsum(0) - lengths_G)[group_K] + place_K
         rows_KV = take_rows(behaviors.vectors_UV, behaviors.index_N.index_select(0, value_K))

@@ -10,9 +10,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from trainer.exchange.exchange import EvenLengths, FieldVectors, Lengths
+from trainer.exchange.exchange import EvenLengths, FieldVectors
+from trainer.exchange.sums import take_rows
 from trainer.models.hidden import HiddenLayers
-from trainer.models.layers import expand_rows, lengths_of, segment_softmax, segment_sum, take_rows, value_rows
+from trainer.models.layers import expand_rows, lengths_of, segment_softmax, segment_sum, value_rows
 
 
 class ActivationUnit(nn.Module):
@@ -82,7 +83,7 @@ class AttentivePooling(nn.Module):
             units = zip(self.channels, queries, strict=True)
             scores = [cast(ActivationUnit, unit).of_all(key_LV, query_BW) for unit, query_BW in units]
             return torch.cat([score_LB.softmax(0).T @ key_LV for score_LB in scores], dim=1)
-        position_N, lengths_B = pairs(behaviors.lengths_M, group_of_sample_B)
+        position_N, lengths_B = pairs(behaviors, group_of_sample_B)
         key_NV = take_rows(behaviors.vectors_UV, behaviors.index_N.index_select(0, position_N))
         pooled = []
         for unit, query_BW in zip(self.channels, queries, strict=True):
@@ -111,23 +112,24 @@ class BehaviorAttention(nn.Module):
         if isinstance(behaviors[0].lengths_M, EvenLengths):
             key_LW = torch.cat([value_rows(field) for field in behaviors], dim=1)
             return self.unit.of_all(key_LW, query_BW).T @ key_LW
-        position_N, lengths_B = pairs(behaviors[0].lengths_M, group_of_sample_B)
+        position_N, lengths_B = pairs(behaviors[0], group_of_sample_B)
         key_NW = torch.cat([value_rows(field, position_N) for field in behaviors], dim=1)
         weight_N = self.unit(key_NW, query_BW, lengths_B)
         return segment_sum(key_NW * weight_N.unsqueeze(1), lengths_B)
 
 
-def pairs(lengths_G: Lengths, group_of_sample_B: Tensor, at_most: int | None = None) -> tuple[Tensor, Tensor]:
+def pairs(behaviors: FieldVectors, group_of_sample_B: Tensor, at_most: int | None = None) -> tuple[Tensor, Tensor]:
     """Return all (sample, behaviour) pairs by sample: each one's place in the field's values, and pairs a sample.
 
     `at_most`: behaviours taken of a group, the first ones, which are the newest.
     """
-    lengths_G = lengths_of(lengths_G)
+    lengths_G = lengths_of(behaviors.lengths_M)
     lengths_B = lengths_G.index_select(0, group_of_sample_B)
     if at_most is not None:
         lengths_B = lengths_B.clamp_max(at_most)
     start_G = lengths_G.cumsum(0) - lengths_G
     # Pair n of a sample is behaviour (start of its group) + (n - start of the sample's pairs).
     shift_B = start_G.index_select(0, group_of_sample_B) - (lengths_B.cumsum(0) - lengths_B)
-    shift_N = torch.repeat_interleave(shift_B, lengths_B)
+    num_pairs = None if behaviors.on_host is None else behaviors.on_host.num_pairs(at_most)
+    shift_N = torch.repeat_interleave(shift_B, lengths_B, output_size=num_pairs)
     return shift_N + torch.arange(shift_N.shape[0], device=shift_N.device), lengths_B

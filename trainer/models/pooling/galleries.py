@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from trainer.exchange.exchange import FieldVectors, Lengths
-from trainer.models.layers import segment_max, take_rows
+from trainer.exchange.sums import take_rows
+from trainer.models.layers import segment_max
 from trainer.models.pooling.aggregators import mean_pool
 from trainer.schema.fields import GalleryPooling
 

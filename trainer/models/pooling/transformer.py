@@ -5,6 +5,7 @@ H hidden width.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.exchange.exchange import FieldVectors
-from trainer.models.layers import expand_rows, segment_max, segment_sum, take_rows
+from trainer.exchange.sums import take_rows
+from trainer.models.layers import expand_rows, segment_max, segment_sum
 from trainer.models.pooling.attention import pairs
 
 _POSITION_SCALE = 0.02
@@ -58,7 +60,7 @@ class TransformerPooling(nn.Module):
 
     def forward(self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]) -> Tensor:
         """(B, width) for the ad's vectors (B, W) each."""
-        value_N, lengths_B = pairs(behaviors.lengths_M, group_of_sample_B, self.length)
+        value_N, lengths_B = pairs(behaviors, group_of_sample_B, self.length)
         places = _places(lengths_B, value_N, self.length)
         token_NH = take_rows(self.of_behavior(behaviors.vectors_UV), behaviors.index_N.index_select(0, value_N))
         token_NH = token_NH + take_rows(self.position_LH, places.place_N)
@@ -105,10 +107,22 @@ class TokenAttention(nn.Module):
         split = padded.view(num_samples, length, 3, self.num_heads, token_NH.shape[1] // self.num_heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)
         mask = places.is_token_BL.view(num_samples, 1, 1, length)
-        heads = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        with _kernels(query.device.type):
+            heads = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         attended_NH = heads.transpose(1, 2).reshape(padded.shape[0], token_NH.shape[1]).index_select(0, places.cell_N)
         result_NH: Tensor = self.of_heads(attended_NH)
         return result_NH
+
+
+def _kernels(device_type: str) -> AbstractContextManager[object]:
+    """Choose what computes attention: on a GPU the plain products. Backward of the fused kernels that take a mask adds
+    by atomics, in another order in each run; these sequences are too short for them to be worth that."""
+    if device_type == "cpu":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kernels: AbstractContextManager[object] = sdpa_kernel(SDPBackend.MATH)
+    return kernels
 
 
 def _places(lengths_B: Tensor, value_N: Tensor, length: int) -> Places:
