@@ -9,6 +9,7 @@ TEST_WORKERS ?= 2
 # All tests of a file run in one process, which makes what they share once; in the order of tests/conftest.py.
 IN_PARALLEL = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 BENCH_DIR ?= data/bench
+GPU_DEVICE ?= cuda
 # Syntax of the oldest supported Python is held by ruff (target-version), what left the newest one by mypy.
 NEWEST_PYTHON := 3.13
 PACKAGES := featurestore pipeline trainer serving jobs benchmarks
@@ -19,7 +20,7 @@ ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test-fast test test-slow lint format tree bench clean
+.PHONY: help install demo test-fast test test-slow lint format tree bench gpu-check clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -83,6 +84,11 @@ bench: $(INSTALLED) ## Run the benchmarks; the figures go to data/bench/*.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.resume --dir $(BENCH_DIR)/resume --json $(BENCH_DIR)/resume.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.scale --dir $(BENCH_DIR)/scale --json $(BENCH_DIR)/scale.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.serve --dir $(BENCH_DIR)/serve --json $(BENCH_DIR)/serve.json
+
+gpu-check: $(INSTALLED) ## Compare training on a GPU with the CPU, and measure it; GPU_DEVICE=cpu runs the same without one
+	mkdir -p $(BENCH_DIR)
+	$(ON_PATH) $(BIN)/python tests/trainer/equivalence/on_device.py --device $(GPU_DEVICE)
+	$(ON_PATH) $(BIN)/python -m benchmarks.gpu --device $(GPU_DEVICE) --dir $(BENCH_DIR)/gpu --json $(BENCH_DIR)/gpu.json
 
 clean: ## Remove the virtual environment, the caches and the demo; features and runs of your own stay
 	rm -rf $(VENV) $(DEMO_DIR) $(BENCH_DIR) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -7,6 +7,8 @@ from trainer.config.options import ExactTableConfig, ModelConfig, OptimConfig
 from trainer.schema import Field, Schema
 
 DIM, NUM_SHARDS, STEPS, SEED = 16, 8, 12, 7
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
+"""Of losses and weights, by the dtype of the weights."""
 # eps lies above the rounding of float32: below it, Adam makes whole steps of the noise around a gradient of zero.
 OPTIM = OptimConfig(lr=0.01, ids_lr=None, lr_gamma=0.5, lr_every=5, eps=1e-6, ids="rowwise_adam")
 

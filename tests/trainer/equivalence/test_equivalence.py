@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from tests.ranks import command_of
-from tests.trainer.equivalence.scenarios import ON_FOUR_RANKS, SCENARIOS, STEPS
+from tests.trainer.equivalence.scenarios import ON_FOUR_RANKS, SCENARIOS, STEPS, TOLERANCE
 
 pytestmark = pytest.mark.timeout(900)  # the first test of each number of ranks runs all of its scenarios
 
 HERE = Path(__file__).parent
-TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 OF_ATTENTION = ".channels."
 LEAST_OF_ATTENTION = 1e-4  # before a softmax, gradients cancel: a query's bias moves by what rounding leaves of them
 RUNS = [

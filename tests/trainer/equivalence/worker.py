@@ -37,7 +37,12 @@ def stores_of(store: FeatureStore, scenario: Scenario) -> dict[str, FeatureStore
 
 
 def engine_of(
-    comm: Comm, store: FeatureStore, scenario: Scenario, dtype: str, exchange: ExchangeConfig | None = None
+    comm: Comm,
+    store: FeatureStore,
+    scenario: Scenario,
+    dtype: str,
+    exchange: ExchangeConfig | None = None,
+    device: str = "cpu",
 ) -> Engine:
     """An engine over this rank's part of the stores."""
     stores = stores_of(store, scenario)
@@ -57,15 +62,21 @@ def engine_of(
         exchange,
         seed=SEED,
         statistics=statistics if scenario.standardized else None,
+        device=device,
         dtype=getattr(torch, dtype),
     )
 
 
 def run(
-    comm: Comm, store: FeatureStore, scenario: Scenario, dtype: str, exchange: ExchangeConfig | None = None
+    comm: Comm,
+    store: FeatureStore,
+    scenario: Scenario,
+    dtype: str,
+    exchange: ExchangeConfig | None = None,
+    device: str = "cpu",
 ) -> dict[str, object]:
     """All steps; each one is prepared in a thread beside the one before, as in a real run."""
-    engine = engine_of(comm, store, scenario, dtype, exchange)
+    engine = engine_of(comm, store, scenario, dtype, exchange, device)
     initial = {name: parameter.detach().clone() for name, parameter in engine.dense_parameters().items()}
     batches = []
     for number, samples in enumerate(steps(scenario)):

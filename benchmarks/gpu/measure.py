@@ -1,0 +1,131 @@
+"""Timed training steps of one process, and what each of them carries to the device."""
+
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from rich.progress import Progress
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.report import Figure, Section
+from benchmarks.workload import Workload
+from featurestore.errors import UserError
+from featurestore.store import FeatureStore
+from featurestore.upkeep.remake.reduce import reduce
+from trainer.comm import SoloComm
+from trainer.config.config import load_config
+from trainer.engine.engine import PreparedBatch
+from trainer.engine.machine import device_name
+from trainer.exchange.content import ContentRequest
+from trainer.ids.tables import RowRequest
+from trainer.runs.open import Run, open_run
+from trainer.samples.batch import Batch
+from trainer.samples.prefetch import ReadAhead, prepare_ahead
+
+_WARM_UP, _PROFILED = 3, 3
+
+
+def check_device(device: str) -> None:
+    """Raise UserError where there is no GPU to measure."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "no GPU found: PyTorch sees none on this machine; --device cpu measures the CPU in the same way"
+        )
+
+
+def measure(workload: Workload, dims: int, device: str, steps: int, progress: Progress) -> Section:
+    """Train with the workload's features, and with compact ones of `dims` numbers in int8."""
+    compact = workload.folder / f"features-{dims}-int8"
+    reduce(FeatureStore.open(workload.store), compact, dims, "int8")
+    grid: dict[str, dict[str, Figure]] = {}
+    name = ""
+    for kind, store in {"full": workload.store, "compact": compact}.items():
+        settings = [*workload.settings(1), f"data.store={store}", f"run.device={device}", f"run.name={kind}"]
+        task = progress.add_task(f"train: {kind}", total=_WARM_UP + steps + _PROFILED)
+        run = open_run(load_config(workload.config, settings), SoloComm())
+        with closing(run):
+            name = device_name(run.device)
+            grid[kind] = _figures(run, steps, partial(progress.advance, task))
+    return Section("one process", {"device": name}, grid)
+
+
+def _figures(run: Run, steps: int, advance: partial[None]) -> dict[str, Figure]:
+    """Figures of steps that were timed, without a profiler; the device's own time is of profiled ones behind them."""
+    count, on_gpu = _WARM_UP + steps + _PROFILED, run.device.type == "cuda"
+    carried: list[dict[str, int]] = []
+    started_s = cpu_s = elapsed_s = device_s = 0.0
+    samples, loss = 0, 0.0
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    profiler = profile(activities=activities)
+    with closing(ReadAhead(_batches(run), run.config.data.prefetch_batches)) as ahead:
+        prepare = partial(next, run.engine.prepared(ahead))
+        with closing(prepare_ahead(count, prepare)) as coming:
+            for number, result in enumerate(coming):
+                if number == _WARM_UP:
+                    started_s, cpu_s = time.perf_counter(), time.process_time()
+                if number == _WARM_UP + steps:
+                    _finish(run.device)
+                    elapsed_s, cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_s
+                    profiler.start()
+                prepared = result()
+                if _WARM_UP <= number < _WARM_UP + steps:
+                    carried.append(bytes_to_device(run, prepared))
+                    samples += prepared.batch.num_samples
+                loss = run.engine.train_step(prepared).loss
+                advance()
+    _finish(run.device)
+    profiler.stop()
+    if on_gpu:
+        device_s = sum(each.self_device_time_total for each in profiler.key_averages()) / 1e6
+    share = device_s / _PROFILED / (elapsed_s / steps) if on_gpu else cpu_s / elapsed_s / len(os.sched_getaffinity(0))
+    means = {f"{part}_bytes": sum(each[part] for each in carried) / steps for part in carried[0]}
+    total = sum(means.values())
+    return {
+        "samples_per_s": samples / elapsed_s,
+        "step_ms": 1e3 * elapsed_s / steps,
+        "busy_share": share,
+        **means,
+        "bytes_per_step": total,
+        "last_loss": loss,
+    }
+
+
+def bytes_to_device(run: Run, prepared: PreparedBatch) -> dict[str, int]:
+    """Count the bytes that a step needs on the device and that the host has: rows of features as they are stored,
+    places of keys and rows, and the batch itself. On a CPU nothing is carried; the count is that of a GPU."""
+    request, batch = prepared.request, prepared.batch
+    served = request.served_S
+    row_bytes = run.partition.info.row_bytes if run.partition is not None else 0
+    features = sum(each.num_computed * row_bytes for each in served if isinstance(each, ContentRequest))
+    places: list[Tensor] = [*request.index_of_field.values(), *request.lengths_of_field.values()]
+    places += [rows for plan in request.plans for rows in (plan.reply_rows, plan.status_rows_P)]
+    places += [each.rows_Q for each in served if isinstance(each, RowRequest)]
+    arrays: list[NDArray[Any]] = [
+        batch.label_B,
+        batch.group_of_sample_B,
+        *batch.dense.values(),
+        *batch.weights.values(),
+    ]
+    return {
+        "features": features,
+        "places": sum(each.nbytes for each in places),
+        "batch": sum(each.nbytes for each in arrays),
+    }
+
+
+def _batches(run: Run) -> Iterator[Batch]:
+    """Yield this rank's batches, epoch after epoch without end."""
+    return itertools.chain.from_iterable(run.train_reader.batches(epoch) for epoch in itertools.count())
+
+
+def _finish(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
