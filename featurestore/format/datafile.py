@@ -84,7 +84,7 @@ def rows_of(table: pa.Table, info: StoreInfo) -> FeatureRows:
         keys_N=numpy_column(table, KEY),
         uris=text_column(table, URI),
         features_ND=matrix_of(table, info),
-        content_digest_N=np.frombuffer(_fixed_buffer(table, "content_digest"), dtype=DIGEST_DTYPE),
+        content_digest_N=digest_column(table),
         source_tag=text_column(table, "source_tag"),
         width_N=numpy_column(table, "width"),
         height_N=numpy_column(table, "height"),
@@ -101,6 +101,11 @@ def text_column(table: pa.Table, name: str) -> list[str]:
     """Return a column of texts."""
     texts: list[Any] = table[name].to_pylist()
     return texts
+
+
+def digest_column(table: pa.Table) -> npt.NDArray[np.void]:
+    """Return the digests of the images' bytes, 16 bytes each."""
+    return np.frombuffer(_fixed_buffer(table, "content_digest"), dtype=DIGEST_DTYPE)
 
 
 def matrix_of(table: pa.Table, info: StoreInfo) -> npt.NDArray[Any]:

@@ -1,7 +1,7 @@
 """Many equal tasks on a Dask cluster: a bounded number at once, and lost workers distinguished from bad input."""
 
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from dask.typing import Key
@@ -21,12 +21,13 @@ class Killed:
 
 
 def run_tasks(
-    client: Client, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], in_flight: int | None = None
+    client: Client, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], in_flight: int | None = None
 ) -> Iterator[tuple[int, Any]]:
     """Run `function(*call)` for each call on the cluster; yield (place of the call, result or Killed) as they finish.
 
-    At most `in_flight` are with the scheduler at once (default: 3 per thread of the cluster). The error of a task is
-    raised here and the others are cancelled. A task that was running on a lost worker starts again on another one.
+    At most `in_flight` are taken from `calls` and with the scheduler at once (default: 3 per thread of the cluster).
+    The error of a task is raised here and the others are cancelled. A task that was running on a lost worker starts
+    again on another one.
     """
     waiting = iter(enumerate(calls))
     running: dict[Key, tuple[int, Future[Any]]] = {}

@@ -18,7 +18,8 @@ from featurestore.storage.regular import open_regular
 from pipeline.demo.catalogue import Catalogue, FloatArray, standardize
 from pipeline.errors import BadImageError, DemoError
 from pipeline.images.decode import decode
-from pipeline.images.source import ImageRef, bytes_of, list_images
+from pipeline.images.imagetable import ImageRef
+from pipeline.images.source import bytes_of, list_images
 
 SIDE_PX = 96  # measured on a small copy: quick, and blind to the grain of the camera
 CENTRE = slice(SIDE_PX // 5, SIDE_PX - SIDE_PX // 5)

@@ -1,12 +1,12 @@
 """The difference of a listing and a store: images that it lacks, that only moved, that have equal bytes.
 
-The store's side stays in Arrow and numpy, one shard at a time: rows of a shard are sorted by splitmix64, and so is the
-listing here, so each shard meets its own slice. Letters of shapes: N images listed, M rows stored in a shard, L images
-of the listing in a shard, K digests asked for.
+Both sides stay in Arrow and numpy, the store's one shard at a time: rows of a shard are sorted by splitmix64, and so is
+the listing here, so each shard meets its own slice. An image is its place in the listing until its part is submitted.
+Letters of shapes: N images listed, M rows stored in a shard, L images of the listing in a shard, K images asked for,
+P images that may have changed, C images to compute. A digest is 16 bytes, or zeros where it is not known.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,25 +17,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurestore.errors import KeyCollisionError
+from featurestore.format.datafile import digest_column
 from featurestore.format.shard_reader import take_rows
 from featurestore.keys import Int64Array, shard_of_hash, splitmix64
 from featurestore.snapshot import Snapshot
-from pipeline.images.source import ImageRef
+from pipeline.images.imagetable import ImageRef, ImageTable
 from pipeline.store_run import run_id_of
 
 MAX_GROUP_PARTS = 16  # copies of one image in a part: at most the room of 16 parts; more are computed again
 READ_THREADS = 4
-DIGEST_TYPE = pa.binary(16)
+DIGEST_DTYPE = np.dtype("S16")  # unlike void it has an order
 
 BoolArray = npt.NDArray[np.bool_]
+DigestArray = npt.NDArray[np.bytes_]
 
 
-@dataclass(frozen=True)
-class ImagePart:
+class ImagePart(NamedTuple):
     """Images that one task works on. The name changes with its images, so a staged part is never taken for others."""
 
     name: str
-    refs: tuple[ImageRef, ...]
+    index_K: Int64Array
 
 
 class ImageCopy(NamedTuple):
@@ -45,11 +46,22 @@ class ImageCopy(NamedTuple):
     source_key: int
 
 
+class ImageCopies(NamedTuple):
+    """Places in the listing of images whose feature the store has, and the keys that it has them under."""
+
+    index_K: Int64Array
+    source_key_K: Int64Array
+
+    def of(self, images: ImageTable) -> list[ImageCopy]:
+        """Make the copies, for the task that does them."""
+        return list(map(ImageCopy, images.refs(self.index_K), self.source_key_K.tolist()))
+
+
 class CopyPart(NamedTuple):
     """Copies that one task makes; named like a `ImagePart`."""
 
     name: str
-    copies: tuple[ImageCopy, ...]
+    copies: ImageCopies
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,7 @@ class Comparison:
     num_stored: int  # live rows of the snapshot
     is_stored_N: BoolArray
     is_same_tag_N: BoolArray  # stored under the tag of the listing; also where neither has one
-    digest_N: npt.NDArray[np.bytes_]  # of the stored bytes; 16 bytes that count only where is_stored_N
+    digest_N: DigestArray  # of the stored bytes; counts only where is_stored_N
     gone_keys: Int64Array  # stored and not listed
 
 
@@ -68,25 +80,25 @@ class ListingPlan:
     """Every image of the listing in exactly one of four ways."""
 
     num_unchanged: int
-    touched: tuple[ImageCopy, ...]  # another tag on the stored bytes
-    duplicates: tuple[ImageCopy, ...]  # bytes that the store has under another key
-    compute: tuple[ImageRef, ...]
-    stored_keys: frozenset[int]  # those of `duplicates` and `compute` that the store has with other bytes
+    num_touched: int  # another tag on the stored bytes: the first ones of `copies`
+    copies: ImageCopies  # the others have bytes that the store has under another key
+    compute_C: Int64Array
+    digest_C: DigestArray
+    stored_keys: Int64Array  # of duplicates and images to compute that the store has with other bytes
 
 
-def compare(images: Sequence[ImageRef], snapshot: Snapshot) -> Comparison:
+def compare(images: ImageTable, snapshot: Snapshot) -> Comparison:
     """Compare keys, uris and tags of the listing with those of the store; reads its small columns, no features.
 
     Raises KeyCollisionError when the store has another image under a key.
     """
-    keys_N = np.fromiter((ref.key for ref in images), np.int64, len(images))
-    hash_N = splitmix64(keys_N)
+    hash_N = splitmix64(images.keys())
     order_N = np.argsort(hash_N)
     hash_N = hash_N[order_N]
     num_shards = snapshot.info.num_shards
     bounds = np.searchsorted(shard_of_hash(hash_N, num_shards), np.arange(num_shards + 1))
     is_stored_N, is_same_tag_N = np.zeros((2, len(images)), np.bool_)
-    digest_N = np.zeros(len(images), "S16")
+    digest_N = np.zeros(len(images), DIGEST_DTYPE)
     gone = [np.empty(0, np.int64)]
     num_stored = 0
     columns = ["key", "uri", "content_digest", "source_tag"]
@@ -98,104 +110,128 @@ def compare(images: Sequence[ImageRef], snapshot: Snapshot) -> Comparison:
         gone.append(keys_M[~np.isin(hash_M, hash_L, assume_unique=True)])
         is_here_L = np.isin(hash_L, hash_M, assume_unique=True)
         index_L, place_L = index_L[is_here_L], np.searchsorted(hash_M, hash_L[is_here_L])
-        found = take_rows(table, place_L)
-        listed = [images[index] for index in index_L]
+        found, listed = take_rows(table, place_L), images.take(index_L, "key", "uri", "source_tag")
         _check_uris(listed, found["uri"])
         is_stored_N[index_L] = True
-        is_same_tag_N[index_L] = _equal(found["source_tag"], [ref.source_tag for ref in listed])
-        digest_N[index_L] = found["content_digest"].to_pylist()
+        is_same_tag_N[index_L] = _equal(found["source_tag"], listed["source_tag"])
+        digest_N[index_L] = digest_column(found).view(DIGEST_DTYPE)
     return Comparison(num_stored, is_stored_N, is_same_tag_N, digest_N, np.sort(np.concatenate(gone)))
 
 
-def pending_images(images: Sequence[ImageRef], comparison: Comparison) -> list[ImageRef]:
-    """List the images that the store lacks, or whose file may have changed since: another tag, or none."""
-    return [ref for ref, same in zip(images, comparison.is_same_tag_N, strict=True) if not (same and ref.source_tag)]
+def pending_images(images: ImageTable, comparison: Comparison) -> Int64Array:
+    """Find the images that the store lacks, or whose file may have changed since: another tag, or none. (P,)."""
+    return np.flatnonzero(~(comparison.is_same_tag_N & images.has_tag()))
 
 
-def find_digests(snapshot: Snapshot, digests: Iterable[bytes]) -> dict[bytes, int]:
-    """Find the smallest key under which the store has each of the digests (K) that it has at all."""
-    wanted = sorted(set(digests) - {b""})
-    if not wanted:
-        return {}
-    wanted_K = pa.array(wanted, DIGEST_TYPE)
-    found: dict[bytes, int] = {}
+def find_digests(snapshot: Snapshot, digest_K: DigestArray) -> tuple[BoolArray, Int64Array]:
+    """Tell which digests the store has, (K,), and the smallest key under which it has them, (K,)."""
+    if not (digest_K != b"").any() or not any(snapshot.manifest.shards.values()):
+        return np.zeros(len(digest_K), np.bool_), np.zeros(len(digest_K), np.int64)
+    wanted_W, inverse_K = np.unique(digest_K, return_inverse=True)
+    is_found_W, key_W = np.zeros(len(wanted_W), np.bool_), np.full(len(wanted_W), np.iinfo(np.int64).max)
     for _, table in _each_shard(snapshot, ["key", "content_digest"]):
-        place_M: Any = pc.index_in(table["content_digest"], value_set=wanted_K)
-        place_M = place_M.fill_null(-1).to_numpy()
-        for place, key in zip(place_M[place_M >= 0], table["key"].to_numpy()[place_M >= 0], strict=True):
-            found[wanted[place]] = min(int(key), found.get(wanted[place], int(key)))
-    return found
+        digest_M = digest_column(table).view(DIGEST_DTYPE)
+        place_M = np.searchsorted(wanted_W, digest_M).clip(max=len(wanted_W) - 1)
+        is_wanted_M = (wanted_W[place_M] == digest_M) & (digest_M != b"")
+        is_found_W[place_M[is_wanted_M]] = True
+        np.minimum.at(key_W, place_M[is_wanted_M], table["key"].to_numpy()[is_wanted_M])
+    return is_found_W[inverse_K], key_W[inverse_K]
 
 
 def split(
-    images: Sequence[ImageRef], comparison: Comparison, digests: Mapping[int, bytes], stored: Mapping[bytes, int]
+    images: ImageTable,
+    comparison: Comparison,
+    pending_P: Int64Array,
+    digest_P: DigestArray,
+    is_known_P: BoolArray,
+    known_key_P: Int64Array,
 ) -> ListingPlan:
-    """Plan from `digests` of pending images by key (empty or none where unknown) and `stored` keys by digest."""
-    num_unchanged = 0
-    touched, duplicates, compute, stored_keys = [], [], [], set()
-    rows = zip(images, comparison.is_stored_N, comparison.is_same_tag_N, comparison.digest_N, strict=True)
-    for ref, is_stored, is_same_tag, stored_digest in rows:
-        digest = digests.get(ref.key, b"")
-        is_same = is_stored and digest != b"" and digest == stored_digest.ljust(16, b"\0")
-        if is_same_tag if ref.source_tag else is_same:
-            num_unchanged += 1
-        elif is_same:
-            touched.append(ImageCopy(ref, ref.key))
-        else:
-            if is_stored:
-                stored_keys.add(ref.key)
-            if digest in stored:
-                duplicates.append(ImageCopy(ref, stored[digest]))
-            else:
-                compute.append(ref)
-    return ListingPlan(num_unchanged, tuple(touched), tuple(duplicates), tuple(compute), frozenset(stored_keys))
+    """Plan from the digests of pending images, and those of them that the store has, with their keys there."""
+    keys_P, has_tag_P = images.keys()[pending_P], images.has_tag()[pending_P]
+    is_stored_P = comparison.is_stored_N[pending_P]
+    is_same_P = is_stored_P & (digest_P != b"")
+    is_same_P[is_same_P] = digest_P[is_same_P] == comparison.digest_N[pending_P[is_same_P]]
+    touched, is_new_P = is_same_P & has_tag_P, ~is_same_P & ~is_known_P
+    duplicates = ~is_same_P & is_known_P
+    return ListingPlan(
+        num_unchanged=len(images) - int(np.count_nonzero(~is_same_P | has_tag_P)),
+        num_touched=int(np.count_nonzero(touched)),
+        copies=ImageCopies(
+            np.append(pending_P[touched], pending_P[duplicates]), np.append(keys_P[touched], known_key_P[duplicates])
+        ),
+        compute_C=pending_P[is_new_P],
+        digest_C=digest_P[is_new_P],
+        stored_keys=keys_P[is_stored_P & ~is_same_P],
+    )
 
 
-def equal_candidates(refs: Iterable[ImageRef]) -> list[ImageRef]:
-    """List the images whose bytes may equal another's: of the same size, or of unknown size. Only these are read."""
-    refs = list(refs)
-    sizes = Counter(ref.size_bytes for ref in refs)
-    return [ref for ref in refs if sizes[ref.size_bytes] > 1 or ref.size_bytes < 0]
+def equal_candidates(size_K: Int64Array) -> BoolArray:
+    """Tell whose bytes may equal another's: those of the same size, or of unknown size. Only these are read. (K,)."""
+    return _is_repeated(size_K) | (size_K < 0)
 
 
-def make_parts(refs: Sequence[ImageRef], digest_of: Callable[[ImageRef], bytes], part_size: int) -> list[ImagePart]:
-    """Make parts of about `part_size` images in the order of `refs`; images of equal digest are in one part.
-
-    `digest_of` gives empty bytes for an image that has no equal.
-    """
-    groups: dict[bytes | int, list[ImageRef]] = {}
-    for ref in refs:
-        groups.setdefault(digest_of(ref) or ref.key, []).append(ref)
-    parts: list[ImagePart] = []
-    current: list[ImageRef] = []
-    for group in groups.values():
-        for start in range(0, len(group), MAX_GROUP_PARTS * part_size):
-            current += group[start : start + MAX_GROUP_PARTS * part_size]
-            if len(current) >= part_size:
-                parts.append(_part(current))
-                current = []
-    if current:
-        parts.append(_part(current))
+def make_parts(images: ImageTable, index_C: Int64Array, digest_C: DigestArray, part_size: int) -> list[ImagePart]:
+    """Make parts of about `part_size` images in the order of `index_C`; images of equal digest are in one part."""
+    order_C, ends = _grouped(digest_C, MAX_GROUP_PARTS * part_size)
+    ordered_C = index_C[order_C]
+    parts, start = list[ImagePart](), 0
+    while start < len(ordered_C):
+        place = int(np.searchsorted(ends, start + part_size))
+        end = int(ends[min(place, len(ends) - 1)])
+        parts.append(_part(images, ordered_C[start:end]))
+        start = end
     return parts
 
 
-def make_copy_parts(copies: Iterable[ImageCopy], part_size: int, prefix: str) -> list[CopyPart]:
+def _grouped(digest_C: DigestArray, most: int) -> tuple[Int64Array, Int64Array]:
+    """Order images so that equal ones follow the first of them, (C,); and give the places where a part may end.
+
+    These are the ends of groups of equal images, and in larger groups each `most` images.
+    """
+    known_K = np.flatnonzero(_is_repeated(digest_C.view(np.uint64)[::2]) & (digest_C != b""))  # few, by half a digest
+    _, first_U, inverse_K = np.unique(digest_C[known_K], return_index=True, return_inverse=True)
+    group_C = np.arange(len(digest_C))  # the first image that is equal
+    group_C[known_K] = known_K[first_U[inverse_K]]
+    order_C = np.argsort(group_C, kind="stable")
+    group_C = group_C[order_C]
+    ends = np.append(np.flatnonzero(group_C[1:] != group_C[:-1]) + 1, len(group_C))
+    large = np.flatnonzero(np.diff(ends, prepend=0) > most)
+    inner = [np.arange((ends[each - 1] if each else 0) + most, ends[each], most) for each in large]
+    return order_C, np.sort(np.concatenate([ends, *inner]))
+
+
+def make_copy_parts(images: ImageTable, copies: ImageCopies, part_size: int, prefix: str) -> list[CopyPart]:
     """Make parts of `part_size` copies, those of one shard together, so that few tasks read the same shard.
 
     Their names begin with `prefix`.
     """
-    copies = list(copies)
-    order = np.argsort(splitmix64(np.array([copy.source_key for copy in copies], np.int64)), kind="stable")
+    order_K = np.argsort(splitmix64(copies.source_key_K), kind="stable")
     parts = []
-    for start in range(0, len(copies), part_size):
-        chosen = tuple(copies[index] for index in order[start : start + part_size])
-        name = run_id_of([(copy.ref.key, copy.ref.source_tag, copy.source_key) for copy in chosen])
+    for start in range(0, len(order_K), part_size):
+        chosen = ImageCopies(*(column[order_K[start : start + part_size]] for column in copies))
+        names = zip(_named(images, chosen.index_K), chosen.source_key_K.tolist(), strict=True)
+        name = run_id_of([(*named, source_key) for named, source_key in names])
         parts.append(CopyPart(f"{prefix}-{name}", chosen))
     return parts
 
 
-def _part(refs: Sequence[ImageRef]) -> ImagePart:
-    return ImagePart(run_id_of([(ref.key, ref.source_tag) for ref in refs]), tuple(refs))
+def _is_repeated(values_K: npt.NDArray[Any]) -> BoolArray:
+    """Tell which numbers are there more than once, (K,); takes a third of the memory of `np.unique` with counts."""
+    sorted_K = np.sort(values_K)
+    repeated = np.unique(sorted_K[1:][sorted_K[1:] == sorted_K[:-1]])
+    place_K = np.searchsorted(repeated, values_K)
+    is_below_K = place_K < len(repeated)
+    is_below_K[is_below_K] = repeated[place_K[is_below_K]] == values_K[is_below_K]
+    return is_below_K
+
+
+def _part(images: ImageTable, index_K: Int64Array) -> ImagePart:
+    return ImagePart(run_id_of(_named(images, index_K)), index_K)
+
+
+def _named(images: ImageTable, index_K: Int64Array) -> list[tuple[Any, ...]]:
+    """Give what tells images apart over two runs: key and source tag of each."""
+    return list(zip(*images.take(index_K, "key", "source_tag").to_pydict().values(), strict=True))
 
 
 def _each_shard(snapshot: Snapshot, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
@@ -208,16 +244,15 @@ def _each_shard(snapshot: Snapshot, columns: Sequence[str]) -> Iterator[tuple[in
             yield from zip(chunk, tables, strict=True)
 
 
-def _check_uris(listed: Sequence[ImageRef], uris: "pa.ChunkedArray[Any]") -> None:
-    differing = np.flatnonzero(~_equal(uris, [ref.uri for ref in listed]))
+def _check_uris(listed: pa.Table, uris: "pa.ChunkedArray[Any]") -> None:
+    differing = np.flatnonzero(~_equal(uris, listed["uri"]))
     if len(differing):
-        ref, stored = listed[differing[0]], uris[int(differing[0])].as_py()
+        key, uri, stored = (column[int(differing[0])].as_py() for column in (listed["key"], listed["uri"], uris))
         raise KeyCollisionError(
-            f"key {ref.key} is {stored!r} in the store and {ref.uri!r} among the images: rename one,"
-            " or use another store"
+            f"key {key} is {stored!r} in the store and {uri!r} among the images: rename one, or use another store"
         )
 
 
-def _equal(column: "pa.ChunkedArray[Any]", texts: Sequence[str]) -> BoolArray:
-    equal: Any = pc.equal(column, pa.array(texts, pa.string()))
+def _equal(mine: "pa.ChunkedArray[Any]", theirs: "pa.ChunkedArray[Any]") -> BoolArray:
+    equal: Any = pc.equal(mine, theirs)
     return np.asarray(equal.to_numpy(zero_copy_only=False) if isinstance(equal, pa.Array) else equal.to_numpy())

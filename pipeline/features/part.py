@@ -27,7 +27,8 @@ from featurestore.store import FeatureStore
 from featurestore.text.parsing import parse_json
 from pipeline.errors import BadImageError, WeightsError
 from pipeline.images.decode import Pixels, Preset, prepare
-from pipeline.images.source import ImageRef, bytes_of
+from pipeline.images.imagetable import ImageRef
+from pipeline.images.source import bytes_of
 from pipeline.network.backbone import Backbone, ComputeDType, backbone
 from pipeline.network.layers import network_of
 from pipeline.store_run import BadRow
@@ -62,7 +63,7 @@ class PartReport:
     num_computed: int  # images that went through the network
     num_duplicates: int  # rows copied from an image of equal bytes
     bad: tuple[BadRow, ...] = ()
-    images: tuple[tuple[int, str], ...] = ()  # key and source tag of each image of the part, bad ones too
+    images: tuple[tuple[int, str], ...] = ()  # key and source tag of each image, bad ones too: in the file alone
 
     @classmethod
     def load(cls, store: str, run_id: str, part: str) -> "PartReport":
@@ -107,7 +108,7 @@ def extract_part(
     store = FeatureStore.open(settings.store)
     rows = _PartRows(settings.batch_size, network, store)
     report = _fill(rows, network.preset, refs, decode_threads, deadly)
-    report.save(settings.store, settings.run_id, part)
+    replace(report, images=images_of(refs)).save(settings.store, settings.run_id, part)
     store.stage_part(settings.run_id, part, rows.features())
     return report
 
@@ -138,7 +139,7 @@ def _fill(
         rows.add(image)
     rows.finish()
     bad = (*rows.bad, *(BadRow(ref.key, ref.uri, DEADLY) for ref in refs if ref.key in deadly))
-    return PartReport(len(rows.done), rows.num_computed, rows.num_duplicates, bad, images_of(refs))
+    return PartReport(len(rows.done), rows.num_computed, rows.num_duplicates, bad)
 
 
 def images_of(refs: Iterable[ImageRef]) -> tuple[tuple[int, str], ...]:

@@ -19,6 +19,7 @@ from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
 from pipeline.errors import StoreRunError
 from pipeline.features.diff import (
+    DIGEST_DTYPE,
     Comparison,
     ListingPlan,
     compare,
@@ -29,7 +30,8 @@ from pipeline.features.diff import (
 )
 from pipeline.features.part import PartReport, PartSettings
 from pipeline.features.staged_run import ImageRun, digest_all, workers_per_host
-from pipeline.images.source import ImageRef, Listing, list_images
+from pipeline.images.imagetable import ImageTable, Listing
+from pipeline.images.source import list_images
 from pipeline.network.backbone import ComputeDType, describe_network
 from pipeline.network.weights import check_weights_name
 from pipeline.options import RefreshOptions
@@ -118,14 +120,14 @@ def bring_up_to_date(
     comparison = compare(images, snapshot)
     gone = comparison.gone_keys[:0] if options.keep_missing else comparison.gone_keys
     _check_gone(options, len(gone), comparison, f"are not in {options.images}")
-    plan, digests = _make_plan(client, images, comparison, snapshot)
+    plan = _make_plan(client, images, comparison, snapshot)
     settings = _settings(options, client, store)
     run = ImageRun(client, store, settings, snapshot, quarantined, options.part_size, options.dry_run)
-    reports = run.compute(plan.compute, digests, lambda: _check_network(client, store, settings))
-    run.copy([*plan.touched, *plan.duplicates])
+    reports = run.compute(images, plan.compute_C, plan.digest_C, lambda: _check_network(client, store, settings))
+    run.copy(images, plan.copies)
     bad = tuple(sorted((image for report in reports for image in report.bad), key=lambda image: image.uri))
-    lost = [image.key for image in bad if image.was_read and image.key in plan.stored_keys]
-    removed = np.concatenate([gone, np.array(lost, np.int64)])
+    unusable = np.array([image.key for image in bad if image.was_read], np.int64)
+    removed = np.concatenate([gone, unusable[np.isin(unusable, plan.stored_keys)]])
     run.remove(removed)
     run.quarantine(bad)
     try:
@@ -135,10 +137,11 @@ def bring_up_to_date(
     except StoreRunError:
         run.discard()  # the next run looks at all files again: it may be the decoder that is broken
         raise
-    keys_N = np.fromiter((ref.key for ref in images), np.int64, len(images))
+    keys_N = images.keys()
     resolved = run.good_again(keys_N, bad)
-    listed = set(keys_N.tolist())
-    unlisted = [row for row in quarantined if row.key not in listed and not options.keep_missing]
+    is_listed = np.isin(np.array([row.key for row in quarantined], np.int64), keys_N)
+    rows = zip(quarantined, is_listed, strict=True)
+    unlisted = [row for row, is_here in rows if not is_here and not options.keep_missing]
     version = run.commit(operation, len(bad), [*resolved, *unlisted])
     return _summarise(
         plan,
@@ -160,28 +163,29 @@ def bring_up_to_date(
 def _summarise(
     plan: ListingPlan, reports: Sequence[PartReport], bad: tuple[BadRow, ...], **counts: Any
 ) -> RefreshSummary:
-    num_changed = len(plan.stored_keys - {image.key for image in bad})
+    bad_keys = np.array([image.key for image in bad], np.int64)
+    num_changed = int(np.count_nonzero(~np.isin(plan.stored_keys, bad_keys)))
+    num_duplicates = len(plan.copies.index_K) - plan.num_touched
     return RefreshSummary(
-        num_new=len(plan.compute) + len(plan.duplicates) - len(bad) - num_changed,
+        num_new=len(plan.compute_C) + num_duplicates - len(bad) - num_changed,
         num_changed=num_changed,
-        num_touched=len(plan.touched),
+        num_touched=plan.num_touched,
         num_unchanged=plan.num_unchanged,
         num_computed=sum(report.num_computed for report in reports),
-        num_duplicates=sum(report.num_duplicates for report in reports) + len(plan.duplicates),
+        num_duplicates=sum(report.num_duplicates for report in reports) + num_duplicates,
         bad=bad,
         **counts,
     )
 
 
-def _make_plan(
-    client: Client, images: Sequence[ImageRef], comparison: Comparison, snapshot: Snapshot
-) -> tuple[ListingPlan, dict[int, bytes]]:
-    """Plan the run, and return the digests that it took. In an empty store an image is read for its digest only if it
-    may have an equal in the listing; else each that is new, or may have changed, is."""
-    pending = pending_images(images, comparison)
-    digests = digest_all(client, pending if comparison.num_stored else equal_candidates(pending))
-    stored = find_digests(snapshot, digests.values()) if comparison.num_stored else {}
-    return split(images, comparison, digests, stored), digests
+def _make_plan(client: Client, images: ImageTable, comparison: Comparison, snapshot: Snapshot) -> ListingPlan:
+    """Plan the run. In an empty store an image is read for its digest only if it may have an equal in the listing;
+    else each that is new, or may have changed, is."""
+    pending_P = pending_images(images, comparison)
+    asked = slice(None) if comparison.num_stored else equal_candidates(images.sizes()[pending_P])
+    digest_P = np.zeros(len(pending_P), DIGEST_DTYPE)
+    digest_P[asked] = digest_all(client, images, pending_P[asked])
+    return split(images, comparison, pending_P, digest_P, *find_digests(snapshot, digest_P))
 
 
 def _as_stored(options: RefreshOptions, info: StoreInfo) -> RefreshOptions:

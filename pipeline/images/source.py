@@ -4,10 +4,10 @@ import contextlib
 import functools
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import fsspec
 import pyarrow as pa
@@ -19,34 +19,16 @@ from fsspec.core import split_protocol, url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential
 
-from featurestore.errors import KeyCollisionError
 from featurestore.keys import key_of_bytes, key_of_uri
 from featurestore.text.csvlines import CsvTextError, long_rows
 from pipeline.errors import BadImageError, SourceError, SourceNotFoundError
+from pipeline.images.imagetable import BATCH_ROWS, ImageRef, ImageTable, Listing
 from pipeline.images.localfiles import NOT_TEXT, check_reachable, files_below, is_text, read_regular, spelled
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 TABLE_EXTENSIONS = (".parquet", ".csv")
 STAT_THREADS = 32  # waiting for answers, not computing
 S3_PROTOCOLS = ("s3", "s3a")
-
-
-class ImageRef(NamedTuple):
-    """One image of the listing."""
-
-    key: int
-    uri: str  # as the store has it
-    location: str  # where to read it; empty where the listing knows that it cannot be read
-    source_tag: str  # etag, or size and time; empty where the file cannot be looked at
-    size_bytes: int  # -1 where unknown
-    problem: str = ""  # why it cannot be read
-
-
-class Listing(NamedTuple):
-    """All images, in the order of their uris (folder) or of the table."""
-
-    images: list[ImageRef]
-    num_ignored: int  # files without an image's extension, or rows that repeat another
 
 
 def list_images(address: str) -> Listing:
@@ -60,7 +42,8 @@ def list_images(address: str) -> Listing:
         fs, root = _open_fs(address)
         if isinstance(fs, LocalFileSystem):
             check_reachable(root)
-        is_file, is_folder = fs.isfile(root), fs.isdir(root)
+        is_file = fs.isfile(root)
+        is_folder = not is_file and (_is_s3_folder(fs, root) if fs.protocol == S3_PROTOCOLS else fs.isdir(root))
     if is_file and root.lower().endswith(TABLE_EXTENSIONS):
         return _list_table(fs, root, address)
     if is_file:
@@ -141,25 +124,53 @@ def _client(protocol: str) -> Any:
 
 
 def _list_folder(fs: Any, root: str, address: str) -> Listing:
-    root = root.rstrip("/")
-    with _source_errors(f"list {address}"):
-        if isinstance(fs, LocalFileSystem):
-            found: Mapping[str, Mapping[str, Any]] = dict(_local_entries(root))
-        else:
-            found = fs.find(root, detail=True) if _has_own_find(fs) else dict(_files_below(fs, root))
-    images, num_ignored = [], 0
-    for path, entry in found.items():
-        uri = path.removeprefix(root).lstrip("/")
-        if PurePosixPath(uri).suffix.lower() not in IMAGE_EXTENSIONS or entry["type"] != "file":
-            num_ignored += 1
-        elif not is_text(uri):
-            images.append(ImageRef(key_of_bytes(os.fsencode(uri)), spelled(uri), "", "", -1, NOT_TEXT))
-        else:
-            images.append(ImageRef(key_of_uri(uri), uri, fs.unstrip_protocol(path), _tag(entry), _size(entry)))
-    if not images:
+    root, num_ignored = root.rstrip("/"), 0
+
+    def images() -> Iterator[ImageRef]:
+        nonlocal num_ignored
+        with _source_errors(f"list {address}"):
+            for path, entry in _entries(fs, root):
+                uri = path.removeprefix(root).lstrip("/")
+                if PurePosixPath(uri).suffix.lower() not in IMAGE_EXTENSIONS or entry["type"] != "file":
+                    num_ignored += 1
+                elif not is_text(uri):
+                    yield ImageRef(key_of_bytes(os.fsencode(uri)), spelled(uri), "", "", -1, NOT_TEXT)
+                else:
+                    yield ImageRef(key_of_uri(uri), uri, fs.unstrip_protocol(path), _tag(entry), _size(entry))
+
+    table = ImageTable.of(images(), f"{fs.unstrip_protocol(root)}/", by_uri=True)
+    if not len(table):
         ignored = f" ({num_ignored} other files)" if num_ignored else ""
         raise SourceNotFoundError(f"no images in {address}{ignored}: looked for {', '.join(IMAGE_EXTENSIONS)}")
-    return Listing(_unique(sorted(images, key=lambda ref: ref.uri)), num_ignored)
+    return Listing(table, num_ignored)
+
+
+def _entries(fs: Any, root: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """List the paths below a folder, each with fsspec's record of it."""
+    if isinstance(fs, LocalFileSystem):
+        return _local_entries(root)
+    if fs.protocol == S3_PROTOCOLS:
+        return _s3_entries(fs, root)
+    return iter(fs.find(root, detail=True).items()) if _has_own_find(fs) else _files_below(fs, root)
+
+
+def _is_s3_folder(fs: Any, root: str) -> bool:
+    """Tell whether anything is below an address; s3fs's `isdir` would hold all that is directly below it."""
+    try:
+        return bool(fs.info(root)["type"] == "directory")
+    except FileNotFoundError:
+        return False
+
+
+def _s3_entries(fs: Any, root: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """List objects as s3fs's `find` does, which holds a record of each until it has all, but page by page."""
+    bucket, folder, _ = fs.split_path(root)
+    more = {"Prefix": f"{folder}/" if folder else ""}
+    while more:
+        page = fs.call_s3("list_objects_v2", Bucket=bucket, **more, **fs.req_kw)
+        for each in page.get("Contents", ()):
+            yield f"{bucket}/{each['Key']}", {**each, "type": "file", "size": each["Size"]}
+        more = more | {"ContinuationToken": page["NextContinuationToken"]} if page.get("IsTruncated") else {}
 
 
 def _has_own_find(fs: Any) -> bool:
@@ -189,24 +200,27 @@ def _local_entries(root: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _list_table(fs: Any, path: str, address: str) -> Listing:
     table = _read_table(fs, path, address)
     uris = _column(table, "uri", pa.string(), address)
-    if "key" in table.column_names:
-        keys = _column(table, "key", pa.int64(), address)
-    elif "id" in table.column_names:
-        keys = [key_of_uri(image_id) for image_id in _column(table, "id", pa.string(), address)]
-    else:
-        keys = [key_of_uri(uri) for uri in uris]
-    if not uris:
+    name = next(name for name in ("key", "id", "uri") if name in table.column_names)
+    names = _column(table, name, pa.int64() if name == "key" else pa.string(), address)
+    if not len(uris):
         raise SourceError(f"{address} has no rows")
     folder = fs.unstrip_protocol(path).rsplit("/", 1)[0]
-    locations = [uri if split_protocol(uri)[0] or uri.startswith("/") else f"{folder}/{uri}" for uri in uris]
-    with ThreadPoolExecutor(STAT_THREADS) as pool:
-        entries = list(pool.map(_look_at, locations))
-    refs = [
-        ImageRef(key, uri, location, _tag(entry), _size(entry))
-        for key, uri, location, entry in zip(keys, uris, locations, entries, strict=True)
-    ]
-    images = _unique(refs)
-    return Listing(images, len(refs) - len(images))
+
+    def is_whole(uri: str) -> bool:
+        return split_protocol(uri)[0] is not None or uri.startswith("/")
+
+    def images() -> Iterator[ImageRef]:
+        with ThreadPoolExecutor(STAT_THREADS) as pool:
+            for start in range(0, len(uris), BATCH_ROWS):
+                names_K, uris_K = (column.slice(start, BATCH_ROWS).to_pylist() for column in (names, uris))
+                keys_K = names_K if name == "key" else map(key_of_uri, names_K)
+                places_K = [uri if is_whole(uri) else f"{folder}/{uri}" for uri in uris_K]
+                entries_K = pool.map(_look_at, places_K)
+                for key, uri, location, entry in zip(keys_K, uris_K, places_K, entries_K, strict=True):
+                    yield ImageRef(key, uri, location, _tag(entry), _size(entry))
+
+    images_N = ImageTable.of(images(), f"{folder}/")
+    return Listing(images_N, len(uris) - len(images_N))
 
 
 def _read_table(fs: Any, path: str, address: str) -> pa.Table:
@@ -229,8 +243,8 @@ def _read_table(fs: Any, path: str, address: str) -> pa.Table:
     return table
 
 
-def _column(table: pa.Table, name: str, wanted: pa.DataType, address: str) -> list[Any]:
-    """Read a column as Python values. Raises SourceError where it is of another kind or has gaps."""
+def _column(table: pa.Table, name: str, wanted: pa.DataType, address: str) -> Any:
+    """Read a column as an Arrow array. Raises SourceError where it is of another kind or has gaps."""
     column = table.column(name)
     fits = (pa.types.is_integer if pa.types.is_integer(wanted) else _is_text)(column.type)
     if not fits:
@@ -239,10 +253,9 @@ def _column(table: pa.Table, name: str, wanted: pa.DataType, address: str) -> li
     if column.null_count:
         raise SourceError(f"{address}: column {name!r} has {column.null_count} empty values")
     try:
-        values: list[Any] = cast("Any", column.cast(wanted)).to_pylist()
+        return cast("Any", column).cast(wanted)
     except pa.ArrowInvalid as error:
         raise SourceError(f"{address}: column {name!r}: {error}") from error
-    return values
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -272,13 +285,3 @@ def _tag(entry: Mapping[str, Any]) -> str:
 def _size(entry: Mapping[str, Any]) -> int:
     size = entry.get("size")
     return -1 if size is None else int(size)
-
-
-def _unique(refs: Iterable[ImageRef]) -> list[ImageRef]:
-    """Keep the first of equal rows. Raises KeyCollisionError where two uris have one key."""
-    seen: dict[int, ImageRef] = {}
-    for ref in refs:
-        first = seen.setdefault(ref.key, ref)
-        if first.uri != ref.uri:
-            raise KeyCollisionError(f"key {ref.key} stands for two images, {first.uri!r} and {ref.uri!r}: rename one")
-    return list(seen.values())

@@ -7,6 +7,8 @@ from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import KeyCollisionError
 from pipeline.features import diff as plan
 from pipeline.features.diff import (
+    DIGEST_DTYPE,
+    ImageCopies,
     ImageCopy,
     compare,
     equal_candidates,
@@ -17,11 +19,30 @@ from pipeline.features.diff import (
     run_id_of,
     split,
 )
-from pipeline.images.source import ImageRef
+from pipeline.images.imagetable import ImageRef, ImageTable
 
 
 def ref(key, size_bytes=10, tag="tag"):
     return ImageRef(key, f"{key}.jpg", f"file:///{key}.jpg", tag, size_bytes)
+
+
+def table(*refs):
+    return ImageTable.of(refs)
+
+
+def digests_of(images, known):
+    """The digests of all images, from those known by key."""
+    return np.array([known.get(key, b"") for key in images.keys().tolist()], DIGEST_DTYPE)
+
+
+def planned(images, store, known, stored):
+    """The plan from digests by key, and keys in the store by digest."""
+    found = compare(images, store.snapshot())
+    pending = pending_images(images, found)
+    digests = digests_of(images, known)[pending]
+    is_known = np.array([each.ljust(16, b"\0") in stored for each in digests.tolist()])
+    keys = np.array([stored.get(each.ljust(16, b"\0"), 0) for each in digests.tolist()], np.int64)
+    return split(images, found, pending, digests, is_known, keys)
 
 
 def digest(number):
@@ -29,8 +50,12 @@ def digest(number):
     return bytes([number % 251 + 1] * 8) + bytes(8) if number % 3 == 0 else number.to_bytes(16, "big")
 
 
-def keys(parts):
-    return [[ref.key for ref in part.refs] for part in parts]
+def keys(images, parts):
+    return [[ref.key for ref in images.refs(part.index_K)] for part in parts]
+
+
+def parts_of(images, part_size, known=None):
+    return make_parts(images, np.arange(len(images)), digests_of(images, known or {}), part_size)
 
 
 @pytest.fixture
@@ -57,13 +82,13 @@ def store(tmp_path):
 
 
 def test_a_listing_beside_a_store(store):
-    images = [ref(4, tag="newer"), ref(1), ref(99), ref(3), ref(5), ref(2, tag="")]
+    images = table(ref(4, tag="newer"), ref(1), ref(99), ref(3), ref(5), ref(2, tag=""))
     found = compare(images, store.snapshot())
     assert found.num_stored == 9
     assert found.is_stored_N.tolist() == [True, True, False, True, False, True]
     assert found.is_same_tag_N.tolist() == [True, True, False, False, False, False]
     assert found.gone_keys.tolist() == [6, 7, 8, 9, 10]
-    assert [image.key for image in pending_images(images, found)] == [99, 3, 5, 2]
+    assert images.keys()[pending_images(images, found)].tolist() == [99, 3, 5, 2]
     assert [found.digest_N[place].ljust(16, b"\0") for place in (0, 1, 3, 5)] == [digest(key) for key in (4, 1, 3, 2)]
 
 
@@ -73,7 +98,7 @@ def test_many_images_beside_a_store_as_a_dict_would_have_it(tmp_path, store):
         [f"{number}.jpg" for number in numbers], np.ones((300, 2), np.float32), keys=numbers, source_tags=["tag"] * 300
     )
     stored = {*store.put(rows).keys().tolist()}
-    images = [ref(number, tag="tag" if number % 2 else "other") for number in range(200, 600)]
+    images = table(*(ref(number, tag="tag" if number % 2 else "other") for number in range(200, 600)))
     found = compare(images, store.snapshot())
     assert found.is_stored_N.tolist() == [image.key in stored for image in images]
     assert found.is_same_tag_N.tolist() == [image.key in stored and image.key % 2 == 1 for image in images]
@@ -82,79 +107,113 @@ def test_many_images_beside_a_store_as_a_dict_would_have_it(tmp_path, store):
 
 def test_an_empty_store_has_nothing(tmp_path, store):
     empty = FeatureStore.create(tmp_path / "empty", store.info)
-    found = compare([ref(1)], empty.snapshot())
+    found = compare(table(ref(1)), empty.snapshot())
     assert (found.num_stored, found.is_stored_N.any(), len(found.gone_keys)) == (0, False, 0)
 
 
 def test_another_image_under_a_key_is_refused(store):
     with pytest.raises(KeyCollisionError, match=r"key 1 is '1.jpg' in the store and 'other.jpg'"):
-        compare([ref(2), ref(1)._replace(uri="other.jpg")], store.snapshot())
+        compare(table(ref(2), ref(1)._replace(uri="other.jpg")), store.snapshot())
+
+
+def found_digests(store, asked):
+    is_found, keys = find_digests(store.snapshot(), np.array(asked, DIGEST_DTYPE))
+    return {each: int(key) for each, is_here, key in zip(asked, is_found, keys, strict=True) if is_here}
 
 
 def test_digests_are_found_under_their_smallest_key(store):
-    asked = [digest(9), digest(2), b"", digest(77), digest(5)]
-    assert find_digests(store.snapshot(), asked) == {digest(9): 9, digest(2): 2}
+    asked = [digest(9), digest(2), b"", digest(77), digest(5), digest(9)]
+    assert found_digests(store, asked) == {digest(9): 9, digest(2): 2}
     store.put(FeatureRows.of(["copy"], np.ones((1, 2), np.float32), keys=[-7], content_digests=[digest(9)]))
-    assert find_digests(store.snapshot(), asked)[digest(9)] == -7
-    assert find_digests(store.snapshot(), [b""]) == {}
+    store.put(FeatureRows.of(["no digest"], np.ones((1, 2), np.float32), keys=[-8]))
+    assert found_digests(store, asked)[digest(9)] == -7
+    assert b"" not in found_digests(store, asked) and found_digests(store, [b""]) == {}
+    assert found_digests(FeatureStore.create(f"{store.url}-empty", store.info), asked) == {}
 
 
 def test_each_image_goes_one_way(store):
-    images = [ref(1), ref(2, tag="touched"), ref(3, tag="changed"), ref(4, tag="unread"), ref(20), ref(21), ref(22)]
-    digests = {2: digest(2), 3: digest(33), 4: b"", 20: digest(9), 21: digest(21)}
-    made = split(images, compare(images, store.snapshot()), digests, {digest(9): 9})
+    changes = [ref(2, tag="touched"), ref(3, tag="changed"), ref(4, tag="unread")]
+    images = table(ref(1), *changes, ref(20), ref(21), ref(22))
+    known = {2: digest(2), 3: digest(33), 4: b"", 20: digest(9), 21: digest(21)}
+    made = planned(images, store, known, {digest(9): 9})
     assert made.num_unchanged == 1
-    assert made.touched == (ImageCopy(images[1], 2),)
-    assert made.duplicates == (ImageCopy(images[4], 9),)
-    assert [image.key for image in made.compute] == [3, 4, 21, 22]
-    assert made.stored_keys == {3, 4}
+    assert made.num_touched == 1
+    assert made.copies.of(images) == [ImageCopy(images[1], 2), ImageCopy(images[4], 9)]
+    assert images.keys()[made.compute_C].tolist() == [3, 4, 21, 22]
+    assert made.digest_C.tolist() == [each.rstrip(b"\0") for each in (digest(33), b"", digest(21), b"")]
+    assert made.stored_keys.tolist() == [3, 4]
 
 
 def test_an_image_without_a_tag_is_unchanged_when_its_bytes_are(store):
     store.put(FeatureRows.of(["50.jpg"], np.ones((1, 2), np.float32), keys=[50], content_digests=[digest(50)]))
-    images = [ref(50, tag="")]
-    found = compare(images, store.snapshot())
-    assert pending_images(images, found) == images
-    assert split(images, found, {50: digest(50)}, {digest(50): 50}).num_unchanged == 1
-    assert split(images, found, {50: digest(51)}, {}).compute == tuple(images)
+    images = table(ref(50, tag=""))
+    assert pending_images(images, compare(images, store.snapshot())).tolist() == [0]
+    assert planned(images, store, {50: digest(50)}, {digest(50): 50}).num_unchanged == 1
+    assert planned(images, store, {50: digest(51)}, {}).compute_C.tolist() == [0]
 
 
 def test_an_image_whose_file_could_not_be_looked_at_is_unchanged_when_its_bytes_are(store):
-    images = [ref(1, tag=""), ref(2, tag="")]
-    made = split(images, compare(images, store.snapshot()), {1: digest(1), 2: digest(33)}, {digest(1): 1})
-    assert (made.num_unchanged, made.touched, made.compute) == (1, (), (images[1],))
+    images = table(ref(1, tag=""), ref(2, tag=""))
+    made = planned(images, store, {1: digest(1), 2: digest(33)}, {digest(1): 1})
+    assert (made.num_unchanged, made.num_touched, made.copies.of(images)) == (1, 0, [])
+    assert made.compute_C.tolist() == [1]
 
 
 def test_equal_images_stand_in_one_part():
-    refs = [ref(key) for key in range(7)]
-    digests = {1: b"same", 6: b"same", 2: b"two", 3: b"two"}
-    parts = make_parts(refs, lambda ref: digests.get(ref.key, b""), 2)
-    assert keys(parts) == [[0, 1, 6], [2, 3], [4, 5]]
+    images = table(*(ref(key) for key in range(8)))
+    near = digest(1)[:8] + b"other   "  # begins as the digest of 1 and 6
+    known = {1: digest(1), 6: digest(1), 2: digest(3), 3: digest(3), 4: near}
+    assert keys(images, parts_of(images, 2, known)) == [[0, 1, 6], [2, 3], [4, 5], [7]]
+
+
+def test_parts_are_as_groups_by_a_dict_would_have_them(monkeypatch):
+    monkeypatch.setattr(plan, "MAX_GROUP_PARTS", 2)
+    draw = np.random.default_rng(0)
+    for count, num_digests, part_size in ((0, 1, 4), (1, 1, 4), (300, 40, 1), (300, 7, 4), (300, 300, 16), (50, 1, 3)):
+        images = table(*(ref(key) for key in range(count)))
+        known = {key: digest(int(draw.integers(num_digests))) for key in range(count) if draw.random() < 0.7}
+        groups = {}
+        for key in range(count):
+            groups.setdefault(known.get(key, key), []).append(key)
+        most = 2 * part_size
+        expected = [[]]
+        for chunk in (group[at : at + most] for group in groups.values() for at in range(0, len(group), most)):
+            expected += [[]] if len(expected[-1]) >= part_size else []
+            expected[-1] += chunk
+        assert keys(images, parts_of(images, part_size, known)) == [part for part in expected if part]
 
 
 def test_too_many_equal_images_are_split(monkeypatch):
     monkeypatch.setattr(plan, "MAX_GROUP_PARTS", 2)
-    parts = make_parts([ref(key) for key in range(10)], lambda ref: b"same", 2)
-    assert keys(parts) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    images = table(*(ref(key) for key in range(10)))
+    parts = parts_of(images, 2, dict.fromkeys(range(10), digest(1)))
+    assert keys(images, parts) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def test_the_name_of_a_part_changes_with_its_images():
-    names = [make_parts(refs, lambda ref: b"", 9)[0].name for refs in ([ref(1)], [ref(1), ref(2)], [ref(1, tag="new")])]
+    names = [parts_of(table(*refs), 9)[0].name for refs in ([ref(1)], [ref(1), ref(2)], [ref(1, tag="new")])]
     assert len(set(names)) == 3
-    assert names[0] == make_parts([ref(1)], lambda ref: b"", 9)[0].name
+    assert (
+        names[1] == run_id_of([(1, "tag"), (2, "tag")]) == "54e5273c1bd19ad178087255d185cecd"
+    )  # as in earlier versions, whose runs continue
 
 
 def test_copies_of_neighbours_stand_in_one_part():
-    copies = [ImageCopy(ref(key), key % 3) for key in range(6)]
-    parts = make_copy_parts(copies, 2, "copies")
-    assert sorted([copy.source_key for copy in part.copies] for part in parts) == [[0, 0], [1, 1], [2, 2]]
+    images = table(*(ref(key) for key in range(6)))
+    copies = ImageCopies(np.arange(6), np.arange(6) % 3)
+    parts = make_copy_parts(images, copies, 2, "copies")
+    assert sorted(part.copies.source_key_K.tolist() for part in parts) == [[0, 0], [1, 1], [2, 2]]
     assert len({part.name for part in parts}) == 3
-    assert make_copy_parts(copies[::-1], 6, "copies") != make_copy_parts(copies[:5], 6, "copies")
+    assert all(image.source_key == image.ref.key % 3 for part in parts for image in part.copies.of(images))
+    one = next(part for part in parts if 0 in part.copies.source_key_K)
+    assert one.name == f"copies-{run_id_of([(0, 'tag', 0), (3, 'tag', 0)])}"
+    backward = ImageCopies(np.arange(6)[::-1], (np.arange(6) % 3)[::-1])
+    names = [make_copy_parts(images, each, 6, "copies")[0].name for each in (backward, copies)]
+    assert names[0] != names[1]
 
 
 def test_only_images_of_equal_or_unknown_size_may_be_equal():
-    refs = [ref(1, 10), ref(2, 20), ref(3, 10), ref(4, -1)]
-    assert [candidate.key for candidate in equal_candidates(refs)] == [1, 3, 4]
+    assert equal_candidates(np.array([10, 20, 10, -1])).tolist() == [True, False, True, True]
 
 
 def test_the_run_id_is_of_the_inputs():

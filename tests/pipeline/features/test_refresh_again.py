@@ -1,8 +1,10 @@
 """A refresh after trouble: a broken decoder, lost power at any write, a repair."""
 
+import json
 import shutil
 
 import pytest
+import xxhash
 
 from featurestore.errors import StorageError
 from featurestore.storage.storage import Storage
@@ -10,7 +12,8 @@ from featurestore.store import FeatureStore
 from featurestore.upkeep.repair import repair
 from featurestore.upkeep.verify import verify
 from pipeline.errors import BadImageError, StoreRunError
-from pipeline.images.source import read_image
+from pipeline.features.staged_run import ImageRun
+from pipeline.images.source import list_images, read_image
 from tests.pipeline.features.conftest import change_everything, counts, files_of, num_staged, quarantine, rows_of, touch
 
 pytestmark = pytest.mark.filterwarnings("ignore:weights random")
@@ -61,6 +64,48 @@ def test_a_run_that_goes_on_tries_images_that_could_not_be_read_again(
     assert counts(run(folder, part_size=part_size)) == (0, 3, 0, 1, 0, 0, 1, 0)
     assert sum(computed) - done == 3  # each once
     assert len(rows_of(tmp_path / "features")) == 4
+
+
+@pytest.mark.parametrize(("change", "num_resumed"), [("none", 4), ("written", 2), ("gone", 2), ("all", 0)])
+def test_a_run_that_an_earlier_version_staged_is_continued(
+    change, num_resumed, make, run, write, monkeypatch, computed, tmp_path
+):
+    """Names of parts and their reports are as ever, and a part counts while each of its images is as it was."""
+    folder = write(a=1, b=2, c=3, d=4, e=5)
+    make(folder)
+    write(a=10, b=20, c=30, d=40)
+
+    def lost(self, *args, **kwargs):
+        raise StorageError("the power went out")
+
+    with monkeypatch.context() as trouble:
+        trouble.setattr(FeatureStore, "commit", lost)
+        with pytest.raises(StorageError, match="the power went out"):
+            run(folder, part_size=2)
+    images = [[ref.key, ref.source_tag] for ref in list_images(str(folder)).images][:4]
+    reports = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "features/staging").glob("*/*.json")}
+    assert reports == {
+        xxhash.xxh3_128_hexdigest(json.dumps([part]).encode()): {
+            "num_rows": 2, "num_computed": 2, "num_duplicates": 0, "bad": [], "images": part
+        }
+        for part in (images[:2], images[2:])
+    }  # fmt: skip
+
+    if change == "written":
+        write(a=11)
+        touch(folder / "a.jpg")
+    elif change == "gone":
+        (folder / "d.jpg").unlink()
+    elif change == "all":
+        for name in "abcd":
+            touch(folder / f"{name}.jpg")
+    done, reported, compute = sum(computed), [], ImageRun.compute
+    monkeypatch.setattr(ImageRun, "compute", lambda *args: reported.append(compute(*args)) or reported[-1])
+    summary = run(folder, part_size=2)
+    assert {report.images for report in reported[0]} == {()}, "names of all images would stay in memory"
+    assert (summary.num_resumed, summary.num_unchanged) == (num_resumed, 1)
+    assert (summary.num_changed, summary.num_gone) == ((3, 1) if change == "gone" else (4, 0))
+    assert sum(computed) - done == summary.num_changed - num_resumed
 
 
 @pytest.fixture

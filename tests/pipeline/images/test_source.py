@@ -43,7 +43,8 @@ def test_keys_do_not_depend_on_how_the_folder_is_written(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     expected = list_images(str(folder))
     for address in ("images", "images/", "./images", f"file://{folder}"):
-        assert list_images(address) == expected
+        listing = list_images(address)
+        assert ([*listing.images], listing.num_ignored) == ([*expected.images], expected.num_ignored)
 
 
 def test_the_tag_changes_with_the_file(folder):
@@ -135,7 +136,7 @@ def test_a_table_with_keys_and_whole_addresses(folder):
 
 def test_a_table_of_uris_alone_has_the_keys_of_the_folder(folder):
     listing = list_images(write_csv(folder, "uri\na/1.jpeg\na/z.PNG\nb.jpg\n"))
-    assert listing.images == list_images(str(folder)).images
+    assert [*listing.images] == [*list_images(str(folder)).images]
 
 
 def test_repeated_rows_count_once_and_two_uris_of_a_key_are_refused(folder):
@@ -212,6 +213,22 @@ def test_s3(s3_endpoint):
         read_image("s3://photos/in/none.jpg")
     with pytest.raises(SourceError, match="there is no folder"):
         list_images("s3://photos/out")
+
+
+def test_s3_gives_more_than_one_page(s3_endpoint):
+    fs = fsspec.filesystem("s3", use_listings_cache=False)
+    fs.call_s3("create_bucket", Bucket="pages")
+    fs.pipe({f"pages/in/{number % 7}/{number}.jpg": b"%d" % number for number in range(1030)})
+    fs.pipe({"pages/in//twice.jpg": b"two slashes", "pages/in/s3:/x.jpg": b"no address", "pages/inside.jpg": b""})
+    for address, folder in (("s3://pages/in/", "pages/in/"), ("s3://pages", "pages/")):
+        listing, found = list_images(address), fs.find(folder, detail=True)
+        uris = {path.removeprefix(folder).lstrip("/"): path for path in found}
+        assert [ref.uri for ref in listing.images] == sorted(uris) and listing.num_ignored == 0
+        for ref in listing.images:
+            entry = found[uris[ref.uri]]
+            assert (ref.location, ref.size_bytes) == (f"s3://{entry['name']}", entry["size"])
+            assert ref.source_tag == entry["ETag"].strip('"')
+    assert len(listing.images) == 1033
 
 
 @pytest.fixture
