@@ -121,4 +121,5 @@ class Snapshot:
 def missing_message(keys: Int64Array, where: str) -> str:
     """Format up to five of the missing keys, and how many there are."""
     shown = ", ".join(str(key) for key in keys[:5])
-    return f"{len(keys)} keys have no feature in {where}: {shown}{', …' if len(keys) > 5 else ''}"
+    have = "key has" if len(keys) == 1 else "keys have"
+    return f"{len(keys)} {have} no feature in {where}: {shown}{', …' if len(keys) > 5 else ''}"

@@ -1,5 +1,6 @@
 """Publish a trained run as the next version of a model that python -m serving answers requests with."""
 
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -115,9 +116,9 @@ def describe(exported: "Exported", out: str, in_use: bool, seconds: float) -> st
             *lines,
             f"time         {seconds:.1f} s",
             f"published    version {manifest.version} of {out}, {'in use' if in_use else 'not in use yet'}",
-            f"next         python -m serving {out}"
+            f"next         python -m serving {shlex.quote(out)}"
             if in_use
-            else f"next         python -m serving use {out} {manifest.version}",
+            else f"next         python -m serving use {shlex.quote(out)} {manifest.version}",
         ]
     )
 

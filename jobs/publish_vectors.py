@@ -115,6 +115,8 @@ def describe_change(change: "ScoreError | None") -> str:
     """Write what the job prints of scores."""
     if change is None:
         return "scores       not measured: the model was exported without a sample"
+    if change.num_scores and not change.worst:
+        return f"scores       none of {change.num_scores:,} moves: the model's sample has none of these images"
     return f"scores       {change.worst:.2g} of a logit at worst, {change.mean:.2g} on average of {change.num_scores:,}"
 
 

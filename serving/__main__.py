@@ -21,7 +21,8 @@ class ServingGroup(TyperGroup):
 app = CommandApp(
     cls=ServingGroup,
     help="Answer requests with a published model, and look at its versions.\n\n"
-    "A model in the place of a command is served: `python -m serving MODEL` is `python -m serving serve MODEL`.",
+    "A model in the place of a command is served: `python -m serving MODEL` is `python -m serving serve MODEL`. "
+    "Options come after it.",
     epilog="Examples:\n\n"
     "- `python -m serving data/models/ctr --port 8080`\n\n"
     "- `python -m serving log data/models/ctr`",

@@ -54,6 +54,7 @@ def serve(
 
     Prints its address when it answers. It offers newer snapshots as they are committed. SIGTERM ends it.
     """
+    from featurestore.console.certificates import problem_of_dates
     from featurestore.console.tokens import read_tokens
     from featurestore.flight.opened import OpenSnapshots
     from featurestore.flight.server import Listening
@@ -74,6 +75,8 @@ def serve(
         tls=read_tls(tls_cert, tls_key) if tls_cert and tls_key else None,
         tokens=read_tokens(token_file) if token_file else (),
     )
+    if tls_cert is not None and (problem := problem_of_dates(tls_cert)):
+        typer.echo(f"warning: {problem}", err=True)
     with progress_bar("shards") as progress:
         snapshots = OpenSnapshots(store, chosen, version=version, cache_dir=cache_dir, progress=progress)
     options = ServingOptions(max_calls=max_calls, poll_s=poll_s, stuck_s=stuck_s, drain_s=drain_s)

@@ -41,7 +41,7 @@ def sql(
 ) -> None:
     """Ask a store in SQL. Tables: images (the live rows, features as lists of numbers), quarantine, snapshots, shards.
 
-    Reads only the columns that the query needs. Needs DuckDB: pip install 'crossmedia[sql]'.
+    Reads only the columns that the query needs. Needs DuckDB: pip install duckdb.
     """
     from featurestore.sql.files import ENDINGS, write_rows
     from featurestore.sql.query import sql_reader

@@ -4,6 +4,7 @@ Letters of shapes: U keys asked, S shards, D feature width.
 """
 
 import os
+import ssl
 import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -236,7 +237,12 @@ def _keys(keys_U: npt.ArrayLike) -> Int64Array:
 
 
 def _read(ca: str | os.PathLike[str] | None) -> str | None:
+    if ca is None:
+        return None
     try:
-        return None if ca is None else Path(ca).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AccessError(f"cannot read the certificates ca={os.fspath(ca or '')}: {error}") from error
+        text = Path(ca).read_text()
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
+    except (OSError, ValueError) as error:  # what is no certificate is an SSLError, which is an OSError
+        reason = "it has no certificate in PEM" if isinstance(error, ssl.SSLError | ValueError) else str(error)
+        raise AccessError(f"cannot read the certificates ca={os.fspath(ca)}: {reason}") from error
+    return text

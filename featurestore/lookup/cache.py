@@ -91,7 +91,11 @@ class CacheSeal(BaseModel):
 
 def default_cache_dir() -> Path:
     """Return where cache files go unless a folder is named: crossmedia/features below the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crossmedia" / "features"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise StorageError("this user has no home folder, and no place for a cache: set XDG_CACHE_HOME") from None
+    return folder / "crossmedia" / "features"
 
 
 def is_cache_file(name: str) -> bool:

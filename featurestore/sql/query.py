@@ -67,7 +67,7 @@ def _duckdb() -> ModuleType:
     try:
         import duckdb
     except ImportError as error:
-        raise FeatureStoreError("SQL needs DuckDB, which is not installed: pip install 'crossmedia[sql]'") from error
+        raise FeatureStoreError("SQL needs DuckDB, which is not installed: pip install duckdb") from error
     return duckdb
 
 

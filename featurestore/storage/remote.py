@@ -197,9 +197,10 @@ def answer_code(error: BaseException) -> str | None:
 
 
 def _warn(state: RetryCallState) -> None:
-    """Say what is being waited for, once it takes long enough for a person to wonder."""
-    error = state.outcome.exception() if state.outcome is not None else None
-    if error is not None and (state.seconds_since_start or 0) > _WARN_AFTER_S:
+    """Say what is being waited for, once a call takes long enough for a person to wonder."""
+    error, statistics = state.outcome.exception() if state.outcome is not None else None, state.retry_object.statistics
+    if error is not None and (state.seconds_since_start or 0) > _WARN_AFTER_S and not statistics.get("told"):
+        statistics["told"] = True
         _log.warning("storage: %s; trying again for up to %.0f s", str(error) or type(error).__name__, PATIENCE_S)
 
 

@@ -130,6 +130,8 @@ def export_model(
     published = log.publish(storage, lambda version: draft.model_copy(update={"version": version}))
     if options.use:
         log.use(storage, published.version)
+    if report_of(saved.folder) is None:
+        notes.append(f"the run has not ended (it has no report.json): what is published is its {saved.path.name}")
     if no_sample:
         notes.append(f"no test samples are in the bundle, to measure changes of scores on: {no_sample}")
     return Exported(manifest=published, num_images=num_images, notes=notes)
@@ -177,7 +179,8 @@ def _metrics(saved: SavedRun) -> dict[str, Any]:
     if report is not None and report.get("global_step") == step:
         metrics: dict[str, Any] = report["metrics"]
         return metrics
-    return next((entry for entry in reversed(saved.state.history) if entry["step"] == step), {})
+    measured: dict[str, Any] = next((entry for entry in reversed(saved.state.history) if entry["step"] == step), {})
+    return {name: value for name, value in measured.items() if name != "step"}
 
 
 def _count_images(storage: Storage, draft: BundleManifest) -> dict[str, int]:

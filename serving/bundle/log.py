@@ -11,6 +11,7 @@ from featurestore.log import manifest_path, versions
 from featurestore.spec import Sealed, read_sealed, seal
 from featurestore.storage.storage import Storage
 from featurestore.store import INFO_PATH
+from serving.bundle import MODELS
 from serving.bundle.manifest import LOG, USE, BundleManifest, Choice
 from serving.errors import BrokenBundleError, BundleNotFoundError, ServingError
 
@@ -60,6 +61,11 @@ def read_version(storage: Storage, version: int | None = None) -> BundleManifest
     """Read the manifest of a version, by default of the one in use. Raises BundleNotFoundError, BrokenBundleError."""
     known = known_versions(storage)
     if not known:
+        if storage.list("checkpoints"):
+            raise BundleNotFoundError(
+                f"{storage.url} is a run, and no published model; publish it with: python jobs/export_model.py --run "
+                f"{storage.url} --out {MODELS}"
+            )
         raise BundleNotFoundError(
             f"{storage.url} has no published model; make one with: python jobs/export_model.py --run RUN --out "
             f"{storage.url}"

@@ -30,6 +30,9 @@ def check(
     url: Annotated[
         str | None, typer.Option(help="A running server to ask.", show_default="the model is scored in this process")
     ] = None,
+    ca: Annotated[
+        Path | None, typer.Option(help="Certificates to trust for --url, PEM.", show_default="those of the system")
+    ] = None,
     token_file: Annotated[Path | None, typer.Option(help="File whose first line is the token for the server.")] = None,
     run: Annotated[
         Path | None, typer.Option(help="Folder of the run.", show_default="where it was exported from")
@@ -47,7 +50,7 @@ def check(
     from serving.bundle.version import ModelVersion
     from serving.errors import ServingError
     from serving.scoring.check import compare
-    from serving.scoring.samples import RemoteScorer, in_process
+    from serving.scoring.samples import RemoteScorer, in_process, trusted
     from serving.scoring.scorer import Scorer
 
     opened = ModelVersion.open(model, version, verify=url is None)
@@ -56,7 +59,7 @@ def check(
             scorer = stack.enter_context(contextlib.closing(Scorer.open(model, opened.manifest.version)))
             score, answered = in_process(scorer), f"this process ({scorer.bundle.network.form} network)"
         else:
-            remote = RemoteScorer(url, read_tokens(token_file)[0] if token_file else None)
+            remote = RemoteScorer(url, read_tokens(token_file)[0] if token_file else None, trusted(ca) if ca else None)
             score, answered = remote.score, url
         found = compare(opened, score, run=run, samples=samples, impressions=impressions)
     if url is not None and remote.version != opened.manifest.version:

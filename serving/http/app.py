@@ -10,6 +10,7 @@ import gc
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -80,7 +81,8 @@ class Scoring:
             exception_handlers={HTTPException: self._no_route},
             lifespan=self._lifespan,
         )
-        return app if self.tokens is None else TokenGuard(app, self.tokens)
+        app.router.redirect_slashes = False  # behind a proxy the redirect would name an address without TLS
+        return app if self.tokens is None else TokenGuard(app, self.tokens, partial(self._count_other, 401))
 
     async def about(self, request: Request) -> Response:
         """Say what this is."""
@@ -181,6 +183,8 @@ class Scoring:
                 response = await endpoint(request)
             except Exception as error:
                 response = response_of(error)
+            if self.stopping:  # the client is to ask elsewhere, and not on a connection that is about to end
+                response.headers["Connection"] = "close"
             seconds = time.perf_counter() - start_s
             self.metrics.tell_answer(route, response.status_code, seconds)
             if 1000 * seconds >= self.settings.slow_ms:
@@ -192,10 +196,14 @@ class Scoring:
 
     async def _no_route(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        self.metrics.requests.labels("other", error.status_code).inc()
+        self._count_other(error.status_code)
         way_out = {404: "GET / lists the addresses", 405: f"it takes {(error.headers or {}).get('Allow', 'another')}"}
         message = f"{request.method} {request.url.path[:100]}: {error.detail}; {way_out.get(error.status_code, '')}"
         return error_response(error.status_code, message, error.headers)
+
+    def _count_other(self, code: int) -> None:
+        """Count an answer that no route gave."""
+        self.metrics.requests.labels("other", code).inc()
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:

@@ -70,13 +70,13 @@ class Metrics:
         )
         self.values = Counter("serving_values", "Values by field that were looked up", ["field"], registry=registry)
         self.unknown = Counter(
-            "serving_unknown", "IDs by field that no training sample had", ["field"], registry=registry
+            "serving_unknown", "IDs by field whose row no training sample had", ["field"], registry=registry
         )
         self.missing = Counter("serving_missing", "Images by field without a vector", ["field"], registry=registry)
         self.switches = Counter(
             "serving_switches", "Newer models by result: switched or refused", ["result"], registry=registry
         )
-        self._version = self._gauge("serving_model_version", "Version of the bundle that answers", [], "livemin")
+        self._version: Gauge | None = None  # a worker that has no model yet is to tell none, and not 0
         self._snapshot = self._gauge("serving_vectors_snapshot", "Snapshot of the vectors in use", ["store"], "livemin")
         self._age = self._gauge(
             "serving_vectors_age_seconds", "Seconds since the vectors in use were committed", ["store"], "livemax"
@@ -97,6 +97,8 @@ class Metrics:
 
     def tell_model(self, model: Model, switched: bool) -> None:
         """Record which model answers from now on, and whether another one did before."""
+        if self._version is None:
+            self._version = self._gauge("serving_model_version", "Version of the bundle that answers", [], "livemin")
         self._version.set(model.identity.version)
         for store, snapshot in model.identity.vectors.items():
             self._snapshot.labels(store).set(snapshot)

@@ -11,15 +11,14 @@ import hashlib
 import hmac
 import logging
 import ssl
-from datetime import UTC, datetime
+from collections.abc import Callable
 from pathlib import Path
 
-from cryptography import x509
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from featurestore.console.certificates import problem_of_dates
 from featurestore.console.tokens import read_tokens
 from featurestore.errors import TokenFileError
-from featurestore.log import utc_text
 from serving.errors import ServerSettingsError
 from serving.http.errors import error_response
 from serving.http.settings import ServerSettings
@@ -28,18 +27,18 @@ logger = logging.getLogger("serving")
 
 LOOPBACKS = ("127.0.0.1", "::1", "localhost")
 OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
-_WARN_DAYS = 14
 
 
 class TokenGuard:
     """ASGI middleware that answers 401 to requests without one of the tokens, except health checks."""
 
-    def __init__(self, app: ASGIApp, tokens: list[str]) -> None:
+    def __init__(self, app: ASGIApp, tokens: list[str], on_refusal: Callable[[], None]) -> None:
         """`tokens` may change later."""
-        self._app, self._tokens = app, tokens
+        self._app, self._tokens, self._on_refusal = app, tokens, on_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._allows(scope):
+            self._on_refusal()
             message = "no valid token: send the header Authorization: Bearer TOKEN, with a token of the server's file"
             response = error_response(401, message, {"WWW-Authenticate": "Bearer", "Connection": "close"})
             await response(scope, receive, send)
@@ -116,13 +115,18 @@ def check_files(settings: ServerSettings) -> None:
 
 def tls_context(cert: Path, key: Path | None) -> ssl.SSLContext:
     """Make the server's TLS context of a certificate chain and its key, both PEM. Raises ServerSettingsError."""
-    key = key or cert
+    key = cert if key is None else key
     for option, file in (("--tls-cert", cert), ("--tls-key", key)):
         try:
             file.read_bytes()
         except OSError as failure:
             raise ServerSettingsError(f"{option} {file}: {failure.strerror}; name a PEM file") from None
-    _certificate(cert)
+    try:
+        problem_of_dates(cert)
+    except ValueError:
+        raise ServerSettingsError(
+            f"--tls-cert {cert} has no certificate; give a PEM file, the server's certificate first"
+        ) from None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
@@ -132,10 +136,10 @@ def tls_context(cert: Path, key: Path | None) -> ssl.SSLContext:
     except (ssl.SSLError, OSError) as failure:
         reason = getattr(failure, "reason", None)
         if reason == "KEY_VALUES_MISMATCH":
-            problem = f"is not the key of --tls-cert {cert}; give those of one pair"
+            problem = f"is not the key of {cert}; give those of one pair"
         else:
-            problem = f"has no usable key ({reason}); give the certificate's, in PEM"
-        raise ServerSettingsError(f"--tls-key {key} {problem}") from None
+            problem = "has no usable key; give the certificate's, in PEM"
+        raise ServerSettingsError(f"{'--tls-cert' if key is cert else '--tls-key'} {key} {problem}") from None
     return context
 
 
@@ -156,23 +160,6 @@ def _no_password() -> str:
     raise _EncryptedKeyError
 
 
-def _certificate(file: Path) -> x509.Certificate:
-    try:
-        return x509.load_pem_x509_certificates(file.read_bytes())[0]
-    except ValueError:
-        raise ServerSettingsError(
-            f"--tls-cert {file} has no certificate; give a PEM file, the server's certificate first"
-        ) from None
-
-
 def _warn_of_dates(file: Path) -> None:
-    """Warn of a certificate that has expired, is not valid yet, or expires soon: clients that check will refuse it."""
-    certificate, now = _certificate(file), datetime.now(UTC)
-    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    refused = "clients that check certificates will refuse it"
-    if end < now:
-        logger.warning("%s expired at %s: %s", file, utc_text(end.timestamp()), refused)
-    elif begin > now:
-        logger.warning("%s is not valid before %s: %s", file, utc_text(begin.timestamp()), refused)
-    elif (days := (end - now).days) < _WARN_DAYS:
-        logger.warning("%s expires in %d days", file, days)
+    if problem := problem_of_dates(file):
+        logger.warning("%s", problem)

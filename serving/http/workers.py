@@ -46,7 +46,7 @@ KEEP_ALIVE_S = 75
 """Longer than the minute after which proxies close idle connections, so that the server is not the first."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _MAX_PAUSE_S = 30.0
-_TICKS_TO_REFRESH = 20
+_TICKS_TO_REFRESH, _TICKS_TO_STOP = 20, 5
 """Ten are a second."""
 
 
@@ -97,6 +97,7 @@ class DrainingServer(uvicorn.Server):
     ) -> None:
         super().__init__(config)
         self._scoring, self._credentials, self._failures = scoring, credentials, failures
+        self._ticks_left = _TICKS_TO_STOP
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -110,14 +111,21 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain; on a second signal end."""
-        if self.should_exit and self._scoring.on_ready is None:
+        if self._scoring.stopping and self._scoring.on_ready is None:
             os._exit(STOPPED)
-        self.should_exit = self._scoring.stopping = True
+        self._scoring.stopping = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Look for renewed certificates and tokens; stop also where the first model could not be loaded."""
+        """Look for renewed certificates and tokens; stop also where the first model could not be loaded.
+
+        After a signal a few ticks pass first, in which every answer closes its connection: a request that is on its way
+        while a connection is closed would be lost.
+        """
         if counter % _TICKS_TO_REFRESH == 0:
             self._credentials.refresh()
+        if self._scoring.stopping:
+            self._ticks_left -= 1
+            self.should_exit = self.should_exit or self._ticks_left <= 0
         return await super().on_tick(counter) or bool(self._failures)
 
 

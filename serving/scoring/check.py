@@ -64,7 +64,11 @@ def compare(
         if used.get(name, version) != version:
             notes.append(f"the run looks images of {name} up in snapshot {used[name]}; the vectors are of {version}")
     if manifest.id_dtype != "float32":
-        notes.append(f"the bundle's ID rows are {manifest.id_dtype}, the run's float32")
+        error = f"{manifest.id_error.worst:.2g}" if manifest.id_error else "more"
+        notes.append(
+            f"the bundle's ID rows are {manifest.id_dtype}, the run's float32: logits differ by {error} or so; set "
+            "--tolerance by that"
+        )
     apart_N = np.abs(online_N - offline_N)
     worst = int(apart_N.argmax())
     return Comparison(len(apart_N), float(apart_N[worst]), float(apart_N.mean()), _place(index, worst), tuple(notes))

@@ -1,10 +1,12 @@
 """Scores of sample files with a bundle: row group by row group, by a scorer in this process or one over HTTP."""
 
 import contextlib
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from featurestore.text.plain import one_line
-from serving.errors import ServingError
+from serving.errors import ServerSettingsError, ServingError
 from serving.scoring.scorer import Scorer
 from trainer.comm import SoloComm
 from trainer.evaluation.scores import Written, open_scores
@@ -76,6 +78,8 @@ class RemoteScorer:
 
     url: str
     token: str | None = None
+    context: ssl.SSLContext | None = None
+    """What the server's certificate is checked by; None: what the system trusts."""
     version: int | None = None
     """Of the model that answered last."""
 
@@ -93,13 +97,26 @@ class RemoteScorer:
         headers = {"Content-Type": _ARROW} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
         try:
             request = urllib.request.Request(f"{self.url.rstrip('/')}/v1/score", body, headers)
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=self.context) as response:
                 answer: bytes = response.read()
                 return answer
         except urllib.error.HTTPError as failure:
             said = failure.read(2_000).decode(errors="replace")
             raise ServingError(f"{self.url} answers {failure.code}: {one_line(said)}") from None
         except (OSError, ValueError) as failure:
+            if isinstance(why := getattr(failure, "reason", None), ssl.SSLCertVerificationError):
+                raise ServingError(
+                    f"{self.url}: its certificate is refused, {why.verify_message}; name those to trust by --ca"
+                ) from None
             raise ServingError(
                 f"{self.url} does not answer: {one_line(failure)}; is that the server's --url?"
             ) from None
+
+
+def trusted(file: Path) -> ssl.SSLContext:
+    """Trust the certificates in a PEM file. Raises ServerSettingsError."""
+    try:
+        return ssl.create_default_context(cafile=file)
+    except OSError as failure:  # of TLS too
+        why = "it has no certificate in PEM" if isinstance(failure, ssl.SSLError) else failure.strerror
+        raise ServerSettingsError(f"--ca {file}: {why}") from None

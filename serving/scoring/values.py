@@ -180,4 +180,7 @@ def _is_real(kind: type) -> bool:
 
 def _first(values: Sequence[Any], is_right: Callable[[Any], bool], wanted: str) -> UnusableValueError:
     place = next(place for place, value in enumerate(values) if not is_right(value))
-    return UnusableValueError(place, f"{shown(values[place])}, and has to be {wanted}")
+    value = values[place]
+    is_large = type(value) is float and abs(value) >= 1 << 63  # as JSON's parser has larger whole numbers
+    way_out = "; send a number beyond 64 bits as a text if it is a name" if is_large and "text" in wanted else ""
+    return UnusableValueError(place, f"{shown(value)}, and has to be {wanted}{way_out}")

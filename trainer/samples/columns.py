@@ -377,7 +377,7 @@ def _refuse_nulls(array: Any, name: str, offsets: Sequence[Index], where: _Where
         what = "is null" if not offsets else "has a null in its list"
         raise DataError(
             f"{where.row_of_value(first, offsets)}: column {name} {what}; "
-            + (way_out or "write an empty list, or leave the row out")
+            + (way_out or ("write an empty list, or leave the row out" if offsets else "leave the row out"))
         )
 
 

@@ -72,6 +72,8 @@ class LiveModel:
                 logger.warning("cannot look for a newer model, and will try again: %s", error)
             self._poll_failed = True
             return
+        if self._poll_failed:
+            logger.info("can look for newer models again")
         self._poll_failed = False
         self.metrics.tell_age(self.model)
         if identity == self.model.identity:

@@ -89,7 +89,7 @@ def test_verify_names_the_broken_file_and_exits_1(filled: FeatureStore) -> None:
     [
         (["info", "{nothing}"], 2, "no store at"),
         (["verify", "{nothing}"], 2, "no store at"),
-        (["get", "{store}", "5"], 1, "1 keys have no feature"),
+        (["get", "{store}", "5"], 1, "1 key has no feature"),
         (["get", "{store}", "--version", "9", "5"], 2, "no snapshot 9; the newest is 1"),
         (["get", "{store}", "--uri", "images/0.jpg", "--out", "{nothing}/x.npy"], 1, "cannot write"),
         (["get", "{store}"], 2, "name a KEY or --uri"),

@@ -80,6 +80,10 @@ def test_tls(serve: Serve, filled: FeatureStore, tmp_path: Path) -> None:
         connect(f"grpc://localhost:{server.port}", timeout_s=5)
     with pytest.raises(AccessError, match="cannot read"):
         connect(server.address, ca=tmp_path / "nosuch.pem")
+    for text in ("", "no certificate"):
+        (tmp_path / "other.pem").write_text(text)
+        with pytest.raises(AccessError, match=r"other\.pem: it has no certificate in PEM"):
+            connect(server.address, ca=tmp_path / "other.pem")
 
 
 @pytest.mark.long

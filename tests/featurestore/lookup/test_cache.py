@@ -15,7 +15,7 @@ from featurestore import FeaturePartition, FeatureRows, FeatureStore, StoreInfo
 from featurestore.errors import CorruptFileError, StorageError
 from featurestore.format.buffers import FileMemory
 from featurestore.format.shard_reader import ShardReader
-from featurestore.lookup.cache import open_or_build, prune
+from featurestore.lookup.cache import default_cache_dir, open_or_build, prune
 
 DAY_S = 24 * 3600
 
@@ -367,3 +367,13 @@ def test_a_cache_that_may_only_be_read_is_used(
 
     monkeypatch.setattr("featurestore.lookup.cache.os.utime", refuse)
     FeaturePartition.load(store, cache_dir=cache).close()
+
+
+def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(StorageError, match=r"no home folder.*XDG_CACHE_HOME"):
+        default_cache_dir()

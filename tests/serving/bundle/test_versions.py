@@ -248,6 +248,21 @@ def test_a_damaged_version_is_in_the_way_of_no_other(url: str, made: Exported, t
     open_bundle(url, tmp_path).close()
 
 
+def test_a_run_that_has_not_ended_is_told(url: str, made: Exported, tmp_path: Path) -> None:
+    run = tmp_path / "half"
+    shutil.copytree(made.run, run)
+    (run / "report.json").unlink()
+    for each, told in ((made.run, False), (run, True)):
+        exported = export_model(url, ExportOptions(run=each), network=no_network, measure=no_scores)
+        assert any("the run has not ended" in note for note in exported.notes) == told
+        assert "auc" in exported.manifest.metrics and "step" not in exported.manifest.metrics
+
+
+def test_a_run_is_no_model(made: Exported) -> None:
+    with pytest.raises(BundleNotFoundError, match="is a run, and no published model; publish it with"):
+        log.read_version(Storage(made.run))
+
+
 def test_metrics_that_are_no_numbers_are_published_once(
     url: str, made: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,8 @@ def test_tls_with_a_token(tmp_path: Path, pair: Pair) -> None:
         with pytest.raises(httpx.TransportError):
             httpx.get(f"http://127.0.0.1:{server.port}/v2/health/live")
         assert server.client.get("/v2/health/live").status_code == 200
+        figures = server.client.get("/metrics", headers=headers).text
+        assert 'serving_requests_total{code="401",route="other"} 1.0' in figures
 
 
 @pytest.mark.services
@@ -77,6 +79,7 @@ def test_renewed_certificates_and_tokens_are_read_again(tmp_path: Path, pair: Pa
             assert len({post.status_code for post in posts}) == 1
             return posts[0].status_code
 
+        server.wait_for("loaded version 3", workers)  # each has read its files by then
         assert status("0123456789abcdef0123", pair.client) == 200
         (tmp_path / "other").mkdir()
         other = Pair(tmp_path / "other")
@@ -151,7 +154,7 @@ def test_wrong_files_of_a_certificate_are_one_line_each(tmp_path: Path, pair: Pa
         (pair.cert, empty, "has no usable key"),
         (pair.cert, pair.cert, "has no usable key"),
         (pair.cert, locked, "has a password"),
-        (pair.cert, None, "has no usable key"),
+        (pair.cert, None, f"--tls-cert {pair.cert} has no usable key"),
         (None, pair.key, "needs --tls-cert"),
     ):
         with pytest.raises(ServerSettingsError) as failure:

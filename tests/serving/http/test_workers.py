@@ -72,6 +72,18 @@ def test_sigterm_lets_running_requests_end(tmp_path: Path) -> None:
         assert "stopped" in server.log()
 
 
+def test_connections_are_closed_by_answers_before_the_server_ends(tmp_path: Path) -> None:
+    with fake_server(write_state(tmp_path, version=3), tmp_path) as server:
+        client = server.client
+        assert "connection" not in client.post("/v1/score", json=ONE).headers
+        os.kill(server.process.pid, signal.SIGTERM)
+        ready = client.get("/v2/health/ready")
+        for answer in (ready, client.post("/v1/score", json=ONE)):
+            assert answer.headers["connection"] == "close"
+        assert ready.status_code == 503
+        assert server.process.wait(20) == 0
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_second_signal_ends_at_once(tmp_path: Path, workers: int) -> None:
     state = write_state(tmp_path, version=3)
@@ -106,6 +118,7 @@ def test_two_workers_share_a_port_and_one_that_is_killed_comes_back(tmp_path: Pa
             os.kill(first.pid, signal.SIGKILL)
             server.wait_for("starting another")
             count = len(load.answers)
+            assert "serving_model_version 3.0" in server.client.get("/metrics").text  # and not 0 of the new one
             server.wait_for("loaded version 3", 3)
             assert len(load.answers) > count  # the other one answered meanwhile
             assert second.is_running()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import trustme
 from typer.testing import CliRunner, Result
 
 from featurestore import FeatureStore
@@ -95,3 +96,20 @@ def test_a_server_equals_the_run(model: Exported, tmp_path: Path) -> None:
         assert found.exit_code == 0 and f"answers by {server.url}" in found.stdout, found.output
     gone = check(model.url, "--url", server.url)
     assert gone.exit_code == 1 and "does not answer" in gone.stderr
+
+
+@pytest.mark.services
+def test_a_server_is_known_by_its_certificate(model: Exported, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    pem, ca = tmp_path / "tls.pem", tmp_path / "ca.pem"
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(pem)
+    authority.cert_pem.write_to_path(ca)
+    command = [sys.executable, "-m", "serving", model.url, "--port", "0", "--tls-cert", str(pem)]
+    with ended(ServerProcess(command, tmp_path, verify=False)) as server:
+        server.wait_until_ready()
+        known = check(model.url, "--url", server.url, "--ca", ca)
+        assert known.exit_code == 0, known.output
+        unknown = check(model.url, "--url", server.url)
+        assert unknown.exit_code == 1 and "its certificate is refused" in unknown.stderr
+    wrong = check(model.url, "--url", server.url, "--ca", model.run / "report.json")
+    assert wrong.exit_code == 2 and "it has no certificate" in " ".join(wrong.stderr.split())

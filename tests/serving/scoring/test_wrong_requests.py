@@ -63,6 +63,7 @@ def request(**changes: Any) -> Request:
     ("changes", "message"),
     [
         ({"candidates__ad_item": [5, 1.5]}, "candidates.ad_item[1] is 1.5, and has to be a whole number or a text"),
+        ({"candidates__ad_item": [5, 2.0**70]}, "a whole number or a text; send a number beyond 64 bits as a text"),
         ({"candidates__ad_item": [5, True]}, "candidates.ad_item[1] is true, and has to be a whole number or a text"),
         ({"candidates__ad_item": [None, 5]}, "candidates.ad_item[0] is null, and has to be"),
         ({"candidates__ad_item": [2**63, 5]}, "candidates.ad_item[0] is 9223372036854775808, beyond 64 bits"),
