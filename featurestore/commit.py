@@ -1,7 +1,5 @@
 """A commit: files that are added to a store, and those that they replace, onto whichever snapshot is the newest."""
 
-import os
-import platform
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -87,7 +85,7 @@ class Commit:
             version=parent.version + 1,
             parent=parent.commit_id or None,
             commit_id=self.commit_id,
-            writer=writer_name(),
+            writer=log.writer_name(),
             time_s=max(time.time(), parent.time_s),  # never backwards, whatever the clocks of the writers say
             operation=self.operation,
             num_quarantined=self.num_quarantined,
@@ -117,11 +115,6 @@ def live_uris(table: pa.Table) -> tuple[Int64Array, list[str]]:
     """Return key and uri of each row that is no tombstone."""
     live = table.select([KEY, URI]).filter(pa.array(~numpy_column(table, DELETED)))
     return numpy_column(live, KEY), text_column(live, URI)
-
-
-def writer_name() -> str:
-    """Return host and process, for people."""
-    return f"{platform.node()}:{os.getpid()}"
 
 
 def _files_after(

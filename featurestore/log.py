@@ -4,6 +4,8 @@
 by that a writer that was away for a while, and created a version that once was another's, finds out (`_counts`).
 """
 
+import os
+import platform
 import random
 import re
 import time
@@ -35,6 +37,11 @@ EMPTY = Manifest(
     file_bytes=0,
     shards={},
 )
+
+
+def writer_name() -> str:
+    """Return host and process, for people."""
+    return f"{platform.node()}:{os.getpid()}"
 
 
 def manifest_path(version: int, folder: str = LOG) -> str:

@@ -8,9 +8,8 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from featurestore.commit import writer_name
 from featurestore.errors import CommitConflictError
-from featurestore.log import manifest_path, versions
+from featurestore.log import manifest_path, versions, writer_name
 from featurestore.published.files import FILES, VERSIONS, PublishedFile, PublishedVersion, read_version
 from featurestore.spec import seal
 from featurestore.storage.storage import Storage

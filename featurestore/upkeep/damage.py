@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Collection
 
 from featurestore import log
-from featurestore.commit import writer_name
 from featurestore.errors import CorruptFileError
 from featurestore.format.datafile import info_in, read_verified
 from featurestore.spec import MAX_VERSION, Manifest, Sealed, StoreInfo, StorePath, create_sealed, read_sealed, seal
@@ -115,7 +114,7 @@ def recommit(storage: Storage, good: Manifest, version: int, operation: str, dry
                 "version": version,
                 "parent": good.commit_id,
                 "commit_id": uuid.uuid4().hex,
-                "writer": writer_name(),
+                "writer": log.writer_name(),
                 "time_s": max(time.time(), good.time_s),
                 "operation": operation,
             }

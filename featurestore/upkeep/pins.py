@@ -7,7 +7,6 @@ from typing import Annotated
 from pydantic import Field
 
 from featurestore import log
-from featurestore.commit import writer_name
 from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError
 from featurestore.spec import LAST_SECOND, Sealed, Version, create_sealed, read_sealed
 from featurestore.storage.storage import Storage
@@ -42,7 +41,7 @@ def pin(store: FeatureStore, name: str, version: int | None = None) -> Pin:
     wanted = store.snapshot(version).version
     if wanted == 0:
         raise SnapshotNotFoundError(f"{store.url} has no commit that could be pinned; 0 is the empty store")
-    mine = Pin(name=name, version=wanted, writer=writer_name(), time_s=time.time())
+    mine = Pin(name=name, version=wanted, writer=log.writer_name(), time_s=time.time())
     kept = create_sealed(storage, path, mine)
     if kept.version != wanted:
         raise PinError(f"{name!r} keeps snapshot {kept.version} already: unpin it first, or take another name")

@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 from safetensors.torch import save
 
-from featurestore.commit import writer_name
 from featurestore.errors import StoreNotFoundError
+from featurestore.log import writer_name
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress

@@ -5,9 +5,8 @@ import uuid
 from collections.abc import Callable
 from typing import TypeVar
 
-from featurestore.commit import writer_name
 from featurestore.errors import CorruptFileError
-from featurestore.log import manifest_path, versions
+from featurestore.log import manifest_path, versions, writer_name
 from featurestore.spec import Sealed, read_sealed, seal
 from featurestore.storage.storage import Storage
 from featurestore.store import INFO_PATH
