@@ -98,17 +98,19 @@ def compare(folder: Path, days: int, rounds: int, client: "Client") -> dict[str,
     before = replace(options, logs=str(earlier), samples=str(folder / "before"))
     build_samples(before, client)  # warms the workers up, too
     last_day = str(np.datetime64(_FIRST + days - 1, "D"))
-    all_s, day_s = [], []
+    all_s, day_s, all_cpu_s, day_cpu_s = [], [], [], []
     for _ in range(rounds):
-        start_s = time.perf_counter()
+        start_s, start_cpu_s = time.perf_counter(), _cpu_s(client)
         build_samples(options, client)
         all_s.append(time.perf_counter() - start_s)
+        all_cpu_s.append(_cpu_s(client) - start_cpu_s)
 
         shutil.rmtree(folder / "added", ignore_errors=True)
         shutil.copytree(before.samples, folder / "added")
-        start_s = time.perf_counter()
+        start_s, start_cpu_s = time.perf_counter(), _cpu_s(client)
         made = add_days(SampleOptions(logs=options.logs, samples=str(folder / "added"), days=last_day), client)
         day_s.append(time.perf_counter() - start_s)
+        day_cpu_s.append(_cpu_s(client) - start_cpu_s)
         for file in (folder / "all").glob("*/*.parquet"):
             if file.read_bytes() != (folder / "added" / file.relative_to(folder / "all")).read_bytes():
                 raise SampleError(f"{file} differs from the one that was added")
@@ -116,8 +118,17 @@ def compare(folder: Path, days: int, rounds: int, client: "Client") -> dict[str,
         "day_share": median(day_s) / median(all_s),
         "all_days_s": median(all_s),
         "day_s": median(day_s),
+        "day_cpu_share": median(day_cpu_s) / median(all_cpu_s),
+        "all_days_cpu_s": median(all_cpu_s),
+        "day_cpu_s": median(day_cpu_s),
         "days_written": len(made["days"]),
     }
+
+
+def _cpu_s(client: "Client") -> float:
+    """Sum the CPU seconds of this process and of the workers, which other work on the machine moves less."""
+    workers: dict[str, float] = client.run(time.process_time)
+    return time.process_time() + sum(workers.values())
 
 
 def without_last_day(logs: Path, days: int) -> Iterator[Path]:

@@ -28,7 +28,7 @@ from featurestore.errors import StorageError
 from featurestore.published import open_published
 from featurestore.storage.storage import Storage
 from featurestore.text.parsing import parse_json
-from pipeline.cluster.tasks import run_all
+from pipeline.cluster.tasks import num_threads, run_all
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
 from pipeline.samples.build import (
@@ -286,7 +286,13 @@ def _groups_of_others(
 ) -> list[GroupedBucket]:
     """Take the groups of users that are not among the EARLY_USERS from the samples of days that are made in part."""
     like, users, folder = made.grouped[0].path, str((scratch / EARLY_USERS).absolute()), str(scratch.absolute())
-    tasks = [(before, each, users, like, folder) for day in sorted(made.partial) for each in there[day]]
+    parts = num_threads(client)
+    tasks = [
+        (before, each, (part, parts), users, like, folder)
+        for day in sorted(made.partial)
+        for each in there[day]
+        for part in range(parts)
+    ]
     return run_all(client, "take over groups", take_groups, tasks, FEWER_ROWS)
 
 

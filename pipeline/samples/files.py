@@ -81,15 +81,20 @@ def group_bucket(
     )
 
 
-def take_groups(before: Storage, name: str, users_path: str, like: str, folder: str) -> GroupedBucket:
+def take_groups(
+    before: Storage, name: str, share: tuple[int, int], users_path: str, like: str, folder: str
+) -> GroupedBucket:
     """Write the groups of one file of samples to `folder` by hour, but those of the users in a .npy file.
 
-    `like`: a file of `group_bucket`, whose columns they have to have. Raises SampleError.
+    `share`: which of how many parts of its row groups. `like`: a file of `group_bucket`, whose columns they have to
+    have. Raises SampleError.
     """
+    part, parts = share
     schema = read_batch(like, 0).schema
     try:
-        with before.open_input(name) as opened:
-            table = pq.read_table(opened, page_checksum_verification=True)
+        with pq.ParquetFile(before.open_input(name), page_checksum_verification=True) as file:
+            count = file.num_row_groups
+            table = file.read_row_groups(list(range(part * count // parts, (part + 1) * count // parts)))
         table = table.replace_schema_metadata(None).select(schema.names).cast(schema)
     except (pa.ArrowException, KeyError, OSError, StorageError) as error:
         raise SampleError(
@@ -97,7 +102,7 @@ def take_groups(before: Storage, name: str, users_path: str, like: str, folder: 
             " anew"
         ) from error
     is_gone = pc.is_in(table.column("user"), value_set=pa.array(np.load(users_path)))
-    path = Path(folder, f"others-{Path(name).stem}.arrow")
+    path = Path(folder, f"others-{Path(name).stem}-{part}.arrow")
     batch_of_hour, groups_of_hour = _write_hours(path, table.filter(pc.invert(is_gone)))
     return GroupedBucket(str(path), batch_of_hour, groups_of_hour, 0, 0, 0, 0, 0, 0, 0, {})
 

@@ -43,10 +43,17 @@ def write_until(folder: Path, rng: random.Random, impressions: list[Row], behavi
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("test_days", [0, 2])
 def test_a_day_after_the_other_gives_the_bytes_of_a_rebuild(
-    options: SampleOptions, client: Client, tmp_path: Path, seed: int, test_days: int
+    options: SampleOptions,
+    client: Client,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+    test_days: int,
 ) -> None:
     """Sessions go on over midnights, some for days; at the end, late rows of one day."""
     rng = random.Random(seed)
+    monkeypatch.setattr("pipeline.samples.added.num_threads", lambda client: rng.choice([1, 3]))
+    monkeypatch.setattr("pipeline.samples.files.ROW_GROUP_SIZE", 2)  # so that a file has several
     impressions, behaviors = random_logs(rng)
     behaviors += [done(9 * DAY_S + 20_000, user=99, image=7)]
     for day in (12, 13, 14):  # a session that goes on for three days
@@ -159,7 +166,9 @@ class TestAddDays:
             reader.join()
         assert failures == [] and len(reads) > 100 and len(set(reads)) == 1
 
-    def test_nothing_is_missing(self, made: SampleOptions, client: Client) -> None:
+    def test_nothing_is_missing(self, made: SampleOptions, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Which the footers of the logs tell."""
+        monkeypatch.setattr("pipeline.samples.shuffle.read_piece", lambda *_: pytest.fail("a row was read"))
         before = all_bytes(made.samples)
         assert add_days(SampleOptions(samples=made.samples, since="2026-01-02"), client)["days"] == []
         assert all_bytes(made.samples) == before
