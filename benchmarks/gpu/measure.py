@@ -30,6 +30,7 @@ from trainer.samples.batch import Batch
 from trainer.samples.prefetch import ReadAhead, prepare_ahead
 
 _WARM_UP, _PROFILED = 3, 3
+_PLACE_BYTES = 8
 
 
 def check_device(device: str) -> None:
@@ -41,13 +42,20 @@ def check_device(device: str) -> None:
 
 
 def measure(workload: Workload, dims: int, device: str, steps: int, progress: Progress) -> Section:
-    """Train with the workload's features, and with compact ones of `dims` numbers in int8."""
+    """Train with the workload's features, and with compact ones of `dims` numbers in int8, which the device holds, or
+    which come from the host in each step."""
     compact = workload.folder / f"features-{dims}-int8"
     reduce(FeatureStore.open(workload.store), compact, dims, "int8")
     grid: dict[str, dict[str, Figure]] = {}
     name = ""
-    for kind, store in {"full": workload.store, "compact": compact}.items():
+    kinds = {
+        "full": (workload.store, "auto"),
+        "compact": (compact, "true"),
+        "compact_from_host": (compact, "false"),
+    }
+    for kind, (store, held) in kinds.items():
         settings = [*workload.settings(1), f"data.store={store}", f"run.device={device}", f"run.name={kind}"]
+        settings.append(f"run.features_on_device={held}")
         task = progress.add_task(f"train: {kind}", total=_WARM_UP + steps + _PROFILED)
         run = open_run(load_config(workload.config, settings), SoloComm())
         with closing(run):
@@ -93,17 +101,20 @@ def _figures(run: Run, steps: int, advance: partial[None]) -> dict[str, Figure]:
         "busy_share": share,
         **means,
         "bytes_per_step": total,
+        "features_on_device": all(service.holds_rows for service in run.engine.services.values()),
         "last_loss": loss,
     }
 
 
 def bytes_to_device(run: Run, prepared: PreparedBatch) -> dict[str, int]:
-    """Count the bytes that a step needs on the device and that the host has: rows of features as they are stored,
-    places of keys and rows, and the batch itself. On a CPU nothing is carried; the count is that of a GPU."""
+    """Count the bytes that a step needs on the device and that the host has: rows of features as they are stored, or
+    their places where the device holds all rows; places of keys and ID rows; the batch itself. On a CPU nothing is
+    carried: there it is what a GPU would get."""
     request, batch = prepared.request, prepared.batch
     served = request.served_S
-    row_bytes = run.partition.info.row_bytes if run.partition is not None else 0
-    features = sum(each.num_computed * row_bytes for each in served if isinstance(each, ContentRequest))
+    (service,) = run.engine.services.values()
+    num_images = sum(each.num_computed for each in served if isinstance(each, ContentRequest))
+    features = num_images * (_PLACE_BYTES if service.holds_rows else service.partition.info.row_bytes)
     places: list[Tensor] = [*request.index_of_field.values(), *request.lengths_of_field.values()]
     places += [rows for plan in request.plans for rows in (plan.reply_rows, plan.status_rows_P)]
     places += [each.rows_Q for each in served if isinstance(each, RowRequest)]

@@ -22,6 +22,7 @@ from featurestore.lookup.partition import FeaturePartition
 
 ComputeDType = Literal["bfloat16", "float32", "float64"]
 
+_HELD_BLOCK_ROWS = 65_536
 _BLOCK_ROWS = 1024  # they stay in the processor's cache while numbers are made of them
 
 
@@ -191,8 +192,8 @@ class StepMasks:
 class Gathered:
     """Features of Q keys, and which keys had none.
 
-    On a CPU they are `EmbeddingModel.numbers`; for a GPU they lie as in the store (int8: codes, in uint8), which is the
-    least to carry there.
+    On a CPU they are `EmbeddingModel.numbers`; on a GPU, and where the service holds all rows, they are as in the store
+    (int8: codes, in uint8), which is the least to carry.
     """
 
     features_QD: Tensor
@@ -201,6 +202,36 @@ class Gathered:
     keys_Q: NDArray[np.int64] | None = None
     """Whose features they are; None: not known here, and nothing of them is dropped."""
     _buffer: Tensor | None = field(default=None, repr=False)
+    copied: torch.cuda.Event | None = field(default=None, repr=False)
+    """What the GPU has to wait for before it reads them; None: nothing."""
+
+
+class HeldRows:
+    """All rows of a partition in a device's memory, as they are stored, so that a step carries there the places of its
+    keys alone, 8 bytes each. They do not follow a change of the partition: there is none while it is open."""
+
+    def __init__(self, partition: FeaturePartition, device: torch.device) -> None:
+        """Raises what torch raises where memory is short (`held_bytes`)."""
+        dtype = as_tensor(np.empty(0, partition.info.storage_dtype)).dtype
+        self._zeros = partition.num_rows
+        self._rows = torch.zeros(
+            partition.num_rows + 1, partition.dim, dtype=dtype, device=device
+        )  # the last: no image
+        start = 0
+        for block in partition.rows(_HELD_BLOCK_ROWS):
+            end = start + len(block)
+            self._rows[start:end].copy_(as_tensor(block.copy()))
+            start = end
+
+    def take(self, place_Q: NDArray[np.int64]) -> Tensor:
+        """Return the rows (Q, D) at these places; -1: a row of zeros."""
+        place_Q = np.where(place_Q < 0, self._zeros, place_Q)
+        return self._rows.index_select(0, on_device(place_Q, self._rows.device))
+
+
+def held_bytes(partition: FeaturePartition) -> int:
+    """Return the bytes that `HeldRows` take."""
+    return (partition.num_rows + 1) * partition.info.row_bytes
 
 
 class EmbeddingService(nn.Module):
@@ -225,6 +256,22 @@ class EmbeddingService(nn.Module):
         )
         self._stored_dtype = as_tensor(np.empty(0, partition.info.storage_dtype)).dtype
         self._free_buffers: list[Tensor] = []
+        self._held: HeldRows | None = None
+        self._copying: torch.cuda.Stream | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self._model(next(iter(self.models))).mean_D.device
+
+    @property
+    def holds_rows(self) -> bool:
+        """Whether the features themselves are on the device, too."""
+        return self._held is not None
+
+    def hold_rows(self) -> None:
+        """Copy all features of the partition to the networks' device, and gather them there from now on."""
+        self._held = HeldRows(self.partition, self.device)
 
     def width(self, name: str) -> int:
         """Return V of the network `name`."""
@@ -249,14 +296,32 @@ class EmbeddingService(nn.Module):
     def gather(self, keys_Q: NDArray[np.int64]) -> Gathered:
         """Look up the features of `keys_Q` in the order asked. Independent of all weights, so it may run ahead of them;
         but not of the standardisation. Raises MissingKeysError under policy error.
+
+        A GPU gets them meanwhile: out of its own memory, or by a copy beside its other work.
         """
+        if self._held is not None:
+            place_Q = self.partition.find(keys_Q)
+            missing_Q = place_Q < 0
+            return Gathered(self._held.take(place_Q), missing_Q if missing_Q.any() else None, keys_Q)
         buffer = self._take_buffer(len(keys_Q))
         features_QD = buffer[: len(keys_Q)]
         if features_QD.dtype == self._stored_dtype:
             missing_Q = self.partition.lookup(keys_Q, out=as_array(features_QD)).missing_U
         else:
             missing_Q = self._gather_numbers(keys_Q, features_QD)
-        return Gathered(features_QD, missing_Q if missing_Q.any() else None, keys_Q, buffer)
+        features_QD, copied = self._copied(features_QD)
+        return Gathered(features_QD, missing_Q if missing_Q.any() else None, keys_Q, buffer, copied)
+
+    def _copied(self, features_QD: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:
+        """Begin to copy rows to the GPU, in a stream of its own; return them there, and what says that they are. On a
+        CPU they are there."""
+        if self.device.type == "cpu":
+            return features_QD, None
+        if self._copying is None:
+            self._copying = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._copying):
+            on_gpu_QD = features_QD.to(self.device, non_blocking=True)
+            return on_gpu_QD, self._copying.record_event()
 
     def _gather_numbers(self, keys_Q: NDArray[np.int64], out_QD: Tensor) -> NDArray[np.bool_]:
         """Make numbers of the features once, ahead of the step, not in every pass; return which keys have none."""
@@ -273,7 +338,11 @@ class EmbeddingService(nn.Module):
         """Return visual vectors (Q, V) by the network `name`, with autograd attached."""
         model = self._model(name)
         device = model.mean_D.device
-        numbers_QD = model.numbers(gathered.features_QD.to(device, non_blocking=True))
+        if gathered.copied is not None:
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(gathered.copied)
+            gathered.features_QD.record_stream(stream)
+        numbers_QD = model.numbers(gathered.features_QD)
         masks = None
         if self.dropout is not None and self.training and gathered.keys_Q is not None:
             masks = StepMasks(self.dropout, name, gathered.keys_Q)

@@ -75,14 +75,14 @@ class FeaturePartition:
         self._index = HashIndex(shards, [shard.hash_M for shard in cached], self.info.num_shards)
         mapped = map_rows([shard.rows_path for shard in cached], counts, self.dim, self.info.storage_dtype)
         self._matrix = mapped.matrix
+        self._spans = [(first, first + count) for first, count in zip(mapped.first_rows, counts, strict=True)]
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64) if counts else np.empty(0, np.int64)
         self._gap_S = np.zeros(self.info.num_shards, np.int64)  # from the place of a hash to the row in the matrix
         self._gap_S[list(shards)] = np.asarray(mapped.first_rows) - starts
         size_bytes = self.num_rows * self.info.row_bytes
         self._touch_first = True
         if size_bytes <= _MEMORY_SHARE * physical_memory_bytes():
-            rows = [self._matrix[first:][:count] for first, count in zip(mapped.first_rows, counts, strict=True)]
-            list(self._pool.map(populate, rows))
+            list(self._pool.map(populate, [self._matrix[first:end] for first, end in self._spans]))
             self._touch_first = 2 * huge_page_bytes(self._matrix) < size_bytes
 
     @classmethod
@@ -199,6 +199,18 @@ class FeaturePartition:
             self._gather(row_U[block], missing_U[block], features_CD)
             yield Lookup(features_CD, missing_U[block])
 
+    def rows(self, block_rows: int) -> Iterator[npt.NDArray[Any]]:
+        """Yield all rows held, as they are stored, in the order of `places`; up to `block_rows` at a time."""
+        for first, end in self._spans:
+            for start in range(first, end, block_rows):
+                yield self._matrix[start : min(end, start + block_rows)]
+
+    def find(self, keys_U: npt.ArrayLike) -> Int64Array:
+        """Return what `places` does, for a caller that looks the rows up itself: keys without a feature are counted, or
+        raise MissingKeysError, as in `lookup`."""
+        place_U, missing_U, _ = self._noted(keys_U)
+        return np.where(missing_U, -1, place_U)
+
     def places(self, keys_U: npt.ArrayLike) -> Int64Array:
         """Return a number of its own for each key, in [0, num_rows), (U,); -1 for a key without a feature.
 
@@ -223,12 +235,17 @@ class FeaturePartition:
 
     def _rows_of(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
         """Return each key's row in the matrix, and whether there is none, (U,) each; counts or raises the missing."""
+        place_U, missing_U, shard_U = self._noted(keys_U)
+        return place_U + self._gap_S[shard_U], missing_U
+
+    def _noted(self, keys_U: npt.ArrayLike) -> tuple[Int64Array, npt.NDArray[np.bool_], Int64Array]:
+        """Do what `_find` does; count or raise the missing."""
         if self._closed:
             raise FeatureStoreError("the partition is closed")
-        place_U, missing_U, shard_U = self._find(keys_U)
-        if missing_U.any():
-            self._note_missing(np.asarray(keys_U), missing_U)
-        return place_U + self._gap_S[shard_U], missing_U
+        found = self._find(keys_U)
+        if found[1].any():
+            self._note_missing(np.asarray(keys_U), found[1])
+        return found
 
     def _gather(self, row_U: Int64Array, missing_U: npt.NDArray[np.bool_], out_UD: npt.NDArray[Any]) -> None:
         if self.num_rows == 0:

@@ -9,6 +9,8 @@ from typer.testing import CliRunner
 
 from benchmarks.gpu.__main__ import app
 
+NAMES = ("samples_per_s", "step_ms", "busy_share", "features_bytes", "places_bytes", "batch_bytes", "bytes_per_step")
+NAMES += ("last_loss",)
 TINY = ["--images", "200", "--dim", "16", "--dims", "4", "--samples-per-rank", "60", "--steps", "4"]
 
 
@@ -20,14 +22,19 @@ def test_both_kinds_of_features_on_the_cpu(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     figures = json.loads(out.read_text())
     assert figures["device"] == "cpu"
-    for kind in ("full", "compact"):
-        one = {name.removeprefix(f"{kind}_"): value for name, value in figures.items() if name.startswith(kind)}
+    kinds = ("compact_from_host", "compact", "full")
+    for kind in kinds:
+        one = {name: figures[f"{kind}_{name}"] for name in NAMES}
         assert one["samples_per_s"] == pytest.approx(60 / one["step_ms"] * 1e3, rel=0.05)
         assert one["busy_share"] > 0 and 0 < one["last_loss"] < 2
         assert one["bytes_per_step"] == one["features_bytes"] + one["places_bytes"] + one["batch_bytes"]
         assert one["batch_bytes"] == pytest.approx(60 * (4 + 8), rel=0.05)
-    assert figures["full_features_bytes"] == 8 * figures["compact_features_bytes"] > 0, "16 bfloat16, and 4 codes"
-    assert figures["full_places_bytes"] == figures["compact_places_bytes"] > 0
+    images = figures["compact_from_host_features_bytes"] / 4  # 4 codes each
+    assert figures["full_features_bytes"] == 32 * images > 0, "16 numbers in bfloat16"
+    assert figures["compact_features_bytes"] == 8 * images, "their places"
+    assert figures["compact_last_loss"] == figures["compact_from_host_last_loss"]
+    assert [figures[f"{kind}_features_on_device"] for kind in kinds] == [False, True, False]
+    assert len({figures[f"{kind}_places_bytes"] for kind in kinds}) == 1
 
 
 def test_no_gpu_is_one_line_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,6 +124,9 @@ class RunConfig(Section):
     """Replace a run of the same name; with a step or path in resume, what came after that checkpoint."""
     device: Device = "auto"
     """What to compute on; auto: cuda if every rank has a GPU and Horovod was built with NCCL."""
+    features_on_device: Literal["auto"] | bool = "auto"
+    """Whether a rank holds its features in the memory of its device; auto: on a GPU, where they take at most half of
+    what is free."""
     threads: Count | None = None
     """Threads of torch, for each rank; null: processor cores / ranks on this machine."""
     deadline_s: Annotated[float, Field(gt=0)] = 600

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featurestore.format.statistics import FeatureStatistics
-from featurestore.lookup.embedding import EmbeddingService, on_device
+from featurestore.lookup.embedding import EmbeddingService, held_bytes, on_device
 from featurestore.lookup.feature_dropout import EmbeddingDropout
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.lookup.signatures import Signatures
 from trainer.comm import Comm
 from trainer.config.options import ExchangeConfig, ModelConfig, OptimConfig
-from trainer.engine.machine import check_memory
+from trainer.engine.machine import check_memory, holds_features
 from trainer.engine.precision import with_compute_dtype
 from trainer.engine.similarity import ImageComparison, Similarity, pairs_of_fields
 from trainer.engine.wiring import model_name, services_of, table_shapes
@@ -84,6 +84,7 @@ class Engine:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         reading: bool = False,
+        features_on_device: Literal["auto"] | bool = "auto",
     ) -> None:
         """`reading`: nothing is trained, so ID rows have no optimiser's state; a checkpoint's is left out."""
         self.num_steps = 0
@@ -116,6 +117,10 @@ class Engine:
                 dtype=dtype,
             )
         )
+        needed_bytes = sum(held_bytes(service.partition) for service in self.services.values())
+        if holds_features(comm, features_on_device, needed_bytes, self._device):
+            for service in self.services.values():
+                service.hold_rows()
         self.model.place.comm, self.model.place.seed = comm, seed
         self._dense = DenseOptimizer(comm, dict(self._modules.named_parameters()), optim)
         self._embedding_dropout, self._id_dropout = self._dropouts(schema, model, seed)

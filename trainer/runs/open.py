@@ -236,6 +236,7 @@ def engine_of(
         device=device,
         dtype=torch.float64 if config.model.compute_dtype == "float64" else torch.float32,
         reading=reading,
+        features_on_device=config.run.features_on_device,
     )
 
 

@@ -10,7 +10,16 @@ from trainer.comm import SoloComm
 from trainer.config.config import Device, load_config
 from trainer.config.options import OptimConfig
 from trainer.engine import machine
-from trainer.engine.machine import RankPlace, check_memory, device_name, idle_gpus, share_machine, threads_of, uses_cuda
+from trainer.engine.machine import (
+    RankPlace,
+    check_memory,
+    device_name,
+    holds_features,
+    idle_gpus,
+    share_machine,
+    threads_of,
+    uses_cuda,
+)
 from trainer.errors import ConfigError
 from trainer.ids.optimizers import state_of
 from trainer.ids.tables import TableShape
@@ -72,6 +81,32 @@ class TestMemory:
 
     def test_this_machine_says_what_is_free(self) -> None:
         assert 0 < (machine.free_bytes() or 0) < 1 << 50
+
+
+class TestFeatures:
+    GPU = torch.device("cuda", 1)
+
+    @pytest.mark.parametrize(("needed", "expected"), [(50, True), (51, False)])
+    def test_auto_takes_half_of_what_a_gpu_has(
+        self, monkeypatch: pytest.MonkeyPatch, needed: int, expected: bool
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 200))
+        assert holds_features(SoloComm(), "auto", needed, self.GPU) is expected
+        assert not holds_features(SoloComm(), "auto", needed, torch.device("cpu"))
+        assert not holds_features(SoloComm(), False, needed, self.GPU)
+        assert holds_features(SoloComm(), True, needed, self.GPU)
+
+    def test_ranks_of_a_gpu_share_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 200))
+        comm = SoloComm()
+        monkeypatch.setattr(comm, "allgather_object", lambda value, name="": [value, value, ("other, cuda:1", 90)])
+        assert holds_features(comm, "auto", 25, self.GPU) and not holds_features(comm, "auto", 26, self.GPU)
+
+    def test_what_is_wanted_and_does_not_fit_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(machine, "free_bytes", lambda: 3_000_000_000)
+        assert holds_features(SoloComm(), True, 3_000_000_000, torch.device("cpu"))
+        with pytest.raises(ConfigError, match=r"run.features_on_device=true: .* take 3\.1 GB .* 3\.0 GB are free"):
+            holds_features(SoloComm(), True, 3_100_000_000, torch.device("cpu"))
 
 
 class TestDevice:
