@@ -6,14 +6,19 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from distributed import Client
 
+from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import SampleOptions
 from pipeline.samples.added import add_days
 from pipeline.samples.build import build_samples
+from pipeline.samples.files import take_groups
 from pipeline.samples.pieces import BEHAVIORS, IMPRESSIONS
+from pipeline.samples.shuffle import read_batch, write_batches
 from tests.pipeline.samples.rows import (
     DAY_S,
     START_S,
@@ -23,6 +28,7 @@ from tests.pipeline.samples.rows import (
     done,
     in_pieces,
     random_logs,
+    read,
     shown,
     table,
     write,
@@ -193,3 +199,30 @@ class TestAddDays:
     def test_samples_of_others_are_refused(self, client: Client, tmp_path: Path) -> None:
         with pytest.raises(SampleOptionError, match="has no samples of build_samples"):
             add_days(SampleOptions(samples=str(tmp_path), days="2026-01-04"), client)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 9])
+def test_groups_that_stay_are_taken_once_in_any_number_of_parts(
+    made: SampleOptions, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int
+) -> None:
+    """Of 23 users in row groups of 3, all but two."""
+    monkeypatch.setattr("pipeline.samples.files.ROW_GROUP_SIZE", 3)
+    impressions = [shown(hour * 3_600 + user, user=user) for user in range(23) for hour in (user % 5, user % 5)]
+    write(tmp_path / "logs", [table(impressions)], [table([done(0)])])
+    build_samples(dataclasses.replace(made, test_days=0), client)
+    rows = [{**row} for row in read(made.samples) if row["user"] not in (4, 17)]
+    np.save(tmp_path / "users.npy", np.array([4, 17]))
+    like = tmp_path / "like.arrow"
+    file = "train/day=2026-01-01-000.parquet"
+    table_ = pq.read_table(Path(made.samples, file)).replace_schema_metadata(None)
+    write_batches(like, table_.to_batches()[:1])
+    taken = []
+    for part in range(parts):
+        place = (str(tmp_path / "users.npy"), str(like), str(tmp_path))
+        bucket = take_groups(Storage(made.samples), file, (part, parts), *place)
+        for hour, batch in bucket.batch_of_hour.items():
+            found = read_batch(bucket.path, batch).to_pylist()
+            assert len(found) == bucket.groups_of_hour[hour]
+            assert {row["timestamp"] // 3_600 for row in found} == {hour}
+            taken += found
+    assert taken == rows
