@@ -155,9 +155,13 @@ def _entries(fs: Any, root: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _is_s3_folder(fs: Any, root: str) -> bool:
-    """Tell whether anything is below an address; s3fs's `isdir` would hold all that is directly below it."""
+    """Tell whether an address is a bucket or has objects below it.
+
+    Not by s3fs's `isdir`, which holds all that is directly below, nor by its `info`, which asks for more than a listing
+    and so needs more rights.
+    """
     try:
-        return bool(fs.info(root)["type"] == "directory")
+        return next(_s3_entries(fs, root), None) is not None or "/" not in root
     except FileNotFoundError:
         return False
 

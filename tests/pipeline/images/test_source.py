@@ -231,6 +231,25 @@ def test_s3_gives_more_than_one_page(s3_endpoint):
     assert len(listing.images) == 1033
 
 
+def test_on_s3_the_right_to_list_is_enough(s3_endpoint, monkeypatch):
+    fs = fsspec.filesystem("s3", use_listings_cache=False)
+    for bucket in ("listed", "empty"):
+        fs.call_s3("create_bucket", Bucket=bucket)
+    fs.pipe("listed/in/a.jpg", b"a")
+
+    def refused(path, **kwargs):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(_client("s3"), "info", refused)
+    for address in ("s3://listed/in", "s3://listed"):
+        assert [ref.location for ref in list_images(address).images] == ["s3://listed/in/a.jpg"]
+    with pytest.raises(SourceError, match="no images in s3://empty"):
+        list_images("s3://empty")
+    for address in ("s3://missing", "s3://listed/out"):
+        with pytest.raises(SourceError, match=f"there is no folder {address}"):
+            list_images(address)
+
+
 @pytest.fixture
 def no_credentials(s3_endpoint, monkeypatch):
     """An S3 client that is made anew and finds no credentials; the others' are as before afterwards."""
