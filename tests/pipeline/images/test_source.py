@@ -139,6 +139,19 @@ def test_a_table_of_uris_alone_has_the_keys_of_the_folder(folder):
     assert [*listing.images] == [*list_images(str(folder)).images]
 
 
+@pytest.mark.parametrize("column", ["key", "id", "uri"])
+def test_a_table_is_read_in_blocks(folder, monkeypatch, column):
+    monkeypatch.setattr("pipeline.images.source.BATCH_ROWS", 2)
+    uris = ["b.jpg", "a/z.PNG", "gone.jpg", "a/1.jpeg", "other.jpg"]
+    (folder / "other.jpg").write_bytes(b"other")
+    names = {"key": [4, 3, 2, 1, 0], "id": ["v", "w", "x", "y", "z"], "uri": uris}[column]
+    pq.write_table(pa.table({column: names, "uri": uris}), folder / "table.parquet")
+    listing = list_images(str(folder / "table.parquet"))
+    assert [ref.uri for ref in listing.images] == uris
+    assert [ref.key for ref in listing.images] == (names if column == "key" else [key_of_uri(name) for name in names])
+    assert [ref.size_bytes for ref in listing.images] == [5, 7, -1, 8, 5]
+
+
 def test_repeated_rows_count_once_and_two_uris_of_a_key_are_refused(folder):
     listing = list_images(write_csv(folder, "key,uri\n1,b.jpg\n2,a/z.PNG\n1,b.jpg\n"))
     assert [ref.key for ref in listing.images] == [1, 2]
