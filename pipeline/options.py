@@ -285,8 +285,13 @@ class SemanticOptions:
     sample_rows: Annotated[int, typer.Option(min=2, help="Vectors to fit on, drawn at random.")] = 20_000
     seed: Annotated[int, typer.Option(min=0, help="Of the draw and of k-means.")] = 0
     standardize: Annotated[
-        bool, typer.Option("--standardize/--raw", help="Each dimension to mean 0 and deviation 1 first.")
-    ] = True
+        bool | None,
+        typer.Option(
+            "--standardize/--raw",
+            help="Each dimension to mean 0 and deviation 1 first.",
+            show_default="standardize, but for the components of a compact store",
+        ),
+    ] = None
     codebook: Annotated[
         Path | None,
         typer.Option(

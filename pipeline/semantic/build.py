@@ -104,7 +104,8 @@ def _codebook(vectors: Vectors, options: SemanticOptions) -> Codebook:
     if options.codebook is None:
         sample_ND = vectors.sample(options.sample_rows, options.seed)
         source = vectors.describe() | {"sample_rows": len(sample_ND), "seed": options.seed}
-        return books.fit(sample_ND, options.num_levels, options.num_codes, options.seed, source, options.standardize)
+        standardize = not vectors.are_components if options.standardize is None else options.standardize
+        return books.fit(sample_ND, options.num_levels, options.num_codes, options.seed, source, standardize)
     codebook = books.load(options.codebook)
     if codebook.dim != vectors.dim:
         raise SampleError(f"{options.codebook} is for vectors of {codebook.dim} numbers, these have {vectors.dim}")

@@ -37,6 +37,11 @@ class StoreVectors:
         return self.snapshot.info.dim
 
     @property
+    def are_components(self) -> bool:
+        """Whether they are principal components, the weak ones of which would be blown up by standardising each."""
+        return self.snapshot.info.reduction is not None
+
+    @property
     def num_parts(self) -> int:
         return self.snapshot.info.num_shards
 
@@ -67,6 +72,10 @@ class FileVectors:
     @property
     def dim(self) -> int:
         return self.source.dim
+
+    @property
+    def are_components(self) -> bool:
+        return False
 
     @property
     def num_parts(self) -> int:

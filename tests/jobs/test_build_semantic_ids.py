@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from featurestore.format.rows import FeatureRows
 from featurestore.store import FeatureStore
+from featurestore.upkeep.remake.reduce import reduce
 from jobs.build_semantic_ids import app
 from pipeline.semantic.codebook import load
 from tests.jobs.semantic import (
@@ -279,3 +280,15 @@ def test_mistakes_are_one_message(place):
     run(place, *with_samples(place))
     again = run(place, *store, "--samples", place / "sid", out="twice", code=1)
     assert "column 'behavior_image_sid0' is there already" in again
+
+
+def test_components_of_a_compact_store_are_taken_as_they_are(place):
+    reduce(FeatureStore.open(place / "store"), place / "compact", 4, "float32")
+    fitted = {}
+    for name, options in {"auto": [], "raw": ["--raw"], "each": ["--standardize"]}.items():
+        run(place, "--store", place / "compact", "--no-samples", *options, out=name)
+        fitted[name] = load(place / name / "codebook.safetensors")
+    assert fitted["auto"].digest == fitted["raw"].digest != fitted["each"].digest
+    assert (fitted["auto"].std_D == 1).all() and (fitted["each"].std_D != 1).all()
+    run(place, "--store", place / "store", "--no-samples", out="full")
+    assert (load(place / "full/codebook.safetensors").std_D != 1).any()
