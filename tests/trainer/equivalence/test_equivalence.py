@@ -262,6 +262,14 @@ class TestOverlap:
         _assert_same(compared["trained"], alone["trained"], 1e-9)
         assert compared["calls"]["step.signatures.3"] == STEPS
 
+    @pytest.mark.parametrize("name", ["both_attentive", "sum_rank_without_data"])
+    def test_features_held_on_the_device_change_nothing(
+        self, num_ranks: int, name: str, results_of: Callable[[int], Results]
+    ) -> None:
+        held, looked_up = results_of(num_ranks)[f"{name} held"], results_of(num_ranks)[f"{name}/float64"]
+        assert held["losses_P"] == looked_up["losses_P"]
+        assert all(torch.equal(held["trained"][key], value) for key, value in looked_up["trained"].items())
+
     def test_bfloat16_on_the_wire_is_near(self, num_ranks: int, results_of: Callable[[int], Results]) -> None:
         rounded = torch.tensor(results_of(num_ranks)["rounded"]["losses_P"][0], dtype=torch.float64)
         exact = torch.tensor(results_of(1)["both_attentive/float64"]["losses_P"][0], dtype=torch.float64)

@@ -43,6 +43,8 @@ def engine_of(
     dtype: str,
     exchange: ExchangeConfig | None = None,
     device: str = "cpu",
+    *,
+    held: bool = False,
 ) -> Engine:
     """An engine over this rank's part of the stores."""
     stores = stores_of(store, scenario)
@@ -64,6 +66,7 @@ def engine_of(
         statistics=statistics if scenario.standardized else None,
         device=device,
         dtype=getattr(torch, dtype),
+        features_on_device=held or "auto",
     )
 
 
@@ -74,9 +77,11 @@ def run(
     dtype: str,
     exchange: ExchangeConfig | None = None,
     device: str = "cpu",
+    *,
+    held: bool = False,
 ) -> dict[str, object]:
     """All steps; each one is prepared in a thread beside the one before, as in a real run."""
-    engine = engine_of(comm, store, scenario, dtype, exchange, device)
+    engine = engine_of(comm, store, scenario, dtype, exchange, device, held=held)
     initial = {name: parameter.detach().clone() for name, parameter in engine.dense_parameters().items()}
     batches = []
     for number, samples in enumerate(steps(scenario)):
@@ -254,6 +259,8 @@ def other_ways(comm: Comm, store: FeatureStore) -> dict[str, object]:
         results[name] = {**run(comm, store, usual, "float64", exchange), "initial": None}
     compared = replace(usual, model={**usual.model, "similarity_tiers": 4, "similarity_top_k": 2})
     results["compared"] = {**run(comm, store, compared, "float64"), "initial": None}
+    for name in ("both_attentive", "sum_rank_without_data"):
+        results[f"{name} held"] = {**run(comm, store, SCENARIOS[name], "float64", held=True), "initial": None}
     return {**results, "endings": endings(comm, store)}
 
 
