@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from featurestore.published import publish, upload
+from featurestore.published import FILES, PublishedFile, publish, upload
 from featurestore.storage.storage import Storage
 from tests.proxy import Fault, Request, proxy_before
 from tests.servers import environment_of
@@ -20,19 +20,23 @@ from trainer.samples.reader import SampleIndex
 Places = Any
 
 
+def uploaded(samples: Path, storage: Storage) -> dict[str, PublishedFile]:
+    """All samples, at places of their own; by the names that a version is to give them."""
+    return {str(file.relative_to(samples)): upload(storage, file, file.name) for file in samples.glob("*/*.parquet")}
+
+
 def test_cut_connections_lose_and_repeat_no_sample(
     places: Places, settings_of: Callable[..., list[str]], s3_endpoint: str, s3_url: str, tmp_path: Path
 ) -> None:
-    """Two ranks on S3 take the samples, step by step, of one rank on a disk, and have its losses."""
-    steps, samples = 40, places.folder / "samples"  # 40: most of two epochs
-    for file in samples.glob("*/*.parquet"):
-        Storage(s3_url).write_bytes(f"{file.parent.name}/{file.name}", file.read_bytes())
+    """Two ranks on samples published on S3 take those, step by step, of one rank on a disk, and have its losses."""
+    steps = 40  # most of two epochs
+    publish(Storage(s3_url), uploaded(places.folder / "samples", Storage(s3_url)))
     on_disk = Killed(tmp_path / "disk", settings_of(tmp_path / "disk", steps, 1000)).leg(0, ranks=1)
     reads = 0
 
     def cut(request: Request) -> Fault | None:
         nonlocal reads
-        if request.method != "GET" or "/train/" not in request.path:
+        if request.method != "GET" or f"/{FILES}/" not in request.path:
             return None
         reads += 1
         return {3: Fault.CUT, 6: Fault.CUT_ANSWER}.get(reads % 8)
@@ -50,7 +54,7 @@ def test_a_run_has_the_files_of_one_version(
 ) -> None:
     """Also where another one is published between its training and its test samples; its checkpoint knows the next."""
     samples, storage = places.folder / "samples", Storage(s3_url)
-    files = {str(file.relative_to(samples)): upload(storage, file, file.name) for file in samples.glob("*/*.parquet")}
+    files = uploaded(samples, storage)
     publish(storage, files)
     opened = open_module.open_index
     moved = min(name for name in files if name.startswith("train/"))
