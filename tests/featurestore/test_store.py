@@ -100,7 +100,7 @@ class StoreContract:
         assert np.array_equal(snapshot.get(old.keys_N[:5]), new.features_ND[:5])
         assert np.array_equal(snapshot.get(old.keys_N[15:]), old.features_ND[15:])
         assert np.array_equal(snapshot.get([old.keys_N[7]]), again.features_ND)
-        with pytest.raises(MissingKeysError, match="1 keys"):
+        with pytest.raises(MissingKeysError, match="1 key has"):
             snapshot.get(old.keys_N[5:6])
 
     def test_of_a_key_twice_in_one_batch_the_last_row_stays(self, store: FeatureStore, make_rows) -> None:

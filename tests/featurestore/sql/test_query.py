@@ -186,7 +186,7 @@ def test_a_damaged_file_is_named(store: FeatureStore, info: StoreInfo, make_rows
 
 def test_without_duckdb(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "duckdb", None)
-    with pytest.raises(FeatureStoreError, match=r"pip install 'crossmedia\[sql\]'"):
+    with pytest.raises(FeatureStoreError, match=r"pip install duckdb"):
         ask(store, "select 1")
 
 
