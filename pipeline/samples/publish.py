@@ -6,13 +6,10 @@ import fcntl
 import os
 import shutil
 import tempfile
-import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import xxhash
 
 from featurestore.console.progress import progress_bar
 from featurestore.errors import CommitConflictError, StorageError
@@ -27,7 +24,7 @@ from featurestore.published import (
     publish,
     upload,
 )
-from featurestore.storage.local import StorageEntry
+from featurestore.storage import contents
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import in_threads
@@ -39,8 +36,6 @@ KEEP_DAYS = 7
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 _UPLOADS = 4  # at once, each with its file in memory
 _DAY_S = 86_400
-_BLOCK_BYTES = 8 << 20
-_SETTLED_S = 2.0  # a file that changes twice within a tick of the clock may keep its tag
 
 
 @dataclass(frozen=True)
@@ -102,20 +97,10 @@ def replaced_files(
 
 def digest_of(storage: Storage, path: str) -> str:
     """Compute the xxh3-128 of the bytes of a file. Raises SampleError."""
-    digest = xxhash.xxh3_128()
     try:
-        with storage.open_input(path) as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
+        return contents.digest_of(storage, path)
     except (OSError, StorageError) as error:
         raise SampleError(f"{storage.full(path)}: cannot be read: {error}") from error
-    return digest.hexdigest()
-
-
-def settled_tags(entries: Iterable[StorageEntry]) -> dict[str, str]:
-    """Give the tags of files by path: of those that are old enough that another content has another tag."""
-    settled_s = time.time() - _SETTLED_S
-    return {entry.path: entry.tag for entry in entries if entry.tag and entry.mtime_s < settled_s}
 
 
 def _inode(folder: Storage) -> int | None:

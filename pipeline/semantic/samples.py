@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 
 from featurestore.errors import StorageError
 from featurestore.keys import Int64Array
+from featurestore.storage.contents import settled_tags
 from featurestore.storage.storage import Storage
 from pipeline.errors import SampleError, SampleOptionError
-from pipeline.samples.publish import NewFiles, digest_of, settled_tags
+from pipeline.samples.publish import NewFiles, digest_of
 from pipeline.semantic.codes import NO_CODE, CodeIndex
 
 SPLITS = ("train", "test")

@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 
 from featurestore.errors import StorageError
 from featurestore.published import open_published
+from featurestore.storage.contents import settled_tags
 from featurestore.storage.storage import Storage
 from featurestore.text.parsing import parse_json
 from pipeline.errors import SampleError, SampleOptionError
 from pipeline.options import XdlOptions
-from pipeline.samples.publish import MARK, NewFiles, digest_of, settled_tags
+from pipeline.samples.publish import MARK, NewFiles, digest_of
 from pipeline.xdl.fields import SeenFields, XdlField, seen_of_table
 
 SPLITS = ("train", "test")

@@ -7,7 +7,6 @@ when its tag (inode, size and times; an ETag on an object store) is another one.
 
 import contextlib
 import json
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ import xxhash
 from featurestore.console.output import text_console
 from featurestore.errors import StorageError
 from featurestore.lookup.cache import SAMPLES, default_cache_dir, is_cache_file
+from featurestore.storage.contents import digest_of, settled_tags
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.private import claim, is_private
 from featurestore.storage.storage import Storage
@@ -30,10 +30,8 @@ from trainer.samples.reader import SampleIndex
 
 _NAME = "samples_digest"  # in the origin of a checkpoint
 _KIND = "bytes:"  # the beginning of one of contents
-_BLOCK_BYTES = 8 << 20
 _THREADS = 4  # waiting for the disk or the network; xxh3 takes 18 GB/s on one core
 _TOLD_BYTES = 1 << 30
-_SETTLED_S = 2.0  # a file that changed twice within a tick of the clock would keep its tag
 
 
 @dataclass(frozen=True)
@@ -81,14 +79,10 @@ def _digests(storage: Storage, files: Sequence[str]) -> dict[str, str]:
 
 
 def _digest(storage: Storage, file: str) -> str:
-    digest = xxhash.xxh3_128()
     try:
-        with storage.open_input(file) as stream:
-            while block := stream.read(_BLOCK_BYTES):
-                digest.update(block)
+        return digest_of(storage, file)
     except (OSError, StorageError) as failure:
         raise DataError(f"{storage.full(file)} cannot be read: {failure}") from failure
-    return digest.hexdigest()
 
 
 class _Memory:
@@ -106,14 +100,13 @@ class _Memory:
         """Digests of the files that are known, and sizes in bytes of the others."""
         listed = [each for split in ("train", "test") for each in self._storage.entries(split, recursive=False)]
         self._entries = {each.path: each for each in listed}
-        kept, now_s = self._read(), time.time()
+        kept, settled = self._read(), settled_tags(listed)
         known: dict[str, str] = {}
         for file in files:
-            entry = self._entries.get(file)
-            if entry and entry.tag and now_s - entry.mtime_s > _SETTLED_S:
-                self._tags[file] = entry.tag
+            if file in settled:
+                self._tags[file] = settled[file]
                 tag, digest = kept.get(file, ("", ""))
-                if tag == entry.tag:
+                if tag == settled[file]:
                     known[file] = digest
         sizes = {file: entry.size_bytes for file, entry in self._entries.items()}
         return known, {file: sizes.get(file, 0) for file in files if file not in known}
