@@ -16,15 +16,15 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.lookup.partition import FeaturePartition
+from tests.trainer.engine.drawn import drawn_store
 from trainer.comm import SoloComm
 from trainer.config.options import ExactTableConfig, ExchangeConfig, ModelConfig, OptimConfig
 from trainer.engine.engine import Engine
 from trainer.samples.batch import Batch, Jagged
 from trainer.schema import Field, Schema
 
-DIM, SAMPLES, GROUPS, STEPS = 8, 12, 5, 3
+SAMPLES, GROUPS, STEPS = 12, 5, 3
 SCHEMA = Schema(
     new_ad_field="ad_item",
     fields=(
@@ -136,14 +136,7 @@ class Reads(TorchFunctionMode):
 @pytest.fixture(scope="module")
 def partition(tmp_path_factory: pytest.TempPathFactory) -> FeaturePartition:
     folder = tmp_path_factory.mktemp("waiting")
-    spec = ExtractorSpec(
-        backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
-    )
-    info = StoreInfo(num_shards=4, name="images", dim=DIM, dtype="float32", extractor=spec)
-    store = FeatureStore.create(str(folder / "store"), info)
-    values = np.random.default_rng(0).normal(size=(20, DIM)).astype(np.float32)
-    store.put(FeatureRows.of([str(k) for k in range(20)], values, keys=np.arange(20)))
-    return FeaturePartition.load(store, cache_dir=folder / "cache", missing="learned")
+    return FeaturePartition.load(drawn_store(folder), cache_dir=folder / "cache", missing="learned")
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo
 from featurestore.lookup.compute_dtype import VARIABLE
 from featurestore.lookup.partition import FeaturePartition
+from tests.trainer.engine.drawn import drawn_store
 from trainer.comm import SoloComm
 from trainer.config.options import ModelConfig, OptimConfig
 from trainer.engine import precision
@@ -17,7 +17,6 @@ from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.samples.batch import Batch, Jagged
 from trainer.schema import Field, Schema
 
-DIM = 8
 SCHEMA = Schema(
     fields=(
         Field(name="behavior_image", side="user", kind="content"),
@@ -37,14 +36,7 @@ class OtherDigest(SoloComm):
 @pytest.fixture(scope="module")
 def partition(tmp_path_factory: pytest.TempPathFactory) -> FeaturePartition:
     folder = tmp_path_factory.mktemp("step")
-    spec = ExtractorSpec(
-        backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32"
-    )
-    info = StoreInfo(num_shards=4, name="images", dim=DIM, dtype="float32", extractor=spec)
-    store = FeatureStore.create(str(folder / "store"), info)
-    values = np.random.default_rng(0).normal(size=(20, DIM)).astype(np.float32)
-    store.put(FeatureRows.of([str(k) for k in range(20)], values, keys=np.arange(20)))
-    return FeaturePartition.load(store, cache_dir=folder / "cache")
+    return FeaturePartition.load(drawn_store(folder), cache_dir=folder / "cache")
 
 
 def engine_of(partition: FeaturePartition, comm: SoloComm | None = None, seed: int = 0, **model: object) -> Engine:
