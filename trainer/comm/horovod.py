@@ -1,158 +1,26 @@
-"""Collectives between ranks: the one door to Horovod, and a stand-in for a run of one rank.
-
-A collective has a fixed name per kind, so that collectives of several kinds may be under way at once, from several
-threads; every rank calls those of one kind in the same order, from one thread at a time, also with zero rows.
-"""
+"""The ranks that `horovodrun` started: the one door to Horovod."""
 
 import contextlib
 import math
 import os
 import pickle
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.errors import LateRankError, LostRankError, RemoteRankError
+from trainer.comm.comm import Comm, Object, Traffic
+from trainer.errors import LateRankError, LostRankError
 
-Object = TypeVar("Object")
-
-DEADLINE_S = 600.0
 _GRACE_S = 2.0
 """Between the ends of two ranks' patience: how long a rank waits for the others to say that they wait too."""
 _SETTINGS = {"HOROVOD_CYCLE_TIME": "2"}
 """Milliseconds between two looks at what is to be done; each talks to the other ranks, and takes the processor from the
 step: two ranks of one core are a fifth faster with this than with 0.3, a small collective takes one or two ms more. The
 environment's own value wins."""
-
-
-@dataclass
-class Traffic:
-    """Bytes that went to, and came from, other ranks."""
-
-    sent: int = 0
-    received: int = 0
-
-
-class Comm(ABC):
-    """What the trainer asks of its ranks. `traffic` counts the bytes of each collective by its name."""
-
-    rank: int
-    size: int
-    moves_cuda_tensors: bool
-    """Whether the collectives take tensors of a GPU."""
-
-    def __init__(self) -> None:
-        self.traffic: dict[str, Traffic] = {}
-        self.deadline_s = DEADLINE_S
-        """A collective that takes longer raises LateRankError."""
-        self.is_stuck = False
-        """Whether a collective was given up: the ranks cannot be left in order any more, only by the process's end."""
-
-    @abstractmethod
-    def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """Send the first `splits_P[0]` rows to rank 0, and so on.
-
-        Returns the rows received, in the order of the ranks that sent them, and their counts (P,) int32.
-        """
-
-    @abstractmethod
-    def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], None]:
-        """Begin to sum `values` over all ranks, in place; the result has the same bits on every rank.
-
-        They must be left alone until the returned function has been called: it waits for the end.
-        """
-
-    def allreduce_sum_(self, values: Tensor, name: str) -> Tensor:
-        """Sum `values` over all ranks, in place; return them."""
-        self.start_allreduce_sum_(values, name=name)()
-        return values
-
-    @abstractmethod
-    def allgather(self, rows_N: Tensor, name: str) -> Tensor:
-        """Return the rows of all ranks, in the order of ranks; their numbers may differ."""
-
-    @abstractmethod
-    def allgather_object(self, value: Object, name: str = "objects") -> list[Object]:
-        """Return one value from each rank, in the order of ranks."""
-
-    @abstractmethod
-    def broadcast_object(self, value: Object, root: int = 0) -> Object:
-        """Return the value of rank `root`."""
-
-    @abstractmethod
-    def carrier(self, device: torch.device) -> str | None:
-        """Name what carries the tensors of `device` between ranks, e.g. "Gloo" or "NCCL"; None for a rank alone."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Leave the ranks. Safe to call twice."""
-
-    def agree(self, error: Exception | None, name: str = "agree") -> None:
-        """Raise on all ranks where one has an error; every rank calls it with its error or None.
-
-        A rank with an error raises it, the others RemoteRankError with the first failed rank and its error.
-        """
-        errors = self.allgather_object(None if error is None else (type(error).__name__, str(error)), name=name)
-        if error is not None:
-            raise error
-        for rank, found in enumerate(errors):
-            if found is not None:
-                raise RemoteRankError(rank, *found)
-
-    @contextlib.contextmanager
-    def agreed(self) -> Iterator[None]:
-        """Let every rank come to the end of the block, then raise on all of them where one failed."""
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as failure:  # whatever it is, the other ranks wait for this one's answer
-            error = failure
-        self.agree(error)
-
-    def on_all(self, work: Callable[[], Object]) -> Object:
-        """Return the result of `work` on this rank, once it is known that no rank failed."""
-        with self.agreed():
-            return work()
-
-    def on_rank_0(self, work: Callable[[], Object]) -> Object:
-        """Return the result of `work` on rank 0, on every rank; the others do nothing."""
-        result: Object | None = self.on_all(work if self.rank == 0 else lambda: None)
-        return cast("Object", self.broadcast_object(result))
-
-
-class SoloComm(Comm):
-    """One rank alone: every collective returns what it was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rank, self.size, self.moves_cuda_tensors = 0, 1, True
-
-    def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        return rows_N, splits_P
-
-    def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], None]:
-        return _nothing
-
-    def allgather(self, rows_N: Tensor, name: str) -> Tensor:
-        return rows_N
-
-    def allgather_object(self, value: Object, name: str = "objects") -> list[Object]:
-        return [value]
-
-    def broadcast_object(self, value: Object, root: int = 0) -> Object:
-        return value
-
-    def carrier(self, device: torch.device) -> str | None:
-        return None
-
-    def close(self) -> None:
-        pass
 
 
 class HorovodComm(Comm):
@@ -290,14 +158,3 @@ class _Bulletin:
         with contextlib.suppress(RuntimeError, OSError):
             return str(read_data_from_kvstore(*self._place, "late", key))
         return None
-
-
-def _nothing() -> None:
-    """End a collective of one rank."""
-
-
-def connect() -> Comm:
-    """Return Horovod's ranks where `horovodrun` started this process, else one rank alone."""
-    if "HOROVOD_RANK" in os.environ or "HOROVOD_SIZE" in os.environ:
-        return HorovodComm()
-    return SoloComm()

@@ -1,0 +1,8 @@
+"""Collectives between ranks: what the trainer asks of them, and one file for each that carries them."""
+
+from trainer.comm.comm import Comm, Traffic
+from trainer.comm.connecting import connect
+from trainer.comm.horovod import HorovodComm
+from trainer.comm.solo import SoloComm
+
+__all__ = ["Comm", "HorovodComm", "SoloComm", "Traffic", "connect"]
