@@ -1,4 +1,4 @@
-"""A guard: a test that starts ranks, a Dask cluster or a server without the mark `services` (or `slow`) fails."""
+"""A guard: a test fails that starts ranks, a Dask cluster or a server without `services` (`slow`, `cluster`)."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ class Guard:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, bool, bool]:
-        marked = item.get_closest_marker("services") or item.get_closest_marker("slow")
+        marked = any(item.get_closest_marker(mark) for mark in ("services", "slow", "cluster"))
         self._seen = None if marked else []
         return (yield)
 

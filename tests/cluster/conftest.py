@@ -1,0 +1,32 @@
+"""Every test below is marked `cluster`; where the machine lacks what it needs, it says so and is not run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.hosts import Network, lacking, lacking_packages, network
+
+FOLDER = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if FOLDER in item.path.parents:
+            item.add_marker("cluster")
+
+
+@pytest.fixture(scope="session")
+def namespaces() -> None:
+    """Leave out, and say why, what needs hosts that this machine cannot make."""
+    missing = lacking() or lacking_packages("sshd")
+    if missing:
+        pytest.skip(f"several hosts need {missing}")
+
+
+@pytest.fixture(scope="module")
+def net(namespaces: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+    """Hosts a, b and s3 with ssh between them, at 1 Gbit/s; a test that kills one of them revives it."""
+    with network(tmp_path_factory.mktemp("hosts"), ["a", "b", "s3"]) as net:
+        yield net

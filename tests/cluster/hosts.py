@@ -1,0 +1,337 @@
+"""Hosts that are hosts, on one machine: namespaces with an address, a name, processes, a disk and a core of their own.
+
+    with network(tmp_path, ["a", "b", "s3"]) as net:
+        done = net["a"].run("ssh", "b", "hostname")       # a CompletedProcess: "b"
+        job = net["a"].start(HOROVODRUN, "-H", "a:1,b:1", ...)  # a Popen
+        net.cut("a", "b", 30)                             # nothing passes between a and b for 30 s
+        net.kill("b")                                     # a power cut: all that runs on b is gone
+        net.revive("b")                                   # it is back, with its name and address, and an empty disk
+
+What a host is:
+
+- its own network (eth0 in 10.77.0.0/24, at 1 Gbit/s each way), joined to the others by a bridge in a namespace of its
+  own: the machine's own network is never touched, and cannot be reached from a host, nor the hosts from it;
+- its own host name and /etc/hosts, by which it finds the others;
+- its own processes: nobody sees those of other hosts, and they end together;
+- one core of the machine, in turn, for all that it runs;
+- /mnt, a disk in memory that this host alone sees; all other files are the machine's, so that the project is there;
+- sshd, with keys of its own, that lets root of every host in without a password, as horovodrun needs it.
+
+It needs root, namespaces, `ip` and `tc`, and for ssh what tools/cluster_packages.sh fetches; `lacking()` says what of
+it this machine does not have. Nothing stays behind: a host is the tree of processes below one shell that waits on a
+pipe from this process, and the kernel removes its network and mounts with its last process. So they end with this
+process, also by SIGKILL.
+"""
+
+import contextlib
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parent.parent.parent
+PACKAGES = Path(os.environ.get("CLUSTER_PACKAGES") or ROOT / "data" / "cluster")
+"""Where tools/cluster_packages.sh has unpacked sshd and Slurm."""
+PROGRAMS = ("unshare", "nsenter", "setpriv", "taskset", "mount", "ip", "tc")
+NAMESPACES = ("--net", "--mount", "--uts", "--ipc", "--pid")
+SUBNET = "10.77.0."
+RATE = "1gbit"
+READY_S = 20.0
+RUN_S = 200.0
+NOBODYS_MAC = "02:00:00:00:00:01"
+
+SETUP = """
+set -e
+hostname "$NAME"
+mount -t tmpfs -o mode=755 run /run && mkdir /run/sshd
+mount -t tmpfs disk /mnt
+for file in hosts passwd shadow; do
+    mount --bind "$FOLDER/$file" "/etc/$file"
+done
+ip link set lo up
+echo ready
+read -r _ || true
+"""
+"""What the first process of a host does; it ends, and with it the host, when its input is closed."""
+
+
+@functools.cache
+def lacking() -> str | None:
+    """What this machine lacks for hosts without sshd, in a few words; None where it has all."""
+    if os.geteuid() != 0:
+        return "root"
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if missing:
+        return f"the programs {', '.join(missing)}"
+    tried = subprocess.run(
+        ["unshare", *NAMESPACES, "--fork", "sh", "-c", "mount -t tmpfs disk /mnt && ip link add v type veth"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return f"namespaces ({tried.stderr.strip()})" if tried.returncode else None
+
+
+def lacking_packages(program: str = "sshd") -> str | None:
+    """What is to be done where `program` of tools/cluster_packages.sh is not there; None where it is."""
+    return None if (PACKAGES / "bin" / program).exists() else f"{program} (tools/cluster_packages.sh {PACKAGES})"
+
+
+class Host:
+    """One host; made by `network`."""
+
+    def __init__(self, name: str, address: str, core: int, folder: Path) -> None:
+        self.name, self.address, self.core = name, address, core
+        self.mac = "02:77:" + ":".join(f"{int(part):02x}" for part in address.split(".")) if address else ""
+        self.folder = folder
+        """Its log of sshd, its keys and root's home are here, on the machine's disk; they outlive a `kill`."""
+        self.home = folder / "home"
+        self._shell: subprocess.Popen[str] | None = None
+        self._init: psutil.Process | None = None
+
+    @property
+    def pid(self) -> int:
+        """The number, on the machine, of the host's first process."""
+        assert self._init is not None, f"host {self.name} is down"
+        return self._init.pid
+
+    @property
+    def is_up(self) -> bool:
+        return self._init is not None
+
+    def command(self, *words: object) -> list[str]:
+        """The command line that runs `words` on this host, in the project's folder, when it is run on the machine.
+
+        Where its process is killed, so is what it has started on the host.
+        """
+        enter = ["nsenter", f"--target={self.pid}", *NAMESPACES, f"--wdns={ROOT}", "setpriv", "--pdeathsig", "KILL"]
+        return ["taskset", "--cpu-list", str(self.core), *enter, "--", *map(str, words)]
+
+    def environment(self, env: Mapping[str, str] | None = None) -> dict[str, str]:
+        """The variables of a command on this host: this process's own, root's home on the host, and `env`."""
+        search = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        own = {"HOME": str(self.home), "OMP_NUM_THREADS": "1", "PYTHONPATH": search}
+        return {**os.environ, **own, **(env or {})}
+
+    def run(
+        self, *words: object, env: Mapping[str, str] | None = None, timeout_s: float = RUN_S, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end, with its output captured; fails with that output unless it ends with 0."""
+        done = subprocess.run(
+            self.command(*words), env=self.environment(env), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=timeout_s, check=False,
+        )  # fmt: skip
+        assert not check or done.returncode == 0, f"{words} on {self.name}: {done.stdout}\n{done.stderr}"
+        return done
+
+    def start(self, *words: object, log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """Start a command whose output, of both kinds, is added to `log`.
+
+        kill() of what is returned ends the command by SIGKILL; a gentler signal goes to `process_of` it.
+        """
+        with log.open("ab") as out:
+            return subprocess.Popen(
+                self.command(*words), env=self.environment(env), stdin=subprocess.DEVNULL, stdout=out, stderr=out
+            )
+
+    def boot(self, files: Path) -> None:
+        """Start the host's first process, with the files of `files` in its /etc."""
+        unshare = ["unshare", *NAMESPACES, "--mount-proc", "--fork", "--kill-child=KILL"]
+        self._shell = subprocess.Popen(
+            ["taskset", "--cpu-list", str(self.core), *unshare, "bash", "-c", SETUP],
+            env={**os.environ, "NAME": self.name, "FOLDER": str(files)},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        assert self._shell.stdout is not None
+        said = self._shell.stdout.readline()
+        assert said == "ready\n", f"host {self.name} did not start: {said}{self._shell.stdout.read()}"
+        (self._init,) = psutil.Process(self._shell.pid).children()
+
+    def halt(self) -> None:
+        """End everything that runs on this host, at once, as when its power is cut. Safe to call twice."""
+        if self._init is None or self._shell is None:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._init.send_signal(signal.SIGKILL)
+        self._shell.wait(READY_S)  # it ends once the kernel has ended all processes of the host
+        for pipe in (self._shell.stdin, self._shell.stdout):
+            assert pipe is not None
+            pipe.close()
+        self._init = self._shell = None
+
+
+class Network:
+    """Hosts that are joined by one switch; made by `network`."""
+
+    def __init__(self, folder: Path, names: Sequence[str], rate: str | None, ssh: bool) -> None:
+        cores = sorted(os.sched_getaffinity(0))
+        self.hosts = {
+            name: Host(name, f"{SUBNET}{10 + number}", cores[number % len(cores)], folder / name)
+            for number, name in enumerate(names)
+        }
+        self.folder = folder
+        """Where the hosts' files lie."""
+        self._rate, self._ssh = rate, ssh
+        self._switch = Host("switch", "", cores[-1], folder / "switch")
+        self._ports: dict[str, str] = {}
+
+    def __getitem__(self, name: str) -> Host:
+        return self.hosts[name]
+
+    def open(self) -> None:
+        write_files(self.folder, list(self.hosts.values()), self._ssh)
+        self._switch.boot(self.folder)
+        self._on_switch("ip", "link", "add", "bridge", "type", "bridge")
+        self._on_switch("ip", "link", "set", "bridge", "up")
+        for name in self.hosts:
+            self.revive(name)
+
+    def close(self) -> None:
+        for host in (*self.hosts.values(), self._switch):
+            host.halt()
+
+    def kill(self, name: str) -> None:
+        """End all that runs on a host, its network first: its peers hear nothing of it, also no end of connections."""
+        self._on_switch("ip", "link", "del", self._ports.pop(name))
+        self.hosts[name].halt()
+
+    def revive(self, name: str) -> None:
+        """Start a host that is down: with its name, address and keys, and nothing of what it ran."""
+        host = self.hosts[name]
+        host.boot(self.folder / name)
+        port = self._ports[name] = f"to-{host.address}"
+        card = ["eth0", "address", host.mac, "netns", str(host.pid)]
+        self._on_switch("ip", "link", "add", port, "type", "veth", "peer", "name", *card)
+        self._on_switch("ip", "link", "set", port, "master", "bridge", "up")
+        host.run("ip", "address", "add", f"{host.address}/24", "dev", "eth0")
+        host.run("ip", "link", "set", "eth0", "up")
+        if self._rate:
+            limit = ["root", "tbf", "rate", self._rate, "burst", "256kb", "latency", "50ms"]
+            host.run("tc", "qdisc", "add", "dev", "eth0", *limit)
+            self._on_switch("tc", "qdisc", "add", "dev", port, *limit)
+        if self._ssh:
+            _start_sshd(host)
+
+    def cut(self, one: str, other: str, seconds: float) -> None:
+        """Let nothing pass between two hosts for so long, and return then; no connection is told, as by a pulled cable.
+
+        Their ways to the other hosts stay open.
+        """
+        with self.cut_off(one, other):
+            time.sleep(seconds)
+
+    @contextlib.contextmanager
+    def cut_off(self, one: str, other: str) -> Iterator[None]:
+        """Let nothing pass between two hosts during the block."""
+        ways = [(self[one], self[other].address), (self[other], self[one].address)]
+        for host, address in ways:  # frames for a card that no host has
+            host.run("ip", "neigh", "replace", address, "lladdr", NOBODYS_MAC, "dev", "eth0", "nud", "permanent")
+        try:
+            yield
+        finally:
+            for host, address in ways:
+                if host.is_up:
+                    host.run("ip", "neigh", "del", address, "dev", "eth0", check=False)
+
+    def _on_switch(self, *words: str) -> None:
+        """Run a command in the switch's network; numbers of processes in it are the machine's."""
+        enter = ["nsenter", f"--target={self._switch.pid}", "--net"]
+        done = subprocess.run([*enter, *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{words}: {done.stderr}"
+
+
+@contextlib.contextmanager
+def network(folder: Path, names: Sequence[str], rate: str | None = RATE, ssh: bool = True) -> Iterator[Network]:
+    """Start hosts of these names, at most 200, with a link of `rate` each; all of them are gone at the end.
+
+    `folder` is for their logs and keys. Without `ssh` they start in a fifth of a second each, and need no package.
+    """
+    net = Network(folder, names, rate, ssh)
+    try:
+        net.open()
+        yield net
+    finally:
+        net.close()
+
+
+def process_of(started: subprocess.Popen[bytes]) -> psutil.Process:
+    """The command that `Host.start` has started, as the machine sees it: to signal it or to stop it."""
+    (process,) = psutil.Process(started.pid).children()
+    return process
+
+
+def python_words(*arguments: object) -> list[str]:
+    """The command `python ARGUMENTS` with the Python of this process."""
+    return [sys.executable, *map(str, arguments)]
+
+
+def write_files(folder: Path, hosts: Sequence[Host], ssh: bool) -> None:
+    """Write the files of /etc of every host, and its keys: one for sshd, and one of root that all of them know."""
+    names = "".join(f"{host.address} {host.name}\n" for host in hosts)
+    users = [line for line in Path("/etc/passwd").read_text().splitlines() if not line.startswith(("root:", "sshd:"))]
+    for host in [*hosts, Host("", "", 0, folder)]:  # the last one is the switch, which lets nobody in
+        host.home.mkdir(parents=True)
+        (host.folder / "hosts").write_text(f"127.0.0.1 localhost\n::1 localhost\n{names}")
+        root = f"root:x:0:0:root:{host.home}:/bin/bash"
+        sshd = "sshd:x:999:65534::/run/sshd:/usr/sbin/nologin"
+        (host.folder / "passwd").write_text("\n".join([root, sshd, *users, ""]))
+        (host.folder / "shadow").write_text("root:*:19000:0:99999:7:::\nsshd:!:19000::::::\n")
+    if ssh:
+        _write_keys(folder, hosts)
+
+
+def _write_keys(folder: Path, hosts: Sequence[Host]) -> None:
+    for path in [folder / "root_key", *(host.folder / "sshd_key" for host in hosts)]:
+        keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", path.parent.name, "-f", str(path)]
+        subprocess.run(keygen, env=_of_packages(), check=True)
+    known = "".join(f"{host.name},{host.address} {(host.folder / 'sshd_key.pub').read_text()}" for host in hosts)
+    for host in hosts:
+        keys = host.home / ".ssh"
+        keys.mkdir(mode=0o700)
+        shutil.copy(folder / "root_key", keys / "id_ed25519")
+        shutil.copy(folder / "root_key.pub", keys / "authorized_keys")
+        (keys / "known_hosts").write_text(known)
+        (host.folder / "sshd_config").write_text(_sshd_config(host))
+
+
+def _sshd_config(host: Host) -> str:
+    helpers = PACKAGES / "usr" / "lib" / "openssh"  # sshd 9.8 and later is several programs
+    paths = {"SshdSessionPath": helpers / "sshd-session", "SshdAuthPath": helpers / "sshd-auth"}
+    return "".join(
+        f"{line}\n"
+        for line in (
+            f"ListenAddress {host.address}",
+            f"HostKey {host.folder / 'sshd_key'}",
+            *(
+                "AuthorizedKeysFile .ssh/authorized_keys",
+                "PasswordAuthentication no",
+                "KbdInteractiveAuthentication no",
+            ),
+            *("StrictModes no", "PidFile none", "UsePAM no", "UseDNS no", "MaxStartups 100"),
+            *(f"{option} {path}" for option, path in paths.items() if path.exists()),
+        )
+    )
+
+
+def _of_packages() -> dict[str, str]:
+    """The variables by which unpacked programs are found, and find their libraries."""
+    libraries = ":".join(str(path) for path in sorted((PACKAGES / "usr" / "lib").glob("*-linux-gnu")))
+    return {**os.environ, "PATH": f"{PACKAGES / 'bin'}:{os.environ['PATH']}", "LD_LIBRARY_PATH": libraries}
+
+
+def _start_sshd(host: Host) -> None:
+    """Start sshd on a host, which ends with it, and wait until it listens."""
+    log = host.folder / "sshd.log"
+    started = host.start(
+        PACKAGES / "bin" / "sshd", "-D", "-e", "-f", host.folder / "sshd_config", log=log, env=_of_packages()
+    )
+    probe = f"</dev/tcp/{host.address}/22"
+    end = time.monotonic() + READY_S
+    while host.run("bash", "-c", probe, check=False).returncode:
+        assert started.poll() is None and time.monotonic() < end, f"sshd on {host.name}: {log.read_text()}"
+        time.sleep(0.05)
