@@ -57,26 +57,25 @@ class Server:
 
 def seaweedfs(folder: Path) -> Server:
     """The real server's binary; takes about a second to start."""
+    s3, *others = free_ports(4)
+    return Server(weed_command(folder, "127.0.0.1", s3, *others), f"http://127.0.0.1:{s3}", "/healthz", folder)
+
+
+def weed_command(folder: Path, address: str, s3: int, master: int, volume: int, filer: int) -> list[str | Path]:
+    """The command line of a SeaweedFS that listens on the ports of an address, and knows the key of these tests."""
     identity = {
         "name": "test",
         "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
     (folder / "identities.json").write_text(json.dumps({"identities": [identity]}))
-    s3, master, volume, filer = free_ports(4)
     options = {
-        "dir": folder, "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "s3.port": s3, "master.port": master,
+        "dir": folder, "ip": address, "ip.bind": address, "s3.port": s3, "master.port": master,
         "volume.port": volume, "filer.port": filer, "admin.ui": "false", "webdav": "false", "s3.port.iceberg": 0,
         "s3.port.lance": 0, "master.telemetry": "false", "s3.config": folder / "identities.json",
         "volume.max": MAX_VOLUMES,
     }  # fmt: skip
-    weed = Path(sys.executable).with_name("weed")
-    return Server(
-        [weed, "mini", *(f"-{name}={value}" for name, value in options.items())],
-        f"http://127.0.0.1:{s3}",
-        "/healthz",
-        folder,
-    )
+    return [Path(sys.executable).with_name("weed"), "mini", *(f"-{name}={value}" for name, value in options.items())]
 
 
 # moto looks and then writes, without a lock: on a busy machine two of its threads may both win a conditional put.

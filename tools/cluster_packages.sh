@@ -10,7 +10,7 @@ set -euo pipefail
 
 packages=(
   openssh-server openssh-client libwrap0 libwtmpdb0
-  slurmctld slurmd slurm-client slurm-wlm-basic-plugins libhwloc15 libjwt2 libmunge2
+  slurmctld slurmd slurm-client slurm-wlm-basic-plugins libhwloc15 libjwt2 libb64-0d libmunge2
 )
 
 folder=${1:?which folder? tools/cluster_packages.sh FOLDER}

@@ -6,15 +6,52 @@ import subprocess
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from tests.ranks import command_of
+from trainer.config.config import PRESETS
 
 WORKER = Path(__file__).parent / "mortal.py"
 TIMEOUT_S = 150
 # Rounding alone stays far below it (docs/RESULTS.md); a lost step, sample or moment is 1e-4 and more.
 TOLERANCE = 1e-9
+
+Places = Any
+
+
+def write_schema_with_serials(folder: Path) -> Path:
+    """Write the usual schema, in which an impression's number is an id too: it tells which samples a step has."""
+    schema = yaml.safe_load((PRESETS / "schema.yaml").read_text())
+    schema["fields"].append({"name": "ad_serial", "side": "ad", "kind": "id", "table": "serial"})
+    file = folder / "schema.yaml"
+    file.write_text(yaml.safe_dump(schema))
+    return file
+
+
+def comparable_settings(
+    places: Places, schema: Path, folder: object, steps: int, every: int, **changes: Any
+) -> list[str]:
+    """Settings of a run in `folder` with that schema, in which much depends on the step and on each row's own count."""
+    settings = {
+        "data__schema_file": schema,
+        "data__global_batch_size": 30,
+        "data__shuffle_streams": 3,
+        "model__compute_dtype": "float64",
+        "model__id_dropout": 0.2,
+        "model__tables__serial": 64,
+        "optim__id_l2": 0.01,
+        "optim__lr_gamma": 0.8,
+        "optim__lr_every": 30,
+        "train__epochs": 10_000,
+        "train__max_steps": steps,
+        "train__checkpoint_every": every,
+        "run__dir": folder,
+        "run__name": "run",
+    }
+    return list(places.settings(**{**settings, **changes}))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,70 @@
+"""Ranks on two hosts, started by horovodrun over ssh; samples and features on S3 on a third one (docs/SSH.md)."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.hosts import Network
+from tests.cluster.runs import STEPS, Shop, open_shop, start_over_ssh
+from tests.servers import SECRET_KEY
+from tests.trainer.runs.legs import Killed, Leg, assert_no_step_or_sample_is_lost
+
+DEADLINE_S = 15
+
+
+@pytest.fixture(scope="module")
+def shop(net: Network, tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return open_shop(net, tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture(scope="module")
+def whole(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Leg:
+    """The run of two ranks on loopback."""
+    return shop.alone(tmp_path_factory.mktemp("alone"), 2)
+
+
+def test_two_hosts_train_as_two_ranks_of_one_machine(shop: Shop, whole: Leg, tmp_path: Path) -> None:
+    """The same samples in every step, and losses of the same bits; and no secret is on a command line meanwhile.
+
+    Horovodrun writes all variables on command lines, which everybody on a host can read.
+    """
+    log, run = tmp_path / "log.txt", Killed(tmp_path, [])
+    job = start_over_ssh(shop, "a:1,b:1", run.notes(0), log, *shop.settings_on_s3(tmp_path))
+    seen, end = "", time.monotonic() + 200
+    while job.poll() is None:
+        assert time.monotonic() < end, log.read_text()
+        seen += "".join(shop.net[name].run("ps", "axww", "-o", "args").stdout for name in "ab")
+        time.sleep(1)
+    assert job.returncode == 0, log.read_text()
+    assert "AWS_ENDPOINT_URL" in seen and SECRET_KEY not in seen
+    leg = run.seen(0, 2)
+    assert leg.samples == whole.samples and leg.losses == whole.losses
+    assert len(leg.losses) == STEPS
+    assert shop.net["a"].run("ls", "/mnt/cache").stdout and shop.net["b"].run("ls", "/mnt/cache").stdout
+
+
+def test_a_host_that_loses_its_power_ends_the_run_by_its_deadline_and_it_is_resumed(
+    shop: Shop, whole: Leg, tmp_path: Path
+) -> None:
+    """Nothing tells the peers: no connection ends. Then the host is back, and no step is lost."""
+    log, run = tmp_path / "log.txt", Killed(tmp_path, [])
+    settings = shop.settings_on_s3(tmp_path, run__deadline_s=DEADLINE_S)
+    job = start_over_ssh(shop, "a:1,b:1", run.notes(0), log, *settings, "run.resume=null")
+    end = time.monotonic() + 120
+    while len(_lines(run.notes(0) / "0-of-2.jsonl")) < 2 * 25:  # two lines a step
+        assert job.poll() is None and time.monotonic() < end, log.read_text()
+        time.sleep(0.01)
+    shop.net.kill("b")
+    start_s = time.monotonic()
+    assert job.wait(120) != 0
+    assert time.monotonic() - start_s < DEADLINE_S + 30
+    assert "not there: rank 1" in log.read_text()
+    shop.net.revive("b")
+    job = start_over_ssh(shop, "a:1,b:1", run.notes(1), log, *settings, "run.resume=latest")
+    assert job.wait(200) == 0, log.read_text()
+    assert_no_step_or_sample_is_lost([run.seen(0, 2), run.seen(1, 2)], whole, STEPS)
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []
