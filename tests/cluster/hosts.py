@@ -113,10 +113,14 @@ class Host:
         return ["taskset", "--cpu-list", str(self.core), *enter, "--", *map(str, words)]
 
     def environment(self, env: Mapping[str, str] | None = None) -> dict[str, str]:
-        """The variables of a command on this host: this process's own, root's home on the host, and `env`."""
+        """The variables of a command on this host: this process's own, root's home on the host, and `env`.
+
+        Not those of S3, which other tests set here: they name a server and a key of theirs.
+        """
         search = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         own = {"HOME": str(self.home), "OMP_NUM_THREADS": "1", "PYTHONPATH": search}
-        return {**os.environ, **own, **(env or {})}
+        here = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        return {**here, **own, **(env or {})}
 
     def run(
         self, *words: object, env: Mapping[str, str] | None = None, timeout_s: float = RUN_S, check: bool = True

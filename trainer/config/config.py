@@ -115,7 +115,7 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     """Folder below run.dir; null: made from the time."""
     resume: Place | None = None
-    """Continue from a checkpoint: latest, a step, or a path."""
+    """Continue from a checkpoint: latest, a step, or a path; auto: from the latest where there is one, else begin."""
     warm_start: Place | None = None
     """Begin with parameters of this run (its folder, or a checkpoint); optimisers and schedule start afresh."""
     warm_parts: list[WarmPart] = Field(default="partial", validate_default=True)
@@ -171,13 +171,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
-        if self.run.resume == "latest" and self.run.overwrite:
-            raise ValueError(
-                "run.resume=latest continues from the newest checkpoint and run.overwrite=true removes it; set one of "
-                "them, or resume from the path of an earlier one"
-            )
         resume = self.run.resume or ""
-        if self.run.name is None and (resume == "latest" or resume.isdecimal()):
+        if resume in ("latest", "auto") and self.run.overwrite:
+            raise ValueError(
+                f"run.resume={resume} continues from the newest checkpoint and run.overwrite=true removes it; set one "
+                "of them, or resume from the path of an earlier one"
+            )
+        if self.run.name is None and (resume in ("latest", "auto") or resume.isdecimal()):
             raise ValueError(f"run.resume={resume} needs the run's name; add run.name=NAME")
         if self.train.early_stopping and self.train.eval_every is None:
             raise ValueError("train.early_stopping counts evaluations; set train.eval_every=STEPS too")

@@ -319,9 +319,12 @@ def _open_samples(config: Config, places: list[StorePlace]) -> Storage:
 
 
 def _resumed(config: Config, folder: Path) -> tuple[Path, CheckpointState] | None:
-    if config.run.resume is None:
+    resume = config.run.resume
+    if resume == "auto":
+        resume = "latest" if finished(folder / "checkpoints") else None
+    if resume is None:
         return None
-    path = find_checkpoint(folder, config.run.resume, "run.resume=")
+    path = find_checkpoint(folder, resume, "run.resume=")
     return path, checkpoint.read_state(path)
 
 

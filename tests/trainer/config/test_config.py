@@ -85,6 +85,7 @@ def test_saved_configuration_loads_as_the_same(tmp_path: Path) -> None:
         ("run.name=../x", "run.name='../x'"),
         ("run.dir=s3://bucket/runs", "runs are written to a local or shared disk"),
         ("run.resume=latest", "run.resume=latest needs the run's name"),
+        ("run.resume=auto", "run.resume=auto needs the run's name"),
         ("data.samples=${nowhere.at.all}", "interpolation"),
         ("epochs=3", "has to be section.field=value"),
         ("train.epochs", "has to be section.field=value"),
@@ -105,8 +106,11 @@ def test_mistakes_are_named(setting: str, message: str) -> None:
 
 def test_the_newest_checkpoint_is_resumed_or_overwritten() -> None:
     settings = ["run.name=x", "run.overwrite=true"]
-    with pytest.raises(ConfigError, match=r"run\.overwrite=true removes it; set one of them, or resume from the path"):
-        load_config(settings=[*settings, "run.resume=latest"])
+    for resume in ("latest", "auto"):
+        with pytest.raises(
+            ConfigError, match=r"run\.overwrite=true removes it; set one of them, or resume from the path"
+        ):
+            load_config(settings=[*settings, f"run.resume={resume}"])
     assert load_config(settings=[*settings, "run.resume=x/checkpoints/step-00000050"]).run.overwrite
 
 

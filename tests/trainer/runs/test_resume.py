@@ -198,3 +198,12 @@ def test_reused_vectors_are_in_no_checkpoint(runs: Runs) -> None:
     halves = runs.train("halves", run__resume="latest", **reuse)
     with pytest.raises(AssertionError, match="model"):
         assert_same(halves, whole)
+
+
+def test_one_command_line_begins_a_run_and_continues_it(runs: Runs) -> None:
+    """As a launcher that starts a job again needs it: run.resume=auto."""
+    runs.train("b", run__resume="auto", train__max_steps=4)
+    runs.train("b", run__resume="auto")
+    found, expected = (content(runs.step(name, 6)) for name in ("b", "a"))
+    trained = [name for name in expected if name.endswith(".safetensors")]
+    assert trained and {name: found[name] for name in trained} == {name: expected[name] for name in trained}
