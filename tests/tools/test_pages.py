@@ -107,7 +107,14 @@ def test_the_readme_links_every_page() -> None:
 
 @pytest.mark.parametrize("line", LINES)
 def test_commands_have_the_options_and_settings_that_pages_show(line: str) -> None:
-    words = LINES[line]
+    check_words(line, LINES[line])
+
+
+def check_words(line: str, words: list[str]) -> None:
+    """Check the words of a command, and those after -- as the words of another one."""
+    if "--" in words:
+        check_words(line, words[words.index("--") + 1 :])
+        words = words[: words.index("--")]
     known = commands()
     start = next((place for place, word in enumerate(words) if word in known), None)
     if start is None:  # tools, and what other projects install

@@ -1,0 +1,127 @@
+"""Runs under trainer.supervise that note every step, processes of them to kill, and what must be so at their end."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tests.ranks import ROOT, environment
+from tests.trainer.runs.legs import Leg, read_leg
+from tests.trainer.supervise.noting import NOTES
+from trainer.supervise.hosts import AGENT
+
+WORKER = Path(__file__).with_name("noting.py")
+TWO_HOSTS = ("--hosts", "localhost:1,127.0.0.1:1")
+"""Two hosts on one machine: each has an agent of its own."""
+QUICK = ("--backoff-s", "0.1", "--lease-s", "60")
+KINDS = {"rank": WORKER, "agent": AGENT}
+TIMEOUT_S = 240.0
+
+
+@dataclass
+class Supervised:
+    """A run below `folder`, supervised once or several times."""
+
+    folder: Path
+    settings: list[str]
+    options: Sequence[str] = TWO_HOSTS
+    starts: int = 0
+    seen: set[psutil.Process] = field(default_factory=set)
+    """Every process that was ever looked at: none of them may be left."""
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"log-{self.starts}.txt"
+
+    def command(self) -> list[str]:
+        chosen = [word for setting in self.settings for word in ("--set", setting)]
+        supervise = [sys.executable, "-m", "trainer.supervise", *QUICK, *self.options]
+        return [*supervise, "--", sys.executable, str(WORKER), *chosen]
+
+    def start(self, **variables: str) -> "subprocess.Popen[bytes]":
+        """Start the supervisor; what it and the ranks print goes to `log`, what ranks do in steps to notes."""
+        self.starts += 1
+        self.folder.mkdir(parents=True, exist_ok=True)
+        notes = {NOTES: str(self.folder / f"notes-{self.starts}")}
+        with self.log.open("wb") as log:
+            return subprocess.Popen(
+                self.command(), cwd=ROOT, env={**environment(), **notes, **variables}, stdout=log, stderr=log
+            )
+
+    def end(self, process: "subprocess.Popen[bytes]", code: int = 0, timeout_s: float = TIMEOUT_S) -> str:
+        """Wait for the supervisor's end and for that of all its processes; return what was printed."""
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise AssertionError(self.log.read_text()) from None
+        assert process.returncode == code, self.log.read_text()
+        _, alive = psutil.wait_procs(self.seen, timeout=30)
+        assert alive == [], self.log.read_text()
+        return self.log.read_text()
+
+    def processes(self, process: "subprocess.Popen[bytes]", script: Path) -> list[psutil.Process]:
+        """The agents (AGENT) or ranks (WORKER) below the supervisor, ranks in their order."""
+        found: dict[int, psutil.Process] = {}
+        for each in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has ended
+                self.seen.add(each)
+                if each.cmdline()[1:2] == [str(script)]:
+                    variables = each.environ()
+                    found[int(variables.get("HOROVOD_RANK", variables.get("RANK", len(found))))] = each
+        return [found[rank] for rank in sorted(found)]
+
+    def ranks(self, process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+        return self.processes(process, WORKER)
+
+    def agents(self, process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+        return self.processes(process, AGENT)
+
+    def victims(self, process: "subprocess.Popen[bytes]", kind: str) -> list[psutil.Process]:
+        """Wait for processes of a kind: rank, agent or supervisor."""
+        if kind == "supervisor":
+            return [psutil.Process(process.pid)]
+        self.wait(process, lambda: bool(self.processes(process, KINDS[kind])))
+        return self.processes(process, KINDS[kind])
+
+    def newest_step(self) -> int:
+        return max((int(path.name[5:]) for path in (self.run / "checkpoints").glob("step-*")), default=0)
+
+    def wait(self, process: "subprocess.Popen[bytes]", until: Callable[[], bool]) -> None:
+        """Wait until something is so, while the supervisor lives."""
+        end = time.monotonic() + TIMEOUT_S
+        while not until():
+            assert process.poll() is None and time.monotonic() < end, self.log.read_text()
+            self.ranks(process)
+            time.sleep(0.02)
+
+    def wait_for_step(self, process: "subprocess.Popen[bytes]", step: int) -> None:
+        """Wait until ranks have taken a step, and there is a checkpoint if there has to be one by then."""
+        self.wait(process, lambda: self.newest_step() >= step)
+
+    def legs(self) -> list[Leg]:
+        """The generations of all starts that have come to a step, in their order."""
+        found = []
+        for start in range(1, self.starts + 1):
+            notes = self.folder / f"notes-{start}"
+            for folder in sorted(notes.glob("*"), key=lambda path: int(path.name)):
+                (size,) = {int(path.stem.rpartition("-")[2]) for path in folder.iterdir()}
+                if len(list(folder.iterdir())) == size and (leg := read_leg(folder, size)).samples:
+                    found.append(leg)
+        return found
+
+
+def kill(process: psutil.Process, number: int = signal.SIGKILL) -> None:
+    """Send a signal, whether or not the process is still there."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)

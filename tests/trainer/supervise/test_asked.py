@@ -1,0 +1,153 @@
+"""What a person gives to trainer.supervise: hosts, and a command whose run can be found and gone on with"""
+
+from pathlib import Path
+
+import pytest
+
+from trainer.errors import ConfigError, TrainerError
+from trainer.supervise.agent import addresses
+from trainer.supervise.claim import claimed
+from trainer.supervise.command import parse_command
+from trainer.supervise.environments import Reach, environments, reach_of
+from trainer.supervise.generation import inherited
+from trainer.supervise.hosts import AGENT, agent_command, hosts_of, parse_hosts
+from trainer.supervise.policy import Slots
+
+TRAIN = ["python", "-m", "trainer.main"]
+
+
+def test_hosts_in_every_form() -> None:
+    lines = ["a:4", " me@b.example:2 ", "", "# those of the annex", "c slots=3  # old", "d"]
+    found = [(each.host, each.count) for each in parse_hosts(lines, "--hosts")]
+    assert found == [("a", 4), ("me@b.example", 2), ("c", 3), ("d", 1)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["a:0"], "--hosts: 'a:0' is no host; write it as name:slots, as a:4"),
+        (["a:b:1"], "'a:b:1' is no host"),
+        (["-oProxyCommand=x"], "is no host"),
+        (["-x:1"], "is no host"),
+        (["a:1", "a:2"], "host a is there twice"),
+        (["# nothing"], "names no host"),
+    ],
+)
+def test_hosts_that_are_none(lines: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_hosts(lines, "--hosts")
+
+
+def test_where_hosts_come_from(tmp_path: Path) -> None:
+    assert hosts_of(None, None, None, 3)() == [Slots("localhost", 3)]
+    assert hosts_of("a:1,b:2", None, None, None)() == [Slots("a", 1), Slots("b", 2)]
+    file, script = tmp_path / "hosts", tmp_path / "discover"
+    file.write_text("a:1\n")
+    read = hosts_of(None, file, None, None)
+    assert read() == [Slots("a", 1)]
+    file.write_text("a:1\nb:1\n")
+    assert len(read()) == 2, "it is read again"
+    script.write_text("#!/bin/sh\necho c:5\n")
+    script.chmod(0o755)
+    assert hosts_of(None, None, script, None)() == [Slots("c", 5)]
+    script.write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(ConfigError, match=r"--host-discovery-script .* failed: .*status 3"):
+        hosts_of(None, None, script, None)()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        hosts_of(None, tmp_path / "nowhere", None, None)()
+    with pytest.raises(ConfigError, match="give one of"):
+        hosts_of("a:1", file, None, None)
+    with pytest.raises(ConfigError, match="--hosts a:4,b:4 says where"):
+        hosts_of(None, None, None, None)
+
+
+def test_the_agent_of_another_host_is_started_by_ssh() -> None:
+    command = agent_command("me@b", ["ssh", "-p", "2222"], 20, here=False)
+    assert command[:3] == ["ssh", "-p", "2222"] and command[-2] == "me@b"
+    assert command[-1].startswith("exec ") and command[-1].endswith(f"{AGENT} 20")
+    assert agent_command("localhost", ["ssh"], 20, here=True)[1:] == [str(AGENT), "20", "--local"]
+
+
+def test_the_run_of_a_command_is_found(tmp_path: Path) -> None:
+    settings = ["--set", f"run.dir={tmp_path}", "--set", "run.name=mine"]
+    train = parse_command([*TRAIN, *settings])
+    assert train.folder == tmp_path / "mine" and train.newest_step() == 0
+    assert train.start(0) == [*TRAIN, *settings, "--set", "run.resume=null"]
+    for step in (50, 100_000_000, 1250):
+        (train.folder / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
+    (train.folder / "checkpoints" / ".step-99999999").mkdir()
+    assert train.newest_step() == 100_000_000
+    assert train.start(1250) == [*TRAIN, *settings, "--set", "run.resume=latest"]
+    own = parse_command(["python", "-u", "own.py", *settings])
+    assert own.folder == train.folder
+
+
+def test_a_run_without_a_name_gets_one_that_stays(tmp_path: Path) -> None:
+    train = parse_command([*TRAIN, f"run.dir={tmp_path}"])
+    assert train.folder.parent == tmp_path and train.folder.name.startswith("run-2") and not train.name_was_given
+    name = ["--set", f"run.name={train.folder.name}"]
+    assert train.start(0)[len(TRAIN) + 1 :] == [*name, "--set", "run.resume=null"]
+    assert train.start(9)[len(TRAIN) + 1 :] == [*name, "--set", "run.resume=latest"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*TRAIN, "run.nam=a"], "run.nam"),
+        ([*TRAIN, "run.name=a", "run.resume=1000"], "run.resume=1000: a supervised run goes on"),
+        ([*TRAIN, "run.name=a", "run.overwrite=true"], "run.overwrite=true would remove"),
+        (["horovodrun", "-np", "2", *TRAIN], "horovodrun is not needed: trainer.supervise starts the ranks"),
+        (["python", "-m", "trainer.daily"], "-m trainer.daily: what is supervised is trainer.main"),
+        (["sleep", "5"], "'sleep 5' trains no run"),
+    ],
+)
+def test_commands_that_cannot_be_supervised(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_command(words)
+
+
+def test_one_supervisor_for_a_run(tmp_path: Path) -> None:
+    with claimed(tmp_path / "runs" / "a"):
+        held = r"a is supervised already, by process \d+ on .*; end that first"
+        with pytest.raises(ConfigError, match=held), claimed(tmp_path / "runs" / "a"):
+            pass
+        with claimed(tmp_path / "runs" / "b"):
+            pass
+    with claimed(tmp_path / "runs" / "a"):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(TrainerError, match="cannot be written"), claimed(tmp_path / "file" / "a"):
+        pass
+
+
+def test_addresses_by_which_hosts_reach_each_other() -> None:
+    assert addresses()["127.0.0.1"] == "lo"
+    assert reach_of(None, {"127.0.0.1": "lo"}, None) == Reach("127.0.0.1", "127.0.0.1", "lo")
+    assert reach_of(None, {"10.0.0.1": "eth0"}, "10.0.0.1") == Reach("10.0.0.1", "10.0.0.1", "eth0")
+    sshd = "10.0.0.1 50000 10.0.0.2 22"
+    assert reach_of(sshd, {"10.0.0.2": "eth1"}, "10.0.0.1") == Reach("10.0.0.2", "10.0.0.1", "eth1")
+    assert reach_of(sshd, {}, None).interface is None
+
+
+@pytest.mark.services  # the rendezvous is a server
+def test_variables_of_ranks() -> None:
+    hosts = [Slots("a", 2), Slots("b", 1)]
+    reach = {"a": Reach("10.0.0.1", "10.0.0.1", "eth0"), "b": Reach("10.0.0.2", "10.0.0.1", "eth1")}
+    with environments("horovodrun", hosts, reach) as ranks:
+        sizes = [(each["HOROVOD_RANK"], each["HOROVOD_LOCAL_RANK"], each["HOROVOD_CROSS_SIZE"]) for each in ranks]
+        assert sizes == [("0", "0", "2"), ("1", "1", "1"), ("2", "0", "2")]
+        assert [each["HOROVOD_GLOO_IFACE"] for each in ranks] == ["eth0", "eth0", "eth1"]
+        assert {each["HOROVOD_GLOO_RENDEZVOUS_ADDR"] for each in ranks} == {"10.0.0.1"}
+    with environments("torchrun", hosts, reach) as ranks:
+        places = [(each["RANK"], each["LOCAL_RANK"], each["LOCAL_WORLD_SIZE"], each["GROUP_RANK"]) for each in ranks]
+        assert places == [("0", "0", "2", "0"), ("1", "1", "2", "0"), ("2", "0", "1", "1")]
+        assert {each["MASTER_ADDR"] for each in ranks} == {"10.0.0.1"}
+    with environments("torchrun", [Slots("b", 1)], reach) as ranks:
+        assert ranks == [{}], "one rank alone needs no other"
+
+
+def test_what_hosts_have_of_their_own_is_not_sent_to_them() -> None:
+    assert inherited({"HOME": "/root", "SSH_CONNECTION": "x", "AWS_ENDPOINT_URL": "u", "PATH": "p"}) == {
+        "AWS_ENDPOINT_URL": "u",
+        "PATH": "p",
+    }

@@ -1,0 +1,98 @@
+"""What the supervisor does next: hosts, ranks, pauses, ends; and how it says what happened"""
+
+import pytest
+
+from trainer.supervise.policy import Past, RankEnd, Slots, exit_code, fruitless, is_over, pause_s, place, trusted
+from trainer.supervise.report import past_text, start_text
+
+A, B, C = Slots("a", 4), Slots("b", 4), Slots("c", 2)
+
+
+def end(rank: int = 3, host: str = "b", code: int | None = -9, **more: object) -> RankEnd:
+    return RankEnd(rank=rank, host=host, code=code, **more)  # type: ignore[arg-type]
+
+
+def past(*ends: RankEnd, before: int = 0, after: int = 0, asked: bool = False) -> Past:
+    return Past(hosts=(A, B), step_before=before, step_after=after, ends=ends or (end(),), asked=asked)
+
+
+@pytest.mark.parametrize(
+    ("available", "least", "most", "placed"),
+    [
+        ([A, B], 2, 8, [("a", 4), ("b", 4)]),
+        ([A, B], 2, 6, [("a", 4), ("b", 2)]),
+        ([A, B], 2, 4, [("a", 4)]),
+        ([B], 2, 8, [("b", 4)]),
+        ([C], 2, 8, [("c", 2)]),
+        ([C], 3, 8, None),
+        ([], 1, 8, None),
+    ],
+)
+def test_hosts_are_filled_in_their_order(
+    available: list[Slots], least: int, most: int, placed: list[tuple[str, int]] | None
+) -> None:
+    found = place(available, least, most)
+    assert (found and [(each.host, each.count) for each in found]) == placed
+
+
+def test_a_host_that_fails_again_and_again_is_left_out_where_others_suffice() -> None:
+    failing = [past(), past()]
+    assert trusted([A, B], failing[:1], 2) == [A, B]
+    assert trusted([A, B], failing, 2) == [A]
+    assert trusted([A, B], failing, 5) == [A, B], "four slots are too few"
+    assert trusted([A, B], [*failing, past(after=10)], 2) == [A, B], "it came to a checkpoint since"
+    hung = past(end(0, "a", 1), end(3, "b", -9, was_killed=True))
+    assert trusted([A, B], [hung, hung], 2) == [A], "who waits in vain for another is not blamed"
+
+
+def test_pauses_grow_without_progress_alone() -> None:
+    stuck = [past()] * 6
+    assert [pause_s(stuck[:count], 5, 60, 0) for count in range(7)] == [0, 5, 10, 20, 40, 60, 60]
+    assert pause_s(stuck, 5, 60, 0.999) == pytest.approx(30, abs=0.1)
+    assert pause_s([*stuck, past(before=10, after=20)], 5, 60, 0) == 0
+    assert pause_s([past(asked=True)], 5, 60, 0) == 0, "it was stopped to take more hosts in"
+
+
+def test_it_gives_up_after_restarts_without_a_newer_checkpoint() -> None:
+    assert not is_over([past()] * 3, most=3)
+    assert is_over([past()] * 4, most=3)
+    assert not is_over([*[past()] * 4, past(before=5, after=6)], most=3)
+    assert len(fruitless([past(after=1), past(), past(asked=True), past()])) == 2
+
+
+@pytest.mark.parametrize(
+    ("codes", "asked_to_stop", "code"),
+    [
+        ([0, 0], False, 0),
+        ([0, 0], True, 0),
+        ([2, 2], False, 2),
+        ([1, 2], False, 2),
+        ([130, 130], True, 130),
+        ([130, -15], True, 130),
+        ([-9, 1], True, 130),
+        ([130, 130], False, None),
+        ([-9, 1], False, None),
+        ([None, 1], False, None),
+        ([0, -9], False, None),
+    ],
+)
+def test_exit_codes(codes: list[int | None], asked_to_stop: bool, code: int | None) -> None:
+    assert exit_code(past(*(end(code=each) for each in codes)), asked_to_stop) == code
+
+
+def test_what_happened_is_said_in_one_line() -> None:
+    assert past_text(past(end(), end(0, "a", 1, error="error: rank 0 lost another rank"))) == (
+        "rank 3 on b died (signal 9, SIGKILL)"
+    )
+    assert past_text(past(end(0, "a", 1, error="error: the disk is full"))) == (
+        "rank 0 on a ended with exit code 1 (error: the disk is full)"
+    )
+    assert past_text(past(end(code=None, error="No route to host"))) == "rank 3 on b is out of reach (No route to host)"
+    hung = past(end(0, "a", 1, error="error: not there: rank 3"), end(was_killed=True))
+    assert past_text(hung) == (
+        "rank 3 on b did not end by itself and was killed; "
+        "rank 0 on a ended with exit code 1 (error: not there: rank 3)"
+    )
+    assert past_text(past(end(code=130), asked=True)) == "stopped after a checkpoint, to go on with more hosts"
+    assert start_text(1250, [A, C], 7, 8) == "7 of 8 slots left; resuming at step 1,250 on 6 ranks (a:4, c:2)"
+    assert start_text(0, [Slots("a", 1)], 1, 1) == "1 of 1 slots left; starting at the first step on 1 rank (a:1)"

@@ -1,0 +1,125 @@
+"""Real ranks that are killed, stopped and lost under trainer.supervise: the run ends as an undisturbed one does."""
+
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.trainer.runs.legs import Killed, Leg, assert_no_step_or_sample_is_lost
+from tests.trainer.supervise.conftest import STEPS
+from tests.trainer.supervise.supervised import TIMEOUT_S, Supervised, kill
+
+Settings = Callable[..., list[str]]
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
+
+
+def test_a_rank_a_host_and_the_supervisor_are_killed(settings_of: Settings, tmp_path: Path, whole: Leg) -> None:
+    run = Supervised(tmp_path, settings_of(tmp_path, STEPS, 10))
+    process = run.start()
+    run.wait_for_step(process, 10)
+    kill(run.ranks(process)[1])
+    run.wait_for_step(process, 40)
+    kill(run.agents(process)[0])
+    run.wait_for_step(process, 70)
+    kill(psutil.Process(process.pid))
+    first = run.end(process, -signal.SIGKILL)
+    assert "died (signal 9, SIGKILL)" in first and "is out of reach" in first
+    said = run.end(run.start())
+    assert "2 of 2 slots left; resuming at step " in said and "supervise: done after 0 restarts" in said
+    legs = run.legs()
+    assert len(legs) == 4
+    assert_no_step_or_sample_is_lost(legs, whole, STEPS)
+
+
+def test_a_stopped_rank_is_named_and_replaced(settings_of: Settings, tmp_path: Path, whole: Leg) -> None:
+    run = Supervised(tmp_path, settings_of(tmp_path, STEPS, 10, run__deadline_s=15))
+    process = run.start()
+    run.wait_for_step(process, 20)
+    stopped = run.ranks(process)[1]
+    kill(stopped, signal.SIGSTOP)
+    said = run.end(process)
+    assert "has taken more than run.deadline_s=15 on rank 0; not there: rank 1" in said
+    assert "supervise: rank 1 on 127.0.0.1 did not end by itself and was killed; rank 0 on localhost ended" in said
+    assert_no_step_or_sample_is_lost(run.legs(), whole, STEPS)
+
+
+def test_a_stop_writes_a_checkpoint_and_the_same_command_goes_on(
+    settings_of: Settings, tmp_path: Path, whole: Leg
+) -> None:
+    run = Supervised(tmp_path, settings_of(tmp_path, STEPS, 1000))
+    process = run.start(PAUSE_S="0.05")
+    run.wait(process, lambda: any(leg.losses for leg in run.legs()))
+    second = Supervised(tmp_path, run.settings, starts=7)
+    assert f"{run.run} is supervised already, by process {process.pid} on " in second.end(second.start(), 2)
+    process.send_signal(signal.SIGTERM)
+    said = run.end(process, 130)
+    step = run.newest_step()
+    assert 0 < step < STEPS and f"stopped after 0 restarts, with step {step}; the same command goes on" in said
+    assert f"resuming at step {step} on 2 ranks" in run.end(run.start())
+    legs = run.legs()
+    assert [leg.first_step for leg in legs] == [1, step + 1]
+    assert_no_step_or_sample_is_lost(legs, whole, STEPS)
+
+
+def test_a_host_that_comes_is_taken_in(settings_of: Settings, tmp_path: Path, whole: Leg) -> None:
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text("localhost:1\n")
+    run = Supervised(
+        tmp_path, settings_of(tmp_path, STEPS, 1000), ["--hosts-file", str(hosts), "--rejoin-after-s", "2"]
+    )
+    process = run.start(PAUSE_S="0.2")
+    run.wait(process, lambda: any(leg.losses for leg in run.legs()))
+    hosts.write_text("localhost:1\n127.0.0.1 slots=1\n")
+    said = run.end(process)
+    assert "2 slots are there and 1 in use: a checkpoint, and on with all of them" in said
+    legs = run.legs()
+    assert [leg.num_ranks for leg in legs] == [1, 2]
+    assert legs[1].first_step == len(legs[0].losses) + 1, "no step was taken twice"
+    assert_no_step_or_sample_is_lost(legs, whole, STEPS)
+
+
+def test_wrong_settings_are_not_tried_again(settings_of: Settings, tmp_path: Path) -> None:
+    """Those that only the ranks find out: there are no such samples."""
+    run = Supervised(tmp_path, [*settings_of(tmp_path, STEPS, 10), f"data.samples={tmp_path / 'nowhere'}"])
+    said = run.end(run.start(), 2)
+    assert said.count("nowhere has no train and no test samples") == 2  # the rank's line, and the supervisor's
+    assert "starting at the first step" in said and "not started again" in said
+
+
+def test_it_gives_up_where_nothing_helps(settings_of: Settings, tmp_path: Path) -> None:
+    """The newest checkpoint is damaged."""
+    options = ["--max-np", "1", "--max-restarts-without-progress", "1"]
+    run = Supervised(tmp_path, settings_of(tmp_path, STEPS, 1000), options)
+    damaged = run.run / "checkpoints" / "step-00000005" / "state.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{")
+    said = run.end(run.start(), 1)
+    assert said.count("resuming at step 5 on 1 rank (localhost:1)") == 2
+    assert f"rank 0 on localhost ended with exit code 1 (error: {damaged}" in said
+    assert "2 starts in a row came to no checkpoint after step 5; giving up" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_twenty_kills_at_any_moment(settings_of: Settings, tmp_path: Path) -> None:
+    """Ranks, agents and the supervisor get SIGKILL, whatever they do just then; the supervisor is started again."""
+    steps, kills, draw = 2_040, 20, random.Random(0)
+    calm = Killed(tmp_path / "calm", settings_of(tmp_path / "calm", steps, 10_000)).leg(0, ranks=1)
+    run = Supervised(tmp_path, settings_of(tmp_path, steps, 20))
+    process = run.start()
+    for number in range(kills):
+        run.wait_for_step(process, (number + 1) * steps // (kills + 4))
+        run.wait_for_step(process, run.newest_step() + draw.randrange(40))
+        kind = draw.choice(["rank", "rank", "agent", "supervisor"])
+        kill(draw.choice(run.victims(process, kind)))
+        if kind == "supervisor":
+            run.end(process, -signal.SIGKILL)
+            process = run.start()
+    run.end(process, timeout_s=4 * TIMEOUT_S)
+    legs = run.legs()
+    assert len(legs) > kills // 2
+    assert_no_step_or_sample_is_lost(legs, calm, steps)

@@ -1,0 +1,48 @@
+"""What the supervisor says: one line on stderr for each thing that happened."""
+
+import signal
+import sys
+from collections.abc import Sequence
+
+from featurestore.text.plain import printable
+from trainer.supervise.policy import Past, RankEnd, Slots
+
+
+def say(text: str) -> None:
+    """Print a line of the supervisor's own."""
+    sys.stderr.write(f"supervise: {printable(text)}\n")
+    sys.stderr.flush()
+
+
+def end_text(end: RankEnd) -> str:
+    """Say how a rank ended, e.g. "rank 3 on b died (signal 9)"."""
+    who = f"rank {end.rank} on {end.host}"
+    if end.code is None:
+        return f"{who} is out of reach" + (f" ({end.error})" if end.error else "")
+    if end.was_killed:
+        return f"{who} did not end by itself and was killed"
+    if end.code < 0:
+        return f"{who} died (signal {-end.code}{_name(-end.code)})"
+    return f"{who} ended with exit code {end.code}" + (f" ({end.error})" if end.error else "")
+
+
+def _name(number: int) -> str:
+    return f", {signal.Signals(number).name}" if number in set(signal.Signals) else ""
+
+
+def past_text(past: Past) -> str:
+    """Say why a generation ended: the end of its culprit, and what the first other rank said of it."""
+    if past.asked and past.first is None:
+        return "stopped after a checkpoint, to go on with more hosts"
+    ends = [past.culprit or past.ends[0]]
+    if past.first and past.first is not past.culprit:
+        ends.append(past.first)
+    return "; ".join(map(end_text, ends))
+
+
+def start_text(step: int, hosts: Sequence[Slots], slots_left: int, slots: int) -> str:
+    """Say with what the next generation begins."""
+    ranks = sum(each.count for each in hosts)
+    where = ", ".join(f"{each.host}:{each.count}" for each in hosts)
+    begin = f"resuming at step {step:,}" if step else "starting at the first step"
+    return f"{slots_left} of {slots} slots left; {begin} on {ranks} rank{'s' * (ranks != 1)} ({where})"

@@ -1,0 +1,223 @@
+"""The supervisor: generation after generation, until the run is done, is stopped, or does not get on any more."""
+
+import asyncio
+import contextlib
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from featurestore.console.commandline import STOPPED
+from featurestore.errors import FAILED, UserError
+from trainer.supervise import policy
+from trainer.supervise.command import TrainCommand
+from trainer.supervise.environments import Launcher, environments, reach_of
+from trainer.supervise.generation import Generation
+from trainer.supervise.link import Link, News
+from trainer.supervise.policy import Past, Slots
+from trainer.supervise.report import past_text, say, start_text
+
+_LOOK_S = 10.0
+"""Between two readings of the hosts' file or script."""
+_SETTLE_S = 3.0
+"""After enough hosts are there, for the others to come too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a person may say of a supervision."""
+
+    min_ranks: int
+    max_ranks: int
+    launcher: Launcher
+    ssh: tuple[str, ...]
+    most_fruitless: int
+    backoff_s: float
+    most_backoff_s: float
+    rejoin_after_s: float
+    wait_for_hosts_s: float
+    stop_grace_s: float
+    lease_s: float
+
+
+@dataclass
+class Supervisor:
+    """All state of a supervision: the hosts' links and the generations that are over."""
+
+    command: TrainCommand
+    read_hosts: Callable[[], list[Slots]]
+    options: Options
+    past: list[Past] = field(default_factory=list)
+
+    async def run(self) -> int:
+        """Train to the end; returns the exit code. Raises UserError where the hosts or checkpoints cannot be read."""
+        self._news: asyncio.Queue[News] = asyncio.Queue()
+        self._links: dict[str, Link] = {}
+        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._stop, self._hurry = asyncio.Event(), False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+        self._wanted = self.read_hosts()
+        self._keep_links()
+        looking = asyncio.create_task(self._look_for_hosts())
+        try:
+            return await self._generations()
+        finally:
+            looking.cancel()
+            await self._close_links()
+
+    async def _generations(self) -> int:
+        step = await self._newest_step()
+        while True:
+            hosts = await self._hosts()
+            if hosts is None:
+                return self._without_hosts()
+            step = await self._newest_step()  # an earlier supervisor's ranks may have written one meanwhile
+            say(start_text(step, hosts, self._slots_left(), self._slots()))
+            ends, asked = await self._generation(hosts, step)
+            after = await self._newest_step()
+            self.past.append(Past(hosts=hosts, step_before=step, step_after=after, ends=tuple(ends), asked=asked))
+            code = policy.exit_code(self.past[-1], self._stop.is_set())
+            if code is not None:
+                say(self._last_words(code))
+                return code
+            say(past_text(self.past[-1]))
+            if policy.is_over(self.past, self.options.most_fruitless):
+                say(
+                    f"{len(policy.fruitless(self.past))} starts in a row came to no checkpoint after step {after:,}; "
+                    "giving up (--max-restarts-without-progress)"
+                )
+                return FAILED
+            pause_s = policy.pause_s(self.past, self.options.backoff_s, self.options.most_backoff_s, random.random())
+            if pause_s >= 1:
+                say(f"starting again in {pause_s:.0f} s")
+            await self._pause(pause_s)
+
+    async def _generation(self, hosts: Sequence[Slots], step: int) -> tuple[list[policy.RankEnd], bool]:
+        """Run one generation to its end; returns how its ranks ended, and whether it ended to take more hosts."""
+        chosen = {each.host: self._links[each.host] for each in hosts}
+        hellos = {host: link.hello or {} for host, link in chosen.items()}
+        remote = [hello["ssh"] for host, hello in hellos.items() if not chosen[host].is_here and hello.get("ssh")]
+        head = remote[0].split()[0] if remote else None
+        reach = {
+            host: reach_of(None if chosen[host].is_here else hello.get("ssh"), hello.get("interfaces", {}), head)
+            for host, hello in hellos.items()
+        }
+        generation = Generation(hosts, self._links, self._news)
+        asked = stopping = hurrying = False
+        with environments(self.options.launcher, hosts, reach) as variables:
+            generation.start(self.command.start(step), variables, len(self.past))
+            while not generation.is_over:
+                await generation.next_news(1.0)
+                if not stopping and (self._stop.is_set() or self._may_grow(hosts, generation.started_s)):
+                    asked, stopping = not self._stop.is_set(), True
+                    generation.stop(self.options.stop_grace_s)
+                if self._hurry and not hurrying:
+                    hurrying = True
+                    generation.stop(0)
+        return generation.ends, asked
+
+    def _may_grow(self, hosts: Sequence[Slots], started_s: float) -> bool:
+        """Return whether more ranks could run than do, and the last start was long enough ago."""
+        if time.monotonic() - started_s < self.options.rejoin_after_s:
+            return False
+        possible = policy.place(self._available(), self.options.min_ranks, self.options.max_ranks)
+        count, now = sum(each.count for each in possible or ()), sum(each.count for each in hosts)
+        if count > now:
+            say(f"{count} slots are there and {now} in use: a checkpoint, and on with all of them")
+        return count > now
+
+    async def _hosts(self) -> tuple[Slots, ...] | None:
+        """Wait until enough hosts are there; None where a person stopped that, or it took too long."""
+        end_s = time.monotonic() + self.options.wait_for_hosts_s
+        settled_s: float | None = None
+        told = False
+        while time.monotonic() < end_s and not self._stop.is_set():
+            self._drain()
+            if not any(link.may_have_ranks for link in self._links.values()):
+                chosen = policy.place(self._available(), self.options.min_ranks, self.options.max_ranks)
+                everything = sum(each.count for each in self._wanted)
+                if chosen is not None:
+                    settled_s = settled_s or time.monotonic() + _SETTLE_S
+                    whole = sum(each.count for each in chosen) == min(everything, self.options.max_ranks)
+                    if whole or time.monotonic() >= settled_s:
+                        return chosen
+                elif not told and time.monotonic() > end_s - self.options.wait_for_hosts_s + _SETTLE_S:
+                    told = True
+                    say(f"waiting for {self.options.min_ranks} slots: {self._troubles()}")
+            await self._pause(0.1)
+        return None
+
+    def _without_hosts(self) -> int:
+        if self._stop.is_set():
+            say("stopped; the same command goes on")
+            return STOPPED
+        say(
+            f"fewer than --min-np {self.options.min_ranks} slots for {self.options.wait_for_hosts_s:g} s "
+            f"(--wait-for-hosts): {self._troubles()}; giving up"
+        )
+        return FAILED
+
+    def _available(self) -> list[Slots]:
+        up = [each for each in self._wanted if (link := self._links.get(each.host)) and link.hello is not None]
+        return policy.trusted(up, self.past, self.options.min_ranks)
+
+    def _slots(self) -> int:
+        return min(sum(each.count for each in self._wanted), self.options.max_ranks)
+
+    def _slots_left(self) -> int:
+        return min(sum(each.count for each in self._available()), self.options.max_ranks)
+
+    def _troubles(self) -> str:
+        away = [link for link in self._links.values() if link.hello is None]
+        return "; ".join(f"{link.host}: {link.trouble or 'no answer yet'}" for link in away) or "too few are named"
+
+    def _keep_links(self) -> None:
+        for each in self._wanted:
+            if each.host not in self._links:
+                link = Link(each.host, self.options.ssh, self.options.lease_s, self._news)
+                self._links[each.host] = link
+                self._keepers[each.host] = asyncio.create_task(link.keep())
+
+    async def _look_for_hosts(self) -> None:
+        """Read the hosts again and again; where that fails once, those known before remain."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            with contextlib.suppress(UserError):
+                self._wanted = await asyncio.to_thread(self.read_hosts)
+                self._keep_links()
+
+    async def _close_links(self) -> None:
+        for keeper in self._keepers.values():
+            keeper.cancel()
+        for link in self._links.values():
+            await link.close()
+        await asyncio.gather(*self._keepers.values(), return_exceptions=True)
+
+    def _drain(self) -> None:
+        """Forget what hosts said between two generations; what counts then is which of them are there."""
+        while not self._news.empty():
+            self._news.get_nowait()
+
+    async def _newest_step(self) -> int:
+        return await asyncio.to_thread(self.command.newest_step)
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), seconds)
+
+    def _on_signal(self) -> None:
+        self._hurry = self._stop.is_set()
+        self._stop.set()
+
+    def _last_words(self, code: int) -> str:
+        """Say how the supervision ends."""
+        last = self.past[-1]
+        restarts = len(self.past) - 1
+        after = f"after {restarts} restart{'s' * (restarts != 1)}, with step {last.step_after:,}"
+        if code == 0:
+            return f"done {after}"
+        if code == STOPPED:
+            return f"stopped {after}; the same command goes on"
+        return f"{past_text(last)}; not started again"
