@@ -5,11 +5,14 @@ threads; every rank calls those of one kind in the same order, from one thread a
 """
 
 import contextlib
+import math
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,3 +116,36 @@ class Comm(ABC):
         """Return the result of `work` on rank 0, on every rank; the others do nothing."""
         result: Object | None = self.on_all(work if self.rank == 0 else lambda: None)
         return cast("Object", self.broadcast_object(result))
+
+    def _count_alltoall(self, rows_N: Tensor, sent_P: Tensor, received_P: Tensor, name: str) -> None:
+        """Count the rows that went to other ranks, and came from them."""
+        row_bytes = rows_N.element_size() * math.prod(rows_N.shape[1:])
+        sent, received = (int(counts_P.sum() - counts_P[self.rank]) for counts_P in (sent_P, received_P))
+        self._count(name, row_bytes * sent, row_bytes * received)
+
+    def _count_allreduce(self, values: Tensor, name: str) -> None:
+        """Count what a ring sends and receives: every element twice, but for the part that a rank reduces itself."""
+        ring_bytes = 2 * values.nbytes * (self.size - 1) // self.size
+        self._count(name, ring_bytes, ring_bytes)
+
+    def _count(self, name: str, sent: int, received: int) -> None:
+        traffic = self.traffic.setdefault(name, Traffic())
+        traffic.sent += sent
+        traffic.received += received
+
+
+def check_splits(rows_N: Tensor, splits_P: Tensor, name: str) -> None:
+    """Raise ValueError unless the splits of an alltoall are int32 and cut all rows."""
+    if splits_P.dtype != torch.int32 or int(splits_P.sum()) != len(rows_N):
+        raise ValueError(f"{name}: splits {splits_P.tolist()} ({splits_P.dtype}) do not cut {len(rows_N)} rows")
+
+
+def pickled(value: object) -> Tensor:
+    """Write a value as bytes (N,) uint8, for the same program on another rank."""
+    return torch.from_numpy(np.frombuffer(pickle.dumps(value), np.uint8).copy())
+
+
+def unpickled(data_N: Tensor) -> object:
+    """Read what `pickled` wrote on another rank a moment ago; never what lay in a file."""
+    value: object = pickle.loads(data_N.numpy().tobytes())
+    return value
