@@ -1,15 +1,17 @@
 """Commands on ranks: connect, work, print one message for a mistake, and return the exit code.
 
 Exit codes as of every command (`featurestore.console.commandline`); 130 also for a stop by a signal after a checkpoint.
-Quick to import: torch and Horovod are loaded when the ranks connect.
+Quick to import: torch and Horovod are loaded when the ranks connect. torchrun ends with a report of its own; what went
+wrong is in it, as the ranks leave it in the file that torchrun names.
 """
 
 import contextlib
+import json
 import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,7 +23,7 @@ from trainer.errors import LostRankError
 if TYPE_CHECKING:
     from trainer.comm import Comm
 
-# horovodrun ends the other ranks when the first one fails: rank 0 has to be given the time to say why.
+# A launcher ends the other ranks when the first one fails: rank 0 has to be given the time to say why.
 _GRACE_S = 1.0
 
 WhichCheckpoint = Annotated[
@@ -31,16 +33,20 @@ WhichCheckpoint = Annotated[
 
 
 def run_on_ranks(work: Callable[["Comm"], None]) -> int:
-    """Do `work` on the ranks that horovodrun started, or on one alone; returns the exit code.
+    """Do `work` on the ranks that horovodrun or torchrun started, or on one alone; returns the exit code.
 
     Rank 0 prints what went wrong, once. Raises what is no error of ours, after leaving the ranks.
     """
     from trainer.comm import connect
 
-    comm = connect()
+    try:
+        comm = connect()
+    except UserError as failure:
+        _say(failure)
+        return failure.exit_code
     with contextlib.closing(comm):
         code = _code_of(comm, work)
-    if comm.is_stuck:  # a collective of Horovod is under way for ever, and Python's end would wait for it
+    if comm.is_stuck:  # a collective is under way for ever, and Python's end would wait for it
         sys.stdout.flush()
         os._exit(code)
     return code
@@ -63,7 +69,7 @@ def _code_of(comm: "Comm", work: Callable[["Comm"], None]) -> int:
         return STOPPED
     except UserError as failure:
         if comm.rank == 0 or isinstance(failure, LostRankError):  # rank 0 may be the one that is gone
-            say_error(failure)
+            _say(failure)
         else:
             time.sleep(_GRACE_S)
         return failure.exit_code
@@ -72,3 +78,13 @@ def _code_of(comm: "Comm", work: Callable[["Comm"], None]) -> int:
             raise  # the command prints its one line
         return STOPPED
     return OK
+
+
+def _say(failure: UserError) -> None:
+    """Print an error of ours, and leave it for torchrun's report, where torchrun started this process."""
+    say_error(failure)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        text = f"{type(failure).__name__}: {failure}"
+        about = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": about}}), encoding="utf-8")

@@ -2,7 +2,8 @@
 
 from trainer.comm.comm import Comm, Traffic
 from trainer.comm.connecting import connect
+from trainer.comm.distributed import TorchComm
 from trainer.comm.horovod import HorovodComm
 from trainer.comm.solo import SoloComm
 
-__all__ = ["Comm", "HorovodComm", "SoloComm", "Traffic", "connect"]
+__all__ = ["Comm", "HorovodComm", "SoloComm", "TorchComm", "Traffic", "connect"]

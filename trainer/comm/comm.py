@@ -38,6 +38,8 @@ class Comm(ABC):
     size: int
     moves_cuda_tensors: bool
     """Whether the collectives take tensors of a GPU."""
+    without_cuda = ""
+    """Why they do not, and what to do about it."""
 
     def __init__(self) -> None:
         self.traffic: dict[str, Traffic] = {}

@@ -11,23 +11,32 @@ from torch import Tensor
 
 from trainer.comm.comm import Comm, Object, check_splits, pickled, unpickled
 from trainer.comm.lateness import Bulletin, loss
-from trainer.errors import LateRankError, LostRankError
+from trainer.errors import ConfigError, LateRankError, LostRankError
 
 _SETTINGS = {"HOROVOD_CYCLE_TIME": "2"}
 """Milliseconds between two looks at what is to be done; each talks to the other ranks, and takes the processor from the
 step: two ranks of one core are a fifth faster with this than with 0.3, a small collective takes one or two ms more. The
 environment's own value wins."""
+WITHOUT_NCCL = "this Horovod was built without NCCL; build it with NCCL: HOROVOD_GPU_OPERATIONS=NCCL make install"
 
 
 class HorovodComm(Comm):
     """The ranks that `horovodrun` started."""
 
+    without_cuda = WITHOUT_NCCL
+
     def __init__(self) -> None:
         super().__init__()
         for name, value in _SETTINGS.items():
             os.environ.setdefault(name, value)
-        import horovod.torch as hvd
-        from horovod.common.exceptions import HorovodInternalError
+        try:
+            import horovod.torch as hvd
+            from horovod.common.exceptions import HorovodInternalError
+        except ImportError as error:
+            raise ConfigError(
+                f"horovodrun started this process, but its Python cannot import Horovod ({error}): make install builds "
+                "it; without it, start the ranks by torchrun"
+            ) from error
 
         self._hvd: Any = hvd
         self._internal_error: type[Exception] = HorovodInternalError

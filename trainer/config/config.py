@@ -123,7 +123,7 @@ class RunConfig(Section):
     overwrite: bool = False
     """Replace a run of the same name; with a step or path in resume, what came after that checkpoint."""
     device: Device = "auto"
-    """What to compute on; auto: cuda if every rank has a GPU and Horovod was built with NCCL."""
+    """What to compute on; auto: cuda if every rank has a GPU and the collectives go by NCCL."""
     features_on_device: Literal["auto"] | bool = "auto"
     """Whether a rank holds its features in the memory of its device; auto: on a GPU, where they take at most half of
     what is free."""

@@ -18,7 +18,6 @@ from trainer.ids.rows import StatePart
 from trainer.ids.tables import TableShape, owned_bytes
 
 _MOST_THREADS = 4  # for each core
-_BUILD_NCCL = "HOROVOD_GPU_OPERATIONS=NCCL make install"
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,15 @@ def share_machine(config: Config, comm: Comm) -> torch.device:
     torch.set_num_threads(threads)
     pa.set_cpu_count(threads)
     have_gpu = [each.has_gpu for each in places]
-    warning = idle_gpus(config.run.device, have_gpu, comm.moves_cuda_tensors)
+    without_cuda = None if comm.moves_cuda_tensors else comm.without_cuda
+    warning = idle_gpus(config.run.device, have_gpu, without_cuda)
     if warning and comm.rank == 0:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
-    if not uses_cuda(config.run.device, all(have_gpu), comm.moves_cuda_tensors):
+    if not uses_cuda(config.run.device, all(have_gpu), without_cuda):
         return torch.device("cpu")
     here = [rank for rank, each in enumerate(places) if each.host == place.host]
     device = torch.device("cuda", here.index(comm.rank) % torch.cuda.device_count())
-    torch.cuda.set_device(device)  # Horovod's NCCL, and all that names no device, would take the first GPU
+    torch.cuda.set_device(device)  # NCCL, and all that names no device, would take the first GPU
     return device
 
 
@@ -67,31 +67,30 @@ def threads_of(rank: int, places: Sequence[RankPlace]) -> int:
     return max(1, len(mine.cores) // sharing)
 
 
-def uses_cuda(device: Device, available: bool, moves_cuda_tensors: bool) -> bool:
-    """Return whether the ranks compute on GPUs. `available`: every rank has one; `moves_cuda_tensors`: as in Comm.
+def uses_cuda(device: Device, available: bool, without_cuda: str | None) -> bool:
+    """Return whether the ranks compute on GPUs. `available`: every rank has one.
+
+    `without_cuda`: as in Comm, why collectives do not take tensors of a GPU; None where they do.
 
     Raises ConfigError where run.device=cuda asks for what is not there.
     """
     if device == "cuda" and not available:
         raise ConfigError("run.device=cuda: PyTorch finds no GPU on every rank; take run.device=auto or cpu")
-    if device == "cuda" and not moves_cuda_tensors:
-        raise ConfigError(
-            "run.device=cuda: this Horovod was built without NCCL and cannot move tensors of a GPU; "
-            f"build it with NCCL ({_BUILD_NCCL}), start one rank without horovodrun, or take run.device=cpu"
-        )
-    return device != "cpu" and available and moves_cuda_tensors
+    if device == "cuda" and without_cuda is not None:
+        raise ConfigError(f"run.device=cuda: {without_cuda}, start one rank alone, or take run.device=cpu")
+    return device != "cpu" and available and without_cuda is None
 
 
-def idle_gpus(device: Device, have_gpu: Sequence[bool], moves_cuda_tensors: bool) -> str | None:
+def idle_gpus(device: Device, have_gpu: Sequence[bool], without_cuda: str | None) -> str | None:
     """Say why ranks leave their GPUs alone, and what to do; None where none is idle, or run.device chose the device.
 
-    `have_gpu`: of each rank, whether it has a GPU. `moves_cuda_tensors`: the Comm's answer.
+    `have_gpu`: of each rank, whether it has a GPU. `without_cuda`: as for `uses_cuda`.
     """
-    if device != "auto" or not any(have_gpu) or uses_cuda(device, all(have_gpu), moves_cuda_tensors):
+    if device != "auto" or not any(have_gpu) or uses_cuda(device, all(have_gpu), without_cuda):
         return None
     found = f"{sum(have_gpu)} of {len(have_gpu)} ranks found a GPU, but all compute on the CPU"
-    if not moves_cuda_tensors:
-        return f"{found}: this Horovod was built without NCCL. Build it with NCCL: {_BUILD_NCCL}; or set run.device=cpu"
+    if without_cuda is not None:
+        return f"{found}: {without_cuda}, or set run.device=cpu"
     return f"{found}: not every rank has one. Start ranks only on hosts with GPUs; or set run.device=cpu"
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from trainer.comm import SoloComm
+from trainer.comm.horovod import WITHOUT_NCCL
 from trainer.config.config import Device, load_config
 from trainer.config.options import OptimConfig
 from trainer.engine import machine
@@ -122,13 +123,13 @@ class TestDevice:
         ],
     )
     def test_choice(self, device: Device, available: bool, moves: bool, expected: bool) -> None:
-        assert uses_cuda(device, available, moves) is expected
+        assert uses_cuda(device, available, None if moves else WITHOUT_NCCL) is expected
 
     def test_cuda_that_is_not_there_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="finds no GPU"):
-            uses_cuda("cuda", available=False, moves_cuda_tensors=True)
+            uses_cuda("cuda", available=False, without_cuda=None)
         with pytest.raises(ConfigError, match=r"without NCCL.*HOROVOD_GPU_OPERATIONS=NCCL make install"):
-            uses_cuda("cuda", available=True, moves_cuda_tensors=False)
+            uses_cuda("cuda", available=True, without_cuda=WITHOUT_NCCL)
 
     @pytest.mark.parametrize(
         ("device", "have_gpu", "moves", "expected"),
@@ -144,7 +145,7 @@ class TestDevice:
     def test_gpus_that_stay_idle_are_told(
         self, device: Device, have_gpu: list[bool], moves: bool, expected: str | None
     ) -> None:
-        warning = idle_gpus(device, have_gpu, moves)
+        warning = idle_gpus(device, have_gpu, None if moves else WITHOUT_NCCL)
         assert warning is None if expected is None else re.match(expected, warning or "")
 
     def test_rank_0_warns_of_gpus_without_nccl(
