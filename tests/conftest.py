@@ -12,7 +12,7 @@ import pytest
 
 from featurestore.lookup.compute_dtype import VARIABLE, AutoDType
 from tests.guard import Guard
-from tests.ranks import StandingRanks, standing_ranks
+from tests.ranks import StandingRanks, TorchRanks, standing_ranks
 from tests.servers import environment_of, moto, new_bucket, seaweedfs
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 SERVICES = {
     "two_ranks",
+    "two_torch_ranks",
+    "two_ranks_of_each",
     "results_of",
     "client",
     "cluster",
@@ -89,6 +91,20 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandingRank
     """Two ranks of Horovod that stay as long as the tests; for command lines that end well."""
     with standing_ranks(tmp_path_factory.mktemp("two-ranks")) as ranks:
         yield ranks
+
+
+@pytest.fixture(scope="session")
+def two_torch_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandingRanks]:
+    """Two ranks of torch.distributed, in the same way."""
+    with standing_ranks(tmp_path_factory.mktemp("two-torch-ranks"), TorchRanks(2)) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module", params=["horovodrun", "torchrun"])
+def two_ranks_of_each(request: pytest.FixtureRequest) -> StandingRanks:
+    """Two ranks of each communicator, one after the other."""
+    ranks: StandingRanks = request.getfixturevalue("two_ranks" if request.param == "horovodrun" else "two_torch_ranks")
+    return ranks
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Real ranks for tests: a start of horovodrun, and two ranks that stay for many command lines."""
+"""Real ranks for tests: starts of horovodrun and torchrun, and two ranks that stay for many command lines."""
 
 import itertools
 import json
@@ -12,19 +12,30 @@ from pathlib import Path
 
 import psutil
 
-HOROVODRUN = str(Path(sys.executable).with_name("horovodrun"))
+HOROVODRUN, TORCHRUN = (str(Path(sys.executable).with_name(name)) for name in ("horovodrun", "torchrun"))
 TIMEOUT_S = 200
 ROOT = Path(__file__).parent.parent
 STANDING = ROOT / "tests" / "trainer" / "standing_ranks.py"
 
 
+class TorchRanks(int):
+    """A number of ranks that torchrun starts; those of any other number are horovodrun's."""
+
+    def __str__(self) -> str:
+        return f"{int(self)}-by-torchrun"
+
+
 def command_of(num_ranks: int, *arguments: object) -> list[str]:
     """The command line that runs `python ARGUMENTS` on ranks of their own; without a launcher where it is one.
 
-    --gloo: else horovodrun starts one more process that imports torch, to ask whether there is MPI.
+    --gloo: else horovodrun starts one more process that imports torch, to ask whether there is MPI. --standalone:
+    jobs beside each other take ports of their own.
     """
+    words = list(map(str, arguments))
+    if isinstance(num_ranks, TorchRanks):
+        return [TORCHRUN, "--standalone", "--nproc-per-node", f"{int(num_ranks)}", *words]
     launcher = [HOROVODRUN, "--gloo", "-np", str(num_ranks)] if num_ranks > 1 else []
-    return [*launcher, sys.executable, *map(str, arguments)]
+    return [*launcher, sys.executable, *words]
 
 
 def run_ranks(num_ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -50,8 +61,10 @@ def ranks_of(launcher: subprocess.Popen[bytes] | subprocess.Popen[str], *argumen
     wanted, found = list(arguments), {}
     children = psutil.Process(launcher.pid).children(recursive=True) if launcher.poll() is None else []
     for process in children:
-        if process.cmdline()[1 : 1 + len(wanted)] == wanted:
-            found[int(process.environ()["HOROVOD_RANK"])] = process
+        words = [word for word in process.cmdline()[1:] if word != "-u"]  # which torchrun adds
+        if words[: len(wanted)] == wanted:
+            its = process.environ()
+            found[int(its.get("HOROVOD_RANK") or its["RANK"])] = process
     return [found[rank] for rank in sorted(found)]
 
 
@@ -62,11 +75,11 @@ class StandingRanks:
     Between two lines they are stopped: Horovod's threads meet a thousand times a second, also when there is no work.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, num_ranks: int = 2) -> None:
         self._folder, self._numbers = folder, itertools.count()
         patient = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "86400"}  # the time that they are stopped counts too
         with (folder / "log.txt").open("wb") as log:
-            command = command_of(2, STANDING, folder)
+            command = command_of(num_ranks, STANDING, folder)
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment() | patient)
 
     def run(self, *arguments: object) -> str:
@@ -110,8 +123,8 @@ class StandingRanks:
 
 
 @contextmanager
-def standing_ranks(folder: Path) -> Iterator[StandingRanks]:
-    ranks = StandingRanks(folder)
+def standing_ranks(folder: Path, num_ranks: int = 2) -> Iterator[StandingRanks]:
+    ranks = StandingRanks(folder, num_ranks)
     try:
         yield ranks
     finally:

@@ -1,4 +1,4 @@
-"""Ranks that horovodrun starts once, for many command lines: to start ranks takes seconds.
+"""Ranks that a launcher starts once, for many command lines: to start ranks takes seconds.
 
 Argument: a folder. Each rank runs the Python arguments of FOLDER/0.json, 1.json, ... as they come, in this process and
 with the ranks of the first one, and writes FOLDER/<number>.<rank>.json: exit code and output. `end` ends all.
@@ -18,15 +18,16 @@ from pathlib import Path
 from unittest import mock
 
 from trainer import comm as comm_module
-from trainer.comm import HorovodComm
+from trainer.comm import connect
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     warnings.filterwarnings("ignore", message=".* found in sys.modules", category=RuntimeWarning)  # of runpy
-    comm = HorovodComm()
+    comm = connect()
+    kind = type(comm)
     gc.freeze()  # what is imported lives as long as the process
-    with mock.patch.object(HorovodComm, "close"), mock.patch.object(comm_module, "connect", HorovodComm):
+    with mock.patch.object(kind, "close"), mock.patch.object(comm_module, "connect", kind):
         for number in itertools.count():
             asked = folder / f"{number}.json"
             while not asked.exists():

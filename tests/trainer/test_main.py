@@ -19,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from featurestore.store import FeatureStore
-from tests.ranks import StandingRanks, command_of, ranks_of
+from tests.ranks import StandingRanks, TorchRanks, command_of, ranks_of
 from tests.trainer.alike import all_alike
 from tests.trainer.whole_runs import SHARED, Places, assert_same, report_of, run_alone
 from trainer.errors import RemoteRankError
@@ -81,7 +81,7 @@ class TestCommandLine:
 
 @pytest.fixture(scope="module")
 def job(
-    make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory, two_ranks: StandingRanks
+    make_places: Callable[[Path], Places], tmp_path_factory: pytest.TempPathFactory, two_ranks_of_each: StandingRanks
 ) -> tuple[Places, dict[str, list[str]]]:
     """What each of two ranks saw of the runs of main_worker.py."""
     places = make_places(tmp_path_factory.mktemp("job"))
@@ -93,7 +93,7 @@ def job(
     broken = table.set_column(table.schema.get_field_index("label"), "label", pa.array(labels, pa.list_(pa.int8())))
     pq.write_table(broken, file, row_group_size=7)
     out = places.folder / "seen.json"
-    two_ranks.run(WORKER, places.folder, out, *places.settings(**SHARED))
+    two_ranks_of_each.run(WORKER, places.folder, out, *places.settings(**SHARED))
     return places, json.loads(out.read_text())
 
 
@@ -157,10 +157,10 @@ class TestTwoRanks:
 
 
 @pytest.fixture
-def endless(places: Places, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """`horovodrun -np 2 python -m trainer.main` in the midst of its training."""
+def endless(places: Places, tmp_path: Path, num_ranks: int) -> Iterator[subprocess.Popen[str]]:
+    """`horovodrun -np 2 python -m trainer.main`, or that of torchrun, in the midst of its training."""
     settings = places.settings(train__epochs=100_000, run__dir=tmp_path)
-    command = command_of(2, "-m", "trainer.main", "--set", *settings)
+    command = command_of(num_ranks, "-m", "trainer.main", "--set", *settings)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -186,14 +186,19 @@ def endless(places: Places, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 class TestEnds:
     @pytest.mark.services
     @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])  # 1: test_changing_ranks.py too
-    def test_killed_rank_ends_the_job(self, endless: subprocess.Popen[str], victim: int) -> None:
+    @pytest.mark.parametrize(
+        ("num_ranks", "says"),
+        [(2, "Process {} exit with status code"), (TorchRanks(2), "failed (exitcode: -9) local_rank: {} ")],
+        ids=["horovodrun", "torchrun"],
+    )
+    def test_killed_rank_ends_the_job(self, endless: subprocess.Popen[str], victim: int, says: str) -> None:
         ranks = ranks_of(endless, "-m", "trainer.main")
         ranks[victim].send_signal(signal.SIGKILL)
         start = time.monotonic()
         output, _ = endless.communicate(timeout=60)
         assert endless.returncode != 0
         assert time.monotonic() - start < 30
-        assert f"Process {victim} exit with status code" in output
+        assert says.format(victim) in output
         assert f"error: rank {1 - victim} lost another rank" in output
         assert "with run.resume=latest and the run's name where it has a checkpoint" in output
         _, alive = psutil.wait_procs(ranks, timeout=10)

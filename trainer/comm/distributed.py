@@ -75,16 +75,6 @@ class TorchComm(Comm):
 
         return finish
 
-    def allreduce_sum_(self, values: Tensor, name: str) -> Tensor:
-        if values.is_cuda:
-            return super().allreduce_sum_(values, name)
-        key = f"allreduce.{name}"
-        lane = self._lane_of(key)
-        self._tell(lane, torch.zeros(self.size), key)
-        self._wait(key, lane.allreduce([values.detach()]))
-        self._count_allreduce(values, name)
-        return values
-
     def allgather(self, rows_N: Tensor, name: str) -> Tensor:
         return torch.cat(self._gathered(rows_N.cpu(), name)).to(rows_N.device)
 

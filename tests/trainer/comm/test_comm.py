@@ -1,4 +1,4 @@
-"""Collectives: alone, and on three ranks of Horovod (collectives.py)."""
+"""Collectives: alone, and on three ranks of each launcher (collectives.py)."""
 
 import pickle
 import re
@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks import run_ranks
+from tests.ranks import TorchRanks, run_ranks
 from trainer.comm import SoloComm, connect
 from trainer.errors import DataError, RemoteRankError
 
 
-@pytest.fixture(scope="module")
-def three_ranks() -> subprocess.CompletedProcess[str]:
-    """What collectives.py did on three ranks of horovodrun."""
-    return run_ranks(3, Path(__file__).with_name("collectives.py"))
+@pytest.fixture(scope="module", params=[3, TorchRanks(3)], ids=str)
+def three_ranks(request: pytest.FixtureRequest) -> subprocess.CompletedProcess[str]:
+    """What collectives.py did on three ranks of horovodrun, or of torchrun."""
+    return run_ranks(request.param, Path(__file__).with_name("collectives.py"))
 
 
 @pytest.mark.services

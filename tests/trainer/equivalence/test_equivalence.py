@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ranks import command_of
+from tests.ranks import TorchRanks, command_of
 from tests.trainer.equivalence.scenarios import ON_FOUR_RANKS, SCENARIOS, STEPS, TOLERANCE
 
 pytestmark = pytest.mark.timeout(900)  # the first test of each number of ranks runs all of its scenarios
@@ -100,10 +100,11 @@ MODEL_RUNS = [
 NORMS = {"batch_norm": 2, "batch_norm_rank_without_data": 2, "dice": 4, "dice_rank_without_data": 3, "finalmlp": 5}
 OF_FILTERS = ("/counts", "/faded", "/last_use", "/used_at", "/clock")
 """Of exact tables, beside rows and ids; see tests/trainer/ids."""
-RANKS = [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)]
+TORCH_2, TORCH_4 = TorchRanks(2), TorchRanks(4)
+RANKS = [1, 2, 4, TORCH_2, *(pytest.param(each, marks=pytest.mark.slow) for each in (8, TORCH_4))]
 RUNS_ON_RANKS = [
-    pytest.param(num_ranks, run, marks=pytest.mark.slow if is_rest or num_ranks == 8 else ())
-    for num_ranks in (1, 2, 4, 8)
+    pytest.param(num_ranks, run, marks=pytest.mark.slow if is_rest or num_ranks in (8, TORCH_4) else ())
+    for num_ranks in (1, 2, 4, 8, TORCH_2, TORCH_4)
     for run in RUNS
     for is_rest in [num_ranks == 4 and run.partition("/")[0] not in ON_FOUR_RANKS]
 ]
@@ -139,12 +140,12 @@ def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Resu
     folder = tmp_path_factory.mktemp("equivalence")
     script = "import worlds, pathlib, sys; worlds.make_store(pathlib.Path(sys.argv[1]))"
     _run([sys.executable, "-c", script, str(folder / "store")])
-    done: dict[int, Job] = {}
+    done: dict[str, Job] = {}
 
     def results(num_ranks: int) -> Results:
-        if num_ranks not in done:
-            done[num_ranks] = Job(folder, num_ranks)
-        return done[num_ranks]
+        if str(num_ranks) not in done:
+            done[str(num_ranks)] = Job(folder, num_ranks)
+        return done[str(num_ranks)]
 
     return results
 
@@ -216,9 +217,19 @@ class TestEquivalence(Equivalence):
 
 
 @pytest.mark.parametrize("run", MODEL_RUNS)
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, 2, TORCH_2])
 class TestModels(Equivalence):
     """Every aggregator, every base net, and two contents an item, each in a store of its own."""
+
+
+@pytest.mark.parametrize("run", [*RUNS, *MODEL_RUNS, "delayed", "reused", "rounded", "compared"])
+def test_both_communicators_give_the_same_bits(run: str, results_of: Callable[[int], Results]) -> None:
+    """Two numbers have one sum, in either order."""
+    by_torchrun, by_horovodrun = results_of(TORCH_2)[run], results_of(2)[run]
+    assert by_torchrun["losses_P"] == by_horovodrun["losses_P"]
+    assert by_torchrun["trained"].keys() == by_horovodrun["trained"].keys()
+    mine, theirs = by_torchrun["trained"], by_horovodrun["trained"]
+    assert [name for name, value in mine.items() if not torch.equal(value, theirs[name])] == []
 
 
 @pytest.mark.parametrize("num_ranks", RANKS)

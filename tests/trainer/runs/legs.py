@@ -101,13 +101,13 @@ def read_leg(notes: Path, ranks: int) -> Leg:
     """What so many ranks have noted in a folder (notes.py)."""
     samples, losses = defaultdict(list), defaultdict(set)
     for rank in range(ranks):
-        for line in (notes / f"{rank}-of-{ranks}.jsonl").read_text().splitlines():
+        for line in (notes / f"{rank}-of-{ranks:d}.jsonl").read_text().splitlines():
             entry = json.loads(line)
             if "loss" in entry:
                 losses[entry["step"]].add(entry["loss"])
             else:
                 samples[entry["step"]].append(list(zip(entry["samples"], entry["labels"], strict=True)))
-    return Leg(min(samples, default=0), dict(samples), dict(losses), ranks)
+    return Leg(min(samples, default=0), dict(samples), dict(losses), int(ranks))
 
 
 def assert_no_step_or_sample_is_lost(legs: list[Leg], whole: Leg, steps: int) -> None:

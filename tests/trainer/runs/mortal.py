@@ -5,6 +5,7 @@ Arguments: the folder of the notes (notes.py), the step in which the last rank g
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.trainer.runs.notes import note_steps
@@ -12,9 +13,15 @@ from trainer.config.config import load_config
 from trainer.main import on_ranks, train
 
 
+def place_of(environ: Mapping[str, str]) -> tuple[int, int]:
+    """Rank and number of ranks, by the variables of either launcher."""
+    rank = environ.get("HOROVOD_RANK") or environ.get("RANK") or "0"
+    return int(rank), int(environ.get("HOROVOD_SIZE") or environ.get("WORLD_SIZE") or "1")
+
+
 def main() -> None:
     notes, die_at, settings = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-    rank, size = int(os.environ.get("HOROVOD_RANK", "0")), int(os.environ.get("HOROVOD_SIZE", "1"))
+    rank, size = place_of(os.environ)
     note_steps(notes, rank, size, die_at)
     sys.exit(on_ranks(lambda: load_config(settings=settings), train))
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.ranks import ranks_of
+from tests.ranks import TorchRanks, ranks_of
 from tests.trainer.runs.legs import TIMEOUT_S, TOLERANCE, WORKER, Killed, assert_no_step_or_sample_is_lost
 from trainer.evaluation.predict import predict_run
 from trainer.runs.checkpoint import read_state
@@ -46,21 +46,22 @@ def assert_same_in_float64(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("optim", "first_ranks"),
+    ("optim", "ranks"),
     [
-        pytest.param({"optim__ids": "rowwise_adam"}, 4, marks=pytest.mark.slow, id="plain"),
-        pytest.param({"optim__ids": "adam", "optim__ids_restart": True}, 3, id="adam"),
+        pytest.param({"optim__ids": "rowwise_adam"}, (4, 1, 2), marks=pytest.mark.slow, id="plain"),
+        pytest.param({"optim__ids": "adam", "optim__ids_restart": True}, (3, 1, 2), id="adam"),
+        pytest.param({"optim__ids": "adam"}, (TorchRanks(3), 2, TorchRanks(2)), id="torchrun, horovodrun, torchrun"),
     ],
 )
 def test_killed_with_other_ranks_each_time(
-    settings_of: Callable[..., list[str]], tmp_path: Path, optim: dict[str, Any], first_ranks: int
+    settings_of: Callable[..., list[str]], tmp_path: Path, optim: dict[str, Any], ranks: tuple[int, int, int]
 ) -> None:
     steps = 80
     undisturbed = Killed(tmp_path / "undisturbed", settings_of(tmp_path / "undisturbed", steps, 1000, **optim))
     whole = undisturbed.leg(0, ranks=1)
     killed = Killed(tmp_path / "killed", settings_of(tmp_path / "killed", steps, 10, **optim))
-    deaths = [(first_ranks, 55), (1, 68), (2, 0)]  # 55 is in the third epoch
-    legs = [killed.leg(number, ranks, die_at) for number, (ranks, die_at) in enumerate(deaths)]
+    deaths = zip(ranks, (55, 68, 0), strict=True)  # 55 is in the third epoch
+    legs = [killed.leg(number, num_ranks, die_at) for number, (num_ranks, die_at) in enumerate(deaths)]
     assert [leg.first_step for leg in legs] == [1, 51, 61]
     assert_no_step_or_sample_is_lost(legs, whole, steps)
     assert_same_in_float64(killed.run, undisturbed.run)
