@@ -88,6 +88,7 @@ bench: $(INSTALLED) ## Run the benchmarks; the figures go to data/bench/*.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.days --dir $(BENCH_DIR)/days --json $(BENCH_DIR)/days.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.read --dir $(BENCH_DIR)/read --json $(BENCH_DIR)/read.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.resume --dir $(BENCH_DIR)/resume --json $(BENCH_DIR)/resume.json
+	$(ON_PATH) $(BIN)/python -m benchmarks.restart --dir $(BENCH_DIR)/restart --json $(BENCH_DIR)/restart.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.scale --dir $(BENCH_DIR)/scale --json $(BENCH_DIR)/scale.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.serve --dir $(BENCH_DIR)/serve --json $(BENCH_DIR)/serve.json
 

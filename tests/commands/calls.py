@@ -16,6 +16,7 @@ from featurestore.console.commandline import run_app
 ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = {
     "benchmarks.quality.fuxi",
+    "benchmarks.restart.worker",
     "benchmarks.resume.worker",
     "benchmarks.serve.rivals",
     "benchmarks.store.limit",

@@ -25,7 +25,20 @@ WITHOUT_PLACES = {"benchmarks.quality", "benchmarks.tables", "tools/demo"}
 """Commands that read no folder themselves: they draw what they need, or hand their options to other commands."""
 WRITERS = {
     f"benchmarks.{name}"
-    for name in ("days", "flight", "gpu", "plan", "read", "resume", "scale", "serve", "store", "train", "workload")
+    for name in (
+        "days",
+        "flight",
+        "gpu",
+        "plan",
+        "read",
+        "restart",
+        "resume",
+        "scale",
+        "serve",
+        "store",
+        "train",
+        "workload",
+    )
 } | {
     "jobs/import_xdl random",
     "featurestore check-backend",

@@ -47,9 +47,7 @@ class Agent:
         """Do what the supervisor says, until it is gone."""
         for task in (self._beat, self._watch_lease):
             threading.Thread(target=task, daemon=True).start()
-        self._answer(
-            {"is": "here", "interfaces": addresses(), "ssh": os.environ.get("SSH_CONNECTION"), "pid": os.getpid()}
-        )
+        self._answer({"is": "here", "interfaces": addresses(), "ssh": os.environ.get("SSH_CONNECTION")})
         for line in sys.stdin:
             asked = json.loads(line)
             if asked["do"] == "beat":
@@ -93,7 +91,6 @@ class Agent:
                 self._answer({"is": "end", "rank": each["rank"], "code": 127})
                 continue
             self._ranks[each["rank"]] = rank
-            self._answer({"is": "started", "rank": each["rank"], "pid": rank.pid})
             threading.Thread(target=self._follow, args=(each["rank"], rank), daemon=True).start()
 
     def _follow(self, number: int, rank: subprocess.Popen[bytes]) -> None:
@@ -145,6 +142,8 @@ def addresses() -> dict[str, str]:
 def become(parent: int, command: list[str]) -> None:
     """Become the program of a rank, which dies with its parent."""
     die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # what is ignored stays so in the next program
+        signal.signal(number, signal.SIG_DFL)
     if os.getppid() == parent:
         try:
             os.execvp(command[0], command)
@@ -162,7 +161,8 @@ def main() -> None:
     if sys.argv[1] == AS_RANK:
         become(int(sys.argv[2]), sys.argv[3:])
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a person's Ctrl-C is the supervisor's matter
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a host that goes down sends them to the ranks too,
+        signal.signal(number, signal.SIG_IGN)  # which then write a checkpoint
     agent = Agent(float(sys.argv[1]))
     if "--local" in sys.argv:  # dies with the supervisor, also where it is stopped and cannot read
         die_with_parent()

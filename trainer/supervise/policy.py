@@ -63,6 +63,12 @@ class Past:
         stuck = next((end for end in self.ends if end.was_killed), None)
         return stuck if stuck and first and (first.code or 0) > 0 else first
 
+    @property
+    def suspect(self) -> str | None:
+        """The host whose rank died, hung or was lost; a rank that fails with a message may tell of another one."""
+        end = self.culprit
+        return end.host if end and (end.was_killed or end.code is None or end.code < 0) else None
+
 
 def place(available: Sequence[Slots], min_ranks: int, max_ranks: int) -> tuple[Slots, ...] | None:
     """Fill the hosts in their order, each up to its slots; None where they have fewer than `min_ranks`.
@@ -80,7 +86,7 @@ def place(available: Sequence[Slots], min_ranks: int, max_ranks: int) -> tuple[S
 
 def trusted(available: Sequence[Slots], past: Sequence[Past], min_ranks: int) -> list[Slots]:
     """Leave out hosts that ended the last generations again and again before a checkpoint, if the others suffice."""
-    blamed = [each.culprit.host for each in fruitless(past) if each.culprit]
+    blamed = [each.suspect for each in fruitless(past)]
     suspects = {host for host in blamed if blamed.count(host) >= SUSPICIOUS}
     others = [each for each in available if each.host not in suspects]
     return others if sum(each.count for each in others) >= min_ranks else list(available)

@@ -56,7 +56,9 @@ class Supervisor:
         self._links: dict[str, Link] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._stop, self._hurry = asyncio.Event(), False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_IGN:  # nohup
+                continue
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         self._wanted = self.read_hosts()
         self._keep_links()
@@ -201,7 +203,16 @@ class Supervisor:
             self._news.get_nowait()
 
     async def _newest_step(self) -> int:
-        return await asyncio.to_thread(self.command.newest_step)
+        """Return the step to continue from; while the run's place cannot be read, wait as for hosts."""
+        end_s = time.monotonic() + self.options.wait_for_hosts_s
+        while True:
+            try:
+                return await asyncio.to_thread(self.command.newest_step)
+            except (UserError, OSError) as failure:
+                if time.monotonic() > end_s or self._stop.is_set():
+                    raise
+                say(f"the checkpoints cannot be looked at: {failure}; trying again")
+                await self._pause(self.options.backoff_s)
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

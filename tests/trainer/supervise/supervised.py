@@ -50,13 +50,17 @@ class Supervised:
 
     def start(self, **variables: str) -> "subprocess.Popen[bytes]":
         """Start the supervisor; what it and the ranks print goes to `log`, what ranks do in steps to notes."""
-        self.starts += 1
-        self.folder.mkdir(parents=True, exist_ok=True)
-        notes = {NOTES: str(self.folder / f"notes-{self.starts}")}
+        notes = self.next_notes()
         with self.log.open("wb") as log:
             return subprocess.Popen(
                 self.command(), cwd=ROOT, env={**environment(), **notes, **variables}, stdout=log, stderr=log
             )
+
+    def next_notes(self) -> dict[str, str]:
+        """Variables by which the ranks of the next start know where to write."""
+        self.starts += 1
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return {NOTES: str(self.folder / f"notes-{self.starts}")}
 
     def end(self, process: "subprocess.Popen[bytes]", code: int = 0, timeout_s: float = TIMEOUT_S) -> str:
         """Wait for the supervisor's end and for that of all its processes; return what was printed."""

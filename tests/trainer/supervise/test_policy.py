@@ -41,6 +41,8 @@ def test_a_host_that_fails_again_and_again_is_left_out_where_others_suffice() ->
     assert trusted([A, B], failing, 2) == [A]
     assert trusted([A, B], failing, 5) == [A, B], "four slots are too few"
     assert trusted([A, B], [*failing, past(after=10)], 2) == [A, B], "it came to a checkpoint since"
+    told = past(end(0, "a", 1, error="error: rank 3 failed: no space left"))
+    assert trusted([A, B], [told] * 3, 2) == [A, B], "rank 0 tells of all ranks"
     hung = past(end(0, "a", 1), end(3, "b", -9, was_killed=True))
     assert trusted([A, B], [hung, hung], 2) == [A], "who waits in vain for another is not blamed"
 

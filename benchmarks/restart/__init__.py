@@ -1,0 +1,1 @@
+"""How long a supervised run takes to go on after a loss."""

@@ -1,0 +1,99 @@
+"""Hosts that die, come back or are cut off under trainer.supervise: the run ends as an undisturbed one, by itself"""
+
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cluster.hosts import Network
+from tests.cluster.runs import STEPS, Shop, open_shop
+from tests.trainer.runs.legs import Leg, assert_no_step_or_sample_is_lost
+from tests.trainer.supervise.noting import PAUSE_S
+from tests.trainer.supervise.supervised import WORKER, Supervised
+
+LEASE_S = 10
+TIMEOUT_S = 280
+
+
+@pytest.fixture(scope="module")
+def shop(net: Network, tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return open_shop(net, tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture(scope="module")
+def whole(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Leg:
+    """The run of one rank that nothing disturbed."""
+    return shop.alone(tmp_path_factory.mktemp("alone"), 1)
+
+
+def start(shop: Shop, run: Supervised) -> "subprocess.Popen[bytes]":
+    """Start the supervisor on host a."""
+    variables = {**shop.s3, **run.next_notes(), PAUSE_S: "1"}
+    return shop.net["a"].start(*run.command(), log=run.log, env=variables)
+
+
+def wait(job: "subprocess.Popen[bytes]", run: Supervised, until: Callable[[], bool]) -> None:
+    end = time.monotonic() + TIMEOUT_S
+    while not until():
+        assert job.poll() is None and time.monotonic() < end, run.log.read_text()
+        time.sleep(0.1)
+
+
+def said_at_the_end(job: "subprocess.Popen[bytes]", run: Supervised) -> str:
+    """What was printed, once the supervisor has ended with 0 and no rank is left on any host."""
+    assert job.wait(TIMEOUT_S) == 0, run.log.read_text()
+    end = time.monotonic() + 30
+    while any(f"run.dir={run.folder}" in (each.info["cmdline"] or ()) for each in psutil.process_iter(["cmdline"])):
+        assert time.monotonic() < end, run.log.read_text()
+        time.sleep(0.1)
+    return run.log.read_text()
+
+
+def supervised(shop: Shop, folder: Path, *options: str) -> Supervised:
+    options = ("--hosts", "a:1,b:1", "--lease-s", str(LEASE_S), "--rejoin-after-s", "20", *options)
+    return Supervised(folder, shop.settings_on_s3(folder), options)
+
+
+@pytest.mark.timeout(600)
+def test_a_host_dies_and_comes_back(shop: Shop, whole: Leg, tmp_path: Path) -> None:
+    run = supervised(shop, tmp_path)
+    job = start(shop, run)
+    wait(job, run, lambda: run.newest_step() >= 10)
+    shop.net.kill("b")
+    try:
+        wait(job, run, lambda: any(leg.num_ranks == 1 and leg.losses for leg in run.legs()))
+    finally:
+        shop.net.revive("b")
+    said = said_at_the_end(job, run)
+    assert "rank 1 on b is out of reach" in said and "1 of 2 slots left; resuming at step 10 on 1 rank (a:1)" in said
+    assert "2 slots are there and 1 in use: a checkpoint, and on with all of them" in said
+    legs = run.legs()
+    assert [leg.num_ranks for leg in legs] == [2, 1, 2]
+    assert_no_step_or_sample_is_lost(legs, whole, STEPS)
+
+
+@pytest.mark.timeout(600)
+def test_the_network_between_two_hosts_is_cut_for_30_seconds(shop: Shop, whole: Leg, tmp_path: Path) -> None:
+    """The rank beyond the cut ends before another one is started: it has heard nothing for a lease."""
+    run = supervised(shop, tmp_path)
+    job = start(shop, run)
+    wait(job, run, lambda: run.newest_step() >= 10)
+    cut_s = time.monotonic()
+    cut = threading.Thread(target=shop.net.cut, args=("a", "b", 30))
+    cut.start()
+    try:
+        wait(job, run, lambda: "on 1 rank (a:1)" in run.log.read_text())
+        assert LEASE_S / 2 < time.monotonic() - cut_s < 30
+        left = shop.net["b"].run("ps", "axww", "-o", "args").stdout
+        assert WORKER.name not in left
+    finally:
+        cut.join()
+    said = said_at_the_end(job, run)
+    assert "rank 1 on b is out of reach (it has not answered in time)" in said
+    legs = run.legs()
+    assert [leg.num_ranks for leg in legs] == [2, 1, 2]
+    assert_no_step_or_sample_is_lost(legs, whole, STEPS)
