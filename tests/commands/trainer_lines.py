@@ -301,7 +301,7 @@ TRAINER = [
     ("trainer.supervise --hosts-file {empty} -- python -m trainer.main", 2, "names no host"),
     ("trainer.supervise --hosts-file {pipe} -- python -m trainer.main", 2, "{pipe}"),
     ("trainer.supervise --host-discovery-script {missing} -- python -m trainer.main", 2, "{missing}"),
-    ("trainer.supervise --launcher mpirun --max-np 1 -- python -m trainer.main", 2, "mpirun"),
+    ("trainer.supervise --by mpi --max-np 1 -- python -m trainer.main", 2, "mpi"),
     ("trainer.supervise --lease-s 0 --max-np 1 -- python -m trainer.main", 2, "--lease-s"),
     ("trainer.supervise --backoff-s nan --max-np 1 -- python -m trainer.main", 2, "--backoff-s"),
     ("trainer.supervise --rejoin-after-s -1 --max-np 1 -- python -m trainer.main", 2, "--rejoin-after-s"),

@@ -11,7 +11,7 @@ from featurestore.console.commandline import CommandApp, run_app
 from trainer.errors import ConfigError
 from trainer.supervise.claim import claimed
 from trainer.supervise.command import parse_command
-from trainer.supervise.environments import Launcher
+from trainer.supervise.environments import By
 from trainer.supervise.hosts import hosts_of
 from trainer.supervise.report import say
 from trainer.supervise.supervisor import Options, Supervisor
@@ -51,9 +51,7 @@ def main(
     ] = None,
     min_np: Annotated[int, typer.Option(min=1, help="Fewest ranks; with fewer slots it waits.")] = 1,
     max_np: Annotated[int | None, typer.Option(min=1, help="Most ranks.", show_default="all slots")] = None,
-    launcher: Annotated[
-        Launcher, typer.Option(help="By whose variables ranks find each other: Horovod's or torch.distributed's.")
-    ] = "horovodrun",
+    by: Annotated[By, typer.Option(help="What the ranks speak to each other by.")] = By.HOROVOD,
     ssh: Annotated[str, typer.Option(help="The command that reaches other hosts.")] = "ssh",
     fruitless: Annotated[
         int,
@@ -88,7 +86,7 @@ def main(
     options = Options(
         min_ranks=min_np,
         max_ranks=max_np or 10**6,
-        launcher=launcher,
+        by=by,
         ssh=tuple(shlex.split(ssh)),
         most_fruitless=fruitless,
         backoff_s=backoff,

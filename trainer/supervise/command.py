@@ -29,10 +29,10 @@ class TrainCommand:
         found = finished(self.folder / "checkpoints")
         return int(found[-1].name.removeprefix("step-")) if found else 0
 
-    def start(self, step: int) -> list[str]:
-        """Return the command line that begins the run or, where there is a checkpoint of a step, continues it."""
+    def start(self) -> list[str]:
+        """Return the command line that begins the run or, where it has a checkpoint, continues it."""
         name = [] if self.name_was_given else ["--set", f"run.name={self.folder.name}"]
-        return [*self.words, *name, "--set", f"run.resume={'latest' if step else 'null'}"]
+        return [*self.words, *name, "--set", "run.resume=auto"]
 
 
 def parse_command(words: Sequence[str]) -> TrainCommand:
@@ -42,7 +42,7 @@ def parse_command(words: Sequence[str]) -> TrainCommand:
     settings = [*(given["settings"] or []), *(given["more"] or [])]
     settings += warm_settings(given["warm_start"], given["warm_parts"])
     run = load_config(given["file"], settings).run
-    if run.resume not in (None, "latest"):
+    if run.resume not in (None, "latest", "auto"):
         raise ConfigError(f"run.resume={run.resume}: a supervised run goes on from its newest checkpoint; leave it out")
     if run.overwrite:
         raise ConfigError("run.overwrite=true would remove what a supervised run goes on from; take another run.name")

@@ -5,13 +5,19 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from enum import StrEnum
 
 from trainer.supervise.policy import Slots
 
-Launcher = Literal["horovodrun", "torchrun"]
 Variables = dict[str, str]
 LOOPBACK = "127.0.0.1"
+
+
+class By(StrEnum):
+    """What carries the collectives."""
+
+    HOROVOD = "horovod"
+    TORCH = "torch"
 
 
 @dataclass(frozen=True)
@@ -36,42 +42,59 @@ def reach_of(ssh_connection: str | None, interfaces: Mapping[str, str], head: st
 
 
 @contextmanager
-def environments(launcher: Launcher, hosts: Sequence[Slots], reach: Mapping[str, Reach]) -> Iterator[list[Variables]]:
+def environments(by: By, hosts: Sequence[Slots], reach: Mapping[str, Reach]) -> Iterator[list[Variables]]:
     """Yield the variables of each rank; what they meet at is there until the block ends. One rank alone needs none."""
     if sum(each.count for each in hosts) == 1:
         yield [{}]
-        return
-    if launcher == "torchrun":
+    elif by == By.TORCH:
         yield _as_torchrun(hosts, reach)
-        return
-    with _rendezvous(hosts, LOOPBACK if all(each.own == LOOPBACK for each in reach.values()) else "") as ranks:
-        for host, rank in zip(_host_of_ranks(hosts), ranks, strict=True):
-            rank["HOROVOD_GLOO_RENDEZVOUS_ADDR"] = reach[host].head
-            rank.update(_interface("HOROVOD_GLOO_IFACE", reach[host]))
-        yield ranks
+    else:
+        with _rendezvous(hosts, LOOPBACK if all(each.own == LOOPBACK for each in reach.values()) else "") as port:
+            yield _as_horovodrun(hosts, reach, port)
+
+
+def _as_horovodrun(hosts: Sequence[Slots], reach: Mapping[str, Reach], port: int) -> list[Variables]:
+    """`cross` counts the ranks of the same local number."""
+    variables: list[Variables] = []
+    for each in hosts:
+        for local in range(each.count):
+            peers = [host.host for host in hosts if host.count > local]
+            variables.append(
+                {
+                    "HOROVOD_RANK": str(len(variables)),
+                    "HOROVOD_SIZE": str(sum(host.count for host in hosts)),
+                    "HOROVOD_LOCAL_RANK": str(local),
+                    "HOROVOD_LOCAL_SIZE": str(each.count),
+                    "HOROVOD_CROSS_RANK": str(peers.index(each.host)),
+                    "HOROVOD_CROSS_SIZE": str(len(peers)),
+                    "HOROVOD_HOSTNAME": each.host,
+                    "HOROVOD_CONTROLLER": "gloo",
+                    "HOROVOD_CPU_OPERATIONS": "gloo",
+                    "HOROVOD_GLOO_RENDEZVOUS_ADDR": reach[each.host].head,
+                    "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
+                    **_interface("HOROVOD_GLOO_IFACE", reach[each.host]),
+                }
+            )
+    return variables
 
 
 def _as_torchrun(hosts: Sequence[Slots], reach: Mapping[str, Reach]) -> list[Variables]:
+    """Rank 0 listens where the others meet."""
     port = _free_port()
-    names = _host_of_ranks(hosts)
-    counts = {each.host: each.count for each in hosts}
+    places = [(node, local) for node, each in enumerate(hosts) for local in range(each.count)]
     return [
         {
             "RANK": str(rank),
-            "WORLD_SIZE": str(len(names)),
-            "LOCAL_RANK": str(rank - names.index(host)),
-            "LOCAL_WORLD_SIZE": str(counts[host]),
-            "GROUP_RANK": str(list(counts).index(host)),
-            "MASTER_ADDR": reach[names[0]].own,
+            "WORLD_SIZE": str(len(places)),
+            "LOCAL_RANK": str(local),
+            "LOCAL_WORLD_SIZE": str(hosts[node].count),
+            "GROUP_RANK": str(node),
+            "MASTER_ADDR": reach[hosts[0].host].own,
             "MASTER_PORT": str(port),
-            **_interface("GLOO_SOCKET_IFNAME", reach[host]),
+            **_interface("GLOO_SOCKET_IFNAME", reach[hosts[node].host]),
         }
-        for rank, host in enumerate(names)
+        for rank, (node, local) in enumerate(places)
     ]
-
-
-def _host_of_ranks(hosts: Sequence[Slots]) -> list[str]:
-    return [each.host for each in hosts for _ in range(each.count)]
 
 
 def _interface(variable: str, reach: Reach) -> Variables:
@@ -85,33 +108,15 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _rendezvous(hosts: Sequence[Slots], address: str) -> Iterator[list[Variables]]:
-    """Serve Horovod's rendezvous at `address` ("": all of this machine) and yield the variables of each rank."""
-    from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
-    from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
+def _rendezvous(hosts: Sequence[Slots], address: str) -> Iterator[int]:
+    """Serve Horovod's rendezvous at `address` ("": all of this machine) and yield its port."""
+    from trainer.comm.rendezvous import rendezvous_server
 
-    plan = get_host_assignments([HostInfo(each.host, each.count) for each in hosts], 1)
-    server = RendezvousHTTPServer((address, 0), RendezvousHandler, 0)
-    server.daemon_threads = True
-    server.init(plan)
+    server = rendezvous_server([each.host for each in hosts], [each.count for each in hosts], address)
     listening = threading.Thread(target=server.serve_forever, daemon=True)
     listening.start()
     try:
-        yield [
-            {
-                "HOROVOD_GLOO_RENDEZVOUS_PORT": str(server.server_port),
-                "HOROVOD_CONTROLLER": "gloo",
-                "HOROVOD_CPU_OPERATIONS": "gloo",
-                "HOROVOD_HOSTNAME": slot.hostname,
-                "HOROVOD_RANK": str(slot.rank),
-                "HOROVOD_SIZE": str(slot.size),
-                "HOROVOD_LOCAL_RANK": str(slot.local_rank),
-                "HOROVOD_LOCAL_SIZE": str(slot.local_size),
-                "HOROVOD_CROSS_RANK": str(slot.cross_rank),
-                "HOROVOD_CROSS_SIZE": str(slot.cross_size),
-            }
-            for slot in plan
-        ]
+        yield int(server.server_address[1])
     finally:
         server.shutdown()
         server.server_close()

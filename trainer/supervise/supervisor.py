@@ -12,7 +12,7 @@ from featurestore.console.commandline import STOPPED
 from featurestore.errors import FAILED, UserError
 from trainer.supervise import policy
 from trainer.supervise.command import TrainCommand
-from trainer.supervise.environments import Launcher, environments, reach_of
+from trainer.supervise.environments import By, environments, reach_of
 from trainer.supervise.generation import Generation
 from trainer.supervise.link import Link, News
 from trainer.supervise.policy import Past, Slots
@@ -30,7 +30,7 @@ class Options:
 
     min_ranks: int
     max_ranks: int
-    launcher: Launcher
+    by: By
     ssh: tuple[str, ...]
     most_fruitless: int
     backoff_s: float
@@ -108,8 +108,8 @@ class Supervisor:
         }
         generation = Generation(hosts, self._links, self._news)
         asked = stopping = hurrying = False
-        with environments(self.options.launcher, hosts, reach) as variables:
-            generation.start(self.command.start(step), variables, len(self.past))
+        with environments(self.options.by, hosts, reach) as variables:
+            generation.start(self.command.start(), variables, len(self.past))
             while not generation.is_over:
                 await generation.next_news(1.0)
                 if not stopping and (self._stop.is_set() or self._may_grow(hosts, generation.started_s)):

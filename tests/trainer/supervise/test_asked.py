@@ -8,7 +8,7 @@ from trainer.errors import ConfigError, TrainerError
 from trainer.supervise.agent import addresses
 from trainer.supervise.claim import claimed
 from trainer.supervise.command import parse_command
-from trainer.supervise.environments import Reach, environments, reach_of
+from trainer.supervise.environments import By, Reach, environments, reach_of
 from trainer.supervise.generation import inherited
 from trainer.supervise.hosts import AGENT, agent_command, hosts_of, parse_hosts
 from trainer.supervise.policy import Slots
@@ -72,12 +72,11 @@ def test_the_run_of_a_command_is_found(tmp_path: Path) -> None:
     settings = ["--set", f"run.dir={tmp_path}", "--set", "run.name=mine"]
     train = parse_command([*TRAIN, *settings])
     assert train.folder == tmp_path / "mine" and train.newest_step() == 0
-    assert train.start(0) == [*TRAIN, *settings, "--set", "run.resume=null"]
+    assert train.start() == [*TRAIN, *settings, "--set", "run.resume=auto"]
     for step in (50, 100_000_000, 1250):
         (train.folder / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
     (train.folder / "checkpoints" / ".step-99999999").mkdir()
     assert train.newest_step() == 100_000_000
-    assert train.start(1250) == [*TRAIN, *settings, "--set", "run.resume=latest"]
     own = parse_command(["python", "-u", "own.py", *settings])
     assert own.folder == train.folder
 
@@ -86,8 +85,7 @@ def test_a_run_without_a_name_gets_one_that_stays(tmp_path: Path) -> None:
     train = parse_command([*TRAIN, f"run.dir={tmp_path}"])
     assert train.folder.parent == tmp_path and train.folder.name.startswith("run-2") and not train.name_was_given
     name = ["--set", f"run.name={train.folder.name}"]
-    assert train.start(0)[len(TRAIN) + 1 :] == [*name, "--set", "run.resume=null"]
-    assert train.start(9)[len(TRAIN) + 1 :] == [*name, "--set", "run.resume=latest"]
+    assert train.start()[len(TRAIN) + 1 :] == [*name, "--set", "run.resume=auto"]
 
 
 @pytest.mark.parametrize(
@@ -133,16 +131,16 @@ def test_addresses_by_which_hosts_reach_each_other() -> None:
 def test_variables_of_ranks() -> None:
     hosts = [Slots("a", 2), Slots("b", 1)]
     reach = {"a": Reach("10.0.0.1", "10.0.0.1", "eth0"), "b": Reach("10.0.0.2", "10.0.0.1", "eth1")}
-    with environments("horovodrun", hosts, reach) as ranks:
+    with environments(By.HOROVOD, hosts, reach) as ranks:
         sizes = [(each["HOROVOD_RANK"], each["HOROVOD_LOCAL_RANK"], each["HOROVOD_CROSS_SIZE"]) for each in ranks]
         assert sizes == [("0", "0", "2"), ("1", "1", "1"), ("2", "0", "2")]
         assert [each["HOROVOD_GLOO_IFACE"] for each in ranks] == ["eth0", "eth0", "eth1"]
         assert {each["HOROVOD_GLOO_RENDEZVOUS_ADDR"] for each in ranks} == {"10.0.0.1"}
-    with environments("torchrun", hosts, reach) as ranks:
+    with environments(By.TORCH, hosts, reach) as ranks:
         places = [(each["RANK"], each["LOCAL_RANK"], each["LOCAL_WORLD_SIZE"], each["GROUP_RANK"]) for each in ranks]
         assert places == [("0", "0", "2", "0"), ("1", "1", "2", "0"), ("2", "0", "1", "1")]
         assert {each["MASTER_ADDR"] for each in ranks} == {"10.0.0.1"}
-    with environments("torchrun", [Slots("b", 1)], reach) as ranks:
+    with environments(By.TORCH, [Slots("b", 1)], reach) as ranks:
         assert ranks == [{}], "one rank alone needs no other"
 
 
