@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -35,8 +34,10 @@ app = CommandApp(rich_markup_mode="rich")
 @app.command(epilog=EXAMPLES)
 def main(
     run: Annotated[
-        Path | None,
-        typer.Option(help="Folder of a run with model.base=two_tower.", show_default="the newest in data/runs"),
+        str | None,
+        typer.Option(
+            help="Folder or address of a run with model.base=two_tower.", show_default="the newest in data/runs"
+        ),
     ] = None,
     ads: Annotated[
         str | None, typer.Option(help="A .parquet file, or a folder of them, with the ad's columns, one row an ad.")
@@ -87,7 +88,7 @@ def main(
     from trainer.prerank.ads import keys_to_remove
     from trainer.prerank.artifact import AdIndex, Changes
     from trainer.prerank.vectors import ad_vectors, origin_of
-    from trainer.runs.folder import newest_run
+    from trainer.runs.folder import run_or_newest
     from trainer.runs.saved import open_trained
 
     given = {
@@ -109,7 +110,7 @@ def main(
         index, changes = old.remove(keys_to_remove(remove, old.state.origin.key_column))
     else:
         with contextlib.closing(
-            open_trained(run or newest_run(), SoloComm(), which=checkpoint, store_version=store_version)
+            open_trained(run_or_newest(run), SoloComm(), which=checkpoint, store_version=store_version)
         ) as trained:
             known = AdIndex.open(out) if add or sync else None
             if known:

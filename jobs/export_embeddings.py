@@ -1,14 +1,16 @@
 """Export embeddings of a run: what its E makes of all images of a feature store, or the rows of an exact ID table."""
 
 import time
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.progress import progress_bar
 from trainer.cli import WhichCheckpoint, check_ending
+
+if TYPE_CHECKING:
+    from featurestore.published.paths import RunPath
 
 EXAMPLES = """Examples:
 
@@ -26,7 +28,9 @@ app = CommandApp(rich_markup_mode="rich")
 
 @app.command(epilog=EXAMPLES)
 def main(
-    run: Annotated[Path | None, typer.Option(help="Folder of a run.", show_default="the newest in data/runs")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Folder or address of a run.", show_default="the newest in data/runs")
+    ] = None,
     checkpoint: WhichCheckpoint = None,
     network: Annotated[
         str | None, typer.Option(help="Which E, by STORE:NAME or a part of it; needed where a run has several.")
@@ -52,21 +56,23 @@ def main(
     Parquet of a table has the columns id, shard, last_use (a day) and vector (a list of float32). A row without an id
     is the cold row of its shard, which stands in for all ids of the shard that are not in the file.
     """
-    from trainer.runs.folder import newest_run
+    from trainer.runs.folder import run_or_newest
 
     if table is None:
         out = out or "data/visual.parquet"
         check_ending(out, ".parquet", ".npy")
-        export_images(run or newest_run(), checkpoint, network, store_version, out)
+        export_images(run_or_newest(run), checkpoint, network, store_version, out)
     elif network is not None or store_version is not None:
         raise typer.BadParameter("a table has no network and no snapshot: leave these out", param_hint="--table")
     else:
         out = out or f"data/{table}.parquet"
         check_ending(out, ".parquet")
-        export_ids(run or newest_run(), checkpoint, table, out)
+        export_ids(run_or_newest(run), checkpoint, table, out)
 
 
-def export_images(run: Path, checkpoint: str | None, network: str | None, store_version: int | None, out: str) -> None:
+def export_images(
+    run: "RunPath", checkpoint: str | None, network: str | None, store_version: int | None, out: str
+) -> None:
     """Write the visual vectors of all images, and print what was done."""
     from trainer.runs.export import export_vectors, open_network
 
@@ -83,7 +89,7 @@ def export_images(run: Path, checkpoint: str | None, network: str | None, store_
     typer.echo(f"next         python jobs/build_semantic_ids.py --vectors {out}" + (f" --keys {keys}" if keys else ""))
 
 
-def export_ids(run: Path, checkpoint: str | None, table: str, out: str) -> None:
+def export_ids(run: "RunPath", checkpoint: str | None, table: str, out: str) -> None:
     """Write the rows of an exact table, and print what was done."""
     from trainer.runs.export import export_table, open_table
 

@@ -33,7 +33,7 @@ app = CommandApp(rich_markup_mode="rich")
 @app.command(epilog=EXAMPLES)
 def main(
     run: Annotated[
-        Path | None, typer.Option(help="Folder of a trained run.", show_default="the newest in data/runs")
+        str | None, typer.Option(help="Folder or address of a trained run.", show_default="the newest in data/runs")
     ] = None,
     checkpoint: WhichCheckpoint = None,
     out: Annotated[
@@ -67,11 +67,11 @@ def main(
 
     from serving.bundle.export import ExportOptions, export_model, write_network
     from serving.scoring.changes import error_of_rows
-    from trainer.runs.folder import newest_run
+    from trainer.runs.folder import run_or_newest
 
     start = time.monotonic()
     options = ExportOptions(
-        run=run or newest_run(),
+        run=run_or_newest(run),
         checkpoint=checkpoint,
         id_dtype=id_dtype,
         sample_groups=sample_groups,

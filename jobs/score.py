@@ -1,7 +1,6 @@
 """Score test impressions with a trained run or a published model, one row each, as a Parquet file."""
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,7 +28,9 @@ app = CommandApp(rich_markup_mode="rich")
 
 @app.command(epilog=EXAMPLES)
 def main(
-    run: Annotated[Path | None, typer.Option(help="Folder of a run.", show_default="the newest in data/runs")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Folder or address of a run.", show_default="the newest in data/runs")
+    ] = None,
     checkpoint: WhichCheckpoint = None,
     samples: Annotated[
         str | None, typer.Option(help="Other samples: their test/ is scored.", show_default="those of the run")
@@ -63,7 +64,7 @@ def main(
         # Torch takes seconds to load: not for --help.
         from trainer.errors import ConfigError
         from trainer.evaluation.scores import score_run
-        from trainer.runs.folder import newest_run
+        from trainer.runs.folder import run_or_newest
         from trainer.runs.saved import RunSource
 
         if model is not None and samples is not None:
@@ -73,7 +74,7 @@ def main(
 
             written: Written | None = score_model(model, samples, out, version)
         else:
-            source = comm.on_rank_0(lambda: RunSource(run or newest_run(), checkpoint, samples, store))
+            source = comm.on_rank_0(lambda: RunSource(run_or_newest(run), checkpoint, samples, store))
             written = score_run(source, out, comm)
         if written:
             typer.echo("\n".join(describe(written, comm.size, out, time.monotonic() - start)))

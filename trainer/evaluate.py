@@ -36,7 +36,7 @@ app = CommandApp(rich_markup_mode="markdown")
 
 @app.command(epilog=EXAMPLES)
 def main(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as data/runs/NAME.")],
+    folder: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or address, as data/runs/NAME.")],
     checkpoint: WhichCheckpoint = None,
     samples: Annotated[
         str | None, typer.Option(help="Other samples: their test/ is evaluated. By default those of the run.")
@@ -53,12 +53,12 @@ def main(
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the resamples, and of the images that are hidden.")] = 0,
     against: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             metavar="RUN2", help="Only compare: by how much is RUN's AUC and GAUC higher than RUN2's, and is it chance?"
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the report; by default RUN/evaluation.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder or address of the report; by default RUN/evaluation.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
 ) -> None:
     """Evaluate a run: log loss, AUC, GAUC and calibration with intervals, whole and by slices, plotted."""
@@ -68,15 +68,18 @@ def main(
 
     def work(comm: "Comm") -> None:
         # Torch and matplotlib take seconds to load: not for --help.
+        from featurestore.published.paths import run_path
         from trainer.evaluation.compare import compare_runs
         from trainer.evaluation.full import EvaluationOptions, evaluate_run
         from trainer.runs.saved import RunSource
 
-        source = RunSource(folder, checkpoint, samples, store)
+        source = RunSource(run_path(folder), checkpoint, samples, store)
+        to = None if out is None else run_path(out)
         if against is not None:
-            compare_runs(source, against, comm, resamples=bootstrap, seed=seed, out=out, json_file=json_file)
+            other = run_path(against)
+            compare_runs(source, other, comm, resamples=bootstrap, seed=seed, out=to, json_file=json_file)
             return
-        options = EvaluationOptions(bootstrap, seed, missing_curve, out, json_file)
+        options = EvaluationOptions(bootstrap, seed, missing_curve, to, json_file)
         evaluate_run(source, options, comm)
 
     raise typer.Exit(run_on_ranks(work))

@@ -106,11 +106,12 @@ def warm_settings(warm_start: str | None, warm_parts: str | None) -> list[str]:
 def train(config: Config, comm: "Comm") -> None:
     """Train one run from opening to report; every rank calls it. Raises TrainerError, FeatureStoreError."""
     from trainer.loop import summary
-    from trainer.loop.profiling import traces_text
-    from trainer.loop.progress import ProgressLog
+    from trainer.loop.profiling import PLACE, traces_text
+    from trainer.loop.progress import TENSORBOARD, ProgressLog
     from trainer.loop.signals import StopSignals
     from trainer.loop.training import Training, total_steps
-    from trainer.runs.open import claim_folder, open_run
+    from trainer.runs.claim import claim_folder
+    from trainer.runs.open import open_run
     from trainer.runs.warmstart import not_taken
 
     started = time.time()
@@ -119,7 +120,7 @@ def train(config: Config, comm: "Comm") -> None:
         removed = claim_folder(run)
         root = comm.rank == 0
         hardware = summary.hardware_of(comm, run.device)
-        with ProgressLog(run.folder if root else None, run.engine.num_steps, total_steps(run)) as progress:
+        with ProgressLog(run.local if root else None, run.engine.num_steps, total_steps(run)) as progress:
             readers = f"{run.train_reader.num_samples:,} training and {run.test_reader.num_samples:,} test samples"
             progress.say(
                 f"{run.folder}: {readers}, {summary.hardware_text(hardware, comm.size)}, "
@@ -138,11 +139,12 @@ def train(config: Config, comm: "Comm") -> None:
             digest = config_digest(config.model_dump(mode="json"))
             measured = {**hardware, **figures, "config_digest": digest, "wall_s": time.time() - started}
             report = _report(run, training, measured)
+            comm.on_all(lambda: run.copy_local(*((TENSORBOARD, PLACE) if root else (PLACE,))))
             if root:
                 summary.write_report(run.folder / "report.json", report)
                 summary.show(progress.console, report)
                 if config.run.profile:
-                    progress.say(traces_text(run.folder))
+                    progress.say(traces_text(run.local))
 
 
 def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[str, Any]:
@@ -154,6 +156,8 @@ def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[
         **measured,
         "tables": {name: each.as_report() for name, each in training.tables.items()},
         "global_step": run.engine.num_steps,
+        "checkpoints": {"written": training.checkpoints.written, "failed": training.checkpoints.failed},
+        "checkpoint_stall_ms": training.checkpoint_stall_ms,
         "history": run.history,
         "warm_start": str(run.warm_start.path) if run.warm_start else None,
         "store_version": run.partition.snapshot_version if run.partition else None,

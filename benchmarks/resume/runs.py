@@ -79,6 +79,7 @@ class Runs:
             "train.epochs": 1000,
             "train.max_steps": self.steps,
             "train.checkpoint_every": checkpoint_every(self.steps),
+            "train.checkpoint_beside": "false",  # kills know how far they come after one
             "run.dir": self._folder.parent,
             "run.name": self._folder.name,
             "run.threads": 1,
@@ -103,7 +104,7 @@ def checkpoint_every(steps: int) -> int:
 
 def _end(folder: Path) -> End:
     """Of a run, whose folder is removed."""
-    path = find_checkpoint(folder)
+    path = Path(str(find_checkpoint(folder)))
     dense = {name: value for name, value in load_file(path / DENSE).items() if _is_parameter(name)}
     rows = {
         name: value

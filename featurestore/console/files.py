@@ -18,7 +18,12 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 def write_json(path: Path, values: Any) -> None:
     """Write `values` as JSON by `replace_file`; numbers that are not finite become null. Raises OSError."""
-    replace_file(path, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
+    replace_file(path, json_text(values))
+
+
+def json_text(values: Any) -> str:
+    """Format `values` as the JSON of a file; numbers that are not finite become null."""
+    return json.dumps(_finite(values), indent=2, allow_nan=False) + "\n"
 
 
 def write_json_option(path: Path | None, values: Any) -> None:

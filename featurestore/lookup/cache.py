@@ -49,6 +49,7 @@ from featurestore.storage.threads import Progress, in_threads
 SUFFIXES = (".keys.npy", ".rows.bin", ".json")
 SEAL = ".json"
 SAMPLES = "samples"
+RUNS = "runs"
 TEMPORARY = ".tmp-"
 _DAY_S = 24 * 3600.0
 _UNUSED_S = 30 * _DAY_S
@@ -99,9 +100,9 @@ def default_cache_dir() -> Path:
 
 
 def is_cache_file(name: str) -> bool:
-    """Tell whether a name in a cache folder is one that we give; `samples` is the trainer's folder in it."""
+    """Tell whether a name in a cache folder is one that we give; `samples` and `runs` are the trainer's folders."""
     is_shard = name.startswith("shard-") and name.endswith(SUFFIXES)
-    return is_shard or name.startswith(TEMPORARY) or name == SAMPLES
+    return is_shard or name.startswith(TEMPORARY) or name in (SAMPLES, RUNS)
 
 
 def open_or_build(

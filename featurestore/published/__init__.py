@@ -9,15 +9,19 @@ by naming the same path, so nothing is copied, and files that lay at the address
 reads takes the newest version once, and has the files of that one; an address without versions is a plain folder.
 """
 
-from featurestore.published.files import (
-    FILES,
-    VERSIONS,
-    PublishedFile,
-    PublishedFiles,
-    PublishedVersion,
-    open_published,
-)
-from featurestore.published.publishing import expire, publish, upload
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from featurestore.published.files import (
+        FILES,
+        VERSIONS,
+        PublishedFile,
+        PublishedFiles,
+        PublishedVersion,
+        open_published,
+    )
+    from featurestore.published.publishing import expire, publish, upload
 
 __all__ = [
     "FILES",
@@ -30,3 +34,15 @@ __all__ = [
     "publish",
     "upload",
 ]
+
+_MODULES = ("files", "publishing")
+
+
+def __getattr__(name: str) -> Any:
+    """Load the public names when the first of them is asked for: `paths` needs none, and commands import it early."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for module in _MODULES:
+        here = vars(importlib.import_module(f"{__name__}.{module}"))
+        globals().update({each: here[each] for each in __all__ if each in here})
+    return globals()[name]

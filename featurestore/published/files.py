@@ -88,6 +88,9 @@ class PublishedFiles(Storage):
     def create_exclusive(self, path: str, data: bytes) -> NoReturn:
         raise self._refusal(path)
 
+    def write_bytes(self, path: str, data: bytes | bytearray) -> NoReturn:
+        raise self._refusal(path)
+
     def open_output(self, path: str) -> NoReturn:
         raise self._refusal(path)
 

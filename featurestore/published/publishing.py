@@ -27,11 +27,14 @@ def upload(storage: Storage, file: Path, name: str) -> PublishedFile:
     return PublishedFile(path=place, size_bytes=len(data))
 
 
-def publish(storage: Storage, files: Mapping[str, PublishedFile], after: int | None = None) -> PublishedVersion:
+def publish(
+    storage: Storage, files: Mapping[str, PublishedFile], after: int | None = None, publication: str | None = None
+) -> PublishedVersion:
     """Create the next version, of these files by name, all of which have to be there already.
 
     `after`: the version that it was made from, 0 where there was none: where another one is the newest by then,
-    CommitConflictError is raised. None: it needs none, and becomes the newest. Killed at any moment, it is published
+    CommitConflictError is raised. None: it needs none, and becomes the newest. `publication`: by which the caller knows
+    it again where an answer is lost; by default one that is drawn. Killed at any moment, it is published
     or not. Raises CommitConflictError also for a file that is gone, StorageError: then nobody knows whether it was
     published.
     """
@@ -42,7 +45,7 @@ def publish(storage: Storage, files: Mapping[str, PublishedFile], after: int | N
             break
         mine = PublishedVersion(
             version=newest + 1,
-            publication=uuid.uuid4().hex,
+            publication=publication or uuid.uuid4().hex,
             writer=writer_name(),
             time_s=time.time(),
             files=dict(sorted(files.items())),

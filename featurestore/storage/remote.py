@@ -87,7 +87,7 @@ class RemoteFiles:
             out[start : start + len(piece)] = piece
         return size_bytes
 
-    def write_bytes(self, path: str, data: bytes) -> None:
+    def write_bytes(self, path: str, data: bytes | bytearray) -> None:
         persist(lambda: self.client.pipe_file(self._full(path), data))
 
     def create_exclusive(self, path: str, data: bytes) -> bool:

@@ -71,8 +71,12 @@ class Storage:
         with self._translated("read", path):
             return self._files.read_bytes(path)
 
-    def write_bytes(self, path: str, data: bytes) -> None:
+    def write_bytes(self, path: str, data: bytes | bytearray) -> None:
         """Create or replace the file; a reader sees the old content or the new, never a part."""
+        if not self.is_local:
+            with self._translated("write", path, writing=True):
+                self._remote.write_bytes(path, data)
+            return
         with self.open_output(path) as file:
             file.write(data)
 

@@ -19,6 +19,7 @@ from safetensors.torch import save
 
 from featurestore.errors import StoreNotFoundError
 from featurestore.log import writer_name
+from featurestore.published.paths import RunPath
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
 from featurestore.storage.threads import Progress
@@ -58,7 +59,7 @@ MeasureRows = Callable[[SavedRun, BundleManifest, Storage], ScoreError | None]
 class ExportOptions:
     """What is exported, and how."""
 
-    run: Path
+    run: RunPath
     checkpoint: str | None = None
     """See `find_checkpoint`; by default the newest."""
     id_dtype: RowDType = "float32"

@@ -10,6 +10,7 @@ import typer
 from featurestore.console.commandline import CommandApp
 from featurestore.console.files import write_json_option
 from featurestore.errors import FAILED
+from featurestore.published.paths import run_path
 from serving.commands.bundle import Json, Url
 
 app = CommandApp()
@@ -35,7 +36,7 @@ def check(
     ] = None,
     token_file: Annotated[Path | None, typer.Option(help="File whose first line is the token for the server.")] = None,
     run: Annotated[
-        Path | None, typer.Option(help="Folder of the run.", show_default="where it was exported from")
+        str | None, typer.Option(help="Folder or address of the run.", show_default="where it was exported from")
     ] = None,
     version: Annotated[int | None, typer.Option("--version", min=1, help="By default the one in use.")] = None,
     impressions: Annotated[int, typer.Option(min=1, help="Impressions to score, about.")] = 100_000,
@@ -61,7 +62,7 @@ def check(
         else:
             remote = RemoteScorer(url, read_tokens(token_file)[0] if token_file else None, trusted(ca) if ca else None)
             score, answered = remote.score, url
-        found = compare(opened, score, run=run, samples=samples, impressions=impressions)
+        found = compare(opened, score, run=run_path(run) if run else None, samples=samples, impressions=impressions)
     if url is not None and remote.version != opened.manifest.version:
         raise ServingError(
             f"{url} answers with version {remote.version}, and not with {opened.manifest.version} of {model}; name it "

@@ -2,10 +2,10 @@
 
 import contextlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
+from featurestore.published.paths import RunPath, run_path
 from featurestore.store import FeatureStore
 from serving.bundle.version import ModelVersion
 from serving.errors import BrokenBundleError
@@ -33,7 +33,7 @@ def compare(
     model: ModelVersion,
     score: ScoreTable,
     *,
-    run: Path | None = None,
+    run: RunPath | None = None,
     samples: str | None = None,
     impressions: int | None = None,
 ) -> Comparison:
@@ -47,7 +47,7 @@ def compare(
     snapshots = _source_snapshots(model)
     first = next(iter(snapshots.values()), None)
     with contextlib.closing(
-        open_trained(run or Path(manifest.run), SoloComm(), which=manifest.checkpoint, store_version=first)
+        open_trained(run or run_path(manifest.run), SoloComm(), which=manifest.checkpoint, store_version=first)
     ) as trained:
         if trained.saved.digest != manifest.checkpoint_digest:
             raise BrokenBundleError(

@@ -93,7 +93,6 @@ SETTINGS = [
     ("run.name=../x", "run.name"),
     ("run.name=[/x]", "run.name"),
     ("run.name=.", "run.name"),
-    ("run.dir=s3://x/y", "run.dir"),
     ("run.dir=''", "run.dir"),
     ("run.resume=latest", "run.resume"),
     ("run.resume=1000", "run.resume=1000 needs"),

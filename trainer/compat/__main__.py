@@ -31,7 +31,7 @@ app = CommandApp(rich_markup_mode="markdown")
 
 @app.command(epilog=EXAMPLES)
 def main(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as data/runs/NAME.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or address, as data/runs/NAME.")],
     store: Annotated[str, typer.Argument(metavar="STORE", help="Folder or address of a feature store.")],
     checkpoint: WhichCheckpoint = None,
     version: Annotated[int | None, typer.Option(min=1, help="Snapshot of STORE; by default the newest.")] = None,
@@ -60,13 +60,14 @@ def main(
         # Torch takes seconds to load: not for --help.
         from featurestore.console.output import print_rows
         from featurestore.console.progress import progress_bar
+        from featurestore.published.paths import run_path
         from trainer.compat import check, show
 
         if comm.size > 1:
             raise ConfigError("trainer.compat is for one rank; start it without horovodrun")
         options = check.CompatOptions(checkpoint, name, version, sample, max_logloss_change)
         with progress_bar("shards") as progress:
-            found = check.examine(run, store, options, comm, progress)
+            found = check.examine(run_path(run), store, options, comm, progress)
         print("\n".join(show.lines(found)))
         if table := show.figures(found):
             print_rows(("measure", "value"), table, numbers=("value",))

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from featurestore.errors import FeatureStoreError, SnapshotNotFoundError
 from featurestore.identity import SnapshotId
+from featurestore.published.paths import RunPath
 from featurestore.snapshot import Snapshot
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
@@ -67,7 +67,7 @@ class Compatibility:
     """What was found. `recorded` is None where the checkpoint was written before ids were kept."""
 
     run: str
-    checkpoint: Path
+    checkpoint: RunPath
     store_name: str
     recorded: SnapshotId | None
     found: SnapshotId
@@ -104,7 +104,7 @@ class Compatibility:
 
 
 def examine(
-    folder: Path, url: str, options: CompatOptions, comm: Comm, progress: Progress = lambda done, total: None
+    folder: RunPath, url: str, options: CompatOptions, comm: Comm, progress: Progress = lambda done, total: None
 ) -> Compatibility:
     """Compare the store at `url` with the one that the run in `folder` was trained on.
 

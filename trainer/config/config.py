@@ -17,8 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from yaml import YAMLError
 
-from featurestore.console.files import replace_file
-from featurestore.storage.regular import read_text
+from featurestore.errors import StorageError
+from featurestore.published.paths import RunPath, read_text, write_file
 from featurestore.text.plain import one_line
 from trainer.config import legacy
 from trainer.config.options import Count, ExchangeConfig, ModelConfig, OptimConfig
@@ -102,7 +102,14 @@ class TrainConfig(Section):
     early_stopping: Count | None = None
     """Stop after this many evaluations in a row without a better GAUC, and end with the best; null: never."""
     checkpoint_every: Count | None = 1000
-    """Steps between two checkpoints; null: at the end only."""
+    """Steps between two checkpoints; null: by the clock and at the end only."""
+    checkpoint_every_s: Annotated[float, Field(gt=0)] | None = 60
+    """Seconds between two checkpoints: what a kill loses; more where they would take over 5 % of the time; null: by
+    steps only."""
+    checkpoint_beside: bool = True
+    """Write checkpoints beside the training, from a copy of its state; false: the training waits for each."""
+    checkpoint_failures: Annotated[int, Field(ge=0)] = 5
+    """Checkpoints in a row that may fail to be written while the training goes on; one more ends the run."""
     keep_checkpoints: Count = 3
     """Checkpoints that are kept; older ones are removed."""
 
@@ -111,7 +118,8 @@ class RunConfig(Section):
     """Where the run is written, and whether it continues, or begins with, an earlier one."""
 
     dir: Place = "data/runs"
-    """Folder of runs, on a local or shared disk: every rank writes its part of a checkpoint there."""
+    """Folder of runs, on a disk that all ranks share, or an address as s3://bucket/runs; every rank writes its part of
+    a checkpoint there."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     """Folder below run.dir; null: made from the time."""
     resume: Place | None = None
@@ -145,13 +153,6 @@ class RunConfig(Section):
     @classmethod
     def _step(cls, value: Any) -> Any:
         return str(value) if type(value) is int else value
-
-    @field_validator("dir")
-    @classmethod
-    def _local(cls, value: str) -> str:
-        if "://" in value:
-            raise ValueError("runs are written to a local or shared disk; give a folder, as data/runs")
-        return value
 
 
 class Config(Section):
@@ -188,14 +189,14 @@ class Config(Section):
         return self
 
 
-def load_config(file: Path | None = None, settings: Sequence[str] = ()) -> Config:
+def load_config(file: RunPath | None = None, settings: Sequence[str] = ()) -> Config:
     """Merge the preset, over it `file`, over that `settings` (each `section.field=value`). Raises ConfigError."""
     if file is not None and legacy.is_saved(file):
         return load_saved(file, settings)
     return _checked([] if file is None else [(_read(file), str(file))], settings)
 
 
-def load_saved(file: Path, settings: Sequence[str] = ()) -> Config:
+def load_saved(file: RunPath, settings: Sequence[str] = ()) -> Config:
     """Do as `load_config`, with a `file` that an earlier version of the project may have saved. Raises ConfigError."""
     return _checked([(OmegaConf.create(legacy.up_to_date(_plain(_read(file)))), str(file))], settings)
 
@@ -214,9 +215,9 @@ def _checked(files: Sequence[tuple[DictConfig, str]], settings: Sequence[str]) -
     return validated(Config, {str(name): value for name, value in values.items()}, "configuration", ConfigError)
 
 
-def save_config(config: Config, path: Path) -> None:
+def save_config(config: Config, path: RunPath) -> None:
     """Write the resolved configuration as YAML, all of it or none; `load_config(path)` gives an equal one."""
-    replace_file(path, OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+    write_file(path, OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
 
 
 def config_digest(values: dict[str, Any]) -> str:
@@ -224,12 +225,12 @@ def config_digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _read(path: Path) -> DictConfig:
+def _read(path: RunPath) -> DictConfig:
     try:
         loaded = OmegaConf.load(io.StringIO(read_text(path)))
     except FileNotFoundError as failure:
         raise ConfigError(f"--config {path}: there is no such file") from failure
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as failure:
+    except (OSError, StorageError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as failure:
         raise ConfigError(f"{path} is not a readable YAML file: {one_line(failure)}") from failure
     if not isinstance(loaded, DictConfig):
         sections = ", ".join(Config.model_fields)

@@ -1,9 +1,9 @@
 """Files of earlier versions: settings that have moved since, and what was so before there was a setting for it."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+from featurestore.published.paths import RunPath
 from trainer.config.options import ModelConfig
 
 MOVED = {f"train.{name}": f"optim.{name}" for name in ("lr", "lr_gamma", "lr_every", "id_l2")}
@@ -69,6 +69,6 @@ def _is_exact(table: Any) -> bool:
     return isinstance(table, Mapping) and table.get("kind") == "exact"
 
 
-def is_saved(file: Path) -> bool:
+def is_saved(file: RunPath) -> bool:
     """Tell whether a file is the configuration that a run has written into its folder."""
     return file.name == "config.yaml" and (file.parent / "checkpoints").is_dir()

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.files import write_json
-from featurestore.errors import AnotherStoreError
-from featurestore.storage.regular import read_regular
+from featurestore.errors import AnotherStoreError, StorageError
+from featurestore.published.paths import RunPath, read_file, run_path, write_json_file
 from featurestore.text.parsing import parse_json
 from trainer.config import legacy
 from trainer.config.config import Config, load_config, load_saved, save_config
@@ -94,7 +93,7 @@ class Day:
     name: str
     train_days: tuple[str, ...]
     test_day: str | None
-    folder: Path
+    folder: RunPath
 
     def report(self) -> dict[str, Any] | None:
         """Read what the run reported; None before its end."""
@@ -106,7 +105,7 @@ class Day:
         report = self.report()
         return report is not None and (bool(report["metrics"]) or self.test_day is None)
 
-    def config(self, base: Config, before: Path | None) -> Config:
+    def config(self, base: Config, before: RunPath | None) -> Config:
         """Make the settings of the run, which begins with that in folder `before`, or continues where it stopped."""
         resume = "latest" if self.report() is not None or finished(self.folder / "checkpoints") else None
         run = {
@@ -119,7 +118,7 @@ class Day:
         return base.changed(run=run, data=data)
 
 
-def plan(days: Sequence[str], window_days: int, folder: Path) -> list[Day]:
+def plan(days: Sequence[str], window_days: int, folder: RunPath) -> list[Day]:
     """Plan one run for each of `days`, ascending; the next day is the next one with samples."""
     return [
         Day(
@@ -138,7 +137,7 @@ def follow(base: Config, comm: "Comm", window_days: int = 1, first: str | None =
     Raises TrainerError and FeatureStoreError, on all ranks together.
     """
 
-    folder = Path(base.run.dir) / (base.run.name or "daily")
+    folder = run_path(base.run.dir) / (base.run.name or "daily")
 
     def opened() -> list[Day]:
         _check_base(base)
@@ -190,7 +189,7 @@ def evaluate_trained(day: Day, config: Config, report: Mapping[str, Any], comm: 
     comm.deadline_s = config.run.deadline_s
     with contextlib.closing(open_run(config, comm, reading=True)) as run, StopSignals() as signals:
         step = run.engine.num_steps
-        with ProgressLog(run.folder if comm.rank == 0 else None, step, step) as progress:
+        with ProgressLog(run.local if comm.rank == 0 else None, step, step) as progress:
             count = f"{run.test_reader.num_samples:,} test samples of {day.test_day}"
             progress.say(f"{run.folder}: {count}, {ranks_text(comm.size)}, trained before")
             if run.samples_changed:
@@ -209,6 +208,7 @@ def evaluate_trained(day: Day, config: Config, report: Mapping[str, Any], comm: 
             "missing_lookups": sum(missing.values()),
             "samples_changed": run.samples_changed,
         }
+        comm.on_rank_0(lambda: run.copy_local("tensorboard"))
     comm.on_rank_0(lambda: _write_evaluation(day, {**report, **added}))
 
 
@@ -220,7 +220,7 @@ def _write_evaluation(day: Day, report: Mapping[str, Any]) -> None:
     trained = load_saved(file)
     try:
         save_config(trained.changed(data={"test_days": [day.test_day]}), file)
-    except OSError as failure:
+    except (OSError, StorageError) as failure:
         raise TrainerError(f"{file} cannot be written: {failure}") from failure
     write_report(day.folder / "report.json", report)
 
@@ -270,7 +270,7 @@ def _days_of(samples: str) -> list[str]:
     return days
 
 
-def _claim(folder: Path, base: Config, window_days: int) -> None:
+def _claim(folder: RunPath, base: Config, window_days: int) -> None:
     """Write what all days share to `folder`/daily.json, and refuse to continue with something else.
 
     A day's folder is made when all that its run needs has been opened. Until there is one, nothing has proved that the
@@ -288,16 +288,16 @@ def _claim(folder: Path, base: Config, window_days: int) -> None:
     }
     file = folder / "daily.json"
     try:
-        if file.exists() and any(daytable.DAY.fullmatch(each.name) for each in folder.iterdir()):
-            _check_same(mine, parse_json(read_regular(file)), file)
+        if file.is_file() and any(daytable.DAY.fullmatch(each.name) for each in folder.iterdir()):
+            _check_same(mine, parse_json(read_file(file)), file)
             return
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, mine)
-    except (OSError, ValueError) as failure:
+        write_json_file(file, mine)
+    except (OSError, StorageError, ValueError) as failure:
         raise TrainerError(f"{file} cannot be used: {failure}; choose another run.dir or run.name") from failure
 
 
-def _check_same(mine: dict[str, Any], theirs: dict[str, Any], file: Path) -> None:
+def _check_same(mine: dict[str, Any], theirs: dict[str, Any], file: RunPath) -> None:
     from trainer.runs.checkpoint import flat
 
     here, there, preset = (dict(flat(each)) for each in (mine, legacy.up_to_date(theirs), load_config().model_dump()))
@@ -310,7 +310,7 @@ def _check_same(mine: dict[str, Any], theirs: dict[str, Any], file: Path) -> Non
         )
 
 
-def _check_stores(before: Path, base: Config) -> None:
+def _check_stores(before: RunPath, base: Config) -> None:
     """Raise AnotherStoreError where a day would continue the day before on another store: a table of days has one.
 
     A single run may begin so, see trainer.runs.warmstart; a table of days would not show where it changed."""
@@ -328,7 +328,7 @@ def _check_stores(before: Path, base: Config) -> None:
         check_identity(place, FeatureStore.open(place.url).snapshot(place.version), checkpoints[-1], state)
 
 
-def _run_before(day: Day) -> Path | None:
+def _run_before(day: Day) -> RunPath | None:
     """The newest finished run of an earlier day, also where its samples are gone by now."""
     before = [each for each in daytable.runs(day.folder.parent) if each.name < day.name]
     return before[-1] if before else None

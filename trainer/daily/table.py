@@ -3,13 +3,13 @@
 import io
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from featurestore.console.files import replace_file, write_json
 from featurestore.console.output import print_table, text_console
+from featurestore.errors import StorageError
+from featurestore.published.paths import RunPath, run_path, write_file, write_json_file
 from trainer.config.config import load_saved
 from trainer.errors import TrainerError
 from trainer.runs.folder import report_of
@@ -21,12 +21,13 @@ DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 _METRICS = ("impressions", "logloss", "auc", "gauc", "new_ad_auc", "new_ad_gauc")
 
 
-def runs(folder: Path) -> list[Path]:
+def runs(folder: RunPath) -> list[RunPath]:
     """List the folders of the days that were trained to the end, oldest first."""
-    return sorted(each for each in folder.iterdir() if DAY.fullmatch(each.name) and report_of(each) is not None)
+    below: list[RunPath] = sorted(folder.iterdir(), key=str)
+    return [each for each in below if DAY.fullmatch(each.name) and report_of(each) is not None]
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
+def rows(folder: RunPath) -> list[dict[str, Any]]:
     """List the trained days, oldest first, with the columns of `_schema`; None where a day is not evaluated yet.
 
     `samples_changed`: between its training and its evaluation; only the metrics of new ads may be others by that.
@@ -34,7 +35,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [_row(run, report_of(run) or {}) for run in runs(folder)]
 
 
-def write(folder: Path) -> None:
+def write(folder: RunPath) -> None:
     """Write `folder`/days.json and days.parquet, each replaced as a whole.
 
     Raises TrainerError where the disk refuses.
@@ -45,20 +46,20 @@ def write(folder: Path) -> None:
     found, parquet = rows(folder), io.BytesIO()
     pq.write_table(pa.Table.from_pylist(found, schema=_schema()), parquet)
     try:
-        write_json(folder / "days.json", found)
-        replace_file(folder / "days.parquet", parquet.getvalue())
-    except OSError as failure:
+        write_json_file(folder / "days.json", found)
+        write_file(folder / "days.parquet", parquet.getvalue())
+    except (OSError, StorageError) as failure:
         raise TrainerError(f"cannot write the table of days to {folder}: {failure}") from failure
 
 
-def show(folder: Path) -> None:
+def show(folder: RunPath) -> None:
     """Print the table."""
     console = text_console()
     table = Table(title=str(folder))
     for name in ("day", "from", "snapshot", "steps", "test day", *_METRICS):
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows(folder):
-        before = Path(row["warm_start"]).name if row["warm_start"] else None
+        before = run_path(row["warm_start"]).name if row["warm_start"] else None
         cells = [row["day"], before, row["store_version"], row["steps"], row["test_day"]]
         table.add_row(*(_text(cell) for cell in [*cells, *(row[name] for name in _METRICS)]))
     print_table(console, table)
@@ -88,7 +89,7 @@ def _schema() -> "pa.Schema":
     )
 
 
-def _row(run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+def _row(run: RunPath, report: Mapping[str, Any]) -> dict[str, Any]:
     config = load_saved(run / "config.yaml")
     first_store: dict[str, Any] = next(iter(report.get("stores", {}).values()), {})
     return {

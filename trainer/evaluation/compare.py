@@ -14,6 +14,8 @@ from rich.table import Table
 
 from featurestore.console.files import write_json
 from featurestore.console.output import print_table, text_console
+from featurestore.errors import StorageError
+from featurestore.published.paths import RunPath, written_locally
 from trainer.comm import Comm
 from trainer.errors import DataError, TrainerError
 from trainer.evaluation.bootstrap import LEVEL, METRICS, Estimate, Float, MetricSums, bootstrap, interval
@@ -34,7 +36,14 @@ class Difference(Estimate):
 
 
 def compare_runs(
-    source: RunSource, against: Path, comm: Comm, *, resamples: int, seed: int, out: Path | None, json_file: Path | None
+    source: RunSource,
+    against: RunPath,
+    comm: Comm,
+    *,
+    resamples: int,
+    seed: int,
+    out: RunPath | None,
+    json_file: Path | None,
 ) -> None:
     """Compare a run with the newest checkpoint of the run in folder `against`; print and write the differences.
 
@@ -69,10 +78,10 @@ def compare_runs(
     }
     folder = out or source.folder / "evaluation"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in (folder / "comparison.json", *([json_file] if json_file else [])):
-            write_json(file, written)
-    except OSError as failure:
+        with written_locally(folder) as local:
+            for file in (local / "comparison.json", *([json_file] if json_file else [])):
+                write_json(file, written)
+    except (OSError, StorageError) as failure:
         raise TrainerError(f"cannot write the comparison to {folder}: {failure}; choose another by --out") from failure
     console.print(f"written to {folder / 'comparison.json'}")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featurestore.console.output import text_console
+from featurestore.published.paths import RunPath
 from trainer.comm import Comm
 from trainer.errors import ConfigError
 from trainer.evaluation import report
@@ -25,7 +26,7 @@ class EvaluationOptions:
     resamples: int = 1000
     seed: int = 0
     missing_curve: bool = False
-    out: Path | None = None
+    out: RunPath | None = None
     json_file: Path | None = None
 
 

@@ -3,12 +3,12 @@
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from featurestore.published.paths import RunPath, run_path
 from trainer.comm import Comm, SoloComm
 from trainer.errors import TrainerError
 from trainer.evaluation.impressions import Impressions, places, read_impressions
@@ -33,7 +33,7 @@ class Predictions:
 
 
 def predict_run(
-    folder: Path | str,
+    folder: RunPath | str,
     comm: Comm | None = None,
     *,
     checkpoint: str | None = None,
@@ -45,7 +45,7 @@ def predict_run(
     One rank where no `comm` is given, else on all of its ranks, the same on each.
     """
     comm = comm or SoloComm()
-    with contextlib.closing(open_source(RunSource(Path(folder), checkpoint, samples, store), comm)) as opened:
+    with contextlib.closing(open_source(RunSource(run_path(folder), checkpoint, samples, store), comm)) as opened:
         impressions = read_impressions(comm, opened.test, opened.run.schema)
         logit_N = predict(opened)
         missing = opened.saved.notes_on_missing(opened.run.missing_lookups())

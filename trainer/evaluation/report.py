@@ -11,6 +11,8 @@ from rich.text import Text
 
 from featurestore.console.files import write_json
 from featurestore.console.output import print_table
+from featurestore.errors import StorageError
+from featurestore.published.paths import RunPath, written_locally
 from trainer.errors import TrainerError
 from trainer.evaluation.bootstrap import LEAST_USERS, LEVEL, METRICS, NUM_BINS, Estimate
 from trainer.evaluation.measure import Figures, Hidden, Measured
@@ -42,18 +44,18 @@ def about(opened: Opened, num_missing: int, hides: bool, resamples: int, seed: i
     }
 
 
-def write_report(folder: Path, about: Mapping[str, Any], figures: Figures, also: Path | None = None) -> None:
+def write_report(folder: RunPath, about: Mapping[str, Any], figures: Figures, also: Path | None = None) -> None:
     """Write report.json (also under another name), report.md and the plots.
 
     Raises TrainerError where the disk refuses.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        plots = draw_all(figures, folder)
-        (folder / "report.md").write_text(markdown(about, figures, plots), encoding="utf-8")
-        for file in (folder / "report.json", *([also] if also else [])):
-            write_json(file, {**about, **asdict(figures)})
-    except OSError as failure:
+        with written_locally(folder) as local:
+            plots = draw_all(figures, local)
+            (local / "report.md").write_text(markdown(about, figures, plots), encoding="utf-8")
+            for file in (local / "report.json", *([also] if also else [])):
+                write_json(file, {**about, **asdict(figures)})
+    except (OSError, StorageError) as failure:
         raise TrainerError(f"cannot write the report to {folder}: {failure}; choose another by --out") from failure
 
 
@@ -76,7 +78,7 @@ def markdown(about: Mapping[str, Any], figures: Figures, plots: Sequence[Path]) 
     return "\n".join(parts)
 
 
-def show(console: Console, about: Mapping[str, Any], figures: Figures, folder: Path) -> None:
+def show(console: Console, about: Mapping[str, Any], figures: Figures, folder: RunPath) -> None:
     """Print the metrics of all impressions with their intervals, and of the slices without."""
     whole = Table(title=f"{about['run']}, {about['checkpoint']}")
     for heading in (f"{figures.whole.impressions:,} impressions", "value", f"{LEVEL:.0%} interval"):

@@ -64,16 +64,17 @@ def main(
             help="YAML file with data.samples and data.schema_file of samples with semantic IDs, and their tables.",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the runs and the results.")] = Path("data/experiments"),
+    out: Annotated[str, typer.Option(help="Folder or address of the runs and the results.")] = "data/experiments",
 ) -> None:
     """Train every variant over some seeds, and say which differences are more than noise."""
     wanted = chosen([str(name) for name in names])
 
     def work(config: Config, comm: "Comm") -> None:
+        from featurestore.published.paths import run_path
         from trainer.experiments.runs import Grid
 
         of_semantic = None if semantic is None else tuple(settings_of(semantic))
-        make(wanted, range(seeds), Grid(out, file, tuple(settings or ()), of_semantic, comm), comm)
+        make(wanted, range(seeds), Grid(run_path(out), file, tuple(settings or ()), of_semantic, comm), comm)
 
     raise typer.Exit(on_ranks(lambda: _without_resume(load_config(file, settings or ())), work))
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from featurestore.console.files import replace_file, write_json
-from featurestore.storage.regular import read_regular
+from featurestore.errors import StorageError
+from featurestore.published.paths import RunPath, read_file, write_file, write_json_file, written_locally
 from featurestore.text.parsing import parse_json
 from trainer.errors import TrainerError
 from trainer.experiments.grid import Experiment, experiments
@@ -16,21 +16,21 @@ Figures = Mapping[str, Sequence[Mapping[str, float]]]
 """Of one table: the metrics of each variant, by its name, in the order of seeds."""
 
 
-def read(folder: Path) -> dict[str, Figures]:
+def read(folder: RunPath) -> dict[str, Figures]:
     """Read the figures of the tables that are there, by name. Raises TrainerError."""
     file = folder / "results.json"
     try:
-        tables = parse_json(read_regular(file))
+        tables = parse_json(read_file(file))
         return {name: table["runs"] for name, table in tables.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as failure:
+    except (OSError, StorageError, ValueError, KeyError, TypeError, AttributeError) as failure:
         raise TrainerError(
             f"{file} cannot be read: {failure!r}; remove it, and make its tables again: their runs are still there"
         ) from failure
 
 
-def add(folder: Path, name: str, figures: Figures) -> None:
+def add(folder: RunPath, name: str, figures: Figures) -> None:
     """Put one table among those that are there, in the order of the paper, and draw its picture."""
     tables = {**read(folder), name: figures}
     made = [each for each in experiments().values() if each.name in tables]
@@ -43,9 +43,10 @@ def add(folder: Path, name: str, figures: Figures) -> None:
         for each in made
     }
     experiment = experiments()[name]
-    draw(experiment.title, rows_of(experiment, figures), folder / "plots" / f"{name}.png")
-    replace_file(folder / "RESULTS.md", "\n".join(section(each, tables[each.name]) for each in made))
-    write_json(folder / "results.json", values)
+    with written_locally(folder / "plots") as plots:
+        draw(experiment.title, rows_of(experiment, figures), plots / f"{name}.png")
+    write_file(folder / "RESULTS.md", "\n".join(section(each, tables[each.name]) for each in made))
+    write_json_file(folder / "results.json", values)
 
 
 def section(experiment: Experiment, figures: Figures) -> str:

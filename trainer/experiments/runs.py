@@ -1,11 +1,14 @@
 """The runs of the grid: planned before the first one, made once, found again by all that their figures depend on."""
 
 import contextlib
+import io
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from featurestore.published.paths import FarPath, RunPath
 from trainer.comm import Comm
 from trainer.config.config import Config, config_digest, load_config
 from trainer.errors import CheckpointError, ConfigError, TrainerError
@@ -19,7 +22,15 @@ METRICS = ("gauc", "auc", "logloss", "new_ad_gauc", "new_ad_auc")
 _DIGITS = 10
 _CHANGES_NO_FIGURE = {
     "data": {"cache_dir", "prefetch_batches", "schema_file"},
-    "train": {"seed", "log_every", "checkpoint_every", "keep_checkpoints"},
+    "train": {
+        "seed",
+        "log_every",
+        "checkpoint_every",
+        "checkpoint_every_s",
+        "checkpoint_beside",
+        "checkpoint_failures",
+        "keep_checkpoints",
+    },
     "run": {"dir", "name", "resume", "warm_start", "overwrite", "threads", "deadline_s", "profile"},
 }
 """Not in a run's digest. The seed is beside it in the name; the fields of the schema and the run that it begins
@@ -31,7 +42,7 @@ class Planned:
     """A run that is to be made or found: its configuration, its folder, and the run that it begins with."""
 
     config: Config
-    folder: Path
+    folder: RunPath
     warm: "Planned | None"
 
 
@@ -44,7 +55,7 @@ class Grid:
 
     def __init__(
         self,
-        folder: Path,
+        folder: RunPath,
         file: Path | None,
         settings: tuple[str, ...],
         semantic_settings: tuple[str, ...] | None,
@@ -86,14 +97,30 @@ class Grid:
             return
         if planned.warm is not None:
             self._make(planned.warm)
-        log = self.folder / "logs" / f"{planned.folder.name}.txt" if self._comm.rank == 0 else Path(os.devnull)
         try:
-            with log.open("a") as stream, contextlib.redirect_stdout(stream):
+            with self._log(planned.folder.name) as stream, contextlib.redirect_stdout(stream):
                 train(planned.config.changed(run=beginning), self._comm)
         except CheckpointError as failure:
             raise CheckpointError(f"{failure}\nTo train this run anew, remove {planned.folder}") from failure
 
-    def _beginning(self, run: Path) -> dict[str, Any] | None:
+    @contextlib.contextmanager
+    def _log(self, run: str) -> Iterator[IO[str]]:
+        """What a run prints, added to its log; at an address, where nothing can be added, the log is that of its last
+        start."""
+        if self._comm.rank != 0:
+            with Path(os.devnull).open("a") as stream:
+                yield stream
+        elif isinstance(self.folder, FarPath):
+            text = io.StringIO()
+            try:
+                yield text
+            finally:
+                (self.folder / "logs" / f"{run}.txt").write_bytes(text.getvalue().encode())
+        else:
+            with (self.folder / "logs" / f"{run}.txt").open("a") as stream:
+                yield stream
+
+    def _beginning(self, run: RunPath) -> dict[str, Any] | None:
         """Settings of section run to start with, or to continue from the newest checkpoint; None after its end."""
         try:
             (self.folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -158,7 +185,7 @@ class Grid:
         return {"train_days": learnt, "test_days": [tested]}
 
 
-def _figures_of(run: Path) -> dict[str, float]:
+def _figures_of(run: RunPath) -> dict[str, float]:
     """METRICS that are defined, of a finished run. Raises TrainerError without GAUC."""
     report = report_of(run)
     assert report is not None

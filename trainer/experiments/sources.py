@@ -1,12 +1,12 @@
 """What the runs learn from, looked at once: all runs of a call see the same days, samples and snapshots."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from featurestore.format.basis import Basis
 from featurestore.identity import SnapshotId
 from featurestore.published import open_published
+from featurestore.published.paths import RunPath
 from featurestore.snapshot import Snapshot
 from featurestore.spec import DType
 from featurestore.store import FeatureStore
@@ -72,7 +72,7 @@ class Sources:
 
         return self._once(("snapshot", place), lambda: self._comm.on_rank_0(look))
 
-    def reduced(self, config: Config, dims: int, dtype: DType, folder: Path) -> str | None:
+    def reduced(self, config: Config, dims: int, dtype: DType, folder: RunPath) -> str | None:
         """Find the compact store of the snapshot of data.store that is to be trained on, made now where it is not there
         yet, in `folder`; None where the store's rows have not so many dimensions. Raises FeatureStoreError."""
         data = config.data
@@ -82,9 +82,9 @@ class Sources:
             snapshot = store.snapshot(data.store_version)
             if dims >= min(snapshot.info.dim, snapshot.num_rows):
                 return None
-            place = folder / f"{snapshot.manifest.commit_id[:_DIGITS]}-{dims}-{dtype}"
+            place = str(folder / f"{snapshot.manifest.commit_id[:_DIGITS]}-{dims}-{dtype}")
             reduce(store, place, dims, dtype, version=snapshot.version, find=self._components)
-            return str(place)
+            return place
 
         return self._once(("reduced", data.store, dims, dtype), lambda: self._comm.on_rank_0(look))
 

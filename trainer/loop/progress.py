@@ -11,6 +11,8 @@ from torch.utils.tensorboard import SummaryWriter
 from featurestore.console.output import figure, progress_bars, text_column, text_console
 
 _LINE_EVERY_S = 5.0
+TENSORBOARD = "tensorboard"
+"""The folder of a run that has TensorBoard's files."""
 
 
 class ProgressLog:
@@ -19,7 +21,7 @@ class ProgressLog:
     def __init__(self, folder: Path | None, first_step: int, total: int) -> None:
         self.console = text_console(quiet=folder is None)
         self._total = total
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step) if folder else None
+        self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step) if folder else None
         self._next_line_s = 0.0
         self._bar = progress_bars(
             text_column(),
@@ -66,6 +68,11 @@ class ProgressLog:
         for name, value in values.items():
             if self._writer and value is not None:
                 self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Write what TensorBoard is to have to its files."""
+        if self._writer:
+            self._writer.flush()
 
     def say(self, text: str) -> None:
         """Print one line."""

@@ -5,15 +5,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from featurestore.console.files import write_json
 from featurestore.console.output import print_table
+from featurestore.errors import StorageError
+from featurestore.published.paths import RunPath, write_json_file
 from trainer.comm import Comm
 from trainer.engine.engine import StepResult
 from trainer.engine.machine import device_name
@@ -99,6 +99,25 @@ class StepTotals:
         if self.steps <= 1:
             return self.samples, self.step_seconds
         return self.samples - self.warm_up_samples, self.step_seconds - self.warm_up_s
+
+
+@dataclass
+class CheckpointCounts:
+    """Checkpoints since the run, or its resumption, began."""
+
+    written: int = 0
+    failed: int = 0
+    failed_in_a_row: int = 0
+
+    def add(self, error: str) -> int:
+        """Count one that was written, or failed by an error; return how many have failed since the last good one."""
+        if error:
+            self.failed += 1
+            self.failed_in_a_row += 1
+        else:
+            self.written += 1
+            self.failed_in_a_row = 0
+        return self.failed_in_a_row
 
 
 def count_images(request: Request) -> ImageCounts:
@@ -232,11 +251,11 @@ def stage_table(medians_R: list[dict[Any, float]]) -> dict[str, dict[str, float 
     }
 
 
-def write_report(path: Path, report: Mapping[str, Any]) -> None:
+def write_report(path: RunPath, report: Mapping[str, Any]) -> None:
     """Write JSON, a whole file or none; undefined metrics are null. Raises TrainerError where the disk refuses."""
     try:
-        write_json(path, report)
-    except OSError as failure:
+        write_json_file(path, report)
+    except (OSError, StorageError) as failure:
         raise TrainerError(f"cannot write the report {path}: {failure}; the checkpoint is written") from failure
 
 

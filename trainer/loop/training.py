@@ -9,17 +9,17 @@ from functools import partial
 from trainer.config.config import config_digest
 from trainer.engine.engine import PreparedBatch
 from trainer.engine.memory import objects_frozen
-from trainer.errors import TrainerError
+from trainer.errors import CheckpointError, TrainerError
 from trainer.evaluation.predict import Metrics, evaluate
 from trainer.ids.figures import TableFigures, gather_figures
 from trainer.loop import stopping, summary
 from trainer.loop.profiling import PLACE, tracing
-from trainer.loop.progress import ProgressLog
+from trainer.loop.progress import TENSORBOARD, ProgressLog
 from trainer.loop.signals import StoppedError, StopSignals, stopped_together
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import FORMAT_VERSION, CheckpointState
-from trainer.runs.folder import place
 from trainer.runs.open import Run
+from trainer.runs.saving.beside import Outcome, SavesBeside
 from trainer.samples.batch import Batch, BatchPosition
 from trainer.samples.prefetch import ReadAhead, prepare_ahead
 from trainer.stages import WAIT, Kind
@@ -37,13 +37,16 @@ class Training:
         self.tables: dict[str, TableFigures] = {}
         """Of the ids since the run, or its resumption, began; known after each epoch."""
         self._warned: set[str] = set()
+        train = run.config.train
+        self._saves = SavesBeside(run.comm, run.place, train.checkpoint_every_s, lambda: run.copy_local(TENSORBOARD))
+        self.checkpoints = summary.CheckpointCounts()
 
     def fit(self) -> None:
         """Do all remaining steps, the last evaluation and checkpoint; with early stopping, end with the best one.
 
         On a signal: a checkpoint, then StoppedError.
         """
-        folder = self._run.folder / PLACE if self._config.run.profile else None
+        folder = self._run.local / PLACE if self._config.run.profile else None
         try:
             if self._was_stopped_in_evaluation():
                 self._between_steps()
@@ -55,6 +58,8 @@ class Training:
             path = self._save()
             self._progress.say(f"stopped after step {self._engine.num_steps}; continue with run.resume={path}")
             raise
+        finally:
+            self._saves.close()
         self._finish()
 
     def evaluate(self) -> None:
@@ -91,6 +96,11 @@ class Training:
                 if self._is_over():
                     break
         self._report_tables()
+
+    @property
+    def checkpoint_stall_ms(self) -> float | None:
+        """Return how long the training stood still for a checkpoint that was written beside it, in the mean."""
+        return self._saves.stall_s / self._saves.begun * 1e3 if self._saves.begun else None
 
     @contextmanager
     def _prepared(self, batches: Iterator[Batch], count: int, kind: Kind) -> Iterator[Iterator[PreparedBatch]]:
@@ -137,8 +147,47 @@ class Training:
             self.evaluate()
             if self._best() == self._engine.num_steps:
                 self._save()
-        if self._is_due(self._config.train.checkpoint_every):
+        due = self._look_at_saves()
+        if self._is_due(self._config.train.checkpoint_every) or due:
+            self._begin_save()
+
+    def _look_at_saves(self) -> bool:
+        """See how far a checkpoint is that is written beside the training; return whether one is due by the clock."""
+        step = self._engine.num_steps
+        if not self._saves.looks_after(step):
+            return False
+        with self.totals.timed("checkpoint"):
+            outcome, due = self._saves.look(step)
+        self._told(outcome)
+        return due
+
+    def _begin_save(self) -> None:
+        """Begin to write a checkpoint beside the training, after the end of the one before; or write it, where the
+        settings say so."""
+        if not self._config.train.checkpoint_beside:
             self._save()
+            return
+        with self.totals.timed("checkpoint"):
+            self._told(self._saves.wait(self._engine.num_steps))
+            self._progress.flush()
+            keep = self._config.train.keep_checkpoints
+            self._told(self._saves.begin(self._engine, self._state(), keep, self._best()))
+
+    def _told(self, outcome: Outcome | None) -> None:
+        """Count a checkpoint that has ended, and say so where it failed. Raises CheckpointError where too many did."""
+        if outcome is None:
+            return
+        limit = self._config.train.checkpoint_failures
+        if self.checkpoints.add(outcome.error) > limit:
+            raise CheckpointError(
+                f"the checkpoint of step {outcome.step} cannot be written: {outcome.error}; nor could the {limit} "
+                "before it (train.checkpoint_failures); see to that, and go on with run.resume=latest"
+            )
+        if outcome.error:
+            self._progress.say(
+                f"warning: the checkpoint of step {outcome.step} could not be written: {outcome.error}; training goes "
+                "on, and the next one is tried"
+            )
 
     def _was_stopped_in_evaluation(self) -> bool:
         """Return whether this step's evaluation was due when a signal stopped the run that is resumed."""
@@ -162,10 +211,12 @@ class Training:
     def _finish(self) -> None:
         """Save a checkpoint; or, where early stopping saw better parameters before, let theirs become the last."""
         run, best = self._run, self._best()
+        with self.totals.timed("checkpoint"):
+            self._told(self._saves.wait(self._engine.num_steps))
         if best is None or best == self._engine.num_steps:
             self._save()
-        elif run.comm.broadcast_object(place(run.checkpoints, best).is_dir()):
-            path = checkpoint.end_with(run.comm, run.checkpoints, best, self._engine)
+        elif run.comm.broadcast_object(run.place.has(best)):
+            path = checkpoint.end_with(run.comm, run.place, best, self._engine)
             self.metrics = stopping.metrics_of(run.history, best)
             self._progress.say(f"step {best} had the best GAUC, {self.metrics['gauc']:.4f}: the run ends with {path}")
         else:
@@ -194,8 +245,17 @@ class Training:
             yield batch
 
     def _save(self) -> str:
+        """Write a checkpoint, and wait for it. Raises CheckpointError."""
+        run, keep = self._run, self._config.train.keep_checkpoints
+        with self.totals.timed("checkpoint"):
+            self._told(self._saves.wait(self._engine.num_steps))
+            path = checkpoint.save(run.comm, run.place, self._engine, self._state(), keep, self._best())
+        self.checkpoints.add("")
+        return str(path)
+
+    def _state(self) -> CheckpointState:
         run = self._run
-        state = CheckpointState(
+        return CheckpointState(
             format_version=FORMAT_VERSION,
             step=self._engine.num_steps,
             epoch=run.position.epoch,
@@ -206,15 +266,9 @@ class Training:
             store_version=run.partition.snapshot_version if run.partition else None,
             stores=run.stores,
             config_digest=config_digest(self._config.model_dump(mode="json")),
-            history=run.history,
+            history=[*run.history],
             files={},
         )
-        with self.totals.timed("checkpoint"):
-            return str(
-                checkpoint.save(
-                    run.comm, run.checkpoints, self._engine, state, self._config.train.keep_checkpoints, self._best()
-                )
-            )
 
 
 def total_steps(run: Run) -> int:

@@ -10,6 +10,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import write_json_option
 from featurestore.console.output import figure, print_rows
+from featurestore.published.paths import run_path
 from trainer.cli import WhichCheckpoint, run_on_ranks
 from trainer.errors import ConfigError
 from trainer.prerank import INDEX
@@ -17,7 +18,7 @@ from trainer.prerank import INDEX
 if TYPE_CHECKING:
     from trainer.comm import Comm
 
-Run = Annotated[Path, typer.Option(help="Folder of a run with model.base=two_tower.")]
+Run = Annotated[str, typer.Option(help="Folder or address of a run with model.base=two_tower.")]
 Index = Annotated[str, typer.Option(help="Folder or address of the index, from jobs/build_ad_index.py.")]
 MOST_FOUND = 1_000_000  # ads of one search: a search keeps them all in memory
 
@@ -63,7 +64,7 @@ def evaluate_index(
         from trainer.prerank.vectors import origin_of
         from trainer.runs.saved import open_trained
 
-        with contextlib.closing(open_trained(run, comm, which=checkpoint, samples=samples)) as trained:
+        with contextlib.closing(open_trained(run_path(run), comm, which=checkpoint, samples=samples)) as trained:
             ads = comm.on_all(lambda: AdIndex.open(index) if comm.rank == 0 else None)
             origin = comm.on_all(lambda: origin_of(trained))
             comm.on_all(lambda: ads.check_origin(origin) if ads else None)
@@ -97,13 +98,13 @@ def search(
 
         if comm.size > 1:
             raise ConfigError("search is for one rank; start it without horovodrun")
-        with contextlib.closing(open_trained(run, comm, which=checkpoint, samples=samples)) as trained:
+        with contextlib.closing(open_trained(run_path(run), comm, which=checkpoint, samples=samples)) as trained:
             ads = AdIndex.open(index)
             ads.check_origin(origin_of(trained))
             found = candidates(trained, ads, samples, user, k)
             names = [ads.state.origin.key_column]
             rows: list[tuple[str, ...]] = [(str(key), f"{value:.4f}") for key, value in found]
-            if dictionary := IdDictionary.of_run(run):
+            if dictionary := IdDictionary.of_run(run_path(run)):
                 texts = dictionary.texts(key for key, _ in found)
                 names.append("text")
                 rows = [(key, texts.get(int(key), ""), value) for key, value in rows]

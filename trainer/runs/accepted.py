@@ -5,14 +5,13 @@ RUN STORE --accept` writes them.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from featurestore.console.files import replace_file
+from featurestore.errors import StorageError
 from featurestore.identity import SnapshotId
-from featurestore.storage.regular import read_regular
+from featurestore.published.paths import RunPath, read_file, write_file
 from trainer.config.validate import Section
 from trainer.errors import CheckpointError
 
@@ -43,7 +42,7 @@ class _AcceptedStores(Section):
     accepted: list[AcceptedStore]
 
 
-def standing_in(checkpoint: Path, stores: Mapping[str, SnapshotId]) -> dict[str, SnapshotId]:
+def standing_in(checkpoint: RunPath, stores: Mapping[str, SnapshotId]) -> dict[str, SnapshotId]:
     """Find what is to be read of each store: what was accepted in the place of what the checkpoint recorded, or that.
 
     Raises CheckpointError where the file of accepted stores is damaged."""
@@ -55,7 +54,7 @@ def standing_in(checkpoint: Path, stores: Mapping[str, SnapshotId]) -> dict[str,
     return found
 
 
-def accept(checkpoint: Path, store: AcceptedStore) -> Path:
+def accept(checkpoint: RunPath, store: AcceptedStore) -> RunPath:
     """Accept a store for the checkpoint's run, in place of an earlier one for the same; returns the file.
 
     Raises CheckpointError where it cannot be written.
@@ -63,7 +62,7 @@ def accept(checkpoint: Path, store: AcceptedStore) -> Path:
     return _write(checkpoint, [*_others(checkpoint, store.name, store.recorded), store])
 
 
-def withdraw(checkpoint: Path, name: str, recorded: SnapshotId) -> Path | None:
+def withdraw(checkpoint: RunPath, name: str, recorded: SnapshotId) -> RunPath | None:
     """Take back what was accepted in the place of `recorded`, which is there again.
 
     Returns the file; None where nothing was accepted. Raises CheckpointError where it cannot be written.
@@ -72,29 +71,29 @@ def withdraw(checkpoint: Path, name: str, recorded: SnapshotId) -> Path | None:
     return _write(checkpoint, left) if len(left) < len(_read(_file_of(checkpoint))) else None
 
 
-def _others(checkpoint: Path, name: str, recorded: SnapshotId) -> list[AcceptedStore]:
+def _others(checkpoint: RunPath, name: str, recorded: SnapshotId) -> list[AcceptedStore]:
     return [each for each in _read(_file_of(checkpoint)) if not each.replaces(name, recorded)]
 
 
-def _write(checkpoint: Path, stores: list[AcceptedStore]) -> Path:
+def _write(checkpoint: RunPath, stores: list[AcceptedStore]) -> RunPath:
     file = _file_of(checkpoint)
     try:
-        replace_file(file, _AcceptedStores(accepted=stores).model_dump_json(indent=1) + "\n")
-    except OSError as failure:
+        write_file(file, _AcceptedStores(accepted=stores).model_dump_json(indent=1) + "\n")
+    except (OSError, StorageError) as failure:
         raise CheckpointError(f"{file} cannot be written: {failure}") from failure
     return file
 
 
-def _file_of(checkpoint: Path) -> Path:
+def _file_of(checkpoint: RunPath) -> RunPath:
     return checkpoint.resolve().parent.parent / FILE
 
 
-def _read(file: Path) -> list[AcceptedStore]:
+def _read(file: RunPath) -> list[AcceptedStore]:
     try:
-        return _AcceptedStores.model_validate_json(read_regular(file)).accepted
+        return _AcceptedStores.model_validate_json(read_file(file)).accepted
     except FileNotFoundError:
         return []
-    except (OSError, ValidationError) as failure:
+    except (OSError, StorageError, ValidationError) as failure:
         first = str(failure).splitlines()[0]
         raise CheckpointError(
             f"{file} is damaged: {first}; remove it, and accept the store again: python -m trainer.compat RUN STORE"

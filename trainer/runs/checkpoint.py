@@ -7,11 +7,11 @@
 
 Parts are written into a hidden folder and synced; when all are there, rank 0 writes state.json and renames the folder.
 So a folder of that name is whole, and a killed run leaves at most a hidden one, removed by the next save; a removal
-hides a folder first. All ranks write to one place: with several machines it has to be a shared disk.
+hides a folder first. All ranks write to one place: with several machines it is a shared disk, or an address of an
+object store, where a version that names all files is published instead (`trainer.runs.saving.places`).
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,25 +20,27 @@ from typing import Any, Protocol
 import xxhash
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from featurestore.errors import StorageError
 from featurestore.identity import SnapshotId
 from featurestore.lookup.cache import digest_of_file
-from featurestore.storage.local import sync
-from featurestore.storage.regular import read_regular
+from featurestore.published.paths import FarPath, RunPath, read_file
 from featurestore.text.parsing import parse_json
 from trainer.comm import Comm
 from trainer.config import legacy
 from trainer.config.validate import Section
 from trainer.errors import CheckpointError
 from trainer.runs import accepted
-from trainer.runs.folder import finished, place, remove, unrelated
+from trainer.runs.folder import unrelated
+from trainer.runs.saving.local import local_copy
+from trainer.runs.saving.places import STATE, CheckpointPlace, WrittenPart, place_of
 from trainer.samples.batch import BatchPosition
 
 _SAMPLES = "data.samples_digest"  # among the values of an origin
 FORMAT_VERSION = 3  # 2: the ids of the stores; 3: the optimiser of ID rows
 DENSE = "dense.safetensors"
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 class Loadable(Protocol):
@@ -72,7 +74,7 @@ class Origin(Section):
     optim: dict[str, Any] = Field(default={})
     """What the optimiser's state means: which one moves ID rows, and its betas where those move rows between steps."""
 
-    def check_same(self, recorded: "Origin", path: Path) -> None:
+    def check_same(self, recorded: "Origin", path: RunPath) -> None:
         """Raise CheckpointError naming every value that `recorded`, of the checkpoint at `path`, has otherwise.
 
         A setting that the checkpoint does not know yet was as `legacy.BEFORE` says, or at its default.
@@ -86,7 +88,7 @@ class Origin(Section):
                 f"{path} belongs to another run; start a new one, or set back:\n  " + "\n  ".join(lines)
             )
 
-    def check_store(self, recorded: "Origin", path: Path) -> None:
+    def check_store(self, recorded: "Origin", path: RunPath) -> None:
         """Raise CheckpointError where E of the checkpoint at `path` was trained on features of another kind."""
         lines = _differing(
             {"store": self.store, "stores": self.stores}, {"store": recorded.store, "stores": recorded.stores}
@@ -138,59 +140,74 @@ class CheckpointState(Section):
 
 
 def save(
-    comm: Comm, folder: Path, trained: Trained, state: CheckpointState, keep: int, best: int | None = None
-) -> Path:
-    """Write `folder`/step-N on all ranks together and remove all but the newest `keep`; `state.files` is filled in.
+    comm: Comm,
+    into: CheckpointPlace | RunPath,
+    trained: Trained,
+    state: CheckpointState,
+    keep: int,
+    best: int | None = None,
+) -> RunPath:
+    """Write the checkpoint of a step on all ranks together and remove all but the newest `keep`; `state.files` is
+    filled in.
 
     The one of step `best` is kept whatever its age. Does nothing where that step is there already: it is this run's
     own, as `unrelated` ones are gone by then. Raises CheckpointError on all ranks where one cannot write.
     """
-    final, parts = place(folder, state.step), folder / f".step-{state.step:08}"
-    if comm.broadcast_object(final.exists()):
+    where = into if isinstance(into, CheckpointPlace) else place_of(into)
+    final = where.path(state.step)
+    with agreed(comm, f"cannot write {final}"):
+        is_there = comm.rank == 0 and where.has(state.step)
+    if comm.broadcast_object(is_there):
         return final
-    with _agreed(comm, f"cannot write {parts}"):
+    with agreed(comm, f"cannot write {final}"):
         if comm.rank == 0:
-            for leftover in folder.glob(".step-*"):
-                shutil.rmtree(leftover)
-            parts.mkdir(parents=True)
-    own: dict[str, str] = {}
-    with _agreed(comm, f"cannot write {parts}"):
-        name = f"rows-{comm.rank:05}-of-{comm.size:05}.safetensors"
-        own[name] = _write(parts / name, trained.shard_state())
+            where.begin(state.step)
+    own: dict[str, WrittenPart] = {}
+    with agreed(comm, f"cannot write {final}"):
+        name = rows_name(comm)
+        own[name] = where.write(state.step, name, trained.shard_state())
         if comm.rank == 0:
-            own[DENSE] = _write(parts / DENSE, trained.dense_state())
-    files = {name: digest for part in comm.allgather_object(own) for name, digest in part.items()}
-    with _agreed(comm, f"cannot write {final}"):
+            own[DENSE] = where.write(state.step, DENSE, trained.dense_state())
+    parts = {name: part for each in comm.allgather_object(own) for name, part in each.items()}
+    with agreed(comm, f"cannot write {final}"):
         if comm.rank == 0:
-            _write_state(parts / "state.json", state.model_copy(update={"files": files}))
-            parts.rename(final)
-            sync(folder)
-            best_path = None if best is None else place(folder, best)
-            remove([old for old in finished(folder)[:-keep] if old != best_path])
+            where.commit(state.step, parts, state_bytes(state, parts), keep, best)
     return final
 
 
-def end_with(comm: Comm, folder: Path, step: int, trained: Loadable) -> Path:
+def rows_name(comm: Comm) -> str:
+    """Name the file of this rank's ID rows."""
+    return f"rows-{comm.rank:05}-of-{comm.size:05}.safetensors"
+
+
+def state_bytes(state: CheckpointState, parts: Mapping[str, WrittenPart]) -> bytes:
+    """Format state.json of these parts."""
+    files = {name: part.digest for name, part in parts.items()}
+    values = state.model_copy(update={"files": files}).model_dump(mode="json")
+    return json.dumps({**values, "digest": _json_digest(values)}, indent=1).encode()
+
+
+def end_with(comm: Comm, into: CheckpointPlace, step: int, trained: Loadable) -> RunPath:
     """Put the checkpoint of `step` into `trained` and remove those of later steps, so that it is the latest one."""
-    path = place(folder, step)
+    path = into.path(step)
     load(comm, path, read_state(path), trained)
-    with _agreed(comm, f"cannot remove the checkpoints after {path}"):
+    with agreed(comm, f"cannot remove the checkpoints after {path}"):
         if comm.rank == 0:
-            remove(unrelated(folder, path))
+            into.remove(unrelated(into.folder, path))
     return path
 
 
-def read_state(path: Path) -> CheckpointState:
+def read_state(path: RunPath) -> CheckpointState:
     """Read state.json with the stores that were accepted in the place of lost ones. Raises as `read_recorded`."""
     state = read_recorded(path)
     return state.model_copy(update={"stores": accepted.standing_in(path, state.stores)})
 
 
-def read_recorded(path: Path) -> CheckpointState:
+def read_recorded(path: RunPath) -> CheckpointState:
     """Read state.json of the checkpoint at `path` and verify its digest. Raises CheckpointError."""
-    file = path / "state.json"
+    file = path / STATE
     try:
-        values = parse_json(read_regular(file))
+        values = parse_json(read_file(file))
         digest = values.pop("digest")
         version = values["format_version"]
         if version > FORMAT_VERSION:
@@ -198,52 +215,61 @@ def read_recorded(path: Path) -> CheckpointState:
         if digest != _json_digest(values):
             raise CheckpointError(f"{file} is damaged: its digest does not fit; resume from another checkpoint")
         return CheckpointState.model_validate(values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as failure:
+    except (OSError, StorageError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as failure:
         raise CheckpointError(f"{file} is damaged: {failure}; resume from another checkpoint") from failure
 
 
-def load(comm: Comm, path: Path, state: CheckpointState, trained: Loadable) -> None:
+def load(comm: Comm, path: RunPath, state: CheckpointState, trained: Loadable) -> None:
     """Put the checkpoint into `trained`; each rank reads the shards that it owns now, whichever rank wrote them.
 
-    Raises CheckpointError on all ranks, naming the file, where one is missing, damaged or does not fit.
+    From an object store, a rank copies one file at a time, of those that have a shard of it. Raises CheckpointError on
+    all ranks, naming the file, where one is missing, damaged or does not fit.
     """
-    with _agreed(comm, f"cannot read {path}"):
-        for name in sorted(state.files)[comm.rank :: comm.size]:
-            _verify(path / name, state.files[name])
-    with _agreed(comm, f"cannot read {path}"):
-        trained.load_dense_state(_read_all(path / DENSE))
-        rows = [path / name for name in sorted(state.files) if name != DENSE]
-        trained.load_shard_state(_read_named(rows, set(trained.shard_names())))
+    if not isinstance(path, FarPath):  # of a far one, each copy is verified
+        with agreed(comm, f"cannot read {path}"):
+            for name in sorted(state.files)[comm.rank :: comm.size]:
+                _verify(path / name, state.files[name])
+    with agreed(comm, f"cannot read {path}"):
+        with local_copy(path / DENSE, state.files[DENSE]) as file:
+            trained.load_dense_state(_read_named(file, None))
+        wanted, found = set(trained.shard_names()), dict[str, Tensor]()
+        for name in sorted(state.files):
+            if name != DENSE and (not isinstance(path, FarPath) or wanted & _names_in(path / name)):
+                with local_copy(path / name, state.files[name]) as file:
+                    found |= _read_named(file, wanted)
+        trained.load_shard_state(found)
 
 
-def read_dense(path: Path, state: CheckpointState, prefix: str) -> dict[str, Tensor]:
+def read_dense(path: RunPath, state: CheckpointState, prefix: str) -> dict[str, Tensor]:
     """Read what every rank holds of one part of the networks, or of its networks together, as `model.` or `stores.`.
 
     The names are those that begin with `prefix`, without it. Raises CheckpointError."""
-    try:
-        _verify(path / DENSE, state.files[DENSE])
-        with safe_open(path / DENSE, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - the file is no mapping
-            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as failure:
-        raise CheckpointError(f"cannot read {path}: {failure}") from failure
+    with (
+        _told(path),
+        _verified(path / DENSE, state.files[DENSE]) as local,
+        safe_open(local, framework="pt") as file,
+    ):
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - the file is no mapping
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
 
 @contextmanager
-def read_rows(path: Path, state: CheckpointState, names: Iterable[str]) -> Iterator[Callable[[str], Tensor]]:
-    """Give a function that reads one of these tensors of ID rows, whichever rank wrote it. Raises CheckpointError."""
-    try:
-        with ExitStack() as opened:
-            file_of: dict[str, Any] = {}
-            for file in sorted(set(state.files) - {DENSE}):
-                _verify(path / file, state.files[file])
-                tensors = opened.enter_context(safe_open(path / file, framework="pt"))
-                file_of |= dict.fromkeys(tensors.keys(), tensors)
-            if lacking := sorted(set(names) - file_of.keys()):
-                raise CheckpointError(f"{path} lacks {lacking[0]} and {len(lacking) - 1} more; take another checkpoint")
-            yield lambda name: file_of[name].get_tensor(name)
-    except (OSError, SafetensorError) as failure:
-        raise CheckpointError(f"cannot read {path}: {failure}") from failure
+def read_rows(path: RunPath, state: CheckpointState, names: Iterable[str]) -> Iterator[Callable[[str], Tensor]]:
+    """Give a function that reads one of these tensors of ID rows, whichever rank wrote it.
+
+    From an object store, the files with one of them are copied first, all. Raises CheckpointError."""
+    wanted = set(names)
+    with _told(path), ExitStack() as opened:
+        file_of: dict[str, Any] = {}
+        for file in sorted(set(state.files) - {DENSE}):
+            if isinstance(path, FarPath) and not wanted & _names_in(path / file):
+                continue
+            local = opened.enter_context(_verified(path / file, state.files[file]))
+            tensors = opened.enter_context(safe_open(local, framework="pt"))
+            file_of |= dict.fromkeys(tensors.keys(), tensors)
+        if lacking := sorted(wanted - file_of.keys()):
+            raise CheckpointError(f"{path} lacks {lacking[0]} and {len(lacking) - 1} more; take another checkpoint")
+        yield lambda name: file_of[name].get_tensor(name)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -256,12 +282,12 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 @contextmanager
-def _agreed(comm: Comm, what: str) -> Iterator[None]:
-    """Runs the block on every rank and then raises on all if one failed: CheckpointError, disk errors translated."""
+def agreed(comm: Comm, what: str) -> Iterator[None]:
+    """Run the block on every rank and then raise on all if one failed: CheckpointError, disk errors translated."""
     with comm.agreed():
         try:
             yield
-        except (OSError, SafetensorError) as failure:
+        except (OSError, SafetensorError, StorageError) as failure:
             raise CheckpointError(f"{what}: {failure}") from failure
 
 
@@ -278,18 +304,29 @@ def _differing(
     return list(lines.values())
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Writes and syncs the file; returns the digest of what the disk gives back."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    sync(path)
-    return digest_of_file(path)
+@contextmanager
+def _told(path: RunPath) -> Iterator[None]:
+    """Says in a CheckpointError which checkpoint cannot be read."""
+    try:
+        yield
+    except (OSError, SafetensorError, StorageError) as failure:
+        raise CheckpointError(f"cannot read {path}: {failure}") from failure
 
 
-def _write_state(path: Path, state: CheckpointState) -> None:
-    values = state.model_dump(mode="json")
-    path.write_text(json.dumps({**values, "digest": _json_digest(values)}, indent=1), encoding="utf-8")
-    sync(path)
-    sync(path.parent)
+@contextmanager
+def _verified(path: RunPath, digest: str) -> Iterator[Path]:
+    """Gives a file of this machine with the content, once it is known to have that digest."""
+    if isinstance(path, Path):
+        _verify(path, digest)
+    with local_copy(path, digest) as local:
+        yield local
+
+
+def _names_in(path: FarPath) -> set[str]:
+    """The names of the tensors in a far file, from its header alone."""
+    with path.open_input() as file:
+        size_bytes = int.from_bytes(file.read(8), "little")
+        return set(parse_json(file.read(min(size_bytes, _MAX_HEADER_BYTES))))
 
 
 def _verify(path: Path, expected: str) -> None:
@@ -301,18 +338,11 @@ def _verify(path: Path, expected: str) -> None:
         )
 
 
-def _read_all(path: Path) -> dict[str, Tensor]:
+def _read_named(path: Path, wanted: set[str] | None) -> dict[str, Tensor]:
+    """Those tensors that the file has of `wanted`, of all where that is None; nothing else is read."""
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
-
-
-def _read_named(paths: Iterable[Path], names: set[str]) -> dict[str, Tensor]:
-    """Those tensors, from whichever files hold them; nothing else is read."""
-    found: dict[str, Tensor] = {}
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            found.update({name: file.get_tensor(name) for name in names.intersection(file.keys())})
-    return found
+        names = set(file.keys())
+        return {name: file.get_tensor(name) for name in (names if wanted is None else names & wanted)}
 
 
 def _json_digest(values: Mapping[str, Any]) -> str:

@@ -12,7 +12,6 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +25,7 @@ from featurestore.format.datafile import KEY, URI
 from featurestore.identity import VECTORS_OF, SnapshotId
 from featurestore.keys import Int64Array
 from featurestore.lookup.embedding import EmbeddingModel, as_tensor
+from featurestore.published.paths import RunPath
 from featurestore.snapshot import Snapshot
 from featurestore.storage.storage import Storage
 from trainer.comm import SoloComm
@@ -126,7 +126,7 @@ class _Rows(NamedTuple):
 
 
 def open_network(
-    folder: Path, *, which: str | None = None, network: str | None = None, store_version: int | None = None
+    folder: RunPath, *, which: str | None = None, network: str | None = None, store_version: int | None = None
 ) -> ImageNetwork:
     """Read an E of the run in `folder`, as the checkpoint `which` has it (see `find_checkpoint`), and open a snapshot.
 
@@ -196,7 +196,7 @@ def _write_npy(storage: Storage, name: str, keys_name: str, network: ImageNetwor
         storage.write_bytes(f"{name}.json", (json.dumps(network.describe(), indent=1) + "\n").encode())
 
 
-def _chosen(folder: Path, networks: list[tuple[str, str]], asked: str | None) -> tuple[str, str]:
+def _chosen(folder: RunPath, networks: list[tuple[str, str]], asked: str | None) -> tuple[str, str]:
     """Find the store and name of the E that is asked for."""
     if not networks:
         raise ConfigError(f"{folder} has model.images=none: it has no E for images; name another run by --run")
@@ -237,7 +237,7 @@ class SavedTable:
                 yield _table_of(shard, ids_N, last_use_N, finite(vectors_NV.astype(np.float32)))
 
 
-def open_table(folder: Path, name: str, which: str | None = None) -> SavedTable:
+def open_table(folder: RunPath, name: str, which: str | None = None) -> SavedTable:
     """Find an exact table of the run in `folder`, as the checkpoint `which` has it (see `find_checkpoint`).
 
     Raises ConfigError, CheckpointError.

@@ -3,22 +3,28 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from featurestore.errors import StorageError
+from featurestore.published.paths import FarPath, RunPath, read_file, run_path
 from featurestore.storage.local import sync
-from featurestore.storage.regular import read_regular
 from featurestore.text.parsing import parse_json
 from trainer.config.config import Config, RunConfig
 from trainer.errors import CheckpointNotFoundError, ConfigError, TrainerError
 
-RUNS = Path(RunConfig().dir)
+PathT = TypeVar("PathT", Path, FarPath, Path | FarPath)
 _NAME = re.compile(r"step-(\d{8,})")
 
 
-def newest_run(folder: Path = RUNS) -> Path:
+def run_or_newest(run: str | None) -> RunPath:
+    """Return the path of a run that an option names, or the newest run. Raises ConfigError where there is none."""
+    return newest_run() if run is None else run_path(run)
+
+
+def newest_run(folder: Path = Path(RunConfig().dir)) -> Path:
     """Find the run in `folder`, or in a folder of it (those of trainer.daily), that wrote the last checkpoint.
 
     Raises ConfigError where there is none.
@@ -31,13 +37,13 @@ def newest_run(folder: Path = RUNS) -> Path:
     return max(states, key=lambda state: state.stat().st_mtime_ns).parents[2]
 
 
-def find_checkpoint(run: Path, name: str | None = None, setting: str = "--checkpoint ") -> Path:
+def find_checkpoint(run: RunPath, name: str | None = None, setting: str = "--checkpoint ") -> RunPath:
     """Find a checkpoint of the run in folder `run`: the newest, or the one that `name` says.
 
     `name`: latest, a step, a folder step-N, or a path to the checkpoint of any run. Raises CheckpointNotFoundError; it
     names the `setting`, an option with its = or its space, that gave the name.
     """
-    checkpoints = run / "checkpoints"
+    checkpoints = pinned(run / "checkpoints")
     found = finished(checkpoints)
     if name in (None, "latest"):
         if not found:
@@ -48,7 +54,7 @@ def find_checkpoint(run: Path, name: str | None = None, setting: str = "--checkp
             )
         return found[-1]
     inside = place(checkpoints, int(name)) if name.isdecimal() else checkpoints / name
-    for path in (inside, Path(name)):
+    for path in (inside, pinned(run_path(name))):
         if (path / "state.json").is_file():
             return path
     raise CheckpointNotFoundError(
@@ -57,37 +63,56 @@ def find_checkpoint(run: Path, name: str | None = None, setting: str = "--checkp
     )
 
 
-def report_of(run: Path) -> dict[str, Any] | None:
+def report_of(run: RunPath) -> dict[str, Any] | None:
     """Read the run's report.json; None before its end. Raises TrainerError where it cannot be read."""
     file = run / "report.json"
     try:
-        report: dict[str, Any] = parse_json(read_regular(file))
+        report: dict[str, Any] = parse_json(read_file(file))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as failure:
+    except (OSError, StorageError, ValueError) as failure:
         raise TrainerError(f"{file} cannot be read: {failure}; remove it, and the run is ended again") from failure
     return report
 
 
-def place(checkpoints: Path, step: int) -> Path:
+def place(checkpoints: PathT, step: int) -> PathT:
     """Give the path of the checkpoint of a step."""
     return checkpoints / f"step-{step:08}"
 
 
-def finished(checkpoints: Path) -> list[Path]:
+def pinned(path: RunPath) -> RunPath:
+    """Return the path, of an object store with the version of its checkpoints that is the newest now: they can be read
+    for a while after they were removed."""
+    return path.pinned() if isinstance(path, FarPath) else path
+
+
+def finished(checkpoints: PathT) -> list[PathT]:
     """List whole checkpoints, oldest first."""
-    found = [(int(match[1]), path) for path in checkpoints.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    listed: Iterable[PathT] = _listed(checkpoints)
+    found = [(int(match[1]), path) for path in listed if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
 
-def unrelated(checkpoints: Path, resumed: Path) -> list[Path]:
+def _listed(checkpoints: RunPath) -> Iterable[Any]:
+    """The checkpoints, each with the version that it was found in where they are on an object store."""
+    return checkpoints.pinned().iterdir() if isinstance(checkpoints, FarPath) else checkpoints.glob("step-*")
+
+
+def unrelated(checkpoints: RunPath, resumed: RunPath) -> list[RunPath]:
     """List the checkpoints that a run did not pass on its way to `resumed`, oldest first.
 
     Those are the checkpoints of later steps, or all where `resumed` is not one of them.
     """
-    found = finished(checkpoints)
-    way = next((number for number, path in enumerate(found, 1) if path.samefile(resumed)), 0)
+    found: list[RunPath] = [*finished(checkpoints)]
+    way = next((number for number, path in enumerate(found, 1) if same_place(path, resumed)), 0)
     return found[way:]
+
+
+def same_place(path: RunPath, other: RunPath) -> bool:
+    """Tell whether two paths lead to the same folder or address; both are there."""
+    if isinstance(path, FarPath) or isinstance(other, FarPath):
+        return str(path) == str(other)
+    return path.samefile(other)
 
 
 def remove(checkpoints: Sequence[Path]) -> None:
@@ -102,18 +127,17 @@ def remove(checkpoints: Sequence[Path]) -> None:
         shutil.rmtree(hidden)
 
 
-def in_the_way(run: Path, resumed: Path | None) -> list[Path]:
+def in_the_way(run: RunPath, resumed: RunPath | None) -> list[RunPath]:
     """List the checkpoints in `run` that a run which starts afresh, or from `resumed`, would take for its own."""
     checkpoints = run / "checkpoints"
-    return finished(checkpoints) if resumed is None else unrelated(checkpoints, resumed)
+    return [*finished(checkpoints)] if resumed is None else unrelated(checkpoints, resumed)
 
 
-def check_folder(config: Config, run: Path, resumed: Path | None) -> None:
+def check_folder(config: Config, run: RunPath, resumed: RunPath | None) -> None:
     """Refuse a folder that cannot be written to, and one that holds a checkpoint or a report of another run."""
     resume = config.run.resume
     with naming_run_dir(config):
-        there = next(each for each in (run, *run.parents) if each.exists())
-        writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        there, writable = (run, True) if isinstance(run, FarPath) else _writable(run)
         others = in_the_way(run, resumed) if writable else []
         taken = bool(others) or (resume is None and (run / "report.json").exists())
     if not writable:
@@ -135,10 +159,16 @@ def check_folder(config: Config, run: Path, resumed: Path | None) -> None:
     )
 
 
+def _writable(run: Path) -> tuple[Path, bool]:
+    """The folder of the run, or the nearest one above it that is there, and whether this user can write to it."""
+    there = next(each for each in (run, *run.parents) if each.exists())
+    return there, there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
 @contextmanager
 def naming_run_dir(config: Config) -> Iterator[None]:
     """Turn an OSError of the block into a ConfigError that names run.dir."""
     try:
         yield
-    except OSError as failure:
+    except (OSError, StorageError) as failure:
         raise TrainerError(f"run.dir={config.run.dir} cannot be used: {failure}; choose another") from failure

@@ -8,8 +8,8 @@ from typing import Any
 
 import xxhash
 
-from featurestore.console.files import write_json
 from featurestore.lookup.cache import SAMPLES, default_cache_dir
+from featurestore.published.paths import RunPath, write_json_file
 from trainer.comm import Comm
 from trainer.runs.samples_digest import remember, remembered
 from trainer.samples.reader import SampleIndex
@@ -58,7 +58,7 @@ def statistics_of(schema: Schema) -> dict[str, dict[str, Any]]:
     return {name: values for name, values in named.items() if values}
 
 
-def write_statistics(folder: Path, schema: Schema, origin: Mapping[str, Any]) -> None:
+def write_statistics(folder: RunPath, schema: Schema, origin: Mapping[str, Any]) -> None:
     """Write inputs.json for people and other programs, where there are statistics, in the place of an earlier run's.
 
     Runs read their checkpoint's statistics."""
@@ -67,4 +67,4 @@ def write_statistics(folder: Path, schema: Schema, origin: Mapping[str, Any]) ->
         (folder / FILE).unlink(missing_ok=True)
         return
     values = {"samples_digest": origin["samples_digest"], "fields": fields}
-    write_json(folder / FILE, values)
+    write_json_file(folder / FILE, values)

@@ -4,11 +4,10 @@ Every rank calls the same functions; what can go wrong on one of them is agreed 
 """
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,23 @@ from featurestore.format.statistics import FeatureStatistics
 from featurestore.identity import SnapshotId
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.published import open_published
+from featurestore.published.paths import FarPath, RunPath, run_path
 from featurestore.snapshot import Snapshot
 from featurestore.storage.storage import Storage
 from trainer.comm import Comm
-from trainer.config.config import Config, save_config
+from trainer.config.config import Config
 from trainer.config.options import OptimConfig
 from trainer.engine.engine import Engine
 from trainer.engine.machine import share_machine
 from trainer.engine.precision import with_compute_dtype
 from trainer.errors import DataNotFoundError
-from trainer.runs import accepted, checkpoint, warmstart
+from trainer.runs import checkpoint, warmstart
 from trainer.runs.checkpoint import CheckpointState, Origin
-from trainer.runs.folder import check_folder, find_checkpoint, finished, in_the_way, naming_run_dir, remove
-from trainer.runs.known_statistics import with_statistics, write_statistics
+from trainer.runs.folder import check_folder, find_checkpoint, finished
+from trainer.runs.known_statistics import with_statistics
 from trainer.runs.samples_digest import SamplesDigest, samples_digest
+from trainer.runs.saving.local import local_folder, upload_new
+from trainer.runs.saving.places import CheckpointPlace, place_of
 from trainer.runs.stores import (
     StorePlace,
     kinds_by_store,
@@ -42,9 +44,8 @@ from trainer.runs.stores import (
     store_places,
 )
 from trainer.runs.warmstart import WarmStart
-from trainer.samples import dictionary
 from trainer.samples.batch import BatchPosition
-from trainer.samples.columns import Index, rules_of
+from trainer.samples.columns import Index
 from trainer.samples.days import newest_day, sample_files
 from trainer.samples.order import streams_of
 from trainer.samples.reader import SampleIndex, SampleReader, known_ads, open_index
@@ -83,7 +84,7 @@ class OpenRun:
 class Run(OpenRun):
     """All state of a run that is trained; `position` is the batch that comes next."""
 
-    folder: Path
+    folder: RunPath
     device: torch.device
     train_reader: SampleReader
     test_reader: SampleReader
@@ -91,28 +92,49 @@ class Run(OpenRun):
     origin: Origin
     position: BatchPosition
     history: list[dict[str, Any]]
-    resumed: Path | None
+    resumed: RunPath | None
     """The checkpoint that the run continues from."""
     warm_start: WarmStart | None
     samples_changed: bool
     """Whether the training samples are not, or no longer, those of the checkpoint; only where the run is just read."""
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> RunPath:
         """Folder of the run's checkpoints."""
         return self.folder / "checkpoints"
 
+    @cached_property
+    def place(self) -> CheckpointPlace:
+        """Where the run's checkpoints are published."""
+        return place_of(self.checkpoints)
 
-def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
+    def copy_local(self, *names: str) -> None:
+        """Copy new files of these folders of `local` to the run's address; nothing to do where that is a disk."""
+        upload_new(self.local, names, self.folder, self._copied)
+
+    @cached_property
+    def _copied(self) -> dict[str, int]:
+        return {}
+
+    @cached_property
+    def local(self) -> Path:
+        """The folder of this machine for traces and TensorBoard's files: the run's own, but for an address."""
+        return local_folder(self.folder, self.config.data.cache_dir)
+
+
+def open_run(
+    config: Config, comm: Comm, *, reading: bool = False, opened: tuple[RunPath, CheckpointState] | None = None
+) -> Run:
     """Open everything but the folder's content, which `claim_folder` writes. Raises TrainerError or FeatureStoreError.
 
     `reading`: the run is evaluated and not trained further, so its folder may be read-only, and its training samples
-    may have changed; the model and the kind of features still have to be the checkpoint's.
+    may have changed; the model and the kind of features still have to be the checkpoint's. `opened`: the checkpoint,
+    where it was read before.
     """
     schema = load_schema(config.data.schema_file)
     places = store_places(config, schema)
-    folder = Path(config.run.dir) / comm.broadcast_object(config.run.name or time.strftime("run-%Y%m%d-%H%M%S"))
-    resumed = comm.on_all(lambda: _resumed(config, folder))
+    folder = run_path(config.run.dir) / comm.broadcast_object(config.run.name or time.strftime("run-%Y%m%d-%H%M%S"))
+    resumed = opened or _resumed(comm, config, folder)
     if not reading:
         comm.on_all(lambda: check_folder(config, folder, resumed[0] if resumed else None))
     samples = comm.on_rank_0(lambda: _open_samples(config, places))
@@ -159,7 +181,9 @@ def open_run(config: Config, comm: Comm, *, reading: bool = False) -> Run:
     )
 
 
-def _check_origin(origin: Origin, digest: SamplesDigest, path: Path, state: CheckpointState, *, reading: bool) -> None:
+def _check_origin(
+    origin: Origin, digest: SamplesDigest, path: RunPath, state: CheckpointState, *, reading: bool
+) -> None:
     """Raise CheckpointError where the checkpoint is of another run; `reading`: of another model or store."""
     recorded = state.origin
     if reading:
@@ -240,66 +264,6 @@ def engine_of(
     )
 
 
-def claim_folder(run: Run) -> list[Path]:
-    """Make the run's folder and write config.yaml and, where the samples have texts, ids.parquet.
-
-    Returns the checkpoints that run.overwrite removed before that. Every rank calls it, when all else is open. Killed
-    at any point, it leaves the earlier run at one of its steps, or this one at its first. Raises ConfigError where the
-    folder cannot be written to.
-    """
-
-    def claim() -> list[Path]:
-        with naming_run_dir(run.config):
-            removed = _overwrite(run) if run.config.run.overwrite else []
-            run.folder.mkdir(parents=True, exist_ok=True)
-            if _resumed_folder(run) != run.folder:
-                (run.folder / dictionary.FILE).unlink(missing_ok=True)  # of a run that this one does not continue
-            save_config(run.config, run.folder / "config.yaml")
-            write_statistics(run.folder, run.schema, run.origin.data)
-        return removed
-
-    removed_paths = run.comm.on_rank_0(claim)
-    _keep_dictionary(run)
-    return removed_paths
-
-
-def _keep_dictionary(run: Run) -> None:
-    """Write ids.parquet, unless the run is continued and has it.
-
-    It begins with the entries of the run whose ID rows this one continues, or begins with, in another folder. Raises
-    DataError, ConfigError on all ranks together.
-    """
-    if run.comm.on_rank_0((run.folder / dictionary.FILE).is_file):
-        return  # `claim_folder` removes another run's
-    warm = run.warm_start
-    before = run.comm.on_rank_0(lambda: _resumed_folder(run))
-    if before is None and warm is not None and "ids" in warm.parts:
-        before = warm.path.absolute().parents[1]
-    earlier = before / dictionary.FILE if before is not None else None
-    with naming_run_dir(run.config):
-        dictionary.write_dictionary(run.comm, run.folder, run.train_reader.index, rules_of(run.schema), earlier)
-
-
-def _resumed_folder(run: Run) -> Path | None:
-    """Give the folder of the run that wrote the checkpoint which this one continues: its own, or another one's."""
-    if run.resumed is None:
-        return None
-    path = run.resumed.absolute()
-    is_own = run.checkpoints.is_dir() and path.parent.samefile(run.checkpoints)
-    return run.folder if is_own else path.parents[1]
-
-
-def _overwrite(run: Run) -> list[Path]:
-    """Remove what this run does not continue of the one in its folder; returns the checkpoints among that."""
-    removed = in_the_way(run.folder, run.resumed)
-    (run.folder / "report.json").unlink(missing_ok=True)
-    remove(removed)
-    if not finished(run.checkpoints):
-        shutil.rmtree(run.folder / "tensorboard", ignore_errors=True)
-        (run.folder / accepted.FILE).unlink(missing_ok=True)
-    return removed
-
-
 def _open_samples(config: Config, places: list[StorePlace]) -> Storage:
     """Open the samples that all indexes of the run are of; name the jobs to run for all places that are empty."""
     samples, problems = open_published(config.data.samples), missing_places(places)
@@ -318,14 +282,19 @@ def _open_samples(config: Config, places: list[StorePlace]) -> Storage:
     return samples
 
 
-def _resumed(config: Config, folder: Path) -> tuple[Path, CheckpointState] | None:
-    resume = config.run.resume
-    if resume == "auto":
-        resume = "latest" if finished(folder / "checkpoints") else None
-    if resume is None:
+def _resumed(comm: Comm, config: Config, folder: RunPath) -> tuple[RunPath, CheckpointState] | None:
+    """The checkpoint to continue from, the same on all ranks: on an object store another may become the newest."""
+
+    def find() -> RunPath | None:
+        resume = config.run.resume
+        if resume == "auto":
+            resume = "latest" if finished(folder / "checkpoints") else None
+        return None if resume is None else find_checkpoint(folder, resume, "run.resume=")
+
+    if config.run.resume is None:
         return None
-    path = find_checkpoint(folder, resume, "run.resume=")
-    return path, checkpoint.read_state(path)
+    path = comm.on_rank_0(find) if isinstance(folder, FarPath) else comm.on_all(find)
+    return None if path is None else (path, comm.on_all(lambda: checkpoint.read_state(path)))
 
 
 def _warm_start(config: Config) -> WarmStart | None:

@@ -7,8 +7,7 @@ opens the samples too, and looks images up where training did.
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ from numpy.typing import NDArray
 from featurestore.errors import FeatureStoreError
 from featurestore.lookup.partition import MissingPolicy
 from featurestore.published import open_published
+from featurestore.published.paths import FarPath, RunPath, read_file
 from featurestore.snapshot import Snapshot
-from featurestore.storage.regular import read_regular
 from featurestore.store import FeatureStore
 from trainer.comm import Comm
 from trainer.config.config import Config, load_saved
@@ -46,9 +45,9 @@ class SavedRun:
     at least, and no visual vector is an earlier step's.
     """
 
-    folder: Path
+    folder: RunPath
     config: Config
-    path: Path
+    path: RunPath
     """Of the checkpoint."""
     state: CheckpointState
     missing_in_training: MissingPolicy
@@ -57,7 +56,7 @@ class SavedRun:
     @property
     def digest(self) -> str:
         """The sha256 of the checkpoint's state.json, which has the digest of each file: no other one has the same."""
-        return hashlib.sha256(read_regular(self.path / "state.json")).hexdigest()
+        return hashlib.sha256(read_file(self.path / "state.json")).hexdigest()
 
     @cached_property
     def schema(self) -> Schema:
@@ -123,7 +122,7 @@ class TrainedRun(OpenRun):
         return self.partition.snapshot_version if self.partition else None
 
 
-def read_run(folder: Path, which: str | None = None, samples: str | None = None) -> SavedRun:
+def read_run(folder: RunPath, which: str | None = None, samples: str | None = None) -> SavedRun:
     """Read the run in `folder`, with the checkpoint that `which` says; see `find_checkpoint`.
 
     `samples` are other ones to ask about: those of training are looked for there where the run's own are gone. Raises
@@ -131,7 +130,8 @@ def read_run(folder: Path, which: str | None = None, samples: str | None = None)
     """
     file = folder / "config.yaml"
     if not file.is_file():
-        runs = sorted(each.parent.name for each in folder.glob("*/config.yaml"))
+        below = folder.iterdir() if folder.is_dir() else ()
+        runs = sorted(each.name for each in below if (each / "config.yaml").is_file())
         instead = f"; it holds the runs {', '.join(runs[:5])}" if runs else "; give a run's folder, as data/runs/NAME"
         raise ConfigError(f"{folder} is not a run's folder: there is no config.yaml in it{instead}")
     config = load_saved(file)
@@ -143,8 +143,19 @@ def read_run(folder: Path, which: str | None = None, samples: str | None = None)
     return SavedRun(folder, asked, path, checkpoint.read_state(path), config.data.missing)
 
 
+def _read_on_all(comm: Comm, folder: RunPath, which: str | None, samples: str | None) -> SavedRun:
+    """Read a run on every rank; of an object store on rank 0, for all: another checkpoint may become the newest."""
+    read = partial(read_run, folder, which, samples)
+    return comm.on_rank_0(read) if isinstance(folder, FarPath) else comm.on_all(read)
+
+
 def open_trained(
-    folder: Path, comm: Comm, *, which: str | None = None, samples: str | None = None, store_version: int | None = None
+    folder: RunPath,
+    comm: Comm,
+    *,
+    which: str | None = None,
+    samples: str | None = None,
+    store_version: int | None = None,
 ) -> TrainedRun:
     """Open the run in `folder`; `which` and `samples` as in `read_run`. Every rank calls it.
 
@@ -152,7 +163,7 @@ def open_trained(
     images that came after the training are known; further stores are opened at their newest. Raises TrainerError,
     FeatureStoreError, on all ranks together.
     """
-    saved = comm.on_all(lambda: read_run(folder, which, samples))
+    saved = _read_on_all(comm, folder, which, samples)
     schema, places = comm.on_all(lambda: (saved.schema, saved.places))
     config, comm.deadline_s = saved.config, saved.config.run.deadline_s
     device = share_machine(config, comm)
@@ -178,7 +189,7 @@ def open_trained(
 class RunSource:
     """What to open: a run's folder, and what is to be other than in the run. `checkpoint`: see `find_checkpoint`."""
 
-    folder: Path
+    folder: RunPath
     checkpoint: str | None = None
     samples: str | None = None
     store: str | None = None
@@ -210,12 +221,11 @@ def open_source(source: RunSource, comm: Comm) -> Opened:
     they stopped it. Raises, on all ranks together, ConfigError for a folder that holds no run, CheckpointError where
     there is no checkpoint or the store holds other features than those of training, DataError for missing places.
     """
-    with comm.agreed():
-        saved = read_run(source.folder, source.checkpoint, source.samples)
-        config = _config_of(source, saved)
+    saved = _read_on_all(comm, source.folder, source.checkpoint, source.samples)
+    config = comm.on_all(lambda: _config_of(source, saved))
     comm.deadline_s = config.run.deadline_s
     try:
-        run = open_run(config, comm, reading=True)
+        run = open_run(config, comm, reading=True, opened=(saved.path, saved.state))
     except DataError as failure:
         failure.add_note(f"(places as in {source.folder / 'config.yaml'}; name others by --samples and --store)")
         raise

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from featurestore.errors import AnotherStoreError, FeatureStoreError, StoreNotFoundError
 from featurestore.identity import SnapshotId
 from featurestore.lookup.partition import FeaturePartition
+from featurestore.published.paths import RunPath, run_path
 from featurestore.snapshot import Snapshot
 from featurestore.spec import StoreInfo
 from featurestore.store import FeatureStore
@@ -84,12 +84,12 @@ def missing_places(places: list[StorePlace]) -> list[str]:
     return problems
 
 
-def snapshot_of(place: StorePlace, resumed: tuple[Path, CheckpointState] | None) -> Snapshot:
+def snapshot_of(place: StorePlace, resumed: tuple[RunPath, CheckpointState] | None) -> Snapshot:
     """Choose the snapshot to train on: the one asked for, else the checkpoint's, else the newest.
 
     Raises AnotherStoreError where it is not of the store that the checkpoint was trained on.
     """
-    path, state = resumed or (Path(), None)
+    path, state = resumed or (run_path("."), None)
     recorded = state.version_of(place.name) if state and place.version is None else None
     store = FeatureStore.open(place.url)
     try:
@@ -111,7 +111,7 @@ def snapshot_of(place: StorePlace, resumed: tuple[Path, CheckpointState] | None)
     return snapshot
 
 
-def check_identity(place: StorePlace, snapshot: Snapshot, path: Path, state: CheckpointState | None) -> None:
+def check_identity(place: StorePlace, snapshot: Snapshot, path: RunPath, state: CheckpointState | None) -> None:
     """Raise AnotherStoreError where the snapshot is not of the store that the checkpoint at `path` was trained on.
 
     Features of another kind are found by Origin.check_store, which has better words; a checkpoint from before ids were

@@ -9,12 +9,12 @@ the end of its schedule and on its data, and a new run's first steps would be ma
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from featurestore.published.paths import RunPath, run_path
 from trainer.comm import Comm
 from trainer.config import legacy
 from trainer.config.config import WarmPart
@@ -22,7 +22,7 @@ from trainer.errors import CheckpointError
 from trainer.optim import check_names
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState, Origin
-from trainer.runs.folder import find_checkpoint
+from trainer.runs.folder import find_checkpoint, pinned
 from trainer.samples.statistics import DECLARED, FOUND
 
 _PREFIXES: Mapping[WarmPart, str] = {"images": "stores.", "model": "model."}
@@ -40,14 +40,14 @@ class Warmable(Protocol):
 class WarmStart:
     """A checkpoint to begin with, and the groups of parameters to take."""
 
-    path: Path
+    path: RunPath
     state: CheckpointState
     parts: tuple[WarmPart, ...]
 
 
 def find(run: str, parts: Sequence[WarmPart]) -> WarmStart:
     """Read the checkpoint that run.warm_start names: a run's folder means its newest one. Raises CheckpointError."""
-    path = Path(run)
+    path = pinned(run_path(run))
     if not (path / "state.json").is_file():
         path = find_checkpoint(path, "latest", f"run.warm_start={run}, ")
     return WarmStart(path, checkpoint.read_state(path), tuple(parts))

@@ -5,12 +5,12 @@ Each rank collects what its share of the samples has and writes it in parts of t
 them, one row group after the other. So a rank holds `HELD` texts and rank 0 a 64th of all, however many there are.
 """
 
+import contextlib
+import io
 import itertools
-import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from featurestore.errors import StorageError
+from featurestore.published.paths import FarPath, RunPath, open_file, remove_all
 from trainer.comm import Comm
 from trainer.errors import DataError
 from trainer.samples.columns import Rule, texts_of
@@ -34,7 +36,7 @@ Int64 = NDArray[np.int64]
 
 
 def write_dictionary(
-    comm: Comm, folder: Path, index: SampleIndex, rules: Mapping[str, Rule], earlier: Path | None = None
+    comm: Comm, folder: RunPath, index: SampleIndex, rules: Mapping[str, Rule], earlier: RunPath | None = None
 ) -> bool:
     """Write `folder`/ids.parquet, the same for any number of ranks; returns False where the samples have no texts.
 
@@ -49,8 +51,8 @@ def write_dictionary(
     scratch = folder / comm.broadcast_object(f".ids-{uuid.uuid4().hex}")
 
     def begin() -> None:
-        for leftover in folder.glob(".ids-*"):
-            shutil.rmtree(leftover)
+        for leftover in [each for each in folder.iterdir() if each.name.startswith(".ids-")]:
+            remove_all(leftover)
         scratch.mkdir()
 
     comm.on_rank_0(begin)
@@ -59,7 +61,7 @@ def write_dictionary(
         collected = _collected(index, index.row_groups[comm.rank :: comm.size], wanted)
         for number, held in enumerate(collected):
             _write_part(scratch / f"{comm.rank:05}-{number:05}.parquet", held)
-    comm.on_rank_0(lambda: _publish([*sorted(scratch.iterdir()), *earlier_parts], scratch, folder / FILE))
+    comm.on_rank_0(lambda: _publish(_sorted(scratch.iterdir()) + earlier_parts, scratch, folder / FILE))
     return True
 
 
@@ -67,10 +69,10 @@ def write_dictionary(
 class IdDictionary:
     """The dictionary of a run."""
 
-    path: Path
+    path: RunPath
 
     @classmethod
-    def of_run(cls, folder: Path) -> "IdDictionary | None":
+    def of_run(cls, folder: RunPath) -> "IdDictionary | None":
         """Open the dictionary of the run in `folder`; None where its samples had no texts."""
         return cls(folder / FILE) if (folder / FILE).is_file() else None
 
@@ -128,7 +130,7 @@ def _buckets(ids_N: Int64) -> Int64:
     return (ids_N >> (64 - _BUCKET_BITS)) + (1 << (_BUCKET_BITS - 1))
 
 
-def _write_part(path: Path, held: Mapping[int, str]) -> None:
+def _write_part(path: RunPath, held: Mapping[int, str]) -> None:
     ids_N = np.fromiter(held.keys(), np.int64, len(held))
     columns: list[Any] = [pa.array(ids_N), pa.array(list(held.values()), pa.string())]
     table = pa.Table.from_arrays(columns, schema=_SCHEMA)
@@ -140,7 +142,7 @@ def _write_part(path: Path, held: Mapping[int, str]) -> None:
             _write_bucket(writer, table.take(order[start:end]))
 
 
-def _publish(parts: list[Path], scratch: Path, final: Path) -> None:
+def _publish(parts: list[RunPath], scratch: RunPath, final: RunPath) -> None:
     """Merges the parts into one file, which gets its name when it is whole."""
     merged = scratch / FILE
     with _writer(merged) as writer:
@@ -152,8 +154,15 @@ def _publish(parts: list[Path], scratch: Path, final: Path) -> None:
             for place in again_K[differing_K].tolist():
                 _check_one(int(ids_N[place]), texts[place - 1].as_py(), texts[place].as_py())
             _write_bucket(writer, table.take(np.setdiff1d(np.arange(len(ids_N)), again_K)))
-    merged.replace(final)
-    shutil.rmtree(scratch)
+    if isinstance(merged, FarPath) or isinstance(final, FarPath):
+        final.write_bytes(merged.read_bytes())
+    else:
+        merged.replace(final)
+    remove_all(scratch)
+
+
+def _sorted(paths: Iterable[RunPath]) -> list[RunPath]:
+    return sorted(paths, key=str)
 
 
 def _entries(table: pa.Table) -> list[tuple[int, str]]:
@@ -161,21 +170,29 @@ def _entries(table: pa.Table) -> list[tuple[int, str]]:
     return list(zip(ids, texts, strict=True))
 
 
-def _writer(path: Path) -> pq.ParquetWriter:
-    return pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_page_checksum=True)
+@contextlib.contextmanager
+def _writer(path: RunPath) -> Iterator[pq.ParquetWriter]:
+    """A file that is written row group by row group; on an object store it is held in memory, packed, and put there."""
+    buffer = io.BytesIO()
+    target: Any = buffer if isinstance(path, FarPath) else path
+    with pq.ParquetWriter(target, _SCHEMA, compression="zstd", write_page_checksum=True) as writer:
+        yield writer
+    if isinstance(path, FarPath):
+        path.write_bytes(buffer.getvalue())
 
 
 def _write_bucket(writer: Any, table: pa.Table) -> None:
     writer.write_table(table, row_group_size=max(1, len(table)))
 
 
-def _read_bucket(path: Path, bucket: int) -> pa.Table:
+def _read_bucket(path: RunPath, bucket: int) -> pa.Table:
     with _opened(path) as file:
         return file.read_row_group(bucket)
 
 
-def _opened(path: Path) -> pq.ParquetFile:
+def _opened(path: RunPath) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as failure:
+        source: Any = open_file(path) if isinstance(path, FarPath) else path
+        return pq.ParquetFile(source, page_checksum_verification=True)
+    except (pa.ArrowException, OSError, StorageError) as failure:
         raise DataError(f"{path} is not a readable Parquet file: {str(failure).strip()}") from failure

@@ -9,6 +9,7 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.keys import id_of_text, key_of_uri
+from featurestore.published.paths import RunPath, run_path
 from trainer.errors import DataNotFoundError, SchemaError, TrainerError
 from trainer.schema.fields import load_schema
 
@@ -57,10 +58,10 @@ def inspect(
     from trainer.schema import suggest_mapping as logs
     from trainer.schema import suggest_schema as samples
 
-    if (Path(data) / "config.yaml").is_file():
+    if (run_path(data) / "config.yaml").is_file():
         if out is not None:
             raise SchemaError(f"{data} is a run's folder, of which no schema is written; leave --out out")
-        _show_dictionary(Path(data), SHOWN)
+        _show_dictionary(run_path(data), SHOWN)
         return
     storage = open_published(data)
     if has_lists(storage):
@@ -107,7 +108,7 @@ def check(
     context_settings={"ignore_unknown_options": True},  # a negative ID is no option
 )
 def lookup(
-    run: Annotated[Path, typer.Argument(help="Folder of a run whose samples have texts.")],
+    run: Annotated[str, typer.Argument(help="Folder or address of a run whose samples have texts.")],
     values: Annotated[list[str], typer.Argument(help="IDs, whose texts to print, or texts, whose IDs to print.")],
 ) -> None:
     """Print the text that an ID stands for, and the ID that a text gets.
@@ -116,7 +117,7 @@ def lookup(
     """
     from trainer.samples.dictionary import IdDictionary
 
-    dictionary = IdDictionary.of_run(run)
+    dictionary = IdDictionary.of_run(run_path(run))
     if dictionary is None:
         raise DataNotFoundError(
             f"{run} has no ids.parquet: its training samples have no texts, or it is no run's folder"
@@ -130,7 +131,7 @@ def lookup(
             typer.echo(f"{each}  {text}")
 
 
-def _show_dictionary(run: Path, count: int) -> None:
+def _show_dictionary(run: RunPath, count: int) -> None:
     from trainer.samples.dictionary import FILE, IdDictionary
 
     dictionary = IdDictionary.of_run(run)

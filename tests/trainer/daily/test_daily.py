@@ -150,7 +150,7 @@ def followed(make_places: Callable[[Path], Places], tmp_path_factory: pytest.Tem
 def test_killed_at_any_point_it_goes_on(followed: Places, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
     cut = config_of(followed, run__name=f"cut-{point}", train__checkpoint_every=2)
     place = {
-        "claim": "trainer.runs.open.claim_folder",
+        "claim": "trainer.runs.claim.claim_folder",
         "step": "trainer.engine.engine.Engine.train_step",
         "report": "trainer.loop.summary.write_report",
         "table": "trainer.daily.table.write",

@@ -48,6 +48,7 @@ def comparable_settings(
         "train__epochs": 10_000,
         "train__max_steps": steps,
         "train__checkpoint_every": every,
+        "train__checkpoint_beside": False,  # tests know from which one a killed run goes on
         "run__dir": folder,
         "run__name": "run",
     }

@@ -14,8 +14,7 @@ from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.errors import ConfigError, TrainerError
 from trainer.main import train
-from trainer.runs.checkpoint import finished
-from trainer.runs.folder import find_checkpoint, place
+from trainer.runs.folder import find_checkpoint, finished, place
 from trainer.runs.saved import RunSource, open_source
 
 pytestmark = pytest.mark.long  # they train whole runs
@@ -137,7 +136,7 @@ def test_killed_between_the_old_steps_and_the_new_ones(runs: Runs, monkeypatch: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("trainer.runs.open.save_config", killed)
+        patched.setattr("trainer.runs.claim.save_config", killed)
         with pytest.raises(KeyboardInterrupt):
             runs.branch("a", run__overwrite=True)
     run = runs.folder / "a"

@@ -1,0 +1,222 @@
+"""Checkpoints written beside the training: what is published is the state at the step that began it, or nothing."""
+
+import itertools
+import resource
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from tests.trainer.runs.test_checkpoint import Trained, _state, on_ranks
+from trainer.comm import Comm, SoloComm
+from trainer.errors import CheckpointError
+from trainer.runs import checkpoint
+from trainer.runs.folder import finished
+from trainer.runs.saving.beside import Outcome, SavesBeside
+from trainer.runs.saving.packed import PackedTensors
+from trainer.runs.saving.places import DiskPlace, WrittenPart
+
+
+def nothing() -> None:
+    """Before a checkpoint is published."""
+
+
+def until_the_end(saves: SavesBeside, step: int) -> Outcome:
+    outcome = saves.wait(step)
+    assert outcome is not None
+    return outcome
+
+
+def loaded(folder: Path, step: int, comm: Comm | None = None) -> Trained:
+    comm, path = comm or SoloComm(), folder / f"step-{step:08}"
+    trained = Trained(comm.rank, comm.size)
+    checkpoint.load(comm, path, checkpoint.read_state(path), trained)
+    return trained
+
+
+class Held(DiskPlace):
+    """A disk that writes a part when it is let go."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.free = threading.Event()
+
+    def write(self, step: int, name: str, content: Any) -> WrittenPart:
+        assert self.free.wait(10)
+        return super().write(step, name, content)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_it_is_the_state_at_the_step_that_began_it(tmp_path: Path, size: int) -> None:
+    place = Held(tmp_path)
+
+    def work(comm: Comm) -> float:
+        trained, saves = Trained(comm.rank, comm.size, 1.0), SavesBeside(comm, place, None, nothing)
+        assert saves.begin(trained, _state(50), 3, None) is None
+        assert saves.is_writing and saves.looks_after(51)
+        trained.dense["layer.weight"] += 1  # the next step
+        for name in trained.rows:
+            trained.rows[name] += 1
+        assert saves.look(51) == (None, False)
+        place.free.set()
+        assert until_the_end(saves, 52) == Outcome(50, "")
+        assert not saves.is_writing and not saves.looks_after(53)
+        return saves.stall_s
+
+    stalls = on_ranks(size, work)
+    assert all(isinstance(each, float) and each > 0 for each in stalls), stalls
+    trained = loaded(tmp_path, 50)
+    assert (trained.dense["layer.weight"] == 1.0).all()
+    assert {name: rows.tolist() for name, rows in trained.rows.items()} == {
+        f"item/{s:04}/weight": [1.0 + s] * 2 for s in range(8)
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000050"]
+
+
+def test_what_failed_is_told_and_the_next_is_written(tmp_path: Path) -> None:
+    """A disk that takes no more of rank 1's part."""
+
+    class Full(DiskPlace):
+        def write(self, step: int, name: str, content: Any) -> WrittenPart:
+            if step == 50 and name.startswith("rows-00001"):
+                raise OSError(28, "No space left on device")
+            return super().write(step, name, content)
+
+    def work(comm: Comm) -> list[Outcome]:
+        saves, outcomes = SavesBeside(comm, Full(tmp_path), None, nothing), []
+        for step in (50, 60):
+            saves.begin(Trained(comm.rank, comm.size, float(step)), _state(step), 3, None)
+            outcomes.append(until_the_end(saves, step))
+        return outcomes
+
+    told = [Outcome(50, "rank 1: [Errno 28] No space left on device"), Outcome(60, "")]
+    assert on_ranks(2, work) == [told, told]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000060"]
+
+
+def test_a_file_that_gets_no_longer_fails_one_checkpoint(tmp_path: Path) -> None:
+    trained, saves = Trained(), SavesBeside(SoloComm(), DiskPlace(tmp_path), None, nothing)
+    trained.dense = {"layer.weight": torch.zeros(1_000, 100)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        saves.begin(trained, _state(50), 3, None)
+        assert "File too large" in until_the_end(saves, 50).error
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    saves.begin(trained, _state(60), 3, None)
+    assert until_the_end(saves, 60).error == ""
+    assert [path.name for path in finished(tmp_path)] == ["step-00000060"]
+
+
+@pytest.mark.parametrize("kind", [OSError, ValueError])
+def test_a_rank_that_cannot_give_its_state_fails_it_on_all(tmp_path: Path, kind: type[Exception]) -> None:
+    class Broken(Trained):
+        def shard_state(self) -> dict[str, torch.Tensor]:
+            raise kind("no state")
+
+    def work(comm: Comm) -> Outcome | None:
+        saves = SavesBeside(comm, DiskPlace(tmp_path), None, nothing)
+        return saves.begin((Broken if comm.rank == 1 else Trained)(comm.rank, 2), _state(50), 3, None)
+
+    for outcome in on_ranks(2, work):
+        assert outcome.step == 50 and "no state" in outcome.error
+    assert finished(tmp_path) == []
+
+
+def test_a_run_that_another_start_took_over_ends(tmp_path: Path) -> None:
+    class Taken(DiskPlace):
+        def commit(self, *given: Any) -> Any:
+            raise CheckpointError("another start of this run goes on")
+
+    def work(comm: Comm) -> None:
+        saves = SavesBeside(comm, Taken(tmp_path), None, nothing)
+        saves.begin(Trained(comm.rank, comm.size), _state(50), 3, None)
+        saves.wait(50)
+
+    raised = on_ranks(2, work)
+    assert [type(each) for each in raised] == [CheckpointError] * 2
+    assert {str(each) for each in raised} == {"another start of this run goes on"}
+
+
+def test_without_memory_for_a_copy_it_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.runs.saving.beside.free_bytes", lambda: 100)
+    saves = SavesBeside(SoloComm(), DiskPlace(tmp_path), None, nothing)
+    monkeypatch.setattr(PackedTensors, "pack", None)
+    saves.begin(Trained(), _state(50), 3, None)
+    assert (tmp_path / ".step-00000050" / "dense.safetensors").exists()
+    assert until_the_end(saves, 50) == Outcome(50, "")
+    assert (loaded(tmp_path, 50).dense["layer.weight"] == 0).all()
+
+
+def test_one_that_is_there_is_not_written_again(tmp_path: Path) -> None:
+    checkpoint.save(SoloComm(), tmp_path, Trained(value=1.0), _state(50), 3)
+    saves = SavesBeside(SoloComm(), DiskPlace(tmp_path), None, nothing)
+    assert saves.begin(Trained(value=2.0), _state(50), 3, None) is None
+    assert not saves.is_writing and (loaded(tmp_path, 50).dense["layer.weight"] == 1.0).all()
+
+
+class Clock:
+    """Time that goes as a test says."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.mark.parametrize(("step_s", "every_s", "most_looks"), [(0.1, 60.0, 16), (2.0, 60.0, 10), (90.0, 60.0, 1)])
+def test_one_is_due_by_the_clock_and_few_steps_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step_s: float, every_s: float, most_looks: int
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("trainer.runs.saving.beside.time.monotonic", clock)
+    saves, begun_s, looks = SavesBeside(SoloComm(), DiskPlace(tmp_path), every_s, nothing), [0.0], 0
+    for step in range(1, int(10 * max(every_s, step_s) / step_s) + 3):
+        clock.now_s += step_s
+        if saves.looks_after(step):
+            looks += 1
+            if saves.look(step)[1]:
+                begun_s.append(clock.now_s)
+                saves.begin(Trained(), _state(step), 3, None)
+                saves._cost_s = 0.0
+                until_the_end(saves, step)
+                saves._cost_s = 0.0  # of a disk that another program may keep busy
+    gaps_s = [later - earlier for earlier, later in itertools.pairwise(begun_s)]
+    assert len(gaps_s) >= 9
+    assert all(every_s - step_s <= gap <= max(every_s, step_s) + step_s for gap in gaps_s), gaps_s
+    assert looks <= (len(gaps_s) + 1) * most_looks
+
+
+def test_a_dear_one_comes_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stall and the processor's time of the thread are at most a twentieth of the time."""
+    clock = Clock()
+    monkeypatch.setattr("trainer.runs.saving.beside.time.monotonic", clock)
+    saves = SavesBeside(SoloComm(), DiskPlace(tmp_path), 60.0, nothing)
+    saves._cost_s = 10.0
+    due_s = []
+    for step in range(1, 500):
+        clock.now_s += 1.0
+        if saves.looks_after(step) and saves.look(step)[1]:
+            due_s.append(clock.now_s)
+            break
+    assert due_s == [200.0]
+
+
+def test_packed_tensors_are_a_safetensors_file() -> None:
+    packed, tensors = PackedTensors(), dict[str, torch.Tensor]()
+    for dtype in (torch.float64, torch.int64, torch.float32, torch.bfloat16, torch.int32, torch.uint8, torch.bool):
+        tensors[f"some.{dtype}"] = torch.arange(15).reshape(3, 5).to(dtype)
+    tensors |= {"none": torch.zeros(0, 12), "one": torch.tensor(7), "turned": torch.arange(6.0).reshape(2, 3).T}
+    for _ in range(2):  # the second time into the same memory
+        before = packed.data
+        found = load(bytes(packed.pack(tensors).data))
+        theirs = load(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        assert found.keys() == theirs.keys()
+        assert [name for name in theirs if not torch.equal(found[name], theirs[name])] == []
+        assert [name for name in theirs if found[name].dtype != theirs[name].dtype] == []
+    assert packed.data is before

@@ -1,0 +1,228 @@
+"""Checkpoints on S3: each is a commit, whatever dies, is lost or comes in between; readers keep the one they have."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from featurestore.errors import StorageError
+from featurestore.published.paths import FarPath, run_path
+from featurestore.storage.storage import Storage
+from tests.featurestore.faulty import FaultyStorage, fails, made_but_lost
+from tests.fuse import FORK, Fuse
+from tests.trainer.runs.test_checkpoint import SHARDS, Trained, _state, on_ranks
+from trainer.comm import Comm, SoloComm
+from trainer.errors import CheckpointError
+from trainer.runs import checkpoint
+from trainer.runs.folder import find_checkpoint, finished, pinned
+from trainer.runs.saving.places import FarPlace, place_of
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(s3_url: str) -> FarPath:
+    found = run_path(f"{s3_url}/runs/a/checkpoints")
+    assert isinstance(found, FarPath)
+    return found
+
+
+def save(place: FarPlace | FarPath, step: int, value: float = 1.0, size: int = 1, keep: int = 3) -> None:
+    done = on_ranks(
+        size, lambda comm: checkpoint.save(comm, place, Trained(comm.rank, size, value), _state(step), keep)
+    )
+    for each in done:
+        if isinstance(each, Exception):
+            raise each
+
+
+def values(path: FarPath, size: int = 1) -> set[float]:
+    """What a checkpoint holds, read by so many ranks: one value, if it is whole."""
+
+    def load(comm: Comm) -> Trained:
+        trained = Trained(comm.rank, size)
+        checkpoint.load(comm, path, checkpoint.read_state(path), trained)
+        return trained
+
+    loaded = on_ranks(size, load)
+    rows = {name: tensor for trained in loaded for name, tensor in trained.rows.items()}
+    assert len(rows) == SHARDS
+    dense = {float(each) for trained in loaded for each in trained.dense["layer.weight"].flatten()}
+    return dense | {float(each) - int(name[5:9]) for name, tensor in rows.items() for each in tensor}
+
+
+def steps(folder: FarPath) -> list[int]:
+    return [int(path.name[5:]) for path in finished(folder)]
+
+
+@pytest.mark.parametrize(("written", "read"), [(1, 3), (3, 1), (2, 2)])
+def test_it_is_read_by_any_number_of_ranks(folder: FarPath, written: int, read: int) -> None:
+    place = FarPlace(folder)
+    save(place, 50, 7.0, written)
+    found = find_checkpoint(folder.parent)
+    assert isinstance(found, FarPath) and found.name == "step-00000050"
+    assert values(found, read) == {7.0}
+    assert [each.name for each in found.iterdir()] == sorted(
+        ["dense.safetensors", "state.json", *(f"rows-{rank:05}-of-{written:05}.safetensors" for rank in range(written))]
+    )
+
+
+def test_a_rank_copies_only_the_parts_with_its_rows(folder: FarPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(FarPlace(folder), 50, size=2)
+    copied, local_copy = [], checkpoint.local_copy
+
+    def noted(path: FarPath, *given: Any) -> Any:
+        copied.append(path.name)
+        return local_copy(path, *given)
+
+    monkeypatch.setattr(checkpoint, "local_copy", noted)
+    assert values(finished(folder)[0], 2) == {1.0}
+    rows = sorted(name for name in copied if name.startswith("rows"))
+    assert rows == ["rows-00000-of-00002.safetensors", "rows-00001-of-00002.safetensors"]
+
+
+def test_killed_at_every_write_there_is_the_old_one_or_the_new(folder: FarPath, tmp_path: Path) -> None:
+    save(FarPlace(folder), 1, 1.0)
+    expected, at, killed = [1], 1, 0
+    while True:
+        step, fuse = expected[-1] + 1, Fuse(at, tmp_path / "trace")
+
+        def writer(fuse: Fuse = fuse, step: int = step) -> None:
+            torch.set_num_threads(1)
+            fuse.watch_s3({"put_object", "delete_object", "delete_objects"})
+            checkpoint.save(SoloComm(), FarPlace(folder), Trained(value=float(step)), _state(step), 2)
+
+        process = FORK.Process(target=writer)
+        process.start()
+        process.join()
+        found = finished(folder)
+        assert steps(folder) in (expected, [*expected, step][-2:])
+        assert [values(each) for each in found] == [{float(number)} for number in steps(folder)]
+        expected = steps(folder)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        killed, at = killed + 1, at + 1
+    assert killed >= 10, "before and after three parts, the version and the clock's probe"
+
+
+class TestTwoWriters:
+    def test_the_one_that_began_last_goes_on(self, folder: FarPath) -> None:
+        first, second = FarPlace(folder), FarPlace(folder)
+        first.claim()
+        save(first, 50, 1.0)
+        second.claim()
+        with pytest.raises(CheckpointError, match=r"written to by another start of this run, .*start one alone"):
+            save(first, 60, 1.0)
+        assert steps(folder) == [50]
+        save(second, 60, 2.0)
+        with pytest.raises(CheckpointError, match="another start"):
+            save(first, 70, 1.0)
+        assert steps(folder) == [50, 60] and values(finished(folder)[-1]) == {2.0}
+
+    def test_of_two_that_begin_at_once_one_is_refused(self, folder: FarPath) -> None:
+        first, second = FarPlace(folder), FarPlace(folder)
+        for place in (first, second):
+            place._look()
+        first._publish({})
+        with pytest.raises(CheckpointError, match="another start"):
+            second._publish({})
+
+
+class TestLostAnswers:
+    def test_one_that_was_made_counts_as_made(self, folder: FarPath) -> None:
+        place = FarPlace(folder)
+        save(place, 50, 1.0)
+        honest = place._storage
+        place._storage = FaultyStorage(honest, {"create_or_read": made_but_lost})
+        with pytest.raises(CheckpointError, match="connection reset"):
+            save(place, 60, 2.0)
+        place._storage = honest
+        assert steps(folder) == [50, 60], "nobody said so"
+        save(place, 70, 3.0)
+        assert values(finished(folder)[-1]) == {3.0}
+
+    def test_but_not_where_another_start_came_after_it(self, folder: FarPath) -> None:
+        place = FarPlace(folder)
+        honest = place._storage
+        place._storage = FaultyStorage(honest, {"create_or_read": made_but_lost})
+        with pytest.raises(CheckpointError, match="connection reset"):
+            save(place, 60, 2.0)
+        place._storage = honest
+        FarPlace(folder).claim()
+        with pytest.raises(CheckpointError, match="another start"):
+            save(place, 70, 3.0)
+
+
+@pytest.mark.parametrize("call", ["write_bytes", "create_or_read"])
+def test_what_cannot_be_written_leaves_no_checkpoint(folder: FarPath, call: str) -> None:
+    place = FarPlace(folder)
+    save(place, 50)
+    honest = place._storage
+    place._storage = FaultyStorage(honest, {call: fails("S3 is away")})
+    with pytest.raises(CheckpointError, match=r"cannot write s3://.*step-00000060: S3 is away"):
+        save(place, 60)
+    assert steps(folder) == [50]
+    place._storage = honest
+    save(place, 70)
+    assert steps(folder) == [50, 70]
+
+
+class TestReaders:
+    def test_a_removed_one_is_read_to_its_end(self, folder: FarPath) -> None:
+        place = FarPlace(folder)
+        save(place, 50, 5.0)
+        held = find_checkpoint(folder.parent)
+        assert isinstance(held, FarPath)
+        for step in (60, 70, 80):
+            save(place, step, keep=1)
+        assert steps(folder) == [80]
+        assert values(held) == {5.0}
+        with pytest.raises(CheckpointError, match=r"step-00000050/state\.json is damaged.*no file"):
+            checkpoint.read_state(pinned(FarPath(held.url)))
+
+    def test_after_the_grace_it_is_gone(self, folder: FarPath, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("trainer.runs.saving.places.KEEP_REMOVED_S", -5.0)
+        place = FarPlace(folder)
+        for step in (50, 60, 70):
+            save(place, step, keep=1)
+        names = {each.path.partition("/")[0] for each in Storage(folder.url).entries()}
+        assert names == {"files", "versions"}
+        assert len(Storage(folder.url).entries("files")) == 3, "of one checkpoint: state, dense, rows"
+        assert values(finished(folder)[0]) == {1.0}
+
+    @pytest.mark.parametrize("name", ["dense.safetensors", "rows-00000-of-00001.safetensors"])
+    def test_a_damaged_part_is_named(self, folder: FarPath, name: str) -> None:
+        save(FarPlace(folder), 50)
+        (path,) = finished(folder)
+        storage = Storage(folder.url)
+        (place,) = [each.path for each in storage.entries("files") if Path(each.path).name.startswith(name[:5])]
+        content = bytearray(storage.read_bytes(place))
+        content[-1] ^= 4
+        storage.write_bytes(place, bytes(content))
+        with pytest.raises(CheckpointError, match=rf"{name} is damaged: its digest is not the one in state\.json"):
+            checkpoint.load(SoloComm(), path, checkpoint.read_state(path), Trained())
+
+
+def test_the_newest_and_the_best_are_kept(folder: FarPath) -> None:
+    place = place_of(folder)
+    for step in (10, 20, 30, 40):
+        checkpoint.save(SoloComm(), place, Trained(), _state(step), 2, best=10)
+    assert steps(folder) == [10, 30, 40]
+    assert place.has(10) and not place.has(20)
+    place.remove([path for path in finished(folder) if path.name != "step-00000010"])
+    assert steps(folder) == [10]
+
+
+def test_wrong_credentials_are_one_error(folder: FarPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    place = FarPlace(folder)
+    with pytest.raises(CheckpointError, match=r"cannot write s3://.*are the credentials right"):
+        save(place, 50)
+    with pytest.raises(StorageError, match="are the credentials right"):
+        place.claim()

@@ -1,0 +1,219 @@
+"""Where the checkpoints of a run are published: a folder of a disk, or an address of an object store.
+
+On a disk, parts are written into a hidden folder, which is renamed when all are there (`trainer.runs.checkpoint`). On
+an object store, each part has a place of its own, and a new version of the address `RUN/checkpoints` names all that
+count (`featurestore.published`): creating that version, after the one that this run made last, is the commit.
+
+    s3://bucket/runs/a/
+      config.yaml report.json ids.parquet tensorboard/…    plain files, each replaced as a whole
+      checkpoints/
+        versions/00000000000000000012.json                 step-00000050/state.json, … and where they lie
+        files/state-<random>.json files/dense-<random>.safetensors files/rows-00000-of-00002-<random>.safetensors
+
+A run begins by a version of its own. So of two that write to one address, the one that began last goes on, and the
+other one is refused at its next checkpoint. What a version no longer names stays for `KEEP_REMOVED_S`, for readers that
+hold an earlier one.
+"""
+
+import shutil
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+from safetensors.torch import save_file
+from torch import Tensor
+
+from featurestore.errors import CommitConflictError
+from featurestore.lookup.cache import digest_of_file
+from featurestore.published import FILES, PublishedFile, PublishedFiles, expire, open_published, publish
+from featurestore.published.paths import FarPath, RunPath
+from featurestore.storage.local import sync
+from featurestore.storage.storage import Storage
+from trainer.errors import CheckpointError
+from trainer.runs.folder import finished, place, remove
+from trainer.runs.saving.packed import PackedTensors
+
+STATE = "state.json"
+KEEP_REMOVED_S = 600.0
+"""How long checkpoints on an object store can still be read after their removal."""
+
+
+@dataclass(frozen=True)
+class WrittenPart:
+    """One file of a checkpoint that is not published yet: the xxh3-128 of its bytes and, on an object store, its
+    place."""
+
+    digest: str
+    file: PublishedFile | None = None
+
+
+Content = Mapping[str, Tensor] | PackedTensors
+
+
+class CheckpointPlace(ABC):
+    """Where checkpoints are published. `begin`, `commit`, `claim` are for rank 0; every rank writes its own parts."""
+
+    folder: RunPath
+
+    def path(self, step: int) -> RunPath:
+        """Give the path of the checkpoint of a step."""
+        return place(self.folder, step)
+
+    def has(self, step: int) -> bool:
+        """Tell whether the checkpoint of that step is there, whole."""
+        return self.path(step).is_dir()
+
+    @abstractmethod
+    def begin(self, step: int) -> None:
+        """Make room for the parts of a step, and remove what a killed save has left. Raises OSError."""
+
+    @abstractmethod
+    def write(self, step: int, name: str, content: Content) -> WrittenPart:
+        """Write one part, where nobody sees it yet. Raises OSError, StorageError."""
+
+    @abstractmethod
+    def commit(self, step: int, parts: Mapping[str, WrittenPart], state: bytes, keep: int, best: int | None) -> RunPath:
+        """Publish a checkpoint of these parts, and remove all but the newest `keep` and that of step `best`.
+
+        Raises OSError, StorageError, and CheckpointError where another start of the run has taken over."""
+
+    @abstractmethod
+    def remove(self, paths: Sequence[RunPath]) -> None:
+        """Remove checkpoints, given oldest first. Raises OSError, StorageError."""
+
+    @abstractmethod
+    def claim(self) -> None:
+        """Become the one that writes here. Raises StorageError, CheckpointError."""
+
+
+def place_of(folder: RunPath) -> CheckpointPlace:
+    """Return the place of the checkpoints in a folder or at an address."""
+    return FarPlace(folder) if isinstance(folder, FarPath) else DiskPlace(folder)
+
+
+class DiskPlace(CheckpointPlace):
+    """A folder of checkpoints on a local or shared disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder: Path = folder
+
+    def begin(self, step: int) -> None:
+        for leftover in self.folder.glob(".step-*"):
+            shutil.rmtree(leftover)
+        self._hidden(step).mkdir(parents=True)
+
+    def write(self, step: int, name: str, content: Content) -> WrittenPart:
+        path = self._hidden(step) / name
+        if isinstance(content, PackedTensors):
+            with path.open("wb") as file:
+                file.write(content.data)
+        else:
+            save_file({each: tensor.detach().contiguous() for each, tensor in content.items()}, path)
+        sync(path)
+        return WrittenPart(digest_of_file(path))  # of what the disk gives back
+
+    def commit(self, step: int, parts: Mapping[str, WrittenPart], state: bytes, keep: int, best: int | None) -> RunPath:
+        hidden, final = self._hidden(step), place(self.folder, step)
+        (hidden / STATE).write_bytes(state)
+        sync(hidden / STATE)
+        sync(hidden)
+        hidden.rename(final)
+        sync(self.folder)
+        remove([old for old in finished(self.folder)[:-keep] if best is None or old != place(self.folder, best)])
+        return final
+
+    def remove(self, paths: Sequence[RunPath]) -> None:
+        remove([path for path in paths if isinstance(path, Path)])
+
+    def claim(self) -> None:
+        pass
+
+    def _hidden(self, step: int) -> Path:
+        return self.folder / f".{place(self.folder, step).name}"
+
+
+class FarPlace(CheckpointPlace):
+    """The published address of checkpoints on an object store."""
+
+    def __init__(self, folder: FarPath) -> None:
+        self.folder: FarPath = folder
+        self._storage = Storage(folder.url)
+        self._version: int | None = None
+        self._files: dict[str, PublishedFile] = {}
+        self._tried: set[str] = set()
+        """Publications of this run; of some it may not know whether they were made, as an answer may be lost."""
+
+    def has(self, step: int) -> bool:
+        if self._version is None:
+            self._look()
+        return f"{self.path(step).name}/{STATE}" in self._files
+
+    def begin(self, step: int) -> None:
+        pass
+
+    def write(self, step: int, name: str, content: Content) -> WrittenPart:
+        packed = content if isinstance(content, PackedTensors) else PackedTensors().pack(content)
+        return WrittenPart(xxhash.xxh3_128_hexdigest(packed.data), self._upload(name, packed.data))
+
+    def commit(self, step: int, parts: Mapping[str, WrittenPart], state: bytes, keep: int, best: int | None) -> RunPath:
+        if self._version is None:
+            self._look()
+        stem, published = place(self.folder, step).name, self._upload(STATE, state)
+        added = {f"{stem}/{name}": part.file for name, part in parts.items() if part.file is not None}
+        files = {**self._files, **added, f"{stem}/{STATE}": published}
+        steps = sorted({name.partition("/")[0] for name in files}, key=lambda name: int(name.removeprefix("step-")))
+        kept = {*steps[-keep:], *([] if best is None else [place(self.folder, best).name])}
+        self._publish({name: file for name, file in files.items() if name.partition("/")[0] in kept})
+        expire(self._storage, KEEP_REMOVED_S)
+        return self.path(step)
+
+    def path(self, step: int) -> RunPath:
+        return FarPath(place(self.folder, step).url)
+
+    def remove(self, paths: Sequence[RunPath]) -> None:
+        if not paths:
+            return
+        if self._version is None:
+            self._look()
+        gone = {path.name for path in paths}
+        self._publish({name: file for name, file in self._files.items() if name.partition("/")[0] not in gone})
+
+    def claim(self) -> None:
+        self._look()
+        self._publish(self._files)
+
+    def _look(self) -> None:
+        """Take the newest version for the one to come after."""
+        newest = open_published(self.folder.url)
+        found = newest.published if isinstance(newest, PublishedFiles) else None
+        self._version = found.version if found else 0
+        self._files = dict(found.files) if found else {}
+
+    def _publish(self, files: Mapping[str, PublishedFile]) -> None:
+        """Publish the next version after the one that is known. Raises StorageError, CheckpointError."""
+        publication = uuid.uuid4().hex
+        self._tried.add(publication)
+        try:
+            mine = publish(self._storage, files, after=self._version, publication=publication)
+            self._version, self._files = mine.version, dict(mine.files)
+        except CommitConflictError as failure:
+            newest = open_published(self.folder.url)
+            found = newest.published if isinstance(newest, PublishedFiles) else None
+            if found is None or found.publication not in self._tried:
+                by = f", {found.writer}" if found else ""
+                raise CheckpointError(
+                    f"{self.folder} is written to by another start of this run{by}: it goes on, and this one ends; "
+                    "start one alone, or choose another run.name"
+                ) from failure
+            self._version, self._files = found.version, dict(found.files)
+            if self._files != dict(files):  # an earlier one of mine, whose answer was lost
+                self._publish(files)
+
+    def _upload(self, name: str, data: bytes | bytearray) -> PublishedFile:
+        stem, _, suffix = name.rpartition(".")
+        path = f"{FILES}/{stem}-{uuid.uuid4().hex}.{suffix}"
+        self._storage.write_bytes(path, data)
+        return PublishedFile(path=path, size_bytes=len(data))
