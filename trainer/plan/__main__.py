@@ -3,12 +3,14 @@
 import math
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.files import write_json_option
+from featurestore.console.files import replace_file, write_json_option
+from featurestore.console.output import text_console
+from featurestore.errors import UserError
 from trainer.config.config import Config, load_config
 from trainer.errors import ConfigError
 
@@ -21,9 +23,13 @@ Examples:
 
     python -m trainer.plan --paper
 
+    python -m trainer.plan --samples s3://shop/samples --store s3://shop/features --emit slurm > head.sh
+
 The first draws batches from the samples, measures this machine for a minute or two, and computes the rest.
 Exit codes: 0 done, 1 failed, 2 wrong settings.
 """
+
+_NOT_OF_THE_FILE = ("paper", "described", "json_file", "scheduler", "emit_to")
 
 app = CommandApp(rich_markup_mode="markdown")
 
@@ -54,10 +60,17 @@ def main(
         Path | None, typer.Option("--input", help="Plan a cluster written down as presets/plan-paper.yaml is.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    scheduler: Annotated[
+        Literal["slurm", "kubernetes"] | None,
+        typer.Option("--emit", help="Write what the recommended plan asks a scheduler for; tables go to stderr."),
+    ] = None,
+    emit_to: Annotated[Path | None, typer.Option(help="Write that into this file, and not to stdout.")] = None,
 ) -> None:
     """Predict unique images and ids, memory, bytes, time and efficiency for more ranks, and for two other designs."""
     if not math.isfinite(latency_us):
         raise ConfigError(f"--latency-us {latency_us}: give microseconds, as 50")
+    if emit_to is not None and scheduler is None:
+        raise ConfigError("--emit-to names a file for what --emit writes; add --emit slurm or --emit kubernetes")
     if paper or described is not None:
         _refuse_beside(context, "--paper" if paper else "--input")
         from trainer.plan.inputs import PAPER, load_input, plan_input
@@ -82,10 +95,23 @@ def main(
         from trainer.plan.own import plan_own
 
         plan = plan_own(config, question, _say)
+    from trainer.plan.emit import emit
     from trainer.plan.show import as_json, show
 
-    show(plan)
+    show(plan, text_console(stderr=scheduler is not None and emit_to is None))
     write_json_option(json_file, as_json(plan))
+    if scheduler is not None:
+        _write(emit_to, emit(plan, scheduler))
+
+
+def _write(file: Path | None, text: str) -> None:
+    if file is None:
+        print(text, end="")
+    else:
+        try:
+            replace_file(file, text)
+        except OSError as error:
+            raise UserError(f"cannot write --emit-to {file}: {error}") from error
 
 
 def _refuse_beside(context: typer.Context, option: str) -> None:
@@ -93,7 +119,7 @@ def _refuse_beside(context: typer.Context, option: str) -> None:
     beside = []
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
-        if source and source.name == "COMMANDLINE" and parameter.name not in ("paper", "described", "json_file"):
+        if source and source.name == "COMMANDLINE" and parameter.name not in _NOT_OF_THE_FILE:
             beside.append(parameter.opts[0])
     if beside:
         names = ", ".join(beside)

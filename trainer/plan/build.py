@@ -8,7 +8,8 @@ from trainer.plan.cost import DESIGNS, BatchCounts, Design, KeyCounts, Machine, 
 FEATURE_ITEM_BYTES = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 _SKEW_WORTH_A_WORD = 1.05
 _DECODED_WORTH_A_WORD = 1.31
-_MOST_OF_MEMORY = 0.8
+MOST_OF_MEMORY = 0.8
+"""Of a machine's, for features and ID rows."""
 _TIE = 1.2  # times are right within a fifth (docs/PLAN.md)
 
 
@@ -70,6 +71,10 @@ class TrainingPlan:
     """By ranks on one machine."""
     advice: tuple[str, ...]
     assumptions: tuple[str, ...]
+    memory_bytes: int | None = None
+    """Of a machine, where it is known."""
+    device: str = "cpu"
+    """Where ranks compute: cpu or cuda, each rank on a GPU of its own."""
 
 
 def build(
@@ -83,6 +88,7 @@ def build(
     samples_per_day: float,
     assumptions: Sequence[str],
     warnings: Sequence[str] = (),
+    device: str = "cpu",
 ) -> TrainingPlan:
     """Make the plan for each of `ranks`; `machines` has one for every number of ranks that share a machine.
 
@@ -119,7 +125,15 @@ def build(
                 f"{row.ranks} ranks are slower than {base_ranks}: they make {speedup:.2g} times its samples/s."
             )
     return TrainingPlan(
-        title, base_ranks, samples_per_day, tuple(rows), machines, tuple(dict.fromkeys(advice)), tuple(assumptions)
+        title=title,
+        base_ranks=base_ranks,
+        samples_per_day=samples_per_day,
+        rows=tuple(rows),
+        machines=machines,
+        advice=tuple(dict.fromkeys(advice)),
+        assumptions=tuple(assumptions),
+        memory_bytes=stored.machine_memory_bytes,
+        device=device,
     )
 
 
@@ -146,7 +160,7 @@ def advise(row: RankPlan, stored: StoredBytes, local_ranks: int = 1) -> list[str
     lines += _of_shards(who, row.ranks, images, stored.shards, "images", "make the store with --num-shards")
     lines += _of_shards(who, row.ranks, ids, stored.table_shards, "ids", "set model.table_shards to")
     needed = row.rank_bytes * local_ranks
-    if stored.machine_memory_bytes is not None and needed > _MOST_OF_MEMORY * stored.machine_memory_bytes:
+    if stored.machine_memory_bytes is not None and needed > MOST_OF_MEMORY * stored.machine_memory_bytes:
         lines.append(
             f"{who}: a machine has to hold {needed / 1e9:,.3g} GB, and this one has "
             f"{stored.machine_memory_bytes / 1e9:,.3g} GB: what does not fit is read from its disk, which is not in "

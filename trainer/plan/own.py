@@ -11,6 +11,7 @@ import torch
 from featurestore.lookup.embedding import EmbeddingModel
 from featurestore.lookup.mmap import physical_memory_bytes
 from trainer.config.config import Config
+from trainer.engine.machine import uses_cuda
 from trainer.engine.wiring import model_name, table_shapes
 from trainer.ids.optimizers import state_of
 from trainer.ids.tables import owned_bytes
@@ -52,6 +53,7 @@ def plan_own(config: Config, question: PlanQuestion, say: Say) -> TrainingPlan:
         samples_per_day=samples_per_day(question, sampled)[0],
         assumptions=assumptions(question, sampled, machines, config.exchange.reuse_steps),
         warnings=busy,
+        device="cuda" if uses_cuda(config.run.device, torch.cuda.is_available(), None) else "cpu",
     )
 
 

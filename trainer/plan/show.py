@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from featurestore.console.output import print_table, text_console
+from featurestore.console.output import print_table
 from trainer.plan.build import TrainingPlan
 from trainer.plan.cost import DESIGNS
 
@@ -47,9 +48,8 @@ def as_json(plan: TrainingPlan) -> dict[str, Any]:
     }
 
 
-def show(plan: TrainingPlan) -> None:
+def show(plan: TrainingPlan, console: Console) -> None:
     """Print tables of counts, memory, bytes and times, then what to choose and what was taken for granted."""
-    console = text_console()
     console.print(plan.title, style="bold")
     for table in (_counts(plan), _stored(plan), _bytes(plan), _times(plan), _stages(plan)):
         print_table(console, table)
