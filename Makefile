@@ -38,7 +38,7 @@ endif
 install: $(INSTALLED) ## Make the virtual environment; builds Horovod once per machine (about four minutes)
 
 $(INSTALLED): setup.cfg pyproject.toml tools/install.sh tools/build_horovod.sh tools/horovod_plan.py \
-              tools/requirements-s3-server.txt tools/requirements-moto-server.txt
+              tools/requirements-s3-server.txt tools/requirements-moto-server.txt tools/requirements-deploy.txt
 	tools/install.sh $(VENV)
 
 demo: $(INSTALLED) ## Draw images, extract, build samples, train four models under horovodrun -np 2, print a table

@@ -1,4 +1,4 @@
-"""deploy/kserve.yaml is what KServe and Kubernetes take, and what our own command line takes.
+"""deploy/kubernetes/kserve.yaml is what KServe and Kubernetes take, and what our own command line takes.
 
 The pod is checked by Kubernetes' own schema, with unknown fields refused. Of InferenceService the fields used are
 checked by a schema written after KServe's published API (serving.kserve.io/v1beta1: InferenceServiceSpec,
@@ -15,7 +15,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
-FILE = Path(__file__).parents[2] / "deploy" / "kserve.yaml"
+FILE = Path(__file__).parents[2] / "deploy" / "kubernetes" / "kserve.yaml"
 COUNT = {"type": "integer", "minimum": 0}
 EXTENSION = {
     "minReplicas": COUNT,

@@ -1,0 +1,240 @@
+"""deploy/kubernetes: every overlay builds, suits Kubernetes and its operators, is closed in, and calls our commands."""
+
+import copy
+import re
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+
+from tests.deploy.commandlines import expanded, horovodrun, parse, torchrun
+from tests.deploy.manifests import OVERLAYS, Manifest, check, overlay, pods
+
+INJECTED = {"JOB_COMPLETION_INDEX": "1", "DASK_WORKER_NAME": "worker-1"}
+"""Variables that a Job and Dask's operator set."""
+FROM_OUTSIDE = ("/etc/mpi/", "/usr/sbin/", "/dev/null", "/secrets/ssh/", "/v2/")
+"""Paths that an operator or the image brings."""
+
+
+def find(name: str, kind: str, called: str) -> Manifest:
+    (found,) = [each for each in overlay(name) if each["kind"] == kind and each["metadata"]["name"] == called]
+    return found
+
+
+def containers(name: str) -> Iterator[tuple[str, Manifest, Manifest]]:
+    """Who, pod and container of each container of an overlay."""
+    for manifest in overlay(name):
+        for pod in pods(manifest):
+            for container in pod["spec"]["containers"]:
+                yield f"{manifest['kind']} {manifest['metadata']['name']}", pod, container
+
+
+def words_of(name: str, container: Manifest) -> list[str]:
+    return words_in(overlay(name), container)
+
+
+def words_in(manifests: list[Manifest], container: Manifest) -> list[str]:
+    """Command and arguments with the variables that the container has."""
+    maps = {each["metadata"]["name"]: each["data"] for each in manifests if each["kind"] == "ConfigMap"}
+    variables = dict(INJECTED)
+    for source in container.get("envFrom", []):
+        variables |= maps[source["configMapRef"]["name"]]
+    variables |= {each["name"]: each["value"] for each in container.get("env", [])}
+    return expanded([*container["command"], *container["args"]], variables)
+
+
+def test_there_is_one_for_each_way() -> None:
+    assert OVERLAYS == ["extract", "operations", "serving", "train-mpi", "train-torchrun"]
+    kinds = {manifest["kind"] for name in OVERLAYS for manifest in overlay(name)}
+    assert kinds == {
+        "ConfigMap", "CronJob", "DaskJob", "Deployment", "HorizontalPodAutoscaler", "Job", "MPIJob", "NetworkPolicy",
+        "PodDisruptionBudget", "Service", "ServiceAccount", "ServiceMonitor",
+    }  # fmt: skip
+    names = {m["metadata"]["name"] for m in overlay("operations") if m["kind"] == "CronJob"}
+    assert names == {"refresh", "build-day", "daily", "compact", "expire", "verify"}
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_kubernetes_and_the_operators_take_all(name: str) -> None:
+    for manifest in overlay(name):
+        check(manifest)
+
+
+@pytest.mark.parametrize(
+    ("where", "path", "value"),
+    [
+        (("extract", "DaskJob", "extract"), ["spec", "cluster", "spec", "worker", "replica"], 8),
+        (("extract", "DaskJob", "extract"), ["spec", "job", "spec", "containers", 0, "arguments"], []),
+        (("train-mpi", "MPIJob", "train"), ["spec", "slotPerWorker"], 1),
+        (("train-mpi", "MPIJob", "train"), ["spec", "mpiReplicaSpecs", "Workers"], {}),
+        (
+            ("train-mpi", "MPIJob", "train"),
+            ["spec", "mpiReplicaSpecs", "Worker", "template", "spec", "securityContext", "runAsRoot"],
+            False,
+        ),
+        (("serving", "ServiceMonitor", "scorer"), ["spec", "endpoints", 0, "tlsConfig", "servername"], "scorer"),
+        (("serving", "HorizontalPodAutoscaler", "scorer"), ["spec", "minReplica"], 1),
+        (("operations", "CronJob", "expire"), ["spec", "concurrency"], "Forbid"),
+        (("train-torchrun", "Job", "train"), ["spec", "completionsMode"], "Indexed"),
+        (("train-torchrun", "NetworkPolicy", "crossmedia-closed"), ["spec", "egress", 0, "port"], 1),
+    ],
+)
+def test_a_misspelt_field_is_found(where: tuple[str, str, str], path: list[Any], value: Any) -> None:
+    manifest = copy.deepcopy(find(*where))
+    place: Any = manifest
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        check(manifest)
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_pods_have_no_rights_and_a_read_only_root(name: str) -> None:
+    found = list(containers(name))
+    assert found
+    for who, pod, container in found:
+        spec = pod["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] == 1000, who
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, who
+        assert spec["serviceAccountName"] == "crossmedia" and not spec["automountServiceAccountToken"], who
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }, who
+        resources = container["resources"]
+        assert set(resources["requests"]) >= {"cpu", "memory"}, who
+        assert resources["limits"]["memory"] == resources["requests"]["memory"], who
+        volumes = {each["name"]: each for each in spec["volumes"]}
+        mounts = {each["mountPath"]: volumes[each["name"]] for each in container["volumeMounts"]}
+        assert set(volumes) == {each["name"] for each in container["volumeMounts"]}, who
+        assert all("emptyDir" in mounts[path] for path in ("/tmp", "/cache")), who  # HOME and XDG_CACHE_HOME
+        assert all("secret" in volume for path, volume in mounts.items() if path.startswith("/secrets/")), who
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_secrets_are_names(name: str) -> None:
+    """No object is a secret, and no variable is one or is made of one: horovodrun puts variables into command lines."""
+    for manifest in overlay(name):
+        assert manifest["kind"] != "Secret"
+        for pod in pods(manifest):
+            text = str(pod)
+            assert "secretKeyRef" not in text and "secretRef" not in text
+    settings = find(name, "ConfigMap", "crossmedia-settings")["data"]
+    assert not [key for key in settings if re.search("SECRET|TOKEN|PASSWORD|ACCESS_KEY", key)]
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_programs_take_the_command_lines(name: str) -> None:
+    for who, _, container in containers(name):
+        words = words_of(name, container)
+        assert parse(words), who
+        mounts = [PurePosixPath(each["mountPath"]) for each in container["volumeMounts"]]
+        for path in re.findall(r"(?<![\w:/.])/[\w./-]+", " ".join(words)):
+            inside = any(PurePosixPath(path).is_relative_to(mount) for mount in mounts)
+            assert inside or path.startswith(FROM_OUTSIDE), f"{who}: {path} is in no volume"
+
+
+def test_a_misspelt_option_is_found() -> None:
+    for words in (
+        ["python", "-m", "featurestore", "expire", "s3://a/b", "--keep-lasts=1"],
+        ["horovodrun", "--gloo", "-np", "2", "--network-interface-of", "lo", "python", "-m", "trainer.daily"],
+        ["torchrun", "--nnode-count=2", "-m", "trainer.daily"],
+        ["horovodrun", "-np", "2", "python", "-m", "trainer.daily", "--set=run.dri=x"],
+        ["dask", "worker", "--no-dash", "tls://a:1"],
+        ["dask-submit", "--tls", "jobs/extract_features.py"],
+        ["/usr/sbin/sshd", "-De", "-f", "/dev/null", "-oPorts=2"],
+    ):
+        with pytest.raises((Exception, SystemExit)):
+            parse(words)
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_every_pod_is_closed_in(name: str) -> None:
+    """Its labels are those of the policy that lets nobody in, and of the one that opens what its component needs."""
+    policies = {each["metadata"]["name"]: each["spec"] for each in overlay(name) if each["kind"] == "NetworkPolicy"}
+    closed = policies["crossmedia-closed"]
+    assert closed["policyTypes"] == ["Ingress", "Egress"] and not closed.get("ingress")
+    for manifest in overlay(name):
+        for pod in pods(manifest):
+            labels = pod["metadata"]["labels"].items()
+            assert closed["podSelector"]["matchLabels"].items() <= labels, manifest["metadata"]["name"]
+            component = pod["metadata"]["labels"]["app.kubernetes.io/component"]
+            opened = [p for p in policies.values() if p["podSelector"]["matchLabels"].items() <= labels]
+            assert len(opened) == (1 if component == "operations" else 2), component
+
+
+def test_the_ports_of_the_policies_are_those_of_the_programs() -> None:
+    def ports(policy: str) -> set[int]:
+        rules = find("extract", "NetworkPolicy", policy)["spec"]["ingress"]
+        return {port["port"] for rule in rules for port in rule.get("ports", [])}
+
+    lines = {
+        c["command"][1]: parse(words_of("extract", c)) for _, _, c in containers("extract") if len(c["command"]) > 1
+    }
+    worker, scheduler = lines["worker"], lines["scheduler"]
+    assert ports("crossmedia-dask") == {int(scheduler["port"]), int(worker["worker_port"]), int(worker["nanny_port"])}
+    assert scheduler["protocol"] == "tls" and scheduler["dashboard_address"].startswith("127.0.0.1:")
+    assert worker["dashboard"] is False
+    (scorer,) = [parse(words_of("serving", container)) for _, _, container in containers("serving")]
+    assert ports("crossmedia-scorer") == {scorer["port"]}
+    for who, _, container in containers("extract"):
+        words = " ".join(words_of("extract", container))
+        assert "tcp://" not in words and ("tls://extract-scheduler:8786" in words or "--protocol=tls" in words), who
+
+
+def test_the_scorer_is_found_probed_and_kept() -> None:
+    from serving.http.security import OPEN_PATHS
+
+    deployment = find("serving", "Deployment", "scorer")
+    pod = deployment["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    values = parse(words_of("serving", container))
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        asked = container[probe]["httpGet"]
+        assert asked["path"] in OPEN_PATHS and asked["port"] == "https" and asked["scheme"] == "HTTPS"
+    assert container["ports"] == [{"name": "https", "containerPort": values["port"], "protocol": "TCP"}]
+    assert values["host"] == "0.0.0.0" and values["tls_cert"] and values["token_file"]
+    wait_s = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["spec"]["terminationGracePeriodSeconds"] > values["drain_s"] + wait_s
+    labels = pod["metadata"]["labels"].items()
+    for kind, path in (
+        ("Service", ("selector",)),
+        ("PodDisruptionBudget", ("selector", "matchLabels")),
+        ("Deployment", ("selector", "matchLabels")),
+    ):
+        selector: Any = find("serving", kind, "scorer")["spec"]
+        for key in path:
+            selector = selector[key]
+        assert selector and selector.items() <= labels
+    scaled = find("serving", "HorizontalPodAutoscaler", "scorer")["spec"]["scaleTargetRef"]
+    assert scaled == {"apiVersion": deployment["apiVersion"], "kind": "Deployment", "name": "scorer"}
+    assert "replicas" not in deployment["spec"]
+    service, monitor = find("serving", "Service", "scorer"), find("serving", "ServiceMonitor", "scorer")["spec"]
+    assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert monitor["endpoints"][0]["port"] == service["spec"]["ports"][0]["name"]
+
+
+def test_the_nodes_of_a_training_fit_together() -> None:
+    """Ranks and nodes are said in several places: all say the same."""
+    job = find("train-torchrun", "Job", "train")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    options = torchrun(words_of("train-torchrun", container)[1:])
+    assert int(options.nnodes) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    service = find("train-torchrun", "Service", "train")
+    name = f"{job['metadata']['name']}-0.{job['spec']['template']['spec']['subdomain']}"
+    assert options.master_addr == name and service["metadata"]["name"] == "train"
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
+
+    mpijob = find("train-mpi", "MPIJob", "train")["spec"]
+    launcher, worker = (mpijob["mpiReplicaSpecs"][role] for role in ("Launcher", "Worker"))
+    (starts,), (sshd,) = (role["template"]["spec"]["containers"] for role in (launcher, worker))
+    run = horovodrun(words_of("train-mpi", starts)[1:])
+    assert run.num_proc == worker["replicas"] * mpijob["slotsPerWorker"]
+    server = parse(words_of("train-mpi", sshd))
+    assert run.ssh_port == int(server["Port"])
+    assert run.ssh_identity_file == server["HostKey"] == f"{mpijob['sshAuthMountPath']}/id_rsa"
