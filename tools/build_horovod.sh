@@ -19,6 +19,7 @@ fi
 plan=$("$python" "$(dirname "$0")/horovod_plan.py")
 # Horovod's build knows many variables of such names; only what the plan says reaches it.
 unset "${!HOROVOD_GPU@}"
+operations=  # the plan says it
 eval "$plan"
 tag=$("$python" -c 'import platform, sys, torch
 print(f"torch{torch.__version__}-cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
@@ -57,8 +58,22 @@ patch_sources() {
   fi
 }
 
+patch_launcher() {
+  # horovodrun's rendezvous, which asks for no password, listens on every address of the machine. It is asked at one: that of
+  # --network-interfaces, and of loopback where all ranks are here. In the installed files, as the wheel may be an older one.
+  local runner
+  runner=$("$python" -c 'import importlib.util; print(importlib.util.find_spec("horovod").submodule_search_locations[0])')/runner
+  if ! grep -q HOROVOD_RENDEZVOUS_BIND "$runner/gloo_run.py"; then
+    sed -i "s/^            addr = ('', port)\$/            addr = (__import__('os').environ.get('HOROVOD_RENDEZVOUS_BIND', ''), port)/" \
+      "$runner/util/network.py"
+    sed -i "s/^    global_rendezv_port = rendezvous.start()\$/    os.environ['HOROVOD_RENDEZVOUS_BIND'] = server_ip\n&/" "$runner/gloo_run.py"
+  fi
+  grep -q HOROVOD_RENDEZVOUS_BIND "$runner/util/network.py" && grep -q HOROVOD_RENDEZVOUS_BIND "$runner/gloo_run.py"
+}
+
 if [ "$("$python" -m pip list --format=freeze 2>/dev/null | sed -n 's/^horovod==//p')" = "$version" ] &&
   [ "$(cat "$record" 2>/dev/null)" = "$build" ] && "$python" -c 'import horovod.torch' 2>/dev/null; then
+  patch_launcher
   echo "horovod $version is installed ($operations)"
   exit 0
 fi
@@ -98,5 +113,6 @@ rm -f "$record"
   echo "horovod was built for $operations, but does not import, or without what was asked for" >&2
   exit 1
 }
+patch_launcher
 echo "$build" >"$record"
 echo "horovod $version is installed ($operations)"

@@ -1,0 +1,27 @@
+"""A store, samples, a run and a published model, for servers to start on."""
+
+from pathlib import Path
+
+import pytest
+
+from serving.bundle.export import ExportOptions, export_model
+from tests.serving.bundle.conftest import no_network, no_scores
+from tests.trainer.conftest import Places, make_places
+from trainer.comm import SoloComm
+from trainer.config.config import load_config
+from trainer.main import train
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """Small samples, features, the run `run` of two steps, and its model in `model`."""
+    places = make_places(tmp_path_factory.mktemp("security") / "data")
+    train(load_config(settings=places.settings(run__name="run", train__max_steps=2)), SoloComm())
+    options = ExportOptions(run=places.folder / "runs" / "run")
+    export_model(str(places.folder / "model"), options, network=no_network, measure=no_scores)
+    return places
+
+
+@pytest.fixture
+def model(places: Places) -> Path:
+    return places.folder / "model"

@@ -1,0 +1,117 @@
+"""Where our servers listen unless they are told otherwise: on loopback, so that nobody else reaches them.
+
+docs/SECURITY.md has the same as a table.
+"""
+
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.ranks import HOROVODRUN, ROOT, environment
+from tests.trainer.conftest import Places
+
+pytestmark = [pytest.mark.services, pytest.mark.long]
+BIN = Path(sys.executable).parent
+LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+TIMEOUT_S = 100
+
+
+@contextlib.contextmanager
+def started(words: list[str | Path], folder: Path, ready: Callable[[str], bool]) -> Iterator[psutil.Process]:
+    """A command, from when it is ready by what it has printed or which files are there; killed with its children."""
+    log = folder / "log.txt"
+    with log.open("wb") as file:
+        started = subprocess.Popen(list(map(str, words)), stdout=file, stderr=file, env=environment(), cwd=ROOT)
+    try:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not ready(log.read_text()):
+            assert started.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        yield psutil.Process(started.pid)
+    finally:
+        for process in family(psutil.Process(started.pid)) if started.poll() is None else []:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        started.wait()
+
+
+def family(process: psutil.Process) -> list[psutil.Process]:
+    """A process and all that it has started."""
+    while True:
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that ends while it is looked at
+            return [process, *process.children(recursive=True)]
+
+
+def listening(process: psutil.Process) -> list[str]:
+    """The addresses at which a process and all that it has started listen."""
+    found = []
+    for each in family(process):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            sockets = each.net_connections(kind="inet")
+            found += [socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN]
+    return found
+
+
+def all_ready(folder: Path, count: int) -> Callable[[str], bool]:
+    return lambda _: all((folder / f"ready-{rank}").exists() for rank in range(count))
+
+
+def test_the_scorer(model: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "serving", model, "--port", "0", "--workers", "2"]
+    with started(words, tmp_path, lambda log: "listening on" in log) as server:
+        found = listening(server)
+        assert found and set(found) <= set(LOOPBACK), found
+
+
+def test_the_feature_server(places: Places, tmp_path: Path) -> None:
+    store = places.folder / "features"
+    words = [sys.executable, "-m", "featurestore", "serve", store, "--port", "0", "--cache-dir", tmp_path / "cache"]
+    with started(words, tmp_path, lambda log: "grpc" in log) as server:
+        found = listening(server)
+        assert found and set(found) <= set(LOOPBACK), found
+
+
+def test_a_dask_cluster_of_ours(tmp_path: Path) -> None:
+    """Scheduler, workers, nannies, and the pages of all of them."""
+    script = tmp_path / "script.py"
+    script.write_text("import time\nprint('ready', flush=True)\ntime.sleep(600)\n")
+    words = [BIN / "dask-submit", "-n", "2", "--threads-per-worker", "1", script]
+    with started(words, tmp_path, lambda log: "ready" in log) as submit:
+        found = listening(submit)
+        assert len(found) >= 4 and set(found) <= set(LOOPBACK), found
+
+
+def test_ranks_of_horovodrun_on_one_machine(tmp_path: Path) -> None:
+    """The rendezvous of the launcher among them: tools/build_horovod.sh binds it to one address."""
+    words = [HOROVODRUN, "--gloo", "-np", "2", sys.executable, ROOT / "tests" / "security" / "held.py", tmp_path]
+    with started(words, tmp_path, all_ready(tmp_path, 2)) as launcher:
+        found = listening(launcher)
+        assert found and set(found) <= set(LOOPBACK), found
+
+
+def test_ranks_of_torchrun_on_one_machine(tmp_path: Path) -> None:
+    """The ranks listen on loopback; torch's store, in the launcher, everywhere: the exception in the table."""
+    words = [BIN / "torchrun", "--nproc-per-node", "2", ROOT / "tests" / "security" / "held.py", tmp_path]
+    with started(words, tmp_path, all_ready(tmp_path, 2)) as launcher:
+        ranks = [address for child in launcher.children() for address in listening(child)]
+        assert set(ranks) <= set(LOOPBACK), ranks
+        assert set(listening(launcher)) - set(LOOPBACK) == {"::"}
+
+
+def test_tensorboard(places: Places, tmp_path: Path) -> None:
+    words = [BIN / "tensorboard", "--logdir", places.folder / "runs", "--port", "0"]
+    with started(words, tmp_path, lambda log: "http://" in log) as server:
+        found = listening(server)
+        assert found and set(found) <= set(LOOPBACK), found
+
+
+def test_one_rank_alone_listens_nowhere(tmp_path: Path) -> None:
+    words = [sys.executable, ROOT / "tests" / "security" / "held.py", tmp_path]
+    with started(words, tmp_path, all_ready(tmp_path, 1)) as rank:
+        assert listening(rank) == []
