@@ -26,16 +26,16 @@ export PYTHONDONTWRITEBYTECODE :=
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-# PYTHON and HOROVOD_GPU_OPERATIONS choose the environment. Where they say something else than the last time, the script
-# runs again; where they say nothing, what is installed is kept.
-ASKED := PYTHON=$(PYTHON) HOROVOD_GPU_OPERATIONS=$(HOROVOD_GPU_OPERATIONS)
-ifneq ($(PYTHON)$(HOROVOD_GPU_OPERATIONS),)
+# PYTHON, HOROVOD_GPU_OPERATIONS and HOROVOD=no choose the environment. Where they say something else than the last time,
+# the script runs again; where they say nothing, what is installed is kept.
+ASKED := PYTHON=$(PYTHON) HOROVOD_GPU_OPERATIONS=$(HOROVOD_GPU_OPERATIONS)$(if $(HOROVOD), HOROVOD=$(HOROVOD))
+ifneq ($(PYTHON)$(HOROVOD_GPU_OPERATIONS)$(HOROVOD),)
 ifneq ($(ASKED),$(shell cat $(INSTALLED) 2>/dev/null))
 .PHONY: $(INSTALLED)
 endif
 endif
 
-install: $(INSTALLED) ## Make the virtual environment; builds Horovod once per machine (about four minutes)
+install: $(INSTALLED) ## Make the virtual environment; builds Horovod once per machine (four minutes), or not: HOROVOD=no
 
 $(INSTALLED): setup.cfg pyproject.toml tools/install.sh tools/build_horovod.sh tools/horovod_plan.py \
               tools/requirements-s3-server.txt tools/requirements-moto-server.txt tools/requirements-deploy.txt

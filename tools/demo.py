@@ -89,7 +89,7 @@ def run_jobs(place: Path, seed: int, small: bool, force: bool, images: Path | No
 
 
 def train(place: Path, variant: str, seed: int, ranks: int) -> dict[str, Any]:
-    """Trains one variant from scratch under horovodrun and returns its report."""
+    """Trains one variant from scratch on several ranks, of horovodrun where there is one, and returns its report."""
     settings = {
         "data.samples": place / "samples",
         "data.store": place / "features",
@@ -100,7 +100,9 @@ def train(place: Path, variant: str, seed: int, ranks: int) -> dict[str, Any]:
         "model.images": variant,
     }
     overrides = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-    trainer = ["horovodrun", "-np", str(ranks), sys.executable, "-m", "trainer.main", *overrides]
+    from trainer.comm.connecting import launcher_of  # torch: not for --help
+
+    trainer = [*launcher_of(ranks), "-m", "trainer.main", *overrides]
     run_step(f"Training: {VARIANTS[variant]}", trainer)
     report: dict[str, Any] = json.loads((place / "runs" / variant / "report.json").read_text())
     return report
@@ -170,7 +172,7 @@ def show(summary: dict[str, Any]) -> None:
 def main(
     place: Annotated[Path, typer.Option("--dir", help="Where everything goes.")] = Path("data/demo"),
     seed: Annotated[int, typer.Option(help="Seed of the data, of VGG16's random weights and of the trainings.")] = 0,
-    ranks: Annotated[int, typer.Option("-np", "--ranks", min=1, help="Ranks of horovodrun.")] = 2,
+    ranks: Annotated[int, typer.Option("-np", "--ranks", min=1, help="Ranks that train.")] = 2,
     small: Annotated[bool, typer.Option("--small", help="A few hundred images: minutes, and noisy metrics.")] = False,
     images: Annotated[Path | None, typer.Option(help="Your photographs, in place of drawn clothes.")] = None,
     labels: Annotated[Path | None, typer.Option(help="CSV with a label for each photograph.")] = None,

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Makes the virtual environment and installs everything that the project needs, Horovod included.
+# Makes the virtual environment and installs everything that the project needs, Horovod included unless HOROVOD=no.
 #
 #   tools/install.sh VENV
 #
 # PYTHON names the Python to make it with, by default the first one found of 3.11 to 3.13; an environment of another
-# Python than PYTHON is made anew. HOROVOD_GPU_OPERATIONS: see build_horovod.sh.
+# Python than PYTHON is made anew. HOROVOD_GPU_OPERATIONS: see build_horovod.sh. HOROVOD=no leaves Horovod out, and needs
+# no compiler; an environment without it stays so until HOROVOD=yes.
 set -euo pipefail
 
 venv=$1
@@ -43,6 +44,11 @@ if [ -n "${PYTHON:-}" ]; then
   is_supported "$asked" || fail "PYTHON=$PYTHON is Python $asked; name a Python 3.11, 3.12 or 3.13"
 fi
 
+case ${HOROVOD:-} in '' | yes | no) ;; *) fail "HOROVOD=$HOROVOD: it should be no, to leave Horovod out, or yes" ;; esac
+if [ "${HOROVOD:-}" = no ] && [ -n "${HOROVOD_GPU_OPERATIONS:-}" ]; then
+  fail "HOROVOD=no leaves out what HOROVOD_GPU_OPERATIONS=$HOROVOD_GPU_OPERATIONS would build; say one of them"
+fi
+
 present=
 if [ -x "$venv/bin/python" ] && "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   present=$(version_of "$venv/bin/python")
@@ -77,6 +83,15 @@ if ! "$venv/fuxictr/bin/python" "${pip[@]}" fuxictr==2.3.10 >"$venv/fuxictr.log"
   rm -rf "$venv/fuxictr"
   echo "FuxiCTR could not be installed ($venv/fuxictr.log says why); benchmarks.train leaves it out, all else works"
 fi
-tools/build_horovod.sh "$venv/bin/python"
+without=$venv/.without-horovod
+if [ "${HOROVOD:-}" = no ] || { [ -z "${HOROVOD:-}${HOROVOD_GPU_OPERATIONS:-}" ] && [ -f "$without" ]; }; then
+  touch "$without"
+  rm -f "$venv/.horovod"
+  "$venv/bin/python" -m pip uninstall --quiet --yes horovod 2>/dev/null || true
+  echo "Horovod is left out: torchrun starts several ranks (docs/TORCHRUN.md); HOROVOD=yes make install builds it"
+else
+  rm -f "$without"
+  tools/build_horovod.sh "$venv/bin/python"
+fi
 # What was asked for; the Makefile compares it.
-echo "PYTHON=${PYTHON:-} HOROVOD_GPU_OPERATIONS=${HOROVOD_GPU_OPERATIONS:-}" >"$venv/.installed"
+echo "PYTHON=${PYTHON:-} HOROVOD_GPU_OPERATIONS=${HOROVOD_GPU_OPERATIONS:-}${HOROVOD:+ HOROVOD=$HOROVOD}" >"$venv/.installed"

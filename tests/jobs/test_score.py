@@ -81,9 +81,9 @@ def test_every_impression_has_its_score(places: Places, run: Path, tmp_path: Pat
     assert f"{len(scores):,} impressions" in text and f"written to   {tmp_path / 'scores.parquet'}" in text
 
 
-def test_two_ranks_write_the_same_rows(run: Path, tmp_path: Path, two_ranks: StandingRanks) -> None:
+def test_two_ranks_write_the_same_rows(run: Path, tmp_path: Path, two_ranks_of_each: StandingRanks) -> None:
     done("--run", run, "--out", tmp_path / "one.parquet")
-    assert " on 2 ranks" in two_ranks.run("-m", "jobs.score", "--run", run, "--out", tmp_path / "two.parquet")
+    assert " on 2 ranks" in two_ranks_of_each.run("-m", "jobs.score", "--run", run, "--out", tmp_path / "two.parquet")
     one, two = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("one", "two"))
     assert two.schema.equals(one.schema, check_metadata=True)
     scored = ["logit", "probability"]

@@ -202,6 +202,50 @@ class TestHorovod:
         assert installed.build().stdout == "horovod 0.28.1 is installed (CPU)\n"
 
 
+class TestWithoutHorovod:
+    @pytest.fixture
+    def left_out(self, place: Place) -> Place:
+        place.python("python3", "3.11")
+        (place.folder / "bin" / "c++").unlink()
+        shutil.rmtree(place.folder / "cache")
+        done = place.install(HOROVOD="no")
+        assert done.returncode == 0, done.stderr
+        assert "Horovod is left out: torchrun starts several ranks" in done.stdout
+        return place
+
+    def test_needs_no_compiler(self, left_out: Place) -> None:
+        assert left_out.wheels() == []
+        assert (left_out.venv / ".installed").read_text() == "PYTHON= HOROVOD_GPU_OPERATIONS= HOROVOD=no\n"
+
+    def test_stays_without_until_it_is_asked_for(self, left_out: Place) -> None:
+        assert left_out.install().returncode == 0
+        assert left_out.wheels() == []
+        done = left_out.install(HOROVOD="yes")
+        assert done.returncode == 1 and "No C++ compiler" in done.stderr
+
+    def test_takes_an_installed_one_away(self, place: Place) -> None:
+        place.python("python3", "3.11")
+        assert place.install().returncode == 0
+        assert (place.venv / "packages").read_text() == "horovod==0.28.1\n"
+        assert place.install(HOROVOD="no").returncode == 0
+        assert not (place.venv / "packages").exists()
+        assert place.install(HOROVOD_GPU_OPERATIONS="CPU").returncode == 0
+        assert (place.venv / "packages").read_text() == "horovod==0.28.1\n"
+
+    @pytest.mark.parametrize(
+        ("asked", "told"),
+        [
+            ({"HOROVOD": "none"}, "HOROVOD=none: it should be no, to leave Horovod out, or yes\n"),
+            ({"HOROVOD": "no", "HOROVOD_GPU_OPERATIONS": "NCCL"}, "HOROVOD=no leaves out what "),
+        ],
+    )
+    def test_a_wrong_wish_is_one_line(self, place: Place, asked: dict[str, str], told: str) -> None:
+        place.python("python3", "3.11")
+        done = place.install(**asked)
+        assert done.returncode == 1 and done.stderr.startswith(told) and done.stderr.count("\n") == 1
+        assert not place.venv.exists()
+
+
 class TestMakefile:
     @pytest.fixture
     def stamp(self, tmp_path: Path) -> Path:
@@ -217,12 +261,14 @@ class TestMakefile:
             ({"PYTHON": "python3.12"}, True),
             ({"HOROVOD_GPU_OPERATIONS": "NCCL"}, True),
             ({"PYTHON": "python3.13", "HOROVOD_GPU_OPERATIONS": "NCCL"}, True),
+            ({"HOROVOD": "no"}, True),
         ],
     )
     def test_the_script_runs_where_something_else_was_asked_for(
         self, stamp: Path, asked: dict[str, str], runs: bool
     ) -> None:
-        clean = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "HOROVOD_GPU_OPERATIONS")}
+        choices = ("PYTHON", "HOROVOD", "HOROVOD_GPU_OPERATIONS")
+        clean = {name: value for name, value in os.environ.items() if name not in choices}
         by_environment = ["make", "-n", "install", f"VENV={stamp.parent}"]
         by_argument = [*by_environment, *(f"{name}={value}" for name, value in asked.items())]
         for command, environment in ((by_environment, clean | asked), (by_argument, clean)):

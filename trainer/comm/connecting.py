@@ -1,6 +1,10 @@
 """Which ranks this process is one of: the environment says who started it."""
 
+import importlib.util
 import os
+import shutil
+import sys
+from pathlib import Path
 
 from trainer.comm.comm import Comm
 from trainer.comm.distributed import TorchComm
@@ -28,6 +32,18 @@ def connect() -> Comm:
         _check_numbers()
         return TorchComm()
     return SoloComm()
+
+
+def launcher_of(ranks: int) -> list[str]:
+    """Return the words before `-m MODULE` or a script that start ranks on this machine.
+
+    By horovodrun where that and Horovod are installed, else by torchrun.
+    """
+    beside = Path(sys.executable).with_name("horovodrun")
+    horovodrun = str(beside) if beside.exists() else shutil.which("horovodrun")
+    if horovodrun is None or importlib.util.find_spec("horovod") is None:
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [horovodrun, "-np", str(ranks), sys.executable]
 
 
 def _complete(names: tuple[str, ...], signs: tuple[str, ...]) -> bool:

@@ -6,6 +6,7 @@ one question after the other, and the lane that another thread makes may be what
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -19,7 +20,6 @@ from typing import Any, Literal, NoReturn
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from trainer.comm.lateness import loss
 from trainer.errors import ConfigError, LostRankError
@@ -60,21 +60,23 @@ class Meeting:
     @classmethod
     def of_environment(cls, patience_s: float) -> "Meeting":
         """Meet where torchrun's variables say. Raises LostRankError where nobody is there."""
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        is_ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
         try:
-            store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=patience_s)))
+            store: Store = _store_at(host, port, rank, size, holds=is_ours and rank == 0, patience_s=patience_s)
         except (RuntimeError, OSError) as error:
             raise LostRankError(
-                f"rank {os.environ['RANK']} did not reach the other ranks at MASTER_ADDR:MASTER_PORT={where}: {error}"
+                f"rank {rank} did not reach the other ranks at MASTER_ADDR:MASTER_PORT={host}:{port}: "
+                f"{_first_line(error)}"
             ) from error
         # Another job may have met there, and this process too: several Comms of one process come one after the other.
         launch = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
         store = PrefixStore("/".join([*launch, str(next(_times))]), store)
         store.set_timeout(_CONNECT)
         by_interface = bool(os.environ.get("GLOO_SOCKET_IFNAME"))
-        address = None if by_interface else own_address(os.environ["MASTER_ADDR"], is_one_host=_is_one_host(size))
+        address = None if by_interface else own_address(host, is_one_host=_is_one_host(size))
         gpus = torch.cuda.device_count() if dist.is_nccl_available() else 0
-        is_ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
         return cls(store, rank, size, RankAddress(socket.gethostname(), address, gpus), is_ours)
 
     def put(self, key: str, value: str) -> None:
@@ -139,7 +141,7 @@ class Lanes:
             check_reach(self.ranks)
             return self._new(carrier, store)
         except (RuntimeError, OSError) as error:
-            raise LostRankError(f"{loss(meeting.rank, name.partition('.')[2])} ({error})") from error
+            raise LostRankError(f"{loss(meeting.rank, name.partition('.')[2])} ({_first_line(error)})") from error
 
     def _new(self, carrier: Carrier, store: Store) -> ProcessGroup:
         rank, size = self._meeting.rank, self._meeting.size
@@ -152,6 +154,34 @@ class Lanes:
         group = dist.ProcessGroupGloo(store, rank, size, options)
         group._set_default_timeout(_FOREVER)
         return group
+
+
+@functools.cache  # of a process that connects again: its own store still listens
+def _store_at(host: str, port: int, rank: int, size: int, *, holds: bool, patience_s: float) -> Store:
+    """Connect to the store of all ranks, or hold it: among ranks of one host where these alone reach it."""
+    listener = None
+    if holds:
+        listener = socket.create_server(("127.0.0.1" if _is_one_host(size) else "", port)).detach()
+    else:
+        _wait_for_listener(host, port, patience_s)
+    patience = timedelta(seconds=patience_s)
+    return dist.TCPStore(  # type: ignore[attr-defined, no-any-return]
+        host, port, size, holds, patience, wait_for_workers=False, master_listen_fd=listener
+    )
+
+
+def _wait_for_listener(host: str, port: int, patience_s: float) -> None:
+    """Wait until something listens there: torch's own client says on several screens that nothing does."""
+    end_s = time.monotonic() + patience_s
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, end_s - time.monotonic())).close()
+        except OSError:
+            if time.monotonic() > end_s:
+                raise
+            time.sleep(0.05)
+        else:
+            return
 
 
 def own_address(master: str, *, is_one_host: bool) -> str:
@@ -199,4 +229,8 @@ def _devices(address: str | None) -> list[dist.ProcessGroupGloo.Device]:
     try:
         return [dist.ProcessGroupGloo.create_device(interface=name.strip()) for name in names.split(",")]
     except RuntimeError as error:
-        raise ConfigError(f"GLOO_SOCKET_IFNAME={names}: {error}") from error
+        raise ConfigError(f"GLOO_SOCKET_IFNAME={names}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -1,13 +1,12 @@
 """Measure this machine by short runs of the trainer on a part of the samples; the figures are those of their reports.
 
 For L ranks on a machine, L runs of one rank each go at the same time: the machine is as full as it will be, and no wire
-is in their stages. What a collective costs is measured apart, under horovodrun.
+is in their stages. What a collective costs is measured apart, on ranks of its own.
 """
 
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 
 from featurestore import FeatureRows, FeatureStore, StoreInfo, to_bits
 from featurestore.lookup.mmap import physical_memory_bytes
+from trainer.comm.connecting import launcher_of
 from trainer.config.config import Config, save_config
 from trainer.engine.machine import check_threads
 from trainer.errors import PlanError
@@ -162,11 +162,7 @@ def interference(measured: TimedSteps, machine: Machine) -> float:
 
 def measure_collectives(ranks: int) -> dict[str, float]:
     """Run `trainer.plan.collectives` with these ranks on this machine; return its figures."""
-    beside = Path(sys.executable).with_name("horovodrun")
-    launcher = str(beside) if beside.exists() else shutil.which("horovodrun")
-    if launcher is None:
-        raise PlanError("horovodrun is not on the path: it is needed to measure collectives; see tools/install.sh")
-    (output,) = _run([[launcher, "-np", str(ranks), sys.executable, "-m", "trainer.plan.collectives"]])
+    (output,) = _run([[*launcher_of(ranks), "-m", "trainer.plan.collectives"]])
     found: dict[str, float] = json.loads(output[output.index("{") :].splitlines()[0])
     return found
 

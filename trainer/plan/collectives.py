@@ -1,4 +1,4 @@
-"""How long collectives take here: horovodrun -np P python -m trainer.plan.collectives prints JSON from rank 0.
+"""How long collectives take here: python -m trainer.plan.collectives on P ranks prints JSON from rank 0.
 
 Every collective is timed with almost nothing in it and with much in it: what a call costs, and what a byte costs.
 """

@@ -1,9 +1,10 @@
-"""Run by test_comm.py on three ranks: collectives that all take, then two that rank 1 does not come to.
+"""Run by test_comm.py on three ranks: collectives that all take, in any order, then two that rank 1 does not come to.
 
 Every expected value is computed from rank and size.
 """
 
 import os
+import random
 import sys
 import threading
 import time
@@ -13,12 +14,16 @@ import torch
 from trainer.comm import Comm, HorovodComm, TorchComm, Traffic, connect
 from trainer.errors import DataError, LateRankError, RemoteRankError
 
+MEETINGS = 30
+
 
 def main() -> None:
     comm = connect()
     assert type(comm) is (HorovodComm if "HOROVOD_RANK" in os.environ else TorchComm)
     check(comm)
     say(f"rank {comm.rank} of {comm.size} is done")
+    come_in_any_order(comm)
+    say(f"rank {comm.rank} met the others {MEETINGS} times")
     miss_rank_1(comm)
 
 
@@ -57,6 +62,70 @@ def check(comm: Comm) -> None:
         assert rank == 1 or str(error) == "rank 1 failed: DataError: no samples"
     else:
         raise AssertionError("nobody raised")
+    check_types(comm)
+
+
+def check_types(comm: Comm) -> None:
+    """Send rows of every type that the trainer sends, of one number and of several; and gather uneven ones."""
+    for dtype in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64):
+        for shape in ((), (3,), (2, 2)):
+            sent = torch.full((comm.size, *shape), comm.rank, dtype=dtype)
+            got, _ = comm.alltoall(sent, torch.ones(comm.size, dtype=torch.int32), name="types")
+            assert got.dtype == dtype and got.shape == sent.shape
+            assert got.reshape(comm.size, -1)[:, 0].tolist() == list(range(comm.size))
+    long = "x" * 100_000
+    assert comm.broadcast_object(long if comm.rank == 2 else "", root=2) == long
+    texts = comm.allgather_object(long if comm.rank == 1 else "")
+    assert texts == [long if peer == 1 else "" for peer in range(comm.size)]
+    assert comm.allgather(torch.zeros(0, 2), name="test").shape == (0, 2)
+
+
+def come_in_any_order(comm: Comm) -> None:
+    """Take collectives beside each other, begun and waited for in another order on each rank and in each round.
+
+    As in training: sums of gradients begin in the midst of exchanges, two threads ask for keys ahead, of training and
+    of an evaluation, and the first one of a name is taken while others are under way.
+    """
+    comm.deadline_s = 30.0
+    draw, ahead = random.Random(comm.rank), [Ahead(comm, "step", 1), Ahead(comm, "eval", 2)]
+    for round_ in range(MEETINGS):
+        names = draw.sample(["dense.a", "dense.b", "dense.c"], 3)
+        sums = {name: torch.tensor([comm.rank + 1.0, round_]) for name in names}
+        finish = {name: comm.start_allreduce_sum_(sums[name], name=name) for name in names[:2]}
+        check_exchange(comm, "step.vectors", round_)
+        finish |= {name: comm.start_allreduce_sum_(sums[name], name=name) for name in names[2:]}
+        for name in draw.sample(names, 3):
+            finish[name]()
+            assert sums[name].tolist() == [comm.size * (comm.size + 1) / 2, comm.size * round_], (name, sums[name])
+    for each in ahead:
+        each.join()
+        assert each.error is None, each.error
+
+
+class Ahead(threading.Thread):
+    """Asks for keys, round after round, some time beside the step of other ranks."""
+
+    def __init__(self, comm: Comm, kind: str, seed: int) -> None:
+        super().__init__()
+        self._comm, self._kind, self._draw = comm, kind, random.Random(10 * comm.rank + seed)
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            for round_ in range(MEETINGS):
+                time.sleep(self._draw.uniform(0, 0.01))
+                check_exchange(self._comm, f"{self._kind}.keys", round_)
+                self._comm.agree(None, name=f"{self._kind}.keys.agree")
+        except Exception as error:
+            self.error = error
+
+
+def check_exchange(comm: Comm, name: str, round_: int) -> None:
+    """Send each rank as many rows as it has predecessors, all of this round."""
+    counts = torch.arange(comm.size, dtype=torch.int32)
+    got, _ = comm.alltoall(torch.full((int(counts.sum()), 4), round_), counts, name=name)
+    assert got.tolist() == [[round_] * 4] * (comm.rank * comm.size)
 
 
 def miss_rank_1(comm: Comm) -> None:

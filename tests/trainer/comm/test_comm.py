@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.ranks import TorchRanks, run_ranks
-from trainer.comm import SoloComm, connect
+from tests.trainer.comm.collectives import MEETINGS
+from trainer.comm import SoloComm
 from trainer.errors import DataError, RemoteRankError
 
 
@@ -25,6 +26,10 @@ class TestThreeRanks:
         for rank in range(3):
             assert f"rank {rank} of 3 is done" in three_ranks.stdout, three_ranks.stderr[-3000:]
 
+    def test_ranks_may_come_to_collectives_in_any_order(self, three_ranks: subprocess.CompletedProcess[str]) -> None:
+        for rank in range(3):
+            assert f"rank {rank} met the others {MEETINGS} times" in three_ranks.stdout, three_ranks.stderr[-3000:]
+
     def test_a_rank_that_does_not_come_is_named(self, three_ranks: subprocess.CompletedProcess[str]) -> None:
         assert three_ranks.returncode != 0
         said = re.findall(
@@ -38,11 +43,6 @@ class TestThreeRanks:
 
 
 class TestSolo:
-    def test_is_chosen_without_horovodrun(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv("HOROVOD_RANK", raising=False)
-        monkeypatch.delenv("HOROVOD_SIZE", raising=False)
-        assert isinstance(connect(), SoloComm)
-
     def test_returns_what_it_was_given(self) -> None:
         comm, rows, splits = SoloComm(), torch.ones(2, 3), torch.tensor([2], dtype=torch.int32)
         assert comm.alltoall(rows, splits, name="a") == (rows, splits)

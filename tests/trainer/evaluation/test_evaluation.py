@@ -327,11 +327,11 @@ class TestAgainst:
         assert "--against: it compares the runs" in evaluate(run, "--against", run, "--missing-curve", code=2)
 
 
-def test_two_ranks_equal_one(run: Path, tmp_path: Path, two_ranks: StandingRanks) -> None:
+def test_two_ranks_equal_one(run: Path, tmp_path: Path, two_ranks_of_each: StandingRanks) -> None:
     options = (str(run), "--missing-curve", "--bootstrap", "50", "--out")
     done = CliRunner().invoke(app, [*options, str(tmp_path / "one")])
     assert done.exit_code == 0 and " impressions, 1 rank\n" in done.stdout, done.output
-    text = two_ranks.run("-m", "trainer.evaluate", *options, tmp_path / "two")
+    text = two_ranks_of_each.run("-m", "trainer.evaluate", *options, tmp_path / "two")
     assert " impressions, 2 ranks\n" in text
     one, two = report_of(tmp_path / "one"), report_of(tmp_path / "two")
     assert two.keys() == one.keys()
