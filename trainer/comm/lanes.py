@@ -165,7 +165,7 @@ def _store_at(host: str, port: int, rank: int, size: int, *, holds: bool, patien
     else:
         _wait_for_listener(host, port, patience_s)
     patience = timedelta(seconds=patience_s)
-    return dist.TCPStore(  # type: ignore[attr-defined, no-any-return]
+    return dist.TCPStore(  # type: ignore[attr-defined]
         host, port, size, holds, patience, wait_for_workers=False, master_listen_fd=listener
     )
 
