@@ -1,20 +1,28 @@
 """Runs whose folder is on S3: trained, continued from nothing but it, read by every command, and by one writer."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load
 
 from featurestore.published.paths import FarPath, RunPath, run_path
+from tests.commands.calls import call
+from tests.servers import environment_of, new_bucket, seaweedfs
+from tests.trainer.runs.legs import TOLERANCE, Killed, assert_no_step_or_sample_is_lost
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
+from trainer.engine.engine import Engine
+from trainer.errors import CheckpointError, ConfigError
 from trainer.main import train
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint, finished
+from trainer.runs.saving.places import DiskPlace, place_of
 
 Places = Any
 
@@ -55,3 +63,182 @@ def test_a_run_on_s3_is_that_of_a_disk(run_on: Callable[..., RunPath], s3_url: s
     events = (far / "tensorboard").iterdir()
     assert len(events) == 1 and len(events[0].read_bytes()) > 500
     assert not list(tmp_path.glob("**/s3*"))
+
+
+def test_two_ranks_die_and_one_goes_on_elsewhere(
+    settings_of: Callable[..., list[str]], s3_url: str, tmp_path: Path
+) -> None:
+    """From S3 alone: the second start has an empty cache, as another machine would. Checkpoints are written beside."""
+    steps = 40
+
+    def legs_of(runs: object, name: str, **changes: Any) -> Killed:
+        return Killed(tmp_path / name, settings_of(runs, steps, 5, **changes))
+
+    whole = legs_of(tmp_path / "disk", "disk").leg(0, ranks=1)
+    beside = {"train__checkpoint_beside": True, "train__checkpoint_every_s": 1}
+    there, elsewhere = (
+        legs_of(f"{s3_url}/runs", "far", data__cache_dir=tmp_path / cache, **beside) for cache in ("there", "elsewhere")
+    )
+    first, second = there.leg(0, ranks=2, die_at=33), elsewhere.leg(1, ranks=1)
+    assert first.first_step == 1 < second.first_step <= 33
+    assert_no_step_or_sample_is_lost([first, second], whole, steps)
+    far, near = tensors(run_path(f"{s3_url}/runs/run")), tensors(tmp_path / "disk" / "run")
+    assert far.keys() == near.keys()
+    assert max(float((far[name].double() - near[name].double()).abs().max()) for name in far) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def far_and_near(places: Places, s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[FarPath, Path]:
+    """The same run on S3 and on a disk."""
+    bucket, folder, found = new_bucket(), tmp_path_factory.mktemp("near"), []
+    for runs in (f"{bucket}/runs", folder):
+        settings = places.settings(run__dir=runs, run__name="a", train__max_steps=6, model__compute_dtype="float32")
+        train(load_config(settings=settings), SoloComm())
+        found.append(run_path(str(runs)) / "a")
+    far, near = found
+    assert isinstance(far, FarPath) and isinstance(near, Path)
+    return far, near
+
+
+def called(*words: object) -> str:
+    done = call([str(word) for word in words])
+    assert done.code == 0, done
+    return done.out
+
+
+class TestReaders:
+    def test_evaluate(self, far_and_near: tuple[FarPath, Path]) -> None:
+        far, near = far_and_near
+        for run in far_and_near:
+            called("trainer.evaluate", run, "--bootstrap", 5)
+        mine, theirs = (json.loads((run / "evaluation" / "report.json").read_bytes()) for run in far_and_near)
+        assert mine.keys() == theirs.keys()
+        assert {name for name in mine if mine[name] != theirs[name]} <= {"run", "checkpoint"}
+        assert {each.name for each in (far / "evaluation").iterdir()} == {
+            each.name for each in (near / "evaluation").iterdir()
+        }
+
+    def test_evaluate_against_another(self, far_and_near: tuple[FarPath, Path], tmp_path: Path) -> None:
+        far, near = far_and_near
+        out = far.parent / "compared"
+        called("trainer.evaluate", near, "--against", far, "--bootstrap", 5, "--out", out)
+        found = json.loads((out / "comparison.json").read_bytes())
+        assert found["differences"]["auc"]["value"] == 0 and found["against"] == str(far)
+
+    def test_score_and_export(self, far_and_near: tuple[FarPath, Path], tmp_path: Path) -> None:
+        for name, words in (("scores", ["jobs/score"]), ("vectors", ["jobs/export_embeddings"])):
+            tables = []
+            for number, run in enumerate(far_and_near):
+                out = tmp_path / f"{name}-{number}.parquet"
+                called(*words, "--run", run, "--out", out)
+                tables.append(pq.read_table(out).replace_schema_metadata(None))
+            assert tables[0].num_rows > 0 and tables[0].equals(tables[1])
+
+    def test_export_model(self, far_and_near: tuple[FarPath, Path], tmp_path: Path) -> None:
+        called("jobs/export_model", "--run", far_and_near[0], "--out", tmp_path / "model", "--sample-groups", 0)
+        assert "at most" in called("serving", "check", tmp_path / "model")
+
+    def test_compat(self, far_and_near: tuple[FarPath, Path], places: Places) -> None:
+        assert "compatible" in called("trainer.compat", far_and_near[0], places.folder / "features")
+
+    def test_warm_start(self, far_and_near: tuple[FarPath, Path], places: Places, tmp_path: Path) -> None:
+        ends = []
+        for number, run in enumerate(far_and_near):
+            name = f"warm-{number}"
+            settings = places.settings(
+                run__dir=tmp_path, run__name=name, run__warm_start=run, train__max_steps=2, run__warm_parts="full"
+            )
+            train(load_config(settings=settings), SoloComm())
+            ends.append(tmp_path / name)
+        assert_same(*ends)
+
+    def test_a_folder_that_is_no_run(self, far_and_near: tuple[FarPath, Path]) -> None:
+        done = call(["trainer.evaluate", str(far_and_near[0].parent)])
+        assert (
+            done.code == 2 and "is not a run's folder: there is no config.yaml in it; it holds the runs a" in done.err
+        )
+
+
+def test_a_run_that_is_there_is_refused_or_replaced(run_on: Callable[..., RunPath], s3_url: str) -> None:
+    far = run_on(s3_url, train__max_steps=4)
+    with pytest.raises(ConfigError, match=r"holds a run already; continue it by run\.resume=latest"):
+        run_on(s3_url)
+    run_on(s3_url, train__max_steps=2, run__overwrite=True)
+    assert [each.name for each in finished(far / "checkpoints")] == ["step-00000002"]
+    assert json.loads((far / "report.json").read_bytes())["global_step"] == 2
+    run_on(s3_url, run__resume="latest")
+    assert [each.name for each in finished(far / "checkpoints")] == [f"step-{step:08}" for step in (2, 4, 6)]
+
+
+def test_a_second_start_ends_the_first(
+    run_on: Callable[..., RunPath], s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, begun = Engine.train_step, []
+
+    def taken_over(engine: Engine, prepared: Any) -> Any:
+        if engine.num_steps == 5 and not begun:
+            begun.append(True)
+            place_of(run_path(s3_url) / "a" / "checkpoints").claim()  # as a start elsewhere does
+        return step(engine, prepared)
+
+    monkeypatch.setattr(Engine, "train_step", taken_over)
+    with pytest.raises(CheckpointError, match="written to by another start of this run"):
+        run_on(s3_url)
+    there = [each.name for each in finished(run_path(s3_url) / "a" / "checkpoints")]
+    assert there[0] == "step-00000002" and "step-00000006" not in there
+
+
+@pytest.mark.services
+def test_s3_that_is_away_for_a_while_stops_nothing(
+    run_on: Callable[..., RunPath], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is killed before a checkpoint, and comes back after the next steps: these are not waited for."""
+    folder, step, seen = tmp_path / "server", Engine.train_step, []
+    folder.mkdir()
+    server = seaweedfs(folder)
+
+    def step_without(engine: Engine, prepared: Any) -> Any:
+        if engine.num_steps == 2:
+            server.kill()
+        if engine.num_steps == 5:
+            seen.append([thread.name for thread in threading.enumerate()].count("checkpoint"))
+            server.start()
+        return step(engine, prepared)
+
+    server.start()
+    try:
+        with environment_of(server.endpoint):
+            bucket = new_bucket()
+            monkeypatch.setattr(Engine, "train_step", step_without)
+            far = run_on(bucket, train__checkpoint_every=3)
+            monkeypatch.undo()
+    finally:
+        with environment_of(server.endpoint):
+            steps = [each.name for each in finished(far / "checkpoints")]
+            report = json.loads((far / "report.json").read_bytes())
+            found = tensors(far)
+        server.kill()
+    assert seen == [1], "it was being written while steps were made"
+    assert steps == ["step-00000003", "step-00000006"]
+    assert report["checkpoints"] == {"written": 2, "failed": 0}
+    expected = tensors(run_on(tmp_path))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_full_disk_is_told_and_ends_the_run_when_it_stays_full(
+    run_on: Callable[..., RunPath], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write, full = DiskPlace.write, {2, 4}
+
+    def refuse(place: DiskPlace, step: int, name: str, content: Any) -> Any:
+        if step in full:
+            raise OSError(28, "No space left on device")
+        return write(place, step, name, content)
+
+    monkeypatch.setattr(DiskPlace, "write", refuse)
+    run = run_on(tmp_path, train__checkpoint_failures=2)
+    told = "warning: the checkpoint of step 2 could not be written: rank 0: [Errno 28] No space left on device"
+    assert told in capsys.readouterr().out.replace("\n", " ")
+    assert json.loads((run / "report.json").read_bytes())["checkpoints"] == {"written": 1, "failed": 2}
+    with pytest.raises(CheckpointError, match=r"step 4 cannot be written: rank 0: .*; nor could the 1 before it"):
+        run_on(tmp_path, "b", train__checkpoint_failures=1)
