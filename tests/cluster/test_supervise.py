@@ -30,9 +30,9 @@ def whole(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Leg:
     return shop.alone(tmp_path_factory.mktemp("alone"), 1)
 
 
-def start(shop: Shop, run: Supervised) -> "subprocess.Popen[bytes]":
-    """Start the supervisor on host a."""
-    variables = {**shop.s3, **run.next_notes(), PAUSE_S: "1"}
+def start(shop: Shop, run: Supervised, pause_s: float = 1) -> "subprocess.Popen[bytes]":
+    """Start the supervisor on host a; a step takes so long at least."""
+    variables = {**shop.s3, **run.next_notes(), PAUSE_S: str(pause_s)}
     return shop.net["a"].start(*run.command(), log=run.log, env=variables)
 
 
@@ -47,7 +47,8 @@ def said_at_the_end(job: "subprocess.Popen[bytes]", run: Supervised) -> str:
     """What was printed, once the supervisor has ended with 0 and no rank is left on any host."""
     assert job.wait(TIMEOUT_S) == 0, run.log.read_text()
     end = time.monotonic() + 30
-    while any(f"run.dir={run.folder}" in (each.info["cmdline"] or ()) for each in psutil.process_iter(["cmdline"])):
+    folder = next(setting for setting in run.settings if setting.startswith("run.dir="))
+    while any(folder in (each.info["cmdline"] or ()) for each in psutil.process_iter(["cmdline"])):
         assert time.monotonic() < end, run.log.read_text()
         time.sleep(0.1)
     return run.log.read_text()
@@ -97,3 +98,32 @@ def test_the_network_between_two_hosts_is_cut_for_30_seconds(shop: Shop, whole: 
     legs = run.legs()
     assert [leg.num_ranks for leg in legs] == [2, 1, 2]
     assert_no_step_or_sample_is_lost(legs, whole, STEPS)
+
+
+@pytest.mark.timeout(600)
+def test_the_disk_is_full_for_a_while(shop: Shop, whole: Leg, tmp_path: Path) -> None:
+    """The run's folder is on a small disk of host a, which other files fill until a checkpoint could not be written."""
+    host = shop.net["a"]
+    host.run("mount", "--mkdir", "-t", "tmpfs", "-o", "size=20m", "disk", "/mnt/small")
+    run = Supervised(tmp_path, shop.settings_on_s3("/mnt/small"), ("--hosts", "a:2"))
+    job = start(shop, run, pause_s=0.3)
+    wait(job, run, lambda: "step-00000010" in host.run("ls", "/mnt/small/run/checkpoints", check=False).stdout)
+    host.run("sh", "-c", "head -c 100M /dev/zero > /mnt/small/others", check=False)
+    wait(job, run, lambda: "No space left on device" in run.log.read_text())
+    host.run("rm", "/mnt/small/others")
+    said = said_at_the_end(job, run)
+    assert "ended with exit code 1 (error: " in said and "No space left on device" in said
+    legs = run.legs()
+    assert len(legs) > 1
+    assert_no_step_or_sample_is_lost(legs, whole, STEPS)
+
+
+@pytest.mark.timeout(600)
+def test_s3_is_away_for_a_minute(shop: Shop, whole: Leg, tmp_path: Path) -> None:
+    """Samples and features cannot be read meanwhile: ranks wait, or fail and are started again until it is back."""
+    run = Supervised(tmp_path, shop.settings_on_s3(tmp_path), ("--hosts", "a:2", "--backoff-s", "5"))
+    job = start(shop, run, pause_s=0.3)
+    wait(job, run, lambda: run.newest_step() >= 10)
+    shop.net.cut("a", "s3", 60)
+    said_at_the_end(job, run)
+    assert_no_step_or_sample_is_lost(run.legs(), whole, STEPS)

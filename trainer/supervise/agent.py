@@ -73,6 +73,9 @@ class Agent:
         os._exit(0)
 
     def _start(self, asked: dict[str, Any]) -> None:
+        self._signal(signal.SIGKILL)  # ranks of two generations never live at once
+        for rank in self._ranks.values():
+            rank.wait()
         as_rank = [sys.executable, "-I", "-S", __file__, AS_RANK, str(os.getpid())]
         for each in asked["ranks"]:
             try:
@@ -142,8 +145,6 @@ def addresses() -> dict[str, str]:
 def become(parent: int, command: list[str]) -> None:
     """Become the program of a rank, which dies with its parent."""
     die_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # what is ignored stays so in the next program
-        signal.signal(number, signal.SIG_DFL)
     if os.getppid() == parent:
         try:
             os.execvp(command[0], command)
@@ -161,8 +162,10 @@ def main() -> None:
     if sys.argv[1] == AS_RANK:
         become(int(sys.argv[2]), sys.argv[3:])
         return
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a host that goes down sends them to the ranks too,
-        signal.signal(number, signal.SIG_IGN)  # which then write a checkpoint
+    # A host that goes down sends them to the ranks too, which then write a checkpoint. (What is ignored, ranks would
+    # ignore too, until they have set their own.)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
     agent = Agent(float(sys.argv[1]))
     if "--local" in sys.argv:  # dies with the supervisor, also where it is stopped and cannot read
         die_with_parent()

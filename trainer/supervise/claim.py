@@ -1,20 +1,43 @@
-"""One supervisor for one run: a lock that ends with its process, however it ends."""
+"""One supervisor for one run: on a disk a lock that ends with its process, on an object store a lease."""
 
 import fcntl
+import json
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from featurestore.errors import StorageError
+from featurestore.published.paths import FarPath, RunPath
+from featurestore.storage.storage import Storage
+from featurestore.text.parsing import parse_json
 from trainer.errors import ConfigError, TrainerError
+from trainer.supervise.report import say
+
+LEASE_S = 60.0
+"""After so long without a renewal, a supervisor of another machine counts as gone."""
+_SETTLE_S = 1.0
+"""Between writing a lease and looking whether it stayed: two that begin at once see the same one."""
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold the run in `folder` for this process. Raises ConfigError where another supervisor has it."""
+def claimed(folder: RunPath, lease_s: float = LEASE_S) -> Iterator[None]:
+    """Hold the run in `folder` for this process. Raises ConfigError where another supervisor has it, else TrainerError.
+
+    On an object store, SIGTERM comes to this process where another one has taken the run over.
+    """
     file = folder.parent / f".{folder.name}.supervised"
+    with _lease(file, lease_s) if isinstance(file, FarPath) else _lock(file):
+        yield
+
+
+@contextmanager
+def _lock(file: Path) -> Iterator[None]:
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as failure:
         raise TrainerError(f"{file} cannot be written: {failure}; choose another run.dir") from failure
@@ -22,12 +45,75 @@ def claimed(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as failure:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-            raise ConfigError(f"{folder} is supervised already, by {holder}; end that first") from failure
+            raise _held(file, os.pread(descriptor, 200, 0).decode(errors="replace").strip()) from failure
         except OSError as failure:
             raise TrainerError(f"{file} cannot be locked: {failure}; choose another run.dir") from failure
         os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        os.pwrite(descriptor, f"{_me()}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _lease(file: FarPath, lease_s: float) -> Iterator[None]:
+    storage, name = Storage(file.parent.url), file.name
+    holder = _holder(storage, name, lease_s)
+    if holder is not None and holder != _me() and not _is_gone(holder):
+        raise _held(file, f"{holder}, or was until less than {lease_s:g} s ago")
+    _write(storage, name)
+    time.sleep(_SETTLE_S)
+    if (other := _holder(storage, name, lease_s)) != _me():
+        raise _held(file, other or "nobody any more")
+    ended = threading.Event()
+    renewing = threading.Thread(target=_renew, args=(storage, name, lease_s, ended), daemon=True)
+    renewing.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        renewing.join()
+        if _holder(storage, name, lease_s) == _me():
+            storage.delete_files([name])
+
+
+def _renew(storage: Storage, name: str, lease_s: float, ended: threading.Event) -> None:
+    while not ended.wait(lease_s / 4):
+        try:
+            holder = _holder(storage, name, lease_s)
+            if holder in (None, _me()):
+                _write(storage, name)
+                continue
+        except (OSError, StorageError):
+            continue  # the store is away: nobody else can take the run either
+        say(f"the run is supervised by {holder} now")
+        os.kill(os.getpid(), signal.SIGTERM)
+        return
+
+
+def _write(storage: Storage, name: str) -> None:
+    storage.write_bytes(name, json.dumps({"holder": _me()}).encode())
+
+
+def _holder(storage: Storage, name: str, lease_s: float) -> str | None:
+    """Return who holds the lease; None where nobody does, or has not renewed it for so long, by the store's clock."""
+    try:
+        age_s = storage.now() - storage.entry(name).mtime_s
+        return str(parse_json(storage.read_bytes(name))["holder"]) if age_s < lease_s else None
+    except FileNotFoundError:
+        return None
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on {os.uname().nodename}"
+
+
+def _is_gone(holder: str) -> bool:
+    """Return whether the holder was a process of this machine that has ended."""
+    _, pid, _, host = holder.split(maxsplit=3)
+    return host == os.uname().nodename and not Path(f"/proc/{pid}").exists()
+
+
+def _held(file: RunPath, holder: str) -> ConfigError:
+    run = file.parent / file.name.removeprefix(".").removesuffix(".supervised")
+    return ConfigError(f"{run} is supervised already, by {holder}; end that first")

@@ -7,6 +7,7 @@ from time import strftime
 
 from typer.main import get_command
 
+from featurestore.published.paths import RunPath, run_path
 from trainer.config.config import load_config
 from trainer.errors import ConfigError
 from trainer.main import app, warm_settings
@@ -20,14 +21,14 @@ class TrainCommand:
     """`python -m trainer.main ARGUMENTS`, or a script with the same arguments, and the run that it trains."""
 
     words: tuple[str, ...]
-    folder: Path
+    folder: RunPath
     """The run's folder."""
     name_was_given: bool
 
     def newest_step(self) -> int:
         """Return the step of the run's newest checkpoint; 0 where it has none."""
-        found = finished(self.folder / "checkpoints")
-        return int(found[-1].name.removeprefix("step-")) if found else 0
+        names = [each.name for each in finished(self.folder / "checkpoints")]
+        return int(names[-1].removeprefix("step-")) if names else 0
 
     def start(self) -> list[str]:
         """Return the command line that begins the run or, where it has a checkpoint, continues it."""
@@ -47,7 +48,7 @@ def parse_command(words: Sequence[str]) -> TrainCommand:
     if run.overwrite:
         raise ConfigError("run.overwrite=true would remove what a supervised run goes on from; take another run.name")
     name = run.name or strftime("run-%Y%m%d-%H%M%S")
-    return TrainCommand(tuple(words), Path(run.dir) / name, name_was_given=run.name is not None)
+    return TrainCommand(tuple(words), run_path(run.dir) / name, name_was_given=run.name is not None)
 
 
 def _arguments(words: Sequence[str]) -> Sequence[str]:

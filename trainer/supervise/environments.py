@@ -1,5 +1,6 @@
 """What ranks find in their environment, as horovodrun or torchrun would put it there, so that they find each other."""
 
+import importlib
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +40,12 @@ def reach_of(ssh_connection: str | None, interfaces: Mapping[str, str], head: st
         return Reach(here, here, interfaces.get(here))
     client, _, own, _ = ssh_connection.split()
     return Reach(own, client, interfaces.get(own))
+
+
+def load(by: By) -> None:
+    """Import what `environments` needs; with torch behind it, that takes seconds."""
+    if by == By.HOROVOD:
+        importlib.import_module("trainer.comm.rendezvous")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from featurestore.console.commandline import STOPPED
 from featurestore.errors import FAILED, UserError
 from trainer.supervise import policy
 from trainer.supervise.command import TrainCommand
-from trainer.supervise.environments import By, environments, reach_of
+from trainer.supervise.environments import By, environments, load, reach_of
 from trainer.supervise.generation import Generation
 from trainer.supervise.link import Link, News
 from trainer.supervise.policy import Past, Slots
@@ -70,12 +70,16 @@ class Supervisor:
             await self._close_links()
 
     async def _generations(self) -> int:
-        step = await self._newest_step()
+        loading = asyncio.create_task(asyncio.to_thread(load, self.options.by))
         while True:
             hosts = await self._hosts()
             if hosts is None:
                 return self._without_hosts()
+            await loading
             step = await self._newest_step()  # an earlier supervisor's ranks may have written one meanwhile
+            self._drain()
+            if any(self._links[each.host].hello is None for each in hosts):
+                continue  # lost while the checkpoints were looked at
             say(start_text(step, hosts, self._slots_left(), self._slots()))
             ends, asked = await self._generation(hosts, step)
             after = await self._newest_step()

@@ -1,9 +1,15 @@
 """What a person gives to trainer.supervise: hosts, and a command whose run can be found and gone on with"""
 
+import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
+from featurestore.published.paths import run_path
+from featurestore.storage.storage import Storage
 from trainer.errors import ConfigError, TrainerError
 from trainer.supervise.agent import addresses
 from trainer.supervise.claim import claimed
@@ -116,6 +122,34 @@ def test_one_supervisor_for_a_run(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(TrainerError, match="cannot be written"), claimed(tmp_path / "file" / "a"):
         pass
+
+
+def test_one_supervisor_for_a_run_on_an_object_store(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_path(f"{s3_url}/runs/a")
+    lease = f"{s3_url}/runs/.a.supervised"
+    with claimed(run):
+        storage = Storage(f"{s3_url}/runs")
+        elsewhere = json.dumps({"holder": "process 1 on another-machine"}).encode()
+        with claimed(run_path(f"{s3_url}/runs/b")):
+            pass
+    assert storage.list() == [], f"{lease} is given back"
+    storage.write_bytes(".a.supervised", elsewhere)
+    with pytest.raises(ConfigError, match="a is supervised already, by process 1 on another-machine"), claimed(run):
+        pass
+    time.sleep(2.5)  # S3 has whole seconds
+    with claimed(run, lease_s=1.5):
+        assert b"another-machine" not in storage.read_bytes(".a.supervised")
+    gone = {"holder": f"process 4194305 on {os.uname().nodename}"}  # a number that no process has
+    storage.write_bytes(".a.supervised", json.dumps(gone).encode())
+    with claimed(run):
+        pass
+    ended: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda _, number: ended.append(number))
+    with claimed(run, lease_s=4):
+        storage.write_bytes(".a.supervised", elsewhere)
+        time.sleep(2.5)
+    assert ended == [signal.SIGTERM], "it was taken over"
+    assert storage.read_bytes(".a.supervised") == elsewhere
 
 
 def test_addresses_by_which_hosts_reach_each_other() -> None:

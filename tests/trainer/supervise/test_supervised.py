@@ -10,7 +10,7 @@ import pytest
 
 from tests.trainer.runs.legs import Killed, Leg, assert_no_step_or_sample_is_lost
 from tests.trainer.supervise.conftest import STEPS
-from tests.trainer.supervise.supervised import TIMEOUT_S, Supervised, kill
+from tests.trainer.supervise.supervised import TIMEOUT_S, TWO_HOSTS, Supervised, kill
 
 Settings = Callable[..., list[str]]
 
@@ -18,20 +18,28 @@ pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 
 
 def test_a_rank_a_host_and_the_supervisor_are_killed(settings_of: Settings, tmp_path: Path, whole: Leg) -> None:
+    """The second supervisor goes on by torch.distributed what Horovod's ranks have begun."""
     run = Supervised(tmp_path, settings_of(tmp_path, STEPS, 10))
-    process = run.start()
+    process = run.start(PAUSE_S="0.05")
     run.wait_for_step(process, 10)
-    kill(run.ranks(process)[1])
-    run.wait_for_step(process, 40)
-    kill(run.agents(process)[0])
-    run.wait_for_step(process, 70)
+    kill(run.victims(process, "rank")[1])
+    run.wait_for_step(process, 30)
+    kill(run.victims(process, "agent")[0])
+    run.wait_for_step(process, 60)
     kill(psutil.Process(process.pid))
     first = run.end(process, -signal.SIGKILL)
-    assert "died (signal 9, SIGKILL)" in first and "is out of reach" in first
-    said = run.end(run.start())
-    assert "2 of 2 slots left; resuming at step " in said and "supervise: done after 0 restarts" in said
+    assert max(run.legs()[-1].losses) < STEPS, "no rank goes on without its supervisor"
+    assert "supervise: rank 1 on 127.0.0.1 died (signal 9, SIGKILL)" in first and "is out of reach" in first
+    run.options = (*TWO_HOSTS, "--by", "torch")
+    process = run.start()
+    run.wait_for_step(process, 90)
+    by_torch = run.victims(process, "rank")[0]
+    assert "MASTER_PORT" in (variables := by_torch.environ()) and "HOROVOD_RANK" not in variables
+    kill(by_torch)
+    said = run.end(process)
+    assert "2 of 2 slots left; resuming at step " in said and "supervise: done after 1 restart, with step 120" in said
     legs = run.legs()
-    assert len(legs) == 4
+    assert len(legs) == 5
     assert_no_step_or_sample_is_lost(legs, whole, STEPS)
 
 
