@@ -13,6 +13,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import NoReturn, cast
 
@@ -49,6 +50,8 @@ class TorchComm(Comm):
         self._thread = threading.get_ident()
         self._last: dict[str, dist.Work] = {}
         """Of each name the collective that began last."""
+        self._beginning: dict[str, Future[dist.Work]] = {}
+        """Of each name that threads of their own begin with: the first one."""
         self.moves_cuda_tensors = has_gpu_for_each(self._lanes.ranks)
 
     def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -66,11 +69,10 @@ class TorchComm(Comm):
 
     def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], None]:
         key = f"allreduce.{name}"
-        work = self._lanes.of("nccl" if values.is_cuda else "gloo", key).allreduce([values.detach()])
-        self._last[key] = work
+        begun = self._beside(key, lambda: self._allreduce(values, key))
 
         def finish() -> None:
-            self._wait(key, work)
+            self._wait(key, begun.result())
             self._count_allreduce(values, name)
 
         return finish
@@ -89,13 +91,34 @@ class TorchComm(Comm):
         return "NCCL" if device.type == "cuda" and self.moves_cuda_tensors else "Gloo"
 
     def close(self) -> None:
-        if not self.is_stuck and not all(work.is_completed() for work in self._last.values()):
+        is_begun = all(each.done() for each in self._beginning.values())
+        if not self.is_stuck and not (is_begun and all(work.is_completed() for work in self._last.values())):
             self._abandon()
         if self.is_stuck:
             return
         self._last.clear()
         self._lanes.clear()
         self._meeting.leave()
+
+    def _allreduce(self, values: Tensor, key: str) -> dist.Work:
+        work = self._lanes.of("nccl" if values.is_cuda else "gloo", key).allreduce([values.detach()])
+        self._last[key] = work
+        return cast("dist.Work", work)
+
+    def _beside(self, key: str, begin: Callable[[], dist.Work]) -> Future[dist.Work]:
+        """Begin a collective without waiting for anybody.
+
+        The first one of a name waits until all ranks come to its lane: in a thread of its own, as they may come to two
+        lanes in two orders.
+        """
+        if key in self._last:
+            begun = Future[dist.Work]()
+            begun.set_result(begin())
+            return begun
+        with_thread = ThreadPoolExecutor(1, key)
+        begun = self._beginning[key] = with_thread.submit(begin)
+        with_thread.shutdown(wait=False)
+        return begun
 
     def _lane_of(self, key: str) -> ProcessGroup:
         """Return the lane of a collective that its thread waits for."""

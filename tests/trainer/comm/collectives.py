@@ -90,13 +90,14 @@ def come_in_any_order(comm: Comm) -> None:
     draw, ahead = random.Random(comm.rank), [Ahead(comm, "step", 1), Ahead(comm, "eval", 2)]
     for round_ in range(MEETINGS):
         names = draw.sample(["dense.a", "dense.b", "dense.c"], 3)
-        sums = {name: torch.tensor([comm.rank + 1.0, round_]) for name in names}
+        sums = {name: torch.tensor([float(ord(name[-1])), comm.rank, round_]) for name in names}
         finish = {name: comm.start_allreduce_sum_(sums[name], name=name) for name in names[:2]}
         check_exchange(comm, "step.vectors", round_)
         finish |= {name: comm.start_allreduce_sum_(sums[name], name=name) for name in names[2:]}
         for name in draw.sample(names, 3):
             finish[name]()
-            assert sums[name].tolist() == [comm.size * (comm.size + 1) / 2, comm.size * round_], (name, sums[name])
+            expected = [comm.size * ord(name[-1]), comm.size * (comm.size - 1) / 2, comm.size * round_]
+            assert sums[name].tolist() == expected, (name, sums[name])
     for each in ahead:
         each.join()
         assert each.error is None, each.error
