@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from benchmarks.resume.__main__ import app, differences, kills_of
 from benchmarks.resume.runs import Runs, checkpoint_every
+from benchmarks.resume.stall import app as stall_app
 from benchmarks.workload import Knobs, make
 
 
@@ -49,3 +50,15 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
     for run in ("2_ranks", "4_ranks", "killed_and_changed", "last_bit"):
         assert all(figures[f"float64_10_steps_{run}_{column}"] < 1e-12 for column in columns)
     assert figures["float64_10_steps_killed_and_changed_dense"] > 0
+
+
+@pytest.mark.long
+def test_the_stall_of_a_checkpoint(tmp_path: Path) -> None:
+    words = ["--dir", tmp_path / "workload", "--json", tmp_path / "out.json", "--rounds", 1, "--checkpoints", 1]
+    small = ["--images", 200, "--dim", 8, "--samples", 16]
+    done = CliRunner().invoke(stall_app, [str(word) for word in [*words, *small]])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "out.json").read_text())
+    for variant in ("beside", "in_step"):
+        assert 0 < found[f"{variant}_least_ms"] <= found[f"{variant}_checkpoint_stall_ms"]
+        assert found[f"{variant}_share_of_a_minute"] == found[f"{variant}_checkpoint_stall_ms"] / 60_000

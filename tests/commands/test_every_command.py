@@ -33,6 +33,7 @@ WRITERS = {
         "read",
         "restart",
         "resume",
+        "resume.stall",
         "scale",
         "serve",
         "store",

@@ -25,15 +25,17 @@ class StoredBytes:
     table_shards: int
     machine_memory_bytes: int | None = None
     """Of a machine, where it is known."""
+    copied: bool = False
+    """Whether checkpoints are written beside the training, from a copy of the ID rows."""
 
     def feature_bytes(self, dtype: str, ranks: int) -> float:
         """Return the bytes of features on the rank that has most shards."""
         return self.rows * self.dim * FEATURE_ITEM_BYTES[dtype] * most_shards(self.shards, ranks) / self.shards
 
     def rank_bytes(self, ranks: int) -> float:
-        """Return the bytes of features and ID rows on the rank that has most."""
+        """Return the bytes of features and ID rows, and of the copy of these, on the rank that has most."""
         tables = self.table_bytes * most_shards(self.table_shards, ranks) / self.table_shards
-        return self.feature_bytes(self.dtype, ranks) + tables
+        return self.feature_bytes(self.dtype, ranks) + tables * (2 if self.copied else 1)
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ def _stored(config: Config, sampled: SampledKeys) -> StoredBytes:
         table_bytes=sum(owned_bytes(shape, 0, 1, state, torch.float32) for shape in shapes),
         table_shards=config.model.table_shards,
         machine_memory_bytes=physical_memory_bytes(),
+        copied=config.train.checkpoint_beside,
     )
 
 
@@ -120,7 +121,8 @@ def assumptions(
         f"they are joined by a network of {speed:g} Gbit/s each way with {question.latency_s * 1e6:g} us for a message "
         "(--network, --latency-us); nobody else uses it.",
         f"A day of logs is {per_day:,.0f} samples: {origin}.",
-        "Features lie in memory (or in the cache of files): see the bytes that a rank holds.",
+        "Features lie in memory (or in the cache of files): see the bytes that a rank holds. ID rows count twice where "
+        "checkpoints are written beside the training, from a copy (train.checkpoint_beside).",
         "Store in worker: samples carry the features of each group once, come over the same network, cost nothing to "
         "decode but a copy, and E runs once per occurrence. Store in server: a rank's unique features travel a step "
         "ahead. ID vectors, reading and the worker model are those of the exchange in both.",

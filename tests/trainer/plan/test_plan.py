@@ -104,6 +104,8 @@ class TestBuild:
         assert self.STORED.feature_bytes("bfloat16", 20) == 1_000_000 * 8192 * 4 / 64
         assert self.STORED.feature_bytes("int8", 1) == 1_000_000 * 4096
         assert self.STORED.rank_bytes(20) == 1_000_000 * 8192 * 4 / 64 + 4_000
+        with_copy = dataclasses.replace(self.STORED, copied=True)  # of the ID rows, for checkpoints beside the training
+        assert with_copy.rank_bytes(20) == 1_000_000 * 8192 * 4 / 64 + 8_000
 
     def test_efficiency_and_choice(self) -> None:
         def counts_of(ranks: int) -> BatchCounts:
