@@ -84,6 +84,7 @@ bench: $(INSTALLED) ## Run the benchmarks; the figures go to data/bench/*.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.refresh --json $(BENCH_DIR)/refresh.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.train --dir $(BENCH_DIR)/workload --json $(BENCH_DIR)/train.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.compact --dir $(BENCH_DIR)/compact --json $(BENCH_DIR)/compact.json
+	$(ON_PATH) $(BIN)/python -m benchmarks.comm --dir $(BENCH_DIR)/comm --json $(BENCH_DIR)/comm.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.plan --dir $(BENCH_DIR)/plan --json $(BENCH_DIR)/plan.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.days --dir $(BENCH_DIR)/days --json $(BENCH_DIR)/days.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.read --dir $(BENCH_DIR)/read --json $(BENCH_DIR)/read.json

@@ -26,6 +26,7 @@ WITHOUT_PLACES = {"benchmarks.quality", "benchmarks.tables", "tools/demo"}
 WRITERS = {
     f"benchmarks.{name}"
     for name in (
+        "comm",
         "days",
         "flight",
         "gpu",
