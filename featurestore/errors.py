@@ -15,6 +15,7 @@ FeatureStoreError
 ├── CommitConflictError     another writer was in the way: read again and retry
 ├── CorruptFileError        a file is not what was written
 ├── QueryError              a query that SQL does not understand
+├── PasswordError           a password in an address, which logs would show
 ├── TokenFileError          a file of tokens is not there, or has none that is long enough
 ├── ServerError             a feature server does not answer as it should
 │   ├── UnavailableError    nobody listens there, or it has too many calls now: try again
@@ -100,6 +101,12 @@ class CorruptFileError(FeatureStoreError):
 
 class QueryError(FeatureStoreError):
     """A query that SQL does not understand, or that asks for more than rows of a store."""
+
+    exit_code = USAGE
+
+
+class PasswordError(FeatureStoreError):
+    """A password in an address, which configurations, reports and logs would show."""
 
     exit_code = USAGE
 

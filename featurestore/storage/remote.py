@@ -17,9 +17,10 @@ from fsspec.core import split_protocol
 from fsspec.utils import stringify_path
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from featurestore.errors import StorageError
+from featurestore.errors import PasswordError, StorageError
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.threads import in_threads
+from featurestore.text.plain import without_passwords
 
 PATIENCE_S = 60.0  # a restarted server is back by then
 _WARN_AFTER_S = 5.0
@@ -54,6 +55,22 @@ def protocol_and_path(url: str | os.PathLike[str]) -> tuple[str, str]:
     """Split an address into its protocol, "file" by default, and the rest."""
     protocol, path = split_protocol(stringify_path(url))
     return protocol or "file", path
+
+
+def check_password(address: str, name: str = "") -> None:
+    """Raise PasswordError where an address has one; `name`: of the variable that has the address."""
+    hidden = without_passwords(address)
+    if hidden != address:
+        raise PasswordError(
+            f"{name}{hidden} has a password, which logs and reports would show: give the address without it, and "
+            "credentials by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or in the file of AWS_SHARED_CREDENTIALS_FILE"
+        )
+
+
+def check_endpoint() -> None:
+    """Raise PasswordError where the address of the object store, in the environment, has a password."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        check_password(os.environ.get(name, ""), f"{name}=")
 
 
 class RemoteFiles:
@@ -219,7 +236,7 @@ def _response(error: BaseException) -> dict[str, dict[str, Any]]:
 
 def reason_of(error: BaseException | None) -> str:
     """Return the message of an error, or its class where it has none."""
-    return str(error) or type(error).__name__
+    return without_passwords(str(error)) or type(error).__name__
 
 
 def _client(protocol: str) -> Any:
@@ -230,6 +247,7 @@ def _client(protocol: str) -> Any:
         if key not in _clients:
             try:
                 if protocol in _S3_PROTOCOLS:
+                    check_endpoint()
                     _clients[key] = fsspec.filesystem(protocol, skip_instance_cache=True, **_S3_OPTIONS)
                     _clients[key].retries = 1
                 else:

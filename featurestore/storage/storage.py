@@ -16,7 +16,15 @@ from tenacity import RetryError
 
 from featurestore.errors import CorruptFileError, StorageError
 from featurestore.storage.local import TEMPORARY, DiskFiles, StorageEntry
-from featurestore.storage.remote import Names, RemoteFiles, is_passing, persist, protocol_and_path, reason_of
+from featurestore.storage.remote import (
+    Names,
+    RemoteFiles,
+    check_password,
+    is_passing,
+    persist,
+    protocol_and_path,
+    reason_of,
+)
 
 _READ_AHEAD_BYTES = 256 << 10
 
@@ -33,6 +41,8 @@ class Storage:
     """
 
     def __init__(self, url: str | os.PathLike[str], keep_inside: bool = False) -> None:
+        """Raises PasswordError where the address has one."""
+        check_password(str(url))
         self._protocol, path = protocol_and_path(url)
         self._root = str(Path(path).absolute()) if self.is_local else path.rstrip("/")
         self.url = self._root if self.is_local else f"{self._protocol}://{self._root.lstrip('/')}"

@@ -1,6 +1,9 @@
 """Text as a person sees it: in one line, with what cannot be seen spelled out."""
 
+import re
 from collections.abc import Sequence
+
+_PASSWORD = re.compile(r"(://[^\s/@:]*):[^\s/]*@")
 
 
 def printable(text: str) -> str:
@@ -11,6 +14,11 @@ def printable(text: str) -> str:
 def one_line(error: Exception | str) -> str:
     """Return the message of another library, whatever its layout, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def without_passwords(text: str) -> str:
+    """Return `text` with the passwords of addresses hidden: https://user:***@host."""
+    return _PASSWORD.sub(r"\1:***@", text)
 
 
 def count_text(number: int, thing: str) -> str:

@@ -19,8 +19,11 @@ from fsspec.core import split_protocol, url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential
 
+from featurestore.errors import PasswordError
 from featurestore.keys import key_of_bytes, key_of_uri
+from featurestore.storage.remote import check_endpoint, check_password
 from featurestore.text.csvlines import CsvTextError, long_rows
+from featurestore.text.plain import without_passwords
 from pipeline.errors import BadImageError, SourceError, SourceNotFoundError
 from pipeline.images.imagetable import BATCH_ROWS, ImageRef, ImageTable, Listing
 from pipeline.images.localfiles import NOT_TEXT, check_reachable, files_below, is_text, read_regular, spelled
@@ -81,12 +84,14 @@ def read_image(location: str) -> bytes:
 def _source_errors(action: str) -> Iterator[None]:
     try:
         yield
+    except PasswordError:
+        raise
     except Exception as error:  # each object store's client has its own tree of errors
         raise SourceError(f"cannot {action}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    return without_passwords(str(error)) or type(error).__name__
 
 
 def _is_passing(error: BaseException) -> bool:
@@ -107,6 +112,7 @@ def _read(location: str) -> bytes:
 
 def _open_fs(address: str) -> tuple[Any, str]:
     """Give fsspec's file system (one client per process and protocol, it caches them) and the path in it."""
+    check_password(address)
     protocol, path = split_protocol(address)
     if protocol is None:
         return _client("file"), str(_client("file")._strip_protocol(path))
@@ -119,6 +125,8 @@ def _open_fs(address: str) -> tuple[Any, str]:
 
 @functools.lru_cache(maxsize=8)
 def _client(protocol: str) -> Any:
+    if protocol in S3_PROTOCOLS:
+        check_endpoint()
     options = {"use_listings_cache": False} if protocol in S3_PROTOCOLS else {}
     return fsspec.filesystem(protocol, **options)
 

@@ -88,8 +88,7 @@ def _module(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     known = COMMANDS[name.replace(".", "/") if name.startswith("jobs.") else name]
     values = _values(get_command(importlib.import_module(known).app), name, list(arguments))
     if "settings" in values:
-        settings = [*(values["settings"] or []), *(values.get("more") or [])]
-        load_config(values.get("file"), [each for each in settings if not each.startswith("run.dir=s3://")])
+        load_config(values.get("file"), [*(values["settings"] or []), *(values.get("more") or [])])
     return {"command": name, **values}
 
 

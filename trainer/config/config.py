@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from featurestore.errors import StorageError
 from featurestore.published.paths import RunPath, read_text, write_file
-from featurestore.text.plain import one_line
+from featurestore.text.plain import one_line, without_passwords
 from trainer.config import legacy
 from trainer.config.options import Count, ExchangeConfig, ModelConfig, OptimConfig
 from trainer.config.validate import Section, validated
@@ -37,7 +37,15 @@ WARM_PARTS: dict[Any, list[WarmPart]] = {
     "full": ["images", "model", "ids"],
 }
 Version = Annotated[int, Field(ge=0, lt=2**63)]
-Place = Annotated[str, Field(min_length=1)]
+
+
+def _without_password(value: str) -> str:
+    if without_passwords(value) != value:
+        raise ValueError("an address with a password would be shown by reports and logs; give it without")
+    return value
+
+
+Place = Annotated[str, Field(min_length=1), AfterValidator(_without_password)]
 
 
 def _calendar_day(value: str) -> str:

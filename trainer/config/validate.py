@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
+from featurestore.text.plain import without_passwords
 from trainer.errors import TrainerError
 
 KIND = "kind:"
@@ -56,7 +57,7 @@ def _explain(model: type[BaseModel], details: ErrorDetails) -> str:
             message = details["msg"].removeprefix("Value error, ").replace("Input should", "it should")
             if not name or (details["type"] == "value_error" and isinstance(details["input"], Mapping)):
                 return message  # of several fields, which it names itself
-            return f"{name}={details['input']!r}: {message}"
+            return without_passwords(f"{name}={details['input']!r}: {message}")
 
 
 def _names_at(model: type[BaseModel], path: list[str]) -> list[str]:
