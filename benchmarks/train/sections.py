@@ -24,7 +24,7 @@ _SAME_MODEL = (
 )
 _MEMORY_SAMPLES = 600  # the steps go on into a third epoch
 FUXICTR = ("fuxictr", "fuxictr_grouped")
-SECTIONS = ("link", "traffic", "memory")
+SECTIONS = ("hosts", "link", "traffic", "memory")
 VARIANTS = (*_SAME_MODEL[0], "ours_large_batch", *_SAME_MODEL[1], *FUXICTR)
 
 
@@ -85,6 +85,8 @@ def measure(bench: Bench, only: Sequence[str], alternatives: Mapping[str, Sequen
         check_losses(rounds.outcomes | checked, same)
     sections = [Section("samples per second", beside(rounds), rounds.grid())]
     wanted = [name for name in SECTIONS if not only or name in only]
+    if "hosts" in wanted:
+        sections.append(hosts_section(bench))
     if "link" in wanted:
         sections.append(link_section(bench))
     if "traffic" in wanted:
@@ -122,6 +124,23 @@ def beside(rounds: Rounds) -> dict[str, Figure]:
         "vs_fuxictr_grouped": rounds.ratio("ours", "fuxictr_grouped"),
     }
     return {name: value for name, value in figures.items() if value is not None}
+
+
+def hosts_section(bench: Bench) -> Section:
+    """Two ranks of the trainer on two hosts, namespaces that 1 Gbit/s joins, over the same two ranks on loopback."""
+    here = bench.launcher(2)
+    try:
+        with link(bench.scratch) as over:
+            ranks = Launcher(bench.workload, bench.scratch, 2, over.prefix, over.environment)
+            runs: dict[str, Run] = {
+                "two_hosts": lambda: ranks.trainer("ours", bench.steps_2_ranks, bench.settings),
+                "loopback": lambda: here.trainer("ours", bench.steps_2_ranks, bench.settings),
+            }
+            rounds = interleaved(runs, bench.rounds, bench.progress, "two hosts")
+    except LinkError as failure:
+        return Section("two ranks on two hosts", {"two_hosts_vs_loopback": None, "hosts_reason": str(failure)})
+    figures = {"two_hosts_vs_loopback": rounds.ratio("two_hosts", "loopback")}
+    return Section("two ranks on two hosts", figures, rounds.grid(), prefix="hosts_")
 
 
 def link_section(bench: Bench) -> Section:

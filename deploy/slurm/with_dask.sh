@@ -10,11 +10,20 @@ umask 077
 
 tls=$(mktemp -d "${TMPDIR:-/tmp}/dask-$SLURM_JOB_ID-XXXXXX")
 on_every_node=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
-pids=()
+scheduler='' workers=''
 finish() {
-  [ ${#pids[@]} -eq 0 ] || kill "${pids[@]}" 2>/dev/null || true
-  wait
-  srun --quiet --no-kill "${on_every_node[@]}" rm -rf "$tls" 2>/dev/null || rm -rf "$tls"
+  trap - TERM
+  if [ -n "$scheduler" ]; then
+    kill "$scheduler" 2>/dev/null || true
+  fi
+  if [ -n "$workers" ]; then # they end when they lose the scheduler; a node that is gone does not
+    for _ in {1..100}; do
+      kill -0 "$workers" 2>/dev/null || break
+      sleep 0.2
+    done
+    kill -KILL "$workers" 2>/dev/null || true
+  fi
+  rm -rf "$tls"
 }
 trap finish EXIT
 trap 'exit 143' TERM
@@ -35,19 +44,26 @@ done
 # On Python 3.11 before 3.11.9, the worker's profiler can stop a worker for ever.
 export DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED=False
 
-dask scheduler --protocol tls --port 0 --no-dashboard --scheduler-file "$tls/scheduler.json" &
-pids+=($!)
+# Without a dashboard, a page of figures is still served, without TLS: on loopback alone.
+no_dashboard=(--no-dashboard --dashboard-address 127.0.0.1:0)
+dask scheduler --protocol tls --port 0 "${no_dashboard[@]}" --scheduler-file "$tls/scheduler.json" &
+scheduler=$!
 while [ ! -s "$tls/scheduler.json" ]; do
-  kill -0 "${pids[0]}" || { echo "error: the scheduler did not start" >&2; exit 1; }
+  kill -0 "$scheduler" || { echo "error: the scheduler did not start" >&2; exit 1; }
   sleep 0.2
 done
 port=$(sed -n 's|.*"address": "tls://.*:\([0-9]*\)".*|\1|p' "$tls/scheduler.json")
 
-# A worker finds the scheduler at the address from which srun reached its node. A node that fails takes no other along.
+# A worker finds the scheduler at the address from which srun reached its node, and removes the key when it ends. A node
+# that fails takes no other along.
 # shellcheck disable=SC2016
-srun --no-kill --kill-on-bad-exit=0 --wait=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${on_every_node[@]}" \
-  bash -c 'exec dask worker "tls://$SLURM_LAUNCH_NODE_IPADDR:$0" --no-dashboard --death-timeout 60 \
-    --local-directory "${TMPDIR:-/tmp}"' "$port" &
-pids+=($!)
+srun --no-kill --kill-on-bad-exit=0 --wait=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${on_every_node[@]}" bash -c '
+  trap "rm -rf \"$1\"" EXIT
+  dask worker "tls://$SLURM_LAUNCH_NODE_IPADDR:$0" "${@:2}" --death-timeout 60 --local-directory "${TMPDIR:-/tmp}"
+' "$port" "$tls" "${no_dashboard[@]}" &
+workers=$!
 
-dask-submit --scheduler-file "$tls/scheduler.json" --wait-workers "$SLURM_JOB_NUM_NODES" --timeout 120 "$@"
+dask-submit --scheduler-file "$tls/scheduler.json" --wait-workers "$SLURM_JOB_NUM_NODES" --timeout 120 "$@" &
+submitted=$!
+trap 'kill "$submitted"; wait "$submitted"' TERM
+wait "$submitted"

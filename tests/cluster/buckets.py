@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 from tests.cluster.hosts import READY_S, Host, Network, python_words
-from tests.servers import ACCESS_KEY, REGION, SECRET_KEY, weed_command
+from tests.servers import ACCESS_KEY, REGION, SECRET_KEY, free_ports, weed_command
 
-PORT = 8333
 CREDENTIALS = f"[default]\naws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {SECRET_KEY}\n"
 LISTENING = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=1)"
 
@@ -29,8 +28,9 @@ def serve_s3(net: Network, name: str) -> dict[str, str]:
         (each.home / ".aws").mkdir(exist_ok=True)
         (each.home / ".aws" / "credentials").write_text(CREDENTIALS)
     log = files / "log.txt"
-    started = host.start(*weed_command(files, host.address, PORT, 9333, 9340, 8888), log=log)
-    endpoint = f"http://{name}:{PORT}"
+    port, *others = free_ports(4)  # other networks may have the same: its parts meet by sockets in the machine's /tmp
+    started = host.start(*weed_command(files, host.address, port, *others), log=log)
+    endpoint = f"http://{name}:{port}"
     end = time.monotonic() + READY_S
     while host.run(*python_words("-c", LISTENING, f"{endpoint}/healthz"), check=False).returncode:
         assert started.poll() is None and time.monotonic() < end, f"SeaweedFS on {name}: {log.read_text()[-2000:]}"

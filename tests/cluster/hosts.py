@@ -91,6 +91,7 @@ class Host:
         self.folder = folder
         """Its log of sshd, its keys and root's home are here, on the machine's disk; they outlive a `kill`."""
         self.home = folder / "home"
+        self._started: list[subprocess.Popen[bytes]] = []
         self._shell: subprocess.Popen[str] | None = None
         self._init: psutil.Process | None = None
 
@@ -139,9 +140,11 @@ class Host:
         kill() of what is returned ends the command by SIGKILL; a gentler signal goes to `process_of` it.
         """
         with log.open("ab") as out:
-            return subprocess.Popen(
+            started = subprocess.Popen(
                 self.command(*words), env=self.environment(env), stdin=subprocess.DEVNULL, stdout=out, stderr=out
             )
+        self._started.append(started)
+        return started
 
     def boot(self, files: Path) -> None:
         """Start the host's first process, with the files of `files` in its /etc."""
@@ -162,11 +165,14 @@ class Host:
             return
         with contextlib.suppress(psutil.NoSuchProcess):
             self._init.send_signal(signal.SIGKILL)
+        for started in self._started:  # one that was stopped with its command would never see that this is gone
+            started.kill()
         self._shell.wait(READY_S)  # it ends once the kernel has ended all processes of the host
         for pipe in (self._shell.stdin, self._shell.stdout):
             assert pipe is not None
             pipe.close()
         self._init = self._shell = None
+        self._started.clear()
 
 
 class Network:

@@ -12,6 +12,7 @@ from tests.trainer.runs.legs import WORKER, Killed, Leg, comparable_settings, wr
 
 STEPS, CHECKPOINT_EVERY = 40, 10
 BUCKET = "s3://shop"
+RUNS = f"{BUCKET}/runs"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,10 @@ class Shop:
         return comparable_settings(self.places, self.schema, run_dir, STEPS, CHECKPOINT_EVERY, **changes)
 
     def settings_on_s3(self, run_dir: object, **changes: object) -> list[str]:
-        """Settings of a run whose samples and features are in the bucket, and its cache on each host's own disk."""
+        """Settings of a run whose samples and features are in the bucket, and its cache on each host's own disk.
+
+        With a `run_dir` below RUNS, the hosts have no disk in common.
+        """
         places = {"data__samples": f"{BUCKET}/samples", "data__store": f"{BUCKET}/features"}
         return self.settings(run_dir, **{**places, "data__cache_dir": "/mnt/cache", **changes})
 

@@ -65,6 +65,14 @@ class Slurm:
             time.sleep(0.3)
         return state
 
+    def start_again_now(self, job: int, timeout_s: float = 6 * READY_S) -> None:
+        """Wait until a job is requeued, and let it start at once: by itself, Slurm waits two minutes."""
+        end = time.monotonic() + timeout_s
+        while self.state(job) != "PENDING":
+            assert time.monotonic() < end, f"job {job} is {self.state(job)}: {self.log()}"
+            time.sleep(0.3)
+        self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+
     def call(self, *words: str, env: Mapping[str, str] | None = None) -> str:
         """What a command of Slurm prints on the controller's host."""
         return self._head.run(*words, env={**(env or {}), **self.variables()}).stdout

@@ -1,16 +1,21 @@
 """Training as a job of Slurm, by the project's own batch scripts (docs/SLURM.md): a node fails, the time is over."""
 
+import random
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import ROOT, Network, lacking_packages
-from tests.cluster.runs import Shop, open_shop
+from tests.cluster import buckets
+from tests.cluster.dask_hosts import EXTRACT, IMAGES, SAME_ROWS, wait_for_work, write_slow
+from tests.cluster.hosts import ROOT, Network, lacking_packages, python_words
+from tests.cluster.runs import BUCKET, RUNS, STEPS, Shop, open_shop
 from tests.cluster.slurm import Slurm
-from tests.trainer.runs.legs import Killed, Leg
+from tests.pipeline.conftest import draw_photo, encode_image
+from tests.pipeline.samples.rows import all_bytes, random_logs, table, write
+from tests.trainer.runs.legs import Killed, Leg, assert_no_step_or_sample_is_lost
 
 SCRIPTS = ROOT / "deploy" / "slurm"
 
@@ -38,13 +43,17 @@ def whole(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Leg:
 class Training:
     """A job of train.sbatch whose ranks note their steps, and what it printed."""
 
-    def __init__(self, slurm: Slurm, shop: Shop, folder: Path, *changes: str, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self, slurm: Slurm, shop: Shop, folder: Path, *changes: str, by: str = "horovod", pause_s: float = 0
+    ) -> None:
         self.slurm, self._folder, self.log = slurm, folder, folder / "log.txt"
         noted = {"NOTES": str(folder), "PYTHONPATH": f"{ROOT / 'tests' / 'cluster' / 'noted'}:{ROOT}"}
-        settings = [word for each in (*shop.settings_on_s3(folder), *changes) for word in ("--set", each)]
+        settings = [
+            word for each in (*shop.settings_on_s3(f"{RUNS}/{folder.name}"), *changes) for word in ("--set", each)
+        ]
         self.job = slurm.submit(
-            SCRIPTS / "train.sbatch", *settings, options=[f"--output={self.log}", *options],
-            env={**shop.s3, **noted, "VENV": sys.prefix},
+            SCRIPTS / "train.sbatch", *settings, options=[f"--output={self.log}"],
+            env={**shop.s3, **noted, "VENV": sys.prefix, "PAUSE_S": str(pause_s), "TRAIN_BY": by},
         )  # fmt: skip
 
     def wait_for_step(self, step: int, leg: int = 0) -> None:
@@ -69,3 +78,97 @@ def test_two_nodes_train_as_two_ranks_of_one_machine(slurm: Slurm, shop: Shop, w
     assert training.wait() == "COMPLETED", training.output()
     (leg,) = training.legs(1)
     assert leg.samples == whole.samples and leg.losses == whole.losses
+
+
+def test_two_nodes_train_by_torch_too(slurm: Slurm, shop: Shop, whole: Leg, tmp_path: Path) -> None:
+    training = Training(slurm, shop, tmp_path, by="torch")
+    assert training.wait() == "COMPLETED", training.output()
+    assert_no_step_or_sample_is_lost(training.legs(1), whole, STEPS)
+    assert "torch" in training.log.read_text(), training.output()
+
+
+@pytest.mark.parametrize("node", ["a", "b"])
+def test_a_job_whose_node_fails_continues_on_it_later(
+    slurm: Slurm, shop: Shop, whole: Leg, tmp_path: Path, node: str
+) -> None:
+    """Of the batch script and rank 0, or of rank 1: the node loses its power, and is back after Slurm has noticed."""
+    training = Training(slurm, shop, tmp_path, pause_s=0.1)
+    training.wait_for_step(15)
+    shop.net.kill(node)
+    slurm.wait_for_nodes([node], "down*")
+    shop.net.revive(node)
+    slurm.start_node(node)
+    slurm.start_again_now(training.job)
+    assert training.wait() == "COMPLETED", training.output()
+    assert slurm.show(training.job)["Restarts"] == "1"
+    assert_no_step_or_sample_is_lost(training.legs(2), whole, STEPS)
+
+
+def test_a_job_whose_time_is_over_writes_a_checkpoint_and_waits_for_a_drained_node(
+    slurm: Slurm, shop: Shop, whole: Leg, tmp_path: Path
+) -> None:
+    """No step is repeated: Slurm sends SIGUSR1 to the batch script before it ends the job."""
+    training = Training(slurm, shop, tmp_path, pause_s=0.1)
+    training.wait_for_step(15)
+    slurm.call("scontrol", "update", "NodeName=b", "State=DRAIN", "Reason=test")
+    slurm.call("scancel", "--batch", "--signal=USR1", str(training.job))
+    slurm.start_again_now(training.job)
+    time.sleep(3)
+    assert slurm.state(training.job) == "PENDING"
+    slurm.call("scontrol", "update", "NodeName=b", "State=RESUME")
+    assert training.wait() == "COMPLETED", training.output()
+    legs = training.legs(2)
+    assert_no_step_or_sample_is_lost(legs, whole, STEPS)
+    assert legs[1].first_step == max(legs[0].losses) + 1, training.output()
+
+
+def test_a_rank_that_fails_ends_the_job_with_its_message(slurm: Slurm, shop: Shop, tmp_path: Path) -> None:
+    training = Training(slurm, shop, tmp_path, "data.store=s3://shop/nothing")
+    assert training.wait() == "FAILED"
+    assert slurm.show(training.job)["ExitCode"] in ("1:0", "2:0")
+    assert "s3://shop/nothing" in training.output()
+
+
+def test_an_extraction_goes_on_when_a_node_fails(slurm: Slurm, shop: Shop, tmp_path: Path) -> None:
+    """extract.sbatch: Dask over TLS; its key is on the nodes' own disks, and gone when the job has ended."""
+    images, log, head = tmp_path / "images", tmp_path / "log.txt", shop.net["s3"]
+    images.mkdir()
+    for number in range(IMAGES):
+        (images / f"{number:02}.jpg").write_bytes(encode_image(draw_photo(number)))
+    buckets.upload(head, images, f"{BUCKET}/images", shop.s3)
+    extract = ["--images", f"{BUCKET}/images", *EXTRACT, "--num-shards", "4", "--store"]
+    head.run(*python_words(ROOT / "jobs" / "extract_features.py", *extract, f"{BUCKET}/calm"), env=shop.s3)
+    slow = {
+        "DASK_DISTRIBUTED__WORKER__PRELOAD": str(write_slow(tmp_path)),
+        "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "12s",
+    }
+    job = slurm.submit(
+        SCRIPTS / "extract.sbatch", *extract, f"{BUCKET}/again", options=[f"--output={log}"],
+        env={**shop.s3, **slow, "VENV": sys.prefix, "PYTHONPATH": str(ROOT), "TMPDIR": "/mnt"},
+    )  # fmt: skip
+    active = ("PENDING", "RUNNING")
+    wait_for_work(tmp_path, IMAGES // 2, lambda: slurm.state(job) in active, lambda: log.read_text() + slurm.log())
+    keys = [shop.net[name].run("bash", "-c", "stat -c %a /mnt/dask-*/key.pem").stdout for name in "ab"]
+    assert keys == ["600\n", "600\n"]
+    shop.net.kill("b")
+    assert slurm.wait(job, 250) == "COMPLETED", log.read_text() + slurm.log()
+    assert slurm.show(job)["Restarts"] == "0"
+    assert shop.net["a"].run("bash", "-c", "ls /mnt/dask-*/key.pem", check=False).stdout == ""
+    head.run(*python_words("-c", SAME_ROWS, f"{BUCKET}/again", f"{BUCKET}/calm"), env=shop.s3)
+    shop.net.revive("b")
+    slurm.start_node("b")
+    slurm.wait_for_nodes(["a", "b"])
+
+
+def test_samples_are_built_by_a_job(slurm: Slurm, shop: Shop, tmp_path: Path) -> None:
+    """build_samples.sbatch, on the nodes together, writes what one process writes."""
+    logs, log, calm = tmp_path / "logs", tmp_path / "log.txt", tmp_path / "calm"
+    write(logs, *([table(part[n::4]) for n in range(4)] for part in random_logs(random.Random(5))))
+    build = ROOT / "jobs" / "build_samples.py"
+    subprocess.run([sys.executable, build, "--logs", logs, "--samples", calm], check=True, timeout=200)
+    job = slurm.submit(
+        SCRIPTS / "build_samples.sbatch", "--logs", logs, "--samples", tmp_path / "samples",
+        options=[f"--output={log}"], env={"VENV": sys.prefix, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert slurm.wait(job, 250) == "COMPLETED", log.read_text() + slurm.log()
+    assert all_bytes(tmp_path / "samples") == all_bytes(calm)

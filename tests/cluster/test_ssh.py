@@ -1,14 +1,14 @@
-"""Ranks on two hosts, started by horovodrun over ssh; samples and features on S3 on a third one (docs/SSH.md)."""
+"""Ranks on two hosts, started by horovodrun over ssh; samples, features and runs on S3 on a third one (docs/SSH.md)."""
 
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Network
-from tests.cluster.runs import STEPS, Shop, open_shop, start_over_ssh
+from tests.cluster.hosts import Network, python_words
+from tests.cluster.runs import RUNS, STEPS, Shop, open_shop, start_over_ssh
 from tests.servers import SECRET_KEY
-from tests.trainer.runs.legs import Killed, Leg, assert_no_step_or_sample_is_lost
+from tests.trainer.runs.legs import WORKER, Killed, Leg, assert_no_step_or_sample_is_lost
 
 DEADLINE_S = 15
 
@@ -30,7 +30,7 @@ def test_two_hosts_train_as_two_ranks_of_one_machine(shop: Shop, whole: Leg, tmp
     Horovodrun writes all variables on command lines, which everybody on a host can read.
     """
     log, run = tmp_path / "log.txt", Killed(tmp_path, [])
-    job = start_over_ssh(shop, "a:1,b:1", run.notes(0), log, *shop.settings_on_s3(tmp_path))
+    job = start_over_ssh(shop, "a:1,b:1", run.notes(0), log, *shop.settings_on_s3(f"{RUNS}/{tmp_path.name}"))
     seen, end = "", time.monotonic() + 200
     while job.poll() is None:
         assert time.monotonic() < end, log.read_text()
@@ -44,12 +44,38 @@ def test_two_hosts_train_as_two_ranks_of_one_machine(shop: Shop, whole: Leg, tmp
     assert shop.net["a"].run("ls", "/mnt/cache").stdout and shop.net["b"].run("ls", "/mnt/cache").stdout
 
 
+def test_two_hosts_train_by_torchrun_too(shop: Shop, whole: Leg, tmp_path: Path) -> None:
+    """One torchrun on each host, and no ssh."""
+    run = Killed(tmp_path, [])
+    worker = [WORKER, run.notes(0), 0, *shop.settings_on_s3(f"{RUNS}/{tmp_path.name}")]
+    jobs = {}
+    for number, name in enumerate("ab"):
+        place = [
+            "--nnodes",
+            2,
+            "--node-rank",
+            number,
+            "--nproc-per-node",
+            1,
+            "--master-addr",
+            "a",
+            "--master-port",
+            29500,
+        ]
+        log = tmp_path / f"{name}.txt"
+        jobs[log] = shop.net[name].start(
+            *python_words("-m", "torch.distributed.run", *place, *worker), log=log, env=shop.s3
+        )
+    assert [job.wait(200) for job in jobs.values()] == [0, 0], "".join(log.read_text() for log in jobs)
+    assert_no_step_or_sample_is_lost([run.seen(0, 2)], whole, STEPS)
+
+
 def test_a_host_that_loses_its_power_ends_the_run_by_its_deadline_and_it_is_resumed(
     shop: Shop, whole: Leg, tmp_path: Path
 ) -> None:
     """Nothing tells the peers: no connection ends. Then the host is back, and no step is lost."""
     log, run = tmp_path / "log.txt", Killed(tmp_path, [])
-    settings = shop.settings_on_s3(tmp_path, run__deadline_s=DEADLINE_S)
+    settings = shop.settings_on_s3(f"{RUNS}/{tmp_path.name}", run__deadline_s=DEADLINE_S)
     job = start_over_ssh(shop, "a:1,b:1", run.notes(0), log, *settings, "run.resume=null")
     end = time.monotonic() + 120
     while len(_lines(run.notes(0) / "0-of-2.jsonl")) < 2 * 25:  # two lines a step

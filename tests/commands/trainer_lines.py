@@ -280,7 +280,7 @@ TRAINER = [
     ("trainer.slurm -- true", 2, "this is no job of Slurm"),
     ("trainer.slurm --by mpi -- true", 2, "--by"),
     ("trainer.slurm --srun '' -- true", 2, "--srun is empty"),
-    ("trainer.slurm --srun=--mem=' -- true", 2, "--srun"),
+    ('trainer.slurm "--srun=--mem=\'" -- true', 2, "--srun"),
     ("trainer.supervise", 2, "Missing argument"),
     ("trainer.supervise -- python -m trainer.main", 2, "--hosts a:4,b:4"),
     ("trainer.supervise --max-np 1 -- sleep 5", 2, "trains no run"),

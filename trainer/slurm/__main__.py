@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app, say_error
+from featurestore.errors import FAILED
 from trainer.errors import ConfigError
 from trainer.slurm.allocation import Allocation, find_allocation
 
@@ -26,11 +27,13 @@ Examples, as lines of a batch script:
 
     python -m trainer.slurm --by torch -- python -m trainer.main
 
-The job's --nodes and --ntasks-per-node are the ranks. Exit codes: the highest one of the ranks; 2 for a mistake in the
-command line, or where this is no job of Slurm.
+The job's --nodes and --ntasks-per-node are the ranks. Exit codes: the ranks' own; 1 where one has failed and srun has
+ended the others; 2 for a mistake in the command line, or where this is no job of Slurm.
 """
 NODE = "SLURMD_NODENAME"
 """Of the node on which a batch script runs; not set under salloc, which runs on the host it was typed on."""
+
+_ENDED_BY_SLURM = (128 + signal.SIGTERM, 128 + signal.SIGKILL)
 
 app = CommandApp(rich_markup_mode="markdown")
 
@@ -80,11 +83,10 @@ def _command_line(by: By, job: Allocation, port: int, more: list[str], command: 
 
 
 class _Step:
-    """The ranks, as one process: srun. Signals that this process gets while it runs go to them."""
+    """The ranks, as one process: srun. A signal that this process gets while it runs ends them in order."""
 
     def __init__(self, words: list[str]) -> None:
         self._words = words
-        self._process: subprocess.Popen[bytes] | None = None
         self._stopped = False
         self.time_is_over = False
         """Whether SIGUSR1 came."""
@@ -95,19 +97,19 @@ class _Step:
             signal.signal(number, self._stop)
         try:
             # A group of its own: a terminal's Ctrl-C goes to the ranks by way of us, once.
-            self._process = subprocess.Popen(self._words, process_group=0)
+            process = subprocess.Popen(self._words, process_group=0)
         except OSError as error:
             raise ConfigError(f"srun cannot be run: {error.strerror}; are Slurm's commands on PATH?") from error
-        if self._stopped:  # before there was a process
-            self._process.terminate()
-        code = self._process.wait()
+        code = process.wait()
+        if code in _ENDED_BY_SLURM and not self._stopped:
+            return FAILED  # one rank has failed, srun has ended the others and returns the highest of all codes
         return code if code >= 0 else 128 - code
 
     def _stop(self, number: int, _: FrameType | None) -> None:
+        """Send SIGTERM to the ranks, and not to srun: that would kill them."""
         self.time_is_over |= number == signal.SIGUSR1
         self._stopped = True
-        if self._process is not None:
-            self._process.terminate()
+        subprocess.run(["scancel", "--signal=TERM", os.environ["SLURM_JOB_ID"]], check=False, timeout=60)
 
 
 @contextmanager

@@ -1,0 +1,117 @@
+"""A Dask cluster whose scheduler, workers and client are on hosts of their own, and speak TLS."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import trustme
+
+from tests.cluster.hosts import READY_S, Host, Network
+
+DASK = Path(sys.executable).with_name("dask")
+DASK_SUBMIT = Path(sys.executable).with_name("dask-submit")
+ROLES = ("SCHEDULER", "WORKER", "CLIENT")
+IMAGES = 40
+NETWORK = ["--backbone", "mobilenet_v3_small:avgpool", "--weights", "random:0"]
+EXTRACT = [*NETWORK, "--dtype", "float32", "--compute-dtype", "float32", "--batch-size", "2", "--part-size", "2"]
+SAME_ROWS = """
+import sys
+from tests.pipeline.features.test_killed import assert_same_rows
+assert_same_rows(*sys.argv[1:])
+"""
+SLOW = """
+import os, time
+from pipeline.features import part
+from pipeline.samples import shuffle
+def slowed(work):
+    def slow(*args):
+        with open(DONE, "a") as done:
+            print(os.getpid(), file=done, flush=True)
+        time.sleep(0.3)
+        return work(*args)
+    return slow
+part.prepare, shuffle.shuffle_piece = slowed(part.prepare), slowed(shuffle.shuffle_piece)
+"""
+"""What slow workers load first, so that a test can do something in the midst of a job: each image and each piece of a
+log takes longer, and adds a line to done.txt beside this file."""
+
+
+def write_slow(folder: Path) -> Path:
+    """Write the file for `dask worker --preload`."""
+    file = folder / "slow.py"
+    file.write_text(f"DONE = {str(folder / 'done.txt')!r}\n{SLOW}")
+    return file
+
+
+def wait_for_work(folder: Path, count: int, is_running: Callable[[], bool], said: Callable[[], str]) -> None:
+    """Return once slow workers have begun with so many images or pieces; `folder` is that of `write_slow`."""
+    done, end = folder / "done.txt", time.monotonic() + 250
+    while not done.exists() or len(done.read_text().splitlines()) < count:
+        assert is_running() and time.monotonic() < end, said()
+        time.sleep(0.1)
+
+
+class DaskHosts:
+    """The scheduler is on host head, a worker on a and on b, and jobs are submitted on client."""
+
+    address = "tls://head:8786"
+
+    def __init__(self, net: Network, folder: Path, env: dict[str, str]) -> None:
+        self.net, self.folder = net, folder
+        self._authority = trustme.CA()
+        self._env = {
+            **env, "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
+            "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "12s",  # a host without power is missed so soon
+        }  # fmt: skip
+        write_slow(folder)
+
+    def tls(self, host: Host, authority: trustme.CA | None = None) -> dict[str, str]:
+        """The variables of a host's certificate, which is made; by the cluster's authority unless another is given."""
+        files = self.folder / f"tls-{host.name}"
+        files.mkdir(exist_ok=True)
+        made = (authority or self._authority).issue_cert(host.name)
+        made.private_key_pem.write_to_path(files / "key.pem")
+        made.cert_chain_pems[0].write_to_path(files / "cert.pem")
+        self._authority.cert_pem.write_to_path(files / "ca.pem")
+        ours = {f"{role}__{name}": f"{name.lower()}.pem" for role in ROLES for name in ("CERT", "KEY")}
+        places = {"CA_FILE": "ca.pem", **ours}
+        found = {f"DASK_DISTRIBUTED__COMM__TLS__{name}": str(files / file) for name, file in places.items()}
+        return {**found, "DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION": "True"}
+
+    def open(self) -> None:
+        """Start scheduler and workers; they end with their hosts."""
+        self._start("head", "scheduler", "--protocol", "tls", "--host", "head", "--no-dashboard")
+        for name in "ab":
+            self.start_worker(name)
+
+    def start_worker(self, name: str) -> None:
+        """Start the worker of a host."""
+        slow = ["--preload", str(self.folder / "slow.py"), "--local-directory", "/mnt/dask"]
+        self._start(name, "worker", self.address, "--nthreads", "1", "--no-nanny", "--no-dashboard", *slow)
+
+    def submit(self, *words: object, log: Path, workers: int = 2) -> "subprocess.Popen[bytes]":
+        """Start a job on the client's host."""
+        (self.folder / "done.txt").unlink(missing_ok=True)
+        client = self.net["client"]
+        options = ["--scheduler", self.address, "--wait-workers", workers, "--timeout", 90]
+        return client.start(DASK_SUBMIT, *options, *words, log=log, env={**self._env, **self.tls(client)})
+
+    def wait_for_work(self, count: int, job: "subprocess.Popen[bytes]", log: Path) -> None:
+        """Return once the workers have begun with so many images, or pieces of logs, of a job."""
+        wait_for_work(self.folder, count, lambda: job.poll() is None, lambda: log.read_text() + self.log())
+
+    def log(self) -> str:
+        """The ends of the logs of scheduler and workers."""
+        return "\n".join(f"{file.name}: {file.read_text()[-3000:]}" for file in sorted(self.folder.glob("*.log")))
+
+    def wait_until_listening(self) -> None:
+        end = time.monotonic() + READY_S
+        while self.net["client"].run("bash", "-c", "</dev/tcp/head/8786", check=False).returncode:
+            assert time.monotonic() < end, self.log()
+            time.sleep(0.2)
+
+    def _start(self, name: str, kind: str, *arguments: str) -> None:
+        host = self.net[name]
+        host.start(DASK, kind, *arguments, log=self.folder / f"{name}.log", env={**self._env, **self.tls(host)})
