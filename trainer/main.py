@@ -139,12 +139,14 @@ def train(config: Config, comm: "Comm") -> None:
             digest = config_digest(config.model_dump(mode="json"))
             measured = {**hardware, **figures, "config_digest": digest, "wall_s": time.time() - started}
             report = _report(run, training, measured)
+            progress.flush()
             comm.on_all(lambda: run.copy_local(*((TENSORBOARD, PLACE) if root else (PLACE,))))
             if root:
                 summary.write_report(run.folder / "report.json", report)
                 summary.show(progress.console, report)
                 if config.run.profile:
-                    progress.say(traces_text(run.local))
+                    progress.say(traces_text(run.local, run.folder))
+            run.drop_local()
 
 
 def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[str, Any]:

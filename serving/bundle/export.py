@@ -142,7 +142,7 @@ def write_network(saved: SavedRun, files: WrittenFiles, *, compiled: bool = Fals
     """Export the network of the checkpoint, in float32, into the files of a version; `compiled`: code of this machine
     too. Raises CheckpointError, OSError."""
     model = build_model(saved.schema, saved.config.model)
-    load_part(model, read_dense(saved.path, saved.state, "model."))
+    load_part(model, read_dense(saved.path, saved.state, "model.", saved.config.data.cache_dir))
     with tempfile.TemporaryDirectory(prefix="export-") as folder:
         for path in export_network(model.float().eval(), saved.config.model, Path(folder), compiled=compiled):
             with files.output(path.name) as output, path.open("rb") as written:
@@ -162,7 +162,7 @@ def _write_vectors(saved: SavedRun, files: WrittenFiles, progress: Progress | No
     """Write the networks E, and a vectors store for each feature store that the model looks at."""
     if not saved.places:
         return ()
-    state = read_dense(saved.path, saved.state, "stores.")
+    state = read_dense(saved.path, saved.state, "stores.", saved.config.data.cache_dir)
     files.write(IMAGES, save(state, saved.named()))
     url, missing = files.storage.full(files.folder), _missing(saved)
     return tuple(export_vectors(saved, place, state, missing, url, progress) for place in saved.places)

@@ -79,7 +79,7 @@ def score(saved: SavedRun, snapshots: Mapping[str, Snapshot], batches: Sequence[
             partitions[place.name] = partition
             images, missing = images + len(keys_U), missing + len(keys_U) - partition.num_rows
         engine = engine_of(config, comm, saved.schema, partitions, device, reading=True)
-        checkpoint.load(comm, saved.path, saved.state, engine)
+        checkpoint.load(comm, saved.path, saved.state, engine, saved.config.data.cache_dir)
         logits: list[Any] = [np.empty(0), *(engine.predict(engine.prepare(batch, "eval")) for batch in batches)]
     logit_N = np.concatenate(logits).astype(np.float64)
     if not np.isfinite(logit_N).all():

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from featurestore.published.paths import RunPath
+
 SKIPPED_STEPS, TRACED_STEPS = 5, 5
 """The first steps pay for buffers and caches; one more warms the profiler itself up."""
 
@@ -15,9 +17,9 @@ PLACE = "profile"
 """The folder of a run that has the traces."""
 
 
-def traces_text(run: Path) -> str:
-    """Say where the traces of a run are, or why there are none."""
-    if any((run / PLACE).glob("trace-*.json")):
+def traces_text(local: Path, run: RunPath) -> str:
+    """Say where the traces of a run are, which were written to `local`, or why there are none."""
+    if any((local / PLACE).glob("trace-*.json")):
         return f"traces, for chrome://tracing or Perfetto: {run / PLACE}"
     return f"no trace was written: it begins after {SKIPPED_STEPS + 1} steps, and this run had no more"
 

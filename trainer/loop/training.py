@@ -168,7 +168,7 @@ class Training:
             self._save()
             return
         with self.totals.timed("checkpoint"):
-            self._told(self._saves.wait(self._engine.num_steps))
+            self._told(self._saves.wait())
             self._progress.flush()
             keep = self._config.train.keep_checkpoints
             self._told(self._saves.begin(self._engine, self._state(), keep, self._best()))
@@ -212,11 +212,11 @@ class Training:
         """Save a checkpoint; or, where early stopping saw better parameters before, let theirs become the last."""
         run, best = self._run, self._best()
         with self.totals.timed("checkpoint"):
-            self._told(self._saves.wait(self._engine.num_steps))
+            self._told(self._saves.wait())
         if best is None or best == self._engine.num_steps:
             self._save()
         elif run.comm.broadcast_object(run.place.has(best)):
-            path = checkpoint.end_with(run.comm, run.place, best, self._engine)
+            path = checkpoint.end_with(run.comm, run.place, best, self._engine, run.config.data.cache_dir)
             self.metrics = stopping.metrics_of(run.history, best)
             self._progress.say(f"step {best} had the best GAUC, {self.metrics['gauc']:.4f}: the run ends with {path}")
         else:
@@ -248,7 +248,7 @@ class Training:
         """Write a checkpoint, and wait for it. Raises CheckpointError."""
         run, keep = self._run, self._config.train.keep_checkpoints
         with self.totals.timed("checkpoint"):
-            self._told(self._saves.wait(self._engine.num_steps))
+            self._told(self._saves.wait())
             path = checkpoint.save(run.comm, run.place, self._engine, self._state(), keep, self._best())
         self.checkpoints.add("")
         return str(path)

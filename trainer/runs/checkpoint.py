@@ -187,10 +187,10 @@ def state_bytes(state: CheckpointState, parts: Mapping[str, WrittenPart]) -> byt
     return json.dumps({**values, "digest": _json_digest(values)}, indent=1).encode()
 
 
-def end_with(comm: Comm, into: CheckpointPlace, step: int, trained: Loadable) -> RunPath:
+def end_with(comm: Comm, into: CheckpointPlace, step: int, trained: Loadable, cache_dir: str | None = None) -> RunPath:
     """Put the checkpoint of `step` into `trained` and remove those of later steps, so that it is the latest one."""
     path = into.path(step)
-    load(comm, path, read_state(path), trained)
+    load(comm, path, read_state(path), trained, cache_dir)
     with agreed(comm, f"cannot remove the checkpoints after {path}"):
         if comm.rank == 0:
             into.remove(unrelated(into.folder, path))
@@ -219,34 +219,34 @@ def read_recorded(path: RunPath) -> CheckpointState:
         raise CheckpointError(f"{file} is damaged: {failure}; resume from another checkpoint") from failure
 
 
-def load(comm: Comm, path: RunPath, state: CheckpointState, trained: Loadable) -> None:
+def load(comm: Comm, path: RunPath, state: CheckpointState, trained: Loadable, cache_dir: str | None = None) -> None:
     """Put the checkpoint into `trained`; each rank reads the shards that it owns now, whichever rank wrote them.
 
-    From an object store, a rank copies one file at a time, of those that have a shard of it. Raises CheckpointError on
-    all ranks, naming the file, where one is missing, damaged or does not fit.
+    From an object store, a rank copies one file at a time to `cache_dir`, of those that have a shard of it. Raises
+    CheckpointError on all ranks, naming the file, where one is missing, damaged or does not fit.
     """
     if not isinstance(path, FarPath):  # of a far one, each copy is verified
         with agreed(comm, f"cannot read {path}"):
             for name in sorted(state.files)[comm.rank :: comm.size]:
                 _verify(path / name, state.files[name])
     with agreed(comm, f"cannot read {path}"):
-        with local_copy(path / DENSE, state.files[DENSE]) as file:
+        with local_copy(path / DENSE, state.files[DENSE], cache_dir) as file:
             trained.load_dense_state(_read_named(file, None))
         wanted, found = set(trained.shard_names()), dict[str, Tensor]()
         for name in sorted(state.files):
             if name != DENSE and (not isinstance(path, FarPath) or wanted & _names_in(path / name)):
-                with local_copy(path / name, state.files[name]) as file:
+                with local_copy(path / name, state.files[name], cache_dir) as file:
                     found |= _read_named(file, wanted)
         trained.load_shard_state(found)
 
 
-def read_dense(path: RunPath, state: CheckpointState, prefix: str) -> dict[str, Tensor]:
+def read_dense(path: RunPath, state: CheckpointState, prefix: str, cache_dir: str | None = None) -> dict[str, Tensor]:
     """Read what every rank holds of one part of the networks, or of its networks together, as `model.` or `stores.`.
 
     The names are those that begin with `prefix`, without it. Raises CheckpointError."""
     with (
         _told(path),
-        _verified(path / DENSE, state.files[DENSE]) as local,
+        _verified(path / DENSE, state.files[DENSE], cache_dir) as local,
         safe_open(local, framework="pt") as file,
     ):
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - the file is no mapping
@@ -254,17 +254,19 @@ def read_dense(path: RunPath, state: CheckpointState, prefix: str) -> dict[str, 
 
 
 @contextmanager
-def read_rows(path: RunPath, state: CheckpointState, names: Iterable[str]) -> Iterator[Callable[[str], Tensor]]:
+def read_rows(
+    path: RunPath, state: CheckpointState, names: Iterable[str], cache_dir: str | None = None
+) -> Iterator[Callable[[str], Tensor]]:
     """Give a function that reads one of these tensors of ID rows, whichever rank wrote it.
 
-    From an object store, the files with one of them are copied first, all. Raises CheckpointError."""
+    From an object store, the files with one of them are copied to `cache_dir` first. Raises CheckpointError."""
     wanted = set(names)
     with _told(path), ExitStack() as opened:
         file_of: dict[str, Any] = {}
         for file in sorted(set(state.files) - {DENSE}):
             if isinstance(path, FarPath) and not wanted & _names_in(path / file):
                 continue
-            local = opened.enter_context(_verified(path / file, state.files[file]))
+            local = opened.enter_context(_verified(path / file, state.files[file], cache_dir))
             tensors = opened.enter_context(safe_open(local, framework="pt"))
             file_of |= dict.fromkeys(tensors.keys(), tensors)
         if lacking := sorted(wanted - file_of.keys()):
@@ -314,11 +316,11 @@ def _told(path: RunPath) -> Iterator[None]:
 
 
 @contextmanager
-def _verified(path: RunPath, digest: str) -> Iterator[Path]:
+def _verified(path: RunPath, digest: str, cache_dir: str | None) -> Iterator[Path]:
     """Gives a file of this machine with the content, once it is known to have that digest."""
     if isinstance(path, Path):
         _verify(path, digest)
-    with local_copy(path, digest) as local:
+    with local_copy(path, digest, cache_dir) as local:
         yield local
 
 

@@ -145,7 +145,7 @@ def open_network(
     if snapshot.num_rows == 0:
         raise DataError(f"{place.url} has no features in snapshot {snapshot.version}; add them with: {place.make_it()}")
     model = image_model(snapshot.info.dim, widths_of_store[store][name], config.model)
-    load_part(model, read_dense(saved.path, saved.state, f"stores.{store}.models.{name}."))
+    load_part(model, read_dense(saved.path, saved.state, f"stores.{store}.models.{name}.", saved.config.data.cache_dir))
     return ImageNetwork(saved, store, name, model.to(share_machine(config, SoloComm())), snapshot)
 
 
@@ -231,7 +231,7 @@ class SavedTable:
         Raises CheckpointError, and TrainerError for a number that is not finite.
         """
         parts = [f"{self.name}/{shard:04d}/{part}" for shard in range(self.num_shards) for part in _PARTS]
-        with read_rows(self.saved.path, self.saved.state, parts) as read:
+        with read_rows(self.saved.path, self.saved.state, parts, self.saved.config.data.cache_dir) as read:
             for shard in range(self.num_shards):
                 ids_N, last_use_N, vectors_NV = (read(f"{self.name}/{shard:04d}/{part}").numpy() for part in _PARTS)
                 yield _table_of(shard, ids_N, last_use_N, finite(vectors_NV.astype(np.float32)))

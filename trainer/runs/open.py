@@ -17,7 +17,7 @@ from featurestore.format.statistics import FeatureStatistics
 from featurestore.identity import SnapshotId
 from featurestore.lookup.partition import FeaturePartition
 from featurestore.published import open_published
-from featurestore.published.paths import FarPath, RunPath, run_path
+from featurestore.published.paths import FarPath, RunPath, remove_all, run_path
 from featurestore.snapshot import Snapshot
 from featurestore.storage.storage import Storage
 from trainer.comm import Comm
@@ -112,6 +112,11 @@ class Run(OpenRun):
         """Copy new files of these folders of `local` to the run's address; nothing to do where that is a disk."""
         upload_new(self.local, names, self.folder, self._copied)
 
+    def drop_local(self) -> None:
+        """Remove `local`, once it was copied for the last time, where it is not the run's own folder."""
+        if isinstance(self.folder, FarPath):
+            remove_all(self.local)
+
     @cached_property
     def _copied(self) -> dict[str, int]:
         return {}
@@ -155,9 +160,9 @@ def open_run(
         _check_origin(origin, digest, *resumed, reading=reading)
     engine = engine_of(config, comm, schema, partitions, device, statistics, reading=reading)
     if resumed:
-        checkpoint.load(comm, *resumed, engine)
+        checkpoint.load(comm, *resumed, engine, config.data.cache_dir)
     elif warm:
-        warmstart.load(comm, warm, origin, engine)
+        warmstart.load(comm, warm, origin, engine, config.data.cache_dir)
     if not reading:
         engine.begin_day(newest_day(each.file for each in train.row_groups))
     return Run(

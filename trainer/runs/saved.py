@@ -173,7 +173,7 @@ def open_trained(
 
     partitions, _ = open_stores(config, comm, places, chosen, measured=False)
     engine = engine_of(config, comm, schema, partitions, device, reading=True)
-    checkpoint.load(comm, saved.path, saved.state, engine)
+    checkpoint.load(comm, saved.path, saved.state, engine, config.data.cache_dir)
     return TrainedRun(
         saved=saved,
         config=config,

@@ -53,7 +53,7 @@ def find(run: str, parts: Sequence[WarmPart]) -> WarmStart:
     return WarmStart(path, checkpoint.read_state(path), tuple(parts))
 
 
-def load(comm: Comm, warm: WarmStart, origin: Origin, trained: Warmable) -> None:
+def load(comm: Comm, warm: WarmStart, origin: Origin, trained: Warmable, cache_dir: str | None = None) -> None:
     """Copy the chosen groups into `trained`; ranks may be more or fewer than those that wrote the checkpoint.
 
     Raises CheckpointError on all ranks where a file is damaged, where E would see features of another kind than those
@@ -69,7 +69,7 @@ def load(comm: Comm, warm: WarmStart, origin: Origin, trained: Warmable) -> None
     if "ids" in warm.parts:
         _check_rows(origin.model, warm)
     rows = {} if "ids" in warm.parts else {"files": {checkpoint.DENSE: warm.state.files[checkpoint.DENSE]}}
-    checkpoint.load(comm, warm.path, warm.state.model_copy(update=rows), _Chosen(warm, trained))
+    checkpoint.load(comm, warm.path, warm.state.model_copy(update=rows), _Chosen(warm, trained), cache_dir)
 
 
 class _Chosen:

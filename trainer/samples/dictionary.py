@@ -8,9 +8,11 @@ them, one row group after the other. So a rank holds `HELD` texts and rank 0 a 6
 import contextlib
 import io
 import itertools
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -145,9 +147,9 @@ def _write_part(path: RunPath, held: Mapping[int, str]) -> None:
 def _publish(parts: list[RunPath], scratch: RunPath, final: RunPath) -> None:
     """Merges the parts into one file, which gets its name when it is whole."""
     merged = scratch / FILE
-    with _writer(merged) as writer:
+    with _near(parts) as near, _writer(merged) as writer:
         for bucket in range(1 << _BUCKET_BITS):
-            table = pa.concat_tables([_read_bucket(path, bucket) for path in parts]).sort_by("id")
+            table = pa.concat_tables([_read_bucket(path, bucket) for path in near]).sort_by("id")
             ids_N, texts = table["id"].to_numpy(), cast("Any", table["text"])
             again_K = np.flatnonzero(ids_N[1:] == ids_N[:-1]) + 1
             differing_K = pc.not_equal(texts.take(again_K - 1), texts.take(again_K)).to_numpy()
@@ -159,6 +161,21 @@ def _publish(parts: list[RunPath], scratch: RunPath, final: RunPath) -> None:
     else:
         merged.replace(final)
     remove_all(scratch)
+
+
+@contextlib.contextmanager
+def _near(parts: list[RunPath]) -> Iterator[list[Path]]:
+    """The parts as files of this machine: each is read once for every row group."""
+    with tempfile.TemporaryDirectory() as folder:
+        near = []
+        for number, part in enumerate(parts):
+            if isinstance(part, FarPath):
+                copy = Path(folder) / f"{number}.parquet"
+                copy.write_bytes(part.read_bytes())
+                near.append(copy)
+            else:
+                near.append(part)
+        yield near
 
 
 def _sorted(paths: Iterable[RunPath]) -> list[RunPath]:

@@ -15,6 +15,7 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from featurestore.format.rows import FeatureRows
+from featurestore.published.paths import RunPath, run_path
 from featurestore.store import FeatureStore
 from tests.ranks import StandingRanks
 from trainer.comm import SoloComm
@@ -83,7 +84,7 @@ def test_settings_of_a_file(tmp_path: Path) -> None:
     assert (found.data.samples, found.model.tables["sid0"], found.model.tables["item"]) == ("x/y", 256, 5)
 
 
-def call(*words: str, out: Path, settings: list[str]) -> Result:
+def call(*words: str, out: RunPath, settings: list[str]) -> Result:
     """The command with these settings."""
     options = [word for setting in settings for word in ("--set", setting)]
     return CliRunner().invoke(app, [*words, "--out", str(out), *options])
@@ -252,6 +253,17 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(
     assert figures(cut) == figures(whole)
     log = cut / "logs" / f"{min(steps, key=lambda name: steps[name])}.txt"
     assert "step 0 of 6" in log.read_text() and "step 4 of 6" in log.read_text()
+
+
+def test_results_on_s3_are_those_of_a_disk(places: Places, tmp_path: Path, s3_url: str) -> None:
+    settings, words = places.settings(train__max_steps=2), ("prerank", "--seeds", "1")
+    out = run_path(f"{s3_url}/tables")
+    for each in (out, tmp_path, out):
+        assert call(*words, out=each, settings=settings).exit_code == 0
+    found, expected = (json.loads((each / "results.json").read_bytes()) for each in (out, tmp_path))
+    assert found == expected
+    assert (out / "plots" / "prerank.png").read_bytes()[1:4] == b"PNG"
+    assert {each.name for each in (out / "logs").iterdir()} == {each.name for each in (tmp_path / "logs").iterdir()}
 
 
 class TestWhatAVariantLacks:

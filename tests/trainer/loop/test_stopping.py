@@ -99,7 +99,6 @@ def _run(places: Places, name: str, folder: Path, **changes: Any) -> Path:
         train__early_stopping=2,
         train__keep_checkpoints=1,
         train__checkpoint_every=1,
-        train__checkpoint_beside=False,  # the tests know from which one a killed run goes on
         **changes,
     )
     train(load_config(settings=settings), SoloComm())

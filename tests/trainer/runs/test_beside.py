@@ -24,8 +24,8 @@ def nothing() -> None:
     """Before a checkpoint is published."""
 
 
-def until_the_end(saves: SavesBeside, step: int) -> Outcome:
-    outcome = saves.wait(step)
+def until_the_end(saves: SavesBeside) -> Outcome:
+    outcome = saves.wait()
     assert outcome is not None
     return outcome
 
@@ -62,7 +62,7 @@ def test_it_is_the_state_at_the_step_that_began_it(tmp_path: Path, size: int) ->
             trained.rows[name] += 1
         assert saves.look(51) == (None, False)
         place.free.set()
-        assert until_the_end(saves, 52) == Outcome(50, "")
+        assert until_the_end(saves) == Outcome(50, "")
         assert not saves.is_writing and not saves.looks_after(53)
         return saves.stall_s
 
@@ -89,7 +89,7 @@ def test_what_failed_is_told_and_the_next_is_written(tmp_path: Path) -> None:
         saves, outcomes = SavesBeside(comm, Full(tmp_path), None, nothing), []
         for step in (50, 60):
             saves.begin(Trained(comm.rank, comm.size, float(step)), _state(step), 3, None)
-            outcomes.append(until_the_end(saves, step))
+            outcomes.append(until_the_end(saves))
         return outcomes
 
     told = [Outcome(50, "rank 1: [Errno 28] No space left on device"), Outcome(60, "")]
@@ -104,11 +104,11 @@ def test_a_file_that_gets_no_longer_fails_one_checkpoint(tmp_path: Path) -> None
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         saves.begin(trained, _state(50), 3, None)
-        assert "File too large" in until_the_end(saves, 50).error
+        assert "File too large" in until_the_end(saves).error
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     saves.begin(trained, _state(60), 3, None)
-    assert until_the_end(saves, 60).error == ""
+    assert until_the_end(saves).error == ""
     assert [path.name for path in finished(tmp_path)] == ["step-00000060"]
 
 
@@ -135,7 +135,7 @@ def test_a_run_that_another_start_took_over_ends(tmp_path: Path) -> None:
     def work(comm: Comm) -> None:
         saves = SavesBeside(comm, Taken(tmp_path), None, nothing)
         saves.begin(Trained(comm.rank, comm.size), _state(50), 3, None)
-        saves.wait(50)
+        saves.wait()
 
     raised = on_ranks(2, work)
     assert [type(each) for each in raised] == [CheckpointError] * 2
@@ -148,7 +148,7 @@ def test_without_memory_for_a_copy_it_is_written_at_once(tmp_path: Path, monkeyp
     monkeypatch.setattr(PackedTensors, "pack", None)
     saves.begin(Trained(), _state(50), 3, None)
     assert (tmp_path / ".step-00000050" / "dense.safetensors").exists()
-    assert until_the_end(saves, 50) == Outcome(50, "")
+    assert until_the_end(saves) == Outcome(50, "")
     assert (loaded(tmp_path, 50).dense["layer.weight"] == 0).all()
 
 
@@ -157,6 +157,15 @@ def test_one_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     saves = SavesBeside(SoloComm(), DiskPlace(tmp_path), None, nothing)
     assert saves.begin(Trained(value=2.0), _state(50), 3, None) is None
     assert not saves.is_writing and (loaded(tmp_path, 50).dense["layer.weight"] == 1.0).all()
+
+
+def test_an_error_of_a_run_of_one_rank_loses_none_that_was_begun(tmp_path: Path) -> None:
+    place = Held(tmp_path)
+    saves = SavesBeside(SoloComm(), place, None, nothing)
+    saves.begin(Trained(), _state(50), 3, None)
+    threading.Timer(0.2, place.free.set).start()
+    saves.close()
+    assert [path.name for path in finished(tmp_path)] == ["step-00000050"]
 
 
 class Clock:
@@ -184,7 +193,7 @@ def test_one_is_due_by_the_clock_and_few_steps_look(
                 begun_s.append(clock.now_s)
                 saves.begin(Trained(), _state(step), 3, None)
                 saves._cost_s = 0.0
-                until_the_end(saves, step)
+                until_the_end(saves)
                 saves._cost_s = 0.0  # of a disk that another program may keep busy
     gaps_s = [later - earlier for earlier, later in itertools.pairwise(begun_s)]
     assert len(gaps_s) >= 9

@@ -188,6 +188,7 @@ class TestReaders:
 
     def test_after_the_grace_it_is_gone(self, folder: FarPath, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("trainer.runs.saving.places.KEEP_REMOVED_S", -5.0)
+        monkeypatch.setattr("trainer.runs.saving.places.EXPIRE_EVERY_S", 0.0)
         place = FarPlace(folder)
         for step in (50, 60, 70):
             save(place, step, keep=1)

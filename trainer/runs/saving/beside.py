@@ -6,6 +6,7 @@ that cannot be written (a full disk, an object store that is away) fails this ch
 training goes on.
 """
 
+import contextlib
 import socket
 import threading
 import time
@@ -152,7 +153,7 @@ class SavesBeside:
         self.stall_s += time.perf_counter() - start_s
         return outcome, is_due
 
-    def wait(self, step: int) -> Outcome | None:
+    def wait(self) -> Outcome | None:
         """Let all ranks wait for the end of what is under way. Returns how it ended; None where nothing was."""
         start_s, outcome = time.perf_counter(), None
         while self.is_writing:
@@ -163,8 +164,11 @@ class SavesBeside:
         return outcome
 
     def close(self) -> None:
-        """Leave what is under way, once this rank's thread has come to its end; not for long, as the run has ended."""
-        if self._thread is not None:
+        """End what is under way: a rank alone publishes it, one of several leaves it, as the others may be gone."""
+        if self._comm.size == 1:
+            with contextlib.suppress(CheckpointError):
+                self.wait()
+        elif self._thread is not None:
             self._thread.join(_PATIENCE_S)
 
     def _prepared(self, step: int, trained: Trained) -> tuple[dict[str, Mapping[str, Tensor]], str]:

@@ -16,6 +16,7 @@ hold an earlier one.
 """
 
 import shutil
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,8 @@ from trainer.runs.saving.packed import PackedTensors
 STATE = "state.json"
 KEEP_REMOVED_S = 600.0
 """How long checkpoints on an object store can still be read after their removal."""
+EXPIRE_EVERY_S = 60.0
+"""It reads all versions of the last minutes."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ class FarPlace(CheckpointPlace):
         self._storage = Storage(folder.url)
         self._version: int | None = None
         self._files: dict[str, PublishedFile] = {}
+        self._next_expiry_s = 0.0
         self._tried: set[str] = set()
         """Publications of this run; of some it may not know whether they were made, as an answer may be lost."""
 
@@ -167,7 +171,9 @@ class FarPlace(CheckpointPlace):
         steps = sorted({name.partition("/")[0] for name in files}, key=lambda name: int(name.removeprefix("step-")))
         kept = {*steps[-keep:], *([] if best is None else [place(self.folder, best).name])}
         self._publish({name: file for name, file in files.items() if name.partition("/")[0] in kept})
-        expire(self._storage, KEEP_REMOVED_S)
+        if time.monotonic() >= self._next_expiry_s:
+            expire(self._storage, KEEP_REMOVED_S)
+            self._next_expiry_s = time.monotonic() + EXPIRE_EVERY_S
         return self.path(step)
 
     def path(self, step: int) -> RunPath:
