@@ -99,16 +99,17 @@ class SupervisedRun:
 
     def lose(self, kind: str) -> Loss:
         """Kill something of that kind at a random moment between two checkpoints, and wait for the next step."""
+        enough = CHECKPOINT_EVERY + self._draw.randrange(CHECKPOINT_EVERY)
+        self.wait(lambda: len(self._steps(self.starts())) > enough)
         starts = self.starts()
-        self.wait(lambda: len(self._steps(starts)) > CHECKPOINT_EVERY + self._draw.randrange(CHECKPOINT_EVERY))
         victim = self._victim(kind)
         start_s = time.time()
         victim.send_signal(signal.SIGSTOP if kind == "stopped_rank" else signal.SIGKILL)
         if kind == "supervisor":
             self._process.wait()
             self._process = self._start()
-        self.wait(lambda: bool(self._steps(starts + 1)))
-        again = self._steps(starts + 1)[0]
+        self.wait(lambda: bool(self._steps(starts + 1, last=False)))
+        again = self._steps(starts + 1, last=False)[0]
         return Loss(again[0] - start_s, self._steps(starts)[-1][1] - again[1] + 1)
 
     def close(self) -> None:
@@ -145,13 +146,13 @@ class SupervisedRun:
         """Count the starts of rank 0 that have come to a step, or will."""
         return sum(step == "0" for _, step in self._lines())
 
-    def _steps(self, start: int) -> list[tuple[float, int]]:
-        """List the end, in seconds, and the number of each step after that many starts, until the next one."""
+    def _steps(self, start: int, *, last: bool = True) -> list[tuple[float, int]]:
+        """List second and number of each step after that many starts; if `last`, until the next start."""
         found: list[tuple[float, int]] = []
         starts = 0
         for seconds, step in self._lines():
             starts += step == "0"
-            if step != "0" and starts == start:
+            if step != "0" and (starts == start or (starts > start and not last)):
                 found.append((float(seconds), int(step)))
         return found
 

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.cluster.hosts import Network
-from tests.cluster.runs import STEPS, Shop, open_shop
+from tests.cluster.runs import BUCKET, STEPS, Shop, open_shop
 from tests.trainer.runs.legs import Leg, assert_no_step_or_sample_is_lost
 from tests.trainer.supervise.noting import PAUSE_S
 from tests.trainer.supervise.supervised import WORKER, Supervised
@@ -120,10 +120,16 @@ def test_the_disk_is_full_for_a_while(shop: Shop, whole: Leg, tmp_path: Path) ->
 
 @pytest.mark.timeout(600)
 def test_s3_is_away_for_a_minute(shop: Shop, whole: Leg, tmp_path: Path) -> None:
-    """Samples and features cannot be read meanwhile: ranks wait, or fail and are started again until it is back."""
-    run = Supervised(tmp_path, shop.settings_on_s3(tmp_path), ("--hosts", "a:2", "--backoff-s", "5"))
-    job = start(shop, run, pause_s=0.3)
-    wait(job, run, lambda: run.newest_step() >= 10)
+    """Nothing can be read or written: ranks and supervisor wait, or ranks fail and are started again until it is back.
+
+    The run is on S3 too, so no disk is shared by the hosts."""
+    run = Supervised(tmp_path, shop.settings_on_s3(f"{BUCKET}/runs"), ("--hosts", "a:1,b:1", "--backoff-s", "5"))
+    job = start(shop, run, pause_s=0.5)
+    wait(job, run, lambda: any(len(leg.losses) > 12 for leg in run.legs()))
+    cut = threading.Thread(target=shop.net.cut, args=("b", "s3", 60))
+    cut.start()
     shop.net.cut("a", "s3", 60)
-    said_at_the_end(job, run)
+    cut.join()
+    said = said_at_the_end(job, run)
+    assert f"with step {STEPS}" in said
     assert_no_step_or_sample_is_lost(run.legs(), whole, STEPS)

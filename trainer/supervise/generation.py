@@ -15,7 +15,7 @@ from trainer.supervise.environments import Variables
 from trainer.supervise.link import Link, News
 from trainer.supervise.policy import RankEnd, Slots
 
-DEATH_GRACE_S, FAILURE_GRACE_S, END_GRACE_S = 3.0, 10.0, 60.0
+DEATH_GRACE_S, FAILURE_GRACE_S, END_GRACE_S = 3.0, 5.0, 60.0
 """How long other ranks may live on after one has died, has failed (others may have more to say), has ended well."""
 NUMBER = "SUPERVISE_GENERATION"
 _KILL_S = 20.0

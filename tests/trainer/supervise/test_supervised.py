@@ -44,13 +44,13 @@ def test_a_rank_a_host_and_the_supervisor_are_killed(settings_of: Settings, tmp_
 
 
 def test_a_stopped_rank_is_named_and_replaced(settings_of: Settings, tmp_path: Path, whole: Leg) -> None:
-    run = Supervised(tmp_path, settings_of(tmp_path, STEPS, 10, run__deadline_s=15))
+    run = Supervised(tmp_path, settings_of(tmp_path, STEPS, 10, run__deadline_s=10))
     process = run.start()
     run.wait_for_step(process, 20)
     stopped = run.ranks(process)[1]
     kill(stopped, signal.SIGSTOP)
     said = run.end(process)
-    assert "has taken more than run.deadline_s=15 on rank 0; not there: rank 1" in said
+    assert "has taken more than run.deadline_s=10 on rank 0; not there: rank 1" in said
     assert "supervise: rank 1 on 127.0.0.1 did not end by itself and was killed; rank 0 on localhost ended" in said
     assert_no_step_or_sample_is_lost(run.legs(), whole, STEPS)
 
