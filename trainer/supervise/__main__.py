@@ -1,6 +1,7 @@
 """Train a run on several hosts, and start it again by itself when a rank or a host is lost."""
 
 import asyncio
+import contextlib
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,7 @@ from trainer.supervise.claim import claimed
 from trainer.supervise.command import parse_command
 from trainer.supervise.environments import By
 from trainer.supervise.hosts import hosts_of
-from trainer.supervise.report import say
+from trainer.supervise.report import Printer
 from trainer.supervise.supervisor import Options, Supervisor
 
 EXAMPLES = """
@@ -97,10 +98,11 @@ def main(
         lease_s=lease,
     )
     train = parse_command(command)
-    with claimed(train.folder):
+    with claimed(train.folder), contextlib.closing(Printer()) as printer:
         if not train.name_was_given:
-            say(f"run.name={train.folder.name}; give it, and the same command continues this run")
-        raise typer.Exit(asyncio.run(Supervisor(train, read_hosts, options).run()))
+            printer.say(f"run.name={train.folder.name}; give it, and the same command continues this run")
+        code = asyncio.run(Supervisor(train, read_hosts, options, printer).run())
+    raise typer.Exit(code)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from featurestore.console.commandline import say_error
 from featurestore.errors import StorageError
 from featurestore.published.paths import FarPath, RunPath
 from featurestore.storage.storage import Storage
 from featurestore.text.parsing import parse_json
 from trainer.errors import ConfigError, TrainerError
-from trainer.supervise.report import say
 
 LEASE_S = 60.0
 """After so long without a renewal, a supervisor of another machine counts as gone."""
@@ -86,7 +86,7 @@ def _renew(storage: Storage, name: str, lease_s: float, ended: threading.Event) 
                 continue
         except (OSError, StorageError):
             continue  # the store is away: nobody else can take the run either
-        say(f"the run is supervised by {holder} now")
+        say_error(f"the run is supervised by {holder} now: this supervisor stops")
         os.kill(os.getpid(), signal.SIGTERM)
         return
 

@@ -14,6 +14,7 @@ from featurestore.console.commandline import OK, STOPPED
 from trainer.supervise.environments import Variables
 from trainer.supervise.link import Link, News
 from trainer.supervise.policy import RankEnd, Slots
+from trainer.supervise.report import Printer
 
 DEATH_GRACE_S, FAILURE_GRACE_S, END_GRACE_S = 3.0, 5.0, 60.0
 """How long other ranks may live on after one has died, has failed (others may have more to say), has ended well."""
@@ -27,10 +28,13 @@ _OWN = ("SSH_", "XDG_", "DBUS_", "HOME", "HOSTNAME", "LOGNAME", "OLDPWD", "PWD",
 class Generation:
     """Ranks of one start. `ends`: how they ended, in that order."""
 
-    def __init__(self, hosts: Sequence[Slots], links: Mapping[str, Link], news: "asyncio.Queue[News]") -> None:
+    def __init__(
+        self, hosts: Sequence[Slots], links: Mapping[str, Link], news: "asyncio.Queue[News]", printer: Printer
+    ) -> None:
         names = [each.host for each in hosts for _ in range(each.count)]
         self._host_of = dict(enumerate(names))
         self._links, self._news = {name: links[name] for name in names}, news
+        self._printer = printer
         self._alive = set(self._host_of)
         self._killed: set[int] = set()
         self._last: dict[int, str] = defaultdict(str)
@@ -110,8 +114,7 @@ class Generation:
         if line["stream"] == "err" and text.strip() and (text.startswith("error: ") or not self._has_error(rank)):
             self._last[rank] = text.strip()
         stream = sys.stderr if line["stream"] == "err" else sys.stdout
-        stream.write(f"{text}\n" if rank == 0 else f"[rank {rank}] {text}\n")
-        stream.flush()
+        self._printer.line(stream, text if rank == 0 else f"[rank {rank}] {text}")
 
     def _has_error(self, rank: int) -> bool:
         return self._last[rank].startswith("error: ")

@@ -1,17 +1,46 @@
 """What the supervisor says: one line on stderr for each thing that happened."""
 
+import contextlib
+import queue
 import signal
 import sys
+import threading
 from collections.abc import Sequence
+from typing import TextIO
 
 from featurestore.text.plain import printable
 from trainer.supervise.policy import Past, RankEnd, Slots
 
+_LAST_LINES_S = 10.0
 
-def say(text: str) -> None:
-    """Print a line of the supervisor's own."""
-    sys.stderr.write(f"supervise: {printable(text)}\n")
-    sys.stderr.flush()
+
+class Printer:
+    """Prints in a thread: a terminal that has been stopped must not keep the supervisor from its hosts."""
+
+    def __init__(self) -> None:
+        self._lines: queue.SimpleQueue[tuple[TextIO, str] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._print, daemon=True)
+        self._thread.start()
+
+    def line(self, stream: TextIO, text: str) -> None:
+        """Print a line, soon."""
+        self._lines.put((stream, f"{text}\n"))
+
+    def say(self, text: str) -> None:
+        """Print a line of the supervisor's own."""
+        self.line(sys.stderr, f"supervise: {printable(text)}")
+
+    def close(self) -> None:
+        """Wait until all is printed, but not for ever."""
+        self._lines.put(None)
+        self._thread.join(_LAST_LINES_S)
+
+    def _print(self) -> None:
+        while (line := self._lines.get()) is not None:
+            stream, text = line
+            with contextlib.suppress(OSError):  # nobody reads any more
+                stream.write(text)
+                stream.flush()
 
 
 def end_text(end: RankEnd) -> str:

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 
 from featurestore.console.commandline import STOPPED
 from featurestore.errors import FAILED, UserError
+from featurestore.text.plain import count_text
 from trainer.supervise import policy
 from trainer.supervise.command import TrainCommand
 from trainer.supervise.environments import By, environments, load, reach_of
 from trainer.supervise.generation import Generation
 from trainer.supervise.link import Link, News
 from trainer.supervise.policy import Past, Slots
-from trainer.supervise.report import past_text, say, start_text
+from trainer.supervise.report import Printer, past_text, start_text
 
 _LOOK_S = 10.0
 """Between two readings of the hosts' file or script."""
@@ -48,6 +49,7 @@ class Supervisor:
     command: TrainCommand
     read_hosts: Callable[[], list[Slots]]
     options: Options
+    printer: Printer
     past: list[Past] = field(default_factory=list)
 
     async def run(self) -> int:
@@ -80,24 +82,24 @@ class Supervisor:
             self._drain()
             if any(self._links[each.host].hello is None for each in hosts):
                 continue  # lost while the checkpoints were looked at
-            say(start_text(step, hosts, self._slots_left(), self._slots()))
+            self.printer.say(start_text(step, hosts, self._slots_left(), self._slots()))
             ends, asked = await self._generation(hosts, step)
             after = await self._newest_step()
             self.past.append(Past(hosts=hosts, step_before=step, step_after=after, ends=tuple(ends), asked=asked))
             code = policy.exit_code(self.past[-1], self._stop.is_set())
             if code is not None:
-                say(self._last_words(code))
+                self.printer.say(self._last_words(code))
                 return code
-            say(past_text(self.past[-1]))
+            self.printer.say(past_text(self.past[-1]))
             if policy.is_over(self.past, self.options.most_fruitless):
-                say(
+                self.printer.say(
                     f"{len(policy.fruitless(self.past))} starts in a row came to no checkpoint after step {after:,}; "
                     "giving up (--max-restarts-without-progress)"
                 )
                 return FAILED
             pause_s = policy.pause_s(self.past, self.options.backoff_s, self.options.most_backoff_s, random.random())
             if pause_s >= 1:
-                say(f"starting again in {pause_s:.0f} s")
+                self.printer.say(f"starting again in {pause_s:.0f} s")
             await self._pause(pause_s)
 
     async def _generation(self, hosts: Sequence[Slots], step: int) -> tuple[list[policy.RankEnd], bool]:
@@ -110,7 +112,7 @@ class Supervisor:
             host: reach_of(None if chosen[host].is_here else hello.get("ssh"), hello.get("interfaces", {}), head)
             for host, hello in hellos.items()
         }
-        generation = Generation(hosts, self._links, self._news)
+        generation = Generation(hosts, self._links, self._news, self.printer)
         asked = stopping = hurrying = False
         with environments(self.options.by, hosts, reach) as variables:
             generation.start(self.command.start(), variables, len(self.past))
@@ -131,7 +133,7 @@ class Supervisor:
         possible = policy.place(self._available(), self.options.min_ranks, self.options.max_ranks)
         count, now = sum(each.count for each in possible or ()), sum(each.count for each in hosts)
         if count > now:
-            say(f"{count} slots are there and {now} in use: a checkpoint, and on with all of them")
+            self.printer.say(f"{count} slots are there and {now} in use: a checkpoint, and on with all of them")
         return count > now
 
     async def _hosts(self) -> tuple[Slots, ...] | None:
@@ -151,17 +153,17 @@ class Supervisor:
                         return chosen
                 elif not told and time.monotonic() > end_s - self.options.wait_for_hosts_s + _SETTLE_S:
                     told = True
-                    say(f"waiting for {self.options.min_ranks} slots: {self._troubles()}")
+                    self.printer.say(f"waiting for {count_text(self.options.min_ranks, 'slot')}: {self._troubles()}")
             await self._pause(0.1)
         return None
 
     def _without_hosts(self) -> int:
         if self._stop.is_set():
-            say("stopped; the same command goes on")
+            self.printer.say("stopped; the same command goes on")
             return STOPPED
-        say(
+        self.printer.say(
             f"fewer than --min-np {self.options.min_ranks} slots for {self.options.wait_for_hosts_s:g} s "
-            f"(--wait-for-hosts): {self._troubles()}; giving up"
+            f"(--wait-for-hosts-s): {self._troubles()}; giving up"
         )
         return FAILED
 
@@ -215,7 +217,7 @@ class Supervisor:
             except (UserError, OSError) as failure:
                 if time.monotonic() > end_s or self._stop.is_set():
                     raise
-                say(f"the checkpoints cannot be looked at: {failure}; trying again")
+                self.printer.say(f"the checkpoints cannot be looked at: {failure}; trying again")
                 await self._pause(self.options.backoff_s)
 
     async def _pause(self, seconds: float) -> None:
