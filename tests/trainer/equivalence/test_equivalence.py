@@ -222,10 +222,16 @@ class TestModels(Equivalence):
     """Every aggregator, every base net, and two contents an item, each in a store of its own."""
 
 
-@pytest.mark.parametrize("run", [*RUNS, *MODEL_RUNS, "delayed", "reused", "rounded", "compared"])
-def test_both_communicators_give_the_same_bits(run: str, results_of: Callable[[int], Results]) -> None:
-    """Two numbers have one sum, in either order."""
-    by_torchrun, by_horovodrun = results_of(TORCH_2)[run], results_of(2)[run]
+@pytest.mark.parametrize(
+    ("num_ranks", "run"),
+    [
+        *((2, run) for run in (*RUNS, *MODEL_RUNS, "delayed", "reused", "rounded", "compared")),
+        *(pytest.param(4, run, marks=pytest.mark.slow) for run in RUNS if run.partition("/")[0] in ON_FOUR_RANKS),
+    ],
+)
+def test_both_communicators_give_the_same_bits(num_ranks: int, run: str, results_of: Callable[[int], Results]) -> None:
+    """Two numbers have one sum in either order; for more, the sums of both are Gloo's ring."""
+    by_torchrun, by_horovodrun = results_of(TorchRanks(num_ranks))[run], results_of(num_ranks)[run]
     assert by_torchrun["losses_P"] == by_horovodrun["losses_P"]
     assert by_torchrun["trained"].keys() == by_horovodrun["trained"].keys()
     mine, theirs = by_torchrun["trained"], by_horovodrun["trained"]
