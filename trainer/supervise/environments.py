@@ -56,7 +56,8 @@ def environments(by: By, hosts: Sequence[Slots], reach: Mapping[str, Reach]) -> 
     elif by == By.TORCH:
         yield _as_torchrun(hosts, reach)
     else:
-        with _rendezvous(hosts, LOOPBACK if all(each.own == LOOPBACK for each in reach.values()) else "") as port:
+        heads = {each.head for each in reach.values()}
+        with _rendezvous(hosts, heads.pop() if len(heads) == 1 else "") as port:
             yield _as_horovodrun(hosts, reach, port)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -164,16 +165,20 @@ def test_addresses_by_which_hosts_reach_each_other() -> None:
 @pytest.mark.services  # the rendezvous is a server
 def test_variables_of_ranks() -> None:
     hosts = [Slots("a", 2), Slots("b", 1)]
-    reach = {"a": Reach("10.0.0.1", "10.0.0.1", "eth0"), "b": Reach("10.0.0.2", "10.0.0.1", "eth1")}
+    reach = {"a": Reach("127.0.0.1", "127.0.0.1", "eth0"), "b": Reach("127.0.0.2", "127.0.0.1", "eth1")}
     with environments(By.HOROVOD, hosts, reach) as ranks:
+        port = int(ranks[0]["HOROVOD_GLOO_RENDEZVOUS_PORT"])
+        socket.create_connection(("127.0.0.1", port)).close()
+        with pytest.raises(ConnectionRefusedError):  # it listens where the hosts reach it, and nowhere else
+            socket.create_connection(("127.0.0.2", port))
         sizes = [(each["HOROVOD_RANK"], each["HOROVOD_LOCAL_RANK"], each["HOROVOD_CROSS_SIZE"]) for each in ranks]
         assert sizes == [("0", "0", "2"), ("1", "1", "1"), ("2", "0", "2")]
         assert [each["HOROVOD_GLOO_IFACE"] for each in ranks] == ["eth0", "eth0", "eth1"]
-        assert {each["HOROVOD_GLOO_RENDEZVOUS_ADDR"] for each in ranks} == {"10.0.0.1"}
+        assert {each["HOROVOD_GLOO_RENDEZVOUS_ADDR"] for each in ranks} == {"127.0.0.1"}
     with environments(By.TORCH, hosts, reach) as ranks:
         places = [(each["RANK"], each["LOCAL_RANK"], each["LOCAL_WORLD_SIZE"], each["GROUP_RANK"]) for each in ranks]
         assert places == [("0", "0", "2", "0"), ("1", "1", "2", "0"), ("2", "0", "1", "1")]
-        assert {each["MASTER_ADDR"] for each in ranks} == {"10.0.0.1"}
+        assert {each["MASTER_ADDR"] for each in ranks} == {"127.0.0.1"}
     with environments(By.TORCH, [Slots("b", 1)], reach) as ranks:
         assert ranks == [{}], "one rank alone needs no other"
 
