@@ -12,15 +12,18 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from featurestore.published.paths import FarPath, run_path
+from featurestore.storage.storage import Storage
 from tests.ranks import StandingRanks
+from tests.trainer.runs.test_checkpoint import on_ranks
 from tests.trainer.samples.wordy import hashed, replaced, rewrite, written
-from trainer.comm import SoloComm
+from trainer.comm import Comm, SoloComm
 from trainer.config.config import load_config
 from trainer.errors import DataError
 from trainer.main import train
 from trainer.samples import dictionary, texts
 from trainer.samples.columns import rules_of
-from trainer.samples.dictionary import FILE, write_dictionary
+from trainer.samples.dictionary import FILE, IdDictionary, write_dictionary
 from trainer.samples.reader import open_index
 from trainer.schema import load_schema
 from trainer.schema.__main__ import app
@@ -72,6 +75,25 @@ def entries(folder: Path) -> dict[int, str]:
 def test_it_has_every_text_of_the_training_samples(run: Path, wordy: Places) -> None:
     assert entries(run) == expected(wordy)
     assert not list(run.glob(".ids-*"))
+
+
+def test_ranks_without_a_shared_disk_write_the_same_bytes_to_s3(run: Path, wordy: Places, s3_url: str) -> None:
+    folder, schema = run_path(f"{s3_url}/runs/far"), load_schema(str(wordy.folder / "schema.yaml"))
+    assert isinstance(folder, FarPath)
+    for size in (1, 3):
+
+        def write(comm: Comm) -> bool:
+            index = open_index(comm, str(wordy.folder / "samples"), "train", schema)
+            return write_dictionary(comm, folder, index, rules_of(schema))
+
+        assert on_ranks(size, write) == [True] * size
+        assert (folder / FILE).read_bytes() == (run / FILE).read_bytes()
+        assert [each.path for each in Storage(folder.url).entries()] == [FILE]
+    found = IdDictionary.of_run(folder)
+    assert found is not None and found.texts(entries(run)) == entries(run)
+    number, text = next(iter(entries(run).items()))
+    done = CliRunner().invoke(app, ["lookup", str(folder), str(number)])
+    assert done.stdout == f"{number}  {text}\n"
 
 
 def test_two_ranks_write_the_same_bytes(run: Path, wordy: Places, two_ranks: StandingRanks) -> None:
