@@ -2,6 +2,7 @@
 
 import itertools
 import resource
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from tests.fuse import FORK, Fuse
 from tests.trainer.runs.test_checkpoint import Trained, _state, on_ranks
 from trainer.comm import Comm, SoloComm
 from trainer.errors import CheckpointError
@@ -157,6 +159,37 @@ def test_one_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     saves = SavesBeside(SoloComm(), DiskPlace(tmp_path), None, nothing)
     assert saves.begin(Trained(value=2.0), _state(50), 3, None) is None
     assert not saves.is_writing and (loaded(tmp_path, 50).dense["layer.weight"] == 1.0).all()
+
+
+def test_killed_at_every_thing_it_does_to_files_there_is_the_old_one_or_the_new(tmp_path: Path) -> None:
+    """On a disk; in the midst of what is written too. On S3: test_far_places.py."""
+    folder = tmp_path / "checkpoints"
+    checkpoint.save(SoloComm(), folder, Trained(value=1.0), _state(1), 2)
+    expected, at, killed = [1], 1, 0
+    while True:
+        step, fuse = expected[-1] + 1, Fuse(at, tmp_path / "trace")
+
+        def writer(fuse: Fuse = fuse, step: int = step) -> None:
+            torch.set_num_threads(1)
+            fuse.watch_disk(str(folder))
+            saves = SavesBeside(SoloComm(), DiskPlace(folder), None, nothing)
+            saves.begin(Trained(value=float(step)), _state(step), 2, None)
+            assert until_the_end(saves).error == ""
+
+        process = FORK.Process(target=writer)
+        process.start()
+        process.join()
+        found = [int(path.name[5:]) for path in finished(folder)]
+        kept = {*expected[-1:], step}  # and what it was removing
+        assert found == expected or kept <= set(found) <= {*expected, step}
+        for number in found:
+            assert (loaded(folder, number).dense["layer.weight"] == number).all()
+        expected = found
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        killed, at = killed + 1, at + 1
+    assert killed > 20
 
 
 def test_an_error_of_a_run_of_one_rank_loses_none_that_was_begun(tmp_path: Path) -> None:
