@@ -26,6 +26,7 @@ PROGRAMS = {
     "tools.settings",
     "tools.tree",
     "trainer.plan.collectives",
+    "trainer.slurm.rank",
     "trainer.supervise.agent",
 }
 """Programs that other programs start, or that keep this repository in order: no commands of its users."""

@@ -1,5 +1,6 @@
 """The command that is supervised: which run it trains, and how it is started again so that this run goes on."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +32,13 @@ class TrainCommand:
         return int(names[-1].removeprefix("step-")) if names else 0
 
     def start(self) -> list[str]:
-        """Return the command line that begins the run or, where it has a checkpoint, continues it."""
+        """Return the command line that begins the run or, where it has a checkpoint, continues it.
+
+        A bare `python` is this one: a service and ssh have other search paths than a terminal.
+        """
+        program = sys.executable if self.words[0] in ("python", "python3") else self.words[0]
         name = [] if self.name_was_given else ["--set", f"run.name={self.folder.name}"]
-        return [*self.words, *name, "--set", "run.resume=auto"]
+        return [program, *self.words[1:], *name, "--set", "run.resume=auto"]
 
 
 def parse_command(words: Sequence[str]) -> TrainCommand:

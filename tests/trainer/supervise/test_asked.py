@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -79,13 +80,15 @@ def test_the_run_of_a_command_is_found(tmp_path: Path) -> None:
     settings = ["--set", f"run.dir={tmp_path}", "--set", "run.name=mine"]
     train = parse_command([*TRAIN, *settings])
     assert train.folder == tmp_path / "mine" and train.newest_step() == 0
-    assert train.start() == [*TRAIN, *settings, "--set", "run.resume=auto"]
+    assert train.start() == [sys.executable, *TRAIN[1:], *settings, "--set", "run.resume=auto"]
     for step in (50, 100_000_000, 1250):
         (train.folder / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
     (train.folder / "checkpoints" / ".step-99999999").mkdir()
     assert train.newest_step() == 100_000_000
     own = parse_command(["python", "-u", "own.py", *settings])
     assert own.folder == train.folder
+    other = parse_command(["/opt/python", "own.py", *settings])
+    assert other.start()[:2] == ["/opt/python", "own.py"]
 
 
 def test_a_run_without_a_name_gets_one_that_stays(tmp_path: Path) -> None:

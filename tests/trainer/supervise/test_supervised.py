@@ -117,7 +117,7 @@ def test_twenty_kills_at_any_moment(settings_of: Settings, tmp_path: Path) -> No
     """Ranks, agents and the supervisor get SIGKILL, whatever they do just then; the supervisor is started again."""
     steps, kills, draw = 2_040, 20, random.Random(0)
     calm = Killed(tmp_path / "calm", settings_of(tmp_path / "calm", steps, 10_000)).leg(0, ranks=1)
-    run = Supervised(tmp_path, settings_of(tmp_path, steps, 20))
+    run = Supervised(tmp_path, settings_of(tmp_path, steps, 20, train__checkpoint_beside=True))
     process = run.start()
     for number in range(kills):
         run.wait_for_step(process, (number + 1) * steps // (kills + 4))
