@@ -76,9 +76,13 @@ class Link:
     async def _connection(self) -> bool:
         """Live through one connection; return whether the agent ever answered."""
         pipe = asyncio.subprocess.PIPE
-        self._process = process = await asyncio.create_subprocess_exec(
-            *self._command, stdin=pipe, stdout=pipe, stderr=pipe, limit=_LONGEST_LINE, start_new_session=True
-        )
+        try:
+            self._process = process = await asyncio.create_subprocess_exec(
+                *self._command, stdin=pipe, stdout=pipe, stderr=pipe, limit=_LONGEST_LINE, start_new_session=True
+            )
+        except OSError as failure:
+            self.trouble = f"{self._command[0]} cannot be started: {failure.strerror}"
+            return False
         self._heard_s = time.monotonic() + CONNECT_S + _START_S
         self.trouble = None
         watcher, said = asyncio.create_task(self._watch()), asyncio.create_task(self._errors())
@@ -100,7 +104,9 @@ class Link:
     async def _listen(self) -> None:
         assert self._process is not None and self._process.stdout is not None
         while line := await self._process.stdout.readline():
-            what = json.loads(line)
+            what = _read(line)
+            if what is None:  # what a shell says when somebody logs in
+                continue
             self._heard_s = time.monotonic()
             if what["is"] == "beat":
                 self._leased_until = time.monotonic() + 1.05 * self._lease_s
@@ -123,3 +129,12 @@ class Link:
         async for line in self._process.stderr:
             last = line.decode(errors="replace").strip() or last
         return last
+
+
+def _read(line: bytes) -> dict[str, Any] | None:
+    """Return an answer of an agent; None where it is none."""
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) else None

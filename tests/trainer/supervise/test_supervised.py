@@ -115,7 +115,7 @@ def test_it_gives_up_where_nothing_helps(settings_of: Settings, tmp_path: Path) 
 @pytest.mark.timeout(3000)
 def test_twenty_kills_at_any_moment(settings_of: Settings, tmp_path: Path) -> None:
     """Ranks, agents and the supervisor get SIGKILL, whatever they do just then; the supervisor is started again."""
-    steps, kills, draw = 2_040, 20, random.Random(0)
+    steps, kills, draw = 1_020, 20, random.Random(0)
     calm = Killed(tmp_path / "calm", settings_of(tmp_path / "calm", steps, 10_000)).leg(0, ranks=1)
     run = Supervised(tmp_path, settings_of(tmp_path, steps, 20, train__checkpoint_beside=True))
     process = run.start()
