@@ -8,6 +8,7 @@
 set -euo pipefail
 umask 077
 
+: "${SLURM_JOB_ID:?this runs in a batch script: sbatch deploy/slurm/extract.sbatch}"
 tls=$(mktemp -d "${TMPDIR:-/tmp}/dask-$SLURM_JOB_ID-XXXXXX")
 on_every_node=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
 scheduler='' workers=''
@@ -59,7 +60,7 @@ port=$(sed -n 's|.*"address": "tls://.*:\([0-9]*\)".*|\1|p' "$tls/scheduler.json
 # shellcheck disable=SC2016
 srun --no-kill --kill-on-bad-exit=0 --wait=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${on_every_node[@]}" bash -c '
   trap "rm -rf \"$1\"" EXIT
-  dask worker "tls://$SLURM_LAUNCH_NODE_IPADDR:$0" "${@:2}" --death-timeout 60 --local-directory "${TMPDIR:-/tmp}"
+  dask worker "tls://$SLURM_LAUNCH_NODE_IPADDR:$0" "${@:2}" --death-timeout 300 --local-directory "${TMPDIR:-/tmp}"
 ' "$port" "$tls" "${no_dashboard[@]}" &
 workers=$!
 

@@ -63,7 +63,7 @@ class DaskHosts:
         self._authority = trustme.CA()
         self._env = {
             **env, "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
-            "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "12s",  # a host without power is missed so soon
+            "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "20s",  # a host without power is missed so soon
         }  # fmt: skip
         write_slow(folder)
 

@@ -140,7 +140,7 @@ def test_an_extraction_goes_on_when_a_node_fails(slurm: Slurm, shop: Shop, tmp_p
     head.run(*python_words(ROOT / "jobs" / "extract_features.py", *extract, f"{BUCKET}/calm"), env=shop.s3)
     slow = {
         "DASK_DISTRIBUTED__WORKER__PRELOAD": str(write_slow(tmp_path)),
-        "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "12s",
+        "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "20s",
     }
     job = slurm.submit(
         SCRIPTS / "extract.sbatch", *extract, f"{BUCKET}/again", options=[f"--output={log}"],
