@@ -2,8 +2,10 @@
 
 import copy
 import re
+import shutil
+import textwrap
 from collections.abc import Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jsonschema
@@ -11,7 +13,7 @@ import kubernetes_validate
 import pytest
 
 from tests.deploy.commandlines import expanded, horovodrun, parse, torchrun
-from tests.deploy.manifests import OVERLAYS, Manifest, check, overlay, pods
+from tests.deploy.manifests import KUBERNETES, OVERLAYS, Manifest, build, check, overlay, pods
 
 INJECTED = {"JOB_COMPLETION_INDEX": "1", "DASK_WORKER_NAME": "worker-1"}
 """Variables that a Job and Dask's operator set."""
@@ -238,3 +240,26 @@ def test_the_nodes_of_a_training_fit_together() -> None:
     server = parse(words_of("train-mpi", sshd))
     assert run.ssh_port == int(server["Port"])
     assert run.ssh_identity_file == server["HostKey"] == f"{mpijob['sshAuthMountPath']}/id_rsa"
+
+
+def test_the_overlay_of_the_page_is_built(tmp_path: Path) -> None:
+    """docs/KUBERNETES.md shows an overlay of one's own: its image, namespace and places are those of all objects."""
+    page = (KUBERNETES.parents[1] / "docs" / "KUBERNETES.md").read_text()
+    (text,) = re.findall(r"```\n( *# kustomization\.yaml\n.*?)```", page, re.DOTALL)
+    shutil.copytree(KUBERNETES, tmp_path / "deploy" / "kubernetes")
+    (tmp_path / "kustomization.yaml").write_text(textwrap.dedent(text))
+    manifests = build(tmp_path)
+    for manifest in manifests:
+        check(manifest)
+        assert manifest["metadata"]["namespace"] == "shop"
+    settings = next(each["data"] for each in manifests if each["metadata"]["name"] == "crossmedia-settings")
+    assert settings["STORE"] == "s3://mine/features" and settings["SAMPLES"] == "s3://shop/samples"
+    images = {container["image"] for each in manifests for pod in pods(each) for container in pod["spec"]["containers"]}
+    assert images == {"registry.example/crossmedia:0.1.0"}
+    secrets = set(re.findall(r"create secret generic ([\w-]+)", page))
+    named = {
+        volume["secret"]["secretName"]
+        for name in OVERLAYS for each in overlay(name) for pod in pods(each) for volume in pod["spec"]["volumes"]
+        if "secret" in volume
+    }  # fmt: skip
+    assert secrets == named | {"scorer-metrics-token"}

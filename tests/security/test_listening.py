@@ -1,6 +1,6 @@
 """Where our servers listen unless they are told otherwise: on loopback, so that nobody else reaches them.
 
-docs/SECURITY.md has the same as a table.
+docs/SECURITY.md has the same as a table. What takes longest runs with `make test-cluster`.
 """
 
 import contextlib
@@ -95,6 +95,7 @@ def test_ranks_of_horovodrun_on_one_machine(tmp_path: Path) -> None:
         assert found and set(found) <= set(LOOPBACK), found
 
 
+@pytest.mark.cluster
 def test_ranks_of_torchrun_on_one_machine(tmp_path: Path) -> None:
     """The ranks listen on loopback; torch's store, in the launcher, everywhere: the exception in the table."""
     words = [BIN / "torchrun", "--nproc-per-node", "2", ROOT / "tests" / "security" / "held.py", tmp_path]
@@ -104,6 +105,7 @@ def test_ranks_of_torchrun_on_one_machine(tmp_path: Path) -> None:
         assert set(listening(launcher)) - set(LOOPBACK) == {"::"}
 
 
+@pytest.mark.cluster
 def test_tensorboard(places: Places, tmp_path: Path) -> None:
     words = [BIN / "tensorboard", "--logdir", places.folder / "runs", "--port", "0"]
     with started(words, tmp_path, lambda log: "http://" in log) as server:
@@ -111,6 +113,7 @@ def test_tensorboard(places: Places, tmp_path: Path) -> None:
         assert found and set(found) <= set(LOOPBACK), found
 
 
+@pytest.mark.cluster
 def test_one_rank_alone_listens_nowhere(tmp_path: Path) -> None:
     words = [sys.executable, ROOT / "tests" / "security" / "held.py", tmp_path]
     with started(words, tmp_path, all_ready(tmp_path, 1)) as rank:

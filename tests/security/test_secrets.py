@@ -129,6 +129,7 @@ class TestKeysOfAnObjectStore:
 
 
 class TestPasswords:
+    @pytest.mark.cluster
     def test_in_the_address_of_the_object_store(self, work: Work, places: Places) -> None:
         """Refused before anything is sent, by the store, images and runs."""
         work.environment["AWS_ENDPOINT_URL"] = f"http://me:{PASSWORD}@127.0.0.1:9"
