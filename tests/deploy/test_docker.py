@@ -1,0 +1,127 @@
+"""deploy/docker: what hadolint says to it, that its pins are enough, and its steps, run where there is no Docker."""
+
+import configparser
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from dockerfile_parse import DockerfileParser
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from tests.deploy.dockerfile import FILE, ROOT, Built
+
+PINS = FILE.with_name("requirements.txt")
+
+
+def test_hadolint_finds_nothing() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run(
+        [hadolint, "--config", FILE.with_name("hadolint.yaml"), FILE], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_image_ends_as_a_user_without_rights() -> None:
+    """Users and targets are those that the manifests name."""
+    user, users, name = "", {}, ""
+    for step in DockerfileParser(str(FILE)).structure:
+        if step["instruction"] == "FROM":
+            base, _, name = step["value"].partition(" AS ")
+            user = users.get(base, "0:0")
+        elif step["instruction"] == "USER":
+            user = step["value"]
+        users[name] = user
+    assert {target: users[target] for target in ("cpu", "mpi", "cuda")} == dict.fromkeys(
+        ("cpu", "mpi", "cuda"), "1000:1000"
+    )
+
+
+def pinned() -> dict[str, Version]:
+    """Name and version of every line of requirements.txt and torch.txt; the former have digests."""
+    lines = [line for file in (PINS, PINS.with_name("torch.txt")) for line in file.read_text().splitlines()]
+    found = {}
+    for line in lines:
+        if line.strip() and not line.startswith((" ", "#")):
+            name, _, version = line.removesuffix("\\").strip().partition("==")
+            found[canonicalize_name(name)] = Version(version)
+    return found
+
+
+def test_all_that_we_need_is_pinned() -> None:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    needed = [Requirement(line) for line in parser["options"]["install_requires"].splitlines() if line]
+    assert len(needed) > 20
+    have = pinned()
+    for requirement in needed:
+        name = canonicalize_name(requirement.name)
+        assert name in have and have[name] in requirement.specifier, f"pin {requirement} in {PINS.name}"
+    blocks = PINS.read_text().split("\n")
+    heads = [number for number, line in enumerate(blocks) if "==" in line and not line.startswith((" ", "#"))]
+    assert heads and all("--hash=sha256:" in blocks[number + 1] for number in heads)
+
+
+@pytest.fixture(scope="module")
+def image() -> Iterator[Built]:
+    """The target cpu, in a folder that every user may look into.
+
+    pip finds packages as on this machine, and Horovod is built once per machine, as for `make install`.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="image-"))
+    folder.chmod(0o755)
+    machine = {key: value for key, value in os.environ.items() if key.startswith(("PIP_", "SSL_", "http", "HTTP"))}
+    wheels = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crossmedia"
+    try:
+        yield Built(
+            folder,
+            "cpu",
+            machine
+            | {"HOME": str(folder), "PIP_CACHE_DIR": str(Path.home() / ".cache" / "pip"), "PIP_NO_CACHE_DIR": "0"},
+            {"/build/cache": str(wheels)},
+        )
+    finally:
+        shutil.rmtree(folder)
+
+
+def call(image: Built, *words: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command of the image as its user, with its environment and nothing of ours."""
+    user = int(image.final.user.partition(":")[0])
+    identity = {"user": user, "group": user, "extra_groups": []} if os.geteuid() == 0 else {}
+    environment = image.environment(image.final) | ({"HOME": str(home), "TMPDIR": str(home)} if home else {})
+    return subprocess.run(
+        words,
+        cwd=image.inside(image.final.workdir),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+        **identity,  # type: ignore[call-overload]
+    )
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(1500)
+class TestSteps:
+    def test_the_image_starts(self, image: Built) -> None:
+        done = call(image, *image.final.command)
+        assert done.returncode == 0 and "serve" in done.stdout, done.stderr
+        asked = image.asked.read_text()
+        assert "apt-get install --yes --no-install-recommends g++ make" in asked
+        assert "useradd --uid 1000" in asked
+
+    def test_no_tool_of_the_build_and_no_cache_is_left(self, image: Built) -> None:
+        packages = call(
+            image, "python", "-c", "import importlib.metadata as m; print(*[d.name for d in m.distributions()])"
+        )
+        names = packages.stdout.split()
+        assert {"crossmedia", "horovod", "torch", "dask"} <= set(names)
+        assert not {"pip", "cmake", "wheel", "pytest", "mypy"} & set(names)
+        assert not list(image.inside("/opt").rglob("*.whl")) and not image.inside("/build").exists()
