@@ -1,6 +1,7 @@
 """The trainer's command line: parse, connect, open, train, report, always close.
 
-`python -m trainer.main` is one rank; `horovodrun -np P python -m trainer.main` is P of them.
+`python -m trainer.main` is one rank; `horovodrun -np P python -m trainer.main` is P of them, and so is
+`torchrun --nproc-per-node P -m trainer.main`.
 """
 
 import contextlib
@@ -31,13 +32,16 @@ Examples:
 
     horovodrun -np 2 python -m trainer.main --set model.images=none --set run.name=ids-only
 
+    torchrun --standalone --nproc-per-node 2 -m trainer.main --set run.name=without-horovod
+
     horovodrun -np 2 python -m trainer.main --config own.yaml --set run.name=a --set run.resume=latest
 
     horovodrun -np 2 python -m trainer.main --warm-start data/runs/yesterday --warm-parts partial
 
 Without settings it trains on data/samples and data/features, and writes to data/runs. All settings:
 docs/SETTINGS.md. Exit codes: 0 done, 1 failed, 2 wrong settings, 130 stopped by a
-signal, after a checkpoint once training has begun. horovodrun itself exits with 1 where a rank does not exit with 0.
+signal, after a checkpoint once training has begun. horovodrun and torchrun exit with 1 where a rank does not exit
+with 0.
 """
 
 MISSING_KEY_ADVICE = """\

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.run import get_args_parser
 from typer.main import get_command
 
 from tools.commands import PAGE, command_files, name_of
@@ -36,7 +37,7 @@ def command_lines() -> Iterator[tuple[str, list[str]]]:
     for page in PAGES:
         for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
-                if page != PAGE and re.match(r"(python|dask-submit|horovodrun) ", line):
+                if page != PAGE and re.match(r"(python|dask-submit|horovodrun|torchrun) ", line):
                     yield f"{page.name}: {line}", shlex.split(line, comments=True)
 
 
@@ -115,6 +116,8 @@ def check_words(line: str, words: list[str]) -> None:
     if "--" in words:
         check_words(line, words[words.index("--") + 1 :])
         words = words[: words.index("--")]
+    if words[0] == "torchrun":
+        get_args_parser().parse_args(words[1:])  # exits where one of its own options is wrong
     known = commands()
     start = next((place for place, word in enumerate(words) if word in known), None)
     if start is None:  # tools, and what other projects install

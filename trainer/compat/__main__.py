@@ -64,7 +64,7 @@ def main(
         from trainer.compat import check, show
 
         if comm.size > 1:
-            raise ConfigError("trainer.compat is for one rank; start it without horovodrun")
+            raise ConfigError("trainer.compat is for one rank; start it without horovodrun or torchrun")
         options = check.CompatOptions(checkpoint, name, version, sample, max_logloss_change)
         with progress_bar("shards") as progress:
             found = check.examine(run_path(run), store, options, comm, progress)

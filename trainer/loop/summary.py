@@ -207,7 +207,7 @@ def hardware_of(comm: Comm, device: torch.device) -> dict[str, Any]:
     """Return what the ranks compute on and talk over, the same on each rank; called by every rank.
 
     `devices`: of each rank, e.g. "cpu" or "cuda:0 (NVIDIA H100)". `collectives`: "Gloo" or "NCCL"; None in one process
-    without horovodrun.
+    that no launcher started.
     """
     devices = comm.allgather_object(device_name(device), name="devices")
     return {"devices": devices, "collectives": comm.carrier(device)}

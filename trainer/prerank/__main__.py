@@ -97,7 +97,7 @@ def search(
         from trainer.samples.dictionary import IdDictionary
 
         if comm.size > 1:
-            raise ConfigError("search is for one rank; start it without horovodrun")
+            raise ConfigError("search is for one rank; start it without horovodrun or torchrun")
         with contextlib.closing(open_trained(run_path(run), comm, which=checkpoint, samples=samples)) as trained:
             ads = AdIndex.open(index)
             ads.check_origin(origin_of(trained))
