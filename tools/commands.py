@@ -31,8 +31,8 @@ COMMAND_LINE = re.compile("`?(python|dask-submit|dask|horovodrun|torchrun) ")
 HEAD = """# Commands
 
 Written by `python tools/commands.py` from the commands' own help; `make lint` checks it. Jobs also run under
-`dask-submit` (on several processes or machines), and the trainer's commands on P ranks: `horovodrun -np P python -m ...`
-or `torchrun --nproc-per-node P -m ...` ([TORCHRUN.md](TORCHRUN.md)).
+`dask-submit` (on several processes or machines), and the trainer's commands on P ranks: `horovodrun -np P python -m …`
+or `torchrun --nproc-per-node P -m …` ([TORCHRUN.md](TORCHRUN.md)).
 Exit codes: 0 done, 1 failed or found a problem, 2 the command line is wrong or names something that is not there, 130
 stopped by a signal.
 """
