@@ -113,11 +113,12 @@ def test_commands_have_the_options_and_settings_that_pages_show(line: str) -> No
 
 def check_words(line: str, words: list[str]) -> None:
     """Check the words of a command, and those after -- as the words of another one."""
+    if words[0] == "torchrun":
+        get_args_parser().parse_args(words[1:])  # exits where it does not understand its own options
+        words = [word for word in words if word != "--"]
     if "--" in words:
         check_words(line, words[words.index("--") + 1 :])
         words = words[: words.index("--")]
-    if words[0] == "torchrun":
-        get_args_parser().parse_args(words[1:])  # exits where one of its own options is wrong
     known = commands()
     start = next((place for place, word in enumerate(words) if word in known), None)
     if start is None:  # tools, and what other projects install
