@@ -58,8 +58,9 @@ class Training:
             path = self._save()
             self._progress.say(f"stopped after step {self._engine.num_steps}; continue with run.resume={path}")
             raise
-        finally:
+        except BaseException:
             self._saves.close()
+            raise
         self._finish()
 
     def evaluate(self) -> None:

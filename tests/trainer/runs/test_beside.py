@@ -144,6 +144,30 @@ def test_a_run_that_another_start_took_over_ends(tmp_path: Path) -> None:
     assert {str(each) for each in raised} == {"another start of this run goes on"}
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_of_two_starts_on_one_disk_the_last_goes_on(tmp_path: Path, size: int) -> None:
+    first, second = DiskPlace(tmp_path / "checkpoints"), DiskPlace(tmp_path / "checkpoints")
+
+    def work(comm: Comm) -> list[str]:
+        seen, mine = [], SavesBeside(comm, first, None, nothing)
+        for step, claims in ((50, first), (60, second)):
+            comm.on_rank_0(claims.claim)
+            try:
+                mine.begin(Trained(comm.rank, size), _state(step), 3, None)
+                seen.append(str(mine.wait()))
+            except CheckpointError as failure:
+                seen.append(str(failure))
+        return seen
+
+    for published, refused in on_ranks(size, work):
+        assert published == str(Outcome(50, ""))
+        assert "is written to by another start of this run, " in refused
+    on_ranks(1, lambda comm: checkpoint.save(comm, second, Trained(), _state(70), 3))
+    with pytest.raises(CheckpointError, match="another start of this run"):
+        checkpoint.save(SoloComm(), first, Trained(), _state(80), 3)
+    assert [path.name for path in finished(tmp_path / "checkpoints")] == ["step-00000050", "step-00000070"]
+
+
 def test_without_memory_for_a_copy_it_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.runs.saving.beside.free_bytes", lambda: 100)
     saves = SavesBeside(SoloComm(), DiskPlace(tmp_path), None, nothing)

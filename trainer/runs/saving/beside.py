@@ -117,12 +117,15 @@ class SavesBeside:
         start_s, self._begun_s = time.perf_counter(), time.monotonic()
         self.begun += 1
         step = state.step
-        content, error = self._prepared(step, trained)
+        content, error, is_fatal = self._prepared(step, trained)
         needed = sum(packed_bytes(each) for each in content.values())
         held = len(self._rows.data) + len(self._dense.data)
-        said = (error, socket.gethostname(), max(0, needed - held), free_bytes())
+        said = _Ready(error, is_fatal, socket.gethostname(), max(0, needed - held), free_bytes())
         everyone = self._comm.allgather_object(said, name="checkpoint.begin")
-        if error := next((each[0] for each in everyone if each[0]), ""):
+        if failed := next((each for each in everyone if each.error), None):
+            if failed.is_fatal:
+                raise CheckpointError(failed.error)
+            error = failed.error
             self.stall_s += time.perf_counter() - start_s
             return None if error == _THERE else Outcome(step, error)
         self._step, self._mine = step, _Progress(Phase.WRITING)
@@ -171,19 +174,19 @@ class SavesBeside:
         elif self._thread is not None:
             self._thread.join(_PATIENCE_S)
 
-    def _prepared(self, step: int, trained: Trained) -> tuple[dict[str, Mapping[str, Tensor]], str]:
+    def _prepared(self, step: int, trained: Trained) -> tuple[dict[str, Mapping[str, Tensor]], str, bool]:
         """Makes room on rank 0; returns what is to be written, or why that failed: the other ranks wait for it."""
         content: dict[str, Mapping[str, Tensor]] = {}
         try:
             if self._comm.rank == 0:
                 if self._place.has(step):
-                    return {}, _THERE
+                    return {}, _THERE, False
                 self._place.begin(step)
                 content[DENSE] = trained.dense_state()
             content[rows_name(self._comm)] = trained.shard_state()
         except Exception as failure:
-            return {}, _text(failure)
-        return content, ""
+            return {}, _text(failure), isinstance(failure, CheckpointError)
+        return content, "", False
 
     def _with_copies(self, step: int, content: Mapping[str, Mapping[str, Tensor]]) -> Callable[[], None]:
         """Copies now; returns what is left to do. Where there is no memory after all, it says so when ranks look."""
@@ -262,10 +265,20 @@ class _Noted:
         return True
 
 
-def _fits(everyone: list[tuple[str, str, int, int | None]]) -> bool:
+class _Ready(NamedTuple):
+    """What a rank says when a checkpoint begins: why it cannot, or the memory that its copy takes."""
+
+    error: str
+    is_fatal: bool
+    host: str
+    needed_bytes: int
+    free_bytes: int | None
+
+
+def _fits(everyone: list[_Ready]) -> bool:
     """Whether the copies of all ranks of each machine take at most half of what is free there."""
-    for host in {each[1] for each in everyone}:
-        here = [(needed, free) for _, place, needed, free in everyone if place == host]
+    for host in {each.host for each in everyone}:
+        here = [(each.needed_bytes, each.free_bytes) for each in everyone if each.host == host]
         free = min((free for _, free in here if free is not None), default=None)
         if free is not None and sum(needed for needed, _ in here) > free // 2:
             return False

@@ -27,11 +27,14 @@ import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
 
+from featurestore.console.files import replace_file
 from featurestore.errors import CommitConflictError
+from featurestore.log import writer_name
 from featurestore.lookup.cache import digest_of_file
 from featurestore.published import FILES, PublishedFile, PublishedFiles, expire, open_published, publish
 from featurestore.published.paths import FarPath, RunPath
 from featurestore.storage.local import sync
+from featurestore.storage.regular import read_regular
 from featurestore.storage.storage import Storage
 from trainer.errors import CheckpointError
 from trainer.runs.folder import finished, place, remove
@@ -98,12 +101,15 @@ def place_of(folder: RunPath) -> CheckpointPlace:
 
 
 class DiskPlace(CheckpointPlace):
-    """A folder of checkpoints on a local or shared disk."""
+    """A folder of checkpoints on a local or shared disk; RUN/.writer names the start that writes to it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder: Path = folder
+        self._writer = folder.parent / ".writer"
+        self._mine: bytes | None = None
 
     def begin(self, step: int) -> None:
+        self._check_mine()
         for leftover in self.folder.glob(".step-*"):
             shutil.rmtree(leftover)
         self._hidden(step).mkdir(parents=True)
@@ -120,6 +126,7 @@ class DiskPlace(CheckpointPlace):
 
     def commit(self, step: int, parts: Mapping[str, WrittenPart], state: bytes, keep: int, best: int | None) -> RunPath:
         hidden, final = self._hidden(step), place(self.folder, step)
+        self._check_mine()
         (hidden / STATE).write_bytes(state)
         sync(hidden / STATE)
         sync(hidden)
@@ -132,10 +139,27 @@ class DiskPlace(CheckpointPlace):
         remove([path for path in paths if isinstance(path, Path)])
 
     def claim(self) -> None:
-        pass
+        self._mine = f"{writer_name()} {uuid.uuid4().hex}\n".encode()
+        self._writer.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(self._writer, self._mine)
+
+    def _check_mine(self) -> None:
+        if self._mine is None:
+            return
+        found = read_regular(self._writer) if self._writer.exists() else b""
+        if found != self._mine:
+            raise _taken_over(self.folder, found.decode(errors="replace").partition(" ")[0])
 
     def _hidden(self, step: int) -> Path:
         return self.folder / f".{place(self.folder, step).name}"
+
+
+def _taken_over(folder: RunPath, writer: str) -> CheckpointError:
+    by = f", {writer}" if writer else ""
+    return CheckpointError(
+        f"{folder} is written to by another start of this run{by}: it goes on, and this one ends; start one alone, or "
+        "choose another run.name"
+    )
 
 
 class FarPlace(CheckpointPlace):
@@ -209,11 +233,7 @@ class FarPlace(CheckpointPlace):
             newest = open_published(self.folder.url)
             found = newest.published if isinstance(newest, PublishedFiles) else None
             if found is None or found.publication not in self._tried:
-                by = f", {found.writer}" if found else ""
-                raise CheckpointError(
-                    f"{self.folder} is written to by another start of this run{by}: it goes on, and this one ends; "
-                    "start one alone, or choose another run.name"
-                ) from failure
+                raise _taken_over(self.folder, found.writer if found else "") from failure
             self._version, self._files = found.version, dict(found.files)
             if self._files != dict(files):  # an earlier one of mine, whose answer was lost
                 self._publish(files)
