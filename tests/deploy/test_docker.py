@@ -125,3 +125,25 @@ class TestSteps:
         assert {"crossmedia", "horovod", "torch", "dask"} <= set(names)
         assert not {"pip", "cmake", "wheel", "pytest", "mypy"} & set(names)
         assert not list(image.inside("/opt").rglob("*.whl")) and not image.inside("/build").exists()
+
+    def test_two_ranks_train_as_its_user(self, image: Built) -> None:
+        """From drawn clothes to a trained run, by the commands of the manifests, and the root stays as it was."""
+        home = Path(tempfile.mkdtemp(prefix="home-"))
+        os.chown(home, 1000 if os.geteuid() == 0 else -1, -1)
+        try:
+            before = {path for path in image.root.rglob("*") if "__pycache__" not in path.parts}
+            for line in (
+                "python -m jobs.make_demo_data --out {home}/demo --items 60 --users 40 --days 3",
+                "dask-submit -n 1 jobs/extract_features.py --images {home}/demo/images --store {home}/features"
+                " --backbone resnet18:avgpool --weights random:0",
+                "python -m jobs.build_samples --logs {home}/demo/logs --samples {home}/samples --scratch {home}",
+                "horovodrun --gloo -np 2 python -m trainer.main --set=data.samples={home}/samples"
+                " --set=data.store={home}/features --set=run.dir={home}/runs --set=run.name=a --set=train.max_steps=3"
+                " --set=data.global_batch_size=64",
+            ):
+                done = call(image, *line.format(home=home).split(), home=home)
+                assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            assert (home / "runs" / "a" / "report.json").is_file()
+            assert {path for path in image.root.rglob("*") if "__pycache__" not in path.parts} == before
+        finally:
+            shutil.rmtree(home)
