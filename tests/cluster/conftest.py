@@ -8,6 +8,7 @@ import pytest
 from tests.cluster.hosts import Network, lacking, lacking_packages, network
 
 FOLDER = Path(__file__).parent
+TIMEOUT_S = 600  # of a test here: each waits for daemons and programs, with deadlines of their own
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -15,6 +16,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if FOLDER in item.path.parents:
             item.add_marker("cluster")
+            item.add_marker(pytest.mark.timeout(TIMEOUT_S))
 
 
 @pytest.fixture(scope="session")
