@@ -183,7 +183,10 @@ class TorchComm(Comm):
     def _give_up(self, key: str) -> NoReturn:
         self._abandon()
         bulletin = Bulletin(self.rank, self._meeting.put, self._meeting.get)
-        raise LateRankError(bulletin.lateness(_name_of(key), self.size, self.deadline_s))
+        text = bulletin.lateness(_name_of(key), self.size, self.deadline_s)
+        if self._meeting.is_silent:
+            text += "; the store at MASTER_ADDR:MASTER_PORT, where ranks say where they are, does not answer"
+        raise LateRankError(text)
 
     def _abandon(self) -> None:
         """Leave the lanes as they are, for ever: their end would wait for that of their collectives."""

@@ -5,17 +5,18 @@ connecting then takes no time worth a deadline. Each lane asks the store over a 
 one question after the other, and the lane that another thread makes may be what a lane's ranks wait for.
 """
 
-import contextlib
 import functools
 import itertools
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import astuple, dataclass
 from datetime import timedelta
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,10 @@ _FOREVER = timedelta(days=365)
 """A group itself gives up after this; it would take its connections along. Ours is `Comm.deadline_s`."""
 _LEAVE_S = 5.0
 """How long the rank that holds the store waits for the others to leave."""
+_ANSWER_S = 5.0
+"""How long an answer of the store may take."""
 _times = itertools.count()
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class RankAddress:
     gpus: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Meeting:
     """Where ranks meet: `store` is torchrun's, or held by rank 0 where something else started the ranks."""
 
@@ -56,6 +60,8 @@ class Meeting:
     here: RankAddress
     is_ours: bool
     """Whether rank 0 holds the store, which ends with it."""
+    is_silent: bool = False
+    """Whether the store has not answered in time; it is not asked again then."""
 
     @classmethod
     def of_environment(cls, patience_s: float) -> "Meeting":
@@ -81,24 +87,46 @@ class Meeting:
 
     def put(self, key: str, value: str) -> None:
         """Write for all ranks to read; nothing where the store is gone."""
-        with contextlib.suppress(RuntimeError, OSError):
-            self.store.set(key, value)
+        self._ask(lambda: self.store.set(key, value))
 
     def get(self, key: str) -> str | None:
         """Read what a rank wrote; None where there is nothing, or the store is gone."""
-        with contextlib.suppress(RuntimeError, OSError):
-            return self.store.get(key).decode() if self.store.check([key]) else None
-        return None
+        return self._ask(lambda: self.store.get(key).decode() if self.store.check([key]) else None)
 
     def leave(self) -> None:
         """Tell the rank that holds the store that this one needs it no more; that one waits a little for the others."""
         if not self.is_ours:
             return
-        with contextlib.suppress(RuntimeError, OSError):
-            left, end_s = self.store.add("left", 1), time.monotonic() + _LEAVE_S
-            while self.rank == 0 and left < self.size and time.monotonic() < end_s:
-                time.sleep(0.01)
-                left = self.store.add("left", 0)
+        left, end_s = self._ask(lambda: self.store.add("left", 1)), time.monotonic() + _LEAVE_S
+        while self.rank == 0 and left is not None and left < self.size and time.monotonic() < end_s:
+            time.sleep(0.01)
+            left = self._ask(lambda: self.store.add("left", 0))
+
+    def _ask(self, question: Callable[[], Answer]) -> Answer | None:
+        try:
+            return None if self.is_silent else in_time(question, _ANSWER_S)
+        except TimeoutError:
+            self.is_silent = True
+        except (RuntimeError, OSError):
+            pass
+        return None
+
+
+def in_time(question: Callable[[], Answer], patience_s: float) -> Answer:
+    """Return what the store says. Raises TimeoutError where it says nothing: its client would wait for ever.
+
+    The store may be in a process that hangs, or on a host that has lost its power.
+    """
+    answer: Future[Answer] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(question())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answer.result(patience_s)
 
 
 class Lanes:
@@ -129,10 +157,11 @@ class Lanes:
     def _connected(self, carrier: Carrier, name: str) -> ProcessGroup:
         meeting, end_s, pause_s = self._meeting, time.monotonic() + self._patience_s(), 1e-3
         try:
-            store = PrefixStore(f"{carrier}/{name}", meeting.store.clone())  # type: ignore[attr-defined]
-            store.set(f"at/{meeting.rank}", json.dumps(astuple(meeting.here)))
-            places = [f"at/{rank}" for rank in range(meeting.size)]
-            while not store.check(places):
+            clone = in_time(meeting.store.clone, self._patience_s())  # type: ignore[attr-defined]
+            store = PrefixStore(f"{carrier}/{name}", clone)
+            here, places = json.dumps(astuple(meeting.here)), [f"at/{rank}" for rank in range(meeting.size)]
+            in_time(lambda: store.set(places[meeting.rank], here), self._patience_s())
+            while not in_time(lambda: store.check(places), max(1.0, end_s - time.monotonic())):
                 time.sleep(pause_s)
                 pause_s = min(1.5 * pause_s, 0.02)
                 if time.monotonic() > end_s:
@@ -140,6 +169,8 @@ class Lanes:
             self.ranks = [RankAddress(*json.loads(place)) for place in store.multi_get(places)]
             check_reach(self.ranks)
             return self._new(carrier, store)
+        except TimeoutError:
+            self._give_up(name)
         except (RuntimeError, OSError) as error:
             raise LostRankError(f"{loss(meeting.rank, name.partition('.')[2])} ({_first_line(error)})") from error
 

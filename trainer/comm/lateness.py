@@ -24,7 +24,7 @@ class Bulletin:
         self._put(f"{self._rank}.{name}", name)
         self._put(str(self._rank), name)
         time.sleep(_GRACE_S)
-        late = [rank for rank in range(size) if self._get(f"{rank}.{name}") is None]
+        late = [rank for rank in range(size) if rank != self._rank and self._get(f"{rank}.{name}") is None]
         where = {rank: self._get(str(rank)) for rank in late}
         ranks = ", ".join(f"rank {rank}" + (f" (in {at})" if at else "") for rank, at in where.items())
         return (

@@ -1,10 +1,13 @@
 """Where ranks of torch.distributed meet, and at which address each listens."""
 
 import socket
+import subprocess
+import sys
 
 import psutil
 import pytest
 
+from tests.ranks import environment
 from trainer.comm.distributed import TorchComm
 from trainer.comm.lanes import Meeting, RankAddress, check_reach, has_gpu_for_each, own_address
 from trainer.errors import ConfigError, LostRankError
@@ -73,3 +76,39 @@ def test_nccl_wants_a_gpu_for_each_rank_of_a_host() -> None:
     assert has_gpu_for_each([a, a, b])
     assert not has_gpu_for_each([a, b, b])
     assert not has_gpu_for_each([RankAddress("a", None, 0)])
+
+
+STOPS_RANK_0 = """
+import os, signal
+from trainer.comm import connect
+from trainer.errors import LateRankError
+comm = connect()
+comm.deadline_s = 1.0
+comm.agree(None)
+print(os.getpid(), flush=True)
+if comm.rank == 0:
+    os.kill(os.getpid(), signal.SIGSTOP)
+try:
+    comm.agree(None)
+except LateRankError as error:
+    print(error, flush=True)
+os._exit(7)
+"""
+
+
+@pytest.mark.services
+def test_a_stopped_rank_that_holds_the_store_is_named() -> None:
+    """As trainer.supervise starts ranks: what they say at the store cannot be heard then."""
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-c", STOPS_RANK_0]
+    ranks = [
+        subprocess.Popen(command, env={**environment(), **place, "RANK": rank}, stdout=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    try:
+        said, _ = ranks[1].communicate(timeout=100)
+    finally:
+        ranks[0].kill()
+        ranks[0].communicate()
+    assert ranks[1].returncode == 7
+    assert "not there: rank 0. See" in said and "the store at MASTER_ADDR:MASTER_PORT" in said
