@@ -100,6 +100,17 @@ class TestKeysOfAnObjectStore:
         work.check(SECRET, SESSION)
 
     @pytest.mark.cluster
+    def test_a_supervised_training(self, work: Work, places: Places) -> None:
+        """The supervisor hands its environment to its agents, and writes a report beside the run."""
+        settings = places.settings(
+            run__name="e", run__dir=str(work.folder / "runs"), data__store="s3://bucket/features"
+        )
+        words = [f"--set={each}" for each in settings]
+        supervise = python("-m", "trainer.supervise", "--max-np", 2, "--max-restarts-without-progress", 0, "--")
+        work.fails(*supervise, "python", "-m", "trainer.main", *words, because="s3://bucket/features")
+        work.check(SECRET, SESSION)
+
+    @pytest.mark.cluster
     def test_runs_on_an_object_store(self, work: Work, places: Places) -> None:
         words = [f"--set={each}" for each in places.settings(run__name="c", run__dir="s3://bucket/runs")]
         work.fails(*python("-m", "trainer.main", *words), because="s3://bucket/runs")
