@@ -3,13 +3,10 @@
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from types import FrameType
 from typing import Annotated
 
@@ -18,6 +15,8 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app, say_error
 from featurestore.errors import FAILED
 from trainer.errors import ConfigError
+from trainer.launch.rendezvous import free_port, horovod_rendezvous
+from trainer.launch.variables import By
 from trainer.slurm.allocation import Allocation, find_allocation
 
 EXAMPLES = """
@@ -36,13 +35,6 @@ NODE = "SLURMD_NODENAME"
 _ENDED_BY_SLURM = (128 + signal.SIGTERM, 128 + signal.SIGKILL)
 
 app = CommandApp(rich_markup_mode="markdown")
-
-
-class By(StrEnum):
-    """What carries the collectives."""
-
-    HOROVOD = "horovod"
-    TORCH = "torch"
 
 
 @app.command(epilog=EXAMPLES)
@@ -119,21 +111,10 @@ def _meeting_point(by: By, job: Allocation) -> Iterator[int]:
         if os.environ.get(NODE) != job.nodes[0]:
             say_error("with --by torch, rank 0 is where the others meet: run this in a batch script (sbatch)")
             raise typer.Exit(2)
-        with socket.socket() as bound:
-            bound.bind(("", 0))
-            port = int(bound.getsockname()[1])
-        yield port
-        return
-    from trainer.comm.rendezvous import rendezvous_server
-
-    server = rendezvous_server(job.nodes, job.ranks)
-    listening = threading.Thread(target=server.serve_forever, daemon=True)
-    listening.start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
+        yield free_port()
+    else:
+        with horovod_rendezvous(job.nodes, job.ranks) as port:
+            yield port
 
 
 if __name__ == "__main__":

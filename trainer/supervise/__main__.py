@@ -10,9 +10,9 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from trainer.errors import ConfigError
+from trainer.launch.variables import By
 from trainer.supervise.claim import claimed
 from trainer.supervise.command import parse_command
-from trainer.supervise.environments import By
 from trainer.supervise.hosts import hosts_of
 from trainer.supervise.report import Printer
 from trainer.supervise.supervisor import Options, Supervisor

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.console.commandline import OK, STOPPED
-from trainer.supervise.environments import Variables
+from trainer.launch.variables import Variables
 from trainer.supervise.link import Link, News
 from trainer.supervise.policy import RankEnd, Slots
 from trainer.supervise.report import Printer

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from featurestore.console.commandline import STOPPED
 from featurestore.errors import FAILED, UserError
 from featurestore.text.plain import count_text
+from trainer.launch.variables import By
 from trainer.supervise import policy
 from trainer.supervise.command import TrainCommand
-from trainer.supervise.environments import By, environments, load, reach_of
+from trainer.supervise.environments import environments, reach_of
 from trainer.supervise.generation import Generation
 from trainer.supervise.link import Link, News
 from trainer.supervise.policy import Past, Slots
@@ -72,12 +73,10 @@ class Supervisor:
             await self._close_links()
 
     async def _generations(self) -> int:
-        loading = asyncio.create_task(asyncio.to_thread(load, self.options.by))
         while True:
             hosts = await self._hosts()
             if hosts is None:
                 return self._without_hosts()
-            await loading
             step = await self._newest_step()  # an earlier supervisor's ranks may have written one meanwhile
             self._drain()
             if any(self._links[each.host].hello is None for each in hosts):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from trainer.slurm.rank import horovod_variables, interface_towards, torch_variables
+from trainer.launch.variables import By
+from trainer.slurm.rank import interface_towards, variables_of
 
 RANKS = [2, 3, 1]
 """Of three nodes."""
@@ -21,17 +22,17 @@ def test_horovod_has_the_places_that_horovodrun_gives() -> None:
 
     plan = get_host_assignments(parse_hosts("n0:2,n1:3,n2:1"), 6)
     for slot in plan:
-        expected = {**create_slot_env_vars(slot), **create_run_env_vars("10.0.0.1", ["eth0"], "4000")}
-        assert horovod_variables(slurm_of(slot.rank), "10.0.0.1", "4000", RANKS, "eth0") == expected
+        expected = {**create_slot_env_vars(slot), **create_run_env_vars("127.0.0.1", ["lo"], "4000")}
+        assert variables_of(By.HOROVOD, slurm_of(slot.rank), "127.0.0.1", 4000, RANKS) == expected
 
 
 @pytest.mark.parametrize(("rank", "local", "node"), [(0, 0, 0), (1, 1, 0), (4, 2, 1), (5, 0, 2)])
 def test_torch_has_the_places_that_torchrun_gives(rank: int, local: int, node: int) -> None:
-    found = torch_variables(slurm_of(rank), "10.0.0.1", "4000", RANKS, "eth0")
+    found = variables_of(By.TORCH, slurm_of(rank), "127.0.0.1", 4000, RANKS)
     assert found == {
         "RANK": str(rank), "WORLD_SIZE": "6", "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(RANKS[node]),
-        "GROUP_RANK": str(node), "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000", "GLOO_SOCKET_IFNAME": "eth0",
-        "NCCL_SOCKET_IFNAME": "eth0",
+        "GROUP_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4000", "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
     }  # fmt: skip
 
 

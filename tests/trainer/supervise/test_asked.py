@@ -13,10 +13,11 @@ import pytest
 from featurestore.published.paths import run_path
 from featurestore.storage.storage import Storage
 from trainer.errors import ConfigError, TrainerError
+from trainer.launch.variables import By
 from trainer.supervise.agent import addresses
 from trainer.supervise.claim import claimed
 from trainer.supervise.command import parse_command
-from trainer.supervise.environments import By, Reach, environments, reach_of
+from trainer.supervise.environments import Reach, environments, reach_of
 from trainer.supervise.generation import inherited
 from trainer.supervise.hosts import AGENT, agent_command, hosts_of, parse_hosts
 from trainer.supervise.policy import Slots

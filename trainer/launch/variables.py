@@ -1,0 +1,71 @@
+"""What a rank finds in its environment, as horovodrun or torchrun would put it there. Quick to import."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+Variables = dict[str, str]
+
+
+class By(StrEnum):
+    """What carries the collectives."""
+
+    HOROVOD = "horovod"
+    TORCH = "torch"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is among all: number `local` of those on host number `node`. Ranks count from host to host."""
+
+    ranks_of_node: Sequence[int]
+    node: int
+    local: int
+
+    @property
+    def rank(self) -> int:
+        return sum(self.ranks_of_node[: self.node]) + self.local
+
+    @property
+    def size(self) -> int:
+        return sum(self.ranks_of_node)
+
+
+def horovod_variables(place: Place, host: str, address: str, port: int, interface: str | None) -> Variables:
+    """Return what horovodrun sets for a rank of `host`, which finds the rendezvous at `address` and `port`.
+
+    `cross` counts the ranks of the same local number. `interface`: the one between the hosts; None leaves it to Gloo.
+    """
+    peers = [node for node, count in enumerate(place.ranks_of_node) if count > place.local]
+    return {
+        "HOROVOD_RANK": str(place.rank),
+        "HOROVOD_SIZE": str(place.size),
+        "HOROVOD_LOCAL_RANK": str(place.local),
+        "HOROVOD_LOCAL_SIZE": str(place.ranks_of_node[place.node]),
+        "HOROVOD_CROSS_RANK": str(peers.index(place.node)),
+        "HOROVOD_CROSS_SIZE": str(len(peers)),
+        "HOROVOD_HOSTNAME": host,
+        "HOROVOD_CONTROLLER": "gloo",
+        "HOROVOD_CPU_OPERATIONS": "gloo",
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": address,
+        "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
+        **_named(interface, "HOROVOD_GLOO_IFACE"),
+    }
+
+
+def torch_variables(place: Place, address: str, port: int, interface: str | None) -> Variables:
+    """Return what torchrun sets for a rank; rank 0 listens on `port` of `address`. `interface`: as for Horovod."""
+    return {
+        "RANK": str(place.rank),
+        "WORLD_SIZE": str(place.size),
+        "LOCAL_RANK": str(place.local),
+        "LOCAL_WORLD_SIZE": str(place.ranks_of_node[place.node]),
+        "GROUP_RANK": str(place.node),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        **_named(interface, "GLOO_SOCKET_IFNAME"),
+    }
+
+
+def _named(interface: str | None, variable: str) -> Variables:
+    return {} if interface is None else {variable: interface, "NCCL_SOCKET_IFNAME": interface}
