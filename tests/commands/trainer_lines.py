@@ -197,6 +197,7 @@ TRAINER = [
     ("trainer.daily --set data.stores=[a]", 2, "data.stores"),
     ("trainer.plan --paper --emit pbs", 2, "--emit"),
     ("trainer.plan --paper --emit-to {new}", 2, "--emit"),
+    ("trainer.plan --ranks 3 --ranks-per-machine 2 --emit slurm", 2, "--ranks-per-machine 2"),
     ("trainer.plan --paper --emit slurm --emit-to {emptydir}", 1, "{emptydir}"),
     ("trainer.plan --paper --emit kubernetes --emit-to {empty}/x", 1, "{empty}"),
     ("trainer.plan --samples {missing}", 2, "{missing}"),

@@ -83,8 +83,14 @@ def main(
         from trainer.plan.inputs import bytes_per_s
         from trainer.plan.sample import PlanQuestion, numbers
 
+        counts = numbers(ranks)
+        if scheduler is not None and all(count % min(count, ranks_per_machine) for count in counts):
+            raise ConfigError(
+                f"--emit {scheduler}: none of --ranks {ranks} fills whole machines of --ranks-per-machine "
+                f"{ranks_per_machine}; give multiples of it"
+            )
         question = PlanQuestion(
-            ranks=numbers(ranks),
+            ranks=counts,
             batch_size=samples_per_rank or global_batch_size or config.data.global_batch_size,
             per_rank=samples_per_rank is not None,
             ranks_per_machine=ranks_per_machine,
