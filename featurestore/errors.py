@@ -16,12 +16,14 @@ FeatureStoreError
 ├── CorruptFileError        a file is not what was written
 ├── QueryError              a query that SQL does not understand
 ├── PasswordError           a password in an address, which logs would show
+├── AddressError            an address without a bucket, or of a scheme that nothing here opens
 ├── TokenFileError          a file of tokens is not there, or has none that is long enough
 ├── ServerError             a feature server does not answer as it should
 │   ├── UnavailableError    nobody listens there, or it has too many calls now: try again
 │   ├── DeadlineError       no answer in time
 │   └── AccessError         a token or a certificate is refused
 └── StorageError            the disk or the object store refused
+    ├── BucketNotFoundError the object store has no such bucket
     └── UnsafeBackendError  the place cannot hold a store: its exclusive create is not atomic
 
 Every class takes its message alone, so that each survives pickling between processes.
@@ -111,6 +113,12 @@ class PasswordError(FeatureStoreError):
     exit_code = USAGE
 
 
+class AddressError(FeatureStoreError):
+    """An address without a bucket, or of a scheme that nothing here opens."""
+
+    exit_code = USAGE
+
+
 class TokenFileError(FeatureStoreError):
     """A file of tokens is not there, has no token, or one that can be guessed."""
 
@@ -135,6 +143,12 @@ class AccessError(ServerError):
 
 class StorageError(FeatureStoreError):
     """The disk or the object store refused; the cause is kept."""
+
+
+class BucketNotFoundError(StorageError):
+    """The object store has no such bucket."""
+
+    exit_code = USAGE
 
 
 class UnsafeBackendError(StorageError):

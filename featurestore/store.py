@@ -86,6 +86,7 @@ class FeatureStore:
         try:
             return cls(storage, read_sealed(storage, INFO_PATH, StoreInfo))
         except FileNotFoundError:
+            storage.check_bucket()
             raise StoreNotFoundError(f"no store at {storage.url}: {INFO_PATH} is not there") from None
 
     @classmethod

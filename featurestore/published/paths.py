@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from featurestore.console.files import json_text, replace_file
+from featurestore.storage.address import check_address
 from featurestore.storage.regular import open_regular, read_regular
 
 if TYPE_CHECKING:
@@ -119,6 +120,10 @@ class FarPath:
         """Remove all plain files below the path."""
         self._plain().delete(self.name)
 
+    def check_bucket(self) -> None:
+        """Raise BucketNotFoundError where the object store has no such bucket; StorageError. One request."""
+        self._plain().check_bucket()
+
     def _plain(self) -> "Storage":
         from featurestore.storage.storage import Storage
 
@@ -143,10 +148,14 @@ def _open(address: str) -> "Storage":
 
 
 def run_path(place: str | os.PathLike[str] | FarPath) -> RunPath:
-    """Make the path of a folder, or of an address such as s3://bucket/runs."""
+    """Make the path of a folder, or of an address such as s3://bucket/runs.
+
+    Raises AddressError where the address has no bucket.
+    """
     if isinstance(place, FarPath):
         return place
     text = os.fspath(place)
+    check_address(text)
     match = _ADDRESS.fullmatch(text)
     return FarPath(f"{match[1]}://{match[2].rstrip('/')}") if match else Path(text.removeprefix("file://"))
 

@@ -17,7 +17,8 @@ from fsspec.core import split_protocol
 from fsspec.utils import stringify_path
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from featurestore.errors import PasswordError, StorageError
+from featurestore.errors import AddressError, PasswordError, StorageError
+from featurestore.storage.address import S3_PROTOCOLS, check_address
 from featurestore.storage.local import StorageEntry
 from featurestore.storage.threads import in_threads
 from featurestore.text.plain import without_passwords
@@ -37,7 +38,6 @@ _PASSING_ERRNOS = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.EAGAIN, errno.
 _PASSING_CLASSES = {"ConnectionError", "HTTPClientError", "ResponseParserError", "ClientError", "IncompleteRead"}
 _CLIENT_PACKAGES = ("botocore", "aiohttp", "urllib3")
 
-_S3_PROTOCOLS = ("s3", "s3a")
 # Listings would hide new commits; one layer retries, this one.
 _S3_OPTIONS = {"use_listings_cache": False, "config_kwargs": {"retries": {"total_max_attempts": 1}}}
 _PIECE_BYTES = 16 << 20
@@ -52,7 +52,8 @@ Names = list[str]  # inside the classes, `list` is the method
 
 
 def protocol_and_path(url: str | os.PathLike[str]) -> tuple[str, str]:
-    """Split an address into its protocol, "file" by default, and the rest."""
+    """Split an address into its protocol, "file" by default, and the rest. Raises AddressError."""
+    check_address(stringify_path(url))
     protocol, path = split_protocol(stringify_path(url))
     return protocol or "file", path
 
@@ -194,6 +195,11 @@ def is_passing(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno in _PASSING_ERRNOS
 
 
+def lacks_bucket(error: BaseException | None) -> bool:
+    """Tell whether the object store says that it has no such bucket."""
+    return error is not None and answer_code(error) == "NoSuchBucket"
+
+
 def was_not_done(error: BaseException) -> bool:
     """Tell whether the server says that it did not do what was asked and that asking again may help.
 
@@ -246,14 +252,14 @@ def _client(protocol: str) -> Any:
     with _clients_lock:
         if key not in _clients:
             try:
-                if protocol in _S3_PROTOCOLS:
+                if protocol in S3_PROTOCOLS:
                     check_endpoint()
                     _clients[key] = fsspec.filesystem(protocol, skip_instance_cache=True, **_S3_OPTIONS)
                     _clients[key].retries = 1
                 else:
                     _clients[key] = fsspec.filesystem(protocol)
             except (ValueError, ImportError) as error:
-                raise StorageError(f"{protocol}:// cannot be opened: {error}") from error
+                raise AddressError(f"{protocol}:// cannot be opened: {error}") from error
         return _clients[key]
 
 

@@ -14,13 +14,14 @@ from typing import IO, Any
 
 from tenacity import RetryError
 
-from featurestore.errors import CorruptFileError, StorageError
+from featurestore.errors import AddressError, BucketNotFoundError, CorruptFileError, StorageError
 from featurestore.storage.local import TEMPORARY, DiskFiles, StorageEntry
 from featurestore.storage.remote import (
     Names,
     RemoteFiles,
     check_password,
     is_passing,
+    lacks_bucket,
     persist,
     protocol_and_path,
     reason_of,
@@ -41,7 +42,7 @@ class Storage:
     """
 
     def __init__(self, url: str | os.PathLike[str], keep_inside: bool = False) -> None:
-        """Raises PasswordError where the address has one."""
+        """Raises PasswordError where the address has one, AddressError where it has no bucket."""
         check_password(str(url))
         self._protocol, path = protocol_and_path(url)
         self._root = str(Path(path).absolute()) if self.is_local else path.rstrip("/")
@@ -65,6 +66,23 @@ class Storage:
     def join(self, *parts: str) -> str:
         """Join parts to one relative path."""
         return "/".join(part.strip("/") for part in parts if part)
+
+    def check_bucket(self) -> None:
+        """Raise BucketNotFoundError where the object store has no such bucket: there, reading just finds nothing.
+
+        One request. Raises StorageError.
+        """
+        with self._translated("list", ""):
+            try:
+                if not self.is_local:
+                    self._remote.list("")
+            except FileNotFoundError as error:
+                if lacks_bucket(error):
+                    raise BucketNotFoundError(f"{self.url}: {self._no_bucket}") from error
+
+    @property
+    def _no_bucket(self) -> str:
+        return f"the object store has no bucket {self._root.lstrip('/').split('/')[0]}"
 
     def full(self, path: str) -> str:
         """Return the address of `path`, for messages and for other tools."""
@@ -214,10 +232,12 @@ class Storage:
             tries = f"tried {error.last_attempt.attempt_number} times"
             raise StorageError(f"cannot {action} {self.full(path)}: {reason_of(cause)} ({tries})") from cause
         except Exception as error:  # each object store's client has its own tree of errors
-            if isinstance(error, StorageError | CorruptFileError) or (
+            if isinstance(error, AddressError | StorageError | CorruptFileError) or (
                 isinstance(error, FileNotFoundError) and not writing
             ):
                 raise
+            if lacks_bucket(error):
+                raise BucketNotFoundError(f"cannot {action} {self.full(path)}: {self._no_bucket}") from error
             if self._keep_inside and self.is_local and getattr(error, "errno", 0) == errno.EIO and not writing:
                 raise CorruptFileError(f"{self.full(path)} cannot be read from the disk: {error}") from error
             hint = "; are the credentials right?" if isinstance(error, PermissionError) and not self.is_local else ""

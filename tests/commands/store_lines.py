@@ -18,7 +18,7 @@ FEATURESTORE = [
     ("featurestore info {unicode}", 2, r"\u202e name é ☃"),
     ("featurestore info {empty}", 1, ""),
     ("featurestore info {emptydir}", 2, "no store at"),
-    ("featurestore info nosuch://bucket/x", 1, "nosuch"),
+    ("featurestore info nosuch://bucket/x", 2, "nosuch"),
     ("featurestore info {pipe}", 1, ""),
     ("featurestore info {store} extra", 2, "extra"),
     ("featurestore info {store} --version 1 --at 2026-01-01", 2, "give one of them"),

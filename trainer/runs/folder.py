@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from featurestore.errors import StorageError
+from featurestore.errors import BucketNotFoundError, StorageError
 from featurestore.published.paths import FarPath, RunPath, read_file, run_path
 from featurestore.storage.local import sync
 from featurestore.text.parsing import parse_json
@@ -45,6 +45,8 @@ def find_checkpoint(run: RunPath, name: str | None = None, setting: str = "--che
     """
     checkpoints = pinned(run / "checkpoints")
     found = finished(checkpoints)
+    if isinstance(run, FarPath) and not found:
+        run.check_bucket()
     if name in (None, "latest"):
         if not found:
             asked = f"{setting}{name}: " if name else ""
@@ -57,6 +59,8 @@ def find_checkpoint(run: RunPath, name: str | None = None, setting: str = "--che
     for path in (inside, pinned(run_path(name))):
         if (path / "state.json").is_file():
             return path
+        if isinstance(path, FarPath):
+            path.check_bucket()
     raise CheckpointNotFoundError(
         f"{setting}{name}: no such checkpoint; {checkpoints} has {', '.join(path.name for path in found) or 'none'}, "
         "and a path to a folder step-N will do too"
@@ -137,6 +141,8 @@ def check_folder(config: Config, run: RunPath, resumed: RunPath | None) -> None:
     """Refuse a folder that cannot be written to, and one that holds a checkpoint or a report of another run."""
     resume = config.run.resume
     with naming_run_dir(config):
+        if isinstance(run, FarPath):
+            run.check_bucket()
         there, writable = (run, True) if isinstance(run, FarPath) else _writable(run)
         others = in_the_way(run, resumed) if writable else []
         taken = bool(others) or (resume is None and (run / "report.json").exists())
@@ -170,5 +176,7 @@ def naming_run_dir(config: Config) -> Iterator[None]:
     """Turn an OSError of the block into a ConfigError that names run.dir."""
     try:
         yield
+    except BucketNotFoundError as failure:
+        raise ConfigError(f"run.dir={config.run.dir}: {failure}") from failure
     except (OSError, StorageError) as failure:
         raise TrainerError(f"run.dir={config.run.dir} cannot be used: {failure}; choose another") from failure

@@ -276,6 +276,7 @@ def _open_samples(config: Config, places: list[StorePlace]) -> Storage:
     splits = {"train": config.data.train_days, "test": config.data.test_days}
     empty = [split for split, days in splits.items() if days is None and not sample_files(samples, split)]
     if empty:
+        samples.check_bucket()
         job = f"python jobs/build_samples.py --samples {config.data.samples}"
         problems.append(
             f"data.samples={config.data.samples} has no {' and no '.join(empty)} samples; make them with: {job}"

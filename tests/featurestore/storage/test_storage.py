@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from featurestore.errors import CorruptFileError, StorageError
+from featurestore.errors import AddressError, CorruptFileError, StorageError
 from featurestore.storage.local import DiskFiles
 from featurestore.storage.storage import Storage
 
@@ -247,7 +247,7 @@ def test_a_sector_that_cannot_be_read_is_damage_in_a_store_alone(
 
 
 def test_an_unknown_protocol_is_named() -> None:
-    with pytest.raises(StorageError, match="nonsense"):
+    with pytest.raises(AddressError, match="nonsense"):
         Storage("nonsense://x").read_bytes("a")
 
 

@@ -242,3 +242,14 @@ def test_a_full_disk_is_told_and_ends_the_run_when_it_stays_full(
     assert json.loads((run / "report.json").read_bytes())["checkpoints"] == {"written": 1, "failed": 2}
     with pytest.raises(CheckpointError, match=r"step 4 cannot be written: rank 0: .*; nor could the 1 before it"):
         run_on(tmp_path, "b", train__checkpoint_failures=1)
+
+
+@pytest.mark.parametrize("setting", ["run.dir", "data.samples", "data.store", "run.resume", "run.warm_start"])
+def test_a_bucket_that_is_not_there_is_named_by_one_line(
+    setting: str, places: Places, moto_url: str, tmp_path: Path
+) -> None:
+    settings = places.settings(run__dir=tmp_path, run__name="a")
+    words = [f"--set={each}" for each in [*settings, f"{setting}=s3://nobucket/a"]]
+    called = call(["trainer.main", *words])
+    assert (called.code, called.trace, called.err.count("\n")) == (2, "", 1), called.err
+    assert "s3://nobucket" in called.err and "no bucket nobucket" in called.err

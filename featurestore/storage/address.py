@@ -1,0 +1,28 @@
+"""Addresses as a person types them: one that leads nowhere is refused before a file is made of it."""
+
+import re
+
+from featurestore.errors import AddressError
+
+S3_PROTOCOLS = ("s3", "s3a")
+_S3 = re.compile(r"(s3a?):(?:/{1,2}([^/]*).*)?", re.IGNORECASE | re.DOTALL)  # pathlib makes one slash of two, or none
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}|arn:.+")  # as the client has it; servers are stricter
+
+
+def check_address(address: str) -> None:
+    """Raise AddressError where an address of S3 has no bucket (its variable was not set), or no possible name of one.
+
+    Also where its scheme is in capital letters. What is no address of S3 is not looked at.
+    """
+    match = _S3.fullmatch(address)
+    if match is None:
+        return
+    scheme, bucket = match[1], match[2]
+    if not bucket:
+        raise AddressError(f"{address} has no bucket: write s3://BUCKET/...; is a variable in it not set?")
+    if scheme not in S3_PROTOCOLS:
+        raise AddressError(f"{address}: {scheme}:// is not known; write {scheme.lower()}://")
+    if not _BUCKET.fullmatch(bucket):
+        raise AddressError(
+            f"{address}: {bucket} is no name of a bucket; those have letters, digits, dots, hyphens and underscores"
+        )
