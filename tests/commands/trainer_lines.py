@@ -290,6 +290,7 @@ TRAINER = [
     ("trainer.supervise", 2, "Missing argument"),
     ("trainer.supervise -- python -m trainer.main", 2, "--hosts a:4,b:4"),
     ("trainer.supervise --max-np 1 -- sleep 5", 2, "trains no run"),
+    ("trainer.supervise --ssh nossh --hosts far.invalid:1 -- python -m trainer.main", 2, "there is no such command"),
     ("trainer.supervise --max-np 1 -- horovodrun -np 2 python -m trainer.main", 2, "horovodrun is not needed"),
     ("trainer.supervise --max-np 1 -- python -m trainer.main data.smaples=x", 2, "did you mean data.samples?"),
     ("trainer.supervise --max-np 1 -- python -m trainer.main --sat x", 2, "--sat"),

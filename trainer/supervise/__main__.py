@@ -13,7 +13,7 @@ from trainer.errors import ConfigError
 from trainer.launch.variables import By
 from trainer.supervise.claim import claimed
 from trainer.supervise.command import parse_command
-from trainer.supervise.hosts import hosts_of
+from trainer.supervise.hosts import check_ssh, hosts_of
 from trainer.supervise.report import Printer
 from trainer.supervise.supervisor import Options, Supervisor
 
@@ -29,7 +29,8 @@ Examples:
 Each start is a generation: all ranks, on the hosts that answer. If a rank dies, fails or hangs (run.deadline_s), or a
 host is lost, the others are ended, and the next generation continues from the newest checkpoint, with as many ranks as
 there are slots. When more hosts answer, the run writes a checkpoint and goes on with all of them. All steps, samples
-and losses are those of an undisturbed run. SIGTERM and Ctrl-C end it after a checkpoint; the same command goes on.
+and losses are those of an undisturbed run. SIGTERM and Ctrl-C end it after a checkpoint, a second one at
+once; the same command goes on.
 Exit codes: 0 done, 1 given up, 2 wrong settings (never started again), 130 stopped.
 """
 
@@ -81,14 +82,17 @@ def main(
     if max_np is not None and max_np < min_np:
         raise ConfigError(f"--max-np {max_np} is less than --min-np {min_np}")
     read_hosts = hosts_of(hosts, hosts_file, script, max_np)
-    slots = sum(each.count for each in read_hosts())
+    named = read_hosts()
+    by_ssh = shlex.split(ssh)
+    check_ssh(by_ssh, named)
+    slots = sum(each.count for each in named)
     if slots < min_np and hosts_file is script is None:
         raise ConfigError(f"--min-np {min_np}: --hosts {hosts} has {slots} slots")
     options = Options(
         min_ranks=min_np,
         max_ranks=max_np or 10**6,
         by=by,
-        ssh=tuple(shlex.split(ssh)),
+        ssh=tuple(by_ssh),
         most_fruitless=fruitless,
         backoff_s=backoff,
         most_backoff_s=most_backoff,

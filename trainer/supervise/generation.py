@@ -88,11 +88,9 @@ class Generation:
 
     def _end(self, rank: int, code: int | None, error: str | None) -> None:
         self._alive.discard(rank)
-        self.ends.append(
-            RankEnd(rank=rank, host=self._host_of[rank], code=code, error=error, was_killed=rank in self._killed)
-        )
-        died = code is None or code < 0
-        grace_s = END_GRACE_S if code in (OK, STOPPED) else DEATH_GRACE_S if died else FAILURE_GRACE_S
+        end = RankEnd(rank=rank, host=self._host_of[rank], code=code, error=error, was_killed=rank in self._killed)
+        self.ends.append(end)
+        grace_s = END_GRACE_S if code in (OK, STOPPED) else FAILURE_GRACE_S if end.gave_up else DEATH_GRACE_S
         self._kill_at = min(self._kill_at, time.monotonic() + grace_s)
 
     def _kill(self) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -61,10 +62,18 @@ def _lines_of(file: Path) -> list[str]:
 
 def _printed_by(script: Path) -> list[str]:
     try:
-        done = subprocess.run([script.absolute()], capture_output=True, text=True, timeout=_SCRIPT_S, check=True)
-    except (OSError, subprocess.SubprocessError) as failure:
-        raise ConfigError(f"--host-discovery-script {script} failed: {one_line(failure)}") from failure
-    return done.stdout.splitlines()
+        done = subprocess.run([script.absolute()], capture_output=True, timeout=_SCRIPT_S, check=False)
+    except subprocess.TimeoutExpired as failure:
+        raise ConfigError(f"--host-discovery-script {script} did not end within {_SCRIPT_S} s") from failure
+    except OSError as failure:
+        raise ConfigError(f"--host-discovery-script {script} cannot be started: {one_line(failure)}") from failure
+    out, err = (printed.decode(errors="replace") for printed in (done.stdout, done.stderr))
+    if done.returncode:
+        code = done.returncode
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        last = err.strip().rpartition("\n")[2].strip()
+        raise ConfigError(f"--host-discovery-script {script} ended with {how}" + (f": {last}" if last else ""))
+    return out.splitlines()
 
 
 def is_here(host: str) -> bool:
@@ -75,6 +84,13 @@ def is_here(host: str) -> bool:
                 bound.bind(address)
                 return True
     return False
+
+
+def check_ssh(ssh: Sequence[str], hosts: Sequence[Slots]) -> None:
+    """Raise ConfigError where hosts are elsewhere, and the command that reaches them does not exist."""
+    away = next((each.host for each in hosts if not is_here(each.host)), None)
+    if away is not None and not (ssh and shutil.which(ssh[0])):
+        raise ConfigError(f"--ssh '{shlex.join(ssh)}': there is no such command, and {away} is another machine")
 
 
 def agent_command(host: str, ssh: Sequence[str], lease_s: float, *, here: bool) -> list[str]:

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,9 +71,10 @@ class Link:
     def drop(self, why: str) -> None:
         """Give the connection up: its agent ends all ranks when it notices, a lease later at the latest."""
         self.trouble = why
-        if self._process is not None:
+        if self._process is not None and self._process.returncode is None:
+            # Not Process.kill: it looks first whether the process has ended, and takes the exit code from asyncio.
             with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+                os.kill(self._process.pid, signal.SIGKILL)
 
     async def _connection(self) -> bool:
         """Live through one connection; return whether the agent ever answered."""
@@ -88,6 +91,8 @@ class Link:
         watcher, said = asyncio.create_task(self._watch()), asyncio.create_task(self._errors())
         try:
             await self._listen()
+            with contextlib.suppress(asyncio.TimeoutError):  # it has an exit code of its own in a moment
+                await asyncio.wait_for(process.wait(), 1)
         finally:
             watcher.cancel()
             self.drop(self.trouble or "")

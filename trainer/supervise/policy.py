@@ -3,6 +3,7 @@
 A generation is one start of all ranks; it made progress if the run's newest checkpoint is of a later step afterwards.
 """
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,15 @@ class RankEnd:
     was_killed: bool = False
     """Whether the supervisor sent SIGKILL, as the rank did not end by itself."""
 
+    @property
+    def gave_up(self) -> bool:
+        """Whether the rank ended itself, maybe because of another one.
+
+        SIGABRT is a program's own: C++ sends it to itself for an error that nobody takes, as Gloo's of a rank that does
+        not come while they connect.
+        """
+        return self.code is not None and (self.code > 0 or self.code == -signal.SIGABRT)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Past:
@@ -61,13 +71,13 @@ class Past:
         """The rank whose end, or hanging, ended the others: one that waited in vain for another says so and fails."""
         first = self.first
         stuck = next((end for end in self.ends if end.was_killed), None)
-        return stuck if stuck and first and (first.code or 0) > 0 else first
+        return stuck if stuck and first and first.gave_up else first
 
     @property
     def suspect(self) -> str | None:
-        """The host whose rank died, hung or was lost; a rank that fails with a message may tell of another one."""
+        """The host whose rank died, hung or was lost; a rank that gives up may do so because of another one."""
         end = self.culprit
-        return end.host if end and (end.was_killed or end.code is None or end.code < 0) else None
+        return end.host if end and (end.was_killed or not end.gave_up) else None
 
 
 def place(available: Sequence[Slots], min_ranks: int, max_ranks: int) -> tuple[Slots, ...] | None:

@@ -51,7 +51,8 @@ def end_text(end: RankEnd) -> str:
     if end.was_killed:
         return f"{who} did not end by itself and was killed"
     if end.code < 0:
-        return f"{who} died (signal {-end.code}{_name(-end.code)})"
+        why = f": {end.error}" if end.gave_up and end.error else ""
+        return f"{who} died (signal {-end.code}{_name(-end.code)}{why})"
     return f"{who} ended with exit code {end.code}" + (f" ({end.error})" if end.error else "")
 
 

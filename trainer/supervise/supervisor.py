@@ -224,6 +224,13 @@ class Supervisor:
             await asyncio.wait_for(self._stop.wait(), seconds)
 
     def _on_signal(self) -> None:
+        if not self._stop.is_set():
+            self.printer.say(
+                f"stopping: the ranks may write a checkpoint, for {self.options.stop_grace_s:g} s (--stop-grace-s); "
+                "a second signal ends them at once"
+            )
+        elif not self._hurry:
+            self.printer.say("stopping at once")
         self._hurry = self._stop.is_set()
         self._stop.set()
 

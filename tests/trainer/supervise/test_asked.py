@@ -19,7 +19,7 @@ from trainer.supervise.claim import claimed
 from trainer.supervise.command import parse_command
 from trainer.supervise.environments import Reach, environments, reach_of
 from trainer.supervise.generation import inherited
-from trainer.supervise.hosts import AGENT, agent_command, hosts_of, parse_hosts
+from trainer.supervise.hosts import AGENT, agent_command, check_ssh, hosts_of, parse_hosts
 from trainer.supervise.policy import Slots
 
 TRAIN = ["python", "-m", "trainer.main"]
@@ -59,8 +59,13 @@ def test_where_hosts_come_from(tmp_path: Path) -> None:
     script.write_text("#!/bin/sh\necho c:5\n")
     script.chmod(0o755)
     assert hosts_of(None, None, script, None)() == [Slots("c", 5)]
-    script.write_text("#!/bin/sh\nexit 3\n")
-    with pytest.raises(ConfigError, match=r"--host-discovery-script .* failed: .*status 3"):
+    script.write_text("#!/bin/sh\necho first >&2\necho 'no route to the list' >&2\nexit 3\n")
+    with pytest.raises(
+        ConfigError, match=r"^--host-discovery-script .*/discover ended with exit code 3: no route to th"
+    ):
+        hosts_of(None, None, script, None)()
+    script.write_text("#!/bin/sh\nkill -9 $$\n")
+    with pytest.raises(ConfigError, match=r"discover ended with signal 9$"):
         hosts_of(None, None, script, None)()
     with pytest.raises(ConfigError, match="cannot be read"):
         hosts_of(None, tmp_path / "nowhere", None, None)()
@@ -75,6 +80,16 @@ def test_the_agent_of_another_host_is_started_by_ssh() -> None:
     assert command[:3] == ["ssh", "-p", "2222"] and command[-2] == "me@b"
     assert command[-1].startswith("exec ") and command[-1].endswith(f"{AGENT} 20")
     assert agent_command("localhost", ["ssh"], 20, here=True)[1:] == [str(AGENT), "20", "--local"]
+
+
+@pytest.mark.services  # whether a host is here: a socket says it
+def test_an_ssh_that_is_no_command_is_told_where_it_is_needed() -> None:
+    here, away = Slots("localhost", 1), Slots("far.invalid", 1)
+    check_ssh(["nossh"], [here])
+    check_ssh(["sh", "-p", "2222"], [here, away])
+    for ssh, words in ((["nossh", "-v"], "nossh -v"), ([], "")):
+        with pytest.raises(ConfigError, match=f"^--ssh '{words}': there is no such command, and far.invalid is anoth"):
+            check_ssh(ssh, [here, away])
 
 
 def test_the_run_of_a_command_is_found(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,8 +58,35 @@ def test_why_a_host_cannot_be_reached(ssh: Callable[[str], list[str]]) -> None:
     refused = ssh("echo 'some warning' >&2; echo 'far.invalid: No route to host' >&2; exit 255")
     found = asyncio.run(kept(refused, lambda link: bool(link.trouble)))
     assert found == ("far.invalid: No route to host", [])
+    silent = ssh("exec >&-; sleep 0.2; exit 7")
+    found = asyncio.run(kept(silent, lambda link: bool(link.trouble)))
+    assert found == ("its agent ended (7)", [])
     found = asyncio.run(kept(["/no/such/ssh"], lambda link: bool(link.trouble)))
     assert found == ("/no/such/ssh cannot be started: No such file or directory", [])
+
+
+def test_an_agent_that_is_dropped_is_asyncios_to_wait_for(
+    ssh: Callable[[str], list[str]], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else asyncio logs `Unknown child process pid`, and says exit code 255 of what ended otherwise."""
+
+    wait = os.waitpid
+
+    def wait_later(process: int, options: int) -> tuple[int, int]:
+        time.sleep(0.5)
+        return wait(process, options)
+
+    monkeypatch.setattr(os, "waitpid", wait_later)  # of asyncio's thread; subprocess has its own name for it
+
+    async def drop_what_has_ended() -> int:
+        link = Link(HOST, ssh("exit 7"), 30, asyncio.Queue())
+        link._process = process = await asyncio.create_subprocess_exec(*link._command)
+        time.sleep(0.2)  # it has ended, and asyncio has not looked
+        link.drop("late")
+        return await process.wait()
+
+    assert asyncio.run(drop_what_has_ended()) == 7
+    assert caplog.messages == []
 
 
 def test_a_host_that_says_nothing_any_more_is_lost_and_its_ranks_outlive_their_lease_nowhere(

@@ -45,6 +45,12 @@ def test_a_host_that_fails_again_and_again_is_left_out_where_others_suffice() ->
     assert trusted([A, B], [told] * 3, 2) == [A, B], "rank 0 tells of all ranks"
     hung = past(end(0, "a", 1), end(3, "b", -9, was_killed=True))
     assert trusted([A, B], [hung, hung], 2) == [A], "who waits in vain for another is not blamed"
+    aborted = past(end(0, "a", -6), end(3, "b", -9, was_killed=True))
+    assert trusted([A, B], [aborted, aborted], 2) == [A], "nor who aborts, as Gloo does while ranks connect"
+    both = past(end(0, "a", -6), end(3, "b", -6))
+    assert trusted([A, B], [both, both], 2) == [A, B], "nobody knows for whom they waited"
+    died = past(end(0, "a", -11), end(3, "b", -9, was_killed=True))
+    assert trusted([A, B], [died, died], 2) == [B], "one that died did not wait for the one that did not notice"
 
 
 def test_pauses_grow_without_progress_alone() -> None:
@@ -94,6 +100,10 @@ def test_what_happened_is_said_in_one_line() -> None:
     assert past_text(hung) == (
         "rank 3 on b did not end by itself and was killed; "
         "rank 0 on a ended with exit code 1 (error: not there: rank 3)"
+    )
+    aborted = past(end(0, "a", -6, error="what(): Timeout"), end(was_killed=True))
+    assert past_text(aborted) == (
+        "rank 3 on b did not end by itself and was killed; rank 0 on a died (signal 6, SIGABRT: what(): Timeout)"
     )
     assert past_text(past(end(code=130), asked=True)) == "stopped after a checkpoint, to go on with more hosts"
     assert start_text(1250, [A, C], 7, 8) == "7 of 8 slots left; resuming at step 1,250 on 6 ranks (a:4, c:2)"

@@ -65,6 +65,7 @@ def test_a_stop_writes_a_checkpoint_and_the_same_command_goes_on(
     assert f"{run.run} is supervised already, by process {process.pid} on " in second.end(second.start(), 2)
     process.send_signal(signal.SIGTERM)
     said = run.end(process, 130)
+    assert "stopping: the ranks may write a checkpoint, for 300 s (--stop-grace-s); a second signal ends them" in said
     step = run.newest_step()
     assert 0 < step < STEPS and f"stopped after 0 restarts, with step {step}; the same command goes on" in said
     assert f"resuming at step {step} on 2 ranks" in run.end(run.start())
