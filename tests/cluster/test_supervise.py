@@ -71,6 +71,7 @@ def test_a_host_dies_and_comes_back(shop: Shop, whole: Leg, tmp_path: Path) -> N
         shop.net.revive("b")
     said = said_at_the_end(job, run)
     assert "rank 1 on b is out of reach" in said and "1 of 2 slots left; resuming at step 10 on 1 rank (a:1)" in said
+    assert "supervise: without b: " in said
     assert "2 slots are there and 1 in use: a checkpoint, and on with all of them" in said
     legs = run.legs()
     assert [leg.num_ranks for leg in legs] == [2, 1, 2]

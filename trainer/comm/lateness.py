@@ -30,7 +30,7 @@ class Bulletin:
         return (
             f"collective {name} has taken more than run.deadline_s={deadline_s:g} on rank {self._rank}; "
             f"not there: {ranks or 'nobody is missing, so look at the network'}. See what that rank is doing "
-            "(py-spy dump), or raise run.deadline_s; start again with run.resume=latest"
+            "(pip install py-spy; py-spy dump), or raise run.deadline_s; start again with run.resume=latest"
         )
 
 

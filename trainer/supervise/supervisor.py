@@ -82,6 +82,8 @@ class Supervisor:
             if any(self._links[each.host].hello is None for each in hosts):
                 continue  # lost while the checkpoints were looked at
             self.printer.say(start_text(step, hosts, self._slots_left(), self._slots()))
+            if any(link.hello is None for link in self._links.values()):
+                self.printer.say(f"without {self._troubles()}")
             ends, asked = await self._generation(hosts, step)
             after = await self._newest_step()
             self.past.append(Past(hosts=hosts, step_before=step, step_after=after, ends=tuple(ends), asked=asked))
