@@ -108,7 +108,11 @@ def warm_settings(warm_start: str | None, warm_parts: str | None) -> list[str]:
 
 
 def train(config: Config, comm: "Comm") -> None:
-    """Train one run from opening to report; every rank calls it. Raises TrainerError, FeatureStoreError."""
+    """Train one run from opening to report; every rank calls it. Raises TrainerError, FeatureStoreError.
+
+    Of a run that is continued and finished already, nothing is written again.
+    """
+    from featurestore.console.output import text_console
     from trainer.loop import summary
     from trainer.loop.profiling import PLACE, traces_text
     from trainer.loop.progress import TENSORBOARD, ProgressLog
@@ -121,8 +125,12 @@ def train(config: Config, comm: "Comm") -> None:
     started = time.time()
     comm.deadline_s = config.run.deadline_s
     with contextlib.closing(open_run(config, comm)) as run, StopSignals() as signals:
-        removed = claim_folder(run)
         root = comm.rank == 0
+        if comm.on_rank_0(lambda: _is_finished(run)):
+            say = f"{run.folder} is finished already: step {run.engine.num_steps} of {total_steps(run)}; nothing to do"
+            text_console(quiet=not root).print(say)
+            return
+        removed = claim_folder(run)
         hardware = summary.hardware_of(comm, run.device)
         with ProgressLog(run.local if root else None, run.engine.num_steps, total_steps(run)) as progress:
             readers = f"{run.train_reader.num_samples:,} training and {run.test_reader.num_samples:,} test samples"
@@ -151,6 +159,20 @@ def train(config: Config, comm: "Comm") -> None:
                 if config.run.profile:
                     progress.say(traces_text(run.local, run.folder))
             run.drop_local()
+
+
+def _is_finished(run: "Run") -> bool:
+    """Tell whether an earlier start has trained the run to its end and written its report, which then stays."""
+    from trainer.loop.stopping import has_finished
+    from trainer.loop.training import total_steps
+    from trainer.runs.claim import resumed_folder
+    from trainer.runs.folder import report_of
+
+    if run.resumed is None or resumed_folder(run) != run.folder:
+        return False
+    report, patience = report_of(run.folder), run.config.train.early_stopping
+    tested = run.test_reader.num_samples > 0
+    return report is not None and has_finished(report, run.engine.num_steps, total_steps(run), patience, tested)
 
 
 def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,17 @@ def has_ended(history: History, patience: int | None) -> bool:
     return best is not None and sum(entry["step"] > best for entry in history) >= patience
 
 
+def has_finished(report: Mapping[str, Any], step: int, total_steps: int, patience: int | None, tested: bool) -> bool:
+    """Return whether the run that wrote this report has nothing left to do after `step`, its newest checkpoint.
+
+    With early stopping that is the best step, which may be long before the last. `tested`: there are test samples.
+    """
+    if report["global_step"] != step or (tested and not report["metrics"]):
+        return False
+    last = max([step, *(entry["step"] for entry in report["history"])]) if patience is not None else step
+    return last >= total_steps or has_ended(report["history"], patience)
+
+
 def metrics_of(history: History, step: int) -> dict[str, Any]:
     """Return what the evaluation after `step` measured."""
     (entry, *_) = (entry for entry in history if entry["step"] == step)

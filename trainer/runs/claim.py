@@ -25,7 +25,7 @@ def claim_folder(run: Run) -> list[RunPath]:
             _check_still_free(run)
             removed = _overwrite(run) if run.config.run.overwrite else []
             run.folder.mkdir(parents=True, exist_ok=True)
-            if _resumed_folder(run) != run.folder:
+            if resumed_folder(run) != run.folder:
                 (run.folder / dictionary.FILE).unlink(missing_ok=True)  # of a run that this one does not continue
             save_config(run.config, run.folder / "config.yaml")
             write_statistics(run.folder, run.schema, run.origin.data)
@@ -45,7 +45,7 @@ def _keep_dictionary(run: Run) -> None:
     if run.comm.on_rank_0((run.folder / dictionary.FILE).is_file):
         return  # `claim_folder` removes another run's
     warm = run.warm_start
-    before = run.comm.on_rank_0(lambda: _resumed_folder(run))
+    before = run.comm.on_rank_0(lambda: resumed_folder(run))
     if before is None and warm is not None and "ids" in warm.parts:
         before = warm.path.absolute().parent.parent
     earlier = before / dictionary.FILE if before is not None else None
@@ -53,7 +53,7 @@ def _keep_dictionary(run: Run) -> None:
         dictionary.write_dictionary(run.comm, run.folder, run.train_reader.index, rules_of(run.schema), earlier)
 
 
-def _resumed_folder(run: Run) -> RunPath | None:
+def resumed_folder(run: Run) -> RunPath | None:
     """Give the folder of the run that wrote the checkpoint which this one continues: its own, or another one's."""
     if run.resumed is None:
         return None

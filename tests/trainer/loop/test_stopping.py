@@ -16,7 +16,7 @@ from trainer.engine.engine import Engine
 from trainer.errors import ConfigError, TrainerError
 from trainer.loop import training as train_module
 from trainer.loop.signals import StoppedError
-from trainer.loop.stopping import best_step, has_ended, metrics_of
+from trainer.loop.stopping import best_step, has_ended, has_finished, metrics_of
 from trainer.main import train
 from trainer.runs.checkpoint import read_state
 from trainer.runs.folder import find_checkpoint
@@ -178,6 +178,33 @@ def test_a_best_at_the_very_end_is_kept_as_any_run(places: Places, tmp_path: Pat
     run = _run(places, "end", tmp_path, train__max_steps=6)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
     assert scripted == [3, 6]
+
+
+def test_a_run_that_was_stopped_early_is_finished_for_every_start_after_that(
+    places: Places, whole: Path, scripted: list[int]
+) -> None:
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    _run(places, whole.name, whole.parent, run__resume="auto")
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before and scripted == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "finished"),
+    [
+        ({}, True),
+        ({"step": 2}, False),
+        ({"total_steps": 7}, False),
+        ({"total_steps": 7, "patience": 1}, True),
+        ({"total_steps": 7, "patience": 2}, False),
+        ({"metrics": {}}, False),
+        ({"metrics": {}, "tested": False}, True),
+    ],
+)
+def test_what_is_left_to_do_of_a_run_with_a_report(changes: dict[str, Any], finished: bool) -> None:
+    history = [{"step": 4, "gauc": 0.6}, {"step": 6, "gauc": 0.5}]
+    values = {"step": 4, "total_steps": 4, "patience": None, "tested": True, "metrics": {"gauc": 0.6}} | changes
+    report = {"global_step": 4, "history": history, "metrics": values.pop("metrics")}
+    assert has_finished(report, **values) is finished
 
 
 def test_settings_that_do_not_fit() -> None:

@@ -206,3 +206,26 @@ def test_one_command_line_begins_a_run_and_continues_it(runs: Runs) -> None:
     found, expected = (content(runs.step(name, 6)) for name in ("b", "a"))
     trained = [name for name in expected if name.endswith(".safetensors")]
     assert trained and {name: found[name] for name in trained} == {name: expected[name] for name in trained}
+
+
+@pytest.mark.parametrize("resume", ["auto", "latest", 6])
+def test_a_finished_run_that_is_started_again_stays_as_it_is(
+    runs: Runs, resume: str | int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = content(runs.folder / "a")
+    runs.train("a", run__resume=resume)
+    assert content(runs.folder / "a") == before
+    assert f"{runs.folder / 'a'} is finished already: step 6 of 6" in " ".join(capsys.readouterr().out.split("\n"))
+
+
+def test_a_run_that_was_killed_before_its_report_gets_one(runs: Runs) -> None:
+    file = runs.folder / "a" / "report.json"
+    metrics = json.loads(file.read_text())["metrics"]
+    file.unlink()
+    runs.train("a", run__resume="auto")
+    assert metrics and json.loads(file.read_text())["metrics"] == metrics
+
+
+def test_a_finished_run_that_is_to_train_longer_does(runs: Runs) -> None:
+    run = runs.train("a", run__resume="auto", train__max_steps=7)
+    assert json.loads((run / "report.json").read_text())["global_step"] == 7 and names(run)[-1:] == steps_of(7)
