@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.errors import MissingKeysError
+from featurestore.errors import MissingKeysError, StorageError
 from trainer.cli import run_on_ranks
 from trainer.config.config import WARM_PARTS, Config, config_digest, load_config
 from trainer.errors import RemoteRankError
 
 if TYPE_CHECKING:
     from trainer.comm import Comm
+    from trainer.loop.progress import ProgressLog
     from trainer.loop.training import Training
     from trainer.runs.open import Run
 
@@ -114,8 +115,8 @@ def train(config: Config, comm: "Comm") -> None:
     """
     from featurestore.console.output import text_console
     from trainer.loop import summary
-    from trainer.loop.profiling import PLACE, traces_text
-    from trainer.loop.progress import TENSORBOARD, ProgressLog
+    from trainer.loop.profiling import traces_text
+    from trainer.loop.progress import ProgressLog
     from trainer.loop.signals import StopSignals
     from trainer.loop.training import Training, total_steps
     from trainer.runs.claim import claim_folder
@@ -150,15 +151,32 @@ def train(config: Config, comm: "Comm") -> None:
             figures = summary.gather(comm, training.totals, run.engine.stages)
             digest = config_digest(config.model_dump(mode="json"))
             measured = {**hardware, **figures, "config_digest": digest, "wall_s": time.time() - started}
-            report = _report(run, training, measured)
-            progress.flush()
-            comm.on_all(lambda: run.copy_local(*((TENSORBOARD, PLACE) if root else (PLACE,))))
+            report = _report(run, training, measured, progress.lost)
+            copied = _copy_logs(run, progress)
             if root:
                 summary.write_report(run.folder / "report.json", report)
                 summary.show(progress.console, report)
                 if config.run.profile:
                     progress.say(traces_text(run.local, run.folder))
-            run.drop_local()
+            if copied:
+                run.drop_local()
+
+
+def _copy_logs(run: "Run", progress: "ProgressLog") -> bool:
+    """Copy TensorBoard's files and traces of this machine to the run's address; return whether all ranks could.
+
+    Where one cannot, that is told: the report matters more. Every rank calls it.
+    """
+    from trainer.loop.profiling import PLACE
+    from trainer.loop.progress import TENSORBOARD
+
+    names = (TENSORBOARD, PLACE) if run.comm.rank == 0 else (PLACE,)
+    try:
+        run.comm.on_all(lambda: run.copy_local(*names))
+    except (OSError, StorageError, RemoteRankError) as failure:
+        progress.say(f"warning: not all of TensorBoard's files and traces came to {run.folder}: {failure}")
+        return False
+    return True
 
 
 def _is_finished(run: "Run") -> bool:
@@ -175,8 +193,8 @@ def _is_finished(run: "Run") -> bool:
     return report is not None and has_finished(report, run.engine.num_steps, total_steps(run), patience, tested)
 
 
-def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[str, Any]:
-    """Put together what report.json says of a run."""
+def _report(run: "Run", training: "Training", measured: dict[str, Any], lost_figures: int) -> dict[str, Any]:
+    """Put together what report.json says of a run. `lost_figures`: that TensorBoard has not got."""
     return {
         "name": run.folder.name,
         "folder": str(run.folder),
@@ -185,6 +203,7 @@ def _report(run: "Run", training: "Training", measured: dict[str, Any]) -> dict[
         "tables": {name: each.as_report() for name, each in training.tables.items()},
         "global_step": run.engine.num_steps,
         "checkpoints": {"written": training.checkpoints.written, "failed": training.checkpoints.failed},
+        "lost_figures": lost_figures,
         "checkpoint_stall_ms": training.checkpoint_stall_ms,
         "history": run.history,
         "warm_start": str(run.warm_start.path) if run.warm_start else None,

@@ -1,14 +1,16 @@
 """What a person sees of a run: a progress bar where there is a terminal, else plain lines; and TensorBoard's files."""
 
+import contextlib
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from featurestore.console.output import figure, progress_bars, text_column, text_console
+from trainer.loop.events import EventsFile
 
 _LINE_EVERY_S = 5.0
 TENSORBOARD = "tensorboard"
@@ -21,7 +23,8 @@ class ProgressLog:
     def __init__(self, folder: Path | None, first_step: int, total: int) -> None:
         self.console = text_console(quiet=folder is None)
         self._total = total
-        self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step) if folder else None
+        self._events = EventsFile(folder / TENSORBOARD, first_step) if folder else None
+        self._told: set[str] = set()
         self._next_line_s = 0.0
         self._bar = progress_bars(
             text_column(),
@@ -42,38 +45,45 @@ class ProgressLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
-        if self._writer:
-            self._writer.close()
 
     def step(self, step: int, scalars: Mapping[str, float], details: Mapping[str, float]) -> None:
         """Show step number `step`; where there are `details`, these and `scalars` go to TensorBoard."""
         text = "  ".join(f"{name} {figure(value)}" for name, value in scalars.items())
         self._bar.update(self._task, completed=step, text=text)
-        if details and self._writer:
-            for name, value in {**{f"train/{name}": value for name, value in scalars.items()}, **details}.items():
-                self._writer.add_scalar(name, value, step)
+        if details:
+            self.details(step, {**{f"train/{name}": value for name, value in scalars.items()}, **details})
         if self._bar.disable and (step == self._total or time.monotonic() >= self._next_line_s):
             self._next_line_s = time.monotonic() + _LINE_EVERY_S
-            self.console.print(f"step {step}/{self._total}  {text}")
+            self.say(f"step {step}/{self._total}  {text}")
 
     def metrics(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Show an evaluation at `step`; a metric that is not defined is printed as such, and not drawn."""
         names = ("logloss", "auc", "gauc", "new_ad_auc")
         text = "  ".join(f"{n} {'undefined' if metrics[n] is None else format(metrics[n], '.4f')}" for n in names)
-        self.console.print(f"step {step}  test: {text}")
+        self.say(f"step {step}  test: {text}")
         self.details(step, {f"test/{name}": value for name, value in metrics.items()})
 
     def details(self, step: int, values: Mapping[str, float | int | None]) -> None:
         """Write values for TensorBoard alone; one that is not defined is not drawn."""
-        for name, value in values.items():
-            if self._writer and value is not None:
-                self._writer.add_scalar(name, value, step)
+        drawn = {name: value for name, value in values.items() if value is not None}
+        if self._events and drawn and (failure := self._events.add(step, drawn)):
+            self._warn("events", f"figures for TensorBoard cannot be written: {failure}; the training goes on")
 
-    def flush(self) -> None:
-        """Write what TensorBoard is to have to its files."""
-        if self._writer:
-            self._writer.flush()
+    @property
+    def lost(self) -> int:
+        """Return how many figures TensorBoard has not got, as they could not be written."""
+        return self._events.lost if self._events else 0
 
     def say(self, text: str) -> None:
-        """Print one line."""
-        self.console.print(text)
+        """Print one line; training goes on where it cannot be written, as on a full disk."""
+        try:
+            self.console.print(text)
+        except OSError as failure:
+            self._warn("stdout", f"what a run prints cannot be written: {failure}; it goes on")
+
+    def _warn(self, what: str, text: str) -> None:
+        """Print a warning on stderr, once for each thing that it is about."""
+        if what not in self._told:
+            self._told.add(what)
+            with contextlib.suppress(OSError):
+                print(f"warning: {text}", file=sys.stderr, flush=True)

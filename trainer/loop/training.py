@@ -170,7 +170,6 @@ class Training:
             return
         with self.totals.timed("checkpoint"):
             self._told(self._saves.wait())
-            self._progress.flush()
             keep = self._config.train.keep_checkpoints
             self._told(self._saves.begin(self._engine, self._state(), keep, self._best()))
 

@@ -1,0 +1,92 @@
+"""TensorBoard's file and lines of progress on a disk that is full: counted, told once, and whole for TensorBoard."""
+
+import io
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.commands.calls import call
+from trainer.loop.events import EventsFile
+from trainer.loop.progress import TENSORBOARD, ProgressLog
+
+
+@contextmanager
+def _full_from(size_bytes: int) -> Iterator[None]:
+    """Let no file get longer; what is written beyond that is cut, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def _drawn(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a folder."""
+    found = EventAccumulator(str(folder)).Reload()
+    return {tag: [(each.step, each.value) for each in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def test_figures_are_those_that_tensorboard_shows(tmp_path: Path) -> None:
+    file = EventsFile(tmp_path / "made", 1)
+    assert file.add(1, {"train/loss": 0.5, "images/owner skew": 2}) is None
+    assert file.add(2, {"train/loss": 0.25}) is None
+    assert _drawn(tmp_path / "made") == {"train/loss": [(1, 0.5), (2, 0.25)], "images/owner skew": [(1, 2.0)]}
+
+
+def test_a_run_that_is_continued_hides_what_an_earlier_start_wrote_after_its_checkpoint(tmp_path: Path) -> None:
+    earlier = EventsFile(tmp_path, 0)
+    for step in (1, 2, 3):
+        earlier.add(step, {"loss": step})
+    later = EventsFile(tmp_path, 2)
+    later._path = later._path.with_name(f"{earlier._path.name}1")
+    later.add(2, {"loss": 20})
+    assert _drawn(tmp_path) == {"loss": [(1, 1.0), (2, 20.0)]}
+
+
+def test_what_a_full_disk_cuts_is_counted_and_what_comes_after_it_is_read(tmp_path: Path) -> None:
+    file = EventsFile(tmp_path, 0)
+    file.add(1, {"loss": 1.0})
+    (written,) = tmp_path.iterdir()
+    with _full_from(written.stat().st_size + 10):
+        failure = file.add(2, {"loss": 2.0, "auc": 0.5})
+        assert isinstance(failure, OSError) and "File too large" in str(failure) and file.lost == 2
+    assert file.add(3, {"loss": 3.0}) is None and file.lost == 2
+    assert _drawn(tmp_path) == {"loss": [(1, 1.0), (3, 3.0)]}
+
+
+def test_one_warning_for_all_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    (tmp_path / TENSORBOARD).touch()  # where a folder is needed
+    with ProgressLog(tmp_path, 0, 3) as progress:
+        progress.step(1, {"loss": 0.5}, {"auc": 0.5})
+        progress.step(2, {"loss": 0.5}, {"auc": 0.5})
+        progress.console.file = Full()
+        progress.say("a line")
+        progress.step(3, {"loss": 0.5}, {})
+    assert progress.lost == 4
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(" cannot")[0] for line in told] == [
+        "warning: figures for TensorBoard",
+        "warning: what a run prints",
+    ]
+
+
+@pytest.mark.long
+def test_a_run_whose_figures_cannot_be_written_is_trained_to_its_end(places: Any, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / TENSORBOARD).touch()
+    settings = places.settings(run__dir=tmp_path, run__name="a", train__max_steps=4, train__log_every=1)
+    called = call(["trainer.main", *(f"--set={each}" for each in settings)])
+    assert (called.code, called.trace) == (0, "") and called.err.count("warning: figures") == 1, called.err
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert report["global_step"] == 4 and report["lost_figures"] > 4 * 3
