@@ -32,15 +32,16 @@ WhichCheckpoint = Annotated[
 """The option --checkpoint of a job that reads a trained run."""
 
 
-def run_on_ranks(work: Callable[["Comm"], None]) -> int:
+def run_on_ranks(work: Callable[["Comm"], None], deadline_s: float | None = None) -> int:
     """Do `work` on the ranks that horovodrun or torchrun started, or on one alone; returns the exit code.
 
-    Rank 0 prints what went wrong, once. Raises what is no error of ours, after leaving the ranks.
+    The ranks wait `deadline_s` for each other to come. Rank 0 prints what went wrong, once. Raises
+    what is no error of ours, after leaving the ranks.
     """
     from trainer.comm import connect
 
     try:
-        comm = connect()
+        comm = connect() if deadline_s is None else connect(deadline_s)
     except UserError as failure:
         _say(failure)
         return failure.exit_code

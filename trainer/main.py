@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.errors import MissingKeysError, StorageError
+from featurestore.errors import MissingKeysError, StorageError, UserError
 from trainer.cli import run_on_ranks
 from trainer.config.config import WARM_PARTS, Config, config_digest, load_config
 from trainer.errors import RemoteRankError
@@ -87,6 +88,11 @@ def on_ranks(load: Callable[[], Config], work: Callable[[Config, "Comm"], None])
     Where an image has no feature, the error gets a note on what to do.
     """
 
+    load = functools.cache(load)
+    deadline_s = None
+    with contextlib.suppress(UserError):  # rank 0 says it below
+        deadline_s = load().run.deadline_s
+
     def do(comm: "Comm") -> None:
         config = load()
         try:
@@ -96,7 +102,7 @@ def on_ranks(load: Callable[[], Config], work: Callable[[Config, "Comm"], None])
                 failure.add_note(MISSING_KEY_ADVICE.format(store=config.data.store))
             raise
 
-    return run_on_ranks(do)
+    return run_on_ranks(do, deadline_s)
 
 
 def warm_settings(warm_start: str | None, warm_parts: str | None) -> list[str]:

@@ -41,9 +41,9 @@ class Comm(ABC):
     without_cuda = ""
     """Why they do not, and what to do about it."""
 
-    def __init__(self) -> None:
+    def __init__(self, deadline_s: float = DEADLINE_S) -> None:
         self.traffic: dict[str, Traffic] = {}
-        self.deadline_s = DEADLINE_S
+        self.deadline_s = deadline_s
         """A collective that takes longer raises LateRankError."""
         self.is_stuck = False
         """Whether a collective was given up: the ranks cannot be left in order any more, only by the process's end."""
@@ -81,7 +81,7 @@ class Comm(ABC):
 
     @abstractmethod
     def carrier(self, device: torch.device) -> str | None:
-        """Name what carries the tensors of `device` between ranks, e.g. "Gloo" or "NCCL"; None for a rank alone."""
+        """Name what carries the tensors of `device` between ranks, e.g. "Gloo by Horovod"; None for a rank alone."""
 
     @abstractmethod
     def close(self) -> None:

@@ -6,32 +6,43 @@ import shutil
 import sys
 from pathlib import Path
 
-from trainer.comm.comm import Comm
+from trainer.comm.comm import DEADLINE_S, Comm
 from trainer.comm.distributed import TorchComm
 from trainer.comm.horovod import HorovodComm
 from trainer.comm.solo import SoloComm
 from trainer.errors import ConfigError
 
-_HOROVOD = ("HOROVOD_RANK", "HOROVOD_SIZE")
+_HOROVOD = (
+    "HOROVOD_RANK",
+    "HOROVOD_SIZE",
+    "HOROVOD_LOCAL_RANK",
+    "HOROVOD_LOCAL_SIZE",
+    "HOROVOD_CROSS_RANK",
+    "HOROVOD_CROSS_SIZE",
+    "HOROVOD_GLOO_RENDEZVOUS_ADDR",
+    "HOROVOD_GLOO_RENDEZVOUS_PORT",
+)
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _WAY_OUT = "start all ranks by horovodrun or torchrun, or unset {found} for one rank alone"
 
 
-def connect() -> Comm:
+def connect(deadline_s: float = DEADLINE_S) -> Comm:
     """Return the ranks of `horovodrun` or `torchrun`, whichever started this process, else one rank alone.
 
-    Raises ConfigError where the environment tells half of it, or Horovod is not installed.
+    Raises ConfigError where the environment tells half of it, or Horovod is not installed, LostRankError where ranks
+    have not come within `deadline_s`.
     """
-    by_horovod = _complete(_HOROVOD, signs=_HOROVOD)
+    by_horovod = _complete(_HOROVOD, signs=_HOROVOD[:2])
     by_torchrun = _complete(_TORCHRUN, signs=("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"))
     if by_horovod and by_torchrun and "TORCHELASTIC_RUN_ID" in os.environ:
         raise ConfigError("horovodrun and torchrun both started this process; start one of them, not one in the other")
     if by_horovod:
-        return HorovodComm()
+        _check_numbers("horovodrun", "HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_GLOO_RENDEZVOUS_PORT")
+        return HorovodComm(deadline_s)
     if by_torchrun:
-        _check_numbers()
-        return TorchComm()
-    return SoloComm()
+        _check_numbers("torchrun", "RANK", "WORLD_SIZE", "MASTER_PORT")
+        return TorchComm(deadline_s)
+    return SoloComm(deadline_s)
 
 
 def launcher_of(ranks: int) -> list[str]:
@@ -58,10 +69,10 @@ def _complete(names: tuple[str, ...], signs: tuple[str, ...]) -> bool:
     return True
 
 
-def _check_numbers() -> None:
-    """Raise ConfigError unless torchrun's variables are numbers that fit."""
-    rank, size, _, port = (os.environ[name] for name in _TORCHRUN)
+def _check_numbers(launcher: str, *names: str) -> None:
+    """Raise ConfigError unless the launcher's variables of rank, number of ranks and port are numbers that fit."""
+    rank, size, port = (os.environ[name] for name in names)
     if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
-        raise ConfigError(f"RANK={rank} is not a number below WORLD_SIZE={size}: torchrun sets both")
+        raise ConfigError(f"{names[0]}={rank} is not a number below {names[1]}={size}: {launcher} sets both")
     if not (port.isdecimal() and 0 < int(port) < 2**16):
-        raise ConfigError(f"MASTER_PORT={port} is not a port; torchrun sets it")
+        raise ConfigError(f"{names[2]}={port} is not a port; {launcher} sets it")

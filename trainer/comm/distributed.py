@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.comm.comm import Comm, Object, check_splits, pickled, unpickled
+from trainer.comm.comm import DEADLINE_S, Comm, Object, check_splits, pickled, unpickled
 from trainer.comm.lanes import Lanes, Meeting, ProcessGroup, has_gpu_for_each
 from trainer.comm.lateness import Bulletin, loss
 from trainer.errors import LateRankError, LostRankError
@@ -41,9 +41,9 @@ class TorchComm(Comm):
         "host as it has GPUs"
     )
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._meeting = Meeting.of_environment(self.deadline_s)
+    def __init__(self, deadline_s: float = DEADLINE_S) -> None:
+        super().__init__(deadline_s)
+        self._meeting = Meeting.of_environment(deadline_s)
         self.rank, self.size = self._meeting.rank, self._meeting.size
         self._lanes = Lanes(self._meeting, lambda: self.deadline_s, self._give_up)
         self._lanes.of("gloo", _MAIN)
@@ -88,7 +88,8 @@ class TorchComm(Comm):
         return cast("Object", unpickled(self._gathered(data, "broadcast")[root]))
 
     def carrier(self, device: torch.device) -> str | None:
-        return "NCCL" if device.type == "cuda" and self.moves_cuda_tensors else "Gloo"
+        carrier = "NCCL" if device.type == "cuda" and self.moves_cuda_tensors else "Gloo"
+        return f"{carrier} by torch.distributed"
 
     def close(self) -> None:
         is_begun = all(each.done() for each in self._beginning.values())

@@ -1,15 +1,16 @@
-"""The ranks that `horovodrun` started: the one door to Horovod."""
+"""The ranks that `horovodrun` started: with horovod_store.py the one door to Horovod."""
 
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from trainer.comm.comm import Comm, Object, check_splits, pickled, unpickled
+from trainer.comm import horovod_store
+from trainer.comm.comm import DEADLINE_S, Comm, Object, check_splits, pickled, unpickled
 from trainer.comm.lateness import Bulletin, loss
 from trainer.errors import ConfigError, LateRankError, LostRankError
 
@@ -25,8 +26,8 @@ class HorovodComm(Comm):
 
     without_cuda = WITHOUT_NCCL
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, deadline_s: float = DEADLINE_S) -> None:
+        super().__init__(deadline_s)
         for name, value in _SETTINGS.items():
             os.environ.setdefault(name, value)
         try:
@@ -40,20 +41,22 @@ class HorovodComm(Comm):
 
         self._hvd: Any = hvd
         self._internal_error: type[Exception] = HorovodInternalError
+        horovod_store.meet(int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"]), deadline_s)
         hvd.init()
         self.rank, self.size = hvd.rank(), hvd.size()
         self.moves_cuda_tensors = bool(hvd.nccl_built())
 
     def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:
         check_splits(rows_N, splits_P, name)
-        received, counts_P = self._wait(
-            self._hvd.alltoall_async(rows_N.contiguous(), splits_P, name=f"alltoall.{name}"), name
-        )
+        with self._told(name):
+            handle = self._hvd.alltoall_async(rows_N.contiguous(), splits_P, name=f"alltoall.{name}")
+        received, counts_P = self._wait(handle, name)
         self._count_alltoall(rows_N, splits_P, counts_P, name)
         return received, counts_P
 
     def start_allreduce_sum_(self, values: Tensor, name: str) -> Callable[[], None]:
-        handle = self._hvd.allreduce_async_(values, op=self._hvd.Sum, name=f"allreduce.{name}")
+        with self._told(name):
+            handle = self._hvd.allreduce_async_(values, op=self._hvd.Sum, name=f"allreduce.{name}")
 
         def finish() -> None:
             self._wait(handle, name)
@@ -62,7 +65,9 @@ class HorovodComm(Comm):
         return finish
 
     def allgather(self, rows_N: Tensor, name: str) -> Tensor:
-        gathered: Tensor = self._wait(self._hvd.allgather_async(rows_N.contiguous(), name=f"allgather.{name}"), name)
+        with self._told(name):
+            handle = self._hvd.allgather_async(rows_N.contiguous(), name=f"allgather.{name}")
+        gathered: Tensor = self._wait(handle, name)
         self._count(name, rows_N.nbytes * (self.size - 1), gathered.nbytes - rows_N.nbytes)
         return gathered
 
@@ -77,8 +82,8 @@ class HorovodComm(Comm):
 
     def carrier(self, device: torch.device) -> str | None:
         if device.type == "cuda" and self.moves_cuda_tensors:
-            return "NCCL"
-        return "Gloo" if self._hvd.gloo_enabled() else "MPI"
+            return "NCCL by Horovod"
+        return "Gloo by Horovod" if self._hvd.gloo_enabled() else "MPI by Horovod"
 
     def close(self) -> None:
         # Horovod's end waits for all ranks: for ever, if one is stuck. The process ends without it then.
@@ -88,34 +93,20 @@ class HorovodComm(Comm):
     def _wait(self, handle: int, name: str) -> Any:
         """Return the result of the collective. Raises LostRankError, LateRankError."""
         start_s, pause_s = time.monotonic(), 1e-4
-        try:
+        with self._told(name):
             while not self._hvd.poll(handle):
                 time.sleep(pause_s)
                 pause_s = min(1.2 * pause_s, 1e-3)
                 if time.monotonic() - start_s > self.deadline_s:
                     self.is_stuck = True
-                    raise LateRankError(Bulletin(self.rank, _put, _get).lateness(name, self.size, self.deadline_s))
+                    bulletin = Bulletin(self.rank, horovod_store.put, horovod_store.get)
+                    raise LateRankError(bulletin.lateness(name, self.size, self.deadline_s))
             return self._hvd.synchronize(handle)
+
+    @contextlib.contextmanager
+    def _told(self, name: str) -> Iterator[None]:
+        """Raise LostRankError where Horovod finds another rank gone, at the beginning of a collective or in it."""
+        try:
+            yield
         except self._internal_error as error:
             raise LostRankError(loss(self.rank, name)) from error
-
-
-def _put(key: str, value: str) -> None:
-    """Write to horovodrun's own key-value store."""
-    from horovod.runner.http.http_client import put_data_into_kvstore
-
-    with contextlib.suppress(RuntimeError, OSError):
-        put_data_into_kvstore(*_store(), "late", key, value)
-
-
-def _get(key: str) -> str | None:
-    """Read from horovodrun's own key-value store; None where nobody wrote."""
-    from horovod.runner.http.http_client import read_data_from_kvstore
-
-    with contextlib.suppress(RuntimeError, OSError):
-        return str(read_data_from_kvstore(*_store(), "late", key))
-    return None
-
-
-def _store() -> tuple[str | None, str | None]:
-    return os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR"), os.environ.get("HOROVOD_GLOO_RENDEZVOUS_PORT")

@@ -5,24 +5,24 @@ connecting then takes no time worth a deadline. Each lane asks the store over a 
 one question after the other, and the lane that another thread makes may be what a lane's ranks wait for.
 """
 
+import contextlib
 import functools
+import ipaddress
 import itertools
 import json
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import astuple, dataclass
 from datetime import timedelta
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from trainer.comm.lateness import loss
+from trainer.comm.lateness import Answer, in_time, loss
 from trainer.errors import ConfigError, LostRankError
 
 Carrier = Literal["gloo", "nccl"]
@@ -38,7 +38,6 @@ _LEAVE_S = 5.0
 _ANSWER_S = 5.0
 """How long an answer of the store may take."""
 _times = itertools.count()
-Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,8 @@ class Meeting:
             store: Store = _store_at(host, port, rank, size, holds=is_ours and rank == 0, patience_s=patience_s)
         except (RuntimeError, OSError) as error:
             raise LostRankError(
-                f"rank {rank} did not reach the other ranks at MASTER_ADDR:MASTER_PORT={host}:{port}: "
-                f"{_first_line(error)}"
+                f"rank {rank} did not reach the other ranks at MASTER_ADDR:MASTER_PORT={host}:{port} within "
+                f"run.deadline_s={patience_s:g}: {_first_line(error)}"
             ) from error
         # Another job may have met there, and this process too: several Comms of one process come one after the other.
         launch = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
@@ -110,23 +109,6 @@ class Meeting:
         except (RuntimeError, OSError):
             pass
         return None
-
-
-def in_time(question: Callable[[], Answer], patience_s: float) -> Answer:
-    """Return what the store says. Raises TimeoutError where it says nothing: its client would wait for ever.
-
-    The store may be in a process that hangs, or on a host that has lost its power.
-    """
-    answer: Future[Answer] = Future()
-
-    def ask() -> None:
-        try:
-            answer.set_result(question())
-        except Exception as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=ask, daemon=True).start()
-    return answer.result(patience_s)
 
 
 class Lanes:
@@ -192,21 +174,35 @@ def _store_at(host: str, port: int, rank: int, size: int, *, holds: bool, patien
     """Connect to the store of all ranks, or hold it: among ranks of one host where these alone reach it."""
     listener = None
     if holds:
-        listener = socket.create_server(("127.0.0.1" if _is_one_host(size) else "", port)).detach()
-    else:
-        _wait_for_listener(host, port, patience_s)
+        _wait_for(lambda _: socket.getaddrinfo(host, port), patience_s)
+        address = listening_address(host, is_one_host=_is_one_host(size))
+        listener = socket.create_server((address, port)).detach()
+        host = address or "127.0.0.1"  # whatever MASTER_ADDR may lead to, its own store is here
+    else:  # torch's own client says on several screens that nothing listens
+        _wait_for(lambda left_s: socket.create_connection((host, port), timeout=left_s).close(), patience_s)
     patience = timedelta(seconds=patience_s)
     return dist.TCPStore(  # type: ignore[attr-defined]
         host, port, size, holds, patience, wait_for_workers=False, master_listen_fd=listener
     )
 
 
-def _wait_for_listener(host: str, port: int, patience_s: float) -> None:
-    """Wait until something listens there: torch's own client says on several screens that nothing does."""
+def listening_address(master: str, *, is_one_host: bool) -> str:
+    """Return the address where rank 0's store listens: loopback where other hosts cannot be meant, else all ("")."""
+    with contextlib.suppress(ValueError):
+        if ipaddress.IPv4Address(master).is_loopback:
+            return master
+    return "127.0.0.1" if is_one_host or master == "localhost" else ""
+
+
+def _wait_for(reach: Callable[[float], object], patience_s: float) -> None:
+    """Reach something, within the seconds that it is given, or try again: a host's name may come later than its ranks.
+
+    Raises the last try's OSError after `patience_s`.
+    """
     end_s = time.monotonic() + patience_s
     while True:
         try:
-            socket.create_connection((host, port), timeout=max(0.1, end_s - time.monotonic())).close()
+            reach(max(0.1, end_s - time.monotonic()))
         except OSError:
             if time.monotonic() > end_s:
                 raise

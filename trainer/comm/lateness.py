@@ -1,10 +1,14 @@
 """Which ranks have not come to a collective in time: those that wait for them tell each other on a board."""
 
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 _GRACE_S = 2.0
 """Between the ends of two ranks' patience: how long a rank waits for the others to say that they wait too."""
+Answer = TypeVar("Answer")
 _WAY_OUT = "start again, with run.resume=latest and the run's name where it has a checkpoint"
 
 
@@ -16,7 +20,7 @@ class Bulletin:
     A rank may wait in two collectives at once: that of its step, and that of the thread ahead.
     """
 
-    def __init__(self, rank: int, put: Callable[[str, str], None], get: Callable[[str], str | None]) -> None:
+    def __init__(self, rank: int, put: Callable[[str, str], object], get: Callable[[str], str | None]) -> None:
         self._rank, self._put, self._get = rank, put, get
 
     def lateness(self, name: str, size: int, deadline_s: float) -> str:
@@ -37,3 +41,20 @@ class Bulletin:
 def loss(rank: int, name: str) -> str:
     """Say that another rank has gone, or is out of reach, in the middle of collective `name`."""
     return f"rank {rank} lost another rank in the middle of collective {name}; {_WAY_OUT}"
+
+
+def in_time(question: Callable[[], Answer], patience_s: float) -> Answer:
+    """Return what the store says. Raises TimeoutError where it says nothing: its client would wait for ever.
+
+    The store may be in a process that hangs, or on a host that has lost its power.
+    """
+    answer: Future[Answer] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(question())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answer.result(patience_s)

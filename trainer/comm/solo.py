@@ -5,14 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trainer.comm.comm import Comm, Object
+from trainer.comm.comm import DEADLINE_S, Comm, Object
 
 
 class SoloComm(Comm):
     """One rank alone: every collective returns what it was given."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, deadline_s: float = DEADLINE_S) -> None:
+        super().__init__(deadline_s)
         self.rank, self.size, self.moves_cuda_tensors = 0, 1, True
 
     def alltoall(self, rows_N: Tensor, splits_P: Tensor, name: str) -> tuple[Tensor, Tensor]:

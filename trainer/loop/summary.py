@@ -206,19 +206,19 @@ def gather(comm: Comm, own: StepTotals, stages: Stages) -> dict[str, Any]:
 def hardware_of(comm: Comm, device: torch.device) -> dict[str, Any]:
     """Return what the ranks compute on and talk over, the same on each rank; called by every rank.
 
-    `devices`: of each rank, e.g. "cpu" or "cuda:0 (NVIDIA H100)". `collectives`: "Gloo" or "NCCL"; None in one process
-    that no launcher started.
+    `devices`: of each rank, e.g. "cpu" or "cuda:0 (NVIDIA H100)". `collectives`: e.g. "Gloo by Horovod"; None in one
+    process that no launcher started.
     """
     devices = comm.allgather_object(device_name(device), name="devices")
     return {"devices": devices, "collectives": comm.carrier(device)}
 
 
 def hardware_text(hardware: Mapping[str, Any], num_ranks: int) -> str:
-    """Format `hardware_of`, e.g. '2 ranks on cpu, collectives by Gloo'."""
+    """Format `hardware_of`, e.g. '2 ranks on cpu, collectives: Gloo by Horovod'."""
     devices = ", ".join(dict.fromkeys(hardware["devices"]))
     if hardware["collectives"] is None:
         return f"one process on {devices}, no collectives"
-    return f"{ranks_text(num_ranks)} on {devices}, collectives by {hardware['collectives']}"
+    return f"{ranks_text(num_ranks)} on {devices}, collectives: {hardware['collectives']}"
 
 
 def _unique_ratios(ranks: Sequence[StepTotals]) -> dict[str, float | None]:

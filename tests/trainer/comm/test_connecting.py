@@ -8,9 +8,11 @@ import pytest
 from trainer.comm import SoloComm, connect
 from trainer.comm.connecting import launcher_of
 from trainer.errors import ConfigError
+from trainer.launch.variables import Place, horovod_variables
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-ALL = (*TORCHRUN, "TORCHELASTIC_RUN_ID", "HOROVOD_RANK", "HOROVOD_SIZE")
+HOROVODRUN = horovod_variables(Place([2], 0, 0), "localhost", "127.0.0.1", 29500, None)
+ALL = (*TORCHRUN, "TORCHELASTIC_RUN_ID", *HOROVODRUN)
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +35,22 @@ class TestConnect:
     @pytest.mark.parametrize(
         ("found", "told"),
         [
-            ({"HOROVOD_RANK": "0"}, "HOROVOD_RANK is set, but not HOROVOD_SIZE: start all ranks by horovodrun or "),
+            ({"HOROVOD_RANK": "0"}, "HOROVOD_RANK is set, but not HOROVOD_SIZE, HOROVOD_LOCAL_RANK, "),
+            (
+                {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"},
+                "HOROVOD_RANK, HOROVOD_SIZE is set, but not HOROVOD_LOCAL_RANK, HOROVOD_LOCAL_SIZE, "
+                "HOROVOD_CROSS_RANK, HOROVOD_CROSS_SIZE, HOROVOD_GLOO_RENDEZVOUS_ADDR, "
+                "HOROVOD_GLOO_RENDEZVOUS_PORT: start all ranks by horovodrun or ",
+            ),
+            ({**HOROVODRUN, "HOROVOD_RANK": "2"}, "HOROVOD_RANK=2 is not a number below HOROVOD_SIZE=2: horovodrun"),
+            ({**HOROVODRUN, "HOROVOD_GLOO_RENDEZVOUS_PORT": "x"}, "HOROVOD_GLOO_RENDEZVOUS_PORT=x is not a port"),
             ({"RANK": "0"}, "RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start all ranks by "),
             ({"TORCHELASTIC_RUN_ID": "none"}, "TORCHELASTIC_RUN_ID is set, but not RANK, WORLD_SIZE, MASTER_ADDR"),
             ({**TORCHRUN, "RANK": "2"}, "RANK=2 is not a number below WORLD_SIZE=2"),
             ({**TORCHRUN, "WORLD_SIZE": "two"}, "RANK=0 is not a number below WORLD_SIZE=two"),
             ({**TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT=70000 is not a port"),
             (
-                {**TORCHRUN, "TORCHELASTIC_RUN_ID": "none", "HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"},
+                {**TORCHRUN, "TORCHELASTIC_RUN_ID": "none", **HOROVODRUN},
                 "horovodrun and torchrun both started this process",
             ),
         ],
@@ -52,7 +62,7 @@ class TestConnect:
         assert str(error.value).startswith(told) and "\n" not in str(error.value)
 
     def test_horovodrun_without_horovod_names_both_ways_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        set_all(monkeypatch, {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"})
+        set_all(monkeypatch, HOROVODRUN)
         monkeypatch.setitem(sys.modules, "horovod", None)
         monkeypatch.delitem(sys.modules, "horovod.torch", raising=False)
         with pytest.raises(ConfigError, match=r"cannot import Horovod .*make install builds it; .* by torchrun"):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.ranks import environment
 from trainer.comm.distributed import TorchComm
-from trainer.comm.lanes import Meeting, RankAddress, check_reach, has_gpu_for_each, own_address
+from trainer.comm.lanes import Meeting, RankAddress, check_reach, has_gpu_for_each, listening_address, own_address
 from trainer.errors import ConfigError, LostRankError
 
 
@@ -56,6 +56,14 @@ class TestMeeting:
 
 
 class TestAddress:
+    def test_the_store_listens_on_loopback_where_nobody_else_can_be_meant(self) -> None:
+        """As where trainer.supervise has all ranks on this machine, under several names."""
+        assert listening_address("127.0.0.1", is_one_host=False) == "127.0.0.1"
+        assert listening_address("127.0.0.2", is_one_host=True) == "127.0.0.2"
+        assert listening_address("localhost", is_one_host=False) == "127.0.0.1"
+        assert listening_address("node-1", is_one_host=True) == "127.0.0.1"
+        assert listening_address("10.0.0.1", is_one_host=False) == listening_address("node-1", is_one_host=False) == ""
+
     def test_is_that_of_the_way_to_the_others(self) -> None:
         assert own_address("127.0.0.1", is_one_host=False) == "127.0.0.1"
         assert own_address("no-such-host.invalid", is_one_host=True) == "127.0.0.1"

@@ -23,9 +23,9 @@ def report_of(places: Places, name: str) -> dict[str, Any]:
 def test_two_ranks_on_cpu_name_gloo(places: Places, two_ranks: StandingRanks) -> None:
     settings = places.settings(run__name="gloo", train__max_steps=1, run__device="cpu")
     first = two_ranks.run("-m", "trainer.main", "--set", *settings).splitlines()[0]
-    assert ", 2 ranks on cpu, collectives by Gloo, step 0 of 1" in first
+    assert ", 2 ranks on cpu, collectives: Gloo by Horovod, step 0 of 1" in first
     report = report_of(places, "gloo")
-    assert (report["devices"], report["collectives"]) == (["cpu", "cpu"], "Gloo")
+    assert (report["devices"], report["collectives"]) == (["cpu", "cpu"], "Gloo by Horovod")
 
 
 def test_one_process_has_no_collectives(places: Places) -> None:
@@ -41,5 +41,8 @@ def test_gpus_are_named_with_their_model(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     solo = hardware_of(SoloComm(), torch.device("cuda", 0))
     assert hardware_text(solo, 1) == "one process on cuda:0 (NVIDIA H100), no collectives"
-    several = {"devices": [f"cuda:{rank} (NVIDIA H100)" for rank in (0, 1, 0, 1)], "collectives": "NCCL"}
-    assert hardware_text(several, 4) == "4 ranks on cuda:0 (NVIDIA H100), cuda:1 (NVIDIA H100), collectives by NCCL"
+    several = {"devices": [f"cuda:{rank} (NVIDIA H100)" for rank in (0, 1, 0, 1)], "collectives": "NCCL by Horovod"}
+    assert (
+        hardware_text(several, 4)
+        == "4 ranks on cuda:0 (NVIDIA H100), cuda:1 (NVIDIA H100), collectives: NCCL by Horovod"
+    )

@@ -1,0 +1,128 @@
+"""Ranks that do not come, and one that goes before the first collective: the others say so in one line, in time"""
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import pytest
+
+from tests.ranks import environment
+from trainer.launch.rendezvous import horovod_rendezvous
+from trainer.launch.variables import Place, Variables, horovod_variables, torch_variables
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(200)]
+
+TRAIN = ["-m", "trainer.main", "--set", "run.deadline_s=3"]
+CONNECTS = """
+import os, signal, time
+from featurestore.errors import UserError
+from trainer.comm import connect
+if os.environ["HOROVOD_RANK"] == "0" and "STOPS" in os.environ:
+    os.kill(os.getpid(), signal.SIGSTOP)
+try:
+    comm = connect(3.0)
+    if comm.rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(2)
+    comm.agree(None)
+except UserError as error:
+    print(type(error).__name__, error, flush=True)
+os._exit(7)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
+
+
+@contextmanager
+def started(variables: Mapping[str, str], *arguments: str) -> Iterator["subprocess.Popen[str]"]:
+    """Start `python ARGUMENTS` as a rank with these variables, and kill it at the end."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, *arguments]
+    rank = subprocess.Popen(command, env={**environment(), **variables}, stdout=pipe, stderr=pipe, text=True)
+    try:
+        yield rank
+    finally:
+        rank.kill()
+        rank.communicate()
+
+
+def said_by(variables: Variables, *arguments: str, code: int) -> str:
+    """Run one rank to its end; return what it says, which is one line."""
+    with started(variables, *arguments) as rank:
+        out, err = rank.communicate(timeout=100)
+    assert rank.returncode == code, out + err
+    (line,) = (out + err).splitlines()
+    return str(line)
+
+
+@contextmanager
+def ranks_of_horovod() -> Iterator[list[Variables]]:
+    """The variables of two ranks of this machine, which find Horovod's rendezvous."""
+    with horovod_rendezvous(["localhost"], [2], "127.0.0.1") as port:
+        yield [horovod_variables(Place([2], 0, local), "localhost", "127.0.0.1", port, "lo") for local in (0, 1)]
+
+
+def test_horovod_a_rank_that_hangs_before_they_connect_is_named() -> None:
+    """Gloo would end this one after 30 s by SIGABRT, with a stack of C++."""
+    with ranks_of_horovod() as (first, second), started({**first, "STOPS": "1"}, "-c", CONNECTS):
+        said = said_by(second, "-c", CONNECTS, code=7)
+    wanted = (
+        "LateRankError rank 1 has waited more than run.deadline_s=3 for the others to start; not there: rank 0. See"
+    )
+    assert said.startswith(wanted)
+
+
+def test_horovod_a_rank_that_dies_after_they_connected_is_one_line() -> None:
+    """Collectives cannot even begin then."""
+    with (
+        ranks_of_horovod() as (first, second),
+        started(first, "-c", CONNECTS),
+        started(second, "-c", CONNECTS) as rank,
+    ):
+        out, _ = rank.communicate(timeout=100)
+    (said,) = [line for line in out.splitlines() if "LostRankError" in line]
+    assert rank.returncode == 7
+    assert said.startswith("LostRankError rank 1 lost another rank in the middle of collective agree")
+
+
+def test_horovod_nobody_at_the_rendezvous_is_one_line() -> None:
+    nobody = horovod_variables(Place([2], 0, 1), "localhost", "127.0.0.1", free_port(), "lo")
+    said = said_by(nobody, *TRAIN, code=1)
+    assert said.startswith(
+        "error: rank 1 did not reach the process that started the ranks within run.deadline_s=3, at HOROVOD_GLOO_REND"
+    )
+    assert f"=127.0.0.1:{nobody['HOROVOD_GLOO_RENDEZVOUS_PORT']}: " in said and said.endswith("Connection refused>")
+
+
+def test_horovod_half_an_environment_is_one_line() -> None:
+    half = {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"}
+    assert said_by(half, *TRAIN, code=2).startswith(
+        "error: HOROVOD_RANK, HOROVOD_SIZE is set, but not HOROVOD_LOCAL_RA"
+    )
+
+
+@pytest.mark.parametrize(
+    ("local", "address", "trouble"),
+    [(1, "127.0.0.1", "Connection refused"), (0, "no-such-host.invalid", " service not known")],
+)
+def test_torch_nobody_at_the_masters_address_is_one_line(local: int, address: str, trouble: str) -> None:
+    """It takes the deadline of the settings: the name of a host, as its rank, may come later."""
+    port, start_s = free_port(), time.monotonic()
+    said = said_by(torch_variables(Place([1, 1], local, 0), address, port, None), *TRAIN, code=1)
+    assert said.startswith(
+        f"error: rank {local} did not reach the other ranks at MASTER_ADDR:MASTER_PORT={address}:{port} within "
+        "run.deadline_s=3: "
+    )
+    assert said.endswith(trouble) and time.monotonic() - start_s > 3
+
+
+def test_torch_ranks_that_do_not_come_are_named() -> None:
+    said = said_by(torch_variables(Place([2], 0, 0), "127.0.0.1", free_port(), None), *TRAIN, code=1)
+    assert "has taken more than run.deadline_s=3 on rank 0; not there: rank 1. See" in said
