@@ -6,7 +6,8 @@ TrainerError
 ├── DataError         a sample file or a value in it cannot be used
 │   └── DataNotFoundError        no such samples or table, or nothing in it
 ├── CheckpointError   a checkpoint is damaged, or of another run
-│   └── CheckpointNotFoundError  no such checkpoint
+│   ├── CheckpointNotFoundError  no such checkpoint
+│   └── OtherRunError            a checkpoint of another run, or of other settings
 ├── PlanError         this machine could not be measured for a plan
 ├── AdIndexError      an index of ads was replaced meanwhile, or is of another checkpoint
 │   └── AdIndexNotFoundError     no index of ads at the address
@@ -50,6 +51,12 @@ class CheckpointError(TrainerError):
 
 class CheckpointNotFoundError(CheckpointError):
     """There is no such checkpoint."""
+
+    exit_code = USAGE
+
+
+class OtherRunError(CheckpointError):
+    """The checkpoint belongs to another run: settings, samples or features are not those that it was made with."""
 
     exit_code = USAGE
 

@@ -21,7 +21,7 @@ from featurestore.text.parsing import parse_json
 from trainer.config import legacy
 from trainer.config.config import Config, load_config, load_saved, save_config
 from trainer.daily import table as daytable
-from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, TrainerError
+from trainer.errors import CheckpointError, ConfigError, DataNotFoundError, OtherRunError, TrainerError
 from trainer.main import on_ranks, train, warm_settings
 from trainer.runs.folder import finished, report_of
 
@@ -169,7 +169,8 @@ def follow(base: Config, comm: "Comm", window_days: int = 1, first: str | None =
                 else:
                     evaluate_trained(day, config, report, comm)
             except (CheckpointError, AnotherStoreError) as failure:
-                raise CheckpointError(f"{failure}\nTo train {day.name} anew, remove {day.folder}") from failure
+                kind = OtherRunError if isinstance(failure, OtherRunError) else CheckpointError
+                raise kind(f"{failure}\nTo train {day.name} anew, remove {day.folder}") from failure
             comm.on_rank_0(lambda: daytable.write(folder))
     comm.on_rank_0(lambda: daytable.show(folder))
 

@@ -30,7 +30,7 @@ from featurestore.text.parsing import parse_json
 from trainer.comm import Comm
 from trainer.config import legacy
 from trainer.config.validate import Section
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, OtherRunError
 from trainer.runs import accepted
 from trainer.runs.folder import unrelated
 from trainer.runs.saving.local import local_copy
@@ -75,7 +75,7 @@ class Origin(Section):
     """What the optimiser's state means: which one moves ID rows, and its betas where those move rows between steps."""
 
     def check_same(self, recorded: "Origin", path: RunPath) -> None:
-        """Raise CheckpointError naming every value that `recorded`, of the checkpoint at `path`, has otherwise.
+        """Raise OtherRunError naming every value that `recorded`, of the checkpoint at `path`, has otherwise.
 
         A setting that the checkpoint does not know yet was as `legacy.BEFORE` says, or at its default.
         """
@@ -84,12 +84,12 @@ class Origin(Section):
         theirs = {**recorded.model_dump(), "model": legacy.with_tables_up_to_date(recorded.model)}
         lines = _differing(self.model_dump(), theirs, unknown)
         if lines:
-            raise CheckpointError(
+            raise OtherRunError(
                 f"{path} belongs to another run; start a new one, or set back:\n  " + "\n  ".join(lines)
             )
 
     def check_store(self, recorded: "Origin", path: RunPath) -> None:
-        """Raise CheckpointError where E of the checkpoint at `path` was trained on features of another kind."""
+        """Raise OtherRunError where E of the checkpoint at `path` was trained on features of another kind."""
         lines = _differing(
             {"store": self.store, "stores": self.stores}, {"store": recorded.store, "stores": recorded.stores}
         )
@@ -99,11 +99,11 @@ class Origin(Section):
             was = "was trained without images, and this run uses them"
             if recorded.store:
                 was = "has an E for images, and this run uses none"
-            raise CheckpointError(
+            raise OtherRunError(
                 f"{path} {was}; set model.images as it was, or take its ID vectors alone into a new run: "
                 f"--warm-start {path} --warm-parts ids"
             )
-        raise CheckpointError(
+        raise OtherRunError(
             f"{path} was trained on features of another kind, and its E makes nothing of these:\n  "
             + "\n  ".join(lines)
             + "\nset data.store to a store of that kind (data.stores.NAME where stores.NAME differs), or take all but "

@@ -14,7 +14,7 @@ from featurestore.console.commandline import OK, STOPPED
 from trainer.launch.variables import Variables
 from trainer.supervise.link import Link, News
 from trainer.supervise.policy import RankEnd, Slots
-from trainer.supervise.report import Printer
+from trainer.supervise.report import LastWords, Printer
 
 DEATH_GRACE_S, FAILURE_GRACE_S, END_GRACE_S = 3.0, 5.0, 60.0
 """How long other ranks may live on after one has died, has failed (others may have more to say), has ended well."""
@@ -37,7 +37,7 @@ class Generation:
         self._printer = printer
         self._alive = set(self._host_of)
         self._killed: set[int] = set()
-        self._last: dict[int, str] = defaultdict(str)
+        self._last: dict[int, LastWords] = defaultdict(LastWords)
         self._kill_at = float("inf")
         self.ends: list[RankEnd] = []
         self.started_s = time.monotonic()
@@ -84,7 +84,7 @@ class Generation:
             if kind == "line":
                 self._show(news.what)
             elif news.what["rank"] in self._alive:
-                self._end(news.what["rank"], news.what["code"], self._last[news.what["rank"]] or None)
+                self._end(news.what["rank"], news.what["code"], self._last[news.what["rank"]].text or None)
 
     def _end(self, rank: int, code: int | None, error: str | None) -> None:
         self._alive.discard(rank)
@@ -109,13 +109,10 @@ class Generation:
     def _show(self, line: Mapping[str, Any]) -> None:
         """Print a line of a rank: that of rank 0 as it is."""
         rank, text = line["rank"], line["text"]
-        if line["stream"] == "err" and text.strip() and (text.startswith("error: ") or not self._has_error(rank)):
-            self._last[rank] = text.strip()
+        if line["stream"] == "err":
+            self._last[rank].add(text)
         stream = sys.stderr if line["stream"] == "err" else sys.stdout
         self._printer.line(stream, text if rank == 0 else f"[rank {rank}] {text}")
-
-    def _has_error(self, rank: int) -> bool:
-        return self._last[rank].startswith("error: ")
 
 
 def inherited(environment: Mapping[str, str]) -> Variables:

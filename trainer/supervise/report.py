@@ -12,6 +12,7 @@ from featurestore.text.plain import printable
 from trainer.supervise.policy import Past, RankEnd, Slots
 
 _LAST_LINES_S = 10.0
+_ERROR, _LONG = "error: ", 500
 
 
 class Printer:
@@ -43,6 +44,23 @@ class Printer:
                 stream.flush()
 
 
+class LastWords:
+    """What a rank said last on stderr, in one line: its last error with the lines indented below it, else any line."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._goes_on = False
+
+    def add(self, line: str) -> None:
+        """Take in the next line of stderr."""
+        is_error = line.startswith(_ERROR)
+        if self._goes_on and line.startswith("  ") and len(self.text) < _LONG:
+            self.text += f"{' ' if self.text.endswith(':') else '; '}{line.strip()}"
+        elif is_error or (line.strip() and not self.text.startswith(_ERROR)):
+            self.text = line.strip()
+        self._goes_on = is_error or (self._goes_on and line.startswith("  "))
+
+
 def end_text(end: RankEnd) -> str:
     """Say how a rank ended, e.g. "rank 3 on b died (signal 9)"."""
     who = f"rank {end.rank} on {end.host}"
@@ -61,12 +79,14 @@ def _name(number: int) -> str:
 
 
 def past_text(past: Past) -> str:
-    """Say why a generation ended: the end of its culprit, and what the first other rank said of it."""
+    """Say why a generation ended: the end of its culprit, and what the first other rank said of it, or any rank."""
     if past.asked and past.first is None:
         return "stopped after a checkpoint, to go on with more hosts"
     ends = [past.culprit or past.ends[0]]
     if past.first and past.first is not past.culprit:
         ends.append(past.first)
+    if (ends[0].code or 0) > 0 and not any(each.error for each in ends):  # rank 0 has the word, and may end later
+        ends += [each for each in past.ends if each.error and each.error.startswith(_ERROR)][:1]
     return "; ".join(map(end_text, ends))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from featurestore.console.commandline import STOPPED
-from featurestore.errors import FAILED, UserError
+from featurestore.errors import FAILED, USAGE, UserError
 from featurestore.text.plain import count_text
 from trainer.launch.variables import By
 from trainer.supervise import policy
@@ -216,7 +216,8 @@ class Supervisor:
             try:
                 return await asyncio.to_thread(self.command.newest_step)
             except (UserError, OSError) as failure:
-                if time.monotonic() > end_s or self._stop.is_set():
+                typed = getattr(failure, "exit_code", FAILED) == USAGE
+                if typed or time.monotonic() > end_s or self._stop.is_set():
                     raise
                 self.printer.say(f"the checkpoints cannot be looked at: {failure}; trying again")
                 await self._pause(self.options.backoff_s)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,3 +231,16 @@ def test_a_run_that_was_killed_before_its_report_gets_one(runs: Runs) -> None:
 def test_a_finished_run_that_is_to_train_longer_does(runs: Runs) -> None:
     run = runs.train("a", run__resume="auto", train__max_steps=7)
     assert json.loads((run / "report.json").read_text())["global_step"] == 7 and names(run)[-1:] == steps_of(7)
+
+
+def test_settings_that_the_checkpoint_refuses_are_what_was_typed(places: Places, runs: Runs) -> None:
+    settings = places.settings(run__dir=runs.folder, run__name="a", run__resume="auto", model__mlp=[9, 4])
+    words = ["--max-np", "1", "--", "python", "-m", "trainer.main", *settings, "train.seed=3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.supervise", *words], capture_output=True, text=True, check=False, timeout=120
+    )
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("supervise: rank 0 on localhost ended with exit code 2"), (
+        done.stderr
+    )
+    assert "or set back: model.mlp is [9, 4] here, [8, 4] in the checkpoint" in last, done.stderr

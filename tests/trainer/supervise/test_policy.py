@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.supervise.policy import Past, RankEnd, Slots, exit_code, fruitless, is_over, pause_s, place, trusted
-from trainer.supervise.report import past_text, start_text
+from trainer.supervise.report import LastWords, past_text, start_text
 
 A, B, C = Slots("a", 4), Slots("b", 4), Slots("c", 2)
 
@@ -105,6 +105,29 @@ def test_what_happened_is_said_in_one_line() -> None:
     assert past_text(aborted) == (
         "rank 3 on b did not end by itself and was killed; rank 0 on a died (signal 6, SIGABRT: what(): Timeout)"
     )
+    quiet = past(end(code=1), end(0, "a", 1, error="error: the disk is full"))
+    assert past_text(quiet) == (
+        "rank 3 on b ended with exit code 1; rank 0 on a ended with exit code 1 (error: the disk is full)"
+    )
     assert past_text(past(end(code=130), asked=True)) == "stopped after a checkpoint, to go on with more hosts"
     assert start_text(1250, [A, C], 7, 8) == "7 of 8 slots left; resuming at step 1,250 on 6 ranks (a:4, c:2)"
     assert start_text(0, [Slots("a", 1)], 1, 1) == "1 of 1 slots left; starting at the first step on 1 rank (a:1)"
+
+
+@pytest.mark.parametrize(
+    ("lines", "text"),
+    [
+        ([], ""),
+        (["warning: a", "", "Traceback", "  line 3"], "line 3"),
+        (["error: the disk is full", "warning: b"], "error: the disk is full"),
+        (["noise", "error: set back:", "  a is 1 here", "  b is 2 here"], "error: set back: a is 1 here; b is 2 here"),
+        (["error: set back:", "  a is 1 here", "then", "  do it"], "error: set back: a is 1 here"),
+        (["error: one", "  of it", "error: two"], "error: two"),
+        (["error: set back:", *["  " + "x" * 400] * 3], f"error: set back: {'x' * 400}; {'x' * 400}"),
+    ],
+)
+def test_of_an_error_the_lines_that_are_indented_below_it_belong_to_it(lines: list[str], text: str) -> None:
+    words = LastWords()
+    for each in lines:
+        words.add(each)
+    assert words.text == text
