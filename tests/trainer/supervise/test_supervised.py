@@ -55,6 +55,19 @@ def test_a_stopped_rank_is_named_and_replaced(settings_of: Settings, tmp_path: P
     assert_no_step_or_sample_is_lost(run.legs(), whole, STEPS)
 
 
+@pytest.mark.parametrize("by", ["horovod", "torch"])
+def test_a_rank_that_is_stopped_before_they_meet_is_named_and_replaced(
+    settings_of: Settings, tmp_path: Path, by: str
+) -> None:
+    """Not the one that waits for it."""
+    run = Supervised(tmp_path, settings_of(tmp_path, 20, 10, run__deadline_s=5), (*TWO_HOSTS, "--by", by))
+    process = run.start()
+    kill(run.victims(process, "rank")[0], signal.SIGSTOP)
+    said = run.end(process)
+    assert "supervise: rank 0 on localhost did not end by itself and was killed; rank 1 on 127.0.0.1 ended with" in said
+    assert "terminate called" not in said and "with step 20" in said
+
+
 def test_a_stop_writes_a_checkpoint_and_the_same_command_goes_on(
     settings_of: Settings, tmp_path: Path, whole: Leg
 ) -> None:
