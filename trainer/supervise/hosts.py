@@ -78,6 +78,8 @@ def _printed_by(script: Path) -> list[str]:
 
 def is_here(host: str) -> bool:
     """Return whether a name is one of this machine: a socket may be bound to its address."""
+    if host == "localhost":
+        return True
     with contextlib.suppress(OSError):
         for family, kind, _, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
             with contextlib.suppress(OSError), socket.socket(family, kind) as bound:
