@@ -277,5 +277,5 @@ def test_a_run_whose_configuration_was_changed_is_refused(run: Path, tmp_path: P
     (copy / "checkpoints").symlink_to(run / "checkpoints")
     (copy / "config.yaml").write_text(text.replace("tower_width: 6", "tower_width: 7"))
     done = call("eval", "--run", copy)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "model.tower_width is 7 here, 6 in the checkpoint" in done.stderr
