@@ -22,11 +22,17 @@ case "$*" in
   "-c import ensurepip, venv") ;;
   "-m venv "*) mkdir -p "$3/bin" && cp "$me" "$3/bin/python" && touch "$3/pyvenv.cfg" ;;
   *purelib*) echo "$home" ;;
+  *find_spec*) echo "$home/horovod" ;;
   "-m pip install "*fuxictr*) [ -z "${{NO_FUXICTR:-}}" ] || {{ echo "no wheel for this Python"; exit 1; }} ;;
   "-m pip download "*) for n in {{1..5000}}; do echo "error: $n"; done; exit 1 ;;
   "-m pip list "*) cat "$home/packages" 2>/dev/null || true ;;
   "-m pip uninstall "*) rm -f "$home/packages" ;;
-  "-m pip install "*horovod*) echo "horovod==0.28.1" >"$home/packages"; echo "${{@: -1}}" >>"$home/wheels" ;;
+  "-m pip install "*horovod*)
+    echo "horovod==0.28.1" >"$home/packages"
+    echo "${{@: -1}}" >>"$home/wheels"
+    mkdir -p "$home/horovod/runner/util"
+    echo "            addr = ('', port)" >"$home/horovod/runner/util/network.py"
+    echo "    global_rendezv_port = rendezvous.start()" >"$home/horovod/runner/gloo_run.py" ;;
   "-c import sys; print(sys.prefix)") echo "$home" ;;
   *"import platform"*) echo {tag} ;;
   */horovod_plan.py) [ -z "${{NO_CUDA:-}}" ] || {{ echo "no CUDA here" >&2; exit 1; }}
@@ -174,6 +180,9 @@ class TestHorovod:
         done = installed.build()
         assert (done.returncode, done.stdout) == (0, "horovod 0.28.1 is installed (CPU)\n")
         assert installed.wheels() == [self.CPU]
+        runner = installed.venv / "horovod" / "runner"
+        for file in (runner / "gloo_run.py", runner / "util" / "network.py"):
+            assert file.read_text().count("HOROVOD_RENDEZVOUS_BIND") == 1, "its rendezvous listens at one address"
 
     def test_nccl_replaces_what_is_installed(self, installed: Place) -> None:
         done = installed.build(HOROVOD_GPU_OPERATIONS="NCCL")

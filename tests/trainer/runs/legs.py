@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.ranks import command_of
+from tests.ranks import command_of, environment
 from trainer.config.config import PRESETS
 
 WORKER = Path(__file__).parent / "mortal.py"
@@ -89,7 +89,7 @@ class Killed:
     def start(self, number: int, ranks: int, die_at: int = 0) -> "subprocess.Popen[str]":
         resume = [f"run.resume={'latest' if number else 'null'}"]
         command = command_of(ranks, WORKER, self.notes(number), die_at, *self.settings, *resume)
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def notes(self, number: int) -> Path:
         return self.folder / f"notes-{number}"
