@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, readable at another number of ranks, refused when damaged or of another run."""
 
+import copy
 import json
 import resource
 import threading
@@ -37,7 +38,7 @@ class ThreadComm(SoloComm):
         self.rank, self.size, self._meeting = rank, len(meeting.said), meeting
 
     def allgather_object(self, value: Any, name: str = "objects") -> list[Any]:
-        self._meeting.said[self.rank] = value
+        self._meeting.said[self.rank] = copy.deepcopy(value)  # as other ranks get it: what becomes of it is not seen
         self._meeting.barrier.wait()
         said = list(self._meeting.said)
         self._meeting.barrier.wait()
