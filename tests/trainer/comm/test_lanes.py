@@ -1,6 +1,5 @@
 """Where ranks of torch.distributed meet, and at which address each listens."""
 
-import socket
 import subprocess
 import sys
 
@@ -11,12 +10,7 @@ from tests.ranks import environment
 from trainer.comm.distributed import TorchComm
 from trainer.comm.lanes import Meeting, RankAddress, check_reach, has_gpu_for_each, listening_address, own_address
 from trainer.errors import ConfigError, LostRankError
-
-
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
+from trainer.launch.rendezvous import free_port
 
 
 @pytest.mark.services

@@ -1,6 +1,5 @@
 """Ranks that do not come, and one that goes before the first collective: the others say so in one line, in time"""
 
-import socket
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.ranks import environment
-from trainer.launch.rendezvous import horovod_rendezvous
+from trainer.launch.rendezvous import free_port, horovod_rendezvous
 from trainer.launch.variables import Place, Variables, horovod_variables, torch_variables
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(200)]
@@ -32,12 +31,6 @@ except UserError as error:
     print(type(error).__name__, error, flush=True)
 os._exit(7)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
 
 
 @contextmanager
