@@ -13,7 +13,7 @@ GPU_DEVICE ?= cuda
 CLUSTER_DIR ?= data/cluster
 # Syntax of the oldest supported Python is held by ruff (target-version), what left the newest one by mypy.
 NEWEST_PYTHON := 3.13
-PACKAGES := featurestore pipeline trainer serving jobs benchmarks
+PACKAGES := featurestore pipeline trainer serving explorer jobs benchmarks
 # horovodrun and dask-submit are looked for on the path.
 ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 

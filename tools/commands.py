@@ -24,6 +24,7 @@ PARTS = {
     "featurestore": "The store",
     "trainer": "The trainer",
     "serving": "Serving",
+    "explorer": "Explorer",
     "benchmarks": "Benchmarks",
 }
 OF_OTHERS = ("worker.py", "peer.py")  # programs that other programs start

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("featurestore", "pipeline", "trainer", "serving", "jobs", "benchmarks", "tools", "tests")
+FOLDERS = ("featurestore", "pipeline", "trainer", "serving", "explorer", "jobs", "benchmarks", "tools", "tests")
 SUFFIXES = (".py", ".sh", ".yaml", ".txt")
 MOST_LINES, MOST_MODULES = 400, 12
 

@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import logging
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -21,7 +21,7 @@ from featurestore.console.tokens import read_tokens
 from featurestore.errors import TokenFileError
 from serving.errors import ServerSettingsError
 from serving.http.errors import error_response
-from serving.http.settings import ServerSettings
+from serving.http.settings import AccessSettings, ServerSettings
 
 logger = logging.getLogger("serving")
 
@@ -48,16 +48,20 @@ class TokenGuard:
     def _allows(self, scope: Scope) -> bool:
         sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         kind, _, token = sent.partition(b" ")
-        digest = hashlib.sha256(token.strip()).digest()
-        # Every token is compared, whether an earlier one fitted or not: the time says nothing.
-        fits = [hmac.compare_digest(digest, hashlib.sha256(each.encode()).digest()) for each in self._tokens]
-        return any(fits) and kind.lower() == b"bearer"
+        return is_among(token.strip(), self._tokens) and kind.lower() == b"bearer"
+
+
+def is_among(token: bytes, tokens: Sequence[str]) -> bool:
+    """Tell whether the token is one of these, in a time that says nothing: every one is compared."""
+    digest = hashlib.sha256(token).digest()
+    fits = [hmac.compare_digest(digest, hashlib.sha256(each.encode()).digest()) for each in tokens]
+    return any(fits)
 
 
 class Credentials:
     """The tokens and the TLS context of a server by what their files hold now; `refresh` looks at them again."""
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: AccessSettings) -> None:
         """Read the files. Raises ServerSettingsError, TokenFileError."""
         self._settings = settings
         self._seen = self._look()
@@ -95,7 +99,7 @@ class Credentials:
         return [_identity(file) for file in files if file is not None]
 
 
-def check_files(settings: ServerSettings) -> None:
+def check_files(settings: AccessSettings) -> None:
     """Try out the files of tokens, certificate and key before the server listens. Raises
     ServerSettingsError, TokenFileError."""
     if settings.token_file is not None:
@@ -107,7 +111,11 @@ def check_files(settings: ServerSettings) -> None:
         _warn_of_dates(settings.tls_cert)
     elif settings.tls_key is not None:
         raise ServerSettingsError("--tls-key needs --tls-cert: give both, or neither")
-    if settings.record_file is not None and not settings.record_file.absolute().parent.is_dir():
+    if (
+        isinstance(settings, ServerSettings)
+        and settings.record_file
+        and not settings.record_file.absolute().parent.is_dir()
+    ):
         raise ServerSettingsError(f"--record-file {settings.record_file}: its folder is not there; make it first")
     if settings.host not in LOOPBACKS and settings.tls_cert is None:
         logger.warning("no TLS on %s: what users send can be read on the way", settings.host)

@@ -1,30 +1,42 @@
-"""What a person may set about the server: one frozen object that also travels to its worker processes."""
+"""What a person may set about a server: one frozen object that also travels to its worker processes."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerSettings:
+class AccessSettings:
+    """Where a server listens, who may ask, and by which certificate it is known."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    token_file: Path | None = None
+    read_timeout_s: float = 30.0
+    """For a client to send a request, and to take its answer."""
+    drain_s: int = 30
+    """For running requests to end after SIGTERM."""
+
+    @property
+    def scheme(self) -> str:
+        """https where a certificate is given."""
+        return "https" if self.tls_cert is not None else "http"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings(AccessSettings):
     """All options of `python -m serving serve`, see there; times in seconds or milliseconds, sizes in bytes."""
 
     model: str
     """Folder or address of the bundle."""
     name: str
     """Of the model in the addresses of the Open Inference Protocol."""
-    host: str = "127.0.0.1"
-    port: int = 8080
     workers: int = 1
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    token_file: Path | None = None
     max_body_mb: float = 8.0
     max_candidates: int = 10_000
     """Of all requests of one body together."""
     max_wait_ms: float = 50.0
-    read_timeout_s: float = 30.0
-    """For a client to send a request, and to take its answer."""
-    drain_s: int = 30
     poll_s: float = 2.0
     record: int = 32
     record_file: Path | None = None
@@ -36,8 +48,3 @@ class ServerSettings:
     def max_body_bytes(self) -> int:
         """The largest body that is read."""
         return round(self.max_body_mb * 1e6)
-
-    @property
-    def scheme(self) -> str:
-        """https where a certificate is given."""
-        return "https" if self.tls_cert is not None else "http"

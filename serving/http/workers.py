@@ -9,7 +9,6 @@ kernel are answered by workers that can. A worker that died is started again at 
 dies before it is ready. SIGTERM and SIGINT drain; a second signal ends at once.
 """
 
-import contextlib
 import multiprocessing
 import os
 import shutil
@@ -19,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -30,9 +29,9 @@ import uvicorn
 
 from featurestore.console.commandline import STOPPED, say_error
 from featurestore.errors import FAILED, UserError
-from serving.errors import ListenError
 from serving.http.app import Scoring
-from serving.http.limits import allow_connections, limit_writes, protocol_with
+from serving.http.limits import allow_connections
+from serving.http.listening import SIGNALS, SecuredServer, listen, url_of, uvicorn_config
 from serving.http.live.model import ModelSource
 from serving.http.logs import configure_logging, logger
 from serving.http.metrics import FOLDER_VARIABLE
@@ -41,12 +40,8 @@ from serving.http.settings import ServerSettings
 
 MakeSource = Callable[[ServerSettings], ModelSource]
 
-BACKLOG = 2048
-KEEP_ALIVE_S = 75
-"""Longer than the minute after which proxies close idle connections, so that the server is not the first."""
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _MAX_PAUSE_S = 30.0
-_TICKS_TO_REFRESH, _TICKS_TO_STOP = 20, 5
+_TICKS_TO_STOP = 5
 """Ten are a second."""
 
 
@@ -58,10 +53,8 @@ def serve(settings: ServerSettings, make_source: MakeSource) -> int:
     """
     configure_logging()
     check_files(settings)
-    listener = _listen(settings)
-    host, port = listener.getsockname()[:2]
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    logger.info("listening on %s://%s for model %s of %s", settings.scheme, address, settings.name, settings.model)
+    listener = listen(settings)
+    logger.info("listening on %s for model %s of %s", url_of(settings, listener), settings.name, settings.model)
     with listener:
         if settings.workers == 1:
             return run_worker(settings, listener, make_source)
@@ -78,7 +71,7 @@ def run_worker(
     allow_connections()
     credentials, failures = Credentials(settings), list[Exception]()
     scoring = Scoring(settings, make_source(settings), failures.append, on_ready, credentials.tokens)
-    server = DrainingServer(_config(settings, scoring, credentials), scoring, credentials, failures)
+    server = DrainingServer(uvicorn_config(settings, credentials, scoring.app()), scoring, credentials, failures)
     server.run(sockets=[listener])
     if failures:
         raise failures[0]
@@ -86,7 +79,7 @@ def run_worker(
     return 0
 
 
-class DrainingServer(uvicorn.Server):
+class DrainingServer(SecuredServer):
     """Uvicorn's server, which stops as ours does: a first signal drains, a second one ends the process at once.
 
     A worker of several leaves the second one to its supervisor: a signal to the whole group reaches it twice.
@@ -95,19 +88,9 @@ class DrainingServer(uvicorn.Server):
     def __init__(
         self, config: uvicorn.Config, scoring: Scoring, credentials: Credentials, failures: list[Exception]
     ) -> None:
-        super().__init__(config)
-        self._scoring, self._credentials, self._failures = scoring, credentials, failures
+        super().__init__(config, credentials)
+        self._scoring, self._failures = scoring, failures
         self._ticks_left = _TICKS_TO_STOP
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Take the signals over until the server has stopped, and do not raise them again afterwards."""
-        before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain; on a second signal end."""
@@ -116,13 +99,11 @@ class DrainingServer(uvicorn.Server):
         self._scoring.stopping = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Look for renewed certificates and tokens; stop also where the first model could not be loaded.
+        """Stop also where the first model could not be loaded.
 
         After a signal a few ticks pass first, in which every answer closes its connection: a request that is on its way
         while a connection is closed would be lost.
         """
-        if counter % _TICKS_TO_REFRESH == 0:
-            self._credentials.refresh()
         if self._scoring.stopping:
             self._ticks_left -= 1
             self.should_exit = self.should_exit or self._ticks_left <= 0
@@ -148,7 +129,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Run until a signal or until no worker can start; returns the exit code."""
-        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         folder = tempfile.mkdtemp(prefix="serving-metrics-")
         os.environ[FOLDER_VARIABLE] = folder  # spawned workers see it when they import prometheus_client
         try:
@@ -229,42 +210,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     wait([parent.sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _listen(settings: ServerSettings) -> socket.socket:
-    try:
-        family, kind, number, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, number)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        limit_writes(listener, settings.read_timeout_s)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except OSError as failure:
-        raise ListenError(
-            f"cannot listen on --host {settings.host} --port {settings.port}: {failure.strerror}; choose another, or "
-            "end what listens there"
-        ) from None
-    return listener
-
-
-def _config(settings: ServerSettings, scoring: Scoring, credentials: Credentials) -> uvicorn.Config:
-    tls = None
-    if (context := credentials.context) is not None:
-        tls = lambda config, default: context  # noqa: E731
-    return uvicorn.Config(
-        scoring.app(),
-        http=protocol_with(settings.read_timeout_s),
-        loop="uvloop",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        backlog=BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=settings.drain_s,
-        ssl_context_factory=tls,
-    )

@@ -35,7 +35,7 @@ PROGRAMS = {
 def commands() -> dict[str, str]:
     """Find all commands: the first word of a line, and the module whose `app` it calls."""
     found = {"dask-submit": "pipeline.cluster.submit"}
-    for package in ("featurestore", "pipeline", "trainer", "serving", "jobs", "benchmarks", "tools"):
+    for package in ("featurestore", "pipeline", "trainer", "serving", "explorer", "jobs", "benchmarks", "tools"):
         for file in sorted((ROOT / package).rglob("*.py")):
             module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
             if '\nif __name__ == "__main__":' in file.read_text(encoding="utf-8") and module not in PROGRAMS:

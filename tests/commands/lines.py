@@ -3,6 +3,7 @@
 Code 2: what was typed is wrong. Code 1: something else is. Words in braces are places of conftest.py.
 """
 
+from tests.commands.explorer_lines import EXPLORER
 from tests.commands.pipes import PIPES
 from tests.commands.serving_lines import SERVING
 from tests.commands.store_lines import FEATURESTORE
@@ -320,4 +321,4 @@ OTHERS = [
     ("tools/demo --nosuch", 2, "No such option"),
 ]
 
-LINES: list[tuple[str, int, str]] = [*FEATURESTORE, *DASK_SUBMIT, *TRAINER, *JOBS, *SERVING, *OTHERS, *PIPES]
+LINES: list[tuple[str, int, str]] = [*FEATURESTORE, *DASK_SUBMIT, *TRAINER, *JOBS, *SERVING, *EXPLORER, *OTHERS, *PIPES]

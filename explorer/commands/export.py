@@ -1,0 +1,42 @@
+"""Command export: the pages as a folder of files that opens without a server."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from explorer.commands.options import Images, Model, Runs, Samples, Store
+from featurestore.console.commandline import CommandApp
+from featurestore.errors import FAILED
+
+app = CommandApp()
+
+
+@app.command(epilog="Example: `python -m explorer export pages --store data/features --runs data/runs --images photos`")
+def export(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; open OUT/index.html.")],
+    store: Store = None,
+    runs: Runs = None,
+    samples: Samples = None,
+    images: Images = None,
+    model: Model = None,
+    most_files: Annotated[
+        int, typer.Option(min=10, help="Pages and pictures at most; links beyond lead to a page that says so.")
+    ] = 2000,
+) -> None:
+    """Write the same pages into a folder: from the first page along all links. Forms and live parts are left out."""
+    from explorer.html.filters import size
+    from explorer.places import Places
+    from explorer.server.export import export as write
+    from featurestore.console.output import progress_bars
+
+    places = Places(store=store, runs=runs, samples=samples, images=images, model=model)
+    places.check()
+    with progress_bars() as bars:
+        bar = bars.add_task("pages and pictures", total=None)
+        exported = write(places, out, most_files, lambda done, known: bars.update(bar, completed=done, total=known))
+    typer.echo(f"{exported.num_files:,} files, {size(exported.num_bytes)}: open {out / 'index.html'}")
+    for problem in exported.errors:
+        typer.echo(f"an error page: {problem}", err=True)
+    if exported.errors:
+        raise typer.Exit(FAILED)

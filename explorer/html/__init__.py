@@ -1,0 +1,1 @@
+"""From data to pages: templates, links that also work in a folder of files, and the site that all pages share."""

@@ -1,0 +1,51 @@
+"""How numbers, sizes, times and names look on a page."""
+
+import datetime
+import math
+
+from rich.filesize import decimal
+
+from featurestore.console.output import figure
+from featurestore.log import utc_text
+from featurestore.text.plain import printable
+
+DASH = "–"
+
+
+def number(value: float | int | None, digits: int | None = None) -> str:
+    """Write a number: whole ones with commas, others with `digits` decimals or as tables have them; a dash for none."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return DASH
+    if digits is not None:
+        return f"{value:,.{digits}f}"
+    return f"{value:,}" if isinstance(value, int) else figure(value)
+
+
+def signed(value: float | None, digits: int = 4) -> str:
+    """Write a difference with its sign."""
+    return DASH if value is None or not math.isfinite(value) else f"{value:+.{digits}f}"
+
+
+def size(value: int | None) -> str:
+    """Write a number of bytes, e.g. 3.1 MB."""
+    return DASH if value is None else decimal(value)
+
+
+def time(value: float | None) -> str:
+    """Write a time in seconds since 1970 as UTC."""
+    return DASH if value is None else utc_text(value)
+
+
+def ago(value: float | None) -> str:
+    """Write how long ago a time was, roughly: 3 minutes ago."""
+    if value is None:
+        return DASH
+    seconds = datetime.datetime.now(datetime.UTC).timestamp() - value
+    for name, length in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count} {name}{'s' if count > 1 else ''} ago"
+    return "just now"
+
+
+FILTERS = {"number": number, "signed": signed, "size": size, "time": time, "ago": ago, "plain": printable}

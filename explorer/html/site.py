@@ -1,0 +1,116 @@
+"""The site that all pages share: its places, pictures and templates; a page is a template and what it shows."""
+
+import json
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jinja2
+from markupsafe import Markup
+from starlette.requests import Request
+from starlette.responses import HTMLResponse
+
+from explorer.data.pictures import Pictures
+from explorer.html.filters import FILTERS
+from explorer.html.links import LEFT_OUT, PICTURE, Param, address, file_of, relative
+from explorer.places import Places
+
+THUMBNAIL = 160
+"""Pixels of the longer side of a picture in a list."""
+_asked: ContextVar[str] = ContextVar("address of the page that is being written")
+
+
+class NavItem(NamedTuple):
+    """An entry of the navigation: the word, and the address of its page."""
+
+    word: str
+    path: str
+
+
+@dataclass
+class Site:
+    """What every page is made with. `frozen`: pages are being exported as files, so that nothing on them may ask a
+    server: no forms, no live parts."""
+
+    places: Places
+    frozen: bool = False
+    nav: list[NavItem] = field(default_factory=list)
+    linked: list[str] = field(default_factory=lambda: ["/"])
+    """Of a frozen site: the addresses that its pages have named so far, each once."""
+    most_files: int | None = None
+    """Of a frozen site: so many addresses are exported; later ones lead to a page that says so."""
+
+    @cached_property
+    def _known(self) -> set[str]:
+        return set(self.linked)
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """The pictures below the images' place."""
+        return Pictures(self.places.images)
+
+    @cached_property
+    def templates(self) -> jinja2.Environment:
+        """The templates; text in them is escaped, and a missing value is an error."""
+        environment = jinja2.Environment(
+            loader=jinja2.PackageLoader("explorer"),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        environment.filters.update(FILTERS)
+        environment.globals.update(
+            site=self, url=self.url, picture=self.picture, script_json=script_json, frozen=self.frozen
+        )
+        return environment
+
+    def url(self, path: str, **params: Param) -> str:
+        """Write a link to a page of ours; every link of every template is made here."""
+        wanted = address(path, params)
+        if not self.frozen:
+            return wanted
+        page = file_of(_asked.get())
+        if wanted not in self._known:
+            if self.most_files is not None and len(self.linked) >= self.most_files:
+                return relative(LEFT_OUT, page)
+            self._known.add(wanted)
+            self.linked.append(wanted)
+        return relative(file_of(wanted), page)
+
+    def picture(self, uri: str, size: int = THUMBNAIL) -> str:
+        """Write the address of a picture, its longer side at most `size` pixels."""
+        return self.url(PICTURE, uri=uri, size=size)
+
+    def page(self, request: Request, template: str, *, title: str, status: int = 200, **context: Any) -> HTMLResponse:
+        """Write a page. `title`: of the page, without the site's name."""
+        return HTMLResponse(self.text(address_of(request), template, title=title, **context), status)
+
+    def text(self, page: str, template: str, **context: Any) -> str:
+        """Write the text of the page at an address."""
+        token = _asked.set(page)
+        try:
+            return self.templates.get_template(template).render(here=page.partition("?")[0], **context)
+        finally:
+            _asked.reset(token)
+
+
+def address_of(request: Request) -> str:
+    """Give the address that a request asks for, path and parameters."""
+    return request.url.path + (f"?{request.url.query}" if request.url.query else "")
+
+
+def script_json(value: Any) -> Markup:
+    """Write JSON that is safe inside a script element, whatever texts it holds."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    escapes = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+    return Markup("".join(escapes.get(each, each) for each in text))
+
+
+def pages_of(items: Sequence[Any], page: int, per_page: int) -> tuple[Sequence[Any], int]:
+    """Cut one page out of a sequence; give it and the number of pages, at least one."""
+    num_pages = max(1, -(-len(items) // per_page))
+    page = min(max(page, 1), num_pages)
+    return items[(page - 1) * per_page : page * per_page], num_pages

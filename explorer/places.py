@@ -1,0 +1,46 @@
+"""What the explorer shows: the addresses of a store, runs, samples, images and a model; each may be missing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from explorer.errors import ExplorerError
+from featurestore.published.paths import RunPath, run_path
+from featurestore.store import FeatureStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Addresses, as a person gave them. A part that has no address has no pages."""
+
+    store: str | None = None
+    """Folder or s3:// address of a feature store."""
+    runs: str | None = None
+    """Folder or address that holds runs, one folder each."""
+    samples: str | None = None
+    """Folder or address of samples; by default each run's own."""
+    images: str | None = None
+    """Folder or address of the pictures, below which a store's uris are."""
+    model: str | None = None
+    """Folder or address of a published model."""
+
+    def check(self) -> None:
+        """Look whether the places are there, before a server listens. Raises ExplorerError, FeatureStoreError."""
+        if not any((self.store, self.runs, self.samples, self.images, self.model)):
+            raise ExplorerError("nothing to show: name a --store, --runs, --samples, --images or --model")
+        if self.store is not None:
+            FeatureStore.open(self.store)
+        if self.runs is not None and not run_path(self.runs).is_dir():
+            raise ExplorerError(f"--runs {self.runs}: there is no such folder; runs are made by python -m trainer.main")
+        if self.images is not None and "://" not in self.images and not Path(self.images).is_dir():
+            raise ExplorerError(f"--images {self.images}: there is no such folder; name the folder of your images")
+        if self.model is not None:
+            from featurestore.storage.storage import Storage
+            from serving.bundle.log import read_version
+
+            read_version(Storage(self.model))
+
+    def run(self, name: str) -> RunPath:
+        """Give the folder of a run by its name. Raises ExplorerError where the name is a path."""
+        if self.runs is None or not name or "/" in name or name in (".", ".."):
+            raise ExplorerError(f"no run {name[:60]!r}")
+        return run_path(self.runs) / name

@@ -1,0 +1,69 @@
+"""The pages as a folder of files: from the first page along all links, up to a limit; it opens without a server."""
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+
+from explorer.errors import ExplorerError
+from explorer.html.links import LEFT_OUT, file_of
+from explorer.html.site import Site
+from explorer.places import Places
+from explorer.server.app import application
+
+_HOST = "http://localhost"
+
+
+class Exported(NamedTuple):
+    """What an export has written: files, bytes, and pages of errors among them, each with its address."""
+
+    num_files: int
+    num_bytes: int
+    errors: list[str]
+
+
+def export(places: Places, out: Path, most_files: int, tell: Callable[[int, int], None]) -> Exported:
+    """Write the pages of `places` into the folder `out`, whole or not at all; `tell` gets done and known files.
+
+    An earlier export in `out` is replaced. Raises ExplorerError where `out` holds something else.
+    """
+    if out.exists() and not (out / LEFT_OUT).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ExplorerError(f"{out} holds something else than an export; name a new folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        exported = asyncio.run(_export(Site(places, frozen=True, most_files=most_files), folder, tell))
+        folder.chmod(0o755)
+        shutil.rmtree(out, ignore_errors=True)
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return exported
+
+
+async def _export(site: Site, folder: Path, tell: Callable[[int, int], None]) -> Exported:
+    app = application(site)
+    done, num_bytes, errors = 0, 0, []
+    transport = httpx.ASGITransport(app)
+    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url=_HOST) as client:
+        while done < len(site.linked):
+            address = site.linked[done]
+            answer = await client.get(address)
+            if answer.status_code != httpx.codes.OK:
+                errors.append(f"{address}: {answer.status_code}")
+            num_bytes += _write(folder / file_of(address), answer.content)
+            done += 1
+            tell(done, len(site.linked))
+    text = site.text("/", LEFT_OUT, title="Left out")
+    num_bytes += _write(folder / LEFT_OUT, text.encode())
+    return Exported(done + 1, num_bytes, errors)
+
+
+def _write(file: Path, content: bytes) -> int:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+    return len(content)

@@ -1,0 +1,36 @@
+// Draws the charts of a page: Plotly figures that the server wrote into it as JSON, in the page's colours.
+"use strict";
+(() => {
+  const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+  function draw(root) {
+    for (const source of root.querySelectorAll("script[data-plot]")) {
+      const place = document.getElementById(source.dataset.plot);
+      if (!place || place.dataset.drawn) continue;
+      place.dataset.drawn = "yes";
+      const figure = JSON.parse(source.textContent);
+      const axis = { gridcolor: style("--line"), zerolinecolor: style("--line"), automargin: true };
+      const layout = {
+        paper_bgcolor: "transparent",
+        plot_bgcolor: "transparent",
+        font: { color: style("--ink"), family: "system-ui, sans-serif" },
+        margin: { l: 48, r: 12, t: 12, b: 40 },
+        legend: { orientation: "h" },
+        ...figure.layout,
+      };
+      for (const name of ["xaxis", "yaxis", "yaxis2"]) {
+        if (name !== "yaxis2" || layout[name]) layout[name] = { ...axis, ...layout[name] };
+      }
+      Plotly.react(place, figure.data, layout, { displayModeBar: false, responsive: true });
+      if (figure.links) {
+        place.on("plotly_click", (event) => {
+          const link = event.points[0].customdata;
+          if (typeof link === "string") window.location.assign(link);
+        });
+      }
+    }
+  }
+
+  document.addEventListener("DOMContentLoaded", () => draw(document));
+  document.addEventListener("htmx:afterSwap", (event) => draw(event.target));
+})();

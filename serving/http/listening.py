@@ -1,0 +1,92 @@
+"""The listening socket of a server, and uvicorn as we run it: quiet at a signal, with renewed certificates."""
+
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+
+from serving.errors import ListenError
+from serving.http.limits import limit_writes, protocol_with
+from serving.http.security import Credentials
+from serving.http.settings import AccessSettings
+
+BACKLOG = 2048
+KEEP_ALIVE_S = 75
+"""Longer than the minute after which proxies close idle connections, so that the server is not the first."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_TICKS_TO_REFRESH = 20
+"""Ten are a second."""
+
+
+def listen(settings: AccessSettings) -> socket.socket:
+    """Open the listening socket. Raises ListenError where the port is taken."""
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, number)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        limit_writes(listener, settings.read_timeout_s)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as failure:
+        raise ListenError(
+            f"cannot listen on --host {settings.host} --port {settings.port}: {failure.strerror}; choose another, or "
+            "end what listens there"
+        ) from None
+    return listener
+
+
+def url_of(settings: AccessSettings, listener: socket.socket) -> str:
+    """Write the address at which the socket listens, with the port that it really has."""
+    host, port = listener.getsockname()[:2]
+    return f"{settings.scheme}://[{host}]:{port}" if ":" in host else f"{settings.scheme}://{host}:{port}"
+
+
+def uvicorn_config(settings: AccessSettings, credentials: Credentials, app: Any) -> uvicorn.Config:
+    """Make uvicorn's configuration for an ASGI application."""
+    tls = None
+    if (context := credentials.context) is not None:
+        tls = lambda config, default: context  # noqa: E731
+    return uvicorn.Config(
+        app,
+        http=protocol_with(settings.read_timeout_s),
+        loop="uvloop",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=settings.drain_s,
+        ssl_context_factory=tls,
+    )
+
+
+class SecuredServer(uvicorn.Server):
+    """Uvicorn's server, which looks for renewed certificates and tokens, and ends quietly after a signal."""
+
+    def __init__(self, config: uvicorn.Config, credentials: Credentials) -> None:
+        super().__init__(config)
+        self._credentials = credentials
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take the signals over until the server has stopped, and do not raise them again afterwards."""
+        before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look for renewed certificates and tokens."""
+        if counter % _TICKS_TO_REFRESH == 0:
+            self._credentials.refresh()
+        return await super().on_tick(counter)
