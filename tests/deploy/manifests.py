@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,12 +88,34 @@ def daskjob() -> jsonschema.Draft202012Validator:
     package = importlib.util.find_spec("dask_kubernetes")
     assert package is not None and package.origin is not None
     file = "operator/deployment/helm/dask-kubernetes-operator/crds/daskjob.yaml"
-    definition = yaml.load((Path(package.origin).parent / file).read_text(), yaml.CSafeLoader)
-    (version,) = definition["spec"]["versions"]
-    api = {"const": f"{definition['spec']['group']}/{version['name']}"}
-    named = {"apiVersion": api, "kind": {"const": "DaskJob"}, "metadata": {"type": "object"}}
+    return validator_of(Path(package.origin).parent / file)
+
+
+@functools.cache
+def of_a_cluster() -> dict[str, jsonschema.Draft202012Validator]:
+    """The schemas of the CustomResourceDefinitions in the folder that CRDS names, by kind; none where it is not set."""
+    folder = os.environ.get("CRDS")
+    files = sorted(Path(folder).glob("*.yaml")) if folder else []
+    assert files or not folder, f"CRDS={folder} holds no .yaml"
+    return {definition_of(file)["spec"]["names"]["kind"]: validator_of(file) for file in files}
+
+
+def definition_of(file: Path) -> Manifest:
+    """A CustomResourceDefinition as its operator publishes it, or as `kubectl get crd NAME -o yaml` writes it."""
+    definition = yaml.load(file.read_text(), yaml.CSafeLoader)
+    assert definition["kind"] == "CustomResourceDefinition", file
+    return definition
+
+
+def validator_of(file: Path) -> jsonschema.Draft202012Validator:
+    """The schema of a CustomResourceDefinition, of the version that is stored, with unknown fields refused."""
+    spec = definition_of(file)["spec"]
+    version = next(each for each in spec["versions"] if each["storage"])
+    api = {"const": f"{spec['group']}/{version['name']}"}
+    named = {"apiVersion": api, "kind": {"const": spec["names"]["kind"]}, "metadata": {"type": "object"}}
     schema = version["schema"]["openAPIV3Schema"]
-    return jsonschema.Draft202012Validator(strict(schema | {"properties": named | schema["properties"]}))
+    properties = {name: strict(value) for name, value in schema["properties"].items()}
+    return jsonschema.Draft202012Validator(strict(schema) | {"properties": properties | named})
 
 
 def strict(schema: Any) -> Any:
@@ -128,6 +151,8 @@ def overlay(name: str) -> list[Manifest]:
 def check(manifest: Manifest) -> None:
     """Raise ValidationError where a cluster with the operators would not take it, unknown fields included."""
     kind = manifest["kind"]
+    if kind in of_a_cluster():
+        of_a_cluster()[kind].validate(manifest)
     if kind == "DaskJob":
         daskjob().validate(manifest)
     elif kind == "MPIJob":
