@@ -11,7 +11,7 @@ Letters of shapes: K rows of a block, D feature width, V visual width, N ids of 
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,6 +125,25 @@ class _Rows(NamedTuple):
     features_KD: NDArray[Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class FoundNetwork:
+    """One E of a run, and the images that it is to look at, before any of its weights are read."""
+
+    saved: SavedRun
+    store: str
+    name: str
+    out: int
+    snapshot: Snapshot
+
+    def load(self) -> ImageNetwork:
+        """Read its weights. Raises CheckpointError."""
+        saved, config = self.saved, self.saved.config
+        model = image_model(self.snapshot.info.dim, self.out, config.model)
+        part = f"stores.{self.store}.models.{self.name}."
+        load_part(model, read_dense(saved.path, saved.state, part, config.data.cache_dir))
+        return ImageNetwork(saved, self.store, self.name, model.to(share_machine(config, SoloComm())), self.snapshot)
+
+
 def open_network(
     folder: RunPath, *, which: str | None = None, network: str | None = None, store_version: int | None = None
 ) -> ImageNetwork:
@@ -134,19 +153,32 @@ def open_network(
     several; STORE:NAME, or as much of it as tells. Raises ConfigError, CheckpointError, SchemaError, DataError,
     FeatureStoreError.
     """
+    return find_network(folder, which=which, network=network, store_version=store_version).load()
+
+
+def find_network(
+    folder: RunPath,
+    *,
+    which: str | None = None,
+    network: str | None = None,
+    store_version: int | None = None,
+    store: str | None = None,
+) -> FoundNetwork:
+    """Find what `open_network` opens; it reads a few small files. `store`: where data.store is now, if elsewhere.
+
+    Raises ConfigError, CheckpointError, SchemaError, DataError, FeatureStoreError.
+    """
     saved = read_run(folder, which)
+    if store is not None:
+        saved = replace(saved, config=saved.config.changed(data={"store": store}))
     config = saved.config
     widths_of_store = networks_of(used_fields(saved.schema, config.model), config.model)
-    store, name = _chosen(
-        folder, [(store, name) for store, names in widths_of_store.items() for name in names], network
-    )
-    place = next(place for place in saved.places if place.name == store)
+    at, name = _chosen(folder, [(at, name) for at, names in widths_of_store.items() for name in names], network)
+    place = next(place for place in saved.places if place.name == at)
     snapshot = saved.snapshot(place, store_version)
     if snapshot.num_rows == 0:
         raise DataError(f"{place.url} has no features in snapshot {snapshot.version}; add them with: {place.make_it()}")
-    model = image_model(snapshot.info.dim, widths_of_store[store][name], config.model)
-    load_part(model, read_dense(saved.path, saved.state, f"stores.{store}.models.{name}.", saved.config.data.cache_dir))
-    return ImageNetwork(saved, store, name, model.to(share_machine(config, SoloComm())), snapshot)
+    return FoundNetwork(saved=saved, store=at, name=name, out=widths_of_store[at][name], snapshot=snapshot)
 
 
 def load_part(part: nn.Module, state: Mapping[str, Tensor]) -> None:

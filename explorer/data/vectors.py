@@ -1,0 +1,172 @@
+"""Visual vectors of all images of a store, as a checkpoint of a run makes them: computed once, kept on the disk.
+
+They are kept in a cache folder, one folder for each checkpoint and snapshot, and mapped into memory: a million images
+of 12 numbers are 48 MB of file, of which only what is read is in memory. The folder may be emptied at any time.
+
+Letters of shapes: N images, V visual width.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from featurestore.keys import Int64Array
+from featurestore.lookup.cache import default_cache_dir
+from featurestore.published.paths import RunPath
+from featurestore.storage.private import claim
+
+if TYPE_CHECKING:
+    from trainer.runs.export import FoundNetwork, ImageNetwork
+
+Progress = Callable[[int, int], None]
+"""Gets what is done, and all."""
+
+_VECTORS, _KEYS, _URIS, _ABOUT = "vectors.npy", "keys.npy", "uris.arrow", "about.json"
+_PREFIX = "vectors-"
+_KEPT = 16
+"""Checkpoints whose vectors are kept; those that were used last."""
+
+
+@dataclass(frozen=True)
+class VisualVectors:
+    """Visual vectors of all images of a snapshot, mapped from files; rows of all three are of the same image."""
+
+    keys_N: Int64Array
+    vectors_NV: NDArray[np.float32]
+    uris_N: Any
+    """A chunked array of texts."""
+    about: dict[str, Any]
+    """Run, checkpoint and its digest, network, width, store, snapshot and their ids."""
+    digest: str
+    """Of checkpoint, network and snapshot: no others have the same."""
+
+    def row_of(self, key: int) -> int | None:
+        """Find the row of an image; None where it has none. Reads the keys, 8 MB for a million."""
+        rows = np.flatnonzero(self.keys_N == key)
+        return int(rows[0]) if len(rows) else None
+
+    def uri(self, row: int) -> str:
+        """Give the uri of the image in a row."""
+        return str(self.uris_N[row].as_py())
+
+
+def explorer_cache() -> Path:
+    """Return the folder of what the explorer computes and keeps, which is made for this user alone.
+
+    Raises StorageError.
+    """
+    folder = default_cache_dir().with_name("explorer")
+    claim(folder, lambda _: True)
+    return folder
+
+
+def visual_vectors(
+    run: RunPath,
+    *,
+    store: str | None = None,
+    which: str | None = None,
+    network: str | None = None,
+    store_version: int | None = None,
+    cache: Path | None = None,
+    progress: Progress = lambda done, total: None,
+) -> VisualVectors:
+    """Compute the visual vectors of all images, or open those that were computed before; `progress` gets images.
+
+    `store`: where the run's store is now; `which`: a checkpoint, by default the newest; `network`: which E, where a run
+    has several; `store_version`: by default the newest. Cost: E takes about 10 s for 100,000 images on a core; opened,
+    some milliseconds. Raises TrainerError (a run without images or without a checkpoint), FeatureStoreError.
+    """
+    from trainer.runs.export import find_network
+
+    found = find_network(run, which=which, network=network, store_version=store_version, store=store)
+    folder, digest = cache or explorer_cache(), digest_of(found)
+    place = folder / f"{_PREFIX}{digest}"
+    if (opened := _opened(place, digest)) is None:
+        _compute(found.load(), place, progress)
+        opened = _opened(place, digest)
+        assert opened is not None
+        _prune(folder)
+    return opened
+
+
+def find_vectors(
+    run: RunPath, *, store: str | None = None, which: str | None = None, cache: Path | None = None
+) -> VisualVectors | None:
+    """Open the vectors of the newest snapshot if they were computed before; None where `visual_vectors` would compute.
+
+    Raises as `visual_vectors`.
+    """
+    from trainer.runs.export import find_network
+
+    digest = digest_of(find_network(run, which=which, store=store))
+    return _opened((cache or explorer_cache()) / f"{_PREFIX}{digest}", digest)
+
+
+def digest_of(found: "FoundNetwork") -> str:
+    """Name what vectors depend on: the checkpoint, the network and the commit of the snapshot."""
+    commit = found.snapshot.info.store_id, found.snapshot.manifest.commit_id, found.snapshot.version
+    values = json.dumps([found.saved.digest, found.store, found.name, *commit])
+    return hashlib.sha256(values.encode()).hexdigest()[:24]
+
+
+def _opened(place: Path, digest: str) -> VisualVectors | None:
+    if not place.is_dir():
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(place)
+    uris = pa.ipc.open_file(pa.memory_map(str(place / _URIS))).read_all().column(0)
+    return VisualVectors(
+        keys_N=np.load(place / _KEYS, mmap_mode="r"),
+        vectors_NV=np.load(place / _VECTORS, mmap_mode="r"),
+        uris_N=uris,
+        about=json.loads((place / _ABOUT).read_bytes()),
+        digest=digest,
+    )
+
+
+def _compute(network: "ImageNetwork", place: Path, progress: Progress) -> None:
+    """Write the vectors into a folder that gets its name when it is whole."""
+    from featurestore.format.datafile import KEY, URI
+    from trainer.runs.export import VECTOR
+
+    rows, width = network.num_images, network.model.out
+    part = Path(tempfile.mkdtemp(prefix=".tmp-", dir=place.parent))
+    try:
+        keys_N = np.lib.format.open_memmap(part / _KEYS, "w+", np.int64, (rows,))
+        vectors_NV = np.lib.format.open_memmap(part / _VECTORS, "w+", np.float32, (rows, width))
+        schema, done = pa.schema([pa.field(URI, pa.large_string())]), 0
+        with pa.OSFile(str(part / _URIS), "wb") as file, pa.ipc.new_file(file, schema) as uris:
+            for table in network.tables():
+                end = done + len(table)
+                keys_N[done:end] = table[KEY].to_numpy()
+                numbers: Any = table[VECTOR].combine_chunks()
+                vectors_NV[done:end] = numbers.flatten().to_numpy().reshape(-1, width)
+                uris.write_table(table.select([URI]).cast(schema))
+                done = end
+                progress(done, rows)
+        assert done == rows
+        keys_N.flush()
+        vectors_NV.flush()
+        (part / _ABOUT).write_text(json.dumps(network.describe()))
+        with contextlib.suppress(OSError):  # another process has made the same
+            part.rename(place)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _prune(folder: Path) -> None:
+    """Remove the vectors that were not used for longest; who has them mapped keeps them."""
+    found = sorted(folder.glob(f"{_PREFIX}*"), key=lambda each: each.stat().st_mtime, reverse=True)
+    for each in found[_KEPT:]:
+        shutil.rmtree(each, ignore_errors=True)
