@@ -11,6 +11,7 @@ IN_PARALLEL = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-lo
 BENCH_DIR ?= data/bench
 GPU_DEVICE ?= cuda
 CLUSTER_DIR ?= data/cluster
+BROWSER_DIR ?= data/browser
 # Syntax of the oldest supported Python is held by ruff (target-version), what left the newest one by mypy.
 NEWEST_PYTHON := 3.13
 PACKAGES := featurestore pipeline trainer serving explorer jobs benchmarks
@@ -21,7 +22,7 @@ ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test-fast test test-slow test-cluster lint format tree bench gpu-check clean
+.PHONY: help install demo test-fast test test-slow test-cluster test-browser lint format tree bench gpu-check clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,10 +46,10 @@ demo: $(INSTALLED) ## Draw images, extract, build samples, train four models und
 	$(ON_PATH) $(BIN)/python -m tools.demo --dir $(DEMO_DIR) $(DEMO_ARGS)
 
 test-fast: $(INSTALLED) ## Run the tests that start no ranks, no cluster and no server: before each commit
-	$(ON_PATH) $(IN_PARALLEL) -m "not slow and not services and not long and not cluster" $(TEST_ARGS)
+	$(ON_PATH) $(IN_PARALLEL) -m "not slow and not services and not long and not cluster and not browser" $(TEST_ARGS)
 
 test: $(INSTALLED) ## Run all that guards a promise, also under horovodrun; TEST_ARGS="tests/trainer -k stores"
-	$(ON_PATH) $(IN_PARALLEL) -m "not slow and not cluster" $(TEST_ARGS)
+	$(ON_PATH) $(IN_PARALLEL) -m "not slow and not cluster and not browser" $(TEST_ARGS)
 
 test-slow: $(INSTALLED) ## Run the large numbers: 500 kills of writers, eight ranks, benchmarks at a tiny size
 	$(ON_PATH) $(BIN)/python -m pytest -m slow $(TEST_ARGS)
@@ -57,6 +58,11 @@ test-slow: $(INSTALLED) ## Run the large numbers: 500 kills of writers, eight ra
 test-cluster: $(INSTALLED) ## Run what needs root, network namespaces, sshd or Slurm; it says what it could not run, and why
 	tools/cluster_packages.sh $(CLUSTER_DIR) || true
 	$(ON_PATH) CLUSTER_PACKAGES=$(abspath $(CLUSTER_DIR)) $(BIN)/python -m pytest -m cluster $(TEST_ARGS)
+
+# Debian's Chromium is unpacked below data/browser; CHROMIUM=/path/to/chromium takes another one.
+test-browser: $(INSTALLED) ## Look at the explorer's pages in Chromium; it says so where there is none
+	tools/browser_packages.sh $(BROWSER_DIR) || true
+	$(ON_PATH) BROWSER_PACKAGES=$(abspath $(BROWSER_DIR)) $(BIN)/python -m pytest -m browser $(TEST_ARGS)
 
 lint: $(INSTALLED) ## Check style, types, import rules, first lines and sizes of files, and the generated pages
 	$(BIN)/ruff check .
@@ -99,5 +105,5 @@ gpu-check: $(INSTALLED) ## Compare training on a GPU with the CPU, and measure i
 	$(ON_PATH) $(BIN)/python -m benchmarks.gpu --device $(GPU_DEVICE) --dir $(BENCH_DIR)/gpu --json $(BENCH_DIR)/gpu.json
 
 clean: ## Remove the virtual environment, the caches and the demo; features and runs of your own stay
-	rm -rf $(VENV) $(DEMO_DIR) $(BENCH_DIR) $(CLUSTER_DIR) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_DIR) $(BENCH_DIR) $(CLUSTER_DIR) $(BROWSER_DIR) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,120 @@
+"""Chromium: which one the tests drive, pages of it that note everything that goes wrong, and axe-core on them."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Page, Request, Response
+
+ROOT = Path(__file__).parents[3]
+PACKAGES = Path(os.environ.get("BROWSER_PACKAGES") or ROOT / "data" / "browser")
+"""Where tools/browser_packages.sh has unpacked Chromium."""
+PROGRAMS = ("chromium", "chromium-headless-shell", "google-chrome")
+WIDE, NARROW = 1400, 375
+HEIGHT = 900
+PAGE_TIMEOUT_MS = 30_000
+WITHOUT_SERVER = ("data:", "blob:", "about:")
+RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+
+
+def find_chromium() -> str | None:
+    """Find the program: that of the variable CHROMIUM, the unpacked one, or one of the path; None where none is."""
+    named, unpacked = os.environ.get("CHROMIUM"), PACKAGES / "bin" / "chromium"
+    if named:
+        return named
+    return str(unpacked) if unpacked.exists() else next(filter(None, map(shutil.which, PROGRAMS)), None)
+
+
+@dataclass
+class Seen:
+    """What went wrong in a page: errors and warnings of its console and scripts, requests that failed or left the
+    server, and dialogs. `asked` has the addresses that it asked for."""
+
+    origin: str
+    """Scheme, host and port of the one server that may be asked; file:// where there is none."""
+    problems: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+    expected_status: set[int] = field(default_factory=set)
+    """Of answers that the test wants, e.g. 404."""
+
+    def watch(self, page: Page) -> None:
+        """Note from now on what happens in `page`."""
+        page.on("console", self._console)
+        page.on("pageerror", lambda error: self.problems.append(f"script: {error}"))
+        page.on("dialog", self._dialog)
+        page.on("request", self._request)
+        page.on("requestfailed", self._failed)
+        page.on("response", self._response)
+
+    def _console(self, message: ConsoleMessage) -> None:
+        is_expected = any(f"status of {status}" in message.text for status in self.expected_status)
+        if message.type in ("error", "warning", "assert") and not is_expected:
+            self.problems.append(f"console: {message.text} ({message.location.get('url')})")
+
+    def _dialog(self, dialog: Dialog) -> None:
+        self.problems.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
+    def _request(self, request: Request) -> None:
+        self.asked.append(request.url)
+        if not self._is_ours(request.url):
+            self.problems.append(f"request to another host: {request.url}")
+
+    def _failed(self, request: Request) -> None:
+        if request.failure != "net::ERR_ABORTED":  # left behind, as another page was opened
+            self.problems.append(f"failed: {request.url}: {request.failure}")
+
+    def _response(self, response: Response) -> None:
+        if response.status >= 400 and response.status not in self.expected_status:
+            self.problems.append(f"{response.status}: {response.url}")
+
+    def _is_ours(self, url: str) -> bool:
+        return url.startswith(WITHOUT_SERVER) or origin_of(url) == self.origin
+
+
+@contextmanager
+def watched(browser: Browser, url: str, *, width: int = WIDE, dark: bool = False, **options) -> Iterator[Page]:
+    """Open a page of a fresh profile for the server at `url`; fail at the end if anything went wrong in it.
+
+    `page.seen` has what did; `options` are those of playwright's `new_context`.
+    """
+    context: BrowserContext = browser.new_context(
+        viewport={"width": width, "height": HEIGHT}, color_scheme="dark" if dark else "light", **options
+    )
+    try:
+        context.set_default_timeout(PAGE_TIMEOUT_MS)
+        page = context.new_page()
+        page.seen = Seen(origin_of(url))
+        page.seen.watch(page)
+        yield page
+    finally:
+        context.close()
+    if page.seen.problems:
+        raise AssertionError("\n".join(page.seen.problems))
+
+
+def origin_of(url: str) -> str:
+    """Give scheme, host and port of an address."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def violations(page: Page) -> str:
+    """Run axe-core on the page as it is: one line for each element that a rule refuses; empty where none does."""
+    found = Axe().run(page, options={"resultTypes": ["violations"], "runOnly": RULES})
+    return "\n".join(
+        f"{page.url}: {rule['id']}: {' '.join(map(str, node['target']))}: {node['html'][:160]}: "
+        f"{'; '.join(each['message'] for each in (*node['any'], *node['all'], *node['none']))}"
+        for rule in found.response["violations"]
+        for node in rule["nodes"]
+    )
+
+
+def overflow_px(page: Page) -> int:
+    """Measure by how many pixels the page is wider than its window."""
+    return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")

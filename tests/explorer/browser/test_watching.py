@@ -1,0 +1,71 @@
+"""The tests' own eyes: each kind of fault in a page fails the test that opened it, and a good page does not."""
+
+import re
+import threading
+from collections.abc import Iterator
+from urllib.parse import urlencode
+
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import HTMLResponse
+from starlette.routing import Route
+
+from tests.explorer.browser.chromium import NARROW, WIDE, overflow_px, violations
+
+GOOD = """<!doctype html><html lang="en"><head><title>Good</title><link rel="icon" href="data:,"></head>
+<body><main><h1>Good</h1><p>Nothing to see</p></main></body></html>"""
+FAULTS = {
+    "<script>console.error('bad')</script>": "console: bad",
+    "<script>undefinedFunction()</script>": "script: undefinedFunction is not defined",
+    "<script>alert(1)</script>": "dialog: 1",
+    "<img alt='' src='/missing.png'>": "404: ",
+    "<img alt='' src='http://127.0.0.1:1/other.png'>": "request to another host: http://127.0.0.1:1/other.png",
+}
+UNREADABLE = """<p style='color: #ccc; background: #fff'>hardly to be read</p>
+<img src='data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7'>"""
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[str]:
+    """A server of one page, whose body is what is asked for."""
+
+    async def page(request):
+        return HTMLResponse(GOOD.replace("</main>", request.query_params.get("body", "") + "</main>"))
+
+    server = uvicorn.Server(uvicorn.Config(Starlette(routes=[Route("/", page)]), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        pass
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.mark.parametrize("width", [NARROW, WIDE])
+def test_a_good_page_is_good(tiny, tab, width):
+    page = tab(tiny, width=width)
+    assert page.title() == "Good"
+    assert overflow_px(page) == 0
+    assert violations(page) == ""
+
+
+@pytest.mark.parametrize(("body", "problem"), FAULTS.items())
+def test_a_fault_fails_the_test(tiny, watch, body, problem):
+    with pytest.raises(AssertionError, match=re.escape(problem)), watch(tiny) as page:
+        page.goto(f"{tiny}?{as_query(body)}", wait_until="networkidle")
+
+
+def test_what_people_cannot_see_or_scroll_is_found(tiny, watch):
+    with watch(tiny, width=NARROW) as page:
+        page.goto(f"{tiny}?{as_query(UNREADABLE)}")
+        found = violations(page)
+        assert "color-contrast: p" in found
+        assert "image-alt: img" in found
+        page.goto(f"{tiny}?{as_query('<div style=width:500px>wide</div>')}")
+        assert overflow_px(page) > 100
+
+
+def as_query(body):
+    return urlencode({"body": body})

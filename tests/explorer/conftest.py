@@ -1,0 +1,36 @@
+"""The explorer's small shop, made once per session; see world.py for what is in it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.explorer.world import World, complete, make_shop
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+
+@pytest.fixture(scope="session")
+def shop(client: "Client", tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Pictures and a store, for tests that only read them and need no runs. Takes a second, once."""
+    return make_shop(tmp_path_factory.mktemp("shop"), client)
+
+
+@pytest.fixture(scope="session")
+def world(shop: World) -> World:
+    """The same with samples, runs and a bundle, for tests that only read them. Takes about ten seconds, once."""
+    return complete(shop)
+
+
+@pytest.fixture
+def changing_world(world: World, tmp_path: Path) -> World:
+    """A copy that a test may change."""
+    return world.copy(tmp_path / "world")
+
+
+@pytest.fixture
+def own_shop(client: "Client", tmp_path: Path) -> Callable[[], World]:
+    """Makes pictures and a store anew, for each call."""
+    return lambda: make_shop(tmp_path / "shop", client)

@@ -1,0 +1,227 @@
+"""A small shop for the explorer: pictures with hostile names, a store of five snapshots, samples, runs and a bundle.
+
+Everything is made by the project's own jobs, in seconds and once per session; a test that changes something takes
+`World.copy`. What happened to the pictures is told in `HISTORY`, so that tests can say what a page has to show.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from featurestore.keys import key_of_uri
+from tests.pipeline.conftest import draw_photo, encode_image
+from tests.trainer.conftest import Places, sample_table
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+NETWORK = "mobilenet_v3_small:avgpool"
+PLAIN = tuple(f"shoes/shoe-{number:02}.jpg" for number in range(12))
+HOSTILE = (
+    "<script>alert(1)<%2fscript>.png",
+    "<img src=x onerror=alert(2)>.png",
+    "\"quotes' & <b>.png",
+    "'onmouseover='alert(3)'.png",
+    "{{ 7 * 7 }} ${7*7} {% raw %}.png",
+    "..hidden..png",
+    "..%2F..%2Fetc%2Fpasswd.png",
+    "javascript:alert(4).png",
+    "a b  c?d=e#f;g+h.png",
+    "line\nbreak.png",
+    "\u202egnp.drow.png",
+    "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627.png",
+    "\u978b \U0001f45f.png",
+    f"long-{'w' * 240}.png",
+)
+"""Names that a file system takes and a page has to show as they are: as text, and as an address of a picture."""
+COPIED, COPY = "shoes/shoe-03.jpg", "copies/the same shoe.jpg"
+CHANGED, REMOVED, ADDED = "shoes/shoe-01.jpg", "shoes/shoe-02.jpg", ("new/boot-0.jpg", "new/boot-1.jpg")
+BROKEN, NO_IMAGE, HOSTILE_BROKEN = "shoes/shoe-04.jpg", "text.jpg", "<b onclick=alert(5)>broken.png"
+UNKNOWN = "nobody/knows.jpg"
+"""In the samples, and neither in the store nor on the disk."""
+HISTORY = {1: "extract", 2: "refresh", 3: "refresh", 4: "refresh", 5: "compact"}
+"""Version and operation: the first pictures; some added, changed, removed and copied; three broken; a second removed
+one comes back; all shards compacted, which changes no picture."""
+BROKEN_IN, BACK_IN = 3, 4
+"""The versions in which BROKEN lost its row, and REMOVED came back."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The places that the explorer is started with. `runs` has `both` and `ids-only`, evaluated, and `both-longer`."""
+
+    folder: Path
+
+    @property
+    def images(self) -> Path:
+        return self.folder / "images"
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "features"
+
+    @property
+    def samples(self) -> Path:
+        return self.folder / "samples"
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    @property
+    def model(self) -> Path:
+        """The bundle of the run `both`, version 1 in use."""
+        return self.folder / "models" / "ctr"
+
+    @property
+    def semantic(self) -> Path:
+        """Codes of all pictures, as jobs/build_semantic_ids.py writes them."""
+        return self.folder / "samples-sid"
+
+    def options(self, *, model: bool = False) -> list[str]:
+        """The options of `python -m explorer` that name these places."""
+        places = {"store": self.store, "runs": self.runs, "samples": self.samples, "images": self.images}
+        named = places | ({"model": self.model} if model else {})
+        return [word for name, place in named.items() for word in (f"--{name}", str(place))]
+
+    def copy(self, folder: Path) -> "World":
+        """Copy everything, for a test that changes it; runs and bundle name the store of the first world."""
+        shutil.copytree(self.folder, folder, symlinks=True)
+        return World(folder)
+
+
+def draw(folder: Path, name: str, seed: int) -> None:
+    """Draw a picture under a name, of the kind that its ending says."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode_image(draw_photo(seed, 120, 90), "PNG" if name.endswith(".png") else "JPEG"))
+
+
+def make_shop(folder: Path, client: "Client") -> World:
+    """Make the pictures and the store, in a second."""
+    world = World(folder)
+    _extract(world, client)
+    return world
+
+
+def complete(world: World) -> World:
+    """Add samples, codes, three trained runs, and one of them published, in about ten seconds."""
+    _write_samples(world)
+    _make_codes(world)
+    _train(world)
+    _publish(world)
+    return world
+
+
+def _extract(world: World, client: "Client") -> None:
+    from featurestore.store import FeatureStore
+    from featurestore.upkeep.compaction import compact
+    from pipeline.features.extract import extract
+    from pipeline.features.refresh import refresh
+    from pipeline.options import ExtractOptions, RefreshOptions
+
+    images = world.images
+
+    def bring_up_to_date() -> None:
+        refresh(RefreshOptions(images=str(images), store=str(world.store)), client)
+
+    for seed, name in enumerate((*PLAIN, *HOSTILE)):
+        draw(images, name, seed)
+    extract(
+        ExtractOptions(
+            images=str(images),
+            store=str(world.store),
+            backbone=NETWORK,
+            weights="random:0",
+            compute_dtype="float32",
+            num_shards=4,
+        ),
+        client,
+    )
+
+    draw(images, CHANGED, 101)
+    (images / REMOVED).unlink()
+    for seed, name in enumerate(ADDED, 200):
+        draw(images, name, seed)
+    (images / COPY).parent.mkdir()
+    shutil.copy(images / COPIED, images / COPY)
+    bring_up_to_date()
+
+    good = (images / BROKEN).read_bytes()
+    (images / BROKEN).write_bytes(good[: len(good) // 3])
+    (images / NO_IMAGE).write_text("no image at all <script>alert(6)</script>")
+    (images / HOSTILE_BROKEN).write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
+    bring_up_to_date()
+
+    draw(images, REMOVED, 2)
+    bring_up_to_date()
+    compact(FeatureStore.open(world.store), force=True)
+
+
+def _write_samples(world: World) -> None:
+    """Write four days of training and one of test, whose items are the pictures; item 39 has one that nobody knows."""
+    names = [*PLAIN, *HOSTILE, COPY, *ADDED, BROKEN]
+    uris = [names[item % len(names)] for item in range(39)] + [UNKNOWN]
+    key_of_item = np.array([key_of_uri(uri) for uri in uris], np.int64)
+    serial = 0
+    for part, day, groups in (("train", 1, 60), ("train", 2, 60), ("train", 3, 60), ("train", 4, 60), ("test", 5, 80)):
+        table = sample_table(groups, seed=day, first_serial=serial)
+        serial += len(table["label"].combine_chunks().flatten())
+        for side in ("behavior", "ad"):
+            items = table[f"{side}_item"].combine_chunks()
+            keys = pa.array(key_of_item[items.flatten().to_numpy()])
+            place = table.schema.get_field_index(f"{side}_image")
+            table = table.set_column(place, f"{side}_image", pa.ListArray.from_arrays(items.offsets, keys))
+        (world.samples / part).mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, world.samples / part / f"day=2026-01-{day:02}.parquet", row_group_size=20)
+
+
+def _make_codes(world: World) -> None:
+    from pipeline.options import SemanticOptions
+    from pipeline.semantic.build import build_semantic_ids
+
+    build_semantic_ids(
+        SemanticOptions(out=str(world.semantic), store=str(world.store), samples=str(world.samples), num_codes=4)
+    )
+
+
+def _train(world: World) -> None:
+    """Train two variants that are evaluated, and one of them for twice as many steps with another seed."""
+    from trainer.comm import SoloComm
+    from trainer.config.config import load_config
+    from trainer.evaluation.full import EvaluationOptions, evaluate_run
+    from trainer.main import train
+    from trainer.runs.saved import RunSource
+
+    common = {"data__missing": "zeros", "train__epochs": 2, "train__log_every": 1, "train__eval_every": 4}
+    for name, changes in {
+        "both": {"train__max_steps": 12},
+        "ids-only": {"train__max_steps": 12, "model__images": "none"},
+        "both-longer": {"train__max_steps": 24, "train__seed": 7},
+    }.items():
+        train(load_config(settings=Places(world.folder).settings(run__name=name, **common, **changes)), SoloComm())
+    for name in ("both", "ids-only"):
+        options = EvaluationOptions(resamples=50, missing_curve=name == "both")
+        evaluate_run(RunSource(world.runs / name), options, SoloComm())
+
+
+def _publish(world: World) -> None:
+    from serving.bundle.export import ExportOptions, export_model, write_network
+
+    options = ExportOptions(run=world.runs / "both", use=True)
+    export_model(str(world.model), options, network=write_network, measure=lambda *_: None)
+
+
+def escape_links(world: World, outside: Path) -> dict[str, str]:
+    """Put links below the images that lead out of them; name and what it leads to."""
+    outside.mkdir(parents=True, exist_ok=True)
+    secret = outside / "secret.png"
+    draw(outside, "secret.png", 999)
+    (world.images / "link-out.png").symlink_to(secret)
+    (world.images / "folder-out").symlink_to(outside)
+    return {"link-out.png": str(secret), "folder-out/secret.png": str(secret)}
