@@ -22,7 +22,7 @@ ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test-fast test test-slow test-cluster test-browser lint format tree bench gpu-check clean
+.PHONY: help install demo test-fast test test-slow test-cluster test-browser lint format docs tree bench gpu-check clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,7 +39,7 @@ endif
 install: $(INSTALLED) ## Make the virtual environment; builds Horovod once per machine (four minutes), or not: HOROVOD=no
 
 $(INSTALLED): setup.cfg pyproject.toml tools/install.sh tools/build_horovod.sh tools/horovod_plan.py \
-              tools/requirements-s3-server.txt tools/requirements-moto-server.txt tools/requirements-deploy.txt
+              tools/requirements-s3-server.txt tools/requirements-moto-server.txt tools/requirements-deploy.txt tools/requirements-docs.txt
 	tools/install.sh $(VENV)
 
 demo: $(INSTALLED) ## Draw images, extract, build samples, train four models under horovodrun -np 2, print a table
@@ -74,10 +74,14 @@ lint: $(INSTALLED) ## Check style, types, import rules, first lines and sizes of
 	$(BIN)/python tools/tree.py --check
 	$(BIN)/python tools/commands.py --check
 	$(BIN)/python tools/settings.py --check
+	$(BIN)/python tools/api.py --check
 
 format: $(INSTALLED) ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED) ## Build the pages of docs/ as a site with search, data/docs-site, and check every link in it
+	$(BIN)/python tools/site.py
 
 tree: ## Print every file with the line that says what it is for
 	@python3 tools/tree.py

@@ -72,6 +72,11 @@ if [ ! -x "$venv/moto/bin/python" ]; then
   "$venv/bin/python" -m venv "$venv/moto"
 fi
 "$venv/moto/bin/python" "${pip[@]}" --require-hashes -r tools/requirements-moto-server.txt
+# The generator of the site: its packages are pinned to the last digit, ours are ranges.
+if [ ! -x "$venv/docs/bin/python" ]; then
+  "$venv/bin/python" -m venv "$venv/docs"
+fi
+"$venv/docs/bin/python" "${pip[@]}" --require-hashes -r tools/requirements-docs.txt
 # FuxiCTR, a peer in benchmarks.train: beside our packages, not among them, as it asks for many of its own.
 if [ ! -x "$venv/fuxictr/bin/python" ]; then
   "$venv/bin/python" -m venv "$venv/fuxictr"

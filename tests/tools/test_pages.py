@@ -35,8 +35,8 @@ def anchors(page: Path) -> set[str]:
 def command_lines() -> Iterator[tuple[str, list[str]]]:
     """Every command line in a block of code of a page, as words."""
     for page in PAGES:
-        for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
+        for block in re.findall(r"^ *```\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL):
+            for line in map(str.strip, block.replace("\\\n", " ").splitlines()):
                 if page != PAGE and re.match(r"(python|dask-submit|horovodrun|torchrun) ", line):
                     yield f"{page.name}: {line}", shlex.split(line, comments=True)
 
@@ -161,3 +161,28 @@ def test_messages_that_operations_explains_are_those_of_the_code() -> None:
     texts = "\n".join(text for path in files for text in texts_of(path))
     assert len(parts) > 20
     assert not [part for part in parts if part not in texts]
+
+
+def test_messages_of_the_page_of_errors_are_those_of_the_code() -> None:
+    """Each is found in one text of the sources, its parts in their order; and each class is there."""
+    rows = re.findall(r"^\| (\".*?) \| (.*?) \| .+ \|$", (ROOT / "docs" / "ERRORS.md").read_text(), re.MULTILINE)
+    quoted = [each for row, _ in rows for each in re.findall('"([^"]+)"', row)]
+    files = [
+        path
+        for part in ("featurestore", "trainer", "pipeline", "serving", "jobs")
+        for path in (ROOT / part).rglob("*.py")
+    ]
+    texts = [text for path in files for text in texts_of(path)]
+    patterns = {each: ".*".join(re.escape(part.strip()) for part in each.split("…")) for each in quoted}
+    assert len(quoted) > 60
+    assert not [each for each, pattern in patterns.items() if not any(re.search(pattern, text) for text in texts)]
+    code = "\n".join(path.read_text() for path in files)
+    classes = {name for _, column in rows for name in re.findall(r"`(\w+Error)`", column)}
+    assert len(classes) > 20
+    assert not [name for name in classes if f"class {name}(" not in code]
+
+
+def test_tests_that_the_page_of_exactness_names_are_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "EXACTNESS.md").read_text())
+    assert len(named) > 20
+    assert not [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / file).read_text()]

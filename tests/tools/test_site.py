@@ -1,0 +1,157 @@
+"""The site of docs/: all pages with search that asks nobody, and a build that fails where a link leads nowhere."""
+
+import re
+import shutil
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tools import site
+
+pytestmark = pytest.mark.long
+
+ROOT = Path(__file__).parents[2]
+COUNTED = {"li", "table", "tr", "pre", "h1", "h2", "h3", "h4", "blockquote", "img", "strong", "em"}
+
+
+class TagCounter(HTMLParser):
+    """Count the tags of a page, inside <article> alone where it has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter[str]()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] += tag in COUNTED
+
+
+def tags_of(html: str) -> Counter[str]:
+    counter = TagCounter()
+    article = re.search(r"<article.*?</article>", html, re.DOTALL)
+    counter.feed(re.sub(r"<nav.*?</nav>", "", article[0] if article else html, flags=re.DOTALL))
+    return +counter.counts
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("site") / "docs-site"
+    assert site.build(ROOT, out) == len(site.pages_of(ROOT))
+    return out
+
+
+def test_every_page_is_in_the_navigation_of_the_first(built: Path) -> None:
+    links = {target for tag, target in site.parsed(built / "index.html").links if tag == "a"}
+    names = {re.sub(r"\.md$", ".html", name) for name in site.pages_of(ROOT).values()}
+    assert {name for name in names if name not in links and f"./{name}" not in links} <= {"index.html"}
+
+
+def test_search_needs_no_server_and_knows_all_pages(built: Path) -> None:
+    index = (built / "search.js").read_text()  # a script, as a page that is a file can read no JSON
+    assert all(word in index for word in ("splitmix64", "EXACTNESS.html", "try a lower optim.lr"))
+    assert (built / "assets" / "iframe-worker.js").is_file()
+
+
+def test_nothing_comes_from_the_network(built: Path) -> None:
+    for path in built.rglob("*.html"):
+        loaded = [target for tag, target in site.parsed(path).links if tag in ("script", "img", "iframe", "source")]
+        assert not [target for target in loaded if re.match(r"(https?:)?//", target)], path
+        sheets = re.findall(r'<link[^>]*rel="?(?:stylesheet|preconnect|preload)[^>]*>', path.read_text())
+        assert not [sheet for sheet in sheets if "//" in sheet], path
+
+
+@pytest.mark.parametrize("page", site.pages_of(ROOT))
+def test_pages_look_as_on_a_git_host(built: Path, page: str) -> None:
+    """Both make the same lists, tables and blocks of code: the generator is no CommonMark parser."""
+    name = re.sub(r"\.md$", ".html", site.pages_of(ROOT)[page])
+    ours = tags_of(site.MARKDOWN.render((ROOT / page).read_text()))
+    assert tags_of((built / name).read_text()) == ours
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A repository of three pages."""
+    root = tmp_path / "repository"
+    (root / "docs").mkdir(parents=True)
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+        (root / name).write_text("# A page\n")
+    (root / "README.md").write_text("# First\n\n[A](docs/A.md#the-second-part) and ![drawn](docs/drawn.svg)\n")
+    (root / "setup.cfg").write_text("[metadata]\n")
+    (root / "docs" / "A.md").write_text(
+        "# A\n\n[back](../README.md), [here](#the-second-part), [settings](../setup.cfg), [there](https://example.org)\n\n"
+        "`[no](link.md)`\n\n```\n[no](link.md)\n```\n\n## The second part\n\nText.\n"
+    )
+    shutil.copytree(ROOT / "docs" / "assets", root / "docs" / "assets")
+    shutil.copyfile(ROOT / "docs" / "ams.svg", root / "docs" / "drawn.svg")
+    (root / "docs" / "zensical.toml").write_text(
+        re.sub(
+            r"(?ms)^nav = \[.*?^\]",
+            'nav = ["index.md", { "More" = ["A.md", { "Else" = "CONTRIBUTING.md" }] }, "CHANGELOG.md"]',
+            (ROOT / "docs" / "zensical.toml").read_text(),
+        )
+    )
+    return root
+
+
+def test_links_to_files_of_the_repository_lead_to_copies(small: Path, tmp_path: Path) -> None:
+    assert site.build(small, tmp_path / "out") == 4
+    assert ("a", "files/setup.cfg.txt") in site.parsed(tmp_path / "out" / "A.html").links
+    assert (tmp_path / "out" / "files" / "setup.cfg.txt").read_text() == "[metadata]\n"
+    assert ("a", "A.html#the-second-part") in site.parsed(tmp_path / "out" / "index.html").links
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "told"),
+    [
+        ("README.md", "[x](docs/B.md)", "B.md"),
+        ("README.md", "[x](docs/A.md#another-part)", "another-part"),
+        ("docs/A.md", "[x](B.md)", "B.md"),
+        ("docs/A.md", "[x](#another-part)", "another-part"),
+        ("docs/A.md", "![x](pictures/none.png)", "none.png"),
+        ("docs/A.md", '<img src="none.png" alt="x">', "none.png"),
+        ("docs/A.md", "[x](../featurestore/none.py)", "none.py"),
+        ("docs/A.md", "[x](../../outside.txt)", "outside.txt"),
+        ("docs/A.md", '<script src="https://example.org/x.js"></script>', "from the network"),
+    ],
+)
+def test_a_broken_link_fails_the_build(small: Path, tmp_path: Path, page: str, link: str, told: str) -> None:
+    (tmp_path / "outside.txt").write_text("not of the repository")
+    with (small / page).open("a") as file:
+        file.write(f"\n{link}\n")
+    with pytest.raises(site.SiteError, match=rf"^{page}: .*{re.escape(told)}[^\n]*$"):
+        site.build(small, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pages_and_navigation_have_to_agree(small: Path, tmp_path: Path) -> None:
+    (small / "docs" / "B.md").write_text("# B\n")
+    with pytest.raises(site.SiteError, match=r"nav lacks B\.md"):
+        site.build(small, tmp_path / "out")
+    (small / "docs" / "A.md").rename(small / "docs" / "C.md")
+    with pytest.raises(site.SiteError, match=r"nav has A\.md, which is no page"):
+        site.build(small, tmp_path / "out")
+
+
+def test_a_failed_build_is_one_exit_code_and_keeps_the_old_site(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(site, "ROOT", small)
+    monkeypatch.setattr(sys, "argv", ["site.py", "--out", str(out)])
+    assert site.main() == 0
+    assert "4 pages" in capsys.readouterr().out
+    before = (out / "A.html").read_bytes()
+    (small / "docs" / "A.md").write_text("# A\n\n[x](B.md)\n")
+    assert site.main() == 1
+    assert "B.md" in capsys.readouterr().err
+    assert (out / "A.html").read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_not_replaced(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all that I have")
+    with pytest.raises(site.SiteError, match="no site"):
+        site.build(small, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all that I have"

@@ -1,0 +1,219 @@
+"""Build the pages of docs/ as a site with search that needs no server and no network, and check every link in it.
+
+python tools/site.py                 write data/docs-site; open data/docs-site/index.html
+python tools/site.py --out FOLDER    write it elsewhere
+
+README.md is the first page. A link to a file of the repository leads to a copy of that file. What is wrong is printed,
+the exit code is 1, and the site that was there stays: a page that the navigation (docs/zensical.toml) lacks, one that
+it has and that is not there, and a link to a page, a section, a picture or a file that is not there.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = "docs/zensical.toml"
+NAMES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
+"""Pages outside of docs/, and their names in the site."""
+FILES = "files"
+"""The folder of the site that has copies of the repository's files."""
+MARKDOWN = MarkdownIt("commonmark").enable("table")
+ATTRIBUTES = {"a": "href", "img": "src", "script": "src", "link": "href", "source": "src", "iframe": "src"}
+
+
+class SiteError(Exception):
+    """The site cannot be built, or has links that lead nowhere; each line of the message is one problem."""
+
+
+def pages_of(root: Path) -> dict[str, str]:
+    """Name the pages: their path in the repository to their path in the site."""
+    docs = root / "docs"
+    below = sorted(path.relative_to(docs).as_posix() for path in docs.rglob("*.md"))
+    return NAMES | {f"docs/{name}": name for name in below}
+
+
+def targets_of(text: str) -> set[str]:
+    """Collect what a page links to and shows, as it is written there; code is not looked at."""
+
+    def walk(tokens: list[Token]) -> Iterator[str]:
+        for token in tokens:
+            for name in ("href", "src"):
+                if value := token.attrGet(name):
+                    yield str(value)
+            yield from walk(token.children or [])
+
+    return set(walk(MARKDOWN.parse(text)))
+
+
+def staged(text: str, page: str, pages: dict[str, str], root: Path) -> tuple[str, set[str]]:
+    """Write a page for the site: with links as they have to be there, and the files of the repository that it needs.
+
+    Targets that are not there stay as they are, for the check of the built site to find.
+    """
+    files: set[str] = set()
+    here = PurePosixPath(pages[page]).parent
+    for target in sorted(targets_of(text)):
+        parts = urlsplit(target)
+        if parts.scheme or parts.netloc or not parts.path:
+            continue
+        named = os.path.normpath(PurePosixPath(page).parent / unquote(parts.path))
+        if named in pages:
+            leads_to = pages[named]
+        elif named.startswith("docs/") or not (root / named).is_file() or named.startswith(".."):
+            leads_to = named.removeprefix("docs/")
+        else:  # as text, so that a browser shows it
+            leads_to = f"{FILES}/{named}.txt"
+            files.add(named)
+        new = os.path.relpath(leads_to, here) + (f"#{parts.fragment}" if parts.fragment else "")
+        text = text.replace(f"]({target})", f"]({new})")
+    return text, files
+
+
+def named_in(navigation: Any) -> Iterator[str]:
+    """Yield the pages of a navigation: a name, a mapping of a title to more, or a list of these."""
+    if isinstance(navigation, str):
+        yield navigation
+    else:
+        for each in navigation.values() if isinstance(navigation, dict) else navigation:
+            yield from named_in(each)
+
+
+def check_navigation(settings: str, pages: dict[str, str]) -> None:
+    """Compare the pages of the navigation with those that there are. Raises SiteError."""
+    named, there = list(named_in(tomllib.loads(settings)["project"]["nav"])), set(pages.values())
+    problems = [f"{SETTINGS}: nav has {name}, which is no page" for name in named if name not in there]
+    problems += [f"{SETTINGS}: nav lacks {name}, so nobody finds it" for name in sorted(there.difference(named))]
+    if problems:
+        raise SiteError("\n".join(problems))
+
+
+def stage(root: Path, folder: Path) -> dict[str, str]:
+    """Write what the generator reads into `folder`, and return the pages. Raises SiteError."""
+    pages = pages_of(root)
+    settings = (root / SETTINGS).read_text(encoding="utf-8")
+    check_navigation(settings, pages)
+    (folder / "zensical.toml").write_text(settings, encoding="utf-8")
+    shutil.copytree(root / "docs", folder / "pages", ignore=shutil.ignore_patterns("*.md", "*.toml", "__pycache__"))
+    for page, name in pages.items():
+        text, files = staged((root / page).read_text(encoding="utf-8"), page, pages, root)
+        place = folder / "pages" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text, encoding="utf-8")
+        for each in files:
+            copy = folder / "pages" / FILES / f"{each}.txt"
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / each, copy)
+    return pages
+
+
+def generate(folder: Path) -> None:
+    """Run the generator in `folder`, which writes site/ there. Raises SiteError."""
+    program = Path(sys.prefix) / "docs" / "bin" / "zensical"
+    if not program.exists():
+        raise SiteError(f"{program} is not there: make install")
+    done = subprocess.run([program, "build", "--clean"], cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not (folder / "site" / "index.html").is_file():
+        raise SiteError(f"zensical ended with exit code {done.returncode}\n{done.stdout}{done.stderr}".rstrip())
+
+
+@dataclass
+class Parsed:
+    """What a built page has: the names of its sections, and what it links to and loads, with the tag that does."""
+
+    names: set[str] = field(default_factory=set)
+    links: list[tuple[str, str]] = field(default_factory=list)
+
+
+class PageParser(HTMLParser):
+    """Collect the names and the links of a built page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parsed = Parsed()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Take the names and links of one tag."""
+        values = dict(attrs)
+        self.parsed.names.update(name for key in ("id", "name") if (name := values.get(key)))
+        if (attribute := ATTRIBUTES.get(tag)) and (target := values.get(attribute)):
+            self.parsed.links.append((tag, target))
+
+
+def parsed(path: Path) -> Parsed:
+    """Parse a built page."""
+    parser = PageParser()
+    parser.feed(path.read_text(encoding="utf-8"))
+    return parser.parsed
+
+
+def problems_of(site: Path, pages: dict[str, str]) -> list[str]:
+    """List the links of a built site that lead nowhere, and what a page loads from the network."""
+    built = {page: site / re.sub(r"\.md$", ".html", name) for page, name in pages.items()}
+    found = {path.resolve(): parsed(path) for path in built.values()}
+    problems = []
+    for page, path in built.items():
+        for tag, target in dict.fromkeys(found[path.resolve()].links):
+            parts = urlsplit(target)
+            told = re.sub(r"\.html(?=#|$)", ".md", target)
+            if parts.scheme or parts.netloc:
+                if tag not in ("a", "link") and parts.scheme != "data":
+                    problems.append(f"{page}: {target} comes from the network")
+                continue
+            other = (path.parent / unquote(parts.path) if parts.path else path).resolve()
+            other = other / "index.html" if other.is_dir() else other
+            if not other.is_file():
+                problems.append(f"{page}: {told} is not there")
+            elif parts.fragment and other in found and unquote(parts.fragment) not in found[other].names:
+                problems.append(f"{page}: {told} is no section of that page")
+    return problems
+
+
+def build(root: Path, out: Path) -> int:
+    """Build the site of a repository into `out`, replace what is there, and return the number of pages.
+
+    Raises SiteError.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        pages = stage(root, folder)
+        generate(folder)
+        if problems := problems_of(folder / "site", pages):
+            raise SiteError("\n".join(problems))
+        if out.exists() and not (out / "index.html").is_file():
+            raise SiteError(f"{out} is there, and is no site: name another folder by --out")
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(folder / "site", out)
+    return len(pages)
+
+
+def main() -> int:
+    """Build the site and return the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "docs-site", help="where the site goes")
+    out: Path = parser.parse_args().out
+    try:
+        count = build(ROOT, out)
+    except SiteError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{count} pages; open {out / 'index.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
