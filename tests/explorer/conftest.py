@@ -1,12 +1,14 @@
 """The explorer's small shop, made once per session; see world.py for what is in it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.explorer.serving import serving
 from tests.explorer.world import World, complete, make_shop
+from tests.serving.http.processes import ServerProcess
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -34,3 +36,10 @@ def changing_world(world: World, tmp_path: Path) -> World:
 def own_shop(client: "Client", tmp_path: Path) -> Callable[[], World]:
     """Makes pictures and a store anew, for each call."""
     return lambda: make_shop(tmp_path / "shop", client)
+
+
+@pytest.fixture(scope="session")
+def explorer(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The explorer of the whole shop, as a process; for tests that only look."""
+    with serving(tmp_path_factory.mktemp("explorer"), *world.options(model=True)) as server:
+        yield server

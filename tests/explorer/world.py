@@ -5,6 +5,7 @@ Everything is made by the project's own jobs, in seconds and once per session; a
 """
 
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,6 +124,7 @@ def _extract(world: World, client: "Client") -> None:
     from featurestore.upkeep.compaction import compact
     from pipeline.features.extract import extract
     from pipeline.features.refresh import refresh
+    from pipeline.network.weights import UntrainedWeightsWarning
     from pipeline.options import ExtractOptions, RefreshOptions
 
     images = world.images
@@ -132,17 +134,17 @@ def _extract(world: World, client: "Client") -> None:
 
     for seed, name in enumerate((*PLAIN, *HOSTILE)):
         draw(images, name, seed)
-    extract(
-        ExtractOptions(
-            images=str(images),
-            store=str(world.store),
-            backbone=NETWORK,
-            weights="random:0",
-            compute_dtype="float32",
-            num_shards=4,
-        ),
-        client,
+    options = ExtractOptions(
+        images=str(images),
+        store=str(world.store),
+        backbone=NETWORK,
+        weights="random:0",
+        compute_dtype="float32",
+        num_shards=4,
     )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntrainedWeightsWarning)
+        extract(options, client)
 
     draw(images, CHANGED, 101)
     (images / REMOVED).unlink()
@@ -215,13 +217,3 @@ def _publish(world: World) -> None:
 
     options = ExportOptions(run=world.runs / "both", use=True)
     export_model(str(world.model), options, network=write_network, measure=lambda *_: None)
-
-
-def escape_links(world: World, outside: Path) -> dict[str, str]:
-    """Put links below the images that lead out of them; name and what it leads to."""
-    outside.mkdir(parents=True, exist_ok=True)
-    secret = outside / "secret.png"
-    draw(outside, "secret.png", 999)
-    (world.images / "link-out.png").symlink_to(secret)
-    (world.images / "folder-out").symlink_to(outside)
-    return {"link-out.png": str(secret), "folder-out/secret.png": str(secret)}

@@ -106,7 +106,7 @@ def origin_of(url: str) -> str:
 
 def violations(page: Page) -> str:
     """Run axe-core on the page as it is: one line for each element that a rule refuses; empty where none does."""
-    found = Axe().run(page, options={"resultTypes": ["violations"], "runOnly": RULES})
+    found = Axe().run(page, options={"resultTypes": ["violations"], "runOnly": RULES, "preload": False})
     return "\n".join(
         f"{page.url}: {rule['id']}: {' '.join(map(str, node['target']))}: {node['html'][:160]}: "
         f"{'; '.join(each['message'] for each in (*node['any'], *node['all'], *node['none']))}"

@@ -1,17 +1,16 @@
 """The tests' own eyes: each kind of fault in a page fails the test that opened it, and a good page does not."""
 
 import re
-import threading
 from collections.abc import Iterator
 from urllib.parse import urlencode
 
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
 from tests.explorer.browser.chromium import NARROW, WIDE, overflow_px, violations
+from tests.explorer.serving import in_thread
 
 GOOD = """<!doctype html><html lang="en"><head><title>Good</title><link rel="icon" href="data:,"></head>
 <body><main><h1>Good</h1><p>Nothing to see</p></main></body></html>"""
@@ -33,14 +32,8 @@ def tiny() -> Iterator[str]:
     async def page(request):
         return HTMLResponse(GOOD.replace("</main>", request.query_params.get("body", "") + "</main>"))
 
-    server = uvicorn.Server(uvicorn.Config(Starlette(routes=[Route("/", page)]), port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        pass
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    server.should_exit = True
-    thread.join()
+    with in_thread(Starlette(routes=[Route("/", page)])) as url:
+        yield f"{url}/"
 
 
 @pytest.mark.parametrize("width", [NARROW, WIDE])

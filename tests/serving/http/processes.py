@@ -16,7 +16,7 @@ import httpx
 
 ROOT = Path(__file__).parents[3]
 START_TIMEOUT_S = 120
-LISTENING = re.compile(r"listening on (https?)://([\w.:\[\]]+):(\d+) ")
+LISTENING = re.compile(r"(?:listening on|open) (https?)://([\w.:\[\]]+):(\d+)/? ")
 
 
 class ServerProcess:
