@@ -1,6 +1,7 @@
 """Errors that end a command with one line, and those of a feature store.
 
 UserError                     root of all errors of ours, also of pipeline.errors and trainer.errors
+└── OutputPlaceError        a file that was asked for cannot be written where it was asked for
 FeatureStoreError
 ├── StoreNotFoundError      no store at the address
 ├── StoreExistsError        a store is there already
@@ -41,6 +42,12 @@ class UserError(Exception):
     """
 
     exit_code: ClassVar[int] = FAILED
+
+
+class OutputPlaceError(UserError):
+    """A file that was asked for cannot be written where it was asked for."""
+
+    exit_code = USAGE
 
 
 class FeatureStoreError(UserError):

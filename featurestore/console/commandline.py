@@ -22,6 +22,7 @@ import click
 import typer
 from typer.main import get_command
 
+from featurestore.console.page.option import takes_page
 from featurestore.errors import FAILED, USAGE, UserError
 from featurestore.text.plain import one_line, printable
 
@@ -40,7 +41,8 @@ class CommandApp(typer.Typer):
     """A Typer app whose commands end with one line and an exit code instead of a traceback, see `command_end`.
 
     `stopped` is the line for Ctrl-C; `failures` are classes of errors that are not ours and get a line as well;
-    `may_be_empty` are options for which no value means something.
+    `may_be_empty` are options for which no value means something; `report`: the commands take --html FILE, which gets
+    what they print; `on_ranks`: they hand their work to run_on_ranks, which has rank 0 write that file.
     """
 
     def __init__(
@@ -49,20 +51,30 @@ class CommandApp(typer.Typer):
         stopped: str = STOPPED_BY_PERSON,
         failures: tuple[type[Exception], ...] = (),
         may_be_empty: Collection[str] = (),
+        report: bool = False,
+        on_ranks: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(add_completion=False, pretty_exceptions_enable=False, **options)
         self._stopped, self._failures, self.may_be_empty = stopped, failures, may_be_empty
+        self._report, self._on_ranks = report, on_ranks
 
-    def command(self, *names: Any, **options: Any) -> Callable[[Any], Any]:
-        """Add a function to the commands, as Typer does; the function itself stays as it is."""
+    def command(self, *names: Any, findings: bool = False, **options: Any) -> Callable[[Any], Any]:
+        """Add a function to the commands, as Typer does; the function itself stays as it is.
+
+        `findings`: the command takes --html FILE, and writes it also where it ends with 1, as it has found something.
+        """
         add = super().command(*names, **options)
 
         def added(function: Any) -> Any:
-            @functools.wraps(function)
+            called = function
+            if self._report or findings:
+                called = takes_page(function, on_ranks=self._on_ranks, with_findings=findings)
+
+            @functools.wraps(called)
             def ended(*args: Any, **values: Any) -> Any:
                 with command_end(self._stopped, self._failures):
-                    return function(*args, **values)
+                    return called(*args, **values)
 
             add(ended)
             return function

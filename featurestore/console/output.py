@@ -1,8 +1,14 @@
-"""Printing of all commands: text as it is, and tables in which no number is cut, on a terminal and in a pipe."""
+"""Printing of all commands: text as it is, and tables in which no number is cut, on a terminal and in a pipe.
 
-from collections.abc import Collection, Iterable, Sequence
+What is printed by `print_table`, `print_line`, `print_summary` and `print_problem` goes on the command's page as well,
+where it has one (option --html).
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import typer
 from rich.cells import cell_len
 from rich.console import Console
 from rich.measure import Measurement
@@ -10,8 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from featurestore.console.page.page import ReportPage
+from featurestore.console.page.plots import Mark, bars
+from featurestore.console.page.recording import current_page
 from featurestore.text.plain import printable
 
+_SUMMARY_LINE = re.compile(r"(\S+(?: \S+)*) {2,}(?<=^.{13})(.*)")  # a name, and what comes from column 13 on
 _ENDLESS = 1 << 16  # columns; wider than any table
 
 
@@ -63,6 +73,8 @@ def print_table(console: Console, table: Table) -> None:
     A terminal that is too narrow gets other texts folded between words, and where that does not suffice one block of
     lines for each row. Where there is no terminal, the table is as wide as it is.
     """
+    if (page := current_page()) and not console.quiet:
+        _put_on_page(page, table)
     if table.title:
         console.print(table.title, style=table.title_style or "bold")
         table.title = None
@@ -76,6 +88,56 @@ def print_table(console: Console, table: Table) -> None:
         return
     table.width = min(natural, console.width) if console.is_terminal else natural
     console.print(table, soft_wrap=False, crop=False)
+
+
+def _put_on_page(page: ReportPage, table: Table) -> None:
+    columns = [(" ".join(str(column.header).split()), column.justify == "right") for column in table.columns]
+    cells = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
+    bold = ("bold" in str(row.style or "") for row in table.rows)
+    page.add_table(str(table.title or ""), columns, zip(cells, bold, strict=True))
+
+
+def print_line(console: Console, text: str, style: str | None = None) -> None:
+    """Print a line; on a page, a bold one is a heading."""
+    console.print(text, style=style)
+    if (page := current_page()) and not console.quiet:
+        if style == "bold":
+            page.add_heading(text)
+        else:
+            page.add_line(text)
+
+
+def print_summary(text: str) -> None:
+    """Print the lines of a job on stdout, each with a name and a text from its 13th column on, or a sentence."""
+    typer.echo(text)
+    if page := current_page():
+        for line in text.splitlines():
+            if named := _SUMMARY_LINE.fullmatch(line):
+                page.add_summary([(named[1], named[2])])
+            else:
+                page.add_line(line)
+
+
+def print_problem(text: str) -> None:
+    """Print a line on stderr that says what is wrong, or what to be careful with."""
+    typer.echo(text, err=True)
+    if page := current_page():
+        page.add_line(text, is_problem=True)
+
+
+def draw_counts(title: str, counts: Mapping[str, float | None], text: Callable[[float], str] | None = None) -> None:
+    """Put bars of these numbers on the page, where there is one; what is None is left out. `text`: of a number."""
+    if page := current_page():
+        page.add_plot(
+            bars(
+                title,
+                [
+                    Mark(name, value, figure=(text or figure)(value))
+                    for name, value in counts.items()
+                    if value is not None
+                ],
+            )
+        )
 
 
 def print_rows(names: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str] = ()) -> None:

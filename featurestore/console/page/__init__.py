@@ -1,0 +1,1 @@
+"""Report pages: what a command prints, as one HTML file without scripts that needs nothing else (option --html)."""

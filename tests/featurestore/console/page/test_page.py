@@ -1,0 +1,228 @@
+"""Report pages: what was printed in its order, inert whatever the texts are, small, and written whole or not at all."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import typer
+from rich.table import Table
+
+from featurestore.console.output import (
+    draw_counts,
+    print_line,
+    print_problem,
+    print_summary,
+    print_table,
+    text_console,
+)
+from featurestore.console.page import page as page_module
+from featurestore.console.page.page import ReportPage
+from featurestore.console.page.plots import Curve, Mark, Point, bars, intervals
+from featurestore.console.page.recording import current_page, recorded, unrecorded
+from featurestore.errors import USAGE, OutputPlaceError, UserError
+from tests.pages import check_page
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</title><img src=x onerror=alert(1)>",
+    "\"' onload='alert(1)",
+    "{{ 7 * 7 }}{% raw %}",
+    "&lt;b&gt; &amp;amp;",
+    "../../etc/passwd",
+    "\u202egpj.exe",
+    "עברית العربية",
+    "a\x00b\x1b[31m\nc",
+    "]]><!-- --><?x ?>",
+    "javascript:alert(1)",
+]
+
+
+def page_of(tmp_path: Path) -> ReportPage:
+    return ReportPage(tmp_path / "page.html", "Title", ["python", "-m", "x"])
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_is_inert_wherever_it_stands(text: str, tmp_path: Path) -> None:
+    page = ReportPage(tmp_path / "page.html", text, ["python", text])
+    table = Table(text, title=f"title {text}")
+    table.add_column(text, justify="right")
+    table.add_row(text, text)
+    with recorded(page):
+        print_line(text_console(), text, style="bold")
+        print_line(text_console(), text)
+        print_summary(f"images       {text}")
+        print_problem(text)
+        print_table(text_console(), table)
+        draw_counts(text, {text: 1.0})
+        page.add_plot(intervals(text, {text: [Mark(text, 1.0, 0.5, 1.5, text)]}))
+        page.add_plot(Curve(title=text, x_name=text, y_name=text, points=[Point(1, 2)]).plot())
+    read = check_page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "\u202e" not in read.text and "\x00" not in read.text and "\x1b" not in read.text
+    shown = text.replace("\u202e", "\\u202e").split("\n")[0].replace("\x00", "\\x00").replace("\x1b", "\\x1b")
+    assert sum(shown in each for each in read.texts) >= 8
+    assert sum(shown in cell for row in read.rows for cell in row) >= 4
+
+
+def test_blocks_come_in_the_order_in_which_they_were_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = Table("name", title="A table")
+    table.add_column("value", justify="right")
+    table.add_row("a part", "")
+    table.add_row("one", "1,234", style="bold")
+    with recorded(page_of(tmp_path)):
+        print_line(text_console(), "first")
+        print_table(text_console(), table)
+        print_line(text_console(), "A heading", style="bold")
+        print_line(text_console(), "- point one")
+        print_line(text_console(), "- point two")
+        print_summary("images       12\nlast words")
+        with unrecorded():
+            print_line(text_console(), "of another command")
+        print_line(text_console(quiet=True), "of another rank")
+        print_table(text_console(quiet=True), Table("of another rank"))
+        text_console().print("progress")
+    told = capsys.readouterr().out
+    read = check_page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    wanted = ["first", "A table", "name", "value", "a part", "one", "1,234", "A heading", "point one", "point two"]
+    wanted += ["images", "12", "last words"]
+    places = [read.texts.index(each, 3) for each in wanted]
+    assert places == sorted(places)
+    assert all(each in told for each in (*wanted, "of another command", "progress"))
+    assert not any("another" in each or "progress" in each for each in read.texts)
+    assert ("th", "colspan", "2") in read.attributes and ("tr", "class", "best") in read.attributes
+    assert ("th", "scope", "col") in read.attributes and ("th", "scope", "row") in read.attributes
+    assert read.tags.count("li") == 2 and read.tags.count("ul") == 1
+    assert read.tags.count("h2") == 2 == len({value for _, name, value in read.attributes if name == "aria-labelledby"})
+
+
+def test_a_large_table_is_cut_and_the_page_says_so(tmp_path: Path) -> None:
+    page = page_of(tmp_path)
+    columns = [(f"column {number}", False) for number in range(8)]
+    with recorded(page):
+        page.add_table("A table", columns, (([f"{n} {'x' * 20}"] * 8, False) for n in range(20_000)))
+        for number in range(20_000):
+            page.add_line(f"problem {number}", is_problem=True)
+        page.add_line("x" * 500_000)
+        draw_counts("many", {f"name {number}": float(number) for number in range(5_000)})
+    read = check_page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    told = [each for each in read.texts if each.endswith(" more rows are not shown here.")]
+    assert told and int(told[0].split()[0].replace(",", "")) + len(read.rows) - 1 == 20_000
+    assert any(each.endswith(" more lines are not shown here.") for each in read.texts)
+
+
+def test_passwords_in_addresses_are_hidden(tmp_path: Path) -> None:
+    page = ReportPage(tmp_path / "x.html", "T", ["python", "--store", "http://me:hidden-word@host/x", "a b"])
+    assert page.command == "python --store http://me:***@host/x 'a b'"
+    page.add_line("from s3://me:hidden-word@host/x")
+    page.add_summary([("store", "s3://me:hidden-word@host/x")])
+    assert "hidden-word" not in page.html() and page.html().count("me:***@host") == 3
+
+
+def test_a_page_is_written_at_the_end_of_a_command_and_not_of_one_that_failed(tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    with pytest.raises(UserError), recorded(page_of(tmp_path)):
+        raise UserError("no")
+    with pytest.raises(typer.Exit), recorded(page_of(tmp_path)):
+        raise typer.Exit(1)
+    with pytest.raises(KeyboardInterrupt), recorded(page_of(tmp_path)):
+        raise KeyboardInterrupt
+    assert current_page() is None and not file.exists()
+    with pytest.raises(typer.Exit), recorded(page_of(tmp_path), with_findings=True):
+        print_problem("broken: a file")
+        raise typer.Exit(1)
+    assert "broken: a file" in check_page(file.read_text(encoding="utf-8")).texts
+    file.unlink()
+    with pytest.raises(typer.Exit), recorded(page_of(tmp_path)):
+        raise typer.Exit(0)
+    assert file.exists()
+    file.unlink()
+    page = page_of(tmp_path)
+    with recorded(page):
+        page.leave_out()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "page.html").write_text("old")
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(page_module, "replace_file", fail)
+    with (
+        pytest.raises(UserError, match=r"cannot write --html .*page\.html: no space left"),
+        recorded(page_of(tmp_path)),
+    ):
+        print_line(text_console(), "x")
+    assert (tmp_path / "page.html").read_text() == "old"
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("")
+    wrong = {
+        tmp_path: "it is a folder",
+        tmp_path / "missing" / "page.html": "there is no folder",
+        tmp_path / "pipe": "it is no file",
+        tmp_path / "file" / "page.html": "there is no folder",
+        tmp_path / ("x" * 255): "File name too long",
+        Path("/proc/page.html"): "page.html",
+    }
+    for path, told in wrong.items():
+        with pytest.raises(OutputPlaceError, match=told) as caught:
+            ReportPage(path, "T", []).check_place()
+        assert caught.value.exit_code == USAGE and str(path) in str(caught.value)
+    ReportPage(tmp_path / "new.html", "T", []).check_place()
+    ReportPage(tmp_path / "file", "T", []).check_place()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
+
+
+def test_bars_begin_at_zero_and_leave_out_what_is_no_number() -> None:
+    marks = [Mark("a", 10), Mark("b", -10), Mark("c", None), Mark("d", math.nan), Mark("e", 0), Mark("f", math.inf)]
+    plot = bars("Bars", marks)
+    assert plot is not None and plot.told == "Bars. a: 10; b: -10; e: 0"
+    drawn = [shape.attributes for shape in plot.shapes if shape.attributes["class"] == "bar"]
+    assert [(each["x"], each["width"]) for each in drawn] == [
+        ("50.00%", "50.00%"),
+        ("0.00%", "50.00%"),
+        ("50.00%", "0.00%"),
+    ]
+    assert bars("Nothing", [Mark("c", None)]) is None and bars("Nothing", []) is None
+    zeros = bars("Zeros", [Mark("a", 0)])
+    assert zeros is not None and "0.00%" in zeros.shapes[-1].attributes["width"]
+
+
+def test_intervals_and_curves_stay_within_their_plot() -> None:
+    plot = intervals("I", [Mark("a", 0.5, 0.4, 0.6), Mark("b", 0.7)], band=(0.3, 0.35), line=0.9)
+    alone = intervals("I", [Mark("a", 0.0)])
+    points = [Point(0.0, 0.1), Point(0.5, 0.9, 0.2, 1.4)]
+    curves = [
+        Curve(title="C", x_name="x", y_name="y", points=points, has_diagonal=each).plot() for each in (True, False)
+    ]
+    for each in (plot, alone, *curves):
+        assert each is not None
+        for shape in each.shapes:
+            for name, value in shape.attributes.items():
+                if name in ("x", "x1", "x2", "cx"):
+                    assert 0 <= float(value.rstrip("%")) <= 100
+                if name in ("y", "y1", "y2", "cy"):
+                    assert 0 <= float(value) <= each.height_px
+    assert Curve(title="C", x_name="x", y_name="y").plot() is None
+
+
+def test_the_terminal_is_the_same_with_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def printed() -> tuple[str, str]:
+        table = Table("name", title="T")
+        table.add_row("one")
+        print_table(text_console(), table)
+        print_summary("images       12")
+        print_problem("warning: x")
+        draw_counts("counts", {"a": 1})
+        return capsys.readouterr()
+
+    without = printed()
+    with recorded(page_of(tmp_path)):
+        assert printed() == without
+    assert without[1] == "warning: x\n"
