@@ -26,7 +26,7 @@ from benchmarks.workload import Knobs, Workload, make
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars
 
-app = CommandApp(failures=(OSError,))
+app = CommandApp(report=True, failures=(OSError,))
 
 _LARGE_BYTES = 8 << 20
 """About what a rank sends in a step: dense gradients are 5 MB, vectors and their gradients 1 to 10 MB."""

@@ -31,7 +31,7 @@ _HISTORY_DAYS = 14
 _DAY_S = 86_400
 DEFAULT_FOLDER = Path("data/bench/days")
 
-app = CommandApp(failures=(OSError,))
+app = CommandApp(report=True, failures=(OSError,))
 
 
 @app.command()

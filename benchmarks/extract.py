@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "random:0"  # the speed does not depend on the values
 
-app = CommandApp()
+app = CommandApp(report=True)
 
 
 @app.command()

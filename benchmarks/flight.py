@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _VECTOR_DIM = 12
 _VECTORS_PER_ROW = 16  # of the narrow store, for each row of the wide one
 
-app = CommandApp(failures=(OSError,))
+app = CommandApp(report=True, failures=(OSError,))
 
 
 def measure(store: "FeatureStore", cache: Path, num_keys: int, rounds: int, progress: Progress) -> Timings:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 STEPS = 12
 _LOOPBACK_BYTES_PER_S = 1e9  # not used: all ranks are on this machine
 
-app = CommandApp(failures=(OSError,))
+app = CommandApp(report=True, failures=(OSError,))
 
 
 @app.command()

@@ -35,7 +35,7 @@ CHANGED_SHARE = 0.01
 SHARD_BYTES = 64 << 20  # DESIGN: shards of 10 to 200 MB are comfortable
 ROW_BYTES = 8192
 
-app = CommandApp()
+app = CommandApp(report=True)
 
 
 @app.command()

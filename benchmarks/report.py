@@ -11,6 +11,8 @@ from rich.table import Table
 
 from featurestore.console.files import write_json
 from featurestore.console.output import figure, print_table, text_console
+from featurestore.console.page.plots import Mark, Plot, bars
+from featurestore.console.page.recording import current_page
 from featurestore.errors import UserError
 
 Figure = float | int | str | bool | None
@@ -35,6 +37,21 @@ class Section:
         }
         return {**self.figures, **cells}
 
+    def plots(self) -> list[Plot]:
+        """Bars of what can be compared: a column of the grid, and single figures whose names end in the same unit."""
+        compared: dict[str, list[Mark]] = {}
+        for name, value in self.figures.items():
+            rest, _, unit = name.rpartition("_")
+            if rest and rest.rpartition("_")[2] == "per":  # 12 samples_per_s
+                rest, unit = rest.rpartition("_")[0].rpartition("_")[0], "_".join(name.split("_")[-3:])
+            compared.setdefault(unit, []).append(_mark(rest or unit, value))
+        for row, cells in self.grid.items():
+            for column, value in cells.items():
+                compared.setdefault(f"{column}", []).append(_mark(row, value))
+        drawn = ((name, [mark for mark in marks if mark.value is not None]) for name, marks in compared.items())
+        found = (bars(name.replace("_", " "), marks) for name, marks in drawn if len(marks) > 1)
+        return [plot for plot in found if plot]
+
     def tables(self) -> list[Table]:
         """What there is to show."""
         shown = []
@@ -53,6 +70,11 @@ class Section:
                 table.add_row(row.replace("_", " "), *(figure(cells[c]) if c in cells else "" for c in columns))
             shown.append(table)
         return shown
+
+
+def _mark(name: str, value: Figure) -> Mark:
+    number = float(value) if isinstance(value, float | int) and not isinstance(value, bool) else None
+    return Mark(name.replace("_", " "), number, figure=figure(value))
 
 
 def _writable(path: Path | None) -> Path | None:
@@ -79,6 +101,9 @@ def write_sections(sections: Sequence[Section], path: Path | None = None) -> Non
     for section in sections:
         for table in section.tables():
             print_table(console, table)
+        if page := current_page():
+            for plot in section.plots():
+                page.add_plot(plot)
     if path is not None:
         figures = {name: value for section in sections for name, value in section.flat().items()}
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ _SCHEMA = Schema(
 _WARM_UP = 20
 _MOST = 1.15
 
-app = CommandApp()
+app = CommandApp(report=True)
 
 
 def batch_of(number: int, samples: int, ids: int, behaviors: int) -> Batch:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from featurestore.console.commandline import CommandApp, power_of_two, run_app
-from featurestore.console.output import progress_bars
+from featurestore.console.output import print_summary, progress_bars
 from featurestore.keys import keys_of_uris, shard_of
 from trainer.errors import TrainerError
 
@@ -262,7 +262,7 @@ def _sample_table(workload: Workload, groups: int, draw: np.random.Generator) ->
     return pa.table(columns)
 
 
-app = CommandApp(failures=(OSError,))
+app = CommandApp(report=True, failures=(OSError,))
 
 
 @app.command()
@@ -289,7 +289,7 @@ def main(
     )
     with progress_bars() as progress:
         workload = make(out, knobs, progress)
-    print(f"{workload.config}")
+    print_summary(f"{workload.config}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.output import draw_counts, print_problem, print_summary
 from featurestore.console.progress import progress_bar
 from featurestore.spec import IndexKind
 from trainer.cli import WhichCheckpoint
@@ -28,7 +29,7 @@ python jobs/build_ad_index.py --run data/runs/towers --sync live-ads.parquet
 python jobs/build_ad_index.py --remove 1017 --remove 1021 --remove expired.csv
 """
 
-app = CommandApp(rich_markup_mode="rich")
+app = CommandApp(report=True, rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
@@ -126,9 +127,16 @@ def main(
             else:
                 index = _built(trained, out, kind or "flat", chosen, vectors_NW, limit)
                 changes = Changes(num_new=len(chosen.keys_N))
-    typer.echo("\n".join([*lines[:2], *describe(index, changes, out, time.monotonic() - start), *lines[2:]]))
+    print_summary("\n".join([*lines[:2], *describe(index, changes, out, time.monotonic() - start), *lines[2:]]))
+    ads_by_change = {
+        "new": changes.num_new,
+        "changed": changes.num_replaced,
+        "unchanged": changes.num_unchanged,
+        "removed": changes.num_removed,
+    }
+    draw_counts("Ads", ads_by_change)
     if index.warning:
-        typer.echo(f"warning: {index.warning}", err=True)
+        print_problem(f"warning: {index.warning}")
 
 
 def describe_run(trained: "TrainedRun") -> list[str]:

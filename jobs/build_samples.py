@@ -2,9 +2,8 @@
 
 from typing import Any
 
-import typer
-
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.output import draw_counts, print_summary
 from pipeline.options import SampleOptions, takes
 
 EXAMPLES = """Examples:
@@ -18,7 +17,7 @@ python jobs/build_samples.py --samples samples --since 2026-03-01
 dask-submit -n 8 --threads-per-worker 1 jobs/build_samples.py --logs s3://shop/logs --samples /shared/samples
 """
 
-app = CommandApp(rich_markup_mode="rich", may_be_empty=("--user-columns",))
+app = CommandApp(report=True, rich_markup_mode="rich", may_be_empty=("--user-columns",))
 
 
 @app.command(epilog=EXAMPLES)
@@ -37,13 +36,19 @@ def main(options: SampleOptions) -> None:
     if options.days is None and options.since is None:
         with connect() as client:
             summary = build_samples(options, client)
-        typer.echo(describe(summary))
+        print_summary(describe(summary))
+        for title, log in (("Rows of impressions", "impressions"), ("Rows of behaviours", "behaviors")):
+            kept = {name: summary[log].get(name) for name in ("kept", "used", "unused", "short_dwell", "duplicates")}
+            named = {name.replace("_", " "): count for name, count in kept.items()}
+            bad = {f"quarantined: {reason}": count for reason, count in summary[log]["quarantined"].items()}
+            draw_counts(title, named | bad)
+        draw_counts("Impressions", {name: summary[name].get("impressions") for name in ("train", "test")})
         return
     with connect() as client:
         made = add_days(options, client)
-    typer.echo(f"days         {', '.join(made['days']) or 'none is missing'}")
-    typer.echo(f"groups       {made['groups']:,}, with {made['impressions']:,} impressions")
-    typer.echo(f"samples      {made['samples']}")
+    print_summary(f"days         {', '.join(made['days']) or 'none is missing'}")
+    print_summary(f"groups       {made['groups']:,}, with {made['impressions']:,} impressions")
+    print_summary(f"samples      {made['samples']}")
 
 
 def describe(summary: dict[str, Any]) -> str:

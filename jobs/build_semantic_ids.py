@@ -7,6 +7,7 @@ from typing import Any
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.output import draw_counts, print_summary
 from pipeline.options import DEFAULT_SAMPLES, SemanticOptions, takes
 from trainer.schema.text import SETTINGS_FILE
 
@@ -21,7 +22,7 @@ python jobs/build_semantic_ids.py --codebook data/samples-sid/codebook.safetenso
 """
 
 
-app = CommandApp(rich_markup_mode="rich")
+app = CommandApp(report=True, rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
@@ -41,7 +42,11 @@ def main(options: SemanticOptions) -> None:
     if not options.samples and not options.no_samples and Path(DEFAULT_SAMPLES).is_dir():
         options = replace(options, samples=DEFAULT_SAMPLES)
     summary = build_semantic_ids(options)
-    typer.echo(describe(summary, options.out))
+    print_summary(describe(summary, options.out))
+    levels = {f"level {number}": level for number, level in enumerate(summary["levels"])}
+    draw_counts("Codes used", {name: level["used"] for name, level in levels.items()})
+    draw_counts("Entropy of the codes, bits", {name: level["entropy_bits"] for name, level in levels.items()})
+    draw_counts("Error after each level", {name: level["reconstruction_error"] for name, level in levels.items()})
 
 
 def describe(summary: dict[str, Any], out: str) -> str:

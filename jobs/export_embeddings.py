@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.output import print_summary
 from featurestore.console.progress import progress_bar
 from trainer.cli import WhichCheckpoint, check_ending
 
@@ -23,7 +24,7 @@ python jobs/export_embeddings.py --run data/runs/exact --table item --out items.
 Exit codes: 0 done, 1 failed, 2 wrong options.
 """
 
-app = CommandApp(rich_markup_mode="rich")
+app = CommandApp(report=True, rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
@@ -81,12 +82,14 @@ def export_images(
     with progress_bar("images") as progress:
         keys = export_vectors(opened, out, progress)
     about = opened.describe()
-    typer.echo(f"run          {about['run']}, {about['checkpoint']}, network {about['network']}")
-    typer.echo(f"features     snapshot {about['snapshot']} of {about['store']}")
-    typer.echo(f"images       {opened.num_images:,}, {about['dim']} numbers each")
-    typer.echo(f"time         {time.monotonic() - start:.1f} s")
-    typer.echo(f"written to   {out}" + (f", keys {keys}" if keys else ""))
-    typer.echo(f"next         python jobs/build_semantic_ids.py --vectors {out}" + (f" --keys {keys}" if keys else ""))
+    print_summary(f"run          {about['run']}, {about['checkpoint']}, network {about['network']}")
+    print_summary(f"features     snapshot {about['snapshot']} of {about['store']}")
+    print_summary(f"images       {opened.num_images:,}, {about['dim']} numbers each")
+    print_summary(f"time         {time.monotonic() - start:.1f} s")
+    print_summary(f"written to   {out}" + (f", keys {keys}" if keys else ""))
+    print_summary(
+        f"next         python jobs/build_semantic_ids.py --vectors {out}" + (f" --keys {keys}" if keys else "")
+    )
 
 
 def export_ids(run: "RunPath", checkpoint: str | None, table: str, out: str) -> None:
@@ -98,10 +101,10 @@ def export_ids(run: "RunPath", checkpoint: str | None, table: str, out: str) -> 
     with progress_bar("shards") as progress:
         count = export_table(opened, out, progress)
     about = opened.describe()
-    typer.echo(f"run          {about['run']}, {about['checkpoint']}, table {about['table']}")
-    typer.echo(f"ids          {count:,}, in {about['num_shards']} shards with a cold row each")
-    typer.echo(f"time         {time.monotonic() - start:.1f} s")
-    typer.echo(f"written to   {out}")
+    print_summary(f"run          {about['run']}, {about['checkpoint']}, table {about['table']}")
+    print_summary(f"ids          {count:,}, in {about['num_shards']} shards with a cold row each")
+    print_summary(f"time         {time.monotonic() - start:.1f} s")
+    print_summary(f"written to   {out}")
 
 
 if __name__ == "__main__":

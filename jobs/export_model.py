@@ -9,6 +9,7 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import write_json_option
+from featurestore.console.output import draw_counts, print_summary
 from featurestore.console.progress import progress_bar
 from serving.bundle import MODELS, SAMPLE_GROUPS
 from trainer.cli import WhichCheckpoint
@@ -27,7 +28,7 @@ python jobs/export_model.py --run data/runs/both --checkpoint 1000 --no-use
 Exit codes: 0 done, 1 failed, 2 wrong options.
 """
 
-app = CommandApp(rich_markup_mode="rich")
+app = CommandApp(report=True, rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
@@ -82,7 +83,9 @@ def main(
             out, options, network=partial(write_network, compiled=compiled), measure=error_of_rows, progress=progress
         )
     seconds = time.monotonic() - start
-    typer.echo(describe(exported, out, use, seconds))
+    print_summary(describe(exported, out, use, seconds))
+    draw_counts("Bytes of the files", {file.name: file.bytes for file in exported.manifest.files})
+    draw_counts("Images with vectors, by feature store", exported.num_images)
     write_json_option(json_file, {**exported.manifest.model_dump(mode="json"), "in_use": use, "seconds": seconds})
 
 

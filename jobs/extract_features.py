@@ -5,6 +5,7 @@ import warnings
 import typer
 
 from featurestore.console.commandline import CONTINUES, CommandApp, run_app
+from featurestore.console.output import draw_counts, print_summary
 from pipeline.options import ExtractOptions, takes
 
 EXAMPLES = """Examples:
@@ -17,7 +18,7 @@ python jobs/extract_features.py --backbone resnet50:avgpool --store data/feature
 python jobs/extract_features.py --images all-photos --reduce data/features-256 --store data/features-all-256
 """
 
-app = CommandApp(rich_markup_mode="rich", stopped=CONTINUES)
+app = CommandApp(report=True, rich_markup_mode="rich", stopped=CONTINUES)
 
 
 @app.command(epilog=EXAMPLES)
@@ -39,7 +40,8 @@ def main(options: ExtractOptions) -> None:
     with warnings.catch_warnings(), connect(workers=1, threads_per_worker=1) as client:
         warnings.simplefilter("ignore", UntrainedWeightsWarning)  # said above
         summary = extract(options, client)
-    typer.echo(summary)
+    print_summary(str(summary))
+    draw_counts("Images", summary.counts)
 
 
 if __name__ == "__main__":

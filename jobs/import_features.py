@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from featurestore.console.commandline import CONTINUES, CommandApp, run_app
+from featurestore.console.output import draw_counts, print_summary
 from pipeline.options import ImportOptions, takes
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ python jobs/import_features.py --from video.npy --keys video-ids.txt --store s3:
 dask-submit -n 4 jobs/import_features.py --from xdl-images --store data/features --dim 4096
 """
 
-app = CommandApp(rich_markup_mode="rich", stopped=CONTINUES)
+app = CommandApp(report=True, rich_markup_mode="rich", stopped=CONTINUES)
 
 
 @app.command(epilog=EXAMPLES)
@@ -37,7 +38,8 @@ def main(options: ImportOptions) -> None:
     source = open_source(options)
     with connect() as client:
         summary = import_vectors(source, options, client)
-    typer.echo(summary)
+    print_summary(str(summary))
+    draw_counts("Rows", summary.counts)
 
 
 def open_source(options: ImportOptions) -> "VectorSource":

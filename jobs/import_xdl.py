@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.output import draw_counts, print_summary
 from featurestore.console.progress import progress_bar
 from pipeline.options import ImportOptions, XdlOptions, takes
 from pipeline.xdl.draw import IMAGE_FOLDER, TEXT_FILE, DrawOptions, draw
@@ -25,6 +26,7 @@ Split = Literal["train", "test", "both"]
 SPLITS = ("train", "test")
 
 app = CommandApp(
+    report=True,
     may_be_empty=("--images", "--sparse", "--dense"),
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -46,7 +48,9 @@ def samples(options: XdlOptions) -> None:
 
     with connect() as client:
         summary = import_samples(options, client)
-    typer.echo(describe(summary))
+    print_summary(describe(summary))
+    draw_counts("Samples", {name: summary[name]["samples"] for name in SPLITS})
+    draw_counts("Lines in quarantine, by reason", summary["quarantined"])
 
 
 @app.command()
@@ -65,7 +69,8 @@ def images(
         summary = import_vectors(
             xdl.plan(address, dim), ImportOptions(address=address, store=store, origin=origin), client
         )
-    typer.echo(summary)
+    print_summary(str(summary))
+    draw_counts("Rows", summary.counts)
 
 
 @app.command()
@@ -84,7 +89,7 @@ def export_samples(
 
     splits = SPLITS if split == "both" else (split,)
     count = write_lines(samples, to, load_schema(schema or schema_beside(samples)), splits)
-    typer.echo(f"lines        {count:,}\nfile         {to}")
+    print_summary(f"lines        {count:,}\nfile         {to}")
 
 
 @app.command()
@@ -100,7 +105,7 @@ def export_images(
     snapshot = FeatureStore.open(store).snapshot(version)
     with progress_bar("writing images", snapshot.num_rows) as bar:
         count = write_records(snapshot, to, bar.advance)
-    typer.echo(f"images       {count:,} of snapshot {snapshot.version}\nfolder       {to}")
+    print_summary(f"images       {count:,} of snapshot {snapshot.version}\nfolder       {to}")
 
 
 @app.command()
@@ -120,7 +125,7 @@ def random(
     sizes = DrawOptions(num_lines=lines, num_images=image_count, dim=dim, num_ids=ids, seed=seed)
     with progress_bar("drawing images", image_count) as bar:
         draw(sizes, out, bar.advance)
-    typer.echo(
+    print_summary(
         f"samples      {lines:,} lines: {out / TEXT_FILE}\n"
         f"images       {image_count:,} of {dim:,} numbers: {out / IMAGE_FOLDER}"
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.output import figure
+from featurestore.console.output import draw_counts, figure, print_summary
 from featurestore.console.progress import progress_bar
 from pipeline.demo.options import DemoOptions, Taste
 
@@ -24,7 +24,7 @@ python jobs/make_demo_data.py --images photos --labels photos.csv --out data/dem
 DEFAULT = DemoOptions(out=Path("data"))
 SMALL = {"items": 200, "users": 1500}
 
-app = CommandApp(rich_markup_mode="rich")
+app = CommandApp(report=True, rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
@@ -75,7 +75,10 @@ def main(
     )
     with progress_bar("measuring" if images else "drawing", options.items) as bar:
         summary = make_demo(options, bar.advance)
-    typer.echo(describe(options, summary))
+    print_summary(describe(options, summary))
+    draw_counts("Counts", summary.content["counts"])
+    for name, metrics in summary.content["oracle"].items():
+        draw_counts(f"Ceiling: {summary.content['oracle_means'][name]}", metrics)
 
 
 def _check_options(images: Path | None, labels: Path | None, items: int | None, taste: Taste) -> None:

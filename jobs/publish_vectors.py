@@ -8,6 +8,7 @@ import typer
 
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import write_json_option
+from featurestore.console.output import draw_counts, print_summary
 from featurestore.console.progress import progress_bar
 from serving.bundle import EPS, MODELS
 
@@ -26,7 +27,7 @@ python jobs/publish_vectors.py --model data/models/ctr --store images=s3://shop/
 Exit codes: 0 done, also where there was nothing to do, 1 failed, 2 wrong options.
 """
 
-app = CommandApp(rich_markup_mode="rich")
+app = CommandApp(report=True, rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
@@ -66,7 +67,7 @@ def main(
     figures: list[dict[str, Any]] = []
     reports, start = [], time.monotonic()
     if not opened.manifest.vectors:
-        typer.echo("vectors      none: the model sees no images, there is nothing to do")
+        print_summary("vectors      none: the model sees no images, there is nothing to do")
     for of in opened.manifest.vectors:
         began = time.monotonic()
         with progress_bar("shards") as progress:
@@ -80,14 +81,16 @@ def main(
             )
         reports.append(report)
         figures.append({**report.figures(), "seconds": time.monotonic() - began})
-        typer.echo(describe(report, eps))
+        print_summary(describe(report, eps))
+        moved_images = {"new": report.added, "changed": report.changed, "gone": report.removed, "stayed": report.stayed}
+        draw_counts(f"Images of {report.store}", moved_images)
         if report.most_files > 1 + MAX_DELTAS:
-            typer.echo(f"next         python -m featurestore compact {opened.vectors_url(of)}")
+            print_summary(f"next         python -m featurestore compact {opened.vectors_url(of)}")
     change, moved = None, [report for report in reports if len(report.moved_keys)]
     if moved:
         change = change_of_scores(Bundle(opened.storage, opened.manifest, None, verify=False), moved)
-        typer.echo(describe_change(change))
-    typer.echo(f"time         {time.monotonic() - start:.1f} s")
+        print_summary(describe_change(change))
+    print_summary(f"time         {time.monotonic() - start:.1f} s")
     write_json_option(
         json_file,
         {"version": opened.manifest.version, "stores": figures, "change": change.model_dump() if change else None},

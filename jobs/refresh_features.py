@@ -1,8 +1,7 @@
 """Bring a feature store up to date with its images: new, changed and vanished ones, in one commit."""
 
-import typer
-
 from featurestore.console.commandline import CONTINUES, CommandApp, run_app
+from featurestore.console.output import draw_counts, print_summary
 from pipeline.options import RefreshOptions, takes
 
 EXAMPLES = """Examples:
@@ -13,7 +12,7 @@ python jobs/refresh_features.py --images photos --store data/features --dry-run
 python jobs/refresh_features.py --images half-of-them --store data/features --keep-missing
 """
 
-app = CommandApp(rich_markup_mode="rich", stopped=CONTINUES)
+app = CommandApp(report=True, rich_markup_mode="rich", stopped=CONTINUES)
 
 
 @app.command(epilog=EXAMPLES)
@@ -32,7 +31,8 @@ def main(options: RefreshOptions) -> None:
     # One process with all cores for the network: copies of the network would share the same cores.
     with connect(workers=1, threads_per_worker=1) as client:
         summary = refresh(options, client)
-    typer.echo(summary)
+    print_summary(str(summary))
+    draw_counts("Images", summary.counts)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
+from featurestore.console.output import draw_counts, print_summary
 from trainer.cli import WhichCheckpoint, check_ending, run_on_ranks
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ python jobs/score.py --model data/models/ctr --samples data/tomorrow
 Exit codes: 0 done, 1 failed, 2 wrong options.
 """
 
-app = CommandApp(rich_markup_mode="rich")
+app = CommandApp(report=True, on_ranks=True, rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)
@@ -77,7 +78,9 @@ def main(
             source = comm.on_rank_0(lambda: RunSource(run_or_newest(run), checkpoint, samples, store))
             written = score_run(source, out, comm)
         if written:
-            typer.echo("\n".join(describe(written, comm.size, out, time.monotonic() - start)))
+            print_summary("\n".join(describe(written, comm.size, out, time.monotonic() - start)))
+            means = {"mean prediction": written.mean_probability, "share of clicks": written.mean_label}
+            draw_counts("Predicted and clicked", means)
 
     raise typer.Exit(run_on_ranks(work))
 

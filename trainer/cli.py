@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featurestore.console.commandline import OK, STOPPED, say_error
+from featurestore.console.page.recording import current_page
 from featurestore.errors import UserError
 from trainer.errors import LostRankError
 
@@ -35,8 +36,8 @@ WhichCheckpoint = Annotated[
 def run_on_ranks(work: Callable[["Comm"], None], deadline_s: float | None = None) -> int:
     """Do `work` on the ranks that horovodrun or torchrun started, or on one alone; returns the exit code.
 
-    The ranks wait `deadline_s` for each other to come. Rank 0 prints what went wrong, once. Raises
-    what is no error of ours, after leaving the ranks.
+    The ranks wait `deadline_s` for each other to come. Rank 0 prints what went wrong, once, and alone fills the page of
+    the command. Raises what is no error of ours, after leaving the ranks.
     """
     from trainer.comm import connect
 
@@ -65,6 +66,10 @@ def _code_of(comm: "Comm", work: Callable[["Comm"], None]) -> int:
     from trainer.loop.signals import StoppedError
 
     try:
+        if page := current_page():
+            if comm.rank != 0:
+                page.leave_out()
+            comm.on_rank_0(page.check_place)
         work(comm)
     except StoppedError:
         return STOPPED

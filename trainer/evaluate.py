@@ -31,7 +31,7 @@ Relative places in the run's config.yaml are looked for where this is started. E
 settings.
 """
 
-app = CommandApp(rich_markup_mode="markdown")
+app = CommandApp(report=True, on_ranks=True, rich_markup_mode="markdown")
 
 
 @app.command(epilog=EXAMPLES)

@@ -21,7 +21,7 @@ from benchmarks.workload import Knobs, make
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars, text_column
 
-app = CommandApp(failures=(OSError,))
+app = CommandApp(report=True, failures=(OSError,))
 
 
 @app.command()

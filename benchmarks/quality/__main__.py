@@ -35,7 +35,7 @@ SECTIONS = ("ids", "images", "cold")
 Name = StrEnum("Name", SECTIONS)  # type: ignore[misc]
 Net = StrEnum("Net", NETS)  # type: ignore[misc]
 
-app = CommandApp(failures=(OSError,), rich_markup_mode="rich")
+app = CommandApp(report=True, failures=(OSError,), rich_markup_mode="rich")
 
 
 def data_sets(

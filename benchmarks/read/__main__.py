@@ -41,7 +41,7 @@ RANKS = (1, 8, 40)
 DEFAULT_FOLDER = Path("data/bench/read")
 WINDOW_GROUPS = 128  # as in the preset
 
-app = CommandApp(failures=(OSError,))
+app = CommandApp(report=True, failures=(OSError,))
 
 
 @app.command()

@@ -36,7 +36,7 @@ WORKER, STEPS_FILE = Path(__file__).with_name("worker.py"), "STEPS_FILE"
 CHECKPOINT_EVERY, DEADLINE_S, WAIT_S = 50, 10, 300.0
 KINDS = ("rank", "host", "supervisor", "stopped_rank")
 
-app = CommandApp(failures=(OSError,))
+app = CommandApp(report=True, failures=(OSError,))
 
 
 @app.command()

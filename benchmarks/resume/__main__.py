@@ -40,7 +40,7 @@ class DType(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-app = CommandApp(failures=(OSError,))
+app = CommandApp(report=True, failures=(OSError,))
 
 
 @app.command()

@@ -30,7 +30,7 @@ EVERY, LEFT = 6, 5
 _MINUTE_MS = 60_000.0
 VARIANTS = {"beside": True, "in_step": False}
 
-app = CommandApp(failures=(OSError,))
+app = CommandApp(report=True, failures=(OSError,))
 
 
 @app.command()

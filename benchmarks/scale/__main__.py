@@ -24,7 +24,7 @@ from featurestore.console.output import progress_bars, text_column
 if TYPE_CHECKING:
     from benchmarks.scale.stages import Stage
 
-app = CommandApp(failures=(OSError,))
+app = CommandApp(report=True, failures=(OSError,))
 _COSTS = ("seconds", "memory_mb", "written_mb")
 
 

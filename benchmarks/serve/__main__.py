@@ -30,7 +30,7 @@ class Part(StrEnum):
     GROWTH = "growth"
 
 
-app = CommandApp(failures=(OSError,))
+app = CommandApp(report=True, failures=(OSError,))
 
 
 @app.command()

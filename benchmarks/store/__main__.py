@@ -33,7 +33,7 @@ _HEADLINE = [
     "store_over_limit",
 ]
 
-app = CommandApp(failures=(OSError,))
+app = CommandApp(report=True, failures=(OSError,))
 
 
 class Part(StrEnum):

@@ -22,7 +22,7 @@ from benchmarks.workload import Knobs, make
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import progress_bars, text_column
 
-app = CommandApp(failures=(OSError,))
+app = CommandApp(report=True, failures=(OSError,))
 NAMES = (*VARIANTS, *SECTIONS)
 _QUIET_SPREAD = 1.5
 

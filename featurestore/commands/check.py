@@ -1,6 +1,7 @@
 """Commands verify, repair and check-backend: find broken files, repair them, and test a place for a store."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -8,6 +9,7 @@ import typer
 
 from featurestore.commands.common import DryRun, Url
 from featurestore.console.commandline import CommandApp
+from featurestore.console.output import draw_counts, print_problem, print_summary
 from featurestore.console.progress import progress_bar
 from featurestore.errors import UnsafeBackendError
 
@@ -15,10 +17,11 @@ app = CommandApp()
 
 
 @app.command(
+    findings=True,
     epilog="Examples:\n\n"
     "- `python -m featurestore verify s3://bucket/features`\n\n"
     "- `python -m featurestore verify --cache`\n\n"
-    "- `python -m featurestore verify --cache /mnt/fast/cache`"
+    "- `python -m featurestore verify --cache /mnt/fast/cache`",
 )
 def verify(
     place: Annotated[
@@ -46,11 +49,14 @@ def verify(
     with progress_bar("files") as progress:
         report = verify_store(place, version, progress)
     for problem in report.problems:
-        sys.stderr.write(f"broken: {problem}\n")
+        print_problem(f"broken: {problem}")
     for problem in report.known:
-        sys.stdout.write(f"known, in older snapshots alone: {problem.message}\n")
+        print_summary(f"known, in older snapshots alone: {problem.message}")
     looked_at = f"{report.num_manifests:,} manifests, {report.num_files:,} files, {report.num_bytes:,} bytes"
-    sys.stdout.write(f"{len(report.problems)} problems in {looked_at}\n")
+    print_summary(f"{len(report.problems)} problems in {looked_at}")
+    checked = {"manifests": report.num_manifests, "files": report.num_files, "problems": len(report.problems)}
+    draw_counts("What was checked", checked)
+    draw_counts("Problems by kind", Counter(problem.kind for problem in report.problems))
     raise typer.Exit(1 if report.problems else 0)
 
 
@@ -62,14 +68,18 @@ def _verify_cache(place: str | None) -> NoReturn:
     with progress_bar("shards") as progress:
         report = verify_cache(folder, progress)
     for problem in report.problems:
-        sys.stderr.write(f"broken: {problem}\n")
+        print_problem(f"broken: {problem}")
     if report.num_shards or report.num_other:
         looked_at = f"{report.num_shards:,} cached shards, {report.num_bytes:,} bytes of {folder}"
-        sys.stdout.write(f"{len(report.problems)} problems in {looked_at}\n")
+        print_summary(f"{len(report.problems)} problems in {looked_at}")
     else:
-        sys.stdout.write(f"nothing to check: {folder} has no cached shards\n")
+        print_summary(f"nothing to check: {folder} has no cached shards")
     if report.num_other:
-        sys.stdout.write(f"{report.num_other:,} more are of another version, and go when 30 days old\n")
+        print_summary(f"{report.num_other:,} more are of another version, and go when 30 days old")
+    whole = report.num_shards - len(report.problems)
+    draw_counts(
+        "Cached shards", {"whole": whole, "broken": len(report.problems), "of another version": report.num_other}
+    )
     raise typer.Exit(1 if report.problems else 0)
 
 

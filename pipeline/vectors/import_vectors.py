@@ -63,6 +63,18 @@ class ImportSummary:
     store: str
     snapshot: int
 
+    @property
+    def counts(self) -> dict[str, float]:
+        """Return what became of the rows, to be drawn."""
+        return {
+            "new": self.num_new,
+            "changed": self.num_changed,
+            "unchanged": self.num_unchanged,
+            "gone": self.num_gone,
+            "quarantined": len(self.bad),
+            "duplicates": self.num_duplicates,
+        }
+
     def __str__(self) -> str:
         """Give the lines that a job prints."""
         kept = f" ({self.num_kept:,} not in the source, kept)" if self.num_kept else ""

@@ -13,12 +13,14 @@ import numpy as np
 from rich.table import Table
 
 from featurestore.console.files import write_json
-from featurestore.console.output import print_table, text_console
+from featurestore.console.output import print_line, print_table, text_console
+from featurestore.console.page.recording import current_page
 from featurestore.errors import StorageError
 from featurestore.published.paths import RunPath, written_locally
 from trainer.comm import Comm
 from trainer.errors import DataError, TrainerError
 from trainer.evaluation.bootstrap import LEVEL, METRICS, Estimate, Float, MetricSums, bootstrap, interval
+from trainer.evaluation.page_plots import difference_plot
 from trainer.evaluation.plots import METRIC_TITLES
 from trainer.evaluation.predict import Predictions, predict_run
 from trainer.evaluation.report import number, range_of
@@ -66,8 +68,10 @@ def compare_runs(
         table.add_row(METRIC_TITLES[name], *values, range_of(each), p_value)
     print_table(console, table)
     notes = [f"{folder}: {note}" for folder, run in ((source.folder, ours), (against, baseline)) for note in run.notes]
+    if page := current_page():
+        page.add_plot(difference_plot(found))
     for note in notes:
-        console.print(f"note: {note}")
+        print_line(console, f"note: {note}")
     written = {
         "run": str(source.folder),
         "against": str(against),
@@ -83,7 +87,7 @@ def compare_runs(
                 write_json(file, written)
     except (OSError, StorageError) as failure:
         raise TrainerError(f"cannot write the comparison to {folder}: {failure}; choose another by --out") from failure
-    console.print(f"written to {folder / 'comparison.json'}")
+    print_line(console, f"written to {folder / 'comparison.json'}")
 
 
 def compare(

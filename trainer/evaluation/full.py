@@ -4,7 +4,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from featurestore.console.output import text_console
+from featurestore.console.output import print_line, text_console
 from featurestore.published.paths import RunPath
 from trainer.comm import Comm
 from trainer.errors import ConfigError
@@ -40,7 +40,7 @@ def evaluate_run(source: RunSource, options: EvaluationOptions, comm: Comm) -> F
         if options.missing_curve and not opened.run.engine.services:
             raise ConfigError("--missing-curve: the run's model.images=none reads no image, so none can be hidden")
         count = f"{opened.test.num_samples:,} impressions, {comm.size} rank{'s' * (comm.size > 1)}"
-        console.print(f"{opened.saved.path}: {count}")
+        print_line(console, f"{opened.saved.path}: {count}")
         impressions = read_impressions(comm, opened.test, opened.run.schema)
         cuts = _slicings(opened, impressions)
         logits = {0.0: predict(opened)}

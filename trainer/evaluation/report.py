@@ -10,12 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from featurestore.console.files import write_json
-from featurestore.console.output import print_table
+from featurestore.console.output import print_line, print_table
+from featurestore.console.page.recording import current_page
 from featurestore.errors import StorageError
 from featurestore.published.paths import RunPath, written_locally
 from trainer.errors import TrainerError
 from trainer.evaluation.bootstrap import LEAST_USERS, LEVEL, METRICS, NUM_BINS, Estimate
 from trainer.evaluation.measure import Figures, Hidden, Measured
+from trainer.evaluation.page_plots import missing_images_curve, reliability_curve, slice_plots
 from trainer.evaluation.plots import METRIC_TITLES, draw_all
 from trainer.runs.saved import TEST, Opened
 
@@ -87,6 +89,9 @@ def show(console: Console, about: Mapping[str, Any], figures: Figures, folder: R
         estimate = figures.whole.metrics[metric]
         whole.add_row(METRIC_TITLES[metric], number(estimate.value), range_of(estimate))
     print_table(console, whole)
+    page = current_page()
+    if page:
+        page.add_plot(reliability_curve(figures))
     slices = Table(title="Slices")
     slices.add_column("")
     for heading in ("impressions", *(METRIC_TITLES[each] for each in METRICS)):
@@ -99,11 +104,17 @@ def show(console: Console, about: Mapping[str, Any], figures: Figures, folder: R
                 f"  {name}", f"{each.impressions:,}", *(number(each.metrics[metric].value) for metric in METRICS)
             )
     print_table(console, slices)
+    if page:
+        for plot in slice_plots(figures):
+            page.add_plot(plot)
+        if figures.missing_curve:
+            page.add_heading("Images hidden at random")
+            page.add_plot(missing_images_curve(figures))
     for point in figures.missing_curve:
-        console.print(f"{point.share:.0%} of the images hidden: GAUC {with_interval(point.metrics['gauc'])}")
+        print_line(console, f"{point.share:.0%} of the images hidden: GAUC {with_interval(point.metrics['gauc'])}")
     for note in about["notes"]:
-        console.print(f"note: {note}")
-    console.print(f"written to {folder}")
+        print_line(console, f"note: {note}")
+    print_line(console, f"written to {folder}")
 
 
 def number(value: float | None) -> str:

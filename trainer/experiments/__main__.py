@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featurestore.console.commandline import CommandApp, run_app
-from featurestore.console.output import text_console
+from featurestore.console.output import print_line, text_console
 from trainer.config.config import Config, load_config
 from trainer.errors import ConfigError
 from trainer.experiments.grid import Experiment, chosen, experiments
@@ -43,7 +43,7 @@ they have in common. Tables and plots go to OUT/results.json, OUT/RESULTS.md and
 calls. What is found is what is written: no order of the variants is assumed.
 """
 
-app = CommandApp(rich_markup_mode="markdown")
+app = CommandApp(report=True, on_ranks=True, rich_markup_mode="markdown")
 Name = StrEnum("Name", [*experiments(), "all"])  # type: ignore[misc]
 
 
@@ -104,17 +104,17 @@ def make(wanted: Sequence[Experiment], seeds: Sequence[int], grid: "Grid", comm:
             why = "the store's rows have too few dimensions for the others"
             if any(variant.needs_semantic_ids for variant in experiment.variants):
                 why = "without --semantic-config, rows with semantic IDs are left out"
-            console.print(f"{experiment.name}: {why}")
+            print_line(console, f"{experiment.name}: {why}")
         figures: dict[str, list[dict[str, float]]] = {}
         for variant, seed, run in runs:
             measured = grid.figures(run)
             figures.setdefault(variant.name, []).append(measured)
-            console.print(f"{experiment.name}: {variant.name}, seed {seed}: GAUC {measured['gauc']:.4f}")
+            print_line(console, f"{experiment.name}: {variant.name}, seed {seed}: GAUC {measured['gauc']:.4f}")
         comm.on_rank_0(partial(results.add, grid.folder, experiment.name, figures))
         made.append((experiment, figures))
     for experiment, figures in made:
         results.show_section(console, experiment, figures)
-    console.print(f"written to {grid.folder}")
+    print_line(console, f"written to {grid.folder}")
 
 
 def settings_of(file: Path) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from featurestore.console.page.recording import unrecorded
 from featurestore.published.paths import FarPath, RunPath
 from trainer.comm import Comm
 from trainer.config.config import Config, config_digest, load_config
@@ -98,7 +99,7 @@ class Grid:
         if planned.warm is not None:
             self._make(planned.warm)
         try:
-            with self._log(planned.folder.name) as stream, contextlib.redirect_stdout(stream):
+            with self._log(planned.folder.name) as stream, contextlib.redirect_stdout(stream), unrecorded():
                 train(planned.config.changed(run=beginning), self._comm)
         except CheckpointError as failure:
             raise CheckpointError(f"{failure}\nTo train this run anew, remove {planned.folder}") from failure

@@ -5,7 +5,7 @@ interval of Student's t (scipy). Several rows of one table are several looks: Ho
 false star below 5 %.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from featurestore.console.output import print_table
+from featurestore.console.output import print_line, print_table
+from featurestore.console.page.plots import Mark, Plot, intervals
+from featurestore.console.page.recording import current_page
 from trainer.experiments.grid import Experiment
 
 LEVEL = 0.95
@@ -82,20 +84,39 @@ def as_markdown(experiment: Experiment, rows: Sequence[Row], num_seeds: int) -> 
 
 def show(console: Console, experiment: Experiment, rows: Sequence[Row], num_seeds: int) -> None:
     """Print the same for a person."""
-    console.print(f"{experiment.title} ({experiment.name})", style="bold")
+    print_line(console, f"{experiment.title} ({experiment.name})", style="bold")
     for line in filter(None, (experiment.note, _method(num_seeds))):
-        console.print(line)
+        print_line(console, line)
     table = Table("")
     for heading in _HEADINGS:
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(*_cells(row))
     print_table(console, table)
+    if page := current_page():
+        for plot in _plots(rows):
+            page.add_plot(plot)
 
 
 def as_values(rows: Sequence[Row]) -> list[dict[str, object]]:
     """Return the rows for JSON."""
     return [asdict(row) for row in rows]
+
+
+def _plots(rows: Sequence[Row]) -> Iterator[Plot | None]:
+    """Draw GAUC and its gain over the baseline, each with its interval."""
+    yield intervals("GAUC, mean over seeds", [_mark(row.name, row.metrics.get("gauc"), _shown) for row in rows])
+    gains = [_mark(row.name, row.gain, _signed) for row in rows if row.gain is not None]
+    if gains:
+        yield intervals("Gain of GAUC over the baseline, on the dashed line none", gains, line=0.0)
+
+
+def _mark(name: str, value: SeedMean | None, text: Callable[[SeedMean], str]) -> Mark:
+    if value is None:
+        return Mark(name, None)
+    half = value.half_width
+    low, high = (None, None) if half is None else (value.mean - half, value.mean + half)
+    return Mark(name, value.mean, low, high, text(SeedMean(value.mean, None)))
 
 
 def _method(num_seeds: int) -> str:

@@ -10,6 +10,7 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.files import replace_file, write_json_option
 from featurestore.console.output import text_console
+from featurestore.console.page.option import PAGE
 from featurestore.errors import UserError
 from trainer.config.config import Config, load_config
 from trainer.errors import ConfigError
@@ -29,9 +30,9 @@ The first draws batches from the samples, measures this machine for a minute or 
 Exit codes: 0 done, 1 failed, 2 wrong settings.
 """
 
-_NOT_OF_THE_FILE = ("paper", "described", "json_file", "scheduler", "emit_to")
+_NOT_OF_THE_FILE = ("paper", "described", "json_file", "scheduler", "emit_to", PAGE)
 
-app = CommandApp(rich_markup_mode="markdown")
+app = CommandApp(report=True, rich_markup_mode="markdown")
 
 
 @app.command(epilog=EXAMPLES)

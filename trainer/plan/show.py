@@ -1,16 +1,20 @@
 """The output of a plan: tables on stdout for a person, JSON for programs."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from featurestore.console.output import print_table
+from featurestore.console.output import print_line, print_table
+from featurestore.console.page.plots import Mark, Plot, bars
+from featurestore.console.page.recording import current_page
 from trainer.plan.build import TrainingPlan
-from trainer.plan.cost import DESIGNS
+from trainer.plan.cost import DESIGNS, StepCost
+
+_Groups = Mapping[str, Sequence[Mark]]
 
 
 def as_json(plan: TrainingPlan) -> dict[str, Any]:
@@ -50,15 +54,17 @@ def as_json(plan: TrainingPlan) -> dict[str, Any]:
 
 def show(plan: TrainingPlan, console: Console) -> None:
     """Print tables of counts, memory, bytes and times, then what to choose and what was taken for granted."""
-    console.print(plan.title, style="bold")
-    for table in (_counts(plan), _stored(plan), _bytes(plan), _times(plan), _stages(plan)):
-        print_table(console, table)
-    console.print("What to choose", style="bold")
+    print_line(console, plan.title, style="bold")
+    for draw in (_counts, _stored, _bytes, _times, _stages):
+        print_table(console, draw(plan))
+        if (page := current_page()) and draw in _PLOTS:
+            page.add_plot(_PLOTS[draw](plan))
+    print_line(console, "What to choose", style="bold")
     for line in plan.advice:
-        console.print(f"- {line}")
-    console.print("Taken for granted", style="bold")
+        print_line(console, f"- {line}")
+    print_line(console, "Taken for granted", style="bold")
     for line in plan.assumptions:
-        console.print(f"- {line}")
+        print_line(console, f"- {line}")
 
 
 def size(count: float) -> str:
@@ -134,6 +140,59 @@ def _stages(plan: TrainingPlan) -> Table:
         stages: Mapping[str, Any] = row.costs["exchange"].stages
         table.add_row(str(row.ranks), *(duration(stages[name].seconds) for name in names))
     return table
+
+
+def _by_design(plan: TrainingPlan, value: Callable[[StepCost], float], text: Callable[[float], str]) -> _Groups:
+    """Make marks of a figure of the three designs, for each number of ranks; the design to choose is marked."""
+    return {
+        _ranks(row.ranks): [
+            Mark(
+                f"{design}, to choose" if design == row.best else design,
+                value(row.costs[design]),
+                figure=text(value(row.costs[design])),
+                is_good=design == row.best,
+            )
+            for design in DESIGNS
+        ]
+        for row in plan.rows
+    }
+
+
+def _plot_of_memory(plan: TrainingPlan) -> Plot | None:
+    marks = [Mark(_ranks(row.ranks), row.rank_bytes, figure=size(row.rank_bytes)) for row in plan.rows]
+    return bars("Features and ID rows of a rank", marks)
+
+
+def _plot_of_bytes(plan: TrainingPlan) -> Plot | None:
+    return bars("Bytes sent in a step, out of each rank", _by_design(plan, lambda cost: cost.bytes_sent, size))
+
+
+def _plot_of_times(plan: TrainingPlan) -> Plot | None:
+    return bars("Time of a step", _by_design(plan, lambda cost: cost.seconds, duration))
+
+
+def _plot_of_stages(plan: TrainingPlan) -> Plot | None:
+    marks = {
+        _ranks(row.ranks): [
+            Mark(name, stage.seconds, figure=duration(stage.seconds))
+            for name, stage in row.costs["exchange"].stages.items()
+            if stage.seconds
+        ]
+        for row in plan.rows
+    }
+    return bars("Stages of a step of the exchange", marks)
+
+
+_PLOTS: Mapping[Callable[[TrainingPlan], Table], Callable[[TrainingPlan], Plot | None]] = {
+    _stored: _plot_of_memory,
+    _bytes: _plot_of_bytes,
+    _times: _plot_of_times,
+    _stages: _plot_of_stages,
+}
+
+
+def _ranks(count: int) -> str:
+    return f"{count:,} rank{'s' * (count > 1)}"
 
 
 def _table(title: str, *columns: str) -> Table:

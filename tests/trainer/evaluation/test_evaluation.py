@@ -18,13 +18,16 @@ from typer.testing import CliRunner
 from featurestore.identity import SnapshotId
 from featurestore.keys import sampled
 from featurestore.store import FeatureStore
+from tests.pages import check_page
 from tests.ranks import StandingRanks
 from tests.trainer.alike import alike
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
 from trainer.evaluate import app
 from trainer.evaluation.bootstrap import METRICS
+from trainer.evaluation.plots import METRIC_TITLES
 from trainer.evaluation.predict import predict, predict_run, predict_without
+from trainer.evaluation.report import number
 from trainer.main import train
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.saved import RunSource, open_source
@@ -327,14 +330,25 @@ class TestAgainst:
         assert "--against: it compares the runs" in evaluate(run, "--against", run, "--missing-curve", code=2)
 
 
+def test_a_page_that_cannot_be_written_is_refused_by_all_ranks(
+    run: Path, tmp_path: Path, two_ranks_of_each: StandingRanks
+) -> None:
+    page = tmp_path / "missing" / "page.html"
+    (code, out), (other_code, other_out) = two_ranks_of_each.call("-m", "trainer.evaluate", run, "--html", page)
+    assert (code, out.count("error: cannot write --html")) == (2, 1) and "impressions" not in out
+    assert other_code != 0 and "error" not in other_out
+
+
 def test_two_ranks_equal_one(run: Path, tmp_path: Path, two_ranks_of_each: StandingRanks) -> None:
     options = (str(run), "--missing-curve", "--bootstrap", "50", "--out")
     done = CliRunner().invoke(app, [*options, str(tmp_path / "one")])
     assert done.exit_code == 0 and " impressions, 1 rank\n" in done.stdout, done.output
-    text = two_ranks_of_each.run("-m", "trainer.evaluate", *options, tmp_path / "two")
+    text = two_ranks_of_each.run("-m", "trainer.evaluate", *options, tmp_path / "two", "--html", tmp_path / "page.html")
     assert " impressions, 2 ranks\n" in text
     one, two = report_of(tmp_path / "one"), report_of(tmp_path / "two")
     assert two.keys() == one.keys()
+    page = check_page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert page.value(METRIC_TITLES["logloss"])[0] == number(two["whole"]["metrics"]["logloss"]["value"])
     flat_one, flat_two = dict(_flat(one)), dict(_flat(two))
     assert flat_two.keys() == flat_one.keys()
     # Unique keys are counted where they are asked for: rank by rank.

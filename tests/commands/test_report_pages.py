@@ -1,0 +1,199 @@
+"""Report pages of commands: which have --html, a wrong path is refused, and a page has the figures of its command."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.report import Section, write_sections
+from featurestore.console.output import figure, text_console
+from featurestore.console.page.page import ReportPage
+from featurestore.console.page.recording import recorded
+from tests.commands.calls import COMMANDS, call, words_of
+from tests.commands.test_every_command import LEAVES, least_words
+from tests.pages import ReadPage, check_page
+from trainer.evaluation.bootstrap import Estimate
+from trainer.evaluation.plots import METRIC_TITLES
+from trainer.evaluation.report import number, range_of
+from trainer.experiments.grid import Experiment, Variant
+from trainer.experiments.results import show_section
+from trainer.experiments.tables import as_values, rows_of
+from trainer.plan.show import duration, size
+
+WITH_PAGES = sorted(
+    line
+    for line in LEAVES
+    if line.startswith(("jobs/", "benchmarks.", "trainer.experiments", "trainer.evaluate", "trainer.plan"))
+    or line == "featurestore verify"
+)
+
+
+def written(path: Path) -> ReadPage:
+    """Read the page that a command wrote, which is as every page has to be."""
+    return check_page(path.read_text(encoding="utf-8"))
+
+
+def test_a_new_job_is_among_them() -> None:
+    jobs = {name for name in COMMANDS if name.startswith("jobs/")}
+    assert {line.split()[0] for line in WITH_PAGES} >= jobs and len(jobs) >= 12 and len(WITH_PAGES) >= 35
+
+
+@pytest.mark.parametrize("line", WITH_PAGES)
+def test_a_path_that_cannot_be_written_ends_the_command_before_its_work(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command has the option, and looks at its value before anything else."""
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "missing" / "page.html"
+    called = call([*line.split(), *least_words(LEAVES[line]), "--html", str(page)])
+    assert (called.code, called.trace, called.out) == (2, "", "")
+    assert called.err == f"error: cannot write --html {page}: there is no folder {page.parent}; make it first\n"
+    assert list(tmp_path.iterdir()) == [], "it began to work"
+
+
+@pytest.mark.parametrize("line", sorted(set(LEAVES) - set(WITH_PAGES)))
+def test_other_commands_do_not_say_that_they_write_a_page(line: str) -> None:
+    assert not any("--html" in each.opts for each in LEAVES[line].params)
+
+
+def test_a_plan_has_the_figures_of_its_json(tmp_path: Path) -> None:
+    page, file = tmp_path / "plan.html", tmp_path / "plan.json"
+    called = call(words_of("trainer.plan --paper --html {page} --json {file}", {"page": page, "file": file}))
+    assert (called.code, called.err) == (0, "")
+    read, plan = written(page), json.loads(file.read_text())
+    assert plan["title"] in read.texts and all(line in read.texts for line in (*plan["advice"], *plan["assumptions"]))
+    for ranks, row in plan["ranks"].items():
+        stored = [*map(size, row["stored_bytes_per_rank"].values()), size(row["memory_bytes_per_rank"])]
+        assert [ranks, *stored] in read.rows
+        for design, cost in row["designs"].items():
+            times = [duration(cost["step_s"]), f"{cost['samples_per_s']:,.0f}", duration(cost["day_s"])]
+            assert [ranks, design, *times, f"{cost['efficiency']:.0%}"] in read.rows
+            assert any(f"{design}, to choose" in plot or f"{design}: {times[0]}" in plot for plot in read.plots)
+    emitted = call(words_of("trainer.plan --paper --emit slurm --html {page}", {"page": page}))
+    assert emitted.code == 0 and len(written(page).rows) == len(read.rows)
+
+
+def test_an_evaluation_has_the_figures_of_its_json(names: dict[str, object], tmp_path: Path) -> None:
+    places = {**names, "page": tmp_path / "page.html", "file": tmp_path / "file.json", "out": tmp_path / "out"}
+    line = "trainer.evaluate {run} --bootstrap 20 --out {out} --html {page} --json {file}"
+    called = call(words_of(line, places))
+    assert (called.code, called.trace) == (0, ""), called.err
+    read, report = written(tmp_path / "page.html"), json.loads((tmp_path / "file.json").read_text())
+    for name, title in METRIC_TITLES.items():
+        estimate = Estimate(**report["whole"]["metrics"][name])
+        assert [title, number(estimate.value), range_of(estimate)] in read.rows
+    for sliced in report["sliced_by"].values():
+        for name, each in sliced["slices"].items():
+            values = [number(each["metrics"][metric]["value"]) for metric in METRIC_TITLES]
+            assert [name, f"{each['impressions']:,}", *values] in read.rows
+            assert any(f"{name}: {values[1]}" in plot for plot in read.plots)
+    assert any(plot.startswith("Reliability") for plot in read.plots)
+    assert str(names["run"]) in read.text and f"written to {tmp_path / 'out'}" in read.texts
+    against = "trainer.evaluate {run} --against {run} --bootstrap 20 --out {out} --html {page} --json {file}"
+    assert call(words_of(against, places)).code == 0
+    read, found = written(tmp_path / "page.html"), json.loads((tmp_path / "file.json").read_text())
+    for name, each in found["differences"].items():
+        assert read.value(METRIC_TITLES[name])[:3] == [number(each[key]) for key in ("ours", "baseline", "value")]
+    assert read.plots and read.plots[0].startswith("Difference")
+
+
+def test_an_evaluation_that_fails_writes_no_page(names: dict[str, object], tmp_path: Path) -> None:
+    line = "trainer.evaluate {run} --bootstrap 0 --out {empty} --html {page}"
+    assert call(words_of(line, {**names, "page": tmp_path / "page.html"})).code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_of_experiments_have_the_figures_of_their_json(tmp_path: Path) -> None:
+    experiment = Experiment("t", "T", (Variant("base", (), 0.6), Variant("<b>a</b>", (), 0.61)), "Why.")
+    figures = {"base": [{"gauc": 0.61234}, {"gauc": 0.63234}], "<b>a</b>": [{"gauc": 0.71234}, {"gauc": 0.74234}]}
+    with recorded(ReportPage(tmp_path / "page.html", "T", [])):
+        show_section(text_console(), experiment, figures)
+    read = written(tmp_path / "page.html")
+    values: Any = as_values(rows_of(experiment, figures))
+    for row in values:
+        gauc = row["metrics"]["gauc"]
+        assert read.value(row["name"])[0] == f"{gauc['mean']:.4f} ± {gauc['half_width']:.4f}"
+        assert any(f"{row['name']}: {gauc['mean']:.4f}" in plot for plot in read.plots)
+    assert f"<b>a</b>: {values[1]['gain']['mean']:+.4f}" in read.plots[1]
+
+
+def test_a_benchmark_has_the_figures_of_its_json(tmp_path: Path) -> None:
+    sections = [
+        Section("speed", {"full_s": 12.5, "refresh_s": 0.5, "ratio": 25.0, "name": "x", "none": None}),
+        Section("grid", {}, {"ours_2_ranks": {"samples_per_s": 1234.5}, "theirs": {"samples_per_s": 987.0}}, "p_"),
+    ]
+    with recorded(ReportPage(tmp_path / "page.html", "T", [])):
+        write_sections(sections, tmp_path / "file.json")
+    read, values = written(tmp_path / "page.html"), json.loads((tmp_path / "file.json").read_text())
+    for name in sections[0].figures:
+        assert read.value(name) == [figure(values[name])]
+    for name in ("ours_2_ranks", "theirs"):
+        assert read.value(name.replace("_", " ")) == [figure(values[f"p_{name}_samples_per_s"])]
+    assert read.plots == [
+        "s. full: 12.5; refresh: 0.5",
+        "samples per s. ours 2 ranks: 1,234; theirs: 987",
+    ]
+
+
+def test_verify_writes_what_it_has_found(names: dict[str, object], tmp_path: Path) -> None:
+    places = {**names, "page": tmp_path / "page.html", "copy": tmp_path / "store"}
+    called = call(words_of("featurestore verify {store} --html {page}", places))
+    read = written(tmp_path / "page.html")
+    assert called.code == 0 and called.out.strip() in read.texts and called.out.startswith("0 problems")
+    broken = call(words_of("featurestore verify {deepstore} --html {page}", places))
+    read = written(tmp_path / "page.html")
+    assert broken.code == 1 and ("p", "class", "problem") in read.attributes
+    assert any(each in broken.err for each in read.texts if each.startswith("broken: "))
+
+
+def lines_of(out: str) -> list[list[str]]:
+    """Return the named lines of a job as rows of a page have them: the name and the rest of each."""
+    return [[line[:13].strip(), line[13:].strip()] for line in out.splitlines()]
+
+
+JOBS = [
+    "jobs/score --run {run} --out {new}.parquet",
+    "jobs/export_embeddings --run {run} --out {new}.npy",
+    "jobs/export_embeddings --run {run} --out {new}.parquet",
+    "jobs/build_ad_index --run {towers} --samples {samples} --out {new}",
+    "jobs/build_semantic_ids --store {store} --levels 2 --codes 4 --no-samples --out {new}",
+    "jobs/make_demo_data --out {new} --items 20 --users 10 --days 2",
+    "jobs/import_xdl random --out {new} --lines 20 --images 20 --ids 10 --dim 4",
+    "jobs/import_xdl export-images --store {store} --to {new}",
+]
+
+
+@pytest.mark.parametrize("line", JOBS)
+def test_the_summary_of_a_job_is_its_page(line: str, names: dict[str, object], tmp_path: Path) -> None:
+    places = {**names, "new": tmp_path / "new"}
+    called = call([*words_of(line, places), "--html", str(tmp_path / "page.html")])
+    assert (called.code, called.trace) == (0, ""), called.err
+    read = written(tmp_path / "page.html")
+    told = lines_of(called.out)
+    assert told and len(told) >= 2
+    (pairs,) = (row for row in read.rows if told[0][0] in row[:1])
+    assert [list(each) for each in zip(pairs[::2], pairs[1::2], strict=True)] == told
+
+
+CLUSTER_JOBS = [
+    "jobs/extract_features --images {photos} --store {new} --weights random:0",
+    "jobs/import_features --from {matrix} --keys {ids} --store {new}",
+    "jobs/import_xdl samples --from {drawn}/data.txt --samples {new} --label-threshold 0.5",
+]
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("line", CLUSTER_JOBS)
+def test_the_summary_of_a_job_on_a_cluster_is_its_page(
+    line: str, names: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(
+        "pipeline.cluster.connect.connect", lambda *_, **__: contextlib.nullcontext(request.getfixturevalue("client"))
+    )
+    (tmp_path / "ids.txt").write_text("a\nb\n<script>\n")
+    drawn = tmp_path / "drawn"
+    draw_options = ["--lines", "40", "--images", "20", "--ids", "10", "--dim", "4"]
+    assert call(["jobs/import_xdl", "random", "--out", str(drawn), *draw_options]).code == 0
+    test_the_summary_of_a_job_is_its_page(line, {**names, "ids": tmp_path / "ids.txt", "drawn": drawn}, tmp_path)
