@@ -29,17 +29,23 @@ class Exported(NamedTuple):
 def export(places: Places, out: Path, most_files: int, tell: Callable[[int, int], None]) -> Exported:
     """Write the pages of `places` into the folder `out`, whole or not at all; `tell` gets done and known files.
 
-    An earlier export in `out` is replaced. Raises ExplorerError where `out` holds something else.
+    An earlier export in `out` is replaced. Raises ExplorerError where `out` holds something else or
+    cannot be written.
     """
     if out.exists() and not (out / LEFT_OUT).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ExplorerError(f"{out} holds something else than an export; name a new folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as failure:
+        raise ExplorerError(f"cannot write {out}: {failure.strerror}") from failure
     try:
         exported = asyncio.run(_export(Site(places, frozen=True, most_files=most_files), folder, tell))
         folder.chmod(0o755)
         shutil.rmtree(out, ignore_errors=True)
         folder.rename(out)
+    except OSError as failure:
+        raise ExplorerError(f"cannot write {out}: {failure.strerror}") from failure
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return exported

@@ -1,0 +1,89 @@
+"""Tests of the application: errors as pages, and the headers of every answer."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from explorer.errors import ExplorerError, NotHereError
+from explorer.html.site import NavItem, Site
+from explorer.pages.kind import PageKind
+from explorer.places import Places
+from explorer.server import app as app_module
+from explorer.server.app import application
+
+ERRORS: dict[str, tuple[Exception, int]] = {
+    "nothere": (NotHereError("no image 5 in snapshot 3"), 404),
+    "wrong": (ExplorerError("<b>that</b> does not work"), 400),
+    "bug": (ValueError("a secret of a user"), 500),
+}
+
+
+class FailingPages(PageKind):
+    """Pages that fail."""
+
+    closed = 0
+
+    @property
+    def nav(self) -> NavItem:
+        return NavItem("Failing", "/fail/nothere")
+
+    def routes(self) -> Sequence[Route]:
+        return [Route("/fail/{kind}", self.fail)]
+
+    def fail(self, request: Request) -> Response:
+        raise ERRORS[request.path_params["kind"]][0]
+
+    def close(self) -> None:
+        FailingPages.closed += 1
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+    monkeypatch.setattr(app_module, "KINDS", (*app_module.KINDS, FailingPages))
+    with TestClient(application(Site(Places(images="x"))), raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_errors_are_pages(client: TestClient, kind: str) -> None:
+    answer = client.get(f"/fail/{kind}")
+    error, status = ERRORS[kind]
+    assert answer.status_code == status
+    assert "<h1>" in answer.text and 'href="/"' in answer.text
+    assert "<b>that" not in answer.text
+    assert (str(error) in answer.text) == (kind == "nothere")
+    assert "Content-Security-Policy" in answer.headers
+
+
+def test_no_such_page_and_no_such_file(client: TestClient) -> None:
+    for path in ("/nope", "/static/nope", "/static/..%2f..%2fsetup.cfg", "/static/%2e%2e/__init__.py"):
+        answer = client.get(path)
+        assert answer.status_code == 404, path
+        assert "<h1>Not found</h1>" in answer.text
+    assert client.post("/").status_code == 405
+
+
+def test_every_answer_keeps_scripts_of_others_out(client: TestClient) -> None:
+    for path in ("/", "/nope", "/picture?uri=x", "/static/style.css"):
+        policy = client.get(path).headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "script-src 'self'" in policy
+        assert "eval" not in policy
+
+
+def test_the_files_of_pages_are_there(client: TestClient) -> None:
+    for name in ("style.css", "htmx.min.js", "charts.js", "plotly.min.js"):
+        assert len(client.get(f"/static/{name}").content) > 100, name
+
+
+def test_the_kinds_are_closed_when_the_server_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(app_module, "KINDS", (FailingPages,))
+    before = FailingPages.closed
+    with TestClient(application(Site(Places(images=str(tmp_path))))):
+        assert FailingPages.closed == before
+    assert FailingPages.closed == before + 1
