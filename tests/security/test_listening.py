@@ -69,6 +69,13 @@ def test_the_scorer(model: Path, tmp_path: Path) -> None:
         assert found and set(found) <= set(LOOPBACK), found
 
 
+def test_the_explorer(places: Places, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "explorer", "--runs", places.folder, "--port", "0"]
+    with started(words, tmp_path, lambda log: "open http" in log) as server:
+        found = listening(server)
+        assert found and set(found) <= set(LOOPBACK), found
+
+
 def test_the_feature_server(places: Places, tmp_path: Path) -> None:
     store = places.folder / "features"
     words = [sys.executable, "-m", "featurestore", "serve", store, "--port", "0", "--cache-dir", tmp_path / "cache"]
