@@ -102,6 +102,7 @@ bench: $(INSTALLED) ## Run the benchmarks; the figures go to data/bench/*.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.restart --dir $(BENCH_DIR)/restart --json $(BENCH_DIR)/restart.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.scale --dir $(BENCH_DIR)/scale --json $(BENCH_DIR)/scale.json
 	$(ON_PATH) $(BIN)/python -m benchmarks.serve --dir $(BENCH_DIR)/serve --json $(BENCH_DIR)/serve.json
+	$(ON_PATH) $(BIN)/python -m benchmarks.explorer --dir $(BENCH_DIR)/explorer --json $(BENCH_DIR)/explorer.json
 
 gpu-check: $(INSTALLED) ## Compare training on a GPU with the CPU, and measure it; GPU_DEVICE=cpu runs the same without one
 	mkdir -p $(BENCH_DIR)

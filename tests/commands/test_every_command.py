@@ -28,6 +28,7 @@ WRITERS = {
     for name in (
         "comm",
         "days",
+        "explorer",
         "flight",
         "gpu",
         "plan",

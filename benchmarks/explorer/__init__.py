@@ -1,0 +1,1 @@
+"""Benchmark of the explorer: its pages on a large store, and small pictures under load."""
