@@ -2,6 +2,7 @@
 
 import posixpath
 import re
+from collections.abc import Mapping, Sequence
 from urllib.parse import quote, urlencode
 
 import xxhash
@@ -14,10 +15,17 @@ LEFT_OUT = "left-out.html"
 _ODD = re.compile(r"[^A-Za-z0-9]+")
 
 
-def address(path: str, params: dict[str, Param]) -> str:
-    """Write the address of a page: the path quoted, the parameters in the order of their names, None left out."""
-    given = {name: str(value) for name, value in sorted(params.items()) if value is not None}
-    return quote(path) + (f"?{urlencode(given)}" if given else "")
+def address(path: str, params: Mapping[str, Param | Sequence[str]]) -> str:
+    """Write the address of a page: the path quoted, the parameters in the order of their names, None left out.
+
+    A parameter with several values is written once for each.
+    """
+    given = {
+        name: str(value) if isinstance(value, str | int | float) else list(value)
+        for name, value in sorted(params.items())
+        if value is not None
+    }
+    return quote(path) + (f"?{urlencode(given, doseq=True)}" if given else "")
 
 
 def file_of(address: str) -> str:

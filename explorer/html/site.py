@@ -12,6 +12,7 @@ from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
+from explorer.data.background import Background
 from explorer.data.pictures import Pictures
 from explorer.html.filters import FILTERS
 from explorer.html.links import LEFT_OUT, PICTURE, Param, address, file_of, relative
@@ -52,6 +53,17 @@ class Site:
         return Pictures(self.places.images)
 
     @cached_property
+    def background(self) -> Background:
+        """What takes long, done once beside the pages."""
+        return Background()
+
+    def close(self) -> None:
+        """End what runs beside the pages."""
+        background: Background | None = self.__dict__.pop("background", None)
+        if background is not None:
+            background.close()
+
+    @cached_property
     def templates(self) -> jinja2.Environment:
         """The templates; text in them is escaped, and a missing value is an error."""
         environment = jinja2.Environment(
@@ -67,7 +79,7 @@ class Site:
         )
         return environment
 
-    def url(self, path: str, **params: Param) -> str:
+    def url(self, path: str, **params: Param | Sequence[str]) -> str:
         """Write a link to a page of ours; every link of every template is made here."""
         wanted = address(path, params)
         if not self.frozen:

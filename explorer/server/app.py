@@ -20,12 +20,13 @@ from explorer.html.site import Site
 from explorer.pages.home import HomePages
 from explorer.pages.kind import PageKind
 from explorer.pages.pictures import PicturePages
+from explorer.pages.runs import RunPages
 from featurestore.errors import UserError
 from featurestore.text.plain import one_line
 
 logger = logging.getLogger("explorer")
 
-KINDS: tuple[type[PageKind], ...] = (HomePages, PicturePages)
+KINDS: tuple[type[PageKind], ...] = (HomePages, PicturePages, RunPages)
 """All kinds of pages, in the order of the navigation."""
 _POLICY = (
     "default-src 'none'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; script-src 'self'; "
@@ -53,6 +54,7 @@ def application(site: Site) -> Starlette:
         finally:
             for kind in kinds:
                 kind.close()
+            site.close()
 
     return Starlette(
         routes=routes,

@@ -32,5 +32,8 @@
   }
 
   document.addEventListener("DOMContentLoaded", () => draw(document));
+  document.addEventListener("htmx:beforeSwap", (event) => {
+    for (const place of event.target.querySelectorAll(".plot[data-drawn]")) Plotly.purge(place);
+  });
   document.addEventListener("htmx:afterSwap", (event) => draw(event.target));
 })();

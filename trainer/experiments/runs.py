@@ -11,7 +11,7 @@ from typing import IO, Any
 from featurestore.console.page.recording import unrecorded
 from featurestore.published.paths import FarPath, RunPath
 from trainer.comm import Comm
-from trainer.config.config import Config, config_digest, load_config
+from trainer.config.config import CHANGES_NO_FIGURE, Config, config_digest, load_config
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.experiments.grid import Experiment, Variant
 from trainer.experiments.sources import Sources
@@ -21,21 +21,6 @@ from trainer.schema import load_schema
 
 METRICS = ("gauc", "auc", "logloss", "new_ad_gauc", "new_ad_auc")
 _DIGITS = 10
-_CHANGES_NO_FIGURE = {
-    "data": {"cache_dir", "prefetch_batches", "schema_file"},
-    "train": {
-        "seed",
-        "log_every",
-        "checkpoint_every",
-        "checkpoint_every_s",
-        "checkpoint_beside",
-        "checkpoint_failures",
-        "keep_checkpoints",
-    },
-    "run": {"dir", "name", "resume", "warm_start", "overwrite", "threads", "deadline_s", "profile"},
-}
-"""Not in a run's digest. The seed is beside it in the name; the fields of the schema and the run that it begins
-with are in it by themselves."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +153,7 @@ class Grid:
                 versions["store_versions"][place.name] = snapshot.version
         config = config.changed(data=versions)
         depends_on = {
-            "config": config.model_dump(mode="json", exclude=_CHANGES_NO_FIGURE),
+            "config": config.model_dump(mode="json", exclude=CHANGES_NO_FIGURE),
             "schema": schema.model_dump(mode="json"),
             "samples": [self._sources.digest(config, schema, "train"), self._sources.digest(config, schema, "test")],
             "stores": stores,

@@ -1,0 +1,101 @@
+"""Computations that take seconds or minutes: each is done once, in a thread beside the server, and tells how far it is.
+
+A page that needs one shows what there is already and asks again, until it is done.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from threading import Event, Lock
+from typing import Generic, TypeVar
+
+from explorer.errors import ExplorerError
+
+T = TypeVar("T")
+
+KEPT = 64
+"""Results that are kept, those that were asked for last."""
+_RETRY_S = 60.0
+
+
+class Task(Generic[T]):
+    """One computation: waiting, running, done or failed."""
+
+    def __init__(self) -> None:
+        self.done, self.total = 0, 0
+        """How far it is; 0 of 0: unknown."""
+        self.doing = "waits for other work to end"
+        self._ended = Event()
+        self.ended_s = 0.0
+        self.error: Exception | None = None
+        self._results: list[T] = []
+        self.is_cancelled = False
+        """Set when the server ends; long work looks at it."""
+
+    def tell(self, doing: str, done: int = 0, total: int = 0) -> None:
+        """Say what is done now, and how far it is. Raises CancelledError where the server ends."""
+        if self.is_cancelled:
+            raise CancelledError
+        self.doing, self.done, self.total = doing, done, total
+
+    @property
+    def is_ended(self) -> bool:
+        """Tell whether `result` returns at once."""
+        return self._ended.is_set()
+
+    def result(self) -> T:
+        """Wait for the end and return the result. Raises what the computation raised."""
+        self._ended.wait()
+        if self.error is not None:
+            raise self.error
+        return self._results[0]
+
+    def _run(self, work: "Callable[[Task[T]], T]") -> None:
+        try:
+            self._results.append(work(self))
+        except CancelledError:
+            self.error = ExplorerError("the server is ending")
+        except Exception as error:
+            self.error = error
+        finally:
+            self.ended_s = time.monotonic()
+            self._ended.set()
+
+    @property
+    def _is_stale(self) -> bool:
+        return self.is_ended and self.error is not None and time.monotonic() - self.ended_s > _RETRY_S
+
+
+class Background:
+    """All computations of a server, one after the other, by name."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(1, "explorer-background")
+        self._tasks: OrderedDict[str, Task[object]] = OrderedDict()
+        self._lock = Lock()
+
+    def task(self, name: str, work: Callable[[Task[T]], T]) -> Task[T]:
+        """Give the computation of this name, which is begun now if it is not known; a failed one again after a minute.
+
+        `name` has to say all that the result depends on.
+        """
+        with self._lock:
+            known = self._tasks.get(name)
+            if known is not None and not known._is_stale:
+                self._tasks.move_to_end(name)
+                return known  # type: ignore[return-value]
+            task: Task[T] = Task()
+            self._tasks[name] = task  # type: ignore[assignment]
+            ended = [each for each, other in self._tasks.items() if other.is_ended]
+            for each in ended[: max(0, len(self._tasks) - KEPT)]:
+                del self._tasks[each]
+        self._threads.submit(task._run, work)
+        return task
+
+    def close(self) -> None:
+        """Tell what runs to end, and wait for it."""
+        with self._lock:
+            for task in self._tasks.values():
+                task.is_cancelled = True
+        self._threads.shutdown(wait=True)

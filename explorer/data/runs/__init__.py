@@ -1,0 +1,1 @@
+"""Runs: their folders, curves, evaluations, and how several differ."""

@@ -1,0 +1,126 @@
+"""Differences of runs on the same impressions, with intervals, and what they say in one plain sentence each."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from explorer.data.background import Task
+from explorer.data.predictions import predictions_of
+from explorer.places import Places
+from featurestore.errors import UserError
+from featurestore.text.plain import one_line
+
+COMPARED = ("gauc", "auc", "logloss")
+TITLES = {
+    "gauc": "GAUC",
+    "auc": "AUC",
+    "logloss": "log loss",
+    "new_ad_auc": "AUC, new ads",
+    "calibration": "predicted / clicked",
+    "ece": "ECE",
+}
+LOWER_IS_BETTER = frozenset({"logloss"})
+RESAMPLES = 1000
+_MOST_RESAMPLED = 300_000_000
+"""Impressions times resamples that one comparison may cost: some seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A metric of a run minus that of the run it is compared with; None where it is not defined."""
+
+    run: str
+    against: str
+    metric: str
+    ours: float | None
+    baseline: float | None
+    value: float | None
+    low: float | None
+    high: float | None
+
+    @property
+    def is_clear(self) -> bool:
+        """Tell whether the interval is on one side of 0: only then a difference may be claimed."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+    @property
+    def is_better(self) -> bool | None:
+        """Tell whether the run is better than the other one; None where that is not clear."""
+        if not self.is_clear or self.value is None:
+            return None
+        return (self.value < 0) == (self.metric in LOWER_IS_BETTER)
+
+    @property
+    def verdict(self) -> str:
+        """Say in one sentence what the figures tell."""
+        title = TITLES[self.metric]
+        if self.value is None:
+            return f"{title} is not defined for both runs."
+        if self.low is None or self.high is None:
+            return f"{title} differs by {self.value:+.4f}; without an interval nobody knows whether that is chance."
+        span = f"95 % interval {self.low:+.4f} to {self.high:+.4f}"
+        if not self.is_clear:
+            return f"No difference in {title} can be claimed: {self.value:+.4f}, {span}, which spans 0."
+        word = "better" if self.is_better else "worse"
+        return f"{self.run} is {word} than {self.against} in {title}: {self.value:+.4f}, {span}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Runs against the first of them. `problems`: of a run that could not be compared, why, by its name."""
+
+    impressions: int
+    users: int
+    baseline: str
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...]
+    problems: Mapping[str, str]
+
+    def of(self, run: str) -> tuple[Difference, ...]:
+        """List the differences of a run."""
+        return tuple(each for each in self.differences if each.run == run)
+
+
+def compare_runs(places: Places, names: Sequence[str], task: Task[Any]) -> Comparison:
+    """Predict with all runs and compare each with the first, on the same resamples of users.
+
+    Raises TrainerError, FeatureStoreError, TooMuchError where the first one cannot be predicted with; what is wrong
+    with another one is among `problems`.
+    """
+    from trainer.evaluation.compare import compare
+
+    baseline = predictions_of(places, names[0], task)
+    count, users = len(baseline.logit_N), len(set(baseline.impressions.user_N.tolist()))
+    resamples = max(200, min(RESAMPLES, _MOST_RESAMPLED // max(1, count)))
+    found: list[Difference] = []
+    notes, problems = [f"{names[0]}: {each}" for each in baseline.notes], {}
+    for done, name in enumerate(names[1:], 1):
+        try:
+            ours = predictions_of(places, name, task)
+            task.tell(f"compares {name} with {names[0]}", done, len(names))
+            differences = compare([ours], [baseline], metrics=COMPARED, resamples=resamples)
+        except UserError as error:
+            problems[name] = one_line(error)
+            continue
+        notes += [f"{name}: {each}" for each in ours.notes]
+        found += [
+            Difference(
+                run=name,
+                against=names[0],
+                metric=metric,
+                ours=each.ours,
+                baseline=each.baseline,
+                value=each.value,
+                low=each.low,
+                high=each.high,
+            )
+            for metric, each in differences.items()
+        ]
+    return Comparison(
+        impressions=count,
+        users=users,
+        baseline=names[0],
+        differences=tuple(found),
+        notes=tuple(dict.fromkeys(notes)),
+        problems=problems,
+    )

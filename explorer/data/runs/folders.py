@@ -1,0 +1,194 @@
+"""Folders of runs: what each is, how far it is, and what it measured. A file that is half written stops nothing."""
+
+import contextlib
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from explorer.errors import NotHereError
+from explorer.places import Places
+from featurestore.errors import StorageError, UserError
+from featurestore.published.paths import FarPath, RunPath, read_file, run_path
+from featurestore.text.parsing import parse_yaml
+from featurestore.text.plain import one_line
+
+State = Literal["finished", "running", "unfinished", "unreadable"]
+
+METRICS = ("gauc", "auc", "logloss", "new_ad_auc")
+"""Metrics of a list of runs, the one that counts first."""
+TENSORBOARD = "tensorboard"
+_QUIET_S = 180.0
+"""A run that has written nothing for so long is not running."""
+_THREADS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What the folder of a run says."""
+
+    name: str
+    state: State
+    settings: Mapping[str, Any]
+    """Every setting by its name with dots; empty where config.yaml cannot be read."""
+    report: Mapping[str, Any]
+    """report.json; empty before the run's end."""
+    problems: tuple[str, ...] = ()
+    """What could not be read, each a sentence."""
+    changed_s: float | None = None
+    """When something was written last, in seconds since 1970; None where that is not known."""
+    checkpoints: tuple[str, ...] = field(default=())
+    """Names of the whole checkpoints, oldest first."""
+    has_evaluation: bool = False
+
+    @property
+    def metrics(self) -> Mapping[str, float | int | None]:
+        """The metrics of the last evaluation of training; empty before."""
+        found = self.report.get("metrics")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def images(self) -> str:
+        """Which images the model sees: none, ad, behavior, both; empty where that is not known."""
+        return str(self.settings.get("model.images", ""))
+
+
+def list_runs(places: Places, page: int, per_page: int) -> tuple[list[RunFacts], int]:
+    """Read one page of the runs, those first that changed last (at an address: by name), and count all."""
+    names = run_names(places)
+    shown = names[(page - 1) * per_page : page * per_page]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return list(threads.map(lambda name: read_facts(places.run(name)), shown)), len(names)
+
+
+def run_names(places: Places) -> list[str]:
+    """List the runs: folders with a config.yaml, whose names are text. Those first that changed last."""
+    assert places.runs is not None
+    root = run_path(places.runs)
+    if isinstance(root, FarPath):
+        below = root.iterdir()
+        with ThreadPoolExecutor(_THREADS) as threads:
+            is_run = list(threads.map(lambda each: (each / "config.yaml").is_file(), below))
+        return sorted(each.name for each, yes in zip(below, is_run, strict=True) if yes)
+    found = [(_changed_s(each) or 0.0, each.name) for each in root.iterdir() if (each / "config.yaml").is_file()]
+    return [name for _, name in sorted(found, key=lambda each: (-each[0], each[1])) if _is_text(name)]
+
+
+def _is_text(name: str) -> bool:
+    """Tell whether an address can hold a name: bytes that are no UTF-8 are in none."""
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def open_run(places: Places, name: str) -> RunPath:
+    """Find the folder of a run. Raises NotHereError."""
+    try:
+        folder = places.run(name)
+        is_run = (folder / "config.yaml").is_file()
+    except (OSError, ValueError, UserError):
+        is_run = False
+    if not is_run:
+        raise NotHereError(f"there is no run {name[:60]!r}")
+    return folder
+
+
+def read_facts(folder: RunPath) -> RunFacts:
+    """Read what a run's folder says now; a part that cannot be read is a problem of it."""
+    problems: list[str] = []
+    settings = _read(lambda: _settings(folder / "config.yaml"), {}, problems)
+    report = _read(lambda: _report(folder), {}, problems)
+    changed_s = _changed_s(folder)
+    state: State = "unfinished"
+    if report:
+        state = "finished"
+    elif problems:
+        state = "unreadable"
+    elif changed_s is not None and time.time() - changed_s < _QUIET_S:
+        state = "running"
+    return RunFacts(
+        name=folder.name,
+        state=state,
+        settings=settings,
+        report=report,
+        problems=tuple(problems),
+        changed_s=changed_s,
+        checkpoints=tuple(_read(lambda: _checkpoints(folder), [], problems)),
+        has_evaluation=_read((folder / "evaluation" / "report.json").is_file, False, problems),
+    )
+
+
+def _read(read: Any, otherwise: Any, problems: list[str]) -> Any:
+    try:
+        return read()
+    except (OSError, StorageError, UserError, ValueError) as error:
+        problems.append(one_line(error))
+        return otherwise
+
+
+def _report(folder: RunPath) -> Mapping[str, Any]:
+    from trainer.runs.folder import report_of
+
+    report = report_of(folder) or {}
+    if not isinstance(report, dict):
+        raise ValueError(f"{folder / 'report.json'} is no report of a run")
+    return report
+
+
+def _checkpoints(folder: RunPath) -> list[str]:
+    from trainer.runs.folder import finished
+
+    return [each.name for each in finished(folder / "checkpoints")]
+
+
+def _settings(file: RunPath) -> Mapping[str, Any]:
+    return _parsed(read_file(file))
+
+
+@lru_cache(maxsize=512)
+def _parsed(content: bytes) -> Mapping[str, Any]:
+    """Read the settings of a saved configuration, as the trainer would, but for their check; some 10 ms."""
+    from trainer.config.legacy import up_to_date
+
+    loaded = parse_yaml(content.decode())
+    if not isinstance(loaded, dict):
+        raise ValueError("config.yaml is no configuration of a run")
+    return {**_preset(), **flat(up_to_date(loaded))}
+
+
+@cache
+def _preset() -> Mapping[str, Any]:
+    from trainer.config.config import DEFAULT_PRESET
+
+    return flat(parse_yaml(DEFAULT_PRESET.read_text()))
+
+
+def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Name settings by dots: {"optim": {"lr": 1}} becomes {"optim.lr": 1}."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{before}{name}.")
+        else:
+            found[f"{before}{name}"] = value
+    return found
+
+
+def _changed_s(folder: RunPath) -> float | None:
+    """Find when the run's files were written last; None at an address, which does not tell."""
+    if not isinstance(folder, Path):
+        return None
+    looked_at = [folder / "config.yaml", folder / "report.json", folder / "checkpoints"]
+    with contextlib.suppress(OSError):
+        looked_at += (folder / TENSORBOARD).iterdir()
+    times = []
+    for file in looked_at:
+        try:
+            times.append(file.stat().st_mtime)
+        except OSError:
+            continue
+    return max(times, default=None)

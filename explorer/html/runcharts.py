@@ -1,0 +1,140 @@
+"""Charts of runs as Plotly's figures: curves, stages of a step, slices, the missing-image curve, and differences."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from explorer.data.runs.comparing import TITLES, Difference
+from explorer.data.runs.curves import Curve, StageTime
+from explorer.data.runs.evaluation import Estimate, Evaluation, SlicedBy
+
+Figure = dict[str, Any]
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+"""Lines of up to six runs, told apart without colours too."""
+
+
+def curves(by_name: Mapping[str, Curve], title: str) -> Figure:
+    """Draw curves of one quantity over steps, one for each name."""
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines" if len(curve.steps) > 12 else "lines+markers",
+            "name": plain(name),
+            "x": list(curve.steps),
+            "y": list(curve.values),
+            "line": {"dash": _DASHES[number % len(_DASHES)], "width": 1.5},
+        }
+        for number, (name, curve) in enumerate(by_name.items())
+    ]
+    layout = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": title}}, "showlegend": len(traces) > 1}
+    return {"data": traces, "layout": layout}
+
+
+def stages(times: Sequence[StageTime]) -> Figure:
+    """Draw the stages of a step as two stacked bars: the step, and what works ahead beside it."""
+    traces = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": each.name,
+            "y": ["ahead, beside it" if each.is_ahead else "the step"],
+            "x": [each.ms],
+            "hovertemplate": "%{x:.2f} ms",
+        }
+        for each in times
+    ]
+    layout = {
+        "barmode": "stack",
+        "xaxis": {"title": {"text": "ms"}},
+        "yaxis": {"autorange": "reversed"},
+        "legend": {"orientation": "h", "y": -0.3},
+    }
+    return {"data": traces, "layout": layout}
+
+
+def slices(sliced: SlicedBy, whole: Estimate, metric: str) -> Figure:
+    """Draw a metric of the slices with their intervals; the line is that of all impressions."""
+    names = list(sliced.slices)
+    estimates = [each.metrics.get(metric) for each in sliced.slices.values()]
+    figure = _forest(names, estimates, TITLES[metric])
+    if whole.value is not None:
+        line = {"type": "line", "x0": whole.value, "x1": whole.value, "yref": "paper", "y0": 0, "y1": 1}
+        figure["layout"]["shapes"] = [{**line, "line": {"dash": "dot", "color": "#888888"}}]
+    return figure
+
+
+def missing_curve(evaluation: Evaluation) -> Figure:
+    """Draw GAUC against the share of images that are hidden."""
+    points = [each for each in evaluation.missing_curve if "gauc" in each.metrics]
+    estimates = [each.metrics["gauc"] for each in points]
+    trace = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": [100 * each.share for each in points],
+        "y": [each.value for each in estimates],
+        "error_y": _reach(estimates),
+    }
+    layout = {"xaxis": {"title": {"text": "images hidden, %"}}, "yaxis": {"title": {"text": "GAUC"}}}
+    return {"data": [trace], "layout": layout}
+
+
+def reliability(evaluation: Evaluation) -> Figure:
+    """Draw click rate against mean prediction; on the dotted line predictions are right."""
+    bins = evaluation.reliability
+    end = max([each.predicted for each in bins] + [each.clicked.value or 0.0 for each in bins], default=1.0) * 1.05
+    points = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [each.predicted for each in bins],
+        "y": [each.clicked.value for each in bins],
+        "error_y": _reach([each.clicked for each in bins]),
+    }
+    right = {"type": "scatter", "mode": "lines", "x": [0, end], "y": [0, end], "line": {"dash": "dot", "color": "#888"}}
+    axes = {"xaxis": {"title": {"text": "mean prediction"}}, "yaxis": {"title": {"text": "click rate"}}}
+    return {"data": [points, right], "layout": {**axes, "showlegend": False}}
+
+
+def differences(found: Sequence[Difference]) -> Figure:
+    """Draw differences with their intervals, one row for each run; what spans the line at 0 may be chance."""
+    estimates = [Estimate(value=each.value, low=each.low, high=each.high) for each in found]
+    figure = _forest([each.run for each in found], estimates, f"difference in {TITLES[found[0].metric]}")
+    line = {"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1}
+    figure["layout"]["shapes"] = [{**line, "line": {"color": "#888888"}}]
+    return figure
+
+
+def values(by_name: Mapping[str, Estimate], title: str) -> Figure:
+    """Draw a value with its interval for each name."""
+    return _forest(list(by_name), list(by_name.values()), title)
+
+
+def _forest(names: Sequence[str], estimates: Sequence[Estimate | None], title: str) -> Figure:
+    trace = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [None if each is None else each.value for each in estimates],
+        "y": list(range(len(names))),
+        "error_x": _reach(estimates),
+        "marker": {"size": 9},
+    }
+    rows = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": [plain(each) for each in names]}
+    layout = {
+        "xaxis": {"title": {"text": title}},
+        "yaxis": {**rows, "range": [len(names) - 0.5, -0.5]},
+        "showlegend": False,
+    }
+    return {"data": [trace], "layout": layout}
+
+
+def plain(text: str) -> str:
+    """Write a text so that Plotly, which knows some HTML, shows it as it is."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _reach(estimates: Sequence[Estimate | None]) -> Figure:
+    """How far each interval reaches above and below its value."""
+    above, below = [], []
+    for each in estimates:
+        known = each is not None and each.value is not None and each.low is not None and each.high is not None
+        above.append(max(0.0, each.high - each.value) if known else 0.0)  # type: ignore[union-attr, operator]
+        below.append(max(0.0, each.value - each.low) if known else 0.0)  # type: ignore[union-attr, operator]
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below}

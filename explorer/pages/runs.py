@@ -1,0 +1,290 @@
+"""Runs: the list, one run, several side by side, and what the images are worth; live while a run trains."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from explorer.data.background import Task
+from explorer.data.runs import settings
+from explorer.data.runs.comparing import COMPARED, TITLES, Comparison, compare_runs
+from explorer.data.runs.curves import CurveReader, Curves, StageTime, stages_of_report
+from explorer.data.runs.evaluation import Evaluation, read_evaluation
+from explorer.data.runs.folders import METRICS, RunFacts, list_runs, open_run, read_facts, run_names
+from explorer.data.runs.settings import IMAGES, SettingRow, differing, image_groups
+from explorer.errors import ExplorerError
+from explorer.html import runcharts
+from explorer.html.site import NavItem, Site
+from explorer.pages.kind import PageKind
+from featurestore.errors import StorageError, UserError
+from featurestore.published.paths import RunPath
+from featurestore.text.plain import one_line
+
+_PER_PAGE = 50
+_MOST_COLUMNS = 4
+"""Settings that a list shows."""
+_MOST_COMPARED = 6
+_MOST_LOOKED_AT = 200
+"""Runs among which those are looked for whose images alone differ."""
+_STOP_POLLING = 286
+"""A status of htmx: put this into the page, and ask no more."""
+_WORTH = "What the images are worth"
+_TEST_CURVES = ("gauc", "auc", "logloss", "new_ad_auc")
+
+
+class RunPages(PageKind):
+    """Pages below /runs, and the parts of them that are loaded later."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self._curves = CurveReader()
+
+    @property
+    def nav(self) -> NavItem | None:
+        """Where runs are given."""
+        return NavItem("Runs", "/runs") if self.site.places.runs is not None else None
+
+    def routes(self) -> Sequence[Route]:
+        """List, comparison, one run; parts have addresses of their own, so that a run may have any name."""
+        if self.site.places.runs is None:
+            return []
+        return [
+            Route("/runs", self.overview),
+            Route("/runs/compare", self.compare),
+            Route("/worth", self.worth),
+            Route("/runs/{name}", self.run),
+            Route("/parts/runs/curves", self.curves_part),
+            Route("/parts/runs/differences", self.differences_part),
+        ]
+
+    def close(self) -> None:
+        """Remove copies of files."""
+        self._curves.close()
+
+    def overview(self, request: Request) -> Response:
+        """Show the runs, those first that changed last, with the settings in which they differ."""
+        number = _number(request.query_params.get("page", ""))
+        runs, count = list_runs(self.site.places, number, _PER_PAGE)
+        rows = [row for row in differing(runs) if row.is_figure][:_MOST_COLUMNS] if runs else []
+        return self.site.page(
+            request,
+            "runs/list.html",
+            title="Runs",
+            runs=runs,
+            columns=[row.name for row in rows] or ["model.base", IMAGES],
+            value=lambda run, name: settings.text_of(run.settings[name]) if name in run.settings else "–",
+            metrics=METRICS,
+            titles=TITLES,
+            count=count,
+            number=number,
+            num_pages=max(1, -(-count // _PER_PAGE)),
+            group=[run.name for run in _first_group(runs)],
+        )
+
+    def run(self, request: Request) -> Response:
+        """Show one run."""
+        return self._one(request, request.path_params["name"])
+
+    def _one(self, request: Request, name: str) -> Response:
+        folder = open_run(self.site.places, name)
+        facts = read_facts(folder)
+        live = self._live([facts])
+        evaluation, problem = _evaluation(folder)
+        return self.site.page(
+            request,
+            "runs/run.html",
+            title=f"Run {name}",
+            run=facts,
+            live=live,
+            evaluation=evaluation,
+            evaluation_problem=problem,
+            command=f"python -m trainer.evaluate {shlex.quote(str(folder))} --missing-curve",
+            settings=[(name, settings.text_of(value)) for name, value in facts.settings.items()],
+            stores=_stores(facts),
+            titles=TITLES,
+            charts_of=runcharts,
+        )
+
+    def compare(self, request: Request) -> Response:
+        """Show two to six runs side by side."""
+        if "run" not in request.query_params and "compare" in run_names(self.site.places):
+            return self._one(request, "compare")
+        return self._several(request, self._names(request, least=2), "Runs side by side", is_worth=False)
+
+    def worth(self, request: Request) -> Response:
+        """Show runs side by side whose images alone differ."""
+        group = [run.name for run in _first_group(list_runs(self.site.places, 1, _MOST_LOOKED_AT)[0])]
+        if not group:
+            return self.site.page(request, "runs/no-worth.html", title=_WORTH)
+        return self._several(request, group, _WORTH, is_worth=True)
+
+    def _several(self, request: Request, names: Sequence[str], title: str, *, is_worth: bool) -> Response:
+        runs = [read_facts(open_run(self.site.places, name)) for name in names]
+        rows = differing(runs)
+        return self.site.page(
+            request,
+            "runs/compare.html",
+            title=title,
+            runs=runs,
+            names=names,
+            is_worth=is_worth,
+            rows=[row for row in rows if row.is_figure],
+            other_rows=[row for row in rows if not row.is_figure],
+            evaluations={run.name: _evaluation(open_run(self.site.places, run.name))[0] for run in runs},
+            live=self._live(runs),
+            part=self._differences(names, wait=self.site.frozen),
+            metrics=METRICS,
+            titles=TITLES,
+            first=lambda name: [name, *(each for each in names if each != name)],
+            charts_of=runcharts,
+        )
+
+    def curves_part(self, request: Request) -> Response:
+        """Give the curves as they are now; the last time where no run goes on."""
+        runs = [read_facts(open_run(self.site.places, name)) for name in self._names(request, least=1)]
+        live = self._live(runs)
+        status = 200 if live.is_running else _STOP_POLLING
+        return self.site.page(
+            request, "runs/curves.html", title="Curves", live=live, titles=TITLES, charts_of=runcharts, status=status
+        )
+
+    def differences_part(self, request: Request) -> Response:
+        """Give the differences, or how far their computation is."""
+        part = self._differences(self._names(request, least=2), wait=False)
+        status = _STOP_POLLING if part.is_ended else 200
+        return self.site.page(
+            request,
+            "runs/differences.html",
+            title="Differences",
+            part=part,
+            titles=TITLES,
+            metrics=COMPARED,
+            charts_of=runcharts,
+            status=status,
+        )
+
+    def _names(self, request: Request, *, least: int) -> list[str]:
+        names = list(dict.fromkeys(request.query_params.getlist("run")))
+        if not least <= len(names) <= _MOST_COMPARED:
+            raise ExplorerError(f"choose {least} to {_MOST_COMPARED} runs; {len(names)} were chosen")
+        return names
+
+    def _live(self, runs: Sequence[RunFacts]) -> "Live":
+        """Read the curves of the runs."""
+        by_run, problems = {}, []
+        for run in runs:
+            try:
+                by_run[run.name] = self._curves.read(self.site.places.run(run.name))
+            except (OSError, StorageError, ValueError) as error:
+                problems.append(f"The curves of {run.name} cannot be read: {one_line(error)}")
+        return Live(runs=runs, curves=by_run, problems=problems)
+
+    def _differences(self, names: Sequence[str], *, wait: bool) -> "DifferencesPart":
+        places = self.site.places
+        folders = [open_run(places, name) for name in names]
+        commands = [
+            f"python -m trainer.evaluate {shlex.quote(str(folder))} --against {shlex.quote(str(folders[0]))}"
+            for folder in folders[1:]
+        ]
+        state = [read_facts(folder).checkpoints[-1:] for folder in folders]
+        task: Task[Comparison] = self.site.background.task(
+            repr(("differences", list(names), state)), lambda task: compare_runs(places, names, task)
+        )
+        part = DifferencesPart(names=list(names), commands=commands, task=task)
+        if wait or task.is_ended:
+            try:
+                part.comparison = task.result()
+            except UserError as error:
+                part.problem = one_line(error)
+        return part
+
+
+@dataclass(kw_only=True)
+class Live:
+    """Curves of one or several runs as they are now."""
+
+    runs: Sequence[RunFacts]
+    curves: Mapping[str, Curves]
+    problems: Sequence[str]
+
+    @property
+    def names(self) -> list[str]:
+        """The runs' names."""
+        return [run.name for run in self.runs]
+
+    @property
+    def is_running(self) -> bool:
+        """Tell whether one of them goes on."""
+        return any(run.state == "running" for run in self.runs)
+
+    @property
+    def loss(self) -> Mapping[str, Any]:
+        """The loss of each run that has logged some."""
+        return {name: each.loss for name, each in self.curves.items() if each.loss.steps}
+
+    def test(self, metric: str) -> Mapping[str, Any]:
+        """A metric of the test samples, of each run that was evaluated."""
+        return {name: each.test(metric) for name, each in self.curves.items() if each.test(metric).steps}
+
+    @property
+    def tests(self) -> list[str]:
+        """Metrics that some run has."""
+        return [metric for metric in _TEST_CURVES if self.test(metric)]
+
+    @property
+    def drawn_tests(self) -> list[str]:
+        """Those of them that are more than points: some run was evaluated several times."""
+        return [metric for metric in self.tests if any(len(each.steps) > 1 for each in self.test(metric).values())]
+
+    def stages(self, run: RunFacts) -> tuple[StageTime, ...]:
+        """Stages of a finished run's report, else those of the newest step that was logged."""
+        return stages_of_report(run.report) or (self.curves[run.name].stages if run.name in self.curves else ())
+
+
+@dataclass(kw_only=True)
+class DifferencesPart:
+    """Differences of runs, or how far their computation is, or why there are none, and the commands that make them."""
+
+    names: Sequence[str]
+    commands: Sequence[str]
+    task: Task[Comparison]
+    comparison: Comparison | None = field(default=None)
+    problem: str = ""
+
+    @property
+    def is_ended(self) -> bool:
+        """Tell whether nothing more comes."""
+        return self.comparison is not None or bool(self.problem)
+
+
+def _first_group(runs: Sequence[RunFacts]) -> Sequence[RunFacts]:
+    """Find the runs that tell what images are worth; none where no two differ in their images alone."""
+    return next(iter(image_groups(runs)), [])
+
+
+def _evaluation(folder: RunPath) -> tuple[Evaluation | None, str]:
+    """Read an evaluation, or say why it cannot be read."""
+    try:
+        return read_evaluation(folder), ""
+    except ExplorerError as error:
+        return None, one_line(error)
+
+
+def _stores(facts: RunFacts) -> list[SettingRow]:
+    """List the stores of a finished run: name, address, snapshot, commit."""
+    stores = facts.report.get("stores")
+    if not isinstance(stores, dict):
+        return []
+    return [
+        SettingRow(str(name), tuple(str(each.get(key, "–")) for key in ("url", "version", "commit_id")), True)
+        for name, each in stores.items()
+        if isinstance(each, dict)
+    ]
+
+
+def _number(text: str) -> int:
+    return max(1, int(text[:6])) if text.isascii() and text.isdigit() else 1

@@ -1,0 +1,87 @@
+"""Differences of runs: those of trainer.evaluate --against, and no claim where an interval spans 0."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from explorer.data import predictions
+from explorer.data.background import Task
+from explorer.data.predictions import TooMuchError, predictions_of
+from explorer.data.runs.comparing import Difference, compare_runs
+from explorer.places import Places
+from tests.explorer.world import World
+from trainer.evaluation import predict
+from trainer.evaluation.compare import compare
+from trainer.evaluation.predict import predict_run
+
+
+@pytest.fixture
+def places(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return Places(store=str(world.store), runs=str(world.runs), samples=str(world.samples))
+
+
+def difference(value: float | None, low: float | None, high: float | None, metric: str = "gauc") -> Difference:
+    return Difference(run="new", against="old", metric=metric, ours=0.7, baseline=0.6, value=value, low=low, high=high)
+
+
+def test_they_are_those_of_the_trainer(places: Places, world: World) -> None:
+    found = compare_runs(places, ["ids-only", "both", "both-longer"], Task())
+    ours, baseline = (predict_run(world.runs / name) for name in ("both", "ids-only"))
+    expected = compare([ours], [baseline], metrics=("gauc", "auc", "logloss"))
+    for each in found.of("both"):
+        other = expected[each.metric]
+        assert (each.value, each.low, each.high) == pytest.approx((other.value, other.low, other.high), abs=1e-6)
+    assert found.problems == {}
+    assert found.impressions == len(ours.logit_N)
+    assert {each.run for each in found.differences} == {"both", "both-longer"}
+
+
+def test_predictions_are_kept_and_a_damaged_file_is_made_anew(
+    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = predictions_of(places, "both", Task())
+    (file,) = (tmp_path / "cache").rglob("predictions-*.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "predict_run", None)
+        again = predictions_of(places, "both", Task())
+    assert again.logit_N.tolist() == first.logit_N.tolist()
+    assert again.impressions.ad_N.tolist() == first.impressions.ad_N.tolist()
+    assert again.notes == first.notes
+    file.write_bytes(file.read_bytes()[:200])
+    assert predictions_of(places, "both", Task()).logit_N.tolist() == pytest.approx(first.logit_N.tolist())
+
+
+def test_a_run_that_cannot_be_compared_is_a_problem_of_its_own(places: Places, changing_world: World) -> None:
+    shutil.rmtree(changing_world.runs / "both" / "checkpoints")
+    mine = Places(store=str(changing_world.store), runs=str(changing_world.runs), samples=str(changing_world.samples))
+    found = compare_runs(mine, ["ids-only", "both", "both-longer"], Task())
+    assert "has no checkpoint" in found.problems["both"]
+    assert {each.run for each in found.differences} == {"both-longer"}
+
+
+def test_too_many_impressions_or_images_are_left_to_a_command(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictions, "MOST_IMAGES", 3)
+    predictions_of(places, "ids-only", Task())
+    with pytest.raises(TooMuchError, match="images"):
+        predictions_of(places, "both", Task())
+    monkeypatch.setattr(predictions, "MOST_IMPRESSIONS", 3)
+    with pytest.raises(TooMuchError, match="test impressions"):
+        predictions_of(places, "ids-only", Task())
+
+
+def test_a_difference_is_claimed_only_where_its_interval_does_not_span_0() -> None:
+    clear, other = difference(0.1, 0.05, 0.15), difference(0.1, -0.01, 0.2)
+    assert clear.verdict == "new is better than old in GAUC: +0.1000, 95 % interval +0.0500 to +0.1500."
+    assert difference(-0.1, -0.2, -0.05).is_better is False
+    assert difference(-0.1, -0.2, -0.05, "logloss").is_better is True
+    assert difference(0.1, 0.05, 0.2, "logloss").verdict.startswith("new is worse than old in log loss")
+    assert other.is_better is None
+    assert other.verdict == (
+        "No difference in GAUC can be claimed: +0.1000, 95 % interval -0.0100 to +0.2000, which spans 0."
+    )
+    for edge in ((0.1, 0.0, 0.2), (-0.1, -0.2, 0.0)):
+        assert "can be claimed" in difference(*edge).verdict
+    assert "without an interval" in difference(0.1, None, None).verdict
+    assert "not defined" in difference(None, None, None).verdict

@@ -1,0 +1,88 @@
+"""What folders of runs say: finished, running, unfinished or unreadable, whatever lies in them."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from explorer.data.runs.folders import RunFacts, list_runs, open_run, read_facts, run_names
+from explorer.errors import NotHereError
+from explorer.places import Places
+from tests.explorer.world import World
+
+
+@pytest.fixture
+def runs(world: World, tmp_path: Path) -> Path:
+    shutil.copytree(world.runs, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def facts(runs: Path, name: str = "both") -> RunFacts:
+    return read_facts(runs / name)
+
+
+def age(run: Path, seconds: float) -> None:
+    for each in [run, *run.rglob("*")]:
+        os.utime(each, (time.time() - seconds,) * 2)
+
+
+def test_a_finished_run_has_its_metrics_settings_and_checkpoints(runs: Path) -> None:
+    found = facts(runs)
+    assert (found.state, found.images, found.problems) == ("finished", "both", ())
+    assert found.metrics["gauc"] == found.report["metrics"]["gauc"]
+    assert found.settings["train.max_steps"] == 12
+    assert found.settings["data.missing"] == "zeros"
+    assert found.checkpoints == ("step-00000012",)
+    assert found.has_evaluation
+    assert not facts(runs, "both-longer").has_evaluation
+
+
+def test_a_run_without_a_report_runs_while_it_writes(runs: Path) -> None:
+    (runs / "both" / "report.json").unlink()
+    assert facts(runs).state == "running"
+    age(runs / "both", 3600)
+    assert facts(runs).state == "unfinished"
+
+
+@pytest.mark.parametrize("content", ['{"metrics": {"gauc": 0.', "", "[1, 2]", "\x00\xff", '{"metrics": []}'])
+def test_a_report_that_is_half_written_stops_nothing(runs: Path, content: str) -> None:
+    (runs / "both" / "report.json").write_text(content)
+    found = facts(runs)
+    assert found.metrics == {}
+    assert found.settings["train.max_steps"] == 12
+    assert bool(found.problems) == (content != '{"metrics": []}')
+
+
+@pytest.mark.parametrize("content", ["model: {images: [", "- a\n- b\n", "", "\x00"])
+def test_settings_that_cannot_be_read_are_a_problem_of_the_run(runs: Path, content: str) -> None:
+    (runs / "both" / "config.yaml").write_text(content)
+    found = facts(runs)
+    assert found.state == "finished"
+    assert len(found.problems) == 1
+    assert found.images == ""
+
+
+def test_runs_are_listed_by_their_last_change_in_pages(runs: Path) -> None:
+    for number, name in enumerate(("ids-only", "both", "both-longer")):
+        age(runs / name, 1000 * (3 - number))
+    (runs / "no run").mkdir()
+    no_text = runs / os.fsdecode(b"\xff")
+    no_text.mkdir()
+    (no_text / "config.yaml").write_text("")
+    places = Places(runs=str(runs))
+    assert run_names(places) == ["both-longer", "both", "ids-only"]
+    first, count = list_runs(places, 1, 2)
+    second, _ = list_runs(places, 2, 2)
+    assert ([run.name for run in (*first, *second)], count) == (["both-longer", "both", "ids-only"], 3)
+
+
+def test_no_runs_are_an_empty_list(tmp_path: Path) -> None:
+    assert list_runs(Places(runs=str(tmp_path)), 1, 10) == ([], 0)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/etc", "nothing", "a\0b", "x" * 300, "../both"])
+def test_what_is_no_run_is_not_here(runs: Path, name: str) -> None:
+    with pytest.raises(NotHereError):
+        open_run(Places(runs=str(runs / "both")), name)

@@ -1,0 +1,43 @@
+"""Settings that differ, those that change figures first; and the runs whose images alone differ."""
+
+from typing import Any
+
+from explorer.data.runs.folders import RunFacts, State
+from explorer.data.runs.settings import differing, image_groups, text_of
+
+
+def run(name: str, images: str, state: State = "finished", **more: Any) -> RunFacts:
+    settings = {"model.base": "mlp", "model.images": images, "run.name": name, "train.seed": 0, "optim.lr": 0.001}
+    return RunFacts(name=name, state=state, settings=settings | more, report={})
+
+
+def test_those_that_change_figures_come_first_and_images_at_the_top() -> None:
+    rows = differing([run("a", "none", **{"train.log_every": 1}), run("b", "both", **{"optim.lr": 0.01})])
+    assert [(row.name, row.values, row.is_figure) for row in rows] == [
+        ("model.images", ("none", "both"), True),
+        ("optim.lr", ("0.001", "0.01"), True),
+        ("run.name", ("a", "b"), False),
+        ("train.log_every", ("1", "–"), False),
+    ]
+
+
+def test_a_seed_changes_figures() -> None:
+    assert differing([run("a", "none"), run("a", "none", **{"train.seed": 1})])[0].is_figure
+
+
+def test_groups_differ_in_their_images_alone() -> None:
+    runs = [
+        run("both", "both"),
+        run("none", "none"),
+        run("other", "ad", **{"optim.lr": 0.5}),
+        run("ad", "ad"),
+        run("older", "ad"),
+        run("going on", "behavior", state="running"),
+        run("x", "none", **{"optim.lr": 0.5}),
+    ]
+    assert [[each.name for each in group] for group in image_groups(runs)] == [["none", "ad", "both"], ["x", "other"]]
+    assert image_groups(runs[:1]) == []
+
+
+def test_values_are_written_as_files_have_them() -> None:
+    assert list(map(text_of, (None, True, [256, 64], "x", 0.001))) == ["null", "true", "[256, 64]", "x", "0.001"]

@@ -1,0 +1,81 @@
+"""Computations beside the server: once for each name, telling how far they are, failing again only after a while."""
+
+import threading
+import time
+from concurrent.futures import CancelledError
+
+import pytest
+
+from explorer.data import background
+from explorer.data.background import Background, Task
+
+
+def test_work_is_done_once_and_tells_how_far_it_is() -> None:
+    work, go, told = Background(), threading.Event(), threading.Event()
+    calls = []
+
+    def add(task: Task[int]) -> int:
+        calls.append(1)
+        task.tell("adds", 3, 7)
+        told.set()
+        assert go.wait(10)
+        return 42
+
+    first = work.task("sum", add)
+    assert told.wait(10)
+    assert (first.doing, first.done, first.total, first.is_ended) == ("adds", 3, 7, False)
+    assert work.task("sum", add) is first
+    go.set()
+    assert first.result() == 42
+    assert first.is_ended
+    assert work.task("sum", add).result() == 42
+    assert len(calls) == 1
+    assert work.task("another", add).result() == 42
+    work.close()
+
+
+def test_an_error_is_that_of_the_result_and_is_tried_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    work, calls = Background(), []
+
+    def fail(task: Task[int]) -> int:
+        calls.append(1)
+        raise ValueError("no")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no"):
+            work.task("fails", fail).result()
+    assert len(calls) == 1
+    monkeypatch.setattr(background, "_RETRY_S", 0.0)
+    time.sleep(0.01)
+    with pytest.raises(ValueError, match="no"):
+        work.task("fails", fail).result()
+    assert len(calls) == 2
+    work.close()
+
+
+def test_results_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "KEPT", 3)
+    work = Background()
+    for number in range(10):
+        work.task(str(number), lambda task: 1).result()
+    assert len(work._tasks) <= 4
+    assert "9" in work._tasks
+    work.close()
+
+
+def test_closing_ends_what_looks_at_it() -> None:
+    work, begun = Background(), threading.Event()
+
+    def forever(task: Task[int]) -> int:
+        while True:
+            begun.set()
+            task.tell("turns")
+            time.sleep(0.001)
+
+    task = work.task("forever", forever)
+    waiting = work.task("never begun", forever)
+    assert begun.wait(10)
+    work.close()
+    assert isinstance(task.error, Exception)
+    assert not isinstance(task.error, CancelledError)
+    assert waiting.is_ended

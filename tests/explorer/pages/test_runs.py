@@ -1,0 +1,213 @@
+"""Pages of runs: the list, one, several, what images are worth; half-written files and hostile names are only shown."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from html import unescape
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from explorer.html.site import Site
+from explorer.places import Places
+from explorer.server.app import application
+from explorer.server.export import export
+from tests.explorer.world import World
+from trainer.loop.events import EventsFile
+
+HOSTILE = [
+    "<script>alert(1)<",
+    "a b?c=d&e#f",
+    "'onclick='alert(1)",
+    "\u202egnp",
+    "{{ 7*7 }}",
+    "$(touch x);`y`",
+    "compare",
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def places_of(world: World) -> Places:
+    return Places(store=str(world.store), runs=str(world.runs), samples=str(world.samples))
+
+
+@pytest.fixture
+def site(world: World) -> Site:
+    return Site(places_of(world))
+
+
+@pytest.fixture
+def pages(site: Site) -> Iterator[TestClient]:
+    with TestClient(application(site)) as client:
+        yield client
+
+
+@pytest.fixture
+def changing(changing_world: World) -> Iterator[TestClient]:
+    with TestClient(application(Site(places_of(changing_world)))) as client:
+        yield client
+
+
+def page(pages: TestClient, address: str, status: int = 200) -> str:
+    answer = pages.get(address)
+    assert answer.status_code == status, answer.text
+    return answer.text
+
+
+def text_of(html: str) -> str:
+    return " ".join(unescape(re.sub(r"<[^>]+>", " ", html)).split())
+
+
+def test_the_list_has_every_run_with_settings_that_differ(pages: TestClient) -> None:
+    html = page(pages, "/runs")
+    for name in ("both", "both-longer", "ids-only"):
+        assert f'href="/runs/{name}"' in html
+    assert '<th scope="col">model.images</th>' in html
+    assert '<th scope="col">train.max_steps</th>' in html
+    assert 'href="/worth"' in html
+
+
+def test_one_run_has_curves_stages_evaluation_and_settings(pages: TestClient) -> None:
+    html = page(pages, "/runs/both")
+    for each in ('id="loss"', 'id="stages"', 'id="test-gauc"', 'id="missing"', 'id="reliability"', 'id="slices-1"'):
+        assert each in html
+    text = text_of(html)
+    assert "Images hidden at random" in text
+    assert "train.max_steps 12" in text
+    assert "step-00000012" in text
+    assert "trainer.evaluate" not in text.partition("Stores and checkpoints")[2]
+    assert "hx-get" not in html  # it is finished
+
+
+def test_a_run_without_evaluation_says_which_command_makes_it(pages: TestClient, world: World) -> None:
+    text = text_of(page(pages, "/runs/both-longer"))
+    assert f"python -m trainer.evaluate {world.runs / 'both-longer'} --missing-curve" in text
+
+
+def test_runs_side_by_side_with_verdicts(pages: TestClient, site: Site) -> None:
+    address = "/runs/compare?run=ids-only&run=both&run=both-longer"
+    html = page(pages, address)
+    assert text_of(html).index("Settings that differ") < text_of(html).index("GAUC")
+    part = re.search(r'hx-get="(/parts/runs/differences[^"]*)"', html)
+    assert part
+    site.background.task(next(iter(site.background._tasks)), lambda task: None).result()
+    answer = pages.get(unescape(part[1]))
+    assert answer.status_code == 286  # htmx asks no more
+    text = text_of(answer.text)
+    assert len(re.findall(r"is better than ids-only|is worse than ids-only|No difference in", text)) >= 6
+    assert "hx-get" not in page(pages, address)  # it is there now
+
+
+def test_what_images_are_worth_is_linked_from_the_first_page(pages: TestClient) -> None:
+    assert 'href="/worth"' in page(pages, "/")
+    html = page(pages, "/worth")
+    assert re.search(r"model\.images</th>\s*<td>none</td><td>both</td>", html)
+    assert "both-longer" not in html
+
+
+def test_runs_that_differ_in_more_tell_nothing_of_images(changing: TestClient, changing_world: World) -> None:
+    shutil.rmtree(changing_world.runs / "ids-only")
+    assert "model.images=none" in page(changing, "/worth")
+    assert "/worth" not in page(changing, "/runs")
+
+
+def test_no_runs_at_all(tmp_path: Path) -> None:
+    with TestClient(application(Site(Places(runs=str(tmp_path))))) as pages:
+        assert "There are no runs" in page(pages, "/runs")
+        page(pages, "/worth")
+        page(pages, "/")
+
+
+def test_a_run_that_trains_is_live_until_it_ends(changing: TestClient, changing_world: World) -> None:
+    run = changing_world.runs / "both"
+    report = (run / "report.json").read_bytes()
+    (run / "report.json").unlink()
+    part = "/parts/runs/curves?run=both"
+    html = page(changing, "/runs/both")
+    assert f'hx-get="{part}"' in html
+    assert "is training: step 12" in text_of(html)
+    file = EventsFile(run / "tensorboard", 12)
+    file._path = file._path.with_name("events.out.tfevents.9999999999.x")
+    file.add(13, {"train/loss": 0.25})
+    assert "is training: step 13, loss 0.2500" in text_of(page(changing, part))
+    (run / "report.json").write_bytes(report[:100])
+    assert "cannot be read" in page(changing, "/runs/both")
+    page(changing, part, status=286)
+    (run / "report.json").write_bytes(report)
+    page(changing, part, status=286)
+    assert "hx-get" not in page(changing, "/runs/both")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("report.json", '{"metrics": {"ga'),
+        ("report.json", '{"metrics": {"gauc": null}}'),
+        ("report.json", '{"stages": [], "stores": 3, "metrics": 4}'),
+        ("config.yaml", "model: ["),
+        ("evaluation/report.json", '{"whole": '),
+        ("evaluation/report.json", "{}"),
+        ("evaluation/report.json", "[]"),
+    ],
+)
+def test_half_written_files_break_no_page(changing: TestClient, changing_world: World, file: str, content: str) -> None:
+    (changing_world.runs / "both" / file).write_text(content)
+    for address in (
+        "/runs",
+        "/runs/both",
+        "/runs/compare?run=both&run=ids-only",
+        "/worth",
+        "/parts/runs/curves?run=both",
+    ):
+        assert changing.get(address).status_code in (200, 286)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_are_only_text(changing: TestClient, changing_world: World, name: str) -> None:
+    shutil.copytree(changing_world.runs / "both-longer", changing_world.runs / name)
+    html = page(changing, "/runs")
+    link = next(each for each in re.findall(r'href="(/runs/[^"]*)"', html) if "both" not in each and "ids" not in each)
+    one = page(changing, unescape(link))
+    compared = changing.get("/runs/compare", params={"run": ["both", name]}).text
+    for each in (html, one, compared):
+        each = re.sub(r'<script type="application/json".*?</script>', "", each)  # noqa: PLW2901 - data, never markup
+        assert "<script>alert" not in each
+        assert "'onclick='alert" not in each
+    assert "--missing-curve" in one
+    if "`" in name:
+        assert "&#39;" in one.partition("trainer.evaluate")[2].partition("--missing-curve")[0]  # in quotes for a shell
+
+
+@pytest.mark.parametrize(
+    ("address", "status"),
+    [
+        ("/runs/nothing", 404),
+        ("/runs/..%2F..%2Fetc", 404),
+        ("/runs/compare?run=both", 400),
+        ("/runs/compare", 400),
+        ("/runs/compare?run=both&run=nothing", 404),
+        ("/runs/compare?run=1&run=2&run=3&run=4&run=5&run=6&run=7", 400),
+        ("/parts/runs/differences?run=both", 400),
+        ("/parts/runs/curves", 400),
+        ("/runs?page=x", 200),
+        ("/runs?page=99", 200),
+    ],
+)
+def test_addresses_that_do_not_work(pages: TestClient, address: str, status: int) -> None:
+    page(pages, address, status)
+
+
+def test_the_export_has_the_differences(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    exported = export(places_of(world), out, 200, lambda done, known: None)
+    assert exported.errors == []
+    (worth,) = (each for each in (out / "pages").iterdir() if each.name.startswith("worth-"))
+    text = worth.read_text()
+    assert "Measured now on" in text
+    assert "hx-" not in text
+    assert "<form" not in text
