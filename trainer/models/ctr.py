@@ -138,6 +138,12 @@ class CtrModel(nn.Module):
         """Put the user's part (G, W) together once per group, and hand it to the group's samples: (B, W), or none."""
         return [take_rows(torch.cat(user, dim=1), group_of_sample_B)] if user else []
 
+    @property
+    def asks_with(self) -> tuple[str, ...]:
+        """Name what aggregators that look at the ad ask with, a query each: its `images`, its `ids`."""
+        asking = {"images": self._asks_with_images, "ids": self._asks_with_ids}
+        return tuple(name for name, asks in asking.items() if asks)
+
     def _query_widths(self, config: ModelConfig, width: Mapping[str, int]) -> list[int]:
         """Return the widths of what the aggregators ask with, and settle which of the two ask. Raises ConfigError."""
         of_images = sum(width[field.name] for field in self._of("ad", "content"))

@@ -20,14 +20,22 @@ from featurestore.published.paths import FarPath, RunPath, read_file
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
 from trainer.comm import Comm
-from trainer.config.config import Config, load_saved
+from trainer.config.config import Config, Device, load_saved
 from trainer.engine.machine import share_machine
 from trainer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError, TrainerError
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState
 from trainer.runs.folder import find_checkpoint
 from trainer.runs.open import OpenRun, Run, engine_of, model_of, open_run, open_stores, test_reader
-from trainer.runs.stores import StorePlace, check_identity, kind_of_features, recorded_kind, records, store_places
+from trainer.runs.stores import (
+    StorePlace,
+    check_identity,
+    kind_of_features,
+    recorded_kind,
+    records,
+    snapshot_of,
+    store_places,
+)
 from trainer.samples.days import sample_files
 from trainer.samples.reader import SampleIndex, SampleReader, open_index
 from trainer.samples.statistics import fill_in
@@ -156,23 +164,33 @@ def open_trained(
     which: str | None = None,
     samples: str | None = None,
     store_version: int | None = None,
+    as_trained: bool = False,
+    store: str | None = None,
+    device: Device | None = None,
 ) -> TrainedRun:
     """Open the run in `folder`; `which` and `samples` as in `read_run`. Every rank calls it.
 
     `store_version`: the snapshot of the (first) feature store to look images up in, by default the newest, so that
-    images that came after the training are known; further stores are opened at their newest. Raises TrainerError,
-    FeatureStoreError, on all ranks together.
+    images that came after the training are known; further stores are opened at their newest. `as_trained`: images are
+    looked up where training did, in every store, as `open_source` does. `store`: where the first store is now.
+    `device`: in the place of the run's run.device. Raises TrainerError, FeatureStoreError, on all ranks together.
     """
     saved = _read_on_all(comm, folder, which, samples)
+    if store is not None:
+        saved.config = saved.config.changed(data={"store": store})
     schema, places = comm.on_all(lambda: (saved.schema, saved.places))
     config, comm.deadline_s = saved.config, saved.config.run.deadline_s
-    device = share_machine(config, comm)
+    if device is not None:
+        config = config.changed(run={"device": device})
+    chosen_device = share_machine(config, comm)
 
     def chosen(place: StorePlace) -> Snapshot:
+        if as_trained:
+            return saved.snapshot(place, snapshot_of(place, (saved.path, saved.state)).version)
         return saved.snapshot(place, store_version if place is places[0] else None)
 
     partitions, _ = open_stores(config, comm, places, chosen, measured=False)
-    engine = engine_of(config, comm, schema, partitions, device, reading=True)
+    engine = engine_of(config, comm, schema, partitions, chosen_device, reading=True)
     checkpoint.load(comm, saved.path, saved.state, engine, config.data.cache_dir)
     return TrainedRun(
         saved=saved,

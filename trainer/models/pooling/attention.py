@@ -4,7 +4,8 @@ All (sample, behaviour) pairs lie one after the other, N' of them here written N
 through an index, so a group's vectors are kept once, however many samples look at them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -14,6 +15,16 @@ from trainer.exchange.exchange import EvenLengths, FieldVectors
 from trainer.exchange.sums import take_rows
 from trainer.models.hidden import HiddenLayers
 from trainer.models.layers import expand_rows, lengths_of, segment_softmax, segment_sum, value_rows
+
+
+@dataclass(frozen=True)
+class PairWeights:
+    """How much each behaviour of a sample counts: all (sample, behaviour) pairs by sample, as `pairs` lists them."""
+
+    weight_NC: Tensor
+    """One column a channel; those of a sample sum to 1 in each."""
+    lengths_B: Tensor
+    """Behaviours of each sample that are weighed, its newest ones."""
 
 
 class ActivationUnit(nn.Module):
@@ -83,13 +94,18 @@ class AttentivePooling(nn.Module):
             units = zip(self.channels, queries, strict=True)
             scores = [cast(ActivationUnit, unit).of_all(key_LV, query_BW) for unit, query_BW in units]
             return torch.cat([score_LB.softmax(0).T @ key_LV for score_LB in scores], dim=1)
-        position_N, lengths_B = pairs(behaviors, group_of_sample_B)
-        key_NV = take_rows(behaviors.vectors_UV, behaviors.index_N.index_select(0, position_N))
-        pooled = []
+        key_NV, lengths_B = _keys(behaviors, group_of_sample_B)
+        weights = self._weights(key_NV, lengths_B, queries)
+        return torch.cat([segment_sum(key_NV * weight_N.unsqueeze(1), lengths_B) for weight_N in weights], dim=1)
+
+    def weights(self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]) -> PairWeights:
+        """Return what `forward` multiplies the behaviours' vectors by, a channel for each query."""
+        key_NV, lengths_B = _keys(behaviors, group_of_sample_B)
+        return PairWeights(torch.stack([*self._weights(key_NV, lengths_B, queries)], dim=1), lengths_B)
+
+    def _weights(self, key_NV: Tensor, lengths_B: Tensor, queries: Sequence[Tensor]) -> Iterator[Tensor]:
         for unit, query_BW in zip(self.channels, queries, strict=True):
-            weight_N = segment_softmax(unit(key_NV, query_BW, lengths_B), lengths_B)
-            pooled.append(segment_sum(key_NV * weight_N.unsqueeze(1), lengths_B))
-        return torch.cat(pooled, dim=1)
+            yield segment_softmax(unit(key_NV, query_BW, lengths_B), lengths_B)
 
 
 class BehaviorAttention(nn.Module):
@@ -116,6 +132,12 @@ class BehaviorAttention(nn.Module):
         key_NW = torch.cat([value_rows(field, position_N) for field in behaviors], dim=1)
         weight_N = self.unit(key_NW, query_BW, lengths_B)
         return segment_sum(key_NW * weight_N.unsqueeze(1), lengths_B)
+
+
+def _keys(behaviors: FieldVectors, group_of_sample_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the vector of each pair's behaviour (N, V), and pairs a sample."""
+    position_N, lengths_B = pairs(behaviors, group_of_sample_B)
+    return take_rows(behaviors.vectors_UV, behaviors.index_N.index_select(0, position_N)), lengths_B
 
 
 def pairs(behaviors: FieldVectors, group_of_sample_B: Tensor, at_most: int | None = None) -> tuple[Tensor, Tensor]:

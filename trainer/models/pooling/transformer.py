@@ -7,6 +7,7 @@ H hidden width.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn import functional
 from trainer.exchange.exchange import FieldVectors
 from trainer.exchange.sums import take_rows
 from trainer.models.layers import expand_rows, segment_max, segment_sum
-from trainer.models.pooling.attention import pairs
+from trainer.models.pooling.attention import PairWeights, pairs
 
 _POSITION_SCALE = 0.02
 
@@ -60,15 +61,31 @@ class TransformerPooling(nn.Module):
 
     def forward(self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]) -> Tensor:
         """(B, width) for the ad's vectors (B, W) each."""
+        token_NH, places, lengths_B = self._tokens(behaviors, group_of_sample_B, queries)
+        for layer in self.layers:
+            token_NH = layer(token_NH, places)
+        newest_BH = segment_sum(token_NH.masked_fill(places.place_N.unsqueeze(1) > 0, 0.0), lengths_B)
+        return torch.cat([segment_max(token_NH, lengths_B), newest_BH], dim=1)
+
+    def weights(self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]) -> PairWeights:
+        """Return how much the tokens of a sample look at each behaviour in the last layer, (N, 1): the mean over its
+        heads and over the tokens that look. Unlike the weights of `AttentivePooling` nothing is multiplied by it."""
+        token_NH, places, lengths_B = self._tokens(behaviors, group_of_sample_B, queries)
+        *before, last = self.layers
+        for layer in before:
+            token_NH = layer(token_NH, places)
+        return PairWeights(cast(EncoderLayer, last).attention.looked_at(token_NH, places).unsqueeze(1), lengths_B)
+
+    def _tokens(
+        self, behaviors: FieldVectors, group_of_sample_B: Tensor, queries: Sequence[Tensor]
+    ) -> tuple[Tensor, Places, Tensor]:
+        """Return the tokens before the first layer (N, H), their places, and tokens a sample."""
         value_N, lengths_B = pairs(behaviors, group_of_sample_B, self.length)
         places = _places(lengths_B, value_N, self.length)
         token_NH = take_rows(self.of_behavior(behaviors.vectors_UV), behaviors.index_N.index_select(0, value_N))
         token_NH = token_NH + take_rows(self.position_LH, places.place_N)
         token_NH = token_NH + expand_rows(self.of_ad(torch.cat(list(queries), dim=1)), lengths_B, value_N.shape[0])
-        for layer in self.layers:
-            token_NH = layer(token_NH, places)
-        newest_BH = segment_sum(token_NH.masked_fill(places.place_N.unsqueeze(1) > 0, 0.0), lengths_B)
-        return torch.cat([segment_max(token_NH, lengths_B), newest_BH], dim=1)
+        return token_NH, places, lengths_B
 
 
 class EncoderLayer(nn.Module):
@@ -101,17 +118,30 @@ class TokenAttention(nn.Module):
 
     def forward(self, token_NH: Tensor, places: Places) -> Tensor:
         """(N, H). A place without a token has no weight."""
+        query, key, value, mask = self._asked(token_NH, places)
+        with _kernels(query.device.type):
+            heads = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        attended_NH = heads.transpose(1, 2).reshape(-1, token_NH.shape[1]).index_select(0, places.cell_N)
+        result_NH: Tensor = self.of_heads(attended_NH)
+        return result_NH
+
+    def looked_at(self, token_NH: Tensor, places: Places) -> Tensor:
+        """Return the weight that each token has for the tokens of its sample, (N,): their mean, over the heads too."""
+        query, key, _, mask = self._asked(token_NH, places)
+        scores = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5
+        weight_BHLL = scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask.transpose(2, 3), 0.0)
+        num_tokens_B1 = places.is_token_BL.sum(1, keepdim=True)
+        weight_BL: Tensor = weight_BHLL.mean(1).sum(1) / num_tokens_B1
+        return weight_BL.flatten().index_select(0, places.cell_N)
+
+    def _asked(self, token_NH: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, (B, heads, L, width) each, and which places have a token, (B, 1, 1, L)."""
         num_samples, length = places.is_token_BL.shape
         asked_N3H = self.of_tokens(token_NH)
         padded = asked_N3H.new_zeros(num_samples * length, asked_N3H.shape[1]).index_copy(0, places.cell_N, asked_N3H)
         split = padded.view(num_samples, length, 3, self.num_heads, token_NH.shape[1] // self.num_heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)
-        mask = places.is_token_BL.view(num_samples, 1, 1, length)
-        with _kernels(query.device.type):
-            heads = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        attended_NH = heads.transpose(1, 2).reshape(padded.shape[0], token_NH.shape[1]).index_select(0, places.cell_N)
-        result_NH: Tensor = self.of_heads(attended_NH)
-        return result_NH
+        return query, key, value, places.is_token_BL.view(num_samples, 1, 1, length)
 
 
 def _kernels(device_type: str) -> AbstractContextManager[object]:
