@@ -1,0 +1,1 @@
+"""Test impressions and what a run makes of them: scores, attention, and what would be with other pictures."""

@@ -1,0 +1,300 @@
+"""Why an ad got its score: what the same run would give it without pictures, without a behaviour, with another picture.
+
+Letters of shapes: C ads of the group, L behaviours, K pictures in the place of the ad's.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from explorer.data.impressions.groups import (
+    GroupColumns,
+    PictureName,
+    SampleGroup,
+    named,
+    plain,
+    with_looks,
+    without_pictures,
+)
+from explorer.data.impressions.opened import Logits, OpenedRun
+from explorer.errors import NotHereError
+
+if TYPE_CHECKING:
+    from trainer.models.pooling.attention import PairWeights
+    from trainer.samples.batch import Batch
+
+MOST_BEHAVIORS = 200
+"""The newest behaviours whose effect is computed."""
+CHANNELS = {"images": "by the ad's picture", "ids": "by the ad's IDs"}
+
+
+def probability(logit: float) -> float:
+    """Give the click probability of a logit."""
+    return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score: as a logit, which the model computes, and as a click probability."""
+
+    logit: float
+
+    @property
+    def probability(self) -> float:
+        """The click probability."""
+        return probability(self.logit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """An ad of the group, and its scores."""
+
+    place: int
+    ad: str
+    pictures: tuple[PictureName, ...]
+    clicked: bool
+    score: Score
+    without_images: Score
+    """The same trained run, every image missing."""
+    ids_alone: Score | None
+    """A run of IDs only, where one was asked."""
+    rank: int
+    rank_without: int
+    """Among the ads of the group, from 1."""
+
+    @property
+    def effect(self) -> float:
+        """What the images add to the click probability."""
+        return self.score.probability - self.without_images.probability
+
+
+@dataclass(frozen=True, kw_only=True)
+class Behavior:
+    """A behaviour of the user, how much it counts for the ad, and what it adds to the ad's score."""
+
+    place: int
+    pictures: tuple[PictureName, ...]
+    weights: tuple[float, ...]
+    """By `Explanation.channels`; empty where the behaviour is not weighed."""
+    without_picture: Score | None
+    """Of the ad, with the picture out of the history and all IDs as they are; None: the model sees no pictures of
+    behaviours."""
+    without_it: Score
+    """Of the ad, for a user without this behaviour."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherPicture:
+    """What the ad would get with another picture."""
+
+    picture: PictureName
+    score: Score
+    """The ad as samples would have it with this picture: its look, and the ID of the picture."""
+    look_alone: Score | None
+    """With the look of the picture and the IDs of the ad as they are; None: the model sees no pictures of ads."""
+    has_feature: bool
+    """Whether the run's snapshot has it; else it is a missing image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """A sample group and one of its ads, explained by one run."""
+
+    group: SampleGroup
+    candidates: list[Candidate]
+    chosen: Candidate
+    behaviors: list[Behavior]
+    num_behaviors: int
+    channels: tuple[str, ...]
+    """What weighs the behaviours, one a column of weights."""
+
+    def effect(self, behavior: Behavior) -> float | None:
+        """What the picture of a behaviour adds to the ad's click probability."""
+        if behavior.without_picture is None:
+            return None
+        return self.chosen.score.probability - behavior.without_picture.probability
+
+    def effect_of_all(self, behavior: Behavior) -> float:
+        """What the whole behaviour adds to it."""
+        return self.chosen.score.probability - behavior.without_it.probability
+
+    @property
+    def helped_most(self) -> Behavior | None:
+        """The behaviour whose picture raises the score most; None where none raises it."""
+        return self._extreme(1)
+
+    @property
+    def hurt_most(self) -> Behavior | None:
+        """The behaviour whose picture lowers the score most; None where none lowers it."""
+        return self._extreme(-1)
+
+    def _extreme(self, sign: int) -> Behavior | None:
+        found = [(sign * effect, each) for each in self.behaviors if (effect := self.effect(each)) is not None]
+        best, behavior = max(found, key=lambda pair: pair[0], default=(0.0, None))
+        return behavior if best > 0 else None
+
+
+def explain(opened: OpenedRun, number: int, ad: int | None = None, ids_run: OpenedRun | None = None) -> Explanation:
+    """Explain the score of an ad of sample group `number`, by default of the one that images move most.
+
+    All behaviours are taken away in one batch, each from a copy of the group with the ad alone. `ids_run`: a run of
+    IDs only, which scores the ads too. Raises NotHereError, DataError.
+    """
+    columns = GroupColumns(opened)
+    group = columns.read(number)
+    candidates = _candidates(group, ids_run)
+    if ad is None:
+        chosen = max(candidates, key=lambda each: abs(each.effect))
+    elif 0 <= ad < len(candidates):
+        chosen = candidates[ad]
+    else:
+        raise NotHereError(f"there is no ad {ad} in this group: it has {len(candidates)}, from 0 on")
+    behaviors, weights = _behaviors(group, chosen.place)
+    return Explanation(
+        group=group,
+        candidates=candidates,
+        chosen=chosen,
+        behaviors=behaviors,
+        num_behaviors=len(group.behavior_pictures),
+        channels=_channels(opened) if weights else (),
+    )
+
+
+def with_other_pictures(group: SampleGroup, ad: int, pictures: Sequence[PictureName]) -> list[OtherPicture]:
+    """Score an ad with each of these pictures in the place of its own, in one batch, (K). Raises DataError."""
+    if not pictures:
+        return []
+    opened, row = group.columns.opened, group.of_ad(ad)
+    changed = group.batch([group.with_pictures(row, pictures)])
+    logit_K = opened.logits(changed)
+    looks = group.columns.looks_of_ads
+    look_K: Sequence[float | None] = [None] * len(pictures)
+    if looks:
+        as_it_is = group.batch([group.with_pictures(row, [group.ad_pictures[ad][0]] * len(pictures))])
+        look_K = opened.logits(with_looks(as_it_is, changed, looks)).tolist()
+    has_K = _has_feature(opened, looks, pictures)
+    return [
+        OtherPicture(
+            picture=picture, score=Score(score), look_alone=None if look is None else Score(look), has_feature=has
+        )
+        for picture, score, look, has in zip(pictures, logit_K.tolist(), look_K, has_K, strict=True)
+    ]
+
+
+def other_pictures(group: SampleGroup, most: int) -> list[PictureName]:
+    """Draw distinct pictures of ads out of the samples near this group, the same each time. Raises DataError."""
+    from trainer.samples.reader import read_row_group
+
+    field, index = group.columns.ad_image, group.columns.opened.index
+    if field is None:
+        return []
+    table = plain(read_row_group(index.storage, group.place.row_group, [field.column_name]))
+    flat = table.column(field.column_name).combine_chunks()
+    while not pa.types.is_primitive(flat.type) and hasattr(flat, "flatten") and hasattr(flat.type, "value_type"):
+        flat = flat.flatten()
+    values: list[Any] = flat.unique().to_pylist()
+    distinct = sorted({named(value) for value in values}, key=lambda each: each.key)
+    order = np.random.default_rng(group.number).permutation(len(distinct))[:most]
+    return [distinct[place] for place in order.tolist()]
+
+
+def _candidates(group: SampleGroup, ids_run: OpenedRun | None) -> list[Candidate]:
+    opened = group.columns.opened
+    batch = group.batch([group.row])
+    logit_C, without_C = opened.logits(batch), opened.logits_without_images(batch)
+    ids_C: Sequence[float | None] = [None] * len(logit_C)
+    if ids_run is not None:
+        ids_C = _scores_of(ids_run, group.number).tolist()
+    pictures = group.ad_pictures or [()] * len(logit_C)
+    return [
+        Candidate(
+            place=place,
+            ad=ad,
+            pictures=pictures[place],
+            clicked=label == 1,
+            score=Score(logit),
+            without_images=Score(without),
+            ids_alone=None if ids is None else Score(ids),
+            rank=1 + int((logit_C > logit).sum()),
+            rank_without=1 + int((without_C > without).sum()),
+        )
+        for place, (ad, label, logit, without, ids) in enumerate(
+            zip(group.ads, group.labels, logit_C.tolist(), without_C.tolist(), ids_C, strict=True)
+        )
+    ]
+
+
+def _scores_of(run: OpenedRun, number: int) -> Logits:
+    """Score the same group by another run, which reads the columns of its own schema."""
+    group = GroupColumns(run).read(number)
+    return run.logits(group.batch([group.row]))
+
+
+def _behaviors(group: SampleGroup, ad: int) -> tuple[list[Behavior], bool]:
+    """Take away one behaviour after the other; say also whether the run's aggregator weighs them."""
+    columns, opened = group.columns, group.columns.opened
+    row = group.of_ad(ad)
+    pictures = group.behavior_pictures[:MOST_BEHAVIORS]
+    num = len(pictures)
+    if num == 0:
+        return [], False
+    alone = group.batch([row])
+    weights = _weights(alone, opened.logits_and_weights(alone)[1], columns, num)
+    without_L = opened.logits(group.batch([group.without_behavior(row, place) for place in range(num)]))
+    picture_L: Sequence[float | None] = [None] * num
+    if fields := columns.pictures_of_behaviors:
+        copies = without_pictures(group.batch([row] * num), fields, np.arange(num))
+        picture_L = opened.logits(copies).tolist()
+    behaviors = [
+        Behavior(
+            place=place,
+            pictures=pictures[place],
+            weights=tuple(weights[place]) if weights is not None else (),
+            without_picture=None if of_picture is None else Score(of_picture),
+            without_it=Score(of_all),
+        )
+        for place, (of_picture, of_all) in enumerate(zip(picture_L, without_L.tolist(), strict=True))
+    ]
+    return behaviors, weights is not None
+
+
+def _weights(
+    batch: "Batch", noted: dict[str, "PairWeights"], columns: GroupColumns, num: int
+) -> list[list[float]] | None:
+    """Give the weights of the first `num` behaviours of the only sample, a list a behaviour; None where there are none.
+
+    Behaviours that the aggregator does not look at have 0.
+    """
+    name = next((each for each in columns.pictures_of_behaviors if each in noted), None)
+    if name is None:
+        return None
+    found = noted[name]
+    places = np.arange(len(found.weight_NC))
+    if columns.opened.trained.config.model.similarity_top_k:
+        prepared = columns.opened.trained.engine.prepare(batch, "eval")
+        places = prepared.similarity[name].nearest_N
+    length = max(num, int(places.max(initial=-1)) + 1)
+    weight_LC = np.zeros((length, found.weight_NC.shape[1]))
+    weight_LC[places] = found.weight_NC.double().numpy()
+    return [list(map(float, each)) for each in weight_LC[:num]]
+
+
+def _channels(opened: OpenedRun) -> tuple[str, ...]:
+    model = opened.trained.engine.model
+    if opened.trained.config.model.pooling == "transformer":
+        return ("attention of the last layer",)
+    return tuple(CHANNELS[each] for each in model.asks_with)
+
+
+def _has_feature(opened: OpenedRun, looks: Sequence[str], pictures: Sequence[PictureName]) -> list[bool]:
+    """Tell which pictures the run's snapshot has."""
+    fields = [field for field in opened.trained.engine.fields if field.name in looks]
+    if not fields:
+        return [True] * len(pictures)
+    partition = opened.trained.partitions[fields[0].store_name]
+    found: list[bool] = partition.contains(np.asarray([each.key for each in pictures], np.int64)).tolist()
+    return found

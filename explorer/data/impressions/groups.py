@@ -1,0 +1,319 @@
+"""Sample groups: one user in one session, what was seen before and which ads were shown; read, changed and batched.
+
+A change is made to the row of the sample file, and the trainer's own reading makes a batch of it: so the scores are
+those of samples that really have the change. Only what no sample can say (a picture goes, and its ID stays) is changed
+in the batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from explorer.data.impressions.opened import OpenedRun
+from explorer.errors import NotHereError
+from featurestore.keys import key_of_uri
+
+if TYPE_CHECKING:
+    from trainer.samples.batch import Batch
+    from trainer.samples.columns import DecodedGroups, Rule
+    from trainer.samples.reader import RowGroup, SampleIndex
+    from trainer.schema import Field
+
+Row = dict[str, Any]
+"""One sample group, as Python has it."""
+
+
+class PictureName(NamedTuple):
+    """A picture as samples name it: by key, and by uri where they have uris."""
+
+    key: int
+    uri: str | None
+
+
+class GroupPlace(NamedTuple):
+    """Where a sample group is: its row group, and its row in that."""
+
+    row_group: "RowGroup"
+    row: int
+
+    @property
+    def row_of_file(self) -> int:
+        """Its row in the file, as jobs/score.py counts."""
+        return self.row_group.first_row + self.row
+
+
+def place_of(index: "SampleIndex", number: int) -> GroupPlace:
+    """Find group `number` of all groups, in the order of the files. Raises NotHereError."""
+    left = number
+    for row_group in index.row_groups:
+        if 0 <= left < row_group.num_groups:
+            return GroupPlace(row_group, left)
+        left -= row_group.num_groups
+    raise NotHereError(f"there is no sample group {number}: the samples have {index.num_groups:,}, from 0 on")
+
+
+@dataclass(frozen=True)
+class GroupColumns:
+    """What a run reads of a sample group: its columns, and which of them are pictures and behaviours."""
+
+    opened: OpenedRun
+
+    @cached_property
+    def rules(self) -> Mapping[str, "Rule"]:
+        """The rule of each column, crossed ones too."""
+        from trainer.samples.columns import rules_of
+
+        return rules_of(self.opened.schema)
+
+    @cached_property
+    def sources(self) -> Mapping[str, "Rule"]:
+        """The columns of the files."""
+        from trainer.samples.columns import source_columns
+
+        return source_columns(self.rules)
+
+    @cached_property
+    def ad_image(self) -> "Field | None":
+        """The field of the ads' pictures."""
+        return next(self.opened.schema.of_kind("content", side="ad"), None)
+
+    @cached_property
+    def history(self) -> "Field | None":
+        """The field of the behaviours' pictures."""
+        fields = list(self.opened.schema.of_kind("content", side="user"))
+        store = self.ad_image.store_name if self.ad_image else None
+        return next((field for field in fields if field.store_name == store), fields[0] if fields else None)
+
+    @cached_property
+    def of_behaviors(self) -> tuple[str, ...]:
+        """The columns of the files whose values belong to the behaviours one by one."""
+        from trainer.samples.columns import aligned_columns
+
+        if self.history is None:
+            return ()
+        found = {self.history.column_name}
+        for together in aligned_columns(self.sources):
+            if found & set(together):
+                found |= set(together)
+        more = True
+        while more:  # lists beside those lists, and beside these
+            beside = {name for name, rule in self.sources.items() if rule.side == "user" and found & {*rule.lengths_of}}
+            more = not beside <= found
+            found |= beside
+        return tuple(name for name in self.sources if name in found)
+
+    @cached_property
+    def pictures_of_behaviors(self) -> tuple[str, ...]:
+        """The model's content fields of the behaviours' pictures."""
+        if self.history is None:
+            return ()
+        return tuple(
+            field.name
+            for field in self.opened.trained.engine.fields
+            if field.kind == "content" and field.side == "user" and field.column_name in self.of_behaviors
+        )
+
+    @cached_property
+    def looks_of_ads(self) -> tuple[str, ...]:
+        """The model's content fields that read the ads' pictures."""
+        if self.ad_image is None:
+            return ()
+        column = self.ad_image.column_name
+        return tuple(
+            field.name
+            for field in self.opened.trained.engine.fields
+            if field.kind == "content" and field.side == "ad" and field.column_name == column
+        )
+
+    def read(self, number: int) -> "SampleGroup":
+        """Read group `number`. Raises NotHereError, DataError."""
+        from trainer.samples.reader import read_row_group
+
+        index = self.opened.index
+        place = place_of(index, number)
+        names = list(dict.fromkeys([*self.sources, self.opened.schema.time]))
+        table = read_row_group(index.storage, place.row_group, names)
+        if place.row >= table.num_rows:
+            from trainer.errors import DataError
+
+            raise DataError(f"{index.storage.full(place.row_group.file)} has changed: open the page again")
+        table = plain(table.slice(place.row, 1))
+        return SampleGroup(
+            self, number, place, table.select([n for n in table.column_names if n in self.sources]), table
+        )
+
+    def decode(self, table: pa.Table, file: str, first_row: int) -> "DecodedGroups":
+        """Decode groups as training does. Raises DataError."""
+        from trainer.samples.columns import decode
+
+        return decode(table, self.rules, self.opened.schema.label, file, first_row)
+
+    def batch(self, groups: "DecodedGroups", chosen: slice = slice(None)) -> "Batch":
+        """Make a batch of decoded groups, all their impressions."""
+        from trainer.samples.batch import BatchPosition
+        from trainer.samples.reader import assemble
+        from trainer.samples.stream import Piece
+
+        group_G = np.arange(len(groups.sample_offsets) - 1)[chosen]
+        begin_G, end_G = groups.sample_offsets[:-1][chosen], groups.sample_offsets[1:][chosen]
+        piece = Piece(groups, group_G, begin_G, end_G)
+        return assemble(self.opened.schema, [piece], int((end_G - begin_G).sum()), BatchPosition(0, 0))
+
+
+@dataclass(frozen=True)
+class SampleGroup:
+    """One sample group of a run's test samples."""
+
+    columns: GroupColumns
+    number: int
+    place: GroupPlace
+    table: pa.Table
+    """One row: what the run reads."""
+    whole: pa.Table
+    """The same, and the time where the samples have it."""
+
+    @cached_property
+    def row(self) -> Row:
+        """The group as Python has it."""
+        row: Row = self.table.to_pylist()[0]
+        return row
+
+    @property
+    def where(self) -> str:
+        """The file that the group is in."""
+        index = self.columns.opened.index
+        return index.storage.full(self.place.row_group.file)
+
+    @property
+    def user(self) -> str:
+        """The user, as the samples name one."""
+        name = self.columns.opened.schema.group
+        rule = self.columns.rules[name]
+        return " × ".join(str(self.row[each]) for each in (rule.crossed or (name,)))
+
+    @cached_property
+    def time_s(self) -> float | None:
+        """When it was, in seconds since 1970; None where the samples do not say."""
+        from trainer.evaluation.impressions import seconds_of
+
+        name = self.columns.opened.schema.time
+        if name not in self.whole.column_names:
+            return None
+        found = seconds_of(self.whole.column(name), name, self.where)[0].as_py()
+        return None if found is None else float(found)
+
+    @property
+    def labels(self) -> list[int]:
+        """Which impressions were clicked."""
+        return [int(each) for each in self.row[self.columns.opened.schema.label]]
+
+    @property
+    def ads(self) -> list[str]:
+        """The ads, as the samples name them."""
+        name = self.columns.opened.schema.new_ad_column
+        columns = [self.row[each] for each in (self.columns.rules[name].crossed or (name,))]
+        return [" × ".join(map(str, values)) for values in zip(*columns, strict=True)]
+
+    @property
+    def ad_pictures(self) -> list[tuple[PictureName, ...]]:
+        """The pictures of each ad: one, or those of its gallery."""
+        return self._pictures(self.columns.ad_image)
+
+    @property
+    def behavior_pictures(self) -> list[tuple[PictureName, ...]]:
+        """The pictures of each behaviour, newest first."""
+        return self._pictures(self.columns.history)
+
+    def of_ad(self, ad: int) -> Row:
+        """Give the group with one of its ads alone."""
+        of_ads = [name for name, rule in self.columns.sources.items() if rule.side == "ad"]
+        return self.row | {name: [self.row[name][ad]] for name in of_ads}
+
+    def without_behavior(self, row: Row, behavior: int) -> Row:
+        """Take a behaviour out of a row: its picture, and all IDs and numbers that belong to it."""
+        shorter = {}
+        for name in self.columns.of_behaviors:
+            values = row[name]
+            shorter[name] = [*values[:behavior], *values[behavior + 1 :]]
+        return row | shorter
+
+    def with_pictures(self, row: Row, pictures: Sequence[PictureName]) -> Row:
+        """Repeat the only ad of a row with each of these pictures, in the order given."""
+        field = self.columns.ad_image
+        assert field is not None
+        of_ads = [name for name, rule in self.columns.sources.items() if rule.side == "ad"]
+        repeated = {name: row[name] * len(pictures) for name in of_ads}
+        is_text = _is_text(self.table.schema.field(field.column_name).type)
+        values: list[Any] = [each.uri if is_text else each.key for each in pictures]
+        return row | repeated | {field.column_name: [[each] for each in values] if field.gallery else values}
+
+    def batch(self, rows: Sequence[Row]) -> "Batch":
+        """Make a batch of groups like this one. Raises DataError."""
+        table = pa.Table.from_pylist(list(rows), schema=self.table.schema)
+        return self.columns.batch(self.columns.decode(table, self.where, self.place.row_of_file))
+
+    def _pictures(self, field: "Field | None") -> list[tuple[PictureName, ...]]:
+        if field is None:
+            return []
+        lists = self.row[field.column_name]
+        return [tuple(map(named, each)) if isinstance(each, list) else (named(each),) for each in lists]
+
+
+def named(value: int | str) -> PictureName:
+    """Name the picture that a sample file has as a key or as a uri."""
+    return PictureName(key_of_uri(value), value) if isinstance(value, str) else PictureName(int(value), None)
+
+
+def without_pictures(batch: "Batch", fields: Sequence[str], behavior_G: NDArray[np.int64]) -> "Batch":
+    """Take one picture out of the history of each group of a batch: that of behaviour `behavior_G[g]` of group g.
+
+    IDs of the behaviour stay, also that of the picture; the list of pictures is one shorter.
+    """
+    changed, galleries = dict(batch.fields), dict(batch.galleries)
+    for name in fields:
+        gallery = galleries.get(name)
+        lists = batch.fields[name] if gallery is None else gallery
+        starts_G = np.cumsum(lists.lengths_M) - lists.lengths_M
+        kept_N = np.ones(len(lists.values_N), np.bool_)
+        kept_N[starts_G + behavior_G] = False
+        shorter = replace(lists, values_N=lists.values_N[kept_N], lengths_M=lists.lengths_M - np.int32(1))
+        if gallery is None:
+            changed[name] = shorter
+        else:
+            images = batch.fields[name]
+            gone_G = lists.values_N[~kept_N].astype(np.int32)
+            kept_I = np.repeat(kept_N, lists.values_N)
+            galleries[name] = shorter
+            changed[name] = replace(images, values_N=images.values_N[kept_I], lengths_M=images.lengths_M - gone_G)
+    return replace(batch, fields=changed, galleries=galleries)
+
+
+def with_looks(batch: "Batch", other: "Batch", fields: Sequence[str]) -> "Batch":
+    """Give the ads of a batch the pictures of another one, and let IDs be as they are."""
+    looks = {name: other.fields[name] for name in fields}
+    sizes = {name: other.galleries[name] for name in fields if name in other.galleries}
+    return replace(batch, fields={**batch.fields, **looks}, galleries={**batch.galleries, **sizes})
+
+
+def plain(table: pa.Table) -> pa.Table:
+    """Write out what is dictionary-encoded, so that Python's values fit the table's types."""
+    return table.cast(pa.schema([pa.field(each.name, _plain(each.type)) for each in table.schema]))
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.list_(_plain(kind.value_type))
+    return kind
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    while not pa.types.is_primitive(kind) and hasattr(kind, "value_type"):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

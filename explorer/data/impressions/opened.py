@@ -1,0 +1,246 @@
+"""Trained runs that are open to be asked, at most two; one thread asks at a time.
+
+Images are looked up in the snapshots that the run was trained on, as jobs/score.py and an evaluation do, so that scores
+are theirs. Memory of an open run: its ID tables and E; the features are mapped from local files.
+"""
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from threading import RLock
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from explorer.errors import ExplorerError, NotHereError
+from explorer.places import Places
+from featurestore.errors import FeatureStoreError, StoreNotFoundError
+from featurestore.published.paths import RunPath, read_file, run_path
+from trainer.config.config import load_saved
+from trainer.errors import DataError, TrainerError
+from trainer.runs.folder import finished
+
+if TYPE_CHECKING:  # torch takes seconds to load
+    from trainer.models.pooling.attention import PairWeights
+    from trainer.runs.saved import TrainedRun
+    from trainer.samples.batch import Batch
+    from trainer.samples.reader import SampleIndex
+    from trainer.schema import Schema
+
+Logits = NDArray[np.float64]
+_MOST_OPEN, _MOST_NAMES, _MOST_KEPT = 2, 500, 8
+
+
+@dataclass(frozen=True)
+class AskableRun:
+    """A run with a checkpoint, and the settings of it that pages tell."""
+
+    name: str
+    images: Literal["both", "ad", "behavior", "none"]
+    base: str
+    pooling: str
+
+    @property
+    def told(self) -> str:
+        """Say what it is in a few words."""
+        return f"{self.base}, IDs alone" if self.images == "none" else f"{self.base}, images={self.images}"
+
+
+@dataclass
+class OpenedRun:
+    """A trained run and the test impressions that it is asked about."""
+
+    name: str
+    digest: str
+    """Of the checkpoint."""
+    trained: "TrainedRun"
+    index: "SampleIndex"
+    is_newest: bool
+    """Images are looked up in the newest snapshot, in the place of the one of the training."""
+    kept: dict[str, Any] = field(default_factory=dict)
+    """What was computed of it; kept also when it is closed for another one."""
+
+    @property
+    def schema(self) -> "Schema":
+        """The run's schema."""
+        return self.trained.schema
+
+    @property
+    def missing(self) -> str:
+        """What the run gives to an image without a feature: `zeros` or `learned`."""
+        return self.trained.config.data.missing
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether the model reads any content."""
+        return bool(self.trained.partitions)
+
+    @cached_property
+    def batch_samples(self) -> int:
+        """Samples of one call of the model."""
+        return self.trained.config.train.eval_batch_size
+
+    def logits(self, batch: "Batch") -> Logits:
+        """Predict the samples of a batch (B,), by the very calls of an evaluation."""
+        engine = self.trained.engine
+        return engine.predict(engine.prepare(batch, "eval"))
+
+    def logits_without_images(self, batch: "Batch") -> Logits:
+        """Predict as if no image had a feature: `zeros` or the trained vector is in the place of each. IDs of images
+        stay."""
+        with self.no_images():
+            return self.logits(batch)
+
+    @contextlib.contextmanager
+    def no_images(self) -> Iterator[None]:
+        """Hide the features of all images."""
+        partitions = self.trained.partitions.values()
+        try:
+            for partition in partitions:
+                partition.hide(1.0)
+            yield
+        finally:
+            for partition in partitions:
+                partition.hide(0)
+
+    def logits_and_weights(self, batch: "Batch") -> tuple[Logits, dict[str, "PairWeights"]]:
+        """Predict a batch, and note how the model's aggregators weigh the behaviours of its samples, by field."""
+        from trainer.models.pooling.noted import noted_weights
+
+        with noted_weights(self.trained.engine.model) as weights:
+            logits_B = self.logits(batch)
+        return logits_B, weights
+
+    def close(self) -> None:
+        """Let go of the stores' rows."""
+        self.trained.close()
+
+
+class TrainedRuns:
+    """The runs of the place, opened when they are asked for; those used last stay open."""
+
+    def __init__(self, places: Places) -> None:
+        self._places, self._lock = places, RLock()
+        self._opened: OrderedDict[tuple[str, bool], OpenedRun] = OrderedDict()
+        self._described: dict[tuple[str, bytes], AskableRun] = {}
+        self._kept: OrderedDict[tuple[str, bool, str, str], dict[str, Any]] = OrderedDict()
+
+    def names(self) -> Sequence[AskableRun]:
+        """List the runs with a checkpoint, by name; what is no run, or cannot be read, is left out."""
+        if self._places.runs is None:
+            return []
+        folder = run_path(self._places.runs)
+        found = []
+        below: list[RunPath] = sorted(folder.iterdir(), key=lambda path: path.name)
+        for each in below[:_MOST_NAMES]:
+            with contextlib.suppress(TrainerError, FeatureStoreError, OSError):
+                if (each / "config.yaml").is_file() and finished(each / "checkpoints"):
+                    found.append(self._describe(each))
+        return found
+
+    def _describe(self, folder: RunPath) -> AskableRun:
+        """Read a run's settings; again only where its file is another one."""
+        name = (folder.name, read_file(folder / "config.yaml"))
+        if name not in self._described:
+            model = load_saved(folder / "config.yaml").model
+            if len(self._described) >= 2 * _MOST_NAMES:
+                self._described.clear()
+            self._described[name] = AskableRun(folder.name, model.images, model.base, model.pooling)
+        return self._described[name]
+
+    def is_open(self, name: str, *, newest: bool = False) -> bool:
+        """Tell whether a run can be asked without waiting for it to open."""
+        return (name, newest) in self._opened
+
+    def is_listed(self, name: str) -> bool:
+        """Tell whether a run's impressions have been scored."""
+        opened = self._opened.get((name, False))
+        return opened is not None and "scored" in opened.kept
+
+    @contextlib.contextmanager
+    def use(self, name: str, *, newest: bool = False) -> Iterator[OpenedRun]:
+        """Open a run, or take it as it is open, for this thread alone until the end of the block.
+
+        A run with a newer checkpoint is opened anew. `newest`: look images up in the newest snapshot. Raises
+        NotHereError for what is no run, TrainerError, FeatureStoreError.
+        """
+        folder = self._places.run(name)
+        with self._lock:
+            digest = _digest_of(folder, name)
+            opened = self._opened.get((name, newest))
+            if opened is not None and opened.digest != digest:
+                self._forget(name, newest)
+                opened = None
+            if opened is None:
+                opened = self._open(folder, name, newest)
+                self._opened[name, newest] = opened
+                while len(self._opened) > _MOST_OPEN:
+                    self._opened.popitem(last=False)[1].close()
+            self._opened.move_to_end((name, newest))
+            try:
+                yield opened
+            except DataError:  # perhaps the samples have changed: the next one opens it anew
+                self._forget(name, newest)
+                self._kept.clear()
+                raise
+
+    def close(self) -> None:
+        """Close all runs."""
+        with self._lock:
+            while self._opened:
+                self._opened.popitem()[1].close()
+
+    def _forget(self, name: str, newest: bool) -> None:
+        if (opened := self._opened.pop((name, newest), None)) is not None:
+            opened.close()
+
+    def _open(self, folder: RunPath, name: str, newest: bool) -> OpenedRun:
+        from trainer.comm import SoloComm
+        from trainer.runs.saved import open_test, open_trained
+
+        comm = SoloComm()
+        trained = open_trained(
+            folder,
+            comm,
+            samples=self._places.samples,
+            as_trained=not newest,
+            store=self._store_of(folder),
+            device="cpu",
+        )
+        try:
+            index = open_test(comm, trained.config, trained.schema, self._places.samples)
+        except BaseException:
+            trained.close()
+            raise
+        digest = trained.saved.digest
+        kept = self._kept.setdefault((name, newest, digest, index.layout_digest), {})
+        while len(self._kept) > _MOST_KEPT:
+            self._kept.popitem(last=False)
+        return OpenedRun(name, digest, trained, index, newest, kept)
+
+    def _store_of(self, folder: RunPath) -> str | None:
+        """Where the run's store is now: None where it was in training, else the store that is shown."""
+        from featurestore.store import FeatureStore
+
+        if self._places.store is None:
+            return None
+        try:
+            FeatureStore.open(load_saved(folder / "config.yaml").data.store)
+        except StoreNotFoundError:
+            return self._places.store
+        return None
+
+
+def _digest_of(folder: RunPath, name: str) -> str:
+    """Give the digest of the run's newest checkpoint. Raises NotHereError, ExplorerError."""
+    from trainer.runs.saved import read_run
+
+    if not (folder / "config.yaml").is_file():
+        raise NotHereError(f"there is no run {name[:60]!r}")
+    try:
+        return read_run(folder).digest
+    except OSError as error:
+        raise ExplorerError(f"the run {name[:60]!r} cannot be read: {error.strerror}") from error

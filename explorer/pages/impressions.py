@@ -1,0 +1,259 @@
+"""Impressions: a list to choose from, and for each sample group why its ads got their scores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from explorer.data.impressions.explained import Explanation, OtherPicture, explain, other_pictures, with_other_pictures
+from explorer.data.impressions.groups import PictureName, SampleGroup
+from explorer.data.impressions.listed import CLICKED, ORDERS, Clicked, Order, score_user, scored_of
+from explorer.data.impressions.names import PictureNames
+from explorer.data.impressions.opened import AskableRun, OpenedRun, TrainedRuns
+from explorer.data.impressions.words import name_of, percent, points, sentence, weighing
+from explorer.errors import ExplorerError, NotHereError
+from explorer.html.site import NavItem, Site, pages_of
+from explorer.pages.kind import PageKind
+from featurestore.errors import SnapshotNotFoundError, UserError
+from featurestore.keys import key_of_uri
+from featurestore.text.plain import one_line
+
+LIST, PER_PAGE, PER_FROZEN_PAGE = "/impressions", 24, 12
+_DRAWN, _SHOWN_BEST, _SHOWN_WORST = 100, 6, 3
+_MOST_TYPED = 2_000
+
+
+@dataclass(frozen=True)
+class ListQuestion:
+    """What the list is asked for, out of an address."""
+
+    run: str
+    order: Order = "effect"
+    clicked: Clicked = "any"
+    query: str = ""
+    page: int = 1
+
+    def params(self, **changes: Any) -> dict[str, Any]:
+        """Give the parameters of the address that asks this."""
+        asked = {"run": self.run, "order": self.order, "clicked": self.clicked, "q": self.query or None} | changes
+        defaults = {"order": "effect", "clicked": "any", "page": 1}
+        return {name: value for name, value in asked.items() if value is not None and defaults.get(name) != value}
+
+
+class ImpressionPages(PageKind):
+    """The pages below /impressions."""
+
+    def __init__(self, site: Site, runs: TrainedRuns | None = None) -> None:
+        """`runs`: those that are open already, shared with other pages."""
+        super().__init__(site)
+        self.runs = runs or TrainedRuns(site.places)
+        self.names = PictureNames(site.places.store)
+
+    @property
+    def nav(self) -> NavItem | None:
+        """Impressions are shown by runs."""
+        return NavItem("Impressions", LIST) if self.site.places.runs is not None else None
+
+    def routes(self) -> Sequence[Route]:
+        """List and groups, each as a page and as the part of it that takes long."""
+        if self.nav is None:
+            return []
+        return [
+            Route(LIST, self.listing),
+            Route(LIST + "/part", self.listing_part),
+            Route(LIST + "/{run}/{number}", self.group),
+            Route(LIST + "/{run}/{number}/part", self.group_part),
+        ]
+
+    def close(self) -> None:
+        """Close the runs."""
+        self.runs.close()
+
+    def listing(self, request: Request) -> Response:
+        """Show the list, or where its run is not open yet the page that fetches it."""
+        runs = self.runs.names()
+        if not runs:
+            raise NotHereError(
+                f"{self.site.places.runs} has no run with a checkpoint; train one: python -m trainer.main"
+            )
+        asked = self._question(request, runs)
+        now = self.site.frozen or "now" in request.query_params or self.runs.is_listed(asked.run)
+        context: dict[str, Any] = {"runs": runs, "asked": asked, "orders": ORDERS, "clicked": CLICKED, "now": now}
+        if now:
+            context |= self._listed(asked)
+        return self.site.page(request, "impressions/list.html", title="Impressions", **context)
+
+    def listing_part(self, request: Request) -> Response:
+        """Give the list alone."""
+        asked = self._question(request, self.runs.names())
+        return self._part(request, "impressions/list-part.html", lambda: {"asked": asked, **self._listed(asked)})
+
+    def group(self, request: Request) -> Response:
+        """Show one sample group, or where its run is not open yet the page that fetches it."""
+        run, number = request.path_params["run"], self._number(request)
+        newest = request.query_params.get("snapshot") == "newest"
+        now = self.site.frozen or "now" in request.query_params or self.runs.is_open(run, newest=newest)
+        try:
+            context = self._explained(request, run, number, newest) if now else {}
+        except UserError as error:
+            if newest or not isinstance(error.__cause__, SnapshotNotFoundError):
+                raise
+            now, context = True, {"problem": one_line(error)}
+        params = dict(request.query_params)
+        title = f"Impressions of group {number:,}"
+        return self.site.page(
+            request, "impressions/group.html", title=title, run=run, number=number, params=params, now=now, **context
+        )
+
+    def group_part(self, request: Request) -> Response:
+        """Give what the page of a group shows."""
+        run, number = request.path_params["run"], self._number(request)
+        newest = request.query_params.get("snapshot") == "newest"
+
+        def shown() -> dict[str, Any]:
+            params = dict(request.query_params)
+            return {"run": run, "number": number, "params": params, **self._explained(request, run, number, newest)}
+
+        return self._part(request, "impressions/group-part.html", shown)
+
+    def _part(self, request: Request, template: str, context: Any) -> Response:
+        """Give a part of a page; what goes wrong is told in it, as htmx shows no answer of another status than 200."""
+        try:
+            return self.site.page(request, template, title="", **context())
+        except UserError as error:
+            expired = isinstance(error.__cause__, SnapshotNotFoundError)
+            path = request.url.path.removesuffix("/part")
+            return self.site.page(
+                request, "impressions/problem.html", title="", problem=one_line(error), expired=expired, path=path
+            )
+
+    def _question(self, request: Request, runs: Sequence[AskableRun]) -> ListQuestion:
+        params = request.query_params
+        order, clicked = params.get("order", "effect"), params.get("clicked", "any")
+        if order not in ORDERS or clicked not in CLICKED:
+            raise ExplorerError("the list has no such order")
+        run = params.get("run") or default_run(runs)
+        if run not in {each.name for each in runs}:
+            raise NotHereError(f"there is no run {run[:60]!r} with a checkpoint")
+        page = params.get("page", "1")
+        number = int(page) if page.isascii() and page.isdigit() and len(page) < 10 else 1
+        return ListQuestion(run, order, clicked, params.get("q", "").strip()[:_MOST_TYPED], number)
+
+    def _listed(self, asked: ListQuestion) -> dict[str, Any]:
+        with self.runs.use(asked.run) as opened:
+            scored = scored_of(opened)
+            found = scored.chosen(asked.order, asked.clicked, asked.query)
+            elsewhere = False
+            if not len(found) and asked.query and scored.num < scored.total:
+                scored, elsewhere = score_user(opened, asked.query), True
+                found = scored.chosen(asked.order, asked.clicked, "")
+            per_page = PER_FROZEN_PAGE if self.site.frozen else PER_PAGE
+            numbers, num_pages = pages_of(found.tolist(), asked.page, per_page)
+            rows = scored.rows(numbers)
+            pictures = [PictureName(row.picture, None) for row in rows if row.picture is not None]
+            return {
+                "rows": rows,
+                "names": self._names(opened, pictures),
+                "found": len(found),
+                "scored": scored,
+                "elsewhere": elsewhere,
+                "num_pages": 1 if self.site.frozen else num_pages,
+                "shown_page": min(max(asked.page, 1), num_pages),
+                "sees_images": opened.sees_images,
+                "percent": percent,
+                "points": points,
+            }
+
+    def _explained(self, request: Request, run: str, number: int, newest: bool) -> dict[str, Any]:
+        ad = _place(request.query_params.get("ad"))
+        typed = request.query_params.get("picture", "").strip()[:_MOST_TYPED]
+        with self.runs.use(run, newest=newest) as opened:
+            ids = self._ids_run(opened)
+            if ids is None:
+                explanation = explain(opened, number, ad)
+            else:
+                with self.runs.use(ids) as ids_run:
+                    explanation = explain(opened, number, ad, ids_run)
+            drawn, own = self._drawn(explanation, typed, opened)
+            pictures = [
+                *(name for each in explanation.candidates for name in each.pictures[:1]),
+                *(name for each in explanation.behaviors for name in each.pictures[:1]),
+                *(each.picture for each in drawn),
+                *((own.picture,) if own else ()),
+            ]
+            names = self._names(opened, pictures)
+            best = sorted(drawn, key=lambda each: -each.score.logit)
+            return {
+                "why": explanation,
+                "names": names,
+                "name_of": name_of,
+                "percent": percent,
+                "points": points,
+                "sentence": sentence(explanation, names),
+                "weighing": weighing(opened),
+                "ids_run": ids,
+                "opened": opened,
+                "stores": opened.trained.stores,
+                "own": own,
+                "typed": typed,
+                "best": best[:_SHOWN_BEST],
+                "worst": best[max(_SHOWN_BEST, len(best) - _SHOWN_WORST) :],
+                "num_drawn": len(drawn),
+                "rank_of_own": 1 + sum(each.score.logit > explanation.chosen.score.logit for each in drawn),
+            }
+
+    def _drawn(
+        self, explanation: Explanation, typed: str, opened: OpenedRun
+    ) -> tuple[list[OtherPicture], OtherPicture | None]:
+        """Score the ad with drawn pictures, and with the one that was typed."""
+        group, ad = explanation.group, explanation.chosen.place
+        drawn = other_pictures(group, _DRAWN)
+        asked = [*drawn, *([self._typed(group, typed, opened)] if typed else [])]
+        scored = with_other_pictures(group, ad, asked)
+        return scored[: len(drawn)], scored[-1] if typed else None
+
+    def _typed(self, group: SampleGroup, typed: str, opened: OpenedRun) -> PictureName:
+        """Read what a person typed: a key, or a uri."""
+        try:
+            key = int(typed)
+        except ValueError:
+            return PictureName(key_of_uri(typed), typed)
+        if not -(2**63) <= key < 2**63:
+            raise ExplorerError(f"{typed[:40]} is no key of an image: keys are 64-bit integers")
+        return PictureName(key, self._names(opened, [PictureName(key, None)]).get(key))
+
+    def _ids_run(self, opened: OpenedRun) -> str | None:
+        """Find a run of IDs only to show beside one with images: of the same net where there is one."""
+        if not opened.sees_images:
+            return None
+        others = [each for each in self.runs.names() if each.images == "none"]
+        same = [each for each in others if each.base == opened.trained.config.model.base]
+        return next((each.name for each in (*same, *others)), None)
+
+    def _names(self, opened: OpenedRun, pictures: Sequence[PictureName]) -> dict[int, str]:
+        field = next(opened.schema.of_kind("content"), None)
+        return self.names.of(opened, field.store_name, pictures) if field else {}
+
+    @staticmethod
+    def _number(request: Request) -> int:
+        number = _place(request.path_params["number"])
+        assert number is not None
+        return number
+
+
+def default_run(runs: Sequence[AskableRun]) -> str:
+    """Choose the run that is shown first: one that sees all images, else some, else none."""
+    order = {"both": 0, "behavior": 1, "ad": 1, "none": 2}
+    return min(runs, key=lambda each: order[each.images]).name
+
+
+def _place(text: str | None) -> int | None:
+    """Read a number of a group or ad, from 0 on. Raises NotHereError."""
+    if text is None or text == "":
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise NotHereError(f"there is no number {text[:40]!r}")
+    return int(text)

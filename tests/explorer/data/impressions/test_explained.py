@@ -1,0 +1,251 @@
+"""Scores on the pages are those of jobs/score.py, and each "what if" is the score of samples that really are so."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from explorer.data.impressions.explained import Explanation, explain, with_other_pictures
+from explorer.data.impressions.groups import PictureName
+from explorer.data.impressions.listed import score_first
+from explorer.data.impressions.opened import TrainedRuns
+from explorer.data.impressions.words import sentence, weighing
+from explorer.errors import NotHereError
+from tests.serving.scoring.variants import GONE, TABLES
+from tests.trainer.conftest import Places
+from trainer.comm import SoloComm
+from trainer.config.config import load_config
+from trainer.evaluation.predict import predict_run, predict_without
+from trainer.evaluation.scores import score_run
+from trainer.main import train
+from trainer.runs.saved import RunSource, open_source
+from trainer.schema import DEFAULT_SCHEMA
+
+TOLERANCE = 2e-5
+KINDS = ["lr", "mlp_concat", "mlp_transformer", "din_inputs", "dcn_learned", "finalmlp", "two_tower", "contents"]
+KINDS += ["similar", "gallery_mean", "gallery_max", "exact", "images_none", "images_ad", "images_behavior", "error"]
+OF_BEHAVIORS = ["behavior_item", "behavior_image", "behavior_category", "behavior_shop", "behavior_age"]
+OF_BEHAVIORS += ["behavior_gallery"]
+TEST = Path("test/day=2026-01-01.parquet")
+Trained = Callable[[str], Path]
+GROUPS = (2, 7, 31)
+
+
+def rows_of(places: Places) -> pa.Table:
+    return pq.read_table(places.folder / "samples" / TEST, partitioning=None)
+
+
+def scored_with(run: Path, table: pa.Table, rows: list[dict[str, Any]], folder: Path) -> np.ndarray:
+    """Write samples with these rows and predict them as an evaluation does."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "test").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), folder / TEST)
+    return predict_run(run, samples=str(folder)).logit_N
+
+
+def with_history(places: Places) -> list[int]:
+    """Groups that have several behaviours."""
+    lengths = [len(each) for each in rows_of(places)["behavior_item"].to_pylist()]
+    return [number for number, length in enumerate(lengths) if length >= 3][:2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_those_of_the_job(
+    kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places, tmp_path: Path
+) -> None:
+    run, out = trained(kind), tmp_path / "scores.parquet"
+    score_run(RunSource(run), str(out), SoloComm())
+    expected = pq.read_table(out)
+    with runs.use(kind) as opened:
+        listed = score_first(opened)
+        explanations = [explain(opened, number) for number in GROUPS]
+    assert listed.num == listed.total == len(expected)
+    assert listed.group_N.tolist() == expected["row"].to_pylist()
+    assert listed.place_N.tolist() == expected["place"].to_pylist()
+    np.testing.assert_allclose(listed.logit_N, expected["logit"].to_numpy(), atol=TOLERANCE)
+    for number, explanation in zip(GROUPS, explanations, strict=True):
+        here = np.flatnonzero(listed.group_N == number)
+        found = [each.score.logit for each in explanation.candidates]
+        np.testing.assert_allclose(found, expected["logit"].to_numpy()[here], atol=TOLERANCE)
+        assert explanation.group.place.row_of_file == number
+        assert [each.score.probability for each in explanation.candidates] == pytest.approx(
+            expected["probability"].to_numpy()[here].tolist(), abs=TOLERANCE
+        )
+
+
+@pytest.mark.parametrize("kind", ["lr", "dcn_learned", "similar", "gallery_max", "images_none", "error"])
+def test_without_images_is_an_evaluation_with_all_images_hidden(kind: str, trained: Trained, runs: TrainedRuns) -> None:
+    opened_run = open_source(RunSource(trained(kind)), SoloComm())
+    expected = predict_without(opened_run, 1.0, 0)
+    usual = predict_without(opened_run, 0.0, 0)
+    opened_run.close()
+    with runs.use(kind) as opened:
+        listed = score_first(opened)
+        again = score_first(opened)
+        explanation = explain(opened, 7)
+    np.testing.assert_allclose(listed.without_N, expected, atol=TOLERANCE)
+    np.testing.assert_allclose(again.logit_N, usual, atol=TOLERANCE)  # what was hidden is seen again
+    found = [each.without_images.logit for each in explanation.candidates]
+    np.testing.assert_allclose(found, expected[listed.group_N == 7], atol=TOLERANCE)
+    assert (np.abs(expected - usual).max() > 1e-3) == (kind != "images_none")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_behaviour_taken_away_is_a_user_without_it(
+    kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places, tmp_path: Path
+) -> None:
+    run, table = trained(kind), rows_of(sample_places)
+    for number in with_history(sample_places):
+        with runs.use(kind) as opened:
+            found = explain(opened, number, 0)
+        row = table.slice(number, 1).to_pylist()[0]
+        changed = []
+        for place in range(len(row["behavior_item"])):
+            shorter = {n: [v for k, v in enumerate(row[n]) if k != place] for n in OF_BEHAVIORS if n in row}
+            changed.append(row | shorter)
+        logit_N = scored_with(run, table, changed, tmp_path / "changed")
+        expected = logit_N[:: len(row["label"])]
+        np.testing.assert_allclose([each.without_it.logit for each in found.behaviors], expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "kind", ["lr", "din_inputs", "contents", "similar", "gallery_mean", "exact", "images_behavior"]
+)
+def test_another_picture_is_samples_with_that_picture(
+    kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places, tmp_path: Path
+) -> None:
+    run, table = trained(kind), rows_of(sample_places)
+    keys = [1_000, 1_017, 1_044, GONE[0], 77]
+    with runs.use(kind) as opened:
+        explanation = explain(opened, 5, 0)
+        found = with_other_pictures(explanation.group, 0, [PictureName(key, None) for key in keys])
+        assert with_other_pictures(explanation.group, 0, []) == []
+    row, column = table.slice(5, 1).to_pylist()[0], "ad_gallery" if kind.startswith("gallery") else "ad_image"
+    changed = []
+    for key in keys:
+        values = list(row[column])
+        values[0] = [key] if kind.startswith("gallery") else key
+        changed.append(row | {column: values})
+    logit_N = scored_with(run, table, changed, tmp_path / "changed")
+    np.testing.assert_allclose([each.score.logit for each in found], logit_N[:: len(row["label"])], atol=TOLERANCE)
+    if kind != "images_behavior":
+        assert [each.has_feature for each in found] == [True, True, True, False, False]
+    assert (found[0].look_alone is None) == (kind == "images_behavior")
+
+
+def test_pictures_alone_are_samples_whose_pictures_have_a_column_of_their_own(
+    runs: TrainedRuns, sample_places: Places, tmp_path: Path
+) -> None:
+    """Two runs that learn the same: in one the IDs of images are in other columns than the images themselves."""
+    values = yaml.safe_load(DEFAULT_SCHEMA.read_text())
+    for field in values["fields"]:
+        if field["kind"] == "content":
+            field["column"] = {"user": "seen_look", "ad": "shown_look"}[field["side"]]
+    schema, samples = tmp_path / "schema.yaml", tmp_path / "samples"
+    schema.write_text(yaml.safe_dump(values))
+    shutil.copytree(sample_places.folder / "samples", samples)
+    for file in samples.glob("*/*.parquet"):
+        table = pq.read_table(file, partitioning=None)
+        for name, source in {"seen_look": "behavior_image", "shown_look": "ad_image"}.items():
+            table = table.append_column(name, table[source])
+        size = pq.ParquetFile(file).metadata.row_group(0).num_rows  # which decides on the order of training
+        pq.write_table(table, file, row_group_size=size)
+    common: dict[str, Any] = {
+        "train__max_steps": 12,
+        "optim__lr": 0.02,
+        "data__missing": "zeros",
+        "model__pooling": "multi_query",
+        "model__tables": f"{{{TABLES}}}",
+    }
+    for name, own in {"together": {}, "apart": {"data__samples": samples, "data__schema_file": schema}}.items():
+        train(load_config(settings=sample_places.settings(run__name=name, **common, **own)), SoloComm())
+    number = with_history(sample_places)[0]
+    pictures = [PictureName(key, None) for key in (1_004, 1_020)]
+    with runs.use("together") as opened:
+        found = explain(opened, number, 0)
+        others = with_other_pictures(found.group, 0, pictures)
+    table = pq.read_table(samples / TEST, partitioning=None)
+    row = table.slice(number, 1).to_pylist()[0]
+    num, run = len(row["label"]), sample_places.folder / "runs" / "apart"
+    shorter = [row | {"seen_look": [v for k, v in enumerate(row["seen_look"]) if k != place]} for place in range(3)]
+    expected = scored_with(run, table, shorter, tmp_path / "shorter")[::num]
+    without = [each.without_picture.logit for each in found.behaviors[:3] if each.without_picture]
+    np.testing.assert_allclose(without, expected, atol=TOLERANCE)
+    looks = [row | {"shown_look": [each.key, *row["shown_look"][1:]]} for each in pictures]
+    expected = scored_with(run, table, looks, tmp_path / "looks")[::num]
+    alone = [each.look_alone.logit for each in others if each.look_alone]
+    np.testing.assert_allclose(alone, expected, atol=TOLERANCE)
+    assert any(abs(each.score.logit - each.look_alone.logit) > 1e-6 for each in others if each.look_alone)
+
+
+@pytest.mark.parametrize(
+    "kind", ["lr", "mlp_transformer", "finalmlp", "similar", "nearest", "images_behavior", "two_tower", "images_ad"]
+)
+def test_attention(kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places) -> None:
+    trained(kind)
+    weighed = kind in ("mlp_transformer", "finalmlp", "similar", "images_behavior")
+    with runs.use(kind) as opened:
+        told = weighing(opened)
+        for number in with_history(sample_places):
+            found = explain(opened, number)
+            assert len(found.channels) == {"finalmlp": 2}.get(kind, int(weighed))
+            for channel in range(len(found.channels)):
+                weights = [each.weights[channel] for each in found.behaviors]
+                assert sum(weights) == pytest.approx(1, abs=1e-5)
+                if kind == "similar":
+                    assert sum(weight > 0 for weight in weights) <= 2
+            if not weighed:
+                assert all(each.weights == () for each in found.behaviors)
+    assert ("has a weight" in told or "weigh the same" in told) == (not weighed)
+
+
+def test_behaviours_that_a_transformer_does_not_look_at_weigh_nothing(runs: TrainedRuns, sample_places: Places) -> None:
+    changes = {"model__pooling": "transformer", "model__transformer_length": 2, "data__missing": "zeros"}
+    settings = sample_places.settings(run__name="short", train__max_steps=4, **changes)
+    train(load_config(settings=settings), SoloComm())
+    with runs.use("short") as opened:
+        found = explain(opened, with_history(sample_places)[0])
+    weights = [each.weights[0] for each in found.behaviors]
+    assert sum(weights[:2]) == pytest.approx(1, abs=1e-5)
+    assert weights[2:] == [0.0] * (len(weights) - 2)
+
+
+def test_the_sentence_says_what_the_table_has(trained: Trained, runs: TrainedRuns, sample_places: Places) -> None:
+    trained("finalmlp"), trained("images_none")
+    number = with_history(sample_places)[0]
+    with runs.use("finalmlp") as opened, runs.use("images_none") as ids:
+        found = explain(opened, number, 0, ids)
+        plain = explain(ids, number, 0)
+        assert isinstance(found, Explanation)
+        helped = found.helped_most or found.hurt_most
+        assert helped is not None
+        names = {helped.pictures[0].key: "shoes/red.jpg"}
+        said = sentence(found, names)
+        said_of_ids = sentence(plain, {})
+    assert f"{100 * found.chosen.score.probability:.2f} %" in said
+    assert f"{100 * found.chosen.without_images.probability:.2f} %" in said
+    assert f"rank {found.chosen.rank} of {len(found.candidates)}" in said
+    assert "shoes/red.jpg" in said
+    assert "IDs alone" in said_of_ids
+    for each, alone in zip(found.candidates, plain.candidates, strict=True):
+        assert each.ids_alone is not None
+        assert each.ids_alone.logit == pytest.approx(alone.score.logit, abs=TOLERANCE)
+    if found.helped_most:
+        effects = [found.effect(each) for each in found.behaviors]
+        assert found.effect(found.helped_most) == max(each for each in effects if each is not None)
+
+
+def test_what_is_not_there(trained: Trained, runs: TrainedRuns) -> None:
+    trained("lr")
+    with runs.use("lr") as opened:
+        for number, ad in ((60, None), (10**15, None), (0, 99)):
+            with pytest.raises(NotHereError):
+                explain(opened, number, ad)
+    with pytest.raises(NotHereError), runs.use("nobody"):
+        pass

@@ -1,0 +1,220 @@
+"""The pages of impressions over HTTP: what they show, what is typed into them, and what is not there any more."""
+
+import html
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from starlette.testclient import TestClient
+
+from explorer.html.site import Site
+from explorer.places import Places
+from explorer.server.app import application
+from explorer.server.export import export
+from featurestore.format.rows import FeatureRows
+from featurestore.keys import key_of_uri
+from featurestore.store import FeatureStore
+from featurestore.upkeep.expiry import expire
+from tests.explorer.world import HOSTILE, PLAIN, UNKNOWN, World
+from tests.trainer.conftest import Places as SamplePlaces
+from tests.trainer.conftest import make_places
+from trainer.comm import SoloComm
+from trainer.config.config import load_config
+from trainer.evaluation.scores import score_run
+from trainer.main import train
+from trainer.runs.saved import RunSource
+
+
+def places_of(world: World) -> Places:
+    return Places(store=str(world.store), runs=str(world.runs), samples=str(world.samples), images=str(world.images))
+
+
+@pytest.fixture(scope="module")
+def pages(world: World) -> Iterator[TestClient]:
+    with TestClient(application(Site(places_of(world))), raise_server_exceptions=True) as client:
+        yield client
+
+
+def scores_of(run: Path, out: Path) -> dict[tuple[int, int], float]:
+    score_run(RunSource(run), str(out), SoloComm())
+    table = pq.read_table(out)
+    places = zip(table["row"].to_pylist(), table["place"].to_pylist(), strict=True)
+    return dict(zip(places, table["probability"].to_pylist(), strict=True))
+
+
+def test_the_list_is_fetched_after_the_page_is_shown(world: World, tmp_path: Path) -> None:
+    with TestClient(application(Site(places_of(world)))) as client:
+        shell = client.get("/impressions").text
+        assert 'hx-get="/impressions/part?run=both"' in shell
+        assert "Why " not in shell
+        assert "Why " in client.get("/impressions/part?run=both").text
+        assert "Why " in client.get("/impressions").text  # it is known now
+        waited = client.get("/impressions?run=ids-only&now=1").text
+        assert "IDs alone" in waited
+
+
+def test_the_scores_shown_are_those_of_the_job(pages: TestClient, world: World, tmp_path: Path) -> None:
+    expected = scores_of(world.runs / "both", tmp_path / "scores.parquet")
+    text = pages.get("/impressions/part?order=score").text
+    shown = re.findall(r'href="/impressions/both/(\d+)\?ad=(\d+)".*?Why ([\d.]+) %\?', text, re.S)
+    assert len(shown) == 24
+    best = sorted(expected.values(), reverse=True)[:24]
+    for (group, place, percent), probability in zip(shown, best, strict=True):
+        assert expected[int(group), int(place)] == pytest.approx(probability, abs=1e-4)
+        assert float(percent) == pytest.approx(100 * probability, abs=0.02)
+    group, place = shown[0][:2]
+    page = pages.get(f"/impressions/both/{group}?ad={place}&now=1").text
+    for (row, at), probability in expected.items():
+        if row == int(group):
+            near = {f"{100 * probability + change:.2f} %" for change in (-0.01, 0, 0.01)}
+            assert any(each in page for each in near), (row, at, probability)
+    assert "IDs only: ids-only" in page
+
+
+@pytest.mark.parametrize(
+    "query", ["", "order=raised&page=2", "order=lowered", "clicked=yes", "clicked=no&order=order", "page=99999999"]
+)
+def test_orders_and_filters(pages: TestClient, query: str) -> None:
+    text = pages.get(f"/impressions/part?{query}").text
+    assert "Why " in text
+    if "clicked=yes" in query:
+        assert "not clicked" not in text
+    if "clicked=no" in query:
+        assert ">clicked<" not in text
+
+
+def test_a_search_finds_users_ads_and_pictures(pages: TestClient, world: World) -> None:
+    table = pq.read_table(world.samples / "test" / "day=2026-01-05.parquet", partitioning=None)
+    user, ads = table["user"][3].as_py(), table["ad_item"].to_pylist()
+    expected = sum(len(each) for each, name in zip(ads, table["user"].to_pylist(), strict=True) if name == user)
+    expected += sum(item == user for each in ads for item in each)
+    text = pages.get(f"/impressions/part?q={user}").text
+    assert re.search(r"<p>(\d+) of", text).group(1) in {str(n) for n in range(1, expected + 1)}  # type: ignore[union-attr]
+    keys = [key for each in table["ad_image"].to_pylist() for key in each]
+    for query in (PLAIN[0], str(key_of_uri(PLAIN[0]))):
+        shown = pages.get("/impressions/part", params={"q": query}).text
+        assert f"<p>{keys.count(key_of_uri(PLAIN[0]))} of" in shown
+    assert "No impression is like that" in pages.get("/impressions/part?q=nobody%20at%20all").text
+
+
+@pytest.mark.parametrize("typed", [PLAIN[3], str(key_of_uri(PLAIN[3])), HOSTILE[0], UNKNOWN, "5", "../../etc/passwd"])
+def test_another_picture_is_typed(pages: TestClient, typed: str) -> None:
+    text = pages.get("/impressions/both/3", params={"picture": typed, "now": 1}).text
+    own = text.partition("Yours:")[2].partition("</li>")[0]
+    assert ("without a feature" in own) == (typed in (UNKNOWN, "5", "../../etc/passwd"))
+    assert "<script>alert" not in text
+
+
+@pytest.mark.parametrize(
+    ("address", "status"),
+    [
+        ("/impressions/both/80?now=1", 404),
+        ("/impressions/both/-1?now=1", 404),
+        ("/impressions/both/" + "9" * 5000, 404),
+        ("/impressions/both/0?ad=99&now=1", 404),
+        ("/impressions/both/0?ad=x&now=1", 404),
+        ("/impressions/nobody/0?now=1", 404),
+        ("/impressions/..%2F..%2Fboth/0?now=1", 404),
+        ("/impressions/%3Cscript%3E/0?now=1", 404),
+        ("/impressions?run=%3Cscript%3Ealert(1)%3C/script%3E", 404),
+        ("/impressions?order=worst", 400),
+        ("/impressions/both/0?now=1&picture=99999999999999999999999", 400),
+    ],
+)
+def test_what_is_not_there(pages: TestClient, address: str, status: int) -> None:
+    answer = pages.get(address)
+    assert answer.status_code == status
+    assert 'role="alert"' in answer.text or status == 404
+    assert "<script>alert" not in answer.text
+
+
+def test_a_part_tells_what_went_wrong_as_htmx_shows_it(pages: TestClient) -> None:
+    answer = pages.get("/impressions/both/80/part")
+    assert answer.status_code == 200
+    assert "there is no sample group 80" in answer.text
+
+
+def test_hostile_names_stay_text(pages: TestClient, world: World) -> None:
+    table = pq.read_table(world.samples / "test" / "day=2026-01-05.parquet", partitioning=None)
+    hostile = {key_of_uri(uri) for uri in HOSTILE}
+    group = next(n for n, keys in enumerate(table["ad_image"].to_pylist()) if hostile & {*keys})
+    text = pages.get(f"/impressions/both/{group}?now=1").text
+    assert "<script>alert" not in text
+    assert "<img src=x" not in text
+    assert "{{ 7 * 7 }}" not in text or html.escape("{{ 7 * 7 }}") in text
+
+
+def test_no_runs_and_no_samples(world: World, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    with TestClient(application(Site(Places(runs=str(tmp_path / "runs"))))) as client:
+        answer = client.get("/impressions")
+        assert answer.status_code == 404
+        assert "no run with a checkpoint" in answer.text
+    with TestClient(application(Site(Places(store=str(world.store))))) as client:
+        assert client.get("/impressions").status_code == 404
+        assert "Impressions" not in client.get("/").text
+    places = Places(runs=str(world.runs), store=str(world.store), samples=str(tmp_path / "nothing"))
+    with TestClient(application(Site(places))) as client:
+        assert client.get("/impressions/both/0?now=1").status_code == 400
+        part = client.get("/impressions/part")
+        assert part.status_code == 200
+        assert "jobs/build_samples.py" in part.text
+
+
+@pytest.fixture
+def own_run(tmp_path: Path) -> SamplePlaces:
+    """A store, samples and a run that a test may damage."""
+    own = make_places(tmp_path / "own")
+    settings = own.settings(run__name="one", train__max_steps=3, data__missing="zeros")
+    train(load_config(settings=settings), SoloComm())
+    return own
+
+
+def test_a_run_whose_snapshot_has_expired(own_run: SamplePlaces) -> None:
+    store = FeatureStore.open(own_run.folder / "features")
+    store.put(FeatureRows.of(["item/new"], np.zeros((1, 16), np.float32), keys=np.array([5])))
+    expire(store, keep_last=1, keep_days=0, grace_days=0)
+    with TestClient(application(Site(Places(runs=str(own_run.folder / "runs"))))) as client:
+        for address in ("/impressions/one/0?now=1", "/impressions/one/0/part"):
+            answer = client.get(address)
+            assert answer.status_code == 200
+            assert "has expired" in answer.text
+            assert 'href="/impressions/one/0?snapshot=newest"' in answer.text
+        assert "has expired" in client.get("/impressions/part").text
+        newest = client.get("/impressions/one/0?snapshot=newest&now=1").text
+        assert "which is the newest one and not that of the training" in newest
+
+
+def test_a_run_that_trains_on_and_samples_that_change(own_run: SamplePlaces) -> None:
+    folder = own_run.folder
+    with TestClient(application(Site(Places(runs=str(folder / "runs"))))) as client:
+        before = client.get("/impressions/one/1?now=1").text
+        settings = own_run.settings(run__name="one", run__resume="latest", train__max_steps=9, data__missing="zeros")
+        train(load_config(settings=settings), SoloComm())
+        after = client.get("/impressions/one/1?now=1").text
+        notice = re.compile(r'class="notice">([^<]*)')
+        assert notice.search(before).group(1) != notice.search(after).group(1)  # type: ignore[union-attr]
+        file = folder / "samples" / "test" / "day=2026-01-01.parquet"
+        table = pq.read_table(file, partitioning=None)
+        pq.write_table(table.slice(0, 4), file)
+        assert client.get("/impressions/one/50?now=1").status_code in (400, 404)
+        assert client.get("/impressions/one/3?now=1").status_code == 200
+        assert client.get("/impressions/one/50?now=1").status_code == 404
+        shutil.rmtree(folder / "runs" / "one")
+        assert client.get("/impressions/one/1?now=1").status_code == 404
+
+
+def test_an_export_has_the_groups_of_its_list(world: World, tmp_path: Path) -> None:
+    exported = export(places_of(world), tmp_path / "pages", 400, lambda done, known: None)
+    assert exported.errors == []
+    pages = list((tmp_path / "pages" / "pages").glob("impressions-both-*.html"))
+    assert len(pages) >= 12 - 6
+    for page in pages:
+        text = page.read_text()
+        assert "Why this ad got this score" in text
+        assert "<form" not in text
+        assert "hx-" not in text
