@@ -8,6 +8,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import fill
 
 import griffe
 
@@ -82,29 +83,10 @@ def text_of(each: griffe.Object) -> str:
     return inspect.cleandoc(each.docstring.value) if each.docstring else ""
 
 
-def shown(parameter: griffe.Parameter) -> str:
-    """Write one parameter as the source does."""
-    prefix = {griffe.ParameterKind.var_positional: "*", griffe.ParameterKind.var_keyword: "**"}.get(
-        parameter.kind or griffe.ParameterKind.positional_or_keyword, ""
-    )
-    annotation = f": {parameter.annotation}" if parameter.annotation else ""
-    has_default = parameter.default is not None and not prefix
-    default = f" = {parameter.default}" if has_default and annotation else f"={parameter.default}"
-    return f"{prefix}{parameter.name}{annotation}{default if has_default else ''}"
-
-
 def signature(function: griffe.Function, name: str) -> str:
-    """Write how a function is called, on one line or, if it is long, with a line for each parameter."""
-    parameters = [each for each in function.parameters if each.name not in ("self", "cls")]
-    words: list[str] = []
-    for each in parameters:
-        is_first_keyword = each.kind is griffe.ParameterKind.keyword_only and "*" not in words
-        if is_first_keyword and not any(word.startswith("*") for word in words):
-            words.append("*")
-        words.append(shown(each))
-    returns = f" -> {function.returns}" if function.returns else ""
-    line = f"{name}({', '.join(words)}){returns}"
-    return line if len(line) <= 110 else f"{name}(\n    " + ",\n    ".join(words) + f",\n){returns}"
+    """Write how a function is called, as a block of code."""
+    line = fill(function.signature(name=name), 110, subsequent_indent="    ", break_long_words=False)
+    return f"```python\n{line}\n```\n"
 
 
 def is_public(name: str, member: griffe.Object | griffe.Alias) -> bool:
@@ -126,12 +108,14 @@ def of_class(each: griffe.Class) -> Iterator[str]:
         yield "```python\n" + "\n".join(fields) + "\n```\n"
     values = [(name, text_of(member)) for name, member in public.items() if isinstance(member, griffe.Attribute)]
     if values:
-        rows = [f"| `{name}` | {' '.join(text.split())} |".replace("||", "\\|\\|") for name, text in values]
+        texts = [" ".join(text.split()).replace("|", "\\|") for _, text in values]
+        rows = [f"| `{name}` | {text} |" for (name, _), text in zip(values, texts, strict=True)]
         yield "\n".join(["| | |", "|---|---|", *rows, ""])
     for name, member in public.items():
         if isinstance(member, griffe.Function):
             yield f"#### `{each.name}.{name}`\n"
-            yield f"```python\n{signature(member, f'{each.name}.{name}')}\n```\n\n{text_of(member)}\n"
+            yield signature(member, f"{each.name}.{name}")
+            yield text_of(member) + "\n"
 
 
 def section(path: str, each: griffe.Object) -> Iterator[str]:
@@ -139,7 +123,7 @@ def section(path: str, each: griffe.Object) -> Iterator[str]:
     yield f"### `{each.name}`\n"
     yield f"`from {path.rpartition('.')[0]} import {each.name}`\n"
     if isinstance(each, griffe.Function):
-        yield f"```python\n{signature(each, each.name)}\n```\n"
+        yield signature(each, each.name)
     yield text_of(each) + "\n"
     if isinstance(each, griffe.Class):
         yield from of_class(each)

@@ -22,7 +22,19 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 LETTERS = {"keys_U", "feature_QD"}  # examples of names of arrays
 FOLDERS = "|".join(
-    ("featurestore", "pipeline", "trainer", "serving", "jobs", "benchmarks", "deploy", "tools", "tests", "docs")
+    (
+        "featurestore",
+        "pipeline",
+        "trainer",
+        "serving",
+        "explorer",
+        "jobs",
+        "benchmarks",
+        "deploy",
+        "tools",
+        "tests",
+        "docs",
+    )
 )
 
 
@@ -45,7 +57,9 @@ def command_lines() -> Iterator[tuple[str, list[str]]]:
 def commands() -> dict[str, Any]:
     """The command of each file of a job, and of each module that `python -m` runs."""
     files = [
-        path for part in ("jobs", "featurestore", "trainer", "serving", "benchmarks") for path in command_files(part)
+        path
+        for part in ("jobs", "featurestore", "trainer", "serving", "explorer", "benchmarks")
+        for path in command_files(part)
     ]
     return {
         name_of(path).split()[-1]: get_command(importlib.import_module(".".join(path.with_suffix("").parts)).app)
@@ -85,14 +99,15 @@ def test_the_page_of_the_code_has_the_layers_as_they_are() -> None:
     settings.read(ROOT / "setup.cfg")
     contracts = [section for section in settings.values() if "containers" in section]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "docs" / "CODE.md").read_text(), re.MULTILINE))
-    assert len(contracts) == 4
+    assert len(contracts) == 5
     for contract in contracts:
         layers = ", ".join(line for line in contract["layers"].split("\n") if line)
         assert rows[contract["containers"]].replace("\\", "").replace("`", "") == layers
 
 
 def test_classes_and_functions_of_the_walks_are_there() -> None:
-    named = re.findall(r"`((?:_?[A-Z]\w*|[a-z]+_\w+|[A-Z]\w*\.\w+))`", (ROOT / "docs" / "CODE.md").read_text())
+    text = "".join((ROOT / "docs" / name).read_text() for name in ("CODE.md", "EXTENDING.md"))
+    named = re.findall(r"`((?:_?[A-Z]\w*|[a-z]+_\w+|[A-Z]\w*\.\w+))`", text)
     files = [path for part in FOLDERS.split("|") for path in (ROOT / part).rglob("*.py")]
     code = "\n".join(path.read_text() for path in files)
     known = set(re.findall(r"^ *(?:class|def) (\w+)|^(\w+) = ", code, re.MULTILINE))
@@ -125,7 +140,7 @@ def check_words(line: str, words: list[str]) -> None:
         assert (ROOT / words[1]).is_file(), line
         return
     command, rest = known[words[start]], words[start + 1 :]
-    if words[start] == "serving" and rest[0] not in command.commands:  # a model: `serve` is left out
+    if words[start] in ("serving", "explorer") and rest[0] not in command.commands:  # `serve` is left out
         rest = ["serve", *rest]
     while rest and rest[0] in getattr(command, "commands", {}):
         command, rest = command.commands[rest[0]], rest[1:]
