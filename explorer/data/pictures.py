@@ -2,12 +2,16 @@
 
 import functools
 import io
+import os
 import posixpath
+import time
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
-from threading import Lock
+from threading import BoundedSemaphore, Lock
 from typing import NamedTuple
 
+import xxhash
 from PIL import Image, ImageDraw
 
 from pipeline.errors import BadImageError
@@ -18,7 +22,12 @@ SIZES = (96, 160, 320, 800)
 """Pixels of the longer side: few, so that few are computed."""
 CACHE_BYTES = 64_000_000
 MAX_FILE_BYTES = 100_000_000
+FIRST_BYTES = 32
 _MISSING, _BROKEN, _REFUSED = "no picture", "broken", "refused"
+_AT_ONCE = max(2, min(4, len(os.sched_getaffinity(0))))
+"""Pictures that are decoded at the same time: one may take 200 MB for a moment, and more at once are no quicker."""
+_FAR_HOLDS_S = 60
+"""Seconds for which a picture of an object store is kept: nobody says when it is replaced."""
 
 
 class Picture(NamedTuple):
@@ -28,13 +37,20 @@ class Picture(NamedTuple):
     problem: str
 
 
+class SeenFile(NamedTuple):
+    """What a file looks like from outside: its size and first bytes. None and empty where it cannot be read."""
+
+    size_bytes: int | None
+    first_bytes: bytes
+
+
 class Pictures:
     """Small pictures by uri, the newest used ones kept in memory, at most CACHE_BYTES of them. For several threads."""
 
     def __init__(self, place: str | None) -> None:
         """`place`: folder or address of the images, None where there are none."""
         self.place = place
-        self._lock = Lock()
+        self._lock, self._decoders = Lock(), BoundedSemaphore(_AT_ONCE)
         self._kept: OrderedDict[tuple[str, int, object], Picture] = OrderedDict()
         self._kept_bytes = 0
 
@@ -49,26 +65,26 @@ class Pictures:
         except BadImageError as error:
             return placeholder(str(error), size)
         name = (uri, size, state)
-        with self._lock:
-            if (kept := self._kept.get(name)) is not None:
-                self._kept.move_to_end(name)
+        if (kept := self._find(name)) is not None:
+            return kept
+        with self._decoders:
+            if (kept := self._find(name)) is not None:  # another made it while this one waited
                 return kept
-        made = _made(location, size)
-        if state is not None:
+            made = _made(location, size)
             self._keep(name, made)
         return made
 
     def locate(self, uri: str) -> tuple[str, object]:
-        """Find a picture below the place: its location, and what changes when it is replaced (None: unknown).
+        """Find a picture below the place: its location, and what changes when it is replaced.
 
         Raises BadImageError: it has none, or it would lie outside of the place, also by a link.
         """
         if self.place is None or not uri or "\0" in uri:
             raise BadImageError(_MISSING)
         if "://" in self.place:
-            if uri.startswith("/") or posixpath.normpath(uri) != uri or uri.startswith("..") or "://" in uri:
+            if uri.startswith("/") or posixpath.normpath(uri) != uri or uri.startswith("..") or "::" in uri:
                 raise BadImageError(_REFUSED)
-            return f"{self.place.rstrip('/')}/{uri}", None
+            return f"{self.place.rstrip('/')}/{uri}", int(time.monotonic() / _FAR_HOLDS_S)
         root = Path(self.place).resolve()
         try:
             file = (root / uri).resolve(strict=True)
@@ -80,6 +96,28 @@ class Pictures:
         if not file.is_file() or found.st_size > MAX_FILE_BYTES:
             raise BadImageError(_BROKEN)
         return str(file), (found.st_ino, found.st_size, found.st_mtime_ns)
+
+    def look(self, uri: str) -> SeenFile:
+        """Look at a picture's file, whatever is in it. Reads its first bytes; of an object store its size is not asked
+        for."""
+        with suppress(BadImageError, OSError):
+            location, _ = self.locate(uri)
+            size_bytes = None if "://" in location else Path(location).stat().st_size
+            return SeenFile(size_bytes, read_image(location, FIRST_BYTES))
+        return SeenFile(None, b"")
+
+    def digest(self, uri: str) -> str | None:
+        """Compute the digest that the store has of an image's bytes, of the file as it is now; None without one."""
+        try:
+            return xxhash.xxh3_128_hexdigest(read_image(self.locate(uri)[0], MAX_FILE_BYTES))
+        except BadImageError:
+            return None
+
+    def _find(self, name: tuple[str, int, object]) -> Picture | None:
+        with self._lock:
+            if name in self._kept:
+                self._kept.move_to_end(name)
+            return self._kept.get(name)
 
     def _keep(self, name: tuple[str, int, object], made: Picture) -> None:
         with self._lock:
@@ -93,10 +131,10 @@ class Pictures:
 
 def _made(location: str, size: int) -> Picture:
     try:
-        data = read_image(location)
+        data = read_image(location, MAX_FILE_BYTES + 1)
     except BadImageError:
         return placeholder(_MISSING, size)
-    return shrunk(data, size)
+    return shrunk(data, size) if len(data) <= MAX_FILE_BYTES else placeholder(_BROKEN, size)
 
 
 def shrunk(data: bytes, size: int) -> Picture:

@@ -63,10 +63,12 @@ def files_below(root: str) -> Iterator[LocalFile]:
                 yield LocalFile(entry.path, target)
 
 
-def read_regular(path: str) -> bytes:
-    """Read a regular file, or one that a link leads to. Raises BadImageError for others, OSError."""
+def read_regular(path: str, most_bytes: int | None = None) -> bytes:
+    """Read a regular file, or one that a link leads to, or its first `most_bytes`. Raises BadImageError for others,
+    OSError."""
     try:
-        return regular.read_regular(path)
+        with regular.open_regular(path) as file:
+            return file.read(most_bytes)
     except regular.IrregularFileError as error:
         raise BadImageError(str(error)) from error
 

@@ -65,13 +65,14 @@ def bytes_of(ref: ImageRef) -> bytes:
     return read_image(ref.location)
 
 
-def read_image(location: str) -> bytes:
-    """Read the bytes of one image; other errors than a missing or forbidden file are tried three times.
+def read_image(location: str, most_bytes: int | None = None) -> bytes:
+    """Read the bytes of one image, or its first `most_bytes` where it has more; other errors than a missing or
+    forbidden file are tried three times.
 
     Raises BadImageError with the reason.
     """
     try:
-        return _read(location)
+        return _read(location, most_bytes)
     except BadImageError:
         raise
     except FileNotFoundError as error:
@@ -102,11 +103,11 @@ def _is_passing(error: BaseException) -> bool:
 @retry(
     retry=retry_if_exception(_is_passing), stop=stop_after_attempt(3), wait=wait_exponential(0.1, max=2), reraise=True
 )
-def _read(location: str) -> bytes:
+def _read(location: str, most_bytes: int | None) -> bytes:
     fs, path = _open_fs(location)
     if isinstance(fs, LocalFileSystem):
-        return read_regular(path)
-    data: bytes = fs.cat_file(path)
+        return read_regular(path, most_bytes)
+    data: bytes = fs.cat_file(path) if most_bytes is None else fs.cat_file(path, 0, most_bytes)
     return data
 
 

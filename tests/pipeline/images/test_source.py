@@ -200,7 +200,7 @@ def test_what_cannot_be_read_is_a_bad_image(folder):
 def test_a_passing_error_is_tried_again(folder, monkeypatch):
     calls = []
 
-    def flaky(path):
+    def flaky(path, most_bytes):
         calls.append(path)
         if len(calls) < 3:
             raise ConnectionResetError("connection reset")
@@ -210,6 +210,16 @@ def test_a_passing_error_is_tried_again(folder, monkeypatch):
     monkeypatch.setattr("pipeline.images.source.read_regular", flaky)
     assert read_image(location) == b"data"
     assert len(calls) == 3
+
+
+def test_the_first_bytes_of_an_image_are_read_without_the_rest(folder):
+    location = list_images(str(folder)).images[0].location
+    assert read_image(location, 4) == b"a/1."
+    assert read_image(location, 100) == b"a/1.jpeg"
+    far = fsspec.filesystem("memory")
+    far.pipe_file("/first-bytes/a.jpg", b"a/1.jpeg")
+    assert read_image("memory://first-bytes/a.jpg", 4) == b"a/1."
+    assert read_image("memory://first-bytes/a.jpg", 100) == b"a/1.jpeg"
 
 
 def test_s3(s3_endpoint):
