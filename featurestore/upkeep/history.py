@@ -3,6 +3,7 @@
 Letters of shapes: K rows that may differ, N keys.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -98,8 +99,12 @@ def diff(store: FeatureStore, before: int, after: int, progress: Progress | None
     for parts in in_threads(lambda shard: _shard_diff(old, new, shard), shards, _THREADS, progress):
         for group, part in zip(tables, parts, strict=True):
             group.append(part)
-    added, changed, removed = (_rows(pa.concat_tables(group)) for group in tables)
-    return SnapshotDiff(added, changed, removed)
+    return _diff_of(pa.concat_tables(group) for group in tables)
+
+
+def diff_shard(old: Snapshot, new: Snapshot, shard: int) -> SnapshotDiff:
+    """Find what `diff` does in one shard: its memory is that of the shard's keys and names. Raises CorruptFileError."""
+    return _diff_of(_shard_diff(old, new, shard))
 
 
 @dataclass(kw_only=True)
@@ -183,6 +188,12 @@ def _keys_of(snapshot: Snapshot, entry: FileEntry) -> Int64Array:
 
 def _no_rows(snapshot: Snapshot) -> pa.Table:
     return schema_of(snapshot.info).empty_table().select([KEY, URI])
+
+
+def _diff_of(tables: Iterable[pa.Table]) -> SnapshotDiff:
+    """Name the rows of three tables: those that came, changed and went."""
+    added, changed, removed = map(_rows, tables)
+    return SnapshotDiff(added, changed, removed)
 
 
 def _rows(table: pa.Table) -> NamedRows:

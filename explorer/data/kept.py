@@ -1,0 +1,43 @@
+"""Values that take long to compute, kept while there is room: each computed once, whoever asks at the same time."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from threading import Lock
+from typing import Generic, TypeVar
+
+ValueT = TypeVar("ValueT")
+
+
+class Kept(Generic[ValueT]):
+    """The values used last, by name, at most so many. A name says all that decides the value. For several threads."""
+
+    def __init__(self, most: int) -> None:
+        """`most`: values at the same time; the one unused for longest goes first."""
+        self._most, self._lock = most, Lock()
+        self._values: OrderedDict[Hashable, ValueT] = OrderedDict()
+        self._gates: dict[Hashable, Lock] = {}
+
+    def peek(self, name: Hashable) -> ValueT | None:
+        """Return the value where it is there, without waiting."""
+        with self._lock:
+            if name in self._values:
+                self._values.move_to_end(name)
+            return self._values.get(name)
+
+    def get(self, name: Hashable, make: Callable[[], ValueT]) -> ValueT:
+        """Return the value, made first where it is not there; an error of `make` is not kept."""
+        with self._lock:
+            gate = self._gates.setdefault(name, Lock())
+        with gate:
+            if (found := self.peek(name)) is not None:
+                return found
+            try:
+                made = make()
+            finally:
+                with self._lock:
+                    self._gates.pop(name, None)
+            with self._lock:
+                self._values[name] = made
+                while len(self._values) > self._most:
+                    self._values.popitem(last=False)
+            return made

@@ -1,0 +1,337 @@
+"""Pages of a feature store: its snapshots and what each changed, files, numbers, copies, and broken images."""
+
+import datetime
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from explorer.data.kept import Kept
+from explorer.data.store.broken import look_at
+from explorer.data.store.changes import KINDS, Changes, newest_at
+from explorer.data.store.duplicates import MOST_GROUPS, Duplicates, find_duplicates, named
+from explorer.data.store.opened import live_rows, name_of, open_snapshot, version_before
+from explorer.data.store.shards import shard_lines
+from explorer.data.store.statistics import StoreNumbers, histogram, put_together, store_numbers
+from explorer.data.store.timeline import Timeline
+from explorer.html.asked import Paging, choice, day, whole, whole_in
+from explorer.html.site import NavItem, Site
+from explorer.pages.kind import PageKind
+from featurestore import log
+from featurestore.errors import UserError
+from featurestore.quarantine import QUARANTINE
+from featurestore.snapshot import Snapshot
+from featurestore.store import FeatureStore
+from featurestore.text.plain import one_line
+
+PER_PAGE, GROUPS_PER_PAGE, SHARDS_PER_PAGE, SNAPSHOTS_PER_PAGE = 48, 10, 128, 40
+_SHOWN_OF_GROUP = 12
+_DAY_S = 86_400
+
+
+class Difference(NamedTuple):
+    """Two snapshots that a page compares, the older one first, and in words what that tells."""
+
+    old: Snapshot
+    new: Snapshot
+    note: str = ""
+
+
+class StorePages(PageKind):
+    """Pages below /store. Parts that take longer than a page may are asked for by the page, `wait=PART`."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self._timeline, self._changes = Timeline(), Changes()
+        self._rows: Kept[int] = Kept(100)
+        self._numbers: Kept[StoreNumbers] = Kept(20)
+        self._duplicates: Kept[Duplicates] = Kept(20)
+
+    @property
+    def nav(self) -> NavItem | None:
+        """The store's first page."""
+        return NavItem("Store", "/store") if self.site.places.store is not None else None
+
+    def routes(self) -> Sequence[Route]:
+        """List a page for each question."""
+        if self.site.places.store is None:
+            return []
+        return [
+            Route("/store", self.overview),
+            Route("/store/snapshots/{number}", self.snapshot),
+            Route("/store/arrived", self.arrived),
+            Route("/store/shards", self.shards),
+            Route("/store/numbers", self.numbers),
+            Route("/store/duplicates", self.duplicates),
+            Route("/store/broken", self.broken),
+        ]
+
+    def overview(self, request: Request) -> Response:
+        """Show what the store holds, and its snapshots on a line, by manifests alone."""
+        store, snapshot = self._open(request)
+        known = log.versions(store.storage)[::-1]
+        paging = Paging.of(request, len(known), SNAPSHOTS_PER_PAGE)
+        shown = known[paging.first : paging.first + SNAPSHOTS_PER_PAGE]
+        lines, pins_problem = None, ""
+        if self._waits(request, "line") or self._timeline.is_quick(store, shown, snapshot.manifest.num_files):
+            try:
+                lines = self._timeline.lines(store, shown)
+            except UserError as error:
+                lines, pins_problem = [], one_line(error)
+        rows, num_broken = live_rows(snapshot), None if store.storage.list(QUARANTINE) else 0
+        if self._waits(request, "counts"):
+            rows = self._rows.get(name_of(snapshot), lambda: snapshot.num_rows)
+            num_broken = len(store.quarantine_rows())
+        return self._page(
+            request,
+            "overview",
+            "Store",
+            snapshot,
+            store=store,
+            lines=lines,
+            line_figure=self._line_figure,
+            pins_problem=pins_problem,
+            paging=paging,
+            num_images=rows,
+            num_broken=num_broken,
+            yesterday=_yesterday(),
+        )
+
+    def snapshot(self, request: Request) -> Response:
+        """Show one snapshot: what came, changed and went in it, against the one before or any other."""
+        number = whole_in(request.path_params["number"], "snapshot")
+        store, new = self._open(request, number)
+        before = whole(request, "against", version_before(store, number))
+        known = log.versions(store.storage)
+        difference = None
+        if before is not None:
+            gap = f"The snapshots between {before} and {number} have expired: this is what all of them did together."
+            is_gap = request.query_params.get("against") is None and before < number - 1
+            difference = Difference(open_snapshot(store, before), new, gap if is_gap else "")
+        lines = self._timeline.lines(store, [number]) if number in known else []
+        return self._page(
+            request,
+            "snapshot",
+            f"Snapshot {number}",
+            new,
+            line=lines[0] if lines else None,
+            before=before,
+            earlier=next((each for each in reversed(known) if each < number), None),
+            later=next((each for each in known if each > number), None),
+            **self._difference(request, difference, {"against": whole(request, "against")}),
+        )
+
+    def arrived(self, request: Request) -> Response:
+        """Show what came, changed and went since a day, up to now or to another day."""
+        store, newest = self._open(request)
+        since = day(request, "since") or datetime.datetime.fromisoformat(f"{_yesterday()}T00:00:00+00:00")
+        until = day(request, "until")
+        start = newest_at(store, since.timestamp())
+        new = newest
+        if until is not None:
+            new = open_snapshot(store, newest_at(store, until.timestamp()).version)
+        note = "" if start.is_exact else f"Snapshots from then have expired: this is what came since {start.version}."
+        old = open_snapshot(store, min(start.version, new.version))
+        params = {
+            "since": _day_text(since),
+            "until": _day_text(until) if until else None,
+            "version": whole(request, "version"),
+        }
+        return self._page(
+            request,
+            "arrived",
+            f"Arrived since {_day_text(since)}",
+            newest,
+            since=_day_text(since),
+            until=_day_text(until) if until else "",
+            **self._difference(request, Difference(old, new, note), params),
+        )
+
+    def shards(self, request: Request) -> Response:
+        """Show the files of each shard, those first that want compaction, then the largest."""
+        _, snapshot = self._open(request)
+        lines = sorted(shard_lines(snapshot.manifest), key=lambda line: (not line.is_due, -line.bytes, line.shard))
+        paging = Paging.of(request, len(lines), SHARDS_PER_PAGE)
+        shown = lines[paging.first : paging.first + SHARDS_PER_PAGE]
+        by_number = sorted(shown, key=lambda line: line.shard)
+        names = [str(line.shard) for line in by_number]
+        figure = {
+            "data": [
+                {"type": "bar", "name": "base", "x": names, "y": [line.bytes - line.delta_bytes for line in by_number]},
+                {"type": "bar", "name": "deltas", "x": names, "y": [line.delta_bytes for line in by_number]},
+            ],
+            "layout": {
+                "barmode": "stack",
+                "xaxis": {"title": {"text": "shard"}, "type": "category"},
+                "yaxis": {"title": {"text": "bytes"}},
+            },
+        }
+        return self._page(
+            request,
+            "shards",
+            "Shards",
+            snapshot,
+            lines=shown,
+            paging=paging,
+            figure=figure,
+            num_due=sum(line.is_due for line in lines),
+            num_with_files=len(lines),
+        )
+
+    def numbers(self, request: Request) -> Response:
+        """Show mean and deviation of the dimensions, and how long rows are."""
+        _, snapshot = self._open(request)
+        found, problem = self._numbers.peek(name_of(snapshot)), ""
+        if found is None and self._waits(request, "numbers"):
+            try:
+                found = self._numbers.get(name_of(snapshot), lambda: store_numbers(snapshot))
+            except UserError as error:
+                problem = one_line(error)
+        figures = _number_figures(found) if found else {}
+        return self._page(request, "numbers", "Numbers", snapshot, numbers=found, problem=problem, **figures)
+
+    def duplicates(self, request: Request) -> Response:
+        """Show images whose bytes are equal, largest groups first."""
+        _, snapshot = self._open(request)
+        found, problem = self._duplicates.peek(name_of(snapshot)), ""
+        if found is None and self._waits(request, "duplicates"):
+            try:
+                found = self._duplicates.get(name_of(snapshot), lambda: find_duplicates(snapshot))
+            except UserError as error:
+                problem = one_line(error)
+        paging = Paging.of(request, len(found.groups) if found else 0, GROUPS_PER_PAGE)
+        groups = found.groups[paging.first : paging.first + GROUPS_PER_PAGE] if found else ()
+        shown = [(group, named(snapshot, group.keys[:_SHOWN_OF_GROUP])) for group in groups]
+        return self._page(
+            request,
+            "duplicates",
+            "Copies",
+            snapshot,
+            found=found,
+            problem=problem,
+            groups=shown,
+            paging=paging,
+            most_groups=MOST_GROUPS,
+        )
+
+    def broken(self, request: Request) -> Response:
+        """Show the images that the store could not take, the newest first."""
+        store, snapshot = self._open(request)
+        rows = store.quarantine_rows()[::-1]
+        reasons: dict[str, int] = {}
+        for row in rows:
+            reasons[row.reason] = reasons.get(row.reason, 0) + 1
+        paging = Paging.of(request, len(rows), PER_PAGE)
+        images = look_at(rows[paging.first : paging.first + PER_PAGE], self.site.pictures)
+        common = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:10]
+        return self._page(request, "broken", "Broken images", snapshot, images=images, paging=paging, reasons=common)
+
+    def _open(self, request: Request, version: int | None = None) -> tuple[FeatureStore, Snapshot]:
+        assert self.site.places.store is not None
+        store = FeatureStore.open(self.site.places.store)
+        return store, open_snapshot(store, whole(request, "version") if version is None else version)
+
+    def _waits(self, request: Request, part: str) -> bool:
+        """Tell whether a part is to be computed before the page is sent."""
+        return self.site.frozen or request.query_params.get("wait") == part
+
+    def _difference(self, request: Request, difference: Difference | None, params: dict[str, Any]) -> dict[str, Any]:
+        """Give what the template of differences shows: counts, and images of one kind; no counts: not yet."""
+        kind: Any = choice(request, "kind", KINDS)
+        shown: dict[str, Any] = {
+            "difference": difference,
+            "kind": kind,
+            "asked_kind": request.query_params.get("kind"),
+            "kinds": KINDS,
+            "params": params,
+            "counts": None,
+            "images": [],
+            "paging": Paging.of(request, 0, PER_PAGE),
+            "problem": "",
+        }
+        if difference is None:
+            return shown
+        old, new, _ = difference
+        try:
+            counts = self._changes.peek(old, new)
+            if counts is None and self._waits(request, "changes"):
+                counts = self._changes.count(old, new)
+            if counts is not None:
+                if request.query_params.get("kind") is None:
+                    kind = next((each for each in KINDS if counts.total(each)), kind)
+                paging = Paging.of(request, counts.total(kind), PER_PAGE)
+                images = self._changes.page(old, new, kind, paging.first, PER_PAGE)
+                shown |= {"counts": counts, "kind": kind, "paging": paging, "images": images}
+        except UserError as error:
+            shown["problem"] = one_line(error)
+        return shown
+
+    def _line_figure(self, lines: Sequence[Any]) -> dict[str, Any]:
+        """Draw snapshots by time: rows in files; a click leads to the snapshot. For templates, which may make links."""
+        there = [line for line in reversed(lines) if line.time_s is not None]
+        return {
+            "links": True,
+            "data": [
+                {
+                    "type": "scatter",
+                    "mode": "lines+markers",
+                    "line": {"shape": "hv"},
+                    "marker": {"size": 10},
+                    "x": [_time_text(line.time_s) for line in there],
+                    "y": [line.file_rows for line in there],
+                    "text": [f"{line.version}: {line.operation}" for line in there],
+                    "hovertemplate": "%{text}<br>%{x}<br>%{y:,} rows<extra></extra>",
+                    "customdata": [self.site.url(f"/store/snapshots/{line.version}") for line in there],
+                }
+            ],
+            "layout": {"xaxis": {"type": "date"}, "yaxis": {"title": {"text": "rows in files"}, "rangemode": "tozero"}},
+        }
+
+    def _page(self, request: Request, template: str, title: str, snapshot: Snapshot, **context: Any) -> Response:
+        return self.site.page(
+            request,
+            f"store/{template}.html",
+            title=title,
+            snapshot=snapshot,
+            manifest=snapshot.manifest,
+            info=snapshot.info,
+            version=whole(request, "version"),
+            part=template,
+            **context,
+        )
+
+
+def _number_figures(numbers: StoreNumbers) -> dict[str, Any]:
+    dimensions, means = put_together(numbers.mean_D)
+    _, deviations = put_together(numbers.std_D)
+    edges, counts = histogram(numbers.norm_N)
+    centres = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
+    axis = {"title": {"text": "dimension"}}
+    lines = [
+        {"type": "scatter", "mode": "lines", "name": name, "x": dimensions, "y": values}
+        for name, values in (("mean", means), ("standard deviation", deviations))
+    ]
+    bars = {"type": "bar", "x": centres, "y": counts, "hovertemplate": "%{x:.4g}: %{y:,} rows<extra></extra>"}
+    return {
+        "dimension_figure": {"data": lines, "layout": {"xaxis": axis}},
+        "dimension_rows": list(zip(dimensions, means, deviations, strict=True)),
+        "norm_figure": {"data": [bars], "layout": {"bargap": 0, "xaxis": {"title": {"text": "length"}}}},
+        "norm_rows": list(zip(edges[:-1], edges[1:], counts, strict=True)),
+    }
+
+
+def _yesterday() -> str:
+    return f"{datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1):%Y-%m-%d}"
+
+
+def _day_text(time: datetime.datetime) -> str:
+    """Write a day, with the time where it is not its beginning."""
+    time = time.astimezone(datetime.UTC)
+    return f"{time:%Y-%m-%d}" if (time.hour, time.minute, time.second) == (0, 0, 0) else f"{time:%Y-%m-%dT%H:%M:%S}"
+
+
+def _time_text(time_s: float) -> str:
+    return f"{datetime.datetime.fromtimestamp(time_s, datetime.UTC):%Y-%m-%d %H:%M:%S}"

@@ -1,0 +1,62 @@
+"""The line of snapshots: what each commit wrote, pins, and manifests that are damaged or gone."""
+
+from explorer.data.store.shards import shard_lines
+from explorer.data.store.timeline import Timeline
+from featurestore import log
+from featurestore.upkeep.compaction import compact
+from featurestore.upkeep.pins import pin
+from tests.explorer.stores import make_store, rows, storied
+
+
+def test_lines_say_what_commits_wrote(tmp_path):
+    store = storied(tmp_path / "store")
+    pin(store, "before", 2)
+    lines = Timeline().lines(store, [4, 3, 2, 1])
+    assert [line.version for line in lines] == [4, 3, 2, 1]
+    assert [line.operation for line in lines] == ["refresh", "delete", "refresh", "extract"]
+    assert [line.rows_written for line in lines] == [1, 0, 8, 40]
+    assert [line.rows_deleted for line in lines] == [0, 2, 0, 0]
+    assert [line.pins for line in lines] == [(), (), ("before",), ()]
+    assert [line.file_rows for line in lines] == [51, 50, 48, 40]
+
+
+def test_a_pin_is_seen_on_a_line_that_was_read_before(tmp_path):
+    store, timeline = storied(tmp_path / "store"), Timeline()
+    assert timeline.lines(store, [2])[0].pins == ()
+    pin(store, "later", 2)
+    assert timeline.lines(store, [2])[0].pins == ("later",)
+
+
+def test_a_damaged_manifest_is_a_line_and_an_expired_one_is_none(tmp_path):
+    store = storied(tmp_path / "store")
+    path = tmp_path / "store" / log.manifest_path(3)
+    path.write_bytes(path.read_bytes().replace(b"delete", b"delite"))
+    (tmp_path / "store" / log.manifest_path(2)).unlink()
+    lines = Timeline().lines(store, [4, 3, 2, 1])
+    assert [(line.version, line.is_damaged) for line in lines] == [(4, False), (3, True), (1, False)]
+    assert lines[0].rows_written is None
+    assert lines[2].rows_written == 40
+
+
+def test_lines_are_quick_when_they_are_known_or_few(tmp_path):
+    store, timeline = storied(tmp_path / "store"), Timeline()
+    assert timeline.is_quick(store, [1, 2, 3, 4], 4)
+    assert not timeline.is_quick(store, [1, 2, 3, 4], 4096)
+    timeline.lines(store, [1, 2, 3])
+    assert timeline.is_quick(store, [1, 2, 3, 4], 4096)
+
+
+def test_shards_that_want_compaction_are_those_that_compact_takes(tmp_path):
+    store = make_store(tmp_path / "store", num_shards=8)
+    store.put(rows([f"{number}" for number in range(200)], 1))
+    for seed in range(10):
+        store.put(rows(["0"], seed))
+    lines = shard_lines(store.snapshot().manifest)
+    due = compact(store, dry_run=True).shards
+    assert len(due) == 1
+    assert tuple(line.shard for line in lines if line.is_due) == due
+    busy = lines[due[0]]
+    assert (busy.num_files, busy.num_deltas) == (11, 10)
+    assert sum(line.bytes for line in lines) == store.snapshot().manifest.file_bytes
+    assert sum(line.rows for line in lines) == 210
+    assert shard_lines(make_store(tmp_path / "empty").snapshot().manifest) == []

@@ -1,0 +1,49 @@
+"""Kept values: computed once for all who ask, let go when there is no room, and never an error."""
+
+import threading
+import time
+
+import pytest
+
+from explorer.data.kept import Kept
+
+
+def test_a_value_is_computed_once_however_many_ask_at_the_same_time():
+    kept, calls = Kept(3), []
+
+    def slow():
+        calls.append(1)
+        time.sleep(0.05)
+        return object()
+
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(kept.get("one", slow))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert len({*map(id, found)}) == 1
+
+
+def test_what_was_unused_for_longest_goes_first():
+    kept = Kept(2)
+    for name in "ab":
+        kept.get(name, lambda name=name: name)
+    assert kept.peek("a") == "a"
+    kept.get("c", lambda: "c")
+    assert [kept.peek(name) for name in "abc"] == ["a", None, "c"]
+
+
+def test_an_error_is_not_kept():
+    kept, answers = Kept(2), iter([ValueError("not yet"), "now"])
+
+    def make():
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with pytest.raises(ValueError, match="not yet"):
+        kept.get("one", make)
+    assert kept.get("one", make) == "now"

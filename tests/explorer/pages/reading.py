@@ -1,0 +1,76 @@
+"""Pages as a test reads them: asked of the application without a server, with their text, links and pictures."""
+
+from html.parser import HTMLParser
+from urllib.parse import unquote_plus
+
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+from explorer.html.site import Site
+from explorer.places import Places
+from explorer.server.app import application
+
+
+class Reading(HTMLParser):
+    """The words of a page, its elements' names, and the addresses of its links and pictures."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.links: list[str] = []
+        self.pictures: list[str] = []
+        self.live: list[str] = []
+        self.elements: list[str] = []
+        self._silent = 0
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.elements.append(tag)
+        self._silent += tag in ("script", "style")
+        if tag == "a":
+            self.links.append(given["href"] or "")
+        if tag == "img":
+            self.pictures.append(given["src"] or "")
+        if "hx-get" in given:
+            self.live.append(given["hx-get"] or "")
+        assert not [name for name in given if name.startswith("on")], given
+
+    def handle_endtag(self, tag: str) -> None:
+        self._silent -= tag in ("script", "style")
+
+    def handle_data(self, data: str) -> None:
+        if not self._silent:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        """All words, one space between them."""
+        return " ".join(" ".join(self.words).split())
+
+    def uris(self) -> list[str]:
+        """The uris of the pictures."""
+        return [unquote_plus(each.partition("uri=")[2]) for each in self.pictures]
+
+
+def site_of(**places: object) -> Starlette:
+    """Make the application of some places."""
+    return application(Site(Places(**{name: str(place) for name, place in places.items()})))
+
+
+class Reader:
+    """Asks an application for pages."""
+
+    def __init__(self, **places: object) -> None:
+        self.client = TestClient(site_of(**places), raise_server_exceptions=False)
+
+    def read(self, path: str, status: int = 200, **params: object) -> Reading:
+        """Ask for a page, and for each part that it would ask for by itself. Fails for another status."""
+        answer = self.client.get(path, params=params or None)
+        assert answer.status_code == status, (answer.status_code, Reading(answer.text).text)
+        found = Reading(answer.text)
+        for part in found.live:
+            later = self.client.get(part)
+            assert later.status_code == 200, Reading(later.text).text
+            found = Reading(later.text)
+        return found

@@ -1,0 +1,156 @@
+"""The store's pages, of a shop with hostile names, of stores without pictures, of an empty one, of one that changes."""
+
+import datetime
+import re
+
+import pytest
+
+from explorer.places import Places
+from explorer.server.export import export
+from featurestore.keys import key_of_uri
+from featurestore.quarantine import QuarantineRow
+from featurestore.upkeep.expiry import expire
+from featurestore.upkeep.pins import pin
+from tests.explorer.pages.reading import Reader
+from tests.explorer.stores import int8_copy, make_store, rows, storied
+from tests.explorer.world import (
+    ADDED,
+    BACK_IN,
+    BROKEN,
+    BROKEN_IN,
+    CHANGED,
+    COPIED,
+    COPY,
+    HOSTILE,
+    NO_IMAGE,
+    PLAIN,
+    REMOVED,
+)
+
+PAGES = ("/store", "/store/arrived", "/store/broken", "/store/duplicates", "/store/shards", "/store/numbers")
+
+
+@pytest.fixture
+def reader(shop):
+    return Reader(store=shop.store, images=shop.images)
+
+
+def test_the_first_page_leads_to_what_arrived_in_one_click(reader):
+    first = reader.read("/store")
+    yesterday = datetime.datetime.now(datetime.UTC).date() - datetime.timedelta(days=1)
+    assert f"/store/arrived?since={yesterday}" in first.links
+    arrived = reader.read("/store/arrived", since=yesterday)
+    assert re.search(r"From snapshot 0 to 5: (\d+) added 0 changed 0 removed", arrived.text)[1] == "28"
+    assert {*arrived.uris()} == {*PLAIN, *HOSTILE, *ADDED, COPY} - {BROKEN}
+    assert len(arrived.pictures) == 28
+    assert "No image was added" in reader.read("/store/arrived", since="2999-01-01").text
+
+
+def test_a_snapshot_shows_what_came_changed_and_went(reader):
+    for kind, uris in (("added", {*ADDED, COPY}), ("changed", {CHANGED}), ("removed", {REMOVED})):
+        page = reader.read("/store/snapshots/2", kind=kind)
+        assert {*page.uris()} == uris
+        assert "3 added 1 changed 1 removed" in page.text
+    gone = reader.read("/store/snapshots/2", kind="removed")
+    assert f"/images/{key_of_uri(REMOVED)}?version=1" in gone.links
+    assert reader.read(f"/store/snapshots/{BROKEN_IN}").uris() == [BROKEN]
+    assert reader.read(f"/store/snapshots/{BACK_IN}").uris() == [REMOVED]
+    assert "0 added 0 changed 0 removed" in reader.read("/store/snapshots/5").text
+    assert {*reader.read("/store/snapshots/5", against=1).uris()} == {*ADDED, COPY}
+    assert "The empty store" in reader.read("/store/snapshots/0").text
+
+
+def test_broken_images_have_their_reason_size_and_first_bytes(reader, shop):
+    page = reader.read("/store/broken")
+    assert {BROKEN, NO_IMAGE} <= {*page.uris()}
+    assert "not an image of a known format" in page.text
+    assert f"{len((shop.images / NO_IMAGE).read_bytes())} bytes, begins with 6e 6f 20 69 6d 61 67 65" in page.text
+    assert "89 50 4e 47 0d 0a 1a 0a" in page.text
+
+
+def test_copies_stand_together(reader):
+    page = reader.read("/store/duplicates")
+    assert "1 images are copies of others" in page.text
+    assert {*page.uris()} == {COPIED, COPY}
+
+
+def test_hostile_names_are_text(reader):
+    for page in (reader.read("/store/arrived"), reader.read("/store/broken")):
+        assert not {"b", "i"} & {*page.elements}
+        assert page.elements.count("script") == 1
+        assert "\u202e" not in page.text
+    assert all(any(name in uri for uri in reader.read("/store/arrived").uris()) for name in HOSTILE)
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_every_page_is_also_of_an_older_snapshot_and_says_so(reader, path):
+    page = reader.read(path, version=1)
+    assert "These pages show snapshot 1" in page.text
+    inside = [link for link in page.links if link.partition("?")[0] in PAGES and link not in (path, "/store")]
+    assert len(inside) >= 5
+    assert all("version=1" in link or "since=" in link for link in inside)
+    assert "has no snapshot 99" in reader.read(path, 404, version=99).text
+    assert "no whole number" in reader.read(path, 400, version="1;2").text
+
+
+def test_an_expired_snapshot_is_not_there_and_its_neighbours_say_what_is_missing(tmp_path):
+    store, reader = storied(tmp_path / "store"), Reader(store=tmp_path / "store")
+    pin(store, "kept", 1)
+    expire(store, keep_last=1, keep_days=0, grace_days=0)
+    assert "2 has expired" in reader.read("/store/snapshots/2", 404).text
+    page = reader.read("/store/snapshots/4")
+    assert "The snapshots between 1 and 4 have expired" in page.text
+    assert "5 added" in page.text
+    assert "kept" in reader.read("/store").text
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_a_store_without_pictures_has_all_pages(tmp_path, kind):
+    store = storied(tmp_path / "store")
+    if kind == "int8":
+        store = int8_copy(store, tmp_path / "int8")
+    reader = Reader(store=store.url)
+    for path in PAGES:
+        assert reader.read(path).pictures == []
+    assert "Images 44" in reader.read("/store").text
+    assert "over all 44 images" in reader.read("/store/numbers").text
+
+
+def test_an_empty_store_has_all_pages(tmp_path):
+    make_store(tmp_path / "store")
+    reader = Reader(store=tmp_path / "store")
+    texts = {path: reader.read(path).text for path in PAGES}
+    assert "nothing was committed" in texts["/store"]
+    assert "Images 0" in texts["/store"]
+    assert "The snapshot has no images" in texts["/store/numbers"]
+    assert "No image is broken" in texts["/store/broken"]
+
+
+def test_a_store_that_changes_is_shown_as_it_is_now(tmp_path):
+    store, reader = make_store(tmp_path / "store"), Reader(store=tmp_path / "store")
+    assert "nothing was committed" in reader.read("/store").text
+    store.put(rows(["a"], 1), "extract")
+    assert "Images 1" in reader.read("/store").text
+    store.put(rows(["b"], 1), "refresh")
+    store.add_quarantine([QuarantineRow(7, "bad<i>.jpg", "empty file", 1e9)])
+    page = reader.read("/store")
+    assert "Images 2 Broken images 1" in page.text
+    assert "Images 1" in reader.read("/store", version=1).text
+    assert "i" not in reader.read("/store/broken").elements
+
+
+def test_damaged_files_are_a_sentence_on_the_page(tmp_path):
+    store = storied(tmp_path / "store")
+    for file in (tmp_path / "store" / "data").rglob("*.parquet"):
+        file.write_bytes(file.read_bytes()[:-20])
+    reader = Reader(store=store.url)
+    for path in ("/store/duplicates", "/store/numbers", "/store/snapshots/2"):
+        assert "bytes instead of" in reader.read(path).text
+
+
+def test_the_pages_are_exported(shop, tmp_path):
+    exported = export(Places(store=str(shop.store), images=str(shop.images)), tmp_path / "out", 500, lambda *_: None)
+    assert exported.errors == []
+    pages = [page.read_text() for page in (tmp_path / "out" / "pages").iterdir()]
+    assert any("28</a>" in page or "28 added" in page for page in pages)
+    assert not any("hx-get" in page or "<form" in page for page in pages)

@@ -1,0 +1,44 @@
+"""Small stores of drawn rows, without pictures, whose content tests know: commits, deletions and copies."""
+
+from pathlib import Path
+
+import numpy as np
+
+from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, key_of_uri
+from featurestore.upkeep.remake.recode import recode
+
+DIM = 6
+ADDED = tuple(f"b/{number}.jpg" for number in range(5))
+CHANGED = tuple(f"a/{number}.jpg" for number in range(3))
+EXTRACTOR = ExtractorSpec(
+    backbone="torchvision none", layer="fc6", weights_digest="0" * 64, preprocessing="{}", compute_dtype="float32"
+)
+
+
+def make_store(folder: Path, dtype: str = "float32", num_shards: int = 4) -> FeatureStore:
+    """Make an empty store of DIM numbers."""
+    return FeatureStore.create(folder, StoreInfo(dim=DIM, num_shards=num_shards, dtype=dtype, extractor=EXTRACTOR))
+
+
+def rows(uris: list[str], seed: int, contents: list[int] | None = None) -> FeatureRows:
+    """Draw rows; those of equal `contents` have images of equal bytes. Without them rows have no digests."""
+    values_ND = np.random.default_rng(seed).standard_normal((len(uris), DIM)).astype(np.float32)
+    digests = None if contents is None else [content.to_bytes(16, "big") for content in contents]
+    return FeatureRows.of(uris, values_ND, content_digests=digests, source_tags=[f"tag-{seed}"] * len(uris))
+
+
+def storied(folder: Path, dtype: str = "float32") -> FeatureStore:
+    """Make a store of four commits: 40 images; 5 more and 3 anew; 2 go; one comes back, with the content of another."""
+    store = make_store(folder, dtype)
+    first = [f"a/{number}.jpg" for number in range(40)]
+    store.put(rows(first, 1, list(range(1, 41))), "extract")
+    store.put(rows([*ADDED, *CHANGED], 2, list(range(101, 109))), "refresh")
+    store.delete([key_of_uri("a/10.jpg"), key_of_uri("a/11.jpg")])
+    store.put(rows(["a/10.jpg"], 3, [20]), "refresh")
+    return store
+
+
+def int8_copy(store: FeatureStore, folder: Path) -> FeatureStore:
+    """Make an int8 store of the rows of another."""
+    recode(store, folder, "int8")
+    return FeatureStore.open(folder)
