@@ -101,15 +101,21 @@ def visual_vectors(
 
 
 def find_vectors(
-    run: RunPath, *, store: str | None = None, which: str | None = None, cache: Path | None = None
+    run: RunPath,
+    *,
+    store: str | None = None,
+    which: str | None = None,
+    store_version: int | None = None,
+    cache: Path | None = None,
 ) -> VisualVectors | None:
-    """Open the vectors of the newest snapshot if they were computed before; None where `visual_vectors` would compute.
+    """Open the vectors of a snapshot, by default the newest, if they were computed before; None where `visual_vectors`
+    would compute.
 
     Raises as `visual_vectors`.
     """
     from trainer.runs.export import find_network
 
-    digest = digest_of(find_network(run, which=which, store=store))
+    digest = digest_of(find_network(run, which=which, store_version=store_version, store=store))
     return _opened((cache or explorer_cache()) / f"{_PREFIX}{digest}", digest)
 
 

@@ -18,16 +18,18 @@ from starlette.routing import BaseRoute, Route
 from explorer.errors import NotHereError
 from explorer.html.site import Site
 from explorer.pages.home import HomePages
+from explorer.pages.images import ImagePages
 from explorer.pages.impressions import ImpressionPages
 from explorer.pages.kind import PageKind
 from explorer.pages.pictures import PicturePages
 from explorer.pages.runs import RunPages
+from explorer.pages.store import StorePages
 from featurestore.errors import UserError
 from featurestore.text.plain import one_line
 
 logger = logging.getLogger("explorer")
 
-KINDS: tuple[type[PageKind], ...] = (HomePages, PicturePages, RunPages, ImpressionPages)
+KINDS: tuple[type[PageKind], ...] = (HomePages, StorePages, ImagePages, PicturePages, RunPages, ImpressionPages)
 """All kinds of pages, in the order of the navigation."""
 _POLICY = (
     "default-src 'none'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; script-src 'self'; "

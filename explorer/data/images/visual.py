@@ -1,0 +1,83 @@
+"""Runs whose model looks at images, and their visual vectors in the order of nearness to one.
+
+Letters of shapes: N images, K of them in a block, D feature width, V visual width.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from explorer.data.kept import Kept
+from explorer.data.vectors import VisualVectors
+from explorer.places import Places
+from featurestore.errors import UserError
+from featurestore.keys import Int64Array
+from featurestore.published.paths import RunPath, read_text, run_path
+from featurestore.snapshot import Snapshot
+from featurestore.text.parsing import parse_yaml
+
+MOST_RUNS = 100
+_BLOCK_ROWS = 1 << 16
+
+
+class ImageRuns:
+    """The runs with a checkpoint whose model looks at images. For several threads."""
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._have_images: Kept[bool] = Kept(1_000)
+
+    def names(self) -> list[str]:
+        """Name the runs, at most MOST_RUNS of them, in the order of names. Reads a few small files of a new one."""
+        if self._places.runs is None:
+            return []
+        names = sorted(run.name for run in run_path(self._places.runs).iterdir())
+        return [name for name in names if self._has_images(name)][:MOST_RUNS]
+
+    def _has_images(self, name: str) -> bool:
+        try:
+            run = self._places.run(name)
+            saved = any(step.name.startswith("step-") for step in (run / "checkpoints").iterdir())
+            return saved and self._have_images.get(name, lambda: _looks_at_images(run))
+        except (UserError, OSError):  # no run, or one that has not saved anything yet
+            return False
+
+
+def _looks_at_images(run: RunPath) -> bool:
+    """Read the one setting that tells: to load the whole configuration would load what trains."""
+    try:
+        return bool(parse_yaml(read_text(run / "config.yaml"))["model"]["images"] != "none")
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def blocks_of(vectors: VisualVectors) -> Iterator[tuple[Int64Array, npt.NDArray[np.float32]]]:
+    """Give keys (K,) and vectors (K, V), some megabytes at a time."""
+    for start in range(0, len(vectors.keys_N), _BLOCK_ROWS):
+        block = slice(start, start + _BLOCK_ROWS)
+        yield np.asarray(vectors.keys_N[block]), np.asarray(vectors.vectors_NV[block])
+
+
+def vector_of(vectors: VisualVectors, key: int) -> npt.NDArray[np.float32] | None:
+    """Give the vector of an image, (V,); None where it has none."""
+    row = vectors.row_of(key)
+    return None if row is None else np.array(vectors.vectors_NV[row])
+
+
+def embed(places: Places, run: str, snapshot: Snapshot, features_ND: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Compute visual vectors (N, V) of features (N, D) as the store keeps them, by the E of a run's newest checkpoint.
+
+    Raises TrainerError where E is for other features, FeatureStoreError.
+    """
+    import torch
+
+    from featurestore.lookup.embedding import as_tensor
+    from trainer.runs.export import find_network
+
+    model = find_network(places.run(run), store_version=snapshot.version, store=places.store).load().model
+    with torch.inference_mode():
+        device = model.mean_D.device
+        visual_NV: npt.NDArray[np.float32] = model(as_tensor(features_ND).to(device)).float().cpu().numpy()
+    return visual_NV

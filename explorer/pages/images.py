@@ -1,0 +1,292 @@
+"""Pages of images: search and browsing, one image over time and among its neighbours, and a picture that is brought."""
+
+import base64
+from collections.abc import Callable, Sequence
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from explorer.data.images.codes import CodeShelf, SemanticIds, encode, nearest_codes
+from explorer.data.images.compare import Space, only_in, shared
+from explorer.data.images.finding import ImageNames, find_exactly, find_key, find_part
+from explorer.data.images.history import RowSpan, row_spans
+from explorer.data.images.neighbours import Neighbours, nearest_features, nearest_vectors
+from explorer.data.images.network import MOST_BYTES, feature_of_picture
+from explorer.data.images.visual import ImageRuns, blocks_of, embed, vector_of
+from explorer.data.kept import Kept
+from explorer.data.pictures import shrunk
+from explorer.data.store.opened import name_of, open_snapshot
+from explorer.data.vectors import VisualVectors, visual_vectors
+from explorer.errors import ExplorerError, NotHereError
+from explorer.html.asked import Paging, whole, whole_in
+from explorer.html.site import NavItem, Site
+from explorer.html.upload import read_upload
+from explorer.pages.kind import PageKind
+from featurestore.errors import UserError
+from featurestore.snapshot import Snapshot
+from featurestore.store import FeatureStore
+from featurestore.text.plain import one_line
+
+PER_PAGE = 48
+NUM_NEIGHBOURS = 12
+LARGE = 800
+_KEY_FROM = -(1 << 63)
+_FROZEN_BYTES = 64 << 20
+"""Features of a store whose neighbours are exported with each page; of a larger one that would take hours."""
+_TITLES = {"features": "Features", "visual": "Visual vectors", "codes": "Semantic IDs"}
+
+
+class Asked(NamedTuple):
+    """What neighbours are looked for of: a feature as the store keeps it, (1, D), and its key where it is in there."""
+
+    feature_1D: npt.NDArray[Any]
+    key: int | None
+    run: str | None
+
+
+class ImagePages(PageKind):
+    """Pages below /images, of a store."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self._names, self._runs, self._shelf = ImageNames(), ImageRuns(site.places), CodeShelf()
+        self._features: Kept[Neighbours] = Kept(500)
+        self._spans: Kept[list[RowSpan]] = Kept(500)
+        self._network = Lock()
+
+    @property
+    def nav(self) -> NavItem | None:
+        """Search and browsing."""
+        return NavItem("Images", "/images") if self.site.places.store is not None else None
+
+    def routes(self) -> Sequence[Route]:
+        """List search, one image, and neighbours of a picture that is sent."""
+        if self.site.places.store is None:
+            return []
+        upload = [] if self.site.frozen else [Route("/images/like", self.like, methods=["POST"])]
+        return [Route("/images", self.search), *upload, Route("/images/{key}", self.image)]
+
+    def search(self, request: Request) -> Response:
+        """Show images by key, uri or a part of it; without a search those of a shard."""
+        store, snapshot = self._open(request)
+        text = request.query_params.get("q", "").strip()[:2_000]
+        context: dict[str, Any] = {"query": text, "network": store.info.network, "runs": self._runs.names()}
+        if text:
+            first = whole(request, "from", 0) or 0
+            exact = find_exactly(snapshot, text) if first == 0 else []
+            found = find_part(snapshot, text, first)
+            images = [*exact, *(image for image in found.images if image not in exact)]
+            return self._page(
+                request, "search", f"Images with {text[:60]}", snapshot, images=images, found=found, **context
+            )
+        shards = sorted(snapshot.manifest.shards)
+        shard = whole(request, "shard", shards[0] if shards else 0) or 0
+        paging = Paging.of(request, sum(entry.rows for entry in snapshot.manifest.files(shard)), PER_PAGE)
+        images, count = self._names.page(snapshot, shard, paging.first, PER_PAGE)
+        paging = Paging.of(request, count, PER_PAGE)
+        return self._page(
+            request,
+            "browse",
+            "Images",
+            snapshot,
+            images=images,
+            paging=paging,
+            shard=shard,
+            earlier=next((each for each in reversed(shards) if each < shard), None),
+            later=next((each for each in shards if each > shard), None),
+            **context,
+        )
+
+    def image(self, request: Request) -> Response:
+        """Show one image: the picture, its rows over snapshots, and its neighbours."""
+        key = whole_in(request.path_params["key"], "key", least=_KEY_FROM)
+        store, snapshot = self._open(request)
+        here = find_key(snapshot, key)
+        spans, rows_problem = None, ""
+        if here is None or self._waits(request, "rows"):
+            try:
+                spans = self._spans.get(
+                    (name_of(snapshot), name_of(store.snapshot()), key), lambda: row_spans(store, key)
+                )
+            except UserError as error:
+                spans, rows_problem = [], one_line(error)
+        broken = next((row for row in store.quarantine_rows() if row.key == key), None) if here is None else None
+        known = [span.row.uri for span in spans or () if span.row is not None]
+        uri = here.uri if here else known[-1] if known else broken.uri if broken else None
+        if uri is None:
+            raise NotHereError(
+                f"no image has the key {key}: neither in snapshot {snapshot.version} nor in others that are kept, nor "
+                "among the broken ones"
+            )
+        runs = self._runs.names()
+        run = self._run(request.query_params.get("run"), runs)
+        spaces = None
+        if here is not None and self._wants_spaces(request, snapshot):
+            spaces = self._spaces(snapshot, Asked(snapshot.get([key]), key, run))
+        return self._page(
+            request,
+            "image",
+            uri.rpartition("/")[2] or uri,
+            snapshot,
+            key=key,
+            uri=uri,
+            found=here,
+            broken=broken,
+            spans=spans,
+            rows_problem=rows_problem,
+            file_digest=self.site.pictures.digest(uri) if spans is not None else None,
+            runs=runs,
+            run=run,
+            large=LARGE,
+            **_compared(spaces),
+        )
+
+    async def like(self, request: Request) -> Response:
+        """Show the neighbours of a picture that is sent; it is kept nowhere."""
+        data, fields = await read_upload(request, "picture", MOST_BYTES)
+        return await run_in_threadpool(self._like, request, data, fields.get("run") or None)
+
+    def _like(self, request: Request, data: bytes, asked_run: str | None) -> Response:
+        if not self._network.acquire(blocking=False):
+            return self.site.page(
+                request,
+                "error.html",
+                title="Busy",
+                status=503,
+                message="Another picture goes through the network just now: try again in a few seconds",
+            )
+        try:
+            store, snapshot = self._open(request)
+            if not snapshot.version:
+                raise ExplorerError("the store is empty: there is nothing to compare the picture with")
+            feature_1D = feature_of_picture(store, data)
+            runs = self._runs.names()
+            run = self._run(asked_run, runs)
+            spaces = self._spaces(snapshot, Asked(feature_1D, None, run))
+        finally:
+            self._network.release()
+        picture = base64.b64encode(shrunk(data, LARGE).jpeg).decode()
+        return self._page(
+            request, "like", "Images like yours", snapshot, picture_jpeg=picture, run=run, **_compared(spaces)
+        )
+
+    def _spaces(self, snapshot: Snapshot, asked: Asked) -> list[Space]:
+        """Find the neighbours in each of the three spaces; an error of one is its sentence."""
+        made: list[tuple[str, Callable[[], Space]]] = [
+            ("features", lambda: self._in_features(snapshot, asked)),
+            ("visual", lambda: self._in_visual(snapshot, asked)),
+            ("codes", lambda: self._in_codes(snapshot, asked)),
+        ]
+        spaces = []
+        for name, make in made:
+            try:
+                spaces.append(make())
+            except UserError as error:
+                spaces.append(Space(name=name, title=_TITLES[name], problem=one_line(error)))
+        return spaces
+
+    def _in_features(self, snapshot: Snapshot, asked: Asked) -> Space:
+        query_D = snapshot.codec.decode(asked.feature_1D)[0]
+        name = (name_of(snapshot), query_D.tobytes())
+        found = self._features.get(name, lambda: nearest_features(snapshot, query_D, NUM_NEIGHBOURS + 1, None))
+        found = _without(found, asked.key)
+        how = f"Cosine of features of {snapshot.info.width_text} numbers, "
+        if found.is_exact:
+            how += f"exactly, among all {found.num_rows:,} images."
+        else:
+            how += f"among {found.num_searched:,} of {found.num_rows:,} images, drawn at random: all would take long."
+        return Space(name="features", title=_TITLES["features"], found=found, how=how)
+
+    def _in_visual(self, snapshot: Snapshot, asked: Asked) -> Space:
+        title = _TITLES["visual"]
+        if asked.run is None:
+            problem = "No run with images is there: name the folder of runs by --runs."
+            return Space(name="visual", title=title, problem=problem)
+        vectors = self._vectors(snapshot, asked.run)
+        if asked.key is None:
+            query_V = embed(self.site.places, asked.run, snapshot, asked.feature_1D)[0]
+        else:
+            found_V = vector_of(vectors, asked.key)
+            if found_V is None:
+                raise ExplorerError("the image has no visual vector in this snapshot")
+            query_V = found_V
+        found = nearest_vectors(snapshot, blocks_of(vectors), query_V, NUM_NEIGHBOURS, asked.key)
+        how = (
+            f"Cosine of the {len(query_V)} numbers that the run {asked.run} ({vectors.about['checkpoint']}) makes of "
+            f"each image, exactly, among all {found.num_rows:,} images."
+        )
+        return Space(name="visual", title=title, found=found, how=how)
+
+    def _in_codes(self, snapshot: Snapshot, asked: Asked) -> Space:
+        title, ids = _TITLES["codes"], self._semantic_ids(asked.run)
+        if ids is None:
+            problem = "The samples have no semantic IDs: python jobs/build_semantic_ids.py makes them."
+            return Space(name="codes", title=title, problem=problem)
+        codes = self._codes_of_picture(snapshot, ids, asked) if asked.key is None else ids.codes_of(asked.key)
+        if codes is None:
+            return Space(name="codes", title=title, problem="The image has no semantic ID.")
+        found = nearest_codes(snapshot, ids, codes, NUM_NEIGHBOURS, asked.key)
+        how = f"The longest prefix in common with the codes {', '.join(map(str, codes))}, made of {ids.told}."
+        return Space(name="codes", title=title, found=found, how=how)
+
+    def _codes_of_picture(self, snapshot: Snapshot, ids: SemanticIds, asked: Asked) -> list[int] | None:
+        """Compute codes of a picture's feature where they are of features; of visual vectors nobody knows whose E."""
+        if "of" in ids.source or "store" not in ids.source:
+            raise ExplorerError(f"the codes are of {ids.told}: a new picture has none of these here")
+        return encode(ids, np.asarray(snapshot.codec.decode(asked.feature_1D)[0]))
+
+    def _vectors(self, snapshot: Snapshot, run: str) -> VisualVectors:
+        places = self.site.places
+        return visual_vectors(places.run(run), store=places.store, store_version=snapshot.version)
+
+    def _semantic_ids(self, run: str | None) -> SemanticIds | None:
+        """Find semantic IDs beside the samples, or beside those that the run was trained on."""
+        if self.site.places.samples is not None:
+            return self._shelf.open(self.site.places.samples)
+        if run is None:
+            return None
+        from trainer.runs.saved import read_run
+
+        return self._shelf.open(read_run(self.site.places.run(run)).config.data.samples)
+
+    def _run(self, asked: str | None, runs: list[str]) -> str | None:
+        if asked and asked not in runs:
+            raise NotHereError(f"no run {asked[:60]!r} whose model looks at images")
+        return asked or (runs[0] if runs else None)
+
+    def _wants_spaces(self, request: Request, snapshot: Snapshot) -> bool:
+        if not self.site.frozen:
+            return request.query_params.get("wait") == "spaces"
+        return snapshot.manifest.file_rows * snapshot.info.row_bytes <= _FROZEN_BYTES
+
+    def _waits(self, request: Request, part: str) -> bool:
+        return self.site.frozen or request.query_params.get("wait") == part
+
+    def _open(self, request: Request) -> tuple[FeatureStore, Snapshot]:
+        assert self.site.places.store is not None
+        store = FeatureStore.open(self.site.places.store)
+        return store, open_snapshot(store, whole(request, "version"))
+
+    def _page(self, request: Request, template: str, title: str, snapshot: Snapshot, **context: Any) -> Response:
+        version = whole(request, "version")
+        return self.site.page(
+            request, f"images/{template}.html", title=title, snapshot=snapshot, version=version, **context
+        )
+
+
+def _without(found: Neighbours, key: int | None) -> Neighbours:
+    """Leave out one image, and whatever is one too many then."""
+    images = tuple(image for image in found.images if image.key != key)[:NUM_NEIGHBOURS]
+    return Neighbours(**{**found.__dict__, "images": images})
+
+
+def _compared(spaces: list[Space] | None) -> dict[str, Any]:
+    if spaces is None:
+        return {"spaces": None, "only": {}, "shared": []}
+    return {"spaces": spaces, "only": only_in(spaces), "shared": shared(spaces)}

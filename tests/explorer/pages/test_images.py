@@ -1,0 +1,251 @@
+"""The images' pages: search, browsing, an image over time, its neighbours, and a picture that is sent."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from explorer.data.vectors import explorer_cache
+from explorer.pages import images as pages
+from explorer.places import Places
+from explorer.server.export import export
+from featurestore import key_of_uri
+from featurestore.storage.storage import Storage
+from pipeline.semantic.codes import read_codes
+from tests.explorer.pages.reading import Reader, Reading
+from tests.explorer.stores import make_store, rows, storied
+from tests.explorer.world import ADDED, BROKEN, CHANGED, COPIED, COPY, HOSTILE, PLAIN, REMOVED, UNKNOWN
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def reader(shop):
+    return Reader(store=shop.store, images=shop.images)
+
+
+@pytest.fixture
+def everything(world):
+    return Reader(store=world.store, images=world.images, runs=world.runs, samples=world.semantic)
+
+
+def part(reader, path, name, **params):
+    """Read one of the parts that a page asks for by itself."""
+    answer = reader.client.get(path, params={"wait": name, **params})
+    assert answer.status_code == 200
+    return Reading(answer.text)
+
+
+def of_space(page_text, title, following):
+    return page_text.partition(title)[2].partition(following)[0]
+
+
+def test_browsing_leads_to_every_image(reader, shop):
+    found, addresses = set(), ["/images"]
+    for address in addresses:
+        page = reader.read(address)
+        found |= {*page.uris()}
+        addresses += [link for link in page.links if link.startswith("/images?") and link not in addresses]
+    assert found == {*PLAIN, *HOSTILE, *ADDED, COPY} - {BROKEN}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_name_is_found_by_itself_and_shown_as_text(reader, name):
+    page = reader.read("/images", q=name.strip())
+    assert name in page.uris()
+    page = reader.read(f"/images/{key_of_uri(name)}")
+    assert not {"b", "i"} & {*page.elements}
+    assert page.elements.count("script") == 1
+    assert page.uris()[0].rpartition("&")[0] == name or name in page.uris()[0]
+
+
+def test_a_part_of_a_uri_finds_images_and_an_older_snapshot_has_others(reader):
+    assert {*reader.read("/images", q="SHOES/shoe-0").uris()} == {*PLAIN[:10]} - {BROKEN}
+    assert BROKEN in reader.read("/images", q="shoes/", version=2).uris()
+    older = reader.read("/images", q="shoes/", version=2)
+    assert all("version=2" in link for link in older.links if link.startswith("/images/"))
+    assert "0 found; 28 uris were searched" in reader.read("/images", q="<i>").text
+
+
+def test_an_image_over_time(reader):
+    page = part(reader, f"/images/{key_of_uri(CHANGED)}", "rows")
+    assert "the file has changed since" in page.text
+    assert "refresh" in page.text
+    back = part(reader, f"/images/{key_of_uri(REMOVED)}", "rows")
+    assert "not there" in back.text
+    assert "the file has changed since" not in back.text  # it came back with the same bytes
+
+
+def test_an_image_that_is_gone_or_broken_has_a_page_and_one_of_no_snapshot_has_none(reader):
+    broken = reader.read(f"/images/{key_of_uri(BROKEN)}")
+    assert "not in snapshot 5: cannot be decoded" in broken.text
+    assert "Nearest neighbours" not in broken.text
+    assert "not in snapshot 1" in reader.read(f"/images/{key_of_uri(ADDED[0])}", version=1).text
+    assert "no image has the key" in reader.read(f"/images/{key_of_uri(UNKNOWN)}", 404).text
+    for bad in ("x", "9" * 25, "1.5", "%20", "-"):
+        assert "no whole number" in reader.read(f"/images/{bad}", 400).text
+
+
+def test_neighbours_in_three_spaces(everything, world):
+    key = key_of_uri(COPIED)
+    page = part(everything, f"/images/{key}", "spaces", run="both")
+    features = of_space(page.text, "exactly, among all 28 images.", "Visual vectors")
+    assert features.split("1.000")[0].strip() == COPY  # the same bytes, the same feature
+    assert "the run both" in page.text
+    assert "codes shared" in page.text
+    assert "only here" in page.text
+    assert "Where the lists differ is what the run learned" in page.text
+    index = read_codes(Storage(str(world.semantic)), 4)
+    mine, copy = index.lookup(np.array([key, key_of_uri(COPY)], np.int64))
+    assert mine == copy
+    codes = of_space(page.text, "The longest prefix in common", "Over time")
+    assert f"{index.num_levels} codes shared" in codes
+    assert COPY in codes
+
+
+def test_the_runs_differ_in_what_they_see(everything):
+    key = key_of_uri(PLAIN[0])
+    texts = {
+        run: of_space(part(everything, f"/images/{key}", "spaces", run=run).text, "Visual vectors", "Semantic IDs")
+        for run in ("both", "both-longer")
+    }
+    assert texts["both"] != texts["both-longer"]
+    page = everything.read(f"/images/{key}")
+    assert "both-longer" in page.text
+    assert "ids-only" not in page.text
+    assert "no run" in everything.read(f"/images/{key}", 404, run="ids-only").text
+    assert "no run" in everything.read(f"/images/{key}", 404, run="../both").text
+
+
+def test_without_runs_and_samples_the_spaces_say_what_is_missing(reader):
+    page = part(reader, f"/images/{key_of_uri(PLAIN[0])}", "spaces")
+    assert "name the folder of runs by --runs" in page.text
+    assert "no semantic IDs" in page.text
+    assert "only here" not in page.text
+
+
+def test_visual_vectors_are_computed_once(everything):
+    key = key_of_uri(PLAIN[0])
+    part(everything, f"/images/{key}", "spaces", run="both")
+    folders = sorted((each.name, each.stat().st_ino) for each in explorer_cache().iterdir())
+    part(everything, f"/images/{key_of_uri(PLAIN[1])}", "spaces", run="both")
+    assert sorted((each.name, each.stat().st_ino) for each in explorer_cache().iterdir()) == folders
+
+
+def test_a_store_without_pictures_and_an_empty_one_have_the_pages(tmp_path):
+    storied(tmp_path / "store")
+    reader = Reader(store=tmp_path / "store")
+    page = reader.read(f"/images/{key_of_uri('a/5.jpg')}")
+    assert page.pictures == []
+    assert "a picture of yours cannot be compared" in reader.read("/images").text
+    make_store(tmp_path / "empty")
+    reader = Reader(store=tmp_path / "empty")
+    assert "no images yet" in reader.read("/images").text
+    assert "0 found" in reader.read("/images", q="x").text
+    assert reader.read("/images/7", 404)
+
+
+def send(reader, data, **fields):
+    return reader.client.post("/images/like", files={"picture": ("p.jpg", data, "image/jpeg")}, data=fields)
+
+
+def test_a_picture_that_is_sent_finds_its_own_image_first(everything, world):
+    answer = send(everything, (world.images / PLAIN[5]).read_bytes(), run="both")
+    assert answer.status_code == 200
+    page = Reading(answer.text)
+    features = of_space(page.text, "exactly, among all 28 images.", "Visual vectors")
+    assert features.split()[:2] == [PLAIN[5], "1.000"]
+    visual = of_space(page.text, "makes of each image, exactly, among all 28 images.", "Semantic IDs")
+    assert visual.split()[:2] == [PLAIN[5], "1.000"]
+    assert PLAIN[5] in of_space(page.text, "The longest prefix in common", "Read-only")
+    assert page.pictures[0].startswith("data:image/jpeg;base64,")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "no picture was sent"),
+        (b"<script>alert(1)</script>", "not an image of a known format"),
+        (b"\xff\xd8\xff" + bytes(100), "cannot be decoded"),
+        (bytes(11_000_000), "more than 10 MB"),
+    ],
+)
+def test_what_is_no_picture_or_too_large_is_refused(reader, data, message):
+    answer = send(reader, data)
+    assert answer.status_code == 400
+    assert message in Reading(answer.text).text
+
+
+def test_a_form_of_another_kind_is_refused(reader):
+    assert reader.client.post("/images/like", data={"picture": "x"}).status_code == 400
+    assert (
+        reader.client.post("/images/like", content=b"x", headers={"content-type": "multipart/form-data"}).status_code
+        == 400
+    )
+
+
+def test_nothing_of_a_picture_reaches_the_disk(reader, shop, monkeypatch):
+    import tempfile
+
+    def refused(*_, **__):
+        raise AssertionError("a file was made")
+
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", refused)
+    data = (shop.images / PLAIN[0]).read_bytes()
+    assert send(reader, data + bytes(3_000_000)).status_code == 200  # what follows a JPEG is not looked at
+
+
+def test_one_picture_at_a_time_and_the_next_is_told_to_wait(reader, shop, monkeypatch):
+    started, goes_on = threading.Event(), threading.Event()
+    real = pages.feature_of_picture
+
+    def slow(*args):
+        started.set()
+        goes_on.wait(20)
+        return real(*args)
+
+    monkeypatch.setattr(pages, "feature_of_picture", slow)
+    data, answers = (shop.images / PLAIN[0]).read_bytes(), []
+    first = threading.Thread(target=lambda: answers.append(send(reader, data).status_code))
+    first.start()
+    assert started.wait(20)
+    busy = send(reader, data)
+    goes_on.set()
+    first.join()
+    assert (busy.status_code, answers) == (503, [200])
+    assert "try again" in Reading(busy.text).text
+    assert send(reader, data).status_code == 200
+
+
+def test_a_network_that_is_not_here_is_a_sentence(tmp_path, shop):
+    storied(tmp_path / "store")
+    data = (shop.images / PLAIN[0]).read_bytes()
+    answer = send(Reader(store=tmp_path / "store"), data)
+    assert answer.status_code == 400
+    assert "does not say which network" in Reading(answer.text).text
+
+
+def test_pages_follow_a_store_that_changes(tmp_path):
+    store = make_store(tmp_path / "store")
+    store.put(rows(["a", "b"], 1))
+    reader, key = Reader(store=store.url), key_of_uri("a")
+    first = part(reader, f"/images/{key}", "spaces")
+    assert first.text.count("among all 2 images") == 1
+    store.put(rows(["c"], 2))
+    assert "among all 3 images" in part(reader, f"/images/{key}", "spaces").text
+    assert "among all 2 images" in part(reader, f"/images/{key}", "spaces", version=1).text
+    store.delete([key])
+    assert "not in snapshot 3" in reader.read(f"/images/{key}").text
+    assert "1 to 2" in part(reader, f"/images/{key}", "rows").text
+
+
+def test_an_export_has_neighbours_and_no_forms(shop, tmp_path):
+    exported = export(Places(store=str(shop.store), images=str(shop.images)), tmp_path / "out", 900, lambda *_: None)
+    assert exported.errors == []
+    text = "".join(page.read_text() for page in (tmp_path / "out" / "pages").iterdir())
+    assert "exactly, among all 28 images" in text
+    assert "<form" not in text
+    assert "hx-" not in text
