@@ -1,5 +1,6 @@
 """One way to show and keep the figures of a benchmark run."""
 
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from featurestore.console.page.recording import current_page
 from featurestore.errors import UserError
 
 Figure = float | int | str | bool | None
+_RATIO = re.compile(r"_(vs|over)_|_ratio$")
+_OF_A_UNIT = re.compile(r"(?P<rest>.+?)_(?P<unit>[a-z]+_per_s|us|ms|s|bytes|kb|mb|gb|share)")
+_UNITS = {"us": "microseconds", "ms": "milliseconds", "s": "seconds", "kb": "kB", "mb": "MB", "gb": "GB"}
 
 
 @dataclass(frozen=True)
@@ -38,18 +42,18 @@ class Section:
         return {**self.figures, **cells}
 
     def plots(self) -> list[Plot]:
-        """Bars of what can be compared: a column of the grid, and single figures whose names end in the same unit."""
+        """Bars of what can be compared: ratios, figures of one unit by their names, and each column of the grid."""
         compared: dict[str, list[Mark]] = {}
         for name, value in self.figures.items():
-            rest, _, unit = name.rpartition("_")
-            if rest and rest.rpartition("_")[2] == "per":  # 12 samples_per_s
-                rest, unit = rest.rpartition("_")[0].rpartition("_")[0], "_".join(name.split("_")[-3:])
-            compared.setdefault(unit, []).append(_mark(rest or unit, value))
+            if _RATIO.search(name):
+                compared.setdefault("ratios", []).append(_mark(name, value))
+            elif match := _OF_A_UNIT.fullmatch(name):
+                title = _UNITS.get(match["unit"], match["unit"])
+                compared.setdefault(title, []).append(_mark(match["rest"], value))
         for row, cells in self.grid.items():
             for column, value in cells.items():
-                compared.setdefault(f"{column}", []).append(_mark(row, value))
-        drawn = ((name, [mark for mark in marks if mark.value is not None]) for name, marks in compared.items())
-        found = (bars(name.replace("_", " "), marks) for name, marks in drawn if len(marks) > 1)
+                compared.setdefault(column, []).append(_mark(row, value))
+        found = (bars(title.replace("_", " "), marks) for title, marks in compared.items() if len(marks) > 1)
         return [plot for plot in found if plot]
 
     def tables(self) -> list[Table]:

@@ -121,18 +121,21 @@ def test_tables_of_experiments_have_the_figures_of_their_json(tmp_path: Path) ->
 
 def test_a_benchmark_has_the_figures_of_its_json(tmp_path: Path) -> None:
     sections = [
-        Section("speed", {"full_s": 12.5, "refresh_s": 0.5, "ratio": 25.0, "name": "x", "none": None}),
+        Section("speed", {"full_s": 12.5, "refresh_s": 0.5, "ratio": 25.0, "name": "x", "none_s": None, "rows": 2}),
+        Section("ratios", {"a_vs_b": 1.5, "c_vs_b": 2.0, "read_rows_per_s": 5.0, "write_rows_per_s": 7.0}),
         Section("grid", {}, {"ours_2_ranks": {"samples_per_s": 1234.5}, "theirs": {"samples_per_s": 987.0}}, "p_"),
     ]
     with recorded(ReportPage(tmp_path / "page.html", "T", [])):
         write_sections(sections, tmp_path / "file.json")
     read, values = written(tmp_path / "page.html"), json.loads((tmp_path / "file.json").read_text())
-    for name in sections[0].figures:
+    for name in (*sections[0].figures, *sections[1].figures):
         assert read.value(name) == [figure(values[name])]
     for name in ("ours_2_ranks", "theirs"):
         assert read.value(name.replace("_", " ")) == [figure(values[f"p_{name}_samples_per_s"])]
     assert read.plots == [
-        "s. full: 12.5; refresh: 0.5",
+        "seconds. full: 12.5; refresh: 0.5",
+        "ratios. a vs b: 1.5; c vs b: 2",
+        "rows per s. read: 5; write: 7",
         "samples per s. ours 2 ranks: 1,234; theirs: 987",
     ]
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from featurestore.format.rows import FeatureRows
 from featurestore.published.paths import RunPath, run_path
 from featurestore.store import FeatureStore
+from tests.pages import check_page
 from tests.ranks import StandingRanks
 from trainer.comm import SoloComm
 from trainer.config.config import load_config
@@ -253,6 +254,19 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(
     assert figures(cut) == figures(whole)
     log = cut / "logs" / f"{min(steps, key=lambda name: steps[name])}.txt"
     assert "step 0 of 6" in log.read_text() and "step 4 of 6" in log.read_text()
+
+
+def test_the_page_has_the_tables_and_nothing_that_the_runs_print(places: Places, tmp_path: Path) -> None:
+    page, settings = tmp_path / "page.html", places.settings(train__max_steps=2)
+    assert call("prerank", "--seeds", "2", "--html", page, out=tmp_path / "out", settings=settings).exit_code == 0
+    read = check_page(page.read_text(encoding="utf-8"))
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["prerank"]
+    for row in found["rows"]:
+        gauc = row["metrics"]["gauc"]
+        assert read.value(row["name"])[0] == f"{gauc['mean']:.4f} ± {gauc['half_width']:.4f}"
+    assert read.tags.count("table") == 1 and read.texts.count(f"{found['title']} (prerank)") >= 1
+    runs = [f"prerank: {row['name']}, seed {seed}: GAUC" for row in found["rows"] for seed in (0, 1)]
+    assert all(any(each.startswith(run) for each in read.texts) for run in runs)
 
 
 def test_results_on_s3_are_those_of_a_disk(places: Places, tmp_path: Path, s3_url: str) -> None:
