@@ -7,6 +7,7 @@ FeatureStoreError
 ├── StoreExistsError        a store is there already
 ├── SnapshotNotFoundError   the version was never committed, or has expired
 ├── PinError                the name of a pin is taken, unknown, or no name
+├── ChannelError            the name of a channel is unknown, or no name
 ├── FormatVersionError      written by a newer format than this code reads
 ├── SpecMismatchError       features of another network, dtype or width
 ├── AnotherStoreError       a store of the same kind, but not the one that something was made of
@@ -72,6 +73,12 @@ class SnapshotNotFoundError(FeatureStoreError):
 
 class PinError(FeatureStoreError):
     """The name of a pin is taken, unknown, or no name."""
+
+    exit_code = USAGE
+
+
+class ChannelError(FeatureStoreError):
+    """The name of a channel is unknown, or no name."""
 
     exit_code = USAGE
 

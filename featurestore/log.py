@@ -20,6 +20,7 @@ from featurestore.storage.storage import Storage
 LOG = "log"
 EXPIRED = "expired"
 PINS = "pins"
+CHANNELS = "channels"
 _NAME = re.compile(r"([0-9]{20})\.json")
 _MAX_ATTEMPTS = 300
 _MAX_FAILURES = 5
@@ -157,6 +158,11 @@ def find(storage: Storage, version: int, folders: Sequence[str] = (LOG, EXPIRED)
     return None
 
 
+def has_kept_by_name(storage: Storage) -> bool:
+    """Tell whether there are pins or channels, which keep snapshots that are older than expired ones."""
+    return bool(storage.list(PINS) or storage.list(CHANNELS))
+
+
 def utc_text(time_s: float) -> str:
     """Format seconds since 1970 for people, also those that no calendar has."""
     try:
@@ -216,8 +222,8 @@ def _counts(storage: Storage, found: Manifest, commit_id: str) -> bool:
     follower = find(storage, found.version + 1)
     if follower is not None and follower.parent == commit_id:
         return True
-    # Snapshots go from the oldest on, except pinned ones: ours would have gone before the one that came after it.
-    if follower is None and storage.list(PINS):
+    # Snapshots go from the oldest on, except those kept by name: ours would have gone before its follower.
+    if follower is None and has_kept_by_name(storage):
         path = storage.full(manifest_path(found.version))
         raise StorageError(f"cannot tell whether {path} counts: the manifest after it is gone")
     storage.delete(manifest_path(found.version))

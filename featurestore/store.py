@@ -14,13 +14,20 @@ import pyarrow as pa
 
 from featurestore import log, quarantine, staging
 from featurestore.commit import Commit, Shards, live_uris
-from featurestore.errors import SnapshotNotFoundError, SpecMismatchError, StoreExistsError, StoreNotFoundError
+from featurestore.errors import (
+    AnotherStoreError,
+    SnapshotNotFoundError,
+    SpecMismatchError,
+    StoreExistsError,
+    StoreNotFoundError,
+)
 from featurestore.format.basis import ENDING, Basis, basis_of
 from featurestore.format.codec import Codec, codec_of
 from featurestore.format.datafile import KEY, numpy_column
 from featurestore.format.rows import FeatureRows, check_collisions
 from featurestore.format.shard_reader import newest_rows, take_rows
 from featurestore.format.shard_writer import write_shard_file
+from featurestore.published.channels import VersionName, find_channel
 from featurestore.quarantine import QuarantineRow
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, FileKind, SourceSnapshot, StoreInfo, create_sealed, read_sealed
@@ -101,16 +108,37 @@ class FeatureStore:
         info.check_same(store.info, f"the store at {store.url}")
         return store
 
-    def snapshot(self, version: int | None = None, at: datetime | None = None) -> Snapshot:
-        """Open the newest snapshot, that of `version`, or the one that was the newest at a time (UTC without a zone).
+    def snapshot(self, version: VersionName | None = None, at: datetime | None = None) -> Snapshot:
+        """Open the newest snapshot, that of `version`, that of a channel, or the one that was the newest at a time (UTC
+        without a zone).
 
-        One small file is read, some more for a time. Raises SnapshotNotFoundError, also where it has expired.
+        One small file is read, two for a channel, some more for a time. Raises SnapshotNotFoundError, also where it has
+        expired; ChannelError, which names the channels that there are; AnotherStoreError where the channel's snapshot
+        is another commit by now.
         """
         if version is not None and at is not None:
             raise ValueError(f"version={version} and at={at}: a snapshot is named by one of them")
+        if isinstance(version, str):
+            return self._of_channel(version)
         if version is not None and version < 0:
             raise SnapshotNotFoundError(f"{version} is no version: they count from 0, the empty store")
         manifest = log.read_manifest_at(self.storage, at) if at else log.read_manifest(self.storage, version)
+        return Snapshot(self.storage, self.info, manifest)
+
+    def _of_channel(self, name: str) -> Snapshot:
+        move = find_channel(self.storage, name)
+        assert move.version is not None, "a channel that is found points to a snapshot"
+        try:
+            manifest = log.read_manifest(self.storage, move.version)
+        except SnapshotNotFoundError:  # the channel was moved, and its snapshot let go, while this looked
+            move = find_channel(self.storage, name)
+            manifest = log.read_manifest(self.storage, move.version)
+        if manifest.commit_id != move.commit_id:
+            raise AnotherStoreError(
+                f"channel {name} of {self.url} points to snapshot {move.version} of commit {move.commit_id[:8]}, and"
+                f" snapshot {move.version} is commit {manifest.commit_id[:8]} here: the store was put back from a"
+                f" backup, or made anew; set the channel again: python -m featurestore channel {self.url} {name} N"
+            )
         return Snapshot(self.storage, self.info, manifest)
 
     def stage_part(self, run_id: str, part: str, rows: FeatureRows) -> None:

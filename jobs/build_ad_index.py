@@ -10,7 +10,7 @@ from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import draw_counts, print_problem, print_summary
 from featurestore.console.progress import progress_bar
 from featurestore.spec import IndexKind
-from trainer.cli import WhichCheckpoint
+from trainer.cli import StoreVersion, WhichCheckpoint
 from trainer.prerank import INDEX, MAX_GONE, MIN_RECALL
 
 if TYPE_CHECKING:
@@ -74,9 +74,7 @@ def main(
         ),
     ] = None,
     checkpoint: WhichCheckpoint = None,
-    store_version: Annotated[
-        int | None, typer.Option(min=1, help="Snapshot of the features.", show_default="the newest")
-    ] = None,
+    store_version: StoreVersion = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Ads whose vectors are computed at once.")] = 8192,
 ) -> None:
     """Compute the vectors of ads with a trained two-tower run, and put them under an index for the pre-rank.

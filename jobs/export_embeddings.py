@@ -8,9 +8,10 @@ import typer
 from featurestore.console.commandline import CommandApp, run_app
 from featurestore.console.output import print_summary
 from featurestore.console.progress import progress_bar
-from trainer.cli import WhichCheckpoint, check_ending
+from trainer.cli import StoreVersion, WhichCheckpoint, check_ending
 
 if TYPE_CHECKING:
+    from featurestore.published.channels import VersionName
     from featurestore.published.paths import RunPath
 
 EXAMPLES = """Examples:
@@ -36,9 +37,7 @@ def main(
     network: Annotated[
         str | None, typer.Option(help="Which E, by STORE:NAME or a part of it; needed where a run has several.")
     ] = None,
-    store_version: Annotated[
-        int | None, typer.Option(min=1, help="Snapshot of the features.", show_default="the newest")
-    ] = None,
+    store_version: StoreVersion = None,
     table: Annotated[str | None, typer.Option(help="An exact ID table, whose rows are exported instead.")] = None,
     out: Annotated[
         str | None,
@@ -72,7 +71,7 @@ def main(
 
 
 def export_images(
-    run: "RunPath", checkpoint: str | None, network: str | None, store_version: int | None, out: str
+    run: "RunPath", checkpoint: str | None, network: str | None, store_version: "VersionName | None", out: str
 ) -> None:
     """Write the visual vectors of all images, and print what was done."""
     from trainer.runs.export import export_vectors, open_network

@@ -12,7 +12,7 @@ from featurestore.console.files import write_json_option
 from featurestore.console.output import draw_counts, print_summary
 from featurestore.console.progress import progress_bar
 from serving.bundle import MODELS, SAMPLE_GROUPS
-from trainer.cli import WhichCheckpoint
+from trainer.cli import StoreVersion, WhichCheckpoint
 
 if TYPE_CHECKING:
     from serving.bundle.export import Exported
@@ -55,6 +55,7 @@ def main(
             help="Groups of the run's test samples to put in, on which changes of scores are measured; 0: none.",
         ),
     ] = SAMPLE_GROUPS,
+    store_version: StoreVersion = None,
     use: Annotated[bool, typer.Option("--use/--no-use", help="Serve this version from now on.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
 ) -> None:
@@ -77,6 +78,7 @@ def main(
         id_dtype=id_dtype,
         sample_groups=sample_groups,
         use=use,
+        store_version=store_version,
     )
     with progress_bar("images") as progress:
         exported = export_model(

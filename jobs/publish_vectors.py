@@ -11,6 +11,7 @@ from featurestore.console.files import write_json_option
 from featurestore.console.output import draw_counts, print_summary
 from featurestore.console.progress import progress_bar
 from serving.bundle import EPS, MODELS
+from trainer.cli import StoreVersion
 
 if TYPE_CHECKING:
     from serving.bundle.manifest import ScoreError
@@ -23,6 +24,7 @@ python jobs/publish_vectors.py
 python jobs/publish_vectors.py --model s3://shop/models/ctr --eps 0
 python jobs/publish_vectors.py --model data/models/ctr --store s3://shop/features
 python jobs/publish_vectors.py --model data/models/ctr --store images=s3://shop/features --store titles=data/titles
+python jobs/publish_vectors.py --model data/models/ctr --store-version stable
 
 Exit codes: 0 done, also where there was nothing to do, 1 failed, 2 wrong options.
 """
@@ -46,6 +48,7 @@ def main(
             show_default="where it was at the export",
         ),
     ] = None,
+    store_version: StoreVersion = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
 ) -> None:
     """Bring the visual vectors of a published model up to the newest images of its feature stores.
@@ -76,6 +79,7 @@ def main(
                 of,
                 networks_for(opened, of),
                 source_url=places.get(of.store),
+                source_version=store_version if of is opened.manifest.vectors[0] else None,
                 eps=eps,
                 progress=progress,
             )

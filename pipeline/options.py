@@ -37,6 +37,12 @@ NumShardsOption = Annotated[
 ]
 NameOption = Annotated[str | None, typer.Option(help="Of the feature, in a new store.", show_default="feature")]
 BatchOption = Annotated[int, typer.Option(min=1, max=4096, help="Images per pass of the network.")]
+ChannelOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Let this channel of the store, such as candidate, point to the snapshot that is made."
+    ),
+]
 PartOption = Annotated[
     int, typer.Option(min=1, max=65536, help="Images per task; what is in flight is repeated after a kill.")
 ]
@@ -122,6 +128,7 @@ class ExtractOptions:
             " by the basis in a .safetensors file.",
         ),
     ] = None
+    channel: ChannelOption = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +156,7 @@ class RefreshOptions:
     max_gone: Annotated[
         float, typer.Option(min=0, max=1, help="Refuse when more than this share of the store would vanish.")
     ] = DEFAULT_MAX_GONE
+    channel: ChannelOption = None
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read and decode what is new, print the counts, write nothing.")
     ] = False

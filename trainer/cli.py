@@ -12,10 +12,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from featurestore.commands.common import WHICH, read_version_name
 from featurestore.console.commandline import OK, STOPPED, say_error
 from featurestore.console.page.recording import current_page
 from featurestore.errors import UserError
@@ -31,6 +32,16 @@ WhichCheckpoint = Annotated[
     str | None, typer.Option(help="A step, or the path of a checkpoint.", show_default="the newest")
 ]
 """The option --checkpoint of a job that reads a trained run."""
+StoreVersion = Annotated[
+    Any,  # a VersionName: typer knows no unions
+    typer.Option(
+        parser=read_version_name,
+        metavar=WHICH,
+        help="Snapshot of the (first) feature store, or a channel of it.",
+        show_default="the newest",
+    ),
+]
+"""The option --store-version of a job that reads features."""
 
 
 def run_on_ranks(work: Callable[["Comm"], None], deadline_s: float | None = None) -> int:

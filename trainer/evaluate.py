@@ -4,10 +4,11 @@
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from featurestore.commands.common import WHICH, read_version_name
 from featurestore.console.commandline import CommandApp, run_app
 from trainer.cli import WhichCheckpoint, run_on_ranks
 
@@ -45,6 +46,12 @@ def main(
         str | None,
         typer.Option(help="Where the run's store is, at its newest snapshot. By default the snapshot trained on."),
     ] = None,
+    store_version: Annotated[
+        Any,
+        typer.Option(
+            parser=read_version_name, metavar=WHICH, help="With --store: another snapshot of it than the newest."
+        ),
+    ] = None,
     bootstrap: Annotated[
         int, typer.Option(min=0, max=1_000_000, help="Resamples of users for the intervals; 0: none.")
     ] = 1000,
@@ -66,6 +73,9 @@ def main(
     if against is not None and missing_curve:
         raise typer.BadParameter("it compares the runs as they are; leave --missing-curve out", param_hint="--against")
 
+    if store_version is not None and store is None:
+        raise typer.BadParameter("it is of the store that --store names", param_hint="--store-version")
+
     def work(comm: "Comm") -> None:
         # Torch and matplotlib take seconds to load: not for --help.
         from featurestore.published.paths import run_path
@@ -73,7 +83,7 @@ def main(
         from trainer.evaluation.full import EvaluationOptions, evaluate_run
         from trainer.runs.saved import RunSource
 
-        source = RunSource(run_path(folder), checkpoint, samples, store)
+        source = RunSource(run_path(folder), checkpoint, samples, store, store_version)
         to = None if out is None else run_path(out)
         if against is not None:
             other = run_path(against)

@@ -3,11 +3,11 @@
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from featurestore.commands.common import DryRun, Url
+from featurestore.commands.common import WHICH, DryRun, Url, read_version_name
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import draw_counts, print_problem, print_summary
 from featurestore.console.progress import progress_bar
@@ -28,12 +28,17 @@ def verify(
         str | None,
         typer.Argument(metavar="URL|DIR", help="Folder or s3:// address of the store; with --cache of the cache."),
     ] = None,
-    version: Annotated[int | None, typer.Option(help="Snapshot whose data to check; by default all kept ones.")] = None,
+    version: Annotated[
+        Any,
+        typer.Option(
+            parser=read_version_name, metavar=WHICH, help="Snapshot whose data to check; by default all kept ones."
+        ),
+    ] = None,
     cache: Annotated[
         bool, typer.Option("--cache", help="Check a cache folder of this machine instead, by default the usual one.")
     ] = False,
 ) -> None:
-    """Check every file of a store: manifests, pins, quarantine, and the data of all kept snapshots, or of one.
+    """Check every file of a store: manifests, pins, channels, quarantine, the data of all kept snapshots, or of one.
 
     With --cache it checks every file of a cache folder instead. Exit code 1 when one is broken: the line names it, what
     is wrong, and what repairs it.
@@ -44,8 +49,12 @@ def verify(
         _verify_cache(place)
     if not place:
         raise typer.BadParameter("name the store's URL, or --cache")
+    from featurestore.published.channels import find_channel
+    from featurestore.storage.storage import Storage
     from featurestore.upkeep.verify import verify as verify_store
 
+    if isinstance(version, str):
+        version = find_channel(Storage(place, keep_inside=True), version).version
     with progress_bar("files") as progress:
         report = verify_store(place, version, progress)
     for problem in report.problems:

@@ -1,16 +1,35 @@
 """Options that several commands of a store share."""
 
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from featurestore.published.channels import VersionName
     from featurestore.snapshot import Snapshot
     from featurestore.store import FeatureStore
 
 Url = Annotated[str, typer.Argument(metavar="URL", help="Folder or s3:// address of the store.")]
-Version = Annotated[int | None, typer.Option("--version", help="Snapshot; the newest by default.")]
+
+
+def read_version_name(text: str) -> "VersionName":
+    """Read the number of a snapshot, or the name of a channel. Raises typer.BadParameter."""
+    from featurestore.published.channels import version_name
+
+    try:
+        return version_name(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+WHICH = "N|CHANNEL"
+Version = Annotated[
+    Any,  # a VersionName: typer knows no unions
+    typer.Option(
+        "--version", parser=read_version_name, metavar=WHICH, help="Snapshot, or a channel; the newest by default."
+    ),
+]
 At = Annotated[
     datetime | None,
     typer.Option(
@@ -22,8 +41,11 @@ At = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and change nothing.")]
 
 
-def chosen_snapshot(store: "FeatureStore", version: int | None, at: datetime | None) -> "Snapshot":
-    """Return the snapshot that --version or --at names. Raises SnapshotNotFoundError, typer.BadParameter for both."""
+def chosen_snapshot(store: "FeatureStore", version: "VersionName | None", at: datetime | None) -> "Snapshot":
+    """Return the snapshot that --version or --at names.
+
+    Raises SnapshotNotFoundError, ChannelError, typer.BadParameter for both.
+    """
     if version is not None and at is not None:
         raise typer.BadParameter("--version and --at name a snapshot each: give one of them")
     return store.snapshot(version, at)

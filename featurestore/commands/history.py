@@ -2,12 +2,12 @@
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.filesize import decimal as bytes_text
 
-from featurestore.commands.common import DryRun, Url
+from featurestore.commands.common import WHICH, DryRun, Url, read_version_name
 from featurestore.console.commandline import CommandApp
 from featurestore.console.output import print_rows
 from featurestore.console.progress import progress_bar
@@ -29,6 +29,11 @@ def _pin_name(name: str) -> str:
     return name
 
 
+def _snapshot(help_text: str) -> Any:
+    """Return an argument that names a snapshot."""
+    return typer.Argument(metavar=WHICH, parser=read_version_name, help=help_text)
+
+
 PinName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the pin.", callback=_pin_name)]
 
 
@@ -45,22 +50,22 @@ def log(
     if not entries:
         sys.stdout.write("no snapshot yet: nothing was committed\n")
         return
-    names = ("version", "committed", "operation", "files", "rows", "bytes", "writer", "pinned")
+    names = ("version", "committed", "operation", "files", "rows", "bytes", "writer", "pinned", "channels")
     print_rows(names, map(_log_row, entries), numbers=("version", "files", "rows", "bytes"))
 
 
 @app.command(
     epilog="Examples:\n\n"
     "- `python -m featurestore diff data/features 12 19`\n\n"
-    "- `python -m featurestore diff data/features 12 19 --keys`"
+    "- `python -m featurestore diff data/features stable candidate --keys`"
 )
 def diff(
     url: Url,
-    before: Annotated[int, typer.Argument(metavar="A", help="A snapshot.")],
-    after: Annotated[int, typer.Argument(metavar="B", help="Another one, newer or older.")],
+    before: Annotated[Any, _snapshot("A snapshot.")],
+    after: Annotated[Any, _snapshot("Another one, newer or older.")],
     keys: Annotated[bool, typer.Option("--keys", help="Print key and uri of each: + came, ~ changed, - went.")] = False,
 ) -> None:
-    """Count the images that were added, changed and removed from snapshot A to B."""
+    """Count the images that were added, changed and removed from one snapshot to another."""
     from featurestore.store import FeatureStore
     from featurestore.upkeep.history import diff as diff_snapshots
 
@@ -74,13 +79,15 @@ def diff(
 
 
 @app.command(epilog="Example: `python -m featurestore restore data/features 12`")
-def restore(url: Url, version: Annotated[int, typer.Argument(metavar="N", help="A kept snapshot.")]) -> None:
+def restore(url: Url, version: Annotated[Any, _snapshot("A kept snapshot.")]) -> None:
     """Commit a new snapshot with the rows of snapshot N. What was committed since stays in the log."""
     from featurestore.store import FeatureStore
     from featurestore.upkeep.history import restore as restore_snapshot
 
-    snapshot = restore_snapshot(FeatureStore.open(url), version)
-    sys.stdout.write(f"snapshot {snapshot.version} holds what snapshot {version} holds\n")
+    store = FeatureStore.open(url)
+    old = store.snapshot(version).version
+    snapshot = restore_snapshot(store, old)
+    sys.stdout.write(f"snapshot {snapshot.version} holds what snapshot {old} holds\n")
 
 
 @app.command(
@@ -91,7 +98,9 @@ def restore(url: Url, version: Annotated[int, typer.Argument(metavar="N", help="
 def pin(
     url: Url,
     name: PinName,
-    version: Annotated[int | None, typer.Argument(metavar="[N]", help="Snapshot; the newest by default.")] = None,
+    version: Annotated[
+        Any, typer.Argument(metavar=f"[{WHICH}]", parser=read_version_name, help="Snapshot; the newest by default.")
+    ] = None,
 ) -> None:
     """Keep a snapshot, whatever the options of `expire`, until it is unpinned."""
     from featurestore.store import FeatureStore
@@ -152,7 +161,7 @@ def expire(
     ] = 7.0,
     dry_run: DryRun = False,
 ) -> None:
-    """Remove snapshots that neither these options nor a pin keep, and delete the files that no other one needs.
+    """Remove snapshots that neither these options nor a pin or channel keep, and delete the files that they alone need.
 
     Files of writers that died are deleted too. The grace time must be longer than your longest job. The newest snapshot
     stays. Exit code 1 when it had to stop before the end.
@@ -178,9 +187,9 @@ def expire(
 def _log_row(entry: "LogEntry") -> Sequence[str]:
     from featurestore.log import utc_text
 
-    manifest, pins = entry.manifest, ", ".join(entry.pins)
+    manifest, names = entry.manifest, (", ".join(entry.pins), ", ".join(entry.channels))
     if manifest is None:
-        return f"{entry.version}", "", "damaged: run verify", "", "", "", "", pins
+        return f"{entry.version}", "", "damaged: run verify", "", "", "", "", *names
     return (
         f"{entry.version}",
         utc_text(manifest.time_s),
@@ -189,7 +198,7 @@ def _log_row(entry: "LogEntry") -> Sequence[str]:
         f"{manifest.file_rows:,}",
         bytes_text(manifest.file_bytes),
         manifest.writer,
-        pins,
+        *names,
     )
 
 

@@ -40,10 +40,10 @@ def recode(
     from featurestore.store import FeatureStore
     from featurestore.upkeep.remake.recode import recode as recode_store
 
+    store = FeatureStore.open(source)
+    number = store.snapshot(version).version if isinstance(version, str) else version
     with progress_bar("shards") as progress:
-        report = recode_store(
-            FeatureStore.open(source), target, dtype, version=version, sample_rows=sample, progress=progress
-        )
+        report = recode_store(store, target, dtype, version=number, sample_rows=sample, progress=progress)
     show_remade(report, {}, {})
 
 

@@ -39,10 +39,10 @@ def reduce(
     from featurestore.store import FeatureStore
     from featurestore.upkeep.remake.reduce import reduce as reduce_store
 
+    store = FeatureStore.open(source)
+    number = store.snapshot(version).version if isinstance(version, str) else version
     with progress_bar("shards, each twice") as progress:
-        report = reduce_store(
-            FeatureStore.open(source), target, dims, dtype, version=version, sample_rows=sample, progress=progress
-        )
+        report = reduce_store(store, target, dims, dtype, version=number, sample_rows=sample, progress=progress)
     show_remade(
         report,
         {

@@ -2,11 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from featurestore.commands.common import Url
+from featurestore.commands.common import WHICH, Url, read_version_name
 from featurestore.console.commandline import CommandApp
 from featurestore.console.progress import progress_bar
 
@@ -29,7 +29,14 @@ def serve(
         str | None, typer.Option("--shards", help="Shards to offer, as 0-31 or 0,4,8-11; all by default.")
     ] = None,
     version: Annotated[
-        int | None, typer.Option("--version", help="Offer this snapshot alone; by default the newest, also later ones.")
+        Any,
+        typer.Option(
+            "--version",
+            parser=read_version_name,
+            metavar=WHICH,
+            help="Offer this snapshot alone, or that of a channel, wherever it is moved; by default the newest, also"
+            " later ones.",
+        ),
     ] = None,
     tls_cert: Annotated[Path | None, typer.Option("--tls-cert", help="Certificate of the server, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option("--tls-key", help="Key of the certificate, PEM.")] = None,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from featurestore.errors import FeatureStoreError, SnapshotNotFoundError, UnavailableError
 from featurestore.lookup.partition import FeaturePartition
+from featurestore.published.channels import VersionName
 from featurestore.storage.threads import Progress
 from featurestore.store import FeatureStore
 
@@ -28,7 +29,7 @@ class OpenSnapshots:
     """Partitions of some shards, one for each open snapshot. Any number of threads may ask at once.
 
     Up to `max_open` are open together; what nobody used for `keep_s` is let go, except the newest. With a `version`
-    that one alone is offered, and it counts as the newest.
+    that one alone is offered, and it counts as the newest; with a channel the snapshot that it points to does.
     """
 
     def __init__(
@@ -36,13 +37,14 @@ class OpenSnapshots:
         store: FeatureStore,
         shards: Sequence[int],
         *,
-        version: int | None = None,
+        version: VersionName | None = None,
         cache_dir: Path | None = None,
         progress: Progress | None = None,
         max_open: int = MAX_OPEN,
         keep_s: float = KEEP_S,
     ) -> None:
-        self.store, self.shards, self.fixed = store, tuple(shards), version is not None
+        self.store, self.shards, self.fixed = store, tuple(shards), isinstance(version, int)
+        self._channel = version if isinstance(version, str) else None
         self._progress = progress  # of the first one, which may have to be built
         self._cache_dir, self._max_open, self._keep_s = cache_dir, max_open, keep_s
         self._lock = threading.Lock()
@@ -79,12 +81,13 @@ class OpenSnapshots:
                     self._opened.pop(wanted, None)
 
     def follow(self) -> bool:
-        """Open the newest snapshot of the store where it is newer, and offer it then; tell whether it was.
+        """Open the newest snapshot of the store where it is newer, or that of the channel where it was moved, and offer
+        it then; tell whether it was.
 
         Raises what opening raises; the one before stays the newest.
         """
-        newest = self.newest if self.fixed else self.store.snapshot().version
-        if newest > self.newest:
+        newest = self.newest if self.fixed else self.store.snapshot(self._channel).version
+        if newest > self.newest or (self._channel is not None and newest != self.newest):
             with self.use(newest):
                 self.newest = newest
             return True

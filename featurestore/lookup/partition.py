@@ -20,6 +20,7 @@ from featurestore.keys import Int64Array, owned_shards, sampled, shard_of, shard
 from featurestore.lookup.cache import CachedShard, default_cache_dir, open_or_build
 from featurestore.lookup.hashindex import HashIndex
 from featurestore.lookup.mmap import huge_page_bytes, map_rows, physical_memory_bytes, populate
+from featurestore.published.channels import VersionName
 from featurestore.snapshot import Snapshot, missing_message
 from featurestore.spec import DType, StoreInfo
 from featurestore.storage.threads import Progress
@@ -94,11 +95,13 @@ class FeaturePartition:
         cache_dir: str | os.PathLike[str] | None = None,
         missing: MissingPolicy = "error",
         threads: int | None = None,
-        version: int | None = None,
+        version: VersionName | None = None,
         progress: Progress | None = None,
         shards: Sequence[int] | None = None,
     ) -> "FeaturePartition":
         """Open the shards of `rank`, of the newest snapshot or of `version`; missing local files are built.
+
+        `version` is a number, or the name of a channel, which is looked up once.
 
         `shards` names others than those of a rank, for who shares them out in another way (`featurestore.flight`).
 

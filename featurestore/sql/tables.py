@@ -25,6 +25,7 @@ _SNAPSHOTS = pa.schema(
         *((name, pa.int64()) for name in ("files", "rows", "bytes", "quarantined")),
         ("writer", pa.string()),
         ("pins", pa.list_(pa.string())),
+        ("channels", pa.list_(pa.string())),
     ]
 )
 _SHARDS = pa.schema([(name, pa.int64()) for name in ("shard", "files", "rows", "tombstones", "bytes")])
@@ -98,9 +99,9 @@ def _quarantine_row(row: Any) -> dict[str, Any]:
 
 
 def _snapshot_row(entry: history.LogEntry) -> dict[str, Any]:
-    manifest = entry.manifest
+    manifest, names = entry.manifest, {"pins": list(entry.pins), "channels": list(entry.channels)}
     if manifest is None:
-        return {"version": entry.version, "operation": "damaged: run verify", "pins": list(entry.pins)}
+        return {"version": entry.version, "operation": "damaged: run verify", **names}
     return {
         "version": entry.version,
         "committed": _time(manifest.time_s),
@@ -110,7 +111,7 @@ def _snapshot_row(entry: history.LogEntry) -> dict[str, Any]:
         "bytes": manifest.file_bytes,
         "quarantined": manifest.num_quarantined,
         "writer": manifest.writer,
-        "pins": list(entry.pins),
+        **names,
     }
 
 

@@ -126,15 +126,15 @@ def was_committed(storage: Storage, good: Manifest, version: int) -> bool:
     """Tell whether a damaged newest manifest was once a commit, as far as can be known: then its number is used up.
 
     It was where every number between the newest good manifest and it is in log/, expired/ or damaged/. Else there is a
-    gap, and a stray file. But expiry may have made the gap: behind the newest good one only where a pin keeps that, so
-    where there are pins, and no more numbers in between than commits can be, the gap proves nothing.
+    gap, and a stray file. But expiry may have made the gap: behind the newest good one only where a pin or a channel
+    keeps that, so where there are some, and no more numbers in between than commits can be, the gap proves nothing.
     """
     aside = [name.partition("-")[2] for name in storage.list(DAMAGED) if is_manifest(name)]
     known = {*log.versions(storage), *log.versions(storage, log.EXPIRED), *map(log.version_of, aside)}
     num_between = version - good.version - 1
     if len([number for number in known if number and good.version < number < version]) == num_between:
         return version < MAX_VERSION
-    return bool(storage.list(log.PINS)) and num_between < min(_MOST_BETWEEN_PINS, MAX_VERSION - version)
+    return log.has_kept_by_name(storage) and num_between < min(_MOST_BETWEEN_PINS, MAX_VERSION - version)
 
 
 def _info_of_a_file(storage: Storage, manifest: Manifest) -> tuple[str, StoreInfo] | None:

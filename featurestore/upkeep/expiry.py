@@ -21,7 +21,7 @@ from featurestore.storage.local import TEMPORARY, StorageEntry
 from featurestore.storage.threads import Progress, in_threads
 from featurestore.store import FeatureStore
 from featurestore.upkeep import damage
-from featurestore.upkeep.pins import read_pins
+from featurestore.upkeep.pins import kept_versions as kept_by_name
 
 DATA = "data"
 _DAY_S = 86_400.0
@@ -55,12 +55,12 @@ def expire(
     progress: Progress | None = None,
 ) -> ExpireReport:
     """Keep the newest snapshot, the `keep_last` last ones, those that were the newest at some time in the last
-    `keep_days`, and pinned ones; delete what nobody needs any more.
+    `keep_days`, and those that a pin or a channel keeps; delete what nobody needs any more.
 
     The grace time must be longer than any commit takes from its first file on, and than anybody reads a snapshot
     without a pin. Readers and writers may be at work; run one expiry at a time. Lists all files once, and reads all
-    manifests that stay. Raises CorruptFileError where one of these or a pin is damaged, as then nobody knows what is
-    needed; nothing is deleted.
+    manifests that stay. Raises CorruptFileError where one of these, a pin or a channel is damaged, as then nobody
+    knows what is needed; nothing is deleted.
     """
     for name, value in (("keep_last", keep_last), ("keep_days", keep_days), ("grace_days", grace_days)):
         if not value >= 0:
@@ -95,7 +95,7 @@ class _Expiry:
     def run(self, progress: Progress | None) -> ExpireReport:
         """Move manifests aside, and delete files."""
         made_s = _versions_and_times(self.storage.entries(log.LOG, recursive=False))
-        pinned = {pin.version for pin in read_pins(self.storage)}
+        pinned = kept_by_name(self.storage)
         wanted = kept_versions(made_s, self.now_s, self.keep_last, self.keep_s, pinned)
         leaving = [version for version, _ in made_s if version not in wanted]
         if not self.dry_run:
@@ -139,7 +139,7 @@ class _Expiry:
             batch = leaving[start : start + _MOVED_AT_ONCE]
             copied = in_threads(self._copy_aside, batch, _THREADS)
             copies = {version: data for version, data in zip(batch, copied, strict=True) if data}
-            pinned = {pin.version for pin in read_pins(self.storage)}
+            pinned = kept_by_name(self.storage)
             if self._is_late():
                 return moved
             going = [version for version in copies if version not in pinned]

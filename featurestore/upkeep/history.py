@@ -26,6 +26,7 @@ from featurestore.format.datafile import (
     text_column,
 )
 from featurestore.keys import Int64Array
+from featurestore.published.channels import VersionName, read_channels
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry, Manifest
 from featurestore.storage.threads import Progress, in_threads
@@ -43,6 +44,7 @@ class LogEntry:
     version: int
     manifest: Manifest | None
     pins: tuple[str, ...]
+    channels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,10 @@ def log(store: FeatureStore, last: int | None = None) -> list[LogEntry]:
     for pin in read_pins(store.storage):
         pins.setdefault(pin.version, []).append(pin.name)
 
+    channels: dict[int | None, list[str]] = {}
+    for move in read_channels(store.storage):
+        channels.setdefault(move.version, []).append(move.channel)
+
     def entry(version: int) -> LogEntry | None:
         try:
             manifest: Manifest | None = manifests.read(store.storage, version)
@@ -82,12 +88,14 @@ def log(store: FeatureStore, last: int | None = None) -> list[LogEntry]:
             manifest = None
         except FileNotFoundError:  # it has expired meanwhile
             return None
-        return LogEntry(version, manifest, tuple(pins.get(version, ())))
+        return LogEntry(version, manifest, tuple(pins.get(version, ())), tuple(channels.get(version, ())))
 
     return [found for found in in_threads(entry, known, _THREADS) if found is not None]
 
 
-def diff(store: FeatureStore, before: int, after: int, progress: Progress | None = None) -> SnapshotDiff:
+def diff(
+    store: FeatureStore, before: VersionName, after: VersionName, progress: Progress | None = None
+) -> SnapshotDiff:
     """Find what came, changed and went from snapshot `before` to `after`, in whichever order they were made.
 
     Shards with the same files are not read; of others the keys are, and features only of rows in files that one of the

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from featurestore import log
 from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError
+from featurestore.published.channels import VersionName, read_channels
 from featurestore.spec import LAST_SECOND, Sealed, Version, create_sealed, read_sealed
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
@@ -32,7 +33,7 @@ def is_pin_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def pin(store: FeatureStore, name: str, version: int | None = None) -> Pin:
+def pin(store: FeatureStore, name: str, version: VersionName | None = None) -> Pin:
     """Keep a snapshot, the newest by default, until `unpin`. To make the same pin again is no error.
 
     Raises PinError where the name keeps another snapshot, SnapshotNotFoundError where `expire` was first.
@@ -75,6 +76,15 @@ def read_pins(storage: Storage) -> list[Pin]:
             way_out = f"python -m featurestore unpin {storage.url} {pin_name}, and pin the snapshot again"
             raise CorruptFileError(f"{error}: {way_out}") from error
     return found
+
+
+def kept_versions(storage: Storage) -> set[int]:
+    """Return the snapshots that a pin or a channel keeps. Raises CorruptFileError.
+
+    Pins are read first: who moves a channel pins its snapshot until the channel points there.
+    """
+    pinned = {pin.version for pin in read_pins(storage)}
+    return pinned | {move.version for move in read_channels(storage) if move.version is not None}
 
 
 def read_pin(storage: Storage, name: str) -> Pin:

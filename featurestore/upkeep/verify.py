@@ -12,6 +12,7 @@ from featurestore.format.basis import basis_of
 from featurestore.format.buffers import FileMemory
 from featurestore.format.codec import CODECS, codec_of
 from featurestore.format.shard_reader import read_moments
+from featurestore.published import channels
 from featurestore.spec import FileEntry, Manifest
 from featurestore.staging import STAGING
 from featurestore.storage.storage import Storage
@@ -25,9 +26,19 @@ _MEMORY_BYTES = 256 << 20
 _THREADS = 4
 ProblemKind = (
     Literal["info", "folder", "codec", "basis", "manifest", "stray", "order", "expired"]
-    | Literal["pin", "quarantine", "data", "statistics", "collision"]
+    | Literal["pin", "channel", "quarantine", "data", "statistics", "collision"]
 )
-_FOLDERS = (log.LOG, log.EXPIRED, log.PINS, DATA, CODECS, quarantine.QUARANTINE, STAGING, damage.DAMAGED)
+_FOLDERS = (
+    log.LOG,
+    log.EXPIRED,
+    log.PINS,
+    log.CHANNELS,
+    DATA,
+    CODECS,
+    quarantine.QUARANTINE,
+    STAGING,
+    damage.DAMAGED,
+)
 FileId = tuple[str, str]  # path and sha256
 _SmallFile = tuple[ProblemKind, str, Callable[[], object], str]  # kind, path, what reads it, and the way out
 
@@ -70,8 +81,8 @@ class _Wanted:
 def verify(
     store: FeatureStore | str, version: int | None = None, progress: Progress | None = None, threads: int = _THREADS
 ) -> VerifyReport:
-    """Check every file of a store: store.json, codec, all manifests, pins, quarantine, and each data file that a kept
-    snapshot names (of `version` alone where that is given) with its statistics.
+    """Check every file of a store: store.json, codec, all manifests, pins, channels, quarantine, and each data file
+    that a kept snapshot names (of `version` alone where that is given) with its statistics.
 
     Of a data file: size, sha256, page checksums, columns, row counts, order of keys, shard, duplicates, values, and
     that no key of a snapshot has two uris. Of a folder: that no link leads out of the store; else nothing behind it
@@ -95,6 +106,7 @@ def verify(
         return report
     manifests = _read_manifests(store, report)
     report.problems += [*_strays(store), *_unreadable(_small_files(store)), *_pin_problems(store, manifests)]
+    report.problems += _channel_problems(store, manifests)
     if version is not None:
         if version not in manifests and not any(version in problem.versions for problem in report.problems):
             raise SnapshotNotFoundError(f"{store.url} has no snapshot {version}: see python -m featurestore log")
@@ -189,6 +201,28 @@ def _pin_problems(store: FeatureStore, manifests: Mapping[int, Manifest]) -> Ite
             yield Problem(
                 "pin", path, f"{storage.full(path)} keeps snapshot {pin.version}, which is not there", way_out
             )
+
+
+def _channel_problems(store: FeatureStore, manifests: Mapping[int, Manifest]) -> Iterator[Problem]:
+    storage = store.storage
+    for name in storage.list(log.CHANNELS):
+        path = f"{log.CHANNELS}/{name}"
+        way_out = f"Set it again: `python -m featurestore channel {store.url} {name} N`"
+        if not channels.is_channel_name(name):
+            yield Problem("channel", path, f"{storage.full(path)} is no channel", "Remove it")
+            continue
+        try:
+            move = channels.last_move(storage, name)
+        except CorruptFileError as error:
+            yield Problem("channel", path, str(error), way_out)
+            continue
+        if move is None or move.version is None:
+            continue
+        pointed = f"{storage.full(path)} points to snapshot {move.version}"
+        if move.version not in manifests:
+            yield Problem("channel", path, f"{pointed}, which is not there", way_out)
+        elif manifests[move.version].commit_id != move.commit_id:
+            yield Problem("channel", path, f"{pointed} of commit {move.commit_id[:8]}, and here it is another", way_out)
 
 
 def _check_data(

@@ -8,7 +8,7 @@ from distributed import Client
 from featurestore.spec import NetworkName
 from featurestore.store import Reduction
 from pipeline.errors import StoreRunError
-from pipeline.features.refresh import RefreshSummary, bring_up_to_date
+from pipeline.features.refresh import RefreshSummary, bring_up_to_date, check_channel
 from pipeline.images.source import list_images
 from pipeline.network.backbone import ComputeDType, describe_network
 from pipeline.network.layers import feature_dim
@@ -25,6 +25,7 @@ def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
     own basis without being told. Random weights give an UntrainedWeightsWarning.
     """
     start_s = time.monotonic()
+    check_channel(options.channel)
     num_shards = options.num_shards
     if num_shards is not None and (num_shards < 1 or num_shards & (num_shards - 1)):
         raise StoreRunError(f"num_shards={num_shards} is not a power of two; try 64 or 128")
@@ -52,5 +53,6 @@ def extract(options: ExtractOptions, client: Client) -> RefreshSummary:
         batch_size=options.batch_size,
         part_size=options.part_size,
         keep_missing=True,
+        channel=options.channel,
     )
     return bring_up_to_date(refreshed, client, store, listing, "extract", start_s)

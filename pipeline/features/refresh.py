@@ -13,10 +13,12 @@ import numpy as np
 from distributed import Client
 
 from featurestore.errors import SpecMismatchError, StoreNotFoundError
+from featurestore.published.channels import check_channel_name
 from featurestore.snapshot import Snapshot
 from featurestore.spec import NetworkName, StoreInfo
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
+from featurestore.upkeep.promotion.moving import move_channel
 from pipeline.errors import StoreRunError
 from pipeline.features.diff import (
     DIGEST_DTYPE,
@@ -61,6 +63,7 @@ class RefreshSummary:
     seconds: float
     store: str
     snapshot: int  # version after the run
+    channel: str | None = None  # points to it from now on
     is_dry: bool = False
 
     @property
@@ -99,6 +102,8 @@ class RefreshSummary:
             f"time         {self.seconds:.1f} s, {self.images_per_s:.1f} images/s",
             f"store        {self.store}, snapshot {self.snapshot}",
         ]
+        if self.channel and not self.is_dry:
+            lines.append(f"channel      {self.channel} points to snapshot {self.snapshot}")
         if self.is_dry:
             lines.append("dry run      nothing was written")
         return "\n".join(lines)
@@ -111,9 +116,11 @@ def refresh(options: RefreshOptions, client: Client) -> RefreshSummary:
     tombstones. A changed image that cannot be decoded loses its feature, one that cannot be read keeps it; both are
     in the quarantine, which is tried again by the next run. Raises StoreNotFoundError, SourceError, WeightsError,
     SpecMismatchError, StoreRunError, ClusterError and the errors of storage; what was staged by then stays for the
-    next run, unless so much of it is bad that nothing is committed.
+    next run, unless so much of it is bad that nothing is committed. The channel of the options, if there is one, then
+    points to the newest snapshot, also where nothing has changed.
     """
     start_s = time.monotonic()
+    check_channel(options.channel)
     try:
         store = FeatureStore.open(options.store)
     except StoreNotFoundError as error:
@@ -122,6 +129,12 @@ def refresh(options: RefreshOptions, client: Client) -> RefreshSummary:
     listing = list_images(options.images)
     wait_for_worker(client)
     return bring_up_to_date(options, client, store, listing, "refresh", start_s)
+
+
+def check_channel(name: str | None) -> None:
+    """Raise ChannelError, before anything is read or computed, where no channel may have this name."""
+    if name is not None:
+        check_channel_name(name)
 
 
 def bring_up_to_date(
@@ -155,6 +168,8 @@ def bring_up_to_date(
     rows = zip(quarantined, is_listed, strict=True)
     unlisted = [row for row, is_here in rows if not is_here and not options.keep_missing]
     version = run.commit(operation, len(bad), [*resolved, *unlisted])
+    if options.channel is not None and not options.dry_run:
+        move_channel(store, options.channel, version, operation)
     return _summarise(
         plan,
         reports,
@@ -168,6 +183,7 @@ def bring_up_to_date(
         seconds=time.monotonic() - start_s,
         store=store.url,
         snapshot=version,
+        channel=options.channel,
         is_dry=options.dry_run,
     )
 

@@ -19,6 +19,7 @@ from safetensors.torch import save
 
 from featurestore.errors import StoreNotFoundError
 from featurestore.log import writer_name
+from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath
 from featurestore.storage.safety import refuse_unsafe
 from featurestore.storage.storage import Storage
@@ -67,6 +68,8 @@ class ExportOptions:
     """Groups of the run's test samples that go into the bundle."""
     use: bool = True
     """Serve this version from now on."""
+    store_version: VersionName | None = None
+    """Snapshot of the first feature store; by default the newest, as of the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +108,7 @@ def export_model(
     files.write(MODEL, (json.dumps(saved.config.model.model_dump(mode="json"), indent=1) + "\n").encode())
     network(saved, files)
     id_tables, rows = write_rows(tables, files, options.id_dtype)
-    vectors = _write_vectors(saved, files, progress)
+    vectors = _write_vectors(saved, files, options.store_version, progress)
     no_sample = write_sample(saved, files, options.sample_groups)
     draft = BundleManifest(
         version=1,
@@ -158,14 +161,19 @@ def _clean(storage: Storage) -> list[str]:
     return []
 
 
-def _write_vectors(saved: SavedRun, files: WrittenFiles, progress: Progress | None) -> tuple[VectorsOf, ...]:
+def _write_vectors(
+    saved: SavedRun, files: WrittenFiles, version: VersionName | None, progress: Progress | None
+) -> tuple[VectorsOf, ...]:
     """Write the networks E, and a vectors store for each feature store that the model looks at."""
     if not saved.places:
         return ()
     state = read_dense(saved.path, saved.state, "stores.", saved.config.data.cache_dir)
     files.write(IMAGES, save(state, saved.named()))
     url, missing = files.storage.full(files.folder), _missing(saved)
-    return tuple(export_vectors(saved, place, state, missing, url, progress) for place in saved.places)
+    versions = {saved.places[0].name: version}
+    return tuple(
+        export_vectors(saved, place, state, missing, url, progress, versions.get(place.name)) for place in saved.places
+    )
 
 
 def _missing(saved: SavedRun) -> Missing:

@@ -36,6 +36,7 @@ from featurestore.format.shard_writer import write_shard_file
 from featurestore.identity import SnapshotId
 from featurestore.lookup.embedding import EmbeddingModel, as_tensor
 from featurestore.lookup.signatures import Planes
+from featurestore.published.channels import VersionName
 from featurestore.snapshot import Snapshot
 from featurestore.spec import ExtractorSpec, FileEntry, StoreInfo
 from featurestore.storage.threads import Progress
@@ -157,12 +158,14 @@ def export_vectors(
     missing: Missing,
     folder_url: str,
     progress: Progress | None = None,
+    version: VersionName | None = None,
 ) -> VectorsOf:
-    """Compute the vectors of all images of a store's newest snapshot into a vectors store below `folder_url`.
+    """Compute the vectors of all images of a store's newest snapshot, or of `version`, into a vectors store below
+    `folder_url`.
 
     `state`: what the checkpoint has below `stores.`. Shard by shard, in the memory of one shard's vectors and its
     largest file. Raises CheckpointError, AnotherStoreError, TrainerError, FeatureStoreError."""
-    snapshot, model = saved.snapshot(place), saved.config.model
+    snapshot, model = saved.snapshot(place, version), saved.config.model
     networks = StoreNetworks.of(state, place.name, snapshot, used_fields(saved.schema, model), model, missing)
     num_images = snapshot.num_rows
     info = StoreInfo(

@@ -3,19 +3,16 @@
 import time
 import uuid
 from collections.abc import Callable
-from typing import TypeVar
 
 from featurestore.errors import CorruptFileError
 from featurestore.log import manifest_path, versions, writer_name
-from featurestore.spec import Sealed, read_sealed, seal
+from featurestore.published.numbered import SealedT, append_numbered
+from featurestore.spec import read_sealed
 from featurestore.storage.storage import Storage
 from featurestore.store import INFO_PATH
 from serving.bundle import MODELS
 from serving.bundle.manifest import LOG, USE, BundleManifest, Choice
-from serving.errors import BrokenBundleError, BundleNotFoundError, ServingError
-
-_MAX_ATTEMPTS = 300
-SealedT = TypeVar("SealedT", bound=Sealed)
+from serving.errors import BrokenBundleError, BundleNotFoundError
 
 
 def refuse_store(storage: Storage) -> None:
@@ -25,8 +22,11 @@ def refuse_store(storage: Storage) -> None:
 
 
 def publish(storage: Storage, manifest_of: Callable[[int], BundleManifest]) -> BundleManifest:
-    """Publish a manifest as the next version, whichever number that is by then. Raises StorageError."""
-    return _append(storage, LOG, manifest_of)
+    """Publish a manifest as the next version, whichever number that is by then.
+
+    Raises StorageError, CommitConflictError.
+    """
+    return append_numbered(storage, LOG, manifest_of)
 
 
 def use(storage: Storage, version: int) -> Choice:
@@ -87,22 +87,11 @@ def read_version(storage: Storage, version: int | None = None) -> BundleManifest
 
 def _choose(storage: Storage, version: int) -> Choice:
     writer, nonce, now_s = writer_name(), uuid.uuid4().hex, time.time()
-    return _append(
+    return append_numbered(
         storage,
         USE,
         lambda number: Choice(choice=number, version=version, time_s=now_s, writer=writer, nonce=nonce),
     )
-
-
-def _append(storage: Storage, folder: str, model_of: Callable[[int], SealedT]) -> SealedT:
-    """Create the next file of a folder; where another writer was first, the one after it."""
-    for _ in range(_MAX_ATTEMPTS):
-        number = max(versions(storage, folder), default=0) + 1
-        mine = model_of(number)
-        data = seal(mine)  # like no other's; read back, a NaN in it would be null
-        if storage.create_or_read(manifest_path(number, folder), data) == data:
-            return mine
-    raise ServingError(f"other writers were first {_MAX_ATTEMPTS} times in a row at {storage.url}: run it again")
 
 
 def _read(storage: Storage, folder: str, number: int, model_class: type[SealedT]) -> SealedT:

@@ -17,6 +17,7 @@ from featurestore.format.shard_reader import ShardReader
 from featurestore.identity import SnapshotId
 from featurestore.keys import Int64Array
 from featurestore.lookup.signatures import BITS
+from featurestore.published.channels import VersionName
 from featurestore.snapshot import Snapshot
 from featurestore.spec import FileEntry
 from featurestore.storage.threads import Progress
@@ -68,10 +69,12 @@ def publish(
     networks_for: Callable[[Snapshot], StoreNetworks],
     *,
     source_url: str | None = None,
+    source_version: VersionName | None = None,
     eps: float = EPS,
     progress: Progress | None = None,
 ) -> PublishReport:
-    """Bring a vectors store up to the newest snapshot of its features, which are at `source_url` by now.
+    """Bring a vectors store up to the newest snapshot of its features, or to `source_version`; they are at `source_url`
+    by now.
 
     A vector stays where no number of it moved by `eps`, nor that share of its signature's bits; with 0, where it is the
     same. Another publish at the same time is waited for, not written over. Cost: reading the files of features that
@@ -82,7 +85,7 @@ def publish(
     for _ in range(_MAX_ATTEMPTS):
         now = vectors.snapshot()
         source = FeatureStore.open(source_url or (now.manifest.mirrors or of.source).url)
-        newest = source.snapshot()
+        newest = source.snapshot(source_version)
         _check_source(of, now, newest)
         mirrored = _mirrored(source, now)
         if mirrored is not None and mirrored.version == newest.version:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from featurestore.commands.common import Version
 from featurestore.console.commandline import OK, CommandApp, run_app
 from featurestore.console.files import write_json_option
 from featurestore.errors import FAILED
@@ -34,7 +35,7 @@ def main(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or address, as data/runs/NAME.")],
     store: Annotated[str, typer.Argument(metavar="STORE", help="Folder or address of a feature store.")],
     checkpoint: WhichCheckpoint = None,
-    version: Annotated[int | None, typer.Option(min=1, help="Snapshot of STORE; by default the newest.")] = None,
+    version: Version = None,
     name: Annotated[
         str | None, typer.Option(help="Which store of the run, by its name in the schema; by default the first.")
     ] = None,

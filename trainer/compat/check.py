@@ -8,6 +8,7 @@ import numpy as np
 
 from featurestore.errors import FeatureStoreError, SnapshotNotFoundError
 from featurestore.identity import SnapshotId
+from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath
 from featurestore.snapshot import Snapshot
 from featurestore.storage.threads import Progress
@@ -36,7 +37,7 @@ class CompatOptions:
 
     checkpoint: str | None = None
     store_name: str | None = None
-    version: int | None = None
+    version: VersionName | None = None
     sample: int = 10_000
     max_logloss_change: float = 0.001
 

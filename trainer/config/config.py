@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from yaml import YAMLError
 
 from featurestore.errors import StorageError
+from featurestore.published.channels import CHANNEL_RULE, is_channel_name
 from featurestore.published.paths import RunPath, read_text, write_file
 from featurestore.text.plain import one_line, without_passwords
 from trainer.config import legacy
@@ -36,7 +37,15 @@ WARM_PARTS: dict[Any, list[WarmPart]] = {
     "partial": ["images", "model"],
     "full": ["images", "model", "ids"],
 }
-Version = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def _channel(value: str) -> str:
+    if not is_channel_name(value):
+        raise ValueError(CHANNEL_RULE.format(name=value))
+    return value
+
+
+Version = Annotated[int, Field(ge=0, lt=2**63)] | Annotated[str, AfterValidator(_channel)]
 
 
 def _without_password(value: str) -> str:
@@ -68,7 +77,8 @@ class DataConfig(Section):
     store: Place = "data/features"
     """Feature store, from jobs/extract_features.py."""
     store_version: Version | None = None
-    """A snapshot's number; null: the newest, or on resume the one recorded in the checkpoint."""
+    """A snapshot's number, or a channel of the store, as stable, looked up when the run begins; null: the newest.
+    On resume, null and a channel stand for the snapshot that the checkpoint has recorded."""
     stores: dict[str, Place] = Field(default={})
     """Further stores of content fields by name, as {titles: data/titles}; data.store is the one named images."""
     store_versions: dict[str, Version] = Field(default={})

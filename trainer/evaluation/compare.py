@@ -53,7 +53,7 @@ def compare_runs(
     default RUN/evaluation, and to `json_file`. Every rank calls it. Raises TrainerError, FeatureStoreError; DataError
     where the test samples of the two differ.
     """
-    console, places = text_console(quiet=comm.rank != 0), {"samples": source.samples, "store": source.store}
+    console, places = text_console(quiet=comm.rank != 0), source.places
     ours = predict_run(source.folder, comm, checkpoint=source.checkpoint, **places)
     baseline = predict_run(against, comm, **places)
     _check_same_impressions([ours, baseline], [str(source.folder), str(against)])

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath, run_path
 from trainer.comm import Comm, SoloComm
 from trainer.errors import TrainerError
@@ -39,13 +40,15 @@ def predict_run(
     checkpoint: str | None = None,
     samples: str | None = None,
     store: str | None = None,
+    store_version: VersionName | None = None,
 ) -> Predictions:
     """Predict by the run in `folder` for its test samples, or for those of `samples`; see `open_source`.
 
     One rank where no `comm` is given, else on all of its ranks, the same on each.
     """
     comm = comm or SoloComm()
-    with contextlib.closing(open_source(RunSource(run_path(folder), checkpoint, samples, store), comm)) as opened:
+    source = RunSource(run_path(folder), checkpoint, samples, store, store_version)
+    with contextlib.closing(open_source(source, comm)) as opened:
         impressions = read_impressions(comm, opened.test, opened.run.schema)
         logit_N = predict(opened)
         missing = opened.saved.notes_on_missing(opened.run.missing_lookups())

@@ -25,6 +25,7 @@ from featurestore.format.datafile import KEY, URI
 from featurestore.identity import VECTORS_OF, SnapshotId
 from featurestore.keys import Int64Array
 from featurestore.lookup.embedding import EmbeddingModel, as_tensor
+from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath
 from featurestore.snapshot import Snapshot
 from featurestore.storage.storage import Storage
@@ -145,7 +146,7 @@ class FoundNetwork:
 
 
 def open_network(
-    folder: RunPath, *, which: str | None = None, network: str | None = None, store_version: int | None = None
+    folder: RunPath, *, which: str | None = None, network: str | None = None, store_version: VersionName | None = None
 ) -> ImageNetwork:
     """Read an E of the run in `folder`, as the checkpoint `which` has it (see `find_checkpoint`), and open a snapshot.
 

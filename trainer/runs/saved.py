@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from featurestore.errors import FeatureStoreError
 from featurestore.lookup.partition import MissingPolicy
 from featurestore.published import open_published
+from featurestore.published.channels import VersionName
 from featurestore.published.paths import FarPath, RunPath, read_file
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
@@ -79,7 +80,7 @@ class SavedRun:
         """Where the stores are that the model's content fields name. Raises as `schema`, and ConfigError."""
         return store_places(self.config, self.schema)
 
-    def snapshot(self, place: StorePlace, version: int | None = None) -> Snapshot:
+    def snapshot(self, place: StorePlace, version: VersionName | None = None) -> Snapshot:
         """Choose a snapshot to look images up in: the newest of the store, or the one that is asked for.
 
         Raises CheckpointError where it has other features than those that the run's E was trained on, and
@@ -163,7 +164,7 @@ def open_trained(
     *,
     which: str | None = None,
     samples: str | None = None,
-    store_version: int | None = None,
+    store_version: VersionName | None = None,
     as_trained: bool = False,
     store: str | None = None,
     device: Device | None = None,
@@ -205,12 +206,19 @@ def open_trained(
 
 @dataclass(frozen=True)
 class RunSource:
-    """What to open: a run's folder, and what is to be other than in the run. `checkpoint`: see `find_checkpoint`."""
+    """What to open: a run's folder, and what is to be other than in the run. `checkpoint`: see `find_checkpoint`;
+    `store_version` is of `store`, by default its newest snapshot."""
 
     folder: RunPath
     checkpoint: str | None = None
     samples: str | None = None
     store: str | None = None
+    store_version: VersionName | None = None
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """Samples and store, which another run may be opened with too."""
+        return {"samples": self.samples, "store": self.store, "store_version": self.store_version}
 
 
 @dataclass
@@ -235,9 +243,10 @@ def open_source(source: RunSource, comm: Comm) -> Opened:
     """Open a run with its newest checkpoint, or another, on as many ranks as there are. Every rank calls it.
 
     Samples, stores and snapshots are those that the run was trained on; `store`, where that one is now, replaces
-    data.store, at its newest snapshot. Image keys without a feature are treated as in training, and as zeros where
-    they stopped it. Raises, on all ranks together, ConfigError for a folder that holds no run, CheckpointError where
-    there is no checkpoint or the store holds other features than those of training, DataError for missing places.
+    data.store, at `store_version`, by default its newest snapshot. Image keys without a feature are treated as in
+    training, and as zeros where they stopped it. Raises, on all ranks together, ConfigError for a folder that holds no
+    run, CheckpointError where there is no checkpoint or the store holds other features than those of training,
+    DataError for missing places.
     """
     saved = _read_on_all(comm, source.folder, source.checkpoint, source.samples)
     config = comm.on_all(lambda: _config_of(source, saved))
@@ -260,14 +269,14 @@ def _config_of(source: RunSource, saved: SavedRun) -> Config:
     if source.samples is not None:
         data["test_days"] = []  # the run's own test samples are not needed
     if source.store is not None and saved.config.model.images != "none":
-        data |= {"store": source.store, "store_version": _newest(source.store)}
+        data |= {"store": source.store, "store_version": _version_of(source.store, source.store_version)}
     run = {"dir": str(saved.folder.parent), "name": saved.folder.name, "resume": str(saved.path), "overwrite": False}
     return saved.config.changed(data=data, run=run)
 
 
-def _newest(store: str) -> int:
+def _version_of(store: str, version: VersionName | None) -> int:
     try:
-        return FeatureStore.open(store).snapshot().version
+        return FeatureStore.open(store).snapshot(version).version
     except FeatureStoreError as failure:
         raise ConfigError(f"--store {store}: {failure}") from failure
 

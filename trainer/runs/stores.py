@@ -9,6 +9,7 @@ import torch
 from featurestore.errors import AnotherStoreError, FeatureStoreError, StoreNotFoundError
 from featurestore.identity import SnapshotId
 from featurestore.lookup.partition import FeaturePartition
+from featurestore.published.channels import VersionName
 from featurestore.published.paths import RunPath, run_path
 from featurestore.snapshot import Snapshot
 from featurestore.spec import StoreInfo
@@ -27,7 +28,7 @@ class StorePlace:
 
     name: str
     url: str
-    version: int | None
+    version: VersionName | None
     setting: str
     version_setting: str
 
@@ -87,10 +88,12 @@ def missing_places(places: list[StorePlace]) -> list[str]:
 def snapshot_of(place: StorePlace, resumed: tuple[RunPath, CheckpointState] | None) -> Snapshot:
     """Choose the snapshot to train on: the one asked for, else the checkpoint's, else the newest.
 
+    A channel is asked for once, when the run begins: it may have been moved since.
+
     Raises AnotherStoreError where it is not of the store that the checkpoint was trained on.
     """
     path, state = resumed or (run_path("."), None)
-    recorded = state.version_of(place.name) if state and place.version is None else None
+    recorded = state.version_of(place.name) if state and not isinstance(place.version, int) else None
     store = FeatureStore.open(place.url)
     try:
         snapshot = store.snapshot(place.version if recorded is None else recorded)

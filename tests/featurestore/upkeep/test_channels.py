@@ -1,0 +1,290 @@
+"""Channels: set, moved by several writers, kept by expire, looked up wherever a snapshot is chosen, on disk and S3."""
+
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from featurestore import FeaturePartition, FeatureStore, StoreInfo, log
+from featurestore.__main__ import app
+from featurestore.errors import (
+    AnotherStoreError,
+    ChannelError,
+    CommitConflictError,
+    CorruptFileError,
+    SnapshotNotFoundError,
+    StorageError,
+)
+from featurestore.flight.opened import OpenSnapshots
+from featurestore.published import channels
+from featurestore.published.channels import last_number, read_channels, read_moves, version_name
+from featurestore.storage.storage import Storage
+from featurestore.upkeep.expiry import expire
+from featurestore.upkeep.history import log as log_of_store
+from featurestore.upkeep.pins import read_pins
+from featurestore.upkeep.promotion.moving import move_channel, remove_channel
+from featurestore.upkeep.verify import verify
+from tests.featurestore.faulty import faulty, made_but_lost, preceded_by
+
+FORK = multiprocessing.get_context("fork")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def fill(store: FeatureStore, make_rows, count: int = 9) -> FeatureStore:
+    for version in range(1, count + 1):
+        store.put(make_rows(1, store.info, seed=version))
+    return store
+
+
+@pytest.fixture
+def nine(store: FeatureStore, make_rows) -> FeatureStore:
+    """Versions 1 to 9 of one row."""
+    return fill(store, make_rows)
+
+
+class ChannelContract:
+    """What holds on every storage."""
+
+    @pytest.fixture
+    def filled(self, url: str, info: StoreInfo, make_rows) -> FeatureStore:
+        return fill(FeatureStore.create(url, info), make_rows, 4)
+
+    def test_a_channel_is_set_moved_removed_and_keeps_its_snapshot(self, filled: FeatureStore) -> None:
+        move_channel(filled, "stable", 2)
+        assert filled.snapshot("stable").version == 2
+        move_channel(filled, "candidate", 3)
+        expire(filled, keep_last=1, keep_days=0, grace_days=0)
+        assert log.versions(filled.storage) == [2, 3, 4]
+        assert filled.snapshot("stable").num_rows == 1
+        move_channel(filled, "stable", "candidate")
+        assert filled.snapshot("stable").version == 3
+        remove_channel(filled, "candidate")
+        expire(filled, keep_last=1, keep_days=0, grace_days=0)
+        assert log.versions(filled.storage) == [3, 4]
+        assert [(move.channel, move.version) for move in read_channels(filled.storage)] == [("stable", 3)]
+        assert [move.version for move in read_moves(filled.storage, "candidate")] == [3, None]
+        assert read_pins(filled.storage) == [] and verify(filled).problems == []
+
+    def test_of_two_writers_that_saw_the_same_one_is_refused(self, filled: FeatureStore) -> None:
+        move_channel(filled, "stable", 1, after=0)
+        seen = last_number(filled.storage, "stable")
+        other = FeatureStore.open(filled.url)
+        move_channel(other, "stable", 3, after=seen)
+        with pytest.raises(CommitConflictError, match="number 2 by now, and not 1"):
+            move_channel(filled, "stable", 2, after=seen)
+        assert filled.snapshot("stable").version == 3 and read_pins(filled.storage) == []
+
+
+class TestOnDisk(ChannelContract):
+    @pytest.fixture
+    def url(self, tmp_path: Path) -> str:
+        return str(tmp_path / "store")
+
+
+class TestInMemory(ChannelContract):
+    @pytest.fixture
+    def url(self, memory_url: str) -> str:
+        return memory_url
+
+
+class TestOnS3(ChannelContract):
+    @pytest.fixture
+    def url(self, s3_url: str) -> str:
+        return f"{s3_url}/features"
+
+
+def _move_many(url: str, version: int, count: int) -> None:
+    store = FeatureStore.open(url)
+    for _ in range(count):
+        move_channel(store, "stable", version)
+
+
+class TestWriters:
+    def test_writers_that_race_lose_no_move(self, nine: FeatureStore) -> None:
+        workers = [FORK.Process(target=_move_many, args=(nine.url, version, 10)) for version in (2, 3)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(60)
+        moves = read_moves(nine.storage, "stable")
+        assert [worker.exitcode for worker in workers] == [0, 0]
+        assert [move.number for move in moves] == list(range(1, 21))
+        assert sorted(move.version or 0 for move in moves) == [2] * 10 + [3] * 10
+        assert read_pins(nine.storage) == []
+
+    def test_a_lost_answer_is_looked_up(self, nine: FeatureStore) -> None:
+        assert move_channel(faulty(nine, create_exclusive=made_but_lost), "stable", 4).version == 4
+        assert len(read_moves(nine.storage, "stable")) == 1
+
+    def test_an_expiry_just_before_is_seen(self, nine: FeatureStore) -> None:
+        late = faulty(nine, create_exclusive=preceded_by(lambda: expire(nine, keep_last=1, keep_days=0)))
+        with pytest.raises(SnapshotNotFoundError, match="expiring just now"):
+            move_channel(late, "stable", 4)
+        with pytest.raises(ChannelError):
+            nine.snapshot("stable")
+
+    def test_an_expiry_that_looks_while_a_channel_is_moved_keeps_its_snapshot(
+        self, nine: FeatureStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """After the pins were read, and before the channels are: the guard is gone, and the channel points there."""
+        read = channels.read_channels
+
+        def moved_meanwhile(storage: Storage) -> list:
+            if not last_number(storage, "stable"):
+                move_channel(nine, "stable", 4)
+            return read(storage)
+
+        monkeypatch.setattr("featurestore.upkeep.pins.read_channels", moved_meanwhile)
+        expire(nine, keep_last=1, keep_days=0)
+        assert log.versions(nine.storage) == [4, 9] and nine.snapshot("stable").version == 4
+
+    def test_a_writer_killed_before_the_move_leaves_a_pin_and_the_channel_where_it_was(
+        self, nine: FeatureStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        move_channel(nine, "stable", 2)
+
+        class Killed(BaseException):
+            pass
+
+        def die(*arguments: object) -> None:
+            raise Killed
+
+        monkeypatch.setattr("featurestore.upkeep.promotion.moving.add_move", die)
+        monkeypatch.setattr("featurestore.upkeep.promotion.moving.unpin", die)
+        with pytest.raises(Killed):
+            move_channel(nine, "stable", 5)
+        assert nine.snapshot("stable").version == 2
+        assert [pin.version for pin in read_pins(nine.storage)] == [5]
+
+    def test_a_writer_that_was_away_is_told_where_channels_keep_old_snapshots(self, nine: FeatureStore) -> None:
+        """As with pins: the manifest after its own may have gone for another reason than age."""
+        move_channel(nine, "stable", 3)
+        expire(nine, keep_last=1, keep_days=0)
+        for version in log.versions(nine.storage, log.EXPIRED):
+            nine.storage.delete(log.manifest_path(version, log.EXPIRED))
+
+        def away(read, version=None):
+            return log.read(nine.storage, 3)  # it saw snapshot 3 as the newest, and creates 4
+
+        late = FeatureStore.open(nine.url)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(StorageError, match="cannot tell whether"):
+            patch.setattr(log, "read_manifest", away)
+            log.append(late.storage, _Four())
+
+
+class _Four:
+    commit_id = "f" * 32
+
+    def manifest_after(self, parent: log.Manifest) -> log.Manifest:
+        return parent.model_copy(update={"version": 4, "commit_id": self.commit_id, "parent": parent.commit_id})
+
+
+class TestNames:
+    @pytest.mark.parametrize("name", ["", "19", "1st", "a/b", "../x", ".hidden", "a b", "newest", "NULL", "x" * 65])
+    def test_what_no_channel_may_be_called(self, nine: FeatureStore, name: str) -> None:
+        with pytest.raises(ChannelError, match="no name of a channel"):
+            move_channel(nine, name, 4)
+        assert nine.storage.list(log.CHANNELS) == []
+
+    def test_what_a_person_types_for_a_snapshot(self) -> None:
+        assert (version_name("19"), version_name("-1"), version_name("stable")) == (19, -1, "stable")
+        for text in ("1.5", "a/b", "", "newest"):
+            with pytest.raises(ValueError, match="neither the number"):
+                version_name(text)
+
+    def test_a_missing_channel_names_those_that_there_are(self, nine: FeatureStore) -> None:
+        with pytest.raises(ChannelError, match=r"has no channel 'stabel'; it has none"):
+            nine.snapshot("stabel")
+        move_channel(nine, "stable", 4)
+        move_channel(nine, "candidate", 9)
+        with pytest.raises(ChannelError, match=r"has no channel 'stabel'; it has candidate, stable"):
+            nine.snapshot("stabel")
+        remove_channel(nine, "stable")
+        with pytest.raises(ChannelError, match=r"no channel 'stable'; it has candidate"):
+            remove_channel(nine, "stable")
+        with pytest.raises(SnapshotNotFoundError, match="no snapshot 99"):
+            move_channel(nine, "stable", 99)
+
+
+class TestReaders:
+    def test_partition_and_log_know_channels(self, nine: FeatureStore, tmp_path: Path) -> None:
+        move_channel(nine, "stable", 4)
+        with FeaturePartition.load(nine.url, cache_dir=tmp_path / "cache", version="stable") as partition:
+            assert partition.snapshot_id.version == 4
+            assert partition.snapshot_id.commit_id == nine.snapshot(4).manifest.commit_id
+        assert [entry.channels for entry in log_of_store(nine)] == [
+            (("stable",) if version == 4 else ()) for version in range(9, 0, -1)
+        ]
+
+    def test_a_server_follows_its_channel_back_and_forth(self, nine: FeatureStore, tmp_path: Path) -> None:
+        move_channel(nine, "stable", 4)
+        offered = OpenSnapshots(nine, range(8), version="stable", cache_dir=tmp_path / "cache")
+        assert offered.newest == 4 and not offered.follow()
+        move_channel(nine, "stable", 7)
+        assert offered.follow() and offered.newest == 7
+        move_channel(nine, "stable", 4)
+        assert offered.follow() and offered.newest == 4
+        offered.close()
+
+    def test_another_commit_under_the_number_is_refused(self, nine: FeatureStore, make_rows, tmp_path: Path) -> None:
+        backup = tmp_path / "backup"
+        shutil.copytree(nine.url, backup)
+        nine.put(make_rows(1, nine.info, seed=10))
+        move_channel(nine, "stable", 10)
+        shutil.copytree(Path(nine.url) / "channels", backup / "channels")
+        restored = FeatureStore.open(backup)
+        restored.put(make_rows(1, nine.info, seed=11))
+        with pytest.raises(AnotherStoreError, match="points to snapshot 10 of commit"):
+            restored.snapshot("stable")
+        assert [problem.kind for problem in verify(restored).problems] == ["channel"]
+
+
+class TestDamage:
+    def test_a_damaged_move_is_told_stops_an_expiry_and_is_mended_by_the_next(self, nine: FeatureStore) -> None:
+        move_channel(nine, "stable", 4)
+        (Path(nine.url) / "channels/stable" / f"{1:020d}.json").write_bytes(b"{}")
+        with pytest.raises(CorruptFileError, match=r"set the channel again: python -m featurestore channel"):
+            nine.snapshot("stable")
+        with pytest.raises(CorruptFileError):
+            expire(nine, keep_last=1, keep_days=0)
+        assert log.versions(nine.storage) == list(range(1, 10))
+        assert [problem.kind for problem in verify(nine).problems] == ["channel"]
+        move_channel(nine, "stable", 5)
+        assert nine.snapshot("stable").version == 5 and verify(nine).problems == []
+
+
+class TestCommand:
+    def test_a_day_with_channels(self, nine: FeatureStore) -> None:
+        assert "no channel yet" in run("channel", nine.url).output
+        assert run("channel", nine.url, "stable", 4).output == "stable points to snapshot 4\n"
+        assert run("channel", nine.url, "candidate", "stable").output == "candidate points to snapshot 4\n"
+        assert run("channel", nine.url, "stable", 7).exit_code == 0
+        _, first, second = run("channel", nine.url).output.splitlines()
+        assert first.split()[:2] == ["candidate", "4"] and second.split()[:2] == ["stable", "7"]
+        _, newest, oldest = run("channel", nine.url, "stable").output.splitlines()
+        assert newest.split()[:2] == ["2", "7"] and oldest.split()[:2] == ["1", "4"]
+        assert "snapshot                 7 (put)" in run("info", nine.url, "--version", "stable").output
+        shown = {line.split()[0]: line.split()[-1] for line in run("log", nine.url).output.splitlines()[1:]}
+        assert (shown["7"], shown["4"]) == ("stable", "candidate")
+        assert "snapshot candidate to stable" in run("diff", nine.url, "candidate", "stable").output
+        assert run("channel", nine.url, "candidate", "--remove").output == "candidate is no channel any more\n"
+        assert "no channel 'candidate'; it has stable" in run("info", nine.url, "--version", "candidate").output
+
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            (["19", 4], "no name of a channel"),
+            (["stable", "a/b"], "neither the number of a snapshot nor the name of a channel"),
+            (["stable", "4", "--remove"], "takes a NAME and no snapshot"),
+            (["stable"], "no channel 'stable'; it has none"),
+        ],
+    )
+    def test_mistakes_are_one_line_and_2(self, nine: FeatureStore, arguments: list, says: str) -> None:
+        result = run("channel", nine.url, *arguments)
+        assert result.exit_code == 2
+        assert says in " ".join(result.output.replace("│", " ").split())
