@@ -23,10 +23,19 @@ from featurestore.errors import UserError
 from trainer.errors import LostRankError
 
 if TYPE_CHECKING:
+    from featurestore.published.channels import VersionName
     from trainer.comm import Comm
 
 # A launcher ends the other ranks when the first one fails: rank 0 has to be given the time to say why.
 _GRACE_S = 1.0
+
+
+def _committed(text: str) -> "VersionName":
+    version = read_version_name(text)
+    if isinstance(version, int) and version < 1:
+        raise typer.BadParameter(f"{text} is no snapshot that was committed: they count from 1")
+    return version
+
 
 WhichCheckpoint = Annotated[
     str | None, typer.Option(help="A step, or the path of a checkpoint.", show_default="the newest")
@@ -35,7 +44,7 @@ WhichCheckpoint = Annotated[
 StoreVersion = Annotated[
     Any,  # a VersionName: typer knows no unions
     typer.Option(
-        parser=read_version_name,
+        parser=_committed,
         metavar=WHICH,
         help="Snapshot of the (first) feature store, or a channel of it.",
         show_default="the newest",

@@ -72,7 +72,7 @@ def score(saved: SavedRun, snapshots: Mapping[str, Snapshot], batches: Sequence[
         config = saved.config.changed(data={"cache_dir": f"{folder}/cache"})
         partitions, images, missing = {}, 0, 0
         for place in saved.places:
-            keys_U = _keys(saved, place.name, batches)
+            keys_U = keys_of(saved, place.name, batches)
             small = _small_store(Path(folder) / place.name, snapshots[place.name], keys_U)
             here = SnapshotId.of(small.snapshot())
             partition = opened.enter_context(open_partition(config, comm, replace(place, url=here.url), here))
@@ -88,8 +88,8 @@ def score(saved: SavedRun, snapshots: Mapping[str, Snapshot], batches: Sequence[
     return Scored(logit_N, np.concatenate(labels).astype(np.float64), images, missing)
 
 
-def _keys(saved: SavedRun, store: str, batches: Sequence[Batch]) -> Int64Array:
-    """All that content fields of the store ask for, ascending."""
+def keys_of(saved: SavedRun, store: str, batches: Sequence[Batch]) -> Int64Array:
+    """Return all that content fields of the store ask for in the batches, ascending."""
     names = [
         each.name
         for each in used_fields(saved.schema, saved.config.model)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 from yaml import YAMLError
 
 from featurestore.errors import StorageError
@@ -39,13 +39,17 @@ WARM_PARTS: dict[Any, list[WarmPart]] = {
 }
 
 
-def _channel(value: str) -> str:
-    if not is_channel_name(value):
-        raise ValueError(CHANNEL_RULE.format(name=value))
-    return value
+def _version(value: Any) -> int | str:
+    if isinstance(value, str) and not value.isdigit():
+        if not is_channel_name(value):
+            raise ValueError(CHANNEL_RULE.format(name=value))
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | str) or not 0 <= int(value) < 2**63:
+        raise ValueError(f"{value!r} is neither the number of a snapshot, from 0 on, nor the name of a channel")
+    return int(value)
 
 
-Version = Annotated[int, Field(ge=0, lt=2**63)] | Annotated[str, AfterValidator(_channel)]
+Version = Annotated[int | str, BeforeValidator(_version)]
 
 
 def _without_password(value: str) -> str:

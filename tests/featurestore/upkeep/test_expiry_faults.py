@@ -184,7 +184,7 @@ def test_a_copy_that_another_expiry_takes_away_is_made_again(
         storage.delete(log.manifest_path(1, log.EXPIRED))
         return []
 
-    monkeypatch.setattr("featurestore.upkeep.expiry.read_pins", without_pins)
+    monkeypatch.setattr("featurestore.upkeep.pins.read_pins", without_pins)
     expire_to(store, 1)
     assert log.versions(store.storage, log.EXPIRED) == [1, 2]
     assert needs(reader) <= files_of(store)

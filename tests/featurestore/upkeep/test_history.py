@@ -226,7 +226,8 @@ class TestCommands:
         result = run("log", timed.url, "--last", 2)
         lines = result.output.splitlines()
         assert (result.exit_code, len(lines)) == (0, 3)
-        assert lines[0].split() == ["version", "committed", "operation", "files", "rows", "bytes", "writer", "pinned"]
+        names = ["version", "committed", "operation", "files", "rows", "bytes", "writer", "pinned", "channels"]
+        assert lines[0].split() == names
         assert lines[1].split()[:5] == ["9", "2027-01-15", "08:01:30", "UTC", "put"]
         assert lines[2].rstrip().endswith("keep-it")
 
