@@ -33,7 +33,7 @@ python jobs/promote_features.py --force "new camera, looked at by hand"
 Exit codes: 0 the channel points to the new snapshot, 1 it stays, as a gate or something else failed, 2 wrong options.
 """
 
-app = CommandApp(rich_markup_mode="rich")
+app = CommandApp(report=True, rich_markup_mode="rich")
 
 
 @app.command(epilog=EXAMPLES)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featurestore.commands.common import WHICH, Url, read_version_name
-from featurestore.console.commandline import CommandApp, say_error
+from featurestore.console.commandline import CommandApp
 from featurestore.console.files import write_json_option
-from featurestore.console.output import print_rows
+from featurestore.console.output import print_problem, print_rows, print_summary
 from featurestore.errors import FAILED
 
 if TYPE_CHECKING:
@@ -168,8 +168,8 @@ def decide(
     decision = promote_channel(store, source, target, limits, keys=keys, more=more, dry_run=dry_run, force=force)
     print_decision(decision)
     for line in failures(decision):
-        say_error(line)
-    sys.stdout.writelines(f"{line}\n" for line in lines(decision, dry_run))
+        print_problem(f"error: {line}")
+    print_summary("\n".join(lines(decision, dry_run)))
     write_json_option(json_file, {**decision.model_dump(mode="json"), "holds": decision.holds, "dry_run": dry_run})
     if not decision.moves:
         raise typer.Exit(FAILED)
@@ -178,7 +178,7 @@ def decide(
 def print_decision(decision: "Decision") -> None:
     """Print the table of gates."""
     was = "not there yet" if decision.before is None else f"snapshot {decision.before}"
-    sys.stdout.write(f"{decision.source} is snapshot {decision.version}, {decision.target} is {was}\n")
+    print_summary(f"{decision.source} is snapshot {decision.version}, {decision.target} is {was}")
     rows = [
         [
             each.gate,

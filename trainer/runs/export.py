@@ -162,7 +162,7 @@ def find_network(
     *,
     which: str | None = None,
     network: str | None = None,
-    store_version: int | None = None,
+    store_version: VersionName | None = None,
     store: str | None = None,
 ) -> FoundNetwork:
     """Find what `open_network` opens; it reads a few small files. `store`: where data.store is now, if elsewhere.
