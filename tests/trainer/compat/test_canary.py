@@ -15,9 +15,9 @@ from featurestore.store import FeatureStore
 from featurestore.upkeep.promotion.gates import GateLimits
 from featurestore.upkeep.promotion.moving import move_channel
 from featurestore.upkeep.promotion.promote import read_decisions
-from jobs.promote_features import app
 from trainer.comm import SoloComm
 from trainer.compat.canary import Canary
+from trainer.compat.promote import app
 from trainer.config.config import load_config
 from trainer.errors import ConfigError
 from trainer.evaluation.compare import compare
@@ -85,7 +85,7 @@ def test_the_job_promotes_what_is_as_good_and_holds_what_is_not(
     places: Places, store: FeatureStore, tmp_path: Path
 ) -> None:
     first = store.snapshot("stable").version
-    command = ("--run", places.folder / "runs/a", "--store", store.url, "--bootstrap", 200, "--max-quarantine", 1)
+    command = (places.folder / "runs/a", store.url, "--bootstrap", 200, "--max-quarantine", 1)
     move_channel(store, "candidate", first + 1)
     good = run(*command)
     assert good.exit_code == 0, good.output
@@ -105,7 +105,7 @@ def test_the_job_promotes_what_is_as_good_and_holds_what_is_not(
 def test_images_of_the_impressions_have_to_have_a_row(places: Places, store: FeatureStore) -> None:
     keys = Canary(places.folder / "runs/a", store.url).keys()
     move_channel(store, "candidate", store.delete(keys[:10]).version)
-    result = run("--run", places.folder / "runs/a", "--store", store.url, "--bootstrap", 50, "--dry-run")
+    result = run(places.folder / "runs/a", store.url, "--bootstrap", 50, "--dry-run")
     share = (len(keys) - 10) / len(keys)
     assert result.exit_code == 1 and f"gate coverage: {share:.4g}, limit 0.99" in result.output
 

@@ -1,4 +1,4 @@
-"""Move a channel of a feature store to a new snapshot if its gates hold, a canary evaluation of a run among them."""
+"""python -m trainer.compat.promote RUN STORE: move a channel to a new snapshot if gates hold, with a canary evaluation."""
 
 from typing import Annotated
 
@@ -22,27 +22,27 @@ from featurestore.commands.channels import (
 from featurestore.console.commandline import CommandApp, run_app
 from trainer.cli import WhichCheckpoint
 
-EXAMPLES = """Examples:
+EXAMPLES = """
+Examples:
 
-\b
-python jobs/promote_features.py --store data/features --run data/runs/both
-python jobs/promote_features.py --store s3://shop/features --run s3://shop/runs/day --samples s3://shop/samples
-python jobs/promote_features.py --gates gates.yaml --max-gauc-loss 0.002 --dry-run
-python jobs/promote_features.py --force "new camera, looked at by hand"
+    python -m trainer.compat.promote data/runs/both data/features
+
+    python -m trainer.compat.promote s3://shop/runs/day s3://shop/features --samples s3://shop/samples
+
+    python -m trainer.compat.promote data/runs/both data/features --gates gates.yaml --max-gauc-loss 0.002 --dry-run
+
+    python -m trainer.compat.promote data/runs/both data/features --force "new camera, looked at by hand"
 
 Exit codes: 0 the channel points to the new snapshot, 1 it stays, as a gate or something else failed, 2 wrong options.
 """
 
-app = CommandApp(report=True, rich_markup_mode="rich")
+app = CommandApp(report=True, rich_markup_mode="markdown")
 
 
 @app.command(epilog=EXAMPLES)
 def main(
-    run: Annotated[
-        str | None,
-        typer.Option(help="Folder or address of the run to evaluate.", show_default="the newest in data/runs"),
-    ] = None,
-    store: Annotated[str, typer.Option(help="Folder or address of the feature store.")] = "data/features",
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or address, as data/runs/NAME.")],
+    store: Annotated[str, typer.Argument(metavar="STORE", help="Folder or address of a feature store.")],
     source: Source = "candidate",
     target: Target = "stable",
     checkpoint: WhichCheckpoint = None,
@@ -74,9 +74,9 @@ def main(
     impressions, unless --keys names others. If a gate fails, the channel stays, and a line says which one and why. Each
     decision is kept beside the channel, unless it is a dry run.
     """
+    from featurestore.published.paths import run_path
     from featurestore.upkeep.keyfiles import read_names
     from trainer.compat.canary import Canary
-    from trainer.runs.folder import run_or_newest
 
     limits = limits_of(
         gates_file,
@@ -87,7 +87,7 @@ def main(
         max_gauc_loss=max_gauc_loss,
     )
     canary = Canary(
-        run_or_newest(run),
+        run_path(run),
         store,
         checkpoint=checkpoint,
         samples=samples,
