@@ -26,7 +26,7 @@ WITH_PAGES = sorted(
     line
     for line in LEAVES
     if line.startswith(("jobs/", "benchmarks.", "trainer.experiments", "trainer.evaluate", "trainer.plan"))
-    or line == "featurestore verify"
+    or line in ("featurestore verify", "trainer.compat.promote")
 )
 
 

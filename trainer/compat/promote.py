@@ -1,4 +1,4 @@
-"""python -m trainer.compat.promote RUN STORE: move a channel to a new snapshot if gates hold, with a canary evaluation."""
+"""python -m trainer.compat.promote RUN STORE: move a channel to a new snapshot if gates and a canary run allow it."""
 
 from typing import Annotated
 
