@@ -28,6 +28,7 @@ PROGRAMS = {
     "tools.settings",
     "tools.site",
     "tools.tree",
+    "tools.tutorial",
     "trainer.plan.collectives",
     "trainer.slurm.rank",
     "trainer.supervise.agent",
