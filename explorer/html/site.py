@@ -30,6 +30,14 @@ class NavItem(NamedTuple):
     path: str
 
 
+class Question(NamedTuple):
+    """What a person wants to know, the address of the page that answers it, and what that page has."""
+
+    words: str
+    path: str
+    answer: str
+
+
 @dataclass
 class Site:
     """What every page is made with. `frozen`: pages are being exported as files, so that nothing on them may ask a
@@ -38,6 +46,7 @@ class Site:
     places: Places
     frozen: bool = False
     nav: list[NavItem] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
     linked: list[str] = field(default_factory=lambda: ["/"])
     """Of a frozen site: the addresses that its pages have named so far, each once."""
     most_files: int | None = None

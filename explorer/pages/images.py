@@ -25,7 +25,7 @@ from explorer.data.store.opened import name_of, open_snapshot
 from explorer.data.vectors import VisualVectors, visual_vectors
 from explorer.errors import ExplorerError, NotHereError
 from explorer.html.asked import Paging, whole, whole_in
-from explorer.html.site import NavItem, Site
+from explorer.html.site import NavItem, Question, Site
 from explorer.html.upload import read_upload
 from explorer.pages.kind import PageKind
 from featurestore.errors import UserError
@@ -64,6 +64,17 @@ class ImagePages(PageKind):
     def nav(self) -> NavItem | None:
         """Search and browsing."""
         return NavItem("Images", "/images") if self.site.places.store is not None else None
+
+    @property
+    def questions(self) -> Sequence[Question]:
+        """List what is asked most."""
+        return [
+            Question(
+                "What is an image similar to?",
+                "/images",
+                "Search, then its neighbours by features, by what a run has learned, and by semantic IDs.",
+            ),
+        ]
 
     def routes(self) -> Sequence[Route]:
         """List search, one image, and neighbours of a picture that is sent."""

@@ -15,7 +15,7 @@ from explorer.data.impressions.names import PictureNames
 from explorer.data.impressions.opened import AskableRun, OpenedRun, TrainedRuns
 from explorer.data.impressions.words import name_of, percent, points, sentence, weighing
 from explorer.errors import ExplorerError, NotHereError
-from explorer.html.site import NavItem, Site, pages_of
+from explorer.html.site import NavItem, Question, Site, pages_of
 from explorer.pages.kind import PageKind
 from featurestore.errors import SnapshotNotFoundError, UserError
 from featurestore.keys import key_of_uri
@@ -56,6 +56,17 @@ class ImpressionPages(PageKind):
     def nav(self) -> NavItem | None:
         """Impressions are shown by runs."""
         return NavItem("Impressions", LIST) if self.site.places.runs is not None else None
+
+    @property
+    def questions(self) -> Sequence[Question]:
+        """List what is asked most."""
+        return [
+            Question(
+                "Why did this ad get this score?",
+                "/impressions",
+                "A user with the pictures of the history, the ads with and without images, and with another picture.",
+            ),
+        ]
 
     def routes(self) -> Sequence[Route]:
         """List and groups, each as a page and as the part of it that takes long."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from starlette.routing import Route
 
-from explorer.html.site import NavItem, Site
+from explorer.html.site import NavItem, Question, Site
 
 
 class PageKind(ABC):
@@ -18,6 +18,11 @@ class PageKind(ABC):
     @abstractmethod
     def nav(self) -> NavItem | None:
         """The entry of the navigation; None where the places that these pages show are not given."""
+
+    @property
+    def questions(self) -> Sequence[Question]:
+        """List what these pages answer, for the first page; asked only of kinds whose places are given."""
+        return ()
 
     @abstractmethod
     def routes(self) -> Sequence[Route]:

@@ -18,7 +18,7 @@ from explorer.data.runs.folders import METRICS, RunFacts, list_runs, open_run, r
 from explorer.data.runs.settings import IMAGES, SettingRow, differing, image_groups
 from explorer.errors import ExplorerError
 from explorer.html import runcharts
-from explorer.html.site import NavItem, Site
+from explorer.html.site import NavItem, Question, Site
 from explorer.pages.kind import PageKind
 from featurestore.errors import StorageError, UserError
 from featurestore.published.paths import RunPath
@@ -47,6 +47,20 @@ class RunPages(PageKind):
     def nav(self) -> NavItem | None:
         """Where runs are given."""
         return NavItem("Runs", "/runs") if self.site.places.runs is not None else None
+
+    @property
+    def questions(self) -> Sequence[Question]:
+        """List what is asked most."""
+        return [
+            Question(
+                "What are the images worth?",
+                "/worth",
+                "Runs side by side whose images alone differ, and whether their difference is chance.",
+            ),
+            Question(
+                "How is the training going?", "/runs", "All runs, their curves and settings; two to six side by side."
+            ),
+        ]
 
     def routes(self) -> Sequence[Route]:
         """List, comparison, one run; parts have addresses of their own, so that a run may have any name."""

@@ -18,7 +18,7 @@ from explorer.data.store.shards import shard_lines
 from explorer.data.store.statistics import StoreNumbers, histogram, put_together, store_numbers
 from explorer.data.store.timeline import Timeline
 from explorer.html.asked import Paging, choice, day, whole, whole_in
-from explorer.html.site import NavItem, Site
+from explorer.html.site import NavItem, Question, Site
 from explorer.pages.kind import PageKind
 from featurestore import log
 from featurestore.errors import UserError
@@ -54,6 +54,22 @@ class StorePages(PageKind):
     def nav(self) -> NavItem | None:
         """The store's first page."""
         return NavItem("Store", "/store") if self.site.places.store is not None else None
+
+    @property
+    def questions(self) -> Sequence[Question]:
+        """List what is asked most."""
+        return [
+            Question(
+                "Which images arrived since yesterday?",
+                "/store/arrived",
+                "What came, changed and went in all commits of a day, or of any time.",
+            ),
+            Question(
+                "Which images are broken?",
+                "/store/broken",
+                "Those that could not be read or decoded: why, since when, and the file.",
+            ),
+        ]
 
     def routes(self) -> Sequence[Route]:
         """List a page for each question."""

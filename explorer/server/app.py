@@ -47,6 +47,7 @@ def application(site: Site) -> Starlette:
     """Make the application of a site."""
     kinds = [kind(site) for kind in KINDS]
     site.nav = [item for kind in kinds if (item := kind.nav) is not None]
+    site.questions = [question for kind in kinds if kind.nav is not None for question in kind.questions]
     routes: list[BaseRoute] = [route for kind in kinds for route in kind.routes()]
     routes.append(Route("/static/{name}", static))
 
