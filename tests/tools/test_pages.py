@@ -184,7 +184,7 @@ def test_messages_of_the_page_of_errors_are_those_of_the_code() -> None:
     quoted = [each for row, _ in rows for each in re.findall('"([^"]+)"', row)]
     files = [
         path
-        for part in ("featurestore", "trainer", "pipeline", "serving", "jobs")
+        for part in ("featurestore", "trainer", "pipeline", "serving", "explorer", "jobs")
         for path in (ROOT / part).rglob("*.py")
     ]
     texts = [text for path in files for text in texts_of(path)]
