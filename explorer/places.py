@@ -22,6 +22,12 @@ class Places:
     """Folder or address of the pictures, below which a store's uris are."""
     model: str | None = None
     """Folder or address of a published model."""
+    scorer: str | None = None
+    """Address of a running scorer of that model, http:// or https://; by default the explorer starts its own."""
+    scorer_token_file: Path | None = None
+    """File whose first line is the token for it."""
+    scorer_ca: Path | None = None
+    """Certificates to trust for it."""
 
     def check(self) -> None:
         """Look whether the places are there, before a server listens. Raises ExplorerError, FeatureStoreError."""
@@ -33,11 +39,31 @@ class Places:
             raise ExplorerError(f"--runs {self.runs}: there is no such folder; runs are made by python -m trainer.main")
         if self.images is not None and "://" not in self.images and not Path(self.images).is_dir():
             raise ExplorerError(f"--images {self.images}: there is no such folder; name the folder of your images")
+        self._check_scorer()
         if self.model is not None:
             from featurestore.storage.storage import Storage
             from serving.bundle.log import read_version
 
             read_version(Storage(self.model))
+
+    def _check_scorer(self) -> None:
+        """Raise ExplorerError, TokenFileError, ServerSettingsError."""
+        if self.scorer is None:
+            if self.scorer_token_file is not None or self.scorer_ca is not None:
+                raise ExplorerError("--scorer-token-file and --scorer-ca are for a running scorer: name it by --scorer")
+            return
+        if self.model is None:
+            raise ExplorerError(f"--scorer {self.scorer} needs the model that it serves: name it by --model")
+        if not self.scorer.startswith(("http://", "https://")):
+            raise ExplorerError(f"--scorer {self.scorer} is no address of a server: http://HOST:PORT or https://…")
+        if self.scorer_token_file is not None:
+            from featurestore.console.tokens import read_tokens
+
+            read_tokens(self.scorer_token_file)
+        if self.scorer_ca is not None:
+            from serving.scoring.samples import trusted
+
+            trusted(self.scorer_ca)
 
     def run(self, name: str) -> RunPath:
         """Give the folder of a run by its name. Raises ExplorerError where the name is a path."""

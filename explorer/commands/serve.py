@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from explorer.commands.options import Images, Model, Runs, Samples, Store
+from explorer.commands.options import Images, Model, Runs, Samples, Scorer, ScorerCa, ScorerTokenFile, Store
 from featurestore.console.commandline import CommandApp
 
 app = CommandApp()
@@ -25,6 +25,9 @@ def serve(
     samples: Samples = None,
     images: Images = None,
     model: Model = None,
+    scorer: Scorer = None,
+    scorer_token_file: ScorerTokenFile = None,
+    scorer_ca: ScorerCa = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8090,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain of the server, PEM.")] = None,
@@ -38,7 +41,16 @@ def serve(
     from explorer.server.serve import serve as listen_and_answer
     from serving.http.settings import AccessSettings
 
-    places = Places(store=store, runs=runs, samples=samples, images=images, model=model)
+    places = Places(
+        store=store,
+        runs=runs,
+        samples=samples,
+        images=images,
+        model=model,
+        scorer=scorer,
+        scorer_token_file=scorer_token_file,
+        scorer_ca=scorer_ca,
+    )
     places.check()
     listen_and_answer(
         AccessSettings(host=host, port=port, tls_cert=tls_cert, tls_key=tls_key, token_file=token_file, drain_s=5),

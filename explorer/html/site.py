@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
 from explorer.data.background import Background
+from explorer.data.impressions.opened import TrainedRuns
 from explorer.data.pictures import Pictures
 from explorer.html.filters import FILTERS
 from explorer.html.links import LEFT_OUT, PICTURE, Param, address, file_of, relative
@@ -71,6 +72,11 @@ class Site:
         background: Background | None = self.__dict__.pop("background", None)
         if background is not None:
             background.close()
+
+    @cached_property
+    def trained_runs(self) -> TrainedRuns:
+        """The runs that are open to be asked; pages share them. Impressions' pages close them."""
+        return TrainedRuns(self.places)
 
     @cached_property
     def templates(self) -> jinja2.Environment:

@@ -1,5 +1,6 @@
 """Impressions: a list to choose from, and for each sample group why its ads got their scores."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from explorer.data.impressions.explained import Explanation, OtherPicture, expla
 from explorer.data.impressions.groups import PictureName, SampleGroup
 from explorer.data.impressions.listed import CLICKED, ORDERS, Clicked, Order, score_user, scored_of
 from explorer.data.impressions.names import PictureNames
-from explorer.data.impressions.opened import AskableRun, OpenedRun, TrainedRuns
+from explorer.data.impressions.opened import AskableRun, At, OpenedRun
 from explorer.data.impressions.words import name_of, percent, points, sentence, weighing
 from explorer.errors import ExplorerError, NotHereError
 from explorer.html.site import NavItem, Question, Site, pages_of
@@ -46,10 +47,9 @@ class ListQuestion:
 class ImpressionPages(PageKind):
     """The pages below /impressions."""
 
-    def __init__(self, site: Site, runs: TrainedRuns | None = None) -> None:
-        """`runs`: those that are open already, shared with other pages."""
+    def __init__(self, site: Site) -> None:
         super().__init__(site)
-        self.runs = runs or TrainedRuns(site.places)
+        self.runs = site.trained_runs
         self.names = PictureNames(site.places.store)
 
     @property
@@ -105,12 +105,12 @@ class ImpressionPages(PageKind):
     def group(self, request: Request) -> Response:
         """Show one sample group, or where its run is not open yet the page that fetches it."""
         run, number = request.path_params["run"], self._number(request)
-        newest = request.query_params.get("snapshot") == "newest"
-        now = self.site.frozen or "now" in request.query_params or self.runs.is_open(run, newest=newest)
+        at = _snapshot(request)
+        now = self.site.frozen or "now" in request.query_params or self.runs.is_open(run, at)
         try:
-            context = self._explained(request, run, number, newest) if now else {}
+            context = self._explained(request, run, number, at) if now else {}
         except UserError as error:
-            if newest or not isinstance(error.__cause__, SnapshotNotFoundError):
+            if at == "newest" or not isinstance(error.__cause__, SnapshotNotFoundError):
                 raise
             now, context = True, {"problem": one_line(error)}
         params = dict(request.query_params)
@@ -122,11 +122,11 @@ class ImpressionPages(PageKind):
     def group_part(self, request: Request) -> Response:
         """Give what the page of a group shows."""
         run, number = request.path_params["run"], self._number(request)
-        newest = request.query_params.get("snapshot") == "newest"
+        at = _snapshot(request)
 
         def shown() -> dict[str, Any]:
             params = dict(request.query_params)
-            return {"run": run, "number": number, "params": params, **self._explained(request, run, number, newest)}
+            return {"run": run, "number": number, "params": params, **self._explained(request, run, number, at)}
 
         return self._part(request, "impressions/group-part.html", shown)
 
@@ -178,10 +178,10 @@ class ImpressionPages(PageKind):
                 "points": points,
             }
 
-    def _explained(self, request: Request, run: str, number: int, newest: bool) -> dict[str, Any]:
+    def _explained(self, request: Request, run: str, number: int, at: At) -> dict[str, Any]:
         ad = _place(request.query_params.get("ad"))
         typed = request.query_params.get("picture", "").strip()[:_MOST_TYPED]
-        with self.runs.use(run, newest=newest) as opened:
+        with self.runs.use(run, at) as opened:
             ids = self._ids_run(opened)
             if ids is None:
                 explanation = explain(opened, number, ad)
@@ -213,6 +213,7 @@ class ImpressionPages(PageKind):
                 "best": best[:_SHOWN_BEST],
                 "worst": best[max(_SHOWN_BEST, len(best) - _SHOWN_WORST) :],
                 "num_drawn": len(drawn),
+                "served": self._is_served(run),
                 "rank_of_own": 1 + sum(each.score.logit > explanation.chosen.score.logit for each in drawn),
             }
 
@@ -244,6 +245,17 @@ class ImpressionPages(PageKind):
         same = [each for each in others if each.base == opened.trained.config.model.base]
         return next((each.name for each in (*same, *others)), None)
 
+    def _is_served(self, run: str) -> bool:
+        """Tell whether the model's version in use was made of this run."""
+        from featurestore.storage.storage import Storage
+        from serving.bundle.log import read_version
+
+        if self.site.places.model is None or self.site.frozen:
+            return False
+        with contextlib.suppress(UserError):
+            return read_version(Storage(self.site.places.model)).run.rstrip("/").rpartition("/")[2] == run
+        return False
+
     def _names(self, opened: OpenedRun, pictures: Sequence[PictureName]) -> dict[int, str]:
         field = next(opened.schema.of_kind("content"), None)
         return self.names.of(opened, field.store_name, pictures) if field else {}
@@ -259,6 +271,10 @@ def default_run(runs: Sequence[AskableRun]) -> str:
     """Choose the run that is shown first: one that sees all images, else some, else none."""
     order = {"both": 0, "behavior": 1, "ad": 1, "none": 2}
     return min(runs, key=lambda each: order[each.images]).name
+
+
+def _snapshot(request: Request) -> At:
+    return "newest" if request.query_params.get("snapshot") == "newest" else "trained"
 
 
 def _place(text: str | None) -> int | None:

@@ -23,13 +23,22 @@ from explorer.pages.impressions import ImpressionPages
 from explorer.pages.kind import PageKind
 from explorer.pages.pictures import PicturePages
 from explorer.pages.runs import RunPages
+from explorer.pages.scorer import ScorerPages
 from explorer.pages.store import StorePages
 from featurestore.errors import UserError
 from featurestore.text.plain import one_line
 
 logger = logging.getLogger("explorer")
 
-KINDS: tuple[type[PageKind], ...] = (HomePages, StorePages, ImagePages, PicturePages, RunPages, ImpressionPages)
+KINDS: tuple[type[PageKind], ...] = (
+    HomePages,
+    StorePages,
+    ImagePages,
+    PicturePages,
+    RunPages,
+    ImpressionPages,
+    ScorerPages,
+)
 """All kinds of pages, in the order of the navigation."""
 _POLICY = (
     "default-src 'none'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; script-src 'self'; "

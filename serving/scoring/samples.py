@@ -85,19 +85,28 @@ class RemoteScorer:
 
     def score(self, table: pa.Table) -> list[NDArray[np.float32]]:
         """Return the logits of each row of a table. Raises ServingError where the server does not answer."""
+        logits: Any = self.ask(table)["logit"].combine_chunks()
+        return [np.asarray(row.values.to_numpy(), np.float32) for row in logits]
+
+    def ask(self, table: pa.Table) -> pa.Table:
+        """Return the whole answer, a row for each row of a table: score, logit, and what was unknown and missing.
+
+        Raises ServingError where the server does not answer."""
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
-        answer = pa.ipc.open_stream(self._post(sink.getvalue().to_pybytes())).read_all()
+        answer = pa.ipc.open_stream(self.read("/v1/score", sink.getvalue().to_pybytes())).read_all()
         self.version = int((answer.schema.metadata or {})[b"version"])
-        logits: Any = answer["logit"].combine_chunks()
-        return [np.asarray(row.values.to_numpy(), np.float32) for row in logits]
+        return answer
 
-    def _post(self, body: bytes) -> bytes:
-        headers = {"Content-Type": _ARROW} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
+    def read(self, path: str, body: bytes | None = None, timeout_s: float = _TIMEOUT_S) -> bytes:
+        """Return the answer of an address of the server, to an Arrow body where there is one. Raises ServingError."""
+        headers = ({"Content-Type": _ARROW} if body is not None else {}) | (
+            {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        )
         try:
-            request = urllib.request.Request(f"{self.url.rstrip('/')}/v1/score", body, headers)
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=self.context) as response:
+            request = urllib.request.Request(f"{self.url.rstrip('/')}{path}", body, headers)
+            with urllib.request.urlopen(request, timeout=timeout_s, context=self.context) as response:
                 answer: bytes = response.read()
                 return answer
         except urllib.error.HTTPError as failure:

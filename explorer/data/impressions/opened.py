@@ -34,6 +34,10 @@ Logits = NDArray[np.float64]
 _MOST_OPEN, _MOST_NAMES, _MOST_KEPT = 2, 500, 8
 
 
+At = int | Literal["trained", "newest"]
+"""A snapshot of a run's (first) feature store: by number, that of the training, or the newest."""
+
+
 @dataclass(frozen=True)
 class AskableRun:
     """A run with a checkpoint, and the settings of it that pages tell."""
@@ -58,8 +62,8 @@ class OpenedRun:
     """Of the checkpoint."""
     trained: "TrainedRun"
     index: "SampleIndex"
-    is_newest: bool
-    """Images are looked up in the newest snapshot, in the place of the one of the training."""
+    at: "At"
+    """The snapshot that images are looked up in."""
     kept: dict[str, Any] = field(default_factory=dict)
     """What was computed of it; kept also when it is closed for another one."""
 
@@ -124,9 +128,9 @@ class TrainedRuns:
 
     def __init__(self, places: Places) -> None:
         self._places, self._lock = places, RLock()
-        self._opened: OrderedDict[tuple[str, bool], OpenedRun] = OrderedDict()
+        self._opened: OrderedDict[tuple[str, At], OpenedRun] = OrderedDict()
         self._described: dict[tuple[str, bytes], AskableRun] = {}
-        self._kept: OrderedDict[tuple[str, bool, str, str], dict[str, Any]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, At, str, str], dict[str, Any]] = OrderedDict()
 
     def names(self) -> Sequence[AskableRun]:
         """List the runs with a checkpoint, by name; what is no run, or cannot be read, is left out."""
@@ -151,39 +155,39 @@ class TrainedRuns:
             self._described[name] = AskableRun(folder.name, model.images, model.base, model.pooling)
         return self._described[name]
 
-    def is_open(self, name: str, *, newest: bool = False) -> bool:
+    def is_open(self, name: str, at: At = "trained") -> bool:
         """Tell whether a run can be asked without waiting for it to open."""
-        return (name, newest) in self._opened
+        return (name, at) in self._opened
 
     def is_listed(self, name: str) -> bool:
         """Tell whether a run's impressions have been scored."""
-        opened = self._opened.get((name, False))
+        opened = self._opened.get((name, "trained"))
         return opened is not None and "scored" in opened.kept
 
     @contextlib.contextmanager
-    def use(self, name: str, *, newest: bool = False) -> Iterator[OpenedRun]:
+    def use(self, name: str, at: At = "trained") -> Iterator[OpenedRun]:
         """Open a run, or take it as it is open, for this thread alone until the end of the block.
 
-        A run with a newer checkpoint is opened anew. `newest`: look images up in the newest snapshot. Raises
-        NotHereError for what is no run, TrainerError, FeatureStoreError.
+        A run with a newer checkpoint is opened anew. Raises NotHereError for what is no run, TrainerError,
+        FeatureStoreError.
         """
         folder = self._places.run(name)
         with self._lock:
             digest = _digest_of(folder, name)
-            opened = self._opened.get((name, newest))
+            opened = self._opened.get((name, at))
             if opened is not None and opened.digest != digest:
-                self._forget(name, newest)
+                self._forget(name, at)
                 opened = None
             if opened is None:
-                opened = self._open(folder, name, newest)
-                self._opened[name, newest] = opened
+                opened = self._open(folder, name, at)
+                self._opened[name, at] = opened
                 while len(self._opened) > _MOST_OPEN:
                     self._opened.popitem(last=False)[1].close()
-            self._opened.move_to_end((name, newest))
+            self._opened.move_to_end((name, at))
             try:
                 yield opened
             except DataError:  # perhaps the samples have changed: the next one opens it anew
-                self._forget(name, newest)
+                self._forget(name, at)
                 self._kept.clear()
                 raise
 
@@ -193,11 +197,11 @@ class TrainedRuns:
             while self._opened:
                 self._opened.popitem()[1].close()
 
-    def _forget(self, name: str, newest: bool) -> None:
-        if (opened := self._opened.pop((name, newest), None)) is not None:
+    def _forget(self, name: str, at: At) -> None:
+        if (opened := self._opened.pop((name, at), None)) is not None:
             opened.close()
 
-    def _open(self, folder: RunPath, name: str, newest: bool) -> OpenedRun:
+    def _open(self, folder: RunPath, name: str, at: At) -> OpenedRun:
         from trainer.comm import SoloComm
         from trainer.runs.saved import open_test, open_trained
 
@@ -206,7 +210,8 @@ class TrainedRuns:
             folder,
             comm,
             samples=self._places.samples,
-            as_trained=not newest,
+            as_trained=at == "trained",
+            store_version=at if isinstance(at, int) else None,
             store=self._store_of(folder),
             device="cpu",
         )
@@ -216,10 +221,10 @@ class TrainedRuns:
             trained.close()
             raise
         digest = trained.saved.digest
-        kept = self._kept.setdefault((name, newest, digest, index.layout_digest), {})
+        kept = self._kept.setdefault((name, at, digest, index.layout_digest), {})
         while len(self._kept) > _MOST_KEPT:
             self._kept.popitem(last=False)
-        return OpenedRun(name, digest, trained, index, newest, kept)
+        return OpenedRun(name, digest, trained, index, at, kept)
 
     def _store_of(self, folder: RunPath) -> str | None:
         """Where the run's store is now: None where it was in training, else the store that is shown."""
