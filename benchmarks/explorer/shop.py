@@ -73,7 +73,7 @@ def _fill(place: Path, images: int, dim: int, progress: Progress) -> None:
     draw = np.random.default_rng(0)
 
     def put(numbers_N: np.ndarray, operation: str) -> None:
-        seeds_N = np.where(draw.random(len(numbers_N)) < EQUAL_SHARE, 0, draw.integers(1, 1 << 62, len(numbers_N)))
+        seeds_N = np.where(draw.random(len(numbers_N)) < EQUAL_SHARE, 1, draw.integers(2, 1 << 62, len(numbers_N)))
         rows = FeatureRows.of(
             [name_of(number) for number in numbers_N.tolist()],
             np.maximum(draw.standard_normal((len(numbers_N), dim), dtype=np.float32), 0),

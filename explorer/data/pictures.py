@@ -81,11 +81,13 @@ class Pictures:
         """
         if self.place is None or not uri or "\0" in uri:
             raise BadImageError(_MISSING)
-        if "://" in self.place:
-            if uri.startswith("/") or posixpath.normpath(uri) != uri or uri.startswith("..") or "::" in uri:
+        place = self.place.removeprefix("file://")
+        if "://" in place:
+            below = uri.removeprefix(f"{place.rstrip('/')}/")  # a table of images may have whole addresses
+            if below.startswith(("/", "../")) or posixpath.normpath(below) != below or below == "..":
                 raise BadImageError(_REFUSED)
-            return f"{self.place.rstrip('/')}/{uri}", int(time.monotonic() / _FAR_HOLDS_S)
-        root = Path(self.place).resolve()
+            return f"{place.rstrip('/')}/{below}", int(time.monotonic() / _FAR_HOLDS_S)
+        root, uri = Path(place).resolve(), uri.removeprefix("file://")
         try:
             file = (root / uri).resolve(strict=True)
             found = file.stat()

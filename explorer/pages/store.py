@@ -288,18 +288,21 @@ class StorePages(PageKind):
     def _line_figure(self, lines: Sequence[Any]) -> dict[str, Any]:
         """Draw snapshots by time: rows in files; a click leads to the snapshot. For templates, which may make links."""
         there = [line for line in reversed(lines) if line.time_s is not None]
+        names = [", ".join(line.pins) for line in there]
         return {
             "links": True,
             "data": [
                 {
                     "type": "scatter",
-                    "mode": "lines+markers",
+                    "mode": "lines+markers+text",
                     "line": {"shape": "hv"},
                     "marker": {"size": 10},
                     "x": [_time_text(line.time_s) for line in there],
                     "y": [line.file_rows for line in there],
-                    "text": [f"{line.version}: {line.operation}" for line in there],
-                    "hovertemplate": "%{text}<br>%{x}<br>%{y:,} rows<extra></extra>",
+                    "text": names,
+                    "textposition": "top center",
+                    "hovertext": [f"{line.version}: {line.operation}" for line in there],
+                    "hovertemplate": "%{hovertext}<br>%{x}<br>%{y:,} rows<extra></extra>",
                     "customdata": [self.site.url(f"/store/snapshots/{line.version}") for line in there],
                 }
             ],

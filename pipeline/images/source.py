@@ -107,8 +107,12 @@ def _read(location: str, most_bytes: int | None) -> bytes:
     fs, path = _open_fs(location)
     if isinstance(fs, LocalFileSystem):
         return read_regular(path, most_bytes)
-    data: bytes = fs.cat_file(path) if most_bytes is None else fs.cat_file(path, 0, most_bytes)
-    return data
+    if most_bytes is None:
+        whole: bytes = fs.cat_file(path)
+        return whole
+    with fs.open(path, "rb", cache_type="none") as file:  # s3fs's cat_file takes a start of 0 for the end of the file
+        first: bytes = file.read(most_bytes)
+    return first
 
 
 def _open_fs(address: str) -> tuple[Any, str]:

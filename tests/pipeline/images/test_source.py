@@ -222,6 +222,16 @@ def test_the_first_bytes_of_an_image_are_read_without_the_rest(folder):
     assert read_image("memory://first-bytes/a.jpg", 100) == b"a/1.jpeg"
 
 
+def test_the_first_bytes_of_an_object_are_read_whatever_its_size(s3_url):
+    files = fsspec.filesystem("s3")
+    for name, data in (("some", b"12345"), ("empty", b"")):
+        files.pipe_file(f"{s3_url}/{name}.jpg", data)
+        for most in (1, 3, 5, 100, 10_000_000):
+            assert read_image(f"{s3_url}/{name}.jpg", most) == data[:most]
+    with pytest.raises(BadImageError, match="no such file"):
+        read_image(f"{s3_url}/none.jpg", 3)
+
+
 def test_s3(s3_endpoint):
     fs = fsspec.filesystem("s3", use_listings_cache=False)
     fs.call_s3("create_bucket", Bucket="photos")

@@ -1,0 +1,179 @@
+"""Small pictures: never from outside their place, within their memory, anew when the file is, grey where one lacks."""
+
+import io
+import os
+import threading
+import time
+
+import fsspec
+import pytest
+import xxhash
+from PIL import Image
+
+from explorer.data import pictures as module
+from explorer.data.pictures import SIZES, Pictures, placeholder
+from tests.explorer.world import draw
+from tests.pipeline.conftest import draw_photo, encode_image
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "images"
+    draw(folder, "a/1.jpg", 1)
+    draw(folder, "b.png", 2)
+    draw(tmp_path, "outside.jpg", 3)
+    return folder
+
+
+def size_of(picture):
+    return Image.open(io.BytesIO(picture.jpeg)).size
+
+
+@pytest.mark.parametrize(("asked", "given"), [(-1, 96), (0, 96), (96, 96), (97, 160), (500, 800), (10**9, 800)])
+def test_sizes_are_rounded_up_to_few(folder, asked, given):
+    (folder / "large.jpg").write_bytes(encode_image(draw_photo(5, 1600, 400)))
+    assert size_of(Pictures(str(folder)).get("large.jpg", asked)) == (given, given // 4)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "../outside.jpg",
+        "a/../../outside.jpg",
+        "/etc/passwd",
+        "link.jpg",
+        "linked/outside.jpg",
+        "file:///etc/passwd",
+        "a/1.jpg\0",
+        "\ud800.jpg",
+        "n" * 5000,
+        "a" + "/a" * 3000,
+        "..",
+        ".",
+        "a",
+        "",
+        "loop",
+        "pipe",
+        "~root/x.jpg",
+        "http://127.0.0.1/x.jpg",
+    ],
+)
+def test_nothing_but_a_picture_below_the_place_is_given(folder, tmp_path, uri):
+    (folder / "link.jpg").symlink_to(tmp_path / "outside.jpg")
+    (folder / "linked").symlink_to(tmp_path)
+    (folder / "loop").symlink_to(folder / "loop")
+    os.mkfifo(folder / "pipe")
+    pictures = Pictures(str(folder))
+    found = pictures.get(uri, 96)
+    assert found.problem in ("no picture", "refused", "broken")
+    assert size_of(found) == (96, 96)
+    assert pictures.look(uri) == (None, b"")
+    assert pictures.digest(uri) is None
+
+
+@pytest.mark.parametrize("uri", ["a/1.jpg", "./a/1.jpg", "a//1.jpg", "a/../b.png", "inside.jpg"])
+def test_what_leads_below_the_place_is_given_however_it_is_written(folder, uri):
+    (folder / "inside.jpg").symlink_to(folder / "a" / "1.jpg")
+    assert Pictures(str(folder)).get(uri, 96).problem == ""
+
+
+def test_whole_addresses_below_the_place_are_given(folder):
+    for place in (str(folder), f"file://{folder}"):
+        for uri in (str(folder / "a/1.jpg"), f"file://{folder}/a/1.jpg", "a/1.jpg"):
+            assert Pictures(place).get(uri, 96).problem == ""
+
+
+def test_a_place_on_an_object_store_gives_what_is_below_it():
+    files = fsspec.filesystem("memory")
+    data = encode_image(draw_photo(1))
+    files.pipe_file("/pictures-of-test/a/1.jpg", data)
+    files.pipe_file("/other-of-test/2.jpg", data)
+    pictures = Pictures("memory://pictures-of-test")
+    assert pictures.get("a/1.jpg", 96).problem == ""
+    assert pictures.get("memory://pictures-of-test/a/1.jpg", 96).problem == ""
+    assert pictures.look("a/1.jpg") == (None, data[:32])
+    assert pictures.digest("a/1.jpg") == xxhash.xxh3_128_hexdigest(data)
+    refused = "../other-of-test/2.jpg", "/other-of-test/2.jpg", "a/../1.jpg", "..", "memory://other-of-test/2.jpg"
+    assert all(pictures.get(uri, 96).problem == "refused" for uri in refused)
+    assert pictures.get("a/none.jpg", 96).problem == "no picture"
+
+
+def test_a_far_picture_is_read_once_a_minute(monkeypatch):
+    fsspec.filesystem("memory").pipe_file("/minute-of-test/1.jpg", encode_image(draw_photo(1)))
+    reads, real = [], module.read_image
+    monkeypatch.setattr(module, "read_image", lambda *args: reads.append(args) or real(*args))
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    pictures = Pictures("memory://minute-of-test")
+    for now[0] in (0, 30, 59, 61, 100):
+        pictures.get("1.jpg", 96)
+    assert len(reads) == 2
+
+
+def test_a_file_that_is_replaced_gives_the_new_picture(folder):
+    pictures = Pictures(str(folder))
+    before = pictures.get("b.png", 96).jpeg
+    assert pictures.get("b.png", 96).jpeg is before
+    draw(folder, "b.png", 99)
+    assert pictures.get("b.png", 96).jpeg != before
+    (folder / "b.png").write_bytes(b"no picture")
+    assert pictures.get("b.png", 96).problem == "broken"
+    (folder / "b.png").unlink()
+    assert pictures.get("b.png", 96).problem == "no picture"
+
+
+def test_memory_has_a_limit_and_what_was_used_last_stays(folder, monkeypatch):
+    monkeypatch.setattr(module, "CACHE_BYTES", 20_000)
+    for number in range(40):
+        draw(folder, f"{number}.jpg", number)
+    pictures = Pictures(str(folder))
+    often = pictures.get("0.jpg", 96).jpeg
+    for number in range(40):
+        pictures.get(f"{number}.jpg", 96)
+        assert pictures.get("0.jpg", 96).jpeg is often
+        assert pictures._kept_bytes == sum(len(each.jpeg) for each in pictures._kept.values()) <= 20_000
+    assert 1 < len(pictures._kept) < 40
+
+
+def test_a_file_that_is_too_large_is_not_read(folder, monkeypatch):
+    monkeypatch.setattr(module, "MAX_FILE_BYTES", 100)
+    assert Pictures(str(folder)).get("a/1.jpg", 96).problem == "broken"
+    fsspec.filesystem("memory").pipe_file("/large-of-test/1.jpg", encode_image(draw_photo(1)))
+    assert Pictures("memory://large-of-test").get("1.jpg", 96).problem == "broken"
+
+
+def test_few_pictures_are_made_at_once_however_many_are_asked_for(folder, monkeypatch):
+    at_once, most, lock, real = [], [], threading.Lock(), module._made
+
+    def made(*args):
+        with lock:
+            at_once.append(1)
+            most.append(len(at_once))
+        time.sleep(0.01)
+        with lock:
+            at_once.pop()
+        return real(*args)
+
+    monkeypatch.setattr(module, "_made", made)
+    for number in range(12):
+        draw(folder, f"{number}.jpg", number)
+    pictures = Pictures(str(folder))
+    threads = [threading.Thread(target=pictures.get, args=(f"{number % 12}.jpg", 96)) for number in range(36)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == module._AT_ONCE
+    assert 12 <= len(most) <= 12 * module._AT_ONCE
+
+
+def test_without_a_place_every_picture_is_grey():
+    for size in SIZES:
+        assert Pictures(None).get("a.jpg", size) == placeholder("no picture", size)
+
+
+def test_what_a_file_begins_with_is_seen_of_broken_ones_too(folder):
+    (folder / "text.jpg").write_bytes(b"<script>" * 10)
+    assert Pictures(str(folder)).look("text.jpg") == (80, b"<script>" * 4)
+    (folder / "empty.jpg").touch()
+    assert Pictures(str(folder)).look("empty.jpg") == (0, b"")

@@ -1,0 +1,69 @@
+"""A store, its pictures and a table of addresses on an object store: the pages are those of a disk."""
+
+import fsspec
+import pytest
+
+from featurestore import key_of_uri
+from featurestore.upkeep.remake.reduce import reduce
+from tests.explorer.pages.reading import Reader
+from tests.explorer.stores import DIM, make_store, rows, storied
+from tests.pipeline.conftest import draw_photo, encode_image
+
+PAGES = ("/store", "/store/arrived", "/store/broken", "/store/duplicates", "/store/shards", "/store/numbers", "/images")
+
+
+def fill(url: str) -> None:
+    store = make_store(f"{url}/features")
+    store.put(rows(["a/1.jpg", "a/2.jpg", "none.jpg"], 1, [1, 1, 2]))
+    store.put(rows(["a/3.jpg"], 2, [3]))
+    files, root = fsspec.core.url_to_fs(url)
+    for number in (1, 2, 3):
+        files.pipe_file(f"{root}/images/a/{number}.jpg", encode_image(draw_photo(number)))
+
+
+def look_at_all(url: str) -> None:
+    reader = Reader(store=f"{url}/features", images=f"{url}/images")
+    texts = {path: reader.read(path) for path in PAGES}
+    assert "Images 4" in texts["/store"].text
+    assert {*texts["/store/duplicates"].uris()} == {"a/1.jpg", "a/2.jpg"}
+    assert {*texts["/store/arrived"].uris()} == {"a/1.jpg", "a/2.jpg", "a/3.jpg", "none.jpg"}
+    key = key_of_uri("a/3.jpg")
+    for part, words in (("rows", "put"), ("spaces", "among all 4 images")):
+        assert words in reader.client.get(f"/images/{key}", params={"wait": part}).text
+    given = reader.client.get("/picture", params={"uri": "a/3.jpg", "size": 96})
+    assert "x-picture-problem" not in given.headers
+    for uri, problem in (("none.jpg", "no picture"), ("../features/store.json", "refused")):
+        assert reader.client.get("/picture", params={"uri": uri}).headers["x-picture-problem"] == problem
+
+
+def test_on_s3(s3_url):
+    fill(s3_url)
+    look_at_all(s3_url)
+
+
+def test_on_any_place_that_fsspec_opens():
+    url = "memory://far-places-of-test"
+    fill(url)
+    look_at_all(url)
+
+
+@pytest.mark.parametrize("dims", [2, 5])
+def test_a_compact_store_says_so_and_compares_its_own_numbers(tmp_path, dims):
+    reduce(storied(tmp_path / "store"), tmp_path / "compact", dims)
+    reader = Reader(store=tmp_path / "compact")
+    assert f"{dims} of {DIM} numbers" in reader.read("/store").text
+    page = reader.client.get(f"/images/{key_of_uri('a/5.jpg')}", params={"wait": "spaces"})
+    assert f"features of {dims} of {DIM} numbers, exactly, among all 44 images" in page.text
+
+
+def test_uris_may_be_whole_addresses(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "1.jpg").write_bytes(encode_image(draw_photo(1)))
+    store = make_store(tmp_path / "store")
+    uri = f"{folder}/1.jpg"
+    store.put(rows([uri], 1))
+    reader = Reader(store=store.url, images=folder)
+    page = reader.read("/images")
+    assert page.uris() == [uri]
+    assert "x-picture-problem" not in reader.client.get(page.pictures[0]).headers
