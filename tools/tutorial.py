@@ -125,7 +125,7 @@ def as_svg(done: list[tuple[str, str]]) -> str:
         console.print(Text(f"$ {command.splitlines()[-1]}", style="bold green", overflow="fold"))
         lines = lines_of(printed)
         for line in lines[:MOST_LINES]:
-            console.print(Text(line), overflow="ellipsis", no_wrap=True)
+            console.print(Text(line, overflow="fold"))
         if len(lines) > MOST_LINES:
             console.print(Text("…"))
     # No font of the network: every reader's own will do, as each text has its length.
@@ -137,7 +137,7 @@ def as_svg(done: list[tuple[str, str]]) -> str:
 def lines_of(printed: str) -> list[str]:
     """Cut what a command printed into lines, without those that tell how far it is."""
     lines = [line.rstrip() for line in printed.splitlines()]
-    return [line for line in lines if not re.match(r"extracting: |dask-submit: |\[?.*step \d+/\d+  loss", line)]
+    return [line for line in lines if not re.match(r"\w+: [\d,]+ of [\d,]+$|dask-submit: |step \d+/\d+  loss", line)]
 
 
 def contact_sheet(folder: Path, columns: int = 12, rows: int = 4, side_px: int = 64) -> Image.Image:
