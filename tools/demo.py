@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SUBMIT = ["dask-submit", "-n", "1"]
 VARIANTS = {"none": "IDs only", "ad": "+ ad image", "behavior": "+ behaviour images", "both": "+ both"}
 METRICS = {"auc": "AUC", "gauc": "GAUC", "new_ad_auc": "AUC, new ads", "logloss": "log loss"}
+PAGES = 600
+"""Files of the exported pages at most."""
 EXAMPLES = """
 Examples:
 
@@ -138,6 +140,16 @@ def serve(place: Path) -> dict[str, float]:
     return figures
 
 
+def show_pages(place: Path, images: Path | None) -> list[str | Path]:
+    """Writes the explorer's pages into a folder, and returns the command that serves them."""
+    places: list[str | Path] = ["--store", place / "features", "--runs", place / "runs", "--samples", place / "samples"]
+    places += ["--images", images or place / "images"]
+    explorer: list[str | Path] = [sys.executable, "-m", "explorer"]
+    export = [*explorer, "export", place / "pages", *places, "--most-files", str(PAGES)]
+    run_step("Pages: the store, its images, the runs and their scores, as files", export)
+    return ["python", *explorer[1:], *places, "--model", place / "models/ctr"]
+
+
 def summarise(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The report of the demo: the metrics of each variant, and the exchange's figures of the run with both images."""
     summary: dict[str, Any] = {
@@ -185,7 +197,12 @@ def main(
     show(summary)
     report = place / "report.json"
     write_json(report, summary | {"serving": serve(place)})
-    console.print(f"written to {report}; {(time.monotonic() - started) / 60:.1f} minutes in all")
+    explorer = show_pages(place, images)
+    console.print(
+        f"written to {report}; {(time.monotonic() - started) / 60:.1f} minutes in all\n\n"
+        f"look at it: open {place / 'pages/index.html'}, or with searches, uploads and the scorer:"
+    )
+    console.print(f"$ {shlex.join(map(str, explorer))}", style="cyan", soft_wrap=True)
 
 
 app = CommandApp(rich_markup_mode="markdown")
