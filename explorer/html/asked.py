@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from starlette.requests import Request
 
 from explorer.errors import ExplorerError
+from featurestore.published.channels import VersionName, version_name
 
 LARGEST = (1 << 63) - 1
 
@@ -40,6 +41,20 @@ def whole_in(text: str, name: str, *, least: int = 0) -> int:
     if not (digits.isascii() and digits.isdigit() and len(digits) <= 19 and least <= int(text) <= LARGEST):
         raise ExplorerError(f"{name} {text[:40]!r} is no whole number from {least:,} on")
     return int(text)
+
+
+def snapshot(request: Request) -> VersionName | None:
+    """Read the version of a snapshot, or a channel that points to one; None where the newest is asked for.
+
+    Raises ExplorerError.
+    """
+    text = request.query_params.get("version", "")
+    if not text or text[:1].isdigit() or text[:1] in "+-":
+        return whole(request, "version")
+    try:
+        return version_name(text)
+    except ValueError:
+        raise ExplorerError(f"version {text[:40]!r} is no whole number from 0 on, and no name of a channel") from None
 
 
 def choice(request: Request, name: str, choices: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ from explorer.data.store.opened import name_of, open_snapshot
 from explorer.data.vectors import VisualVectors, visual_vectors
 from explorer.errors import ExplorerError, NotHereError
 from explorer.html.asked import Paging, whole, whole_in
+from explorer.html.asked import snapshot as asked_snapshot
 from explorer.html.site import NavItem, Question, Site
 from explorer.html.upload import read_upload
 from explorer.pages.kind import PageKind
@@ -282,10 +283,10 @@ class ImagePages(PageKind):
     def _open(self, request: Request) -> tuple[FeatureStore, Snapshot]:
         assert self.site.places.store is not None
         store = FeatureStore.open(self.site.places.store)
-        return store, open_snapshot(store, whole(request, "version"))
+        return store, open_snapshot(store, asked_snapshot(request))
 
     def _page(self, request: Request, template: str, title: str, snapshot: Snapshot, **context: Any) -> Response:
-        version = whole(request, "version")
+        version = asked_snapshot(request)
         return self.site.page(
             request, f"images/{template}.html", title=title, snapshot=snapshot, version=version, **context
         )

@@ -12,12 +12,14 @@ from starlette.routing import Route
 from explorer.data.kept import Kept
 from explorer.data.store.broken import look_at
 from explorer.data.store.changes import KINDS, Changes, newest_at
+from explorer.data.store.channels import channel_histories
 from explorer.data.store.duplicates import MOST_GROUPS, Duplicates, find_duplicates, named
 from explorer.data.store.opened import live_rows, name_of, open_snapshot, version_before
 from explorer.data.store.shards import shard_lines
 from explorer.data.store.statistics import StoreNumbers, histogram, put_together, store_numbers
 from explorer.data.store.timeline import Timeline
 from explorer.html.asked import Paging, choice, day, whole, whole_in
+from explorer.html.asked import snapshot as asked_snapshot
 from explorer.html.site import NavItem, Question, Site
 from explorer.pages.kind import PageKind
 from featurestore import log
@@ -79,6 +81,7 @@ class StorePages(PageKind):
             Route("/store", self.overview),
             Route("/store/snapshots/{number}", self.snapshot),
             Route("/store/arrived", self.arrived),
+            Route("/store/channels", self.channels),
             Route("/store/shards", self.shards),
             Route("/store/numbers", self.numbers),
             Route("/store/duplicates", self.duplicates),
@@ -154,7 +157,7 @@ class StorePages(PageKind):
         params = {
             "since": _day_text(since),
             "until": _day_text(until) if until else None,
-            "version": whole(request, "version"),
+            "version": asked_snapshot(request),
         }
         return self._page(
             request,
@@ -165,6 +168,16 @@ class StorePages(PageKind):
             until=_day_text(until) if until else "",
             **self._difference(request, Difference(old, new, note), params),
         )
+
+    def channels(self, request: Request) -> Response:
+        """Show where each channel points to, and what its gates said."""
+        store, snapshot = self._open(request)
+        histories, problem = [], ""
+        try:
+            histories = channel_histories(store)
+        except UserError as error:
+            problem = one_line(error)
+        return self._page(request, "channels", "Channels", snapshot, histories=histories, problem=problem)
 
     def shards(self, request: Request) -> Response:
         """Show the files of each shard, those first that want compaction, then the largest."""
@@ -248,7 +261,7 @@ class StorePages(PageKind):
     def _open(self, request: Request, version: int | None = None) -> tuple[FeatureStore, Snapshot]:
         assert self.site.places.store is not None
         store = FeatureStore.open(self.site.places.store)
-        return store, open_snapshot(store, whole(request, "version") if version is None else version)
+        return store, open_snapshot(store, asked_snapshot(request) if version is None else version)
 
     def _waits(self, request: Request, part: str) -> bool:
         """Tell whether a part is to be computed before the page is sent."""
@@ -288,7 +301,7 @@ class StorePages(PageKind):
     def _line_figure(self, lines: Sequence[Any]) -> dict[str, Any]:
         """Draw snapshots by time: rows in files; a click leads to the snapshot. For templates, which may make links."""
         there = [line for line in reversed(lines) if line.time_s is not None]
-        names = [", ".join(line.pins) for line in there]
+        names = [", ".join((*line.channels, *line.pins)) for line in there]
         return {
             "links": True,
             "data": [
@@ -317,7 +330,7 @@ class StorePages(PageKind):
             snapshot=snapshot,
             manifest=snapshot.manifest,
             info=snapshot.info,
-            version=whole(request, "version"),
+            version=asked_snapshot(request),
             part=template,
             **context,
         )

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 from explorer.errors import NotHereError
 from featurestore import log
-from featurestore.errors import SnapshotNotFoundError
+from featurestore.errors import ChannelError, SnapshotNotFoundError
+from featurestore.published.channels import VersionName
 from featurestore.snapshot import Snapshot
 from featurestore.store import FeatureStore
 
@@ -22,11 +23,14 @@ def name_of(snapshot: Snapshot) -> SnapshotName:
     return SnapshotName(snapshot.info.store_id, snapshot.version, snapshot.manifest.commit_id)
 
 
-def open_snapshot(store: FeatureStore, version: int | None) -> Snapshot:
-    """Open the newest snapshot, or the one asked for. Raises NotHereError for one that is not there, or has expired."""
+def open_snapshot(store: FeatureStore, version: VersionName | None) -> Snapshot:
+    """Open the newest snapshot, or the one asked for, by its number or a channel.
+
+    Raises NotHereError for one that is not there, or has expired, and for a channel that there is none of.
+    """
     try:
         return store.snapshot(version)
-    except SnapshotNotFoundError as error:
+    except (SnapshotNotFoundError, ChannelError) as error:
         raise NotHereError(str(error)) from error
 
 

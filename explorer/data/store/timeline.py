@@ -1,11 +1,12 @@
 """The snapshots of a store on a line: what each commit did, by the manifests alone; no row is read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from explorer.data.kept import Kept
 from featurestore import log
 from featurestore.errors import CorruptFileError
+from featurestore.published.channels import read_channels
 from featurestore.spec import Manifest
 from featurestore.storage.threads import in_threads
 from featurestore.store import FeatureStore
@@ -18,10 +19,11 @@ _MANY_FILES = 6_000
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotLine:
-    """One kept snapshot. Where its manifest is damaged, all but version and pins is missing."""
+    """One kept snapshot. Where its manifest is damaged, all but version, pins and channels is missing."""
 
     version: int
     pins: tuple[str, ...] = ()
+    channels: tuple[str, ...] = ()
     is_damaged: bool = False
     time_s: float | None = None
     operation: str = ""
@@ -50,11 +52,18 @@ class Timeline:
 
     def lines(self, store: FeatureStore, versions: Sequence[int]) -> list[SnapshotLine]:
         """Describe snapshots, in the order given; those that expire meanwhile are left out. Raises CorruptFileError."""
-        pins: dict[int, list[str]] = {}
+        pins: dict[int | None, list[str]] = {}
+        channels: dict[int | None, list[str]] = {}
         for pin in read_pins(store.storage):
             pins.setdefault(pin.version, []).append(pin.name)
+        for move in read_channels(store.storage):
+            channels.setdefault(move.version, []).append(move.channel)
         found = in_threads(lambda version: self._line(store, version), versions, _THREADS)
-        return [_with_pins(line, tuple(pins.get(line.version, ()))) for line in found if line is not None]
+        return [
+            replace(line, pins=tuple(pins.get(line.version, ())), channels=tuple(channels.get(line.version, ())))
+            for line in found
+            if line is not None
+        ]
 
     def _line(self, store: FeatureStore, version: int) -> SnapshotLine | None:
         try:
@@ -99,7 +108,3 @@ def _written(manifest: Manifest, parent: Manifest | None) -> tuple[int, int] | N
     known = {entry.path for entry in parent.entries}
     new = [entry for entry in manifest.entries if entry.path not in known]
     return sum(entry.num_live for entry in new), sum(entry.num_deleted for entry in new)
-
-
-def _with_pins(line: SnapshotLine, pins: tuple[str, ...]) -> SnapshotLine:
-    return SnapshotLine(**{**line.__dict__, "pins": pins})

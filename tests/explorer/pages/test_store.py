@@ -11,6 +11,9 @@ from featurestore.keys import key_of_uri
 from featurestore.quarantine import QuarantineRow
 from featurestore.upkeep.expiry import expire
 from featurestore.upkeep.pins import pin
+from featurestore.upkeep.promotion.gates import GateLimits
+from featurestore.upkeep.promotion.moving import move_channel
+from featurestore.upkeep.promotion.promote import promote
 from tests.explorer.pages.reading import Reader
 from tests.explorer.stores import int8_copy, make_store, rows, storied
 from tests.explorer.world import (
@@ -27,7 +30,15 @@ from tests.explorer.world import (
     REMOVED,
 )
 
-PAGES = ("/store", "/store/arrived", "/store/broken", "/store/duplicates", "/store/shards", "/store/numbers")
+PAGES = (
+    "/store",
+    "/store/arrived",
+    "/store/channels",
+    "/store/broken",
+    "/store/duplicates",
+    "/store/shards",
+    "/store/numbers",
+)
 
 
 @pytest.fixture
@@ -91,6 +102,31 @@ def test_every_page_is_also_of_an_older_snapshot_and_says_so(reader, path):
     assert all("version=1" in link or "since=" in link for link in inside)
     assert "has no snapshot 99" in reader.read(path, 404, version=99).text
     assert "no whole number" in reader.read(path, 400, version="1;2").text
+
+
+def test_channels_say_why_they_moved_or_stayed_and_name_snapshots(tmp_path):
+    store, reader = storied(tmp_path / "store"), Reader(store=tmp_path / "store")
+    assert "The store has no channels" in reader.read("/store/channels").text
+    move_channel(store, "stable", 1)
+    move_channel(store, "candidate", 3)
+    promote(store, "candidate", "stable", GateLimits(min_coverage=1))
+    page = reader.read("/store/channels")
+    assert "stayed at 1 , asked to move to snapshot 3 of candidate" in page.text
+    assert "coverage no" in page.text
+    promote(store, "candidate", "stable", GateLimits(min_coverage=1), force="a <b>sale</b>")
+    page = reader.read("/store/channels")
+    assert "Moved whatever the gates say: a <b>sale</b>" in page.text
+    assert "b" not in page.elements
+    first = reader.read("/store")
+    assert first.links.count("/store/channels") == 3  # its page, and two names on one line
+    shown = reader.read("/store/duplicates", version="candidate")
+    assert "These pages show snapshot 3, the one of channel candidate" in shown.text
+    assert any(
+        link == "/images/" + str(key_of_uri("b/0.jpg")) + "?version=candidate"
+        for link in reader.read("/images", q="b/0", version="candidate").links
+    )
+    assert "no channel 'gone'" in reader.read("/store", 404, version="gone").text
+    assert "no name of a channel" in reader.read("/store", 400, version="<i>").text
 
 
 def test_an_expired_snapshot_is_not_there_and_its_neighbours_say_what_is_missing(tmp_path):
