@@ -30,6 +30,8 @@ class Task(Generic[T]):
         self.ended_s = 0.0
         self.error: Exception | None = None
         self._results: list[T] = []
+        self.early: T | None = None
+        """What can be shown before the end."""
         self.is_cancelled = False
         """Set when the server ends; long work looks at it."""
 
@@ -68,10 +70,10 @@ class Task(Generic[T]):
 
 
 class Background:
-    """All computations of a server, one after the other, by name."""
+    """All computations of a server by name, two at a time."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(1, "explorer-background")
+        self._threads = ThreadPoolExecutor(2, "explorer-background")
         self._tasks: OrderedDict[str, Task[object]] = OrderedDict()
         self._lock = Lock()
 

@@ -9,6 +9,7 @@ import json
 import zipfile
 from dataclasses import fields
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,8 @@ MOST_IMAGES = 200_000
 """Beyond these a command does it: what a page computes is done in a minute or so, and leaves few files."""
 _PREFIX = "predictions-"
 _KEPT = 64
+_LOCK = Lock()
+"""Each prediction uses all cores, and two of one run would be the same."""
 
 
 class TooMuchError(ExplorerError):
@@ -50,12 +53,13 @@ def predictions_of(places: Places, name: str, task: Task[Any], cache: Path | Non
     saved = read_run(folder, None, places.samples)
     store = _store_of(saved, places)
     file = (cache or explorer_cache()) / f"{_PREFIX}{_digest(saved, places, store)}.npz"
-    if (known := _read(file)) is not None:
-        return known
-    task.tell(f"predicts with {name}")
-    found = predict_run(folder, samples=places.samples, store=store)
-    _write(file, found)
-    return found
+    with _LOCK:
+        if (known := _read(file)) is not None:
+            return known
+        task.tell(f"predicts with {name}")
+        found = predict_run(folder, samples=places.samples, store=store)
+        _write(file, found)
+        return found
 
 
 def _store_of(saved: "SavedRun", places: Places) -> str | None:

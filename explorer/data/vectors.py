@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +35,7 @@ Progress = Callable[[int, int], None]
 
 _VECTORS, _KEYS, _URIS, _ABOUT = "vectors.npy", "keys.npy", "uris.arrow", "about.json"
 _PREFIX = "vectors-"
+_LOCK = Lock()
 _KEPT = 16
 """Checkpoints whose vectors are kept; those that were used last."""
 
@@ -92,11 +94,12 @@ def visual_vectors(
     found = find_network(run, which=which, network=network, store_version=store_version, store=store)
     folder, digest = cache or explorer_cache(), digest_of(found)
     place = folder / f"{_PREFIX}{digest}"
-    if (opened := _opened(place, digest)) is None:
-        _compute(found.load(), place, progress)
-        opened = _opened(place, digest)
-        assert opened is not None
-        _prune(folder)
+    with _LOCK:
+        if (opened := _opened(place, digest)) is None:
+            _compute(found.load(), place, progress)
+            opened = _opened(place, digest)
+            assert opened is not None
+            _prune(folder)
     return opened
 
 

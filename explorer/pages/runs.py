@@ -204,7 +204,7 @@ class RunPages(PageKind):
             f"python -m trainer.evaluate {shlex.quote(str(folder))} --against {shlex.quote(str(folders[0]))}"
             for folder in folders[1:]
         ]
-        state = [read_facts(folder).checkpoints[-1:] for folder in folders]
+        state = [read_facts(folder).checkpoint for folder in folders]
         task: Task[Comparison] = self.site.background.task(
             repr(("differences", list(names), state)), lambda task: compare_runs(places, names, task)
         )

@@ -21,6 +21,7 @@ from explorer.pages.home import HomePages
 from explorer.pages.images import ImagePages
 from explorer.pages.impressions import ImpressionPages
 from explorer.pages.kind import PageKind
+from explorer.pages.maps import MapPages
 from explorer.pages.pictures import PicturePages
 from explorer.pages.runs import RunPages
 from explorer.pages.scorer import ScorerPages
@@ -35,6 +36,7 @@ KINDS: tuple[type[PageKind], ...] = (
     StorePages,
     ImagePages,
     PicturePages,
+    MapPages,
     RunPages,
     ImpressionPages,
     ScorerPages,

@@ -33,7 +33,7 @@
 
   document.addEventListener("DOMContentLoaded", () => draw(document));
   document.addEventListener("htmx:beforeSwap", (event) => {
-    for (const place of event.target.querySelectorAll(".plot[data-drawn]")) Plotly.purge(place);
+    for (const place of event.detail.target.querySelectorAll(".plot[data-drawn]")) Plotly.purge(place);
   });
-  document.addEventListener("htmx:afterSwap", (event) => draw(event.target));
+  document.addEventListener("htmx:afterSwap", (event) => draw(event.detail.target));
 })();

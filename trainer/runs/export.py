@@ -172,14 +172,19 @@ def find_network(
     saved = read_run(folder, which)
     if store is not None:
         saved = replace(saved, config=saved.config.changed(data={"store": store}))
-    config = saved.config
-    widths_of_store = networks_of(used_fields(saved.schema, config.model), config.model)
-    at, name = _chosen(folder, [(at, name) for at, names in widths_of_store.items() for name in names], network)
+    widths = network_widths(saved)
+    at, name = _chosen(folder, list(widths), network)
     place = next(place for place in saved.places if place.name == at)
     snapshot = saved.snapshot(place, store_version)
     if snapshot.num_rows == 0:
         raise DataError(f"{place.url} has no features in snapshot {snapshot.version}; add them with: {place.make_it()}")
-    return FoundNetwork(saved=saved, store=at, name=name, out=widths_of_store[at][name], snapshot=snapshot)
+    return FoundNetwork(saved=saved, store=at, name=name, out=widths[at, name], snapshot=snapshot)
+
+
+def network_widths(saved: SavedRun) -> dict[tuple[str, str], int]:
+    """List the networks E of a run, by store and name, with the width of their vectors. Raises as `find_network`."""
+    widths_of_store = networks_of(used_fields(saved.schema, saved.config.model), saved.config.model)
+    return {(store, name): width for store, widths in widths_of_store.items() for name, width in widths.items()}
 
 
 def load_part(part: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -43,6 +43,8 @@ class RunFacts:
     checkpoints: tuple[str, ...] = field(default=())
     """Names of the whole checkpoints, oldest first."""
     has_evaluation: bool = False
+    checkpoint: str = ""
+    """Tells the newest checkpoint from others, also of a run that was made anew; empty where there is none."""
 
     @property
     def metrics(self) -> Mapping[str, float | int | None]:
@@ -110,6 +112,7 @@ def read_facts(folder: RunPath) -> RunFacts:
         state = "unreadable"
     elif changed_s is not None and time.time() - changed_s < _QUIET_S:
         state = "running"
+    checkpoints = tuple(_read(lambda: _checkpoints(folder), [], problems))
     return RunFacts(
         name=folder.name,
         state=state,
@@ -117,8 +120,9 @@ def read_facts(folder: RunPath) -> RunFacts:
         report=report,
         problems=tuple(problems),
         changed_s=changed_s,
-        checkpoints=tuple(_read(lambda: _checkpoints(folder), [], problems)),
+        checkpoints=checkpoints,
         has_evaluation=_read((folder / "evaluation" / "report.json").is_file, False, problems),
+        checkpoint=_identity(folder, checkpoints),
     )
 
 
@@ -143,6 +147,17 @@ def _checkpoints(folder: RunPath) -> list[str]:
     from trainer.runs.folder import finished
 
     return [each.name for each in finished(folder / "checkpoints")]
+
+
+def _identity(folder: RunPath, checkpoints: Sequence[str]) -> str:
+    if not checkpoints:
+        return ""
+    state = folder / "checkpoints" / checkpoints[-1] / "state.json"
+    try:
+        written = state.stat().st_mtime_ns if isinstance(state, Path) else 0
+    except OSError:
+        written = 0
+    return f"{checkpoints[-1]} {written}"
 
 
 def _settings(file: RunPath) -> Mapping[str, Any]:

@@ -1,0 +1,191 @@
+"""The map: images in a plane, by the visual vectors of a run or the features of the store."""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
+
+from explorer.data.background import Task
+from explorer.data.map.layout import COLOURS, COLUMNS, Cell, Colour, cells, drawn, has
+from explorer.data.map.make import make_map
+from explorer.data.map.points import MapPoints
+from explorer.data.runs.folders import list_runs, open_run, read_facts
+from explorer.errors import ExplorerError, NotHereError
+from explorer.html import mapcharts
+from explorer.html.site import NavItem
+from explorer.pages.kind import PageKind
+from featurestore.errors import UserError
+from featurestore.text.plain import one_line
+
+_MOST_RUNS = 30
+"""Runs whose maps are offered: those that changed last."""
+_STOP_POLLING = 286
+_LOOK_S = 0.05
+
+
+class MapPages(PageKind):
+    """The page at /map, the part of it that comes later, and its points as a file."""
+
+    @property
+    def nav(self) -> NavItem | None:
+        """Where there are a store or runs."""
+        places = self.site.places
+        return NavItem("Map", "/map") if places.store is not None or places.runs is not None else None
+
+    def routes(self) -> Sequence[Route]:
+        """The page, its part, its file."""
+        if self.nav is None:
+            return []
+        return [
+            Route("/map", self.map),
+            Route("/parts/map", self.part),
+            Route("/map/points.parquet", self.points),
+        ]
+
+    def map(self, request: Request) -> Response:
+        """Show the map of what is asked for; what is not made yet comes later, or is waited for (wait=1)."""
+        runs = self._runs()
+        run, colour = self._asked(request, runs)
+        if run is None and self.site.places.store is None:
+            return self.site.page(request, "map/none.html", title="Map")
+        part = self._part(run, colour)
+        while (self.site.frozen or request.query_params.get("wait") == "1") and part.shown is None:
+            if part.problem:
+                break
+            time.sleep(_LOOK_S)
+            part = self._part(run, colour)
+        return self.site.page(
+            request,
+            "map/map.html",
+            title="Map",
+            part=part,
+            runs=runs,
+            run=run,
+            colour=colour,
+            colours=COLOURS,
+            maps=mapcharts,
+            image_link=self._image_link,
+        )
+
+    def part(self, request: Request) -> Response:
+        """Give the map as far as it is; for the last time when it is whole."""
+        run, colour = self._asked(request, ())
+        part = self._part(run, colour)
+        if not part.is_ended and part.shown is not None and request.query_params.get("shown") == part.shown.method:
+            answer = self.site.page(request, "map/status.html", title="Map", part=part)
+            answer.headers["HX-Retarget"] = "#map-status"  # the map that is shown stays as it is
+            return answer
+        return self.site.page(
+            request,
+            "map/part.html",
+            title="Map",
+            part=part,
+            maps=mapcharts,
+            image_link=self._image_link,
+            status=_STOP_POLLING if part.is_ended else 200,
+        )
+
+    def points(self, request: Request) -> Response:
+        """Give the points as Parquet."""
+        run, colour = self._asked(request, ())
+        shown = self._part(run, colour).shown
+        if shown is None:
+            raise NotHereError("the map is not made yet; look at its page first")
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"map-{run or 'features'}-{shown.method}.parquet")
+        return FileResponse(shown.file, filename=name, media_type="application/vnd.apache.parquet")
+
+    def _image_link(self, key: int) -> str | None:
+        """Write the address of an image's page; None in an export, which would get a page for every point."""
+        return None if self.site.frozen or self.site.places.store is None else self.site.url(f"/images/{key}")
+
+    def _runs(self) -> list[str]:
+        """Name the runs that see images and have a checkpoint, those first that changed last."""
+        if self.site.places.runs is None:
+            return []
+        runs, _ = list_runs(self.site.places, 1, _MOST_RUNS)
+        return [run.name for run in runs if run.checkpoints and run.images not in ("", "none")]
+
+    def _asked(self, request: Request, runs: Sequence[str]) -> tuple[str | None, Colour]:
+        """Read which run, None for the features of the store, and which colour are asked for."""
+        of, colour = request.query_params.get("run"), request.query_params.get("colour", "folder")
+        if colour not in get_args(Colour):
+            raise ExplorerError(f"colour={colour[:40]!r} is none of {', '.join(COLOURS)}")
+        named: Colour = colour  # type: ignore[assignment]
+        if of:
+            open_run(self.site.places, of)
+        elif of is None and runs:
+            of = runs[0]
+        if not of and request.url.path != "/map" and self.site.places.store is None:
+            raise NotHereError("there is no --store whose features could be shown")
+        return of or None, named
+
+    def _part(self, run: str | None, colour: Colour) -> "MapPart":
+        """Begin the map, or look how far it is."""
+        places = self.site.places
+        if run is None:
+            from featurestore.store import FeatureStore
+
+            assert places.store is not None
+            identity = str(FeatureStore.open(places.store).snapshot().version)
+        else:
+            identity = read_facts(open_run(places, run)).checkpoint
+            if places.store is not None:
+                from featurestore.store import FeatureStore
+
+                identity += f" {FeatureStore.open(places.store).snapshot().version}"
+        task: Task[MapPoints] = self.site.background.task(
+            repr(("map", run, identity)), lambda task: make_map(places, run, task, quick=self.site.frozen)
+        )
+        return MapPart(run=run, colour=colour, task=task)
+
+
+@dataclass(kw_only=True)
+class MapPart:
+    """A map as far as it is."""
+
+    run: str | None
+    colour: Colour
+    task: Task[MapPoints]
+
+    @property
+    def is_ended(self) -> bool:
+        """Tell whether nothing more comes."""
+        return self.task.is_ended
+
+    @property
+    def problem(self) -> str:
+        """Why there is no map, or none by UMAP."""
+        error = self.task.error if self.task.is_ended else None
+        if error is None or isinstance(error, UserError):
+            return "" if error is None else one_line(error)
+        raise error
+
+    @property
+    def shown(self) -> MapPoints | None:
+        """The best map that there is."""
+        return self.task.result() if self.task.is_ended and self.task.error is None else self.task.early
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The images of the grid."""
+        return [] if self.shown is None else cells(self.shown)
+
+    @property
+    def columns(self) -> int:
+        """Columns of the grid."""
+        return COLUMNS
+
+    @property
+    def num_drawn(self) -> int:
+        """Points that are drawn one by one."""
+        return 0 if self.shown is None else len(drawn(self.shown))
+
+    @property
+    def has_colour(self) -> bool:
+        """Tell whether anything is known of the quantity that is asked for."""
+        return self.shown is not None and has(self.shown, self.colour)

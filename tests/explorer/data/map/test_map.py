@@ -1,0 +1,219 @@
+"""Maps: every image or an even sample, what the test samples say of each, a quick picture first, and Parquet files."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from explorer.data import predictions
+from explorer.data.background import Task
+from explorer.data.map import ads, layout, projection, source
+from explorer.data.map.ads import read_ads
+from explorer.data.map.make import make_map
+from explorer.data.map.points import MapPoints
+from explorer.data.map.source import evenly, of_features, of_run
+from explorer.errors import ExplorerError
+from explorer.places import Places
+from featurestore import FeatureStore
+from tests.explorer.world import World
+from trainer.comm import SoloComm
+from trainer.evaluation.predict import predict_run
+from trainer.samples.reader import open_index
+from trainer.schema import load_schema
+
+
+@pytest.fixture
+def places(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return Places(store=str(world.store), runs=str(world.runs), samples=str(world.samples), images=str(world.images))
+
+
+@pytest.fixture
+def fake_umap(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """In place of the process, which takes half a minute to load: the first two numbers, and how often it was asked."""
+    asked: list[int] = []
+
+    def project(vectors_NV: Any, tell: Any) -> Any:
+        asked.append(len(vectors_NV))
+        tell("lays out")
+        return vectors_NV[:, :2].copy()
+
+    monkeypatch.setattr(projection, "umap_in_process", project)
+    return asked
+
+
+def test_every_image_has_its_place_and_what_the_samples_say(places: Places, world: World, fake_umap: list[int]) -> None:
+    task: Task[MapPoints] = Task()
+    found = make_map(places, "both", task)
+    assert task.early is not None
+    assert (task.early.method, found.method) == ("pca", "umap")
+    keys = FeatureStore.open(world.store).snapshot().keys()
+    assert sorted(found.keys_N.tolist()) == keys.tolist()
+    predicted = predict_run(world.runs / "both")
+    loss_N = np.logaddexp(0, predicted.logit_N) - predicted.logit_N * predicted.impressions.label_N
+    for point, key in enumerate(found.keys_N.tolist()):
+        mine_N = predicted.impressions.image_N == key
+        assert found.impressions_N[point] == mine_N.sum()
+        if mine_N.any():
+            assert found.ctr_N[point] == pytest.approx(predicted.impressions.label_N[mine_N].mean())
+            assert found.error_N[point] == pytest.approx(loss_N[mine_N].mean(), rel=1e-4)
+            assert found.category_N[point].isdecimal()
+        else:
+            assert np.isnan([found.ctr_N[point], found.error_N[point]]).all()
+    assert found.about["notes"] == []
+    again: Task[MapPoints] = Task()
+    assert make_map(places, "both", again).x_N.tolist() == found.x_N.tolist()
+    assert again.early is None  # UMAP is on the disk
+    assert len(fake_umap) == 1
+
+
+def test_the_file_has_the_columns_that_embedding_atlas_takes(places: Places, fake_umap: list[int]) -> None:
+    found = make_map(places, "both", Task())
+    table = pq.read_table(found.file)
+    assert table.column_names == ["key", "uri", "x", "y", "ctr", "category", "error", "impressions"]
+    assert len(table) == len(found.keys_N)
+    assert table["x"].null_count == table["y"].null_count == 0
+    found.file.write_bytes(b"PAR1")
+    assert make_map(places, "both", Task()).x_N.tolist() == found.x_N.tolist()
+
+
+def test_features_of_the_store_are_laid_out_without_a_run(places: Places, world: World, fake_umap: list[int]) -> None:
+    found = make_map(Places(store=places.store, samples=places.samples), None, Task())
+    assert sorted(found.keys_N.tolist()) == FeatureStore.open(world.store).snapshot().keys().tolist()
+    assert np.isfinite(found.ctr_N).any()
+    assert np.isnan(found.error_N).all()
+    alone = make_map(Places(store=places.store), None, Task())
+    assert "CTR and category cannot be shown: no --samples were given" in alone.about["notes"]
+
+
+def test_large_stores_are_sampled_evenly(places: Places, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = FeatureStore.open(world.store).snapshot().num_rows
+    monkeypatch.setattr(source, "MOST_POINTS", 10)
+    some = of_features(places, Task())
+    assert 7 <= some.count <= 10
+    assert some.num_images == count
+    assert of_run(places, "both", Task()).count == 10
+    assert evenly(1000).tolist() == np.linspace(0, 999, 10).astype(int).tolist()
+    assert evenly(3).tolist() == [0, 1, 2]
+    row_bytes = FeatureStore.open(world.store).info.row_bytes
+    monkeypatch.setattr(source, "_MOST_BYTES", count * row_bytes // 2)
+    monkeypatch.setattr(source, "MOST_POINTS", 1000)
+    fewer = of_features(places, Task())
+    assert fewer.count < count
+    assert "Of 4 shards 2 were read" in fewer.notes[0]
+
+
+def test_wide_features_become_narrow_and_keep_their_distances() -> None:
+    features_ND = np.random.default_rng(0).normal(size=(50, 4096)).astype(np.float32)
+    narrow_NV = source._narrower(4096)(features_ND)
+    assert narrow_NV.shape == (50, 128)
+    wide, small = (np.linalg.norm(each[1:] - each[0], axis=1) for each in (features_ND, narrow_NV))
+    assert np.abs(small / wide - 1).max() < 0.3
+
+
+def test_what_is_not_known_is_told(places: Places, fake_umap: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictions, "MOST_IMPRESSIONS", 1)
+    found = make_map(places, "both", Task())
+    assert found.about["notes"][0].startswith("The error cannot be shown: there are ")
+    assert np.isfinite(found.ctr_N).any()
+
+
+def test_impressions_beyond_the_bound_are_left_out_evenly(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = open_index(SoloComm(), str(world.samples), "test", load_schema())
+    whole = read_ads(index, load_schema())
+    assert whole is not None
+    assert whole.impressions_I.sum() == index.num_samples
+    assert not whole.is_sampled
+    monkeypatch.setattr(ads, "MOST_IMPRESSIONS", index.num_samples // 2)
+    part = read_ads(index, load_schema())
+    assert part is not None
+    assert part.is_sampled
+    assert 0.3 < part.impressions_I.sum() / index.num_samples < 0.7
+    assert whole.at(np.array([whole.keys_I[2], 5, whole.keys_I[0]])).tolist() == [2, -1, 0]
+
+
+def test_few_images_need_no_umap(places: Places, fake_umap: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "MOST_POINTS", 5)
+    assert make_map(places, "both", Task()).method == "pca"
+    assert fake_umap == []
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (2, 5), (5, 1), (3, 2)])
+def test_principal_components_of_little(shape: tuple[int, int]) -> None:
+    plane_N2 = projection.principal(np.random.default_rng(0).normal(size=shape).astype(np.float32))
+    assert plane_N2.shape == (shape[0], 2)
+    assert np.isfinite(plane_N2).all()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)  # its compiler takes half a minute of a free core
+def test_umap_keeps_clusters_apart() -> None:
+    random = np.random.default_rng(0)
+    vectors_NV = np.concatenate([random.normal(size=(40, 8)), 30 + random.normal(size=(40, 8))]).astype(np.float32)
+    told: list[str] = []
+    plane_N2 = projection.umap_in_process(vectors_NV, told.append)
+    centre_2 = plane_N2[:40].mean(axis=0), plane_N2[40:].mean(axis=0)
+    spread = max(np.linalg.norm(part - part.mean(axis=0), axis=1).max() for part in (plane_N2[:40], plane_N2[40:]))
+    assert np.linalg.norm(centre_2[0] - centre_2[1]) > spread
+    assert any(each.startswith("loads UMAP") for each in told)
+
+
+def test_a_process_that_fails_or_is_not_wanted_any_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho out of memory >&2\nexit 3\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    with pytest.raises(ExplorerError, match="UMAP ended with 3: out of memory"):
+        projection.umap_in_process(np.zeros((30, 2), np.float32), lambda text: None)
+    script.write_text("#!/bin/sh\nexec sleep 60\n")
+
+    def stop(text: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        projection.umap_in_process(np.zeros((30, 2), np.float32), stop)
+
+
+def points(x: list[float], y: list[float], **more: Any) -> MapPoints:
+    count = len(x)
+    values: dict[str, Any] = {
+        "keys_N": np.arange(count),
+        "uris_N": [f"{'ab'[number % 2]}/{number}.jpg" for number in range(count)],
+        "x_N": np.array(x, np.float32),
+        "y_N": np.array(y, np.float32),
+        "ctr_N": np.full(count, np.nan, np.float32),
+        "category_N": ["unknown"] * count,
+        "error_N": np.full(count, np.nan, np.float32),
+        "impressions_N": np.zeros(count, np.int64),
+        "about": {"method": "pca"},
+        "file": Path("map.parquet"),
+    }
+    return MapPoints(**{**values, **more})
+
+
+def test_each_cell_of_the_grid_has_the_image_nearest_to_its_middle() -> None:
+    random = np.random.default_rng(0)
+    found = points(random.uniform(0, 12, 5000).tolist(), random.uniform(0, 9, 5000).tolist())
+    grid = layout.cells(found)
+    assert len({(cell.row, cell.column) for cell in grid}) == len(grid) == layout.ROWS * layout.COLUMNS
+    assert sum(cell.images for cell in grid) == 5000
+    cell = next(each for each in grid if (each.row, each.column) == (1, 1))
+    assert found.x_N[cell.point] < 1.5
+    assert found.y_N[cell.point] > 7.5  # above is more
+    assert [cell.row for cell in layout.cells(points([1.0], [1.0]))] == [layout.ROWS // 2 + 1]
+
+
+def test_groups_are_the_largest_and_the_others() -> None:
+    names = [f"g{number}" for number in range(20) for _ in range(20 - number)]
+    found = layout.groups(names, np.arange(len(names)))
+    assert [group.name for group in found] == [*(f"g{number}" for number in range(9)), layout.OTHERS]
+    assert sum(len(group.points) for group in found) == len(names)
+
+
+def test_colours_that_nothing_is_known_of() -> None:
+    found = points([0.0, 1.0], [0.0, 1.0], ctr_N=np.array([np.nan, 0.5], np.float32))
+    assert [layout.has(found, colour) for colour in layout.COLOURS] == [True, False, True, False]
+    assert [layout.folder_of(uri) for uri in ("a/b/c.jpg", "c.jpg", "s3://bag/x.jpg")] == ["a", "", "bag"]
