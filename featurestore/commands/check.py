@@ -85,7 +85,7 @@ def _verify_cache(place: str | None) -> NoReturn:
         print_summary(f"nothing to check: {folder} has no cached shards")
     if report.num_other:
         print_summary(f"{report.num_other:,} more are of another version, and go when 30 days old")
-    whole = report.num_shards - len(report.problems)
+    whole = max(0, report.num_shards - len(report.problems))
     draw_counts(
         "Cached shards", {"whole": whole, "broken": len(report.problems), "of another version": report.num_other}
     )

@@ -19,6 +19,7 @@ from serving.bundle.manifest import SAMPLE
 from serving.bundle.open import Bundle
 from serving.network.machine import compiled_name
 from serving.scoring.scorer import Scorer
+from tests.pages import check_page
 from tests.serving.bundle.conftest import VARIANTS, train_run
 from tests.trainer.conftest import Places, make_places
 from trainer.comm import SoloComm
@@ -53,7 +54,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
 def text(places: Places) -> str:
     """What the job prints of the model that the tests below share."""
     run, out = places.folder / "runs" / "both", places.folder / "model"
-    return done(export_model.app, "--run", run, "--out", out, "--json", places.folder / "export.json")
+    also = ("--json", places.folder / "export.json", "--html", places.folder / "export.html")
+    return done(export_model.app, "--run", run, "--out", out, *also)
 
 
 @pytest.fixture
@@ -70,6 +72,9 @@ def test_the_job_tells_what_it_published(places: Places, text: str) -> None:
     figures = json.loads((places.folder / "export.json").read_text())
     assert (figures["version"], figures["in_use"], figures["metrics"]["impressions"]) == (1, True, 210)
     assert {file["name"] for file in figures["files"]} >= {"network.pt2", "ids-12.bin", SAMPLE}
+    page = check_page((places.folder / "export.html").read_text(encoding="utf-8"))
+    assert all(line[13:].strip() == page.value(line[:13].strip())[0] for line in text.splitlines())
+    assert all(f"{file['name']}: {file['bytes']:,}" in page.plots[0] for file in figures["files"])
 
 
 def test_the_scores_of_the_sample_are_those_of_the_run(places: Places, model: str, tmp_path: Path) -> None:
@@ -125,13 +130,18 @@ def test_a_publish_tells_what_moved(places: Places, model: str, tmp_path: Path) 
     features = np.random.default_rng(1).normal(size=(3, 16)).astype(np.float32)
     store.put(FeatureRows.of([f"item/{key - 1_000}" for key in keys], features, keys=keys))
     store.delete([1_049])
-    text = done(publish_vectors.app, "--model", model, "--json", tmp_path / "publish.json")
+    text = done(
+        publish_vectors.app, "--model", model, "--json", tmp_path / "publish.json", "--html", tmp_path / "p.html"
+    )
     assert "vectors      images: of snapshot 3 of the features\n" in text
     assert "images       since snapshot 1: 1 new, 2 changed, 1 gone\n" in text
     assert "published    4 rows, " in text
     figures = json.loads((tmp_path / "publish.json").read_text())
     assert 0 < figures["change"]["mean"] < figures["change"]["worst"]
     assert figures["stores"][0]["added"] == 1
+    page = check_page((tmp_path / "p.html").read_text(encoding="utf-8"))
+    assert page.value("images")[0].startswith("since snapshot 1: 1 new, 2 changed, 1 gone")
+    assert page.plots == ["Images of images. new: 1; changed: 2; gone: 1; stayed: 0"]
     again = done(publish_vectors.app, "--model", model)
     assert "vectors      images: of snapshot 3 of the features already, nothing to do\n" in again
     assert "scores" not in again

@@ -52,7 +52,7 @@ def _page_of(context: typer.Context, value: Path | None) -> ReportPage | None:
 def _program(name: str) -> list[str]:
     """Return the words that start this program, as its documentation has them: jobs/score.py, whatever its folder."""
     if name.endswith(".py"):
-        return ["python", *("/".join(Path(sys.argv[0]).absolute().parts[-2:]),)]
+        return ["python", "/".join(Path(sys.argv[0]).absolute().parts[-2:])]
     return name.split()
 
 

@@ -1,0 +1,88 @@
+"""Report pages of commands (--html), opened as files: nothing comes from the network, phones, axe-core, keyboard."""
+
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+
+from featurestore.console.output import draw_counts, print_line, print_problem, print_summary, print_table, text_console
+from featurestore.console.page.page import ReportPage
+from featurestore.console.page.plots import Curve, Mark, Point, intervals
+from featurestore.console.page.recording import recorded
+from tests.explorer.browser.chromium import NARROW, ROOT, WIDE, overflow_px, violations
+from tests.featurestore.console.page.test_page import HOSTILE
+
+EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.html"))
+LOOKS = [(WIDE, False), (WIDE, True), (NARROW, False), (NARROW, True)]
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of every kind of block, all of whose texts are hostile or very long."""
+    path, texts = tmp_path_factory.mktemp("hostile") / "page.html", [*HOSTILE, "a/very/long/name" * 30, "x" * 900]
+    page = ReportPage(path, " ".join(HOSTILE), ["python", *HOSTILE])
+    with recorded(page):
+        for text in texts:
+            table = Table(text, text, title=f"title {text}")
+            table.add_column(text, justify="right")
+            table.add_row(text, text, text, style="bold")
+            table.add_row(text, "", "")
+            print_line(text_console(), text, style="bold")
+            print_line(text_console(), text)
+            print_line(text_console(), f"- {text}")
+            print_summary(f"images       {text}")
+            print_problem(text)
+            print_table(text_console(), table)
+            draw_counts(text, {text: 1.0, "other": -2.0})
+            page.add_plot(intervals(text, {text: [Mark(text, 1.0, 0.5, 1.5, text, is_good=True)]}, band=(0.6, 0.7)))
+            page.add_plot(Curve(title=text, x_name=text, y_name=text, points=[Point(1, 2), Point(2, 3, 2, 4)]).plot())
+    return path
+
+
+def look_at(path: Path, watch, width: int, dark: bool) -> None:
+    with watch(path.as_uri(), width=width, dark=dark, bypass_csp=True) as page:  # axe-core is a script in the page
+        page.goto(path.as_uri())
+        assert page.seen.asked == [path.as_uri()]
+        assert overflow_px(page) == 0
+        assert violations(page) == ""
+        assert page.locator("svg").count() == page.locator("svg[role=img] > title").count() > 0
+        assert page.evaluate("document.scripts.length + document.images.length + document.forms.length") == 0
+
+
+@pytest.mark.parametrize(("width", "dark"), LOOKS)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_fits_and_passes_axe(path: Path, width: int, dark: bool, watch) -> None:
+    look_at(path, watch, width, dark)
+
+
+@pytest.mark.parametrize(("width", "dark"), LOOKS)
+def test_hostile_texts_are_inert(hostile: Path, width: int, dark: bool, watch) -> None:
+    look_at(hostile, watch, width, dark)
+
+
+def test_the_page_allows_itself_no_script(hostile: Path, watch) -> None:
+    with watch(hostile.as_uri()) as page:
+        page.goto(hostile.as_uri())
+        policy = page.locator("meta[http-equiv=Content-Security-Policy]").get_attribute("content")
+        assert policy is not None and "default-src 'none'" in policy and "script-src" not in policy
+
+
+def test_a_wide_table_is_read_by_keyboard(watch) -> None:
+    path = ROOT / "docs" / "examples" / "evaluate.html"
+    with watch(path.as_uri(), width=NARROW) as page:
+        page.goto(path.as_uri())
+        page.keyboard.press("Tab")
+        reached = page.evaluate("document.activeElement.className")
+        assert reached == "wide"
+        before = page.evaluate("document.activeElement.scrollLeft")
+        page.keyboard.press("ArrowRight")
+        page.wait_for_function(f"document.activeElement.scrollLeft > {before}")
+
+
+def test_colours_follow_the_reader(watch) -> None:
+    path, colours = EXAMPLES[0], []
+    for dark in (False, True):
+        with watch(path.as_uri(), dark=dark) as page:
+            page.goto(path.as_uri())
+            colours.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert colours == ["rgb(255, 255, 255)", "rgb(20, 23, 26)"]
