@@ -20,6 +20,7 @@ app = CommandApp()
     findings=True,
     epilog="Examples:\n\n"
     "- `python -m featurestore verify s3://bucket/features`\n\n"
+    "- `python -m featurestore verify s3://bucket/features --absent takedown.txt`\n\n"
     "- `python -m featurestore verify --cache`\n\n"
     "- `python -m featurestore verify --cache /mnt/fast/cache`",
 )
@@ -37,18 +38,28 @@ def verify(
     cache: Annotated[
         bool, typer.Option("--cache", help="Check a cache folder of this machine instead, by default the usual one.")
     ] = False,
+    absent: Annotated[
+        Path | None,
+        typer.Option("--absent", help="Prove instead that no file of the store has a row of these keys or uris."),
+    ] = None,
 ) -> None:
     """Check every file of a store: manifests, pins, channels, quarantine, the data of all kept snapshots, or of one.
 
     With --cache it checks every file of a cache folder instead. Exit code 1 when one is broken: the line names it, what
-    is wrong, and what repairs it.
+    is wrong, and what repairs it. With --absent FILE it reads every file that lies in the store, whether a snapshot
+    names it or not, and exits with 1 where one has a row of these images: a number on each line, or uris.
     """
+    if absent is not None and (cache or version is not None):
+        raise typer.BadParameter("it reads every file of a store: give no --version, no --cache", param_hint="--absent")
     if cache and version is not None:
         raise typer.BadParameter("--version is for a store: a cache is checked whole")
     if cache:
         _verify_cache(place)
     if not place:
         raise typer.BadParameter("name the store's URL, or --cache")
+    if absent is not None:
+        _prove_absent(place, absent)
+        return
     from featurestore.published.channels import find_channel
     from featurestore.storage.storage import Storage
     from featurestore.upkeep.verify import verify as verify_store
@@ -67,6 +78,17 @@ def verify(
     draw_counts("What was checked", checked)
     draw_counts("Problems by kind", Counter(problem.kind for problem in report.problems))
     raise typer.Exit(1 if report.problems else 0)
+
+
+def _prove_absent(url: str, file: Path) -> None:
+    from featurestore.commands.purge import show_absence
+    from featurestore.store import FeatureStore
+    from featurestore.upkeep.takedown.absence import Images, find_traces
+
+    images, store = Images.of_file(file), FeatureStore.open(url)
+    with progress_bar("files") as progress:
+        report = find_traces(store.storage, images, progress)
+    show_absence(report, images, store.url)
 
 
 def _verify_cache(place: str | None) -> NoReturn:

@@ -82,6 +82,16 @@ def kept_versions(
     return kept
 
 
+def move_aside(store: FeatureStore, versions: Sequence[int]) -> list[int]:
+    """Take snapshots out of the log, those that a pin or a channel keeps left out: nobody can open them any more.
+
+    Their manifests stay in expired/ for the grace time of the next expiry, so that writers find out what became of
+    theirs. Returns the versions that went.
+    """
+    there = set(log.versions(store.storage))
+    return _Expiry(store, 0, 0.0, 0.0, dry_run=False).move_aside([each for each in versions if each in there])
+
+
 class _Expiry:
     """One run. Nothing is deleted after half the grace time: what it knew at its beginning may be true no longer."""
 
@@ -99,7 +109,7 @@ class _Expiry:
         wanted = kept_versions(made_s, self.now_s, self.keep_last, self.keep_s, pinned)
         leaving = [version for version, _ in made_s if version not in wanted]
         if not self.dry_run:
-            leaving = self._move_aside(leaving)
+            leaving = self.move_aside(leaving)
         # Listed before the manifests are read: what is committed from here on is named by one of them.
         listed = self.storage.entries()
         kept = [version for version in log.versions(self.storage) if version not in leaving]
@@ -131,7 +141,7 @@ class _Expiry:
     def _age_s(self, entry: StorageEntry) -> float:
         return self.now_s - entry.mtime_s
 
-    def _move_aside(self, leaving: Sequence[int]) -> list[int]:
+    def move_aside(self, leaving: Sequence[int]) -> list[int]:
         """Move manifests from log/ to expired/; return the versions that went. A pin that was made meanwhile is seen,
         or sees the copy."""
         moved: list[int] = []

@@ -1,0 +1,334 @@
+"""Takedowns: rows leave every snapshot and every file, whenever it is cut off; the proof finds each that is left."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from featurestore import FeaturePartition, FeatureRows, FeatureStore, QuarantineRow, StoreInfo, key_of_uri, log
+from featurestore.__main__ import app
+from featurestore.errors import CorruptFileError, PinError, SnapshotNotFoundError
+from featurestore.storage.storage import Storage
+from featurestore.upkeep.compaction import compact
+from featurestore.upkeep.history import restore
+from featurestore.upkeep.pins import pin, read_pins
+from featurestore.upkeep.promotion.moving import move_channel
+from featurestore.upkeep.takedown.absence import Images, find_traces
+from featurestore.upkeep.takedown.purge import PurgeReport
+from featurestore.upkeep.takedown.purge import purge as purge_store
+from featurestore.upkeep.verify import verify
+from tests.featurestore.faulty import FaultyStorage
+
+GONE = ["images/3.jpg", "images/17.jpg"]
+IMAGES = Images.of_uris(GONE)
+Contents = dict[str, bytes]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def purge(store: FeatureStore, images: Images = IMAGES, **options: Any) -> PurgeReport:
+    return purge_store(store, images, writer_hours=0, **options)
+
+
+def contents(store: FeatureStore, version: int | str | None = None) -> Contents:
+    """What a snapshot holds, by uri."""
+    snapshot = store.snapshot(version)
+    rows = [snapshot.read_shard(shard) for shard in range(store.info.num_shards)]
+    return {uri: each.features_ND[n].tobytes() for each in rows for n, uri in enumerate(each.uris)}
+
+
+def without(before: Contents) -> Contents:
+    return {uri: feature for uri, feature in before.items() if uri not in GONE}
+
+
+def fill(store: FeatureStore, make_rows: Callable[..., FeatureRows]) -> FeatureStore:
+    """Five snapshots: 1 has none of the images, 2 and 4 write them, 3 deletes one, 5 is of others."""
+    store.put(make_rows(40, store.info, first=100))
+    store.put(make_rows(40, store.info))
+    store.delete([key_of_uri(GONE[0])])
+    store.put(make_rows(20, store.info, seed=4))
+    store.put(make_rows(5, store.info, seed=5, first=30))
+    store.add_quarantine([QuarantineRow(key_of_uri(GONE[1]), GONE[1], "truncated", 1.0)])
+    store.add_quarantine([QuarantineRow(7, "other.jpg", "truncated", 2.0)])
+    store.stage_part("refresh", "part-1", make_rows(20, store.info, seed=9))
+    store.stage_part("other", "part-1", make_rows(5, store.info, first=500))
+    store.write(make_rows(20, store.info, seed=8))  # of a writer that died before its commit
+    return store
+
+
+@pytest.fixture
+def filled(store: FeatureStore, make_rows: Callable[..., FeatureRows]) -> FeatureStore:
+    return fill(store, make_rows)
+
+
+class PurgeContract:
+    """What holds on every storage."""
+
+    @pytest.fixture
+    def takendown(self, url: str, info: StoreInfo, make_rows: Callable[..., FeatureRows]) -> FeatureStore:
+        return fill(FeatureStore.create(url, info), make_rows)
+
+    def test_no_file_has_a_row_and_all_others_stay(self, takendown: FeatureStore) -> None:
+        before, oldest = contents(takendown), contents(takendown, 1)
+        move_channel(takendown, "stable", 5)
+        assert {trace.kind for trace in find_traces(takendown.storage, IMAGES).traces} == {"rows"}
+        report = purge(takendown)
+        assert report.is_complete and report.version == 6 and report.expired == (2, 3, 4, 5)
+        assert contents(takendown) == without(before) and contents(takendown, 1) == oldest
+        assert takendown.snapshot("stable").version == 6 and report.moved == ["stable"]
+        assert log.versions(takendown.storage) == [1, 6] and verify(takendown).problems == []
+        assert [row.uri for row in takendown.quarantine_rows()] == ["other.jpg"]
+        assert (takendown.staged_parts("refresh"), takendown.staged_parts("other")) == ([], ["part-1"])
+        assert find_traces(takendown.storage, IMAGES).is_absent
+        again = purge(takendown)
+        assert again.is_complete and (again.version, again.num_rows, again.expired) == (None, 0, ())
+
+
+class TestOnDisk(PurgeContract):
+    @pytest.fixture
+    def url(self, tmp_path: Path) -> str:
+        return str(tmp_path / "store")
+
+
+class TestInMemory(PurgeContract):
+    @pytest.fixture
+    def url(self, memory_url: str) -> str:
+        return memory_url
+
+
+class TestOnS3(PurgeContract):
+    @pytest.fixture
+    def url(self, s3_url: str) -> str:
+        return f"{s3_url}/features"
+
+
+class Killed(BaseException):
+    """What kill -9 is to a process."""
+
+
+def dying(store: FeatureStore, writes: int, done: bool) -> FeatureStore:
+    """A store whose process dies at its n-th write, before it or right after it."""
+    left = [writes]
+
+    def dies(call: Callable[..., Any], *arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0 or (left[0] == 0 and not done):
+            raise Killed
+        if left[0] == 0:
+            call(*arguments)
+            raise Killed
+        return call(*arguments)
+
+    names = ("write_bytes", "create_exclusive", "create_or_read", "delete", "delete_files", "open_output")
+    return FeatureStore(FaultyStorage(store.storage, dict.fromkeys(names, dies)), store.info)
+
+
+class TestCutOff:
+    @pytest.mark.long
+    @pytest.mark.parametrize("done", [False, True])
+    def test_killed_at_any_write_the_next_run_completes(
+        self, filled: FeatureStore, done: bool, tmp_path: Path, make_rows: Callable[..., FeatureRows]
+    ) -> None:
+        move_channel(filled, "stable", 5)
+        before, kept = contents(filled), tmp_path / "kept"
+        shutil.copytree(filled.url, kept)
+        for writes in range(1, 200):
+            folder = tmp_path / f"killed-{writes}"
+            shutil.copytree(kept, folder)
+            store = FeatureStore.open(folder)
+            try:
+                purge(dying(store, writes, done))
+            except Killed:
+                pass
+            else:
+                assert writes > 15, "it was not killed often"
+                break
+            assert contents(store) in (before, without(before)), f"killed at write {writes}: another row"
+            assert contents(store, "stable") in (before, without(before))
+            report = purge(store)
+            assert report.is_complete, (writes, report.proof)
+            assert contents(store) == without(before) == contents(store, "stable")
+            assert {problem.kind for problem in verify(store).problems} <= {"pin"}
+            assert find_traces(store.storage, IMAGES).is_absent
+            shutil.rmtree(folder)
+        else:
+            pytest.fail("it never came to its end")
+
+    def test_a_writer_in_between_is_seen(
+        self, filled: FeatureStore, monkeypatch: pytest.MonkeyPatch, make_rows: Callable[..., FeatureRows]
+    ) -> None:
+        """One that brings the rows back while the first snapshot is made, and one that restores an old snapshot."""
+        commit, others = (
+            purge_store.__globals__["_Purge"]._commit_again,
+            [
+                lambda: filled.put(make_rows(20, filled.info, seed=11)),
+                lambda: restore(filled, 2),
+            ],
+        )
+
+        def disturbed(self: Any, newest: Any, bad: set[str]) -> Any:
+            if others:
+                others.pop()()
+            return commit(self, newest, bad)
+
+        monkeypatch.setattr(purge_store.__globals__["_Purge"], "_commit_again", disturbed)
+        report = purge(filled)
+        assert report.is_complete and others == []
+        assert set(contents(filled)).isdisjoint(GONE) and verify(filled).problems == []
+        assert len(contents(filled)) == 78
+
+    def test_files_of_a_writer_at_work_stay_and_the_proof_says_so(self, filled: FeatureStore) -> None:
+        report = purge_store(filled, IMAGES, writer_hours=1.0)
+        assert not report.is_complete and report.version == 6
+        assert "staging/refresh" in report.young and any(path.startswith("data/") for path in report.young)
+        assert report.proof is not None
+        assert {trace.path for trace in report.proof.traces if trace.path.startswith("data/")} <= set(report.young)
+        assert purge(filled).is_complete
+
+
+class TestReaders:
+    def test_who_holds_an_old_snapshot_gets_an_error_and_no_other_row(
+        self, filled: FeatureStore, tmp_path: Path
+    ) -> None:
+        old = filled.snapshot(4)
+        before = contents(filled, 4)
+        cached = FeaturePartition.load(filled.url, cache_dir=tmp_path / "cache", version=4)
+        key = key_of_uri(GONE[1])
+        purge(filled)
+        with pytest.raises(CorruptFileError, match="is missing"):
+            old.get([key])
+        with pytest.raises(SnapshotNotFoundError, match="has expired"):
+            filled.snapshot(4)
+        with cached:
+            assert cached.lookup(np.array([key])).features_UD[0].tobytes() == before[GONE[1]]  # docs: empty the caches
+
+    def test_pins_and_channels_of_older_snapshots_are_refused_before_anything_is_done(
+        self, filled: FeatureStore
+    ) -> None:
+        pin(filled, "model", 2)
+        move_channel(filled, "stable", 4)
+        files = [entry.path for entry in filled.storage.entries()]
+        with pytest.raises(PinError, match=r"model \(snapshot 2\); --unpin .* and channels .*stable \(snapshot 4\)"):
+            purge(filled)
+        with pytest.raises(PinError, match="--move-channels"):
+            purge(filled, drop_pins=True, dry_run=True)
+        assert [entry.path for entry in filled.storage.entries()] == files
+        report = purge(filled, drop_pins=True, move_channels=True)
+        assert report.is_complete and (report.unpinned, report.moved) == (["model"], ["stable"])
+        assert filled.snapshot("stable").version == 6 and read_pins(filled.storage) == []
+
+    def test_a_pin_of_a_snapshot_without_the_rows_stays(self, filled: FeatureStore) -> None:
+        pin(filled, "before", 1)
+        assert purge(filled).is_complete
+        assert [each.version for each in read_pins(filled.storage)] == [1]
+
+
+class TestRows:
+    def test_a_row_under_another_key_than_that_of_its_uri_goes_too(self, store: FeatureStore, make_rows: Any) -> None:
+        rows = make_rows(40, store.info)
+        store.put(FeatureRows.of(rows.uris, rows.features_ND, keys=np.arange(1000, 1040)))
+        assert purge(store).is_complete
+        assert set(contents(store)) == set(rows.uris) - set(GONE)
+
+    def test_by_keys(self, filled: FeatureStore) -> None:
+        before = contents(filled)
+        images = Images.of_keys(np.array([key_of_uri(uri) for uri in GONE]))
+        assert purge(filled, images).is_complete and contents(filled) == without(before)
+
+    def test_a_store_of_which_nothing_is_left(self, store: FeatureStore, make_rows: Any) -> None:
+        store.put(make_rows(GONE, store.info))
+        report = purge(store)
+        assert report.is_complete and contents(store) == {} and store.snapshot().manifest.num_files == 0
+
+    def test_after_a_compaction(self, filled: FeatureStore) -> None:
+        compact(filled, force=True)
+        before = contents(filled)
+        assert purge(filled).is_complete and contents(filled) == without(before)
+
+    def test_statistics_are_those_of_the_rows_that_stay(self, store: FeatureStore, make_rows: Any) -> None:
+        store.put(make_rows(2000, store.info))
+        purge(store)
+        left = [store.snapshot().read_shard(shard).features_ND for shard in range(8)]
+        values = store.codec.decode(np.concatenate(left))
+        assert store.snapshot().statistics().count == 1998
+        np.testing.assert_allclose(store.snapshot().statistics().mean_D, values.mean(axis=0), atol=1e-6)
+
+    def test_a_damaged_file_of_the_newest_snapshot_stops_it(self, filled: FeatureStore) -> None:
+        entry = filled.snapshot().manifest.entries[0]
+        (Path(filled.url) / entry.path).write_bytes(b"PAR1 no parquet")
+        with pytest.raises(CorruptFileError, match=r"repair .*, and purge again"):
+            purge(filled)
+        assert filled.snapshot().version == 5
+
+
+class TestProof:
+    @pytest.mark.parametrize(
+        "where", ["data/0001/x.parquet", "staging/dead/x.parquet", "damaged/x.parquet", "x.parquet"]
+    )
+    def test_a_file_that_no_snapshot_names_is_found(self, filled: FeatureStore, where: str, tmp_path: Path) -> None:
+        holder = next(
+            Path(filled.url) / trace.path
+            for trace in find_traces(filled.storage, IMAGES).traces
+            if trace.path.startswith("data/")
+        )
+        kept = tmp_path / "kept.parquet"
+        shutil.copy(holder, kept)
+        purge(filled)
+        assert find_traces(filled.storage, IMAGES).is_absent
+        place = Path(filled.url) / where
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(kept, place)
+        assert [(trace.path, trace.kind) for trace in find_traces(filled.storage, IMAGES).traces] == [(where, "rows")]
+
+    def test_tombstones_reports_of_parts_and_what_cannot_be_read_count(self, filled: FeatureStore) -> None:
+        purge(filled)
+        key = key_of_uri(GONE[0])
+        filled.delete([key])
+        report = {"num_rows": 1, "bad": [[key, "a.jpg", "empty", True]], "images": []}
+        filled.storage.write_bytes("staging/run/part.json", json.dumps(report).encode())
+        filled.storage.write_bytes("staging/run/other.json", json.dumps({"images": [[5, f"{key}"]]}).encode())
+        filled.storage.write_bytes("data/0000/.tmp-dead", b"PAR1 half a file")
+        filled.storage.write_bytes("reports/notes.json", json.dumps({"first": f"see {GONE[1]}"}).encode())
+        found = {trace.path.split("/")[0] + "/" + trace.kind for trace in find_traces(filled.storage, IMAGES).traces}
+        assert found == {"data/rows", "data/unread", "staging/text", "reports/text"}
+        assert len(find_traces(filled.storage, IMAGES).traces) == 4
+        report_after = purge(filled)
+        assert report_after.proof is not None
+        assert [trace.path for trace in report_after.proof.traces] == ["reports/notes.json"]
+
+    def test_commands(self, filled: FeatureStore, tmp_path: Path) -> None:
+        file = tmp_path / "takedown.txt"
+        file.write_text("".join(f"{uri}\n" for uri in GONE))
+        keys = tmp_path / "keys.txt"
+        keys.write_text("".join(f"{key_of_uri(uri)}\n" for uri in GONE))
+        found = run("verify", filled.url, "--absent", file)
+        assert found.exit_code == 1 and "of their rows" in found.output and "not absent: " in found.output
+        dry = run("purge", filled.url, "--uris", file, "--dry-run")
+        assert dry.exit_code == 0 and "4 snapshots would be gone: 2 to 5" in dry.output
+        assert filled.snapshot().version == 5
+        done = run("purge", filled.url, "--uris", file, "--writer-hours", 0)
+        assert done.exit_code == 0 and "proof        no row of 2 uris is in" in done.output
+        for names in (file, keys):
+            proof = run("verify", filled.url, "--absent", names)
+            assert proof.exit_code == 0 and "proof        no row of 2 " in proof.output
+        young = run("purge", filled.url, "--keys", keys)
+        assert young.exit_code == 0
+
+
+def test_a_file_that_vanishes_meanwhile_is_no_trace(filled: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Storage.open_input
+
+    def vanished(self: Storage, path: str) -> Any:
+        if path.startswith("staging/"):
+            raise FileNotFoundError(path)
+        return opened(self, path)
+
+    monkeypatch.setattr(Storage, "open_input", vanished)
+    assert not any(trace.path.startswith("staging/") for trace in find_traces(filled.storage, IMAGES).traces)
