@@ -161,6 +161,25 @@ class TestCutOff:
         else:
             pytest.fail("it never came to its end")
 
+    def test_what_a_killed_purge_took_out_of_the_log_is_no_writers(
+        self, store: FeatureStore, make_rows: Callable[..., FeatureRows], tmp_path: Path
+    ) -> None:
+        """The files that only expired manifests name are young, and yet they go with the next run."""
+        store.put(make_rows(20, store.info))
+        store.put(make_rows(20, store.info, seed=1))
+        before, kept = contents(store), tmp_path / "kept"
+        shutil.copytree(store.url, kept)
+        for writes in range(1, 200):
+            folder = tmp_path / f"killed-{writes}"
+            shutil.copytree(kept, folder)
+            killed = FeatureStore.open(folder)
+            try:
+                purge_store(dying(killed, writes, done=True), IMAGES)
+            except Killed:
+                assert purge_store(killed, IMAGES).is_complete and contents(killed) == without(before), writes
+            else:
+                break
+
     def test_a_writer_in_between_is_seen(
         self, filled: FeatureStore, monkeypatch: pytest.MonkeyPatch, make_rows: Callable[..., FeatureRows]
     ) -> None:
