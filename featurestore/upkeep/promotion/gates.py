@@ -12,7 +12,6 @@ import numpy.typing as npt
 from pydantic import Field, ValidationError
 
 from featurestore.errors import InvalidRowsError
-from featurestore.format.statistics import inverse_std
 from featurestore.index import nearest
 from featurestore.keys import Int64Array, shard_of
 from featurestore.snapshot import Snapshot
@@ -117,13 +116,14 @@ def quarantine(store: FeatureStore, candidate: Snapshot, limits: GateLimits) -> 
 def drift(candidate: Snapshot, stable: Snapshot | None, limits: GateLimits) -> GateResult:
     """Measure how far mean or deviation of a dimension have moved, in stable's deviations: the largest of all.
 
-    Deviations below a tenth of their mean count as that (`inverse_std`). Read from the files' statistics, and from the
-    rows of shards with deltas.
+    Deviations below their mean count as that: of a unit that fires for one image in a thousand, one more such image
+    moves the deviation by a half. Read from the files' statistics, and from the rows of shards with deltas.
     """
     before, after = (None if each is None else each.statistics() for each in (stable, candidate))
     if before is None or after is None or not before.count or not after.count:
         return _nothing("drift", limits.max_drift)
-    scale_D = inverse_std(before.std_D)
+    deviation_D = before.std_D.astype(np.float64)
+    scale_D = 1 / np.maximum(np.maximum(deviation_D, deviation_D.mean()), np.finfo(np.float64).tiny)
     moved = (after.mean_D.astype(np.float64) - before.mean_D, after.std_D.astype(np.float64) - before.std_D)
     moved_2D = np.abs(np.stack(moved) * scale_D)
     kind, dimension = np.unravel_index(int(moved_2D.argmax()), moved_2D.shape)

@@ -72,7 +72,8 @@ class TestEachGate:
         values[:, 3] += 0.5
         shifted = two.put(rows_of(two.info, values))
         found = drift(shifted, two.snapshot(1), GateLimits())
-        deviation = float(two.snapshot(1).statistics().std_D[3])
+        deviations = two.snapshot(1).statistics().std_D
+        deviation = max(float(deviations[3]), float(deviations.mean()))
         moved = (shifted.statistics().mean_D - two.snapshot(1).statistics().mean_D)[3]
         assert not found.holds and found.text == "mean of dimension 3 of 8 moved most"
         assert found.value == pytest.approx(abs(moved) / deviation, rel=1e-5) and found.value > 0.4
@@ -81,6 +82,17 @@ class TestEachGate:
         wider = drift(two.put(rows_of(two.info, values)), two.snapshot(1), GateLimits())
         assert not wider.holds and wider.text == "standard deviation of dimension 5 of 8 moved most"
         assert drift(two.snapshot(2), two.snapshot(1), GateLimits()).holds
+
+    def test_one_image_that_makes_a_quiet_unit_fire_is_no_drift(self, store: FeatureStore) -> None:
+        values = drawn(0)
+        values[:, 6] = 0
+        values[7, 6] = 1
+        store.put(rows_of(store.info, values))
+        found = drift(store.put(rows_of(store.info, np.ones((1, 8)), NUM)), store.snapshot(1), GateLimits())
+        assert found.value is not None and found.value < 0.05
+        assert (
+            drift(store.put(rows_of(store.info, np.ones((300, 8)), NUM)), store.snapshot(1), GateLimits()).value > 0.4
+        )
 
     def test_neighbours_against_a_plain_loop(self, two: FeatureStore) -> None:
         values = drawn(0)
