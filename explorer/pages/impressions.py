@@ -1,30 +1,44 @@
 """Impressions: a list to choose from, and for each sample group why its ads got their scores."""
 
+import base64
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from explorer.data.impressions.explained import Explanation, OtherPicture, explain, other_pictures, with_other_pictures
+from explorer.data.images.network import MOST_BYTES, why_not
+from explorer.data.impressions.explained import (
+    Candidate,
+    Explanation,
+    OtherPicture,
+    explain,
+    other_pictures,
+    with_other_pictures,
+)
 from explorer.data.impressions.groups import PictureName, SampleGroup
 from explorer.data.impressions.listed import CLICKED, ORDERS, Clicked, Order, score_user, scored_of
 from explorer.data.impressions.names import PictureNames
 from explorer.data.impressions.opened import AskableRun, At, OpenedRun
+from explorer.data.impressions.sent import check_sent, score_sent
 from explorer.data.impressions.words import name_of, percent, points, sentence, weighing
+from explorer.data.pictures import shrunk
 from explorer.errors import ExplorerError, NotHereError
 from explorer.html.site import NavItem, Question, Site, pages_of
+from explorer.html.upload import read_upload
 from explorer.pages.kind import PageKind
 from featurestore.errors import SnapshotNotFoundError, UserError
 from featurestore.keys import key_of_uri
+from featurestore.store import FeatureStore
 from featurestore.text.plain import one_line
 
 LIST, PER_PAGE, PER_FROZEN_PAGE = "/impressions", 24, 12
-_DRAWN, _SHOWN_BEST, _SHOWN_WORST = 100, 6, 3
-_MOST_TYPED = 2_000
+_DRAWN, _SHOWN_BEST, _SHOWN_WORST, _MOST_ADS = 100, 6, 3, 60
+_MOST_TYPED, _LARGE = 2_000, 320
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,7 @@ class ImpressionPages(PageKind):
             Route(LIST + "/part", self.listing_part),
             Route(LIST + "/{run}/{number}", self.group),
             Route(LIST + "/{run}/{number}/part", self.group_part),
+            *([] if self.site.frozen else [Route(LIST + "/{run}/{number}/sent", self.sent, methods=["POST"])]),
         ]
 
     def close(self) -> None:
@@ -105,6 +120,7 @@ class ImpressionPages(PageKind):
     def group(self, request: Request) -> Response:
         """Show one sample group, or where its run is not open yet the page that fetches it."""
         run, number = request.path_params["run"], self._number(request)
+        self.runs.check(run)
         at = _snapshot(request)
         now = self.site.frozen or "now" in request.query_params or self.runs.is_open(run, at)
         try:
@@ -129,6 +145,37 @@ class ImpressionPages(PageKind):
             return {"run": run, "number": number, "params": params, **self._explained(request, run, number, at)}
 
         return self._part(request, "impressions/group-part.html", shown)
+
+    async def sent(self, request: Request) -> Response:
+        """Show what an ad would get with a picture that is sent; it is kept nowhere."""
+        data, fields = await read_upload(request, "picture", MOST_BYTES)
+        return await run_in_threadpool(self._sent, request, data, _place(fields.get("ad")) or 0)
+
+    def _sent(self, request: Request, data: bytes, ad: int) -> Response:
+        run, number = request.path_params["run"], self._number(request)
+        at: At = _snapshot(request)
+        if self.site.places.store is None:
+            raise ExplorerError("a picture goes through the network of the store: name it by --store")
+        with self.runs.use(run, at) as opened:
+            explanation = explain(opened, number, ad, most_behaviors=0)
+            store = FeatureStore.open(self.site.places.store)
+            score = score_sent(explanation.group, ad, store, data)
+            names = self._names(opened, explanation.chosen.pictures)
+        return self.site.page(
+            request,
+            "impressions/sent.html",
+            title=f"Ad {explanation.chosen.ad} with your picture",
+            run=run,
+            number=number,
+            at=at,
+            picture_jpeg=base64.b64encode(shrunk(data, _LARGE).jpeg).decode(),
+            chosen=explanation.chosen,
+            score=score,
+            names=names,
+            name_of=name_of,
+            percent=percent,
+            points=points,
+        )
 
     def _part(self, request: Request, template: str, context: Any) -> Response:
         """Give a part of a page; what goes wrong is told in it, as htmx shows no answer of another status than 200."""
@@ -190,7 +237,7 @@ class ImpressionPages(PageKind):
                     explanation = explain(opened, number, ad, ids_run)
             drawn, own = self._drawn(explanation, typed, opened)
             pictures = [
-                *(name for each in explanation.candidates for name in each.pictures[:1]),
+                *(name for each in _shown(explanation) for name in each.pictures[:1]),
                 *(name for each in explanation.behaviors for name in each.pictures[:1]),
                 *(each.picture for each in drawn),
                 *((own.picture,) if own else ()),
@@ -199,6 +246,7 @@ class ImpressionPages(PageKind):
             best = sorted(drawn, key=lambda each: -each.score.logit)
             return {
                 "why": explanation,
+                "shown_ads": _shown(explanation),
                 "names": names,
                 "name_of": name_of,
                 "percent": percent,
@@ -213,6 +261,7 @@ class ImpressionPages(PageKind):
                 "best": best[:_SHOWN_BEST],
                 "worst": best[max(_SHOWN_BEST, len(best) - _SHOWN_WORST) :],
                 "num_drawn": len(drawn),
+                "takes_pictures": self._takes_pictures(opened, explanation.group),
                 "served": self._is_served(run),
                 "rank_of_own": 1 + sum(each.score.logit > explanation.chosen.score.logit for each in drawn),
             }
@@ -245,6 +294,17 @@ class ImpressionPages(PageKind):
         same = [each for each in others if each.base == opened.trained.config.model.base]
         return next((each.name for each in (*same, *others)), None)
 
+    def _takes_pictures(self, opened: OpenedRun, group: SampleGroup) -> str:
+        """Say why no picture can be sent; empty where one can."""
+        if self.site.places.store is None or self.site.frozen:
+            return "No --store is named."
+        try:
+            store = FeatureStore.open(self.site.places.store)
+            check_sent(opened, group.columns.looks_of_ads, store)
+        except UserError as error:
+            return f"No picture can be sent: {one_line(error)}."
+        return why_not(store.info)
+
     def _is_served(self, run: str) -> bool:
         """Tell whether the model's version in use was made of this run."""
         from featurestore.storage.storage import Storage
@@ -265,6 +325,13 @@ class ImpressionPages(PageKind):
         number = _place(request.path_params["number"])
         assert number is not None
         return number
+
+
+def _shown(explanation: Explanation) -> list[Candidate]:
+    """Choose the ads that a page shows: the best ones, and the one that is explained."""
+    best = sorted(explanation.candidates, key=lambda each: each.rank)
+    shown = best[:_MOST_ADS]
+    return shown if explanation.chosen in shown else [*shown, explanation.chosen]
 
 
 def default_run(runs: Sequence[AskableRun]) -> str:

@@ -16,7 +16,7 @@ from explorer.data.scorer.compared import TOLERANCE, compare, run_of
 from explorer.data.scorer.figures import read_figures
 from explorer.data.scorer.published import PublishedModel, read_model
 from explorer.errors import NotHereError
-from explorer.html.site import NavItem, Site
+from explorer.html.site import NavItem, Question, Site
 from explorer.pages.kind import PageKind
 from featurestore.errors import UserError
 from featurestore.text.plain import one_line
@@ -49,6 +49,17 @@ class ScorerPages(PageKind):
             Route(SCORER + "/part", self.overview_part),
             Route(SCORER + "/impression/{number}", self.impression),
             Route(SCORER + "/impression/{number}/part", self.impression_part),
+        ]
+
+    @property
+    def questions(self) -> Sequence[Question]:
+        """List what is asked most."""
+        return [
+            Question(
+                "Which model answers, and is it the one that was trained?",
+                SCORER,
+                "Versions, the age of its vectors, latencies, and scores over HTTP beside those of the run.",
+            ),
         ]
 
     def close(self) -> None:

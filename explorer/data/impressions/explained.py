@@ -138,7 +138,14 @@ class Explanation:
         return behavior if best > 0 else None
 
 
-def explain(opened: OpenedRun, number: int, ad: int | None = None, ids_run: OpenedRun | None = None) -> Explanation:
+def explain(
+    opened: OpenedRun,
+    number: int,
+    ad: int | None = None,
+    ids_run: OpenedRun | None = None,
+    *,
+    most_behaviors: int = MOST_BEHAVIORS,
+) -> Explanation:
     """Explain the score of an ad of sample group `number`, by default of the one that images move most.
 
     All behaviours are taken away in one batch, each from a copy of the group with the ad alone. `ids_run`: a run of
@@ -153,7 +160,7 @@ def explain(opened: OpenedRun, number: int, ad: int | None = None, ids_run: Open
         chosen = candidates[ad]
     else:
         raise NotHereError(f"there is no ad {ad} in this group: it has {len(candidates)}, from 0 on")
-    behaviors, weights = _behaviors(group, chosen.place)
+    behaviors, weights = _behaviors(group, chosen.place, most_behaviors)
     return Explanation(
         group=group,
         candidates=candidates,
@@ -234,11 +241,11 @@ def _scores_of(run: OpenedRun, number: int) -> Logits:
     return run.logits(group.batch([group.row]))
 
 
-def _behaviors(group: SampleGroup, ad: int) -> tuple[list[Behavior], bool]:
+def _behaviors(group: SampleGroup, ad: int, most: int) -> tuple[list[Behavior], bool]:
     """Take away one behaviour after the other; say also whether the run's aggregator weighs them."""
     columns, opened = group.columns, group.columns.opened
     row = group.of_ad(ad)
-    pictures = group.behavior_pictures[:MOST_BEHAVIORS]
+    pictures = group.behavior_pictures[:most]
     num = len(pictures)
     if num == 0:
         return [], False

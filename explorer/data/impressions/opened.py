@@ -155,6 +155,11 @@ class TrainedRuns:
             self._described[name] = AskableRun(folder.name, model.images, model.base, model.pooling)
         return self._described[name]
 
+    def check(self, name: str) -> None:
+        """Raise NotHereError where there is no such run; a small read."""
+        if not (self._places.run(name) / "config.yaml").is_file():
+            raise NotHereError(f"there is no run {name[:60]!r}")
+
     def is_open(self, name: str, at: At = "trained") -> bool:
         """Tell whether a run can be asked without waiting for it to open."""
         return (name, at) in self._opened
@@ -173,6 +178,7 @@ class TrainedRuns:
         """
         folder = self._places.run(name)
         with self._lock:
+            self.check(name)
             digest = _digest_of(folder, name)
             opened = self._opened.get((name, at))
             if opened is not None and opened.digest != digest:
@@ -240,11 +246,9 @@ class TrainedRuns:
 
 
 def _digest_of(folder: RunPath, name: str) -> str:
-    """Give the digest of the run's newest checkpoint. Raises NotHereError, ExplorerError."""
+    """Give the digest of the run's newest checkpoint. Raises ExplorerError, TrainerError."""
     from trainer.runs.saved import read_run
 
-    if not (folder / "config.yaml").is_file():
-        raise NotHereError(f"there is no run {name[:60]!r}")
     try:
         return read_run(folder).digest
     except OSError as error:

@@ -28,7 +28,8 @@ def sentence(explanation: Explanation, names: dict[int, str]) -> str:
     for behavior, word in ((explanation.helped_most, "helps most"), (explanation.hurt_most, "hurts most")):
         if behavior is not None and behavior.without_picture is not None:
             without = percent(behavior.without_picture.probability)
-            said.append(f"Of the history, {name_of(behavior.pictures, names)} {word}: without it, {without}.")
+            where = "Of the history, " if len(said) == 2 else ""
+            said.append(f"{where}{name_of(behavior.pictures, names)} {word}: without it, {without}.")
     return " ".join(said)
 
 

@@ -109,6 +109,42 @@ def test_another_picture_is_typed(pages: TestClient, typed: str) -> None:
     assert "<script>alert" not in text
 
 
+def test_a_picture_is_sent(pages: TestClient, world: World) -> None:
+    """The picture of an image of the store: the ad gets what it gets with the look of that image."""
+    uri = PLAIN[5]
+    data = (world.images / uri).read_bytes()
+    known = pages.get("/impressions/both/3", params={"picture": uri, "ad": 1, "now": 1}).text
+    own = known.partition("Yours:")[2].partition("</li>")[0]
+    expected = float(re.search(r"look alone ([\d.]+) %", own).group(1))  # type: ignore[union-attr]
+    assert 'action="/impressions/both/3/sent"' in known
+    answer = pages.post("/impressions/both/3/sent", data={"ad": "1"}, files={"picture": ("x.jpg", data)})
+    assert answer.status_code == 200
+    found = float(re.search(r"With your picture the ad would get ([\d.]+) %", answer.text).group(1))  # type: ignore[union-attr]
+    assert found == pytest.approx(expected, abs=0.02)
+    assert "data:image/jpeg;base64," in answer.text
+
+
+@pytest.mark.parametrize(
+    ("run", "ad", "data", "status"),
+    [
+        ("both", "0", b"no picture", 400),
+        ("both", "99", None, 404),
+        ("both", "x", None, 404),
+        ("ids-only", "0", None, 400),
+        ("nobody", "0", None, 404),
+        ("both", "0", b"", 400),
+        ("both", "0", b"x" * 11_000_000, 400),
+    ],
+)
+def test_what_cannot_be_sent(
+    pages: TestClient, world: World, run: str, ad: str, data: bytes | None, status: int
+) -> None:
+    sent = (world.images / PLAIN[5]).read_bytes() if data is None else data
+    answer = pages.post(f"/impressions/{run}/3/sent", data={"ad": ad}, files={"picture": ("x.jpg", sent)})
+    assert answer.status_code == status
+    assert 'role="alert"' in answer.text
+
+
 @pytest.mark.parametrize(
     ("address", "status"),
     [
@@ -118,6 +154,7 @@ def test_another_picture_is_typed(pages: TestClient, typed: str) -> None:
         ("/impressions/both/0?ad=99&now=1", 404),
         ("/impressions/both/0?ad=x&now=1", 404),
         ("/impressions/nobody/0?now=1", 404),
+        ("/impressions/nobody/0", 404),
         ("/impressions/..%2F..%2Fboth/0?now=1", 404),
         ("/impressions/%3Cscript%3E/0?now=1", 404),
         ("/impressions?run=%3Cscript%3Ealert(1)%3C/script%3E", 404),

@@ -11,12 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from explorer.data.impressions import sent
 from explorer.data.impressions.explained import Explanation, explain, with_other_pictures
 from explorer.data.impressions.groups import PictureName
 from explorer.data.impressions.listed import score_first
 from explorer.data.impressions.opened import TrainedRuns
 from explorer.data.impressions.words import sentence, weighing
-from explorer.errors import NotHereError
+from explorer.errors import ExplorerError, NotHereError
+from featurestore.store import FeatureStore
 from tests.serving.scoring.variants import GONE, TABLES
 from tests.trainer.conftest import Places
 from trainer.comm import SoloComm
@@ -166,7 +168,7 @@ def test_pictures_alone_are_samples_whose_pictures_have_a_column_of_their_own(
     for name, own in {"together": {}, "apart": {"data__samples": samples, "data__schema_file": schema}}.items():
         train(load_config(settings=sample_places.settings(run__name=name, **common, **own)), SoloComm())
     number = with_history(sample_places)[0]
-    pictures = [PictureName(key, None) for key in (1_004, 1_020)]
+    pictures = [PictureName(key, None) for key in (1_004, 1_011, 1_020, 1_033)]
     with runs.use("together") as opened:
         found = explain(opened, number, 0)
         others = with_other_pictures(found.group, 0, pictures)
@@ -239,6 +241,38 @@ def test_the_sentence_says_what_the_table_has(trained: Trained, runs: TrainedRun
     if found.helped_most:
         effects = [found.effect(each) for each in found.behaviors]
         assert found.effect(found.helped_most) == max(each for each in effects if each is not None)
+
+
+@pytest.mark.parametrize("kind", ["lr", "dcn_learned", "gallery_max", "new_ads", "images_ad"])
+def test_a_picture_that_is_sent_has_the_score_of_its_feature(
+    kind: str, trained: Trained, runs: TrainedRuns, sample_places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network gives the feature that the store has of an image; all that follows is the run's own."""
+    trained(kind)
+    store, key = FeatureStore.open(sample_places.folder / "features"), 1_021
+    monkeypatch.setattr(sent, "feature_of_picture", lambda store, data: store.snapshot().get([key]))
+    with runs.use(kind) as opened:
+        for number in (5, 7):
+            group = explain(opened, number).group
+            expected = with_other_pictures(group, 0, [PictureName(key, None)])[0].look_alone
+            assert expected is not None
+            found = sent.score_sent(group, 0, store, b"a picture")
+            assert found.logit == pytest.approx(expected.logit, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(("kind", "why"), [("similar", "compares"), ("images_none", "sees no pictures")])
+def test_runs_that_take_no_picture(
+    kind: str, why: str, trained: Trained, runs: TrainedRuns, sample_places: Places
+) -> None:
+    trained(kind)
+    with runs.use(kind) as opened, pytest.raises(ExplorerError, match=why):
+        sent.score_sent(explain(opened, 1).group, 0, FeatureStore.open(sample_places.folder / "features"), b"")
+
+
+def test_a_store_of_other_features_takes_no_picture(trained: Trained, runs: TrainedRuns, sample_places: Places) -> None:
+    trained("lr")
+    with runs.use("lr") as opened, pytest.raises(ExplorerError, match="another kind"):
+        sent.score_sent(explain(opened, 1).group, 0, FeatureStore.open(sample_places.folder / "texts"), b"")
 
 
 def test_what_is_not_there(trained: Trained, runs: TrainedRuns) -> None:

@@ -1,0 +1,75 @@
+"""A picture that somebody sends, in the place of an ad's: through the store's network and the run's E, kept nowhere."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+
+from explorer.data.images.network import feature_of_picture
+from explorer.data.impressions.explained import Score
+from explorer.data.impressions.groups import SampleGroup
+from explorer.data.impressions.opened import Logits, OpenedRun
+from explorer.errors import ExplorerError
+from featurestore.store import FeatureStore
+
+
+def score_sent(group: SampleGroup, ad: int, store: FeatureStore, picture: bytes) -> Score:
+    """Score an ad with the look of a picture and its IDs as they are.
+
+    Raises ExplorerError where the run sees no pictures of ads, compares pictures with each other, or was trained on
+    features of another kind than the store's network makes; BadImageError.
+    """
+    opened = group.columns.opened
+    check_sent(opened, group.columns.looks_of_ads, store)
+    feature_1K = feature_of_picture(store, picture)
+    logit_B = _with_look(opened, group, ad, feature_1K)
+    return Score(float(logit_B[0]))
+
+
+def check_sent(opened: OpenedRun, looks: tuple[str, ...], store: FeatureStore) -> None:
+    """Raise ExplorerError where a picture cannot be sent to a run."""
+    from trainer.runs.stores import kind_of_features, recorded_kind
+
+    config = opened.trained.config.model
+    if not looks:
+        raise ExplorerError(f"the run {opened.name} sees no pictures of ads")
+    if config.similarity_tiers or config.similarity_top_k:
+        raise ExplorerError(
+            f"the run {opened.name} also compares the ad's picture with those of the history, which takes one of the "
+            "store: choose one by its key or uri"
+        )
+    names = {field.store_name for field in opened.trained.engine.fields if field.name in looks}
+    for name in names:
+        if recorded_kind(opened.trained.saved.state, name) != kind_of_features(store.info):
+            raise ExplorerError(f"the run {opened.name} was trained on features of another kind than {store.url} has")
+
+
+def _with_look(opened: OpenedRun, group: SampleGroup, ad: int, feature_1K: npt.NDArray[Any]) -> Logits:
+    """Predict the ad alone, its visual vectors made of this feature as the store keeps it."""
+    import torch
+    from torch import Tensor
+
+    from featurestore.lookup.embedding import as_tensor
+    from trainer.engine.wiring import model_name
+    from trainer.exchange.exchange import FieldVectors
+
+    engine, config, looks = opened.trained.engine, opened.trained.config.model, group.columns.looks_of_ads
+    visual = {
+        field.name: engine.services[field.store_name].models[model_name(field, config)](as_tensor(feature_1K))
+        for field in engine.fields
+        if field.name in looks
+    }
+
+    def network(fields: Mapping[str, FieldVectors], dense: Mapping[str, Tensor], group_of_sample_B: Tensor) -> Tensor:
+        ones_B = torch.ones_like(group_of_sample_B)
+        changed = dict(fields)
+        for name, visual_1V in visual.items():
+            changed[name] = FieldVectors(visual_1V, torch.zeros_like(group_of_sample_B), ones_B)
+        if (new_ads := engine.model.new_ads) is not None:  # others have been through it
+            through = new_ads(changed)
+            changed |= {name: through[name] for name in visual if name in new_ads.images}
+        logit_B: Tensor = engine.model(changed, dense, group_of_sample_B)
+        return logit_B
+
+    prepared = engine.prepare(group.batch([group.of_ad(ad)]), "eval")
+    return engine.compute(prepared, network)
