@@ -22,7 +22,7 @@ ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test-fast test test-slow test-cluster test-browser lint format docs tree bench gpu-check clean
+.PHONY: help install demo test-fast test test-slow test-cluster test-browser screenshots lint format docs tree bench gpu-check clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,6 +63,10 @@ test-cluster: $(INSTALLED) ## Run what needs root, network namespaces, sshd or S
 test-browser: $(INSTALLED) ## Look at the explorer's pages in Chromium; it says so where there is none
 	tools/browser_packages.sh $(BROWSER_DIR) || true
 	$(ON_PATH) BROWSER_PACKAGES=$(abspath $(BROWSER_DIR)) $(BIN)/python -m pytest -m browser $(TEST_ARGS)
+
+screenshots: $(INSTALLED) ## Take the pictures of the explorer for README and docs, of the demo that is there
+	tools/browser_packages.sh $(BROWSER_DIR)
+	$(ON_PATH) BROWSER_PACKAGES=$(abspath $(BROWSER_DIR)) $(BIN)/python -m tools.browser.screenshots --dir $(DEMO_DIR)
 
 lint: $(INSTALLED) ## Check style, types, import rules, first lines and sizes of files, and the generated pages
 	$(BIN)/ruff check .

@@ -1,33 +1,27 @@
-"""Chromium: which one the tests drive, pages of it that note everything that goes wrong, and axe-core on them."""
+"""Chromium: pages of it that note everything that goes wrong, and axe-core on them."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Page, Request, Response
 
-ROOT = Path(__file__).parents[3]
-PACKAGES = Path(os.environ.get("BROWSER_PACKAGES") or ROOT / "data" / "browser")
-"""Where tools/browser_packages.sh has unpacked Chromium."""
-PROGRAMS = ("chromium", "chromium-headless-shell", "google-chrome")
 WIDE, NARROW = 1400, 375
 HEIGHT = 900
 PAGE_TIMEOUT_MS = 30_000
 WITHOUT_SERVER = ("data:", "blob:", "about:")
+TOO_WIDE = """() => {
+    const root = document.documentElement, more = root.scrollWidth - root.clientWidth;
+    if (more <= 0) return [];
+    const scrolls = at => at && (getComputedStyle(at).overflowX !== 'visible' || scrolls(at.parentElement));
+    const isOut = each => each.getBoundingClientRect().left + Math.max(each.scrollWidth, each.offsetWidth || 0)
+        > root.clientWidth && !scrolls(each);
+    const out = [...document.body.querySelectorAll('main *, header *, footer *')].filter(isOut).slice(0, 3);
+    return [`${location}: ${more} px too wide: ${out.map(each => each.outerHTML.slice(0, 100)).join(' | ')}`];
+}"""
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
-
-
-def find_chromium() -> str | None:
-    """Find the program: that of the variable CHROMIUM, the unpacked one, or one of the path; None where none is."""
-    named, unpacked = os.environ.get("CHROMIUM"), PACKAGES / "bin" / "chromium"
-    if named:
-        return named
-    return str(unpacked) if unpacked.exists() else next(filter(None, map(shutil.which, PROGRAMS)), None)
 
 
 @dataclass
@@ -115,6 +109,6 @@ def violations(page: Page) -> str:
     )
 
 
-def overflow_px(page: Page) -> int:
-    """Measure by how many pixels the page is wider than its window."""
-    return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+def too_wide(page: Page) -> list[str]:
+    """Tell by how much the page is wider than its window, and what sticks out; empty where it fits."""
+    return page.evaluate(TOO_WIDE)

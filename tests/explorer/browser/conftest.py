@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.explorer.browser.chromium import PACKAGES, find_chromium, watched
+from tests.explorer.browser.chromium import watched
+from tools.browser.chromium import WAY_OUT, find_chromium
 
 FOLDER = Path(__file__).parent
 TIMEOUT_S = 600  # of a test here: some visit every page
@@ -28,7 +29,7 @@ def chromium() -> Iterator[Browser]:
     """The browser, without a window; its profile is gone with each page."""
     program = find_chromium()
     if program is None:
-        pytest.skip(f"no Chromium: tools/browser_packages.sh {PACKAGES} fetches it, or CHROMIUM=/path/to/chromium")
+        pytest.skip(f"no Chromium: {WAY_OUT}")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program)
         yield browser

@@ -1,18 +1,25 @@
 """Every link of the site, followed in the browser from the first page on."""
 
+import functools
 import re
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qsl, urldefrag, urlsplit
+from urllib.parse import parse_qsl, unquote, urldefrag, urlsplit
 from urllib.request import url2pathname
 
 from playwright.sync_api import Page
+from starlette.routing import Match, Route
 
+import explorer.html.site
+from explorer.places import Places
+from explorer.server.app import application
 from tests.explorer.browser.chromium import origin_of
 
-MOST_OF_A_KIND = 6
-"""Pages of one kind that the browser opens; of the others it is asked whether they are there."""
+MOST_OPENED, MOST_ASKED = 2, 20
+"""Pages of one kind that the browser opens, and further ones of which it asks whether they are there: an impression
+with each picture for each of its ads would be thousands."""
+DOWNLOADS = (".parquet",)
 LINKS = """[...document.querySelectorAll('a[href], area[href]')].map(link => link.href)"""
 FRAGMENTS = """[...document.querySelectorAll('a[href^="#"]')].map(link => link.getAttribute('href').slice(1))
     .filter(id => id && !document.getElementById(id))"""
@@ -28,32 +35,51 @@ class Site:
     @property
     def one_of_each(self) -> list[str]:
         """A page of each kind."""
-        return [urls[0] for urls in self.kinds.values()]
+        return [urls[0] for urls in self.kinds.values() if urls]
+
+
+@functools.cache
+def routes() -> list[Route]:
+    """List the routes of the explorer with all its places."""
+    places = Places(**dict.fromkeys(("store", "runs", "samples", "images", "model"), "."))
+    return [route for route in application(explorer.html.site.Site(places)).routes if isinstance(route, Route)]
+
+
+def route_of(path: str) -> str:
+    """Name the route of an address, e.g. /images/{key}; the address itself where there is none."""
+    scope = {"type": "http", "method": "GET", "path": unquote(path)}
+    return next((route.path for route in routes() if route.matches(scope)[0] == Match.FULL), path)
 
 
 def kind_of(url: str) -> str:
-    """Name the kind of a page: its path, with a star for a number or a name, and the names of its parameters."""
+    """Name the kind of a page: its route and the names of its parameters; of a file, its name without what varies."""
     parts = urlsplit(url)
     if parts.scheme == "file":  # pages/image-uri-shoes-shoe-00-jpg-0123456789abcdef.html
-        return re.split(r"[-.]", parts.path.rpartition("/")[2])[0]
-    head, *rest = parts.path.strip("/").split("/")
-    path = "/".join([head, *("*" for _ in rest)])
+        return re.sub(r"\d+", "N", re.sub(r"-[0-9a-f]{16}", "", parts.path.rpartition("/")[2]))
     names = sorted({name for name, _ in parse_qsl(parts.query, keep_blank_values=True)})
-    return f"/{path}" + (f"?{'&'.join(names)}" if names else "")
+    return route_of(parts.path) + (f"?{'&'.join(names)}" if names else "")
 
 
-def crawl(page: Page, start: str) -> Site:
-    """Follow all links from `start`; answers that are no pages, as pictures, are asked for and not opened."""
+def settle(page: Page) -> None:
+    """Wait until what the page asks for after it is shown has come."""
+    page.wait_for_load_state("networkidle")
+
+
+def crawl(page: Page, start: str, *more: str) -> Site:
+    """Follow all links from `start`, and from `more`, where only forms lead; open MOST_OPENED of each kind."""
     site, origin = Site(), origin_of(start)
-    waiting, known = deque([start]), {start}
+    waiting, known = deque([start, *more]), {start, *more}
+    asked = Counter[str]()
     while waiting:
         url = waiting.popleft()
-        same = site.kinds[kind_of(url)]
-        if len(same) >= MOST_OF_A_KIND:
-            site.problems += missing(page, url)
+        kind = kind_of(url)
+        if len(site.kinds[kind]) >= MOST_OPENED or url.partition("?")[0].endswith(DOWNLOADS):
+            asked[kind] += 1
+            site.problems += missing(page, url) if asked[kind] <= MOST_ASKED else []
             continue
-        same.append(url)
+        site.kinds[kind].append(url)
         page.goto(url)
+        settle(page)
         site.problems += [f"{url}: no element #{name} for a link" for name in page.evaluate(FRAGMENTS)]
         for link in page.evaluate(LINKS):
             target = urldefrag(link).url

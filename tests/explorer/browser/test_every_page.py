@@ -2,11 +2,13 @@
 
 import pytest
 
-from tests.explorer.browser.chromium import NARROW, WIDE, overflow_px, violations, watched
-from tests.explorer.browser.crawl import Site, crawl
+from tests.explorer.browser.chromium import NARROW, WIDE, too_wide, violations, watched
+from tests.explorer.browser.crawl import Site, crawl, routes, settle
 
-KINDS: set[str] = {"/"}
-"""Pages that have to be among those that a person reaches by links."""
+BY_FORMS = ("/runs/compare?run=both&run=ids-only",)
+"""Pages that only a form leads to."""
+NO_PAGES = ("/static/", "/picture", "/parts/")
+"""What pages ask for by themselves."""
 FOCUSED = """() => {
     const at = document.activeElement;
     if (!at || at === document.body) return null;
@@ -26,7 +28,7 @@ def site(chromium, explorer) -> Site:
     found = Site()
     try:
         with watched(chromium, explorer.url) as page:
-            found = crawl(page, f"{explorer.url}/")
+            found = crawl(page, *(explorer.url + path for path in ("/", *BY_FORMS)))
     except AssertionError as error:
         found.problems.append(str(error))
     return found
@@ -37,18 +39,19 @@ def test_every_link_leads_to_a_page_of_this_server_without_a_fault(site):
 
 
 def test_every_kind_of_page_is_linked(site):
-    assert set(site.kinds) >= KINDS
+    pages = {route.path for route in routes() if "GET" in route.methods}
+    pages = {path for path in pages if not path.startswith(NO_PAGES) and not path.endswith("/part")}
+    assert {kind.partition("?")[0] for kind in site.kinds} >= pages
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [NARROW, WIDE])
+@pytest.mark.parametrize(("width", "dark"), [(NARROW, True), (WIDE, False)], ids=["narrow-dark", "wide-light"])
 def test_every_kind_fits_its_window_and_passes_axe(site, explorer, watch, width, dark):
     found = []
     with watch(explorer.url, width=width, dark=dark) as page:
         for url in site.one_of_each:
-            page.goto(url, wait_until="load")
-            if too_wide := overflow_px(page):
-                found.append(f"{url}: {too_wide} px wider than the window of {width}")
+            page.goto(url)
+            settle(page)
+            found += too_wide(page)
             found += violations(page).splitlines()
     assert found == []
 
@@ -56,7 +59,8 @@ def test_every_kind_fits_its_window_and_passes_axe(site, explorer, watch, width,
 def test_every_chart_is_drawn_and_has_words(site, explorer, watch):
     with watch(explorer.url) as page:
         for url in site.one_of_each:
-            page.goto(url, wait_until="load")
+            page.goto(url)
+            settle(page)
             for chart in page.locator(".plot").all():
                 chart.locator("svg.main-svg").first.wait_for()
                 assert chart.get_attribute("aria-label")
@@ -65,7 +69,8 @@ def test_every_chart_is_drawn_and_has_words(site, explorer, watch):
 def test_the_keyboard_reaches_everything_and_shows_where_it_is(site, explorer, watch):
     with watch(explorer.url) as page:
         for url in site.one_of_each:
-            page.goto(url, wait_until="load")
+            page.goto(url)
+            settle(page)
             reached = walk(page)
             assert reached[0]["text"] == "#content", url
             assert [each for each in reached if not each["shown"] or not each["inside"]] == [], url

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from tests.explorer.browser.chromium import NARROW, WIDE, overflow_px, violations, watched
-from tests.explorer.browser.crawl import Site, crawl
+from tests.explorer.browser.chromium import NARROW, WIDE, too_wide, violations, watched
+from tests.explorer.browser.crawl import Site, crawl, settle
 from tests.explorer.serving import exported
 
 
@@ -44,8 +44,9 @@ def test_exported_pages_fit_and_pass_axe(site, start, watch, width):
     found = []
     with watch(start, width=width) as page:
         for url in site.one_of_each:
-            page.goto(url, wait_until="load")
-            found += [f"{url}: {overflow_px(page)} px too wide"] if overflow_px(page) else []
+            page.goto(url)
+            settle(page)
+            found += too_wide(page)
             found += violations(page).splitlines()
             assert page.locator("form, [hx-get], [hx-post]").count() == 0, url
     assert found == []

@@ -4,8 +4,8 @@ import pytest
 
 from featurestore.spec import ExtractorSpec, StoreInfo
 from featurestore.store import FeatureStore
-from tests.explorer.browser.chromium import NARROW, overflow_px, violations
-from tests.explorer.browser.crawl import crawl
+from tests.explorer.browser.chromium import NARROW, too_wide, violations
+from tests.explorer.browser.crawl import crawl, settle
 from tests.explorer.serving import pages_of
 
 SPEC = ExtractorSpec(backbone="drawn", layer="none", weights_digest="0", preprocessing="none", compute_dtype="float32")
@@ -67,7 +67,8 @@ def test_pages_of_little_say_so_and_none_fails(places, world, tmp_path, watch):
         found = []
         for url in site.one_of_each:
             page.goto(url)
+            settle(page)
             assert page.locator("main").inner_text().strip() != ""
-            found += [f"{url}: {overflow_px(page)} px too wide"] if overflow_px(page) else []
+            found += too_wide(page)
             found += violations(page).splitlines()
         assert found == []

@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
-from tests.explorer.browser.chromium import NARROW, WIDE, overflow_px, violations
+from tests.explorer.browser.chromium import NARROW, WIDE, too_wide, violations
 from tests.explorer.serving import in_thread
 
 GOOD = """<!doctype html><html lang="en"><head><title>Good</title><link rel="icon" href="data:,"></head>
@@ -40,7 +40,7 @@ def tiny() -> Iterator[str]:
 def test_a_good_page_is_good(tiny, tab, width):
     page = tab(tiny, width=width)
     assert page.title() == "Good"
-    assert overflow_px(page) == 0
+    assert too_wide(page) == []
     assert violations(page) == ""
 
 
@@ -57,7 +57,7 @@ def test_what_people_cannot_see_or_scroll_is_found(tiny, watch):
         assert "color-contrast: p" in found
         assert "image-alt: img" in found
         page.goto(f"{tiny}?{as_query('<div style=width:500px>wide</div>')}")
-        assert overflow_px(page) > 100
+        assert "<div style=" in too_wide(page)[0]
 
 
 def as_query(body):
