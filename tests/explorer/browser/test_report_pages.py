@@ -68,7 +68,7 @@ def test_the_page_allows_itself_no_script(hostile: Path, watch) -> None:
 
 
 def test_a_wide_table_is_read_by_keyboard(watch) -> None:
-    path = ROOT / "docs" / "examples" / "evaluate.html"
+    path = ROOT / "docs" / "examples" / "plan.html"
     with watch(path.as_uri(), width=NARROW) as page:
         page.goto(path.as_uri())
         page.keyboard.press("Tab")
