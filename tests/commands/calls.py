@@ -21,6 +21,7 @@ PROGRAMS = {
     "benchmarks.serve.rivals",
     "benchmarks.store.limit",
     "benchmarks.train.peer",
+    "explorer.data.map.projection",
     "tools.api",
     "tools.browser.screenshots",
     "tools.commands",
