@@ -22,7 +22,6 @@ from explorer.data.images.visual import ImageRuns, blocks_of, embed, vector_of
 from explorer.data.kept import Kept
 from explorer.data.pictures import shrunk
 from explorer.data.store.opened import name_of, open_snapshot
-from explorer.data.vectors import VisualVectors, visual_vectors
 from explorer.errors import ExplorerError, NotHereError
 from explorer.html.asked import Paging, whole, whole_in
 from explorer.html.asked import snapshot as asked_snapshot
@@ -220,7 +219,7 @@ class ImagePages(PageKind):
         if asked.run is None:
             problem = "No run with images is there: name the folder of runs by --runs."
             return Space(name="visual", title=title, problem=problem)
-        vectors = self._vectors(snapshot, asked.run)
+        vectors = self._runs.vectors(asked.run, snapshot)
         if asked.key is None:
             query_V = embed(self.site.places, asked.run, snapshot, asked.feature_1D)[0]
         else:
@@ -252,10 +251,6 @@ class ImagePages(PageKind):
         if "of" in ids.source or "store" not in ids.source:
             raise ExplorerError(f"the codes are of {ids.told}: a new picture has none of these here")
         return encode(ids, np.asarray(snapshot.codec.decode(asked.feature_1D)[0]))
-
-    def _vectors(self, snapshot: Snapshot, run: str) -> VisualVectors:
-        places = self.site.places
-        return visual_vectors(places.run(run), store=places.store, store_version=snapshot.version)
 
     def _semantic_ids(self, run: str | None) -> SemanticIds | None:
         """Find semantic IDs beside the samples, or beside those that the run was trained on."""

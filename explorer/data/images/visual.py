@@ -3,14 +3,17 @@
 Letters of shapes: N images, K of them in a block, D feature width, V visual width.
 """
 
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from explorer.data.kept import Kept
-from explorer.data.vectors import VisualVectors
+from explorer.data.store.opened import name_of
+from explorer.data.vectors import VisualVectors, visual_vectors
 from explorer.places import Places
 from featurestore.errors import UserError
 from featurestore.keys import Int64Array
@@ -23,11 +26,12 @@ _BLOCK_ROWS = 1 << 16
 
 
 class ImageRuns:
-    """The runs with a checkpoint whose model looks at images. For several threads."""
+    """The runs with a checkpoint whose model looks at images, and their vectors. For several threads."""
 
     def __init__(self, places: Places) -> None:
         self._places = places
         self._have_images: Kept[bool] = Kept(1_000)
+        self._vectors: Kept[VisualVectors] = Kept(8)
 
     def names(self) -> list[str]:
         """Name the runs, at most MOST_RUNS of them, in the order of names. Reads a few small files of a new one."""
@@ -36,13 +40,36 @@ class ImageRuns:
         names = sorted(run.name for run in run_path(self._places.runs).iterdir())
         return [name for name in names if self._has_images(name)][:MOST_RUNS]
 
+    def vectors(self, name: str, snapshot: Snapshot) -> VisualVectors:
+        """Open the vectors of all images of a snapshot by a run's newest checkpoint, computed first where they never
+        were. Which checkpoint that is is looked up each time; the rest of the run is read once for each.
+
+        Raises ExplorerError, TrainerError, FeatureStoreError.
+        """
+        run, places = self._places.run(name), self._places
+        mark = (name, _newest_checkpoint(run), name_of(snapshot))
+        return self._vectors.get(mark, lambda: visual_vectors(run, store=places.store, store_version=snapshot.version))
+
     def _has_images(self, name: str) -> bool:
         try:
             run = self._places.run(name)
-            saved = any(step.name.startswith("step-") for step in (run / "checkpoints").iterdir())
-            return saved and self._have_images.get(name, lambda: _looks_at_images(run))
+            return _newest_checkpoint(run) is not None and self._have_images.get(name, lambda: _looks_at_images(run))
         except (UserError, OSError):  # no run, or one that has not saved anything yet
             return False
+
+
+def _newest_checkpoint(run: RunPath) -> tuple[str, int] | None:
+    """Tell the newest checkpoint from any other, also of a run of the same name; on an object store for a minute."""
+    steps = sorted((step for step in (run / "checkpoints").iterdir() if step.name.startswith("step-")), key=_number)
+    if not steps:
+        return None
+    state = steps[-1] / "state.json"
+    return steps[-1].name, state.stat().st_mtime_ns if isinstance(state, Path) else int(time.monotonic() / 60)
+
+
+def _number(step: RunPath) -> int:
+    digits = step.name.removeprefix("step-")
+    return int(digits) if digits.isdecimal() else -1
 
 
 def _looks_at_images(run: RunPath) -> bool:
