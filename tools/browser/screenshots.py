@@ -53,7 +53,7 @@ SHOTS = (
     Shot("compare", "/runs/compare?run=none&run=both", ".verdict"),
     Shot("impression", "/impressions", "h2:has-text('Why this ad')", "main a[href^='/impressions/']", height=1200),
     Shot(
-        "scorer", "/scorer", "caption:has-text('Time of a request')", before=("/scorer/impression/0", "main table td")
+        "scorer", "/scorer", "caption:has-text('Time of a request')", before=("/scorer/impression/0", "main .gallery")
     ),
 )
 _SHORTER = """place => {
