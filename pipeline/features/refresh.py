@@ -18,7 +18,9 @@ from featurestore.snapshot import Snapshot
 from featurestore.spec import NetworkName, StoreInfo
 from featurestore.storage.storage import Storage
 from featurestore.store import FeatureStore
+from featurestore.upkeep.costs import ExtractionCost, keep_cost
 from featurestore.upkeep.promotion.moving import move_channel
+from pipeline.cluster.tasks import num_threads
 from pipeline.errors import StoreRunError
 from pipeline.features.diff import (
     DIGEST_DTYPE,
@@ -170,7 +172,7 @@ def bring_up_to_date(
     version = run.commit(operation, len(bad), [*resolved, *unlisted])
     if options.channel is not None and not options.dry_run:
         move_channel(store, options.channel, version, operation)
-    return _summarise(
+    summary = _summarise(
         plan,
         reports,
         bad,
@@ -186,6 +188,17 @@ def bring_up_to_date(
         channel=options.channel,
         is_dry=options.dry_run,
     )
+    own = summary.num_computed - summary.num_resumed
+    if own > 0 and version and not options.dry_run:
+        cost = ExtractionCost(
+            version=version,
+            operation=operation,
+            num_computed=own,
+            seconds=summary.seconds,
+            num_workers=num_threads(client),
+        )
+        keep_cost(store.storage, cost)
+    return summary
 
 
 def _summarise(

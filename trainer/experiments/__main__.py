@@ -37,6 +37,8 @@ Examples:
 
     horovodrun -np 2 python -m trainer.experiments exactness
 
+    python -m trainer.experiments encoders --stores vgg=data/features,int8=data/features-int8,s3://bucket/efficientnet
+
 Runs are kept in OUT/runs and found again by their settings, samples and stores' snapshots: an interrupted call
 continues from the last checkpoint of the run that it was in (train.checkpoint_every), and tables share the runs that
 they have in common. Tables and plots go to OUT/results.json, OUT/RESULTS.md and OUT/plots, next to those of earlier
@@ -64,10 +66,17 @@ def main(
             help="YAML file with data.samples and data.schema_file of samples with semantic IDs, and their tables.",
         ),
     ] = None,
+    stores: Annotated[
+        str | None,
+        typer.Option(
+            help="Feature stores of the table encoders, with commas: an address each, or NAME=ADDRESS; the first is"
+            " the baseline.",
+        ),
+    ] = None,
     out: Annotated[str, typer.Option(help="Folder or address of the runs and the results.")] = "data/experiments",
 ) -> None:
     """Train every variant over some seeds, and say which differences are more than noise."""
-    wanted = chosen([str(name) for name in names])
+    wanted = on_stores(chosen([str(name) for name in names]), stores, "encoders" in names)
 
     def work(config: Config, comm: "Comm") -> None:
         from featurestore.published.paths import run_path
@@ -110,11 +119,34 @@ def make(wanted: Sequence[Experiment], seeds: Sequence[int], grid: "Grid", comm:
             measured = grid.figures(run)
             figures.setdefault(variant.name, []).append(measured)
             print_line(console, f"{experiment.name}: {variant.name}, seed {seed}: GAUC {measured['gauc']:.4f}")
-        comm.on_rank_0(partial(results.add, grid.folder, experiment.name, figures))
-        made.append((experiment, figures))
-    for experiment, figures in made:
-        results.show_section(console, experiment, figures)
+        facts = grid.facts(experiment)
+        comm.on_rank_0(partial(results.add, grid.folder, experiment.name, figures, facts))
+        made.append((experiment, figures, facts))
+    for experiment, figures, facts in made:
+        results.show_section(console, experiment, figures, facts)
     print_line(console, f"written to {grid.folder}")
+
+
+def on_stores(wanted: Sequence[Experiment], stores: str | None, is_asked: bool) -> list[Experiment]:
+    """Give tables of stores the stores that were named; without any they are left out, unless one was asked for by its
+    name. Raises typer.BadParameter."""
+    if stores is None:
+        if is_asked:
+            raise typer.BadParameter("encoders compares feature stores: name two at least", param_hint="--stores")
+        return [each for each in wanted if not each.of_stores]
+    if not any(each.of_stores for each in wanted):
+        raise typer.BadParameter("it is for the table encoders", param_hint="--stores")
+    places: dict[str, str] = {}
+    for text in stores.split(","):
+        name, equals, url = text.strip().partition("=")
+        if not equals or "/" in name:
+            name = url = text.strip()
+        if not name or not url or name in places:
+            raise typer.BadParameter(f"{stores!r} names an empty store, or one twice", param_hint="--stores")
+        places[name] = url
+    if len(places) < 2:
+        raise typer.BadParameter("name two stores at least, with a comma between them", param_hint="--stores")
+    return [each.on_stores(places) if each.of_stores else each for each in wanted]
 
 
 def settings_of(file: Path) -> list[str]:

@@ -3,8 +3,8 @@
 Source of the figures: Ge et al., "Image Matters" (arXiv 1711.06505), tables 3, 4, 5, 6 and 8 and figure 5.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,6 +38,17 @@ class Experiment:
     note: str = ""
     pairs: tuple[tuple[str, str], ...] = field(default=())
     """(variant, its own baseline) where that is not the first one."""
+    of_stores: bool = False
+    """Its variants are feature stores that a call names."""
+
+    def on_stores(self, stores: Mapping[str, str]) -> "Experiment":
+        """Return the table with a variant for each of these addresses, by name."""
+        variants = [Variant(name, (*_BEST, f"data.store={url}")) for name, url in stores.items()]
+        return replace(self, variants=tuple(variants))
+
+    def as_made(self, names: Iterable[str]) -> "Experiment":
+        """Return the table as an earlier call has made it, of variants of these names."""
+        return replace(self, variants=tuple(map(Variant, names))) if self.of_stores else self
 
     def baseline_of(self, name: str) -> str:
         """Name the variant that `name` is compared with."""
@@ -153,6 +164,14 @@ _EXPERIMENTS = (
             Variant("bfloat16 on the wire", (*_BEST, "exchange.wire_dtype=bfloat16")),
         ),
         "One rank has no wire: the last row says something from two ranks on.",
+    ),
+    Experiment(
+        "encoders",
+        "Beyond the paper: encoders and stores",
+        (),
+        "The same run on each of the stores of --stores, the first of which is the baseline. Bytes are those of the"
+        " snapshot's files; seconds of 1,000 images are those of the extraction, where the store has kept them.",
+        of_stores=True,
     ),
 )
 

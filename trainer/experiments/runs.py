@@ -67,6 +67,12 @@ class Grid:
             run["warm_start"] = str(warm.folder)
         return Planned(config.changed(train={"seed": seed}, run=run), self.folder / "runs" / run["name"], warm)
 
+    def facts(self, experiment: Experiment) -> dict[str, dict[str, Any]]:
+        """Say what is known of the stores of a table of stores, by variant; nothing of other tables."""
+        if not experiment.of_stores:
+            return {}
+        return {each.name: self._sources.facts(self._looked_up(each)[0]) for each in experiment.variants}
+
     def figures(self, planned: Planned) -> dict[str, float]:
         """Find the METRICS of the run, which is trained first, from its newest checkpoint, unless that was done before.
 

@@ -10,6 +10,7 @@ from featurestore.published.paths import RunPath
 from featurestore.snapshot import Snapshot
 from featurestore.spec import DType
 from featurestore.store import FeatureStore
+from featurestore.upkeep.costs import seconds_per_image
 from featurestore.upkeep.remake.components import principal_components
 from featurestore.upkeep.remake.reduce import reduce
 from trainer.comm import Comm
@@ -88,6 +89,14 @@ class Sources:
 
         return self._once(("reduced", data.store, dims, dtype), lambda: self._comm.on_rank_0(look))
 
+    def facts(self, config: Config) -> dict[str, Any]:
+        """Say what is known of the snapshot that data.store is at. Raises FeatureStoreError."""
+        data = config.data
+        return self._once(
+            ("facts", data.store, data.store_version),
+            lambda: self._comm.on_rank_0(lambda: facts_of(FeatureStore.open(data.store).snapshot(data.store_version))),
+        )
+
     def _components(self, snapshot: Snapshot, dims: int) -> Basis:
         """Find the components for all widths at once, with the first that is asked for, which is the greatest."""
         key = "components", snapshot.storage.url, snapshot.version
@@ -98,3 +107,20 @@ class Sources:
         if key not in self._seen:
             self._seen[key] = look()
         return cast("Found", self._seen[key])
+
+
+def facts_of(snapshot: Snapshot) -> dict[str, Any]:
+    """Say what a snapshot has: network, numbers of a row, dtype, images, bytes, and seconds of an image's extraction
+    where the store has kept them."""
+    info = snapshot.info
+    return {
+        "store": snapshot.storage.url,
+        "snapshot": snapshot.version,
+        "commit_id": snapshot.manifest.commit_id,
+        "network": f"{info.extractor.backbone} {info.extractor.layer}".removeprefix("torchvision "),
+        "numbers": info.width_text,
+        "dtype": info.dtype,
+        "images": snapshot.num_rows,
+        "bytes": snapshot.manifest.file_bytes,
+        "seconds_per_image": seconds_per_image(snapshot.storage, snapshot.version),
+    }

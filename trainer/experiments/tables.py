@@ -6,20 +6,24 @@ false star below 5 %.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.filesize import decimal as bytes_text
 from rich.table import Table
 from scipy import stats
 
 from featurestore.console.output import print_line, print_table
-from featurestore.console.page.plots import Mark, Plot, intervals
+from featurestore.console.page.plots import Mark, Plot, bars, intervals
 from featurestore.console.page.recording import current_page
 from trainer.experiments.grid import Experiment
 
 LEVEL = 0.95
-_HEADINGS = ("GAUC", "gain", "p", "AUC", "AUC, new ads", "log loss", "paper: GAUC", "paper: gain")
+_FIGURES = ("GAUC", "gain", "p", "AUC", "AUC, new ads", "log loss")
+_PAPER = ("paper: GAUC", "paper: gain")
+_STORES = ("GAUC, new ads", "network", "numbers", "dtype", "images", "bytes", "s / 1,000 images")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Row:
     p_value: float | None
     paper_gauc: float | None
     paper_gain: float | None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Of a variant that is a feature store: what `trainer.experiments.sources.facts_of` says of it."""
 
 
 def seed_mean(values: Sequence[float]) -> SeedMean:
@@ -52,8 +58,13 @@ def seed_mean(values: Sequence[float]) -> SeedMean:
     return SeedMean(mean, float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error)
 
 
-def rows_of(experiment: Experiment, figures: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Row]:
-    """Make the rows of `figures`, the metrics of each variant, one mapping for each seed in the same order."""
+def rows_of(
+    experiment: Experiment,
+    figures: Mapping[str, Sequence[Mapping[str, float]]],
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Row]:
+    """Make the rows of `figures`, the metrics of each variant, one mapping for each seed in the same order; `facts` by
+    variant."""
     paper = {variant.name: variant.paper_gauc for variant in experiment.variants}
     rows: list[Row] = []
     for variant in experiment.variants:
@@ -69,7 +80,18 @@ def rows_of(experiment: Experiment, figures: Mapping[str, Sequence[Mapping[str, 
             gain, p_value = seed_mean(gains), _p_value(gains)
             known, known_base = paper[variant.name], paper[baseline]
             paper_gain = known - known_base if known is not None and known_base is not None else None
-        rows.append(Row(variant.name, baseline, metrics, gain, p_value, paper[variant.name], paper_gain))
+        rows.append(
+            Row(
+                variant.name,
+                baseline,
+                metrics,
+                gain,
+                p_value,
+                paper[variant.name],
+                paper_gain,
+                (facts or {}).get(variant.name, {}),
+            )
+        )
     return _corrected(rows)
 
 
@@ -77,8 +99,9 @@ def as_markdown(experiment: Experiment, rows: Sequence[Row], num_seeds: int) -> 
     """Write a section with one table."""
     lines = [f"### {experiment.title} (`{experiment.name}`)", ""]
     lines += [experiment.note, ""] if experiment.note else []
-    lines += [_method(num_seeds), "", f"| | {' | '.join(_HEADINGS)} |", "|---" * (1 + len(_HEADINGS)) + "|"]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
+    headings = _headings(experiment)
+    lines += [_method(num_seeds), "", f"| | {' | '.join(headings)} |", "|---" * (1 + len(headings)) + "|"]
+    lines += [f"| {' | '.join(_cells(experiment, row))} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -88,10 +111,10 @@ def show(console: Console, experiment: Experiment, rows: Sequence[Row], num_seed
     for line in filter(None, (experiment.note, _method(num_seeds))):
         print_line(console, line)
     table = Table("")
-    for heading in _HEADINGS:
+    for heading in _headings(experiment):
         table.add_column(heading, justify="right")
     for row in rows:
-        table.add_row(*_cells(row))
+        table.add_row(*_cells(experiment, row))
     print_table(console, table)
     if page := current_page():
         for plot in _plots(rows):
@@ -109,6 +132,10 @@ def _plots(rows: Sequence[Row]) -> Iterator[Plot | None]:
     gains = [_mark(row.name, row.gain, _signed) for row in rows if row.gain is not None]
     if gains:
         yield intervals("Gain of GAUC over the baseline, on the dashed line none", gains, line=0.0)
+    if any(row.facts for row in rows):
+        cold = [_mark(row.name, row.metrics.get("new_ad_gauc"), _shown) for row in rows]
+        yield intervals("GAUC of new ads, mean over seeds", cold)
+        yield bars("Bytes", [Mark(row.name, row.facts.get("bytes"), figure=_bytes(row.facts)) for row in rows])
 
 
 def _mark(name: str, value: SeedMean | None, text: Callable[[SeedMean], str]) -> Mark:
@@ -126,8 +153,12 @@ def _method(num_seeds: int) -> str:
     )
 
 
-def _cells(row: Row) -> list[str]:
-    """The row's name, and its figures under `_HEADINGS`."""
+def _headings(experiment: Experiment) -> tuple[str, ...]:
+    return (*_FIGURES, *(_STORES if experiment.of_stores else _PAPER))
+
+
+def _cells(experiment: Experiment, row: Row) -> list[str]:
+    """The row's name, and its figures under `_headings`."""
     star = "*" if row.p_value is not None and row.p_value < 1 - LEVEL else ""
     return [
         row.name,
@@ -135,9 +166,30 @@ def _cells(row: Row) -> list[str]:
         "baseline" if row.gain is None else _signed(row.gain) + star,
         "" if row.p_value is None else f"{row.p_value:.2g}",
         *(_shown(row.metrics.get(name)) for name in ("auc", "new_ad_auc", "logloss")),
+        *(_store_cells(row) if experiment.of_stores else _paper_cells(row)),
+    ]
+
+
+def _paper_cells(row: Row) -> list[str]:
+    return [
         "" if row.paper_gauc is None else f"{row.paper_gauc:.4f}",
         "" if row.paper_gain is None else f"{row.paper_gain:+.4f}",
     ]
+
+
+def _store_cells(row: Row) -> list[str]:
+    facts, cost = row.facts, row.facts.get("seconds_per_image")
+    return [
+        _shown(row.metrics.get("new_ad_gauc")),
+        *(str(facts.get(name, "")) for name in ("network", "numbers", "dtype")),
+        f"{facts['images']:,}" if "images" in facts else "",
+        _bytes(facts),
+        "" if cost is None else f"{1000 * cost:.3g}",
+    ]
+
+
+def _bytes(facts: Mapping[str, Any]) -> str:
+    return bytes_text(facts["bytes"]) if "bytes" in facts else ""
 
 
 def _p_value(gains: Sequence[float]) -> float | None:
