@@ -17,7 +17,7 @@ from explorer.data.map.points import MapPoints
 from explorer.data.runs.folders import list_runs, open_run, read_facts
 from explorer.errors import ExplorerError, NotHereError
 from explorer.html import mapcharts
-from explorer.html.site import NavItem
+from explorer.html.site import NavItem, Question
 from explorer.pages.kind import PageKind
 from featurestore.errors import UserError
 from featurestore.text.plain import one_line
@@ -36,6 +36,17 @@ class MapPages(PageKind):
         """Where there are a store or runs."""
         places = self.site.places
         return NavItem("Map", "/map") if places.store is not None or places.runs is not None else None
+
+    @property
+    def questions(self) -> Sequence[Question]:
+        """Say what the map is for."""
+        return [
+            Question(
+                "What has a run learned of all images?",
+                "/map",
+                "Images in a plane, near where they are alike; by click-through rate, category or error.",
+            )
+        ]
 
     def routes(self) -> Sequence[Route]:
         """The page, its part, its file."""

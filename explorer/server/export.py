@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
+import httpx2
 
 from explorer.errors import ExplorerError
 from explorer.html.links import LEFT_OUT, file_of
@@ -54,12 +54,12 @@ def export(places: Places, out: Path, most_files: int, tell: Callable[[int, int]
 async def _export(site: Site, folder: Path, tell: Callable[[int, int], None]) -> Exported:
     app = application(site)
     done, num_bytes, errors = 0, 0, []
-    transport = httpx.ASGITransport(app)
-    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url=_HOST) as client:
+    transport = httpx2.ASGITransport(app)
+    async with app.router.lifespan_context(app), httpx2.AsyncClient(transport=transport, base_url=_HOST) as client:
         while done < len(site.linked):
             address = site.linked[done]
             answer = await client.get(address)
-            if answer.status_code != httpx.codes.OK:
+            if answer.status_code != httpx2.codes.OK:
                 errors.append(f"{address}: {answer.status_code}")
             num_bytes += _write(folder / file_of(address), answer.content)
             done += 1

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 import trustme
 from PIL import Image
@@ -188,7 +188,7 @@ class TestTokensAndKeys:
         words += ["--token-file", files["tokens"], "--tls-cert", files["cert"], "--tls-key", files["key"]]
         with started(words, work.folder, lambda log: "listening on" in log) as server:
             line = next(each for each in (work.folder / "log.txt").read_text().split() if each.startswith("https://"))
-            with httpx.Client(base_url=line, verify=False, timeout=30) as client:
+            with httpx2.Client(base_url=line, verify=False, timeout=30) as client:
                 for token in (TOKEN, OTHER_TOKEN):
                     headers = {"Authorization": f"Bearer {token}"}
                     for answer in (

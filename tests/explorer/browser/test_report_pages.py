@@ -9,9 +9,10 @@ from featurestore.console.output import draw_counts, print_line, print_problem, 
 from featurestore.console.page.page import ReportPage
 from featurestore.console.page.plots import Curve, Mark, Point, intervals
 from featurestore.console.page.recording import recorded
-from tests.explorer.browser.chromium import NARROW, ROOT, WIDE, overflow_px, violations
+from tests.explorer.browser.chromium import NARROW, WIDE, too_wide, violations
 from tests.featurestore.console.page.test_page import HOSTILE
 
+ROOT = Path(__file__).parents[3]
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.html"))
 LOOKS = [(WIDE, False), (WIDE, True), (NARROW, False), (NARROW, True)]
 
@@ -43,7 +44,7 @@ def look_at(path: Path, watch, width: int, dark: bool) -> None:
     with watch(path.as_uri(), width=width, dark=dark, bypass_csp=True) as page:  # axe-core is a script in the page
         page.goto(path.as_uri())
         assert page.seen.asked == [path.as_uri()]
-        assert overflow_px(page) == 0
+        assert too_wide(page) == []
         assert violations(page) == ""
         assert page.locator("svg").count() == page.locator("svg[role=img] > title").count() > 0
         assert page.evaluate("document.scripts.length + document.images.length + document.forms.length") == 0

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from starlette.testclient import TestClient
 
@@ -129,7 +129,7 @@ def test_a_running_scorer_is_asked(served: TestClient, world: World, tmp_path: P
         part = client.get("/scorer/part")
         assert part.status_code == 200
         assert "does not answer" in part.text
-        assert client.get("/scorer").status_code == httpx.codes.OK
+        assert client.get("/scorer").status_code == httpx2.codes.OK
 
 
 def test_options_that_do_not_go_together(world: World, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The server's application without sockets: an httpx client that calls it in this process."""
+"""The server's application without sockets: an httpx2 client that calls it in this process."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 from starlette.applications import Starlette
 
 from serving.http.app import Scoring
@@ -26,12 +26,12 @@ def scoring_of(source: ModelSource, tokens: list[str] | None = None, **settings:
 
 
 @asynccontextmanager
-async def client_of(scoring: Scoring, wait: bool = True) -> AsyncIterator[httpx.AsyncClient]:
+async def client_of(scoring: Scoring, wait: bool = True) -> AsyncIterator[httpx2.AsyncClient]:
     """A client of the running application, by default once its model is loaded."""
     app = scoring.app()
     starlette = app if isinstance(app, Starlette) else app._app
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with starlette.router.lifespan_context(starlette), httpx.AsyncClient(transport=transport) as client:
+    transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+    async with starlette.router.lifespan_context(starlette), httpx2.AsyncClient(transport=transport) as client:
         client.base_url = BASE
         while wait and not scoring.live.is_ready:
             await asyncio.sleep(0.005)
@@ -39,7 +39,7 @@ async def client_of(scoring: Scoring, wait: bool = True) -> AsyncIterator[httpx.
 
 
 def run_with(
-    folder: Path, test: Callable[[httpx.AsyncClient, Scoring], Awaitable[None]], version: int = 3, **settings: Any
+    folder: Path, test: Callable[[httpx2.AsyncClient, Scoring], Awaitable[None]], version: int = 3, **settings: Any
 ) -> None:
     """Run an asynchronous test against a fake model."""
     state = write_state(folder, version=version, vectors={"images": 7})

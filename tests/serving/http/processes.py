@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 ROOT = Path(__file__).parents[3]
 START_TIMEOUT_S = 120
@@ -30,7 +30,7 @@ class ServerProcess:
         self.scheme, self.host, port = self._await(LISTENING)
         self.port = int(port)
         self.url = f"{self.scheme}://{self.host}:{self.port}"
-        self.client = httpx.Client(base_url=self.url, verify=verify, timeout=30)
+        self.client = httpx2.Client(base_url=self.url, verify=verify, timeout=30)
 
     def log(self) -> str:
         """What it has written so far."""
@@ -40,7 +40,7 @@ class ServerProcess:
         """Wait until a model is warmed up."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
-            with contextlib.suppress(httpx.TransportError):
+            with contextlib.suppress(httpx2.TransportError):
                 if self.client.get("/v2/health/ready").status_code == 200:
                     return
             assert self.process.poll() is None, self.log()

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import orjson
 import pyarrow as pa
@@ -39,13 +39,13 @@ def stream_of(table: pa.Table, **options: Any) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-async def figures(client: httpx.AsyncClient) -> dict[str, float]:
+async def figures(client: httpx2.AsyncClient) -> dict[str, float]:
     lines = (await client.get("/metrics")).text.splitlines()
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
 
 
 def test_one_request_is_answered_by_one_object(tmp_path: Path) -> None:
-    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
         answer = (await client.post("/v1/score", json=ONE)).json()
         assert answer["scores"] == pytest.approx(chances(1, 2, 2000), abs=1e-6)
         assert answer["unknown"] == {"ad_item": [2]}
@@ -66,7 +66,7 @@ def test_one_request_is_answered_by_one_object(tmp_path: Path) -> None:
 def test_several_requests_are_answered_in_their_order(tmp_path: Path, form: str) -> None:
     requests = [ONE, {"candidates": {"ad_item": []}}, {"context": {"ad_scene": 1}, "candidates": {"ad_item": [7]}}]
 
-    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
         body = requests if form == "list" else {"requests": requests}
         answer = (await client.post("/v1/score", json=body)).json()
         assert [len(each["scores"]) for each in answer["answers"]] == [3, 0, 1]
@@ -78,7 +78,7 @@ def test_several_requests_are_answered_in_their_order(tmp_path: Path, form: str)
 
 
 def test_arrow_comes_back_as_arrow(tmp_path: Path) -> None:
-    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
         content = stream_of(table_of([1, 2000], [], [5]))
         answer = await client.post("/v1/score", content=content, headers={"content-type": ARROW})
         assert answer.headers["content-type"] == ARROW
@@ -115,7 +115,7 @@ def test_arrow_comes_back_as_arrow(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_bad_bodies_get_400_that_names_what_is_wrong(tmp_path: Path, body: bytes, words: str) -> None:
-    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
         answer = await client.post("/v1/score", content=body, headers={"content-type": "application/json"})
         assert answer.status_code == 400
         assert words in answer.json()["error"]
@@ -126,7 +126,7 @@ def test_bad_bodies_get_400_that_names_what_is_wrong(tmp_path: Path, body: bytes
 
 @pytest.mark.parametrize("cut", [0, 7, 100, 300, -1])
 def test_damaged_arrow_gets_400(tmp_path: Path, cut: int) -> None:
-    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
         content = stream_of(table_of([1, 2000], [5]))[:cut]
         answer = await client.post("/v1/score", content=content, headers={"content-type": ARROW})
         if cut >= 0:  # without its end mark alone a stream is whole
@@ -141,7 +141,7 @@ def test_compressed_arrow_is_refused_as_it_may_grow_without_limit(tmp_path: Path
     bomb = pa.table({"user": [1], "ad_item": [[0] * 1_000_000]})
     texts = pa.table({"user": pa.array(["a" * 9999]).dictionary_encode(), "ad_item": [[1]]})
 
-    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
         for table in (bomb, texts):
             content = stream_of(table, compression=compression)
             answer = await client.post("/v1/score", content=content, headers={"content-type": ARROW})
@@ -153,7 +153,7 @@ def test_compressed_arrow_is_refused_as_it_may_grow_without_limit(tmp_path: Path
 
 
 def test_wrong_addresses_methods_and_types_are_told(tmp_path: Path) -> None:
-    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
         for answer, status, words in (
             (await client.get("/nothing"), 404, "GET / lists"),
             (await client.get("/v1/score"), 405, "POST"),
@@ -173,7 +173,7 @@ def test_wrong_addresses_methods_and_types_are_told(tmp_path: Path) -> None:
 
 
 def test_too_large_bodies_and_too_many_candidates_get_413(tmp_path: Path) -> None:
-    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
         answer = await client.post("/v1/score", json={"candidates": {"ad_item": [1] * 11}})
         assert answer.status_code == 413
         assert "11 candidates" in answer.json()["error"]
@@ -198,7 +198,7 @@ def test_too_large_bodies_and_too_many_candidates_get_413(tmp_path: Path) -> Non
 
 
 def test_a_token_is_asked_for_except_by_health_checks(tmp_path: Path) -> None:
-    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
         for path in ("/v2/health/live", "/v2/health/ready"):
             assert (await client.get(path)).status_code == 200
         for headers in (
@@ -241,7 +241,7 @@ def test_overload_is_refused_before_latency_collapses(tmp_path: Path) -> None:
 
 
 def test_one_wrong_body_does_not_spoil_those_that_are_scored_with_it(tmp_path: Path) -> None:
-    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
         wrong = {"candidates": {"ad_item": [None]}}
         answers = await asyncio.gather(*(client.post("/v1/score", json=body) for body in [ONE, wrong, ONE, wrong] * 5))
         assert [answer.status_code for answer in answers] == [200, 400, 200, 400] * 5
@@ -270,7 +270,7 @@ def test_before_the_model_is_loaded_the_server_is_live_but_not_ready(tmp_path: P
 
 
 def test_figures_count_requests_candidates_and_what_was_unknown(tmp_path: Path) -> None:
-    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
         before = await figures(client)
         assert before["serving_model_version"] == 3
         assert before['serving_vectors_snapshot{store="images"}'] == 7
@@ -296,14 +296,14 @@ def test_what_users_send_is_logged_only_when_asked_for(tmp_path: Path, caplog: p
     caplog.set_level(logging.DEBUG)
     body = {"user": {"user": "secret-name"}, "candidates": {"ad_item": [1, 2]}}
 
-    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
         for value in (body, {"users": "secret-name"}, {"candidates": {"ad_item": ["secret-name", None]}}):
             await client.post("/v1/score?logits=true", json=value)
         await client.get("/secret-name")
 
     run_with(tmp_path, test, slow_ms=0)
-    # (httpx logs its own requests in this process)
-    logged = "\n".join(record.getMessage() for record in caplog.records if not record.name.startswith("httpx"))
+    # (httpx2 logs its own requests in this process)
+    logged = "\n".join(record.getMessage() for record in caplog.records if not record.name.startswith("httpx2"))
     assert "slow: /v1/score 200" in logged
     assert "1 requests, 2 candidates" in logged
     assert "secret-name" not in logged
@@ -314,7 +314,7 @@ def test_what_users_send_is_logged_only_when_asked_for(tmp_path: Path, caplog: p
 def test_a_bug_is_500_and_its_message_stays_out_of_the_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
         def broken(requests: object) -> None:
             raise ValueError("-".join(["secret", "name"]))
 
@@ -333,7 +333,7 @@ def test_a_bug_is_500_and_its_message_stays_out_of_the_log(
 def test_requests_are_recorded_up_to_the_number_and_kept_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "recorded"
 
-    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
         for item in range(20):
             await client.post("/v1/score", json={"user": {"user": item}, "candidates": {"ad_item": [item]}})
         assert len(scoring.recorder.recorded()) == 5
@@ -344,7 +344,7 @@ def test_requests_are_recorded_up_to_the_number_and_kept_in_the_file(tmp_path: P
     assert len(lines) == 5
     assert all(line["user"]["user"] == line["candidates"]["ad_item"][0] for line in lines)
 
-    async def again(client: httpx.AsyncClient, scoring: Scoring) -> None:
+    async def again(client: httpx2.AsyncClient, scoring: Scoring) -> None:
         assert len(scoring.recorder.recorded()) == 5
 
     run_with(tmp_path, again, record=5, record_file=file)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import orjson
 import pytest
@@ -179,7 +179,7 @@ def infer_body(**more: Any) -> dict[str, Any]:
 
 
 def test_inference_by_json(tmp_path: Path) -> None:
-    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
         answer = (await client.post("/v2/models/ctr/infer", json=infer_body(id="q1"))).json()
         assert (answer["model_name"], answer["model_version"], answer["id"]) == ("ctr", "3", "q1")
         assert answer["parameters"] == {"vectors.images": 7}
@@ -198,7 +198,7 @@ def test_inference_by_json(tmp_path: Path) -> None:
 
 
 def test_mistakes_of_inference_are_told(tmp_path: Path) -> None:
-    async def test(client: httpx.AsyncClient, scoring: Scoring) -> None:
+    async def test(client: httpx2.AsyncClient, scoring: Scoring) -> None:
         for path, body, status, words in (
             ("/v2/models/other/infer", infer_body(), 404, "ctr"),
             ("/v2/models/ctr/versions/9/infer", infer_body(), 404, "is 3"),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -191,7 +191,7 @@ def test_switches_under_load_fail_no_request_and_mix_no_versions(server: ServerP
     over = threading.Event()
 
     def ask() -> None:
-        with httpx.Client(base_url=server.url, timeout=60) as client:
+        with httpx2.Client(base_url=server.url, timeout=60) as client:
             while not over.is_set():
                 answer = client.post("/v1/score?logits=true", json=requests)
                 if answer.status_code != 200:

@@ -4,7 +4,7 @@ import datetime
 import ssl
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
@@ -52,10 +52,10 @@ def test_tls_with_a_token(tmp_path: Path, pair: Pair) -> None:
         assert server.client.post("/v1/score", json=body).status_code == 401
         headers = {"authorization": "Bearer 0123456789abcdef0123"}
         assert server.client.post("/v1/score", json=body, headers=headers).status_code == 200
-        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
-            httpx.get(f"{server.url}/v2/health/live")
-        with pytest.raises(httpx.TransportError):
-            httpx.get(f"http://127.0.0.1:{server.port}/v2/health/live")
+        with pytest.raises(httpx2.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            httpx2.get(f"{server.url}/v2/health/live")
+        with pytest.raises(httpx2.TransportError):
+            httpx2.get(f"http://127.0.0.1:{server.port}/v2/health/live")
         assert server.client.get("/v2/health/live").status_code == 200
         figures = server.client.get("/metrics", headers=headers).text
         assert 'serving_requests_total{code="401",route="other"} 1.0' in figures
@@ -75,7 +75,7 @@ def test_renewed_certificates_and_tokens_are_read_again(tmp_path: Path, pair: Pa
         def status(token: str, verify: ssl.SSLContext) -> int:
             """Of several new connections, which reach all workers, the same answer."""
             headers = {"authorization": f"Bearer {token}"}
-            posts = [httpx.post(f"{server.url}/v1/score", json=body, headers=headers, verify=verify) for _ in range(8)]
+            posts = [httpx2.post(f"{server.url}/v1/score", json=body, headers=headers, verify=verify) for _ in range(8)]
             assert len({post.status_code for post in posts}) == 1
             return posts[0].status_code
 
@@ -93,7 +93,7 @@ def test_renewed_certificates_and_tokens_are_read_again(tmp_path: Path, pair: Pa
         server.wait_for("read certificate and tokens again", count=2 * workers)
         assert status("fedcba98765432100123", other.client) == 200
         assert status("0123456789abcdef0123", other.client) == 401
-        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+        with pytest.raises(httpx2.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             status("fedcba98765432100123", pair.client)
 
 
@@ -105,8 +105,8 @@ def test_an_expired_certificate_warns_and_clients_refuse_it(tmp_path: Path) -> N
         write_state(tmp_path, version=3), tmp_path, verify=False, tls_cert=str(pair.cert), tls_key=str(pair.key)
     ) as server:
         assert "expired at" in server.log()
-        with pytest.raises(httpx.ConnectError, match="expired"):
-            httpx.get(f"{server.url}/v2/health/live", verify=pair.client)
+        with pytest.raises(httpx2.ConnectError, match="expired"):
+            httpx2.get(f"{server.url}/v2/health/live", verify=pair.client)
 
 
 def test_certificates_that_are_not_valid_yet_or_end_soon_warn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-import httpx
+import httpx2
 import psutil
 import pytest
 
@@ -41,11 +41,11 @@ class Load:
             thread.join()
 
     def _run(self) -> None:
-        with httpx.Client(base_url=self._server.url, timeout=30) as client:
+        with httpx2.Client(base_url=self._server.url, timeout=30) as client:
             while not self._ended.is_set():
                 try:
                     answer = client.post("/v1/score", json=ONE)
-                except httpx.TransportError as error:
+                except httpx2.TransportError as error:
                     self.failures.append(repr(error))
                     continue
                 self.answers.append(answer.json().get("version", -1))
@@ -59,16 +59,16 @@ def workers_of(server: ServerProcess) -> list[psutil.Process]:
 
 def test_sigterm_lets_running_requests_end(tmp_path: Path) -> None:
     with fake_server(write_state(tmp_path, version=3, score_s=0.5), tmp_path) as server:
-        answers: list[httpx.Response] = []
-        ask = lambda: answers.append(httpx.post(f"{server.url}/v1/score", json=ONE, timeout=30))  # noqa: E731
+        answers: list[httpx2.Response] = []
+        ask = lambda: answers.append(httpx2.post(f"{server.url}/v1/score", json=ONE, timeout=30))  # noqa: E731
         asking = threading.Thread(target=ask)
         asking.start()
         time.sleep(0.25)
         assert server.stop(signal.SIGTERM) == 0
         asking.join()
         assert answers[0].status_code == 200
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(server.url)
+        with pytest.raises(httpx2.ConnectError):
+            httpx2.get(server.url)
         assert "stopped" in server.log()
 
 
