@@ -102,14 +102,14 @@ class ImpressionPages(PageKind):
         """Show the list, or where its run is not open yet the page that fetches it."""
         runs = self.runs.names()
         if not runs:
-            raise NotHereError(
-                f"{self.site.places.runs} has no run with a checkpoint; train one: python -m trainer.main"
-            )
+            return self.site.page(request, "impressions/empty.html", title="Impressions")
         asked = self._question(request, runs)
         now = self.site.frozen or "now" in request.query_params or self.runs.is_listed(asked.run)
         context: dict[str, Any] = {"runs": runs, "asked": asked, "orders": ORDERS, "clicked": CLICKED, "now": now}
-        if now:
-            context |= self._listed(asked)
+        try:
+            context |= self._listed(asked) if now else {}
+        except UserError as error:
+            context |= {"problem": one_line(error)}
         return self.site.page(request, "impressions/list.html", title="Impressions", **context)
 
     def listing_part(self, request: Request) -> Response:

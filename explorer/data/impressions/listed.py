@@ -144,7 +144,7 @@ def score_first(opened: OpenedRun, most: int = MOST) -> ScoredImpressions:
     scored = _Collected(GroupColumns(opened))
     first = 0
     for row_group in kept:
-        rows = np.arange(row_group.num_groups)
+        rows = np.arange(min(row_group.num_groups, most - scored.num))  # each has an impression at least
         scored.add(row_group, rows, first, most - scored.num)
         first += row_group.num_groups
     return scored.done()

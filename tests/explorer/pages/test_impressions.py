@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from starlette.testclient import TestClient
 
+from explorer.data.impressions import listed
 from explorer.html.site import Site
 from explorer.places import Places
 from explorer.server.app import application
@@ -189,8 +190,8 @@ def test_no_runs_and_no_samples(world: World, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     with TestClient(application(Site(Places(runs=str(tmp_path / "runs"))))) as client:
         answer = client.get("/impressions")
-        assert answer.status_code == 404
-        assert "no run with a checkpoint" in answer.text
+        assert answer.status_code == 200
+        assert "has a checkpoint yet" in answer.text
     with TestClient(application(Site(Places(store=str(world.store))))) as client:
         assert client.get("/impressions").status_code == 404
         assert "Impressions" not in client.get("/").text
@@ -200,6 +201,9 @@ def test_no_runs_and_no_samples(world: World, tmp_path: Path) -> None:
         part = client.get("/impressions/part")
         assert part.status_code == 200
         assert "jobs/build_samples.py" in part.text
+        whole = client.get("/impressions?now=1")
+        assert whole.status_code == 200
+        assert "jobs/build_samples.py" in whole.text
 
 
 @pytest.fixture
@@ -243,6 +247,29 @@ def test_a_run_that_trains_on_and_samples_that_change(own_run: SamplePlaces) -> 
         assert client.get("/impressions/one/50?now=1").status_code == 404
         shutil.rmtree(folder / "runs" / "one")
         assert client.get("/impressions/one/1?now=1").status_code == 404
+
+
+def test_only_some_impressions_are_scored_and_a_user_is_found_in_all(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pq.read_table(world.samples / "test" / "day=2026-01-05.parquet", partitioning=None)
+    users, labels = table["user"].to_pylist(), table["label"].to_pylist()
+    num_first = len(labels[0]) + len(labels[1])
+    monkeypatch.setattr(listed, "MOST", num_first)
+    monkeypatch.setattr(listed.score_first, "__defaults__", (num_first,))
+    others = {*table["ad_item"][0].as_py(), *table["ad_item"][1].as_py(), *users[:2]}
+    user = next(each for each in reversed(users) if each not in others)
+    with TestClient(application(Site(places_of(world)))) as client:
+        text = client.get("/impressions/part").text
+        assert f"{num_first} of {num_first} impressions scored" in text
+        assert "the first of" in text
+        assert {int(n) for n in re.findall(r"/impressions/both/(\d+)\?", text)} == {0, 1}
+        found = client.get(f"/impressions/part?q={user}&order=order").text
+    groups = [number for number, each in enumerate(users) if each == user]
+    assert "those of this user" in found
+    shown = sum(len(labels[number]) for number in groups)
+    assert f"{shown} of {shown} impressions" in found
+    assert {int(n) for n in re.findall(r"/impressions/both/(\d+)\?", found)} <= {*groups}
 
 
 def test_an_export_has_the_groups_of_its_list(world: World, tmp_path: Path) -> None:
