@@ -146,7 +146,7 @@ class RunPages(PageKind):
             runs=runs,
             names=names,
             is_worth=is_worth,
-            rows=[row for row in rows if row.is_figure],
+            rows=[*settings.snapshots(runs), *(row for row in rows if row.is_figure)],
             other_rows=[row for row in rows if not row.is_figure],
             evaluations={run.name: _evaluation(open_run(self.site.places, run.name))[0] for run in runs},
             live=self._live(runs),

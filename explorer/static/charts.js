@@ -35,5 +35,6 @@
   document.addEventListener("htmx:beforeSwap", (event) => {
     for (const place of event.detail.target.querySelectorAll(".plot[data-drawn]")) Plotly.purge(place);
   });
-  document.addEventListener("htmx:afterSwap", (event) => draw(event.detail.target));
+  // Not at htmx:afterSwap: when htmx settles, it takes away the classes that were given to new elements until then.
+  document.addEventListener("htmx:afterSettle", (event) => draw(event.detail.target));
 })();

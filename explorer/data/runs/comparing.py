@@ -87,6 +87,7 @@ def compare_runs(places: Places, names: Sequence[str], task: Task[Any]) -> Compa
     Raises TrainerError, FeatureStoreError, TooMuchError where the first one cannot be predicted with; what is wrong
     with another one is among `problems`.
     """
+    from trainer.errors import CheckpointNotFoundError
     from trainer.evaluation.compare import compare
 
     baseline = predictions_of(places, names[0], task)
@@ -99,6 +100,9 @@ def compare_runs(places: Places, names: Sequence[str], task: Task[Any]) -> Compa
             ours = predictions_of(places, name, task)
             task.tell(f"compares {name} with {names[0]}", done, len(names))
             differences = compare([ours], [baseline], metrics=COMPARED, resamples=resamples)
+        except CheckpointNotFoundError:
+            problems[name] = "it has no checkpoint yet"
+            continue
         except UserError as error:
             problems[name] = one_line(error)
             continue

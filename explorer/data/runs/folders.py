@@ -21,7 +21,7 @@ State = Literal["finished", "running", "unfinished", "unreadable"]
 METRICS = ("gauc", "auc", "logloss", "new_ad_auc")
 """Metrics of a list of runs, the one that counts first."""
 TENSORBOARD = "tensorboard"
-_QUIET_S = 180.0
+_QUIET_S = 600.0
 """A run that has written nothing for so long is not running."""
 _THREADS = 8
 

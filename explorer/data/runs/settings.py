@@ -41,6 +41,23 @@ def differing(runs: Sequence[RunFacts]) -> list[SettingRow]:
     return sorted(rows, key=lambda row: (not row.is_figure, row.name != IMAGES))
 
 
+def snapshots(runs: Sequence[RunFacts]) -> list[SettingRow]:
+    """List the stores of which the runs were trained on different snapshots, those that read them."""
+    of_run = [run.report.get("stores") for run in runs]
+    stores = [found if isinstance(found, dict) else {} for found in of_run]
+    rows = []
+    for name in dict.fromkeys(name for found in stores for name in found):
+        records = [found.get(name) for found in stores]
+        values = [_snapshot(record) if isinstance(record, dict) else "–" for record in records]
+        if len({value for value in values if value != "–"}) > 1:
+            rows.append(SettingRow(f"snapshot of store {name}", tuple(values), True))
+    return rows
+
+
+def _snapshot(record: Mapping[str, Any]) -> str:
+    return f"{record.get('version')} (commit {str(record.get('commit_id'))[:8]})"
+
+
 def text_of(value: Any) -> str:
     """Write the value of a setting as its file has it."""
     if value is _MISSING:

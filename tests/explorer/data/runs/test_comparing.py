@@ -57,7 +57,7 @@ def test_a_run_that_cannot_be_compared_is_a_problem_of_its_own(places: Places, c
     shutil.rmtree(changing_world.runs / "both" / "checkpoints")
     mine = Places(store=str(changing_world.store), runs=str(changing_world.runs), samples=str(changing_world.samples))
     found = compare_runs(mine, ["ids-only", "both", "both-longer"], Task())
-    assert "has no checkpoint" in found.problems["both"]
+    assert found.problems == {"both": "it has no checkpoint yet"}
     assert {each.run for each in found.differences} == {"both-longer"}
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from explorer.data.runs.folders import RunFacts, State
-from explorer.data.runs.settings import differing, image_groups, text_of
+from explorer.data.runs.settings import differing, image_groups, snapshots, text_of
 
 
 def run(name: str, images: str, state: State = "finished", **more: Any) -> RunFacts:
@@ -41,3 +41,16 @@ def test_groups_differ_in_their_images_alone() -> None:
 
 def test_values_are_written_as_files_have_them() -> None:
     assert list(map(text_of, (None, True, [256, 64], "x", 0.001))) == ["null", "true", "[256, 64]", "x", "0.001"]
+
+
+def test_snapshots_that_differ_are_told_where_a_run_reads_the_store() -> None:
+    def trained_on(version: int | None) -> RunFacts:
+        stores = {} if version is None else {"images": {"version": version, "commit_id": f"{version}" * 32}}
+        return RunFacts(name="a", state="finished", settings={}, report={"stores": stores})
+
+    rows = snapshots([trained_on(1), trained_on(None), trained_on(2)])
+    assert [(row.name, row.values) for row in rows] == [
+        ("snapshot of store images", ("1 (commit 11111111)", "–", "2 (commit 22222222)"))
+    ]
+    assert snapshots([trained_on(1), trained_on(None), trained_on(1)]) == []
+    assert snapshots([RunFacts(name="a", state="finished", settings={}, report={"stores": [3]})]) == []
