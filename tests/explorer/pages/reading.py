@@ -1,5 +1,6 @@
 """Pages as a test reads them: asked of the application without a server, with their text, links and pictures."""
 
+import itertools
 from html.parser import HTMLParser
 from urllib.parse import unquote_plus
 
@@ -23,6 +24,7 @@ class Reading(HTMLParser):
         self.elements: list[str] = []
         self._silent = 0
         self.feed(page)
+        self._check_headings()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
@@ -42,6 +44,13 @@ class Reading(HTMLParser):
     def handle_data(self, data: str) -> None:
         if not self._silent:
             self.words.append(data)
+
+    def _check_headings(self) -> None:
+        """Fail where there is not one h1, or a heading is more than one level below the one before."""
+        levels = [int(name[1]) for name in self.elements if name in ("h1", "h2", "h3", "h4")]
+        assert levels[:1] == [1], levels
+        assert levels.count(1) == 1, levels
+        assert all(after <= before + 1 for before, after in itertools.pairwise(levels)), levels
 
     @property
     def text(self) -> str:

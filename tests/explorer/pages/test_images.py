@@ -9,8 +9,9 @@ from explorer.data.vectors import explorer_cache
 from explorer.pages import images as pages
 from explorer.places import Places
 from explorer.server.export import export
-from featurestore import key_of_uri
+from featurestore import FeatureStore, key_of_uri
 from featurestore.storage.storage import Storage
+from featurestore.upkeep.remake.reduce import reduce
 from pipeline.semantic.codes import read_codes
 from tests.explorer.pages.reading import Reader, Reading
 from tests.explorer.stores import make_store, rows, storied
@@ -162,6 +163,18 @@ def test_a_picture_that_is_sent_finds_its_own_image_first(everything, world):
     assert visual.split()[:2] == [PLAIN[5], "1.000"]
     assert PLAIN[5] in of_space(page.text, "The longest prefix in common", "Read-only")
     assert page.pictures[0].startswith("data:image/jpeg;base64,")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_of_a_compact_store_a_picture_gets_the_coordinates_of_its_rows(shop, tmp_path, dtype):
+    source = FeatureStore.open(shop.store)
+    reduce(source, tmp_path / "compact", 12, dtype)
+    answer = send(Reader(store=tmp_path / "compact"), (shop.images / PLAIN[5]).read_bytes())
+    text = Reading(answer.text).text
+    assert "Cosine of features of 12 of 576 numbers" in text
+    first, cosine = of_space(text, "exactly, among all 28 images.", "Visual vectors").split()[:2]
+    assert first == PLAIN[5]
+    assert float(cosine) > 0.99
 
 
 @pytest.mark.parametrize(
