@@ -218,6 +218,30 @@ def test_behaviours_that_a_transformer_does_not_look_at_weigh_nothing(runs: Trai
     assert weights[2:] == [0.0] * (len(weights) - 2)
 
 
+def test_only_the_nearest_behaviour_weighs_and_only_its_picture_counts(
+    runs: TrainedRuns, sample_places: Places
+) -> None:
+    changes = {"model__similarity_top_k": 1, "model__image_products": "false", "data__missing": "zeros"}
+    settings = sample_places.settings(run__name="one-nearest", train__max_steps=12, optim__lr=0.05, **changes)
+    train(load_config(settings=settings), SoloComm())
+    histories = rows_of(sample_places)["behavior_item"].to_pylist()
+    places = []
+    with runs.use("one-nearest") as opened:
+        for number, history in enumerate(histories):
+            if len(history) < 3 or len({*history}) < len(history):
+                continue
+            found = explain(opened, number, 0)
+            weights = [each.weights[0] for each in found.behaviors]
+            assert sorted(weights)[:-1] == [0.0] * (len(weights) - 1)
+            places.append(int(np.argmax(weights)))
+            for weight, each in zip(weights, found.behaviors, strict=True):
+                effect = found.effect(each)
+                assert effect is not None
+                if weight == 0:
+                    assert abs(effect) < 1e-6
+    assert len({*places}) > 1
+
+
 def test_the_sentence_says_what_the_table_has(trained: Trained, runs: TrainedRuns, sample_places: Places) -> None:
     trained("finalmlp"), trained("images_none")
     number = with_history(sample_places)[0]
@@ -258,6 +282,35 @@ def test_a_picture_that_is_sent_has_the_score_of_its_feature(
             assert expected is not None
             found = sent.score_sent(group, 0, store, b"a picture")
             assert found.logit == pytest.approx(expected.logit, abs=TOLERANCE)
+
+
+def test_a_picture_that_is_sent_for_a_new_ad(
+    runs: TrainedRuns, sample_places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `model.image_holdout` learns for new ads is also made of a picture that is sent."""
+    changes = {"model__image_holdout": 0.3, "model__id_dropout": 0.3, "data__missing": "zeros"}
+    tables = "{user: 64, item: 65536, image: 65536, category: 16, scene: 16}"
+    settings = sample_places.settings(
+        run__name="new-ads", train__max_steps=40, optim__lr=0.05, model__tables=tables, **changes
+    )
+    train(load_config(settings=settings), SoloComm())
+    store, key = FeatureStore.open(sample_places.folder / "features"), 1_046  # of an item that training has not seen
+    monkeypatch.setattr(sent, "feature_of_picture", lambda store, data: store.snapshot().get([key]))
+    number, ad = next(
+        (number, items.index(item))
+        for number, items in enumerate(rows_of(sample_places)["ad_item"].to_pylist())
+        for item in items
+        if item >= 40
+    )
+    with runs.use("new-ads") as opened:
+        new_ads = opened.trained.engine.model.new_ads
+        assert new_ads is not None
+        assert float(new_ads.scale["ad_image"].detach().sub(1).abs().max()) > 1e-3
+        group = explain(opened, number, ad).group
+        expected = with_other_pictures(group, ad, [PictureName(key, None)])[0].look_alone
+        assert expected is not None
+        found = sent.score_sent(group, ad, store, b"a picture")
+    assert found.logit == pytest.approx(expected.logit, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize(("kind", "why"), [("similar", "compares"), ("images_none", "sees no pictures")])
