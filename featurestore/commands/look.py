@@ -41,6 +41,7 @@ def info(url: Url, version: Version = None, at: At = None) -> None:
         "files": f"{manifest.num_files:,}",
         "bytes": f"{manifest.file_bytes:,}",
         "quarantined": f"{len(store.quarantine_rows()):,}",
+        **_channel_lines(store),
         **_basis_lines(store),
         **{f"extractor {name}": value for name, value in extractor.items()},
     }
@@ -94,6 +95,13 @@ def quarantine(url: Url) -> None:
         [(str(row.key), row.uri, utc_text(row.time_s), row.reason) for row in rows],
         numbers=["key"],
     )
+
+
+def _channel_lines(store: "FeatureStore") -> dict[str, str]:
+    from featurestore.published.channels import read_channels
+
+    moves = read_channels(store.storage)
+    return {"channels": ", ".join(f"{move.channel} at {move.version}" for move in moves)} if moves else {}
 
 
 def _basis_lines(store: "FeatureStore") -> dict[str, str]:

@@ -268,7 +268,9 @@ class TestCommand:
         assert first.split()[:2] == ["candidate", "4"] and second.split()[:2] == ["stable", "7"]
         _, newest, oldest = run("channel", nine.url, "stable").output.splitlines()
         assert newest.split()[:2] == ["2", "7"] and oldest.split()[:2] == ["1", "4"]
-        assert "snapshot                 7 (put)" in run("info", nine.url, "--version", "stable").output
+        told = run("info", nine.url, "--version", "stable").output
+        assert "snapshot                 7 (put)" in told
+        assert "channels                 candidate at 4, stable at 7" in told
         shown = {line.split()[0]: line.split()[-1] for line in run("log", nine.url).output.splitlines()[1:]}
         assert (shown["7"], shown["4"]) == ("stable", "candidate")
         assert "snapshot candidate to stable" in run("diff", nine.url, "candidate", "stable").output
