@@ -71,20 +71,19 @@ def commands_of(text: str) -> list[str]:
 
 
 def run(text: str, folder: Path) -> str:
-    """Run a command by bash and return what it printed. Raises CalledProcessError, after the output is printed."""
+    """Run a command by bash and return its standard output. Raises CalledProcessError, after all output is shown."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": str(WIDTH - 2)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     done = subprocess.run(
         ["bash", "-euc", text],
         cwd=folder,
         env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode != 0:
-        print(done.stdout, file=sys.stderr)
+        print(done.stdout, done.stderr, file=sys.stderr)
         done.check_returncode()
     return re.sub(r"^\[\d+\]<std(out|err)>:", "", done.stdout, flags=re.MULTILINE)
 
@@ -136,9 +135,11 @@ def as_svg(done: list[tuple[str, str]]) -> str:
 
 
 def lines_of(printed: str) -> list[str]:
-    """Cut what a command printed into lines, without those that tell how far it is."""
+    """Cut what a command printed into lines, without those that tell how far it is, and how fast this machine."""
     lines = [line.rstrip() for line in printed.splitlines()]
-    return [line for line in lines if not re.match(r"\w+: [\d,]+ of [\d,]+$|dask-submit: |step \d+/\d+  loss", line)]
+    return [
+        line for line in lines if not re.match(r"\w+: [\d,]+ of [\d,]+$|dask-submit: |step \d+/\d+  loss|time  ", line)
+    ]
 
 
 def contact_sheet(folder: Path, columns: int = 12, rows: int = 4, side_px: int = 64) -> Image.Image:
