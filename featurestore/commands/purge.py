@@ -1,6 +1,5 @@
 """Command purge: remove rows of some images from a store with all of its history, and prove it."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,7 +82,7 @@ def show_absence(report: "AbsenceReport", images: "Images", url: str) -> None:
         print_summary(f"proof        no row of {images.told} is in {looked_at}: all that lies in {url}")
         return
     where = count_text(len(report.traces), "file")
-    sys.stdout.write(f"not absent: {where} with a trace of {images.told}, or that cannot be read, of {looked_at}\n")
+    print_summary(f"not absent: {where} with a trace of {images.told}, or that cannot be read, of {looked_at}")
     raise typer.Exit(FAILED)
 
 

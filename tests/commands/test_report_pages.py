@@ -151,6 +151,19 @@ def test_verify_writes_what_it_has_found(names: dict[str, object], tmp_path: Pat
     assert any(each in broken.err for each in read.texts if each.startswith("broken: "))
 
 
+def test_the_proof_of_a_takedown_is_a_page(names: dict[str, object], tmp_path: Path) -> None:
+    places = {**names, "page": tmp_path / "page.html", "file": tmp_path / "takedown.txt"}
+    line = "featurestore verify {store} --absent {file} --html {page}"
+    (tmp_path / "takedown.txt").write_text("987654321\n")
+    called = call(words_of(line, places))
+    assert called.code == 0 and written(tmp_path / "page.html").value("proof") == [called.out[13:].strip()]
+    (tmp_path / "takedown.txt").write_text("1000\n")
+    called = call(words_of(line, places))
+    read = written(tmp_path / "page.html")
+    assert called.code == 1 and called.out.strip() in read.texts and called.out.startswith("not absent: ")
+    assert all(told.strip() in read.texts for told in called.err.splitlines() if told.startswith("error: "))
+
+
 def lines_of(out: str) -> list[list[str]]:
     """Return the named lines of a job as rows of a page have them: the name and the rest of each."""
     return [[line[:13].strip(), line[13:].strip()] for line in out.splitlines()]
