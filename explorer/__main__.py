@@ -4,7 +4,7 @@ from typing import Any
 
 from typer.core import TyperGroup
 
-from explorer.commands import export, serve
+from explorer.commands import export, map, serve
 from featurestore.console.commandline import CommandApp, run_app
 
 
@@ -24,12 +24,13 @@ app = CommandApp(
     "`python -m explorer serve --store STORE`.",
     epilog="Examples:\n\n"
     "- `python -m explorer --store data/features --runs data/runs --images photos`\n\n"
-    "- `python -m explorer export pages --store data/features --runs data/runs --images photos`",
+    "- `python -m explorer export pages --store data/features --runs data/runs --images photos`\n\n"
+    "- `python -m explorer map map.parquet --run data/runs/both`",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (serve, export):
+for commands in (serve, export, map):
     app.add_typer(commands.app)
 
 
