@@ -2,6 +2,7 @@
 
 import multiprocessing
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,12 @@ class ChannelContract:
         assert [(move.channel, move.version) for move in read_channels(filled.storage)] == [("stable", 3)]
         assert [move.version for move in read_moves(filled.storage, "candidate")] == [3, None]
         assert read_pins(filled.storage) == [] and verify(filled).problems == []
+
+    def test_writers_at_the_same_time_lose_no_move(self, filled: FeatureStore) -> None:
+        with ThreadPoolExecutor(4) as pool:
+            made = list(pool.map(lambda version: move_channel(filled, "stable", version).number, [1, 2, 3, 4] * 2))
+        assert sorted(made) == list(range(1, 9)) and read_pins(filled.storage) == []
+        assert filled.snapshot("stable").version == read_moves(filled.storage, "stable")[-1].version
 
     def test_of_two_writers_that_saw_the_same_one_is_refused(self, filled: FeatureStore) -> None:
         move_channel(filled, "stable", 1, after=0)
