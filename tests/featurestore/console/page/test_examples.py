@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[4]
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.html"))
 LINKED_FROM = {
     "evaluate.html": "EVALUATION.md",
+    "experiments.html": "RESULTS.md",
     "plan.html": "PLAN.md",
     "benchmark.html": "PERFORMANCE.md",
     "verify.html": "OPERATIONS.md",
