@@ -271,6 +271,15 @@ class TestRows:
         before = contents(filled)
         assert purge(filled).is_complete and contents(filled) == without(before)
 
+    def test_where_history_alone_has_them_nothing_is_committed(self, store: FeatureStore, make_rows: Any) -> None:
+        store.put(make_rows(40, store.info))
+        store.delete([key_of_uri(uri) for uri in GONE])
+        compact(store, force=True)
+        move_channel(store, "stable", 3)
+        report = purge(store)
+        assert report.is_complete and (report.version, report.expired, report.moved) == (None, (1, 2), [])
+        assert store.snapshot().version == 3 == store.snapshot("stable").version and len(contents(store)) == 38
+
     def test_statistics_are_those_of_the_rows_that_stay(self, store: FeatureStore, make_rows: Any) -> None:
         store.put(make_rows(2000, store.info))
         purge(store)
