@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from featurestore import ExtractorSpec, FeatureRows, FeatureStore, StoreInfo, key_of_uri
 from featurestore.upkeep.remake.recode import recode
@@ -23,8 +24,13 @@ def make_store(folder: Path | str, dtype: str = "float32", num_shards: int = 4) 
 def rows(uris: list[str], seed: int, contents: list[int] | None = None) -> FeatureRows:
     """Draw rows; those of equal `contents` have images of equal bytes. Without them rows have no digests."""
     values_ND = np.random.default_rng(seed).standard_normal((len(uris), DIM)).astype(np.float32)
-    digests = None if contents is None else [content.to_bytes(16, "big") for content in contents]
+    digests = None if contents is None else [digest_of(content) for content in contents]
     return FeatureRows.of(uris, values_ND, content_digests=digests, source_tags=[f"tag-{seed}"] * len(uris))
+
+
+def digest_of(content: int) -> bytes:
+    """The digest that stands for an image's bytes: those of different contents differ in all of their bytes."""
+    return xxhash.xxh3_128_digest(str(content).encode())
 
 
 def storied(folder: Path, dtype: str = "float32") -> FeatureStore:

@@ -39,6 +39,9 @@ def test_a_store_of_its_own_keys_is_searched_by_them(tmp_path):
     assert find_exactly(store.snapshot(), "7") == [(7, "photo.jpg")]
     assert find_exactly(store.snapshot(), "photo.jpg") == []
     assert find_part(store.snapshot(), "photo").images == ((7, "photo.jpg"),)
+    other = rows(["b.jpg"], 2)
+    store.put(type(other)(**{**other.__dict__, "uris": ["not b.jpg"]}))
+    assert find_exactly(store.snapshot(), "b.jpg") == []
 
 
 @pytest.mark.parametrize("part", ["a/", "1", ".JPG", "B/3", "nothing", "a/1%", "*", "\\"])

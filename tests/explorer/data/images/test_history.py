@@ -9,7 +9,7 @@ from explorer.data.images.history import row_of, row_spans
 from featurestore import key_of_uri
 from featurestore.upkeep.compaction import compact
 from featurestore.upkeep.expiry import expire
-from tests.explorer.stores import int8_copy, storied
+from tests.explorer.stores import digest_of, int8_copy, storied
 
 
 @pytest.mark.parametrize("uri", ["a/0.jpg", "a/5.jpg", "a/10.jpg", "a/11.jpg", "b/0.jpg", "nowhere"])
@@ -38,7 +38,7 @@ def test_spans_of_changes_removals_and_returns(tmp_path):
         (3, 3, True, "delete"),
         (4, 4, False, "refresh"),
     ]
-    assert (back[0].row.digest, back[2].row.digest) == (f"{11:032x}", f"{20:032x}")
+    assert (back[0].row.digest, back[2].row.digest) == (digest_of(11).hex(), digest_of(20).hex())
 
 
 def test_compaction_is_no_change_and_expired_snapshots_are_left_out(tmp_path):
