@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from explorer.data.images.neighbours import feature_of, nearest_features
 from explorer.data.images.network import MOST_BYTES, why_not
 from explorer.data.impressions.explained import (
     Candidate,
@@ -39,6 +40,7 @@ from featurestore.text.plain import one_line
 LIST, PER_PAGE, PER_FROZEN_PAGE = "/impressions", 24, 12
 _DRAWN, _SHOWN_BEST, _SHOWN_WORST, _MOST_ADS = 100, 6, 3, 60
 _MOST_TYPED, _LARGE = 2_000, 320
+_NEIGHBOURS, _NEIGHBOUR_BYTES = 24, 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,7 @@ class ImpressionPages(PageKind):
     def _explained(self, request: Request, run: str, number: int, at: At) -> dict[str, Any]:
         ad = _place(request.query_params.get("ad"))
         typed = request.query_params.get("picture", "").strip()[:_MOST_TYPED]
+        alike = request.query_params.get("with") == "neighbours"
         with self.runs.use(run, at) as opened:
             ids = self._ids_run(opened)
             if ids is None:
@@ -235,7 +238,7 @@ class ImpressionPages(PageKind):
             else:
                 with self.runs.use(ids) as ids_run:
                     explanation = explain(opened, number, ad, ids_run)
-            drawn, own = self._drawn(explanation, typed, opened)
+            drawn, own = self._drawn(explanation, typed, opened, alike=alike)
             pictures = [
                 *(name for each in _shown(explanation) for name in each.pictures[:1]),
                 *(name for each in explanation.behaviors for name in each.pictures[:1]),
@@ -258,6 +261,7 @@ class ImpressionPages(PageKind):
                 "stores": opened.trained.stores,
                 "own": own,
                 "typed": typed,
+                "alike": alike,
                 "best": best[:_SHOWN_BEST],
                 "worst": best[max(_SHOWN_BEST, len(best) - _SHOWN_WORST) :],
                 "num_drawn": len(drawn),
@@ -267,11 +271,11 @@ class ImpressionPages(PageKind):
             }
 
     def _drawn(
-        self, explanation: Explanation, typed: str, opened: OpenedRun
+        self, explanation: Explanation, typed: str, opened: OpenedRun, *, alike: bool
     ) -> tuple[list[OtherPicture], OtherPicture | None]:
-        """Score the ad with drawn pictures, and with the one that was typed."""
+        """Score the ad with drawn pictures, or those that are `alike`, and with the one that was typed."""
         group, ad = explanation.group, explanation.chosen.place
-        drawn = other_pictures(group, _DRAWN)
+        drawn = neighbours(self.site.places.store, explanation.chosen) if alike else other_pictures(group, _DRAWN)
         asked = [*drawn, *([self._typed(group, typed, opened)] if typed else [])]
         scored = with_other_pictures(group, ad, asked)
         return scored[: len(drawn)], scored[-1] if typed else None
@@ -325,6 +329,21 @@ class ImpressionPages(PageKind):
         number = _place(request.path_params["number"])
         assert number is not None
         return number
+
+
+def neighbours(store: str | None, candidate: Candidate) -> list[PictureName]:
+    """Find the pictures of the store whose features are nearest to those of an ad's picture.
+
+    Raises ExplorerError where there is no store, or one so large that it takes long; FeatureStoreError.
+    """
+    if store is None or not candidate.pictures:
+        raise ExplorerError("neighbours are looked for in a store: name it by --store")
+    snapshot, key = FeatureStore.open(store).snapshot(), candidate.pictures[0].key
+    if snapshot.manifest.file_rows * snapshot.info.row_bytes > _NEIGHBOUR_BYTES:
+        raise ExplorerError("to look for neighbours in this store takes long: the page of the picture finds them")
+    query_D = snapshot.codec.decode(feature_of(snapshot, key))[0]
+    found = nearest_features(snapshot, query_D, _NEIGHBOURS, key)
+    return [PictureName(each.key, each.uri) for each in found.images]
 
 
 def _shown(explanation: Explanation) -> list[Candidate]:

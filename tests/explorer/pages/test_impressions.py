@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 
 from explorer.data.impressions import listed
 from explorer.html.site import Site
+from explorer.pages import impressions
 from explorer.places import Places
 from explorer.server.app import application
 from explorer.server.export import export
@@ -20,7 +21,7 @@ from featurestore.format.rows import FeatureRows
 from featurestore.keys import key_of_uri
 from featurestore.store import FeatureStore
 from featurestore.upkeep.expiry import expire
-from tests.explorer.world import HOSTILE, PLAIN, UNKNOWN, World
+from tests.explorer.world import COPIED, COPY, HOSTILE, PLAIN, UNKNOWN, World
 from tests.trainer.conftest import Places as SamplePlaces
 from tests.trainer.conftest import make_places
 from trainer.comm import SoloComm
@@ -108,6 +109,28 @@ def test_another_picture_is_typed(pages: TestClient, typed: str) -> None:
     own = text.partition("Yours:")[2].partition("</li>")[0]
     assert ("without a feature" in own) == (typed in (UNKNOWN, "5", "../../etc/passwd"))
     assert "<script>alert" not in text
+
+
+def test_pictures_that_look_alike(pages: TestClient, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the ad's picture under another name is its nearest neighbour, and looks the same to the run."""
+    table = pq.read_table(world.samples / "test" / "day=2026-01-05.parquet", partitioning=None)
+    key = key_of_uri(COPIED)
+    number, ad = next(
+        (number, keys.index(key)) for number, keys in enumerate(table["ad_image"].to_pylist()) if key in keys
+    )
+    text = pages.get(f"/impressions/both/{number}?ad={ad}&with=neighbours&now=1").text
+    shown = text.partition("What would this ad get with another picture?")[2]
+    assert "features are nearest" in shown
+    monkeypatch.setattr(impressions, "_NEIGHBOURS", 1)
+    nearest = pages.get(f"/impressions/both/{number}?ad={ad}&with=neighbours&now=1").text
+    only = nearest.partition("<b>1.</b>")[2].rpartition("</ul>")[0]
+    assert COPY in only
+    as_it_is = re.search(r"As it is:</b> ([\d.]+) %", nearest)
+    alone = re.search(r"look alone ([\d.]+) %", only)
+    assert as_it_is and alone and float(as_it_is.group(1)) == pytest.approx(float(alone.group(1)), abs=0.011)
+    monkeypatch.setattr(impressions, "_NEIGHBOUR_BYTES", 10)
+    assert "takes long" in pages.get(f"/impressions/both/{number}?ad={ad}&with=neighbours&now=1").text
+    assert pages.get(f"/impressions/both/{number}?ad={ad}&now=1").status_code == 200
 
 
 def test_a_picture_is_sent(pages: TestClient, world: World) -> None:
