@@ -11,6 +11,7 @@ IN_PARALLEL = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-lo
 BENCH_DIR ?= data/bench
 GPU_DEVICE ?= cuda
 CLUSTER_DIR ?= data/cluster
+DOCS_DIR ?= data/docs-site
 BROWSER_DIR ?= data/browser
 # Syntax of the oldest supported Python is held by ruff (target-version), what left the newest one by mypy.
 NEWEST_PYTHON := 3.13
@@ -84,8 +85,8 @@ format: $(INSTALLED) ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED) ## Build the pages of docs/ as a site with search, data/docs-site, and check every link in it
-	$(BIN)/python tools/site.py
+docs: $(INSTALLED) ## Build the pages of docs/ as a site with search, in data/docs-site, and check every link in it
+	$(BIN)/python tools/site.py --out $(DOCS_DIR)
 
 tree: ## Print every file with the line that says what it is for
 	@python3 tools/tree.py
@@ -114,5 +115,5 @@ gpu-check: $(INSTALLED) ## Compare training on a GPU with the CPU, and measure i
 	$(ON_PATH) $(BIN)/python -m benchmarks.gpu --device $(GPU_DEVICE) --dir $(BENCH_DIR)/gpu --json $(BENCH_DIR)/gpu.json
 
 clean: ## Remove the virtual environment, the caches and the demo; features and runs of your own stay
-	rm -rf $(VENV) $(DEMO_DIR) $(BENCH_DIR) $(CLUSTER_DIR) $(BROWSER_DIR) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_DIR) $(DOCS_DIR) $(BENCH_DIR) $(CLUSTER_DIR) $(BROWSER_DIR) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
