@@ -55,12 +55,14 @@ class Difference:
         """Say in one sentence what the figures tell."""
         title = TITLES[self.metric]
         if self.value is None:
-            return f"{title} is not defined for both runs."
+            return f"{title} is not defined for both of {self.run} and {self.against}."
         if self.low is None or self.high is None:
-            return f"{title} differs by {self.value:+.4f}; without an interval nobody knows whether that is chance."
+            found = f"{self.run} and {self.against} differ in {title} by {self.value:+.4f}"
+            return f"{found}; without an interval nobody knows whether that is chance."
         span = f"95 % interval {self.low:+.4f} to {self.high:+.4f}"
         if not self.is_clear:
-            return f"No difference in {title} can be claimed: {self.value:+.4f}, {span}, which spans 0."
+            found = f"No difference of {self.run} to {self.against} in {title} can be claimed"
+            return f"{found}: {self.value:+.4f}, {span}, which spans 0."
         word = "better" if self.is_better else "worse"
         return f"{self.run} is {word} than {self.against} in {title}: {self.value:+.4f}, {span}."
 

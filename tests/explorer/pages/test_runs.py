@@ -99,7 +99,7 @@ def test_runs_side_by_side_with_verdicts(pages: TestClient, site: Site) -> None:
     answer = pages.get(unescape(part[1]))
     assert answer.status_code == 286  # htmx asks no more
     text = text_of(answer.text)
-    assert len(re.findall(r"is better than ids-only|is worse than ids-only|No difference in", text)) >= 6
+    assert len(re.findall(r"is better than ids-only|is worse than ids-only|No difference of", text)) >= 6
     assert "hx-get" not in page(pages, address)  # it is there now
 
 
