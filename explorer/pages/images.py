@@ -139,7 +139,10 @@ class ImagePages(PageKind):
         run = self._run(request.query_params.get("run"), runs)
         spaces = None
         if here is not None and self._wants_spaces(request, snapshot):
-            spaces = self._spaces(snapshot, Asked(snapshot.get([key]), key, run))
+            try:
+                spaces = self._spaces(snapshot, Asked(snapshot.get([key]), key, run))
+            except UserError as error:  # the image's own feature cannot be read
+                spaces = [Space(name="features", title=_TITLES["features"], problem=one_line(error))]
         return self._page(
             request,
             "image",

@@ -101,9 +101,13 @@ class StorePages(PageKind):
             except UserError as error:
                 lines, pins_problem = [], one_line(error)
         rows, num_broken = live_rows(snapshot), None if store.storage.list(QUARANTINE) else 0
+        counts_problem = ""
         if self._waits(request, "counts"):
-            rows = self._rows.get(name_of(snapshot), lambda: snapshot.num_rows)
-            num_broken = len(store.quarantine_rows())
+            try:
+                rows = self._rows.get(name_of(snapshot), lambda: snapshot.num_rows)
+                num_broken = len(store.quarantine_rows())
+            except UserError as error:
+                counts_problem = one_line(error)
         return self._page(
             request,
             "overview",
@@ -116,6 +120,7 @@ class StorePages(PageKind):
             paging=paging,
             num_images=rows,
             num_broken=num_broken,
+            counts_problem=counts_problem,
             yesterday=_yesterday(),
         )
 

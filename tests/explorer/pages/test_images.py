@@ -241,6 +241,18 @@ def test_a_network_that_is_not_here_is_a_sentence(tmp_path, shop):
     assert "does not say which network" in Reading(answer.text).text
 
 
+def test_a_damaged_feature_is_a_sentence_on_the_page(tmp_path):
+    store = make_store(tmp_path / "store", num_shards=1)
+    store.put(rows(["a", "b"], 1))
+    (file,) = (tmp_path / "store" / "data").rglob("*.parquet")
+    data, feature = file.read_bytes(), store.snapshot().get([key_of_uri("a")]).tobytes()
+    assert data.count(feature) == 1
+    file.write_bytes(data.replace(feature, bytes(len(feature))))
+    page = part(Reader(store=store.url), f"/images/{key_of_uri('a')}", "spaces")
+    assert "is damaged" in page.text
+    assert "Nearest neighbours" in page.text
+
+
 def test_pages_follow_a_store_that_changes(tmp_path):
     store = make_store(tmp_path / "store")
     store.put(rows(["a", "b"], 1))

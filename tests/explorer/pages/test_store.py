@@ -180,7 +180,7 @@ def test_damaged_files_are_a_sentence_on_the_page(tmp_path):
     for file in (tmp_path / "store" / "data").rglob("*.parquet"):
         file.write_bytes(file.read_bytes()[:-20])
     reader = Reader(store=store.url)
-    for path in ("/store/duplicates", "/store/numbers", "/store/snapshots/2"):
+    for path in ("/store", "/store/duplicates", "/store/numbers", "/store/snapshots/2"):
         assert "bytes instead of" in reader.read(path).text
 
 
