@@ -147,7 +147,7 @@ class ScorerPages(PageKind):
             "model": model,
             "run": run,
             "tolerance": TOLERANCE,
-            "names": self._names(run, found.group, [*found.ads, *found.behaviors]),
+            "names": self._names(run, found.group, [*found.ads, *found.behaviors, *found.others]),
             "name_of": name_of,
             "percent": percent,
         }

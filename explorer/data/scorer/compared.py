@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from explorer.data.impressions.explained import MOST_BEHAVIORS, Score
+from explorer.data.impressions.explained import MOST_BEHAVIORS, Score, other_pictures
 from explorer.data.impressions.groups import GroupColumns, PictureName, Row, SampleGroup
 from explorer.data.impressions.opened import At, OpenedRun, TrainedRuns
 from explorer.data.scorer.published import PublishedModel
@@ -22,6 +22,7 @@ from serving.scoring.samples import RemoteScorer
 
 TOLERANCE = 1e-5
 """Of a logit, as `python -m serving check` has it."""
+_OTHERS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +64,22 @@ class ComparedBehavior:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComparedPicture:
+    """What the first ad gets with another picture."""
+
+    pictures: tuple[PictureName, ...]
+    """The one."""
+    with_it: Compared
+
+
+@dataclass(frozen=True, kw_only=True)
 class ComparedGroup:
     """A group scored over HTTP and by the run."""
 
     group: SampleGroup
     ads: list[ComparedAd]
     behaviors: list[ComparedBehavior]
+    others: list[ComparedPicture]
     chosen: ComparedAd
     version: int
     unknown: Mapping[str, int]
@@ -83,7 +94,11 @@ class ComparedGroup:
     @property
     def worst(self) -> float:
         """The largest difference of a logit."""
-        all_scores = [*(each.scores for each in self.ads), *(each.without_it for each in self.behaviors)]
+        all_scores = [
+            *(each.scores for each in self.ads),
+            *(each.without_it for each in self.behaviors),
+            *(each.with_it for each in self.others),
+        ]
         return max((abs(each.difference) for each in all_scores), default=0.0)
 
 
@@ -110,7 +125,8 @@ def run_of(places: Places, model: PublishedModel) -> str:
 def compare(
     runs: TrainedRuns, run: str, model: PublishedModel, scorer: RemoteScorer, number: int, ad: int
 ) -> ComparedGroup:
-    """Score group `number` over HTTP and by its run: its ads, and ad `ad` for users without each behaviour.
+    """Score group `number` over HTTP and by its run: its ads; and ad `ad` for users without each behaviour, and with
+    other pictures.
 
     Raises NotHereError, ServingError where the server does not answer, TrainerError, FeatureStoreError.
     """
@@ -126,6 +142,7 @@ def compare(
         by_run = opened.logits(group.batch(rows)).tolist()
         chosen = min(max(ad, 0), len(by_run) - 1)
         behaviors = _behaviors(opened, group, chosen, scorer, columns)
+        others = _others(opened, group, chosen, scorer, columns)
         snapshot = opened.trained.store_version
     pictures = group.ad_pictures or [()] * len(by_run)
     ads = [
@@ -142,6 +159,7 @@ def compare(
         group=group,
         ads=ads,
         behaviors=behaviors,
+        others=others,
         chosen=ads[chosen],
         version=scorer.version or 0,
         unknown=_counts(answer, "unknown"),
@@ -168,6 +186,21 @@ def _behaviors(
             without_it=Compared(by_http=Score(one[0]), by_run=Score(other)),
         )
         for place, (one, other) in enumerate(zip(by_http, by_run, strict=True))
+    ]
+
+
+def _others(
+    opened: OpenedRun, group: SampleGroup, ad: int, scorer: RemoteScorer, columns: list[str]
+) -> list[ComparedPicture]:
+    pictures = other_pictures(group, _OTHERS)
+    if not pictures:
+        return []
+    rows = [group.with_pictures(group.of_ad(ad), pictures)]
+    by_http = _lists(scorer.ask(_table(group, rows, columns)), "logit")[0]
+    by_run = opened.logits(group.batch(rows)).tolist()
+    return [
+        ComparedPicture(pictures=(picture,), with_it=Compared(by_http=Score(one), by_run=Score(other)))
+        for picture, one, other in zip(pictures, by_http, by_run, strict=True)
     ]
 
 

@@ -84,7 +84,8 @@ def test_a_group_over_http_has_the_scores_of_the_run(served: TestClient, world: 
         page = served.get(f"/impressions/both/{number}?now=1").text
         shown = set(re.findall(r"by the run ([\d.]+) %", answer.text))
         assert any(f"{each} %" in page for each in shown)
-    assert differences > 4
+        assert "with another picture" in answer.text
+    assert differences > 4 * 12
     shell = served.get("/scorer/impression/0").text
     assert 'hx-get="/scorer/impression/0/part?ad=0"' in shell
     assert "Score this group over HTTP" in served.get("/impressions/both/0?now=1").text
@@ -99,7 +100,7 @@ def test_figures_count_what_was_asked(served: TestClient) -> None:
     before = answered()
     served.get("/scorer/impression/2/part")
     text = served.get("/scorer/part").text
-    assert answered() in (before + 1, before + 2)  # the group, and users without each of its behaviours, if any
+    assert answered() in (before + 2, before + 3)  # the group, other pictures, and users without a behaviour, if any
     assert "Age of the vectors of images" in text
     for stage in ("read", "wait", "parse", "score", "encode"):
         assert f'<th scope="row">{stage}</th>' in text
