@@ -1,5 +1,6 @@
 """The map: images in a plane, by the visual vectors of a run or the features of the store."""
 
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ from featurestore.text.plain import one_line
 _MOST_RUNS = 30
 """Runs whose maps are offered: those that changed last."""
 _STOP_POLLING = 286
-_LOOK_S = 0.05
+_LOOK_S, _WAIT_S = 0.05, 60.0
+"""Who has no scripts waits so long for a quick map, and asks again."""
 
 
 class MapPages(PageKind):
@@ -65,11 +67,10 @@ class MapPages(PageKind):
         if run is None and self.site.places.store is None:
             return self.site.page(request, "map/none.html", title="Map")
         part = self._part(run, colour)
-        while (self.site.frozen or request.query_params.get("wait") == "1") and part.shown is None:
-            if part.problem:
-                break
+        waits_s = math.inf if self.site.frozen else _WAIT_S if request.query_params.get("wait") == "1" else 0.0
+        begun_s = time.monotonic()
+        while part.shown is None and not part.problem and time.monotonic() - begun_s < waits_s:
             time.sleep(_LOOK_S)
-            part = self._part(run, colour)
         return self.site.page(
             request,
             "map/map.html",
