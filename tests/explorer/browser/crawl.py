@@ -52,10 +52,10 @@ def route_of(path: str) -> str:
 
 
 def kind_of(url: str) -> str:
-    """Name the kind of a page: its route and the names of its parameters; of a file, its name without what varies."""
+    """Name the kind of a page: its route and the names of its parameters; of a file, its first words."""
     parts = urlsplit(url)
-    if parts.scheme == "file":  # pages/image-uri-shoes-shoe-00-jpg-0123456789abcdef.html
-        return re.sub(r"\d+", "N", re.sub(r"-[0-9a-f]{16}", "", parts.path.rpartition("/")[2]))
+    if parts.scheme == "file":  # pages/store-snapshots-5-kind-added-0123456789abcdef.html
+        return re.match(r"([a-z]+-?){0,2}", parts.path.rpartition("/")[2])[0]
     names = sorted({name for name, _ in parse_qsl(parts.query, keep_blank_values=True)})
     return route_of(parts.path) + (f"?{'&'.join(names)}" if names else "")
 
