@@ -84,6 +84,7 @@ class Site:
         environment = jinja2.Environment(
             loader=jinja2.PackageLoader("explorer"),
             autoescape=True,
+            auto_reload=False,  # an upgrade under a running server would give new templates to old code
             undefined=jinja2.StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
