@@ -9,10 +9,8 @@ import re
 import secrets
 import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
-from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Literal, NamedTuple
 
@@ -118,21 +116,23 @@ class _Life:
 
     def _run(self, model: str) -> None:
         try:
-            with tempfile.TemporaryDirectory(prefix="explorer-scorer-") as folder:
-                tokens = Path(folder) / "tokens"
-                tokens.touch(0o600)
-                tokens.write_text(self._token + "\n")
+            tokens = os.memfd_create("tokens")  # no file is left where the explorer is killed
+            try:
+                os.write(tokens, f"{self._token}\n".encode())
                 self._live(model, tokens)
+            finally:
+                os.close(tokens)
         except OSError as error:
             self._lines.append(f"the scorer cannot be started: {error}")
         finally:
             self.ended_s = time.monotonic()
             self._ended.set()
 
-    def _live(self, model: str, tokens: Path) -> None:
+    def _live(self, model: str, tokens: int) -> None:
         command = [sys.executable, "-c", _MAIN, str(os.getpid()), "serve", model, "--port", "0"]
         process = subprocess.Popen(
-            [*command, "--token-file", str(tokens), "--poll-s", "2"],
+            [*command, "--token-file", f"/proc/self/fd/{tokens}", "--poll-s", "2"],
+            pass_fds=(tokens,),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
